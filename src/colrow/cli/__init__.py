@@ -1,0 +1,33 @@
+"""The `colrow` command: one module a verb, imported only when its verb is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from colrow.errors import ColrowError, did_you_mean
+
+VERBS = {
+    "train": "start or continue a run",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb. Exit status: 0 done, 1 the verb's own 'no', 2 bad usage or input."""
+    args = sys.argv[1:] if argv is None else argv
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: colrow VERB ...\n")
+        for verb, what in VERBS.items():
+            print(f"  {verb:12} {what}")
+        print("\n`colrow VERB --help` tells the rest.")
+        return 0 if args else 2
+    verb, rest = args[0], args[1:]
+    if verb not in VERBS:
+        print(f"colrow: unknown verb {verb!r}{did_you_mean(verb, VERBS)}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f"colrow.cli.{verb}")
+    try:
+        return int(module.main(rest))
+    except ColrowError as error:
+        print(f"colrow {verb}: error: {error}", file=sys.stderr)
+        return 2

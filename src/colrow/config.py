@@ -1,0 +1,233 @@
+"""One tree of frozen models: everything that a run's YAML, or a flag, may say.
+
+What changes results has no hidden default; what changes speed has a good one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from colrow.errors import ConfigError, did_you_mean
+from colrow.mesh import Mesh
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunSection(_Section):
+    """Where the run lives and what its random numbers start from."""
+
+    dir: Path
+    seed: NonNegativeInt = 0
+
+
+class ModelSection(_Section):
+    """Exactly one of `shape`, `huggingface`, `python`."""
+
+    shape: str | None = None
+    """A named shape: laptop, article, llama2-7b, llama3-8b, llama3-70b, qwen3-8b."""
+    huggingface: str | None = None
+    """A folder with config.json and, unless `init` is random, safetensors."""
+    python: str | None = None
+    """`package.module:callable` that returns an nn.Module."""
+    implementation: Literal["colrow", "transformers"] = "colrow"
+    """For `huggingface`: this project's Llama, or the class of the transformers library."""
+    layers: PositiveInt | None = None
+    """Overrides the number of layers of a named shape."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSection:
+        given = [k for k in ("shape", "huggingface", "python") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give exactly one of shape, huggingface, python (given: {', '.join(given) or 'none'})"
+            )
+        return self
+
+
+class TokenizerSection(_Section):
+    """A byte-level BPE trained on the corpus, unless `path` names a tokenizer.json or a Hugging Face folder."""
+
+    vocab_size: PositiveInt | None = None
+    """Tokens to train for; the model's vocabulary unless given."""
+    path: Path | None = None
+
+
+class DataSection(_Section):
+    corpus: str
+    """`stdlib`, a glob of text, JSONL or Parquet files, or `hf:NAME` for a dataset of the `datasets` library."""
+    seq_len: PositiveInt
+    """Tokens in one sequence."""
+    tokenizer: TokenizerSection = TokenizerSection()
+    text_key: str = "text"
+    """The field of a JSONL line, Parquet row, or dataset row that holds the text."""
+    validation_fraction: float = Field(default=0.02, gt=0.0, lt=1.0)
+    """Share of documents held out."""
+    cache: Path = Path(".cache/colrow")
+    """Where tokenizers and token shards are kept between runs."""
+    workers: PositiveInt | None = None
+    """Processes that tokenize; one a core unless given."""
+
+
+class TrainSection(_Section):
+    steps: PositiveInt
+    global_batch: PositiveInt
+    """Sequences in one optimizer step, over all ranks."""
+    micro_batch: PositiveInt
+    """Sequences that one data-parallel rank runs at a time."""
+    lr: PositiveFloat
+    """Peak learning rate."""
+    min_lr_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
+    """The last learning rate as a share of the peak."""
+    schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    decay_steps: PositiveInt | None = None
+    """For `wsd`: how many last steps decay; a tenth of all unless given."""
+    weight_decay: NonNegativeFloat = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    grad_clip: PositiveFloat | None = 1.0
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Compute precision; auto is bf16 over fp32 master weights on GPUs, fp32 on CPUs."""
+    compile: bool | None = None
+    """torch.compile for each block; on GPUs unless given."""
+    activation_checkpoint: Literal["none", "selective", "full"] = "none"
+    log_every: PositiveInt = 1
+    check_batch_every: NonNegativeInt = 100
+    """Steps between proofs that a TP group reads one batch; also at the first step. 0 leaves the later ones out."""
+
+
+class EvalSection(_Section):
+    every: NonNegativeInt = 0
+    """Steps between evaluations; the last step is evaluated too. 0 turns evaluation off."""
+    batches: PositiveInt = 8
+    """Global batches in one evaluation."""
+
+
+class CheckpointSection(_Section):
+    every: NonNegativeInt = 0
+    """Steps between checkpoints; the last step is saved too. 0 saves only at a stop and at the end."""
+    keep: PositiveInt = 2
+    """How many newest checkpoints stay."""
+    asynchronous: bool = False
+    """Write in the background: the loop waits only for the copy to host memory."""
+
+
+class PipelineSection(_Section):
+    schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble"] = "1f1b"
+    split: tuple[int, ...] | None = None
+    """First layer of each stage after the first; balanced by cost unless given."""
+    stages_per_rank: PositiveInt = 1
+    """For interleaved_1f1b."""
+
+
+class FsdpSection(_Section):
+    reshard_after_forward: bool | None = None
+    """Free gathered parameters after a block's forward; unless given, yes where dp_shard > 1 without pipeline stages."""
+
+
+class LogSection(_Section):
+    tensorboard: bool = False
+    wandb: bool = False
+    wandb_project: str = "colrow"
+
+
+class SampleSection(_Section):
+    prompt: str | None = "def "
+    """Text that the sample at the end continues; null leaves it out."""
+    tokens: PositiveInt = 64
+    temperature: NonNegativeFloat = 0.8
+
+
+class RunConfig(_Section):
+    """One training run."""
+
+    run: RunSection
+    model: ModelSection
+    data: DataSection
+    mesh: Mesh = Mesh()
+    plan: str = "llama"
+    """A preset's name, `huggingface`, `derive`, or a file."""
+    loss: Literal["vocab_parallel", "replicated"] | None = None
+    """Overrides a preset's loss."""
+    train: TrainSection
+    eval: EvalSection = EvalSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    pipeline: PipelineSection = PipelineSection()
+    fsdp: FsdpSection = FsdpSection()
+    log: LogSection = LogSection()
+    sample: SampleSection = SampleSection()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+def load_config(path: Path | str, overrides: dict[str, Any] | None = None) -> RunConfig:
+    """The config in a YAML file, with `overrides` (`{"mesh.tp": 4}`) put over it.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML, or says something unknown or impossible.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read config {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path} is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config {path} holds no mapping: it needs the keys run, model, data, train")
+    for dotted, value in (overrides or {}).items():
+        _set(tree, dotted, value)
+    return parse_config(tree, str(path))
+
+
+def parse_config(tree: dict[str, Any], source: str = "config") -> RunConfig:
+    """The config in a tree of plain values. Raises ConfigError, one line for each thing that is wrong."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{source}: {_say(item)}" for item in error.errors())) from error
+
+
+def dump_config(config: RunConfig) -> str:
+    """YAML that load_config reads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for key in parents:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{dotted}: {key} is a value, not a section")
+    tree[last] = value
+
+
+def _say(item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    match item["type"]:
+        case "extra_forbidden":
+            section: Any = RunConfig
+            for part in item["loc"][:-1]:
+                section = section.model_fields[part].annotation
+            return f"unknown key {where}{did_you_mean(str(item['loc'][-1]), section.model_fields)}"
+        case "missing":
+            return f"{where} is missing"
+        case _:
+            return (
+                f"{where or 'config'}: {item['msg'].removeprefix('Value error, ')} (given: {item['input']!r})"
+            )
