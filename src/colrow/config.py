@@ -54,9 +54,7 @@ class ModelSection(_Section):
     def _one_source(self) -> ModelSection:
         given = [k for k in ("shape", "huggingface", "python") if getattr(self, k) is not None]
         if len(given) != 1:
-            raise ValueError(
-                f"give exactly one of shape, huggingface, python (given: {', '.join(given) or 'none'})"
-            )
+            raise ValueError(f"give exactly one of shape, huggingface, python (given: {', '.join(given) or 'none'})")
         return self
 
 
@@ -138,7 +136,7 @@ class PipelineSection(_Section):
 
 class FsdpSection(_Section):
     reshard_after_forward: bool | None = None
-    """Free gathered parameters after a block's forward; unless given, yes where dp_shard > 1 without pipeline stages."""
+    """Free gathered parameters after a block's forward; unless given, where dp_shard > 1 and pp is 1."""
 
 
 class LogSection(_Section):
@@ -228,6 +226,4 @@ def _say(item: Any) -> str:
         case "missing":
             return f"{where} is missing"
         case _:
-            return (
-                f"{where or 'config'}: {item['msg'].removeprefix('Value error, ')} (given: {item['input']!r})"
-            )
+            return f"{where or 'config'}: {item['msg'].removeprefix('Value error, ')} (given: {item['input']!r})"

@@ -62,11 +62,7 @@ class Mesh(BaseModel):
             str(mesh)
             for pp, replicate, shard in product(_divisors(world_size), repeat=3)
             if world_size % (pp * replicate * shard) == 0
-            and (
-                mesh := Mesh(
-                    pp=pp, dp_replicate=replicate, dp_shard=shard, tp=world_size // (pp * replicate * shard)
-                )
-            )
+            and (mesh := Mesh(pp=pp, dp_replicate=replicate, dp_shard=shard, tp=world_size // (pp * replicate * shard)))
             and _changes(self, mesh) == 1
         ]
         asked = " × ".join(f"{axis}={n}" for axis, n in zip(AXES, self.degrees, strict=True))
