@@ -258,6 +258,7 @@ class Rowwise(_Coerce, Style):
             rows, dim = module.weight.shape
             return {"weight": ParameterLayout(Shard(0), (rows // site.tp, dim), "vocabulary split")}
         layouts = replicated(module, "bias, added once after the sum")
+        assert isinstance(module.weight, nn.Parameter)
         out, features = module.weight.shape
         layouts["weight"] = ParameterLayout(Shard(1), (out, features // site.tp), "input features split")
         return layouts
