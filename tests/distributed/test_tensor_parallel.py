@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import Ranks
-from distributed import parity
-from distributed.parity import batch, build, tp_difference, tp_mesh
 from torch import Tensor
 
 from colrow.plans.plan import Plan
+from distributed import parity
+from distributed.parity import batch, build, tp_difference, tp_mesh
 
 TOLERANCE = 1e-10
 LOSSES = ("vocab_parallel", "replicated")
