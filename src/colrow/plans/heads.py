@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from colrow.errors import PlanError
-from colrow.plans.styles import Site, divide
+from colrow.plans.site import Site, divide
 
 
 @dataclass(frozen=True)

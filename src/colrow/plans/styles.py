@@ -26,22 +26,11 @@ from torch.distributed.tensor.placement_types import Placement
 
 from colrow.errors import PlanError, did_you_mean
 from colrow.parallel.layout import Packed
+from colrow.plans.heads import check_heads
 from colrow.plans.placements import format_placement, parse_placement
+from colrow.plans.site import Site, divide
 
 STYLES: dict[str, type[Style]] = {}
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where a style is applied: the model, the module's name in it, and the tensor-parallel degree."""
-
-    model: nn.Module
-    fqn: str
-    tp: int
-
-    @property
-    def module(self) -> nn.Module:
-        return self.model.get_submodule(self.fqn)
 
 
 @dataclass(frozen=True)
@@ -59,6 +48,8 @@ class Style(ABC):
     """One way to parallelise a module. Subclasses name their options as fields."""
 
     name: ClassVar[str]
+    optional: bool = False
+    """The plan's key may match nothing (an option of the architecture, such as q/k norms)."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -192,15 +183,6 @@ class _Coerce:
             object.__setattr__(self, name, convert(getattr(self, name)))
 
 
-def divide(extent: int, tp: int, what: str) -> int:
-    """`extent / tp`, or a PlanError that names the degrees which divide."""
-    if extent % tp:
-        legal = [d for d in range(2, min(extent, 64) + 1) if extent % d == 0]
-        choose = f"choose tp from {', '.join(map(str, [1, *legal[:8]]))}" if legal else "choose tp=1"
-        raise PlanError(f"{what} is not divisible by tp={tp}: {choose}")
-    return extent // tp
-
-
 def replicated(module: nn.Module, reason: str) -> dict[str, ParameterLayout]:
     """Every own parameter of the module whole on each rank."""
     return {
@@ -214,7 +196,7 @@ class Colwise(_Coerce, Style):
     """Linear: output features split, x whole in, y split out. Embedding: the embedding dimension split."""
 
     name = "colwise"
-    _coerce = {"input": _one, "output": _one}
+    _coerce: ClassVar[dict[str, Any]] = {"input": _one, "output": _one}
     input: Placement | None = None
     output: Placement | None = None
     use_local_output: bool = True
@@ -226,11 +208,9 @@ class Colwise(_Coerce, Style):
 
     @property
     def output_stays_split(self) -> bool:
-        return self.output is None or isinstance(self.output, Shard) and self.output.dim == -1
+        return self.output is None or (isinstance(self.output, Shard) and self.output.dim == -1)
 
     def check(self, site: Site) -> None:
-        from colrow.plans.heads import check_heads
-
         module = _require(site, self.name, nn.Linear, nn.Embedding)
         if isinstance(module, nn.Embedding):
             divide(module.embedding_dim, site.tp, f"{site.fqn}: embedding_dim={module.embedding_dim}")
@@ -255,7 +235,7 @@ class Rowwise(_Coerce, Style):
     """Linear: input features split, x split in, y a sum over ranks. Embedding: the vocabulary split."""
 
     name = "rowwise"
-    _coerce = {"input": _one, "output": _one}
+    _coerce: ClassVar[dict[str, Any]] = {"input": _one, "output": _one}
     input: Placement | None = None
     output: Placement | None = None
     use_local_output: bool = True
@@ -278,6 +258,7 @@ class Rowwise(_Coerce, Style):
             rows, dim = module.weight.shape
             return {"weight": ParameterLayout(Shard(0), (rows // site.tp, dim), "vocabulary split")}
         layouts = replicated(module, "bias, added once after the sum")
+        assert isinstance(module.weight, nn.Parameter)
         out, features = module.weight.shape
         layouts["weight"] = ParameterLayout(Shard(1), (out, features // site.tp), "input features split")
         return layouts
@@ -295,7 +276,7 @@ class Sequence(Style):
         return SequenceParallel(sequence_dim=self.sequence_dim, use_local_output=self.use_local_output)
 
     def check(self, site: Site) -> None:
-        if any(True for _ in site.module.children()):
+        if next(site.module.children(), None) is not None:
             raise PlanError(
                 f"{site.fqn}: style sequence is for a norm or dropout, not for a module with children: "
                 "name the norms inside it"
@@ -311,7 +292,12 @@ class PrepareInput(_Coerce, Style):
     argument, and `input_kwargs` to `desired_kwargs` by name."""
 
     name = "prepare_input"
-    _coerce = {"input": _many, "desired": _many, "input_kwargs": _named, "desired_kwargs": _named}
+    _coerce: ClassVar[dict[str, Any]] = {
+        "input": _many,
+        "desired": _many,
+        "input_kwargs": _named,
+        "desired_kwargs": _named,
+    }
     input: tuple[Placement | None, ...] | None = None
     desired: tuple[Placement | None, ...] | None = None
     input_kwargs: dict[str, Placement | None] | None = None
@@ -337,7 +323,7 @@ class PrepareOutput(_Coerce, Style):
     """Bring a module's outputs from layout `output` to `desired`."""
 
     name = "prepare_output"
-    _coerce = {"output": _many, "desired": _many}
+    _coerce: ClassVar[dict[str, Any]] = {"output": _many, "desired": _many}
     output: tuple[Placement | None, ...] | None = None
     desired: tuple[Placement | None, ...] | None = None
     use_local_output: bool = True
@@ -360,7 +346,7 @@ class PrepareInputOutput(_Coerce, Style):
     """`prepare_input` (`input` to `desired`) and `prepare_output` (`output` to `desired_output`) in one."""
 
     name = "prepare_input_output"
-    _coerce = {
+    _coerce: ClassVar[dict[str, Any]] = {
         "input": _many,
         "desired": _many,
         "input_kwargs": _named,

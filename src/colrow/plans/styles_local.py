@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ from torch.distributed.tensor.placement_types import Placement
 from colrow.errors import PlanError
 from colrow.parallel.local_view import View, view_parameters
 from colrow.plans.heads import Heads, heads_of
-from colrow.plans.styles import ParameterLayout, Site, Style, _Coerce, _one, _require, divide, replicated
+from colrow.plans.site import Site, divide
+from colrow.plans.styles import Colwise, ParameterLayout, Style, _Coerce, _one, _require, replicated
 
 
 class LocalStyle(ParallelStyle):
@@ -30,31 +32,31 @@ class LocalStyle(ParallelStyle):
         placements: dict[str, Placement],
         views: Callable[[DeviceMesh], dict[str, View]],
         input_layout: Placement | None = None,
-        split_use: bool = True,
     ) -> None:
         self.placements = placements
         self.views = views
         self.input_layout = input_layout
-        self.split_use = split_use
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        views = self.views(device_mesh)
         for name, param in list(module.named_parameters(recurse=False)):
+            if isinstance(param, DTensor):  # another style placed it
+                del views[name]
+                continue
             placed = distribute_tensor(param.detach(), device_mesh, [self.placements[name]])
             module.register_parameter(name, nn.Parameter(placed, requires_grad=param.requires_grad))
-        view_parameters(module, self.views(device_mesh))
-        if self.input_layout is not None:
-            module.register_forward_pre_hook(
-                lambda _, args: (whole_input(args[0], device_mesh, self.input_layout, self.split_use), *args[1:])
-            )
+        view_parameters(module, views)
+        layout = self.input_layout
+        if layout is not None:
+            module.register_forward_pre_hook(lambda _, args: (whole_input(args[0], device_mesh, layout), *args[1:]))
         return module
 
 
-def whole_input(x: Tensor, mesh: DeviceMesh, layout: Placement | None, split_use: bool) -> Tensor:
-    """The whole of `x` as a local tensor. When each rank uses it in its own way, its gradient is a sum over ranks."""
+def whole_input(x: Tensor, mesh: DeviceMesh, layout: Placement) -> Tensor:
+    """The whole of `x` as a local tensor that each rank uses in its own way: its gradient is a sum over ranks."""
     if not isinstance(x, DTensor):
         x = DTensor.from_local(x, mesh, [layout], run_check=False)
-    gradient = Partial() if split_use else Replicate()
-    return x.redistribute(placements=[Replicate()]).to_local(grad_placements=[gradient])
+    return x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
 
 
 def rank_table(mesh: DeviceMesh, rows: list[list[int]]) -> Tensor:
@@ -77,7 +79,7 @@ class KvReplicate(_Coerce, Style):
     """
 
     name = "kv_replicate"
-    _coerce = {"input": _one}
+    _coerce: ClassVar[dict[str, Any]] = {"input": _one}
     heads: int | None = None
     kv_heads: int | None = None
     head_dim: int | None = None
@@ -109,8 +111,6 @@ class KvReplicate(_Coerce, Style):
     def build(self, site: Site) -> ParallelStyle:
         heads = self.resolve(site)
         if heads.kv % site.tp == 0:
-            from colrow.plans.styles import Colwise
-
             return Colwise(input=self.input).build(site)
 
         def views(mesh: DeviceMesh) -> dict[str, View]:
@@ -127,8 +127,6 @@ class KvReplicate(_Coerce, Style):
     def parameters(self, site: Site) -> dict[str, ParameterLayout]:
         heads = self.resolve(site)
         if heads.kv % site.tp == 0:
-            from colrow.plans.styles import Colwise
-
             return Colwise().parameters(site)
         return replicated(site.module, f"n_kv_heads={heads.kv} not divisible by tp={site.tp}; gradients summed over tp")
 
@@ -165,7 +163,3 @@ class Replicated(Style):
 
 def _same_on_all_ranks(param: DTensor) -> Tensor:
     return param.to_local()
-
-
-__all__ = ["GradSum", "KvReplicate", "LocalStyle", "Replicated", "rank_table", "summed", "whole_input"]
-
