@@ -104,9 +104,9 @@ class DryRun:
     Attributes:
         collectives: in order, for the blocks that were run (see `times`).
         slips: wrong declarations; names of the parameters in `slip_params`, in the same order.
-        outputs, reference_outputs: each module's outputs in the sharded and in the unsharded run, one entry a call.
+        outputs, reference_outputs: each module's outputs in the sharded and the unsharded run, one entry a call.
         views, reference_views: reshapes and splits of the model's own code.
-        failure: the sharded run's exception, if any. reference_failure: the unsharded one's; then nothing else is known.
+        failure: the sharded run's exception. reference_failure: the unsharded one's; then nothing else is known.
         no_gradient: parameters that got a gradient in the unsharded run alone.
         plain: parameters that are no DTensors after the plan.
         logits: the model's output.
