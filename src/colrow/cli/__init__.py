@@ -9,6 +9,7 @@ from colrow.errors import ColrowError, did_you_mean
 
 VERBS = {
     "train": "start or continue a run",
+    "checkpoints": "list a run's checkpoints and their state",
 }
 
 
