@@ -1,3 +1,33 @@
 """colrow: tensor-parallel training for PyTorch. Plan, check, verify, train, keep."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from colrow.mesh import Mesh as Mesh
+    from colrow.parallel.loss import loss_context as loss_context
+    from colrow.parallel.parallelize import parallelize as parallelize
+    from colrow.plans.plan import Plan as Plan
+
 __version__ = "0.1.0"
+
+# Imported at first use: `colrow --help` should not wait for torch.
+_PUBLIC = {
+    "Mesh": "colrow.mesh",
+    "Plan": "colrow.plans.plan",
+    "loss_context": "colrow.parallel.loss",
+    "parallelize": "colrow.parallel.parallelize",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'colrow' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_PUBLIC]

@@ -1,0 +1,202 @@
+"""The Llama architecture, for one device.
+
+Options of the same file: Llama-3 frequency scaling, tied embeddings, Qwen2's q/k/v bias, Qwen3's q/k norm.
+Modules carry Hugging Face's names, without the `model.` prefix.
+
+Legend: B batch, T tokens, D hidden size, F ffn, V vocabulary, H heads, K kv heads, E head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from colrow.errors import ConfigError
+
+Rope = tuple[Tensor, Tensor]
+"""cos and sin of the rotation angles, each [1, T, E/2], or [B, 1, T, E/2] when sequences differ in positions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+    """Llama 3.1's stretching of slow rotary frequencies (`rope_type: llama3` of a Hugging Face config)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """Sizes and options, under the names of a Hugging Face config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rope_theta: float = 10_000.0
+    rope_scaling: Llama3Scaling | None = None
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    """A bias on q_proj, k_proj and v_proj, not on o_proj."""
+    qk_norm: bool = False
+    """RMSNorm over each head of q and k, before the rotation."""
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}: each kv head serves a whole group of query heads"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim={self.head_dim} is odd: the rotary embedding turns pairs of dimensions")
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped kv heads.
+
+    The number of heads is read from what the projections return, so that a rank which holds a part of them
+    computes that part.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        D, E, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.head_dim = E
+        self.q_proj = nn.Linear(D, config.num_attention_heads * E, bias=bias)
+        self.k_proj = nn.Linear(D, config.num_key_value_heads * E, bias=bias)
+        self.v_proj = nn.Linear(D, config.num_key_value_heads * E, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * E, D, bias=False)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(E, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(E, eps=config.rms_norm_eps)
+        self.qk_norm = config.qk_norm
+
+    def forward(self, x_BTD: Tensor, *, rope: Rope, mask: Tensor | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D]. `mask` (broadcastable to [B, H, T, T], True = attend) replaces the causal one."""
+        q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+        B, T, _ = q.shape  # not of x: what comes in may be a part of the sequence
+        q_BTHE = q.view(B, T, -1, self.head_dim)
+        k_BTKE = k.view(B, T, -1, self.head_dim)
+        v_BTKE = v.view(B, T, -1, self.head_dim)
+        if self.qk_norm:
+            q_BTHE, k_BTKE = self.q_norm(q_BTHE), self.k_norm(k_BTKE)
+        q_BHTE = rotate(q_BTHE.transpose(1, 2), rope)
+        k_BKTE = rotate(k_BTKE.transpose(1, 2), rope)
+        o_BHTE = F.scaled_dot_product_attention(
+            q_BHTE,
+            k_BKTE,
+            v_BTKE.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=q_BHTE.shape[1] != k_BKTE.shape[1],
+        )
+        return self.o_proj(o_BHTE.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        D, F_ = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(D, F_, bias=False)
+        self.up_proj = nn.Linear(D, F_, bias=False)
+        self.down_proj = nn.Linear(F_, D, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each after a norm and added to its input."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BTD: Tensor, *, rope: Rope, mask: Tensor | None = None) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope=rope, mask=mask)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+class Llama(nn.Module):
+    """Token ids [B, T] -> logits [B, T, V].
+
+    Any of `embed_tokens`, `norm`, `lm_head` and single entries of `layers` may be set to None, and what is left still
+    runs under its own names: without an embedding the input is hidden states, without a head the output is.
+
+    Weights are what torch's modules start with; `colrow.checkpoint.weights.fill_seeded` gives those of a seed.
+    There are no buffers: a model built on the meta device has nothing to fill but its parameters.
+    """
+
+    embed_tokens: nn.Embedding | None
+    norm: nn.RMSNorm | None
+    lm_head: nn.Linear | None
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(self, x: Tensor, positions: Tensor | None = None, *, seq_len: int | None = None) -> Tensor:
+        """Logits, or hidden states when there is no head.
+
+        Args:
+            x: token ids [B, T]; hidden states [B, T, D] when there is no embedding.
+            positions: [T] or [B, T], from 0 upwards unless given.
+            seq_len: T, for hidden states that hold only a part of the sequence.
+        """
+        T = x.shape[1] if seq_len is None else seq_len
+        if self.embed_tokens is not None:
+            x = self.embed_tokens(x)
+        if positions is None:
+            positions = torch.arange(T, device=x.device)
+        rope = rope_tables(self.config, positions, x.dtype)
+        for layer in self.layers:
+            if layer is not None:
+                x = layer(x, rope=rope, mask=None)
+        if self.norm is not None:
+            x = self.norm(x)
+        return x if self.lm_head is None else self.lm_head(x)
+
+
+def rope_tables(config: LlamaConfig, positions: Tensor, dtype: torch.dtype) -> Rope:
+    """cos and sin for `positions` ([T] or [B, T]), computed in fp32 and handed on in `dtype`."""
+    E, scaling = config.head_dim, config.rope_scaling
+    exponent = torch.arange(0, E, 2, dtype=torch.float32, device=positions.device) / E
+    inv_freq = 1.0 / config.rope_theta**exponent
+    if scaling is not None:
+        # Wavelengths that fit `high_freq_factor` times into the original context stay, those that fit less than
+        # `low_freq_factor` times are stretched by `factor`, and those between are blended linearly.
+        turns = scaling.original_max_position_embeddings * inv_freq / (2 * math.pi)
+        keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        keep = keep.clamp(0.0, 1.0)
+        inv_freq = keep * inv_freq + (1.0 - keep) * inv_freq / scaling.factor
+    angle = positions.float().unsqueeze(-1) * inv_freq
+    return angle.cos().to(dtype).unsqueeze(-3), angle.sin().to(dtype).unsqueeze(-3)
+
+
+def rotate(x_BHTE: Tensor, rope: Rope) -> Tensor:
+    """Rotate the pairs (i, i + E/2) of each head: Hugging Face's order of a head's dimensions."""
+    cos, sin = rope
+    a, b = x_BHTE.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BHTE.dtype)

@@ -1,0 +1,39 @@
+"""Parameters that are DTensors to the optimizer and local tensors to the module that owns them.
+
+torch's styles turn a module's inputs into DTensors so that they can meet its weights. Where the arithmetic of a
+shard is not DTensor's (a rank that uses some rows of a whole weight, a fused weight, a norm on local heads) the
+module has to see local tensors, while the optimizer, clipping and checkpoints keep one DTensor under the
+parameter's own name. A view is a property on a subclass made for the module: `self.weight` reads the registered
+DTensor through a function, and `_parameters` stays as it was, so FSDP2 and state dicts notice nothing.
+
+The placement of the gradient is the whole point: `to_local(grad_placements=[Partial()])` says that each rank's
+gradient is a part of a sum, `to_local()` that all ranks hold the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+View = Callable[[DTensor], Tensor]
+
+
+def view_parameters(module: nn.Module, views: dict[str, View]) -> None:
+    """Make `module.NAME` return `views[NAME](parameter)` for each named parameter that is a DTensor."""
+    cls = type(module)
+    body: dict[str, object] = {name: _property(name, view) for name, view in views.items()}
+    body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    module.__class__ = type(cls.__name__, (cls,), body)
+
+
+def _property(name: str, view: View) -> property:
+    def read(module: nn.Module) -> Tensor | None:
+        param = module._parameters[name]
+        return view(param) if isinstance(param, DTensor) else param
+
+    def write(module: nn.Module, value: nn.Parameter | None) -> None:
+        module.register_parameter(name, value)
+
+    return property(read, write)

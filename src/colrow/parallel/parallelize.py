@@ -1,0 +1,115 @@
+"""Apply a plan to a model: each named module gets its style, and every parameter ends on the tp mesh."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import parallelize_module
+
+from colrow.errors import ConfigError, PlanError
+from colrow.mesh import Mesh
+from colrow.parallel.layout import local_tensor, mark_packed
+from colrow.plans.plan import Plan
+from colrow.plans.site import Site
+from colrow.plans.styles import style_from_data
+
+
+def parallelize(model: nn.Module, plan: Plan, mesh: Mesh | DeviceMesh) -> nn.Module:
+    """Split `model` over the tp axis of `mesh` as `plan` says, in place, and return it.
+
+    The model may lie on the meta device; real weights are taken from the first rank of each tp group. Afterwards
+    every parameter is a DTensor on the tp mesh under its own name: the ones that the plan leaves out are replicated.
+    Tied parameters stay tied and frozen ones frozen. Build the optimizer after this call.
+
+    Args:
+        mesh: a 1-D mesh, a mesh with an axis named `tp`, or the degrees (then under an initialised process group).
+
+    Raises:
+        PlanError: the plan does not fit the model or the degree; nothing has been changed then.
+        ConfigError: the mesh has no tp axis, or does not fit the number of ranks.
+    """
+    tp_mesh = tp_axis(mesh)
+    tp = tp_mesh.size()
+    if any(isinstance(param, DTensor) for param in model.parameters()):
+        raise PlanError("the model is parallelised already: apply one plan, once, to a plain model")
+    plan.check_shapes(model, tp)
+    layouts = plan.parameters(model, tp)
+    if tp == 1:
+        return model
+
+    ties = tied_parameters(model)
+    trainable = {name: param.requires_grad for name, param in model.named_parameters(remove_duplicate=False)}
+    _refuse_split_ties(ties, {name: str(layout.placement) for name, layout in layouts.items()})
+
+    resolved = plan.resolve(model)
+    left_out = style_from_data("replicate", "replicate")
+    for fqn, module in list(model.named_modules()):
+        site = Site(model, fqn, tp)
+        if fqn in resolved:
+            parallelize_module(module, tp_mesh, resolved[fqn][1].build(site))
+        if any(not isinstance(param, DTensor) for param in module.parameters(recurse=False)):
+            parallelize_module(module, tp_mesh, left_out.build(site))
+    for fqn, layout in layouts.items():
+        if layout.packed is not None:
+            parent, _, name = fqn.rpartition(".")
+            mark_packed(model.get_submodule(parent), name, layout.packed)
+
+    tie(model, ties)
+    for name, param in model.named_parameters(remove_duplicate=False):
+        param.requires_grad_(trainable[name])
+    _sync_replicas(model, tp_mesh)
+    return model
+
+
+def tp_axis(mesh: Mesh | DeviceMesh) -> DeviceMesh:
+    """The 1-D mesh of the tp axis."""
+    if isinstance(mesh, Mesh):
+        if not dist.is_initialized():
+            raise ConfigError(f"mesh {mesh} needs a process group: start with torchrun, or pass a DeviceMesh")
+        device_type = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        mesh = mesh.build(device_type, dist.get_world_size())
+    if mesh.mesh_dim_names and "tp" in mesh.mesh_dim_names:
+        return mesh["tp"]
+    if mesh.ndim == 1:
+        return mesh
+    raise ConfigError(f"the mesh has axes {mesh.mesh_dim_names} and none is called tp: name the tensor-parallel one tp")
+
+
+def tied_parameters(model: nn.Module) -> list[list[str]]:
+    """Groups of fully qualified names that are one parameter."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, param in model.named_parameters(remove_duplicate=False):
+        names[id(param)].append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def tie(model: nn.Module, ties: list[list[str]]) -> None:
+    """Make each group of names one parameter again: the first one's."""
+    for first, *others in ties:
+        param = model.get_parameter(first)
+        for other in others:
+            parent, _, name = other.rpartition(".")
+            model.get_submodule(parent).register_parameter(name, param)
+
+
+def _refuse_split_ties(ties: list[list[str]], placements: dict[str, str]) -> None:
+    for group in ties:
+        said = {name: placements[name] for name in group if name in placements}
+        if len(set(said.values())) > 1:
+            each = ", ".join(f"{name} {placement}" for name, placement in said.items())
+            raise PlanError(
+                f"tied weights get different placements ({each}): give them the same one, "
+                "such as style rowwise on the embedding and colwise on the head"
+            )
+
+
+def _sync_replicas(model: nn.Module, tp_mesh: DeviceMesh) -> None:
+    """torch's SequenceParallel takes each rank's own value for a replicated parameter; make them one."""
+    group = tp_mesh.get_group()
+    for param in model.parameters():
+        if isinstance(param, DTensor) and not param.is_meta and all(p.is_replicate() for p in param.placements):
+            dist.broadcast(local_tensor(param.detach()), group=group, group_src=0)

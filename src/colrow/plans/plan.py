@@ -1,0 +1,172 @@
+"""The plan: an ordered mapping from module-name patterns to styles, and how the loss is computed.
+
+A plan is data. It can be read, printed, compared and saved, and it is the only place that says how a module is split.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from torch import nn
+
+from colrow.errors import PlanError, did_you_mean
+from colrow.plans import styles_local  # noqa: F401  (its styles register themselves)
+from colrow.plans.site import Site
+from colrow.plans.styles import ParameterLayout, Style, style_from_data
+
+Loss = Literal["vocab_parallel", "replicated"]
+LOSSES: tuple[Loss, ...] = ("vocab_parallel", "replicated")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Styles by module name; `*` in a name stands for one component.
+
+    Args:
+        modules: patterns to styles. A style is a name, a mapping with `style` and its options, or one of torch's own
+            `ParallelStyle` objects.
+        loss: `vocab_parallel` (on logits that stay split over the vocabulary) or `replicated` (on whole logits).
+        name: what to call the plan in messages.
+
+    Raises:
+        PlanError: an unknown style, option, placement or loss; the message names the nearest that exists.
+    """
+
+    modules: Mapping[str, Style]
+    loss: Loss = "replicated"
+    name: str = "plan"
+    notes: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise PlanError(f"unknown loss {self.loss!r}{did_you_mean(str(self.loss), LOSSES)}")
+        styles = {str(key): style_from_data(value, str(key)) for key, value in self.modules.items()}
+        object.__setattr__(self, "modules", styles)
+
+    @classmethod
+    def preset(cls, name: str, loss: Loss = "vocab_parallel") -> Plan:
+        """A shipped plan: `llama` or `article`."""
+        from colrow.plans.presets import preset
+
+        return preset(name, loss)
+
+    @classmethod
+    def from_yaml(cls, text: str, source: str = "plan") -> Plan:
+        """The plan that a YAML text says."""
+        try:
+            tree = yaml.load(text, Loader=_UniqueKeyLoader)
+        except yaml.YAMLError as error:
+            raise PlanError(f"{source} is not YAML: {error}") from error
+        if not isinstance(tree, dict) or not isinstance(tree.get("modules"), dict):
+            raise PlanError(f"{source} holds no plan: it needs the key modules, a mapping from module names to styles")
+        known = {"name", "loss", "modules", "notes"}
+        for key in tree:
+            if key not in known:
+                raise PlanError(f"{source}: unknown key {key!r}{did_you_mean(str(key), known)}")
+        return cls(**{"name": source, **tree})
+
+    @classmethod
+    def load(cls, path: Path | str) -> Plan:
+        """The plan in a YAML file."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise PlanError(f"cannot read plan {path}: {error.strerror}") from error
+        return cls.from_yaml(text, str(path))
+
+    def to_yaml(self) -> str:
+        """YAML that `from_yaml` reads back to an equal plan."""
+        tree: dict[str, Any] = {"name": self.name, "loss": self.loss}
+        tree["modules"] = {key: style.to_data() for key, style in self.modules.items()}
+        if self.notes:
+            tree["notes"] = dict(self.notes)
+        return yaml.dump(tree, Dumper=_PlanDumper, sort_keys=False, width=120)
+
+    def save(self, path: Path | str) -> None:
+        """Write the plan as YAML."""
+        Path(path).write_text(self.to_yaml(), encoding="utf-8")
+
+    def resolve(self, model: nn.Module) -> dict[str, tuple[str, Style]]:
+        """Fully qualified module name to (pattern, style), in the model's order.
+
+        Raises:
+            PlanError: a key matches no module (the message names the nearest), or a module matches two keys.
+        """
+        names = {name: name.split(".") for name, _ in model.named_modules(remove_duplicate=False) if name}
+        found: dict[str, tuple[str, Style]] = {}
+        for key, style in self.modules.items():
+            pattern = key.split(".")
+            matches = [name for name, parts in names.items() if _matches(pattern, parts)]
+            if not matches and not style.optional:
+                raise PlanError(f"plan {self.name}: key {key!r} matches no module{_nearest(key, names)}")
+            for name in matches:
+                if name in found:
+                    raise PlanError(
+                        f"plan {self.name}: module {name} matches two keys, {found[name][0]!r} and {key!r}: keep one"
+                    )
+                found[name] = (key, style)
+        return {name: found[name] for name in names if name in found}
+
+    def check_shapes(self, model: nn.Module, tp: int) -> None:
+        """Raise PlanError, with the mend, for the first module whose style cannot work at this degree."""
+        for fqn, (_, style) in self.resolve(model).items():
+            style.check(Site(model, fqn, tp))
+
+    def parameters(self, model: nn.Module, tp: int) -> dict[str, ParameterLayout]:
+        """What each parameter of the model becomes over tp, by fully qualified name; no process group is needed."""
+        resolved = self.resolve(model)
+        layouts: dict[str, ParameterLayout] = {}
+        left_out = style_from_data("replicate", "replicate")
+        for fqn, module in model.named_modules():
+            if not any(True for _ in module.named_parameters(recurse=False)):
+                continue
+            _, style = resolved.get(fqn, ("", left_out))
+            site = Site(model, fqn, tp)
+            style.check(site)
+            own = style.parameters(site) or left_out.parameters(site)
+            layouts |= {f"{fqn}.{name}" if fqn else name: layout for name, layout in own.items()}
+        return layouts
+
+    def sequence_parallel(self) -> bool:
+        """Whether activations between blocks are shards of the sequence, so that tp must divide its length."""
+        return any(
+            style.name == "sequence" and getattr(style, "sequence_dim", 0) == 1 for style in self.modules.values()
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.modules)
+
+
+def _matches(pattern: list[str], parts: list[str]) -> bool:
+    return len(pattern) == len(parts) and all(p in ("*", q) for p, q in zip(pattern, parts, strict=True))
+
+
+def _nearest(key: str, names: Mapping[str, list[str]]) -> str:
+    """`; did you mean ...?` over the names as patterns: numbers become `*` where the key has one."""
+    known = {re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names} if "*" in key else set(names)
+    return did_you_mean(key, known) if len(known) < 400 or "*" in key else ""
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML lets a later key replace an earlier one in silence; in a plan that is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise PlanError(f"the key {key!r} stands twice in the plan: keep one")
+        return super().construct_mapping(node, deep)
+
+
+class _PlanDumper(yaml.SafeDumper):
+    """Plans read best with one line a module: inner mappings and lists in flow style."""
+
+    def represent_mapping(self, tag: str, mapping: Any, flow_style: bool | None = None) -> yaml.MappingNode:
+        node = super().represent_mapping(tag, mapping, flow_style)
+        node.flow_style = bool(isinstance(mapping, dict) and "style" in mapping)
+        return node

@@ -1,0 +1,110 @@
+"""Groups of ranks for tests: processes that start once, import torch once, and then run many cases.
+
+A case is a module-level function `fn(device, *args)`, called on every rank under an initialised default process group
+(gloo on CPUs, NCCL with `--device cuda`). What it returns comes back, one value a rank; what it raises on any rank
+fails the test with that rank's traceback, and the group is started anew for the next case.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+TIMEOUT = 120.0
+
+
+class RankError(AssertionError):
+    """A case failed on a rank; the text is that rank's traceback."""
+
+
+class Group:
+    """`world` processes that stay alive between cases."""
+
+    def __init__(self, world: int, device: str) -> None:
+        self.world, self.device = world, device
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+
+    def run(self, fn: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
+        """fn(device, *args) on every rank; the list of what the ranks returned."""
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((fn, args))
+        results: dict[int, Any] = {}
+        end = time.monotonic() + timeout
+        while len(results) < self.world:
+            open_pipes = [p for i, p in enumerate(self._pipes) if i not in results]
+            ready = wait(open_pipes, timeout=max(0.0, end - time.monotonic()))
+            if not ready:
+                self.stop()
+                missing = [i for i in range(self.world) if i not in results]
+                raise RankError(f"ranks {missing} gave no answer within {timeout:.0f} s")
+            for pipe in ready:
+                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+                try:
+                    ok, value = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    ok, value = False, "the process died"
+                if not ok:
+                    self.stop()
+                    raise RankError(f"rank {rank} of {self.world}:\n{value}")
+                results[rank] = value
+        return [results[rank] for rank in range(self.world)]
+
+    def stop(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        self._processes, self._pipes = [], []
+
+    def _start(self) -> None:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        context = mp.get_context("spawn")
+        for rank in range(self.world):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, self.world, port, self.device), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+
+def _serve(pipe: Connection, rank: int, world: int, port: int, device: str) -> None:
+    os.environ.update(OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    options: dict[str, Any] = {}
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+        options["device_id"] = torch.device("cuda", rank)
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=TIMEOUT),
+        **options,
+    )
+    while True:
+        try:
+            fn, args = pipe.recv()
+        except EOFError:
+            break
+        try:
+            pipe.send((True, fn(device, *args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))

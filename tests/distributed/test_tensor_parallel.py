@@ -1,0 +1,101 @@
+"""Tensor parallelism computes what one process computes: loss, every gradient, parameters after five steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import Ranks
+from torch import Tensor
+
+from colrow.plans.plan import Plan
+from distributed import parity
+from distributed.parity import batch, build, tp_difference, tp_mesh
+
+TOLERANCE = 1e-10
+LOSSES = ("vocab_parallel", "replicated")
+
+
+def parity_case(device: str, preset: str, loss: Any, name: str) -> dict[str, float]:
+    mesh = tp_mesh(device, dist.get_world_size())
+    difference = tp_difference(device, build(name, device), Plan.preset(preset, loss), mesh)
+    return {
+        "loss": difference.loss,
+        **difference.gradients,
+        **{f"step5 {k}": v for k, v in difference.parameters.items()},
+    }
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", parity.MODELS)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("preset", ["llama", "article"])
+@pytest.mark.parametrize("tp", [2, 4])
+def test_gradients_equal_the_unsharded_model(ranks: Ranks, tp: int, preset: str, loss: str, name: str) -> None:
+    for errors in ranks(tp).run(parity_case, preset, loss, name):
+        assert max(errors.values()) < TOLERANCE, {k: v for k, v in errors.items() if v >= TOLERANCE}
+
+
+def without(plan: Plan, key: str) -> Plan:
+    return replace(plan, modules={k: v for k, v in plan.modules.items() if k != key})
+
+
+def missing_norm_case(device: str, key: str, name: str) -> dict[str, float]:
+    """The plan leaves a norm out: as torch's own parallelize_module would, its gradient is this rank's part."""
+    mesh = tp_mesh(device, dist.get_world_size())
+    return tp_difference(device, build(name, device), without(Plan.preset("llama"), key), mesh, steps=1).gradients
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("key", "name", "wrong"),
+    [
+        ("layers.*.input_layernorm", "gqa", "layers.0.input_layernorm.weight"),
+        ("layers.*.self_attn.q_norm", "qk_norm", "layers.0.self_attn.q_norm.weight"),
+        ("layers.*.self_attn.k_norm", "qk_norm", "layers.0.self_attn.k_norm.weight"),
+    ],
+)
+def test_a_norm_left_out_of_the_plan_is_seen(ranks: Ranks, key: str, name: str, wrong: str) -> None:
+    for gradients in ranks(2).run(missing_norm_case, key, name):
+        assert gradients[wrong] > 0.05
+        assert gradients["layers.0.mlp.down_proj.weight"] < 0.05 or key == "layers.*.input_layernorm"
+
+
+def missing_all_reduce_case(device: str) -> dict[str, float]:
+    """Take the pending sum of the norms' gradients for their value."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    def keep_parts(model: torch.nn.Module) -> None:
+        for param in model.parameters():
+            grad = param.grad
+            if isinstance(grad, DTensor) and any(p.is_partial() for p in grad.placements):
+                param.grad = DTensor.from_local(grad.to_local(), grad.device_mesh, [Replicate()], run_check=False)
+
+    mesh = tp_mesh(device, dist.get_world_size())
+    reference = build("gqa", device)
+    return tp_difference(device, reference, Plan.preset("llama"), mesh, steps=1, before_step=keep_parts).gradients
+
+
+@pytest.mark.distributed
+def test_an_all_reduce_left_out_is_seen(ranks: Ranks) -> None:
+    for gradients in ranks(2).run(missing_all_reduce_case):
+        assert gradients["layers.0.input_layernorm.weight"] > 0.05
+        assert gradients["layers.0.mlp.down_proj.weight"] < TOLERANCE
+
+
+def other_data_case(device: str) -> float:
+    """Ranks of one TP group read different batches."""
+
+    def data(step: int) -> tuple[Tensor, Tensor]:
+        return batch(device, seed=step + 100 * dist.get_rank())
+
+    mesh = tp_mesh(device, dist.get_world_size())
+    return tp_difference(device, build("gqa", device), Plan.preset("llama"), mesh, steps=1, data=data).worst
+
+
+@pytest.mark.distributed
+def test_different_data_inside_a_tp_group_is_seen(ranks: Ranks) -> None:
+    assert min(ranks(2).run(other_data_case)) > 0.05
