@@ -8,6 +8,7 @@ import sys
 from colrow.errors import ColrowError, did_you_mean
 
 VERBS = {
+    "train": "start or continue a run",
     "plan": "show a plan: each parameter, each collective of a layer",
     "checkpoints": "list a run's checkpoints and their state",
 }

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from colrow.train.loop import Loop, Outcome, resume
 from colrow.train.metrics import Metrics
 from colrow.train.plot import plot_loss
 from colrow.train.progress import Progress
-from colrow.train.run_folder import CHECKPOINTS, EXPORT, PLAN, TOKENIZER, claimed, write_config
+from colrow.train.run_folder import CHECKPOINTS, PLAN, TOKENIZER, claimed, write_config
 from colrow.train.setup import Training, set_up
 
 

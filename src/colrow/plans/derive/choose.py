@@ -250,7 +250,11 @@ def choose(inference: AxisInference, tp: int, soft: bool = True, vocabulary: boo
 def _lookup_rows(inference: AxisInference, node: Node) -> list[Atom]:
     from colrow.plans.derive.infer import op_name
 
-    if node.op == "call_function" and op_name(node) == "embedding" and isinstance(dims := inference.dims.get(node.args[0]), list):  # type: ignore[arg-type]
+    if (
+        node.op == "call_function"
+        and op_name(node) == "embedding"
+        and isinstance(dims := inference.dims.get(node.args[0]), list)
+    ):  # type: ignore[arg-type]
         return leaves(dims[0])
     return []
 

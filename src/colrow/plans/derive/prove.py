@@ -102,7 +102,9 @@ class ShardedRun:
         if node in self.partial and op_name(node) == "embedding":
             outs = self._lookup(node, env)
         else:
-            outs = [self._call(node, self._local_args(node, r, env), self._kwargs(node, r, env)) for r in range(self.tp)]
+            outs = [
+                self._call(node, self._local_args(node, r, env), self._kwargs(node, r, env)) for r in range(self.tp)
+            ]
         if node in self.reductions:
             total = sum(outs[1:], outs[0])
             outs = [total] * self.tp
@@ -226,7 +228,9 @@ class GraphProof:
         return max(self.gradients.values(), default=0.0)
 
 
-def graph_values(traced: Trace, model: nn.Module, inputs: Sequence[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def graph_values(
+    traced: Trace, model: nn.Module, inputs: Sequence[Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The value of every placeholder, and the parameters among them by their names in the model."""
     state = dict(model.named_parameters(remove_duplicate=False))
     values: dict[str, Tensor] = dict(traced.values)

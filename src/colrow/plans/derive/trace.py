@@ -185,7 +185,9 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...], rescale: Rescale | None 
             program = torch.export.export(wrapper, inputs, strict=False).run_decompositions({})
     except Exception as error:
         first = str(error).strip().splitlines() or [""]
-        raise PlanError(f"torch.export cannot trace {type(model).__name__}: {type(error).__name__}: {first[0][:200]}") from error
+        raise PlanError(
+            f"torch.export cannot trace {type(model).__name__}: {type(error).__name__}: {first[0][:200]}"
+        ) from error
     finally:
         for module, mode in training.items():
             module.training = mode
