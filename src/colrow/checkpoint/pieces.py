@@ -1,0 +1,88 @@
+"""Pieces: the blocks of stored tensors that one rank holds, as views of its memory."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+from colrow.checkpoint.tensor_file import DTYPES
+from colrow.errors import CheckpointError
+from colrow.parallel.layout import Packed, boxes, local_tensor
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block of the tensor that is stored as `name`: `data`, a view, holds its elements from `offset`."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    offset: tuple[int, ...]
+    data: Tensor
+    chosen: bool
+    """Whether this rank writes it, of all that hold the same block on the tensor's mesh."""
+
+    @property
+    def bytes(self) -> int:
+        return self.data.numel() * self.data.element_size()
+
+
+def pieces_of(name: str, tensor: Tensor, packed: Packed | None = None) -> list[Piece]:
+    """What this rank holds of a plain tensor, or of a DTensor on any mesh; nothing where it is not on the mesh."""
+    tensor = tensor.detach()
+    local = local_tensor(tensor)
+    if local.is_meta:
+        raise CheckpointError(f"{name} is on the meta device: give the model memory before it is saved or loaded")
+    if local.dtype not in DTYPES:
+        raise CheckpointError(f"{name} has the dtype {local.dtype}, which a checkpoint cannot hold")
+    held = boxes(tensor, packed)
+    assert sum(prod(box.size) for box in held) == local.numel(), f"{name}: local shape {tuple(local.shape)} of {held}"
+    chosen = _is_chosen(name, tensor)
+    shape = tuple(tensor.shape)
+    return [Piece(name, shape, box.global_offset, local[box.local_slices], chosen) for box in held]
+
+
+def _is_chosen(name: str, tensor: Tensor) -> bool:
+    """One replica of each block, the same on all ranks; names spread the work over the replicas."""
+    if not isinstance(tensor, DTensor):
+        return True  # which other ranks hold it is known only to all of them together
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None:
+        return False
+    replica, replicas = 0, 1
+    for placement, index, extent in zip(tensor.placements, coordinate, tensor.device_mesh.shape, strict=True):
+        if isinstance(placement, Replicate):
+            replica, replicas = replica * extent + index, replicas * extent
+    return zlib.crc32(name.encode()) % replicas == replica
+
+
+class Staging:
+    """Host memory for a copy of pieces, pinned where they lie on a GPU, kept from one save to the next."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+
+    def copy(self, pieces: list[Piece]) -> list[Piece]:
+        """Copies of the chosen pieces. When it returns, the originals may change."""
+        staged, devices = [], set()
+        for piece in pieces:
+            if not piece.chosen:
+                continue
+            key = (piece.name, piece.offset)
+            buffer = self._buffers.get(key)
+            if buffer is None or buffer.shape != piece.data.shape or buffer.dtype != piece.data.dtype:
+                pinned = piece.data.is_cuda
+                buffer = torch.empty(piece.data.shape, dtype=piece.data.dtype, device="cpu", pin_memory=pinned)
+                self._buffers[key] = buffer
+            buffer.copy_(piece.data, non_blocking=True)
+            if piece.data.is_cuda:
+                devices.add(piece.data.device)
+            staged.append(replace(piece, data=buffer))
+        for device in devices:
+            torch.cuda.current_stream(device).synchronize()
+        return staged

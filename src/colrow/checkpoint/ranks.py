@@ -1,0 +1,91 @@
+"""The ranks that save and load together, and how they agree on what happened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+import torch.distributed as dist
+
+from colrow.errors import CheckpointError, ColrowError
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """A process group that can carry objects from host memory; without torch.distributed, this process alone."""
+
+    def __init__(self, group: dist.ProcessGroup | None):
+        self.group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.size = 1 if group is None else dist.get_world_size(group)
+
+    @classmethod
+    def open(cls, group: dist.ProcessGroup | None, private: bool) -> Ranks:
+        """The ranks of `group` (all of them unless given). Collective.
+
+        A gloo group over the same ranks is made where `group` cannot carry host memory (NCCL) or where `private` asks
+        for one that nothing else uses: a background thread's collectives must not mix with the training loop's.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls(None)
+        over = dist.group.WORLD if group is None else group
+        assert over is not None
+        if private or "gloo" not in dist.get_backend_config(over):
+            members = dist.get_process_group_ranks(over)
+            over = dist.new_group(members, backend="gloo", use_local_synchronization=group is not None)
+        return cls(over)
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank does what is done once."""
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in rank order, on every rank."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def together(self, work: Callable[[], T]) -> T:
+        """`work()` on every rank; where it fails on any of them, every rank raises, so that none waits for another.
+
+        Raises:
+            CheckpointError: some rank's user or disk is the cause; the text says what each of them found.
+        """
+        value, failure = None, None
+        try:
+            value = work()
+        except Exception as error:
+            failure = error
+        told = self.gather(None if failure is None else (as_text(failure), is_users(failure)))
+        if failure is not None and not is_users(failure):
+            raise failure
+        if any(told):
+            raise_told({rank: said for rank, said in enumerate(told) if said is not None}, failure)
+        return value  # type: ignore[return-value]
+
+
+def is_users(error: BaseException) -> bool:
+    """Whether a user or the machine caused it, as opposed to a bug."""
+    return isinstance(error, ColrowError | OSError | MemoryError)
+
+
+def as_text(error: BaseException) -> str:
+    """What an error says; the class too, unless the text was written for users."""
+    return str(error) if isinstance(error, ColrowError) else f"{type(error).__name__}: {error}"
+
+
+def raise_told(told: dict[int, tuple[str, bool]], cause: BaseException | None) -> NoReturn:
+    """Raise what ranks told (text, whether a user or the machine caused it): one text where they agree."""
+    texts = [text for text, _ in told.values()]
+    if len(set(texts)) == 1:
+        text = texts[0]
+    else:
+        lines = [f"rank {rank}: {said}" for rank, (said, _) in told.items()]
+        text = "\n".join(lines[:8] + ([f"and {len(lines) - 8} more ranks"] if len(lines) > 8 else []))
+    if all(users for _, users in told.values()):
+        raise CheckpointError(text) from cause
+    raise RuntimeError(text) from cause

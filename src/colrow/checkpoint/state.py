@@ -1,0 +1,248 @@
+"""What a model and an optimizer put into a checkpoint, and how an optimizer gets its state back.
+
+Tensors are stored under the names that the unsharded, uncompiled model gives them: `layers.0.mlp.up_proj.weight`, and
+for the optimizer `optimizer.layers.0.mlp.up_proj.weight.exp_avg`. Everything else of the optimizer is JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from colrow.checkpoint.manifest import DTYPE_OF_NAME, GroupRecord, Index, OptimizerRecord, StoredTensor
+from colrow.checkpoint.pieces import Piece, pieces_of
+from colrow.errors import CheckpointError
+from colrow.parallel.layout import Packed, packed_of
+
+OPTIMIZER_PREFIX = "optimizer."
+
+# Wrappers put these between a module's name and its parameters': torch.compile, activation checkpointing.
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
+# How a step is computed, not what it computes: these stay what the machine at hand was given.
+_EXECUTION_OPTIONS = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
+
+
+@dataclass(frozen=True)
+class Named:
+    """A parameter or buffer under the name it is stored by."""
+
+    name: str
+    tensor: Tensor
+    packed: Packed | None
+
+    def pieces(self) -> list[Piece]:
+        return pieces_of(self.name, self.tensor, self.packed)
+
+
+def model_tensors(model: nn.Module | Sequence[nn.Module], tied: Mapping[str, str] | None = None) -> list[Named]:
+    """Parameters and persistent buffers of a model, or of the pipeline stages that this rank holds.
+
+    A tensor with several names comes once, under its first. `tied` maps names that are another's copy (an output
+    embedding on the last stage) to the name they are stored by: then both are loaded, and one is saved.
+    """
+    named, seen = [], set()
+    for part in [model] if isinstance(model, nn.Module) else model:
+        for full_name, tensor in part.state_dict(keep_vars=True).items():  # FSDP's hooks reshard its parameters here
+            name = full_name
+            for wrapper in _WRAPPERS:
+                name = name.replace(wrapper, "")
+            name = (tied or {}).get(name, name)
+            if not isinstance(tensor, Tensor):
+                raise CheckpointError(f"the model's state {name} is a {type(tensor).__name__}: only tensors are stored")
+            if name.startswith(OPTIMIZER_PREFIX):
+                raise CheckpointError(f"the model's {name} takes the optimizer's name: call that module otherwise")
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                named.append(Named(name, tensor, packed_of(part, full_name)))
+    return named
+
+
+def optimizer_tensors(optimizer: Optimizer, named: list[Named]) -> list[Named]:
+    """The optimizer's tensors, each laid out as its parameter is. Collective where one of them is not."""
+    return [
+        Named(f"{OPTIMIZER_PREFIX}{owner.name}.{key}", _aligned(value, owner, key), _packed_like(value, owner))
+        for owner, param in _owners(optimizer, named)
+        for key, value in optimizer.state.get(param, {}).items()
+        if isinstance(value, Tensor)
+    ]
+
+
+def optimized_names(optimizer: Optimizer, named: list[Named]) -> list[str]:
+    """The parameters that the optimizer changes."""
+    return list(dict.fromkeys(owner.name for owner, _ in _owners(optimizer, named)))
+
+
+def optimizer_record(optimizer: Optimizer, named: list[Named]) -> OptimizerRecord:
+    """The optimizer's parameter groups, and the numbers in its state."""
+    names = {id(param): owner.name for owner, param in _owners(optimizer, named)}
+    values: dict[str, dict[str, Any]] = {}
+    for owner, param in _owners(optimizer, named):
+        plain = {k: _plain(v, k) for k, v in optimizer.state.get(param, {}).items() if not isinstance(v, Tensor)}
+        if plain:
+            values[owner.name] = plain
+    groups = [
+        GroupRecord(
+            names=list(dict.fromkeys(names[id(param)] for param in group["params"])),
+            options={k: _plain(v, k) for k, v in group.items() if k not in _EXECUTION_OPTIONS},
+        )
+        for group in optimizer.param_groups
+    ]
+    return OptimizerRecord(kind=type(optimizer).__name__, groups=groups, values=values)
+
+
+def merge_records(records: Sequence[OptimizerRecord]) -> OptimizerRecord:
+    """One record of what several pipeline stages hold: groups are joined by their place and their options."""
+    groups: list[GroupRecord] = []
+    for place in range(max(len(record.groups) for record in records)):
+        here: list[GroupRecord] = []
+        for record in records:
+            if place >= len(record.groups):
+                continue
+            group = record.groups[place]
+            same = next((i for i, other in enumerate(here) if other.options == group.options), None)
+            if same is None:
+                here.append(group)
+            else:
+                joined = list(dict.fromkeys(here[same].names + group.names))
+                here[same] = GroupRecord(names=joined, options=group.options)
+        groups += here
+    values = {name: value for record in records for name, value in record.values.items()}
+    return OptimizerRecord(kind=records[0].kind, groups=groups, values=values)
+
+
+def make_optimizer_state(optimizer: Optimizer, named: list[Named], index: Index) -> None:
+    """Give the optimizer tensors to load into, laid out as its parameters are, without taking a step.
+
+    State that the checkpoint lacks is removed: the optimizer will be what it was when it was saved.
+
+    Raises:
+        CheckpointError: a stored tensor has neither its parameter's shape nor a single element.
+    """
+    stored: dict[str, dict[str, StoredTensor]] = {}
+    for name, tensor in index.tensors.items():
+        if name.startswith(OPTIMIZER_PREFIX):
+            owner_name, _, key = name.removeprefix(OPTIMIZER_PREFIX).rpartition(".")
+            stored.setdefault(owner_name, {})[key] = tensor
+    groups = {id(param): group for group in optimizer.param_groups for param in group["params"]}
+    for owner, param in _owners(optimizer, named):
+        wanted = stored.get(owner.name)
+        if wanted is None:
+            optimizer.state.pop(param, None)
+            continue
+        state = optimizer.state[param]
+        for key in [key for key in state if key not in wanted]:
+            del state[key]
+        for key, tensor in wanted.items():
+            if not _fits(state.get(key), tensor, param):
+                state[key] = _zeros(owner.name, key, tensor, param, groups[id(param)])
+
+
+def restore_record(optimizer: Optimizer, named: list[Named], record: OptimizerRecord) -> None:
+    """Put the stored hyperparameters and numbers back.
+
+    Raises:
+        CheckpointError: the groups divide the parameters in another way.
+    """
+    place_of = {name: i for i, group in enumerate(record.groups) for name in group.names}
+    names = {id(param): owner.name for owner, param in _owners(optimizer, named)}
+    for place, group in enumerate(optimizer.param_groups):
+        members = [names[id(param)] for param in group["params"]]
+        choices = [record.groups[i].options for i in sorted({place_of[name] for name in members})]
+        if not members:  # a pipeline stage may have no parameter of this kind
+            choices = [record.groups[place].options] if place < len(record.groups) else []
+        if any(options != choices[0] for options in choices):
+            raise CheckpointError(
+                f"parameter group {place} joins parameters that had different options in the checkpoint "
+                f"(such as {members[0]}): build the optimizer's groups as the saving run did"
+            )
+        for key, value in choices[0].items() if choices else ():
+            current = group.get(key)
+            if isinstance(current, Tensor):
+                current.fill_(value)
+            else:
+                group[key] = tuple(value) if isinstance(current, tuple) else value
+    for owner, param in _owners(optimizer, named):
+        if owner.name in record.values:
+            optimizer.state[param].update(record.values[owner.name])
+
+
+def require_same_kind(optimizer: Optimizer, record: OptimizerRecord) -> None:
+    """Raise a CheckpointError when the state is another kind of optimizer's."""
+    if record.kind != type(optimizer).__name__:
+        raise CheckpointError(
+            f"the checkpoint holds the state of {record.kind}, this run's optimizer is {type(optimizer).__name__}: "
+            f"use {record.kind}, or load the model alone"
+        )
+
+
+def _owners(optimizer: Optimizer, named: list[Named]) -> Iterator[tuple[Named, Tensor]]:
+    """Each of the optimizer's parameters, with its name in the model."""
+    by_id = {id(one.tensor): one for one in named}
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if id(param) not in by_id:
+                raise CheckpointError(
+                    f"the optimizer holds a parameter of shape {tuple(param.shape)} that the model does not: make the "
+                    "optimizer after the model is parallelized, from the model's own parameters"
+                )
+            yield by_id[id(param)], param
+
+
+def _aligned(value: Tensor, owner: Named, key: str) -> Tensor:
+    assert "." not in key, f"the optimizer's state {key!r} has a dot in its name"
+    param = owner.tensor
+    if isinstance(param, DTensor) and isinstance(value, DTensor):
+        if value.shape == param.shape and value.placements != param.placements:
+            return value.redistribute(param.device_mesh, param.placements)
+    elif isinstance(param, DTensor) and value.ndim > 0:
+        raise CheckpointError(
+            f"the optimizer's {key} of {owner.name} is a plain tensor, but the parameter is a DTensor: "
+            "which part of the whole it is cannot be told"
+        )
+    return value
+
+
+def _packed_like(value: Tensor, owner: Named) -> Packed | None:
+    return owner.packed if value.shape == owner.tensor.shape else None
+
+
+def _fits(value: object, stored: StoredTensor, param: Tensor) -> bool:
+    if not isinstance(value, Tensor) or list(value.shape) != stored.shape:
+        return False
+    if value.dtype != DTYPE_OF_NAME[stored.dtype]:
+        return False
+    return value.ndim == 0 or not isinstance(param, DTensor) or _placements(value) == param.placements
+
+
+def _placements(value: Tensor) -> Any:
+    return value.placements if isinstance(value, DTensor) else None
+
+
+def _zeros(name: str, key: str, stored: StoredTensor, param: Tensor, group: dict[str, Any]) -> Tensor:
+    dtype = DTYPE_OF_NAME[stored.dtype]
+    if not stored.shape and param.ndim:
+        on_device = group.get("fused") or group.get("capturable")  # as torch's optimizers place their step counts
+        return torch.zeros((), dtype=dtype, device=param.device if on_device else "cpu")
+    if list(param.shape) == stored.shape:
+        return torch.zeros_like(param, dtype=dtype, requires_grad=False, memory_format=torch.preserve_format)
+    raise CheckpointError(
+        f"the optimizer's {key} of {name} has the shape {stored.shape}, its parameter {list(param.shape)}: "
+        "take one step before loading, so that the optimizer lays its state out"
+    )
+
+
+def _plain(value: Any, key: str) -> Any:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    if isinstance(value, tuple | list):
+        return [_plain(item, key) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise CheckpointError(f"the optimizer's {key} is a {type(value).__name__}, which a checkpoint cannot hold")

@@ -1,0 +1,251 @@
+"""Storage for torch.distributed.checkpoint: safetensors files and JSON, written aside and renamed when complete."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+from colrow.checkpoint.folder import Folder, in_words
+from colrow.checkpoint.manifest import (
+    EXTRA,
+    INDEX,
+    OPTIMIZER,
+    FileRecord,
+    Index,
+    Manifest,
+    TensorRecord,
+    write_manifest,
+    write_text,
+)
+from colrow.checkpoint.state import OPTIMIZER_PREFIX
+from colrow.checkpoint.tensor_file import Entry, TensorReader, write_tensors
+from colrow.checkpoint.threads import in_threads
+from colrow.errors import CheckpointError
+
+T = TypeVar("T")
+
+FILE_BYTES = 1 << 30  # a rank's tensors are cut into files of about this size, each written and checked by a thread
+_ROOM = 1 << 20  # for the JSON files, which are written last
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the coordinator knows beside the plan, when it writes the manifest."""
+
+    manifest: Manifest
+    """All of it but the model's signature and the files."""
+    extra: str
+    """JSON."""
+
+
+class CheckpointWriter(StorageWriter):
+    """Writes one checkpoint.
+
+    Every rank writes its blocks into `step-N.unfinished`; when all are done, the first rank adds the index and the
+    manifest and renames the folder. A failure on any rank comes back from DCP on all of them.
+    """
+
+    def __init__(self, folder: Folder, told: Told):
+        super().__init__()
+        self.folder = folder
+        self.told = told
+        self.step = told.manifest.step
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        assert checkpoint_id is None, "a writer is made for one folder"
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return False
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        needed = _ROOM + sum(_bytes_of(item) for plan in plans for item in plan.items)
+        try:
+            self.folder.begin(self.step)
+            free = shutil.disk_usage(self.folder.root).free
+        except OSError as error:
+            raise _disk_error(self.folder.root, needed, error) from error
+        if free < needed:
+            raise CheckpointError(_too_full(self.folder.root, needed, free))
+        return [replace(plan, storage_data=(f"rank-{rank:05d}", needed)) for rank, plan in enumerate(plans)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        prefix, needed = plan.storage_data
+        path = self.folder.unfinished(self.step)
+        if not path.is_dir():
+            raise CheckpointError(
+                f"{path} was made by the first rank and is not here: checkpoints need a folder that all hosts share"
+            )
+
+        def write(numbered: tuple[int, list[WriteItem]]) -> list[WriteResult]:
+            number, items = numbered
+            name = f"{prefix}-{number:04d}.safetensors"
+            size, checksum = write_tensors(path / name, [_entry(item, planner) for item in items])
+            record = FileRecord(name=name, bytes=size, crc32=checksum)
+            return [WriteResult(item.index, _bytes_of(item), record) for item in items]
+
+        try:
+            results = in_threads(write, enumerate(_split(plan.items)))
+        except OSError as error:
+            raise _disk_error(self.folder.root, needed, error) from error
+        return _done([result for written in results for result in written])
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        written = [result for of_rank in results for result in of_rank]
+        index = Index.from_metadata(metadata, {result.index: result.storage_data.name for result in written})
+        files = {result.storage_data.name: result.storage_data for result in written}
+        path = self.folder.unfinished(self.step)
+        optimizer = metadata.planner_data.optimizer
+        try:
+            texts = {INDEX: index.model_dump_json(), EXTRA: self.told.extra}
+            if optimizer is not None:
+                texts[OPTIMIZER] = optimizer.model_dump_json()
+            for name, text in texts.items():
+                files[name] = write_text(path / name, text)
+            manifest = self.told.manifest.model_copy(
+                update={
+                    "model": _signature(index),
+                    "files": list(files.values()),
+                    "optimizer": None if optimizer is None else optimizer.kind,
+                }
+            )
+            write_manifest(path, manifest)
+            self.folder.commit(self.step)
+        except OSError as error:
+            raise _disk_error(self.folder.root, sum(file.bytes for file in files.values()), error) from error
+
+
+class CheckpointReader(StorageReader):
+    """Reads blocks of a checkpoint whose files have been checked. Its metadata is given, never unpickled."""
+
+    def __init__(self, path: Path, index: Index):
+        super().__init__()
+        self.path = path
+        self._metadata = index.metadata()
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        assert checkpoint_id is None, "a reader is made for one folder"
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return False
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._metadata
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        self._file_of: dict[MetadataIndex, str] = metadata.storage_data
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        by_file: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            by_file.setdefault(self._file_of[item.storage_index], []).append(item)
+
+        def read(file_items: tuple[str, list[ReadItem]]) -> None:
+            file, items = file_items
+            with TensorReader(self.path / file) as reader:
+                for item in items:
+                    self._fill(reader, item, planner.resolve_tensor(item))
+
+        in_threads(read, by_file.items())
+        return _done(None)
+
+    def _fill(self, reader: TensorReader, item: ReadItem, target: Tensor) -> None:
+        key = _key(item.storage_index)
+        block = zip(item.storage_offsets, item.lengths, strict=True)
+        data = reader.read(key, tuple(slice(first, first + count) for first, count in block))
+        if data.shape != target.shape or data.dtype != target.dtype:
+            raise CheckpointError(
+                f"{reader.path}: {key} gave {data.dtype}{list(data.shape)} for {target.dtype}{list(target.shape)}"
+            )
+        target.copy_(data)
+
+
+def _key(index: MetadataIndex) -> str:
+    """A block's name in its file: the tensor's, and where in it the block begins."""
+    assert index.offset is not None
+    return f"{index.fqn}@{','.join(str(first) for first in index.offset)}"
+
+
+def _entry(item: WriteItem, planner: SavePlanner) -> Entry:
+    assert item.tensor_data is not None
+
+    def fetch() -> Tensor:
+        data = planner.resolve_data(item)
+        assert isinstance(data, Tensor)
+        return data
+
+    shape, dtype = tuple(item.tensor_data.chunk.sizes), item.tensor_data.properties.dtype
+    return Entry(_key(item.index), shape, dtype, fetch)
+
+
+def _bytes_of(item: WriteItem) -> int:
+    return item.tensor_storage_size() or 0
+
+
+def _split(items: list[WriteItem]) -> list[list[WriteItem]]:
+    files: list[list[WriteItem]] = []
+    room = 0
+    for item in items:
+        if not files or room < _bytes_of(item):
+            files.append([])
+            room = FILE_BYTES
+        files[-1].append(item)
+        room -= _bytes_of(item)
+    return files
+
+
+def _done(value: T) -> Future[T]:
+    future: Future[T] = Future()
+    future.set_result(value)
+    return future
+
+
+def _signature(index: Index) -> dict[str, TensorRecord]:
+    return {
+        name: TensorRecord(shape=tensor.shape, dtype=tensor.dtype)
+        for name, tensor in index.tensors.items()
+        if not name.startswith(OPTIMIZER_PREFIX)
+    }
+
+
+def _disk_error(root: Path, needed: int, error: OSError) -> CheckpointError:
+    if error.errno not in _DISK_FULL:
+        return CheckpointError(f"cannot write the checkpoint to {root}: {error.strerror} ({error.filename or root})")
+    try:
+        free = shutil.disk_usage(root).free
+    except OSError:
+        free = 0
+    return CheckpointError(f"{_too_full(root, needed, free)} ({error.strerror})")
+
+
+def _too_full(root: Path, needed: int, free: int) -> str:
+    return (
+        f"the disk is too full for a checkpoint in {root}: it needs {in_words(needed)} ({needed} bytes), "
+        f"{in_words(free)} are free; the former checkpoints are kept: free some space, set checkpoint.keep lower, "
+        "or move the run's folder"
+    )

@@ -1,0 +1,128 @@
+"""Files of tensors in the safetensors format, which holds a JSON header and raw numbers: nothing that can run.
+
+The header is known before the first tensor is at hand, so that tensors stream from the device to the disk one at a
+time, and the checksum is computed on the way. Reading goes through `safetensors`, which validates the header.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from colrow.errors import CheckpointError
+
+BLOCK = 16 << 20  # bytes that are checksummed while they are warm in the cache
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor to write: `fetch` is called once, when its turn has come."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    fetch: Callable[[], Tensor]
+
+    @property
+    def bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def write_tensors(path: Path, entries: Sequence[Entry]) -> tuple[int, int]:
+    """Write a new file and flush it to the disk. Returns its size in bytes and its CRC-32.
+
+    Raises:
+        OSError: the disk is full or cannot be written.
+    """
+    entries = sorted(entries, key=lambda entry: -entry.dtype.itemsize)  # wide ones first keeps all of them aligned
+    header: dict[str, Any] = {}
+    end = 0
+    for entry in entries:
+        start, end = end, end + entry.bytes
+        header[entry.key] = {
+            "dtype": DTYPES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    checksum = zlib.crc32(head)
+    with path.open("xb") as file:
+        file.write(head)
+        for entry in entries:
+            data = _as_bytes(entry.fetch())
+            assert len(data) == entry.bytes, f"{entry.key}: {len(data)} bytes where {entry.bytes} were planned"
+            for first in range(0, len(data), BLOCK):
+                block = data[first : first + BLOCK]
+                checksum = zlib.crc32(block, checksum)
+                file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return len(head) + end, checksum
+
+
+def checksum_of(path: Path) -> int:
+    """CRC-32 of a file."""
+    checksum, buffer = 0, bytearray(BLOCK)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            checksum = zlib.crc32(view[:count], checksum)
+    return checksum
+
+
+class TensorReader:
+    """Reads blocks of tensors out of one file. A context manager."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> TensorReader:
+        try:
+            self._file = safe_open(self.path, framework="pt", device="cpu")
+            self._file.__enter__()
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path} is not a safetensors file: {error}") from error
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self._file.__exit__(*args)
+
+    def read(self, key: str, slices: tuple[slice, ...]) -> Tensor:
+        """A block of the tensor `key`, in host memory."""
+        try:
+            if not slices:
+                return self._file.get_tensor(key)
+            return self._file.get_slice(key)[slices]
+        except (SafetensorError, IndexError, ValueError) as error:
+            raise CheckpointError(f"{self.path} does not hold {key} as the index says: {error}") from error
+
+
+def _as_bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")

@@ -1,0 +1,69 @@
+"""`colrow checkpoints RUN`: what checkpoints a run has, and in what state."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from colrow.checkpoint.folder import Folder, in_words
+from colrow.checkpoint.listing import CheckpointInfo, list_checkpoints, newest_whole
+from colrow.errors import CheckpointError
+
+_STYLES = {"whole": "green", "unfinished": "yellow", "damaged": "red"}
+
+
+def main(argv: list[str]) -> int:
+    """Exit status: 0, or 1 when a checkpoint is damaged."""
+    parser = argparse.ArgumentParser(prog="colrow checkpoints", description="List a run's checkpoints.")
+    parser.add_argument("run", type=Path, help="a run's folder, or its folder of checkpoints")
+    parser.add_argument("--checksums", action="store_true", help="read every file and compare it with its checksum")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args(argv)
+    infos = list_checkpoints(Folder(checkpoints_of(args.run)), args.checksums)
+    if args.json:
+        print(json.dumps([as_tree(info) for info in infos], indent=2))
+    elif infos:
+        _show(infos)
+    else:
+        print(f"no checkpoints in {args.run}")
+    return 1 if any(info.state == "damaged" for info in infos) else 0
+
+
+def checkpoints_of(run: Path) -> Path:
+    """The folder of a run's checkpoints. Raises CheckpointError when there is no such run."""
+    if not run.is_dir():
+        raise CheckpointError(f"{run} is not a folder: give a run's folder, such as runs/laptop")
+    inside = run / "checkpoints"
+    return inside if inside.is_dir() else run
+
+
+def as_tree(info: CheckpointInfo) -> dict[str, object]:
+    """One checkpoint as JSON."""
+    return {
+        "step": info.step,
+        "path": str(info.path),
+        "mesh": None if info.mesh is None else info.mesh.model_dump(),
+        "bytes": info.bytes,
+        "saved": info.saved or None,
+        "state": info.state,
+        "reason": info.reason or None,
+    }
+
+
+def _show(infos: list[CheckpointInfo]) -> None:
+    table = Table("step", "mesh", "size", "saved (UTC)", "state", box=None, pad_edge=False)
+    for info in infos:
+        state = f"[{_STYLES[info.state]}]{info.state}[/]"
+        reason = f": {info.reason}" if info.reason else ""
+        mesh = "" if info.mesh is None else str(info.mesh)
+        saved = info.saved.replace("T", " ").removesuffix("+00:00")
+        table.add_row(str(info.step), mesh, in_words(info.bytes), saved, state + escape(reason))
+    console = Console(soft_wrap=True)
+    console.print(table)
+    newest = newest_whole(infos)
+    console.print("no whole checkpoint" if newest is None else f"newest whole: {newest.path}", highlight=False)
