@@ -148,7 +148,7 @@ def _attention(config: RunConfig, training: Training) -> str:
     shape = training.source.config
     if training.device.type != "cuda" or shape is None:
         return ""
-    tp = config.mesh.tp if training.plan.name == "llama" else 1
+    tp = config.mesh.tp if training.plan.name.startswith("llama") else 1
     kernel = attention_kernel(
         training.device,
         torch.bfloat16 if training.precision.startswith("bf16") else torch.float32,
