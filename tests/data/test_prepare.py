@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import multiprocessing
@@ -96,6 +97,21 @@ def test_damaged_shards_are_made_again(section, texts):
     assert (first.folder / "train.bin").read_bytes() == before
 
 
+def test_a_finished_cache_may_be_read_only(section, texts, monkeypatch):
+    prepare(section(f"{texts}/*.txt"), VOCAB, False)
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
+    monkeypatch.setattr("colrow.data.prepare.locked", None)
+    monkeypatch.setattr("colrow.data.digests.write_whole", read_only)
+    monkeypatch.setattr("colrow.data.digests._SETTLED_SECONDS", -1.0)
+    before = sorted(os.listdir(section("x").cache))
+    assert not prepare(section(f"{texts}/*.txt"), VOCAB, False).built
+    assert sorted(os.listdir(section("x").cache)) == before
+
+
+def read_only(path, text):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
 # --- several processes; these import no torch
 
 PREPARE = """
@@ -145,6 +161,7 @@ def test_of_several_processes_one_makes_the_data_and_the_others_wait(tmp_path, t
     assert not list((tmp_path / "cache").glob("*.partial-*"))
 
 
+@pytest.mark.skipif(not os.path.exists("/proc"), reason="looks for the orphans of a killed process in /proc")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_build_that_is_killed_leaves_nothing_that_is_taken_for_whole(tmp_path, texts, workers):
     process = start(tmp_path, texts, pause=0.03, workers=workers)
