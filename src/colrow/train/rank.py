@@ -22,7 +22,7 @@ from colrow.train.loop import Loop, Outcome, resume
 from colrow.train.metrics import Metrics
 from colrow.train.plot import plot_loss
 from colrow.train.progress import Progress
-from colrow.train.run_folder import CHECKPOINTS, PLAN, TOKENIZER, claimed, write_config
+from colrow.train.run_folder import CHECKPOINTS, PLAN, claimed, write_config
 from colrow.train.setup import Training, set_up
 
 
@@ -91,10 +91,10 @@ def joined(config: RunConfig, place: Place) -> Iterator[tuple[DeviceMesh, torch.
 
 
 def describe_folder(config: RunConfig, training: Training, data: PreparedData) -> None:
-    """Write config.yaml, plan.yaml and tokenizer.json."""
+    """Write config.yaml, plan.yaml, tokenizer.json, and tokenizer_config.json, which says what ends a text."""
     write_config(config)
     training.plan.save(config.run.dir / PLAN)
-    data.tokenizer.save(config.run.dir / TOKENIZER)
+    data.tokenizer.save(config.run.dir)
 
 
 def opening_lines(config: RunConfig, training: Training, start: int) -> list[str]:
