@@ -13,6 +13,7 @@ gradient is a part of a sum, `to_local()` that all ranks hold the same one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -30,8 +31,9 @@ def view_parameters(module: nn.Module, views: dict[str, View]) -> None:
 
 def _property(name: str, view: View) -> property:
     def read(module: nn.Module) -> Tensor | None:
-        param = module._parameters[name]
-        return view(param) if isinstance(param, DTensor) else param
+        param: Any = module._parameters[name]
+        # On more axes than tp it is what FSDP2 keeps between uses and itself reads here: not gathered, nothing to view.
+        return view(param) if isinstance(param, DTensor) and param.device_mesh.ndim == 1 else param
 
     def write(module: nn.Module, value: nn.Parameter | None) -> None:
         module.register_parameter(name, value)

@@ -1,0 +1,165 @@
+"""`colrow plan MODEL --tp N`: what a plan does to a model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from colrow.cli.flags import parse
+from colrow.plans.dry_run import Collective, Output
+from colrow.plans.report import ParameterRow, PlanReport, collapse, report
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Show a plan: each parameter with placement and local shape, each collective of a layer."""
+
+    model: tyro.conf.Positional[str]
+    """A named shape (llama3-8b), a Hugging Face folder or config.json, or package.module:callable."""
+    tp: int
+    """Tensor-parallel degree."""
+    plan: str = "llama"
+    """A preset's name, huggingface, derive, or a file."""
+    loss: str | None = None
+    """For a preset: vocab_parallel or replicated."""
+    batch_size: int = 1
+    """Sequences on a rank, for the bytes of collectives."""
+    seq_len: int | None = None
+    """Tokens in a sequence; the model's context, at most 8192, unless given."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """Write the plan to this file."""
+    html: Path | None = None
+    """Write a page with the same picture, the tables and the reasons to this file."""
+    json: bool = False
+    """Print JSON instead."""
+
+
+def main(argv: list[str]) -> int:
+    """Exit 0; 2 for bad usage."""
+    flags = parse(Flags, "plan", argv)
+    from colrow.cli.sources import load_model, load_plan
+
+    model = load_model(flags.model)
+    plan = load_plan(flags.plan, model, flags.tp, flags.loss)
+    context = getattr(getattr(model, "config", None), "max_position_embeddings", 512)
+    shown = report(model, plan, flags.tp, flags.batch_size, flags.seq_len or min(context, 8192))
+    if flags.output is not None:
+        plan.save(flags.output)
+    if flags.html is not None:
+        from colrow.plans.html import write_page
+
+        write_page(shown, flags.model, flags.html)
+    if flags.json:
+        json.dump(shown.to_data(), sys.stdout, indent=1)
+        print()
+        return 0
+    show(shown, Console(highlight=False))
+    for what, path in (("plan", flags.output), ("page", flags.html)):
+        if path is not None:
+            print(f"{what} written to {path}")
+    return 0
+
+
+def show(shown: PlanReport, console: Console) -> None:
+    """The whole report for a terminal."""
+    console.print(
+        f"plan [bold]{shown.plan.name}[/] at tp={shown.tp}, loss {shown.plan.loss}, "
+        f"batch {shown.batch_size} × {shown.seq_len} tokens"
+    )
+    console.print(_parameters(shown.parameters))
+    whole, part = sum(r.bytes for r in shown.parameters), sum(r.local_bytes for r in shown.parameters)
+    console.print(f"parameters: {size(whole)} in all, {size(part)} on each rank")
+    if shown.path:
+        console.print(f"\none block, {shown.block} (× {shown.blocks}); ▼ forward, ▲ backward")
+        for line in _drawing(shown):
+            console.print(line, soft_wrap=True)
+    console.print()
+    if shown.block:
+        console.print(_collectives(f"collectives of one block, {shown.block}", shown.block_collectives))
+    console.print(_collectives("collectives outside the blocks", shown.other_collectives))
+    reasons: dict[str, list[str]] = {}
+    for row in shown.parameters:
+        if row.shape == row.local_shape and (name := collapse(row.name)) not in reasons.setdefault(row.reason, []):
+            reasons[row.reason].append(name)
+    for reason, names in reasons.items():
+        console.print(f"\nwhole on each rank ({reason}):")
+        for name in names:
+            console.print(f"  {name}")
+    for note, text in shown.plan.notes.items():
+        console.print(f"  {note}: {text}")
+
+
+def _parameters(rows: list[ParameterRow]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("parameter", "shape", "placement", "on a rank"):
+        table.add_column(title, overflow="fold", no_wrap=title != "parameter")
+    groups: dict[tuple[str, str, str, str], int] = Counter()
+    for row in rows:
+        groups[(collapse(row.name), _shape(row.shape), row.placement, _shape(row.local_shape))] += 1
+    for (name, shape, placement, local), _ in groups.items():
+        table.add_row(name, shape, placement, local)
+    return table
+
+
+def _drawing(shown: PlanReport) -> list[str]:
+    """The path of the activations through one block: modules, the layout on each edge, what is sent at a change."""
+    first, *steps = shown.path
+    lines = [f"  in  {_output(first.output)}"]
+    for step in steps:
+        stem = "  " + "│ " * step.depth
+        branch = "  " + "│ " * (step.depth - 1) + "├ "
+        output = f"out {_output(step.output)}" if step.output else ""
+        sent = [f"{stem}{_edge(forward, step.backward)}" for forward in step.before]
+        head = f"{branch}{step.name.rpartition('.')[2]:<{32 - len(branch)}}{step.style:<14} {output}".rstrip()
+        lines += [head, *sent] if step.style.startswith("prepare") else [*sent, head]
+        lines += [f"{stem}{_edge(forward, step.backward)}" for forward in step.after]
+    return [*lines, f"  out {_output(first.output)}"]
+
+
+def _output(output: Output | None) -> str:
+    if output is None:
+        return ""
+    return _shape(output.shape) + (" over all ranks" if output.is_dtensor else "")
+
+
+def _edge(forward: Collective, backward: Sequence[Collective]) -> str:
+    dual = {"all_gather": "reduce_scatter", "reduce_scatter": "all_gather", "all_reduce": "all_reduce"}
+    back = next((c for c in backward if c.op == dual.get(forward.op)), None)
+    change = forward.cause.partition(": ")[2]
+    return f"▼ {_op(forward)} {size(forward.bytes)}  {change}" + (f"  ▲ {_op(back)} {size(back.bytes)}" if back else "")
+
+
+def _op(collective: Collective) -> str:
+    return collective.op.replace("_", "-")
+
+
+def _collectives(title: str, collectives: list[Collective]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left", title_style="")
+    for column in ("pass", "operation", "number", "bytes", "cause"):
+        table.add_column(column, overflow="fold", justify="right" if column in ("number", "bytes") else "left")
+    kinds: dict[tuple[str, str, int, str], int] = Counter((c.pass_, c.op, c.bytes, c.cause) for c in collectives)
+    for (pass_, op, bytes_, cause), number in kinds.items():
+        table.add_row(pass_, op.replace("_", "-"), str(number), size(bytes_), cause)
+    return table
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape)) or "scalar"
+
+
+def size(number: float) -> str:
+    """Bytes for people: 1.5 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024 or unit == "GiB":
+            break
+        number /= 1024
+    return f"{number:.0f} {unit}" if number >= 100 or unit == "B" else f"{number:.1f} {unit}"

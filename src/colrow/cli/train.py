@@ -1,0 +1,134 @@
+"""`colrow train CONFIG.yaml [--mesh.tp 4 ...]`: start or continue a run.
+
+Under torchrun this process is a rank. Otherwise it checks what can be checked, prepares the data, and starts
+torchrun's launcher with as many local ranks as the mesh has.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from colrow.config import RunConfig, load_config
+from colrow.errors import ColrowError, ConfigError
+
+USAGE = """usage: colrow train CONFIG.yaml [--KEY VALUE ...]
+
+Starts the run that CONFIG.yaml describes, or continues it from its newest checkpoint.
+Every key is a flag: colrow train configs/laptop.yaml --mesh.tp 4 --train.steps 20
+`colrow train CONFIG.yaml --help` lists the keys with their values."""
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if argv else 2
+    if argv[0].startswith("-"):
+        raise ConfigError(f"the config file comes first: colrow train CONFIG.yaml {' '.join(argv)}")
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return _rank(argv)
+    return _start(argv)
+
+
+def read_config(argv: list[str]) -> RunConfig:
+    """The config of `CONFIG.yaml --key value ...`."""
+    import tyro
+
+    from colrow.train.preflight import resolve
+
+    config = load_config(argv[0])
+    if len(argv) > 1:
+        config = tyro.cli(
+            RunConfig,
+            prog=f"colrow train {argv[0]}",
+            default=config,
+            args=argv[1:],
+            use_underscores=True,
+            config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+        )
+    return resolve(config)
+
+
+def _start(argv: list[str]) -> int:
+    from colrow.data.prepare import prepare
+    from colrow.train import preflight
+    from colrow.train.launch import launch
+
+    config = read_config(argv)
+    checked = preflight.check(config)
+    if checked.finished(config):
+        assert checked.newest is not None
+        print(
+            f"the run in {config.run.dir} is finished: {checked.newest.step} of {config.train.steps} steps.\n"
+            f"Sample it with `colrow generate {config.run.dir} --prompt TEXT`; to train on, raise --train.steps; "
+            "to start anew, set --run.dir to another folder."
+        )
+        return 0
+    for line in checked.changes:
+        print(f"changed    {line}")
+    prepare(config.data, checked.source.vocab_size, progress=True)
+    ranks = config.mesh.world_size
+    os.environ.setdefault("OMP_NUM_THREADS", str(preflight.threads_for(ranks)))
+    failure = launch(["-m", "colrow", "train", *argv], ranks)
+    if failure is None:
+        return 0
+    print(f"colrow train: error: {failure.text.strip()}", file=sys.stderr)
+    return failure.status
+
+
+def _rank(argv: list[str]) -> int:
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    with _reporting(Path(error_file) if error_file else None):
+        import torch
+
+        from colrow.train import preflight
+        from colrow.train.rank import Place, run_rank
+        from colrow.train.stop import StopRequest
+
+        with StopRequest(Path(error_file).parent if error_file else None) as stop:
+            config = read_config(argv)
+            world_size = int(os.environ["WORLD_SIZE"])
+            place = Place(
+                rank=int(os.environ["RANK"]),
+                local_rank=int(os.environ.get("LOCAL_RANK", os.environ["RANK"])),
+                world_size=world_size,
+                local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+            )
+            if "OMP_NUM_THREADS" not in os.environ:
+                torch.set_num_threads(preflight.threads_for(place.local_world_size))
+            run_rank(config, place, argv[0], lambda: stop.requested)
+    return 0
+
+
+@contextmanager
+def _reporting(error_file: Path | None) -> Iterator[None]:
+    """End this process at once on an error, with its text where the launcher looks for it, or on the screen.
+
+    A rank that lost its connection to another one mostly does so because that one failed: it waits a little, so that
+    the other's error is the one that is found.
+    """
+    from colrow.train.launch import write_error
+
+    try:
+        yield
+    except BaseException as error:
+        when = time.time()
+        users = isinstance(error, ColrowError)
+        text = str(error) if users else traceback.format_exc()
+        status = 2 if users else 1
+        if isinstance(error, SystemExit):
+            raise
+        if error_file is None:
+            print(f"colrow train: error: {text}", file=sys.stderr)
+        else:
+            if not users and "onnection" in text:
+                time.sleep(2.0)
+            write_error(error_file, text, when, status)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

@@ -1,0 +1,189 @@
+"""Hugging Face's config.json and parameter names: Llama, Qwen2, Qwen3, and Mistral without a sliding window."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from colrow.errors import ConfigError, did_you_mean
+from colrow.models.llama import Llama3Scaling, LlamaConfig
+
+FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+"""model_type -> the first part of the class's name; what can be written. Mistral is read, and written as Llama."""
+
+_PREFIX = "model."
+_HEAD = "lm_head.weight"
+_EMBEDDING = "embed_tokens.weight"
+_TOP = ("embed_tokens", "layers", "norm")
+
+
+def read_config(path: Path | str) -> LlamaConfig:
+    """The config in a folder's config.json, or in the file itself.
+
+    Raises:
+        ConfigError: there is none, or it describes a model that `colrow.models.llama` cannot compute.
+    """
+    path = Path(path)
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} holds no config.json: give a Hugging Face folder or its config.json") from error
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{file} is not JSON: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file} holds no mapping: give a Hugging Face folder or its config.json")
+    return config_from_huggingface(tree, str(file))
+
+
+def config_from_huggingface(tree: dict[str, Any], source: str = "config.json") -> LlamaConfig:
+    """The config in the mapping that a config.json holds. Raises ConfigError as `read_config` does."""
+    family = tree.get("model_type")
+    if family not in (*FAMILIES, "mistral"):
+        known = (*FAMILIES, "mistral")
+        near = did_you_mean(family, known) if isinstance(family, str) else f"; known names: {', '.join(known)}"
+        raise ConfigError(
+            f"{source}: model_type {family!r} is not one that colrow's Llama computes{near}; "
+            "for another family set model.implementation to transformers"
+        )
+    _refuse_other_arithmetic(tree, family, source)
+    try:
+        heads, hidden = int(tree["num_attention_heads"]), int(tree["hidden_size"])
+        return LlamaConfig(
+            vocab_size=int(tree["vocab_size"]),
+            hidden_size=hidden,
+            intermediate_size=int(tree["intermediate_size"]),
+            num_hidden_layers=int(tree["num_hidden_layers"]),
+            num_attention_heads=heads,
+            num_key_value_heads=int(tree.get("num_key_value_heads") or heads),
+            head_dim=int(tree.get("head_dim") or (128 if family == "qwen3" else hidden // heads)),
+            max_position_embeddings=int(tree["max_position_embeddings"]),
+            rope_theta=float(_rope(tree).get("rope_theta", 10_000.0)),
+            rope_scaling=_scaling(_rope(tree), source),
+            rms_norm_eps=float(tree.get("rms_norm_eps", 1e-6)),
+            tie_word_embeddings=bool(tree.get("tie_word_embeddings", False)),
+            attention_bias=family == "qwen2",
+            qk_norm=family == "qwen3",
+        )
+    except KeyError as error:
+        raise ConfigError(f"{source}: {error.args[0]} is missing") from error
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
+
+
+def config_to_huggingface(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """What config.json says of a model whose weights are stored in `dtype`.
+
+    The rotary embedding is written twice, as transformers 5 (`rope_parameters`) and as transformers 4 (`rope_theta`,
+    `rope_scaling`) read it.
+
+    Raises:
+        ConfigError: no class of transformers has this combination of options.
+    """
+    if config.attention_bias and config.qk_norm:
+        raise ConfigError(
+            "attention_bias and qk_norm together are no Hugging Face model that has no bias on o_proj: "
+            "a model with one of them can be exported"
+        )
+    family = "qwen2" if config.attention_bias else "qwen3" if config.qk_norm else "llama"
+    scaling = None
+    if config.rope_scaling is not None:
+        given = config.rope_scaling
+        scaling = {
+            "rope_type": "llama3",
+            "factor": given.factor,
+            "low_freq_factor": given.low_freq_factor,
+            "high_freq_factor": given.high_freq_factor,
+            "original_max_position_embeddings": given.original_max_position_embeddings,
+        }
+    tree: dict[str, Any] = {
+        "architectures": [f"{FAMILIES[family]}ForCausalLM"],
+        "model_type": family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_position_embeddings,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_parameters": {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})},
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "dtype": str(dtype).removeprefix("torch."),
+        "use_cache": True,
+    }
+    if scaling is not None:
+        tree["rope_scaling"] = {**scaling, "rope_theta": config.rope_theta}
+    if family == "llama":
+        tree |= {"attention_bias": False, "mlp_bias": False}
+    if family == "qwen3":
+        tree |= {"attention_bias": False}
+    if family != "llama":
+        tree |= {"use_sliding_window": False, "sliding_window": None}
+    return tree
+
+
+def name_to_huggingface(name: str) -> str:
+    """`layers.0.mlp.up_proj.weight` -> `model.layers.0.mlp.up_proj.weight`; the head and names of other models stay."""
+    return _PREFIX + name if name.partition(".")[0] in _TOP else name
+
+
+def name_from_huggingface(name: str) -> str:
+    """The inverse of `name_to_huggingface`."""
+    bare = name.removeprefix(_PREFIX)
+    return bare if bare.partition(".")[0] in _TOP else name
+
+
+def stored_name(name: str, tied: bool) -> str:
+    """Under which of its names a parameter is initialised and stored: a tied head is the embedding."""
+    return _EMBEDDING if tied and name == _HEAD else name
+
+
+def _refuse_other_arithmetic(tree: dict[str, Any], family: str, source: str) -> None:
+    """Raise for options that would change the logits without a word."""
+    wrong = None
+    if tree.get("hidden_act", "silu") != "silu":
+        wrong = f"hidden_act={tree['hidden_act']!r}: only silu is computed"
+    elif family != "qwen2" and tree.get("attention_bias"):
+        wrong = "attention_bias puts a bias on o_proj too, which is not computed"
+    elif tree.get("mlp_bias"):
+        wrong = "mlp_bias is not computed"
+    elif tree.get("use_sliding_window") or (family == "mistral" and tree.get("sliding_window") is not None):
+        wrong = f"sliding_window={tree.get('sliding_window')}: only full attention is computed"
+    elif "quantization_config" in tree:
+        wrong = "quantized weights are not read: give a folder in bfloat16 or float32"
+    elif float(_rope(tree).get("partial_rotary_factor", 1.0)) != 1.0:
+        wrong = "partial_rotary_factor: only a rotation of whole heads is computed"
+    if wrong is not None:
+        raise ConfigError(f"{source}: {wrong}; set model.implementation to transformers to train it as it is")
+
+
+def _rope(tree: dict[str, Any]) -> dict[str, Any]:
+    """`rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` of transformers 4."""
+    top = {key: tree[key] for key in ("rope_theta", "partial_rotary_factor") if tree.get(key) is not None}
+    return {**top, **(tree.get("rope_scaling") or tree.get("rope_parameters") or {})}
+
+
+def _scaling(rope: dict[str, Any], source: str) -> Llama3Scaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ConfigError(
+            f"rope_type {kind!r} is not computed, only default and llama3; "
+            "set model.implementation to transformers to train it as it is"
+        )
+    return Llama3Scaling(
+        factor=float(rope["factor"]),
+        low_freq_factor=float(rope["low_freq_factor"]),
+        high_freq_factor=float(rope["high_freq_factor"]),
+        original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
+    )

@@ -1,0 +1,1 @@
+"""Running a model on shapes alone: what `dry_run` is made of."""

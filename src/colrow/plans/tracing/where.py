@@ -1,0 +1,82 @@
+"""Which module a piece of work belongs to, in forward and in backward.
+
+Hooks keep the stack of running modules. What a module's call adds to the autograd graph is swept after it, so that a
+node knows the innermost module that made it; in backward the running node tells the module. The hooks stand outside
+of those of the plan's styles: a gather before a module and a scatter after it belong to that module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+LOSS = "loss"
+_KEY = "colrow_where"
+
+
+class Where:
+    """Attributes work to the modules of `model`; `rename` gives the name to report."""
+
+    def __init__(self, model: nn.Module, rename: Callable[[str], str]) -> None:
+        self._stack: list[str] = []
+        self._handles: list[Any] = []
+        for name, module in model.named_modules():
+            label = rename(name) if name else ""
+            self._handles.append(module.register_forward_pre_hook(self._enter(label), prepend=True, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._exit(label)))
+
+    def module(self) -> str:
+        """The fully qualified name of the module at work; `loss` outside of the model, empty for the model itself."""
+        node: Any = torch._C._current_autograd_node()
+        if node is not None:
+            return str(node.metadata.get(_KEY, LOSS))
+        return self._stack[-1] if self._stack else LOSS
+
+    @staticmethod
+    def backward() -> bool:
+        """Whether a backward pass runs."""
+        return torch._C._current_autograd_node() is not None
+
+    def forget_calls(self) -> None:
+        """After an exception left modules open."""
+        self._stack.clear()
+
+    def innermost(self) -> str:
+        """The module that was running when an exception left the model."""
+        return self._stack[-1] if self._stack else LOSS
+
+    def _enter(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if self._stack:
+                _sweep((args, kwargs), self._stack[-1])
+            self._stack.append(name)
+
+        return hook
+
+    def _exit(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            _sweep(output, name)
+            self._stack.pop()
+
+        return hook
+
+
+def _sweep(values: Any, name: str) -> None:
+    """Give every node behind `values` that has no module yet this one."""
+    todo = [leaf.grad_fn for leaf in _tensors(values) if leaf.grad_fn is not None]
+    while todo:
+        node = todo.pop()
+        metadata: Any = node.metadata
+        if _KEY in metadata:
+            continue
+        metadata[_KEY] = name
+        todo += [before for before, _ in node.next_functions if before is not None]
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    leaves = (tree_leaves(leaf.to_tuple() if hasattr(leaf, "to_tuple") else leaf) for leaf in tree_leaves(values))
+    return [leaf for group in leaves for leaf in group if isinstance(leaf, Tensor)]

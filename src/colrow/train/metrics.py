@@ -1,0 +1,164 @@
+"""A run's figures: metrics.jsonl always, TensorBoard and Weights & Biases when asked.
+
+metrics.jsonl has one object for each step, counted from 1: `step`, `loss`, `grad_norm`, `lr`, `tokens` (since the
+run's start), `tokens_per_second` (over all ranks), on GPUs `memory_gib` (allocator's peak of a rank), `mfu_causal` and
+`mfu_full`; the steps that are evaluated also have `val_loss` and `perplexity`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from colrow.config import LogSection, RunConfig
+from colrow.errors import ConfigError
+
+Record = dict[str, Any]
+FILE = "metrics.jsonl"
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12}
+"""Dense bf16 by a part of the GPU's name (data sheets of the SXM forms)."""
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); inf where that overflows."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of the GPU of this name; None when the table lacks it: then there is no MFU."""
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in device_name), None)
+
+
+class Sink(Protocol):
+    """Takes the record of each step."""
+
+    def write(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Metrics:
+    """Hands each record to metrics.jsonl and to the sinks that the config asks for.
+
+    Args:
+        step: the last step that counts. What the file says of later ones is cut off: they will be run again.
+    """
+
+    def __init__(self, config: RunConfig, step: int) -> None:
+        self.path = config.run.dir / FILE
+        truncate(self.path, step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._sinks = open_sinks(config, step)
+
+    def write(self, record: Record) -> None:
+        """Add one record; it is in the file when this returns."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for sink in self._sinks:
+            sink.write(record)
+
+    def close(self) -> None:
+        self._file.close()
+        for sink in self._sinks:
+            sink.close()
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """The records of a metrics.jsonl, in order; empty when there is none. A torn last line is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        records.append(record)
+    return records
+
+
+def truncate(path: Path, step: int) -> None:
+    """Keep the records up to `step`, in place of a run's file whose later steps no checkpoint holds."""
+    records = read_metrics(path)
+    kept = "".join(json.dumps(record) + "\n" for record in records if record["step"] <= step)
+    partial = path.with_suffix(".partial")
+    partial.write_text(kept, encoding="utf-8")
+    partial.replace(path)
+
+
+def require_sinks(section: LogSection) -> None:
+    """Raise a ConfigError, with what to install, for a sink that is asked for and not there."""
+    for asked, module, extra in (
+        (section.tensorboard, "tensorboard", "tensorboard"),
+        (section.wandb, "wandb", "wandb"),
+    ):
+        if asked and importlib.util.find_spec(module) is None:
+            raise ConfigError(
+                f"log.{extra}: true needs the package {module}, which is not installed: "
+                f"pip install 'colrow[{extra}]', or set log.{extra} to false"
+            )
+
+
+def open_sinks(config: RunConfig, step: int) -> list[Sink]:
+    """The sinks that the config asks for, going on after `step`."""
+    require_sinks(config.log)
+    sinks: list[Sink] = []
+    if config.log.tensorboard:
+        sinks.append(_TensorBoard(config.run.dir / "tensorboard", step))
+    if config.log.wandb:
+        sinks.append(_Wandb(config))
+    return sinks
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def write(self, record: Record) -> None:
+        for key, value in record.items():
+            if key != "step":
+                self._writer.add_scalar(key, value, record["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    """A run of Weights & Biases that a resumed run continues: its id stands in the run's folder."""
+
+    def __init__(self, config: RunConfig) -> None:
+        import wandb
+
+        id_file = config.run.dir / "wandb.id"
+        if not id_file.exists():
+            id_file.write_text(wandb.util.generate_id(), encoding="ascii")
+        self._run = wandb.init(
+            project=config.log.wandb_project,
+            name=config.run.dir.name,
+            id=id_file.read_text(encoding="ascii"),
+            resume="allow",
+            dir=str(config.run.dir),
+            config=config.model_dump(mode="json"),
+        )
+
+    def write(self, record: Record) -> None:
+        self._run.log({key: value for key, value in record.items() if key != "step"}, step=record["step"])
+
+    def close(self) -> None:
+        self._run.finish()

@@ -1,0 +1,139 @@
+"""What can be known to be wrong before any process starts."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from colrow.checkpoint.distributed import Checkpoints
+from colrow.checkpoint.listing import CheckpointInfo
+from colrow.config import RunConfig
+from colrow.data.loader import check_batch
+from colrow.errors import ConfigError
+from colrow.plans.heads import heads_of
+from colrow.plans.plan import Plan
+from colrow.train.metrics import require_sinks
+from colrow.train.run_folder import CHECKPOINTS, changed_keys, require_free
+from colrow.train.schedule import check_schedule
+from colrow.train.setup import blocks_of, choose_plan
+from colrow.train.source import Source, build_source
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the checks found on their way."""
+
+    source: Source
+    plan: Plan
+    device_type: str
+    changes: list[str]
+    """Keys that changed since the run's former start, `key: before -> now`."""
+    newest: CheckpointInfo | None
+    """The newest whole checkpoint in the run's folder."""
+
+    def finished(self, config: RunConfig) -> bool:
+        """Whether nothing is left to train."""
+        return self.newest is not None and self.newest.step >= config.train.steps
+
+
+def check(config: RunConfig, local_ranks: int | None = None) -> Checked:
+    """Check everything that needs no other process.
+
+    Args:
+        local_ranks: ranks on this host; all of the mesh's unless given.
+
+    Raises:
+        ConfigError, PlanError, CheckpointError: what is wrong, and the mend.
+    """
+    check_batch(config.train.global_batch, config.train.micro_batch, config.mesh.dp)
+    check_schedule(config.train)
+    require_sinks(config.log)
+    kind = device_type(config)
+    require_devices(config.mesh.world_size if local_ranks is None else local_ranks, kind)
+    require_free(config.run.dir)
+    changes = changed_keys(config)
+    source = build_source(config.model, config.run.seed)
+    check_model(config, source)
+    plan = choose_plan(config, source.model)
+    plan.check_shapes(source.model, config.mesh.tp)
+    check_sequence(config, plan)
+    newest = Checkpoints(config.run.dir / CHECKPOINTS, keep=config.checkpoint.keep).latest()
+    return Checked(source, plan, kind, changes, newest)
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """The config with what follows from it filled in: a Hugging Face folder's own tokenizer."""
+    tokenizer = config.data.tokenizer
+    if config.model.huggingface is None or tokenizer.path is not None or tokenizer.vocab_size is not None:
+        return config
+    folder = Path(config.model.huggingface)
+    if not (folder / "tokenizer.json").exists():
+        return config
+    given = tokenizer.model_copy(update={"path": folder})
+    return config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": given})})
+
+
+def device_type(config: RunConfig) -> str:
+    """`cpu` or `cuda`: as asked, else GPUs where there are some.
+
+    Raises:
+        ConfigError: cuda is asked for and torch sees no GPU.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        built = "no GPU is visible" if torch.version.cuda or torch.version.hip else "this torch is built without CUDA"
+        raise ConfigError(f"device: cuda is asked for, but {built}: use --device cpu, or install a torch with CUDA")
+    return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def require_devices(local_ranks: int, kind: str) -> None:
+    """Raise a ConfigError when this host has fewer GPUs than ranks."""
+    if kind != "cuda":
+        return
+    there = torch.cuda.device_count()
+    if local_ranks > there:
+        raise ConfigError(
+            f"{local_ranks} ranks need {local_ranks} GPUs and this host has {there}: choose a mesh of {there} (such as "
+            f"--mesh.tp {there}), use several hosts with torchrun, or --device cpu"
+        )
+
+
+def check_model(config: RunConfig, source: Source) -> None:
+    """Raise a ConfigError when the sequence or the pipeline does not fit the model."""
+    longest = getattr(getattr(source.model, "config", None), "max_position_embeddings", None)
+    if isinstance(longest, int) and config.data.seq_len > longest:
+        raise ConfigError(
+            f"data.seq_len={config.data.seq_len} is longer than the {longest} positions of {source.name}: "
+            f"use {longest} or less"
+        )
+    layers = len(blocks_of(source.model))
+    if config.mesh.pp > max(layers, 1):
+        raise ConfigError(
+            f"mesh.pp={config.mesh.pp} has more stages than {source.name} has layers ({layers}): use pp up to {layers}"
+        )
+    heads = heads_of(source.model)
+    if heads is not None and heads.query % config.mesh.tp and config.plan == "llama":
+        fits = [n for n in range(1, heads.query + 1) if heads.query % n == 0]
+        raise ConfigError(
+            f"n_heads={heads.query} of {source.name} is not divisible by mesh.tp={config.mesh.tp}: choose tp from "
+            f"{', '.join(map(str, fits))}"
+        )
+
+
+def check_sequence(config: RunConfig, plan: Plan) -> None:
+    """Raise a ConfigError when tp does not divide the sequence that the plan splits over it."""
+    seq_len, tp = config.data.seq_len, config.mesh.tp
+    if plan.sequence_parallel() and seq_len % tp:
+        below = seq_len // tp * tp
+        raise ConfigError(
+            f"seq_len={seq_len} is not divisible by tp={tp} (sequence parallel splits dim 1): use "
+            f"{f'{below} or ' if below else ''}{below + tp}"
+        )
+
+
+def threads_for(ranks: int) -> int:
+    """CPU threads for each of `ranks` ranks on this host."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // ranks)

@@ -1,0 +1,123 @@
+"""A run's folder: who uses it, which config it belongs to, and the files that describe it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from colrow.config import RunConfig, dump_config, load_config
+from colrow.errors import ConfigError
+
+CONFIG, PLAN, TOKENIZER, CHECKPOINTS, EXPORT, LOCK = (
+    "config.yaml",
+    "plan.yaml",
+    "tokenizer.json",
+    "checkpoints",
+    "export",
+    ".lock",
+)
+
+_FIXED = ("run.seed", "model", "data")
+"""What a run cannot change on its way: another model, other text, or another order of it is another run."""
+_FREE = ("data.cache", "data.workers", "data.tokenizer.path")
+"""Under _FIXED, but without effect on results: where a tokenizer lies (its vocabulary is checked by its hash)."""
+_TOLD = ("plan", "loss", "mesh", "train", "eval")
+"""What a run may change, and says so when it does."""
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold the run's folder for this process alone. The kernel lets go of it when the process ends, however it ends.
+
+    Raises:
+        ConfigError: another run uses the folder, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write to the run's folder {folder}: {error.strerror}: set run.dir") from error
+    with file:
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip()
+            raise ConfigError(
+                f"the run's folder {folder} is in use by another run{f' ({holder})' if holder else ''}: "
+                "wait for it, stop it, or set run.dir to another folder"
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            raise ConfigError(
+                f"the file system of {folder} has no file locks ({error.strerror}), by which two runs are kept "
+                "apart: set run.dir to another disk"
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def require_free(folder: Path) -> None:
+    """Raise a ConfigError when another run uses the folder, without keeping it."""
+    if folder.exists():
+        with claimed(folder):
+            pass
+
+
+def changed_keys(config: RunConfig) -> list[str]:
+    """`key: before -> now` for what changed since the folder's former start and may change.
+
+    Raises:
+        ConfigError: something changed that makes it another run (model, data, seed); the text names the keys.
+    """
+    path = config.run.dir / CONFIG
+    if not path.exists():
+        return []
+    before, now = _flat(load_config(path)), _flat(config)
+    differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    lines = {key: f"{key}: {before.get(key)} -> {now.get(key)}" for key in differing}
+    fixed = [lines[key] for key in differing if _within(key, _FIXED) and not _within(key, _FREE)]
+    if fixed:
+        raise ConfigError(
+            f"the run in {config.run.dir} was started with another config ({'; '.join(fixed)}): "
+            "set run.dir to another folder to start a new run, or put these keys back to continue this one"
+        )
+    return [lines[key] for key in differing if _within(key, _TOLD)]
+
+
+def write_config(config: RunConfig) -> None:
+    """Write the resolved config.yaml."""
+    _write_whole(config.run.dir / CONFIG, dump_config(config))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _flat(config: RunConfig) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+
+    def walk(tree: dict[str, Any], prefix: str) -> None:
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{key}.")
+            else:
+                found[prefix + key] = value
+
+    walk(config.model_dump(mode="json"), "")
+    return found
+
+
+def _within(key: str, sections: tuple[str, ...]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)

@@ -1,0 +1,107 @@
+"""Where a run's model comes from: a named shape, a Hugging Face folder, or a callable of the user's own."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from colrow.config import ModelSection
+from colrow.errors import ConfigError
+from colrow.models.llama import Llama, LlamaConfig
+from colrow.models.shapes import shape
+
+Weights = Literal["seeded", "folder", "built"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A built model and how its weights get in.
+
+    Args:
+        model: on the meta device, unless `weights` is `built`.
+        name: for people.
+        config: of colrow's own Llama; None for other models.
+        weights: `seeded` from run.seed, read from a Hugging Face `folder`, or already there as `built`.
+    """
+
+    model: nn.Module
+    name: str
+    config: LlamaConfig | None
+    weights: Weights
+    folder: Path | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the vocabulary that the model states.
+
+        Raises:
+            ConfigError: it states none.
+        """
+        size = getattr(getattr(self.model, "config", None), "vocab_size", None)
+        if not isinstance(size, int):
+            raise ConfigError(
+                f"{self.name} has no config.vocab_size, by which the tokenizer is chosen: give the model an attribute "
+                "`config` with it"
+            )
+        return size
+
+
+def build_source(section: ModelSection, seed: int) -> Source:
+    """The model that `section` names.
+
+    Raises:
+        ConfigError: there is no such shape, folder or callable, or the callable returns no module.
+    """
+    if section.python is not None:
+        return _from_python(section.python, seed)
+    if section.huggingface is not None:
+        return _from_folder(section, Path(section.huggingface))
+    assert section.shape is not None
+    config = shape(section.shape)
+    if section.layers is not None:
+        from dataclasses import replace
+
+        config = replace(config, num_hidden_layers=section.layers)
+    return Source(_on_meta(config), section.shape, config, "seeded")
+
+
+def _from_folder(section: ModelSection, folder: Path) -> Source:
+    from colrow.models.huggingface import read_config
+
+    if section.implementation != "colrow":
+        raise ConfigError(
+            "model.implementation: transformers cannot be trained yet: leave it out for this project's Llama, "
+            "or return the model from a callable of your own (model.python)"
+        )
+    if section.layers is not None:
+        raise ConfigError("model.layers is for a named shape: a Hugging Face folder has weights for all its layers")
+    config = read_config(folder)
+    return Source(_on_meta(config), str(folder), config, "folder", folder)
+
+
+def _from_python(path: str, seed: int) -> Source:
+    module_name, _, attribute = path.partition(":")
+    try:
+        build = getattr(importlib.import_module(module_name), attribute)
+    except ImportError as error:
+        raise ConfigError(f"model.python={path}: {error}: check the name, or put its folder on PYTHONPATH") from error
+    except (AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"model.python={path}: {error}: write package.module:callable, such as mymodels.small:build"
+        ) from error
+    torch.manual_seed(seed)
+    model = build()
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model.python={path} returns a {type(model).__name__}: it must return an nn.Module")
+    config = getattr(model, "config", None)
+    return Source(model, path, config if isinstance(config, LlamaConfig) else None, "built")
+
+
+def _on_meta(config: LlamaConfig) -> Llama:
+    with torch.device("meta"):
+        return Llama(config)

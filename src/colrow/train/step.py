@@ -1,0 +1,128 @@
+"""One optimizer step: micro-batches forward and backward, one gradient, its norm, the update.
+
+[Note: normalisation] The loss of a step is the mean over all tokens of the global batch. A rank divides the sum over
+its own tokens by their number, and data parallelism averages the gradients over ranks; since every rank has equally
+many tokens, that is the global mean. What a rank reports is its part, so that a sum over ranks is the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from colrow.config import TrainSection
+from colrow.parallel.grad_norm import align_gradients, clip_gradients, grad_norm
+from colrow.parallel.loss import loss_context
+from colrow.plans.plan import Plan
+from colrow.train.attention import preferred_attention
+from colrow.train.optimizer import set_learning_rate
+from colrow.train.schedule import learning_rate
+
+Batch = tuple[Tensor, Tensor]
+"""ids and targets, each [micro_batch, seq_len]"""
+
+
+class ForwardBackward(Protocol):
+    """Runs micro-batches and leaves the gradient of their mean loss, averaged over data-parallel ranks, in `.grad`."""
+
+    def __call__(self, batches: Sequence[Batch]) -> Tensor:
+        """This rank's micro-batches -> their mean loss, a scalar; zero on a rank that computes no loss."""
+
+    def evaluate(self, batches: Iterable[Batch]) -> Tensor:
+        """The mean loss of micro-batches without gradients, likewise."""
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum over tokens of -log p(target), in fp32 (fp64 for fp64 logits). Logits [B, T, V], targets [B, T]."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+def logits_of(output: object) -> Tensor:
+    """A model's logits: its output, or the output's `logits` (transformers)."""
+    return output if isinstance(output, Tensor) else output.logits  # type: ignore[attr-defined]
+
+
+class WholeModel:
+    """Forward and backward of a model that lies on one pipeline stage.
+
+    Gradients of all micro-batches but the last stay on their rank; the last one reduces the sum.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, mesh: DeviceMesh, device: torch.device) -> None:
+        self._model, self._plan, self._mesh, self._device = model, plan, mesh, device
+
+    def __call__(self, batches: Sequence[Batch]) -> Tensor:
+        tokens = sum(targets.numel() for _, targets in batches)
+        total = torch.zeros((), device=self._device)
+        for i, (ids, targets) in enumerate(batches):
+            if isinstance(self._model, FSDPModule):
+                self._model.set_requires_gradient_sync(i == len(batches) - 1)
+            with loss_context(self._plan, self._mesh), preferred_attention(self._device):
+                loss = cross_entropy(logits_of(self._model(ids)), targets) / tokens
+                loss.backward()
+            total += _local(loss.detach())
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> Tensor:
+        total, tokens = torch.zeros((), device=self._device), 0
+        for ids, targets in batches:
+            with loss_context(self._plan, self._mesh), preferred_attention(self._device):
+                total += _local(cross_entropy(logits_of(self._model(ids)), targets))
+            tokens += targets.numel()
+        reshard(self._model)
+        return total / max(tokens, 1)
+
+
+@dataclass
+class Step:
+    """Everything that an optimizer step needs.
+
+    Args:
+        params: the rank's parameters as the optimizer holds them.
+        norm_groups: groups of the axes over which ranks hold different parts of the gradient.
+    """
+
+    forward_backward: ForwardBackward
+    params: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    norm_groups: list[dist.ProcessGroup]
+    section: TrainSection
+
+    def __call__(self, step: int, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+        """Run step `step` (from 0) on this rank's micro-batches. Collective.
+
+        Returns:
+            This rank's mean loss, and the norm of the whole gradient before clipping: scalars on the device, which
+            nothing has waited for.
+        """
+        loss = self.forward_backward(batches)
+        align_gradients(self.params)
+        norm = grad_norm(self.params, self.norm_groups)
+        if self.section.grad_clip is not None:
+            clip_gradients(self.params, norm, self.section.grad_clip)
+        set_learning_rate(self.optimizer, learning_rate(step, self.section))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, norm
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what FSDP gathered for a forward that no backward follows."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _local(loss: Tensor) -> Tensor:
+    return loss.full_tensor() if isinstance(loss, DTensor) else loss
