@@ -16,7 +16,7 @@ from distributed import parity
 from distributed.parity import batch, build, tp_difference, tp_mesh
 
 TOLERANCE = 1e-10
-LOSSES = ("vocab_parallel", "replicated")
+LOSSES = ("vocab_parallel", "replicated", "linear")
 
 
 def parity_case(device: str, preset: str, loss: Any, name: str) -> dict[str, float]:

@@ -39,6 +39,10 @@ def parallelize(model: nn.Module, plan: Plan, mesh: Mesh | DeviceMesh) -> nn.Mod
     plan.check_shapes(model, tp)
     layouts = plan.parameters(model, tp)
     if tp == 1:
+        for fqn, (_, style) in plan.resolve(model).items():
+            if style.on_one_rank:
+                site = Site(model, fqn, tp)
+                style.build(site)._apply(site.module, tp_mesh)
         return model
 
     ties = tied_parameters(model)
