@@ -23,7 +23,8 @@ from colrow.train.loop import Loop, Outcome, resume
 from colrow.train.metrics import Metrics
 from colrow.train.plot import plot_loss
 from colrow.train.progress import Progress
-from colrow.train.run_folder import CHECKPOINTS, EXPORT, PLAN, TOKENIZER, claimed, write_config
+from colrow.train.run_folder import CHECKPOINTS, PLAN, TOKENIZER, claimed, write_config
+from colrow.train.sample import sample
 from colrow.train.setup import Training, set_up
 
 
