@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from colrow.mesh import Mesh as Mesh
+    from colrow.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
     from colrow.parallel.loss import loss_context as loss_context
+    from colrow.parallel.loss import model_loss as model_loss
     from colrow.parallel.parallelize import parallelize as parallelize
     from colrow.plans.plan import Plan as Plan
 
@@ -17,6 +19,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Mesh": "colrow.mesh",
     "Plan": "colrow.plans.plan",
+    "linear_cross_entropy": "colrow.ops.linear_cross_entropy",
     "loss_context": "colrow.parallel.loss",
     "parallelize": "colrow.parallel.parallelize",
 }

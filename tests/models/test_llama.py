@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models.families import FAMILIES, token_ids, transformers_model
 from torch import nn
 
 from colrow.checkpoint.weights import fill_seeded
 from colrow.errors import ConfigError
 from colrow.models.huggingface import config_from_huggingface, name_from_huggingface
 from colrow.models.llama import Llama, LlamaConfig, rope_tables
+from models.families import FAMILIES, token_ids, transformers_model
 
 
 def tiny(**options: object) -> Llama:

@@ -9,6 +9,7 @@ from colrow.errors import ColrowError, did_you_mean
 
 VERBS = {
     "train": "start or continue a run",
+    "plan": "show a plan: each parameter, each collective of a layer",
     "checkpoints": "list a run's checkpoints and their state",
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from colrow.cli.flags import parse
-from colrow.plans.dry_run import Collective
+from colrow.plans.dry_run import Collective, Output
 from colrow.plans.report import ParameterRow, PlanReport, collapse, report
 
 
@@ -78,17 +79,21 @@ def show(shown: PlanReport, console: Console) -> None:
     whole, part = sum(r.bytes for r in shown.parameters), sum(r.local_bytes for r in shown.parameters)
     console.print(f"parameters: {size(whole)} in all, {size(part)} on each rank")
     if shown.path:
-        console.print(f"\none block, {shown.block} (× {shown.blocks}):")
-        console.print(_block(shown))
-    console.print(
-        _collectives(f"collectives of one block ({shown.block})", shown.block_collectives) if shown.block else ""
-    )
+        console.print(f"\none block, {shown.block} (× {shown.blocks}); ▼ forward, ▲ backward")
+        for line in _drawing(shown):
+            console.print(line, soft_wrap=True)
+    console.print()
+    if shown.block:
+        console.print(_collectives(f"collectives of one block, {shown.block}", shown.block_collectives))
     console.print(_collectives("collectives outside the blocks", shown.other_collectives))
-    reasons = {collapse(row.name): row.reason for row in shown.parameters if row.shape == row.local_shape}
-    if reasons:
-        console.print("whole on each rank:")
-        for name, reason in reasons.items():
-            console.print(f"  {name}: {reason}", soft_wrap=False)
+    reasons: dict[str, list[str]] = {}
+    for row in shown.parameters:
+        if row.shape == row.local_shape and (name := collapse(row.name)) not in reasons.setdefault(row.reason, []):
+            reasons[row.reason].append(name)
+    for reason, names in reasons.items():
+        console.print(f"\nwhole on each rank ({reason}):")
+        for name in names:
+            console.print(f"  {name}")
     for note, text in shown.plan.notes.items():
         console.print(f"  {note}: {text}")
 
@@ -105,25 +110,36 @@ def _parameters(rows: list[ParameterRow]) -> Table:
     return table
 
 
-def _block(shown: PlanReport) -> Table:
-    """The path of the activations: what each module does, what leaves it, and what is sent before and after."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("module", "style", "output on a rank", "forward", "backward"):
-        table.add_column(title, overflow="fold")
-    for step in shown.path:
-        last = step.name.rpartition(".")[2]
-        table.add_row(
-            "  " * step.depth + (shown.block if step.depth == 0 else last),
-            step.style,
-            _shape(step.output) if step.output else "",
-            _brief([*step.before, *step.after]),
-            _brief(list(step.backward)),
-        )
-    return table
+def _drawing(shown: PlanReport) -> list[str]:
+    """The path of the activations through one block: modules, the layout on each edge, what is sent at a change."""
+    first, *steps = shown.path
+    lines = [f"  in  {_output(first.output)}"]
+    for step in steps:
+        stem = "  " + "│ " * step.depth
+        branch = "  " + "│ " * (step.depth - 1) + "├ "
+        output = f"out {_output(step.output)}" if step.output else ""
+        sent = [f"{stem}{_edge(forward, step.backward)}" for forward in step.before]
+        head = f"{branch}{step.name.rpartition('.')[2]:<{32 - len(branch)}}{step.style:<14} {output}".rstrip()
+        lines += [head, *sent] if step.style.startswith("prepare") else [*sent, head]
+        lines += [f"{stem}{_edge(forward, step.backward)}" for forward in step.after]
+    return [*lines, f"  out {_output(first.output)}"]
 
 
-def _brief(collectives: list[Collective]) -> str:
-    return "\n".join(f"{c.op.replace('_', '-')} {size(c.bytes)}" for c in collectives)
+def _output(output: Output | None) -> str:
+    if output is None:
+        return ""
+    return _shape(output.shape) + (" over all ranks" if output.is_dtensor else "")
+
+
+def _edge(forward: Collective, backward: Sequence[Collective]) -> str:
+    dual = {"all_gather": "reduce_scatter", "reduce_scatter": "all_gather", "all_reduce": "all_reduce"}
+    back = next((c for c in backward if c.op == dual.get(forward.op)), None)
+    change = forward.cause.partition(": ")[2]
+    return f"▼ {_op(forward)} {size(forward.bytes)}  {change}" + (f"  ▲ {_op(back)} {size(back.bytes)}" if back else "")
+
+
+def _op(collective: Collective) -> str:
+    return collective.op.replace("_", "-")
 
 
 def _collectives(title: str, collectives: list[Collective]) -> Table:

@@ -6,6 +6,7 @@ models return. A model without an embedding takes hidden states [B, T, D].
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from colrow.errors import PlanError
+
+Loss = Callable[[Tensor, tuple[Any, ...]], Tensor]
+"""A scalar from the model's output and the inputs that it got."""
 
 
 def is_huggingface(model: nn.Module) -> bool:

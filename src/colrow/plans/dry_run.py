@@ -14,19 +14,18 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from colrow.mesh import Mesh
-from colrow.parallel.layout import local_tensor
+from colrow.parallel.layout import PACKED, local_tensor
 from colrow.parallel.loss import loss_context
 from colrow.parallel.parallelize import parallelize
-from colrow.plans.calls import call, example_input, loss_of
+from colrow.plans.calls import Loss, call, example_input, loss_of
 from colrow.plans.plan import Plan
 from colrow.plans.styles import Style
 from colrow.plans.tracing.cut import Copy, cut_copy
-from colrow.plans.tracing.fake_world import fake_tp_mesh
+from colrow.plans.tracing.fake_world import fake_tensors, fake_tp_mesh
 from colrow.plans.tracing.views import View, Views
 from colrow.plans.tracing.watch import Event, Slip, Watch
 from colrow.plans.tracing.where import LOSS, Where
@@ -106,10 +105,12 @@ class DryRun:
         slips: wrong declarations; names of the parameters in `slip_params`, in the same order.
         outputs, reference_outputs: each module's outputs in the sharded and in the unsharded run, one entry a call.
         views, reference_views: reshapes and splits of the model's own code.
-        failure: the sharded run's exception, if any. reference_failure: the unsharded one's; then nothing else is known.
+        failure: the sharded run's exception, if any.
+        reference_failure: the unsharded run's; then nothing else is known.
         no_gradient: parameters that got a gradient in the unsharded run alone.
         plain: parameters that are no DTensors after the plan.
         logits: the model's output.
+        class_losses: log-softmaxes of split logits that no cross entropy took.
     """
 
     collectives: list[Collective] = field(default_factory=list)
@@ -124,6 +125,7 @@ class DryRun:
     no_gradient: list[str] = field(default_factory=list)
     plain: list[str] = field(default_factory=list)
     logits: Output | None = None
+    class_losses: int = 0
     memory: Memory = field(default_factory=Memory)
 
     def count(self, op: str, pass_: Pass | None = None, where: str = "") -> int:
@@ -144,6 +146,7 @@ def dry_run(
     seq_len: int = 128,
     *,
     inputs: tuple[Any, ...] | None = None,
+    loss: Loss = loss_of,
 ) -> DryRun:
     """Run one forward and backward of a copy of `model` under `plan`, on fake tensors, as the first of `mesh.tp` ranks.
 
@@ -153,11 +156,12 @@ def dry_run(
     Args:
         batch_size: sequences on one rank.
         inputs: example arguments instead of token ids [batch_size, seq_len].
+        loss: of the model's output and the inputs; next-token cross entropy unless given.
 
     Raises:
         PlanError: the plan does not fit the model at this degree.
     """
-    request = _Request(model, plan, mesh.tp, batch_size, seq_len, inputs)
+    request = _Request(model, plan, mesh.tp, batch_size, seq_len, inputs, loss)
     run = _run(request)
     if run.reference_failure is not None:  # the model may count its blocks: try with all of them
         run = _run(request, keep=sys.maxsize)
@@ -172,6 +176,7 @@ class _Request:
     batch_size: int
     seq_len: int
     inputs: tuple[Any, ...] | None
+    loss: Loss
 
 
 def _run(request: _Request, keep: int = 2) -> DryRun:
@@ -183,27 +188,27 @@ def _run(request: _Request, keep: int = 2) -> DryRun:
     with warnings.catch_warnings(), fake_tp_mesh(request.tp) as tp_mesh:
         warnings.simplefilter("ignore")
         parallelize(small.model, plan, tp_mesh)
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with fake_tensors():
             for copy in (plain, small):
                 _materialise(copy.model)
             inputs = request.inputs or (example_input(plain.model, request.batch_size, request.seq_len),)
             inputs = tuple(torch.empty_like(x, device="cpu") if isinstance(x, Tensor) else x for x in inputs)
-            _run_unsharded(run, plain, inputs)
+            _run_unsharded(request, run, plain, inputs)
             if run.reference_failure is None:
-                _run_sharded(run, small, inputs, plan, tp_mesh)
+                _run_sharded(request, run, small, inputs, plan, tp_mesh)
     _compare_gradients(run, plain, small)
     run.collectives = [replace(c, cause=_cause(c, styles)) for c in run.collectives]
     return run
 
 
-def _run_unsharded(run: DryRun, copy: Copy, inputs: tuple[Any, ...]) -> None:
+def _run_unsharded(request: _Request, run: DryRun, copy: Copy, inputs: tuple[Any, ...]) -> None:
     where = Where(copy.model, copy.original)
     _record_outputs(copy, run.reference_outputs, lambda _: False)
     views = Views(where)
     try:
         with views:
             output = call(copy.model, inputs)
-        loss = loss_of(output, inputs)
+        loss = request.loss(output, inputs)
         if loss.requires_grad:
             loss.backward()
     except Exception as error:
@@ -211,9 +216,15 @@ def _run_unsharded(run: DryRun, copy: Copy, inputs: tuple[Any, ...]) -> None:
     run.reference_views = dict(views.calls)
 
 
-def _run_sharded(run: DryRun, copy: Copy, inputs: tuple[Any, ...], plan: Plan, tp_mesh: DeviceMesh) -> None:
+def _run_sharded(
+    request: _Request, run: DryRun, copy: Copy, inputs: tuple[Any, ...], plan: Plan, tp_mesh: DeviceMesh
+) -> None:
     where = Where(copy.model, copy.original)
-    watch, views = Watch(where), Views(where)
+    watch = Watch(where)
+    views = Views(where, watch.packed)
+    for module in copy.model.modules():
+        if PACKED in module.__dict__:
+            module.register_forward_hook(lambda _module, _args, output: watch.mark_packed(output))
     _record_outputs(copy, run.outputs, watch.varies)
     params = {id(param): copy.original(name) for name, param in copy.model.named_parameters()}
     run.plain = [params[id(p)] for p in copy.model.parameters() if not isinstance(p, DTensor)]
@@ -224,7 +235,7 @@ def _run_sharded(run: DryRun, copy: Copy, inputs: tuple[Any, ...], plan: Plan, t
             with views, torch.autograd.graph.saved_tensors_hooks(saved.pack, _same):
                 output = call(copy.model, inputs)
                 run.logits = _output(output, watch.varies)
-                loss = loss_of(output, inputs)
+                loss = request.loss(output, inputs)
             if loss.requires_grad:
                 backward = True
                 loss.backward()
@@ -232,6 +243,7 @@ def _run_sharded(run: DryRun, copy: Copy, inputs: tuple[Any, ...], plan: Plan, t
         run.failure = Failure(error, "" if backward else where.innermost(), backward)
     run.views = dict(views.calls)
     run.slips = watch.slips
+    run.class_losses = watch.class_losses
     run.slip_params = [params.get(id(slip.param), "") for slip in watch.slips]
     run.collectives = [_collective(event, copy) for event in watch.events]
     run.memory = _memory(copy, saved)

@@ -8,9 +8,10 @@ from math import prod
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import Replicate
 
 from colrow.mesh import Mesh
-from colrow.plans.dry_run import Collective, DryRun, dry_run
+from colrow.plans.dry_run import Collective, DryRun, Output, dry_run
 from colrow.plans.placements import format_placement
 from colrow.plans.plan import Plan
 
@@ -38,7 +39,7 @@ class Step:
     depth: int
     style: str
     weights: str
-    output: Shape | None
+    output: Output | None
     before: tuple[Collective, ...]
     after: tuple[Collective, ...]
     backward: tuple[Collective, ...]
@@ -141,7 +142,7 @@ def _first(block: str) -> str:
 
 
 def _path(model: nn.Module, plan: Plan, run: DryRun, rows: list[ParameterRow], block: str) -> list[Step]:
-    styles = {name: style.name for name, (_, style) in plan.resolve(model).items()}
+    styles = {name: style for name, (_, style) in plan.resolve(model).items()}
     own: dict[str, list[ParameterRow]] = {}
     for row in rows:
         own.setdefault(row.name.rpartition(".")[0], []).append(row)
@@ -152,7 +153,9 @@ def _path(model: nn.Module, plan: Plan, run: DryRun, rows: list[ParameterRow], b
             continue
         here = [c for c in run.collectives if c.where == name]
         forward = [c for c in here if c.pass_ == "forward"]
-        outputs = run.outputs.get(name)
+        outputs, style = run.outputs.get(name), styles.get(name)
+        # a gather brings inputs together, unless the style gathers what the module returns
+        enters = "all_gather" if getattr(style, "output", None) != Replicate() else None
         weights = ", ".join(
             f"{row.name.rpartition('.')[2]} {row.placement} {'×'.join(map(str, row.local_shape))}"
             for row in own.get(name, [])
@@ -161,11 +164,11 @@ def _path(model: nn.Module, plan: Plan, run: DryRun, rows: list[ParameterRow], b
             Step(
                 name=name.removeprefix(block).lstrip(".") or block,
                 depth=name.count(".") - block.count("."),
-                style=styles.get(name, "replicate" if name in own else ""),
+                style=style.name if style else "replicate" if name in own else "",
                 weights=weights,
-                output=outputs[0].shape if outputs else None,
-                before=tuple(c for c in forward if c.op == "all_gather"),
-                after=tuple(c for c in forward if c.op != "all_gather"),
+                output=outputs[0] if outputs else None,
+                before=tuple(c for c in forward if c.op == enters),
+                after=tuple(c for c in forward if c.op != enters),
                 backward=tuple(c for c in here if c.pass_ == "backward"),
             )
         )

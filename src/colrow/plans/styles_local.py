@@ -56,7 +56,9 @@ def whole_input(x: Tensor, mesh: DeviceMesh, layout: Placement) -> Tensor:
     """The whole of `x` as a local tensor that each rank uses in its own way: its gradient is a sum over ranks."""
     if not isinstance(x, DTensor):
         x = DTensor.from_local(x, mesh, [layout], run_check=False)
-    return x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+    if not x.placements[0].is_replicate():  # a redistribute that changes nothing would still reduce the gradient
+        x = x.redistribute(placements=[Replicate()])
+    return x.to_local(grad_placements=[Partial()])
 
 
 def rank_table(mesh: DeviceMesh, rows: list[list[int]]) -> Tensor:

@@ -19,9 +19,7 @@ class Evaluation:
         share: this rank's weight in a sum over all ranks that gives the mean: 0 where another rank reports the same.
     """
 
-    def __init__(
-        self, config: RunConfig, data: PreparedData, dp_rank: int, share: float, device: torch.device
-    ) -> None:
+    def __init__(self, config: RunConfig, data: PreparedData, dp_rank: int, share: float, device: torch.device) -> None:
         seq_len, train = config.data.seq_len, config.train
         self.batches = config.eval.batches
         order = BatchOrder(data.validation.windows(seq_len), train.global_batch, seed=None)

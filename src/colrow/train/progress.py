@@ -91,7 +91,9 @@ def step_line(record: Record, steps: int) -> str:
     if "mfu_causal" in record:
         line += f"  MFU {record['mfu_causal']:.1%}"
     if "val_loss" in record:
-        line += f"\n     {'':{2 * width}}   validation loss {record['val_loss']:.4f}  perplexity {record['perplexity']:.1f}"
+        line += (
+            f"\n     {'':{2 * width}}   validation loss {record['val_loss']:.4f}  perplexity {record['perplexity']:.1f}"
+        )
     return line
 
 

@@ -5,13 +5,18 @@ Works beside a process group that is already there: the fake one is then a secon
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import placement_types
 
 _serial = count()
 
@@ -34,10 +39,44 @@ def fake_tp_mesh(tp: int) -> Iterator[DeviceMesh]:
     first = dist.get_rank()  # the mesh holds this process as its first rank, and labels that need not exist
     ranks = [first + i for i in range(tp)]
     group, _ = c10d._new_process_group_helper(
-        tp, 0, ranks, "fake", FakeStore(), f"colrow_dry_run_{next(_serial)}", group_desc="dry run"
+        tp,
+        0,
+        ranks,
+        "fake",
+        FakeStore(),
+        f"colrow_dry_run_{next(_serial)}",
+        group_desc="dry run",  # type: ignore[arg-type]
     )
     c10d._world.pg_group_ranks[group] = {rank: i for i, rank in enumerate(ranks)}
     try:
         yield DeviceMesh.from_group(group, "cpu", mesh=torch.tensor(ranks), mesh_dim_names=("tp",))
     finally:
         dist.destroy_process_group(group)
+
+
+@contextmanager
+def fake_tensors() -> Iterator[None]:
+    """A FakeTensorMode in which DTensor works: it computes some offsets with tensors, and needs their values.
+
+    An operation that fails here is a result, so what torch would log about it is kept back.
+    """
+    cls: Any = getattr(placement_types, "_StridedShard", None)
+    offsets: Any = cls.__dict__.get("local_shard_size_and_offset") if cls is not None else None
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+
+    def with_values(*args: Any, **kwargs: Any) -> Any:
+        with unset_fake_temporarily():
+            return offsets(*args, **kwargs)
+
+    if callable(offsets):
+        cls.local_shard_size_and_offset = with_values
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+        if callable(offsets):
+            cls.local_shard_size_and_offset = offsets

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -43,15 +45,15 @@ class View:
     result: tuple[Shape, ...]
     dim: int
     on_dtensor: bool
-    tensor: Tensor
-    """The input itself, for what else is known about it."""
+    packed: bool
 
 
 class Views(TorchFunctionMode):
     """`calls[module]` lists the watched calls in the order in which the module's code made them."""
 
-    def __init__(self, where: Where) -> None:
+    def __init__(self, where: Where, packed: Callable[[Tensor], bool] = lambda _: False) -> None:
         super().__init__()
+        self._packed = packed
         self.calls: dict[str, list[View]] = defaultdict(list)
         self._where = where
 
@@ -65,7 +67,7 @@ class Views(TorchFunctionMode):
                 results = tuple(tuple(leaf.shape) for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
                 dim = _split_dim(name, args, kwargs) % max(1, source.ndim)
                 self.calls[self._where.module()].append(
-                    View(name, tuple(source.shape), results, dim, isinstance(source, DTensor), source)
+                    View(name, tuple(source.shape), results, dim, isinstance(source, DTensor), self._packed(source))
                 )
         return out
 
@@ -79,10 +81,10 @@ def _split_dim(name: str, args: Any, kwargs: Any) -> int:
 
 def _called_by_model() -> bool:
     """False for the calls that torch.distributed makes for itself."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         file = frame.f_code.co_filename.replace("\\", "/")
         if not any(part in file for part in _LIBRARY[1:]):
             return _LIBRARY[0] not in file
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return True

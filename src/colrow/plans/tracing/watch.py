@@ -50,6 +50,8 @@ _KEEPS_ADDEND = ("view", "_unsafe_view", "reshape", "clone", "_to_copy", "transp
                  "unsqueeze", "squeeze", "expand", "contiguous", "t", "slice", "split", "cat")  # fmt: skip
 _RANDOM = ("native_dropout", "bernoulli", "bernoulli_", "rand_like", "randn_like", "_fused_dropout")
 
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "_scaled_dot_product_flash_attention_for_cpu")
+
 Window = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 
@@ -101,6 +103,8 @@ class Watch(TorchDispatchMode):
         self._varying: set[Window] = set()
         self._storages: set[int] = set()  # written in place with varying values: all windows vary
         self._addend: set[Window] = set()  # varying, with an equal term added: must not be summed over ranks
+        self._packed: set[Window] = set()  # out of a fused weight whose segments were split one by one
+        self.class_losses = 0  # log-softmaxes of DTensors that no cross entropy took
         self._gathered: set[tuple[bool, Window]] = set()
         self._alive: list[Any] = []  # a storage's address may not be used again while it is a key
 
@@ -114,6 +118,14 @@ class Watch(TorchDispatchMode):
     def mark(self, tensor: Tensor, varying: bool) -> None:
         """Say what a local tensor is."""
         (self._varying.add if varying else self._varying.discard)(self._window(tensor))
+
+    def packed(self, tensor: Tensor) -> bool:
+        """Whether the tensor comes from a fused weight of which each segment was split on its own."""
+        return self._window(tensor) in self._packed
+
+    def mark_packed(self, tensor: Tensor) -> None:
+        """Say so of a module's output."""
+        self._packed.add(self._window(tensor))
 
     def mark_dtensor(self, tensor: DTensor) -> None:
         """A DTensor's local part varies unless it is declared replicated."""
@@ -134,6 +146,7 @@ class Watch(TorchDispatchMode):
             for leaf in inputs:
                 if isinstance(leaf, DTensor):
                     self.mark_dtensor(leaf)
+            self._count_class_losses(func)
             return NotImplemented  # it comes again, on local tensors
         out = func(*args, **(kwargs or {}))
         if isinstance(func, torch._ops.HigherOrderOperator):
@@ -141,6 +154,8 @@ class Watch(TorchDispatchMode):
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         name = func.name().partition("::")[2].partition(".")[0]
         varying = [leaf for leaf in inputs if self.varies(leaf)]
+        if name not in _PRODUCTS and any(self._window(leaf) in self._packed for leaf in inputs):
+            self._packed.update(self._window(leaf) for leaf in outputs)
         if func.namespace in _NAMESPACES and name in _COLLECTIVES:
             self._collective(_COLLECTIVES[name], func, args, inputs, outputs)
             return out
@@ -156,6 +171,12 @@ class Watch(TorchDispatchMode):
             for leaf in outputs:
                 self.mark(leaf, False)
         return out
+
+    def _count_class_losses(self, func: Any) -> None:
+        if func is torch.ops.aten._log_softmax.default:
+            self.class_losses += 1
+        elif func in (torch.ops.aten.nll_loss_forward.default, torch.ops.aten.nll_loss2d_forward.default):
+            self.class_losses -= 1
 
     def _track_addend(self, name: str, inputs: list[Tensor], varying: list[Tensor], outputs: list[Tensor]) -> None:
         if self._where.backward():
@@ -212,13 +233,12 @@ class Watch(TorchDispatchMode):
             self.mark_dtensor(tensor)
             return to_local(tensor, *args, **kwargs)
 
-        DTensor.from_local = staticmethod(watched_from_local)  # type: ignore[method-assign,assignment]
-        DTensor.to_local = watched_to_local  # type: ignore[method-assign,assignment]
+        cls: Any = DTensor
+        cls.from_local, cls.to_local = staticmethod(watched_from_local), watched_to_local
         try:
             yield
         finally:
-            DTensor.from_local = staticmethod(from_local)  # type: ignore[method-assign,assignment]
-            DTensor.to_local = to_local  # type: ignore[method-assign]
+            cls.from_local, cls.to_local = staticmethod(from_local), to_local
 
     def _declared(self, tensor: Tensor, placements: Any) -> None:
         if not placements or not tensor.is_floating_point():
@@ -272,8 +292,9 @@ def _reason() -> tuple[str, str]:
         if name == "redistribute_local_tensor" and not change:
             change = f"{_named(frame.f_locals['current_spec'])} → {_named(frame.f_locals['target_spec'])}"
         elif name == "redistribute_local_args":
-            schema = getattr(frame.f_locals.get("op_info"), "schema", None)
-            implicit = str(getattr(schema, "op", "an operation"))
+            known = frame.f_locals
+            schemas = (known.get("suggested_input_schema"), getattr(known.get("op_info"), "schema", None))
+            implicit = next((str(schema.op) for schema in schemas if schema is not None), "an operation")
     return change, implicit
 
 

@@ -70,7 +70,7 @@ def _sweep(values: Any, name: str) -> None:
     todo = [leaf.grad_fn for leaf in _tensors(values) if leaf.grad_fn is not None]
     while todo:
         node = todo.pop()
-        metadata: dict[str, Any] = node.metadata
+        metadata: Any = node.metadata
         if _KEY in metadata:
             continue
         metadata[_KEY] = name
@@ -78,4 +78,5 @@ def _sweep(values: Any, name: str) -> None:
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+    leaves = (tree_leaves(leaf.to_tuple() if hasattr(leaf, "to_tuple") else leaf) for leaf in tree_leaves(values))
+    return [leaf for group in leaves for leaf in group if isinstance(leaf, Tensor)]

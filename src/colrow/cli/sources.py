@@ -1,0 +1,71 @@
+"""What a command line calls a model and a plan, as objects."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from colrow.errors import ConfigError
+from colrow.plans.plan import LOSSES, Plan
+
+
+def load_model(text: str) -> nn.Module:
+    """The model that MODEL names, on the meta device where it is built here.
+
+    Args:
+        text: a named shape, a Hugging Face folder or config.json, or `package.module:callable`.
+    """
+    from colrow.models.shapes import SHAPES
+
+    path = Path(text)
+    if text in SHAPES:
+        from colrow.models.llama import Llama
+
+        with torch.device("meta"):
+            return Llama(SHAPES[text])
+    if path.exists():
+        from colrow.models.huggingface import read_config
+        from colrow.models.llama import Llama
+
+        with torch.device("meta"):
+            return Llama(read_config(path))
+    if ":" in text:
+        return _call(text)
+    raise ConfigError(
+        f"no model is called {text!r}: give a named shape ({', '.join(SHAPES)}), a Hugging Face folder or config.json, "
+        "or package.module:callable"
+    )
+
+
+def load_plan(text: str, model: nn.Module, tp: int, loss: str | None = None) -> Plan:
+    """The plan that P names: a preset, `huggingface`, `derive`, or a file."""
+    from colrow.plans.presets import PRESETS
+
+    if loss is not None and (text not in PRESETS or loss not in LOSSES):
+        raise ConfigError(f"loss {loss!r}: one of {', '.join(LOSSES)}, and only for a preset; a file says its own")
+    if text in PRESETS:
+        return Plan.preset(text, cast(Any, loss) or "vocab_parallel")
+    if text in ("derive", "huggingface"):
+        return Plan.derive(model, tp=tp) if text == "derive" else Plan.from_huggingface(model)  # type: ignore[attr-defined]
+    return Plan.load(text)
+
+
+def _call(text: str) -> nn.Module:
+    name, _, attribute = text.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"cannot import {name} for {text}: {error}") from error
+    build = getattr(module, attribute, None)
+    if build is None:
+        raise ConfigError(f"{name} has no {attribute!r}")
+    model = build()
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{text} returns {type(model).__name__}, not an nn.Module")
+    return model

@@ -1,0 +1,242 @@
+"""Where training text comes from: a stream of documents in a fixed order, known by what it holds.
+
+`stdlib`, a glob of files, or `hf:NAME` (in hub.py): the kinds that `data.corpus` may name.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import platform
+import sysconfig
+import tokenize
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from colrow.data.digests import digest_files, digest_of
+from colrow.data.files import import_parquet, kind_of, read_file, suffix_of
+from colrow.errors import DataError
+
+if TYPE_CHECKING:  # config imports torch, which worker processes do without
+    from colrow.config import DataSection
+
+_READER = "1"
+"""Raised when the same files come to give other documents, so that no cache of the former ones is used."""
+_MIN_SECTION_CHARS = 1 << 12
+_MAX_SECTION_CHARS = 1 << 20
+_SECTIONS = 256
+_MIN_SAMPLE_CHARS = 1 << 20
+
+
+class Corpus(ABC):
+    """Documents (str) in a deterministic order, streamed in constant memory; it can be read any number of times."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """A few words for people: what it is and how much."""
+
+    @abstractmethod
+    def fingerprint(self, memory: Path | None = None) -> str:
+        """Hash of the content, the same wherever the corpus lies.
+
+        Args:
+            memory: a file that keeps what is costly to find out again (the digests of unchanged files).
+        """
+
+    @abstractmethod
+    def _read(self) -> Iterator[str]:
+        """Every text, blank ones too."""
+
+    def size(self) -> int | None:
+        """Bytes of text, as far as they can be told without reading it; None where they cannot."""
+        return None
+
+    def __iter__(self) -> Iterator[str]:
+        """The documents; blank ones are left out.
+
+        Raises:
+            DataError: something cannot be read, or no document holds text.
+        """
+        texts = documents = 0
+        for text in self._read():
+            texts += 1
+            if text and not text.isspace():
+                documents += 1
+                yield text
+        if not documents:
+            held = f"all {texts:,} of its texts are blank" if texts else "it holds no text"
+            raise DataError(f"corpus {self.describe()} is empty ({held}): name files with text in data.corpus")
+
+    def sample(self, limit: int) -> Iterator[str]:
+        """Documents of about `limit` characters in all, or the whole corpus where it is smaller. Deterministic."""
+        return _up_to(limit, iter(self))
+
+
+class FileCorpus(Corpus):
+    """The files that a glob matches, sorted by path.
+
+    A text file is one document, unless it holds more than 1/256 of the corpus (and 4 KiB): then it is cut, after a
+    blank line where there is one, so that a corpus of one book has documents to hold out, and so that memory stays
+    constant. Each line of a JSONL file and each row of a Parquet file is a document.
+    """
+
+    def __init__(self, pattern: str, paths: list[Path], text_key: str) -> None:
+        self.pattern = pattern
+        self.paths = paths
+        self.text_key = text_key
+        try:
+            self._bytes = sum(path.stat().st_size for path in paths)
+        except OSError as error:
+            raise DataError(f"cannot read {error.filename}: {error.strerror}") from error
+        self._section_chars = min(max(self._bytes // _SECTIONS, _MIN_SECTION_CHARS), _MAX_SECTION_CHARS)
+
+    def describe(self) -> str:
+        return f"{self.pattern} ({_count(len(self.paths), 'file')}, {self._bytes / 1e6:,.1f} MB)"
+
+    def fingerprint(self, memory: Path | None = None) -> str:
+        digests = digest_files(self.paths, memory)
+        kinds = [kind_of(path) for path in self.paths]
+        text_key = "" if set(kinds) == {"text"} else self.text_key
+        return digest_of("files", _READER, text_key, *kinds, *digests)
+
+    def size(self) -> int | None:
+        return None if any(kind_of(path) == "parquet" for path in self.paths) else self._bytes
+
+    def _read(self) -> Iterator[str]:
+        for path in self.paths:
+            yield from read_file(path, self.text_key, self._section_chars)
+
+    def sample(self, limit: int) -> Iterator[str]:
+        """From a corpus of more than `limit` bytes: the beginnings of files from all over it, not its first files."""
+        if self._bytes <= limit:
+            yield from self
+            return
+        share = max(limit // len(self.paths), _MIN_SAMPLE_CHARS)
+        taken = 0
+        for i in sorted(range(len(self.paths)), key=lambda i: hashlib.blake2b(b"%d" % i, digest_size=8).digest()):
+            for text in _up_to(share, read_file(self.paths[i], self.text_key, self._section_chars)):
+                taken += len(text)
+                yield text
+            if taken >= limit:
+                return
+
+
+class StdlibCorpus(Corpus):
+    """The sources of the running Python's standard library, without tests and IDLE, and the help texts of pydoc."""
+
+    _LEFT_OUT = frozenset(
+        {"test", "tests", "idle_test", "idlelib", "site-packages", "dist-packages", "__pycache__", "pydoc_data"}
+    )  # pydoc_data holds the help texts as source: they are read as texts
+
+    def __init__(self) -> None:
+        self._root = Path(sysconfig.get_path("stdlib"))
+        paths: list[Path] = []
+        for folder, folders, names in os.walk(self._root):
+            folders[:] = [name for name in folders if name not in self._LEFT_OUT]
+            paths += [Path(folder, name) for name in names if name.endswith(".py")]
+        self._paths = sorted(paths, key=lambda path: path.relative_to(self._root).as_posix())
+        if not self._paths:
+            raise DataError(
+                f"corpus 'stdlib' finds no sources in {self._root}: this Python came without them; "
+                f"name files of your own in data.corpus"
+            )
+        self._topics = _pydoc_topics()
+
+    def describe(self) -> str:
+        return (
+            f"stdlib (Python {platform.python_version()}: {_count(len(self._paths), 'source')}, "
+            f"{_count(len(self._topics), 'help text')}, {self.size() / 1e6:,.1f} MB)"
+        )
+
+    def fingerprint(self, memory: Path | None = None) -> str:
+        return digest_of("stdlib", _READER, *self._read())
+
+    def size(self) -> int:
+        return sum(path.stat().st_size for path in self._paths) + sum(len(text.encode()) for text in self._topics)
+
+    def _read(self) -> Iterator[str]:
+        for path in self._paths:
+            yield _read_source(path)
+        yield from self._topics
+
+
+def open_corpus(section: DataSection) -> Corpus:
+    """The corpus that `section.corpus` names: `stdlib`, `hf:NAME`, or a glob of files.
+
+    Raises:
+        DataError: nothing is there, or an extra that it needs is not installed.
+    """
+    if section.corpus == "stdlib":
+        return StdlibCorpus()
+    if section.corpus.startswith("hf:"):
+        from colrow.data.hub import open_dataset
+
+        return open_dataset(section.corpus, section.text_key)
+    pattern = os.path.expanduser(section.corpus)
+    paths = sorted({path for name in glob.glob(pattern, recursive=True) if not (path := Path(name)).is_dir()})
+    if not paths:
+        raise _no_file(section.corpus, pattern)
+    for path in paths:
+        if suffix_of(path) == ".json":
+            raise DataError(
+                f"corpus {section.corpus!r} matches {path}: a .json file is no stream of documents; "
+                f"write one object a line into a .jsonl file (jq -c '.[]' {path.name} > {path.stem}.jsonl)"
+            )
+    if any(kind_of(path) == "parquet" for path in paths):
+        import_parquet()
+    return FileCorpus(section.corpus, paths, section.text_key)
+
+
+def _no_file(corpus: str, pattern: str) -> DataError:
+    folder = Path(pattern)
+    if folder.is_dir():
+        held = Counter(path.suffix for path in folder.rglob("*") if path.is_file() and path.suffix)
+        best = held.most_common(1)[0][0] if held else ".txt"
+        return DataError(f"corpus {corpus!r} is a folder: name its files by a glob, such as {corpus}/**/*{best}")
+    while glob.has_magic(str(folder)) or not folder.exists():
+        folder = folder.parent
+    names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir()) if folder.is_dir() else []
+    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return DataError(
+        f"corpus {corpus!r} matches no file (searched from {Path.cwd()}; {folder}/ holds {shown or 'nothing'}): "
+        f"give a glob of .txt, .jsonl or .parquet files, `stdlib`, or `hf:NAME`"
+    )
+
+
+def _pydoc_topics() -> list[str]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some distributions package it apart; describe() then says 0 help texts
+        return []
+    return [topics[name] for name in sorted(topics)]
+
+
+def _read_source(path: Path) -> str:
+    """Source text by its coding line; a byte that does not fit becomes U+FFFD, for no user can mend this corpus."""
+    try:
+        with path.open("rb") as file:
+            try:
+                encoding, _ = tokenize.detect_encoding(file.readline)
+            except SyntaxError:
+                encoding = "utf-8"
+            file.seek(0)
+            return file.read().decode(encoding, errors="replace").replace("\r\n", "\n")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _up_to(limit: int, texts: Iterator[str]) -> Iterator[str]:
+    taken = 0
+    for text in texts:
+        yield text
+        taken += len(text)
+        if taken >= limit:
+            return
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"

@@ -1,0 +1,107 @@
+"""Content digests of files, remembered for as long as nothing about a file changes.
+
+A corpus is known by what its files hold, so every start of every rank would have to read all of it. As a version
+control system does, a digest is kept with the file's size, times and inode, and read again when one of them differs.
+A file that changed within the last seconds is not remembered: a second change could fall on the same clock tick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from colrow.errors import DataError
+
+_SETTLED_SECONDS = 2.0
+_READERS = 4
+
+
+def digest_of(*parts: str | bytes) -> str:
+    """32 hex digits over `parts`, each with its length, so that no two lists of parts run into one another."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        data = part.encode("utf-8") if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def digest_files(paths: Sequence[Path], memory: Path | None = None) -> list[str]:
+    """The content digest of each of `paths`, in their order.
+
+    Args:
+        memory: a JSON file that keeps digests between calls; None reads every file.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    known = _recall(memory)
+    states = [_state(path) for path in paths]
+    names = [os.path.abspath(path) for path in paths]
+    stale = [
+        i for i, (name, state) in enumerate(zip(names, states, strict=True)) if known.get(name, [None])[:-1] != state
+    ]
+    with ThreadPoolExecutor(_READERS) as pool:
+        for i, digest in zip(stale, pool.map(_read, [paths[i] for i in stale]), strict=True):
+            known[names[i]] = [*states[i], digest]
+    digests = [str(known[name][-1]) for name in names]
+    if memory is not None and stale:
+        settled = time.time_ns() - int(_SETTLED_SECONDS * 1e9)
+        kept = {
+            name: known[name]
+            for name, (_, mtime, ctime, _) in zip(names, states, strict=True)
+            if max(mtime, ctime) < settled
+        }
+        _remember(memory, kept)
+    return digests
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `text` under a temporary name and rename it, so that a reader sees the former file or the new one."""
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _state(path: Path) -> list[int]:
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _recall(memory: Path | None) -> dict[str, list]:
+    if memory is None:
+        return {}
+    try:
+        tree = json.loads(memory.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none yet, or damaged: the files themselves are read
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def _remember(memory: Path, digests: dict[str, list]) -> None:
+    with contextlib.suppress(OSError):  # only time is lost: in a cache that cannot be written files are read again
+        write_whole(memory, json.dumps(digests))

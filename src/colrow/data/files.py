@@ -1,0 +1,209 @@
+"""Documents out of one file: text, JSON lines, or Parquet, in constant memory.
+
+Each reader yields `str`; a null in place of a text is the empty string. What a file holds wrongly is a DataError with
+the file, the line or row, and the mend.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from colrow.errors import DataError, did_you_mean
+
+Kind = Literal["text", "jsonl", "parquet"]
+_PARQUET_ROWS = 1024
+_SCAN_BYTES = 1 << 16
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix that tells a file's kind: that of `a.jsonl.gz` is `.jsonl`."""
+    return Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
+
+
+def kind_of(path: Path) -> Kind:
+    """How the file at `path` is read, by its name."""
+    match suffix_of(path):
+        case ".jsonl" | ".ndjson" | ".jsonlines":
+            return "jsonl"
+        case ".parquet":
+            return "parquet"
+        case _:
+            return "text"
+
+
+def read_file(path: Path, text_key: str, section_chars: int) -> Iterator[str]:
+    """The documents of the file at `path`, in their order.
+
+    Args:
+        text_key: the field of a JSON line or a Parquet row that holds the text.
+        section_chars: a text file with more characters than this is cut into several documents.
+
+    Raises:
+        DataError: the file cannot be read, or does not hold what its suffix promises.
+    """
+    try:
+        match kind_of(path):
+            case "jsonl":
+                yield from _read_jsonl(path, text_key)
+            case "parquet":
+                yield from _read_parquet(path, text_key)
+            case "text":
+                yield from _read_text(path, section_chars)
+    except (OSError, EOFError) as error:  # EOFError: a .gz that ends early
+        raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def require_text(value: object, where: str) -> str:
+    """`value` as a document. Raises DataError where it is neither a string nor null, or not Unicode text."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"{where} holds {_kind(value)}, not a string: point data.text_key at the field with the text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where} holds half of a surrogate pair (character {error.start}), which is not Unicode text: "
+            f"write that character anew or leave the document out"
+        ) from error
+    return value
+
+
+def missing_key(text_key: str, where: str, present: list[str]) -> DataError:
+    """The error for a row without the text's key: it names the keys that are there."""
+    near = did_you_mean(text_key, present)
+    listed = "" if near.startswith("; known names") else f"; its keys: {', '.join(sorted(present)) or 'none'}"
+    mend = near.replace("known names", "its keys")
+    return DataError(f"{where} has no key {text_key!r}{mend}{listed}: set data.text_key to the one with the text")
+
+
+def _open_binary(path: Path) -> BinaryIO | gzip.GzipFile:
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+def _read_text(path: Path, section_chars: int) -> Iterator[str]:
+    try:
+        with io.TextIOWrapper(_open_binary(path), encoding="utf-8-sig") as file:  # -sig: a byte-order mark is no text
+            yield from _cut(file, section_chars)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 text (at byte {_bad_byte(path)}): convert it "
+            f"(iconv -f latin1 -t utf-8), or leave it out of data.corpus"
+        ) from error
+
+
+def _cut(file: io.TextIOWrapper, most: int) -> Iterator[str]:
+    """Pieces of at most `most` characters: cut after a blank line in the second half, else a line end, else there."""
+    rest = ""
+    while True:
+        text = rest + file.read(most + 1 - len(rest))
+        if len(text) <= most:
+            yield text
+            return
+        at = 0
+        for end in ("\n\n", "\n"):
+            found = text.rfind(end, most // 2, most)
+            if found >= 0:
+                at = found + len(end)
+                break
+        else:
+            at = most
+        yield text[:at]
+        rest = text[at:]
+
+
+def _bad_byte(path: Path) -> int:
+    """Offset of the first byte that is not UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    start = 0
+    with _open_binary(path) as file:
+        while True:
+            block = file.read(_SCAN_BYTES)
+            pending = len(decoder.getstate()[0])
+            try:
+                decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                return start - pending + error.start
+            if not block:
+                return start
+            start += len(block)
+
+
+def _read_jsonl(path: Path, text_key: str) -> Iterator[str]:
+    with _open_binary(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path} line {number}"
+            try:
+                row = json.loads(line.removeprefix(codecs.BOM_UTF8))
+            except (ValueError, RecursionError) as error:
+                hint = ""
+                if number == 1 and line.lstrip()[:1] in (b"[", b"{"):
+                    hint = "; a .jsonl file holds one whole JSON object on each line"
+                raise DataError(f"{where} is not JSON: {error}{hint}") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{where} holds {_kind(row)}, not an object such as {{{json.dumps(text_key)}: ...}}")
+            if text_key not in row:
+                raise missing_key(text_key, where, list(row))
+            yield require_text(row[text_key], f"{where}, key {text_key!r},")
+
+
+def _read_parquet(path: Path, text_key: str) -> Iterator[str]:
+    parquet = import_parquet()
+    import pyarrow as pa
+
+    number = 0
+    try:
+        with parquet.ParquetFile(path, pre_buffer=False) as file:
+            schema = file.schema_arrow
+            if text_key not in schema.names:
+                raise missing_key(text_key, str(path), list(schema.names))
+            _require_strings(schema.field(text_key).type, path, text_key)
+            for group in range(file.num_row_groups):
+                for batch in file.iter_batches(batch_size=_PARQUET_ROWS, row_groups=[group], columns=[text_key]):
+                    for value in batch.column(0).to_pylist():
+                        number += 1
+                        yield require_text(value, f"{path} row {number}, key {text_key!r},")
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not a whole Parquet file (read {number} rows): {error}") from error
+
+
+def import_parquet() -> Any:
+    """pyarrow.parquet. Raises DataError that says how to install it."""
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(f"Parquet files need pyarrow ({error}): pip install 'colrow[parquet]'") from error
+    return pyarrow.parquet
+
+
+def _require_strings(kind: Any, path: Path, text_key: str) -> None:
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    is_view = getattr(pa.types, "is_string_view", lambda _: False)(kind)
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or is_view or pa.types.is_null(kind)):
+        raise DataError(
+            f"{path}: column {text_key!r} is {kind}, not string: point data.text_key at the column with the text"
+        )
+
+
+def _kind(value: object) -> str:
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        bytes: "bytes",
+    }
+    return "null" if value is None else names.get(type(value), type(value).__name__)

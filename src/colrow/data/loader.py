@@ -1,0 +1,161 @@
+"""Which windows of tokens form a step's batch, and the tensors of them.
+
+A step's global batch is a function of (seed, step) alone. Each data-parallel rank takes its micro-batches from it, so
+another mesh sees the same batches, and a run that goes on needs to know nothing but its step. No randomness has state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from colrow.data.permutation import Permutation
+from colrow.data.shards import TokenArray
+from colrow.errors import ConfigError, DataError
+
+Batch = tuple[Tensor, Tensor]
+"""ids and targets, int64 [micro_batch, seq_len]; targets[:, t] is the id after ids[:, t]"""
+
+
+class BatchOrder:
+    """The order in which `n_windows` windows are read, epoch after epoch, each once an epoch.
+
+    A batch may begin in one epoch and end in the next, so every batch is whole.
+
+    Args:
+        global_batch: windows in one step, over all ranks.
+        seed: chooses the order; None reads the windows from the first to the last.
+    """
+
+    def __init__(self, n_windows: int, global_batch: int, seed: int | None) -> None:
+        if n_windows < 1:
+            raise DataError("there is no whole sequence to read: use more text, or a shorter data.seq_len")
+        self.n_windows, self.global_batch, self.seed = n_windows, global_batch, seed
+
+    def indices(self, step: int) -> np.ndarray:
+        """The windows of global batch `step` (from 0): int64 [global_batch]."""
+        assert step >= 0
+        positions = np.arange(step * self.global_batch, (step + 1) * self.global_batch, dtype=np.int64)
+        epochs, places = np.divmod(positions, self.n_windows)
+        if self.seed is None:
+            return places
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+            chosen = epochs == epoch
+            places[chosen] = Permutation(self.n_windows, f"windows {self.seed} {epoch}")(places[chosen])
+        return places
+
+
+class DataAxisSampler:
+    """One data-parallel rank's part of each global batch.
+
+    The global batch is cut into micro-batches, and micro-batch i goes to rank i mod dp_degree: a micro-batch holds
+    the same windows whatever the number of ranks.
+
+    Args:
+        dp_rank: this rank's place on the data axes together (dp_replicate × dp_shard). Ranks that differ in tp or pp
+            alone have the same.
+        dp_degree: ranks on the data axes together.
+
+    Raises:
+        ConfigError: global_batch does not divide.
+    """
+
+    def __init__(self, order: BatchOrder, dp_rank: int, dp_degree: int, micro_batch: int) -> None:
+        assert 0 <= dp_rank < dp_degree
+        self.accumulation = check_batch(order.global_batch, micro_batch, dp_degree)
+        self.order, self.dp_rank, self.dp_degree, self.micro_batch = order, dp_rank, dp_degree, micro_batch
+
+    def micro_batches(self, step: int) -> list[np.ndarray]:
+        """The windows of each micro-batch of this rank in `step`: `accumulation` arrays, int64 [micro_batch]."""
+        cut = self.order.indices(step).reshape(self.accumulation, self.dp_degree, self.micro_batch)
+        return list(cut[:, self.dp_rank])
+
+
+class Loader:
+    """A rank's batches as tensors. The next step's are read in the background while this one's are used.
+
+    Args:
+        device: where the tensors go; to a CUDA device they are copied from pinned memory without waiting.
+    """
+
+    def __init__(
+        self, tokens: TokenArray, seq_len: int, sampler: DataAxisSampler, device: torch.device | str = "cpu"
+    ) -> None:
+        if sampler.order.n_windows > tokens.windows(seq_len):
+            raise DataError(
+                f"the batch order counts {sampler.order.n_windows:,} windows, but {tokens.path} has "
+                f"{tokens.windows(seq_len):,} of {seq_len:,} tokens"
+            )
+        self._tokens, self._seq_len, self._sampler = tokens, seq_len, sampler
+        self._device = torch.empty(0, device=device).device  # "cuda" becomes the current device, by its number
+        self._ahead: tuple[int, Future[list[Batch]]] | None = None
+        self._thread = ThreadPoolExecutor(1, "colrow-loader", initializer=self._enter_thread)
+
+    def batches(self, step: int) -> Iterator[Batch]:
+        """This rank's micro-batches of `step`, any step in any order: ids and targets, int64 [micro_batch, seq_len]."""
+        if self._ahead is None or self._ahead[0] != step:
+            self._ahead = (step, self._thread.submit(self._read, step))
+        read = self._ahead[1].result()
+        self._ahead = (step + 1, self._thread.submit(self._read, step + 1))
+        for ids, targets in read:
+            yield ids.to(self._device, non_blocking=True), targets.to(self._device, non_blocking=True)
+
+    def close(self) -> None:
+        """End the background thread."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._ahead = None
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _enter_thread(self) -> None:
+        if self._device.type == "cuda":  # a thread starts on device 0, where pinning would make a context
+            torch.cuda.set_device(self._device)
+
+    def _read(self, step: int) -> list[Batch]:
+        return [self._tensors(indices) for indices in self._sampler.micro_batches(step)]
+
+    def _tensors(self, indices: np.ndarray) -> Batch:
+        windows = torch.from_numpy(self._tokens.read(indices, self._seq_len))
+        ids, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        if self._device.type == "cuda":
+            return ids.pin_memory(), targets.pin_memory()
+        return ids, targets
+
+
+def check_batch(global_batch: int, micro_batch: int, dp: int) -> int:
+    """Micro-batches that each of `dp` data-parallel ranks runs in a step.
+
+    Raises:
+        ConfigError: global_batch is no multiple of micro_batch × dp; it names the nearest values that fit.
+    """
+    unit = micro_batch * dp
+    if global_batch % unit == 0:
+        return global_batch // unit
+    below = global_batch // unit * unit
+    mends = [f"train.global_batch {f'{below} or ' if below else ''}{below + unit}"]
+    if global_batch % dp == 0:
+        share = global_batch // dp
+        fits = [n for n in range(1, share + 1) if share % n == 0]
+        near = sorted({max(n for n in fits if n <= micro_batch), min([n for n in fits if n >= micro_batch] or [share])})
+        mends.append(f"train.micro_batch {' or '.join(map(str, near))}")
+    raise ConfigError(
+        f"train.global_batch={global_batch} is not divisible by {unit} (train.micro_batch={micro_batch} × {dp} "
+        f"data-parallel rank{'' if dp == 1 else 's'}): use {', or '.join(mends)}"
+    )
+
+
+def batch_fingerprint(ids: Tensor) -> int:
+    """A hash of the values and the shape of `ids`, below 2^63 so that an int64 tensor holds it. Copies to the host."""
+    digest = hashlib.blake2b(repr(tuple(ids.shape)).encode(), digest_size=8)
+    digest.update(ids.detach().to("cpu", torch.int64).contiguous().numpy().tobytes())
+    return int.from_bytes(digest.digest(), "little") & (2**63 - 1)

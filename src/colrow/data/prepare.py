@@ -1,0 +1,254 @@
+"""Corpus to tokenizer and token shards, once: later runs, and the other processes of this one, find them made."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from colrow.data.corpus import Corpus, open_corpus
+from colrow.data.digests import digest_of
+from colrow.data.encode import usable_cores
+from colrow.data.lock import locked, writing_to
+from colrow.data.progress import Progress
+from colrow.data.shards import FORMAT, ShardMeta, TokenArray, build_shards, partial_folders, read_meta
+from colrow.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from colrow.errors import DataError
+
+if TYPE_CHECKING:  # config imports torch, which worker processes do without
+    from colrow.config import DataSection
+
+_TRAINER = "bpe-1"
+"""Raised when the same corpus comes to give another tokenizer."""
+_LARGE_BYTES = 1 << 28
+"""Hashing less than this takes no time worth a word."""
+_BYTES_PER_WORKER = 16 << 20
+"""A process earns what it costs to start from about so much text on; `tokenizers` has threads for less."""
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A tokenizer and the token shards that it made of a corpus."""
+
+    tokenizer: Tokenizer
+    train: TokenArray
+    validation: TokenArray
+    folder: Path
+    fingerprint: str
+    """Content hash of the corpus."""
+    counts: ShardMeta
+    """Documents, tokens and bytes of text by split."""
+    built: bool
+    """Whether this call made the shards, rather than find them."""
+
+    def describe(self) -> str:
+        """One line for people."""
+        train, validation = (
+            f"{self.counts.documents[split]:,} documents, {self.counts.tokens[split]:,} tokens"
+            for split in ("train", "validation")
+        )
+        return (
+            f"data: {self.counts.source}, {self.tokenizer.vocab_size:,} token vocabulary; train {train}; "
+            f"validation {validation}; {self.folder}"
+        )
+
+
+def prepare(section: DataSection, model_vocab: int, progress: bool) -> PreparedData:
+    """The tokenizer and token shards of `section`, from its cache or made now.
+
+    Any number of processes may call it at the same time on one cache: one makes them, the others wait. Nothing here
+    needs a process group, so a launcher can call it before it starts the ranks.
+
+    Args:
+        model_vocab: the model's vocabulary size; the tokenizer's must not exceed it.
+        progress: show a bar (on a terminal) or lines, and at the end what was found.
+
+    Raises:
+        DataError: the corpus or the tokenizer cannot be used, a split is shorter than a sequence, or the cache
+            folder cannot be written.
+    """
+    start = time.monotonic()
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # it would wait for the parent's lock forever
+        raise DataError('a script that prepares data does so under `if __name__ == "__main__":`, for workers import it')
+    given = _given_tokenizer(section, model_vocab)
+    corpus = open_corpus(section)
+    with Progress(progress) as shown:
+        fingerprint = _fingerprint(corpus, section, shown)
+        recipe = [
+            str(FORMAT),
+            fingerprint,
+            repr(section.validation_fraction),
+            given.digest if given else f"{_TRAINER} {_vocab_size(section, model_vocab)}",
+        ]
+        folder = section.cache / f"tokens-{digest_of(*recipe)[:16]}"
+        meta, built = _find(folder, shown), False
+        if meta is None:
+            with locked(folder.with_suffix(".lock"), _watcher(folder, shown)):
+                meta = _find(folder, shown)
+                if meta is None:
+                    tokenizer = given or _trained(corpus, fingerprint, section, model_vocab, shown)
+                    meta, built = _build(corpus, tokenizer, folder, fingerprint, section, shown), True
+        data = PreparedData(
+            tokenizer=given or load_tokenizer(folder),
+            train=meta.open(folder, "train"),
+            validation=meta.open(folder, "validation"),
+            folder=folder,
+            fingerprint=fingerprint,
+            counts=meta,
+            built=built,
+        )
+        shown.say(f"{data.describe()} ({f'made in {time.monotonic() - start:.1f} s' if built else 'found'})")
+    _require_a_sequence(meta, section)
+    return data
+
+
+def _given_tokenizer(section: DataSection, model_vocab: int) -> Tokenizer | None:
+    """The tokenizer that the config names, or None where one is to be trained; both are checked for size."""
+    path, vocab_size = section.tokenizer.path, section.tokenizer.vocab_size
+    if path is None:
+        if vocab_size is not None and vocab_size > model_vocab:
+            raise DataError(
+                f"data.tokenizer.vocab_size={vocab_size:,} is more than the model's vocabulary of {model_vocab:,}: "
+                f"leave it out to train {model_vocab:,} tokens, or choose a model with a larger vocabulary"
+            )
+        return None
+    if vocab_size is not None:
+        raise DataError(
+            f"data.tokenizer has both path={path} and vocab_size={vocab_size}: "
+            f"leave out path to train a tokenizer, or vocab_size to use the one given"
+        )
+    tokenizer = load_tokenizer(path)
+    tokenizer.require_fits(model_vocab, f"tokenizer {path}")
+    return tokenizer
+
+
+def _vocab_size(section: DataSection, model_vocab: int) -> int:
+    return section.tokenizer.vocab_size or model_vocab
+
+
+def _memory(section: DataSection) -> Path:
+    """The file that keeps what Corpus.fingerprint would else find out anew."""
+    return section.cache / f"corpus-{digest_of(section.corpus, section.text_key, str(Path.cwd()))[:16]}.json"
+
+
+def _fingerprint(corpus: Corpus, section: DataSection, shown: Progress) -> str:
+    """The corpus's; of several processes one reads the files, and the others wait and read what it has kept."""
+    memory = _memory(section)
+    if section.cache.is_dir() and not os.access(section.cache, os.W_OK):
+        return corpus.fingerprint(memory)  # a finished cache may be shared read-only
+    if not memory.exists() and (corpus.size() or _LARGE_BYTES) >= _LARGE_BYTES:
+        shown.stage("hashing the corpus")
+    with locked(memory.with_suffix(".lock")):
+        return corpus.fingerprint(memory)
+
+
+def _find(folder: Path, shown: Progress) -> ShardMeta | None:
+    """The meta of whole shards; None where there are none. Damaged ones are named, and made again."""
+    if not folder.exists():
+        return None
+    try:
+        return read_meta(folder)
+    except DataError as error:
+        shown.say(f"data: {error}; they are made again")
+        return None
+
+
+def _watcher(folder: Path, shown: Progress) -> Callable[[], None]:
+    """Shows how far the process is that builds `folder`, from the files that it writes."""
+    waited = False
+
+    def watch() -> None:
+        nonlocal waited
+        if not waited:
+            shown.stage("waiting for another process that prepares this data")
+            waited = True
+        written = sum(_size(file) for partial in partial_folders(folder) for file in partial.glob("*.bin"))
+        shown.advance(0, f"{written / 1e6:,.0f} MB of ids written")
+
+    return watch
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # renamed between the listing and now
+        return 0
+
+
+def _trained(corpus: Corpus, fingerprint: str, section: DataSection, model_vocab: int, shown: Progress) -> Tokenizer:
+    """The tokenizer trained on this corpus, kept apart from the shards: another validation_fraction needs no other."""
+    vocab_size = _vocab_size(section, model_vocab)
+    path = section.cache / f"tokenizer-{digest_of(_TRAINER, fingerprint, str(vocab_size))[:16]}.json"
+    with locked(path.with_suffix(".lock")):
+        if path.exists():
+            return load_tokenizer(path)
+        shown.stage(f"training a tokenizer of {vocab_size:,} tokens", corpus.size())
+        tokenizer = train_tokenizer(corpus, vocab_size, lambda text: shown.advance(len(text)))
+        with writing_to(section.cache):
+            tokenizer.save(path)
+        return tokenizer
+
+
+def _build(
+    corpus: Corpus, tokenizer: Tokenizer, folder: Path, fingerprint: str, section: DataSection, shown: Progress
+) -> ShardMeta:
+    for stale in [folder, *partial_folders(folder)]:  # the lock is ours: their builders are gone
+        shutil.rmtree(stale, ignore_errors=True)
+    size = corpus.size()
+    worth = usable_cores() if size is None else math.ceil(size / _BYTES_PER_WORKER)
+    return build_shards(
+        corpus,
+        tokenizer,
+        folder,
+        fingerprint=fingerprint,
+        validation_fraction=section.validation_fraction,
+        workers=section.workers or min(usable_cores(), max(worth, 1)),
+        progress=shown,
+        memory=_memory(section),
+    )
+
+
+def _require_a_sequence(meta: ShardMeta, section: DataSection) -> None:
+    """Raise a DataError unless each split holds `seq_len` tokens and the one after them."""
+    need, train, validation = section.seq_len + 1, meta.tokens["train"], meta.tokens["validation"]
+    asked = f"fewer than one sequence (data.seq_len={section.seq_len} needs {need:,})"
+    if train < need:
+        mends = ["use more text"]
+        if train + validation >= 2 * need:
+            mends.append(f"a data.validation_fraction below {section.validation_fraction}")
+        if train > 2:
+            mends.append(f"data.seq_len of {train - 1:,} or less")
+        raise DataError(
+            f"corpus {meta.source} has {train:,} tokens to train on in {_documents(meta.documents['train'])}, "
+            f"{asked}: {', or '.join(mends)}"
+        )
+    if validation < need:
+        raise DataError(
+            f"corpus {meta.source} has {validation:,} tokens held out for validation, in "
+            f"{meta.documents['validation']:,} of its {_documents(sum(meta.documents.values()))}, {asked}: "
+            f"{_hold_out_more(meta, need)}"
+        )
+
+
+def _hold_out_more(meta: ShardMeta, need: int) -> str:
+    """The mend for too small a validation split: the least fraction that makes it long enough, where there is one."""
+    total = sum(meta.tokens.values())
+    for fraction, _ in meta.first_held_out:
+        fraction = math.ceil(fraction * 1000 + 1e-6) / 1000
+        held_out = [tokens for least, tokens in meta.first_held_out if least < fraction]
+        if fraction < 1 and need <= sum(held_out) <= total - need:
+            return (
+                f"set data.validation_fraction to {fraction:g}, which holds out {_documents(len(held_out))} "
+                f"with {sum(held_out):,} tokens"
+            )
+    return "use more text, or a shorter data.seq_len; a document is held out whole or not at all"
+
+
+def _documents(n: int) -> str:
+    return f"{n:,} document{'' if n == 1 else 's'}"

@@ -1,0 +1,241 @@
+"""Token shards: the corpus as one memory-mapped array of ids for training and one for validation.
+
+A folder holds `train.bin` and `validation.bin` (ids, little-endian, documents one after another, each closed by the
+end-of-text id) and `meta.json`. It is written under a temporary name and renamed when complete: a folder of the right
+name is whole. The bytes depend on the documents and the tokenizer alone, not on how many processes wrote them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from colrow.data.corpus import Corpus
+from colrow.data.digests import write_whole
+from colrow.data.encode import Encoded, encode_in_order
+from colrow.data.lock import writing_to
+from colrow.data.progress import Progress
+from colrow.data.tokenizer import Tokenizer
+from colrow.errors import DataError
+
+FORMAT = 1
+SPLITS = ("train", "validation")
+_CHUNK_CHARS = 1 << 19
+_FIRST_HELD_OUT = 64
+
+
+class TokenArray:
+    """A split's ids on disk, memory-mapped when first read. Cheap to pickle: a process that gets it maps it anew."""
+
+    def __init__(self, path: Path, dtype: str, length: int) -> None:
+        self.path, self.dtype, self.length = path, dtype, length
+        self._map: np.memmap | None = None
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __reduce__(self) -> tuple[type[TokenArray], tuple[Path, str, int]]:
+        return TokenArray, (self.path, self.dtype, self.length)
+
+    @property
+    def ids(self) -> np.ndarray:
+        """All ids, [length], uint16 or uint32."""
+        if self._map is None:
+            self._map = np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.length,))
+        return self._map
+
+    def windows(self, seq_len: int) -> int:
+        """How many stretches of `seq_len` ids there are that have a next id for each."""
+        return max(self.length - 1, 0) // seq_len
+
+    def read(self, indices: np.ndarray, seq_len: int) -> np.ndarray:
+        """The windows `indices` [n], each with the id after it: int64 [n, seq_len + 1]."""
+        out = np.empty((len(indices), seq_len + 1), dtype=np.int64)
+        for row, index in zip(out, indices, strict=True):
+            start = int(index) * seq_len
+            row[:] = self.ids[start : start + seq_len + 1]
+        return out
+
+
+@dataclass(frozen=True)
+class ShardMeta:
+    """What meta.json says. Counts are by split."""
+
+    format: int
+    dtype: str
+    vocab_size: int
+    eos_id: int
+    tokenizer: str
+    """Tokenizer.digest."""
+    corpus: str
+    """Corpus.fingerprint."""
+    source: str
+    """Corpus.describe."""
+    validation_fraction: float
+    documents: dict[str, int]
+    tokens: dict[str, int]
+    text_bytes: dict[str, int]
+    digests: dict[str, str]
+    """Of the .bin files."""
+    first_held_out: list[tuple[float, int]] = field(repr=False)
+    """The documents that the smallest validation fractions hold out: (fraction from which on, tokens)."""
+
+    def open(self, folder: Path, split: str) -> TokenArray:
+        return TokenArray(folder / f"{split}.bin", self.dtype, self.tokens[split])
+
+
+def read_meta(folder: Path) -> ShardMeta:
+    """The meta.json of `folder`.
+
+    Raises:
+        DataError: it is missing or of another format, or a .bin file has not the size that it tells.
+    """
+    try:
+        tree = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if tree["format"] != FORMAT:
+            raise DataError(f"token shards {folder} have format {tree['format']}, not {FORMAT}")
+        meta = ShardMeta(**tree | {"first_held_out": [(float(f), int(n)) for f, n in tree["first_held_out"]]})
+        for split in SPLITS:
+            size, due = (folder / f"{split}.bin").stat().st_size, meta.tokens[split] * np.dtype(meta.dtype).itemsize
+            if size != due:
+                raise DataError(f"token shards {folder} are damaged: {split}.bin has {size:,} bytes, not {due:,}")
+    except OSError as error:
+        raise DataError(f"token shards {folder} cannot be read: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"token shards {folder} are damaged: meta.json: {error}") from error
+    return meta
+
+
+def partial_folders(folder: Path) -> list[Path]:
+    """What unfinished builds of `folder` have left, or are writing."""
+    return sorted(folder.parent.glob(f"{folder.name}.partial-*"))
+
+
+def build_shards(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    fingerprint: str,
+    validation_fraction: float,
+    workers: int,
+    progress: Progress,
+    memory: Path | None = None,
+) -> ShardMeta:
+    """Tokenize `corpus` into `folder`, which must not exist, with `workers` processes (1: in this one).
+
+    A document is held out for validation when a hash of its text says so, so equal documents fall on one side and the
+    order plays no part. The caller sees to it that nobody else builds the same folder.
+
+    Args:
+        fingerprint: the corpus's, taken before the tokenizer was trained.
+        memory: for Corpus.fingerprint, which is asked again at the end.
+
+    Raises:
+        DataError: the corpus cannot be read or has changed meanwhile, or the folder cannot be written.
+    """
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    dtype = dtype_for(tokenizer.vocab_size)
+    first_held_out: list[tuple[float, int]] = []
+    progress.stage("tokenizing", corpus.size())
+    try:
+        with writing_to(folder.parent):
+            partial.mkdir(parents=True)
+            train, validation = (_Writer(partial / f"{split}.bin", dtype) for split in SPLITS)
+        with closing(encode_in_order(_chunks(corpus), tokenizer, dtype, workers)) as stream:
+            for encoded in stream:
+                held_out = encoded.fractions < validation_fraction
+                with writing_to(folder.parent):
+                    train.add(encoded, ~held_out)
+                    validation.add(encoded, held_out)
+                first_held_out = _smallest(first_held_out, encoded)
+                tokens = train.tokens + validation.tokens
+                progress.advance(int(encoded.text_bytes.sum()), f"{tokens / 1e6:,.1f}M tokens")
+        if corpus.fingerprint(memory) != fingerprint:
+            raise DataError(f"corpus {corpus.describe()} has changed while it was read: start again when it is at rest")
+        with writing_to(folder.parent):
+            meta = ShardMeta(
+                format=FORMAT,
+                dtype=dtype,
+                vocab_size=tokenizer.vocab_size,
+                eos_id=tokenizer.eos_id,
+                tokenizer=tokenizer.digest,
+                corpus=fingerprint,
+                source=corpus.describe(),
+                validation_fraction=validation_fraction,
+                documents={"train": train.documents, "validation": validation.documents},
+                tokens={"train": train.tokens, "validation": validation.tokens},
+                text_bytes={"train": train.text_bytes, "validation": validation.text_bytes},
+                digests={"train": train.close(), "validation": validation.close()},
+                first_held_out=first_held_out,
+            )
+            tokenizer.save(partial)
+            write_whole(partial / "meta.json", json.dumps(asdict(meta), indent=2))
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return meta
+
+
+def dtype_for(vocab_size: int) -> str:
+    """The narrowest type that holds every id below `vocab_size`."""
+    return "<u2" if vocab_size <= 1 << 16 else "<u4"
+
+
+class _Writer:
+    """One split's file while it grows."""
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        self._file: BinaryIO = path.open("wb")
+        self._digest = hashlib.blake2b(digest_size=16)
+        self._dtype = dtype
+        self.documents = self.tokens = self.text_bytes = 0
+
+    def add(self, encoded: Encoded, chosen: np.ndarray) -> None:
+        """Append the documents that the mask `chosen` names."""
+        ids = encoded.ids[np.repeat(chosen, encoded.lengths)].astype(self._dtype, copy=False)
+        data = ids.tobytes()
+        self._file.write(data)
+        self._digest.update(data)
+        self.documents += int(chosen.sum())
+        self.tokens += len(ids)
+        self.text_bytes += int(encoded.text_bytes[chosen].sum())
+
+    def close(self) -> str:
+        """Flush to disk; the digest of all that was written."""
+        with self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        return self._digest.hexdigest()
+
+
+def _chunks(corpus: Corpus) -> Iterator[list[str]]:
+    """Documents in groups of about half a million characters: what one process encodes at a time."""
+    texts: list[str] = []
+    chars = 0
+    for text in corpus:
+        texts.append(text)
+        chars += len(text)
+        if chars >= _CHUNK_CHARS:
+            yield texts
+            texts, chars = [], 0
+    if texts:
+        yield texts
+
+
+def _smallest(known: list[tuple[float, int]], encoded: Encoded) -> list[tuple[float, int]]:
+    """`known` with the documents of `encoded`, cut to those with the smallest fractions."""
+    least = np.argsort(encoded.fractions, kind="stable")[:_FIRST_HELD_OUT]
+    more: list[Any] = [(float(encoded.fractions[i]), int(encoded.lengths[i])) for i in least]
+    return sorted(known + more)[:_FIRST_HELD_OUT]

@@ -1,0 +1,210 @@
+"""Text to tokens and back: a byte-level BPE trained on the corpus, or one that exists."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from colrow.data.corpus import Corpus
+from colrow.data.digests import digest_of, write_whole
+from colrow.errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+_MIN_VOCAB = 257
+"""256 bytes and the end-of-text token."""
+_SAMPLE_CHARS = 1 << 26
+"""A vocabulary is trained on this much of the corpus: counts of frequent pairs change little beyond it."""
+_USUAL_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>", "[EOS]", "[SEP]")
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A `tokenizers.Tokenizer` with the ids that begin and end a document.
+
+    Text never turns into special tokens: a document that spells `<|endoftext|>` is encoded letter by letter. Long
+    documents are never truncated and short ones never padded, whatever tokenizer.json says.
+    """
+
+    backend: Any
+    eos_id: int
+    settings: dict[str, Any]
+    """What tokenizer_config.json said; `save` writes it again."""
+
+    def __post_init__(self) -> None:
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.backend.encode_special_tokens = True
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the greatest id."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def prefix(self) -> list[int]:
+        """Ids that the tokenizer itself puts before a text (Llama's begin-of-text); often none."""
+        plain = list(self.backend.encode("a", add_special_tokens=False).ids)
+        full = list(self.backend.encode("a", add_special_tokens=True).ids)
+        for at in range(len(full) - len(plain) + 1):
+            if full[at : at + len(plain)] == plain:
+                return full[:at]
+        return []
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of all that decides which ids a document becomes."""
+        return digest_of(self.backend.to_str(), str(self.eos_id))
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text that goes on, such as a prompt: `prefix` and the text's own."""
+        return self.prefix + list(self.backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of whole documents: `prefix`, the text's own, and `eos_id`."""
+        encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [[*self.prefix, *one.ids, self.eos_id] for one in encoded]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def save(self, path: Path | str) -> None:
+        """Write tokenizer.json at `path`; where `path` is a folder, tokenizer_config.json beside it.
+
+        `transformers.AutoTokenizer` loads such a folder.
+        """
+        path = Path(path)
+        text = self.backend.to_str(pretty=True)
+        if not path.is_dir():
+            write_whole(path, text)
+            return
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | self.settings
+        if not settings.get("eos_token"):
+            settings["eos_token"] = self.backend.id_to_token(self.eos_id)
+        write_whole(path / "tokenizer.json", text)
+        write_whole(path / "tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False))
+
+    def require_fits(self, model_vocab: int, source: str) -> None:
+        """Raise a DataError unless every id is below the model's vocabulary size."""
+        if self.vocab_size > model_vocab:
+            raise DataError(
+                f"{source} has {self.vocab_size:,} tokens, but the model's vocabulary is {model_vocab:,}: choose a "
+                f"model with at least {self.vocab_size:,}, another tokenizer, or leave data.tokenizer out "
+                f"(one of {model_vocab:,} tokens is then trained on the corpus)"
+            )
+
+
+def train_tokenizer(corpus: Corpus, vocab_size: int, on_text: Callable[[str], None] = lambda text: None) -> Tokenizer:
+    """A byte-level BPE of at most `vocab_size` tokens; the same corpus gives the same one, on any machine.
+
+    Trained on the whole corpus up to 64 Mi characters, beyond that on a sample of so many. A small corpus may run
+    out of pairs to merge before `vocab_size`.
+
+    Args:
+        on_text: called with each document that is counted.
+
+    Raises:
+        DataError: `vocab_size` is below 257, or the corpus cannot be read.
+    """
+    if vocab_size < _MIN_VOCAB:
+        raise DataError(
+            f"data.tokenizer.vocab_size={vocab_size} is too small: a byte-level BPE needs {_MIN_VOCAB} "
+            f"(256 bytes and {END_OF_TEXT}) or more, 4096 for instance"
+        )
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT],  # special tokens come first: its id is 0
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+
+    def counted() -> Any:
+        for text in corpus.sample(_SAMPLE_CHARS):
+            on_text(text)
+            yield text
+
+    backend.train_from_iterator(counted(), trainer)
+    return Tokenizer(backend, 0, {})
+
+
+def load_tokenizer(path: Path | str) -> Tokenizer:
+    """The tokenizer in a tokenizer.json, or in a folder that holds one as Hugging Face folders do.
+
+    Documents end with the `eos_token` of tokenizer_config.json, the `eos_token_id` of generation_config.json or
+    config.json beside it, or else a special token with one of the usual names.
+
+    Raises:
+        DataError: no tokenizer.json, one that cannot be read, or one without an end-of-text token.
+    """
+    path = Path(path).expanduser()
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.exists():
+        raise _no_tokenizer(path)
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception for whatever it cannot read
+        raise DataError(f"{file} is not a tokenizer.json: {error}") from error
+    settings = _read_json(file.with_name("tokenizer_config.json"))
+    return Tokenizer(backend, _find_eos(backend, file, settings), settings)
+
+
+def _no_tokenizer(path: Path) -> DataError:
+    if not path.is_dir():
+        return DataError(
+            f"there is no tokenizer {path} (searched from {Path.cwd()}): give a tokenizer.json or a Hugging Face "
+            f"folder in data.tokenizer.path, or leave it out to train one on the corpus"
+        )
+    slow = [name for name in ("tokenizer.model", "vocab.json", "spiece.model", "vocab.txt") if (path / name).exists()]
+    if slow:
+        return DataError(
+            f"{path} holds {slow[0]}, but no tokenizer.json: write one with transformers, "
+            f"AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained({str(path)!r})"
+        )
+    return DataError(f"{path} holds no tokenizer.json: give another folder in data.tokenizer.path")
+
+
+def _find_eos(backend: Any, file: Path, settings: dict[str, Any]) -> int:
+    named = settings.get("eos_token")
+    if isinstance(named, dict):  # an AddedToken written out
+        named = named.get("content")
+    if isinstance(named, str):
+        eos_id = backend.token_to_id(named)
+        if eos_id is None:
+            raise DataError(f"{file} has no token {named!r}, which tokenizer_config.json beside it calls eos_token")
+        return int(eos_id)
+    for name in ("generation_config.json", "config.json"):
+        eos_id = _read_json(file.with_name(name)).get("eos_token_id")
+        if isinstance(eos_id, list) and eos_id:
+            eos_id = eos_id[0]
+        if isinstance(eos_id, int):
+            if backend.id_to_token(eos_id) is None:
+                raise DataError(f"{file} has no token {eos_id}, which {name} beside it calls eos_token_id")
+            return eos_id
+    special = {token.content: i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+    for token in _USUAL_ENDS:
+        if token in special:
+            return int(special[token])
+    raise DataError(
+        f"{file} does not tell which token ends a text (its special tokens: {', '.join(special) or 'none'}): "
+        f'write {{"eos_token": "..."}} into {file.with_name("tokenizer_config.json")}'
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    return tree if isinstance(tree, dict) else {}

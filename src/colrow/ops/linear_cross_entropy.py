@@ -1,0 +1,263 @@
+"""The head and the loss in one, for a head that is split over the vocabulary: logits are never whole.
+
+    forward   H = all_gather(h)                             only where h is a shard of the tokens
+              for each chunk of C tokens:
+                  Z = H_C W_v^T                             [C, v]; the statistics of its softmax are exchanged:
+                  S = all_gather(statistics(Z))             one collective a chunk, of 4 C numbers
+                  loss += terms(S); Z <- d loss / d Z       in place
+                  dH_C = Z W_v                              a part of a sum over ranks
+                  dW_v += Z^T H_C                           in fp32
+              dh = reduce_scatter(dH)                       all_reduce where h is whole
+    backward  dh, dW_v times the incoming gradient
+
+The gradients are made in forward, where the chunk's logits are at hand: three products, nothing is computed twice.
+That is why the reduction must be a sum or a mean: the gradient of each token's loss has to be known by then.
+
+Legend: T tokens, t this rank's tokens, D hidden size, V vocabulary, v this rank's classes, n ranks, C chunk.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from colrow.errors import ConfigError
+from colrow.ops.collectives import all_gather, group_of, reduce_scatter
+from colrow.ops.kernels import cross_entropy as kernels
+from colrow.ops.kernels.cross_entropy import LossTerms
+from colrow.ops.products import add_product
+
+Implementation = Literal["auto", "triton", "torch"]
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    mesh_or_group: DeviceMesh | dist.ProcessGroup | None = None,
+    sequence_dim: int | None = None,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: Literal["mean", "sum"] = "mean",
+    num_valid: int | float | Tensor | None = None,
+    chunk: int = 4096,
+    implementation: Implementation = "auto",
+) -> Tensor:
+    """Cross entropy of `hidden @ weight.T` against `targets`, without ever holding the logits.
+
+    Args:
+        hidden: [..., D]; whole on each rank, or this rank's shard of dimension `sequence_dim`. A DTensor says itself.
+        weight: [V, D]. Split over the vocabulary it is a DTensor with placement Shard(0), or a plain [v, D] (rows as
+            torch.chunk cuts them) together with `mesh_or_group` and `vocab_size`.
+        targets: [...], class numbers, whole and the same on each rank of the group.
+        mesh_or_group: the tensor-parallel mesh or group; a DTensor weight brings its own.
+        sequence_dim: the dimension of which `hidden` is a shard; None for whole. 0 for tokens in a row ([T/n, D]).
+        vocab_size: V, for plain shards of the weight.
+        ignore_index: targets that do not count.
+        label_smoothing: as in torch's cross_entropy, in [0, 1].
+        z_loss: factor of log(sum(exp(logits)))^2, added to each token's loss (PaLM, section 5).
+        reduction: `mean` over the targets that count, or `sum`.
+        num_valid: the mean's divisor instead: the number of targets that count in the whole batch, say.
+        chunk: tokens whose logits exist at one time: [chunk, v] in hidden's dtype.
+        implementation: `triton` on GPUs, `torch` on CPUs, or by `auto` the one that fits the device.
+
+    Returns:
+        A scalar in fp32 (fp64 for fp64 `hidden`), the same on each rank; 0 when no target counts. A target outside the
+        vocabulary makes it nan on a GPU.
+
+    Raises:
+        ConfigError: shapes, dtypes, placements or options that do not fit together, with the mend.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ConfigError(
+            f"reduction={reduction!r}: linear_cross_entropy makes its gradients in forward and needs a scalar loss: "
+            "use mean or sum"
+        )
+    if chunk < 1 or not 0.0 <= label_smoothing <= 1.0:
+        raise ConfigError(f"chunk={chunk}, label_smoothing={label_smoothing}: chunk is positive, smoothing in [0, 1]")
+    if isinstance(weight, DTensor) and mesh_or_group is None:
+        mesh_or_group = weight.device_mesh
+    group = None if mesh_or_group is None else group_of(mesh_or_group)
+    n, rank = (1, 0) if group is None else (group.size(), group.rank())
+    weight, vocab_size = _local_weight(weight, vocab_size, n, rank)
+    hidden, sequence_dim = _local_hidden(hidden, sequence_dim)
+    h_tD, y_T = _tokens(hidden, targets, sequence_dim, n)
+    if h_tD.shape[1] != weight.shape[1] or h_tD.dtype != weight.dtype:
+        raise ConfigError(
+            f"hidden is {list(hidden.shape)} {hidden.dtype}, weight {list(weight.shape)} {weight.dtype}: "
+            "their last dimensions and dtypes must be equal; cast one, as autocast does not reach in here"
+        )
+    if not y_T.is_cuda and y_T.numel():
+        _refuse_unknown_classes(y_T, vocab_size, ignore_index)
+    job = _Job(
+        terms=LossTerms(vocab_size, rank * -(-vocab_size // n), ignore_index, label_smoothing, z_loss),
+        group=group if n > 1 else None,
+        gather=n > 1 and sequence_dim is not None,
+        chunk=chunk,
+        triton=_use_triton(implementation, h_tD.device),
+        gradients=torch.is_grad_enabled(),
+    )
+    scale = _scale(y_T, ignore_index, reduction, num_valid, kernels.wide(h_tD.dtype))
+    loss: Tensor = _LinearCrossEntropy.apply(h_tD, weight, y_T, scale, job)
+    return loss
+
+
+@dataclass(frozen=True)
+class _Job:
+    terms: LossTerms
+    group: dist.ProcessGroup | None
+    gather: bool
+    chunk: int
+    triton: bool
+    gradients: bool
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h_tD: Tensor, w_vD: Tensor, y_T: Tensor, scale: Tensor, job: _Job) -> Tensor:
+        group = job.group
+        want_h, want_w = (job.gradients and needed for needed in ctx.needs_input_grad[:2])
+        H_TD = all_gather(h_tD, group) if job.gather and group is not None else h_tD
+        T = H_TD.shape[0]
+        loss = torch.zeros((), dtype=scale.dtype, device=H_TD.device)
+        dH_TD = torch.empty_like(H_TD) if want_h else None
+        dW_vD = torch.zeros(w_vD.shape, dtype=scale.dtype, device=w_vD.device) if want_w else None
+        statistics = kernels.statistics_triton if job.triton else kernels.statistics_reference
+        terms_and_gradient = kernels.loss_triton if job.triton else kernels.loss_reference
+        for start in range(0, T, job.chunk):
+            x_CD, y_C = H_TD[start : start + job.chunk], y_T[start : start + job.chunk]
+            z_Cv = x_CD @ w_vD.t()
+            stats_nKC = statistics(z_Cv, y_C, job.terms)[None]
+            if group is not None:
+                stats_nKC = all_gather(stats_nKC, group)
+            loss += terms_and_gradient(z_Cv, y_C, stats_nKC, scale, job.terms, want_h or want_w).sum()
+            if dH_TD is not None:
+                torch.mm(z_Cv, w_vD, out=dH_TD[start : start + job.chunk])
+            if dW_vD is not None:
+                add_product(dW_vD, z_Cv.t(), x_CD)
+        if dH_TD is not None and group is not None:
+            if job.gather:
+                dH_TD = reduce_scatter(dH_TD, group)
+            else:
+                dist.all_reduce(dH_TD, group=group)
+        ctx.save_for_backward(dH_TD, None if dW_vD is None else dW_vD.to(w_vD.dtype))
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        dh, dw = ctx.saved_tensors
+        scaled = (None if d is None else d * grad.to(d.dtype) for d in (dh, dw))
+        return *scaled, None, None, None
+
+
+def _local_weight(weight: Tensor, vocab_size: int | None, n: int, rank: int) -> tuple[Tensor, int]:
+    """This rank's rows, and V."""
+    if isinstance(weight, DTensor):
+        if weight.device_mesh.ndim != 1 or weight.placements != (Shard(0),):
+            raise ConfigError(
+                f"weight has placements {weight.placements} on a mesh with axes {weight.device_mesh.mesh_dim_names}: "
+                "it must be Shard(0) on the tensor-parallel mesh alone; under FSDP2 call this inside the forward of "
+                "the module that owns the weight, where it is gathered"
+            )
+        vocab_size, weight = weight.shape[0], weight.to_local()
+    elif n == 1:
+        vocab_size = weight.shape[0]
+    elif vocab_size is None:
+        raise ConfigError(
+            f"weight is a plain tensor and the group has {n} ranks: give vocab_size, from which follows which "
+            "classes a rank holds, or a DTensor"
+        )
+    rows = -(-vocab_size // n)
+    if (n - 1) * rows >= vocab_size:
+        raise ConfigError(f"vocab_size={vocab_size} leaves the last of {n} ranks without a class: use fewer ranks")
+    expected = min(rows, vocab_size - rank * rows)
+    if weight.shape[0] != expected:
+        raise ConfigError(
+            f"rank {rank} of {n} holds {weight.shape[0]} rows of the weight; of vocab_size={vocab_size} it should hold "
+            f"{expected}, as torch.chunk cuts them"
+        )
+    return weight, vocab_size
+
+
+def _local_hidden(hidden: Tensor, sequence_dim: int | None) -> tuple[Tensor, int | None]:
+    """This rank's part, and the dimension of which it is a shard."""
+    if not isinstance(hidden, DTensor):
+        return hidden, sequence_dim
+    placement = hidden.placements[0]
+    if hidden.device_mesh.ndim != 1 or not isinstance(placement, Shard | Replicate):
+        raise ConfigError(
+            f"hidden has placements {hidden.placements}: redistribute it to Shard(1) or Replicate() on the "
+            "tensor-parallel mesh"
+        )
+    return hidden.to_local(), placement.dim if isinstance(placement, Shard) else None
+
+
+def _tokens(hidden: Tensor, targets: Tensor, sequence_dim: int | None, n: int) -> tuple[Tensor, Tensor]:
+    """Hidden states as [t, D] and targets as [T], in the order in which the gathered tokens stand.
+
+    Gathered in dimension 0, shards of another dimension do not stand in the order of the whole. The targets, small
+    as they are, follow them; the loss is a sum and does not care.
+    """
+    shape = list(hidden.shape[:-1])
+    if sequence_dim is not None:
+        if not 0 <= sequence_dim < len(shape):
+            raise ConfigError(f"sequence_dim={sequence_dim} is no dimension of tokens in hidden {list(hidden.shape)}")
+        shape[sequence_dim] *= n
+    if list(targets.shape) != shape:
+        part = "" if sequence_dim is None else f", a shard of dimension {sequence_dim} on {n} ranks"
+        raise ConfigError(
+            f"hidden is {list(hidden.shape)}{part}, targets {list(targets.shape)}: targets must be whole, {shape}"
+        )
+    if sequence_dim:
+        targets = targets.unflatten(sequence_dim, (n, -1)).movedim(sequence_dim, 0)
+    return hidden.flatten(0, -2), targets.reshape(-1)
+
+
+def _scale(y_T: Tensor, ignore_index: int, reduction: str, num_valid: Any, dtype: torch.dtype) -> Tensor:
+    """What each token's loss is multiplied by, without waiting for the device."""
+    if num_valid is None:
+        if reduction == "sum":
+            return torch.ones((), dtype=dtype, device=y_T.device)
+        num_valid = (y_T != ignore_index).sum().clamp(min=1)
+    elif reduction == "sum":
+        raise ConfigError("num_valid is the divisor of a mean: leave it out, or use reduction='mean'")
+    return torch.as_tensor(num_valid, device=y_T.device).to(dtype).reciprocal()
+
+
+def _refuse_unknown_classes(y_T: Tensor, vocab_size: int, ignore_index: int) -> None:
+    counting = y_T[y_T != ignore_index]
+    if counting.numel() and not 0 <= int(counting.min()) <= int(counting.max()) < vocab_size:
+        raise ConfigError(
+            f"targets reach from {int(counting.min())} to {int(counting.max())}: classes are 0 to {vocab_size - 1}, "
+            f"and ignore_index={ignore_index} for those that do not count"
+        )
+
+
+def _use_triton(implementation: Implementation, device: torch.device) -> bool:
+    if implementation == "triton" and kernels.UNAVAILABLE:
+        raise ConfigError(f"implementation='triton' was asked for and cannot be had: {kernels.UNAVAILABLE}")
+    if implementation != "auto":
+        return implementation == "triton"
+    if device.type == "cuda" and kernels.UNAVAILABLE:
+        _warn_once(kernels.UNAVAILABLE)
+    return device.type == "cuda" and not kernels.UNAVAILABLE
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(
+        f"linear_cross_entropy runs its plain torch form, which is slower, on a GPU: Triton is missing ({reason})",
+        stacklevel=4,
+    )

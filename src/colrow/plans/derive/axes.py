@@ -1,0 +1,166 @@
+"""Axes: which factors of which tensor dimensions belong together.
+
+A dimension is an ordered list of atoms, major to minor, whose sizes multiply to its extent: the 64 columns of a query
+are [8 heads, 8 head_dim]. An atom is a node of a union-find forest. `unify` says that two dimensions must be sharded
+alike, `block` that one must stay whole, `regroup` follows a view. An axis class is a set of merged atoms: to shard it
+is to shard each dimension in which it stands.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+Dim = list["Atom"]
+
+
+class Atom:
+    """One factor of a tensor dimension."""
+
+    __slots__ = ("block", "parent", "parts", "segments", "size", "soft")
+
+    def __init__(self, size: int, block: str | None = None) -> None:
+        self.size = size
+        self.parent: Atom | None = None
+        """The atom that this one was merged into."""
+        self.parts: Dim | None = None
+        """Ordered factors, once the atom was split."""
+        self.segments: list[Dim] | None = None
+        """Dimensions of unequal extent whose concatenation this atom is."""
+        self.block = block
+        """Why this axis must stay whole, or None."""
+        self.soft: str | None = None
+        """The normalisation that spans this axis: sharding it costs a small reduction there."""
+
+    def __repr__(self) -> str:
+        return f"Atom({self.size}{', ' + self.block if self.block else ''})"
+
+
+def find(atom: Atom) -> Atom:
+    """The representative of the atom's class."""
+    while atom.parent is not None:
+        atom = atom.parent
+    return atom
+
+
+def leaves(dim: Sequence[Atom]) -> Dim:
+    """Representatives of a dimension, fully split, without those of size 1; a concatenation stays one leaf."""
+    out: Dim = []
+    for atom in dim:
+        root = find(atom)
+        if root.parts:
+            out += leaves(root.parts)
+        elif root.size != 1:
+            out.append(root)
+    return out
+
+
+def size_of(dim: Sequence[Atom]) -> int:
+    return math.prod(find(atom).size for atom in dim)
+
+
+def block(dim: Sequence[Atom], why: str) -> None:
+    """Each axis of `dim` must stay whole; the first reason stays."""
+    for atom in leaves(dim):
+        for segment in atom.segments or ():
+            block(segment, why)
+        if atom.block is None:
+            atom.block = why
+
+
+def soften(dim: Sequence[Atom], why: str) -> None:
+    """Each axis of `dim` is normalised over: it can be sharded, at the cost of a reduction in that normalisation."""
+    for atom in leaves(dim):
+        for segment in atom.segments or ():
+            soften(segment, why)
+        if atom.soft is None:
+            atom.soft = why
+
+
+def split(atom: Atom, sizes: Sequence[int]) -> None:
+    root = find(atom)
+    assert math.prod(sizes) == root.size and root.parts is None and root.segments is None
+    root.parts = [Atom(size, root.block) for size in sizes]
+    for part in root.parts:
+        part.soft = root.soft
+
+
+def unify(one: Sequence[Atom], other: Sequence[Atom], why: str) -> None:
+    """Two dimensions must be sharded alike. Factors are split until they line up; where they cannot, both are
+    blocked."""
+    first, second = leaves(one), leaves(other)
+    while first or second:
+        if not first or not second:
+            return block(first + second, f"misaligned at {why}")
+        a, b = first[0], second[0]
+        if a is b:
+            first.pop(0)
+            second.pop(0)
+        elif a.size == b.size:
+            first.pop(0)
+            second.pop(0)
+            _merge(a, b, why)
+        elif a.segments or b.segments:
+            return block(first + second, f"concatenation meets a view at {why}")
+        elif a.size > b.size and a.size % b.size == 0:
+            split(a, [b.size, a.size // b.size])
+            first, second = leaves(first), leaves(second)
+        elif b.size > a.size and b.size % a.size == 0:
+            split(b, [a.size, b.size // a.size])
+            first, second = leaves(first), leaves(second)
+        else:
+            return block(first + second, f"misaligned at {why}")
+    return None
+
+
+def _merge(a: Atom, b: Atom, why: str) -> None:
+    if b.segments and not a.segments:
+        a, b = b, a
+    pairs: list[tuple[Dim, Dim]] = []
+    if a.segments and b.segments:
+        if [size_of(s) for s in a.segments] != [size_of(s) for s in b.segments]:
+            block([a], f"two different concatenations meet at {why}")
+            block([b], f"two different concatenations meet at {why}")
+            return
+        pairs = list(zip(a.segments, b.segments, strict=True))
+    reason, soft = a.block or b.block, a.soft or b.soft
+    b.parent = a
+    if reason:
+        block([a], reason)
+        a.block = reason
+    if soft:
+        soften([a], soft)
+    for s, t in pairs:
+        unify(s, t, why)
+
+
+def regroup(dims: Sequence[Sequence[Atom]], shape: Sequence[int]) -> list[Dim] | None:
+    """Follow a view: the factors, major to minor, over a new shape of the same number of elements; None where an
+    extent of the new shape cuts through a factor."""
+    todo = [atom for dim in dims for atom in leaves(dim)]
+    out: list[Dim] = []
+    for extent in shape:
+        current: Dim = []
+        rest = extent
+        while rest > 1:
+            if not todo:
+                return None
+            atom = todo.pop(0)
+            if atom.size <= rest and rest % atom.size == 0:
+                current.append(atom)
+                rest //= atom.size
+            elif atom.segments:
+                return None
+            elif atom.size > rest and atom.size % rest == 0:
+                split(atom, [rest, atom.size // rest])
+                head, *tail = leaves([atom])
+                current.append(head)
+                todo, rest = leaves(tail) + leaves(todo), 1
+            else:
+                common = math.gcd(atom.size, rest)
+                if common == 1:
+                    return None
+                split(atom, [common, atom.size // common])
+                todo = leaves([atom]) + leaves(todo)
+        out.append(current)
+    return out if not todo else None

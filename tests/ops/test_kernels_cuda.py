@@ -1,0 +1,51 @@
+"""The Triton kernels on a GPU: against float64, with poisoned outputs, and bit by bit the same when repeated."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ops.kernel_cases import CASES, Case, computed, draw, worst_error
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+LARGE = [
+    Case(257, 32_064, ranks=4),
+    Case(1000, 32_064, ranks=2, smoothing=0.1, z_loss=1e-4),
+    Case(31, 50_000, ranks=4, spread=20.0),
+]
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+def kernels() -> tuple[object, object]:
+    from colrow.ops.kernels import cross_entropy
+
+    assert not cross_entropy.UNAVAILABLE, cross_entropy.UNAVAILABLE
+    return cross_entropy.statistics_triton, cross_entropy.loss_triton
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("case", CASES + LARGE, ids=str)
+def test_the_kernels_equal_float64(case: Case, dtype: torch.dtype) -> None:
+    assert worst_error(case, "cuda", dtype, kernels()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_shapes(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tokens, vocab = (int(torch.randint(1, high, (1,), generator=generator)) for high in (300, 20_000))
+    ranks = (1, 2, 4, 8)[seed % 4]
+    case = Case(tokens, max(vocab, 8 * ranks), ranks, smoothing=0.1 * (seed % 3), z_loss=1e-3 * (seed % 2))
+    assert worst_error(case, "cuda", torch.float32, kernels(), seed) < 1e-5
+
+
+def test_repeated_runs_are_equal_bit_by_bit() -> None:
+    case = LARGE[1]
+    z, y = draw(case, "cuda", torch.bfloat16, 3)
+    first = computed(case, z, y, 1.0, kernels())
+    for _ in range(20):
+        again = computed(case, z, y, 1.0, kernels())
+        assert torch.equal(first[0], again[0])
+        assert torch.equal(first[1], again[1])
