@@ -12,17 +12,18 @@ from colrow.train.step import logits_of, reshard
 
 
 def sample(config: RunConfig, training: Training, tokenizer: Tokenizer) -> str:
-    """`sample.prompt` and what the model continues it with. Collective: the ranks draw equal ids.
+    """`sample.prompt` and what a whole model continues it with. Collective: the ranks draw equal ids.
 
     Compiled blocks are run with the batch and length that they were compiled for, eager ones with the tokens there are.
     """
     assert config.sample.prompt is not None
+    (model,) = training.modules
     prompt = tokenizer.encode(config.sample.prompt) or [tokenizer.eos_id]
     ids = torch.tensor([prompt], device=training.device)
     if training.compiled:
         ids = ids.expand(config.train.micro_batch, -1)
     drawn = generate(
-        lambda ids: logits_of(training.model(ids)),
+        lambda ids: logits_of(model(ids)),
         ids,
         config.sample.tokens,
         temperature=config.sample.temperature,
@@ -31,5 +32,5 @@ def sample(config: RunConfig, training: Training, tokenizer: Tokenizer) -> str:
         context=config.data.seq_len,
         eos_id=tokenizer.eos_id,
     )
-    reshard(training.model)
+    reshard(model)
     return tokenizer.decode(drawn[0].tolist())
