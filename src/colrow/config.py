@@ -124,6 +124,8 @@ class CheckpointSection(_Section):
     """How many newest checkpoints stay."""
     asynchronous: bool = False
     """Write in the background: the loop waits only for the copy to host memory."""
+    export: bool = True
+    """Write a Hugging Face folder, `export/`, at the end of the run."""
 
 
 class PipelineSection(_Section):

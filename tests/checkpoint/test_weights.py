@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import Ranks
+from distributed.harness import Ranks
 from torch import nn
 from torch.distributed.tensor import DTensor
 

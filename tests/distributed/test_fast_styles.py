@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Ranks
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.profiler import ProfilerActivity, profile
@@ -23,6 +22,7 @@ from colrow.parallel.grad_norm import align_gradients
 from colrow.parallel.loss import loss_context, model_loss
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
+from distributed.harness import Ranks
 from distributed.parity import MODELS, batch, build, cross_entropy, relative, tp_mesh, whole
 from distributed.test_linear_head import fsdp_case
 

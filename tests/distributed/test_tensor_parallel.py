@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import Ranks
 from torch import Tensor
 
 from colrow.plans.plan import Plan
 from distributed import parity
+from distributed.harness import Ranks
 from distributed.parity import batch, build, tp_difference, tp_mesh
 
 TOLERANCE = 1e-10

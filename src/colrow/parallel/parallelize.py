@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 
 import torch.distributed as dist
 from torch import nn
@@ -18,7 +19,7 @@ from colrow.plans.site import Site
 from colrow.plans.styles import style_from_data
 
 
-def parallelize(model: nn.Module, plan: Plan, mesh: Mesh | DeviceMesh) -> nn.Module:
+def parallelize(model: nn.Module, plan: Plan, mesh: Mesh | DeviceMesh, *, absent: Iterable[str] = ()) -> nn.Module:
     """Split `model` over the tp axis of `mesh` as `plan` says, in place, and return it.
 
     The model may lie on the meta device; real weights are taken from the first rank of each tp group. Afterwards
@@ -27,6 +28,7 @@ def parallelize(model: nn.Module, plan: Plan, mesh: Mesh | DeviceMesh) -> nn.Mod
 
     Args:
         mesh: a 1-D mesh, a mesh with an axis named `tp`, or the degrees (then under an initialised process group).
+        absent: for a pipeline stage, the names of the whole model's modules that it has not (`Stage.absent`).
 
     Raises:
         PlanError: the plan does not fit the model or the degree; nothing has been changed then.
@@ -34,10 +36,11 @@ def parallelize(model: nn.Module, plan: Plan, mesh: Mesh | DeviceMesh) -> nn.Mod
     """
     tp_mesh = tp_axis(mesh)
     tp = tp_mesh.size()
+    absent = tuple(absent)
     if any(isinstance(param, DTensor) for param in model.parameters()):
         raise PlanError("the model is parallelised already: apply one plan, once, to a plain model")
-    plan.check_shapes(model, tp)
-    layouts = plan.parameters(model, tp)
+    plan.check_shapes(model, tp, absent)
+    layouts = plan.parameters(model, tp, absent)
     if tp == 1:
         for fqn, (_, style) in plan.resolve(model).items():
             if style.on_one_rank:
@@ -49,7 +52,7 @@ def parallelize(model: nn.Module, plan: Plan, mesh: Mesh | DeviceMesh) -> nn.Mod
     trainable = {name: param.requires_grad for name, param in model.named_parameters(remove_duplicate=False)}
     _refuse_split_ties(ties, {name: str(layout.placement) for name, layout in layouts.items()})
 
-    resolved = plan.resolve(model)
+    resolved = plan.resolve(model, absent)
     left_out = style_from_data("replicate", "replicate")
     for fqn, module in list(model.named_modules()):
         site = Site(model, fqn, tp)

@@ -6,7 +6,7 @@ A plan is data. It can be read, printed, compared and saved, and it is the only 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -92,18 +92,23 @@ class Plan:
         """Write the plan as YAML."""
         Path(path).write_text(self.to_yaml(), encoding="utf-8")
 
-    def resolve(self, model: nn.Module) -> dict[str, tuple[str, Style]]:
+    def resolve(self, model: nn.Module, absent: Iterable[str] = ()) -> dict[str, tuple[str, Style]]:
         """Fully qualified module name to (pattern, style), in the model's order.
+
+        Args:
+            absent: names of modules that the whole model has and this pipeline stage of it has not; a key may match
+                these alone.
 
         Raises:
             PlanError: a key matches no module (the message names the nearest), or a module matches two keys.
         """
         names = {name: name.split(".") for name, _ in model.named_modules(remove_duplicate=False) if name}
+        elsewhere = [name.split(".") for name in absent]
         found: dict[str, tuple[str, Style]] = {}
         for key, style in self.modules.items():
             pattern = key.split(".")
             matches = [name for name, parts in names.items() if _matches(pattern, parts)]
-            if not matches and not style.optional:
+            if not matches and not style.optional and not any(_matches(pattern, parts) for parts in elsewhere):
                 raise PlanError(f"plan {self.name}: key {key!r} matches no module{_nearest(key, names)}")
             for name in matches:
                 if name in found:
@@ -113,9 +118,9 @@ class Plan:
                 found[name] = (key, style)
         return {name: found[name] for name in names if name in found}
 
-    def check_shapes(self, model: nn.Module, tp: int) -> None:
+    def check_shapes(self, model: nn.Module, tp: int, absent: Iterable[str] = ()) -> None:
         """Raise PlanError, with the mend, for the first module whose style cannot work at this degree."""
-        resolved = self.resolve(model)
+        resolved = self.resolve(model, absent)
         for fqn, (_, style) in resolved.items():
             style.check(Site(model, fqn, tp))
         heads = [fqn for fqn, (_, style) in resolved.items() if style.name == "linear_head"]
@@ -129,9 +134,9 @@ class Plan:
                 "head: fast_head, or linear_head with layout tokens), or in none"
             )
 
-    def parameters(self, model: nn.Module, tp: int) -> dict[str, ParameterLayout]:
+    def parameters(self, model: nn.Module, tp: int, absent: Iterable[str] = ()) -> dict[str, ParameterLayout]:
         """What each parameter of the model becomes over tp, by fully qualified name; no process group is needed."""
-        resolved = self.resolve(model)
+        resolved = self.resolve(model, absent)
         layouts: dict[str, ParameterLayout] = {}
         left_out = style_from_data("replicate", "replicate")
         for fqn, module in model.named_modules():
