@@ -7,6 +7,7 @@ torchrun's launcher with as many local ranks as the mesh has.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -101,7 +102,7 @@ def _rank(argv: list[str]) -> int:
             )
             if "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(preflight.threads_for(place.local_world_size))
-            run_rank(config, place, argv[0], lambda: stop.requested)
+            run_rank(config, place, shlex.join(["colrow", "train", *argv]), lambda: stop.requested)
     return 0
 
 
