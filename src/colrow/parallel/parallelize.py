@@ -97,7 +97,8 @@ def tied_parameters(model: nn.Module) -> list[list[str]]:
 def tie(model: nn.Module, ties: list[list[str]]) -> None:
     """Make each group of names one parameter again: the first one's."""
     for first, *others in ties:
-        param = model.get_parameter(first)
+        module, _, leaf = first.rpartition(".")
+        param = model.get_submodule(module)._parameters[leaf]  # the attribute may be a view of it
         for other in others:
             parent, _, name = other.rpartition(".")
             model.get_submodule(parent).register_parameter(name, param)

@@ -50,6 +50,9 @@ class Style(ABC):
     name: ClassVar[str]
     on_one_rank: ClassVar[bool] = False
     """The style changes what the module computes, and so applies where tp is 1 too."""
+    token_order: ClassVar[str] = ""
+    """What the style does with the tokens of a rank: `sequence` (its part of each sequence), `row` (its part of all
+    tokens in a row), or neither. A plan holds to one of them."""
     optional: bool = False
     """The plan's key may match nothing (an option of the architecture, such as q/k norms)."""
 
@@ -133,6 +136,17 @@ def from_torch(style: ParallelStyle) -> Style:
             **_torch_inputs(s.prepare_module_input),
         )
     return Opaque(object=style)
+
+
+def token_order(style: Style) -> str:
+    """`row`, `sequence` or neither (""): see `Style.token_order`. Shards of dimension 1 are parts of sequences."""
+    if style.token_order:
+        return style.token_order
+    values = [getattr(style, field.name) for field in dataclasses.fields(style)]
+    values += [item for value in values if isinstance(value, dict) for item in value.values()]
+    values += [item for value in values if isinstance(value, tuple) for item in value]
+    shards = any(isinstance(value, Shard) and value.dim == 1 for value in values)
+    return "sequence" if shards or getattr(style, "sequence_dim", 0) == 1 else ""
 
 
 def _torch_inputs(style: Any) -> dict[str, Any]:

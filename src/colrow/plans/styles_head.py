@@ -31,6 +31,10 @@ class LinearHeadStyle(Style):
     label_smoothing: float = 0.0
     z_loss: float = 0.0
 
+    @property
+    def token_order(self) -> str:  # type: ignore[override]
+        return {"sequence": "sequence", "tokens": "row", "whole": ""}[self.layout]
+
     def __post_init__(self) -> None:
         if self.layout not in get_args(Layout):
             raise PlanError(f"unknown layout {self.layout!r}{did_you_mean(str(self.layout), get_args(Layout))}")
