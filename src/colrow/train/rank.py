@@ -151,6 +151,10 @@ def finish(config: RunConfig, training: Training, tokenizer: Tokenizer, outcome:
         progress.say("sample     " + text.replace("\n", "\n           "))
     if progress.shown:
         progress.say(f"loss curve {plot_loss(run)}")
+    if outcome.step < config.train.steps:
+        progress.say("checkpoint none of the last step (checkpoint.at_end is off)")
+        progress.say(f"memory     {peak_memory(training.device)}")
+        return
     progress.say(f"checkpoint {run / CHECKPOINTS}/step-{outcome.step}")
     exported = config.checkpoint.export and training.source.config is not None
     if exported:
