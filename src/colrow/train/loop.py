@@ -120,6 +120,7 @@ class Loop:
                 saved = done
             if stop:
                 break
+        self._settle(0)
         self._checkpoints.wait()
         return Outcome(saved, stopped=stop and saved < config.train.steps, val_loss=val_loss)
 
