@@ -163,7 +163,7 @@ class RunConfig(_Section):
     mesh: Mesh = Mesh()
     plan: str = "llama"
     """A preset's name, `huggingface`, `derive`, or a file."""
-    loss: Literal["vocab_parallel", "replicated"] | None = None
+    loss: Literal["vocab_parallel", "replicated", "linear"] | None = None
     """Overrides a preset's loss."""
     train: TrainSection
     eval: EvalSection = EvalSection()

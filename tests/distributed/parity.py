@@ -17,7 +17,7 @@ from colrow.mesh import Mesh
 from colrow.models.llama import Llama, LlamaConfig
 from colrow.parallel.grad_norm import align_gradients
 from colrow.parallel.layout import full_tensor, packed_of
-from colrow.parallel.loss import loss_context
+from colrow.parallel.loss import loss_context, model_loss
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
 
@@ -103,7 +103,7 @@ def tp_difference(
         want.backward()
         ids, targets = data(step)
         with loss_context(plan, mesh):
-            loss = cross_entropy(model(ids), targets)
+            loss = model_loss(model, plan, mesh, ids, targets)
             loss.backward()
         before_step(model)
         if step == 0:

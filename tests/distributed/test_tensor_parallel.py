@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import Ranks
 from torch import Tensor
 
 from colrow.plans.plan import Plan
 from distributed import parity
+from distributed.harness import Ranks
 from distributed.parity import batch, build, tp_difference, tp_mesh
 
 TOLERANCE = 1e-10
-LOSSES = ("vocab_parallel", "replicated")
+LOSSES = ("vocab_parallel", "replicated", "linear")
 
 
 def parity_case(device: str, preset: str, loss: Any, name: str) -> dict[str, float]:

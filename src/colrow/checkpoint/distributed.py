@@ -31,7 +31,7 @@ from colrow.checkpoint.listing import CheckpointInfo, list_checkpoints, newest_w
 from colrow.checkpoint.loading import examine, read_texts, targets_of
 from colrow.checkpoint.manifest import JSON, Manifest, as_json
 from colrow.checkpoint.pieces import Piece, Staging
-from colrow.checkpoint.planner import PieceLoadPlanner, PieceSavePlanner, RankNotes, by_name
+from colrow.checkpoint.planner import PieceLoadPlanner, PieceSavePlanner, RankNotes, as_state
 from colrow.checkpoint.ranks import Ranks, as_text, is_users, raise_told
 from colrow.checkpoint.signature import compare, require_same_model, require_same_optimized, require_same_vocabulary
 from colrow.checkpoint.state import Named, model_tensors, optimized_names, optimizer_record, optimizer_tensors
@@ -99,10 +99,11 @@ class Checkpoints:
         Raises:
             CheckpointError: on every rank, when any of them cannot write (a full disk), or when `extra` is not JSON;
                 the former checkpoints stay. Where `asynchronous`, also when the former save failed: then nothing
-                is saved now.
+                is saved now. What a background save raises comes at the next `save` or `wait`: call `wait` before
+                the process ends.
         """
-        self.wait()
         ranks = self._open()
+        ranks.together(self.wait)
         job = ranks.together(lambda: self._capture(ranks, step, model, optimizer, extra))
         if not self.asynchronous:
             self._write(ranks, job)
@@ -141,8 +142,8 @@ class Checkpoints:
             CheckpointError: on every rank; the text says what is missing, damaged, or of another model, and which
                 checkpoint is the newest whole one.
         """
-        self.wait()
         ranks = self._open()
+        ranks.together(self.wait)
         path = ranks.together(lambda: self._path(info_or_step))
         manifest = self._undamaged(ranks, path)
         require_same_vocabulary(path, manifest, self.vocabulary)
@@ -155,10 +156,9 @@ class Checkpoints:
         with _quiet():
             try:
                 reader = CheckpointReader(path, index)
-                state = dict(by_name(pieces))
-                load(state, storage_reader=reader, planner=PieceLoadPlanner(), process_group=ranks.group)
+                load(as_state(pieces), storage_reader=reader, planner=PieceLoadPlanner(), process_group=ranks.group)
             except CheckpointException as failure:
-                _raise_of(failure)
+                _raise_of(failure, ranks.size)
         return extra
 
     def _open(self) -> Ranks:
@@ -198,7 +198,7 @@ class Checkpoints:
         with _quiet():
             try:
                 save(
-                    dict(by_name(job.pieces)),
+                    as_state(job.pieces),
                     storage_writer=CheckpointWriter(self._folder, job.told),
                     planner=PieceSavePlanner(job.notes),
                     process_group=ranks.group,
@@ -206,7 +206,7 @@ class Checkpoints:
             except CheckpointException as failure:
                 if ranks.first:
                     self._folder.discard(step)
-                _raise_of(failure)
+                _raise_of(failure, ranks.size)
         if ranks.first:
             prune(self._folder, self.keep, step)
 
@@ -230,7 +230,11 @@ class Checkpoints:
         wrong = list(dict.fromkeys(line for lines in ranks.gather(mine) for line in lines))
         if wrong or manifest is None:
             other = newest_whole([info for info in self.list() if info.path != path])
-            offer = "there is no other whole one" if other is None else f"the newest whole one is {other.path}"
+            offer = (
+                "there is no other whole one"
+                if other is None
+                else f"the newest whole one is {other.path}: move the damaged one away to continue from it"
+            )
             raise CheckpointError(f"checkpoint {path} cannot be loaded: {'; '.join(wrong[:8])}; {offer}")
         return manifest
 
@@ -246,13 +250,13 @@ def _mesh_of(named: list[Named], ranks: int) -> Mesh | None:
     return told if told.world_size == ranks else None
 
 
-def _raise_of(failure: CheckpointException) -> NoReturn:
+def _raise_of(failure: CheckpointException, size: int) -> NoReturn:
     """Say as a user's error, or as a bug, what torch.distributed.checkpoint found on some of the ranks."""
     errors = {rank: error for rank, (error, _) in failure.failures.items()}
     for error in errors.values():
         if not isinstance(error, Exception):  # an interrupt, which DCP catches too
             raise error
-    raise_told({rank: (as_text(error), is_users(error)) for rank, error in errors.items()}, failure)
+    raise_told({rank: (as_text(error), is_users(error)) for rank, error in errors.items()}, size, failure)
 
 
 @contextmanager

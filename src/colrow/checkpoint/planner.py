@@ -38,15 +38,12 @@ from colrow.checkpoint.pieces import Piece
 from colrow.checkpoint.state import merge_records
 from colrow.errors import CheckpointError
 
-Pieces = dict[str, list[Piece]]
+PIECES = "pieces"
 
 
-def by_name(pieces: list[Piece]) -> Pieces:
-    """The form in which DCP carries them: a state dict of lists."""
-    grouped: Pieces = {}
-    for piece in pieces:
-        grouped.setdefault(piece.name, []).append(piece)
-    return grouped
+def as_state(pieces: list[Piece]) -> dict[str, Any]:
+    """The state dict in which DCP carries pieces to the planners below."""
+    return {PIECES: pieces}
 
 
 @dataclass(frozen=True)
@@ -72,12 +69,11 @@ class PieceSavePlanner(DefaultSavePlanner):
 
     def create_local_plan(self) -> SavePlan:
         items = []
-        for pieces in self.state_dict.values():
-            for piece in pieces:
-                index = MetadataIndex(piece.name, piece.offset)
-                if piece.chosen and index not in self._data:
-                    self._data[index] = piece.data
-                    items.append(_write_item(index, piece))
+        for piece in self.state_dict[PIECES]:
+            index = MetadataIndex(piece.name, piece.offset)
+            if piece.chosen and index not in self._data:
+                self._data[index] = piece.data
+                items.append(_write_item(index, piece))
         return SavePlan(items, planner_data=self._notes)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
@@ -99,7 +95,7 @@ class PieceLoadPlanner(LoadPlanner):
     ) -> None:
         assert metadata is not None
         self._metadata = metadata
-        self._pieces: list[Piece] = [piece for pieces in state_dict.values() for piece in pieces]
+        self._pieces: list[Piece] = state_dict[PIECES]
 
     def create_local_plan(self) -> LoadPlan:
         items: list[ReadItem] = []

@@ -64,7 +64,7 @@ class Ranks:
         if failure is not None and not is_users(failure):
             raise failure
         if any(told):
-            raise_told({rank: said for rank, said in enumerate(told) if said is not None}, failure)
+            raise_told({rank: said for rank, said in enumerate(told) if said is not None}, self.size, failure)
         return value  # type: ignore[return-value]
 
 
@@ -78,10 +78,10 @@ def as_text(error: BaseException) -> str:
     return str(error) if isinstance(error, ColrowError) else f"{type(error).__name__}: {error}"
 
 
-def raise_told(told: dict[int, tuple[str, bool]], cause: BaseException | None) -> NoReturn:
-    """Raise what ranks told (text, whether a user or the machine caused it): one text where they agree."""
+def raise_told(told: dict[int, tuple[str, bool]], size: int, cause: BaseException | None) -> NoReturn:
+    """Raise what some of `size` ranks told (text, whether a user or the machine caused it); one text if all agree."""
     texts = [text for text, _ in told.values()]
-    if len(set(texts)) == 1:
+    if len(texts) == size and len(set(texts)) == 1:
         text = texts[0]
     else:
         lines = [f"rank {rank}: {said}" for rank, (said, _) in told.items()]

@@ -11,6 +11,8 @@ VERBS = {
     "train": "start or continue a run",
     "plan": "show a plan: each parameter, each collective of a layer",
     "checkpoints": "list a run's checkpoints and their state",
+    "export": "write a run's weights as a Hugging Face folder",
+    "generate": "sample text from a run or an export",
 }
 
 

@@ -23,8 +23,13 @@ View = Callable[[DTensor], Tensor]
 
 def view_parameters(module: nn.Module, views: dict[str, View]) -> None:
     """Make `module.NAME` return `views[NAME](parameter)` for each named parameter that is a DTensor."""
+    override(module, {name: _property(name, view) for name, view in views.items()})
+
+
+def override(module: nn.Module, members: dict[str, object]) -> None:
+    """Give `module` a subclass of its class that has these members: properties, or a `forward(self, ...)`."""
     cls = type(module)
-    body: dict[str, object] = {name: _property(name, view) for name, view in views.items()}
+    body = dict(members)
     body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     module.__class__ = type(cls.__name__, (cls,), body)
 

@@ -42,6 +42,10 @@ def parallelize(model: nn.Module, plan: Plan, mesh: Mesh | DeviceMesh, *, absent
     plan.check_shapes(model, tp, absent)
     layouts = plan.parameters(model, tp, absent)
     if tp == 1:
+        for fqn, (_, style) in plan.resolve(model).items():
+            if style.on_one_rank:
+                site = Site(model, fqn, tp)
+                style.build(site)._apply(site.module, tp_mesh)
         return model
 
     ties = tied_parameters(model)

@@ -15,12 +15,12 @@ import yaml
 from torch import nn
 
 from colrow.errors import PlanError, did_you_mean
-from colrow.plans import styles_local  # noqa: F401  (its styles register themselves)
+from colrow.plans import styles_head, styles_local  # noqa: F401  (their styles register themselves)
 from colrow.plans.site import Site
 from colrow.plans.styles import ParameterLayout, Style, style_from_data
 
-Loss = Literal["vocab_parallel", "replicated"]
-LOSSES: tuple[Loss, ...] = ("vocab_parallel", "replicated")
+Loss = Literal["vocab_parallel", "replicated", "linear"]
+LOSSES: tuple[Loss, ...] = ("vocab_parallel", "replicated", "linear")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Plan:
     Args:
         modules: patterns to styles. A style is a name, a mapping with `style` and its options, or one of torch's own
             `ParallelStyle` objects.
-        loss: `vocab_parallel` (on logits that stay split over the vocabulary) or `replicated` (on whole logits).
+        loss: `vocab_parallel` (on logits that stay split over the vocabulary), `replicated` (on whole logits), or
+            `linear` (head and loss in one, logits never whole; call `colrow.model_loss`).
         name: what to call the plan in messages.
 
     Raises:
@@ -119,8 +120,12 @@ class Plan:
 
     def check_shapes(self, model: nn.Module, tp: int, absent: Iterable[str] = ()) -> None:
         """Raise PlanError, with the mend, for the first module whose style cannot work at this degree."""
-        for fqn, (_, style) in self.resolve(model, absent).items():
+        resolved = self.resolve(model, absent)
+        for fqn, (_, style) in resolved.items():
             style.check(Site(model, fqn, tp))
+        heads = [fqn for fqn, (_, style) in resolved.items() if style.name == "linear_head"]
+        if heads and self.loss != "linear":
+            raise PlanError(f"{heads[0]} has style linear_head and the plan's loss is {self.loss}: make it linear")
 
     def parameters(self, model: nn.Module, tp: int, absent: Iterable[str] = ()) -> dict[str, ParameterLayout]:
         """What each parameter of the model becomes over tp, by fully qualified name; no process group is needed."""

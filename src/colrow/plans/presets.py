@@ -30,6 +30,8 @@ def _ends_before() -> Modules:
 
 
 def _ends_after(loss: Loss) -> Modules:
+    if loss == "linear":
+        return {"norm": "sequence", "lm_head": "linear_head"}
     head = {"use_local_output": False} if loss == "vocab_parallel" else {"output": "replicate"}
     return {"norm": "sequence", "lm_head": {"style": "colwise", "input": "shard(1)", **head}}
 

@@ -48,6 +48,8 @@ class Style(ABC):
     """One way to parallelise a module. Subclasses name their options as fields."""
 
     name: ClassVar[str]
+    on_one_rank: ClassVar[bool] = False
+    """The style changes what the module computes, and so applies where tp is 1 too."""
     optional: bool = False
     """The plan's key may match nothing (an option of the architecture, such as q/k norms)."""
 

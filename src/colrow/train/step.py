@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor
 from colrow.config import TrainSection
 from colrow.parallel.data_parallel import set_last_micro_batch
 from colrow.parallel.grad_norm import align_gradients, clip_gradients, grad_norm
-from colrow.parallel.loss import loss_context
+from colrow.parallel.loss import logits_of as logits_of
+from colrow.parallel.loss import loss_context, model_loss
 from colrow.plans.plan import Plan
 from colrow.train.attention import preferred_attention
 from colrow.train.optimizer import set_learning_rate
@@ -46,19 +47,9 @@ class ForwardBackward(Protocol):
 
 
 def mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """`cross_entropy` over the number of tokens."""
-    return cross_entropy(logits, targets) / targets.numel()
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum over tokens of -log p(target), in fp32 (fp64 for fp64 logits). Logits [B, T, V], targets [B, T]."""
+    """Mean over tokens of -log p(target), in fp32 (fp64 for fp64 logits). Logits [B, T, V], targets [B, T]."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-
-
-def logits_of(output: object) -> Tensor:
-    """A model's logits: its output, or the output's `logits` (transformers)."""
-    return output if isinstance(output, Tensor) else output.logits  # type: ignore[attr-defined]
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 class WholeModel:
@@ -76,7 +67,7 @@ class WholeModel:
         for i, (ids, targets) in enumerate(batches):
             set_last_micro_batch(self._model, i == len(batches) - 1)
             with loss_context(self._plan, self._mesh), preferred_attention(self._device):
-                loss = cross_entropy(logits_of(self._model(ids)), targets) / tokens
+                loss = model_loss(self._model, self._plan, self._mesh, ids, targets, num_valid=tokens)
                 loss.backward()
             total += _local(loss.detach())
         return total
@@ -86,7 +77,7 @@ class WholeModel:
         total, tokens = torch.zeros((), device=self._device), 0
         for ids, targets in batches:
             with loss_context(self._plan, self._mesh), preferred_attention(self._device):
-                total += _local(cross_entropy(logits_of(self._model(ids)), targets))
+                total += _local(model_loss(self._model, self._plan, self._mesh, ids, targets, num_valid=1))
             tokens += targets.numel()
         reshard(self._model)
         return total / max(tokens, 1)

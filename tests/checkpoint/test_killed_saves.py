@@ -1,0 +1,43 @@
+"""A save that is killed at any moment leaves a whole checkpoint, and nothing that is taken for one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def run(folder: Path, step: int, how: str) -> list[dict[str, Any]]:
+    program = [sys.executable, str(Path(__file__).with_name("killed_saves.py")), str(folder), str(step), how]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(program, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("step", [2, 1], ids=["the next step", "the same step again"])
+def test_a_kill_at_any_change_to_the_disk_leaves_a_whole_checkpoint(tmp_path: Path, step: int) -> None:
+    *killed, finished = run(tmp_path, step, "atomic")
+    assert len(killed) > 20  # writes, flushes, renames, removals
+    for result in killed:
+        assert result["signal"] == signal.SIGKILL
+        assert "damaged" not in result["states"]
+        assert result["latest"] in {1, step}
+        assert result["right"]
+        assert result["after"] == ["step-3"]
+    assert any("unfinished" in result["states"] for result in killed)
+    assert {result["latest"] for result in killed} == {1, step}
+    assert finished["exit"] == 0
+    assert finished["names"] == [f"step-{step}"]
+    assert finished["right"]
+
+
+def test_a_save_under_the_final_name_would_be_seen(tmp_path: Path) -> None:
+    killed = run(tmp_path, 2, "naive")
+    assert any("damaged" in result["states"] for result in killed)
