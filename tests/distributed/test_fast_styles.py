@@ -82,7 +82,7 @@ def variants_case(device: str) -> dict[str, dict[str, float]]:
     }
     for name in ("gqa", "bias", "qk_norm_kv3"):
         found[f"compiled {name}"] = errors_of(device, name, plan, mesh, compiled)
-    found["compiled, checkpointed"] = errors_of(device, "gqa", plan, mesh, checkpointed, compiled)
+    found["compiled, checkpointed"] = errors_of(device, "gqa", plan, mesh, compiled, checkpointed)
     torch._dynamo.reset()
     return found
 
@@ -92,6 +92,32 @@ def test_variants_give_one_process_gradients(ranks: Ranks) -> None:
     for found in ranks(2).run(variants_case):
         for variant, errors in found.items():
             assert max(errors.values()) < TOLERANCE, (variant, errors)
+
+
+def compilations_case(device: str) -> dict[str, int]:
+    """Graphs that torch.compile makes for four equal layers."""
+    from torch._dynamo.utils import counters
+
+    mesh, found = tp_mesh(device, 2), {}
+    for name in ("gqa", "qk_norm_kv3"):
+        torch._dynamo.reset()
+        counters.clear()
+        plan = Plan.preset("llama-fast", "linear")
+        model = build(name, device)
+        model.layers.extend(copy.deepcopy(layer) for layer in list(model.layers))
+        parallelize(model, plan, mesh)
+        for block in model.layers:
+            compiled(block)
+        step(model, plan, mesh, device)
+        found[name] = counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+    return found
+
+
+@pytest.mark.distributed
+def test_equal_layers_are_compiled_once(ranks: Ranks) -> None:
+    for found in ranks(2).run(compilations_case):
+        assert found == {"gqa": 1, "qk_norm_kv3": 1}
 
 
 @pytest.mark.distributed

@@ -26,7 +26,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from colrow.errors import PlanError
 from colrow.ops.parallel_linear import column_linear, row_linear
-from colrow.parallel.local_view import View, override, view_parameters
+from colrow.parallel.local_view import View, replace_forward, view_parameters
 from colrow.plans.site import Site
 from colrow.plans.styles import Colwise, ParameterLayout, Rowwise, Style, _require
 from colrow.plans.styles_local import KvReplicate, _same_on_all_ranks, rank_table, summed
@@ -65,7 +65,7 @@ class FastStyle(ParallelStyle):
             module.register_parameter(name, nn.Parameter(placed, requires_grad=param.requires_grad))
         view_parameters(module, self.late_views(device_mesh) if self.late_views else self.views)
         module.__dict__[FAST] = self.facts(device_mesh)
-        override(module, {"forward": self.forward})
+        replace_forward(module, self.forward)
         return module
 
 
