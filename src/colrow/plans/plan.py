@@ -15,7 +15,7 @@ import yaml
 from torch import nn
 
 from colrow.errors import PlanError, did_you_mean
-from colrow.plans import styles_local  # noqa: F401  (its styles register themselves)
+from colrow.plans import styles_local, styles_packed  # noqa: F401  (their styles register themselves)
 from colrow.plans.site import Site
 from colrow.plans.styles import ParameterLayout, Style, style_from_data
 
@@ -54,6 +54,13 @@ class Plan:
         from colrow.plans.presets import preset
 
         return preset(name, loss)
+
+    @classmethod
+    def derive(cls, model: nn.Module, tp: int, **options: Any) -> Plan:
+        """The plan that the model's own graph gives (see `plans.derive.derivation.derive`)."""
+        from colrow.plans.derive.derivation import derive
+
+        return derive(model, tp, **options).plan()
 
     @classmethod
     def from_yaml(cls, text: str, source: str = "plan") -> Plan:
@@ -116,6 +123,7 @@ class Plan:
         """Raise PlanError, with the mend, for the first module whose style cannot work at this degree."""
         for fqn, (_, style) in self.resolve(model).items():
             style.check(Site(model, fqn, tp))
+            style.local_attributes(Site(model, fqn, tp))
 
     def parameters(self, model: nn.Module, tp: int) -> dict[str, ParameterLayout]:
         """What each parameter of the model becomes over tp, by fully qualified name; no process group is needed."""
