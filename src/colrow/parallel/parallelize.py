@@ -16,7 +16,7 @@ from colrow.mesh import Mesh
 from colrow.parallel.layout import local_tensor, mark_packed
 from colrow.plans.plan import Plan
 from colrow.plans.site import Site
-from colrow.plans.styles import style_from_data
+from colrow.plans.styles import set_attribute, style_from_data
 
 
 def parallelize(model: nn.Module, plan: Plan, mesh: Mesh | DeviceMesh, *, absent: Iterable[str] = ()) -> nn.Module:
@@ -57,7 +57,11 @@ def parallelize(model: nn.Module, plan: Plan, mesh: Mesh | DeviceMesh, *, absent
     for fqn, module in list(model.named_modules()):
         site = Site(model, fqn, tp)
         if fqn in resolved:
-            parallelize_module(module, tp_mesh, resolved[fqn][1].build(site))
+            style = resolved[fqn][1]
+            attributes = style.local_attributes(site)
+            parallelize_module(module, tp_mesh, style.build(site))
+            for key, value in attributes.items():
+                set_attribute(module, key, value, tp)
         if any(not isinstance(param, DTensor) for param in module.parameters(recurse=False)):
             parallelize_module(module, tp_mesh, left_out.build(site))
     for fqn, layout in layouts.items():

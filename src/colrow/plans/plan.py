@@ -15,7 +15,7 @@ import yaml
 from torch import nn
 
 from colrow.errors import PlanError, did_you_mean
-from colrow.plans import styles_fast_ends, styles_head, styles_local  # noqa: F401  (their styles register themselves)
+from colrow.plans import styles_fast_ends, styles_head, styles_local, styles_packed  # noqa: F401  (they register)
 from colrow.plans.site import Site
 from colrow.plans.styles import ParameterLayout, Style, style_from_data, token_order
 
@@ -55,6 +55,13 @@ class Plan:
         from colrow.plans.presets import preset
 
         return preset(name, loss)
+
+    @classmethod
+    def derive(cls, model: nn.Module, tp: int, **options: Any) -> Plan:
+        """The plan that the model's own graph gives (see `plans.derive.derivation.derive`)."""
+        from colrow.plans.derive.derivation import derive
+
+        return derive(model, tp, **options).plan()
 
     @classmethod
     def from_yaml(cls, text: str, source: str = "plan") -> Plan:
@@ -123,6 +130,7 @@ class Plan:
         resolved = self.resolve(model, absent)
         for fqn, (_, style) in resolved.items():
             style.check(Site(model, fqn, tp))
+            style.local_attributes(Site(model, fqn, tp))
         heads = [fqn for fqn, (_, style) in resolved.items() if style.name == "linear_head"]
         if heads and self.loss != "linear":
             raise PlanError(f"{heads[0]} has style linear_head and the plan's loss is {self.loss}: make it linear")

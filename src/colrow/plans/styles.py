@@ -6,6 +6,7 @@ what torch applies; `parameters` says, without a process group, what each parame
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -55,6 +56,9 @@ class Style(ABC):
     tokens in a row), or neither. A plan holds to one of them."""
     optional: bool = False
     """The plan's key may match nothing (an option of the architecture, such as q/k norms)."""
+    attributes: dict[str, Any] | None = None
+    """Attributes of the module that hold a size of which a rank has less (`num_heads`, `config.num_attention_heads`):
+    `/tp` divides the value by tp, a number replaces it. A config is copied for the module."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -67,6 +71,18 @@ class Style(ABC):
 
     def check(self, site: Site) -> None:
         """Raise PlanError, with the mend, when the style cannot work on this module at this degree."""
+
+    def local_attributes(self, site: Site) -> dict[str, int]:
+        """The values that `attributes` get on a rank. Raises PlanError for a missing or indivisible one."""
+        out = {}
+        for key, value in (self.attributes or {}).items():
+            old: Any = site.module
+            for part in key.split("."):
+                old = getattr(old, part, None)
+            if type(old) is not int:
+                raise PlanError(f"{site.fqn} has no integer attribute {key!r}: correct the option attributes")
+            out[key] = divide(old, site.tp, f"{site.fqn}.{key}={old}") if value == "/tp" else int(value)
+        return out
 
     def parameters(self, site: Site) -> dict[str, ParameterLayout]:
         """What the module's own parameters become; none for styles that touch only activations."""
@@ -84,6 +100,17 @@ class Style(ABC):
         """What a plan file says: the name alone, or a mapping with the options."""
         options = self.options()
         return {"style": self.name, **options} if options else self.name
+
+
+def set_attribute(module: nn.Module, key: str, value: int | str, tp: int) -> None:
+    """Give an integer attribute its local value; `config.NAME` changes a copy of the config that only `module` sees."""
+    holder: Any = module
+    *path, last = key.split(".")
+    for part in path:
+        own = copy.copy(getattr(holder, part))
+        object.__setattr__(holder, part, own)
+        holder = own
+    object.__setattr__(holder, last, getattr(holder, last) // tp if value == "/tp" else value)
 
 
 def style_from_data(data: Any, where: str) -> Style:

@@ -110,7 +110,7 @@ class Loop:
             loss, norm = self._training.step(step, batches)
             self._waiting.append(_Pending(done, self._figures(loss, norm)))
             evaluates = self._due(config.eval.every, done)
-            saves = self._due(config.checkpoint.every, done, or_last=True)
+            saves = self._due(config.checkpoint.every, done, or_last=config.checkpoint.at_end)
             stop = self._settle(0 if evaluates or saves else self._lag, hold_last=evaluates) or stop
             if evaluates:
                 val_loss = self._evaluate(done)
@@ -120,8 +120,9 @@ class Loop:
                 saved = done
             if stop:
                 break
+        self._settle(0)
         self._checkpoints.wait()
-        return Outcome(saved, stopped=saved < config.train.steps, val_loss=val_loss)
+        return Outcome(saved, stopped=stop and saved < config.train.steps, val_loss=val_loss)
 
     def close(self) -> None:
         """End the background readers."""

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from colrow.checkpoint.distributed import Checkpoints
 from colrow.checkpoint.huggingface import export
 from colrow.config import RunConfig
-from colrow.data.prepare import prepare
+from colrow.data.prepare import PreparedData, prepare
 from colrow.data.tokenizer import Tokenizer
 from colrow.train import preflight
 from colrow.train.attention import attention_kernel
@@ -40,11 +40,11 @@ class Place:
     local_world_size: int
 
 
-def run_rank(config: RunConfig, place: Place, source: str, stop_requested: Callable[[], bool]) -> Outcome:
-    """Train as one rank of the run, with the run's folder, metrics, checkpoints and last lines. Collective.
+def run_rank(config: RunConfig, place: Place, command: str, stop_requested: Callable[[], bool]) -> Outcome:
+    """Join the other ranks, and train with them. The first rank holds the run's folder. Collective.
 
     Args:
-        source: the config's file and flags, for the line that says how to continue.
+        command: how the run was started, for the line that says how to continue it.
         stop_requested: whether this rank was asked to save and stop.
     """
     config.mesh.require_world_size(place.world_size)
@@ -55,6 +55,24 @@ def run_rank(config: RunConfig, place: Place, source: str, stop_requested: Calla
         progress = stack.enter_context(Progress(first, config.train.steps, config.train.log_every))
         data = prepare(config.data, build_source(config.model, config.run.seed).vocab_size, progress=False)
         mesh, device = stack.enter_context(joined(config, place))
+        return train_run(config, data, mesh, device, progress, command, stop_requested)
+
+
+def train_run(
+    config: RunConfig,
+    data: PreparedData,
+    mesh: DeviceMesh,
+    device: torch.device,
+    progress: Progress,
+    command: str = "",
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> Outcome:
+    """Set up, continue from the newest checkpoint, train, and finish; metrics and files are the first rank's.
+
+    Collective over the mesh, which is the whole default group.
+    """
+    first = dist.get_rank() == 0
+    with ExitStack() as stack:
         training = set_up(config, mesh, device)
         checkpoints = Checkpoints(
             config.run.dir / CHECKPOINTS,
@@ -76,7 +94,7 @@ def run_rank(config: RunConfig, place: Place, source: str, stop_requested: Calla
         progress.stop()
         if outcome.stopped:
             progress.say(f"stopped    after step {outcome.step} of {config.train.steps}; the state is saved")
-            progress.say(f"continue   colrow train {source}")
+            progress.say(f"continue   {command}")
         else:
             finish(config, training, data.tokenizer, outcome, progress)
         return outcome
@@ -133,6 +151,10 @@ def finish(config: RunConfig, training: Training, tokenizer: Tokenizer, outcome:
         progress.say("sample     " + text.replace("\n", "\n           "))
     if progress.shown:
         progress.say(f"loss curve {plot_loss(run)}")
+    if outcome.step < config.train.steps:
+        progress.say("checkpoint none of the last step (checkpoint.at_end is off)")
+        progress.say(f"memory     {peak_memory(training.device)}")
+        return
     progress.say(f"checkpoint {run / CHECKPOINTS}/step-{outcome.step}")
     exported = config.checkpoint.export and training.source.config is not None
     if exported:

@@ -98,6 +98,7 @@ def changed_keys(config: RunConfig) -> list[str]:
 
 def write_folder(config: RunConfig, plan: Plan, tokenizer: Tokenizer) -> None:
     """Write the resolved config.yaml, plan.yaml and the tokenizer."""
+    config.run.dir.mkdir(parents=True, exist_ok=True)
     _write_whole(config.run.dir / CONFIG, dump_config(config))
     _write_whole(config.run.dir / PLAN, plan.to_yaml())
     tokenizer.save(config.run.dir)

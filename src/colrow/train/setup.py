@@ -29,8 +29,6 @@ from colrow.parallel.activation_checkpoint import apply_activation_checkpoint
 from colrow.parallel.data_parallel import apply_data_parallel
 from colrow.parallel.grad_norm import norm_groups
 from colrow.parallel.parallelize import parallelize
-from colrow.parallel.pipeline import build_pipeline
-from colrow.parallel.pipeline_stage import Stage
 from colrow.plans.plan import Plan
 from colrow.plans.presets import PRESETS
 from colrow.train.optimizer import build_optimizer
@@ -96,6 +94,10 @@ def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device) -> Trainin
         params = list(source.model.parameters())
         step = build_step(config, mesh, whole, params, params)
         return Training([source.model], source, plan, mesh, device, compute, compiled, step, parameters)
+
+    # torch's pipelining imports the compiler, which takes seconds that other meshes need not wait
+    from colrow.parallel.pipeline import build_pipeline
+    from colrow.parallel.pipeline_stage import Stage
 
     def prepare_stage(stage: Stage) -> None:
         prepare(stage.module, stage.blocks, stage.absent)

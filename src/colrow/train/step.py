@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,11 +24,13 @@ from colrow.parallel.data_parallel import set_last_micro_batch
 from colrow.parallel.grad_norm import align_gradients, clip_gradients, grad_norm
 from colrow.parallel.loss import logits_of as logits_of
 from colrow.parallel.loss import loss_context, model_loss
-from colrow.parallel.pipeline import PipelineRunner
 from colrow.plans.plan import Plan
 from colrow.train.attention import preferred_attention
 from colrow.train.optimizer import set_learning_rate
 from colrow.train.schedule import learning_rate
+
+if TYPE_CHECKING:
+    from colrow.parallel.pipeline import PipelineRunner
 
 Batch = tuple[Tensor, Tensor]
 """ids and targets, each [micro_batch, seq_len]"""

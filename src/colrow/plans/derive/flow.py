@@ -27,7 +27,48 @@ from colrow.plans.derive.infer import AxisInference, op_name
 from colrow.plans.derive.trace import is_boundary, label_of, module_path
 
 LINEAR_OPS = frozenset(
-    ["mul", "div", "neg", "sum", "mean", "view", "reshape", "_unsafe_view", "transpose", "permute", "unsqueeze", "squeeze", "expand", "index", "index_select", "slice", "select", "cat", "stack", "to", "_to_copy", "clone", "contiguous", "alias", "detach", "dropout", "type_as", "float", "half", "bfloat16", "double", "t", "boundary", "repeat", "split", "split_with_sizes", "chunk", "getitem", "unbind", "flatten"]
+    [
+        "mul",
+        "div",
+        "neg",
+        "sum",
+        "mean",
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "transpose",
+        "permute",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "index",
+        "index_select",
+        "slice",
+        "select",
+        "cat",
+        "stack",
+        "to",
+        "_to_copy",
+        "clone",
+        "contiguous",
+        "alias",
+        "detach",
+        "dropout",
+        "type_as",
+        "float",
+        "half",
+        "bfloat16",
+        "double",
+        "t",
+        "boundary",
+        "repeat",
+        "split",
+        "split_with_sizes",
+        "chunk",
+        "getitem",
+        "unbind",
+        "flatten",
+    ]
 )
 """Operators that commute with the sum over ranks in their first operand."""
 SUMS = frozenset(("add", "sub", "index_add", "scatter_add", "stack", "cat"))
