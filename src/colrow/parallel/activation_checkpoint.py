@@ -35,6 +35,7 @@ _KEPT = {
     "aten::_scaled_dot_product_fused_attention_overrideable",
     "_c10d_functional::reduce_scatter_tensor",
     "_c10d_functional::all_reduce",
+    "colrow::row_forward",  # a product and its reduce-scatter in one
 }
 _PRODUCTS = {"aten::mm", "aten::addmm"}
 

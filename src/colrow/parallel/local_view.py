@@ -29,12 +29,14 @@ def view_parameters(module: nn.Module, views: dict[str, View]) -> None:
     """Make `module.NAME` return `views[NAME](parameter)` for each named parameter that is a DTensor."""
     if views:
         module.__dict__[VIEWS] = {**module.__dict__.get(VIEWS, {}), **views}
-        module.__class__ = _subclass(type(module), tuple(sorted(views)), None)
+        kind: Any = type(module)
+        module.__class__ = _subclass(kind, tuple(sorted(views)), None)
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     """Let `forward(self, ...)`, a function of module level, take the place of the module's own."""
-    module.__class__ = _subclass(type(module), (), forward)
+    kind: Any = type(module)
+    module.__class__ = _subclass(kind, (), forward)
 
 
 @functools.cache
@@ -50,7 +52,7 @@ def _property(name: str) -> property:
     def read(module: nn.Module) -> Tensor | None:
         param: Any = module._parameters[name]
         # On more axes than tp it is what FSDP2 keeps between uses and itself reads here: not gathered, nothing to view.
-        view: View = module.__dict__[VIEWS][name]
+        view: View = getattr(module, VIEWS)[name]
         return view(param) if isinstance(param, DTensor) and param.device_mesh.ndim == 1 else param
 
     def write(module: nn.Module, value: nn.Parameter | None) -> None:
