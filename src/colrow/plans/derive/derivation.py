@@ -67,9 +67,7 @@ class Derivation:
         return Plan(modules=self.modules, loss=self.loss, name=name, notes={f: w for f, w in self.whole.items()})  # type: ignore[arg-type]
 
 
-def derive(
-    model: nn.Module, tp: int, *, inputs: Sequence[Tensor] | None = None, options: DeriveOptions | None = None
-) -> Derivation:
+def derive(model: nn.Module, tp: int, *, inputs: Sequence[Tensor] | None = None, options: DeriveOptions | None = None) -> Derivation:
     """A plan for `model` at degree `tp`, from its graph alone.
 
     Args:
@@ -88,9 +86,7 @@ def derive(
 
 
 class _Derive:
-    def __init__(
-        self, model: nn.Module, tp: int, inputs: tuple[Tensor, ...], traced: Trace, options: DeriveOptions
-    ) -> None:
+    def __init__(self, model: nn.Module, tp: int, inputs: tuple[Tensor, ...], traced: Trace, options: DeriveOptions) -> None:
         self.model, self.tp, self.inputs, self.traced, self.options = model, tp, inputs, traced, options
         self.notes: list[str] = []
         self.inference: AxisInference = infer(traced)
@@ -122,10 +118,13 @@ class _Derive:
         flow = finder.whole_graph(blocks)
         why: list[str] = []
         if self.options.sequence_parallel:
-            late = self._stream(choice, flows, finder, blocks, flow, False, None, why)
-            known = late[1] if late else None
-            early = self._stream(choice, flows, finder, blocks, flow, True, known, why)
-            best = early or late
+            best = None
+            for whole_head in (False, True):
+                late = self._stream(choice, flows, finder, blocks, flow, (False, whole_head), None, why)
+                early = self._stream(choice, flows, finder, blocks, flow, (True, whole_head), late[1], why) if late else None
+                best = early or late
+                if best is not None:
+                    break
             if best is not None:
                 best[0].notes = [*why, *best[0].notes]
                 return best[0]
@@ -137,23 +136,16 @@ class _Derive:
         return result
 
     def _stream(
-        self,
-        choice: Choice,
-        flows: Flows,
-        finder: BlockFinder,
-        blocks: list[Block],
-        flow: Flow,
-        early: bool,
-        known: Attributes | None,
-        why: list[str],
+        self, choice: Choice, flows: Flows, finder: BlockFinder, blocks: list[Block], flow: Flow, ends: tuple[bool, bool], known: Attributes | None, why: list[str]
     ) -> tuple[Derivation, Attributes] | None:
-        """The derivation with the stream on sequence shards, from the embedding (`early`) or from the first layer."""
+        """The derivation with the stream on sequence shards; `ends` is (from the embedding, to the last norm only)."""
         entries, exits = finder.borders(blocks)
         try:
-            stream = find_stream(self.traced, flows, finder, entries, exits, early)
+            stream = find_stream(self.traced, flows, finder, entries, exits, *ends)
             return self._emit(choice, flows, finder, blocks, flow, stream, known)
         except (NoStreamError, SplitError, PlanError) as error:
-            why.append(f"sequence parallel from the {'embedding' if early else 'first layer'}: {error}")
+            start, end = ("the embedding" if ends[0] else "the first layer"), ("the last norm" if ends[1] else "the head")
+            why.append(f"no sequence shards from {start} to {end}: {error}")
             return None
 
     def _suspects(self, choice: Choice, finder: BlockFinder, why: str) -> set[Any]:
@@ -166,16 +158,7 @@ class _Derive:
                 found |= finder.atoms_of({node})
         return found - choice.vocabulary or (choice.atoms | set(choice.groups)) - choice.vocabulary or set(choice.atoms)
 
-    def _emit(
-        self,
-        choice: Choice,
-        flows: Flows,
-        finder: BlockFinder,
-        blocks: list[Block],
-        flow: Flow,
-        stream: Stream | None,
-        known: Attributes | None,
-    ) -> tuple[Derivation, Attributes]:
+    def _emit(self, choice: Choice, flows: Flows, finder: BlockFinder, blocks: list[Block], flow: Flow, stream: Stream | None, known: Attributes | None) -> tuple[Derivation, Attributes]:
         emission = Emitter(self.model, self.traced, flows, finder, blocks, flow, stream).run()
         attributes = LocalCheck(self.model, self.traced, flows, emission, stream, self.inputs).repair(known)
         for name, values in attributes.items():
@@ -189,14 +172,7 @@ class _Derive:
         return self._result(choice, finder, blocks, flow, stream, emission.modules, emission.loss), attributes
 
     def _result(
-        self,
-        choice: Choice,
-        finder: BlockFinder | None,
-        blocks: list[Block],
-        flow: Flow,
-        stream: Stream | None,
-        styles: dict[str, dict[str, Any]],
-        loss: str = "replicated",
+        self, choice: Choice, finder: BlockFinder | None, blocks: list[Block], flow: Flow, stream: Stream | None, styles: dict[str, dict[str, Any]], loss: str = "replicated"
     ) -> Derivation:
         sharded, whole, elements, total = [], {}, 0, 0
         for node, name in self.inference.params.items():
@@ -207,9 +183,7 @@ class _Derive:
                 sharded.append(name)
                 elements += count
             else:
-                whole[name] = self._why_whole(
-                    dims, name in flow.summed or (stream is not None and name in stream.summed)
-                )
+                whole[name] = self._why_whole(dims, name in flow.summed or (stream is not None and name in stream.summed))
         reductions: dict[str, int] = {}
         if finder is not None:
             from colrow.plans.derive.emit import _pattern
