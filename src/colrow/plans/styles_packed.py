@@ -164,7 +164,9 @@ class _Reduce(torch.autograd.Function):
         if dim is None:
             return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), "sum", mesh))
         if x.shape[dim] % mesh.size():
-            raise PlanError(f"extent {x.shape[dim]} of dim {dim} is not divisible by tp={mesh.size()}: pad the sequence")
+            raise PlanError(
+                f"extent {x.shape[dim]} of dim {dim} is not divisible by tp={mesh.size()}: pad the sequence"
+            )
         return funcol.wait_tensor(funcol.reduce_scatter_tensor(x.contiguous(), "sum", dim, mesh))
 
     @staticmethod

@@ -333,7 +333,9 @@ class Emitter:
                 self._put(owner, style="grad_sum")
         for module, style in self.out.modules.items():
             if style["style"] == "local_shards" and any(owner == module for owner in self.finder.owners.values()):
-                deferred = any(b.deferred and (module == b.module or module.startswith(b.module + ".")) for b in self.blocks)
+                deferred = any(
+                    b.deferred and (module == b.module or module.startswith(b.module + ".")) for b in self.blocks
+                )
                 self._put(module, output="partial" if deferred else self.inside)
 
     def _added_to_sum(self, name: str) -> bool:
