@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from conftest import Ranks
 
 from colrow.mesh import Mesh
+from distributed.harness import Ranks
 from distributed.mesh_parity import Case, Result, run_cases
 
 TOLERANCE = 1e-9
