@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -143,9 +144,37 @@ def local_input(x: Any, mesh: DeviceMesh, layout: Placement | None, whole: bool)
 
 def reduced(out: Any, mesh: DeviceMesh, layout: Placement) -> Any:
     """The sum over ranks of `out`, in `layout`."""
-    if not isinstance(out, DTensor):
-        out = DTensor.from_local(out, mesh, [Partial()], run_check=False)
-    return out.redistribute(placements=[layout]).to_local()
+    if isinstance(out, DTensor):
+        out = out.to_local(grad_placements=[Replicate()])
+    return _Reduce.apply(out, mesh, layout.dim if isinstance(layout, Shard) else None)
+
+
+class _Reduce(torch.autograd.Function):
+    """y = sum over ranks of x, whole or a shard of one dimension.
+
+    forward   y = all_reduce(x)      or  reduce_scatter(x)
+    backward  dx = dy                or  all_gather(dy)
+
+    The result is a tensor of its own, so that a model may add to it in place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh, dim: int | None) -> Tensor:
+        ctx.mesh, ctx.dim = mesh, dim
+        if dim is None:
+            return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), "sum", mesh))
+        if x.shape[dim] % mesh.size():
+            raise PlanError(
+                f"extent {x.shape[dim]} of dim {dim} is not divisible by tp={mesh.size()}: pad the sequence"
+            )
+        return funcol.wait_tensor(funcol.reduce_scatter_tensor(x.contiguous(), "sum", dim, mesh))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (dy,) = gradients
+        if ctx.dim is not None:
+            dy = funcol.wait_tensor(funcol.all_gather_tensor(dy.contiguous(), ctx.dim, ctx.mesh))
+        return dy, None, None
 
 
 def _weight_dims(site: Site, style: str) -> tuple[int, int]:

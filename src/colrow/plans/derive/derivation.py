@@ -122,10 +122,17 @@ class _Derive:
         flow = finder.whole_graph(blocks)
         why: list[str] = []
         if self.options.sequence_parallel:
-            late = self._stream(choice, flows, finder, blocks, flow, False, None, why)
-            known = late[1] if late else None
-            early = self._stream(choice, flows, finder, blocks, flow, True, known, why)
-            best = early or late
+            best = None
+            for whole_head in (False, True):
+                late = self._stream(choice, flows, finder, blocks, flow, (False, whole_head), None, why)
+                early = (
+                    self._stream(choice, flows, finder, blocks, flow, (True, whole_head), late[1], why)
+                    if late
+                    else None
+                )
+                best = early or late
+                if best is not None:
+                    break
             if best is not None:
                 best[0].notes = [*why, *best[0].notes]
                 return best[0]
@@ -143,17 +150,21 @@ class _Derive:
         finder: BlockFinder,
         blocks: list[Block],
         flow: Flow,
-        early: bool,
+        ends: tuple[bool, bool],
         known: Attributes | None,
         why: list[str],
     ) -> tuple[Derivation, Attributes] | None:
-        """The derivation with the stream on sequence shards, from the embedding (`early`) or from the first layer."""
+        """The derivation with the stream on sequence shards; `ends` is (from the embedding, to the last norm only)."""
         entries, exits = finder.borders(blocks)
         try:
-            stream = find_stream(self.traced, flows, finder, entries, exits, early)
+            stream = find_stream(self.traced, flows, finder, entries, exits, *ends)
             return self._emit(choice, flows, finder, blocks, flow, stream, known)
         except (NoStreamError, SplitError, PlanError) as error:
-            why.append(f"sequence parallel from the {'embedding' if early else 'first layer'}: {error}")
+            start, end = (
+                ("the embedding" if ends[0] else "the first layer"),
+                ("the last norm" if ends[1] else "the head"),
+            )
+            why.append(f"no sequence shards from {start} to {end}: {error}")
             return None
 
     def _suspects(self, choice: Choice, finder: BlockFinder, why: str) -> set[Any]:

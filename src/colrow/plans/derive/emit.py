@@ -161,7 +161,7 @@ class Emitter:
 
     def _head(self, name: str) -> None:
         self._put(name, style="colwise", use_local_output=False)
-        if self.stream is not None:
+        if self.stream is not None and not self.stream.whole_head:
             self._put(name, input="shard(1)")
         self.out.loss = "vocab_parallel"
 
@@ -333,7 +333,10 @@ class Emitter:
                 self._put(owner, style="grad_sum")
         for module, style in self.out.modules.items():
             if style["style"] == "local_shards" and any(owner == module for owner in self.finder.owners.values()):
-                self._put(module, output="partial")
+                deferred = any(
+                    b.deferred and (module == b.module or module.startswith(b.module + ".")) for b in self.blocks
+                )
+                self._put(module, output="partial" if deferred else self.inside)
 
     def _added_to_sum(self, name: str) -> bool:
         from colrow.plans.derive.flow import Kind
@@ -371,7 +374,7 @@ class Emitter:
         """Where extents change in a rank's own trace: gathers and reduce-scatters of the stream, cut constants."""
         tp = self.tp
         if self.stream is not None:
-            for node in self.entries:
+            for node in self.entries - (self.finder.head_entries() if self.stream.whole_head else set()):
                 self.out.scales[str(label_of(node))] = (1, tp, 1)
             for node in self.exits:
                 if self.early or not self._lookup(node):

@@ -24,7 +24,7 @@ from colrow.plans.derive.axes import find, leaves, size_of
 from colrow.plans.derive.choose import Choice
 from colrow.plans.derive.emit import Emission
 from colrow.plans.derive.flow import Flows
-from colrow.plans.derive.infer import op_name
+from colrow.plans.derive.infer import op_name, shape_of
 from colrow.plans.derive.sequence import Stream
 from colrow.plans.derive.trace import (
     Rescale,
@@ -66,6 +66,11 @@ class LocalCheck:
         )
         self.choice: Choice = flows.choice
         self.visible = Choice(self.choice.tp, self.choice.atoms - self.choice.vocabulary, self.choice.groups)
+        self.blocks = [
+            name for name, style in emission.modules.items() if style.get("style") in ("local_block", "prepare_input")
+        ]
+        self.runs_fake: bool | None = None
+        """Whether the model runs on fake tensors outside of export; unknown until something fails."""
         self.expected: dict[Node, list[int] | None] = {}
         for node in traced.nodes:
             if is_boundary(node):
@@ -75,6 +80,10 @@ class LocalCheck:
         dims = self.flows.inference.dims.get(node)
         if not isinstance(dims, list):
             return None
+        if node in self.flows.constant and not any(
+            self.flows.path[node] == b or self.flows.path[node].startswith(b + ".") for b in self.blocks
+        ):
+            return shape_of(node)
         shape = self.visible.local_shape(dims)
         if self.stream is not None and node in self.stream.nodes and self._outer(node):
             shape[1] //= self.choice.tp
@@ -138,17 +147,31 @@ class LocalCheck:
 
     def quick(self, attributes: Attributes) -> str | None:
         """The same question at module boundaries only, without export: an error or a wrong extent."""
-        model = self.local_model(attributes).eval()
+        if self.runs_fake is False:
+            return None
+        found = self._quick(self.local_model(attributes), self.rescale(), self.expected)
+        if found is not None and self.runs_fake is None:
+            self.runs_fake = self._quick(self.local_copy(), None, {}) is None
+            return found if self.runs_fake else None
+        return found
+
+    def local_copy(self) -> nn.Module:
+        return copy.deepcopy(
+            self.model, {id(t): t for t in itertools.chain(self.model.parameters(), self.model.buffers())}
+        )
+
+    def _quick(self, model: nn.Module, rescale: Rescale | None, expected: dict[Node, list[int] | None]) -> str | None:
+        model.eval()
         keywords, names = call_keywords(model)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         inputs = tuple(mode.from_tensor(x) for x in self.inputs)
         try:
-            with quiet(), markers(model, self.rescale()) as calls, torch.no_grad(), mode:
+            with quiet(), markers(model, rescale) as calls, torch.no_grad(), mode:
                 _FirstTensor(model, keywords, names)(*inputs)
         except Exception as error:
             return f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
         wanted: dict[str, list[list[int] | None]] = {}
-        for node in self.expected:
+        for node in expected:
             wanted.setdefault(str(label_of(node)), []).append(self._before(node))
         for label, shape in calls.shapes:
             extents = wanted[label].pop(0) if wanted.get(label) else None
@@ -193,7 +216,7 @@ class LocalCheck:
                 why = self.quick(attributes) or self.mismatch(attributes)
                 if why is None:
                     return attributes
-                first = first or why
+                first = why if first is None or candidates is not None and why.startswith("in|") else first
             if candidates is None:
                 candidates = self.candidates()
                 groups = sorted(candidates, key=lambda key: (not LIKELY.search(key[1]), key))
@@ -231,9 +254,7 @@ class LocalCheck:
             if self.visible.any_sharded(self.flows.inference.of(n))
         }
         found: dict[tuple[str, str], int] = {}
-        model = copy.deepcopy(
-            self.model, {id(t): t for t in itertools.chain(self.model.parameters(), self.model.buffers())}
-        )
+        model = self.local_copy()
         for name, module in model.named_modules():
             parents = any(o.startswith(name + ".") and o.count(".") - name.count(".") <= 2 for o in owners)
             if (
