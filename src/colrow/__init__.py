@@ -21,6 +21,7 @@ _PUBLIC = {
     "Plan": "colrow.plans.plan",
     "linear_cross_entropy": "colrow.ops.linear_cross_entropy",
     "loss_context": "colrow.parallel.loss",
+    "model_loss": "colrow.parallel.loss",
     "parallelize": "colrow.parallel.parallelize",
 }
 __all__ = sorted(_PUBLIC)

@@ -24,6 +24,12 @@ def made_up_text(seed: int, words: int) -> str:
     return " ".join(text).replace("\n ", "\n")
 
 
+@pytest.fixture(scope="session")
+def text_of() -> Callable[[int, int], str]:
+    """`text_of(seed, words)`: made-up text."""
+    return made_up_text
+
+
 @pytest.fixture
 def section(tmp_path: Path) -> Callable[..., DataSection]:
     """`section(corpus, ...)`: a DataSection whose cache is this test's own."""

@@ -17,7 +17,7 @@ from colrow.mesh import Mesh
 from colrow.models.llama import Llama, LlamaConfig
 from colrow.parallel.grad_norm import align_gradients
 from colrow.parallel.layout import full_tensor, packed_of
-from colrow.parallel.loss import loss_context
+from colrow.parallel.loss import loss_context, model_loss
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
 
@@ -40,6 +40,10 @@ MODELS: dict[str, LlamaConfig] = {
     "qk_norm": replace(TINY, qk_norm=True),
     "qk_norm_kv3": replace(TINY, qk_norm=True, num_key_value_heads=3),
 }
+DEEP_MODELS = {  # for several pipeline stages on a rank
+    "deep": replace(TINY, num_hidden_layers=4),
+    "deep_tied": replace(TINY, num_hidden_layers=4, tie_word_embeddings=True),
+}
 
 
 @dataclass
@@ -58,7 +62,7 @@ class Difference:
 def build(name: str, device: str, dtype: torch.dtype = torch.float64) -> Llama:
     """The reference model with every parameter drawn at random: no weight of one hides a missing factor."""
     torch.manual_seed(0)
-    model = Llama(MODELS[name])
+    model = Llama((MODELS | DEEP_MODELS)[name])
     with torch.no_grad():
         for param in model.parameters():
             param.copy_(torch.randn(param.shape) * 0.2 + (1.0 if param.ndim == 1 else 0.0))
@@ -103,7 +107,7 @@ def tp_difference(
         want.backward()
         ids, targets = data(step)
         with loss_context(plan, mesh):
-            loss = cross_entropy(model(ids), targets)
+            loss = model_loss(model, plan, mesh, ids, targets)
             loss.backward()
         before_step(model)
         if step == 0:

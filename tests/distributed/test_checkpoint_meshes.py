@@ -14,7 +14,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import Ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -29,7 +28,7 @@ from colrow.parallel.layout import packed_of
 from colrow.parallel.loss import loss_context
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
-from distributed.harness import Group
+from distributed.harness import Group, Ranks
 from distributed.parity import batch, build, cross_entropy, whole
 from distributed.toy import LAYERS, MESHES, mesh_of, place, train, whole_state
 

@@ -52,14 +52,16 @@ class Entry:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def write_tensors(path: Path, entries: Sequence[Entry]) -> tuple[int, int]:
+def write_tensors(path: Path, entries: Sequence[Entry], metadata: dict[str, str] | None = None) -> tuple[int, int]:
     """Write a new file and flush it to the disk. Returns its size in bytes and its CRC-32.
+
+    `metadata` goes into the header under the format's own key for it.
 
     Raises:
         OSError: the disk is full or cannot be written.
     """
     entries = sorted(entries, key=lambda entry: -entry.dtype.itemsize)  # wide ones first keeps all of them aligned
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     end = 0
     for entry in entries:
         start, end = end, end + entry.bytes

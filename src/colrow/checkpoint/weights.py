@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from colrow.checkpoint.state import model_tensors
 from colrow.errors import ConfigError
-from colrow.models.huggingface import stored_name
+from colrow.models.huggingface import name_from_huggingface, stored_name
 from colrow.models.init import init_tensor
-from colrow.parallel.layout import boxes, local_tensor, packed_of
 from colrow.parallel.parallelize import tie, tied_parameters
-
-# Wrappers put these between a module's name and its parameters': torch.compile, activation checkpointing.
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 def materialize(model: nn.Module, device: torch.device | str) -> nn.Module:
@@ -53,21 +50,9 @@ def fill_seeded(model: nn.Module, seed: int) -> None:
             "initialise the model in the callable that builds it, or start from a folder of weights"
         )
     tied = bool(getattr(config, "tie_word_embeddings", False))
-    for fqn, param in model.named_parameters():
-        _fill(param, stored_name(plain_name(fqn), tied), seed, config, boxes(param, packed_of(model, fqn)))
-
-
-def plain_name(fqn: str) -> str:
-    """A parameter's name in the model as it was built, before wrappers."""
-    for wrapper in _WRAPPERS:
-        fqn = fqn.replace(wrapper, "")
-    return fqn
-
-
-def _fill(param: Tensor, name: str, seed: int, config: object, held: list) -> None:
-    local = local_tensor(param)
-    for box in held:
-        part = init_tensor(
-            name, tuple(param.shape), seed, local.device, config, offset=box.global_offset, size=box.size
-        )
-        local[box.local_slices] = part
+    for one in model_tensors(model):
+        if isinstance(one.tensor, nn.Parameter):
+            name = stored_name(name_from_huggingface(one.name), tied)
+            for piece in one.pieces():
+                size, device = piece.data.shape, piece.data.device
+                piece.data.copy_(init_tensor(name, piece.shape, seed, device, config, offset=piece.offset, size=size))

@@ -11,6 +11,9 @@ VERBS = {
     "train": "start or continue a run",
     "plan": "show a plan: each parameter, each collective of a layer",
     "checkpoints": "list a run's checkpoints and their state",
+    "export": "write a run's weights as a Hugging Face folder",
+    "generate": "sample text from a run or an export",
+    "bench": "measure plans beside each other",
 }
 
 

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from colrow.cli.flags import parse
 from colrow.plans.dry_run import Collective, Output
+from colrow.plans.html import in_units, write_page
 from colrow.plans.report import ParameterRow, PlanReport, collapse, report
 
 
@@ -55,8 +56,6 @@ def main(argv: list[str]) -> int:
     if flags.output is not None:
         plan.save(flags.output)
     if flags.html is not None:
-        from colrow.plans.html import write_page
-
         write_page(shown, flags.model, flags.html)
     if flags.json:
         json.dump(shown.to_data(), sys.stdout, indent=1)
@@ -77,7 +76,7 @@ def show(shown: PlanReport, console: Console) -> None:
     )
     console.print(_parameters(shown.parameters))
     whole, part = sum(r.bytes for r in shown.parameters), sum(r.local_bytes for r in shown.parameters)
-    console.print(f"parameters: {size(whole)} in all, {size(part)} on each rank")
+    console.print(f"parameters: {in_units(whole)} in all, {in_units(part)} on each rank")
     if shown.path:
         console.print(f"\none block, {shown.block} (× {shown.blocks}); ▼ forward, ▲ backward")
         for line in _drawing(shown):
@@ -135,7 +134,9 @@ def _edge(forward: Collective, backward: Sequence[Collective]) -> str:
     dual = {"all_gather": "reduce_scatter", "reduce_scatter": "all_gather", "all_reduce": "all_reduce"}
     back = next((c for c in backward if c.op == dual.get(forward.op)), None)
     change = forward.cause.partition(": ")[2]
-    return f"▼ {_op(forward)} {size(forward.bytes)}  {change}" + (f"  ▲ {_op(back)} {size(back.bytes)}" if back else "")
+    return f"▼ {_op(forward)} {in_units(forward.bytes)}  {change}" + (
+        f"  ▲ {_op(back)} {in_units(back.bytes)}" if back else ""
+    )
 
 
 def _op(collective: Collective) -> str:
@@ -148,18 +149,9 @@ def _collectives(title: str, collectives: list[Collective]) -> Table:
         table.add_column(column, overflow="fold", justify="right" if column in ("number", "bytes") else "left")
     kinds: dict[tuple[str, str, int, str], int] = Counter((c.pass_, c.op, c.bytes, c.cause) for c in collectives)
     for (pass_, op, bytes_, cause), number in kinds.items():
-        table.add_row(pass_, op.replace("_", "-"), str(number), size(bytes_), cause)
+        table.add_row(pass_, op.replace("_", "-"), str(number), in_units(bytes_), cause)
     return table
 
 
 def _shape(shape: tuple[int, ...]) -> str:
     return " × ".join(map(str, shape)) or "scalar"
-
-
-def size(number: float) -> str:
-    """Bytes for people: 1.5 MiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024 or unit == "GiB":
-            break
-        number /= 1024
-    return f"{number:.0f} {unit}" if number >= 100 or unit == "B" else f"{number:.1f} {unit}"

@@ -18,7 +18,7 @@ from colrow.data.encode import usable_cores
 from colrow.data.lock import locked, writing_to
 from colrow.data.progress import Progress
 from colrow.data.shards import FORMAT, ShardMeta, TokenArray, build_shards, partial_folders, read_meta
-from colrow.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from colrow.data.tokenizer import SAMPLE_CHARS, Tokenizer, load_tokenizer, train_tokenizer
 from colrow.errors import DataError
 
 if TYPE_CHECKING:  # config imports torch, which worker processes do without
@@ -188,7 +188,7 @@ def _trained(corpus: Corpus, fingerprint: str, section: DataSection, model_vocab
     with locked(path.with_suffix(".lock")):
         if path.exists():
             return load_tokenizer(path)
-        shown.stage(f"training a tokenizer of {vocab_size:,} tokens", corpus.size())
+        shown.stage(f"training a tokenizer of {vocab_size:,} tokens", min(corpus.size() or SAMPLE_CHARS, SAMPLE_CHARS))
         tokenizer = train_tokenizer(corpus, vocab_size, lambda text: shown.advance(len(text)))
         with writing_to(section.cache):
             tokenizer.save(path)

@@ -72,7 +72,7 @@ class Progress:
     def say(self, line: str) -> None:
         """One line, beside the bar or alone."""
         if self._shown:
-            self._console.print(line, markup=False)
+            self._console.print(line, markup=False, highlight=False)
 
     def _close(self) -> None:
         if self._bar is not None:

@@ -207,6 +207,7 @@ class _Writer:
         ids = encoded.ids[np.repeat(chosen, encoded.lengths)].astype(self._dtype, copy=False)
         data = ids.tobytes()
         self._file.write(data)
+        self._file.flush()  # those who wait see the file grow
         self._digest.update(data)
         self.documents += int(chosen.sum())
         self.tokens += len(ids)

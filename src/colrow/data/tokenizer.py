@@ -19,7 +19,7 @@ from colrow.errors import DataError
 END_OF_TEXT = "<|endoftext|>"
 _MIN_VOCAB = 257
 """256 bytes and the end-of-text token."""
-_SAMPLE_CHARS = 1 << 26
+SAMPLE_CHARS = 1 << 26
 """A vocabulary is trained on this much of the corpus: counts of frequent pairs change little beyond it."""
 _USUAL_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>", "[EOS]", "[SEP]")
 
@@ -129,7 +129,7 @@ def train_tokenizer(corpus: Corpus, vocab_size: int, on_text: Callable[[str], No
     )
 
     def counted() -> Any:
-        for text in corpus.sample(_SAMPLE_CHARS):
+        for text in corpus.sample(SAMPLE_CHARS):
             on_text(text)
             yield text
 

@@ -98,7 +98,7 @@ def linear_cross_entropy(
             f"hidden is {list(hidden.shape)} {hidden.dtype}, weight {list(weight.shape)} {weight.dtype}: "
             "their last dimensions and dtypes must be equal; cast one, as autocast does not reach in here"
         )
-    if not y_T.is_cuda and y_T.numel():
+    if type(y_T) is Tensor and y_T.device.type == "cpu":  # a GPU would be waited for, a fake tensor has no values
         _refuse_unknown_classes(y_T, vocab_size, ignore_index)
     job = _Job(
         terms=LossTerms(vocab_size, rank * -(-vocab_size // n), ignore_index, label_smoothing, z_loss),
@@ -233,7 +233,9 @@ def _scale(y_T: Tensor, ignore_index: int, reduction: str, num_valid: Any, dtype
         num_valid = (y_T != ignore_index).sum().clamp(min=1)
     elif reduction == "sum":
         raise ConfigError("num_valid is the divisor of a mean: leave it out, or use reduction='mean'")
-    return torch.as_tensor(num_valid, device=y_T.device).to(dtype).reciprocal()
+    if isinstance(num_valid, Tensor):
+        return num_valid.to(y_T.device, dtype).reciprocal()
+    return torch.full((), 1.0 / num_valid, dtype=dtype, device=y_T.device)
 
 
 def _refuse_unknown_classes(y_T: Tensor, vocab_size: int, ignore_index: int) -> None:

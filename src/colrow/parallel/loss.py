@@ -1,15 +1,23 @@
-"""The loss on sharded logits: torch's loss_parallel, made safe to leave by an exception and to nest."""
+"""The loss as a plan says: on sharded logits, on whole ones, or in the head itself.
+
+On sharded logits it is torch's loss_parallel, made safe to leave by an exception and to nest.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
 from colrow.mesh import Mesh
+from colrow.parallel.linear_head import Expected, expect_targets
 from colrow.plans.plan import Plan
 
 
@@ -17,10 +25,11 @@ from colrow.plans.plan import Plan
 def loss_context(plan: Plan, mesh: Mesh | DeviceMesh) -> Iterator[None]:
     """Around the loss and its backward: `F.cross_entropy` on vocabulary-sharded logits stays sharded.
 
-    Does nothing for a plan whose loss is `replicated`, or where tp is 1. Within it call `F.cross_entropy` and nothing
-    else that takes a log-softmax of the logits: torch's handler gives that one a wrong gradient (pytorch#190746).
+    Does nothing for a plan whose loss is `replicated` or `linear`, or where tp is 1. Within it call `F.cross_entropy`
+    and nothing else that takes a log-softmax of the logits: torch's handler gives that one a wrong gradient
+    (pytorch#190746).
     """
-    if plan.loss == "replicated" or tp_degree(mesh) == 1:
+    if plan.loss != "vocab_parallel" or tp_degree(mesh) == 1:
         yield
         return
     # loss_parallel swaps handlers of the dispatcher and, left by an exception, leaves them behind (a later loss would
@@ -33,6 +42,47 @@ def loss_context(plan: Plan, mesh: Mesh | DeviceMesh) -> Iterator[None]:
     finally:
         handlers.clear()
         handlers.update(before)
+
+
+def model_loss(
+    model: nn.Module,
+    plan: Plan,
+    mesh: Mesh | DeviceMesh,
+    ids: Tensor,
+    targets: Tensor,
+    *,
+    num_valid: int | float | Tensor | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """The cross entropy of `model(ids)` as the plan computes it; its backward belongs into the same `loss_context`.
+
+    Args:
+        model: parallelised by `plan`. Its output is logits, or has them as `logits` (transformers).
+        ids: [B, T]; targets: [B, T] class numbers, the same on each rank of a tp group.
+        num_valid: what the sum over targets is divided by; the number of targets that count, unless given.
+
+    Returns:
+        A scalar in fp32 (fp64 for fp64 models); the mean over the targets that count.
+
+    Raises:
+        PlanError: the loss is `linear` and no module has style linear_head.
+    """
+    if plan.loss == "linear":
+        expect_targets(model, [Expected(targets, num_valid, ignore_index)])
+        return logits_of(model(ids))
+    logits = logits_of(model(ids)).flatten(0, 1)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    with loss_context(plan, mesh):
+        if num_valid is None:
+            return F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index)
+        total = F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction="sum")
+        return total / num_valid
+
+
+def logits_of(output: Any) -> Tensor:
+    """A model's logits: its output, or the output's `logits` (transformers)."""
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    return logits
 
 
 def tp_degree(mesh: Mesh | DeviceMesh) -> int:

@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from colrow.mesh import Mesh
 from colrow.parallel.layout import PACKED, local_tensor
-from colrow.parallel.loss import loss_context
+from colrow.parallel.linear_head import Expected, expect_targets
+from colrow.parallel.loss import logits_of, loss_context
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.calls import Loss, call, example_input, loss_of
 from colrow.plans.plan import Plan
@@ -233,9 +234,13 @@ def _run_sharded(
     try:
         with watch, watch.declarations(), loss_context(plan, tp_mesh):
             with views, torch.autograd.graph.saved_tensors_hooks(saved.pack, _same):
-                output = call(copy.model, inputs)
-                run.logits = _output(output, watch.varies)
-                loss = request.loss(output, inputs)
+                if plan.loss == "linear":  # the head returns the loss, and there are no logits
+                    expect_targets(copy.model, [Expected(inputs[0], None, -100)])
+                    loss = logits_of(call(copy.model, inputs))
+                else:
+                    output = call(copy.model, inputs)
+                    run.logits = _output(output, watch.varies)
+                    loss = request.loss(output, inputs)
             if loss.requires_grad:
                 backward = True
                 loss.backward()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from torch.fx import Node
 
 from colrow.plans.derive.axes import Atom, Dim, find, leaves, size_of
-from colrow.plans.derive.infer import AxisInference, Dims, is_float, shape_of
+from colrow.plans.derive.infer import AxisInference, Dims, is_float, op_name, shape_of
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,6 @@ class ClassFacts:
     volume: Counter[Atom] = field(default_factory=Counter)
     twice: set[Atom] = field(default_factory=set)
     """Classes that stand in two dimensions of one tensor."""
-    stream: set[Atom] = field(default_factory=set)
-    """Classes that reach the caller's output or come from an embedding's columns."""
 
 
 def class_facts(inference: AxisInference) -> ClassFacts:
@@ -220,7 +218,7 @@ def choose(inference: AxisInference, tp: int, soft: bool = True, vocabulary: boo
     outputs = _output_classes(inference)
 
     def free(atom: Atom) -> bool:
-        return atom.block is None and atom not in facts.twice and not facts.where[atom] & used
+        return atom.block is None and atom not in positions and atom not in facts.twice and not facts.where[atom] & used
 
     def take(atom: Atom) -> None:
         group = None
@@ -236,6 +234,7 @@ def choose(inference: AxisInference, tp: int, soft: bool = True, vocabulary: boo
                 choice.vocabulary.add(atom)
         used.update(facts.where[atom])
 
+    positions = {a for n in inference.graph.nodes if not _by_token(inference, n) for a in _lookup_rows(inference, n)}
     ranked = sorted(facts.volume, key=lambda a: -facts.volume[a])
     first = [a for a in ranked if a.soft is None and (vocabulary or a not in lookups | outputs)]
     for atom in first:
@@ -248,15 +247,23 @@ def choose(inference: AxisInference, tp: int, soft: bool = True, vocabulary: boo
 
 
 def _lookup_rows(inference: AxisInference, node: Node) -> list[Atom]:
-    from colrow.plans.derive.infer import op_name
-
-    if (
-        node.op == "call_function"
-        and op_name(node) == "embedding"
-        and isinstance(dims := inference.dims.get(node.args[0]), list)
-    ):  # type: ignore[arg-type]
-        return leaves(dims[0])
+    if node.op == "call_function" and op_name(node) == "embedding":
+        return leaves(inference.of(node.args[0])[0])
     return []
+
+
+def _by_token(inference: AxisInference, node: Node) -> bool:
+    """Whether a lookup's indices come from the caller; a table of positions is small and read in order."""
+    todo, seen = list(node.args[1:2]), set()
+    while todo:
+        at = todo.pop()
+        if not isinstance(at, Node) or at in seen:
+            continue
+        if at.name in inference._inputs:
+            return True
+        seen.add(at)
+        todo += at.all_input_nodes
+    return False
 
 
 def _output_classes(inference: AxisInference) -> set[Atom]:

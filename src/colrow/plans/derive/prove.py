@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from colrow.plans.derive.axes import leaves, size_of
+from colrow.plans.derive.axes import leaves
 from colrow.plans.derive.choose import Choice, choose
 from colrow.plans.derive.infer import AxisInference, argument, op_name, shape_of
 from colrow.plans.derive.rules_views import index_piece, sibling_pieces, slice_piece, split_pieces
@@ -182,6 +182,7 @@ class ShardedRun:
             if found is not None and self.choice.sharded(self.inference.of(found[0])[found[1]]):
                 source, dim, piece = found
                 start = self._local_start(source, dim, piece, sibling_pieces(self.inference, source, dim))
+                args[1] = list(args[1])
                 args[1][dim] = torch.arange(start, start + local(dims[dim]))
         elif name in ("split", "split_with_sizes", "chunk"):
             dim, _ = split_pieces(node)
@@ -297,7 +298,3 @@ def prove(
     loss = float((out - expected_out).abs().max() / expected_out.abs().max())
     sharded = sum(choice.any_sharded(inference.of(n)) for n in inference.params)
     return GraphProof(loss, errors, sharded, len(run.partial))
-
-
-def full_size(dims: Any) -> list[int]:
-    return [size_of(d) for d in dims]

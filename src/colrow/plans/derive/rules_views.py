@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -129,7 +128,10 @@ def index_piece(inference: AxisInference, node: Node) -> tuple[Node, int, Piece]
     if len(given) != 1 or not isinstance(given[0][1], Node):
         return None
     dim, index = given[0]
-    value = inference.constants.get(index.name)
+    while index.op == "call_function" and op_name(index) in ("clone", "alias", "detach", "lift_fresh_copy", "_to_copy"):
+        index = index.args[0]
+        assert isinstance(index, Node)
+    value = inference.constants.get(index.name if index.op == "placeholder" else str(index.target))
     if not isinstance(value, Tensor) or value.device.type == "meta" or value.dim() != 1 or not value.numel():
         return None
     extent = shape_of(source)[dim]
@@ -321,11 +323,6 @@ def select_scatter(inference: AxisInference, node: Node) -> Result:
     for mine, its in zip(base[:where] + base[where + 1 :], source, strict=True):
         unify(mine, its, node.name)
     return base
-
-
-def is_complex(node: Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.is_complex()
 
 
 @rule("view_as_complex")

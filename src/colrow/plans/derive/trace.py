@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -78,6 +79,10 @@ class Trace:
     """A tied parameter's other names to its first one, which stands for all of them here."""
     values: dict[str, Tensor] = field(default_factory=dict)
     """Buffers and lifted constants by placeholder name."""
+    positional: dict[str, int] = field(default_factory=dict)
+    """How many positional arguments each module is called with."""
+    results: dict[str, int] = field(default_factory=dict)
+    """How many results each module returns: 0 for a single tensor."""
 
     @property
     def nodes(self) -> list[Node]:
@@ -180,7 +185,7 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...], rescale: Rescale | None 
     training = {m: m.training for m in model.modules()}
     wrapper.eval()
     try:
-        with _markers(model, rescale), warnings.catch_warnings():
+        with quiet(), markers(model, rescale) as calls, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(wrapper, inputs, strict=False).run_decompositions({})
     except Exception as error:
@@ -221,18 +226,43 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...], rescale: Rescale | None 
         tuple(str(n) for n in signature.user_inputs),
         ties,
         values,
+        calls.positional,
+        calls.results,
     )
 
 
 @contextlib.contextmanager
-def _markers(model: nn.Module, rescale: Rescale | None) -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """A trace that may fail by design should not print torch's own report of it."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@dataclass
+class Calls:
+    """What the markers saw: shapes in order, and how modules were called."""
+
+    shapes: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
+    positional: dict[str, int] = field(default_factory=dict)
+    results: dict[str, int] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def markers(model: nn.Module, rescale: Rescale | None = None) -> Iterator[Calls]:
     """Mark the tensors that enter and leave every module that holds parameters."""
     handles = []
+    calls = Calls()
 
     def mark(value: Any, kind: str, name: str, path: str) -> Any:
         if isinstance(value, Tensor):
             label = str(Label(kind, name, path))
             dim, mul, div = (rescale(label) if rescale else None) or (-1, 1, 1)
+            calls.shapes.append((label, tuple(value.shape)))
             return torch.ops.colrow_plan.boundary(value, label, dim, mul, div)
         if type(value) in (tuple, list):
             return type(value)(mark(v, kind, name, f"{path}.{i}") for i, v in enumerate(value))
@@ -242,6 +272,7 @@ def _markers(model: nn.Module, rescale: Rescale | None) -> Iterator[None]:
 
     def hooks(name: str, module: nn.Module) -> None:
         def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
+            calls.positional[name] = len(args)
             marked = tuple(mark(a, "in", name, str(i)) for i, a in enumerate(args))
             return marked, {k: mark(v, "in", name, k) for k, v in kwargs.items()}
 
@@ -249,6 +280,7 @@ def _markers(model: nn.Module, rescale: Rescale | None) -> Iterator[None]:
             if isinstance(out, Tensor):
                 return mark(out, "out", name, "0")
             if type(out) in (tuple, list):
+                calls.results[name] = len(out)
                 return type(out)(mark(v, "out", name, str(i)) for i, v in enumerate(out))
             return out
 
@@ -259,7 +291,7 @@ def _markers(model: nn.Module, rescale: Rescale | None) -> Iterator[None]:
         if name and any(True for _ in module.parameters()):
             hooks(name, module)
     try:
-        yield
+        yield calls
     finally:
         for handle in handles:
             handle.remove()

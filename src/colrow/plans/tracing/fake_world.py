@@ -38,15 +38,8 @@ def fake_tp_mesh(tp: int) -> Iterator[DeviceMesh]:
 
     first = dist.get_rank()  # the mesh holds this process as its first rank, and labels that need not exist
     ranks = [first + i for i in range(tp)]
-    group, _ = c10d._new_process_group_helper(
-        tp,
-        0,
-        ranks,
-        "fake",
-        FakeStore(),
-        f"colrow_dry_run_{next(_serial)}",
-        group_desc="dry run",  # type: ignore[arg-type]
-    )
+    name: Any = f"colrow_dry_run_{next(_serial)}"
+    group, _ = c10d._new_process_group_helper(tp, 0, ranks, "fake", FakeStore(), name, group_desc="dry run")
     c10d._world.pg_group_ranks[group] = {rank: i for i, rank in enumerate(ranks)}
     try:
         yield DeviceMesh.from_group(group, "cpu", mesh=torch.tensor(ranks), mesh_dim_names=("tp",))

@@ -103,6 +103,7 @@ class Watch(TorchDispatchMode):
         self._varying: set[Window] = set()
         self._storages: set[int] = set()  # written in place with varying values: all windows vary
         self._addend: set[Window] = set()  # varying, with an equal term added: must not be summed over ranks
+        self._like_part: set[Window] = set()  # no values yet, but of the shape of a varying tensor
         self._packed: set[Window] = set()  # out of a fused weight whose segments were split one by one
         self.class_losses = 0  # log-softmaxes of DTensors that no cross entropy took
         self._gathered: set[tuple[bool, Window]] = set()
@@ -165,11 +166,12 @@ class Watch(TorchDispatchMode):
             if name.endswith("_") and func._schema.is_mutable:
                 self._storages.add(self._window(inputs[0])[0])
             self._track_addend(name, inputs, varying, outputs)
-            if name in _RANDOM:
-                self._slip("random_on_part")
         elif name in _NO_VALUES:
             for leaf in outputs:
                 self.mark(leaf, False)
+                (self._like_part.add if varying else self._like_part.discard)(self._window(leaf))
+        if name in _RANDOM and (varying or any(self._window(leaf) in self._like_part for leaf in inputs)):
+            self._slip("random_on_part")
         return out
 
     def _count_class_losses(self, func: Any) -> None:

@@ -1,0 +1,65 @@
+"""`colrow export RUN -o DIR`: a run's weights as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from colrow.cli.flags import parse
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Write a run's weights as a Hugging Face folder: safetensors, config.json, generation_config.json, tokenizer.
+
+    A model that does not fit one process is written by several: torchrun --nproc-per-node 4 -m colrow export ...
+    """
+
+    run: tyro.conf.Positional[Path]
+    """A run's folder."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """The folder to write; a former export is replaced."""
+    step: int | None = None
+    """Of the checkpoint; the newest whole one unless given."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the written weights; training keeps float32."""
+    max_shard_gb: float = 5.0
+    """A file holds at most this many gigabytes (10^9 bytes)."""
+
+
+def main(argv: list[str]) -> int:
+    """Exit 0; 2 for bad usage or input."""
+    flags = parse(Flags, "export", argv)
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from colrow.checkpoint.folder import in_words
+    from colrow.checkpoint.huggingface import export
+    from colrow.checkpoint.weights import materialize
+    from colrow.cli.loading import open_saved, torchrun_ranks
+    from colrow.parallel.spread import spread
+
+    with torchrun_ranks("gloo") as ranks:
+        saved = open_saved(flags.run, flags.step)
+        config = saved.config
+        if ranks > 1:
+            spread(saved.model, init_device_mesh("cpu", (ranks,)))
+        materialize(saved.model, "cpu")
+        saved.load()
+        export(
+            saved.model,
+            flags.output,
+            config,
+            saved.tokenizer,
+            dtype=getattr(torch, flags.dtype),
+            max_shard_bytes=int(flags.max_shard_gb * 1e9),
+        )
+        if ranks == 1 or dist.get_rank() == 0:
+            size = sum(file.stat().st_size for file in flags.output.iterdir())
+            at = "" if saved.step is None else f", step {saved.step}"
+            print(f"exported {flags.run}{at} -> {flags.output} ({in_words(size)}, {flags.dtype})")
+    return 0

@@ -1,0 +1,115 @@
+"""What RUN_OR_EXPORT names: a model, the weights to fill it with, and its tokenizer. And the ranks that share them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from colrow.checkpoint.distributed import Checkpoints
+from colrow.checkpoint.huggingface import load_weights
+from colrow.config import load_config
+from colrow.data.tokenizer import Tokenizer, load_tokenizer
+from colrow.errors import CheckpointError, ConfigError
+from colrow.models.huggingface import read_config
+from colrow.models.llama import Llama, LlamaConfig
+from colrow.train.run_folder import CHECKPOINTS, CONFIG, TOKENIZER
+from colrow.train.source import build_source
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A model without values, and where they are.
+
+    Args:
+        model: on the meta device, unless the run built it in Python.
+        context: tokens of the sequences that it was trained on.
+        checkpoints, step: for a run; for an export, `folder` holds the weights.
+    """
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    context: int | None
+    folder: Path
+    checkpoints: Checkpoints | None = None
+    step: int | None = None
+
+    @property
+    def config(self) -> LlamaConfig | dict[str, Any]:
+        """What config.json is made from.
+
+        Raises:
+            ConfigError: the model has no config of the Hugging Face kind.
+        """
+        config = getattr(self.model, "config", None)
+        if isinstance(config, LlamaConfig):
+            return config
+        if callable(getattr(config, "to_dict", None)):
+            return dict(config.to_dict())  # type: ignore[union-attr]
+        raise ConfigError(
+            f"{type(self.model).__name__} has no config of the Hugging Face kind (a LlamaConfig, or one of "
+            "transformers): give the model such an attribute `config`, or read the checkpoint with colrow.checkpoint"
+        )
+
+    def load(self) -> None:
+        """Bring the weights into the model, which has memory by now. Collective."""
+        if self.checkpoints is None:
+            load_weights(self.model, self.folder)
+        else:
+            assert self.step is not None
+            self.checkpoints.load(self.step, self.model)
+
+
+def open_saved(path: Path, step: int | None = None) -> Saved:
+    """The model in a run's folder, at its newest whole checkpoint unless a step is given, or in a Hugging Face folder.
+
+    Raises:
+        CheckpointError: the folder is neither, or the run has no such checkpoint.
+    """
+    if (path / CONFIG).exists():
+        return _run(path, step)
+    if not (path / "config.json").exists():
+        raise CheckpointError(
+            f"{path} is neither a run's folder ({CONFIG}) nor a Hugging Face folder (config.json): give one of them, "
+            "such as runs/laptop"
+        )
+    if step is not None:
+        raise CheckpointError(f"{path} is a Hugging Face folder and has no steps: leave --step out")
+    config = read_config(path)
+    with torch.device("meta"):
+        model = Llama(config)
+    return Saved(model, load_tokenizer(path), config.max_position_embeddings, path)
+
+
+def _run(path: Path, step: int | None) -> Saved:
+    config = load_config(path / CONFIG)
+    source = build_source(config.model, config.run.seed)
+    if not (path / TOKENIZER).exists():
+        raise CheckpointError(f"{path} holds no {TOKENIZER}: copy the run's tokenizer there")
+    tokenizer = load_tokenizer(path / TOKENIZER)
+    checkpoints = Checkpoints(path / CHECKPOINTS, vocabulary=tokenizer.digest)
+    if step is None:
+        newest = checkpoints.latest()
+        if newest is None:
+            raise CheckpointError(f"{path} has no whole checkpoint: `colrow checkpoints {path}` lists what is there")
+        step = newest.step
+    return Saved(source.model, tokenizer, config.data.seq_len, path, checkpoints, step)
+
+
+@contextmanager
+def torchrun_ranks(backend: str) -> Iterator[int]:
+    """How many ranks there are: under torchrun all of its, which have joined their group; otherwise 1."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    if world_size == 1:
+        yield 1
+        return
+    dist.init_process_group(backend)
+    yield world_size
+    dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone

@@ -1,0 +1,83 @@
+"""The check: what is wrong with a plan for a model, before anything runs and without a GPU."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from colrow.errors import PlanError
+from colrow.mesh import Mesh
+from colrow.plans.calls import Loss, loss_of
+from colrow.plans.check.dynamic import check_dynamic
+from colrow.plans.check.finding import CODES, Code, Finding, Severity, finding
+from colrow.plans.check.gradients import check_gradients
+from colrow.plans.check.static import check_static, fused_suspects
+from colrow.plans.dry_run import DryRun, dry_run
+from colrow.plans.plan import Plan
+
+__all__ = ["CODES", "Code", "Finding", "Severity", "check", "check_dynamic", "check_gradients", "check_static"]
+
+
+def check(
+    model: nn.Module,
+    plan: Plan,
+    mesh: Mesh,
+    batch_size: int = 1,
+    seq_len: int = 512,
+    *,
+    inputs: tuple[Any, ...] | None = None,
+    loss: Loss = loss_of,
+) -> list[Finding]:
+    """What is wrong with `plan` for `model` on `mesh`: errors first, nothing for a sound plan.
+
+    First the static layer; when that finds no error, a dry run on fake tensors, and from it the rules on activations,
+    communication and gradients. The model may lie on the meta device, and is not changed.
+
+    Args:
+        batch_size: sequences on one rank.
+        inputs: example arguments for models that do not take token ids [batch_size, seq_len].
+        loss: of the model's output and the inputs; next-token cross entropy unless given.
+    """
+    found = check_static(model, plan, mesh.tp, seq_len)
+    if not _errors(found) and mesh.tp > 1:
+        try:
+            run = dry_run(model, plan, mesh, batch_size, seq_len, inputs=inputs, loss=loss)
+        except PlanError as error:
+            return [*found, finding("CR211", f"plan {plan.name}", str(error), "see the message")]
+        found += _from_run(model, plan, mesh.tp, run)
+    return sorted(_collapse(found), key=lambda f: f.severity != "error")
+
+
+def _from_run(model: nn.Module, plan: Plan, tp: int, run: DryRun) -> list[Finding]:
+    seen = [*check_dynamic(run, plan, tp), *check_gradients(run, tp)]
+    if run.reference_failure is not None:  # nothing else can tell about fused weights
+        seen += [replace(suspect, severity="warning") for suspect in fused_suspects(model, plan)]
+    return seen
+
+
+def _errors(found: Iterable[Finding]) -> bool:
+    return any(f.severity == "error" for f in found)
+
+
+def _collapse(found: list[Finding]) -> list[Finding]:
+    """One finding for what is the same in every layer, with `*` for the layer's number."""
+    groups: dict[tuple[str, str], list[Finding]] = defaultdict(list)
+    for f in found:
+        groups[f.code, re.sub(r"(?<=\.)\d+(?=\.|$)", "*", f.where)].append(f)
+    collapsed = []
+    for members in groups.values():
+        first, pattern = members[0], _pattern([f.where for f in members])
+        message, fix = (text.replace(first.where, pattern) for text in (first.message, first.fix))
+        collapsed.append(replace(first, where=pattern, message=message, fix=fix))
+    return collapsed
+
+
+def _pattern(names: list[str]) -> str:
+    """The names as one, with `*` for the components in which they differ."""
+    columns = zip(*(name.split(".") for name in names), strict=True)
+    return ".".join(column[0] if len(set(column)) == 1 else "*" for column in columns)

@@ -1,0 +1,108 @@
+"""A finding: one thing that the check says; and the table of its codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Severity = Literal["error", "warning"]
+
+
+@dataclass(frozen=True)
+class Code:
+    """A stable code: its readable name, how bad it is, and what happens without a mend, in one line."""
+
+    slug: str
+    severity: Severity
+    effect: str
+
+
+CODES: dict[str, Code] = {
+    # names: does the plan say what it means?
+    "CR101": Code("key-matches-nothing", "error", "the modules that were meant stay whole"),
+    "CR102": Code("module-matched-twice", "error", "two styles would be applied to one module"),
+    "CR103": Code("shared-module", "error", "one module has two names, and the plan gives them different styles"),
+    "CR104": Code("already-parallel", "error", "a plan is applied once, to a plain model"),
+    "CR105": Code("nothing-split", "warning", "every rank holds and computes everything"),
+    # sizes: can each tensor be cut?
+    "CR201": Code("features-do-not-divide", "error", "shards of unequal size: a hang or an abort"),
+    "CR202": Code("heads-do-not-divide", "error", "a rank would hold a part of a head"),
+    "CR203": Code("kv-heads-do-not-divide", "error", "a rank would hold a part of a kv head"),
+    "CR204": Code("vocabulary-does-not-divide", "error", "shards of unequal size: a hang or an abort"),
+    "CR205": Code("sequence-does-not-divide", "error", "shards of unequal size: a hang or an abort"),
+    "CR206": Code("module-type", "error", "the style knows nothing of this class"),
+    "CR207": Code("linear-with-children", "error", "the style would take the children's parameters for its own"),
+    "CR208": Code("fused-weight", "error", "wrong numbers, no exception: a shard mixes the fused parts"),
+    "CR209": Code("head-count-in-view", "error", "wrong numbers, no exception: heads are cut the wrong way"),
+    "CR210": Code("segments-do-not-divide", "error", "a fused part cannot be cut evenly"),
+    "CR211": Code("style-options", "error", "the style cannot be applied"),
+    "CR212": Code("buffer-not-split", "error", "a buffer of the whole size meets a shard"),
+    # ends: head, loss, ties
+    "CR301": Code("local-vocabulary-shard", "error", "wrong numbers: a rank takes its shard for the vocabulary"),
+    "CR302": Code("whole-logits", "warning", "the vocabulary-parallel loss has nothing to do"),
+    "CR303": Code("loss-gets-dtensor", "error", "the ordinary loss cannot take split logits"),
+    "CR304": Code("tie-split", "error", "tied weights come apart, each with half of the gradient"),
+    "CR305": Code("log-softmax-in-loss", "error", "exact loss, wrong gradients of every parameter"),
+    "CR306": Code("loss-unsupported", "error", "the loss cannot be computed on split logits"),
+    # activations: what the dry run sees
+    "CR401": Code("fails-in-parallel", "error", "the first step raises"),
+    "CR402": Code("mixed-tensors", "error", "the first step raises"),
+    "CR403": Code("keyword-input", "error", "the first step raises"),
+    "CR404": Code("no-sharding-rule", "error", "the first step raises"),
+    "CR405": Code("output-shape", "error", "wrong numbers: a dimension has another extent than in the unsharded model"),
+    "CR406": Code("whole-declared-shard", "error", "wrong numbers: a dimension becomes tp times longer"),
+    "CR407": Code("part-declared-whole", "error", "wrong numbers: a rank takes its own part for the whole"),
+    "CR408": Code("hidden-communication", "warning", "right numbers, more communication than needed"),
+    "CR409": Code("counted-tp-times", "error", "wrong numbers: a value is summed once for each rank"),
+    "CR410": Code("not-run", "warning", "the dry run's checks could not be made"),
+    # gradients
+    "CR501": Code("partial-gradient", "error", "exact loss, wrong gradient: a part of a sum is taken for the sum"),
+    "CR502": Code("gradient-times-tp", "error", "exact loss, wrong gradient: tp times too large"),
+    "CR503": Code("no-gradient", "error", "the parameter never trains"),
+    "CR504": Code("partial-activation-gradient", "error", "exact loss, wrong gradients of all that comes before"),
+    "CR505": Code("nothing-trains", "warning", "every parameter is frozen"),
+    # random numbers
+    "CR601": Code("dropout-on-shards", "warning", "masks of the ranks' parts are not independent"),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong with a plan for a model.
+
+    Attributes:
+        code: stable, such as CR501; `docs/checks/CODE.md` explains it.
+        severity: an error makes training fail or its numbers wrong; a warning costs speed or deserves a look.
+        where: a module's or parameter's name, `*` for a number where all of them are meant, or a key of the plan.
+        message: what was seen and what follows.
+        fix: what to change.
+    """
+
+    code: str
+    severity: Severity
+    where: str
+    message: str
+    fix: str
+
+    @property
+    def slug(self) -> str:
+        """The code's readable name."""
+        return CODES[self.code].slug
+
+    @property
+    def page(self) -> str:
+        """The page that explains the code, from the repository's root."""
+        return f"docs/checks/{self.code}.md"
+
+    def to_data(self) -> dict[str, str]:
+        """What `--json` says."""
+        return {"code": self.code, "severity": self.severity, "where": self.where, "message": self.message,
+                "fix": self.fix}  # fmt: skip
+
+    def __str__(self) -> str:
+        return f"{self.code} {self.slug} {self.severity} at {self.where}: {self.message}; {self.fix} ({self.page})"
+
+
+def finding(code: str, where: str, message: str, fix: str) -> Finding:
+    """A finding with its code's severity."""
+    return Finding(code, CODES[code].severity, where, message, fix)

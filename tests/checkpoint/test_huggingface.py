@@ -1,0 +1,403 @@
+"""Weights in and out of Hugging Face folders, in one process and by all ranks of a mesh."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed.harness import Ranks
+from models.families import FAMILIES, save_transformers, token_ids
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from checkpoint.test_weights import OPTIONS, meta, seeded
+from colrow.checkpoint import shard_files
+from colrow.checkpoint.huggingface import INDEX, SINGLE, export, load_weights
+from colrow.checkpoint.weights import materialize
+from colrow.errors import CheckpointError
+from colrow.mesh import Mesh
+from colrow.models.huggingface import read_config
+from colrow.models.llama import Llama
+from colrow.parallel.data_parallel import apply_data_parallel
+from colrow.parallel.layout import full_tensor, local_tensor
+from colrow.parallel.parallelize import parallelize
+from colrow.plans.plan import Plan
+
+
+class Letters:
+    """A tokenizer of single letters that saves itself as the data room's does."""
+
+    eos_id = 0
+    prefix: list[int] = []  # noqa: RUF012
+
+    def save(self, path: Path) -> None:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+        letters = pre_tokenizers.ByteLevel.alphabet()
+        vocab = {"<|endoftext|>": 0} | {letter: i + 1 for i, letter in enumerate(sorted(letters))}
+        backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        backend.add_special_tokens(["<|endoftext|>"])
+        backend.save(str(path / "tokenizer.json"))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+        (path / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+def from_folder(folder: Path) -> Llama:
+    with torch.device("meta"):
+        model = Llama(read_config(folder))
+    materialize(model, "cpu")
+    load_weights(model, folder)
+    return model
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_transformers_folder_comes_in_and_goes_out(name: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    theirs = save_transformers(name, tmp_path / "in", max_shard_size="20KB")
+    assert (tmp_path / "in" / INDEX).exists()
+    model, ids = from_folder(tmp_path / "in"), token_ids()
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), theirs(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+    export(model, tmp_path / "out", model.config)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=ids).logits, model(ids), rtol=1e-5, atol=1e-5)
+    written, read = read_folder(tmp_path / "out"), read_folder(tmp_path / "in")
+    assert written.keys() == read.keys()
+    assert all(torch.equal(written[k], read[k]) for k in read)
+    for ours, back in zip(model.parameters(), from_folder(tmp_path / "out").parameters(), strict=True):
+        assert torch.equal(ours, back)
+
+
+def test_transformers_loads_an_export_with_its_tokenizer(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    model = seeded(vocab_size=257)
+    export(model, tmp_path / "out", model.config, Letters(), dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = "def f(x):\n    return  x + 1  # ünïcode"
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == len(text.encode())
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.eos_token == "<|endoftext|>"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert again.dtype == torch.bfloat16
+    assert (again.config.eos_token_id, again.config.bos_token_id) == (0, None)
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == 0
+    assert again.generate(torch.tensor([ids]), max_new_tokens=2, do_sample=False).shape == (1, len(ids) + 2)
+
+
+def test_a_model_of_transformers_takes_and_gives_weights_too(tmp_path: Path) -> None:
+    from models.families import transformers_model
+
+    theirs = save_transformers("llama-tied", tmp_path / "in")
+    other = transformers_model("llama-tied")
+    with torch.no_grad():
+        for param in other.parameters():
+            param.zero_()
+    load_weights(other, tmp_path / "in")
+    export(other, tmp_path / "out", other.config.to_dict())
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), theirs.parameters(), strict=True))
+    assert read_config(tmp_path / "out") == read_config(tmp_path / "in")
+    assert read_folder(tmp_path / "out").keys() == read_folder(tmp_path / "in").keys()
+
+
+def test_weights_are_cast_to_the_parameters_dtype(tmp_path: Path) -> None:
+    model = seeded()
+    export(model, tmp_path / "out", model.config, dtype=torch.bfloat16)
+    back = from_folder(tmp_path / "out")
+    for ours, theirs in zip(model.parameters(), back.parameters(), strict=True):
+        assert theirs.dtype == torch.float32
+        assert torch.equal(theirs, ours.bfloat16().float())
+
+
+def test_files_hold_at_most_what_was_asked(tmp_path: Path) -> None:
+    model = seeded()
+    export(model, tmp_path / "out", model.config, max_shard_bytes=9000)
+    names = sorted(path.name for path in tmp_path.glob("out/*.safetensors"))
+    assert names == [f"model-{i + 1:05}-of-{len(names):05}.safetensors" for i in range(len(names))]
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(p.numel() * 4 for p in model.parameters())
+    for name in names:
+        tensors = load_file(tmp_path / "out" / name)
+        assert sum(t.numel() * 4 for t in tensors.values()) <= 9000
+        assert {k for k, file in index["weight_map"].items() if file == name} == set(tensors)
+    with pytest.raises(CheckpointError, match="max_shard_bytes=0"):
+        export(model, tmp_path / "out", model.config, max_shard_bytes=0)
+
+
+def test_a_former_export_is_replaced_and_anything_else_kept(tmp_path: Path) -> None:
+    model = seeded()
+    export(model, tmp_path / "out", model.config, max_shard_bytes=9000)
+    export(model, tmp_path / "out", model.config)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+    (tmp_path / "out" / "thesis.tex").write_text("x")
+    with pytest.raises(CheckpointError, match=r"holds something else \(thesis.tex\)"):
+        export(model, tmp_path / "out", model.config)
+    with pytest.raises(CheckpointError, match="is a file"):
+        export(model, tmp_path / "out" / "thesis.tex", model.config)
+    assert (tmp_path / "out" / SINGLE).exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_leaves_the_former_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = seeded()
+    export(model, tmp_path / "out", model.config)
+    before = read_folder(tmp_path / "out")
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shard_files, "write_tensors", full)
+    with torch.no_grad():
+        model.norm.weight.zero_()  # type: ignore[union-attr]
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        export(model, tmp_path / "out", model.config)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert all(torch.equal(v, before[k]) for k, v in read_folder(tmp_path / "out").items())
+
+
+def without(name: str) -> Callable[[dict[str, Tensor]], None]:
+    return lambda tensors: tensors.__delitem__(name) if name in tensors else None
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (without(UP), f"missing {UP}: is its config.json the model's"),
+        (without("lm_head.weight"), "missing lm_head.weight: set tie_word_embeddings"),
+        (lambda t: t.update({"model.layers.9.x": t[UP].clone()}), "unexpected model.layers.9.x"),
+        (lambda t: t.update({UP: t[UP].T.contiguous()}), rf"{UP} is \[24, 36\], the model's \[36, 24\]"),
+    ],
+)
+def test_a_folder_of_another_model_changes_nothing(tmp_path: Path, change: Any, says: str) -> None:
+    model = seeded()
+    export(model, tmp_path, model.config)
+    tensors = load_file(tmp_path / SINGLE)
+    change(tensors)
+    save_file(tensors, tmp_path / SINGLE)
+    other = materialize(meta(), "cpu")
+    with torch.no_grad():
+        for param in other.parameters():
+            param.fill_(7.0)
+    with pytest.raises(CheckpointError, match=says):
+        load_weights(other, tmp_path)
+    assert all(param.eq(7.0).all() for param in other.parameters())
+
+
+def test_what_a_model_computes_itself_may_be_stored(tmp_path: Path) -> None:
+    model = seeded(tie_word_embeddings=True)
+    export(model, tmp_path, model.config)
+    tensors = load_file(tmp_path / SINGLE)
+    assert "lm_head.weight" not in tensors
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
+    save_file(tensors, tmp_path / SINGLE)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), from_folder(tmp_path).parameters(), strict=True))
+
+
+def test_unusable_folders_are_named(tmp_path: Path) -> None:
+    model = seeded()
+    with pytest.raises(CheckpointError, match=r"holds neither model\.safetensors nor"):
+        load_weights(model, tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="pickled, which could run code"):
+        load_weights(model, tmp_path)
+    (tmp_path / SINGLE).write_bytes(b"nothing of the kind")
+    with pytest.raises(CheckpointError, match="is not a safetensors file"):
+        load_weights(model, tmp_path)
+    (tmp_path / INDEX).write_text("{}")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_weights(model, tmp_path)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"lacks model-00001-of-00002\.safetensors"):
+        load_weights(model, tmp_path)
+
+
+def sharded(device: str, mesh: Mesh, options: dict[str, Any]) -> Llama:
+    """A model on the mesh, with memory and no values."""
+    model = meta(**options)
+    device_mesh = mesh.build(device, dist.get_world_size())
+    parallelize(model, Plan.preset("llama"), device_mesh)
+    apply_data_parallel(model, device_mesh, model.layers, param_dtype=None, reshard_after_forward=False)
+    materialize(model, device)
+    return model
+
+
+def round_trip_case(device: str, folder: Path, mesh: Mesh, options: dict[str, Any]) -> dict[str, bool]:
+    model = sharded(device, mesh, options)
+    with torch.no_grad():
+        for param in model.parameters():
+            local_tensor(param).fill_(torch.nan)
+    load_weights(model, folder / "in")
+    whole = dict(seeded(**options).to(device).named_parameters())
+    same = {name: torch.equal(full_tensor(p.detach()), whole[name]) for name, p in model.named_parameters()}
+    export(model, folder / "out", model.config, max_shard_bytes=9000)
+    return same
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+@pytest.mark.parametrize(
+    "mesh", [Mesh(tp=2), Mesh(dp_shard=2, tp=2), Mesh(dp_replicate=2, tp=2), Mesh(dp_shard=4)], ids=str
+)
+def test_all_ranks_read_and_write_one_folder(ranks: Ranks, tmp_path: Path, mesh: Mesh, options: dict[str, Any]) -> None:
+    model = seeded(**options)
+    export(model, tmp_path / "in", model.config)
+    for same in ranks(mesh.world_size).run(round_trip_case, tmp_path, mesh, options):
+        assert all(same.values()), [name for name, equal in same.items() if not equal]
+    read, written = read_folder(tmp_path / "in"), read_folder(tmp_path / "out")
+    assert written.keys() == read.keys()
+    assert all(torch.equal(written[k], read[k]) for k in read)
+    assert (tmp_path / "out" / "config.json").read_text() == (tmp_path / "in" / "config.json").read_text()
+
+
+def stages_case(device: str, folder: Path, options: dict[str, Any]) -> bool:
+    """Rank 0 holds the first stage, rank 1 the last; tied, each has its own copy of the embedding."""
+    model = meta(**options)
+    if dist.get_rank() == 0:
+        model.norm = model.lm_head = model.layers[1] = None
+    else:
+        model.embed_tokens = model.layers[0] = None
+    materialize(model, device)
+    load_weights(model, folder / "in")
+    whole = dict(seeded(**options).to(device).named_parameters(remove_duplicate=False))
+    export(model, folder / "out", model.config)
+    return all(torch.equal(p, whole[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("tied", [False, True])
+def test_pipeline_stages_read_and_write_one_folder(ranks: Ranks, tmp_path: Path, tied: bool) -> None:
+    options = {"tie_word_embeddings": tied}
+    model = seeded(**options)
+    export(model, tmp_path / "in", model.config)
+    assert ranks(2).run(stages_case, tmp_path, options) == [True, True]
+    read, written = read_folder(tmp_path / "in"), read_folder(tmp_path / "out")
+    assert written.keys() == read.keys()
+    assert all(torch.equal(written[k], read[k]) for k in read)
+
+
+def failing_case(device: str, folder: Path) -> str:
+    """The disk of rank 1 is full after its first file."""
+    model = sharded(device, Mesh(tp=2), {})
+    load_weights(model, folder / "in")
+    write, written = shard_files.write_tensors, []
+
+    def full(path: Path, *args: Any) -> Any:
+        if dist.get_rank() == 1 and written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(path)
+        return write(path, *args)
+
+    shard_files.write_tensors = full
+    try:
+        export(model, folder / "out", model.config, max_shard_bytes=4000)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        shard_files.write_tensors = write
+    return ""
+
+
+@pytest.mark.distributed
+def test_a_rank_that_cannot_write_fails_all_and_leaves_nothing(ranks: Ranks, tmp_path: Path) -> None:
+    model = seeded()
+    export(model, tmp_path / "in", model.config)
+    for said in ranks(2).run(failing_case, tmp_path):
+        assert "No space left on device" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def most_at_once_case(device: str, folder: Path, keep: bool) -> tuple[int, int]:
+    """Bytes of whole tensors alive at once while exporting, and those of the largest tensor."""
+    import weakref
+
+    from colrow.checkpoint.gather import Gather
+
+    model = sharded(device, Mesh(tp=2), {})
+    load_weights(model, folder / "in")
+    alive, most, collect, kept = 0, 0, Gather.next, []
+
+    def counted(self: Gather, name: str) -> Tensor:
+        nonlocal alive, most
+        tensor = collect(self, name)
+        size = tensor.nbytes
+        alive, most = alive + size, max(most, alive + size)
+
+        def gone() -> None:
+            nonlocal alive
+            alive -= size
+
+        weakref.finalize(tensor, gone)
+        kept.extend([tensor] if keep else [])
+        return tensor
+
+    Gather.next = counted  # type: ignore[method-assign]
+    try:
+        export(model, folder / f"out-{keep}", model.config)
+    finally:
+        Gather.next = collect  # type: ignore[method-assign]
+    return most, max(p.numel() * 4 for p in model.parameters())
+
+
+@pytest.mark.distributed
+def test_no_rank_holds_more_than_two_whole_tensors(ranks: Ranks, tmp_path: Path) -> None:
+    """One is being written while the next is collected."""
+    model = seeded()
+    export(model, tmp_path / "in", model.config)
+    for most, largest in ranks(2).run(most_at_once_case, tmp_path, False):
+        assert most <= 2 * largest
+    assert max(most for most, _ in ranks(2).run(most_at_once_case, tmp_path, True)) > 2 * largest
+
+
+def elements_read_case(device: str, folder: Path, mesh: Mesh) -> tuple[int, int]:
+    """Elements that loading asks the files for, and those of this rank's shards."""
+    from colrow.checkpoint.tensor_file import TensorReader
+
+    model = sharded(device, mesh, {})
+    read, asked = TensorReader.read, 0
+
+    def counted(self: TensorReader, key: str, slices: tuple[slice, ...]) -> Tensor:
+        nonlocal asked
+        asked += prod(s.stop - s.start for s in slices)
+        return read(self, key, slices)
+
+    TensorReader.read = counted  # type: ignore[method-assign]
+    try:
+        load_weights(model, folder)
+    finally:
+        TensorReader.read = read  # type: ignore[method-assign]
+    return asked, sum(local_tensor(p).numel() for p in model.parameters())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("mesh", [Mesh(tp=2), Mesh(dp_shard=2)], ids=str)
+def test_a_rank_reads_what_it_holds_and_no_more(ranks: Ranks, tmp_path: Path, mesh: Mesh) -> None:
+    model = seeded()
+    export(model, tmp_path, model.config)
+    for asked, held in ranks(2).run(elements_read_case, tmp_path, mesh):
+        assert asked == held
+        assert held < 0.6 * sum(p.numel() for p in model.parameters())

@@ -1,0 +1,324 @@
+"""Preparing happens once, whoever asks and however often, survives being killed, and says what is wrong."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from colrow.data.prepare import prepare
+from colrow.data.progress import Progress
+from colrow.data.shards import read_meta
+from colrow.data.tokenizer import load_tokenizer
+from colrow.errors import DataError
+
+VOCAB = 300
+
+
+def test_the_second_call_finds_what_the_first_made(section, texts):
+    first = prepare(section(f"{texts}/*.txt"), VOCAB, False)
+    second = prepare(section(f"{texts}/*.txt"), VOCAB, False)
+    assert (first.built, second.built) == (True, False)
+    assert first.folder == second.folder
+    assert first.counts == second.counts == read_meta(first.folder)
+    assert first.fingerprint == second.fingerprint
+    assert first.tokenizer.digest == second.tokenizer.digest
+    assert first.train.ids.tolist() == second.train.ids.tolist()
+    assert sum(first.counts.documents.values()) == 40
+    assert first.counts.documents["validation"] > 0
+    assert str(first.folder) in first.describe()
+    assert first.folder.parent == section("x").cache
+
+
+def test_shards_decode_to_the_documents(section, texts):
+    data = prepare(section(f"{texts}/*.txt"), VOCAB, False)
+    written = {path.read_text() for path in texts.iterdir()}
+    decoded = set()
+    for tokens in (data.train, data.validation):
+        ends = np.flatnonzero(tokens.ids == data.tokenizer.eos_id)
+        decoded |= {data.tokenizer.decode(piece[:-1]) for piece in np.split(tokens.ids[:], ends + 1)[:-1]}
+    assert decoded == written
+
+
+def test_content_decides_whether_shards_are_made_again(section, texts, tmp_path):
+    assert prepare(section(f"{texts}/*.txt"), VOCAB, False).built
+    os.utime(texts / "00.txt")
+    assert not prepare(section(f"{texts}/*.txt"), VOCAB, False).built
+    shutil.move(texts, tmp_path / "moved")
+    assert not prepare(section(f"{tmp_path}/moved/*.txt"), VOCAB, False).built
+    assert not prepare(section(f"{tmp_path}/moved/*.txt", seq_len=64, workers=2), VOCAB, False).built
+    one = tmp_path / "moved" / "00.txt"
+    one.write_text(one.read_text().replace("a", "e", 1))
+    assert prepare(section(f"{tmp_path}/moved/*.txt"), VOCAB, False).built
+    assert prepare(section(f"{tmp_path}/moved/*.txt", tokenizer={"vocab_size": 280}), VOCAB, False).built
+
+
+def test_another_validation_fraction_needs_no_other_tokenizer(section, texts, monkeypatch):
+    assert prepare(section(f"{texts}/*.txt"), VOCAB, False).built
+    monkeypatch.setattr("colrow.data.prepare.train_tokenizer", None)
+    assert prepare(section(f"{texts}/*.txt", validation_fraction=0.3), VOCAB, False).built
+
+
+def test_a_given_tokenizer_is_used(section, texts, tmp_path):
+    trained = prepare(section(f"{texts}/*.txt"), VOCAB, False)
+    trained.tokenizer.save(tmp_path / "tokenizer.json")
+    given = prepare(section(f"{texts}/*.txt", tokenizer={"path": tmp_path / "tokenizer.json"}), VOCAB, False)
+    assert given.built
+    assert given.tokenizer.digest == trained.tokenizer.digest
+    assert given.train.ids.tolist() == trained.train.ids.tolist()
+    assert load_tokenizer(given.folder).digest == trained.tokenizer.digest
+
+
+def test_one_book_alone_can_be_trained_on(section, tmp_path, text_of):
+    (tmp_path / "book.txt").write_text(text_of(0, 60_000))
+    data = prepare(section(f"{tmp_path}/book.txt", seq_len=256, validation_fraction=0.02), VOCAB, False)
+    assert data.validation.windows(256) > 0
+    assert data.train.windows(256) > 100
+
+
+def test_damaged_shards_are_made_again(section, texts):
+    first = prepare(section(f"{texts}/*.txt"), VOCAB, False)
+    before = (first.folder / "train.bin").read_bytes()
+    (first.folder / "train.bin").write_bytes(before[:-2])
+    second = prepare(section(f"{texts}/*.txt"), VOCAB, False)
+    assert second.built
+    assert (first.folder / "train.bin").read_bytes() == before
+
+
+def test_a_finished_cache_may_be_read_only(section, texts, monkeypatch):
+    prepare(section(f"{texts}/*.txt"), VOCAB, False)
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
+    monkeypatch.setattr("colrow.data.prepare.locked", None)
+    monkeypatch.setattr("colrow.data.digests.write_whole", read_only)
+    monkeypatch.setattr("colrow.data.digests._SETTLED_SECONDS", -1.0)
+    before = sorted(os.listdir(section("x").cache))
+    assert not prepare(section(f"{texts}/*.txt"), VOCAB, False).built
+    assert sorted(os.listdir(section("x").cache)) == before
+
+
+def read_only(path, text):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+# --- several processes; these import no torch
+
+PREPARE = """
+import sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from colrow.data import prepare as room
+from colrow.data import shards
+from colrow.data.corpus import FileCorpus
+
+class Slow(FileCorpus):
+    def _read(self):
+        for i, text in enumerate(super()._read()):
+            time.sleep(PAUSE)
+            yield text
+
+if __name__ == "__main__":
+    room.open_corpus = lambda section: Slow(section.corpus, sorted(Path(section.corpus).iterdir()), "text")
+    shards._CHUNK_CHARS = 3000
+    section = SimpleNamespace(
+        corpus=sys.argv[1], cache=Path(sys.argv[2]), seq_len=32, validation_fraction=0.2, text_key="text",
+        workers=WORKERS, tokenizer=SimpleNamespace(path=None, vocab_size=None))
+    data = room.prepare(section, 300, True)
+    print("built" if data.built else "found", data.counts.digests)
+"""
+
+
+def start(tmp_path, texts, pause=0.0, workers=1):
+    script = tmp_path / f"prepare_{pause}_{workers}.py"
+    script.write_text(PREPARE.replace("PAUSE", str(pause)).replace("WORKERS", str(workers)))
+    return subprocess.Popen(
+        [sys.executable, str(script), str(texts), str(tmp_path / "cache")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+
+
+def test_of_several_processes_one_makes_the_data_and_the_others_wait(tmp_path, texts):
+    processes = [start(tmp_path, texts, pause=0.01) for _ in range(3)]
+    said = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], said
+    assert sorted(out.split()[0] for out, _ in said) == ["built", "found", "found"]
+    assert len({out.partition(" ")[2] for out, _ in said}) == 1
+    assert any("waiting for another process" in err for out, err in said if out.startswith("found"))
+    assert not list((tmp_path / "cache").glob("*.partial-*"))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc"), reason="looks for the orphans of a killed process in /proc")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_build_that_is_killed_leaves_nothing_that_is_taken_for_whole(tmp_path, texts, workers):
+    process = start(tmp_path, texts, pause=0.03, workers=workers)
+    cache = tmp_path / "cache"
+    wait_for(lambda: any(file.stat().st_size for file in cache.glob("tokens-*.partial-*/train.bin")))
+    children = children_of(process.pid)
+    assert len(children) >= (workers if workers > 1 else 0)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=30)
+    assert len(list(cache.glob("tokens-*.partial-*"))) == 1
+    wait_for(lambda: not any(alive(child) for child in children))  # orphans end by themselves
+    out, err = start(tmp_path, texts).communicate(timeout=60)
+    assert out.startswith("built"), err
+    assert not list(cache.glob("*.partial-*"))
+    (folder,) = (path for path in cache.glob("tokens-*") if path.is_dir())
+    assert json.loads((folder / "meta.json").read_text())["documents"]["train"] > 0
+
+
+def wait_for(condition, seconds=30.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def children_of(pid):
+    return [int(child) for child in open(f"/proc/{pid}/task/{pid}/children").read().split()]
+
+
+def alive(pid):
+    try:
+        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_script_without_a_main_guard_is_told_so(section, texts, monkeypatch):
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(DataError, match='under `if __name__ == "__main__":`'):
+        prepare(section(f"{texts}/*.txt"), VOCAB, False)
+
+
+# --- errors
+
+
+def test_too_short_a_corpus_names_the_numbers_and_the_mend(section, texts):
+    with pytest.raises(DataError) as error:
+        prepare(section(f"{texts}/*.txt", seq_len=100_000), VOCAB, False)
+    said = re.search(
+        r"has ([\d,]+) tokens to train on in \d+ documents, fewer than one sequence "
+        r"\(data\.seq_len=100000 needs 100,001\): use more text, or data\.seq_len of ([\d,]+) or less",
+        str(error.value),
+    )
+    assert said, error.value
+    most = int(said[2].replace(",", ""))
+    assert most == int(said[1].replace(",", "")) - 1
+    with pytest.raises(DataError, match="held out for validation"):  # train is long enough now
+        prepare(section(f"{texts}/*.txt", seq_len=most), VOCAB, False)
+
+
+def test_too_small_a_validation_split_names_the_fraction_that_is_enough(section, texts):
+    with pytest.raises(DataError, match=r"0 tokens held out for validation, in 0 of its 40 documents") as error:
+        prepare(section(f"{texts}/*.txt", validation_fraction=1e-9), VOCAB, False)
+    said = re.search(
+        r"set data\.validation_fraction to ([\d.]+), which holds out (\d+) documents? with ([\d,]+)", str(error.value)
+    )
+    assert said, error.value
+    data = prepare(section(f"{texts}/*.txt", validation_fraction=float(said[1])), VOCAB, False)
+    assert data.counts.documents["validation"] == int(said[2])
+    assert f"{data.counts.tokens['validation']:,}" == said[3]
+
+
+def test_too_great_a_validation_split_is_named(section, texts):
+    with pytest.raises(DataError, match=r"0 tokens to train on .* or a data\.validation_fraction below 0\.99"):
+        prepare(section(f"{texts}/*.txt", validation_fraction=0.999999), VOCAB, False)
+
+
+def test_one_short_document_cannot_be_split(section, tmp_path):
+    (tmp_path / "a.txt").write_text("short text " * 100)
+    with pytest.raises(DataError, match=r"use more text, or a shorter data\.seq_len; a document is held out whole"):
+        prepare(section(f"{tmp_path}/a.txt", validation_fraction=1e-9), VOCAB, False)
+
+
+def test_a_cache_that_cannot_be_written_is_named(section, texts, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        DataError, match=r"cannot write to the cache folder .*file/cache: Not a directory: set data\.cache"
+    ):
+        prepare(section(f"{texts}/*.txt", cache=tmp_path / "file" / "cache"), VOCAB, False)
+
+
+def test_a_file_system_without_locks_is_named(section, texts, monkeypatch):
+    def none(fd, how):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    with pytest.raises(DataError, match=r"has no file locks \(No locks available\): set data\.cache to a local disk"):
+        prepare(section(f"{texts}/*.txt"), VOCAB, False)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "said"),
+    [
+        ({"vocab_size": 301}, r"vocab_size=301 is more than the model's vocabulary of 300: leave it out to train 300"),
+        ({"vocab_size": 100}, r"vocab_size=100 is too small"),
+        ({"path": "{tmp}/none"}, r"there is no tokenizer .*none"),
+        ({"path": "{tmp}", "vocab_size": 300}, r"has both path=.* and vocab_size=300: leave out path"),
+        (
+            {"path": "{tmp}"},
+            r"tokenizer .* has 290 tokens, but the model's vocabulary is 280: choose a model with at least 290",
+        ),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit_is_refused(section, texts, tmp_path, tokenizer, said):
+    if "path" in tokenizer:
+        made = prepare(section(f"{texts}/*.txt", tokenizer={"vocab_size": 290}), VOCAB, False)
+        made.tokenizer.save(tmp_path)
+        tokenizer = tokenizer | {"path": tokenizer["path"].format(tmp=tmp_path)}
+    model_vocab = 280 if "280" in said else VOCAB
+    with pytest.raises(DataError, match=said):
+        prepare(section(f"{texts}/*.txt", tokenizer=tokenizer), model_vocab, False)
+
+
+def test_what_is_wrong_in_a_file_is_said(section, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"txt": "two"}\n')
+    for workers in (1, 2):
+        with pytest.raises(DataError, match=r"a\.jsonl line 2 has no key 'text'"):
+            prepare(section(f"{tmp_path}/a.jsonl", workers=workers), VOCAB, False)
+
+
+# --- what is shown
+
+
+def test_progress_shows_lines_away_from_a_terminal(capfd, section, texts, monkeypatch):
+    prepare(section(f"{texts}/*.txt"), VOCAB, False)
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "")
+    shutil.rmtree(section("x").cache)
+    monkeypatch.setattr("colrow.data.progress._LINE_SECONDS", -1.0)
+    data = prepare(section(f"{texts}/*.txt"), VOCAB, True)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "data: training a tokenizer of 300 tokens ...\n" in err
+    assert re.search(r"data: tokenizing: 100%, 0 MB, 0\.\dM tokens\n", err)
+    assert data.describe() in err
+    assert "(made in " in err
+    prepare(section(f"{texts}/*.txt"), VOCAB, True)
+    assert capfd.readouterr().err == f"{data.describe()} (found)\n"
+
+
+def test_progress_shows_a_bar_on_a_terminal():
+    screen = io.StringIO()
+    with Progress(True, Console(file=screen, force_terminal=True, width=100)) as progress:
+        progress.stage("tokenizing [all]", 10)
+        progress.advance(5, "1.0M tokens")
+        progress.say("beside [it]")
+    assert "tokenizing [all]" in screen.getvalue()
+    assert "50%" in screen.getvalue()
+    assert "1.0M tokens" in screen.getvalue()
+    assert "beside [it]" in screen.getvalue()

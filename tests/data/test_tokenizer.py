@@ -1,0 +1,166 @@
+"""A tokenizer gives text back byte for byte, is the same wherever it is trained, and knows how a document ends."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers, processors
+
+from colrow.data.corpus import FileCorpus, open_corpus
+from colrow.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, train_tokenizer
+from colrow.errors import DataError
+
+HARD = [
+    "",
+    "plain",
+    "  indented\n\tand tabbed \r\n",
+    "naïve café 漢字 🙂\u200d",
+    "\x00\x7f",
+    f"say {END_OF_TEXT} twice",
+]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory, text_of):
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(20):
+        (folder / f"{i:02}.txt").write_text(text_of(i, 250), encoding="utf-8")
+    return FileCorpus("made up", sorted(folder.iterdir()), "text")
+
+
+@pytest.fixture(scope="module")
+def trained(corpus) -> Tokenizer:
+    return train_tokenizer(corpus, 400)
+
+
+def test_every_text_comes_back_byte_for_byte(trained):
+    for text, ids in zip(HARD, trained.encode_batch(HARD), strict=True):
+        assert ids[-1] == trained.eos_id
+        assert ids.count(trained.eos_id) == 1  # also where the text spells the token
+        assert max(ids) < trained.vocab_size
+        assert trained.decode(ids[:-1]) == text
+        assert trained.decode(ids, skip_special_tokens=False) == text + END_OF_TEXT
+        assert trained.encode(text) == ids[:-1]
+
+
+def test_training_again_gives_the_same_tokenizer(trained, corpus):
+    again = train_tokenizer(corpus, 400)
+    assert again.backend.to_str() == trained.backend.to_str()
+    assert again.digest == trained.digest
+    assert train_tokenizer(corpus, 300).digest != trained.digest
+    assert (trained.vocab_size, trained.eos_id) == (400, 0)
+
+
+def test_a_small_corpus_gives_a_small_vocabulary(tmp_path, section):
+    (tmp_path / "a.txt").write_text("aa bb")
+    assert train_tokenizer(open_corpus(section(f"{tmp_path}/a.txt")), 4096).vocab_size == 257
+
+
+def test_what_is_wrong_with_the_corpus_is_said_while_training(tmp_path, section):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\nnot JSON')
+    with pytest.raises(DataError, match=r"a\.jsonl line 2 is not JSON"):
+        train_tokenizer(open_corpus(section(f"{tmp_path}/a.jsonl")), 300)
+
+
+def test_too_small_a_vocabulary_is_refused(corpus):
+    with pytest.raises(DataError, match=r"vocab_size=256 is too small: a byte-level BPE needs 257"):
+        train_tokenizer(corpus, 256)
+
+
+def test_a_saved_tokenizer_loads_as_it_was(trained, tmp_path):
+    trained.save(tmp_path / "tok.json")
+    trained.save(tmp_path)
+    for path in (tmp_path / "tok.json", tmp_path, tmp_path / "tokenizer.json", str(tmp_path)):
+        loaded = load_tokenizer(path)
+        assert (loaded.digest, loaded.eos_id) == (trained.digest, trained.eos_id)
+        assert loaded.encode_batch(HARD) == trained.encode_batch(HARD)
+
+
+def test_transformers_loads_a_saved_folder(trained, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    trained.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.eos_token == END_OF_TEXT
+    text = "def ka(lomi):\n    return lomi"
+    assert theirs(text)["input_ids"] == trained.encode(text)
+
+
+def test_settings_of_a_folder_are_kept(trained, tmp_path):
+    trained.save(tmp_path)
+    settings = {"eos_token": {"content": END_OF_TEXT}, "chat_template": "{{ x }}", "tokenizer_class": "Qwen2Tokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "out").mkdir()
+    load_tokenizer(tmp_path).save(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == settings
+
+
+def write_words(folder, *special: str, **files: dict) -> None:
+    """A tokenizer.json of whole words with `special` tokens (ids from 3), and JSON `files` beside it."""
+    backend = tokenizers.Tokenizer(models.WordLevel({"one": 0, "two": 1, "?": 2}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(list(special))
+    if special and special[0] == "<s>":
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 3), ("</s>", 4)]
+        )
+    backend.enable_truncation(4)
+    backend.enable_padding(length=4)
+    backend.save(str(folder / "tokenizer.json"))
+    for name, tree in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(tree))
+
+
+@pytest.mark.parametrize(
+    ("files", "eos_id"),
+    [
+        ({"tokenizer_config": {"eos_token": "<b>"}, "config": {"eos_token_id": 3}}, 4),
+        ({"tokenizer_config": {"eos_token": {"content": "<b>"}}}, 4),
+        ({"tokenizer_config": {"eos_token": None}, "config": {"eos_token_id": 3}}, 3),
+        ({"generation_config": {"eos_token_id": [4, 3]}, "config": {"eos_token_id": 3}}, 4),
+        ({"config": {"eos_token_id": 3}}, 3),
+        ({}, 5),
+    ],
+)
+def test_the_end_of_a_document_is_what_the_folder_says(tmp_path, files, eos_id):
+    write_words(tmp_path, "<a>", "<b>", "</s>", **files)
+    assert load_tokenizer(tmp_path).eos_id == eos_id
+
+
+def test_documents_begin_as_the_tokenizer_begins_them_and_are_never_cut(tmp_path):
+    write_words(tmp_path, "<s>", "</s>")
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.prefix == [3]
+    assert tokenizer.encode_batch(["one two one two one two", "one"]) == [[3, 0, 1, 0, 1, 0, 1, 4], [3, 0, 4]]
+    assert tokenizer.encode("two") == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("special", "files", "said"),
+    [
+        ([], {}, r"does not tell which token ends a text \(its special tokens: none\): write .*eos_token"),
+        (["<a>"], {"tokenizer_config": {"eos_token": "<z>"}}, r"no token '<z>', which tokenizer_config\.json"),
+        (["<a>"], {"config": {"eos_token_id": 9}}, r"has no token 9, which config\.json"),
+    ],
+)
+def test_a_tokenizer_without_an_end_is_refused(tmp_path, special, files, said):
+    write_words(tmp_path, *special, **files)
+    with pytest.raises(DataError, match=said):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("none", None, r"there is no tokenizer .*none .*or leave it out to train one"),
+        ("tokenizer.model", "", r"holds tokenizer\.model, but no tokenizer\.json: write one with transformers"),
+        ("readme.md", "", r"holds no tokenizer\.json: give another folder"),
+        ("tokenizer.json", "{", r"tokenizer\.json is not a tokenizer\.json"),
+    ],
+)
+def test_a_missing_or_damaged_tokenizer_is_named(tmp_path, name, content, said):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=said):
+        load_tokenizer(tmp_path / name if content is None else tmp_path)
