@@ -52,9 +52,13 @@ class Cut:
     def layout(self, param: Tensor, tp: int, reason: str) -> ParameterLayout:
         shape = tuple(param.shape)
         if self.dim is None:
-            return ParameterLayout(Replicate(), shape, "added to a sum over ranks, 1/tp on each" if self.scaled else reason)
+            return ParameterLayout(
+                Replicate(), shape, "added to a sum over ranks, 1/tp on each" if self.scaled else reason
+            )
         if self.whole:
-            return ParameterLayout(Replicate(), shape, f"{reason}: not all segments divide; whole, gradients summed over tp")
+            return ParameterLayout(
+                Replicate(), shape, f"{reason}: not all segments divide; whole, gradients summed over tp"
+            )
         local = (*shape[: self.dim], shape[self.dim] // tp, *shape[self.dim + 1 :])
         packed = Packed(self.dim, self.segments) if len(self.segments) > 1 else None
         return ParameterLayout(Shard(self.dim), local, reason, packed)
@@ -139,7 +143,9 @@ def _weight_dims(site: Site, style: str) -> tuple[int, int]:
     module: Any = site.module
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 2:
-        raise PlanError(f"{site.fqn}: style {style} is for a module with a two-dimensional weight, not {type(module).__name__}")
+        raise PlanError(
+            f"{site.fqn}: style {style} is for a module with a two-dimensional weight, not {type(module).__name__}"
+        )
     return (0, 1) if isinstance(module, nn.Linear) or not hasattr(module, "nf") else (1, 0)
 
 
@@ -229,7 +235,9 @@ class LocalShards(_Coerce, Style):
         own = dict(site.module.named_parameters(recurse=False))
         for name in self.shards or {}:
             if name not in own:
-                raise PlanError(f"{site.fqn} has no parameter {name!r}: local_shards can split {', '.join(own) or 'nothing'}")
+                raise PlanError(
+                    f"{site.fqn} has no parameter {name!r}: local_shards can split {', '.join(own) or 'nothing'}"
+                )
         for name, param in own.items():
             said = (self.shards or {}).get(name)
             if isinstance(said, int):
@@ -343,5 +351,7 @@ class _BlockStyle(ParallelStyle):
 
 def _part(x: Tensor, mesh: DeviceMesh, dim: int, inner: int) -> Tensor:
     """This rank's part of the `inner` minor factor of dimension `dim`."""
-    mine = rank_table(mesh, [list(range(r * inner // mesh.size(), (r + 1) * inner // mesh.size())) for r in range(mesh.size())])
+    mine = rank_table(
+        mesh, [list(range(r * inner // mesh.size(), (r + 1) * inner // mesh.size())) for r in range(mesh.size())]
+    )
     return x.unflatten(dim, (-1, inner)).index_select(dim + 1, mine).flatten(dim, dim + 1)

@@ -109,7 +109,16 @@ class Flows:
                     found.add(node)
             elif node.op != "output" and all(i in found for i in node.all_input_nodes):
                 found.add(node)
-            elif op_name(node) in ("zeros_like", "ones_like", "full_like", "empty_like", "new_empty", "new_zeros", "new_ones", "new_full"):
+            elif op_name(node) in (
+                "zeros_like",
+                "ones_like",
+                "full_like",
+                "empty_like",
+                "new_empty",
+                "new_zeros",
+                "new_ones",
+                "new_full",
+            ):
                 found.add(node)
         return found
 
@@ -205,9 +214,13 @@ class Flows:
         name = op_name(node)
         partial = [i for i, kind in incoming.items() if kind is Kind.P]
         others = {i: kind for i, kind in incoming.items() if kind is not Kind.P}
-        legal = name in LINEAR_OPS and (name != "mul" or len(partial) == 1) and (name != "div" or node.args[0] in partial)
+        legal = (
+            name in LINEAR_OPS and (name != "mul" or len(partial) == 1) and (name != "div" or node.args[0] in partial)
+        )
         if name in SUMS:
-            legal = all(self._owned_bias(node, i, kind) or self._zeros(i) or self._index_like(i) for i, kind in others.items())
+            legal = all(
+                self._owned_bias(node, i, kind) or self._zeros(i) or self._index_like(i) for i, kind in others.items()
+            )
         elif name in ("index_put", "scatter"):
             legal = len(partial) == 1 and node.args[-1] in partial or self._zeros(node.args[0])
         if any(kind is Kind.S or kind is Kind.I for kind in others.values()):
@@ -223,7 +236,11 @@ class Flows:
         return kind is Kind.W and all(self.owners[n] == self.path[node] for n in names)
 
     def _zeros(self, node: object) -> bool:
-        return isinstance(node, Node) and node.op == "call_function" and op_name(node) in ("zeros", "zeros_like", "new_zeros", "empty_like")
+        return (
+            isinstance(node, Node)
+            and node.op == "call_function"
+            and op_name(node) in ("zeros", "zeros_like", "new_zeros", "empty_like")
+        )
 
     def _index_like(self, node: Node) -> bool:
         value = node.meta.get("val")

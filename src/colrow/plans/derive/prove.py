@@ -298,4 +298,3 @@ def prove(
     loss = float((out - expected_out).abs().max() / expected_out.abs().max())
     sharded = sum(choice.any_sharded(inference.of(n)) for n in inference.params)
     return GraphProof(loss, errors, sharded, len(run.partial))
-
