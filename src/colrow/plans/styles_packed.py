@@ -53,9 +53,13 @@ class Cut:
     def layout(self, param: Tensor, tp: int, reason: str) -> ParameterLayout:
         shape = tuple(param.shape)
         if self.dim is None:
-            return ParameterLayout(Replicate(), shape, "added to a sum over ranks, 1/tp on each" if self.scaled else reason)
+            return ParameterLayout(
+                Replicate(), shape, "added to a sum over ranks, 1/tp on each" if self.scaled else reason
+            )
         if self.whole:
-            return ParameterLayout(Replicate(), shape, f"{reason}: not all segments divide; whole, gradients summed over tp")
+            return ParameterLayout(
+                Replicate(), shape, f"{reason}: not all segments divide; whole, gradients summed over tp"
+            )
         local = (*shape[: self.dim], shape[self.dim] // tp, *shape[self.dim + 1 :])
         packed = Packed(self.dim, self.segments) if len(self.segments) > 1 else None
         return ParameterLayout(Shard(self.dim), local, reason, packed)
@@ -160,7 +164,9 @@ class _Reduce(torch.autograd.Function):
         if dim is None:
             return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), "sum", mesh))
         if x.shape[dim] % mesh.size():
-            raise PlanError(f"extent {x.shape[dim]} of dim {dim} is not divisible by tp={mesh.size()}: pad the sequence")
+            raise PlanError(
+                f"extent {x.shape[dim]} of dim {dim} is not divisible by tp={mesh.size()}: pad the sequence"
+            )
         return funcol.wait_tensor(funcol.reduce_scatter_tensor(x.contiguous(), "sum", dim, mesh))
 
     @staticmethod
@@ -176,8 +182,17 @@ def _weight_dims(site: Site, style: str) -> tuple[int, int]:
     module: Any = site.module
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 2:
-        raise PlanError(f"{site.fqn}: style {style} is for a module with a two-dimensional weight, not {type(module).__name__}")
-    return (0, 1) if isinstance(module, nn.Linear) or not hasattr(module, "nf") else (1, 0)
+        raise PlanError(
+            f"{site.fqn}: style {style} is for a module with a two-dimensional weight, not {type(module).__name__}"
+        )
+    return (1, 0) if is_transposed(module) else (0, 1)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether weights are [in, out]: transformers' Conv1D, and stacked experts that say so."""
+    if isinstance(module, nn.Linear):
+        return False
+    return hasattr(module, "nf") or bool(getattr(module, "is_transposed", False))
 
 
 def _numbers(value: Any) -> Any:
@@ -425,5 +440,7 @@ class _ShardedNormStyle(ParallelStyle):
 
 def _part(x: Tensor, mesh: DeviceMesh, dim: int, inner: int) -> Tensor:
     """This rank's part of the `inner` minor factor of dimension `dim`."""
-    mine = rank_table(mesh, [list(range(r * inner // mesh.size(), (r + 1) * inner // mesh.size())) for r in range(mesh.size())])
+    mine = rank_table(
+        mesh, [list(range(r * inner // mesh.size(), (r + 1) * inner // mesh.size())) for r in range(mesh.size())]
+    )
     return x.unflatten(dim, (-1, inner)).index_select(dim + 1, mine).flatten(dim, dim + 1)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from torch.fx import Node
 
 from colrow.plans.derive.axes import Atom, find, leaves
-from colrow.plans.derive.choose import Choice
 from colrow.plans.derive.flow import Flow, Flows, Kind
 from colrow.plans.derive.infer import is_float, op_name
 from colrow.plans.derive.trace import is_boundary, label_of
@@ -62,7 +61,11 @@ class BlockFinder:
         for node in self.nodes:
             if self.flows.is_reduction(node):
                 names = set().union(*(self.flows.params_of.get(i, set()) for i in node.all_input_nodes))
-                weights = {n for n in names if any(f == n and self.flows.is_sharded(p) for p, f in self.inference.params.items())}
+                weights = {
+                    n
+                    for n in names
+                    if any(f == n and self.flows.is_sharded(p) for p, f in self.inference.params.items())
+                }
                 owners[node] = next((self.flows.owners[n] for n in sorted(weights)), self.flows.path[node])
         return owners
 
@@ -73,7 +76,11 @@ class BlockFinder:
             if op_name(node) == "embedding":
                 continue
             region = self.region(node)
-            paths = [self.flows.path[n].split(".") for n in region if not is_boundary(n) and n not in self.inference.from_params and n not in self.flows.constant]
+            paths = [
+                self.flows.path[n].split(".")
+                for n in region
+                if not is_boundary(n) and n not in self.inference.from_params and n not in self.flows.constant
+            ]
             found.setdefault(".".join(_common(paths)), []).append(node)
         return found
 
@@ -94,7 +101,10 @@ class BlockFinder:
         for node in region:
             if node in self.inference.from_params or node in self.flows.constant:
                 continue
-            if any(not self.flows.is_sharded(i) and i not in self.flows.constant and i not in self.inference.from_params for i in node.all_input_nodes):
+            if any(
+                not self.flows.is_sharded(i) and i not in self.flows.constant and i not in self.inference.from_params
+                for i in node.all_input_nodes
+            ):
                 if not is_boundary(node) and not self.flows.is_reduction(node):
                     out.add(node)
         return out
@@ -139,7 +149,11 @@ class BlockFinder:
                 return None
         interior = set(self.interior(module)) | own
         for node in interior:
-            if node not in own and any(u not in interior and u.op != "output" for u in node.users) and node in self.flows.live:
+            if (
+                node not in own
+                and any(u not in interior and u.op != "output" for u in node.users)
+                and node in self.flows.live
+            ):
                 if node not in self.flows.constant and node not in self.inference.from_params:
                     return None
         entries = {b for b, kind in kinds.items() if kind is Kind.R and b in self.flows.live}
@@ -156,7 +170,11 @@ class BlockFinder:
             for i in node.all_input_nodes:
                 if i in self.inference.from_params or i in self.flows.constant:
                     if not self.flows.inside(i, module) or i.op != "call_function":
-                        out[i] = Kind.S if self.flows.is_sharded(i) else (Kind.W if i in self.inference.from_params else Kind.C)
+                        out[i] = (
+                            Kind.S
+                            if self.flows.is_sharded(i)
+                            else (Kind.W if i in self.inference.from_params else Kind.C)
+                        )
         return out
 
     def _to_release(self, flow: Flow, kinds: dict[Node, Kind]) -> Node | None:
@@ -185,7 +203,11 @@ class BlockFinder:
             where = module
             while where:
                 within = [n for m, ns in components.items() if m == where or m.startswith(where + ".") for n in ns]
-                modes = (True, False) if len({self.owners[n] for n in within}) > 1 or best is not None and best.deferred else (False, True)
+                modes = (
+                    (True, False)
+                    if len({self.owners[n] for n in within}) > 1 or (best is not None and best.deferred)
+                    else (False, True)
+                )
                 block = next((b for mode in modes if (b := self.attempt(where, within, mode))), None)
                 if block is None and best is not None:
                     break
@@ -196,7 +218,9 @@ class BlockFinder:
             block = best or self.columns_alone(module, reductions)
             for name in [n for n in blocks if n.startswith(block.module + ".") and not block.leaf]:
                 del blocks[name]
-            blocks[block.module + ("#leaf" if block.leaf else "")] = self._merge(blocks.get(block.module + "#leaf"), block)
+            blocks[block.module + ("#leaf" if block.leaf else "")] = self._merge(
+                blocks.get(block.module + "#leaf"), block
+            )
         return list(blocks.values())
 
     def _merge(self, old: Block | None, new: Block) -> Block:
@@ -210,9 +234,14 @@ class BlockFinder:
         entries = set()
         for node in self.columns(region):
             name = self.flows.path[node]
-            ins = [b for b in self.boundaries.get(name, []) if label_of(b).kind == "in" and b not in self.flows.constant]
+            ins = [
+                b for b in self.boundaries.get(name, []) if label_of(b).kind == "in" and b not in self.flows.constant
+            ]
             if not ins:
-                raise SplitError(self.atoms_of(region), f"no module stands between the stream and {op_name(node)} in {name or 'the model'}")
+                raise SplitError(
+                    self.atoms_of(region),
+                    f"no module stands between the stream and {op_name(node)} in {name or 'the model'}",
+                )
             entries |= set(ins)
         return Block(module, entries, False, True)
 
@@ -229,7 +258,13 @@ class BlockFinder:
     def borders(self, blocks: list[Block]) -> tuple[set[Node], set[Node]]:
         """All boundaries where the stream enters blocks, and all where a sum over ranks is reduced."""
         entries = set().union(*(b.entries for b in blocks), self.head_entries())
-        exits = {b for block in blocks if block.deferred for b in self.boundaries.get(block.module, []) if label_of(b).kind == "out"}
+        exits = {
+            b
+            for block in blocks
+            if block.deferred
+            for b in self.boundaries.get(block.module, [])
+            if label_of(b).kind == "out"
+        }
         deferred = [b.module for b in blocks if b.deferred]
         for name in self.owners.values():
             if not any(name == m or name.startswith(m + ".") for m in deferred):
@@ -243,9 +278,14 @@ class BlockFinder:
             SplitError: kinds clash somewhere; the classes at that place must stay whole.
         """
         entries, exits = self.borders(blocks)
-        flow = self.flows.run([n for n in self.nodes if n in self.flows.live or n in self.inference.params], entries, exits, {})
+        flow = self.flows.run(
+            [n for n in self.nodes if n in self.flows.live or n in self.inference.params], entries, exits, {}
+        )
         for node, why in flow.clashes:
-            raise SplitError(self.atoms_of({node, *node.all_input_nodes}) or set(self.choice.atoms), f"{why} ({op_name(node)} in {self.flows.path[node] or 'the model'})")
+            raise SplitError(
+                self.atoms_of({node, *node.all_input_nodes}) or set(self.choice.atoms),
+                f"{why} ({op_name(node)} in {self.flows.path[node] or 'the model'})",
+            )
         both = flow.same & flow.summed
         if both:
             raise SplitError(set(self.choice.atoms), f"{min(both)} is used both in the stream and inside a block")
@@ -261,9 +301,18 @@ class BlockFinder:
         """Inputs of the modules that make the vocabulary's logits."""
         out = set()
         for node in self.nodes:
-            if node.op != "call_function" or not self.flows.is_sharded(node) or is_boundary(node) or op_name(node) == "embedding":
+            if (
+                node.op != "call_function"
+                or not self.flows.is_sharded(node)
+                or is_boundary(node)
+                or op_name(node) == "embedding"
+            ):
                 continue
-            if node in self.inference.from_params or self.flows.is_reduction(node) or not self.atoms_of({node}) & self.choice.vocabulary:
+            if (
+                node in self.inference.from_params
+                or self.flows.is_reduction(node)
+                or not self.atoms_of({node}) & self.choice.vocabulary
+            ):
                 continue
             if any(not self.flows.is_sharded(i) and i not in self.flows.constant for i in node.all_input_nodes):
                 name = self.flows.path[node]

@@ -64,10 +64,12 @@ class Derivation:
         """The plan."""
         from colrow.plans.plan import Plan
 
-        return Plan(modules=self.modules, loss=self.loss, name=name, notes={f: w for f, w in self.whole.items()})  # type: ignore[arg-type]
+        return Plan(modules=self.modules, loss=self.loss, name=name, notes=dict(self.whole))  # type: ignore[arg-type]
 
 
-def derive(model: nn.Module, tp: int, *, inputs: Sequence[Tensor] | None = None, options: DeriveOptions | None = None) -> Derivation:
+def derive(
+    model: nn.Module, tp: int, *, inputs: Sequence[Tensor] | None = None, options: DeriveOptions | None = None
+) -> Derivation:
     """A plan for `model` at degree `tp`, from its graph alone.
 
     Args:
@@ -86,7 +88,9 @@ def derive(model: nn.Module, tp: int, *, inputs: Sequence[Tensor] | None = None,
 
 
 class _Derive:
-    def __init__(self, model: nn.Module, tp: int, inputs: tuple[Tensor, ...], traced: Trace, options: DeriveOptions) -> None:
+    def __init__(
+        self, model: nn.Module, tp: int, inputs: tuple[Tensor, ...], traced: Trace, options: DeriveOptions
+    ) -> None:
         self.model, self.tp, self.inputs, self.traced, self.options = model, tp, inputs, traced, options
         self.notes: list[str] = []
         self.inference: AxisInference = infer(traced)
@@ -121,7 +125,11 @@ class _Derive:
             best = None
             for whole_head in (False, True):
                 late = self._stream(choice, flows, finder, blocks, flow, (False, whole_head), None, why)
-                early = self._stream(choice, flows, finder, blocks, flow, (True, whole_head), late[1], why) if late else None
+                early = (
+                    self._stream(choice, flows, finder, blocks, flow, (True, whole_head), late[1], why)
+                    if late
+                    else None
+                )
                 best = early or late
                 if best is not None:
                     break
@@ -136,7 +144,15 @@ class _Derive:
         return result
 
     def _stream(
-        self, choice: Choice, flows: Flows, finder: BlockFinder, blocks: list[Block], flow: Flow, ends: tuple[bool, bool], known: Attributes | None, why: list[str]
+        self,
+        choice: Choice,
+        flows: Flows,
+        finder: BlockFinder,
+        blocks: list[Block],
+        flow: Flow,
+        ends: tuple[bool, bool],
+        known: Attributes | None,
+        why: list[str],
     ) -> tuple[Derivation, Attributes] | None:
         """The derivation with the stream on sequence shards; `ends` is (from the embedding, to the last norm only)."""
         entries, exits = finder.borders(blocks)
@@ -144,7 +160,10 @@ class _Derive:
             stream = find_stream(self.traced, flows, finder, entries, exits, *ends)
             return self._emit(choice, flows, finder, blocks, flow, stream, known)
         except (NoStreamError, SplitError, PlanError) as error:
-            start, end = ("the embedding" if ends[0] else "the first layer"), ("the last norm" if ends[1] else "the head")
+            start, end = (
+                ("the embedding" if ends[0] else "the first layer"),
+                ("the last norm" if ends[1] else "the head"),
+            )
             why.append(f"no sequence shards from {start} to {end}: {error}")
             return None
 
@@ -158,7 +177,16 @@ class _Derive:
                 found |= finder.atoms_of({node})
         return found - choice.vocabulary or (choice.atoms | set(choice.groups)) - choice.vocabulary or set(choice.atoms)
 
-    def _emit(self, choice: Choice, flows: Flows, finder: BlockFinder, blocks: list[Block], flow: Flow, stream: Stream | None, known: Attributes | None) -> tuple[Derivation, Attributes]:
+    def _emit(
+        self,
+        choice: Choice,
+        flows: Flows,
+        finder: BlockFinder,
+        blocks: list[Block],
+        flow: Flow,
+        stream: Stream | None,
+        known: Attributes | None,
+    ) -> tuple[Derivation, Attributes]:
         emission = Emitter(self.model, self.traced, flows, finder, blocks, flow, stream).run()
         attributes = LocalCheck(self.model, self.traced, flows, emission, stream, self.inputs).repair(known)
         for name, values in attributes.items():
@@ -172,7 +200,14 @@ class _Derive:
         return self._result(choice, finder, blocks, flow, stream, emission.modules, emission.loss), attributes
 
     def _result(
-        self, choice: Choice, finder: BlockFinder | None, blocks: list[Block], flow: Flow, stream: Stream | None, styles: dict[str, dict[str, Any]], loss: str = "replicated"
+        self,
+        choice: Choice,
+        finder: BlockFinder | None,
+        blocks: list[Block],
+        flow: Flow,
+        stream: Stream | None,
+        styles: dict[str, dict[str, Any]],
+        loss: str = "replicated",
     ) -> Derivation:
         sharded, whole, elements, total = [], {}, 0, 0
         for node, name in self.inference.params.items():
@@ -183,7 +218,9 @@ class _Derive:
                 sharded.append(name)
                 elements += count
             else:
-                whole[name] = self._why_whole(dims, name in flow.summed or (stream is not None and name in stream.summed))
+                whole[name] = self._why_whole(
+                    dims, name in flow.summed or (stream is not None and name in stream.summed)
+                )
         reductions: dict[str, int] = {}
         if finder is not None:
             from colrow.plans.derive.emit import _pattern

@@ -36,7 +36,14 @@ class Emitter:
     """Turns blocks and a stream into styles."""
 
     def __init__(
-        self, model: nn.Module, traced: Trace, flows: Flows, finder: BlockFinder, blocks: list[Block], flow: Flow, stream: Stream | None
+        self,
+        model: nn.Module,
+        traced: Trace,
+        flows: Flows,
+        finder: BlockFinder,
+        blocks: list[Block],
+        flow: Flow,
+        stream: Stream | None,
     ) -> None:
         self.model, self.traced, self.flows, self.finder = model, traced, flows, finder
         self.blocks, self.flow, self.stream = blocks, flow, stream
@@ -83,7 +90,9 @@ class Emitter:
     def _shards(self, name: str, locals_: set[str]) -> None:
         module = self._module(name)
         parameters = self.owned[name]
-        block = next((b for b in self.blocks if not b.leaf and (name == b.module or name.startswith(b.module + "."))), None)
+        block = next(
+            (b for b in self.blocks if not b.leaf and (name == b.module or name.startswith(b.module + "."))), None
+        )
         in_local = block is not None and block.module in locals_
         if name in locals_:
             self._put(name, style="local_block", shards={p: self._cut(name, p) for p in parameters})
@@ -98,9 +107,16 @@ class Emitter:
         position, dim = self._dim_of(name, "weight") if "weight" in parameters else (-1, [])
         two = "weight" in parameters and len(self.dims[self.traced.ties.get(f"{name}.weight", f"{name}.weight")]) == 2
         transposed = not isinstance(module, nn.Linear) and hasattr(module, "nf")
-        if not two or not (isinstance(module, nn.Linear) or transposed) or set(dict(module.named_parameters(recurse=False))) - {"weight", "bias"}:
+        if (
+            not two
+            or not (isinstance(module, nn.Linear) or transposed)
+            or set(dict(module.named_parameters(recurse=False))) - {"weight", "bias"}
+        ):
             if not in_local:
-                raise SplitError(self.finder.atoms_of(set(self.flows.inference.params)) & self._atoms(name), f"{name} is not in a block that runs on local tensors")
+                raise SplitError(
+                    self.finder.atoms_of(set(self.flows.inference.params)) & self._atoms(name),
+                    f"{name} is not in a block that runs on local tensors",
+                )
             self._put(name, style="local_shards", shards={p: self._cut(name, p) for p in parameters})
             return
         if self._atoms(name) & self.choice.vocabulary:
@@ -152,7 +168,7 @@ class Emitter:
     def _column(self, name: str, dim: Dim, in_local: bool) -> None:
         kv = self._repeated(dim)
         if kv is not None:
-            if in_local or not self._is_linear(self._module(name)) or len([a for a in leaves(dim)]) > 2:
+            if in_local or not self._is_linear(self._module(name)) or len(leaves(dim)) > 2:
                 raise SplitError({kv}, f"the kv heads of {name} do not divide, and it is not a plain k or v projection")
             group = find(self.choice.groups[kv]).size
             rest = self._module(name).out_features // kv.size  # type: ignore[operator]
@@ -164,7 +180,9 @@ class Emitter:
         else:
             self._put(name, style="packed_colwise")
             if hasattr(self._module(name), "nf"):  # transformers' Conv1D views its output with it
-                self.out.attributes[name] = {"nf": "/tp" if not (isinstance(cut, dict) and "whole" in cut) else self.choice.local_size(dim)}
+                self.out.attributes[name] = {
+                    "nf": "/tp" if not (isinstance(cut, dict) and "whole" in cut) else self.choice.local_size(dim)
+                }
             if isinstance(cut, dict):
                 self._put(name, segments=cut["segments"])
                 if "whole" in cut:
@@ -214,12 +232,16 @@ class Emitter:
             if label.kind != "in" or b not in self.flows.constant or not self.flows.is_sharded(b):
                 continue
             if "." in label.path:
-                raise SplitError(self.finder.atoms_of({b}), f"argument {label.path} of {block.module} would have to be cut")
+                raise SplitError(
+                    self.finder.atoms_of({b}), f"argument {label.path} of {block.module} would have to be cut"
+                )
             for k, dim in enumerate(self.flows.inference.of(b)):
                 if self.choice.sharded(dim):
                     atoms = leaves(dim)
                     if atoms[-1] not in self.choice.atoms:
-                        raise SplitError(self.finder.atoms_of({b}), f"argument {label.path} of {block.module} would have to be cut")
+                        raise SplitError(
+                            self.finder.atoms_of({b}), f"argument {label.path} of {block.module} would have to be cut"
+                        )
                     out[label.path] = {"dim": k, "inner": atoms[-1].size}
         return out
 
@@ -228,8 +250,14 @@ class Emitter:
             for entry in block.entries:
                 name = label_of(entry).module
                 style = self.out.modules.get(name, {})
-                if label_of(entry).path != "0" or style.get("style") not in ("colwise", "packed_colwise", "kv_replicate"):
-                    raise SplitError(self.finder.atoms_of({*entry.users}), f"{name} is entered alone, which its style cannot do")
+                if label_of(entry).path != "0" or style.get("style") not in (
+                    "colwise",
+                    "packed_colwise",
+                    "kv_replicate",
+                ):
+                    raise SplitError(
+                        self.finder.atoms_of({*entry.users}), f"{name} is entered alone, which its style cannot do"
+                    )
                 if self.stream is not None or style["style"] == "packed_colwise":
                     self._put(name, input=self.inside)
             return
@@ -240,7 +268,10 @@ class Emitter:
             if path.isdigit():
                 positional[int(path)] = self.inside
             elif "." in path:
-                raise SplitError(self.finder.atoms_of(self.finder.region(entry)) or self.choice.atoms, f"argument {path} of {block.module} is nested")
+                raise SplitError(
+                    self.finder.atoms_of(self.finder.region(entry)) or self.choice.atoms,
+                    f"argument {path} of {block.module} is nested",
+                )
             else:
                 named[path] = self.inside
         style: dict[str, Any] = {"style": "local_block" if local else "prepare_input"}
@@ -253,7 +284,7 @@ class Emitter:
         if named:
             style["input_kwargs"] = dict(sorted(named.items()))
             if not local:
-                style["desired_kwargs"] = {k: "replicate" for k in style["input_kwargs"]}
+                style["desired_kwargs"] = dict.fromkeys(style["input_kwargs"], "replicate")
         if local and (slices := self._slices(block)):
             style["slices"] = slices
         if local and block.deferred:
@@ -290,7 +321,9 @@ class Emitter:
                     self.out.modules[owner]["shards"][name.rpartition(".")[2]] = {"scaled": True}
                 continue
             if style is not None:
-                raise SplitError(set(self.choice.atoms), f"{name} needs its gradient summed, and {owner} has the style {style}")
+                raise SplitError(
+                    set(self.choice.atoms), f"{name} needs its gradient summed, and {owner} has the style {style}"
+                )
             module = self._module(owner)
             stream = self.stream is not None and name in self.stream.summed
             alone = not any(True for _ in module.children()) and self.traced.positional.get(owner) == 1
@@ -300,7 +333,9 @@ class Emitter:
                 self._put(owner, style="grad_sum")
         for module, style in self.out.modules.items():
             if style["style"] == "local_shards" and any(owner == module for owner in self.finder.owners.values()):
-                deferred = any(b.deferred and (module == b.module or module.startswith(b.module + ".")) for b in self.blocks)
+                deferred = any(
+                    b.deferred and (module == b.module or module.startswith(b.module + ".")) for b in self.blocks
+                )
                 self._put(module, output="partial" if deferred else self.inside)
 
     def _added_to_sum(self, name: str) -> bool:
@@ -312,9 +347,14 @@ class Emitter:
     # ------------------------------------------------------------------ the stream
 
     def _stream(self, stream: Stream) -> None:
-        for node, before, after in [*((n, "replicate", "shard(1)") for n in stream.start), *((n, "shard(1)", "replicate") for n in stream.finish)]:
+        for node, before, after in [
+            *((n, "replicate", "shard(1)") for n in stream.start),
+            *((n, "shard(1)", "replicate") for n in stream.finish),
+        ]:
             label = label_of(node)
-            if label.module in self.out.modules and self.out.modules[label.module].get("style") != "prepare_input" or "." in label.path:
+            if (
+                label.module in self.out.modules and self.out.modules[label.module].get("style") != "prepare_input"
+            ) or "." in label.path:
                 raise SplitError(set(), f"{label.module} has a style already")
             style = self.out.modules.setdefault(label.module, {"style": "prepare_input", "use_local_output": True})
             if label.path.isdigit():

@@ -26,7 +26,17 @@ from colrow.plans.derive.emit import Emission
 from colrow.plans.derive.flow import Flows
 from colrow.plans.derive.infer import op_name, shape_of
 from colrow.plans.derive.sequence import Stream
-from colrow.plans.derive.trace import Rescale, Trace, _FirstTensor, call_keywords, is_boundary, label_of, markers, quiet, trace
+from colrow.plans.derive.trace import (
+    Rescale,
+    Trace,
+    _FirstTensor,
+    call_keywords,
+    is_boundary,
+    label_of,
+    markers,
+    quiet,
+    trace,
+)
 from colrow.plans.styles import set_attribute
 
 LIKELY = re.compile("head|group|split")
@@ -37,11 +47,28 @@ Attributes = dict[str, dict[str, Any]]
 class LocalCheck:
     """Compares a rank's trace with the global one."""
 
-    def __init__(self, model: nn.Module, traced: Trace, flows: Flows, emission: Emission, stream: Stream | None, inputs: tuple[Tensor, ...]):
-        self.model, self.traced, self.flows, self.emission, self.stream, self.inputs = model, traced, flows, emission, stream, inputs
+    def __init__(
+        self,
+        model: nn.Module,
+        traced: Trace,
+        flows: Flows,
+        emission: Emission,
+        stream: Stream | None,
+        inputs: tuple[Tensor, ...],
+    ):
+        self.model, self.traced, self.flows, self.emission, self.stream, self.inputs = (
+            model,
+            traced,
+            flows,
+            emission,
+            stream,
+            inputs,
+        )
         self.choice: Choice = flows.choice
         self.visible = Choice(self.choice.tp, self.choice.atoms - self.choice.vocabulary, self.choice.groups)
-        self.blocks = [name for name, style in emission.modules.items() if style.get("style") in ("local_block", "prepare_input")]
+        self.blocks = [
+            name for name, style in emission.modules.items() if style.get("style") in ("local_block", "prepare_input")
+        ]
         self.runs_fake: bool | None = None
         """Whether the model runs on fake tensors outside of export; unknown until something fails."""
         self.expected: dict[Node, list[int] | None] = {}
@@ -53,7 +80,9 @@ class LocalCheck:
         dims = self.flows.inference.dims.get(node)
         if not isinstance(dims, list):
             return None
-        if node in self.flows.constant and not any(self.flows.path[node] == b or self.flows.path[node].startswith(b + ".") for b in self.blocks):
+        if node in self.flows.constant and not any(
+            self.flows.path[node] == b or self.flows.path[node].startswith(b + ".") for b in self.blocks
+        ):
             return shape_of(node)
         shape = self.visible.local_shape(dims)
         if self.stream is not None and node in self.stream.nodes and self._outer(node):
@@ -127,7 +156,9 @@ class LocalCheck:
         return found
 
     def local_copy(self) -> nn.Module:
-        return copy.deepcopy(self.model, {id(t): t for t in itertools.chain(self.model.parameters(), self.model.buffers())})
+        return copy.deepcopy(
+            self.model, {id(t): t for t in itertools.chain(self.model.parameters(), self.model.buffers())}
+        )
 
     def _quick(self, model: nn.Module, rescale: Rescale | None, expected: dict[Node, list[int] | None]) -> str | None:
         model.eval()
@@ -185,7 +216,7 @@ class LocalCheck:
                 why = self.quick(attributes) or self.mismatch(attributes)
                 if why is None:
                     return attributes
-                first = why if first is None or candidates is not None and why.startswith("in|") else first
+                first = why if first is None or (candidates is not None and why.startswith("in|")) else first
             if candidates is None:
                 candidates = self.candidates()
                 groups = sorted(candidates, key=lambda key: (not LIKELY.search(key[1]), key))
@@ -217,12 +248,21 @@ class LocalCheck:
 
     def reads(self) -> list[tuple[str, str, int]]:
         """Module, attribute and value of each integer that a module with sharded weights under it reads in forward."""
-        owners = {f.rpartition(".")[0] for n, f in self.flows.inference.params.items() if self.visible.any_sharded(self.flows.inference.of(n))}
+        owners = {
+            f.rpartition(".")[0]
+            for n, f in self.flows.inference.params.items()
+            if self.visible.any_sharded(self.flows.inference.of(n))
+        }
         found: dict[tuple[str, str], int] = {}
         model = self.local_copy()
         for name, module in model.named_modules():
             parents = any(o.startswith(name + ".") and o.count(".") - name.count(".") <= 2 for o in owners)
-            if name and (parents or name in owners) and not isinstance(module, (nn.Linear, nn.ModuleList)) and not hasattr(module, "nf"):
+            if (
+                name
+                and (parents or name in owners)
+                and not isinstance(module, (nn.Linear, nn.ModuleList))
+                and not hasattr(module, "nf")
+            ):
                 _record_reads(name, module, found)
         keywords, names = call_keywords(model)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -254,7 +294,7 @@ def _record_reads(name: str, module: nn.Module, found: dict[tuple[str, str], int
             found[(name, key)] = value
 
     def read(self: nn.Module, key: str) -> Any:
-        value = super(kind, self).__getattribute__(key)  # type: ignore[misc]
+        value = base.__getattribute__(self, key)
         if type(value) is int and not key.startswith("_"):
             note(key, value)
         return value
@@ -283,4 +323,3 @@ def _numbers(node: Node) -> list[float]:
     walk(node.args)
     walk(dict(node.kwargs))
     return out
-

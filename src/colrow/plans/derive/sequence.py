@@ -39,7 +39,15 @@ class NoStreamError(Exception):
     """The stream cannot be cut along the sequence; the text says why."""
 
 
-def find_stream(traced: Trace, flows: Flows, finder: BlockFinder, entries: set[Node], exits: set[Node], early: bool, whole_head: bool) -> Stream:
+def find_stream(
+    traced: Trace,
+    flows: Flows,
+    finder: BlockFinder,
+    entries: set[Node],
+    exits: set[Node],
+    early: bool,
+    whole_head: bool,
+) -> Stream:
     """The stream from the embedding (`early`) or from the first layer's input, to the head or (`whole_head`) to the
     last norm before it.
 
@@ -141,7 +149,13 @@ def _last_norm(traced: Trace, flows: Flows, finder: BlockFinder, entries: set[No
     """The input of the first module with parameters after the last block."""
     last = max((finder.order[n] for n in exits | entries), default=0)
     for node in traced.nodes:
-        if finder.order[node] > last and is_boundary(node) and node in flows.live and label_of(node).kind == "in" and is_float(node):
+        if (
+            finder.order[node] > last
+            and is_boundary(node)
+            and node in flows.live
+            and label_of(node).kind == "in"
+            and is_float(node)
+        ):
             return {node}
     raise NoStreamError("no module stands behind the last block")
 
@@ -155,7 +169,11 @@ def _finish(traced: Trace, flows: Flows, entries: set[Node], exits: set[Node]) -
         if is_boundary(node) and node in flows.live and label_of(node).kind == "in" and is_float(node):
             name = label_of(node).module
             if not any(name == m or name.startswith(m + ".") or m.startswith(name + ".") for m in inside):
-                matrices = [n for n, f in flows.inference.params.items() if f.rpartition(".")[0] == name and len(shape_of(n)) == 2]
+                matrices = [
+                    n
+                    for n, f in flows.inference.params.items()
+                    if f.rpartition(".")[0] == name and len(shape_of(n)) == 2
+                ]
                 if matrices and len(shape_of(node)) >= 3:
                     last = node
     entered = [n for n in traced.nodes if n in entries or n in exits]

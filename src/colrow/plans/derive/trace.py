@@ -190,12 +190,14 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...], rescale: Rescale | None 
             program = torch.export.export(wrapper, inputs, strict=False).run_decompositions({})
     except Exception as error:
         first = str(error).strip().splitlines() or [""]
-        raise PlanError(f"torch.export cannot trace {type(model).__name__}: {type(error).__name__}: {first[0][:200]}") from error
+        raise PlanError(
+            f"torch.export cannot trace {type(model).__name__}: {type(error).__name__}: {first[0][:200]}"
+        ) from error
     finally:
         for module, mode in training.items():
             module.training = mode
     signature = program.graph_signature
-    state = {name: p for name, p in model.named_parameters(remove_duplicate=False)}
+    state = dict(model.named_parameters(remove_duplicate=False))
     parameters = {ph: strip(fqn) for ph, fqn in signature.inputs_to_parameters.items()}
     used = {n.name for n in program.graph.nodes if n.op == "placeholder" and n.users}
     first_name = {id(p): fqn for fqn, p in model.named_parameters()}
