@@ -114,7 +114,9 @@ def test_another_seed_gives_other_figures(ranks: Ranks, folder: Path) -> None:
     """The negative control of the comparison above."""
     config = tiny(folder, "seed", steps=1, warmup_steps=0)
     ranks(2).run(train, config.model_copy(update={"run": config.run.model_copy(update={"seed": 1})}))
-    assert figures(folder / "seed" / "metrics.jsonl")[0]["loss"] != figures(folder / "whole" / "metrics.jsonl")[0]["loss"]
+    assert (
+        figures(folder / "seed" / "metrics.jsonl")[0]["loss"] != figures(folder / "whole" / "metrics.jsonl")[0]["loss"]
+    )
 
 
 def test_a_finished_run_leaves_all_its_files(ranks: Ranks, folder: Path) -> None:
