@@ -228,8 +228,8 @@ class Loop:
         start = time.perf_counter()
         self._checkpoints.save(step, self._training.modules, self._training.optimizer, extra)
         self._clock = time.perf_counter()
-        background = ", and it is written in the background" if self._config.checkpoint.asynchronous else ""
-        self._progress.say(f"            checkpoint step-{step}: training waited {self._clock - start:.1f} s{background}")
+        background = ", the rest is in the background" if self._config.checkpoint.asynchronous else ""
+        self._progress.say(f"            saved step-{step}, training waited {self._clock - start:.1f} s{background}")
 
     def _diverged(self, step: int, loss: float, norm: float) -> DivergedError:
         good = self._good
