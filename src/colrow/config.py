@@ -120,10 +120,14 @@ class EvalSection(_Section):
 class CheckpointSection(_Section):
     every: NonNegativeInt = 0
     """Steps between checkpoints; the last step is saved too. 0 saves only at a stop and at the end."""
+    at_end: bool = True
+    """Save after the last step. Without it a finished run leaves its metrics alone: for measuring, not for training."""
     keep: PositiveInt = 2
     """How many newest checkpoints stay."""
     asynchronous: bool = False
     """Write in the background: the loop waits only for the copy to host memory."""
+    export: bool = True
+    """Write a Hugging Face folder, `export/`, at the end of the run."""
 
 
 class PipelineSection(_Section):

@@ -369,9 +369,7 @@ def test_too_little_space_is_said_before_anything_is_written(
     saved: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
-    with pytest.raises(
-        CheckpointError, match=r"too full for a checkpoint in .*/checkpoints: it needs .*bytes\), 1000"
-    ):
+    with pytest.raises(CheckpointError, match=r"too full for a checkpoint in .*/checkpoints: it needs .*bytes\), 1000"):
         saved.save(3, *made(0, steps=1), {})
     assert [info.step for info in saved.list()] == [1, 2]
 
@@ -387,9 +385,7 @@ def small_files() -> Iterator[None]:
 
 def test_a_disk_that_fills_up_while_writing_leaves_the_former_one(saved: Checkpoints, small_files: None) -> None:
     model, optimizer = made(0, steps=1)
-    with pytest.raises(
-        CheckpointError, match=r"too full for a checkpoint in .*/checkpoints: .*File too large"
-    ):
+    with pytest.raises(CheckpointError, match=r"too full for a checkpoint in .*/checkpoints: .*File too large"):
         saved.save(3, model, optimizer, {})
     assert {info.step: info.state for info in saved.list(checksums=True)} == {1: "whole", 2: "whole"}
     assert saved.load(2, model, optimizer) == {"step": 2}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import Ranks
+from distributed.harness import Ranks
 from models.families import FAMILIES, save_transformers, token_ids
 from safetensors.torch import load_file, save_file
 from torch import Tensor

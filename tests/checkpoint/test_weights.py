@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import Ranks
+from distributed.harness import Ranks
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -42,9 +42,9 @@ def meta(**options: object) -> Llama:
         return Llama(LlamaConfig(**(sizes | options)))  # type: ignore[arg-type]
 
 
-def seeded(**options: object) -> Llama:
+def seeded(device: str = "cpu", **options: object) -> Llama:
     model = meta(**options)
-    materialize(model, "cpu")
+    materialize(model, device)
     fill_seeded(model, 3)
     return model
 
@@ -109,7 +109,7 @@ def sharded_case(device: str, preset: str, mesh: Mesh, options: dict[str, object
     apply_data_parallel(model, device_mesh, model.layers, param_dtype=None, reshard_after_forward=False)
     materialize(model, device)
     fill_seeded(model, 3)
-    whole = dict(seeded(**options).to(device).named_parameters())
+    whole = dict(seeded(device, **options).named_parameters())
     assert {name for name, _ in model.named_parameters()} == set(whole)
     assert len(tied_parameters(model)) == int(bool(options.get("tie_word_embeddings")))
     same = {"something is sharded": any(local_tensor(p).shape != p.shape for p in model.parameters())}
@@ -150,7 +150,7 @@ def unseeded_case(device: str) -> bool:
     torch.manual_seed(3)
     param = model.layers[0].mlp.up_proj.weight
     nn.init.normal_(local_tensor(param.detach()), std=0.02)
-    return torch.equal(full_tensor(param.detach()), seeded().layers[0].mlp.up_proj.weight.to(device))
+    return torch.equal(full_tensor(param.detach()), seeded(device).layers[0].mlp.up_proj.weight)
 
 
 @pytest.mark.distributed

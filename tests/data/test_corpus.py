@@ -166,8 +166,7 @@ def test_a_sample_of_a_large_corpus_comes_from_all_over_it(texts, monkeypatch):
         ("a.jsonl", b'{"text": "one"}\n{"text": ', r"a\.jsonl line 2 is not JSON"),
         ("a.jsonl", b'{\n"text": "one"}\n', r"line 1 is not JSON: .*one whole JSON object on each line"),
         ("a.jsonl", b'["text"]\n', r'line 1 holds a list, not an object such as \{"text": \.\.\.\}'),
-        ("a.jsonl", b'{"content": "x", "id": 1}', r"line 1 has no key 'text'.*content.*: set data\.text_key"),
-        ("a.jsonl", b'{"txt": "x", "id": 1}', r"line 1 has no key 'text'; did you mean 'txt'\?; its keys: id, txt"),
+        ("a.jsonl", b'{"txt": "x", "id": 1}', r"line 1 has no key 'text', its keys are id, txt: set data\.text_key"),
         ("a.jsonl", b'{"text": 3}', r"line 1, key 'text', holds a number, not a string"),
         ("a.jsonl", b'{"text": "\\ud800"}', r"line 1, key 'text', holds half of a surrogate pair \(character 0\)"),
         ("a.jsonl", b"\xff\xfe{}", r"line 1 is not JSON"),
@@ -184,7 +183,7 @@ def test_an_unusable_file_is_named_with_the_place_and_the_mend(section, tmp_path
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
-        ({"content": ["x"], "n": [1]}, r"a\.parquet has no key 'text'; .*content, n: set data\.text_key"),
+        ({"content": ["x"], "n": [1]}, r"a\.parquet has no key 'text', its keys are content, n: set data\.text_key"),
         ({"text": [1, 2]}, r"column 'text' is int64, not string"),
         ({"text": [["x"]]}, r"column 'text' is list"),
     ],

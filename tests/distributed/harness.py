@@ -81,6 +81,27 @@ class Group:
             self._pipes.append(ours)
 
 
+class Ranks:
+    """`ranks(4)` is a group of four processes, started at first use and shared by all tests."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._groups: dict[int, Group] = {}
+
+    def __call__(self, world: int) -> Group:
+        if self.device == "cuda":
+            import pytest
+            import torch
+
+            if world > torch.cuda.device_count():
+                pytest.skip(f"{world} ranks need {world} GPUs, and {torch.cuda.device_count()} are there")
+        return self._groups.setdefault(world, Group(world, self.device))
+
+    def stop(self) -> None:
+        for group in self._groups.values():
+            group.stop()
+
+
 def _serve(pipe: Connection, rank: int, world: int, port: int, device: str) -> None:
     os.environ.update(OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))

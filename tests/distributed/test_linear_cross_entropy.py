@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import Ranks
 from ops.kernel_cases import poisoned
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,6 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from colrow.errors import ConfigError
 from colrow.ops.linear_cross_entropy import linear_cross_entropy
+from distributed.harness import Ranks
 from distributed.parity import relative
 
 IGNORE = -100

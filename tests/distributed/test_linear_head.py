@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Ranks
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -17,6 +16,7 @@ from colrow.parallel.data_parallel import apply_data_parallel
 from colrow.parallel.loss import model_loss
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
+from distributed.harness import Ranks
 from distributed.parity import batch, build, cross_entropy, relative, tp_mesh, whole
 
 TOLERANCE = 1e-10

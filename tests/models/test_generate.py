@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import Ranks
+from distributed.harness import Ranks
 from torch import Tensor
 
 from colrow.errors import ConfigError

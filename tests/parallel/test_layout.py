@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import Ranks
+from distributed.harness import Ranks
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 

@@ -61,4 +61,4 @@ def test_a_browser_shows_the_block_and_the_reasons(written: Path, tmp_path: Path
 def _corner(picture: Path) -> tuple[int, ...]:
     from matplotlib.image import imread
 
-    return tuple(int(round(255 * float(value))) for value in imread(picture)[2, 2, :3])
+    return tuple(round(255 * float(value)) for value in imread(picture)[2, 2, :3])

@@ -99,10 +99,11 @@ class Checkpoints:
         Raises:
             CheckpointError: on every rank, when any of them cannot write (a full disk), or when `extra` is not JSON;
                 the former checkpoints stay. Where `asynchronous`, also when the former save failed: then nothing
-                is saved now.
+                is saved now. What a background save raises comes at the next `save` or `wait`: call `wait` before
+                the process ends.
         """
-        self.wait()
         ranks = self._open()
+        ranks.together(self.wait)
         job = ranks.together(lambda: self._capture(ranks, step, model, optimizer, extra))
         if not self.asynchronous:
             self._write(ranks, job)
@@ -141,8 +142,8 @@ class Checkpoints:
             CheckpointError: on every rank; the text says what is missing, damaged, or of another model, and which
                 checkpoint is the newest whole one.
         """
-        self.wait()
         ranks = self._open()
+        ranks.together(self.wait)
         path = ranks.together(lambda: self._path(info_or_step))
         manifest = self._undamaged(ranks, path)
         require_same_vocabulary(path, manifest, self.vocabulary)
@@ -229,7 +230,11 @@ class Checkpoints:
         wrong = list(dict.fromkeys(line for lines in ranks.gather(mine) for line in lines))
         if wrong or manifest is None:
             other = newest_whole([info for info in self.list() if info.path != path])
-            offer = "there is no other whole one" if other is None else f"the newest whole one is {other.path}"
+            offer = (
+                "there is no other whole one"
+                if other is None
+                else f"the newest whole one is {other.path}: move the damaged one away to continue from it"
+            )
             raise CheckpointError(f"checkpoint {path} cannot be loaded: {'; '.join(wrong[:8])}; {offer}")
         return manifest
 

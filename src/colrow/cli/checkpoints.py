@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from colrow.checkpoint.folder import Folder, in_words
@@ -58,12 +57,14 @@ def as_tree(info: CheckpointInfo) -> dict[str, object]:
 def _show(infos: list[CheckpointInfo]) -> None:
     table = Table("step", "mesh", "size", "saved (UTC)", "state", box=None, pad_edge=False)
     for info in infos:
-        state = f"[{_STYLES[info.state]}]{info.state}[/]"
-        reason = f": {info.reason}" if info.reason else ""
         mesh = "" if info.mesh is None else str(info.mesh)
         saved = info.saved.replace("T", " ").removesuffix("+00:00")
-        table.add_row(str(info.step), mesh, in_words(info.bytes), saved, state + escape(reason))
-    console = Console(soft_wrap=True)
+        state = f"[{_STYLES[info.state]}]{info.state}[/]"
+        table.add_row(str(info.step), mesh, in_words(info.bytes), saved, state)
+    console = Console(highlight=False, soft_wrap=True)
     console.print(table)
+    for info in infos:
+        if info.reason:
+            console.print(f"{info.path}: {info.reason}", markup=False)
     newest = newest_whole(infos)
-    console.print("no whole checkpoint" if newest is None else f"newest whole: {newest.path}", highlight=False)
+    console.print("no whole checkpoint" if newest is None else f"newest whole: {newest.path}", markup=False)

@@ -7,6 +7,7 @@ torchrun's launcher with as many local ranks as the mesh has.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -71,7 +72,8 @@ def _start(argv: list[str]) -> int:
         return 0
     for line in checked.changes:
         print(f"changed    {line}")
-    prepare(config.data, checked.source.vocab_size, progress=True)
+    data = prepare(config.data, checked.source.vocab_size, progress=True)
+    preflight.check_checkpoint(checked, data.tokenizer)
     ranks = config.mesh.world_size
     os.environ.setdefault("OMP_NUM_THREADS", str(preflight.threads_for(ranks)))
     failure = launch(["-m", "colrow", "train", *argv], ranks)
@@ -101,7 +103,7 @@ def _rank(argv: list[str]) -> int:
             )
             if "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(preflight.threads_for(place.local_world_size))
-            run_rank(config, place, argv[0], lambda: stop.requested)
+            run_rank(config, place, shlex.join(["colrow", "train", *argv]), lambda: stop.requested)
     return 0
 
 
@@ -112,7 +114,7 @@ def _reporting(error_file: Path | None) -> Iterator[None]:
     A rank that lost its connection to another one mostly does so because that one failed: it waits a little, so that
     the other's error is the one that is found.
     """
-    from colrow.train.launch import write_error
+    from colrow.train.launch import USERS, write_error
 
     try:
         yield
@@ -120,7 +122,7 @@ def _reporting(error_file: Path | None) -> Iterator[None]:
         when = time.time()
         users = isinstance(error, ColrowError)
         text = str(error) if users else traceback.format_exc()
-        status = 2 if users else 1
+        status = USERS if users else 1
         if isinstance(error, SystemExit):
             raise
         if error_file is None:

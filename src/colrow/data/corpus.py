@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # config imports torch, which worker processes do without
 
 _READER = "1"
 """Raised when the same files come to give other documents, so that no cache of the former ones is used."""
+_USUAL = {".txt", ".md", ".rst", ".py", ".jsonl", ".ndjson", ".parquet"}
 _MIN_SECTION_CHARS = 1 << 12
 _MAX_SECTION_CHARS = 1 << 20
 _SECTIONS = 256
@@ -95,7 +96,7 @@ class FileCorpus(Corpus):
         self._section_chars = min(max(self._bytes // _SECTIONS, _MIN_SECTION_CHARS), _MAX_SECTION_CHARS)
 
     def describe(self) -> str:
-        return f"{self.pattern} ({_count(len(self.paths), 'file')}, {self._bytes / 1e6:,.1f} MB)"
+        return f"{self.pattern} ({_count(len(self.paths), 'file')}, {_megabytes(self._bytes)})"
 
     def fingerprint(self, memory: Path | None = None) -> str:
         digests = digest_files(self.paths, memory)
@@ -149,7 +150,7 @@ class StdlibCorpus(Corpus):
     def describe(self) -> str:
         return (
             f"stdlib (Python {platform.python_version()}: {_count(len(self._paths), 'source')}, "
-            f"{_count(len(self._topics), 'help text')}, {self.size() / 1e6:,.1f} MB)"
+            f"{_count(len(self._topics), 'help text')}, {_megabytes(self.size())})"
         )
 
     def fingerprint(self, memory: Path | None = None) -> str:
@@ -194,9 +195,11 @@ def open_corpus(section: DataSection) -> Corpus:
 def _no_file(corpus: str, pattern: str) -> DataError:
     folder = Path(pattern)
     if folder.is_dir():
-        held = Counter(path.suffix for path in folder.rglob("*") if path.is_file() and path.suffix)
+        held = Counter(path.suffix for path in folder.rglob("*") if suffix_of(path) in _USUAL)
         best = held.most_common(1)[0][0] if held else ".txt"
-        return DataError(f"corpus {corpus!r} is a folder: name its files by a glob, such as {corpus}/**/*{best}")
+        return DataError(
+            f"corpus {corpus!r} is a folder: name its files by a glob, such as {Path(corpus, '**', '*')}{best}"
+        )
     while glob.has_magic(str(folder)) or not folder.exists():
         folder = folder.parent
     names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir()) if folder.is_dir() else []
@@ -236,6 +239,10 @@ def _up_to(limit: int, texts: Iterator[str]) -> Iterator[str]:
         taken += len(text)
         if taken >= limit:
             return
+
+
+def _megabytes(n: int) -> str:
+    return f"{n / 1e6:,.1f} MB" if n >= 100_000 else f"{n:,} bytes"
 
 
 def _count(n: int, noun: str) -> str:

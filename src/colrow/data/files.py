@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from colrow.errors import DataError, did_you_mean
+from colrow.errors import DataError
 
 Kind = Literal["text", "jsonl", "parquet"]
 _PARQUET_ROWS = 1024
@@ -77,10 +77,10 @@ def require_text(value: object, where: str) -> str:
 
 def missing_key(text_key: str, where: str, present: list[str]) -> DataError:
     """The error for a row without the text's key: it names the keys that are there."""
-    near = did_you_mean(text_key, present)
-    listed = "" if near.startswith("; known names") else f"; its keys: {', '.join(sorted(present)) or 'none'}"
-    mend = near.replace("known names", "its keys")
-    return DataError(f"{where} has no key {text_key!r}{mend}{listed}: set data.text_key to the one with the text")
+    keys = ", ".join(sorted(present)) or "none"
+    return DataError(
+        f"{where} has no key {text_key!r}, its keys are {keys}: set data.text_key to the one with the text"
+    )
 
 
 def _open_binary(path: Path) -> BinaryIO | gzip.GzipFile:

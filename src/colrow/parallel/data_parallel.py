@@ -1,17 +1,28 @@
 """Data parallelism around a tensor-parallel model: FSDP2, replicas, or both (HSDP), and the compute precision.
 
+Units: each block is gathered and reduced as one; the final norm and the head are one unit, gathered while the last
+block runs; the root unit holds what is left, which is the embedding. A weight that embedding and head share stays in
+the root unit, since a parameter belongs to one unit only.
+
 FSDP2's mixed precision (bf16 compute over fp32 weights, fp32 gradients) is also used where nothing is sharded: with a
-dp axis of one rank it costs a cast and no communication.
+dp axis of one rank it costs a cast and no communication. It rules the data axes alone: what travels over tp keeps the
+compute dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from colrow.errors import ConfigError
+
+_KEEP_GATHERED = "_colrow_keep_gathered"  # set on the root: gathered parameters stay until the last micro-batch
 
 
 def apply_data_parallel(
@@ -20,30 +31,121 @@ def apply_data_parallel(
     blocks: Iterable[nn.Module],
     *,
     param_dtype: torch.dtype | None,
-    reshard_after_forward: bool,
+    reshard_after_forward: bool | None = None,
 ) -> None:
-    """Wrap each block, then the model, in place, after the tensor-parallel plan and before the optimizer.
+    """Wrap each block, then the model, in place: after the plan, checkpointing and compile, before the optimizer.
+
+    Parameters keep their names; each becomes a DTensor on the data axes and tp (on the data axes alone where tp is
+    1). Gradients are averaged over the data axes.
 
     Args:
-        mesh: has the axes dp_replicate, dp_shard and tp.
-        blocks: modules whose parameters are gathered together.
-        param_dtype: compute dtype; gradients are reduced in fp32 then. None computes in the parameters' dtype.
-        reshard_after_forward: free gathered parameters after forward and gather them again in backward.
+        model: a whole model or a pipeline stage, on any device, the meta device too.
+        mesh: has the axes dp_replicate and dp_shard; pp and tp are looked at where they are there.
+        blocks: modules whose parameters are gathered together, in the order in which they run.
+        param_dtype: compute dtype; gradients are reduced and kept in fp32 then. None computes and reduces in the
+            parameters' own dtype.
+        reshard_after_forward: free a block's gathered parameters after its forward and gather them again for its
+            backward. Unless given, where dp_shard > 1 and there is no pipeline, which would gather them again for
+            every micro-batch.
+
+    Raises:
+        ConfigError: blocks share a parameter, or torch has no replicas for tensor-parallel models.
     """
     replicas, shards = mesh["dp_replicate"].size(), mesh["dp_shard"].size()
     if replicas * shards == 1 and param_dtype is None:
         return
+    blocks = list(blocks)
+    head = head_unit(model, blocks)
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype is not None else None
     )
     if replicas > 1 and shards == 1:
-        from torch.distributed._composable.replicate_with_fsdp import replicate
-
-        for block in blocks:
-            replicate(block, mesh=mesh["dp_replicate"], mp_policy=policy)
-        replicate(model, mesh=mesh["dp_replicate"], mp_policy=policy)
+        replicate = _replicate()
+        for unit in [*blocks, *([head] if head else []), model]:
+            replicate(unit, mesh=mesh["dp_replicate"], mp_policy=policy)
         return
+
     axes = mesh["dp_replicate", "dp_shard"] if replicas > 1 else mesh["dp_shard"]
+    if reshard_after_forward is None:
+        reshard_after_forward = shards > 1 and not _has_pipeline(mesh)
     for block in blocks:
         fully_shard(block, mesh=axes, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    fully_shard(model, mesh=axes, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    # Backward begins with the head and ends with the root: freeing them would gather them again at once.
+    if head:
+        fully_shard(head, mesh=axes, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, mesh=axes, mp_policy=policy, reshard_after_forward=False)
+    model.__dict__[_KEEP_GATHERED] = not reshard_after_forward
+    if shards > 1:
+        _prefetch(model, blocks, head)
+
+
+def set_last_micro_batch(model: nn.Module, last: bool) -> None:
+    """Before a micro-batch's forward: whether its backward reduces the gradients summed so far.
+
+    Without this call each backward reduces. Gradients of the earlier micro-batches are summed unreduced, in the
+    reduction's dtype, so they take a whole (tp-local) model's size until the last one. A pipeline's runner sees to
+    this itself. Does nothing for a model that `apply_data_parallel` left as it was.
+    """
+    if not isinstance(model, FSDPModule):
+        return
+    model.set_requires_gradient_sync(last)
+    model.set_is_last_backward(last)
+    if getattr(model, _KEEP_GATHERED, False):
+        model.set_reshard_after_backward(last)
+
+
+def head_unit(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """The final norm and the head, where they share no parameter with the rest of the model; else nothing.
+
+    Raises:
+        ConfigError: a block shares a parameter with another block or with the rest.
+    """
+    inner = getattr(model, "model", None)  # Hugging Face keeps everything but the head in `model`
+    named = [getattr(owner, name, None) for owner in (model, inner) for name in ("norm", "lm_head")]
+    head = [module for module in named if isinstance(module, nn.Module)]
+    in_blocks = {id(child) for block in blocks for child in block.modules()}
+    in_head = {id(child) for module in head for child in module.modules()}
+    rest = {
+        id(param)
+        for module in model.modules()
+        if id(module) not in in_blocks | in_head
+        for param in module.parameters(recurse=False)
+    }
+    seen = rest | {id(param) for module in head for param in module.parameters()}
+    for i, block in enumerate(blocks):
+        own = {id(param): name for name, param in block.named_parameters()}
+        if shared := own.keys() & seen:
+            raise ConfigError(
+                f"block {i} shares its parameter {own[min(shared)]} with another unit, and data parallelism gathers "
+                "each parameter in one unit: pass the modules that share it as one block"
+            )
+        seen |= own.keys()
+    if any(id(param) in rest for module in head for param in module.parameters()):
+        return []
+    return head
+
+
+def _prefetch(model: nn.Module, blocks: list[nn.Module], head: list[nn.Module]) -> None:
+    """Ask for the next unit's parameters before this one computes. Backward does so by itself; forward would ask
+    only when the next unit begins, too late where a block's kernels are shorter than their launches."""
+    units: list[Any] = [model, *blocks, *head[:1]]
+    for unit, following in pairwise(units):
+        unit.set_modules_to_forward_prefetch([following])
+
+
+def _has_pipeline(mesh: DeviceMesh) -> bool:
+    return "pp" in (mesh.mesh_dim_names or ()) and mesh["pp"].size() > 1
+
+
+def _replicate() -> Callable[..., Any]:
+    """Replicas built on FSDP2. torch's other ways either refuse DTensors (DDP) or leave the model without
+    parameters after the first forward (the older `replicate`, pytorch#152712)."""
+    try:
+        from torch.distributed._composable.replicate_with_fsdp import replicate
+    except ImportError as error:
+        raise ConfigError(
+            f"torch {torch.__version__} has no replicas for tensor-parallel models "
+            "(torch.distributed._composable.replicate_with_fsdp, of torch 2.11 to 2.13): "
+            "set mesh.dp_shard in place of mesh.dp_replicate"
+        ) from error
+    return replicate

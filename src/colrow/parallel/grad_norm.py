@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Partial
 
@@ -58,8 +59,9 @@ def grad_norm(params: Iterable[nn.Parameter], groups: Iterable[dist.ProcessGroup
     """The 2-norm of all gradients, as one process would have it.
 
     Args:
-        params: this rank's parameters; `align_gradients` has been called on them.
-        groups: the groups of the axes over which ranks hold different parts (pp, dp_shard, tp).
+        params: this rank's parameters, without copies of another pipeline stage's (`counted_parameters`);
+            `align_gradients` has been called on them.
+        groups: the groups of the axes over which ranks hold different parts (`norm_groups`).
 
     Returns:
         A scalar on the gradients' device, the same on all ranks. fp32, or fp64 for fp64 gradients.
@@ -76,6 +78,12 @@ def grad_norm(params: Iterable[nn.Parameter], groups: Iterable[dist.ProcessGroup
     return total.sqrt()
 
 
+def norm_groups(mesh: DeviceMesh) -> list[dist.ProcessGroup]:
+    """The groups over which ranks of `mesh` hold different parameters: pp, dp_shard and tp, where larger than 1."""
+    axes = [axis for axis in ("pp", "dp_shard", "tp") if axis in (mesh.mesh_dim_names or ())]
+    return [mesh[axis].get_group() for axis in axes if mesh[axis].size() > 1]
+
+
 def clip_gradients(params: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
     """Scale every gradient by max_norm / norm where the norm is larger. The norm stays on its device: no wait."""
     grads = [local_tensor(param.grad) for param in params if param.grad is not None]
@@ -88,7 +96,7 @@ def _counts_here(param: nn.Parameter) -> bool:
         return True
     coordinate = param.device_mesh.get_coordinate()
     assert coordinate is not None
-    names = param.device_mesh.mesh_dim_names or ()
+    names = param.device_mesh.mesh_dim_names or ("",) * param.device_mesh.ndim
     return not any(
         placement.is_replicate() and index
         for placement, index, name in zip(param.placements, coordinate, names, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 
 import torch.distributed as dist
 from torch import nn
@@ -15,10 +16,10 @@ from colrow.mesh import Mesh
 from colrow.parallel.layout import local_tensor, mark_packed
 from colrow.plans.plan import Plan
 from colrow.plans.site import Site
-from colrow.plans.styles import style_from_data
+from colrow.plans.styles import set_attribute, style_from_data
 
 
-def parallelize(model: nn.Module, plan: Plan, mesh: Mesh | DeviceMesh) -> nn.Module:
+def parallelize(model: nn.Module, plan: Plan, mesh: Mesh | DeviceMesh, *, absent: Iterable[str] = ()) -> nn.Module:
     """Split `model` over the tp axis of `mesh` as `plan` says, in place, and return it.
 
     The model may lie on the meta device; real weights are taken from the first rank of each tp group. Afterwards
@@ -27,6 +28,7 @@ def parallelize(model: nn.Module, plan: Plan, mesh: Mesh | DeviceMesh) -> nn.Mod
 
     Args:
         mesh: a 1-D mesh, a mesh with an axis named `tp`, or the degrees (then under an initialised process group).
+        absent: for a pipeline stage, the names of the whole model's modules that it has not (`Stage.absent`).
 
     Raises:
         PlanError: the plan does not fit the model or the degree; nothing has been changed then.
@@ -34,10 +36,11 @@ def parallelize(model: nn.Module, plan: Plan, mesh: Mesh | DeviceMesh) -> nn.Mod
     """
     tp_mesh = tp_axis(mesh)
     tp = tp_mesh.size()
+    absent = tuple(absent)
     if any(isinstance(param, DTensor) for param in model.parameters()):
         raise PlanError("the model is parallelised already: apply one plan, once, to a plain model")
-    plan.check_shapes(model, tp)
-    layouts = plan.parameters(model, tp)
+    plan.check_shapes(model, tp, absent)
+    layouts = plan.parameters(model, tp, absent)
     if tp == 1:
         for fqn, (_, style) in plan.resolve(model).items():
             if style.on_one_rank:
@@ -49,12 +52,16 @@ def parallelize(model: nn.Module, plan: Plan, mesh: Mesh | DeviceMesh) -> nn.Mod
     trainable = {name: param.requires_grad for name, param in model.named_parameters(remove_duplicate=False)}
     _refuse_split_ties(ties, {name: str(layout.placement) for name, layout in layouts.items()})
 
-    resolved = plan.resolve(model)
+    resolved = plan.resolve(model, absent)
     left_out = style_from_data("replicate", "replicate")
     for fqn, module in list(model.named_modules()):
         site = Site(model, fqn, tp)
         if fqn in resolved:
-            parallelize_module(module, tp_mesh, resolved[fqn][1].build(site))
+            style = resolved[fqn][1]
+            attributes = style.local_attributes(site)
+            parallelize_module(module, tp_mesh, style.build(site))
+            for key, value in attributes.items():
+                set_attribute(module, key, value, tp)
         if any(not isinstance(param, DTensor) for param in module.parameters(recurse=False)):
             parallelize_module(module, tp_mesh, left_out.build(site))
     for fqn, layout in layouts.items():
@@ -94,7 +101,8 @@ def tied_parameters(model: nn.Module) -> list[list[str]]:
 def tie(model: nn.Module, ties: list[list[str]]) -> None:
     """Make each group of names one parameter again: the first one's."""
     for first, *others in ties:
-        param = model.get_parameter(first)
+        module, _, leaf = first.rpartition(".")
+        param = model.get_submodule(module)._parameters[leaf]  # the attribute may be a view of it
         for other in others:
             parent, _, name = other.rpartition(".")
             model.get_submodule(parent).register_parameter(name, param)

@@ -6,7 +6,7 @@ A plan is data. It can be read, printed, compared and saved, and it is the only 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +15,9 @@ import yaml
 from torch import nn
 
 from colrow.errors import PlanError, did_you_mean
-from colrow.plans import styles_head, styles_local  # noqa: F401  (their styles register themselves)
+from colrow.plans import styles_fast_ends, styles_head, styles_local, styles_packed  # noqa: F401  (they register)
 from colrow.plans.site import Site
-from colrow.plans.styles import ParameterLayout, Style, style_from_data
+from colrow.plans.styles import ParameterLayout, Style, style_from_data, token_order
 
 Loss = Literal["vocab_parallel", "replicated", "linear"]
 LOSSES: tuple[Loss, ...] = ("vocab_parallel", "replicated", "linear")
@@ -51,10 +51,17 @@ class Plan:
 
     @classmethod
     def preset(cls, name: str, loss: Loss = "vocab_parallel") -> Plan:
-        """A shipped plan: `llama` or `article`."""
+        """A shipped plan: `llama`, `llama-fast` or `article`."""
         from colrow.plans.presets import preset
 
         return preset(name, loss)
+
+    @classmethod
+    def derive(cls, model: nn.Module, tp: int, **options: Any) -> Plan:
+        """The plan that the model's own graph gives (see `plans.derive.derivation.derive`)."""
+        from colrow.plans.derive.derivation import derive
+
+        return derive(model, tp, **options).plan()
 
     @classmethod
     def from_yaml(cls, text: str, source: str = "plan") -> Plan:
@@ -92,18 +99,23 @@ class Plan:
         """Write the plan as YAML."""
         Path(path).write_text(self.to_yaml(), encoding="utf-8")
 
-    def resolve(self, model: nn.Module) -> dict[str, tuple[str, Style]]:
+    def resolve(self, model: nn.Module, absent: Iterable[str] = ()) -> dict[str, tuple[str, Style]]:
         """Fully qualified module name to (pattern, style), in the model's order.
+
+        Args:
+            absent: names of modules that the whole model has and this pipeline stage of it has not; a key may match
+                these alone.
 
         Raises:
             PlanError: a key matches no module (the message names the nearest), or a module matches two keys.
         """
         names = {name: name.split(".") for name, _ in model.named_modules(remove_duplicate=False) if name}
+        elsewhere = [name.split(".") for name in absent]
         found: dict[str, tuple[str, Style]] = {}
         for key, style in self.modules.items():
             pattern = key.split(".")
             matches = [name for name, parts in names.items() if _matches(pattern, parts)]
-            if not matches and not style.optional:
+            if not matches and not style.optional and not any(_matches(pattern, parts) for parts in elsewhere):
                 raise PlanError(f"plan {self.name}: key {key!r} matches no module{_nearest(key, names)}")
             for name in matches:
                 if name in found:
@@ -113,18 +125,26 @@ class Plan:
                 found[name] = (key, style)
         return {name: found[name] for name in names if name in found}
 
-    def check_shapes(self, model: nn.Module, tp: int) -> None:
+    def check_shapes(self, model: nn.Module, tp: int, absent: Iterable[str] = ()) -> None:
         """Raise PlanError, with the mend, for the first module whose style cannot work at this degree."""
-        resolved = self.resolve(model)
+        resolved = self.resolve(model, absent)
         for fqn, (_, style) in resolved.items():
             style.check(Site(model, fqn, tp))
+            style.local_attributes(Site(model, fqn, tp))
         heads = [fqn for fqn, (_, style) in resolved.items() if style.name == "linear_head"]
         if heads and self.loss != "linear":
             raise PlanError(f"{heads[0]} has style linear_head and the plan's loss is {self.loss}: make it linear")
+        orders = {token_order(style): fqn for fqn, (_, style) in resolved.items()}
+        if tp > 1 and {"row", "sequence"} <= orders.keys():
+            raise PlanError(
+                f"plan {self.name}: {orders['row']} takes its part of all tokens in a row and {orders['sequence']} its "
+                "part of each sequence, so tokens would be confused: use fast styles in all places (norms: grad_sum; "
+                "head: fast_head, or linear_head with layout tokens), or in none"
+            )
 
-    def parameters(self, model: nn.Module, tp: int) -> dict[str, ParameterLayout]:
+    def parameters(self, model: nn.Module, tp: int, absent: Iterable[str] = ()) -> dict[str, ParameterLayout]:
         """What each parameter of the model becomes over tp, by fully qualified name; no process group is needed."""
-        resolved = self.resolve(model)
+        resolved = self.resolve(model, absent)
         layouts: dict[str, ParameterLayout] = {}
         left_out = style_from_data("replicate", "replicate")
         for fqn, module in model.named_modules():
@@ -140,7 +160,8 @@ class Plan:
     def sequence_parallel(self) -> bool:
         """Whether activations between blocks are shards of the sequence, so that tp must divide its length."""
         return any(
-            style.name == "sequence" and getattr(style, "sequence_dim", 0) == 1 for style in self.modules.values()
+            style.token_order == "row" or (style.name == "sequence" and getattr(style, "sequence_dim", 0) == 1)
+            for style in self.modules.values()
         )
 
     def __iter__(self) -> Iterator[str]:

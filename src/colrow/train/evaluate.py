@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.config import RunConfig
 from colrow.data.loader import BatchOrder, DataAxisSampler, Loader
@@ -27,10 +26,10 @@ class Evaluation:
         self._loader = Loader(data.validation, seq_len, sampler, device)
         self._share, self._device = share, device
 
-    def __call__(self, forward_backward: ForwardBackward, mesh: DeviceMesh) -> float:
+    def __call__(self, forward_backward: ForwardBackward) -> float:
         """The mean loss in nats a token over all ranks. Collective."""
-        batches = (batch for step in range(self.batches) for batch in self._loader.batches(step))
-        loss = forward_backward.evaluate(batches).double() * self._share
+        losses = [forward_backward.evaluate(list(self._loader.batches(step))) for step in range(self.batches)]
+        loss = torch.stack(losses).double().mean() * self._share
         dist.all_reduce(loss)
         return loss.item()
 

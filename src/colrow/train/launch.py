@@ -28,6 +28,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from colrow.train.stop import PID_FILE, SIGNALS
 
+USERS = 2
+"""The exit status of an error that a user can mend: its text says everything."""
 _POLL_SECONDS = 0.1
 
 
@@ -159,7 +161,8 @@ def _described(rank: int, failure: ProcessFailure) -> Failure:
     message = failure.error_file_data.get("message")
     if isinstance(message, dict):
         extra = _extra(failure)
-        return Failure(rank, extra.get("py_callstack") or message["message"], int(extra.get("status", 1)))
+        text, status = extra.get("py_callstack") or message["message"], int(extra.get("status", 1))
+        return Failure(rank, text if status == USERS else f"rank {rank} failed\n{text}", status)
     if failure.exitcode < 0:
         name = failure.signal_name()
         cause = " (the kernel may have run out of memory)" if name == "SIGKILL" else ""

@@ -110,7 +110,7 @@ class Loop:
             loss, norm = self._training.step(step, batches)
             self._waiting.append(_Pending(done, self._figures(loss, norm)))
             evaluates = self._due(config.eval.every, done)
-            saves = self._due(config.checkpoint.every, done, or_last=True)
+            saves = self._due(config.checkpoint.every, done, or_last=config.checkpoint.at_end)
             stop = self._settle(0 if evaluates or saves else self._lag, hold_last=evaluates) or stop
             if evaluates:
                 val_loss = self._evaluate(done)
@@ -120,8 +120,9 @@ class Loop:
                 saved = done
             if stop:
                 break
+        self._settle(0)
         self._checkpoints.wait()
-        return Outcome(saved, stopped=saved < config.train.steps, val_loss=val_loss)
+        return Outcome(saved, stopped=stop and saved < config.train.steps, val_loss=val_loss)
 
     def close(self) -> None:
         """End the background readers."""
@@ -201,7 +202,7 @@ class Loop:
     def _evaluate(self, step: int) -> float:
         """Evaluate, and write the step's record with the result."""
         assert self._good is not None
-        val_loss = self._evaluation(self._training.forward_backward, self._training.mesh)
+        val_loss = self._evaluation(self._training.step.forward_backward)
         if not math.isfinite(val_loss):
             raise self._diverged(step, val_loss, self._good["grad_norm"])
         self._write({**self._good, "val_loss": val_loss, "perplexity": perplexity(val_loss)})
@@ -215,7 +216,7 @@ class Loop:
 
     def _save(self, step: int) -> None:
         extra: dict[str, Any] = {"step": step, "corpus": self._data.fingerprint, "seed": self._config.run.seed}
-        self._checkpoints.save(step, self._training.model, self._training.optimizer, extra)
+        self._checkpoints.save(step, self._training.modules, self._training.optimizer, extra)
         self._clock = time.perf_counter()
 
     def _diverged(self, step: int, loss: float, norm: float) -> DivergedError:
@@ -243,7 +244,7 @@ def resume(config: RunConfig, training: Training, data: PreparedData, checkpoint
     dist.broadcast_object_list(found, src=0)
     if found[0] is None:
         return 0
-    extra = checkpoints.load(found[0], training.model, training.optimizer)
+    extra = checkpoints.load(found[0], training.modules, training.optimizer)
     if extra.get("corpus") != data.fingerprint:
         raise DataError(
             f"corpus {config.data.corpus!r} holds other text than when the run in {config.run.dir} began: bring the "

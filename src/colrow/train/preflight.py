@@ -10,9 +10,14 @@ import torch
 
 from colrow.checkpoint.distributed import Checkpoints
 from colrow.checkpoint.listing import CheckpointInfo
+from colrow.checkpoint.manifest import read_manifest
+from colrow.checkpoint.signature import compare, require_same_model, require_same_vocabulary
+from colrow.checkpoint.state import model_tensors
 from colrow.config import RunConfig
 from colrow.data.loader import check_batch
+from colrow.data.tokenizer import Tokenizer
 from colrow.errors import ConfigError
+from colrow.parallel.pipeline_split import check_pipeline
 from colrow.plans.heads import heads_of
 from colrow.plans.plan import Plan
 from colrow.train.metrics import require_sinks
@@ -59,9 +64,24 @@ def check(config: RunConfig, local_ranks: int | None = None) -> Checked:
     check_model(config, source)
     plan = choose_plan(config, source.model)
     plan.check_shapes(source.model, config.mesh.tp)
+    if plan.loss == "linear" and config.mesh.pp > 1:
+        raise ConfigError(
+            f"loss: linear computes head and loss in one, and mesh.pp={config.mesh.pp} hands logits to the loss: "
+            "set loss to vocab_parallel, or mesh.pp to 1"
+        )
     check_sequence(config, plan)
     newest = Checkpoints(config.run.dir / CHECKPOINTS, keep=config.checkpoint.keep).latest()
     return Checked(source, plan, kind, changes, newest)
+
+
+def check_checkpoint(checked: Checked, tokenizer: Tokenizer) -> None:
+    """Raise a CheckpointError when the newest checkpoint is of another model or vocabulary."""
+    if checked.newest is None:
+        return
+    path = checked.newest.path
+    manifest = read_manifest(path)
+    require_same_model(path, manifest, [compare(manifest, model_tensors(checked.source.model))])
+    require_same_vocabulary(path, manifest, tokenizer.digest)
 
 
 def resolve(config: RunConfig) -> RunConfig:
@@ -108,13 +128,9 @@ def check_model(config: RunConfig, source: Source) -> None:
             f"data.seq_len={config.data.seq_len} is longer than the {longest} positions of {source.name}: "
             f"use {longest} or less"
         )
-    layers = len(blocks_of(source.model))
-    if config.mesh.pp > max(layers, 1):
-        raise ConfigError(
-            f"mesh.pp={config.mesh.pp} has more stages than {source.name} has layers ({layers}): use pp up to {layers}"
-        )
+    check_pipeline(config, len(blocks_of(source.model)))
     heads = heads_of(source.model)
-    if heads is not None and heads.query % config.mesh.tp and config.plan == "llama":
+    if heads is not None and heads.query % config.mesh.tp and config.plan.startswith("llama"):
         fits = [n for n in range(1, heads.query + 1) if heads.query % n == 0]
         raise ConfigError(
             f"n_heads={heads.query} of {source.name} is not divisible by mesh.tp={config.mesh.tp}: choose tp from "

@@ -24,7 +24,7 @@ class Progress:
     """
 
     def __init__(self, shown: bool, steps: int, log_every: int, file: TextIO | None = None) -> None:
-        self._shown, self._steps, self._log_every = shown, steps, log_every
+        self.shown, self._steps, self._log_every = shown, steps, log_every
         self._file = file or sys.stdout
         self._console = Console(file=self._file, highlight=False)
         self._bar: rich.progress.Progress | None = None
@@ -32,7 +32,7 @@ class Progress:
 
     def start(self, step: int) -> None:
         """Begin to show steps, after `step` of them."""
-        if not self._shown or not self._console.is_terminal:
+        if not self.shown or not self._console.is_terminal:
             return
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("step {task.completed}/{task.total}"),
@@ -47,7 +47,7 @@ class Progress:
 
     def step(self, record: Record) -> None:
         """Show a step's record; one that was evaluated, and on a terminal every `log_every`th, leaves a line."""
-        if not self._shown:
+        if not self.shown:
             return
         step = record["step"]
         if self._bar is not None:
@@ -58,7 +58,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Lines for people, above the bar."""
-        if not self._shown:
+        if not self.shown:
             return
         if self._bar is not None:
             self._bar.console.print(text, markup=False, soft_wrap=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,16 +14,20 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.checkpoint.distributed import Checkpoints
+from colrow.checkpoint.huggingface import export
 from colrow.config import RunConfig
 from colrow.data.prepare import PreparedData, prepare
+from colrow.data.tokenizer import Tokenizer
 from colrow.train import preflight
 from colrow.train.attention import attention_kernel
 from colrow.train.loop import Loop, Outcome, resume
-from colrow.train.metrics import Metrics
+from colrow.train.metrics import Metrics, perplexity
 from colrow.train.plot import plot_loss
 from colrow.train.progress import Progress
-from colrow.train.run_folder import CHECKPOINTS, PLAN, claimed, write_config
+from colrow.train.run_folder import CHECKPOINTS, EXPORT, claimed, write_folder
+from colrow.train.sample import sample
 from colrow.train.setup import Training, set_up
+from colrow.train.source import build_source
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,12 @@ class Place:
     local_world_size: int
 
 
-def run_rank(config: RunConfig, place: Place, source: str, stop_requested: Callable[[], bool]) -> Outcome:
-    """Train as one rank of the run, with the run's folder, metrics, checkpoints and last lines. Collective.
+def run_rank(config: RunConfig, place: Place, command: str, stop_requested: Callable[[], bool]) -> Outcome:
+    """Join the other ranks, and train with them. The first rank holds the run's folder. Collective.
 
     Args:
-        source: the config's file, for the line that says how to continue.
+        command: how the run was started, for the line that says how to continue it.
+        stop_requested: whether this rank was asked to save and stop.
     """
     config.mesh.require_world_size(place.world_size)
     first = place.rank == 0
@@ -48,8 +53,26 @@ def run_rank(config: RunConfig, place: Place, source: str, stop_requested: Calla
         if first:
             stack.enter_context(claimed(config.run.dir))
         progress = stack.enter_context(Progress(first, config.train.steps, config.train.log_every))
-        data = prepare(config.data, preflight.build_source(config.model, config.run.seed).vocab_size, progress=False)
+        data = prepare(config.data, build_source(config.model, config.run.seed).vocab_size, progress=False)
         mesh, device = stack.enter_context(joined(config, place))
+        return train_run(config, data, mesh, device, progress, command, stop_requested)
+
+
+def train_run(
+    config: RunConfig,
+    data: PreparedData,
+    mesh: DeviceMesh,
+    device: torch.device,
+    progress: Progress,
+    command: str = "",
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> Outcome:
+    """Set up, continue from the newest checkpoint, train, and finish; metrics and files are the first rank's.
+
+    Collective over the mesh, which is the whole default group.
+    """
+    first = dist.get_rank() == 0
+    with ExitStack() as stack:
         training = set_up(config, mesh, device)
         checkpoints = Checkpoints(
             config.run.dir / CHECKPOINTS,
@@ -57,18 +80,23 @@ def run_rank(config: RunConfig, place: Place, source: str, stop_requested: Calla
             asynchronous=config.checkpoint.asynchronous,
             mesh=config.mesh,
             vocabulary=data.tokenizer.digest,
+            tied=training.tied,
         )
-        if first:
-            describe_folder(config, training, data)
         start = resume(config, training, data, checkpoints)
+        if first:
+            write_folder(config, training.plan, data.tokenizer)
         for line in opening_lines(config, training, start):
             progress.say(line)
         loop = Loop(config, training, data, checkpoints, progress, stop_requested)
         stack.callback(loop.close)
-        metrics: Any = stack.enter_context(Metrics(config, start)) if first else nullcontext()
-        outcome = loop.run(start, metrics if first else None)
+        metrics = stack.enter_context(Metrics(config, start)) if first else None
+        outcome = loop.run(start, metrics)
         progress.stop()
-        finish(config, training, data, outcome, progress, source)
+        if outcome.stopped:
+            progress.say(f"stopped    after step {outcome.step} of {config.train.steps}; the state is saved")
+            progress.say(f"continue   {command}")
+        else:
+            finish(config, training, data.tokenizer, outcome, progress)
         return outcome
 
 
@@ -90,46 +118,53 @@ def joined(config: RunConfig, place: Place) -> Iterator[tuple[DeviceMesh, torch.
     dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone
 
 
-def describe_folder(config: RunConfig, training: Training, data: PreparedData) -> None:
-    """Write config.yaml, plan.yaml, tokenizer.json, and tokenizer_config.json, which says what ends a text."""
-    write_config(config)
-    training.plan.save(config.run.dir / PLAN)
-    data.tokenizer.save(config.run.dir)
-
-
 def opening_lines(config: RunConfig, training: Training, start: int) -> list[str]:
     """What runs, and what it writes."""
-    count = sum(param.numel() for param in training.model.parameters())
     device = training.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {_threads()} a rank"
-    tokens = config.train.global_batch * config.data.seq_len
+    train, tokens = config.train, config.train.global_batch * config.data.seq_len
+    compute = "fp32" if training.compute == torch.float32 else "bf16 over fp32 weights and gradient sums"
     lines = [
-        f"model      {training.source.name}, {count:,} parameters",
-        f"mesh       {config.mesh} ({config.mesh.world_size} ranks on {where})",
+        f"model      {training.source.name}, {training.parameters:,} parameters",
+        f"mesh       {config.mesh}, {where}",
         f"plan       {training.plan.name}, loss {training.plan.loss}",
-        f"compute    {training.precision}, {'compiled blocks' if training.compiled else 'eager'}{_attention(config, training)}",
-        f"batch      {config.train.global_batch} × {config.data.seq_len} = {tokens:,} tokens a step, {config.train.steps} steps",
-        f"writes     {config.run.dir}: config.yaml, plan.yaml, metrics.jsonl, checkpoints/",
+        f"compute    {compute}, {'compiled blocks' if training.compiled else 'eager'}",
+        f"batch      {train.global_batch} × {config.data.seq_len} = {tokens:,} tokens a step, {train.steps:,} steps",
+        f"writes     {config.run.dir}: config.yaml, plan.yaml, tokenizer.json, metrics.jsonl,",
+        "           checkpoints/, loss.png, loss.svg, export/",
     ]
+    kernel = _attention(config, training)
+    if kernel is not None:
+        lines.insert(4, f"attention  {kernel}")
     if start:
         lines.append(f"continues  after step {start}")
     return lines
 
 
-def finish(
-    config: RunConfig, training: Training, data: PreparedData, outcome: Outcome, progress: Progress, source: str
-) -> None:
+def finish(config: RunConfig, training: Training, tokenizer: Tokenizer, outcome: Outcome, progress: Progress) -> None:
     """The last lines: what came out, where it lies, and what to do next. Collective."""
     run = config.run.dir
-    memory = peak_memory(training.device)
-    if outcome.stopped:
-        progress.say(f"stopped after step {outcome.step}, which is saved in {run / CHECKPOINTS}/step-{outcome.step}")
-        progress.say(f"continue   colrow train {source}")
-        return
-    if dist.get_rank() == 0:
+    if outcome.val_loss is not None:
+        progress.say(f"validation loss {outcome.val_loss:.4f}, perplexity {perplexity(outcome.val_loss):.1f}")
+    if config.sample.prompt is not None and config.mesh.pp == 1:
+        text = sample(config, training, tokenizer)
+        progress.say("sample     " + text.replace("\n", "\n           "))
+    if progress.shown:
         progress.say(f"loss curve {plot_loss(run)}")
+    if outcome.step < config.train.steps:
+        progress.say("checkpoint none of the last step (checkpoint.at_end is off)")
+        progress.say(f"memory     {peak_memory(training.device)}")
+        return
     progress.say(f"checkpoint {run / CHECKPOINTS}/step-{outcome.step}")
-    progress.say(f"memory     {memory}")
+    exported = config.checkpoint.export and training.source.config is not None
+    if exported:
+        assert training.source.config is not None
+        export(training.modules, run / EXPORT, training.source.config, tokenizer)
+        progress.say(f"export     {run / EXPORT}, for transformers")
+    progress.say(f"memory     {peak_memory(training.device)}")
+    progress.say(f'next       colrow generate {run} --prompt "{config.sample.prompt or "Once"}"')
+    if not exported and training.source.config is not None:
+        progress.say(f"           colrow export {run} -o {run / EXPORT}")
 
 
 def peak_memory(device: torch.device) -> str:
@@ -144,20 +179,20 @@ def peak_memory(device: torch.device) -> str:
     return f"peak {host_gib:.2f} GiB of a rank's host memory{gpu}"
 
 
-def _attention(config: RunConfig, training: Training) -> str:
+def _attention(config: RunConfig, training: Training) -> str | None:
+    """The kernel that attention runs; None where torch has one only, or the sizes are not known."""
     shape = training.source.config
     if training.device.type != "cuda" or shape is None:
-        return ""
-    tp = config.mesh.tp if training.plan.name == "llama" else 1
-    kernel = attention_kernel(
+        return None
+    tp = 1 if training.plan.name == "article" else config.mesh.tp
+    return attention_kernel(
         training.device,
-        torch.bfloat16 if training.precision.startswith("bf16") else torch.float32,
+        training.compute,
         heads=shape.num_attention_heads // tp,
         kv_heads=max(shape.num_key_value_heads // tp, 1),
         head_dim=shape.head_dim,
         seq_len=config.data.seq_len,
     )
-    return f", attention {kernel}"
 
 
 def _threads() -> str:

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from colrow.config import RunConfig, dump_config, load_config
+from colrow.data.tokenizer import Tokenizer
 from colrow.errors import ConfigError
+from colrow.plans.plan import Plan
 
 CONFIG, PLAN, TOKENIZER, CHECKPOINTS, EXPORT, LOCK = (
     "config.yaml",
@@ -94,9 +96,12 @@ def changed_keys(config: RunConfig) -> list[str]:
     return [lines[key] for key in differing if _within(key, _TOLD)]
 
 
-def write_config(config: RunConfig) -> None:
-    """Write the resolved config.yaml."""
+def write_folder(config: RunConfig, plan: Plan, tokenizer: Tokenizer) -> None:
+    """Write the resolved config.yaml, plan.yaml and the tokenizer."""
+    config.run.dir.mkdir(parents=True, exist_ok=True)
     _write_whole(config.run.dir / CONFIG, dump_config(config))
+    _write_whole(config.run.dir / PLAN, plan.to_yaml())
+    tokenizer.save(config.run.dir)
 
 
 def _write_whole(path: Path, text: str) -> None:

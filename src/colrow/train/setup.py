@@ -1,18 +1,20 @@
 """From a config to a model that trains: the one place that shows the order.
 
-    config -> model on the meta device -> plan -> checks
+    config -> model on the meta device -> plan -> pipeline stages
            -> tensor parallelism -> activation checkpointing -> compile, block by block -> data parallelism
            -> memory -> weights -> optimizer
 
-Each comes before the next for a reason. The plan goes first because styles look for the model's own modules.
-Checkpointing wraps a block whose collectives are in place, so that recomputation repeats them; compile traces what
-checkpointing wraps; FSDP2's hooks stay outside the compiled graph. Memory is taken when every parameter has its final
-placement, so that no rank ever holds the whole model; and the optimizer sees the parameters that training changes.
+Each comes before the next for a reason. Stages are cut while a copy costs nothing. The plan goes next because styles
+look for the model's own modules. Checkpointing wraps a block whose collectives are in place, so that recomputation
+repeats them; compile traces what checkpointing wraps; FSDP2's hooks stay outside the compiled graph. Memory is taken
+when every parameter has its final placement, so that no rank ever holds the whole model; and the optimizer sees the
+parameters that training changes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,35 +23,40 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.checkpoint.weights import fill_seeded, materialize
 from colrow.config import RunConfig
+from colrow.data.loader import check_batch
 from colrow.errors import ConfigError
+from colrow.parallel.activation_checkpoint import apply_activation_checkpoint
 from colrow.parallel.data_parallel import apply_data_parallel
+from colrow.parallel.grad_norm import norm_groups
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
 from colrow.plans.presets import PRESETS
 from colrow.train.optimizer import build_optimizer
 from colrow.train.source import Source, build_source
-from colrow.train.step import ForwardBackward, Step, WholeModel
-
-NORM_AXES = ("pp", "dp_shard", "tp")
+from colrow.train.step import PipelinedModel, Step, WholeModel, mean_cross_entropy
 
 
 @dataclass(frozen=True)
 class Training:
     """A model that is ready to train, on this rank's part of the mesh."""
 
-    model: nn.Module
+    modules: list[nn.Module]
+    """The model, or this rank's pipeline stages of it."""
     source: Source
     plan: Plan
     mesh: DeviceMesh
     device: torch.device
-    precision: str
+    compute: torch.dtype
     compiled: bool
     step: Step
-    optimizer: torch.optim.Optimizer
+    parameters: int
+    """Of the whole model."""
+    tied: dict[str, str] = field(default_factory=dict)
+    """Parameters here that are copies of another stage's, by the original's name."""
 
     @property
-    def forward_backward(self) -> ForwardBackward:
-        return self.step.forward_backward
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self.step.optimizer
 
 
 def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device) -> Training:
@@ -59,42 +66,79 @@ def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device) -> Trainin
         ConfigError, PlanError: something does not fit; `preflight.check` finds the same without processes.
     """
     source = build_source(config.model, config.run.seed)
-    model, plan = source.model, choose_plan(config, source.model)
-    compute = compute_dtype(config, device)
-    compiled = compiles(config, device)
+    plan = choose_plan(config, source.model)
+    compute, compiled = compute_dtype(config, device), compiles(config, device)
+    parameters = sum(param.numel() for param in source.model.parameters())
 
-    if source.weights == "built":
+    def prepare(model: nn.Module, blocks: list[nn.Module], absent: Iterable[str] = ()) -> None:
+        if source.weights == "built":
+            materialize(model, device)
+        parallelize(model, plan, mesh, absent=absent)
+        apply_activation_checkpoint(blocks, config.train.activation_checkpoint)
+        if compiled:
+            for block in blocks:
+                compile_forward(block)
+        apply_data_parallel(
+            model,
+            mesh,
+            blocks,
+            param_dtype=None if compute == torch.float32 else compute,
+            reshard_after_forward=config.fsdp.reshard_after_forward,
+        )
         materialize(model, device)
-    parallelize(model, plan, mesh)
-    blocks = blocks_of(model)
-    if config.train.activation_checkpoint != "none":
-        from colrow.parallel.activation_checkpoint import apply_activation_checkpoint
+        fill(model, source, config.run.seed)
 
-        apply_activation_checkpoint(model, config.train.activation_checkpoint)
-        blocks = blocks_of(model)
-    if compiled:
-        for block in blocks:
-            compile_forward(block)
-    apply_data_parallel(
-        model,
+    if config.mesh.pp == 1:
+        prepare(source.model, blocks_of(source.model))
+        whole = WholeModel(source.model, plan, mesh, device)
+        params = list(source.model.parameters())
+        step = build_step(config, mesh, whole, params, params)
+        return Training([source.model], source, plan, mesh, device, compute, compiled, step, parameters)
+
+    # torch's pipelining imports the compiler, which takes seconds that other meshes need not wait
+    from colrow.parallel.pipeline import build_pipeline
+    from colrow.parallel.pipeline_stage import Stage
+
+    def prepare_stage(stage: Stage) -> None:
+        prepare(stage.module, stage.blocks, stage.absent)
+
+    train = config.train
+    runner = build_pipeline(
+        source.model,
+        plan,
         mesh,
-        blocks,
-        param_dtype=None if compute == torch.float32 else compute,
-        reshard_after_forward=reshards(config),
+        mean_cross_entropy,
+        config.pipeline,
+        prepare_stage,
+        micro_batches=check_batch(train.global_batch, train.micro_batch, config.mesh.dp),
+        micro_batch=train.micro_batch,
+        seq_len=config.data.seq_len,
+        dtype=compute,
     )
-    materialize(model, device)
-    fill(source, config.run.seed)
+    stages = [stage.module for stage in runner.stages]
+    tied = {copy: original for stage in runner.stages for copy, original in stage.copies.items()}
+    pipeline = PipelinedModel(runner, stages, device)
+    step = build_step(config, mesh, pipeline, list(runner.parameters()), list(runner.counted_parameters()))
+    return Training(stages, source, plan, mesh, device, compute, compiled, step, parameters, tied)
 
-    params = [param for param in model.parameters() if param.requires_grad]
-    optimizer = build_optimizer(params, config.train)
-    step = Step(
-        forward_backward=WholeModel(model, plan, mesh, device),
-        params=params,
-        optimizer=optimizer,
-        norm_groups=[mesh[axis].get_group() for axis in NORM_AXES if mesh[axis].size() > 1],
+
+def build_step(
+    config: RunConfig,
+    mesh: DeviceMesh,
+    forward_backward: WholeModel | PipelinedModel,
+    params: list[nn.Parameter],
+    counted: list[nn.Parameter],
+) -> Step:
+    """The optimizer over `params`, and the step that runs it; `counted` are those that the gradient's norm sums."""
+    trainable = [param for param in params if param.requires_grad]
+    return Step(
+        forward_backward=forward_backward,
+        params=trainable,
+        counted=[param for param in counted if param.requires_grad],
+        optimizer=build_optimizer(trainable, config.train),
+        norm_groups=norm_groups(mesh),
         section=config.train,
     )
-    return Training(model, source, plan, mesh, device, precision_name(compute), compiled, step, optimizer)
 
 
 def choose_plan(config: RunConfig, model: nn.Module) -> Plan:
@@ -128,20 +172,9 @@ def compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
 
 
-def precision_name(compute: torch.dtype) -> str:
-    return "fp32" if compute == torch.float32 else "bf16 compute, fp32 weights and gradient reduction"
-
-
 def compiles(config: RunConfig, device: torch.device) -> bool:
     """Whether blocks are compiled: as asked, else on GPUs."""
     return device.type == "cuda" if config.train.compile is None else config.train.compile
-
-
-def reshards(config: RunConfig) -> bool:
-    """Whether FSDP frees gathered parameters after a block's forward: as asked, else where they are sharded and no
-    pipeline would gather them again for each micro-batch."""
-    asked = config.fsdp.reshard_after_forward
-    return config.mesh.dp_shard > 1 and config.mesh.pp == 1 if asked is None else asked
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -153,15 +186,15 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 def compile_forward(block: nn.Module) -> None:
     """Compile a block's forward in place: its name in the model stays, and hooks on the block run outside."""
-    block.forward = torch.compile(block.forward, fullgraph=True)  # type: ignore[method-assign]
+    block.forward = torch.compile(block.forward, fullgraph=True)
 
 
-def fill(source: Source, seed: int) -> None:
-    """Bring the weights in, each rank its own part."""
+def fill(model: nn.Module, source: Source, seed: int) -> None:
+    """Bring the weights of the model, or of a stage of it, in: each rank its own part."""
     if source.weights == "seeded":
-        fill_seeded(source.model, seed)
+        fill_seeded(model, seed)
     elif source.weights == "folder":
         from colrow.checkpoint.huggingface import load_weights
 
         assert source.folder is not None
-        load_weights(source.model, source.folder)
+        load_weights(model, source.folder)

@@ -7,18 +7,20 @@ many tokens, that is the global mean. What a rank reports is its part, so that a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from colrow.config import TrainSection
+from colrow.parallel.data_parallel import set_last_micro_batch
 from colrow.parallel.grad_norm import align_gradients, clip_gradients, grad_norm
 from colrow.parallel.loss import logits_of as logits_of
 from colrow.parallel.loss import loss_context, model_loss
@@ -26,6 +28,9 @@ from colrow.plans.plan import Plan
 from colrow.train.attention import preferred_attention
 from colrow.train.optimizer import set_learning_rate
 from colrow.train.schedule import learning_rate
+
+if TYPE_CHECKING:
+    from colrow.parallel.pipeline import PipelineRunner
 
 Batch = tuple[Tensor, Tensor]
 """ids and targets, each [micro_batch, seq_len]"""
@@ -37,8 +42,14 @@ class ForwardBackward(Protocol):
     def __call__(self, batches: Sequence[Batch]) -> Tensor:
         """This rank's micro-batches -> their mean loss, a scalar; zero on a rank that computes no loss."""
 
-    def evaluate(self, batches: Iterable[Batch]) -> Tensor:
+    def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         """The mean loss of micro-batches without gradients, likewise."""
+
+
+def mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over tokens of -log p(target), in fp32 (fp64 for fp64 logits). Logits [B, T, V], targets [B, T]."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 class WholeModel:
@@ -54,8 +65,7 @@ class WholeModel:
         tokens = sum(targets.numel() for _, targets in batches)
         total = torch.zeros((), device=self._device)
         for i, (ids, targets) in enumerate(batches):
-            if isinstance(self._model, FSDPModule):
-                self._model.set_requires_gradient_sync(i == len(batches) - 1)
+            set_last_micro_batch(self._model, i == len(batches) - 1)
             with loss_context(self._plan, self._mesh), preferred_attention(self._device):
                 loss = model_loss(self._model, self._plan, self._mesh, ids, targets, num_valid=tokens)
                 loss.backward()
@@ -63,7 +73,7 @@ class WholeModel:
         return total
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> Tensor:
+    def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         total, tokens = torch.zeros((), device=self._device), 0
         for ids, targets in batches:
             with loss_context(self._plan, self._mesh), preferred_attention(self._device):
@@ -73,17 +83,37 @@ class WholeModel:
         return total / max(tokens, 1)
 
 
+class PipelinedModel:
+    """Forward and backward of this rank's pipeline stages. Every stage knows the loss."""
+
+    def __init__(self, runner: PipelineRunner, stages: Sequence[nn.Module], device: torch.device) -> None:
+        self._runner, self._stages, self._device = runner, stages, device
+
+    def __call__(self, batches: Sequence[Batch]) -> Tensor:
+        with preferred_attention(self._device):
+            return self._runner.forward_backward(*_joined(batches))
+
+    def evaluate(self, batches: Sequence[Batch]) -> Tensor:
+        with preferred_attention(self._device):
+            loss = self._runner.evaluate(*_joined(batches))
+        for stage in self._stages:
+            reshard(stage)
+        return loss
+
+
 @dataclass
 class Step:
     """Everything that an optimizer step needs.
 
     Args:
-        params: the rank's parameters as the optimizer holds them.
+        params: this rank's parameters as the optimizer holds them.
+        counted: those whose gradients count in the norm: without copies of another pipeline stage's.
         norm_groups: groups of the axes over which ranks hold different parts of the gradient.
     """
 
     forward_backward: ForwardBackward
     params: list[nn.Parameter]
+    counted: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
     norm_groups: list[dist.ProcessGroup]
     section: TrainSection
@@ -97,7 +127,7 @@ class Step:
         """
         loss = self.forward_backward(batches)
         align_gradients(self.params)
-        norm = grad_norm(self.params, self.norm_groups)
+        norm = grad_norm(self.counted, self.norm_groups)
         if self.section.grad_clip is not None:
             clip_gradients(self.params, norm, self.section.grad_clip)
         set_learning_rate(self.optimizer, learning_rate(step, self.section))
@@ -115,3 +145,8 @@ def reshard(model: nn.Module) -> None:
 
 def _local(loss: Tensor) -> Tensor:
     return loss.full_tensor() if isinstance(loss, DTensor) else loss
+
+
+def _joined(batches: Sequence[Batch]) -> Batch:
+    ids, targets = zip(*batches, strict=True)
+    return torch.cat(ids), torch.cat(targets)

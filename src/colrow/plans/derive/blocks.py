@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from torch.fx import Node
 
 from colrow.plans.derive.axes import Atom, find, leaves
-from colrow.plans.derive.choose import Choice
 from colrow.plans.derive.flow import Flow, Flows, Kind
 from colrow.plans.derive.infer import is_float, op_name
 from colrow.plans.derive.trace import is_boundary, label_of
@@ -130,6 +129,7 @@ class BlockFinder:
         if not differentiable or not outputs:
             return None
         own = set(outputs)
+        deferred = deferred or any(self.owners[n] == module for n in reductions)
         exits = set() if deferred else self.ends(reductions) - own
         kinds = dict.fromkeys(differentiable, Kind.R)
         for _ in range(len(differentiable) + 1):
@@ -205,7 +205,11 @@ class BlockFinder:
                 within = [n for m, ns in components.items() if m == where or m.startswith(where + ".") for n in ns]
                 modes = (
                     (True, False)
+<<<<<<< HEAD
                     if len({self.owners[n] for n in within}) > 1 or best is not None and best.deferred
+=======
+                    if len({self.owners[n] for n in within}) > 1 or (best is not None and best.deferred)
+>>>>>>> main
                     else (False, True)
                 )
                 block = next((b for mode in modes if (b := self.attempt(where, within, mode))), None)

@@ -27,9 +27,48 @@ from colrow.plans.derive.infer import AxisInference, op_name
 from colrow.plans.derive.trace import is_boundary, label_of, module_path
 
 LINEAR_OPS = frozenset(
-    """mul div neg sum mean view reshape _unsafe_view transpose permute unsqueeze squeeze expand index index_select
-    slice select cat stack to _to_copy clone contiguous alias detach dropout type_as float half bfloat16 double t
-    boundary repeat split split_with_sizes chunk getitem unbind flatten""".split()
+    [
+        "mul",
+        "div",
+        "neg",
+        "sum",
+        "mean",
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "transpose",
+        "permute",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "index",
+        "index_select",
+        "slice",
+        "select",
+        "cat",
+        "stack",
+        "to",
+        "_to_copy",
+        "clone",
+        "contiguous",
+        "alias",
+        "detach",
+        "dropout",
+        "type_as",
+        "float",
+        "half",
+        "bfloat16",
+        "double",
+        "t",
+        "boundary",
+        "repeat",
+        "split",
+        "split_with_sizes",
+        "chunk",
+        "getitem",
+        "unbind",
+        "flatten",
+    ]
 )
 """Operators that commute with the sum over ranks in their first operand."""
 SUMS = frozenset(("add", "sub", "index_add", "scatter_add", "stack", "cat"))
@@ -107,9 +146,13 @@ class Flows:
             elif node in inputs:
                 if node not in self.inference.params and node.name not in self.inference._inputs:
                     found.add(node)
+<<<<<<< HEAD
             elif node.op != "output" and all(i in found for i in node.all_input_nodes):
                 found.add(node)
             elif op_name(node) in (
+=======
+            elif (node.op != "output" and all(i in found for i in node.all_input_nodes)) or op_name(node) in (
+>>>>>>> main
                 "zeros_like",
                 "ones_like",
                 "full_like",
@@ -222,7 +265,7 @@ class Flows:
                 self._owned_bias(node, i, kind) or self._zeros(i) or self._index_like(i) for i, kind in others.items()
             )
         elif name in ("index_put", "scatter"):
-            legal = len(partial) == 1 and node.args[-1] in partial or self._zeros(node.args[0])
+            legal = (len(partial) == 1 and node.args[-1] in partial) or self._zeros(node.args[0])
         if any(kind is Kind.S or kind is Kind.I for kind in others.values()):
             legal = False
         if not legal:

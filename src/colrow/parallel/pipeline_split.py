@@ -1,0 +1,184 @@
+"""Where a model is cut into pipeline stages, and what a schedule asks of a config. No process group is needed.
+
+A cut is written as the first layer of each stage after the first: (8, 16, 24) makes four stages. The embedding goes
+with the first layer and the head with the last, so the balance counts their costs there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from itertools import accumulate
+from math import inf
+
+from colrow.config import RunConfig
+from colrow.errors import ConfigError
+from colrow.models.llama import LlamaConfig
+from colrow.models.shapes import flops_per_token
+
+# The embedding does no products. What it costs is its gradient, a whole table for every micro-batch: written as
+# zeros, filled, and added to the sum, about 12 bytes an element. An H100 does some 200 FLOP in the time of one byte.
+_EMBEDDING_FLOP = 12 * 200
+
+
+def layer_costs(config: LlamaConfig, seq_len: int, micro_batch: int) -> list[float]:
+    """FLOPs for one token of each layer, forward and backward; the first counts the embedding too, the last the head.
+
+    Args:
+        seq_len: tokens in a sequence.
+        micro_batch: sequences in a micro-batch.
+    """
+    table = config.vocab_size * config.hidden_size
+    layers = flops_per_token(config, seq_len, causal=True) - 6 * table
+    costs = [layers / config.num_hidden_layers] * config.num_hidden_layers
+    costs[0] += _EMBEDDING_FLOP * table / (seq_len * micro_batch)
+    costs[-1] += 6 * table
+    return costs
+
+
+def split_layers(costs: Sequence[float], stages: int) -> tuple[int, ...]:
+    """The cut into `stages` runs of layers whose dearest run is cheapest: first layer of each stage after the first.
+
+    Of such cuts the evenest (least sum of squares), and of those the one with fewer layers at the front, where more
+    micro-batches are in flight.
+
+    Raises:
+        ConfigError: there are more stages than layers.
+    """
+    layers = len(costs)
+    if stages > layers:
+        raise ConfigError(f"{stages} pipeline stages are more than the model's {layers} layers: use {layers} or fewer")
+    before = [0.0, *accumulate(costs)]
+
+    def run(first: int, end: int) -> float:
+        """Layers first..end as a share of all, rounded so that equal runs compare equal."""
+        return round((before[end] - before[first]) / before[-1], 9)
+
+    def ends(first: int, stages: int) -> range:
+        return range(first + 1, layers - stages + 2)
+
+    @cache
+    def dearest(first: int, stages: int) -> float:
+        if stages == 1:
+            return run(first, layers)
+        return min(max(run(first, end), dearest(end, stages - 1)) for end in ends(first, stages))
+
+    limit = dearest(0, stages)
+
+    @cache
+    def evenest(first: int, stages: int) -> tuple[float, tuple[int, ...]]:
+        if stages == 1:
+            return _square_within(run(first, layers), limit), ()
+        rests = ((end, *evenest(end, stages - 1)) for end in ends(first, stages))
+        return min((round(_square_within(run(first, end), limit) + rest, 9), (end, *cut)) for end, rest, cut in rests)
+
+    return evenest(0, stages)[1]
+
+
+def _square_within(run: float, limit: float) -> float:
+    return run * run if run <= limit else inf
+
+
+def micro_batches(config: RunConfig) -> int:
+    """Micro-batches of one data-parallel rank in one step.
+
+    Raises:
+        ConfigError: global_batch does not divide into them.
+    """
+    train, dp = config.train, config.mesh.dp
+    unit = dp * train.micro_batch
+    if train.global_batch % unit:
+        below = train.global_batch // unit * unit
+        near = f"{below} or {below + unit}" if below else str(unit)
+        raise ConfigError(
+            f"train.global_batch={train.global_batch} is not divisible by dp={dp} × micro_batch={train.micro_batch}: "
+            f"use {near}"
+        )
+    return train.global_batch // unit
+
+
+def stage_count(config: RunConfig) -> int:
+    """Pipeline stages over all ranks."""
+    return config.mesh.pp * config.pipeline.stages_per_rank
+
+
+def check_pipeline(config: RunConfig, layers: int) -> None:
+    """Raise ConfigError, with the mend, when the pipeline of this config cannot run on a model of `layers` layers."""
+    pp, pipeline = config.mesh.pp, config.pipeline
+    if pp == 1:
+        return
+    looped = pipeline.schedule in ("interleaved_1f1b", "zero_bubble")
+    if pipeline.stages_per_rank > 1 and not looped:
+        raise ConfigError(
+            f"pipeline.schedule={pipeline.schedule} runs one stage on each rank, and stages_per_rank is "
+            f"{pipeline.stages_per_rank}: use schedule interleaved_1f1b, or stages_per_rank 1"
+        )
+    if pipeline.stages_per_rank == 1 and pipeline.schedule == "interleaved_1f1b":
+        raise ConfigError(
+            "pipeline.schedule=interleaved_1f1b needs several stages on each rank: set pipeline.stages_per_rank to 2, "
+            "or use schedule 1f1b"
+        )
+    _check_cut(config, layers)
+    _check_micro_batches(config)
+    if pipeline.schedule == "zero_bubble":
+        if config.train.activation_checkpoint != "none":
+            raise ConfigError(
+                "pipeline.schedule=zero_bubble runs backward in two parts, each of which would recompute the forward: "
+                "set train.activation_checkpoint to none, or use schedule 1f1b"
+            )
+        if config.train.compile:
+            raise ConfigError(
+                "pipeline.schedule=zero_bubble splits backward into two parts, which a compiled backward cannot be: "
+                "set train.compile to false, or use schedule 1f1b"
+            )
+
+
+def _check_cut(config: RunConfig, layers: int) -> None:
+    pp, per_rank, stages = config.mesh.pp, config.pipeline.stages_per_rank, stage_count(config)
+    if stages > layers:
+        fits = [n for n in range(1, layers + 1) if n * per_rank <= layers]
+        mend = (
+            f"use mesh.pp {fits[-1]} or less" if fits else f"use pipeline.stages_per_rank {layers // pp or 1} or less"
+        )
+        raise ConfigError(
+            f"mesh.pp={pp}{f' × stages_per_rank={per_rank}' if per_rank > 1 else ''} makes {stages} pipeline stages, "
+            f"more than the model's {layers} layers: {mend}"
+        )
+    split = config.pipeline.split
+    if split is None:
+        return
+    if len(split) != stages - 1:
+        raise ConfigError(
+            f"pipeline.split={list(split)} makes {len(split) + 1} stages, and pp={pp} × stages_per_rank={per_rank} "
+            f"needs {stages}: give {stages - 1} first layers, or leave split out"
+        )
+    ascending = all(a < b for a, b in zip((0, *split), (*split, layers), strict=True))
+    if not ascending:
+        raise ConfigError(
+            f"pipeline.split={list(split)} does not rise within 1..{layers - 1}: each entry is the first layer of a "
+            f"stage after the first, such as {list(split_layers([1.0] * layers, stages))}"
+        )
+
+
+def _check_micro_batches(config: RunConfig) -> None:
+    pp, schedule, train = config.mesh.pp, config.pipeline.schedule, config.train
+    count = micro_batches(config)
+    if _runs(schedule, pp, count):
+        return
+    unit = config.mesh.dp * train.micro_batch
+    near = [n for n in range(max(1, count - pp), count + 2 * pp + 1) if _runs(schedule, pp, n)]
+    above = next(n for n in near if n > count)
+    below = [n for n in near if n < count]
+    needs = f"at least {pp}" if schedule == "1f1b" else "whole rounds of at least pp"
+    values = " or ".join(str(n * unit) for n in (*below[-1:], above))
+    raise ConfigError(
+        f"pipeline.schedule={schedule} over pp={pp} needs {needs} micro-batches, and global_batch={train.global_batch} "
+        f"with dp={config.mesh.dp} and micro_batch={train.micro_batch} makes {count}: use train.global_batch {values}, "
+        "a smaller train.micro_batch, or pipeline.schedule gpipe"
+    )
+
+
+def _runs(schedule: str, pp: int, count: int) -> bool:
+    if schedule == "gpipe":
+        return True
+    return count >= pp and (schedule == "1f1b" or count % (count // pp) == 0)

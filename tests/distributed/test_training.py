@@ -1,0 +1,141 @@
+"""Whole runs on two ranks: what a stop, a resume and a divergence leave behind."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from colrow.config import RunConfig, parse_config
+from colrow.data.prepare import prepare
+from colrow.train.loop import DivergedError
+from colrow.train.metrics import read_metrics
+from colrow.train.progress import Progress
+from colrow.train.rank import train_run
+from distributed.harness import Ranks
+
+pytestmark = pytest.mark.distributed
+
+
+def tiny(folder: Path, run: str, **train: Any) -> RunConfig:
+    """A one-layer model on a small text of the project's own, in `folder`."""
+    return parse_config(
+        {
+            "run": {"dir": str(folder / run)},
+            "model": {"shape": "laptop", "layers": 1},
+            "data": {
+                "corpus": str(folder / "*.txt"),
+                "seq_len": 32,
+                "tokenizer": {"vocab_size": 300},
+                "validation_fraction": 0.2,
+                "cache": str(folder / "cache"),
+                "workers": 1,
+            },
+            "mesh": {"tp": 2},
+            "train": {"steps": 6, "global_batch": 4, "micro_batch": 2, "lr": 1e-3, "warmup_steps": 2, **train},
+            "eval": {"every": 3, "batches": 1},
+            "checkpoint": {"every": 2},
+            "sample": {"tokens": 4},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("training")
+    words = [f"row {i} times column {i * i % 97} is {i * 31 % 89}." for i in range(4000)]
+    (folder / "text.txt").write_text("\n\n".join(words), encoding="utf-8")
+    return folder
+
+
+def figures(run: Path) -> list[dict[str, float]]:
+    """The records without what the clock says."""
+    return [{k: v for k, v in record.items() if k != "tokens_per_second"} for record in read_metrics(run)]
+
+
+def train(device: str, config: RunConfig, stop_after: int | None = None) -> tuple[int, bool, str]:
+    """One run, which rank 1 alone asks to stop after `stop_after` steps."""
+    import torch.distributed as dist
+
+    here = torch.device(device, dist.get_rank()) if device == "cuda" else torch.device(device)
+    mesh = config.mesh.build(device, dist.get_world_size())
+    asked = 0
+
+    def stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return stop_after is not None and dist.get_rank() == 1 and asked >= stop_after
+
+    text = io.StringIO()
+    progress = Progress(dist.get_rank() == 0, config.train.steps, 1, text)
+    data = prepare(config.data, 4096, progress=False)
+    outcome = train_run(config, data, mesh, here, progress, "colrow train tiny.yaml", stop)
+    return outcome.step, outcome.stopped, text.getvalue()
+
+
+def stop_and_continue(device: str, folder: Path) -> list[Any]:
+    whole = train(device, tiny(folder, "whole"))
+    parts = tiny(folder, "parts")
+    stopped = train(device, parts, stop_after=3)
+    with (parts.run.dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": 99, "loss": 1.0}) + '\n{"torn')  # steps that no checkpoint holds
+    return [whole, stopped, train(device, parts)]
+
+
+def diverge(device: str, folder: Path) -> str:
+    try:
+        train(device, tiny(folder, "diverged", lr=1e30, warmup_steps=0, grad_clip=None, steps=8))
+    except DivergedError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_stopped_run_continues_bit_for_bit(ranks: Ranks, folder: Path) -> None:
+    results = ranks(2).run(stop_and_continue, folder)
+    for whole, stopped, continued in results:
+        assert whole[:2] == (6, False)
+        assert 3 <= stopped[0] <= 4  # on GPUs the request is read a step later
+        assert stopped[1]
+        assert continued[:2] == (6, False)
+    assert "colrow train tiny.yaml" in results[0][1][2]
+    assert "continues" in results[0][2][2]
+    want = figures(folder / "whole" / "metrics.jsonl")
+    assert [record["step"] for record in want] == [1, 2, 3, 4, 5, 6]
+    assert [record["step"] for record in want if "val_loss" in record] == [3, 6]
+    assert figures(folder / "parts" / "metrics.jsonl") == want
+
+
+def test_another_seed_gives_other_figures(ranks: Ranks, folder: Path) -> None:
+    """The negative control of the comparison above."""
+    config = tiny(folder, "seed", steps=1, warmup_steps=0)
+    ranks(2).run(train, config.model_copy(update={"run": config.run.model_copy(update={"seed": 1})}))
+    assert (
+        figures(folder / "seed" / "metrics.jsonl")[0]["loss"] != figures(folder / "whole" / "metrics.jsonl")[0]["loss"]
+    )
+
+
+def test_a_finished_run_leaves_all_its_files(ranks: Ranks, folder: Path) -> None:
+    ranks(2).run(train, tiny(folder, "whole"))
+    run = folder / "whole"
+    names = {path.name for path in run.iterdir()}
+    assert names >= {"config.yaml", "plan.yaml", "tokenizer.json", "metrics.jsonl", "loss.png", "loss.svg"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-4", "step-6"}
+    assert (run / "export" / "config.json").exists()
+    last = read_metrics(run / "metrics.jsonl")[-1]
+    assert last["tokens"] == 6 * 4 * 32
+    assert last["perplexity"] == pytest.approx(math.exp(last["val_loss"]))
+
+
+def test_a_diverged_run_stops_on_every_rank_and_keeps_its_checkpoint(ranks: Ranks, folder: Path) -> None:
+    for text in ranks(2).run(diverge, folder):
+        assert "has diverged" in text
+        assert "Try a lower train.lr" in text
+    saved = {path.name for path in (folder / "diverged").rglob("step-*")}
+    assert "step-8" not in saved
+    for record in read_metrics(folder / "diverged" / "metrics.jsonl"):
+        assert math.isfinite(record["loss"])
