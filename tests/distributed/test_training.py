@@ -139,3 +139,31 @@ def test_a_diverged_run_stops_on_every_rank_and_keeps_its_checkpoint(ranks: Rank
     assert "step-8" not in saved
     for record in read_metrics(folder / "diverged" / "metrics.jsonl"):
         assert math.isfinite(record["loss"])
+
+
+def compiled_and_eager(device: str, folder: Path) -> list[tuple[float, float]]:
+    """Loss and gradient norm of one step, with blocks compiled and not, with activations recomputed or not."""
+    import torch.distributed as dist
+
+    from colrow.train import setup
+    from colrow.train.compile import compile_forward
+
+    here = torch.device(device, dist.get_rank()) if device == "cuda" else torch.device(device)
+    ids = torch.randint(0, 4096, (2, 33), generator=torch.Generator().manual_seed(3)).to(here)
+    found = []
+    setup.compile_forward = lambda block: compile_forward(block, backend="aot_eager")
+    try:
+        for compiled, recompute in ((False, "none"), (True, "none"), (True, "selective"), (True, "full")):
+            config = tiny(folder, "compiled", compile=compiled, precision="fp32", activation_checkpoint=recompute)
+            training = setup.set_up(config, config.mesh.build(device, dist.get_world_size()), here)
+            loss, norm = training.step(0, [(ids[:, :-1], ids[:, 1:])])
+            found.append((loss.item(), norm.item()))
+    finally:
+        setup.compile_forward = compile_forward
+    return found
+
+
+def test_compiled_blocks_give_the_eager_loss_and_gradient(ranks: Ranks, folder: Path) -> None:
+    for eager, *others in ranks(2).run(compiled_and_eager, folder):
+        for other in others:
+            assert other == pytest.approx(eager, rel=1e-5)

@@ -212,5 +212,30 @@ torch.library.register_autograd("colrow::scatter_sum", _differentiate_scatter, s
 torch.library.register_autograd("colrow::gather", _differentiate_gather, setup_context=_save_group)
 
 
+def traffic(operator: str, args: tuple[Any, ...], outputs: list[Tensor]) -> list[tuple[str, Tensor, int]]:
+    """The collectives inside an operator's call: kind, what is sent, bytes of the larger side. For dry runs, which see
+    the operator and not what is inside; empty for other operators."""
+
+    def one(kind: str, part: Tensor, group: str) -> tuple[str, Tensor, int]:
+        return kind, part, part.numel() * part.element_size() * group_named(group).size()
+
+    match operator:
+        case "column_forward":
+            return [one("all_gather", args[0], args[2])]
+        case "column_backward":
+            dx, _ = outputs
+            again = [] if args[4] or not args[6] else [one("all_gather", args[1], args[3])]
+            return [*again, *([one("reduce_scatter", dx, args[3])] if args[5] else [])]
+        case "row_forward":
+            return [one("reduce_scatter", outputs[0], args[2])]
+        case "row_backward":
+            return [one("all_gather", args[0], args[3])]
+        case "scatter_sum":
+            return [one("reduce_scatter", outputs[0], args[1])]
+        case "gather":
+            return [one("all_gather", args[0], args[1])]
+    return []
+
+
 def _joined(weights: list[Tensor]) -> Tensor:
     return weights[0] if len(weights) == 1 else torch.cat(weights)

@@ -246,6 +246,9 @@ def _run_sharded(
                 loss.backward()
     except Exception as error:
         run.failure = Failure(error, "" if backward else where.innermost(), backward)
+    if plan.loss == "linear":  # its head gives the loss in the place of logits
+        for name in [name for name, style in plan.modules.items() if style.name == "linear_head"]:
+            run.outputs.pop(copy.original(name), None)
     run.views = dict(views.calls)
     run.slips = watch.slips
     run.class_losses = watch.class_losses

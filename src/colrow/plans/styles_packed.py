@@ -185,7 +185,14 @@ def _weight_dims(site: Site, style: str) -> tuple[int, int]:
         raise PlanError(
             f"{site.fqn}: style {style} is for a module with a two-dimensional weight, not {type(module).__name__}"
         )
-    return (0, 1) if isinstance(module, nn.Linear) or not hasattr(module, "nf") else (1, 0)
+    return (1, 0) if is_transposed(module) else (0, 1)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether weights are [in, out]: transformers' Conv1D, and stacked experts that say so."""
+    if isinstance(module, nn.Linear):
+        return False
+    return hasattr(module, "nf") or bool(getattr(module, "is_transposed", False))
 
 
 def _numbers(value: Any) -> Any:

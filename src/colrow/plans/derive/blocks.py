@@ -205,11 +205,7 @@ class BlockFinder:
                 within = [n for m, ns in components.items() if m == where or m.startswith(where + ".") for n in ns]
                 modes = (
                     (True, False)
-<<<<<<< HEAD
-                    if len({self.owners[n] for n in within}) > 1 or best is not None and best.deferred
-=======
                     if len({self.owners[n] for n in within}) > 1 or (best is not None and best.deferred)
->>>>>>> main
                     else (False, True)
                 )
                 block = next((b for mode in modes if (b := self.attempt(where, within, mode))), None)

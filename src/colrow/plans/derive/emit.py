@@ -168,7 +168,7 @@ class Emitter:
     def _column(self, name: str, dim: Dim, in_local: bool) -> None:
         kv = self._repeated(dim)
         if kv is not None:
-            if in_local or not self._is_linear(self._module(name)) or len([a for a in leaves(dim)]) > 2:
+            if in_local or not self._is_linear(self._module(name)) or len(leaves(dim)) > 2:
                 raise SplitError({kv}, f"the kv heads of {name} do not divide, and it is not a plain k or v projection")
             group = find(self.choice.groups[kv]).size
             rest = self._module(name).out_features // kv.size  # type: ignore[operator]
@@ -284,7 +284,7 @@ class Emitter:
         if named:
             style["input_kwargs"] = dict(sorted(named.items()))
             if not local:
-                style["desired_kwargs"] = {k: "replicate" for k in style["input_kwargs"]}
+                style["desired_kwargs"] = dict.fromkeys(style["input_kwargs"], "replicate")
         if local and (slices := self._slices(block)):
             style["slices"] = slices
         if local and block.deferred:
@@ -353,10 +353,8 @@ class Emitter:
         ]:
             label = label_of(node)
             if (
-                label.module in self.out.modules
-                and self.out.modules[label.module].get("style") != "prepare_input"
-                or "." in label.path
-            ):
+                label.module in self.out.modules and self.out.modules[label.module].get("style") != "prepare_input"
+            ) or "." in label.path:
                 raise SplitError(set(), f"{label.module} has a style already")
             style = self.out.modules.setdefault(label.module, {"style": "prepare_input", "use_local_output": True})
             if label.path.isdigit():

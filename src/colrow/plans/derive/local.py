@@ -216,7 +216,7 @@ class LocalCheck:
                 why = self.quick(attributes) or self.mismatch(attributes)
                 if why is None:
                     return attributes
-                first = why if first is None or candidates is not None and why.startswith("in|") else first
+                first = why if first is None or (candidates is not None and why.startswith("in|")) else first
             if candidates is None:
                 candidates = self.candidates()
                 groups = sorted(candidates, key=lambda key: (not LIKELY.search(key[1]), key))
@@ -294,7 +294,7 @@ def _record_reads(name: str, module: nn.Module, found: dict[tuple[str, str], int
             found[(name, key)] = value
 
     def read(self: nn.Module, key: str) -> Any:
-        value = super(kind, self).__getattribute__(key)  # type: ignore[misc]
+        value = base.__getattribute__(self, key)
         if type(value) is int and not key.startswith("_"):
             note(key, value)
         return value

@@ -40,11 +40,6 @@ class NoStreamError(Exception):
 
 
 def find_stream(
-<<<<<<< HEAD
-    traced: Trace, flows: Flows, finder: BlockFinder, entries: set[Node], exits: set[Node], early: bool
-) -> Stream:
-    """The stream from the embedding (`early`) or from the first layer's input, to the head.
-=======
     traced: Trace,
     flows: Flows,
     finder: BlockFinder,
@@ -55,7 +50,6 @@ def find_stream(
 ) -> Stream:
     """The stream from the embedding (`early`) or from the first layer's input, to the head or (`whole_head`) to the
     last norm before it.
->>>>>>> main
 
     Raises:
         NoStreamError: some operation on the way looks at more than one token.
