@@ -19,7 +19,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/train_step.py $(ARGS)
+	$(BIN)/colrow bench $(or $(ARGS),--shape laptop --tp 2 --seq-len 128 --micro-batch 4)
 
 format: $(STAMP)
 	$(BIN)/ruff format src tests

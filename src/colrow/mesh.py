@@ -72,6 +72,17 @@ class Mesh(BaseModel):
             f"or start {self.world_size} ranks"
         )
 
+    def warning_across_hosts(self, local_world_size: int) -> str | None:
+        """What to warn of when a tp group would span hosts of `local_world_size` ranks each; None when none does."""
+        if self.tp == 1 or self.world_size <= local_world_size or local_world_size % self.tp == 0:
+            return None
+        fits = max(d for d in _divisors(local_world_size) if self.tp % d == 0)
+        return (
+            f"tp={self.tp} spans hosts of {local_world_size} ranks: every layer's all-gathers and reduce-scatters then "
+            "wait for the network between hosts, many times slower than the links inside one; "
+            f"use tp={fits} and give the rest to dp_shard or pp"
+        )
+
 
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]

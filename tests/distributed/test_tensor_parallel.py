@@ -32,7 +32,7 @@ def parity_case(device: str, preset: str, loss: Any, name: str) -> dict[str, flo
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", parity.MODELS)
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("preset", ["llama", "article"])
+@pytest.mark.parametrize("preset", ["llama", "llama-fast", "article"])
 @pytest.mark.parametrize("tp", [2, 4])
 def test_gradients_equal_the_unsharded_model(ranks: Ranks, tp: int, preset: str, loss: str, name: str) -> None:
     for errors in ranks(tp).run(parity_case, preset, loss, name):

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Ranks
 
 from colrow.config import ModelSection, RunConfig, parse_config
 from colrow.data.prepare import prepare
@@ -19,6 +18,7 @@ from colrow.train.loop import DivergedError
 from colrow.train.metrics import read_metrics
 from colrow.train.progress import Progress
 from colrow.train.rank import train_run
+from distributed.harness import Ranks
 
 pytestmark = pytest.mark.distributed
 

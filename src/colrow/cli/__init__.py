@@ -13,6 +13,7 @@ VERBS = {
     "checkpoints": "list a run's checkpoints and their state",
     "export": "write a run's weights as a Hugging Face folder",
     "generate": "sample text from a run or an export",
+    "bench": "measure plans beside each other",
 }
 
 

@@ -18,7 +18,9 @@ from torch import Tensor
 from colrow.errors import ConfigError
 
 STD = 0.02
-_CHUNK = 1 << 16  # elements computed at a time: the temporaries, 24 bytes each, stay in a core's cache
+_CHUNK = {"cpu": 1 << 16, "cuda": 1 << 25}
+"""Elements computed at a time, 24 bytes of temporaries each: on a CPU they stay in a core's cache, on a GPU they are
+enough to fill it."""
 
 
 def init_tensor(
@@ -67,7 +69,7 @@ def _normal(
     """Standard normal numbers for a box of a matrix: index -> hashed 64 bits -> uniform -> inverse of the CDF."""
     out = torch.empty(*size, device=device)
     columns = torch.arange(offset[1], offset[1] + size[1], device=device)
-    step = max(1, _CHUNK // max(1, size[1]))
+    step = max(1, _CHUNK.get(torch.device(device).type, 1 << 16) // max(1, size[1]))
     for row in range(0, size[0], step):
         rows = torch.arange(offset[0] + row, offset[0] + min(row + step, size[0]), device=device)
         bits = _mix(rows[:, None] * shape[1] + columns, key)

@@ -35,6 +35,7 @@ _KEPT = {
     "aten::_scaled_dot_product_fused_attention_overrideable",
     "_c10d_functional::reduce_scatter_tensor",
     "_c10d_functional::all_reduce",
+    "colrow::row_forward",  # a product and its reduce-scatter in one
 }
 _PRODUCTS = {"aten::mm", "aten::addmm"}
 
@@ -49,13 +50,25 @@ def apply_activation_checkpoint(blocks: Iterable[nn.Module], mode: Mode) -> None
         raise ConfigError(f"unknown activation_checkpoint {mode!r}{did_you_mean(str(mode), MODES)}")
     if mode == "none":
         return
-    context: dict[str, Any] = {"context_fn": _selective} if mode == "selective" else {}
     for block in blocks:
-        forward: Callable[..., Any] = block.forward
-        block.forward = partial(checkpoint, forward, use_reentrant=False, **context)
+        block.forward = _selective(block.forward) if mode == "selective" else WholeBlock(block.forward)
 
 
-def _selective() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+class WholeBlock:
+    """A block's forward that runs again in backward."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(self.forward, *args, use_reentrant=False, **kwargs)
+
+
+def _selective(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return partial(checkpoint, forward, use_reentrant=False, context_fn=_contexts)
+
+
+def _contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     products = {False: 0, True: 0}  # seen in forward, in recomputation
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

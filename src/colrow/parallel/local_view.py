@@ -3,8 +3,10 @@
 torch's styles turn a module's inputs into DTensors so that they can meet its weights. Where the arithmetic of a
 shard is not DTensor's (a rank that uses some rows of a whole weight, a fused weight, a norm on local heads) the
 module has to see local tensors, while the optimizer, clipping and checkpoints keep one DTensor under the
-parameter's own name. A view is a property on a subclass made for the module: `self.weight` reads the registered
-DTensor through a function, and `_parameters` stays as it was, so FSDP2 and state dicts notice nothing.
+parameter's own name. A view is a property on a subclass made for modules of this kind: `self.weight` reads the
+registered DTensor through a function, and `_parameters` stays as it was, so FSDP2 and state dicts notice nothing.
+Equal modules of all layers get the same subclass: torch.compile guards on the class of a module, and would compile
+each layer anew.
 
 The placement of the gradient is the whole point: `to_local(grad_placements=[Partial()])` says that each rank's
 gradient is a part of a sum, `to_local()` that all ranks hold the same one.
@@ -12,6 +14,7 @@ gradient is a part of a sum, `to_local()` that all ranks hold the same one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,25 +22,37 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 View = Callable[[DTensor], Tensor]
+VIEWS = "_colrow_views"  # module attribute: {parameter name: View}
 
 
 def view_parameters(module: nn.Module, views: dict[str, View]) -> None:
     """Make `module.NAME` return `views[NAME](parameter)` for each named parameter that is a DTensor."""
-    override(module, {name: _property(name, view) for name, view in views.items()})
+    if views:
+        module.__dict__[VIEWS] = {**module.__dict__.get(VIEWS, {}), **views}
+        kind: Any = type(module)
+        module.__class__ = _subclass(kind, tuple(sorted(views)), None)
 
 
-def override(module: nn.Module, members: dict[str, object]) -> None:
-    """Give `module` a subclass of its class that has these members: properties, or a `forward(self, ...)`."""
-    cls = type(module)
-    body = dict(members)
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Let `forward(self, ...)`, a function of module level, take the place of the module's own."""
+    kind: Any = type(module)
+    module.__class__ = _subclass(kind, (), forward)
+
+
+@functools.cache
+def _subclass(cls: Any, names: tuple[str, ...], forward: Callable[..., Any] | None) -> Any:
+    body: dict[str, object] = {name: _property(name) for name in names}
+    if forward is not None:
+        body["forward"] = forward
     body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    module.__class__ = type(cls.__name__, (cls,), body)
+    return type(cls.__name__, (cls,), body)
 
 
-def _property(name: str, view: View) -> property:
+def _property(name: str) -> property:
     def read(module: nn.Module) -> Tensor | None:
         param: Any = module._parameters[name]
         # On more axes than tp it is what FSDP2 keeps between uses and itself reads here: not gathered, nothing to view.
+        view: View = getattr(module, VIEWS)[name]
         return view(param) if isinstance(param, DTensor) and param.device_mesh.ndim == 1 else param
 
     def write(module: nn.Module, value: nn.Parameter | None) -> None:

@@ -16,7 +16,7 @@ from colrow.mesh import Mesh
 from colrow.parallel.layout import local_tensor, mark_packed
 from colrow.plans.plan import Plan
 from colrow.plans.site import Site
-from colrow.plans.styles import style_from_data
+from colrow.plans.styles import set_attribute, style_from_data
 
 
 def parallelize(model: nn.Module, plan: Plan, mesh: Mesh | DeviceMesh, *, absent: Iterable[str] = ()) -> nn.Module:
@@ -57,7 +57,11 @@ def parallelize(model: nn.Module, plan: Plan, mesh: Mesh | DeviceMesh, *, absent
     for fqn, module in list(model.named_modules()):
         site = Site(model, fqn, tp)
         if fqn in resolved:
-            parallelize_module(module, tp_mesh, resolved[fqn][1].build(site))
+            style = resolved[fqn][1]
+            attributes = style.local_attributes(site)
+            parallelize_module(module, tp_mesh, style.build(site))
+            for key, value in attributes.items():
+                set_attribute(module, key, value, tp)
         if any(not isinstance(param, DTensor) for param in module.parameters(recurse=False)):
             parallelize_module(module, tp_mesh, left_out.build(site))
     for fqn, layout in layouts.items():
@@ -97,7 +101,8 @@ def tied_parameters(model: nn.Module) -> list[list[str]]:
 def tie(model: nn.Module, ties: list[list[str]]) -> None:
     """Make each group of names one parameter again: the first one's."""
     for first, *others in ties:
-        param = model.get_parameter(first)
+        module, _, leaf = first.rpartition(".")
+        param = model.get_submodule(module)._parameters[leaf]  # the attribute may be a view of it
         for other in others:
             parent, _, name = other.rpartition(".")
             model.get_submodule(parent).register_parameter(name, param)

@@ -107,9 +107,8 @@ class PipelineRunner:
         self.micro_batch, self.seq_len, self.dtype = micro_batch, seq_len, dtype
         self.group: dist.ProcessGroup = mesh["pp"].get_group()
         self.ties = stages[0].ties
-        self.device = torch.device(
-            mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else None
-        )
+        here = torch.cuda.current_device() if mesh.device_type == "cuda" else None
+        self.device = torch.device(mesh.device_type if here is None else f"cuda:{here}")
         self._train: Any = self._schedule(_SCHEDULES[schedule], micro_batches)
         self._evaluate: dict[int, Any] = {}
         self._ties_in_step = False

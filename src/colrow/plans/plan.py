@@ -15,9 +15,9 @@ import yaml
 from torch import nn
 
 from colrow.errors import PlanError, did_you_mean
-from colrow.plans import styles_head, styles_local  # noqa: F401  (their styles register themselves)
+from colrow.plans import styles_fast_ends, styles_head, styles_local, styles_packed  # noqa: F401  (they register)
 from colrow.plans.site import Site
-from colrow.plans.styles import ParameterLayout, Style, style_from_data
+from colrow.plans.styles import ParameterLayout, Style, style_from_data, token_order
 
 Loss = Literal["vocab_parallel", "replicated", "linear"]
 LOSSES: tuple[Loss, ...] = ("vocab_parallel", "replicated", "linear")
@@ -51,10 +51,24 @@ class Plan:
 
     @classmethod
     def preset(cls, name: str, loss: Loss = "vocab_parallel") -> Plan:
-        """A shipped plan: `llama` or `article`."""
+        """A shipped plan: `llama`, `llama-fast` or `article`."""
         from colrow.plans.presets import preset
 
         return preset(name, loss)
+
+    @classmethod
+    def derive(cls, model: nn.Module, tp: int, **options: Any) -> Plan:
+        """The plan that the model's own graph gives (see `plans.derive.derivation.derive`)."""
+        from colrow.plans.derive.derivation import derive
+
+        return derive(model, tp, **options).plan()
+
+    @classmethod
+    def from_huggingface(cls, model: nn.Module) -> Plan:
+        """The plan that a Hugging Face model states for itself (see `plans.huggingface`)."""
+        from colrow.plans.huggingface import from_huggingface
+
+        return from_huggingface(model)
 
     @classmethod
     def from_yaml(cls, text: str, source: str = "plan") -> Plan:
@@ -123,9 +137,17 @@ class Plan:
         resolved = self.resolve(model, absent)
         for fqn, (_, style) in resolved.items():
             style.check(Site(model, fqn, tp))
+            style.local_attributes(Site(model, fqn, tp))
         heads = [fqn for fqn, (_, style) in resolved.items() if style.name == "linear_head"]
         if heads and self.loss != "linear":
             raise PlanError(f"{heads[0]} has style linear_head and the plan's loss is {self.loss}: make it linear")
+        orders = {token_order(style): fqn for fqn, (_, style) in resolved.items()}
+        if tp > 1 and {"row", "sequence"} <= orders.keys():
+            raise PlanError(
+                f"plan {self.name}: {orders['row']} takes its part of all tokens in a row and {orders['sequence']} its "
+                "part of each sequence, so tokens would be confused: use fast styles in all places (norms: grad_sum; "
+                "head: fast_head, or linear_head with layout tokens), or in none"
+            )
 
     def parameters(self, model: nn.Module, tp: int, absent: Iterable[str] = ()) -> dict[str, ParameterLayout]:
         """What each parameter of the model becomes over tp, by fully qualified name; no process group is needed."""
@@ -145,7 +167,8 @@ class Plan:
     def sequence_parallel(self) -> bool:
         """Whether activations between blocks are shards of the sequence, so that tp must divide its length."""
         return any(
-            style.name == "sequence" and getattr(style, "sequence_dim", 0) == 1 for style in self.modules.values()
+            style.token_order == "row" or (style.name == "sequence" and getattr(style, "sequence_dim", 0) == 1)
+            for style in self.modules.values()
         )
 
     def __iter__(self) -> Iterator[str]:

@@ -2,7 +2,8 @@
 
 `llama`: Megatron's split with sequence parallelism. Attention runs on local heads; two all-gathers and two
 reduce-scatters a layer, each way. `article`: the form that tutorials teach, in which q, k and v are gathered and
-every rank computes all heads: simple, and right for any head count, but attention is not shared.
+every rank computes all heads: simple, and right for any head count, but attention is not shared. `llama-fast`: the
+split of `llama` with the fast styles, on local tensors.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from colrow.errors import PlanError, did_you_mean
-from colrow.plans.plan import Loss, Plan
+from colrow.plans.plan import LOSSES, Loss, Plan
 
 Modules = dict[str, Any]
 
@@ -21,15 +22,24 @@ def preset(name: str, loss: Loss = "vocab_parallel") -> Plan:
     """The plan of this name. Raises PlanError for an unknown one."""
     if name not in PRESETS:
         raise PlanError(f"unknown preset {name!r}{did_you_mean(name, PRESETS)}")
-    modules = _ends_before() | PRESETS[name] | _ends_after(loss)
+    if loss not in LOSSES:
+        raise PlanError(f"unknown loss {loss!r}{did_you_mean(str(loss), LOSSES)}")
+    fast = name == "llama-fast"
+    embedding = "fast_embedding" if fast else {"style": "rowwise", "input": "replicate", "output": "shard(1)"}
+    modules = {"embed_tokens": embedding, **PRESETS[name], **(_fast_end(loss) if fast else _end(loss))}
     return Plan(modules=modules, loss=loss, name=name)
 
 
-def _ends_before() -> Modules:
-    return {"embed_tokens": {"style": "rowwise", "input": "replicate", "output": "shard(1)"}}
+def _fast_end(loss: Loss) -> Modules:
+    heads: dict[Loss, Any] = {
+        "linear": {"style": "linear_head", "layout": "tokens"},
+        "vocab_parallel": "fast_head",
+        "replicated": {"style": "fast_head", "gather": True},
+    }
+    return {"norm": "grad_sum", "lm_head": heads[loss]}
 
 
-def _ends_after(loss: Loss) -> Modules:
+def _end(loss: Loss) -> Modules:
     if loss == "linear":
         return {"norm": "sequence", "lm_head": "linear_head"}
     head = {"use_local_output": False} if loss == "vocab_parallel" else {"output": "replicate"}
@@ -52,7 +62,24 @@ def _block(attention: Modules) -> Modules:
     }
 
 
+_FAST_BLOCK: Modules = {
+    "input_layernorm": "grad_sum",
+    "self_attn": {"style": "fast_gather", "columns": ["q_proj", "k_proj", "v_proj"]},
+    "self_attn.q_proj": "fast_colwise",
+    "self_attn.k_proj": "fast_kv_replicate",
+    "self_attn.v_proj": "fast_kv_replicate",
+    "self_attn.q_norm": {"style": "grad_sum", "optional": True},
+    "self_attn.k_norm": {"style": "grad_sum", "optional": True},
+    "self_attn.o_proj": "fast_rowwise",
+    "post_attention_layernorm": "grad_sum",
+    "mlp": {"style": "fast_gather", "columns": ["gate_proj", "up_proj"]},
+    "mlp.gate_proj": "fast_colwise",
+    "mlp.up_proj": "fast_colwise",
+    "mlp.down_proj": "fast_rowwise",
+}
+
 PRESETS: dict[str, Modules] = {
+    "llama-fast": {f"layers.*.{name}": style for name, style in _FAST_BLOCK.items()},
     "llama": _block(
         {
             "q_proj": "colwise",

@@ -6,6 +6,7 @@ what torch applies; `parameters` says, without a process group, what each parame
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -50,8 +51,14 @@ class Style(ABC):
     name: ClassVar[str]
     on_one_rank: ClassVar[bool] = False
     """The style changes what the module computes, and so applies where tp is 1 too."""
+    token_order: ClassVar[str] = ""
+    """What the style does with the tokens of a rank: `sequence` (its part of each sequence), `row` (its part of all
+    tokens in a row), or neither. A plan holds to one of them."""
     optional: bool = False
     """The plan's key may match nothing (an option of the architecture, such as q/k norms)."""
+    attributes: dict[str, Any] | None = None
+    """Attributes of the module that hold a size of which a rank has less (`num_heads`, `config.num_attention_heads`):
+    `/tp` divides the value by tp, a number replaces it. A config is copied for the module."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -64,6 +71,18 @@ class Style(ABC):
 
     def check(self, site: Site) -> None:
         """Raise PlanError, with the mend, when the style cannot work on this module at this degree."""
+
+    def local_attributes(self, site: Site) -> dict[str, int]:
+        """The values that `attributes` get on a rank. Raises PlanError for a missing or indivisible one."""
+        out = {}
+        for key, value in (self.attributes or {}).items():
+            old: Any = site.module
+            for part in key.split("."):
+                old = getattr(old, part, None)
+            if type(old) is not int:
+                raise PlanError(f"{site.fqn} has no integer attribute {key!r}: correct the option attributes")
+            out[key] = divide(old, site.tp, f"{site.fqn}.{key}={old}") if value == "/tp" else int(value)
+        return out
 
     def parameters(self, site: Site) -> dict[str, ParameterLayout]:
         """What the module's own parameters become; none for styles that touch only activations."""
@@ -81,6 +100,17 @@ class Style(ABC):
         """What a plan file says: the name alone, or a mapping with the options."""
         options = self.options()
         return {"style": self.name, **options} if options else self.name
+
+
+def set_attribute(module: nn.Module, key: str, value: int | str, tp: int) -> None:
+    """Give an integer attribute its local value; `config.NAME` changes a copy of the config that only `module` sees."""
+    holder: Any = module
+    *path, last = key.split(".")
+    for part in path:
+        own = copy.copy(getattr(holder, part))
+        object.__setattr__(holder, part, own)
+        holder = own
+    object.__setattr__(holder, last, getattr(holder, last) // tp if value == "/tp" else value)
 
 
 def style_from_data(data: Any, where: str) -> Style:
@@ -133,6 +163,17 @@ def from_torch(style: ParallelStyle) -> Style:
             **_torch_inputs(s.prepare_module_input),
         )
     return Opaque(object=style)
+
+
+def token_order(style: Style) -> str:
+    """`row`, `sequence` or neither (""): see `Style.token_order`. Shards of dimension 1 are parts of sequences."""
+    if style.token_order:
+        return style.token_order
+    values = [getattr(style, field.name) for field in dataclasses.fields(style)]
+    values += [item for value in values if isinstance(value, dict) for item in value.values()]
+    values += [item for value in values if isinstance(value, tuple) for item in value]
+    shards = any(isinstance(value, Shard) and value.dim == 1 for value in values)
+    return "sequence" if shards or getattr(style, "sequence_dim", 0) == 1 else ""
 
 
 def _torch_inputs(style: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from colrow.errors import PlanError, did_you_mean
 from colrow.parallel.linear_head import HEAD, Layout, LinearHead, head_forward
-from colrow.parallel.local_view import override
+from colrow.parallel.local_view import replace_forward
 from colrow.plans.site import Site
 from colrow.plans.styles import ParameterLayout, Style, _require
 
@@ -30,6 +30,10 @@ class LinearHeadStyle(Style):
     chunk: int = 4096
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+
+    @property
+    def token_order(self) -> str:  # type: ignore[override]
+        return {"sequence": "sequence", "tokens": "row", "whole": ""}[self.layout]
 
     def __post_init__(self) -> None:
         if self.layout not in get_args(Layout):
@@ -65,5 +69,5 @@ class _Apply(ParallelStyle):
             module.register_parameter("weight", nn.Parameter(placed, requires_grad=param.requires_grad))
         s = self.style
         module.__dict__[HEAD] = LinearHead(device_mesh, s.layout, s.chunk, s.label_smoothing, s.z_loss)
-        override(module, {"forward": head_forward})
+        replace_forward(module, head_forward)
         return module

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -102,12 +103,7 @@ class CutStyle(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         mesh = device_mesh
-        for name, cut in self.cuts.items():
-            param = module._parameters[name]
-            assert param is not None
-            placed = cut.distribute(param, mesh)
-            module.register_parameter(name, nn.Parameter(placed, requires_grad=param.requires_grad))
-        view_parameters(module, {name: cut.view(mesh) for name, cut in self.cuts.items()})
+        place(module, mesh, self.cuts)
         given, wanted, partial = self.input, self.output, self.partial
 
         def before(_: nn.Module, args: Any) -> Any:
@@ -117,6 +113,21 @@ class CutStyle(ParallelStyle):
         if partial and wanted is not None and not wanted.is_partial():
             module.register_forward_hook(lambda _, __, out: reduced(out, mesh, wanted))
         return module
+
+
+def place(module: nn.Module, mesh: DeviceMesh, cuts: dict[str, Cut]) -> None:
+    """Distribute the module's parameters by their cuts, and let its forward see this rank's parts."""
+    views = {}
+    for name, cut in cuts.items():
+        param = module._parameters[name]
+        assert param is not None
+        if isinstance(param, DTensor):  # another style placed it
+            continue
+        placed = cut.distribute(param, mesh)
+        module.register_parameter(name, nn.Parameter(placed, requires_grad=param.requires_grad))
+        views[name] = cut.view(mesh)
+    if views:
+        view_parameters(module, views)
 
 
 def local_input(x: Any, mesh: DeviceMesh, layout: Placement | None, whole: bool) -> Any:
@@ -133,9 +144,37 @@ def local_input(x: Any, mesh: DeviceMesh, layout: Placement | None, whole: bool)
 
 def reduced(out: Any, mesh: DeviceMesh, layout: Placement) -> Any:
     """The sum over ranks of `out`, in `layout`."""
-    if not isinstance(out, DTensor):
-        out = DTensor.from_local(out, mesh, [Partial()], run_check=False)
-    return out.redistribute(placements=[layout]).to_local()
+    if isinstance(out, DTensor):
+        out = out.to_local(grad_placements=[Replicate()])
+    return _Reduce.apply(out, mesh, layout.dim if isinstance(layout, Shard) else None)
+
+
+class _Reduce(torch.autograd.Function):
+    """y = sum over ranks of x, whole or a shard of one dimension.
+
+    forward   y = all_reduce(x)      or  reduce_scatter(x)
+    backward  dx = dy                or  all_gather(dy)
+
+    The result is a tensor of its own, so that a model may add to it in place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh, dim: int | None) -> Tensor:
+        ctx.mesh, ctx.dim = mesh, dim
+        if dim is None:
+            return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), "sum", mesh))
+        if x.shape[dim] % mesh.size():
+            raise PlanError(
+                f"extent {x.shape[dim]} of dim {dim} is not divisible by tp={mesh.size()}: pad the sequence"
+            )
+        return funcol.wait_tensor(funcol.reduce_scatter_tensor(x.contiguous(), "sum", dim, mesh))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (dy,) = gradients
+        if ctx.dim is not None:
+            dy = funcol.wait_tensor(funcol.all_gather_tensor(dy.contiguous(), ctx.dim, ctx.mesh))
+        return dy, None, None
 
 
 def _weight_dims(site: Site, style: str) -> tuple[int, int]:
@@ -146,7 +185,14 @@ def _weight_dims(site: Site, style: str) -> tuple[int, int]:
         raise PlanError(
             f"{site.fqn}: style {style} is for a module with a two-dimensional weight, not {type(module).__name__}"
         )
-    return (0, 1) if isinstance(module, nn.Linear) or not hasattr(module, "nf") else (1, 0)
+    return (1, 0) if is_transposed(module) else (0, 1)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether weights are [in, out]: transformers' Conv1D, and stacked experts that say so."""
+    if isinstance(module, nn.Linear):
+        return False
+    return hasattr(module, "nf") or bool(getattr(module, "is_transposed", False))
 
 
 def _numbers(value: Any) -> Any:
@@ -231,26 +277,7 @@ class LocalShards(_Coerce, Style):
     output: Placement | None = None
 
     def cuts(self, site: Site) -> dict[str, Cut]:
-        cuts = {}
-        own = dict(site.module.named_parameters(recurse=False))
-        for name in self.shards or {}:
-            if name not in own:
-                raise PlanError(
-                    f"{site.fqn} has no parameter {name!r}: local_shards can split {', '.join(own) or 'nothing'}"
-                )
-        for name, param in own.items():
-            said = (self.shards or {}).get(name)
-            if isinstance(said, int):
-                said = {"dim": said}
-            if said is None:
-                cuts[name] = Cut()
-            elif said.get("scaled"):
-                cuts[name] = Cut(scaled=True)
-            else:
-                dim = int(said["dim"])
-                segments = tuple(said.get("segments") or (int(param.shape[dim]),))
-                cuts[name] = Cut(dim, segments, tuple(said.get("whole") or ()))
-        return cuts
+        return named_cuts(site, self.name, self.shards or {})
 
     def check(self, site: Site) -> None:
         check_cuts(site, self.cuts(site))
@@ -260,6 +287,28 @@ class LocalShards(_Coerce, Style):
 
     def parameters(self, site: Site) -> dict[str, ParameterLayout]:
         return layouts(site, self.cuts(site), "split over tp; the module runs on its part")
+
+
+def named_cuts(site: Site, style: str, shards: dict[str, Any]) -> dict[str, Cut]:
+    """The cut of each of the module's own parameters, from what a plan says of some of them."""
+    cuts = {}
+    own = dict(site.module.named_parameters(recurse=False))
+    for name in shards:
+        if name not in own:
+            raise PlanError(f"{site.fqn} has no parameter {name!r}: {style} can split {', '.join(own) or 'nothing'}")
+    for name, param in own.items():
+        said = shards.get(name)
+        if isinstance(said, int):
+            said = {"dim": said}
+        if said is None:
+            cuts[name] = Cut()
+        elif said.get("scaled"):
+            cuts[name] = Cut(scaled=True)
+        else:
+            dim = int(said["dim"])
+            segments = tuple(said.get("segments") or (int(param.shape[dim]),))
+            cuts[name] = Cut(dim, segments, tuple(said.get("whole") or ()))
+    return cuts
 
 
 def check_cuts(site: Site, cuts: dict[str, Cut]) -> None:
@@ -298,31 +347,28 @@ class LocalBlock(_Coerce, Style):
     input_kwargs: dict[str, Placement | None] | None = None
     output: tuple[Placement | None, ...] | None = None
     slices: dict[str, Any] | None = None
+    shards: dict[str, Any] | None = None
+    """The block's own parameters, as in `local_shards`."""
 
     def check(self, site: Site) -> None:
+        check_cuts(site, named_cuts(site, self.name, self.shards or {}))
         for name, said in (self.slices or {}).items():
             divide(int(said["inner"]), site.tp, f"{site.fqn}: {said['inner']} parts of argument {name}")
 
     def build(self, site: Site) -> ParallelStyle:
-        return _BlockStyle(self)
+        return _BlockStyle(self, named_cuts(site, self.name, self.shards or {}))
 
     def parameters(self, site: Site) -> dict[str, ParameterLayout]:
-        own = dict(site.module.named_parameters(recurse=False))
-        return layouts(site, {name: Cut() for name in own}, "used on this rank's part; gradients summed over tp")
+        return layouts(site, named_cuts(site, self.name, self.shards or {}), "used on this rank's part")
 
 
 class _BlockStyle(ParallelStyle):
-    def __init__(self, style: LocalBlock) -> None:
-        self.style = style
+    def __init__(self, style: LocalBlock, cuts: dict[str, Cut]) -> None:
+        self.style, self.cuts = style, cuts
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         style, mesh = self.style, device_mesh
-        own = {name: p for name, p in module.named_parameters(recurse=False) if not isinstance(p, DTensor)}
-        for name, param in own.items():
-            placed = Cut().distribute(param, mesh)
-            module.register_parameter(name, nn.Parameter(placed, requires_grad=param.requires_grad))
-        if own:
-            view_parameters(module, dict.fromkeys(own, summed))
+        place(module, mesh, self.cuts)
         positional = dict(enumerate(style.input or ()))
         named, slices = style.input_kwargs or {}, style.slices or {}
 
@@ -346,6 +392,49 @@ class _BlockStyle(ParallelStyle):
         module.register_forward_pre_hook(before, with_kwargs=True)
         if any(layout is not None for layout in style.output or ()):
             module.register_forward_hook(after)
+        return module
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardedNorm(Style):
+    """A norm over a last dimension that is itself split (q and k norms over all heads at once): weight and
+    activations are shards, and the mean over the dimension is one small all-reduce."""
+
+    name = "sharded_norm"
+
+    def check(self, site: Site) -> None:
+        for name, param in site.module.named_parameters(recurse=False):
+            if param.dim() != 1:
+                raise PlanError(f"{site.fqn}.{name}: style sharded_norm is for norms with one-dimensional parameters")
+            divide(int(param.shape[0]), site.tp, f"{site.fqn}.{name}: width {param.shape[0]}")
+
+    def build(self, site: Site) -> ParallelStyle:
+        return _ShardedNormStyle()
+
+    def parameters(self, site: Site) -> dict[str, ParameterLayout]:
+        return {
+            name: ParameterLayout(Shard(0), (int(param.shape[0]) // site.tp,), "split with the features that it scales")
+            for name, param in site.module.named_parameters(recurse=False)
+        }
+
+
+class _ShardedNormStyle(ParallelStyle):
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        for name, param in list(module.named_parameters(recurse=False)):
+            placed = distribute_tensor(param.detach(), device_mesh, [Shard(0)])
+            module.register_parameter(name, nn.Parameter(placed, requires_grad=param.requires_grad))
+
+        def before(_: nn.Module, args: Any) -> Any:
+            x = args[0]
+            if not isinstance(x, DTensor):
+                x = DTensor.from_local(x, device_mesh, [Shard(x.ndim - 1)], run_check=False)
+            return (x, *args[1:])
+
+        def after(_: nn.Module, __: Any, out: DTensor) -> Tensor:
+            return out.redistribute(placements=[Shard(out.ndim - 1)]).to_local()
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
         return module
 
 

@@ -130,7 +130,7 @@ def check_model(config: RunConfig, source: Source) -> None:
         )
     check_pipeline(config, len(blocks_of(source.model)))
     heads = heads_of(source.model)
-    if heads is not None and heads.query % config.mesh.tp and config.plan == "llama":
+    if heads is not None and heads.query % config.mesh.tp and config.plan.startswith("llama"):
         fits = [n for n in range(1, heads.query + 1) if heads.query % n == 0]
         raise ConfigError(
             f"n_heads={heads.query} of {source.name} is not divisible by mesh.tp={config.mesh.tp}: choose tp from "

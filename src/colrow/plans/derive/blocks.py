@@ -129,6 +129,7 @@ class BlockFinder:
         if not differentiable or not outputs:
             return None
         own = set(outputs)
+        deferred = deferred or any(self.owners[n] == module for n in reductions)
         exits = set() if deferred else self.ends(reductions) - own
         kinds = dict.fromkeys(differentiable, Kind.R)
         for _ in range(len(differentiable) + 1):

@@ -31,6 +31,8 @@ class Stream:
     """Nodes that hold a shard of the sequence."""
     summed: set[str] = field(default_factory=set)
     """Parameters that these nodes use."""
+    whole_head: bool = False
+    """The stream is gathered before the last norm, and the head takes whole activations."""
 
 
 class NoStreamError(Exception):
@@ -38,9 +40,16 @@ class NoStreamError(Exception):
 
 
 def find_stream(
-    traced: Trace, flows: Flows, finder: BlockFinder, entries: set[Node], exits: set[Node], early: bool
+    traced: Trace,
+    flows: Flows,
+    finder: BlockFinder,
+    entries: set[Node],
+    exits: set[Node],
+    early: bool,
+    whole_head: bool,
 ) -> Stream:
-    """The stream from the embedding (`early`) or from the first layer's input, to the head.
+    """The stream from the embedding (`early`) or from the first layer's input, to the head or (`whole_head`) to the
+    last norm before it.
 
     Raises:
         NoStreamError: some operation on the way looks at more than one token.
@@ -49,7 +58,12 @@ def find_stream(
     lookups = {b for b in exits if _is_lookup(finder, b)}
     if early and not lookups:
         raise NoStreamError("the embedding is not split, so nothing reduces at the start of the stream")
-    finish = _finish(traced, flows, entries, exits)
+    heads = finder.head_entries()
+    if whole_head:
+        entries = entries - heads
+        finish = _last_norm(traced, flows, finder, entries, exits)
+    else:
+        finish = _finish(traced, flows, entries, exits)
     cuts = entries | (exits - (set() if early else lookups)) | start | finish
     outer: dict[Node, Dim] = {}
 
@@ -73,7 +87,7 @@ def find_stream(
             why = found[0].block if found else "the sequence is gone"
             raise NoStreamError(f"at {label_of(node).module or 'the model'}: {why}")
         atoms.add(found[0])
-    stream = Stream(start, finish)
+    stream = Stream(start, finish, whole_head=whole_head)
     for node in traced.nodes:
         dims = inference.dims.get(node)
         for part in dims if isinstance(dims, tuple) else (dims,):
@@ -129,6 +143,21 @@ def _first_layer(flows: Flows, finder: BlockFinder, entries: set[Node]) -> set[N
         if found:
             return found
     raise NoStreamError("no module stands around the first layer")
+
+
+def _last_norm(traced: Trace, flows: Flows, finder: BlockFinder, entries: set[Node], exits: set[Node]) -> set[Node]:
+    """The input of the first module with parameters after the last block."""
+    last = max((finder.order[n] for n in exits | entries), default=0)
+    for node in traced.nodes:
+        if (
+            finder.order[node] > last
+            and is_boundary(node)
+            and node in flows.live
+            and label_of(node).kind == "in"
+            and is_float(node)
+        ):
+            return {node}
+    raise NoStreamError("no module stands behind the last block")
 
 
 def _finish(traced: Trace, flows: Flows, entries: set[Node], exits: set[Node]) -> set[Node]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -184,7 +185,7 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...], rescale: Rescale | None 
     training = {m: m.training for m in model.modules()}
     wrapper.eval()
     try:
-        with markers(model, rescale) as calls, warnings.catch_warnings():
+        with quiet(), markers(model, rescale) as calls, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(wrapper, inputs, strict=False).run_decompositions({})
     except Exception as error:
@@ -196,7 +197,7 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...], rescale: Rescale | None 
         for module, mode in training.items():
             module.training = mode
     signature = program.graph_signature
-    state = {name: p for name, p in model.named_parameters(remove_duplicate=False)}
+    state = dict(model.named_parameters(remove_duplicate=False))
     parameters = {ph: strip(fqn) for ph, fqn in signature.inputs_to_parameters.items()}
     used = {n.name for n in program.graph.nodes if n.op == "placeholder" and n.users}
     first_name = {id(p): fqn for fqn, p in model.named_parameters()}
@@ -228,6 +229,18 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...], rescale: Rescale | None 
         calls.positional,
         calls.results,
     )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """A trace that may fail by design should not print torch's own report of it."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @dataclass

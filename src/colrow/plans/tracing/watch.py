@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from colrow.ops.parallel_linear import traffic
 from colrow.plans.tracing.where import Where
 
 _COLLECTIVES = {
@@ -44,6 +45,11 @@ _COLLECTIVES = {
     "broadcast": "broadcast",
 }
 _NAMESPACES = ("_c10d_functional", "_c10d_functional_autograd", "_dtensor")
+_IN_PLACE = {
+    "_allgather_base_": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "allreduce_": "all_reduce",
+}
 _EQUAL_AFTER = ("all_gather", "all_reduce", "broadcast")
 _NO_VALUES = ("empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_ones", "new_full")
 _KEEPS_ADDEND = ("view", "_unsafe_view", "reshape", "clone", "_to_copy", "transpose", "permute", "detach", "alias",
@@ -160,6 +166,12 @@ class Watch(TorchDispatchMode):
         if func.namespace in _NAMESPACES and name in _COLLECTIVES:
             self._collective(_COLLECTIVES[name], func, args, inputs, outputs)
             return out
+        if func.namespace == "c10d" and name in _IN_PLACE:
+            self._in_place(name, inputs)
+            return out
+        if func.namespace == "colrow":
+            self._inside_operator(name, args, outputs)
+            return out
         if varying and name not in _NO_VALUES:
             for leaf in outputs:
                 self.mark(leaf, True)
@@ -217,6 +229,25 @@ class Watch(TorchDispatchMode):
             self._slip("addend_summed")
         for leaf in outputs:
             self.mark(leaf, op not in _EQUAL_AFTER)
+
+    def _in_place(self, name: str, inputs: list[Tensor]) -> None:
+        """A collective that writes into its first tensor; this project's operations call these."""
+        target = inputs[0]
+        self._event(_IN_PLACE[name], inputs[-1], max(_nbytes([leaf]) for leaf in inputs))
+        varies = _IN_PLACE[name] not in _EQUAL_AFTER
+        self.mark(target, varies)
+        (self._storages.add if varies else self._storages.discard)(self._window(target)[0])
+
+    def _inside_operator(self, name: str, args: Any, outputs: list[Tensor]) -> None:
+        """An operator of `ops.parallel_linear`: what it gives is a part, but for a gather's."""
+        for op, sent, nbytes in traffic(name, args, outputs):
+            self._event(op, sent, nbytes)
+        for leaf in outputs:
+            self.mark(leaf, name != "gather")
+
+    def _event(self, op: str, sent: Tensor, nbytes: int) -> None:
+        dtype = str(sent.dtype).removeprefix("torch.")
+        self.events.append(Event(op, self._where.module(), self._where.backward(), nbytes, dtype))
 
     # -- declarations ----------------------------------------------------------------------------------------------
 

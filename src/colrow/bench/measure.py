@@ -1,0 +1,231 @@
+"""One arm on one rank: random tokens, warm-up, timed steps, one profiled step."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from colrow.bench.trace import StepTrace, read_trace
+from colrow.config import RunConfig
+from colrow.errors import ConfigError
+from colrow.models.shapes import flops_per_token
+from colrow.ops.kernels import cross_entropy
+from colrow.plans.plan import Plan
+from colrow.train import preflight
+from colrow.train.metrics import peak_flops
+from colrow.train.rank import Place, joined
+from colrow.train.setup import Training, choose_plan, set_up
+from colrow.train.source import build_source
+from colrow.train.step import Batch
+
+GIB = 2**30
+SETTLE = 2  # steps after the warm-up's compilation that still are no measure: allocator and clocks settle
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one arm runs.
+
+    Args:
+        warmup: steps before the clock starts, at least 1.
+        steps: timed steps.
+        trace: folder that keeps the profiler's trace of the first rank.
+    """
+
+    arm: str
+    config: RunConfig
+    warmup: int
+    steps: int
+    trace: Path | None = None
+
+
+def measure(job: Job, place: Place, stop_requested: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+    """Train with random tokens and return the arm's figures, the same on each rank. Collective.
+
+    Args:
+        stop_requested: asked after each step; ends the process when it is true.
+
+    Raises:
+        ConfigError: something does not fit; or a fast path was asked for and the profiled step shows that it did not
+            run.
+    """
+    config = job.config
+    preflight.check_sequence(config, choose_plan(config, build_source(config.model, config.run.seed).model))
+    with joined(config, place) as (mesh, device):
+        training = set_up(config, mesh, device)
+        data_rank = mesh["dp_replicate"].get_local_rank() * config.mesh.dp_shard + mesh["dp_shard"].get_local_rank()
+        batches = random_batches(config, training.source.vocab_size, data_rank, device)
+        losses: list[Tensor] = []
+        for step in range(job.warmup):
+            losses.append(training.step(step, next(batches))[0])
+            if stop_requested():
+                raise SystemExit(130)
+        _synchronise(device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        seconds = _timed(training, batches, job, losses)
+        memory = _memory(device)
+        trace = _profiled(training, next(batches), job, place.rank, device)
+        figures = _figures(job, training, seconds, memory, device)
+        shared: list[Any] = [None]
+        if place.rank == 0:
+            assert trace is not None
+            shared[0] = {**figures, "trace": trace.to_data(), **_problem(training, trace)}
+        shared_device = device if device.type == "cuda" else None
+        dist.broadcast_object_list(shared, device=shared_device)
+        ends = torch.stack([losses[0], losses[-1]]).double()
+        dist.all_reduce(ends)
+        result: dict[str, Any] = shared[0]
+        result["loss_first"], result["loss_last"] = (ends / config.mesh.world_size * config.mesh.pp).tolist()
+    if "problem" in result:
+        raise ConfigError(f"arm {job.arm}: {result['problem']}")
+    return result
+
+
+def random_batches(config: RunConfig, vocab: int, data_rank: int, device: torch.device) -> Iterator[list[Batch]]:
+    """Micro-batches of random ids for each step: the same for the ranks of a tp group, others for other data."""
+    train, step = config.train, 0
+    count = train.global_batch // (train.micro_batch * config.mesh.dp)
+    if count * train.micro_batch * config.mesh.dp != train.global_batch:
+        raise ConfigError(
+            f"global_batch={train.global_batch} is no multiple of micro_batch={train.micro_batch} × "
+            f"{config.mesh.dp} data-parallel ranks"
+        )
+    while True:
+        generator = torch.Generator().manual_seed(1000 * step + data_rank)
+        rows = torch.randint(0, vocab, (count, train.micro_batch, config.data.seq_len + 1), generator=generator)
+        rows = rows.to(device)
+        yield [(row[:, :-1].contiguous(), row[:, 1:].contiguous()) for row in rows]
+        step += 1
+
+
+def _timed(training: Training, batches: Iterator[list[Batch]], job: Job, losses: list[Tensor]) -> list[float]:
+    """Seconds of each step. The CPU runs ahead of the GPU, as it does in training: the GPU's clock counts."""
+    device = training.device
+    ready = [next(batches) for _ in range(job.steps)]
+    _synchronise(device)
+    if device.type != "cuda":
+        ends = [time.perf_counter()]
+        for i, batch in enumerate(ready):
+            losses.append(training.step(job.warmup + i, batch)[0])
+            dist.barrier()
+            ends.append(time.perf_counter())
+        return [b - a for a, b in pairwise(ends)]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(job.steps + 1)]
+    marks[0].record()
+    for i, batch in enumerate(ready):
+        losses.append(training.step(job.warmup + i, batch)[0])
+        marks[i + 1].record()
+    _synchronise(device)
+    return [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)]
+
+
+def _profiled(training: Training, batch: list[Batch], job: Job, rank: int, device: torch.device) -> StepTrace | None:
+    """The trace of one step on the first rank; the others run the step beside it."""
+    step = job.warmup + job.steps
+    if rank != 0:
+        training.step(step, batch)
+        _synchronise(device)
+        return None
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=activities) as profiler:
+        training.step(step, batch)
+        _synchronise_here(device)
+    _synchronise(device)
+    with tempfile.TemporaryDirectory() as folder:
+        path = (job.trace or Path(folder)) / f"{job.arm.replace(':', '-').replace('=', '-')}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(path))
+        return read_trace(path)
+
+
+def _figures(
+    job: Job, training: Training, seconds: list[float], memory: dict[str, float], device: torch.device
+) -> dict[str, Any]:
+    config = job.config
+    tokens = config.train.global_batch * config.data.seq_len
+    kept = sorted(seconds[SETTLE:] or seconds)
+    median = torch.tensor([statistics.median(kept), kept[0]], device=device)
+    dist.all_reduce(median, op=dist.ReduceOp.MAX)
+    step, best = median.tolist()
+    rate = tokens / step / config.mesh.world_size
+    figures: dict[str, Any] = {
+        "arm": job.arm,
+        "plan": training.plan.name,
+        "loss": training.plan.loss,
+        "compiled": training.compiled,
+        "compute": str(training.compute).removeprefix("torch."),
+        "model": training.source.name,
+        "layers": config.model.layers,
+        "mesh": config.mesh.model_dump(),
+        "seq_len": config.data.seq_len,
+        "micro_batch": config.train.micro_batch,
+        "tokens_per_step": tokens,
+        "step_ms": step * 1e3,
+        "step_ms_best": best * 1e3,
+        "steps_ms": [round(s * 1e3, 3) for s in seconds],
+        "tokens_per_second_per_gpu": rate,
+        **memory,
+    }
+    shape = training.source.config
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    for name, causal in (("mfu_causal", True), ("mfu_full", False)):
+        flops = None if shape is None else flops_per_token(shape, config.data.seq_len, causal=causal)
+        figures[name] = None if flops is None or peak is None else rate * flops / peak
+    return figures
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    """GiB of the rank that needs most: the allocator's peaks since the warm-up, and what the device has in use."""
+    if device.type != "cuda":
+        return {}
+    free, total = torch.cuda.mem_get_info(device)
+    used = [torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device), total - free]
+    peaks = torch.tensor(used, dtype=torch.float64, device=device)
+    dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
+    allocated, reserved, seen = (peaks / GIB).tolist()
+    return {"peak_allocated_gib": allocated, "peak_reserved_gib": reserved, "device_used_gib": seen}
+
+
+def _problem(training: Training, trace: StepTrace) -> dict[str, str]:
+    """A fast path that the plan asks for and the profiled step did not run."""
+    missing = missing_paths(training.plan, trace, training.mesh["tp"].size())
+    return {"problem": f"asked for and not run: {', '.join(missing)}"} if missing else {}
+
+
+def missing_paths(plan: Plan, trace: StepTrace, tp: int) -> list[str]:
+    """The fast paths of `plan` of which a step's trace has no sign."""
+    missing = []
+    styles = {style.name for style in plan.modules.values()}
+    wanted = {"fast_gather": "column_forward", "fast_rowwise": "row_forward"} if tp > 1 else {}
+    for style, operator in wanted.items():
+        if style in styles and not trace.operators.get(f"colrow::{operator}"):
+            missing.append(f"style {style} (operator colrow::{operator})")
+    if plan.loss == "linear" and not trace.operators.get("linear_cross_entropy"):
+        missing.append("linear cross entropy")
+    on_device = trace.kernels > 0
+    if plan.loss == "linear" and on_device and not any("_loss_kernel" in name for name in trace.names):
+        missing.append(f"the loss's Triton kernels ({cross_entropy.UNAVAILABLE or 'no such kernel ran'})")
+    return missing
+
+
+def _synchronise_here(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _synchronise(device: torch.device) -> None:
+    _synchronise_here(device)
+    dist.barrier()
+    _synchronise_here(device)

@@ -1,0 +1,109 @@
+"""The table that a benchmark prints, and the JSON that it leaves."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+Result = dict[str, Any]
+
+
+def environment() -> dict[str, Any]:
+    """Where and with what it was measured."""
+    cuda = torch.cuda.is_available()
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
+        "device": torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()})",
+        "devices": torch.cuda.device_count() if cuda else None,
+        "python": platform.python_version(),
+    }
+
+
+def merged(rounds: list[list[Result]]) -> list[Result]:
+    """One result for each arm: the median round by step time, with the step times of all rounds."""
+    by_arm: dict[str, list[Result]] = {}
+    for results in rounds:
+        for result in results:
+            by_arm.setdefault(result["arm"], []).append(result)
+    out = []
+    for results in by_arm.values():
+        middle = statistics.median_low([result["step_ms"] for result in results])
+        chosen = next(result for result in results if result["step_ms"] == middle)
+        out.append({**chosen, "rounds_step_ms": [result["step_ms"] for result in results]})
+    return out
+
+
+def table(results: list[Result]) -> Table:
+    """Arms as rows; the first arm is what the others are compared with."""
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("arm", "step", "tok/s/GPU", "×", "MFU causal/full", "GiB alloc/reserved/device", "exposed", "idle"):
+        shown.add_column(title, justify="left" if title == "arm" else "right", no_wrap=True)
+    first = results[0]["tokens_per_second_per_gpu"] if results else 1.0
+    for result in results:
+        trace = result["trace"]
+        shown.add_row(
+            result["arm"],
+            f"{result['step_ms']:.1f} ms",
+            f"{result['tokens_per_second_per_gpu']:,.0f}",
+            f"{result['tokens_per_second_per_gpu'] / first:.2f}",
+            _joined(result, ("mfu_causal", "mfu_full"), lambda share: f"{share:.1%}"),
+            _joined(result, ("peak_allocated_gib", "peak_reserved_gib", "device_used_gib"), lambda gib: f"{gib:.1f}"),
+            *("-" if trace[key] is None else f"{trace[key]:.1f} ms" for key in ("exposed", "idle")),
+        )
+    return shown
+
+
+def show(results: list[Result], place: dict[str, Any], console: Console) -> None:
+    """Print the table, where it was measured, and what each arm's profiled step consisted of."""
+    if not results:
+        return
+    one = results[0]
+    mesh = " × ".join(f"{axis} {n}" for axis, n in one["mesh"].items() if n > 1) or "1 process"
+    console.print(
+        f"{one['model']}, mesh {mesh}, seq {one['seq_len']}, micro-batch {one['micro_batch']}, "
+        f"{one['tokens_per_step']:,} tokens a step"
+    )
+    console.print(f"{place['device']}, torch {place['torch']}, commit {place['commit']}, {place['date']}")
+    console.print(table(results))
+    for result in results:
+        trace = result["trace"]
+        kinds = ", ".join(f"{kind} {ms:.0f}" for kind, ms in trace["kinds"].items())
+        calls = ", ".join(f"{name} ×{n}" for name, n in {**trace["operators"], **trace["collectives"]}.items())
+        compiled = "compiled" if result["compiled"] else "eager"
+        console.print(f"{result['arm']}: ran {result['plan']}, loss {result['loss']}, {compiled}, {result['compute']}")
+        console.print(f"  {f'ms by kind: {kinds}; ' if kinds else ''}{calls or 'no calls of its own'}", highlight=False)
+
+
+def write(results: list[Result], rounds: list[list[Result]], place: dict[str, Any], path: Path) -> None:
+    """Leave everything as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tree = {"environment": place, "results": results, "rounds": rounds if len(rounds) > 1 else []}
+    path.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+
+
+def _joined(result: Result, keys: tuple[str, ...], form: Any) -> str:
+    values = [result.get(key) for key in keys]
+    return " / ".join("-" if value is None else form(value) for value in values)
+
+
+def _commit() -> str | None:
+    """The commit of this source tree; None when it is no git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,115 @@
+"""What a profiler's trace of one step says: time in kernels by kind, communication that nothing hides, idle time.
+
+The trace is the one that torch.profiler exports for Chrome. There the kinds of events are told apart: annotations,
+which enclose kernels and would be counted twice, have a category of their own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+_ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+_KINDS = (  # the first that matches
+    ("communication", ("nccl",)),
+    ("attention", ("fmha", "flash", "sdpa", "attention")),
+    ("product", ("gemm", "nvjet", "cutlass", "splitk")),
+    ("loss", ("_statistics_kernel", "_loss_kernel")),
+    ("optimizer", ("adam", "multi_tensor")),
+    ("compiled pointwise", ("triton",)),
+    ("copy", ("memcpy", "memset", "copy_kernel", "catarray")),
+)
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """Milliseconds of one profiled step on one rank; None without a GPU.
+
+    Attributes:
+        span: from the first kernel to the end of the last.
+        busy: at least one kernel runs.
+        communication: sum over NCCL's kernels, in which a rank also waits for the others.
+        exposed: NCCL's kernels run and nothing else does.
+        kinds: sum over kernels of a kind.
+        collectives: number of NCCL's kernels by kind, or on CPUs of c10d's calls.
+        operators: number of calls of this project's operators.
+        kernels: number of kernels.
+    """
+
+    span: float | None
+    busy: float | None
+    communication: float | None
+    exposed: float | None
+    kinds: dict[str, float]
+    collectives: dict[str, int]
+    operators: dict[str, int]
+    kernels: int
+    names: tuple[str, ...] = ()
+
+    @property
+    def idle(self) -> float | None:
+        """No kernel runs."""
+        return None if self.span is None or self.busy is None else self.span - self.busy
+
+    def to_data(self) -> dict[str, Any]:
+        """For JSON; `names`, of all kernels, are left out."""
+        return {**{key: value for key, value in asdict(self).items() if key != "names"}, "idle": self.idle}
+
+
+def read_trace(path: Path) -> StepTrace:
+    """The figures of a Chrome trace with one step in it."""
+    events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    return from_events([event for event in events if event.get("ph") == "X"])
+
+
+def from_events(events: list[dict[str, Any]]) -> StepTrace:
+    """The figures of complete events: `cat`, `name`, `ts` and `dur` in microseconds."""
+    operators = Counter(e["name"] for e in events if e.get("cat") == "cpu_op" and e["name"].startswith("colrow::"))
+    functions = Counter("linear_cross_entropy" for e in events if e["name"] == "_LinearCrossEntropy")
+    device = [event for event in events if event.get("cat") in _ON_DEVICE]
+    if not device:
+        calls = Counter(e["name"] for e in events if e.get("cat") == "cpu_op" and e["name"].startswith("c10d::"))
+        return StepTrace(None, None, None, None, {}, dict(calls), dict(operators + functions), 0)
+    kinds: dict[str, float] = {}
+    for event in device:
+        kind = kind_of(event["name"])
+        kinds[kind] = kinds.get(kind, 0.0) + event["dur"] / 1e3
+    nccl = [event for event in device if kind_of(event["name"]) == "communication"]
+    others = [event for event in device if kind_of(event["name"]) != "communication"]
+    busy = union_ms(device)
+    return StepTrace(
+        span=(max(e["ts"] + e["dur"] for e in device) - min(e["ts"] for e in device)) / 1e3,
+        busy=busy,
+        communication=sum(event["dur"] for event in nccl) / 1e3,
+        exposed=busy - union_ms(others),
+        kinds=dict(sorted(kinds.items(), key=lambda item: -item[1])),
+        collectives=dict(Counter(_collective(event["name"]) for event in nccl)),
+        operators=dict(operators + functions),
+        kernels=len(device),
+        names=tuple(sorted({event["name"] for event in device})),
+    )
+
+
+def kind_of(name: str) -> str:
+    """The kind of a kernel, by its name."""
+    lowered = name.lower()
+    return next((kind for kind, marks in _KINDS if any(mark in lowered for mark in marks)), "other")
+
+
+def union_ms(events: Iterable[dict[str, Any]]) -> float:
+    """Milliseconds in which at least one of the events runs."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted((event["ts"], event["ts"] + event["dur"]) for event in events):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total / 1e3
+
+
+def _collective(kernel: str) -> str:
+    """`ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL(...)` is a ReduceScatter."""
+    parts = kernel.split("(")[0].split("_")
+    return parts[1] if len(parts) > 1 else kernel

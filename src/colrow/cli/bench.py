@@ -1,0 +1,179 @@
+"""`colrow bench [CONFIG.yaml] ...`: arms of one model beside each other, on random tokens.
+
+Each arm runs in processes of its own, so that neither memory nor compiled code of one is left for the next; with
+`--rounds` the arms take turns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from colrow.cli.flags import parse
+from colrow.config import RunConfig, load_config, parse_config
+from colrow.errors import ConfigError
+
+JOB = "--job"
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Measure arms beside each other: tokens/s per GPU, MFU, memory, time in exposed collectives."""
+
+    config: tyro.conf.Positional[Path | None] = None
+    """A run's config; its data is not read. The flags below override it, and make one up where there is none."""
+    arms: tuple[str, ...] = ("article", "plain", "linear", "fast")
+    """article, plain, linear, fast, config; each with changes if need be: fast:train.compile=false"""
+    shape: str | None = None
+    """A named shape."""
+    layers: int | None = None
+    """Number of layers instead of the shape's."""
+    tp: int | None = None
+    dp_shard: int | None = None
+    dp_replicate: int | None = None
+    seq_len: int | None = None
+    micro_batch: int | None = None
+    """Sequences that a data-parallel rank runs at a time."""
+    accumulate: int | None = None
+    """Micro-batches in a step."""
+    device: str | None = None
+    """cpu, cuda or auto."""
+    steps: int = 10
+    """Timed steps; the first two of them are left out of the median."""
+    warmup: int = 3
+    rounds: int = 1
+    """How often the arms take turns; each round starts anew."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """Write JSON to this file."""
+    trace: Path | None = None
+    """Keep each arm's profiler trace in this folder."""
+
+
+def main(argv: list[str]) -> int:
+    """Exit 0; 1 when an arm failed, after the table of the others; 2 for bad usage."""
+    if argv and argv[0] == JOB:
+        return _rank(Path(argv[1]))
+    flags = parse(Flags, "bench", argv)
+    if flags.steps < 1 or flags.warmup < 1 or flags.rounds < 1:
+        raise ConfigError("--steps, --warmup and --rounds are at least 1")
+    from colrow.bench.arms import arm_config
+
+    base = base_config(flags)
+    configs = {arm: arm_config(base, arm) for arm in flags.arms}
+    if len({config.mesh.world_size for config in configs.values()}) > 1:
+        raise ConfigError("the arms need different numbers of ranks: compare them in calls of their own")
+    return _run(flags, configs)
+
+
+def base_config(flags: Flags) -> RunConfig:
+    """The config that all arms start from."""
+    tree: dict[str, Any] = (
+        load_config(flags.config).model_dump(mode="json")
+        if flags.config is not None
+        else {
+            "run": {"dir": "."},
+            "model": {"shape": flags.shape},
+            "data": {"corpus": "random", "seq_len": flags.seq_len or 512},
+            "train": {"steps": 1, "global_batch": 1, "micro_batch": flags.micro_batch or 1, "lr": 3e-4},
+        }
+    )
+    if flags.config is None and flags.shape is None:
+        raise ConfigError("give a config file or --shape NAME")
+    mesh, train = tree.setdefault("mesh", {}), tree["train"]
+    for axis in ("tp", "dp_shard", "dp_replicate"):
+        if getattr(flags, axis) is not None:
+            mesh[axis] = getattr(flags, axis)
+    if flags.shape is not None:
+        tree["model"] = {"shape": flags.shape}
+    for section, key in (("model", "layers"), ("data", "seq_len"), ("train", "micro_batch")):
+        if getattr(flags, key) is not None:
+            tree[section][key] = getattr(flags, key)
+    if flags.device is not None:
+        tree["device"] = flags.device
+    ranks = mesh.get("dp_shard", 1) * mesh.get("dp_replicate", 1)
+    if flags.config is None or flags.accumulate is not None or flags.micro_batch is not None:
+        train["global_batch"] = train["micro_batch"] * ranks * (flags.accumulate or 1)
+    train |= {"steps": flags.warmup + flags.steps + 1, "warmup_steps": 0, "decay_steps": None}
+    return parse_config(tree, str(flags.config or "flags"))
+
+
+def _run(flags: Flags, configs: dict[str, RunConfig]) -> int:
+    from rich.console import Console
+
+    from colrow.bench import report
+    from colrow.train import preflight
+    from colrow.train.launch import launch
+
+    console, place, failed = Console(highlight=False, soft_wrap=True, width=132), report.environment(), False
+    rounds: list[list[dict[str, Any]]] = []
+    for turn in range(flags.rounds):
+        rounds.append([])
+        for arm, config in configs.items():
+            ranks = config.mesh.world_size
+            os.environ.setdefault("OMP_NUM_THREADS", str(preflight.threads_for(ranks)))
+            with tempfile.TemporaryDirectory(prefix="colrow-bench-") as folder:
+                job, result = Path(folder) / "job.json", Path(folder) / "result.json"
+                said = {
+                    "arm": arm,
+                    "config": config.model_dump(mode="json"),
+                    "warmup": flags.warmup,
+                    "steps": flags.steps,
+                    "trace": str(flags.trace.resolve()) if flags.trace else None,
+                    "result": str(result),
+                }
+                job.write_text(json.dumps(said), encoding="utf-8")
+                failure = launch(["-m", "colrow", "bench", JOB, str(job)], ranks)
+                if failure is not None:
+                    failed = True
+                    print(f"colrow bench: arm {arm} failed: {failure.text.strip()}", file=sys.stderr, flush=True)
+                    continue
+                rounds[-1].append(json.loads(result.read_text(encoding="utf-8")))
+            done = rounds[-1][-1]
+            console.print(
+                f"round {turn + 1}: {arm} {done['step_ms']:.1f} ms, {done['tokens_per_second_per_gpu']:,.0f} tok/s/GPU"
+            )
+    results = report.merged(rounds)
+    report.show(results, place, console)
+    if flags.output is not None:
+        report.write(results, rounds, place, flags.output)
+        console.print(f"written to {flags.output}")
+    return 1 if failed else 0
+
+
+def _rank(path: Path) -> int:
+    """One rank of one arm, under the launcher."""
+    from colrow.cli.train import _reporting
+
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    with _reporting(Path(error_file) if error_file else None):
+        from colrow.bench.measure import Job, measure
+        from colrow.train.rank import Place
+        from colrow.train.stop import StopRequest
+
+        said = json.loads(path.read_text(encoding="utf-8"))
+        world_size = int(os.environ["WORLD_SIZE"])
+        place = Place(
+            rank=int(os.environ["RANK"]),
+            local_rank=int(os.environ.get("LOCAL_RANK", os.environ["RANK"])),
+            world_size=world_size,
+            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+        )
+        job = Job(
+            arm=said["arm"],
+            config=parse_config(said["config"], f"arm {said['arm']}"),
+            warmup=said["warmup"],
+            steps=said["steps"],
+            trace=Path(said["trace"]) if said["trace"] else None,
+        )
+        with StopRequest(Path(error_file).parent if error_file else None) as stop:
+            result = measure(job, place, lambda: stop.requested)
+        if place.rank == 0:
+            Path(said["result"]).write_text(json.dumps(result), encoding="utf-8")
+    return 0

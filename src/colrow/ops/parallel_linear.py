@@ -1,0 +1,241 @@
+"""Column- and row-parallel products on local tensors, with their collectives inside.
+
+Tokens stand in a row, [tokens, features], so that every collective works on dimension 0 and nothing is copied into
+place before or after it. Each is an operator of its own (`torch.library`): torch.compile keeps it as one node in the
+graph of a block and never looks inside, and what is inside may start a collective, compute, and wait.
+
+Legend: T tokens, t = T/n this rank's tokens, D hidden size, F this rank's output features of all siblings together,
+f this rank's input features, n ranks. Weights are [out, in] as in nn.Linear.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from colrow.ops.collectives import (
+    all_gather,
+    group_named,
+    reduce_scatter,
+    start_all_gather,
+    start_reduce_scatter,
+)
+
+NARROW = 2048  # rows of a weight under which its own product is too small for a GPU: siblings are joined then
+
+
+def column_linear(x_tD: Tensor, weights: list[Tensor], group: str, keep_gathered: bool = True) -> Tensor:
+    """[t, D] on each rank -> [T, F]: the products with all of `weights` beside each other, out of one all-gather.
+
+    y = x W^T, W split by column.
+
+    forward   X = all_gather(x);  Y = X W^T
+    dgrad     dx = reduce_scatter(dY W)
+    wgrad     dW = dY^T X                 beside the reduce-scatter
+
+    Args:
+        keep_gathered: keep X for wgrad. Else x is kept, and gathered again in backward beside dgrad.
+    """
+    y: Tensor = torch.ops.colrow.column_forward(x_tD, weights, group, keep_gathered)[0]
+    return y
+
+
+def row_linear(x_Tf: Tensor, weight: Tensor, group: str) -> Tensor:
+    """[T, f] on each rank -> [t, D]: the sum over ranks of their products.
+
+    y = x W^T, W split by row.
+
+    forward   y = reduce_scatter(x W^T)
+    backward  dY = all_gather(dy);  dx = dY W;  dW = dY^T x
+    """
+    y: Tensor = torch.ops.colrow.row_forward(x_Tf, weight, group)
+    return y
+
+
+def scatter_sum(x_TD: Tensor, group: str) -> Tensor:
+    """[T, D], a part of a sum on each rank -> [t, D] of the sum. The dual is an all-gather."""
+    y: Tensor = torch.ops.colrow.scatter_sum(x_TD, group)
+    return y
+
+
+@torch.library.custom_op(
+    "colrow::column_forward",
+    mutates_args=(),
+    schema="(Tensor x, Tensor[] weights, str group, bool keep_gathered) -> (Tensor, Tensor)",
+)
+def _column_forward(x: Tensor, weights: list[Tensor], group: str, keep_gathered: bool) -> tuple[Tensor, Tensor]:
+    gathered = all_gather(x, group_named(group))
+    if len(weights) == 1 or min(w.shape[0] for w in weights) < NARROW:
+        y = gathered @ _joined(weights).t()
+    else:  # large enough each: a joined copy of the weights would cost more than it saves
+        y = gathered.new_empty(gathered.shape[0], sum(w.shape[0] for w in weights))
+        for w, part in zip(weights, y.split([w.shape[0] for w in weights], 1), strict=True):
+            torch.mm(gathered, w.t(), out=part)
+    return y, gathered if keep_gathered else gathered.new_empty(0)
+
+
+@_column_forward.register_fake
+def _(x: Tensor, weights: list[Tensor], group: str, keep_gathered: bool) -> tuple[Tensor, Tensor]:
+    T = x.shape[0] * group_named(group).size()
+    gathered = x.new_empty(T, x.shape[1]) if keep_gathered else x.new_empty(0)
+    return x.new_empty(T, sum(w.shape[0] for w in weights)), gathered
+
+
+@torch.library.custom_op(
+    "colrow::column_backward",
+    mutates_args=(),
+    schema="(Tensor dy, Tensor x, Tensor[] weights, str group, bool gathered, bool want_x, bool want_w)"
+    " -> (Tensor, Tensor)",
+)
+def _column_backward(
+    dy: Tensor, x: Tensor, weights: list[Tensor], group: str, gathered: bool, want_x: bool, want_w: bool
+) -> tuple[Tensor, Tensor]:
+    ranks = group_named(group)
+    again = start_all_gather(x, ranks) if want_w and not gathered else None
+    arrival = start_reduce_scatter(dy @ _joined(weights), ranks) if want_x else None
+    inputs = x if again is None else again()
+    dw = dy.t() @ inputs if want_w else dy.new_empty(0)
+    return dy.new_empty(0) if arrival is None else arrival(), dw
+
+
+@_column_backward.register_fake
+def _(
+    dy: Tensor, x: Tensor, weights: list[Tensor], group: str, gathered: bool, want_x: bool, want_w: bool
+) -> tuple[Tensor, Tensor]:
+    D = weights[0].shape[1]
+    dx = dy.new_empty(dy.shape[0] // group_named(group).size(), D) if want_x else dy.new_empty(0)
+    return dx, dy.new_empty(dy.shape[1], D) if want_w else dy.new_empty(0)
+
+
+def _save_column(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weights, ctx.group, ctx.keep_gathered = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1] if ctx.keep_gathered else x, *weights)
+
+
+def _differentiate_column(ctx: Any, dy: Tensor | None, _: Any) -> Any:
+    x, *weights = ctx.saved_tensors
+    if dy is None:
+        return None, [None] * len(weights), None, None
+    want_x, want_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+    dx, dw = torch.ops.colrow.column_backward(
+        dy.contiguous(), x, weights, ctx.group, ctx.keep_gathered, want_x, any(want_w)
+    )
+    parts = dw.split([w.shape[0] for w in weights], 0) if any(want_w) else [None] * len(weights)
+    return dx if want_x else None, list(parts), None, None
+
+
+torch.library.register_autograd("colrow::column_forward", _differentiate_column, setup_context=_save_column)
+
+
+@torch.library.custom_op(
+    "colrow::row_forward", mutates_args=(), schema="(Tensor x, Tensor weight, str group) -> Tensor"
+)
+def _row_forward(x: Tensor, weight: Tensor, group: str) -> Tensor:
+    return reduce_scatter(x @ weight.t(), group_named(group))
+
+
+@_row_forward.register_fake
+def _(x: Tensor, weight: Tensor, group: str) -> Tensor:
+    return x.new_empty(x.shape[0] // group_named(group).size(), weight.shape[0])
+
+
+@torch.library.custom_op(
+    "colrow::row_backward",
+    mutates_args=(),
+    schema="(Tensor dy, Tensor x, Tensor weight, str group, bool want_x, bool want_w) -> (Tensor, Tensor)",
+)
+def _row_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, group: str, want_x: bool, want_w: bool
+) -> tuple[Tensor, Tensor]:
+    gathered = all_gather(dy, group_named(group))
+    dx = gathered @ weight if want_x else dy.new_empty(0)
+    return dx, gathered.t() @ x if want_w else dy.new_empty(0)
+
+
+@_row_backward.register_fake
+def _(dy: Tensor, x: Tensor, weight: Tensor, group: str, want_x: bool, want_w: bool) -> tuple[Tensor, Tensor]:
+    dx = x.new_empty(x.shape) if want_x else dy.new_empty(0)
+    return dx, weight.new_empty(weight.shape) if want_w else dy.new_empty(0)
+
+
+def _save_row(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, ctx.group = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _differentiate_row(ctx: Any, dy: Tensor) -> Any:
+    x, weight = ctx.saved_tensors
+    want_x, want_w, _ = ctx.needs_input_grad
+    dx, dw = torch.ops.colrow.row_backward(dy.contiguous(), x, weight, ctx.group, want_x, want_w)
+    return dx if want_x else None, dw if want_w else None, None
+
+
+torch.library.register_autograd("colrow::row_forward", _differentiate_row, setup_context=_save_row)
+
+
+@torch.library.custom_op("colrow::scatter_sum", mutates_args=(), schema="(Tensor x, str group) -> Tensor")
+def _scatter_sum(x: Tensor, group: str) -> Tensor:
+    return reduce_scatter(x, group_named(group))
+
+
+@_scatter_sum.register_fake
+def _(x: Tensor, group: str) -> Tensor:
+    return x.new_empty(x.shape[0] // group_named(group).size(), *x.shape[1:])
+
+
+@torch.library.custom_op("colrow::gather", mutates_args=(), schema="(Tensor x, str group) -> Tensor")
+def _gather(x: Tensor, group: str) -> Tensor:
+    return all_gather(x, group_named(group))
+
+
+@_gather.register_fake
+def _(x: Tensor, group: str) -> Tensor:
+    return x.new_empty(x.shape[0] * group_named(group).size(), *x.shape[1:])
+
+
+def _save_group(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.group = inputs[1]
+
+
+def _differentiate_scatter(ctx: Any, dy: Tensor) -> Any:
+    return torch.ops.colrow.gather(dy, ctx.group), None
+
+
+def _differentiate_gather(ctx: Any, dy: Tensor) -> Any:
+    return torch.ops.colrow.scatter_sum(dy, ctx.group), None
+
+
+torch.library.register_autograd("colrow::scatter_sum", _differentiate_scatter, setup_context=_save_group)
+torch.library.register_autograd("colrow::gather", _differentiate_gather, setup_context=_save_group)
+
+
+def traffic(operator: str, args: tuple[Any, ...], outputs: list[Tensor]) -> list[tuple[str, Tensor, int]]:
+    """The collectives inside an operator's call: kind, what is sent, bytes of the larger side. For dry runs, which see
+    the operator and not what is inside; empty for other operators."""
+
+    def one(kind: str, part: Tensor, group: str) -> tuple[str, Tensor, int]:
+        return kind, part, part.numel() * part.element_size() * group_named(group).size()
+
+    match operator:
+        case "column_forward":
+            return [one("all_gather", args[0], args[2])]
+        case "column_backward":
+            dx, _ = outputs
+            again = [] if args[4] or not args[6] else [one("all_gather", args[1], args[3])]
+            return [*again, *([one("reduce_scatter", dx, args[3])] if args[5] else [])]
+        case "row_forward":
+            return [one("reduce_scatter", outputs[0], args[2])]
+        case "row_backward":
+            return [one("all_gather", args[0], args[3])]
+        case "scatter_sum":
+            return [one("reduce_scatter", outputs[0], args[1])]
+        case "gather":
+            return [one("all_gather", args[0], args[1])]
+    return []
+
+
+def _joined(weights: list[Tensor]) -> Tensor:
+    return weights[0] if len(weights) == 1 else torch.cat(weights)

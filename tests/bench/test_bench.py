@@ -1,0 +1,128 @@
+"""`colrow bench`: arms, what a trace says, and that a fast path which did not run is an error."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from colrow.bench.arms import ARMS, arm_config
+from colrow.bench.measure import missing_paths
+from colrow.bench.report import merged
+from colrow.bench.trace import StepTrace, from_events
+from colrow.cli.bench import Flags, base_config
+from colrow.config import RunConfig
+from colrow.errors import ConfigError
+from colrow.plans.plan import Plan
+
+SRC = Path(__file__).parents[2] / "src"
+
+
+def base(**flags: Any) -> RunConfig:
+    return base_config(Flags(shape="laptop", seq_len=64, **flags))
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_is_a_config(arm: str) -> None:
+    config = arm_config(base(tp=2), arm)
+    assert config.mesh.tp == 2
+    assert config.train.compile is (False if arm == "article" else None)
+
+
+def test_an_arm_can_be_changed() -> None:
+    config = arm_config(base(), "fast:train.compile=false:model.layers=3")
+    assert (config.plan, config.train.compile, config.model.layers) == ("llama-fast", False, 3)
+
+
+@pytest.mark.parametrize(
+    ("arm", "text"), [("fst", "did you mean 'fast'"), ("fast:compile", "key=value"), ("fast:trai.compile=1", "no key")]
+)
+def test_a_wrong_arm_says_what_is_right(arm: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        arm_config(base(), arm)
+
+
+def test_flags_make_the_global_batch() -> None:
+    config = base(tp=2, dp_shard=2, micro_batch=3, accumulate=4)
+    assert config.train.global_batch == 24
+    with pytest.raises(ConfigError, match="--shape"):
+        base_config(Flags())
+
+
+def event(name: str, ts: float, dur: float, cat: str = "kernel") -> dict[str, Any]:
+    return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur}
+
+
+def test_only_what_nothing_hides_is_exposed() -> None:
+    trace = from_events(
+        [
+            event("sm90_xmma_gemm", 0, 1000),
+            event("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", 500, 1000),
+            event("nccl:all_gather", 500, 1000, "gpu_user_annotation"),  # encloses the kernel: not counted
+            event("Memcpy DtoD", 1400, 200, "gpu_memcpy"),
+            event("triton_poi_fused", 2000, 500),
+            event("colrow::column_forward", 0, 5, "cpu_op"),
+        ]
+    )
+    assert trace.span == pytest.approx(2.5)
+    assert trace.busy == pytest.approx(2.1)
+    assert trace.idle == pytest.approx(0.4)
+    assert trace.communication == pytest.approx(1.0)
+    assert trace.exposed == pytest.approx(0.4)
+    assert trace.collectives == {"AllGather": 1}
+    assert trace.kinds == pytest.approx({"product": 1.0, "communication": 1.0, "compiled pointwise": 0.5, "copy": 0.2})
+
+
+def trace_of(operators: dict[str, int], names: tuple[str, ...] = (), kernels: int = 0) -> StepTrace:
+    return StepTrace(None, None, None, None, {}, {}, operators, kernels, names)
+
+
+RAN = {"colrow::column_forward": 4, "colrow::row_forward": 4, "linear_cross_entropy": 1}
+
+
+@pytest.mark.parametrize("left_out", [None, *RAN])
+def test_a_fast_path_that_did_not_run_is_seen(left_out: str | None) -> None:
+    operators = {name: n for name, n in RAN.items() if name != left_out}
+    missing = missing_paths(Plan.preset("llama-fast", "linear"), trace_of(operators), 2)
+    assert bool(missing) == (left_out is not None), missing
+
+
+def test_on_a_gpu_the_loss_must_run_its_kernels() -> None:
+    plan = Plan.preset("llama-fast", "linear")
+    assert missing_paths(plan, trace_of(RAN, ("gemm",), 9), 2)
+    assert not missing_paths(plan, trace_of(RAN, ("gemm", "_loss_kernel"), 9), 2)
+
+
+def test_rounds_give_the_median() -> None:
+    rounds = [[{"arm": "fast", "step_ms": ms}] for ms in (3.0, 1.0, 2.0)]
+    assert merged(rounds) == [{"arm": "fast", "step_ms": 2.0, "rounds_step_ms": [3.0, 1.0, 2.0]}]
+
+
+@pytest.mark.distributed
+def test_the_command_measures_two_ranks(tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    shape = ["--shape", "laptop", "--layers", "1", "--tp", "2", "--seq-len", "32", "--micro-batch", "2"]
+    run = ["--device", "cpu", "--steps", "2", "--warmup", "1", "--arms", "fast", "-o", str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "colrow", "bench", *shape, *run],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tok/s/GPU" in done.stdout
+    tree = json.loads(out.read_text())
+    (result,) = tree["results"]
+    assert tree["environment"]["torch"]
+    assert result["tokens_per_step"] == 64
+    assert len(result["steps_ms"]) == 2
+    assert result["tokens_per_second_per_gpu"] == pytest.approx(64 / result["step_ms"] * 1e3 / 2)
+    assert result["trace"]["operators"]["colrow::row_forward"] == 2
+    assert result["loss_first"] == pytest.approx(8.3, abs=0.3)  # log 4096
