@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from colrow.config import RunConfig, parse_config
+from colrow.config import ModelSection, RunConfig, parse_config
 from colrow.data.prepare import prepare
+from colrow.mesh import Mesh
 from colrow.train.loop import DivergedError
 from colrow.train.metrics import read_metrics
 from colrow.train.progress import Progress
@@ -167,3 +168,26 @@ def test_compiled_blocks_give_the_eager_loss_and_gradient(ranks: Ranks, folder: 
     for eager, *others in ranks(2).run(compiled_and_eager, folder):
         for other in others:
             assert other == pytest.approx(eager, rel=1e-5)
+
+
+MESHES = [{"tp": 2}, {"dp_shard": 2}, {"dp_replicate": 2}, {"pp": 2}]
+
+
+def on_every_mesh(device: str, folder: Path) -> None:
+    """Four steps on each mesh; then four more on all of them, from the checkpoint that the mesh before has left."""
+    for i, mesh in enumerate(MESHES):
+        for steps in (4, 8):
+            name = f"mesh-{i}" if steps == 4 else f"mesh-{i - 1}"
+            changes = {"mesh": Mesh(**mesh), "model": ModelSection(shape="laptop", layers=2)}
+            if steps == 4 or i:
+                train(device, tiny(folder, name, steps=steps, schedule="wsd", decay_steps=1).model_copy(update=changes))
+
+
+def test_every_mesh_trains_alike_and_continues_the_others_runs(ranks: Ranks, folder: Path) -> None:
+    ranks(2).run(on_every_mesh, folder)
+    want, *others = [figures(folder / f"mesh-{i}" / "metrics.jsonl") for i in range(len(MESHES))]
+    assert [record["step"] for record in want] == list(range(1, 9))
+    for other in others:
+        for one, record in zip(want, other, strict=False):
+            assert record == pytest.approx(one, rel=1e-4)
+    assert [len(other) for other in others] == [8, 8, 4]
