@@ -281,8 +281,10 @@ def prove(
     expected_out = _FirstTensor(model, keywords, names)(*inputs)
     model.train(training)
     probe = torch.randn(expected_out.shape, generator=torch.Generator().manual_seed(1)).to(expected_out)
-    wanted = torch.autograd.grad((expected_out * probe).sum(), list(leaves_of.values()), allow_unused=True)
-    found = torch.autograd.grad((out * probe).sum(), list(params.values()), allow_unused=True)
+    wanted: tuple[Any, ...] = torch.autograd.grad(
+        (expected_out * probe).sum(), list(leaves_of.values()), allow_unused=True
+    )
+    found: tuple[Any, ...] = torch.autograd.grad((out * probe).sum(), list(params.values()), allow_unused=True)
     by_identity = {id(leaves_of[n]): g for n, g in zip(leaves_of, wanted, strict=True)}
     state = dict(model.named_parameters(remove_duplicate=False))
     errors: dict[str, float] = {}
