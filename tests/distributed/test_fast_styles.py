@@ -18,11 +18,13 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from colrow.errors import PlanError
+from colrow.mesh import Mesh
 from colrow.parallel.grad_norm import align_gradients
 from colrow.parallel.loss import loss_context, model_loss
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
 from distributed.harness import Ranks
+from distributed.mesh_parity import Case, run_cases
 from distributed.parity import MODELS, batch, build, cross_entropy, relative, tp_mesh, whole
 from distributed.test_linear_head import fsdp_case
 
@@ -125,6 +127,23 @@ def test_equal_layers_are_compiled_once(ranks: Ranks) -> None:
 def test_gradients_under_fsdp_and_accumulation(ranks: Ranks, name: str) -> None:
     for errors in ranks(4).run(fsdp_case, {"tp": 2, "dp_shard": 2}, name, "llama-fast", 2):
         assert max(errors.values()) < TOLERANCE, {k: v for k, v in errors.items() if v >= TOLERANCE}
+
+
+ON_STAGES = {
+    f"{preset} {name} {mesh}": Case(mesh, name, micro=4, preset=preset, loss="linear")
+    for preset, name, mesh in [
+        ("llama", "tied", Mesh(pp=2, tp=2)),
+        ("llama-fast", "tied", Mesh(pp=2, tp=2)),
+        ("llama-fast", "gqa", Mesh(pp=2, dp_shard=2)),
+    ]
+}
+
+
+@pytest.mark.distributed
+def test_pipeline_stages_give_one_process_gradients(ranks: Ranks) -> None:
+    for results in ranks(4).run(run_cases, ON_STAGES):
+        for name, result in results.items():
+            assert result.worst[1] < TOLERANCE, (name, result.worst)
 
 
 def collectives_case(device: str, again: bool) -> list[Counter[str]]:

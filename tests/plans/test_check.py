@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from distributed.parity import MODELS
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
@@ -19,6 +18,7 @@ from colrow.mesh import Mesh
 from colrow.models.llama import Llama
 from colrow.plans.check import CODES, Finding, check
 from colrow.plans.plan import Plan
+from distributed.parity import MODELS
 from plans import broken_models as m
 
 PAGES = Path(__file__).parents[2] / "docs" / "checks"

@@ -16,12 +16,16 @@ from typing import Any
 _ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 _KINDS = (  # the first that matches
     ("communication", ("nccl",)),
+    ("loss", ("_statistics_kernel", "_loss_kernel")),
+    ("product", ("triton_tem",)),  # a template of the compiler's for a product
+    (
+        "compiled pointwise",
+        ("triton_",),
+    ),  # before attention: such names list the operations around which they are fused
     ("attention", ("fmha", "flash", "sdpa", "attention")),
     ("product", ("gemm", "nvjet", "cutlass", "splitk")),
-    ("loss", ("_statistics_kernel", "_loss_kernel")),
     ("optimizer", ("adam", "multi_tensor")),
-    ("compiled pointwise", ("triton",)),
-    ("copy", ("memcpy", "memset", "copy_kernel", "catarray")),
+    ("copy", ("memcpy", "memset", "copy_kernel", "catarray", "split_with_sizes", "chunk_cat")),
 )
 
 

@@ -22,6 +22,7 @@ from colrow.config import PipelineSection
 from colrow.errors import ConfigError, PlanError
 from colrow.parallel.grad_norm import align_gradients
 from colrow.parallel.layout import local_tensor
+from colrow.parallel.linear_head import Expected, expect_targets
 from colrow.parallel.loss import loss_context, tp_degree
 from colrow.parallel.pipeline_split import layer_costs, split_layers
 from colrow.parallel.pipeline_stage import Stage, Tie, cut_stages
@@ -56,7 +57,7 @@ def build_pipeline(
     Args:
         model: the whole single-device model, on the meta device; it stays as it is.
         mesh: has the axes pp and tp.
-        loss: the mean loss of one micro-batch.
+        loss: the mean loss of one micro-batch; not asked where the plan's loss is `linear`: then the head gives it.
         prepare: does to `stage.module`, in place, what would be done to a whole model: `parallelize` (with
             `absent=stage.absent`), activation checkpointing, compile, `apply_data_parallel`, memory and weights.
         micro_batches: micro-batches of this data rank in a step.
@@ -109,6 +110,7 @@ class PipelineRunner:
         self.ties = stages[0].ties
         here = torch.cuda.current_device() if mesh.device_type == "cuda" else None
         self.device = torch.device(mesh.device_type if here is None else f"cuda:{here}")
+        self._loss_in_head = plan.loss == "linear"
         self._train: Any = self._schedule(_SCHEDULES[schedule], micro_batches)
         self._evaluate: dict[int, Any] = {}
         self._ties_in_step = False
@@ -176,6 +178,9 @@ class PipelineRunner:
         inputs = (ids,) if self.stages[0].first else ()
         losses: list[Tensor] = []
         outputs = {"target": targets, "losses": losses} if self.stages[-1].last else {}
+        if self._loss_in_head and self.stages[-1].last:
+            micro_batches = targets.split(self.micro_batch)
+            expect_targets(self.stages[-1].module, [Expected(part, None, -100) for part in micro_batches])
         with loss_context(self.plan, self.mesh):
             step(*inputs, **outputs, return_outputs=False)
         total = torch.zeros((), device=self.device, dtype=_loss_dtype(self.dtype))
@@ -206,9 +211,9 @@ class PipelineRunner:
         for tie in self.ties:
             for stage in self.stages:
                 if stage.index == tie.original_stage:
-                    yield tie, stage.module.get_parameter(tie.original), tie.copy_stage % pp
+                    yield tie, _registered(stage.module, tie.original), tie.copy_stage % pp
                 elif stage.index == tie.copy_stage:
-                    yield tie, stage.module.get_parameter(tie.copy), tie.original_stage % pp
+                    yield tie, _registered(stage.module, tie.copy), tie.original_stage % pp
 
     def _holds(self, index: int) -> bool:
         return any(stage.index == index for stage in self.stages)
@@ -222,8 +227,8 @@ class PipelineRunner:
                 "use schedule interleaved_1f1b"
             )
 
-        def loss(logits: Tensor, targets: Tensor) -> Tensor:
-            return self.loss(logits, targets) / micro_batches
+        def loss(output: Tensor, targets: Tensor) -> Tensor:
+            return (output if self._loss_in_head else self.loss(output, targets)) / micro_batches
 
         try:
             return kind(stages[0] if single else stages, micro_batches, loss_fn=loss, scale_grads=False)
@@ -234,13 +239,15 @@ class PipelineRunner:
         config: Any = stage.module.config
         shards = tp_degree(self.mesh) if self.plan.sequence_parallel() else 1
         hidden = (self.micro_batch, self.seq_len // shards, config.hidden_size)
+        logits = _meta((self.micro_batch, self.seq_len, config.vocab_size), self.dtype)
+        last = _meta((), _loss_dtype(self.dtype)) if self._loss_in_head else logits
         return _LlamaStage(
             stage,
             self.seq_len,
             self.device,
             self.group,
             receives=_meta((self.micro_batch, self.seq_len), torch.int64) if stage.first else _meta(hidden, self.dtype),
-            sends=_meta((self.micro_batch, self.seq_len, config.vocab_size) if stage.last else hidden, self.dtype),
+            sends=last if stage.last else _meta(hidden, self.dtype),
         )
 
     def _check_shape(self, ids: Tensor, count: int) -> None:
@@ -292,6 +299,14 @@ class _LlamaStage(PipelineStage):
 
 def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
+
+
+def _registered(module: nn.Module, name: str) -> nn.Parameter:
+    """The parameter itself: the attribute of its name may be a local view of it."""
+    parent, _, leaf = name.rpartition(".")
+    param = module.get_submodule(parent)._parameters[leaf]
+    assert param is not None
+    return param
 
 
 def _loss_dtype(dtype: torch.dtype) -> torch.dtype:

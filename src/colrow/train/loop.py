@@ -225,8 +225,11 @@ class Loop:
 
     def _save(self, step: int) -> None:
         extra: dict[str, Any] = {"step": step, "corpus": self._data.fingerprint, "seed": self._config.run.seed}
+        start = time.perf_counter()
         self._checkpoints.save(step, self._training.modules, self._training.optimizer, extra)
         self._clock = time.perf_counter()
+        background = ", the rest is in the background" if self._config.checkpoint.asynchronous else ""
+        self._progress.say(f"            saved step-{step}, training waited {self._clock - start:.1f} s{background}")
 
     def _diverged(self, step: int, loss: float, norm: float) -> DivergedError:
         good = self._good
