@@ -21,7 +21,7 @@ from colrow.parallel.compile_blocks import compile_blocks
 from colrow.parallel.data_parallel import apply_data_parallel, set_last_micro_batch
 from colrow.parallel.grad_norm import align_gradients, clip_gradients, grad_norm, norm_groups
 from colrow.parallel.layout import full_tensor, packed_of
-from colrow.parallel.loss import loss_context
+from colrow.parallel.loss import loss_context, model_loss
 from colrow.parallel.parallelize import parallelize
 from colrow.parallel.pipeline import PipelineRunner, build_pipeline
 from colrow.parallel.pipeline_stage import Stage
@@ -77,7 +77,8 @@ class _Single:
         for i, (x, y) in enumerate(parts):
             set_last_micro_batch(self.model, i == len(parts) - 1)
             with loss_context(self.plan, self.mesh):
-                loss = cross_entropy(self.model(x), y) / (1 if self.case.sabotage == "scale" else len(parts))
+                loss = model_loss(self.model, self.plan, self.mesh, x, y)
+                loss = loss / (1 if self.case.sabotage == "scale" else len(parts))
                 loss.backward()
             value = loss.detach()
             total += value.full_tensor() if isinstance(value, DTensor) else value

@@ -42,7 +42,7 @@ def parallelize(model: nn.Module, plan: Plan, mesh: Mesh | DeviceMesh, *, absent
     plan.check_shapes(model, tp, absent)
     layouts = plan.parameters(model, tp, absent)
     if tp == 1:
-        for fqn, (_, style) in plan.resolve(model).items():
+        for fqn, (_, style) in plan.resolve(model, absent).items():
             if style.on_one_rank:
                 site = Site(model, fqn, tp)
                 style.build(site)._apply(site.module, tp_mesh)

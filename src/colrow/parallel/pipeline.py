@@ -22,6 +22,7 @@ from colrow.config import PipelineSection
 from colrow.errors import ConfigError, PlanError
 from colrow.parallel.grad_norm import align_gradients
 from colrow.parallel.layout import local_tensor
+from colrow.parallel.linear_head import Expected, expect_targets
 from colrow.parallel.loss import loss_context, tp_degree
 from colrow.parallel.pipeline_split import layer_costs, split_layers
 from colrow.parallel.pipeline_stage import Stage, Tie, cut_stages
@@ -56,7 +57,7 @@ def build_pipeline(
     Args:
         model: the whole single-device model, on the meta device; it stays as it is.
         mesh: has the axes pp and tp.
-        loss: the mean loss of one micro-batch.
+        loss: the mean loss of one micro-batch; not called where the plan's loss is `linear`, which the head computes.
         prepare: does to `stage.module`, in place, what would be done to a whole model: `parallelize` (with
             `absent=stage.absent`), activation checkpointing, compile, `apply_data_parallel`, memory and weights.
         micro_batches: micro-batches of this data rank in a step.
@@ -109,6 +110,7 @@ class PipelineRunner:
         self.ties = stages[0].ties
         here = torch.cuda.current_device() if mesh.device_type == "cuda" else None
         self.device = torch.device(mesh.device_type if here is None else f"cuda:{here}")
+        self._head_computes_loss = plan.loss == "linear"
         self._train: Any = self._schedule(_SCHEDULES[schedule], micro_batches)
         self._evaluate: dict[int, Any] = {}
         self._ties_in_step = False
@@ -129,7 +131,7 @@ class PipelineRunner:
         if not self._ties_in_step:
             self.copy_tied_weights()
             self._ties_in_step = True
-        total = self._run(self._train.step, ids, targets)
+        total = self._run(self._train.step, ids, targets, self.micro_batches)
         self._sum_tied_gradients()
         return total
 
@@ -143,7 +145,7 @@ class PipelineRunner:
             # Stages of their own: buffers of a training schedule want gradients.
             kind = ScheduleGPipe if len(self.stages) == 1 else ScheduleLoopedBFS
             self._evaluate[count] = self._schedule(kind, count)
-        return self._run(self._evaluate[count].eval, ids, targets)
+        return self._run(self._evaluate[count].eval, ids, targets, count)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of this rank's stages, under the whole model's names."""
@@ -172,10 +174,13 @@ class PipelineRunner:
                 dist.recv(value, group=self.group, group_src=peer)
                 local.copy_(value)
 
-    def _run(self, step: Callable[..., Any], ids: Tensor, targets: Tensor) -> Tensor:
+    def _run(self, step: Callable[..., Any], ids: Tensor, targets: Tensor, count: int) -> Tensor:
         inputs = (ids,) if self.stages[0].first else ()
         losses: list[Tensor] = []
         outputs = {"target": targets, "losses": losses} if self.stages[-1].last else {}
+        if self._head_computes_loss and outputs:
+            parts = [Expected(part, targets.numel(), -100) for part in targets.chunk(count)]
+            expect_targets(self.stages[-1].module, parts)
         with loss_context(self.plan, self.mesh):
             step(*inputs, **outputs, return_outputs=False)
         total = torch.zeros((), device=self.device, dtype=_loss_dtype(self.dtype))
@@ -222,8 +227,9 @@ class PipelineRunner:
                 "use schedule interleaved_1f1b"
             )
 
-        def loss(logits: Tensor, targets: Tensor) -> Tensor:
-            return self.loss(logits, targets) / micro_batches
+        def loss(output: Tensor, targets: Tensor) -> Tensor:
+            """This micro-batch's part of the mean over all of them."""
+            return output if self._head_computes_loss else self.loss(output, targets) / micro_batches
 
         try:
             return kind(stages[0] if single else stages, micro_batches, loss_fn=loss, scale_grads=False)
@@ -234,13 +240,15 @@ class PipelineRunner:
         config: Any = stage.module.config
         shards = tp_degree(self.mesh) if self.plan.sequence_parallel() else 1
         hidden = (self.micro_batch, self.seq_len // shards, config.hidden_size)
+        logits = (self.micro_batch, self.seq_len, config.vocab_size)
+        last = _meta((), _loss_dtype(self.dtype)) if self._head_computes_loss else _meta(logits, self.dtype)
         return _LlamaStage(
             stage,
             self.seq_len,
             self.device,
             self.group,
             receives=_meta((self.micro_batch, self.seq_len), torch.int64) if stage.first else _meta(hidden, self.dtype),
-            sends=_meta((self.micro_batch, self.seq_len, config.vocab_size) if stage.last else hidden, self.dtype),
+            sends=last if stage.last else _meta(hidden, self.dtype),
         )
 
     def _check_shape(self, ids: Tensor, count: int) -> None:
