@@ -192,8 +192,9 @@ class PipelineRunner:
 
     def _sum_tied_gradients(self) -> None:
         for _, param, peer in self._tied_here():
-            if param.grad is None:
+            if not param.requires_grad:
                 continue
+            assert param.grad is not None
             align_gradients([param])  # the embedding's gradient comes whole, the head's as a shard
             mine = local_tensor(param.grad)
             theirs = torch.empty_like(mine, memory_format=torch.contiguous_format)
@@ -211,9 +212,9 @@ class PipelineRunner:
         for tie in self.ties:
             for stage in self.stages:
                 if stage.index == tie.original_stage:
-                    yield tie, stage.module.get_parameter(tie.original), tie.copy_stage % pp
+                    yield tie, dict(stage.module.named_parameters())[tie.original], tie.copy_stage % pp
                 elif stage.index == tie.copy_stage:
-                    yield tie, stage.module.get_parameter(tie.copy), tie.original_stage % pp
+                    yield tie, dict(stage.module.named_parameters())[tie.copy], tie.original_stage % pp
 
     def _holds(self, index: int) -> bool:
         return any(stage.index == index for stage in self.stages)
