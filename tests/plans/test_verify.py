@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from distributed.parity import MODELS
 from torch import nn
 
 from colrow.errors import PlanError
@@ -15,6 +14,7 @@ from colrow.models.shapes import SHAPES
 from colrow.plans.plan import Plan
 from colrow.plans.twin import shrink_heads, shrink_width, twin
 from colrow.plans.verify import Report, verify
+from distributed.parity import MODELS
 from plans import broken_models as m
 from plans.test_check import gpt_plan, preset
 
