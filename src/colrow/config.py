@@ -119,9 +119,9 @@ class EvalSection(_Section):
 
 class CheckpointSection(_Section):
     every: NonNegativeInt = 0
-    """Steps between checkpoints; the last step is saved too. 0 saves only at a stop and at the end."""
-    at_end: bool = True
-    """Save after the last step. Without it a finished run leaves its metrics alone: for measuring, not for training."""
+    """Steps between checkpoints; 0 saves only at a stop and after the last step."""
+    last: bool = True
+    """Save after the last step too."""
     keep: PositiveInt = 2
     """How many newest checkpoints stay."""
     asynchronous: bool = False

@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed.harness import Ranks
-from models.families import FAMILIES, save_transformers, token_ids
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,6 +28,8 @@ from colrow.parallel.data_parallel import apply_data_parallel
 from colrow.parallel.layout import full_tensor, local_tensor
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
+from distributed.harness import Ranks
+from models.families import FAMILIES, save_transformers, token_ids
 
 
 class Letters:

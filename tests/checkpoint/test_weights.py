@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from distributed.harness import Ranks
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -17,6 +16,7 @@ from colrow.parallel.data_parallel import apply_data_parallel
 from colrow.parallel.layout import boxes, full_tensor, local_tensor, packed_of
 from colrow.parallel.parallelize import parallelize, tied_parameters
 from colrow.plans.plan import Plan
+from distributed.harness import Ranks
 
 OPTIONS: dict[str, dict[str, object]] = {
     "plain": {},

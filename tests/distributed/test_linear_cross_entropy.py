@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ops.kernel_cases import poisoned
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -18,6 +17,7 @@ from colrow.errors import ConfigError
 from colrow.ops.linear_cross_entropy import linear_cross_entropy
 from distributed.harness import Ranks
 from distributed.parity import relative
+from ops.kernel_cases import poisoned
 
 IGNORE = -100
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}

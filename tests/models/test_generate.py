@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed.harness import Ranks
 from torch import Tensor
 
 from colrow.errors import ConfigError
@@ -15,6 +14,7 @@ from colrow.mesh import Mesh
 from colrow.models.generate import generate
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
+from distributed.harness import Ranks
 from models.test_llama import tiny
 
 PROMPT = torch.tensor([[5, 9, 11]])

@@ -6,12 +6,12 @@ from itertools import product
 
 import pytest
 import torch
-from distributed.harness import Ranks
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from colrow.mesh import Mesh
 from colrow.parallel.layout import Packed, boxes, boxes_at, full_tensor
+from distributed.harness import Ranks
 
 
 @pytest.mark.parametrize("shape", [(12, 6), (7, 5), (2, 3)])

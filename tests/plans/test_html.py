@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed.parity import MODELS
 
 from colrow.models.llama import Llama
 from colrow.plans.html import page
 from colrow.plans.plan import Plan
 from colrow.plans.report import report
+from distributed.parity import MODELS
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"]

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from distributed.parity import MODELS, TINY
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -23,6 +22,7 @@ from colrow.errors import PlanError
 from colrow.models.llama import Llama
 from colrow.plans.heads import Heads
 from colrow.plans.plan import Plan
+from distributed.parity import MODELS, TINY
 
 
 def meta(name: str = "gqa") -> Llama:

@@ -7,12 +7,12 @@ from collections import Counter
 
 import pytest
 import torch
-from distributed.parity import MODELS
 
 from colrow.cli import main
 from colrow.models.llama import Llama
 from colrow.plans.plan import Plan
 from colrow.plans.report import report
+from distributed.parity import MODELS
 
 GATHER, SCATTER, REDUCE = "all_gather", "reduce_scatter", "all_reduce"
 MEGATRON = {("forward", GATHER): 2, ("forward", SCATTER): 2, ("backward", GATHER): 2, ("backward", SCATTER): 2}

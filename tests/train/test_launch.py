@@ -151,12 +151,3 @@ def test_torchrun_starts_ranks_and_shows_the_error_of_the_one_that_failed(start:
     assert "tp 2, CPU" in run.text
     assert run.text.count("RuntimeError: this rank is sick") == 1
     assert "onnection" not in run.text
-
-
-def test_the_launcher_shows_a_failing_ranks_error_once(start: object) -> None:
-    assert callable(start)
-    run: Run = start("colrow", "train", "sick.yaml")
-    assert run.end() == 1
-    assert run.text.count("RuntimeError: this rank is sick") == 1
-    assert "rank 1 failed" in run.text
-    assert run.text.count("Traceback") == 1

@@ -57,8 +57,9 @@ class Checkpoints:
     Args:
         folder: holds `step-N/` for each checkpoint. All ranks see the same folder.
         keep: how many newest whole checkpoints stay.
-        group: the ranks that save and load together; all of them unless given.
-        asynchronous: `save` returns when the state is copied to host memory; a thread writes it.
+        group: the ranks that save and load together, as a gloo group; all of them unless given.
+        asynchronous: `save` returns when the state is copied to host memory; a thread writes it. Nothing else may use
+            `group` meanwhile; unless given, one is made for the thread alone.
         mesh: recorded with each checkpoint; taken from the parameters unless given, where they tell it.
         vocabulary: names the tokenizer's vocabulary (a hash, say). A checkpoint of another one is refused.
         tied: parameters that are copies of another, by the name under which both are stored: an output embedding on
@@ -151,7 +152,8 @@ class Checkpoints:
         require_same_model(path, manifest, ranks.gather(compare(manifest, named)))
         index, record, extra = ranks.together(lambda: read_texts(path, manifest, optimizer))
         if optimizer is not None and record is not None:
-            require_same_optimized(path, record, ranks.gather(optimized_names(optimizer, named)))
+            names = ranks.together(lambda: optimized_names(optimizer, named))
+            require_same_optimized(path, record, ranks.gather(names))
         pieces = ranks.together(lambda: targets_of(named, index, optimizer, record))
         with _quiet():
             try:

@@ -22,19 +22,24 @@ class Ranks:
 
     @classmethod
     def open(cls, group: dist.ProcessGroup | None, private: bool) -> Ranks:
-        """The ranks of `group` (all of them unless given). Collective.
+        """The ranks of `group`, which carries host memory; all of them unless given. Collective.
 
-        A gloo group over the same ranks is made where `group` cannot carry host memory (NCCL) or where `private` asks
-        for one that nothing else uses: a background thread's collectives must not mix with the training loop's.
+        Without a group, a gloo one over all ranks is made where the default cannot carry host memory (NCCL), or where
+        `private` asks for one that nothing else uses: a background thread's collectives must not mix with the
+        training loop's. torch can make a group reliably only when all ranks take part, so one over some of them is
+        the caller's to make (`use_local_synchronization` names groups by how many a rank has seen).
         """
         if not (dist.is_available() and dist.is_initialized()):
             return cls(None)
-        over = dist.group.WORLD if group is None else group
-        assert over is not None
-        if private or "gloo" not in dist.get_backend_config(over):
-            members = dist.get_process_group_ranks(over)
-            over = dist.new_group(members, backend="gloo", use_local_synchronization=group is not None)
-        return cls(over)
+        if group is None:
+            usable = "gloo" in dist.get_backend_config() and not private
+            return cls(dist.group.WORLD if usable else dist.new_group(backend="gloo"))
+        if "gloo" not in dist.get_backend_config(group):
+            raise CheckpointError(
+                f"checkpoints were given a process group with the backend {dist.get_backend(group)}, which cannot "
+                "carry host memory: make it with dist.new_group(ranks, backend='gloo')"
+            )
+        return cls(group)
 
     @property
     def first(self) -> bool:

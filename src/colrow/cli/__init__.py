@@ -10,6 +10,8 @@ from colrow.errors import ColrowError, did_you_mean
 VERBS = {
     "train": "start or continue a run",
     "plan": "show a plan: each parameter, each collective of a layer",
+    "check": "find what is wrong with a plan, without a GPU",
+    "verify": "prove on a CPU that the sharded model computes the same numbers",
     "checkpoints": "list a run's checkpoints and their state",
     "export": "write a run's weights as a Hugging Face folder",
     "generate": "sample text from a run or an export",

@@ -29,11 +29,7 @@ def load_model(text: str) -> nn.Module:
         with torch.device("meta"):
             return Llama(SHAPES[text])
     if path.exists():
-        from colrow.models.huggingface import read_config
-        from colrow.models.llama import Llama
-
-        with torch.device("meta"):
-            return Llama(read_config(path))
+        return _from_folder(path)
     if ":" in text:
         return _call(text)
     raise ConfigError(
@@ -53,6 +49,28 @@ def load_plan(text: str, model: nn.Module, tp: int, loss: str | None = None) -> 
     if text in ("derive", "huggingface"):
         return Plan.derive(model, tp=tp) if text == "derive" else Plan.from_huggingface(model)  # type: ignore[attr-defined]
     return Plan.load(text)
+
+
+def _from_folder(path: Path) -> nn.Module:
+    """colrow's own Llama where it computes what the config.json says, else the class of the `transformers` library."""
+    from colrow.models.huggingface import read_config
+    from colrow.models.llama import Llama
+
+    try:
+        config = read_config(path)
+    except ConfigError as ours:
+        file = path / "config.json" if path.is_dir() else path
+        try:
+            from transformers import AutoConfig, AutoModelForCausalLM
+        except ImportError:
+            raise ours from None
+        try:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(file))
+        except (OSError, ValueError, KeyError) as theirs:
+            raise ConfigError(f"{ours}; transformers cannot build it either: {theirs}") from theirs
+    with torch.device("meta"):
+        return Llama(config)
 
 
 def _call(text: str) -> nn.Module:

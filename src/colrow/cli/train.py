@@ -59,16 +59,13 @@ def _start(argv: list[str]) -> int:
     from colrow.data.prepare import prepare
     from colrow.train import preflight
     from colrow.train.launch import launch
+    from colrow.train.rank import finished_line
 
     config = read_config(argv)
     checked = preflight.check(config)
     if checked.finished(config):
         assert checked.newest is not None
-        print(
-            f"the run in {config.run.dir} is finished: {checked.newest.step} of {config.train.steps} steps.\n"
-            f"Sample it with `colrow generate {config.run.dir} --prompt TEXT`; to train on, raise --train.steps; "
-            "to start anew, set --run.dir to another folder."
-        )
+        print(finished_line(config, checked.newest.step))
         return 0
     for line in checked.changes:
         print(f"changed    {line}")

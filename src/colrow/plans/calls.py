@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from colrow.errors import PlanError
+from colrow.parallel.linear_head import Expected, expect_targets
+from colrow.plans.plan import Plan
 
 Loss = Callable[[Tensor, tuple[Any, ...]], Tensor]
 """A scalar from the model's output and the inputs that it got."""
@@ -75,3 +77,9 @@ def loss_of(output: Tensor, inputs: tuple[Any, ...]) -> Tensor:
     if isinstance(output, DTensor):
         output = output.full_tensor()
     return output.square().mean()
+
+
+def hand_over_targets(model: nn.Module, plan: Plan, inputs: tuple[Any, ...]) -> None:
+    """Give a head that computes the loss itself (`loss: linear`) the targets of `loss_of`."""
+    if plan.loss == "linear":
+        expect_targets(model, [Expected(inputs[0].roll(-1, dims=1), None, -100)])

@@ -64,6 +64,13 @@ class Plan:
         return derive(model, tp, **options).plan()
 
     @classmethod
+    def from_huggingface(cls, model: nn.Module) -> Plan:
+        """The plan that a Hugging Face model states for itself (see `plans.huggingface`)."""
+        from colrow.plans.huggingface import from_huggingface
+
+        return from_huggingface(model)
+
+    @classmethod
     def from_yaml(cls, text: str, source: str = "plan") -> Plan:
         """The plan that a YAML text says."""
         try:

@@ -67,8 +67,8 @@ class Cut:
     def check(self, site: Site, name: str, extent: int) -> None:
         if sum(self.segments) != extent:
             raise PlanError(
-                f"{site.fqn}.{name}: segments {list(self.segments)} sum to {sum(self.segments)}, but dim {self.dim} has "
-                f"{extent}: give the sizes of the fused parts in order"
+                f"{site.fqn}.{name}: segments {list(self.segments)} sum to {sum(self.segments)}, but dim {self.dim} "
+                f"has {extent}: give the sizes of the fused parts in order"
             )
         for position, size in enumerate(self.segments):
             if position not in self.whole:
@@ -185,7 +185,14 @@ def _weight_dims(site: Site, style: str) -> tuple[int, int]:
         raise PlanError(
             f"{site.fqn}: style {style} is for a module with a two-dimensional weight, not {type(module).__name__}"
         )
-    return (0, 1) if isinstance(module, nn.Linear) or not hasattr(module, "nf") else (1, 0)
+    return (1, 0) if is_transposed(module) else (0, 1)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether weights are [in, out]: transformers' Conv1D, and stacked experts that say so."""
+    if isinstance(module, nn.Linear):
+        return False
+    return hasattr(module, "nf") or bool(getattr(module, "is_transposed", False))
 
 
 def _numbers(value: Any) -> Any:
@@ -255,8 +262,8 @@ class PackedRowwise(_Coerce, Style):
 
 @dataclass(frozen=True, kw_only=True)
 class LocalShards(_Coerce, Style):
-    """Any module whose own parameters are split as `shards` says: name to dim, or to {dim, segments, whole}. Its forward
-    runs on the parts. For stacked experts: `{gate_up_proj: {dim: 1, segments: [F, F]}, down_proj: 2}`.
+    """Any module whose own parameters are split as `shards` says: name to dim, or to {dim, segments, whole}. Its
+    forward runs on the parts. For stacked experts: `{gate_up_proj: {dim: 1, segments: [F, F]}, down_proj: 2}`.
 
     A parameter left out stays whole with its gradient summed; one that is added to a partial sum is
     `{scaled: true}`. `output` (default `partial`: left to the enclosing block) says what the output becomes when the

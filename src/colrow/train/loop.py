@@ -35,7 +35,9 @@ class Outcome:
     """How the loop ended."""
 
     step: int
-    """Steps that are done and saved."""
+    """Steps that are done."""
+    saved: int
+    """The step of the newest checkpoint; 0 when there is none."""
     stopped: bool
     """Whether a signal ended it before the last step."""
     val_loss: float | None = None
@@ -109,8 +111,8 @@ class Loop:
                 check_same_batch(batches, self._same_batch, step)
             loss, norm = self._training.step(step, batches)
             self._waiting.append(_Pending(done, self._figures(loss, norm)))
-            evaluates = self._due(config.eval.every, done)
-            saves = self._due(config.checkpoint.every, done, or_last=config.checkpoint.at_end)
+            evaluates = self._evaluates(done)
+            saves = self._saves(done)
             stop = self._settle(0 if evaluates or saves else self._lag, hold_last=evaluates) or stop
             if evaluates:
                 val_loss = self._evaluate(done)
@@ -122,16 +124,23 @@ class Loop:
                 break
         self._settle(0)
         self._checkpoints.wait()
-        return Outcome(saved, stopped=stop and saved < config.train.steps, val_loss=val_loss)
+        done = self._good["step"] if self._good else start
+        return Outcome(done, saved, stopped=done < config.train.steps, val_loss=val_loss)
 
     def close(self) -> None:
         """End the background readers."""
         self._loader.close()
         self._evaluation.close()
 
-    def _due(self, every: int, done: int, or_last: bool = False) -> bool:
-        last = done == self._config.train.steps
-        return (every > 0 and (done % every == 0 or last)) or (or_last and last)
+    def _evaluates(self, done: int) -> bool:
+        every = self._config.eval.every
+        return every > 0 and (done % every == 0 or done == self._config.train.steps)
+
+    def _saves(self, done: int) -> bool:
+        every, last = self._config.checkpoint.every, self._config.checkpoint.last
+        if done == self._config.train.steps:
+            return last
+        return every > 0 and done % every == 0
 
     def _checks_batches(self, step: int, start: int) -> bool:
         every = self._config.train.check_batch_every
@@ -216,8 +225,11 @@ class Loop:
 
     def _save(self, step: int) -> None:
         extra: dict[str, Any] = {"step": step, "corpus": self._data.fingerprint, "seed": self._config.run.seed}
+        start = time.perf_counter()
         self._checkpoints.save(step, self._training.modules, self._training.optimizer, extra)
         self._clock = time.perf_counter()
+        background = ", the rest is in the background" if self._config.checkpoint.asynchronous else ""
+        self._progress.say(f"            saved step-{step}, training waited {self._clock - start:.1f} s{background}")
 
     def _diverged(self, step: int, loss: float, norm: float) -> DivergedError:
         good = self._good

@@ -85,11 +85,11 @@ def step_line(record: Record, steps: int) -> str:
     """A step as a line of less than 80 columns."""
     width = len(str(steps))
     line = (
-        f"step {record['step']:{width}}/{steps}  loss {record['loss']:.4f}  norm {record['grad_norm']:.2f}  "
+        f"step {record['step']:{width}}/{steps}  loss {record['loss']:.4f}  norm {record['grad_norm']:.3g}  "
         f"lr {record['lr']:.1e}  {_rate(record['tokens_per_second'])} tok/s"
     )
     if "mfu_causal" in record:
-        line += f"  MFU {record['mfu_causal']:.1%}"
+        line += f"  MFU {record['mfu_causal']:.0%}"
     if "val_loss" in record:
         line += (
             f"\n     {'':{2 * width}}   validation loss {record['val_loss']:.4f}  perplexity {record['perplexity']:.1f}"

@@ -83,6 +83,9 @@ def train_run(
             tied=training.tied,
         )
         start = resume(config, training, data, checkpoints)
+        if start >= config.train.steps:
+            progress.say(finished_line(config, start))
+            return Outcome(start, start, stopped=False)
         if first:
             write_folder(config, training.plan, data.tokenizer)
         for line in opening_lines(config, training, start):
@@ -118,6 +121,16 @@ def joined(config: RunConfig, place: Place) -> Iterator[tuple[DeviceMesh, torch.
     dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone
 
 
+def finished_line(config: RunConfig, step: int) -> str:
+    """What there is to say when a run that has all its steps is started again."""
+    run = config.run.dir
+    return (
+        f"the run in {run} is finished: {step} of {config.train.steps} steps.\n"
+        f"Sample it with `colrow generate {run} --prompt TEXT`; to train on, raise train.steps;\n"
+        "to start anew, set run.dir to another folder."
+    )
+
+
 def opening_lines(config: RunConfig, training: Training, start: int) -> list[str]:
     """What runs, and what it writes."""
     device = training.device
@@ -151,20 +164,15 @@ def finish(config: RunConfig, training: Training, tokenizer: Tokenizer, outcome:
         progress.say("sample     " + text.replace("\n", "\n           "))
     if progress.shown:
         progress.say(f"loss curve {plot_loss(run)}")
-    if outcome.step < config.train.steps:
-        progress.say("checkpoint none of the last step (checkpoint.at_end is off)")
-        progress.say(f"memory     {peak_memory(training.device)}")
-        return
-    progress.say(f"checkpoint {run / CHECKPOINTS}/step-{outcome.step}")
-    exported = config.checkpoint.export and training.source.config is not None
-    if exported:
-        assert training.source.config is not None
-        export(training.modules, run / EXPORT, training.source.config, tokenizer)
+    progress.say(f"checkpoint {run / CHECKPOINTS}/step-{outcome.saved}" if outcome.saved else "checkpoint none")
+    model_config = training.source.exported_config
+    if config.checkpoint.export and model_config is not None:
+        export(training.modules, run / EXPORT, model_config, tokenizer)
         progress.say(f"export     {run / EXPORT}, for transformers")
     progress.say(f"memory     {peak_memory(training.device)}")
-    progress.say(f'next       colrow generate {run} --prompt "{config.sample.prompt or "Once"}"')
-    if not exported and training.source.config is not None:
-        progress.say(f"           colrow export {run} -o {run / EXPORT}")
+    if outcome.saved:
+        progress.say(f'next       colrow generate {run} --prompt "{config.sample.prompt or "Once"}"')
+        progress.say(f"           colrow export {run} -o DIR")
 
 
 def peak_memory(device: torch.device) -> str:

@@ -1,14 +1,14 @@
 """From a config to a model that trains: the one place that shows the order.
 
     config -> model on the meta device -> plan -> pipeline stages
-           -> tensor parallelism -> activation checkpointing -> compile, block by block -> data parallelism
+           -> tensor parallelism -> activation checkpointing and compile, block by block -> data parallelism
            -> memory -> weights -> optimizer
 
 Each comes before the next for a reason. Stages are cut while a copy costs nothing. The plan goes next because styles
-look for the model's own modules. Checkpointing wraps a block whose collectives are in place, so that recomputation
-repeats them; compile traces what checkpointing wraps; FSDP2's hooks stay outside the compiled graph. Memory is taken
-when every parameter has its final placement, so that no rank ever holds the whole model; and the optimizer sees the
-parameters that training changes.
+look for the model's own modules, and what follows has to repeat, or trace, the plan's collectives. Selective
+checkpointing chooses among operations, so compile traces it; full checkpointing runs the compiled block again. FSDP2's
+hooks stay outside both. Memory is taken when every parameter has its final placement, so that no rank ever holds the
+whole model; and the optimizer sees the parameters that training changes.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from colrow.parallel.grad_norm import norm_groups
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
 from colrow.plans.presets import PRESETS
+from colrow.train.compile import compile_forward
 from colrow.train.optimizer import build_optimizer
 from colrow.train.source import Source, build_source
 from colrow.train.step import PipelinedModel, Step, WholeModel, mean_cross_entropy
@@ -74,10 +75,14 @@ def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device) -> Trainin
         if source.weights == "built":
             materialize(model, device)
         parallelize(model, plan, mesh, absent=absent)
-        apply_activation_checkpoint(blocks, config.train.activation_checkpoint)
+        recompute = config.train.activation_checkpoint
+        if recompute == "selective":
+            apply_activation_checkpoint(blocks, recompute)
         if compiled:
             for block in blocks:
                 compile_forward(block)
+        if recompute == "full":
+            apply_activation_checkpoint(blocks, recompute)
         apply_data_parallel(
             model,
             mesh,
@@ -145,24 +150,27 @@ def choose_plan(config: RunConfig, model: nn.Module) -> Plan:
     """The plan that `config.plan` names: a preset, `huggingface`, `derive`, or a file."""
     if config.plan in PRESETS:
         return Plan.preset(config.plan, config.loss or "vocab_parallel")
-    if config.plan in ("huggingface", "derive"):
-        make = getattr(Plan, {"huggingface": "from_huggingface", "derive": "derive"}[config.plan], None)
-        if make is None:
-            raise ConfigError(f"plan: {config.plan} is not there yet: choose from {', '.join(PRESETS)}, or a file")
-        plan: Plan = make(model) if config.plan == "huggingface" else make(model, tp=config.mesh.tp)
-        return plan
-    if not Path(config.plan).exists():
-        raise ConfigError(
-            f"plan: there is no preset and no file {config.plan!r}: choose from {', '.join(PRESETS)}, huggingface, "
-            "derive, or give the path of a plan's YAML"
-        )
-    plan = Plan.load(config.plan)
+    if config.plan == "huggingface":
+        plan = Plan.from_huggingface(model)
+    elif config.plan == "derive":
+        plan = Plan.derive(model, tp=config.mesh.tp)
+    else:
+        plan = _load_plan(config.plan)
     if config.loss is not None and config.loss != plan.loss:
         raise ConfigError(
-            f"loss: {config.loss} is asked for, but the plan {config.plan} says {plan.loss}, which its head's style "
-            "belongs to: leave loss out, or change both in the plan"
+            f"loss: {config.loss} is asked for, but the plan {plan.name} says {plan.loss}, which its head's style "
+            "belongs to: leave loss out, or change both in the plan's file"
         )
     return plan
+
+
+def _load_plan(path: str) -> Plan:
+    if not Path(path).exists():
+        raise ConfigError(
+            f"plan: there is no preset and no file {path!r}: choose from {', '.join(PRESETS)}, huggingface, "
+            "derive, or give the path of a plan's YAML"
+        )
+    return Plan.load(path)
 
 
 def compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
@@ -182,11 +190,6 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     longest = max(lists, key=len, default=None)
     return [] if longest is None else [block for block in longest if block is not None]
-
-
-def compile_forward(block: nn.Module) -> None:
-    """Compile a block's forward in place: its name in the model stays, and hooks on the block run outside."""
-    block.forward = torch.compile(block.forward, fullgraph=True)
 
 
 def fill(model: nn.Module, source: Source, seed: int) -> None:

@@ -79,7 +79,9 @@ def soften(dim: Sequence[Atom], why: str) -> None:
 
 def split(atom: Atom, sizes: Sequence[int]) -> None:
     root = find(atom)
-    assert math.prod(sizes) == root.size and root.parts is None and root.segments is None
+    assert math.prod(sizes) == root.size
+    assert root.parts is None
+    assert root.segments is None
     root.parts = [Atom(size, root.block) for size in sizes]
     for part in root.parts:
         part.soft = root.soft

@@ -64,7 +64,7 @@ class Derivation:
         """The plan."""
         from colrow.plans.plan import Plan
 
-        return Plan(modules=self.modules, loss=self.loss, name=name, notes={f: w for f, w in self.whole.items()})  # type: ignore[arg-type]
+        return Plan(modules=self.modules, loss=self.loss, name=name, notes=dict(self.whole))  # type: ignore[arg-type]
 
 
 def derive(

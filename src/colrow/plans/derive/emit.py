@@ -168,7 +168,7 @@ class Emitter:
     def _column(self, name: str, dim: Dim, in_local: bool) -> None:
         kv = self._repeated(dim)
         if kv is not None:
-            if in_local or not self._is_linear(self._module(name)) or len([a for a in leaves(dim)]) > 2:
+            if in_local or not self._is_linear(self._module(name)) or len(leaves(dim)) > 2:
                 raise SplitError({kv}, f"the kv heads of {name} do not divide, and it is not a plain k or v projection")
             group = find(self.choice.groups[kv]).size
             rest = self._module(name).out_features // kv.size  # type: ignore[operator]
@@ -249,16 +249,12 @@ class Emitter:
         if block.leaf:
             for entry in block.entries:
                 name = label_of(entry).module
-                style = self.out.modules.get(name, {})
-                if label_of(entry).path != "0" or style.get("style") not in (
-                    "colwise",
-                    "packed_colwise",
-                    "kv_replicate",
-                ):
+                kind = self.out.modules.get(name, {}).get("style")
+                if label_of(entry).path != "0" or kind not in ("colwise", "packed_colwise", "kv_replicate"):
                     raise SplitError(
                         self.finder.atoms_of({*entry.users}), f"{name} is entered alone, which its style cannot do"
                     )
-                if self.stream is not None or style["style"] == "packed_colwise":
+                if self.stream is not None or kind == "packed_colwise":
                     self._put(name, input=self.inside)
             return
         positional: list[str] = ["none"] * self.traced.positional.get(block.module, 0)
@@ -284,7 +280,7 @@ class Emitter:
         if named:
             style["input_kwargs"] = dict(sorted(named.items()))
             if not local:
-                style["desired_kwargs"] = {k: "replicate" for k in style["input_kwargs"]}
+                style["desired_kwargs"] = dict.fromkeys(style["input_kwargs"], "replicate")
         if local and (slices := self._slices(block)):
             style["slices"] = slices
         if local and block.deferred:
@@ -331,12 +327,10 @@ class Emitter:
                 self._put(owner, style="sequence", use_local_output=True)
             else:
                 self._put(owner, style="grad_sum")
-        for module, style in self.out.modules.items():
-            if style["style"] == "local_shards" and any(owner == module for owner in self.finder.owners.values()):
-                deferred = any(
-                    b.deferred and (module == b.module or module.startswith(b.module + ".")) for b in self.blocks
-                )
-                self._put(module, output="partial" if deferred else self.inside)
+        for owner, said in self.out.modules.items():
+            if said["style"] == "local_shards" and owner in self.finder.owners.values():
+                deferred = any(b.deferred and (owner + ".").startswith(b.module + ".") for b in self.blocks)
+                self._put(owner, output="partial" if deferred else self.inside)
 
     def _added_to_sum(self, name: str) -> bool:
         from colrow.plans.derive.flow import Kind
@@ -353,10 +347,8 @@ class Emitter:
         ]:
             label = label_of(node)
             if (
-                label.module in self.out.modules
-                and self.out.modules[label.module].get("style") != "prepare_input"
-                or "." in label.path
-            ):
+                label.module in self.out.modules and self.out.modules[label.module].get("style") != "prepare_input"
+            ) or "." in label.path:
                 raise SplitError(set(), f"{label.module} has a style already")
             style = self.out.modules.setdefault(label.module, {"style": "prepare_input", "use_local_output": True})
             if label.path.isdigit():

@@ -27,48 +27,13 @@ from colrow.plans.derive.infer import AxisInference, op_name
 from colrow.plans.derive.trace import is_boundary, label_of, module_path
 
 LINEAR_OPS = frozenset(
-    [
-        "mul",
-        "div",
-        "neg",
-        "sum",
-        "mean",
-        "view",
-        "reshape",
-        "_unsafe_view",
-        "transpose",
-        "permute",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-        "index",
-        "index_select",
-        "slice",
-        "select",
-        "cat",
-        "stack",
-        "to",
-        "_to_copy",
-        "clone",
-        "contiguous",
-        "alias",
-        "detach",
-        "dropout",
-        "type_as",
-        "float",
-        "half",
-        "bfloat16",
-        "double",
-        "t",
-        "boundary",
-        "repeat",
-        "split",
-        "split_with_sizes",
-        "chunk",
-        "getitem",
-        "unbind",
-        "flatten",
-    ]
+    name
+    for line in (
+        "mul div neg sum mean view reshape _unsafe_view transpose permute unsqueeze squeeze expand index index_select",
+        "slice select cat stack to _to_copy clone contiguous alias detach dropout type_as float half bfloat16 double t",
+        "boundary repeat split split_with_sizes chunk getitem unbind flatten",
+    )
+    for name in line.split()
 )
 """Operators that commute with the sum over ranks in their first operand."""
 SUMS = frozenset(("add", "sub", "index_add", "scatter_add", "stack", "cat"))
@@ -264,7 +229,7 @@ class Flows:
             legal = False
         if not legal:
             flow.clashes.append((node, f"{name} on a sum that is not reduced yet"))
-        self._commit(node, {i: k for i, k in incoming.items()}, flow, Kind.P)
+        self._commit(node, dict(incoming), flow, Kind.P)
         return Kind.P
 
     def _owned_bias(self, node: Node, operand: Node, kind: Kind) -> bool:

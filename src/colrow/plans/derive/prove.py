@@ -65,7 +65,7 @@ class ShardedRun:
         """The whole tensor from every rank's part."""
         for k, dim in enumerate(dims):
             if self.choice.sharded(dim):
-                order = torch.tensor(sum((self.choice.indices(dim, r) for r in range(self.tp)), []))
+                order = torch.tensor([i for r in range(self.tp) for i in self.choice.indices(dim, r)])
                 return torch.cat(list(parts), k).index_select(k, torch.argsort(order))
         return parts[0]
 
@@ -94,7 +94,7 @@ class ShardedRun:
             value = getattr(self.traced.program.graph_module, str(node.target))
             return self.shard(value, self.inference.dims.get(node) or ())
         if is_boundary(node):
-            return env[node.args[0]]  # type: ignore[index]
+            return env[node.all_input_nodes[0]]
         if not [n for n in node.all_input_nodes if n in env] or self._constant_shape(node):
             return self._constant(node, env)
         if node in self.averages and op_name(node) in NORMS:
@@ -121,14 +121,14 @@ class ShardedRun:
         return target(*args, **kwargs)
 
     def _kwargs(self, node: Node, rank: int, env: dict[Node, list[Any]]) -> dict[str, Any]:
-        return dict(map_arg(node.kwargs, lambda n: env[n][rank]))  # type: ignore[arg-type]
+        return dict(map_arg(node.kwargs, lambda n: env[n][rank]))
 
     def _constant_shape(self, node: Node) -> bool:
         return op_name(node) in ("new_empty", "new_zeros", "new_ones", "new_full")
 
     def _constant(self, node: Node, env: dict[Node, list[Any]]) -> list[Any]:
         args = map_arg(node.args, lambda n: env[n][0])
-        value = self._call(node, list(args), self._kwargs(node, 0, env))  # type: ignore[arg-type]
+        value = self._call(node, list(args), self._kwargs(node, 0, env))
         if not isinstance(value, Tensor):
             return [value] * self.tp
         return self.shard(value, self.inference.dims.get(node) or ())
@@ -139,11 +139,11 @@ class ShardedRun:
         def whole(n: Node) -> Tensor:
             return self.gather(env[n], self.inference.dims[n])
 
-        out = self._call(node, list(map_arg(node.args, whole)), dict(map_arg(node.kwargs, whole)))  # type: ignore[arg-type]
+        out = self._call(node, list(map_arg(node.args, whole)), dict(map_arg(node.kwargs, whole)))
         return self.shard(out, self.inference.dims[node])
 
     def _lookup(self, node: Node, env: dict[Node, list[Any]]) -> list[Tensor]:
-        table, ids = env[node.args[0]], env[node.args[1]]  # type: ignore[index]
+        table, ids = (env[n] for n in node.all_input_nodes[:2])
         rows = int(table[0].shape[0])
         outs = []
         for rank in range(self.tp):
@@ -158,7 +158,7 @@ class ShardedRun:
 
     def _local_args(self, node: Node, rank: int, env: dict[Node, list[Any]]) -> list[Any]:
         """Arguments of one rank: constant extents along sharded axes become local ones."""
-        args = list(map_arg(node.args, lambda n: env[n][rank]))  # type: ignore[arg-type]
+        args: list[Any] = list(map_arg(node.args, lambda n: env[n][rank]))
         dims, name = self.inference.dims.get(node), op_name(node)
         local = self.choice.local_size
         if name in ("view", "reshape", "_unsafe_view", "expand", "broadcast_to") and isinstance(dims, list):
@@ -277,12 +277,14 @@ def prove(
     keywords, names = call_keywords(model)
     training = model.training
     model.eval()
-    leaves_of = {n: p for n, p in model.named_parameters()}
+    leaves_of = dict(model.named_parameters())
     expected_out = _FirstTensor(model, keywords, names)(*inputs)
     model.train(training)
     probe = torch.randn(expected_out.shape, generator=torch.Generator().manual_seed(1)).to(expected_out)
-    wanted = torch.autograd.grad((expected_out * probe).sum(), list(leaves_of.values()), allow_unused=True)
-    found = torch.autograd.grad((out * probe).sum(), list(params.values()), allow_unused=True)
+    wanted: tuple[Any, ...] = torch.autograd.grad(
+        (expected_out * probe).sum(), list(leaves_of.values()), allow_unused=True
+    )
+    found: tuple[Any, ...] = torch.autograd.grad((out * probe).sum(), list(params.values()), allow_unused=True)
     by_identity = {id(leaves_of[n]): g for n, g in zip(leaves_of, wanted, strict=True)}
     state = dict(model.named_parameters(remove_duplicate=False))
     errors: dict[str, float] = {}

@@ -5,7 +5,17 @@ from __future__ import annotations
 from torch.fx import Node
 
 from colrow.plans.derive.axes import Dim, block, leaves, regroup, unify
-from colrow.plans.derive.infer import AxisInference, Dims, NoRuleError, Result, argument, op_name, rule, shape_of
+from colrow.plans.derive.infer import (
+    AxisInference,
+    Dims,
+    NoRuleError,
+    Result,
+    argument,
+    is_float,
+    op_name,
+    rule,
+    shape_of,
+)
 from colrow.plans.derive.rules_pointwise import broadcast
 from colrow.plans.derive.rules_views import cut, index_piece, sibling_pieces
 
@@ -48,7 +58,8 @@ def _product(inference: AxisInference, node: Node, a: Node, b: Node) -> Dims:
 @rule("matmul", "mm", "bmm")
 def matmul(inference: AxisInference, node: Node) -> Result:
     a, b = node.args[:2]
-    assert isinstance(a, Node) and isinstance(b, Node)
+    assert isinstance(a, Node)
+    assert isinstance(b, Node)
     return _product(inference, node, a, b)
 
 
@@ -58,7 +69,9 @@ def addmm(inference: AxisInference, node: Node) -> Result:
     bias, a, b = node.args[:3]
     if op_name(node) == "addbmm":
         raise NoRuleError("addbmm")
-    assert isinstance(bias, Node) and isinstance(a, Node) and isinstance(b, Node)
+    assert isinstance(bias, Node)
+    assert isinstance(a, Node)
+    assert isinstance(b, Node)
     out = _product(inference, node, a, b)
     shape = shape_of(node)
     return broadcast(inference, shape, [(out, shape), (inference.of(bias), shape_of(bias))], node.name)
@@ -84,7 +97,9 @@ def grouped_mm(inference: AxisInference, node: Node) -> Result:
 def attention(inference: AxisInference, node: Node) -> Result:
     """q [B, Hq, T, D], k [B, Hk, S, D], v [B, Hk, S, Dv]; query heads are [kv heads, group]."""
     query, key, value = node.args[:3]
-    assert isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)
+    assert isinstance(query, Node)
+    assert isinstance(key, Node)
+    assert isinstance(value, Node)
     q, k, v = inference.of(query), inference.of(key), inference.of(value)
     if len(q) != 4:
         raise NoRuleError("attention without a head dimension")
@@ -130,7 +145,8 @@ def embedding(inference: AxisInference, node: Node) -> Result:
 def index(inference: AxisInference, node: Node) -> Result:
     """x[i]: dimensions that are indexed stay whole, unless the index is a known piece of a tiled axis."""
     source, indices = node.args[0], node.args[1]
-    assert isinstance(source, Node) and isinstance(indices, (list, tuple))
+    assert isinstance(source, Node)
+    assert isinstance(indices, (list, tuple))
     dims = list(inference.of(source))
     piece = index_piece(inference, node)
     if piece is not None:
@@ -142,19 +158,12 @@ def index(inference: AxisInference, node: Node) -> Result:
         raise NoRuleError("index with gaps")
     for i in given:
         block(dims[i], "indexed")
-        if not isinstance(indices[i], Node) or indices[i].meta["val"].dtype.is_floating_point:
-            raise NoRuleError("index")
-    if any(indices[i].meta["val"].dtype.itemsize == 1 for i in given):  # type: ignore[union-attr]
+    tensors = [x for x in indices if isinstance(x, Node)]
+    if len(tensors) != len(given) or any(x.meta["val"].dtype.itemsize == 1 or is_float(x) for x in tensors):
         raise NoRuleError("index with a mask")
-    tensors = [indices[i] for i in given]
-    rank = max(len(shape_of(x)) for x in tensors)  # type: ignore[arg-type]
+    rank = max(len(shape_of(x)) for x in tensors)
     shape = shape_of(node)[given[0] : given[0] + rank]
-    picked = broadcast(
-        inference,
-        shape,
-        [(inference.of(x), shape_of(x)) for x in tensors],  # type: ignore[arg-type]
-        node.name,
-    )
+    picked = broadcast(inference, shape, [(inference.of(x), shape_of(x)) for x in tensors], node.name)
     return [*dims[: given[0]], *picked, *dims[given[-1] + 1 :]]
 
 
@@ -199,7 +208,8 @@ def index_add(inference: AxisInference, node: Node) -> Result:
 @rule("gather")
 def gather(inference: AxisInference, node: Node) -> Result:
     source, index_node = node.args[0], node.args[2]
-    assert isinstance(source, Node) and isinstance(index_node, Node)
+    assert isinstance(source, Node)
+    assert isinstance(index_node, Node)
     dims, picked = inference.of(source), inference.of(index_node)
     where = int(node.args[1]) % len(dims)  # type: ignore[arg-type]
     for k, (mine, its) in enumerate(zip(dims, picked, strict=True)):
@@ -217,7 +227,8 @@ def gather(inference: AxisInference, node: Node) -> Result:
 @rule("scatter", "scatter_add", "scatter_reduce")
 def scatter(inference: AxisInference, node: Node) -> Result:
     base, index_node = node.args[0], node.args[2]
-    assert isinstance(base, Node) and isinstance(index_node, Node)
+    assert isinstance(base, Node)
+    assert isinstance(index_node, Node)
     dims = inference.of(base)
     where = int(node.args[1]) % len(dims)  # type: ignore[arg-type]
     others = [index_node] + [a for a in node.args[3:4] if isinstance(a, Node)]
@@ -245,8 +256,8 @@ def order(inference: AxisInference, node: Node) -> Result:
 @rule("argsort")
 def argsort(inference: AxisInference, node: Node) -> Result:
     dims = inference.of(node.args[0])
-    where = next((a for a in node.args[1:] if isinstance(a, int) and not isinstance(a, bool)), -1)
-    block(dims[int(node.kwargs.get("dim", where))], "sorted")  # type: ignore[call-overload]
+    given = [a for a in (*node.args[1:], *node.kwargs.values()) if isinstance(a, int) and not isinstance(a, bool)]
+    block(dims[given[0] if given else -1], "sorted")
     return dims
 
 

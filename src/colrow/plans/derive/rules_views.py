@@ -123,7 +123,8 @@ def slice_piece(node: Node) -> tuple[Node, int, Piece, int]:
 def index_piece(inference: AxisInference, node: Node) -> tuple[Node, int, Piece] | None:
     """The piece that `x[:, [3]]` takes, where one index tensor is a known run of numbers."""
     source, indices = node.args[0], node.args[1]
-    assert isinstance(source, Node) and isinstance(indices, (list, tuple))
+    assert isinstance(source, Node)
+    assert isinstance(indices, (list, tuple))
     given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
     if len(given) != 1 or not isinstance(given[0][1], Node):
         return None

@@ -197,7 +197,7 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...], rescale: Rescale | None 
         for module, mode in training.items():
             module.training = mode
     signature = program.graph_signature
-    state = {name: p for name, p in model.named_parameters(remove_duplicate=False)}
+    state = dict(model.named_parameters(remove_duplicate=False))
     parameters = {ph: strip(fqn) for ph, fqn in signature.inputs_to_parameters.items()}
     used = {n.name for n in program.graph.nodes if n.op == "placeholder" and n.users}
     first_name = {id(p): fqn for fqn, p in model.named_parameters()}

@@ -1,0 +1,69 @@
+"""`colrow check MODEL --plan P --tp N`: what is wrong with a plan, before anything runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+
+import tyro
+from rich.console import Console
+
+from colrow.cli.flags import parse
+from colrow.errors import ConfigError
+from colrow.mesh import Mesh
+from colrow.plans.check import Finding, check
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Find what is wrong with a plan: names, sizes, layouts, communication, gradients. No GPU is needed."""
+
+    model: tyro.conf.Positional[str]
+    """A named shape (llama3-8b), a Hugging Face folder or config.json, or package.module:callable."""
+    tp: int
+    """Tensor-parallel degree."""
+    plan: str = "llama"
+    """A preset's name, huggingface, derive, or a file."""
+    loss: str | None = None
+    """For a preset: vocab_parallel, replicated or linear."""
+    batch_size: int = 1
+    """Sequences on a rank."""
+    seq_len: int | None = None
+    """Tokens in a sequence; the model's context, at most 4096, unless given."""
+    json: bool = False
+    """Print JSON instead."""
+
+
+def main(argv: list[str]) -> int:
+    """Exit 0 without errors, 1 with, 2 for bad usage."""
+    flags = parse(Flags, "check", argv)
+    from colrow.cli.sources import load_model, load_plan
+
+    for name, value in (("--tp", flags.tp), ("--batch-size", flags.batch_size), ("--seq-len", flags.seq_len)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} {value}: use 1 or more")
+    model = load_model(flags.model)
+    plan = load_plan(flags.plan, model, flags.tp, flags.loss)
+    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    seq_len = flags.seq_len or min(context if isinstance(context, int) else 512, 4096)
+    findings = check(model, plan, Mesh(tp=flags.tp), batch_size=flags.batch_size, seq_len=seq_len)
+    ok = not any(finding.severity == "error" for finding in findings)
+    if flags.json:
+        json.dump({"ok": ok, "findings": [finding.to_data() for finding in findings]}, sys.stdout, indent=1)
+        print()
+    else:
+        show(findings, f"plan {plan.name} for {flags.model} at tp={flags.tp}", Console(highlight=False))
+    return 0 if ok else 1
+
+
+def show(findings: list[Finding], title: str, console: Console) -> None:
+    """The findings for a terminal."""
+    for finding in findings:
+        colour = "red" if finding.severity == "error" else "yellow"
+        console.print(f"[bold {colour}]{finding.severity}[/] {finding.code} {finding.slug} at [bold]{finding.where}[/]")
+        console.print(f"  what  {finding.message}", markup=False)
+        console.print(f"  fix   {finding.fix}", markup=False)
+        console.print(f"  more  {finding.page}", markup=False)
+    errors = sum(finding.severity == "error" for finding in findings)
+    console.print(f"{title}: {errors} errors, {len(findings) - errors} warnings", markup=False)

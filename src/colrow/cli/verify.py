@@ -1,0 +1,87 @@
+"""`colrow verify MODEL --plan P --tp N`: the sharded model's numbers beside the unsharded one's, on a CPU."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+
+from colrow.cli.flags import parse
+from colrow.plans.verify import Report, verify
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Prove that the sharded model computes the same loss, gradients and step as one process does."""
+
+    model: tyro.conf.Positional[str]
+    """A named shape (llama3-8b), a Hugging Face folder or config.json, or package.module:callable."""
+    tp: int
+    """Tensor-parallel degree."""
+    plan: str = "llama"
+    """A preset's name, huggingface, derive, or a file."""
+    loss: str | None = None
+    """For a preset: vocab_parallel, replicated or linear."""
+    backend: Literal["auto", "local", "gloo"] = "auto"
+    """local simulates the ranks in this process, gloo starts a process for each."""
+    json: bool = False
+    """Print JSON instead."""
+
+
+def main(argv: list[str]) -> int:
+    """Exit 0 when the numbers agree, 1 when not, 2 for bad usage."""
+    flags = parse(Flags, "verify", argv)
+    from colrow.cli.sources import load_model, load_plan
+    from colrow.plans.twin import twin
+
+    model, shrunk = twin(load_model(flags.model), flags.tp)
+    plan = load_plan(flags.plan, model, flags.tp, flags.loss)
+    report = verify(model, plan, flags.tp, backend=flags.backend)
+    if flags.json:
+        json.dump(_finite(report.to_data() | {"twin": shrunk}), sys.stdout, indent=1)
+        print()
+    else:
+        show(report, shrunk, f"plan {plan.name} for {flags.model} at tp={flags.tp}", Console(highlight=False))
+    return 0 if report.ok else 1
+
+
+def show(report: Report, shrunk: str | None, title: str, console: Console) -> None:
+    """The report for a terminal."""
+    ranks = "simulated in this process" if report.backend == "local" else "processes over gloo"
+    lines = [f"{title}, {report.tp} ranks {ranks}, {report.parameters} parameters, {report.seconds:.1f} s"]
+    if shrunk is not None:
+        lines.append(f"small twin of the same modules: {shrunk}")
+    if report.failure:
+        lines.append(f"the sharded model raises: {report.failure}")
+    else:
+        lines += [
+            f"  loss       {report.loss_rel_err:.1e} relative error",
+            f"  gradients  {report.max_grad_rel_err:.1e} at most",
+            f"  one step   {report.max_step_rel_err:.1e} at most, of any parameter",
+            f"  tolerance  {report.tolerance:.0e}",
+        ]
+    for worst in report.worst if report.max_grad_rel_err > report.tolerance else ():
+        lines.append(f"  {worst.rel_err:.1e}  {worst.name}{', ranks differ' if worst.ranks_differ else ''}")
+    if report.cause:
+        lines.append(f"usually: {report.cause}")
+    if report.control is not None:
+        seen = "found" if report.control.caught else "NOT found: this proof says nothing"
+        lines.append(f"control: the plan broken on purpose ({report.control.change}) is {seen}, "
+                     f"error {report.control.rel_err:.1e}")  # fmt: skip
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
+    console.print("[green]the numbers agree[/]" if report.ok else "[bold red]the numbers do not agree[/]")
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no infinity: a null stands for it."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

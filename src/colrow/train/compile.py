@@ -1,0 +1,42 @@
+"""torch.compile, block by block: the layers are alike, so one graph serves all of them, and compiling takes seconds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+
+def compile_forward(block: nn.Module, backend: str = "inductor") -> None:
+    """Compile a block's forward in place. Its name in the model stays, and hooks on the block (FSDP's, a plan's style
+    at block level) run outside the graph; those on modules inside it are traced."""
+    block.forward = torch.compile(block.forward, fullgraph=True, backend=backend)
+    block.register_forward_pre_hook(_wait_for_inputs, with_kwargs=True)
+
+
+def _wait_for_inputs(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    return tuple(_waited(arg) for arg in args), {name: _waited(arg) for name, arg in kwargs.items()}
+
+
+def _waited(x: Any) -> Any:
+    return _Wait.apply(x) if isinstance(x, AsyncCollectiveTensor) else x
+
+
+class _Wait(torch.autograd.Function):
+    """y = x, with its collective finished.
+
+    DTensor hands the embedding's output on while its reduce-scatter runs. Into a compiled graph such a tensor goes
+    without the node of `to_local` between (torch 2.13): the redistribution before it then gets a plain gradient, where
+    it needs a DTensor, and fails.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: AsyncCollectiveTensor) -> Tensor:
+        waited: Tensor = x.trigger_wait()
+        return waited
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad

@@ -1,0 +1,168 @@
+"""Everything that can be known to be wrong is said before a process starts, with the mend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from colrow.checkpoint.distributed import Checkpoints
+from colrow.cli import main
+from colrow.config import RunConfig, load_config
+from colrow.data.prepare import prepare
+from colrow.errors import CheckpointError, ColrowError, ConfigError
+from colrow.models.llama import Llama
+from colrow.models.shapes import shape
+from colrow.train import preflight
+from colrow.train.run_folder import CHECKPOINTS
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"train.global_batch": 6}, "train.global_batch 4 or 8"),
+        ({"mesh.dp_shard": 3}, "train.global_batch 12"),
+        ({"mesh.tp": 3}, "n_heads=8 of laptop is not divisible by mesh.tp=3: choose tp from 1, 2, 4, 8"),
+        ({"model.shape": "article", "mesh.tp": 5}, "n_heads=12 of article"),
+        ({"data.seq_len": 31}, r"seq_len=31 is not divisible by tp=2 .sequence parallel splits dim 1.: use 30 or 32"),
+        ({"data.seq_len": 512}, "longer than the 256 positions of laptop: use 256 or less"),
+        ({"mesh.pp": 4}, "mesh.pp 2 or less"),
+        ({"train.warmup_steps": 100}, "use fewer than 100"),
+        ({"plan": "lama"}, "choose from llama, article, huggingface, derive, or give the path"),
+        ({"plan": "none.yaml"}, "no file 'none.yaml'"),
+        ({"model.shape": "laptob"}, "did you mean 'laptop'"),
+        ({"model": {"python": "no.such:thing"}}, "No module named 'no'"),
+        ({"model": {"python": "pathlib:nothing"}}, "write package.module:callable"),
+        ({"model": {"python": "pathlib:Path"}}, "it must return an nn.Module"),
+        ({"device": "cuda"}, "use --device cpu"),
+    ],
+)
+def test_an_impossible_run_names_the_mend(
+    changes: dict[str, Any], text: str, config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if "model.shape" in changes:
+        changes = {"model.layers": 1, **changes}
+    with pytest.raises(ColrowError, match=text):
+        preflight.check(config(**changes))
+
+
+def test_more_ranks_than_gpus_names_meshes(config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match=r"2 ranks need 2 GPUs and this host has 1: .*--device cpu"):
+        preflight.check(config(device="auto"))
+    assert preflight.check(config(device="cpu")).device_type == "cpu"
+
+
+def test_a_possible_run_passes(config: Callable[..., RunConfig]) -> None:
+    checked = preflight.check(config())
+    assert checked.plan.name == "llama"
+    assert checked.newest is None
+    assert not checked.finished(config())
+    assert all(param.is_meta for param in checked.source.model.parameters())
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_can_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    config = load_config(path, {"run.dir": str(tmp_path / "run")})
+    assert preflight.check(config).plan.loss == "vocab_parallel"
+
+
+def test_configs_are_shipped() -> None:
+    assert {"laptop", "article", "article-2d", "llama3-8b-tp4", "llama3-8b-tp2-fsdp2"} <= {p.stem for p in CONFIGS}
+
+
+def test_a_huggingface_folder_brings_its_tokenizer(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    plain = config(model={"huggingface": str(folder)})
+    assert preflight.resolve(plain) == plain
+    (folder / "tokenizer.json").write_text("{}")
+    assert preflight.resolve(plain).data.tokenizer.path == folder
+    own = config(**{"data.tokenizer": {"vocab_size": 300}})
+    assert preflight.resolve(own) == own
+
+
+def saved_by_another(config: RunConfig, layers: int, vocabulary: str) -> None:
+    from dataclasses import replace
+
+    model = Llama(replace(shape("laptop"), num_hidden_layers=layers))
+    Checkpoints(config.run.dir / CHECKPOINTS, vocabulary=vocabulary).save(100, model, None, {})
+
+
+def test_a_checkpoint_of_another_model_or_vocabulary_is_refused(
+    config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("\n\n".join(f"{i} and {i * i}." for i in range(3000)))
+    run = config(**{"data.validation_fraction": 0.3, "data.tokenizer": {"vocab_size": 300}})
+    tokenizer = prepare(run.data, 4096, progress=False).tokenizer
+    saved_by_another(run, 2, tokenizer.digest)
+    preflight.check_checkpoint(preflight.check(run), tokenizer)
+    saved_by_another(run, 2, "another")
+    with pytest.raises(CheckpointError, match="another vocabulary"):
+        preflight.check_checkpoint(preflight.check(run), tokenizer)
+    saved_by_another(run, 1, tokenizer.digest)
+    with pytest.raises(CheckpointError, match="another model"):
+        preflight.check_checkpoint(preflight.check(run), tokenizer)
+
+
+def test_a_finished_run_says_so(
+    config: Callable[..., RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from colrow.config import dump_config
+
+    saved_by_another(config(), 2, "any")
+    (tmp_path / "run.yaml").write_text(dump_config(config()))
+    assert main(["train", str(tmp_path / "run.yaml")]) == 0
+    assert "is finished: 100 of 100 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--train.stepps", "3"], "--train.steps"),
+        (["--train.steps", "many"], "many"),
+        (["--mesh.pt", "3"], "--mesh"),
+    ],
+)
+def test_a_wrong_flag_names_the_nearest(
+    flags: list[str], text: str, config: Callable[..., RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from colrow.config import dump_config
+
+    (tmp_path / "run.yaml").write_text(dump_config(config()))
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(tmp_path / "run.yaml"), *flags])
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    assert text in printed.err + printed.out
+
+
+def test_flags_stand_over_the_file(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    from colrow.cli.train import read_config
+    from colrow.config import dump_config
+
+    (tmp_path / "run.yaml").write_text(dump_config(config()))
+    flags = [
+        "--mesh.tp",
+        "1",
+        "--train.betas",
+        "0.8",
+        "0.99",
+        "--train.grad_clip",
+        "None",
+        "--checkpoint.export",
+        "False",
+    ]
+    read = read_config([str(tmp_path / "run.yaml"), *flags])
+    want = config(**{"mesh.tp": 1, "train.betas": (0.8, 0.99), "train.grad_clip": None, "checkpoint.export": False})
+    assert read == want
