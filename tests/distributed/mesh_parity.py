@@ -77,9 +77,8 @@ class _Single:
         for i, (x, y) in enumerate(parts):
             set_last_micro_batch(self.model, i == len(parts) - 1)
             with loss_context(self.plan, self.mesh):
-                loss = model_loss(self.model, self.plan, self.mesh, x, y) / (
-                    1 if self.case.sabotage == "scale" else len(parts)
-                )
+                loss = model_loss(self.model, self.plan, self.mesh, x, y)
+                loss = loss / (1 if self.case.sabotage == "scale" else len(parts))
                 loss.backward()
             value = loss.detach()
             total += value.full_tensor() if isinstance(value, DTensor) else value

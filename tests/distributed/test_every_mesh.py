@@ -37,6 +37,8 @@ PARITY: dict[int, dict[str, Case]] = {
         ),
         "pp2-shard2-split-reshard": Case(Mesh(pp=2, dp_shard=2), "deep", micro=2, split=(1,), reshard=True),
         "pp2-replicate2-tied": Case(Mesh(pp=2, dp_replicate=2), "tied", micro=4),
+        "pp2-tp2-fast-linear-tied": Case(PP_TP, "tied", micro=4, preset="llama-fast", loss="linear"),
+        "tp2-shard2-fast-selective": Case(TP_SHARD, "kv3", micro=2, preset="llama-fast", checkpoint="selective"),
         "pp4-full": Case(Mesh(pp=4), "deep", micro=4, checkpoint="full"),
     },
     8: {

@@ -106,6 +106,13 @@ class KeywordMLP(MLP):
         return self.down(input=F.gelu(self.up(input=x)))
 
 
+class ValueMLP(MLP):
+    """Takes a branch by what the values are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.sum().item() > 0 else -x)
+
+
 class ScaledLinear(nn.Linear):
     """A linear layer with a scale of its own for each output, kept as a buffer."""
 

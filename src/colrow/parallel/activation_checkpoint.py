@@ -4,8 +4,9 @@ full: a block keeps its input alone and runs its forward again, its tp collectiv
 selective: by operation. Kept are attention's outputs, the outputs of reduce-scatters and all-reduces, and every second
 matrix product. Recomputed are norms, rotations, SwiGLU's product, all-gathers, and the other products. In a Llama block
 the products are q, k, v, o, gate, up, down: kept are k, o and up; recomputed are q, v and gate; down is not run again,
-since nothing in backward needs its output and recomputation stops early. So a kept product is never the input of a
-kept reduction whose recomputation would be wasted, and no reduction crosses ranks twice.
+since nothing in backward needs its output and recomputation stops early. So no reduction crosses ranks twice, and no
+product runs again whose only use is a reduction that is kept. With the fast styles a block has four products, two of
+columns and two of rows; the rows' carry their reduce-scatter and are kept, the columns' are recomputed.
 
 A block's forward is replaced on the instance, so names, hooks (FSDP's and the plan's at block level stay outside) and
 state dicts are as before.

@@ -57,7 +57,7 @@ def build_pipeline(
     Args:
         model: the whole single-device model, on the meta device; it stays as it is.
         mesh: has the axes pp and tp.
-        loss: the mean loss of one micro-batch; not asked where the plan's loss is `linear`: then the head gives it.
+        loss: the mean loss of one micro-batch; not called where the plan's loss is `linear`, which the head computes.
         prepare: does to `stage.module`, in place, what would be done to a whole model: `parallelize` (with
             `absent=stage.absent`), activation checkpointing, compile, `apply_data_parallel`, memory and weights.
         micro_batches: micro-batches of this data rank in a step.
@@ -110,7 +110,7 @@ class PipelineRunner:
         self.ties = stages[0].ties
         here = torch.cuda.current_device() if mesh.device_type == "cuda" else None
         self.device = torch.device(mesh.device_type if here is None else f"cuda:{here}")
-        self._loss_in_head = plan.loss == "linear"
+        self._head_computes_loss = plan.loss == "linear"
         self._train: Any = self._schedule(_SCHEDULES[schedule], micro_batches)
         self._evaluate: dict[int, Any] = {}
         self._ties_in_step = False
@@ -131,7 +131,7 @@ class PipelineRunner:
         if not self._ties_in_step:
             self.copy_tied_weights()
             self._ties_in_step = True
-        total = self._run(self._train.step, ids, targets)
+        total = self._run(self._train.step, ids, targets, self.micro_batches)
         self._sum_tied_gradients()
         return total
 
@@ -145,7 +145,7 @@ class PipelineRunner:
             # Stages of their own: buffers of a training schedule want gradients.
             kind = ScheduleGPipe if len(self.stages) == 1 else ScheduleLoopedBFS
             self._evaluate[count] = self._schedule(kind, count)
-        return self._run(self._evaluate[count].eval, ids, targets)
+        return self._run(self._evaluate[count].eval, ids, targets, count)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of this rank's stages, under the whole model's names."""
@@ -174,13 +174,13 @@ class PipelineRunner:
                 dist.recv(value, group=self.group, group_src=peer)
                 local.copy_(value)
 
-    def _run(self, step: Callable[..., Any], ids: Tensor, targets: Tensor) -> Tensor:
+    def _run(self, step: Callable[..., Any], ids: Tensor, targets: Tensor, count: int) -> Tensor:
         inputs = (ids,) if self.stages[0].first else ()
         losses: list[Tensor] = []
         outputs = {"target": targets, "losses": losses} if self.stages[-1].last else {}
-        if self._loss_in_head and self.stages[-1].last:
-            micro_batches = targets.split(self.micro_batch)
-            expect_targets(self.stages[-1].module, [Expected(part, None, -100) for part in micro_batches])
+        if self._head_computes_loss and outputs:
+            parts = [Expected(part, targets.numel(), -100) for part in targets.chunk(count)]
+            expect_targets(self.stages[-1].module, parts)
         with loss_context(self.plan, self.mesh):
             step(*inputs, **outputs, return_outputs=False)
         total = torch.zeros((), device=self.device, dtype=_loss_dtype(self.dtype))
@@ -192,8 +192,9 @@ class PipelineRunner:
 
     def _sum_tied_gradients(self) -> None:
         for _, param, peer in self._tied_here():
-            if param.grad is None:
+            if not param.requires_grad:
                 continue
+            assert param.grad is not None
             align_gradients([param])  # the embedding's gradient comes whole, the head's as a shard
             mine = local_tensor(param.grad)
             theirs = torch.empty_like(mine, memory_format=torch.contiguous_format)
@@ -211,9 +212,9 @@ class PipelineRunner:
         for tie in self.ties:
             for stage in self.stages:
                 if stage.index == tie.original_stage:
-                    yield tie, _registered(stage.module, tie.original), tie.copy_stage % pp
+                    yield tie, dict(stage.module.named_parameters())[tie.original], tie.copy_stage % pp
                 elif stage.index == tie.copy_stage:
-                    yield tie, _registered(stage.module, tie.copy), tie.original_stage % pp
+                    yield tie, dict(stage.module.named_parameters())[tie.copy], tie.original_stage % pp
 
     def _holds(self, index: int) -> bool:
         return any(stage.index == index for stage in self.stages)
@@ -228,7 +229,8 @@ class PipelineRunner:
             )
 
         def loss(output: Tensor, targets: Tensor) -> Tensor:
-            return (output if self._loss_in_head else self.loss(output, targets)) / micro_batches
+            """This micro-batch's part of the mean over all of them."""
+            return output if self._head_computes_loss else self.loss(output, targets) / micro_batches
 
         try:
             return kind(stages[0] if single else stages, micro_batches, loss_fn=loss, scale_grads=False)
@@ -239,8 +241,8 @@ class PipelineRunner:
         config: Any = stage.module.config
         shards = tp_degree(self.mesh) if self.plan.sequence_parallel() else 1
         hidden = (self.micro_batch, self.seq_len // shards, config.hidden_size)
-        logits = _meta((self.micro_batch, self.seq_len, config.vocab_size), self.dtype)
-        last = _meta((), _loss_dtype(self.dtype)) if self._loss_in_head else logits
+        logits = (self.micro_batch, self.seq_len, config.vocab_size)
+        last = _meta((), _loss_dtype(self.dtype)) if self._head_computes_loss else _meta(logits, self.dtype)
         return _LlamaStage(
             stage,
             self.seq_len,
@@ -299,14 +301,6 @@ class _LlamaStage(PipelineStage):
 
 def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
-
-
-def _registered(module: nn.Module, name: str) -> nn.Parameter:
-    """The parameter itself: the attribute of its name may be a local view of it."""
-    parent, _, leaf = name.rpartition(".")
-    param = module.get_submodule(parent)._parameters[leaf]
-    assert param is not None
-    return param
 
 
 def _loss_dtype(dtype: torch.dtype) -> torch.dtype:

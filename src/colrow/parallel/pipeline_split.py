@@ -11,6 +11,8 @@ from functools import cache
 from itertools import accumulate
 from math import inf
 
+import torch
+
 from colrow.config import RunConfig
 from colrow.errors import ConfigError
 from colrow.models.llama import LlamaConfig
@@ -121,12 +123,13 @@ def check_pipeline(config: RunConfig, layers: int) -> None:
     _check_cut(config, layers)
     _check_micro_batches(config)
     if pipeline.schedule == "zero_bubble":
-        if config.train.activation_checkpoint != "none":
+        if config.train.activation_checkpoint == "selective":
             raise ConfigError(
-                "pipeline.schedule=zero_bubble runs backward in two parts, each of which would recompute the forward: "
-                "set train.activation_checkpoint to none, or use schedule 1f1b"
+                "pipeline.schedule=zero_bubble runs backward in two parts, and what selective checkpointing keeps is "
+                "gone after the first: set train.activation_checkpoint to full or none, or use schedule 1f1b"
             )
-        if config.train.compile:
+        cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+        if cuda if config.train.compile is None else config.train.compile:
             raise ConfigError(
                 "pipeline.schedule=zero_bubble splits backward into two parts, which a compiled backward cannot be: "
                 "set train.compile to false, or use schedule 1f1b"

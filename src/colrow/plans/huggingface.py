@@ -60,7 +60,8 @@ def from_huggingface(model: nn.Module) -> Plan:
     if unmapped:
         listed = "; ".join(f"{key}: {why}" for key, why in unmapped.items())
         raise PlanError(
-            f"the plan of {type(model).__name__} has styles without an equivalent ({listed}): use Plan.derive(model, tp=N)"
+            f"the plan of {type(model).__name__} has styles without an equivalent ({listed}): "
+            "use Plan.derive(model, tp=N)"
         )
     return Plan(modules=modules, loss="replicated", name=f"huggingface:{type(model).__name__}")
 

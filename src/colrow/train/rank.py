@@ -174,10 +174,9 @@ def finish(config: RunConfig, training: Training, tokenizer: Tokenizer, outcome:
     if progress.shown:
         progress.say(f"loss curve {plot_loss(run)}")
     progress.say(f"checkpoint {run / CHECKPOINTS}/step-{outcome.saved}" if outcome.saved else "checkpoint none")
-    exported = config.checkpoint.export and training.source.config is not None
-    if exported:
-        assert training.source.config is not None
-        export(training.modules, run / EXPORT, training.source.config, tokenizer)
+    model_config = training.source.exported_config
+    if config.checkpoint.export and model_config is not None:
+        export(training.modules, run / EXPORT, model_config, tokenizer)
         progress.say(f"export     {run / EXPORT}, for transformers")
     progress.say(f"memory     {peak_memory(training.device)}")
     if outcome.saved:

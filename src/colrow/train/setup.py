@@ -150,24 +150,27 @@ def choose_plan(config: RunConfig, model: nn.Module) -> Plan:
     """The plan that `config.plan` names: a preset, `huggingface`, `derive`, or a file."""
     if config.plan in PRESETS:
         return Plan.preset(config.plan, config.loss or "vocab_parallel")
-    if config.plan in ("huggingface", "derive"):
-        make = getattr(Plan, {"huggingface": "from_huggingface", "derive": "derive"}[config.plan], None)
-        if make is None:
-            raise ConfigError(f"plan: {config.plan} is not there yet: choose from {', '.join(PRESETS)}, or a file")
-        plan: Plan = make(model) if config.plan == "huggingface" else make(model, tp=config.mesh.tp)
-        return plan
-    if not Path(config.plan).exists():
-        raise ConfigError(
-            f"plan: there is no preset and no file {config.plan!r}: choose from {', '.join(PRESETS)}, huggingface, "
-            "derive, or give the path of a plan's YAML"
-        )
-    plan = Plan.load(config.plan)
+    if config.plan == "huggingface":
+        plan = Plan.from_huggingface(model)
+    elif config.plan == "derive":
+        plan = Plan.derive(model, tp=config.mesh.tp)
+    else:
+        plan = _load_plan(config.plan)
     if config.loss is not None and config.loss != plan.loss:
         raise ConfigError(
-            f"loss: {config.loss} is asked for, but the plan {config.plan} says {plan.loss}, which its head's style "
-            "belongs to: leave loss out, or change both in the plan"
+            f"loss: {config.loss} is asked for, but the plan {plan.name} says {plan.loss}, which its head's style "
+            "belongs to: leave loss out, or change both in the plan's file"
         )
     return plan
+
+
+def _load_plan(path: str) -> Plan:
+    if not Path(path).exists():
+        raise ConfigError(
+            f"plan: there is no preset and no file {path!r}: choose from {', '.join(PRESETS)}, huggingface, "
+            "derive, or give the path of a plan's YAML"
+        )
+    return Plan.load(path)
 
 
 def compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:

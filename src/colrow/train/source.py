@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -36,6 +38,14 @@ class Source:
     folder: Path | None = None
 
     @property
+    def exported_config(self) -> LlamaConfig | dict[str, Any] | None:
+        """What config.json of an export is made from; None for a model that no Hugging Face class computes."""
+        config = self.config or getattr(self.model, "config", None)
+        if isinstance(config, LlamaConfig):
+            return config
+        return dict(config.to_dict()) if hasattr(config, "to_dict") else None
+
+    @property
     def vocab_size(self) -> int:
         """Size of the vocabulary that the model states.
 
@@ -64,8 +74,6 @@ def build_source(section: ModelSection, seed: int) -> Source:
     assert section.shape is not None
     config = shape(section.shape)
     if section.layers is not None:
-        from dataclasses import replace
-
         config = replace(config, num_hidden_layers=section.layers)
     return Source(_on_meta(config), section.shape, config, "seeded")
 
@@ -73,15 +81,47 @@ def build_source(section: ModelSection, seed: int) -> Source:
 def _from_folder(section: ModelSection, folder: Path) -> Source:
     from colrow.models.huggingface import read_config
 
-    if section.implementation != "colrow":
-        raise ConfigError(
-            "model.implementation: transformers cannot be trained yet: leave it out for this project's Llama, "
-            "or return the model from a callable of your own (model.python)"
-        )
     if section.layers is not None:
         raise ConfigError("model.layers is for a named shape: a Hugging Face folder has weights for all its layers")
+    if section.implementation == "transformers":
+        return Source(_of_transformers(folder), str(folder), None, "folder", folder)
     config = read_config(folder)
     return Source(_on_meta(config), str(folder), config, "folder", folder)
+
+
+def _of_transformers(folder: Path) -> nn.Module:
+    """The class of the transformers library that config.json names, its parameters on the meta device."""
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError as error:
+        raise ConfigError(
+            f"model.implementation: transformers needs that library ({error}): pip install 'colrow[transformers]'"
+        ) from error
+    if not (folder / "config.json").exists():
+        raise ConfigError(f"{folder} holds no config.json: give a Hugging Face folder")
+    config = AutoConfig.from_pretrained(folder)
+    config.use_cache = False  # for generation; training would fill it in vain
+    with _parameters_on_meta():
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.tie_weights()  # type: ignore[operator]
+    return model.train()
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Within, parameters lose their memory as they are registered. Buffers keep theirs: nothing would fill them."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None:
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(module, name, param)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _from_python(path: str, seed: int) -> Source:

@@ -84,7 +84,7 @@ def test_products(tp: int, h: int, d: int, rows: int, seed: int) -> None:
         (lambda x, a, b: torch.einsum("bsd,hde->bshe", x, a).flatten(2) @ b, ((tp, 5, d * 2), (tp * d * 2, 3))),
     ]
     for function, shapes in functions:
-        error, classes = worst_error(Op(function, *shapes), x, tp)
+        error, _ = worst_error(Op(function, *shapes), x, tp)
         assert error < TOLERANCE
 
 

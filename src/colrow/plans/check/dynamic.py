@@ -144,7 +144,7 @@ def _failure(failure: Failure, plan: Plan) -> Finding:
     if failure.where == LOSS and "mixed torch.Tensor and DTensor" in text and plan.loss == "replicated":
         message = "the logits are a DTensor, and the ordinary loss takes plain tensors"
         return finding("CR303", where, message, "set loss: vocab_parallel, or output: replicate on the head")
-    if failure.where == LOSS and plan.loss == "vocab_parallel":
+    if failure.where == LOSS and plan.loss != "replicated":
         message = f"the loss cannot be computed on these logits ({text})"
         fix = "use plain cross entropy on logits split over the vocabulary, or set loss: replicated and gather them"
         return finding("CR306", where, message, fix)

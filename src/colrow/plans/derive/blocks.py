@@ -97,17 +97,20 @@ class BlockFinder:
 
     def columns(self, region: set[Node]) -> set[Node]:
         """Nodes that make shards out of whole activations."""
-        out = set()
-        for node in region:
-            if node in self.inference.from_params or node in self.flows.constant:
-                continue
-            if any(
-                not self.flows.is_sharded(i) and i not in self.flows.constant and i not in self.inference.from_params
-                for i in node.all_input_nodes
-            ):
-                if not is_boundary(node) and not self.flows.is_reduction(node):
-                    out.add(node)
-        return out
+
+        def whole(node: Node) -> bool:
+            outside = node in self.flows.constant or node in self.inference.from_params
+            return not outside and not self.flows.is_sharded(node)
+
+        return {
+            node
+            for node in region
+            if node not in self.inference.from_params
+            and node not in self.flows.constant
+            and not is_boundary(node)
+            and not self.flows.is_reduction(node)
+            and any(whole(i) for i in node.all_input_nodes)
+        }
 
     # ------------------------------------------------------------------ blocks
 
@@ -148,14 +151,9 @@ class BlockFinder:
             if flow.kinds[b] in (Kind.R, Kind.S) and b in self.flows.live and not self._ends_in_region(b, flow):
                 return None
         interior = set(self.interior(module)) | own
-        for node in interior:
-            if (
-                node not in own
-                and any(u not in interior and u.op != "output" for u in node.users)
-                and node in self.flows.live
-            ):
-                if node not in self.flows.constant and node not in self.inference.from_params:
-                    return None
+        for node in (interior - own) & self.flows.live - self.flows.constant - self.inference.from_params:
+            if any(u not in interior and u.op != "output" for u in node.users):
+                return None
         entries = {b for b, kind in kinds.items() if kind is Kind.R and b in self.flows.live}
         return Block(module, entries, deferred, False, flow)
 
@@ -168,13 +166,10 @@ class BlockFinder:
         out = {}
         for node in self.interior(module):
             for i in node.all_input_nodes:
-                if i in self.inference.from_params or i in self.flows.constant:
-                    if not self.flows.inside(i, module) or i.op != "call_function":
-                        out[i] = (
-                            Kind.S
-                            if self.flows.is_sharded(i)
-                            else (Kind.W if i in self.inference.from_params else Kind.C)
-                        )
+                known = i in self.inference.from_params or i in self.flows.constant
+                if known and (i.op != "call_function" or not self.flows.inside(i, module)):
+                    rest = Kind.W if i in self.inference.from_params else Kind.C
+                    out[i] = Kind.S if self.flows.is_sharded(i) else rest
         return out
 
     def _to_release(self, flow: Flow, kinds: dict[Node, Kind]) -> Node | None:

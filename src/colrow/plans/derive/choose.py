@@ -6,6 +6,7 @@ column and row split; reductions follow from the contractions over chosen classe
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -188,7 +189,7 @@ def head_groups(inference: AxisInference, kv: Atom) -> Atom | None:
 
 def _followers(dim: Dim, kv: Atom) -> set[Atom]:
     atoms = leaves(dim)
-    out = {after for atom, after in zip(atoms, atoms[1:], strict=False) if atom is kv}
+    out = {after for atom, after in itertools.pairwise(atoms) if atom is kv}
     for atom in atoms:
         for segment in atom.segments or ():
             out |= _followers(segment, kv)
@@ -287,9 +288,9 @@ def _narrow(inference: AxisInference, atom: Atom) -> bool:
                 if operand not in inference.from_params and is_float(operand):
                     feeds[operand] += 1
     for node, result in inference.dims.items():
-        if node.op == "call_function" and "embedding" in str(node.target) and isinstance(result, list):
-            if atom in _atoms_in(result[-1]):
-                return False
+        lookup = node.op == "call_function" and op_name(node) == "embedding"
+        if lookup and isinstance(result, list) and atom in _atoms_in(result[-1]):
+            return False
     return all(count < 2 for count in feeds.values())
 
 

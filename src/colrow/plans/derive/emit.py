@@ -249,16 +249,12 @@ class Emitter:
         if block.leaf:
             for entry in block.entries:
                 name = label_of(entry).module
-                style = self.out.modules.get(name, {})
-                if label_of(entry).path != "0" or style.get("style") not in (
-                    "colwise",
-                    "packed_colwise",
-                    "kv_replicate",
-                ):
+                kind = self.out.modules.get(name, {}).get("style")
+                if label_of(entry).path != "0" or kind not in ("colwise", "packed_colwise", "kv_replicate"):
                     raise SplitError(
                         self.finder.atoms_of({*entry.users}), f"{name} is entered alone, which its style cannot do"
                     )
-                if self.stream is not None or style["style"] == "packed_colwise":
+                if self.stream is not None or kind == "packed_colwise":
                     self._put(name, input=self.inside)
             return
         positional: list[str] = ["none"] * self.traced.positional.get(block.module, 0)
@@ -331,12 +327,10 @@ class Emitter:
                 self._put(owner, style="sequence", use_local_output=True)
             else:
                 self._put(owner, style="grad_sum")
-        for module, style in self.out.modules.items():
-            if style["style"] == "local_shards" and any(owner == module for owner in self.finder.owners.values()):
-                deferred = any(
-                    b.deferred and (module == b.module or module.startswith(b.module + ".")) for b in self.blocks
-                )
-                self._put(module, output="partial" if deferred else self.inside)
+        for owner, said in self.out.modules.items():
+            if said["style"] == "local_shards" and owner in self.finder.owners.values():
+                deferred = any(b.deferred and (owner + ".").startswith(b.module + ".") for b in self.blocks)
+                self._put(owner, output="partial" if deferred else self.inside)
 
     def _added_to_sum(self, name: str) -> bool:
         from colrow.plans.derive.flow import Kind

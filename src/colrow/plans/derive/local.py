@@ -129,11 +129,11 @@ class LocalCheck:
             local = trace(self.local_model(attributes), self.inputs, self.rescale())
         except PlanError as error:
             return f"a rank's own trace fails: {error}"
-        ours = [n for n in self.traced.nodes if n.op == "call_function"]
-        theirs = [n for n in local.nodes if n.op == "call_function"]
+        ours = [n for n in self.traced.nodes if _computes(n)]
+        theirs = [n for n in local.nodes if _computes(n)]
         for mine, its in zip(ours, theirs, strict=False):
             where = self.flows.path[mine] or "the model"
-            if op_name(mine) != op_name(its):
+            if _same_view(mine) != _same_view(its):
                 return f"{where} runs {op_name(its)} on a rank where the whole model runs {op_name(mine)}"
             extents = self.local_extents(mine)
             value = its.meta.get("val")
@@ -304,6 +304,19 @@ def _record_reads(name: str, module: nn.Module, found: dict[tuple[str, str], int
     if "config" in vars(module):
         vars(module)["config"] = _Reads(vars(module)["config"], note)
     module.__class__ = kind
+
+
+COPIES = frozenset(("clone", "contiguous", "alias", "_assert_tensor_metadata"))
+"""Whether a reshape copies depends on extents that are 1, so copies are no difference."""
+
+
+def _computes(node: Node) -> bool:
+    return node.op == "call_function" and op_name(node) not in COPIES
+
+
+def _same_view(node: Node) -> str:
+    name = op_name(node)
+    return "view" if name in ("view", "_unsafe_view", "reshape") else name
 
 
 def _numbers(node: Node) -> list[float]:

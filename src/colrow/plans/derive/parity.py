@@ -111,7 +111,8 @@ def parity(model: nn.Module, plan: Plan, tp: int, inputs: tuple[Tensor, ...], se
             errors[name] = max(float((g - target).norm()) / max(float(target.norm()), floor) for g in ranks)
     extra = found.keys() - wanted.keys()
     errors |= dict.fromkeys(extra, float("inf"))
-    return Parity(max(abs(x - float(expected_loss)) for x in losses) / max(abs(float(expected_loss)), 1e-12), errors)
+    exact = float(expected_loss.detach())
+    return Parity(max(abs(x - exact) for x in losses) / max(abs(exact), 1e-12), errors)
 
 
 def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:

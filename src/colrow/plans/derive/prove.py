@@ -94,7 +94,7 @@ class ShardedRun:
             value = getattr(self.traced.program.graph_module, str(node.target))
             return self.shard(value, self.inference.dims.get(node) or ())
         if is_boundary(node):
-            return env[node.args[0]]
+            return env[node.all_input_nodes[0]]
         if not [n for n in node.all_input_nodes if n in env] or self._constant_shape(node):
             return self._constant(node, env)
         if node in self.averages and op_name(node) in NORMS:
@@ -143,7 +143,7 @@ class ShardedRun:
         return self.shard(out, self.inference.dims[node])
 
     def _lookup(self, node: Node, env: dict[Node, list[Any]]) -> list[Tensor]:
-        table, ids = env[node.args[0]], env[node.args[1]]
+        table, ids = (env[n] for n in node.all_input_nodes[:2])
         rows = int(table[0].shape[0])
         outs = []
         for rank in range(self.tp):
@@ -281,8 +281,10 @@ def prove(
     expected_out = _FirstTensor(model, keywords, names)(*inputs)
     model.train(training)
     probe = torch.randn(expected_out.shape, generator=torch.Generator().manual_seed(1)).to(expected_out)
-    wanted = torch.autograd.grad((expected_out * probe).sum(), list(leaves_of.values()), allow_unused=True)
-    found = torch.autograd.grad((out * probe).sum(), list(params.values()), allow_unused=True)
+    wanted: tuple[Any, ...] = torch.autograd.grad(
+        (expected_out * probe).sum(), list(leaves_of.values()), allow_unused=True
+    )
+    found: tuple[Any, ...] = torch.autograd.grad((out * probe).sum(), list(params.values()), allow_unused=True)
     by_identity = {id(leaves_of[n]): g for n, g in zip(leaves_of, wanted, strict=True)}
     state = dict(model.named_parameters(remove_duplicate=False))
     errors: dict[str, float] = {}

@@ -73,20 +73,21 @@ ZERO = (
 )
 
 
-def causal_models() -> dict[str, tuple[type, type]]:
-    """Model type to its configuration class and class, for each causal language model."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+def causal_models() -> list[str]:
+    """Model types of every causal language model that the installed transformers knows."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    found = {}
-    for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        try:
-            config = CONFIG_MAPPING[kind]
-            cls = MODEL_FOR_CAUSAL_LM_MAPPING[config]
-        except (KeyError, ImportError, ValueError, AttributeError):
-            continue
-        found[kind] = (config, cls[0] if isinstance(cls, tuple) else cls)
-    return dict(sorted(found.items()))
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def classes(kind: str) -> tuple[Any, Any]:
+    """Configuration class and model class of one type; only its own modules are imported."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
+    return CONFIG_MAPPING[kind], getattr(transformers, name if isinstance(name, str) else name[0])
 
 
 def tiny(config_class: Any, model_class: Any, seed: int = 0) -> nn.Module:
@@ -115,9 +116,9 @@ def tiny(config_class: Any, model_class: Any, seed: int = 0) -> nn.Module:
 
 def examine(kind: str, tp: int) -> dict[str, Any]:
     """One model: its class, how much is split, the worst gradient error, and the reason for what is not split."""
-    config, cls = causal_models()[kind]
     row: dict[str, Any] = {"model": kind, "tp": tp}
     try:
+        config, cls = classes(kind)
         model = tiny(config, cls)
         inputs = default_inputs(model, tp)
         generator = torch.Generator().manual_seed(0)

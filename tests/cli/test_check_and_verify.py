@@ -1,0 +1,68 @@
+"""`colrow check` and `colrow verify`: exit status, JSON, and what is printed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from colrow.cli import main
+from colrow.plans.plan import Plan
+
+
+def broken(folder: Path) -> Path:
+    plan = Plan.preset("llama")
+    kept = {key: style for key, style in plan.modules.items() if key != "norm"}
+    path = folder / "plan.yaml"
+    Plan(kept, plan.loss, "broken").save(path)
+    return path
+
+
+def test_check_says_yes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "laptop", "--tp", "2", "--plan", "llama", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"ok": True, "findings": []}
+
+
+def test_check_says_no(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = str(broken(tmp_path))
+    assert main(["check", "laptop", "--tp", "2", "--plan", path, "--json"]) == 1
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["ok"] is False
+    (finding,) = shown["findings"]
+    assert set(finding) == {"code", "severity", "where", "message", "fix"}
+    assert (finding["code"], finding["severity"], finding["where"]) == ("CR501", "error", "norm.weight")
+
+
+def test_check_prints_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "article", "--tp", "8", "--plan", "article"]) == 1
+    out = capsys.readouterr().out
+    assert "error CR203 kv-heads-do-not-divide at layers.*.self_attn.k_proj" not in out  # gathered: heads do not matter
+    assert "error CR201 features-do-not-divide" not in out or "choose tp from" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["check", "lama", "--tp", "2"], "no model is called 'lama'"),
+        (["check", "laptop", "--tp", "0"], "--tp 0: use 1 or more"),
+        (["check", "laptop", "--tp", "2", "--plan", "nowhere.yaml"], "cannot read plan nowhere.yaml"),
+        (["verify", "laptop", "--tp", "1"], "verify needs tp of 2 or more"),
+    ],
+)
+def test_bad_usage(args: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(args) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_verify_says_yes_and_no(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["verify", "laptop", "--tp", "2", "--backend", "local", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert {"ok", "loss_rel_err", "max_grad_rel_err", "parameters", "worst", "tolerance"} <= set(shown)
+    assert shown["ok"] is True
+    assert shown["control"]["caught"] is True
+    assert shown["max_grad_rel_err"] < shown["tolerance"]
+    assert main(["verify", "laptop", "--tp", "2", "--backend", "local", "--plan", str(broken(tmp_path))]) == 1
+    out = capsys.readouterr().out
+    assert "norm.weight, ranks differ" in out
+    assert "the numbers do not agree" in out

@@ -1,0 +1,83 @@
+"""Activation checkpointing recomputes what it says, and gradients do not change by a bit."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from colrow.errors import ConfigError
+from colrow.models.llama import Block, LlamaConfig, rope_tables
+from colrow.parallel.activation_checkpoint import MODES, apply_activation_checkpoint
+
+CONFIG = LlamaConfig(
+    vocab_size=8,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=4,
+    max_position_embeddings=8,
+)
+
+
+class Count(TorchDispatchMode):
+    """Operations that run while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().partition("::")[2].partition(".")[0]
+        self.seen["attention" if name.startswith("_scaled_dot_product") and "backward" not in name else name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def backward_of(mode: Any) -> tuple[Counter[str], list[torch.Tensor]]:
+    """What backward runs, and the gradients."""
+    torch.manual_seed(0)
+    block = Block(CONFIG)
+    apply_activation_checkpoint([block], mode)
+    x = torch.randn(2, 8, 16, requires_grad=True)
+    rope = rope_tables(CONFIG, torch.arange(8), torch.float32)
+    y = block(x, rope=rope, mask=None)
+    with Count() as count:
+        y.square().sum().backward()
+    assert x.grad is not None
+    return count.seen, [x.grad, *[p.grad for p in block.parameters() if p.grad is not None]]
+
+
+def test_gradients_are_the_same_bits() -> None:
+    _, want = backward_of("none")
+    for mode in MODES[1:]:
+        _, got = backward_of(mode)
+        assert len(got) == len(want) == 10
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_what_backward_recomputes() -> None:
+    none, selective, full = (backward_of(mode)[0] for mode in MODES)
+    assert none["attention"] == selective["attention"] == 0
+    assert full["attention"] == 1
+    assert selective["mm"] - none["mm"] == 3  # q, v and gate; k, o and up are kept, and down is not needed
+    assert full["mm"] - none["mm"] == 6
+    assert selective["silu"] - none["silu"] == full["silu"] - none["silu"] == 1
+
+
+def test_names_and_copies_stay() -> None:
+    block = Block(CONFIG)
+    names = list(block.state_dict())
+    apply_activation_checkpoint([block], "full")
+    assert list(block.state_dict()) == names
+    assert list(copy.deepcopy(block).state_dict()) == names
+
+
+def test_an_unknown_mode_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'selective'"):
+        apply_activation_checkpoint([], "selectiv")  # type: ignore[arg-type]
