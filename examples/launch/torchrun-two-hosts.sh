@@ -14,4 +14,5 @@ torchrun \
   --rdzv-id llama3-8b \
   -m colrow train configs/llama3-8b-tp4.yaml \
   --mesh.tp 4 --mesh.dp-shard 2 \
+  --train.steps 5000 --train.global-batch 16 \
   --run.dir /shared/runs/llama3-8b --checkpoint.every 500 --checkpoint.asynchronous True

@@ -21,6 +21,7 @@ from colrow.data.tokenizer import Tokenizer
 from colrow.train import preflight
 from colrow.train.attention import attention_kernel
 from colrow.train.loop import Loop, Outcome, resume
+from colrow.train.meeting import meet
 from colrow.train.metrics import Metrics, perplexity
 from colrow.train.plot import plot_loss
 from colrow.train.progress import Progress
@@ -53,6 +54,9 @@ def run_rank(config: RunConfig, place: Place, command: str, stop_requested: Call
         if first:
             stack.enter_context(claimed(config.run.dir))
         progress = stack.enter_context(Progress(first, config.train.steps, config.train.log_every))
+        warning = config.mesh.warning_across_hosts(place.local_world_size)
+        if warning is not None:
+            progress.say(f"warning    {warning}")
         data = prepare(config.data, build_source(config.model, config.run.seed).vocab_size, progress=False)
         mesh, device = stack.enter_context(joined(config, place))
         return train_run(config, data, mesh, device, progress, command, stop_requested)
@@ -114,8 +118,13 @@ def joined(config: RunConfig, place: Place) -> Iterator[tuple[DeviceMesh, torch.
         device = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(device)
         options["device_id"] = device
+    store, _, _ = next(dist.rendezvous("env://", place.rank, place.world_size))
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", rank=place.rank, world_size=place.world_size, **options
+        "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+        store=meet(store, place.rank, place.world_size),
+        rank=place.rank,
+        world_size=place.world_size,
+        **options,
     )
     yield config.mesh.build(kind, place.world_size), device
     dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone

@@ -1,0 +1,74 @@
+"""Killed processes under torchrun: the run comes back, and its metrics are those of a run that nobody disturbed."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+
+from chaos import Chaos, Record, differences, figures, write_run
+from colrow.config import load_config
+from colrow.data.prepare import prepare
+from colrow.train.progress import Progress
+from colrow.train.rank import train_run
+from distributed.harness import Ranks
+
+pytestmark = pytest.mark.distributed
+STEPS = 28
+
+
+def train(device: str, config_file: Path) -> None:
+    import torch
+    import torch.distributed as dist
+
+    config = load_config(config_file)
+    mesh = config.mesh.build("cpu", dist.get_world_size())
+    data = prepare(config.data, 4096, progress=False)
+    progress = Progress(dist.get_rank() == 0, config.train.steps, 1, io.StringIO())
+    train_run(config, data, mesh, torch.device("cpu"), progress)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("elastic")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path, request: pytest.FixtureRequest) -> list[Record]:
+    """Its figures, from two ranks that nobody has started anew."""
+    if request.config.getoption("--device") == "cuda":
+        pytest.skip("kills are the same on every device, and the runs to compare are on CPUs")
+    ranks: Ranks = request.getfixturevalue("ranks")
+    ranks(2).run(train, write_run(folder, "undisturbed", STEPS))
+    return figures(folder / "undisturbed")
+
+
+def test_two_agents_bring_a_killed_worker_back_without_a_gap_or_a_repeated_step(
+    folder: Path, undisturbed: list[Record]
+) -> None:
+    chaos = Chaos(write_run(folder, "elastic", STEPS), folder / "elastic", agents=2, seed=11)
+    (kill,) = chaos.train(1)
+    assert kill.moment == "step"
+    assert kill.victims == "rank 1"
+    assert 0 < kill.whole <= kill.metrics < STEPS
+    assert "continues  after step" in chaos.text
+    assert "tp=2 spans hosts of 1 ranks" in chaos.text
+    assert differences(undisturbed, figures(folder / "elastic")) == []
+
+
+def test_killed_at_random_moments_the_metrics_are_equal_bit_for_bit(folder: Path, undisturbed: list[Record]) -> None:
+    kills = Chaos(write_run(folder, "chaos", STEPS), folder / "chaos", seed=5).train(3)
+    assert {kill.asynchronous for kill in kills} == {False, True}
+    assert all(kill.moment == "save" for kill in kills)
+    assert differences(undisturbed, figures(folder / "chaos")) == []
+
+
+def test_a_gap_a_repeated_step_and_a_changed_bit_would_be_seen(undisturbed: list[Record]) -> None:
+    """The negative control of the comparison."""
+    changed = {**undisturbed[5], "loss": undisturbed[5]["loss"] * (1 + 2**-52)}
+    assert differences(undisturbed, undisturbed) == []
+    assert differences(undisturbed, undisturbed[:5] + undisturbed[6:]) != []
+    assert differences(undisturbed, undisturbed[:5] + undisturbed[4:]) != []
+    (found,) = differences(undisturbed, [*undisturbed[:5], changed, *undisturbed[6:]])
+    assert found.startswith("step 6: loss is")
