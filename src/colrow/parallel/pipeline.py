@@ -276,7 +276,7 @@ class _LlamaStage(PipelineStage):
         sends: Tensor,
     ) -> None:
         # bound, not passed: torch 2.11 takes every argument of a zero-bubble backward for a tensor
-        stage.module.forward = functools.partial(stage.module.forward, seq_len=seq_len)  # type: ignore[method-assign]
+        stage.module.forward = functools.partial(stage.module.forward, seq_len=seq_len)
         super().__init__(
             stage.module, stage.index, stage.count, device, input_args=receives, output_args=sends, group=group
         )
