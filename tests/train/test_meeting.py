@@ -16,9 +16,9 @@ def store() -> dist.TCPStore:
     return dist.TCPStore("127.0.0.1", 0, None, is_master=True, timeout=timedelta(seconds=20), wait_for_workers=False)
 
 
-def client(store: dist.TCPStore, seconds: float = 20.0) -> dist.TCPStore:
+def client(store: dist.TCPStore) -> dist.TCPStore:
     """A rank's own connection: blocking calls on a shared one wait for each other."""
-    return dist.TCPStore("127.0.0.1", store.port, None, is_master=False, timeout=timedelta(seconds=seconds))
+    return dist.TCPStore("127.0.0.1", store.port, None, is_master=False, timeout=timedelta(seconds=20))
 
 
 def start(store: dist.TCPStore, order: list[int]) -> list[dist.Store]:
@@ -42,7 +42,7 @@ def test_a_rank_that_died_before_the_meeting_is_not_taken_for_its_successor(stor
     store.set("colrow/rank/1", "dead")
     store.set("colrow/reply/dead-first/dead", "")
     with pytest.raises(TimeoutError, match="ranks 1 did not come"):
-        meet(client(store, seconds=0.5), 0, 2)
+        meet(client(store), 0, 2, timeout=timedelta(seconds=0.5))
     first, second = start(store, [1, 0])
     first.set("key", "value")
     assert second.get("key") == b"value"

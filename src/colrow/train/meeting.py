@@ -16,36 +16,37 @@ import time
 import uuid
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
+PATIENCE = timedelta(minutes=30)
+"""How long the first rank waits for the others: torch's own time for joining a group."""
 _POLL_SECONDS = 0.02
 
 
-def meet(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+def meet(store: Store, rank: int, world_size: int, timeout: timedelta = PATIENCE) -> Store:
     """A part of `store` that belongs to the `world_size` ranks that call this now, and that nobody has written to.
 
-    Collective over the ranks, each once; those of former starts must have ended. Waits as long as the store does.
+    Collective over the ranks, each once; those of former starts must have ended. The others wait as long as the store does.
 
     Raises:
-        TimeoutError: on the first rank, when others do not come.
+        TimeoutError: on the first rank, when others do not come within `timeout`.
     """
     token = uuid.uuid4().hex
     if rank == 0:
-        tokens = _roll_call(store, token, world_size)
+        tokens = _roll_call(store, token, world_size, timeout)
         for other in tokens:
             store.set(f"colrow/prefix/{other}", token)
-        return dist.PrefixStore(f"colrow/{token}", store)
+        return PrefixStore(f"colrow/{token}", store)
     store.set(f"colrow/rank/{rank}", token)
     first = store.get(f"colrow/first/{token}").decode()
     store.set(f"colrow/reply/{first}/{token}", "")
-    return dist.PrefixStore(f"colrow/{store.get(f'colrow/prefix/{token}').decode()}", store)
+    return PrefixStore(f"colrow/{store.get(f'colrow/prefix/{token}').decode()}", store)
 
 
-def _roll_call(store: dist.Store, first: str, world_size: int) -> list[str]:
+def _roll_call(store: Store, first: str, world_size: int, timeout: timedelta) -> list[str]:
     """The tokens of all other ranks, when each has replied to `first`."""
     waiting: dict[int, str] = dict.fromkeys(range(1, world_size), "")
     replied = []
-    timeout: timedelta = store.timeout
     end = time.monotonic() + timeout.total_seconds()
     while waiting:
         for rank, known in list(waiting.items()):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.rendezvous import rendezvous
 
 from colrow.checkpoint.distributed import Checkpoints
 from colrow.checkpoint.huggingface import export
@@ -118,7 +119,7 @@ def joined(config: RunConfig, place: Place) -> Iterator[tuple[DeviceMesh, torch.
         device = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(device)
         options["device_id"] = device
-    store, _, _ = next(dist.rendezvous("env://", place.rank, place.world_size))
+    store, _, _ = next(rendezvous("env://", place.rank, place.world_size))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
         store=meet(store, place.rank, place.world_size),
