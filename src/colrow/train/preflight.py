@@ -64,11 +64,6 @@ def check(config: RunConfig, local_ranks: int | None = None) -> Checked:
     check_model(config, source)
     plan = choose_plan(config, source.model)
     plan.check_shapes(source.model, config.mesh.tp)
-    if plan.loss == "linear" and config.mesh.pp > 1:
-        raise ConfigError(
-            f"loss: linear computes head and loss in one, and mesh.pp={config.mesh.pp} hands logits to the loss: "
-            "set loss to vocab_parallel, or mesh.pp to 1"
-        )
     check_sequence(config, plan)
     newest = Checkpoints(config.run.dir / CHECKPOINTS, keep=config.checkpoint.keep).latest()
     return Checked(source, plan, kind, changes, newest)
