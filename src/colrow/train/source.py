@@ -40,7 +40,7 @@ class Source:
     @property
     def exported_config(self) -> LlamaConfig | dict[str, Any] | None:
         """What config.json of an export is made from; None for a model that no Hugging Face class computes."""
-        config = self.config or getattr(self.model, "config", None)
+        config: Any = self.config or getattr(self.model, "config", None)
         if isinstance(config, LlamaConfig):
             return config
         return dict(config.to_dict()) if hasattr(config, "to_dict") else None
@@ -117,7 +117,7 @@ def _parameters_on_meta() -> Iterator[None]:
             param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
         register(module, name, param)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
