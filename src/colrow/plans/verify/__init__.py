@@ -306,8 +306,8 @@ def _cause(errors: Errors, observed: Observed, reference: Reference, limit: floa
     if differ and len(differ) == len(bad):
         return (
             f"the loss is exact and the ranks differ ({differ[0]}): a replicated parameter used on a rank's part of "
-            "the activations, such as a norm on sequence shards without style sequence, or a norm on local heads without "
-            "style grad_sum"
+            "the activations, such as a norm on sequence shards without style sequence, or a norm on local heads "
+            "without style grad_sum"
         )
     times = [name for name in bad if name in reference.gradients and _is_times(observed, reference, name, tp)]
     if times and len(times) == len(bad):
