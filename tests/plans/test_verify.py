@@ -16,7 +16,7 @@ from colrow.plans.plan import Plan
 from colrow.plans.twin import shrink_heads, shrink_width, twin
 from colrow.plans.verify import Report, verify
 from plans import broken_models as m
-from plans.test_check import gpt_plan, preset
+from plans.broken_plans import gpt_plan, preset
 
 
 def build(name: str = "gqa") -> nn.Module:
@@ -45,7 +45,7 @@ def test_a_module_of_ones_own_holds(sequence: bool) -> None:
 
 
 def test_packed_weights_hold() -> None:
-    plan = gpt_plan(attn__qkv={"style": "packed_colwise", "segments": [m.D] * 3})
+    plan = gpt_plan(attn__qkv={"style": "packed_colwise", "segments": [m.D] * 3, "input": "replicate"})
     assert local(m.Gpt(lambda: m.Attention("parts")), plan).ok
 
 
@@ -54,7 +54,7 @@ def test_packed_weights_hold() -> None:
     [
         (lambda: build(), lambda: preset(drop="layers.*.input_layernorm"), "input_layernorm", "ranks differ"),
         (lambda: build("qk_norm"), lambda: preset(drop="layers.*.self_attn.q_norm"), "q_norm", "grad_sum"),
-        (lambda: build("qk_norm"), lambda: preset("article", self_attn__k_norm="grad_sum"), "k_norm", "times too large"),
+        (lambda: build("qk_norm"), lambda: preset("article", self_attn__k_norm="grad_sum"), "k_norm", "too large"),
         (lambda: m.Gpt(lambda: m.Attention("parts")), gpt_plan, "blocks", "fused weight"),
         (lambda: m.Gpt(m.HeadCount), lambda: gpt_plan(attn__qkv=None, attn__q="colwise", attn__k="colwise",
                                                       attn__v="colwise"), "blocks", "head count"),

@@ -22,7 +22,7 @@ from colrow.parallel.layout import PACKED, local_tensor
 from colrow.parallel.linear_head import Expected, expect_targets
 from colrow.parallel.loss import logits_of, loss_context
 from colrow.parallel.parallelize import parallelize
-from colrow.plans.calls import Loss, call, example_input, hand_over_targets, loss_of
+from colrow.plans.calls import Loss, call, example_input, loss_of
 from colrow.plans.plan import Plan
 from colrow.plans.styles import Style
 from colrow.plans.tracing.cut import Copy, cut_copy
@@ -221,7 +221,7 @@ def _run_sharded(
     request: _Request, run: DryRun, copy: Copy, inputs: tuple[Any, ...], plan: Plan, tp_mesh: DeviceMesh
 ) -> None:
     where = Where(copy.model, copy.original)
-    watch = Watch(where)
+    watch = Watch(where, request.tp)
     views = Views(where, watch.packed)
     for module in copy.model.modules():
         if PACKED in module.__dict__:
