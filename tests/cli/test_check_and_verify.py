@@ -35,10 +35,11 @@ def test_check_says_no(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
 
 
 def test_check_prints_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", "article", "--tp", "8", "--plan", "article"]) == 1
+    assert main(["check", "laptop", "--tp", "3"]) == 1
     out = capsys.readouterr().out
-    assert "error CR203 kv-heads-do-not-divide at layers.*.self_attn.k_proj" not in out  # gathered: heads do not matter
-    assert "error CR201 features-do-not-divide" not in out or "choose tp from" in out
+    assert "error CR202 heads-do-not-divide at layers.*.self_attn.q_proj" in out
+    assert "choose tp from 1, 2, 4, 8" in out
+    assert "docs/checks/CR202.md" in out
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from colrow.plans.twin import shrink_heads, shrink_width, twin
 from colrow.plans.verify import Report, verify
 from distributed.parity import MODELS
 from plans import broken_models as m
-from plans.test_check import gpt_plan, preset
+from plans.broken_plans import gpt_plan, preset
 
 
 def build(name: str = "gqa") -> nn.Module:
@@ -45,7 +45,7 @@ def test_a_module_of_ones_own_holds(sequence: bool) -> None:
 
 
 def test_packed_weights_hold() -> None:
-    plan = gpt_plan(attn__qkv={"style": "packed_colwise", "segments": [m.D] * 3})
+    plan = gpt_plan(attn__qkv={"style": "packed_colwise", "segments": [m.D] * 3, "input": "replicate"})
     assert local(m.Gpt(lambda: m.Attention("parts")), plan).ok
 
 

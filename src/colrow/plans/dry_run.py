@@ -221,7 +221,7 @@ def _run_sharded(
     request: _Request, run: DryRun, copy: Copy, inputs: tuple[Any, ...], plan: Plan, tp_mesh: DeviceMesh
 ) -> None:
     where = Where(copy.model, copy.original)
-    watch = Watch(where)
+    watch = Watch(where, request.tp)
     views = Views(where, watch.packed)
     for module in copy.model.modules():
         if PACKED in module.__dict__:

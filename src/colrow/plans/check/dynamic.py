@@ -70,13 +70,17 @@ def _views(run: DryRun, tp: int) -> Iterator[Finding]:
                 break
             code = _view_code(got, want, tp)
             if code == "CR208":
-                cuts = f"{want.op} of {want.source} to {_shapes_text(want)} cuts between fused parts"
-                message = f"{cuts}; on a shard {got.source} it cuts elsewhere"
+                message = (
+                    f"{want.op} of {want.source} to {_shapes_text(want)} cuts between fused parts; on a shard "
+                    f"{got.source} it cuts elsewhere"
+                )
                 yield finding("CR208", module, message, _FUSED_FIX)
                 break
             if code == "CR209":
-                whole = f"{want.op} of {want.source} gives {_shapes_text(want)}"
-                message = f"{whole}; on a shard {got.source} it gives {_shapes_text(got)}"
+                message = (
+                    f"{want.op} of {want.source} gives {_shapes_text(want)}; on a shard {got.source} it gives "
+                    f"{_shapes_text(got)}"
+                )
                 fix = "view with -1 for the number of heads and the fixed head_dim: view(B, T, -1, head_dim)"
                 yield finding("CR209", module, message, fix)
                 break

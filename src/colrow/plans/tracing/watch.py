@@ -101,8 +101,9 @@ class Slip:
 class Watch(TorchDispatchMode):
     """A mode around forward and backward of a parallelised model on fake tensors."""
 
-    def __init__(self, where: Where) -> None:
+    def __init__(self, where: Where, tp: int) -> None:
         super().__init__()
+        self._tp = tp
         self.events: list[Event] = []
         self.slips: list[Slip] = []
         self._where = where
@@ -112,6 +113,7 @@ class Watch(TorchDispatchMode):
         self._like_part: set[Window] = set()  # no values yet, but of the shape of a varying tensor
         self._packed: set[Window] = set()  # out of a fused weight whose segments were split one by one
         self.class_losses = 0  # log-softmaxes of DTensors that no cross entropy took
+        self._shares: set[Window] = set()  # equal values divided by tp: to sum them over ranks is right
         self._gathered: set[tuple[bool, Window]] = set()
         self._alive: list[Any] = []  # a storage's address may not be used again while it is a key
 
@@ -172,6 +174,8 @@ class Watch(TorchDispatchMode):
         if func.namespace == "colrow":
             self._inside_operator(name, args, outputs)
             return out
+        if name in ("div", "mul") and not varying and self._by_tp(name, args):
+            self._shares.update(self._window(leaf) for leaf in outputs)
         if varying and name not in _NO_VALUES:
             for leaf in outputs:
                 self.mark(leaf, True)
@@ -192,12 +196,19 @@ class Watch(TorchDispatchMode):
         elif func in (torch.ops.aten.nll_loss_forward.default, torch.ops.aten.nll_loss2d_forward.default):
             self.class_losses -= 1
 
+    def _by_tp(self, name: str, args: Any) -> bool:
+        factor = args[1] if len(args) > 1 else None
+        if isinstance(factor, Tensor) or factor is None:
+            return False
+        return bool(abs(float(factor) - (self._tp if name == "div" else 1 / self._tp)) < 1e-9)
+
     def _track_addend(self, name: str, inputs: list[Tensor], varying: list[Tensor], outputs: list[Tensor]) -> None:
         if self._where.backward():
             return
         if name in ("add", "add_", "sub", "addmm", "linear"):
             terms = inputs[:1] if name == "addmm" else inputs[2:] if name == "linear" else inputs
-            adds = any(leaf.is_floating_point() and not self.varies(leaf) for leaf in terms) and not _inside_dtensor()
+            equal = [leaf for leaf in terms if leaf.is_floating_point() and not self.varies(leaf)]
+            adds = any(self._window(leaf) not in self._shares for leaf in equal) and not _inside_dtensor()
             adds |= name in ("add", "add_", "sub") and any(self._window(leaf) in self._addend for leaf in varying)
         else:
             adds = name in _KEEPS_ADDEND and any(self._window(leaf) in self._addend for leaf in varying)
@@ -280,7 +291,7 @@ class Watch(TorchDispatchMode):
         if placement.is_replicate() and varies:
             self._slip("part_as_whole")
             self.mark(tensor, False)  # one mistake is one slip: what follows is taken as declared
-        elif placement.is_partial() and not varies:
+        elif placement.is_partial() and not varies and self._window(tensor) not in self._shares:
             self._slip("equal_as_partial")
         elif placement.is_shard() and not varies and not backward and tensor.requires_grad:
             self._slip("whole_as_part", dim=placement.dim)

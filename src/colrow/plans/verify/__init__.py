@@ -28,7 +28,7 @@ EXACT, ROUNDED = 1e-9, 1e-5
 
 @dataclass(frozen=True)
 class Worst:
-    """A parameter, the relative error of its gradient, and whether ranks disagree about a value that each holds."""
+    """A parameter, the relative error of its gradient, and whether ranks disagree about what each holds whole."""
 
     name: str
     rel_err: float
