@@ -17,7 +17,6 @@ from colrow.config import PipelineSection
 from colrow.mesh import Mesh
 from colrow.models.llama import Llama
 from colrow.parallel.activation_checkpoint import apply_activation_checkpoint
-from colrow.parallel.compile_blocks import compile_blocks
 from colrow.parallel.data_parallel import apply_data_parallel, set_last_micro_batch
 from colrow.parallel.grad_norm import align_gradients, clip_gradients, grad_norm, norm_groups
 from colrow.parallel.layout import full_tensor, packed_of
@@ -26,6 +25,7 @@ from colrow.parallel.parallelize import parallelize
 from colrow.parallel.pipeline import PipelineRunner, build_pipeline
 from colrow.parallel.pipeline_stage import Stage
 from colrow.plans.plan import Plan
+from colrow.train.compile import compile_forward
 from distributed.parity import batch, build, cross_entropy, relative
 
 GLOBAL_BATCH, STEPS, MAX_NORM = 8, 5, 0.5
@@ -159,9 +159,13 @@ def run_cases(device: str, cases: dict[str, Case]) -> dict[str, Result]:
 def _runner(case: Case, model: Llama, plan: Plan, mesh: DeviceMesh) -> Any:
     def prepare(module: nn.Module, blocks: list[nn.Module], absent: frozenset[str] = frozenset()) -> None:
         parallelize(module, plan, mesh, absent=absent)
-        apply_activation_checkpoint(blocks, case.checkpoint)
+        if case.checkpoint == "selective":
+            apply_activation_checkpoint(blocks, case.checkpoint)
         if case.compile:
-            compile_blocks(blocks, backend=case.compile)
+            for block in blocks:
+                compile_forward(block, backend=case.compile)
+        if case.checkpoint == "full":
+            apply_activation_checkpoint(blocks, case.checkpoint)
         apply_data_parallel(module, mesh, blocks, param_dtype=None, reshard_after_forward=case.reshard)
 
     if case.mesh.pp == 1:

@@ -17,7 +17,7 @@ from colrow.parallel.parallelize import parallelize
 from colrow.parallel.pipeline import build_pipeline
 from colrow.parallel.pipeline_stage import Stage, cut_stages
 from colrow.plans.plan import Plan
-from conftest import Ranks
+from distributed.harness import Ranks
 from distributed.parity import batch, build, cross_entropy
 
 pytestmark = pytest.mark.distributed

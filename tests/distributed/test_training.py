@@ -164,6 +164,33 @@ def compiled_and_eager(device: str, folder: Path) -> list[tuple[float, float]]:
     return found
 
 
+def read_alike_and_apart(device: str) -> list[str]:
+    """What the check of batches says when both ranks read one batch, and when each reads its own."""
+    import torch.distributed as dist
+
+    from colrow.errors import DataError
+    from colrow.train.batch_check import check_same_batch
+
+    group = dist.group.WORLD
+    assert group is not None
+    said = []
+    for own in (0, dist.get_rank()):
+        ids = torch.arange(8, device=device).reshape(2, 4) + own
+        try:
+            check_same_batch([(ids, ids + 1)], [group], step=4)
+            said.append("alike")
+        except DataError as error:
+            said.append(str(error))
+    return said
+
+
+def test_ranks_that_read_different_batches_stop(ranks: Ranks) -> None:
+    for alike, apart in ranks(2).run(read_alike_and_apart):
+        assert alike == "alike"
+        assert "step 5: rank " in apart
+        assert "read different batches" in apart
+
+
 def test_compiled_blocks_give_the_eager_loss_and_gradient(ranks: Ranks, folder: Path) -> None:
     for eager, *others in ranks(2).run(compiled_and_eager, folder):
         for other in others:
@@ -193,3 +220,29 @@ def test_every_mesh_trains_alike_and_continues_the_others_runs(ranks: Ranks, fol
             # fp32: where a gradient is near zero, Adam's first steps turn its rounding into a step of full size
             assert record == pytest.approx(one, rel=1e-3)
     assert [len(other) for other in others] == [8, 8, 4]
+
+
+STARTS = [("colrow", "llama"), ("transformers", "huggingface"), ("transformers", "derive")]
+
+
+def from_a_folder(device: str, folder: Path) -> None:
+    """Two steps from the export of a run, with this project's Llama and with the class of transformers."""
+    for implementation, plan in STARTS:
+        config = tiny(folder, f"from-{implementation}-{plan}", steps=2, warmup_steps=0)
+        model = ModelSection(huggingface=str(folder / "whole" / "export"), implementation=implementation)
+        tokenizer = config.data.tokenizer.model_copy(update={"path": folder / "whole", "vocab_size": None})
+        data = config.data.model_copy(update={"tokenizer": tokenizer})
+        train(device, config.model_copy(update={"model": model, "plan": plan, "data": data}))
+
+
+def test_a_folder_is_trained_alike_by_both_implementations(ranks: Ranks, folder: Path) -> None:
+    pytest.importorskip("transformers")
+    ranks(2).run(from_a_folder, folder)
+    want, *others = [figures(folder / f"from-{i}-{plan}" / "metrics.jsonl") for i, plan in STARTS]
+    start = figures(folder / "whole" / "metrics.jsonl")
+    assert want[0]["loss"] < start[0]["loss"] - 0.5  # it begins where the run has ended
+    for other in others:
+        assert other[0] == pytest.approx(want[0], rel=1e-4)
+        assert other[1]["loss"] == pytest.approx(want[1]["loss"], rel=1e-3)
+    export = folder / "from-transformers-derive" / "export"
+    assert json.loads((export / "config.json").read_text())["model_type"] == "llama"

@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (the table of cases reads best with one case a line)
 """The check finds what is wrong with a plan, with the right code, and says nothing about sound ones."""
 
 from __future__ import annotations

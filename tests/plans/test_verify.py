@@ -54,7 +54,7 @@ def test_packed_weights_hold() -> None:
     [
         (lambda: build(), lambda: preset(drop="layers.*.input_layernorm"), "input_layernorm", "ranks differ"),
         (lambda: build("qk_norm"), lambda: preset(drop="layers.*.self_attn.q_norm"), "q_norm", "grad_sum"),
-        (lambda: build("qk_norm"), lambda: preset("article", self_attn__k_norm="grad_sum"), "k_norm", "times too large"),
+        (lambda: build("qk_norm"), lambda: preset("article", self_attn__k_norm="grad_sum"), "k_norm", "too large"),
         (lambda: m.Gpt(lambda: m.Attention("parts")), gpt_plan, "blocks", "fused weight"),
         (lambda: m.Gpt(m.HeadCount), lambda: gpt_plan(attn__qkv=None, attn__q="colwise", attn__k="colwise",
                                                       attn__v="colwise"), "blocks", "head count"),

@@ -47,7 +47,7 @@ def load_plan(text: str, model: nn.Module, tp: int, loss: str | None = None) -> 
     if text in PRESETS:
         return Plan.preset(text, cast(Any, loss) or "vocab_parallel")
     if text in ("derive", "huggingface"):
-        return Plan.derive(model, tp=tp) if text == "derive" else Plan.from_huggingface(model)  # type: ignore[attr-defined]
+        return Plan.derive(model, tp=tp) if text == "derive" else Plan.from_huggingface(model)
     return Plan.load(text)
 
 

@@ -6,6 +6,7 @@ torchrun's launcher with as many local ranks as the mesh has.
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import sys
@@ -33,7 +34,11 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"the config file comes first: colrow train CONFIG.yaml {' '.join(argv)}")
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return _rank(argv)
-    return _start(argv)
+    try:
+        return _start(argv)
+    except KeyboardInterrupt:  # before there were ranks: what is prepared by now stays in the cache
+        print("colrow train: interrupted before the first step", file=sys.stderr)
+        return 130
 
 
 def read_config(argv: list[str]) -> RunConfig:
@@ -60,8 +65,10 @@ def _start(argv: list[str]) -> int:
     from colrow.train import preflight
     from colrow.train.launch import launch
     from colrow.train.rank import finished_line
+    from colrow.train.run_folder import require_free
 
     config = read_config(argv)
+    require_free(config.run.dir)
     checked = preflight.check(config)
     if checked.finished(config):
         assert checked.newest is not None
@@ -116,12 +123,12 @@ def _reporting(error_file: Path | None) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        when = time.time()
-        users = isinstance(error, ColrowError)
-        text = str(error) if users else traceback.format_exc()
-        status = USERS if users else 1
         if isinstance(error, SystemExit):
             raise
+        when = time.time()
+        users = isinstance(error, ColrowError) or _disk_is_full(error)
+        text = str(error) if users else traceback.format_exc()
+        status = USERS if users else 1
         if error_file is None:
             print(f"colrow train: error: {text}", file=sys.stderr)
         else:
@@ -131,3 +138,7 @@ def _reporting(error_file: Path | None) -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -71,10 +71,10 @@ def group_named(name: str) -> dist.ProcessGroup:
 
 def _finish(work: dist.Work | None, out: Tensor, held: Tensor) -> Finish:
     def finish() -> Tensor:
-        nonlocal held
+        nonlocal work, held
         if work is not None:
             work.wait()
-        held = out  # lets the input go: until here the collective may still read it
+        work, held = None, out  # lets the input go: until here the collective may still read it
         return out
 
     return finish

@@ -26,7 +26,9 @@ from colrow.ops.collectives import (
 NARROW = 2048  # rows of a weight under which its own product is too small for a GPU: siblings are joined then
 
 
-def column_linear(x_tD: Tensor, weights: list[Tensor], group: str, keep_gathered: bool = True) -> Tensor:
+def column_linear(
+    x_tD: Tensor, weights: list[Tensor], group: str, keep_gathered: bool = True, overlap: bool = True
+) -> Tensor:
     """[t, D] on each rank -> [T, F]: the products with all of `weights` beside each other, out of one all-gather.
 
     y = x W^T, W split by column.
@@ -37,8 +39,10 @@ def column_linear(x_tD: Tensor, weights: list[Tensor], group: str, keep_gathered
 
     Args:
         keep_gathered: keep X for wgrad. Else x is kept, and gathered again in backward beside dgrad.
+        overlap: run backward's collectives beside the products. NCCL takes multiprocessors from a product, so that
+            one after the other may be as fast: measure.
     """
-    y: Tensor = torch.ops.colrow.column_forward(x_tD, weights, group, keep_gathered)[0]
+    y: Tensor = torch.ops.colrow.column_forward(x_tD, weights, group, keep_gathered, overlap)[0]
     return y
 
 
@@ -63,11 +67,13 @@ def scatter_sum(x_TD: Tensor, group: str) -> Tensor:
 @torch.library.custom_op(
     "colrow::column_forward",
     mutates_args=(),
-    schema="(Tensor x, Tensor[] weights, str group, bool keep_gathered) -> (Tensor, Tensor)",
+    schema="(Tensor x, Tensor[] weights, str group, bool keep_gathered, bool overlap) -> (Tensor, Tensor)",
 )
-def _column_forward(x: Tensor, weights: list[Tensor], group: str, keep_gathered: bool) -> tuple[Tensor, Tensor]:
+def _column_forward(
+    x: Tensor, weights: list[Tensor], group: str, keep_gathered: bool, overlap: bool
+) -> tuple[Tensor, Tensor]:
     gathered = all_gather(x, group_named(group))
-    if len(weights) == 1 or min(w.shape[0] for w in weights) < NARROW:
+    if _joins(weights):
         y = gathered @ _joined(weights).t()
     else:  # large enough each: a joined copy of the weights would cost more than it saves
         y = gathered.new_empty(gathered.shape[0], sum(w.shape[0] for w in weights))
@@ -77,7 +83,7 @@ def _column_forward(x: Tensor, weights: list[Tensor], group: str, keep_gathered:
 
 
 @_column_forward.register_fake
-def _(x: Tensor, weights: list[Tensor], group: str, keep_gathered: bool) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weights: list[Tensor], group: str, keep_gathered: bool, overlap: bool) -> tuple[Tensor, Tensor]:
     T = x.shape[0] * group_named(group).size()
     gathered = x.new_empty(T, x.shape[1]) if keep_gathered else x.new_empty(0)
     return x.new_empty(T, sum(w.shape[0] for w in weights)), gathered
@@ -86,15 +92,26 @@ def _(x: Tensor, weights: list[Tensor], group: str, keep_gathered: bool) -> tupl
 @torch.library.custom_op(
     "colrow::column_backward",
     mutates_args=(),
-    schema="(Tensor dy, Tensor x, Tensor[] weights, str group, bool gathered, bool want_x, bool want_w)"
-    " -> (Tensor, Tensor)",
+    schema="(Tensor dy, Tensor x, Tensor[] weights, str group, bool gathered, bool overlap, bool want_x,"
+    " bool want_w) -> (Tensor, Tensor)",
 )
 def _column_backward(
-    dy: Tensor, x: Tensor, weights: list[Tensor], group: str, gathered: bool, want_x: bool, want_w: bool
+    dy: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    group: str,
+    gathered: bool,
+    overlap: bool,
+    want_x: bool,
+    want_w: bool,
 ) -> tuple[Tensor, Tensor]:
     ranks = group_named(group)
     again = start_all_gather(x, ranks) if want_w and not gathered else None
-    arrival = start_reduce_scatter(dy @ _joined(weights), ranks) if want_x else None
+    if again is not None and not overlap:
+        again()
+    arrival = start_reduce_scatter(_input_gradient(dy, weights), ranks) if want_x else None
+    if arrival is not None and not overlap:
+        arrival()
     inputs = x if again is None else again()
     dw = dy.t() @ inputs if want_w else dy.new_empty(0)
     return dy.new_empty(0) if arrival is None else arrival(), dw
@@ -102,7 +119,14 @@ def _column_backward(
 
 @_column_backward.register_fake
 def _(
-    dy: Tensor, x: Tensor, weights: list[Tensor], group: str, gathered: bool, want_x: bool, want_w: bool
+    dy: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    group: str,
+    gathered: bool,
+    overlap: bool,
+    want_x: bool,
+    want_w: bool,
 ) -> tuple[Tensor, Tensor]:
     D = weights[0].shape[1]
     dx = dy.new_empty(dy.shape[0] // group_named(group).size(), D) if want_x else dy.new_empty(0)
@@ -110,7 +134,7 @@ def _(
 
 
 def _save_column(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weights, ctx.group, ctx.keep_gathered = inputs
+    x, weights, ctx.group, ctx.keep_gathered, ctx.overlap = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1] if ctx.keep_gathered else x, *weights)
 
@@ -118,13 +142,13 @@ def _save_column(ctx: Any, inputs: Any, output: Any) -> None:
 def _differentiate_column(ctx: Any, dy: Tensor | None, _: Any) -> Any:
     x, *weights = ctx.saved_tensors
     if dy is None:
-        return None, [None] * len(weights), None, None
+        return None, [None] * len(weights), None, None, None
     want_x, want_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
     dx, dw = torch.ops.colrow.column_backward(
-        dy.contiguous(), x, weights, ctx.group, ctx.keep_gathered, want_x, any(want_w)
+        dy.contiguous(), x, weights, ctx.group, ctx.keep_gathered, ctx.overlap, want_x, any(want_w)
     )
     parts = dw.split([w.shape[0] for w in weights], 0) if any(want_w) else [None] * len(weights)
-    return dx if want_x else None, list(parts), None, None
+    return dx if want_x else None, list(parts), None, None, None
 
 
 torch.library.register_autograd("colrow::column_forward", _differentiate_column, setup_context=_save_column)
@@ -224,8 +248,9 @@ def traffic(operator: str, args: tuple[Any, ...], outputs: list[Tensor]) -> list
             return [one("all_gather", args[0], args[2])]
         case "column_backward":
             dx, _ = outputs
-            again = [] if args[4] or not args[6] else [one("all_gather", args[1], args[3])]
-            return [*again, *([one("reduce_scatter", dx, args[3])] if args[5] else [])]
+            _, x, _, group, gathered, _, want_x, want_w = args
+            again = [] if gathered or not want_w else [one("all_gather", x, group)]
+            return [*again, *([one("reduce_scatter", dx, group)] if want_x else [])]
         case "row_forward":
             return [one("reduce_scatter", outputs[0], args[2])]
         case "row_backward":
@@ -235,6 +260,22 @@ def traffic(operator: str, args: tuple[Any, ...], outputs: list[Tensor]) -> list
         case "gather":
             return [one("all_gather", args[0], args[1])]
     return []
+
+
+def _joins(weights: list[Tensor]) -> bool:
+    """Whether siblings run as one product of a joined copy: else each is large enough, and the copy costs more."""
+    return len(weights) == 1 or min(w.shape[0] for w in weights) < NARROW
+
+
+def _input_gradient(dy: Tensor, weights: list[Tensor]) -> Tensor:
+    """dY W, [T, D]."""
+    if _joins(weights):
+        return dy @ _joined(weights)
+    parts = dy.split([w.shape[0] for w in weights], 1)
+    dx = parts[0] @ weights[0]
+    for part, w in zip(parts[1:], weights[1:], strict=True):
+        dx.addmm_(part, w)
+    return dx
 
 
 def _joined(weights: list[Tensor]) -> Tensor:

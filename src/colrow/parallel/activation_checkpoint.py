@@ -14,7 +14,7 @@ state dicts are as before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Literal
@@ -42,7 +42,11 @@ _PRODUCTS = {"aten::mm", "aten::addmm"}
 
 
 def apply_activation_checkpoint(blocks: Iterable[nn.Module], mode: Mode) -> None:
-    """Checkpoint each block, in place: after the plan, before compile and data parallelism.
+    """Checkpoint each block, in place: after the plan, before data parallelism.
+
+    With compile, `selective` goes first, since the graph has to hold what it chooses among, and `full` second: it runs
+    the compiled block again (inside a graph, torch 2.13 cannot order what backward needs when attention, an operator
+    that may draw random numbers, is recomputed).
 
     Raises:
         ConfigError: an unknown mode.
@@ -51,22 +55,9 @@ def apply_activation_checkpoint(blocks: Iterable[nn.Module], mode: Mode) -> None
         raise ConfigError(f"unknown activation_checkpoint {mode!r}{did_you_mean(str(mode), MODES)}")
     if mode == "none":
         return
+    context: dict[str, Any] = {"context_fn": _contexts} if mode == "selective" else {}
     for block in blocks:
-        block.forward = _selective(block.forward) if mode == "selective" else WholeBlock(block.forward)
-
-
-class WholeBlock:
-    """A block's forward that runs again in backward."""
-
-    def __init__(self, forward: Callable[..., Any]) -> None:
-        self.forward = forward
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return checkpoint(self.forward, *args, use_reentrant=False, **kwargs)
-
-
-def _selective(forward: Callable[..., Any]) -> Callable[..., Any]:
-    return partial(checkpoint, forward, use_reentrant=False, context_fn=_contexts)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **context)
 
 
 def _contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

@@ -7,6 +7,7 @@ micro-batches and reduced over the data axes once, after the last.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -274,10 +275,12 @@ class _LlamaStage(PipelineStage):
         receives: Tensor,
         sends: Tensor,
     ) -> None:
+        # bound, not passed: torch 2.11 takes every argument of a zero-bubble backward for a tensor
+        stage.module.forward = functools.partial(stage.module.forward, seq_len=seq_len)
         super().__init__(
             stage.module, stage.index, stage.count, device, input_args=receives, output_args=sends, group=group
         )
-        self._seq_len, self._sends = seq_len, sends
+        self._sends = sends
 
     def forward_one_chunk(
         self,
@@ -286,7 +289,7 @@ class _LlamaStage(PipelineStage):
         kwargs: dict[str, Any] | None = None,
         save_forward_output: bool = True,
     ) -> Any:
-        output = super().forward_one_chunk(fwd_chunk_id, args, {"seq_len": self._seq_len}, save_forward_output)
+        output = super().forward_one_chunk(fwd_chunk_id, args, kwargs, save_forward_output)
         if self.is_last:
             if not self.has_backward:
                 self.fwd_cache[fwd_chunk_id] = ((), [])  # the logits of an evaluation go with their micro-batch

@@ -76,12 +76,14 @@ def group_name(mesh: DeviceMesh) -> str:
 @dataclass(frozen=True, kw_only=True)
 class FastGather(Style):
     """One all-gather and one product for the children named in `columns`, which have style fast_colwise or
-    fast_kv_replicate. `keep_gathered: false` gathers the input again in backward instead of keeping it."""
+    fast_kv_replicate. `keep_gathered: false` gathers the input again in backward instead of keeping it;
+    `overlap: false` runs backward's collectives before, not beside, the products that do not need them."""
 
     name = "fast_gather"
     token_order = "row"
     columns: tuple[str, ...] = ()
     keep_gathered: bool = True
+    overlap: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "columns", tuple(self.columns))
@@ -103,19 +105,15 @@ class _GatherHook(ParallelStyle):
         self.style = style
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        names, keep, group, n = (
-            self.style.columns,
-            self.style.keep_gathered,
-            group_name(device_mesh),
-            device_mesh.size(),
-        )
+        style, group, n = self.style, group_name(device_mesh), device_mesh.size()
+        names, keep, overlap = style.columns, style.keep_gathered, style.overlap
 
         def gather(module: Any, args: Any, kwargs: Any) -> Any:
             x = args[0] if args else kwargs["hidden_states"]
             B, t, D = x.shape
             projections = [module.get_submodule(name) for name in names]
             weights = [projection.weight for projection in projections]
-            y = column_linear(x.reshape(B * t, D), weights, group, keep).view(B, t * n, -1)
+            y = column_linear(x.reshape(B * t, D), weights, group, keep, overlap).view(B, t * n, -1)
             parts = dict(zip(names, y.split([w.shape[0] for w in weights], -1), strict=True))
             columns = Columns(parts, (B, t * n, D))
             return ((columns, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": columns})

@@ -88,7 +88,6 @@ class Loop:
         self._waiting: list[_Pending] = []
         self._good: Record | None = None
         self._clock = time.perf_counter()
-        self._last_read = 0
 
     def run(self, start: int, metrics: Metrics | None) -> Outcome:
         """Train from `start` completed steps to the last one, a signal, or an error. Collective.
@@ -101,7 +100,7 @@ class Loop:
         """
         config = self._config
         self._metrics = metrics
-        self._clock, self._last_read = time.perf_counter(), start
+        self._clock = time.perf_counter()
         saved, val_loss, stop = start, None, False
         self._progress.start(start)
         for step in range(start, config.train.steps):
@@ -166,30 +165,31 @@ class Loop:
 
         `hold_last` leaves the record of the last one open: an evaluation will be added to it.
         """
-        stop = False
-        while len(self._waiting) > lag:
+        stop, due = False, max(len(self._waiting) - lag, 0)
+        if due == 0:
+            return stop
+        event = getattr(self._waiting[due - 1].figures, "_copied", None)
+        if event is not None:
+            event.synchronize()  # the last of them: the steps that end together share the time
+        now = time.perf_counter()
+        seconds, self._clock = max(now - self._clock, 1e-9) / due, now
+        for _ in range(due):
             pending = self._waiting.pop(0)
-            event = getattr(pending.figures, "_copied", None)
-            if event is not None:
-                event.synchronize()
             loss, norm, stops = pending.figures.tolist()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise self._diverged(pending.step, loss, norm)
             stop = stop or stops > 0
-            record = self._record(pending.step, loss, norm)
+            record = self._record(pending.step, loss, norm, seconds)
             self._good = record
             if hold_last and not self._waiting:
                 continue
             self._write(record)
         return stop
 
-    def _record(self, step: int, loss: float, norm: float) -> Record:
+    def _record(self, step: int, loss: float, norm: float, seconds: float) -> Record:
         config = self._config
-        now = time.perf_counter()
         tokens = config.train.global_batch * config.data.seq_len
-        seconds = max(now - self._clock, 1e-9)
-        rate = tokens * (step - self._last_read) / seconds
-        self._clock, self._last_read = now, step
+        rate = tokens / seconds
         record: dict[str, Any] = {
             "step": step,
             "loss": loss,

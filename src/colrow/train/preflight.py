@@ -21,7 +21,7 @@ from colrow.parallel.pipeline_split import check_pipeline
 from colrow.plans.heads import heads_of
 from colrow.plans.plan import Plan
 from colrow.train.metrics import require_sinks
-from colrow.train.run_folder import CHECKPOINTS, changed_keys, require_free
+from colrow.train.run_folder import CHECKPOINTS, changed_keys
 from colrow.train.schedule import check_schedule
 from colrow.train.setup import blocks_of, choose_plan
 from colrow.train.source import Source, build_source
@@ -58,17 +58,11 @@ def check(config: RunConfig, local_ranks: int | None = None) -> Checked:
     require_sinks(config.log)
     kind = device_type(config)
     require_devices(config.mesh.world_size if local_ranks is None else local_ranks, kind)
-    require_free(config.run.dir)
     changes = changed_keys(config)
     source = build_source(config.model, config.run.seed)
     check_model(config, source)
     plan = choose_plan(config, source.model)
     plan.check_shapes(source.model, config.mesh.tp)
-    if plan.loss == "linear" and config.mesh.pp > 1:
-        raise ConfigError(
-            f"loss: linear computes head and loss in one, and mesh.pp={config.mesh.pp} hands logits to the loss: "
-            "set loss to vocab_parallel, or mesh.pp to 1"
-        )
     check_sequence(config, plan)
     newest = Checkpoints(config.run.dir / CHECKPOINTS, keep=config.checkpoint.keep).latest()
     return Checked(source, plan, kind, changes, newest)

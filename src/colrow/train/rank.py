@@ -29,7 +29,7 @@ from colrow.train.progress import Progress
 from colrow.train.run_folder import CHECKPOINTS, EXPORT, claimed, write_folder
 from colrow.train.sample import sample
 from colrow.train.setup import Training, set_up
-from colrow.train.source import build_source
+from colrow.train.source import Source
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,10 @@ def run_rank(config: RunConfig, place: Place, command: str, stop_requested: Call
         warning = config.mesh.warning_across_hosts(place.local_world_size)
         if warning is not None:
             progress.say(f"warning    {warning}")
-        data = prepare(config.data, build_source(config.model, config.run.seed).vocab_size, progress=False)
+        source = preflight.check(config, place.local_world_size).source
+        data = prepare(config.data, source.vocab_size, progress=False)
         mesh, device = stack.enter_context(joined(config, place))
-        return train_run(config, data, mesh, device, progress, command, stop_requested)
+        return train_run(config, data, mesh, device, progress, command, stop_requested, source)
 
 
 def train_run(
@@ -71,14 +72,15 @@ def train_run(
     progress: Progress,
     command: str = "",
     stop_requested: Callable[[], bool] = lambda: False,
+    source: Source | None = None,
 ) -> Outcome:
     """Set up, continue from the newest checkpoint, train, and finish; metrics and files are the first rank's.
 
-    Collective over the mesh, which is the whole default group.
+    Collective over the mesh, which is the whole default group. For `source` see `set_up`.
     """
     first = dist.get_rank() == 0
     with ExitStack() as stack:
-        training = set_up(config, mesh, device)
+        training = set_up(config, mesh, device, source)
         checkpoints = Checkpoints(
             config.run.dir / CHECKPOINTS,
             keep=config.checkpoint.keep,
@@ -112,7 +114,6 @@ def train_run(
 def joined(config: RunConfig, place: Place) -> Iterator[tuple[DeviceMesh, torch.device]]:
     """The default process group, the mesh, and this rank's device: gloo on CPUs, NCCL on GPUs."""
     kind = preflight.device_type(config)
-    preflight.require_devices(place.local_world_size, kind)
     options: dict[str, Any] = {}
     device = torch.device("cpu")
     if kind == "cuda":

@@ -60,13 +60,16 @@ class Training:
         return self.step.optimizer
 
 
-def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device) -> Training:
+def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device, source: Source | None = None) -> Training:
     """The training of `config` on this rank. Collective over the mesh.
+
+    Args:
+        source: the model of `config.model`, where a check has built it already; it is changed.
 
     Raises:
         ConfigError, PlanError: something does not fit; `preflight.check` finds the same without processes.
     """
-    source = build_source(config.model, config.run.seed)
+    source = source or build_source(config.model, config.run.seed)
     plan = choose_plan(config, source.model)
     compute, compiled = compute_dtype(config, device), compiles(config, device)
     parameters = sum(param.numel() for param in source.model.parameters())

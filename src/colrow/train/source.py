@@ -40,10 +40,11 @@ class Source:
     @property
     def exported_config(self) -> LlamaConfig | dict[str, Any] | None:
         """What config.json of an export is made from; None for a model that no Hugging Face class computes."""
-        config = self.config or getattr(self.model, "config", None)
+        config: Any = self.config or getattr(self.model, "config", None)
         if isinstance(config, LlamaConfig):
             return config
-        return dict(config.to_dict()) if hasattr(config, "to_dict") else None
+        to_dict = getattr(config, "to_dict", None)
+        return None if to_dict is None else dict(to_dict())
 
     @property
     def vocab_size(self) -> int:
@@ -117,7 +118,7 @@ def _parameters_on_meta() -> Iterator[None]:
             param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
         register(module, name, param)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

@@ -41,8 +41,11 @@ def _declarations(run: DryRun) -> Iterator[Finding]:
     for slip in run.slips:
         where = slip.where or "model"
         if slip.kind == "whole_as_part":
-            message = f"its input is whole on every rank and is declared shard({slip.dim}): dim {slip.dim} becomes tp times longer"
-            fix = f"split what comes before (output: shard({slip.dim}) on the embedding or row linear), or declare replicate"
+            shard = f"shard({slip.dim})"
+            message = (
+                f"its input is whole on every rank and is declared {shard}: dim {slip.dim} becomes tp times longer"
+            )
+            fix = f"split what comes before (output: {shard} on the embedding or row linear), or declare replicate"
             yield finding("CR406", where, message, fix)
         elif slip.kind == "part_as_whole" and not slip.backward:
             message = "its input is a different part on each rank and is declared replicate"
@@ -67,11 +70,13 @@ def _views(run: DryRun, tp: int) -> Iterator[Finding]:
                 break
             code = _view_code(got, want, tp)
             if code == "CR208":
-                message = f"{want.op} of {want.source} to {_shapes_text(want)} cuts between fused parts; on a shard {got.source} it cuts elsewhere"
+                cuts = f"{want.op} of {want.source} to {_shapes_text(want)} cuts between fused parts"
+                message = f"{cuts}; on a shard {got.source} it cuts elsewhere"
                 yield finding("CR208", module, message, _FUSED_FIX)
                 break
             if code == "CR209":
-                message = f"{want.op} of {want.source} gives {_shapes_text(want)}; on a shard {got.source} it gives {_shapes_text(got)}"
+                whole = f"{want.op} of {want.source} gives {_shapes_text(want)}"
+                message = f"{whole}; on a shard {got.source} it gives {_shapes_text(got)}"
                 fix = "view with -1 for the number of heads and the fixed head_dim: view(B, T, -1, head_dim)"
                 yield finding("CR209", module, message, fix)
                 break

@@ -297,6 +297,6 @@ def prove(
             continue
         scale = max(float(target.norm()), 1e-6 * float(probe.norm()) / max(1, target.numel()) ** 0.5)
         errors[name] = float((gradient - target).norm()) / scale
-    loss = float((out - expected_out).abs().max() / expected_out.abs().max())
+    loss = float((out - expected_out).detach().abs().max() / expected_out.detach().abs().max())
     sharded = sum(choice.any_sharded(inference.of(n)) for n in inference.params)
     return GraphProof(loss, errors, sharded, len(run.partial))

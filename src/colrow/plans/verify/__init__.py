@@ -28,7 +28,7 @@ EXACT, ROUNDED = 1e-9, 1e-5
 
 @dataclass(frozen=True)
 class Worst:
-    """A parameter and the relative error of its gradient; whether ranks disagree about a value that each holds whole."""
+    """A parameter, the relative error of its gradient, and whether ranks disagree about a value that each holds."""
 
     name: str
     rel_err: float
@@ -143,11 +143,21 @@ def verify(
         used, observed = _observe(task, plan, reference, limit, backend)
     except RankFailure as error:
         return Report(
-            ok=False, tp=tp, backend="gloo" if backend == "auto" else backend, loss_rel_err=float("inf"), max_grad_rel_err=float("inf"),
-            max_step_rel_err=float("inf"), parameters=len(reference.parameters), worst=(), tolerance=limit,
-            cause="the sharded model raises: `colrow check` names the module", failure=str(error).strip(),
-            control=None, twin=shrunk, seconds=time.monotonic() - started,
-        )  # fmt: skip
+            ok=False,
+            tp=tp,
+            backend="gloo" if backend == "auto" else backend,
+            loss_rel_err=float("inf"),
+            max_grad_rel_err=float("inf"),
+            max_step_rel_err=float("inf"),
+            parameters=len(reference.parameters),
+            worst=(),
+            tolerance=limit,
+            cause="the sharded model raises: `colrow check` names the module",
+            failure=str(error).strip(),
+            control=None,
+            twin=shrunk,
+            seconds=time.monotonic() - started,
+        )
     errors = compare(observed, reference, tp)
     control = _control(task, plan, reference, limit, run_local if used == "local" else run_gloo)
     worst = sorted(errors.gradients, key=lambda name: -errors.gradients[name])[:5]
@@ -295,9 +305,9 @@ def _cause(errors: Errors, observed: Observed, reference: Reference, limit: floa
     differ = [name for name in bad if _differ(observed, name)]
     if differ and len(differ) == len(bad):
         return (
-            f"the loss is exact and the ranks differ ({differ[0]}): a replicated parameter used on a rank's part of the "
-            "activations, such as a norm on sequence shards without style sequence, or a norm on local heads without "
-            "style grad_sum"
+            f"the loss is exact and the ranks differ ({differ[0]}): a replicated parameter used on a rank's part of "
+            "the activations, such as a norm on sequence shards without style sequence, or a norm on local heads "
+            "without style grad_sum"
         )
     times = [name for name in bad if name in reference.gradients and _is_times(observed, reference, name, tp)]
     if times and len(times) == len(bad):

@@ -139,8 +139,8 @@ def _pickle(task: Task, plan: Plan) -> bytes:
         return pickle.dumps((task, plan))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise PlanError(
-            f"backend gloo sends the model, the plan and the loss to other processes, and cannot ({error}): define them "
-            "at the top of a module"
+            f"backend gloo sends the model, the plan and the loss to other processes, and cannot ({error}): define "
+            "them at the top of a module"
         ) from error
 
 

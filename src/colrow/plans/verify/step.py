@@ -46,7 +46,7 @@ def sharded_step(
     mesh: DeviceMesh,
     parts: Callable[[Tensor], Parts],
 ) -> Observed:
-    """The step of the parallelised model, in place. `parts` gives a local tensor's value on each rank that runs here."""
+    """The step of the parallelised model, in place. `parts` gives a local tensor's value on each rank here."""
     parallelize(model, plan, mesh)
     with loss_context(plan, mesh):
         hand_over_targets(model, plan, task.inputs)
