@@ -71,8 +71,13 @@ def grad_norm(params: Iterable[nn.Parameter], groups: Iterable[dist.ProcessGroup
     device, dtype = _kind(with_grad)
     total = torch.zeros((), device=device, dtype=dtype)
     if parts:
-        norms = torch._foreach_norm(parts, 2, dtype=dtype)
-        total = torch.stack(norms).square().sum()
+        if device.type == "cpu":
+            # torch's norm adds an fp32 tensor's squares up in a few running sums there: of a million entries the fifth
+            # digit is lost, another one for each size of shard. Its sum adds by halves.
+            squares = [part.to(dtype).square().sum() for part in parts]
+        else:
+            squares = [norm.square() for norm in torch._foreach_norm(parts, 2, dtype=dtype)]
+        total = torch.stack(squares).sum()
     for group in groups:
         dist.all_reduce(total, group=group)
     return total.sqrt()

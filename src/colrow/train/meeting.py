@@ -26,8 +26,8 @@ _POLL_SECONDS = 0.02
 def meet(store: Store, rank: int, world_size: int, timeout: timedelta = PATIENCE) -> Store:
     """A part of `store` that belongs to the `world_size` ranks that call this now, and that nobody has written to.
 
-    Collective over the ranks, each once; those of former starts must have ended. The others wait as
-    long as the store does.
+    Collective over the ranks, each once; those of former starts must have ended. Ranks but the first wait as long as
+    the store does.
 
     Raises:
         TimeoutError: on the first rank, when others do not come within `timeout`.
