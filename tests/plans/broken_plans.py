@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from distributed.parity import MODELS
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
 from colrow.models.llama import Llama
 from colrow.plans.plan import Plan
+from distributed.parity import MODELS
 from plans import broken_models as m
 
 GATHER = {"style": "prepare_input", "input": ["shard(1)"], "desired": ["replicate"]}

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from distributed.parity import MODELS
 
 from colrow.mesh import Mesh
 from colrow.plans.check import CODES, Finding, check, check_static
 from colrow.plans.plan import Plan
+from distributed.parity import MODELS
 from plans import broken_models as m
 from plans.broken_plans import BROKEN, SOUND, gpt_plan, llama, preset
 
