@@ -19,6 +19,12 @@ pytestmark = pytest.mark.distributed
 TP_SHARD, TP_REPLICATE, PP_TP = Mesh(dp_shard=2, tp=2), Mesh(dp_replicate=2, tp=2), Mesh(pp=2, tp=2)
 INTERLEAVED = {"schedule": "interleaved_1f1b", "stages_per_rank": 2}
 PARITY: dict[int, dict[str, Case]] = {
+    2: {
+        "shard2-tied": Case(Mesh(dp_shard=2), "tied"),
+        "replicate2-accumulate2": Case(Mesh(dp_replicate=2), micro=2),
+        "pp2-1f1b-tied": Case(Mesh(pp=2), "tied", micro=4),
+        "pp2-zero_bubble-2stages": Case(Mesh(pp=2), "deep", micro=4, schedule="zero_bubble", stages_per_rank=2),
+    },
     4: {
         "tp2-shard2": Case(TP_SHARD),
         "tp2-shard2-kv3-accumulate2-keep": Case(TP_SHARD, "kv3", micro=2, reshard=False),

@@ -114,7 +114,7 @@ class PipelineRunner:
         self._head_computes_loss = plan.loss == "linear"
         self._train: Any = self._schedule(_SCHEDULES[schedule], micro_batches)
         self._evaluate: dict[int, Any] = {}
-        self._ties_in_step = False
+        self._tied = False
 
     def forward_backward(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Add the gradients of the mean loss over all micro-batches, reduced over the data axes, to `.grad`.
@@ -129,9 +129,7 @@ class PipelineRunner:
             The mean loss over this data rank's micro-batches, a scalar on every stage.
         """
         self._check_shape(ids, self.micro_batches)
-        if not self._ties_in_step:
-            self.copy_tied_weights()
-            self._ties_in_step = True
+        self._tie_once()
         total = self._run(self._train.step, ids, targets, self.micro_batches)
         self._sum_tied_gradients()
         return total
@@ -142,6 +140,7 @@ class PipelineRunner:
         scalar on every stage."""
         count = ids.shape[0] // self.micro_batch
         self._check_shape(ids, count)
+        self._tie_once()
         if count not in self._evaluate:
             # Stages of their own: buffers of a training schedule want gradients.
             kind = ScheduleGPipe if len(self.stages) == 1 else ScheduleLoopedBFS
@@ -165,7 +164,7 @@ class PipelineRunner:
                     yield param
 
     def copy_tied_weights(self) -> None:
-        """Give copies of another stage's parameters the original's value. The first step does so by itself."""
+        """Give copies of another stage's parameters the original's value; the first step or evaluation does so itself."""
         for tie, param, peer in self._tied_here():
             local = local_tensor(param.detach())
             if self._holds(tie.original_stage):
@@ -175,8 +174,13 @@ class PipelineRunner:
                 dist.recv(value, group=self.group, group_src=peer)
                 local.copy_(value)
 
+    def _tie_once(self) -> None:
+        if not self._tied:
+            self.copy_tied_weights()
+            self._tied = True
+
     def _run(self, step: Callable[..., Any], ids: Tensor, targets: Tensor, count: int) -> Tensor:
-        inputs = (ids,) if self.stages[0].first else ()
+        inputs = (ids.contiguous(),) if self.stages[0].first else ()
         losses: list[Tensor] = []
         outputs = {"target": targets, "losses": losses} if self.stages[-1].last else {}
         if self._head_computes_loss and outputs:
@@ -281,6 +285,10 @@ class _LlamaStage(PipelineStage):
             stage.module, stage.index, stage.count, device, input_args=receives, output_args=sends, group=group
         )
         self._sends = sends
+
+    def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
+        # Not as an argument of the schedule's step: torch 2.11 takes every such argument for a tensor.
+        return self.submod(*args, seq_len=self._seq_len, **kwargs)
 
     def forward_one_chunk(
         self,
