@@ -7,7 +7,6 @@ micro-batches and reduced over the data axes once, after the last.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -164,7 +163,7 @@ class PipelineRunner:
                     yield param
 
     def copy_tied_weights(self) -> None:
-        """Give copies of another stage's parameters the original's value; the first step or evaluation does so itself."""
+        """Give copies of another stage's parameters the original's value. The first use of the runner does so by itself."""
         for tie, param, peer in self._tied_here():
             local = local_tensor(param.detach())
             if self._holds(tie.original_stage):
@@ -279,15 +278,13 @@ class _LlamaStage(PipelineStage):
         receives: Tensor,
         sends: Tensor,
     ) -> None:
-        # bound, not passed: torch 2.11 takes every argument of a zero-bubble backward for a tensor
-        stage.module.forward = functools.partial(stage.module.forward, seq_len=seq_len)
         super().__init__(
             stage.module, stage.index, stage.count, device, input_args=receives, output_args=sends, group=group
         )
-        self._sends = sends
+        self._seq_len, self._sends = seq_len, sends
 
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
-        # Not as an argument of the schedule's step: torch 2.11 takes every such argument for a tensor.
+        # Not as an argument of the schedule's step: a zero-bubble backward of torch 2.11 takes each for a tensor.
         return self.submod(*args, seq_len=self._seq_len, **kwargs)
 
     def forward_one_chunk(
