@@ -163,7 +163,7 @@ class PipelineRunner:
                     yield param
 
     def copy_tied_weights(self) -> None:
-        """Give copies of another stage's parameters the original's value. The first use of the runner does so by itself."""
+        """Give copies of another stage's parameters its value. The runner's first use does so by itself."""
         for tie, param, peer in self._tied_here():
             local = local_tensor(param.detach())
             if self._holds(tie.original_stage):
