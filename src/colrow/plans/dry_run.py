@@ -164,6 +164,9 @@ def dry_run(
     """
     request = _Request(model, plan, mesh.tp, batch_size, seq_len, inputs, loss)
     run = _run(request)
+    if run.reference_failure is not None and "BF16" in str(run.reference_failure.error):
+        request = replace(request, dtype=torch.bfloat16)  # torch's grouped products know no other type
+        run = _run(request)
     if run.reference_failure is not None:  # the model may count its blocks: try with all of them
         run = _run(request, keep=sys.maxsize)
     return run
@@ -178,6 +181,8 @@ class _Request:
     seq_len: int
     inputs: tuple[Any, ...] | None
     loss: Loss
+    dtype: torch.dtype | None = None
+    """Of floating-point parameters and buffers; the model's own unless given."""
 
 
 def _run(request: _Request, keep: int = 2) -> DryRun:
@@ -191,7 +196,7 @@ def _run(request: _Request, keep: int = 2) -> DryRun:
         parallelize(small.model, plan, tp_mesh)
         with fake_tensors():
             for copy in (plain, small):
-                _materialise(copy.model)
+                _materialise(copy.model, request.dtype)
             inputs = request.inputs or (example_input(plain.model, request.batch_size, request.seq_len),)
             inputs = tuple(torch.empty_like(x, device="cpu") if isinstance(x, Tensor) else x for x in inputs)
             _run_unsharded(request, run, plain, inputs)
@@ -224,8 +229,8 @@ def _run_sharded(
     watch = Watch(where, request.tp)
     views = Views(where, watch.packed)
     for module in copy.model.modules():
-        if PACKED in module.__dict__:
-            module.register_forward_hook(lambda _module, _args, output: watch.mark_packed(output))
+        for name in module.__dict__.get(PACKED, ()):
+            watch.mark_packed(module.get_parameter(name))
     _record_outputs(copy, run.outputs, watch.varies)
     params = {id(param): copy.original(name) for name, param in copy.model.named_parameters()}
     run.plain = [params[id(p)] for p in copy.model.parameters() if not isinstance(p, DTensor)]
@@ -338,15 +343,20 @@ def _compare_gradients(run: DryRun, plain: Copy, small: Copy) -> None:
         run.no_gradient = [small.original(name) for name in sorted(want - got)]
 
 
-def _materialise(model: nn.Module) -> None:
+def _materialise(model: nn.Module, dtype: torch.dtype | None) -> None:
     """Fake CPU tensors in place of those on the meta device. Ties stay."""
-    made: dict[int, Any] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        made = torch.empty_like(tensor, device="cpu")
+        return made.to(dtype) if dtype is not None and made.is_floating_point() else made
+
+    made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, param in module._parameters.items():
             if param is not None:
                 if id(param) not in made:
-                    made[id(param)] = nn.Parameter(torch.empty_like(param, device="cpu"), param.requires_grad)
+                    made[id(param)] = nn.Parameter(fake(param.detach()), param.requires_grad)
                 module._parameters[name] = made[id(param)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+                module._buffers[name] = fake(buffer)

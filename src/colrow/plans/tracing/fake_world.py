@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from itertools import count
 from typing import Any
 
@@ -39,7 +40,9 @@ def fake_tp_mesh(tp: int) -> Iterator[DeviceMesh]:
     first = dist.get_rank()  # the mesh holds this process as its first rank, and labels that need not exist
     ranks = [first + i for i in range(tp)]
     name: Any = f"colrow_dry_run_{next(_serial)}"
-    group, _ = c10d._new_process_group_helper(tp, 0, ranks, "fake", FakeStore(), name, group_desc="dry run")
+    group, _ = c10d._new_process_group_helper(
+        tp, 0, ranks, "fake", FakeStore(), name, timeout=timedelta(seconds=30), group_desc="dry run"
+    )
     c10d._world.pg_group_ranks[group] = {rank: i for i, rank in enumerate(ranks)}
     try:
         yield DeviceMesh.from_group(group, "cpu", mesh=torch.tensor(ranks), mesh_dim_names=("tp",))

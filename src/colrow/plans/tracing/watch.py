@@ -56,7 +56,7 @@ _KEEPS_ADDEND = ("view", "_unsafe_view", "reshape", "clone", "_to_copy", "transp
                  "unsqueeze", "squeeze", "expand", "contiguous", "t", "slice", "split", "cat")  # fmt: skip
 _RANDOM = ("native_dropout", "bernoulli", "bernoulli_", "rand_like", "randn_like", "_fused_dropout")
 
-_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "_scaled_dot_product_flash_attention_for_cpu")
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "_grouped_mm", "_scaled_dot_product_flash_attention_for_cpu")
 
 Window = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
@@ -111,6 +111,7 @@ class Watch(TorchDispatchMode):
         self._storages: set[int] = set()  # written in place with varying values: all windows vary
         self._addend: set[Window] = set()  # varying, with an equal term added: must not be summed over ranks
         self._like_part: set[Window] = set()  # no values yet, but of the shape of a varying tensor
+        self._packed_weights: set[Window] = set()
         self._packed: set[Window] = set()  # out of a fused weight whose segments were split one by one
         self.class_losses = 0  # log-softmaxes of DTensors that no cross entropy took
         self._shares: set[Window] = set()  # equal values divided by tp: to sum them over ranks is right
@@ -132,9 +133,9 @@ class Watch(TorchDispatchMode):
         """Whether the tensor comes from a fused weight of which each segment was split on its own."""
         return self._window(tensor) in self._packed
 
-    def mark_packed(self, tensor: Tensor) -> None:
-        """Say so of a module's output."""
-        self._packed.add(self._window(tensor))
+    def mark_packed(self, param: Tensor) -> None:
+        """Say of a parameter that it is such a weight: what it is multiplied with comes from it."""
+        self._packed_weights.add(self._window(param))
 
     def mark_dtensor(self, tensor: DTensor) -> None:
         """A DTensor's local part varies unless it is declared replicated."""
@@ -163,8 +164,7 @@ class Watch(TorchDispatchMode):
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         name = func.name().partition("::")[2].partition(".")[0]
         varying = [leaf for leaf in inputs if self.varies(leaf)]
-        if name not in _PRODUCTS and any(self._window(leaf) in self._packed for leaf in inputs):
-            self._packed.update(self._window(leaf) for leaf in outputs)
+        self._track_packed(name, inputs, outputs)
         if func.namespace in _NAMESPACES and name in _COLLECTIVES:
             self._collective(_COLLECTIVES[name], func, args, inputs, outputs)
             return out
@@ -195,6 +195,17 @@ class Watch(TorchDispatchMode):
             self.class_losses += 1
         elif func in (torch.ops.aten.nll_loss_forward.default, torch.ops.aten.nll_loss2d_forward.default):
             self.class_losses -= 1
+
+    def _track_packed(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        windows = {self._window(leaf) for leaf in inputs}
+        weights, packed = bool(windows & self._packed_weights), bool(windows & self._packed)
+        made = {self._window(leaf) for leaf in outputs} if weights or packed else set()
+        if name in _PRODUCTS:
+            self._packed |= made if weights else set()  # a product of activations mixes the parts: it is packed no more
+        elif weights:
+            self._packed_weights |= made
+        else:
+            self._packed |= made
 
     def _by_tp(self, name: str, args: Any) -> bool:
         factor = args[1] if len(args) > 1 else None
