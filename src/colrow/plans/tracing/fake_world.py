@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from itertools import count
 from typing import Any
 
 import torch
@@ -18,8 +17,6 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import placement_types
-
-_serial = count()
 
 
 @contextmanager
@@ -39,7 +36,7 @@ def fake_tp_mesh(tp: int) -> Iterator[DeviceMesh]:
 
     first = dist.get_rank()  # the mesh holds this process as its first rank, and labels that need not exist
     ranks = [first + i for i in range(tp)]
-    name: Any = f"colrow_dry_run_{next(_serial)}"
+    name: Any = f"colrow_dry_run_{tp}"  # always the same: DTensor's caches remember meshes, and so groups by their names
     group, _ = c10d._new_process_group_helper(
         tp, 0, ranks, "fake", FakeStore(), name, timeout=timedelta(seconds=30), group_desc="dry run"
     )
