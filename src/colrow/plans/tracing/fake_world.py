@@ -36,7 +36,8 @@ def fake_tp_mesh(tp: int) -> Iterator[DeviceMesh]:
 
     first = dist.get_rank()  # the mesh holds this process as its first rank, and labels that need not exist
     ranks = [first + i for i in range(tp)]
-    name: Any = f"colrow_dry_run_{tp}"  # always the same: DTensor's caches remember meshes, and so groups by their names
+    # always the same name: DTensor caches remember meshes, and so groups by their names
+    name: Any = f"colrow_dry_run_{tp}"
     group, _ = c10d._new_process_group_helper(
         tp, 0, ranks, "fake", FakeStore(), name, timeout=timedelta(seconds=30), group_desc="dry run"
     )
