@@ -17,7 +17,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-TIMEOUT = 120.0
+TIMEOUT = 500.0
 
 
 class RankError(AssertionError):

@@ -86,7 +86,7 @@ def test_a_page_does_what_it_says(page: Path, tmp_path: Path) -> None:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
             check=False,
         )
         shown = f"$ {command.text}\n{run.stdout}\n--- stderr\n{run.stderr}"
