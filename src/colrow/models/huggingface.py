@@ -69,6 +69,7 @@ def config_from_huggingface(tree: dict[str, Any], source: str = "config.json") -
             tie_word_embeddings=bool(tree.get("tie_word_embeddings", False)),
             attention_bias=family == "qwen2",
             qk_norm=family == "qwen3",
+            initializer_range=float(tree.get("initializer_range", 0.02)),
         )
     except KeyError as error:
         raise ConfigError(f"{source}: {error.args[0]} is missing") from error
@@ -114,6 +115,7 @@ def config_to_huggingface(config: LlamaConfig, dtype: torch.dtype) -> dict[str, 
         "max_position_embeddings": config.max_position_embeddings,
         "hidden_act": "silu",
         "rms_norm_eps": config.rms_norm_eps,
+        "initializer_range": config.initializer_range,
         "rope_parameters": {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})},
         "rope_theta": config.rope_theta,
         "tie_word_embeddings": config.tie_word_embeddings,

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from colrow.errors import ConfigError
 
-STD = 0.02
 _CHUNK = {"cpu": 1 << 16, "cuda": 1 << 25}
 """Elements computed at a time, 24 bytes of temporaries each: on a CPU they stay in a core's cache, on a GPU they are
 enough to fill it."""
@@ -35,8 +34,9 @@ def init_tensor(
 ) -> Tensor:
     """The fp32 initial value of the parameter `name` of the whole shape `shape`, or its part of `size` at `offset`.
 
-    Matrices are normal with std 0.02, those that write into the residual stream (o_proj, down_proj) with
-    0.02 / sqrt(2 layers) (GPT-2, section 2.3); norms are 1, biases 0. `config` tells `num_hidden_layers`.
+    Matrices are normal with the std `config.initializer_range` (0.02 where the config has none), those that write into
+    the residual stream (o_proj, down_proj) with that / sqrt(2 layers) (GPT-2, section 2.3); norms are 1, biases 0.
+    `config` tells `num_hidden_layers`.
 
     Raises:
         ConfigError: there is no rule for a parameter of this name and shape.
@@ -50,7 +50,9 @@ def init_tensor(
     if leaf == "weight" and len(shape) == 1 and "norm" in kind:
         return torch.ones(*size, device=device)
     if leaf == "weight" and len(shape) == 2:
-        std = STD / math.sqrt(2 * config.num_hidden_layers) if kind in ("o_proj", "down_proj") else STD
+        std: float = getattr(config, "initializer_range", 0.02)
+        if kind in ("o_proj", "down_proj"):
+            std /= math.sqrt(2 * config.num_hidden_layers)
         return _normal(_key(seed, name), shape, offset, size, device) * std
     raise ConfigError(
         f"no rule gives an initial value to {name} of shape {tuple(shape)}: known are biases, the weights of norms, "

@@ -51,6 +51,8 @@ class LlamaConfig:
     """A bias on q_proj, k_proj and v_proj, not on o_proj."""
     qk_norm: bool = False
     """RMSNorm over each head of q and k, before the rotation."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial matrices."""
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
