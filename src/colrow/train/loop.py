@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,7 +49,29 @@ class _Pending:
 
     step: int
     figures: Tensor
-    record: Record = field(default_factory=dict)
+    start: _Moment
+    end: _Moment
+
+
+class _Moment:
+    """A point of the device's own timeline, so that a step's time is right however late the host reads it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        self._time = time.perf_counter()
+        if self._event is not None:
+            self._event.record()
+
+    def wait(self) -> None:
+        """Block the host until the device has come to it."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def seconds_since(self, earlier: _Moment) -> float:
+        """Both must have passed."""
+        if self._event is None or earlier._event is None:
+            return max(self._time - earlier._time, 1e-9)
+        return max(earlier._event.elapsed_time(self._event) / 1e3, 1e-9)
 
 
 class Loop:
@@ -87,7 +109,7 @@ class Loop:
         self._lag = 1 if self._device.type == "cuda" else 0
         self._waiting: list[_Pending] = []
         self._good: Record | None = None
-        self._clock = time.perf_counter()
+        self._last = _Moment(self._device)
 
     def run(self, start: int, metrics: Metrics | None) -> Outcome:
         """Train from `start` completed steps to the last one, a signal, or an error. Collective.
@@ -100,7 +122,7 @@ class Loop:
         """
         config = self._config
         self._metrics = metrics
-        self._clock = time.perf_counter()
+        self._last = _Moment(self._device)
         saved, val_loss, stop = start, None, False
         self._progress.start(start)
         for step in range(start, config.train.steps):
@@ -109,7 +131,9 @@ class Loop:
             if self._checks_batches(step, start):
                 check_same_batch(batches, self._same_batch, step)
             loss, norm = self._training.step(step, batches)
-            self._waiting.append(_Pending(done, self._figures(loss, norm)))
+            figures, start_of_step = self._figures(loss, norm), self._last
+            self._last = _Moment(self._device)
+            self._waiting.append(_Pending(done, figures, start_of_step, self._last))
             evaluates = self._evaluates(done)
             saves = self._saves(done)
             stop = self._settle(0 if evaluates or saves else self._lag, hold_last=evaluates) or stop
@@ -154,9 +178,6 @@ class Loop:
         if self._device.type == "cuda":
             host = torch.empty(3, dtype=torch.float64, pin_memory=True)
             host.copy_(figures, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            host._copied = event  # type: ignore[attr-defined]
             return host
         return figures
 
@@ -165,21 +186,15 @@ class Loop:
 
         `hold_last` leaves the record of the last one open: an evaluation will be added to it.
         """
-        stop, due = False, max(len(self._waiting) - lag, 0)
-        if due == 0:
-            return stop
-        event = getattr(self._waiting[due - 1].figures, "_copied", None)
-        if event is not None:
-            event.synchronize()  # the last of them: the steps that end together share the time
-        now = time.perf_counter()
-        seconds, self._clock = max(now - self._clock, 1e-9) / due, now
-        for _ in range(due):
+        stop = False
+        for _ in range(len(self._waiting) - lag):
             pending = self._waiting.pop(0)
+            pending.end.wait()
             loss, norm, stops = pending.figures.tolist()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise self._diverged(pending.step, loss, norm)
             stop = stop or stops > 0
-            record = self._record(pending.step, loss, norm, seconds)
+            record = self._record(pending.step, loss, norm, pending.end.seconds_since(pending.start))
             self._good = record
             if hold_last and not self._waiting:
                 continue
@@ -215,7 +230,7 @@ class Loop:
         if not math.isfinite(val_loss):
             raise self._diverged(step, val_loss, self._good["grad_norm"])
         self._write({**self._good, "val_loss": val_loss, "perplexity": perplexity(val_loss)})
-        self._clock = time.perf_counter()  # the next step's rate leaves this time out
+        self._last = _Moment(self._device)  # the next step's rate leaves this time out
         return val_loss
 
     def _write(self, record: Record) -> None:
@@ -227,9 +242,10 @@ class Loop:
         extra: dict[str, Any] = {"step": step, "corpus": self._data.fingerprint, "seed": self._config.run.seed}
         start = time.perf_counter()
         self._checkpoints.save(step, self._training.modules, self._training.optimizer, extra)
-        self._clock = time.perf_counter()
+        waited = time.perf_counter() - start
+        self._last = _Moment(self._device)
         background = ", the rest is in the background" if self._config.checkpoint.asynchronous else ""
-        self._progress.say(f"            saved step-{step}, training waited {self._clock - start:.1f} s{background}")
+        self._progress.say(f"            saved step-{step}, training waited {waited:.1f} s{background}")
 
     def _diverged(self, step: int, loss: float, norm: float) -> DivergedError:
         good = self._good
