@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +25,7 @@ from colrow.parallel.pipeline import PipelineRunner, build_pipeline
 from colrow.parallel.pipeline_stage import Stage
 from colrow.plans.plan import Plan
 from colrow.train.compile import compile_forward
-from distributed.parity import batch, build, cross_entropy, relative
+from distributed.parity import batch, build, cross_entropy, optimizer_of, relative, train_reference
 
 GLOBAL_BATCH, STEPS, MAX_NORM = 8, 5, 0.5
 
@@ -95,21 +94,17 @@ class _Single:
 
 def run_case(device: str, case: Case) -> Result:
     """Train one process's model and the parallel one side by side; collective over the default group."""
-    reference = build(case.model, device)
+    want = train_reference(case.model, device, STEPS, GLOBAL_BATCH, MAX_NORM)
     mesh = case.mesh.build(device, dist.get_world_size())
     plan = Plan.preset(case.preset, case.loss)
-    runner = _runner(case, copy.deepcopy(reference), plan, mesh)
+    runner = _runner(case, build(case.model, device), plan, mesh)
     result = Result()
     names = [name for name, _ in runner.named_parameters()]
-    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2, foreach=False) for m in (reference, runner)]
+    optimizer = optimizer_of(runner.parameters())
     rank = mesh["dp_replicate"].get_local_rank() * case.mesh.dp_shard + mesh["dp_shard"].get_local_rank()
     rank = 0 if case.sabotage == "data" else rank
     for step in range(1 if case.sabotage else STEPS):
         ids, targets = batch(device, size=GLOBAL_BATCH, seed=step)
-        want = cross_entropy(reference(ids), targets)
-        want.backward()
-        want_norm = grad_norm(reference.parameters())
-
         got = runner.forward_backward(ids.chunk(case.mesh.dp)[rank], targets.chunk(case.mesh.dp)[rank])
         for axis in ("dp_replicate", "dp_shard"):
             dist.all_reduce(got, group=mesh[axis].get_group())
@@ -120,28 +115,25 @@ def run_case(device: str, case: Case) -> Result:
 
         assert [name for name, _ in runner.named_parameters()] == names
         if step == 0:
-            result.errors |= _differences("grad ", runner, reference, lambda p: p.grad)
-        result.errors[f"loss {step}"] = abs(got.item() / case.mesh.dp / want.item() - 1)
-        result.errors[f"norm {step}"] = abs(norm.item() / want_norm.item() - 1)
-        assert want_norm.item() > MAX_NORM, "clipping is on in every step"
-        clip_gradients(reference.parameters(), want_norm, MAX_NORM)
+            result.errors |= _differences("grad ", runner, want.gradients, lambda p: p.grad)
+        result.errors[f"loss {step}"] = abs(got.item() / case.mesh.dp / want.losses[step] - 1)
+        result.errors[f"norm {step}"] = abs(norm.item() / want.norms[step] - 1)
         clip_gradients(runner.parameters(), norm, MAX_NORM)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     if isinstance(runner, _Single):
         # The older `replicate` leaves an empty model behind after the first step.
-        assert runner.model.state_dict().keys() == reference.state_dict().keys()
+        assert runner.model.state_dict().keys() == want.model.state_dict().keys()
     if not case.sabotage:
-        result.errors |= _differences("step5 ", runner, reference, lambda p: p)
+        result.errors |= _differences("step5 ", runner, want.parameters, lambda p: p)
     if isinstance(runner, PipelineRunner):
         ids, targets = batch(device, size=GLOBAL_BATCH, seed=99)
         for part, count in ((ids, 1), (ids[: GLOBAL_BATCH // 2], 2)):  # two sizes of evaluation
             with torch.no_grad():
-                want = cross_entropy(reference(part), targets[: len(part)])
+                expected = cross_entropy(want.model(part), targets[: len(part)])
             if case.mesh.dp == 1 and not case.sabotage:
                 value = runner.evaluate(part, targets[: len(part)])
-                result.errors[f"evaluation {count}"] = abs(value.item() / want.item() - 1)
+                result.errors[f"evaluation {count}"] = abs(value.item() / expected.item() - 1)
     return result
 
 
@@ -197,14 +189,12 @@ def _runner(case: Case, model: Llama, plan: Plan, mesh: DeviceMesh) -> Any:
 
 
 def _differences(
-    prefix: str, runner: Any, reference: nn.Module, of: Callable[[nn.Parameter], Tensor | None]
+    prefix: str, runner: Any, expected: dict[str, Tensor], of: Callable[[nn.Parameter], Tensor | None]
 ) -> dict[str, float]:
-    expected = dict(reference.named_parameters(remove_duplicate=False))
     errors = {}
     for name, param in runner.named_parameters():
-        got, want = of(param), of(expected[name])
+        got = of(param)
         assert got is not None, f"{name} has no gradient"
-        assert want is not None
         packed = None if isinstance(runner, PipelineRunner) else packed_of(runner.model, name)
-        errors[prefix + name] = relative(full_tensor(got.detach(), packed), want.detach())
+        errors[prefix + name] = relative(full_tensor(got.detach(), packed), expected[name])
     return errors

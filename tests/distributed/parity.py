@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from colrow.config import TrainSection
 from colrow.mesh import Mesh
 from colrow.models.llama import Llama, LlamaConfig
-from colrow.parallel.grad_norm import align_gradients
+from colrow.parallel.grad_norm import align_gradients, clip_gradients, grad_norm
 from colrow.parallel.layout import full_tensor, packed_of
 from colrow.parallel.loss import loss_context, model_loss
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
+from colrow.train.optimizer import build_optimizer
 
 TINY = LlamaConfig(
     vocab_size=64,
@@ -87,45 +89,92 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What one process sees in some steps on the global batches of seeds 0, 1, ...
+
+    `losses` and `norms` are of each step; `gradients` of the first; `parameters` and `model` of the end.
+    """
+
+    losses: list[float]
+    norms: list[float]
+    gradients: dict[str, Tensor]
+    parameters: dict[str, Tensor]
+    model: Llama
+
+
+def optimizer_of(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """The trainer's own, at a rate that five steps show."""
+    return build_optimizer(params, TrainSection(steps=1, global_batch=1, micro_batch=1, lr=1e-2))
+
+
+@functools.cache
+def train_reference(name: str, device: str, steps: int, size: int, max_norm: float | None = None) -> Reference:
+    """Once for all cases of a model: it does not depend on a plan or a mesh."""
+    model = build(name, device)
+    optimizer = optimizer_of(model.parameters())
+    losses, norms, gradients = [], [], {}
+    for step in range(steps):
+        ids, targets = batch(device, size=size, seed=step)
+        loss = cross_entropy(model(ids), targets)
+        loss.backward()
+        norm = grad_norm(model.parameters())
+        losses.append(loss.item())
+        norms.append(norm.item())
+        if step == 0:
+            gradients = {name: _present(p.grad).clone() for name, p in model.named_parameters(remove_duplicate=False)}
+        if max_norm is not None:
+            assert norms[-1] > max_norm, "clipping is on in every step"
+            clip_gradients(model.parameters(), norm, max_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    parameters = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+    return Reference(losses, norms, gradients, parameters, model)
+
+
+def _present(grad: Tensor | None) -> Tensor:
+    assert grad is not None
+    return grad
+
+
 def tp_difference(
     device: str,
-    reference: nn.Module,
+    name: str,
     plan: Plan,
     mesh: DeviceMesh,
     steps: int = 5,
     data: Callable[[int], tuple[Tensor, Tensor]] | None = None,
     before_step: Callable[[nn.Module], Any] = lambda model: align_gradients(model.parameters()),
 ) -> Difference:
-    """Train a copy of `reference` under the plan beside it, and compare loss, gradients (step 0) and parameters."""
+    """Train a model under the plan, and compare loss and gradients (step 0) and the last parameters with one process's.
+
+    Args:
+        data: what a rank reads in a step, if not the global batch.
+    """
+    want = train_reference(name, device, steps, size=4)
     data = data or (lambda step: batch(device, seed=step))
-    model = parallelize(copy.deepcopy(reference), plan, mesh)
-    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2, foreach=False) for m in (reference, model)]
+    model = parallelize(build(name, device), plan, mesh)
+    optimizer = optimizer_of(model.parameters())
     loss_error, gradients = 0.0, {}
     for step in range(steps):
-        ids, targets = batch(device, seed=step)
-        want = cross_entropy(reference(ids), targets)
-        want.backward()
         ids, targets = data(step)
         with loss_context(plan, mesh):
             loss = model_loss(model, plan, mesh, ids, targets)
             loss.backward()
         before_step(model)
         if step == 0:
-            loss_error = abs(whole(loss).item() - want.item()) / abs(want.item())
-            expected = {name: param.grad for name, param in reference.named_parameters()}
-            for name, param in model.named_parameters():
-                assert param.grad is not None, f"{name} has no gradient"
+            loss_error = abs(whole(loss).item() - want.losses[0]) / abs(want.losses[0])
+            for key, param in model.named_parameters():
+                assert param.grad is not None, f"{key} has no gradient"
                 got = param.grad
                 assert isinstance(got, DTensor)
-                gradients[name] = relative(full_tensor(got, packed_of(model, name)), expected[name])
-            assert gradients.keys() == expected.keys()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    expected = dict(reference.named_parameters())
+                gradients[key] = relative(full_tensor(got, packed_of(model, key)), want.gradients[key])
+            assert gradients.keys() == dict(want.model.named_parameters()).keys()
+        optimizer.step()
+        optimizer.zero_grad()
     parameters = {
-        name: relative(full_tensor(param.detach(), packed_of(model, name)), expected[name].detach())
-        for name, param in model.named_parameters()
+        key: relative(full_tensor(param.detach(), packed_of(model, key)), want.parameters[key])
+        for key, param in model.named_parameters()
     }
     return Difference(loss_error, gradients, parameters)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from colrow.plans.plan import Plan
 from distributed import parity
 from distributed.harness import Ranks
-from distributed.parity import batch, build, tp_difference, tp_mesh
+from distributed.parity import batch, tp_difference, tp_mesh
 
 TOLERANCE = 1e-10
 LOSSES = ("vocab_parallel", "replicated")
@@ -25,7 +25,7 @@ COMBINATIONS += [(preset, "linear", name) for preset in ("llama", "llama-fast") 
 
 def parity_case(device: str, preset: str, loss: Any, name: str) -> dict[str, float]:
     mesh = tp_mesh(device, dist.get_world_size())
-    difference = tp_difference(device, build(name, device), Plan.preset(preset, loss), mesh)
+    difference = tp_difference(device, name, Plan.preset(preset, loss), mesh)
     return {
         "loss": difference.loss,
         **difference.gradients,
@@ -48,7 +48,7 @@ def without(plan: Plan, key: str) -> Plan:
 def missing_norm_case(device: str, key: str, name: str) -> dict[str, float]:
     """The plan leaves a norm out: as torch's own parallelize_module would, its gradient is this rank's part."""
     mesh = tp_mesh(device, dist.get_world_size())
-    return tp_difference(device, build(name, device), without(Plan.preset("llama"), key), mesh, steps=1).gradients
+    return tp_difference(device, name, without(Plan.preset("llama"), key), mesh, steps=1).gradients
 
 
 @pytest.mark.distributed
@@ -77,8 +77,7 @@ def missing_all_reduce_case(device: str) -> dict[str, float]:
                 param.grad = DTensor.from_local(grad.to_local(), grad.device_mesh, [Replicate()], run_check=False)
 
     mesh = tp_mesh(device, dist.get_world_size())
-    reference = build("gqa", device)
-    return tp_difference(device, reference, Plan.preset("llama"), mesh, steps=1, before_step=keep_parts).gradients
+    return tp_difference(device, "gqa", Plan.preset("llama"), mesh, steps=1, before_step=keep_parts).gradients
 
 
 @pytest.mark.distributed
@@ -95,7 +94,7 @@ def other_data_case(device: str) -> float:
         return batch(device, seed=step + 100 * dist.get_rank())
 
     mesh = tp_mesh(device, dist.get_world_size())
-    return tp_difference(device, build("gqa", device), Plan.preset("llama"), mesh, steps=1, data=data).worst
+    return tp_difference(device, "gqa", Plan.preset("llama"), mesh, steps=1, data=data).worst
 
 
 @pytest.mark.distributed
