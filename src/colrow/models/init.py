@@ -35,8 +35,8 @@ def init_tensor(
     """The fp32 initial value of the parameter `name` of the whole shape `shape`, or its part of `size` at `offset`.
 
     Matrices are normal with the std `config.initializer_range` (0.02 where the config has none), those that write into
-    the residual stream (o_proj, down_proj) with that / sqrt(2 layers) (GPT-2, section 2.3); norms are 1, biases 0.
-    `config` tells `num_hidden_layers`.
+    the residual stream (o_proj, down_proj) with that / sqrt(2 layers) (GPT-2, section 2.3), the embedding with
+    `config.embedding_range` if there is one; norms are 1, biases 0. `config` tells `num_hidden_layers`.
 
     Raises:
         ConfigError: there is no rule for a parameter of this name and shape.
@@ -53,6 +53,8 @@ def init_tensor(
         std: float = getattr(config, "initializer_range", 0.02)
         if kind in ("o_proj", "down_proj"):
             std /= math.sqrt(2 * config.num_hidden_layers)
+        elif kind == "embed_tokens":
+            std = getattr(config, "embedding_range", None) or std
         return _normal(_key(seed, name), shape, offset, size, device) * std
     raise ConfigError(
         f"no rule gives an initial value to {name} of shape {tuple(shape)}: known are biases, the weights of norms, "

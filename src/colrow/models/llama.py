@@ -53,6 +53,8 @@ class LlamaConfig:
     """RMSNorm over each head of q and k, before the rotation."""
     initializer_range: float = 0.02
     """Standard deviation of the initial matrices."""
+    embedding_range: float | None = None
+    """That of the initial embedding where it is another: with 1 a small model learns faster."""
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
