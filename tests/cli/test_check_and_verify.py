@@ -47,7 +47,7 @@ def test_check_prints_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["check", "lama", "--tp", "2"], "no model is called 'lama'"),
         (["check", "laptop", "--tp", "0"], "--tp 0: use 1 or more"),
-        (["check", "laptop", "--tp", "2", "--plan", "nowhere.yaml"], "cannot read plan nowhere.yaml"),
+        (["check", "laptop", "--tp", "2", "--plan", "nowhere.yaml"], "no preset and no file 'nowhere.yaml'"),
         (["verify", "laptop", "--tp", "1"], "verify needs tp of 2 or more"),
     ],
 )

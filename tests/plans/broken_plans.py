@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
+from colrow.mesh import Mesh
 from colrow.models.llama import Llama
 from colrow.plans.plan import Plan
 from distributed.parity import MODELS
@@ -141,6 +142,14 @@ def smooth_loss(logits: Tensor, inputs: tuple[Any, ...]) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), inputs[0].flatten(), label_smoothing=0.1)
 
 
+def shared_up() -> nn.Module:
+    """Two layers with one weight between them."""
+    model = m.Gpt()
+    first, second = (block.mlp.up for block in model.blocks)
+    second.weight = first.weight
+    return model
+
+
 def shared_blocks() -> nn.Module:
     model = m.Gpt()
     model.again = model.blocks[0].mlp.up  # type: ignore[assignment]
@@ -258,6 +267,12 @@ BROKEN: dict[str, Case] = {
         "CR304", lambda: llama("tied"), lambda: preset(embed_tokens={"style": "colwise", "output": "shard(1)"})
     ),
     "entropy in the loss": Case("CR305", llama, preset, "loss", {"loss": entropy_loss}),
+    "tie over stages": Case(
+        "CR307", lambda: llama("tied"), preset, "embed_tokens.weight", {"mesh": Mesh(pp=2, tp=4), "seq_len": 16}
+    ),
+    "layers shared over stages": Case(
+        "CR307", shared_up, gpt_plan, "blocks.0.mlp.up.weight", {"mesh": Mesh(pp=2, tp=4), "seq_len": 16}
+    ),
     "label smoothing": Case("CR306", llama, preset, "loss", {"loss": smooth_loss}),
     # activations
     "row linear missing": Case("CR401", llama, lambda: preset(drop="layers.*.mlp.down_proj"), "layers.0.mlp.down_proj"),
@@ -319,6 +334,10 @@ BROKEN: dict[str, Case] = {
         "blocks.*.mlp.down",
     ),
     "sum of equal values": Case("CR409", m.Gpt, lambda: gpt_plan(norm1=SumOfEqual()), "blocks.*.norm1"),
+    "sums in bf16": Case("CR411", llama, preset, "tp", {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}),
+    "compiled block after a collective": Case(
+        "CR412", m.Gpt, lambda: gpt_plan(sequence=True), "blocks.0", {"compiled": True}
+    ),
     # gradients
     "norm missing": Case(
         "CR501", llama, lambda: preset(drop="layers.*.input_layernorm"), "layers.*.input_layernorm.weight"
@@ -338,6 +357,12 @@ BROKEN: dict[str, Case] = {
     ),
     "scale on a part of the features": Case(
         "CR501", lambda: m.Gpt(mlp=m.LatentNormMLP), gpt_plan, "blocks.*.mlp.scale.weight"
+    ),
+    "adapter on sequence shards": Case(
+        "CR501",
+        lambda: m.Gpt(block=m.AdapterBlock),
+        lambda: gpt_plan(sequence=True, norm2={"style": "sequence", "use_local_output": True}),
+        "blocks.*.a.weight",
     ),
     "norms of a gpt missing": Case("CR501", m.Gpt, lambda: gpt_plan(sequence=True, norm1=None)),
     "q_norm summed where whole": Case(

@@ -38,13 +38,14 @@ class Flags:
 def main(argv: list[str]) -> int:
     """Exit 0 without errors, 1 with, 2 for bad usage."""
     flags = parse(Flags, "check", argv)
-    from colrow.cli.sources import load_model, load_plan
+    from colrow.cli.sources import load_model
+    from colrow.plans.named import named_plan
 
     for name, value in (("--tp", flags.tp), ("--batch-size", flags.batch_size), ("--seq-len", flags.seq_len)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} {value}: use 1 or more")
     model = load_model(flags.model)
-    plan = load_plan(flags.plan, model, flags.tp, flags.loss)
+    plan = named_plan(flags.plan, model, flags.tp, flags.loss)
     context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     seq_len = flags.seq_len or min(context if isinstance(context, int) else 512, 4096)
     findings = check(model, plan, Mesh(tp=flags.tp), batch_size=flags.batch_size, seq_len=seq_len)
@@ -61,9 +62,9 @@ def show(findings: list[Finding], title: str, console: Console) -> None:
     """The findings for a terminal."""
     for finding in findings:
         colour = "red" if finding.severity == "error" else "yellow"
-        console.print(f"[bold {colour}]{finding.severity}[/] {finding.code} {finding.slug} at [bold]{finding.where}[/]")
-        console.print(f"  what  {finding.message}", markup=False)
-        console.print(f"  fix   {finding.fix}", markup=False)
-        console.print(f"  more  {finding.page}", markup=False)
+        head, *rest = finding.lines
+        console.print(head, style=f"bold {colour}", markup=False, soft_wrap=True)
+        for line in rest:
+            console.print(line, markup=False, soft_wrap=True)
     errors = sum(finding.severity == "error" for finding in findings)
     console.print(f"{title}: {errors} errors, {len(findings) - errors} warnings", markup=False)

@@ -36,11 +36,12 @@ class Flags:
 def main(argv: list[str]) -> int:
     """Exit 0 when the numbers agree, 1 when not, 2 for bad usage."""
     flags = parse(Flags, "verify", argv)
-    from colrow.cli.sources import load_model, load_plan
+    from colrow.cli.sources import load_model
+    from colrow.plans.named import named_plan
     from colrow.plans.twin import twin
 
     model, shrunk = twin(load_model(flags.model), flags.tp)
-    plan = load_plan(flags.plan, model, flags.tp, flags.loss)
+    plan = named_plan(flags.plan, model, flags.tp, flags.loss)
     report = verify(model, plan, flags.tp, backend=flags.backend)
     if flags.json:
         json.dump(_finite(report.to_data() | {"twin": shrunk}), sys.stdout, indent=1)
