@@ -116,9 +116,11 @@ def test_the_check_leaves_the_model_alone() -> None:
 
 def test_every_code_has_a_case_and_a_page() -> None:
     assert set(CODES) == {case.code for case in BROKEN.values()}
+    table = (PAGES / "README.md").read_text(encoding="utf-8")
     for code, about in CODES.items():
         text = (PAGES / f"{code}.md").read_text(encoding="utf-8")
         assert text.startswith(f"# {code} {about.slug}\n")
+        assert f"\n| [{code}]({code}.md) | {about.slug} | {about.severity} | {about.effect} |\n" in table
         for heading in ("## What happens", "## Why", "## How to mend it"):
             assert heading in text, f"{code} has no {heading!r}"
 

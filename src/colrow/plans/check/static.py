@@ -213,8 +213,8 @@ def check_stages(model: nn.Module, stages: int) -> list[Finding]:
         places = {_place(model, name) for name in group}
         if len(places) > 1:
             message = (
-                f"{' and '.join(group)} are one weight, and {stages} stages hold them apart: each copy would get a part "
-                "of the gradient"
+                f"{' and '.join(group)} are one weight, and {stages} stages hold them apart: each copy would get a "
+                "part of the gradient"
             )
             fix = "sum the copies' gradients over their stages before clipping and the step, as `colrow train` does"
             found.append(finding("CR307", group[0], message, fix))

@@ -307,7 +307,7 @@ class Watch(TorchDispatchMode):
 
     @contextmanager
     def _backward_of_to_local(self) -> Iterator[None]:
-        """See how `to_local` declares its gradient. Newer torch asks `from_local`; torch 2.11 makes the DTensor itself."""
+        """See how `to_local` declares its gradient: newer torch asks `from_local`, 2.11 makes the DTensor itself."""
         function: Any = getattr(dtensor_api, "_ToTorchTensor", None)
         if function is None or "grad_placements" in inspect.signature(DTensor.from_local).parameters:
             yield
