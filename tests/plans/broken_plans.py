@@ -174,11 +174,21 @@ def parallel_already() -> nn.Module:
 
 @dataclass(frozen=True)
 class Case:
+    """A broken plan; `folding` is the code where torch folds [B, T, D] to rows for a linear layer, and so refuses a
+    sequence that is sharded (torch 2.11)."""
+
     code: str
     model: Callable[[], nn.Module]
     plan: Callable[[], Plan]
     where: str = ""
     options: dict[str, Any] | None = None
+    folding: str = ""
+
+    @property
+    def expected(self) -> str:
+        """The code on this torch."""
+        folds = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 12)
+        return self.folding if folds and self.folding else self.code
 
 
 LOCAL_HEAD = {"style": "colwise", "input": "shard(1)"}
@@ -281,7 +291,7 @@ BROKEN: dict[str, Case] = {
     "q_proj missing": Case(
         "CR402", llama, lambda: preset(drop="layers.*.self_attn.q_proj"), "layers.0.self_attn.q_proj"
     ),
-    "head missing": Case("CR402", llama, lambda: preset(drop="lm_head"), "lm_head"),
+    "head missing": Case("CR402", llama, lambda: preset(drop="lm_head"), "lm_head", folding="CR404"),
     "heads stay DTensors": Case(
         "CR402", llama, lambda: preset(self_attn__q_proj={"style": "colwise", "use_local_output": False})
     ),
@@ -325,8 +335,8 @@ BROKEN: dict[str, Case] = {
         ),
         "layers.*.mlp",
     ),
-    "no gather before attention": Case("CR408", llama, lambda: preset(drop="layers.*.self_attn")),
-    "no gather before mlp": Case("CR408", llama, lambda: preset(drop="layers.*.mlp")),
+    "no gather before attention": Case("CR408", llama, lambda: preset(drop="layers.*.self_attn"), folding="CR404"),
+    "no gather before mlp": Case("CR408", llama, lambda: preset(drop="layers.*.mlp"), folding="CR404"),
     "bias on every rank": Case(
         "CR409",
         lambda: m.Gpt(mlp=lambda: m.MLP(bias=True)),

@@ -157,11 +157,13 @@ def test_a_broken_plan_stops_before_the_ranks_start(
 def test_warnings_are_a_line_each_and_the_ranks_start(
     config: Callable[..., RunConfig], tmp_path: Path, launched: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan = written(config(**{"plan": "plan.yaml", **DATA}), tmp_path, without="layers.*.mlp")
-    assert main(["train", str(plan)]) == 0
+    gathered = {"style": "colwise", "input": "shard(1)", "output": "replicate"}
+    run = written(config(**{"plan": "plan.yaml", **DATA}), tmp_path, more={"lm_head": gathered})
+    assert main(["train", str(run)]) == 0
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    assert warnings
-    assert all("CR408 hidden-communication at layers." in line for line in warnings)
+    assert len(warnings) == 1
+    assert "CR302 whole-logits at lm_head: " in warnings[0]
+    assert "docs/checks/CR302.md" in warnings[0]
     assert launched == [2]
 
 

@@ -10,6 +10,7 @@ import tyro
 from rich.console import Console
 
 from colrow.cli.flags import parse
+from colrow.cli.text import wrapped
 from colrow.errors import ConfigError
 from colrow.mesh import Mesh
 from colrow.plans.check import Finding, check
@@ -38,7 +39,7 @@ class Flags:
 def main(argv: list[str]) -> int:
     """Exit 0 without errors, 1 with, 2 for bad usage."""
     flags = parse(Flags, "check", argv)
-    from colrow.cli.sources import load_model
+    from colrow.cli.sources import default_seq_len, load_model
     from colrow.plans.named import named_plan
 
     for name, value in (("--tp", flags.tp), ("--batch-size", flags.batch_size), ("--seq-len", flags.seq_len)):
@@ -46,8 +47,7 @@ def main(argv: list[str]) -> int:
             raise ConfigError(f"{name} {value}: use 1 or more")
     model = load_model(flags.model)
     plan = named_plan(flags.plan, model, flags.tp, flags.loss)
-    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    seq_len = flags.seq_len or min(context if isinstance(context, int) else 512, 4096)
+    seq_len = flags.seq_len or default_seq_len(model, flags.tp, 4096)
     findings = check(model, plan, Mesh(tp=flags.tp), batch_size=flags.batch_size, seq_len=seq_len)
     ok = not any(finding.severity == "error" for finding in findings)
     if flags.json:
@@ -65,6 +65,8 @@ def show(findings: list[Finding], title: str, console: Console) -> None:
         head, *rest = finding.lines
         console.print(head, style=f"bold {colour}", markup=False, soft_wrap=True)
         for line in rest:
-            console.print(line, markup=False, soft_wrap=True)
+            console.print(wrapped(line, console.width, 6), markup=False, soft_wrap=True)
     errors = sum(finding.severity == "error" for finding in findings)
-    console.print(f"{title}: {errors} errors, {len(findings) - errors} warnings", markup=False)
+    warnings = len(findings) - errors
+    found = ", ".join(f"{n} {kind}{'' if n == 1 else 's'}" for n, kind in ((errors, "error"), (warnings, "warning")))
+    console.print(wrapped(f"{title}: {found}", console.width), markup=False, soft_wrap=True)

@@ -36,6 +36,12 @@ def load_model(text: str) -> nn.Module:
     )
 
 
+def default_seq_len(model: nn.Module, tp: int, most: int) -> int:
+    """The model's context, at most `most`, in tokens: the next smaller number that tp divides."""
+    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return max(min(context if isinstance(context, int) else 512, most) // tp, 1) * tp
+
+
 def _from_folder(path: Path) -> nn.Module:
     """colrow's own Llama where it computes what the config.json says, else the class of the `transformers` library."""
     from colrow.models.huggingface import read_config

@@ -12,6 +12,7 @@ import tyro
 from rich.console import Console
 
 from colrow.cli.flags import parse
+from colrow.cli.text import wrapped
 from colrow.plans.verify import Report, verify
 
 
@@ -75,7 +76,7 @@ def show(report: Report, shrunk: str | None, title: str, console: Console) -> No
         lines.append(f"control: the plan broken on purpose ({report.control.change}) is {seen}, "
                      f"error {report.control.rel_err:.1e}")  # fmt: skip
     for line in lines:
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(wrapped(line, console.width), markup=False, soft_wrap=True)
     console.print("[green]the numbers agree[/]" if report.ok else "[bold red]the numbers do not agree[/]")
 
 

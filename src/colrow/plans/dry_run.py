@@ -234,7 +234,9 @@ def _run_sharded(
     views = Views(where, watch.packed)
     for module in copy.model.modules():
         for name in module.__dict__.get(PACKED, ()):
-            watch.mark_packed(module.get_parameter(name))
+            param = module._parameters[name]  # the attribute may be a view of it
+            assert param is not None
+            watch.mark_packed(param)
     _record_outputs(copy, run.outputs, watch.varies)
     _record_unfinished(copy, run.unfinished, watch.gathering)
     params = {id(param): copy.original(name) for name, param in copy.model.named_parameters()}

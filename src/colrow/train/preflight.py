@@ -20,7 +20,7 @@ from colrow.data.loader import check_batch
 from colrow.data.tokenizer import Tokenizer
 from colrow.errors import ConfigError, PlanError
 from colrow.mesh import Mesh
-from colrow.parallel.pipeline_split import check_pipeline
+from colrow.parallel.pipeline_split import check_pipeline, require_parts
 from colrow.plans.check import Finding, check_static
 from colrow.plans.check import check as run_check
 from colrow.plans.heads import heads_of
@@ -168,6 +168,8 @@ def check_model(config: RunConfig, source: Source) -> None:
             f"data.seq_len={config.data.seq_len} is longer than the {longest} positions of {source.name}: "
             f"use {longest} or less"
         )
+    if config.mesh.pp > 1:
+        require_parts(source.model)
     check_pipeline(config, len(blocks_of(source.model)))
     heads = heads_of(source.model)
     if heads is not None and heads.query % config.mesh.tp and config.plan.startswith("llama"):
