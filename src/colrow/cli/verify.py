@@ -54,6 +54,7 @@ def main(argv: list[str]) -> int:
 
 def show(report: Report, shrunk: str | None, title: str, console: Console) -> None:
     """The report for a terminal."""
+    worst = report.worst
     ranks = "simulated in this process" if report.backend == "local" else "processes over gloo"
     lines = [f"{title}, {report.tp} ranks {ranks}, {report.parameters} parameters, {report.seconds:.1f} s"]
     if shrunk is not None:
@@ -63,12 +64,13 @@ def show(report: Report, shrunk: str | None, title: str, console: Console) -> No
     else:
         lines += [
             f"  loss       {report.loss_rel_err:.1e} relative error",
-            f"  gradients  {report.max_grad_rel_err:.1e} at most",
+            f"  gradients  {report.max_grad_rel_err:.1e} at most" + (f", {worst[0].name}" if worst else ""),
             f"  one step   {report.max_step_rel_err:.1e} at most, of any parameter",
             f"  tolerance  {report.tolerance:.0e}",
         ]
-    for worst in report.worst if report.max_grad_rel_err > report.tolerance else ():
-        lines.append(f"  {worst.rel_err:.1e}  {worst.name}{', ranks differ' if worst.ranks_differ else ''}")
+    if report.max_grad_rel_err > report.tolerance:
+        lines.append("the gradients that are furthest off:")
+        lines += [f"  {w.rel_err:.1e}  {w.name}{', ranks differ' if w.ranks_differ else ''}" for w in worst]
     if report.cause:
         lines.append(f"usually: {report.cause}")
     if report.control is not None:
