@@ -68,7 +68,7 @@ def show(report: Report, shrunk: str | None, title: str, console: Console) -> No
             f"  one step   {report.max_step_rel_err:.1e} at most, of any parameter",
             f"  tolerance  {report.tolerance:.0e}",
         ]
-    if report.max_grad_rel_err > report.tolerance:
+    if worst and report.max_grad_rel_err > report.tolerance:
         lines.append("the gradients that are furthest off:")
         lines += [f"  {w.rel_err:.1e}  {w.name}{', ranks differ' if w.ranks_differ else ''}" for w in worst]
     if report.cause:
