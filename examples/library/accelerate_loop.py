@@ -3,8 +3,10 @@
     pip install accelerate
     torchrun --nproc-per-node 2 examples/library/accelerate_loop.py
 
-accelerate owns the mesh and the data: with `tp_size` it gives every rank of a tp group the same batches. It takes a
-model whose parameters are DTensors as it is, and clips and steps as usual.
+accelerate starts the processes' group, runs backward, clips and steps. Two things stay with this loop: `evaluation_mode`
+keeps accelerate from wrapping the model in DDP, which cannot take DTensors, and the loader is not prepared, since
+accelerate would deal different batches to the ranks of a tp group. (Its ParallelismConfig(tp_size=...) knows of such
+groups, and takes GPUs only.)
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader, Dataset
 
 import colrow
@@ -53,23 +56,21 @@ def build_model() -> nn.Module:
 def train(tp: int, steps: int = 20) -> list[float]:
     """The losses of `steps` steps. Every process of the run calls it."""
     from accelerate import Accelerator
-    from accelerate.parallelism_config import ParallelismConfig
 
-    accelerator = Accelerator(parallelism_config=ParallelismConfig(tp_size=tp))
-    mesh = accelerator.torch_device_mesh["tp"]
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    mesh = init_device_mesh(accelerator.device.type, (tp,), mesh_dim_names=("tp",))
     model = build_model()
     plan = colrow.Plan.derive(model, tp=tp)
     findings = colrow.check(model, plan, colrow.Mesh(tp=tp), batch_size=BATCH, seq_len=TOKENS)
     if any(finding.severity == "error" for finding in findings):
         raise SystemExit("\n".join(map(str, findings)))
     colrow.parallelize(model.to(accelerator.device), plan, mesh)
-    model._tp_size = tp  # by which accelerate knows a model that is split already
+    model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True).train()
+    optimizer = accelerator.prepare_optimizer(torch.optim.AdamW(model.parameters(), lr=3e-3))
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    loader = DataLoader(Rows(), batch_size=BATCH)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     losses = []
-    for _, rows in zip(range(steps), loader, strict=False):
+    for _, batch in zip(range(steps), DataLoader(Rows(), batch_size=BATCH), strict=False):
+        rows = batch.to(accelerator.device)
         with colrow.loss_context(plan, mesh):
             logits = model(rows[:, :-1], use_cache=False).logits
             loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
+from itertools import groupby
 
 import tyro
 from rich.console import Console
@@ -60,11 +61,13 @@ def main(argv: list[str]) -> int:
 
 def show(findings: list[Finding], title: str, console: Console) -> None:
     """The findings for a terminal."""
-    for finding in findings:
-        colour = "red" if finding.severity == "error" else "yellow"
-        head, *rest = finding.lines
-        console.print(head, style=f"bold {colour}", markup=False, soft_wrap=True)
-        for line in rest:
+    same = groupby(findings, key=lambda f: (f.code, f.message.replace(f.where, ""), f.fix.replace(f.where, "")))
+    for _, group in same:  # one text for what is said of several modules
+        alike = list(group)
+        for finding in alike:
+            colour = "red" if finding.severity == "error" else "yellow"
+            console.print(finding.lines[0], style=f"bold {colour}", markup=False, soft_wrap=True)
+        for line in alike[0].lines[1:]:
             console.print(wrapped(line, console.width, 6), markup=False, soft_wrap=True)
     errors = sum(finding.severity == "error" for finding in findings)
     warnings = len(findings) - errors
