@@ -3,7 +3,7 @@
     pip install accelerate
     torchrun --nproc-per-node 2 examples/library/accelerate_loop.py
 
-accelerate starts the processes' group, runs backward, clips and steps. Two things stay with this loop: `evaluation_mode`
+accelerate starts the group of processes, runs backward, clips and steps. Two things stay here: `evaluation_mode`
 keeps accelerate from wrapping the model in DDP, which cannot take DTensors, and the loader is not prepared, since
 accelerate would deal different batches to the ranks of a tp group. (Its ParallelismConfig(tp_size=...) knows of such
 groups, and takes GPUs only.)
