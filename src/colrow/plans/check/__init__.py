@@ -57,7 +57,8 @@ def check(
             run = dry_run(model, plan, mesh, batch_size, seq_len, inputs=inputs, loss=loss, dtype=param_dtype)
         except PlanError as error:
             return [*found, finding("CR211", f"plan {plan.name}", str(error), "see the message")]
-        found += _from_run(model, plan, mesh.tp, run)
+        told = {f.code for f in found} & {"CR302"}  # of one head: the static layer names it
+        found += [f for f in _from_run(model, plan, mesh.tp, run) if f.code not in told]
         found += check_options(run, reduce_dtype, compiled)
     return sorted(_collapse(found), key=lambda f: f.severity != "error")
 
