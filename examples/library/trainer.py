@@ -3,8 +3,8 @@
     pip install accelerate
     torchrun --nproc-per-node 2 examples/library/trainer.py
 
-Three things are not the Trainer's own: the loss and its backward stand in colrow's context; the model says that its
-placement is settled, so that it is not wrapped in DDP; and the loader is a plain one, which gives every rank the same
+Three things are not the Trainer's own: the loss and its backward stand in colrow's context; the Trainer is told
+that the model's placement is settled, so that it is not wrapped in DDP; and the loader is a plain one, which gives every rank the same
 batches (the Trainer's own would deal them out). The Trainer cannot save such a model's optimizer: save with
 torch.distributed.checkpoint.
 """
@@ -44,6 +44,7 @@ class SplitTrainer(Trainer):
     def __init__(self, plan: colrow.Plan, mesh: DeviceMesh, **options: Any) -> None:
         self._plan, self._mesh = plan, mesh
         super().__init__(**options)
+        self.is_distributed_loading_by_transformers = True  # the model is split already: it is not wrapped again
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(self.train_dataset, batch_size=BATCH)
@@ -78,7 +79,6 @@ def train(mesh: DeviceMesh, folder: str, steps: int = 20) -> list[float]:
     model = build_model()
     plan = colrow.Plan.derive(model, tp=tp)
     colrow.parallelize(model, plan, mesh)
-    model.is_distributed_loading_by_transformers = True  # what the Trainer asks a model that is split already
     arguments = TrainingArguments(
         output_dir=folder,
         max_steps=steps,
