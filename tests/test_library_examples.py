@@ -54,14 +54,6 @@ def accelerate(device: str) -> list[float]:
     return list(load("accelerate_loop").train(2, STEPS))
 
 
-def trainer(device: str, folder: str) -> list[float]:
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-
-    mesh = init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("tp",))
-    return list(load("trainer").train(mesh, folder, STEPS))
-
-
 def alone(
     model: nn.Module,
     batches: Callable[[int], tuple[Tensor, Tensor]],
@@ -116,25 +108,3 @@ def test_accelerate(ranks: Ranks) -> None:
     want = alone(example.build_model(), batches, 3e-3, 1.0)
     for losses in ranks(2).run(accelerate):
         assert losses == pytest.approx(want, rel=1e-4)
-
-
-def test_the_trainer_of_transformers(ranks: Ranks, tmp_path: Path) -> None:
-    pytest.importorskip("accelerate", reason="accelerate is no dependency: pip install accelerate")
-    pytest.importorskip("transformers")
-    example = load("trainer")
-
-    def batches(step: int) -> tuple[Tensor, Tensor]:
-        rows = [example.Rows()[i]["input_ids"] for i in range(example.BATCH * step, example.BATCH * (step + 1))]
-        return torch.stack(rows), torch.stack(rows)
-
-    model = example.build_model()
-
-    class Shifted(nn.Module):
-        def forward(self, ids: Tensor) -> Tensor:
-            return model(ids).logits[:, :-1]
-
-    shifted = Shifted()
-    shifted.add_module("model", model)
-    want = alone(shifted, lambda step: (batches(step)[0], batches(step)[1][:, 1:]), 3e-3, 1.0, decay=0.0)
-    for losses in ranks(2).run(trainer, str(tmp_path)):
-        assert losses == pytest.approx(want, rel=1e-3)  # the Trainer rounds what it logs

@@ -1,4 +1,4 @@
-"""Models of the transformers library on every mesh but pipelines: gradients, resuming elsewhere, export, ties."""
+"""Models of transformers on every mesh but pipelines: the gradients of one process, ties kept, pipelines refused."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from torch import nn
 
 from colrow.config import RunConfig, parse_config
 from colrow.mesh import Mesh
-from colrow.train.metrics import read_metrics
 from distributed.harness import Ranks
 from distributed.parity import relative
-from distributed.test_training import train
 from models.families import transformers_model
 
 pytest.importorskip("transformers")
@@ -110,36 +108,6 @@ def test_gradients_are_those_of_one_process(ranks: Ranks, folder: Path) -> None:
         for case, errors in seen.items():
             assert max(errors.values()) < TOLERANCE, (case, {k: v for k, v in errors.items() if v > TOLERANCE})
         assert any("q_norm" in name for name in seen["qwen3 tp2-shard2"])
-
-
-def move_over_meshes(device: str, folder: Path) -> None:
-    """Six steps on one mesh; and the same six, two on each mesh, from the other's checkpoint."""
-    for name in NAMES:
-        train(device, a_run(folder, name, f"{name}-straight", TP4, steps=6, schedule="wsd", decay_steps=1))
-        for i, mesh in enumerate((SHARD, REPLICATE, TP4)):
-            train(device, a_run(folder, name, f"{name}-moved", mesh, steps=2 * (i + 1), schedule="wsd", decay_steps=1))
-
-
-def test_a_run_moves_from_mesh_to_mesh_and_is_exported(ranks: Ranks, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    ranks(4).run(move_over_meshes, folder)
-    for name in NAMES:
-        straight, moved = (read_metrics(folder / f"{name}-{run}" / "metrics.jsonl") for run in ("straight", "moved"))
-        assert [record["step"] for record in moved] == [1, 2, 3, 4, 5, 6]
-        for i in (0, 2, 4):  # the first step of each part: the decay that ends a part is not in the straight run
-            assert moved[i]["loss"] == pytest.approx(straight[i]["loss"], rel=2e-2)
-        assert moved[0]["grad_norm"] == pytest.approx(straight[0]["grad_norm"], rel=1e-3)
-        start, end = (
-            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-            for path in (folder / name, folder / f"{name}-moved" / "export")
-        )
-        assert type(start) is type(end)
-        assert end.config.tie_word_embeddings == (name == "llama-tied")
-        assert (end.lm_head.weight is end.model.embed_tokens.weight) == (name == "llama-tied")
-        for (key, before), after in zip(start.named_parameters(), end.parameters(), strict=True):
-            change = (before - after).abs().max().item()
-            assert 1e-4 < change < 0.1, f"{key} has moved by {change}"
 
 
 def test_pipelines_are_refused_with_the_reason(folder: Path) -> None:
