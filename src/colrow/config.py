@@ -167,6 +167,8 @@ class RunConfig(_Section):
     """A preset's name, `huggingface`, `derive`, or a file."""
     loss: Literal["vocab_parallel", "replicated", "linear"] | None = None
     """Overrides a preset's loss."""
+    check: bool = True
+    """Run `colrow check` on the plan before the ranks start, and stop on its errors."""
     train: TrainSection
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()

@@ -35,12 +35,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def transformers_model(name: str) -> Any:
+def transformers_model(name: str, **sizes: Any) -> Any:
     """A model of the transformers library whose every parameter, norms and biases too, is random."""
     import transformers
 
     family, options = FAMILIES[name]
-    config = getattr(transformers, f"{family}Config")(**(SIZES | options))
+    config = getattr(transformers, f"{family}Config")(**(SIZES | options | sizes))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()

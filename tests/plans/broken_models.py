@@ -156,15 +156,33 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+class AdapterBlock(Block):
+    """A block with a low-rank adapter beside its MLP."""
+
+    def __init__(self, attention: nn.Module, mlp: nn.Module) -> None:
+        super().__init__(attention, mlp)
+        self.a, self.b = nn.Linear(D, 2, bias=False), nn.Linear(2, D, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        h = self.norm2(x)
+        return x + self.mlp(h) + self.b(self.a(h))
+
+
 class Gpt(nn.Module):
     """A decoder of `layers` blocks: token ids [B, T] to logits [B, T, V]."""
 
     def __init__(
-        self, attention: Any = lambda: Attention("heads"), mlp: Any = MLP, layers: int = 2, tied: bool = False
+        self,
+        attention: Any = lambda: Attention("heads"),
+        mlp: Any = MLP,
+        layers: int = 2,
+        tied: bool = False,
+        block: Any = Block,
     ) -> None:
         super().__init__()
         self.embed = nn.Embedding(V, D)
-        self.blocks = nn.ModuleList(Block(attention(), mlp()) for _ in range(layers))
+        self.blocks = nn.ModuleList(block(attention(), mlp()) for _ in range(layers))
         self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, V, bias=False)
         if tied:
             self.head.weight = self.embed.weight

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 
 from colrow.mesh import Mesh
+from colrow.parallel.parallelize import parallelize
 from colrow.plans.check import CODES, Finding, check, check_static
 from colrow.plans.plan import Plan
 from distributed.parity import MODELS
@@ -25,8 +27,9 @@ def codes(found: list[Finding]) -> set[str]:
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_plan_is_found_with_its_code(name: str) -> None:
     case = BROKEN[name]
-    found = check(case.model(), case.plan(), Mesh(tp=4), **{"batch_size": 2, "seq_len": 16, **(case.options or {})})
-    assert codes(found) == {case.code}, [str(f) for f in found]
+    options = {"mesh": Mesh(tp=4), "batch_size": 2, "seq_len": 16, **(case.options or {})}
+    found = check(case.model(), case.plan(), **options)
+    assert codes(found) == {case.expected}, [str(f) for f in found]
     if case.where:
         assert case.where in {f.where for f in found}
     assert all(f.message and f.fix and f.severity == CODES[f.code].severity for f in found)
@@ -59,6 +62,42 @@ def test_the_check_leaves_an_existing_process_group_alone() -> None:
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mesh": Mesh(pp=2, tp=4)},  # nothing is tied
+        {"param_dtype": torch.bfloat16, "reduce_dtype": torch.bfloat16},
+        {"param_dtype": torch.bfloat16},
+        {"reduce_dtype": torch.float32},
+    ],
+)
+def test_options_that_fit_have_no_findings(options: dict[str, Any]) -> None:
+    found = check(llama(), preset(), **{"mesh": Mesh(tp=4), "batch_size": 2, "seq_len": 16, **options})
+    assert [str(f) for f in found] == []
+
+
+@pytest.mark.parametrize("sequence", [True, False])
+def test_a_compiled_block_raises_as_the_check_says(sequence: bool) -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    plan, model, ids = gpt_plan(sequence=sequence), m.Gpt(layers=1), torch.zeros(2, 16, dtype=torch.long)
+    said = codes(check(model, plan, Mesh(tp=2), *ids.shape, compiled=True))
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        parallelize(model, plan, init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)))
+        model.blocks[0].compile(backend="aot_eager", fullgraph=True)
+        if sequence:
+            assert said == {"CR412"}
+            with pytest.raises(AttributeError, match="_local_tensor"):
+                model(ids).sum().backward()
+        else:
+            assert said == set()
+            model(ids).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+        torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("name", SOUND)
 def test_a_sound_plan_has_no_findings(name: str) -> None:
     model, plan = SOUND[name]
@@ -77,9 +116,11 @@ def test_the_check_leaves_the_model_alone() -> None:
 
 def test_every_code_has_a_case_and_a_page() -> None:
     assert set(CODES) == {case.code for case in BROKEN.values()}
+    table = (PAGES / "README.md").read_text(encoding="utf-8")
     for code, about in CODES.items():
         text = (PAGES / f"{code}.md").read_text(encoding="utf-8")
         assert text.startswith(f"# {code} {about.slug}\n")
+        assert f"\n| [{code}]({code}.md) | {about.slug} | {about.severity} | {about.effect} |\n" in table
         for heading in ("## What happens", "## Why", "## How to mend it"):
             assert heading in text, f"{code} has no {heading!r}"
 

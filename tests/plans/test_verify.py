@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from colrow.errors import PlanError
 from colrow.models.llama import Llama
@@ -114,6 +114,33 @@ def test_what_cannot_be_shrunk_is_refused() -> None:
         model = nn.Sequential(nn.Embedding(100_000, 4096), nn.Linear(4096, 100_000))
     with pytest.raises(PlanError, match="pass a function that builds a smaller one"):
         verify(model, Plan({}), 2)
+
+
+class OnlySingle(nn.Module):
+    """An operation that knows no fp64, as grouped products of experts do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float64:
+            raise RuntimeError("Expected mat_a to be Float32, got Double")
+        return x
+
+
+class SingleMLP(m.MLP):
+    def __init__(self) -> None:
+        super().__init__()
+        self.only = OnlySingle()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.only(x))
+
+
+def test_what_knows_no_fp64_is_verified_in_fp32() -> None:
+    report = local(m.Gpt(mlp=SingleMLP), gpt_plan())
+    assert report.ok, report
+    assert report.tolerance == 1e-5
+    assert 1e-12 < report.max_grad_rel_err < 1e-5
+    with pytest.raises(PlanError, match=r"Gpt itself does not run on the CPU, .*: pass inputs="):
+        local(m.Gpt(), gpt_plan(), inputs=(torch.zeros(2, 16),))
 
 
 def test_one_rank_proves_nothing() -> None:

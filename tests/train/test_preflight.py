@@ -13,9 +13,10 @@ from colrow.checkpoint.distributed import Checkpoints
 from colrow.cli import main
 from colrow.config import RunConfig, load_config
 from colrow.data.prepare import prepare
-from colrow.errors import CheckpointError, ColrowError, ConfigError
+from colrow.errors import CheckpointError, ColrowError, ConfigError, PlanError
 from colrow.models.llama import Llama
 from colrow.models.shapes import shape
+from colrow.plans.plan import Plan
 from colrow.train import preflight
 from colrow.train.run_folder import CHECKPOINTS
 
@@ -29,7 +30,8 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
         ({"mesh.dp_shard": 3}, "train.global_batch 12"),
         ({"mesh.tp": 3}, "n_heads=8 of laptop is not divisible by mesh.tp=3: choose tp from 1, 2, 4, 8"),
         ({"model.shape": "article", "mesh.tp": 5}, "n_heads=12 of article"),
-        ({"data.seq_len": 31}, r"seq_len=31 is not divisible by tp=2 .sequence parallel splits dim 1.: use 30 or 32"),
+        ({"data.seq_len": 31}, r"CR205 .*\n.*seq_len=31 is not divisible by tp=2 .*\n.*use 30 or 32"),
+        ({"data.seq_len": 31, "check": False}, r"sequence parallel splits dim 1.: use 30 or 32"),
         ({"data.seq_len": 512}, "longer than the 256 positions of laptop: use 256 or less"),
         ({"mesh.pp": 4}, "mesh.pp 2 or less"),
         ({"train.warmup_steps": 100}, "use fewer than 100"),
@@ -96,6 +98,80 @@ def saved_by_another(config: RunConfig, layers: int, vocabulary: str) -> None:
 
     model = Llama(replace(shape("laptop"), num_hidden_layers=layers))
     Checkpoints(config.run.dir / CHECKPOINTS, vocabulary=vocabulary).save(100, model, None, {})
+
+
+def written(config: RunConfig, folder: Path, *, without: str = "", more: dict[str, Any] | None = None) -> Path:
+    """The run's YAML, its plan a file: the llama preset with a key left out and others put in."""
+    from colrow.config import dump_config
+
+    modules = {key: style for key, style in Plan.preset("llama").modules.items() if key != without}
+    Plan(modules | (more or {}), "vocab_parallel", "mine").save(folder / "plan.yaml")
+    (folder / "run.yaml").write_text(dump_config(config))
+    return folder / "run.yaml"
+
+
+DATA = {"data.validation_fraction": 0.3, "data.tokenizer": {"vocab_size": 300}}
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
+    """The numbers of ranks that were to be started; none is."""
+    from colrow.train import launch
+
+    started: list[int] = []
+    monkeypatch.setattr(launch, "launch", lambda command, ranks: started.append(ranks))
+    monkeypatch.setenv("COLROW_PLAN_CHECKED", "")  # put back after the test
+    (tmp_path / "a.txt").write_text("\n\n".join(f"{i} and {i * i}." for i in range(3000)))
+    monkeypatch.chdir(tmp_path)
+    return started
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"without": "norm"}, "error CR501 partial-gradient at norm.weight"),
+        ({"without": "layers.*.mlp.down_proj"}, "error CR401 fails-in-parallel at layers.0.mlp.down_proj"),
+        ({"more": {"layers.*.mlp.gate": "colwise"}}, "error CR101 key-matches-nothing at layers.*.mlp.gate"),
+    ],
+)
+def test_a_broken_plan_stops_before_the_ranks_start(
+    change: dict[str, Any],
+    code: str,
+    config: Callable[..., RunConfig],
+    tmp_path: Path,
+    launched: list[int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = written(config(**{"plan": "plan.yaml", **DATA}), tmp_path, **change)
+    assert main(["train", str(run)]) == 2
+    said = capsys.readouterr().err
+    assert code in said
+    assert f"docs/checks/{code.split()[1]}.md" in said
+    assert "1 error in plan mine for laptop at tp=2, and nothing was started" in said
+    assert launched == []
+    if change == {"without": "norm"}:  # what is only wrong, and not impossible, starts when asked to
+        assert main(["train", str(run), "--check", "False"]) == 0
+        assert launched == [2]
+
+
+def test_warnings_are_a_line_each_and_the_ranks_start(
+    config: Callable[..., RunConfig], tmp_path: Path, launched: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    gathered = {"style": "colwise", "input": "shard(1)", "output": "replicate"}
+    run = written(config(**{"plan": "plan.yaml", **DATA}), tmp_path, more={"lm_head": gathered})
+    assert main(["train", str(run)]) == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1
+    assert "CR302 whole-logits at lm_head: " in warnings[0]
+    assert "docs/checks/CR302.md" in warnings[0]
+    assert launched == [2]
+
+
+def test_the_first_rank_checks_the_plan_where_no_launcher_did(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    written(config(), tmp_path, without="norm")
+    with pytest.raises(PlanError, match=r"error CR501 partial-gradient at norm\.weight"):
+        preflight.check_plan_apart(config(plan=str(tmp_path / "plan.yaml")))
+    assert not torch.distributed.is_initialized()
 
 
 def test_a_checkpoint_of_another_model_or_vocabulary_is_refused(

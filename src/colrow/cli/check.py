@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
+from itertools import groupby
 
 import tyro
 from rich.console import Console
 
 from colrow.cli.flags import parse
+from colrow.cli.text import wrapped
 from colrow.errors import ConfigError
 from colrow.mesh import Mesh
 from colrow.plans.check import Finding, check
@@ -38,15 +40,15 @@ class Flags:
 def main(argv: list[str]) -> int:
     """Exit 0 without errors, 1 with, 2 for bad usage."""
     flags = parse(Flags, "check", argv)
-    from colrow.cli.sources import load_model, load_plan
+    from colrow.cli.sources import default_seq_len, load_model
+    from colrow.plans.named import named_plan
 
     for name, value in (("--tp", flags.tp), ("--batch-size", flags.batch_size), ("--seq-len", flags.seq_len)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} {value}: use 1 or more")
     model = load_model(flags.model)
-    plan = load_plan(flags.plan, model, flags.tp, flags.loss)
-    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    seq_len = flags.seq_len or min(context if isinstance(context, int) else 512, 4096)
+    plan = named_plan(flags.plan, model, flags.tp, flags.loss)
+    seq_len = flags.seq_len or default_seq_len(model, flags.tp, 4096)
     findings = check(model, plan, Mesh(tp=flags.tp), batch_size=flags.batch_size, seq_len=seq_len)
     ok = not any(finding.severity == "error" for finding in findings)
     if flags.json:
@@ -59,11 +61,15 @@ def main(argv: list[str]) -> int:
 
 def show(findings: list[Finding], title: str, console: Console) -> None:
     """The findings for a terminal."""
-    for finding in findings:
-        colour = "red" if finding.severity == "error" else "yellow"
-        console.print(f"[bold {colour}]{finding.severity}[/] {finding.code} {finding.slug} at [bold]{finding.where}[/]")
-        console.print(f"  what  {finding.message}", markup=False)
-        console.print(f"  fix   {finding.fix}", markup=False)
-        console.print(f"  more  {finding.page}", markup=False)
+    same = groupby(findings, key=lambda f: (f.code, f.message.replace(f.where, ""), f.fix.replace(f.where, "")))
+    for _, group in same:  # one text for what is said of several modules
+        alike = list(group)
+        for finding in alike:
+            colour = "red" if finding.severity == "error" else "yellow"
+            console.print(finding.lines[0], style=f"bold {colour}", markup=False, soft_wrap=True)
+        for line in alike[0].lines[1:]:
+            console.print(wrapped(line, console.width, 6), markup=False, soft_wrap=True)
     errors = sum(finding.severity == "error" for finding in findings)
-    console.print(f"{title}: {errors} errors, {len(findings) - errors} warnings", markup=False)
+    warnings = len(findings) - errors
+    found = ", ".join(f"{n} {kind}{'' if n == 1 else 's'}" for n, kind in ((errors, "error"), (warnings, "warning")))
+    console.print(wrapped(f"{title}: {found}", console.width), markup=False, soft_wrap=True)

@@ -47,12 +47,13 @@ class Flags:
 def main(argv: list[str]) -> int:
     """Exit 0; 2 for bad usage."""
     flags = parse(Flags, "plan", argv)
-    from colrow.cli.sources import load_model, load_plan
+    from colrow.cli.sources import default_seq_len, load_model
+    from colrow.plans.named import named_plan
 
     model = load_model(flags.model)
-    plan = load_plan(flags.plan, model, flags.tp, flags.loss)
-    context = getattr(getattr(model, "config", None), "max_position_embeddings", 512)
-    shown = report(model, plan, flags.tp, flags.batch_size, flags.seq_len or min(context, 8192))
+    plan = named_plan(flags.plan, model, flags.tp, flags.loss)
+    seq_len = flags.seq_len or default_seq_len(model, flags.tp, 8192)
+    shown = report(model, plan, flags.tp, flags.batch_size, seq_len)
     if flags.output is not None:
         plan.save(flags.output)
     if flags.html is not None:

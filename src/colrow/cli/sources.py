@@ -1,17 +1,15 @@
-"""What a command line calls a model and a plan, as objects."""
+"""What a command line calls a model, as a module."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from torch import nn
 
 from colrow.errors import ConfigError
-from colrow.plans.plan import LOSSES, Plan
 
 
 def load_model(text: str) -> nn.Module:
@@ -38,17 +36,10 @@ def load_model(text: str) -> nn.Module:
     )
 
 
-def load_plan(text: str, model: nn.Module, tp: int, loss: str | None = None) -> Plan:
-    """The plan that P names: a preset, `huggingface`, `derive`, or a file."""
-    from colrow.plans.presets import PRESETS
-
-    if loss is not None and (text not in PRESETS or loss not in LOSSES):
-        raise ConfigError(f"loss {loss!r}: one of {', '.join(LOSSES)}, and only for a preset; a file says its own")
-    if text in PRESETS:
-        return Plan.preset(text, cast(Any, loss) or "vocab_parallel")
-    if text in ("derive", "huggingface"):
-        return Plan.derive(model, tp=tp) if text == "derive" else Plan.from_huggingface(model)
-    return Plan.load(text)
+def default_seq_len(model: nn.Module, tp: int, most: int) -> int:
+    """The model's context, at most `most`, in tokens: the next smaller number that tp divides."""
+    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return max(min(context if isinstance(context, int) else 512, most) // tp, 1) * tp
 
 
 def _from_folder(path: Path) -> nn.Module:

@@ -19,6 +19,9 @@ from pathlib import Path
 from colrow.config import RunConfig, load_config
 from colrow.errors import ColrowError, ConfigError
 
+CHECKED = "COLROW_PLAN_CHECKED"
+"""Set for ranks whose launcher has checked the plan; torchrun has not, and then the first rank does so."""
+
 USAGE = """usage: colrow train CONFIG.yaml [--KEY VALUE ...]
 
 Starts the run that CONFIG.yaml describes, or continues it from its newest checkpoint.
@@ -76,10 +79,13 @@ def _start(argv: list[str]) -> int:
         return 0
     for line in checked.changes:
         print(f"changed    {line}")
+    for line in preflight.check_plan(config, checked.source, checked.plan):
+        print(f"warning    {line}")
     data = prepare(config.data, checked.source.vocab_size, progress=True)
     preflight.check_checkpoint(checked, data.tokenizer)
     ranks = config.mesh.world_size
     os.environ.setdefault("OMP_NUM_THREADS", str(preflight.threads_for(ranks)))
+    os.environ[CHECKED] = "1"
     failure = launch(["-m", "colrow", "train", *argv], ranks)
     if failure is None:
         return 0
@@ -107,7 +113,8 @@ def _rank(argv: list[str]) -> int:
             )
             if "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(preflight.threads_for(place.local_world_size))
-            run_rank(config, place, shlex.join(["colrow", "train", *argv]), lambda: stop.requested)
+            command = shlex.join(["colrow", "train", *argv])
+            run_rank(config, place, command, lambda: stop.requested, plan_checked=CHECKED in os.environ)
     return 0
 
 

@@ -12,6 +12,7 @@ import tyro
 from rich.console import Console
 
 from colrow.cli.flags import parse
+from colrow.cli.text import wrapped
 from colrow.plans.verify import Report, verify
 
 
@@ -36,11 +37,12 @@ class Flags:
 def main(argv: list[str]) -> int:
     """Exit 0 when the numbers agree, 1 when not, 2 for bad usage."""
     flags = parse(Flags, "verify", argv)
-    from colrow.cli.sources import load_model, load_plan
+    from colrow.cli.sources import load_model
+    from colrow.plans.named import named_plan
     from colrow.plans.twin import twin
 
     model, shrunk = twin(load_model(flags.model), flags.tp)
-    plan = load_plan(flags.plan, model, flags.tp, flags.loss)
+    plan = named_plan(flags.plan, model, flags.tp, flags.loss)
     report = verify(model, plan, flags.tp, backend=flags.backend)
     if flags.json:
         json.dump(_finite(report.to_data() | {"twin": shrunk}), sys.stdout, indent=1)
@@ -52,6 +54,7 @@ def main(argv: list[str]) -> int:
 
 def show(report: Report, shrunk: str | None, title: str, console: Console) -> None:
     """The report for a terminal."""
+    worst = report.worst
     ranks = "simulated in this process" if report.backend == "local" else "processes over gloo"
     lines = [f"{title}, {report.tp} ranks {ranks}, {report.parameters} parameters, {report.seconds:.1f} s"]
     if shrunk is not None:
@@ -61,12 +64,13 @@ def show(report: Report, shrunk: str | None, title: str, console: Console) -> No
     else:
         lines += [
             f"  loss       {report.loss_rel_err:.1e} relative error",
-            f"  gradients  {report.max_grad_rel_err:.1e} at most",
+            f"  gradients  {report.max_grad_rel_err:.1e} at most" + (f", {worst[0].name}" if worst else ""),
             f"  one step   {report.max_step_rel_err:.1e} at most, of any parameter",
             f"  tolerance  {report.tolerance:.0e}",
         ]
-    for worst in report.worst if report.max_grad_rel_err > report.tolerance else ():
-        lines.append(f"  {worst.rel_err:.1e}  {worst.name}{', ranks differ' if worst.ranks_differ else ''}")
+    if worst and report.max_grad_rel_err > report.tolerance:
+        lines.append("the gradients that are furthest off:")
+        lines += [f"  {w.rel_err:.1e}  {w.name}{', ranks differ' if w.ranks_differ else ''}" for w in worst]
     if report.cause:
         lines.append(f"usually: {report.cause}")
     if report.control is not None:
@@ -74,7 +78,7 @@ def show(report: Report, shrunk: str | None, title: str, console: Console) -> No
         lines.append(f"control: the plan broken on purpose ({report.control.change}) is {seen}, "
                      f"error {report.control.rel_err:.1e}")  # fmt: skip
     for line in lines:
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(wrapped(line, console.width), markup=False, soft_wrap=True)
     console.print("[green]the numbers agree[/]" if report.ok else "[bold red]the numbers do not agree[/]")
 
 

@@ -12,6 +12,7 @@ from itertools import accumulate
 from math import inf
 
 import torch
+from torch import nn
 
 from colrow.config import RunConfig
 from colrow.errors import ConfigError
@@ -102,6 +103,17 @@ def micro_batches(config: RunConfig) -> int:
 def stage_count(config: RunConfig) -> int:
     """Pipeline stages over all ranks."""
     return config.mesh.pp * config.pipeline.stages_per_rank
+
+
+def require_parts(model: nn.Module) -> nn.ModuleList:
+    """The model's layers. Raises ConfigError when its parts cannot be left out on a stage."""
+    layers = getattr(model, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not hasattr(model, "embed_tokens"):
+        raise ConfigError(
+            f"a pipeline needs a model whose parts can be left out, with embed_tokens, layers, norm and lm_head, and "
+            f"{type(model).__name__} is none: use model.shape or model.implementation: colrow, or set mesh.pp to 1"
+        )
+    return layers
 
 
 def check_pipeline(config: RunConfig, layers: int) -> None:

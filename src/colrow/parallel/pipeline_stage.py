@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.errors import ConfigError
 from colrow.parallel.parallelize import tied_parameters
+from colrow.parallel.pipeline_split import require_parts
 
 _ENDS = ("embed_tokens", "norm", "lm_head")
 
@@ -81,12 +82,7 @@ def cut_stages(model: nn.Module, mesh: DeviceMesh, first_layers: tuple[int, ...]
     Raises:
         ConfigError: the model cannot be cut, or the stages do not spread evenly over pp.
     """
-    layers = getattr(model, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not hasattr(model, "embed_tokens"):
-        raise ConfigError(
-            f"a pipeline needs a model whose parts can be left out, with embed_tokens, layers, norm and lm_head, and "
-            f"{type(model).__name__} is none: use model.shape or model.implementation: colrow, or set mesh.pp to 1"
-        )
+    layers = require_parts(model)
     pp, count = mesh["pp"].size(), len(first_layers) + 1
     if count % pp:
         raise ConfigError(f"{count} stages do not spread evenly over pp={pp}: cut the model into a multiple of {pp}")

@@ -25,7 +25,7 @@ from colrow.parallel.parallelize import parallelize
 from colrow.plans.calls import Loss, call, example_input, loss_of
 from colrow.plans.plan import Plan
 from colrow.plans.styles import Style
-from colrow.plans.tracing.cut import Copy, cut_copy
+from colrow.plans.tracing.cut import Copy, cut_copy, towers
 from colrow.plans.tracing.fake_world import fake_tensors, fake_tp_mesh
 from colrow.plans.tracing.views import View, Views
 from colrow.plans.tracing.watch import Event, Slip, Watch
@@ -112,6 +112,7 @@ class DryRun:
         plain: parameters that are no DTensors after the plan.
         logits: the model's output.
         class_losses: log-softmaxes of split logits that no cross entropy took.
+        unfinished: blocks whose input is what a collective gave, with nothing but views between.
     """
 
     collectives: list[Collective] = field(default_factory=list)
@@ -127,6 +128,7 @@ class DryRun:
     plain: list[str] = field(default_factory=list)
     logits: Output | None = None
     class_losses: int = 0
+    unfinished: list[str] = field(default_factory=list)
     memory: Memory = field(default_factory=Memory)
 
     def count(self, op: str, pass_: Pass | None = None, where: str = "") -> int:
@@ -148,6 +150,7 @@ def dry_run(
     *,
     inputs: tuple[Any, ...] | None = None,
     loss: Loss = loss_of,
+    dtype: torch.dtype | None = None,
 ) -> DryRun:
     """Run one forward and backward of a copy of `model` under `plan`, on fake tensors, as the first of `mesh.tp` ranks.
 
@@ -158,11 +161,12 @@ def dry_run(
         batch_size: sequences on one rank.
         inputs: example arguments instead of token ids [batch_size, seq_len].
         loss: of the model's output and the inputs; next-token cross entropy unless given.
+        dtype: what parameters are computed in; their own type unless given.
 
     Raises:
         PlanError: the plan does not fit the model at this degree.
     """
-    request = _Request(model, plan, mesh.tp, batch_size, seq_len, inputs, loss)
+    request = _Request(model, plan, mesh.tp, batch_size, seq_len, inputs, loss, dtype)
     run = _run(request)
     if run.reference_failure is not None and "BF16" in str(run.reference_failure.error):
         request = replace(request, dtype=torch.bfloat16)  # torch's grouped products know no other type
@@ -230,8 +234,11 @@ def _run_sharded(
     views = Views(where, watch.packed)
     for module in copy.model.modules():
         for name in module.__dict__.get(PACKED, ()):
-            watch.mark_packed(module.get_parameter(name))
+            param = module._parameters[name]  # the attribute may be a view of it
+            assert param is not None
+            watch.mark_packed(param)
     _record_outputs(copy, run.outputs, watch.varies)
+    _record_unfinished(copy, run.unfinished, watch.gathering)
     params = {id(param): copy.original(name) for name, param in copy.model.named_parameters()}
     run.plain = [params[id(p)] for p in copy.model.parameters() if not isinstance(p, DTensor)]
     saved = _Saved(copy, where)
@@ -295,6 +302,20 @@ def _record_outputs(copy: Copy, into: dict[str, list[Output]], varies: Callable[
             module.register_forward_hook(hook(copy.original(name)))
 
 
+def _record_unfinished(copy: Copy, into: list[str], gathering: Callable[[Tensor], bool]) -> None:
+    def hook(name: str) -> Any:
+        def record(module: nn.Module, args: Any, kwargs: Any) -> None:
+            tensors = [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)]
+            if name not in into and any(leaf.requires_grad and gathering(leaf) for leaf in tensors):
+                into.append(name)
+
+        return record
+
+    for tower_name, tower in towers(copy.model, more_than=0):
+        for key, block in tower.named_children():
+            block.register_forward_pre_hook(hook(copy.original(f"{tower_name}.{key}")), with_kwargs=True)
+
+
 def _output(tensor: Tensor, varies: Callable[[Tensor], bool]) -> Output:
     placements = tuple(str(p) for p in tensor.placements) if isinstance(tensor, DTensor) else ()
     return Output(tuple(tensor.shape), isinstance(tensor, DTensor), placements, varies(tensor))
@@ -330,9 +351,11 @@ def _storage(tensor: Tensor) -> torch.UntypedStorage:
 def _memory(copy: Copy, saved: _Saved) -> Memory:
     parameters = gradients = 0
     for name, param in copy.model.named_parameters():
-        local, times = param._local_tensor if isinstance(param, DTensor) else param, copy.count(name)
+        local, times = local_tensor(param.detach()), copy.count(name)
         parameters += local.numel() * local.element_size() * times
-        gradients += local.numel() * local.element_size() * times * param.requires_grad
+        # a gradient may be larger than its parameter: of a vocabulary-parallel embedding it is whole at first
+        grad = local if param.grad is None else local_tensor(param.grad)
+        gradients += grad.numel() * grad.element_size() * times * param.requires_grad
     return Memory(parameters, gradients, saved.total)
 
 

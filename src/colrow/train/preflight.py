@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +18,11 @@ from colrow.checkpoint.state import model_tensors
 from colrow.config import RunConfig
 from colrow.data.loader import check_batch
 from colrow.data.tokenizer import Tokenizer
-from colrow.errors import ConfigError
-from colrow.parallel.pipeline_split import check_pipeline
+from colrow.errors import ConfigError, PlanError
+from colrow.mesh import Mesh
+from colrow.parallel.pipeline_split import check_pipeline, require_parts
+from colrow.plans.check import Finding, check_static
+from colrow.plans.check import check as run_check
 from colrow.plans.heads import heads_of
 from colrow.plans.plan import Plan
 from colrow.train.metrics import require_sinks
@@ -62,10 +67,51 @@ def check(config: RunConfig, local_ranks: int | None = None) -> Checked:
     source = build_source(config.model, config.run.seed)
     check_model(config, source)
     plan = choose_plan(config, source.model)
-    plan.check_shapes(source.model, config.mesh.tp)
-    check_sequence(config, plan)
+    if config.check:
+        require_sound(config, source, plan, check_static(source.model, plan, config.mesh.tp, config.data.seq_len))
+    else:
+        plan.check_shapes(source.model, config.mesh.tp)
+        check_sequence(config, plan)
     newest = Checkpoints(config.run.dir / CHECKPOINTS, keep=config.checkpoint.keep).latest()
     return Checked(source, plan, kind, changes, newest)
+
+
+def check_plan(config: RunConfig, source: Source, plan: Plan) -> list[str]:
+    """`colrow.check` on what the run will do; one line for each of its warnings.
+
+    Costs a second or two, whatever the model's size: of equal layers two are run, on fake tensors.
+
+    Raises:
+        PlanError: it finds errors; the text holds them all.
+    """
+    if not config.check or config.mesh.tp == 1:
+        return []
+    ids = torch.zeros(config.train.micro_batch, config.data.seq_len, dtype=torch.long)
+    found = run_check(source.model, plan, Mesh(tp=config.mesh.tp), *ids.shape, inputs=(ids,))
+    require_sound(config, source, plan, found)
+    return [f"{f.code} {f.slug} at {f.where}: {f.message}; {f.fix} ({f.page})" for f in found]
+
+
+def check_plan_apart(config: RunConfig) -> list[str]:
+    """`check_plan` in a process of its own: what it does with process groups leaves no trace in this rank."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_check_again, config).result()
+
+
+def _check_again(config: RunConfig) -> list[str]:
+    source = build_source(config.model, config.run.seed)
+    return check_plan(config, source, choose_plan(config, source.model))
+
+
+def require_sound(config: RunConfig, source: Source, plan: Plan, found: list[Finding]) -> None:
+    """Raise a PlanError with every finding when one of them is an error."""
+    errors = sum(finding.severity == "error" for finding in found)
+    if errors:
+        raise PlanError(
+            f"the check found {errors} error{'s' if errors > 1 else ''} in plan {plan.name} for {source.name} at "
+            f"tp={config.mesh.tp}, and nothing was started (`--check False` starts all the same)\n"
+            + "\n".join(line for finding in found for line in finding.lines)
+        )
 
 
 def check_checkpoint(checked: Checked, tokenizer: Tokenizer) -> None:
@@ -122,6 +168,8 @@ def check_model(config: RunConfig, source: Source) -> None:
             f"data.seq_len={config.data.seq_len} is longer than the {longest} positions of {source.name}: "
             f"use {longest} or less"
         )
+    if config.mesh.pp > 1:
+        require_parts(source.model)
     check_pipeline(config, len(blocks_of(source.model)))
     heads = heads_of(source.model)
     if heads is not None and heads.query % config.mesh.tp and config.plan.startswith("llama"):

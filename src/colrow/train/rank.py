@@ -42,12 +42,20 @@ class Place:
     local_world_size: int
 
 
-def run_rank(config: RunConfig, place: Place, command: str, stop_requested: Callable[[], bool]) -> Outcome:
+def run_rank(
+    config: RunConfig,
+    place: Place,
+    command: str,
+    stop_requested: Callable[[], bool],
+    *,
+    plan_checked: bool = False,
+) -> Outcome:
     """Join the other ranks, and train with them. The first rank holds the run's folder. Collective.
 
     Args:
         command: how the run was started, for the line that says how to continue it.
         stop_requested: whether this rank was asked to save and stop.
+        plan_checked: the plan's check has been made; else the first rank makes it.
     """
     config.mesh.require_world_size(place.world_size)
     first = place.rank == 0
@@ -59,6 +67,9 @@ def run_rank(config: RunConfig, place: Place, command: str, stop_requested: Call
         if warning is not None:
             progress.say(f"warning    {warning}")
         source = preflight.check(config, place.local_world_size).source
+        if first and not plan_checked:
+            for line in preflight.check_plan_apart(config):
+                progress.say(f"warning    {line}")
         data = prepare(config.data, source.vocab_size, progress=False)
         mesh, device = stack.enter_context(joined(config, place))
         return train_run(config, data, mesh, device, progress, command, stop_requested, source)

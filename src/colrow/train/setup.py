@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -24,13 +23,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from colrow.checkpoint.weights import fill_seeded, materialize
 from colrow.config import RunConfig
 from colrow.data.loader import check_batch
-from colrow.errors import ConfigError
 from colrow.parallel.activation_checkpoint import apply_activation_checkpoint
 from colrow.parallel.data_parallel import apply_data_parallel
 from colrow.parallel.grad_norm import norm_groups
 from colrow.parallel.parallelize import parallelize
+from colrow.plans.named import named_plan
 from colrow.plans.plan import Plan
-from colrow.plans.presets import PRESETS
 from colrow.train.compile import compile_forward
 from colrow.train.optimizer import build_optimizer
 from colrow.train.source import Source, build_source
@@ -151,29 +149,7 @@ def build_step(
 
 def choose_plan(config: RunConfig, model: nn.Module) -> Plan:
     """The plan that `config.plan` names: a preset, `huggingface`, `derive`, or a file."""
-    if config.plan in PRESETS:
-        return Plan.preset(config.plan, config.loss or "vocab_parallel")
-    if config.plan == "huggingface":
-        plan = Plan.from_huggingface(model)
-    elif config.plan == "derive":
-        plan = Plan.derive(model, tp=config.mesh.tp)
-    else:
-        plan = _load_plan(config.plan)
-    if config.loss is not None and config.loss != plan.loss:
-        raise ConfigError(
-            f"loss: {config.loss} is asked for, but the plan {plan.name} says {plan.loss}, which its head's style "
-            "belongs to: leave loss out, or change both in the plan's file"
-        )
-    return plan
-
-
-def _load_plan(path: str) -> Plan:
-    if not Path(path).exists():
-        raise ConfigError(
-            f"plan: there is no preset and no file {path!r}: choose from {', '.join(PRESETS)}, huggingface, "
-            "derive, or give the path of a plan's YAML"
-        )
-    return Plan.load(path)
+    return named_plan(config.plan, model, config.mesh.tp, config.loss)
 
 
 def compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from colrow.errors import PlanError
@@ -16,7 +17,8 @@ from colrow.plans.calls import Loss, loss_of
 from colrow.plans.check.dynamic import check_dynamic
 from colrow.plans.check.finding import CODES, Code, Finding, Severity, finding
 from colrow.plans.check.gradients import check_gradients
-from colrow.plans.check.static import check_static, fused_suspects
+from colrow.plans.check.options import check_options
+from colrow.plans.check.static import check_stages, check_static, fused_suspects
 from colrow.plans.dry_run import DryRun, dry_run
 from colrow.plans.plan import Plan
 
@@ -32,6 +34,9 @@ def check(
     *,
     inputs: tuple[Any, ...] | None = None,
     loss: Loss = loss_of,
+    param_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype | None = None,
+    compiled: bool = False,
 ) -> list[Finding]:
     """What is wrong with `plan` for `model` on `mesh`: errors first, nothing for a sound plan.
 
@@ -42,14 +47,19 @@ def check(
         batch_size: sequences on one rank.
         inputs: example arguments for models that do not take token ids [batch_size, seq_len].
         loss: of the model's output and the inputs; next-token cross entropy unless given.
+        param_dtype, reduce_dtype: of FSDP2's mixed precision, where you use it: what the model computes in, and what
+            you expect gradients to be summed in.
+        compiled: you compile the blocks yourself, with `torch.compile` on each.
     """
-    found = check_static(model, plan, mesh.tp, seq_len)
+    found = check_static(model, plan, mesh.tp, seq_len) + check_stages(model, mesh.pp)
     if not _errors(found) and mesh.tp > 1:
         try:
-            run = dry_run(model, plan, mesh, batch_size, seq_len, inputs=inputs, loss=loss)
+            run = dry_run(model, plan, mesh, batch_size, seq_len, inputs=inputs, loss=loss, dtype=param_dtype)
         except PlanError as error:
             return [*found, finding("CR211", f"plan {plan.name}", str(error), "see the message")]
-        found += _from_run(model, plan, mesh.tp, run)
+        told = {f.code for f in found} & {"CR302"}  # of one head: the static layer names it
+        found += [f for f in _from_run(model, plan, mesh.tp, run) if f.code not in told]
+        found += check_options(run, reduce_dtype, compiled)
     return sorted(_collapse(found), key=lambda f: f.severity != "error")
 
 

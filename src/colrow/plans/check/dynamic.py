@@ -161,6 +161,13 @@ def _failure(failure: Failure, plan: Plan) -> Finding:
         message = f"a plain tensor meets a DTensor ({text.partition(' need')[0].rstrip(',')})"
         fix = "give this module a style, or let the module before return local tensors (use_local_output: true)"
         return finding("CR402", where, message, fix)
+    if "Attempted to flatten multiple dimensions" in text:  # torch 2.11 folds batch and sequence for a linear layer
+        message = f"DTensor cannot fold a sharded sequence into the rows of a linear layer here ({text})"
+        fix = (
+            "gather its input, with prepare_input on the module that holds it, or give it a style whose input says "
+            "shard(1)"
+        )
+        return finding("CR404", where, message, fix)
     if isinstance(failure.error, IndexError) or "should have same length" in text:
         message = f"the style found no positional input ({text}): the module is called with keyword arguments"
         fix = "name them with input_kwargs and desired_kwargs, with one entry in input for each positional argument"

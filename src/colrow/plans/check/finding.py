@@ -44,6 +44,7 @@ CODES: dict[str, Code] = {
     "CR304": Code("tie-split", "error", "tied weights come apart, each with half of the gradient"),
     "CR305": Code("log-softmax-in-loss", "error", "exact loss, wrong gradients of every parameter"),
     "CR306": Code("loss-unsupported", "error", "the loss cannot be computed on split logits"),
+    "CR307": Code("tie-over-stages", "warning", "exact loss, each stage's copy gets a part of the gradient"),
     # activations: what the dry run sees
     "CR401": Code("fails-in-parallel", "error", "the first step raises"),
     "CR402": Code("mixed-tensors", "error", "the first step raises"),
@@ -55,6 +56,8 @@ CODES: dict[str, Code] = {
     "CR408": Code("hidden-communication", "warning", "right numbers, more communication than needed"),
     "CR409": Code("counted-tp-times", "error", "wrong numbers: a value is summed once for each rank"),
     "CR410": Code("not-run", "warning", "the dry run's checks could not be made"),
+    "CR411": Code("sums-rounded", "warning", "sums over tp are made in a smaller type than those over the data axes"),
+    "CR412": Code("unfinished-input", "error", "the backward of a compiled block raises"),
     # gradients
     "CR501": Code("partial-gradient", "error", "exact loss, wrong gradient: a part of a sum is taken for the sum"),
     "CR502": Code("gradient-times-tp", "error", "exact loss, wrong gradient: tp times too large"),
@@ -93,6 +96,12 @@ class Finding:
     def page(self) -> str:
         """The page that explains the code, from the repository's root."""
         return f"docs/checks/{self.code}.md"
+
+    @property
+    def lines(self) -> list[str]:
+        """What it is, and indented what was seen, the mend and the page: for a terminal or an error's text."""
+        head = f"{self.severity} {self.code} {self.slug} at {self.where}"
+        return [head, f"  what  {self.message}", f"  fix   {self.fix}", f"  more  {self.page}"]
 
     def to_data(self) -> dict[str, str]:
         """What `--json` says."""

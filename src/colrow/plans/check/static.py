@@ -204,6 +204,34 @@ def _ties(model: nn.Module, plan: Plan, tp: int) -> Iterator[Finding]:
             yield finding("CR304", group[0], f"tied weights get different placements ({each})", fix)
 
 
+def check_stages(model: nn.Module, stages: int) -> list[Finding]:
+    """Tied weights that a pipeline of `stages` stages takes apart."""
+    if stages == 1:
+        return []
+    found = []
+    for group in tied_parameters(model):
+        places = {_place(model, name) for name in group}
+        if len(places) > 1:
+            message = (
+                f"{' and '.join(group)} are one weight, and {stages} stages hold them apart: each copy would get a "
+                "part of the gradient"
+            )
+            fix = "sum the copies' gradients over their stages before clipping and the step, as `colrow train` does"
+            found.append(finding("CR307", group[0], message, fix))
+    return found
+
+
+def _place(model: nn.Module, name: str) -> str:
+    """Where a parameter lies in the order of layers: a layer, or before or after them all."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: i + 1])
+    order = [fqn for fqn, _ in model.named_modules(remove_duplicate=False)]
+    layers = [i for i, fqn in enumerate(order) if any(part.isdigit() for part in fqn.split("."))]
+    return "before" if not layers or order.index(".".join(parts[:-1])) < layers[0] else "after"
+
+
 def _splits_something(model: nn.Module, plan: Plan, tp: int) -> Iterator[Finding]:
     if tp > 1 and all(layout.placement.is_replicate() for layout in plan.parameters(model, tp).values()):
         message = f"no parameter is split over tp={tp}: each rank holds and computes the whole model"

@@ -61,7 +61,7 @@ def cut_copy(model: nn.Module, styles: Mapping[str, Style], keep: int = _KEPT) -
     model = meta_copy(model)
     names: dict[str, str] = {}
     times: dict[str, int] = {}
-    for tower_name, tower in _towers(model):
+    for tower_name, tower in towers(model):
         kinds: dict[Any, list[str]] = defaultdict(list)
         for key, block in tower.named_children():
             kinds[_kind(block, f"{tower_name}.{key}", styles)].append(key)
@@ -86,15 +86,15 @@ def cut_copy(model: nn.Module, styles: Mapping[str, Style], keep: int = _KEPT) -
     return Copy(model, names, times)
 
 
-def _towers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The outermost containers of blocks (modules with children), by name."""
+def towers(model: nn.Module, more_than: int = _KEPT) -> list[tuple[str, nn.Module]]:
+    """The outermost containers of more blocks (modules with children) than a copy keeps, by name."""
     found: list[tuple[str, nn.Module]] = []
     for name, module in model.named_modules():
         if any(name.startswith(outer + ".") for outer, _ in found):
             continue
         if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential) and name:
             children = list(module.children())
-            if len(children) > _KEPT and all(any(True for _ in child.children()) for child in children):
+            if len(children) > more_than and all(any(True for _ in child.children()) for child in children):
                 found.append((name, module))
     return found
 

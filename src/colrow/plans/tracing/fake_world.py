@@ -1,6 +1,10 @@
 """A world of N ranks of which only one exists: collectives return at once, with tensors of the right shape.
 
 Works beside a process group that is already there: the fake one is then a second group, and nothing is sent.
+
+DTensor keeps what it has worked out in caches whose keys hold meshes, and takes two meshes for one when their ranks and
+the names of their axes agree; the groups behind them do not count. So the meshes made here have names that no real one
+has: a run that follows must not be handed a fake group.
 """
 
 from __future__ import annotations
@@ -21,13 +25,13 @@ from torch.distributed.tensor import placement_types
 
 @contextmanager
 def fake_tp_mesh(tp: int) -> Iterator[DeviceMesh]:
-    """A 1-D mesh named `tp` as its first rank sees it. Everything made here is gone afterwards."""
+    """A 1-D mesh as its first rank sees it. Everything made here is gone afterwards."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if not dist.is_initialized():
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=tp)
         try:
-            yield init_device_mesh("cpu", (tp,), mesh_dim_names=("tp",))
+            yield init_device_mesh("cpu", (tp,), mesh_dim_names=("dry_run",))
         finally:
             dist.destroy_process_group()
         return
@@ -36,14 +40,14 @@ def fake_tp_mesh(tp: int) -> Iterator[DeviceMesh]:
 
     first = dist.get_rank()  # the mesh holds this process as its first rank, and labels that need not exist
     ranks = [first + i for i in range(tp)]
-    # always the same name: DTensor caches remember meshes, and so groups by their names
+    # always the same name: the caches remember groups by it
     name: Any = f"colrow_dry_run_{tp}"
     group, _ = c10d._new_process_group_helper(
         tp, 0, ranks, "fake", FakeStore(), name, timeout=timedelta(seconds=30), group_desc="dry run"
     )
     c10d._world.pg_group_ranks[group] = {rank: i for i, rank in enumerate(ranks)}
     try:
-        yield DeviceMesh.from_group(group, "cpu", mesh=torch.tensor(ranks), mesh_dim_names=("tp",))
+        yield DeviceMesh.from_group(group, "cpu", mesh=torch.tensor(ranks), mesh_dim_names=("dry_run_beside",))
     finally:
         dist.destroy_process_group(group)
 

@@ -17,6 +17,7 @@ A tensor is known by its storage and the window on it, so that a detached or sav
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import _api as dtensor_api
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -116,6 +118,7 @@ class Watch(TorchDispatchMode):
         self.class_losses = 0  # log-softmaxes of DTensors that no cross entropy took
         self._shares: set[Window] = set()  # equal values divided by tp: to sum them over ranks is right
         self._gathered: set[tuple[bool, Window]] = set()
+        self._running: set[int] = set()  # storages that a collective fills: views of them do not wait for it
         self._alive: list[Any] = []  # a storage's address may not be used again while it is a key
 
     # -- what a tensor is ------------------------------------------------------------------------------------------
@@ -124,6 +127,10 @@ class Watch(TorchDispatchMode):
         """Whether ranks may hold different values in this local tensor."""
         window = self._window(tensor)
         return window in self._varying or window[0] in self._storages
+
+    def gathering(self, tensor: Tensor) -> bool:
+        """Whether the tensor is what a collective gives, or a view of it, so that it may still be on its way."""
+        return self._window(tensor)[0] in self._running
 
     def mark(self, tensor: Tensor, varying: bool) -> None:
         """Say what a local tensor is."""
@@ -165,6 +172,8 @@ class Watch(TorchDispatchMode):
         name = func.name().partition("::")[2].partition(".")[0]
         varying = [leaf for leaf in inputs if self.varies(leaf)]
         self._track_packed(name, inputs, outputs)
+        if func.namespace in _NAMESPACES:
+            self._running.update(self._window(leaf)[0] for leaf in outputs)
         if func.namespace in _NAMESPACES and name in _COLLECTIVES:
             self._collective(_COLLECTIVES[name], func, args, inputs, outputs)
             return out
@@ -291,9 +300,30 @@ class Watch(TorchDispatchMode):
         cls: Any = DTensor
         cls.from_local, cls.to_local = staticmethod(watched_from_local), watched_to_local
         try:
-            yield
+            with self._backward_of_to_local():
+                yield
         finally:
             cls.from_local, cls.to_local = staticmethod(from_local), to_local
+
+    @contextmanager
+    def _backward_of_to_local(self) -> Iterator[None]:
+        """See how `to_local` declares its gradient: newer torch asks `from_local`, 2.11 makes the DTensor itself."""
+        function: Any = getattr(dtensor_api, "_ToTorchTensor", None)
+        if function is None or "grad_placements" in inspect.signature(DTensor.from_local).parameters:
+            yield
+            return
+        backward = function.backward
+
+        def watched(ctx: Any, grad: Tensor) -> Any:
+            given = backward(ctx, grad)
+            self._declared(grad, given[0].placements)
+            return given
+
+        function.backward = staticmethod(watched)
+        try:
+            yield
+        finally:
+            function.backward = staticmethod(backward)
 
     def _declared(self, tensor: Tensor, placements: Any) -> None:
         if not placements or not tensor.is_floating_point():

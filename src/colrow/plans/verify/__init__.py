@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -106,7 +107,7 @@ def verify(
     tolerance: float | None = None,
     seed: int = 0,
 ) -> Report:
-    """Compare the model under `plan` on `tp` ranks with the unsharded one, in fp64 on the CPU.
+    """Compare the model under `plan` on `tp` ranks with the unsharded one, on the CPU, in fp64 where it can.
 
     Both start from the same random weights and see the same batch. Compared are the loss, every gradient on every
     rank, and every parameter after a step of AdamW. Dropout is off. Then the plan is broken on purpose, to show that
@@ -133,14 +134,13 @@ def verify(
     if inputs is None:
         inputs = (example_input(model, batch_size, seq_len or -(-16 // tp) * tp),)
     inputs = tuple(x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
-    task = Task(model, inputs, loss, tp)
-    rounding = _Rounding()
-    with rounding:
-        reference = reference_step(task, copy.deepcopy(model))
-    limit = tolerance or (ROUNDED if rounding.seen else EXACT)
+    task, reference, exact = _reference(Task(model, inputs, loss, tp))
+    limit = tolerance or (EXACT if exact else ROUNDED)
 
     try:
-        used, observed = _observe(task, plan, reference, limit, backend)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's on its own names: nothing that a reader can mend
+            used, observed = _observe(task, plan, reference, limit, backend)
     except RankFailure as error:
         return Report(
             ok=False,
@@ -178,6 +178,35 @@ def verify(
         twin=shrunk,
         seconds=time.monotonic() - started,
     )
+
+
+def _reference(task: Task) -> tuple[Task, Reference, bool]:
+    """The unsharded step, the task that it ran, and whether it is exact to fp64.
+
+    Some operations know no fp64, such as the grouped products of experts: then everything runs in fp32.
+
+    Raises:
+        PlanError: the model itself does not run.
+    """
+    rounding = _Rounding()
+    try:
+        with rounding:
+            return task, reference_step(task, copy.deepcopy(task.model)), not rounding.seen
+    except PlanError:
+        raise
+    except Exception:
+        single = replace(task, model=copy.deepcopy(task.model).float(), inputs=tuple(map(_to_fp32, task.inputs)))
+    try:
+        return single, reference_step(single, copy.deepcopy(single.model)), False
+    except Exception as error:
+        raise PlanError(
+            f"{type(task.model).__name__} itself does not run on the CPU, neither in fp64 nor in fp32 "
+            f"({type(error).__name__}: {error}): pass inputs=(...) that it takes"
+        ) from error
+
+
+def _to_fp32(x: Any) -> Any:
+    return x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
 def _observe(

@@ -45,7 +45,8 @@ def run_local(task: Task, plan: Plan) -> Observed:
     model = copy.deepcopy(task.model)
     try:
         with _local_world(task.tp) as mode:
-            mesh = init_device_mesh("cpu", (task.tp,), mesh_dim_names=("tp",))
+            # a name of its own: DTensor's caches would hand these groups to a real mesh called alike
+            mesh = init_device_mesh("cpu", (task.tp,), mesh_dim_names=("verify",))
 
             def parts(tensor: Tensor) -> Parts:
                 locals_: dict[int, Tensor] | None = getattr(tensor, "_local_tensors", None)

@@ -1,0 +1,46 @@
+"""What a config or a command line calls a plan, as a Plan: the one place for both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from colrow.errors import ConfigError, did_you_mean
+from colrow.plans.plan import LOSSES, Plan
+from colrow.plans.presets import PRESETS
+
+
+def named_plan(name: str, model: nn.Module, tp: int, loss: str | None = None) -> Plan:
+    """The plan that `name` says: a preset, `huggingface`, `derive`, or a file.
+
+    Args:
+        tp: the degree that `derive` plans for.
+        loss: how a preset computes the loss, `vocab_parallel` unless given; another plan says its own.
+
+    Raises:
+        ConfigError: there is no such preset or file, no such loss, or the plan's own loss is another one.
+        PlanError: the model states no plan, or the file holds none.
+    """
+    if loss is not None and loss not in LOSSES:
+        raise ConfigError(f"unknown loss {loss!r}{did_you_mean(loss, LOSSES)}")
+    if name in PRESETS:
+        return Plan.preset(name, cast(Any, loss) or "vocab_parallel")
+    if name == "huggingface":
+        plan = Plan.from_huggingface(model)
+    elif name == "derive":
+        plan = Plan.derive(model, tp=tp)
+    elif Path(name).exists():
+        plan = Plan.load(name)
+    else:
+        raise ConfigError(
+            f"plan: there is no preset and no file {name!r}: choose from {', '.join(PRESETS)}, huggingface, "
+            "derive, or give the path of a plan's YAML"
+        )
+    if loss is not None and loss != plan.loss:
+        raise ConfigError(
+            f"loss: {loss} is asked for, but the plan {plan.name} says {plan.loss}, which its head's style "
+            "belongs to: leave loss out, or change both in the plan's file"
+        )
+    return plan

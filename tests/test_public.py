@@ -1,0 +1,40 @@
+"""The public names, as another program uses them: `import colrow` and nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+SOURCES = Path(__file__).parents[1] / "src"
+
+PROGRAM = """
+import sys
+import colrow
+assert "torch" not in sys.modules, "import colrow waits for torch"
+import torch
+from colrow.models.llama import Llama
+from colrow.models.shapes import SHAPES
+
+with torch.device("meta"):
+    model = Llama(SHAPES["laptop"])
+plan = colrow.Plan.preset("llama")
+assert colrow.check(model, plan, colrow.Mesh(tp=4), batch_size=2, seq_len=256) == []
+
+import colrow.plans.check, colrow.plans.verify, colrow.cli.check, colrow.cli.verify
+from colrow import check, verify, parallelize
+assert colrow.check is check and callable(colrow.check) and callable(colrow.verify)
+assert "CR202" in {finding.code for finding in colrow.check(model, plan, colrow.Mesh(tp=3), seq_len=255)}
+report = colrow.verify(model, plan, tp=2, backend="local")
+assert report.ok and report.max_grad_rel_err < 1e-12, report
+assert set(colrow.__all__) <= set(dir(colrow))
+print("done")
+"""
+
+
+def test_check_and_verify_are_functions_whatever_is_imported() -> None:
+    """They are packages too, `colrow.plans.check` and `colrow.plans.verify`, which must not take the names."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env={"PYTHONPATH": str(SOURCES), "OMP_NUM_THREADS": "1"}, capture_output=True
+    )
+    assert done.stdout.decode().strip() == "done", done.stderr.decode()
