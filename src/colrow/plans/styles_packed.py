@@ -95,16 +95,33 @@ class Cut:
         return lambda param: summed(param).index_select(dim, mine)
 
 
-class CutStyle(ParallelStyle):
-    """Distributes parameters by their cuts, and brings the first input and the output to the layouts asked for."""
+_IN_BLOCK = "_colrow_in_block"
+"""Marks the modules of a `local_block`: it hands local tensors over and sums their gradients at its entry."""
 
-    def __init__(self, cuts: dict[str, Cut], input: Placement | None, output: Placement | None, partial: bool) -> None:
+
+class CutStyle(ParallelStyle):
+    """Distributes parameters by their cuts, and brings the first input and the output to the layouts asked for.
+
+    `outside` is the layout of the input where nobody gives one and no block around prepares it.
+    """
+
+    def __init__(
+        self,
+        cuts: dict[str, Cut],
+        input: Placement | None,
+        output: Placement | None,
+        partial: bool,
+        outside: Placement | None = None,
+    ) -> None:
         self.cuts, self.input, self.output, self.partial = cuts, input, output, partial
+        self.outside = outside
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         mesh = device_mesh
         place(module, mesh, self.cuts)
         given, wanted, partial = self.input, self.output, self.partial
+        if given is None and not getattr(module, _IN_BLOCK, False):
+            given = self.outside
 
         def before(_: nn.Module, args: Any) -> Any:
             return (local_input(args[0], mesh, given, whole=not partial), *args[1:])
@@ -204,7 +221,8 @@ class PackedColwise(_Coerce, Style):
     """Linear or Conv1D whose output features are `segments` one after another, each split over tp. Those at the
     positions `whole` are computed by every rank (the one k and v head of multi-query attention).
 
-    `input` is the layout of x outside; unless given, x comes as the enclosing block hands it over.
+    `input` is the layout of x outside; unless given, x comes as the enclosing `local_block` hands it over, and without
+    one it is whole on each rank.
     """
 
     name = "packed_colwise"
@@ -226,7 +244,7 @@ class PackedColwise(_Coerce, Style):
         check_cuts(site, self.cuts(site))
 
     def build(self, site: Site) -> ParallelStyle:
-        return CutStyle(self.cuts(site), self.input, None, partial=False)
+        return CutStyle(self.cuts(site), self.input, None, partial=False, outside=Replicate())
 
     def parameters(self, site: Site) -> dict[str, ParameterLayout]:
         return layouts(site, self.cuts(site), "output features split, segment by segment")
@@ -369,6 +387,8 @@ class _BlockStyle(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         style, mesh = self.style, device_mesh
         place(module, mesh, self.cuts)
+        for inner in module.modules():
+            setattr(inner, _IN_BLOCK, True)
         positional = dict(enumerate(style.input or ()))
         named, slices = style.input_kwargs or {}, style.slices or {}
 

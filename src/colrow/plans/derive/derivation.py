@@ -68,7 +68,12 @@ class Derivation:
 
 
 def derive(
-    model: nn.Module, tp: int, *, inputs: Sequence[Tensor] | None = None, options: DeriveOptions | None = None
+    model: nn.Module,
+    tp: int,
+    *,
+    inputs: Sequence[Tensor] | None = None,
+    options: DeriveOptions | None = None,
+    traced: Trace | None = None,
 ) -> Derivation:
     """A plan for `model` at degree `tp`, from its graph alone.
 
@@ -77,13 +82,14 @@ def derive(
         inputs: example inputs, [batch, sequence, ...] first; token ids unless given. The sequence must be divisible by
             tp, and batch and sequence unlike any dimension of the model.
         options: what the plan may use.
+        traced: the trace of `model` on `inputs`, when there is one already (of another degree).
 
     Raises:
         PlanError: the model cannot be traced; the text says why.
     """
     options = options or DeriveOptions()
     given = tuple(inputs) if inputs is not None else default_inputs(model, tp)
-    traced = trace(model, given)
+    traced = traced or trace(model, given)
     return _Derive(model, tp, given, traced, options).run()
 
 

@@ -139,11 +139,24 @@ class LocalCheck:
             value = its.meta.get("val")
             if extents is not None and isinstance(value, Tensor) and list(value.shape) != extents:
                 return f"{op_name(mine)} in {where} gives {list(value.shape)} on a rank, not {extents}"
+            if extents is not None and extents != shape_of(mine) and self._same_on_all(mine, its):
+                return f"{op_name(mine)} in {where} would give every rank the same part of a constant"
             if _numbers(mine) != _numbers(its):
                 return f"{op_name(mine)} in {where} computes with {_numbers(its)} on a rank, not {_numbers(mine)}"
         if len(ours) != len(theirs):
             return f"a rank runs {len(theirs)} operations, the whole model {len(ours)}"
         return None
+
+    def _same_on_all(self, mine: Node, its: Node) -> bool:
+        """Whether a constant that differs along its split axis is made, or cut, alike on every rank: the first heads'
+        slopes where each rank needs its own."""
+        name = op_name(mine)
+        if mine not in self.flows.constant or name not in VARIES | CUTS:
+            return False
+        if name in VARIES:
+            return True
+        whole, part = mine.args[0], its.args[0]
+        return isinstance(whole, Node) and isinstance(part, Node) and shape_of(whole) == shape_of(part)
 
     def quick(self, attributes: Attributes) -> str | None:
         """The same question at module boundaries only, without export: an error or a wrong extent."""
@@ -306,6 +319,10 @@ def _record_reads(name: str, module: nn.Module, found: dict[tuple[str, str], int
     module.__class__ = kind
 
 
+VARIES = frozenset(("arange", "linspace", "eye", "tril_indices", "triu_indices"))
+"""Operators that make a constant whose elements differ."""
+CUTS = frozenset(("slice", "narrow", "select", "index", "index_select"))
+"""Operators that take a part of a tensor. (Pieces of a split are compared with the whole tensor's by their extents.)"""
 COPIES = frozenset(("clone", "contiguous", "alias", "_assert_tensor_metadata"))
 """Whether a reshape copies depends on extents that are 1, so copies are no difference."""
 
@@ -319,12 +336,16 @@ def _same_view(node: Node) -> str:
     return "view" if name in ("view", "_unsafe_view", "reshape") else name
 
 
+ARITHMETIC = frozenset(("add", "sub", "rsub", "mul", "div", "pow", "floor_divide", "remainder", "fmod", "clamp"))
+
+
 def _numbers(node: Node) -> list[float]:
-    """Floating-point constants among the arguments (scales, epsilons)."""
+    """Numbers among the arguments that go into values: scales, epsilons, a count that is divided by."""
     out: list[float] = []
+    kinds = (float, int) if op_name(node) in ARITHMETIC else (float,)
 
     def walk(value: Any) -> None:
-        if isinstance(value, float):
+        if isinstance(value, kinds):
             out.append(value)
         elif isinstance(value, (tuple, list)):
             for item in value:

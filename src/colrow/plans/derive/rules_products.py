@@ -63,12 +63,10 @@ def matmul(inference: AxisInference, node: Node) -> Result:
     return _product(inference, node, a, b)
 
 
-@rule("addmm", "baddbmm", "addbmm")
+@rule("addmm", "baddbmm")
 def addmm(inference: AxisInference, node: Node) -> Result:
     """bias + a b; the bias is broadcast to the product."""
     bias, a, b = node.args[:3]
-    if op_name(node) == "addbmm":
-        raise NoRuleError("addbmm")
     assert isinstance(bias, Node)
     assert isinstance(a, Node)
     assert isinstance(b, Node)
@@ -77,7 +75,7 @@ def addmm(inference: AxisInference, node: Node) -> Result:
     return broadcast(inference, shape, [(out, shape), (inference.of(bias), shape_of(bias))], node.name)
 
 
-@rule("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
+@rule("_grouped_mm", "grouped_mm_fallback")
 def grouped_mm(inference: AxisInference, node: Node) -> Result:
     """Rows of x [N, K], sorted by expert, times the experts' matrices w [E, K, M]; offsets [E] bound the groups."""
     x, w, offsets = node.args[0], node.args[1], argument(node, 2, "offs")
@@ -245,7 +243,7 @@ def scatter(inference: AxisInference, node: Node) -> Result:
 @rule("topk", "sort", "kthvalue", "mode")
 def order(inference: AxisInference, node: Node) -> Result:
     dims = list(inference.of(node.args[0]))
-    position = {"topk": 2, "sort": 1}.get(op_name(node), 2)
+    position = {"topk": 2, "kthvalue": 2}.get(op_name(node), 1)
     where = argument(node, position, "dim", -1)
     block(dims[int(where)], "sorted")
     size = shape_of_part(node, 0)[int(where)]
@@ -282,7 +280,7 @@ def max_along(inference: AxisInference, node: Node) -> Result:
 
 @rule("one_hot")
 def one_hot(inference: AxisInference, node: Node) -> Result:
-    return [*inference.of(node.args[0]), *inference.fresh(shape_of(node)[-1:])]
+    return [*inference.of(node.args[0]), *inference.fresh(shape_of(node)[-1:], "classes are counted along it")]
 
 
 @rule("histc", "bincount")
