@@ -21,6 +21,7 @@ from torch.distributed.tensor.placement_types import Placement
 from colrow.errors import PlanError
 from colrow.parallel.layout import Packed
 from colrow.parallel.local_view import View, view_parameters
+from colrow.plans.heads import Heads
 from colrow.plans.site import Site, divide
 from colrow.plans.styles import ParameterLayout, Style, _Coerce, _many, _named, _one
 from colrow.plans.styles_local import rank_table, summed
@@ -29,6 +30,8 @@ from colrow.plans.styles_local import rank_table, summed
 @dataclass(frozen=True)
 class Cut:
     """How one parameter is held: `dim` is cut into `segments`, those at the positions `whole` stay whole on each rank.
+    Of those at the positions `kv` a rank uses the kv heads that its query heads need: there are `kv_heads` for `heads`
+    query heads, and tp does not divide them.
 
     Without a dim the parameter is whole; then `scaled` says that it is added on every rank to a partial sum and so
     must be divided by tp.
@@ -38,12 +41,26 @@ class Cut:
     segments: tuple[int, ...] = ()
     whole: tuple[int, ...] = ()
     scaled: bool = False
+    kv: tuple[int, ...] = ()
+    heads: int = 0
+    kv_heads: int = 0
+
+    @property
+    def uneven(self) -> bool:
+        """Whether every rank holds the whole parameter, and uses its part of it."""
+        return bool(self.whole or self.kv)
 
     def rows(self, tp: int, rank: int) -> list[int]:
         """Global indices of `dim` that a rank uses, in its order."""
         out: list[int] = []
         start = 0
         for position, size in enumerate(self.segments):
+            if position in self.kv:
+                width = size // self.kv_heads
+                for head in Heads(self.heads, self.kv_heads, width).kv_heads_of_rank(tp, rank):
+                    out += range(start + head * width, start + (head + 1) * width)
+                start += size
+                continue
             part = size if position in self.whole else size // tp
             first = start if position in self.whole else start + rank * part
             out += range(first, first + part)
@@ -56,7 +73,7 @@ class Cut:
             return ParameterLayout(
                 Replicate(), shape, "added to a sum over ranks, 1/tp on each" if self.scaled else reason
             )
-        if self.whole:
+        if self.uneven:
             return ParameterLayout(
                 Replicate(), shape, f"{reason}: not all segments divide; whole, gradients summed over tp"
             )
@@ -71,13 +88,20 @@ class Cut:
                 f"has {extent}: give the sizes of the fused parts in order"
             )
         for position, size in enumerate(self.segments):
-            if position not in self.whole:
+            if position in self.kv:
+                if not self.kv_heads or size % self.kv_heads:
+                    raise PlanError(
+                        f"{site.fqn}.{name}: segment {position} of size {size} does not hold kv_heads={self.kv_heads}: "
+                        "give heads and kv_heads as the model has them"
+                    )
+                divide(self.heads, site.tp, f"{site.fqn}.{name}: heads={self.heads}")
+            elif position not in self.whole:
                 divide(size, site.tp, f"{site.fqn}.{name}: segment {position} of size {size}")
 
     def distribute(self, param: Tensor, mesh: DeviceMesh) -> DTensor:
         """The DTensor whose local part is a part of each segment."""
         data = param.detach()
-        if self.dim is None or self.whole:
+        if self.dim is None or self.uneven:
             return distribute_tensor(data, mesh, [Replicate()])
         if len(self.segments) > 1:
             order = [row for rank in range(mesh.size()) for row in self.rows(mesh.size(), rank)]
@@ -89,7 +113,7 @@ class Cut:
         tp = mesh.size()
         if self.dim is None:
             return (lambda param: summed(param) / tp) if self.scaled else summed
-        if not self.whole:
+        if not self.uneven:
             return lambda param: param.to_local()
         dim, mine = self.dim, rank_table(mesh, [self.rows(tp, rank) for rank in range(tp)])
         return lambda param: summed(param).index_select(dim, mine)
@@ -219,25 +243,35 @@ def _numbers(value: Any) -> Any:
 @dataclass(frozen=True, kw_only=True)
 class PackedColwise(_Coerce, Style):
     """Linear or Conv1D whose output features are `segments` one after another, each split over tp. Those at the
-    positions `whole` are computed by every rank (the one k and v head of multi-query attention).
+    positions `whole` are computed by every rank (the one k and v head of multi-query attention); of those at the
+    positions `kv`, which hold `kv_heads` for `heads` query heads, a rank computes what its query heads need.
 
     `input` is the layout of x outside; unless given, x comes as the enclosing `local_block` hands it over, and without
     one it is whole on each rank.
     """
 
     name = "packed_colwise"
-    _coerce: ClassVar[dict[str, Any]] = {"input": _one, "segments": _numbers, "whole": _numbers}
+    _coerce: ClassVar[dict[str, Any]] = {"input": _one, "segments": _numbers, "whole": _numbers, "kv": _numbers}
     segments: tuple[int, ...] | None = None
     whole: tuple[int, ...] | None = None
+    kv: tuple[int, ...] | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
     input: Placement | None = None
 
     def cuts(self, site: Site) -> dict[str, Cut]:
         out, _ = _weight_dims(site, self.name)
         weight: Any = site.module._parameters["weight"]
         segments = self.segments or (int(weight.shape[out]),)
-        cuts = {"weight": Cut(out, segments, self.whole or ())}
+        uneven: dict[str, Any] = {
+            "whole": self.whole or (),
+            "kv": self.kv or (),
+            "heads": self.heads or 0,
+            "kv_heads": self.kv_heads or 0,
+        }
+        cuts = {"weight": Cut(out, segments, **uneven)}
         if site.module._parameters.get("bias") is not None:
-            cuts["bias"] = Cut(0, segments, self.whole or ())
+            cuts["bias"] = Cut(0, segments, **uneven)
         return cuts
 
     def check(self, site: Site) -> None:
@@ -325,7 +359,8 @@ def named_cuts(site: Site, style: str, shards: dict[str, Any]) -> dict[str, Cut]
         else:
             dim = int(said["dim"])
             segments = tuple(said.get("segments") or (int(param.shape[dim]),))
-            cuts[name] = Cut(dim, segments, tuple(said.get("whole") or ()))
+            uneven = {key: tuple(said.get(key) or ()) for key in ("whole", "kv")}
+            cuts[name] = Cut(dim, segments, **uneven, heads=said.get("heads", 0), kv_heads=said.get("kv_heads", 0))
     return cuts
 
 

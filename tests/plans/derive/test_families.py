@@ -61,6 +61,7 @@ def test_a_family_gets_the_full_split(kind: str, tp: int, sizes: dict[str, Any])
     [
         ("llama", ONE | {"num_key_value_heads": 2}),
         ("qwen3", ONE | {"num_key_value_heads": 2}),
+        ("phi3", ONE | {"num_key_value_heads": 2}),
         ("falcon", ONE | {"multi_query": True, "new_decoder_architecture": False}),
     ],
 )

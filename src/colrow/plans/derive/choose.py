@@ -24,6 +24,8 @@ class Segment:
 
     size: int
     sharded: bool
+    kv: Atom | None = None
+    """The kv heads of a segment that stays whole because they do not divide: a rank uses those of its query heads."""
 
 
 @dataclass
@@ -110,11 +112,13 @@ class Choice:
         for position, atom in enumerate(atoms):
             outer = math.prod(a.size for a in atoms[:position])
             inner = math.prod(a.size for a in atoms[position + 1 :])
+            if atom in self.groups and atoms[position + 1 : position + 2] != [find(self.groups[atom])]:
+                return [Segment(atom.size * inner, False, atom)] * outer
             if atom in self.atoms or atom in self.groups:
                 return [Segment(atom.size * inner, True)] * outer
             if atom.segments and self.sharded([atom]):
                 within = [s for segment in atom.segments for s in self.segments(segment)]
-                return _join([Segment(s.size * inner, s.sharded) for s in within] * outer)
+                return _join([Segment(s.size * inner, s.sharded, s.kv) for s in within] * outer)
         return [Segment(size_of(dim), False)]
 
 
@@ -122,7 +126,7 @@ def _join(segments: list[Segment]) -> list[Segment]:
     """Neighbouring whole segments are one."""
     out: list[Segment] = []
     for segment in segments:
-        if out and not segment.sharded and not out[-1].sharded:
+        if out and not segment.sharded and not out[-1].sharded and segment.kv is None and out[-1].kv is None:
             out[-1] = Segment(out[-1].size + segment.size, False)
         else:
             out.append(segment)
