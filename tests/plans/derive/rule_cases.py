@@ -183,11 +183,9 @@ def _reductions(w: int) -> dict[str, Case]:
         "diff": (lambda x, a: aten.diff(_y(x, a), 1, 1), one),
         "topk": (lambda x, a: aten.topk(_y(x, a), 2, 1)[0], one),
         "sort": (lambda x, a: aten.sort(_y(x, a), 1)[0], one),
-        "kthvalue": (lambda x, a: aten.kthvalue(_y(x, a), 2, 1, True)[0], one),
         "argsort": (lambda x, a: aten.argsort(_y(x, a), 1) * _y(x, a), one),
-        "max": (lambda x, a: aten.max.dim(_y(x, a), 1)[0], one),
-        "min": (lambda x, a: aten.min.dim(_y(x, a), 1, True)[0], one),
-        "mode": (lambda x, a: aten.mode(_y(x, a), 1)[0], one),
+        "max": (lambda x, a, b: aten.max(aten.max.dim(_y(x, a), 1)[0], b), ((w, 5), (w,))),
+        "min": (lambda x, a, b: aten.min(aten.min.dim(_y(x, a), 1, True)[0], b), ((w, 5), (w,))),
         "histc": (lambda x, a, b: (aten.histc(_y(x, a), 5, 0.0, 1.0) * x) @ b.T, ((4, 5), (w, 5))),
         "bincount": (
             lambda x, a, b: (aten.bincount((_y(x, a) * 5).long().flatten(), None, 5) * x) @ b.T,

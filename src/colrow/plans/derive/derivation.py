@@ -13,13 +13,14 @@ from colrow.errors import PlanError
 from colrow.plans.derive.axes import block, leaves
 from colrow.plans.derive.blocks import Block, BlockFinder, SplitError
 from colrow.plans.derive.choose import Choice, choose, legal_degrees
-from colrow.plans.derive.emit import Emitter, compress
+from colrow.plans.derive.compress import compress, pattern
+from colrow.plans.derive.emit import Emitter
 from colrow.plans.derive.flow import Flow, Flows
 from colrow.plans.derive.infer import AxisInference, shape_of
 from colrow.plans.derive.local import Attributes, LocalCheck
 from colrow.plans.derive.sequence import NoStreamError, Stream, find_stream
 from colrow.plans.derive.table import infer
-from colrow.plans.derive.trace import Trace, default_inputs, module_path, trace
+from colrow.plans.derive.trace import Trace, default_inputs, label_of, module_path, trace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +123,7 @@ class _Derive:
 
     def _attempt(self, choice: Choice) -> Derivation:
         wide = {module_path(n) for n, dims in self.inference.averaged.items() if choice.any_sharded(dims)}
-        flows = Flows(self.inference, choice, wide)
+        flows = Flows(self.inference, choice, wide, self.traced.ties)
         finder = BlockFinder(flows)
         blocks = finder.find()
         flow = finder.whole_graph(blocks)
@@ -229,12 +230,9 @@ class _Derive:
                 )
         reductions: dict[str, int] = {}
         if finder is not None:
-            from colrow.plans.derive.emit import _pattern
-            from colrow.plans.derive.trace import label_of
-
             for node in finder.borders(blocks)[1]:
                 if label_of(node).path == "0":
-                    key = _pattern(label_of(node).module)
+                    key = pattern(label_of(node).module)
                     reductions[key] = reductions.get(key, 0) + 1
         return Derivation(
             self.tp,

@@ -14,7 +14,7 @@ from colrow.plans.derive.axes import Atom, Dim, find, leaves
 from colrow.plans.derive.blocks import Block, BlockFinder, SplitError
 from colrow.plans.derive.choose import Choice
 from colrow.plans.derive.flow import Flow, Flows
-from colrow.plans.derive.infer import op_name, shape_of
+from colrow.plans.derive.infer import op_name
 from colrow.plans.derive.sequence import Stream
 from colrow.plans.derive.trace import Scale, Trace, label_of
 
@@ -392,29 +392,3 @@ def _flat(dim: Dim) -> set[Atom]:
         for segment in atom.segments or ():
             out |= _flat(segment)
     return out
-
-
-def compress(styles: dict[str, dict[str, Any]], model: nn.Module) -> dict[str, Any]:
-    """Keys with `*` for a number where every module that the pattern matches has the same style."""
-    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-    by_pattern: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        by_pattern[_pattern(name)].append(name)
-    out: dict[str, Any] = {}
-    for name in names:
-        if name not in styles:
-            continue
-        pattern = _pattern(name)
-        peers = by_pattern[pattern]
-        same = len(peers) > 1 and all(styles.get(peer) == styles[name] for peer in peers)
-        style = styles[name]
-        out[pattern if same else name] = style["style"] if len(style) == 1 else style
-    return out
-
-
-def _pattern(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-def local_shape(choice: Choice, dims: list[Dim], node: Node) -> list[int]:
-    return choice.local_shape(dims) if dims else shape_of(node)

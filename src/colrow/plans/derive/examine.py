@@ -108,8 +108,11 @@ def narrow(traced: Trace) -> bool:
 
 def judge(derivation: Derivation, model: nn.Module) -> tuple[str, str]:
     """full, partial or whole, and why not full."""
+    used = set(derivation.sharded) | derivation.whole.keys()  # a decoder alone does not use its cross-attention
     matrices = {
-        n: p.numel() for n, p in model.named_parameters() if p.dim() >= 2 and any(c.isdigit() for c in n.split("."))
+        n: p.numel()
+        for n, p in model.named_parameters()
+        if n in used and p.dim() >= 2 and any(c.isdigit() for c in n.split("."))
     }
     split = sum(size for name, size in matrices.items() if name in set(derivation.sharded))
     layers = len({".".join(n.split(".")[: [c.isdigit() for c in n.split(".")].index(True) + 1]) for n in matrices}) or 1
@@ -119,10 +122,11 @@ def judge(derivation: Derivation, model: nn.Module) -> tuple[str, str]:
         return "full", ""
     reasons = [n for n in derivation.notes if not n.startswith("no sequence shards")]
     if not reasons:
-        reasons = [f"{n}: {w}" for n, w in derivation.whole.items() if n in matrices]
+        largest = sorted((n for n in derivation.whole if n in matrices), key=lambda n: -matrices[n])
+        reasons = [f"{n}: {derivation.whole[n]}" for n in largest]
     if derivation.unknown:
-        reasons.append("no rule for " + ", ".join(sorted(derivation.unknown)[:4]))
-    reason = "; ".join(dict.fromkeys(reasons[:2] + reasons[-1:])) or f"{inner} reductions in {layers} layers"
+        reasons.insert(1, "no rule for " + ", ".join(sorted(derivation.unknown)[:4]))
+    reason = "; ".join(dict.fromkeys(reasons[:2])) or f"{inner} reductions in {layers} layers"
     return ("partial" if derivation.sharded else "whole"), reason[:220]
 
 

@@ -25,6 +25,7 @@ from colrow.plans.derive.choose import Choice
 from colrow.plans.derive.emit import Emission
 from colrow.plans.derive.flow import Flows
 from colrow.plans.derive.infer import op_name, shape_of
+from colrow.plans.derive.reads import record_reads
 from colrow.plans.derive.sequence import Stream
 from colrow.plans.derive.trace import (
     Rescale,
@@ -276,47 +277,12 @@ class LocalCheck:
                 and not isinstance(module, (nn.Linear, nn.ModuleList))
                 and not hasattr(module, "nf")
             ):
-                _record_reads(name, module, found)
+                record_reads(name, module, found)
         keywords, names = call_keywords(model)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with quiet(), torch.no_grad(), mode, contextlib.suppress(Exception):
             _FirstTensor(model.eval(), keywords, names)(*(mode.from_tensor(x) for x in self.inputs))
         return [(name, key, value) for (name, key), value in found.items()]
-
-
-class _Reads:
-    """Stands for a config and notes which of its integers are read."""
-
-    def __init__(self, target: Any, note: Any) -> None:
-        object.__setattr__(self, "_target", target)
-        object.__setattr__(self, "_note", note)
-
-    def __getattr__(self, key: str) -> Any:
-        value = getattr(self._target, key)
-        if type(value) is int:
-            self._note(f"config.{key}", value)
-        return value
-
-    def __setattr__(self, key: str, value: Any) -> None:
-        setattr(self._target, key, value)
-
-
-def _record_reads(name: str, module: nn.Module, found: dict[tuple[str, str], int]) -> None:
-    def note(key: str, value: int) -> None:
-        if value > 1:
-            found[(name, key)] = value
-
-    def read(self: nn.Module, key: str) -> Any:
-        value = base.__getattribute__(self, key)
-        if type(value) is int and not key.startswith("_"):
-            note(key, value)
-        return value
-
-    base = type(module)
-    kind = type(base.__name__, (base,), {"__getattribute__": read})
-    if "config" in vars(module):
-        vars(module)["config"] = _Reads(vars(module)["config"], note)
-    module.__class__ = kind
 
 
 VARIES = frozenset(("arange", "linspace", "eye", "tril_indices", "triu_indices"))

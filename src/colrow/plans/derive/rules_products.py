@@ -16,7 +16,7 @@ from colrow.plans.derive.infer import (
     rule,
     shape_of,
 )
-from colrow.plans.derive.rules_pointwise import broadcast
+from colrow.plans.derive.rules_pointwise import broadcast, elementwise
 from colrow.plans.derive.rules_views import cut, index_piece, sibling_pieces
 
 
@@ -240,10 +240,10 @@ def scatter(inference: AxisInference, node: Node) -> Result:
     return dims
 
 
-@rule("topk", "sort", "kthvalue", "mode")
+@rule("topk", "sort")
 def order(inference: AxisInference, node: Node) -> Result:
     dims = list(inference.of(node.args[0]))
-    position = {"topk": 2, "kthvalue": 2}.get(op_name(node), 1)
+    position = 2 if op_name(node) == "topk" else 1
     where = argument(node, position, "dim", -1)
     block(dims[int(where)], "sorted")
     size = shape_of_part(node, 0)[int(where)]
@@ -268,8 +268,10 @@ def max_along(inference: AxisInference, node: Node) -> Result:
         for dim in dims:
             block(dim, "reduced")
         return []
+    if isinstance(where, Node):
+        return elementwise(inference, node)
     if not isinstance(where, int):
-        raise NoRuleError("max of two tensors")
+        raise NoRuleError("max over several dimensions")
     block(dims[where], "reduced")
     if argument(node, 2, "keepdim", False):
         dims[where] = []

@@ -65,15 +65,18 @@ def tiny(config_class: Any, model_class: Any, seed: int = 0, **sizes: Any) -> nn
     `sizes` replace those of the table, under the configuration's own names.
     """
     default = config_class()
-    names = vars(default).keys() | {k for k in SIZES if hasattr(default, k)}
+    mapped = getattr(config_class, "attribute_map", {})
+    fixed = {k for k in (*SIZES, "layer_types", "mlp_layer_types") if _computed(config_class, mapped.get(k, k))}
+    names = (vars(default).keys() | {k for k in SIZES if hasattr(default, k)}) - fixed
     chosen: dict[str, Any] = {k: v for k, v in SIZES.items() if k in names}
     chosen |= {k: 0.0 for k in ZERO if k in names}
     if "pad_token_id" in names:
         chosen["pad_token_id"] = 0
     for name in ("layer_types", "mlp_layer_types"):
         kinds = getattr(default, name, None)
-        if isinstance(kinds, list) and kinds:
-            chosen[name] = (kinds[:1] + [k for k in kinds if k != kinds[0]][:1] + kinds)[:2]
+        if isinstance(kinds, list) and kinds and name not in fixed:
+            two = (kinds[:1] + [k for k in kinds if k != kinds[0]][:1] + kinds)[:2]
+            chosen[name] = two[: sizes.get("num_hidden_layers", 2)]
     chosen |= sizes
     torch.manual_seed(seed)
     try:
@@ -86,3 +89,9 @@ def tiny(config_class: Any, model_class: Any, seed: int = 0, **sizes: Any) -> nn
             if param.dim() == 1:
                 param.add_(0.1 * torch.randn_like(param))
     return model.eval()
+
+
+def _computed(config_class: Any, name: str) -> bool:
+    """Whether a configuration computes this name and takes no value for it."""
+    found = getattr(config_class, name, None)
+    return isinstance(found, property) and found.fset is None
