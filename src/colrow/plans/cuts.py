@@ -236,8 +236,14 @@ def named_cuts(site: Site, style: str, shards: dict[str, Any]) -> dict[str, Cut]
         else:
             dim = int(said["dim"])
             segments = tuple(said.get("segments") or (int(param.shape[dim]),))
-            uneven = {key: tuple(said.get(key) or ()) for key in ("whole", "kv")}
-            cuts[name] = Cut(dim, segments, **uneven, heads=said.get("heads", 0), kv_heads=said.get("kv_heads", 0))
+            cuts[name] = Cut(
+                dim,
+                segments,
+                tuple(said.get("whole") or ()),
+                kv=tuple(said.get("kv") or ()),
+                heads=said.get("heads", 0),
+                kv_heads=said.get("kv_heads", 0),
+            )
     return cuts
 
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor, nn
 
 from colrow.plans.derive.derivation import Derivation, derive
-from colrow.plans.derive.examine import TOLERANCE, TOLERANCE_FP32, judge, narrow
+from colrow.plans.derive.examine import TOLERANCE, TOLERANCE_FP32, judge, narrow, prepared
 from colrow.plans.derive.parity import available, parity
 from colrow.plans.derive.tiny import classes, tiny
-from colrow.plans.derive.trace import default_inputs, trace
+from colrow.plans.derive.trace import trace
 from colrow.plans.plan import Plan
 
 pytest.importorskip("transformers")
@@ -26,9 +25,7 @@ ONE = {"num_hidden_layers": 1}
 
 def proved(kind: str, tp: int, **sizes: Any) -> tuple[Derivation, nn.Module, tuple[Tensor, ...]]:
     """The derivation of a tiny model, after its plan was proved."""
-    model = tiny(*classes(kind), **sizes).double()
-    shape = default_inputs(model, tp)[0].shape
-    inputs = (torch.randint(3, 200, shape, generator=torch.Generator().manual_seed(0)),)
+    model, inputs = prepared(tiny(*classes(kind), **sizes), tp)
     traced = trace(model, inputs)
     found = derive(model, tp, inputs=inputs, traced=traced)
     proof = parity(model, found.plan(), tp, inputs)

@@ -52,7 +52,11 @@ def build(kind: str, tp: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 
 def _build(kind: str, tp: int, **sizes: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    model = tiny(*classes(kind), **sizes)
+    return prepared(tiny(*classes(kind), **sizes), tp)
+
+
+def prepared(model: nn.Module, tp: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """A model with a vocabulary of 200 at least, in fp64 where it runs so (grouped products do not), and token ids."""
     shape = default_inputs(model, tp)[0].shape
     inputs = (torch.randint(3, 200, shape, generator=torch.Generator().manual_seed(0)),)
     with torch.no_grad():

@@ -176,8 +176,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if given.results:
                 with given.results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
-    degrees = " ".join(map(str, given.tp))
-    command = f"python -m colrow.plans.derive.sweep --tp {degrees} --results sweep.jsonl -o docs/models.md"
+    said = " ".join(map(str, given.tp))
+    command = f"python -m colrow.plans.derive.sweep --tp {said} --results sweep.jsonl -o docs/models.md"
     text = table(list(results.values()), command)
     if given.output:
         given.output.write_text(text, encoding="utf-8")

@@ -63,7 +63,13 @@ def tiny(config_class: Any, model_class: Any, seed: int = 0, **sizes: Any) -> nn
     """A two-layer model with small sizes, weights from `seed`, and vectors (norms, biases) that are not all alike.
 
     `sizes` replace those of the table, under the configuration's own names.
+
+    Raises:
+        ValueError: the configuration holds those of several models (text and vision).
     """
+    parts = getattr(config_class, "sub_configs", None)
+    if parts:
+        raise ValueError(f"the model is made of several ({', '.join(parts)}) and takes more than token ids")
     default = config_class()
     mapped = getattr(config_class, "attribute_map", {})
     fixed = {k for k in (*SIZES, "layer_types", "mlp_layer_types") if _computed(config_class, mapped.get(k, k))}
