@@ -176,7 +176,8 @@ class _Derive:
 
     def _suspects(self, choice: Choice, finder: BlockFinder, why: str) -> set[Any]:
         """Classes whose weights lie in the module that the message names; all that are no vocabulary otherwise."""
-        named = [p for p in why.replace(",", " ").split() if "." in p]
+        modules = {name for name, _ in self.model.named_modules()}
+        named = [p for p in why.replace(",", " ").split() if "." in p or p in modules]
         found = set()
         for node, name in self.inference.params.items():
             owner = name.rpartition(".")[0]

@@ -141,7 +141,7 @@ class LocalCheck:
             if extents is not None and isinstance(value, Tensor) and list(value.shape) != extents:
                 return f"{op_name(mine)} in {where} gives {list(value.shape)} on a rank, not {extents}"
             if extents is not None and extents != shape_of(mine) and self._same_on_all(mine, its):
-                return f"{op_name(mine)} in {where} would give every rank the same part of a constant"
+                return f"{op_name(mine)} in {where} {ALIKE}"
             if _numbers(mine) != _numbers(its):
                 return f"{op_name(mine)} in {where} computes with {_numbers(its)} on a rank, not {_numbers(mine)}"
         if len(ours) != len(theirs):
@@ -230,7 +230,8 @@ class LocalCheck:
                 why = self.quick(attributes) or self.mismatch(attributes)
                 if why is None:
                     return attributes
-                first = why if first is None or (candidates is not None and why.startswith("in|")) else first
+                telling = why.startswith("in|") or ALIKE in why
+                first = why if first is None or (candidates is not None and telling) else first
             if candidates is None:
                 candidates = self.candidates()
                 groups = sorted(candidates, key=lambda key: (not LIKELY.search(key[1]), key))
@@ -285,6 +286,7 @@ class LocalCheck:
         return [(name, key, value) for (name, key), value in found.items()]
 
 
+ALIKE = "would give every rank the same part of a constant"
 VARIES = frozenset(("arange", "linspace", "eye", "tril_indices", "triu_indices"))
 """Operators that make a constant whose elements differ."""
 CUTS = frozenset(("slice", "narrow", "select", "index", "index_select"))

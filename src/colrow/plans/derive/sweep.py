@@ -92,8 +92,8 @@ def read(path: Path) -> dict[tuple[str, int], Row]:
     return {(row["model"], row["tp"]): row for row in map(json.loads, lines)}
 
 
-def table(rows: Sequence[Row], command: str) -> str:
-    """Markdown: the counts of each verdict at each degree, and one line a model."""
+def table(rows: Sequence[Row], command: str, known: Sequence[str]) -> str:
+    """Markdown: the counts of each verdict at each degree, one line a model, and which of `known` have no row yet."""
     import transformers
 
     degrees = sorted({row["tp"] for row in rows})
@@ -103,7 +103,7 @@ def table(rows: Sequence[Row], command: str) -> str:
     lines = [
         "# Models that a derived plan was proved on",
         "",
-        f"Every causal language model of transformers {transformers.__version__} in a tiny configuration, with torch "
+        f"Causal language models of transformers {transformers.__version__} in tiny configurations, with torch "
         f"{torch.__version__.partition('+')[0]} on a CPU. Each plan ran forward and backward on simulated ranks, and "
         "loss and every gradient were compared with the unsharded model: 1e-9 relative in fp64, 1e-5 where the model "
         "computes in fp32 by itself. The table is made by",
@@ -139,6 +139,8 @@ def table(rows: Sequence[Row], command: str) -> str:
         reasons = dict.fromkeys(r.get("reason", "") for r in found.values())
         reason = " / ".join(r for r in reasons if r).replace("|", "/")
         lines.append(f"| {model} | {' | '.join(verdicts)} | {share} | {shards} | {worst} | {reason} |")
+    if missing := [name for name in known if name not in by_model]:
+        lines += ["", f"Not run yet, {len(missing)} of {len(known)}: {', '.join(missing)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -178,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     file.write(json.dumps(row) + "\n")
     said = " ".join(map(str, given.tp))
     command = f"python -m colrow.plans.derive.sweep --tp {said} --results sweep.jsonl -o docs/models.md"
-    text = table(list(results.values()), command)
+    text = table(list(results.values()), command, known)
     if given.output:
         given.output.write_text(text, encoding="utf-8")
     elif not given.results:
