@@ -65,11 +65,11 @@ def tiny(config_class: Any, model_class: Any, seed: int = 0, **sizes: Any) -> nn
     `sizes` replace those of the table, under the configuration's own names.
 
     Raises:
-        ValueError: the configuration holds those of several models (text and vision).
+        ValueError: the configuration holds others (text and vision), which the sizes would not reach.
     """
     parts = getattr(config_class, "sub_configs", None)
     if parts:
-        raise ValueError(f"the model is made of several ({', '.join(parts)}) and takes more than token ids")
+        raise ValueError(f"its configuration holds others ({', '.join(parts)}), which the tiny sizes do not reach")
     default = config_class()
     mapped = getattr(config_class, "attribute_map", {})
     fixed = {k for k in (*SIZES, "layer_types", "mlp_layer_types") if _computed(config_class, mapped.get(k, k))}
