@@ -160,7 +160,7 @@ def class_facts(inference: AxisInference) -> ClassFacts:
         for dims in result if isinstance(result, tuple) else (result,):
             seen: Counter[Atom] = Counter()
             for dim in dims or ():
-                for atom in set(_atoms_in(dim)):
+                for atom in dict.fromkeys(_atoms_in(dim)):
                     seen[atom] += 1
             for atom, count in seen.items():
                 facts.where[atom].add(node)
@@ -240,7 +240,8 @@ def choose(inference: AxisInference, tp: int, soft: bool = True, vocabulary: boo
         used.update(facts.where[atom])
 
     positions = {a for n in inference.graph.nodes if not _by_token(inference, n) for a in _lookup_rows(inference, n)}
-    ranked = sorted(facts.volume, key=lambda a: -facts.volume[a])
+    # kv heads before the query heads inside one of their groups: in a fused weight they hold equally much
+    ranked = sorted(facts.volume, key=lambda a: (-facts.volume[a], -len(facts.where[a])))
     first = [a for a in ranked if a.soft is None and (vocabulary or a not in lookups | outputs)]
     for atom in first:
         if free(atom):
