@@ -15,7 +15,13 @@ import yaml
 from torch import nn
 
 from colrow.errors import PlanError, did_you_mean
-from colrow.plans import styles_fast_ends, styles_head, styles_local, styles_packed  # noqa: F401  (they register)
+from colrow.plans import (  # noqa: F401  (they register)
+    styles_block,
+    styles_fast_ends,
+    styles_head,
+    styles_local,
+    styles_packed,
+)
 from colrow.plans.site import Site
 from colrow.plans.styles import ParameterLayout, Style, style_from_data, token_order
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from colrow.plans.derive.derivation import Derivation, DeriveOptions, derive
+from colrow.plans.derive.local import LocalCheck
 from colrow.plans.derive.parity import available, parity
 from colrow.plans.derive.prove import Sabotage, prove
 from colrow.plans.plan import Plan
@@ -106,6 +107,28 @@ class Convolved(nn.Module):
         return x + self.mlp(y)
 
 
+class SlopedAttention(Attention):
+    """Counts its heads to make a bias for each: on a rank it would count from the first."""
+
+    def forward(self, x: Tensor, causal: bool = True) -> Tensor:
+        B, T, _ = x.shape
+        q, k, v = (t.view(B, T, self.heads, self.dim).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        slopes = 2.0 ** -torch.arange(self.heads, dtype=x.dtype)
+        places = torch.arange(T, dtype=x.dtype)
+        bias = slopes[:, None, None] * (places[None, :] - places[:, None])
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.out(y.transpose(1, 2).reshape(B, T, self.heads * self.dim))
+
+
+class Sloped(nn.Module):
+    def __init__(self, d: int = 32) -> None:
+        super().__init__()
+        self.attention, self.mlp = SlopedAttention(d, 4), Gated(d, 2 * d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(x + self.attention(x))
+
+
 @torch.library.custom_op("colrow_test::mystery", mutates_args=())
 def mystery(x: Tensor) -> Tensor:
     return x.flip(-1) * 2
@@ -144,9 +167,9 @@ STATES = torch.randn(3, 34, 32, dtype=torch.float64, generator=torch.Generator()
 
 
 @needs_simulation
-@pytest.mark.parametrize("kind", ["serial", "parallel", "shared"])
-def test_a_gpt_with_fused_qkv(kind: str) -> None:
-    found, error = check(GPT(parallel=kind == "parallel", shared=kind == "shared"))
+@pytest.mark.parametrize(("kind", "tp"), [("serial", 4), ("parallel", 2), ("shared", 2)])
+def test_a_gpt_with_fused_qkv(kind: str, tp: int) -> None:
+    found, error = check(GPT(parallel=kind == "parallel", shared=kind == "shared"), tp)
     assert error < TOLERANCE
     assert found.share > 0.5
     where = "layers.0" if kind == "shared" else "layers.*"
@@ -165,6 +188,31 @@ def test_an_encoder(shards: bool) -> None:
     found, error = check(Encoder(), x=STATES, sequence_parallel=shards)
     assert error < TOLERANCE
     assert {"layers.*.attention.out", "layers.*.mlp.down"} <= found.reductions.keys()
+
+
+@needs_simulation
+def test_a_packed_layer_outside_of_a_block_sums_its_input_gradient() -> None:
+    modules: dict[str, Any] = {
+        "layers.*.mlp.up": {"style": "packed_colwise", "segments": [64, 64]},
+        "layers.*.mlp.down": "rowwise",
+    }
+    torch.manual_seed(0)
+    model = Encoder().double()
+    assert parity(model, Plan(modules=modules), 2, (STATES,)).worst < TOLERANCE
+    modules["layers.*.mlp.up"] |= {"segments": [128]}
+    assert parity(model, Plan(modules=modules), 2, (STATES,)).worst > 1e-3
+
+
+@needs_simulation
+def test_slopes_that_each_rank_would_make_alike_keep_the_heads_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, error = check(Sloped(), x=STATES)
+    assert error < TOLERANCE
+    assert "mlp.down.weight" in found.sharded
+    assert "attention.qkv.weight" in found.whole
+    monkeypatch.setattr(LocalCheck, "_same_on_all", lambda *_: False)
+    found, error = check(Sloped(), x=STATES)
+    assert "attention.qkv.weight" in found.sharded
+    assert error > 1e-3
 
 
 @needs_simulation

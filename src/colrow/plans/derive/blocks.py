@@ -66,7 +66,9 @@ class BlockFinder:
                     for n in names
                     if any(f == n and self.flows.is_sharded(p) for p, f in self.inference.params.items())
                 }
-                owners[node] = next((self.flows.owners[n] for n in sorted(weights)), self.flows.path[node])
+                path = self.flows.path[node]  # of tied weights the one that is used here
+                here = any(path in self.flows.sharers[n] for n in weights)
+                owners[node] = path if here else next((self.flows.owners[n] for n in sorted(weights)), path)
         return owners
 
     def components(self) -> dict[str, list[Node]]:
@@ -278,7 +280,7 @@ class BlockFinder:
         )
         for node, why in flow.clashes:
             raise SplitError(
-                self.atoms_of({node, *node.all_input_nodes}) or set(self.choice.atoms),
+                self.atoms_of({node, *node.all_input_nodes}) or self._summed(node, flow) or set(self.choice.atoms),
                 f"{why} ({op_name(node)} in {self.flows.path[node] or 'the model'})",
             )
         both = flow.same & flow.summed
@@ -291,6 +293,20 @@ class BlockFinder:
             if flow.kinds.get(node) is Kind.S and not self.atoms_of({node}) <= self.choice.vocabulary:
                 raise SplitError(self.atoms_of({node}), "the caller gets this axis")
         return flow
+
+    def _summed(self, node: Node, flow: Flow) -> set[Atom]:
+        """Classes whose contraction left the sums over ranks that reach this node."""
+        out: set[Atom] = set()
+        seen, todo = {node}, [node]
+        while todo:
+            for source in todo.pop().all_input_nodes:
+                if source in seen or flow.kinds.get(source) is not Kind.P:
+                    continue
+                seen.add(source)
+                todo.append(source)
+                for dim in self.inference.contracted.get(source, ()):
+                    out |= {a for a in _flat(dim) if a in self.choice.atoms or a in self.choice.groups}
+        return out
 
     def head_entries(self) -> set[Node]:
         """Inputs of the modules that make the vocabulary's logits."""

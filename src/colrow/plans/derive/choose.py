@@ -24,6 +24,8 @@ class Segment:
 
     size: int
     sharded: bool
+    kv: Atom | None = None
+    """The kv heads of a segment that stays whole because they do not divide: a rank uses those of its query heads."""
 
 
 @dataclass
@@ -110,11 +112,13 @@ class Choice:
         for position, atom in enumerate(atoms):
             outer = math.prod(a.size for a in atoms[:position])
             inner = math.prod(a.size for a in atoms[position + 1 :])
+            if atom in self.groups and atoms[position + 1 : position + 2] != [find(self.groups[atom])]:
+                return [Segment(atom.size * inner, False, atom)] * outer
             if atom in self.atoms or atom in self.groups:
                 return [Segment(atom.size * inner, True)] * outer
             if atom.segments and self.sharded([atom]):
                 within = [s for segment in atom.segments for s in self.segments(segment)]
-                return _join([Segment(s.size * inner, s.sharded) for s in within] * outer)
+                return _join([Segment(s.size * inner, s.sharded, s.kv) for s in within] * outer)
         return [Segment(size_of(dim), False)]
 
 
@@ -122,7 +126,7 @@ def _join(segments: list[Segment]) -> list[Segment]:
     """Neighbouring whole segments are one."""
     out: list[Segment] = []
     for segment in segments:
-        if out and not segment.sharded and not out[-1].sharded:
+        if out and not segment.sharded and not out[-1].sharded and segment.kv is None and out[-1].kv is None:
             out[-1] = Segment(out[-1].size + segment.size, False)
         else:
             out.append(segment)
@@ -156,7 +160,7 @@ def class_facts(inference: AxisInference) -> ClassFacts:
         for dims in result if isinstance(result, tuple) else (result,):
             seen: Counter[Atom] = Counter()
             for dim in dims or ():
-                for atom in set(_atoms_in(dim)):
+                for atom in dict.fromkeys(_atoms_in(dim)):
                     seen[atom] += 1
             for atom, count in seen.items():
                 facts.where[atom].add(node)
@@ -236,7 +240,8 @@ def choose(inference: AxisInference, tp: int, soft: bool = True, vocabulary: boo
         used.update(facts.where[atom])
 
     positions = {a for n in inference.graph.nodes if not _by_token(inference, n) for a in _lookup_rows(inference, n)}
-    ranked = sorted(facts.volume, key=lambda a: -facts.volume[a])
+    # kv heads before the query heads inside one of their groups: in a fused weight they hold equally much
+    ranked = sorted(facts.volume, key=lambda a: (-facts.volume[a], -len(facts.where[a])))
     first = [a for a in ranked if a.soft is None and (vocabulary or a not in lookups | outputs)]
     for atom in first:
         if free(atom):

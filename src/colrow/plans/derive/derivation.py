@@ -13,13 +13,14 @@ from colrow.errors import PlanError
 from colrow.plans.derive.axes import block, leaves
 from colrow.plans.derive.blocks import Block, BlockFinder, SplitError
 from colrow.plans.derive.choose import Choice, choose, legal_degrees
-from colrow.plans.derive.emit import Emitter, compress
+from colrow.plans.derive.compress import compress, pattern
+from colrow.plans.derive.emit import Emitter
 from colrow.plans.derive.flow import Flow, Flows
 from colrow.plans.derive.infer import AxisInference, shape_of
 from colrow.plans.derive.local import Attributes, LocalCheck
 from colrow.plans.derive.sequence import NoStreamError, Stream, find_stream
 from colrow.plans.derive.table import infer
-from colrow.plans.derive.trace import Trace, default_inputs, module_path, trace
+from colrow.plans.derive.trace import Trace, default_inputs, label_of, module_path, trace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,12 @@ class Derivation:
 
 
 def derive(
-    model: nn.Module, tp: int, *, inputs: Sequence[Tensor] | None = None, options: DeriveOptions | None = None
+    model: nn.Module,
+    tp: int,
+    *,
+    inputs: Sequence[Tensor] | None = None,
+    options: DeriveOptions | None = None,
+    traced: Trace | None = None,
 ) -> Derivation:
     """A plan for `model` at degree `tp`, from its graph alone.
 
@@ -77,13 +83,14 @@ def derive(
         inputs: example inputs, [batch, sequence, ...] first; token ids unless given. The sequence must be divisible by
             tp, and batch and sequence unlike any dimension of the model.
         options: what the plan may use.
+        traced: the trace of `model` on `inputs`, when there is one already (of another degree).
 
     Raises:
         PlanError: the model cannot be traced; the text says why.
     """
     options = options or DeriveOptions()
     given = tuple(inputs) if inputs is not None else default_inputs(model, tp)
-    traced = trace(model, given)
+    traced = traced or trace(model, given)
     return _Derive(model, tp, given, traced, options).run()
 
 
@@ -116,7 +123,7 @@ class _Derive:
 
     def _attempt(self, choice: Choice) -> Derivation:
         wide = {module_path(n) for n, dims in self.inference.averaged.items() if choice.any_sharded(dims)}
-        flows = Flows(self.inference, choice, wide)
+        flows = Flows(self.inference, choice, wide, self.traced.ties)
         finder = BlockFinder(flows)
         blocks = finder.find()
         flow = finder.whole_graph(blocks)
@@ -169,7 +176,8 @@ class _Derive:
 
     def _suspects(self, choice: Choice, finder: BlockFinder, why: str) -> set[Any]:
         """Classes whose weights lie in the module that the message names; all that are no vocabulary otherwise."""
-        named = [p for p in why.replace(",", " ").split() if "." in p]
+        modules = {name for name, _ in self.model.named_modules()}
+        named = [p for p in why.replace(",", " ").split() if "." in p or p in modules]
         found = set()
         for node, name in self.inference.params.items():
             owner = name.rpartition(".")[0]
@@ -223,12 +231,9 @@ class _Derive:
                 )
         reductions: dict[str, int] = {}
         if finder is not None:
-            from colrow.plans.derive.emit import _pattern
-            from colrow.plans.derive.trace import label_of
-
             for node in finder.borders(blocks)[1]:
                 if label_of(node).path == "0":
-                    key = _pattern(label_of(node).module)
+                    key = pattern(label_of(node).module)
                     reductions[key] = reductions.get(key, 0) + 1
         return Derivation(
             self.tp,

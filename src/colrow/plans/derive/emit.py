@@ -14,7 +14,7 @@ from colrow.plans.derive.axes import Atom, Dim, find, leaves
 from colrow.plans.derive.blocks import Block, BlockFinder, SplitError
 from colrow.plans.derive.choose import Choice
 from colrow.plans.derive.flow import Flow, Flows
-from colrow.plans.derive.infer import op_name, shape_of
+from colrow.plans.derive.infer import op_name
 from colrow.plans.derive.sequence import Stream
 from colrow.plans.derive.trace import Scale, Trace, label_of
 
@@ -137,26 +137,26 @@ class Emitter:
                         out.add(atom)
         return out
 
-    def _repeated(self, dim: Dim) -> Atom | None:
-        """The kv heads that stand in `dim` without their group, when they do not divide."""
-        for atom, after in zip(leaves(dim), [*leaves(dim)[1:], None], strict=False):
-            if atom in self.choice.groups and after is not find(self.choice.groups[atom]):
-                return atom
-            for segment in atom.segments or ():
-                if self._repeated(segment) is not None:
-                    return self._repeated(segment)
-        return None
+    def _plain_kv(self, name: str, dim: Dim) -> Atom | None:
+        """The kv heads of a k or v projection of its own, when they do not divide."""
+        atoms = leaves(dim)
+        if len(atoms) > 2 or atoms[0] not in self.choice.groups or not self._is_linear(self._module(name)):
+            return None
+        return None if atoms[1:] == [find(self.choice.groups[atoms[0]])] else atoms[0]
 
     def _cut(self, name: str, parameter: str) -> Any:
         position, dim = self._dim_of(name, parameter)
-        if (kv := self._repeated(dim)) is not None:
-            raise SplitError({kv}, f"{name}.{parameter} is fused and its kv heads do not divide")
         segments = self.choice.segments(dim)
-        if len(segments) == 1:
+        if len(segments) == 1 and segments[0].sharded:
             return position
         cut: dict[str, Any] = {"dim": position, "segments": [s.size for s in segments]}
-        if whole := [i for i, s in enumerate(segments) if not s.sharded]:
+        if whole := [i for i, s in enumerate(segments) if not s.sharded and s.kv is None]:
             cut["whole"] = whole
+        if repeated := {i: s.kv for i, s in enumerate(segments) if s.kv is not None}:
+            kv = next(iter(repeated.values()))
+            if any(other is not kv for other in repeated.values()):
+                raise SplitError(set(repeated.values()), f"{name}.{parameter} has kv heads of two kinds")
+            cut |= {"kv": list(repeated), "kv_heads": kv.size, "heads": kv.size * find(self.choice.groups[kv]).size}
         return cut
 
     def _head(self, name: str) -> None:
@@ -166,10 +166,8 @@ class Emitter:
         self.out.loss = "vocab_parallel"
 
     def _column(self, name: str, dim: Dim, in_local: bool) -> None:
-        kv = self._repeated(dim)
-        if kv is not None:
-            if in_local or not self._is_linear(self._module(name)) or len(leaves(dim)) > 2:
-                raise SplitError({kv}, f"the kv heads of {name} do not divide, and it is not a plain k or v projection")
+        kv = self._plain_kv(name, dim)
+        if kv is not None and not in_local:
             group = find(self.choice.groups[kv]).size
             rest = self._module(name).out_features // kv.size  # type: ignore[operator]
             self._put(name, style="kv_replicate", heads=kv.size * group, kv_heads=kv.size, head_dim=rest)
@@ -180,18 +178,15 @@ class Emitter:
         else:
             self._put(name, style="packed_colwise")
             if hasattr(self._module(name), "nf"):  # transformers' Conv1D views its output with it
-                self.out.attributes[name] = {
-                    "nf": "/tp" if not (isinstance(cut, dict) and "whole" in cut) else self.choice.local_size(dim)
-                }
+                even = isinstance(cut, int) or not {"whole", "kv"} & cut.keys()
+                self.out.attributes[name] = {"nf": "/tp" if even else self.choice.local_size(dim)}
             if isinstance(cut, dict):
-                self._put(name, segments=cut["segments"])
-                if "whole" in cut:
-                    self._put(name, whole=cut["whole"])
+                self._put(name, **{key: value for key, value in cut.items() if key != "dim"})
 
     def _row(self, name: str, dim: Dim, in_local: bool, block: Block | None) -> None:
         cut = self._cut(name, "weight")
         deferred = block is not None and block.deferred
-        if isinstance(cut, dict) and "whole" in cut:
+        if isinstance(cut, dict) and {"whole", "kv"} & cut.keys():
             raise SplitError(self._atoms(name), f"{name} takes a part of its input whole")
         if isinstance(cut, int) and not deferred and self._is_linear(self._module(name)):
             self._put(name, style="rowwise")
@@ -220,7 +215,9 @@ class Emitter:
                 if not self.owned.get(name) or not self._is_linear(self._module(name)):
                     return False
                 position, dim = self._dim_of(name, "weight")
-                if position != 0 or (self._repeated(dim) is None and not isinstance(self._cut(name, "weight"), int)):
+                if position != 0 or (
+                    self._plain_kv(name, dim) is None and not isinstance(self._cut(name, "weight"), int)
+                ):
                     return False
         return True
 
@@ -395,29 +392,3 @@ def _flat(dim: Dim) -> set[Atom]:
         for segment in atom.segments or ():
             out |= _flat(segment)
     return out
-
-
-def compress(styles: dict[str, dict[str, Any]], model: nn.Module) -> dict[str, Any]:
-    """Keys with `*` for a number where every module that the pattern matches has the same style."""
-    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-    by_pattern: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        by_pattern[_pattern(name)].append(name)
-    out: dict[str, Any] = {}
-    for name in names:
-        if name not in styles:
-            continue
-        pattern = _pattern(name)
-        peers = by_pattern[pattern]
-        same = len(peers) > 1 and all(styles.get(peer) == styles[name] for peer in peers)
-        style = styles[name]
-        out[pattern if same else name] = style["style"] if len(style) == 1 else style
-    return out
-
-
-def _pattern(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-def local_shape(choice: Choice, dims: list[Dim], node: Node) -> list[int]:
-    return choice.local_shape(dims) if dims else shape_of(node)

@@ -15,7 +15,7 @@ kinds clash, nothing is guessed: the axis class is given up.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -63,7 +63,13 @@ class Flow:
 class Flows:
     """Flow analysis of one choice on one graph."""
 
-    def __init__(self, inference: AxisInference, choice: Choice, wide: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        inference: AxisInference,
+        choice: Choice,
+        wide: Iterable[str] = (),
+        ties: Mapping[str, str] | None = None,
+    ) -> None:
         self.inference, self.choice = inference, choice
         self.wide = set(wide)
         """Modules that normalise over a sharded axis."""
@@ -75,6 +81,10 @@ class Flows:
         self.given = self._given()
         self.constant = self._constants()
         self.owners = {fqn: fqn.rpartition(".")[0] for fqn in inference.params.values()}
+        self.sharers = {fqn: {owner} for fqn, owner in self.owners.items()}
+        """All modules that hold a parameter under some name."""
+        for other, first in (ties or {}).items():
+            self.sharers.get(first, set()).add(other.rpartition(".")[0])
         self.params_of = self._params_of()
 
     # ------------------------------------------------------------------ facts about nodes
@@ -235,7 +245,7 @@ class Flows:
     def _owned_bias(self, node: Node, operand: Node, kind: Kind) -> bool:
         """The bias of the very module whose product is the partial sum: it is added at 1/tp on each rank."""
         names = self.params_of.get(operand, set())
-        return kind is Kind.W and all(self.owners[n] == self.path[node] for n in names)
+        return kind is Kind.W and all(self.path[node] in self.sharers[n] for n in names)
 
     def _zeros(self, node: object) -> bool:
         return (

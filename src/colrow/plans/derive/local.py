@@ -25,6 +25,7 @@ from colrow.plans.derive.choose import Choice
 from colrow.plans.derive.emit import Emission
 from colrow.plans.derive.flow import Flows
 from colrow.plans.derive.infer import op_name, shape_of
+from colrow.plans.derive.reads import record_reads
 from colrow.plans.derive.sequence import Stream
 from colrow.plans.derive.trace import (
     Rescale,
@@ -139,11 +140,24 @@ class LocalCheck:
             value = its.meta.get("val")
             if extents is not None and isinstance(value, Tensor) and list(value.shape) != extents:
                 return f"{op_name(mine)} in {where} gives {list(value.shape)} on a rank, not {extents}"
+            if extents is not None and extents != shape_of(mine) and self._same_on_all(mine, its):
+                return f"{op_name(mine)} in {where} {ALIKE}"
             if _numbers(mine) != _numbers(its):
                 return f"{op_name(mine)} in {where} computes with {_numbers(its)} on a rank, not {_numbers(mine)}"
         if len(ours) != len(theirs):
             return f"a rank runs {len(theirs)} operations, the whole model {len(ours)}"
         return None
+
+    def _same_on_all(self, mine: Node, its: Node) -> bool:
+        """Whether a constant that differs along its split axis is made, or cut, alike on every rank: the first heads'
+        slopes where each rank needs its own."""
+        name = op_name(mine)
+        if mine not in self.flows.constant or name not in VARIES | CUTS:
+            return False
+        if name in VARIES:
+            return True
+        whole, part = mine.args[0], its.args[0]
+        return isinstance(whole, Node) and isinstance(part, Node) and shape_of(whole) == shape_of(part)
 
     def quick(self, attributes: Attributes) -> str | None:
         """The same question at module boundaries only, without export: an error or a wrong extent."""
@@ -216,7 +230,8 @@ class LocalCheck:
                 why = self.quick(attributes) or self.mismatch(attributes)
                 if why is None:
                     return attributes
-                first = why if first is None or (candidates is not None and why.startswith("in|")) else first
+                telling = why.startswith("in|") or ALIKE in why
+                first = why if first is None or (candidates is not None and telling) else first
             if candidates is None:
                 candidates = self.candidates()
                 groups = sorted(candidates, key=lambda key: (not LIKELY.search(key[1]), key))
@@ -263,7 +278,7 @@ class LocalCheck:
                 and not isinstance(module, (nn.Linear, nn.ModuleList))
                 and not hasattr(module, "nf")
             ):
-                _record_reads(name, module, found)
+                record_reads(name, module, found)
         keywords, names = call_keywords(model)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with quiet(), torch.no_grad(), mode, contextlib.suppress(Exception):
@@ -271,41 +286,11 @@ class LocalCheck:
         return [(name, key, value) for (name, key), value in found.items()]
 
 
-class _Reads:
-    """Stands for a config and notes which of its integers are read."""
-
-    def __init__(self, target: Any, note: Any) -> None:
-        object.__setattr__(self, "_target", target)
-        object.__setattr__(self, "_note", note)
-
-    def __getattr__(self, key: str) -> Any:
-        value = getattr(self._target, key)
-        if type(value) is int:
-            self._note(f"config.{key}", value)
-        return value
-
-    def __setattr__(self, key: str, value: Any) -> None:
-        setattr(self._target, key, value)
-
-
-def _record_reads(name: str, module: nn.Module, found: dict[tuple[str, str], int]) -> None:
-    def note(key: str, value: int) -> None:
-        if value > 1:
-            found[(name, key)] = value
-
-    def read(self: nn.Module, key: str) -> Any:
-        value = base.__getattribute__(self, key)
-        if type(value) is int and not key.startswith("_"):
-            note(key, value)
-        return value
-
-    base = type(module)
-    kind = type(base.__name__, (base,), {"__getattribute__": read})
-    if "config" in vars(module):
-        vars(module)["config"] = _Reads(vars(module)["config"], note)
-    module.__class__ = kind
-
-
+ALIKE = "would give every rank the same part of a constant"
+VARIES = frozenset(("arange", "linspace", "eye", "tril_indices", "triu_indices"))
+"""Operators that make a constant whose elements differ."""
+CUTS = frozenset(("slice", "narrow", "select", "index", "index_select"))
+"""Operators that take a part of a tensor. (Pieces of a split are compared with the whole tensor's by their extents.)"""
 COPIES = frozenset(("clone", "contiguous", "alias", "_assert_tensor_metadata"))
 """Whether a reshape copies depends on extents that are 1, so copies are no difference."""
 
@@ -319,12 +304,16 @@ def _same_view(node: Node) -> str:
     return "view" if name in ("view", "_unsafe_view", "reshape") else name
 
 
+ARITHMETIC = frozenset(("add", "sub", "rsub", "mul", "div", "pow", "floor_divide", "remainder", "fmod", "clamp"))
+
+
 def _numbers(node: Node) -> list[float]:
-    """Floating-point constants among the arguments (scales, epsilons)."""
+    """Numbers among the arguments that go into values: scales, epsilons, a count that is divided by."""
     out: list[float] = []
+    kinds = (float, int) if op_name(node) in ARITHMETIC else (float,)
 
     def walk(value: Any) -> None:
-        if isinstance(value, float):
+        if isinstance(value, kinds):
             out.append(value)
         elif isinstance(value, (tuple, list)):
             for item in value:

@@ -116,7 +116,7 @@ class ShardedRun:
         if op_name(node) == "copy":  # has no derivative
             return args[1].to(args[0].dtype).expand_as(args[0])
         target: Any = node.target
-        if op_name(node) == "view":
+        if op_name(node) in ("view", "flatten", "unflatten"):
             target = torch.ops.aten.reshape.default
         return target(*args, **kwargs)
 
@@ -124,7 +124,7 @@ class ShardedRun:
         return dict(map_arg(node.kwargs, lambda n: env[n][rank]))
 
     def _constant_shape(self, node: Node) -> bool:
-        return op_name(node) in ("new_empty", "new_zeros", "new_ones", "new_full")
+        return op_name(node) in ("new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full")
 
     def _constant(self, node: Node, env: dict[Node, list[Any]]) -> list[Any]:
         args = map_arg(node.args, lambda n: env[n][0])
@@ -163,8 +163,8 @@ class ShardedRun:
         local = self.choice.local_size
         if name in ("view", "reshape", "_unsafe_view", "expand", "broadcast_to") and isinstance(dims, list):
             args[1] = self.choice.local_shape(dims)
-        elif name == "flatten" or name == "unflatten":
-            raise AssertionError("decomposed before")
+        elif name in ("flatten", "unflatten") and isinstance(dims, list):
+            args = [args[0], self.choice.local_shape(dims)]
         elif name == "repeat" and isinstance(dims, list):
             args[1] = self._local_repeats(node, dims)
         elif name == "repeat_interleave" and isinstance(dims, list):

@@ -10,16 +10,16 @@ from colrow.plans.derive.infer import AxisInference, Dims, NoRuleError, Result, 
 ELEMENTWISE = """
     add sub rsub mul div neg reciprocal pow square sqrt rsqrt abs sign exp exp2 expm1 log log1p log2 cos sin tan
     erf tanh sigmoid silu gelu relu relu6 leaky_relu elu celu selu softplus mish hardtanh hardswish hardsigmoid
-    threshold logit log_sigmoid softsign maximum minimum clamp clamp_min clamp_max where masked_fill to _to_copy
-    type_as float half bfloat16 double int long bool clone contiguous dropout detach alias lift_fresh_copy
+    threshold logit log_sigmoid maximum minimum clamp clamp_min clamp_max where masked_fill to _to_copy
+    type_as clone contiguous dropout detach alias lift_fresh_copy
     bitwise_and bitwise_or bitwise_not bitwise_xor logical_and logical_or logical_not logical_xor ge le lt gt eq
     ne not_equal floor ceil round trunc floor_divide remainder fmod isnan isinf isfinite nan_to_num lerp addcmul
-    addcdiv copy fill atan atan2 sinh cosh _conj real xlogy boundary __and__ __or__ __xor__ identity
+    addcdiv copy fill atan atan2 sinh cosh _conj real xlogy boundary __and__ __or__ __xor__
 """.split()  # noqa: SIM905
 
 CONSTANTS = """
     arange full scalar_tensor zeros ones empty new_ones new_zeros new_empty new_full empty_strided
-    new_empty_strided eye tril_indices triu_indices linspace tensor rand randn
+    new_empty_strided eye tril_indices triu_indices linspace rand randn
 """.split()  # noqa: SIM905
 
 LIKE = ["full_like", "zeros_like", "ones_like", "empty_like", "rand_like", "randn_like", "bernoulli"]

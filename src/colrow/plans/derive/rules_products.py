@@ -16,7 +16,7 @@ from colrow.plans.derive.infer import (
     rule,
     shape_of,
 )
-from colrow.plans.derive.rules_pointwise import broadcast
+from colrow.plans.derive.rules_pointwise import broadcast, elementwise
 from colrow.plans.derive.rules_views import cut, index_piece, sibling_pieces
 
 
@@ -63,12 +63,10 @@ def matmul(inference: AxisInference, node: Node) -> Result:
     return _product(inference, node, a, b)
 
 
-@rule("addmm", "baddbmm", "addbmm")
+@rule("addmm", "baddbmm")
 def addmm(inference: AxisInference, node: Node) -> Result:
     """bias + a b; the bias is broadcast to the product."""
     bias, a, b = node.args[:3]
-    if op_name(node) == "addbmm":
-        raise NoRuleError("addbmm")
     assert isinstance(bias, Node)
     assert isinstance(a, Node)
     assert isinstance(b, Node)
@@ -77,7 +75,7 @@ def addmm(inference: AxisInference, node: Node) -> Result:
     return broadcast(inference, shape, [(out, shape), (inference.of(bias), shape_of(bias))], node.name)
 
 
-@rule("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
+@rule("_grouped_mm", "grouped_mm_fallback")
 def grouped_mm(inference: AxisInference, node: Node) -> Result:
     """Rows of x [N, K], sorted by expert, times the experts' matrices w [E, K, M]; offsets [E] bound the groups."""
     x, w, offsets = node.args[0], node.args[1], argument(node, 2, "offs")
@@ -242,10 +240,10 @@ def scatter(inference: AxisInference, node: Node) -> Result:
     return dims
 
 
-@rule("topk", "sort", "kthvalue", "mode")
+@rule("topk", "sort")
 def order(inference: AxisInference, node: Node) -> Result:
     dims = list(inference.of(node.args[0]))
-    position = {"topk": 2, "sort": 1}.get(op_name(node), 2)
+    position = 2 if op_name(node) == "topk" else 1
     where = argument(node, position, "dim", -1)
     block(dims[int(where)], "sorted")
     size = shape_of_part(node, 0)[int(where)]
@@ -270,8 +268,10 @@ def max_along(inference: AxisInference, node: Node) -> Result:
         for dim in dims:
             block(dim, "reduced")
         return []
+    if isinstance(where, Node):
+        return elementwise(inference, node)
     if not isinstance(where, int):
-        raise NoRuleError("max of two tensors")
+        raise NoRuleError("max over several dimensions")
     block(dims[where], "reduced")
     if argument(node, 2, "keepdim", False):
         dims[where] = []
@@ -282,7 +282,7 @@ def max_along(inference: AxisInference, node: Node) -> Result:
 
 @rule("one_hot")
 def one_hot(inference: AxisInference, node: Node) -> Result:
-    return [*inference.of(node.args[0]), *inference.fresh(shape_of(node)[-1:])]
+    return [*inference.of(node.args[0]), *inference.fresh(shape_of(node)[-1:], "classes are counted along it")]
 
 
 @rule("histc", "bincount")

@@ -224,10 +224,8 @@ def split_pieces(node: Node) -> tuple[int, list[Piece]]:
     return dim, pieces
 
 
-@rule("split", "split_with_sizes", "chunk", "tensor_split")
+@rule("split", "split_with_sizes", "chunk")
 def split(inference: AxisInference, node: Node) -> Result:
-    if op_name(node) == "tensor_split":
-        raise NoRuleError("tensor_split")
     dim, pieces = split_pieces(node)
     out = []
     for piece in pieces:

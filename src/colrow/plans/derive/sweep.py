@@ -1,8 +1,9 @@
 """Derive and prove a plan for every causal language model of the installed transformers, on tiny configurations.
 
-    python -m colrow.plans.derive.sweep --tp 2 -o docs/models.md [NAME ...]
+    python -m colrow.plans.derive.sweep --tp 2 4 --results sweep.jsonl -o docs/models.md [NAME ...]
 
-Each model runs in a process of its own under a time limit. A model is
+Each model runs in a process of its own under a limit of CPU time. What the results file holds already is not run again
+(unless `--again`), so a long sweep goes in pieces (`--budget SECONDS`). A model is
 
     full          at least two reductions a layer, and most of its matrices split
     partial       something is split; the reason names what is not
@@ -17,232 +18,174 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
+import multiprocessing
+import resource
+import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from colrow.errors import PlanError
-from colrow.plans.derive.derivation import Derivation, derive
-from colrow.plans.derive.parity import parity
-from colrow.plans.derive.trace import default_inputs, trace
+from colrow.plans.derive.derivation import derive
+from colrow.plans.derive.examine import Row, examine
+from colrow.plans.derive.tiny import causal_models
 
-TOLERANCE = 1e-9
-TOLERANCE_FP32 = 1e-5
-"""For models that compute norms or a router in fp32 whatever the weights are."""
-WRONG = 1e-4
-"""Beyond this it is no rounding."""
-
-SIZES: dict[str, int] = {
-    **dict.fromkeys(("vocab_size",), 256),
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "word_embed_proj_dim", "embedding_size"), 64),
-    **dict.fromkeys(
-        ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size", "decoder_ffn_dim", "encoder_ffn_dim"),
-        128,
-    ),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers"), 2),
-    **dict.fromkeys(
-        ("num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads", "encoder_attention_heads"),
-        8,
-    ),
-    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "multi_query_group_num"), 4),
-    **dict.fromkeys(("head_dim", "attention_head_dim", "kv_channels", "rotary_dim"), 8),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"), 128),
-    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"), 2),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 32),
-    **dict.fromkeys(("kv_lora_rank",), 16),
-    **dict.fromkeys(("q_lora_rank",), 24),
-    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "qk_head_dim"), 8),
-    **dict.fromkeys(("n_group", "topk_group"), 1),
-    **dict.fromkeys(("first_k_dense_replace",), 1),
-}
-ZERO = (
-    "attn_pdrop",
-    "resid_pdrop",
-    "embd_pdrop",
-    "dropout",
-    "attention_dropout",
-    "hidden_dropout",
-    "hidden_dropout_prob",
-)
+VERDICTS = ("full", "partial", "whole", "fails", "untraceable", "not built", "WRONG")
 
 
-def causal_models() -> list[str]:
-    """Model types of every causal language model that the installed transformers knows."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-
-
-def classes(kind: str) -> tuple[Any, Any]:
-    """Configuration class and model class of one type; only its own modules are imported."""
-    import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
-    return CONFIG_MAPPING[kind], getattr(transformers, name if isinstance(name, str) else name[0])
+def _child(kind: str, degrees: Sequence[int], limit: int, to: Connection) -> None:
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+    for row in examine(kind, degrees, lambda text: to.send(text)):
+        to.send(row)
+    to.send(None)
 
 
-def tiny(config_class: Any, model_class: Any, seed: int = 0) -> nn.Module:
-    """A two-layer model with small prime-free sizes, weights from `seed`, norms that are not all ones."""
-    names = vars(config_class()).keys() | {k for k in SIZES if hasattr(config_class(), k)}
-    chosen: dict[str, Any] = {k: v for k, v in SIZES.items() if k in names}
-    chosen |= {k: 0.0 for k in ZERO if k in names}
-    if "pad_token_id" in names:
-        chosen["pad_token_id"] = 0
-    for name in ("layer_types", "mlp_layer_types"):
-        kinds = getattr(config_class(), name, None)
-        if isinstance(kinds, list) and kinds:
-            chosen[name] = (kinds[:1] + [k for k in kinds if k != kinds[0]][:1] + kinds)[:2]
-    torch.manual_seed(seed)
-    try:
-        model = model_class(config_class(**chosen))
-    except Exception:
-        chosen.pop("num_key_value_heads", None)
-        model = model_class(config_class(**chosen))
-    with torch.no_grad():
-        for param in model.parameters():
-            if param.dim() == 1:
-                param.add_(0.1 * torch.randn_like(param))
-    return model.eval()
-
-
-def examine(kind: str, tp: int) -> dict[str, Any]:
-    """One model: its class, how much is split, the worst gradient error, and the reason for what is not split."""
-    row: dict[str, Any] = {"model": kind, "tp": tp}
-    try:
-        config, cls = classes(kind)
-        model = tiny(config, cls)
-        inputs = default_inputs(model, tp)
-        generator = torch.Generator().manual_seed(0)
-        inputs = (torch.randint(3, 200, inputs[0].shape, generator=generator),)
-        with torch.no_grad():
-            model(input_ids=inputs[0], use_cache=False)
-    except Exception as error:
-        return row | {"verdict": "not built", "reason": _short(error)}
-    try:
-        model = model.double()
-        with torch.no_grad():
-            model(input_ids=inputs[0], use_cache=False)
-    except Exception:
-        model = model.float()
-    try:
-        trace(model, inputs)
-    except PlanError as error:
-        return row | {"verdict": "untraceable", "reason": _short(error)}
-    derivation = derive(model, tp, inputs=inputs)
-    row |= {
-        "share": round(derivation.share, 3),
-        "sequence_parallel": derivation.sequence_parallel,
-        "loss": derivation.loss,
-        "legal": derivation.legal,
-    }
-    try:
-        proof = parity(model, derivation.plan(), tp, inputs)
-    except Exception as error:
-        return row | {"verdict": "fails", "reason": _short(error)}
-    row |= {"loss_error": proof.loss, "gradient_error": proof.worst}
-    if max(proof.loss, proof.worst) > WRONG:
-        worst = max(proof.gradients, key=lambda n: proof.gradients[n])
-        return row | {"verdict": "WRONG", "reason": f"{worst} {proof.worst:.1e}"}
-    verdict, reason = judge(derivation, model)
-    return row | {"verdict": verdict, "reason": reason}
-
-
-def judge(derivation: Derivation, model: nn.Module) -> tuple[str, str]:
-    """full, partial or whole, and why not full."""
-    matrices = {
-        n: p.numel() for n, p in model.named_parameters() if p.dim() >= 2 and any(c.isdigit() for c in n.split("."))
-    }
-    split = sum(size for name, size in matrices.items() if name in set(derivation.sharded))
-    layers = len({".".join(n.split(".")[: [c.isdigit() for c in n.split(".")].index(True) + 1]) for n in matrices}) or 1
-    inner = sum(count for name, count in derivation.reductions.items() if "*" in name)
-    share = split / max(1, sum(matrices.values()))
-    if share >= 0.7 and inner >= 2 * layers:
-        return "full", ""
-    reasons = [n for n in derivation.notes if not n.startswith("no sequence shards")]
-    if not reasons:
-        reasons = [f"{n}: {w}" for n, w in derivation.whole.items() if n in matrices]
-    if derivation.unknown:
-        reasons.append("no rule for " + ", ".join(sorted(derivation.unknown)[:4]))
-    reason = "; ".join(dict.fromkeys(reasons[:2] + reasons[-1:])) or f"{inner} reductions in {layers} layers"
-    return ("partial" if derivation.sharded else "whole"), reason[:220]
-
-
-def _short(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:160]}"
-
-
-def run(kinds: Iterable[str], tp: int, limit: float) -> list[dict[str, Any]]:
-    """Each model in a process of its own, `limit` seconds at most."""
-    rows = []
-    for kind in kinds:
-        command = [sys.executable, "-m", "colrow.plans.derive.sweep", "--one", kind, "--tp", str(tp)]
-        start = time.monotonic()
+def run_one(kind: str, degrees: Sequence[int], limit: int) -> list[Row]:
+    """One model in a process of its own, `limit` seconds of CPU at most; a row for each degree."""
+    context = multiprocessing.get_context("fork")  # what is imported here need not be imported again
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(kind, degrees, limit, theirs), daemon=True)
+    start = time.monotonic()
+    process.start()
+    theirs.close()
+    rows: list[Row] = []
+    phase, why = "starting", ""
+    while True:
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
-            lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-            row = json.loads(lines[-1]) if lines else None
-            if row is None:
-                tail = (done.stderr.strip().splitlines() or ["no output"])[-1]
-                row = {"model": kind, "tp": tp, "verdict": "fails", "reason": f"exit {done.returncode}: {tail[:160]}"}
-        except subprocess.TimeoutExpired:
-            row = {"model": kind, "tp": tp, "verdict": "untraceable", "reason": f"no result within {limit:.0f} s"}
-        row["seconds"] = round(time.monotonic() - start, 1)
-        rows.append(row)
-        print(f"{kind:28s} {row['verdict']:12s} {row['seconds']:6.1f} s  {row.get('reason', '')[:90]}", flush=True)
-    return rows
+            said = ours.recv()
+        except EOFError:
+            process.join()
+            late = process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
+            why = f"no result within {limit} s of CPU" if late else f"the process ended with {process.exitcode}"
+            why = f"{why}, while {phase}"
+            break
+        if said is None:
+            break
+        if isinstance(said, str):
+            phase = said
+        else:
+            rows.append(said)
+    process.join()
+    verdict = {"starting": "not built", "building": "not built", "tracing": "untraceable"}.get(phase, "fails")
+    done = {row["tp"] for row in rows}
+    rows += [{"model": kind, "tp": tp, "verdict": verdict, "reason": why} for tp in degrees if tp not in done]
+    seconds = round(time.monotonic() - start, 1)
+    return [row | {"seconds": seconds} for row in rows]
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: one line a model, and the counts of each verdict."""
-    counts: dict[str, int] = {}
+def warm() -> None:
+    """Import what every model needs, before the processes split off."""
+    import transformers.modeling_utils
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    derive(nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32)), 2, inputs=(torch.zeros(3, 34, 32),))
+
+
+def read(path: Path) -> dict[tuple[str, int], Row]:
+    """The rows of a results file by model and degree; the last one of each counts."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {(row["model"], row["tp"]): row for row in map(json.loads, lines)}
+
+
+def table(rows: Sequence[Row], command: str, known: Sequence[str]) -> str:
+    """Markdown: the counts of each verdict at each degree, one line a model, and which of `known` have no row yet."""
+    import transformers
+
+    degrees = sorted({row["tp"] for row in rows})
+    by_model: dict[str, dict[int, Row]] = {}
     for row in rows:
-        counts[row["verdict"]] = counts.get(row["verdict"], 0) + 1
-    lines = [", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items())) + ".", ""]
-    lines += [
-        "| model | tp | verdict | parameters split | sequence shards | worst gradient error | reason |",
-        "|---|---|---|---|---|---|---|",
+        by_model.setdefault(row["model"], {})[row["tp"]] = row
+    lines = [
+        "# Models that a derived plan was proved on",
+        "",
+        f"Causal language models of transformers {transformers.__version__} in tiny configurations, with torch "
+        f"{torch.__version__.partition('+')[0]} on a CPU. Each plan ran forward and backward on simulated ranks, and "
+        "loss and every gradient were compared with the unsharded model: 1e-9 relative in fp64, 1e-5 where the model "
+        "computes in fp32 by itself. The table is made by",
+        "",
+        f"    {command}",
+        "",
+        "| | " + " | ".join(f"tp {tp}" for tp in degrees) + " |",
+        "|---|" + "---|" * len(degrees),
     ]
-    for row in rows:
-        share = f"{row['share']:.0%}" if "share" in row else ""
-        error = f"{row['gradient_error']:.0e}" if "gradient_error" in row else ""
-        shards = {True: "yes", False: "no"}.get(row.get("sequence_parallel"), "")  # type: ignore[arg-type]
-        reason = row.get("reason", "").replace("|", "/")
-        lines.append(f"| {row['model']} | {row['tp']} | {row['verdict']} | {share} | {shards} | {error} | {reason} |")
+    for verdict in VERDICTS:
+        counts = [sum(r["verdict"] == verdict for r in rows if r["tp"] == tp) for tp in degrees]
+        if any(counts) or verdict == "WRONG":
+            lines.append(f"| {verdict} | " + " | ".join(map(str, counts)) + " |")
+    lines.append("| models | " + " | ".join(str(sum(r["tp"] == tp for r in rows)) for tp in degrees) + " |")
+    lines += [
+        "",
+        "*full*: attention and MLP of every layer are split, two reductions a layer. *partial*: something is split, "
+        "and the reason names what is not. *whole*: nothing is. *fails*: the plan stops with an error when it runs. "
+        "*untraceable*: `torch.export` cannot trace the model. *not built*: the tiny configuration gives no model "
+        "that runs on token ids alone. *WRONG*: a wrong number; it must never stand here.",
+        "",
+        "| model | " + " | ".join(f"tp {tp}" for tp in degrees) + " | split | sequence shards | worst error | reason |",
+        "|---|" + "---|" * len(degrees) + "---|---|---|---|",
+    ]
+    for model in sorted(by_model):
+        found = by_model[model]
+        verdicts = [found[tp]["verdict"] if tp in found else "" for tp in degrees]
+        first = found[min(found)]
+        share = f"{first['share']:.0%}" if "share" in first else ""
+        shards = {True: "yes", False: "no"}.get(first.get("sequence_parallel"), "")  # type: ignore[arg-type]
+        errors = [max(r["gradient_error"], r["loss_error"]) for r in found.values() if "gradient_error" in r]
+        worst = f"{max(errors):.0e}" + (" (fp32)" if first.get("fp32") else "") if errors else ""
+        reasons = dict.fromkeys(r.get("reason", "") for r in found.values())
+        reason = " / ".join(r for r in reasons if r).replace("|", "/")
+        lines.append(f"| {model} | {' | '.join(verdicts)} | {share} | {shards} | {worst} | {reason} |")
+    if missing := [name for name in known if name not in by_model]:
+        lines += ["", f"Not run yet, {len(missing)} of {len(known)}: {', '.join(missing)}."]
     return "\n".join(lines) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m colrow.plans.derive.sweep", description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", help="model types; all unless given")
-    parser.add_argument("--tp", type=int, default=2)
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds for one model")
+    parser.add_argument("--tp", type=int, nargs="+", default=[2])
+    parser.add_argument("--limit", type=int, default=120, help="seconds of CPU for one model")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="start no model after so many seconds")
+    parser.add_argument("--results", type=Path, help="a file of JSON lines, to continue from and to add to")
+    parser.add_argument("--again", action="store_true", help="run what the results hold, too")
     parser.add_argument("-o", "--output", type=Path, help="where the markdown table goes")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
-    if given.one:
-        print(json.dumps(examine(given.one, given.tp)), flush=True)
-        return 0
     known = causal_models()
-    unknown = [m for m in given.models if m not in known]
-    if unknown:
+    if unknown := [m for m in given.models if m not in known]:
         parser.error(f"no causal language model is called {', '.join(unknown)}")
-    rows = run(given.models or known, given.tp, given.limit)
-    text = table(rows)
+    results = read(given.results) if given.results else {}
+    jobs = [
+        (kind, degrees)
+        for kind in given.models or known
+        if (degrees := [tp for tp in given.tp if given.again or (kind, tp) not in results])
+    ]
+    start = time.monotonic()
+    if jobs:
+        warm()
+        print(f"{len(jobs)} models to go, warm after {time.monotonic() - start:.0f} s", flush=True)
+    for position, (kind, degrees) in enumerate(jobs):
+        if time.monotonic() - start > given.budget:
+            print(f"{len(jobs) - position} models left")
+            break
+        for row in run_one(kind, degrees, given.limit):
+            results[(kind, row["tp"])] = row
+            reason = row.get("reason", "")[:150]
+            print(f"{kind:24s} tp {row['tp']} {row['verdict']:12s} {row['seconds']:6.1f} s  {reason}", flush=True)
+            if given.results:
+                with given.results.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+    said = " ".join(map(str, given.tp))
+    command = f"python -m colrow.plans.derive.sweep --tp {said} --results sweep.jsonl -o docs/models.md"
+    text = table(list(results.values()), command, known)
     if given.output:
         given.output.write_text(text, encoding="utf-8")
-    else:
+    elif not given.results:
         print(text)
-    return 1 if any(row["verdict"] == "WRONG" for row in rows) else 0
+    return 1 if any(row["verdict"] == "WRONG" for row in results.values()) else 0
 
 
 if __name__ == "__main__":

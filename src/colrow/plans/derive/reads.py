@@ -1,0 +1,44 @@
+"""Which integer attributes a module's forward reads, of its own or of its config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+class _Reads:
+    """Stands for a config and notes which of its integers are read."""
+
+    def __init__(self, target: Any, note: Any) -> None:
+        object.__setattr__(self, "_target", target)
+        object.__setattr__(self, "_note", note)
+
+    def __getattr__(self, key: str) -> Any:
+        value = getattr(self._target, key)
+        if type(value) is int:
+            self._note(f"config.{key}", value)
+        return value
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        setattr(self._target, key, value)
+
+
+def record_reads(name: str, module: nn.Module, found: dict[tuple[str, str], int]) -> None:
+    """From now on note in `found` what `module`, called `name`, reads. The module is a copy to be thrown away."""
+
+    def note(key: str, value: int) -> None:
+        if value > 1:
+            found[(name, key)] = value
+
+    def read(self: nn.Module, key: str) -> Any:
+        value = base.__getattribute__(self, key)
+        if type(value) is int and not key.startswith("_"):
+            note(key, value)
+        return value
+
+    base = type(module)
+    kind = type(base.__name__, (base,), {"__getattribute__": read})
+    if "config" in vars(module):
+        vars(module)["config"] = _Reads(vars(module)["config"], note)
+    module.__class__ = kind

@@ -1,0 +1,103 @@
+"""Tiny configurations of the causal language models that the installed transformers knows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+SIZES: dict[str, int] = {
+    **dict.fromkeys(("vocab_size",), 256),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "word_embed_proj_dim", "embedding_size"), 64),
+    **dict.fromkeys(
+        ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size", "decoder_ffn_dim", "encoder_ffn_dim"),
+        128,
+    ),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers"), 2),
+    **dict.fromkeys(
+        ("num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads", "encoder_attention_heads"),
+        8,
+    ),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "multi_query_group_num"), 4),
+    **dict.fromkeys(("head_dim", "attention_head_dim", "kv_channels", "rotary_dim"), 8),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"), 128),
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"), 2),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 32),
+    **dict.fromkeys(("kv_lora_rank",), 16),
+    **dict.fromkeys(("q_lora_rank",), 24),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),
+    **dict.fromkeys(("n_group", "topk_group"), 1),
+    **dict.fromkeys(("first_k_dense_replace",), 1),
+}
+ZERO = (
+    "attn_pdrop",
+    "resid_pdrop",
+    "embd_pdrop",
+    "dropout",
+    "attention_dropout",
+    "hidden_dropout",
+    "hidden_dropout_prob",
+)
+
+
+def causal_models() -> list[str]:
+    """Model types of every causal language model that the installed transformers knows."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def classes(kind: str) -> tuple[Any, Any]:
+    """Configuration class and model class of one type; only its own modules are imported."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
+    return CONFIG_MAPPING[kind], getattr(transformers, name if isinstance(name, str) else name[0])
+
+
+def tiny(config_class: Any, model_class: Any, seed: int = 0, **sizes: Any) -> nn.Module:
+    """A two-layer model with small sizes, weights from `seed`, and vectors (norms, biases) that are not all alike.
+
+    `sizes` replace those of the table, under the configuration's own names.
+
+    Raises:
+        ValueError: the configuration holds others (text and vision), which the sizes would not reach.
+    """
+    parts = getattr(config_class, "sub_configs", None)
+    if parts:
+        raise ValueError(f"its configuration holds others ({', '.join(parts)}), which the tiny sizes do not reach")
+    default = config_class()
+    mapped = getattr(config_class, "attribute_map", {})
+    fixed = {k for k in (*SIZES, "layer_types", "mlp_layer_types") if _computed(config_class, mapped.get(k, k))}
+    names = (vars(default).keys() | {k for k in SIZES if hasattr(default, k)}) - fixed
+    chosen: dict[str, Any] = {k: v for k, v in SIZES.items() if k in names}
+    chosen |= {k: 0.0 for k in ZERO if k in names}
+    if "pad_token_id" in names:
+        chosen["pad_token_id"] = 0
+    for name in ("layer_types", "mlp_layer_types"):
+        kinds = getattr(default, name, None)
+        if isinstance(kinds, list) and kinds and name not in fixed:
+            two = (kinds[:1] + [k for k in kinds if k != kinds[0]][:1] + kinds)[:2]
+            chosen[name] = two[: sizes.get("num_hidden_layers", 2)]
+    chosen |= sizes
+    torch.manual_seed(seed)
+    try:
+        model = model_class(config_class(**chosen))
+    except Exception:
+        chosen.pop("num_key_value_heads", None)
+        model = model_class(config_class(**chosen))
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.dim() == 1:
+                param.add_(0.1 * torch.randn_like(param))
+    return model.eval()
+
+
+def _computed(config_class: Any, name: str) -> bool:
+    """Whether a configuration computes this name and takes no value for it."""
+    found = getattr(config_class, name, None)
+    return isinstance(found, property) and found.fset is None
