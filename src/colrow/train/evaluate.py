@@ -21,7 +21,8 @@ class Evaluation:
     def __init__(self, config: RunConfig, data: PreparedData, dp_rank: int, share: float, device: torch.device) -> None:
         seq_len, train = config.data.seq_len, config.train
         self.batches = config.eval.batches
-        order = BatchOrder(data.validation.windows(seq_len), train.global_batch, seed=0)  # in order, they are a few files
+        # in a fixed but mixed order: the first windows alone would be a few files
+        order = BatchOrder(data.validation.windows(seq_len), train.global_batch, seed=0)
         sampler = DataAxisSampler(order, dp_rank, config.mesh.dp, train.micro_batch)
         self._loader = Loader(data.validation, seq_len, sampler, device)
         self._share, self._device = share, device
