@@ -54,6 +54,14 @@ def accelerate(device: str) -> list[float]:
     return list(load("accelerate_loop").train(2, STEPS))
 
 
+def trainer(device: str, folder: Path) -> list[float]:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("tp",))
+    return list(load("trainer").train(mesh, str(folder), STEPS))
+
+
 def alone(
     model: nn.Module,
     batches: Callable[[int], tuple[Tensor, Tensor]],
@@ -108,3 +116,18 @@ def test_accelerate(ranks: Ranks) -> None:
     want = alone(example.build_model(), batches, 3e-3, 1.0)
     for losses in ranks(2).run(accelerate):
         assert losses == pytest.approx(want, rel=1e-4)
+
+
+def test_the_trainer_of_transformers(ranks: Ranks, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="the Trainer needs accelerate: pip install accelerate")
+    example = load("trainer")
+
+    def batches(step: int) -> tuple[Tensor, Tensor]:
+        rows = torch.stack(
+            [example.Rows()[i]["input_ids"] for i in range(example.BATCH * step, example.BATCH * (step + 1))]
+        )
+        return rows[:, :-1], rows[:, 1:]
+
+    want = alone(example.build_model(), batches, 3e-3, 1.0, decay=0.0)
+    for losses in ranks(2).run(trainer, tmp_path):
+        assert losses == pytest.approx(want, rel=1e-3)  # the Trainer logs four digits

@@ -21,6 +21,7 @@ from colrow.data.prepare import PreparedData, prepare
 from colrow.data.tokenizer import Tokenizer
 from colrow.train import preflight
 from colrow.train.attention import attention_kernel
+from colrow.train.host_memory import keep_freed_memory
 from colrow.train.loop import Loop, Outcome, resume
 from colrow.train.meeting import meet
 from colrow.train.metrics import Metrics, perplexity
@@ -127,6 +128,8 @@ def joined(config: RunConfig, place: Place) -> Iterator[tuple[DeviceMesh, torch.
     kind = preflight.device_type(config)
     options: dict[str, Any] = {}
     device = torch.device("cpu")
+    if kind == "cpu":
+        keep_freed_memory()
     if kind == "cuda":
         device = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(device)
