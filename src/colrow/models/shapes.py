@@ -13,13 +13,15 @@ SHAPES: dict[str, LlamaConfig] = {
     # minutes on two CPU cores
     "laptop": LlamaConfig(
         vocab_size=4096,
-        hidden_size=256,
-        intermediate_size=768,
+        hidden_size=192,
+        intermediate_size=512,
         num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=4,
-        head_dim=32,
+        head_dim=24,
         max_position_embeddings=256,
+        initializer_range=0.05,
+        embedding_range=1.0,
     ),
     # three kv heads: they divide by no usual degree of tensor parallelism
     "article": LlamaConfig(
