@@ -125,4 +125,4 @@ def test_the_command_measures_two_ranks(tmp_path: Path) -> None:
     assert len(result["steps_ms"]) == 2
     assert result["tokens_per_second_per_gpu"] == pytest.approx(64 / result["step_ms"] * 1e3 / 2)
     assert result["trace"]["operators"]["colrow::row_forward"] == 2
-    assert result["loss_first"] == pytest.approx(8.3, abs=0.3)  # log 4096
+    assert result["loss_first"] == pytest.approx(8.3, abs=0.5)  # log 4096, and what the logits differ by at the start
