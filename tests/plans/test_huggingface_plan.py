@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
 import pytest
 import torch
 
@@ -38,6 +41,14 @@ def build(name: str) -> torch.nn.Module:
 @pytest.mark.skipif(not available, reason="this torch has no LocalTensorMode")
 @pytest.mark.parametrize("name", ["llama-tied", "qwen3", "phi3", "mixtral"])
 def test_the_stated_plan_trains_right(name: str) -> None:
+    # in a process of its own: groups that other tests simulated stay in DTensor's caches
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(worst_error, name).result() < 1e-5
+
+
+def worst_error(name: str) -> float:
+    """Of the loss and every gradient under the plan that the model states, tp 2."""
+    torch.manual_seed(0)
     model = build(name)
     if name != "mixtral":
         model = model.double()
@@ -47,7 +58,7 @@ def test_the_stated_plan_trains_right(name: str) -> None:
                 param.add_(0.1 * torch.randn_like(param))
     ids = torch.randint(1, 128, (2, 16))
     proof = parity(model, from_huggingface(model), 2, (ids,))
-    assert max(proof.loss, proof.worst) < 1e-5
+    return max(proof.loss, proof.worst)
 
 
 def test_a_model_without_a_plan_is_refused() -> None:
