@@ -11,7 +11,7 @@ from colrow.errors import ConfigError
 from colrow.models.init import init_tensor
 from colrow.models.shapes import shape
 
-CONFIG = shape("laptop")
+CONFIG = shape("article")  # whose weights start at the usual 0.02
 Q = "layers.0.self_attn.q_proj.weight"
 
 

@@ -55,8 +55,8 @@ def main(argv: list[str]) -> int:
 def show(report: Report, shrunk: str | None, title: str, console: Console) -> None:
     """The report for a terminal."""
     worst = report.worst
-    ranks = "simulated in this process" if report.backend == "local" else "processes over gloo"
-    lines = [f"{title}, {report.tp} ranks {ranks}, {report.parameters} parameters, {report.seconds:.1f} s"]
+    ranks = "simulated ranks" if report.backend == "local" else "processes over gloo"
+    lines = [f"{title}: {report.parameters} parameters, {report.tp} {ranks}, {report.seconds:.1f} s"]
     if shrunk is not None:
         lines.append(f"small twin of the same modules: {shrunk}")
     if report.failure:

@@ -70,6 +70,7 @@ def config_from_huggingface(tree: dict[str, Any], source: str = "config.json") -
             attention_bias=family == "qwen2",
             qk_norm=family == "qwen3",
             initializer_range=float(tree.get("initializer_range", 0.02)),
+            embedding_range=None if tree.get("embedding_range") is None else float(tree["embedding_range"]),
         )
     except KeyError as error:
         raise ConfigError(f"{source}: {error.args[0]} is missing") from error
@@ -122,6 +123,8 @@ def config_to_huggingface(config: LlamaConfig, dtype: torch.dtype) -> dict[str, 
         "dtype": str(dtype).removeprefix("torch."),
         "use_cache": True,
     }
+    if config.embedding_range is not None:  # a key of ours, which transformers keeps and does not use
+        tree["embedding_range"] = config.embedding_range
     if scaling is not None:
         tree["rope_scaling"] = {**scaling, "rope_theta": config.rope_theta}
     if family == "llama":
