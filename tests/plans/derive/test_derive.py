@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from colrow.plans.derive.derivation import Derivation, DeriveOptions, derive
 from colrow.plans.derive.local import LocalCheck
-from colrow.plans.derive.parity import available, parity
 from colrow.plans.derive.prove import Sabotage, prove
 from colrow.plans.plan import Plan
+from colrow.plans.tracing.simulated import available
+from colrow.plans.verify.parity import parity
 
 needs_simulation = pytest.mark.skipif(not available, reason="this torch has no LocalTensorMode")
 TOLERANCE = 1e-9

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from colrow.errors import PlanError
 from colrow.plans.derive.derivation import Derivation, derive
-from colrow.plans.derive.parity import parity
 from colrow.plans.derive.tiny import classes, tiny
 from colrow.plans.derive.trace import Trace, default_inputs, trace
+from colrow.plans.verify.backends import RankFailure
+from colrow.plans.verify.parity import parity
 
 TOLERANCE = 1e-9
 """Relative, for a model that computes in fp64 from end to end."""
@@ -136,4 +137,4 @@ def judge(derivation: Derivation, model: nn.Module) -> tuple[str, str]:
 
 def short(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:160]}"
+    return lines[0][:160] if isinstance(error, RankFailure) else f"{type(error).__name__}: {lines[0][:160]}"

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 
 from colrow.errors import PlanError
+from colrow.plans.calls import call
 from colrow.plans.derive.axes import find, leaves, size_of
 from colrow.plans.derive.choose import Choice
 from colrow.plans.derive.emit import Emission
@@ -30,8 +31,6 @@ from colrow.plans.derive.sequence import Stream
 from colrow.plans.derive.trace import (
     Rescale,
     Trace,
-    _FirstTensor,
-    call_keywords,
     is_boundary,
     label_of,
     markers,
@@ -176,12 +175,11 @@ class LocalCheck:
 
     def _quick(self, model: nn.Module, rescale: Rescale | None, expected: dict[Node, list[int] | None]) -> str | None:
         model.eval()
-        keywords, names = call_keywords(model)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         inputs = tuple(mode.from_tensor(x) for x in self.inputs)
         try:
             with quiet(), markers(model, rescale) as calls, torch.no_grad(), mode:
-                _FirstTensor(model, keywords, names)(*inputs)
+                call(model, inputs)
         except Exception as error:
             return f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
         wanted: dict[str, list[list[int] | None]] = {}
@@ -279,10 +277,9 @@ class LocalCheck:
                 and not hasattr(module, "nf")
             ):
                 record_reads(name, module, found)
-        keywords, names = call_keywords(model)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with quiet(), torch.no_grad(), mode, contextlib.suppress(Exception):
-            _FirstTensor(model.eval(), keywords, names)(*(mode.from_tensor(x) for x in self.inputs))
+            call(model.eval(), tuple(mode.from_tensor(x) for x in self.inputs))
         return [(name, key, value) for (name, key), value in found.items()]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from colrow.plans.calls import call
 from colrow.plans.derive.axes import leaves
 from colrow.plans.derive.choose import Choice, choose
 from colrow.plans.derive.infer import AxisInference, argument, op_name, shape_of
@@ -272,13 +273,10 @@ def prove(
     run = ShardedRun(traced, inference, choice, sabotage)
     values, params = graph_values(traced, model, inputs)
     out = run(values)
-    from colrow.plans.derive.trace import _FirstTensor, call_keywords
-
-    keywords, names = call_keywords(model)
     training = model.training
     model.eval()
     leaves_of = dict(model.named_parameters())
-    expected_out = _FirstTensor(model, keywords, names)(*inputs)
+    expected_out = call(model, inputs)
     model.train(training)
     probe = torch.randn(expected_out.shape, generator=torch.Generator().manual_seed(1)).to(expected_out)
     wanted: tuple[Any, ...] = torch.autograd.grad(

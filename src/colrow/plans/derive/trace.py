@@ -8,10 +8,9 @@ graph is, and a rank's own trace (see local.py) changes extents there as the pla
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from colrow.errors import PlanError
+from colrow.plans.calls import call
 
 _LIBRARY = torch.library.Library("colrow_plan", "DEF")
 _LIBRARY.define("boundary(Tensor x, str label, int dim, int mul, int div) -> Tensor")
@@ -118,41 +118,15 @@ def strip(name: str) -> str:
     return name[2:] if name.startswith("m.") else "" if name == "m" else name
 
 
-class _FirstTensor(nn.Module):
-    """The model, reduced to its logits (or first tensor) and to the inputs that the trace gives."""
+class _Called(nn.Module):
+    """The model as `plans.calls` calls it: one tensor comes out."""
 
-    def __init__(self, model: nn.Module, keywords: dict[str, Any], names: Sequence[str] | None) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.m = model
-        self._keywords = keywords
-        self._names = names
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        if self._names is None:
-            out = self.m(*inputs, **self._keywords)
-        else:
-            out = self.m(**dict(zip(self._names, inputs, strict=True)), **self._keywords)
-        return first_tensor(out)
-
-
-def first_tensor(out: Any) -> Tensor:
-    """Logits of a model's output, or the first tensor in it."""
-    if isinstance(out, Tensor):
-        return out
-    if hasattr(out, "logits"):
-        return out.logits
-    values = out.values() if isinstance(out, dict) else out
-    for value in values:
-        if isinstance(value, Tensor):
-            return value
-    raise PlanError("the model returns no tensor")
-
-
-def call_keywords(model: nn.Module) -> tuple[dict[str, Any], list[str] | None]:
-    """Keyword arguments to call `model` with, and the name of its token input if that goes by keyword."""
-    known = inspect.signature(model.forward).parameters
-    keywords: dict[str, Any] = {"use_cache": False} if "use_cache" in known else {}
-    return keywords, ["input_ids"] if "input_ids" in known else None
+        return call(self.m, inputs)
 
 
 def _prime_sizes(model: nn.Module, tp: int) -> tuple[int, int]:
@@ -180,8 +154,7 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...], rescale: Rescale | None 
     Raises:
         PlanError: torch.export cannot trace the model; the text says why.
     """
-    keywords, names = call_keywords(model)
-    wrapper = _FirstTensor(model, keywords, names)
+    wrapper = _Called(model)
     training = {m: m.training for m in model.modules()}
     wrapper.eval()
     try:

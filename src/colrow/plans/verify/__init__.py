@@ -18,7 +18,7 @@ from colrow.plans.calls import Loss, example_input, loss_of
 from colrow.plans.plan import Plan
 from colrow.plans.styles import style_from_data
 from colrow.plans.twin import twin
-from colrow.plans.verify.backends import RankFailure, has_local_tensors, run_gloo, run_local
+from colrow.plans.verify.backends import RankFailure, can_simulate, run_gloo, run_local
 from colrow.plans.verify.sharded import Errors, Observed, Reference, compare
 from colrow.plans.verify.step import Task, reference_step
 
@@ -217,7 +217,7 @@ def _observe(
     The simulation does not know all that torch does (code that asks for its own rank, for one), but a pass there is a
     pass. So with `auto` it is asked first, and real ranks decide where it fails.
     """
-    if backend == "gloo" or plan.loss == "linear" or not has_local_tensors():
+    if backend == "gloo" or plan.loss == "linear" or not can_simulate():
         if backend == "local":
             raise PlanError(
                 "backend local needs torch's LocalTensorMode, no process group, and a loss on logits: use backend gloo"

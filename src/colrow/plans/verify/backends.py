@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from colrow.errors import ColrowError, PlanError
 from colrow.plans.plan import Plan
-from colrow.plans.verify.sharded import Observed, Parts
+from colrow.plans.tracing.simulated import available, simulated_ranks
+from colrow.plans.verify.sharded import Observed
 from colrow.plans.verify.step import Task, sharded_step
 
 TIMEOUT = 120.0
@@ -31,66 +31,22 @@ class RankFailure(Exception):
     """The sharded step raised; the text is what it said."""
 
 
-def has_local_tensors() -> bool:
+def can_simulate() -> bool:
     """Whether this torch can simulate ranks in one process, and no process group stands in the way."""
-    try:
-        from torch.distributed._local_tensor import LocalTensorMode  # noqa: F401
-    except ImportError:
-        return False
-    return not dist.is_initialized()
+    return available and not dist.is_initialized()
 
 
 def run_local(task: Task, plan: Plan) -> Observed:
     """The sharded step on all ranks, simulated. Raises RankFailure when it raises."""
     model = copy.deepcopy(task.model)
     try:
-        with _local_world(task.tp) as mode:
-            # a name of its own: DTensor's caches would hand these groups to a real mesh called alike
-            mesh = init_device_mesh("cpu", (task.tp,), mesh_dim_names=("verify",))
-
-            def parts(tensor: Tensor) -> Parts:
-                locals_: dict[int, Tensor] | None = getattr(tensor, "_local_tensors", None)
-                if locals_ is None:
-                    return dict.fromkeys(range(task.tp), tensor)
-                with mode.disable():
-                    return {rank: locals_[rank].clone() for rank in sorted(locals_)}
-
-            with mode.disable():
-                _give_each_rank_its_own(model, task.tp)
-            return sharded_step(task, model, plan, mesh, parts)
+        with simulated_ranks(task.tp) as simulation:
+            simulation.spread(model)
+            return sharded_step(task, model, plan, simulation.mesh, simulation.parts)
     except ColrowError:
         raise
     except Exception as error:
         raise RankFailure(f"{type(error).__name__}: {error}") from error
-
-
-def _give_each_rank_its_own(model: nn.Module, tp: int) -> None:
-    """Parameters with memory for each simulated rank: in one memory, a step in place would be taken tp times."""
-    from torch.distributed._local_tensor import LocalTensor
-
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, param in module._parameters.items():
-            if param is not None:
-                if id(param) not in made:
-                    each = LocalTensor({rank: param.detach().clone() for rank in range(tp)})
-                    made[id(param)] = nn.Parameter(each, param.requires_grad)
-                module._parameters[name] = made[id(param)]
-
-
-@contextmanager
-def _local_world(tp: int) -> Iterator[Any]:
-    from torch.distributed._local_tensor import LocalTensorMode, get_local_tensor_mode_list
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=tp)
-    try:
-        with LocalTensorMode(tp) as mode:
-            yield mode
-    finally:
-        while get_local_tensor_mode_list():  # an exception can leave the mode on torch's list
-            get_local_tensor_mode_list().pop()
-        dist.destroy_process_group()
 
 
 def run_gloo(task: Task, plan: Plan, timeout: float = TIMEOUT) -> Observed:
@@ -169,7 +125,7 @@ def _gloo_rank(rank: int, tp: int, port: int, payload: bytes, queue: Any) -> Non
     dist.init_process_group("gloo", rank=rank, world_size=tp, timeout=timedelta(seconds=60))
     try:
         task, plan = pickle.loads(payload)
-        mesh = init_device_mesh("cpu", (tp,), mesh_dim_names=("tp",))
+        mesh = init_device_mesh("cpu", (tp,), mesh_dim_names=("verify",))
         observed = sharded_step(task, task.model, plan, mesh, lambda tensor: {rank: tensor})
         queue.put((rank, True, pickle.dumps(observed)))
     except Exception as error:

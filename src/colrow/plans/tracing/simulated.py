@@ -1,0 +1,73 @@
+"""All ranks of a tp mesh in this process: torch's LocalTensorMode runs every rank's tensors side by side.
+
+The collectives are real in what they compute, and no data leaves the process. torch's mode is private: where a release
+has none, `available` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from colrow.errors import PlanError
+
+try:
+    from torch.distributed._local_tensor import LocalTensor, LocalTensorMode, get_local_tensor_mode_list
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+except ImportError:  # pragma: no cover - depends on the release of torch
+    LocalTensor = LocalTensorMode = None  # type: ignore[assignment,misc]
+
+available = LocalTensorMode is not None
+
+
+class Simulation:
+    """The mesh, and what each rank has."""
+
+    def __init__(self, mesh: DeviceMesh, mode: LocalTensorMode) -> None:
+        self.mesh, self._mode = mesh, mode
+
+    def parts(self, tensor: Tensor) -> dict[int, Tensor]:
+        """A local tensor's value on each rank."""
+        locals_: dict[int, Tensor] | None = getattr(tensor, "_local_tensors", None)
+        if locals_ is None:
+            return dict.fromkeys(range(self.mesh.size()), tensor)
+        with self._mode.disable():
+            return {rank: locals_[rank].clone() for rank in sorted(locals_)}
+
+    def spread(self, model: nn.Module) -> None:
+        """Give parameters memory for each rank: in one memory, a step in place would be taken tp times."""
+        made: dict[int, nn.Parameter] = {}
+        with self._mode.disable():
+            for module in model.modules():
+                for name, param in module._parameters.items():
+                    if param is not None:
+                        if id(param) not in made:
+                            each = LocalTensor({rank: param.detach().clone() for rank in range(self.mesh.size())})
+                            made[id(param)] = nn.Parameter(each, param.requires_grad)
+                        module._parameters[name] = made[id(param)]
+
+
+@contextmanager
+def simulated_ranks(tp: int) -> Iterator[Simulation]:
+    """A tp mesh of simulated ranks. Everything made here is gone afterwards.
+
+    Raises:
+        PlanError: torch has no LocalTensorMode, or a process group is there already.
+    """
+    if not available:
+        raise PlanError("this torch has no LocalTensorMode: use gloo processes instead (backend gloo)")
+    if dist.is_initialized():
+        raise PlanError("a process group exists already: simulated ranks need a process without one")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=tp)
+    try:
+        with LocalTensorMode(tp) as mode:
+            # a name of its own: DTensor's caches would hand these groups to a real mesh called alike
+            yield Simulation(init_device_mesh("cpu", (tp,), mesh_dim_names=("simulated",)), mode)
+    finally:
+        while get_local_tensor_mode_list():  # an exception can leave the mode on torch's list
+            get_local_tensor_mode_list().pop()
+        dist.destroy_process_group()
