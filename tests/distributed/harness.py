@@ -7,9 +7,9 @@ fails the test with that rank's traceback, and the group is started anew for the
 
 from __future__ import annotations
 
+import functools
 import multiprocessing as mp
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -18,6 +18,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 TIMEOUT = 500.0
+PRELOADED = ["torch", "torch.distributed.tensor.parallel", "torch.distributed.fsdp", "torch.distributed.pipelining"]
+"""What takes seconds to import, and starts neither threads nor CUDA."""
 
 
 class RankError(AssertionError):
@@ -68,13 +70,16 @@ class Group:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        context = mp.get_context("spawn")
+        import torch.distributed as dist
+
+        # the store is here, on a port that the system chose: ranks that look for a free one may both find it
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        context = mp.get_context("forkserver")  # ranks are forked from a process that has imported what they need
+        context.set_forkserver_preload(PRELOADED)
         for rank in range(self.world):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, self.world, port, self.device), daemon=True)
+            args = (theirs, rank, self.world, self._store.port, self.device)
+            process = context.Process(target=_serve, args=args, daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -103,11 +108,14 @@ class Ranks:
 
 
 def _serve(pipe: Connection, rank: int, world: int, port: int, device: str) -> None:
-    os.environ.update(OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ.update(OMP_NUM_THREADS="1", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     import torch
     import torch.distributed as dist
+    from torch.distributed import device_mesh
 
+    # Equal meshes are one. Each axis is a process group, and each gloo group is threads that wake a hundred times a
+    # second for as long as the process lives: hundreds of meshes would slow the ranks to a crawl.
+    device_mesh.init_device_mesh = functools.cache(device_mesh.init_device_mesh)
     torch.set_num_threads(1)
     options: dict[str, Any] = {}
     if device == "cuda":
@@ -115,6 +123,7 @@ def _serve(pipe: Connection, rank: int, world: int, port: int, device: str) -> N
         options["device_id"] = torch.device("cuda", rank)
     dist.init_process_group(
         "nccl" if device == "cuda" else "gloo",
+        store=dist.TCPStore("127.0.0.1", port, is_master=False),
         rank=rank,
         world_size=world,
         timeout=timedelta(seconds=TIMEOUT),

@@ -42,6 +42,7 @@ MODELS: dict[str, LlamaConfig] = {
     "qk_norm": replace(TINY, qk_norm=True),
     "qk_norm_kv3": replace(TINY, qk_norm=True, num_key_value_heads=3),
 }
+SHALLOW_MODELS = {f"{name}-1": replace(config, num_hidden_layers=1) for name, config in MODELS.items()}
 DEEP_MODELS = {  # for several pipeline stages on a rank
     "deep": replace(TINY, num_hidden_layers=4),
     "deep_tied": replace(TINY, num_hidden_layers=4, tie_word_embeddings=True),
@@ -64,7 +65,7 @@ class Difference:
 def build(name: str, device: str, dtype: torch.dtype = torch.float64) -> Llama:
     """The reference model with every parameter drawn at random: no weight of one hides a missing factor."""
     torch.manual_seed(0)
-    model = Llama((MODELS | DEEP_MODELS)[name])
+    model = Llama((MODELS | SHALLOW_MODELS | DEEP_MODELS)[name])
     with torch.no_grad():
         for param in model.parameters():
             param.copy_(torch.randn(param.shape) * 0.2 + (1.0 if param.ndim == 1 else 0.0))

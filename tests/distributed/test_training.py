@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from pathlib import Path
@@ -11,73 +10,27 @@ from typing import Any
 import pytest
 import torch
 
-from colrow.config import ModelSection, RunConfig, parse_config
-from colrow.data.prepare import prepare
+from colrow.config import ModelSection, RunConfig
 from colrow.mesh import Mesh
 from colrow.train.loop import DivergedError
 from colrow.train.metrics import read_metrics
-from colrow.train.progress import Progress
-from colrow.train.rank import train_run
 from distributed.harness import Ranks
+from distributed.runs import a_run, figures, train, write_text
 
 pytestmark = pytest.mark.distributed
 
 
-def tiny(folder: Path, run: str, **train: Any) -> RunConfig:
-    """A one-layer model on a small text of the project's own, in `folder`."""
-    return parse_config(
-        {
-            "run": {"dir": str(folder / run)},
-            "model": {"shape": "laptop", "layers": 1},
-            "data": {
-                "corpus": str(folder / "*.txt"),
-                "seq_len": 32,
-                "tokenizer": {"vocab_size": 300},
-                "validation_fraction": 0.2,
-                "cache": str(folder / "cache"),
-                "workers": 1,
-            },
-            "mesh": {"tp": 2},
-            "train": {"steps": 6, "global_batch": 4, "micro_batch": 2, "lr": 1e-3, "warmup_steps": 2, **train},
-            "eval": {"every": 3, "batches": 1},
-            "checkpoint": {"every": 2},
-            "sample": {"tokens": 4},
-        }
-    )
+def tiny(folder: Path, name: str, **train: Any) -> RunConfig:
+    """A run on two ranks that evaluates and saves."""
+    sections = {"eval": {"every": 3, "batches": 1}, "checkpoint": {"every": 2}}
+    return a_run(folder, name, mesh={"tp": 2}, train=train, **sections)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("training")
-    words = [f"row {i} times column {i * i % 97} is {i * 31 % 89}." for i in range(4000)]
-    (folder / "text.txt").write_text("\n\n".join(words), encoding="utf-8")
+    write_text(folder)
     return folder
-
-
-def figures(run: Path) -> list[dict[str, float]]:
-    """The records without what the clock and the machine say: speed and memory."""
-    trained = {"step", "loss", "grad_norm", "lr", "tokens", "val_loss", "perplexity"}
-    return [{k: v for k, v in record.items() if k in trained} for record in read_metrics(run)]
-
-
-def train(device: str, config: RunConfig, stop_after: int | None = None) -> tuple[int, bool, str]:
-    """One run, which rank 1 alone asks to stop after `stop_after` steps."""
-    import torch.distributed as dist
-
-    here = torch.device(device, dist.get_rank()) if device == "cuda" else torch.device(device)
-    mesh = config.mesh.build(device, dist.get_world_size())
-    asked = 0
-
-    def stop() -> bool:
-        nonlocal asked
-        asked += 1
-        return stop_after is not None and dist.get_rank() == 1 and asked >= stop_after
-
-    text = io.StringIO()
-    progress = Progress(dist.get_rank() == 0, config.train.steps, 1, text)
-    data = prepare(config.data, 4096, progress=False)
-    outcome = train_run(config, data, mesh, here, progress, "colrow train tiny.yaml", stop)
-    return outcome.step, outcome.stopped, text.getvalue()
 
 
 def stop_and_continue(device: str, folder: Path) -> list[Any]:
