@@ -10,8 +10,9 @@ CONFIG ?= configs/laptop.yaml
 train: $(STAMP)
 	$(BIN)/colrow train $(CONFIG)
 
+# Two workers; --no-loadscope-reorder starts the files that hold few and long tests with the others, not after them.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check src tests

@@ -65,10 +65,17 @@ def test_the_comparison_can_fail() -> None:
     assert not matches(["by row: (3, 6)"], ["by row: (3, 3)"])
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pages' `.cache`: the text is tokenized once for all of them."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_a_page_does_what_it_says(page: Path, tmp_path: Path) -> None:
+def test_a_page_does_what_it_says(page: Path, tmp_path: Path, cache: Path) -> None:
     files, commands = read_page(page.read_text(encoding="utf-8"))
+    (tmp_path / ".cache").symlink_to(cache)
     for name, body in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(body, encoding="utf-8")
