@@ -26,6 +26,10 @@ from colrow.plans.site import Site, divide
 from colrow.plans.styles import ParameterLayout
 from colrow.plans.styles_local import rank_table, summed
 
+# torch 2.13 renamed both and warns at the old names; 2.11 has only those.
+_all_gather_single = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
+_reduce_scatter_single = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -208,13 +212,13 @@ class _Reduce(torch.autograd.Function):
             raise PlanError(
                 f"extent {x.shape[dim]} of dim {dim} is not divisible by tp={mesh.size()}: pad the sequence"
             )
-        return funcol.wait_tensor(funcol.reduce_scatter_tensor(x.contiguous(), "sum", dim, mesh))
+        return funcol.wait_tensor(_reduce_scatter_single(x.contiguous(), "sum", dim, mesh))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (dy,) = gradients
         if ctx.dim is not None:
-            dy = funcol.wait_tensor(funcol.all_gather_tensor(dy.contiguous(), ctx.dim, ctx.mesh))
+            dy = funcol.wait_tensor(_all_gather_single(dy.contiguous(), ctx.dim, ctx.mesh))
         return dy, None, None
 
 
