@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    with torchrun_ranks("cpu:gloo,cuda:nccl" if on_gpu else "gloo") as ranks:
+    with torchrun_ranks("nccl" if on_gpu else "gloo") as ranks:
         saved = open_saved(flags.source, flags.step)
         model = saved.model
         if ranks > 1:

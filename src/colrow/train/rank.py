@@ -136,7 +136,7 @@ def joined(config: RunConfig, place: Place) -> Iterator[tuple[DeviceMesh, torch.
         options["device_id"] = device
     store, _, _ = next(rendezvous("env://", place.rank, place.world_size))
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+        "nccl" if kind == "cuda" else "gloo",
         store=meet(store, place.rank, place.world_size),
         rank=place.rank,
         world_size=place.world_size,
