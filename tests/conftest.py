@@ -13,8 +13,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where tests/distributed run")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    """For one module: groups that wait for the next one would keep the cores busy (see `harness`)."""
     ranks = Ranks(request.config.getoption("--device"))
     yield ranks
     ranks.stop()

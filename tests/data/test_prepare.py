@@ -153,7 +153,7 @@ def start(tmp_path, texts, pause=0.0, workers=1):
 
 def test_of_several_processes_one_makes_the_data_and_the_others_wait(tmp_path, texts):
     processes = [start(tmp_path, texts, pause=0.01) for _ in range(3)]
-    said = [process.communicate(timeout=60) for process in processes]
+    said = [process.communicate(timeout=180) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], said
     assert sorted(out.split()[0] for out, _ in said) == ["built", "found", "found"]
     assert len({out.partition(" ")[2] for out, _ in said}) == 1
@@ -170,10 +170,10 @@ def test_a_build_that_is_killed_leaves_nothing_that_is_taken_for_whole(tmp_path,
     children = children_of(process.pid)
     assert len(children) >= (workers if workers > 1 else 0)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=30)
+    process.communicate(timeout=180)
     assert len(list(cache.glob("tokens-*.partial-*"))) == 1
     wait_for(lambda: not any(alive(child) for child in children))  # orphans end by themselves
-    out, err = start(tmp_path, texts).communicate(timeout=60)
+    out, err = start(tmp_path, texts).communicate(timeout=180)
     assert out.startswith("built"), err
     assert not list(cache.glob("*.partial-*"))
     (folder,) = (path for path in cache.glob("tokens-*") if path.is_dir())

@@ -18,7 +18,16 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 TIMEOUT = 500.0
-PRELOADED = ["torch", "torch.distributed.tensor.parallel", "torch.distributed.fsdp", "torch.distributed.pipelining"]
+PRELOADED = [
+    "torch",
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.pipelining",
+    "torch.distributed.tensor.parallel",
+    "pydantic",
+    "tokenizers",
+]
 """What takes seconds to import, and starts neither threads nor CUDA."""
 
 
@@ -87,7 +96,7 @@ class Group:
 
 
 class Ranks:
-    """`ranks(4)` is a group of four processes, started at first use and shared by all tests."""
+    """`ranks(4)` is a group of four processes, started at first use and shared by the tests of a module."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -108,13 +117,14 @@ class Ranks:
 
 
 def _serve(pipe: Connection, rank: int, world: int, port: int, device: str) -> None:
-    os.environ.update(OMP_NUM_THREADS="1", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ.update(OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     import torch
     import torch.distributed as dist
     from torch.distributed import device_mesh
 
     # Equal meshes are one. Each axis is a process group, and each gloo group is threads that wake a hundred times a
-    # second for as long as the process lives: hundreds of meshes would slow the ranks to a crawl.
+    # second for as long as the process lives: hundreds of meshes would slow all ranks to a crawl.
     device_mesh.init_device_mesh = functools.cache(device_mesh.init_device_mesh)
     torch.set_num_threads(1)
     options: dict[str, Any] = {}

@@ -47,7 +47,7 @@ def test_a_browser_shows_the_block_and_the_reasons(written: Path, tmp_path: Path
                 [str(BROWSER), *options, *action, written.as_uri()],
                 capture_output=True,
                 text=True,
-                timeout=120,
+                timeout=300,
                 check=True,
             )
         dom = run.stdout

@@ -18,7 +18,7 @@ from colrow.train.metrics import read_metrics
 
 pytestmark = pytest.mark.distributed
 SOURCES = Path(__file__).parents[2] / "src"
-PATIENCE = 90.0
+PATIENCE = 240.0
 
 SICK = """
 import os
@@ -135,7 +135,7 @@ def test_a_signal_saves_and_a_killed_rank_ends_the_run(folder: Path, start: obje
     killed = time.monotonic()
     os.kill(ranks[1], signal.SIGKILL)
     assert run.end() == 1
-    assert time.monotonic() - killed < 20
+    assert time.monotonic() - killed < 60  # gloo alone would wait for half an hour
     assert run.text.count("error") == 1
     assert "killed by SIGKILL" in run.text
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)

@@ -24,7 +24,7 @@ from colrow.plans.tracing.simulated import available, simulated_ranks
 from colrow.plans.verify.sharded import Observed
 from colrow.plans.verify.step import Task, sharded_step
 
-TIMEOUT = 120.0
+TIMEOUT = 300.0
 
 
 class RankFailure(Exception):
