@@ -7,47 +7,32 @@ import sys
 from dataclasses import dataclass
 from itertools import groupby
 
-import tyro
 from rich.console import Console
 
-from colrow.cli.flags import parse
+from colrow.cli.flags import PlanFlags, parse
 from colrow.cli.text import wrapped
-from colrow.errors import ConfigError
 from colrow.mesh import Mesh
 from colrow.plans.check import Finding, check
 
 
 @dataclass(frozen=True)
-class Flags:
+class Flags(PlanFlags):
     """Find what is wrong with a plan: names, sizes, layouts, communication, gradients. No GPU is needed."""
 
-    model: tyro.conf.Positional[str]
-    """A named shape (llama3-8b), a Hugging Face folder or config.json, or package.module:callable."""
-    tp: int
-    """Tensor-parallel degree."""
-    plan: str = "llama"
-    """A preset's name, huggingface, derive, or a file."""
-    loss: str | None = None
-    """For a preset: vocab_parallel, replicated or linear."""
     batch_size: int = 1
     """Sequences on a rank."""
     seq_len: int | None = None
     """Tokens in a sequence; the model's context, at most 4096, unless given."""
-    json: bool = False
-    """Print JSON instead."""
 
 
 def main(argv: list[str]) -> int:
     """Exit 0 without errors, 1 with, 2 for bad usage."""
     flags = parse(Flags, "check", argv)
-    from colrow.cli.sources import default_seq_len, load_model
-    from colrow.plans.named import named_plan
+    from colrow.cli.sources import default_seq_len
 
-    for name, value in (("--tp", flags.tp), ("--batch-size", flags.batch_size), ("--seq-len", flags.seq_len)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} {value}: use 1 or more")
-    model = load_model(flags.model)
-    plan = named_plan(flags.plan, model, flags.tp, flags.loss)
+    flags.positive("batch_size", "seq_len")
+    model = flags.load_model()
+    plan = flags.load_plan(model)
     seq_len = flags.seq_len or default_seq_len(model, flags.tp, 4096)
     findings = check(model, plan, Mesh(tp=flags.tp), batch_size=flags.batch_size, seq_len=seq_len)
     ok = not any(finding.severity == "error" for finding in findings)

@@ -2,11 +2,55 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 import tyro
 
+from colrow.errors import ConfigError
+
+if TYPE_CHECKING:  # a wrong flag need not wait for torch
+    from torch import nn
+
+    from colrow.plans.plan import Plan
+
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PlanFlags:
+    """What plan, check and verify share: a model, a degree and a plan."""
+
+    model: tyro.conf.Positional[str]
+    """A named shape (llama3-8b), a Hugging Face folder or config.json, or package.module:callable."""
+    tp: int
+    """Tensor-parallel degree."""
+    plan: str = "llama"
+    """A preset's name, huggingface, derive, or a file."""
+    loss: str | None = None
+    """For a preset: vocab_parallel, replicated or linear."""
+    json: bool = False
+    """Print JSON instead."""
+
+    def load_model(self) -> nn.Module:
+        """The model, on the meta device where it is built here. Raises ConfigError for one that is not known."""
+        from colrow.cli.sources import load_model
+
+        self.positive("tp")
+        return load_model(self.model)
+
+    def load_plan(self, model: nn.Module) -> Plan:
+        """The plan for `model`. Raises ConfigError or PlanError as `named_plan` does."""
+        from colrow.plans.named import named_plan
+
+        return named_plan(self.plan, model, self.tp, self.loss)
+
+    def positive(self, *names: str) -> None:
+        """Refuse what counts something and is less than one."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: use 1 or more")
 
 
 def parse(flags: type[T], verb: str, argv: list[str]) -> T:

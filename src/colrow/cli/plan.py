@@ -14,24 +14,16 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from colrow.cli.flags import parse
+from colrow.cli.flags import PlanFlags, parse
 from colrow.plans.dry_run import Collective, Output
 from colrow.plans.html import in_units, write_page
 from colrow.plans.report import ParameterRow, PlanReport, collapse, report
 
 
 @dataclass(frozen=True)
-class Flags:
+class Flags(PlanFlags):
     """Show a plan: each parameter with placement and local shape, each collective of a layer."""
 
-    model: tyro.conf.Positional[str]
-    """A named shape (llama3-8b), a Hugging Face folder or config.json, or package.module:callable."""
-    tp: int
-    """Tensor-parallel degree."""
-    plan: str = "llama"
-    """A preset's name, huggingface, derive, or a file."""
-    loss: str | None = None
-    """For a preset: vocab_parallel or replicated."""
     batch_size: int = 1
     """Sequences on a rank, for the bytes of collectives."""
     seq_len: int | None = None
@@ -40,18 +32,16 @@ class Flags:
     """Write the plan to this file."""
     html: Path | None = None
     """Write a page with the same picture, the tables and the reasons to this file."""
-    json: bool = False
-    """Print JSON instead."""
 
 
 def main(argv: list[str]) -> int:
     """Exit 0; 2 for bad usage."""
     flags = parse(Flags, "plan", argv)
-    from colrow.cli.sources import default_seq_len, load_model
-    from colrow.plans.named import named_plan
+    from colrow.cli.sources import default_seq_len
 
-    model = load_model(flags.model)
-    plan = named_plan(flags.plan, model, flags.tp, flags.loss)
+    flags.positive("batch_size", "seq_len")
+    model = flags.load_model()
+    plan = flags.load_plan(model)
     seq_len = flags.seq_len or default_seq_len(model, flags.tp, 8192)
     shown = report(model, plan, flags.tp, flags.batch_size, seq_len)
     if flags.output is not None:

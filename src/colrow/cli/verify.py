@@ -8,41 +8,28 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import tyro
 from rich.console import Console
 
-from colrow.cli.flags import parse
+from colrow.cli.flags import PlanFlags, parse
 from colrow.cli.text import wrapped
 from colrow.plans.verify import Report, verify
 
 
 @dataclass(frozen=True)
-class Flags:
+class Flags(PlanFlags):
     """Prove that the sharded model computes the same loss, gradients and step as one process does."""
 
-    model: tyro.conf.Positional[str]
-    """A named shape (llama3-8b), a Hugging Face folder or config.json, or package.module:callable."""
-    tp: int
-    """Tensor-parallel degree."""
-    plan: str = "llama"
-    """A preset's name, huggingface, derive, or a file."""
-    loss: str | None = None
-    """For a preset: vocab_parallel, replicated or linear."""
     backend: Literal["auto", "local", "gloo"] = "auto"
     """local simulates the ranks in this process, gloo starts a process for each."""
-    json: bool = False
-    """Print JSON instead."""
 
 
 def main(argv: list[str]) -> int:
     """Exit 0 when the numbers agree, 1 when not, 2 for bad usage."""
     flags = parse(Flags, "verify", argv)
-    from colrow.cli.sources import load_model
-    from colrow.plans.named import named_plan
     from colrow.plans.twin import twin
 
-    model, shrunk = twin(load_model(flags.model), flags.tp)
-    plan = named_plan(flags.plan, model, flags.tp, flags.loss)
+    model, shrunk = twin(flags.load_model(), flags.tp)
+    plan = flags.load_plan(model)
     report = verify(model, plan, flags.tp, backend=flags.backend)
     if flags.json:
         json.dump(_finite(report.to_data() | {"twin": shrunk}), sys.stdout, indent=1)
