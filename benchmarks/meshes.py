@@ -91,7 +91,8 @@ def main() -> None:
     options = parser.parse_args()
     flags = options.flags or shlex.split(
         "--train.steps 30 --train.warmup_steps 5 --train.lr 1e-3 --train.global_batch 8 --train.micro_batch 2 "
-        "--data.seq_len 64 --model.layers 2 --train.precision fp32 --eval.every 0 --checkpoint.every 0 --checkpoint.last False --sample.prompt None"
+        "--data.seq_len 64 --model.layers 2 --train.precision fp32 --eval.every 0 --checkpoint.every 0 "
+        "--checkpoint.last False --sample.prompt None"
     )
     commands = {name: command(mesh, options.config, options.folder, flags) for name, mesh in MESHES.items()}
     curves = {name: run(words) for name, words in commands.items()}
