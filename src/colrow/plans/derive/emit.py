@@ -68,6 +68,7 @@ class Emitter:
         for block in self.blocks:
             self._block(block, block.module in locals_)
         self._whole_parameters()
+        self._never_summed_twice()
         if self.stream is not None:
             self._stream(self.stream)
         self._scales()
@@ -328,6 +329,19 @@ class Emitter:
             if said["style"] == "local_shards" and owner in self.finder.owners.values():
                 deferred = any(b.deferred and (owner + ".").startswith(b.module + ".") for b in self.blocks)
                 self._put(owner, output="partial" if deferred else self.inside)
+
+    def _never_summed_twice(self) -> None:
+        """A block sums the gradients of its own whole parameters: one used behind the reduction inside has it whole."""
+        for name in sorted(self.flow.same - self.flow.summed):
+            owner = name.rpartition(".")[0]
+            local = self.out.modules.get(owner, {}).get("style") in ("local_block", "local_shards")
+            if not local or self.choice.any_sharded(self.dims[name]):
+                continue
+            inside = [dims for other, dims in self.dims.items() if other.startswith(f"{owner}.")]
+            atoms = {atom for dims in inside for dim in dims for atom in leaves(dim)} & set(self.choice.atoms)
+            raise SplitError(
+                atoms or set(self.choice.atoms), f"{name} is used behind the reduction of {owner}, which would sum it"
+            )
 
     def _added_to_sum(self, name: str) -> bool:
         from colrow.plans.derive.flow import Kind
