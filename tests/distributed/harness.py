@@ -47,8 +47,12 @@ class Group:
         """fn(device, *args) on every rank; the list of what the ranks returned."""
         if not self._processes:
             self._start()
-        for pipe in self._pipes:
-            pipe.send((fn, args))
+        try:
+            for pipe in self._pipes:
+                pipe.send((fn, args))
+        except BrokenPipeError as error:  # the next case must not meet what is left of this group
+            self.stop()
+            raise RankError(f"a rank of {self.world} died before the case began") from error
         results: dict[int, Any] = {}
         end = time.monotonic() + timeout
         while len(results) < self.world:

@@ -21,8 +21,12 @@ pytestmark = pytest.mark.distributed
 
 
 def tiny(folder: Path, name: str, **train: Any) -> RunConfig:
-    """A run on two ranks that evaluates and saves."""
-    sections = {"eval": {"every": 3, "batches": 1}, "checkpoint": {"every": 2}}
+    """A run on two ranks that evaluates, saves, and writes a sample."""
+    sections = {
+        "eval": {"every": 3, "batches": 1},
+        "checkpoint": {"every": 2},
+        "sample": {"prompt": "def ", "tokens": 4},
+    }
     return a_run(folder, name, mesh={"tp": 2}, train=train, **sections)
 
 

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import pytest
 
 from chaos import Chaos, Record, differences, figures, write_run
 from colrow.config import load_config
-from colrow.data.prepare import prepare
-from colrow.train.progress import Progress
-from colrow.train.rank import train_run
 from distributed.harness import Ranks
+from distributed.runs import train
 
 pytestmark = pytest.mark.distributed
 STEPS = 28
-
-
-def train(device: str, config_file: Path) -> None:
-    import torch
-    import torch.distributed as dist
-
-    config = load_config(config_file)
-    mesh = config.mesh.build("cpu", dist.get_world_size())
-    data = prepare(config.data, 4096, progress=False)
-    progress = Progress(dist.get_rank() == 0, config.train.steps, 1, io.StringIO())
-    train_run(config, data, mesh, torch.device("cpu"), progress)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +26,7 @@ def undisturbed(folder: Path, request: pytest.FixtureRequest) -> list[Record]:
     if request.config.getoption("--device") == "cuda":
         pytest.skip("kills are the same on every device, and the runs to compare are on CPUs")
     ranks: Ranks = request.getfixturevalue("ranks")
-    ranks(2).run(train, write_run(folder, "undisturbed", STEPS))
+    ranks(2).run(train, load_config(write_run(folder, "undisturbed", STEPS)))
     return figures(folder / "undisturbed")
 
 

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from colrow.train.metrics import read_metrics
+from distributed.runs import write_text
 
 pytestmark = pytest.mark.distributed
 SOURCES = Path(__file__).parents[2] / "src"
@@ -77,9 +78,7 @@ class Run:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "text.txt").write_text(
-        "\n\n".join(f"row {i} times column {i * i % 97} is {i * 31 % 89}." for i in range(4000)), encoding="utf-8"
-    )
+    write_text(tmp_path)
     (tmp_path / "sick.py").write_text(SICK, encoding="utf-8")
     for name, model in (("tiny", {"shape": "laptop", "layers": 1}), ("sick", {"python": "sick:build"})):
         config = {
@@ -135,7 +134,7 @@ def test_a_signal_saves_and_a_killed_rank_ends_the_run(folder: Path, start: obje
     killed = time.monotonic()
     os.kill(ranks[1], signal.SIGKILL)
     assert run.end() == 1
-    assert time.monotonic() - killed < 60  # gloo alone would wait for half an hour
+    assert time.monotonic() - killed < 20
     assert run.text.count("error") == 1
     assert "killed by SIGKILL" in run.text
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)

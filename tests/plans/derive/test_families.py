@@ -42,6 +42,8 @@ def proved(kind: str, tp: int, **sizes: Any) -> tuple[Derivation, nn.Module, tup
         ("gpt2", 4, {"n_layer": 1}),
         ("phi3", 4, ONE),
         ("bloom", 2, {"n_layer": 1}),
+        ("gpt_neox", 2, ONE),
+        ("opt", 2, ONE),
         ("olmo2", 4, ONE),
         ("mixtral", 2, ONE),
         ("deepseek_v3", 2, ONE | {"num_key_value_heads": 8, "first_k_dense_replace": 0}),
@@ -55,6 +57,7 @@ def test_a_family_gets_the_full_split(kind: str, tp: int, sizes: dict[str, Any])
 @pytest.mark.parametrize(
     ("kind", "sizes"),
     [
+        ("llama", ONE | {"num_key_value_heads": 2}),
         ("qwen3", ONE | {"num_key_value_heads": 2}),
         ("phi3", ONE | {"num_key_value_heads": 2}),
         ("falcon", ONE | {"multi_query": True, "new_decoder_architecture": False}),
