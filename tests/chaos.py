@@ -102,7 +102,7 @@ class Agents:
     """torchrun agents on this machine, which share two ranks, and what they have printed."""
 
     def __init__(self, folder: Path, config: Path, agents: int, *flags: str) -> None:
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SOURCES)}
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(SOURCES), *sys.path])}
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_ERROR_FILE"):
             env.pop(name, None)
         with socket.socket() as s:

@@ -20,8 +20,6 @@ from colrow.config import RunConfig
 from colrow.errors import ConfigError
 from colrow.plans.plan import Plan
 
-SRC = Path(__file__).parents[2] / "src"
-
 
 def base(**flags: Any) -> RunConfig:
     return base_config(Flags(shape="laptop", seq_len=64, **flags))
@@ -108,7 +106,7 @@ def test_the_command_measures_two_ranks(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     shape = ["--shape", "laptop", "--layers", "1", "--tp", "2", "--seq-len", "32", "--micro-batch", "2"]
     run = ["--device", "cpu", "--steps", "2", "--warmup", "1", "--arms", "fast", "-o", str(out)]
-    environment = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "colrow", "bench", *shape, *run],
         capture_output=True,

@@ -196,7 +196,8 @@ def from_a_folder(device: str, folder: Path) -> None:
         model = ModelSection(huggingface=str(folder / "whole" / "export"), implementation=implementation)
         tokenizer = config.data.tokenizer.model_copy(update={"path": folder / "whole", "vocab_size": None})
         data = config.data.model_copy(update={"tokenizer": tokenizer})
-        train(device, config.model_copy(update={"model": model, "plan": plan, "data": data}))
+        section = config.train.model_copy(update={"precision": "fp32"})  # on GPUs too
+        train(device, config.model_copy(update={"model": model, "plan": plan, "data": data, "train": section}))
 
 
 def test_a_folder_is_trained_alike_by_both_implementations(ranks: Ranks, folder: Path) -> None:

@@ -137,7 +137,7 @@ def test_pipelines_are_refused_with_the_reason(folder: Path) -> None:
     from colrow.errors import ConfigError
     from colrow.train import preflight
 
-    config = run_of(folder, "qwen3", Mesh(pp=2, tp=2))
+    config = run_of(folder, "qwen3", Mesh(pp=2, tp=2)).model_copy(update={"device": "cpu"})
     with pytest.raises(
         ConfigError, match=r"Qwen3ForCausalLM is none: use .*implementation: colrow, or set mesh.pp to 1"
     ):

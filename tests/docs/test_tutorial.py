@@ -79,10 +79,9 @@ def test_a_page_does_what_it_says(page: Path, tmp_path: Path, cache: Path) -> No
     for name, body in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(body, encoding="utf-8")
-    source = str(Path(__file__).parents[2] / "src")
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": source,
+        "PYTHONPATH": os.pathsep.join(sys.path),
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "80",
     }

@@ -86,7 +86,7 @@ def test_a_compiled_block_raises_as_the_check_says(sequence: bool) -> None:
     try:
         parallelize(model, plan, init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)))
         model.blocks[0].compile(backend="aot_eager", fullgraph=True)
-        if sequence:
+        if sequence and not torch.__version__.startswith("2.11."):
             assert said == {"CR412"}
             with pytest.raises(AttributeError, match="_local_tensor"):
                 model(ids).sum().backward()

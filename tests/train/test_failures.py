@@ -95,7 +95,7 @@ with StopRequest(Path(sys.argv[1])):
 def test_a_stuck_rank_ends_at_once_when_its_neighbour_failed(ranks: list[Path]) -> None:
     mine, other = ranks
     write_error(other / "error.json", "text", 1.0, 1)
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen([sys.executable, "-c", STUCK, str(mine)], stdout=subprocess.PIPE, text=True, env=env)
     assert process.stdout is not None
     assert process.stdout.readline() == "in\n"

@@ -18,7 +18,6 @@ from colrow.train.metrics import read_metrics
 from distributed.runs import write_text
 
 pytestmark = pytest.mark.distributed
-SOURCES = Path(__file__).parents[2] / "src"
 PATIENCE = 240.0
 
 SICK = """
@@ -42,7 +41,7 @@ class Run:
     """A started command and what it has printed."""
 
     def __init__(self, folder: Path, *command: str) -> None:
-        env = os.environ | {"PYTHONPATH": f"{SOURCES}:{folder}", "OMP_NUM_THREADS": "1"}
+        env = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(folder)]), "OMP_NUM_THREADS": "1"}
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             env.pop(name, None)
         self._out = (folder / f"out-{time.monotonic_ns()}.log").open("w+", encoding="utf-8")

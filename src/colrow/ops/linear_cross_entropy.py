@@ -19,6 +19,7 @@ Legend: T tokens, t this rank's tokens, D hidden size, V vocabulary, v this rank
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -248,13 +249,18 @@ def _refuse_unknown_classes(y_T: Tensor, vocab_size: int, ignore_index: int) -> 
 
 
 def _use_triton(implementation: Implementation, device: torch.device) -> bool:
-    if implementation == "triton" and kernels.UNAVAILABLE:
-        raise ConfigError(f"implementation='triton' was asked for and cannot be had: {kernels.UNAVAILABLE}")
+    if implementation == "triton" and (reason := kernels.UNAVAILABLE or _not_on_a_gpu(device)):
+        raise ConfigError(f"implementation='triton' was asked for and cannot be had: {reason}")
     if implementation != "auto":
         return implementation == "triton"
     if device.type == "cuda" and kernels.UNAVAILABLE:
         _warn_once(kernels.UNAVAILABLE)
     return device.type == "cuda" and not kernels.UNAVAILABLE
+
+
+def _not_on_a_gpu(device: torch.device) -> str:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return "" if device.type == "cuda" or interpreted else f"the tensors are on {device.type}, and Triton needs a GPU"
 
 
 @functools.cache

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from colrow.plans.derive.derivation import Derivation, DeriveOptions, derive
+from colrow.plans.derive.emit import Emitter
 from colrow.plans.derive.local import LocalCheck
 from colrow.plans.derive.prove import Sabotage, prove
 from colrow.plans.plan import Plan
@@ -214,6 +215,40 @@ def test_slopes_that_each_rank_would_make_alike_keep_the_heads_whole(monkeypatch
     found, error = check(Sloped(), x=STATES)
     assert "attention.qkv.weight" in found.sharded
     assert error > 1e-3
+
+
+class Forgetful(nn.Module):
+    """A gate whose own decay is used behind the reduction of its two products, as in linear attention."""
+
+    def __init__(self, d: int = 32) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(d, 2 * d, bias=False), nn.Linear(2 * d, d, bias=False)
+        self.decay = nn.Parameter(torch.rand(d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -self.decay.exp() * F.softplus(self.down(self.up(x)))
+
+
+class Forgetting(nn.Module):
+    def __init__(self, d: int = 32) -> None:
+        super().__init__()
+        self.norm, self.gate, self.mlp = nn.LayerNorm(d), Forgetful(d), Gated(d, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return x + self.gate(x) + self.mlp(x)
+
+
+@needs_simulation
+def test_a_parameter_behind_its_block_s_reduction_is_not_summed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, error = check(Forgetting(), x=STATES)
+    assert error < TOLERANCE
+    assert "mlp.down.weight" in found.sharded
+    assert "gate.decay is used behind the reduction of gate" in found.whole["gate.up.weight"]
+    monkeypatch.setattr(Emitter, "_never_summed_twice", lambda _: None)
+    found, error = check(Forgetting(), x=STATES)
+    assert "gate.up.weight" in found.sharded
+    assert error > 0.5  # twice its gradient
 
 
 @needs_simulation

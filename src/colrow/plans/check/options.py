@@ -40,6 +40,8 @@ def _sums(run: DryRun, wanted: torch.dtype | None) -> Iterator[Finding]:
 
 
 def _inputs(run: DryRun) -> Iterator[Finding]:
+    if torch.__version__.startswith("2.11."):  # its compiled blocks wait for their inputs
+        return
     for block in run.unfinished:
         message = (
             "its input is a collective that still runs when the block is called; a compiled block takes it without the "

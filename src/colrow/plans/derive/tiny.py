@@ -31,6 +31,20 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("n_group", "topk_group"), 1),
     **dict.fromkeys(("first_k_dense_replace",), 1),
 }
+OWN: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "dots1": {"n_shared_experts": 1},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 16},
+    "prophetnet": {"num_hidden_layers": None, "num_encoder_layers": 2, "num_decoder_layers": 2},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "xlnet": {"max_position_embeddings": None},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
+}
+"""What single types need beside the sizes; None leaves the configuration's own."""
 ZERO = (
     "attn_pdrop",
     "resid_pdrop",
@@ -50,32 +64,49 @@ def causal_models() -> list[str]:
 
 
 def classes(kind: str) -> tuple[Any, Any]:
-    """Configuration class and model class of one type; only its own modules are imported."""
+    """Configuration class and model class of one type; only its own modules are imported.
+
+    The configuration is the one that the model takes: of text alone, where the type's own holds images too.
+    """
     import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
-    return CONFIG_MAPPING[kind], getattr(transformers, name if isinstance(name, str) else name[0])
+    model = getattr(transformers, name if isinstance(name, str) else name[0])
+    return model.config_class, model
 
 
 def tiny(config_class: Any, model_class: Any, seed: int = 0, **sizes: Any) -> nn.Module:
     """A two-layer model with small sizes, weights from `seed`, and vectors (norms, biases) that are not all alike.
 
     `sizes` replace those of the table, under the configuration's own names.
-
-    Raises:
-        ValueError: the configuration holds others (text and vision), which the sizes would not reach.
     """
-    parts = getattr(config_class, "sub_configs", None)
-    if parts:
-        raise ValueError(f"its configuration holds others ({', '.join(parts)}), which the tiny sizes do not reach")
+    torch.manual_seed(seed)
+    try:
+        model = model_class(tiny_config(config_class, **sizes))
+    except Exception as error:
+        try:
+            model = model_class(tiny_config(config_class, **(sizes | {"num_key_value_heads": None})))
+        except Exception:
+            raise error from None
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.dim() == 1:
+                param.add_(0.1 * torch.randn_like(param))
+    return model.eval()
+
+
+def tiny_config(config_class: Any, **sizes: Any) -> Any:
+    """A configuration with small sizes, and small ones in the configurations (of text, of images) that it holds.
+
+    A size of None leaves the configuration's own.
+    """
     default = config_class()
     mapped = getattr(config_class, "attribute_map", {})
     fixed = {k for k in (*SIZES, "layer_types", "mlp_layer_types") if _computed(config_class, mapped.get(k, k))}
-    names = (vars(default).keys() | {k for k in SIZES if hasattr(default, k)}) - fixed
+    names = (vars(default).keys() | {k for k in SIZES if _readable(default, k)}) - fixed
     chosen: dict[str, Any] = {k: v for k, v in SIZES.items() if k in names}
-    chosen |= {k: 0.0 for k in ZERO if k in names}
+    chosen |= {k: 0 if isinstance(vars(default).get(k), int) else 0.0 for k in ZERO if k in names}
     if "pad_token_id" in names:
         chosen["pad_token_id"] = 0
     for name in ("layer_types", "mlp_layer_types"):
@@ -83,18 +114,20 @@ def tiny(config_class: Any, model_class: Any, seed: int = 0, **sizes: Any) -> nn
         if isinstance(kinds, list) and kinds and name not in fixed:
             two = (kinds[:1] + [k for k in kinds if k != kinds[0]][:1] + kinds)[:2]
             chosen[name] = two[: sizes.get("num_hidden_layers", 2)]
-    chosen |= sizes
-    torch.manual_seed(seed)
+    for name in getattr(config_class, "sub_configs", None) or {}:
+        inner = getattr(default, name, None)
+        if inner is not None:
+            chosen[name] = tiny_config(type(inner)).to_dict()
+    chosen |= OWN.get(config_class.model_type, {}) | sizes
+    return config_class(**{name: value for name, value in chosen.items() if value is not None})
+
+
+def _readable(config: Any, name: str) -> bool:
+    """Whether a configuration has one value of this name; some have one for each layer, and raise."""
     try:
-        model = model_class(config_class(**chosen))
+        return hasattr(config, name)
     except Exception:
-        chosen.pop("num_key_value_heads", None)
-        model = model_class(config_class(**chosen))
-    with torch.no_grad():
-        for param in model.parameters():
-            if param.dim() == 1:
-                param.add_(0.1 * torch.randn_like(param))
-    return model.eval()
+        return False
 
 
 def _computed(config_class: Any, name: str) -> bool:

@@ -80,6 +80,11 @@ class Reference:
         """The largest gradient of all: what a gradient that is zero by mathematics is compared with."""
         return max([g.abs().max().item() for g in self.gradients.values()] or [1.0])
 
+    def size(self, name: str) -> float:
+        """What an error of this gradient is relative to: below a millionth of the largest one it is rounding, such as
+        that of a key's bias before softmax."""
+        return max(self.gradients[name].abs().max().item(), 1e-6 * self.scale)
+
 
 @dataclass
 class Errors:
@@ -96,14 +101,13 @@ class Errors:
 
 def compare(observed: Observed, reference: Reference, tp: int) -> Errors:
     """How far the ranks are from the unsharded model."""
-    floor = 1e-6 * reference.scale  # below it a gradient is rounding, such as that of a key's bias before softmax
     gradients = {}
     for name in reference.gradients.keys() | observed.gradients.keys():
         want, got = reference.gradients.get(name), observed.gradients.get(name)
         if want is None or got is None:
             gradients[name] = float("inf")
         else:
-            gradients[name] = got.error(want, tp, max(want.abs().max().item(), floor))
+            gradients[name] = got.error(want, tp, reference.size(name))
     parameters = {
         name: observed.parameters[name].error(want, tp, max(want.abs().max().item(), 1e-300))
         for name, want in reference.parameters.items()
