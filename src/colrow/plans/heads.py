@@ -37,13 +37,16 @@ class Heads:
 
 
 def heads_of(model: nn.Module) -> Heads | None:
-    """The attention heads that the model's config states, under Hugging Face's names."""
+    """The attention heads that the model's config states for all layers, under Hugging Face's names."""
     config: Any = getattr(model, "config", None)
-    query = getattr(config, "num_attention_heads", None)
-    if not isinstance(query, int):
+    try:
+        query = getattr(config, "num_attention_heads", None)
+        if not isinstance(query, int):
+            return None
+        kv = getattr(config, "num_key_value_heads", None) or query
+        dim = getattr(config, "head_dim", None) or config.hidden_size // query
+    except RuntimeError:  # transformers raises where layers differ, as those of Gemma 4 do
         return None
-    kv = getattr(config, "num_key_value_heads", None) or query
-    dim = getattr(config, "head_dim", None) or config.hidden_size // query
     return Heads(query, kv, dim)
 
 
