@@ -104,6 +104,8 @@ class TrainSection(_Section):
     """Compute precision; auto is bf16 over fp32 master weights on GPUs, fp32 on CPUs."""
     compile: bool | None = None
     """torch.compile for each block; on GPUs unless given."""
+    cuda_graph: bool = False
+    """Replay forward, backward and update as CUDA graphs, for steps that the CPU holds up; on a mesh of tp alone."""
     activation_checkpoint: Literal["none", "selective", "full"] = "none"
     log_every: PositiveInt = 1
     check_batch_every: NonNegativeInt = 100

@@ -96,6 +96,14 @@ def test_on_a_gpu_the_loss_must_run_its_kernels() -> None:
     assert not missing_paths(plan, trace_of(RAN, ("gemm", "_loss_kernel"), 9), 2)
 
 
+def test_cuda_graphs_that_were_not_launched_are_seen() -> None:
+    step = [event("gemm", 0, 1), event("cudaGraphLaunch", 0, 1, "cuda_runtime")]
+    for events, launched in ((step, True), (step[:1], False)):
+        missing = missing_paths(Plan.preset("llama"), from_events(events), 2, cuda_graph=True)
+        assert bool(missing) != launched, missing
+    assert not missing_paths(Plan.preset("llama"), from_events(step[:1]), 2)
+
+
 def test_rounds_give_the_median() -> None:
     rounds = [[{"arm": "fast", "step_ms": ms}] for ms in (3.0, 1.0, 2.0)]
     assert merged(rounds) == [{"arm": "fast", "step_ms": 2.0, "rounds_step_ms": [3.0, 1.0, 2.0]}]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -18,11 +19,15 @@ def test_only_matrices_decay_and_frozen_parameters_stay_out() -> None:
     assert all(group["betas"] == (0.8, 0.9) and group["eps"] == 1e-6 for group in groups)
 
 
-def test_a_step_is_adamw_with_decoupled_decay() -> None:
+@pytest.mark.parametrize("rate_is_a_tensor", [False, True])
+def test_a_step_is_adamw_with_decoupled_decay(rate_is_a_tensor: bool) -> None:
     """The first step by hand: m/sqrt(v) is the gradient's sign, the decay is lr × weight_decay × w."""
     weight = nn.Parameter(torch.tensor([[1.0, -2.0]]))
-    optimizer = build_optimizer([weight], SECTION)
+    optimizer = build_optimizer([weight], SECTION.model_copy(update={"cuda_graph": rate_is_a_tensor}))
+    rate = optimizer.param_groups[0]["lr"]
+    assert isinstance(rate, torch.Tensor) == rate_is_a_tensor
     set_learning_rate(optimizer, 0.25)
+    assert (optimizer.param_groups[0]["lr"] is rate) == rate_is_a_tensor  # a graph reads it where it lies
     weight.grad = torch.tensor([[3.0, -5.0]])
     optimizer.step()
     want = torch.tensor([[1.0, -2.0]]) * (1 - 0.25 * 0.1) - 0.25 * torch.tensor([[1.0, -1.0]])

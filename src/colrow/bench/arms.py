@@ -20,6 +20,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "plain": {"plan": "llama", "loss": "vocab_parallel"},
     "linear": {"plan": "llama", "loss": "linear"},
     "fast": {"plan": "llama-fast", "loss": "linear"},
+    "graph": {"plan": "llama-fast", "loss": "linear", "train.cuda_graph": True},
     "config": {},
 }
 """`config` is the config as it stands."""

@@ -6,7 +6,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from colrow.models.shapes import flops_per_token
 from colrow.ops.kernels import cross_entropy
 from colrow.plans.plan import Plan
 from colrow.train import preflight
+from colrow.train.cuda_graph import EAGER_STEPS
 from colrow.train.metrics import peak_flops
 from colrow.train.rank import Place, joined
 from colrow.train.setup import Training, choose_plan, set_up
@@ -61,14 +63,26 @@ def measure(job: Job, place: Place, stop_requested: Callable[[], bool] = lambda:
             run.
     """
     config = job.config
+    if config.train.cuda_graph and job.warmup <= EAGER_STEPS:
+        raise ConfigError(
+            f"arm {job.arm}: train.cuda_graph captures in step {EAGER_STEPS + 1}, and --warmup is {job.warmup}: use "
+            f"--warmup {EAGER_STEPS + 1} or more"
+        )
     preflight.check_sequence(config, choose_plan(config, build_source(config.model, config.run.seed).model))
     with joined(config, place) as (mesh, device):
         training = set_up(config, mesh, device)
         data_rank = mesh["dp_replicate"].get_local_rank() * config.mesh.dp_shard + mesh["dp_shard"].get_local_rank()
         batches = random_batches(config, training.source.vocab_size, data_rank, device)
         losses: list[Tensor] = []
+        captured: dict[str, int] = {}
         for step in range(job.warmup):
-            losses.append(training.step(step, next(batches))[0])
+            batch = next(batches)
+            if training.graphs and step == EAGER_STEPS:
+                with _read_afterwards([ProfilerActivity.CPU]) as traces:
+                    losses.append(training.step(step, batch)[0])
+                captured = traces[0].operators
+            else:
+                losses.append(training.step(step, batch)[0])
             if stop_requested():
                 raise SystemExit(130)
         _synchronise(device)
@@ -81,6 +95,8 @@ def measure(job: Job, place: Place, stop_requested: Callable[[], bool] = lambda:
         shared: list[Any] = [None]
         if place.rank == 0:
             assert trace is not None
+            if training.graphs:  # a replay runs kernels and calls no operator
+                trace = replace(trace, operators=captured)
             shared[0] = {**figures, "trace": trace.to_data(), **_problem(training, trace)}
         shared_device = device if device.type == "cuda" else None
         dist.broadcast_object_list(shared, device=shared_device)
@@ -88,6 +104,7 @@ def measure(job: Job, place: Place, stop_requested: Callable[[], bool] = lambda:
         dist.all_reduce(ends)
         result: dict[str, Any] = shared[0]
         result["loss_first"], result["loss_last"] = (ends / config.mesh.world_size * config.mesh.pp).tolist()
+        training.close()
     if "problem" in result:
         raise ConfigError(f"arm {job.arm}: {result['problem']}")
     return result
@@ -139,15 +156,25 @@ def _profiled(training: Training, batch: list[Batch], job: Job, rank: int, devic
         _synchronise(device)
         return None
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with profile(activities=activities) as profiler:
+    kept = job.trace / f"{job.arm.replace(':', '-').replace('=', '-')}.json" if job.trace else None
+    with _read_afterwards(activities, kept) as traces:
         training.step(step, batch)
         _synchronise_here(device)
     _synchronise(device)
+    return traces[0]
+
+
+@contextmanager
+def _read_afterwards(activities: list[ProfilerActivity], kept: Path | None = None) -> Iterator[list[StepTrace]]:
+    """Profile what runs within; its trace is the list's only entry afterwards, and its file stays at `kept`."""
+    traces: list[StepTrace] = []
+    with profile(activities=activities) as profiler:
+        yield traces
     with tempfile.TemporaryDirectory() as folder:
-        path = (job.trace or Path(folder)) / f"{job.arm.replace(':', '-').replace('=', '-')}.json"
+        path = kept or Path(folder) / "trace.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(path))
-        return read_trace(path)
+        traces.append(read_trace(path))
 
 
 def _figures(
@@ -165,6 +192,7 @@ def _figures(
         "plan": training.plan.name,
         "loss": training.plan.loss,
         "compiled": training.compiled,
+        "cuda_graph": bool(training.graphs),
         "compute": str(training.compute).removeprefix("torch."),
         "model": training.source.name,
         "layers": config.model.layers,
@@ -200,13 +228,13 @@ def _memory(device: torch.device) -> dict[str, float]:
 
 def _problem(training: Training, trace: StepTrace) -> dict[str, str]:
     """A fast path that the plan asks for and the profiled step did not run."""
-    missing = missing_paths(training.plan, trace, training.mesh["tp"].size())
+    missing = missing_paths(training.plan, trace, training.mesh["tp"].size(), cuda_graph=bool(training.graphs))
     return {"problem": f"asked for and not run: {', '.join(missing)}"} if missing else {}
 
 
-def missing_paths(plan: Plan, trace: StepTrace, tp: int) -> list[str]:
-    """The fast paths of `plan` of which a step's trace has no sign."""
-    missing = []
+def missing_paths(plan: Plan, trace: StepTrace, tp: int, *, cuda_graph: bool = False) -> list[str]:
+    """The fast paths of `plan`, and the CUDA graphs, of which a step's trace has no sign."""
+    missing = ["train.cuda_graph (no cudaGraphLaunch)"] if cuda_graph and not trace.graph_launches else []
     styles = {style.name for style in plan.modules.values()}
     wanted = {"fast_gather": "column_forward", "fast_rowwise": "row_forward"} if tp > 1 else {}
     for style, operator in wanted.items():

@@ -83,6 +83,8 @@ def show(results: list[Result], place: dict[str, Any], console: Console) -> None
         kinds = ", ".join(f"{kind} {ms:.0f}" for kind, ms in trace["kinds"].items())
         calls = ", ".join(f"{name} ×{n}" for name, n in {**trace["operators"], **trace["collectives"]}.items())
         compiled = "compiled" if result["compiled"] else "eager"
+        if result["cuda_graph"]:
+            compiled += f", {trace['graph_launches']} CUDA graph launches"
         console.print(f"{result['arm']}: ran {result['plan']}, loss {result['loss']}, {compiled}, {result['compute']}")
         console.print(f"  {f'ms by kind: {kinds}; ' if kinds else ''}{calls or 'no calls of its own'}", highlight=False)
 

@@ -40,8 +40,9 @@ class StepTrace:
         exposed: NCCL's kernels run and nothing else does.
         kinds: sum over kernels of a kind.
         collectives: number of NCCL's kernels by kind, or on CPUs of c10d's calls.
-        operators: number of calls of this project's operators.
+        operators: number of calls of this project's operators; of those captured, where the step replays CUDA graphs.
         kernels: number of kernels.
+        graph_launches: number of CUDA graphs that the host launched.
     """
 
     span: float | None
@@ -53,6 +54,7 @@ class StepTrace:
     operators: dict[str, int]
     kernels: int
     names: tuple[str, ...] = ()
+    graph_launches: int = 0
 
     @property
     def idle(self) -> float | None:
@@ -95,6 +97,7 @@ def from_events(events: list[dict[str, Any]]) -> StepTrace:
         operators=dict(operators + functions),
         kernels=len(device),
         names=tuple(sorted({event["name"] for event in device})),
+        graph_launches=sum(event["name"].startswith("cudaGraphLaunch") for event in events),
     )
 
 

@@ -25,6 +25,7 @@ from colrow.plans.check import Finding, check_static
 from colrow.plans.check import check as run_check
 from colrow.plans.heads import heads_of
 from colrow.plans.plan import Plan
+from colrow.train.cuda_graph import check_cuda_graph
 from colrow.train.metrics import require_sinks
 from colrow.train.run_folder import CHECKPOINTS, changed_keys
 from colrow.train.schedule import check_schedule
@@ -63,6 +64,7 @@ def check(config: RunConfig, local_ranks: int | None = None) -> Checked:
     require_sinks(config.log)
     kind = device_type(config)
     require_devices(config.mesh.world_size if local_ranks is None else local_ranks, kind)
+    check_cuda_graph(config, kind)
     changes = changed_keys(config)
     source = build_source(config.model, config.run.seed)
     check_model(config, source)

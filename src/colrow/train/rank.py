@@ -93,6 +93,7 @@ def train_run(
     first = dist.get_rank() == 0
     with ExitStack() as stack:
         training = set_up(config, mesh, device, source)
+        stack.callback(training.close)
         checkpoints = Checkpoints(
             config.run.dir / CHECKPOINTS,
             keep=config.checkpoint.keep,
@@ -162,11 +163,12 @@ def opening_lines(config: RunConfig, training: Training, start: int) -> list[str
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {_threads()} a rank"
     train, tokens = config.train, config.train.global_batch * config.data.seq_len
     compute = "fp32" if training.compute == torch.float32 else "bf16 over fp32 weights and gradient sums"
+    runs = f"{'compiled blocks' if training.compiled else 'eager'}{', CUDA graphs' if training.graphs else ''}"
     lines = [
         f"model      {training.source.name}, {training.parameters:,} parameters",
         f"mesh       {config.mesh}, {where}",
         f"plan       {training.plan.name}, loss {training.plan.loss}",
-        f"compute    {compute}, {'compiled blocks' if training.compiled else 'eager'}",
+        f"compute    {compute}, {runs}",
         f"batch      {train.global_batch} × {config.data.seq_len} = {tokens:,} tokens a step, {train.steps:,} steps",
         f"writes     {config.run.dir}: config.yaml, plan.yaml, tokenizer.json, metrics.jsonl,",
         "           checkpoints/, loss.png, loss.svg, export/",

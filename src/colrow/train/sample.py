@@ -8,7 +8,7 @@ from colrow.config import RunConfig
 from colrow.data.tokenizer import Tokenizer
 from colrow.models.generate import generate
 from colrow.train.setup import Training
-from colrow.train.step import logits_of, reshard
+from colrow.train.step import WholeModel, reshard
 
 
 def sample(config: RunConfig, training: Training, tokenizer: Tokenizer) -> str:
@@ -17,13 +17,14 @@ def sample(config: RunConfig, training: Training, tokenizer: Tokenizer) -> str:
     Compiled blocks are run with the batch and length that they were compiled for, eager ones with the tokens there are.
     """
     assert config.sample.prompt is not None
-    (model,) = training.modules
+    whole = training.step.forward_backward
+    assert isinstance(whole, WholeModel)
     prompt = tokenizer.encode(config.sample.prompt) or [tokenizer.eos_id]
     ids = torch.tensor([prompt], device=training.device)
     if training.compiled:
         ids = ids.expand(config.train.micro_batch, -1)
     drawn = generate(
-        lambda ids: logits_of(model(ids)),
+        whole.logits,
         ids,
         config.sample.tokens,
         temperature=config.sample.temperature,
@@ -32,5 +33,5 @@ def sample(config: RunConfig, training: Training, tokenizer: Tokenizer) -> str:
         context=config.data.seq_len,
         eos_id=tokenizer.eos_id,
     )
-    reshard(model)
+    reshard(training.modules[0])
     return tokenizer.decode(drawn[0].tolist())

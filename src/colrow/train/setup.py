@@ -24,12 +24,14 @@ from colrow.checkpoint.weights import fill_seeded, materialize
 from colrow.config import RunConfig
 from colrow.data.loader import check_batch
 from colrow.parallel.activation_checkpoint import apply_activation_checkpoint
+from colrow.parallel.compute_weights import ComputeWeights
 from colrow.parallel.data_parallel import apply_data_parallel
 from colrow.parallel.grad_norm import norm_groups
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.named import named_plan
 from colrow.plans.plan import Plan
 from colrow.train.compile import compile_forward
+from colrow.train.cuda_graph import EAGER_STEPS, Replayed, check_cuda_graph
 from colrow.train.optimizer import build_optimizer
 from colrow.train.source import Source, build_source
 from colrow.train.step import PipelinedModel, Step, WholeModel, mean_cross_entropy
@@ -52,10 +54,17 @@ class Training:
     """Of the whole model."""
     tied: dict[str, str] = field(default_factory=dict)
     """Parameters here that are copies of another stage's, by the original's name."""
+    graphs: tuple[Replayed, ...] = ()
+    """With `train.cuda_graph`: forward and backward of a micro-batch, and the update."""
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         return self.step.optimizer
+
+    def close(self) -> None:
+        """Before the process group ends, which would wait for the graphs."""
+        for graph in self.graphs:
+            graph.close()
 
 
 def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device, source: Source | None = None) -> Training:
@@ -67,6 +76,7 @@ def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device, source: So
     Raises:
         ConfigError, PlanError: something does not fit; `preflight.check` finds the same without processes.
     """
+    check_cuda_graph(config, device.type)
     source = source or build_source(config.model, config.run.seed)
     plan = choose_plan(config, source.model)
     compute, compiled = compute_dtype(config, device), compiles(config, device)
@@ -84,22 +94,25 @@ def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device, source: So
                 compile_forward(block)
         if recompute == "full":
             apply_activation_checkpoint(blocks, recompute)
-        apply_data_parallel(
-            model,
-            mesh,
-            blocks,
-            param_dtype=None if compute == torch.float32 else compute,
-            reshard_after_forward=config.fsdp.reshard_after_forward,
-        )
+        if not config.train.cuda_graph:
+            apply_data_parallel(
+                model,
+                mesh,
+                blocks,
+                param_dtype=None if compute == torch.float32 else compute,
+                reshard_after_forward=config.fsdp.reshard_after_forward,
+            )
         materialize(model, device)
         fill(model, source, config.run.seed)
 
     if config.mesh.pp == 1:
         prepare(source.model, blocks_of(source.model))
-        whole = WholeModel(source.model, plan, mesh, device)
+        weights = ComputeWeights(source.model, compute) if config.train.cuda_graph else None
+        whole = WholeModel(source.model, plan, mesh, device, weights)
         params = list(source.model.parameters())
         step = build_step(config, mesh, whole, params, params)
-        return Training([source.model], source, plan, mesh, device, compute, compiled, step, parameters)
+        graphs = capture(config, whole, step) if config.train.cuda_graph else ()
+        return Training([source.model], source, plan, mesh, device, compute, compiled, step, parameters, graphs=graphs)
 
     # torch's pipelining imports the compiler, which takes seconds that other meshes need not wait
     from colrow.parallel.pipeline import build_pipeline
@@ -145,6 +158,15 @@ def build_step(
         norm_groups=norm_groups(mesh),
         section=config.train,
     )
+
+
+def capture(config: RunConfig, whole: WholeModel, step: Step) -> tuple[Replayed, ...]:
+    """Let two CUDA graphs do the work of a step, once its first runs are over: see [Note: captured]."""
+    train = config.train
+    accumulate = check_batch(train.global_batch, train.micro_batch, config.mesh.dp)
+    whole.micro_batch = forward_backward = Replayed(whole.micro_batch, EAGER_STEPS * accumulate)
+    step.update = update = Replayed(step.update, EAGER_STEPS)
+    return forward_backward, update
 
 
 def choose_plan(config: RunConfig, model: nn.Module) -> Plan:

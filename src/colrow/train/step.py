@@ -7,8 +7,9 @@ many tokens, that is the global mean. What a rank reports is its part, so that a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -20,10 +21,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from colrow.config import TrainSection
+from colrow.parallel.compute_weights import ComputeWeights
 from colrow.parallel.data_parallel import set_last_micro_batch
 from colrow.parallel.grad_norm import align_gradients, clip_gradients, grad_norm
-from colrow.parallel.loss import logits_of as logits_of
-from colrow.parallel.loss import loss_context, model_loss
+from colrow.parallel.loss import logits_of, loss_context, model_loss
 from colrow.plans.plan import Plan
 from colrow.train.attention import preferred_attention
 from colrow.train.optimizer import set_learning_rate
@@ -56,31 +57,59 @@ class WholeModel:
     """Forward and backward of a model that lies on one pipeline stage.
 
     Gradients of all micro-batches but the last stay on their rank; the last one reduces the sum.
+
+    Args:
+        weights: what the model computes with, where that is not FSDP2's affair or its own parameters.
+
+    Attributes:
+        micro_batch: forward and backward of one: (ids, targets, the step's tokens) -> its part of the mean loss.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, mesh: DeviceMesh, device: torch.device) -> None:
-        self._model, self._plan, self._mesh, self._device = model, plan, mesh, device
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        mesh: DeviceMesh,
+        device: torch.device,
+        weights: ComputeWeights | None = None,
+    ) -> None:
+        self._model, self._plan, self._mesh, self._device, self._weights = model, plan, mesh, device, weights
+        self.micro_batch: Callable[[Tensor, Tensor, int], Tensor] = self._micro_batch
 
     def __call__(self, batches: Sequence[Batch]) -> Tensor:
         tokens = sum(targets.numel() for _, targets in batches)
         total = torch.zeros((), device=self._device)
-        for i, (ids, targets) in enumerate(batches):
-            set_last_micro_batch(self._model, i == len(batches) - 1)
-            with loss_context(self._plan, self._mesh), preferred_attention(self._device):
-                loss = model_loss(self._model, self._plan, self._mesh, ids, targets, num_valid=tokens)
-                loss.backward()
-            total += _local(loss.detach())
+        with self._weights.summing() if self._weights else nullcontext():
+            for i, (ids, targets) in enumerate(batches):
+                set_last_micro_batch(self._model, i == len(batches) - 1)
+                total += self.micro_batch(ids, targets, tokens)
         return total
+
+    def _micro_batch(self, ids: Tensor, targets: Tensor, tokens: int) -> Tensor:
+        with loss_context(self._plan, self._mesh), preferred_attention(self._device):
+            loss = model_loss(self._model, self._plan, self._mesh, ids, targets, num_valid=tokens)
+            loss.backward()
+        return _local(loss.detach())
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         total, tokens = torch.zeros((), device=self._device), 0
-        for ids, targets in batches:
-            with loss_context(self._plan, self._mesh), preferred_attention(self._device):
-                total += _local(model_loss(self._model, self._plan, self._mesh, ids, targets, num_valid=1))
-            tokens += targets.numel()
+        with self._reading():
+            for ids, targets in batches:
+                with loss_context(self._plan, self._mesh), preferred_attention(self._device):
+                    total += _local(model_loss(self._model, self._plan, self._mesh, ids, targets, num_valid=1))
+                tokens += targets.numel()
         reshard(self._model)
         return total / max(tokens, 1)
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor) -> Tensor:
+        """[B, T] -> [B, T, V]."""
+        with self._reading():
+            return logits_of(self._model(ids))
+
+    def _reading(self) -> AbstractContextManager[None]:
+        return self._weights.reading() if self._weights else nullcontext()
 
 
 class PipelinedModel:
@@ -109,6 +138,9 @@ class Step:
         params: this rank's parameters as the optimizer holds them.
         counted: those whose gradients count in the norm: without copies of another pipeline stage's.
         norm_groups: groups of the axes over which ranks hold different parts of the gradient.
+
+    Attributes:
+        update: from gradients to new weights; returns the norm of the whole gradient before clipping.
     """
 
     forward_backward: ForwardBackward
@@ -117,6 +149,10 @@ class Step:
     optimizer: torch.optim.Optimizer
     norm_groups: list[dist.ProcessGroup]
     section: TrainSection
+    update: Callable[[], Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.update = self._update
 
     def __call__(self, step: int, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
         """Run step `step` (from 0) on this rank's micro-batches. Collective.
@@ -126,14 +162,18 @@ class Step:
             nothing has waited for.
         """
         loss = self.forward_backward(batches)
+        set_learning_rate(self.optimizer, learning_rate(step, self.section))
+        norm = self.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, norm
+
+    def _update(self) -> Tensor:
         align_gradients(self.params)
         norm = grad_norm(self.counted, self.norm_groups)
         if self.section.grad_clip is not None:
             clip_gradients(self.params, norm, self.section.grad_clip)
-        set_learning_rate(self.optimizer, learning_rate(step, self.section))
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss, norm
+        return norm
 
 
 def reshard(model: nn.Module) -> None:

@@ -1,0 +1,85 @@
+"""A function's kernels as a CUDA graph: one launch replays them all, and the CPU no longer sets a small step's pace.
+
+[Note: captured]
+Capturing runs the Python of a function and none of its kernels; replaying runs the kernels, on the same addresses, and
+no Python. So whatever the function reads and writes outside itself (weights, sums of gradients, the optimizer's state)
+must stay where it is, and numbers that Python knows are frozen. The first calls run as they are, on the stream of the
+capture: they compile, initialise NCCL's communicators, and let the optimizer and the gradients' sums take their memory.
+They are steps of training like the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from colrow.config import RunConfig
+from colrow.errors import ConfigError
+
+EAGER_STEPS = 2
+"""Steps before the one that captures."""
+
+
+class Replayed:
+    """`function` of tensors and numbers, captured at the call that follows the first `eager_calls` ones.
+
+    Tensors keep their shapes and numbers their values from call to call. What it returns is a copy of its own.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], eager_calls: int) -> None:
+        self._function, self._eager_calls = function, eager_calls
+        self._stream = torch.cuda.Stream()
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, *args: Tensor | int) -> Tensor:
+        if self._eager_calls > 0:
+            self._eager_calls -= 1
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                result = self._function(*args)
+            torch.cuda.current_stream().wait_stream(self._stream)
+            return result
+        if self._graph is None:
+            self._capture(args)
+        assert self._graph is not None
+        for own, given in zip(self._args, args, strict=True):
+            if isinstance(own, Tensor) and isinstance(given, Tensor):
+                assert own.shape == given.shape, f"captured for {tuple(own.shape)}, called with {tuple(given.shape)}"
+                own.copy_(given)
+            else:
+                assert own == given, f"captured for {own}, called with {given}"
+        self._graph.replay()
+        return self._result.clone()
+
+    def close(self) -> None:
+        """Give the graph up: NCCL's communicators do not end before the graphs that hold their kernels."""
+        if self._graph is not None:
+            self._graph.reset()
+
+    def _capture(self, args: tuple[Tensor | int, ...]) -> None:
+        self._args = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: NCCL's watchdog asks for the state of its events meanwhile, from a thread of its own
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            self._result = self._function(*self._args)
+        self._graph = graph
+
+
+def check_cuda_graph(config: RunConfig, device_type: str) -> None:
+    """Raise a ConfigError where `train.cuda_graph` is asked for and cannot be had."""
+    if not config.train.cuda_graph:
+        return
+    if config.mesh.world_size != config.mesh.tp:
+        raise ConfigError(
+            f"train.cuda_graph works with mesh.tp alone, and the mesh is {config.mesh}: set its other axes to 1, or "
+            "train.cuda_graph to false"
+        )
+    if config.train.activation_checkpoint != "none":
+        raise ConfigError(
+            "train.cuda_graph cannot capture a recomputation, which sets the random numbers' state: set "
+            "train.activation_checkpoint to none, or train.cuda_graph to false"
+        )
+    if device_type != "cuda":
+        raise ConfigError("train.cuda_graph needs a GPU: set it to false for a CPU")

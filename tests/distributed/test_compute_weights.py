@@ -1,0 +1,200 @@
+"""Copies that the model computes with: gradients of the unsharded model in fp64, and those of FSDP2 in bf16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from colrow.config import TrainSection
+from colrow.parallel.compute_weights import ComputeWeights
+from colrow.parallel.data_parallel import apply_data_parallel
+from colrow.parallel.grad_norm import align_gradients
+from colrow.parallel.layout import full_tensor
+from colrow.parallel.parallelize import parallelize
+from colrow.plans.plan import Plan
+from colrow.train.compile import compile_forward
+from colrow.train.optimizer import build_optimizer
+from colrow.train.step import WholeModel
+from distributed.harness import Ranks
+from distributed.parity import batch, build, cross_entropy, optimizer_of, relative, tp_mesh, train_reference
+from distributed.runs import a_run, figures, train, write_text
+
+pytestmark = pytest.mark.distributed
+STEPS = 2
+RATE = TrainSection(steps=1, global_batch=1, micro_batch=1, lr=2**-7)
+RATE_AS_TENSOR = RATE.model_copy(update={"cuda_graph": True})
+CASES = [("gqa", "llama"), ("tied", "llama"), ("kv3", "llama-fast"), ("qk_norm", "llama-fast"), ("bias", "llama-fast")]
+
+
+class Overwrites(ComputeWeights):
+    def _add(self, param: nn.Parameter, copy: Tensor) -> None:
+        self._sums.pop(param, None)
+        super()._add(param, copy)
+
+
+class CarriesOver(ComputeWeights):
+    @contextmanager
+    def summing(self) -> Iterator[None]:
+        with self.reading():
+            yield
+        for param, total in self._sums.items():
+            param.grad = total
+
+
+class Stale(ComputeWeights):
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        self._place(self._copies)
+        yield
+        self._place({})
+
+
+def micro_batches(device: str, step: int) -> list[tuple[Tensor, Tensor]]:
+    ids, targets = batch(device, seed=step)
+    return list(zip(ids.chunk(2), targets.chunk(2), strict=True))
+
+
+def in_fp64(device: str, kind: type[ComputeWeights], cases: list[tuple[str, str]]) -> dict[str, dict[str, float]]:
+    """Relative errors against one process, by case: the first gradients, the last parameters, the last evaluation."""
+    errors: dict[str, dict[str, float]] = {}
+    for name, preset in cases:
+        want = train_reference(name, device, STEPS, size=4)
+        plan = Plan.preset(preset, "vocab_parallel" if preset == "llama" else "linear")
+        mesh, here = tp_mesh(device, 2), torch.device(device)
+        model = parallelize(build(name, device), plan, mesh)
+        whole = WholeModel(model, plan, mesh, here, kind(model, torch.float64))
+        optimizer, found = optimizer_of(model.parameters()), {}
+        for step in range(STEPS):
+            loss = whole(micro_batches(device, step))
+            assert loss.item() == pytest.approx(want.losses[step], rel=1e-6) or kind is not ComputeWeights
+            align_gradients(model.parameters())
+            for key, param in model.named_parameters():
+                assert param.grad is not None, f"{key} has no gradient"
+                if step == 0:
+                    found[f"gradient {key}"] = relative(full_tensor(param.grad), want.gradients[key])
+            optimizer.step()
+            optimizer.zero_grad()
+        for key, param in model.named_parameters():
+            found[f"parameter {key}"] = relative(full_tensor(param.detach()), want.parameters[key])
+        ids, targets = batch(device, seed=9)
+        expected = cross_entropy(want.model(ids), targets).item()
+        found["evaluation"] = abs(whole.evaluate([(ids, targets)]).item() / expected - 1) * 1e-4  # its sum is fp32
+        errors[f"{name} {preset}"] = found
+    return errors
+
+
+def test_gradients_and_parameters_are_those_of_the_unsharded_model(ranks: Ranks) -> None:
+    for errors in ranks(2).run(in_fp64, ComputeWeights, CASES):
+        assert len(errors) == len(CASES)
+        for case, found in errors.items():
+            assert max(found.values()) < 1e-10, (case, found)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong"),
+    [(Overwrites, "gradient"), (CarriesOver, "parameter"), (Stale, "parameter"), (Stale, "evaluation")],
+)
+def test_a_wrong_sum_or_a_stale_copy_is_seen(ranks: Ranks, kind: type[ComputeWeights], wrong: str) -> None:
+    for errors in ranks(2).run(in_fp64, kind, CASES[:1]):
+        (found,) = errors.values()
+        assert max(error for key, error in found.items() if key.startswith(wrong)) > 1e-6
+
+
+def gradients(device: str, name: str, way: str) -> dict[str, Tensor]:
+    """Of one step of two micro-batches over fp32 weights, and the losses of this step and the next."""
+    plan, mesh, here = Plan.preset("llama-fast", "linear"), tp_mesh(device, 2), torch.device(device)
+    model = parallelize(build(name, device, torch.float32), plan, mesh)
+    if way == "compiled":
+        for block in model.layers:
+            compile_forward(block, backend="aot_eager")
+    if way == "fsdp":
+        apply_data_parallel(model, mesh, list(model.layers), param_dtype=torch.bfloat16)
+    dtype = torch.float32 if way == "fp32" else torch.bfloat16
+    whole = WholeModel(model, plan, mesh, here, None if way == "fsdp" else ComputeWeights(model, dtype))
+    optimizer, out = build_optimizer(model.parameters(), RATE if way == "fsdp" else RATE_AS_TENSOR), {}
+    for step in range(STEPS):
+        out[f"loss {step}"] = whole(micro_batches(device, step))
+        align_gradients(model.parameters())
+        if step == 0:
+            out |= {
+                key: full_tensor(param.grad).clone()
+                for key, param in model.named_parameters()
+                if param.grad is not None
+            }
+            assert all(param.grad is not None and param.grad.dtype == torch.float32 for param in model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+    return out
+
+
+def differences(device: str, name: str, way: str) -> dict[str, float]:
+    """Between a way and FSDP2 with bf16 compute."""
+    want, got = gradients(device, name, "fsdp"), gradients(device, name, way)
+    assert got.keys() == want.keys()
+    return {key: relative(got[key], want[key]) for key in want}
+
+
+@pytest.mark.parametrize("name", ["gqa-1", "tied-1"])
+def test_in_bf16_the_gradients_are_those_of_fsdp(ranks: Ranks, name: str) -> None:
+    for found in ranks(2).run(differences, name, "copies"):
+        for key, error in found.items():
+            assert error <= (0.0 if ranks.device == "cpu" else 2**-6), (key, error)
+    for found in ranks(2).run(differences, name, "fp32"):
+        assert found["lm_head.weight" if name == "gqa-1" else "embed_tokens.weight"] > 1e-4
+
+
+def test_compiled_blocks_compute_with_the_copies(ranks: Ranks) -> None:
+    for found in ranks(2).run(differences, "gqa-1", "compiled"):
+        assert max(found.values()) <= (0.0 if ranks.device == "cpu" else 2**-6), found
+
+
+class Unreplayed:
+    """Stands for a CUDA graph: it runs the function, on arguments that lie where the first ones lay."""
+
+    def __init__(self, function: Callable[..., Tensor], eager_calls: int) -> None:
+        self.function, self.args = function, ()
+
+    def __call__(self, *args: Tensor | int) -> Tensor:
+        self.args = self.args or tuple(arg.clone() if isinstance(arg, Tensor) else arg for arg in args)
+        for own, given in zip(self.args, args, strict=True):
+            if isinstance(own, Tensor) and isinstance(given, Tensor):
+                own.copy_(given)
+        return self.function(*self.args)
+
+    def close(self) -> None:
+        self.args = ()
+
+
+def runs(device: str, folder: Path) -> None:
+    """One run as ever, one with copies, and one with copies in two parts, each with evaluations and a sample."""
+    from colrow.train import setup
+
+    kept = setup.check_cuda_graph, setup.Replayed
+    setup.check_cuda_graph, setup.Replayed = lambda *_: None, Unreplayed
+    more = {"mesh": {"tp": 2}, "eval": {"every": 3, "batches": 1}, "sample": {"prompt": "row", "tokens": 2}}
+    try:
+        for name, copies, stop_after in (
+            ("plain", False, None),
+            ("copies", True, None),
+            ("parts", True, 3),
+            ("parts", True, None),
+        ):
+            section = {"cuda_graph": copies, "compile": False, "precision": "fp32"}
+            train(device, a_run(folder, name, train=section, **more), stop_after)
+    finally:
+        setup.check_cuda_graph, setup.Replayed = kept
+
+
+def test_a_run_evaluates_saves_and_continues_with_copies(ranks: Ranks, tmp_path: Path) -> None:
+    write_text(tmp_path)
+    ranks(2).run(runs, tmp_path)
+    plain, copies, parts = (figures(tmp_path / name / "metrics.jsonl") for name in ("plain", "copies", "parts"))
+    assert [record["step"] for record in plain if "val_loss" in record] == [3, 6]
+    assert parts == copies
+    for one, record in zip(plain, copies, strict=True):
+        assert record == pytest.approx(one, rel=1e-5)
