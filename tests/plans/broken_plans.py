@@ -345,9 +345,6 @@ BROKEN: dict[str, Case] = {
     ),
     "sum of equal values": Case("CR409", m.Gpt, lambda: gpt_plan(norm1=SumOfEqual()), "blocks.*.norm1"),
     "sums in bf16": Case("CR411", llama, preset, "tp", {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}),
-    "compiled block after a collective": Case(
-        "CR412", m.Gpt, lambda: gpt_plan(sequence=True), "blocks.0", {"compiled": True}
-    ),
     # gradients
     "norm missing": Case(
         "CR501", llama, lambda: preset(drop="layers.*.input_layernorm"), "layers.*.input_layernorm.weight"
@@ -401,6 +398,11 @@ BROKEN: dict[str, Case] = {
     "dropout on features": Case("CR601", lambda: m.Gpt(mlp=lambda: m.MLP(dropout=0.1)), gpt_plan, "blocks.*.mlp.drop"),
 }
 
+
+if not torch.__version__.startswith("2.11."):  # whose compiled blocks wait for their inputs
+    BROKEN["compiled block after a collective"] = Case(
+        "CR412", m.Gpt, lambda: gpt_plan(sequence=True), "blocks.0", {"compiled": True}
+    )
 
 OWN_HEADS = HEADS | {"attn__out": "rowwise"}
 
