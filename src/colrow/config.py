@@ -102,6 +102,8 @@ class TrainSection(_Section):
     grad_clip: PositiveFloat | None = 1.0
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Compute precision; auto is bf16 over fp32 master weights on GPUs, fp32 on CPUs."""
+    fp8: Literal["tensorwise", "rowwise"] | None = None
+    """Multiply 8-bit floats in a plan's fast styles: other numbers than bf16's, on Ada, Hopper and later GPUs."""
     compile: bool | None = None
     """torch.compile for each block; on GPUs unless given."""
     cuda_graph: bool = False

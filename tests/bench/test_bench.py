@@ -96,6 +96,12 @@ def test_on_a_gpu_the_loss_must_run_its_kernels() -> None:
     assert not missing_paths(plan, trace_of(RAN, ("gemm", "_loss_kernel"), 9), 2)
 
 
+def test_products_that_were_not_in_8_bits_are_seen() -> None:
+    plan = Plan.preset("llama-fast", "vocab_parallel").with_fp8("tensorwise")
+    assert missing_paths(plan, trace_of(RAN, ("gemm",), 9), 2)
+    assert not missing_paths(plan, trace_of({**RAN, "aten::_scaled_mm": 3}, ("gemm",), 9), 2)
+
+
 def test_cuda_graphs_that_were_not_launched_are_seen() -> None:
     step = [event("gemm", 0, 1), event("cudaGraphLaunch", 0, 1, "cuda_runtime")]
     for events, launched in ((step, True), (step[:1], False)):

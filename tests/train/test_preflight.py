@@ -42,6 +42,8 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
         ({"model": {"python": "pathlib:nothing"}}, "write package.module:callable"),
         ({"model": {"python": "pathlib:Path"}}, "it must return an nn.Module"),
         ({"device": "cuda"}, "use --device cpu"),
+        ({"train.fp8": "rowwise"}, "plan llama has no style with the option fp8"),
+        ({"train.fp8": "rowwise", "mesh.tp": 1}, "mesh.tp is 1"),
         ({"train.cuda_graph": True}, "train.cuda_graph needs a GPU"),
         ({"train.cuda_graph": True, "mesh.dp_shard": 2}, "train.cuda_graph works with mesh.tp alone"),
         ({"train.cuda_graph": True, "mesh.pp": 2}, "train.cuda_graph works with mesh.tp alone"),

@@ -21,6 +21,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "linear": {"plan": "llama", "loss": "linear"},
     "fast": {"plan": "llama-fast", "loss": "linear"},
     "graph": {"plan": "llama-fast", "loss": "linear", "train.cuda_graph": True},
+    "fp8": {"plan": "llama-fast", "loss": "linear", "train.fp8": "tensorwise"},
     "config": {},
 }
 """`config` is the config as it stands."""

@@ -243,6 +243,9 @@ def missing_paths(plan: Plan, trace: StepTrace, tp: int, *, cuda_graph: bool = F
     if plan.loss == "linear" and not trace.operators.get("linear_cross_entropy"):
         missing.append("linear cross entropy")
     on_device = trace.kernels > 0
+    wants_fp8 = tp > 1 and any(getattr(style, "fp8", "") for style in plan.modules.values())
+    if wants_fp8 and on_device and not trace.operators.get("aten::_scaled_mm"):
+        missing.append("fp8 (operator aten::_scaled_mm)")
     if plan.loss == "linear" and on_device and not any("_loss_kernel" in name for name in trace.names):
         missing.append(f"the loss's Triton kernels ({cross_entropy.UNAVAILABLE or 'no such kernel ran'})")
     return missing

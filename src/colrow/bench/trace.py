@@ -40,7 +40,8 @@ class StepTrace:
         exposed: NCCL's kernels run and nothing else does.
         kinds: sum over kernels of a kind.
         collectives: number of NCCL's kernels by kind, or on CPUs of c10d's calls.
-        operators: number of calls of this project's operators; of those captured, where the step replays CUDA graphs.
+        operators: number of calls of this project's operators and of 8-bit products; of those captured, where the
+            step replays CUDA graphs.
         kernels: number of kernels.
         graph_launches: number of CUDA graphs that the host launched.
     """
@@ -74,7 +75,8 @@ def read_trace(path: Path) -> StepTrace:
 
 def from_events(events: list[dict[str, Any]]) -> StepTrace:
     """The figures of complete events: `cat`, `name`, `ts` and `dur` in microseconds."""
-    operators = Counter(e["name"] for e in events if e.get("cat") == "cpu_op" and e["name"].startswith("colrow::"))
+    own = ("colrow::", "aten::_scaled_mm")
+    operators = Counter(e["name"] for e in events if e.get("cat") == "cpu_op" and e["name"].startswith(own))
     functions = Counter("linear_cross_entropy" for e in events if e["name"] == "_LinearCrossEntropy")
     device = [event for event in events if event.get("cat") in _ON_DEVICE]
     if not device:

@@ -22,12 +22,13 @@ from colrow.ops.collectives import (
     start_all_gather,
     start_reduce_scatter,
 )
+from colrow.ops.products import product
 
 NARROW = 2048  # rows of a weight under which its own product is too small for a GPU: siblings are joined then
 
 
 def column_linear(
-    x_tD: Tensor, weights: list[Tensor], group: str, keep_gathered: bool = True, overlap: bool = True
+    x_tD: Tensor, weights: list[Tensor], group: str, keep_gathered: bool = True, overlap: bool = True, fp8: str = ""
 ) -> Tensor:
     """[t, D] on each rank -> [T, F]: the products with all of `weights` beside each other, out of one all-gather.
 
@@ -41,12 +42,13 @@ def column_linear(
         keep_gathered: keep X for wgrad. Else x is kept, and gathered again in backward beside dgrad.
         overlap: run backward's collectives beside the products. NCCL takes multiprocessors from a product, so that
             one after the other may be as fast: measure.
+        fp8: the products' precision, `tensorwise` or `rowwise` (`ops.float8`); the factors' own unless given.
     """
-    y: Tensor = torch.ops.colrow.column_forward(x_tD, weights, group, keep_gathered, overlap)[0]
+    y: Tensor = torch.ops.colrow.column_forward(x_tD, weights, group, keep_gathered, overlap, fp8)[0]
     return y
 
 
-def row_linear(x_Tf: Tensor, weight: Tensor, group: str) -> Tensor:
+def row_linear(x_Tf: Tensor, weight: Tensor, group: str, fp8: str = "") -> Tensor:
     """[T, f] on each rank -> [t, D]: the sum over ranks of their products.
 
     y = x W^T, W split by row.
@@ -54,7 +56,7 @@ def row_linear(x_Tf: Tensor, weight: Tensor, group: str) -> Tensor:
     forward   y = reduce_scatter(x W^T)
     backward  dY = all_gather(dy);  dx = dY W;  dW = dY^T x
     """
-    y: Tensor = torch.ops.colrow.row_forward(x_Tf, weight, group)
+    y: Tensor = torch.ops.colrow.row_forward(x_Tf, weight, group, fp8)
     return y
 
 
@@ -67,14 +69,14 @@ def scatter_sum(x_TD: Tensor, group: str) -> Tensor:
 @torch.library.custom_op(
     "colrow::column_forward",
     mutates_args=(),
-    schema="(Tensor x, Tensor[] weights, str group, bool keep_gathered, bool overlap) -> (Tensor, Tensor)",
+    schema="(Tensor x, Tensor[] weights, str group, bool keep_gathered, bool overlap, str fp8) -> (Tensor, Tensor)",
 )
 def _column_forward(
-    x: Tensor, weights: list[Tensor], group: str, keep_gathered: bool, overlap: bool
+    x: Tensor, weights: list[Tensor], group: str, keep_gathered: bool, overlap: bool, fp8: str
 ) -> tuple[Tensor, Tensor]:
     gathered = all_gather(x, group_named(group))
-    if _joins(weights):
-        y = gathered @ _joined(weights).t()
+    if _joins(weights, fp8):
+        y = product(gathered, _joined(weights).t(), fp8)
     else:  # large enough each: a joined copy of the weights would cost more than it saves
         y = gathered.new_empty(gathered.shape[0], sum(w.shape[0] for w in weights))
         for w, part in zip(weights, y.split([w.shape[0] for w in weights], 1), strict=True):
@@ -83,7 +85,9 @@ def _column_forward(
 
 
 @_column_forward.register_fake
-def _(x: Tensor, weights: list[Tensor], group: str, keep_gathered: bool, overlap: bool) -> tuple[Tensor, Tensor]:
+def _(
+    x: Tensor, weights: list[Tensor], group: str, keep_gathered: bool, overlap: bool, fp8: str
+) -> tuple[Tensor, Tensor]:
     T = x.shape[0] * group_named(group).size()
     gathered = x.new_empty(T, x.shape[1]) if keep_gathered else x.new_empty(0)
     return x.new_empty(T, sum(w.shape[0] for w in weights)), gathered
@@ -93,7 +97,7 @@ def _(x: Tensor, weights: list[Tensor], group: str, keep_gathered: bool, overlap
     "colrow::column_backward",
     mutates_args=(),
     schema="(Tensor dy, Tensor x, Tensor[] weights, str group, bool gathered, bool overlap, bool want_x,"
-    " bool want_w) -> (Tensor, Tensor)",
+    " bool want_w, str fp8) -> (Tensor, Tensor)",
 )
 def _column_backward(
     dy: Tensor,
@@ -104,16 +108,17 @@ def _column_backward(
     overlap: bool,
     want_x: bool,
     want_w: bool,
+    fp8: str,
 ) -> tuple[Tensor, Tensor]:
     ranks = group_named(group)
     again = start_all_gather(x, ranks) if want_w and not gathered else None
     if again is not None and not overlap:
         again()
-    arrival = start_reduce_scatter(_input_gradient(dy, weights), ranks) if want_x else None
+    arrival = start_reduce_scatter(_input_gradient(dy, weights, fp8), ranks) if want_x else None
     if arrival is not None and not overlap:
         arrival()
     inputs = x if again is None else again()
-    dw = dy.t() @ inputs if want_w else dy.new_empty(0)
+    dw = product(dy.t(), inputs, fp8, gradient=True) if want_w else dy.new_empty(0)
     return dy.new_empty(0) if arrival is None else arrival(), dw
 
 
@@ -127,6 +132,7 @@ def _(
     overlap: bool,
     want_x: bool,
     want_w: bool,
+    fp8: str,
 ) -> tuple[Tensor, Tensor]:
     D = weights[0].shape[1]
     dx = dy.new_empty(dy.shape[0] // group_named(group).size(), D) if want_x else dy.new_empty(0)
@@ -134,7 +140,7 @@ def _(
 
 
 def _save_column(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weights, ctx.group, ctx.keep_gathered, ctx.overlap = inputs
+    x, weights, ctx.group, ctx.keep_gathered, ctx.overlap, ctx.fp8 = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1] if ctx.keep_gathered else x, *weights)
 
@@ -142,59 +148,59 @@ def _save_column(ctx: Any, inputs: Any, output: Any) -> None:
 def _differentiate_column(ctx: Any, dy: Tensor | None, _: Any) -> Any:
     x, *weights = ctx.saved_tensors
     if dy is None:
-        return None, [None] * len(weights), None, None, None
+        return None, [None] * len(weights), None, None, None, None
     want_x, want_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
     dx, dw = torch.ops.colrow.column_backward(
-        dy.contiguous(), x, weights, ctx.group, ctx.keep_gathered, ctx.overlap, want_x, any(want_w)
+        dy.contiguous(), x, weights, ctx.group, ctx.keep_gathered, ctx.overlap, want_x, any(want_w), ctx.fp8
     )
     parts = dw.split([w.shape[0] for w in weights], 0) if any(want_w) else [None] * len(weights)
-    return dx if want_x else None, list(parts), None, None, None
+    return dx if want_x else None, list(parts), None, None, None, None
 
 
 torch.library.register_autograd("colrow::column_forward", _differentiate_column, setup_context=_save_column)
 
 
 @torch.library.custom_op(
-    "colrow::row_forward", mutates_args=(), schema="(Tensor x, Tensor weight, str group) -> Tensor"
+    "colrow::row_forward", mutates_args=(), schema="(Tensor x, Tensor weight, str group, str fp8) -> Tensor"
 )
-def _row_forward(x: Tensor, weight: Tensor, group: str) -> Tensor:
-    return reduce_scatter(x @ weight.t(), group_named(group))
+def _row_forward(x: Tensor, weight: Tensor, group: str, fp8: str) -> Tensor:
+    return reduce_scatter(product(x, weight.t(), fp8), group_named(group))
 
 
 @_row_forward.register_fake
-def _(x: Tensor, weight: Tensor, group: str) -> Tensor:
+def _(x: Tensor, weight: Tensor, group: str, fp8: str) -> Tensor:
     return x.new_empty(x.shape[0] // group_named(group).size(), weight.shape[0])
 
 
 @torch.library.custom_op(
     "colrow::row_backward",
     mutates_args=(),
-    schema="(Tensor dy, Tensor x, Tensor weight, str group, bool want_x, bool want_w) -> (Tensor, Tensor)",
+    schema="(Tensor dy, Tensor x, Tensor weight, str group, bool want_x, bool want_w, str fp8) -> (Tensor, Tensor)",
 )
 def _row_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, group: str, want_x: bool, want_w: bool
+    dy: Tensor, x: Tensor, weight: Tensor, group: str, want_x: bool, want_w: bool, fp8: str
 ) -> tuple[Tensor, Tensor]:
     gathered = all_gather(dy, group_named(group))
-    dx = gathered @ weight if want_x else dy.new_empty(0)
-    return dx, gathered.t() @ x if want_w else dy.new_empty(0)
+    dx = product(gathered, weight, fp8, gradient=True) if want_x else dy.new_empty(0)
+    return dx, product(gathered.t(), x, fp8, gradient=True) if want_w else dy.new_empty(0)
 
 
 @_row_backward.register_fake
-def _(dy: Tensor, x: Tensor, weight: Tensor, group: str, want_x: bool, want_w: bool) -> tuple[Tensor, Tensor]:
+def _(dy: Tensor, x: Tensor, weight: Tensor, group: str, want_x: bool, want_w: bool, fp8: str) -> tuple[Tensor, Tensor]:
     dx = x.new_empty(x.shape) if want_x else dy.new_empty(0)
     return dx, weight.new_empty(weight.shape) if want_w else dy.new_empty(0)
 
 
 def _save_row(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, ctx.group = inputs
+    x, weight, ctx.group, ctx.fp8 = inputs
     ctx.save_for_backward(x, weight)
 
 
 def _differentiate_row(ctx: Any, dy: Tensor) -> Any:
     x, weight = ctx.saved_tensors
-    want_x, want_w, _ = ctx.needs_input_grad
-    dx, dw = torch.ops.colrow.row_backward(dy.contiguous(), x, weight, ctx.group, want_x, want_w)
-    return dx if want_x else None, dw if want_w else None, None
+    want_x, want_w, *_ = ctx.needs_input_grad
+    dx, dw = torch.ops.colrow.row_backward(dy.contiguous(), x, weight, ctx.group, want_x, want_w, ctx.fp8)
+    return dx if want_x else None, dw if want_w else None, None, None
 
 
 torch.library.register_autograd("colrow::row_forward", _differentiate_row, setup_context=_save_row)
@@ -248,7 +254,7 @@ def traffic(operator: str, args: tuple[Any, ...], outputs: list[Tensor]) -> list
             return [one("all_gather", args[0], args[2])]
         case "column_backward":
             dx, _ = outputs
-            _, x, _, group, gathered, _, want_x, want_w = args
+            _, x, _, group, gathered, _, want_x, want_w, _ = args
             again = [] if gathered or not want_w else [one("all_gather", x, group)]
             return [*again, *([one("reduce_scatter", dx, group)] if want_x else [])]
         case "row_forward":
@@ -262,15 +268,16 @@ def traffic(operator: str, args: tuple[Any, ...], outputs: list[Tensor]) -> list
     return []
 
 
-def _joins(weights: list[Tensor]) -> bool:
-    """Whether siblings run as one product of a joined copy: else each is large enough, and the copy costs more."""
-    return len(weights) == 1 or min(w.shape[0] for w in weights) < NARROW
+def _joins(weights: list[Tensor], fp8: str) -> bool:
+    """Whether siblings run as one product of a joined copy: else each is large enough, and the copy costs more. In
+    fp8 they do, since the input would be rounded for each of them."""
+    return len(weights) == 1 or bool(fp8) or min(w.shape[0] for w in weights) < NARROW
 
 
-def _input_gradient(dy: Tensor, weights: list[Tensor]) -> Tensor:
+def _input_gradient(dy: Tensor, weights: list[Tensor], fp8: str) -> Tensor:
     """dY W, [T, D]."""
-    if _joins(weights):
-        return dy @ _joined(weights)
+    if _joins(weights, fp8):
+        return product(dy, _joined(weights), fp8, gradient=True)
     parts = dy.split([w.shape[0] for w in weights], 1)
     dx = parts[0] @ weights[0]
     for part, w in zip(parts[1:], weights[1:], strict=True):

@@ -1,4 +1,4 @@
-"""Matrix products that accumulate into a wider dtype."""
+"""Matrix products in less than their factors' precision, and such as accumulate into a wider dtype."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ import functools
 
 import torch
 from torch import Tensor
+
+from colrow.ops.float8 import float8_product
+
+
+def product(a: Tensor, b: Tensor, fp8: str = "", *, gradient: bool = False) -> Tensor:
+    """a @ b; in 8-bit floats where `fp8` says which (`ops.float8`). `gradient`: a holds a gradient."""
+    return float8_product(a, b, fp8, gradient=gradient) if fp8 else a @ b
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:

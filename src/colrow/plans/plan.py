@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ import yaml
 from torch import nn
 
 from colrow.errors import PlanError, did_you_mean
+from colrow.ops.float8 import Float8
 from colrow.plans import (  # noqa: F401  (they register)
     styles_block,
     styles_fast_ends,
@@ -111,6 +112,14 @@ class Plan:
     def save(self, path: Path | str) -> None:
         """Write the plan as YAML."""
         Path(path).write_text(self.to_yaml(), encoding="utf-8")
+
+    def with_fp8(self, kind: Float8) -> Plan:
+        """The plan with 8-bit products in all styles that have them. Raises PlanError where none has."""
+        able = {key: style for key, style in self.modules.items() if hasattr(style, "fp8")}
+        if not able:
+            raise PlanError(f"plan {self.name} has no style with the option fp8: take one of fast styles, llama-fast")
+        changed: dict[str, Any] = {key: replace(style, fp8=kind) for key, style in able.items()}  # type: ignore[call-arg]
+        return replace(self, modules={**self.modules, **changed})
 
     def resolve(self, model: nn.Module, absent: Iterable[str] = ()) -> dict[str, tuple[str, Style]]:
         """Fully qualified module name to (pattern, style), in the model's order.

@@ -24,7 +24,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
-from colrow.errors import PlanError
+from colrow.errors import PlanError, did_you_mean
+from colrow.ops.float8 import KINDS
 from colrow.ops.parallel_linear import column_linear, row_linear
 from colrow.parallel.local_view import View, replace_forward, view_parameters
 from colrow.plans.site import Site
@@ -69,6 +70,12 @@ class FastStyle(ParallelStyle):
         return module
 
 
+def require_float8(kind: str) -> None:
+    """Raise a PlanError for an option fp8 that names no kind."""
+    if kind and kind not in KINDS:
+        raise PlanError(f"fp8: {kind!r} is no kind of 8-bit products{did_you_mean(kind, KINDS)}")
+
+
 def group_name(mesh: DeviceMesh) -> str:
     return str(mesh.get_group().group_name)
 
@@ -77,16 +84,19 @@ def group_name(mesh: DeviceMesh) -> str:
 class FastGather(Style):
     """One all-gather and one product for the children named in `columns`, which have style fast_colwise or
     fast_kv_replicate. `keep_gathered: false` gathers the input again in backward instead of keeping it;
-    `overlap: false` runs backward's collectives before, not beside, the products that do not need them."""
+    `overlap: false` runs backward's collectives before, not beside, the products that do not need them.
+    `fp8: tensorwise` or `rowwise` multiplies 8-bit floats (`ops.float8`)."""
 
     name = "fast_gather"
     token_order = "row"
     columns: tuple[str, ...] = ()
     keep_gathered: bool = True
     overlap: bool = True
+    fp8: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "columns", tuple(self.columns))
+        require_float8(self.fp8)
 
     def check(self, site: Site) -> None:
         children = dict(site.module.named_children())
@@ -106,14 +116,14 @@ class _GatherHook(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         style, group, n = self.style, group_name(device_mesh), device_mesh.size()
-        names, keep, overlap = style.columns, style.keep_gathered, style.overlap
+        names, options = style.columns, (style.keep_gathered, style.overlap, style.fp8)
 
         def gather(module: Any, args: Any, kwargs: Any) -> Any:
             x = args[0] if args else kwargs["hidden_states"]
             B, t, D = x.shape
             projections = [module.get_submodule(name) for name in names]
             weights = [projection.weight for projection in projections]
-            y = column_linear(x.reshape(B * t, D), weights, group, keep, overlap).view(B, t * n, -1)
+            y = column_linear(x.reshape(B * t, D), weights, group, *options).view(B, t * n, -1)
             parts = dict(zip(names, y.split([w.shape[0] for w in weights], -1), strict=True))
             columns = Columns(parts, (B, t * n, D))
             return ((columns, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": columns})
@@ -182,19 +192,24 @@ class FastKvReplicate(KvReplicate):
 
 def row_forward(module: Any, x_BTf: Tensor) -> Tensor:
     """The forward of a fast row linear: [B, T, f] -> this rank's tokens, [B, T/n, D]."""
-    group, n = getattr(module, FAST)
+    group, n, fp8 = getattr(module, FAST)
     B, T, f = x_BTf.shape
-    y = row_linear(x_BTf.reshape(B * T, f), module.weight, group).view(B, T // n, -1)
+    y = row_linear(x_BTf.reshape(B * T, f), module.weight, group, fp8).view(B, T // n, -1)
     bias = module.bias
     return y if bias is None else y + bias
 
 
 @dataclass(frozen=True, kw_only=True)
 class FastRowwise(Style):
-    """A linear whose input features are split; its output is this rank's part of the tokens in a row."""
+    """A linear whose input features are split; its output is this rank's part of the tokens in a row. `fp8` as for
+    fast_gather."""
 
     name = "fast_rowwise"
     token_order = "row"
+    fp8: str = ""
+
+    def __post_init__(self) -> None:
+        require_float8(self.fp8)
 
     def check(self, site: Site) -> None:
         _require(site, self.name, nn.Linear)
@@ -205,7 +220,7 @@ class FastRowwise(Style):
             {"weight": Shard(1), "bias": Replicate()},
             {"weight": _same_on_all_ranks, "bias": summed},  # each rank adds the bias to its own tokens
             row_forward,
-            lambda mesh: (group_name(mesh), mesh.size()),
+            lambda mesh: (group_name(mesh), mesh.size(), self.fp8),
         )
 
     def parameters(self, site: Site) -> dict[str, ParameterLayout]:

@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from colrow.checkpoint.weights import fill_seeded, materialize
 from colrow.config import RunConfig
 from colrow.data.loader import check_batch
+from colrow.errors import ConfigError
 from colrow.parallel.activation_checkpoint import apply_activation_checkpoint
 from colrow.parallel.compute_weights import ComputeWeights
 from colrow.parallel.data_parallel import apply_data_parallel
@@ -170,8 +171,17 @@ def capture(config: RunConfig, whole: WholeModel, step: Step) -> tuple[Replayed,
 
 
 def choose_plan(config: RunConfig, model: nn.Module) -> Plan:
-    """The plan that `config.plan` names: a preset, `huggingface`, `derive`, or a file."""
-    return named_plan(config.plan, model, config.mesh.tp, config.loss)
+    """The plan that `config.plan` names (a preset, `huggingface`, `derive`, or a file), with `train.fp8` put in.
+
+    Raises:
+        ConfigError, PlanError: there is no such plan, or it has no place for fp8.
+    """
+    plan = named_plan(config.plan, model, config.mesh.tp, config.loss)
+    if config.train.fp8 is None:
+        return plan
+    if config.mesh.tp == 1:
+        raise ConfigError("train.fp8 works in products that tp splits, and mesh.tp is 1: raise it, or leave fp8 out")
+    return plan.with_fp8(config.train.fp8)
 
 
 def compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:

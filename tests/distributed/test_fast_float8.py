@@ -1,0 +1,59 @@
+"""The fast styles with 8-bit products: loss and gradients near those of fp32, by the error of their rounding."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from colrow.models.llama import Llama
+from colrow.ops.float8 import KINDS
+from colrow.parallel.grad_norm import align_gradients
+from colrow.parallel.layout import full_tensor
+from colrow.parallel.loss import model_loss
+from colrow.parallel.parallelize import parallelize
+from colrow.plans.plan import Plan
+from colrow.train.compile import compile_forward
+from distributed.harness import Ranks
+from distributed.parity import TINY, batch, tp_mesh
+
+pytestmark = pytest.mark.distributed
+CONFIG = replace(TINY, hidden_size=64, intermediate_size=128, num_attention_heads=4, head_dim=16)
+
+
+def step(device: str, plan: Plan, backend: str | None = None) -> dict[str, Tensor]:
+    """The loss and the gradients of one micro-batch in fp32."""
+    torch.manual_seed(0)
+    mesh = tp_mesh(device, 2)
+    model = parallelize(Llama(CONFIG).to(device), plan, mesh)
+    if backend:
+        for block in model.layers:
+            compile_forward(block, backend)
+    loss = model_loss(model, plan, mesh, *batch(device))
+    loss.backward()
+    align_gradients(model.parameters())
+    found = {name: full_tensor(param.grad) for name, param in model.named_parameters() if param.grad is not None}
+    return {"loss": loss.detach(), **found}
+
+
+def errors(device: str) -> dict[str, dict[str, float]]:
+    """Relative, in the 2-norm, against the same plan without fp8."""
+    plan = Plan.preset("llama-fast", "linear")
+    want = step(device, plan)
+    ways = {kind: step(device, plan.with_fp8(kind)) for kind in KINDS}
+    ways["compiled"] = step(device, plan.with_fp8("rowwise"), "aot_eager")
+    return {
+        way: {name: ((got[name] - want[name]).norm() / want[name].norm()).item() for name in want}
+        for way, got in ways.items()
+    }
+
+
+def test_loss_and_gradients_are_near_those_of_fp32(ranks: Ranks) -> None:
+    for ways in ranks(2).run(errors):
+        for way, found in ways.items():
+            assert found.pop("loss") < 1e-2, way
+            assert max(found.values()) < 0.2, (way, found)
+            inside = {name: error for name, error in found.items() if "proj" in name}
+            assert min(inside.values()) > 5e-3, f"{way}: these products have not been rounded: {inside}"
