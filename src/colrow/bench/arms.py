@@ -20,6 +20,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "plain": {"plan": "llama", "loss": "vocab_parallel"},
     "linear": {"plan": "llama", "loss": "linear"},
     "fast": {"plan": "llama-fast", "loss": "linear"},
+    "overlap": {"plan": "llama-overlap", "loss": "linear"},
     "config": {},
 }
 """`config` is the config as it stands."""

@@ -1,4 +1,9 @@
-"""Matrix products that accumulate into a wider dtype."""
+"""Matrix products: of a linear whose weight is several siblings', and ones that accumulate into a wider dtype.
+
+Everything that `parallel_linear` multiplies goes through here. `out` may be a slice of rows of a larger tensor.
+
+Legend: T tokens, D input features, F output features of all siblings together. Weights are [out, in] as in nn.Linear.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,34 @@ import functools
 
 import torch
 from torch import Tensor
+
+NARROW = 2048  # rows of a weight under which its own product is too small for a GPU: siblings are joined then
+
+
+def joined(weights: list[Tensor]) -> list[Tensor]:
+    """The siblings as one weight where some are narrow; as they are where each is large, and a copy would cost more."""
+    if len(weights) == 1 or min(w.shape[0] for w in weights) >= NARROW:
+        return weights
+    return [torch.cat(weights)]
+
+
+def column_product(x_TD: Tensor, weights: list[Tensor], out: Tensor) -> None:
+    """out [T, F] = x W^T, the siblings' outputs beside each other."""
+    for w, part in zip(weights, out.split([w.shape[0] for w in weights], 1), strict=True):
+        torch.mm(x_TD, w.t(), out=part)
+
+
+def input_gradient(dy_TF: Tensor, weights: list[Tensor], out: Tensor) -> None:
+    """out [T, D] = dY W."""
+    first, *others = zip(dy_TF.split([w.shape[0] for w in weights], 1), weights, strict=True)
+    torch.mm(*first, out=out)
+    for part, w in others:
+        out.addmm_(part, w)
+
+
+def weight_gradient(dy_TF: Tensor, x_TD: Tensor) -> Tensor:
+    """dW [F, D] = dY^T X."""
+    return dy_TF.t() @ x_TD
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
