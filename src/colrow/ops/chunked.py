@@ -121,7 +121,8 @@ def scatter_sum(exchange: Exchange, compute: Callable[[slice, Tensor], None]) ->
 
     def finish() -> Tensor:
         receive_all(exchange)
-        total = exchange.slots.sum(0)
+        slots = exchange.slots
+        total = slots[0] + slots[1] if exchange.size == 2 else slots.sum(0)  # the same number; an addition is faster
         exchange.close()
         return total
 
