@@ -63,17 +63,21 @@ def test_only_what_nothing_hides_is_exposed() -> None:
             event("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", 500, 1000),
             event("nccl:all_gather", 500, 1000, "gpu_user_annotation"),  # encloses the kernel: not counted
             event("Memcpy DtoD", 1400, 200, "gpu_memcpy"),
+            event("Memcpy PtoP (Device -> Device)", 2500, 300, "gpu_memcpy"),  # a chunk, and nothing beside it
+            event("colrow::send_copy_engine", 0, 5, "user_annotation"),
+            event("colrow::send_copy_engine", 2500, 300, "gpu_user_annotation"),
             event("triton_poi_fused", 2000, 500),
             event("colrow::column_forward", 0, 5, "cpu_op"),
         ]
     )
-    assert trace.span == pytest.approx(2.5)
-    assert trace.busy == pytest.approx(2.1)
+    assert trace.span == pytest.approx(2.8)
+    assert trace.busy == pytest.approx(2.4)
     assert trace.idle == pytest.approx(0.4)
-    assert trace.communication == pytest.approx(1.0)
-    assert trace.exposed == pytest.approx(0.4)
-    assert trace.collectives == {"AllGather": 1}
-    assert trace.kinds == pytest.approx({"product": 1.0, "communication": 1.0, "compiled pointwise": 0.5, "copy": 0.2})
+    assert trace.communication == pytest.approx(1.3)
+    assert trace.exposed == pytest.approx(0.7)
+    assert trace.collectives == {"AllGather": 1, "Memcpy PtoP (Device -> Device)": 1}
+    assert trace.operators == {"colrow::column_forward": 1, "colrow::send_copy_engine": 1}
+    assert trace.kinds == pytest.approx({"product": 1.0, "communication": 1.3, "compiled pointwise": 0.5, "copy": 0.2})
 
 
 def trace_of(operators: dict[str, int], names: tuple[str, ...] = (), kernels: int = 0) -> StepTrace:
@@ -88,6 +92,13 @@ def test_a_fast_path_that_did_not_run_is_seen(left_out: str | None) -> None:
     operators = {name: n for name, n in RAN.items() if name != left_out}
     missing = missing_paths(Plan.preset("llama-fast", "linear"), trace_of(operators), 2)
     assert bool(missing) == (left_out is not None), missing
+
+
+@pytest.mark.parametrize("sent", [None, "colrow::send_point_to_point", "colrow::send_copy_engine"])
+def test_copy_engines_that_did_not_carry_are_seen(sent: str | None) -> None:
+    operators = RAN | ({} if sent is None else {sent: 8})
+    missing = missing_paths(Plan.preset("llama-overlap", "linear"), trace_of(operators), 2)
+    assert bool(missing) == (sent != "colrow::send_copy_engine"), missing
 
 
 def test_on_a_gpu_the_loss_must_run_its_kernels() -> None:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from colrow.errors import PlanError
 from colrow.mesh import Mesh
-from colrow.ops import parallel_linear
+from colrow.ops import products
 from colrow.parallel.grad_norm import align_gradients
 from colrow.parallel.loss import loss_context, model_loss
 from colrow.parallel.parallelize import parallelize
@@ -33,10 +33,19 @@ TOLERANCE = 1e-10
 SLOW = 400.0  # seconds: compilation on a busy machine
 
 
-def gather_again(plan: Plan, **options: bool) -> Plan:
+def gather_again(plan: Plan, **options: Any) -> Plan:
     """The plan with inputs gathered again in backward."""
     modules = {
         key: replace(style, keep_gathered=False, **options) if style.name == "fast_gather" else style  # type: ignore[call-arg]
+        for key, style in plan.modules.items()
+    }
+    return replace(plan, modules=modules)
+
+
+def in_chunks(plan: Plan) -> Plan:
+    """The plan with every collective of its blocks in chunks, which the process group carries."""
+    modules = {
+        key: replace(style, overlap="point_to_point", chunk_rows=1) if hasattr(style, "overlap") else style  # type: ignore[call-arg]
         for key, style in plan.modules.items()
     }
     return replace(plan, modules=modules)
@@ -81,15 +90,17 @@ def variants_case(device: str) -> dict[str, dict[str, float]]:
     plan = Plan.preset("llama-fast", "linear")
     found = {
         "gathered again": errors_of(device, "gqa", gather_again(plan), mesh),
-        "one after the other": errors_of(device, "gqa", gather_again(plan, overlap=False), mesh),
+        "one after the other": errors_of(device, "gqa", gather_again(plan, overlap="none"), mesh),
+        "in chunks": errors_of(device, "kv3", in_chunks(plan), mesh),
         "checkpointed": errors_of(device, "qk_norm", plan, mesh, checkpointed),
         "checkpointed, gathered again": errors_of(device, "gqa", gather_again(plan), mesh, checkpointed),
     }
-    narrow, parallel_linear.NARROW = parallel_linear.NARROW, 1
+    narrow, products.NARROW = products.NARROW, 1
     found["large siblings"] = errors_of(device, "gqa", plan, mesh)  # products of their own
-    parallel_linear.NARROW = narrow
+    products.NARROW = narrow
     for name in ("bias", "qk_norm_kv3"):
         found[f"compiled {name}"] = errors_of(device, name, plan, mesh, compiled)
+    found["compiled, in chunks"] = errors_of(device, "gqa", in_chunks(gather_again(plan)), mesh, compiled)
     found["compiled, checkpointed"] = errors_of(device, "gqa", plan, mesh, compiled, checkpointed)
     torch._dynamo.reset()
     return found
@@ -217,8 +228,9 @@ def test_a_gather_names_its_columns(columns: tuple[str, ...], text: str) -> None
 
 
 @pytest.mark.parametrize("loss", ["vocab_parallel", "replicated", "linear"])
-def test_the_preset_is_data(loss: Any) -> None:
-    plan = Plan.preset("llama-fast", loss)
+@pytest.mark.parametrize("preset", ["llama-fast", "llama-overlap"])
+def test_the_preset_is_data(preset: str, loss: Any) -> None:
+    plan = Plan.preset(preset, loss)
     assert Plan.from_yaml(plan.to_yaml()) == plan
     assert plan.sequence_parallel()
 

@@ -34,8 +34,10 @@ def test_the_linear_loss_shows_its_collectives(preset: str) -> None:
     ]
 
 
-def test_a_fast_layer_shows_its_collectives() -> None:
-    run = dry_run(model(), Plan.preset("llama-fast", "linear"), Mesh(tp=2), 2, 16)
+@pytest.mark.parametrize("preset", ["llama-fast", "llama-overlap"])
+def test_a_fast_layer_shows_its_collectives(preset: str) -> None:
+    """Whatever carries them, and though there are no copy engines here."""
+    run = dry_run(model(), Plan.preset(preset, "linear"), Mesh(tp=2), 2, 16)
     layer = [(c.op, c.pass_) for c in run.collectives if c.where.startswith("layers.0")]
     assert sorted(layer) == sorted(
         [("all_gather", "forward"), ("reduce_scatter", "forward")] * 2

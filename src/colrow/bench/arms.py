@@ -22,6 +22,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "fast": {"plan": "llama-fast", "loss": "linear"},
     "graph": {"plan": "llama-fast", "loss": "linear", "train.cuda_graph": True},
     "fp8": {"plan": "llama-fast", "loss": "linear", "train.fp8": "tensorwise"},
+    "overlap": {"plan": "llama-overlap", "loss": "linear"},
     "config": {},
 }
 """`config` is the config as it stands."""

@@ -240,6 +240,10 @@ def missing_paths(plan: Plan, trace: StepTrace, tp: int, *, cuda_graph: bool = F
     for style, operator in wanted.items():
         if style in styles and not trace.operators.get(f"colrow::{operator}"):
             missing.append(f"style {style} (operator colrow::{operator})")
+    for overlap in ("point_to_point", "copy_engine") if tp > 1 else ():
+        asked = any(getattr(style, "overlap", None) == overlap for style in plan.modules.values())
+        if asked and not trace.operators.get(f"colrow::send_{overlap}"):
+            missing.append(f"overlap: {overlap} (no chunk was sent: tokens / tp below the styles' chunk_rows?)")
     if plan.loss == "linear" and not trace.operators.get("linear_cross_entropy"):
         missing.append("linear cross entropy")
     on_device = trace.kernels > 0

@@ -15,7 +15,7 @@ from typing import Any
 
 _ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 _KINDS = (  # the first that matches
-    ("communication", ("nccl",)),
+    ("communication", ("nccl", "memcpy ptop")),
     ("loss", ("_statistics_kernel", "_loss_kernel")),
     ("product", ("triton_tem",)),  # a template of the compiler's for a product
     (
@@ -36,12 +36,12 @@ class StepTrace:
     Attributes:
         span: from the first kernel to the end of the last.
         busy: at least one kernel runs.
-        communication: sum over NCCL's kernels, in which a rank also waits for the others.
-        exposed: NCCL's kernels run and nothing else does.
+        communication: sum over NCCL's kernels, in which a rank also waits for the others, and copies to peers.
+        exposed: these run and nothing else does. A stream that waits for a peer's copy shows as idle.
         kinds: sum over kernels of a kind.
-        collectives: number of NCCL's kernels by kind, or on CPUs of c10d's calls.
-        operators: number of calls of this project's operators and of 8-bit products; of those captured, where the
-            step replays CUDA graphs.
+        collectives: number of NCCL's kernels by kind, and of copies to peers; on CPUs of c10d's calls.
+        operators: number of calls of this project's operators, of its carriers' sends, and of 8-bit products; of those
+            captured, where the step replays CUDA graphs.
         kernels: number of kernels.
         graph_launches: number of CUDA graphs that the host launched.
     """
@@ -76,7 +76,8 @@ def read_trace(path: Path) -> StepTrace:
 def from_events(events: list[dict[str, Any]]) -> StepTrace:
     """The figures of complete events: `cat`, `name`, `ts` and `dur` in microseconds."""
     own = ("colrow::", "aten::_scaled_mm")
-    operators = Counter(e["name"] for e in events if e.get("cat") == "cpu_op" and e["name"].startswith(own))
+    on_cpu = [event for event in events if event.get("cat") in ("cpu_op", "user_annotation")]
+    operators = Counter(event["name"] for event in on_cpu if event["name"].startswith(own))
     functions = Counter("linear_cross_entropy" for e in events if e["name"] == "_LinearCrossEntropy")
     device = [event for event in events if event.get("cat") in _ON_DEVICE]
     if not device:
@@ -119,6 +120,6 @@ def union_ms(events: Iterable[dict[str, Any]]) -> float:
 
 
 def _collective(kernel: str) -> str:
-    """`ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL(...)` is a ReduceScatter."""
+    """`ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL(...)` is a ReduceScatter; `Memcpy PtoP (...)` stays."""
     parts = kernel.split("(")[0].split("_")
     return parts[1] if len(parts) > 1 else kernel

@@ -23,11 +23,14 @@ Float8 = Literal["tensorwise", "rowwise"]
 KINDS: tuple[Float8, ...] = ("tensorwise", "rowwise")
 
 
-def float8_product(a_MK: Tensor, b_KN: Tensor, kind: str, *, gradient: bool = False) -> Tensor:
+def float8_product(
+    a_MK: Tensor, b_KN: Tensor, kind: str, *, gradient: bool = False, out: Tensor | None = None
+) -> Tensor:
     """a @ b, [M, N], in a's dtype.
 
     Args:
         gradient: a holds a gradient.
+        out: where the product goes, contiguous.
 
     Raises:
         ConfigError: a size that 16 does not divide, or a GPU without 8-bit products.
@@ -41,11 +44,15 @@ def float8_product(a_MK: Tensor, b_KN: Tensor, kind: str, *, gradient: bool = Fa
     a, s = quantise(a_MK, a_type, kind)
     b, r = quantise(b_KN.t(), torch.float8_e4m3fn, kind)  # the product wants the columns of b in a row
     if not a_MK.is_cuda:
-        return float8_reference(a, b.t(), s, r.t()).to(a_MK.dtype)
-    y: Tensor = torch._scaled_mm(
-        a, b.t(), scale_a=s, scale_b=r.t(), out_dtype=torch.bfloat16, use_fast_accum=not gradient
-    )
-    return y.to(a_MK.dtype)
+        y = float8_reference(a, b.t(), s, r.t())
+    else:
+        given = out if out is not None and out.dtype == torch.bfloat16 else None
+        y = torch._scaled_mm(
+            a, b.t(), scale_a=s, scale_b=r.t(), out_dtype=torch.bfloat16, use_fast_accum=not gradient, out=given
+        )
+        if given is not None:
+            return given
+    return y.to(a_MK.dtype) if out is None else out.copy_(y)
 
 
 def float8_reference(a_MK: Tensor, b_KN: Tensor, s: Tensor, r: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 Tokens stand in a row, [tokens, features], so that every collective works on dimension 0 and nothing is copied into
 place before or after it. Each is an operator of its own (`torch.library`): torch.compile keeps it as one node in the
-graph of a block and never looks inside, and what is inside may start a collective, compute, and wait.
+graph of a block and never looks inside, and what is inside may start a collective, compute, and wait. With `overlap`
+point_to_point or copy_engine each is cut by rank instead, and chunks travel beside products (`ops.chunked`).
 
 Legend: T tokens, t = T/n this rank's tokens, D hidden size, F this rank's output features of all siblings together,
 f this rank's input features, n ranks. Weights are [out, in] as in nn.Linear.
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from colrow.ops import chunked
+from colrow.ops.carriers import Carrier, Overlap, carrier
 from colrow.ops.collectives import (
     all_gather,
     group_named,
@@ -22,13 +25,19 @@ from colrow.ops.collectives import (
     start_all_gather,
     start_reduce_scatter,
 )
-from colrow.ops.products import product
+from colrow.ops.products import column_product, input_gradient, joined, weight_gradient
 
-NARROW = 2048  # rows of a weight under which its own product is too small for a GPU: siblings are joined then
+CHUNK_ROWS = 1024  # a product of fewer rows leaves multiprocessors idle, and costs more than the collective it hides
 
 
 def column_linear(
-    x_tD: Tensor, weights: list[Tensor], group: str, keep_gathered: bool = True, overlap: bool = True, fp8: str = ""
+    x_tD: Tensor,
+    weights: list[Tensor],
+    group: str,
+    keep_gathered: bool = True,
+    overlap: Overlap = "collectives",
+    chunk_rows: int = CHUNK_ROWS,
+    fp8: str = "",
 ) -> Tensor:
     """[t, D] on each rank -> [T, F]: the products with all of `weights` beside each other, out of one all-gather.
 
@@ -40,23 +49,34 @@ def column_linear(
 
     Args:
         keep_gathered: keep X for wgrad. Else x is kept, and gathered again in backward beside dgrad.
-        overlap: run backward's collectives beside the products. NCCL takes multiprocessors from a product, so that
-            one after the other may be as fast: measure.
+        overlap: what runs beside products, see `carriers.Overlap`. NCCL takes multiprocessors from a product, so that
+            `none` may be as fast as `collectives`: measure.
+        chunk_rows: where t is less, the products are too small to be cut, and run as with `collectives`.
         fp8: the products' precision, `tensorwise` or `rowwise` (`ops.float8`); the factors' own unless given.
     """
-    y: Tensor = torch.ops.colrow.column_forward(x_tD, weights, group, keep_gathered, overlap, fp8)[0]
+    y: Tensor = torch.ops.colrow.column_forward(x_tD, weights, group, keep_gathered, overlap, chunk_rows, fp8)[0]
     return y
 
 
-def row_linear(x_Tf: Tensor, weight: Tensor, group: str, fp8: str = "") -> Tensor:
+def row_linear(
+    x_Tf: Tensor,
+    weight: Tensor,
+    group: str,
+    overlap: Overlap = "collectives",
+    chunk_rows: int = CHUNK_ROWS,
+    fp8: str = "",
+) -> Tensor:
     """[T, f] on each rank -> [t, D]: the sum over ranks of their products.
 
     y = x W^T, W split by row.
 
     forward   y = reduce_scatter(x W^T)
     backward  dY = all_gather(dy);  dx = dY W;  dW = dY^T x
+
+    Args:
+        overlap, chunk_rows, fp8: as in `column_linear`. Whole collectives have nothing here to run beside.
     """
-    y: Tensor = torch.ops.colrow.row_forward(x_Tf, weight, group, fp8)
+    y: Tensor = torch.ops.colrow.row_forward(x_Tf, weight, group, overlap, chunk_rows, fp8)
     return y
 
 
@@ -66,27 +86,32 @@ def scatter_sum(x_TD: Tensor, group: str) -> Tensor:
     return y
 
 
+def _carrier(overlap: str, chunk_rows: int, t: int, group: str, device: torch.device) -> Carrier | None:
+    """What carries chunks of t rows; None where the operator is not cut."""
+    return None if t < chunk_rows else carrier(overlap, group, device)
+
+
 @torch.library.custom_op(
     "colrow::column_forward",
     mutates_args=(),
-    schema="(Tensor x, Tensor[] weights, str group, bool keep_gathered, bool overlap, str fp8) -> (Tensor, Tensor)",
+    schema="(Tensor x, Tensor[] weights, str group, bool keep_gathered, str overlap, int chunk_rows, str fp8)"
+    " -> (Tensor, Tensor)",
 )
 def _column_forward(
-    x: Tensor, weights: list[Tensor], group: str, keep_gathered: bool, overlap: bool, fp8: str
+    x: Tensor, weights: list[Tensor], group: str, keep_gathered: bool, overlap: str, chunk_rows: int, fp8: str
 ) -> tuple[Tensor, Tensor]:
+    by = _carrier(overlap, chunk_rows, x.shape[0], group, x.device)
+    if by is not None:
+        return chunked.column_forward(x.contiguous(), weights, by, keep_gathered, fp8)
     gathered = all_gather(x, group_named(group))
-    if _joins(weights, fp8):
-        y = product(gathered, _joined(weights).t(), fp8)
-    else:  # large enough each: a joined copy of the weights would cost more than it saves
-        y = gathered.new_empty(gathered.shape[0], sum(w.shape[0] for w in weights))
-        for w, part in zip(weights, y.split([w.shape[0] for w in weights], 1), strict=True):
-            torch.mm(gathered, w.t(), out=part)
+    y = gathered.new_empty(gathered.shape[0], sum(w.shape[0] for w in weights))
+    column_product(gathered, joined(weights, fp8), y, fp8)
     return y, gathered if keep_gathered else gathered.new_empty(0)
 
 
 @_column_forward.register_fake
 def _(
-    x: Tensor, weights: list[Tensor], group: str, keep_gathered: bool, overlap: bool, fp8: str
+    x: Tensor, weights: list[Tensor], group: str, keep_gathered: bool, overlap: str, chunk_rows: int, fp8: str
 ) -> tuple[Tensor, Tensor]:
     T = x.shape[0] * group_named(group).size()
     gathered = x.new_empty(T, x.shape[1]) if keep_gathered else x.new_empty(0)
@@ -96,8 +121,8 @@ def _(
 @torch.library.custom_op(
     "colrow::column_backward",
     mutates_args=(),
-    schema="(Tensor dy, Tensor x, Tensor[] weights, str group, bool gathered, bool overlap, bool want_x,"
-    " bool want_w, str fp8) -> (Tensor, Tensor)",
+    schema="(Tensor dy, Tensor x, Tensor[] weights, str group, bool gathered, str overlap, bool want_x,"
+    " bool want_w, int chunk_rows, str fp8) -> (Tensor, Tensor)",
 )
 def _column_backward(
     dy: Tensor,
@@ -105,20 +130,28 @@ def _column_backward(
     weights: list[Tensor],
     group: str,
     gathered: bool,
-    overlap: bool,
+    overlap: str,
     want_x: bool,
     want_w: bool,
+    chunk_rows: int,
     fp8: str,
 ) -> tuple[Tensor, Tensor]:
     ranks = group_named(group)
+    by = _carrier(overlap, chunk_rows, dy.shape[0] // ranks.size(), group, dy.device)
+    if by is not None:
+        return chunked.column_backward(dy, x.contiguous(), weights, by, gathered, want_x, want_w, fp8)
     again = start_all_gather(x, ranks) if want_w and not gathered else None
-    if again is not None and not overlap:
+    if again is not None and overlap == "none":
         again()
-    arrival = start_reduce_scatter(_input_gradient(dy, weights, fp8), ranks) if want_x else None
-    if arrival is not None and not overlap:
-        arrival()
+    arrival = None
+    if want_x:
+        dx = dy.new_empty(dy.shape[0], weights[0].shape[1])
+        input_gradient(dy, joined(weights, fp8), dx, fp8)
+        arrival = start_reduce_scatter(dx, ranks)
+        if overlap == "none":
+            arrival()
     inputs = x if again is None else again()
-    dw = product(dy.t(), inputs, fp8, gradient=True) if want_w else dy.new_empty(0)
+    dw = weight_gradient(dy, inputs, fp8) if want_w else dy.new_empty(0)
     return dy.new_empty(0) if arrival is None else arrival(), dw
 
 
@@ -129,9 +162,10 @@ def _(
     weights: list[Tensor],
     group: str,
     gathered: bool,
-    overlap: bool,
+    overlap: str,
     want_x: bool,
     want_w: bool,
+    chunk_rows: int,
     fp8: str,
 ) -> tuple[Tensor, Tensor]:
     D = weights[0].shape[1]
@@ -140,7 +174,7 @@ def _(
 
 
 def _save_column(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weights, ctx.group, ctx.keep_gathered, ctx.overlap, ctx.fp8 = inputs
+    x, weights, ctx.group, ctx.keep_gathered, ctx.overlap, ctx.chunk_rows, ctx.fp8 = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1] if ctx.keep_gathered else x, *weights)
 
@@ -148,59 +182,102 @@ def _save_column(ctx: Any, inputs: Any, output: Any) -> None:
 def _differentiate_column(ctx: Any, dy: Tensor | None, _: Any) -> Any:
     x, *weights = ctx.saved_tensors
     if dy is None:
-        return None, [None] * len(weights), None, None, None, None
+        return None, [None] * len(weights), None, None, None, None, None
     want_x, want_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
     dx, dw = torch.ops.colrow.column_backward(
-        dy.contiguous(), x, weights, ctx.group, ctx.keep_gathered, ctx.overlap, want_x, any(want_w), ctx.fp8
+        dy.contiguous(),
+        x,
+        weights,
+        ctx.group,
+        ctx.keep_gathered,
+        ctx.overlap,
+        want_x,
+        any(want_w),
+        ctx.chunk_rows,
+        ctx.fp8,
     )
     parts = dw.split([w.shape[0] for w in weights], 0) if any(want_w) else [None] * len(weights)
-    return dx if want_x else None, list(parts), None, None, None, None
+    return dx if want_x else None, list(parts), None, None, None, None, None
 
 
 torch.library.register_autograd("colrow::column_forward", _differentiate_column, setup_context=_save_column)
 
 
 @torch.library.custom_op(
-    "colrow::row_forward", mutates_args=(), schema="(Tensor x, Tensor weight, str group, str fp8) -> Tensor"
+    "colrow::row_forward",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, str group, str overlap, int chunk_rows, str fp8) -> Tensor",
 )
-def _row_forward(x: Tensor, weight: Tensor, group: str, fp8: str) -> Tensor:
-    return reduce_scatter(product(x, weight.t(), fp8), group_named(group))
+def _row_forward(x: Tensor, weight: Tensor, group: str, overlap: str, chunk_rows: int, fp8: str) -> Tensor:
+    ranks = group_named(group)
+    by = _carrier(overlap, chunk_rows, x.shape[0] // ranks.size(), group, x.device)
+    if by is not None:
+        return chunked.row_forward(x, weight, by, fp8)
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    column_product(x, [weight], y, fp8)
+    return reduce_scatter(y, ranks)
 
 
 @_row_forward.register_fake
-def _(x: Tensor, weight: Tensor, group: str, fp8: str) -> Tensor:
+def _(x: Tensor, weight: Tensor, group: str, overlap: str, chunk_rows: int, fp8: str) -> Tensor:
     return x.new_empty(x.shape[0] // group_named(group).size(), weight.shape[0])
 
 
 @torch.library.custom_op(
     "colrow::row_backward",
     mutates_args=(),
-    schema="(Tensor dy, Tensor x, Tensor weight, str group, bool want_x, bool want_w, str fp8) -> (Tensor, Tensor)",
+    schema="(Tensor dy, Tensor x, Tensor weight, str group, str overlap, bool want_x, bool want_w, int chunk_rows,"
+    " str fp8) -> (Tensor, Tensor)",
 )
 def _row_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, group: str, want_x: bool, want_w: bool, fp8: str
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    group: str,
+    overlap: str,
+    want_x: bool,
+    want_w: bool,
+    chunk_rows: int,
+    fp8: str,
 ) -> tuple[Tensor, Tensor]:
+    by = _carrier(overlap, chunk_rows, dy.shape[0], group, dy.device)
+    if by is not None:
+        return chunked.row_backward(dy, x, weight, by, want_x, want_w, fp8)
     gathered = all_gather(dy, group_named(group))
-    dx = product(gathered, weight, fp8, gradient=True) if want_x else dy.new_empty(0)
-    return dx, product(gathered.t(), x, fp8, gradient=True) if want_w else dy.new_empty(0)
+    dx = x.new_empty(x.shape if want_x else 0)
+    if want_x:
+        input_gradient(gathered, [weight], dx, fp8)
+    return dx, weight_gradient(gathered, x, fp8) if want_w else dy.new_empty(0)
 
 
 @_row_backward.register_fake
-def _(dy: Tensor, x: Tensor, weight: Tensor, group: str, want_x: bool, want_w: bool, fp8: str) -> tuple[Tensor, Tensor]:
+def _(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    group: str,
+    overlap: str,
+    want_x: bool,
+    want_w: bool,
+    chunk_rows: int,
+    fp8: str,
+) -> tuple[Tensor, Tensor]:
     dx = x.new_empty(x.shape) if want_x else dy.new_empty(0)
     return dx, weight.new_empty(weight.shape) if want_w else dy.new_empty(0)
 
 
 def _save_row(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, ctx.group, ctx.fp8 = inputs
+    x, weight, ctx.group, ctx.overlap, ctx.chunk_rows, ctx.fp8 = inputs
     ctx.save_for_backward(x, weight)
 
 
 def _differentiate_row(ctx: Any, dy: Tensor) -> Any:
     x, weight = ctx.saved_tensors
     want_x, want_w, *_ = ctx.needs_input_grad
-    dx, dw = torch.ops.colrow.row_backward(dy.contiguous(), x, weight, ctx.group, want_x, want_w, ctx.fp8)
-    return dx if want_x else None, dw if want_w else None, None, None
+    dx, dw = torch.ops.colrow.row_backward(
+        dy.contiguous(), x, weight, ctx.group, ctx.overlap, want_x, want_w, ctx.chunk_rows, ctx.fp8
+    )
+    return dx if want_x else None, dw if want_w else None, None, None, None, None
 
 
 torch.library.register_autograd("colrow::row_forward", _differentiate_row, setup_context=_save_row)
@@ -244,7 +321,7 @@ torch.library.register_autograd("colrow::gather", _differentiate_gather, setup_c
 
 def traffic(operator: str, args: tuple[Any, ...], outputs: list[Tensor]) -> list[tuple[str, Tensor, int]]:
     """The collectives inside an operator's call: kind, what is sent, bytes of the larger side. For dry runs, which see
-    the operator and not what is inside; empty for other operators."""
+    the operator and not what is inside; empty for other operators. A gather is one whoever carries its chunks."""
 
     def one(kind: str, part: Tensor, group: str) -> tuple[str, Tensor, int]:
         return kind, part, part.numel() * part.element_size() * group_named(group).size()
@@ -254,7 +331,7 @@ def traffic(operator: str, args: tuple[Any, ...], outputs: list[Tensor]) -> list
             return [one("all_gather", args[0], args[2])]
         case "column_backward":
             dx, _ = outputs
-            _, x, _, group, gathered, _, want_x, want_w, _ = args
+            _, x, _, group, gathered, _, want_x, want_w, *_ = args
             again = [] if gathered or not want_w else [one("all_gather", x, group)]
             return [*again, *([one("reduce_scatter", dx, group)] if want_x else [])]
         case "row_forward":
@@ -266,24 +343,3 @@ def traffic(operator: str, args: tuple[Any, ...], outputs: list[Tensor]) -> list
         case "gather":
             return [one("all_gather", args[0], args[1])]
     return []
-
-
-def _joins(weights: list[Tensor], fp8: str) -> bool:
-    """Whether siblings run as one product of a joined copy: else each is large enough, and the copy costs more. In
-    fp8 they do, since the input would be rounded for each of them."""
-    return len(weights) == 1 or bool(fp8) or min(w.shape[0] for w in weights) < NARROW
-
-
-def _input_gradient(dy: Tensor, weights: list[Tensor], fp8: str) -> Tensor:
-    """dY W, [T, D]."""
-    if _joins(weights, fp8):
-        return product(dy, _joined(weights), fp8, gradient=True)
-    parts = dy.split([w.shape[0] for w in weights], 1)
-    dx = parts[0] @ weights[0]
-    for part, w in zip(parts[1:], weights[1:], strict=True):
-        dx.addmm_(part, w)
-    return dx
-
-
-def _joined(weights: list[Tensor]) -> Tensor:
-    return weights[0] if len(weights) == 1 else torch.cat(weights)

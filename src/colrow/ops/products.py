@@ -1,4 +1,10 @@
-"""Matrix products in less than their factors' precision, and such as accumulate into a wider dtype."""
+"""Matrix products: of a linear whose weight is several siblings', and ones that accumulate into a wider dtype.
+
+Everything that `parallel_linear` multiplies goes through here, in 8-bit floats where `fp8` says which (`ops.float8`).
+`out` may be a slice of rows of a larger tensor.
+
+Legend: T tokens, D input features, F output features of all siblings together. Weights are [out, in] as in nn.Linear.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +15,44 @@ from torch import Tensor
 
 from colrow.ops.float8 import float8_product
 
+NARROW = 2048  # rows of a weight under which its own product is too small for a GPU: siblings are joined then
 
-def product(a: Tensor, b: Tensor, fp8: str = "", *, gradient: bool = False) -> Tensor:
-    """a @ b; in 8-bit floats where `fp8` says which (`ops.float8`). `gradient`: a holds a gradient."""
-    return float8_product(a, b, fp8, gradient=gradient) if fp8 else a @ b
+
+def joined(weights: list[Tensor], fp8: str = "") -> list[Tensor]:
+    """The siblings as one weight where some are narrow; as they are where each is large, and a copy would cost more.
+
+    In fp8 they are joined too: the input would be rounded for each of them.
+    """
+    if len(weights) == 1 or (not fp8 and min(w.shape[0] for w in weights) >= NARROW):
+        return weights
+    return [torch.cat(weights)]
+
+
+def column_product(x_TD: Tensor, weights: list[Tensor], out: Tensor, fp8: str = "") -> None:
+    """out [T, F] = x W^T, the siblings' outputs beside each other."""
+    if fp8:
+        (weight,) = weights
+        float8_product(x_TD, weight.t(), fp8, out=out)
+        return
+    for w, part in zip(weights, out.split([w.shape[0] for w in weights], 1), strict=True):
+        torch.mm(x_TD, w.t(), out=part)
+
+
+def input_gradient(dy_TF: Tensor, weights: list[Tensor], out: Tensor, fp8: str = "") -> None:
+    """out [T, D] = dY W."""
+    if fp8:
+        (weight,) = weights
+        float8_product(dy_TF, weight, fp8, gradient=True, out=out)
+        return
+    first, *others = zip(dy_TF.split([w.shape[0] for w in weights], 1), weights, strict=True)
+    torch.mm(*first, out=out)
+    for part, w in others:
+        out.addmm_(part, w)
+
+
+def weight_gradient(dy_TF: Tensor, x_TD: Tensor, fp8: str = "") -> Tensor:
+    """dW [F, D] = dY^T X."""
+    return float8_product(dy_TF.t(), x_TD, fp8, gradient=True) if fp8 else dy_TF.t() @ x_TD
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:

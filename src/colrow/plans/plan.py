@@ -58,7 +58,7 @@ class Plan:
 
     @classmethod
     def preset(cls, name: str, loss: Loss = "vocab_parallel") -> Plan:
-        """A shipped plan: `llama`, `llama-fast` or `article`."""
+        """A shipped plan: `llama`, `llama-fast`, `llama-overlap` or `article`."""
         from colrow.plans.presets import preset
 
         return preset(name, loss)

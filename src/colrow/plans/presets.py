@@ -3,7 +3,8 @@
 `llama`: Megatron's split with sequence parallelism. Attention runs on local heads; two all-gathers and two
 reduce-scatters a layer, each way. `article`: the form that tutorials teach, in which q, k and v are gathered and
 every rank computes all heads: simple, and right for any head count, but attention is not shared. `llama-fast`: the
-split of `llama` with the fast styles, on local tensors.
+split of `llama` with the fast styles, on local tensors. `llama-overlap`: the same with its blocks' collectives on the
+copy engines, in chunks beside products; for GPUs of one host.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from colrow.errors import PlanError, did_you_mean
+from colrow.ops.carriers import Overlap
 from colrow.plans.plan import LOSSES, Loss, Plan
 
 Modules = dict[str, Any]
@@ -24,7 +26,7 @@ def preset(name: str, loss: Loss = "vocab_parallel") -> Plan:
         raise PlanError(f"unknown preset {name!r}{did_you_mean(name, PRESETS)}")
     if loss not in LOSSES:
         raise PlanError(f"unknown loss {loss!r}{did_you_mean(str(loss), LOSSES)}")
-    fast = name == "llama-fast"
+    fast = name in ("llama-fast", "llama-overlap")
     embedding = "fast_embedding" if fast else {"style": "rowwise", "input": "replicate", "output": "shard(1)"}
     modules = {"embed_tokens": embedding, **PRESETS[name], **(_fast_end(loss) if fast else _end(loss))}
     return Plan(modules=modules, loss=loss, name=name)
@@ -62,24 +64,30 @@ def _block(attention: Modules) -> Modules:
     }
 
 
-_FAST_BLOCK: Modules = {
-    "input_layernorm": "grad_sum",
-    "self_attn": {"style": "fast_gather", "columns": ["q_proj", "k_proj", "v_proj"]},
-    "self_attn.q_proj": "fast_colwise",
-    "self_attn.k_proj": "fast_kv_replicate",
-    "self_attn.v_proj": "fast_kv_replicate",
-    "self_attn.q_norm": {"style": "grad_sum", "optional": True},
-    "self_attn.k_norm": {"style": "grad_sum", "optional": True},
-    "self_attn.o_proj": "fast_rowwise",
-    "post_attention_layernorm": "grad_sum",
-    "mlp": {"style": "fast_gather", "columns": ["gate_proj", "up_proj"]},
-    "mlp.gate_proj": "fast_colwise",
-    "mlp.up_proj": "fast_colwise",
-    "mlp.down_proj": "fast_rowwise",
-}
+def _fast_block(overlap: Overlap) -> Modules:
+    return {
+        f"layers.*.{name}": style
+        for name, style in {
+            "input_layernorm": "grad_sum",
+            "self_attn": {"style": "fast_gather", "columns": ["q_proj", "k_proj", "v_proj"], "overlap": overlap},
+            "self_attn.q_proj": "fast_colwise",
+            "self_attn.k_proj": "fast_kv_replicate",
+            "self_attn.v_proj": "fast_kv_replicate",
+            "self_attn.q_norm": {"style": "grad_sum", "optional": True},
+            "self_attn.k_norm": {"style": "grad_sum", "optional": True},
+            "self_attn.o_proj": {"style": "fast_rowwise", "overlap": overlap},
+            "post_attention_layernorm": "grad_sum",
+            "mlp": {"style": "fast_gather", "columns": ["gate_proj", "up_proj"], "overlap": overlap},
+            "mlp.gate_proj": "fast_colwise",
+            "mlp.up_proj": "fast_colwise",
+            "mlp.down_proj": {"style": "fast_rowwise", "overlap": overlap},
+        }.items()
+    }
+
 
 PRESETS: dict[str, Modules] = {
-    "llama-fast": {f"layers.*.{name}": style for name, style in _FAST_BLOCK.items()},
+    "llama-fast": _fast_block("collectives"),
+    "llama-overlap": _fast_block("copy_engine"),
     "llama": _block(
         {
             "q_proj": "colwise",

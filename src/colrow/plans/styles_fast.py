@@ -18,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -25,8 +27,9 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
 from colrow.errors import PlanError, did_you_mean
+from colrow.ops.carriers import OVERLAPS, Overlap, carrier
 from colrow.ops.float8 import KINDS
-from colrow.ops.parallel_linear import column_linear, row_linear
+from colrow.ops.parallel_linear import CHUNK_ROWS, column_linear, row_linear
 from colrow.parallel.local_view import View, replace_forward, view_parameters
 from colrow.plans.site import Site
 from colrow.plans.styles import Colwise, ParameterLayout, Rowwise, Style, _require
@@ -80,18 +83,34 @@ def group_name(mesh: DeviceMesh) -> str:
     return str(mesh.get_group().group_name)
 
 
+def check_overlap(site: Site, overlap: str) -> None:
+    if overlap not in OVERLAPS:
+        raise PlanError(
+            f"{site.fqn}: overlap: {overlap!r} is none of {', '.join(OVERLAPS)}{did_you_mean(str(overlap), OVERLAPS)}"
+        )
+
+
+def prepare_overlap(mesh: DeviceMesh, overlap: str) -> None:
+    """Make what carries chunks on this mesh: before the first step, so that what cannot be had is told at once."""
+    if dist.get_backend(mesh.get_group()) != "fake":  # there nothing is sent
+        on_gpu = mesh.device_type == "cuda"
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device(mesh.device_type)
+        carrier(overlap, group_name(mesh), device)
+
+
 @dataclass(frozen=True, kw_only=True)
 class FastGather(Style):
     """One all-gather and one product for the children named in `columns`, which have style fast_colwise or
-    fast_kv_replicate. `keep_gathered: false` gathers the input again in backward instead of keeping it;
-    `overlap: false` runs backward's collectives before, not beside, the products that do not need them.
+    fast_kv_replicate. `keep_gathered: false` gathers the input again in backward instead of keeping it. `overlap` says
+    what runs beside products (see `ops.carriers.Overlap`); chunks of fewer than `chunk_rows` rows are not cut.
     `fp8: tensorwise` or `rowwise` multiplies 8-bit floats (`ops.float8`)."""
 
     name = "fast_gather"
     token_order = "row"
     columns: tuple[str, ...] = ()
     keep_gathered: bool = True
-    overlap: bool = True
+    overlap: Overlap = "collectives"
+    chunk_rows: int = CHUNK_ROWS
     fp8: str = ""
 
     def __post_init__(self) -> None:
@@ -105,6 +124,7 @@ class FastGather(Style):
                 raise PlanError(f"{site.fqn}: fast_gather names {column!r}, which is no linear child of it")
         if not self.columns:
             raise PlanError(f"{site.fqn}: style fast_gather needs the option columns, such as [gate_proj, up_proj]")
+        check_overlap(site, self.overlap)
 
     def build(self, site: Site) -> ParallelStyle:
         return _GatherHook(self)
@@ -116,7 +136,8 @@ class _GatherHook(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         style, group, n = self.style, group_name(device_mesh), device_mesh.size()
-        names, options = style.columns, (style.keep_gathered, style.overlap, style.fp8)
+        names, options = style.columns, (style.keep_gathered, style.overlap, style.chunk_rows, style.fp8)
+        prepare_overlap(device_mesh, style.overlap)
 
         def gather(module: Any, args: Any, kwargs: Any) -> Any:
             x = args[0] if args else kwargs["hidden_states"]
@@ -192,20 +213,22 @@ class FastKvReplicate(KvReplicate):
 
 def row_forward(module: Any, x_BTf: Tensor) -> Tensor:
     """The forward of a fast row linear: [B, T, f] -> this rank's tokens, [B, T/n, D]."""
-    group, n, fp8 = getattr(module, FAST)
+    group, n, *options = getattr(module, FAST)
     B, T, f = x_BTf.shape
-    y = row_linear(x_BTf.reshape(B * T, f), module.weight, group, fp8).view(B, T // n, -1)
+    y = row_linear(x_BTf.reshape(B * T, f), module.weight, group, *options).view(B, T // n, -1)
     bias = module.bias
     return y if bias is None else y + bias
 
 
 @dataclass(frozen=True, kw_only=True)
 class FastRowwise(Style):
-    """A linear whose input features are split; its output is this rank's part of the tokens in a row. `fp8` as for
-    fast_gather."""
+    """A linear whose input features are split; its output is this rank's part of the tokens in a row. `overlap`,
+    `chunk_rows` and `fp8` as in fast_gather."""
 
     name = "fast_rowwise"
     token_order = "row"
+    overlap: Overlap = "collectives"
+    chunk_rows: int = CHUNK_ROWS
     fp8: str = ""
 
     def __post_init__(self) -> None:
@@ -214,13 +237,18 @@ class FastRowwise(Style):
     def check(self, site: Site) -> None:
         _require(site, self.name, nn.Linear)
         Rowwise().check(site)
+        check_overlap(site, self.overlap)
 
     def build(self, site: Site) -> ParallelStyle:
+        def facts(mesh: DeviceMesh) -> tuple[str, int, Overlap, int, str]:
+            prepare_overlap(mesh, self.overlap)
+            return group_name(mesh), mesh.size(), self.overlap, self.chunk_rows, self.fp8
+
         return FastStyle(
             {"weight": Shard(1), "bias": Replicate()},
             {"weight": _same_on_all_ranks, "bias": summed},  # each rank adds the bias to its own tokens
             row_forward,
-            lambda mesh: (group_name(mesh), mesh.size(), self.fp8),
+            facts,
         )
 
     def parameters(self, site: Site) -> dict[str, ParameterLayout]:

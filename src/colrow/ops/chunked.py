@@ -1,0 +1,138 @@
+"""The products of `parallel_linear` cut by rank, so that each chunk travels while another is computed.
+
+gather, then product    each rank's rows of the input are multiplied as they arrive, this rank's own first
+product, then scatter   the other ranks' rows of the output are computed first, and sent as each is ready; this rank's
+                        own last; then what came is summed, in fp32 for low precision, rank 0's part first
+
+The numbers differ from those of the whole products by rounding alone: rows are independent of each other, and a weight
+gradient is one product over all tokens.
+
+Legend: as in `parallel_linear`. Rows r t .. (r+1) t of all T belong to rank r.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from colrow.ops.carriers import Carrier, Exchange
+from colrow.ops.collectives import Finish
+from colrow.ops.products import column_product, input_gradient, joined, weight_gradient
+
+
+def column_forward(
+    x_tD: Tensor, weights: list[Tensor], carrier: Carrier, keep: bool, fp8: str = ""
+) -> tuple[Tensor, Tensor]:
+    """Y = X W^T, and X where it is to be kept (slots are not)."""
+    weights, (t, D) = joined(weights, fp8), x_tD.shape
+    y_TF = x_tD.new_empty(t * carrier.size, sum(w.shape[0] for w in weights))
+    X_TD = x_tD.new_empty(t * carrier.size if keep else 0, D)
+
+    def multiply(rows: slice, part_tD: Tensor) -> None:
+        column_product(part_tD, weights, y_TF[rows], fp8)
+        if keep:
+            X_TD[rows].copy_(part_tD)
+
+    exchange = carrier.open((t, D), x_tD.dtype)
+    send_to_all(exchange, x_tD)
+    as_they_arrive(exchange, x_tD, multiply)
+    exchange.close()
+    return y_TF, X_TD
+
+
+def column_backward(
+    dy_TF: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    carrier: Carrier,
+    gathered: bool,
+    want_x: bool,
+    want_w: bool,
+    fp8: str = "",
+) -> tuple[Tensor, Tensor]:
+    """dx = reduce_scatter(dY W), awaited behind dW = dY^T X. `x` is X where `gathered`, else this rank's rows of it."""
+    weights, t, D = joined(weights, fp8), dy_TF.shape[0] // carrier.size, weights[0].shape[1]
+    again = finish = None
+    if want_w and not gathered:
+        again = carrier.open((t, D), x.dtype)
+        send_to_all(again, x)
+    if want_x:
+        finish = scatter_sum(
+            carrier.open((t, D), dy_TF.dtype), lambda rows, out: input_gradient(dy_TF[rows], weights, out, fp8)
+        )
+    dw = dy_TF.new_empty(0)
+    if want_w:
+        if again is not None:
+            receive_all(again)
+            x = again.gathered(x)
+        dw = weight_gradient(dy_TF, x, fp8)
+    dx = dy_TF.new_empty(0) if finish is None else finish()
+    if again is not None:
+        again.close()
+    return dx, dw
+
+
+def row_forward(x_Tf: Tensor, w_Df: Tensor, carrier: Carrier, fp8: str = "") -> Tensor:
+    """y = reduce_scatter(x W^T)."""
+    exchange = carrier.open((x_Tf.shape[0] // carrier.size, w_Df.shape[0]), x_Tf.dtype)
+    return scatter_sum(exchange, lambda rows, out: column_product(x_Tf[rows], [w_Df], out, fp8))()
+
+
+def row_backward(
+    dy_tD: Tensor, x_Tf: Tensor, w_Df: Tensor, carrier: Carrier, want_x: bool, want_w: bool, fp8: str = ""
+) -> tuple[Tensor, Tensor]:
+    """dY = all_gather(dy);  dx = dY W;  dW = dY^T x."""
+    dx_Tf = dy_tD.new_empty(x_Tf.shape if want_x else 0)
+
+    def multiply(rows: slice, part_tD: Tensor) -> None:
+        if want_x:
+            input_gradient(part_tD, [w_Df], dx_Tf[rows], fp8)
+
+    exchange = carrier.open(tuple(dy_tD.shape), dy_tD.dtype)
+    send_to_all(exchange, dy_tD)
+    as_they_arrive(exchange, dy_tD, multiply)
+    dw = weight_gradient(exchange.gathered(dy_tD), x_Tf, fp8) if want_w else dy_tD.new_empty(0)
+    exchange.close()
+    return dx_Tf, dw
+
+
+def send_to_all(exchange: Exchange, chunk: Tensor) -> None:
+    """The first half of a gather."""
+    for i in range(1, exchange.size):
+        exchange.send(i, chunk)
+
+
+def as_they_arrive(exchange: Exchange, own: Tensor, use: Callable[[slice, Tensor], None]) -> None:
+    """The second: `use(rows, chunk)` for each rank's rows of what is gathered, this rank's own first."""
+    t = own.shape[0]
+    use(slice(exchange.rank * t, (exchange.rank + 1) * t), own)
+    for i in range(1, exchange.size):
+        source = exchange.before(i)
+        use(slice(source * t, (source + 1) * t), exchange.receive(i))
+
+
+def receive_all(exchange: Exchange) -> None:
+    for i in range(1, exchange.size):
+        exchange.receive(i)
+
+
+def scatter_sum(exchange: Exchange, compute: Callable[[slice, Tensor], None]) -> Finish:
+    """A reduce-scatter of rows that `compute(rows, out)` writes; the function that waits for this rank's sum."""
+    own = exchange.own
+    t = own.shape[0]
+    for i in range(1, exchange.size):
+        target = exchange.after(i)
+        part = own.new_empty(own.shape)
+        compute(slice(target * t, (target + 1) * t), part)
+        exchange.send(i, part)
+    compute(slice(exchange.rank * t, (exchange.rank + 1) * t), own)
+
+    def finish() -> Tensor:
+        receive_all(exchange)
+        slots = exchange.slots
+        total = slots[0] + slots[1] if exchange.size == 2 else slots.sum(0)  # the same number; an addition is faster
+        exchange.close()
+        return total
+
+    return finish
