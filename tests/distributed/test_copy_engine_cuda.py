@@ -39,13 +39,13 @@ def run(inputs: list[Tensor], overlap: Overlap, delay: Callable[[], None] = lamb
     """Every operator once; inputs are gathered again in the column's backward, so that two exchanges are open."""
     ops, group = torch.ops.colrow, str(dist.group.WORLD.group_name)  # type: ignore[union-attr]
     x, w, dY, xf, wf, dy = inputs
-    out = [*ops.column_forward(x, [w], group, False, overlap, 1)[:1]]
+    out = [*ops.column_forward(x, [w], group, False, overlap, 1, "")[:1]]
     delay()
-    out.append(ops.row_forward(xf, wf, group, overlap, 1))
+    out.append(ops.row_forward(xf, wf, group, overlap, 1, ""))
     delay()
-    out += ops.row_backward(dy, xf, wf, group, overlap, True, True, 1)
+    out += ops.row_backward(dy, xf, wf, group, overlap, True, True, 1, "")
     delay()
-    return out + list(ops.column_backward(dY, x, [w], group, False, overlap, True, True, 1))
+    return out + list(ops.column_backward(dY, x, [w], group, False, overlap, True, True, 1, ""))
 
 
 def poison() -> None:
