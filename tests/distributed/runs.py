@@ -54,6 +54,7 @@ def train(device: str, config: RunConfig, stop_after: int | None = None) -> tupl
     """One run, which rank 1 alone asks to stop after `stop_after` steps."""
     import torch.distributed as dist
 
+    torch._dynamo.reset()  # a test trains more models in one process than a block's forward may be compiled for
     here = torch.device(device, dist.get_rank()) if device == "cuda" else torch.device(device)
     mesh = config.mesh.build(device, dist.get_world_size())
     asked = 0

@@ -21,6 +21,8 @@ from colrow.errors import ConfigError
 
 Float8 = Literal["tensorwise", "rowwise"]
 KINDS: tuple[Float8, ...] = ("tensorwise", "rowwise")
+VARIANTS = 64
+"""Kinds, types and layouts of factors, of which each is compiled: torch's limit of 8 is for accidents."""
 
 
 def float8_product(
@@ -37,12 +39,10 @@ def float8_product(
     """
     require_sixteen(*a_MK.shape, b_KN.shape[1])
     a_type = torch.float8_e5m2 if gradient and kind == "tensorwise" else torch.float8_e4m3fn
-    quantise: Any = quantised
     if a_MK.is_cuda:
         require_gpu(a_MK.device)
-        quantise = _compiled()
-    a, s = quantise(a_MK, a_type, kind)
-    b, r = quantise(b_KN.t(), torch.float8_e4m3fn, kind)  # the product wants the columns of b in a row
+    a, s = _quantised(a_MK, a_type, kind)
+    b, r = _quantised(b_KN.t(), torch.float8_e4m3fn, kind)  # the product wants the columns of b in a row
     if not a_MK.is_cuda:
         y = float8_reference(a, b.t(), s, r.t())
     else:
@@ -68,9 +68,17 @@ def quantised(x: Tensor, dtype: torch.dtype, kind: str) -> tuple[Tensor, Tensor]
     return (x / scale).to(dtype).contiguous(), scale
 
 
+def _quantised(x: Tensor, dtype: torch.dtype, kind: str) -> tuple[Tensor, Tensor]:
+    """`quantised`; on a GPU as one pass for the scale and one for the rest, not one for each operation."""
+    if not x.is_cuda:
+        return quantised(x, dtype, kind)
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=VARIANTS):
+        pair: tuple[Tensor, Tensor] = _compiled()(x, dtype, kind)
+        return pair
+
+
 @functools.cache
 def _compiled() -> Any:
-    """`quantised` as one pass for the scale and one for the rest, not one for each operation."""
     return torch.compile(quantised, fullgraph=True, dynamic=True)
 
 

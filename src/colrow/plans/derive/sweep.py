@@ -26,6 +26,7 @@ import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -75,7 +76,11 @@ def run_one(kind: str, degrees: Sequence[int], limit: int) -> list[Row]:
     done = {row["tp"] for row in rows}
     rows += [{"model": kind, "tp": tp, "verdict": verdict, "reason": why} for tp in degrees if tp not in done]
     seconds = round(time.monotonic() - start, 1)
-    return [row | {"seconds": seconds} for row in rows]
+    return [row | {"seconds": seconds, "torch": _version(torch)} for row in rows]
+
+
+def _version(library: Any) -> str:
+    return str(library.__version__).partition("+")[0]
 
 
 def warm() -> None:
@@ -100,13 +105,15 @@ def table(rows: Sequence[Row], command: str, known: Sequence[str]) -> str:
     by_model: dict[str, dict[int, Row]] = {}
     for row in rows:
         by_model.setdefault(row["model"], {})[row["tp"]] = row
+    torches = " and ".join(sorted({row.get("torch", _version(torch)) for row in rows}))
     lines = [
         "# Models that a derived plan was proved on",
         "",
         f"Causal language models of transformers {transformers.__version__} in tiny configurations, with torch "
-        f"{torch.__version__.partition('+')[0]} on a CPU. Each plan ran forward and backward on simulated ranks, and "
+        f"{torches} on a CPU. Each plan ran forward and backward on simulated ranks, and "
         "loss and every gradient were compared with the unsharded model: 1e-9 relative in fp64, 1e-5 where the model "
-        "computes in fp32 by itself. The table is made by",
+        "computes in fp32 by itself (more where a gradient is zero by mathematics, and rounding is all there is). The "
+        "table is made by",
         "",
         f"    {command}",
         "",
