@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -127,20 +129,29 @@ def test_rounds_give_the_median() -> None:
 
 
 @pytest.mark.distributed
-def test_the_command_measures_two_ranks(tmp_path: Path) -> None:
+def test_the_command_measures_two_ranks_and_keeps_it_when_stopped(tmp_path: Path) -> None:
+    """The second arm would run for hours: a signal ends it, and what the first has given stays."""
     out = tmp_path / "bench.json"
     shape = ["--shape", "laptop", "--layers", "1", "--tp", "2", "--seq-len", "32", "--micro-batch", "2"]
-    run = ["--device", "cpu", "--steps", "2", "--warmup", "1", "--arms", "fast", "-o", str(out)]
+    run = ["--device", "cpu", "--steps", "2", "--warmup", "1", "-o", str(out)]
+    arms = ["--arms", "fast", "fast:train.global_batch=1000000"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "colrow", "bench", *shape, *run],
-        capture_output=True,
+    bench = subprocess.Popen(
+        [sys.executable, "-m", "colrow", "bench", *shape, *run, *arms],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        env=environment,
-        timeout=300,
+        env=environment | {"PYTHONUNBUFFERED": "1"},
     )
-    assert done.returncode == 0, done.stderr
-    assert "tok/s/GPU" in done.stdout
+    assert bench.stdout is not None
+    first = bench.stdout.readline()
+    time.sleep(1.0)
+    bench.send_signal(signal.SIGTERM)
+    table, errors = bench.communicate(timeout=60)
+    assert first.startswith("round 1: fast "), errors
+    assert bench.returncode == 130, errors
+    assert "stopped; what the arms before have given" in errors
+    assert "tok/s/GPU" in table
     tree = json.loads(out.read_text())
     (result,) = tree["results"]
     assert tree["environment"]["torch"]

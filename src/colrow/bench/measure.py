@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -52,11 +52,8 @@ class Job:
     trace: Path | None = None
 
 
-def measure(job: Job, place: Place, stop_requested: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+def measure(job: Job, place: Place) -> dict[str, Any]:
     """Train with random tokens and return the arm's figures, the same on each rank. Collective.
-
-    Args:
-        stop_requested: asked after each step; ends the process when it is true.
 
     Raises:
         ConfigError: something does not fit; or a fast path was asked for and the profiled step shows that it did not
@@ -83,8 +80,6 @@ def measure(job: Job, place: Place, stop_requested: Callable[[], bool] = lambda:
                 captured = traces[0].operators
             else:
                 losses.append(training.step(step, batch)[0])
-            if stop_requested():
-                raise SystemExit(130)
         _synchronise(device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()

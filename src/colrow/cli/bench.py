@@ -58,7 +58,7 @@ class Flags:
 
 
 def main(argv: list[str]) -> int:
-    """Exit 0; 1 when an arm failed, after the table of the others; 2 for bad usage."""
+    """Exit 0; 1 when an arm failed, after the table of the others; 2 for bad usage; 130 when a signal stopped it."""
     if argv and argv[0] == JOB:
         return _rank(Path(argv[1]))
     flags = parse(Flags, "bench", argv)
@@ -109,43 +109,56 @@ def _run(flags: Flags, configs: dict[str, RunConfig]) -> int:
     from rich.console import Console
 
     from colrow.bench import report
+
+    console, place = Console(highlight=False, soft_wrap=True, width=132), report.environment()
+    rounds: list[list[dict[str, Any]]] = []
+    failed = stopped = False
+    try:
+        for turn in range(flags.rounds):
+            rounds.append([])
+            for arm, config in configs.items():
+                done = _arm(flags, arm, config)
+                if done is None:
+                    failed = True
+                    continue
+                rounds[-1].append(done)
+                rate = done["tokens_per_second_per_gpu"]
+                console.print(f"round {turn + 1}: {arm} {done['step_ms']:.1f} ms, {rate:,.0f} tok/s/GPU")
+                if flags.output is not None:  # what is measured stays, whatever becomes of the other arms
+                    report.write(report.merged(rounds), rounds, place, flags.output)
+    except KeyboardInterrupt:
+        stopped = True
+        print("colrow bench: stopped; what the arms before have given:", file=sys.stderr, flush=True)
+    report.show(report.merged(rounds), place, console)
+    if flags.output is not None and any(rounds):
+        console.print(f"written to {flags.output}")
+    return 130 if stopped else int(failed)
+
+
+def _arm(flags: Flags, arm: str, config: RunConfig) -> dict[str, Any] | None:
+    """The figures of one arm; None, with the reason on stderr, where it failed."""
     from colrow.train import preflight
     from colrow.train.launch import launch
 
-    console, place, failed = Console(highlight=False, soft_wrap=True, width=132), report.environment(), False
-    rounds: list[list[dict[str, Any]]] = []
-    for turn in range(flags.rounds):
-        rounds.append([])
-        for arm, config in configs.items():
-            ranks = config.mesh.world_size
-            os.environ.setdefault("OMP_NUM_THREADS", str(preflight.threads_for(ranks)))
-            with tempfile.TemporaryDirectory(prefix="colrow-bench-") as folder:
-                job, result = Path(folder) / "job.json", Path(folder) / "result.json"
-                said = {
-                    "arm": arm,
-                    "config": config.model_dump(mode="json"),
-                    "warmup": flags.warmup,
-                    "steps": flags.steps,
-                    "trace": str(flags.trace.resolve()) if flags.trace else None,
-                    "result": str(result),
-                }
-                job.write_text(json.dumps(said), encoding="utf-8")
-                failure = launch(["-m", "colrow", "bench", JOB, str(job)], ranks)
-                if failure is not None:
-                    failed = True
-                    print(f"colrow bench: arm {arm} failed: {failure.text.strip()}", file=sys.stderr, flush=True)
-                    continue
-                rounds[-1].append(json.loads(result.read_text(encoding="utf-8")))
-            done = rounds[-1][-1]
-            console.print(
-                f"round {turn + 1}: {arm} {done['step_ms']:.1f} ms, {done['tokens_per_second_per_gpu']:,.0f} tok/s/GPU"
-            )
-    results = report.merged(rounds)
-    report.show(results, place, console)
-    if flags.output is not None:
-        report.write(results, rounds, place, flags.output)
-        console.print(f"written to {flags.output}")
-    return 1 if failed else 0
+    ranks = config.mesh.world_size
+    os.environ.setdefault("OMP_NUM_THREADS", str(preflight.threads_for(ranks)))
+    with tempfile.TemporaryDirectory(prefix="colrow-bench-") as folder:
+        job, result = Path(folder) / "job.json", Path(folder) / "result.json"
+        said = {
+            "arm": arm,
+            "config": config.model_dump(mode="json"),
+            "warmup": flags.warmup,
+            "steps": flags.steps,
+            "trace": str(flags.trace.resolve()) if flags.trace else None,
+            "result": str(result),
+        }
+        job.write_text(json.dumps(said), encoding="utf-8")
+        failure = launch(["-m", "colrow", "bench", JOB, str(job)], ranks, save=False)
+        if failure is not None:
+            print(f"colrow bench: arm {arm} failed: {failure.text.strip()}", file=sys.stderr, flush=True)
+            return None
+        figures: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        return figures
 
 
 def _rank(path: Path) -> int:
@@ -173,8 +186,8 @@ def _rank(path: Path) -> int:
             steps=said["steps"],
             trace=Path(said["trace"]) if said["trace"] else None,
         )
-        with StopRequest(Path(error_file).parent if error_file else None) as stop:
-            result = measure(job, place, lambda: stop.requested)
+        with StopRequest(Path(error_file).parent if error_file else None):  # ends this rank when another is lost
+            result = measure(job, place)
         if place.rank == 0:
             Path(said["result"]).write_text(json.dumps(result), encoding="utf-8")
     return 0

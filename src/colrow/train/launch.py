@@ -42,22 +42,30 @@ class Failure:
     status: int
 
 
-def launch(command: Sequence[str], ranks: int) -> Failure | None:
+def launch(command: Sequence[str], ranks: int, *, save: bool = True) -> Failure | None:
     """Run `python COMMAND...` as `ranks` local ranks, with torchrun's environment, and wait for all of them.
 
     The first SIGINT or SIGTERM is passed on, the ranks are expected to save and end; the second one ends them.
 
+    Args:
+        save: whether the ranks have something to save. Without, the first signal ends them.
+
     Returns:
         The first failure; None when all ranks ended well.
+
+    Raises:
+        KeyboardInterrupt: a signal has ended ranks that had nothing to save.
     """
     with tempfile.TemporaryDirectory(prefix="colrow-") as folder:
         agent = _Agent(command, ranks, Path(folder))
-        signals = _Signals(Path(folder), ranks)
+        signals = _Signals(Path(folder), patience=1 if save else 0)
         with signals:
             agent.start()
             while agent.is_alive():
                 agent.join(_POLL_SECONDS)
                 signals.pass_on()
+        if signals.count and not save:
+            raise KeyboardInterrupt
         if isinstance(agent.error, ChildFailedError):
             return first_failure(agent.error.failures)
         if agent.error is not None:
@@ -111,11 +119,15 @@ class _Agent(threading.Thread):
 
 
 class _Signals:
-    """Counts SIGINT and SIGTERM, and passes them on to the ranks once these can take them."""
+    """Counts SIGINT and SIGTERM, and passes them on to the ranks once these can take them.
 
-    def __init__(self, folder: Path, ranks: int) -> None:
-        self._folder, self._ranks = folder, ranks
-        self._count = 0
+    Args:
+        patience: how many signals ask the ranks to stop; the next one kills them.
+    """
+
+    def __init__(self, folder: Path, patience: int) -> None:
+        self._folder, self._patience = folder, patience
+        self.count = 0
         self._told: set[tuple[int, bool]] = set()
 
     def __enter__(self) -> _Signals:
@@ -127,13 +139,13 @@ class _Signals:
             signal.signal(number, handler)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        self._count += 1
+        self.count += 1
 
     def pass_on(self) -> None:
-        """Tell each rank that has written its process id, once for the first signal and once for the second."""
-        if not self._count:
+        """Tell each rank that has written its process id, once to stop and once to end."""
+        if not self.count:
             return
-        kill = self._count > 1
+        kill = self.count > self._patience
         for file in self._folder.glob(f"*/attempt_*/*/{PID_FILE}"):
             try:
                 pid = int(file.read_text(encoding="ascii"))
