@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from colrow.bench.bound import bound
 from colrow.bench.trace import StepTrace, read_trace
 from colrow.config import RunConfig
 from colrow.errors import ConfigError
@@ -206,6 +207,11 @@ def _figures(
     for name, causal in (("mfu_causal", True), ("mfu_full", False)):
         flops = None if shape is None else flops_per_token(shape, config.data.seq_len, causal=causal)
         figures[name] = None if flops is None or peak is None else rate * flops / peak
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    best_case = None if shape is None else bound(shape, config.mesh, config.data.seq_len, tokens, name)
+    figures["bound_ms"] = None if best_case is None else best_case.hidden
+    figures["bound_exposed_ms"] = None if best_case is None else best_case.exposed
+    figures["fraction_of_bound"] = None if best_case is None else best_case.hidden / (step * 1e3)
     return figures
 
 

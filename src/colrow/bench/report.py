@@ -49,7 +49,17 @@ def merged(rounds: list[list[Result]]) -> list[Result]:
 def table(results: list[Result]) -> Table:
     """Arms as rows; the first arm is what the others are compared with."""
     shown = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("arm", "step", "tok/s/GPU", "×", "MFU causal/full", "GiB alloc/reserved/device", "exposed", "idle"):
+    for title in (
+        "arm",
+        "step",
+        "tok/s/GPU",
+        "×",
+        "MFU causal/full",
+        "of bound",
+        "GiB alloc/reserved/device",
+        "exposed",
+        "idle",
+    ):
         shown.add_column(title, justify="left" if title == "arm" else "right", no_wrap=True)
     first = results[0]["tokens_per_second_per_gpu"] if results else 1.0
     for result in results:
@@ -60,6 +70,7 @@ def table(results: list[Result]) -> Table:
             f"{result['tokens_per_second_per_gpu']:,.0f}",
             f"{result['tokens_per_second_per_gpu'] / first:.2f}",
             _joined(result, ("mfu_causal", "mfu_full"), lambda share: f"{share:.1%}"),
+            _joined(result, ("fraction_of_bound",), lambda share: f"{share:.0%}"),
             _joined(result, ("peak_allocated_gib", "peak_reserved_gib", "device_used_gib"), lambda gib: f"{gib:.1f}"),
             *("-" if trace[key] is None else f"{trace[key]:.1f} ms" for key in ("exposed", "idle")),
         )
