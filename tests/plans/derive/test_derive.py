@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from colrow.errors import PlanError
 from colrow.plans.derive.derivation import Derivation, DeriveOptions, derive
 from colrow.plans.derive.emit import Emitter
 from colrow.plans.derive.local import LocalCheck
@@ -289,6 +290,25 @@ def test_the_graph_proof_holds_and_bites(tp: int) -> None:
     assert prove(model, tp).worst < TOLERANCE
     assert prove(model, tp, sabotage=Sabotage.CONTIGUOUS).worst > 1e-3
     assert prove(model, tp, sabotage=Sabotage.DROPPED).worst > 1e-3
+
+
+class Routed(nn.Module):
+    """Each of two experts takes the tokens that chose it: how many, only the data says."""
+
+    def __init__(self, d: int = 32) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(d, 2), nn.ModuleList(Gated(d, 2 * d) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        counts = torch.bincount(self.router(rows).argmax(-1), minlength=2).tolist()
+        parts = rows.split(counts)
+        return torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)]).view_as(x)
+
+
+def test_sizes_that_depend_on_the_data_are_refused_with_the_reason() -> None:
+    with pytest.raises(PlanError, match=r"Routed.*(depend on the data|data-dependent)"):
+        derive(Routed(), 2, inputs=(STATES.float(),))
 
 
 def test_a_plan_can_be_saved_and_read_back() -> None:

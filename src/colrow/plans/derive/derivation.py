@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from colrow.errors import PlanError
 from colrow.plans.derive.axes import block, leaves
@@ -86,12 +87,19 @@ def derive(
         traced: the trace of `model` on `inputs`, when there is one already (of another degree).
 
     Raises:
-        PlanError: the model cannot be traced; the text says why.
+        PlanError: the model cannot be traced, or has sizes that depend on the data; the text says why.
     """
     options = options or DeriveOptions()
     given = tuple(inputs) if inputs is not None else default_inputs(model, tp)
     traced = traced or trace(model, given)
-    return _Derive(model, tp, given, traced, options).run()
+    try:
+        return _Derive(model, tp, given, traced, options).run()
+    except GuardOnDataDependentSymNode as error:
+        name, said = type(model).__name__, str(error).partition("\n")[0]
+        raise PlanError(
+            f"{name} has sizes that depend on the data, and a plan needs fixed ones ({said}): write the plan by hand, "
+            "or take a variant of the model whose sizes are fixed (experts computed for all tokens)"
+        ) from error
 
 
 class _Derive:

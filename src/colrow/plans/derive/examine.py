@@ -84,7 +84,10 @@ def judged(
 ) -> Row:
     """The verdict at one degree, from a proof on simulated ranks."""
     phase(f"deriving tp={tp}")
-    derivation = derive(model, tp, inputs=inputs, traced=traced)
+    try:
+        derivation = derive(model, tp, inputs=inputs, traced=traced)
+    except PlanError as error:
+        return {"verdict": "untraceable", "reason": short(error)}
     row: Row = {
         "share": round(derivation.share, 3),
         "sequence_parallel": derivation.sequence_parallel,
