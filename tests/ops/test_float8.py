@@ -70,12 +70,9 @@ def test_the_operator_is_the_reference(kind: str, gradient: bool, device: str) -
     a_type = torch.float8_e5m2 if gradient and kind == "tensorwise" else torch.float8_e4m3fn
     (x, s), (y, r) = quantised(a, a_type, kind), quantised(b.t(), torch.float8_e4m3fn, kind)
     want = float8_reference(x, y.t(), s, r.t()).double()
-    try:
-        got = torch._scaled_mm(x, y.t(), scale_a=s, scale_b=r.t(), out_dtype=torch.bfloat16)
-    except (NotImplementedError, RuntimeError) as error:
-        if device == "cpu":
-            pytest.skip(f"this torch has no such product on CPUs: {error}")
-        raise
+    if device == "cpu" and kind == "rowwise" and torch.__version__.startswith("2.11."):
+        pytest.skip("torch 2.11 multiplies 8-bit floats on CPUs with one scale only")
+    got = torch._scaled_mm(x, y.t(), scale_a=s, scale_b=r.t(), out_dtype=torch.bfloat16)
     assert row_errors(got, want).max() < 2**-8  # bf16's own rounding
     assert row_errors(float8_product(a, b, kind, gradient=gradient), want).max() < 2**-7
 

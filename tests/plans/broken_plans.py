@@ -14,6 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from colrow.mesh import Mesh
 from colrow.models.llama import Llama
+from colrow.plans.check.options import COMPILED_BLOCKS_WAIT
 from colrow.plans.plan import Plan
 from distributed.parity import MODELS
 from plans import broken_models as m
@@ -399,7 +400,7 @@ BROKEN: dict[str, Case] = {
 }
 
 
-if not torch.__version__.startswith("2.11."):  # whose compiled blocks wait for their inputs
+if not COMPILED_BLOCKS_WAIT:
     BROKEN["compiled block after a collective"] = Case(
         "CR412", m.Gpt, lambda: gpt_plan(sequence=True), "blocks.0", {"compiled": True}
     )

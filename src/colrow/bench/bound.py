@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from colrow.mesh import Mesh
 from colrow.models.llama import LlamaConfig
 from colrow.models.shapes import flops_per_token
+from colrow.train.metrics import of_device
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Bound:
 
 def bound(config: LlamaConfig, mesh: Mesh, seq_len: int, tokens: int, device_name: str) -> Bound | None:
     """The bounds of a step of `tokens` over all ranks; None for GPUs without rates and for pipelines."""
-    rates = next((rates for part, rates in RATES.items() if part in device_name), None)
+    rates = of_device(RATES, device_name)
     if rates is None or mesh.pp > 1:
         return None
     own = tokens / mesh.world_size  # activations are shared by tp, whether along the sequence or along features

@@ -203,12 +203,12 @@ def _figures(
         **memory,
     }
     shape = training.source.config
-    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    peak = peak_flops(device_name)
     for name, causal in (("mfu_causal", True), ("mfu_full", False)):
         flops = None if shape is None else flops_per_token(shape, config.data.seq_len, causal=causal)
         figures[name] = None if flops is None or peak is None else rate * flops / peak
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    best_case = None if shape is None else bound(shape, config.mesh, config.data.seq_len, tokens, name)
+    best_case = None if shape is None else bound(shape, config.mesh, config.data.seq_len, tokens, device_name)
     figures["bound_ms"] = None if best_case is None else best_case.hidden
     figures["bound_exposed_ms"] = None if best_case is None else best_case.exposed
     figures["fraction_of_bound"] = None if best_case is None else best_case.hidden / (step * 1e3)

@@ -110,9 +110,7 @@ def _column_forward(
 
 
 @_column_forward.register_fake
-def _(
-    x: Tensor, weights: list[Tensor], group: str, keep_gathered: bool, overlap: str, chunk_rows: int, fp8: str
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weights: list[Tensor], group: str, keep_gathered: bool, *_: Any) -> tuple[Tensor, Tensor]:
     T = x.shape[0] * group_named(group).size()
     gathered = x.new_empty(T, x.shape[1]) if keep_gathered else x.new_empty(0)
     return x.new_empty(T, sum(w.shape[0] for w in weights)), gathered
@@ -157,17 +155,9 @@ def _column_backward(
 
 @_column_backward.register_fake
 def _(
-    dy: Tensor,
-    x: Tensor,
-    weights: list[Tensor],
-    group: str,
-    gathered: bool,
-    overlap: str,
-    want_x: bool,
-    want_w: bool,
-    chunk_rows: int,
-    fp8: str,
+    dy: Tensor, x: Tensor, weights: list[Tensor], group: str, gathered: bool, overlap: str, *options: Any
 ) -> tuple[Tensor, Tensor]:
+    want_x, want_w, *_ = options
     D = weights[0].shape[1]
     dx = dy.new_empty(dy.shape[0] // group_named(group).size(), D) if want_x else dy.new_empty(0)
     return dx, dy.new_empty(dy.shape[1], D) if want_w else dy.new_empty(0)
@@ -219,7 +209,7 @@ def _row_forward(x: Tensor, weight: Tensor, group: str, overlap: str, chunk_rows
 
 
 @_row_forward.register_fake
-def _(x: Tensor, weight: Tensor, group: str, overlap: str, chunk_rows: int, fp8: str) -> Tensor:
+def _(x: Tensor, weight: Tensor, group: str, *_: Any) -> Tensor:
     return x.new_empty(x.shape[0] // group_named(group).size(), weight.shape[0])
 
 
@@ -251,17 +241,8 @@ def _row_backward(
 
 
 @_row_backward.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    group: str,
-    overlap: str,
-    want_x: bool,
-    want_w: bool,
-    chunk_rows: int,
-    fp8: str,
-) -> tuple[Tensor, Tensor]:
+def _(dy: Tensor, x: Tensor, weight: Tensor, group: str, overlap: str, *options: Any) -> tuple[Tensor, Tensor]:
+    want_x, want_w, *_ = options
     dx = x.new_empty(x.shape) if want_x else dy.new_empty(0)
     return dx, weight.new_empty(weight.shape) if want_w else dy.new_empty(0)
 

@@ -26,7 +26,7 @@ def preset(name: str, loss: Loss = "vocab_parallel") -> Plan:
         raise PlanError(f"unknown preset {name!r}{did_you_mean(name, PRESETS)}")
     if loss not in LOSSES:
         raise PlanError(f"unknown loss {loss!r}{did_you_mean(str(loss), LOSSES)}")
-    fast = name in ("llama-fast", "llama-overlap")
+    fast = name in FAST
     embedding = "fast_embedding" if fast else {"style": "rowwise", "input": "replicate", "output": "shard(1)"}
     modules = {"embed_tokens": embedding, **PRESETS[name], **(_fast_end(loss) if fast else _end(loss))}
     return Plan(modules=modules, loss=loss, name=name)
@@ -85,9 +85,10 @@ def _fast_block(overlap: Overlap) -> Modules:
     }
 
 
+FAST: dict[str, Overlap] = {"llama-fast": "collectives", "llama-overlap": "copy_engine"}
+"""Presets of fast styles, and what runs beside their products."""
 PRESETS: dict[str, Modules] = {
-    "llama-fast": _fast_block("collectives"),
-    "llama-overlap": _fast_block("copy_engine"),
+    **{name: _fast_block(overlap) for name, overlap in FAST.items()},
     "llama": _block(
         {
             "q_proj": "colwise",

@@ -10,14 +10,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from colrow.config import LogSection, RunConfig
 from colrow.errors import ConfigError
 
 Record = dict[str, Any]
+T = TypeVar("T")
 FILE = "metrics.jsonl"
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12}
@@ -34,7 +36,12 @@ def perplexity(loss: float) -> float:
 
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of the GPU of this name; None when the table lacks it: then there is no MFU."""
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in device_name), None)
+    return of_device(PEAK_FLOPS, device_name)
+
+
+def of_device(table: Mapping[str, T], device_name: str) -> T | None:
+    """The entry whose key is a part of the GPU's name; None when there is none."""
+    return next((entry for part, entry in table.items() if part in device_name), None)
 
 
 class Sink(Protocol):

@@ -11,6 +11,8 @@ from colrow.plans.dry_run import DryRun
 from colrow.plans.tracing.where import LOSS
 
 _SUMS = ("all_reduce", "reduce_scatter")
+COMPILED_BLOCKS_WAIT = torch.__version__.startswith("2.11.")
+"""Whether a compiled block finishes a collective that its input still waits for: torch 2.11 does, 2.13 does not."""
 
 
 def check_options(run: DryRun, reduce_dtype: torch.dtype | None, compiled: bool) -> list[Finding]:
@@ -40,7 +42,7 @@ def _sums(run: DryRun, wanted: torch.dtype | None) -> Iterator[Finding]:
 
 
 def _inputs(run: DryRun) -> Iterator[Finding]:
-    if torch.__version__.startswith("2.11."):  # its compiled blocks wait for their inputs
+    if COMPILED_BLOCKS_WAIT:
         return
     for block in run.unfinished:
         message = (

@@ -26,7 +26,6 @@ import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -35,6 +34,7 @@ from colrow.plans.derive.derivation import derive
 from colrow.plans.derive.examine import Row, examine
 from colrow.plans.derive.tiny import causal_models
 
+TORCH = torch.__version__.partition("+")[0]
 VERDICTS = ("full", "partial", "whole", "fails", "untraceable", "not built", "WRONG")
 
 
@@ -76,11 +76,7 @@ def run_one(kind: str, degrees: Sequence[int], limit: int) -> list[Row]:
     done = {row["tp"] for row in rows}
     rows += [{"model": kind, "tp": tp, "verdict": verdict, "reason": why} for tp in degrees if tp not in done]
     seconds = round(time.monotonic() - start, 1)
-    return [row | {"seconds": seconds, "torch": _version(torch)} for row in rows]
-
-
-def _version(library: Any) -> str:
-    return str(library.__version__).partition("+")[0]
+    return [row | {"seconds": seconds, "torch": TORCH} for row in rows]
 
 
 def warm() -> None:
@@ -105,7 +101,7 @@ def table(rows: Sequence[Row], command: str, known: Sequence[str]) -> str:
     by_model: dict[str, dict[int, Row]] = {}
     for row in rows:
         by_model.setdefault(row["model"], {})[row["tp"]] = row
-    torches = " and ".join(sorted({row.get("torch", _version(torch)) for row in rows}))
+    torches = " and ".join(sorted({row.get("torch", TORCH) for row in rows}))
     lines = [
         "# Models that a derived plan was proved on",
         "",
