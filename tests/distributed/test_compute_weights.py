@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,54 +31,87 @@ RATE_AS_TENSOR = RATE.model_copy(update={"cuda_graph": True})
 CASES = [("gqa", "llama"), ("tied", "llama"), ("kv3", "llama-fast"), ("qk_norm", "llama-fast"), ("bias", "llama-fast")]
 
 
+class Replayed(ComputeWeights):
+    """Sums as a CUDA graph needs them."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__(model, dtype, replayed=True)
+
+
 class Overwrites(ComputeWeights):
-    def _add(self, param: nn.Parameter, copy: Tensor) -> None:
-        self._sums.pop(param, None)
-        super()._add(param, copy)
+    def _add(self, param: nn.Parameter, grad: Tensor) -> None:
+        self._stored.discard(param)
+        super()._add(param, grad)
 
 
 class CarriesOver(ComputeWeights):
-    @contextmanager
-    def summing(self) -> Iterator[None]:
-        with self.reading():
-            yield
-        for param, total in self._sums.items():
-            param.grad = total
+    def _add(self, param: nn.Parameter, grad: Tensor) -> None:
+        if self._optimizer_has_read:
+            self._stored.add(param)
+        super()._add(param, grad)
+
+    def drop_gradients(self) -> None:
+        super().drop_gradients()
+        self._optimizer_has_read = True
+
+    _optimizer_has_read = False
 
 
-class Stale(ComputeWeights):
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        self._place(self._copies)
-        yield
-        self._place({})
-
-
-def micro_batches(device: str, step: int) -> list[tuple[Tensor, Tensor]]:
+def micro_batches(device: str, step: int, parts: int = 2) -> list[tuple[Tensor, Tensor]]:
     ids, targets = batch(device, seed=step)
-    return list(zip(ids.chunk(2), targets.chunk(2), strict=True))
+    return list(zip(ids.chunk(parts), targets.chunk(parts), strict=True))
 
 
-def in_fp64(device: str, kind: type[ComputeWeights], cases: list[tuple[str, str]]) -> dict[str, dict[str, float]]:
-    """Relative errors against one process, by case: the first gradients, the last parameters, the last evaluation."""
+def in_fp64(
+    device: str,
+    kind: type[ComputeWeights],
+    cases: list[tuple[str, str]],
+    parts: int = 2,
+    *,
+    writes: bool = True,
+    says_so: bool = True,
+) -> dict[str, dict[str, float]]:
+    """Relative errors against one process, by case: the first gradients, the last parameters, the last evaluation.
+
+    Args:
+        writes, says_so: what the optimizer does to the copies.
+    """
     errors: dict[str, dict[str, float]] = {}
     for name, preset in cases:
         want = train_reference(name, device, STEPS, size=4)
         plan = Plan.preset(preset, "vocab_parallel" if preset == "llama" else "linear")
         mesh, here = tp_mesh(device, 2), torch.device(device)
         model = parallelize(build(name, device), plan, mesh)
-        whole = WholeModel(model, plan, mesh, here, kind(model, torch.float64))
-        optimizer, found = optimizer_of(model.parameters()), {}
+        weights = kind(model, torch.float64)
+        whole = WholeModel(model, plan, mesh, here, weights)
+        params = list(model.parameters())
+        optimizer, found = optimizer_of(params), {}
         for step in range(STEPS):
-            loss = whole(micro_batches(device, step))
-            assert loss.item() == pytest.approx(want.losses[step], rel=1e-6) or kind is not ComputeWeights
-            align_gradients(model.parameters())
+            loss = whole(micro_batches(device, step, parts))
+            assert (
+                loss.item() == pytest.approx(want.losses[step], rel=1e-6)
+                or kind in (Overwrites, CarriesOver)
+                or not writes
+            )
+            holders = {param: weights.holder(param) for param in params}
+            align_gradients(holders.values())
+            gradients = {param: holder.grad for param, holder in holders.items() if holder.grad is not None}
             for key, param in model.named_parameters():
-                assert param.grad is not None, f"{key} has no gradient"
+                assert param in gradients, f"{key} has no gradient"
                 if step == 0:
-                    found[f"gradient {key}"] = relative(full_tensor(param.grad), want.gradients[key])
-            optimizer.step()
+                    found[f"gradient {key}"] = relative(full_tensor(gradients[param]), want.gradients[key])
+            if writes:
+                optimizer.update(gradients, copies=weights.copies)
+            else:
+                for group in optimizer.param_groups:
+                    group["fused"] = False
+                for param, grad in gradients.items():
+                    param.grad = grad
+                optimizer.step()
+            if says_so:
+                weights.written(params)
             optimizer.zero_grad()
+            weights.drop_gradients()
         for key, param in model.named_parameters():
             found[f"parameter {key}"] = relative(full_tensor(param.detach()), want.parameters[key])
         ids, targets = batch(device, seed=9)
@@ -88,25 +121,41 @@ def in_fp64(device: str, kind: type[ComputeWeights], cases: list[tuple[str, str]
     return errors
 
 
-def test_gradients_and_parameters_are_those_of_the_unsharded_model(ranks: Ranks) -> None:
-    for errors in ranks(2).run(in_fp64, ComputeWeights, CASES):
+@pytest.mark.parametrize(("kind", "parts"), [(ComputeWeights, 2), (ComputeWeights, 1), (Replayed, 2)])
+def test_gradients_and_parameters_are_those_of_the_unsharded_model(
+    ranks: Ranks, kind: type[ComputeWeights], parts: int
+) -> None:
+    for errors in ranks(2).run(in_fp64, kind, CASES, parts):
         assert len(errors) == len(CASES)
         for case, found in errors.items():
             assert max(found.values()) < 1e-10, (case, found)
 
 
+def test_a_parameter_that_somebody_else_changes_is_copied_anew(ranks: Ranks) -> None:
+    for errors in ranks(2).run(partial(in_fp64, writes=False, says_so=False), ComputeWeights, CASES[:1]):
+        (found,) = errors.values()
+        assert max(found.values()) < 1e-10, found
+
+
 @pytest.mark.parametrize(
-    ("kind", "wrong"),
-    [(Overwrites, "gradient"), (CarriesOver, "parameter"), (Stale, "parameter"), (Stale, "evaluation")],
+    ("kind", "way", "wrong"),
+    [
+        (Overwrites, {}, "gradient"),
+        (CarriesOver, {}, "parameter"),
+        (ComputeWeights, {"writes": False}, "parameter"),
+        (ComputeWeights, {"writes": False}, "evaluation"),
+    ],
 )
-def test_a_wrong_sum_or_a_stale_copy_is_seen(ranks: Ranks, kind: type[ComputeWeights], wrong: str) -> None:
-    for errors in ranks(2).run(in_fp64, kind, CASES[:1]):
+def test_a_wrong_sum_or_a_stale_copy_is_seen(
+    ranks: Ranks, kind: type[ComputeWeights], way: dict[str, bool], wrong: str
+) -> None:
+    for errors in ranks(2).run(partial(in_fp64, **way), kind, CASES[:1]):
         (found,) = errors.values()
         assert max(error for key, error in found.items() if key.startswith(wrong)) > 1e-6
 
 
-def gradients(device: str, name: str, way: str) -> dict[str, Tensor]:
-    """Of one step of two micro-batches over fp32 weights, and the losses of this step and the next."""
+def gradients(device: str, name: str, way: str, parts: int) -> dict[str, Tensor]:
+    """Of one step of micro-batches over fp32 weights, and the losses of this step and the next."""
     plan, mesh, here = Plan.preset("llama-fast", "linear"), tp_mesh(device, 2), torch.device(device)
     model = parallelize(build(name, device, torch.float32), plan, mesh)
     if way == "compiled":
@@ -115,42 +164,51 @@ def gradients(device: str, name: str, way: str) -> dict[str, Tensor]:
     if way == "fsdp":
         apply_data_parallel(model, mesh, list(model.layers), param_dtype=torch.bfloat16)
     dtype = torch.float32 if way == "fp32" else torch.bfloat16
-    whole = WholeModel(model, plan, mesh, here, None if way == "fsdp" else ComputeWeights(model, dtype))
+    weights = None if way == "fsdp" else ComputeWeights(model, dtype)
+    whole = WholeModel(model, plan, mesh, here, weights)
+    named = dict(model.named_parameters())
     optimizer, out = build_optimizer(model.parameters(), RATE if way == "fsdp" else RATE_AS_TENSOR), {}
     for step in range(STEPS):
-        out[f"loss {step}"] = whole(micro_batches(device, step))
-        align_gradients(model.parameters())
+        out[f"loss {step}"] = whole(micro_batches(device, step, parts))
+        holders = {param: weights.holder(param) if weights else param for param in named.values()}
+        align_gradients(holders.values())
+        found = {param: holder.grad for param, holder in holders.items() if holder.grad is not None}
+        assert len(found) == len(named)
         if step == 0:
-            out |= {
-                key: full_tensor(param.grad).clone()
-                for key, param in model.named_parameters()
-                if param.grad is not None
-            }
-            assert all(param.grad is not None and param.grad.dtype == torch.float32 for param in model.parameters())
-        optimizer.step()
+            out |= {key: full_tensor(found[param]).float().clone() for key, param in named.items()}
+            kept = {key for key, param in named.items() if found[param].dtype == torch.bfloat16}
+            norms = {key for key in named if "norm" in key}  # sums over tp stay in fp32
+            assert kept == (named.keys() - norms if parts == 1 and weights and way != "fp32" else set())
+        optimizer.update(found, copies=weights.copies if weights else None)
         optimizer.zero_grad()
+        if weights:
+            weights.drop_gradients()
     return out
 
 
-def differences(device: str, name: str, way: str) -> dict[str, float]:
+def differences(device: str, name: str, way: str, parts: int = 2) -> dict[str, float]:
     """Between a way and FSDP2 with bf16 compute."""
-    want, got = gradients(device, name, "fsdp"), gradients(device, name, way)
+    want, got = gradients(device, name, "fsdp", parts), gradients(device, name, way, parts)
     assert got.keys() == want.keys()
     return {key: relative(got[key], want[key]) for key in want}
 
 
 @pytest.mark.parametrize("name", ["gqa-1", "tied-1"])
 def test_in_bf16_the_gradients_are_those_of_fsdp(ranks: Ranks, name: str) -> None:
-    for found in ranks(2).run(differences, name, "copies"):
-        for key, error in found.items():
-            assert error <= (0.0 if ranks.device == "cpu" else 2**-6), (key, error)
+    for parts in (1, 2):
+        for found in ranks(2).run(differences, name, "copies", parts):
+            for key, error in found.items():
+                # FSDP2 reduces the norms' sums over tp in bf16 where it has nothing to add up; and AdamW in one pass
+                # rounds otherwise than torch's, which the second loss may tell
+                exact = ranks.device == "cpu" and key != "loss 1" and not (parts == 1 and "norm" in key)
+                assert error <= (0.0 if exact else 2**-6), (parts, key, error)
     for found in ranks(2).run(differences, name, "fp32"):
         assert found["lm_head.weight" if name == "gqa-1" else "embed_tokens.weight"] > 1e-4
 
 
 def test_compiled_blocks_compute_with_the_copies(ranks: Ranks) -> None:
     for found in ranks(2).run(differences, "gqa-1", "compiled"):
-        assert max(found.values()) <= (0.0 if ranks.device == "cpu" else 2**-6), found
+        assert max(found.values()) <= 2**-6, found
 
 
 class Unreplayed:

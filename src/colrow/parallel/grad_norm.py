@@ -76,7 +76,11 @@ def grad_norm(params: Iterable[nn.Parameter], groups: Iterable[dist.ProcessGroup
             # digit is lost, another one for each size of shard. Its sum adds by halves.
             squares = [part.to(dtype).square().sum() for part in parts]
         else:
-            squares = [norm.square() for norm in torch._foreach_norm(parts, 2, dtype=dtype)]
+            alike: dict[torch.dtype, list[Tensor]] = defaultdict(list)  # mixed, they would be summed one by one
+            for part in parts:
+                alike[part.dtype].append(part)
+            norms = [norm for same in alike.values() for norm in torch._foreach_norm(same, 2, dtype=dtype)]
+            squares = [norm.square() for norm in norms]
         total = torch.stack(squares).sum()
     for group in groups:
         dist.all_reduce(total, group=group)
@@ -93,7 +97,12 @@ def clip_gradients(params: Iterable[nn.Parameter], norm: Tensor, max_norm: float
     """Scale every gradient by max_norm / norm where the norm is larger. The norm stays on its device: no wait."""
     grads = [local_tensor(param.grad) for param in params if param.grad is not None]
     if grads:
-        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(grads[0].dtype))
+        torch._foreach_mul_(grads, clip_scale(norm, max_norm).to(grads[0].dtype))
+
+
+def clip_scale(norm: Tensor, max_norm: float) -> Tensor:
+    """What `clip_gradients` multiplies by, for those who do so elsewhere: a scalar, at most 1."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 def _counts_here(param: nn.Parameter) -> bool:

@@ -1,9 +1,9 @@
-"""AdamW over DTensors: weight decay on matrices only, one fused kernel where there is one."""
+"""AdamW over DTensors: weight decay on matrices only; clipping, update and rounding in one pass on GPUs."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,9 +11,75 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from colrow.config import TrainSection
+from colrow.ops.kernels.adamw import UNAVAILABLE, Pass, adamw
+from colrow.parallel.layout import local_tensor
 
 
-def build_optimizer(params: Iterable[nn.Parameter], section: TrainSection) -> torch.optim.AdamW:
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, with an update that also clips, and that rounds the copies which a model computes with.
+
+    Its state is torch's: checkpoints of one load into the other.
+    """
+
+    @torch.no_grad()
+    def update(
+        self,
+        gradients: Mapping[nn.Parameter, Tensor],
+        scale: Tensor | None = None,
+        copies: Mapping[nn.Parameter, Tensor] | None = None,
+    ) -> None:
+        """One step.
+
+        Args:
+            gradients: of each parameter that changes, in its placements; the dtype may be a lower one.
+            scale: what multiplies all gradients first, a scalar tensor on their device.
+            copies: what holds each new value too, rounded, for the parameters that have one.
+        """
+        if not gradients:
+            return
+        device = local_tensor(next(iter(gradients))).device
+        if copies is None and (device.type != "cuda" or UNAVAILABLE):
+            self._update_by_torch(gradients, scale)
+            return
+        whole = torch.ones((), device=device) if scale is None else scale
+        for group in self.param_groups:
+            params = [param for param in group["params"] if param in gradients]
+            states = [self._state_of(param) for param in params]
+            if states:
+                torch._foreach_add_([state["step"] for state in states], 1)
+            lr = group["lr"]
+            rate = lr if isinstance(lr, Tensor) else torch.full((), lr, device=device, dtype=torch.float64)
+            for param, state in zip(params, states, strict=True):
+                local = local_tensor(param)
+                grad = local_tensor(gradients[param])
+                copy = copies.get(param) if copies else None
+                one = Pass(
+                    local,
+                    grad if grad.stride() == local.stride() else grad.clone(memory_format=torch.contiguous_format),
+                    local_tensor(state["exp_avg"]),
+                    local_tensor(state["exp_avg_sq"]),
+                    state["step"],
+                    None if copy is None else local_tensor(copy),
+                )
+                adamw(one, rate, whole, betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"])
+
+    def _update_by_torch(self, gradients: Mapping[nn.Parameter, Tensor], scale: Tensor | None) -> None:
+        grads = [local_tensor(grad) for grad in gradients.values()]
+        if scale is not None:
+            torch._foreach_mul_(grads, scale.to(grads[0].dtype))
+        for param, grad in gradients.items():
+            param.grad = grad
+        self.step()
+
+    def _state_of(self, param: nn.Parameter) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[param]
+        if not state:
+            state["step"] = torch.zeros((), device=local_tensor(param).device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
+        return state
+
+
+def build_optimizer(params: Iterable[nn.Parameter], section: TrainSection) -> AdamW:
     """AdamW (Loshchilov & Hutter 2019) over the trainable ones of `params`, which must be on their final meshes.
 
     Matrices decay; vectors (norms, biases) do not. A fused or foreach kernel takes tensors of one mesh only, so
@@ -25,7 +91,7 @@ def build_optimizer(params: Iterable[nn.Parameter], section: TrainSection) -> to
         if param.requires_grad:
             groups[param.ndim >= 2, param.device_mesh if isinstance(param, DTensor) else None].append(param)
     ordered = sorted(groups.items(), key=lambda item: (not item[0][0], str(item[0][1])))
-    return torch.optim.AdamW(
+    return AdamW(
         [
             {"params": members, "weight_decay": section.weight_decay if decays else 0.0}
             for (decays, _), members in ordered

@@ -81,6 +81,7 @@ def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device, source: So
     source = source or build_source(config.model, config.run.seed)
     plan = choose_plan(config, source.model)
     compute, compiled = compute_dtype(config, device), compiles(config, device)
+    copies = computes_with_copies(config, compute)
     parameters = sum(param.numel() for param in source.model.parameters())
 
     def prepare(model: nn.Module, blocks: list[nn.Module], absent: Iterable[str] = ()) -> None:
@@ -95,7 +96,7 @@ def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device, source: So
                 compile_forward(block)
         if recompute == "full":
             apply_activation_checkpoint(blocks, recompute)
-        if not config.train.cuda_graph:
+        if not copies:
             apply_data_parallel(
                 model,
                 mesh,
@@ -108,10 +109,10 @@ def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device, source: So
 
     if config.mesh.pp == 1:
         prepare(source.model, blocks_of(source.model))
-        weights = ComputeWeights(source.model, compute) if config.train.cuda_graph else None
+        weights = ComputeWeights(source.model, compute, replayed=config.train.cuda_graph) if copies else None
         whole = WholeModel(source.model, plan, mesh, device, weights)
         params = list(source.model.parameters())
-        step = build_step(config, mesh, whole, params, params)
+        step = build_step(config, mesh, whole, params, params, weights)
         graphs = capture(config, whole, step) if config.train.cuda_graph else ()
         return Training([source.model], source, plan, mesh, device, compute, compiled, step, parameters, graphs=graphs)
 
@@ -148,6 +149,7 @@ def build_step(
     forward_backward: WholeModel | PipelinedModel,
     params: list[nn.Parameter],
     counted: list[nn.Parameter],
+    weights: ComputeWeights | None = None,
 ) -> Step:
     """The optimizer over `params`, and the step that runs it; `counted` are those that the gradient's norm sums."""
     trainable = [param for param in params if param.requires_grad]
@@ -158,6 +160,7 @@ def build_step(
         optimizer=build_optimizer(trainable, config.train),
         norm_groups=norm_groups(mesh),
         section=config.train,
+        weights=weights,
     )
 
 
@@ -189,6 +192,11 @@ def compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     if config.train.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+
+
+def computes_with_copies(config: RunConfig, compute: torch.dtype) -> bool:
+    """Whether the compute precision is `ComputeWeights`' affair, and not FSDP2's: where there is nothing to shard."""
+    return config.train.cuda_graph or (compute != torch.float32 and config.mesh.world_size == config.mesh.tp)
 
 
 def compiles(config: RunConfig, device: torch.device) -> bool:

@@ -23,11 +23,11 @@ from torch.distributed.tensor import DTensor
 from colrow.config import TrainSection
 from colrow.parallel.compute_weights import ComputeWeights
 from colrow.parallel.data_parallel import set_last_micro_batch
-from colrow.parallel.grad_norm import align_gradients, clip_gradients, grad_norm
+from colrow.parallel.grad_norm import align_gradients, clip_scale, grad_norm
 from colrow.parallel.loss import logits_of, loss_context, model_loss
 from colrow.plans.plan import Plan
 from colrow.train.attention import preferred_attention
-from colrow.train.optimizer import set_learning_rate
+from colrow.train.optimizer import AdamW, set_learning_rate
 from colrow.train.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class WholeModel:
     def __call__(self, batches: Sequence[Batch]) -> Tensor:
         tokens = sum(targets.numel() for _, targets in batches)
         total = torch.zeros((), device=self._device)
-        with self._weights.summing() if self._weights else nullcontext():
+        with self._weights.summing(len(batches)) if self._weights else nullcontext():
             for i, (ids, targets) in enumerate(batches):
                 set_last_micro_batch(self._model, i == len(batches) - 1)
                 total += self.micro_batch(ids, targets, tokens)
@@ -138,6 +138,7 @@ class Step:
         params: this rank's parameters as the optimizer holds them.
         counted: those whose gradients count in the norm: without copies of another pipeline stage's.
         norm_groups: groups of the axes over which ranks hold different parts of the gradient.
+        weights: what the model computes with, as `WholeModel` has it.
 
     Attributes:
         update: from gradients to new weights; returns the norm of the whole gradient before clipping.
@@ -146,9 +147,10 @@ class Step:
     forward_backward: ForwardBackward
     params: list[nn.Parameter]
     counted: list[nn.Parameter]
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamW
     norm_groups: list[dist.ProcessGroup]
     section: TrainSection
+    weights: ComputeWeights | None = None
     update: Callable[[], Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -165,14 +167,19 @@ class Step:
         set_learning_rate(self.optimizer, learning_rate(step, self.section))
         norm = self.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.weights:
+            self.weights.drop_gradients()
         return loss, norm
 
     def _update(self) -> Tensor:
-        align_gradients(self.params)
-        norm = grad_norm(self.counted, self.norm_groups)
-        if self.section.grad_clip is not None:
-            clip_gradients(self.params, norm, self.section.grad_clip)
-        self.optimizer.step()
+        holders = {param: self.weights.holder(param) if self.weights else param for param in self.params}
+        align_gradients(holders.values())
+        norm = grad_norm([holders[param] for param in self.counted], self.norm_groups)
+        scale = None if self.section.grad_clip is None else clip_scale(norm, self.section.grad_clip)
+        gradients = {param: holder.grad for param, holder in holders.items() if holder.grad is not None}
+        self.optimizer.update(gradients, scale, self.weights.copies if self.weights else None)
+        if self.weights:
+            self.weights.written(gradients)
         return norm
 
 
