@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from colrow.errors import ConfigError, PlanError
-from colrow.ops.float8 import KINDS, float8_product, float8_reference, quantised
+from colrow.ops.float8 import KINDS, factor, float8_reference, multiply
+from colrow.ops.kernels.rounding import round_reference, round_triton
 from colrow.plans.plan import Plan
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -20,6 +21,12 @@ def factors(device: str, dtype: torch.dtype = torch.float32, spread: float = 0.0
     a, b = (torch.randn(shape, generator=generator) for shape in ((64, 96), (96, 48)))
     a = a * 10.0 ** torch.linspace(-spread, 0, 64)[:, None]
     return a.to(device, dtype), b.to(device, dtype)
+
+
+def float8_product(a: Tensor, b: Tensor, kind: str, *, gradient: bool = False) -> Tensor:
+    out = a.new_full((a.shape[0], b.shape[1]), torch.nan)
+    multiply(factor([a], kind, gradient=gradient), factor([b.t()], kind), out, gradient=gradient)
+    return out
 
 
 def row_errors(got: Tensor, want: Tensor) -> Tensor:
@@ -57,6 +64,43 @@ def test_factors_may_lie_in_memory_either_way() -> None:
         )
 
 
+@pytest.mark.cuda
+@needs_gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("shapes", [((64, 128),), ((33, 257), (7, 257), (200, 257)), ((1, 1),), ((520, 48), (520, 80))])
+def test_the_kernel_rounds_as_the_reference_does(
+    shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, kind: str
+) -> None:
+    """Parts of either order in memory, views of larger tensors among them, put together along either dimension."""
+    dim = 1 if len({rows for rows, _ in shapes}) == 1 and len(shapes) > 1 else 0
+    generator = torch.Generator("cuda").manual_seed(0)
+    for source in (torch.bfloat16, torch.float32):
+        for turned in (False, True):
+            around = [
+                torch.randn((k, m + 3) if turned else (m, k + 3), generator=generator, device="cuda") for m, k in shapes
+            ]
+            inner = [whole.to(source)[:, 2:-1] for whole in around]
+            parts = [x.t() if turned else x for x in inner]
+            values, scale = round_triton(parts, dtype, rowwise=kind == "rowwise", dim=dim)
+            want, want_scale = round_reference(torch.cat(parts, dim), dtype, rowwise=kind == "rowwise")
+            torch.testing.assert_close(scale, want_scale, rtol=1e-6, atol=0.0)
+            off = (values.float() - want.float()).abs()
+            # a value halfway between two numbers may go to the other one
+            assert (off <= want.float().abs() * (2**-2 if dtype == torch.float8_e5m2 else 2**-3)).all()
+            assert (off > 0).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_beside_each_other_are_one_factor(kind: str) -> None:
+    a, b = factors("cpu", spread=2.0)
+    for dim, whole in ((0, a), (1, b.t())):
+        parts = whole.split([16, 32, 16] if dim == 0 else [32, 64], dim)
+        one, together = factor([whole], kind), factor(parts, kind, dim=dim)
+        assert torch.equal(one.values.float(), together.values.float())
+        assert torch.equal(one.scale, together.scale)
+
+
 def test_zeros_stay_zeros() -> None:
     a, b = factors("cpu")
     assert torch.equal(float8_product(torch.zeros_like(a), b, "tensorwise"), torch.zeros(64, 48))
@@ -68,7 +112,9 @@ def test_zeros_stay_zeros() -> None:
 def test_the_operator_is_the_reference(kind: str, gradient: bool, device: str) -> None:
     a, b = factors(device, torch.bfloat16)
     a_type = torch.float8_e5m2 if gradient and kind == "tensorwise" else torch.float8_e4m3fn
-    (x, s), (y, r) = quantised(a, a_type, kind), quantised(b.t(), torch.float8_e4m3fn, kind)
+    rowwise = kind == "rowwise"
+    x, s = round_reference(a, a_type, rowwise=rowwise)
+    y, r = round_reference(b.t(), torch.float8_e4m3fn, rowwise=rowwise)
     want = float8_reference(x, y.t(), s, r.t()).double()
     if device == "cpu" and kind == "rowwise" and torch.__version__.startswith("2.11."):
         pytest.skip("torch 2.11 multiplies 8-bit floats on CPUs with one scale only")

@@ -18,19 +18,19 @@ from torch import Tensor
 
 from colrow.ops.carriers import Carrier, Exchange
 from colrow.ops.collectives import Finish
-from colrow.ops.products import column_product, input_gradient, joined, weight_gradient
+from colrow.ops.products import column_product, for_gradients, for_outputs, input_gradient, weight_gradient
 
 
 def column_forward(
     x_tD: Tensor, weights: list[Tensor], carrier: Carrier, keep: bool, fp8: str = ""
 ) -> tuple[Tensor, Tensor]:
     """Y = X W^T, and X where it is to be kept (slots are not)."""
-    weights, (t, D) = joined(weights, fp8), x_tD.shape
+    ready, (t, D) = for_outputs(weights, fp8), x_tD.shape
     y_TF = x_tD.new_empty(t * carrier.size, sum(w.shape[0] for w in weights))
     X_TD = x_tD.new_empty(t * carrier.size if keep else 0, D)
 
     def multiply(rows: slice, part_tD: Tensor) -> None:
-        column_product(part_tD, weights, y_TF[rows], fp8)
+        column_product(part_tD, ready, y_TF[rows], fp8)
         if keep:
             X_TD[rows].copy_(part_tD)
 
@@ -52,14 +52,15 @@ def column_backward(
     fp8: str = "",
 ) -> tuple[Tensor, Tensor]:
     """dx = reduce_scatter(dY W), awaited behind dW = dY^T X. `x` is X where `gathered`, else this rank's rows of it."""
-    weights, t, D = joined(weights, fp8), dy_TF.shape[0] // carrier.size, weights[0].shape[1]
+    t, D = dy_TF.shape[0] // carrier.size, weights[0].shape[1]
     again = finish = None
     if want_w and not gathered:
         again = carrier.open((t, D), x.dtype)
         send_to_all(again, x)
     if want_x:
+        ready = for_gradients(weights, fp8)
         finish = scatter_sum(
-            carrier.open((t, D), dy_TF.dtype), lambda rows, out: input_gradient(dy_TF[rows], weights, out, fp8)
+            carrier.open((t, D), dy_TF.dtype), lambda rows, out: input_gradient(dy_TF[rows], ready, out, fp8)
         )
     dw = dy_TF.new_empty(0)
     if want_w:
@@ -75,8 +76,9 @@ def column_backward(
 
 def row_forward(x_Tf: Tensor, w_Df: Tensor, carrier: Carrier, fp8: str = "") -> Tensor:
     """y = reduce_scatter(x W^T)."""
+    ready = for_outputs([w_Df], fp8)
     exchange = carrier.open((x_Tf.shape[0] // carrier.size, w_Df.shape[0]), x_Tf.dtype)
-    return scatter_sum(exchange, lambda rows, out: column_product(x_Tf[rows], [w_Df], out, fp8))()
+    return scatter_sum(exchange, lambda rows, out: column_product(x_Tf[rows], ready, out, fp8))()
 
 
 def row_backward(
@@ -84,10 +86,11 @@ def row_backward(
 ) -> tuple[Tensor, Tensor]:
     """dY = all_gather(dy);  dx = dY W;  dW = dY^T x."""
     dx_Tf = dy_tD.new_empty(x_Tf.shape if want_x else 0)
+    ready = for_gradients([w_Df], fp8) if want_x else None
 
     def multiply(rows: slice, part_tD: Tensor) -> None:
-        if want_x:
-            input_gradient(part_tD, [w_Df], dx_Tf[rows], fp8)
+        if ready is not None:
+            input_gradient(part_tD, ready, dx_Tf[rows], fp8)
 
     exchange = carrier.open(tuple(dy_tD.shape), dy_tD.dtype)
     send_to_all(exchange, dy_tD)

@@ -12,74 +12,72 @@ part of a weight alone: nothing is communicated.
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from colrow.errors import ConfigError
+from colrow.ops.kernels.rounding import UNAVAILABLE, round_reference, round_triton
 
 Float8 = Literal["tensorwise", "rowwise"]
 KINDS: tuple[Float8, ...] = ("tensorwise", "rowwise")
-VARIANTS = 64
-"""Kinds, types and layouts of factors, of which each is compiled: torch's limit of 8 is for accidents."""
 
 
-def float8_product(
-    a_MK: Tensor, b_KN: Tensor, kind: str, *, gradient: bool = False, out: Tensor | None = None
-) -> Tensor:
-    """a @ b, [M, N], in a's dtype.
+@dataclass(frozen=True)
+class Factor:
+    """A factor of a product in 8 bits, as the product reads it: each line that is summed over lies in a row.
+
+    values [M, K] for the left factor [M, K] or the right one [K, M]; scale [] or [M, 1].
+    """
+
+    values: Tensor
+    scale: Tensor
+
+
+def factor(parts: Sequence[Tensor], kind: str, *, gradient: bool = False, dim: int = 0) -> Factor:
+    """Round [M, K], given as parts beside each other along `dim`.
 
     Args:
-        gradient: a holds a gradient.
-        out: where the product goes, contiguous.
+        gradient: it is a gradient.
 
     Raises:
         ConfigError: a size that 16 does not divide, or a GPU without 8-bit products.
     """
-    require_sixteen(*a_MK.shape, b_KN.shape[1])
-    a_type = torch.float8_e5m2 if gradient and kind == "tensorwise" else torch.float8_e4m3fn
-    if a_MK.is_cuda:
-        require_gpu(a_MK.device)
-    a, s = _quantised(a_MK, a_type, kind)
-    b, r = _quantised(b_KN.t(), torch.float8_e4m3fn, kind)  # the product wants the columns of b in a row
-    if not a_MK.is_cuda:
-        y = float8_reference(a, b.t(), s, r.t())
-    else:
-        given = out if out is not None and out.dtype == torch.bfloat16 else None
-        y = torch._scaled_mm(
-            a, b.t(), scale_a=s, scale_b=r.t(), out_dtype=torch.bfloat16, use_fast_accum=not gradient, out=given
-        )
-        if given is not None:
-            return given
-    return y.to(a_MK.dtype) if out is None else out.copy_(y)
+    for part in parts:
+        require_sixteen(*part.shape)
+    dtype = torch.float8_e5m2 if gradient and kind == "tensorwise" else torch.float8_e4m3fn
+    rowwise = kind == "rowwise"
+    if not parts[0].is_cuda:
+        return Factor(*round_reference(torch.cat(list(parts), dim), dtype, rowwise=rowwise))
+    require_gpu(parts[0].device)
+    return Factor(*round_triton(parts, dtype, rowwise=rowwise, dim=dim))
+
+
+def multiply(a: Factor, b: Factor, out: Tensor, *, gradient: bool = False) -> None:
+    """out [M, N], contiguous = a b, for a gradient summed in full precision."""
+    if not a.values.is_cuda:
+        out.copy_(float8_reference(a.values, b.values.t(), a.scale, b.scale.t()))
+        return
+    given = out if out.dtype == torch.bfloat16 else None
+    y = torch._scaled_mm(
+        a.values,
+        b.values.t(),
+        scale_a=a.scale,
+        scale_b=b.scale.t(),
+        out_dtype=torch.bfloat16,
+        use_fast_accum=not gradient,
+        out=given,
+    )
+    if given is None:
+        out.copy_(y)
 
 
 def float8_reference(a_MK: Tensor, b_KN: Tensor, s: Tensor, r: Tensor) -> Tensor:
     """What the product of 8-bit factors is, in fp32."""
     return (a_MK.float() * s) @ (b_KN.float() * r)
-
-
-def quantised(x: Tensor, dtype: torch.dtype, kind: str) -> tuple[Tensor, Tensor]:
-    """[M, K] -> the same in 8 bits, contiguous, and the scale by which it was divided: fp32, [] or [M, 1]."""
-    x = x.float()
-    peak = x.abs().amax(1, keepdim=True) if kind == "rowwise" else x.abs().amax()
-    scale = (peak / torch.finfo(dtype).max).clamp(min=torch.finfo(torch.float32).tiny)
-    return (x / scale).to(dtype).contiguous(), scale
-
-
-def _quantised(x: Tensor, dtype: torch.dtype, kind: str) -> tuple[Tensor, Tensor]:
-    """`quantised`; on a GPU as one pass for the scale and one for the rest, not one for each operation."""
-    if not x.is_cuda:
-        return quantised(x, dtype, kind)
-    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=VARIANTS):
-        pair: tuple[Tensor, Tensor] = _compiled()(x, dtype, kind)
-        return pair
-
-
-@functools.cache
-def _compiled() -> Any:
-    return torch.compile(quantised, fullgraph=True, dynamic=True)
 
 
 def require_sixteen(*sizes: int) -> None:
@@ -94,7 +92,9 @@ def require_sixteen(*sizes: int) -> None:
 
 @functools.cache
 def require_gpu(device: torch.device) -> None:
-    """Raise a ConfigError for a GPU that cannot multiply 8-bit floats."""
+    """Raise a ConfigError for a GPU that cannot multiply 8-bit floats, and where there is no Triton to round them."""
+    if UNAVAILABLE:
+        raise ConfigError(f"fp8 on GPUs needs Triton, which cannot be imported ({UNAVAILABLE}): install it")
     if torch.cuda.get_device_capability(device) < (8, 9):
         name = torch.cuda.get_device_name(device)
         raise ConfigError(f"fp8 needs a GPU of compute capability 8.9 or more (Ada, Hopper), and this is a {name}")

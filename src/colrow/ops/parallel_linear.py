@@ -25,7 +25,7 @@ from colrow.ops.collectives import (
     start_all_gather,
     start_reduce_scatter,
 )
-from colrow.ops.products import column_product, input_gradient, joined, weight_gradient
+from colrow.ops.products import column_product, for_gradients, for_outputs, input_gradient, weight_gradient
 
 CHUNK_ROWS = 2048  # fewer rows: on H200s a cut product and its sends cost more than the collective they hide
 
@@ -105,7 +105,7 @@ def _column_forward(
         return chunked.column_forward(x.contiguous(), weights, by, keep_gathered, fp8)
     gathered = all_gather(x, group_named(group))
     y = gathered.new_empty(gathered.shape[0], sum(w.shape[0] for w in weights))
-    column_product(gathered, joined(weights, fp8), y, fp8)
+    column_product(gathered, for_outputs(weights, fp8), y, fp8)
     return y, gathered if keep_gathered else gathered.new_empty(0)
 
 
@@ -144,7 +144,7 @@ def _column_backward(
     arrival = None
     if want_x:
         dx = dy.new_empty(dy.shape[0], weights[0].shape[1])
-        input_gradient(dy, joined(weights, fp8), dx, fp8)
+        input_gradient(dy, for_gradients(weights, fp8), dx, fp8)
         arrival = start_reduce_scatter(dx, ranks)
         if overlap == "none":
             arrival()
@@ -204,7 +204,7 @@ def _row_forward(x: Tensor, weight: Tensor, group: str, overlap: str, chunk_rows
     if by is not None:
         return chunked.row_forward(x, weight, by, fp8)
     y = x.new_empty(x.shape[0], weight.shape[0])
-    column_product(x, [weight], y, fp8)
+    column_product(x, for_outputs([weight], fp8), y, fp8)
     return reduce_scatter(y, ranks)
 
 
@@ -236,7 +236,7 @@ def _row_backward(
     gathered = all_gather(dy, group_named(group))
     dx = x.new_empty(x.shape if want_x else 0)
     if want_x:
-        input_gradient(gathered, [weight], dx, fp8)
+        input_gradient(gathered, for_gradients([weight], fp8), dx, fp8)
     return dx, weight_gradient(gathered, x, fp8) if want_w else dy.new_empty(0)
 
 

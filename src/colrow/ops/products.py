@@ -13,36 +13,44 @@ import functools
 import torch
 from torch import Tensor
 
-from colrow.ops.float8 import float8_product
+from colrow.ops.float8 import Factor, factor, multiply
 
 NARROW = 2048  # rows of a weight under which its own product is too small for a GPU: siblings are joined then
 
 
-def joined(weights: list[Tensor], fp8: str = "") -> list[Tensor]:
-    """The siblings as one weight where some are narrow; as they are where each is large, and a copy would cost more.
+Weights = list[Tensor] | Factor
 
-    In fp8 they are joined too: the input would be rounded for each of them.
-    """
-    if len(weights) == 1 or (not fp8 and min(w.shape[0] for w in weights) >= NARROW):
+
+def for_outputs(weights: list[Tensor], fp8: str = "") -> Weights:
+    """The siblings as `column_product` takes them: once for all chunks of a product."""
+    return factor(weights, fp8) if fp8 else _joined(weights)
+
+
+def for_gradients(weights: list[Tensor], fp8: str = "") -> Weights:
+    """The siblings as `input_gradient` takes them."""
+    return factor([w.t() for w in weights], fp8, dim=1) if fp8 else _joined(weights)
+
+
+def _joined(weights: list[Tensor]) -> list[Tensor]:
+    """One weight where some are narrow; as they are where each is large, and a copy would cost more."""
+    if len(weights) == 1 or min(w.shape[0] for w in weights) >= NARROW:
         return weights
     return [torch.cat(weights)]
 
 
-def column_product(x_TD: Tensor, weights: list[Tensor], out: Tensor, fp8: str = "") -> None:
+def column_product(x_TD: Tensor, weights: Weights, out: Tensor, fp8: str = "") -> None:
     """out [T, F] = x W^T, the siblings' outputs beside each other."""
-    if fp8:
-        (weight,) = weights
-        float8_product(x_TD, weight.t(), fp8, out=out)
+    if isinstance(weights, Factor):
+        multiply(factor([x_TD], fp8), weights, out)
         return
     for w, part in zip(weights, out.split([w.shape[0] for w in weights], 1), strict=True):
         torch.mm(x_TD, w.t(), out=part)
 
 
-def input_gradient(dy_TF: Tensor, weights: list[Tensor], out: Tensor, fp8: str = "") -> None:
+def input_gradient(dy_TF: Tensor, weights: Weights, out: Tensor, fp8: str = "") -> None:
     """out [T, D] = dY W."""
-    if fp8:
-        (weight,) = weights
-        float8_product(dy_TF, weight, fp8, gradient=True, out=out)
+    if isinstance(weights, Factor):
+        multiply(factor([dy_TF], fp8, gradient=True), weights, out, gradient=True)
         return
     first, *others = zip(dy_TF.split([w.shape[0] for w in weights], 1), weights, strict=True)
     torch.mm(*first, out=out)
@@ -52,7 +60,11 @@ def input_gradient(dy_TF: Tensor, weights: list[Tensor], out: Tensor, fp8: str =
 
 def weight_gradient(dy_TF: Tensor, x_TD: Tensor, fp8: str = "") -> Tensor:
     """dW [F, D] = dY^T X."""
-    return float8_product(dy_TF.t(), x_TD, fp8, gradient=True) if fp8 else dy_TF.t() @ x_TD
+    if not fp8:
+        return dy_TF.t() @ x_TD
+    dw = dy_TF.new_empty(dy_TF.shape[1], x_TD.shape[1])
+    multiply(factor([dy_TF.t()], fp8, gradient=True), factor([x_TD.t()], fp8), dw, gradient=True)
+    return dw
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
