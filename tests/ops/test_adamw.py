@@ -61,7 +61,8 @@ def test_a_pass_is_torchs_step(
     want = by_torch(values, torch.float64)
     weight, copy = in_one_pass(values, dtype)
     torch.testing.assert_close(weight.double(), want, rtol=tolerance, atol=tolerance)
-    assert torch.equal(copy, weight.bfloat16())
+    # from fp64 there are two ways to round: over fp32, or at once
+    torch.testing.assert_close(copy, weight.bfloat16(), rtol=2**-7 if dtype == torch.float64 else 0.0, atol=0.0)
 
 
 def test_another_scale_is_another_step(device: str) -> None:

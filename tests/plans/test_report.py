@@ -41,8 +41,8 @@ def test_plan_prints_placements_and_one_block(
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["plan", "laptop", "--tp", "2"]) == 0
     out = capsys.readouterr().out
-    assert "layers.*.self_attn.k_proj.weight          96 × 192    shard(0)   48 × 192" in out
-    assert "▼ all-gather 192 KiB  shard(1) → replicate  ▲ reduce-scatter 192 KiB" in out
+    assert "layers.*.self_attn.k_proj.weight          64 × 128    shard(0)   32 × 128" in out
+    assert "▼ all-gather 128 KiB  shard(1) → replicate  ▲ reduce-scatter 128 KiB" in out
     assert max(len(line) for line in out.splitlines()) <= 80
 
 
@@ -53,9 +53,9 @@ def test_plan_as_json_and_as_a_file(capsys: pytest.CaptureFixture[str], tmp_path
     row = next(r for r in said["parameters"] if r["name"] == "layers.3.mlp.down_proj.weight")
     assert row == {
         "name": "layers.3.mlp.down_proj.weight",
-        "shape": [192, 512],
+        "shape": [128, 384],
         "placement": "shard(1)",
-        "local_shape": [192, 256],
+        "local_shape": [128, 192],
         "reason": "input features split",
     }
     assert {"op", "where", "pass", "bytes"} <= said["collectives"][0].keys()

@@ -13,15 +13,16 @@ SHAPES: dict[str, LlamaConfig] = {
     # minutes on two CPU cores
     "laptop": LlamaConfig(
         vocab_size=4096,
-        hidden_size=192,
-        intermediate_size=512,
+        hidden_size=128,
+        intermediate_size=384,
         num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=4,
-        head_dim=24,
+        head_dim=16,
         max_position_embeddings=256,
+        rope_theta=1_000.0,
         initializer_range=0.05,
-        embedding_range=1.0,
+        embedding_range=0.25,
     ),
     # three kv heads: they divide by no usual degree of tensor parallelism
     "article": LlamaConfig(

@@ -52,7 +52,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     reduction: Literal["mean", "sum"] = "mean",
     num_valid: int | float | Tensor | None = None,
-    chunk: int = 4096,
+    chunk: int | None = None,
     implementation: Implementation = "auto",
 ) -> Tensor:
     """Cross entropy of `hidden @ weight.T` against `targets`, without ever holding the logits.
@@ -70,7 +70,8 @@ def linear_cross_entropy(
         z_loss: factor of log(sum(exp(logits)))^2, added to each token's loss (PaLM, section 5).
         reduction: `mean` over the targets that count, or `sum`.
         num_valid: the mean's divisor instead: the number of targets that count in the whole batch, say.
-        chunk: tokens whose logits exist at one time: [chunk, v] in hidden's dtype.
+        chunk: tokens whose logits exist at one time: [chunk, v] in hidden's dtype. Unless given, 4,096 on GPUs and
+            1,024 elsewhere.
         implementation: `triton` on GPUs, `torch` on CPUs, or by `auto` the one that fits the device.
 
     Returns:
@@ -85,6 +86,8 @@ def linear_cross_entropy(
             f"reduction={reduction!r}: linear_cross_entropy makes its gradients in forward and needs a scalar loss: "
             "use mean or sum"
         )
+    if chunk is None:
+        chunk = 4096 if hidden.device.type == "cuda" else 1024
     if chunk < 1 or not 0.0 <= label_smoothing <= 1.0:
         raise ConfigError(f"chunk={chunk}, label_smoothing={label_smoothing}: chunk is positive, smoothing in [0, 1]")
     if isinstance(weight, DTensor) and mesh_or_group is None:

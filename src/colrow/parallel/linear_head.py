@@ -43,7 +43,7 @@ class LinearHead:
 
     mesh: DeviceMesh
     layout: Layout
-    chunk: int
+    chunk: int | None
     label_smoothing: float
     z_loss: float
     expected: deque[Expected] = field(default_factory=deque)

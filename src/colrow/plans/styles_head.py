@@ -27,7 +27,7 @@ class LinearHeadStyle(Style):
     name = "linear_head"
     on_one_rank = True
     layout: Layout = "sequence"
-    chunk: int = 4096
+    chunk: int | None = None
     label_smoothing: float = 0.0
     z_loss: float = 0.0
 
@@ -38,7 +38,7 @@ class LinearHeadStyle(Style):
     def __post_init__(self) -> None:
         if self.layout not in get_args(Layout):
             raise PlanError(f"unknown layout {self.layout!r}{did_you_mean(str(self.layout), get_args(Layout))}")
-        if self.chunk < 1:
+        if self.chunk is not None and self.chunk < 1:
             raise PlanError(f"chunk={self.chunk}: the number of tokens whose logits exist at one time is positive")
 
     def check(self, site: Site) -> None:

@@ -29,7 +29,7 @@ try:
 except ImportError as error:
     triton, UNAVAILABLE = None, str(error)
 
-_BLOCK = 2048
+_BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def adamw_triton(
         DECAY=weight_decay,
         HAS_COPY=one.copy is not None,
         BLOCK=_BLOCK,
-        num_warps=8,
+        num_warps=4,
     )
 
 

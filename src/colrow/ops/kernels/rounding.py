@@ -71,7 +71,7 @@ def round_triton(parts: Sequence[Tensor], dtype: torch.dtype, *, rowwise: bool, 
             SMALLEST=SMALLEST,
             ROWS=_ROWS,
             COLUMNS=_COLUMNS,
-            num_warps=4,
+            num_warps=8,
         )
     return y_MK, scale
 
