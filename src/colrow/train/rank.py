@@ -63,14 +63,14 @@ def run_rank(
     with ExitStack() as stack:
         if first:
             stack.enter_context(claimed(config.run.dir))
-        progress = stack.enter_context(Progress(first, config.train.steps, config.train.log_every))
-        warning = config.mesh.warning_across_hosts(place.local_world_size)
-        if warning is not None:
-            progress.say(f"warning    {warning}")
         source = preflight.check(config, place.local_world_size).source
+        warnings = [config.mesh.warning_across_hosts(place.local_world_size)]
         if first and not plan_checked:
-            for line in preflight.check_plan_apart(config):
-                progress.say(f"warning    {line}")
+            warnings += preflight.check_plan_apart(config)  # before there are threads
+        progress = stack.enter_context(Progress(first, config.train.steps, config.train.log_every))
+        for warning in warnings:
+            if warning is not None:
+                progress.say(f"warning    {warning}")
         data = prepare(config.data, source.vocab_size, progress=False)
         mesh, device = stack.enter_context(joined(config, place))
         return train_run(config, data, mesh, device, progress, command, stop_requested, source)
