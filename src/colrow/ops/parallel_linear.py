@@ -11,6 +11,7 @@ f this rank's input features, n ranks. Weights are [out, in] as in nn.Linear.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -86,15 +87,34 @@ def scatter_sum(x_TD: Tensor, group: str) -> Tensor:
     return y
 
 
+def gather(x_tD: Tensor, group: str) -> Tensor:
+    """[t, D] on each rank -> [T, D], for use that differs between ranks. The dual is `scatter_sum`."""
+    y: Tensor = torch.ops.colrow.gather(x_tD, group)
+    return y
+
+
+OPERATORS: dict[str, Callable[..., Any]] = {}
+"""What is inside each operator, by its full name: for those who simulate ranks."""
+
+
+def operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
+    """Make a function the operator `colrow::name`."""
+
+    def define(inside: Callable[..., Any]) -> Any:
+        OPERATORS[f"colrow::{name}"] = inside
+        return torch.library.custom_op(f"colrow::{name}", inside, mutates_args=(), schema=schema)
+
+    return define
+
+
 def _carrier(overlap: str, chunk_rows: int, t: int, group: str, device: torch.device) -> Carrier | None:
     """What carries chunks of t rows; None where the operator is not cut."""
     return None if t < chunk_rows else carrier(overlap, group, device)
 
 
-@torch.library.custom_op(
-    "colrow::column_forward",
-    mutates_args=(),
-    schema="(Tensor x, Tensor[] weights, str group, bool keep_gathered, str overlap, int chunk_rows, str fp8)"
+@operator(
+    "column_forward",
+    "(Tensor x, Tensor[] weights, str group, bool keep_gathered, str overlap, int chunk_rows, str fp8)"
     " -> (Tensor, Tensor)",
 )
 def _column_forward(
@@ -116,10 +136,9 @@ def _(x: Tensor, weights: list[Tensor], group: str, keep_gathered: bool, *_: Any
     return x.new_empty(T, sum(w.shape[0] for w in weights)), gathered
 
 
-@torch.library.custom_op(
-    "colrow::column_backward",
-    mutates_args=(),
-    schema="(Tensor dy, Tensor x, Tensor[] weights, str group, bool gathered, str overlap, bool want_x,"
+@operator(
+    "column_backward",
+    "(Tensor dy, Tensor x, Tensor[] weights, str group, bool gathered, str overlap, bool want_x,"
     " bool want_w, int chunk_rows, str fp8) -> (Tensor, Tensor)",
 )
 def _column_backward(
@@ -193,10 +212,9 @@ def _differentiate_column(ctx: Any, dy: Tensor | None, _: Any) -> Any:
 torch.library.register_autograd("colrow::column_forward", _differentiate_column, setup_context=_save_column)
 
 
-@torch.library.custom_op(
-    "colrow::row_forward",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, str group, str overlap, int chunk_rows, str fp8) -> Tensor",
+@operator(
+    "row_forward",
+    "(Tensor x, Tensor weight, str group, str overlap, int chunk_rows, str fp8) -> Tensor",
 )
 def _row_forward(x: Tensor, weight: Tensor, group: str, overlap: str, chunk_rows: int, fp8: str) -> Tensor:
     ranks = group_named(group)
@@ -213,10 +231,9 @@ def _(x: Tensor, weight: Tensor, group: str, *_: Any) -> Tensor:
     return x.new_empty(x.shape[0] // group_named(group).size(), weight.shape[0])
 
 
-@torch.library.custom_op(
-    "colrow::row_backward",
-    mutates_args=(),
-    schema="(Tensor dy, Tensor x, Tensor weight, str group, str overlap, bool want_x, bool want_w, int chunk_rows,"
+@operator(
+    "row_backward",
+    "(Tensor dy, Tensor x, Tensor weight, str group, str overlap, bool want_x, bool want_w, int chunk_rows,"
     " str fp8) -> (Tensor, Tensor)",
 )
 def _row_backward(
@@ -264,7 +281,7 @@ def _differentiate_row(ctx: Any, dy: Tensor) -> Any:
 torch.library.register_autograd("colrow::row_forward", _differentiate_row, setup_context=_save_row)
 
 
-@torch.library.custom_op("colrow::scatter_sum", mutates_args=(), schema="(Tensor x, str group) -> Tensor")
+@operator("scatter_sum", "(Tensor x, str group) -> Tensor")
 def _scatter_sum(x: Tensor, group: str) -> Tensor:
     return reduce_scatter(x, group_named(group))
 
@@ -274,7 +291,7 @@ def _(x: Tensor, group: str) -> Tensor:
     return x.new_empty(x.shape[0] // group_named(group).size(), *x.shape[1:])
 
 
-@torch.library.custom_op("colrow::gather", mutates_args=(), schema="(Tensor x, str group) -> Tensor")
+@operator("gather", "(Tensor x, str group) -> Tensor")
 def _gather(x: Tensor, group: str) -> Tensor:
     return all_gather(x, group_named(group))
 
@@ -321,6 +338,6 @@ def traffic(operator: str, args: tuple[Any, ...], outputs: list[Tensor]) -> list
             return [one("all_gather", args[0], args[3])]
         case "scatter_sum":
             return [one("reduce_scatter", outputs[0], args[1])]
-        case "gather":
-            return [one("all_gather", args[0], args[1])]
+        case "gather" | "whole":
+            return [one("all_gather", args[0], args[-1])]
     return []

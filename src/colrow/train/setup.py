@@ -171,7 +171,7 @@ def capture(config: RunConfig, whole: WholeModel, step: Step) -> tuple[Replayed,
 
 
 def choose_plan(config: RunConfig, model: nn.Module) -> Plan:
-    """The plan that `config.plan` names (a preset, `huggingface`, `derive`, or a file), with `train.fp8` put in.
+    """The plan that `config.plan` names (a preset, `huggingface`, a derived one, or a file), with `train.fp8` put in.
 
     Raises:
         ConfigError, PlanError: there is no such plan, or it has no place for fp8.
