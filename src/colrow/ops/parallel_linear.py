@@ -12,7 +12,7 @@ f this rank's input features, n ranks. Weights are [out, in] as in nn.Linear.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from colrow.ops.collectives import (
     start_reduce_scatter,
 )
 from colrow.ops.products import column_product, input_gradient, joined, weight_gradient
+
+if TYPE_CHECKING:
+    from torch._library.custom_ops import CustomOpDef
 
 CHUNK_ROWS = 2048  # fewer rows: on H200s a cut product and its sends cost more than the collective they hide
 
@@ -97,10 +100,10 @@ OPERATORS: dict[str, Callable[..., Any]] = {}
 """What is inside each operator, by its full name: for those who simulate ranks."""
 
 
-def operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
+def operator(name: str, schema: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
     """Make a function the operator `colrow::name`."""
 
-    def define(inside: Callable[..., Any]) -> Any:
+    def define(inside: Callable[..., Any]) -> CustomOpDef:
         OPERATORS[f"colrow::{name}"] = inside
         return torch.library.custom_op(f"colrow::{name}", inside, mutates_args=(), schema=schema)
 

@@ -20,6 +20,7 @@ from colrow.plans import (  # noqa: F401  (they register)
     styles_block,
     styles_fast_block,
     styles_fast_ends,
+    styles_fast_products,
     styles_head,
     styles_local,
     styles_packed,

@@ -116,7 +116,7 @@ class FastHead(Style):
         Colwise().check(site)
 
     def build(self, site: Site) -> ParallelStyle:
-        cuts = {name: Cut(0, (site.module.out_features,)) for name, _ in site.module.named_parameters(recurse=False)}
+        cuts = {name: Cut(0, (param.shape[0],)) for name, param in site.module.named_parameters(recurse=False)}
         return CutLinear(cuts, head_forward, lambda mesh: (group_name(mesh), mesh, self.gather))
 
     def parameters(self, site: Site) -> dict[str, ParameterLayout]:

@@ -67,9 +67,7 @@ class LocalCheck:
         )
         self.choice: Choice = flows.choice
         self.visible = Choice(self.choice.tp, self.choice.atoms - self.choice.vocabulary, self.choice.groups)
-        self.blocks = [
-            name for name, style in emission.modules.items() if style.get("style") in BLOCK_STYLES
-        ]
+        self.blocks = [name for name, style in emission.modules.items() if style.get("style") in BLOCK_STYLES]
         self.runs_fake: bool | None = None
         """Whether the model runs on fake tensors outside of export; unknown until something fails."""
         self.expected: dict[Node, list[int] | None] = {}

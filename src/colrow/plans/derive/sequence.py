@@ -4,8 +4,8 @@ The graph is read once more with its blocks cut out: at each entry the block gat
 so the sequence inside is another axis than the one outside. What is left must act on each token alone. Then norms and
 residual additions run on a rank's tokens, and the parameters they use get gradients that must be summed.
 
-Under the fast styles a rank's tokens are a part of all tokens in a row, whatever sequence they are of. Then what is left
-must not know the sequences either, and may view both axes as one.
+Under the fast styles a rank's tokens are a part of all tokens in a row, whatever sequence they are of. Then what is
+left must not know the sequences either, and may view both axes as one.
 """
 
 from __future__ import annotations
@@ -93,12 +93,12 @@ def find_stream(
     atoms: set[Atom] = set()
     batches: set[Atom] = set()
     for node, dim in outer.items():
-        *batch, sequence = leaves(dim) or [None]
-        if sequence is None or len(batch) != row or any(a.block is not None for a in (sequence, *batch)):
-            blocked = next((a.block for a in (sequence, *batch) if a is not None and a.block is not None), None)
+        found = leaves(dim)
+        blocked = next((a.block for a in reversed(found) if a.block is not None), None)
+        if len(found) != 1 + row or blocked:
             raise NoStreamError(f"at {label_of(node).module or 'the model'}: {blocked or 'the sequence is gone'}")
-        atoms.add(sequence)
-        batches.update(batch)
+        atoms.add(found[-1])
+        batches.update(found[:-1])
     stream = Stream(start, finish, whole_head=whole_head)
     for node in traced.nodes:
         dims = inference.dims.get(node)
@@ -145,12 +145,13 @@ def _in_row(dims: Dims, position: int, batches: set[Atom]) -> bool:
 
 
 def _knows_no_sequence(stream: Stream, inference: AxisInference, flows: Flows, batches: set[Atom]) -> None:
-    """Raise NoStreamError where the stream meets something that belongs to a sequence: a row's tokens are of several."""
+    """Raise NoStreamError where the stream meets what belongs to a sequence: a rank's tokens may be of several."""
     for node in (n for n in stream.nodes if n in flows.live):
         for operand in node.all_input_nodes:
             dims = inference.dims.get(operand)
-            alone = operand not in stream.nodes and isinstance(dims, list)
-            if alone and any(a in batches for dim in dims or () for a in leaves(dim)):
+            if operand in stream.nodes or not isinstance(dims, list):
+                continue
+            if any(a in batches for dim in dims for a in leaves(dim)):
                 raise NoStreamError(f"the stream meets a value of each sequence in {flows.path[node] or 'the model'}")
 
 
