@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
-from torch.distributed.tensor.placement_types import Placement
 
 from colrow.errors import PlanError
 from colrow.ops.carriers import Overlap
 from colrow.ops.parallel_linear import column_linear, row_linear
-from colrow.parallel.local_view import View, replace_forward, view_parameters
 from colrow.plans.cuts import Cut, check_cuts, layouts
 from colrow.plans.site import Site
 from colrow.plans.styles import Colwise, ParameterLayout, Rowwise, Style
@@ -30,7 +26,7 @@ from colrow.plans.styles_fast import (
     prepare_overlap,
     require_product,
 )
-from colrow.plans.styles_local import KvReplicate, rank_table, summed
+from colrow.plans.styles_local import KvReplicate
 from colrow.plans.styles_packed import PackedColwise, PackedRowwise, _numbers
 
 
@@ -89,30 +85,6 @@ class FastColwise(Column):
         return CutLinear(self.cuts(site), take_column, lambda _: key)
 
 
-class FastStyle(ParallelStyle):
-    """Places parameters, views them locally, and lets a function take the forward's place."""
-
-    def __init__(
-        self,
-        placements: dict[str, Placement],
-        views: dict[str, View],
-        forward: Callable[..., Any],
-        facts: Callable[[DeviceMesh], Any],
-        late_views: Callable[[DeviceMesh], dict[str, View]] | None = None,
-    ) -> None:
-        self.placements, self.views, self.forward = placements, views, forward
-        self.facts, self.late_views = facts, late_views
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        for name, param in list(module.named_parameters(recurse=False)):
-            placed = distribute_tensor(param.detach(), device_mesh, [self.placements[name]])
-            module.register_parameter(name, nn.Parameter(placed, requires_grad=param.requires_grad))
-        view_parameters(module, self.late_views(device_mesh) if self.late_views else self.views)
-        module.__dict__[FAST] = self.facts(device_mesh)
-        replace_forward(module, self.forward)
-        return module
-
-
 @dataclass(frozen=True, kw_only=True)
 class FastKvReplicate(KvReplicate):
     """`kv_replicate` for a projection that the fast_gather of a module around it computes."""
@@ -123,18 +95,8 @@ class FastKvReplicate(KvReplicate):
         heads = self.resolve(site)
         if heads.kv % site.tp == 0:
             return FastColwise().build(site)
-        names = dict(site.module.named_parameters(recurse=False))
-        key = last(site.fqn)
-
-        def views(mesh: DeviceMesh) -> dict[str, View]:
-            mine = rank_table(mesh, [heads.kv_heads_of_rank(site.tp, rank) for rank in range(site.tp)])
-
-            def rows(param: DTensor) -> Tensor:
-                return summed(param).unflatten(0, (heads.kv, heads.dim)).index_select(0, mine).flatten(0, 1)
-
-            return dict.fromkeys(names, rows)
-
-        return FastStyle(dict.fromkeys(names, Replicate()), {}, take_column, lambda _: key, views)
+        column = FastColwise(segments=(heads.kv * heads.dim,), kv=(0,), heads=heads.query, kv_heads=heads.kv)
+        return column.build(site)
 
 
 def column_forward(module: Any, x: Tensor) -> Tensor:
