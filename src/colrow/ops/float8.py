@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from colrow.errors import ConfigError
+from colrow.ops.ran import note
 
 Float8 = Literal["tensorwise", "rowwise"]
 KINDS: tuple[Float8, ...] = ("tensorwise", "rowwise")
@@ -38,6 +39,7 @@ def float8_product(
         ConfigError: a size that 16 does not divide, or a GPU without 8-bit products.
     """
     require_sixteen(*a_MK.shape, b_KN.shape[1])
+    note("fp8", kind)
     a_type = torch.float8_e5m2 if gradient and kind == "tensorwise" else torch.float8_e4m3fn
     if a_MK.is_cuda:
         require_gpu(a_MK.device)

@@ -27,6 +27,7 @@ from colrow.ops.collectives import (
     start_reduce_scatter,
 )
 from colrow.ops.products import column_product, input_gradient, joined, weight_gradient
+from colrow.ops.ran import note
 
 if TYPE_CHECKING:
     from torch._library.custom_ops import CustomOpDef
@@ -124,6 +125,7 @@ def _column_forward(
     x: Tensor, weights: list[Tensor], group: str, keep_gathered: bool, overlap: str, chunk_rows: int, fp8: str
 ) -> tuple[Tensor, Tensor]:
     by = _carrier(overlap, chunk_rows, x.shape[0], group, x.device)
+    note("columns", len(weights))
     if by is not None:
         return chunked.column_forward(x.contiguous(), weights, by, keep_gathered, fp8)
     gathered = all_gather(x, group_named(group))
@@ -158,6 +160,7 @@ def _column_backward(
 ) -> tuple[Tensor, Tensor]:
     ranks = group_named(group)
     by = _carrier(overlap, chunk_rows, dy.shape[0] // ranks.size(), group, dy.device)
+    note("beside", overlap if by is not None or overlap == "none" else "collectives")
     if by is not None:
         return chunked.column_backward(dy, x.contiguous(), weights, by, gathered, want_x, want_w, fp8)
     again = start_all_gather(x, ranks) if want_w and not gathered else None
