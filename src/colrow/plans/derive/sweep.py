@@ -147,7 +147,8 @@ def table(rows: Sequence[Row], command: str, known: Sequence[str], styles: Style
         reason = " / ".join(r for r in reasons if r).replace("|", "/")
         lines.append(f"| {model} | {' | '.join(verdicts)} | {share} | {shards} | {worst} | {reason} |")
     if missing := [name for name in known if name not in by_model]:
-        lines += ["", f"Not run yet, {len(missing)} of {len(known)}: {', '.join(missing)}."]
+        names = "" if styles != "plain" else f": {', '.join(missing)}"
+        lines += ["", f"Not run yet, {len(missing)} of {len(known)}{names}."]
     return "\n".join(lines) + "\n"
 
 
