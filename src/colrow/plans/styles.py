@@ -240,7 +240,7 @@ def _to_write_into(_: nn.Module, __: Any, out: Any) -> Any:
     """An embedding's local output as a tensor that a model may change in place (`x *= scale`), without a copy.
 
     What a DTensor hands over is a view made inside an autograd Function, which autograd lets nobody write into. Nothing
-    keeps a looked-up row for backward, so that to write into it is safe.
+    keeps a looked-up row for backward, so that to write into it is safe. A collective that still runs is waited for.
     """
     local = isinstance(out, Tensor) and not isinstance(out, DTensor)
     return torch.ops.aten._unsafe_view.default(out, out.shape) if local else out

@@ -172,6 +172,8 @@ class Watch(TorchDispatchMode):
         name = func.name().partition("::")[2].partition(".")[0]
         varying = [leaf for leaf in inputs if self.varies(leaf)]
         self._track_packed(name, inputs, outputs)
+        if name == "_unsafe_view":  # no view to whom a collective hands on: it waits, and shares the memory
+            self._running.difference_update(self._window(leaf)[0] for leaf in inputs)
         if func.namespace in _NAMESPACES:
             self._running.update(self._window(leaf)[0] for leaf in outputs)
         if func.namespace in _NAMESPACES and name in _COLLECTIVES:
