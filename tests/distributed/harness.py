@@ -27,6 +27,8 @@ PRELOADED = [
     "torch.distributed.tensor.parallel",
     "pydantic",
     "tokenizers",
+    "colrow.train.rank",
+    "distributed.parity",
 ]
 """What takes seconds to import, and starts neither threads nor CUDA."""
 
