@@ -28,7 +28,6 @@ PRELOADED = [
     "pydantic",
     "tokenizers",
     "colrow.train.rank",
-    "distributed.parity",
 ]
 """What takes seconds to import, and starts neither threads nor CUDA."""
 
