@@ -72,6 +72,7 @@ def write_run(folder: Path, name: str, steps: int) -> Path:
         "eval": {"every": 5, "batches": 1},
         "checkpoint": {"every": 2, "export": False},
         "sample": {"prompt": None},
+        "check": False,  # of the plan, at each start: it takes as long as half of a rank's imports
         "device": "cpu",
     }
     path = folder / f"{name}.yaml"

@@ -10,6 +10,15 @@ import pytest
 from colrow.cli import main
 from colrow.plans.plan import Plan
 
+SHALLOW = """
+from dataclasses import replace
+from colrow.models.llama import Llama
+from colrow.models.shapes import shape
+
+def build():
+    return Llama(replace(shape("laptop"), num_hidden_layers=1))
+"""
+
 
 def broken(folder: Path) -> Path:
     plan = Plan.preset("llama")
@@ -56,14 +65,18 @@ def test_bad_usage(args: list[str], text: str, capsys: pytest.CaptureFixture[str
     assert text in capsys.readouterr().err
 
 
-def test_verify_says_yes_and_no(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["verify", "laptop", "--tp", "2", "--backend", "local", "--json"]) == 0
+def test_verify_says_yes_and_no(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "shallow.py").write_text(SHALLOW, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["verify", "shallow:build", "--tp", "2", "--backend", "local", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert {"ok", "loss_rel_err", "max_grad_rel_err", "parameters", "worst", "tolerance"} <= set(shown)
     assert shown["ok"] is True
     assert shown["control"]["caught"] is True
     assert shown["max_grad_rel_err"] < shown["tolerance"]
-    assert main(["verify", "laptop", "--tp", "2", "--backend", "local", "--plan", str(broken(tmp_path))]) == 1
+    assert main(["verify", "shallow:build", "--tp", "2", "--backend", "local", "--plan", str(broken(tmp_path))]) == 1
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
     assert "norm.weight, ranks differ" in out

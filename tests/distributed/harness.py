@@ -27,6 +27,7 @@ PRELOADED = [
     "torch.distributed.tensor.parallel",
     "pydantic",
     "tokenizers",
+    "colrow.train.rank",
 ]
 """What takes seconds to import, and starts neither threads nor CUDA."""
 

@@ -1,4 +1,4 @@
-"""Parity of any mesh with one process: the same global batches, clipping on, and what differs after five steps."""
+"""Parity of any mesh with one process: the same global batches, clipping on, and what differs after some steps."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from colrow.plans.plan import Plan
 from colrow.train.compile import compile_forward
 from distributed.parity import batch, build, cross_entropy, optimizer_of, relative, train_reference
 
-GLOBAL_BATCH, STEPS, MAX_NORM = 8, 5, 0.5
+GLOBAL_BATCH, MAX_NORM = 8, 0.5
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Case:
     stages_per_rank: int = 1
     split: tuple[int, ...] | None = None
     compile: str | None = None
+    steps: int = 2
     sabotage: str | None = None
     """What a negative control leaves out."""
 
@@ -94,7 +95,7 @@ class _Single:
 
 def run_case(device: str, case: Case) -> Result:
     """Train one process's model and the parallel one side by side; collective over the default group."""
-    want = train_reference(case.model, device, STEPS, GLOBAL_BATCH, MAX_NORM)
+    want = train_reference(case.model, device, case.steps, GLOBAL_BATCH, MAX_NORM)
     mesh = case.mesh.build(device, dist.get_world_size())
     plan = Plan.preset(case.preset, case.loss)
     runner = _runner(case, build(case.model, device), plan, mesh)
@@ -103,7 +104,7 @@ def run_case(device: str, case: Case) -> Result:
     optimizer = optimizer_of(runner.parameters())
     rank = mesh["dp_replicate"].get_local_rank() * case.mesh.dp_shard + mesh["dp_shard"].get_local_rank()
     rank = 0 if case.sabotage == "data" else rank
-    for step in range(1 if case.sabotage else STEPS):
+    for step in range(1 if case.sabotage else case.steps):
         ids, targets = batch(device, size=GLOBAL_BATCH, seed=step)
         got = runner.forward_backward(ids.chunk(case.mesh.dp)[rank], targets.chunk(case.mesh.dp)[rank])
         for axis in ("dp_replicate", "dp_shard"):
@@ -125,7 +126,7 @@ def run_case(device: str, case: Case) -> Result:
         # The older `replicate` leaves an empty model behind after the first step.
         assert runner.model.state_dict().keys() == want.model.state_dict().keys()
     if not case.sabotage:
-        result.errors |= _differences("step5 ", runner, want.parameters, lambda p: p)
+        result.errors |= _differences("trained ", runner, want.parameters, lambda p: p)
     if isinstance(runner, PipelineRunner):
         ids, targets = batch(device, size=GLOBAL_BATCH, seed=99)
         for part, count in ((ids, 1), (ids[: GLOBAL_BATCH // 2], 2)):  # two sizes of evaluation

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from colrow.mesh import AXES, Mesh
 from colrow.parallel.layout import Packed, full_tensor, mark_packed, packed_of
 
+T = TypeVar("T")
 WIDTH, LAYERS = 12, 2
 QKV = Packed(0, (8, 4, 4))
 
@@ -111,8 +113,8 @@ def train(placed: Placed, steps: int = 2) -> None:
         placed.optimizer.zero_grad()
 
 
-def whole_state(placed: Placed) -> dict[str, Tensor]:
-    """Every tensor of model and optimizer in full, on every rank; by means that checkpoints do not use."""
+def own_state(placed: Placed) -> dict[str, Tensor]:
+    """The tensors of model and optimizer that this rank has a part of, whole; by means that checkpoints do not use."""
     mine: dict[str, Tensor] = {}
     if placed.model is not None and placed.optimizer is not None:
         for name, tensor in placed.model.state_dict(keep_vars=True).items():
@@ -120,9 +122,19 @@ def whole_state(placed: Placed) -> dict[str, Tensor]:
             mine[name] = full_tensor(tensor.detach(), packed).cpu()
             for key, value in placed.optimizer.state.get(tensor, {}).items():
                 mine[f"optimizer.{name}.{key}"] = full_tensor(value, packed if value.ndim else None).cpu()
-    parts: list[dict[str, Tensor]] = [{} for _ in range(dist.get_world_size())]
+    return mine
+
+
+def of_all_ranks(mine: dict[str, T]) -> dict[str, T]:
+    """What the ranks have, in one."""
+    parts: list[dict[str, T]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, mine)
-    return {name: tensor for part in parts for name, tensor in part.items()}
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def whole_state(placed: Placed) -> dict[str, Tensor]:
+    """Every tensor of model and optimizer in full, on every rank."""
+    return of_all_ranks(own_state(placed))
 
 
 def _stage(model: Toy, pp: DeviceMesh) -> Toy:
