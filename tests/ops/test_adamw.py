@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from colrow.ops.kernels.adamw import Pass, adamw, adamw_reference
+from colrow.ops.kernels.adamw import OnePass, Pass, adamw_reference
 
 HYPER = {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 STEPS = 5
@@ -39,9 +39,10 @@ def in_one_pass(values: list[Tensor], dtype: torch.dtype, scale: float = SCALE) 
     moments, step = (torch.zeros_like(weight), torch.zeros_like(weight)), torch.zeros((), device=weight.device)
     copy = torch.full_like(weight, torch.nan, dtype=torch.bfloat16)
     rate, factor = (torch.tensor(x, device=weight.device, dtype=torch.float64) for x in (RATE, scale))
+    one_pass = OnePass()
     for grad in values[1:]:
         step += 1
-        adamw(Pass(weight, grad, *moments, step, copy), rate, factor, **HYPER)
+        one_pass([Pass(weight, grad, *moments, step, copy)], rate, factor, **HYPER)
     return weight, copy
 
 
@@ -73,6 +74,70 @@ def test_another_scale_is_another_step(device: str) -> None:
     assert (in_one_pass(values, torch.float64, scale=1.0)[0] - want).abs().max() > 1e-3
 
 
+def mixed(device: str) -> list[Pass]:
+    """Parameters of several chunks, of a few elements, of none, and out of line; gradients and copies of each kind."""
+    generator = torch.Generator().manual_seed(0)
+    passes = []
+    for n, grads, copies, shift in [
+        (70_000, torch.bfloat16, torch.bfloat16, 0),
+        (16_384, torch.float32, torch.bfloat16, 0),
+        (48, torch.bfloat16, torch.bfloat16, 0),
+        (0, torch.bfloat16, torch.bfloat16, 0),
+        (5, torch.bfloat16, torch.bfloat16, 0),
+        (33_001, torch.bfloat16, torch.bfloat16, 3),
+        (2_048, torch.float32, None, 0),
+    ]:
+        tensors = [torch.randn(n + shift, generator=generator).to(device)[shift:] for _ in range(3)]
+        param, grad, mean = tensors
+        copy = None if copies is None else torch.full_like(param, torch.nan, dtype=copies)
+        step = torch.tensor(float(1 + len(passes)), device=device)
+        passes.append(Pass(param, grad.to(grads), mean, mean.square(), step, copy))
+    return passes
+
+
+def test_passes_of_many_kinds_are_those_of_each_alone(device: str) -> None:
+    rate, scale = (torch.tensor(x, device=device, dtype=torch.float64) for x in (RATE, SCALE))
+    together, alone = mixed(device), mixed(device)
+    one_pass = OnePass()
+    for _ in range(STEPS):
+        one_pass(together, rate, scale, **HYPER)
+        for one in alone:
+            adamw_reference(one, rate, scale, *HYPER.values())
+        # a step's gradients lie elsewhere than the ones before
+        together = [one._replace(grad=one.grad.clone()) for one in together]
+    for got, want in zip(together, alone, strict=True):
+        torch.testing.assert_close(got.param, want.param, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got.exp_avg_sq, want.exp_avg_sq, rtol=1e-5, atol=1e-7)
+        if got.copy is not None:
+            assert torch.equal(got.copy, got.param.bfloat16())
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_graph_has_addresses_of_its_own() -> None:
+    """Captured after other gradients, and replayed after the eager calls have had yet others."""
+    rate, scale = (torch.tensor(x, device="cuda", dtype=torch.float64) for x in (RATE, SCALE))
+    got, want = mixed("cuda"), mixed("cuda")
+    one_pass, stream = OnePass(), torch.cuda.Stream()
+
+    def moved(passes: list[Pass], factor: float) -> list[Pass]:
+        return [one._replace(grad=one.grad * factor) for one in passes]
+
+    one_pass(got, rate, scale, **HYPER)
+    inside, graph = moved(got, 3.0), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        one_pass(inside, rate, scale, **HYPER)
+    for factor in (1.0, 2.0):
+        graph.replay()
+        one_pass(moved(got, factor), rate, scale, **HYPER)
+    for factor in (1.0, 3.0, 1.0, 3.0, 2.0):
+        for one in moved(want, factor):
+            adamw_reference(one, rate, scale, *HYPER.values())
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one.param, other.param, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_kernel_leaves_what_lies_beside_alone_and_repeats_itself() -> None:
@@ -89,7 +154,7 @@ def test_the_kernel_leaves_what_lies_beside_alone_and_repeats_itself() -> None:
         for tensor, value in zip(inner, before, strict=True):
             tensor.copy_(value)
         one = Pass(inner[0], grad, inner[1], inner[2], step, copy[7:2056])
-        adamw(one, rate, scale, **HYPER)
+        OnePass()([one], rate, scale, **HYPER)
         found = [*[tensor.clone() for tensor in inner], copy[7:2056].clone()]
         first = first or found
         assert all(torch.equal(a, b) for a, b in zip(first, found, strict=True))

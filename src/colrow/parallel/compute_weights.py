@@ -55,12 +55,12 @@ class ComputeWeights:
     @contextmanager
     def reading(self) -> Iterator[None]:
         """The model computes with copies of what the parameters are now."""
-        stale = [param for param in self.copies if self._rounded.get(param) != _version(param)]
-        if stale:
-            with torch.no_grad():
+        with torch.no_grad():
+            stale = [param for param in self.copies if self._rounded.get(param) != _version(param)]
+            if stale:
                 copies, params = [self.copies[param] for param in stale], stale
                 torch._foreach_copy_([local_tensor(t) for t in copies], [local_tensor(t) for t in params])
-            self.written(stale)
+                self.written(stale)
         self._place(self.copies)
         try:
             yield
@@ -90,6 +90,7 @@ class ComputeWeights:
         for copy in self.copies.values():
             copy.grad = None
 
+    @torch.no_grad()
     def written(self, params: Iterable[nn.Parameter]) -> None:
         """The copies of `params` are what the parameters are."""
         self._rounded.update((param, _version(param)) for param in params)
@@ -132,8 +133,7 @@ def _version(param: nn.Parameter) -> tuple[int, int, int]:
 
     A DTensor's operations are counted at the DTensor, those on its local tensor there. Fused kernels are not counted.
     """
-    with torch.no_grad():
-        local = local_tensor(param)
+    local = local_tensor(param)
     return local.data_ptr(), local._version, param._version
 
 

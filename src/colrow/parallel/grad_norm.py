@@ -20,6 +20,7 @@ from torch.distributed.tensor.placement_types import Partial
 from colrow.parallel.layout import local_tensor
 
 
+@torch.no_grad()
 def align_gradients(params: Iterable[nn.Parameter]) -> None:
     """Give each gradient its parameter's placements, in place.
 
@@ -55,6 +56,7 @@ def align_gradients(params: Iterable[nn.Parameter]) -> None:
             )
 
 
+@torch.no_grad()
 def grad_norm(params: Iterable[nn.Parameter], groups: Iterable[dist.ProcessGroup] = ()) -> Tensor:
     """The 2-norm of all gradients, as one process would have it.
 
@@ -74,14 +76,13 @@ def grad_norm(params: Iterable[nn.Parameter], groups: Iterable[dist.ProcessGroup
         if device.type == "cpu":
             # torch's norm adds an fp32 tensor's squares up in a few running sums there: of a million entries the fifth
             # digit is lost, another one for each size of shard. Its sum adds by halves.
-            squares = [part.to(dtype).square().sum() for part in parts]
+            total = torch.stack([part.to(dtype).square().sum() for part in parts]).sum()
         else:
             alike: dict[torch.dtype, list[Tensor]] = defaultdict(list)  # mixed, they would be summed one by one
             for part in parts:
                 alike[part.dtype].append(part)
             norms = [norm for same in alike.values() for norm in torch._foreach_norm(same, 2, dtype=dtype)]
-            squares = [norm.square() for norm in norms]
-        total = torch.stack(squares).sum()
+            total = torch.stack(norms).square().sum()
     for group in groups:
         dist.all_reduce(total, group=group)
     return total.sqrt()
@@ -93,6 +94,7 @@ def norm_groups(mesh: DeviceMesh) -> list[dist.ProcessGroup]:
     return [mesh[axis].get_group() for axis in axes if mesh[axis].size() > 1]
 
 
+@torch.no_grad()
 def clip_gradients(params: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
     """Scale every gradient by max_norm / norm where the norm is larger. The norm stays on its device: no wait."""
     grads = [local_tensor(param.grad) for param in params if param.grad is not None]

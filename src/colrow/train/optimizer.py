@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from colrow.config import TrainSection
-from colrow.ops.kernels.adamw import UNAVAILABLE, Pass, adamw
+from colrow.ops.kernels.adamw import UNAVAILABLE, OnePass, Pass
 from colrow.parallel.layout import local_tensor
 
 
@@ -20,6 +20,14 @@ class AdamW(torch.optim.AdamW):
 
     Its state is torch's: checkpoints of one load into the other.
     """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._one_pass: dict[int, OnePass] = defaultdict(OnePass)  # by group
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._one_pass = defaultdict(OnePass)
 
     @torch.no_grad()
     def update(
@@ -42,26 +50,19 @@ class AdamW(torch.optim.AdamW):
             self._update_by_torch(gradients, scale)
             return
         whole = torch.ones((), device=device) if scale is None else scale
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
             params = [param for param in group["params"] if param in gradients]
             states = [self._state_of(param) for param in params]
             if states:
                 torch._foreach_add_([state["step"] for state in states], 1)
             lr = group["lr"]
             rate = lr if isinstance(lr, Tensor) else torch.full((), lr, device=device, dtype=torch.float64)
-            for param, state in zip(params, states, strict=True):
-                local = local_tensor(param)
-                grad = local_tensor(gradients[param])
-                copy = copies.get(param) if copies else None
-                one = Pass(
-                    local,
-                    grad if grad.stride() == local.stride() else grad.clone(memory_format=torch.contiguous_format),
-                    local_tensor(state["exp_avg"]),
-                    local_tensor(state["exp_avg_sq"]),
-                    state["step"],
-                    None if copy is None else local_tensor(copy),
-                )
-                adamw(one, rate, whole, betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"])
+            passes = [
+                _pass_of(param, gradients[param], state, copies.get(param) if copies else None)
+                for param, state in zip(params, states, strict=True)
+            ]
+            betas, eps, decay = group["betas"], group["eps"], group["weight_decay"]
+            self._one_pass[number](passes, rate, whole, betas=betas, eps=eps, weight_decay=decay)
 
     def _update_by_torch(self, gradients: Mapping[nn.Parameter, Tensor], scale: Tensor | None) -> None:
         grads = [local_tensor(grad) for grad in gradients.values()]
@@ -77,6 +78,18 @@ class AdamW(torch.optim.AdamW):
             state["step"] = torch.zeros((), device=local_tensor(param).device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
         return state
+
+
+def _pass_of(param: nn.Parameter, grad: Tensor, state: Mapping[str, Tensor], copy: Tensor | None) -> Pass:
+    local, grad = local_tensor(param), local_tensor(grad)
+    return Pass(
+        local,
+        grad if grad.stride() == local.stride() else grad.clone(memory_format=torch.contiguous_format),
+        local_tensor(state["exp_avg"]),
+        local_tensor(state["exp_avg_sq"]),
+        state["step"],
+        None if copy is None else local_tensor(copy),
+    )
 
 
 def build_optimizer(params: Iterable[nn.Parameter], section: TrainSection) -> AdamW:

@@ -171,6 +171,7 @@ class Step:
             self.weights.drop_gradients()
         return loss, norm
 
+    @torch.no_grad()
     def _update(self) -> Tensor:
         holders = {param: self.weights.holder(param) if self.weights else param for param in self.params}
         align_gradients(holders.values())
