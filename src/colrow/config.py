@@ -168,7 +168,7 @@ class RunConfig(_Section):
     data: DataSection
     mesh: Mesh = Mesh()
     plan: str = "llama"
-    """A preset's name, `huggingface`, `derive`, or a file."""
+    """A preset's name, `huggingface`, `derive`, `derive-fast`, `derive-overlap`, or a file."""
     loss: Literal["vocab_parallel", "replicated", "linear"] | None = None
     """Overrides a preset's loss."""
     check: bool = True

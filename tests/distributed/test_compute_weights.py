@@ -224,6 +224,10 @@ class Unreplayed:
                 own.copy_(given)
         return self.function(*self.args)
 
+    @property
+    def captured(self) -> bool:
+        return bool(self.args)
+
     def close(self) -> None:
         self.args = ()
 

@@ -16,7 +16,7 @@ from colrow.plans.check.options import COMPILED_BLOCKS_WAIT
 from colrow.plans.plan import Plan
 from distributed.parity import MODELS
 from plans import broken_models as m
-from plans.broken_plans import BROKEN, SOUND, gpt_plan, llama, preset
+from plans.broken_plans import BROKEN, SOUND, gpt_plan, handed_on, llama, preset
 
 PAGES = Path(__file__).parents[2] / "docs" / "checks"
 
@@ -77,17 +77,18 @@ def test_options_that_fit_have_no_findings(options: dict[str, Any]) -> None:
     assert [str(f) for f in found] == []
 
 
-@pytest.mark.parametrize("sequence", [True, False])
-def test_a_compiled_block_raises_as_the_check_says(sequence: bool) -> None:
+@pytest.mark.parametrize("name", ["handed on", "sequence", "whole"])
+def test_a_compiled_block_raises_as_the_check_says(name: str) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    plan, model, ids = gpt_plan(sequence=sequence), m.Gpt(layers=1), torch.zeros(2, 16, dtype=torch.long)
+    plan = handed_on() if name == "handed on" else gpt_plan(sequence=name == "sequence")
+    model, ids = m.Gpt(layers=1), torch.zeros(2, 16, dtype=torch.long)
     said = codes(check(model, plan, Mesh(tp=2), *ids.shape, compiled=True))
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
         parallelize(model, plan, init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)))
         model.blocks[0].compile(backend="aot_eager", fullgraph=True)
-        if sequence and not COMPILED_BLOCKS_WAIT:
+        if name == "handed on" and not COMPILED_BLOCKS_WAIT:
             assert said == {"CR412"}
             with pytest.raises(AttributeError, match="_local_tensor"):
                 model(ids).sum().backward()

@@ -35,7 +35,10 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
         ({"data.seq_len": 512}, "longer than the 256 positions of laptop: use 256 or less"),
         ({"mesh.pp": 4}, "mesh.pp 2 or less"),
         ({"train.warmup_steps": 100}, "use fewer than 100"),
-        ({"plan": "lama"}, r"choose from .*llama.*, huggingface, derive, or give the path"),
+        (
+            {"plan": "lama"},
+            r"choose from .*llama.*, huggingface, derive, derive-fast, derive-overlap, or give the path",
+        ),
         ({"plan": "none.yaml"}, "no file 'none.yaml'"),
         ({"model.shape": "laptob"}, "did you mean 'laptop'"),
         ({"model": {"python": "no.such:thing"}}, "No module named 'no'"),

@@ -27,6 +27,7 @@ from colrow.plans.plan import Plan
 from colrow.train import preflight
 from colrow.train.cuda_graph import EAGER_STEPS
 from colrow.train.metrics import peak_flops
+from colrow.train.ran import what_ran
 from colrow.train.rank import Place, joined
 from colrow.train.setup import Training, choose_plan, set_up
 from colrow.train.source import build_source
@@ -87,7 +88,7 @@ def measure(job: Job, place: Place) -> dict[str, Any]:
         seconds = _timed(training, batches, job, losses)
         memory = _memory(device)
         trace = _profiled(training, next(batches), job, place.rank, device)
-        figures = _figures(job, training, seconds, memory, device)
+        figures = _figures(job, training, seconds, memory, device) | {"ran": what_ran(training, config.data.seq_len)}
         shared: list[Any] = [None]
         if place.rank == 0:
             assert trace is not None

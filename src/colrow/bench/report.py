@@ -93,10 +93,9 @@ def show(results: list[Result], place: dict[str, Any], console: Console) -> None
         trace = result["trace"]
         kinds = ", ".join(f"{kind} {ms:.0f}" for kind, ms in trace["kinds"].items())
         calls = ", ".join(f"{name} ×{n}" for name, n in {**trace["operators"], **trace["collectives"]}.items())
-        compiled = "compiled" if result["compiled"] else "eager"
-        if result["cuda_graph"]:
-            compiled += f", {trace['graph_launches']} CUDA graph launches"
-        console.print(f"{result['arm']}: ran {result['plan']}, loss {result['loss']}, {compiled}, {result['compute']}")
+        launches = f", {trace['graph_launches']} launches" if result["cuda_graph"] else ""
+        console.print(f"{result['arm']}: plan {result['plan']}, loss {result['loss']}, {result['compute']}")
+        console.print(f"  ran {result['ran']}{launches}", highlight=False)
         console.print(f"  {f'ms by kind: {kinds}; ' if kinds else ''}{calls or 'no calls of its own'}", highlight=False)
 
 

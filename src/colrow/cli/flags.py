@@ -26,7 +26,7 @@ class PlanFlags:
     tp: int
     """Tensor-parallel degree."""
     plan: str = "llama"
-    """A preset's name, huggingface, derive, or a file."""
+    """A preset's name, huggingface, derive, derive-fast, derive-overlap, or a file."""
     loss: str | None = None
     """For a preset: vocab_parallel, replicated or linear."""
     json: bool = False

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from colrow.errors import ConfigError
 from colrow.ops.kernels.rounding import UNAVAILABLE, round_reference, round_triton
+from colrow.ops.ran import note
 
 Float8 = Literal["tensorwise", "rowwise"]
 KINDS: tuple[Float8, ...] = ("tensorwise", "rowwise")
@@ -48,6 +49,7 @@ def factor(parts: Sequence[Tensor], kind: str, *, gradient: bool = False, dim: i
     """
     for part in parts:
         require_sixteen(*part.shape)
+    note("fp8", kind)
     dtype = torch.float8_e5m2 if gradient and kind == "tensorwise" else torch.float8_e4m3fn
     rowwise = kind == "rowwise"
     if not parts[0].is_cuda:

@@ -11,7 +11,8 @@ f this rank's input features, n ranks. Weights are [out, in] as in nn.Linear.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,10 @@ from colrow.ops.collectives import (
     start_reduce_scatter,
 )
 from colrow.ops.products import column_product, for_gradients, for_outputs, input_gradient, weight_gradient
+from colrow.ops.ran import note
+
+if TYPE_CHECKING:
+    from torch._library.custom_ops import CustomOpDef
 
 CHUNK_ROWS = 2048  # fewer rows: on H200s a cut product and its sends cost more than the collective they hide
 
@@ -86,21 +91,41 @@ def scatter_sum(x_TD: Tensor, group: str) -> Tensor:
     return y
 
 
+def gather(x_tD: Tensor, group: str) -> Tensor:
+    """[t, D] on each rank -> [T, D], for use that differs between ranks. The dual is `scatter_sum`."""
+    y: Tensor = torch.ops.colrow.gather(x_tD, group)
+    return y
+
+
+OPERATORS: dict[str, Callable[..., Any]] = {}
+"""What is inside each operator, by its full name: for those who simulate ranks."""
+
+
+def operator(name: str, schema: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """Make a function the operator `colrow::name`."""
+
+    def define(inside: Callable[..., Any]) -> CustomOpDef:
+        OPERATORS[f"colrow::{name}"] = inside
+        return torch.library.custom_op(f"colrow::{name}", inside, mutates_args=(), schema=schema)
+
+    return define
+
+
 def _carrier(overlap: str, chunk_rows: int, t: int, group: str, device: torch.device) -> Carrier | None:
     """What carries chunks of t rows; None where the operator is not cut."""
     return None if t < chunk_rows else carrier(overlap, group, device)
 
 
-@torch.library.custom_op(
-    "colrow::column_forward",
-    mutates_args=(),
-    schema="(Tensor x, Tensor[] weights, str group, bool keep_gathered, str overlap, int chunk_rows, str fp8)"
+@operator(
+    "column_forward",
+    "(Tensor x, Tensor[] weights, str group, bool keep_gathered, str overlap, int chunk_rows, str fp8)"
     " -> (Tensor, Tensor)",
 )
 def _column_forward(
     x: Tensor, weights: list[Tensor], group: str, keep_gathered: bool, overlap: str, chunk_rows: int, fp8: str
 ) -> tuple[Tensor, Tensor]:
     by = _carrier(overlap, chunk_rows, x.shape[0], group, x.device)
+    note("columns", len(weights))
     if by is not None:
         return chunked.column_forward(x.contiguous(), weights, by, keep_gathered, fp8)
     gathered = all_gather(x, group_named(group))
@@ -116,10 +141,9 @@ def _(x: Tensor, weights: list[Tensor], group: str, keep_gathered: bool, *_: Any
     return x.new_empty(T, sum(w.shape[0] for w in weights)), gathered
 
 
-@torch.library.custom_op(
-    "colrow::column_backward",
-    mutates_args=(),
-    schema="(Tensor dy, Tensor x, Tensor[] weights, str group, bool gathered, str overlap, bool want_x,"
+@operator(
+    "column_backward",
+    "(Tensor dy, Tensor x, Tensor[] weights, str group, bool gathered, str overlap, bool want_x,"
     " bool want_w, int chunk_rows, str fp8) -> (Tensor, Tensor)",
 )
 def _column_backward(
@@ -136,6 +160,7 @@ def _column_backward(
 ) -> tuple[Tensor, Tensor]:
     ranks = group_named(group)
     by = _carrier(overlap, chunk_rows, dy.shape[0] // ranks.size(), group, dy.device)
+    note("beside", overlap if by is not None or overlap == "none" else "collectives")
     if by is not None:
         return chunked.column_backward(dy, x.contiguous(), weights, by, gathered, want_x, want_w, fp8)
     again = start_all_gather(x, ranks) if want_w and not gathered else None
@@ -193,10 +218,9 @@ def _differentiate_column(ctx: Any, dy: Tensor | None, _: Any) -> Any:
 torch.library.register_autograd("colrow::column_forward", _differentiate_column, setup_context=_save_column)
 
 
-@torch.library.custom_op(
-    "colrow::row_forward",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, str group, str overlap, int chunk_rows, str fp8) -> Tensor",
+@operator(
+    "row_forward",
+    "(Tensor x, Tensor weight, str group, str overlap, int chunk_rows, str fp8) -> Tensor",
 )
 def _row_forward(x: Tensor, weight: Tensor, group: str, overlap: str, chunk_rows: int, fp8: str) -> Tensor:
     ranks = group_named(group)
@@ -213,10 +237,9 @@ def _(x: Tensor, weight: Tensor, group: str, *_: Any) -> Tensor:
     return x.new_empty(x.shape[0] // group_named(group).size(), weight.shape[0])
 
 
-@torch.library.custom_op(
-    "colrow::row_backward",
-    mutates_args=(),
-    schema="(Tensor dy, Tensor x, Tensor weight, str group, str overlap, bool want_x, bool want_w, int chunk_rows,"
+@operator(
+    "row_backward",
+    "(Tensor dy, Tensor x, Tensor weight, str group, str overlap, bool want_x, bool want_w, int chunk_rows,"
     " str fp8) -> (Tensor, Tensor)",
 )
 def _row_backward(
@@ -264,7 +287,7 @@ def _differentiate_row(ctx: Any, dy: Tensor) -> Any:
 torch.library.register_autograd("colrow::row_forward", _differentiate_row, setup_context=_save_row)
 
 
-@torch.library.custom_op("colrow::scatter_sum", mutates_args=(), schema="(Tensor x, str group) -> Tensor")
+@operator("scatter_sum", "(Tensor x, str group) -> Tensor")
 def _scatter_sum(x: Tensor, group: str) -> Tensor:
     return reduce_scatter(x, group_named(group))
 
@@ -274,7 +297,7 @@ def _(x: Tensor, group: str) -> Tensor:
     return x.new_empty(x.shape[0] // group_named(group).size(), *x.shape[1:])
 
 
-@torch.library.custom_op("colrow::gather", mutates_args=(), schema="(Tensor x, str group) -> Tensor")
+@operator("gather", "(Tensor x, str group) -> Tensor")
 def _gather(x: Tensor, group: str) -> Tensor:
     return all_gather(x, group_named(group))
 
@@ -321,6 +344,6 @@ def traffic(operator: str, args: tuple[Any, ...], outputs: list[Tensor]) -> list
             return [one("all_gather", args[0], args[3])]
         case "scatter_sum":
             return [one("reduce_scatter", outputs[0], args[1])]
-        case "gather":
-            return [one("all_gather", args[0], args[1])]
+        case "gather" | "whole":
+            return [one("all_gather", args[0], args[-1])]
     return []

@@ -24,7 +24,7 @@ from colrow.parallel.local_view import View, view_parameters
 from colrow.plans.heads import Heads
 from colrow.plans.site import Site, divide
 from colrow.plans.styles import ParameterLayout
-from colrow.plans.styles_local import rank_table, summed
+from colrow.plans.styles_local import rank_table, same_on_all_ranks, summed
 
 # torch 2.13 renamed both and warns at the old names; 2.11 has only those.
 _all_gather_single = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
@@ -118,7 +118,7 @@ class Cut:
         if self.dim is None:
             return (lambda param: summed(param) / tp) if self.scaled else summed
         if not self.uneven:
-            return lambda param: param.to_local()
+            return same_on_all_ranks
         dim, mine = self.dim, rank_table(mesh, [self.rows(tp, rank) for rank in range(tp)])
         return lambda param: summed(param).index_select(dim, mine)
 

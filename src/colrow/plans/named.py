@@ -8,20 +8,21 @@ from typing import Any, cast
 from torch import nn
 
 from colrow.errors import ConfigError, did_you_mean
+from colrow.plans.derive.options import DERIVED, DeriveOptions
 from colrow.plans.plan import LOSSES, Plan
 from colrow.plans.presets import PRESETS
 
 
 def named_plan(name: str, model: nn.Module, tp: int, loss: str | None = None) -> Plan:
-    """The plan that `name` says: a preset, `huggingface`, `derive`, or a file.
+    """The plan that `name` says: a preset, `huggingface`, `derive`, `derive-fast`, `derive-overlap`, or a file.
 
     Args:
-        tp: the degree that `derive` plans for.
-        loss: how a preset computes the loss, `vocab_parallel` unless given; another plan says its own.
+        tp: the degree that a derived plan is for.
+        loss: how a preset or a derived plan computes the loss, `vocab_parallel` unless given; another says its own.
 
     Raises:
         ConfigError: there is no such preset or file, no such loss, or the plan's own loss is another one.
-        PlanError: the model states no plan, or the file holds none.
+        PlanError: the model states no plan, or gets none of the styles asked for, or the file holds none.
     """
     if loss is not None and loss not in LOSSES:
         raise ConfigError(f"unknown loss {loss!r}{did_you_mean(loss, LOSSES)}")
@@ -29,14 +30,15 @@ def named_plan(name: str, model: nn.Module, tp: int, loss: str | None = None) ->
         return Plan.preset(name, cast(Any, loss) or "vocab_parallel")
     if name == "huggingface":
         plan = Plan.from_huggingface(model)
-    elif name == "derive":
-        plan = Plan.derive(model, tp=tp)
+    elif name in DERIVED:
+        options = DeriveOptions(styles=DERIVED[name], loss=cast(Any, loss) or "vocab_parallel")
+        plan = Plan.derive(model, tp=tp, options=options)
     elif Path(name).exists():
         plan = Plan.load(name)
     else:
         raise ConfigError(
             f"plan: there is no preset and no file {name!r}: choose from {', '.join(PRESETS)}, huggingface, "
-            "derive, or give the path of a plan's YAML"
+            f"{', '.join(DERIVED)}, or give the path of a plan's YAML"
         )
     if loss is not None and loss != plan.loss:
         raise ConfigError(

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from torch import nn
@@ -18,13 +18,18 @@ from colrow.errors import PlanError, did_you_mean
 from colrow.ops.float8 import Float8
 from colrow.plans import (  # noqa: F401  (they register)
     styles_block,
+    styles_fast_block,
     styles_fast_ends,
+    styles_fast_products,
     styles_head,
     styles_local,
     styles_packed,
 )
 from colrow.plans.site import Site
 from colrow.plans.styles import ParameterLayout, Style, style_from_data, token_order
+
+if TYPE_CHECKING:
+    from colrow.plans.derive.options import Styles
 
 Loss = Literal["vocab_parallel", "replicated", "linear"]
 LOSSES: tuple[Loss, ...] = ("vocab_parallel", "replicated", "linear")
@@ -64,10 +69,21 @@ class Plan:
         return preset(name, loss)
 
     @classmethod
-    def derive(cls, model: nn.Module, tp: int, **options: Any) -> Plan:
-        """The plan that the model's own graph gives (see `plans.derive.derivation.derive`)."""
-        from colrow.plans.derive.derivation import derive
+    def derive(cls, model: nn.Module, tp: int, *, styles: Styles | None = None, **options: Any) -> Plan:
+        """The plan that the model's own graph gives (for the options see `plans.derive.derivation.derive`).
 
+        Args:
+            styles: `plain`, `fast` (local tensors and explicit collectives), or `overlap` (fast, with chunks on the
+                copy engines); another name for the option of DeriveOptions.
+
+        Raises:
+            PlanError: the model cannot be traced, or gets no fast styles though they are asked for.
+        """
+        from colrow.plans.derive.derivation import derive
+        from colrow.plans.derive.options import DeriveOptions
+
+        if styles is not None:
+            options["options"] = replace(options.get("options") or DeriveOptions(), styles=styles)
         return derive(model, tp, **options).plan()
 
     @classmethod

@@ -12,8 +12,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
-from torch.distributed.tensor import Replicate, Shard
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -234,6 +236,30 @@ def replicated(module: nn.Module, reason: str) -> dict[str, ParameterLayout]:
     }
 
 
+def _to_write_into(_: nn.Module, __: Any, out: Any) -> Any:
+    """An embedding's local output as a tensor that a model may change in place (`x *= scale`), without a copy.
+
+    What a DTensor hands over is a view made inside an autograd Function, which autograd lets nobody write into. Nothing
+    keeps a looked-up row for backward, so that to write into it is safe. A collective that still runs is waited for.
+    """
+    local = isinstance(out, Tensor) and not isinstance(out, DTensor)
+    return torch.ops.aten._unsafe_view.default(out, out.shape) if local else out
+
+
+class _RowwiseLookup(RowwiseParallel):
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module = super()._apply(module, device_mesh)
+        module.register_forward_hook(_to_write_into)
+        return module
+
+
+class _ColwiseLookup(ColwiseParallel):
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module = super()._apply(module, device_mesh)
+        module.register_forward_hook(_to_write_into)
+        return module
+
+
 @dataclass(frozen=True, kw_only=True)
 class Colwise(_Coerce, Style):
     """Linear: output features split, x whole in, y split out. Embedding: the embedding dimension split."""
@@ -245,9 +271,8 @@ class Colwise(_Coerce, Style):
     use_local_output: bool = True
 
     def build(self, site: Site) -> ParallelStyle:
-        return ColwiseParallel(
-            input_layouts=self.input, output_layouts=self.output, use_local_output=self.use_local_output
-        )
+        kind = _ColwiseLookup if isinstance(site.module, nn.Embedding) else ColwiseParallel
+        return kind(input_layouts=self.input, output_layouts=self.output, use_local_output=self.use_local_output)
 
     @property
     def output_stays_split(self) -> bool:
@@ -284,9 +309,8 @@ class Rowwise(_Coerce, Style):
     use_local_output: bool = True
 
     def build(self, site: Site) -> ParallelStyle:
-        return RowwiseParallel(
-            input_layouts=self.input, output_layouts=self.output, use_local_output=self.use_local_output
-        )
+        kind = _RowwiseLookup if isinstance(site.module, nn.Embedding) else RowwiseParallel
+        return kind(input_layouts=self.input, output_layouts=self.output, use_local_output=self.use_local_output)
 
     def check(self, site: Site) -> None:
         module = _require(site, self.name, nn.Linear, nn.Embedding)

@@ -69,7 +69,7 @@ class _BlockStyle(ParallelStyle):
             if layout is not None:
                 value = local_input(value, mesh, layout, whole=True)
             said = slices.get(str(key))
-            return value if said is None or not isinstance(value, Tensor) else _part(value, mesh, **said)
+            return value if said is None or not isinstance(value, Tensor) else part_of_heads(value, mesh, **said)
 
         def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
             return tuple(arrange(i, a) for i, a in enumerate(args)), {k: arrange(k, v) for k, v in kwargs.items()}
@@ -130,7 +130,7 @@ class _ShardedNormStyle(ParallelStyle):
         return module
 
 
-def _part(x: Tensor, mesh: DeviceMesh, dim: int, inner: int) -> Tensor:
+def part_of_heads(x: Tensor, mesh: DeviceMesh, dim: int, inner: int) -> Tensor:
     """This rank's part of the `inner` minor factor of dimension `dim`."""
     mine = rank_table(
         mesh, [list(range(r * inner // mesh.size(), (r + 1) * inner // mesh.size())) for r in range(mesh.size())]

@@ -22,18 +22,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
-from torch.distributed.tensor.placement_types import Placement
 
 from colrow.errors import PlanError, did_you_mean
 from colrow.ops.carriers import OVERLAPS, Overlap, carrier
 from colrow.ops.float8 import KINDS
-from colrow.ops.parallel_linear import CHUNK_ROWS, column_linear, row_linear
-from colrow.parallel.local_view import View, replace_forward, view_parameters
+from colrow.ops.parallel_linear import CHUNK_ROWS, column_linear
+from colrow.parallel.local_view import replace_forward
+from colrow.plans.cuts import Cut, place
 from colrow.plans.site import Site
-from colrow.plans.styles import Colwise, ParameterLayout, Rowwise, Style, _require
-from colrow.plans.styles_local import KvReplicate, _same_on_all_ranks, rank_table, summed
+from colrow.plans.styles import Style
+from colrow.plans.styles_packed import is_transposed
 
 FAST = "_colrow_fast"  # module attribute: what the module's fast forward needs
 
@@ -41,36 +40,54 @@ FAST = "_colrow_fast"  # module attribute: what the module's fast forward needs
 class Columns:
     """What a fast_gather hands to its module in the place of the input: the projections' outputs.
 
-    It has the whole input's shape, which code may ask for, and nothing else that a tensor has.
+    It says of the whole input what code may ask for (shape, type, device) and has nothing else that a tensor has.
     """
 
-    def __init__(self, parts: dict[str, Tensor], shape: tuple[int, ...]) -> None:
-        self.parts = parts
-        self.shape = shape
+    def __init__(self, parts: dict[str, Tensor], shape: tuple[int, ...], x: Tensor) -> None:
+        self.parts, self.shape = parts, torch.Size(shape)
+        self.dtype, self.device, self.ndim = x.dtype, x.device, len(shape)
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return self.ndim
 
 
-class FastStyle(ParallelStyle):
-    """Places parameters, views them locally, and lets a function take the forward's place."""
+class CutLinear(ParallelStyle):
+    """Places a linear's parameters by their cuts, and lets a function take the forward's place."""
 
-    def __init__(
-        self,
-        placements: dict[str, Placement],
-        views: dict[str, View],
-        forward: Callable[..., Any],
-        facts: Callable[[DeviceMesh], Any],
-        late_views: Callable[[DeviceMesh], dict[str, View]] | None = None,
-    ) -> None:
-        self.placements, self.views, self.forward = placements, views, forward
-        self.facts, self.late_views = facts, late_views
+    def __init__(self, cuts: dict[str, Cut], forward: Callable[..., Any], facts: Callable[[DeviceMesh], Any]) -> None:
+        self.cuts, self.forward, self.facts = cuts, forward, facts
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        for name, param in list(module.named_parameters(recurse=False)):
-            placed = distribute_tensor(param.detach(), device_mesh, [self.placements[name]])
-            module.register_parameter(name, nn.Parameter(placed, requires_grad=param.requires_grad))
-        view_parameters(module, self.late_views(device_mesh) if self.late_views else self.views)
+        place(module, device_mesh, self.cuts)
         module.__dict__[FAST] = self.facts(device_mesh)
         replace_forward(module, self.forward)
         return module
+
+
+def is_product(module: nn.Module) -> bool:
+    """Whether the module's forward is a product with its weight and the addition of its bias: a Linear, or
+    transformers' Conv1D. A subclass with a forward of its own may do more, which a fast style would leave out."""
+    kind = type(module)
+    if isinstance(module, nn.Linear):
+        return kind.forward is nn.Linear.forward
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def require_product(site: Site, style: str) -> None:
+    """Raise a PlanError for a module that is not `is_product`."""
+    if not is_product(site.module):
+        kind = type(site.module).__name__
+        own = ", which has a forward of its own" if isinstance(site.module, nn.Linear) else ""
+        raise PlanError(f"{site.fqn}: style {style} is for nn.Linear, not for {kind}{own}")
+
+
+def out_in(module: Any) -> Tensor:
+    """The local weight as [out, in]."""
+    weight: Tensor = module.weight
+    return weight.t() if is_transposed(module) else weight
 
 
 def require_float8(kind: str) -> None:
@@ -83,13 +100,6 @@ def group_name(mesh: DeviceMesh) -> str:
     return str(mesh.get_group().group_name)
 
 
-def check_overlap(site: Site, overlap: str) -> None:
-    if overlap not in OVERLAPS:
-        raise PlanError(
-            f"{site.fqn}: overlap: {overlap!r} is none of {', '.join(OVERLAPS)}{did_you_mean(str(overlap), OVERLAPS)}"
-        )
-
-
 def prepare_overlap(mesh: DeviceMesh, overlap: str) -> None:
     """Make what carries chunks on this mesh: before the first step, so that what cannot be had is told at once."""
     if dist.get_backend(mesh.get_group()) != "fake":  # there nothing is sent
@@ -99,157 +109,95 @@ def prepare_overlap(mesh: DeviceMesh, overlap: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FastGather(Style):
-    """One all-gather and one product for the children named in `columns`, which have style fast_colwise or
-    fast_kv_replicate. `keep_gathered: false` gathers the input again in backward instead of keeping it. `overlap` says
-    what runs beside products (see `ops.carriers.Overlap`); chunks of fewer than `chunk_rows` rows are not cut.
-    `fp8: tensorwise` or `rowwise` multiplies 8-bit floats (`ops.float8`)."""
+class Products(Style):
+    """What styles that multiply have in common. `overlap` says what runs beside products (see `ops.carriers.Overlap`);
+    chunks of fewer than `chunk_rows` rows are not cut. `fp8: tensorwise` or `rowwise` multiplies 8-bit floats
+    (`ops.float8`)."""
 
-    name = "fast_gather"
     token_order = "row"
-    columns: tuple[str, ...] = ()
-    keep_gathered: bool = True
     overlap: Overlap = "collectives"
     chunk_rows: int = CHUNK_ROWS
     fp8: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", tuple(self.columns))
         require_float8(self.fp8)
 
     def check(self, site: Site) -> None:
-        children = dict(site.module.named_children())
+        if self.overlap not in OVERLAPS:
+            raise PlanError(
+                f"{site.fqn}: overlap: {self.overlap!r} is none of {', '.join(OVERLAPS)}"
+                f"{did_you_mean(str(self.overlap), OVERLAPS)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastGather(Products):
+    """One all-gather and one product for the modules inside that `columns` names, which have style fast_colwise or
+    fast_kv_replicate. `argument` is the gathered one's number or name: the first unless given, or `hidden_states`.
+    `keep_gathered: false` gathers the input again in backward instead of keeping it. For the other options see
+    `Products`."""
+
+    name = "fast_gather"
+    columns: tuple[str, ...] = ()
+    argument: int | str | None = None
+    keep_gathered: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "columns", tuple(self.columns))
+
+    def check(self, site: Site) -> None:
+        inside = dict(site.module.named_modules())
         for column in self.columns:
-            if not isinstance(children.get(column), nn.Linear):
+            if column not in inside or not is_product(inside[column]):
                 raise PlanError(f"{site.fqn}: fast_gather names {column!r}, which is no linear child of it")
         if not self.columns:
             raise PlanError(f"{site.fqn}: style fast_gather needs the option columns, such as [gate_proj, up_proj]")
-        check_overlap(site, self.overlap)
+        if len({last(column) for column in self.columns}) < len(self.columns):
+            raise PlanError(f"{site.fqn}: fast_gather names two columns that are called alike: give them styles alone")
+        super().check(site)
 
     def build(self, site: Site) -> ParallelStyle:
-        return _GatherHook(self)
+        return _GatherHook(self, site.fqn)
+
+
+def last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 class _GatherHook(ParallelStyle):
-    def __init__(self, style: FastGather) -> None:
-        self.style = style
+    def __init__(self, style: FastGather, fqn: str) -> None:
+        self.style, self.fqn = style, fqn
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        style, group, n = self.style, group_name(device_mesh), device_mesh.size()
+        style, group, n, fqn = self.style, group_name(device_mesh), device_mesh.size(), self.fqn
         names, options = style.columns, (style.keep_gathered, style.overlap, style.chunk_rows, style.fp8)
+        keys = [last(name) for name in names]
         prepare_overlap(device_mesh, style.overlap)
 
         def gather(module: Any, args: Any, kwargs: Any) -> Any:
-            x = args[0] if args else kwargs["hidden_states"]
-            B, t, D = x.shape
-            projections = [module.get_submodule(name) for name in names]
-            weights = [projection.weight for projection in projections]
-            y = column_linear(x.reshape(B * t, D), weights, group, *options).view(B, t * n, -1)
-            parts = dict(zip(names, y.split([w.shape[0] for w in weights], -1), strict=True))
-            columns = Columns(parts, (B, t * n, D))
-            return ((columns, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": columns})
+            key = style.argument if style.argument is not None else 0 if args else "hidden_states"
+            if not isinstance((x := argument_at(args, kwargs, key)), Tensor):
+                raise PlanError(f"{fqn}: fast_gather finds no tensor as argument {key!r}: say which in argument")
+            weights = [out_in(module.get_submodule(name)) for name in names]
+            shape = (*x.shape[:-2], x.shape[-2] * n, x.shape[-1])
+            y = column_linear(x.flatten(0, -2), weights, group, *options).view(*shape[:-1], -1)
+            parts = dict(zip(keys, y.split([w.shape[0] for w in weights], -1), strict=True))
+            return with_argument(args, kwargs, key, Columns(parts, shape, x))
 
         module.register_forward_pre_hook(gather, with_kwargs=True)
         return module
 
 
-def take_column(module: Any, x: Any) -> Tensor:
-    """The forward of a fast column: its part of what the parent has computed, and the bias."""
-    name = getattr(module, FAST)
-    if not isinstance(x, Columns) or name not in x.parts:
-        raise PlanError(
-            f"{name} has a fast column style and was called with {type(x).__name__}: its parent needs style "
-            f"fast_gather with {name} in its option columns"
-        )
-    y = x.parts[name]
-    bias = module.bias
-    return y if bias is None else y + bias
+def argument_at(args: Any, kwargs: Any, key: int | str) -> Any:
+    """The argument of this number or name; None where there is none."""
+    if isinstance(key, str):
+        return kwargs.get(key)
+    return args[key] if key < len(args) else None
 
 
-@dataclass(frozen=True, kw_only=True)
-class FastColwise(Style):
-    """A linear whose output features are split, computed by its parent's fast_gather."""
-
-    name = "fast_colwise"
-
-    def check(self, site: Site) -> None:
-        _require(site, self.name, nn.Linear)
-        Colwise().check(site)
-
-    def build(self, site: Site) -> ParallelStyle:
-        names = dict(site.module.named_parameters(recurse=False))
-        last = site.fqn.rpartition(".")[2]
-        return FastStyle(
-            dict.fromkeys(names, Shard(0)), dict.fromkeys(names, _same_on_all_ranks), take_column, lambda _: last
-        )
-
-    def parameters(self, site: Site) -> dict[str, ParameterLayout]:
-        return Colwise().parameters(site)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FastKvReplicate(KvReplicate):
-    """`kv_replicate` for a projection that its parent's fast_gather computes."""
-
-    name = "fast_kv_replicate"
-
-    def build(self, site: Site) -> ParallelStyle:
-        heads = self.resolve(site)
-        if heads.kv % site.tp == 0:
-            return FastColwise().build(site)
-        names = dict(site.module.named_parameters(recurse=False))
-        last = site.fqn.rpartition(".")[2]
-
-        def views(mesh: DeviceMesh) -> dict[str, View]:
-            mine = rank_table(mesh, [heads.kv_heads_of_rank(site.tp, rank) for rank in range(site.tp)])
-
-            def rows(param: DTensor) -> Tensor:
-                return summed(param).unflatten(0, (heads.kv, heads.dim)).index_select(0, mine).flatten(0, 1)
-
-            return dict.fromkeys(names, rows)
-
-        return FastStyle(dict.fromkeys(names, Replicate()), {}, take_column, lambda _: last, views)
-
-
-def row_forward(module: Any, x_BTf: Tensor) -> Tensor:
-    """The forward of a fast row linear: [B, T, f] -> this rank's tokens, [B, T/n, D]."""
-    group, n, *options = getattr(module, FAST)
-    B, T, f = x_BTf.shape
-    y = row_linear(x_BTf.reshape(B * T, f), module.weight, group, *options).view(B, T // n, -1)
-    bias = module.bias
-    return y if bias is None else y + bias
-
-
-@dataclass(frozen=True, kw_only=True)
-class FastRowwise(Style):
-    """A linear whose input features are split; its output is this rank's part of the tokens in a row. `overlap`,
-    `chunk_rows` and `fp8` as in fast_gather."""
-
-    name = "fast_rowwise"
-    token_order = "row"
-    overlap: Overlap = "collectives"
-    chunk_rows: int = CHUNK_ROWS
-    fp8: str = ""
-
-    def __post_init__(self) -> None:
-        require_float8(self.fp8)
-
-    def check(self, site: Site) -> None:
-        _require(site, self.name, nn.Linear)
-        Rowwise().check(site)
-        check_overlap(site, self.overlap)
-
-    def build(self, site: Site) -> ParallelStyle:
-        def facts(mesh: DeviceMesh) -> tuple[str, int, Overlap, int, str]:
-            prepare_overlap(mesh, self.overlap)
-            return group_name(mesh), mesh.size(), self.overlap, self.chunk_rows, self.fp8
-
-        return FastStyle(
-            {"weight": Shard(1), "bias": Replicate()},
-            {"weight": _same_on_all_ranks, "bias": summed},  # each rank adds the bias to its own tokens
-            row_forward,
-            facts,
-        )
-
-    def parameters(self, site: Site) -> dict[str, ParameterLayout]:
-        return Rowwise().parameters(site)
+def with_argument(args: Any, kwargs: Any, key: int | str, value: Any) -> Any:
+    """The arguments with another value in that place."""
+    if isinstance(key, str):
+        return args, {**kwargs, key: value}
+    return (*args[:key], value, *args[key + 1 :]), kwargs

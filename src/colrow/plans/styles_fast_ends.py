@@ -2,57 +2,93 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from colrow.errors import PlanError
 from colrow.ops.parallel_linear import column_linear, scatter_sum
+from colrow.parallel.local_view import replace_forward
+from colrow.plans.cuts import Cut, place, reduced
 from colrow.plans.site import Site
 from colrow.plans.styles import Colwise, ParameterLayout, Rowwise, Style, _require
-from colrow.plans.styles_fast import FAST, FastStyle, group_name
-from colrow.plans.styles_local import _same_on_all_ranks
+from colrow.plans.styles_fast import FAST, CutLinear, group_name, require_product
+from colrow.plans.styles_local import rank_table
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """What a fast embedding needs: its own forward, where its rows begin, and the row that gets no gradient."""
+
+    forward: Callable[..., Tensor]
+    mesh: DeviceMesh
+    group: str
+    first_row: Tensor
+    padding: int | None
+    whole: bool
 
 
 def embedding_forward(module: Any, ids_BT: Tensor) -> Tensor:
-    """The forward of a fast embedding: ids [B, T], whole -> this rank's tokens, [B, T/n, D]."""
-    group, n, rank = getattr(module, FAST)
-    weight: Tensor = module.weight
-    B, T = ids_BT.shape
-    index = ids_BT.reshape(-1) - rank * weight.shape[0]
-    mine = (index >= 0) & (index < weight.shape[0])
-    rows = F.embedding(torch.where(mine, index, 0), weight)
-    return scatter_sum(torch.where(mine[:, None], rows, 0.0), group).view(B, T // n, -1)
+    """The forward of a fast embedding: ids [B, T], whole -> this rank's tokens, [B, T/n, D], or all of them."""
+    lookup: Lookup = getattr(module, FAST)
+    index = ids_BT - lookup.first_row
+    mine = (index >= 0) & (index < module.weight.shape[0])
+    rows = lookup.forward(module, torch.where(mine, index, 0))
+    if lookup.padding is not None:
+        rows = torch.where((ids_BT == lookup.padding)[..., None], rows.detach(), rows)
+    rows = torch.where(mine[..., None], rows, 0.0)
+    if lookup.whole:
+        return reduced(rows, lookup.mesh, Replicate())
+    B, T, D = rows.shape
+    return scatter_sum(rows.view(B * T, D), lookup.group).view(B, -1, D)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FastEmbedding(Style):
-    """An embedding split over the vocabulary, whose output is this rank's part of the tokens in a row."""
+    """An embedding split over the vocabulary, whose output is this rank's part of the tokens in a row, or with `whole`
+    all tokens on every rank. What a subclass does with the rows it looked up must be linear in them (a scale)."""
 
     name = "fast_embedding"
-    token_order = "row"
+    whole: bool = False
+
+    @property
+    def token_order(self) -> str:  # type: ignore[override]
+        return "" if self.whole else "row"
 
     def check(self, site: Site) -> None:
         module = _require(site, self.name, nn.Embedding)
-        if module.padding_idx is not None or module.max_norm is not None or module.scale_grad_by_freq:
-            raise PlanError(f"{site.fqn}: fast_embedding knows no padding_idx, max_norm or scale_grad_by_freq")
+        if module.max_norm is not None or module.scale_grad_by_freq:
+            raise PlanError(f"{site.fqn}: fast_embedding knows no max_norm or scale_grad_by_freq")
         Rowwise().check(site)
 
     def build(self, site: Site) -> ParallelStyle:
-        return FastStyle(
-            {"weight": Shard(0)},
-            {"weight": _same_on_all_ranks},
-            embedding_forward,
-            lambda mesh: (group_name(mesh), mesh.size(), mesh.get_local_rank()),
-        )
+        return _LookupStyle(self.whole)
 
     def parameters(self, site: Site) -> dict[str, ParameterLayout]:
         return Rowwise().parameters(site)
+
+
+class _LookupStyle(ParallelStyle):
+    def __init__(self, whole: bool) -> None:
+        self.whole = whole
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, nn.Embedding)
+        mesh, rows = device_mesh, module.num_embeddings // device_mesh.size()
+        first = rank_table(mesh, [[rank * rows] for rank in range(mesh.size())])
+        own: Any = type(module).forward
+        lookup = Lookup(own, mesh, group_name(mesh), first, module.padding_idx, self.whole)
+        module.padding_idx = None  # it counts rows of the whole table
+        place(module, mesh, {"weight": Cut(0, (module.num_embeddings,))})
+        module.__dict__[FAST] = lookup
+        replace_forward(module, embedding_forward)
+        return module
 
 
 def head_forward(module: Any, x_BtD: Tensor) -> Tensor:
@@ -76,17 +112,12 @@ class FastHead(Style):
     gather: bool = False
 
     def check(self, site: Site) -> None:
-        _require(site, self.name, nn.Linear)
+        require_product(site, self.name)
         Colwise().check(site)
 
     def build(self, site: Site) -> ParallelStyle:
-        names = dict(site.module.named_parameters(recurse=False))
-        return FastStyle(
-            dict.fromkeys(names, Shard(0)),
-            dict.fromkeys(names, _same_on_all_ranks),
-            head_forward,
-            lambda mesh: (group_name(mesh), mesh, self.gather),
-        )
+        cuts = {name: Cut(0, (param.shape[0],)) for name, param in site.module.named_parameters(recurse=False)}
+        return CutLinear(cuts, head_forward, lambda mesh: (group_name(mesh), mesh, self.gather))
 
     def parameters(self, site: Site) -> dict[str, ParameterLayout]:
         return Colwise().parameters(site)

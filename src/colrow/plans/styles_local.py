@@ -157,11 +157,11 @@ class Replicated(Style):
 
     def build(self, site: Site) -> ParallelStyle:
         names = dict(site.module.named_parameters(recurse=False))
-        return LocalStyle(dict.fromkeys(names, Replicate()), lambda _: dict.fromkeys(names, _same_on_all_ranks))
+        return LocalStyle(dict.fromkeys(names, Replicate()), lambda _: dict.fromkeys(names, same_on_all_ranks))
 
     def parameters(self, site: Site) -> dict[str, ParameterLayout]:
         return replicated(site.module, "not in the plan: whole on each rank")
 
 
-def _same_on_all_ranks(param: DTensor) -> Tensor:
+def same_on_all_ranks(param: DTensor) -> Tensor:
     return param.to_local()

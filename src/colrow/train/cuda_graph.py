@@ -53,6 +53,11 @@ class Replayed:
         self._graph.replay()
         return self._result.clone()
 
+    @property
+    def captured(self) -> bool:
+        """Whether calls replay the graph by now."""
+        return self._graph is not None
+
     def close(self) -> None:
         """Give the graph up: NCCL's communicators do not end before the graphs that hold their kernels."""
         if self._graph is not None:

@@ -22,6 +22,7 @@ from colrow.train.batch_check import check_same_batch
 from colrow.train.evaluate import Evaluation
 from colrow.train.metrics import Metrics, Record, peak_flops, perplexity
 from colrow.train.progress import Progress
+from colrow.train.ran import ran_line, steps_before, what_ran
 from colrow.train.schedule import learning_rate
 from colrow.train.setup import Training
 
@@ -134,6 +135,8 @@ class Loop:
             figures, start_of_step = self._figures(loss, norm), self._last
             self._last = _Moment(self._device)
             self._waiting.append(_Pending(done, figures, start_of_step, self._last))
+            if done == start + steps_before(self._training):
+                self._progress.say(ran_line(what_ran(self._training, config.data.seq_len)))
             evaluates = self._evaluates(done)
             saves = self._saves(done)
             stop = self._settle(0 if evaluates or saves else self._lag, hold_last=evaluates) or stop

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,8 +96,14 @@ def check_plan(config: RunConfig, source: Source, plan: Plan) -> list[str]:
 
 
 def check_plan_apart(config: RunConfig) -> list[str]:
-    """`check_plan` in a process of its own: what it does with process groups leaves no trace in this rank."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    """`check_plan` in a process of its own: what it does with process groups leaves no trace in this rank.
+
+    To be called before this process has threads or a GPU: on Linux it is forked, which saves the imports.
+    """
+    if not config.check or config.mesh.tp == 1:
+        return []
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_check_again, config).result()
 
 

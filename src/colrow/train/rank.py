@@ -20,7 +20,6 @@ from colrow.config import RunConfig
 from colrow.data.prepare import PreparedData, prepare
 from colrow.data.tokenizer import Tokenizer
 from colrow.train import preflight
-from colrow.train.attention import attention_kernel
 from colrow.train.host_memory import keep_freed_memory
 from colrow.train.loop import Loop, Outcome, resume
 from colrow.train.meeting import meet
@@ -63,14 +62,14 @@ def run_rank(
     with ExitStack() as stack:
         if first:
             stack.enter_context(claimed(config.run.dir))
-        progress = stack.enter_context(Progress(first, config.train.steps, config.train.log_every))
-        warning = config.mesh.warning_across_hosts(place.local_world_size)
-        if warning is not None:
-            progress.say(f"warning    {warning}")
         source = preflight.check(config, place.local_world_size).source
+        warnings = [config.mesh.warning_across_hosts(place.local_world_size)]
         if first and not plan_checked:
-            for line in preflight.check_plan_apart(config):
-                progress.say(f"warning    {line}")
+            warnings += preflight.check_plan_apart(config)  # before there are threads
+        progress = stack.enter_context(Progress(first, config.train.steps, config.train.log_every))
+        for warning in warnings:
+            if warning is not None:
+                progress.say(f"warning    {warning}")
         data = prepare(config.data, source.vocab_size, progress=False)
         mesh, device = stack.enter_context(joined(config, place))
         return train_run(config, data, mesh, device, progress, command, stop_requested, source)
@@ -158,24 +157,20 @@ def finished_line(config: RunConfig, step: int) -> str:
 
 
 def opening_lines(config: RunConfig, training: Training, start: int) -> list[str]:
-    """What runs, and what it writes."""
+    """What is to run, and what it writes. What did run is said after the first steps (`train.ran`)."""
     device = training.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {_threads()} a rank"
     train, tokens = config.train, config.train.global_batch * config.data.seq_len
     compute = "fp32" if training.compute == torch.float32 else "bf16 over fp32 weights and gradient sums"
-    runs = f"{'compiled blocks' if training.compiled else 'eager'}{', CUDA graphs' if training.graphs else ''}"
     lines = [
         f"model      {training.source.name}, {training.parameters:,} parameters",
         f"mesh       {config.mesh}, {where}",
         f"plan       {training.plan.name}, loss {training.plan.loss}",
-        f"compute    {compute}, {runs}",
+        f"compute    {compute}",
         f"batch      {train.global_batch} × {config.data.seq_len} = {tokens:,} tokens a step, {train.steps:,} steps",
         f"writes     {config.run.dir}: config.yaml, plan.yaml, tokenizer.json, metrics.jsonl,",
         "           checkpoints/, loss.png, loss.svg, export/",
     ]
-    kernel = _attention(config, training)
-    if kernel is not None:
-        lines.insert(4, f"attention  {kernel}")
     if start:
         lines.append(f"continues  after step {start}")
     return lines
@@ -212,22 +207,6 @@ def peak_memory(device: torch.device) -> str:
     host_gib, device_gib = (peak / 2**30 for peak in peaks.tolist())
     gpu = f", {device_gib:.2f} GiB of a GPU" if device.type == "cuda" else ""
     return f"peak {host_gib:.2f} GiB of a rank's host memory{gpu}"
-
-
-def _attention(config: RunConfig, training: Training) -> str | None:
-    """The kernel that attention runs; None where torch has one only, or the sizes are not known."""
-    shape = training.source.config
-    if training.device.type != "cuda" or shape is None:
-        return None
-    tp = 1 if training.plan.name == "article" else config.mesh.tp
-    return attention_kernel(
-        training.device,
-        training.compute,
-        heads=shape.num_attention_heads // tp,
-        kv_heads=max(shape.num_key_value_heads // tp, 1),
-        head_dim=shape.head_dim,
-        seq_len=config.data.seq_len,
-    )
 
 
 def _threads() -> str:

@@ -24,6 +24,7 @@ from colrow.checkpoint.weights import fill_seeded, materialize
 from colrow.config import RunConfig
 from colrow.data.loader import check_batch
 from colrow.errors import ConfigError
+from colrow.ops.ran import forget
 from colrow.parallel.activation_checkpoint import apply_activation_checkpoint
 from colrow.parallel.compute_weights import ComputeWeights
 from colrow.parallel.data_parallel import apply_data_parallel
@@ -78,6 +79,7 @@ def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device, source: So
         ConfigError, PlanError: something does not fit; `preflight.check` finds the same without processes.
     """
     check_cuda_graph(config, device.type)
+    forget()
     source = source or build_source(config.model, config.run.seed)
     plan = choose_plan(config, source.model)
     compute, compiled = compute_dtype(config, device), compiles(config, device)
@@ -174,7 +176,7 @@ def capture(config: RunConfig, whole: WholeModel, step: Step) -> tuple[Replayed,
 
 
 def choose_plan(config: RunConfig, model: nn.Module) -> Plan:
-    """The plan that `config.plan` names (a preset, `huggingface`, `derive`, or a file), with `train.fp8` put in.
+    """The plan that `config.plan` names (a preset, `huggingface`, a derived one, or a file), with `train.fp8` put in.
 
     Raises:
         ConfigError, PlanError: there is no such plan, or it has no place for fp8.

@@ -4,36 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from colrow.errors import PlanError
+from colrow.ops.carriers import Overlap
 from colrow.plans.derive.axes import block, leaves
 from colrow.plans.derive.blocks import Block, BlockFinder, SplitError
 from colrow.plans.derive.choose import Choice, choose, legal_degrees
 from colrow.plans.derive.compress import compress, pattern
-from colrow.plans.derive.emit import Emitter
+from colrow.plans.derive.emit import Emission, Emitter
+from colrow.plans.derive.emit_fast import FastEmitter
 from colrow.plans.derive.flow import Flow, Flows
 from colrow.plans.derive.infer import AxisInference, shape_of
 from colrow.plans.derive.local import Attributes, LocalCheck
+from colrow.plans.derive.options import DeriveOptions
 from colrow.plans.derive.sequence import NoStreamError, Stream, find_stream
 from colrow.plans.derive.table import infer
 from colrow.plans.derive.trace import Trace, default_inputs, label_of, module_path, trace
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeriveOptions:
-    """What a derivation may use."""
-
-    sequence_parallel: bool = True
-    """Norms and residuals on shards of the sequence, where the graph allows it."""
-    loss: Literal["vocab_parallel", "replicated"] = "vocab_parallel"
-    """`vocab_parallel` leaves the logits split over the vocabulary, where a head makes them."""
-    wide_norms: bool = True
-    """Split heads even where a norm spans all of them (OLMo2), at a small reduction in that norm."""
 
 
 @dataclass
@@ -87,9 +78,11 @@ def derive(
         traced: the trace of `model` on `inputs`, when there is one already (of another degree).
 
     Raises:
-        PlanError: the model cannot be traced, or has sizes that depend on the data; the text says why.
+        PlanError: the model cannot be traced, or has sizes that depend on the data, or fast styles are asked for and
+            do not fit; the text says why.
     """
     options = options or DeriveOptions()
+    options.check()
     given = tuple(inputs) if inputs is not None else default_inputs(model, tp)
     traced = traced or trace(model, given)
     try:
@@ -107,6 +100,7 @@ class _Derive:
         self, model: nn.Module, tp: int, inputs: tuple[Tensor, ...], traced: Trace, options: DeriveOptions
     ) -> None:
         self.model, self.tp, self.inputs, self.traced, self.options = model, tp, inputs, traced, options
+        self.fast = options.styles != "plain"
         self.notes: list[str] = []
         self.inference: AxisInference = infer(traced)
 
@@ -114,6 +108,8 @@ class _Derive:
         for _ in range(12):
             choice = choose(self.inference, self.tp, soft=self.options.wide_norms)
             if not choice.atoms and not choice.groups:
+                if self.fast:
+                    raise self._not_fast([*self.notes, "nothing can be split"])
                 return self._result(choice, None, [], Flow(), None, {})
             try:
                 return self._attempt(choice)
@@ -151,6 +147,8 @@ class _Derive:
             if best is not None:
                 best[0].notes = [*why, *best[0].notes]
                 return best[0]
+        if self.fast:
+            raise self._not_fast(why)
         try:
             result, _ = self._emit(choice, flows, finder, blocks, flow, None, None)
         except PlanError as error:
@@ -172,7 +170,7 @@ class _Derive:
         """The derivation with the stream on sequence shards; `ends` is (from the embedding, to the last norm only)."""
         entries, exits = finder.borders(blocks)
         try:
-            stream = find_stream(self.traced, flows, finder, entries, exits, *ends)
+            stream = find_stream(self.traced, flows, finder, entries, exits, *ends, row=self.fast)
             return self._emit(choice, flows, finder, blocks, flow, stream, known)
         except (NoStreamError, SplitError, PlanError) as error:
             start, end = (
@@ -181,6 +179,13 @@ class _Derive:
             )
             why.append(f"no sequence shards from {start} to {end}: {error}")
             return None
+
+    def _not_fast(self, why: list[str]) -> PlanError:
+        reason = why[0].removeprefix("no sequence shards ") if why else "no reason is known"
+        return PlanError(
+            f"{type(self.model).__name__} gets no fast styles, under which tokens stand in a row from one end of a "
+            f"model to the other: {reason}: use plan derive, whose styles are plain"
+        )
 
     def _suspects(self, choice: Choice, finder: BlockFinder, why: str) -> set[Any]:
         """Classes whose weights lie in the module that the message names; all that are no vocabulary otherwise."""
@@ -203,7 +208,7 @@ class _Derive:
         stream: Stream | None,
         known: Attributes | None,
     ) -> tuple[Derivation, Attributes]:
-        emission = Emitter(self.model, self.traced, flows, finder, blocks, flow, stream).run()
+        emission = self._emission(self.model, self.traced, flows, finder, blocks, flow, stream)
         attributes = LocalCheck(self.model, self.traced, flows, emission, stream, self.inputs).repair(known)
         for name, values in attributes.items():
             emission.modules.setdefault(name, {"style": "replicate"})["attributes"] = values
@@ -212,8 +217,16 @@ class _Derive:
                 if style.get("style") == "colwise" and style.get("use_local_output") is False:
                     style.pop("use_local_output")
                     style["output"] = "replicate"
+                if style.get("style") == "fast_head":
+                    style["gather"] = True
             emission.loss = "replicated"
         return self._result(choice, finder, blocks, flow, stream, emission.modules, emission.loss), attributes
+
+    def _emission(self, *given: Any) -> Emission:
+        if not self.fast:
+            return Emitter(*given).run()
+        overlap: Overlap = "copy_engine" if self.options.styles == "overlap" else "collectives"
+        return FastEmitter(*given, overlap=overlap, linear_loss=self.options.loss == "linear").run()
 
     def _result(
         self,

@@ -14,7 +14,7 @@ from colrow.plans.derive.axes import Atom, Dim, find, leaves
 from colrow.plans.derive.blocks import Block, BlockFinder, SplitError
 from colrow.plans.derive.choose import Choice
 from colrow.plans.derive.flow import Flow, Flows
-from colrow.plans.derive.infer import op_name
+from colrow.plans.derive.infer import op_name, shape_of
 from colrow.plans.derive.sequence import Stream
 from colrow.plans.derive.trace import Scale, Trace, label_of
 
@@ -34,6 +34,11 @@ class Emission:
 
 class Emitter:
     """Turns blocks and a stream into styles."""
+
+    sums = ("rowwise", "packed_rowwise", "local_block", "grad_sum", "sequence")
+    """Styles that sum the gradients of their whole parameters by themselves."""
+    local = ("local_block", "local_shards")
+    """Styles under which all whole parameters of a module have their gradients summed."""
 
     def __init__(
         self,
@@ -102,8 +107,7 @@ class Emitter:
             self._put(name, style="sharded_norm")
             return
         if isinstance(module, nn.Embedding):
-            out = "shard(1)" if self.early else "replicate"
-            self._put(name, style="rowwise", input="replicate", output=out)
+            self._embedding(name)
             return
         position, dim = self._dim_of(name, "weight") if "weight" in parameters else (-1, [])
         two = "weight" in parameters and len(self.dims[self.traced.ties.get(f"{name}.weight", f"{name}.weight")]) == 2
@@ -159,6 +163,9 @@ class Emitter:
                 raise SplitError(set(repeated.values()), f"{name}.{parameter} has kv heads of two kinds")
             cut |= {"kv": list(repeated), "kv_heads": kv.size, "heads": kv.size * find(self.choice.groups[kv]).size}
         return cut
+
+    def _embedding(self, name: str) -> None:
+        self._put(name, style="rowwise", input="replicate", output="shard(1)" if self.early else "replicate")
 
     def _head(self, name: str) -> None:
         self._put(name, style="colwise", use_local_output=False)
@@ -308,7 +315,7 @@ class Emitter:
                 continue
             owner = name.rpartition(".")[0]
             style = self.out.modules.get(owner, {}).get("style")
-            if style in ("rowwise", "packed_rowwise", "local_block", "grad_sum", "sequence"):
+            if style in self.sums:
                 continue
             if style == "local_shards":
                 if self._added_to_sum(name):
@@ -318,23 +325,25 @@ class Emitter:
                 raise SplitError(
                     set(self.choice.atoms), f"{name} needs its gradient summed, and {owner} has the style {style}"
                 )
-            module = self._module(owner)
-            stream = self.stream is not None and name in self.stream.summed
-            alone = not any(True for _ in module.children()) and self.traced.positional.get(owner) == 1
-            if stream and alone and NORM.search(type(module).__name__):
-                self._put(owner, style="sequence", use_local_output=True)
-            else:
-                self._put(owner, style="grad_sum")
+            self._summed(owner, self.stream is not None and name in self.stream.summed)
         for owner, said in self.out.modules.items():
             if said["style"] == "local_shards" and owner in self.finder.owners.values():
                 deferred = any(b.deferred and (owner + ".").startswith(b.module + ".") for b in self.blocks)
                 self._put(owner, output="partial" if deferred else self.inside)
 
+    def _summed(self, owner: str, stream: bool) -> None:
+        module = self._module(owner)
+        alone = not any(True for _ in module.children()) and self.traced.positional.get(owner) == 1
+        if stream and alone and NORM.search(type(module).__name__):
+            self._put(owner, style="sequence", use_local_output=True)
+        else:
+            self._put(owner, style="grad_sum")
+
     def _never_summed_twice(self) -> None:
         """A block sums the gradients of its own whole parameters: one used behind the reduction inside has it whole."""
         for name in sorted(self.flow.same - self.flow.summed):
             owner = name.rpartition(".")[0]
-            local = self.out.modules.get(owner, {}).get("style") in ("local_block", "local_shards")
+            local = self.out.modules.get(owner, {}).get("style") in self.local
             if not local or self.choice.any_sharded(self.dims[name]):
                 continue
             inside = [dims for other, dims in self.dims.items() if other.startswith(f"{owner}.")]
@@ -377,15 +386,12 @@ class Emitter:
         """Where extents change in a rank's own trace: gathers and reduce-scatters of the stream, cut constants."""
         tp = self.tp
         if self.stream is not None:
-            for node in self.entries - (self.finder.head_entries() if self.stream.whole_head else set()):
-                self.out.scales[str(label_of(node))] = (1, tp, 1)
-            for node in self.exits:
-                if self.early or not self._lookup(node):
-                    self.out.scales[str(label_of(node))] = (1, 1, tp)
-            for node in self.stream.start:
-                self.out.scales[str(label_of(node))] = (1, 1, tp)
-            for node in self.stream.finish:
-                self.out.scales[str(label_of(node))] = (1, tp, 1)
+            heads = self.finder.head_entries() if self.stream.whole_head else set()
+            gathers = (self.entries - heads) | self.stream.finish
+            scatters = {n for n in self.exits if self.early or not self._lookup(n)} | self.stream.start
+            for node in gathers | scatters:
+                axis = 0 if len(shape_of(node)) == 2 else 1
+                self.out.scales[str(label_of(node))] = (axis, tp, 1) if node in gathers else (axis, 1, tp)
         for block in self.blocks:
             if not block.leaf:
                 for path, said in self._slices(block).items():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from colrow.errors import PlanError
 from colrow.plans.calls import loss_of
 from colrow.plans.derive.derivation import Derivation, derive
+from colrow.plans.derive.options import DeriveOptions, Styles
 from colrow.plans.derive.tiny import classes, tiny
 from colrow.plans.derive.trace import Trace, default_inputs, trace
 from colrow.plans.verify.backends import RankFailure
@@ -28,7 +29,9 @@ LARGEST_ROUNDING = 1e-2
 Row = dict[str, Any]
 
 
-def examine(kind: str, degrees: Sequence[int], phase: Callable[[str], None] = lambda _: None) -> Iterator[Row]:
+def examine(
+    kind: str, degrees: Sequence[int], phase: Callable[[str], None] = lambda _: None, styles: Styles = "plain"
+) -> Iterator[Row]:
     """One row for each degree: the verdict, how much is split, the worst errors, and the reason for what is not split.
 
     `phase` is told what comes next, so that a caller with a time limit can say what took too long.
@@ -47,7 +50,7 @@ def examine(kind: str, degrees: Sequence[int], phase: Callable[[str], None] = la
         yield from (row | {"verdict": "untraceable", "reason": short(error)} for row in rows)
         return
     for row in rows:
-        yield row | judged(model, inputs, traced, row["tp"], phase)
+        yield row | judged(model, inputs, traced, row["tp"], phase, styles)
 
 
 def build(kind: str, tp: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
@@ -80,13 +83,20 @@ def prepared(model: nn.Module, tp: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 
 def judged(
-    model: nn.Module, inputs: tuple[Tensor, ...], traced: Trace, tp: int, phase: Callable[[str], None] = lambda _: None
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    traced: Trace,
+    tp: int,
+    phase: Callable[[str], None] = lambda _: None,
+    styles: Styles = "plain",
 ) -> Row:
     """The verdict at one degree, from a proof on simulated ranks."""
     phase(f"deriving tp={tp}")
     try:
-        derivation = derive(model, tp, inputs=inputs, traced=traced)
+        derivation = derive(model, tp, inputs=inputs, traced=traced, options=DeriveOptions(styles=styles))
     except PlanError as error:
+        if styles != "plain":
+            return {"verdict": "refused", "reason": str(error).partition("end of a model to the other: ")[2][:220]}
         return {"verdict": "untraceable", "reason": short(error)}
     row: Row = {
         "share": round(derivation.share, 3),

@@ -39,6 +39,7 @@ from colrow.plans.derive.trace import (
 )
 from colrow.plans.styles import set_attribute
 
+BLOCK_STYLES = ("local_block", "prepare_input", "fast_gather", "fast_block")
 LIKELY = re.compile("head|group|split")
 Attributes = dict[str, dict[str, Any]]
 """Module name to attribute name to `/tp` or a number."""
@@ -66,9 +67,7 @@ class LocalCheck:
         )
         self.choice: Choice = flows.choice
         self.visible = Choice(self.choice.tp, self.choice.atoms - self.choice.vocabulary, self.choice.groups)
-        self.blocks = [
-            name for name, style in emission.modules.items() if style.get("style") in ("local_block", "prepare_input")
-        ]
+        self.blocks = [name for name, style in emission.modules.items() if style.get("style") in BLOCK_STYLES]
         self.runs_fake: bool | None = None
         """Whether the model runs on fake tensors outside of export; unknown until something fails."""
         self.expected: dict[Node, list[int] | None] = {}
@@ -86,7 +85,7 @@ class LocalCheck:
             return shape_of(node)
         shape = self.visible.local_shape(dims)
         if self.stream is not None and node in self.stream.nodes and self._outer(node):
-            shape[1] //= self.choice.tp
+            shape[self.stream.axis.get(node, 1)] //= self.choice.tp
         return shape
 
     def _outer(self, node: Node) -> bool:

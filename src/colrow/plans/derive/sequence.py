@@ -3,6 +3,9 @@
 The graph is read once more with its blocks cut out: at each entry the block gathers, at each exit it reduce-scatters,
 so the sequence inside is another axis than the one outside. What is left must act on each token alone. Then norms and
 residual additions run on a rank's tokens, and the parameters they use get gradients that must be summed.
+
+Under the fast styles a rank's tokens are a part of all tokens in a row, whatever sequence they are of. Then what is
+left must not know the sequences either, and may view both axes as one.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ class Stream:
     """Boundaries at which the stream is gathered for a module that every rank runs alike."""
     nodes: set[Node] = field(default_factory=set)
     """Nodes that hold a shard of the sequence."""
+    axis: dict[Node, int] = field(default_factory=dict)
+    """Their dimensions that are shorter on a rank; 1 unless said here."""
     summed: set[str] = field(default_factory=set)
     """Parameters that these nodes use."""
     whole_head: bool = False
@@ -47,9 +52,10 @@ def find_stream(
     exits: set[Node],
     early: bool,
     whole_head: bool,
+    row: bool = False,
 ) -> Stream:
     """The stream from the embedding (`early`) or from the first layer's input, to the head or (`whole_head`) to the
-    last norm before it.
+    last norm before it. `row`: on parts of all tokens in a row, not of each sequence.
 
     Raises:
         NoStreamError: some operation on the way looks at more than one token.
@@ -74,28 +80,38 @@ def find_stream(
         assert isinstance(source, Node)
         fresh = inference.fresh(shape_of(node))
         side = fresh if node in start or node in exits else inference.of(source)
-        if len(side) < 3 or shape_of(node)[1] != traced.seq:
-            raise NoStreamError(f"{label_of(node).module} exchanges {shape_of(node)}, not [batch, sequence, features]")
-        outer[node] = side[1]
+        shape = shape_of(node)
+        if row and len(side) == 2 and shape[0] == traced.batch * traced.seq:
+            outer[node] = side[0]
+        elif len(side) < 3 or shape[1] != traced.seq or (row and (len(side) > 3 or shape[0] != traced.batch)):
+            raise NoStreamError(f"{label_of(node).module} exchanges {shape}, not [batch, sequence, features]")
+        else:
+            outer[node] = [*side[0], *side[1]] if row else side[1]
         return fresh
 
     inference = infer(traced, cut=cut, free_inputs=True)
     atoms: set[Atom] = set()
+    batches: set[Atom] = set()
     for node, dim in outer.items():
         found = leaves(dim)
-        if len(found) != 1 or found[0].block is not None:
-            why = found[0].block if found else "the sequence is gone"
-            raise NoStreamError(f"at {label_of(node).module or 'the model'}: {why}")
-        atoms.add(found[0])
+        blocked = next((a.block for a in reversed(found) if a.block is not None), None)
+        if len(found) != 1 + row or blocked:
+            raise NoStreamError(f"at {label_of(node).module or 'the model'}: {blocked or 'the sequence is gone'}")
+        atoms.add(found[-1])
+        batches.update(found[:-1])
     stream = Stream(start, finish, whole_head=whole_head)
     for node in traced.nodes:
         dims = inference.dims.get(node)
         for part in dims if isinstance(dims, tuple) else (dims,):
             for position, dim in enumerate(part or ()):
                 if any(a in atoms for a in leaves(dim)):
-                    if position != 1 and node in flows.live:
+                    in_row = row and _in_row(part or [], position, batches)
+                    if (not in_row if row else position != 1) and node in flows.live:
                         raise NoStreamError(f"the sequence is not dimension 1 in {flows.path[node] or 'the model'}")
                     stream.nodes.add(node)
+                    stream.axis[node] = position
+    if row:
+        _knows_no_sequence(stream, inference, flows, batches)
     for node in stream.nodes:
         if node.op == "placeholder" or (node in flows.constant and node in flows.live and is_float(node)):
             raise NoStreamError(f"the stream meets {node.name}, which is not cut along the sequence")
@@ -118,6 +134,25 @@ def find_stream(
     if both:
         raise NoStreamError(f"{min(both)} is used inside and outside the stream")
     return stream
+
+
+def _in_row(dims: Dims, position: int, batches: set[Atom]) -> bool:
+    """Whether the tokens stand as [batch, sequence, ...] or, viewed as one dimension, as [batch × sequence, ...]."""
+    *before, _ = leaves(dims[position])
+    if position == 0:
+        return len(before) == 1 and before[0] in batches
+    return position == 1 and not before and len(leaves(dims[0])) == 1 and leaves(dims[0])[0] in batches
+
+
+def _knows_no_sequence(stream: Stream, inference: AxisInference, flows: Flows, batches: set[Atom]) -> None:
+    """Raise NoStreamError where the stream meets what belongs to a sequence: a rank's tokens may be of several."""
+    for node in (n for n in stream.nodes if n in flows.live):
+        for operand in node.all_input_nodes:
+            dims = inference.dims.get(operand)
+            if operand in stream.nodes or not isinstance(dims, list):
+                continue
+            if any(a in batches for dim in dims for a in leaves(dim)):
+                raise NoStreamError(f"the stream meets a value of each sequence in {flows.path[node] or 'the model'}")
 
 
 def _is_lookup(finder: BlockFinder, boundary: Node) -> bool:

@@ -11,6 +11,7 @@ Each model runs in a process of its own under a limit of CPU time. What the resu
     fails         the plan raises when it runs (never a wrong number)
     untraceable   torch.export cannot trace it
     not built     a tiny configuration does not give a model that runs
+    refused       the model gets no fast styles, where those were asked for (`--styles fast`)
     WRONG         loss or a gradient differs from the unsharded model: must never stand in the table
 """
 
@@ -32,25 +33,26 @@ from torch import nn
 
 from colrow.plans.derive.derivation import derive
 from colrow.plans.derive.examine import Row, examine
+from colrow.plans.derive.options import Styles
 from colrow.plans.derive.tiny import causal_models
 
 TORCH = torch.__version__.partition("+")[0]
-VERDICTS = ("full", "partial", "whole", "fails", "untraceable", "not built", "WRONG")
+VERDICTS = ("full", "partial", "whole", "fails", "untraceable", "not built", "refused", "WRONG")
 
 
-def _child(kind: str, degrees: Sequence[int], limit: int, to: Connection) -> None:
+def _child(kind: str, degrees: Sequence[int], limit: int, to: Connection, styles: Styles) -> None:
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
-    for row in examine(kind, degrees, lambda text: to.send(text)):
+    for row in examine(kind, degrees, lambda text: to.send(text), styles):
         to.send(row)
     to.send(None)
 
 
-def run_one(kind: str, degrees: Sequence[int], limit: int) -> list[Row]:
+def run_one(kind: str, degrees: Sequence[int], limit: int, styles: Styles = "plain") -> list[Row]:
     """One model in a process of its own, `limit` seconds of CPU at most; a row for each degree."""
     context = multiprocessing.get_context("fork")  # what is imported here need not be imported again
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(kind, degrees, limit, theirs), daemon=True)
+    process = context.Process(target=_child, args=(kind, degrees, limit, theirs, styles), daemon=True)
     start = time.monotonic()
     process.start()
     theirs.close()
@@ -93,7 +95,7 @@ def read(path: Path) -> dict[tuple[str, int], Row]:
     return {(row["model"], row["tp"]): row for row in map(json.loads, lines)}
 
 
-def table(rows: Sequence[Row], command: str, known: Sequence[str]) -> str:
+def table(rows: Sequence[Row], command: str, known: Sequence[str], styles: Styles = "plain") -> str:
     """Markdown: the counts of each verdict at each degree, one line a model, and which of `known` have no row yet."""
     import transformers
 
@@ -103,7 +105,7 @@ def table(rows: Sequence[Row], command: str, known: Sequence[str]) -> str:
         by_model.setdefault(row["model"], {})[row["tp"]] = row
     torches = " and ".join(sorted({row.get("torch", TORCH) for row in rows}))
     lines = [
-        "# Models that a derived plan was proved on",
+        "# Models that a derived plan" + (f" of {styles} styles" if styles != "plain" else "") + " was proved on",
         "",
         f"Causal language models of transformers {transformers.__version__} in tiny configurations, with torch "
         f"{torches} on a CPU. Each plan ran forward and backward on simulated ranks, and "
@@ -126,7 +128,9 @@ def table(rows: Sequence[Row], command: str, known: Sequence[str]) -> str:
         "*full*: attention and MLP of every layer are split, two reductions a layer. *partial*: something is split, "
         "and the reason names what is not. *whole*: nothing is. *fails*: the plan stops with an error when it runs. "
         "*untraceable*: `torch.export` cannot trace the model. *not built*: the tiny configuration gives no model "
-        "that runs on token ids alone. *WRONG*: a wrong number; it must never stand here.",
+        "that runs on token ids alone. "
+        + ("*refused*: the model gets no such styles. " if styles != "plain" else "")
+        + "*WRONG*: a wrong number; it must never stand here.",
         "",
         "| model | " + " | ".join(f"tp {tp}" for tp in degrees) + " | split | sequence shards | worst error | reason |",
         "|---|" + "---|" * len(degrees) + "---|---|---|---|",
@@ -143,7 +147,8 @@ def table(rows: Sequence[Row], command: str, known: Sequence[str]) -> str:
         reason = " / ".join(r for r in reasons if r).replace("|", "/")
         lines.append(f"| {model} | {' | '.join(verdicts)} | {share} | {shards} | {worst} | {reason} |")
     if missing := [name for name in known if name not in by_model]:
-        lines += ["", f"Not run yet, {len(missing)} of {len(known)}: {', '.join(missing)}."]
+        names = "" if styles != "plain" else f": {', '.join(missing)}"
+        lines += ["", f"Not run yet, {len(missing)} of {len(known)}{names}."]
     return "\n".join(lines) + "\n"
 
 
@@ -151,6 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m colrow.plans.derive.sweep", description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", help="model types; all unless given")
     parser.add_argument("--tp", type=int, nargs="+", default=[2])
+    parser.add_argument("--styles", choices=("plain", "fast"), default="plain", help="what plans are written in")
     parser.add_argument("--limit", type=int, default=120, help="seconds of CPU for one model")
     parser.add_argument("--budget", type=float, default=float("inf"), help="start no model after so many seconds")
     parser.add_argument("--results", type=Path, help="a file of JSON lines, to continue from and to add to")
@@ -174,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if time.monotonic() - start > given.budget:
             print(f"{len(jobs) - position} models left")
             break
-        for row in run_one(kind, degrees, given.limit):
+        for row in run_one(kind, degrees, given.limit, given.styles):
             results[(kind, row["tp"])] = row
             reason = row.get("reason", "")[:150]
             print(f"{kind:24s} tp {row['tp']} {row['verdict']:12s} {row['seconds']:6.1f} s  {reason}", flush=True)
@@ -182,8 +188,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 with given.results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
     said = " ".join(map(str, given.tp))
-    command = f"python -m colrow.plans.derive.sweep --tp {said} --results sweep.jsonl -o docs/models.md"
-    text = table(list(results.values()), command, known)
+    fast = f" --styles {given.styles}" if given.styles != "plain" else ""
+    page = "models.md" if given.styles == "plain" else f"models-{given.styles}.md"
+    command = f"python -m colrow.plans.derive.sweep --tp {said}{fast} --results sweep.jsonl -o docs/{page}"
+    text = table(list(results.values()), command, known, given.styles)
     if given.output:
         given.output.write_text(text, encoding="utf-8")
     elif not given.results:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from colrow.errors import PlanError
+from colrow.ops.parallel_linear import OPERATORS
 
 try:
     from torch.distributed._local_tensor import LocalTensor, LocalTensorMode, get_local_tensor_mode_list
@@ -51,6 +54,15 @@ class Simulation:
                         module._parameters[name] = made[id(param)]
 
 
+class _Inside(TorchDispatchMode):
+    """Runs what is inside the operators of `ops.parallel_linear` on all ranks' tensors: taken rank by rank, as torch
+    takes an operator that it does not know, their collectives would meet nobody."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inside = OPERATORS.get(str(func.name())) if hasattr(func, "name") else None
+        return (inside or func)(*args, **(kwargs or {}))
+
+
 @contextmanager
 def simulated_ranks(tp: int) -> Iterator[Simulation]:
     """A tp mesh of simulated ranks. Everything made here is gone afterwards.
@@ -64,7 +76,7 @@ def simulated_ranks(tp: int) -> Iterator[Simulation]:
         raise PlanError("a process group exists already: simulated ranks need a process without one")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=tp)
     try:
-        with LocalTensorMode(tp) as mode:
+        with LocalTensorMode(tp) as mode, _Inside():
             # a name of its own: DTensor's caches would hand these groups to a real mesh called alike
             yield Simulation(init_device_mesh("cpu", (tp,), mesh_dim_names=("simulated",)), mode)
     finally:

@@ -172,6 +172,8 @@ class Watch(TorchDispatchMode):
         name = func.name().partition("::")[2].partition(".")[0]
         varying = [leaf for leaf in inputs if self.varies(leaf)]
         self._track_packed(name, inputs, outputs)
+        if name == "_unsafe_view":  # no view to whom a collective hands on: it waits, and shares the memory
+            self._running.difference_update(self._window(leaf)[0] for leaf in inputs)
         if func.namespace in _NAMESPACES:
             self._running.update(self._window(leaf)[0] for leaf in outputs)
         if func.namespace in _NAMESPACES and name in _COLLECTIVES:
@@ -270,11 +272,11 @@ class Watch(TorchDispatchMode):
         (self._storages.add if varies else self._storages.discard)(self._window(target)[0])
 
     def _inside_operator(self, name: str, args: Any, outputs: list[Tensor]) -> None:
-        """An operator of `ops.parallel_linear`: what it gives is a part, but for a gather's."""
+        """An operator of `ops.parallel_linear` or `ops.tokens`: what it gives is a part, but for a gather's."""
         for op, sent, nbytes in traffic(name, args, outputs):
             self._event(op, sent, nbytes)
         for leaf in outputs:
-            self.mark(leaf, name != "gather")
+            self.mark(leaf, name not in ("gather", "whole"))
 
     def _event(self, op: str, sent: Tensor, nbytes: int) -> None:
         dtype = str(sent.dtype).removeprefix("torch.")

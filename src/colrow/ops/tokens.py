@@ -1,0 +1,68 @@
+"""Tokens in a row, whole on every rank or a part on each, where all ranks use the whole alike.
+
+So gradients are the same on every rank too, and none is summed: the dual of taking a part is a gather, and that of the
+gather is taking the part. (Where each rank uses the whole in its own way, see `gather` and `scatter_sum` in
+`ops.parallel_linear`.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from colrow.ops.collectives import all_gather, group_named
+from colrow.ops.parallel_linear import operator
+
+
+def part_of(x_TD: Tensor, rank: Tensor, group: str) -> Tensor:
+    """[T, D], the same on each rank -> this rank's [t, D]. `rank` holds the rank's number in the group: [1]."""
+    y: Tensor = torch.ops.colrow.part(x_TD, rank, group)
+    return y
+
+
+def whole_of(x_tD: Tensor, rank: Tensor, group: str) -> Tensor:
+    """[t, D] on each rank -> [T, D] on every one, for use that is the same on all ranks."""
+    y: Tensor = torch.ops.colrow.whole(x_tD, rank, group)
+    return y
+
+
+@operator("part", "(Tensor x, Tensor rank, str group) -> Tensor")
+def _part(x: Tensor, rank: Tensor, group: str) -> Tensor:
+    parts = x.view(group_named(group).size(), -1, *x.shape[1:])
+    return parts.index_select(0, rank)[0]
+
+
+@_part.register_fake
+def _(x: Tensor, rank: Tensor, group: str) -> Tensor:
+    return x.new_empty(x.shape[0] // group_named(group).size(), *x.shape[1:])
+
+
+@operator("whole", "(Tensor x, Tensor rank, str group) -> Tensor")
+def _whole(x: Tensor, rank: Tensor, group: str) -> Tensor:
+    return all_gather(x, group_named(group))
+
+
+@_whole.register_fake
+def _(x: Tensor, rank: Tensor, group: str) -> Tensor:
+    return x.new_empty(x.shape[0] * group_named(group).size(), *x.shape[1:])
+
+
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    _, rank, ctx.group = inputs
+    ctx.save_for_backward(rank)
+
+
+def _differentiate_part(ctx: Any, dy: Tensor) -> Any:
+    (rank,) = ctx.saved_tensors
+    return torch.ops.colrow.whole(dy.contiguous(), rank, ctx.group), None, None
+
+
+def _differentiate_whole(ctx: Any, dy: Tensor) -> Any:
+    (rank,) = ctx.saved_tensors
+    return torch.ops.colrow.part(dy.contiguous(), rank, ctx.group), None, None
+
+
+torch.library.register_autograd("colrow::part", _differentiate_part, setup_context=_save)
+torch.library.register_autograd("colrow::whole", _differentiate_whole, setup_context=_save)
