@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from distributed.harness import Ranks
+from forked import Commands
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -19,3 +20,11 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     ranks = Ranks(request.config.getoption("--device"))
     yield ranks
     ranks.stop()
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    """Python commands that need not import torch (see `forked`)."""
+    commands = Commands(tmp_path_factory.mktemp("commands"))
+    yield commands
+    commands.stop()

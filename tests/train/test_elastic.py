@@ -10,6 +10,7 @@ from chaos import Chaos, Record, differences, figures, write_run
 from colrow.config import load_config
 from distributed.harness import Ranks
 from distributed.runs import train
+from forked import Commands
 
 pytestmark = pytest.mark.distributed
 STEPS = 16
@@ -31,10 +32,12 @@ def undisturbed(folder: Path, request: pytest.FixtureRequest) -> list[Record]:
 
 
 def test_two_agents_bring_killed_ranks_back_and_the_metrics_are_equal_bit_for_bit(
-    folder: Path, undisturbed: list[Record]
+    folder: Path, undisturbed: list[Record], commands: Commands
 ) -> None:
     """All of them in a step; then one rank, in an asynchronous save. (`test_killed_saves` kills synchronous ones.)"""
-    chaos = Chaos(write_run(folder, "chaos", STEPS), folder / "chaos", agents=2, seed=61)
+    chaos = Chaos(
+        write_run(folder, "chaos", STEPS), folder / "chaos", agents=2, seed=61, python=f"{commands.path}/python"
+    )
     kills = chaos.train(2)
     assert [(kill.moment, kill.victims, kill.asynchronous) for kill in kills] == [
         ("step", "agents and ranks", False),

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ import yaml
 
 from colrow.train.metrics import read_metrics
 from distributed.runs import write_text
+from forked import Commands
 
 pytestmark = pytest.mark.distributed
 PATIENCE = 240.0
@@ -40,13 +41,10 @@ def build():
 class Run:
     """A started command and what it has printed."""
 
-    def __init__(self, folder: Path, *command: str) -> None:
-        env = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(folder)]), "OMP_NUM_THREADS": "1"}
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-            env.pop(name, None)
+    def __init__(self, folder: Path, environment: dict[str, str], *command: str) -> None:
         self._out = (folder / f"out-{time.monotonic_ns()}.log").open("w+", encoding="utf-8")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", *command], cwd=folder, env=env, stdout=self._out, stderr=subprocess.STDOUT
+            command, cwd=folder, env=environment, stdout=self._out, stderr=subprocess.STDOUT
         )
 
     @property
@@ -100,11 +98,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def start(folder: Path) -> Iterator[object]:
+def start(folder: Path, commands: Commands) -> Iterator[Callable[..., Run]]:
     runs: list[Run] = []
 
     def begin(*command: str) -> Run:
-        runs.append(Run(folder, *command))
+        path = os.pathsep.join([*sys.path, str(folder)])
+        runs.append(Run(folder, commands.environment(PYTHONPATH=path), *command))
         return runs[-1]
 
     yield begin
@@ -112,11 +111,10 @@ def start(folder: Path) -> Iterator[object]:
         run.close()
 
 
-def test_a_signal_saves_and_a_killed_rank_ends_the_run(folder: Path, start: object) -> None:
-    assert callable(start)
-    run: Run = start("colrow", "train", "tiny.yaml")
+def test_a_signal_saves_and_a_killed_rank_ends_the_run(folder: Path, start: Callable[..., Run]) -> None:
+    run = start(sys.executable, "-m", "colrow", "train", "tiny.yaml")
     run.wait_for("^step +3/")
-    second: Run = start("colrow", "train", "tiny.yaml")
+    second = start("colrow", "train", "tiny.yaml")
     assert second.end() == 2
     assert "in use by another run" in second.text
     run.process.send_signal(signal.SIGINT)
@@ -125,7 +123,7 @@ def test_a_signal_saves_and_a_killed_rank_ends_the_run(folder: Path, start: obje
     (saved,) = (folder / "runs/tiny/checkpoints").iterdir()
     step = int(saved.name.removeprefix("step-"))
 
-    run = start("colrow", "train", "tiny.yaml")
+    run = start(sys.executable, "-m", "colrow", "train", "tiny.yaml")
     run.wait_for(f"^step +{step + 3}/")
     assert f"after step {step}" in run.text
     ranks = run.ranks()
@@ -142,9 +140,8 @@ def test_a_signal_saves_and_a_killed_rank_ends_the_run(folder: Path, start: obje
     assert len(records) >= step + 3
 
 
-def test_torchrun_starts_ranks_and_shows_the_error_of_the_one_that_failed(start: object) -> None:
-    assert callable(start)
-    run: Run = start("torch.distributed.run", "--nproc-per-node", "2", "-m", "colrow", "train", "sick.yaml")
+def test_torchrun_starts_ranks_and_shows_the_error_of_the_one_that_failed(start: Callable[..., Run]) -> None:
+    run = start("torchrun", "--nproc-per-node", "2", "-m", "colrow", "train", "sick.yaml")
     assert run.end() != 0
     assert "tp 2, CPU" in run.text
     assert run.text.count("RuntimeError: this rank is sick") == 1
