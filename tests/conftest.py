@@ -6,8 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from distributed.harness import Ranks
+from distributed.harness import Ranks, forkserver
 from forked import Commands
+
+forkserver()  # it is started once, by whoever needs it first, and then has what was asked for by then
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -14,6 +14,7 @@ import runpy
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import traceback
 from importlib.metadata import entry_points
@@ -33,7 +34,10 @@ answers = server.makefile()
 pid = int(answers.readline())
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, frame: os.kill(pid, number))
-os._exit(int(answers.readline() or 128 + signal.SIGKILL))  # no answer: a signal has ended it
+status = answers.readline()
+if not status:  # a signal has ended it
+    os.kill(os.getpid(), signal.SIGKILL)
+os._exit(int(status))
 """
 
 
@@ -92,6 +96,7 @@ def _answer(connection: socket.socket) -> NoReturn:
     os.environ.clear()
     os.environ.update(environment)
     sys.executable = f"{path}/python"
+    tempfile.tempdir = None  # TMPDIR may have changed
     status = 1
     try:
         _run(name, args)

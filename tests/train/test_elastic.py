@@ -35,9 +35,8 @@ def test_two_agents_bring_killed_ranks_back_and_the_metrics_are_equal_bit_for_bi
     folder: Path, undisturbed: list[Record], commands: Commands
 ) -> None:
     """All of them in a step; then one rank, in an asynchronous save. (`test_killed_saves` kills synchronous ones.)"""
-    chaos = Chaos(
-        write_run(folder, "chaos", STEPS), folder / "chaos", agents=2, seed=61, python=f"{commands.path}/python"
-    )
+    config, python = write_run(folder, "chaos", STEPS), f"{commands.path}/python"
+    chaos = Chaos(config, folder / "chaos", agents=2, seed=61, python=python)
     kills = chaos.train(2)
     assert [(kill.moment, kill.victims, kill.asynchronous) for kill in kills] == [
         ("step", "agents and ranks", False),

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from colrow.train.metrics import read_metrics
+from colrow.train.stop import PID_FILE
 from distributed.runs import write_text
 from forked import Commands
 
@@ -42,6 +43,7 @@ class Run:
     """A started command and what it has printed."""
 
     def __init__(self, folder: Path, environment: dict[str, str], *command: str) -> None:
+        self._folder = folder
         self._out = (folder / f"out-{time.monotonic_ns()}.log").open("w+", encoding="utf-8")
         self.process = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=self._out, stderr=subprocess.STDOUT
@@ -62,10 +64,9 @@ class Run:
         return self.process.wait(PATIENCE)
 
     def ranks(self) -> list[int]:
-        """Process ids of the ranks that the launcher has started."""
-        pid = self.process.pid
-        children = [c for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
-        return [c for c in map(int, children) if "colrow" in Path(f"/proc/{c}/cmdline").read_text()]
+        """Process ids of the ranks, in order."""
+        files = sorted(self._folder.glob(f"colrow-*/*/attempt_*/*/{PID_FILE}"))
+        return [int(file.read_text(encoding="ascii")) for file in files]
 
     def close(self) -> None:
         if self.process.poll() is None:
@@ -103,7 +104,7 @@ def start(folder: Path, commands: Commands) -> Iterator[Callable[..., Run]]:
 
     def begin(*command: str) -> Run:
         path = os.pathsep.join([*sys.path, str(folder)])
-        runs.append(Run(folder, commands.environment(PYTHONPATH=path), *command))
+        runs.append(Run(folder, commands.environment(PYTHONPATH=path, TMPDIR=str(folder)), *command))
         return runs[-1]
 
     yield begin
@@ -123,7 +124,7 @@ def test_a_signal_saves_and_a_killed_rank_ends_the_run(folder: Path, start: Call
     (saved,) = (folder / "runs/tiny/checkpoints").iterdir()
     step = int(saved.name.removeprefix("step-"))
 
-    run = start(sys.executable, "-m", "colrow", "train", "tiny.yaml")
+    run = start("colrow", "train", "tiny.yaml")
     run.wait_for(f"^step +{step + 3}/")
     assert f"after step {step}" in run.text
     ranks = run.ranks()
