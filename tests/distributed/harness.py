@@ -27,6 +27,8 @@ PRELOADED = [
     "torch.distributed.tensor.parallel",
     "pydantic",
     "tokenizers",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
     "colrow.train.rank",
 ]
 """What takes seconds to import, and starts neither threads nor CUDA."""
