@@ -29,15 +29,15 @@ PARITY: dict[int, dict[str, Case]] = {
     4: {
         "tp2-shard2": Case(TP_SHARD, steps=5),
         "tp2-shard2-kv3-accumulate2-keep": Case(TP_SHARD, "kv3-1", micro=2, reshard=False),
-        "tp2-shard2-tied-selective": Case(TP_SHARD, "tied-1", checkpoint="selective"),
-        "tp2-shard2-qk_norm-full-accumulate2": Case(TP_SHARD, "qk_norm-1", micro=2, checkpoint="full"),
+        "tp2-shard2-tied-selective": Case(TP_SHARD, "tied-1", checkpoint="selective", steps=5),
+        "tp2-shard2-qk_norm-full-accumulate2": Case(TP_SHARD, "qk_norm-1", micro=2, checkpoint="full", steps=5),
         "tp2-replicate2-accumulate2": Case(TP_REPLICATE, micro=2, steps=5),
         "tp2-replicate2-tied-article": Case(TP_REPLICATE, "tied-1", preset="article", loss="replicated"),
         "replicate2-shard2-tied-accumulate2": Case(Mesh(dp_replicate=2, dp_shard=2), "tied", micro=2, steps=5),
         "pp2-tp2-gpipe-kv3": Case(PP_TP, "kv3", micro=4, schedule="gpipe"),
         "pp2-tp2-1f1b-tied": Case(PP_TP, "tied", micro=4, steps=5),
         "pp2-tp2-1f1b-selective-article": Case(PP_TP, micro=2, checkpoint="selective", preset="article"),
-        "pp2-tp2-interleaved": Case(PP_TP, "deep", micro=4, **INTERLEAVED),
+        "pp2-tp2-interleaved": Case(PP_TP, "deep", micro=4, steps=5, **INTERLEAVED),
         "pp2-tp2-zero_bubble": Case(PP_TP, micro=4, schedule="zero_bubble"),
         "pp2-tp2-zero_bubble-2stages-tied": Case(
             PP_TP, "deep_tied", micro=4, schedule="zero_bubble", stages_per_rank=2

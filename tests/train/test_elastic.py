@@ -13,7 +13,7 @@ from distributed.runs import train
 from forked import Commands
 
 pytestmark = pytest.mark.distributed
-STEPS = 16
+STEPS = 28
 
 
 @pytest.fixture(scope="module")
@@ -31,20 +31,27 @@ def undisturbed(folder: Path, request: pytest.FixtureRequest) -> list[Record]:
     return figures(folder / "undisturbed")
 
 
-def test_two_agents_bring_killed_ranks_back_and_the_metrics_are_equal_bit_for_bit(
+def test_two_agents_bring_a_killed_worker_back_without_a_gap_or_a_repeated_step(
     folder: Path, undisturbed: list[Record], commands: Commands
 ) -> None:
-    """All of them in a step; then one rank, in an asynchronous save. (`test_killed_saves` kills synchronous ones.)"""
-    config, python = write_run(folder, "chaos", STEPS), f"{commands.path}/python"
-    chaos = Chaos(config, folder / "chaos", agents=2, seed=61, python=python)
-    kills = chaos.train(2)
-    assert [(kill.moment, kill.victims, kill.asynchronous) for kill in kills] == [
-        ("step", "agents and ranks", False),
-        ("save", "rank 1", True),
-    ]
-    assert all(0 < kill.whole <= kill.metrics < STEPS for kill in kills)
-    assert chaos.text.count("continues  after step") >= 2
+    config, python = write_run(folder, "elastic", STEPS), f"{commands.path}/python"
+    chaos = Chaos(config, folder / "elastic", agents=2, seed=11, python=python)
+    (kill,) = chaos.train(1)
+    assert kill.moment == "step"
+    assert kill.victims == "rank 1"
+    assert 0 < kill.whole <= kill.metrics < STEPS
+    assert "continues  after step" in chaos.text
     assert "tp=2 spans hosts of 1 ranks" in chaos.text
+    assert differences(undisturbed, figures(folder / "elastic")) == []
+
+
+def test_killed_at_random_moments_the_metrics_are_equal_bit_for_bit(
+    folder: Path, undisturbed: list[Record], commands: Commands
+) -> None:
+    config, python = write_run(folder, "chaos", STEPS), f"{commands.path}/python"
+    kills = Chaos(config, folder / "chaos", seed=5, python=python).train(3)
+    assert {kill.asynchronous for kill in kills} == {False, True}
+    assert all(kill.moment == "save" for kill in kills)
     assert differences(undisturbed, figures(folder / "chaos")) == []
 
 
