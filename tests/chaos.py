@@ -100,10 +100,11 @@ def differences(want: list[Record], got: list[Record]) -> list[str]:
 
 
 class Agents:
-    """torchrun agents on this machine, which share two ranks, and what they have printed."""
+    """torchrun agents on this machine, which share two ranks, and what they have printed. `python` runs the ranks."""
 
-    def __init__(self, folder: Path, config: Path, agents: int, *flags: str) -> None:
+    def __init__(self, folder: Path, config: Path, agents: int, python: str, *flags: str) -> None:
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(SOURCES), *sys.path])}
+        env["PYTHON_EXEC"] = python  # torchrun's name for it
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_ERROR_FILE"):
             env.pop(name, None)
         with socket.socket() as s:
@@ -162,10 +163,11 @@ class Chaos:
         run: the run's folder.
         agents: 1 or 2 torchrun agents, of two ranks together.
         seed: of the moments; how far a process has come by then is the machine's.
+        python: what runs the ranks.
     """
 
-    def __init__(self, config: Path, run: Path, agents: int = 1, seed: int = 0) -> None:
-        self._config, self._run, self._count = config, run, agents
+    def __init__(self, config: Path, run: Path, agents: int = 1, seed: int = 0, python: str = sys.executable) -> None:
+        self._config, self._run, self._count, self._python = config, run, agents, python
         self._random = random.Random(seed)
         self._agents: Agents | None = None
         self._seen: set[int] = set()
@@ -199,7 +201,7 @@ class Chaos:
 
     def _start(self, asynchronous: bool) -> None:
         flags = ("--checkpoint.asynchronous", str(asynchronous))
-        self._agents = Agents(self._config.parent, self._config, self._count, *flags)
+        self._agents = Agents(self._config.parent, self._config, self._count, self._python, *flags)
 
     def _kill(self, asynchronous: bool, everything: bool) -> Kill:
         assert self._agents is not None
@@ -293,7 +295,7 @@ def main() -> None:
     folder = options.folder or Path(tempfile.mkdtemp(prefix="colrow-chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
     steps = 5 * options.kills + 12
-    undisturbed = Agents(folder, write_run(folder, "undisturbed", steps), 1)
+    undisturbed = Agents(folder, write_run(folder, "undisturbed", steps), 1, sys.executable)
     try:
         statuses = undisturbed.end()
         if any(statuses):

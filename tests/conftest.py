@@ -6,7 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from distributed.harness import Ranks
+from distributed.harness import Ranks, forkserver
+from forked import Commands
+
+forkserver()  # it is started once, by whoever needs it first, and then has what was asked for by then
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -19,3 +22,11 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     ranks = Ranks(request.config.getoption("--device"))
     yield ranks
     ranks.stop()
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    """Python commands that need not import torch (see `forked`)."""
+    commands = Commands(tmp_path_factory.mktemp("commands"))
+    yield commands
+    commands.stop()

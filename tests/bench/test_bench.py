@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from colrow.cli.bench import Flags, base_config
 from colrow.config import RunConfig
 from colrow.errors import ConfigError
 from colrow.plans.plan import Plan
+from forked import Commands
 
 
 def base(**flags: Any) -> RunConfig:
@@ -129,19 +128,18 @@ def test_rounds_give_the_median() -> None:
 
 
 @pytest.mark.distributed
-def test_the_command_measures_two_ranks_and_keeps_it_when_stopped(tmp_path: Path) -> None:
+def test_the_command_measures_two_ranks_and_keeps_it_when_stopped(tmp_path: Path, commands: Commands) -> None:
     """The second arm would run for hours: a signal ends it, and what the first has given stays."""
     out = tmp_path / "bench.json"
     shape = ["--shape", "laptop", "--layers", "1", "--tp", "2", "--seq-len", "32", "--micro-batch", "2"]
     run = ["--device", "cpu", "--steps", "2", "--warmup", "1", "-o", str(out)]
     arms = ["--arms", "fast", "fast:train.global_batch=1000000"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     bench = subprocess.Popen(
-        [sys.executable, "-m", "colrow", "bench", *shape, *run, *arms],
+        ["python", "-u", "-m", "colrow", "bench", *shape, *run, *arms],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment | {"PYTHONUNBUFFERED": "1"},
+        env=commands.environment(),
     )
     assert bench.stdout is not None
     first = bench.stdout.readline()

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from forked import Commands
 
-def run(folder: Path, step: int, how: str) -> list[dict[str, Any]]:
-    program = [sys.executable, str(Path(__file__).with_name("killed_saves.py")), str(folder), str(step), how]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(program, env=env, capture_output=True, text=True, timeout=300)
+
+def run(commands: Commands, folder: Path, step: int, how: str) -> list[dict[str, Any]]:
+    program = ["python", str(Path(__file__).with_name("killed_saves.py")), str(folder), str(step), how]
+    done = subprocess.run(program, env=commands.environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("step", [2, 1], ids=["the next step", "the same step again"])
-def test_a_kill_at_any_change_to_the_disk_leaves_a_whole_checkpoint(tmp_path: Path, step: int) -> None:
-    *killed, finished = run(tmp_path, step, "atomic")
+def test_a_kill_at_any_change_to_the_disk_leaves_a_whole_checkpoint(
+    commands: Commands, tmp_path: Path, step: int
+) -> None:
+    *killed, finished = run(commands, tmp_path, step, "atomic")
     assert len(killed) > 20  # writes, flushes, renames, removals
     for result in killed:
         assert result["signal"] == signal.SIGKILL
@@ -38,6 +39,6 @@ def test_a_kill_at_any_change_to_the_disk_leaves_a_whole_checkpoint(tmp_path: Pa
     assert finished["right"]
 
 
-def test_a_save_under_the_final_name_would_be_seen(tmp_path: Path) -> None:
-    killed = run(tmp_path, 2, "naive")
+def test_a_save_under_the_final_name_would_be_seen(commands: Commands, tmp_path: Path) -> None:
+    killed = run(commands, tmp_path, 2, "naive")
     assert any("damaged" in result["states"] for result in killed)

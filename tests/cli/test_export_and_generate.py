@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from colrow.config import DataSection
 from colrow.data.corpus import open_corpus
 from colrow.data.tokenizer import Tokenizer, train_tokenizer
 from colrow.models.llama import Llama, LlamaConfig
+from forked import Commands
 
 CONFIG = LlamaConfig(
     vocab_size=272,
@@ -148,22 +147,22 @@ def test_a_run_without_a_checkpoint_or_tokenizer_is_named(
 
 
 @pytest.mark.distributed
-def test_two_ranks_share_the_work(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_ranks_share_the_work(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], commands: Commands
+) -> None:
     assert main(["export", str(run), "-o", str(tmp_path / "one")]) == 0
     assert main(["generate", str(tmp_path / "one"), "--prompt", PROMPT, "--tokens", "9"]) == 0
     text = capsys.readouterr().out.splitlines(keepends=True)[1:]
-    printed = torchrun("export", str(run), "-o", str(tmp_path / "two"))
+    printed = torchrun(commands, "export", str(run), "-o", str(tmp_path / "two"))
     assert printed.count("exported") == 1
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[k], two[k]) for k in one)
-    assert torchrun("generate", str(tmp_path / "two"), "--prompt", PROMPT, "--tokens", "9") == "".join(text)
+    assert torchrun(commands, "generate", str(tmp_path / "two"), "--prompt", PROMPT, "--tokens", "9") == "".join(text)
 
 
-def torchrun(*args: str) -> str:
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = os.pathsep.join(sys.path)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "colrow"]
-    done = subprocess.run([*command, *args], env=env, capture_output=True, text=True, timeout=300, check=False)
+def torchrun(commands: Commands, *args: str) -> str:
+    command = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "colrow", *args]
+    done = subprocess.run(command, env=commands.environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -27,9 +27,18 @@ PRELOADED = [
     "torch.distributed.tensor.parallel",
     "pydantic",
     "tokenizers",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
     "colrow.train.rank",
 ]
 """What takes seconds to import, and starts neither threads nor CUDA."""
+
+
+def forkserver() -> Any:
+    """The context whose processes are forked from one that has imported what they need."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 class RankError(AssertionError):
@@ -88,8 +97,7 @@ class Group:
 
         # the store is here, on a port that the system chose: ranks that look for a free one may both find it
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = mp.get_context("forkserver")  # ranks are forked from a process that has imported what they need
-        context.set_forkserver_preload(PRELOADED)
+        context = forkserver()
         for rank in range(self.world):
             ours, theirs = context.Pipe()
             args = (theirs, rank, self.world, self._store.port, self.device)

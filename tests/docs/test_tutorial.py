@@ -7,14 +7,14 @@ for any lines.
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+
+from forked import Commands
 
 TUTORIAL = Path(__file__).parents[2] / "docs" / "tutorial"
 PAGES = sorted(TUTORIAL.glob("[0-9]-*.md"))
@@ -73,23 +73,17 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_a_page_does_what_it_says(page: Path, tmp_path: Path, cache: Path) -> None:
-    files, commands = read_page(page.read_text(encoding="utf-8"))
+def test_a_page_does_what_it_says(page: Path, tmp_path: Path, cache: Path, commands: Commands) -> None:
+    files, typed = read_page(page.read_text(encoding="utf-8"))
     (tmp_path / ".cache").symlink_to(cache)
     for name, body in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(body, encoding="utf-8")
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "OMP_NUM_THREADS": "1",
-        "COLUMNS": "80",
-    }
-    for command in commands:
+    for command in typed:
         run = subprocess.run(
             ["bash", "-c", command.text],
             cwd=tmp_path,
-            env=environment,
+            env=commands.environment(COLUMNS="80"),
             capture_output=True,
             text=True,
             timeout=900,

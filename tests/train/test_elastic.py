@@ -10,6 +10,7 @@ from chaos import Chaos, Record, differences, figures, write_run
 from colrow.config import load_config
 from distributed.harness import Ranks
 from distributed.runs import train
+from forked import Commands
 
 pytestmark = pytest.mark.distributed
 STEPS = 28
@@ -31,9 +32,10 @@ def undisturbed(folder: Path, request: pytest.FixtureRequest) -> list[Record]:
 
 
 def test_two_agents_bring_a_killed_worker_back_without_a_gap_or_a_repeated_step(
-    folder: Path, undisturbed: list[Record]
+    folder: Path, undisturbed: list[Record], commands: Commands
 ) -> None:
-    chaos = Chaos(write_run(folder, "elastic", STEPS), folder / "elastic", agents=2, seed=11)
+    config, python = write_run(folder, "elastic", STEPS), f"{commands.path}/python"
+    chaos = Chaos(config, folder / "elastic", agents=2, seed=11, python=python)
     (kill,) = chaos.train(1)
     assert kill.moment == "step"
     assert kill.victims == "rank 1"
@@ -43,8 +45,11 @@ def test_two_agents_bring_a_killed_worker_back_without_a_gap_or_a_repeated_step(
     assert differences(undisturbed, figures(folder / "elastic")) == []
 
 
-def test_killed_at_random_moments_the_metrics_are_equal_bit_for_bit(folder: Path, undisturbed: list[Record]) -> None:
-    kills = Chaos(write_run(folder, "chaos", STEPS), folder / "chaos", seed=5).train(3)
+def test_killed_at_random_moments_the_metrics_are_equal_bit_for_bit(
+    folder: Path, undisturbed: list[Record], commands: Commands
+) -> None:
+    config, python = write_run(folder, "chaos", STEPS), f"{commands.path}/python"
+    kills = Chaos(config, folder / "chaos", seed=5, python=python).train(3)
     assert {kill.asynchronous for kill in kills} == {False, True}
     assert all(kill.moment == "save" for kill in kills)
     assert differences(undisturbed, figures(folder / "chaos")) == []

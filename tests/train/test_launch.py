@@ -8,14 +8,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
 from colrow.train.metrics import read_metrics
+from colrow.train.stop import PID_FILE
 from distributed.runs import write_text
+from forked import Commands
 
 pytestmark = pytest.mark.distributed
 PATIENCE = 240.0
@@ -40,13 +42,11 @@ def build():
 class Run:
     """A started command and what it has printed."""
 
-    def __init__(self, folder: Path, *command: str) -> None:
-        env = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(folder)]), "OMP_NUM_THREADS": "1"}
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-            env.pop(name, None)
+    def __init__(self, folder: Path, environment: dict[str, str], *command: str) -> None:
+        self._folder = folder
         self._out = (folder / f"out-{time.monotonic_ns()}.log").open("w+", encoding="utf-8")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", *command], cwd=folder, env=env, stdout=self._out, stderr=subprocess.STDOUT
+            command, cwd=folder, env=environment, stdout=self._out, stderr=subprocess.STDOUT
         )
 
     @property
@@ -64,10 +64,9 @@ class Run:
         return self.process.wait(PATIENCE)
 
     def ranks(self) -> list[int]:
-        """Process ids of the ranks that the launcher has started."""
-        pid = self.process.pid
-        children = [c for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
-        return [c for c in map(int, children) if "colrow" in Path(f"/proc/{c}/cmdline").read_text()]
+        """Process ids of the ranks, in order."""
+        files = sorted(self._folder.glob(f"colrow-*/*/attempt_*/*/{PID_FILE}"))
+        return [int(file.read_text(encoding="ascii")) for file in files]
 
     def close(self) -> None:
         if self.process.poll() is None:
@@ -100,11 +99,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def start(folder: Path) -> Iterator[object]:
+def start(folder: Path, commands: Commands) -> Iterator[Callable[..., Run]]:
     runs: list[Run] = []
 
     def begin(*command: str) -> Run:
-        runs.append(Run(folder, *command))
+        path = os.pathsep.join([*sys.path, str(folder)])
+        runs.append(Run(folder, commands.environment(PYTHONPATH=path, TMPDIR=str(folder)), *command))
         return runs[-1]
 
     yield begin
@@ -112,11 +112,10 @@ def start(folder: Path) -> Iterator[object]:
         run.close()
 
 
-def test_a_signal_saves_and_a_killed_rank_ends_the_run(folder: Path, start: object) -> None:
-    assert callable(start)
-    run: Run = start("colrow", "train", "tiny.yaml")
+def test_a_signal_saves_and_a_killed_rank_ends_the_run(folder: Path, start: Callable[..., Run]) -> None:
+    run = start(sys.executable, "-m", "colrow", "train", "tiny.yaml")
     run.wait_for("^step +3/")
-    second: Run = start("colrow", "train", "tiny.yaml")
+    second = start("colrow", "train", "tiny.yaml")
     assert second.end() == 2
     assert "in use by another run" in second.text
     run.process.send_signal(signal.SIGINT)
@@ -142,9 +141,8 @@ def test_a_signal_saves_and_a_killed_rank_ends_the_run(folder: Path, start: obje
     assert len(records) >= step + 3
 
 
-def test_torchrun_starts_ranks_and_shows_the_error_of_the_one_that_failed(start: object) -> None:
-    assert callable(start)
-    run: Run = start("torch.distributed.run", "--nproc-per-node", "2", "-m", "colrow", "train", "sick.yaml")
+def test_torchrun_starts_ranks_and_shows_the_error_of_the_one_that_failed(start: Callable[..., Run]) -> None:
+    run = start("torchrun", "--nproc-per-node", "2", "-m", "colrow", "train", "sick.yaml")
     assert run.end() != 0
     assert "tp 2, CPU" in run.text
     assert run.text.count("RuntimeError: this rank is sick") == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import sys
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,6 +27,7 @@ class Flags(PlanFlags):
 def main(argv: list[str]) -> int:
     """Exit 0 when the numbers agree, 1 when not, 2 for bad usage."""
     flags = parse(Flags, "verify", argv)
+    multiprocessing.set_forkserver_preload(["colrow.plans.verify.backends"])  # imported once, not by each rank
     from colrow.plans.twin import twin
 
     model, shrunk = twin(flags.load_model(), flags.tp)

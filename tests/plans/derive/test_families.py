@@ -1,22 +1,28 @@
 """Plans derived for tiny models of the transformers library, each proved on simulated ranks: loss and every gradient.
 
-The sweep (`python -m colrow.plans.derive.sweep`) does this for all of them; here are those that differ in kind.
+The sweep (`python -m colrow.plans.derive.sweep`) does this for all of them; here are those that differ in kind. Fast
+styles are proved on more than one sequence: ranks' parts of the tokens begin in the middle of one.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 from torch import Tensor, nn
 
+from colrow.mesh import Mesh
 from colrow.plans.derive.derivation import Derivation, derive
 from colrow.plans.derive.examine import TOLERANCE, TOLERANCE_FP32, judge, narrow, prepared
+from colrow.plans.derive.options import DeriveOptions, Styles
 from colrow.plans.derive.tiny import classes, tiny
-from colrow.plans.derive.trace import trace
+from colrow.plans.derive.trace import Trace, trace
+from colrow.plans.dry_run import dry_run
 from colrow.plans.plan import Plan
 from colrow.plans.tracing.simulated import available
 from colrow.plans.verify.parity import parity
+from plans.derive.test_fast import FEWEST, per_layer
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(not available, reason="this torch has no LocalTensorMode")
@@ -24,11 +30,20 @@ pytestmark = pytest.mark.skipif(not available, reason="this torch has no LocalTe
 ONE = {"num_hidden_layers": 1}
 
 
-def proved(kind: str, tp: int, **sizes: Any) -> tuple[Derivation, nn.Module, tuple[Tensor, ...]]:
-    """The derivation of a tiny model, after its plan was proved."""
+@functools.cache
+def family(kind: str, tp: int, **sizes: Any) -> tuple[nn.Module, tuple[Tensor, ...], Trace]:
+    """A tiny model, token ids with the one that pads among them, and the trace that plain and fast plans come from."""
     model, inputs = prepared(tiny(*classes(kind), **sizes), tp)
-    traced = trace(model, inputs)
-    found = derive(model, tp, inputs=inputs, traced=traced)
+    inputs[0][:, ::5] = 0
+    return model, inputs, trace(model, inputs)
+
+
+def proved(
+    kind: str, tp: int, styles: Styles = "plain", **sizes: Any
+) -> tuple[Derivation, nn.Module, tuple[Tensor, ...]]:
+    """The derivation of a tiny model, after its plan was proved."""
+    model, inputs, traced = family(kind, tp, **sizes)
+    found = derive(model, tp, inputs=inputs, traced=traced, options=DeriveOptions(styles=styles))
     proof = parity(model, found.plan(), tp, inputs)
     tolerance = TOLERANCE_FP32 if narrow(traced) else TOLERANCE
     assert proof.loss < tolerance
@@ -68,6 +83,29 @@ def test_fewer_kv_heads_than_ranks(kind: str, sizes: dict[str, Any]) -> None:
     found, model, _ = proved(kind, 4, **sizes)
     assert judge(found, model) == ("full", "")
     assert 4 in found.legal
+
+
+@pytest.mark.parametrize(
+    ("kind", "tp", "sizes", "layer"),
+    [
+        ("llama", 2, ONE, "model.layers.0."),
+        ("qwen3", 4, ONE | {"num_key_value_heads": 2}, ""),
+        ("gemma3_text", 2, ONE, ""),
+        ("olmo2", 4, ONE, ""),
+        ("phi3", 4, ONE, ""),
+        ("gpt2", 4, {"n_layer": 1}, "transformer.h.0."),
+        ("opt", 2, ONE, ""),
+        ("falcon", 2, ONE, ""),
+    ],
+)
+def test_a_family_runs_on_fast_styles(kind: str, tp: int, sizes: dict[str, Any], layer: str) -> None:
+    """Those that differ from these in nothing that styles know are in docs/models.md."""
+    found, model, _ = proved(kind, tp, "fast", **sizes)
+    plan = found.plan()
+    assert {"rowwise", "sequence", "prepare_input", "local_block"}.isdisjoint(s.name for s in plan.modules.values())
+    assert Plan.from_yaml(plan.to_yaml()) == plan
+    if layer:
+        assert per_layer(dry_run(model, plan, Mesh(tp=tp), 2, 4 * tp), layer) == FEWEST
 
 
 def test_a_broken_plan_of_a_family_is_seen() -> None:

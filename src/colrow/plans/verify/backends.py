@@ -58,8 +58,9 @@ def run_gloo(task: Task, plan: Plan, timeout: float = TIMEOUT) -> Observed:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    context = mp.get_context("spawn")
-    queue: Any = context.Queue()
+    methods = mp.get_all_start_methods()  # a fork of this process would copy the locks of running threads
+    context: Any = mp.get_context("forkserver" if "forkserver" in methods else "spawn")
+    queue = context.Queue()
     payload = _pickle(task, plan)
     ranks = [
         context.Process(target=_gloo_rank, args=(rank, task.tp, port, payload, queue), daemon=True)
