@@ -32,7 +32,7 @@ except ImportError as error:
 
 _BLOCK = 1024
 _CHUNK = 4 * _BLOCK
-"""Elements that a program updates, of one parameter: 3.9 to 4.0 TB/s on an H200, and two numbers for 4,096 in memory."""
+"""Elements that a program updates, of one parameter: 4 TB/s on an H200, and two numbers for 4,096 in memory."""
 
 _COLUMNS = 7
 """Of the table: addresses of param, grad, exp_avg, exp_avg_sq, copy and step, and the number of elements."""
