@@ -21,6 +21,7 @@ from colrow.models.shapes import flops_per_token
 from colrow.train.batch_check import check_same_batch
 from colrow.train.evaluate import Evaluation
 from colrow.train.metrics import Metrics, Record, peak_flops, perplexity
+from colrow.train.pace import Pace, pace_line
 from colrow.train.progress import Progress
 from colrow.train.ran import ran_line, steps_before, what_ran
 from colrow.train.schedule import learning_rate
@@ -63,10 +64,12 @@ class _Moment:
         if self._event is not None:
             self._event.record()
 
-    def wait(self) -> None:
-        """Block the host until the device has come to it."""
+    def wait(self) -> float:
+        """Block the host until the device has come to it, for so many seconds."""
+        start = time.perf_counter()
         if self._event is not None:
             self._event.synchronize()
+        return time.perf_counter() - start
 
     def seconds_since(self, earlier: _Moment) -> float:
         """Both must have passed."""
@@ -111,6 +114,7 @@ class Loop:
         self._waiting: list[_Pending] = []
         self._good: Record | None = None
         self._last = _Moment(self._device)
+        self._pace = Pace(steps_before(training))
 
     def run(self, start: int, metrics: Metrics | None) -> Outcome:
         """Train from `start` completed steps to the last one, a signal, or an error. Collective.
@@ -192,12 +196,15 @@ class Loop:
         stop = False
         for _ in range(len(self._waiting) - lag):
             pending = self._waiting.pop(0)
-            pending.end.wait()
+            waited = pending.end.wait()
             loss, norm, stops = pending.figures.tolist()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise self._diverged(pending.step, loss, norm)
             stop = stop or stops > 0
-            record = self._record(pending.step, loss, norm, pending.end.seconds_since(pending.start))
+            seconds = pending.end.seconds_since(pending.start)
+            if lag and self._pace.add(waited, seconds):
+                self._progress.say(pace_line(self._config))
+            record = self._record(pending.step, loss, norm, seconds)
             self._good = record
             if hold_last and not self._waiting:
                 continue
