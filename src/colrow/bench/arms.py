@@ -23,6 +23,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "graph": {"plan": "llama-fast", "loss": "linear", "train.cuda_graph": True},
     "fp8": {"plan": "llama-fast", "loss": "linear", "train.fp8": "tensorwise"},
     "overlap": {"plan": "llama-overlap", "loss": "linear"},
+    "overlap-graph": {"plan": "llama-overlap", "loss": "linear", "train.cuda_graph": True},
     "config": {},
 }
 """`config` is the config as it stands."""

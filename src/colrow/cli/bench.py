@@ -30,7 +30,7 @@ class Flags:
     config: tyro.conf.Positional[Path | None] = None
     """A run's config; its data is not read. The flags below override it, and make one up where there is none."""
     arms: tuple[str, ...] = ("article", "plain", "linear", "fast")
-    """article, plain, linear, fast, overlap, graph, fp8, config; each with changes if need be:
+    """article, plain, linear, fast, overlap, graph, overlap-graph, fp8, config; each with changes if need be:
     fast:train.compile=false"""
     shape: str | None = None
     """A named shape."""
