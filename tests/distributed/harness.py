@@ -30,6 +30,8 @@ PRELOADED = [
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",
     "colrow.train.rank",
+    "torch._functorch.partitioners",
+    "networkx",
 ]
 """What takes seconds to import, and starts neither threads nor CUDA."""
 

@@ -54,14 +54,13 @@ PARITY: dict[int, dict[str, Case]] = {
         "pp2-shard2-tp2-interleaved-tied-full": Case(
             Mesh(pp=2, dp_shard=2, tp=2), "deep_tied", micro=4, checkpoint="full", **INTERLEAVED
         ),
-        "pp2-replicate2-tp2-kv3": Case(Mesh(pp=2, dp_replicate=2, tp=2), "kv3", micro=4),
+        "pp2-replicate2-tp2-kv3": Case(Mesh(pp=2, dp_replicate=2, tp=2), "kv3", micro=2),
     },
 }
 COMPILED: dict[int, dict[str, Case]] = {
     4: {
         "tp2-shard2-full": Case(TP_SHARD, "gqa-1", compile="aot_eager", checkpoint="full"),
-        "tp2-shard2-selective": Case(TP_SHARD, "kv3-1", compile="aot_eager", checkpoint="selective"),
-        "pp2-tp2": Case(PP_TP, micro=2, compile="aot_eager"),
+        "pp2-tp2-selective-kv3": Case(PP_TP, "kv3", micro=2, compile="aot_eager", checkpoint="selective"),
     }
 }
 CONTROLS: dict[str, tuple[Case, str]] = {

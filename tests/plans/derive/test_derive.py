@@ -18,6 +18,7 @@ from colrow.plans.derive.local import LocalCheck
 from colrow.plans.derive.prove import Sabotage, prove
 from colrow.plans.plan import Plan
 from colrow.plans.tracing.simulated import available
+from colrow.plans.verify.backends import RankFailure
 from colrow.plans.verify.parity import parity
 
 needs_simulation = pytest.mark.skipif(not available, reason="this torch has no LocalTensorMode")
@@ -83,6 +84,14 @@ class GPT(nn.Module):
             for layer in self.layers:
                 x = layer(x)
         return self.head(self.norm(x))
+
+
+class Peeking(GPT):
+    """Reads a row of the embedding's weight by itself, for a value that nothing uses (Gemma 4 does)."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        torch.where((ids == 0)[..., None], self.tokens.weight[0], self.tokens(ids))
+        return super().forward(ids)
 
 
 class Encoder(nn.Module):
@@ -183,6 +192,19 @@ def test_a_gpt_with_fused_qkv(kind: str, tp: int) -> None:
     assert found.legal == [1, 2, 4]
     assert found.loss == "vocab_parallel"
     assert "places.weight" in found.whole
+
+
+@needs_simulation
+def test_a_weight_that_is_read_in_vain_stays_a_plain_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, error = check(Peeking(), sequence_parallel=False)
+    assert error < TOLERANCE
+    assert found.modules["tokens"] == {"style": "fast_embedding", "whole": True}
+    assert found.modules["head"]["style"] == "colwise"
+    found, error = check(Peeking())
+    assert error < TOLERANCE
+    monkeypatch.setattr(Emitter, "_read_in_vain", lambda *_: False)
+    with pytest.raises(RankFailure, match="got mixed"):
+        check(Peeking(), sequence_parallel=False)
 
 
 @needs_simulation

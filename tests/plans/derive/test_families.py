@@ -59,7 +59,6 @@ def proved(
         ("bloom", 2, {"n_layer": 1}),
         ("gpt_neox", 2, ONE),
         ("opt", 2, ONE),
-        ("olmo2", 4, ONE),
         ("mixtral", 2, ONE),
         ("deepseek_v3", 2, ONE | {"num_key_value_heads": 8, "first_k_dense_replace": 0}),
     ],
@@ -72,7 +71,6 @@ def test_a_family_gets_the_full_split(kind: str, tp: int, sizes: dict[str, Any])
 @pytest.mark.parametrize(
     ("kind", "sizes"),
     [
-        ("llama", ONE | {"num_key_value_heads": 2}),
         ("qwen3", ONE | {"num_key_value_heads": 2}),
         ("phi3", ONE | {"num_key_value_heads": 2}),
         ("falcon", ONE | {"multi_query": True, "new_decoder_architecture": False}),
@@ -90,16 +88,14 @@ def test_fewer_kv_heads_than_ranks(kind: str, sizes: dict[str, Any]) -> None:
     [
         ("llama", 2, ONE, "model.layers.0."),
         ("qwen3", 4, ONE | {"num_key_value_heads": 2}, ""),
-        ("gemma3_text", 2, ONE, ""),
         ("olmo2", 4, ONE, ""),
-        ("phi3", 4, ONE, ""),
         ("gpt2", 4, {"n_layer": 1}, "transformer.h.0."),
         ("opt", 2, ONE, ""),
         ("falcon", 2, ONE, ""),
     ],
 )
 def test_a_family_runs_on_fast_styles(kind: str, tp: int, sizes: dict[str, Any], layer: str) -> None:
-    """Those that differ from these in nothing that styles know are in docs/models.md."""
+    """Those that differ from these in little that styles know are in docs/models-fast.md."""
     found, model, _ = proved(kind, tp, "fast", **sizes)
     plan = found.plan()
     assert {"rowwise", "sequence", "prepare_input", "local_block"}.isdisjoint(s.name for s in plan.modules.values())
@@ -109,10 +105,11 @@ def test_a_family_runs_on_fast_styles(kind: str, tp: int, sizes: dict[str, Any],
 
 
 def test_a_broken_plan_of_a_family_is_seen() -> None:
-    found, model, inputs = proved("qwen3", 2, **ONE)
-    plan = found.plan()
+    sizes = ONE | {"num_key_value_heads": 2}  # proved above
+    model, inputs, traced = family("qwen3", 4, **sizes)
+    plan = derive(model, 4, inputs=inputs, traced=traced).plan()
     norm = next(key for key in plan.modules if key.endswith("q_norm"))
     rest = {key: style for key, style in plan.modules.items() if key != norm}
-    proof = parity(model, Plan(modules=rest, loss=plan.loss), 2, inputs)
+    proof = parity(model, Plan(modules=rest, loss=plan.loss), 4, inputs)
     assert max(proof.gradients, key=lambda n: proof.gradients[n]).endswith("q_norm.weight")
     assert proof.worst > 1e-3

@@ -16,7 +16,7 @@ from colrow.plans.derive.choose import Choice
 from colrow.plans.derive.flow import Flow, Flows
 from colrow.plans.derive.infer import op_name, shape_of
 from colrow.plans.derive.sequence import Stream
-from colrow.plans.derive.trace import Scale, Trace, label_of
+from colrow.plans.derive.trace import Scale, Trace, label_of, module_path
 
 NORM = re.compile(r"norm", re.IGNORECASE)
 
@@ -165,7 +165,21 @@ class Emitter:
         return cut
 
     def _embedding(self, name: str) -> None:
+        if self._read_in_vain(f"{name}.weight"):
+            if self.early:
+                raise SplitError(self._atoms(name), f"code of another module reads {name}.weight")
+            self._put(name, style="fast_embedding", whole=True)
+            return
         self._put(name, style="rowwise", input="replicate", output="shard(1)" if self.early else "replicate")
+
+    def _read_in_vain(self, parameter: str) -> bool:
+        """Whether another module's code reads it for a value that nothing uses: that must find a plain tensor."""
+        name = self.traced.ties.get(parameter, parameter)
+        node = next((n for n, first in self.flows.inference.params.items() if first == name), None)
+        if node is None or name not in self.traced.outside:
+            return False
+        owners = {p.rpartition(".")[0] for p in (name, *(t for t, first in self.traced.ties.items() if first == name))}
+        return all(module_path(user) in owners for user in node.users)
 
     def _head(self, name: str) -> None:
         self._put(name, style="colwise", use_local_output=False)

@@ -21,6 +21,7 @@ from torch.fx import Node
 
 from colrow.errors import PlanError
 from colrow.plans.calls import call
+from colrow.plans.derive.outside import watching_reads
 
 _LIBRARY = torch.library.Library("colrow_plan", "DEF")
 _LIBRARY.define("boundary(Tensor x, str label, int dim, int mul, int div) -> Tensor")
@@ -83,6 +84,8 @@ class Trace:
     """How many positional arguments each module is called with."""
     results: dict[str, int] = field(default_factory=dict)
     """How many results each module returns: 0 for a single tensor."""
+    outside: frozenset[str] = frozenset()
+    """Parameters that code of other modules reads too, whether the value is used or not."""
 
     @property
     def nodes(self) -> list[Node]:
@@ -158,7 +161,7 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...], rescale: Rescale | None 
     training = {m: m.training for m in model.modules()}
     wrapper.eval()
     try:
-        with quiet(), markers(model, rescale) as calls, warnings.catch_warnings():
+        with quiet(), markers(model, rescale) as calls, watching_reads(model) as outside, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(wrapper, inputs, strict=False).run_decompositions({})
     except Exception as error:
@@ -201,6 +204,7 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...], rescale: Rescale | None 
         values,
         calls.positional,
         calls.results,
+        frozenset(outside),
     )
 
 
