@@ -29,7 +29,7 @@ from colrow.ops.carriers import OVERLAPS, Overlap, carrier
 from colrow.ops.float8 import KINDS
 from colrow.ops.parallel_linear import CHUNK_ROWS, column_linear
 from colrow.parallel.local_view import replace_forward
-from colrow.plans.cuts import Cut, place
+from colrow.plans.cuts import IN_BLOCK, Cut, place
 from colrow.plans.site import Site
 from colrow.plans.styles import Style
 from colrow.plans.styles_packed import is_transposed
@@ -174,6 +174,8 @@ class _GatherHook(ParallelStyle):
         names, options = style.columns, (style.keep_gathered, style.overlap, style.chunk_rows, style.fp8)
         keys = [last(name) for name in names]
         prepare_overlap(device_mesh, style.overlap)
+        for inner in module.modules():  # behind the columns all is a rank's own, and the gather's dual sums gradients
+            setattr(inner, IN_BLOCK, True)
 
         def gather(module: Any, args: Any, kwargs: Any) -> Any:
             key = style.argument if style.argument is not None else 0 if args else "hidden_states"

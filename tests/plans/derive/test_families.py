@@ -28,6 +28,8 @@ pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(not available, reason="this torch has no LocalTensorMode")
 
 ONE = {"num_hidden_layers": 1}
+LATENT = ONE | {"num_key_value_heads": 8, "first_k_dense_replace": 0}
+"""Attention whose second columns take what the first ones, whole on every rank, have made."""
 
 
 @functools.cache
@@ -60,7 +62,7 @@ def proved(
         ("gpt_neox", 2, ONE),
         ("opt", 2, ONE),
         ("mixtral", 2, ONE),
-        ("deepseek_v3", 2, ONE | {"num_key_value_heads": 8, "first_k_dense_replace": 0}),
+        ("deepseek_v3", 2, LATENT),
     ],
 )
 def test_a_family_gets_the_full_split(kind: str, tp: int, sizes: dict[str, Any]) -> None:
@@ -92,6 +94,7 @@ def test_fewer_kv_heads_than_ranks(kind: str, sizes: dict[str, Any]) -> None:
         ("gpt2", 4, {"n_layer": 1}, "transformer.h.0."),
         ("opt", 2, ONE, ""),
         ("falcon", 2, ONE, ""),
+        ("deepseek_v3", 2, LATENT, ""),
     ],
 )
 def test_a_family_runs_on_fast_styles(kind: str, tp: int, sizes: dict[str, Any], layer: str) -> None:
@@ -102,6 +105,15 @@ def test_a_family_runs_on_fast_styles(kind: str, tp: int, sizes: dict[str, Any],
     assert Plan.from_yaml(plan.to_yaml()) == plan
     if layer:
         assert per_layer(dry_run(model, plan, Mesh(tp=tp), 2, 4 * tp), layer) == FEWEST
+
+
+def test_gradients_summed_at_the_second_columns_and_at_the_gather_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("colrow.plans.styles_fast.IN_BLOCK", "_unread")
+    model, inputs, traced = family("deepseek_v3", 2, **LATENT)
+    found = derive(model, 2, inputs=inputs, traced=traced, options=DeriveOptions(styles="fast"))
+    proof = parity(model, found.plan(), 2, inputs)
+    assert proof.loss < TOLERANCE_FP32
+    assert proof.gradients["model.layers.0.self_attn.q_a_proj.weight"] == pytest.approx(1.0, rel=1e-3), "twice its own"
 
 
 def test_a_broken_plan_of_a_family_is_seen() -> None:
