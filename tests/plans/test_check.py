@@ -117,7 +117,8 @@ def test_the_check_leaves_the_model_alone() -> None:
 
 
 def test_every_code_has_a_case_and_a_page() -> None:
-    assert set(CODES) == {case.code for case in BROKEN.values()}
+    here = set(CODES) - ({"CR412"} if COMPILED_BLOCKS_WAIT else set())  # a torch that has no such error
+    assert here == {case.code for case in BROKEN.values()}
     table = (PAGES / "README.md").read_text(encoding="utf-8")
     for code, about in CODES.items():
         text = (PAGES / f"{code}.md").read_text(encoding="utf-8")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,11 +97,14 @@ def check_plan(config: RunConfig, source: Source, plan: Plan) -> list[str]:
 def check_plan_apart(config: RunConfig) -> list[str]:
     """`check_plan` in a process of its own: what it does with process groups leaves no trace in this rank.
 
-    To be called before this process has threads or a GPU: on Linux it is forked, which saves the imports.
+    A process of one thread is forked, which saves the imports; threads, such as those of torch's autograd for GPUs, do
+    not live on in a fork.
     """
     if not config.check or config.mesh.tp == 1:
         return []
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    threads = Path("/proc/self/task")
+    alone = threads.exists() and len(list(threads.iterdir())) == 1
+    context = multiprocessing.get_context("fork" if alone else "spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_check_again, config).result()
 
