@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,9 +18,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from colrow.checkpoint.conversions import Part, Shapes, in_parts, parts_for, parts_in
 from colrow.checkpoint.folder import flush
 from colrow.checkpoint.gather import catalogue
 from colrow.checkpoint.manifest import write_text
+from colrow.checkpoint.pieces import Piece
 from colrow.checkpoint.ranks import Ranks, as_text
 from colrow.checkpoint.shard_files import INDEX, SINGLE, ShardFile, share_files, split_files, write_share
 from colrow.checkpoint.state import Named, model_tensors
@@ -74,18 +76,28 @@ def load_weights(model: Model, folder: Path | str) -> None:
     folder = Path(folder)
     files = _files(folder)
     named = _named(model)
-    _require_same_names(folder, files, named, _expected(model, named))
-    by_file: dict[Path, list[Named]] = {}
+    parts = parts_in(model, _shapes_of(named, but=files), files) if isinstance(model, nn.Module) else {}
+    needed = {
+        name: shape
+        for one in named
+        for name, shape in (
+            [(part.name, part.shape) for part in parts[one.name]]
+            if one.name in parts
+            else [(one.name, tuple(one.tensor.shape))]
+        )
+    }
+    _require_same_names(folder, files, needed, _expected(model, needed))
+    _require_same_shapes(folder, files, needed)
+    by_file: dict[Path, list[Piece]] = {}
     for one in named:
-        by_file.setdefault(files[one.name], []).append(one)
-    _require_same_shapes(folder, by_file)
+        for piece in _stored_pieces(one, parts):
+            by_file.setdefault(files[piece.name], []).append(piece)
     with torch.no_grad():
-        for file, wanted in by_file.items():
+        for file, pieces in by_file.items():
             with TensorReader(file) as reader:
-                for one in wanted:
-                    for piece in one.pieces():
-                        ends = zip(piece.offset, piece.data.shape, strict=True)
-                        piece.data.copy_(reader.read(one.name, tuple(slice(o, o + n) for o, n in ends)))
+                for piece in pieces:
+                    ends = zip(piece.offset, piece.data.shape, strict=True)
+                    piece.data.copy_(reader.read(piece.name, tuple(slice(o, o + n) for o, n in ends)))
 
 
 def export(
@@ -100,6 +112,7 @@ def export(
 ) -> None:
     """Write a Hugging Face folder that `transformers` loads. Collective over `group`, all ranks unless given.
 
+    Names are those that transformers itself writes: a matrix for each expert, say, of which the model holds a stack.
     Each rank writes a share of the files into one folder that all ranks see, and holds at most one whole tensor at
     a time. The folder gets its name when it is complete; a former export of that name is replaced.
 
@@ -116,7 +129,7 @@ def export(
     tree = config_to_huggingface(config, dtype) if isinstance(config, LlamaConfig) else dict(config)
     tree |= {"dtype": str(dtype).removeprefix("torch."), **_text_ends(tokenizer)}
     ranks = Ranks.open(group, private=False)
-    pieces = ranks.together(lambda: [piece for one in _named(model) for piece in one.pieces()])
+    pieces = ranks.together(lambda: _exported(model))
     tensors = catalogue(ranks, pieces, dtype)
     files = split_files(tensors, max_shard_bytes)
     shares = share_files(files, ranks.size)
@@ -134,23 +147,45 @@ def export(
 def _named(model: Model) -> list[Named]:
     """The tensors that this rank holds, under the names of a Hugging Face folder."""
     named = [replace(one, name=name_to_huggingface(one.name)) for one in model_tensors(model)]
+    if (ties := _ties(model)) is not None:
+        return [replace(one, name=ties.get(one.name, one.name)) for one in named]
     if not _is_tied(model):
         return named
     return [replace(one, name=_EMBEDDING) if one.name == _HEAD else one for one in named]
 
 
-def _parts(model: Model) -> list[nn.Module]:
+def _stages(model: Model) -> list[nn.Module]:
     return [model] if isinstance(model, nn.Module) else list(model)
 
 
+def _shapes_of(named: Sequence[Named], but: Container[str] = ()) -> Shapes:
+    return {one.name: tuple(one.tensor.shape) for one in named if one.name not in but}
+
+
+def _stored_pieces(one: Named, parts: dict[str, list[Part]]) -> list[Piece]:
+    return in_parts(one.pieces(), parts[one.name]) if one.name in parts else one.pieces()
+
+
+def _exported(model: Model) -> list[Piece]:
+    named = _named(model)
+    parts = parts_for(model, _shapes_of(named)) if isinstance(model, nn.Module) else {}
+    return [piece for one in named for piece in _stored_pieces(one, parts)]
+
+
 def _is_tied(model: Model) -> bool:
-    return any(getattr(getattr(part, "config", None), "tie_word_embeddings", False) for part in _parts(model))
+    return any(getattr(getattr(part, "config", None), "tie_word_embeddings", False) for part in _stages(model))
 
 
-def _expected(model: Model, named: Sequence[Named]) -> set[str]:
+def _ties(model: Model) -> dict[str, str] | None:
+    """What a model of transformers says that it ties, each name to the one that is stored; None for other models."""
+    ties = getattr(model, "all_tied_weights_keys", None)
+    return ties if isinstance(ties, dict) else None
+
+
+def _expected(model: Model, needed: Iterable[str]) -> set[str]:
     """The names of the whole model, of which a pipeline stage holds some."""
-    names = {one.name for one in named}
-    for part in _parts(model):
+    names = {*needed, *(_ties(model) or ())}
+    for part in _stages(model):
         config = getattr(part, "config", None)
         if isinstance(config, LlamaConfig):
             with torch.device("meta"):
@@ -190,9 +225,9 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
         raise CheckpointError(f"{file} is not a safetensors file: {error}") from error
 
 
-def _require_same_names(folder: Path, files: Iterable[str], named: Sequence[Named], expected: set[str]) -> None:
+def _require_same_names(folder: Path, files: Iterable[str], needed: Iterable[str], expected: set[str]) -> None:
     there = set(files)
-    missing = [one.name for one in named if one.name not in there]
+    missing = [name for name in needed if name not in there]
     unexpected = sorted(name for name in there - expected if not _is_derived(name, expected))
     if not missing and not unexpected:
         return
@@ -208,15 +243,15 @@ def _is_derived(name: str, expected: set[str]) -> bool:
     return name.endswith("rotary_emb.inv_freq") or (name == _HEAD and _EMBEDDING in expected)
 
 
-def _require_same_shapes(folder: Path, by_file: dict[Path, list[Named]]) -> None:
+def _require_same_shapes(folder: Path, files: dict[str, Path], needed: dict[str, tuple[int, ...]]) -> None:
     wrong = []
-    for file, wanted in by_file.items():
-        shapes = _shapes(file)
-        for one in wanted:
-            if one.name not in shapes:
-                raise CheckpointError(f"{file} lacks {one.name}, which the index says it holds: fetch the folder again")
-            if shapes[one.name] != tuple(one.tensor.shape):
-                wrong.append(f"{one.name} is {list(shapes[one.name])}, the model's {list(one.tensor.shape)}")
+    shapes = {file: _shapes(file) for file in {files[name] for name in needed}}
+    for name, shape in needed.items():
+        there = shapes[files[name]]
+        if name not in there:
+            raise CheckpointError(f"{files[name]} lacks {name}, which the index says it holds: fetch the folder again")
+        if there[name] != shape:
+            wrong.append(f"{name} is {list(there[name])}, the model's {list(shape)}")
     if wrong:
         raise CheckpointError(f"{folder} holds a model of other sizes: {_first(wrong)}")
 
