@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.distributed.tensor import DTensor, Partial, Shard
 
 from colrow.bench.arms import ARMS, arm_config
-from colrow.bench.measure import missing_paths
+from colrow.bench.measure import Job, measure, missing_paths
 from colrow.bench.report import merged
 from colrow.bench.trace import StepTrace, from_events
 from colrow.cli.bench import Flags, base_config
 from colrow.config import RunConfig
 from colrow.errors import ConfigError
+from colrow.ops.collectives import all_gather, reduce_scatter
 from colrow.plans.plan import Plan
+from colrow.train.rank import Place, joined
 from forked import Commands
 
 
@@ -125,6 +129,35 @@ def test_cuda_graphs_that_were_not_launched_are_seen() -> None:
 def test_rounds_give_the_median() -> None:
     rounds = [[{"arm": "fast", "step_ms": ms}] for ms in (3.0, 1.0, 2.0)]
     assert merged(rounds) == [{"arm": "fast", "step_ms": 2.0, "rounds_step_ms": [3.0, 1.0, 2.0]}]
+
+
+@pytest.mark.parametrize("arm", ["plain", "fast"])
+def test_one_rank_of_four_is_measured_alone(arm: str) -> None:
+    """All that a rank does, its collectives included: two gathers and two scatters a layer each way."""
+    config = arm_config(base_config(Flags(shape="laptop", layers=1, tp=4, seq_len=32, device="cpu")), arm)
+    result = measure(Job(arm, config, warmup=1, steps=1), Place(0, 0, 4, 1, alone=True))
+    calls = result["trace"]["collectives"]
+    gathers, scatters = (sum(n for name, n in calls.items() if kind in name) for kind in ("gather", "scatter"))
+    assert result["one_rank"]
+    assert "loss_last" not in result
+    assert (gathers, scatters) == ((6, 6) if arm == "plain" else (7, 6)), calls
+    assert result["tokens_per_second_per_gpu"] == pytest.approx(32 / result["step_ms"] * 1e3 / 4)
+
+
+def test_what_a_rank_alone_receives_has_the_size_of_what_it_has() -> None:
+    config = base(tp=4)
+    with joined(config.model_copy(update={"device": "cpu"}), Place(0, 0, 4, 1, alone=True)) as (mesh, _):
+        x, group = torch.randn(8, 3), mesh.get_group("tp")
+        assert torch.equal(all_gather(x, group), x.repeat(4, 1))
+        assert torch.equal(reduce_scatter(x, group), x[:2])
+        partial = DTensor.from_local(x, mesh["tp"], [Partial()], run_check=False)
+        assert torch.equal(partial.redistribute(placements=[Shard(0)]).to_local(), x[:2])
+
+
+def test_one_rank_of_a_pipeline_is_refused() -> None:
+    config = arm_config(base(tp=2), "fast:mesh.pp=2")
+    with pytest.raises(ConfigError, match=r"--one-rank.*pp 1"):
+        measure(Job("fast", config, warmup=1, steps=1), Place(0, 0, 4, 1, alone=True))
 
 
 @pytest.mark.distributed

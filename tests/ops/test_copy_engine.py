@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from colrow.ops.copy_engine import FREE, FULL, RING, CopyEngine, Ring
+from colrow.ops import chunked, copy_engine
+from colrow.ops.copy_engine import FREE, FULL, RING, AloneEngine, CopyEngine, Ring
 
 SHAPE = (4,)
 SCHEDULES = 60
@@ -155,3 +156,55 @@ def test_one_hardware_queue_does_not_deadlock() -> None:
     for seed in range(20):
         assert play(3, seed, one_queue=True, together=RING) == []
     assert play(3, 0, one_queue=True, together=RING + 1) == ["deadlock"]
+
+
+class AtOnce:
+    """A device that does everything when told; a flag that is taken must be put."""
+
+    def __init__(self, flags: dict[Any, int]) -> None:
+        self.flags = flags
+
+    def current(self) -> None: ...
+
+    def follow(self, stream: Any, leader: Any) -> None: ...
+
+    def copy(self, stream: Any, target: Tensor, source: Tensor) -> None:
+        target.copy_(source)
+
+    def put(self, stream: Any, flag: Any) -> None:
+        assert not self.flags[flag], "put twice"
+        self.flags[flag] = 1
+
+    def take(self, stream: Any, flag: Any) -> None:
+        assert self.flags[flag], "nobody puts it: on a GPU this stream would wait for ever"
+        self.flags[flag] = 0
+
+
+def engine_alone(n: int) -> AloneEngine:
+    flags = {
+        (kind, slot, peer): int(kind == FREE) for kind in (FULL, FREE) for slot in range(RING) for peer in range(n)
+    }
+
+    def ring(nbytes: int) -> Ring:
+        slots = torch.zeros(RING, nbytes, dtype=torch.uint8)
+        flag = copy_engine.flags_alone(0, n)
+        return Ring(0, [slots] * n, lambda holder, kind, slot, peer: (kind, slot, flag(holder, peer)))
+
+    return AloneEngine(AtOnce(flags), [None] * (n - 1), ring)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_a_rank_alone_gets_what_it_sends(n: int) -> None:
+    engine, x, w = engine_alone(n), torch.randn(3, 5), torch.randn(2, 5)
+    for _ in range(3 * RING):  # flags are back where they were
+        y, gathered = chunked.column_forward(x, [w], engine, keep=True)
+        assert torch.equal(gathered, x.repeat(n, 1))
+        torch.testing.assert_close(y, gathered @ w.t())
+        rows = torch.randn(n * 3, 5)
+        torch.testing.assert_close(chunked.row_forward(rows, w, engine), (rows @ w.t()).unflatten(0, (n, 3)).sum(0))
+
+
+def test_a_flag_at_the_wrong_place_would_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copy_engine, "flags_alone", lambda rank, n: lambda holder, peer: peer)
+    with pytest.raises(AssertionError, match="for ever"):
+        chunked.column_forward(torch.randn(3, 5), [torch.randn(2, 5)], engine_alone(2), keep=False)

@@ -57,6 +57,8 @@ class Job:
 def measure(job: Job, place: Place) -> dict[str, Any]:
     """Train with random tokens and return the arm's figures, the same on each rank. Collective.
 
+    Of a rank that is alone they are those of a step whose communication is free but for a copy of what is gathered.
+
     Raises:
         ConfigError: something does not fit; or a fast path was asked for and the profiled step shows that it did not
             run.
@@ -67,6 +69,8 @@ def measure(job: Job, place: Place) -> dict[str, Any]:
             f"arm {job.arm}: train.cuda_graph captures in step {EAGER_STEPS + 1}, and --warmup is {job.warmup}: use "
             f"--warmup {EAGER_STEPS + 1} or more"
         )
+    if place.alone:
+        _require_measurable_alone(config)
     preflight.check_sequence(config, choose_plan(config, build_source(config.model, config.run.seed).model))
     with joined(config, place) as (mesh, device):
         training = set_up(config, mesh, device)
@@ -88,7 +92,8 @@ def measure(job: Job, place: Place) -> dict[str, Any]:
         seconds = _timed(training, batches, job, losses)
         memory = _memory(device)
         trace = _profiled(training, next(batches), job, place.rank, device)
-        figures = _figures(job, training, seconds, memory, device) | {"ran": what_ran(training, config.data.seq_len)}
+        figures = _figures(job, training, seconds, memory, device)
+        figures |= {"ran": what_ran(training, config.data.seq_len), "one_rank": place.alone}
         shared: list[Any] = [None]
         if place.rank == 0:
             assert trace is not None
@@ -97,14 +102,20 @@ def measure(job: Job, place: Place) -> dict[str, Any]:
             shared[0] = {**figures, "trace": trace.to_data(), **_problem(training, trace)}
         shared_device = device if device.type == "cuda" else None
         dist.broadcast_object_list(shared, device=shared_device)
-        ends = torch.stack([losses[0], losses[-1]]).double()
-        dist.all_reduce(ends)
         result: dict[str, Any] = shared[0]
-        result["loss_first"], result["loss_last"] = (ends / config.mesh.world_size * config.mesh.pp).tolist()
+        if not place.alone:  # where sums lack the other ranks' parts, a loss is none
+            ends = torch.stack([losses[0], losses[-1]]).double()
+            dist.all_reduce(ends)
+            result["loss_first"], result["loss_last"] = (ends / config.mesh.world_size * config.mesh.pp).tolist()
         training.close()
     if "problem" in result:
         raise ConfigError(f"arm {job.arm}: {result['problem']}")
     return result
+
+
+def _require_measurable_alone(config: RunConfig) -> None:
+    if config.mesh.pp > 1:
+        raise ConfigError("--one-rank: a pipeline's stages wait for each other, and one alone says little: use pp 1")
 
 
 def random_batches(config: RunConfig, vocab: int, data_rank: int, device: torch.device) -> Iterator[list[Batch]]:

@@ -72,7 +72,8 @@ def table(results: list[Result]) -> Table:
             _joined(result, ("mfu_causal", "mfu_full"), lambda share: f"{share:.1%}"),
             _joined(result, ("fraction_of_bound",), lambda share: f"{share:.0%}"),
             _joined(result, ("peak_allocated_gib", "peak_reserved_gib", "device_used_gib"), lambda gib: f"{gib:.1f}"),
-            *("-" if trace[key] is None else f"{trace[key]:.1f} ms" for key in ("exposed", "idle")),
+            "-" if trace["exposed"] is None or result["one_rank"] else f"{trace['exposed']:.1f} ms",
+            "-" if trace["idle"] is None else f"{trace['idle']:.1f} ms",
         )
     return shown
 
@@ -87,6 +88,8 @@ def show(results: list[Result], place: dict[str, Any], console: Console) -> None
         f"{one['model']}, mesh {mesh}, seq {one['seq_len']}, micro-batch {one['micro_batch']}, "
         f"{one['tokens_per_step']:,} tokens a step"
     )
+    if one["one_rank"]:
+        console.print("one rank alone, nothing sent: a step whose communication is all hidden")
     console.print(f"{place['device']}, torch {place['torch']}, commit {place['commit']}, {place['date']}")
     console.print(table(results))
     for result in results:
@@ -96,7 +99,17 @@ def show(results: list[Result], place: dict[str, Any], console: Console) -> None
         launches = f", {trace['graph_launches']} launches" if result["cuda_graph"] else ""
         console.print(f"{result['arm']}: plan {result['plan']}, loss {result['loss']}, {result['compute']}")
         console.print(f"  ran {result['ran']}{launches}", highlight=False)
+        if result["one_rank"] and (exposed := _with_exposed(result)) is not None:
+            console.print(f"  with tp's collectives in front of all other work: {exposed:,.0f} tok/s/GPU")
         console.print(f"  {f'ms by kind: {kinds}; ' if kinds else ''}{calls or 'no calls of its own'}", highlight=False)
+
+
+def _with_exposed(result: Result) -> float | None:
+    """Tokens/s per GPU if nothing hid tp's collectives; None where the links have no rate."""
+    if result["bound_exposed_ms"] is None:
+        return None
+    sent = result["bound_exposed_ms"] - result["bound_ms"]
+    return float(result["tokens_per_second_per_gpu"] * result["step_ms"] / (result["step_ms"] + sent))
 
 
 def write(results: list[Result], rounds: list[list[Result]], place: dict[str, Any], path: Path) -> None:

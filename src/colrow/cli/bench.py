@@ -51,6 +51,9 @@ class Flags:
     warmup: int = 3
     rounds: int = 1
     """How often the arms take turns; each round starts anew."""
+    one_rank: bool = False
+    """Run one rank of the mesh alone, on one device. Nothing is sent: this is a step whose communication is all
+    hidden, and the memory of a rank, to see before there are that many GPUs."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Write JSON to this file."""
     trace: Path | None = None
@@ -140,7 +143,7 @@ def _arm(flags: Flags, arm: str, config: RunConfig) -> dict[str, Any] | None:
     from colrow.train import preflight
     from colrow.train.launch import launch
 
-    ranks = config.mesh.world_size
+    ranks = 1 if flags.one_rank else config.mesh.world_size
     os.environ.setdefault("OMP_NUM_THREADS", str(preflight.threads_for(ranks)))
     with tempfile.TemporaryDirectory(prefix="colrow-bench-") as folder:
         job, result = Path(folder) / "job.json", Path(folder) / "result.json"
@@ -151,6 +154,7 @@ def _arm(flags: Flags, arm: str, config: RunConfig) -> dict[str, Any] | None:
             "steps": flags.steps,
             "trace": str(flags.trace.resolve()) if flags.trace else None,
             "result": str(result),
+            "one_rank": flags.one_rank,
         }
         job.write_text(json.dumps(said), encoding="utf-8")
         failure = launch(["-m", "colrow", "bench", JOB, str(job)], ranks, save=False)
@@ -172,16 +176,17 @@ def _rank(path: Path) -> int:
         from colrow.train.stop import StopRequest
 
         said = json.loads(path.read_text(encoding="utf-8"))
-        world_size = int(os.environ["WORLD_SIZE"])
+        config, world_size = parse_config(said["config"], f"arm {said['arm']}"), int(os.environ["WORLD_SIZE"])
         place = Place(
             rank=int(os.environ["RANK"]),
             local_rank=int(os.environ.get("LOCAL_RANK", os.environ["RANK"])),
-            world_size=world_size,
+            world_size=config.mesh.world_size if said["one_rank"] else world_size,
             local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+            alone=said["one_rank"],
         )
         job = Job(
             arm=said["arm"],
-            config=parse_config(said["config"], f"arm {said['arm']}"),
+            config=config,
             warmup=said["warmup"],
             steps=said["steps"],
             trace=Path(said["trace"]) if said["trace"] else None,

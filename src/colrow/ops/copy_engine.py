@@ -93,9 +93,13 @@ class CopyEngine(Carrier):
         key = (self._turn, shape, dtype)
         if key not in self._views:
             views = [slots[self._turn, :nbytes].view(dtype).view(self.size, *shape) for slots in self.ring.slots]
-            self._views[key] = views[self.ring.rank], [view[self.ring.rank] for view in views]
+            self._views[key] = views[self.ring.rank], self._targets(views)
         own, targets = self._views[key]
         return _CopyEngineExchange(self.device, self.streams, self.ring, self._turn, own, targets)
+
+    def _targets(self, views: list[Tensor]) -> list[Tensor]:
+        """Where this rank's chunk goes, by peer; `views` are a slot of each rank, [n, *chunk]."""
+        return [view[self.ring.rank] for view in views]
 
 
 class _CopyEngineExchange(Exchange):
@@ -131,6 +135,27 @@ class _CopyEngineExchange(Exchange):
             self._device.put(current, self._ring.flag(self.before(i), FREE, self._turn, self.rank))
             self._device.follow(current, side)  # the allocator may hand what was sent to this stream again
         self._held.clear()
+
+
+class AloneEngine(CopyEngine):
+    """The engine of a rank whose peers are not there: what goes to one peer comes in as the chunk of another.
+
+    Its ring is its own; a rank's part in every exchange is done as ever, so that the rank can be measured.
+    """
+
+    def _targets(self, views: list[Tensor]) -> list[Tensor]:
+        own = views[self.ring.rank]
+        return [own[mirrored(self.ring.rank, peer, self.size)] for peer in range(self.size)]
+
+
+def mirrored(rank: int, peer: int, n: int) -> int:
+    """The rank that `rank` receives from in the step in which it sends to `peer`."""
+    return (2 * rank - peer) % n
+
+
+def flags_alone(rank: int, n: int) -> Callable[[int, int], int]:
+    """Whose flag of its own a rank alone means by (holder, peer): one at a peer is the one that the peer would put."""
+    return lambda holder, peer: peer if holder == rank else mirrored(rank, holder, n)
 
 
 # ---- CUDA ------------------------------------------------------------------------------------------------------------
@@ -200,12 +225,17 @@ def copy_engine(group: dist.ProcessGroup, device: torch.device) -> CopyEngine:
     known = _ENGINES.get(name)
     if known is not None and known[0] is group:
         return known[1]
-    why, cause = _obstacle(group, device), None
+    alone = dist.get_backend(group) == "fake"
+    why, cause = _obstacle(group, device, alone), None
     if why is None:
         try:
             # torch's pool keeps them alive
             streams = [torch.cuda.Stream(device, priority=-1).cuda_stream for _ in range(1, group.size())]
-            engine = CopyEngine(Cuda(device), streams, lambda nbytes: _symmetric_ring(group, device, nbytes))
+            engine = (
+                AloneEngine(Cuda(device), streams, lambda nbytes: _ring_alone(group, device, nbytes))
+                if alone
+                else CopyEngine(Cuda(device), streams, lambda nbytes: _symmetric_ring(group, device, nbytes))
+            )
         except (OSError, RuntimeError) as error:  # no driver library; no handles to share, or no way to map them
             why, cause = f"memory cannot be shared ({error})", error
         else:
@@ -217,10 +247,12 @@ def copy_engine(group: dist.ProcessGroup, device: torch.device) -> CopyEngine:
     ) from cause
 
 
-def _obstacle(group: dist.ProcessGroup, device: torch.device) -> str | None:
+def _obstacle(group: dist.ProcessGroup, device: torch.device, alone: bool) -> str | None:
     """Why copy engines cannot reach the ranks of the group, the same on each; None when nothing speaks against it."""
     if device.type != "cuda":
         return f"the ranks compute on {device.type}"
+    if alone:
+        return None
     boot = Path("/proc/sys/kernel/random/boot_id")  # hosts of one image may have one name
     host = socket.gethostname(), boot.read_text() if boot.exists() else ""
     mine = torch.cuda.get_device_properties(device).uuid
@@ -265,3 +297,19 @@ def _symmetric_ring(group: dist.ProcessGroup, device: torch.device, nbytes: int)
         return addresses[holder] + flags[rank].element_size() * ((kind * RING + slot) * n + peer)
 
     return Ring(rank, slots, flag)
+
+
+def _ring_alone(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> Ring:
+    """A ring of new slots where no peer is."""
+    n, rank = group.size(), group.rank()
+    torch.cuda.synchronize(device)
+    slots = torch.zeros(RING, nbytes, dtype=torch.uint8, device=device)
+    flags = torch.zeros(2, RING, n, dtype=torch.int32, device=device)
+    flags[FREE] = 1
+    torch.cuda.synchronize(device)
+    column = flags_alone(rank, n)
+
+    def flag(holder: int, kind: int, slot: int, peer: int) -> int:
+        return flags.data_ptr() + flags.element_size() * ((kind * RING + slot) * n + column(holder, peer))
+
+    return Ring(rank, [slots] * n, flag)

@@ -20,6 +20,7 @@ from colrow.config import RunConfig
 from colrow.data.prepare import PreparedData, prepare
 from colrow.data.tokenizer import Tokenizer
 from colrow.train import preflight
+from colrow.train.alone import alone
 from colrow.train.host_memory import keep_freed_memory
 from colrow.train.loop import Loop, Outcome, resume
 from colrow.train.meeting import meet
@@ -40,6 +41,8 @@ class Place:
     local_rank: int
     world_size: int
     local_world_size: int
+    alone: bool = False
+    """Whether the other ranks are not there, and what is sent to them goes nowhere: for measuring."""
 
 
 def run_rank(
@@ -124,7 +127,7 @@ def train_run(
 
 @contextmanager
 def joined(config: RunConfig, place: Place) -> Iterator[tuple[DeviceMesh, torch.device]]:
-    """The default process group, the mesh, and this rank's device: gloo on CPUs, NCCL on GPUs."""
+    """The default process group, the mesh, and this rank's device: gloo on CPUs, NCCL on GPUs, fake for one alone."""
     kind = preflight.device_type(config)
     options: dict[str, Any] = {}
     device = torch.device("cpu")
@@ -134,6 +137,10 @@ def joined(config: RunConfig, place: Place) -> Iterator[tuple[DeviceMesh, torch.
         device = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(device)
         options["device_id"] = device
+    if place.alone:
+        with alone(place.rank, place.world_size):
+            yield config.mesh.build(kind, place.world_size), device
+        return
     store, _, _ = next(rendezvous("env://", place.rank, place.world_size))
     dist.init_process_group(
         "nccl" if kind == "cuda" else "gloo",
