@@ -228,6 +228,7 @@ BROKEN: dict[str, Case] = {
         "blocks.*.mlp.0",
     ),
     "colwise on a norm": Case("CR206", llama, lambda: preset(input_layernorm="colwise"), "layers.*.input_layernorm"),
+    "packed_colwise on embedding": Case("CR206", llama, lambda: preset(embed_tokens="packed_colwise"), "embed_tokens"),
     "kv_replicate on embedding": Case("CR206", llama, lambda: preset(embed_tokens="kv_replicate"), "embed_tokens"),
     "adapter inside": Case(
         "CR207",
@@ -262,10 +263,24 @@ BROKEN: dict[str, Case] = {
         lambda: m.Gpt(lambda: m.Attention("parts")),
         lambda: gpt_plan(attn__qkv={"style": "packed_colwise", "segments": [30, 34, 32]}),
     ),
+    "whole keys and values beside split queries": Case(
+        "CR213",
+        lambda: llama(num_attention_heads=8),
+        lambda: preset(self_attn__k_proj="local_shards", self_attn__v_proj="local_shards"),
+        "layers.*.self_attn",
+        options={"mesh": Mesh(tp=2)},
+    ),
+    "whole values that do not divide": Case(
+        "CR213", llama, lambda: preset(self_attn__v_proj="local_shards"), "layers.0.self_attn"
+    ),
     # head, loss, ties
     "local logits": Case("CR301", llama, lambda: preset(lm_head=LOCAL_HEAD), "lm_head"),
     "local logits, ordinary loss": Case(
         "CR301", llama, lambda: preset(loss="replicated", lm_head=LOCAL_HEAD), "lm_head"
+    ),
+    "local logits, fast styles": Case("CR301", llama, lambda: preset("llama-fast", lm_head="fast_column"), "loss"),
+    "local logits, fast styles and ordinary loss": Case(
+        "CR301", llama, lambda: preset("llama-fast", "replicated", lm_head="fast_column"), "loss"
     ),
     "local logits of a gpt": Case("CR301", m.Gpt, lambda: gpt_plan(head="colwise"), "head"),
     "gathered logits": Case("CR302", llama, lambda: preset(lm_head={**LOCAL_HEAD, "output": "replicate"}), "lm_head"),

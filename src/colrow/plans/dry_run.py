@@ -25,6 +25,7 @@ from colrow.parallel.parallelize import parallelize
 from colrow.plans.calls import Loss, call, example_input, loss_of
 from colrow.plans.plan import Plan
 from colrow.plans.styles import Style
+from colrow.plans.styles_local import TABLES
 from colrow.plans.tracing.cut import Copy, cut_copy, towers
 from colrow.plans.tracing.fake_world import fake_tensors, fake_tp_mesh
 from colrow.plans.tracing.views import View, Views
@@ -110,7 +111,7 @@ class DryRun:
         reference_failure: the unsharded run's; then nothing else is known.
         no_gradient: parameters that got a gradient in the unsharded run alone.
         plain: parameters that are no DTensors after the plan.
-        logits: the model's output.
+        logits, reference_logits: the model's output, sharded and not.
         class_losses: log-softmaxes of split logits that no cross entropy took.
         unfinished: blocks whose input is what a collective gave, with nothing but views between.
     """
@@ -127,6 +128,7 @@ class DryRun:
     no_gradient: list[str] = field(default_factory=list)
     plain: list[str] = field(default_factory=list)
     logits: Output | None = None
+    reference_logits: Output | None = None
     class_losses: int = 0
     unfinished: list[str] = field(default_factory=list)
     memory: Memory = field(default_factory=Memory)
@@ -218,6 +220,7 @@ def _run_unsharded(request: _Request, run: DryRun, copy: Copy, inputs: tuple[Any
     try:
         with views:
             output = call(copy.model, inputs)
+        run.reference_logits = _output(output, lambda _: False)
         loss = request.loss(output, inputs)
         if loss.requires_grad:
             loss.backward()
@@ -231,12 +234,14 @@ def _run_sharded(
 ) -> None:
     where = Where(copy.model, copy.original)
     watch = Watch(where, request.tp)
-    views = Views(where, watch.packed)
+    views = Views(where, watch.packed, watch.varies)
     for module in copy.model.modules():
         for name in module.__dict__.get(PACKED, ()):
             param = module._parameters[name]  # the attribute may be a view of it
             assert param is not None
             watch.mark_packed(param)
+    for table in list(TABLES):
+        watch.mark(table, True)
     _record_outputs(copy, run.outputs, watch.varies)
     _record_unfinished(copy, run.unfinished, watch.gathering)
     params = {id(param): copy.original(name) for name, param in copy.model.named_parameters()}

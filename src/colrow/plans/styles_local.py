@@ -16,12 +16,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from colrow.errors import PlanError
 from colrow.parallel.local_view import View, view_parameters
 from colrow.plans.heads import Heads, heads_of
 from colrow.plans.site import Site, divide
 from colrow.plans.styles import Colwise, ParameterLayout, Style, _Coerce, _one, _require, replicated
+
+TABLES = WeakTensorKeyDictionary()
+"""What `rank_table` made and is still in use: to whoever looks at one rank alone, nothing else shows that it is not the
+same on all ranks."""
 
 
 class LocalStyle(ParallelStyle):
@@ -64,7 +69,9 @@ def whole_input(x: Tensor, mesh: DeviceMesh, layout: Placement) -> Tensor:
 def rank_table(mesh: DeviceMesh, rows: list[list[int]]) -> Tensor:
     """Row `rank` of `rows`, on the mesh's device. Rows are equally long."""
     table = torch.tensor(rows, device=mesh.device_type)
-    return distribute_tensor(table, mesh, [Shard(0)], src_data_rank=None).to_local()[0]
+    mine = distribute_tensor(table, mesh, [Shard(0)], src_data_rank=None).to_local()[0]
+    TABLES[mine] = True
+    return mine
 
 
 def summed(param: DTensor) -> Tensor:

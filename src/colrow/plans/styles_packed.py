@@ -20,9 +20,10 @@ def _weight_dims(site: Site, style: str) -> tuple[int, int]:
     """Dimensions of output and input features of the weight: (0, 1) for a Linear, (1, 0) for transformers' Conv1D."""
     module: Any = site.module
     weight = module._parameters.get("weight")
-    if weight is None or weight.dim() != 2:
+    if weight is None or weight.dim() != 2 or isinstance(module, nn.Embedding):
         raise PlanError(
-            f"{site.fqn}: style {style} is for a module with a two-dimensional weight, not {type(module).__name__}"
+            f"{site.fqn}: style {style} is for a module that multiplies by a two-dimensional weight, not "
+            f"{type(module).__name__}"
         )
     return (1, 0) if is_transposed(module) else (0, 1)
 

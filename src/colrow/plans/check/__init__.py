@@ -46,7 +46,8 @@ def check(
     Args:
         batch_size: sequences on one rank.
         inputs: example arguments for models that do not take token ids [batch_size, seq_len].
-        loss: of the model's output and the inputs; next-token cross entropy unless given.
+        loss: of the model's output (its logits, or the first tensor of what it returns) and the inputs; next-token
+            cross entropy unless given.
         param_dtype, reduce_dtype: of FSDP2's mixed precision, where you use it: what the model computes in, and what
             you expect gradients to be summed in.
         compiled: you compile the blocks yourself, with `torch.compile` on each.

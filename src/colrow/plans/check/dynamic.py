@@ -68,6 +68,13 @@ def _views(run: DryRun, tp: int) -> Iterator[Finding]:
         for got, want in zip(calls, wanted, strict=False):
             if got.op != want.op or got.on_dtensor or got.packed or len(got.source) != len(want.source):
                 break
+            if (heads := _whole_kv_heads(got, want)) is not None:
+                message = (
+                    f"a rank's {got.source[-3]} of {want.source[-3]} query heads meet all {heads} kv heads: attention "
+                    "shares these out as if no other rank had queries"
+                )
+                yield finding("CR213", module, message, "give k_proj and v_proj the style kv_replicate")
+                break
             code = _view_code(got, want, tp)
             if code == "CR208":
                 message = (
@@ -84,6 +91,16 @@ def _views(run: DryRun, tp: int) -> Iterator[Finding]:
                 fix = "view with -1 for the number of heads and the fixed head_dim: view(B, T, -1, head_dim)"
                 yield finding("CR209", module, message, fix)
                 break
+
+
+def _whole_kv_heads(got: View, want: View) -> int | None:
+    """The number of kv heads that an attention shares out among a part of the query heads as if these were all."""
+    for (shape, equal), (whole, _) in zip(got.shared, want.shared, strict=False):
+        if min(len(shape), len(whole), len(got.source)) < 3 or whole[-3] == 1:
+            continue
+        if equal and shape[-3] == whole[-3] and got.source[-3] < want.source[-3]:
+            return shape[-3]
+    return None
 
 
 def _view_code(got: View, want: View, tp: int) -> str | None:
@@ -192,6 +209,15 @@ def _log_softmax(run: DryRun, plan: Plan) -> Iterator[Finding]:
 
 
 def _loss(run: DryRun, plan: Plan) -> Iterator[Finding]:
+    got, want = run.logits, run.reference_logits
+    if got is not None and want is not None and not got.is_dtensor and got.shape[-1:] < want.shape[-1:]:
+        message = (
+            f"the loss takes this rank's {got.shape[-1]} logits of a token for all {want.shape[-1]}: the head returns "
+            "them as a plain tensor"
+        )
+        fix = "use a head that returns split logits (fast_head, colwise with use_local_output: false) or whole ones"
+        yield finding("CR301", LOSS, message, fix)
+        return
     if plan.loss != "vocab_parallel" or run.logits is None:
         return
     if run.class_losses > 0:

@@ -37,6 +37,7 @@ CODES: dict[str, Code] = {
     "CR210": Code("segments-do-not-divide", "error", "a fused part cannot be cut evenly"),
     "CR211": Code("style-options", "error", "the style cannot be applied"),
     "CR212": Code("buffer-not-split", "error", "a buffer of the whole size meets a shard"),
+    "CR213": Code("whole-kv-heads", "error", "wrong numbers, no exception: query heads meet other groups' kv heads"),
     # ends: head, loss, ties
     "CR301": Code("local-vocabulary-shard", "error", "wrong numbers: a rank takes its shard for the vocabulary"),
     "CR302": Code("whole-logits", "warning", "the vocabulary-parallel loss has nothing to do"),

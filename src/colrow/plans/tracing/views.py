@@ -11,6 +11,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -31,14 +32,18 @@ _SPLIT = {
 }
 _ATTENTION = {F.scaled_dot_product_attention: "scaled_dot_product_attention"}
 _WATCHED: dict[Any, str] = {**_RESHAPE, **_SPLIT, **_ATTENTION}
-_LIBRARY = ("/torch/distributed/", "/torch/_tensor.py", "/torch/functional.py", "/torch/overrides.py")
+_TORCH = str(Path(torch.__file__).parent)
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class View:
-    """One call of model code: what went in, what came out, and the dimension of a split."""
+    """One call of model code: what went in, what came out, and the dimension of a split.
+
+    Attributes:
+        shared: of an attention's keys and values, the shapes, and whether each is the same on all ranks.
+    """
 
     op: str
     source: Shape
@@ -46,30 +51,51 @@ class View:
     dim: int
     on_dtensor: bool
     packed: bool
+    shared: tuple[tuple[Shape, bool], ...] = ()
 
 
 class Views(TorchFunctionMode):
     """`calls[module]` lists the watched calls in the order in which the module's code made them."""
 
-    def __init__(self, where: Where, packed: Callable[[Tensor], bool] = lambda _: False) -> None:
+    def __init__(
+        self,
+        where: Where,
+        packed: Callable[[Tensor], bool] = lambda _: False,
+        varies: Callable[[Tensor], bool] = lambda _: False,
+    ) -> None:
         super().__init__()
-        self._packed = packed
+        self._packed, self._varies = packed, varies
         self.calls: dict[str, list[View]] = defaultdict(list)
         self._where = where
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        name = _WATCHED.get(func)
-        if name is not None and not self._where.backward() and _called_by_model():
-            source: Any = args[0] if args else kwargs.get("input", kwargs.get("query"))
-            if isinstance(source, Tensor):
-                results = tuple(tuple(leaf.shape) for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
-                dim = _split_dim(name, args, kwargs) % max(1, source.ndim)
-                self.calls[self._where.module()].append(
-                    View(name, tuple(source.shape), results, dim, isinstance(source, DTensor), self._packed(source))
-                )
+        try:
+            out = func(*args, **kwargs)
+        except Exception:
+            if func in _ATTENTION:  # heads that do not go together may say why
+                self._record(func, args, kwargs, None)
+            raise
+        if func in _WATCHED:
+            self._record(func, args, kwargs, out)
         return out
+
+    def _record(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        source: Any = args[0] if args else kwargs.get("input", kwargs.get("query"))
+        if self._where.backward() or not _called_by_model() or not isinstance(source, Tensor):
+            return
+        name = _WATCHED[func]
+        results = tuple(tuple(leaf.shape) for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+        dim = _split_dim(name, args, kwargs) % max(1, source.ndim)
+        shared = self._shared(args, kwargs) if func in _ATTENTION else ()
+        packed = self._packed(source)
+        self.calls[self._where.module()].append(
+            View(name, tuple(source.shape), results, dim, isinstance(source, DTensor), packed, shared)
+        )
+
+    def _shared(self, args: Any, kwargs: Any) -> tuple[tuple[Shape, bool], ...]:
+        found = (args[i] if len(args) > i else kwargs.get(name) for i, name in ((1, "key"), (2, "value")))
+        return tuple((tuple(x.shape), not self._varies(x)) for x in found if isinstance(x, Tensor))
 
 
 def _split_dim(name: str, args: Any, kwargs: Any) -> int:
@@ -80,11 +106,13 @@ def _split_dim(name: str, args: Any, kwargs: Any) -> int:
 
 
 def _called_by_model() -> bool:
-    """False for the calls that torch.distributed makes for itself."""
-    frame: FrameType | None = sys._getframe(2)
+    """False for the calls that torch.distributed makes for itself, be it through other files of torch."""
+    frame: FrameType | None = sys._getframe(3)
     while frame is not None:
-        file = frame.f_code.co_filename.replace("\\", "/")
-        if not any(part in file for part in _LIBRARY[1:]):
-            return _LIBRARY[0] not in file
+        inside = frame.f_code.co_filename.removeprefix(_TORCH).replace("\\", "/")
+        if inside.startswith("/distributed/"):
+            return False
+        if inside.startswith("/nn/") or not frame.f_code.co_filename.startswith(_TORCH):
+            return True
         frame = frame.f_back
     return True

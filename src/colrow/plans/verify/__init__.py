@@ -119,7 +119,8 @@ def verify(
         backend: `local` simulates the ranks in this process, `gloo` starts a process for each; `auto` simulates
             where torch can.
         inputs: example arguments instead of token ids [batch_size, seq_len].
-        loss: of the output and the inputs; next-token cross entropy unless given.
+        loss: of the output (the logits, or the first tensor of what the model returns) and the inputs; next-token
+            cross entropy unless given.
         tolerance: largest relative error; 1e-9, or 1e-5 for a model that rounds to fp32, unless given.
 
     Raises:
