@@ -113,6 +113,13 @@ class ValueMLP(MLP):
         return super().forward(x if x.sum().item() > 0 else -x)
 
 
+class SoftmaxMLP(MLP):
+    """Its features compete with each other, as a router's experts do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).softmax(-1))
+
+
 class ScaledLinear(nn.Linear):
     """A linear layer with a scale of its own for each output, kept as a buffer."""
 

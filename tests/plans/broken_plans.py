@@ -35,6 +35,14 @@ def preset(name: str = "llama", loss: Any = "vocab_parallel", drop: str = "", **
     return replace(plan, modules={k: s for k, s in plan.modules.items() if k != drop} | changed)
 
 
+def block_mlp(**styles: Any) -> dict[str, Any]:
+    """An MLP on local tensors, of which the block sums the input's gradient and the output."""
+    block = {"style": "local_block", "input": ["shard(1)"], "output": ["shard(1)"]}
+    down = {"style": "packed_rowwise", "output": "partial"}
+    inside = {"gate_proj": "packed_colwise", "up_proj": "packed_colwise", "down_proj": down} | styles
+    return {"mlp": block} | {f"mlp__{name}": style for name, style in inside.items()}
+
+
 def gpt_plan(loss: Any = "replicated", sequence: bool = False, **styles: Any) -> Plan:
     """Megatron's split of `Gpt`; `name=None` drops the key."""
     row = {"style": "rowwise", "output": "shard(1)"} if sequence else "rowwise"
@@ -317,6 +325,7 @@ BROKEN: dict[str, Case] = {
         llama,
         lambda: preset(mlp={"style": "prepare_input", "input": ["shard(1)", "none"], "desired": ["replicate", "none"]}),
     ),
+    "softmax over a part of the features": Case("CR413", lambda: m.Gpt(mlp=m.SoftmaxMLP), gpt_plan, "blocks.*.mlp"),
     "attention on DTensors": Case(
         "CR404", m.Gpt, lambda: gpt_plan(attn__qkv={"style": "colwise", "use_local_output": False}), "blocks.0.attn"
     ),
@@ -388,6 +397,9 @@ BROKEN: dict[str, Case] = {
         "blocks.*.a.weight",
     ),
     "norms of a gpt missing": Case("CR501", m.Gpt, lambda: gpt_plan(sequence=True, norm1=None)),
+    "a block and a column in it sum the gradient": Case(
+        "CR502", llama, lambda: preset(**block_mlp(gate_proj="colwise")), "layers.*.mlp"
+    ),
     "q_norm summed where whole": Case(
         "CR502",
         lambda: llama("qk_norm"),
@@ -437,6 +449,7 @@ class LocalHeads(m.HeadCount):
 
 
 SOUND: dict[str, tuple[Callable[[], nn.Module], Callable[[], Plan]]] = {
+    "an MLP in one block": (llama, lambda: preset(**block_mlp())),
     "heads": (m.Gpt, gpt_plan),
     "vocab parallel": (m.Gpt, lambda: gpt_plan("vocab_parallel")),
     "sequence": (m.Gpt, lambda: gpt_plan(sequence=True)),

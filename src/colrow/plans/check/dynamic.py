@@ -13,7 +13,7 @@ from colrow.plans.check.finding import Finding, finding
 from colrow.plans.check.static import _FUSED_FIX
 from colrow.plans.dry_run import DryRun, Failure, Output
 from colrow.plans.plan import Plan
-from colrow.plans.tracing.views import View
+from colrow.plans.tracing.views import REDUCTIONS, View
 from colrow.plans.tracing.where import LOSS
 
 _LOCAL_KINDS = ("kv_replicate", "opaque")
@@ -51,10 +51,10 @@ def _declarations(run: DryRun) -> Iterator[Finding]:
             message = "its input is a different part on each rank and is declared replicate"
             fix = "declare the layout it has (input: shard(1) for sequence shards), so that it is gathered"
             yield finding("CR407", where, message, fix)
-        elif slip.kind == "addend_summed":
+        elif slip.kind == "addend_summed" and not slip.backward:
             message = "a value that is equal on all ranks is added on each of them before the sum over ranks"
             yield finding("CR409", where, message, "add it once, after the sum (style rowwise does so with its bias)")
-        elif slip.kind == "equal_summed" or (slip.kind == "equal_as_partial" and not slip.backward):
+        elif slip.kind in ("equal_summed", "equal_as_partial") and not slip.backward:
             message = "a value that is equal on all ranks is summed over them: it becomes tp times too large"
             yield finding("CR409", where, message, "leave the sum out, or split what is summed")
 
@@ -74,6 +74,11 @@ def _views(run: DryRun, tp: int) -> Iterator[Finding]:
                     "shares these out as if no other rank had queries"
                 )
                 yield finding("CR213", module, message, "give k_proj and v_proj the style kv_replicate")
+                break
+            if got.op in REDUCTIONS and got.source[got.dim] * tp == want.source[got.dim]:
+                message = f"{got.op} over {got.source[got.dim]} of {want.source[got.dim]} values, those of one rank"
+                fix = "leave what is before it whole (drop its style, or gather its output)"
+                yield finding("CR413", module, message, fix)
                 break
             code = _view_code(got, want, tp)
             if code == "CR208":
@@ -113,6 +118,8 @@ def _view_code(got: View, want: View, tp: int) -> str | None:
         return "CR208" if got.dim == sharded[0] else None
     if len(got.result) != 1 or len(want.result) != 1 or len(got.result[0]) != len(want.result[0]):
         return None
+    if sharded[0] == 0 and len(want.source) > 1:
+        return None  # the batch merged with heads, or tokens in a row: a part of them comes apart as the whole does
     factors = _factors(want.source, want.result[0], sharded[0])
     inner = [k for k in factors if want.result[0][k] > 1]
     if len(inner) < 2 or got.result[0][inner[0]] * tp == want.result[0][inner[0]]:

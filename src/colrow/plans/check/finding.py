@@ -59,6 +59,7 @@ CODES: dict[str, Code] = {
     "CR410": Code("not-run", "warning", "the dry run's checks could not be made"),
     "CR411": Code("sums-rounded", "warning", "sums over tp are made in a smaller type than those over the data axes"),
     "CR412": Code("unfinished-input", "error", "the backward of a compiled block raises"),
+    "CR413": Code("reduced-part", "error", "wrong numbers, no exception: a softmax or top-k over a rank's part"),
     # gradients
     "CR501": Code("partial-gradient", "error", "exact loss, wrong gradient: a part of a sum is taken for the sum"),
     "CR502": Code("gradient-times-tp", "error", "exact loss, wrong gradient: tp times too large"),

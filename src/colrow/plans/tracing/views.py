@@ -1,8 +1,8 @@
-"""Records how a model's own code reshapes and splits tensors, to compare the sharded run with the unsharded one.
+"""Records how a model's own code reshapes, splits and normalises tensors, to compare the sharded run with the other.
 
-A view that is right for the whole tensor can be wrong for a shard and raise nothing: `view(B, T, n_heads, -1)` on a
-shard of the heads shrinks the head dimension, and `chunk(2, -1)` of a column shard of a fused weight cuts in the
-wrong place. Both are seen in the shapes of the two runs.
+What is right for the whole tensor can be wrong for a shard and raise nothing: `view(B, T, n_heads, -1)` on a shard of
+the heads shrinks the head dimension, `chunk(2, -1)` of a column shard of a fused weight cuts in the wrong place, and
+`topk(2, -1)` over a rank's experts chooses among these alone. All are seen in the shapes of the two runs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,12 @@ _SPLIT = {
     for f in (Tensor.chunk, torch.chunk, Tensor.split, torch.split, Tensor.unbind, torch.unbind, Tensor.tensor_split)
 }
 _ATTENTION = {F.scaled_dot_product_attention: "scaled_dot_product_attention"}
-_WATCHED: dict[Any, str] = {**_RESHAPE, **_SPLIT, **_ATTENTION}
+REDUCTIONS = ("softmax", "log_softmax", "logsumexp", "topk", "sort", "argsort", "argmax", "argmin", "cumsum", "mean",
+              "var", "std")  # fmt: skip
+"""What makes no sense of a part of the dimension that it runs over."""
+_REDUCE = {getattr(owner, name): name for owner in (Tensor, torch) for name in REDUCTIONS}
+_REDUCE |= {F.softmax: "softmax", F.log_softmax: "log_softmax"}
+_WATCHED: dict[Any, str] = {**_RESHAPE, **_SPLIT, **_ATTENTION, **_REDUCE}
 _TORCH = str(Path(torch.__file__).parent)
 
 Shape = tuple[int, ...]
@@ -86,7 +91,7 @@ class Views(TorchFunctionMode):
             return
         name = _WATCHED[func]
         results = tuple(tuple(leaf.shape) for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
-        dim = _split_dim(name, args, kwargs) % max(1, source.ndim)
+        dim = _dim(name, args, kwargs) % max(1, source.ndim)
         shared = self._shared(args, kwargs) if func in _ATTENTION else ()
         packed = self._packed(source)
         self.calls[self._where.module()].append(
@@ -98,11 +103,16 @@ class Views(TorchFunctionMode):
         return tuple((tuple(x.shape), not self._varies(x)) for x in found if isinstance(x, Tensor))
 
 
-def _split_dim(name: str, args: Any, kwargs: Any) -> int:
-    position = 1 if name in ("unbind", "unflatten") else 2
+def _dim(name: str, args: Any, kwargs: Any) -> int:
+    """The dimension; of a reduction over several the last, over all the last too."""
     if name in ("view", "reshape", "scaled_dot_product_attention"):
         return 0
-    return int(kwargs.get("dim", args[position] if len(args) > position else 0))
+    position = 1 if name in ("unbind", "unflatten", *REDUCTIONS) and name != "topk" else 2
+    default = -1 if name in REDUCTIONS else 0
+    dim = kwargs.get("dim", args[position] if len(args) > position else default)
+    if isinstance(dim, (tuple, list)):
+        dim = dim[-1] if dim else default
+    return default if dim is None or isinstance(dim, bool) else int(dim)
 
 
 def _called_by_model() -> bool:

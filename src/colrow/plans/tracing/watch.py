@@ -54,6 +54,7 @@ _IN_PLACE = {
 }
 _EQUAL_AFTER = ("all_gather", "all_reduce", "broadcast")
 _NO_VALUES = ("empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_ones", "new_full")
+_ZEROS = ("zeros", "zeros_like", "new_zeros", "zero_")
 _KEEPS_ADDEND = ("view", "_unsafe_view", "reshape", "clone", "_to_copy", "transpose", "permute", "detach", "alias",
                  "unsqueeze", "squeeze", "expand", "contiguous", "t", "slice", "split", "cat")  # fmt: skip
 _RANDOM = ("native_dropout", "bernoulli", "bernoulli_", "rand_like", "randn_like", "_fused_dropout")
@@ -116,6 +117,7 @@ class Watch(TorchDispatchMode):
         self._packed_weights: set[Window] = set()
         self._packed: set[Window] = set()  # out of a fused weight whose segments were split one by one
         self.class_losses = 0  # log-softmaxes of DTensors that no cross entropy took
+        self._zeros: set[Window] = set()  # as good as not there, where they are added
         self._shares: set[Window] = set()  # equal values divided by tp: to sum them over ranks is right
         self._gathered: set[tuple[bool, Window]] = set()
         self._running: set[int] = set()  # storages that a collective fills: views of them do not wait for it
@@ -197,6 +199,9 @@ class Watch(TorchDispatchMode):
             for leaf in outputs:
                 self.mark(leaf, False)
                 (self._like_part.add if varying else self._like_part.discard)(self._window(leaf))
+        if not varying:
+            known = self._zeros.update if name in _ZEROS else self._zeros.difference_update
+            known(self._window(leaf) for leaf in outputs)
         if name in _RANDOM and (varying or any(self._window(leaf) in self._like_part for leaf in inputs)):
             self._slip("random_on_part")
         return out
@@ -225,12 +230,10 @@ class Watch(TorchDispatchMode):
         return bool(abs(float(factor) - (self._tp if name == "div" else 1 / self._tp)) < 1e-9)
 
     def _track_addend(self, name: str, inputs: list[Tensor], varying: list[Tensor], outputs: list[Tensor]) -> None:
-        if self._where.backward():
-            return
         if name in ("add", "add_", "sub", "addmm", "linear"):
             terms = inputs[:1] if name == "addmm" else inputs[2:] if name == "linear" else inputs
-            equal = [leaf for leaf in terms if leaf.is_floating_point() and not self.varies(leaf)]
-            adds = any(self._window(leaf) not in self._shares for leaf in equal) and not _inside_dtensor()
+            equal = [self._window(leaf) for leaf in terms if leaf.is_floating_point() and not self.varies(leaf)]
+            adds = any(window not in self._shares | self._zeros for window in equal) and not _inside_dtensor()
             adds |= name in ("add", "add_", "sub") and any(self._window(leaf) in self._addend for leaf in varying)
         else:
             adds = name in _KEEPS_ADDEND and any(self._window(leaf) in self._addend for leaf in varying)
@@ -258,7 +261,7 @@ class Watch(TorchDispatchMode):
         sums = op in ("all_reduce", "reduce_scatter") and "sum" in [a for a in args if isinstance(a, str)]
         if sums and not change and not self.varies(inputs[0]):
             self._slip("equal_summed")
-        if sums and not backward and window in self._addend:
+        if sums and window in self._addend:
             self._slip("addend_summed")
         for leaf in outputs:
             self.mark(leaf, op not in _EQUAL_AFTER)
@@ -273,6 +276,10 @@ class Watch(TorchDispatchMode):
 
     def _inside_operator(self, name: str, args: Any, outputs: list[Tensor]) -> None:
         """An operator of `ops.parallel_linear` or `ops.tokens`: what it gives is a part, but for a gather's."""
+        if name == "scatter_sum" and not self.varies(args[0]):
+            self._slip("equal_summed")
+        elif name == "scatter_sum" and self._window(args[0]) in self._addend:
+            self._slip("addend_summed")
         for op, sent, nbytes in traffic(name, args, outputs):
             self._event(op, sent, nbytes)
         for leaf in outputs:
@@ -336,6 +343,8 @@ class Watch(TorchDispatchMode):
             self.mark(tensor, False)  # one mistake is one slip: what follows is taken as declared
         elif placement.is_partial() and not varies and self._window(tensor) not in self._shares:
             self._slip("equal_as_partial")
+        elif placement.is_partial() and self._window(tensor) in self._addend:
+            self._slip("addend_summed")
         elif placement.is_shard() and not varies and not backward and tensor.requires_grad:
             self._slip("whole_as_part", dim=placement.dim)
         if not placement.is_replicate():
