@@ -18,33 +18,24 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from colrow.errors import PlanError
 from colrow.mesh import Mesh
-from colrow.models.llama import Llama, LlamaConfig
-from colrow.plans.calls import example_input, loss_of
 from colrow.plans.check import check
+from colrow.plans.derive.examine import TOLERANCE, TOLERANCE_FP32, narrow, prepared
 from colrow.plans.derive.tiny import classes, tiny
+from colrow.plans.derive.trace import trace
 from colrow.plans.plan import Plan
 from colrow.plans.styles import STYLES
-from colrow.plans.verify import EXACT, ROUNDED, _prepare, _reference
-from colrow.plans.verify.backends import RankFailure, run_local
-from colrow.plans.verify.sharded import compare
-from colrow.plans.verify.step import Task
+from colrow.plans.tracing.simulated import available
+from colrow.plans.verify.backends import RankFailure
+from colrow.plans.verify.parity import parity
+from distributed.parity import batch, build
 
-SIZES = LlamaConfig(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=64,
-    qk_norm=True,
-)
+pytestmark = pytest.mark.skipif(not available, reason="this torch has no LocalTensorMode")
+
+LLAMA = "qk_norm_kv3-1"  # 12 query and 3 kv heads: whole kv heads fit a part of the query heads
 SAMPLE = 12
 
 
@@ -63,28 +54,28 @@ def mutants(plan: Plan) -> Iterator[tuple[str, str, Plan]]:
 class Judge:
     """What becomes of a plan of this model: `right`, `wrong`, or `raises`; and whether the check gives an error."""
 
-    def __init__(self, model: nn.Module, tp: int) -> None:
-        self.model, self.tp = _prepare(model, 0), tp
-        torch.manual_seed(1)
-        task = Task(self.model, (example_input(self.model, 2, 16),), loss_of, tp)
-        self.task, self.reference, exact = _reference(task)
-        self.limit = EXACT if exact else ROUNDED
+    def __init__(self, model: nn.Module, inputs: tuple[Tensor, ...], tp: int, tolerance: float = TOLERANCE) -> None:
+        self.model, self.inputs, self.tp, self.tolerance = model, inputs, tp, tolerance
 
     def truth(self, plan: Plan) -> str:
         try:
-            observed = run_local(self.task, plan)
+            errors = parity(self.model, plan, self.tp, self.inputs)
         except (RankFailure, PlanError):
             return "raises"
-        return "right" if compare(observed, self.reference, self.tp).worst <= self.limit else "wrong"
+        return "right" if errors.worst <= self.tolerance else "wrong"
 
     def refused(self, plan: Plan) -> bool:
-        found = check(copy.deepcopy(self.model), plan, Mesh(tp=self.tp), 2, 16)
+        found = check(copy.deepcopy(self.model), plan, Mesh(tp=self.tp), *self.inputs[0].shape)
         return any(finding.severity == "error" for finding in found)
+
+
+def llama(tp: int) -> Judge:
+    return Judge(build(LLAMA, "cpu"), batch("cpu")[:1], tp)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-fast"])
 def test_what_is_broken_at_random_gets_an_error(name: str) -> None:
-    judge, plan = Judge(Llama(SIZES), 2), Plan.preset(name)
+    judge, plan = llama(2), Plan.preset(name)
     assert (judge.truth(plan), judge.refused(plan)) == ("right", False)
     found = sorted(mutants(plan), key=lambda mutant: mutant[:2])
     seen = [(key, what, judge.truth(p), judge.refused(p)) for key, what, p in random.Random(0).sample(found, SAMPLE)]
@@ -93,7 +84,7 @@ def test_what_is_broken_at_random_gets_an_error(name: str) -> None:
 
 def test_a_check_without_a_rule_lets_mutants_through(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("colrow.plans.check.dynamic._whole_kv_heads", lambda got, want: None)
-    judge, plan = Judge(Llama(SIZES), 2), Plan.preset("llama")
+    judge, plan = llama(2), Plan.preset("llama")
     broken = replace(plan, modules=plan.modules | {"layers.*.self_attn.k_proj": "local_shards"})
     assert (judge.truth(broken), judge.refused(broken)) == ("wrong", False)
 
@@ -102,12 +93,13 @@ def main(name: str, tp: int) -> None:
     """All mutants of a model's plan, and those that the check judges wrongly."""
     kind, _, styles = name.partition(":")
     if kind == "llama":
-        model: nn.Module = Llama(SIZES)
-        plan = Plan.preset("llama-fast" if styles else "llama")
+        judge, plan = llama(tp), Plan.preset("llama-fast" if styles else "llama")
     else:
-        model = tiny(*classes(kind), num_hidden_layers=1)
-        plan = Plan.derive(model, tp=tp, styles="fast" if styles else "plain")
-    judge, counts = Judge(model, tp), Counter[tuple[str, bool]]()
+        model, inputs = prepared(tiny(*classes(kind), num_hidden_layers=1), tp)
+        traced = trace(model, inputs)
+        judge = Judge(model, inputs, tp, TOLERANCE_FP32 if narrow(traced) else TOLERANCE)
+        plan = Plan.derive(model, tp, styles="fast" if styles else "plain", inputs=inputs, traced=traced)
+    counts = Counter[tuple[str, bool]]()
     for key, what, mutant in mutants(plan):
         truth, refused = judge.truth(mutant), judge.refused(mutant)
         counts[truth, refused] += 1

@@ -69,8 +69,8 @@ def measure(job: Job, place: Place) -> dict[str, Any]:
             f"arm {job.arm}: train.cuda_graph captures in step {EAGER_STEPS + 1}, and --warmup is {job.warmup}: use "
             f"--warmup {EAGER_STEPS + 1} or more"
         )
-    if place.alone:
-        _require_measurable_alone(config)
+    if place.alone and config.mesh.pp > 1:
+        raise ConfigError("--one-rank: a pipeline's stages wait for each other, and one alone says little: use pp 1")
     preflight.check_sequence(config, choose_plan(config, build_source(config.model, config.run.seed).model))
     with joined(config, place) as (mesh, device):
         training = set_up(config, mesh, device)
@@ -111,11 +111,6 @@ def measure(job: Job, place: Place) -> dict[str, Any]:
     if "problem" in result:
         raise ConfigError(f"arm {job.arm}: {result['problem']}")
     return result
-
-
-def _require_measurable_alone(config: RunConfig) -> None:
-    if config.mesh.pp > 1:
-        raise ConfigError("--one-rank: a pipeline's stages wait for each other, and one alone says little: use pp 1")
 
 
 def random_batches(config: RunConfig, vocab: int, data_rank: int, device: torch.device) -> Iterator[list[Batch]]:

@@ -7,7 +7,7 @@ parameter, so that a rank reads and writes its own part and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,7 +51,7 @@ def in_parts(pieces: Sequence[Piece], parts: Sequence[Part]) -> list[Piece]:
     return [found for piece in pieces for part in parts if (found := part.of(piece)) is not None]
 
 
-Shapes = Mapping[str, tuple[int, ...]]
+Shapes = dict[str, tuple[int, ...]]
 
 
 def parts_in(model: nn.Module, shapes: Shapes, stored: Iterable[str]) -> dict[str, list[Part]]:
@@ -77,7 +77,7 @@ def parts_in(model: nn.Module, shapes: Shapes, stored: Iterable[str]) -> dict[st
             case None:
                 pass
             case {None: [only]}:
-                found[name] = [_whole(only, shape)]
+                found[name] = [whole(only, shape)]
             case by_pattern:
                 converter = next(c for c in known.converters if set(c.source_patterns) & by_pattern.keys())
                 names = [sorted(by_pattern.get(p, []), key=_by_numbers) for p in converter.source_patterns]
@@ -97,7 +97,7 @@ def parts_for(model: nn.Module, shapes: Shapes) -> dict[str, list[Part]]:
             parts = known.backward(name, shape)
         except CheckpointError:
             continue
-        if parts != [_whole(name, shape)] and all(known.forward(part.name, shapes)[0] == name for part in parts):
+        if parts != [whole(name, shape)] and all(known.forward(part.name, shapes)[0] == name for part in parts):
             found[name] = parts
     return found
 
@@ -129,7 +129,7 @@ class _Transforms:
         """The model's name of a stored tensor, and the pattern of the converter that takes it."""
         from transformers.core_model_loading import rename_source_key
 
-        name, pattern = rename_source_key(stored, self.renamings, self.converters, self.prefix, dict(shapes))
+        name, pattern = rename_source_key(stored, self.renamings, self.converters, self.prefix, shapes)
         return str(name), pattern
 
     def backward(self, name: str, shape: tuple[int, ...]) -> list[Part]:
@@ -145,7 +145,7 @@ class _Transforms:
                 return _blocks(
                     name, shape, [[n.replace("*", str(i), 1) for i in range(each)] for n in names], converter
                 )
-        return [_whole(self._renamed(name), shape)]
+        return [whole(self._renamed(name), shape)]
 
     def _renamed(self, name: str) -> str:
         for renaming in reversed(self.renamings):
@@ -153,7 +153,8 @@ class _Transforms:
         return name
 
 
-def _whole(name: str, shape: tuple[int, ...]) -> Part:
+def whole(name: str, shape: tuple[int, ...]) -> Part:
+    """A parameter that is stored as it is."""
     return Part(name, (0,) * len(shape), shape)
 
 

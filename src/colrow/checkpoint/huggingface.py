@@ -18,7 +18,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from colrow.checkpoint.conversions import Part, Shapes, in_parts, parts_for, parts_in
+from colrow.checkpoint.conversions import Part, Shapes, in_parts, parts_for, parts_in, whole
 from colrow.checkpoint.folder import flush
 from colrow.checkpoint.gather import catalogue
 from colrow.checkpoint.manifest import write_text
@@ -76,21 +76,14 @@ def load_weights(model: Model, folder: Path | str) -> None:
     folder = Path(folder)
     files = _files(folder)
     named = _named(model)
-    parts = parts_in(model, _shapes_of(named, but=files), files) if isinstance(model, nn.Module) else {}
-    needed = {
-        name: shape
-        for one in named
-        for name, shape in (
-            [(part.name, part.shape) for part in parts[one.name]]
-            if one.name in parts
-            else [(one.name, tuple(one.tensor.shape))]
-        )
-    }
+    known = parts_in(model, _shapes_of(named, but=files), files) if isinstance(model, nn.Module) else {}
+    parts = _parts_of(named, known)
+    needed = {part.name: part.shape for one in named for part in parts[one.name]}
     _require_same_names(folder, files, needed, _expected(model, needed))
     _require_same_shapes(folder, files, needed)
     by_file: dict[Path, list[Piece]] = {}
     for one in named:
-        for piece in _stored_pieces(one, parts):
+        for piece in in_parts(one.pieces(), parts[one.name]):
             by_file.setdefault(files[piece.name], []).append(piece)
     with torch.no_grad():
         for file, pieces in by_file.items():
@@ -162,14 +155,15 @@ def _shapes_of(named: Sequence[Named], but: Container[str] = ()) -> Shapes:
     return {one.name: tuple(one.tensor.shape) for one in named if one.name not in but}
 
 
-def _stored_pieces(one: Named, parts: dict[str, list[Part]]) -> list[Piece]:
-    return in_parts(one.pieces(), parts[one.name]) if one.name in parts else one.pieces()
+def _parts_of(named: Sequence[Named], known: dict[str, list[Part]]) -> dict[str, list[Part]]:
+    """What each tensor is stored as: what is known, else the tensor itself."""
+    return {name: known.get(name) or [whole(name, shape)] for name, shape in _shapes_of(named).items()}
 
 
 def _exported(model: Model) -> list[Piece]:
     named = _named(model)
-    parts = parts_for(model, _shapes_of(named)) if isinstance(model, nn.Module) else {}
-    return [piece for one in named for piece in _stored_pieces(one, parts)]
+    parts = _parts_of(named, parts_for(model, _shapes_of(named)) if isinstance(model, nn.Module) else {})
+    return [piece for one in named for piece in in_parts(one.pieces(), parts[one.name])]
 
 
 def _is_tied(model: Model) -> bool:

@@ -231,11 +231,8 @@ def copy_engine(group: dist.ProcessGroup, device: torch.device) -> CopyEngine:
         try:
             # torch's pool keeps them alive
             streams = [torch.cuda.Stream(device, priority=-1).cuda_stream for _ in range(1, group.size())]
-            engine = (
-                AloneEngine(Cuda(device), streams, lambda nbytes: _ring_alone(group, device, nbytes))
-                if alone
-                else CopyEngine(Cuda(device), streams, lambda nbytes: _symmetric_ring(group, device, nbytes))
-            )
+            kind, ring = (AloneEngine, _ring_alone) if alone else (CopyEngine, _symmetric_ring)
+            engine = kind(Cuda(device), streams, lambda nbytes: ring(group, device, nbytes))
         except (OSError, RuntimeError) as error:  # no driver library; no handles to share, or no way to map them
             why, cause = f"memory cannot be shared ({error})", error
         else:

@@ -25,7 +25,7 @@ def _partial(run: DryRun, tp: int) -> Iterator[Finding]:
     if earlier:
         return  # the activations are wrong already: their gradients follow
     summed = ("equal_summed", "addend_summed")
-    twice = not any(slip.kind in summed and not slip.backward for slip in run.slips)
+    follows = any(slip.kind in summed and not slip.backward for slip in run.slips)
     for slip, param in zip(run.slips, run.slip_params, strict=True):
         where = param or slip.where or "model"
         if not slip.backward or where == LOSS:
@@ -40,7 +40,7 @@ def _partial(run: DryRun, tp: int) -> Iterator[Finding]:
         elif slip.kind == "equal_as_partial":
             message = "every rank has the whole gradient, and the style sums them over tp"
             yield finding("CR502", where, message, "give the module style replicate, or leave it out of the plan")
-        elif slip.kind in summed and twice:
+        elif slip.kind in summed and not follows:
             message = "a gradient that is summed over tp already, or equal on all ranks, is summed here once more"
             fix = "sum it in one place: inside a block or behind a gather take styles that leave the sum to it"
             yield finding("CR502", where, message, fix)

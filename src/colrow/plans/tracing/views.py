@@ -7,12 +7,10 @@ the heads shrinks the head dimension, `chunk(2, -1)` of a column shard of a fuse
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from colrow.plans.tracing.where import Where
+from colrow.plans.tracing.where import Where, frames
 
 _RESHAPE = {Tensor.view: "view", Tensor.reshape: "reshape", torch.reshape: "reshape", Tensor.unflatten: "unflatten",
             torch.unflatten: "unflatten"}  # fmt: skip
@@ -107,7 +105,7 @@ def _dim(name: str, args: Any, kwargs: Any) -> int:
     """The dimension; of a reduction over several the last, over all the last too."""
     if name in ("view", "reshape", "scaled_dot_product_attention"):
         return 0
-    position = 1 if name in ("unbind", "unflatten", *REDUCTIONS) and name != "topk" else 2
+    position = 2 if name in ("chunk", "split", "tensor_split", "topk") else 1
     default = -1 if name in REDUCTIONS else 0
     dim = kwargs.get("dim", args[position] if len(args) > position else default)
     if isinstance(dim, (tuple, list)):
@@ -117,12 +115,13 @@ def _dim(name: str, args: Any, kwargs: Any) -> int:
 
 def _called_by_model() -> bool:
     """False for the calls that torch.distributed makes for itself, be it through other files of torch."""
-    frame: FrameType | None = sys._getframe(3)
-    while frame is not None:
-        inside = frame.f_code.co_filename.removeprefix(_TORCH).replace("\\", "/")
+    for frame in frames():
+        file = frame.f_code.co_filename
+        if file == __file__:
+            continue
+        inside = file.removeprefix(_TORCH).replace("\\", "/")
         if inside.startswith("/distributed/"):
             return False
-        if inside.startswith("/nn/") or not frame.f_code.co_filename.startswith(_TORCH):
+        if inside.startswith("/nn/") or not file.startswith(_TORCH):
             return True
-        frame = frame.f_back
     return True

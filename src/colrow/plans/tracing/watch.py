@@ -18,11 +18,9 @@ A tensor is known by its storage and the window on it, so that a detached or sav
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import torch
@@ -33,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from colrow.ops.parallel_linear import traffic
-from colrow.plans.tracing.where import Where
+from colrow.plans.tracing.where import Where, frames
 
 _COLLECTIVES = {
     "all_gather_into_tensor": "all_gather",
@@ -233,7 +231,8 @@ class Watch(TorchDispatchMode):
         if name in ("add", "add_", "sub", "addmm", "linear"):
             terms = inputs[:1] if name == "addmm" else inputs[2:] if name == "linear" else inputs
             equal = [self._window(leaf) for leaf in terms if leaf.is_floating_point() and not self.varies(leaf)]
-            adds = any(window not in self._shares | self._zeros for window in equal) and not _inside_dtensor()
+            counted = (window for window in equal if window not in self._shares and window not in self._zeros)
+            adds = any(counted) and not _inside_dtensor()
             adds |= name in ("add", "add_", "sub") and any(self._window(leaf) in self._addend for leaf in varying)
         else:
             adds = name in _KEEPS_ADDEND and any(self._window(leaf) in self._addend for leaf in varying)
@@ -383,7 +382,7 @@ def _parameter_of_node() -> nn.Parameter | None:
 def _reason() -> tuple[str, str]:
     """(the change of placement, the operation that asked for it unasked) of a collective, from DTensor's frames."""
     change = implicit = ""
-    for frame in _frames():
+    for frame in frames():
         name = frame.f_code.co_name
         if name == "redistribute_local_tensor" and not change:
             change = f"{_named(frame.f_locals['current_spec'])} → {_named(frame.f_locals['target_spec'])}"
@@ -395,14 +394,7 @@ def _reason() -> tuple[str, str]:
 
 
 def _inside_dtensor() -> bool:
-    return any("/distributed/tensor/_" in frame.f_code.co_filename.replace("\\", "/") for frame in _frames())
-
-
-def _frames() -> Iterator[FrameType]:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
+    return any("/distributed/tensor/_" in frame.f_code.co_filename.replace("\\", "/") for frame in frames())
 
 
 def _named(spec: Any) -> str:

@@ -7,7 +7,9 @@ of those of the plan's styles: a gather before a module and a scatter after it b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -80,3 +82,11 @@ def _sweep(values: Any, name: str) -> None:
 def _tensors(values: Any) -> list[Tensor]:
     leaves = (tree_leaves(leaf.to_tuple() if hasattr(leaf, "to_tuple") else leaf) for leaf in tree_leaves(values))
     return [leaf for group in leaves for leaf in group if isinstance(leaf, Tensor)]
+
+
+def frames() -> Iterator[FrameType]:
+    """The Python frames at work, from the caller's outwards."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
