@@ -13,7 +13,7 @@ import yaml
 
 from colrow.cli.train import read_config
 from colrow.config import RunConfig
-from colrow.train import preflight
+from colrow.run import preflight
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "examples" / "launch"

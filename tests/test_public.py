@@ -19,7 +19,7 @@ with torch.device("meta"):
 plan = colrow.Plan.preset("llama")
 assert colrow.check(model, plan, colrow.Mesh(tp=4), batch_size=2, seq_len=256) == []
 
-import colrow.plans.check, colrow.plans.verify, colrow.cli.check, colrow.cli.verify
+import colrow.checking.check, colrow.verifying.verify, colrow.cli.check, colrow.cli.verify
 from colrow import check, verify, parallelize
 assert colrow.check is check and callable(colrow.check) and callable(colrow.verify)
 assert "CR202" in {finding.code for finding in colrow.check(model, plan, colrow.Mesh(tp=3), seq_len=255)}
@@ -38,6 +38,6 @@ def test_the_import_does_not_wait_for_torch() -> None:
 
 
 def test_check_and_verify_are_functions_whatever_is_imported(commands: Commands) -> None:
-    """They are packages too, `colrow.plans.check` and `colrow.plans.verify`, which must not take the names."""
+    """They are packages too, `colrow.checking.check` and `colrow.verifying.verify`, which must not take the names."""
     done = subprocess.run(["python", "-c", PROGRAM], env=commands.environment(), capture_output=True, text=True)
     assert done.stdout == "done\n", done.stderr

@@ -6,22 +6,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from colrow.checking.check import check as check
     from colrow.mesh import Mesh as Mesh
     from colrow.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
     from colrow.parallel.loss import loss_context as loss_context
     from colrow.parallel.loss import model_loss as model_loss
     from colrow.parallel.parallelize import parallelize as parallelize
-    from colrow.plans.check import check as check
     from colrow.plans.plan import Plan as Plan
-    from colrow.plans.verify import verify as verify
+    from colrow.verifying.verify import verify as verify
 
 __version__ = "0.1.0"
 
 # Imported at first use: `colrow --help` should not wait for torch.
 _PUBLIC = {
     "Mesh": "colrow.mesh",
-    "check": "colrow.plans.check",
-    "verify": "colrow.plans.verify",
+    "check": "colrow.checking.check",
+    "verify": "colrow.verifying.verify",
     "Plan": "colrow.plans.plan",
     "linear_cross_entropy": "colrow.ops.linear_cross_entropy",
     "loss_context": "colrow.parallel.loss",

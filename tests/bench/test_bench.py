@@ -22,7 +22,7 @@ from colrow.config import RunConfig
 from colrow.errors import ConfigError
 from colrow.ops.collectives import all_gather, reduce_scatter
 from colrow.plans.plan import Plan
-from colrow.train.rank import Place, joined
+from colrow.run.rank import Place, joined
 from forked import Commands
 
 

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from benchmarks.models.tiny import classes, tiny
 from colrow.checkpoint.conversions import Part, _blocks, in_parts, parts_for, parts_in
 from colrow.checkpoint.huggingface import SINGLE, export, load_weights
 from colrow.checkpoint.pieces import Piece
 from colrow.errors import CheckpointError
-from colrow.plans.derive.tiny import classes, tiny
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("transformers.conversion_mapping")

@@ -16,20 +16,20 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoint.test_weights import OPTIONS, meta, seeded
 from colrow.checkpoint import shard_files
 from colrow.checkpoint.huggingface import INDEX, SINGLE, export, load_weights
-from colrow.checkpoint.weights import materialize
 from colrow.errors import CheckpointError
 from colrow.mesh import Mesh
 from colrow.models.huggingface import read_config
 from colrow.models.llama import Llama
 from colrow.parallel.data_parallel import apply_data_parallel
-from colrow.parallel.layout import full_tensor, local_tensor
+from colrow.parallel.initialize import materialize
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
+from colrow.sharding.layout import full_tensor, local_tensor
 from distributed.harness import Ranks
 from models.families import FAMILIES, save_transformers, token_ids
+from parallel.test_initialize import OPTIONS, meta, seeded
 
 
 class Letters:

@@ -11,12 +11,12 @@ import yaml
 from safetensors.torch import load_file
 
 from colrow.checkpoint.distributed import Checkpoints
-from colrow.checkpoint.weights import fill_seeded
 from colrow.cli import main
 from colrow.config import DataSection
 from colrow.data.corpus import open_corpus
 from colrow.data.tokenizer import Tokenizer, train_tokenizer
 from colrow.models.llama import Llama, LlamaConfig
+from colrow.parallel.initialize import fill_seeded
 from forked import Commands
 
 CONFIG = LlamaConfig(

@@ -29,7 +29,7 @@ PRELOADED = [
     "tokenizers",
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",
-    "colrow.train.rank",
+    "colrow.run.rank",
     "torch._functorch.partitioners",
     "networkx",
 ]

@@ -17,13 +17,13 @@ from colrow.mesh import Mesh
 from colrow.models.llama import Llama
 from colrow.parallel.activation_checkpoint import apply_activation_checkpoint
 from colrow.parallel.data_parallel import apply_data_parallel, set_last_micro_batch
-from colrow.parallel.grad_norm import align_gradients, clip_gradients, grad_norm, norm_groups
-from colrow.parallel.layout import full_tensor, packed_of
 from colrow.parallel.loss import loss_context, model_loss
 from colrow.parallel.parallelize import parallelize
 from colrow.parallel.pipeline import PipelineRunner, build_pipeline
 from colrow.parallel.pipeline_stage import Stage
 from colrow.plans.plan import Plan
+from colrow.sharding.grad_norm import align_gradients, clip_gradients, grad_norm, norm_groups
+from colrow.sharding.layout import full_tensor, packed_of
 from colrow.train.compile import compile_forward
 from distributed.parity import batch, build, cross_entropy, optimizer_of, relative, train_reference
 

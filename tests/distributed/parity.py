@@ -16,11 +16,11 @@ from torch.distributed.tensor import DTensor
 from colrow.config import TrainSection
 from colrow.mesh import Mesh
 from colrow.models.llama import Llama, LlamaConfig
-from colrow.parallel.grad_norm import align_gradients, clip_gradients, grad_norm
-from colrow.parallel.layout import full_tensor, packed_of
 from colrow.parallel.loss import loss_context, model_loss
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
+from colrow.sharding.grad_norm import align_gradients, clip_gradients, grad_norm
+from colrow.sharding.layout import full_tensor, packed_of
 from colrow.train.optimizer import build_optimizer
 
 TINY = LlamaConfig(

@@ -10,9 +10,9 @@ import torch
 
 from colrow.config import RunConfig, parse_config
 from colrow.data.prepare import prepare
+from colrow.run.progress import Progress
+from colrow.run.rank import train_run
 from colrow.train.metrics import read_metrics
-from colrow.train.progress import Progress
-from colrow.train.rank import train_run
 
 
 def write_text(folder: Path) -> None:

@@ -23,11 +23,11 @@ from colrow.checkpoint import state, storage
 from colrow.checkpoint.distributed import Checkpoints
 from colrow.checkpoint.manifest import Index, read_record
 from colrow.errors import CheckpointError
-from colrow.parallel.grad_norm import align_gradients
-from colrow.parallel.layout import packed_of
 from colrow.parallel.loss import loss_context
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
+from colrow.sharding.grad_norm import align_gradients
+from colrow.sharding.layout import packed_of
 from distributed.harness import Group, Ranks
 from distributed.parity import batch, build, cross_entropy, whole
 from distributed.toy import LAYERS, MESHES, mesh_of, of_all_ranks, own_state, place, train, whole_state

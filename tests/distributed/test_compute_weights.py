@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from colrow.config import TrainSection
 from colrow.parallel.compute_weights import ComputeWeights
 from colrow.parallel.data_parallel import apply_data_parallel
-from colrow.parallel.grad_norm import align_gradients
-from colrow.parallel.layout import full_tensor
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
+from colrow.sharding.grad_norm import align_gradients
+from colrow.sharding.layout import full_tensor
 from colrow.train.compile import compile_forward
 from colrow.train.optimizer import build_optimizer
 from colrow.train.step import WholeModel

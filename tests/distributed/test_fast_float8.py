@@ -10,11 +10,11 @@ from torch import Tensor
 
 from colrow.models.llama import Llama
 from colrow.ops.float8 import KINDS
-from colrow.parallel.grad_norm import align_gradients
-from colrow.parallel.layout import full_tensor
 from colrow.parallel.loss import model_loss
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
+from colrow.sharding.grad_norm import align_gradients
+from colrow.sharding.layout import full_tensor
 from colrow.train.compile import compile_forward
 from distributed.harness import Ranks
 from distributed.parity import TINY, batch, tp_mesh

@@ -20,10 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from colrow.errors import PlanError
 from colrow.mesh import Mesh
 from colrow.ops import products
-from colrow.parallel.grad_norm import align_gradients
 from colrow.parallel.loss import loss_context, model_loss
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
+from colrow.sharding.grad_norm import align_gradients
 from distributed.harness import Ranks
 from distributed.mesh_parity import Case, run_cases
 from distributed.parity import MODELS, batch, build, cross_entropy, relative, tp_mesh, whole

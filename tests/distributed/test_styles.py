@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
-from colrow.parallel.grad_norm import align_gradients
 from colrow.parallel.parallelize import parallelize, tied_parameters
 from colrow.plans.plan import Plan
+from colrow.sharding.grad_norm import align_gradients
 from distributed.harness import Ranks
 from distributed.parity import relative, tp_mesh, whole
 

@@ -12,7 +12,7 @@ import torch
 
 from colrow.config import ModelSection, RunConfig
 from colrow.mesh import Mesh
-from colrow.train.loop import DivergedError
+from colrow.run.loop import DivergedError
 from colrow.train.metrics import read_metrics
 from distributed.harness import Ranks
 from distributed.runs import a_run, figures, train, write_text
@@ -127,7 +127,7 @@ def read_alike_and_apart(device: str) -> list[str]:
     import torch.distributed as dist
 
     from colrow.errors import DataError
-    from colrow.train.batch_check import check_same_batch
+    from colrow.run.batch_check import check_same_batch
 
     group = dist.group.WORLD
     assert group is not None

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from colrow.config import RunConfig
+from colrow.derive.trace import default_inputs, trace
 from colrow.mesh import Mesh
-from colrow.plans.derive.trace import default_inputs, trace
 from colrow.plans.plan import Plan
 from distributed.harness import Ranks
 from distributed.parity import relative
@@ -60,8 +60,8 @@ def gradient_errors(device: str, folder: Path) -> dict[str, dict[str, float]]:
     import torch.nn.functional as F
     from transformers import AutoModelForCausalLM
 
-    from colrow.parallel.grad_norm import align_gradients, grad_norm
-    from colrow.parallel.layout import full_tensor, packed_of
+    from colrow.sharding.grad_norm import align_gradients, grad_norm
+    from colrow.sharding.layout import full_tensor, packed_of
     from colrow.train.setup import set_up
 
     here = torch.device(device, dist.get_rank()) if device == "cuda" else torch.device(device)
@@ -139,7 +139,7 @@ def test_a_run_moves_from_mesh_to_mesh_and_is_exported(ranks: Ranks, folder: Pat
 
 def test_pipelines_are_refused_with_the_reason(folder: Path) -> None:
     from colrow.errors import ConfigError
-    from colrow.train import preflight
+    from colrow.run import preflight
 
     config = run_of(folder, "qwen3", Mesh(pp=2, tp=2)).model_copy(update={"device": "cpu"})
     with pytest.raises(

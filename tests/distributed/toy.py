@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from colrow.mesh import AXES, Mesh
-from colrow.parallel.layout import Packed, full_tensor, mark_packed, packed_of
+from colrow.sharding.layout import Packed, full_tensor, mark_packed, packed_of
 
 T = TypeVar("T")
 WIDTH, LAYERS = 12, 2

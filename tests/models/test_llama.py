@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from colrow.checkpoint.weights import fill_seeded
 from colrow.errors import ConfigError
 from colrow.models.huggingface import config_from_huggingface, name_from_huggingface
 from colrow.models.llama import Llama, LlamaConfig, rope_tables
+from colrow.parallel.initialize import fill_seeded
 from models.families import FAMILIES, token_ids, transformers_model
 
 

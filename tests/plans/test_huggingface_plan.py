@@ -7,10 +7,10 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from colrow.dryrun.simulated import available  # noqa: E402
 from colrow.errors import PlanError  # noqa: E402
 from colrow.plans.huggingface import STYLES, from_huggingface, map_styles  # noqa: E402
-from colrow.plans.tracing.simulated import available  # noqa: E402
-from colrow.plans.verify.parity import parity  # noqa: E402
+from colrow.verifying.parity import parity  # noqa: E402
 
 BASE = {
     "vocab_size": 128,
@@ -65,6 +65,6 @@ def test_what_cannot_be_mapped_is_said() -> None:
 
 
 def test_every_mapped_style_is_known() -> None:
-    from colrow.plans.styles import STYLES as KNOWN
+    from colrow.styles.base import STYLES as KNOWN
 
     assert all(style is None or style["style"] in KNOWN for style in STYLES.values())

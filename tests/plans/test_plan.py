@@ -20,8 +20,8 @@ from torch.distributed.tensor.parallel import (
 
 from colrow.errors import PlanError
 from colrow.models.llama import Llama
-from colrow.plans.heads import Heads
 from colrow.plans.plan import Plan
+from colrow.styles.heads import Heads
 from distributed.parity import MODELS, TINY
 
 
@@ -75,7 +75,7 @@ def test_torch_styles_are_read_as_data_and_built_back() -> None:
     }
     plan = Plan(modules=given)
     assert Plan.from_yaml(plan.to_yaml()).modules == plan.modules
-    from colrow.plans.site import Site
+    from colrow.styles.site import Site
 
     for fqn, (key, style) in plan.resolve(meta()).items():
         built = style.build(Site(meta(), fqn, 2))

@@ -10,10 +10,10 @@ import pytest
 
 from colrow.config import LogSection, RunConfig
 from colrow.errors import ConfigError
+from colrow.run.plot import plot_loss
+from colrow.run.progress import Progress, step_line
 from colrow.train import metrics
 from colrow.train.metrics import Metrics, peak_flops, perplexity, read_metrics, truncate
-from colrow.train.plot import plot_loss
-from colrow.train.progress import Progress, step_line
 
 
 def record(step: int, **more: float) -> dict[str, float]:

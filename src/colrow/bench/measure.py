@@ -21,16 +21,16 @@ from colrow.bench.bound import bound
 from colrow.bench.trace import StepTrace, read_trace
 from colrow.config import RunConfig
 from colrow.errors import ConfigError
+from colrow.models.build import build_source
 from colrow.models.shapes import flops_per_token
 from colrow.ops.kernels import cross_entropy
 from colrow.plans.plan import Plan
-from colrow.train import preflight
+from colrow.run import preflight
+from colrow.run.ran import what_ran
+from colrow.run.rank import Place, joined
 from colrow.train.cuda_graph import EAGER_STEPS
 from colrow.train.metrics import peak_flops
-from colrow.train.ran import what_ran
-from colrow.train.rank import Place, joined
 from colrow.train.setup import Training, choose_plan, set_up
-from colrow.train.source import build_source
 from colrow.train.step import Batch
 
 GIB = 2**30

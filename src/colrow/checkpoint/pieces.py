@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from colrow.checkpoint.tensor_file import DTYPES
 from colrow.errors import CheckpointError
-from colrow.parallel.layout import Packed, boxes, local_tensor
+from colrow.sharding.layout import Packed, boxes, local_tensor
 
 
 @dataclass(frozen=True)

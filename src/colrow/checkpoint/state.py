@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from colrow.checkpoint.manifest import DTYPE_OF_NAME, GroupRecord, Index, OptimizerRecord, StoredTensor
 from colrow.checkpoint.pieces import Piece, pieces_of
 from colrow.errors import CheckpointError
-from colrow.parallel.layout import Packed, packed_of
+from colrow.sharding.layout import Packed, packed_of
 
 OPTIMIZER_PREFIX = "optimizer."
 

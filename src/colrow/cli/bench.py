@@ -140,8 +140,8 @@ def _run(flags: Flags, configs: dict[str, RunConfig]) -> int:
 
 def _arm(flags: Flags, arm: str, config: RunConfig) -> dict[str, Any] | None:
     """The figures of one arm; None, with the reason on stderr, where it failed."""
-    from colrow.train import preflight
-    from colrow.train.launch import launch
+    from colrow.run import preflight
+    from colrow.run.launch import launch
 
     ranks = 1 if flags.one_rank else config.mesh.world_size
     os.environ.setdefault("OMP_NUM_THREADS", str(preflight.threads_for(ranks)))
@@ -172,8 +172,8 @@ def _rank(path: Path) -> int:
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     with _reporting(Path(error_file) if error_file else None):
         from colrow.bench.measure import Job, measure
-        from colrow.train.rank import Place
-        from colrow.train.stop import StopRequest
+        from colrow.run.rank import Place
+        from colrow.run.stop import StopRequest
 
         said = json.loads(path.read_text(encoding="utf-8"))
         config, world_size = parse_config(said["config"], f"arm {said['arm']}"), int(os.environ["WORLD_SIZE"])

@@ -9,10 +9,10 @@ from itertools import groupby
 
 from rich.console import Console
 
+from colrow.checking.check import Finding, check
 from colrow.cli.flags import PlanFlags, parse
 from colrow.cli.text import wrapped
 from colrow.mesh import Mesh
-from colrow.plans.check import Finding, check
 
 
 @dataclass(frozen=True)

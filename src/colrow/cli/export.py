@@ -39,8 +39,8 @@ def main(argv: list[str]) -> int:
 
     from colrow.checkpoint.folder import in_words
     from colrow.checkpoint.huggingface import export
-    from colrow.checkpoint.weights import materialize
     from colrow.cli.loading import open_saved, torchrun_ranks
+    from colrow.parallel.initialize import materialize
     from colrow.parallel.spread import spread
 
     with torchrun_ranks("gloo") as ranks:

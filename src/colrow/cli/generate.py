@@ -45,11 +45,11 @@ def main(argv: list[str]) -> int:
     import torch.distributed as dist
     from torch import Tensor
 
-    from colrow.checkpoint.weights import materialize
     from colrow.cli.loading import open_saved, torchrun_ranks
     from colrow.errors import ConfigError
     from colrow.mesh import Mesh
     from colrow.models.generate import generate
+    from colrow.parallel.initialize import materialize
     from colrow.parallel.parallelize import parallelize
     from colrow.plans.plan import Plan
 

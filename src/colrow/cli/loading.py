@@ -18,10 +18,10 @@ from colrow.checkpoint.huggingface import load_weights
 from colrow.config import load_config
 from colrow.data.tokenizer import Tokenizer, load_tokenizer
 from colrow.errors import CheckpointError, ConfigError
+from colrow.models.build import build_source
 from colrow.models.huggingface import read_config
 from colrow.models.llama import Llama, LlamaConfig
-from colrow.train.run_folder import CHECKPOINTS, CONFIG, TOKENIZER
-from colrow.train.source import build_source
+from colrow.run.run_folder import CHECKPOINTS, CONFIG, TOKENIZER
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def read_config(argv: list[str]) -> RunConfig:
     """The config of `CONFIG.yaml --key value ...`."""
     import tyro
 
-    from colrow.train.preflight import resolve
+    from colrow.run.preflight import resolve
 
     config = load_config(argv[0])
     if len(argv) > 1:
@@ -65,10 +65,10 @@ def read_config(argv: list[str]) -> RunConfig:
 
 def _start(argv: list[str]) -> int:
     from colrow.data.prepare import prepare
-    from colrow.train import preflight
-    from colrow.train.launch import launch
-    from colrow.train.rank import finished_line
-    from colrow.train.run_folder import require_free
+    from colrow.run import preflight
+    from colrow.run.launch import launch
+    from colrow.run.rank import finished_line
+    from colrow.run.run_folder import require_free
 
     config = read_config(argv)
     require_free(config.run.dir)
@@ -98,9 +98,9 @@ def _rank(argv: list[str]) -> int:
     with _reporting(Path(error_file) if error_file else None):
         import torch
 
-        from colrow.train import preflight
-        from colrow.train.rank import Place, run_rank
-        from colrow.train.stop import StopRequest
+        from colrow.run import preflight
+        from colrow.run.rank import Place, run_rank
+        from colrow.run.stop import StopRequest
 
         with StopRequest(Path(error_file).parent if error_file else None) as stop:
             config = read_config(argv)
@@ -125,7 +125,7 @@ def _reporting(error_file: Path | None) -> Iterator[None]:
     A rank that lost its connection to another one mostly does so because that one failed: it waits a little, so that
     the other's error is the one that is found.
     """
-    from colrow.train.launch import USERS, write_error
+    from colrow.run.launch import USERS, write_error
 
     try:
         yield

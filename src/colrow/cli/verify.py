@@ -13,7 +13,7 @@ from rich.console import Console
 
 from colrow.cli.flags import PlanFlags, parse
 from colrow.cli.text import wrapped
-from colrow.plans.verify import Report, verify
+from colrow.verifying.verify import Report, verify
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Flags(PlanFlags):
 def main(argv: list[str]) -> int:
     """Exit 0 when the numbers agree, 1 when not, 2 for bad usage."""
     flags = parse(Flags, "verify", argv)
-    multiprocessing.set_forkserver_preload(["colrow.plans.verify.backends"])  # imported once, not by each rank
-    from colrow.plans.twin import twin
+    multiprocessing.set_forkserver_preload(["colrow.verifying.backends"])  # imported once, not by each rank
+    from colrow.dryrun.reduced import twin
 
     model, shrunk = twin(flags.load_model(), flags.tp)
     plan = flags.load_plan(model)

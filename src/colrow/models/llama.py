@@ -143,7 +143,7 @@ class Llama(nn.Module):
     Any of `embed_tokens`, `norm`, `lm_head` and single entries of `layers` may be set to None, and what is left still
     runs under its own names: without an embedding the input is hidden states, without a head the output is.
 
-    Weights are what torch's modules start with; `colrow.checkpoint.weights.fill_seeded` gives those of a seed.
+    Weights are what torch's modules start with; `colrow.parallel.initialize.fill_seeded` gives those of a seed.
     There are no buffers: a model built on the meta device has nothing to fill but its parameters.
     """
 

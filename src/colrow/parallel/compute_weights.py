@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from colrow.parallel.layout import local_tensor
+from colrow.sharding.layout import local_tensor
 
 
 class ComputeWeights:

@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
 from colrow.mesh import Mesh
-from colrow.parallel.linear_head import Expected, expect_targets
 from colrow.plans.plan import Plan
+from colrow.styles.linear_head import Expected, expect_targets
 
 
 @contextmanager

@@ -13,10 +13,10 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from colrow.errors import ConfigError, PlanError
 from colrow.mesh import Mesh
-from colrow.parallel.layout import local_tensor, mark_packed
 from colrow.plans.plan import Plan
-from colrow.plans.site import Site
-from colrow.plans.styles import set_attribute, style_from_data
+from colrow.sharding.layout import local_tensor, mark_packed
+from colrow.styles.base import set_attribute, style_from_data
+from colrow.styles.site import Site
 
 
 def parallelize(model: nn.Module, plan: Plan, mesh: Mesh | DeviceMesh, *, absent: Iterable[str] = ()) -> nn.Module:

@@ -20,13 +20,13 @@ from torch.distributed.tensor import DTensor
 
 from colrow.config import PipelineSection
 from colrow.errors import ConfigError, PlanError
-from colrow.parallel.grad_norm import align_gradients
-from colrow.parallel.layout import local_tensor
-from colrow.parallel.linear_head import Expected, expect_targets
 from colrow.parallel.loss import loss_context, tp_degree
 from colrow.parallel.pipeline_split import layer_costs, split_layers
 from colrow.parallel.pipeline_stage import Stage, Tie, cut_stages
 from colrow.plans.plan import Plan
+from colrow.sharding.grad_norm import align_gradients
+from colrow.sharding.layout import local_tensor
+from colrow.styles.linear_head import Expected, expect_targets
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Logits [B, T, V] and targets [B, T] to the mean loss over them, a scalar."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from colrow.errors import PlanError
 from colrow.plans.plan import Plan
-from colrow.plans.styles_packed import is_transposed
+from colrow.styles.packed import is_transposed
 
 STYLES: dict[str, dict[str, Any] | None] = {
     "colwise": {"style": "colwise"},

@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import nn
 
 from colrow.errors import ConfigError, did_you_mean
-from colrow.plans.derive.options import DERIVED, DeriveOptions
+from colrow.plans.derive_options import DERIVED, DeriveOptions
 from colrow.plans.plan import LOSSES, Plan
 from colrow.plans.presets import PRESETS
 

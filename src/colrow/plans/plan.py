@@ -16,20 +16,14 @@ from torch import nn
 
 from colrow.errors import PlanError, did_you_mean
 from colrow.ops.float8 import Float8
-from colrow.plans import (  # noqa: F401  (they register)
-    styles_block,
-    styles_fast_block,
-    styles_fast_ends,
-    styles_fast_products,
-    styles_head,
-    styles_local,
-    styles_packed,
-)
-from colrow.plans.site import Site
-from colrow.plans.styles import ParameterLayout, Style, style_from_data, token_order
+from colrow.styles import block, head, local, packed  # noqa: F401  (they register)
+from colrow.styles.base import ParameterLayout, Style, style_from_data, token_order
+from colrow.styles.fast import block as fast_block  # noqa: F401
+from colrow.styles.fast import ends, products  # noqa: F401
+from colrow.styles.site import Site
 
 if TYPE_CHECKING:
-    from colrow.plans.derive.options import Styles
+    from colrow.plans.derive_options import Styles
 
 Loss = Literal["vocab_parallel", "replicated", "linear"]
 LOSSES: tuple[Loss, ...] = ("vocab_parallel", "replicated", "linear")
@@ -70,7 +64,7 @@ class Plan:
 
     @classmethod
     def derive(cls, model: nn.Module, tp: int, *, styles: Styles | None = None, **options: Any) -> Plan:
-        """The plan that the model's own graph gives (for the options see `plans.derive.derivation.derive`).
+        """The plan that the model's own graph gives (for the options see `derive.derivation.derive`).
 
         Args:
             styles: `plain`, `fast` (local tensors and explicit collectives), or `overlap` (fast, with chunks on the
@@ -79,8 +73,8 @@ class Plan:
         Raises:
             PlanError: the model cannot be traced, or gets no fast styles though they are asked for.
         """
-        from colrow.plans.derive.derivation import derive
-        from colrow.plans.derive.options import DeriveOptions
+        from colrow.derive.derivation import derive
+        from colrow.plans.derive_options import DeriveOptions
 
         if styles is not None:
             options["options"] = replace(options.get("options") or DeriveOptions(), styles=styles)

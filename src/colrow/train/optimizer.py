@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from colrow.config import TrainSection
 from colrow.ops.kernels.adamw import UNAVAILABLE, OnePass, Pass
-from colrow.parallel.layout import local_tensor
+from colrow.sharding.layout import local_tensor
 
 
 class AdamW(torch.optim.AdamW):

@@ -20,22 +20,22 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from colrow.checkpoint.weights import fill_seeded, materialize
 from colrow.config import RunConfig
 from colrow.data.loader import check_batch
 from colrow.errors import ConfigError
+from colrow.models.build import Source, build_source
 from colrow.ops.ran import forget
 from colrow.parallel.activation_checkpoint import apply_activation_checkpoint
 from colrow.parallel.compute_weights import ComputeWeights
 from colrow.parallel.data_parallel import apply_data_parallel
-from colrow.parallel.grad_norm import norm_groups
+from colrow.parallel.initialize import fill_seeded, materialize
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.named import named_plan
 from colrow.plans.plan import Plan
+from colrow.sharding.grad_norm import norm_groups
 from colrow.train.compile import compile_forward
 from colrow.train.cuda_graph import EAGER_STEPS, Replayed, check_cuda_graph
 from colrow.train.optimizer import build_optimizer
-from colrow.train.source import Source, build_source
 from colrow.train.step import PipelinedModel, Step, WholeModel, mean_cross_entropy
 
 

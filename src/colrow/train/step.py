@@ -23,9 +23,9 @@ from torch.distributed.tensor import DTensor
 from colrow.config import TrainSection
 from colrow.parallel.compute_weights import ComputeWeights
 from colrow.parallel.data_parallel import set_last_micro_batch
-from colrow.parallel.grad_norm import align_gradients, clip_scale, grad_norm
 from colrow.parallel.loss import logits_of, loss_context, model_loss
 from colrow.plans.plan import Plan
+from colrow.sharding.grad_norm import align_gradients, clip_scale, grad_norm
 from colrow.train.attention import preferred_attention
 from colrow.train.optimizer import AdamW, set_learning_rate
 from colrow.train.schedule import learning_rate

@@ -1,0 +1,203 @@
+"""Derive and prove a plan for every causal language model of the installed transformers, on tiny configurations.
+
+    python -m benchmarks.models.sweep --tp 2 4 --results sweep.jsonl -o docs/models.md [NAME ...]
+
+Each model runs in a process of its own under a limit of CPU time. What the results file holds already is not run again
+(unless `--again`), so a long sweep goes in pieces (`--budget SECONDS`). A model is
+
+    full          at least two reductions a layer, and most of its matrices split
+    partial       something is split; the reason names what is not
+    whole         nothing is split; the reason says why
+    fails         the plan raises when it runs (never a wrong number)
+    untraceable   torch.export cannot trace it
+    not built     a tiny configuration does not give a model that runs
+    refused       the model gets no fast styles, where those were asked for (`--styles fast`)
+    WRONG         loss or a gradient differs from the unsharded model: must never stand in the table
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.models.examine import Row, examine
+from benchmarks.models.tiny import causal_models
+from colrow.derive.derivation import derive
+from colrow.plans.derive_options import Styles
+
+TORCH = torch.__version__.partition("+")[0]
+VERDICTS = ("full", "partial", "whole", "fails", "untraceable", "not built", "refused", "WRONG")
+
+
+def _child(kind: str, degrees: Sequence[int], limit: int, to: Connection, styles: Styles) -> None:
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+    for row in examine(kind, degrees, lambda text: to.send(text), styles):
+        to.send(row)
+    to.send(None)
+
+
+def run_one(kind: str, degrees: Sequence[int], limit: int, styles: Styles = "plain") -> list[Row]:
+    """One model in a process of its own, `limit` seconds of CPU at most; a row for each degree."""
+    context = multiprocessing.get_context("fork")  # what is imported here need not be imported again
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(kind, degrees, limit, theirs, styles), daemon=True)
+    start = time.monotonic()
+    process.start()
+    theirs.close()
+    rows: list[Row] = []
+    phase, why = "starting", ""
+    while True:
+        try:
+            said = ours.recv()
+        except EOFError:
+            process.join()
+            late = process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
+            why = f"no result within {limit} s of CPU" if late else f"the process ended with {process.exitcode}"
+            why = f"{why}, while {phase}"
+            break
+        if said is None:
+            break
+        if isinstance(said, str):
+            phase = said
+        else:
+            rows.append(said)
+    process.join()
+    verdict = {"starting": "not built", "building": "not built", "tracing": "untraceable"}.get(phase, "fails")
+    done = {row["tp"] for row in rows}
+    rows += [{"model": kind, "tp": tp, "verdict": verdict, "reason": why} for tp in degrees if tp not in done]
+    seconds = round(time.monotonic() - start, 1)
+    return [row | {"seconds": seconds, "torch": TORCH} for row in rows]
+
+
+def warm() -> None:
+    """Import what every model needs, before the processes split off."""
+    import transformers.modeling_utils
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    derive(nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32)), 2, inputs=(torch.zeros(3, 34, 32),))
+
+
+def read(path: Path) -> dict[tuple[str, int], Row]:
+    """The rows of a results file by model and degree; the last one of each counts."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {(row["model"], row["tp"]): row for row in map(json.loads, lines)}
+
+
+def table(rows: Sequence[Row], command: str, known: Sequence[str], styles: Styles = "plain") -> str:
+    """Markdown: the counts of each verdict at each degree, one line a model, and which of `known` have no row yet."""
+    import transformers
+
+    degrees = sorted({row["tp"] for row in rows})
+    by_model: dict[str, dict[int, Row]] = {}
+    for row in rows:
+        by_model.setdefault(row["model"], {})[row["tp"]] = row
+    torches = " and ".join(sorted({row.get("torch", TORCH) for row in rows}))
+    lines = [
+        "# Models that a derived plan" + (f" of {styles} styles" if styles != "plain" else "") + " was proved on",
+        "",
+        f"Causal language models of transformers {transformers.__version__} in tiny configurations, with torch "
+        f"{torches} on a CPU. Each plan ran forward and backward on simulated ranks, and "
+        "loss and every gradient were compared with the unsharded model: 1e-9 relative in fp64, 1e-5 where the model "
+        "computes in fp32 by itself (more where a gradient is zero by mathematics, and rounding is all there is). The "
+        "table is made by",
+        "",
+        f"    {command}",
+        "",
+        "| | " + " | ".join(f"tp {tp}" for tp in degrees) + " |",
+        "|---|" + "---|" * len(degrees),
+    ]
+    for verdict in VERDICTS:
+        counts = [sum(r["verdict"] == verdict for r in rows if r["tp"] == tp) for tp in degrees]
+        if any(counts) or verdict == "WRONG":
+            lines.append(f"| {verdict} | " + " | ".join(map(str, counts)) + " |")
+    lines.append("| models | " + " | ".join(str(sum(r["tp"] == tp for r in rows)) for tp in degrees) + " |")
+    lines += [
+        "",
+        "*full*: attention and MLP of every layer are split, two reductions a layer. *partial*: something is split, "
+        "and the reason names what is not. *whole*: nothing is. *fails*: the plan stops with an error when it runs. "
+        "*untraceable*: `torch.export` cannot trace the model. *not built*: the tiny configuration gives no model "
+        "that runs on token ids alone. "
+        + ("*refused*: the model gets no such styles. " if styles != "plain" else "")
+        + "*WRONG*: a wrong number; it must never stand here.",
+        "",
+        "| model | " + " | ".join(f"tp {tp}" for tp in degrees) + " | split | sequence shards | worst error | reason |",
+        "|---|" + "---|" * len(degrees) + "---|---|---|---|",
+    ]
+    for model in sorted(by_model):
+        found = by_model[model]
+        verdicts = [found[tp]["verdict"] if tp in found else "" for tp in degrees]
+        first = found[min(found)]
+        share = f"{first['share']:.0%}" if "share" in first else ""
+        shards = {True: "yes", False: "no"}.get(first.get("sequence_parallel"), "")  # type: ignore[arg-type]
+        errors = [max(r["gradient_error"], r["loss_error"]) for r in found.values() if "gradient_error" in r]
+        worst = f"{max(errors):.0e}" + (" (fp32)" if first.get("fp32") else "") if errors else ""
+        reasons = dict.fromkeys(r.get("reason", "") for r in found.values())
+        reason = " / ".join(r for r in reasons if r).replace("|", "/")
+        lines.append(f"| {model} | {' | '.join(verdicts)} | {share} | {shards} | {worst} | {reason} |")
+    if missing := [name for name in known if name not in by_model]:
+        names = "" if styles != "plain" else f": {', '.join(missing)}"
+        lines += ["", f"Not run yet, {len(missing)} of {len(known)}{names}."]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.models.sweep", description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", help="model types; all unless given")
+    parser.add_argument("--tp", type=int, nargs="+", default=[2])
+    parser.add_argument("--styles", choices=("plain", "fast"), default="plain", help="what plans are written in")
+    parser.add_argument("--limit", type=int, default=120, help="seconds of CPU for one model")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="start no model after so many seconds")
+    parser.add_argument("--results", type=Path, help="a file of JSON lines, to continue from and to add to")
+    parser.add_argument("--again", action="store_true", help="run what the results hold, too")
+    parser.add_argument("-o", "--output", type=Path, help="where the markdown table goes")
+    given = parser.parse_args(argv)
+    known = causal_models()
+    if unknown := [m for m in given.models if m not in known]:
+        parser.error(f"no causal language model is called {', '.join(unknown)}")
+    results = read(given.results) if given.results else {}
+    jobs = [
+        (kind, degrees)
+        for kind in given.models or known
+        if (degrees := [tp for tp in given.tp if given.again or (kind, tp) not in results])
+    ]
+    start = time.monotonic()
+    if jobs:
+        warm()
+        print(f"{len(jobs)} models to go, warm after {time.monotonic() - start:.0f} s", flush=True)
+    for position, (kind, degrees) in enumerate(jobs):
+        if time.monotonic() - start > given.budget:
+            print(f"{len(jobs) - position} models left")
+            break
+        for row in run_one(kind, degrees, given.limit, given.styles):
+            results[(kind, row["tp"])] = row
+            reason = row.get("reason", "")[:150]
+            print(f"{kind:24s} tp {row['tp']} {row['verdict']:12s} {row['seconds']:6.1f} s  {reason}", flush=True)
+            if given.results:
+                with given.results.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+    said = " ".join(map(str, given.tp))
+    fast = f" --styles {given.styles}" if given.styles != "plain" else ""
+    page = "models.md" if given.styles == "plain" else f"models-{given.styles}.md"
+    command = f"python -m benchmarks.models.sweep --tp {said}{fast} --results sweep.jsonl -o docs/{page}"
+    text = table(list(results.values()), command, known, given.styles)
+    if given.output:
+        given.output.write_text(text, encoding="utf-8")
+    elif not given.results:
+        print(text)
+    return 1 if any(row["verdict"] == "WRONG" for row in results.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

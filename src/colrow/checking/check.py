@@ -1,0 +1,94 @@
+"""The check: what is wrong with a plan for a model, before anything runs and without a GPU."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from colrow.checking.dynamic import check_dynamic
+from colrow.checking.finding import CODES, Code, Finding, Severity, finding
+from colrow.checking.gradients import check_gradients
+from colrow.checking.options import check_options
+from colrow.checking.static import check_stages, check_static, fused_suspects
+from colrow.dryrun.calls import Loss, loss_of
+from colrow.dryrun.dry_run import DryRun, dry_run
+from colrow.errors import PlanError
+from colrow.mesh import Mesh
+from colrow.plans.plan import Plan
+
+__all__ = ["CODES", "Code", "Finding", "Severity", "check", "check_dynamic", "check_gradients", "check_static"]
+
+
+def check(
+    model: nn.Module,
+    plan: Plan,
+    mesh: Mesh,
+    batch_size: int = 1,
+    seq_len: int = 512,
+    *,
+    inputs: tuple[Any, ...] | None = None,
+    loss: Loss = loss_of,
+    param_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype | None = None,
+    compiled: bool = False,
+) -> list[Finding]:
+    """What is wrong with `plan` for `model` on `mesh`: errors first, nothing for a sound plan.
+
+    First the static layer; when that finds no error, a dry run on fake tensors, and from it the rules on activations,
+    communication and gradients. The model may lie on the meta device, and is not changed.
+
+    Args:
+        batch_size: sequences on one rank.
+        inputs: example arguments for models that do not take token ids [batch_size, seq_len].
+        loss: of the model's output (its logits, or the first tensor of what it returns) and the inputs; next-token
+            cross entropy unless given.
+        param_dtype, reduce_dtype: of FSDP2's mixed precision, where you use it: what the model computes in, and what
+            you expect gradients to be summed in.
+        compiled: you compile the blocks yourself, with `torch.compile` on each.
+    """
+    found = check_static(model, plan, mesh.tp, seq_len) + check_stages(model, mesh.pp)
+    if not _errors(found) and mesh.tp > 1:
+        try:
+            run = dry_run(model, plan, mesh, batch_size, seq_len, inputs=inputs, loss=loss, dtype=param_dtype)
+        except PlanError as error:
+            return [*found, finding("CR211", f"plan {plan.name}", str(error), "see the message")]
+        told = {f.code for f in found} & {"CR302"}  # of one head: the static layer names it
+        found += [f for f in _from_run(model, plan, mesh.tp, run) if f.code not in told]
+        found += check_options(run, reduce_dtype, compiled)
+    return sorted(_collapse(found), key=lambda f: f.severity != "error")
+
+
+def _from_run(model: nn.Module, plan: Plan, tp: int, run: DryRun) -> list[Finding]:
+    seen = [*check_dynamic(run, plan, tp), *check_gradients(run, tp)]
+    if run.reference_failure is not None:  # nothing else can tell about fused weights
+        seen += [replace(suspect, severity="warning") for suspect in fused_suspects(model, plan)]
+    return seen
+
+
+def _errors(found: Iterable[Finding]) -> bool:
+    return any(f.severity == "error" for f in found)
+
+
+def _collapse(found: list[Finding]) -> list[Finding]:
+    """One finding for what is the same in every layer, with `*` for the layer's number."""
+    groups: dict[tuple[str, str], list[Finding]] = defaultdict(list)
+    for f in found:
+        groups[f.code, re.sub(r"(?<=\.)\d+(?=\.|$)", "*", f.where)].append(f)
+    collapsed = []
+    for members in groups.values():
+        first, pattern = members[0], _pattern([f.where for f in members])
+        message, fix = (text.replace(first.where, pattern) for text in (first.message, first.fix))
+        collapsed.append(replace(first, where=pattern, message=message, fix=fix))
+    return collapsed
+
+
+def _pattern(names: list[str]) -> str:
+    """The names as one, with `*` for the components in which they differ."""
+    columns = zip(*(name.split(".") for name in names), strict=True)
+    return ".".join(column[0] if len(set(column)) == 1 else "*" for column in columns)

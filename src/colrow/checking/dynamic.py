@@ -1,0 +1,269 @@
+"""The second layer: what a dry run shows of activations and communication.
+
+An exception in a sharded run often comes late: the first wrong shape may have been made layers before. So the causes
+(declarations that do not fit, views that cut the wrong way) are looked for first, and the exception is reported only
+when none of them explains it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from colrow.checking.finding import Finding, finding
+from colrow.checking.static import _FUSED_FIX
+from colrow.dryrun.dry_run import DryRun, Failure, Output
+from colrow.dryrun.views import REDUCTIONS, View
+from colrow.dryrun.where import LOSS
+from colrow.plans.plan import Plan
+
+_LOCAL_KINDS = ("kv_replicate", "opaque")
+
+
+def check_dynamic(run: DryRun, plan: Plan, tp: int) -> list[Finding]:
+    """Findings on activations, views, communication and the loss."""
+    if run.reference_failure is not None:
+        error = run.reference_failure.error
+        message = f"the model itself does not run on fake tensors ({type(error).__name__}: {_first_line(error)})"
+        fix = "pass example inputs, or rely on the static checks and on `colrow verify`"
+        return [finding("CR410", run.reference_failure.where or "model", message, fix)]
+    found = [*_declarations(run), *_views(run, tp), *_log_softmax(run, plan)]
+    if not found:
+        found = [*_shapes(run, tp)]
+    if not found and run.failure is not None:
+        found = [_failure(run.failure, plan)]
+    if run.failure is None:
+        found += [*_loss(run, plan), *_communication(run)]
+    return [*found, *_random(run)]
+
+
+def _declarations(run: DryRun) -> Iterator[Finding]:
+    """Placements told to DTensor in forward that do not fit what the tensors are."""
+    for slip in run.slips:
+        where = slip.where or "model"
+        if slip.kind == "whole_as_part":
+            shard = f"shard({slip.dim})"
+            message = (
+                f"its input is whole on every rank and is declared {shard}: dim {slip.dim} becomes tp times longer"
+            )
+            fix = f"split what comes before (output: {shard} on the embedding or row linear), or declare replicate"
+            yield finding("CR406", where, message, fix)
+        elif slip.kind == "part_as_whole" and not slip.backward:
+            message = "its input is a different part on each rank and is declared replicate"
+            fix = "declare the layout it has (input: shard(1) for sequence shards), so that it is gathered"
+            yield finding("CR407", where, message, fix)
+        elif slip.kind == "addend_summed" and not slip.backward:
+            message = "a value that is equal on all ranks is added on each of them before the sum over ranks"
+            yield finding("CR409", where, message, "add it once, after the sum (style rowwise does so with its bias)")
+        elif slip.kind in ("equal_summed", "equal_as_partial") and not slip.backward:
+            message = "a value that is equal on all ranks is summed over them: it becomes tp times too large"
+            yield finding("CR409", where, message, "leave the sum out, or split what is summed")
+
+
+def _views(run: DryRun, tp: int) -> Iterator[Finding]:
+    """Reshapes and splits that are right for the whole tensor and wrong for a shard."""
+    for module, calls in run.views.items():
+        wanted = run.reference_views.get(module, [])
+        if len(calls) != len(wanted) and run.failure is None:
+            continue  # the two runs took different ways: nothing to compare
+        for got, want in zip(calls, wanted, strict=False):
+            if got.op != want.op or got.on_dtensor or got.packed or len(got.source) != len(want.source):
+                break
+            if (heads := _whole_kv_heads(got, want)) is not None:
+                message = (
+                    f"a rank's {got.source[-3]} of {want.source[-3]} query heads meet all {heads} kv heads: attention "
+                    "shares these out as if no other rank had queries"
+                )
+                yield finding("CR213", module, message, "give k_proj and v_proj the style kv_replicate")
+                break
+            if got.op in REDUCTIONS and got.source[got.dim] * tp == want.source[got.dim]:
+                message = f"{got.op} over {got.source[got.dim]} of {want.source[got.dim]} values, those of one rank"
+                fix = "leave what is before it whole (drop its style, or gather its output)"
+                yield finding("CR413", module, message, fix)
+                break
+            code = _view_code(got, want, tp)
+            if code == "CR208":
+                message = (
+                    f"{want.op} of {want.source} to {_shapes_text(want)} cuts between fused parts; on a shard "
+                    f"{got.source} it cuts elsewhere"
+                )
+                yield finding("CR208", module, message, _FUSED_FIX)
+                break
+            if code == "CR209":
+                message = (
+                    f"{want.op} of {want.source} gives {_shapes_text(want)}; on a shard {got.source} it gives "
+                    f"{_shapes_text(got)}"
+                )
+                fix = "view with -1 for the number of heads and the fixed head_dim: view(B, T, -1, head_dim)"
+                yield finding("CR209", module, message, fix)
+                break
+
+
+def _whole_kv_heads(got: View, want: View) -> int | None:
+    """The number of kv heads that an attention shares out among a part of the query heads as if these were all."""
+    for (shape, equal), (whole, _) in zip(got.shared, want.shared, strict=False):
+        if min(len(shape), len(whole), len(got.source)) < 3 or whole[-3] == 1:
+            continue
+        if equal and shape[-3] == whole[-3] and got.source[-3] < want.source[-3]:
+            return shape[-3]
+    return None
+
+
+def _view_code(got: View, want: View, tp: int) -> str | None:
+    if got.op == "scaled_dot_product_attention":
+        return "CR209" if got.source[-1] != want.source[-1] else None
+    sharded = [d for d, (g, w) in enumerate(zip(got.source, want.source, strict=True)) if g != w and g * tp == w]
+    if len(sharded) != 1:
+        return None
+    if got.op in ("chunk", "split", "unbind", "tensor_split"):
+        return "CR208" if got.dim == sharded[0] else None
+    if len(got.result) != 1 or len(want.result) != 1 or len(got.result[0]) != len(want.result[0]):
+        return None
+    if sharded[0] == 0 and len(want.source) > 1:
+        return None  # the batch merged with heads, or tokens in a row: a part of them comes apart as the whole does
+    factors = _factors(want.source, want.result[0], sharded[0])
+    inner = [k for k in factors if want.result[0][k] > 1]
+    if len(inner) < 2 or got.result[0][inner[0]] * tp == want.result[0][inner[0]]:
+        return None
+    if got.result[0][inner[0]] != want.result[0][inner[0]]:
+        return None
+    return "CR209" if got.result[0][inner[-1]] * tp == want.result[0][inner[-1]] else "CR208"
+
+
+def _factors(source: tuple[int, ...], result: tuple[int, ...], dim: int) -> list[int]:
+    """The dims of `result` into which dim `dim` of `source` is split; none when it is merged with another."""
+    before = 1
+    for extent in source[:dim]:
+        before *= extent
+    end, product, found = before * source[dim], 1, []
+    for k, extent in enumerate(result):
+        if product >= before and product * extent <= end:
+            found.append(k)
+        product *= extent
+        if product > end and found:
+            return []
+        if product == end:
+            break
+    return found
+
+
+def _shapes_text(view: View) -> str:
+    return " and ".join(str(shape) for shape in view.result[:3])
+
+
+def _shapes(run: DryRun, tp: int) -> Iterator[Finding]:
+    """The first module whose output is larger than, or of another rank than, the unsharded one's."""
+    for name, wanted in run.reference_outputs.items():
+        for got, want in zip(run.outputs.get(name, []), wanted, strict=False):
+            if _wrong_shape(got, want):
+                kind = "global shape" if got.is_dtensor else "local shape"
+                message = f"its output has the {kind} {got.shape}, the unsharded model's has {want.shape}"
+                yield finding(
+                    "CR405", name, message, "check the input and output layouts here and in the module before"
+                )
+                return
+
+
+def _wrong_shape(got: Output, want: Output) -> bool:
+    if len(got.shape) != len(want.shape):
+        return True
+    if got.is_dtensor:
+        return got.shape != want.shape
+    return any(g > w for g, w in zip(got.shape, want.shape, strict=True))
+
+
+def _failure(failure: Failure, plan: Plan) -> Finding:
+    """What an exception of the sharded run means."""
+    text, where = _first_line(failure.error), failure.where or ("backward" if failure.backward else "model")
+    if failure.where == LOSS and "mixed torch.Tensor and DTensor" in text and plan.loss == "replicated":
+        message = "the logits are a DTensor, and the ordinary loss takes plain tensors"
+        return finding("CR303", where, message, "set loss: vocab_parallel, or output: replicate on the head")
+    if failure.where == LOSS and plan.loss != "replicated":
+        message = f"the loss cannot be computed on these logits ({text})"
+        fix = "use plain cross entropy on logits split over the vocabulary, or set loss: replicated and gather them"
+        return finding("CR306", where, message, fix)
+    if "mixed torch.Tensor and DTensor" in text:
+        message = f"a plain tensor meets a DTensor ({text.partition(' need')[0].rstrip(',')})"
+        fix = "give this module a style, or let the module before return local tensors (use_local_output: true)"
+        return finding("CR402", where, message, fix)
+    if "Attempted to flatten multiple dimensions" in text:  # torch 2.11 folds batch and sequence for a linear layer
+        message = f"DTensor cannot fold a sharded sequence into the rows of a linear layer here ({text})"
+        fix = (
+            "gather its input, with prepare_input on the module that holds it, or give it a style whose input says "
+            "shard(1)"
+        )
+        return finding("CR404", where, message, fix)
+    if isinstance(failure.error, IndexError) or "should have same length" in text:
+        message = f"the style found no positional input ({text}): the module is called with keyword arguments"
+        fix = "name them with input_kwargs and desired_kwargs, with one entry in input for each positional argument"
+        return finding("CR403", where, message, fix)
+    if "sharding strategy registered" in text:
+        message = f"DTensor has no rule for an operation here ({text})"
+        return finding(
+            "CR404", where, message, "let the module work on local tensors: use_local_output: true before it"
+        )
+    phase = "backward" if failure.backward else "forward"
+    message = f"the sharded {phase} raises {type(failure.error).__name__}: {text}"
+    return finding("CR401", where, message, "check the styles of this module and of those that feed it")
+
+
+def _log_softmax(run: DryRun, plan: Plan) -> Iterator[Finding]:
+    if plan.loss == "vocab_parallel" and run.class_losses > 0:
+        message = (
+            "a log-softmax of split logits that no cross entropy takes: its backward in this context is the identity"
+        )
+        fix = "compute that term from logsumexp, or on gathered logits outside of the loss context"
+        yield finding("CR305", LOSS, message, fix)
+
+
+def _loss(run: DryRun, plan: Plan) -> Iterator[Finding]:
+    got, want = run.logits, run.reference_logits
+    if got is not None and want is not None and not got.is_dtensor and got.shape[-1:] < want.shape[-1:]:
+        message = (
+            f"the loss takes this rank's {got.shape[-1]} logits of a token for all {want.shape[-1]}: the head returns "
+            "them as a plain tensor"
+        )
+        fix = "use a head that returns split logits (fast_head, colwise with use_local_output: false) or whole ones"
+        yield finding("CR301", LOSS, message, fix)
+        return
+    if plan.loss != "vocab_parallel" or run.logits is None:
+        return
+    if run.class_losses > 0:
+        message = (
+            "the loss takes a log-softmax that no cross entropy consumes: its backward in this context is the identity"
+        )
+        yield finding(
+            "CR305", LOSS, message, "compute that term from logsumexp, or on gathered logits outside of the context"
+        )
+    if not run.logits.is_dtensor:
+        message = "the logits are a plain tensor, so loss: vocab_parallel has nothing to do"
+        yield finding("CR302", LOSS, message, "return split logits (use_local_output: false), or set loss: replicated")
+
+
+def _communication(run: DryRun) -> Iterator[Finding]:
+    """Data that DTensor moved unasked, and tensors that were gathered twice."""
+    for c in run.collectives:
+        if c.where == LOSS or c.pass_ == "backward":
+            continue
+        if c.implicit and not c.cause.endswith("partial → replicate"):  # a sum that is due, wherever it is made
+            message = f"DTensor moves {c.bytes} bytes unasked ({c.cause})"
+            fix = "declare the change of layout: prepare_input on the module that holds these linears"
+            yield finding("CR408", c.where, message, fix)
+        elif c.again:
+            message = f"the same tensor is gathered again ({c.bytes} bytes)"
+            yield finding(
+                "CR408", c.where, message, "gather once: prepare_input on the module that holds these linears"
+            )
+
+
+def _random(run: DryRun) -> Iterator[Finding]:
+    for slip in run.slips:
+        if slip.kind == "random_on_part" and not slip.backward:
+            message = "dropout runs on a rank's part: ranks seeded alike drop the same positions of different parts"
+            yield finding(
+                "CR601", slip.where or "model", message, "set dropout to 0, or seed each tp rank differently here"
+            )
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:240]

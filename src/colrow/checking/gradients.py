@@ -1,0 +1,60 @@
+"""The third layer: gradients that would be wrong though the loss is exact.
+
+Found from what the tensors of the dry run's backward are (see [Note: equal and varying] in `tracing.watch`), not from
+names: a norm is right without a style where its input is whole, and wrong where it is a part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from colrow.checking.finding import Finding, finding
+from colrow.dryrun.dry_run import DryRun
+from colrow.dryrun.where import LOSS
+
+
+def check_gradients(run: DryRun, tp: int) -> list[Finding]:
+    """Replicated parameters with partial gradients, gradients counted tp times, and parameters with none."""
+    if run.reference_failure is not None or run.failure is not None:
+        return []
+    return [*_partial(run, tp), *_none(run)]
+
+
+def _partial(run: DryRun, tp: int) -> Iterator[Finding]:
+    earlier = any(slip.kind in ("part_as_whole", "whole_as_part") and not slip.backward for slip in run.slips)
+    if earlier:
+        return  # the activations are wrong already: their gradients follow
+    summed = ("equal_summed", "addend_summed")
+    follows = any(slip.kind in summed and not slip.backward for slip in run.slips)
+    for slip, param in zip(run.slips, run.slip_params, strict=True):
+        where = param or slip.where or "model"
+        if not slip.backward or where == LOSS:
+            continue
+        if slip.kind == "part_as_whole" and param:
+            message = "each rank's gradient comes from its part of the activations, and nothing sums them over tp"
+            yield finding("CR501", where, message, _mend(run, slip.where, tp))
+        elif slip.kind == "part_as_whole":
+            message = "the gradient of an activation is a different part on each rank and is taken to be equal on all"
+            fix = "use to_local(grad_placements=[Partial()]) here, or a style that reduces it (prepare_input)"
+            yield finding("CR504", where, message, fix)
+        elif slip.kind == "equal_as_partial":
+            message = "every rank has the whole gradient, and the style sums them over tp"
+            yield finding("CR502", where, message, "give the module style replicate, or leave it out of the plan")
+        elif slip.kind in summed and not follows:
+            message = "a gradient that is summed over tp already, or equal on all ranks, is summed here once more"
+            fix = "sum it in one place: inside a block or behind a gather take styles that leave the sum to it"
+            yield finding("CR502", where, message, fix)
+
+
+def _mend(run: DryRun, module: str, tp: int) -> str:
+    """Style `sequence` for a module on sequence shards; `grad_sum` for one on a part of the heads or features."""
+    got, want = run.outputs.get(module), run.reference_outputs.get(module)
+    if got and want and len(got[0].shape) == 3 and (got[0].shape[1] * tp == want[0].shape[1] or got[0].is_dtensor):
+        return f"give {module} the style sequence"
+    return f"give {module} the style grad_sum"
+
+
+def _none(run: DryRun) -> Iterator[Finding]:
+    for name in run.no_gradient:
+        message = "it gets a gradient in the unsharded model and none under the plan"
+        yield finding("CR503", name, message, "check the styles of the module that uses it")

@@ -1,0 +1,53 @@
+"""What a dry run shows beside the options of a training loop: mixed precision, and blocks that are compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from colrow.checking.finding import Finding, finding
+from colrow.dryrun.dry_run import DryRun
+from colrow.dryrun.where import LOSS
+
+_SUMS = ("all_reduce", "reduce_scatter")
+COMPILED_BLOCKS_WAIT = torch.__version__.startswith("2.11.")
+"""Whether a compiled block finishes a collective that its input still waits for: torch 2.11 does, 2.13 does not."""
+
+
+def check_options(run: DryRun, reduce_dtype: torch.dtype | None, compiled: bool) -> list[Finding]:
+    """Findings for a caller who says in what type he expects sums, or that he compiles the blocks."""
+    if run.reference_failure is not None or run.failure is not None:
+        return []
+    return [*_sums(run, reduce_dtype), *(_inputs(run) if compiled else ())]
+
+
+def _sums(run: DryRun, wanted: torch.dtype | None) -> Iterator[Finding]:
+    """Sums over tp keep the type that the model computes in; `reduce_dtype` is for the data axes."""
+    if wanted is None:
+        return
+    rounded = [
+        c
+        for c in run.collectives
+        if c.op in _SUMS and c.where != LOSS and getattr(torch, c.dtype).itemsize < wanted.itemsize
+    ]
+    if rounded:
+        number, size = sum(c.times for c in rounded), sum(c.times * c.bytes for c in rounded)
+        message = (
+            f"{number} sums over tp in a step ({size} bytes) are made in {rounded[0].dtype}: reduce_dtype="
+            f"{str(wanted).removeprefix('torch.')} rules the sums over the data axes alone"
+        )
+        fix = "expect it (tensor-parallel training mostly does so), or compute the modules that need it in that type"
+        yield finding("CR411", "tp", message, fix)
+
+
+def _inputs(run: DryRun) -> Iterator[Finding]:
+    if COMPILED_BLOCKS_WAIT:
+        return
+    for block in run.unfinished:
+        message = (
+            "its input is a collective that still runs when the block is called; a compiled block takes it without the "
+            "node of `to_local`, and backward raises: 'Tensor' object has no attribute '_local_tensor'"
+        )
+        fix = "finish the collective before the block (a norm, a dropout, an addition do), or compile the whole model"
+        yield finding("CR412", block, message, fix)

@@ -1,0 +1,243 @@
+"""The static layer: names, sizes, types, ties, head and loss, from the plan and the model's modules alone."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from colrow.checking.finding import Finding, finding
+from colrow.dryrun.calls import vocabulary
+from colrow.errors import PlanError
+from colrow.parallel.parallelize import tied_parameters
+from colrow.plans.plan import Plan
+from colrow.styles.base import Colwise, Rowwise, Style
+from colrow.styles.site import Site
+
+FUSED = ("qkv", "c_attn", "w_pack", "query_key_value", "in_proj", "gate_up", "gate_and_up", "fc1_gate", "wi_fused")
+"""Names under which models keep several weights in one; how the parts lie in it, the name does not tell."""
+
+
+def check_static(model: nn.Module, plan: Plan, tp: int, seq_len: int) -> list[Finding]:
+    """What is wrong without running anything."""
+    if any(isinstance(param, DTensor) for param in model.parameters()):
+        message = "the model holds DTensors: a plan has been applied to it already"
+        return [finding("CR104", "model", message, "build a plain model and apply one plan, once")]
+    names = list(_names(model, plan))
+    styles = _resolve(model, plan)
+    found = [*names, *_shared(model, styles), *_sites(model, styles, tp)]
+    found += [*_sequence(plan, tp, seq_len), *_head(model, plan, styles), *_trains(model)]
+    if not found:
+        found += [*_ties(model, plan, tp), *_splits_something(model, plan, tp)]
+    return found
+
+
+def fused_suspects(model: nn.Module, plan: Plan) -> list[Finding]:
+    """Plain column splits of weights that, by their names, hold several: for when no dry run can tell."""
+    found = []
+    for fqn, style in _resolve(model, plan).items():
+        last = fqn.rpartition(".")[2].lower()
+        if isinstance(style, Colwise) and style.output_stays_split and any(word in last for word in FUSED):
+            message = "by its name this weight holds several matrices, and a plain column split would cut across them"
+            found.append(finding("CR208", fqn, message, _FUSED_FIX))
+    return found
+
+
+_FUSED_FIX = "use a style that splits each part on its own (see the page), or keep the parts in modules of their own"
+
+
+def _names(model: nn.Module, plan: Plan) -> Iterator[Finding]:
+    """Keys that match nothing, and modules that match twice."""
+    taken: dict[str, str] = {}
+    for key, style in plan.modules.items():
+        matches = matching(model, key)
+        if not matches and not style.optional:
+            hint = _nearest(model, key)
+            fix = f"use {hint!r}" if hint else "correct or remove the key"
+            yield finding("CR101", key or "(empty key)", f"the key {key!r} matches no module of the model", fix)
+        again = [name for name in matches if name in taken]
+        if again:
+            message = f"module {again[0]} matches two keys, {taken[again[0]]!r} and {key!r}"
+            yield finding("CR102", again[0], message, "keep one of the two keys")
+        taken |= dict.fromkeys(matches, key)
+
+
+def matching(model: nn.Module, key: str) -> list[str]:
+    """The modules that a plan's key names; `*` stands for one component."""
+    pattern = key.split(".")
+    parts = {name: name.split(".") for name, _ in model.named_modules(remove_duplicate=False) if name}
+    return [
+        name
+        for name, p in parts.items()
+        if len(p) == len(pattern) and all(want in ("*", have) for want, have in zip(pattern, p, strict=True))
+    ]
+
+
+def _nearest(model: nn.Module, key: str) -> str | None:
+    """The name, or pattern of names, that is nearest to a key."""
+    known = {name for name, _ in model.named_modules(remove_duplicate=False) if name}
+    if "*" in key:
+        known = {re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in known}
+    near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
+    return near[0] if near else None
+
+
+def _resolve(model: nn.Module, plan: Plan) -> dict[str, Style]:
+    """Module name to style, as far as the keys are sound; the first key wins."""
+    found: dict[str, Style] = {}
+    for key, style in plan.modules.items():
+        for name in matching(model, key):
+            found.setdefault(name, style)
+    return found
+
+
+def _shared(model: nn.Module, styles: dict[str, Style]) -> Iterator[Finding]:
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    for group in names.values():
+        said = {name: styles.get(name) for name in group}
+        if len(group) > 1 and len({repr(style) for style in said.values()}) > 1:
+            each = ", ".join(f"{name}: {style.name if style else 'no style'}" for name, style in said.items())
+            message = f"{' and '.join(group)} are one module, and the plan treats them differently ({each})"
+            yield finding("CR103", group[0], message, "give every name of the module the same style")
+
+
+def _sites(model: nn.Module, styles: dict[str, Style], tp: int) -> Iterator[Finding]:
+    """Each style on its module: types, options, divisibility."""
+    for fqn, style in styles.items():
+        module = model.get_submodule(fqn)
+        if isinstance(module, nn.Linear) and isinstance(style, Colwise | Rowwise):
+            children = [name for name, _ in module.named_children()]
+            if children:
+                message = f"{type(module).__name__} is a linear layer with modules inside it ({', '.join(children)})"
+                fix = "name the linear layers inside it, or keep the adapter beside the layer"
+                yield finding("CR207", fqn, message, fix)
+                continue
+            extent = module.out_features if isinstance(style, Colwise) else module.in_features
+            whole = [name for name, buffer in module.named_buffers(recurse=False) if extent in buffer.shape]
+            if whole:
+                message = (
+                    f"the buffer {whole[0]} has the extent {extent} that style {style.name} splits, and stays whole"
+                )
+                fix = "make it a parameter, or leave the module out of the plan"
+                yield finding("CR212", fqn, message, fix)
+                continue
+        try:
+            style.check(Site(model, fqn, tp))
+        except PlanError as error:
+            text = str(error).removeprefix(f"{fqn}: ")
+            message, _, fix = text.rpartition(": ")
+            code = _code_of(text)
+            if not message:
+                message, fix = text, _MENDS.get(code, "correct the style's options")
+            yield finding(code, fqn, message, fix)
+
+
+_MENDS = {"CR206": "use a style that is made for this class, or leave the module out of the plan"}
+
+
+def _code_of(text: str) -> str:
+    """The code of a style's refusal."""
+    if "not divisible" in text:
+        for word, code in (("kv_heads", "CR203"), ("n_heads", "CR202"), ("vocab", "CR204"), ("segment", "CR210")):
+            if word in text:
+                return code
+        return "CR201"
+    return "CR206" if " is for " in text else "CR211"
+
+
+def _sequence(plan: Plan, tp: int, seq_len: int) -> Iterator[Finding]:
+    if plan.sequence_parallel() and seq_len % tp:
+        below, above = seq_len // tp * tp, -(-seq_len // tp) * tp
+        message = f"seq_len={seq_len} is not divisible by tp={tp} (sequence parallel splits dim 1)"
+        yield finding("CR205", "input", message, f"use {below} or {above}" if below else f"use {above}")
+
+
+def _head(model: nn.Module, plan: Plan, styles: dict[str, Style]) -> Iterator[Finding]:
+    """The head and the loss have to agree about who holds the vocabulary."""
+    head = head_of(model)
+    style = styles.get(head) if head else None
+    if head is None or not isinstance(style, Colwise):
+        return
+    split, local, parallel = style.output_stays_split, style.use_local_output, plan.loss == "vocab_parallel"
+    if split and local:
+        message = (
+            "the head returns this rank's shard of the vocabulary as a plain tensor, and the loss takes it for all"
+        )
+        fix = "set use_local_output: false with loss: vocab_parallel, or output: replicate with loss: replicated"
+        yield finding("CR301", head, message, fix)
+    elif not split and parallel:
+        message = "the head gathers the logits, so loss: vocab_parallel has nothing to do and the memory is not saved"
+        fix = "drop output and set use_local_output: false on the head, or set loss: replicated"
+        yield finding("CR302", head, message, fix)
+    elif not local and not parallel:
+        message = "the head returns logits as a DTensor, and the ordinary cross entropy takes plain tensors"
+        yield finding(
+            "CR303", head, message, "set loss: vocab_parallel, or output: replicate and use_local_output: true"
+        )
+
+
+def head_of(model: nn.Module) -> str | None:
+    """The linear layer that makes logits: as wide as the vocabulary, outside of the repeated blocks."""
+    vocab = vocabulary(model)
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and module.out_features == vocab
+        and not any(p.isdigit() for p in name.split("."))
+    ]
+    return names[-1] if names else None
+
+
+def _ties(model: nn.Module, plan: Plan, tp: int) -> Iterator[Finding]:
+    layouts = plan.parameters(model, tp)
+    for group in tied_parameters(model):
+        said = {name: layouts[name] for name in group if name in layouts}
+        if len({str(layout.placement) for layout in said.values()}) > 1:
+            each = ", ".join(f"{name} {layout.placement}" for name, layout in said.items())
+            fix = "give them the same placement, such as rowwise on the embedding and colwise on the head"
+            yield finding("CR304", group[0], f"tied weights get different placements ({each})", fix)
+
+
+def check_stages(model: nn.Module, stages: int) -> list[Finding]:
+    """Tied weights that a pipeline of `stages` stages takes apart."""
+    if stages == 1:
+        return []
+    found = []
+    for group in tied_parameters(model):
+        places = {_place(model, name) for name in group}
+        if len(places) > 1:
+            message = (
+                f"{' and '.join(group)} are one weight, and {stages} stages hold them apart: each copy would get a "
+                "part of the gradient"
+            )
+            fix = "sum the copies' gradients over their stages before clipping and the step, as `colrow train` does"
+            found.append(finding("CR307", group[0], message, fix))
+    return found
+
+
+def _place(model: nn.Module, name: str) -> str:
+    """Where a parameter lies in the order of layers: a layer, or before or after them all."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: i + 1])
+    order = [fqn for fqn, _ in model.named_modules(remove_duplicate=False)]
+    layers = [i for i, fqn in enumerate(order) if any(part.isdigit() for part in fqn.split("."))]
+    return "before" if not layers or order.index(".".join(parts[:-1])) < layers[0] else "after"
+
+
+def _splits_something(model: nn.Module, plan: Plan, tp: int) -> Iterator[Finding]:
+    if tp > 1 and all(layout.placement.is_replicate() for layout in plan.parameters(model, tp).values()):
+        message = f"no parameter is split over tp={tp}: each rank holds and computes the whole model"
+        yield finding("CR105", f"plan {plan.name}", message, "use another plan, or tp=1")
+
+
+def _trains(model: nn.Module) -> Iterator[Finding]:
+    if any(True for _ in model.parameters()) and not any(param.requires_grad for param in model.parameters()):
+        yield finding("CR505", "model", "every parameter is frozen", "set requires_grad on what is to be trained")

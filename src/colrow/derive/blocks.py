@@ -1,0 +1,354 @@
+"""Find the blocks of a model: modules that take the stream in once and give one sum back.
+
+A block is the smallest module around what shards one class (q, k, v and o; gate, up and down), widened as long as the
+flow of gradients stays sound: a mixture of experts with its router and its shared expert is one block. Where there is
+none, each column product is prepared on its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch.fx import Node
+
+from colrow.derive.axes import Atom, find, leaves
+from colrow.derive.flow import Flow, Flows, Kind
+from colrow.derive.infer import is_float, op_name
+from colrow.derive.trace import is_boundary, label_of
+
+
+@dataclass
+class Block:
+    """A module, where it is entered, and what its outputs are."""
+
+    module: str
+    entries: set[Node] = field(default_factory=set)
+    """Its inputs (or those of leaves inside it) that are used differently on each rank."""
+    deferred: bool = False
+    """Sums stay open until the block's output; otherwise each row product reduces its own."""
+    leaf: bool = False
+    """The entries are those of single column products."""
+    flow: Flow = field(default_factory=Flow)
+
+
+class SplitError(Exception):
+    """A chosen class cannot be split soundly."""
+
+    def __init__(self, atoms: set[Atom], why: str) -> None:
+        super().__init__(why)
+        self.atoms, self.why = atoms, why
+
+
+class BlockFinder:
+    """Blocks of a choice."""
+
+    def __init__(self, flows: Flows) -> None:
+        self.flows, self.inference, self.choice = flows, flows.inference, flows.choice
+        self.nodes = list(self.inference.graph.nodes)
+        self.boundaries: dict[str, list[Node]] = {}
+        for node in self.nodes:
+            if is_boundary(node):
+                self.boundaries.setdefault(label_of(node).module, []).append(node)
+        self.owners = self._weight_owners()
+        self.order = {node: i for i, node in enumerate(self.nodes)}
+        self._inside: dict[str, list[Node]] = {}
+
+    # ------------------------------------------------------------------ components
+
+    def _weight_owners(self) -> dict[Node, str]:
+        """For each contraction over a sharded axis, the module that owns its weight."""
+        owners = {}
+        for node in self.nodes:
+            if self.flows.is_reduction(node):
+                names = set().union(*(self.flows.params_of.get(i, set()) for i in node.all_input_nodes))
+                weights = {
+                    n
+                    for n in names
+                    if any(f == n and self.flows.is_sharded(p) for p, f in self.inference.params.items())
+                }
+                path = self.flows.path[node]  # of tied weights the one that is used here
+                here = any(path in self.flows.sharers[n] for n in weights)
+                owners[node] = path if here else next((self.flows.owners[n] for n in sorted(weights)), path)
+        return owners
+
+    def components(self) -> dict[str, list[Node]]:
+        """The innermost common module of each connected sharded region, and the reductions that end it there."""
+        found: dict[str, list[Node]] = {}
+        for node in self.owners:
+            if op_name(node) == "embedding":
+                continue
+            region = self.region(node)
+            paths = [
+                self.flows.path[n].split(".")
+                for n in region
+                if not is_boundary(n) and n not in self.inference.from_params and n not in self.flows.constant
+            ]
+            found.setdefault(".".join(_common(paths)), []).append(node)
+        return found
+
+    def region(self, end: Node) -> set[Node]:
+        """Sharded activations that end in this contraction, and the contraction itself."""
+        seen, todo = {end}, [end]
+        while todo:
+            for node in todo.pop().all_input_nodes:
+                if node in seen or node in self.inference.params or not self.flows.is_sharded(node):
+                    continue
+                seen.add(node)
+                todo.append(node)
+        return seen
+
+    def columns(self, region: set[Node]) -> set[Node]:
+        """Nodes that make shards out of whole activations."""
+
+        def whole(node: Node) -> bool:
+            outside = node in self.flows.constant or node in self.inference.from_params
+            return not outside and not self.flows.is_sharded(node)
+
+        return {
+            node
+            for node in region
+            if node not in self.inference.from_params
+            and node not in self.flows.constant
+            and not is_boundary(node)
+            and not self.flows.is_reduction(node)
+            and any(whole(i) for i in node.all_input_nodes)
+        }
+
+    # ------------------------------------------------------------------ blocks
+
+    def interior(self, module: str) -> list[Node]:
+        if module not in self._inside:
+            self._inside[module] = [n for n in self.nodes if n.op == "call_function" and self.flows.inside(n, module)]
+        return self._inside[module]
+
+    def ends(self, reductions: list[Node]) -> set[Node]:
+        """The output boundaries of the modules that own the reductions."""
+        names = {self.owners[n] for n in reductions}
+        return {b for name in names for b in self.boundaries.get(name, []) if label_of(b).kind == "out"}
+
+    def attempt(self, module: str, reductions: list[Node], deferred: bool) -> Block | None:
+        """The block at `module`, if gradients flow soundly in it."""
+        inputs = [b for b in self.boundaries.get(module, []) if label_of(b).kind == "in"]
+        outputs = [b for b in self.boundaries.get(module, []) if label_of(b).kind == "out"]
+        differentiable = [b for b in inputs if b not in self.flows.constant]
+        if not differentiable or not outputs:
+            return None
+        own = set(outputs)
+        deferred = deferred or any(self.owners[n] == module for n in reductions)
+        exits = set() if deferred else self.ends(reductions) - own
+        kinds = dict.fromkeys(differentiable, Kind.R)
+        for _ in range(len(differentiable) + 1):
+            given = dict(self._outside(module))
+            given.update({b: (self.flows._constant_kind(b) if b in self.flows.constant else kinds[b]) for b in inputs})
+            flow = self.flows.run([*self.interior(module), *outputs], set(), exits, given)
+            if not flow.clashes:
+                break
+            loose = self._to_release(flow, kinds)
+            if loose is None:
+                return None
+            kinds[loose] = Kind.I
+        else:
+            return None
+        for b in outputs:
+            if flow.kinds[b] in (Kind.R, Kind.S) and b in self.flows.live and not self._ends_in_region(b, flow):
+                return None
+        interior = set(self.interior(module)) | own
+        for node in (interior - own) & self.flows.live - self.flows.constant - self.inference.from_params:
+            if any(u not in interior and u.op != "output" for u in node.users):
+                return None
+        entries = {b for b, kind in kinds.items() if kind is Kind.R and b in self.flows.live}
+        return Block(module, entries, deferred, False, flow)
+
+    def _ends_in_region(self, boundary: Node, flow: Flow) -> bool:
+        """A shard may leave the block when only sharded operations use it (a row product in a sibling module)."""
+        return flow.kinds[boundary] is Kind.S and self.flows.is_sharded(boundary)
+
+    def _outside(self, module: str) -> dict[Node, Kind]:
+        """Parameters and constants that the interior uses from outside."""
+        out = {}
+        for node in self.interior(module):
+            for i in node.all_input_nodes:
+                known = i in self.inference.from_params or i in self.flows.constant
+                if known and (i.op != "call_function" or not self.flows.inside(i, module)):
+                    rest = Kind.W if i in self.inference.from_params else Kind.C
+                    out[i] = Kind.S if self.flows.is_sharded(i) else rest
+        return out
+
+    def _to_release(self, flow: Flow, kinds: dict[Node, Kind]) -> Node | None:
+        """An input that clashes only with reduced activations: it belongs to the stream (a residual)."""
+        node, _ = flow.clashes[0]
+        for i in node.all_input_nodes:
+            source = i
+            while source not in kinds and source.op == "call_function" and len(source.all_input_nodes) == 1:
+                source = source.all_input_nodes[0]
+            if kinds.get(source) is Kind.R and flow.kinds.get(i) is Kind.R:
+                return source
+        return None
+
+    def find(self) -> list[Block]:
+        """Blocks for every component.
+
+        Raises:
+            SplitError: a component has no sound block; its classes must stay whole.
+        """
+        components = self.components()
+        blocks: dict[str, Block] = {}
+        for module, reductions in components.items():
+            if any(module == name or module.startswith(name + ".") for name, b in blocks.items() if not b.leaf):
+                continue
+            best = None
+            where = module
+            while where:
+                within = [n for m, ns in components.items() if m == where or m.startswith(where + ".") for n in ns]
+                modes = (
+                    (True, False)
+                    if len({self.owners[n] for n in within}) > 1 or (best is not None and best.deferred)
+                    else (False, True)
+                )
+                block = next((b for mode in modes if (b := self.attempt(where, within, mode))), None)
+                if block is None and best is not None:
+                    break
+                best = block or best
+                where = where.rpartition(".")[0]
+                if best is None and module.count(".") - where.count(".") > 2:
+                    break
+            block = best or self.columns_alone(module, reductions)
+            for name in [n for n in blocks if n.startswith(block.module + ".") and not block.leaf]:
+                del blocks[name]
+            blocks[block.module + ("#leaf" if block.leaf else "")] = self._merge(
+                blocks.get(block.module + "#leaf"), block
+            )
+        return list(blocks.values())
+
+    def _merge(self, old: Block | None, new: Block) -> Block:
+        if old is not None and new.leaf:
+            new.entries |= old.entries
+        return new
+
+    def columns_alone(self, module: str, reductions: list[Node]) -> Block:
+        """Each column product is entered on its own; whoever else makes shards has no entry."""
+        region = set().union(*(self.region(n) for n in reductions))
+        entries = set()
+        for node in self.columns(region):
+            name = self.flows.path[node]
+            ins = [
+                b for b in self.boundaries.get(name, []) if label_of(b).kind == "in" and b not in self.flows.constant
+            ]
+            if not ins:
+                raise SplitError(
+                    self.atoms_of(region),
+                    f"no module stands between the stream and {op_name(node)} in {name or 'the model'}",
+                )
+            entries |= set(ins)
+        return Block(module, entries, False, True)
+
+    def atoms_of(self, nodes: set[Node]) -> set[Atom]:
+        """Chosen classes that stand in these nodes."""
+        out: set[Atom] = set()
+        for node in nodes:
+            dims = self.inference.dims.get(node)
+            for part in dims if isinstance(dims, tuple) else (dims,):
+                for dim in part or ():
+                    out |= {a for a in _flat(dim) if a in self.choice.atoms or a in self.choice.groups}
+        return out
+
+    def borders(self, blocks: list[Block]) -> tuple[set[Node], set[Node]]:
+        """All boundaries where the stream enters blocks, and all where a sum over ranks is reduced."""
+        entries = set().union(*(b.entries for b in blocks), self.head_entries())
+        exits = {
+            b
+            for block in blocks
+            if block.deferred
+            for b in self.boundaries.get(block.module, [])
+            if label_of(b).kind == "out"
+        }
+        deferred = [b.module for b in blocks if b.deferred]
+        for name in self.owners.values():
+            if not any(name == m or name.startswith(m + ".") for m in deferred):
+                exits |= {b for b in self.boundaries.get(name, []) if label_of(b).kind == "out"}
+        return entries, exits
+
+    def whole_graph(self, blocks: list[Block]) -> Flow:
+        """The flow of the entire graph with these blocks: the proof that they fit together.
+
+        Raises:
+            SplitError: kinds clash somewhere; the classes at that place must stay whole.
+        """
+        entries, exits = self.borders(blocks)
+        flow = self.flows.run(
+            [n for n in self.nodes if n in self.flows.live or n in self.inference.params], entries, exits, {}
+        )
+        for node, why in flow.clashes:
+            raise SplitError(
+                self.atoms_of({node, *node.all_input_nodes}) or self._summed(node, flow) or set(self.choice.atoms),
+                f"{why} ({op_name(node)} in {self.flows.path[node] or 'the model'})",
+            )
+        both = flow.same & flow.summed
+        if both:
+            raise SplitError(set(self.choice.atoms), f"{min(both)} is used both in the stream and inside a block")
+        out = next(n for n in self.nodes if n.op == "output")
+        for node in out.all_input_nodes:
+            if flow.kinds.get(node) in (Kind.P, Kind.R):
+                raise SplitError(self.atoms_of(set(self.inference.graph.nodes)), "the output is left unreduced")
+            if flow.kinds.get(node) is Kind.S and not self.atoms_of({node}) <= self.choice.vocabulary:
+                raise SplitError(self.atoms_of({node}), "the caller gets this axis")
+        return flow
+
+    def _summed(self, node: Node, flow: Flow) -> set[Atom]:
+        """Classes whose contraction left the sums over ranks that reach this node."""
+        out: set[Atom] = set()
+        seen, todo = {node}, [node]
+        while todo:
+            for source in todo.pop().all_input_nodes:
+                if source in seen or flow.kinds.get(source) is not Kind.P:
+                    continue
+                seen.add(source)
+                todo.append(source)
+                for dim in self.inference.contracted.get(source, ()):
+                    out |= {a for a in _flat(dim) if a in self.choice.atoms or a in self.choice.groups}
+        return out
+
+    def head_entries(self) -> set[Node]:
+        """Inputs of the modules that make the vocabulary's logits."""
+        out = set()
+        for node in self.nodes:
+            if (
+                node.op != "call_function"
+                or not self.flows.is_sharded(node)
+                or is_boundary(node)
+                or op_name(node) == "embedding"
+            ):
+                continue
+            if (
+                node in self.inference.from_params
+                or self.flows.is_reduction(node)
+                or not self.atoms_of({node}) & self.choice.vocabulary
+            ):
+                continue
+            if any(not self.flows.is_sharded(i) and i not in self.flows.constant for i in node.all_input_nodes):
+                name = self.flows.path[node]
+                ins = [b for b in self.boundaries.get(name, []) if label_of(b).kind == "in" and is_float(b)]
+                if not ins:
+                    raise SplitError(self.atoms_of({node}) & self.choice.vocabulary, "no module makes the logits")
+                out |= set(ins)
+        return out
+
+
+def _flat(dim: list[Atom]) -> set[Atom]:
+    out = set()
+    for atom in leaves(dim):
+        out.add(find(atom))
+        for segment in atom.segments or ():
+            out |= _flat(segment)
+    return out
+
+
+def _common(paths: list[list[str]]) -> list[str]:
+    if not paths:
+        return []
+    out = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        out.append(parts[0])
+    return out

@@ -1,0 +1,289 @@
+"""Derive a plan: trace, infer axes, choose, find blocks and stream, check a rank's own trace, write styles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from colrow.derive.axes import block, leaves
+from colrow.derive.blocks import Block, BlockFinder, SplitError
+from colrow.derive.choose import Choice, choose, legal_degrees
+from colrow.derive.compress import compress, pattern
+from colrow.derive.emit import Emission, Emitter
+from colrow.derive.emit_fast import FastEmitter
+from colrow.derive.flow import Flow, Flows
+from colrow.derive.infer import AxisInference, shape_of
+from colrow.derive.local import Attributes, LocalCheck
+from colrow.derive.sequence import NoStreamError, Stream, find_stream
+from colrow.derive.table import infer
+from colrow.derive.trace import Trace, default_inputs, label_of, module_path, trace
+from colrow.errors import PlanError
+from colrow.ops.carriers import Overlap
+from colrow.plans.derive_options import DeriveOptions
+
+
+@dataclass
+class Derivation:
+    """A derived plan and why it is as it is."""
+
+    tp: int
+    modules: dict[str, Any]
+    """Patterns to styles, as a plan says them."""
+    loss: str
+    sharded: list[str]
+    """Names of the parameters that are split."""
+    whole: dict[str, str]
+    """Each parameter that stays whole, and why, in one line."""
+    legal: list[int]
+    """Degrees that divide every class that was chosen."""
+    reductions: dict[str, int]
+    """Reductions in one forward pass, by the module pattern that makes them."""
+    unknown: dict[str, int]
+    """Operators without a rule, and how often."""
+    notes: list[str] = field(default_factory=list)
+    """What was given up on the way, and why."""
+    sequence_parallel: bool = False
+    share: float = 0.0
+    """Share of the parameters' elements that is split."""
+    choice: Choice | None = None
+    trace: Trace | None = None
+
+    def plan(self, name: str = "derived") -> Any:
+        """The plan."""
+        from colrow.plans.plan import Plan
+
+        return Plan(modules=self.modules, loss=self.loss, name=name, notes=dict(self.whole))  # type: ignore[arg-type]
+
+
+def derive(
+    model: nn.Module,
+    tp: int,
+    *,
+    inputs: Sequence[Tensor] | None = None,
+    options: DeriveOptions | None = None,
+    traced: Trace | None = None,
+) -> Derivation:
+    """A plan for `model` at degree `tp`, from its graph alone.
+
+    Args:
+        model: any module, on any device (the meta device included). It is left as it was.
+        inputs: example inputs, [batch, sequence, ...] first; token ids unless given. The sequence must be divisible by
+            tp, and batch and sequence unlike any dimension of the model.
+        options: what the plan may use.
+        traced: the trace of `model` on `inputs`, when there is one already (of another degree).
+
+    Raises:
+        PlanError: the model cannot be traced, or has sizes that depend on the data, or fast styles are asked for and
+            do not fit; the text says why.
+    """
+    options = options or DeriveOptions()
+    options.check()
+    given = tuple(inputs) if inputs is not None else default_inputs(model, tp)
+    traced = traced or trace(model, given)
+    try:
+        return _Derive(model, tp, given, traced, options).run()
+    except GuardOnDataDependentSymNode as error:
+        name, said = type(model).__name__, str(error).partition("\n")[0]
+        raise PlanError(
+            f"{name} has sizes that depend on the data, and a plan needs fixed ones ({said}): write the plan by hand, "
+            "or take a variant of the model whose sizes are fixed (experts computed for all tokens)"
+        ) from error
+
+
+class _Derive:
+    def __init__(
+        self, model: nn.Module, tp: int, inputs: tuple[Tensor, ...], traced: Trace, options: DeriveOptions
+    ) -> None:
+        self.model, self.tp, self.inputs, self.traced, self.options = model, tp, inputs, traced, options
+        self.fast = options.styles != "plain"
+        self.notes: list[str] = []
+        self.inference: AxisInference = infer(traced)
+
+    def run(self) -> Derivation:
+        for _ in range(12):
+            choice = choose(self.inference, self.tp, soft=self.options.wide_norms)
+            if not choice.atoms and not choice.groups:
+                if self.fast:
+                    raise self._not_fast([*self.notes, "nothing can be split"])
+                return self._result(choice, None, [], Flow(), None, {})
+            try:
+                return self._attempt(choice)
+            except SplitError as error:
+                self._give_up(choice, error)
+        raise AssertionError("each round gives up at least one class")
+
+    def _give_up(self, choice: Choice, error: SplitError) -> None:
+        atoms = [a for a in error.atoms if a in choice.atoms or a in choice.groups] or [*choice.atoms, *choice.groups]
+        for atom in atoms:
+            if atom in choice.groups:
+                block([choice.groups[atom]], error.why)
+            block([atom], error.why)
+        self.notes.append(error.why)
+
+    def _attempt(self, choice: Choice) -> Derivation:
+        wide = {module_path(n) for n, dims in self.inference.averaged.items() if choice.any_sharded(dims)}
+        flows = Flows(self.inference, choice, wide, self.traced.ties)
+        finder = BlockFinder(flows)
+        blocks = finder.find()
+        flow = finder.whole_graph(blocks)
+        why: list[str] = []
+        if self.options.sequence_parallel:
+            best = None
+            for whole_head in (False, True):
+                late = self._stream(choice, flows, finder, blocks, flow, (False, whole_head), None, why)
+                early = (
+                    self._stream(choice, flows, finder, blocks, flow, (True, whole_head), late[1], why)
+                    if late
+                    else None
+                )
+                best = early or late
+                if best is not None:
+                    break
+            if best is not None:
+                best[0].notes = [*why, *best[0].notes]
+                return best[0]
+        if self.fast:
+            raise self._not_fast(why)
+        try:
+            result, _ = self._emit(choice, flows, finder, blocks, flow, None, None)
+        except PlanError as error:
+            raise SplitError(self._suspects(choice, finder, str(error)), str(error)) from error
+        result.notes = [*why, *result.notes]
+        return result
+
+    def _stream(
+        self,
+        choice: Choice,
+        flows: Flows,
+        finder: BlockFinder,
+        blocks: list[Block],
+        flow: Flow,
+        ends: tuple[bool, bool],
+        known: Attributes | None,
+        why: list[str],
+    ) -> tuple[Derivation, Attributes] | None:
+        """The derivation with the stream on sequence shards; `ends` is (from the embedding, to the last norm only)."""
+        entries, exits = finder.borders(blocks)
+        try:
+            stream = find_stream(self.traced, flows, finder, entries, exits, *ends, row=self.fast)
+            return self._emit(choice, flows, finder, blocks, flow, stream, known)
+        except (NoStreamError, SplitError, PlanError) as error:
+            start, end = (
+                ("the embedding" if ends[0] else "the first layer"),
+                ("the last norm" if ends[1] else "the head"),
+            )
+            why.append(f"no sequence shards from {start} to {end}: {error}")
+            return None
+
+    def _not_fast(self, why: list[str]) -> PlanError:
+        reason = why[0].removeprefix("no sequence shards ") if why else "no reason is known"
+        return PlanError(
+            f"{type(self.model).__name__} gets no fast styles, under which tokens stand in a row from one end of a "
+            f"model to the other: {reason}: use plan derive, whose styles are plain"
+        )
+
+    def _suspects(self, choice: Choice, finder: BlockFinder, why: str) -> set[Any]:
+        """Classes whose weights lie in the module that the message names; all that are no vocabulary otherwise."""
+        modules = {name for name, _ in self.model.named_modules()}
+        named = [p for p in why.replace(",", " ").split() if "." in p or p in modules]
+        found = set()
+        for node, name in self.inference.params.items():
+            owner = name.rpartition(".")[0]
+            if any(owner == p or owner.startswith(p + ".") or p.startswith(owner + ".") for p in named):
+                found |= finder.atoms_of({node})
+        return found - choice.vocabulary or (choice.atoms | set(choice.groups)) - choice.vocabulary or set(choice.atoms)
+
+    def _emit(
+        self,
+        choice: Choice,
+        flows: Flows,
+        finder: BlockFinder,
+        blocks: list[Block],
+        flow: Flow,
+        stream: Stream | None,
+        known: Attributes | None,
+    ) -> tuple[Derivation, Attributes]:
+        emission = self._emission(self.model, self.traced, flows, finder, blocks, flow, stream)
+        attributes = LocalCheck(self.model, self.traced, flows, emission, stream, self.inputs).repair(known)
+        for name, values in attributes.items():
+            emission.modules.setdefault(name, {"style": "replicate"})["attributes"] = values
+        if self.options.loss == "replicated" and emission.loss == "vocab_parallel":
+            for style in emission.modules.values():
+                if style.get("style") == "colwise" and style.get("use_local_output") is False:
+                    style.pop("use_local_output")
+                    style["output"] = "replicate"
+                if style.get("style") == "fast_head":
+                    style["gather"] = True
+            emission.loss = "replicated"
+        return self._result(choice, finder, blocks, flow, stream, emission.modules, emission.loss), attributes
+
+    def _emission(self, *given: Any) -> Emission:
+        if not self.fast:
+            return Emitter(*given).run()
+        overlap: Overlap = "copy_engine" if self.options.styles == "overlap" else "collectives"
+        return FastEmitter(*given, overlap=overlap, linear_loss=self.options.loss == "linear").run()
+
+    def _result(
+        self,
+        choice: Choice,
+        finder: BlockFinder | None,
+        blocks: list[Block],
+        flow: Flow,
+        stream: Stream | None,
+        styles: dict[str, dict[str, Any]],
+        loss: str = "replicated",
+    ) -> Derivation:
+        sharded, whole, elements, total = [], {}, 0, 0
+        for node, name in self.inference.params.items():
+            dims = self.inference.of(node)
+            count = int(torch.Size(shape_of(node)).numel())
+            total += count
+            if choice.any_sharded(dims):
+                sharded.append(name)
+                elements += count
+            else:
+                whole[name] = self._why_whole(
+                    dims, name in flow.summed or (stream is not None and name in stream.summed)
+                )
+        reductions: dict[str, int] = {}
+        if finder is not None:
+            for node in finder.borders(blocks)[1]:
+                if label_of(node).path == "0":
+                    key = pattern(label_of(node).module)
+                    reductions[key] = reductions.get(key, 0) + 1
+        return Derivation(
+            self.tp,
+            compress(styles, self.model),
+            loss,
+            sharded,
+            whole,
+            legal_degrees(self.inference, choice),
+            reductions,
+            dict(self.inference.unknown),
+            list(self.notes),
+            stream is not None,
+            elements / max(1, total),
+            choice,
+            self.traced,
+        )
+
+    def _why_whole(self, dims: list[Any], summed: bool) -> str:
+        reasons = []
+        for k, dim in enumerate(dims):
+            for atom in leaves(dim):
+                size = atom.size
+                if atom.block:
+                    reasons.append(f"dim {k} ({size}): {atom.block}")
+                elif atom.soft:
+                    reasons.append(f"dim {k} ({size}): {atom.soft}")
+                elif size % self.tp:
+                    reasons.append(f"dim {k} ({size}): not divisible by {self.tp}")
+                else:
+                    reasons.append(f"dim {k} ({size}): its class was not chosen")
+        text = "; ".join(dict.fromkeys(reasons)) or "a single element"
+        return text + ("; gradient summed over tp" if summed else "")

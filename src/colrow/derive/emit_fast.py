@@ -1,0 +1,217 @@
+"""Write a choice with its blocks as fast styles (see `styles.fast.common`).
+
+A block whose input goes into column products and nowhere else gets a fast_gather, and its columns one product; any
+other block gets a fast_block. Tokens stand in a row between blocks, so that all of a plan is of these styles.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import Node
+
+from colrow.derive.axes import Dim, find
+from colrow.derive.blocks import Block, SplitError
+from colrow.derive.emit import Emission, Emitter
+from colrow.derive.flow import Kind
+from colrow.derive.infer import op_name
+from colrow.derive.sequence import Stream
+from colrow.derive.trace import label_of
+from colrow.ops.carriers import Overlap
+from colrow.styles.fast.common import is_product
+
+
+class FastEmitter(Emitter):
+    """Turns blocks and a stream of tokens in a row into fast styles."""
+
+    sums = ("fast_rowwise", "fast_colwise", "packed_rowwise", "fast_block", "grad_sum")
+    local = ("fast_block", "local_shards")
+    stream: Stream
+
+    def __init__(self, *given: Any, overlap: Overlap, linear_loss: bool) -> None:
+        super().__init__(*given)
+        assert self.stream is not None
+        self.linear_loss = linear_loss
+        self.overlap = {} if overlap == "collectives" else {"overlap": overlap}
+        self.gathered: dict[str, list[str]] = {}
+        """Columns by the module that gathers for them."""
+        self.alone = {label_of(entry).module for b in self.blocks if b.leaf for entry in b.entries}
+
+    def run(self) -> Emission:
+        """All styles. Raises SplitError where no fast style can say what the choice needs."""
+        for block in self.blocks:
+            if not block.leaf and (columns := self._columns(block)):
+                self.gathered[block.module] = columns
+        return super().run()
+
+    # ------------------------------------------------------------------ blocks
+
+    def _columns(self, block: Block) -> list[str]:
+        """The column products that share the block's input, when nothing else takes it; else none."""
+        if block.deferred or len(block.entries) != 1 or self._slices(block):
+            return []
+        (entry,) = block.entries
+        if "." in label_of(entry).path or any(True for _ in self._module(block.module).parameters(recurse=False)):
+            return []
+        names: list[str] = []
+        todo = list(entry.users)
+        while todo:
+            user = todo.pop(0)
+            if op_name(user) != "boundary" or "." in label_of(user).path:
+                return []
+            name = label_of(user).module
+            if not self._is_column(name):
+                if label_of(user).kind != "in" or not name.startswith(f"{block.module}."):
+                    return []
+                todo += user.users  # handed on to a module inside
+            elif label_of(user).path != "0" or label_of(user).kind != "in":
+                return []
+            elif name not in names:
+                names.append(name)
+        inside = [name.removeprefix(f"{block.module}.") for name in names]
+        return inside if len({name.rpartition(".")[2] for name in inside}) == len(inside) else []
+
+    def _is_column(self, name: str) -> bool:
+        if not is_product(self._module(name)):
+            return False
+        if "weight" not in self.owned.get(name, ()):
+            return self._whole_column(name)
+        return self._dim_of(name, "weight")[0] == (0 if self._is_linear(self._module(name)) else 1)
+
+    def _whole_column(self, name: str) -> bool:
+        """Whether every rank computes all of this product, and uses it in its own way: k and v of a single head."""
+        return self._is_linear(self._module(name)) and f"{name}.weight" in self.flow.summed and name not in self.owned
+
+    def _plain(self, block: Block) -> bool:
+        return block.module in self.gathered
+
+    def _block(self, block: Block, local: bool) -> None:
+        if block.leaf:
+            for entry in block.entries:
+                name = label_of(entry).module
+                if label_of(entry).path != "0" or self.out.modules.get(name, {}).get("style") != "fast_column":
+                    raise SplitError(set(), f"{name} is entered alone, and is no product that a fast style computes")
+            return
+        if block.module in self.gathered:
+            (entry,) = block.entries
+            self._put(block.module, style="fast_gather", columns=self.gathered[block.module])
+            if self._key(entry) not in (0, "hidden_states"):
+                self._put(block.module, argument=self._key(entry))
+            self._put(block.module, **self.overlap)
+            for name in (f"{block.module}.{column}" for column in self.gathered[block.module]):
+                if self._whole_column(name):
+                    features = self._module(name).out_features
+                    self._put(name, style="fast_colwise", segments=[features], whole=[0])
+            return
+        entries = sorted(block.entries, key=lambda entry: self.finder.order[entry])
+        style: dict[str, Any] = {"style": "fast_block", "gather": [self._key(entry) for entry in entries]}
+        if slices := self._slices(block):
+            style["slices"] = slices
+        if block.deferred:
+            style["scatter"] = self._scattered(block)
+        self._put(block.module, **style)
+
+    def _key(self, entry: Node) -> int | str:
+        path = label_of(entry).path
+        if "." in path:
+            raise SplitError(set(), f"argument {path} of {label_of(entry).module} is nested")
+        return int(path) if path.isdigit() else path
+
+    def _scattered(self, block: Block) -> list[int]:
+        """The numbers of the block's outputs that are sums over ranks."""
+        sums = [
+            label_of(b).path
+            for b in self.finder.boundaries.get(block.module, [])
+            if label_of(b).kind == "out" and block.flow.kinds.get(b) is Kind.P
+        ]
+        if nested := [path for path in sums if not path.isdigit()]:
+            raise SplitError(set(), f"output {nested[0]} of {block.module} is nested")
+        return sorted({int(path) for path in sums})
+
+    # ------------------------------------------------------------------ products and the two ends
+
+    def _column(self, name: str, dim: Dim, in_local: bool) -> None:
+        gathered = any(name == f"{m}.{column}" for m, columns in self.gathered.items() for column in columns)
+        if not gathered and name not in self.alone:
+            super()._column(name, dim, True)  # on whole local tokens, inside a fast_block
+            return
+        kv = self._plain_kv(name, dim)
+        if gathered and kv is not None:
+            heads = kv.size * find(self.choice.groups[kv]).size
+            width = self._module(name).out_features // kv.size  # type: ignore[operator]
+            self._put(name, style="fast_kv_replicate", heads=heads, kv_heads=kv.size, head_dim=width)
+            return
+        if not is_product(self._module(name)):
+            raise SplitError(set(), f"{name} is a {type(self._module(name)).__name__} with a forward of its own")
+        self._put(name, style="fast_colwise" if gathered else "fast_column")
+        cut = self._cut(name, "weight")
+        if isinstance(cut, dict):
+            self._put(name, **{key: value for key, value in cut.items() if key != "dim"})
+        if not gathered:
+            self._put(name, **self.overlap)
+        if hasattr(self._module(name), "nf"):  # the rank's own trace runs the module's own forward
+            self.out.attributes[name] = {"nf": "/tp" if isinstance(cut, int) else self.choice.local_size(dim)}
+
+    def _row(self, name: str, dim: Dim, in_local: bool, block: Block | None) -> None:
+        if block is not None and block.deferred:
+            super()._row(name, dim, in_local, block)
+            return
+        cut = self._cut(name, "weight")
+        if isinstance(cut, dict) and {"whole", "kv"} & cut.keys():
+            raise SplitError(self._atoms(name), f"{name} takes a part of its input whole")
+        module = self._module(name)
+        if not is_product(module):
+            bias = {} if module._parameters.get("bias") is None else {"bias": {"scaled": True}}
+            self._put(name, style="fast_block", shards={"weight": cut, **bias}, scatter=[0])
+            return
+        self._put(name, style="fast_rowwise", **({"segments": cut["segments"]} if isinstance(cut, dict) else {}))
+        self._put(name, **self.overlap)
+
+    def _embedding(self, name: str) -> None:
+        self._put(name, style="fast_embedding", **({} if self.early else {"whole": True}))
+
+    def _head(self, name: str) -> None:
+        if not is_product(self._module(name)):
+            raise SplitError(set(), f"the head {name} has a forward of its own")
+        if self.linear_loss:
+            self._nothing_after(name)
+            self._put(name, style="linear_head", layout="whole" if self.stream.whole_head else "tokens")
+            self.out.loss = "linear"
+        else:
+            whole = self.stream.whole_head
+            self._put(name, **({"style": "colwise", "use_local_output": False} if whole else {"style": "fast_head"}))
+            self.out.loss = "vocab_parallel"
+
+    def _nothing_after(self, name: str) -> None:
+        """A head that returns the loss needs its logits to be the model's output as they are."""
+        at = self.traced.output()
+        while label_of(at).module != name if op_name(at) == "boundary" else op_name(at) in AS_THEY_ARE:
+            at = at.all_input_nodes[0]
+        if op_name(at) != "boundary":
+            raise SplitError(set(), f"{op_name(at)} changes the logits behind {name}, so the head cannot give the loss")
+
+    # ------------------------------------------------------------------ what stays whole, and the stream
+
+    def _summed(self, owner: str, stream: bool) -> None:
+        self._put(owner, style="grad_sum")
+
+    def _whole_parameters(self) -> None:
+        super()._whole_parameters()
+        for name, said in self.out.modules.items():
+            if said["style"] == "local_shards" and said.get("output") not in (None, "partial"):
+                raise SplitError(set(), f"{name} reduces inside of a block, which no fast style does")
+
+    def _stream(self, stream: Stream) -> None:
+        for style, nodes in (("fast_part", stream.start), ("fast_whole", stream.finish)):
+            for node in sorted(nodes, key=lambda n: self.finder.order[n]):
+                name, key = label_of(node).module, self._key(node)
+                if self.out.modules.get(name, {}).get("style", style) != style:
+                    raise SplitError(set(), f"{name}, where the tokens' order changes, has a style already")
+                arguments = [*self.out.modules.get(name, {}).get("arguments", []), key]
+                self._put(name, style=style, arguments=arguments)
+        for said in self.out.modules.values():
+            if said.get("arguments") == [0]:
+                del said["arguments"]
+
+
+AS_THEY_ARE = frozenset(("_to_copy", "clone", "alias", "_assert_tensor_metadata", "to", "detach"))

@@ -1,0 +1,182 @@
+"""Axis-class inference over an exported graph: one rule for each operator, and 'stays whole' for every other one.
+
+The result says for each node which atoms its dimensions consist of, which nodes contract over which atoms (a sharded
+contraction gives a partial sum), and which operators had no rule.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from colrow.derive.axes import Atom, Dim, block, size_of
+
+Dims = list[Dim]
+Result = Dims | tuple[Dims | None, ...] | None
+Rule = Callable[["AxisInference", Node], Result]
+RULES: dict[str, Rule] = {}
+
+
+class NoRuleError(Exception):
+    """An operator, or this use of it, is outside the table."""
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule under the names of ATen operators, without overload."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            RULES[name] = function
+        return function
+
+    return register
+
+
+def op_name(node: Node) -> str:
+    """`linear` for aten.linear.default; in-place variants lose their underscore."""
+    schema = getattr(node.target, "_schema", None)
+    name = schema.name.split("::")[1] if schema else getattr(node.target, "__name__", str(node.target))
+    return name if name.startswith("_") else name.rstrip("_")
+
+
+def shape_of(node: Node) -> list[int]:
+    return [int(extent) for extent in node.meta["val"].shape]
+
+
+def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
+    """An argument that may be given by position or by keyword."""
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+class AxisInference:
+    """The axes of every tensor of a graph.
+
+    Args:
+        graph: the graph of an exported program, after `run_decompositions({})`.
+        parameters: placeholder name to the parameter's fully qualified name.
+        constants: placeholder and get_attr name to the value of a lifted constant, where it is known.
+        inputs: names of the placeholders that are the caller's inputs.
+        cut: nodes whose output starts with fresh axes (a place where the layout may change).
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        parameters: dict[str, str],
+        constants: dict[str, Tensor] | None = None,
+        inputs: Sequence[str] = (),
+        cut: Callable[[Node, AxisInference], Dims | None] | None = None,
+        free_inputs: bool = False,
+    ) -> None:
+        self.graph = graph
+        self.constants = constants or {}
+        self.dims: dict[Node, Result] = {}
+        self.contracted: dict[Node, list[Dim]] = {}
+        """Nodes that sum over axes, and the axes."""
+        self.averaged: dict[Node, list[Dim]] = {}
+        """Nodes that normalise over axes: a mean, or a whole norm."""
+        self.unknown: Counter[str] = Counter()
+        self.params: dict[Node, str] = {}
+        self.from_params: set[Node] = set()
+        """Nodes that depend on parameters only."""
+        self._inputs = set(inputs)
+        self._cut = cut
+        self._free_inputs = free_inputs
+        for node in graph.nodes:
+            self._visit(node, parameters)
+
+    # ------------------------------------------------------------------ what rules use
+
+    def of(self, node: Any) -> Dims:
+        """The dimensions of a tensor-valued node."""
+        dims = self.dims.get(node)
+        if not isinstance(dims, list):
+            raise NoRuleError("an argument is not a tensor")
+        return dims
+
+    def fresh(self, shape: Sequence[int], why: str | None = None) -> Dims:
+        return [[Atom(int(extent), why)] if int(extent) != 1 else [] for extent in shape]
+
+    def contract(self, node: Node, dim: Dim) -> None:
+        """`node` sums over `dim`: sharded, each rank holds a part of the sum."""
+        if dim:
+            self.contracted.setdefault(node, []).append(dim)
+
+    def average(self, node: Node, dim: Dim) -> None:
+        """`node` normalises over `dim`."""
+        if dim:
+            self.averaged.setdefault(node, []).append(dim)
+
+    # ------------------------------------------------------------------ the walk
+
+    def _visit(self, node: Node, parameters: dict[str, str]) -> None:
+        value = node.meta.get("val")
+        if node.op == "placeholder":
+            if isinstance(value, Tensor):
+                why = f"input {node.name}" if node.name in self._inputs and not self._free_inputs else None
+                self.dims[node] = self.fresh(value.shape, why)
+                if node.name in parameters:
+                    self.params[node] = parameters[node.name]
+                    self.from_params.add(node)
+            return
+        if node.op == "get_attr":
+            constant = self.constants.get(str(node.target))
+            if isinstance(constant, Tensor):
+                self.dims[node] = self.fresh(constant.shape)
+            return
+        if node.op == "output":
+            return
+        name = op_name(node)
+        if name == "_assert_tensor_metadata":
+            return
+        incoming = [n for n in node.all_input_nodes if self.dims.get(n) is not None]
+        if incoming and all(n in self.from_params for n in incoming):
+            self.from_params.add(node)
+        if self._cut is not None and (dims := self._cut(node, self)) is not None:
+            self.dims[node] = dims
+            return
+        try:
+            handler = RULES.get(name)
+            if handler is None:
+                raise NoRuleError(name)
+            result = handler(self, node)
+            self._require_shape(result, value, name)
+        except (NoRuleError, KeyError, IndexError, AttributeError, TypeError, ValueError):
+            result = self._give_up(name, value, incoming)
+        self.dims[node] = result
+
+    def _require_shape(self, result: Result, value: Any, name: str) -> None:
+        """A rule must reproduce the shape of its node; otherwise it does not cover this use."""
+        if isinstance(value, Tensor):
+            if not isinstance(result, list) or [size_of(d) for d in result] != [int(n) for n in value.shape]:
+                raise NoRuleError(name)
+        elif isinstance(value, (tuple, list)):
+            if not isinstance(result, tuple) or len(result) != len(value):
+                raise NoRuleError(name)
+            for part, tensor in zip(result, value, strict=True):
+                if isinstance(tensor, Tensor):
+                    self._require_shape(part, tensor, name)
+
+    def _give_up(self, name: str, value: Any, incoming: list[Node]) -> Result:
+        self.unknown[name] += 1
+        for node in incoming:
+            dims = self.dims[node]
+            for part in dims if isinstance(dims, tuple) else (dims,):
+                for dim in part or ():
+                    block(dim, f"no rule for {name}")
+        why = f"made by {name}, which has no rule"
+        if isinstance(value, Tensor):
+            return self.fresh(value.shape, why)
+        if isinstance(value, (tuple, list)):
+            return tuple(self.fresh(v.shape, why) if isinstance(v, Tensor) else None for v in value)
+        return None
+
+
+def is_float(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point()

@@ -1,0 +1,323 @@
+"""One rank's own trace: does the model's Python code run on local shapes, and do what the plan says?
+
+A copy of the model gets a rank's shapes of parameters and the extents that the plan's styles hand over at module
+boundaries, and is exported again. Node by node it must be the global graph with local extents. Code that states a
+global size (`view(..., self.num_heads, ...)`) shows here; integer attributes that hold such sizes are then tried, and
+the ones that mend it become a part of the plan.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Node
+
+from colrow.derive.axes import find, leaves, size_of
+from colrow.derive.choose import Choice
+from colrow.derive.emit import Emission
+from colrow.derive.flow import Flows
+from colrow.derive.infer import op_name, shape_of
+from colrow.derive.reads import record_reads
+from colrow.derive.sequence import Stream
+from colrow.derive.trace import (
+    Rescale,
+    Trace,
+    is_boundary,
+    label_of,
+    markers,
+    quiet,
+    trace,
+)
+from colrow.dryrun.calls import call
+from colrow.errors import PlanError
+from colrow.styles.base import set_attribute
+
+BLOCK_STYLES = ("local_block", "prepare_input", "fast_gather", "fast_block")
+LIKELY = re.compile("head|group|split")
+Attributes = dict[str, dict[str, Any]]
+"""Module name to attribute name to `/tp` or a number."""
+
+
+class LocalCheck:
+    """Compares a rank's trace with the global one."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        traced: Trace,
+        flows: Flows,
+        emission: Emission,
+        stream: Stream | None,
+        inputs: tuple[Tensor, ...],
+    ):
+        self.model, self.traced, self.flows, self.emission, self.stream, self.inputs = (
+            model,
+            traced,
+            flows,
+            emission,
+            stream,
+            inputs,
+        )
+        self.choice: Choice = flows.choice
+        self.visible = Choice(self.choice.tp, self.choice.atoms - self.choice.vocabulary, self.choice.groups)
+        self.blocks = [name for name, style in emission.modules.items() if style.get("style") in BLOCK_STYLES]
+        self.runs_fake: bool | None = None
+        """Whether the model runs on fake tensors outside of export; unknown until something fails."""
+        self.expected: dict[Node, list[int] | None] = {}
+        for node in traced.nodes:
+            if is_boundary(node):
+                self.expected[node] = self.local_extents(node)
+
+    def local_extents(self, node: Node) -> list[int] | None:
+        dims = self.flows.inference.dims.get(node)
+        if not isinstance(dims, list):
+            return None
+        if node in self.flows.constant and not any(
+            self.flows.path[node] == b or self.flows.path[node].startswith(b + ".") for b in self.blocks
+        ):
+            return shape_of(node)
+        shape = self.visible.local_shape(dims)
+        if self.stream is not None and node in self.stream.nodes and self._outer(node):
+            shape[self.stream.axis.get(node, 1)] //= self.choice.tp
+        return shape
+
+    def _outer(self, node: Node) -> bool:
+        """Nodes of the stream, except a boundary at which it is gathered."""
+        if not is_boundary(node):
+            return True
+        scale = self.emission.scales.get(str(label_of(node)))
+        return scale is None or scale[1] == 1
+
+    # ------------------------------------------------------------------ the copy
+
+    def local_model(self, attributes: Attributes) -> nn.Module:
+        """The model with a rank's shapes; parameters that stay whole are shared with the original."""
+        memo = {id(t): t for t in itertools.chain(self.model.parameters(), self.model.buffers())}
+        clone = copy.deepcopy(self.model, memo)
+        for node, name in self.flows.inference.params.items():
+            dims = self.flows.inference.of(node)
+            if not self.visible.any_sharded(dims):
+                continue
+            names = [name, *(o for o, first in self.traced.ties.items() if first == name)]
+            old = clone.get_parameter(name)
+            new = nn.Parameter(old.new_empty(self.visible.local_shape(dims)), requires_grad=old.requires_grad)
+            for each in names:
+                parent, _, last = each.rpartition(".")
+                clone.get_submodule(parent)._parameters[last] = new
+        for name, values in attributes.items():
+            module = clone.get_submodule(name)
+            for key, value in values.items():
+                set_attribute(module, key, value, self.choice.tp)
+        return clone
+
+    def rescale(self) -> Rescale:
+        return lambda label: self.emission.scales.get(label)
+
+    # ------------------------------------------------------------------ comparing
+
+    def mismatch(self, attributes: Attributes) -> str | None:
+        """Why a rank's trace is not the global one with local extents; None when it is."""
+        try:
+            local = trace(self.local_model(attributes), self.inputs, self.rescale())
+        except PlanError as error:
+            return f"a rank's own trace fails: {error}"
+        ours = [n for n in self.traced.nodes if _computes(n)]
+        theirs = [n for n in local.nodes if _computes(n)]
+        for mine, its in zip(ours, theirs, strict=False):
+            where = self.flows.path[mine] or "the model"
+            if _same_view(mine) != _same_view(its):
+                return f"{where} runs {op_name(its)} on a rank where the whole model runs {op_name(mine)}"
+            extents = self.local_extents(mine)
+            value = its.meta.get("val")
+            if extents is not None and isinstance(value, Tensor) and list(value.shape) != extents:
+                return f"{op_name(mine)} in {where} gives {list(value.shape)} on a rank, not {extents}"
+            if extents is not None and extents != shape_of(mine) and self._same_on_all(mine, its):
+                return f"{op_name(mine)} in {where} {ALIKE}"
+            if _numbers(mine) != _numbers(its):
+                return f"{op_name(mine)} in {where} computes with {_numbers(its)} on a rank, not {_numbers(mine)}"
+        if len(ours) != len(theirs):
+            return f"a rank runs {len(theirs)} operations, the whole model {len(ours)}"
+        return None
+
+    def _same_on_all(self, mine: Node, its: Node) -> bool:
+        """Whether a constant that differs along its split axis is made, or cut, alike on every rank: the first heads'
+        slopes where each rank needs its own."""
+        name = op_name(mine)
+        if mine not in self.flows.constant or name not in VARIES | CUTS:
+            return False
+        if name in VARIES:
+            return True
+        whole, part = mine.args[0], its.args[0]
+        return isinstance(whole, Node) and isinstance(part, Node) and shape_of(whole) == shape_of(part)
+
+    def quick(self, attributes: Attributes) -> str | None:
+        """The same question at module boundaries only, without export: an error or a wrong extent."""
+        if self.runs_fake is False:
+            return None
+        found = self._quick(self.local_model(attributes), self.rescale(), self.expected)
+        if found is not None and self.runs_fake is None:
+            self.runs_fake = self._quick(self.local_copy(), None, {}) is None
+            return found if self.runs_fake else None
+        return found
+
+    def local_copy(self) -> nn.Module:
+        return copy.deepcopy(
+            self.model, {id(t): t for t in itertools.chain(self.model.parameters(), self.model.buffers())}
+        )
+
+    def _quick(self, model: nn.Module, rescale: Rescale | None, expected: dict[Node, list[int] | None]) -> str | None:
+        model.eval()
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        inputs = tuple(mode.from_tensor(x) for x in self.inputs)
+        try:
+            with quiet(), markers(model, rescale) as calls, torch.no_grad(), mode:
+                call(model, inputs)
+        except Exception as error:
+            return f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+        wanted: dict[str, list[list[int] | None]] = {}
+        for node in expected:
+            wanted.setdefault(str(label_of(node)), []).append(self._before(node))
+        for label, shape in calls.shapes:
+            extents = wanted[label].pop(0) if wanted.get(label) else None
+            if extents is not None and list(shape) != extents:
+                return f"{label} is {list(shape)}, not {extents}"
+        return None
+
+    def _before(self, node: Node) -> list[int] | None:
+        """The extents at a boundary before its change."""
+        extents = self.expected[node]
+        scale = self.emission.scales.get(str(label_of(node)))
+        if extents is None or scale is None:
+            return extents
+        extents = list(extents)
+        extents[scale[0]] = extents[scale[0]] * scale[2] // scale[1]
+        return extents
+
+    # ------------------------------------------------------------------ attributes
+
+    def repair(self, known: Attributes | None = None) -> Attributes:
+        """The smallest set of integer attributes that makes a rank's trace right; only `known` is tried if given.
+
+        Raises:
+            PlanError: no set does; the text is what is wrong without any.
+        """
+        if known is not None:
+            why = self.quick(known) or self.mismatch(known)
+            if why is not None:
+                raise PlanError(why)
+            return known
+        candidates: dict[tuple[str, str], dict[str, Any]] | None = None
+        groups: list[tuple[str, str]] = []
+        first: str | None = None
+        size = 0
+        while size <= min(len(groups), 4):
+            for chosen in itertools.combinations(groups, size):
+                attributes: Attributes = {name: dict(values) for name, values in self.emission.attributes.items()}
+                for key in chosen:
+                    assert candidates is not None
+                    for name, value in candidates[key].items():
+                        attributes.setdefault(name, {})[key[1]] = value
+                why = self.quick(attributes) or self.mismatch(attributes)
+                if why is None:
+                    return attributes
+                telling = why.startswith("in|") or ALIKE in why
+                first = why if first is None or (candidates is not None and telling) else first
+            if candidates is None:
+                candidates = self.candidates()
+                groups = sorted(candidates, key=lambda key: (not LIKELY.search(key[1]), key))
+            size += 1
+        raise PlanError(first or "nothing to compare")
+
+    def candidates(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """Attributes that a block's forward reads and that hold a size of which a rank has less:
+        (class, attribute) to module name to local value."""
+        sizes: dict[int, Any] = {}
+        for node in self.traced.nodes:
+            dims = self.flows.inference.dims.get(node)
+            for part in dims if isinstance(dims, tuple) else (dims,):
+                for dim in part or ():
+                    for piece in [[atom] for atom in leaves(dim)] + [dim]:
+                        if self.visible.sharded(piece):
+                            whole, local = size_of(piece), self.visible.local_size(piece)
+                            sizes.setdefault(whole, "/tp" if local * self.choice.tp == whole else local)
+        for kv, group in self.visible.groups.items():
+            local, share = self.visible.query_heads(kv)
+            sizes[kv.size], sizes[find(group).size] = local // share, share
+            sizes[kv.size * find(group).size] = "/tp"
+        found: dict[tuple[str, str], dict[str, Any]] = {}
+        for name, key, value in self.reads():
+            if value in sizes and key.rpartition(".")[2] != "head_dim":
+                kind = type(self.model.get_submodule(name)).__name__
+                found.setdefault((kind, key), {})[name] = sizes[value]
+        return found
+
+    def reads(self) -> list[tuple[str, str, int]]:
+        """Module, attribute and value of each integer that a module with sharded weights under it reads in forward."""
+        owners = {
+            f.rpartition(".")[0]
+            for n, f in self.flows.inference.params.items()
+            if self.visible.any_sharded(self.flows.inference.of(n))
+        }
+        found: dict[tuple[str, str], int] = {}
+        model = self.local_copy()
+        for name, module in model.named_modules():
+            parents = any(o.startswith(name + ".") and o.count(".") - name.count(".") <= 2 for o in owners)
+            if (
+                name
+                and (parents or name in owners)
+                and not isinstance(module, (nn.Linear, nn.ModuleList))
+                and not hasattr(module, "nf")
+            ):
+                record_reads(name, module, found)
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with quiet(), torch.no_grad(), mode, contextlib.suppress(Exception):
+            call(model.eval(), tuple(mode.from_tensor(x) for x in self.inputs))
+        return [(name, key, value) for (name, key), value in found.items()]
+
+
+ALIKE = "would give every rank the same part of a constant"
+VARIES = frozenset(("arange", "linspace", "eye", "tril_indices", "triu_indices"))
+"""Operators that make a constant whose elements differ."""
+CUTS = frozenset(("slice", "narrow", "select", "index", "index_select"))
+"""Operators that take a part of a tensor. (Pieces of a split are compared with the whole tensor's by their extents.)"""
+COPIES = frozenset(("clone", "contiguous", "alias", "_assert_tensor_metadata"))
+"""Whether a reshape copies depends on extents that are 1, so copies are no difference."""
+
+
+def _computes(node: Node) -> bool:
+    return node.op == "call_function" and op_name(node) not in COPIES
+
+
+def _same_view(node: Node) -> str:
+    name = op_name(node)
+    return "view" if name in ("view", "_unsafe_view", "reshape") else name
+
+
+ARITHMETIC = frozenset(("add", "sub", "rsub", "mul", "div", "pow", "floor_divide", "remainder", "fmod", "clamp"))
+
+
+def _numbers(node: Node) -> list[float]:
+    """Numbers among the arguments that go into values: scales, epsilons, a count that is divided by."""
+    out: list[float] = []
+    kinds = (float, int) if op_name(node) in ARITHMETIC else (float,)
+
+    def walk(value: Any) -> None:
+        if isinstance(value, kinds):
+            out.append(value)
+        elif isinstance(value, (tuple, list)):
+            for item in value:
+                walk(item)
+        elif isinstance(value, dict):
+            for item in value.values():
+                walk(item)
+
+    walk(node.args)
+    walk(dict(node.kwargs))
+    return out

@@ -1,0 +1,184 @@
+"""Rules for operators that act element by element, make constants, or reduce and normalise."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from colrow.derive.axes import Dim, block, soften, unify
+from colrow.derive.infer import AxisInference, Dims, NoRuleError, Result, argument, op_name, rule, shape_of
+
+ELEMENTWISE = """
+    add sub rsub mul div neg reciprocal pow square sqrt rsqrt abs sign exp exp2 expm1 log log1p log2 cos sin tan
+    erf tanh sigmoid silu gelu relu relu6 leaky_relu elu celu selu softplus mish hardtanh hardswish hardsigmoid
+    threshold logit log_sigmoid maximum minimum clamp clamp_min clamp_max where masked_fill to _to_copy
+    type_as clone contiguous dropout detach alias lift_fresh_copy
+    bitwise_and bitwise_or bitwise_not bitwise_xor logical_and logical_or logical_not logical_xor ge le lt gt eq
+    ne not_equal floor ceil round trunc floor_divide remainder fmod isnan isinf isfinite nan_to_num lerp addcmul
+    addcdiv copy fill atan atan2 sinh cosh _conj real xlogy boundary __and__ __or__ __xor__
+""".split()  # noqa: SIM905
+
+CONSTANTS = """
+    arange full scalar_tensor zeros ones empty new_ones new_zeros new_empty new_full empty_strided
+    new_empty_strided eye tril_indices triu_indices linspace rand randn
+""".split()  # noqa: SIM905
+
+LIKE = ["full_like", "zeros_like", "ones_like", "empty_like", "rand_like", "randn_like", "bernoulli"]
+
+
+def broadcast(inference: AxisInference, shape: list[int], tensors: list[tuple[Dims, list[int]]], why: str) -> Dims:
+    """The dimensions of an element-wise result: aligned from the right, size 1 stretched."""
+    out: Dims = [[] for _ in shape]
+    for dims, extents in tensors:
+        for k in range(1, len(extents) + 1):
+            if extents[-k] == 1:
+                continue
+            if out[-k]:
+                unify(out[-k], dims[-k], why)
+            else:
+                out[-k] = dims[-k]
+    return out
+
+
+@rule(*ELEMENTWISE)
+def elementwise(inference: AxisInference, node: Node) -> Result:
+    tensors = [n for n in node.all_input_nodes if isinstance(inference.dims.get(n), list)]
+    shape = shape_of(node)
+    return broadcast(inference, shape, [(inference.of(n), shape_of(n)) for n in tensors], node.name)
+
+
+@rule(*CONSTANTS)
+def constant(inference: AxisInference, node: Node) -> Result:
+    return inference.fresh(shape_of(node))
+
+
+@rule(*LIKE)
+def like(inference: AxisInference, node: Node) -> Result:
+    return inference.of(node.args[0])
+
+
+def reduced_dims(node: Node, rank: int, name: str = "dim") -> set[int]:
+    given = argument(node, 1, name)
+    if given is None or given == []:
+        return set(range(rank))
+    return {int(i) % rank for i in ([given] if isinstance(given, int) else given)}
+
+
+def _without(dims: Dims, gone: set[int], keep: bool) -> Dims:
+    out: Dims = []
+    for i, dim in enumerate(dims):
+        if i not in gone:
+            out.append(dim)
+        elif keep:
+            out.append([])
+    return out
+
+
+@rule("sum")
+def summed(inference: AxisInference, node: Node) -> Result:
+    """A sum over a sharded axis is a partial sum, but nothing says that the sum may wait: the axis stays whole."""
+    dims = inference.of(node.args[0])
+    gone = reduced_dims(node, len(dims))
+    for i in gone:
+        block(dims[i], "summed over")
+    return _without(dims, gone, bool(argument(node, 2, "keepdim", False)))
+
+
+@rule("mean")
+def mean(inference: AxisInference, node: Node) -> Result:
+    """The mean inside a norm: sharding the axis costs a reduction of one number for each row."""
+    dims = inference.of(node.args[0])
+    gone = reduced_dims(node, len(dims))
+    keep = bool(argument(node, 2, "keepdim", False))
+    if gone == {len(dims) - 1} and keep:
+        inference.average(node, dims[-1])
+        soften(dims[-1], "normalised over")
+    else:
+        for i in gone:
+            block(dims[i], "averaged over")
+    return _without(dims, gone, keep)
+
+
+@rule("amax", "amin", "any", "all", "prod", "logsumexp")
+def reduce_whole(inference: AxisInference, node: Node) -> Result:
+    dims = inference.of(node.args[0])
+    gone = reduced_dims(node, len(dims))
+    for i in gone:
+        block(dims[i], f"reduced by {op_name(node)}")
+    return _without(dims, gone, bool(argument(node, 2, "keepdim", False)))
+
+
+@rule("argmax", "argmin")
+def arg_reduce(inference: AxisInference, node: Node) -> Result:
+    dims = inference.of(node.args[0])
+    gone = reduced_dims(node, len(dims))
+    for i in gone:
+        block(dims[i], f"reduced by {op_name(node)}")
+    return _without(dims, gone, bool(argument(node, 2, "keepdim", False)))
+
+
+@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "logcumsumexp")
+def along(inference: AxisInference, node: Node) -> Result:
+    dims = inference.of(node.args[0])
+    block(dims[int(argument(node, 1, "dim"))], f"{op_name(node).strip('_')} runs along it")
+    return dims
+
+
+@rule("flip", "roll")
+def reorder(inference: AxisInference, node: Node) -> Result:
+    dims = inference.of(node.args[0])
+    where = argument(node, 1 if op_name(node) == "flip" else 2, "dims", ())
+    for i in [where] if isinstance(where, int) else where or range(len(dims)):
+        block(dims[i], f"reordered by {op_name(node)}")
+    return dims
+
+
+@rule("tril", "triu")
+def triangle(inference: AxisInference, node: Node) -> Result:
+    dims = inference.of(node.args[0])
+    for dim in dims[-2:]:
+        block(dim, "triangular mask")
+    return dims
+
+
+@rule("layer_norm", "rms_norm")
+def norm(inference: AxisInference, node: Node) -> Result:
+    """Normalises over the last dimensions; weight and bias run along them."""
+    dims = inference.of(node.args[0])
+    shape = list(node.args[1])  # type: ignore[arg-type]
+    over: list[Dim] = dims[len(dims) - len(shape) :]
+    for position in (2, 3) if op_name(node) == "layer_norm" else (2,):
+        given = argument(node, position, "weight" if position == 2 else "bias")
+        if isinstance(given, Node):
+            for mine, its in zip(over, inference.of(given), strict=True):
+                unify(mine, its, node.name)
+    if len(over) == 1:
+        inference.average(node, over[0])
+        soften(over[0], "normalised over")
+    else:
+        for dim in over:
+            block(dim, "normalised over")
+    return dims
+
+
+@rule("constant_pad_nd", "pad")
+def pad(inference: AxisInference, node: Node) -> Result:
+    if op_name(node) == "pad" and argument(node, 2, "mode", "constant") != "constant":
+        raise NoRuleError("pad")
+    source = node.args[0]
+    assert isinstance(source, Node)
+    dims, amounts = list(inference.of(source)), list(node.args[1])  # type: ignore[arg-type]
+    out = shape_of(node)
+    for k in range(len(amounts) // 2):
+        if amounts[2 * k] or amounts[2 * k + 1]:
+            block(dims[-1 - k], "padded")
+            dims[-1 - k] = inference.fresh([out[-1 - k]], "padded")[0]
+    return dims
+
+
+@rule("diff")
+def diff(inference: AxisInference, node: Node) -> Result:
+    dims = list(inference.of(node.args[0]))
+    where = int(argument(node, 2, "dim", -1))
+    block(dims[where], "differences run along it")
+    dims[where] = inference.fresh([shape_of(node)[where]], "differences run along it")[0]
+    return dims

@@ -1,0 +1,296 @@
+"""Rules for operators that contract: products of matrices, attention, grouped products, lookups."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from colrow.derive.axes import Dim, block, leaves, regroup, unify
+from colrow.derive.infer import (
+    AxisInference,
+    Dims,
+    NoRuleError,
+    Result,
+    argument,
+    is_float,
+    op_name,
+    rule,
+    shape_of,
+)
+from colrow.derive.rules_pointwise import broadcast, elementwise
+from colrow.derive.rules_views import cut, index_piece, sibling_pieces
+
+
+def _weighted(inference: AxisInference, node: Node, dim: Dim, *operands: object) -> None:
+    """A contraction with a parameter may be sharded; one of two activations (head_dim of q k^T) may not: the partial
+    sums would have to be reduced before the softmax."""
+    inference.contract(node, dim)
+    if not any(operand in inference.from_params for operand in operands):
+        block(dim, "contracted between two activations")
+
+
+@rule("linear")
+def linear(inference: AxisInference, node: Node) -> Result:
+    x, w = inference.of(node.args[0]), inference.of(node.args[1])
+    unify(x[-1], w[-1], node.name)
+    _weighted(inference, node, w[-1], node.args[0], node.args[1])
+    if len(w) == 1:
+        return x[:-1]
+    bias = argument(node, 2, "bias")
+    if bias is not None:
+        unify(inference.of(bias)[0], w[0], node.name)
+    return [*x[:-1], w[0]]
+
+
+def _product(inference: AxisInference, node: Node, a: Node, b: Node) -> Dims:
+    x, y = inference.of(a), inference.of(b)
+    if len(x) < 2 or len(y) < 2:
+        raise NoRuleError("product with a vector")
+    unify(x[-1], y[-2], node.name)
+    _weighted(inference, node, x[-1], a, b)
+    if a not in inference.from_params and b not in inference.from_params:
+        block(x[-2], "only the batch axes of a product of two activations are sharded")
+        block(y[-1], "only the batch axes of a product of two activations are sharded")
+    batch = shape_of(node)[:-2]
+    lead = broadcast(inference, batch, [(x[:-2], shape_of(a)[:-2]), (y[:-2], shape_of(b)[:-2])], node.name)
+    return [*lead, x[-2], y[-1]]
+
+
+@rule("matmul", "mm", "bmm")
+def matmul(inference: AxisInference, node: Node) -> Result:
+    a, b = node.args[:2]
+    assert isinstance(a, Node)
+    assert isinstance(b, Node)
+    return _product(inference, node, a, b)
+
+
+@rule("addmm", "baddbmm")
+def addmm(inference: AxisInference, node: Node) -> Result:
+    """bias + a b; the bias is broadcast to the product."""
+    bias, a, b = node.args[:3]
+    assert isinstance(bias, Node)
+    assert isinstance(a, Node)
+    assert isinstance(b, Node)
+    out = _product(inference, node, a, b)
+    shape = shape_of(node)
+    return broadcast(inference, shape, [(out, shape), (inference.of(bias), shape_of(bias))], node.name)
+
+
+@rule("_grouped_mm", "grouped_mm_fallback")
+def grouped_mm(inference: AxisInference, node: Node) -> Result:
+    """Rows of x [N, K], sorted by expert, times the experts' matrices w [E, K, M]; offsets [E] bound the groups."""
+    x, w, offsets = node.args[0], node.args[1], argument(node, 2, "offs")
+    dx, dw = inference.of(x), inference.of(w)
+    if len(dx) != 2 or len(dw) != 3:
+        raise NoRuleError("grouped product of other ranks")
+    unify(dx[1], dw[1], node.name)
+    _weighted(inference, node, dw[1], x, w)
+    block(dw[0], "expert axis: expert parallelism is not a part of tensor parallelism")
+    block(dx[0], "rows sorted by expert")
+    if isinstance(offsets, Node):
+        block(inference.of(offsets)[0], "offsets of the experts")
+    return [dx[0], dw[2]]
+
+
+@rule("scaled_dot_product_attention")
+def attention(inference: AxisInference, node: Node) -> Result:
+    """q [B, Hq, T, D], k [B, Hk, S, D], v [B, Hk, S, Dv]; query heads are [kv heads, group]."""
+    query, key, value = node.args[:3]
+    assert isinstance(query, Node)
+    assert isinstance(key, Node)
+    assert isinstance(value, Node)
+    q, k, v = inference.of(query), inference.of(key), inference.of(value)
+    if len(q) != 4:
+        raise NoRuleError("attention without a head dimension")
+    unify(k[1], v[1], node.name)
+    if shape_of(key)[0] != 1 and shape_of(query)[0] != 1:
+        unify(q[0], k[0], node.name)
+    unify(k[0], v[0], node.name)
+    query_heads, kv_heads = shape_of(query)[1], shape_of(key)[1]
+    if query_heads == kv_heads:
+        unify(q[1], k[1], node.name)
+    elif kv_heads > 1:
+        parts = regroup([q[1]], [kv_heads, query_heads // kv_heads])
+        if parts is None:
+            raise NoRuleError("query heads that are no multiple of the key heads")
+        unify(parts[0], k[1], node.name)
+    unify(q[3], k[3], node.name)
+    block(q[3], "contracted between two activations")
+    unify(k[2], v[2], node.name)
+    block(v[3], "head_dim of the values: splitting it would leave the scores whole on every rank")
+    block(k[2], "softmax runs along it")
+    block(q[2], "sequence axis under a causal mask")
+    mask = argument(node, 3, "attn_mask")
+    if isinstance(mask, Node):
+        extents, dims = shape_of(mask), inference.of(mask)
+        for j, mine in zip(range(1, len(extents) + 1), [k[2], q[2], q[1], q[0]], strict=False):
+            if extents[-j] != 1:
+                unify(dims[-j], mine, node.name)
+    return [q[0], q[1], q[2], v[3]]
+
+
+# ---------------------------------------------------------------------- lookups
+
+
+@rule("embedding")
+def embedding(inference: AxisInference, node: Node) -> Result:
+    """Rows of w [V, D]. Sharded by row, a rank gives zero for the ids that it does not hold: a partial sum."""
+    w, ids = inference.of(node.args[0]), inference.of(node.args[1])
+    inference.contract(node, w[0])
+    return [*ids, w[1]]
+
+
+@rule("index")
+def index(inference: AxisInference, node: Node) -> Result:
+    """x[i]: dimensions that are indexed stay whole, unless the index is a known piece of a tiled axis."""
+    source, indices = node.args[0], node.args[1]
+    assert isinstance(source, Node)
+    assert isinstance(indices, (list, tuple))
+    dims = list(inference.of(source))
+    piece = index_piece(inference, node)
+    if piece is not None:
+        _, where, part = piece
+        dims[where] = cut(inference, dims[where], part, sibling_pieces(inference, source, where), node.name)
+        return dims
+    given = [i for i, x in enumerate(indices) if x is not None]
+    if not given or given != list(range(given[0], given[-1] + 1)):
+        raise NoRuleError("index with gaps")
+    for i in given:
+        block(dims[i], "indexed")
+    tensors = [x for x in indices if isinstance(x, Node)]
+    if len(tensors) != len(given) or any(x.meta["val"].dtype.itemsize == 1 or is_float(x) for x in tensors):
+        raise NoRuleError("index with a mask")
+    rank = max(len(shape_of(x)) for x in tensors)
+    shape = shape_of(node)[given[0] : given[0] + rank]
+    picked = broadcast(inference, shape, [(inference.of(x), shape_of(x)) for x in tensors], node.name)
+    return [*dims[: given[0]], *picked, *dims[given[-1] + 1 :]]
+
+
+@rule("index_select")
+def index_select(inference: AxisInference, node: Node) -> Result:
+    dims, where = list(inference.of(node.args[0])), int(argument(node, 1, "dim"))
+    block(dims[where], "indexed")
+    dims[where] = inference.of(argument(node, 2, "index"))[0]
+    return dims
+
+
+@rule("index_put", "_unsafe_index_put")
+def index_put(inference: AxisInference, node: Node) -> Result:
+    """base[i] = values, or +=, for indices into the first dimensions."""
+    base, indices, values = inference.of(node.args[0]), node.args[1], inference.of(node.args[2])
+    assert isinstance(indices, (list, tuple))
+    if any(x is None for x in indices):
+        raise NoRuleError("index_put with gaps")
+    for dim in base[: len(indices)]:
+        block(dim, "written by index")
+    for dim in values[: len(values) - (len(base) - len(indices))]:
+        block(dim, "written by index")
+    for k in range(1, len(base) - len(indices) + 1):
+        if leaves(values[-k]):
+            unify(base[-k], values[-k], node.name)
+    return base
+
+
+@rule("index_add", "index_copy")
+def index_add(inference: AxisInference, node: Node) -> Result:
+    base, source = inference.of(node.args[0]), inference.of(node.args[3])
+    where = int(node.args[1]) % len(base)  # type: ignore[arg-type]
+    for k, (mine, its) in enumerate(zip(base, source, strict=True)):
+        if k == where:
+            block(mine, "written by index")
+            block(its, "written by index")
+        else:
+            unify(mine, its, node.name)
+    return base
+
+
+@rule("gather")
+def gather(inference: AxisInference, node: Node) -> Result:
+    source, index_node = node.args[0], node.args[2]
+    assert isinstance(source, Node)
+    assert isinstance(index_node, Node)
+    dims, picked = inference.of(source), inference.of(index_node)
+    where = int(node.args[1]) % len(dims)  # type: ignore[arg-type]
+    for k, (mine, its) in enumerate(zip(dims, picked, strict=True)):
+        if k == where:
+            block(mine, "indexed")
+            block(its, "indexed")
+        elif shape_of(source)[k] == shape_of(index_node)[k]:
+            unify(mine, its, node.name)
+        else:
+            block(mine, "indexed in part")
+            block(its, "indexed in part")
+    return list(picked)
+
+
+@rule("scatter", "scatter_add", "scatter_reduce")
+def scatter(inference: AxisInference, node: Node) -> Result:
+    base, index_node = node.args[0], node.args[2]
+    assert isinstance(base, Node)
+    assert isinstance(index_node, Node)
+    dims = inference.of(base)
+    where = int(node.args[1]) % len(dims)  # type: ignore[arg-type]
+    others = [index_node] + [a for a in node.args[3:4] if isinstance(a, Node)]
+    for other in others:
+        for k, (mine, its) in enumerate(zip(dims, inference.of(other), strict=True)):
+            if k == where or shape_of(base)[k] != shape_of(other)[k]:
+                block(mine, "written by index")
+                block(its, "written by index")
+            else:
+                unify(mine, its, node.name)
+    return dims
+
+
+@rule("topk", "sort")
+def order(inference: AxisInference, node: Node) -> Result:
+    dims = list(inference.of(node.args[0]))
+    position = 2 if op_name(node) == "topk" else 1
+    where = argument(node, position, "dim", -1)
+    block(dims[int(where)], "sorted")
+    size = shape_of_part(node, 0)[int(where)]
+    dims[int(where)] = inference.fresh([size], "sorted")[0]
+    return tuple(list(dims) for _ in node.meta["val"])
+
+
+@rule("argsort")
+def argsort(inference: AxisInference, node: Node) -> Result:
+    dims = inference.of(node.args[0])
+    given = [a for a in (*node.args[1:], *node.kwargs.values()) if isinstance(a, int) and not isinstance(a, bool)]
+    block(dims[given[0] if given else -1], "sorted")
+    return dims
+
+
+@rule("max", "min")
+def max_along(inference: AxisInference, node: Node) -> Result:
+    """With a dimension: values and indices; with another tensor: element-wise; alone: over everything."""
+    dims = list(inference.of(node.args[0]))
+    where = argument(node, 1, "dim")
+    if where is None:
+        for dim in dims:
+            block(dim, "reduced")
+        return []
+    if isinstance(where, Node):
+        return elementwise(inference, node)
+    if not isinstance(where, int):
+        raise NoRuleError("max over several dimensions")
+    block(dims[where], "reduced")
+    if argument(node, 2, "keepdim", False):
+        dims[where] = []
+    else:
+        dims.pop(where)
+    return tuple(list(dims) for _ in node.meta["val"])
+
+
+@rule("one_hot")
+def one_hot(inference: AxisInference, node: Node) -> Result:
+    return [*inference.of(node.args[0]), *inference.fresh(shape_of(node)[-1:], "classes are counted along it")]
+
+
+@rule("histc", "bincount")
+def count(inference: AxisInference, node: Node) -> Result:
+    for dim in inference.of(node.args[0]):
+        block(dim, "counted")
+    return inference.fresh(shape_of(node), "counted")
+
+
+def shape_of_part(node: Node, index: int) -> list[int]:
+    return [int(n) for n in node.meta["val"][index].shape]

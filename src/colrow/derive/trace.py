@@ -1,0 +1,274 @@
+"""Trace a model with torch.export, with a marker at every module's inputs and outputs.
+
+Batch and sequence are extents that no dimension of the model has, so that shapes tell the axes apart. The markers are
+an identity operator `colrow_plan::boundary(x, label, ...)`; they say which argument of which module an edge of the
+graph is, and a rank's own trace (see local.py) changes extents there as the plan's styles would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from colrow.derive.outside import watching_reads
+from colrow.dryrun.calls import call
+from colrow.errors import PlanError
+
+_LIBRARY = torch.library.Library("colrow_plan", "DEF")
+_LIBRARY.define("boundary(Tensor x, str label, int dim, int mul, int div) -> Tensor")
+
+Scale = tuple[int, int, int]
+"""Dimension, and the fraction by which its extent changes: (1, 1, 4) keeps a quarter of dimension 1."""
+Rescale = Callable[[str], Scale | None]
+
+
+def _boundary(x: Tensor, label: str, dim: int, mul: int, div: int) -> Tensor:
+    shape = list(x.shape)
+    if dim >= 0:
+        if shape[dim] * mul % div:
+            raise PlanError(f"extent {shape[dim]} at {label} is not divisible by {div}")
+        shape[dim] = shape[dim] * mul // div
+    return x.new_empty(shape)
+
+
+def _boundary_real(x: Tensor, label: str, dim: int, mul: int, div: int) -> Tensor:
+    return x.clone() if dim < 0 else _boundary(x, label, dim, mul, div)
+
+
+_LIBRARY.impl("boundary", _boundary_real, "CompositeExplicitAutograd")
+torch.library.register_fake("colrow_plan::boundary", _boundary, lib=_LIBRARY)
+
+
+@dataclass(frozen=True)
+class Label:
+    """Where a marker stands: `kind` is in or out, `path` leads to the tensor among the arguments or results."""
+
+    kind: str
+    module: str
+    path: str
+
+    @classmethod
+    def parse(cls, text: str) -> Label:
+        kind, module, path = text.split("|")
+        return cls(kind, module, path)
+
+    def __str__(self) -> str:
+        return f"{self.kind}|{self.module}|{self.path}"
+
+
+@dataclass
+class Trace:
+    """An exported program and what its placeholders and nodes stand for."""
+
+    program: ExportedProgram
+    batch: int
+    seq: int
+    parameters: dict[str, str]
+    """Placeholder name to the parameter's name in the model."""
+    constants: dict[str, Tensor]
+    inputs: tuple[str, ...]
+    ties: dict[str, str]
+    """A tied parameter's other names to its first one, which stands for all of them here."""
+    values: dict[str, Tensor] = field(default_factory=dict)
+    """Buffers and lifted constants by placeholder name."""
+    positional: dict[str, int] = field(default_factory=dict)
+    """How many positional arguments each module is called with."""
+    results: dict[str, int] = field(default_factory=dict)
+    """How many results each module returns: 0 for a single tensor."""
+    outside: frozenset[str] = frozenset()
+    """Parameters that code of other modules reads too, whether the value is used or not."""
+
+    @property
+    def nodes(self) -> list[Node]:
+        return list(self.program.graph.nodes)
+
+    def output(self) -> Node:
+        """The node that the model returns."""
+        out = next(n for n in self.nodes if n.op == "output").args[0]
+        while isinstance(out, (tuple, list)):
+            out = out[0]
+        assert isinstance(out, Node)
+        return out
+
+
+def is_boundary(node: Node) -> bool:
+    return node.op == "call_function" and node.target is torch.ops.colrow_plan.boundary.default
+
+
+def label_of(node: Node) -> Label:
+    return Label.parse(str(node.args[1]))
+
+
+def module_path(node: Node) -> str:
+    """The name of the innermost module whose forward made this node; '' for the model itself."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [str(entry[0]) for entry in stack.values()]
+    return strip(paths[-1]) if paths else ""
+
+
+def strip(name: str) -> str:
+    """A name inside the tracing wrapper to the name inside the model."""
+    name = name.split("@")[0]
+    return name[2:] if name.startswith("m.") else "" if name == "m" else name
+
+
+class _Called(nn.Module):
+    """The model as `dryrun.calls` calls it: one tensor comes out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.m = model
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return call(self.m, inputs)
+
+
+def _prime_sizes(model: nn.Module, tp: int) -> tuple[int, int]:
+    """Batch and sequence extents that no dimension of a parameter has; the sequence is a multiple of tp."""
+    taken = {int(n) for p in model.parameters() for n in p.shape}
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 1 << 20
+    for batch in (3, 5, 7, 11, 13):
+        for prime in (17, 13, 19, 23, 11, 29, 31, 7, 37):
+            seq = tp * prime
+            if seq <= limit and not taken & {batch, seq, batch * seq, prime} and batch != seq:
+                return batch, seq
+    return 3, 17 * tp
+
+
+def default_inputs(model: nn.Module, tp: int) -> tuple[Tensor, ...]:
+    """Token ids [batch, sequence] on the model's device."""
+    batch, seq = _prime_sizes(model, tp)
+    device = next(iter(model.parameters())).device
+    return (torch.zeros(batch, seq, dtype=torch.long, device=device),)
+
+
+def trace(model: nn.Module, inputs: tuple[Tensor, ...], rescale: Rescale | None = None) -> Trace:
+    """Export `model` in evaluation mode; it is left as it was.
+
+    Raises:
+        PlanError: torch.export cannot trace the model; the text says why.
+    """
+    wrapper = _Called(model)
+    training = {m: m.training for m in model.modules()}
+    wrapper.eval()
+    try:
+        with quiet(), markers(model, rescale) as calls, watching_reads(model) as outside, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(wrapper, inputs, strict=False).run_decompositions({})
+    except Exception as error:
+        first = str(error).strip().splitlines() or [""]
+        raise PlanError(
+            f"torch.export cannot trace {type(model).__name__}: {type(error).__name__}: {first[0][:200]}"
+        ) from error
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    signature = program.graph_signature
+    state = dict(model.named_parameters(remove_duplicate=False))
+    parameters = {ph: strip(fqn) for ph, fqn in signature.inputs_to_parameters.items()}
+    used = {n.name for n in program.graph.nodes if n.op == "placeholder" and n.users}
+    first_name = {id(p): fqn for fqn, p in model.named_parameters()}
+    parameters = {ph: first_name[id(state[fqn])] for ph, fqn in parameters.items()}
+    ties = {fqn: first_name[id(p)] for fqn, p in state.items() if first_name[id(p)] != fqn}
+    constants = dict(program.constants)
+    values: dict[str, Tensor] = {}
+    for placeholder, name in signature.inputs_to_lifted_tensor_constants.items():
+        if isinstance(constants.get(name), Tensor):
+            values[placeholder] = constants[name]
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    for placeholder, name in signature.inputs_to_buffers.items():
+        value = buffers.get(strip(name), constants.get(name))
+        if isinstance(value, Tensor):
+            values[placeholder] = value
+    for node in program.graph.nodes:
+        if node.op == "get_attr" and isinstance(found := getattr(program.graph_module, str(node.target), None), Tensor):
+            constants[str(node.target)] = found
+    lead = next((x for x in inputs if x.dim() >= 2), inputs[0])
+    return Trace(
+        program,
+        int(lead.shape[0]),
+        int(lead.shape[1]) if lead.dim() > 1 else 1,
+        {ph: fqn for ph, fqn in parameters.items() if ph in used},
+        {**constants, **values},
+        tuple(str(n) for n in signature.user_inputs),
+        ties,
+        values,
+        calls.positional,
+        calls.results,
+        frozenset(outside),
+    )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """A trace that may fail by design should not print torch's own report of it."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@dataclass
+class Calls:
+    """What the markers saw: shapes in order, and how modules were called."""
+
+    shapes: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
+    positional: dict[str, int] = field(default_factory=dict)
+    results: dict[str, int] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def markers(model: nn.Module, rescale: Rescale | None = None) -> Iterator[Calls]:
+    """Mark the tensors that enter and leave every module that holds parameters."""
+    handles = []
+    calls = Calls()
+
+    def mark(value: Any, kind: str, name: str, path: str) -> Any:
+        if isinstance(value, Tensor):
+            label = str(Label(kind, name, path))
+            dim, mul, div = (rescale(label) if rescale else None) or (-1, 1, 1)
+            calls.shapes.append((label, tuple(value.shape)))
+            return torch.ops.colrow_plan.boundary(value, label, dim, mul, div)
+        if type(value) in (tuple, list):
+            return type(value)(mark(v, kind, name, f"{path}.{i}") for i, v in enumerate(value))
+        if type(value) is dict:
+            return {k: mark(v, kind, name, f"{path}.{k}") for k, v in value.items()}
+        return value
+
+    def hooks(name: str, module: nn.Module) -> None:
+        def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
+            calls.positional[name] = len(args)
+            marked = tuple(mark(a, "in", name, str(i)) for i, a in enumerate(args))
+            return marked, {k: mark(v, "in", name, k) for k, v in kwargs.items()}
+
+        def after(_: nn.Module, args: Any, out: Any) -> Any:
+            if isinstance(out, Tensor):
+                return mark(out, "out", name, "0")
+            if type(out) in (tuple, list):
+                calls.results[name] = len(out)
+                return type(out)(mark(v, "out", name, str(i)) for i, v in enumerate(out))
+            return out
+
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after))
+
+    for name, module in model.named_modules():
+        if name and any(True for _ in module.parameters()):
+            hooks(name, module)
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()

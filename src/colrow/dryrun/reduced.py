@@ -1,0 +1,148 @@
+"""A small twin of a big model: the same modules, and the same answers to what divides by tp.
+
+Widths shrink to a few multiples of tp, layers to two of each kind. Heads keep the ratio of query to kv heads; a number
+that tp does not divide stays one that it does not divide.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from colrow.dryrun.calls import is_huggingface
+from colrow.errors import PlanError
+
+SMALL = 5_000_000
+"""A model with at most so many parameters is verified as it is."""
+LARGEST = 100_000_000
+"""A model that cannot be shrunk is refused above this number of parameters: verify holds tp + 2 copies in fp64."""
+
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_QUERY = ("num_attention_heads", "n_head", "n_heads")
+_KV = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
+_WIDTH = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim")
+_FFN = ("intermediate_size", "ffn_dim", "n_inner", "moe_intermediate_size", "shared_expert_intermediate_size",
+        "ffn_hidden_size")  # fmt: skip
+_POSITIONS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_LOW_RANK = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+
+
+def twin(model: nn.Module, tp: int) -> tuple[nn.Module, str | None]:
+    """The model itself when it is small or cannot be shrunk; else its twin, and what was changed.
+
+    Raises:
+        PlanError: it is too big to be verified as it is.
+    """
+    size = sum(param.numel() for param in model.parameters())
+    config = getattr(model, "config", None)
+    if size <= SMALL:
+        return model, None
+    if type(model).__module__ == "colrow.models.llama" and config is not None:
+        small = _shrink_llama(config, tp)
+        return type(model)(small), _changes(vars(config), vars(small))
+    if is_huggingface(model) and config is not None:
+        small = shrink_huggingface(config, tp)
+        return type(model)(small), _changes(config.to_dict(), small.to_dict())
+    if size > LARGEST:
+        raise PlanError(
+            f"{type(model).__name__} has {size / 1e6:.0f} million parameters, and verify holds {tp + 2} copies in fp64 "
+            f"({size * 8 * (tp + 2) / 2**30:.0f} GiB): pass a function that builds a smaller one of the same modules"
+        )
+    return model, None
+
+
+def _shrink_llama(config: Any, tp: int) -> Any:
+    heads, kv = shrink_heads(config.num_attention_heads, config.num_key_value_heads, tp)
+    return replace(
+        config,
+        num_hidden_layers=min(2, config.num_hidden_layers),
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        head_dim=8,
+        hidden_size=shrink_width(config.hidden_size, tp, heads * 8),
+        intermediate_size=shrink_width(config.intermediate_size, tp, 12 * tp),
+        vocab_size=shrink_width(config.vocab_size, tp, 32 * tp),
+    )
+
+
+def shrink_heads(query: int, kv: int, tp: int) -> tuple[int, int]:
+    """The smallest head counts with the same ratio of query to kv heads that tp divides, or not, as before."""
+    group = max(1, query // kv)
+    for small in range(1, kv):
+        if _alike(small, kv, tp) and _alike(small * group, query, tp):
+            return small * group, small
+    return query, kv
+
+
+def shrink_width(extent: int, tp: int, target: int) -> int:
+    """`target`, or a little more so that tp divides it just as it divides `extent`; never more than `extent`."""
+    target += (extent - target) % tp
+    return min(extent, target)
+
+
+def _alike(small: int, big: int, tp: int) -> bool:
+    """Whether tp stands to both numbers alike: divides them, is divided by them, or neither."""
+    return (small % tp == 0) == (big % tp == 0) and (tp % small == 0) == (tp % big == 0)
+
+
+def shrink_huggingface(config: Any, tp: int) -> Any:
+    """A small config of the same family."""
+    small = copy.deepcopy(config)
+    kinds: Sequence[Any] = getattr(config, "layer_types", None) or ()
+    layers = _first(config, _LAYERS) or 2
+    keep = min(layers, max([2, *(list(kinds).index(kind) + 1 for kind in set(kinds))]))
+    query = _first(config, _QUERY) or 1
+    heads, kv = shrink_heads(query, _first(config, _KV) or query, tp)
+    dim = 8
+    width = shrink_width(_first(config, _WIDTH) or heads * dim, tp, heads * dim)
+    _set(small, _LAYERS, keep)
+    if kinds:
+        small.layer_types = list(kinds)[:keep]
+    _set(small, _QUERY, heads)
+    _set(small, _KV, kv)
+    _set(small, _WIDTH, width)
+    for name in _FFN:
+        extent = getattr(config, name, None)
+        if isinstance(extent, int):
+            setattr(small, name, shrink_width(extent, tp, 12 * tp))
+    _set(small, _POSITIONS, 128)
+    for name in _EXPERTS:
+        if isinstance(getattr(config, name, None), int):
+            setattr(small, name, min(4, getattr(config, name)))
+    for name in ("head_dim", "attention_head_dim", "kv_channels"):
+        if isinstance(getattr(config, name, None), int):
+            setattr(small, name, dim)
+    for name, extent in _LOW_RANK.items():
+        if isinstance(getattr(config, name, None), int):
+            setattr(small, name, extent)
+    for name in ("sliding_window", "first_k_dense_replace"):
+        extent = getattr(config, name, None)
+        if isinstance(extent, int):
+            setattr(small, name, min(extent, 8 if name == "sliding_window" else 1))
+    vocab = shrink_width(int(config.vocab_size), tp, 32 * tp)
+    small.vocab_size = vocab
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        token = getattr(small, name, None)
+        if isinstance(token, int) and token >= vocab:
+            setattr(small, name, 0)
+    return small
+
+
+def _first(config: Any, names: Sequence[str]) -> int | None:
+    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
+
+
+def _set(config: Any, names: Sequence[str], value: int) -> None:
+    for name in names:
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, value)
+
+
+def _changes(before: dict[str, Any], after: dict[str, Any]) -> str:
+    changed = [f"{k} {before[k]} → {v}" for k, v in after.items() if isinstance(v, int) and before.get(k) != v]
+    return ", ".join(changed)

@@ -1,0 +1,175 @@
+"""What a plan does to a model, in one place for every printer: parameters, collectives, and one block as a path."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor import Replicate
+
+from colrow.dryrun.dry_run import Collective, DryRun, Output, dry_run
+from colrow.mesh import Mesh
+from colrow.plans.plan import Plan
+from colrow.sharding.placements import format_placement
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ParameterRow:
+    """One parameter: its global shape, its placement over tp, the shape of a rank's part, and why."""
+
+    name: str
+    shape: Shape
+    placement: str
+    local_shape: Shape
+    reason: str
+    bytes: int
+    local_bytes: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One module on the path of the activations through a block, in the order of execution."""
+
+    name: str
+    depth: int
+    style: str
+    weights: str
+    output: Output | None
+    before: tuple[Collective, ...]
+    after: tuple[Collective, ...]
+    backward: tuple[Collective, ...]
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """A plan, applied to a model at a degree, as data."""
+
+    plan: Plan
+    tp: int
+    batch_size: int
+    seq_len: int
+    parameters: list[ParameterRow]
+    block: str
+    """The repeated block, with `*` for its number; empty when the model has none."""
+    blocks: int
+    path: list[Step]
+    run: DryRun
+
+    @property
+    def block_collectives(self) -> list[Collective]:
+        """The collectives of one block, forward then backward, in order."""
+        first = _first(self.block)
+        return [c for c in self.run.collectives if self.block and (c.where == first or c.where.startswith(first + "."))]
+
+    @property
+    def other_collectives(self) -> list[Collective]:
+        """The collectives outside the blocks: embedding, head, loss, and gradients summed at the end."""
+        family = re.compile(re.escape(self.block).replace(r"\*", r"\d+") + r"(\..*)?") if self.block else None
+        return [c for c in self.run.collectives if family is None or not family.fullmatch(c.where)]
+
+    def to_data(self) -> dict[str, Any]:
+        """What `colrow plan --json` prints."""
+        return {
+            "parameters": [
+                {
+                    "name": row.name,
+                    "shape": list(row.shape),
+                    "placement": row.placement,
+                    "local_shape": list(row.local_shape),
+                    "reason": row.reason,
+                }
+                for row in self.parameters
+            ],
+            "collectives": [c.to_data() for c in self.run.collectives],
+        }
+
+
+def report(model: nn.Module, plan: Plan, tp: int, batch_size: int = 1, seq_len: int = 128) -> PlanReport:
+    """Work out what `plan` does to `model` (which may be on the meta device, and is not changed) over tp ranks.
+
+    Raises:
+        PlanError: the plan does not fit the model at this degree.
+    """
+    layouts = plan.parameters(model, tp)
+    rows = []
+    for name, param in model.named_parameters():
+        layout = layouts[name]
+        size = param.element_size()
+        rows.append(
+            ParameterRow(
+                name,
+                tuple(param.shape),
+                format_placement(layout.placement) + (" of each segment" if layout.packed else ""),
+                layout.local_shape,
+                layout.reason,
+                param.numel() * size,
+                prod(layout.local_shape) * size,
+            )
+        )
+    run = dry_run(model, plan, Mesh(tp=tp), batch_size, seq_len)
+    if run.failure is not None:
+        raise run.failure.error
+    block, blocks = repeated_block(model)
+    path = _path(model, plan, run, rows, _first(block)) if block else []
+    return PlanReport(plan, tp, batch_size, seq_len, rows, block, blocks, path, run)
+
+
+def repeated_block(model: nn.Module) -> tuple[str, int]:
+    """The pattern of the longest list of like modules, and its length: (`layers.*`, 32). ("", 0) without one."""
+    lists = [
+        (len(module), name)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
+    ]
+    if not lists:
+        return "", 0
+    length, name = max(lists, key=lambda item: (item[0], -len(item[1])))
+    return f"{name}.*", length
+
+
+def collapse(name: str) -> str:
+    """`layers.3.mlp` as `layers.*.mlp`."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
+def _first(block: str) -> str:
+    return block.replace("*", "0")
+
+
+def _path(model: nn.Module, plan: Plan, run: DryRun, rows: list[ParameterRow], block: str) -> list[Step]:
+    styles = {name: style for name, (_, style) in plan.resolve(model).items()}
+    own: dict[str, list[ParameterRow]] = {}
+    for row in rows:
+        own.setdefault(row.name.rpartition(".")[0], []).append(row)
+    inside = [name for name, _ in model.named_modules() if name == block or name.startswith(block + ".")]
+    steps = []
+    for name in inside:
+        if name != block and name not in styles and name not in own:
+            continue
+        here = [c for c in run.collectives if c.where == name]
+        forward = [c for c in here if c.pass_ == "forward"]
+        outputs, style = run.outputs.get(name), styles.get(name)
+        # a gather brings inputs together, unless the style gathers what the module returns
+        enters = "all_gather" if getattr(style, "output", None) != Replicate() else None
+        weights = ", ".join(
+            f"{row.name.rpartition('.')[2]} {row.placement} {'×'.join(map(str, row.local_shape))}"
+            for row in own.get(name, [])
+        )
+        steps.append(
+            Step(
+                name=name.removeprefix(block).lstrip(".") or block,
+                depth=name.count(".") - block.count("."),
+                style=style.name if style else "replicate" if name in own else "",
+                weights=weights,
+                output=outputs[0] if outputs else None,
+                before=tuple(c for c in forward if c.op == enters),
+                after=tuple(c for c in forward if c.op != enters),
+                backward=tuple(c for c in here if c.pass_ == "backward"),
+            )
+        )
+    return steps

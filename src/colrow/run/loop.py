@@ -1,0 +1,291 @@
+"""The training loop: steps, evaluations, checkpoints, metrics, and the ends that a run can come to."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from colrow.checkpoint.distributed import Checkpoints
+from colrow.config import RunConfig
+from colrow.data.loader import BatchOrder, DataAxisSampler, Loader
+from colrow.data.prepare import PreparedData
+from colrow.errors import ColrowError, DataError
+from colrow.models.shapes import flops_per_token
+from colrow.run.batch_check import check_same_batch
+from colrow.run.pace import Pace, pace_line
+from colrow.run.progress import Progress
+from colrow.run.ran import ran_line, steps_before, what_ran
+from colrow.train.evaluate import Evaluation
+from colrow.train.metrics import Metrics, Record, peak_flops, perplexity
+from colrow.train.schedule import learning_rate
+from colrow.train.setup import Training
+
+
+class DivergedError(ColrowError):
+    """The loss or the gradient is NaN or infinite."""
+
+
+@dataclass
+class Outcome:
+    """How the loop ended."""
+
+    step: int
+    """Steps that are done."""
+    saved: int
+    """The step of the newest checkpoint; 0 when there is none."""
+    stopped: bool
+    """Whether a signal ended it before the last step."""
+    val_loss: float | None = None
+
+
+@dataclass
+class _Pending:
+    """A step whose figures the device may still be computing: [loss, norm, stop], summed over ranks where needed."""
+
+    step: int
+    figures: Tensor
+    start: _Moment
+    end: _Moment
+
+
+class _Moment:
+    """A point of the device's own timeline, so that a step's time is right however late the host reads it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        self._time = time.perf_counter()
+        if self._event is not None:
+            self._event.record()
+
+    def wait(self) -> float:
+        """Block the host until the device has come to it, for so many seconds."""
+        start = time.perf_counter()
+        if self._event is not None:
+            self._event.synchronize()
+        return time.perf_counter() - start
+
+    def seconds_since(self, earlier: _Moment) -> float:
+        """Both must have passed."""
+        if self._event is None or earlier._event is None:
+            return max(self._time - earlier._time, 1e-9)
+        return max(earlier._event.elapsed_time(self._event) / 1e3, 1e-9)
+
+
+class Loop:
+    """Runs a `Training` from a step to the last one.
+
+    On GPUs the figures of a step are read while the next one runs, so that the host never waits for the device; on
+    CPUs they are read at once. All ranks read the same sums, so all decide alike: to stop, or that the run diverged.
+
+    Args:
+        stop_requested: asked once a step on each rank; any rank's yes stops all.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        training: Training,
+        data: PreparedData,
+        checkpoints: Checkpoints,
+        progress: Progress,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._config, self._training, self._checkpoints, self._progress = config, training, checkpoints, progress
+        self._data, self._stop_requested = data, stop_requested
+        mesh, self._device = training.mesh, training.device
+        pp, replicate, shard, tp = mesh.get_coordinate() or (0, 0, 0, 0)
+        dp_rank = replicate * config.mesh.dp_shard + shard
+        # one rank of each data-parallel group reports the loss: the last stage computes it, tp ranks all know it
+        reports = tp == 0 and pp == config.mesh.pp - 1
+        self._share = (1.0 if reports else 0.0) / config.mesh.dp
+        order = BatchOrder(data.train.windows(config.data.seq_len), config.train.global_batch, config.run.seed)
+        sampler = DataAxisSampler(order, dp_rank, config.mesh.dp, config.train.micro_batch)
+        self._loader = Loader(data.train, config.data.seq_len, sampler, self._device)
+        self._evaluation = Evaluation(config, data, dp_rank, self._share, self._device)
+        self._same_batch = [mesh[axis].get_group() for axis in ("pp", "tp") if mesh[axis].size() > 1]
+        self._lag = 1 if self._device.type == "cuda" else 0
+        self._waiting: list[_Pending] = []
+        self._good: Record | None = None
+        self._last = _Moment(self._device)
+        self._pace = Pace(steps_before(training))
+
+    def run(self, start: int, metrics: Metrics | None) -> Outcome:
+        """Train from `start` completed steps to the last one, a signal, or an error. Collective.
+
+        Args:
+            metrics: on the first rank; None on the others.
+
+        Raises:
+            DivergedError: the loss or the gradient's norm is not finite; nothing of it has been saved.
+        """
+        config = self._config
+        self._metrics = metrics
+        self._last = _Moment(self._device)
+        saved, val_loss, stop = start, None, False
+        self._progress.start(start)
+        for step in range(start, config.train.steps):
+            done = step + 1
+            batches = list(self._loader.batches(step))
+            if self._checks_batches(step, start):
+                check_same_batch(batches, self._same_batch, step)
+            loss, norm = self._training.step(step, batches)
+            figures, start_of_step = self._figures(loss, norm), self._last
+            self._last = _Moment(self._device)
+            self._waiting.append(_Pending(done, figures, start_of_step, self._last))
+            if done == start + steps_before(self._training):
+                self._progress.say(ran_line(what_ran(self._training, config.data.seq_len)))
+            evaluates = self._evaluates(done)
+            saves = self._saves(done)
+            stop = self._settle(0 if evaluates or saves else self._lag, hold_last=evaluates) or stop
+            if evaluates:
+                val_loss = self._evaluate(done)
+            if saves or stop:
+                stop = self._settle(0) or stop
+                self._save(done)
+                saved = done
+            if stop:
+                break
+        self._settle(0)
+        self._checkpoints.wait()
+        done = self._good["step"] if self._good else start
+        return Outcome(done, saved, stopped=done < config.train.steps, val_loss=val_loss)
+
+    def close(self) -> None:
+        """End the background readers."""
+        self._loader.close()
+        self._evaluation.close()
+
+    def _evaluates(self, done: int) -> bool:
+        every = self._config.eval.every
+        return every > 0 and (done % every == 0 or done == self._config.train.steps)
+
+    def _saves(self, done: int) -> bool:
+        every, last = self._config.checkpoint.every, self._config.checkpoint.last
+        if done == self._config.train.steps:
+            return last
+        return every > 0 and done % every == 0
+
+    def _checks_batches(self, step: int, start: int) -> bool:
+        every = self._config.train.check_batch_every
+        return bool(self._same_batch) and (step == start or (every > 0 and step % every == 0))
+
+    def _figures(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """[loss over all ranks, norm, how many ranks ask to stop], on the device; one small all-reduce."""
+        wants_stop = torch.full((), float(self._stop_requested()), device=self._device, dtype=torch.float64)
+        summed = torch.stack([loss.double() * self._share, wants_stop])
+        dist.all_reduce(summed)
+        figures = torch.stack([summed[0], norm.detach().double(), summed[1]])
+        if self._device.type == "cuda":
+            host = torch.empty(3, dtype=torch.float64, pin_memory=True)
+            host.copy_(figures, non_blocking=True)
+            return host
+        return figures
+
+    def _settle(self, lag: int, hold_last: bool = False) -> bool:
+        """Read and record the figures of all but the last `lag` steps. Whether some rank asked to stop.
+
+        `hold_last` leaves the record of the last one open: an evaluation will be added to it.
+        """
+        stop = False
+        for _ in range(len(self._waiting) - lag):
+            pending = self._waiting.pop(0)
+            waited = pending.end.wait()
+            loss, norm, stops = pending.figures.tolist()
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise self._diverged(pending.step, loss, norm)
+            stop = stop or stops > 0
+            seconds = pending.end.seconds_since(pending.start)
+            if lag and self._pace.add(waited, seconds):
+                self._progress.say(pace_line(self._config))
+            record = self._record(pending.step, loss, norm, seconds)
+            self._good = record
+            if hold_last and not self._waiting:
+                continue
+            self._write(record)
+        return stop
+
+    def _record(self, step: int, loss: float, norm: float, seconds: float) -> Record:
+        config = self._config
+        tokens = config.train.global_batch * config.data.seq_len
+        rate = tokens / seconds
+        record: dict[str, Any] = {
+            "step": step,
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": learning_rate(step - 1, config.train),
+            "tokens": step * tokens,
+            "tokens_per_second": round(rate, 1),
+        }
+        if self._device.type == "cuda":
+            record["memory_gib"] = round(torch.cuda.max_memory_allocated(self._device) / 2**30, 3)
+            peak, shape = peak_flops(torch.cuda.get_device_name(self._device)), self._training.source.config
+            if peak is not None and shape is not None:
+                per_gpu = rate / config.mesh.world_size
+                for name, causal in (("mfu_causal", True), ("mfu_full", False)):
+                    flops = flops_per_token(shape, config.data.seq_len, causal=causal)
+                    record[name] = round(per_gpu * flops / peak, 4)
+        return record
+
+    def _evaluate(self, step: int) -> float:
+        """Evaluate, and write the step's record with the result."""
+        assert self._good is not None
+        val_loss = self._evaluation(self._training.step.forward_backward)
+        if not math.isfinite(val_loss):
+            raise self._diverged(step, val_loss, self._good["grad_norm"])
+        self._write({**self._good, "val_loss": val_loss, "perplexity": perplexity(val_loss)})
+        self._last = _Moment(self._device)  # the next step's rate leaves this time out
+        return val_loss
+
+    def _write(self, record: Record) -> None:
+        if self._metrics is not None:
+            self._metrics.write(record)
+        self._progress.step(record)
+
+    def _save(self, step: int) -> None:
+        extra: dict[str, Any] = {"step": step, "corpus": self._data.fingerprint, "seed": self._config.run.seed}
+        start = time.perf_counter()
+        self._checkpoints.save(step, self._training.modules, self._training.optimizer, extra)
+        waited = time.perf_counter() - start
+        self._last = _Moment(self._device)
+        background = ", the rest is in the background" if self._config.checkpoint.asynchronous else ""
+        self._progress.say(f"            saved step-{step}, training waited {waited:.1f} s{background}")
+
+    def _diverged(self, step: int, loss: float, norm: float) -> DivergedError:
+        good = self._good
+        last = f"the last good loss was {good['loss']:.4f} at step {good['step']}" if good else "no step was good"
+        kept = self._checkpoints.latest()
+        keeps = f"{kept.path} is kept" if kept else "there is no checkpoint yet"
+        return DivergedError(
+            f"step {step}: loss {loss}, gradient norm {norm}: the run has diverged and stops; {last}; {keeps}. "
+            "Try a lower train.lr, a longer train.warmup_steps, or a smaller train.grad_clip"
+        )
+
+
+def resume(config: RunConfig, training: Training, data: PreparedData, checkpoints: Checkpoints) -> int:
+    """Load the newest whole checkpoint of the run's folder, if there is one. Collective. Returns its step, or 0.
+
+    Raises:
+        CheckpointError: it is of another model or vocabulary.
+        DataError: the corpus has changed since it was saved.
+    """
+    found: list[int | None] = [None]
+    if dist.get_rank() == 0:
+        latest = checkpoints.latest()
+        found = [None if latest is None else latest.step]
+    dist.broadcast_object_list(found, src=0)
+    if found[0] is None:
+        return 0
+    extra = checkpoints.load(found[0], training.modules, training.optimizer)
+    if extra.get("corpus") != data.fingerprint:
+        raise DataError(
+            f"corpus {config.data.corpus!r} holds other text than when the run in {config.run.dir} began: bring the "
+            "former text back, or set run.dir to another folder to start a new run"
+        )
+    return found[0]

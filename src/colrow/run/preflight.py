@@ -1,0 +1,208 @@
+"""What can be known to be wrong before any process starts."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from colrow.checking.check import Finding, check_static
+from colrow.checking.check import check as run_check
+from colrow.checkpoint.distributed import Checkpoints
+from colrow.checkpoint.listing import CheckpointInfo
+from colrow.checkpoint.manifest import read_manifest
+from colrow.checkpoint.signature import compare, require_same_model, require_same_vocabulary
+from colrow.checkpoint.state import model_tensors
+from colrow.config import RunConfig
+from colrow.data.loader import check_batch
+from colrow.data.tokenizer import Tokenizer
+from colrow.errors import ConfigError, PlanError
+from colrow.mesh import Mesh
+from colrow.models.build import Source, build_source
+from colrow.parallel.pipeline_split import check_pipeline, require_parts
+from colrow.plans.plan import Plan
+from colrow.run.run_folder import CHECKPOINTS, changed_keys
+from colrow.styles.heads import heads_of
+from colrow.train.cuda_graph import check_cuda_graph
+from colrow.train.metrics import require_sinks
+from colrow.train.schedule import check_schedule
+from colrow.train.setup import blocks_of, choose_plan
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the checks found on their way."""
+
+    source: Source
+    plan: Plan
+    device_type: str
+    changes: list[str]
+    """Keys that changed since the run's former start, `key: before -> now`."""
+    newest: CheckpointInfo | None
+    """The newest whole checkpoint in the run's folder."""
+
+    def finished(self, config: RunConfig) -> bool:
+        """Whether nothing is left to train."""
+        return self.newest is not None and self.newest.step >= config.train.steps
+
+
+def check(config: RunConfig, local_ranks: int | None = None) -> Checked:
+    """Check everything that needs no other process.
+
+    Args:
+        local_ranks: ranks on this host; all of the mesh's unless given.
+
+    Raises:
+        ConfigError, PlanError, CheckpointError: what is wrong, and the mend.
+    """
+    check_batch(config.train.global_batch, config.train.micro_batch, config.mesh.dp)
+    check_schedule(config.train)
+    require_sinks(config.log)
+    kind = device_type(config)
+    require_devices(config.mesh.world_size if local_ranks is None else local_ranks, kind)
+    check_cuda_graph(config, kind)
+    changes = changed_keys(config)
+    source = build_source(config.model, config.run.seed)
+    check_model(config, source)
+    plan = choose_plan(config, source.model)
+    if config.check:
+        require_sound(config, source, plan, check_static(source.model, plan, config.mesh.tp, config.data.seq_len))
+    else:
+        plan.check_shapes(source.model, config.mesh.tp)
+        check_sequence(config, plan)
+    newest = Checkpoints(config.run.dir / CHECKPOINTS, keep=config.checkpoint.keep).latest()
+    return Checked(source, plan, kind, changes, newest)
+
+
+def check_plan(config: RunConfig, source: Source, plan: Plan) -> list[str]:
+    """`colrow.check` on what the run will do; one line for each of its warnings.
+
+    Costs a second or two, whatever the model's size: of equal layers two are run, on fake tensors.
+
+    Raises:
+        PlanError: it finds errors; the text holds them all.
+    """
+    if not config.check or config.mesh.tp == 1:
+        return []
+    ids = torch.zeros(config.train.micro_batch, config.data.seq_len, dtype=torch.long)
+    found = run_check(source.model, plan, Mesh(tp=config.mesh.tp), *ids.shape, inputs=(ids,))
+    require_sound(config, source, plan, found)
+    return [f"{f.code} {f.slug} at {f.where}: {f.message}; {f.fix} ({f.page})" for f in found]
+
+
+def check_plan_apart(config: RunConfig) -> list[str]:
+    """`check_plan` in a process of its own: what it does with process groups leaves no trace in this rank.
+
+    A process of one thread is forked, which saves the imports; threads, such as those of torch's autograd for GPUs, do
+    not live on in a fork.
+    """
+    if not config.check or config.mesh.tp == 1:
+        return []
+    threads = Path("/proc/self/task")
+    alone = threads.exists() and len(list(threads.iterdir())) == 1
+    context = multiprocessing.get_context("fork" if alone else "spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_check_again, config).result()
+
+
+def _check_again(config: RunConfig) -> list[str]:
+    source = build_source(config.model, config.run.seed)
+    return check_plan(config, source, choose_plan(config, source.model))
+
+
+def require_sound(config: RunConfig, source: Source, plan: Plan, found: list[Finding]) -> None:
+    """Raise a PlanError with every finding when one of them is an error."""
+    errors = sum(finding.severity == "error" for finding in found)
+    if errors:
+        raise PlanError(
+            f"the check found {errors} error{'s' if errors > 1 else ''} in plan {plan.name} for {source.name} at "
+            f"tp={config.mesh.tp}, and nothing was started (`--check False` starts all the same)\n"
+            + "\n".join(line for finding in found for line in finding.lines)
+        )
+
+
+def check_checkpoint(checked: Checked, tokenizer: Tokenizer) -> None:
+    """Raise a CheckpointError when the newest checkpoint is of another model or vocabulary."""
+    if checked.newest is None:
+        return
+    path = checked.newest.path
+    manifest = read_manifest(path)
+    require_same_model(path, manifest, [compare(manifest, model_tensors(checked.source.model))])
+    require_same_vocabulary(path, manifest, tokenizer.digest)
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """The config with what follows from it filled in: a Hugging Face folder's own tokenizer."""
+    tokenizer = config.data.tokenizer
+    if config.model.huggingface is None or tokenizer.path is not None or tokenizer.vocab_size is not None:
+        return config
+    folder = Path(config.model.huggingface)
+    if not (folder / "tokenizer.json").exists():
+        return config
+    given = tokenizer.model_copy(update={"path": folder})
+    return config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": given})})
+
+
+def device_type(config: RunConfig) -> str:
+    """`cpu` or `cuda`: as asked, else GPUs where there are some.
+
+    Raises:
+        ConfigError: cuda is asked for and torch sees no GPU.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        built = "no GPU is visible" if torch.version.cuda or torch.version.hip else "this torch is built without CUDA"
+        raise ConfigError(f"device: cuda is asked for, but {built}: use --device cpu, or install a torch with CUDA")
+    return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def require_devices(local_ranks: int, kind: str) -> None:
+    """Raise a ConfigError when this host has fewer GPUs than ranks."""
+    if kind != "cuda":
+        return
+    there = torch.cuda.device_count()
+    if local_ranks > there:
+        raise ConfigError(
+            f"{local_ranks} ranks need {local_ranks} GPUs and this host has {there}: choose a mesh of {there} (such as "
+            f"--mesh.tp {there}), use several hosts with torchrun, or --device cpu"
+        )
+
+
+def check_model(config: RunConfig, source: Source) -> None:
+    """Raise a ConfigError when the sequence or the pipeline does not fit the model."""
+    longest = getattr(getattr(source.model, "config", None), "max_position_embeddings", None)
+    if isinstance(longest, int) and config.data.seq_len > longest:
+        raise ConfigError(
+            f"data.seq_len={config.data.seq_len} is longer than the {longest} positions of {source.name}: "
+            f"use {longest} or less"
+        )
+    if config.mesh.pp > 1:
+        require_parts(source.model)
+    check_pipeline(config, len(blocks_of(source.model)))
+    heads = heads_of(source.model)
+    if heads is not None and heads.query % config.mesh.tp and config.plan.startswith("llama"):
+        fits = [n for n in range(1, heads.query + 1) if heads.query % n == 0]
+        raise ConfigError(
+            f"n_heads={heads.query} of {source.name} is not divisible by mesh.tp={config.mesh.tp}: choose tp from "
+            f"{', '.join(map(str, fits))}"
+        )
+
+
+def check_sequence(config: RunConfig, plan: Plan) -> None:
+    """Raise a ConfigError when tp does not divide the sequence that the plan splits over it."""
+    seq_len, tp = config.data.seq_len, config.mesh.tp
+    if plan.sequence_parallel() and seq_len % tp:
+        below = seq_len // tp * tp
+        raise ConfigError(
+            f"seq_len={seq_len} is not divisible by tp={tp} (sequence parallel splits dim 1): use "
+            f"{f'{below} or ' if below else ''}{below + tp}"
+        )
+
+
+def threads_for(ranks: int) -> int:
+    """CPU threads for each of `ranks` ranks on this host."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // ranks)

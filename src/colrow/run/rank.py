@@ -1,0 +1,221 @@
+"""One rank of a run, from joining its group to the last line."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.rendezvous import rendezvous
+
+from colrow.checkpoint.distributed import Checkpoints
+from colrow.checkpoint.huggingface import export
+from colrow.config import RunConfig
+from colrow.data.prepare import PreparedData, prepare
+from colrow.data.tokenizer import Tokenizer
+from colrow.models.build import Source
+from colrow.run import preflight
+from colrow.run.alone import alone
+from colrow.run.host_memory import keep_freed_memory
+from colrow.run.loop import Loop, Outcome, resume
+from colrow.run.meeting import meet
+from colrow.run.plot import plot_loss
+from colrow.run.progress import Progress
+from colrow.run.run_folder import CHECKPOINTS, EXPORT, claimed, write_folder
+from colrow.run.sample import sample
+from colrow.train.metrics import Metrics, perplexity
+from colrow.train.setup import Training, set_up
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank is: what torchrun told it."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    alone: bool = False
+    """Whether the other ranks are not there, and what is sent to them goes nowhere: for measuring."""
+
+
+def run_rank(
+    config: RunConfig,
+    place: Place,
+    command: str,
+    stop_requested: Callable[[], bool],
+    *,
+    plan_checked: bool = False,
+) -> Outcome:
+    """Join the other ranks, and train with them. The first rank holds the run's folder. Collective.
+
+    Args:
+        command: how the run was started, for the line that says how to continue it.
+        stop_requested: whether this rank was asked to save and stop.
+        plan_checked: the plan's check has been made; else the first rank makes it.
+    """
+    config.mesh.require_world_size(place.world_size)
+    first = place.rank == 0
+    with ExitStack() as stack:
+        if first:
+            stack.enter_context(claimed(config.run.dir))
+        source = preflight.check(config, place.local_world_size).source
+        warnings = [config.mesh.warning_across_hosts(place.local_world_size)]
+        if first and not plan_checked:
+            warnings += preflight.check_plan_apart(config)  # before there are threads
+        progress = stack.enter_context(Progress(first, config.train.steps, config.train.log_every))
+        for warning in warnings:
+            if warning is not None:
+                progress.say(f"warning    {warning}")
+        data = prepare(config.data, source.vocab_size, progress=False)
+        mesh, device = stack.enter_context(joined(config, place))
+        return train_run(config, data, mesh, device, progress, command, stop_requested, source)
+
+
+def train_run(
+    config: RunConfig,
+    data: PreparedData,
+    mesh: DeviceMesh,
+    device: torch.device,
+    progress: Progress,
+    command: str = "",
+    stop_requested: Callable[[], bool] = lambda: False,
+    source: Source | None = None,
+) -> Outcome:
+    """Set up, continue from the newest checkpoint, train, and finish; metrics and files are the first rank's.
+
+    Collective over the mesh, which is the whole default group. For `source` see `set_up`.
+    """
+    first = dist.get_rank() == 0
+    with ExitStack() as stack:
+        training = set_up(config, mesh, device, source)
+        stack.callback(training.close)
+        checkpoints = Checkpoints(
+            config.run.dir / CHECKPOINTS,
+            keep=config.checkpoint.keep,
+            asynchronous=config.checkpoint.asynchronous,
+            mesh=config.mesh,
+            vocabulary=data.tokenizer.digest,
+            tied=training.tied,
+        )
+        start = resume(config, training, data, checkpoints)
+        if start >= config.train.steps:
+            progress.say(finished_line(config, start))
+            return Outcome(start, start, stopped=False)
+        if first:
+            write_folder(config, training.plan, data.tokenizer)
+        for line in opening_lines(config, training, start):
+            progress.say(line)
+        loop = Loop(config, training, data, checkpoints, progress, stop_requested)
+        stack.callback(loop.close)
+        metrics = stack.enter_context(Metrics(config, start)) if first else None
+        outcome = loop.run(start, metrics)
+        progress.stop()
+        if outcome.stopped:
+            progress.say(f"stopped    after step {outcome.step} of {config.train.steps}; the state is saved")
+            progress.say(f"continue   {command}")
+        else:
+            finish(config, training, data.tokenizer, outcome, progress)
+        return outcome
+
+
+@contextmanager
+def joined(config: RunConfig, place: Place) -> Iterator[tuple[DeviceMesh, torch.device]]:
+    """The default process group, the mesh, and this rank's device: gloo on CPUs, NCCL on GPUs, fake for one alone."""
+    kind = preflight.device_type(config)
+    options: dict[str, Any] = {}
+    device = torch.device("cpu")
+    if kind == "cpu":
+        keep_freed_memory()
+    if kind == "cuda":
+        device = torch.device("cuda", place.local_rank)
+        torch.cuda.set_device(device)
+        options["device_id"] = device
+    if place.alone:
+        with alone(place.rank, place.world_size):
+            yield config.mesh.build(kind, place.world_size), device
+        return
+    store, _, _ = next(rendezvous("env://", place.rank, place.world_size))
+    dist.init_process_group(
+        "nccl" if kind == "cuda" else "gloo",
+        store=meet(store, place.rank, place.world_size),
+        rank=place.rank,
+        world_size=place.world_size,
+        **options,
+    )
+    yield config.mesh.build(kind, place.world_size), device
+    dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone
+
+
+def finished_line(config: RunConfig, step: int) -> str:
+    """What there is to say when a run that has all its steps is started again."""
+    run = config.run.dir
+    return (
+        f"the run in {run} is finished: {step} of {config.train.steps} steps.\n"
+        f"Sample it with `colrow generate {run} --prompt TEXT`; to train on, raise train.steps;\n"
+        "to start anew, set run.dir to another folder."
+    )
+
+
+def opening_lines(config: RunConfig, training: Training, start: int) -> list[str]:
+    """What is to run, and what it writes. What did run is said after the first steps (`run.ran`)."""
+    device = training.device
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {_threads()} a rank"
+    train, tokens = config.train, config.train.global_batch * config.data.seq_len
+    compute = "fp32" if training.compute == torch.float32 else "bf16 over fp32 weights and gradient sums"
+    lines = [
+        f"model      {training.source.name}, {training.parameters:,} parameters",
+        f"mesh       {config.mesh}, {where}",
+        f"plan       {training.plan.name}, loss {training.plan.loss}",
+        f"compute    {compute}",
+        f"batch      {train.global_batch} × {config.data.seq_len} = {tokens:,} tokens a step, {train.steps:,} steps",
+        f"writes     {config.run.dir}: config.yaml, plan.yaml, tokenizer.json, metrics.jsonl,",
+        "           checkpoints/, loss.png, loss.svg, export/",
+    ]
+    if start:
+        lines.append(f"continues  after step {start}")
+    return lines
+
+
+def finish(config: RunConfig, training: Training, tokenizer: Tokenizer, outcome: Outcome, progress: Progress) -> None:
+    """The last lines: what came out, where it lies, and what to do next. Collective."""
+    run = config.run.dir
+    if outcome.val_loss is not None:
+        progress.say(f"validation loss {outcome.val_loss:.4f}, perplexity {perplexity(outcome.val_loss):.1f}")
+    if config.sample.prompt is not None and config.mesh.pp == 1:
+        text = sample(config, training, tokenizer)
+        progress.say("sample     " + text.replace("\n", "\n           "))
+    if progress.shown:
+        progress.say(f"loss curve {plot_loss(run)}")
+    progress.say(f"checkpoint {run / CHECKPOINTS}/step-{outcome.saved}" if outcome.saved else "checkpoint none")
+    model_config = training.source.exported_config
+    if config.checkpoint.export and model_config is not None:
+        export(training.modules, run / EXPORT, model_config, tokenizer)
+        progress.say(f"export     {run / EXPORT}, for transformers")
+    progress.say(f"memory     {peak_memory(training.device)}")
+    if outcome.saved:
+        progress.say(f'next       colrow generate {run} --prompt "{config.sample.prompt or "Once"}"')
+        progress.say(f"           colrow export {run} -o DIR")
+
+
+def peak_memory(device: torch.device) -> str:
+    """The largest peak of any rank. Collective."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    allocated = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    peaks = torch.tensor([host, allocated], dtype=torch.float64, device=device)
+    dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
+    host_gib, device_gib = (peak / 2**30 for peak in peaks.tolist())
+    gpu = f", {device_gib:.2f} GiB of a GPU" if device.type == "cuda" else ""
+    return f"peak {host_gib:.2f} GiB of a rank's host memory{gpu}"
+
+
+def _threads() -> str:
+    n = torch.get_num_threads()
+    return f"{n} thread{'' if n == 1 else 's'}"

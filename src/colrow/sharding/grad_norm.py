@@ -1,0 +1,127 @@
+"""The gradient norm, every parameter counted once, and clipping by it.
+
+Parameters may lie on several meshes (tp alone, dp_shard × tp, stages of a pipeline). A rank counts its local part of
+a gradient unless the part is a copy whose first owner is another rank: then it counts nothing. One all-reduce over
+the ranks that hold different parts gives the norm of one process.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Partial
+
+from colrow.sharding.layout import local_tensor
+
+
+@torch.no_grad()
+def align_gradients(params: Iterable[nn.Parameter]) -> None:
+    """Give each gradient its parameter's placements, in place.
+
+    After backward on a tp mesh, gradients of norms are pending sums and the embedding's is whole on every rank:
+    code that reads a local gradient would see a part, or too much. The pending sums of one mesh and dtype travel in
+    one all-reduce.
+    """
+    pending: dict[tuple[dist.ProcessGroup, torch.dtype], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
+    for param in params:
+        grad = param.grad
+        if not isinstance(param, DTensor) or not isinstance(grad, DTensor) or grad.placements == param.placements:
+            continue
+        axes = [axis for axis, p in enumerate(grad.placements) if isinstance(p, Partial)]
+        others_match = all(g == p for g, p in zip(grad.placements, param.placements, strict=True) if not g.is_partial())
+        if len(axes) == 1 and others_match and param.placements[axes[0]].is_replicate():
+            key = (grad.device_mesh.get_group(axes[0]), grad.dtype)
+            pending[key].append((param, grad.to_local()))
+        else:
+            param.grad = grad.redistribute(placements=param.placements)
+    for (group, _), items in pending.items():
+        flat = torch.cat([local.reshape(-1) for _, local in items])
+        dist.all_reduce(flat, group=group)
+        parts = flat.split([local.numel() for _, local in items])
+        for (param, local), part in zip(items, parts, strict=True):
+            assert isinstance(param, DTensor)
+            param.grad = DTensor.from_local(
+                part.view_as(local),
+                param.device_mesh,
+                param.placements,
+                run_check=False,
+                shape=param.shape,
+                stride=param.stride(),
+            )
+
+
+@torch.no_grad()
+def grad_norm(params: Iterable[nn.Parameter], groups: Iterable[dist.ProcessGroup] = ()) -> Tensor:
+    """The 2-norm of all gradients, as one process would have it.
+
+    Args:
+        params: this rank's parameters, without copies of another pipeline stage's (`counted_parameters`);
+            `align_gradients` has been called on them.
+        groups: the groups of the axes over which ranks hold different parts (`norm_groups`).
+
+    Returns:
+        A scalar on the gradients' device, the same on all ranks. fp32, or fp64 for fp64 gradients.
+    """
+    with_grad = [param for param in params if param.grad is not None]
+    parts = [local_tensor(param.grad) for param in with_grad if param.grad is not None and _counts_here(param)]
+    device, dtype = _kind(with_grad)
+    total = torch.zeros((), device=device, dtype=dtype)
+    if parts:
+        if device.type == "cpu":
+            # torch's norm adds an fp32 tensor's squares up in a few running sums there: of a million entries the fifth
+            # digit is lost, another one for each size of shard. Its sum adds by halves.
+            total = torch.stack([part.to(dtype).square().sum() for part in parts]).sum()
+        else:
+            alike: dict[torch.dtype, list[Tensor]] = defaultdict(list)  # mixed, they would be summed one by one
+            for part in parts:
+                alike[part.dtype].append(part)
+            norms = [norm for same in alike.values() for norm in torch._foreach_norm(same, 2, dtype=dtype)]
+            total = torch.stack(norms).square().sum()
+    for group in groups:
+        dist.all_reduce(total, group=group)
+    return total.sqrt()
+
+
+def norm_groups(mesh: DeviceMesh) -> list[dist.ProcessGroup]:
+    """The groups over which ranks of `mesh` hold different parameters: pp, dp_shard and tp, where larger than 1."""
+    axes = [axis for axis in ("pp", "dp_shard", "tp") if axis in (mesh.mesh_dim_names or ())]
+    return [mesh[axis].get_group() for axis in axes if mesh[axis].size() > 1]
+
+
+@torch.no_grad()
+def clip_gradients(params: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
+    """Scale every gradient by max_norm / norm where the norm is larger. The norm stays on its device: no wait."""
+    grads = [local_tensor(param.grad) for param in params if param.grad is not None]
+    if grads:
+        torch._foreach_mul_(grads, clip_scale(norm, max_norm).to(grads[0].dtype))
+
+
+def clip_scale(norm: Tensor, max_norm: float) -> Tensor:
+    """What `clip_gradients` multiplies by, for those who do so elsewhere: a scalar, at most 1."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def _counts_here(param: nn.Parameter) -> bool:
+    if not isinstance(param, DTensor):
+        return True
+    coordinate = param.device_mesh.get_coordinate()
+    assert coordinate is not None
+    names = param.device_mesh.mesh_dim_names or ("",) * param.device_mesh.ndim
+    return not any(
+        placement.is_replicate() and index
+        for placement, index, name in zip(param.placements, coordinate, names, strict=True)
+        if name != "dp_replicate"  # copies of the whole model: `groups` leaves their axis out
+    )
+
+
+def _kind(params: list[nn.Parameter]) -> tuple[torch.device, torch.dtype]:
+    if not params:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32
+    grad = local_tensor(params[0])
+    return grad.device, torch.float64 if grad.dtype == torch.float64 else torch.float32

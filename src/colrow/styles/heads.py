@@ -1,0 +1,66 @@
+"""Attention heads under tensor parallelism: what divides, and which kv heads a rank's query heads need.
+
+H query heads, K kv heads, head_dim d, t = tp. Rank r computes query heads r*H/t .. (r+1)*H/t. Query head h uses kv
+head h // (H/K). Where t divides K, a rank's kv heads are a shard. Where it does not, neighbouring ranks need the same
+kv head: k and v stay whole on each rank, and each computes the heads that its queries need.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+from torch import nn
+
+from colrow.errors import PlanError
+from colrow.styles.site import Site, divide
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Query heads, kv heads, and the width of one head."""
+
+    query: int
+    kv: int
+    dim: int
+
+    def kv_heads_of_rank(self, tp: int, rank: int) -> list[int]:
+        """The kv heads that rank computes, in order; the same number on each rank.
+
+        Every head in the list serves equally many consecutive query heads, so that grouped-query attention over
+        the local heads is the global one. A head stands twice where the ranks' boundaries cut its group unevenly.
+        """
+        per_rank, group = self.query // tp, self.query // self.kv
+        run = gcd(per_rank, group)
+        return [(rank * per_rank + i * run) // group for i in range(per_rank // run)]
+
+
+def heads_of(model: nn.Module) -> Heads | None:
+    """The attention heads that the model's config states for all layers, under Hugging Face's names."""
+    config: Any = getattr(model, "config", None)
+    try:
+        query = getattr(config, "num_attention_heads", None)
+        if not isinstance(query, int):
+            return None
+        kv = getattr(config, "num_key_value_heads", None) or query
+        dim = getattr(config, "head_dim", None) or config.hidden_size // query
+    except RuntimeError:  # transformers raises where layers differ, as those of Gemma 4 do
+        return None
+    return Heads(query, kv, dim)
+
+
+def check_heads(site: Site) -> None:
+    """Raise PlanError when a column split of an attention projection would cut through a head."""
+    heads, last = heads_of(site.model), site.fqn.rpartition(".")[2]
+    if heads is None or last not in ("q_proj", "k_proj", "v_proj"):
+        return
+    out = getattr(site.module, "out_features", None)
+    if last == "q_proj" and out == heads.query * heads.dim and heads.query % site.tp:
+        divide(heads.query, site.tp, f"{site.fqn}: n_heads={heads.query}")
+    if last != "q_proj" and out == heads.kv * heads.dim and heads.kv % site.tp:
+        legal = [d for d in range(1, heads.kv + 1) if heads.kv % d == 0]
+        raise PlanError(
+            f"{site.fqn}: n_kv_heads={heads.kv} is not divisible by tp={site.tp}: choose tp from "
+            f"{', '.join(map(str, legal))}, or replicate the kv heads with style kv_replicate"
+        )

@@ -1,0 +1,136 @@
+"""Ranks without GPUs: all of them in this process (LocalTensorMode), or a gloo process each."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing as mp
+import os
+import pickle
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from colrow.dryrun.simulated import available, simulated_ranks
+from colrow.errors import ColrowError, PlanError
+from colrow.plans.plan import Plan
+from colrow.verifying.sharded import Observed
+from colrow.verifying.step import Task, sharded_step
+
+TIMEOUT = 300.0
+
+
+class RankFailure(Exception):
+    """The sharded step raised; the text is what it said."""
+
+
+def can_simulate() -> bool:
+    """Whether this torch can simulate ranks in one process, and no process group stands in the way."""
+    return available and not dist.is_initialized()
+
+
+def run_local(task: Task, plan: Plan) -> Observed:
+    """The sharded step on all ranks, simulated. Raises RankFailure when it raises."""
+    model = copy.deepcopy(task.model)
+    try:
+        with simulated_ranks(task.tp) as simulation:
+            simulation.spread(model)
+            return sharded_step(task, model, plan, simulation.mesh, simulation.parts)
+    except ColrowError:
+        raise
+    except Exception as error:
+        raise RankFailure(f"{type(error).__name__}: {error}") from error
+
+
+def run_gloo(task: Task, plan: Plan, timeout: float = TIMEOUT) -> Observed:
+    """The sharded step in tp processes of this machine. The model and plan are pickled.
+
+    Raises:
+        RankFailure: a rank raised, died, or gave no answer in time.
+    """
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    methods = mp.get_all_start_methods()  # a fork of this process would copy the locks of running threads
+    context: Any = mp.get_context("forkserver" if "forkserver" in methods else "spawn")
+    queue = context.Queue()
+    payload = _pickle(task, plan)
+    ranks = [
+        context.Process(target=_gloo_rank, args=(rank, task.tp, port, payload, queue), daemon=True)
+        for rank in range(task.tp)
+    ]
+    observed, answers, end = Observed(), 0, time.monotonic() + timeout
+    try:
+        with _main_left_out(payload):
+            for process in ranks:
+                process.start()
+        while answers < task.tp:
+            try:
+                rank, ok, value = queue.get(timeout=0.5)
+            except Exception as error:
+                dead = [i for i, process in enumerate(ranks) if process.exitcode not in (None, 0)]
+                if dead or time.monotonic() > end:
+                    what = f"ranks {dead} died" if dead else f"the ranks gave no answer within {timeout:.0f} s"
+                    raise RankFailure(what) from error
+                continue
+            if not ok:
+                raise RankFailure(f"rank {rank}: {value}")
+            observed.merge(pickle.loads(value))
+            answers += 1
+    finally:
+        for process in ranks:
+            if process.is_alive() and answers < task.tp:
+                process.kill()
+            process.join()
+    return observed
+
+
+def _pickle(task: Task, plan: Plan) -> bytes:
+    try:
+        return pickle.dumps((task, plan))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise PlanError(
+            f"backend gloo sends the model, the plan and the loss to other processes, and cannot ({error}): define "
+            "them at the top of a module"
+        ) from error
+
+
+@contextmanager
+def _main_left_out(payload: bytes) -> Iterator[None]:
+    """Started processes run the caller's script again to find what is defined there; not where nothing is needed."""
+    main: Any = sys.modules["__main__"]
+    if b"__main__" in payload:
+        yield
+        return
+    kept = {name: getattr(main, name) for name in ("__spec__", "__file__") if hasattr(main, name)}
+    main.__spec__ = None
+    if "__file__" in kept:
+        del main.__file__
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(main, name, value)
+
+
+def _gloo_rank(rank: int, tp: int, port: int, payload: bytes, queue: Any) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=tp, timeout=timedelta(seconds=60))
+    try:
+        task, plan = pickle.loads(payload)
+        mesh = init_device_mesh("cpu", (tp,), mesh_dim_names=("verify",))
+        observed = sharded_step(task, task.model, plan, mesh, lambda tensor: {rank: tensor})
+        queue.put((rank, True, pickle.dumps(observed)))
+    except Exception as error:
+        queue.put((rank, False, f"{type(error).__name__}: {error}"))
+    queue.close()
+    queue.join_thread()
+    dist.destroy_process_group()

@@ -1,0 +1,499 @@
+"""Plans that are broken, each with the code that finds it, and plans that are sound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
+
+from checking import broken_models as m
+from colrow.checking.options import COMPILED_BLOCKS_WAIT
+from colrow.mesh import Mesh
+from colrow.models.llama import Llama
+from colrow.plans.plan import Plan
+from distributed.parity import MODELS
+
+GATHER = {"style": "prepare_input", "input": ["shard(1)"], "desired": ["replicate"]}
+
+
+def llama(name: str = "gqa", **options: Any) -> nn.Module:
+    with torch.device("meta"):
+        return Llama(replace(MODELS[name], **options))
+
+
+def preset(name: str = "llama", loss: Any = "vocab_parallel", drop: str = "", **styles: Any) -> Plan:
+    """A preset with one key dropped and others replaced; `__` is a dot, and a bare name is one of a layer."""
+    plan = Plan.preset(name, loss)
+    top = ("embed_tokens", "norm", "lm_head")
+    changed = {key if key in top else "layers.*." + key.replace("__", "."): style for key, style in styles.items()}
+    return replace(plan, modules={k: s for k, s in plan.modules.items() if k != drop} | changed)
+
+
+def block_mlp(**styles: Any) -> dict[str, Any]:
+    """An MLP on local tensors, of which the block sums the input's gradient and the output."""
+    block = {"style": "local_block", "input": ["shard(1)"], "output": ["shard(1)"]}
+    down = {"style": "packed_rowwise", "output": "partial"}
+    inside = {"gate_proj": "packed_colwise", "up_proj": "packed_colwise", "down_proj": down} | styles
+    return {"mlp": block} | {f"mlp__{name}": style for name, style in inside.items()}
+
+
+def gpt_plan(loss: Any = "replicated", sequence: bool = False, **styles: Any) -> Plan:
+    """Megatron's split of `Gpt`; `name=None` drops the key."""
+    row = {"style": "rowwise", "output": "shard(1)"} if sequence else "rowwise"
+    modules: dict[str, Any] = {
+        "blocks.*.attn.qkv": "colwise",
+        "blocks.*.attn.out": row,
+        "blocks.*.mlp.up": "colwise",
+        "blocks.*.mlp.down": row,
+        "head": {"style": "colwise", "output": "replicate"},
+    }
+    if loss == "vocab_parallel":
+        modules["head"] = {"style": "colwise", "use_local_output": False}
+    if sequence:
+        modules |= dict.fromkeys(("blocks.*.norm1", "blocks.*.norm2", "norm"), "sequence")
+        modules |= {"blocks.*.attn": GATHER, "blocks.*.mlp": GATHER}
+        modules |= {"embed": {"style": "rowwise", "input": "replicate", "output": "shard(1)"}}
+        modules["head"] = {**modules["head"], "input": "shard(1)"}
+    top = ("embed", "norm", "head")
+    for key, style in styles.items():
+        modules[key if key in top else "blocks.*." + key.replace("__", ".")] = style
+    return Plan(modules={k: s for k, s in modules.items() if s is not None}, loss=loss, name="gpt")
+
+
+HEADS = {"attn__qkv": None} | {f"attn__{n}": "colwise" for n in "qkv"}
+FUSED_MLP = {"mlp__up": None, "mlp__gate_up": "colwise"}
+
+
+class BiasOnEveryRank(ParallelStyle):
+    """A row linear of a user's own: each rank adds the bias to its part, and the parts are summed."""
+
+    def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
+        import torch.distributed._functional_collectives as funcol
+
+        bias = module.bias
+        RowwiseParallel()._apply(module, device_mesh)
+        module.register_parameter("bias", nn.Parameter(bias.detach().clone()))
+
+        def forward(x: Any) -> Tensor:
+            x = x.to_local() if isinstance(x, DTensor) else x
+            b = module.bias.to_local() if isinstance(module.bias, DTensor) else module.bias
+            return funcol.all_reduce(F.linear(x, module.weight.to_local()) + b, "sum", device_mesh)
+
+        module.forward = forward  # type: ignore[method-assign]
+        module._forward_pre_hooks.clear()
+        module._forward_hooks.clear()
+        return module
+
+
+class SumOfEqual(ParallelStyle):
+    """Sums over ranks what is equal on all of them."""
+
+    def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
+        import torch.distributed._functional_collectives as funcol
+
+        module.register_forward_hook(lambda m, args, out: funcol.all_reduce(out, "sum", device_mesh))
+        return module
+
+
+class Detach(ParallelStyle):
+    """Cuts the gradient of a module's parameters off."""
+
+    def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
+        placed = {n: distribute_tensor(p.detach(), device_mesh, [Replicate()]) for n, p in module.named_parameters()}
+        for name, value in placed.items():
+            module.register_parameter(name, nn.Parameter(value))
+
+        def forward(x: Tensor) -> Tensor:
+            weight, bias = (module._parameters[name].detach().to_local() for name in ("weight", "bias"))
+            return F.layer_norm(x, (m.D,), weight, bias)
+
+        module.forward = forward  # type: ignore[method-assign]
+        return module
+
+
+class TakenAsEqual(ParallelStyle):
+    """Hands a replicated activation out as a local tensor without a word on its gradient."""
+
+    def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
+        def hook(module: nn.Module, args: Any) -> Any:
+            x = DTensor.from_local(args[0], device_mesh, [Shard(1)], run_check=False)
+            return (x.redistribute(placements=[Replicate()]).to_local(), *args[1:])
+
+        module.register_forward_pre_hook(hook)
+        return module
+
+
+class ColumnWithoutReduce(ParallelStyle):
+    """A column linear on local tensors that forgets the sum over ranks of its input's gradient."""
+
+    def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
+        weight = distribute_tensor(module.get_parameter("weight").detach(), device_mesh, [Shard(0)])
+        module.register_parameter("weight", nn.Parameter(weight))
+        module.forward = lambda x: F.linear(x, module.weight.to_local())  # type: ignore[assignment,operator,method-assign]
+        return module
+
+
+def entropy_loss(logits: Tensor, inputs: tuple[Any, ...]) -> Tensor:
+    flat, targets = logits.flatten(0, 1), inputs[0].roll(-1, 1).flatten()
+    log_p = F.log_softmax(flat, dim=-1)
+    entropy = -(log_p.exp() * log_p).sum(-1).mean()
+    entropy = entropy.full_tensor() if isinstance(entropy, DTensor) else entropy
+    return F.cross_entropy(flat, targets) - 0.1 * entropy
+
+
+def smooth_loss(logits: Tensor, inputs: tuple[Any, ...]) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), inputs[0].flatten(), label_smoothing=0.1)
+
+
+def shared_up() -> nn.Module:
+    """Two layers with one weight between them."""
+    model = m.Gpt()
+    first, second = (block.mlp.up for block in model.blocks)
+    second.weight = first.weight
+    return model
+
+
+def shared_blocks() -> nn.Module:
+    model = m.Gpt()
+    model.again = model.blocks[0].mlp.up  # type: ignore[assignment]
+    return model
+
+
+def frozen() -> nn.Module:
+    return llama().requires_grad_(False)
+
+
+def parallel_already() -> nn.Module:
+    from colrow.dryrun.fake_world import fake_tp_mesh
+
+    model = llama()
+    with fake_tp_mesh(4) as mesh:
+        weight = model.get_parameter("norm.weight")
+        model.get_submodule("norm").register_parameter(
+            "weight", nn.Parameter(distribute_tensor(weight.detach(), mesh, [Replicate()]))
+        )
+    return model
+
+
+@dataclass(frozen=True)
+class Case:
+    """A broken plan; `folding` is the code where torch folds [B, T, D] to rows for a linear layer, and so refuses a
+    sequence that is sharded (torch 2.11)."""
+
+    code: str
+    model: Callable[[], nn.Module]
+    plan: Callable[[], Plan]
+    where: str = ""
+    options: dict[str, Any] | None = None
+    folding: str = ""
+
+    @property
+    def expected(self) -> str:
+        """The code on this torch."""
+        folds = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 12)
+        return self.folding if folds and self.folding else self.code
+
+
+LOCAL_HEAD = {"style": "colwise", "input": "shard(1)"}
+BROKEN: dict[str, Case] = {
+    # names
+    "misspelt key": Case("CR101", llama, lambda: preset(self_attn__q_porj="colwise"), "layers.*.self_attn.q_porj"),
+    "key with model prefix": Case("CR101", llama, lambda: Plan({"model.norm": "sequence"}), "model.norm"),
+    "key of one layer too many": Case("CR101", llama, lambda: Plan({"layers.7.mlp.up_proj": "colwise"})),
+    "empty key": Case("CR101", llama, lambda: replace(preset(), modules={**preset().modules, "": "replicate"})),
+    "two patterns": Case(
+        "CR102", llama, lambda: replace(preset(), modules={**preset().modules, "layers.0.mlp": GATHER})
+    ),
+    "wildcard for all": Case("CR102", llama, lambda: Plan({"*": "replicate", "norm": "sequence"}), "norm"),
+    "shared module": Case("CR103", shared_blocks, lambda: gpt_plan(), "blocks.0.mlp.up"),
+    "parallel already": Case("CR104", parallel_already, preset, "model"),
+    "empty plan": Case("CR105", llama, lambda: Plan({}, name="empty"), "plan empty"),
+    # sizes
+    "ffn": Case("CR201", lambda: llama(intermediate_size=90), preset, "layers.*.mlp.gate_proj"),
+    "ffn, row": Case("CR201", lambda: llama(intermediate_size=90), lambda: Plan({"layers.*.mlp.down_proj": "rowwise"})),
+    "query heads": Case("CR202", lambda: llama(num_attention_heads=6, num_key_value_heads=2), preset),
+    "kv heads": Case(
+        "CR203", lambda: llama("kv3"), lambda: preset(self_attn__k_proj="colwise", self_attn__v_proj="colwise")
+    ),
+    "one kv head": Case(
+        "CR203", lambda: llama("kv1"), lambda: preset(self_attn__k_proj="colwise", self_attn__v_proj="colwise")
+    ),
+    "vocabulary": Case(
+        "CR204", lambda: llama(vocab_size=66), lambda: Plan({"embed_tokens": "rowwise"}), "embed_tokens"
+    ),
+    "sequence": Case("CR205", llama, preset, "input", {"seq_len": 18}),
+    "short sequence": Case("CR205", llama, lambda: preset("article"), "input", {"seq_len": 2}),
+    "own linear class": Case(
+        "CR206",
+        lambda: m.Gpt(mlp=lambda: nn.Sequential(m.OwnLinear(m.D, m.D))),
+        lambda: gpt_plan(mlp__up=None, mlp__down=None, mlp__0="colwise"),
+        "blocks.*.mlp.0",
+    ),
+    "colwise on a norm": Case("CR206", llama, lambda: preset(input_layernorm="colwise"), "layers.*.input_layernorm"),
+    "packed_colwise on embedding": Case("CR206", llama, lambda: preset(embed_tokens="packed_colwise"), "embed_tokens"),
+    "kv_replicate on embedding": Case("CR206", llama, lambda: preset(embed_tokens="kv_replicate"), "embed_tokens"),
+    "adapter inside": Case(
+        "CR207",
+        lambda: m.Gpt(mlp=lambda: nn.Sequential(m.LoraLinear(m.D, m.D))),
+        lambda: gpt_plan(mlp__up=None, mlp__down=None, mlp__0="colwise"),
+        "blocks.*.mlp.0",
+    ),
+    "fused qkv, chunk": Case("CR208", lambda: m.Gpt(lambda: m.Attention("parts")), gpt_plan, "blocks.*.attn"),
+    "fused qkv, view": Case("CR208", lambda: m.Gpt(lambda: m.Attention("view")), gpt_plan, "blocks.*.attn"),
+    "fused gate and up, chunk": Case(
+        "CR208", lambda: m.Gpt(mlp=m.GatedMLP), lambda: gpt_plan(**FUSED_MLP), "blocks.*.mlp"
+    ),
+    "fused gate and up, split": Case(
+        "CR208", lambda: m.Gpt(mlp=lambda: m.GatedMLP("split")), lambda: gpt_plan(**FUSED_MLP)
+    ),
+    "head count, view": Case("CR209", lambda: m.Gpt(m.HeadCount), lambda: gpt_plan(**HEADS), "blocks.*.attn"),
+    "head count, unflatten": Case("CR209", lambda: m.Gpt(lambda: m.HeadCount("unflatten")), lambda: gpt_plan(**HEADS)),
+    "head count, reshape": Case("CR209", lambda: m.Gpt(lambda: m.HeadCount("reshape")), lambda: gpt_plan(**HEADS)),
+    "inputs of unequal number": Case(
+        "CR211", llama, lambda: preset(mlp={"style": "prepare_input", "input": ["shard(1)"]})
+    ),
+    "sequence on a block": Case("CR206", llama, lambda: preset(mlp="sequence"), "layers.*.mlp"),
+    "heads that nobody states": Case("CR211", lambda: m.Gpt(), lambda: gpt_plan(attn__qkv="kv_replicate")),
+    "buffer": Case(
+        "CR212",
+        lambda: m.Gpt(mlp=lambda: nn.Sequential(m.ScaledLinear(m.D, m.D))),
+        lambda: gpt_plan(mlp__up=None, mlp__down=None, mlp__0="colwise"),
+        "blocks.*.mlp.0",
+    ),
+    "segments": Case(
+        "CR210",
+        lambda: m.Gpt(lambda: m.Attention("parts")),
+        lambda: gpt_plan(attn__qkv={"style": "packed_colwise", "segments": [30, 34, 32]}),
+    ),
+    "whole keys and values beside split queries": Case(
+        "CR213",
+        lambda: llama(num_attention_heads=8),
+        lambda: preset(self_attn__k_proj="local_shards", self_attn__v_proj="local_shards"),
+        "layers.*.self_attn",
+        options={"mesh": Mesh(tp=2)},
+    ),
+    "whole values that do not divide": Case(
+        "CR213", llama, lambda: preset(self_attn__v_proj="local_shards"), "layers.0.self_attn"
+    ),
+    # head, loss, ties
+    "local logits": Case("CR301", llama, lambda: preset(lm_head=LOCAL_HEAD), "lm_head"),
+    "local logits, ordinary loss": Case(
+        "CR301", llama, lambda: preset(loss="replicated", lm_head=LOCAL_HEAD), "lm_head"
+    ),
+    "local logits, fast styles": Case("CR301", llama, lambda: preset("llama-fast", lm_head="fast_column"), "loss"),
+    "local logits, fast styles and ordinary loss": Case(
+        "CR301", llama, lambda: preset("llama-fast", "replicated", lm_head="fast_column"), "loss"
+    ),
+    "local logits of a gpt": Case("CR301", m.Gpt, lambda: gpt_plan(head="colwise"), "head"),
+    "gathered logits": Case("CR302", llama, lambda: preset(lm_head={**LOCAL_HEAD, "output": "replicate"}), "lm_head"),
+    "head without style": Case("CR302", m.Gpt, lambda: gpt_plan("vocab_parallel", head=None), "loss"),
+    "split logits, ordinary loss": Case(
+        "CR303", llama, lambda: preset(loss="replicated", lm_head={**LOCAL_HEAD, "use_local_output": False})
+    ),
+    "tie, one left out": Case("CR304", lambda: m.Gpt(tied=True), gpt_plan, "embed.weight"),
+    "tie, both split differently": Case(
+        "CR304", lambda: llama("tied"), lambda: preset(embed_tokens={"style": "colwise", "output": "shard(1)"})
+    ),
+    "entropy in the loss": Case("CR305", llama, preset, "loss", {"loss": entropy_loss}),
+    "tie over stages": Case(
+        "CR307", lambda: llama("tied"), preset, "embed_tokens.weight", {"mesh": Mesh(pp=2, tp=4), "seq_len": 16}
+    ),
+    "layers shared over stages": Case(
+        "CR307", shared_up, gpt_plan, "blocks.0.mlp.up.weight", {"mesh": Mesh(pp=2, tp=4), "seq_len": 16}
+    ),
+    "label smoothing": Case("CR306", llama, preset, "loss", {"loss": smooth_loss}),
+    # activations
+    "row linear missing": Case("CR401", llama, lambda: preset(drop="layers.*.mlp.down_proj"), "layers.0.mlp.down_proj"),
+    "column for row": Case("CR407", llama, lambda: preset(mlp__down_proj="colwise")),
+    "row for column": Case("CR401", llama, lambda: preset(mlp__up_proj={"style": "rowwise", "input": "replicate"})),
+    "q_proj missing": Case(
+        "CR402", llama, lambda: preset(drop="layers.*.self_attn.q_proj"), "layers.0.self_attn.q_proj"
+    ),
+    "head missing": Case("CR402", llama, lambda: preset(drop="lm_head"), "lm_head", folding="CR404"),
+    "heads stay DTensors": Case(
+        "CR402", llama, lambda: preset(self_attn__q_proj={"style": "colwise", "use_local_output": False})
+    ),
+    "keyword input": Case("CR403", lambda: m.Gpt(mlp=m.KeywordMLP), gpt_plan),
+    "arguments of unequal number": Case(
+        "CR403",
+        llama,
+        lambda: preset(mlp={"style": "prepare_input", "input": ["shard(1)", "none"], "desired": ["replicate", "none"]}),
+    ),
+    "softmax over a part of the features": Case("CR413", lambda: m.Gpt(mlp=m.SoftmaxMLP), gpt_plan, "blocks.*.mlp"),
+    "attention on DTensors": Case(
+        "CR404", m.Gpt, lambda: gpt_plan(attn__qkv={"style": "colwise", "use_local_output": False}), "blocks.0.attn"
+    ),
+    "parts put together that are none": Case(
+        "CR405",
+        m.Gpt,
+        lambda: gpt_plan(
+            attn={"style": "prepare_output", "output": "shard(1)", "desired": "replicate"},
+            attn__out={"style": "rowwise", "output": "shard(2)"},
+        ),
+    ),
+    "control flow on values": Case(
+        "CR410",
+        lambda: m.Gpt(m.HeadCount, m.ValueMLP),
+        lambda: gpt_plan(attn__qkv=None, attn__out=None),
+        "blocks.0.mlp",
+    ),
+    "embedding whole": Case(
+        "CR406",
+        llama,
+        lambda: preset(embed_tokens={"style": "rowwise", "input": "replicate"}),
+        "layers.0.input_layernorm",
+    ),
+    "embedding missing": Case("CR406", llama, lambda: preset(drop="embed_tokens"), "layers.0.input_layernorm"),
+    "mlp output whole": Case("CR406", m.Gpt, lambda: gpt_plan(norm="sequence")),
+    "shard taken for whole": Case(
+        "CR407",
+        llama,
+        lambda: preset(
+            mlp={"style": "prepare_input", "input": ["replicate"], "desired": ["replicate"]},
+            post_attention_layernorm={"style": "sequence", "use_local_output": True},
+        ),
+        "layers.*.mlp",
+    ),
+    "no gather before attention": Case("CR408", llama, lambda: preset(drop="layers.*.self_attn"), folding="CR404"),
+    "no gather before mlp": Case("CR408", llama, lambda: preset(drop="layers.*.mlp"), folding="CR404"),
+    "bias on every rank": Case(
+        "CR409",
+        lambda: m.Gpt(mlp=lambda: m.MLP(bias=True)),
+        lambda: gpt_plan(mlp__down=BiasOnEveryRank()),
+        "blocks.*.mlp.down",
+    ),
+    "sum of equal values": Case("CR409", m.Gpt, lambda: gpt_plan(norm1=SumOfEqual()), "blocks.*.norm1"),
+    "sums in bf16": Case("CR411", llama, preset, "tp", {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}),
+    # gradients
+    "norm missing": Case(
+        "CR501", llama, lambda: preset(drop="layers.*.input_layernorm"), "layers.*.input_layernorm.weight"
+    ),
+    "norm after attention missing": Case("CR501", llama, lambda: preset(drop="layers.*.post_attention_layernorm")),
+    "last norm missing": Case("CR501", llama, lambda: preset(drop="norm"), "norm.weight"),
+    "norm missing in article": Case("CR501", llama, lambda: preset("article", drop="layers.*.input_layernorm")),
+    "q_norm missing": Case(
+        "CR501",
+        lambda: llama("qk_norm"),
+        lambda: preset(drop="layers.*.self_attn.q_norm"),
+        "layers.*.self_attn.q_norm.weight",
+    ),
+    "k_norm missing": Case("CR501", lambda: llama("qk_norm"), lambda: preset(drop="layers.*.self_attn.k_norm")),
+    "k_norm missing, kv heads whole": Case(
+        "CR501", lambda: llama("qk_norm_kv3"), lambda: preset(drop="layers.*.self_attn.k_norm")
+    ),
+    "scale on a part of the features": Case(
+        "CR501", lambda: m.Gpt(mlp=m.LatentNormMLP), gpt_plan, "blocks.*.mlp.scale.weight"
+    ),
+    "adapter on sequence shards": Case(
+        "CR501",
+        lambda: m.Gpt(block=m.AdapterBlock),
+        lambda: gpt_plan(sequence=True, norm2={"style": "sequence", "use_local_output": True}),
+        "blocks.*.a.weight",
+    ),
+    "norms of a gpt missing": Case("CR501", m.Gpt, lambda: gpt_plan(sequence=True, norm1=None)),
+    "a block and a column in it sum the gradient": Case(
+        "CR502", llama, lambda: preset(**block_mlp(gate_proj="colwise")), "layers.*.mlp"
+    ),
+    "q_norm summed where whole": Case(
+        "CR502",
+        lambda: llama("qk_norm"),
+        lambda: preset("article", self_attn__q_norm="grad_sum"),
+        "layers.*.self_attn.q_norm.weight",
+    ),
+    "norm summed where whole": Case("CR502", m.Gpt, lambda: gpt_plan(norm="grad_sum")),
+    "activation gradient": Case(
+        "CR504",
+        m.Gpt,
+        lambda: gpt_plan(
+            sequence=True,
+            mlp=TakenAsEqual(),
+            mlp__up=ColumnWithoutReduce(),
+            norm2={"style": "sequence", "use_local_output": True},
+        ),
+    ),
+    "cut off from the graph": Case("CR503", m.Gpt, lambda: gpt_plan(norm=Detach()), "norm.bias"),
+    "all frozen": Case("CR505", frozen, preset, "model"),
+    # random numbers
+    "dropout on heads": Case(
+        "CR601", lambda: m.Gpt(lambda: m.Attention("heads", dropout=0.1)), gpt_plan, "blocks.*.attn"
+    ),
+    "dropout on features": Case("CR601", lambda: m.Gpt(mlp=lambda: m.MLP(dropout=0.1)), gpt_plan, "blocks.*.mlp.drop"),
+}
+
+
+class HandedOn(RowwiseParallel):
+    """A vocabulary split of a user's own: its output is handed on while the collective runs."""
+
+
+def handed_on() -> Plan:
+    return gpt_plan(sequence=True, embed=HandedOn(input_layouts=Replicate(), output_layouts=Shard(1)))
+
+
+if not COMPILED_BLOCKS_WAIT:
+    BROKEN["compiled block after a collective"] = Case("CR412", m.Gpt, handed_on, "blocks.0", {"compiled": True})
+
+OWN_HEADS = HEADS | {"attn__out": "rowwise"}
+
+
+class LocalHeads(m.HeadCount):
+    """The same attention, with views that hold for any number of heads."""
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], -1, m.E).transpose(1, 2)
+
+
+SOUND: dict[str, tuple[Callable[[], nn.Module], Callable[[], Plan]]] = {
+    "an MLP in one block": (llama, lambda: preset(**block_mlp())),
+    "heads": (m.Gpt, gpt_plan),
+    "vocab parallel": (m.Gpt, lambda: gpt_plan("vocab_parallel")),
+    "sequence": (m.Gpt, lambda: gpt_plan(sequence=True)),
+    "sequence, vocab parallel": (m.Gpt, lambda: gpt_plan("vocab_parallel", sequence=True)),
+    "tied": (lambda: m.Gpt(tied=True), lambda: gpt_plan("vocab_parallel", sequence=True)),
+    "biases": (lambda: m.Gpt(lambda: m.Attention("heads", bias=True), lambda: m.MLP(bias=True)), gpt_plan),
+    "biases, sequence": (
+        lambda: m.Gpt(lambda: m.Attention("heads", bias=True), lambda: m.MLP(bias=True)),
+        lambda: gpt_plan(sequence=True),
+    ),
+    "views for any number of heads": (lambda: m.Gpt(LocalHeads), lambda: gpt_plan(**OWN_HEADS)),
+    "head left whole": (m.Gpt, lambda: gpt_plan(head=None)),
+    "attention left whole": (lambda: m.Gpt(m.HeadCount), lambda: gpt_plan(attn__qkv=None, attn__out=None)),
+    "fused weight left whole": (
+        lambda: m.Gpt(lambda: m.Attention("parts")),
+        lambda: gpt_plan(attn__qkv=None, attn__out=None),
+    ),
+    "fused qkv, each part split": (
+        lambda: m.Gpt(lambda: m.Attention("parts")),
+        lambda: gpt_plan(attn__qkv={"style": "packed_colwise", "segments": [m.D] * 3, "input": "replicate"}),
+    ),
+    "fused gate and up, each part split": (
+        lambda: m.Gpt(mlp=m.GatedMLP),
+        lambda: gpt_plan(
+            mlp__up=None, mlp__gate_up={"style": "packed_colwise", "segments": [2 * m.D] * 2, "input": "replicate"}
+        ),
+    ),
+    "scale summed over ranks": (
+        lambda: m.Gpt(mlp=m.LatentNormMLP),
+        lambda: gpt_plan(mlp__scale="grad_sum"),
+    ),
+    "norms that say replicate": (m.Gpt, lambda: gpt_plan(norm1="replicate", norm2="replicate", norm="replicate")),
+    "dropout on whole activations": (
+        lambda: m.Gpt(mlp=lambda: nn.Sequential(nn.Linear(m.D, m.D), nn.Dropout(0.1))),
+        lambda: gpt_plan(mlp__up=None, mlp__down=None),
+    ),
+    "some layers frozen": (lambda: _freeze(m.Gpt(), "blocks.0"), lambda: gpt_plan(sequence=True)),
+    "one layer": (lambda: m.Gpt(layers=1), lambda: gpt_plan(sequence=True)),
+    "seven layers": (lambda: m.Gpt(layers=7), lambda: gpt_plan(sequence=True)),
+    "embedding dimension split": (m.Gpt, lambda: gpt_plan(embed={"style": "colwise", "output": "replicate"})),
+    "torch's own styles": (m.Gpt, lambda: gpt_plan(mlp__up=ColwiseParallel(), mlp__down=RowwiseParallel())),
+}
+
+
+def _freeze(model: nn.Module, name: str) -> nn.Module:
+    model.get_submodule(name).requires_grad_(False)
+    return model

@@ -1,0 +1,135 @@
+"""The check finds what is wrong with a plan, with the right code, and says nothing about sound ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+
+from checking import broken_models as m
+from checking.broken_plans import BROKEN, SOUND, gpt_plan, handed_on, llama, preset
+from colrow.checking.check import CODES, Finding, check, check_static
+from colrow.checking.options import COMPILED_BLOCKS_WAIT
+from colrow.mesh import Mesh
+from colrow.parallel.parallelize import parallelize
+from colrow.plans.plan import Plan
+from distributed.parity import MODELS
+
+PAGES = Path(__file__).parents[2] / "docs" / "checks"
+
+
+def codes(found: list[Finding]) -> set[str]:
+    return {f.code for f in found}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_plan_is_found_with_its_code(name: str) -> None:
+    case = BROKEN[name]
+    options = {"mesh": Mesh(tp=4), "batch_size": 2, "seq_len": 16, **(case.options or {})}
+    found = check(case.model(), case.plan(), **options)
+    assert codes(found) == {case.expected}, [str(f) for f in found]
+    if case.where:
+        assert case.where in {f.where for f in found}
+    assert all(f.message and f.fix and f.severity == CODES[f.code].severity for f in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "loss", "tp", "model"),
+    [(name, "vocab_parallel", 4, model) for name in ("llama", "article") for model in MODELS]
+    + [("article", "replicated", 2, "gqa"), ("llama", "replicated", 2, "kv3"), ("llama", "linear", 4, "tied")],
+)
+def test_sound_presets_have_no_findings(name: str, loss: Any, tp: int, model: str) -> None:
+    found = check(llama(model), Plan.preset(name, loss), Mesh(tp=tp), batch_size=2, seq_len=16)
+    assert [str(f) for f in found] == []
+
+
+def test_the_static_layer_works_alone() -> None:
+    found = check_static(llama("kv3"), preset(self_attn__k_proj="colwise"), tp=4, seq_len=18)
+    assert codes(found) == {"CR203", "CR205"}
+
+
+def test_the_check_leaves_an_existing_process_group_alone() -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        assert check(m.Gpt(), gpt_plan(sequence=True), Mesh(tp=4), seq_len=16) == []
+        assert codes(check(m.Gpt(), gpt_plan(sequence=True, norm=None), Mesh(tp=4), seq_len=16)) == {"CR501"}
+        assert torch.distributed.get_world_size() == 2
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mesh": Mesh(pp=2, tp=4)},  # nothing is tied
+        {"param_dtype": torch.bfloat16, "reduce_dtype": torch.bfloat16},
+        {"param_dtype": torch.bfloat16},
+        {"reduce_dtype": torch.float32},
+    ],
+)
+def test_options_that_fit_have_no_findings(options: dict[str, Any]) -> None:
+    found = check(llama(), preset(), **{"mesh": Mesh(tp=4), "batch_size": 2, "seq_len": 16, **options})
+    assert [str(f) for f in found] == []
+
+
+@pytest.mark.parametrize("name", ["handed on", "sequence", "whole"])
+def test_a_compiled_block_raises_as_the_check_says(name: str) -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    plan = handed_on() if name == "handed on" else gpt_plan(sequence=name == "sequence")
+    model, ids = m.Gpt(layers=1), torch.zeros(2, 16, dtype=torch.long)
+    said = codes(check(model, plan, Mesh(tp=2), *ids.shape, compiled=True))
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        parallelize(model, plan, init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)))
+        model.blocks[0].compile(backend="aot_eager", fullgraph=True)
+        if name == "handed on" and not COMPILED_BLOCKS_WAIT:
+            assert said == {"CR412"}
+            with pytest.raises(AttributeError, match="_local_tensor"):
+                model(ids).sum().backward()
+        else:
+            assert said == set()
+            model(ids).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+        torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_a_sound_plan_has_no_findings(name: str) -> None:
+    model, plan = SOUND[name]
+    assert [str(f) for f in check(model(), plan(), Mesh(tp=4), batch_size=2, seq_len=16)] == []
+
+
+def test_the_check_leaves_the_model_alone() -> None:
+    model = m.Gpt(layers=4)
+    before = {name: (id(param), param.detach().clone()) for name, param in model.named_parameters()}
+    check(model, gpt_plan(), Mesh(tp=2), seq_len=8)
+    assert {name: id(param) for name, param in model.named_parameters()} == {k: i for k, (i, _) in before.items()}
+    assert all(torch.equal(param, before[name][1]) for name, param in model.named_parameters())
+    assert not any(mod._forward_hooks or mod._forward_pre_hooks for mod in model.modules())
+    assert not torch.distributed.is_initialized()
+
+
+def test_every_code_has_a_case_and_a_page() -> None:
+    here = set(CODES) - ({"CR412"} if COMPILED_BLOCKS_WAIT else set())  # a torch that has no such error
+    assert here == {case.code for case in BROKEN.values()}
+    table = (PAGES / "README.md").read_text(encoding="utf-8")
+    for code, about in CODES.items():
+        text = (PAGES / f"{code}.md").read_text(encoding="utf-8")
+        assert text.startswith(f"# {code} {about.slug}\n")
+        assert f"\n| [{code}]({code}.md) | {about.slug} | {about.severity} | {about.effect} |\n" in table
+        for heading in ("## What happens", "## Why", "## How to mend it"):
+            assert heading in text, f"{code} has no {heading!r}"
+
+
+def test_a_finding_is_plain_data_and_names_its_page() -> None:
+    one = Finding("CR501", "error", "norm.weight", "a message", "a fix")
+    assert set(one.to_data()) == {"code", "severity", "where", "message", "fix"}
+    assert one.page == "docs/checks/CR501.md"
+    assert one.slug == "partial-gradient"

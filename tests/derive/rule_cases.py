@@ -1,0 +1,342 @@
+"""For each operator of the rule table a small function that uses it, on parameters whose axes may be sharded.
+
+A function takes x [3, 7, 5] and the parameters; `w` is a multiple of tp, so that axes of extent w can be cut. Axes
+that the operator acts along are other ones, or the rule must keep them whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import colrow.derive.trace  # noqa: F401  (defines the marker operator)
+
+aten: Any = torch.ops.aten
+Case = tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]
+
+UNARY = """
+    neg reciprocal square sqrt rsqrt abs sign exp exp2 expm1 log log1p log2 cos sin tan erf tanh sigmoid silu gelu relu
+    relu6 leaky_relu elu celu selu softplus mish hardtanh hardswish hardsigmoid log_sigmoid logit clone contiguous
+    detach alias lift_fresh_copy floor ceil round trunc isnan isinf isfinite nan_to_num atan sinh cosh logical_not
+    zeros_like ones_like empty_like rand_like randn_like bernoulli
+""".split()  # noqa: SIM905
+BINARY = """
+    add sub rsub mul div maximum minimum pow remainder fmod floor_divide copy atan2 xlogy ge le lt gt eq ne not_equal
+    logical_and logical_or logical_xor type_as
+""".split()  # noqa: SIM905
+BITS = "bitwise_and bitwise_or bitwise_xor __and__ __or__ __xor__".split()  # noqa: SIM905
+RANDOM = (
+    "rand_like",
+    "randn_like",
+    "bernoulli",
+    "empty_like",
+    "rand",
+    "randn",
+    "empty",
+    "new_empty",
+    "empty_strided",
+    "new_empty_strided",
+)
+
+
+def cases(tp: int, w: int) -> dict[str, Case]:
+    """A case for each name of the table, at degree `tp` with free axes of extent `w`."""
+    found: dict[str, Case] = {}
+    found |= {name: (_unary(name), ((w, 5),)) for name in UNARY}
+    found |= {name: (_binary(name), ((w, 5), (w,))) for name in BINARY}
+    found |= {name: (_bits(name), ((w, 5),)) for name in [*BITS, "bitwise_not"]}
+    return (
+        found
+        | _pointwise(w)
+        | _constants(w)
+        | _reductions(w)
+        | _views(tp, w)
+        | _joins(w)
+        | _products(tp, w)
+        | _lookups(w)
+    )
+
+
+def _y(x: Tensor, a: Tensor) -> Tensor:
+    """[3, 7, w] between 0.2 and 0.8, where every function of the list is smooth."""
+    return (x @ a.T).sigmoid() * 0.6 + 0.2
+
+
+def _still(name: str, out: Tensor) -> Tensor:
+    """Random numbers differ from rank to rank, as they may: only their shape is at stake."""
+    return torch.nan_to_num(out) * 0 if name in RANDOM else out
+
+
+def _unary(name: str) -> Callable[..., Tensor]:
+    def function(x: Tensor, a: Tensor) -> Tensor:
+        y = _y(x, a)
+        return _still(name, getattr(aten, name)(y).to(y.dtype)) + y * y
+
+    return function
+
+
+def _binary(name: str) -> Callable[..., Tensor]:
+    def function(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        y, c = _y(x, a), b.sigmoid() + 0.3
+        left, right = (y.detach(), c.detach()) if name in ("floor_divide", "copy") else (y, c)  # no derivative
+        return getattr(aten, name)(left, right).to(y.dtype) + y * c
+
+    return function
+
+
+def _bits(name: str) -> Callable[..., Tensor]:
+    def function(x: Tensor, a: Tensor) -> Tensor:
+        y = _y(x, a)
+        one, other = y > 0.4, y < 0.6
+        out = aten.bitwise_not(one) if name == "bitwise_not" else getattr(aten, name)(one, other)
+        return out * y
+
+    return function
+
+
+def _pointwise(w: int) -> dict[str, Case]:
+    one, two = ((w, 5),), ((w, 5), (w,))
+    pair = lambda y: torch.view_as_complex(torch.stack([y, y * 2], -1))  # noqa: E731
+    return {
+        "clamp": (lambda x, a: aten.clamp(_y(x, a), 0.3, 0.6), one),
+        "clamp_min": (lambda x, a: aten.clamp_min(_y(x, a), 0.4), one),
+        "clamp_max": (lambda x, a: aten.clamp_max(_y(x, a), 0.4), one),
+        "threshold": (lambda x, a: aten.threshold(_y(x, a), 0.4, 0.1), one),
+        "fill": (lambda x, a: aten.fill(_y(x, a), 2.0) * _y(x, a), one),
+        "full_like": (lambda x, a: torch.full_like(_y(x, a), 2.0) * _y(x, a), one),
+        "dropout": (lambda x, a: aten.dropout(_y(x, a), 0.5, False), one),
+        "where": (lambda x, a, b: torch.where(_y(x, a) > 0.5, _y(x, a), b), two),
+        "masked_fill": (lambda x, a: _y(x, a).masked_fill(_y(x, a) > 0.5, 0.1), one),
+        "lerp": (lambda x, a, b: aten.lerp(_y(x, a), b, _y(x, a)), two),
+        "addcmul": (lambda x, a, b: aten.addcmul(_y(x, a), b, b), two),
+        "addcdiv": (lambda x, a, b: aten.addcdiv(_y(x, a), b, b.exp()), two),
+        "to": (lambda x, a: aten.to(_y(x, a), torch.float32).double(), one),
+        "_to_copy": (lambda x, a: aten._to_copy(_y(x, a), dtype=torch.float32).double(), one),
+        "boundary": (
+            lambda x, a: torch.ops.colrow_plan.boundary(_y(x, a).detach(), "in|m|0", -1, 1, 1) * _y(x, a),
+            one,
+        ),
+        "view_as_complex": (lambda x, a: torch.view_as_real(pair(_y(x, a))), one),
+        "view_as_real": (lambda x, a: torch.view_as_real(pair(_y(x, a)) * 2), one),
+        "_conj": (lambda x, a: torch.view_as_real(aten._conj(pair(_y(x, a))) * 1), one),
+        "one_hot": (
+            lambda x, a, b: _y(x, a) * (aten.one_hot(torch.arange(7) % 2, 4).double() @ b),
+            ((w, 5), (4, w)),
+        ),
+        "real": (lambda x, a: aten.real(pair(_y(x, a))) * _y(x, a), one),
+    }
+
+
+def _constants(w: int) -> dict[str, Case]:
+    def times(name: str, make: Callable[[Tensor], Tensor]) -> Case:
+        return lambda x, a: _y(x, a) * (1 + _still(name, make(_y(x, a)).double())), ((w, 5),)
+
+    makers: dict[str, Callable[[Tensor], Tensor]] = {
+        "arange": lambda y: torch.arange(w),
+        "full": lambda y: torch.full((w,), 2.0),
+        "scalar_tensor": lambda y: aten.scalar_tensor(3.0),
+        "zeros": lambda y: torch.zeros(w),
+        "ones": lambda y: torch.ones(7, 1),
+        "empty": lambda y: torch.empty(w),
+        "new_ones": lambda y: y.new_ones(w),
+        "new_zeros": lambda y: y.new_zeros(w),
+        "new_empty": lambda y: y.new_empty(w),
+        "empty_strided": lambda y: aten.empty_strided([w], [1]),
+        "new_empty_strided": lambda y: aten.new_empty_strided(y, [w], [1]),
+        "new_full": lambda y: y.new_full((w,), 2.0),
+        "eye": lambda y: torch.eye(7, w),
+        "linspace": lambda y: torch.linspace(0, 1, w),
+        "rand": lambda y: torch.rand(w),
+        "randn": lambda y: torch.randn(w),
+        "tril_indices": lambda y: torch.tril_indices(1, 1).sum(0),
+        "triu_indices": lambda y: torch.triu_indices(1, 1).sum(0),
+    }
+    return {name: times(name, make) for name, make in makers.items()}
+
+
+def _reductions(w: int) -> dict[str, Case]:
+    one = ((w, 5),)
+    out: dict[str, Case] = {
+        "sum": (lambda x, a: _y(x, a).sum(1), one),
+        "mean": (lambda x, a, s: _y(x, a) * (_y(x, a).mean(-1, keepdim=True) + s), ((w, 5), (w,))),
+        "any": (lambda x, a: aten.any(_y(x, a) > 0.5, 1) * _y(x, a)[:, 0], one),
+        "all": (lambda x, a: aten.all(_y(x, a) > 0.5, 1) * _y(x, a)[:, 0], one),
+        "prod": (lambda x, a: aten.prod(_y(x, a), 1), one),
+        "logsumexp": (lambda x, a: aten.logsumexp(_y(x, a), [1]), one),
+        "argmax": (lambda x, a: aten.argmax(_y(x, a), 1) * _y(x, a)[:, 0], one),
+        "argmin": (lambda x, a: aten.argmin(_y(x, a), 1) * _y(x, a)[:, 0], one),
+        "_softmax": (lambda x, a: aten._softmax(_y(x, a), 1, False), one),
+        "_log_softmax": (lambda x, a: aten._log_softmax(_y(x, a), 1, False), one),
+        "_safe_softmax": (lambda x, a: aten._safe_softmax(_y(x, a), 1), one),
+        "roll": (lambda x, a: aten.roll(_y(x, a), [2], [1]), one),
+        "flip": (lambda x, a: aten.flip(_y(x, a), [1]), one),
+        "tril": (lambda x, a: aten.tril((x @ a.T).permute(2, 0, 1)), one),
+        "triu": (lambda x, a: aten.triu((x @ a.T).permute(2, 0, 1)), one),
+        "layer_norm": (lambda x, a, s, b: F.layer_norm(_y(x, a), (w,), s, b), ((w, 5), (w,), (w,))),
+        "rms_norm": (lambda x, a, s: F.rms_norm(_y(x, a), (w,), s, 1e-6), ((w, 5), (w,))),
+        "constant_pad_nd": (lambda x, a: aten.constant_pad_nd(_y(x, a), [0, 0, 1, 2]), one),
+        "pad": (lambda x, a: aten.pad(_y(x, a), [0, 0, 1, 2]), one),
+        "diff": (lambda x, a: aten.diff(_y(x, a), 1, 1), one),
+        "topk": (lambda x, a: aten.topk(_y(x, a), 2, 1)[0], one),
+        "sort": (lambda x, a: aten.sort(_y(x, a), 1)[0], one),
+        "argsort": (lambda x, a: aten.argsort(_y(x, a), 1) * _y(x, a), one),
+        "max": (lambda x, a, b: aten.max(aten.max.dim(_y(x, a), 1)[0], b), ((w, 5), (w,))),
+        "min": (lambda x, a, b: aten.min(aten.min.dim(_y(x, a), 1, True)[0], b), ((w, 5), (w,))),
+        "histc": (lambda x, a, b: (aten.histc(_y(x, a), 5, 0.0, 1.0) * x) @ b.T, ((4, 5), (w, 5))),
+        "bincount": (
+            lambda x, a, b: (aten.bincount((_y(x, a) * 5).long().flatten(), None, 5) * x) @ b.T,
+            ((4, 5), (w, 5)),
+        ),
+    }
+    out |= {name: (_along(name, [1]), one) for name in ("amax", "amin")}
+    return out | {
+        name: (_along(name, 1), one) for name in ("softmax", "log_softmax", "cumsum", "cumprod", "logcumsumexp")
+    }
+
+
+def _along(name: str, *where: Any) -> Callable[..., Tensor]:
+    return lambda x, a: getattr(aten, name)(_y(x, a), *where)
+
+
+def _halves(cut: Callable[[Tensor], Sequence[Tensor]]) -> Callable[..., Tensor]:
+    """The product of the first and the last piece."""
+
+    def function(x: Tensor, a: Tensor) -> Tensor:
+        pieces = cut(_y(x, a))
+        return pieces[0] * pieces[-1]
+
+    return function
+
+
+def _views(tp: int, w: int) -> dict[str, Case]:
+    one, two = ((w, 5),), ((2 * w, 5),)
+    out: dict[str, Case] = {
+        "t": (lambda x, a: x @ aten.t(a), one),
+        "numpy_T": (lambda x, a: x @ aten.numpy_T(a), one),
+        "mT": (lambda x, a: x @ aten.mT(a), one),
+        "permute": (lambda x, a: aten.permute(_y(x, a), [2, 0, 1]), one),
+        "movedim": (lambda x, a: aten.movedim.int(_y(x, a), 0, 2), one),
+        "unsqueeze": (lambda x, a: aten.unsqueeze(_y(x, a), -1), one),
+        "squeeze": (lambda x, a: aten.squeeze.dim(_y(x, a).unsqueeze(1), 1), one),
+        "view": (lambda x, a: aten.view((x @ a.T).contiguous(), [21, tp, w // tp]), one),
+        "reshape": (lambda x, a: aten.reshape(_y(x, a), [21, tp, w // tp]), one),
+        "_unsafe_view": (lambda x, a: aten._unsafe_view(_y(x, a), [21, tp, w // tp]), one),
+        "flatten": (lambda x, a: aten.flatten(_y(x, a).unflatten(-1, (tp, -1)), 2, 3), one),
+        "unflatten": (lambda x, a: aten.unflatten(_y(x, a), 2, [tp, w // tp]), one),
+        "expand": (lambda x, a: aten.expand(_y(x, a), [2, 3, 7, w]), one),
+        "broadcast_to": (lambda x, a: aten.broadcast_to(_y(x, a), [2, 3, 7, w]), one),
+        "repeat": (lambda x, a: aten.repeat(_y(x, a), [2, 1, 2]), one),
+        "repeat_interleave": (lambda x, a: aten.repeat_interleave.self_int(_y(x, a), 3, 2), one),
+        "slice": (_halves(lambda y: (y[..., :w], y[..., w:])), two),
+        "narrow": (lambda x, a: aten.narrow(_y(x, a), 1, 2, 3), one),
+        "split": (_halves(lambda y: aten.split(y, w, -1)), two),
+        "getitem": (lambda x, a: aten.split(_y(x, a), w, -1)[1], two),
+        "chunk": (_halves(lambda y: aten.chunk(y, 2, -1)), two),
+        "split_with_sizes": (lambda x, a: _unequal(_y(x, a), w), ((3 * w, 5),)),
+        "select": (lambda x, a: aten.select(_y(x, a), 1, 2), one),
+        "unbind": (_halves(lambda y: aten.unbind(y, 1)), one),
+    }
+    return out | {name: (_along(name, 1, 2), one) for name in ("transpose", "swapaxes", "swapdims")}
+
+
+def _unequal(y: Tensor, w: int) -> Tensor:
+    """Pieces of w and 2 w that meet again."""
+    first, second = aten.split_with_sizes(y, [w, 2 * w], -1)
+    return first * second.unflatten(-1, (2, w))[..., 1, :]
+
+
+def _joins(w: int) -> dict[str, Case]:
+    two = ((w, 5), (2 * w, 5))
+
+    def joined(op: Any) -> Callable[..., Tensor]:
+        def function(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            y, z = _y(x, a), _y(x, b)
+            return op([_unequal(op([y, z], -1), w), y], 1)
+
+        return function
+
+    out: dict[str, Case] = {name: (joined(getattr(aten, name)), two) for name in ("cat", "concat", "concatenate")}
+    one = ((w, 5),)
+    out |= {
+        "stack": (lambda x, a: aten.stack([_y(x, a), _y(x, a) * 2], 1), one),
+        "slice_scatter": (lambda x, a: aten.slice_scatter(_y(x, a), _y(x, a)[:, :2] * 3, 1, 2, 4), one),
+        "select_scatter": (lambda x, a: aten.select_scatter(_y(x, a), _y(x, a)[:, 0] * 3, 1, 3), one),
+    }
+    return out
+
+
+def _products(tp: int, w: int) -> dict[str, Case]:
+    both = ((w, 5), (4, w))
+    heads = 2 * tp
+
+    def attend(x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = (F.linear(x, p).unflatten(-1, (-1, 2)).transpose(1, 2) for p in (q, k, v))
+        return aten.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
+
+    ends: Callable[[], Tensor] = lambda: torch.arange(1, 3, dtype=torch.int32) * 16  # noqa: E731
+    padded: Callable[[Tensor], Tensor] = lambda x: F.pad(x.flatten(0, 1), (0, 3, 0, 11))  # noqa: E731
+
+    def grouped(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        rows, up, down = (t.bfloat16() for t in (padded(x), up * 0.1, down * 0.1))
+        return aten._grouped_mm(aten._grouped_mm(rows, up, ends()).sigmoid(), down, ends()).double()
+
+    def fallback(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        import transformers.integrations.moe  # noqa: F401  (defines the operator)
+
+        op: Any = torch.ops.transformers.grouped_mm_fallback
+        return op(op(padded(x), up, ends()).sigmoid(), down, ends())
+
+    return {
+        "linear": (lambda x, a, b: aten.linear(aten.linear(x, a).tanh(), b), both),
+        "matmul": (lambda x, a, b: aten.matmul(aten.matmul(x, a.T).tanh(), b.T), both),
+        "mm": (lambda x, a, b: aten.mm(aten.mm(x.flatten(0, 1), a.T).tanh(), b.T), both),
+        "bmm": (lambda x, a, b: aten.bmm(aten.bmm(x, a).tanh(), b), ((3, 5, w), (3, w, 4))),
+        "addmm": (
+            lambda x, a, c, b, d: aten.addmm(d, aten.addmm(c, x.flatten(0, 1), a).tanh(), b),
+            ((5, w), (w,), (w, 4), (4,)),
+        ),
+        "baddbmm": (
+            lambda x, a, c, b, d: aten.baddbmm(d, aten.baddbmm(c, x, a).tanh(), b),
+            ((3, 5, w), (3, 1, w), (3, w, 4), (3, 1, 4)),
+        ),
+        "_grouped_mm": (grouped, ((2, 8, 8 * w), (2, 8 * w, 8 * w))),
+        "grouped_mm_fallback": (fallback, ((2, 8, w), (2, w, 4))),
+        "scaled_dot_product_attention": (attend, ((2 * heads, 5), (2 * tp, 5), (2 * tp, 5))),
+    }
+
+
+def _lookups(w: int) -> dict[str, Case]:
+    one, table = ((w, 5),), ((w, 6),)
+    rows: Callable[[], Tensor] = lambda: torch.arange(4)  # noqa: E731
+
+    def written(op: Any) -> Callable[..., Tensor]:
+        return lambda x, a: op(_y(x, a), 1, rows(), _y(x, a)[:, :4] * 3)
+
+    def scattered(op: Any, *more: Any) -> Callable[..., Tensor]:
+        def function(x: Tensor, a: Tensor) -> Tensor:
+            y = _y(x, a)
+            where = torch.zeros_like(y[:, :4]).long() + rows()[:, None]
+            return op(y, 1, where, y[:, :4] * 3, *more)
+
+        return function
+
+    def put(op: Any) -> Callable[..., Tensor]:
+        return lambda x, a: op(_y(x, a), [rows() % 3, rows()], _y(x, a)[0, :4] * 3)
+
+    return {
+        "embedding": (lambda x, a, b: aten.embedding(a, (x[..., 0].sigmoid() * w).long()) @ b.T, ((w, w), (4, w))),
+        "index": (lambda x, a: aten.index(_y(x, a), [None, rows()]), one),
+        "index_select": (lambda x, a: aten.index_select(_y(x, a), 1, rows()), one),
+        "index_put": (put(aten.index_put), one),
+        "_unsafe_index_put": (put(aten._unsafe_index_put), one),
+        "index_add": (written(aten.index_add), one),
+        "index_copy": (written(aten.index_copy), one),
+        "gather": (lambda x, a: aten.gather(a, 1, torch.zeros_like(a[:, :2]).long() + rows()[1:3]), table),
+        "scatter": (scattered(aten.scatter), one),
+        "scatter_add": (scattered(aten.scatter_add), one),
+        "scatter_reduce": (scattered(aten.scatter_reduce, "sum"), one),
+    }

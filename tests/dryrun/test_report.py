@@ -1,0 +1,75 @@
+"""What a plan costs in collectives, counted; and what `colrow plan` prints."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+from colrow.cli import main
+from colrow.dryrun.report import report
+from colrow.models.llama import Llama
+from colrow.plans.plan import Plan
+from distributed.parity import MODELS
+
+GATHER, SCATTER, REDUCE = "all_gather", "reduce_scatter", "all_reduce"
+MEGATRON = {("forward", GATHER): 2, ("forward", SCATTER): 2, ("backward", GATHER): 2, ("backward", SCATTER): 2}
+EXPECTED = {
+    # two gathers and two reduce-scatters a layer, each way
+    ("llama", "gqa"): MEGATRON,
+    ("llama", "kv3"): MEGATRON,
+    # and q, k and v gathered; backward keeps the rank's part of a whole gradient, which sends nothing, and what
+    # o_proj's whole input gave back in parts is gathered
+    ("article", "gqa"): MEGATRON | {("forward", GATHER): 5, ("backward", GATHER): 3},
+}
+
+
+@pytest.mark.parametrize(("preset", "name"), EXPECTED)
+def test_collectives_of_one_layer(preset: str, name: str) -> None:
+    with torch.device("meta"):
+        model = Llama(MODELS[name])
+    shown = report(model, Plan.preset(preset), tp=2, batch_size=2, seq_len=16)
+    assert Counter((c.pass_, c.op) for c in shown.block_collectives) == EXPECTED[preset, name]
+    assert {c.bytes for c in shown.block_collectives if c.where.endswith("mlp")} == {2 * 16 * 48 * 4}
+
+
+def test_plan_prints_placements_and_one_block(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["plan", "laptop", "--tp", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "layers.*.self_attn.k_proj.weight          64 × 128    shard(0)   32 × 128" in out
+    assert "▼ all-gather 128 KiB  shard(1) → replicate  ▲ reduce-scatter 128 KiB" in out
+    assert max(len(line) for line in out.splitlines()) <= 80
+
+
+def test_plan_as_json_and_as_a_file(capsys: pytest.CaptureFixture[str], tmp_path: object) -> None:
+    file = f"{tmp_path}/plan.yaml"
+    assert main(["plan", "laptop", "--tp", "2", "--json", "-o", file]) == 0
+    said = json.loads(capsys.readouterr().out)
+    row = next(r for r in said["parameters"] if r["name"] == "layers.3.mlp.down_proj.weight")
+    assert row == {
+        "name": "layers.3.mlp.down_proj.weight",
+        "shape": [128, 384],
+        "placement": "shard(1)",
+        "local_shape": [128, 192],
+        "reason": "input features split",
+    }
+    assert {"op", "where", "pass", "bytes"} <= said["collectives"][0].keys()
+    assert Plan.load(file) == Plan.preset("llama")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["laptpo", "--tp", "2"], "no model is called 'laptpo'"),
+        (["laptop", "--tp", "3"], "vocab_size=4096 is not divisible by tp=3: choose tp from 1, 2, 4"),
+        (["laptop", "--tp", "2", "--plan", "nowhere.yaml"], "there is no preset and no file 'nowhere.yaml'"),
+    ],
+)
+def test_plan_names_what_is_wrong(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *args]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,149 @@
+"""`colrow train` as a user starts it: processes, signals, and how failures show."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from colrow.run.stop import PID_FILE
+from colrow.train.metrics import read_metrics
+from distributed.runs import write_text
+from forked import Commands
+
+pytestmark = pytest.mark.distributed
+PATIENCE = 240.0
+
+SICK = """
+import os
+from dataclasses import replace
+from colrow.models.llama import Llama
+from colrow.models.shapes import shape
+
+class Sick(Llama):
+    def forward(self, *args, **kwargs):
+        if os.environ["RANK"] == "1":
+            raise RuntimeError("this rank is sick")
+        return super().forward(*args, **kwargs)
+
+def build():
+    return Sick(replace(shape("laptop"), num_hidden_layers=1))
+"""
+
+
+class Run:
+    """A started command and what it has printed."""
+
+    def __init__(self, folder: Path, environment: dict[str, str], *command: str) -> None:
+        self._folder = folder
+        self._out = (folder / f"out-{time.monotonic_ns()}.log").open("w+", encoding="utf-8")
+        self.process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=self._out, stderr=subprocess.STDOUT
+        )
+
+    @property
+    def text(self) -> str:
+        return Path(self._out.name).read_text(encoding="utf-8")
+
+    def wait_for(self, pattern: str) -> None:
+        end = time.monotonic() + PATIENCE
+        while not re.search(pattern, self.text, re.MULTILINE):
+            assert self.process.poll() is None, self.text
+            assert time.monotonic() < end, f"{pattern!r} did not come:\n{self.text}"
+            time.sleep(0.1)
+
+    def end(self) -> int:
+        return self.process.wait(PATIENCE)
+
+    def ranks(self) -> list[int]:
+        """Process ids of the ranks, in order."""
+        files = sorted(self._folder.glob(f"colrow-*/*/attempt_*/*/{PID_FILE}"))
+        return [int(file.read_text(encoding="ascii")) for file in files]
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self._out.close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_text(tmp_path)
+    (tmp_path / "sick.py").write_text(SICK, encoding="utf-8")
+    for name, model in (("tiny", {"shape": "laptop", "layers": 1}), ("sick", {"python": "sick:build"})):
+        config = {
+            "run": {"dir": f"runs/{name}"},
+            "model": model,
+            "data": {
+                "corpus": "*.txt",
+                "seq_len": 32,
+                "tokenizer": {"vocab_size": 300},
+                "validation_fraction": 0.2,
+                "cache": "cache",
+                "workers": 1,
+            },
+            "mesh": {"tp": 2},
+            "train": {"steps": 100_000, "global_batch": 2, "micro_batch": 2, "lr": 1e-4},
+            "device": "cpu",
+        }
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    return tmp_path
+
+
+@pytest.fixture
+def start(folder: Path, commands: Commands) -> Iterator[Callable[..., Run]]:
+    runs: list[Run] = []
+
+    def begin(*command: str) -> Run:
+        path = os.pathsep.join([*sys.path, str(folder)])
+        runs.append(Run(folder, commands.environment(PYTHONPATH=path, TMPDIR=str(folder)), *command))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        run.close()
+
+
+def test_a_signal_saves_and_a_killed_rank_ends_the_run(folder: Path, start: Callable[..., Run]) -> None:
+    run = start(sys.executable, "-m", "colrow", "train", "tiny.yaml")
+    run.wait_for("^step +3/")
+    second = start("colrow", "train", "tiny.yaml")
+    assert second.end() == 2
+    assert "in use by another run" in second.text
+    run.process.send_signal(signal.SIGINT)
+    assert run.end() == 0, run.text
+    assert "colrow train tiny.yaml" in run.text
+    (saved,) = (folder / "runs/tiny/checkpoints").iterdir()
+    step = int(saved.name.removeprefix("step-"))
+
+    run = start("colrow", "train", "tiny.yaml")
+    run.wait_for(f"^step +{step + 3}/")
+    assert f"after step {step}" in run.text
+    ranks = run.ranks()
+    assert len(ranks) == 2
+    killed = time.monotonic()
+    os.kill(ranks[1], signal.SIGKILL)
+    assert run.end() == 1
+    assert time.monotonic() - killed < 20
+    assert run.text.count("error") == 1
+    assert "killed by SIGKILL" in run.text
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    records = read_metrics(folder / "runs/tiny/metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, len(records) + 1))
+    assert len(records) >= step + 3
+
+
+def test_torchrun_starts_ranks_and_shows_the_error_of_the_one_that_failed(start: Callable[..., Run]) -> None:
+    run = start("torchrun", "--nproc-per-node", "2", "-m", "colrow", "train", "sick.yaml")
+    assert run.end() != 0
+    assert "tp 2, CPU" in run.text
+    assert run.text.count("RuntimeError: this rank is sick") == 1
+    assert "onnection" not in run.text

@@ -1,0 +1,253 @@
+"""Everything that can be known to be wrong is said before a process starts, with the mend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from colrow.checkpoint.distributed import Checkpoints
+from colrow.cli import main
+from colrow.config import RunConfig, load_config
+from colrow.data.prepare import prepare
+from colrow.errors import CheckpointError, ColrowError, ConfigError, PlanError
+from colrow.models.llama import Llama
+from colrow.models.shapes import shape
+from colrow.plans.plan import Plan
+from colrow.run import preflight
+from colrow.run.run_folder import CHECKPOINTS
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"train.global_batch": 6}, "train.global_batch 4 or 8"),
+        ({"mesh.dp_shard": 3}, "train.global_batch 12"),
+        ({"mesh.tp": 3}, "n_heads=8 of laptop is not divisible by mesh.tp=3: choose tp from 1, 2, 4, 8"),
+        ({"model.shape": "article", "mesh.tp": 5}, "n_heads=12 of article"),
+        ({"data.seq_len": 31}, r"CR205 .*\n.*seq_len=31 is not divisible by tp=2 .*\n.*use 30 or 32"),
+        ({"data.seq_len": 31, "check": False}, r"sequence parallel splits dim 1.: use 30 or 32"),
+        ({"data.seq_len": 512}, "longer than the 256 positions of laptop: use 256 or less"),
+        ({"mesh.pp": 4}, "mesh.pp 2 or less"),
+        ({"train.warmup_steps": 100}, "use fewer than 100"),
+        (
+            {"plan": "lama"},
+            r"choose from .*llama.*, huggingface, derive, derive-fast, derive-overlap, or give the path",
+        ),
+        ({"plan": "none.yaml"}, "no file 'none.yaml'"),
+        ({"model.shape": "laptob"}, "did you mean 'laptop'"),
+        ({"model": {"python": "no.such:thing"}}, "No module named 'no'"),
+        ({"model": {"python": "pathlib:nothing"}}, "write package.module:callable"),
+        ({"model": {"python": "pathlib:Path"}}, "it must return an nn.Module"),
+        ({"device": "cuda"}, "use --device cpu"),
+        ({"train.fp8": "rowwise"}, "plan llama has no style with the option fp8"),
+        ({"train.fp8": "rowwise", "mesh.tp": 1}, "mesh.tp is 1"),
+        ({"train.cuda_graph": True}, "train.cuda_graph needs a GPU"),
+        ({"train.cuda_graph": True, "mesh.dp_shard": 2}, "train.cuda_graph works with mesh.tp alone"),
+        ({"train.cuda_graph": True, "mesh.pp": 2}, "train.cuda_graph works with mesh.tp alone"),
+        ({"train.cuda_graph": True, "train.activation_checkpoint": "full"}, "train.activation_checkpoint to none"),
+    ],
+)
+def test_an_impossible_run_names_the_mend(
+    changes: dict[str, Any], text: str, config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if "model.shape" in changes:
+        changes = {"model.layers": 1, **changes}
+    with pytest.raises(ColrowError, match=text):
+        preflight.check(config(**changes))
+
+
+def test_more_ranks_than_gpus_names_meshes(config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match=r"2 ranks need 2 GPUs and this host has 1: .*--device cpu"):
+        preflight.check(config(device="auto"))
+    assert preflight.check(config(device="cpu")).device_type == "cpu"
+
+
+def test_a_possible_run_passes(config: Callable[..., RunConfig]) -> None:
+    checked = preflight.check(config())
+    assert checked.plan.name == "llama"
+    assert checked.newest is None
+    assert not checked.finished(config())
+    assert all(param.is_meta for param in checked.source.model.parameters())
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_can_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 64)
+    config = load_config(path, {"run.dir": str(tmp_path / "run")})
+    assert preflight.check(config).plan.loss == ("linear" if path.stem == "laptop" else "vocab_parallel")
+
+
+def test_configs_are_shipped() -> None:
+    assert {"laptop", "article", "article-2d", "llama3-8b-tp4", "llama3-8b-tp2-fsdp2"} <= {p.stem for p in CONFIGS}
+
+
+def test_a_huggingface_folder_brings_its_tokenizer(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    plain = config(model={"huggingface": str(folder)})
+    assert preflight.resolve(plain) == plain
+    (folder / "tokenizer.json").write_text("{}")
+    assert preflight.resolve(plain).data.tokenizer.path == folder
+    own = config(**{"data.tokenizer": {"vocab_size": 300}})
+    assert preflight.resolve(own) == own
+
+
+def saved_by_another(config: RunConfig, layers: int, vocabulary: str) -> None:
+    from dataclasses import replace
+
+    model = Llama(replace(shape("laptop"), num_hidden_layers=layers))
+    Checkpoints(config.run.dir / CHECKPOINTS, vocabulary=vocabulary).save(100, model, None, {})
+
+
+def written(config: RunConfig, folder: Path, *, without: str = "", more: dict[str, Any] | None = None) -> Path:
+    """The run's YAML, its plan a file: the llama preset with a key left out and others put in."""
+    from colrow.config import dump_config
+
+    modules = {key: style for key, style in Plan.preset("llama").modules.items() if key != without}
+    Plan(modules | (more or {}), "vocab_parallel", "mine").save(folder / "plan.yaml")
+    (folder / "run.yaml").write_text(dump_config(config))
+    return folder / "run.yaml"
+
+
+DATA = {"data.validation_fraction": 0.3, "data.tokenizer": {"vocab_size": 300}}
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
+    """The numbers of ranks that were to be started; none is."""
+    from colrow.run import launch
+
+    started: list[int] = []
+    monkeypatch.setattr(launch, "launch", lambda command, ranks: started.append(ranks))
+    monkeypatch.setenv("COLROW_PLAN_CHECKED", "")  # put back after the test
+    (tmp_path / "a.txt").write_text("\n\n".join(f"{i} and {i * i}." for i in range(3000)))
+    monkeypatch.chdir(tmp_path)
+    return started
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"without": "norm"}, "error CR501 partial-gradient at norm.weight"),
+        ({"without": "layers.*.mlp.down_proj"}, "error CR401 fails-in-parallel at layers.0.mlp.down_proj"),
+        ({"more": {"layers.*.mlp.gate": "colwise"}}, "error CR101 key-matches-nothing at layers.*.mlp.gate"),
+    ],
+)
+def test_a_broken_plan_stops_before_the_ranks_start(
+    change: dict[str, Any],
+    code: str,
+    config: Callable[..., RunConfig],
+    tmp_path: Path,
+    launched: list[int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = written(config(**{"plan": "plan.yaml", **DATA}), tmp_path, **change)
+    assert main(["train", str(run)]) == 2
+    said = capsys.readouterr().err
+    assert code in said
+    assert f"docs/checks/{code.split()[1]}.md" in said
+    assert "1 error in plan mine for laptop at tp=2, and nothing was started" in said
+    assert launched == []
+    if change == {"without": "norm"}:  # what is only wrong, and not impossible, starts when asked to
+        assert main(["train", str(run), "--check", "False"]) == 0
+        assert launched == [2]
+
+
+def test_warnings_are_a_line_each_and_the_ranks_start(
+    config: Callable[..., RunConfig], tmp_path: Path, launched: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    gathered = {"style": "colwise", "input": "shard(1)", "output": "replicate"}
+    run = written(config(**{"plan": "plan.yaml", **DATA}), tmp_path, more={"lm_head": gathered})
+    assert main(["train", str(run)]) == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1
+    assert "CR302 whole-logits at lm_head: " in warnings[0]
+    assert "docs/checks/CR302.md" in warnings[0]
+    assert launched == [2]
+
+
+def test_the_first_rank_checks_the_plan_where_no_launcher_did(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    written(config(), tmp_path, without="norm")
+    with pytest.raises(PlanError, match=r"error CR501 partial-gradient at norm\.weight"):
+        preflight.check_plan_apart(config(plan=str(tmp_path / "plan.yaml")))
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_checkpoint_of_another_model_or_vocabulary_is_refused(
+    config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("\n\n".join(f"{i} and {i * i}." for i in range(3000)))
+    run = config(**{"data.validation_fraction": 0.3, "data.tokenizer": {"vocab_size": 300}})
+    tokenizer = prepare(run.data, 4096, progress=False).tokenizer
+    saved_by_another(run, 2, tokenizer.digest)
+    preflight.check_checkpoint(preflight.check(run), tokenizer)
+    saved_by_another(run, 2, "another")
+    with pytest.raises(CheckpointError, match="another vocabulary"):
+        preflight.check_checkpoint(preflight.check(run), tokenizer)
+    saved_by_another(run, 1, tokenizer.digest)
+    with pytest.raises(CheckpointError, match="another model"):
+        preflight.check_checkpoint(preflight.check(run), tokenizer)
+
+
+def test_a_finished_run_says_so(
+    config: Callable[..., RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from colrow.config import dump_config
+
+    saved_by_another(config(), 2, "any")
+    (tmp_path / "run.yaml").write_text(dump_config(config()))
+    assert main(["train", str(tmp_path / "run.yaml")]) == 0
+    assert "is finished: 100 of 100 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--train.stepps", "3"], "--train.steps"),
+        (["--train.steps", "many"], "many"),
+        (["--mesh.pt", "3"], "--mesh"),
+    ],
+)
+def test_a_wrong_flag_names_the_nearest(
+    flags: list[str], text: str, config: Callable[..., RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from colrow.config import dump_config
+
+    (tmp_path / "run.yaml").write_text(dump_config(config()))
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(tmp_path / "run.yaml"), *flags])
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    assert text in printed.err + printed.out
+
+
+def test_flags_stand_over_the_file(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    from colrow.cli.train import read_config
+    from colrow.config import dump_config
+
+    (tmp_path / "run.yaml").write_text(dump_config(config()))
+    flags = [
+        "--mesh.tp",
+        "1",
+        "--train.betas",
+        "0.8",
+        "0.99",
+        "--train.grad_clip",
+        "None",
+        "--checkpoint.export",
+        "False",
+    ]
+    read = read_config([str(tmp_path / "run.yaml"), *flags])
+    want = config(**{"mesh.tp": 1, "train.betas": (0.8, 0.99), "train.grad_clip": None, "checkpoint.export": False})
+    assert read == want

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from colrow.config import RunConfig, dump_config
+from colrow.errors import ConfigError
+from colrow.run.run_folder import CONFIG, changed_keys, claimed, require_free
+
+HOLD = """
+import fcntl, sys, time
+file = open(sys.argv[1], "a+")
+fcntl.flock(file, fcntl.LOCK_EX)
+file.write("process 7 on elsewhere"); file.flush()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_folder_in_use_is_refused_until_its_holder_ends(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder / ".lock")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match=r"in use by another run .process 7 on elsewhere."):
+            require_free(folder)
+    finally:
+        holder.kill()
+        holder.wait()
+    require_free(folder)
+    with claimed(folder):
+        assert f"process {holder.pid}" not in (folder / ".lock").read_text()
+
+
+def test_a_folder_that_does_not_exist_is_free_and_stays_away(tmp_path: Path) -> None:
+    require_free(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_another_model_data_or_seed_is_another_run(config: Callable[..., RunConfig]) -> None:
+    former = config()
+    assert changed_keys(former) == []
+    former.run.dir.mkdir()
+    (former.run.dir / CONFIG).write_text(dump_config(former))
+    assert changed_keys(former) == []
+    assert changed_keys(config(**{"train.lr": 2e-3, "mesh.tp": 1, "data.workers": 3})) == [
+        "mesh.tp: 2 -> 1",
+        "train.lr: 0.001 -> 0.002",
+    ]
+    with pytest.raises(ConfigError, match=r"data.seq_len: 32 -> 64.*run.seed: 0 -> 5.*set run.dir to another folder"):
+        changed_keys(config(**{"run.seed": 5, "data.seq_len": 64}))

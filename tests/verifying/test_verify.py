@@ -1,0 +1,151 @@
+"""Verify: sound plans agree with one process, broken ones do not, and the report says what it usually is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from checking import broken_models as m
+from checking.broken_plans import gpt_plan, preset
+from colrow.dryrun.reduced import shrink_heads, shrink_width, twin
+from colrow.errors import PlanError
+from colrow.models.llama import Llama
+from colrow.models.shapes import SHAPES
+from colrow.plans.plan import Plan
+from colrow.verifying.verify import Report, verify
+from distributed.parity import MODELS
+
+
+def build(name: str = "gqa") -> nn.Module:
+    return Llama(replace(MODELS[name], num_hidden_layers=1))
+
+
+def local(model: nn.Module, plan: Plan, tp: int = 2, **options: Any) -> Report:
+    return verify(model, plan, tp, backend="local", **options)
+
+
+@pytest.mark.parametrize("name", ["gqa", "kv3", "tied", "bias", "qk_norm"])
+def test_the_llama_preset_holds(name: str) -> None:
+    report = local(build(name), preset(), tp=4)
+    assert report.ok, report
+    assert report.max_grad_rel_err < 1e-12
+    assert report.max_step_rel_err < 1e-12
+    assert report.parameters == len(list(build(name).named_parameters()))
+    assert report.control is not None
+    assert report.control.rel_err > 0.01
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_a_module_of_ones_own_holds(sequence: bool) -> None:
+    report = local(m.Gpt(), gpt_plan("vocab_parallel", sequence=sequence))
+    assert report.ok, report
+
+
+def test_packed_weights_hold() -> None:
+    plan = gpt_plan(attn__qkv={"style": "packed_colwise", "segments": [m.D] * 3, "input": "replicate"})
+    assert local(m.Gpt(lambda: m.Attention("parts")), plan).ok
+
+
+@pytest.mark.parametrize(
+    ("model", "plan", "worst", "cause"),
+    [
+        (lambda: build(), lambda: preset(drop="layers.*.input_layernorm"), "input_layernorm", "ranks differ"),
+        (lambda: build("qk_norm"), lambda: preset(drop="layers.*.self_attn.q_norm"), "q_norm", "grad_sum"),
+        (lambda: build("qk_norm"), lambda: preset("article", self_attn__k_norm="grad_sum"), "k_norm", "too large"),
+        (lambda: m.Gpt(lambda: m.Attention("parts")), gpt_plan, "blocks", "fused weight"),
+        (lambda: m.Gpt(m.HeadCount), lambda: gpt_plan(attn__qkv=None, attn__q="colwise", attn__k="colwise",
+                                                      attn__v="colwise"), "blocks", "head count"),
+    ],
+)  # fmt: skip
+def test_a_broken_plan_is_seen(model: Any, plan: Any, worst: str, cause: str) -> None:
+    report = local(model(), plan())
+    assert not report.ok
+    assert report.max_grad_rel_err > 0.01
+    assert worst in report.worst[0].name
+    assert cause in report.cause
+
+
+def test_an_exception_of_the_sharded_model_is_reported() -> None:
+    report = local(build(), preset(drop="layers.*.self_attn.q_proj"))
+    assert not report.ok
+    assert "DTensor" in report.failure
+    assert not torch.distributed.is_initialized()
+    assert local(m.Gpt(), gpt_plan()).ok  # nothing is left behind
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["llama", "llama-overlap"])
+def test_processes_agree_with_the_simulation(name: str) -> None:
+    """Copy engines, which CPUs have not, are stood in for by the process group."""
+    report = verify(build("kv3"), Plan.preset(name, "linear"), 2, backend="gloo")
+    assert report.ok, report
+    assert report.backend == "gloo"
+    assert report.max_grad_rel_err < 1e-12
+
+
+def test_a_big_model_gets_a_twin() -> None:
+    with torch.device("meta"):
+        model = Llama(SHAPES["llama3-8b"])
+    small, changes = twin(model, 8)
+    assert changes is not None
+    assert "num_hidden_layers 32 → 2" in changes
+    assert {type(mod) for mod in small.modules()} == {type(mod) for mod in model.modules()}
+    assert small.config.num_attention_heads % 8 == small.config.num_key_value_heads % 8 == 0
+    assert sum(p.numel() for p in small.parameters()) < 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("query", "kv", "tp"), [(32, 8, 8), (32, 8, 4), (12, 3, 4), (64, 8, 16), (48, 48, 8), (6, 2, 4)]
+)
+def test_a_twins_heads_divide_alike(query: int, kv: int, tp: int) -> None:
+    small_query, small_kv = shrink_heads(query, kv, tp)
+    assert (small_query % tp == 0, small_kv % tp == 0) == (query % tp == 0, kv % tp == 0)
+    assert small_query * kv == query * small_kv
+
+
+@pytest.mark.parametrize(("extent", "tp"), [(14336, 8), (11008, 6), (50257, 4), (30, 4)])
+def test_a_twins_widths_divide_alike(extent: int, tp: int) -> None:
+    assert shrink_width(extent, tp, 12 * tp) % tp == extent % tp
+
+
+def test_what_cannot_be_shrunk_is_refused() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Embedding(100_000, 4096), nn.Linear(4096, 100_000))
+    with pytest.raises(PlanError, match="pass a function that builds a smaller one"):
+        verify(model, Plan({}), 2)
+
+
+class OnlySingle(nn.Module):
+    """An operation that knows no fp64, as grouped products of experts do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float64:
+            raise RuntimeError("Expected mat_a to be Float32, got Double")
+        return x
+
+
+class SingleMLP(m.MLP):
+    def __init__(self) -> None:
+        super().__init__()
+        self.only = OnlySingle()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.only(x))
+
+
+def test_what_knows_no_fp64_is_verified_in_fp32() -> None:
+    report = local(m.Gpt(mlp=SingleMLP), gpt_plan())
+    assert report.ok, report
+    assert report.tolerance == 1e-5
+    assert 1e-12 < report.max_grad_rel_err < 1e-5
+    with pytest.raises(PlanError, match=r"Gpt itself does not run on the CPU, .*: pass inputs="):
+        local(m.Gpt(), gpt_plan(), inputs=(torch.zeros(2, 16),))
+
+
+def test_one_rank_proves_nothing() -> None:
+    with pytest.raises(PlanError, match="tp of 2 or more"):
+        verify(m.Gpt(), gpt_plan(), 1)
