@@ -18,12 +18,9 @@ from torch.optim import Optimizer
 from colrow.checkpoint.manifest import DTYPE_OF_NAME, GroupRecord, Index, OptimizerRecord, StoredTensor
 from colrow.checkpoint.pieces import Piece, pieces_of
 from colrow.errors import CheckpointError
-from colrow.sharding.layout import Packed, packed_of
+from colrow.sharding.layout import Packed, packed_of, unwrapped_name
 
 OPTIMIZER_PREFIX = "optimizer."
-
-# Wrappers put these between a module's name and its parameters': torch.compile, activation checkpointing.
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 # How a step is computed, not what it computes: these stay what the machine at hand was given.
 _EXECUTION_OPTIONS = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
@@ -50,9 +47,7 @@ def model_tensors(model: nn.Module | Sequence[nn.Module], tied: Mapping[str, str
     named, seen = [], set()
     for part in [model] if isinstance(model, nn.Module) else model:
         for full_name, tensor in part.state_dict(keep_vars=True).items():  # FSDP's hooks reshard its parameters here
-            name = full_name
-            for wrapper in _WRAPPERS:
-                name = name.replace(wrapper, "")
+            name = unwrapped_name(full_name)
             name = (tied or {}).get(name, name)
             if not isinstance(tensor, Tensor):
                 raise CheckpointError(f"the model's state {name} is a {type(tensor).__name__}: only tensors are stored")

@@ -40,14 +40,13 @@ def main(argv: list[str]) -> int:
     from colrow.checkpoint.folder import in_words
     from colrow.checkpoint.huggingface import export
     from colrow.cli.loading import open_saved, torchrun_ranks
-    from colrow.parallel.initialize import materialize
-    from colrow.parallel.spread import spread
+    from colrow.parallel.initialize import materialize, shard_evenly
 
     with torchrun_ranks("gloo") as ranks:
         saved = open_saved(flags.run, flags.step)
         config = saved.config
         if ranks > 1:
-            spread(saved.model, init_device_mesh("cpu", (ranks,)))
+            shard_evenly(saved.model, init_device_mesh("cpu", (ranks,)))
         materialize(saved.model, "cpu")
         saved.load()
         export(

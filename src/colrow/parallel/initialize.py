@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from colrow.checkpoint.state import model_tensors
 from colrow.errors import ConfigError
 from colrow.models.huggingface import name_from_huggingface, stored_name
 from colrow.models.init import init_tensor
 from colrow.parallel.parallelize import tie, tied_parameters
+from colrow.sharding.layout import boxes, local_tensor, packed_of, unwrapped_name
+
+
+def shard_evenly(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Shard every parameter of a model on the meta device along its first dimension over a 1-D mesh, in place.
+
+    For ranks that only read and write weights together: no forward works on such a model.
+    """
+    ties = tied_parameters(model)
+    for module in model.modules():
+        for name, param in list(module.named_parameters(recurse=False)):
+            placed = distribute_tensor(param.detach(), mesh, [Shard(0)], src_data_rank=None)
+            module.register_parameter(name, nn.Parameter(placed, requires_grad=param.requires_grad))
+    tie(model, ties)
+    return model
 
 
 def materialize(model: nn.Module, device: torch.device | str) -> nn.Module:
@@ -35,13 +51,14 @@ def materialize(model: nn.Module, device: torch.device | str) -> nn.Module:
 
 @torch.no_grad()
 def fill_seeded(model: nn.Module, seed: int) -> None:
-    """Write the initial value of each parameter, of which every rank computes the part that it holds.
+    """Write the initial value of each parameter. A rank computes the shards that it holds and communicates nothing.
 
-    A value depends on (seed, the parameter's fully qualified name, its place in the whole tensor) alone, so all meshes
-    start from the same bits. A tied head takes the embedding's, also on a pipeline stage without an embedding.
+    A value depends on (seed, the parameter's fully qualified name, its index in the unsharded tensor) alone, so all
+    meshes start from the same bits. A tied head takes the embedding's, also on a pipeline stage without an embedding.
 
     Raises:
-        ConfigError: the model has no config with num_hidden_layers, or a parameter that no rule knows.
+        ConfigError: the model has no config with num_hidden_layers, a parameter that no rule knows, or one that is
+            still on the meta device.
     """
     config = getattr(model, "config", None)
     if not isinstance(getattr(config, "num_hidden_layers", None), int):
@@ -50,9 +67,19 @@ def fill_seeded(model: nn.Module, seed: int) -> None:
             "initialise the model in the callable that builds it, or start from a folder of weights"
         )
     tied = bool(getattr(config, "tie_word_embeddings", False))
-    for one in model_tensors(model):
-        if isinstance(one.tensor, nn.Parameter):
-            name = stored_name(name_from_huggingface(one.name), tied)
-            for piece in one.pieces():
-                size, device = piece.data.shape, piece.data.device
-                piece.data.copy_(init_tensor(name, piece.shape, seed, device, config, offset=piece.offset, size=size))
+    filled: set[int] = set()
+    # Not named_parameters(): FSDP2's state_dict hook reshards first, so that the shards are written and not a gathered
+    # copy that the next forward would drop.
+    for fqn, param in model.state_dict(keep_vars=True).items():
+        if not isinstance(param, nn.Parameter) or id(param) in filled:
+            continue
+        filled.add(id(param))
+        if param.is_meta:
+            raise ConfigError(f"{fqn} is on the meta device: call materialize(model, device) before its initial values")
+        name = stored_name(name_from_huggingface(unwrapped_name(fqn)), tied)
+        local = local_tensor(param.detach())
+        for box in boxes(param, packed_of(model, fqn)):
+            shard = local[box.local_slices]
+            shard.copy_(
+                init_tensor(name, param.shape, seed, local.device, config, offset=box.global_offset, size=box.size)
+            )

@@ -19,6 +19,9 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 PACKED = "_colrow_packed"  # module attribute: {parameter name: Packed}
 
+# Wrappers put these between a module's name and its parameters': torch.compile, activation checkpointing.
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
 
 @dataclass(frozen=True)
 class Box:
@@ -57,6 +60,13 @@ class _Run:
 def mark_packed(module: nn.Module, name: str, packed: Packed) -> None:
     """Record that the local shard of `module`'s parameter `name` is one shard of each segment."""
     module.__dict__.setdefault(PACKED, {})[name] = packed
+
+
+def unwrapped_name(fqn: str) -> str:
+    """The name that a parameter has in the plain model, whatever wraps its modules here."""
+    for wrapper in _WRAPPERS:
+        fqn = fqn.replace(wrapper, "")
+    return fqn
 
 
 def packed_of(model: nn.Module, fqn: str) -> Packed | None:
