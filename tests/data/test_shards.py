@@ -15,7 +15,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from colrow.data.corpus import Corpus
+from colrow.data.documents import Corpus
 from colrow.data.progress import Progress
 from colrow.data.shards import TokenArray, build_shards, dtype_for, partial_folders, read_meta
 from colrow.data.tokenizer import Tokenizer

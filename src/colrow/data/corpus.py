@@ -1,7 +1,4 @@
-"""Where training text comes from: a stream of documents in a fixed order, known by what it holds.
-
-`stdlib`, a glob of files, or `hf:NAME` (in hub.py): the kinds that `data.corpus` may name.
-"""
+"""The corpora that `data.corpus` may name: `stdlib`, a glob of files, or `hf:NAME` (in hub.py)."""
 
 from __future__ import annotations
 
@@ -11,14 +8,15 @@ import os
 import platform
 import sysconfig
 import tokenize
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from colrow.data.digests import digest_files, digest_of
+from colrow.data.documents import Corpus, up_to
 from colrow.data.files import import_parquet, kind_of, read_file, suffix_of
+from colrow.data.hub import open_dataset
 from colrow.errors import DataError
 
 if TYPE_CHECKING:  # config imports torch, which worker processes do without
@@ -31,50 +29,6 @@ _MIN_SECTION_CHARS = 1 << 12
 _MAX_SECTION_CHARS = 1 << 20
 _SECTIONS = 256
 _MIN_SAMPLE_CHARS = 1 << 20
-
-
-class Corpus(ABC):
-    """Documents (str) in a deterministic order, streamed in constant memory; it can be read any number of times."""
-
-    @abstractmethod
-    def describe(self) -> str:
-        """A few words for people: what it is and how much."""
-
-    @abstractmethod
-    def fingerprint(self, memory: Path | None = None) -> str:
-        """Hash of the content, the same wherever the corpus lies.
-
-        Args:
-            memory: a file that keeps what is costly to find out again (the digests of unchanged files).
-        """
-
-    @abstractmethod
-    def _read(self) -> Iterator[str]:
-        """Every text, blank ones too."""
-
-    def size(self) -> int | None:
-        """Bytes of text, as far as they can be told without reading it; None where they cannot."""
-        return None
-
-    def __iter__(self) -> Iterator[str]:
-        """The documents; blank ones are left out.
-
-        Raises:
-            DataError: something cannot be read, or no document holds text.
-        """
-        texts = documents = 0
-        for text in self._read():
-            texts += 1
-            if text and not text.isspace():
-                documents += 1
-                yield text
-        if not documents:
-            held = f"all {texts:,} of its texts are blank" if texts else "it holds no text"
-            raise DataError(f"corpus {self.describe()} is empty ({held}): name files with text in data.corpus")
-
-    def sample(self, limit: int) -> Iterator[str]:
-        """Documents of about `limit` characters in all, or the whole corpus where it is smaller. Deterministic."""
-        return _up_to(limit, iter(self))
 
 
 class FileCorpus(Corpus):
@@ -119,7 +73,7 @@ class FileCorpus(Corpus):
         share = max(limit // len(self.paths), _MIN_SAMPLE_CHARS)
         taken = 0
         for i in sorted(range(len(self.paths)), key=lambda i: hashlib.blake2b(b"%d" % i, digest_size=8).digest()):
-            for text in _up_to(share, read_file(self.paths[i], self.text_key, self._section_chars)):
+            for text in up_to(share, read_file(self.paths[i], self.text_key, self._section_chars)):
                 taken += len(text)
                 yield text
             if taken >= limit:
@@ -174,8 +128,6 @@ def open_corpus(section: DataSection) -> Corpus:
     if section.corpus == "stdlib":
         return StdlibCorpus()
     if section.corpus.startswith("hf:"):
-        from colrow.data.hub import open_dataset
-
         return open_dataset(section.corpus, section.text_key)
     pattern = os.path.expanduser(section.corpus)
     paths = sorted({path for name in glob.glob(pattern, recursive=True) if not (path := Path(name)).is_dir()})
@@ -230,15 +182,6 @@ def _read_source(path: Path) -> str:
             return file.read().decode(encoding, errors="replace").replace("\r\n", "\n")
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _up_to(limit: int, texts: Iterator[str]) -> Iterator[str]:
-    taken = 0
-    for text in texts:
-        yield text
-        taken += len(text)
-        if taken >= limit:
-            return
 
 
 def _megabytes(n: int) -> str:

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from colrow.data.corpus import Corpus
 from colrow.data.digests import digest_files, digest_of, write_whole
+from colrow.data.documents import Corpus
 from colrow.data.files import missing_key, require_text
 from colrow.errors import DataError
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from colrow.data.corpus import Corpus, open_corpus
+from colrow.data.corpus import open_corpus
 from colrow.data.digests import digest_of
+from colrow.data.documents import Corpus
 from colrow.data.encode import usable_cores
 from colrow.data.lock import locked, writing_to
 from colrow.data.progress import Progress

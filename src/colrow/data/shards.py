@@ -19,8 +19,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from colrow.data.corpus import Corpus
 from colrow.data.digests import write_whole
+from colrow.data.documents import Corpus
 from colrow.data.encode import Encoded, encode_in_order
 from colrow.data.lock import writing_to
 from colrow.data.progress import Progress

@@ -12,8 +12,8 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from colrow.data.corpus import Corpus
 from colrow.data.digests import digest_of, write_whole
+from colrow.data.documents import Corpus
 from colrow.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
