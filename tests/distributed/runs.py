@@ -10,6 +10,9 @@ import torch
 
 from colrow.config import RunConfig, parse_config
 from colrow.data.prepare import prepare
+from colrow.models.build import Source, build_source
+from colrow.plans.plan import Plan
+from colrow.run.preflight import choose_plan
 from colrow.run.progress import Progress
 from colrow.run.rank import train_run
 from colrow.train.metrics import read_metrics
@@ -50,6 +53,12 @@ def figures(run: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in record.items() if k in trained} for record in read_metrics(run)]
 
 
+def model_and_plan(config: RunConfig) -> tuple[Source, Plan]:
+    """What `preflight.check` hands on, without its checks."""
+    source = build_source(config.model, config.run.seed)
+    return source, choose_plan(config, source.model)
+
+
 def train(device: str, config: RunConfig, stop_after: int | None = None) -> tuple[int, bool, str]:
     """One run, which rank 1 alone asks to stop after `stop_after` steps."""
     import torch.distributed as dist
@@ -67,5 +76,5 @@ def train(device: str, config: RunConfig, stop_after: int | None = None) -> tupl
     text = io.StringIO()
     progress = Progress(dist.get_rank() == 0, config.train.steps, 1, text)
     data = prepare(config.data, 4096, progress=False)
-    outcome = train_run(config, data, mesh, here, progress, "colrow train tiny.yaml", stop)
+    outcome = train_run(config, *model_and_plan(config), data, mesh, here, progress, "colrow train tiny.yaml", stop)
     return outcome.step, outcome.stopped, text.getvalue()

@@ -15,7 +15,7 @@ from colrow.mesh import Mesh
 from colrow.run.loop import DivergedError
 from colrow.train.metrics import read_metrics
 from distributed.harness import Ranks
-from distributed.runs import a_run, figures, train, write_text
+from distributed.runs import a_run, figures, model_and_plan, train, write_text
 
 pytestmark = pytest.mark.distributed
 
@@ -114,7 +114,9 @@ def compiled_and_eager(device: str, folder: Path) -> list[tuple[float, float]]:
     try:
         for compiled, recompute in ((False, "none"), (True, "none"), (True, "selective"), (True, "full")):
             config = tiny(folder, "compiled", compile=compiled, precision="fp32", activation_checkpoint=recompute)
-            training = setup.set_up(config, config.mesh.build(device, dist.get_world_size()), here)
+            training = setup.set_up(
+                config, config.mesh.build(device, dist.get_world_size()), here, *model_and_plan(config)
+            )
             loss, norm = training.step(0, [(ids[:, :-1], ids[:, 1:])])
             found.append((loss.item(), norm.item()))
     finally:

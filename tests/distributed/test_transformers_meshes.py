@@ -14,7 +14,7 @@ from colrow.mesh import Mesh
 from colrow.plans.plan import Plan
 from distributed.harness import Ranks
 from distributed.parity import relative
-from distributed.runs import a_run, figures, train, write_text
+from distributed.runs import a_run, figures, model_and_plan, train, write_text
 from models.families import transformers_model
 
 pytest.importorskip("transformers")
@@ -75,7 +75,7 @@ def gradient_errors(device: str, folder: Path) -> dict[str, dict[str, float]]:
         for label, shape in MESHES.items():
             config = run_of(folder, name, shape)
             mesh = shape.build(device, dist.get_world_size())
-            training = set_up(config, mesh, here)
+            training = set_up(config, mesh, here, *model_and_plan(config))
             (model,) = training.modules
             data_rank = mesh["dp_replicate"].get_local_rank() * shape.dp_shard + mesh["dp_shard"].get_local_rank()
             mine = ids.chunk(shape.dp)[data_rank]

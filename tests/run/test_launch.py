@@ -38,6 +38,25 @@ def build():
     return Sick(replace(shape("laptop"), num_hidden_layers=1))
 """
 
+COUNTED = """
+from colrow.derive import derivation
+from colrow.models.llama import Llama
+from colrow.models.shapes import shape
+from dataclasses import replace
+
+derive = derivation.derive
+
+def counted(*args, **options):
+    with open("derived.txt", "a") as file:
+        file.write("once\\n")
+    return derive(*args, **options)
+
+derivation.derive = counted
+
+def build():
+    return Llama(replace(shape("laptop"), num_hidden_layers=1))
+"""
+
 
 class Run:
     """A started command and what it has printed."""
@@ -78,7 +97,9 @@ class Run:
 def folder(tmp_path: Path) -> Path:
     write_text(tmp_path)
     (tmp_path / "sick.py").write_text(SICK, encoding="utf-8")
-    for name, model in (("tiny", {"shape": "laptop", "layers": 1}), ("sick", {"python": "sick:build"})):
+    (tmp_path / "counted.py").write_text(COUNTED, encoding="utf-8")
+    models = {"tiny": {"shape": "laptop", "layers": 1}, "sick": {"python": "sick:build"}}
+    for name, model in (models | {"counted": {"python": "counted:build"}}).items():
         config = {
             "run": {"dir": f"runs/{name}"},
             "model": model,
@@ -147,3 +168,11 @@ def test_torchrun_starts_ranks_and_shows_the_error_of_the_one_that_failed(start:
     assert "tp 2, CPU" in run.text
     assert run.text.count("RuntimeError: this rank is sick") == 1
     assert "onnection" not in run.text
+
+
+def test_a_plan_is_derived_once_and_the_ranks_read_it(folder: Path, start: Callable[..., Run]) -> None:
+    flags = ["--plan", "derive", "--train.steps", "1", "--checkpoint.last", "False", "--sample.prompt", "None"]
+    run = start(sys.executable, "-m", "colrow", "train", "counted.yaml", *flags, "--checkpoint.export", "False")
+    assert run.end() == 0, run.text
+    assert (folder / "derived.txt").read_text() == "once\n"
+    assert "plan       derived" in run.text

@@ -129,7 +129,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
 
     started: list[int] = []
     monkeypatch.setattr(launch, "launch", lambda command, ranks: started.append(ranks))
-    monkeypatch.setenv("COLROW_PLAN_CHECKED", "")  # put back after the test
+    monkeypatch.setenv("COLROW_PLAN_DIGEST", "")  # put back after the test
     (tmp_path / "a.txt").write_text("\n\n".join(f"{i} and {i * i}." for i in range(3000)))
     monkeypatch.chdir(tmp_path)
     return started
@@ -179,7 +179,7 @@ def test_warnings_are_a_line_each_and_the_ranks_start(
 def test_the_first_rank_checks_the_plan_where_no_launcher_did(config: Callable[..., RunConfig], tmp_path: Path) -> None:
     written(config(), tmp_path, without="norm")
     with pytest.raises(PlanError, match=r"error CR501 partial-gradient at norm\.weight"):
-        preflight.check_plan_apart(config(plan=str(tmp_path / "plan.yaml")))
+        preflight.check_plan_apart(config(), Plan.load(tmp_path / "plan.yaml"))
     assert not torch.distributed.is_initialized()
 
 

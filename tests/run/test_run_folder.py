@@ -9,7 +9,8 @@ import pytest
 
 from colrow.config import RunConfig, dump_config
 from colrow.errors import ConfigError
-from colrow.run.run_folder import CONFIG, changed_keys, claimed, require_free
+from colrow.plans.plan import Plan
+from colrow.run.run_folder import CONFIG, changed_keys, claimed, read_plan, require_free, write_plan
 
 HOLD = """
 import fcntl, sys, time
@@ -55,3 +56,13 @@ def test_another_model_data_or_seed_is_another_run(config: Callable[..., RunConf
     ]
     with pytest.raises(ConfigError, match=r"data.seq_len: 32 -> 64.*run.seed: 0 -> 5.*set run.dir to another folder"):
         changed_keys(config(**{"run.seed": 5, "data.seq_len": 64}))
+
+
+def test_ranks_read_the_plan_of_their_own_launcher(tmp_path: Path) -> None:
+    plan = Plan.preset("llama-fast")
+    digest = write_plan(tmp_path / "run", plan)
+    read = read_plan(tmp_path / "run", digest)
+    assert (read, read.name) == (plan, plan.name)
+    write_plan(tmp_path / "run", Plan.preset("llama"))
+    with pytest.raises(ConfigError, match=r"plan.yaml was changed .* set run.dir to another folder"):
+        read_plan(tmp_path / "run", digest)

@@ -30,7 +30,7 @@ from colrow.run.ran import what_ran
 from colrow.run.rank import Place, joined
 from colrow.train.cuda_graph import EAGER_STEPS
 from colrow.train.metrics import peak_flops
-from colrow.train.setup import Training, choose_plan, set_up
+from colrow.train.setup import Training, set_up
 from colrow.train.step import Batch
 
 GIB = 2**30
@@ -71,9 +71,11 @@ def measure(job: Job, place: Place) -> dict[str, Any]:
         )
     if place.alone and config.mesh.pp > 1:
         raise ConfigError("--one-rank: a pipeline's stages wait for each other, and one alone says little: use pp 1")
-    preflight.check_sequence(config, choose_plan(config, build_source(config.model, config.run.seed).model))
+    source = build_source(config.model, config.run.seed)
+    plan = preflight.choose_plan(config, source.model)
+    preflight.check_sequence(config, plan)
     with joined(config, place) as (mesh, device):
-        training = set_up(config, mesh, device)
+        training = set_up(config, mesh, device, source, plan)
         data_rank = mesh["dp_replicate"].get_local_rank() * config.mesh.dp_shard + mesh["dp_shard"].get_local_rank()
         batches = random_batches(config, training.source.vocab_size, data_rank, device)
         losses: list[Tensor] = []

@@ -19,8 +19,8 @@ from pathlib import Path
 from colrow.config import RunConfig, load_config
 from colrow.errors import ColrowError, ConfigError
 
-CHECKED = "COLROW_PLAN_CHECKED"
-"""Set for ranks whose launcher has checked the plan; torchrun has not, and then the first rank does so."""
+PLAN_DIGEST = "COLROW_PLAN_DIGEST"
+"""SHA-256 of the run folder's plan.yaml, for ranks whose launcher resolved and checked the plan; torchrun does not."""
 
 USAGE = """usage: colrow train CONFIG.yaml [--KEY VALUE ...]
 
@@ -68,7 +68,7 @@ def _start(argv: list[str]) -> int:
     from colrow.run import preflight
     from colrow.run.launch import launch
     from colrow.run.rank import finished_line
-    from colrow.run.run_folder import require_free
+    from colrow.run.run_folder import require_free, write_plan
 
     config = read_config(argv)
     require_free(config.run.dir)
@@ -85,7 +85,7 @@ def _start(argv: list[str]) -> int:
     preflight.check_checkpoint(checked, data.tokenizer)
     ranks = config.mesh.world_size
     os.environ.setdefault("OMP_NUM_THREADS", str(preflight.threads_for(ranks)))
-    os.environ[CHECKED] = "1"
+    os.environ[PLAN_DIGEST] = write_plan(config.run.dir, checked.plan)
     failure = launch(["-m", "colrow", "train", *argv], ranks)
     if failure is None:
         return 0
@@ -100,6 +100,7 @@ def _rank(argv: list[str]) -> int:
 
         from colrow.run import preflight
         from colrow.run.rank import Place, run_rank
+        from colrow.run.run_folder import read_plan
         from colrow.run.stop import StopRequest
 
         with StopRequest(Path(error_file).parent if error_file else None) as stop:
@@ -113,8 +114,10 @@ def _rank(argv: list[str]) -> int:
             )
             if "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(preflight.threads_for(place.local_world_size))
+            digest = os.environ.get(PLAN_DIGEST)
+            plan = read_plan(config.run.dir, digest) if digest else None
             command = shlex.join(["colrow", "train", *argv])
-            run_rank(config, place, command, lambda: stop.requested, plan_checked=CHECKED in os.environ)
+            run_rank(config, place, command, lambda: stop.requested, plan)
     return 0
 
 

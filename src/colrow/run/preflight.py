@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from colrow.checking.check import Finding, check_static
 from colrow.checking.check import check as run_check
@@ -24,13 +25,14 @@ from colrow.errors import ConfigError, PlanError
 from colrow.mesh import Mesh
 from colrow.models.build import Source, build_source
 from colrow.parallel.pipeline_split import check_pipeline, require_parts
+from colrow.plans.named import named_plan
 from colrow.plans.plan import Plan
 from colrow.run.run_folder import CHECKPOINTS, changed_keys
 from colrow.styles.heads import heads_of
 from colrow.train.cuda_graph import check_cuda_graph
 from colrow.train.metrics import require_sinks
 from colrow.train.schedule import check_schedule
-from colrow.train.setup import blocks_of, choose_plan
+from colrow.train.setup import blocks_of
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,12 @@ class Checked:
         return self.newest is not None and self.newest.step >= config.train.steps
 
 
-def check(config: RunConfig, local_ranks: int | None = None) -> Checked:
+def check(config: RunConfig, local_ranks: int | None = None, plan: Plan | None = None) -> Checked:
     """Check everything that needs no other process.
 
     Args:
         local_ranks: ranks on this host; all of the mesh's unless given.
+        plan: what `choose_plan` gave in the launcher; chosen here unless given.
 
     Raises:
         ConfigError, PlanError, CheckpointError: what is wrong, and the mend.
@@ -68,7 +71,7 @@ def check(config: RunConfig, local_ranks: int | None = None) -> Checked:
     changes = changed_keys(config)
     source = build_source(config.model, config.run.seed)
     check_model(config, source)
-    plan = choose_plan(config, source.model)
+    plan = plan or choose_plan(config, source.model)
     if config.check:
         require_sound(config, source, plan, check_static(source.model, plan, config.mesh.tp, config.data.seq_len))
     else:
@@ -76,6 +79,20 @@ def check(config: RunConfig, local_ranks: int | None = None) -> Checked:
         check_sequence(config, plan)
     newest = Checkpoints(config.run.dir / CHECKPOINTS, keep=config.checkpoint.keep).latest()
     return Checked(source, plan, kind, changes, newest)
+
+
+def choose_plan(config: RunConfig, model: nn.Module) -> Plan:
+    """The plan that `config.plan` names (a preset, `huggingface`, a derived one, or a file), with `train.fp8` put in.
+
+    Raises:
+        ConfigError, PlanError: there is no such plan, or it has no place for fp8.
+    """
+    plan = named_plan(config.plan, model, config.mesh.tp, config.loss)
+    if config.train.fp8 is None:
+        return plan
+    if config.mesh.tp == 1:
+        raise ConfigError("train.fp8 works in products that tp splits, and mesh.tp is 1: raise it, or leave fp8 out")
+    return plan.with_fp8(config.train.fp8)
 
 
 def check_plan(config: RunConfig, source: Source, plan: Plan) -> list[str]:
@@ -94,7 +111,7 @@ def check_plan(config: RunConfig, source: Source, plan: Plan) -> list[str]:
     return [f"{f.code} {f.slug} at {f.where}: {f.message}; {f.fix} ({f.page})" for f in found]
 
 
-def check_plan_apart(config: RunConfig) -> list[str]:
+def check_plan_apart(config: RunConfig, plan: Plan) -> list[str]:
     """`check_plan` in a process of its own: what it does with process groups leaves no trace in this rank.
 
     A process of one thread is forked, which saves the imports; threads, such as those of torch's autograd for GPUs, do
@@ -106,12 +123,11 @@ def check_plan_apart(config: RunConfig) -> list[str]:
     alone = threads.exists() and len(list(threads.iterdir())) == 1
     context = multiprocessing.get_context("fork" if alone else "spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_check_again, config).result()
+        return pool.submit(_check_again, config, plan.to_yaml()).result()
 
 
-def _check_again(config: RunConfig) -> list[str]:
-    source = build_source(config.model, config.run.seed)
-    return check_plan(config, source, choose_plan(config, source.model))
+def _check_again(config: RunConfig, plan: str) -> list[str]:
+    return check_plan(config, build_source(config.model, config.run.seed), Plan.from_yaml(plan))
 
 
 def require_sound(config: RunConfig, source: Source, plan: Plan, found: list[Finding]) -> None:

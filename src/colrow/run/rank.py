@@ -20,6 +20,7 @@ from colrow.config import RunConfig
 from colrow.data.prepare import PreparedData, prepare
 from colrow.data.tokenizer import Tokenizer
 from colrow.models.build import Source
+from colrow.plans.plan import Plan
 from colrow.run import preflight
 from colrow.run.alone import alone
 from colrow.run.host_memory import keep_freed_memory
@@ -50,51 +51,51 @@ def run_rank(
     place: Place,
     command: str,
     stop_requested: Callable[[], bool],
-    *,
-    plan_checked: bool = False,
+    plan: Plan | None = None,
 ) -> Outcome:
     """Join the other ranks, and train with them. The first rank holds the run's folder. Collective.
 
     Args:
         command: how the run was started, for the line that says how to continue it.
         stop_requested: whether this rank was asked to save and stop.
-        plan_checked: the plan's check has been made; else the first rank makes it.
+        plan: the plan that the launcher resolved and checked. Without, each rank resolves it and the first checks it.
     """
     config.mesh.require_world_size(place.world_size)
     first = place.rank == 0
     with ExitStack() as stack:
         if first:
             stack.enter_context(claimed(config.run.dir))
-        source = preflight.check(config, place.local_world_size).source
+        checked = preflight.check(config, place.local_world_size, plan)
         warnings = [config.mesh.warning_across_hosts(place.local_world_size)]
-        if first and not plan_checked:
-            warnings += preflight.check_plan_apart(config)  # before there are threads
+        if first and plan is None:
+            warnings += preflight.check_plan_apart(config, checked.plan)  # before there are threads
         progress = stack.enter_context(Progress(first, config.train.steps, config.train.log_every))
         for warning in warnings:
             if warning is not None:
                 progress.say(f"warning    {warning}")
-        data = prepare(config.data, source.vocab_size, progress=False)
+        data = prepare(config.data, checked.source.vocab_size, progress=False)
         mesh, device = stack.enter_context(joined(config, place))
-        return train_run(config, data, mesh, device, progress, command, stop_requested, source)
+        return train_run(config, checked.source, checked.plan, data, mesh, device, progress, command, stop_requested)
 
 
 def train_run(
     config: RunConfig,
+    source: Source,
+    plan: Plan,
     data: PreparedData,
     mesh: DeviceMesh,
     device: torch.device,
     progress: Progress,
     command: str = "",
     stop_requested: Callable[[], bool] = lambda: False,
-    source: Source | None = None,
 ) -> Outcome:
     """Set up, continue from the newest checkpoint, train, and finish; metrics and files are the first rank's.
 
-    Collective over the mesh, which is the whole default group. For `source` see `set_up`.
+    Collective over the mesh, which is the whole default group. For `source` and `plan` see `set_up`.
     """
     first = dist.get_rank() == 0
     with ExitStack() as stack:
-        training = set_up(config, mesh, device, source)
+        training = set_up(config, mesh, device, source, plan)
         stack.callback(training.close)
         checkpoints = Checkpoints(
             config.run.dir / CHECKPOINTS,

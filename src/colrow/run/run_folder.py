@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import socket
 from collections.abc import Iterator
@@ -94,6 +95,37 @@ def changed_keys(config: RunConfig) -> list[str]:
             "set run.dir to another folder to start a new run, or put these keys back to continue this one"
         )
     return [lines[key] for key in differing if _within(key, _TOLD)]
+
+
+def write_plan(folder: Path, plan: Plan) -> str:
+    """Write the resolved plan.yaml, for the ranks to read. Returns the SHA-256 of its text.
+
+    Raises:
+        ConfigError: another run uses the folder.
+    """
+    text = plan.to_yaml()
+    with claimed(folder):
+        _write_whole(folder / PLAN, text)
+    return _digest(text)
+
+
+def read_plan(folder: Path, digest: str) -> Plan:
+    """The plan that `write_plan` wrote and returned `digest` for.
+
+    Raises:
+        ConfigError: since then another launcher has written its own.
+    """
+    text = (folder / PLAN).read_text(encoding="utf-8")
+    if _digest(text) != digest:
+        raise ConfigError(
+            f"{folder / PLAN} was changed between launch and start of the ranks, probably by another run: "
+            "set run.dir to another folder"
+        )
+    return Plan.from_yaml(text, str(folder / PLAN))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_folder(config: RunConfig, plan: Plan, tokenizer: Tokenizer) -> None:

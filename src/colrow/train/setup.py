@@ -22,15 +22,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.config import RunConfig
 from colrow.data.loader import check_batch
-from colrow.errors import ConfigError
-from colrow.models.build import Source, build_source
+from colrow.models.build import Source
 from colrow.ops.ran import forget
 from colrow.parallel.activation_checkpoint import apply_activation_checkpoint
 from colrow.parallel.compute_weights import ComputeWeights
 from colrow.parallel.data_parallel import apply_data_parallel
 from colrow.parallel.initialize import fill_seeded, materialize
 from colrow.parallel.parallelize import parallelize
-from colrow.plans.named import named_plan
 from colrow.plans.plan import Plan
 from colrow.sharding.grad_norm import norm_groups
 from colrow.train.compile import compile_forward
@@ -69,19 +67,18 @@ class Training:
             graph.close()
 
 
-def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device, source: Source | None = None) -> Training:
+def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device, source: Source, plan: Plan) -> Training:
     """The training of `config` on this rank. Collective over the mesh.
 
     Args:
-        source: the model of `config.model`, where a check has built it already; it is changed.
+        source: the model of `config.model`; it is changed.
+        plan: the plan of `config.plan` for that model (`preflight.choose_plan`).
 
     Raises:
         ConfigError, PlanError: something does not fit; `preflight.check` finds the same without processes.
     """
     check_cuda_graph(config, device.type)
     forget()
-    source = source or build_source(config.model, config.run.seed)
-    plan = choose_plan(config, source.model)
     compute, compiled = compute_dtype(config, device), compiles(config, device)
     copies = computes_with_copies(config, compute)
     parameters = sum(param.numel() for param in source.model.parameters())
@@ -173,20 +170,6 @@ def capture(config: RunConfig, whole: WholeModel, step: Step) -> tuple[Replayed,
     whole.micro_batch = forward_backward = Replayed(whole.micro_batch, EAGER_STEPS * accumulate)
     step.update = update = Replayed(step.update, EAGER_STEPS)
     return forward_backward, update
-
-
-def choose_plan(config: RunConfig, model: nn.Module) -> Plan:
-    """The plan that `config.plan` names (a preset, `huggingface`, a derived one, or a file), with `train.fp8` put in.
-
-    Raises:
-        ConfigError, PlanError: there is no such plan, or it has no place for fp8.
-    """
-    plan = named_plan(config.plan, model, config.mesh.tp, config.loss)
-    if config.train.fp8 is None:
-        return plan
-    if config.mesh.tp == 1:
-        raise ConfigError("train.fp8 works in products that tp splits, and mesh.tp is 1: raise it, or leave fp8 out")
-    return plan.with_fp8(config.train.fp8)
 
 
 def compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
