@@ -225,13 +225,10 @@ def test_too_short_a_corpus_names_the_numbers_and_the_mend(section, texts):
 def test_too_small_a_validation_split_names_the_fraction_that_is_enough(section, texts):
     with pytest.raises(DataError, match=r"0 tokens held out for validation, in 0 of its 40 documents") as error:
         prepare(section(f"{texts}/*.txt", validation_fraction=1e-9), VOCAB, False)
-    said = re.search(
-        r"set data\.validation_fraction to ([\d.]+), which holds out (\d+) documents? with ([\d,]+)", str(error.value)
-    )
+    said = re.search(r"set data\.validation_fraction to ([\d.]+) or more, or use more text$", str(error.value))
     assert said, error.value
     data = prepare(section(f"{texts}/*.txt", validation_fraction=float(said[1])), VOCAB, False)
-    assert data.counts.documents["validation"] == int(said[2])
-    assert f"{data.counts.tokens['validation']:,}" == said[3]
+    assert data.counts.tokens["validation"] > 32
 
 
 def test_too_great_a_validation_split_is_named(section, texts):
@@ -241,7 +238,7 @@ def test_too_great_a_validation_split_is_named(section, texts):
 
 def test_one_short_document_cannot_be_split(section, tmp_path):
     (tmp_path / "a.txt").write_text("short text " * 100)
-    with pytest.raises(DataError, match=r"use more text, or a shorter data\.seq_len; a document is held out whole"):
+    with pytest.raises(DataError, match=r"use more text, or a shorter data\.seq_len; a document is held out as a unit"):
         prepare(section(f"{tmp_path}/a.txt", validation_fraction=1e-9), VOCAB, False)
 
 

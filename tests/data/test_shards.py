@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import multiprocessing
 import os
 import pickle
@@ -221,10 +222,8 @@ def test_damage_is_named(tmp_path, name, damage, said):
         read_meta(tmp_path / "a")
 
 
-def test_meta_knows_which_documents_are_held_out_first(tmp_path):
-    meta = build(tmp_path / "a", Texts(some_texts(300)), validation_fraction=0.1)
-    first = meta.first_held_out
-    assert first == sorted(first)
-    assert len(first) == 64
-    held_out = [tokens for fraction, tokens in first if fraction < 0.1]
-    assert (len(held_out), sum(held_out)) == (meta.documents["validation"], meta.tokens["validation"])
+def test_meta_of_an_older_version_is_read(tmp_path):
+    meta = build(tmp_path / "a", Texts(some_texts(30)))
+    file = tmp_path / "a" / "meta.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"first_held_out": [[0.01, 120], [0.03, 96]]}))
+    assert read_meta(tmp_path / "a") == meta

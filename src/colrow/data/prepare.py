@@ -238,17 +238,13 @@ def _require_a_sequence(meta: ShardMeta, section: DataSection) -> None:
 
 
 def _hold_out_more(meta: ShardMeta, need: int) -> str:
-    """The mend for too small a validation split: the least fraction that makes it long enough, where there is one."""
-    total = sum(meta.tokens.values())
-    for fraction, _ in meta.first_held_out:
-        fraction = math.ceil(fraction * 1000 + 1e-6) / 1000
-        held_out = [tokens for least, tokens in meta.first_held_out if least < fraction]
-        if fraction < 1 and need <= sum(held_out) <= total - need:
-            return (
-                f"set data.validation_fraction to {fraction:g}, which holds out {_documents(len(held_out))} "
-                f"with {sum(held_out):,} tokens"
-            )
-    return "use more text, or a shorter data.seq_len; a document is held out whole or not at all"
+    """The fix for too small a validation split: a fraction that very likely holds out enough, where there is one."""
+    documents, tokens = sum(meta.documents.values()), sum(meta.tokens.values())
+    # A document is held out as a unit, by a hash: aim at three documents and half again the tokens that are needed.
+    fraction = math.ceil(1000 * max(3 / documents, 1.5 * need / tokens)) / 1000
+    if fraction <= 0.5:
+        return f"set data.validation_fraction to {fraction:g} or more, or use more text"
+    return "use more text, or a shorter data.seq_len; a document is held out as a unit or not at all"
 
 
 def _documents(n: int) -> str:

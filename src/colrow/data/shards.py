@@ -13,9 +13,9 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
@@ -30,7 +30,6 @@ from colrow.errors import DataError
 FORMAT = 1
 SPLITS = ("train", "validation")
 _CHUNK_CHARS = 1 << 19
-_FIRST_HELD_OUT = 64
 
 
 class TokenArray:
@@ -86,8 +85,6 @@ class ShardMeta:
     text_bytes: dict[str, int]
     digests: dict[str, str]
     """Of the .bin files."""
-    first_held_out: list[tuple[float, int]] = field(repr=False)
-    """The documents that the smallest validation fractions hold out: (fraction from which on, tokens)."""
 
     def open(self, folder: Path, split: str) -> TokenArray:
         return TokenArray(folder / f"{split}.bin", self.dtype, self.tokens[split])
@@ -103,7 +100,8 @@ def read_meta(folder: Path) -> ShardMeta:
         tree = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if tree["format"] != FORMAT:
             raise DataError(f"token shards {folder} have format {tree['format']}, not {FORMAT}")
-        meta = ShardMeta(**tree | {"first_held_out": [(float(f), int(n)) for f, n in tree["first_held_out"]]})
+        tree.pop("first_held_out", None)  # written by older versions, which computed an advice from it
+        meta = ShardMeta(**tree)
         for split in SPLITS:
             size, due = (folder / f"{split}.bin").stat().st_size, meta.tokens[split] * np.dtype(meta.dtype).itemsize
             if size != due:
@@ -147,7 +145,6 @@ def build_shards(
     """
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     dtype = dtype_for(tokenizer.vocab_size)
-    first_held_out: list[tuple[float, int]] = []
     progress.stage("tokenizing", corpus.size())
     try:
         with writing_to(folder.parent):
@@ -159,7 +156,6 @@ def build_shards(
                 with writing_to(folder.parent):
                     train.add(encoded, ~held_out)
                     validation.add(encoded, held_out)
-                first_held_out = _smallest(first_held_out, encoded)
                 tokens = train.tokens + validation.tokens
                 progress.advance(int(encoded.text_bytes.sum()), f"{tokens / 1e6:,.1f}M tokens")
         if corpus.fingerprint(memory) != fingerprint:
@@ -178,7 +174,6 @@ def build_shards(
                 tokens={"train": train.tokens, "validation": validation.tokens},
                 text_bytes={"train": train.text_bytes, "validation": validation.text_bytes},
                 digests={"train": train.close(), "validation": validation.close()},
-                first_held_out=first_held_out,
             )
             tokenizer.save(partial)
             write_whole(partial / "meta.json", json.dumps(asdict(meta), indent=2))
@@ -233,10 +228,3 @@ def _chunks(corpus: Corpus) -> Iterator[list[str]]:
             texts, chars = [], 0
     if texts:
         yield texts
-
-
-def _smallest(known: list[tuple[float, int]], encoded: Encoded) -> list[tuple[float, int]]:
-    """`known` with the documents of `encoded`, cut to those with the smallest fractions."""
-    least = np.argsort(encoded.fractions, kind="stable")[:_FIRST_HELD_OUT]
-    more: list[Any] = [(float(encoded.fractions[i]), int(encoded.lengths[i])) for i in least]
-    return sorted(known + more)[:_FIRST_HELD_OUT]
