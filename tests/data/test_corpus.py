@@ -106,34 +106,33 @@ def test_a_fingerprint_tells_the_key_apart_where_there_is_one(section, tmp_path)
     assert open_corpus(section(text)).fingerprint() == open_corpus(section(text, text_key="body")).fingerprint()
 
 
-def test_remembered_digests_are_used_until_a_file_changes(section, texts, tmp_path, monkeypatch):
-    memory = tmp_path / "memory.json"
+def test_cached_digests_are_used_until_a_file_changes(section, texts, tmp_path, monkeypatch):
     monkeypatch.setattr("colrow.data.digests._SETTLED_SECONDS", -1.0)  # the files were written just now
-    corpus = open_corpus(section(f"{texts}/*.txt"))
-    before = corpus.fingerprint(memory)
+    corpus = open_corpus(section(f"{texts}/*.txt"), tmp_path / "digests.json")
+    before = corpus.fingerprint()
     read = []
     real = "colrow.data.digests._read"
     from colrow.data.digests import _read
 
     monkeypatch.setattr(real, lambda path: read.append(path.name) or _read(path))
-    assert corpus.fingerprint(memory) == before
+    assert corpus.fingerprint() == before
     assert read == []
     (texts / "03.txt").write_text((texts / "03.txt").read_text().swapcase())
-    assert corpus.fingerprint(memory) != before
+    assert corpus.fingerprint() != before
     assert read == ["03.txt"]
 
 
 def test_a_file_that_changed_a_moment_ago_is_read_again(section, texts, tmp_path):
-    memory = tmp_path / "memory.json"
-    open_corpus(section(f"{texts}/*.txt")).fingerprint(memory)
-    assert json.loads(memory.read_text()) == {}
+    cache = tmp_path / "digests.json"
+    open_corpus(section(f"{texts}/*.txt"), cache).fingerprint()
+    assert json.loads(cache.read_text()) == {}
 
 
-def test_a_damaged_memory_is_not_trusted(section, texts, tmp_path):
-    corpus = open_corpus(section(f"{texts}/*.txt"))
-    memory = tmp_path / "memory.json"
-    memory.write_text('{"half')
-    assert corpus.fingerprint(memory) == corpus.fingerprint()
+def test_a_damaged_cache_is_not_trusted(section, texts, tmp_path):
+    cache = tmp_path / "digests.json"
+    cache.write_text('{"half')
+    files = section(f"{texts}/*.txt")
+    assert open_corpus(files, cache).fingerprint() == open_corpus(files).fingerprint()
 
 
 # --- sample
@@ -285,14 +284,14 @@ def test_a_dataset_is_known_by_its_files_and_what_is_read_of_them(section, datas
 
 
 def test_a_dataset_on_the_hub_is_known_by_its_commit_also_without_a_network(section, tmp_path, monkeypatch, caplog):
-    memory = tmp_path / "memory.json"
+    cache = tmp_path / "digests.json"
     monkeypatch.setattr("colrow.data.hub._head_commit", lambda name: f"commit-of-{name}")
-    before = open_corpus(section("hf:some/name")).fingerprint(memory)
+    before = open_corpus(section("hf:some/name"), cache).fingerprint()
     monkeypatch.setattr("colrow.data.hub._head_commit", unreachable)
-    assert open_corpus(section("hf:some/name")).fingerprint(memory) == before
+    assert open_corpus(section("hf:some/name"), cache).fingerprint() == before
     assert "out of reach" in caplog.text
     with pytest.raises(DataError, match=r"cannot reach dataset 'some/other'.*ConnectionError: no route.*hf:FOLDER"):
-        open_corpus(section("hf:some/other")).fingerprint(tmp_path / "none.json")
+        open_corpus(section("hf:some/other"), tmp_path / "none.json").fingerprint()
 
 
 def unreachable(name):

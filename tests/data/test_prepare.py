@@ -129,7 +129,7 @@ class Slow(FileCorpus):
             yield text
 
 if __name__ == "__main__":
-    room.open_corpus = lambda section: Slow(section.corpus, sorted(Path(section.corpus).iterdir()), "text")
+    room.open_corpus = lambda section, _: Slow(section.corpus, sorted(Path(section.corpus).iterdir()), "text")
     shards._CHUNK_CHARS = 3000
     section = SimpleNamespace(
         corpus=sys.argv[1], cache=Path(sys.argv[2]), seq_len=32, validation_fraction=0.2, text_key="text",

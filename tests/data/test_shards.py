@@ -32,7 +32,7 @@ class Texts(Corpus):
     def describe(self):
         return "texts"
 
-    def fingerprint(self, memory=None):
+    def fingerprint(self):
         return "fingerprint"
 
     def _read(self):

@@ -39,7 +39,8 @@ class FileCorpus(Corpus):
     constant. Each line of a JSONL file and each row of a Parquet file is a document.
     """
 
-    def __init__(self, pattern: str, paths: list[Path], text_key: str) -> None:
+    def __init__(self, pattern: str, paths: list[Path], text_key: str, digest_cache: Path | None = None) -> None:
+        super().__init__(digest_cache)
         self.pattern = pattern
         self.paths = paths
         self.text_key = text_key
@@ -52,8 +53,8 @@ class FileCorpus(Corpus):
     def describe(self) -> str:
         return f"{self.pattern} ({_count(len(self.paths), 'file')}, {_megabytes(self._bytes)})"
 
-    def fingerprint(self, memory: Path | None = None) -> str:
-        digests = digest_files(self.paths, memory)
+    def fingerprint(self) -> str:
+        digests = digest_files(self.paths, self.digest_cache)
         kinds = [kind_of(path) for path in self.paths]
         text_key = "" if set(kinds) == {"text"} else self.text_key
         return digest_of("files", _READER, text_key, *kinds, *digests)
@@ -88,6 +89,7 @@ class StdlibCorpus(Corpus):
     )  # pydoc_data holds the help texts as source: they are read as texts
 
     def __init__(self) -> None:
+        super().__init__()
         self._root = Path(sysconfig.get_path("stdlib"))
         paths: list[Path] = []
         for folder, folders, names in os.walk(self._root):
@@ -107,7 +109,7 @@ class StdlibCorpus(Corpus):
             f"{_count(len(self._topics), 'help text')}, {_megabytes(self.size())})"
         )
 
-    def fingerprint(self, memory: Path | None = None) -> str:
+    def fingerprint(self) -> str:
         return digest_of("stdlib", _READER, *self._read())
 
     def size(self) -> int:
@@ -119,7 +121,7 @@ class StdlibCorpus(Corpus):
         yield from self._topics
 
 
-def open_corpus(section: DataSection) -> Corpus:
+def open_corpus(section: DataSection, digest_cache: Path | None = None) -> Corpus:
     """The corpus that `section.corpus` names: `stdlib`, `hf:NAME`, or a glob of files.
 
     Raises:
@@ -128,7 +130,7 @@ def open_corpus(section: DataSection) -> Corpus:
     if section.corpus == "stdlib":
         return StdlibCorpus()
     if section.corpus.startswith("hf:"):
-        return open_dataset(section.corpus, section.text_key)
+        return open_dataset(section.corpus, section.text_key, digest_cache)
     pattern = os.path.expanduser(section.corpus)
     paths = sorted({path for name in glob.glob(pattern, recursive=True) if not (path := Path(name)).is_dir()})
     if not paths:
@@ -141,7 +143,7 @@ def open_corpus(section: DataSection) -> Corpus:
             )
     if any(kind_of(path) == "parquet" for path in paths):
         import_parquet()
-    return FileCorpus(section.corpus, paths, section.text_key)
+    return FileCorpus(section.corpus, paths, section.text_key, digest_cache)
 
 
 def _no_file(corpus: str, pattern: str) -> DataError:

@@ -1,8 +1,8 @@
-"""Content digests of files, remembered for as long as nothing about a file changes.
+"""Content digests of files, cached for as long as nothing about a file changes.
 
 A corpus is known by what its files hold, so every start of every rank would have to read all of it. As a version
-control system does, a digest is kept with the file's size, times and inode, and read again when one of them differs.
-A file that changed within the last seconds is not remembered: a second change could fall on the same clock tick.
+control system does, a digest is kept with the file's size, times and inode: when one differs, the file is read again.
+A file that changed within the last seconds is not cached: a second change could fall on the same clock tick.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ def digest_of(*parts: str | bytes) -> str:
     return digest.hexdigest()
 
 
-def digest_files(paths: Sequence[Path], memory: Path | None = None) -> list[str]:
+def digest_files(paths: Sequence[Path], cache: Path | None = None) -> list[str]:
     """The content digest of each of `paths`, in their order.
 
     Args:
-        memory: a JSON file that keeps digests between calls; None reads every file.
+        cache: a JSON file that keeps digests between calls; None reads every file.
 
     Raises:
         DataError: a file cannot be read.
     """
-    known = _recall(memory)
+    known = _load(cache)
     states = [_state(path) for path in paths]
     names = [os.path.abspath(path) for path in paths]
     stale = [
@@ -51,14 +51,14 @@ def digest_files(paths: Sequence[Path], memory: Path | None = None) -> list[str]
         for i, digest in zip(stale, pool.map(_read, [paths[i] for i in stale]), strict=True):
             known[names[i]] = [*states[i], digest]
     digests = [str(known[name][-1]) for name in names]
-    if memory is not None and stale:
+    if cache is not None and stale:
         settled = time.time_ns() - int(_SETTLED_SECONDS * 1e9)
         kept = {
             name: known[name]
             for name, (_, mtime, ctime, _) in zip(names, states, strict=True)
             if max(mtime, ctime) < settled
         }
-        _remember(memory, kept)
+        _store(cache, kept)
     return digests
 
 
@@ -92,16 +92,16 @@ def _read(path: Path) -> str:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _recall(memory: Path | None) -> dict[str, list]:
-    if memory is None:
+def _load(cache: Path | None) -> dict[str, list]:
+    if cache is None:
         return {}
     try:
-        tree = json.loads(memory.read_text(encoding="utf-8"))
+        tree = json.loads(cache.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # none yet, or damaged: the files themselves are read
         return {}
     return tree if isinstance(tree, dict) else {}
 
 
-def _remember(memory: Path, digests: dict[str, list]) -> None:
+def _store(cache: Path, digests: dict[str, list]) -> None:
     with contextlib.suppress(OSError):  # only time is lost: in a cache that cannot be written files are read again
-        write_whole(memory, json.dumps(digests))
+        write_whole(cache, json.dumps(digests))

@@ -10,19 +10,23 @@ from colrow.errors import DataError
 
 
 class Corpus(ABC):
-    """Documents (str) in a deterministic order, streamed in constant memory; it can be read any number of times."""
+    """Documents (str) in a deterministic order, streamed in constant memory; it can be read any number of times.
+
+    Args:
+        digest_cache: a JSON file that keeps what the fingerprint is costly to compute from: the digests of unchanged
+            files, the last known commit of a dataset. None: everything is read each time.
+    """
+
+    def __init__(self, digest_cache: Path | None = None) -> None:
+        self.digest_cache = digest_cache
 
     @abstractmethod
     def describe(self) -> str:
         """A few words for people: what it is and how much."""
 
     @abstractmethod
-    def fingerprint(self, memory: Path | None = None) -> str:
-        """Hash of the content, the same wherever the corpus lies.
-
-        Args:
-            memory: a file that keeps what is costly to find out again (the digests of unchanged files).
-        """
+    def fingerprint(self) -> str:
+        """Hash of the content, the same wherever the corpus lies."""
 
     @abstractmethod
     def _read(self) -> Iterator[str]:

@@ -29,7 +29,16 @@ class DatasetCorpus(Corpus):
         folder: where the dataset lies; None for one on the Hub.
     """
 
-    def __init__(self, name: str, config: str | None, split: str, text_key: str, folder: Path | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: str | None,
+        split: str,
+        text_key: str,
+        folder: Path | None,
+        digest_cache: Path | None = None,
+    ) -> None:
+        super().__init__(digest_cache)
         self.name, self.config, self.split, self.text_key = name, config, split, text_key
         self.folder = folder
         self._commit: str | None = None
@@ -38,33 +47,36 @@ class DatasetCorpus(Corpus):
         config = f", config {self.config}" if self.config else ""
         return f"hf:{self.name} (split {self.split}{config})"
 
-    def fingerprint(self, memory: Path | None = None) -> str:
+    def fingerprint(self) -> str:
         """Of a folder: its files, by content and by name within it. Of a dataset on the Hub: its commit."""
         source: list[str] = []
         if self.folder is None:
-            source = [self.name, self._find_commit(memory)]
+            source = [self.name, self._find_commit()]
         else:
             paths = sorted(path for path in self.folder.rglob("*") if path.is_file() and not _hidden(path, self.folder))
-            source = [path.relative_to(self.folder).as_posix() for path in paths] + digest_files(paths, memory)
+            source = [path.relative_to(self.folder).as_posix() for path in paths] + digest_files(
+                paths, self.digest_cache
+            )
         return digest_of("dataset", _READER, self.config or "", self.split, self.text_key, *source)
 
-    def _find_commit(self, memory: Path | None) -> str:
+    def _find_commit(self) -> str:
         """The commit at the head of the dataset; where the Hub is out of reach, the one that was last seen."""
+        cache = self.digest_cache
         if self._commit is None:
             try:
                 self._commit = _head_commit(self.name)
             except Exception as error:
-                if memory is None or not memory.exists():
+                if cache is None or not cache.exists():
                     raise DataError(
-                        f"cannot reach dataset {self.name!r} on the Hugging Face Hub ({_say(error)}): check the name "
-                        f"and the network, or download it and give the folder: hf:FOLDER"
+                        f"cannot reach dataset {self.name!r} on the Hugging Face Hub ({_text_of(error)}): check the "
+                        f"name and the network, or download it and give the folder: hf:FOLDER"
                     ) from error
-                self._commit = str(json.loads(memory.read_text(encoding="utf-8"))["commit"])
+                self._commit = str(json.loads(cache.read_text(encoding="utf-8"))["commit"])
                 _log.warning("the Hugging Face Hub is out of reach: %s is read at commit %s", self.name, self._commit)
             else:
-                if memory is not None:
+                if cache is not None:
                     with contextlib.suppress(OSError):  # a cache that cannot be written only forgets the commit
-                        write_whole(memory, json.dumps({"commit": self._commit}))
+                        write_whole(cache, json.dumps({"commit": self._commit}))
         return self._commit
 
     def _read(self) -> Iterator[str]:
@@ -80,7 +92,9 @@ class DatasetCorpus(Corpus):
         except (DataError, GeneratorExit):
             raise
         except Exception as error:
-            raise DataError(f"dataset {self.describe()}: reading fails after {number} rows: {_say(error)}") from error
+            raise DataError(
+                f"dataset {self.describe()}: reading fails after {number} rows: {_text_of(error)}"
+            ) from error
 
     def _open(self) -> Any:
         """An iterable of rows (dict)."""
@@ -98,7 +112,8 @@ class DatasetCorpus(Corpus):
         except ValueError as error:
             if "Config name is missing" in str(error) or "BuilderConfig" in str(error):
                 raise DataError(
-                    f"dataset {self.name} needs one of its configs: {_say(error)}; write corpus: hf:{self.name}:CONFIG"
+                    f"dataset {self.name} needs one of its configs: {_text_of(error)}; "
+                    f"write corpus: hf:{self.name}:CONFIG"
                 ) from error
             raise
         if self.split not in splits:
@@ -113,25 +128,25 @@ class DatasetCorpus(Corpus):
         )
 
 
-def open_dataset(corpus: str, text_key: str) -> DatasetCorpus:
+def open_dataset(corpus: str, text_key: str, digest_cache: Path | None = None) -> DatasetCorpus:
     """The corpus of `hf:NAME[:CONFIG[:SPLIT]]`; the split is `train` unless given.
 
     Raises:
         DataError: the `datasets` extra is missing, or a folder is meant that does not exist.
     """
     _import_datasets()
-    asked = corpus.removeprefix("hf:")
-    if os.path.isdir(os.path.expanduser(asked)):  # before the colons are read: a folder's name may have some
-        folder = Path(os.path.expanduser(asked))
-        return DatasetCorpus(asked, None, "train", text_key, folder)
-    name, config, split = (asked.split(":") + ["", ""])[:3]
-    if not name or asked.count(":") > 2:
+    requested = corpus.removeprefix("hf:")
+    if os.path.isdir(os.path.expanduser(requested)):  # before the colons are read: a folder's name may have some
+        folder = Path(os.path.expanduser(requested))
+        return DatasetCorpus(requested, None, "train", text_key, folder, digest_cache)
+    name, config, split = (requested.split(":") + ["", ""])[:3]
+    if not name or requested.count(":") > 2:
         raise DataError(f"corpus {corpus!r} names no dataset: write hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT")
     path = Path(os.path.expanduser(name))
     folder_or_hub = path if path.is_dir() else None
     if folder_or_hub is None and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise DataError(f"corpus {corpus!r}: there is no folder {name} (searched from {Path.cwd()})")
-    return DatasetCorpus(name, config or None, split or "train", text_key, folder_or_hub)
+    return DatasetCorpus(name, config or None, split or "train", text_key, folder_or_hub, digest_cache)
 
 
 def _import_datasets() -> Any:
@@ -154,5 +169,5 @@ def _hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
-def _say(error: Exception) -> str:
+def _text_of(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip() or 'no message'}"

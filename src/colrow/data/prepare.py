@@ -78,7 +78,7 @@ def prepare(section: DataSection, model_vocab: int, progress: bool) -> PreparedD
     if getattr(multiprocessing.current_process(), "_inheriting", False):  # it would wait for the parent's lock forever
         raise DataError('a script that prepares data does so under `if __name__ == "__main__":`, for workers import it')
     given = _given_tokenizer(section, model_vocab)
-    corpus = open_corpus(section)
+    corpus = open_corpus(section, _digest_cache(section))
     with Progress(progress) as shown:
         fingerprint = _fingerprint(corpus, section, shown)
         recipe = [
@@ -133,20 +133,19 @@ def _vocab_size(section: DataSection, model_vocab: int) -> int:
     return section.tokenizer.vocab_size or model_vocab
 
 
-def _memory(section: DataSection) -> Path:
-    """The file that keeps what Corpus.fingerprint would else find out anew."""
+def _digest_cache(section: DataSection) -> Path:
     return section.cache / f"corpus-{digest_of(section.corpus, section.text_key, str(Path.cwd()))[:16]}.json"
 
 
 def _fingerprint(corpus: Corpus, section: DataSection, shown: Progress) -> str:
     """The corpus's; of several processes one reads the files, and the others wait and read what it has kept."""
-    memory = _memory(section)
+    digest_cache = _digest_cache(section)
     if section.cache.is_dir() and not os.access(section.cache, os.W_OK):
-        return corpus.fingerprint(memory)  # a finished cache may be shared read-only
-    if not memory.exists() and (corpus.size() or _LARGE_BYTES) >= _LARGE_BYTES:
+        return corpus.fingerprint()  # a finished cache may be shared read-only
+    if not digest_cache.exists() and (corpus.size() or _LARGE_BYTES) >= _LARGE_BYTES:
         shown.stage("hashing the corpus")
-    with locked(memory.with_suffix(".lock")):
-        return corpus.fingerprint(memory)
+    with locked(digest_cache.with_suffix(".lock")):
+        return corpus.fingerprint()
 
 
 def _find(folder: Path, shown: Progress) -> ShardMeta | None:
@@ -211,7 +210,6 @@ def _build(
         validation_fraction=section.validation_fraction,
         workers=section.workers or min(usable_cores(), max(worth, 1)),
         progress=shown,
-        memory=_memory(section),
     )
 
 

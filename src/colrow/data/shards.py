@@ -129,7 +129,6 @@ def build_shards(
     validation_fraction: float,
     workers: int,
     progress: Progress,
-    memory: Path | None = None,
 ) -> ShardMeta:
     """Tokenize `corpus` into `folder`, which must not exist, with `workers` processes (1: in this one).
 
@@ -137,8 +136,7 @@ def build_shards(
     order plays no part. The caller sees to it that nobody else builds the same folder.
 
     Args:
-        fingerprint: the corpus's, taken before the tokenizer was trained.
-        memory: for Corpus.fingerprint, which is asked again at the end.
+        fingerprint: the corpus's, taken before the tokenizer was trained; it is compared again at the end.
 
     Raises:
         DataError: the corpus cannot be read or has changed meanwhile, or the folder cannot be written.
@@ -158,7 +156,7 @@ def build_shards(
                     validation.add(encoded, held_out)
                 tokens = train.tokens + validation.tokens
                 progress.advance(int(encoded.text_bytes.sum()), f"{tokens / 1e6:,.1f}M tokens")
-        if corpus.fingerprint(memory) != fingerprint:
+        if corpus.fingerprint() != fingerprint:
             raise DataError(f"corpus {corpus.describe()} has changed while it was read: start again when it is at rest")
         with writing_to(folder.parent):
             meta = ShardMeta(
