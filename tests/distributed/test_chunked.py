@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from colrow.errors import ConfigError, PlanError
 from colrow.ops import chunked
 from colrow.ops.carriers import Exchange, Overlap
+from colrow.ops.linear_options import LinearOptions
 from colrow.ops.parallel_linear import column_linear, row_linear
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
@@ -43,7 +44,7 @@ def column_errors(device: str, shape: tuple[int, int, list[int], int], overlap: 
     weights = [draw(n, F, D, seed=2 + i, device=device).requires_grad_() for i, F in enumerate(siblings)]
     dY = draw(n, n * t, sum(siblings), seed=9, device=device)
     x, *own = (part.detach().clone().requires_grad_() for part in (X[mine], *(w[rank] for w in weights)))
-    y = column_linear(x, own, group, keep, overlap, 1)
+    y = column_linear(x, own, group, LinearOptions(overlap, chunk_rows=1, keep_gathered=keep))
     y.backward(dY[rank])
     Y = torch.stack([torch.cat([X @ w[q].t() for w in weights], 1) for q in range(n)])
     Y.backward(dY)
@@ -62,7 +63,7 @@ def row_errors(device: str, shape: tuple[int, int, list[int], int], overlap: Ove
         slice(rank * t, rank * t + t),
     )
     x, w = (tensor.detach()[:, columns].clone().requires_grad_() for tensor in (X, W))
-    y = row_linear(x, w, group, overlap, 1)
+    y = row_linear(x, w, group, LinearOptions(overlap, chunk_rows=1))
     y.backward(dY[mine])
     Y = X @ W.t()
     Y.backward(dY)
@@ -125,8 +126,8 @@ def counted_case(device: str, chunk_rows: int) -> Counter[str]:
     group = str(dist.group.WORLD.group_name)  # type: ignore[union-attr]
     x, w = (torch.ones(4, 4, device=device, requires_grad=True) for _ in range(2))
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        y = column_linear(x, [w], group, False, "point_to_point", chunk_rows)
-        row_linear(y, w, group, "point_to_point", chunk_rows).sum().backward()
+        options = LinearOptions("point_to_point", chunk_rows, keep_gathered=False)
+        row_linear(column_linear(x, [w], group, options), w, group, options).sum().backward()
     names = [event.name for event in profiler.events()]
     return Counter(name for name in names if name.startswith(("c10d::", "colrow::send")))
 

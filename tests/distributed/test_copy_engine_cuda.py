@@ -12,6 +12,7 @@ from torch import Tensor
 
 from colrow.ops import copy_engine
 from colrow.ops.carriers import Overlap
+from colrow.ops.linear_options import LinearOptions
 from distributed.harness import Ranks
 from distributed.parity import relative
 
@@ -37,15 +38,16 @@ def draw(shape: tuple[int, int, int, int], seed: int) -> list[Tensor]:
 
 def run(inputs: list[Tensor], overlap: Overlap, delay: Callable[[], None] = lambda: None) -> list[Tensor]:
     """Every operator once; inputs are gathered again in the column's backward, so that two exchanges are open."""
+    options = LinearOptions(overlap, chunk_rows=1, keep_gathered=False).text
     ops, group = torch.ops.colrow, str(dist.group.WORLD.group_name)  # type: ignore[union-attr]
     x, w, dY, xf, wf, dy = inputs
-    out = [*ops.column_forward(x, [w], group, False, overlap, 1, "")[:1]]
+    out = [*ops.column_forward(x, [w], group, options)[:1]]
     delay()
-    out.append(ops.row_forward(xf, wf, group, overlap, 1, ""))
+    out.append(ops.row_forward(xf, wf, group, options))
     delay()
-    out += ops.row_backward(dy, xf, wf, group, overlap, True, True, 1, "")
+    out += ops.row_backward(dy, xf, wf, group, options, True, True)
     delay()
-    return out + list(ops.column_backward(dY, x, [w], group, False, overlap, True, True, 1, ""))
+    return out + list(ops.column_backward(dY, x, [w], group, options, True, True))
 
 
 def poison() -> None:

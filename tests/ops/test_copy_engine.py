@@ -18,6 +18,7 @@ from torch import Tensor
 
 from colrow.ops import chunked, copy_engine
 from colrow.ops.copy_engine import FREE, FULL, RING, AloneEngine, CopyEngine, Ring
+from colrow.ops.linear_options import LinearOptions
 
 SHAPE = (4,)
 SCHEDULES = 60
@@ -197,14 +198,18 @@ def engine_alone(n: int) -> AloneEngine:
 def test_a_rank_alone_gets_what_it_sends(n: int) -> None:
     engine, x, w = engine_alone(n), torch.randn(3, 5), torch.randn(2, 5)
     for _ in range(3 * RING):  # flags are back where they were
-        y, gathered = chunked.column_forward(x, [w], engine, keep=True)
+        y, gathered = chunked.column_forward(x, [w], engine, LinearOptions())
         assert torch.equal(gathered, x.repeat(n, 1))
         torch.testing.assert_close(y, gathered @ w.t())
         rows = torch.randn(n * 3, 5)
-        torch.testing.assert_close(chunked.row_forward(rows, w, engine), (rows @ w.t()).unflatten(0, (n, 3)).sum(0))
+        torch.testing.assert_close(
+            chunked.row_forward(rows, w, engine, LinearOptions()), (rows @ w.t()).unflatten(0, (n, 3)).sum(0)
+        )
 
 
 def test_a_flag_at_the_wrong_place_would_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copy_engine, "flags_alone", lambda rank, n: lambda holder, peer: peer)
     with pytest.raises(AssertionError, match="for ever"):
-        chunked.column_forward(torch.randn(3, 5), [torch.randn(2, 5)], engine_alone(2), keep=False)
+        chunked.column_forward(
+            torch.randn(3, 5), [torch.randn(2, 5)], engine_alone(2), LinearOptions(keep_gathered=False)
+        )

@@ -18,21 +18,20 @@ from torch import Tensor
 
 from colrow.ops.carriers import Carrier, Exchange
 from colrow.ops.collectives import Finish
+from colrow.ops.linear_options import LinearOptions
 from colrow.ops.products import column_product, for_gradients, for_outputs, input_gradient, weight_gradient
 
 
-def column_forward(
-    x_tD: Tensor, weights: list[Tensor], carrier: Carrier, keep: bool, fp8: str = ""
-) -> tuple[Tensor, Tensor]:
-    """Y = X W^T, and X where it is to be kept (slots are not)."""
-    ready, (t, D) = for_outputs(weights, fp8), x_tD.shape
+def column_forward(x_tD: Tensor, weights: list[Tensor], carrier: Carrier, opts: LinearOptions) -> tuple[Tensor, Tensor]:
+    """X = all_gather(x);  Y = X W^T, and X if it is kept: copied, for its slots are overwritten by later exchanges."""
+    ready, (t, D) = for_outputs(weights, opts.fp8), x_tD.shape
     y_TF = x_tD.new_empty(t * carrier.size, sum(w.shape[0] for w in weights))
-    X_TD = x_tD.new_empty(t * carrier.size if keep else 0, D)
+    X_TD = x_tD.new_empty(t * carrier.size if opts.keep_gathered else 0, D)
 
-    def multiply(rows: slice, part_tD: Tensor) -> None:
-        column_product(part_tD, ready, y_TF[rows], fp8)
-        if keep:
-            X_TD[rows].copy_(part_tD)
+    def multiply(rows: slice, chunk_tD: Tensor) -> None:
+        column_product(chunk_tD, ready, y_TF[rows], opts.fp8)
+        if opts.keep_gathered:
+            X_TD[rows].copy_(chunk_tD)
 
     exchange = carrier.open((t, D), x_tD.dtype)
     send_to_all(exchange, x_tD)
@@ -46,58 +45,63 @@ def column_backward(
     x: Tensor,
     weights: list[Tensor],
     carrier: Carrier,
-    gathered: bool,
-    want_x: bool,
-    want_w: bool,
-    fp8: str = "",
+    opts: LinearOptions,
+    need_dx: bool,
+    need_dw: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dx = reduce_scatter(dY W), awaited behind dW = dY^T X. `x` is X where `gathered`, else this rank's rows of it."""
+    """dx = reduce_scatter(dY W), finished after dW = dY^T X. x is X_TD if it was kept, else x_tD."""
     t, D = dy_TF.shape[0] // carrier.size, weights[0].shape[1]
-    again = finish = None
-    if want_w and not gathered:
-        again = carrier.open((t, D), x.dtype)
-        send_to_all(again, x)
-    if want_x:
-        ready = for_gradients(weights, fp8)
-        finish = scatter_sum(
-            carrier.open((t, D), dy_TF.dtype), lambda rows, out: input_gradient(dy_TF[rows], ready, out, fp8)
+    regather = dx_handle = None
+    if need_dw and not opts.keep_gathered:
+        regather = carrier.open((t, D), x.dtype)
+        send_to_all(regather, x)
+    if need_dx:
+        ready = for_gradients(weights, opts.fp8)
+        dx_handle = scatter_sum(
+            carrier.open((t, D), dy_TF.dtype), lambda rows, out: input_gradient(dy_TF[rows], ready, out, opts.fp8)
         )
-    dw = dy_TF.new_empty(0)
-    if want_w:
-        if again is not None:
-            receive_all(again)
-            x = again.gathered(x)
-        dw = weight_gradient(dy_TF, x, fp8)
-    dx = dy_TF.new_empty(0) if finish is None else finish()
-    if again is not None:
-        again.close()
-    return dx, dw
+    dw_FD = dy_TF.new_empty(0)
+    if need_dw:
+        if regather is not None:
+            receive_all(regather)
+            x = regather.gathered(x)
+        dw_FD = weight_gradient(dy_TF, x, opts.fp8)
+    dx_tD = dy_TF.new_empty(0) if dx_handle is None else dx_handle()
+    if regather is not None:
+        regather.close()
+    return dx_tD, dw_FD
 
 
-def row_forward(x_Tf: Tensor, w_Df: Tensor, carrier: Carrier, fp8: str = "") -> Tensor:
+def row_forward(x_Tf: Tensor, w_Df: Tensor, carrier: Carrier, opts: LinearOptions) -> Tensor:
     """y = reduce_scatter(x W^T)."""
-    ready = for_outputs([w_Df], fp8)
+    ready = for_outputs([w_Df], opts.fp8)
     exchange = carrier.open((x_Tf.shape[0] // carrier.size, w_Df.shape[0]), x_Tf.dtype)
-    return scatter_sum(exchange, lambda rows, out: column_product(x_Tf[rows], ready, out, fp8))()
+    return scatter_sum(exchange, lambda rows, out: column_product(x_Tf[rows], ready, out, opts.fp8))()
 
 
 def row_backward(
-    dy_tD: Tensor, x_Tf: Tensor, w_Df: Tensor, carrier: Carrier, want_x: bool, want_w: bool, fp8: str = ""
+    dy_tD: Tensor,
+    x_Tf: Tensor,
+    w_Df: Tensor,
+    carrier: Carrier,
+    opts: LinearOptions,
+    need_dx: bool,
+    need_dw: bool,
 ) -> tuple[Tensor, Tensor]:
     """dY = all_gather(dy);  dx = dY W;  dW = dY^T x."""
-    dx_Tf = dy_tD.new_empty(x_Tf.shape if want_x else 0)
-    ready = for_gradients([w_Df], fp8) if want_x else None
+    dx_Tf = dy_tD.new_empty(x_Tf.shape if need_dx else 0)
+    ready = for_gradients([w_Df], opts.fp8) if need_dx else None
 
-    def multiply(rows: slice, part_tD: Tensor) -> None:
+    def multiply(rows: slice, chunk_tD: Tensor) -> None:
         if ready is not None:
-            input_gradient(part_tD, ready, dx_Tf[rows], fp8)
+            input_gradient(chunk_tD, ready, dx_Tf[rows], opts.fp8)
 
     exchange = carrier.open(tuple(dy_tD.shape), dy_tD.dtype)
     send_to_all(exchange, dy_tD)
     as_they_arrive(exchange, dy_tD, multiply)
-    dw = weight_gradient(exchange.gathered(dy_tD), x_Tf, fp8) if want_w else dy_tD.new_empty(0)
+    dw_Df = weight_gradient(exchange.gathered(dy_tD), x_Tf, opts.fp8) if need_dw else dy_tD.new_empty(0)
     exchange.close()
-    return dx_Tf, dw
+    return dx_Tf, dw_Df
 
 
 def send_to_all(exchange: Exchange, chunk: Tensor) -> None:

@@ -1,16 +1,17 @@
-"""Column- and row-parallel products on local tensors, with their collectives inside.
+"""Column- and row-parallel linears on local tensors, with their collectives inside.
 
-Tokens stand in a row, [tokens, features], so that every collective works on dimension 0 and nothing is copied into
-place before or after it. Each is an operator of its own (`torch.library`): torch.compile keeps it as one node in the
-graph of a block and never looks inside, and what is inside may start a collective, compute, and wait. With `overlap`
-point_to_point or copy_engine each is cut by rank instead, and chunks travel beside products (`ops.chunked`).
+Tokens are flattened, [tokens, features], so that every collective works on dim 0 and nothing is copied into place
+before or after it. Each linear is an operator of its own (`torch.library`): torch.compile keeps it as one node of the
+graph and never looks inside, so that it may start a collective, compute, and wait. With `overlap` point_to_point or
+copy_engine, matmuls are split by rank, and chunks are sent at the same time (`ops.chunked`).
 
 Legend: T tokens, t = T/n this rank's tokens, D hidden size, F this rank's output features of all siblings together,
-f this rank's input features, n ranks. Weights are [out, in] as in nn.Linear.
+f this rank's input features, n ranks. Weights are [out, in] as in nn.Linear. x without a suffix is X_TD or x_tD.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,6 @@ import torch
 from torch import Tensor
 
 from colrow.ops import chunked
-from colrow.ops.carriers import Carrier, Overlap, carrier
 from colrow.ops.collectives import (
     all_gather,
     group_named,
@@ -26,297 +26,247 @@ from colrow.ops.collectives import (
     start_all_gather,
     start_reduce_scatter,
 )
+from colrow.ops.linear_options import LinearOptions
 from colrow.ops.products import column_product, for_gradients, for_outputs, input_gradient, weight_gradient
 from colrow.ops.ran import note
 
 if TYPE_CHECKING:
     from torch._library.custom_ops import CustomOpDef
 
-CHUNK_ROWS = 2048  # fewer rows: on H200s a cut product and its sends cost more than the collective they hide
+DEFAULTS = LinearOptions()
 
 
-def column_linear(
-    x_tD: Tensor,
-    weights: list[Tensor],
-    group: str,
-    keep_gathered: bool = True,
-    overlap: Overlap = "collectives",
-    chunk_rows: int = CHUNK_ROWS,
-    fp8: str = "",
-) -> Tensor:
-    """[t, D] on each rank -> [T, F]: the products with all of `weights` beside each other, out of one all-gather.
+def column_linear(x_tD: Tensor, weights: list[Tensor], group: str, options: LinearOptions = DEFAULTS) -> Tensor:
+    """[t, D] on each rank -> [T, F]: one all-gather, then the matmuls with all of `weights`, side by side.
 
-    y = x W^T, W split by column.
+    y = x W^T, W sharded on its output features.
 
     forward   X = all_gather(x);  Y = X W^T
     dgrad     dx = reduce_scatter(dY W)
-    wgrad     dW = dY^T X                 beside the reduce-scatter
-
-    Args:
-        keep_gathered: keep X for wgrad. Else x is kept, and gathered again in backward beside dgrad.
-        overlap: what runs beside products, see `carriers.Overlap`. NCCL takes multiprocessors from a product, so that
-            `none` may be as fast as `collectives`: measure.
-        chunk_rows: where t is less, the products are too small to be cut, and run as with `collectives`.
-        fp8: the products' precision, `tensorwise` or `rowwise` (`ops.float8`); the factors' own unless given.
+    wgrad     dW = dY^T X                 while the reduce-scatter runs
     """
-    y: Tensor = torch.ops.colrow.column_forward(x_tD, weights, group, keep_gathered, overlap, chunk_rows, fp8)[0]
-    return y
+    y_TF: Tensor = torch.ops.colrow.column_forward(x_tD, weights, group, options.text)[0]
+    return y_TF
 
 
-def row_linear(
-    x_Tf: Tensor,
-    weight: Tensor,
-    group: str,
-    overlap: Overlap = "collectives",
-    chunk_rows: int = CHUNK_ROWS,
-    fp8: str = "",
-) -> Tensor:
-    """[T, f] on each rank -> [t, D]: the sum over ranks of their products.
+def row_linear(x_Tf: Tensor, w_Df: Tensor, group: str, options: LinearOptions = DEFAULTS) -> Tensor:
+    """[T, f] on each rank -> [t, D]: the sum of all ranks' matmuls.
 
-    y = x W^T, W split by row.
+    y = x W^T, W sharded on its input features.
 
     forward   y = reduce_scatter(x W^T)
     backward  dY = all_gather(dy);  dx = dY W;  dW = dY^T x
 
-    Args:
-        overlap, chunk_rows, fp8: as in `column_linear`. Whole collectives have nothing here to run beside.
+    With `overlap: collectives` nothing overlaps here: each collective waits for the matmul before it, or the matmul
+    after it waits for the collective.
     """
-    y: Tensor = torch.ops.colrow.row_forward(x_Tf, weight, group, overlap, chunk_rows, fp8)
-    return y
+    y_tD: Tensor = torch.ops.colrow.row_forward(x_Tf, w_Df, group, options.text)
+    return y_tD
 
 
 def scatter_sum(x_TD: Tensor, group: str) -> Tensor:
-    """[T, D], a part of a sum on each rank -> [t, D] of the sum. The dual is an all-gather."""
-    y: Tensor = torch.ops.colrow.scatter_sum(x_TD, group)
-    return y
+    """[T, D], a partial sum on each rank -> [t, D] of the sum. Its backward is `gather`."""
+    y_tD: Tensor = torch.ops.colrow.scatter_sum(x_TD, group)
+    return y_tD
 
 
 def gather(x_tD: Tensor, group: str) -> Tensor:
-    """[t, D] on each rank -> [T, D], for use that differs between ranks. The dual is `scatter_sum`."""
-    y: Tensor = torch.ops.colrow.gather(x_tD, group)
-    return y
+    """[t, D] on each rank -> [T, D], which each rank uses in its own way. Its backward is `scatter_sum`."""
+    x_TD: Tensor = torch.ops.colrow.gather(x_tD, group)
+    return x_TD
 
 
 OPERATORS: dict[str, Callable[..., Any]] = {}
-"""What is inside each operator, by its full name: for those who simulate ranks."""
+"""The implementation of each operator, by its qualified name: simulated ranks call these."""
 
 
 def operator(name: str, schema: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
-    """Make a function the operator `colrow::name`."""
+    """Register a function as the operator `colrow::name`. Its parameters have the names of the schema's arguments."""
 
-    def define(inside: Callable[..., Any]) -> CustomOpDef:
-        OPERATORS[f"colrow::{name}"] = inside
-        return torch.library.custom_op(f"colrow::{name}", inside, mutates_args=(), schema=schema)
+    def define(implementation: Callable[..., Any]) -> CustomOpDef:
+        OPERATORS[f"colrow::{name}"] = implementation
+        return torch.library.custom_op(f"colrow::{name}", implementation, mutates_args=(), schema=schema)
 
     return define
 
 
-def _carrier(overlap: str, chunk_rows: int, t: int, group: str, device: torch.device) -> Carrier | None:
-    """What carries chunks of t rows; None where the operator is not cut."""
-    return None if t < chunk_rows else carrier(overlap, group, device)
-
-
-@operator(
-    "column_forward",
-    "(Tensor x, Tensor[] weights, str group, bool keep_gathered, str overlap, int chunk_rows, str fp8)"
-    " -> (Tensor, Tensor)",
-)
-def _column_forward(
-    x: Tensor, weights: list[Tensor], group: str, keep_gathered: bool, overlap: str, chunk_rows: int, fp8: str
-) -> tuple[Tensor, Tensor]:
-    by = _carrier(overlap, chunk_rows, x.shape[0], group, x.device)
+@operator("column_forward", "(Tensor x_tD, Tensor[] weights, str group, str options) -> (Tensor, Tensor)")
+def _column_forward(x_tD: Tensor, weights: list[Tensor], group: str, options: str) -> tuple[Tensor, Tensor]:
+    """X = all_gather(x);  Y = X W^T. Returns Y_TF, and X_TD if it is kept."""
+    opts = LinearOptions.parse(options)
     note("columns", len(weights))
-    if by is not None:
-        return chunked.column_forward(x.contiguous(), weights, by, keep_gathered, fp8)
-    gathered = all_gather(x, group_named(group))
-    y = gathered.new_empty(gathered.shape[0], sum(w.shape[0] for w in weights))
-    column_product(gathered, for_outputs(weights, fp8), y, fp8)
-    return y, gathered if keep_gathered else gathered.new_empty(0)
+    if (carrier := opts.carrier(x_tD.shape[0], group, x_tD.device)) is not None:
+        return chunked.column_forward(x_tD.contiguous(), weights, carrier, opts)
+    X_TD = all_gather(x_tD, group_named(group))
+    y_TF = X_TD.new_empty(X_TD.shape[0], sum(w.shape[0] for w in weights))
+    column_product(X_TD, for_outputs(weights, opts.fp8), y_TF, opts.fp8)
+    # an output may not alias an input or stay undefined: what is not kept is an empty tensor
+    return y_TF, X_TD if opts.keep_gathered else X_TD.new_empty(0)
 
 
 @_column_forward.register_fake
-def _(x: Tensor, weights: list[Tensor], group: str, keep_gathered: bool, *_: Any) -> tuple[Tensor, Tensor]:
-    T = x.shape[0] * group_named(group).size()
-    gathered = x.new_empty(T, x.shape[1]) if keep_gathered else x.new_empty(0)
-    return x.new_empty(T, sum(w.shape[0] for w in weights)), gathered
+def _(x_tD: Tensor, weights: list[Tensor], group: str, options: str) -> tuple[Tensor, Tensor]:
+    T, D = x_tD.shape[0] * group_named(group).size(), x_tD.shape[1]
+    X_TD = x_tD.new_empty(T, D) if LinearOptions.parse(options).keep_gathered else x_tD.new_empty(0)
+    return x_tD.new_empty(T, sum(w.shape[0] for w in weights)), X_TD
 
 
 @operator(
     "column_backward",
-    "(Tensor dy, Tensor x, Tensor[] weights, str group, bool gathered, str overlap, bool want_x,"
-    " bool want_w, int chunk_rows, str fp8) -> (Tensor, Tensor)",
+    "(Tensor dy_TF, Tensor x, Tensor[] weights, str group, str options, bool need_dx, bool need_dw)"
+    " -> (Tensor, Tensor)",
 )
 def _column_backward(
-    dy: Tensor,
-    x: Tensor,
-    weights: list[Tensor],
-    group: str,
-    gathered: bool,
-    overlap: str,
-    want_x: bool,
-    want_w: bool,
-    chunk_rows: int,
-    fp8: str,
+    dy_TF: Tensor, x: Tensor, weights: list[Tensor], group: str, options: str, need_dx: bool, need_dw: bool
 ) -> tuple[Tensor, Tensor]:
-    ranks = group_named(group)
-    by = _carrier(overlap, chunk_rows, dy.shape[0] // ranks.size(), group, dy.device)
-    note("beside", overlap if by is not None or overlap == "none" else "collectives")
-    if by is not None:
-        return chunked.column_backward(dy, x.contiguous(), weights, by, gathered, want_x, want_w, fp8)
-    again = start_all_gather(x, ranks) if want_w and not gathered else None
-    if again is not None and overlap == "none":
-        again()
-    arrival = None
-    if want_x:
-        dx = dy.new_empty(dy.shape[0], weights[0].shape[1])
-        input_gradient(dy, for_gradients(weights, fp8), dx, fp8)
-        arrival = start_reduce_scatter(dx, ranks)
-        if overlap == "none":
-            arrival()
-    inputs = x if again is None else again()
-    dw = weight_gradient(dy, inputs, fp8) if want_w else dy.new_empty(0)
-    return dy.new_empty(0) if arrival is None else arrival(), dw
+    """dx = reduce_scatter(dY W);  dW = dY^T X, while the reduce-scatter runs.
+
+    x is X_TD if forward kept the gathered input, else x_tD: then it is gathered again, while dY W is computed.
+    """
+    opts, ranks = LinearOptions.parse(options), group_named(group)
+    carrier = opts.carrier(dy_TF.shape[0] // ranks.size(), group, dy_TF.device)
+    note("beside", opts.overlap if carrier is not None or not opts.overlaps else "collectives")
+    if carrier is not None:
+        return chunked.column_backward(dy_TF, x.contiguous(), weights, carrier, opts, need_dx, need_dw)
+
+    # A handle waits for its collective and returns the result. With overlap none it is called right away, so that no
+    # matmul starts before the collective has finished; the second call, where the result is used, only returns it.
+    regather = start_all_gather(x, ranks) if need_dw and not opts.keep_gathered else None
+    if regather is not None and not opts.overlaps:
+        regather()
+    dx_handle = None
+    if need_dx:
+        dx_TD = dy_TF.new_empty(dy_TF.shape[0], weights[0].shape[1])
+        input_gradient(dy_TF, for_gradients(weights, opts.fp8), dx_TD, opts.fp8)
+        dx_handle = start_reduce_scatter(dx_TD, ranks)
+        if not opts.overlaps:
+            dx_handle()
+    X_TD = x if regather is None else regather()
+    dw_FD = weight_gradient(dy_TF, X_TD, opts.fp8) if need_dw else dy_TF.new_empty(0)
+    return dy_TF.new_empty(0) if dx_handle is None else dx_handle(), dw_FD
 
 
 @_column_backward.register_fake
 def _(
-    dy: Tensor, x: Tensor, weights: list[Tensor], group: str, gathered: bool, overlap: str, *options: Any
+    dy_TF: Tensor, x: Tensor, weights: list[Tensor], group: str, options: str, need_dx: bool, need_dw: bool
 ) -> tuple[Tensor, Tensor]:
-    want_x, want_w, *_ = options
-    D = weights[0].shape[1]
-    dx = dy.new_empty(dy.shape[0] // group_named(group).size(), D) if want_x else dy.new_empty(0)
-    return dx, dy.new_empty(dy.shape[1], D) if want_w else dy.new_empty(0)
+    (T, F), D = dy_TF.shape, weights[0].shape[1]
+    dx_tD = dy_TF.new_empty(T // group_named(group).size(), D) if need_dx else dy_TF.new_empty(0)
+    return dx_tD, dy_TF.new_empty(F, D) if need_dw else dy_TF.new_empty(0)
 
 
 def _save_column(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weights, ctx.group, ctx.keep_gathered, ctx.overlap, ctx.chunk_rows, ctx.fp8 = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1] if ctx.keep_gathered else x, *weights)
+    x_tD, weights, ctx.group, ctx.options = inputs
+    _, X_TD = output
+    ctx.set_materialize_grads(False)  # else autograd fills a gradient of X, which nothing uses, with zeros
+    ctx.save_for_backward(X_TD if LinearOptions.parse(ctx.options).keep_gathered else x_tD, *weights)
 
 
-def _differentiate_column(ctx: Any, dy: Tensor | None, _: Any) -> Any:
+def _differentiate_column(ctx: Any, dy_TF: Tensor | None, _: Any) -> Any:
     x, *weights = ctx.saved_tensors
-    if dy is None:
-        return None, [None] * len(weights), None, None, None, None, None
-    want_x, want_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-    dx, dw = torch.ops.colrow.column_backward(
-        dy.contiguous(),
-        x,
-        weights,
-        ctx.group,
-        ctx.keep_gathered,
-        ctx.overlap,
-        want_x,
-        any(want_w),
-        ctx.chunk_rows,
-        ctx.fp8,
+    if dy_TF is None:
+        return None, [None] * len(weights), None, None
+    need_dx, need_each_dw = ctx.needs_input_grad[:2]
+    need_dw = any(need_each_dw)
+    dx_tD, dw_FD = torch.ops.colrow.column_backward(
+        dy_TF.contiguous(), x, weights, ctx.group, ctx.options, need_dx, need_dw
     )
-    parts = dw.split([w.shape[0] for w in weights], 0) if any(want_w) else [None] * len(weights)
-    return dx if want_x else None, list(parts), None, None, None, None, None
+    dws = list(dw_FD.split([w.shape[0] for w in weights], 0)) if need_dw else [None] * len(weights)
+    return dx_tD if need_dx else None, dws, None, None
 
 
 torch.library.register_autograd("colrow::column_forward", _differentiate_column, setup_context=_save_column)
 
 
-@operator(
-    "row_forward",
-    "(Tensor x, Tensor weight, str group, str overlap, int chunk_rows, str fp8) -> Tensor",
-)
-def _row_forward(x: Tensor, weight: Tensor, group: str, overlap: str, chunk_rows: int, fp8: str) -> Tensor:
-    ranks = group_named(group)
-    by = _carrier(overlap, chunk_rows, x.shape[0] // ranks.size(), group, x.device)
-    if by is not None:
-        return chunked.row_forward(x, weight, by, fp8)
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    column_product(x, for_outputs([weight], fp8), y, fp8)
-    return reduce_scatter(y, ranks)
+@operator("row_forward", "(Tensor x_Tf, Tensor w_Df, str group, str options) -> Tensor")
+def _row_forward(x_Tf: Tensor, w_Df: Tensor, group: str, options: str) -> Tensor:
+    """y = reduce_scatter(x W^T)."""
+    opts, ranks = LinearOptions.parse(options), group_named(group)
+    if (carrier := opts.carrier(x_Tf.shape[0] // ranks.size(), group, x_Tf.device)) is not None:
+        return chunked.row_forward(x_Tf, w_Df, carrier, opts)
+    y_TD = x_Tf.new_empty(x_Tf.shape[0], w_Df.shape[0])
+    column_product(x_Tf, for_outputs([w_Df], opts.fp8), y_TD, opts.fp8)
+    return reduce_scatter(y_TD, ranks)
 
 
 @_row_forward.register_fake
-def _(x: Tensor, weight: Tensor, group: str, *_: Any) -> Tensor:
-    return x.new_empty(x.shape[0] // group_named(group).size(), weight.shape[0])
+def _(x_Tf: Tensor, w_Df: Tensor, group: str, options: str) -> Tensor:
+    return x_Tf.new_empty(x_Tf.shape[0] // group_named(group).size(), w_Df.shape[0])
 
 
 @operator(
     "row_backward",
-    "(Tensor dy, Tensor x, Tensor weight, str group, str overlap, bool want_x, bool want_w, int chunk_rows,"
-    " str fp8) -> (Tensor, Tensor)",
+    "(Tensor dy_tD, Tensor x_Tf, Tensor w_Df, str group, str options, bool need_dx, bool need_dw) -> (Tensor, Tensor)",
 )
 def _row_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    group: str,
-    overlap: str,
-    want_x: bool,
-    want_w: bool,
-    chunk_rows: int,
-    fp8: str,
+    dy_tD: Tensor, x_Tf: Tensor, w_Df: Tensor, group: str, options: str, need_dx: bool, need_dw: bool
 ) -> tuple[Tensor, Tensor]:
-    by = _carrier(overlap, chunk_rows, dy.shape[0], group, dy.device)
-    if by is not None:
-        return chunked.row_backward(dy, x, weight, by, want_x, want_w, fp8)
-    gathered = all_gather(dy, group_named(group))
-    dx = x.new_empty(x.shape if want_x else 0)
-    if want_x:
-        input_gradient(gathered, for_gradients([weight], fp8), dx, fp8)
-    return dx, weight_gradient(gathered, x, fp8) if want_w else dy.new_empty(0)
+    """dY = all_gather(dy);  dx = dY W;  dW = dY^T x."""
+    opts = LinearOptions.parse(options)
+    if (carrier := opts.carrier(dy_tD.shape[0], group, dy_tD.device)) is not None:
+        return chunked.row_backward(dy_tD, x_Tf, w_Df, carrier, opts, need_dx, need_dw)
+    dy_TD = all_gather(dy_tD, group_named(group))
+    dx_Tf = x_Tf.new_empty(x_Tf.shape if need_dx else 0)
+    if need_dx:
+        input_gradient(dy_TD, for_gradients([w_Df], opts.fp8), dx_Tf, opts.fp8)
+    return dx_Tf, weight_gradient(dy_TD, x_Tf, opts.fp8) if need_dw else dy_tD.new_empty(0)
 
 
 @_row_backward.register_fake
-def _(dy: Tensor, x: Tensor, weight: Tensor, group: str, overlap: str, *options: Any) -> tuple[Tensor, Tensor]:
-    want_x, want_w, *_ = options
-    dx = x.new_empty(x.shape) if want_x else dy.new_empty(0)
-    return dx, weight.new_empty(weight.shape) if want_w else dy.new_empty(0)
+def _(
+    dy_tD: Tensor, x_Tf: Tensor, w_Df: Tensor, group: str, options: str, need_dx: bool, need_dw: bool
+) -> tuple[Tensor, Tensor]:
+    dx_Tf = x_Tf.new_empty(x_Tf.shape) if need_dx else dy_tD.new_empty(0)
+    return dx_Tf, w_Df.new_empty(w_Df.shape) if need_dw else dy_tD.new_empty(0)
 
 
 def _save_row(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, ctx.group, ctx.overlap, ctx.chunk_rows, ctx.fp8 = inputs
-    ctx.save_for_backward(x, weight)
+    x_Tf, w_Df, ctx.group, ctx.options = inputs
+    ctx.save_for_backward(x_Tf, w_Df)
 
 
-def _differentiate_row(ctx: Any, dy: Tensor) -> Any:
-    x, weight = ctx.saved_tensors
-    want_x, want_w, *_ = ctx.needs_input_grad
-    dx, dw = torch.ops.colrow.row_backward(
-        dy.contiguous(), x, weight, ctx.group, ctx.overlap, want_x, want_w, ctx.chunk_rows, ctx.fp8
+def _differentiate_row(ctx: Any, dy_tD: Tensor) -> Any:
+    x_Tf, w_Df = ctx.saved_tensors
+    need_dx, need_dw = ctx.needs_input_grad[:2]
+    dx_Tf, dw_Df = torch.ops.colrow.row_backward(
+        dy_tD.contiguous(), x_Tf, w_Df, ctx.group, ctx.options, need_dx, need_dw
     )
-    return dx if want_x else None, dw if want_w else None, None, None, None, None
+    return dx_Tf if need_dx else None, dw_Df if need_dw else None, None, None
 
 
 torch.library.register_autograd("colrow::row_forward", _differentiate_row, setup_context=_save_row)
 
 
-@operator("scatter_sum", "(Tensor x, str group) -> Tensor")
-def _scatter_sum(x: Tensor, group: str) -> Tensor:
-    return reduce_scatter(x, group_named(group))
+@operator("scatter_sum", "(Tensor x_TD, str group) -> Tensor")
+def _scatter_sum(x_TD: Tensor, group: str) -> Tensor:
+    return reduce_scatter(x_TD, group_named(group))
 
 
 @_scatter_sum.register_fake
-def _(x: Tensor, group: str) -> Tensor:
-    return x.new_empty(x.shape[0] // group_named(group).size(), *x.shape[1:])
+def _(x_TD: Tensor, group: str) -> Tensor:
+    return x_TD.new_empty(x_TD.shape[0] // group_named(group).size(), *x_TD.shape[1:])
 
 
-@operator("gather", "(Tensor x, str group) -> Tensor")
-def _gather(x: Tensor, group: str) -> Tensor:
-    return all_gather(x, group_named(group))
+@operator("gather", "(Tensor x_tD, str group) -> Tensor")
+def _gather(x_tD: Tensor, group: str) -> Tensor:
+    return all_gather(x_tD, group_named(group))
 
 
 @_gather.register_fake
-def _(x: Tensor, group: str) -> Tensor:
-    return x.new_empty(x.shape[0] * group_named(group).size(), *x.shape[1:])
+def _(x_tD: Tensor, group: str) -> Tensor:
+    return x_tD.new_empty(x_tD.shape[0] * group_named(group).size(), *x_tD.shape[1:])
 
 
 def _save_group(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.group = inputs[1]
 
 
-def _differentiate_scatter(ctx: Any, dy: Tensor) -> Any:
-    return torch.ops.colrow.gather(dy, ctx.group), None
+def _differentiate_scatter(ctx: Any, dy_tD: Tensor) -> Any:
+    return torch.ops.colrow.gather(dy_tD, ctx.group), None
 
 
-def _differentiate_gather(ctx: Any, dy: Tensor) -> Any:
-    return torch.ops.colrow.scatter_sum(dy, ctx.group), None
+def _differentiate_gather(ctx: Any, dy_TD: Tensor) -> Any:
+    return torch.ops.colrow.scatter_sum(dy_TD, ctx.group), None
 
 
 torch.library.register_autograd("colrow::scatter_sum", _differentiate_scatter, setup_context=_save_group)
@@ -324,26 +274,30 @@ torch.library.register_autograd("colrow::gather", _differentiate_gather, setup_c
 
 
 def traffic(operator: str, args: tuple[Any, ...], outputs: list[Tensor]) -> list[tuple[str, Tensor, int]]:
-    """The collectives inside an operator's call: kind, what is sent, bytes of the larger side. For dry runs, which see
-    the operator and not what is inside; empty for other operators. A gather is one whoever carries its chunks."""
+    """The collectives inside an operator's call: kind, the tensor sent, bytes of the larger side. For dry runs, which
+    see the operator and not its inside; empty for other operators. A gather counts as one whatever sends its chunks."""
+    if (implementation := OPERATORS.get(f"colrow::{operator}")) is None:
+        return []
+    given = inspect.signature(implementation).bind(*args).arguments
+    ranks = group_named(given["group"]).size()
 
-    def one(kind: str, part: Tensor, group: str) -> tuple[str, Tensor, int]:
-        return kind, part, part.numel() * part.element_size() * group_named(group).size()
+    def event(kind: str, shard: Tensor) -> tuple[str, Tensor, int]:
+        return kind, shard, shard.numel() * shard.element_size() * ranks
 
     match operator:
         case "column_forward":
-            return [one("all_gather", args[0], args[2])]
+            return [event("all_gather", given["x_tD"])]
         case "column_backward":
-            dx, _ = outputs
-            _, x, _, group, gathered, _, want_x, want_w, *_ = args
-            again = [] if gathered or not want_w else [one("all_gather", x, group)]
-            return [*again, *([one("reduce_scatter", dx, group)] if want_x else [])]
-        case "row_forward":
-            return [one("reduce_scatter", outputs[0], args[2])]
+            events = []
+            if given["need_dw"] and not LinearOptions.parse(given["options"]).keep_gathered:
+                events.append(event("all_gather", given["x"]))
+            if given["need_dx"]:
+                events.append(event("reduce_scatter", outputs[0]))
+            return events
+        case "row_forward" | "scatter_sum":
+            return [event("reduce_scatter", outputs[0])]
         case "row_backward":
-            return [one("all_gather", args[0], args[3])]
-        case "scatter_sum":
-            return [one("reduce_scatter", outputs[0], args[1])]
+            return [event("all_gather", given["dy_tD"])]
         case "gather" | "whole":
-            return [one("all_gather", args[0], args[-1])]
+            return [event("all_gather", given["x_tD"])]
     return []

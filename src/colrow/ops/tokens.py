@@ -28,25 +28,25 @@ def whole_of(x_tD: Tensor, rank: Tensor, group: str) -> Tensor:
     return y
 
 
-@operator("part", "(Tensor x, Tensor rank, str group) -> Tensor")
-def _part(x: Tensor, rank: Tensor, group: str) -> Tensor:
-    parts = x.view(group_named(group).size(), -1, *x.shape[1:])
+@operator("part", "(Tensor x_TD, Tensor rank, str group) -> Tensor")
+def _part(x_TD: Tensor, rank: Tensor, group: str) -> Tensor:
+    parts = x_TD.view(group_named(group).size(), -1, *x_TD.shape[1:])
     return parts.index_select(0, rank)[0]
 
 
 @_part.register_fake
-def _(x: Tensor, rank: Tensor, group: str) -> Tensor:
-    return x.new_empty(x.shape[0] // group_named(group).size(), *x.shape[1:])
+def _(x_TD: Tensor, rank: Tensor, group: str) -> Tensor:
+    return x_TD.new_empty(x_TD.shape[0] // group_named(group).size(), *x_TD.shape[1:])
 
 
-@operator("whole", "(Tensor x, Tensor rank, str group) -> Tensor")
-def _whole(x: Tensor, rank: Tensor, group: str) -> Tensor:
-    return all_gather(x, group_named(group))
+@operator("whole", "(Tensor x_tD, Tensor rank, str group) -> Tensor")
+def _whole(x_tD: Tensor, rank: Tensor, group: str) -> Tensor:
+    return all_gather(x_tD, group_named(group))
 
 
 @_whole.register_fake
-def _(x: Tensor, rank: Tensor, group: str) -> Tensor:
-    return x.new_empty(x.shape[0] * group_named(group).size(), *x.shape[1:])
+def _(x_tD: Tensor, rank: Tensor, group: str) -> Tensor:
+    return x_tD.new_empty(x_tD.shape[0] * group_named(group).size(), *x_tD.shape[1:])
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:

@@ -27,7 +27,8 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from colrow.errors import PlanError, did_you_mean
 from colrow.ops.carriers import OVERLAPS, Overlap, carrier
 from colrow.ops.float8 import KINDS
-from colrow.ops.parallel_linear import CHUNK_ROWS, column_linear
+from colrow.ops.linear_options import CHUNK_ROWS, LinearOptions, option_names
+from colrow.ops.parallel_linear import column_linear
 from colrow.sharding.local_view import replace_forward
 from colrow.styles.base import Style
 from colrow.styles.cuts import IN_BLOCK, Cut, place
@@ -122,6 +123,10 @@ class Products(Style):
     def __post_init__(self) -> None:
         require_float8(self.fp8)
 
+    @property
+    def linear_options(self) -> LinearOptions:
+        return LinearOptions(**{name: getattr(self, name) for name in option_names() if hasattr(self, name)})
+
     def check(self, site: Site) -> None:
         if self.overlap not in OVERLAPS:
             raise PlanError(
@@ -171,7 +176,7 @@ class _GatherHook(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         style, group, n, fqn = self.style, group_name(device_mesh), device_mesh.size(), self.fqn
-        names, options = style.columns, (style.keep_gathered, style.overlap, style.chunk_rows, style.fp8)
+        names, options = style.columns, style.linear_options
         keys = [last(name) for name in names]
         prepare_overlap(device_mesh, style.overlap)
         for inner in module.modules():  # behind the columns all is a rank's own, and the gather's dual sums gradients
@@ -183,7 +188,7 @@ class _GatherHook(ParallelStyle):
                 raise PlanError(f"{fqn}: fast_gather finds no tensor as argument {key!r}: say which in argument")
             weights = [out_in(module.get_submodule(name)) for name in names]
             shape = (*x.shape[:-2], x.shape[-2] * n, x.shape[-1])
-            y = column_linear(x.flatten(0, -2), weights, group, *options).view(*shape[:-1], -1)
+            y = column_linear(x.flatten(0, -2), weights, group, options).view(*shape[:-1], -1)
             parts = dict(zip(keys, y.split([w.shape[0] for w in weights], -1), strict=True))
             return with_argument(args, kwargs, key, Columns(parts, shape, x))
 

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from colrow.errors import PlanError
-from colrow.ops.carriers import Overlap
+from colrow.ops.linear_options import LinearOptions
 from colrow.ops.parallel_linear import column_linear, row_linear
 from colrow.styles.base import Colwise, ParameterLayout, Rowwise, Style
 from colrow.styles.cuts import Cut, check_cuts, layouts
@@ -101,8 +101,8 @@ class FastKvReplicate(KvReplicate):
 
 def column_forward(module: Any, x: Tensor) -> Tensor:
     """The forward of a column that gathers for itself: this rank's tokens [..., t, D] -> [..., T, f]."""
-    group, n, *options = getattr(module, FAST)
-    y = column_linear(x.flatten(0, -2), [out_in(module)], group, *options)
+    group, n, options = getattr(module, FAST)
+    y = column_linear(x.flatten(0, -2), [out_in(module)], group, options)
     y = y.view(*x.shape[:-2], x.shape[-2] * n, -1)
     bias = module.bias
     return y if bias is None else y + bias
@@ -125,17 +125,17 @@ class FastColumn(Products, Column):
         Column.check(self, site)
 
     def build(self, site: Site) -> ParallelStyle:
-        def facts(mesh: DeviceMesh) -> tuple[str, int, bool, Overlap, int, str]:
+        def facts(mesh: DeviceMesh) -> tuple[str, int, LinearOptions]:
             prepare_overlap(mesh, self.overlap)
-            return group_name(mesh), mesh.size(), self.keep_gathered, self.overlap, self.chunk_rows, self.fp8
+            return group_name(mesh), mesh.size(), self.linear_options
 
         return CutLinear(self.cuts(site), column_forward, facts)
 
 
 def row_forward(module: Any, x: Tensor) -> Tensor:
     """The forward of a fast row linear: [..., T, f] -> this rank's tokens, [..., t, D]."""
-    group, n, *options = getattr(module, FAST)
-    y = row_linear(x.flatten(0, -2), out_in(module), group, *options).view(*x.shape[:-2], x.shape[-2] // n, -1)
+    group, n, options = getattr(module, FAST)
+    y = row_linear(x.flatten(0, -2), out_in(module), group, options).view(*x.shape[:-2], x.shape[-2] // n, -1)
     bias = module.bias
     return y if bias is None else y + bias
 
@@ -167,9 +167,9 @@ class FastRowwise(Products):
         super().check(site)
 
     def build(self, site: Site) -> ParallelStyle:
-        def facts(mesh: DeviceMesh) -> tuple[str, int, Overlap, int, str]:
+        def facts(mesh: DeviceMesh) -> tuple[str, int, LinearOptions]:
             prepare_overlap(mesh, self.overlap)
-            return group_name(mesh), mesh.size(), self.overlap, self.chunk_rows, self.fp8
+            return group_name(mesh), mesh.size(), self.linear_options
 
         return CutLinear(self.cuts(site), row_forward, facts)
 
