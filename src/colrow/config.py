@@ -42,11 +42,11 @@ class ModelSection(_Section):
     shape: str | None = None
     """A named shape: laptop, article, llama2-7b, llama3-8b, llama3-70b, qwen3-8b."""
     huggingface: str | None = None
-    """A folder with config.json and, unless `init` is random, safetensors."""
+    """A folder with config.json and safetensors."""
     python: str | None = None
     """`package.module:callable` that returns an nn.Module."""
-    implementation: Literal["colrow", "transformers"] = "colrow"
-    """For `huggingface`: this project's Llama, or the class of the transformers library."""
+    implementation: Literal["auto", "colrow", "transformers"] = "auto"
+    """For `huggingface`: colrow's own Llama, or the class of the transformers library; auto: colrow's where it fits."""
     layers: PositiveInt | None = None
     """Overrides the number of layers of a named shape."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from colrow.cli import main
 from colrow.config import RunConfig, load_config
 from colrow.data.prepare import prepare
 from colrow.errors import CheckpointError, ColrowError, ConfigError, PlanError
+from colrow.models.huggingface import config_to_huggingface
 from colrow.models.llama import Llama
 from colrow.models.shapes import shape
 from colrow.plans.plan import Plan
@@ -94,12 +96,27 @@ def test_configs_are_shipped() -> None:
 def test_a_huggingface_folder_brings_its_tokenizer(config: Callable[..., RunConfig], tmp_path: Path) -> None:
     folder = tmp_path / "hf"
     folder.mkdir()
-    plain = config(model={"huggingface": str(folder)})
+    (folder / "config.json").write_text(json.dumps(config_to_huggingface(shape("laptop"), torch.float32)))
+    plain = config(model={"huggingface": str(folder), "implementation": "colrow"})
     assert preflight.resolve(plain) == plain
     (folder / "tokenizer.json").write_text("{}")
     assert preflight.resolve(plain).data.tokenizer.path == folder
-    own = config(**{"data.tokenizer": {"vocab_size": 300}})
+    own = config(**{"data.tokenizer": {"vocab_size": 300}, "model.implementation": "colrow"})
     assert preflight.resolve(own) == own
+
+
+def test_who_computes_a_model_is_resolved(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    ours = config_to_huggingface(shape("laptop"), torch.float32)
+    (tmp_path / "config.json").write_text(json.dumps(ours))
+    folder = config(model={"huggingface": str(tmp_path)})
+    assert preflight.resolve(config()).model.implementation == "colrow"
+    assert preflight.resolve(folder).model.implementation == "colrow"
+    (tmp_path / "config.json").write_text(json.dumps(ours | {"model_type": "mixtral"}))
+    assert preflight.resolve(folder).model.implementation == "transformers"
+    required = config(model={"huggingface": str(tmp_path), "implementation": "colrow"})
+    assert preflight.resolve(required) == required
+    with pytest.raises(ConfigError, match="'mixtral' is not one that colrow's Llama computes"):
+        preflight.check(required)
 
 
 def saved_by_another(config: RunConfig, layers: int, vocabulary: str) -> None:
@@ -249,5 +266,5 @@ def test_flags_stand_over_the_file(config: Callable[..., RunConfig], tmp_path: P
         "False",
     ]
     read = read_config([str(tmp_path / "run.yaml"), *flags])
-    want = config(**{"mesh.tp": 1, "train.betas": (0.8, 0.99), "train.grad_clip": None, "checkpoint.export": False})
-    assert read == want
+    want = {"mesh.tp": 1, "train.betas": (0.8, 0.99), "train.grad_clip": None, "checkpoint.export": False}
+    assert read == config(**want, **{"model.implementation": "colrow"})

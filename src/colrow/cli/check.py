@@ -10,7 +10,7 @@ from itertools import groupby
 from rich.console import Console
 
 from colrow.checking.check import Finding, check
-from colrow.cli.flags import PlanFlags, parse
+from colrow.cli.flags import PlanFlags, default_seq_len, parse
 from colrow.cli.text import wrapped
 from colrow.mesh import Mesh
 
@@ -28,8 +28,6 @@ class Flags(PlanFlags):
 def main(argv: list[str]) -> int:
     """Exit 0 without errors, 1 with, 2 for bad usage."""
     flags = parse(Flags, "check", argv)
-    from colrow.cli.sources import default_seq_len
-
     flags.positive("batch_size", "seq_len")
     model = flags.load_model()
     plan = flags.load_plan(model)

@@ -34,10 +34,10 @@ class PlanFlags:
 
     def load_model(self) -> nn.Module:
         """The model, on the meta device where it is built here. Raises ConfigError for one that is not known."""
-        from colrow.cli.sources import load_model
+        from colrow.models.build import build_source, parse_model
 
         self.positive("tp")
-        return load_model(self.model)
+        return build_source(parse_model(self.model), seed=0).model
 
     def load_plan(self, model: nn.Module) -> Plan:
         """The plan for `model`. Raises ConfigError or PlanError as `named_plan` does."""
@@ -51,6 +51,12 @@ class PlanFlags:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: use 1 or more")
+
+
+def default_seq_len(model: nn.Module, tp: int, most: int) -> int:
+    """The model's context, at most `most`, in tokens: the next smaller number that tp divides."""
+    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return max(min(context if isinstance(context, int) else 512, most) // tp, 1) * tp
 
 
 def parse(flags: type[T], verb: str, argv: list[str]) -> T:

@@ -14,7 +14,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from colrow.cli.flags import PlanFlags, parse
+from colrow.cli.flags import PlanFlags, default_seq_len, parse
 from colrow.dryrun.dry_run import Collective, Output
 from colrow.dryrun.picture import in_units, write_page
 from colrow.dryrun.report import ParameterRow, PlanReport, collapse, report
@@ -37,8 +37,6 @@ class Flags(PlanFlags):
 def main(argv: list[str]) -> int:
     """Exit 0; 2 for bad usage."""
     flags = parse(Flags, "plan", argv)
-    from colrow.cli.sources import default_seq_len
-
     flags.positive("batch_size", "seq_len")
     model = flags.load_model()
     plan = flags.load_plan(model)

@@ -1,8 +1,9 @@
-"""Where a run's model comes from: a named shape, a Hugging Face folder, or a callable of the user's own."""
+"""The one builder of models, for runs and all verbs: a named shape, a Hugging Face folder, or a user's callable."""
 
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,8 +15,9 @@ from torch import nn
 
 from colrow.config import ModelSection
 from colrow.errors import ConfigError
+from colrow.models.huggingface import UnsupportedModelError, read_config
 from colrow.models.llama import Llama, LlamaConfig
-from colrow.models.shapes import shape
+from colrow.models.shapes import SHAPES, shape
 
 Weights = Literal["seeded", "folder", "built"]
 
@@ -63,7 +65,7 @@ class Source:
 
 
 def build_source(section: ModelSection, seed: int) -> Source:
-    """The model that `section` names.
+    """The model that `section` names. A model of the user's own is imported with the working directory on the path.
 
     Raises:
         ConfigError: there is no such shape, folder or callable, or the callable returns no module.
@@ -71,7 +73,7 @@ def build_source(section: ModelSection, seed: int) -> Source:
     if section.python is not None:
         return _from_python(section.python, seed)
     if section.huggingface is not None:
-        return _from_folder(section, Path(section.huggingface))
+        return _from_huggingface(section, Path(section.huggingface))
     assert section.shape is not None
     config = shape(section.shape)
     if section.layers is not None:
@@ -79,31 +81,64 @@ def build_source(section: ModelSection, seed: int) -> Source:
     return Source(_on_meta(config), section.shape, config, "seeded")
 
 
-def _from_folder(section: ModelSection, folder: Path) -> Source:
-    from colrow.models.huggingface import read_config
+def parse_model(text: str) -> ModelSection:
+    """The section for a MODEL argument: a named shape, a Hugging Face folder or config.json, `package.module:callable`.
 
+    Raises:
+        ConfigError: it is none of them.
+    """
+    if text in SHAPES:
+        return ModelSection(shape=text)
+    if Path(text).exists():
+        return ModelSection(huggingface=text)
+    if ":" in text:
+        return ModelSection(python=text)
+    raise ConfigError(
+        f"no model is called {text!r}: give a named shape ({', '.join(SHAPES)}), a Hugging Face folder or config.json, "
+        "or package.module:callable"
+    )
+
+
+def resolve_implementation(section: ModelSection) -> ModelSection:
+    """`section` with `auto` replaced: `transformers` for a folder whose model colrow's Llama does not compute."""
+    if section.implementation != "auto":
+        return section
+    implementation = "colrow"
+    if section.huggingface is not None:
+        try:
+            read_config(section.huggingface)
+        except UnsupportedModelError:
+            implementation = "transformers"
+    return section.model_copy(update={"implementation": implementation})
+
+
+def _from_huggingface(section: ModelSection, path: Path) -> Source:
     if section.layers is not None:
         raise ConfigError("model.layers is for a named shape: a Hugging Face folder has weights for all its layers")
-    if section.implementation == "transformers":
-        return Source(_of_transformers(folder), str(folder), None, "folder", folder)
-    config = read_config(folder)
-    return Source(_on_meta(config), str(folder), config, "folder", folder)
+    folder = path if path.is_dir() else path.parent
+    if resolve_implementation(section).implementation == "transformers":
+        return Source(_of_transformers(path), str(path), None, "folder", folder)
+    config = read_config(path)
+    return Source(_on_meta(config), str(path), config, "folder", folder)
 
 
-def _of_transformers(folder: Path) -> nn.Module:
+def _of_transformers(path: Path) -> nn.Module:
     """The class of the transformers library that config.json names, its parameters on the meta device."""
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
         raise ConfigError(
-            f"model.implementation: transformers needs that library ({error}): pip install 'colrow[transformers]'"
+            f"the model in {path} needs the transformers library ({error}): pip install 'colrow[transformers]'"
         ) from error
-    if not (folder / "config.json").exists():
-        raise ConfigError(f"{folder} holds no config.json: give a Hugging Face folder")
-    config = AutoConfig.from_pretrained(folder)
-    config.use_cache = False  # for generation; training would fill it in vain
-    with _parameters_on_meta():
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if path.is_dir() and not (path / "config.json").exists():
+        raise ConfigError(f"{path} holds no config.json: give a Hugging Face folder")
+    try:
+        config = AutoConfig.from_pretrained(path)
+        config.use_cache = False  # for generation; training would fill it in vain
+        with _parameters_on_meta():
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:  # how transformers says that it does not know a model
+        raise ConfigError(f"transformers cannot build the model in {path}: {error}") from error
     model.tie_weights()  # type: ignore[operator]
     return model.train()
 
@@ -127,18 +162,20 @@ def _parameters_on_meta() -> Iterator[None]:
 
 def _from_python(path: str, seed: int) -> Source:
     module_name, _, attribute = path.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
     try:
         build = getattr(importlib.import_module(module_name), attribute)
     except ImportError as error:
-        raise ConfigError(f"model.python={path}: {error}: check the name, or put its folder on PYTHONPATH") from error
+        raise ConfigError(f"model {path}: {error}: check the name, or put its folder on PYTHONPATH") from error
     except (AttributeError, ValueError) as error:
         raise ConfigError(
-            f"model.python={path}: {error}: write package.module:callable, such as mymodels.small:build"
+            f"model {path}: {error}: write package.module:callable, such as mymodels.small:build"
         ) from error
     torch.manual_seed(seed)
     model = build()
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"model.python={path} returns a {type(model).__name__}: it must return an nn.Module")
+        raise ConfigError(f"model {path} returns a {type(model).__name__}: it must return an nn.Module")
     config = getattr(model, "config", None)
     return Source(model, path, config if isinstance(config, LlamaConfig) else None, "built")
 

@@ -20,11 +20,16 @@ _EMBEDDING = "embed_tokens.weight"
 _TOP = ("embed_tokens", "layers", "norm")
 
 
+class UnsupportedModelError(ConfigError):
+    """A config.json describes a model that colrow's own Llama does not compute; transformers may."""
+
+
 def read_config(path: Path | str) -> LlamaConfig:
     """The config in a folder's config.json, or in the file itself.
 
     Raises:
-        ConfigError: there is none, or it describes a model that `colrow.models.llama` cannot compute.
+        UnsupportedModelError: it describes a model that `colrow.models.llama` cannot compute.
+        ConfigError: there is none.
     """
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
@@ -47,7 +52,7 @@ def config_from_huggingface(tree: dict[str, Any], source: str = "config.json") -
     if family not in (*FAMILIES, "mistral"):
         known = (*FAMILIES, "mistral")
         near = did_you_mean(family, known) if isinstance(family, str) else f"; known names: {', '.join(known)}"
-        raise ConfigError(
+        raise UnsupportedModelError(
             f"{source}: model_type {family!r} is not one that colrow's Llama computes{near}; "
             "for another family set model.implementation to transformers"
         )
@@ -73,9 +78,9 @@ def config_from_huggingface(tree: dict[str, Any], source: str = "config.json") -
             embedding_range=None if tree.get("embedding_range") is None else float(tree["embedding_range"]),
         )
     except KeyError as error:
-        raise ConfigError(f"{source}: {error.args[0]} is missing") from error
+        raise UnsupportedModelError(f"{source}: {error.args[0]} is missing") from error
     except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from error
+        raise type(error)(f"{source}: {error}") from error
 
 
 def config_to_huggingface(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -168,7 +173,7 @@ def _refuse_other_arithmetic(tree: dict[str, Any], family: str, source: str) -> 
     elif float(_rope(tree).get("partial_rotary_factor", 1.0)) != 1.0:
         wrong = "partial_rotary_factor: only a rotation of whole heads is computed"
     if wrong is not None:
-        raise ConfigError(f"{source}: {wrong}; set model.implementation to transformers to train it as it is")
+        raise UnsupportedModelError(f"{source}: {wrong}; set model.implementation to transformers to train it as it is")
 
 
 def _rope(tree: dict[str, Any]) -> dict[str, Any]:
@@ -182,7 +187,7 @@ def _scaling(rope: dict[str, Any], source: str) -> Llama3Scaling | None:
     if kind == "default":
         return None
     if kind != "llama3":
-        raise ConfigError(
+        raise UnsupportedModelError(
             f"rope_type {kind!r} is not computed, only default and llama3; "
             "set model.implementation to transformers to train it as it is"
         )

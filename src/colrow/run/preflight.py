@@ -23,7 +23,7 @@ from colrow.data.loader import check_batch
 from colrow.data.tokenizer import Tokenizer
 from colrow.errors import ConfigError, PlanError
 from colrow.mesh import Mesh
-from colrow.models.build import Source, build_source
+from colrow.models.build import Source, build_source, resolve_implementation
 from colrow.parallel.pipeline_split import check_pipeline, require_parts
 from colrow.plans.named import named_plan
 from colrow.plans.plan import Plan
@@ -152,7 +152,8 @@ def check_checkpoint(checked: Checked, tokenizer: Tokenizer) -> None:
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """The config with what follows from it filled in: a Hugging Face folder's own tokenizer."""
+    """The config with what follows from it filled in: who computes the model, and a Hugging Face folder's tokenizer."""
+    config = config.model_copy(update={"model": resolve_implementation(config.model)})
     tokenizer = config.data.tokenizer
     if config.model.huggingface is None or tokenizer.path is not None or tokenizer.vocab_size is not None:
         return config

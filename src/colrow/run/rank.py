@@ -169,9 +169,12 @@ def opening_lines(config: RunConfig, training: Training, start: int) -> list[str
     device = training.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {_threads()} a rank"
     train, tokens = config.train, config.train.global_batch * config.data.seq_len
+    computed_by = ""
+    if training.source.weights == "folder" and training.source.config is None:
+        computed_by = f" by {type(training.source.model).__name__} of transformers"
     compute = "fp32" if training.compute == torch.float32 else "bf16 over fp32 weights and gradient sums"
     lines = [
-        f"model      {training.source.name}, {training.parameters:,} parameters",
+        f"model      {training.source.name}{computed_by}, {training.parameters:,} parameters",
         f"mesh       {config.mesh}, {where}",
         f"plan       {training.plan.name}, loss {training.plan.loss}",
         f"compute    {compute}",
