@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from benchmarks.models.tiny import classes, tiny
 from colrow.derive.derivation import Derivation, derive
 from colrow.derive.trace import Trace, default_inputs, trace
-from colrow.dryrun.calls import loss_of
+from colrow.dryrun.calls import default_loss
 from colrow.errors import PlanError
 from colrow.plans.derive_options import DeriveOptions, Styles
 from colrow.verifying.backends import RankFailure
@@ -147,7 +147,7 @@ def rounding(model: nn.Module, inputs: tuple[Tensor, ...], trials: int = 3) -> d
             with torch.no_grad():
                 for param in moved.parameters():
                     param.mul_(1 + 2**-24 * (2 * torch.rand(param.shape, generator=generator) - 1).to(param.dtype))
-        return reference_step(Task(moved, inputs, loss_of, 1), moved)
+        return reference_step(Task(moved, inputs, default_loss, 1), moved)
 
     still = gradients(None)
     worst = dict.fromkeys(still.gradients, 0.0)

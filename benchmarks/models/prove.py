@@ -22,7 +22,7 @@ from colrow.derive.infer import AxisInference, argument, op_name, shape_of
 from colrow.derive.rules_views import index_piece, sibling_pieces, slice_piece, split_pieces
 from colrow.derive.table import infer
 from colrow.derive.trace import Trace, default_inputs, is_boundary, trace
-from colrow.dryrun.calls import call
+from colrow.dryrun.calls import call_model
 
 PRODUCTS = ("linear", "addmm", "baddbmm")
 NORMS = ("layer_norm", "rms_norm")
@@ -276,7 +276,7 @@ def prove(
     training = model.training
     model.eval()
     leaves_of = dict(model.named_parameters())
-    expected_out = call(model, inputs)
+    expected_out = call_model(model, inputs)
     model.train(training)
     probe = torch.randn(expected_out.shape, generator=torch.Generator().manual_seed(1)).to(expected_out)
     wanted: tuple[Any, ...] = torch.autograd.grad(

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from benchmarks.models.examine import TOLERANCE
 from colrow.derive.derivation import derive
-from colrow.dryrun.dry_run import DryRun, dry_run
+from colrow.dryrun.dry_run import dry_run
+from colrow.dryrun.result import DryRun
 from colrow.dryrun.simulated import available
 from colrow.errors import ConfigError, PlanError
 from colrow.mesh import Mesh

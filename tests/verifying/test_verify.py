@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from checking import broken_models as m
 from checking.broken_plans import gpt_plan, preset
-from colrow.dryrun.reduced import shrink_heads, shrink_width, twin
+from colrow.dryrun.reduced_model import reduced_model, shrink_heads, shrink_width
 from colrow.errors import PlanError
 from colrow.models.llama import Llama
 from colrow.models.shapes import SHAPES
@@ -90,7 +90,7 @@ def test_processes_agree_with_the_simulation(name: str) -> None:
 def test_a_big_model_gets_a_twin() -> None:
     with torch.device("meta"):
         model = Llama(SHAPES["llama3-8b"])
-    small, changes = twin(model, 8)
+    small, changes = reduced_model(model, 8)
     assert changes is not None
     assert "num_hidden_layers 32 → 2" in changes
     assert {type(mod) for mod in small.modules()} == {type(mod) for mod in model.modules()}

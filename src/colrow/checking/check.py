@@ -16,8 +16,9 @@ from colrow.checking.finding import CODES, Code, Finding, Severity, finding
 from colrow.checking.gradients import check_gradients
 from colrow.checking.options import check_options
 from colrow.checking.static import check_stages, check_static, fused_suspects
-from colrow.dryrun.calls import Loss, loss_of
-from colrow.dryrun.dry_run import DryRun, dry_run
+from colrow.dryrun.calls import Loss, default_loss
+from colrow.dryrun.dry_run import dry_run
+from colrow.dryrun.result import DryRun
 from colrow.errors import PlanError
 from colrow.mesh import Mesh
 from colrow.plans.plan import Plan
@@ -33,7 +34,7 @@ def check(
     seq_len: int = 512,
     *,
     inputs: tuple[Any, ...] | None = None,
-    loss: Loss = loss_of,
+    loss: Loss = default_loss,
     param_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
     compiled: bool = False,

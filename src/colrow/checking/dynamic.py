@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 from colrow.checking.finding import Finding, finding
 from colrow.checking.static import _FUSED_FIX
-from colrow.dryrun.dry_run import DryRun, Failure, Output
-from colrow.dryrun.views import REDUCTIONS, View
-from colrow.dryrun.where import LOSS
+from colrow.dryrun.module_tracker import LOSS
+from colrow.dryrun.recorded_calls import REDUCTIONS, RecordedCall
+from colrow.dryrun.result import DryRun, Failure, Output
 from colrow.plans.plan import Plan
 
 _LOCAL_KINDS = ("kv_replicate", "opaque")
@@ -38,31 +38,31 @@ def check_dynamic(run: DryRun, plan: Plan, tp: int) -> list[Finding]:
 
 def _declarations(run: DryRun) -> Iterator[Finding]:
     """Placements told to DTensor in forward that do not fit what the tensors are."""
-    for slip in run.slips:
-        where = slip.where or "model"
-        if slip.kind == "whole_as_part":
-            shard = f"shard({slip.dim})"
+    for mismatch in run.mismatches:
+        where = mismatch.where or "model"
+        if mismatch.problem == "equal_as_shard":
+            shard = f"shard({mismatch.dim})"
             message = (
-                f"its input is whole on every rank and is declared {shard}: dim {slip.dim} becomes tp times longer"
+                f"its input is whole on every rank and is declared {shard}: dim {mismatch.dim} becomes tp times longer"
             )
             fix = f"split what comes before (output: {shard} on the embedding or row linear), or declare replicate"
             yield finding("CR406", where, message, fix)
-        elif slip.kind == "part_as_whole" and not slip.backward:
+        elif mismatch.problem == "varying_as_replicate" and not mismatch.backward:
             message = "its input is a different part on each rank and is declared replicate"
             fix = "declare the layout it has (input: shard(1) for sequence shards), so that it is gathered"
             yield finding("CR407", where, message, fix)
-        elif slip.kind == "addend_summed" and not slip.backward:
+        elif mismatch.problem == "addend_summed" and not mismatch.backward:
             message = "a value that is equal on all ranks is added on each of them before the sum over ranks"
             yield finding("CR409", where, message, "add it once, after the sum (style rowwise does so with its bias)")
-        elif slip.kind in ("equal_summed", "equal_as_partial") and not slip.backward:
+        elif mismatch.problem in ("equal_summed", "equal_as_partial") and not mismatch.backward:
             message = "a value that is equal on all ranks is summed over them: it becomes tp times too large"
             yield finding("CR409", where, message, "leave the sum out, or split what is summed")
 
 
 def _views(run: DryRun, tp: int) -> Iterator[Finding]:
     """Reshapes and splits that are right for the whole tensor and wrong for a shard."""
-    for module, calls in run.views.items():
-        wanted = run.reference_views.get(module, [])
+    for module, calls in run.calls.items():
+        wanted = run.reference_calls.get(module, [])
         if len(calls) != len(wanted) and run.failure is None:
             continue  # the two runs took different ways: nothing to compare
         for got, want in zip(calls, wanted, strict=False):
@@ -98,9 +98,9 @@ def _views(run: DryRun, tp: int) -> Iterator[Finding]:
                 break
 
 
-def _whole_kv_heads(got: View, want: View) -> int | None:
+def _whole_kv_heads(got: RecordedCall, want: RecordedCall) -> int | None:
     """The number of kv heads that an attention shares out among a part of the query heads as if these were all."""
-    for (shape, equal), (whole, _) in zip(got.shared, want.shared, strict=False):
+    for (shape, equal), (whole, _) in zip(got.keys_and_values, want.keys_and_values, strict=False):
         if min(len(shape), len(whole), len(got.source)) < 3 or whole[-3] == 1:
             continue
         if equal and shape[-3] == whole[-3] and got.source[-3] < want.source[-3]:
@@ -108,7 +108,7 @@ def _whole_kv_heads(got: View, want: View) -> int | None:
     return None
 
 
-def _view_code(got: View, want: View, tp: int) -> str | None:
+def _view_code(got: RecordedCall, want: RecordedCall, tp: int) -> str | None:
     if got.op == "scaled_dot_product_attention":
         return "CR209" if got.source[-1] != want.source[-1] else None
     sharded = [d for d, (g, w) in enumerate(zip(got.source, want.source, strict=True)) if g != w and g * tp == w]
@@ -146,7 +146,7 @@ def _factors(source: tuple[int, ...], result: tuple[int, ...], dim: int) -> list
     return found
 
 
-def _shapes_text(view: View) -> str:
+def _shapes_text(view: RecordedCall) -> str:
     return " and ".join(str(shape) for shape in view.result[:3])
 
 
@@ -207,7 +207,7 @@ def _failure(failure: Failure, plan: Plan) -> Finding:
 
 
 def _log_softmax(run: DryRun, plan: Plan) -> Iterator[Finding]:
-    if plan.loss == "vocab_parallel" and run.class_losses > 0:
+    if plan.loss == "vocab_parallel" and run.unmatched_log_softmaxes > 0:
         message = (
             "a log-softmax of split logits that no cross entropy takes: its backward in this context is the identity"
         )
@@ -227,7 +227,7 @@ def _loss(run: DryRun, plan: Plan) -> Iterator[Finding]:
         return
     if plan.loss != "vocab_parallel" or run.logits is None:
         return
-    if run.class_losses > 0:
+    if run.unmatched_log_softmaxes > 0:
         message = (
             "the loss takes a log-softmax that no cross entropy consumes: its backward in this context is the identity"
         )
@@ -248,7 +248,7 @@ def _communication(run: DryRun) -> Iterator[Finding]:
             message = f"DTensor moves {c.bytes} bytes unasked ({c.cause})"
             fix = "declare the change of layout: prepare_input on the module that holds these linears"
             yield finding("CR408", c.where, message, fix)
-        elif c.again:
+        elif c.repeated:
             message = f"the same tensor is gathered again ({c.bytes} bytes)"
             yield finding(
                 "CR408", c.where, message, "gather once: prepare_input on the module that holds these linears"
@@ -256,11 +256,11 @@ def _communication(run: DryRun) -> Iterator[Finding]:
 
 
 def _random(run: DryRun) -> Iterator[Finding]:
-    for slip in run.slips:
-        if slip.kind == "random_on_part" and not slip.backward:
+    for mismatch in run.mismatches:
+        if mismatch.problem == "random_on_shard" and not mismatch.backward:
             message = "dropout runs on a rank's part: ranks seeded alike drop the same positions of different parts"
             yield finding(
-                "CR601", slip.where or "model", message, "set dropout to 0, or seed each tp rank differently here"
+                "CR601", mismatch.where or "model", message, "set dropout to 0, or seed each tp rank differently here"
             )
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from colrow.checking.finding import Finding, finding
-from colrow.dryrun.dry_run import DryRun
-from colrow.dryrun.where import LOSS
+from colrow.dryrun.module_tracker import LOSS
+from colrow.dryrun.result import DryRun
 
 
 def check_gradients(run: DryRun, tp: int) -> list[Finding]:
@@ -21,26 +21,29 @@ def check_gradients(run: DryRun, tp: int) -> list[Finding]:
 
 
 def _partial(run: DryRun, tp: int) -> Iterator[Finding]:
-    earlier = any(slip.kind in ("part_as_whole", "whole_as_part") and not slip.backward for slip in run.slips)
+    earlier = any(
+        mismatch.problem in ("varying_as_replicate", "equal_as_shard") and not mismatch.backward
+        for mismatch in run.mismatches
+    )
     if earlier:
         return  # the activations are wrong already: their gradients follow
     summed = ("equal_summed", "addend_summed")
-    follows = any(slip.kind in summed and not slip.backward for slip in run.slips)
-    for slip, param in zip(run.slips, run.slip_params, strict=True):
-        where = param or slip.where or "model"
-        if not slip.backward or where == LOSS:
+    follows = any(mismatch.problem in summed and not mismatch.backward for mismatch in run.mismatches)
+    for mismatch in run.mismatches:
+        where = mismatch.param or mismatch.where or "model"
+        if not mismatch.backward or where == LOSS:
             continue
-        if slip.kind == "part_as_whole" and param:
+        if mismatch.problem == "varying_as_replicate" and mismatch.param:
             message = "each rank's gradient comes from its part of the activations, and nothing sums them over tp"
-            yield finding("CR501", where, message, _mend(run, slip.where, tp))
-        elif slip.kind == "part_as_whole":
+            yield finding("CR501", where, message, _mend(run, mismatch.where, tp))
+        elif mismatch.problem == "varying_as_replicate":
             message = "the gradient of an activation is a different part on each rank and is taken to be equal on all"
             fix = "use to_local(grad_placements=[Partial()]) here, or a style that reduces it (prepare_input)"
             yield finding("CR504", where, message, fix)
-        elif slip.kind == "equal_as_partial":
+        elif mismatch.problem == "equal_as_partial":
             message = "every rank has the whole gradient, and the style sums them over tp"
             yield finding("CR502", where, message, "give the module style replicate, or leave it out of the plan")
-        elif slip.kind in summed and not follows:
+        elif mismatch.problem in summed and not follows:
             message = "a gradient that is summed over tp already, or equal on all ranks, is summed here once more"
             fix = "sum it in one place: inside a block or behind a gather take styles that leave the sum to it"
             yield finding("CR502", where, message, fix)

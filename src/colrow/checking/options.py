@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from colrow.checking.finding import Finding, finding
-from colrow.dryrun.dry_run import DryRun
-from colrow.dryrun.where import LOSS
+from colrow.dryrun.module_tracker import LOSS
+from colrow.dryrun.result import DryRun
 
 _SUMS = ("all_reduce", "reduce_scatter")
 COMPILED_BLOCKS_WAIT = torch.__version__.startswith("2.11.")
@@ -44,7 +44,7 @@ def _sums(run: DryRun, wanted: torch.dtype | None) -> Iterator[Finding]:
 def _inputs(run: DryRun) -> Iterator[Finding]:
     if COMPILED_BLOCKS_WAIT:
         return
-    for block in run.unfinished:
+    for block in run.async_inputs:
         message = (
             "its input is a collective that still runs when the block is called; a compiled block takes it without the "
             "node of `to_local`, and backward raises: 'Tensor' object has no attribute '_local_tensor'"

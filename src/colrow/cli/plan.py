@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from colrow.cli.flags import PlanFlags, default_seq_len, parse
-from colrow.dryrun.dry_run import Collective, Output
 from colrow.dryrun.picture import in_units, write_page
 from colrow.dryrun.report import ParameterRow, PlanReport, collapse, report
+from colrow.dryrun.result import Collective, Output
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ def main(argv: list[str]) -> int:
     """Exit 0 when the numbers agree, 1 when not, 2 for bad usage."""
     flags = parse(Flags, "verify", argv)
     multiprocessing.set_forkserver_preload(["colrow.verifying.backends"])  # imported once, not by each rank
-    from colrow.dryrun.reduced import twin
+    from colrow.dryrun.reduced_model import reduced_model
 
-    model, shrunk = twin(flags.load_model(), flags.tp)
+    model, shrunk = reduced_model(flags.load_model(), flags.tp)
     plan = flags.load_plan(model)
     report = verify(model, plan, flags.tp, backend=flags.backend)
     if flags.json:

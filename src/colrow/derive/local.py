@@ -35,7 +35,7 @@ from colrow.derive.trace import (
     quiet,
     trace,
 )
-from colrow.dryrun.calls import call
+from colrow.dryrun.calls import call_model
 from colrow.errors import PlanError
 from colrow.styles.base import set_attribute
 
@@ -178,7 +178,7 @@ class LocalCheck:
         inputs = tuple(mode.from_tensor(x) for x in self.inputs)
         try:
             with quiet(), markers(model, rescale) as calls, torch.no_grad(), mode:
-                call(model, inputs)
+                call_model(model, inputs)
         except Exception as error:
             return f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
         wanted: dict[str, list[list[int] | None]] = {}
@@ -278,7 +278,7 @@ class LocalCheck:
                 record_reads(name, module, found)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with quiet(), torch.no_grad(), mode, contextlib.suppress(Exception):
-            call(model.eval(), tuple(mode.from_tensor(x) for x in self.inputs))
+            call_model(model.eval(), tuple(mode.from_tensor(x) for x in self.inputs))
         return [(name, key, value) for (name, key), value in found.items()]
 
 

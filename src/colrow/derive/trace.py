@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from colrow.derive.outside import watching_reads
-from colrow.dryrun.calls import call
+from colrow.dryrun.calls import call_model
 from colrow.errors import PlanError
 
 _LIBRARY = torch.library.Library("colrow_plan", "DEF")
@@ -129,7 +129,7 @@ class _Called(nn.Module):
         self.m = model
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return call(self.m, inputs)
+        return call_model(self.m, inputs)
 
 
 def _prime_sizes(model: nn.Module, tp: int) -> tuple[int, int]:

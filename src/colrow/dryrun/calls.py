@@ -1,4 +1,4 @@
-"""How to call a model whose signature nobody states: its input, its output, and its loss.
+"""How to call a model of unknown signature: its input, its output, and its loss.
 
 A causal language model takes token ids [B, T] and gives logits [B, T, V], bare or as `.logits` of what Hugging Face's
 models return. A model without an embedding takes hidden states [B, T, D].
@@ -21,7 +21,7 @@ from colrow.plans.plan import Plan
 from colrow.styles.linear_head import Expected, expect_targets
 
 Loss = Callable[[Tensor, tuple[Any, ...]], Tensor]
-"""A scalar from the model's output and the inputs that it got."""
+"""A scalar from the model's output and its inputs."""
 
 
 def is_huggingface(model: nn.Module) -> bool:
@@ -38,7 +38,7 @@ def example_input(model: nn.Module, batch_size: int, seq_len: int) -> Tensor:
     """Token ids [B, T], or hidden states [B, T, D] for a model without an embedding, drawn from torch's generator.
 
     Raises:
-        PlanError: nothing in the model tells what it takes.
+        PlanError: the model has neither an embedding nor a linear layer.
     """
     vocab = vocabulary(model)
     if vocab is not None:
@@ -48,7 +48,7 @@ def example_input(model: nn.Module, batch_size: int, seq_len: int) -> Tensor:
     width = width or next(linears, None)
     if width is None:
         raise PlanError(
-            f"{type(model).__name__} has neither an embedding nor a linear layer that would tell its input: "
+            f"{type(model).__name__} has neither an embedding nor a linear layer that shows its input: "
             "pass example inputs with inputs=(...)"
         )
     param = next(model.parameters())
@@ -56,10 +56,10 @@ def example_input(model: nn.Module, batch_size: int, seq_len: int) -> Tensor:
     return torch.randn(batch_size, seq_len, int(width), dtype=dtype)
 
 
-def call(model: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
+def call_model(model: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
     """The model's output as one tensor: logits where it gives some, else the first tensor.
 
-    A single input goes as `input_ids` where the model takes that name; nothing is kept for later tokens.
+    A single input is passed as `input_ids` where the model takes that name; no key-value cache is kept.
     """
     known = inspect.signature(model.forward).parameters
     kwargs: dict[str, Any] = {"use_cache": False} if "use_cache" in known else {}
@@ -76,10 +76,10 @@ def call(model: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
     return tensor
 
 
-def loss_of(output: Tensor, inputs: tuple[Any, ...]) -> Tensor:
-    """Next-token cross entropy for logits of token ids; otherwise a fixed weighted sum of the whole output.
+def default_loss(output: Tensor, inputs: tuple[Any, ...]) -> Tensor:
+    """Next-token cross entropy for logits of token ids; otherwise a fixed weighted sum of the complete output.
 
-    The weights differ from element to element: a mean or a square has no gradient behind a norm.
+    The weights differ from element to element: behind a norm, a mean or a square has a zero gradient.
     """
     ids = inputs[0] if inputs else None
     if isinstance(ids, Tensor) and not ids.is_floating_point() and output.ndim == 3:
@@ -91,7 +91,7 @@ def loss_of(output: Tensor, inputs: tuple[Any, ...]) -> Tensor:
     return (output * weights).sum() / output.numel() ** 0.5
 
 
-def hand_over_targets(model: nn.Module, plan: Plan, inputs: tuple[Any, ...]) -> None:
-    """Give a head that computes the loss itself (`loss: linear`) the targets of `loss_of`."""
+def give_targets(model: nn.Module, plan: Plan, inputs: tuple[Any, ...]) -> None:
+    """Give a head that computes the loss itself (`loss: linear`) the targets of `default_loss`."""
     if plan.loss == "linear":
         expect_targets(model, [Expected(inputs[0].roll(-1, dims=1), None, -100)])

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import placement_types
@@ -78,3 +79,22 @@ def fake_tensors() -> Iterator[None]:
         logger.setLevel(level)
         if callable(offsets):
             cls.local_shard_size_and_offset = offsets
+
+
+def materialize_fake(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Replace the model's meta tensors by fake CPU tensors, in `dtype` where they are floating-point. Ties stay."""
+
+    def fake(tensor: Tensor) -> Tensor:
+        made = torch.empty_like(tensor, device="cpu")
+        return made.to(dtype) if dtype is not None and made.is_floating_point() else made
+
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, param in module._parameters.items():
+            if param is not None:
+                if id(param) not in made:
+                    made[id(param)] = nn.Parameter(fake(param.detach()), param.requires_grad)
+                module._parameters[name] = made[id(param)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = fake(buffer)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from colrow.dryrun.dry_run import Collective
 from colrow.dryrun.report import ParameterRow, PlanReport, Step, collapse
+from colrow.dryrun.result import Collective
 
 _STYLE = """
 :root { --ink: #1c2430; --soft: #5b6675; --line: #d5dbe3; --paper: #ffffff; --box: #f4f6f9;

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 from torch.distributed.tensor import Replicate
 
-from colrow.dryrun.dry_run import Collective, DryRun, Output, dry_run
+from colrow.dryrun.dry_run import dry_run
+from colrow.dryrun.result import Collective, DryRun, Output
 from colrow.mesh import Mesh
 from colrow.plans.plan import Plan
 from colrow.sharding.placements import format_placement

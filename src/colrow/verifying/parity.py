@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import nn
 
-from colrow.dryrun.calls import Loss, loss_of
+from colrow.dryrun.calls import Loss, default_loss
 from colrow.plans.plan import Plan
 from colrow.verifying.backends import run_local
 from colrow.verifying.sharded import Errors, compare
 from colrow.verifying.step import Task, reference_step
 
 
-def parity(model: nn.Module, plan: Plan, tp: int, inputs: tuple[Any, ...], loss: Loss = loss_of) -> Errors:
+def parity(model: nn.Module, plan: Plan, tp: int, inputs: tuple[Any, ...], loss: Loss = default_loss) -> Errors:
     """One forward, backward and optimizer step on the CPU, in evaluation mode and the model's own dtype.
 
     Raises:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from colrow.dryrun.calls import Loss, call, hand_over_targets
+from colrow.dryrun.calls import Loss, call_model, give_targets
 from colrow.parallel.loss import loss_context
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
@@ -32,7 +32,7 @@ class Task:
 
 def reference_step(task: Task, model: nn.Module) -> Reference:
     """The step of the unsharded model, in place."""
-    loss = task.loss(call(model, task.inputs), task.inputs)
+    loss = task.loss(call_model(model, task.inputs), task.inputs)
     loss.backward()
     gradients = {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
     _optimizer(model).step()
@@ -49,8 +49,8 @@ def sharded_step(
     """The step of the parallelised model, in place. `parts` gives a local tensor's value on each rank run here."""
     parallelize(model, plan, mesh)
     with loss_context(plan, mesh):
-        hand_over_targets(model, plan, task.inputs)
-        output = call(model, task.inputs)
+        give_targets(model, plan, task.inputs)
+        output = call_model(model, task.inputs)
         loss = output if plan.loss == "linear" else task.loss(output, task.inputs)
         loss.backward()
     align_gradients(model.parameters())

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from colrow.dryrun.calls import Loss, example_input, loss_of
-from colrow.dryrun.reduced import twin
+from colrow.dryrun.calls import Loss, default_loss, example_input
+from colrow.dryrun.reduced_model import reduced_model
 from colrow.errors import PlanError
 from colrow.plans.plan import Plan
 from colrow.styles.base import style_from_data
@@ -103,7 +103,7 @@ def verify(
     batch_size: int = 2,
     seq_len: int | None = None,
     inputs: tuple[Any, ...] | None = None,
-    loss: Loss = loss_of,
+    loss: Loss = default_loss,
     tolerance: float | None = None,
     seed: int = 0,
 ) -> Report:
@@ -115,7 +115,7 @@ def verify(
 
     Args:
         build_model: makes the model (or is it); it may be on the meta device. A big one of a known family is replaced
-            by a small twin, see `dryrun.reduced`.
+            by a small twin, see `dryrun.reduced_model`.
         backend: `local` simulates the ranks in this process, `gloo` starts a process for each; `auto` simulates
             where torch can.
         inputs: example arguments instead of token ids [batch_size, seq_len].
@@ -130,7 +130,7 @@ def verify(
     plan = without_copy_engines(plan)
     if tp < 2:
         raise PlanError(f"tp={tp} splits nothing: verify needs tp of 2 or more")
-    model, shrunk = twin(build_model if isinstance(build_model, nn.Module) else build_model(), tp)
+    model, shrunk = reduced_model(build_model if isinstance(build_model, nn.Module) else build_model(), tp)
     model = _prepare(model, seed)
     torch.manual_seed(seed + 1)
     if inputs is None:

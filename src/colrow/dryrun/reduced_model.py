@@ -1,7 +1,7 @@
-"""A small twin of a big model: the same modules, and the same answers to what divides by tp.
+"""A small model with the modules of a big one, for verify: fewer layers and smaller widths.
 
-Widths shrink to a few multiples of tp, layers to two of each kind. Heads keep the ratio of query to kv heads; a number
-that tp does not divide stays one that it does not divide.
+Layers shrink to two of each kind, widths to a few multiples of tp. Heads keep the ratio of query to kv heads. A size
+that tp divides becomes one that it divides; a size that it does not divide stays such a size.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from colrow.dryrun.calls import is_huggingface
 from colrow.errors import PlanError
 
 SMALL = 5_000_000
-"""A model with at most so many parameters is verified as it is."""
+"""A model with at most this number of parameters is verified as it is."""
 LARGEST = 100_000_000
 """A model that cannot be shrunk is refused above this number of parameters: verify holds tp + 2 copies in fp64."""
 
@@ -32,11 +32,11 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_exp
 _LOW_RANK = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
 
 
-def twin(model: nn.Module, tp: int) -> tuple[nn.Module, str | None]:
-    """The model itself when it is small or cannot be shrunk; else its twin, and what was changed.
+def reduced_model(model: nn.Module, tp: int) -> tuple[nn.Module, str | None]:
+    """A small model of the same family and the sizes that differ, or the model itself and None when it is small.
 
     Raises:
-        PlanError: it is too big to be verified as it is.
+        PlanError: it is too big to be verified as it is, and its family is not known.
     """
     size = sum(param.numel() for param in model.parameters())
     config = getattr(model, "config", None)
@@ -71,27 +71,27 @@ def _shrink_llama(config: Any, tp: int) -> Any:
 
 
 def shrink_heads(query: int, kv: int, tp: int) -> tuple[int, int]:
-    """The smallest head counts with the same ratio of query to kv heads that tp divides, or not, as before."""
+    """The smallest head counts with the same ratio of query to kv heads that tp divides where it did before."""
     group = max(1, query // kv)
     for small in range(1, kv):
-        if _alike(small, kv, tp) and _alike(small * group, query, tp):
+        if _same_divisibility(small, kv, tp) and _same_divisibility(small * group, query, tp):
             return small * group, small
     return query, kv
 
 
 def shrink_width(extent: int, tp: int, target: int) -> int:
-    """`target`, or a little more so that tp divides it just as it divides `extent`; never more than `extent`."""
+    """`target`, or a little more, with the remainder of `extent` modulo tp; never more than `extent`."""
     target += (extent - target) % tp
     return min(extent, target)
 
 
-def _alike(small: int, big: int, tp: int) -> bool:
-    """Whether tp stands to both numbers alike: divides them, is divided by them, or neither."""
+def _same_divisibility(small: int, big: int, tp: int) -> bool:
+    """Whether tp divides both or neither, and is divided by both or neither."""
     return (small % tp == 0) == (big % tp == 0) and (tp % small == 0) == (tp % big == 0)
 
 
 def shrink_huggingface(config: Any, tp: int) -> Any:
-    """A small config of the same family."""
+    """A config of the same family with small sizes."""
     small = copy.deepcopy(config)
     kinds: Sequence[Any] = getattr(config, "layer_types", None) or ()
     layers = _first(config, _LAYERS) or 2

@@ -1,8 +1,9 @@
-"""Which module a piece of work belongs to, in forward and in backward.
+"""Attributes each operation and collective to a module, in forward and in backward.
 
-Hooks keep the stack of running modules. What a module's call adds to the autograd graph is swept after it, so that a
-node knows the innermost module that made it; in backward the running node tells the module. The hooks stand outside
-of those of the plan's styles: a gather before a module and a scatter after it belong to that module.
+In forward, hooks keep the stack of running modules. When a module returns, every autograd node that its call made and
+that has no label yet gets the module's name, so that a node carries the innermost module; in backward the running node
+is asked. The hooks run outside those of the plan's styles: a gather before a module and a scatter after it belong to
+that module.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 LOSS = "loss"
-_KEY = "colrow_where"
+_KEY = "colrow_module"
 
 
-class Where:
-    """Attributes work to the modules of `model`; `rename` gives the name to report."""
+class ModuleTracker:
+    """Knows which module of `model` is running; `rename` maps its name to the one to report."""
 
     def __init__(self, model: nn.Module, rename: Callable[[str], str]) -> None:
         self._stack: list[str] = []
@@ -31,21 +32,17 @@ class Where:
             self._handles.append(module.register_forward_pre_hook(self._enter(label), prepend=True, with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._exit(label)))
 
-    def module(self) -> str:
-        """The fully qualified name of the module at work; `loss` outside of the model, empty for the model itself."""
+    def current(self) -> str:
+        """The fully qualified name of the running module; `loss` outside of the model, empty for the model itself."""
         node: Any = torch._C._current_autograd_node()
         if node is not None:
             return str(node.metadata.get(_KEY, LOSS))
         return self._stack[-1] if self._stack else LOSS
 
     @staticmethod
-    def backward() -> bool:
-        """Whether a backward pass runs."""
+    def in_backward() -> bool:
+        """Whether a backward pass is running."""
         return torch._C._current_autograd_node() is not None
-
-    def forget_calls(self) -> None:
-        """After an exception left modules open."""
-        self._stack.clear()
 
     def innermost(self) -> str:
         """The module that was running when an exception left the model."""
@@ -54,21 +51,21 @@ class Where:
     def _enter(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             if self._stack:
-                _sweep((args, kwargs), self._stack[-1])
+                _label_nodes((args, kwargs), self._stack[-1])
             self._stack.append(name)
 
         return hook
 
     def _exit(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            _sweep(output, name)
+            _label_nodes(output, name)
             self._stack.pop()
 
         return hook
 
 
-def _sweep(values: Any, name: str) -> None:
-    """Give every node behind `values` that has no module yet this one."""
+def _label_nodes(values: Any, name: str) -> None:
+    """Label every autograd node behind `values` that has no module yet."""
     todo = [leaf.grad_fn for leaf in _tensors(values) if leaf.grad_fn is not None]
     while todo:
         node = todo.pop()
@@ -85,7 +82,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def frames() -> Iterator[FrameType]:
-    """The Python frames at work, from the caller's outwards."""
+    """The Python frames of this call, from the caller outwards."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         yield frame

@@ -1,8 +1,8 @@
-"""Records how a model's own code reshapes, splits and normalises tensors, to compare the sharded run with the other.
+"""Records how a model's own code reshapes, splits and reduces tensors, to compare the sharded run with the unsharded.
 
-What is right for the whole tensor can be wrong for a shard and raise nothing: `view(B, T, n_heads, -1)` on a shard of
-the heads shrinks the head dimension, `chunk(2, -1)` of a column shard of a fused weight cuts in the wrong place, and
-`topk(2, -1)` over a rank's experts chooses among these alone. All are seen in the shapes of the two runs.
+What is right for a complete tensor can be wrong for a shard and raise nothing: `view(B, T, n_heads, -1)` on a shard of
+the heads shrinks the head dimension, `chunk(2, -1)` of a column shard of a fused weight splits in the wrong place, and
+`topk(2, -1)` over a rank's experts chooses among these alone. All of them show in the shapes of the two runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from colrow.dryrun.where import Where, frames
+from colrow.dryrun.module_tracker import ModuleTracker, frames
 
 _RESHAPE = {Tensor.view: "view", Tensor.reshape: "reshape", torch.reshape: "reshape", Tensor.unflatten: "unflatten",
             torch.unflatten: "unflatten"}  # fmt: skip
@@ -31,7 +31,7 @@ _SPLIT = {
 _ATTENTION = {F.scaled_dot_product_attention: "scaled_dot_product_attention"}
 REDUCTIONS = ("softmax", "log_softmax", "logsumexp", "topk", "sort", "argsort", "argmax", "argmin", "cumsum", "mean",
               "var", "std")  # fmt: skip
-"""What makes no sense of a part of the dimension that it runs over."""
+"""Wrong on a shard of the dimension that they run over."""
 _REDUCE = {getattr(owner, name): name for owner in (Tensor, torch) for name in REDUCTIONS}
 _REDUCE |= {F.softmax: "softmax", F.log_softmax: "log_softmax"}
 _WATCHED: dict[Any, str] = {**_RESHAPE, **_SPLIT, **_ATTENTION, **_REDUCE}
@@ -41,11 +41,12 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class View:
-    """One call of model code: what went in, what came out, and the dimension of a split.
+class RecordedCall:
+    """One call by model code: local shapes of the first input and of the results, and the dim that it runs over.
 
     Attributes:
-        shared: of an attention's keys and values, the shapes, and whether each is the same on all ranks.
+        packed: the input comes from a fused weight of which each segment was split on its own.
+        keys_and_values: of an attention, the shapes of keys and values, and whether each is the same on all ranks.
     """
 
     op: str
@@ -54,29 +55,29 @@ class View:
     dim: int
     on_dtensor: bool
     packed: bool
-    shared: tuple[tuple[Shape, bool], ...] = ()
+    keys_and_values: tuple[tuple[Shape, bool], ...] = ()
 
 
-class Views(TorchFunctionMode):
+class CallRecorder(TorchFunctionMode):
     """`calls[module]` lists the watched calls in the order in which the module's code made them."""
 
     def __init__(
         self,
-        where: Where,
+        modules: ModuleTracker,
         packed: Callable[[Tensor], bool] = lambda _: False,
         varies: Callable[[Tensor], bool] = lambda _: False,
     ) -> None:
         super().__init__()
         self._packed, self._varies = packed, varies
-        self.calls: dict[str, list[View]] = defaultdict(list)
-        self._where = where
+        self.calls: dict[str, list[RecordedCall]] = defaultdict(list)
+        self._modules = modules
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         try:
             out = func(*args, **kwargs)
         except Exception:
-            if func in _ATTENTION:  # heads that do not go together may say why
+            if func in _ATTENTION:  # the shapes of heads that do not fit may explain the exception
                 self._record(func, args, kwargs, None)
             raise
         if func in _WATCHED:
@@ -85,24 +86,24 @@ class Views(TorchFunctionMode):
 
     def _record(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         source: Any = args[0] if args else kwargs.get("input", kwargs.get("query"))
-        if self._where.backward() or not _called_by_model() or not isinstance(source, Tensor):
+        if self._modules.in_backward() or not _called_by_model() or not isinstance(source, Tensor):
             return
         name = _WATCHED[func]
         results = tuple(tuple(leaf.shape) for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
         dim = _dim(name, args, kwargs) % max(1, source.ndim)
-        shared = self._shared(args, kwargs) if func in _ATTENTION else ()
+        keys_and_values = self._keys_and_values(args, kwargs) if func in _ATTENTION else ()
         packed = self._packed(source)
-        self.calls[self._where.module()].append(
-            View(name, tuple(source.shape), results, dim, isinstance(source, DTensor), packed, shared)
+        self.calls[self._modules.current()].append(
+            RecordedCall(name, tuple(source.shape), results, dim, isinstance(source, DTensor), packed, keys_and_values)
         )
 
-    def _shared(self, args: Any, kwargs: Any) -> tuple[tuple[Shape, bool], ...]:
+    def _keys_and_values(self, args: Any, kwargs: Any) -> tuple[tuple[Shape, bool], ...]:
         found = (args[i] if len(args) > i else kwargs.get(name) for i, name in ((1, "key"), (2, "value")))
         return tuple((tuple(x.shape), not self._varies(x)) for x in found if isinstance(x, Tensor))
 
 
 def _dim(name: str, args: Any, kwargs: Any) -> int:
-    """The dimension; of a reduction over several the last, over all the last too."""
+    """The dim that the call runs over; of a reduction over several dims, or over all, the last."""
     if name in ("view", "reshape", "scaled_dot_product_attention"):
         return 0
     position = 2 if name in ("chunk", "split", "tensor_split", "topk") else 1
@@ -114,7 +115,7 @@ def _dim(name: str, args: Any, kwargs: Any) -> int:
 
 
 def _called_by_model() -> bool:
-    """False for the calls that torch.distributed makes for itself, be it through other files of torch."""
+    """False for calls that torch.distributed makes itself, directly or through other files of torch."""
     for frame in frames():
         file = frame.f_code.co_filename
         if file == __file__:

@@ -1,0 +1,117 @@
+"""A copy of a model on the meta device, with the same widths and only the first blocks of each kind.
+
+The dry run needs no more: of a list of equal blocks, the first two show everything. Blocks are equal when their
+classes, the shapes of their parameters, their plain options and their styles are.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from colrow.styles.base import Style
+
+_KEPT = 2  # of each kind: the second block's input comes from a block, as for all later ones
+_LAYER_NUMBERS = ("idx", "index", "layer_id", "layer_number")  # options that differ between equal blocks
+
+
+@dataclass(frozen=True)
+class ReducedCopy:
+    """A model on the meta device.
+
+    Attributes:
+        original_names: a module's name in the copy to its name in the original, where they differ.
+        repeats: a kept block's name in the copy to the number of blocks that it stands for.
+    """
+
+    model: nn.Module
+    original_names: dict[str, str] = field(default_factory=dict)
+    repeats: dict[str, int] = field(default_factory=dict)
+
+    def original(self, name: str) -> str:
+        """The original's name of a module or parameter of the copy."""
+        for new, old in self.original_names.items():
+            if name == new or name.startswith(new + "."):
+                return old + name[len(new) :]
+        return name
+
+    def count(self, name: str) -> int:
+        """How many modules of the original this module of the copy stands for."""
+        return next((n for block, n in self.repeats.items() if name == block or name.startswith(block + ".")), 1)
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A deep copy whose parameters and buffers are on the meta device; ties stay, no weight is copied."""
+    memo: dict[int, Any] = {}
+    for param in model.parameters():
+        memo[id(param)] = nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=param.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, memo)
+
+
+def reduced_copy(model: nn.Module, styles: Mapping[str, Style], keep: int = _KEPT) -> ReducedCopy:
+    """`meta_copy` with at most `keep` blocks of each kind in each outermost list of blocks."""
+    model = meta_copy(model)
+    original_names: dict[str, str] = {}
+    repeats: dict[str, int] = {}
+    for list_name, container in block_lists(model):
+        blocks = dict(container.named_children())
+        kinds: dict[Any, list[str]] = defaultdict(list)
+        for key, block in blocks.items():
+            kinds[_kind(block, f"{list_name}.{key}", styles)].append(key)
+        if all(len(keys) <= keep for keys in kinds.values()):
+            continue
+        kept: dict[str, int] = {}  # key: number of blocks that it stands for
+        for keys in kinds.values():
+            kept |= dict.fromkeys(keys[:keep], 1)
+            kept[keys[:keep][-1]] += len(keys) - len(keys[:keep])
+        for key in blocks:
+            del container._modules[key]
+        for i, key in enumerate(key for key in blocks if key in kept):
+            new = key if isinstance(container, nn.ModuleDict) else str(i)
+            container._modules[new] = blocks[key]
+            if kept[key] > 1:
+                repeats[f"{list_name}.{new}"] = kept[key]
+            if new != key:
+                original_names[f"{list_name}.{new}"] = f"{list_name}.{key}"
+    return ReducedCopy(model, original_names, repeats)
+
+
+def block_lists(model: nn.Module, more_than: int = _KEPT) -> list[tuple[str, nn.Module]]:
+    """The outermost containers of more than `more_than` blocks (modules with children), by name."""
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(outer + ".") for outer, _ in found):
+            continue
+        if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential) and name:
+            children = list(module.children())
+            if len(children) > more_than and all(any(True for _ in child.children()) for child in children):
+                found.append((name, module))
+    return found
+
+
+def _kind(block: nn.Module, name: str, styles: Mapping[str, Style]) -> tuple[Any, ...]:
+    """Equal for blocks that a dry run cannot tell apart."""
+    facts: list[Any] = []
+    for inner, module in block.named_modules():
+        plain = tuple(
+            (key, value)
+            for key, value in sorted(module.__dict__.items())
+            if isinstance(value, int | float | str) and not key.startswith("_") and not _is_layer_number(key)
+        )
+        style = styles.get(f"{name}.{inner}" if inner else name)
+        facts.append((inner, type(module), plain, repr(style)))
+    tensors: list[tuple[str, Tensor]] = [*block.named_parameters(), *block.named_buffers()]
+    facts += [(key, tuple(t.shape), t.dtype, t.requires_grad) for key, t in tensors]
+    return tuple(facts)
+
+
+def _is_layer_number(key: str) -> bool:
+    return any(word in key for word in _LAYER_NUMBERS)

@@ -1,0 +1,228 @@
+"""What a dry run knows of each local tensor, and how an operation hands that on to its results.
+
+[Note: equal and varying]
+A local tensor is *equal* when every rank holds the same values, *varying* when ranks may differ. Inputs and replicated
+parameters are equal, shards and pending sums vary; an operation on a varying tensor gives a varying one; an all-gather
+or all-reduce gives an equal one. DTensor declares placements and never compares them with what a tensor is. Each of
+these declarations is wrong, and none raises:
+
+    declared    tensor    consequence
+    replicate   varying   in forward, each rank computes with its own shard as if it were the complete tensor; in
+                          backward, one term of a sum over ranks is used as the sum
+    shard       equal     in forward, a complete tensor counts as one shard: the dim becomes tp times longer
+    partial     equal     the same value is summed over ranks: tp times too large
+
+A tensor is identified by its storage and the window on it, so that a detached or saved alias is the same tensor.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from colrow.dryrun.module_tracker import frames
+
+Window = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+"""Storage address, offset, shape, stride."""
+
+# operations whose result takes only the shape of its input
+_NO_VALUES = ("empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_ones", "new_full")
+_ZEROS = ("zeros", "zeros_like", "new_zeros", "zero_")
+_KEEPS_ADDEND = ("view", "_unsafe_view", "reshape", "clone", "_to_copy", "transpose", "permute", "detach", "alias",
+                 "unsqueeze", "squeeze", "expand", "contiguous", "t", "slice", "split", "cat")  # fmt: skip
+_SUMS_OF_TERMS = ("add", "add_", "sub")
+_RANDOM = ("native_dropout", "bernoulli", "bernoulli_", "rand_like", "randn_like", "_fused_dropout")
+_MATMULS = ("mm", "addmm", "bmm", "baddbmm", "linear", "_grouped_mm", "_scaled_dot_product_flash_attention_for_cpu")
+
+
+@dataclass
+class Value:
+    """What is known of one window of a storage.
+
+    Attributes:
+        varying: ranks may hold different values; see [Note: equal and varying].
+        packed_weight: a fused weight of which each segment was split on its own, or a view of one.
+        packed: computed from such a weight: its features are the segments' shards, one after the other.
+        has_addend: varying, and an equal term was added on every rank: a sum over ranks would count the term tp times.
+        is_zero: zeros, which may be added on every rank.
+        is_share: an equal value divided by tp, which may be summed over ranks.
+        shaped_like_shard: no values yet, but the shape of a varying tensor.
+        gathered_in: the passes, named by whether they are backward, in which it was all-gathered.
+    """
+
+    varying: bool = False
+    packed_weight: bool = False
+    packed: bool = False
+    has_addend: bool = False
+    is_zero: bool = False
+    is_share: bool = False
+    shaped_like_shard: bool = False
+    gathered_in: set[bool] = field(default_factory=set)
+
+
+@dataclass
+class Storage:
+    """What is known of a storage.
+
+    Attributes:
+        handle: keeps the storage alive: its address is a key, and must not be used again.
+        varying: varying values were written into it in place: every window on it varies.
+        in_flight: an asynchronous collective fills it, and views of it do not wait for the collective.
+    """
+
+    handle: torch.UntypedStorage
+    varying: bool = False
+    in_flight: bool = False
+
+
+class Values:
+    """The `Value` of every local tensor of a step, by tensor: `values[x].varying`."""
+
+    def __init__(self) -> None:
+        self._values: dict[Window, Value] = defaultdict(Value)
+        self._storages: dict[int, Storage] = {}
+
+    def __getitem__(self, tensor: Tensor) -> Value:
+        tensor = _local(tensor)
+        window = (
+            self.storage(tensor).handle._cdata,
+            int(tensor.storage_offset()),
+            tuple(tensor.shape),
+            tuple(tensor.stride()),
+        )
+        return self._values[window]
+
+    def storage(self, tensor: Tensor) -> Storage:
+        """What is known of the tensor's storage."""
+        handle = _local(tensor).untyped_storage()
+        return self._storages.setdefault(handle._cdata, Storage(handle))
+
+    def varies(self, tensor: Tensor) -> bool:
+        """Whether ranks may hold different values in this local tensor."""
+        return self[tensor].varying or self.storage(tensor).varying
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation on local tensors, after it ran.
+
+    Attributes:
+        name: without namespace and overload: `add_` of `aten::add_.Tensor`.
+        varying: the inputs that vary.
+        mutates: it writes to one of its inputs.
+    """
+
+    name: str
+    namespace: str
+    args: Any
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    varying: list[Tensor]
+    mutates: bool
+
+
+def track_packed(values: Values, op: Op) -> None:
+    """packed weight → view: packed weight; × activations: packed. packed → packed, but for a matmul of activations,
+    which mixes the features."""
+    from_weight = any(values[x].packed_weight for x in op.inputs)
+    from_packed = any(values[x].packed for x in op.inputs)
+    for out in op.outputs:
+        if op.name in _MATMULS:
+            values[out].packed |= from_weight
+        elif from_weight:
+            values[out].packed_weight = True
+        else:
+            values[out].packed |= from_packed
+
+
+def track_in_flight(values: Values, op: Op, functional: bool) -> None:
+    """The result of an operator of functional collectives is in flight until AsyncCollectiveTensor waits."""
+    if op.name == "_unsafe_view":
+        # AsyncCollectiveTensor waits on _unsafe_view (not a view in its schema): the result is complete, same storage
+        for x in op.inputs:
+            values.storage(x).in_flight = False
+    if functional:
+        for out in op.outputs:
+            values.storage(out).in_flight = True
+
+
+def track_varying(values: Values, op: Op) -> None:
+    """varying → varying. A result without values of its own is equal, but may have a shard's shape."""
+    if op.name in _NO_VALUES:
+        for out in op.outputs:
+            values[out].varying = False
+            values[out].shaped_like_shard = bool(op.varying)
+        return
+    for out in op.outputs if op.varying else ():
+        values[out].varying = True
+    if op.varying and op.name.endswith("_") and op.mutates:
+        values.storage(op.inputs[0]).varying = True  # other windows on it see the new values too
+
+
+def track_addend(values: Values, op: Op) -> None:
+    """varying + equal has an addend, and what only moves its elements keeps it.
+
+    Not counted: zeros, a share of 1/tp, and what DTensor adds itself (it adds a row linear's bias on one rank).
+    """
+    if not op.varying or op.name in _NO_VALUES:
+        return
+    terms: list[Tensor] = []
+    if op.name == "addmm":  # (bias, x, weight)
+        terms = op.inputs[:1]
+    elif op.name == "linear":  # (x, weight, bias)
+        terms = op.inputs[2:]
+    elif op.name in _SUMS_OF_TERMS:
+        terms = op.inputs
+    adds = any(_counts_as_addend(values, term) for term in terms) and not _inside_dtensor()
+    if op.name in _SUMS_OF_TERMS or op.name in _KEEPS_ADDEND:
+        adds |= any(values[x].has_addend for x in op.varying)
+    for out in op.outputs if adds else ():
+        values[out].has_addend = True
+
+
+def _counts_as_addend(values: Values, term: Tensor) -> bool:
+    value = values[term]
+    return term.is_floating_point() and not values.varies(term) and not value.is_share and not value.is_zero
+
+
+def track_zero(values: Values, op: Op) -> None:
+    """Zeros stay zeros only as long as nothing is computed with them."""
+    for out in op.outputs if not op.varying else ():
+        values[out].is_zero = op.name in _ZEROS
+
+
+def track_share(values: Values, op: Op, tp: int) -> None:
+    """equal / tp, or equal * (1 / tp), is a share."""
+    if op.name not in ("div", "mul") or op.varying:
+        return
+    factor = op.args[1] if len(op.args) > 1 else None
+    if factor is None or isinstance(factor, Tensor):
+        return
+    if abs(float(factor) - (tp if op.name == "div" else 1 / tp)) < 1e-9:
+        for out in op.outputs:
+            values[out].is_share = True
+
+
+def draws_random_on_shard(values: Values, op: Op) -> bool:
+    """Whether a random mask is drawn for a varying tensor: ranks with equal seeds draw equal masks."""
+    return op.name in _RANDOM and (bool(op.varying) or any(values[x].shaped_like_shard for x in op.inputs))
+
+
+def _inside_dtensor() -> bool:
+    return any("/distributed/tensor/_" in frame.f_code.co_filename.replace("\\", "/") for frame in frames())
+
+
+def is_async(tensor: Any) -> bool:
+    """Whether the tensor is the result of a functional collective that waits when it is used."""
+    return type(tensor).__name__ == "AsyncCollectiveTensor"
+
+
+def _local(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, DTensor):
+        tensor = tensor._local_tensor
+    return getattr(tensor, "elem", tensor) if is_async(tensor) else tensor
