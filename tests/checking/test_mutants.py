@@ -24,7 +24,6 @@ from benchmarks.models.examine import TOLERANCE, TOLERANCE_FP32, narrow, prepare
 from benchmarks.models.tiny import classes, tiny
 from colrow.checking.check import check
 from colrow.derive.trace import trace
-from colrow.dryrun.simulated import available
 from colrow.errors import PlanError
 from colrow.mesh import Mesh
 from colrow.plans.plan import Plan
@@ -32,8 +31,6 @@ from colrow.styles.base import STYLES
 from colrow.verifying.backends import RankFailure
 from colrow.verifying.parity import parity
 from distributed.parity import batch, build
-
-pytestmark = pytest.mark.skipif(not available, reason="this torch has no LocalTensorMode")
 
 LLAMA = "qk_norm_kv3-1"  # 12 query and 3 kv heads: whole kv heads fit a part of the query heads
 SAMPLE = 12

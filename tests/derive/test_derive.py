@@ -15,13 +15,11 @@ from benchmarks.models.prove import Sabotage, prove
 from colrow.derive.derivation import Derivation, DeriveOptions, derive
 from colrow.derive.emit import Emitter
 from colrow.derive.local import LocalCheck
-from colrow.dryrun.simulated import available
 from colrow.errors import PlanError
 from colrow.plans.plan import Plan
 from colrow.verifying.backends import RankFailure
 from colrow.verifying.parity import parity
 
-needs_simulation = pytest.mark.skipif(not available, reason="this torch has no LocalTensorMode")
 TOLERANCE = 1e-9
 
 
@@ -178,7 +176,6 @@ def check(model: nn.Module, tp: int = 2, x: Tensor | None = None, **options: Any
 STATES = torch.randn(3, 34, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-@needs_simulation
 @pytest.mark.parametrize(("kind", "tp"), [("serial", 4), ("parallel", 2), ("shared", 2)])
 def test_a_gpt_with_fused_qkv(kind: str, tp: int) -> None:
     found, error = check(GPT(parallel=kind == "parallel", shared=kind == "shared"), tp)
@@ -194,7 +191,6 @@ def test_a_gpt_with_fused_qkv(kind: str, tp: int) -> None:
     assert "places.weight" in found.whole
 
 
-@needs_simulation
 def test_a_weight_that_is_read_in_vain_stays_a_plain_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     found, error = check(Peeking(), sequence_parallel=False)
     assert error < TOLERANCE
@@ -207,7 +203,6 @@ def test_a_weight_that_is_read_in_vain_stays_a_plain_tensor(monkeypatch: pytest.
         check(Peeking(), sequence_parallel=False)
 
 
-@needs_simulation
 @pytest.mark.parametrize("shards", [True, False])
 def test_an_encoder(shards: bool) -> None:
     found, error = check(Encoder(), x=STATES, sequence_parallel=shards)
@@ -215,7 +210,6 @@ def test_an_encoder(shards: bool) -> None:
     assert {"layers.*.attention.out", "layers.*.mlp.down"} <= found.reductions.keys()
 
 
-@needs_simulation
 def test_a_packed_layer_outside_of_a_block_sums_its_input_gradient() -> None:
     modules: dict[str, Any] = {
         "layers.*.mlp.up": {"style": "packed_colwise", "segments": [64, 64]},
@@ -228,7 +222,6 @@ def test_a_packed_layer_outside_of_a_block_sums_its_input_gradient() -> None:
     assert parity(model, Plan(modules=modules), 2, (STATES,)).worst > 1e-3
 
 
-@needs_simulation
 def test_slopes_that_each_rank_would_make_alike_keep_the_heads_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     found, error = check(Sloped(), x=STATES)
     assert error < TOLERANCE
@@ -262,7 +255,6 @@ class Forgetting(nn.Module):
         return x + self.gate(x) + self.mlp(x)
 
 
-@needs_simulation
 def test_a_parameter_behind_its_block_s_reduction_is_not_summed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     found, error = check(Forgetting(), x=STATES)
     assert error < TOLERANCE
@@ -274,7 +266,6 @@ def test_a_parameter_behind_its_block_s_reduction_is_not_summed_twice(monkeypatc
     assert error > 0.5  # twice its gradient
 
 
-@needs_simulation
 def test_a_convolution_keeps_its_neighbours_whole() -> None:
     found, error = check(Convolved(), x=STATES)
     assert error < TOLERANCE
@@ -283,7 +274,6 @@ def test_a_convolution_keeps_its_neighbours_whole() -> None:
     assert "conv" in found.whole["into.weight"]
 
 
-@needs_simulation
 def test_an_unknown_operator_keeps_its_neighbours_whole() -> None:
     found, error = check(Mysterious(), x=STATES)
     assert error < TOLERANCE
@@ -292,7 +282,6 @@ def test_an_unknown_operator_keeps_its_neighbours_whole() -> None:
     assert "mlp.up.weight" in found.sharded
 
 
-@needs_simulation
 def test_parity_fails_when_a_plan_is_broken_on_purpose() -> None:
     torch.manual_seed(0)
     model = GPT().double()

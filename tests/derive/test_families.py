@@ -17,7 +17,6 @@ from benchmarks.models.tiny import classes, tiny
 from colrow.derive.derivation import Derivation, derive
 from colrow.derive.trace import Trace, trace
 from colrow.dryrun.dry_run import dry_run
-from colrow.dryrun.simulated import available
 from colrow.mesh import Mesh
 from colrow.plans.derive_options import DeriveOptions, Styles
 from colrow.plans.plan import Plan
@@ -25,7 +24,6 @@ from colrow.verifying.parity import parity
 from derive.test_fast import FEWEST, per_layer
 
 pytest.importorskip("transformers")
-pytestmark = pytest.mark.skipif(not available, reason="this torch has no LocalTensorMode")
 
 ONE = {"num_hidden_layers": 1}
 LATENT = ONE | {"num_key_value_heads": 8, "first_k_dense_replace": 0}

@@ -15,7 +15,6 @@ from benchmarks.models.examine import TOLERANCE
 from colrow.derive.derivation import derive
 from colrow.dryrun.dry_run import dry_run
 from colrow.dryrun.result import DryRun
-from colrow.dryrun.simulated import available
 from colrow.errors import ConfigError, PlanError
 from colrow.mesh import Mesh
 from colrow.models.llama import Llama
@@ -26,7 +25,6 @@ from colrow.verifying.parity import parity
 from colrow.verifying.verify import verify
 from distributed.parity import SHALLOW_MODELS
 
-simulated = pytest.mark.skipif(not available, reason="this torch has no LocalTensorMode")
 FAST = DeriveOptions(styles="fast")
 FEWEST = sorted([(op, way) for op in ("all_gather", "reduce_scatter") for way in ("forward", "backward")] * 2)
 
@@ -60,7 +58,6 @@ def test_on_our_own_models_it_is_the_preset(name: str, styles: str) -> None:
     assert per_layer(runs[0], "layers.0.") == FEWEST
 
 
-@simulated
 def test_verify_proves_it_in_one_process_and_catches_a_broken_one() -> None:
     plan = named_plan("derive-fast", own("qk_norm"), 2)
     report = verify(own("qk_norm"), plan, 2)
@@ -130,7 +127,6 @@ BLOCK = {"style": "fast_block", "gather": [0], "scatter": [0]}
 TOYS = (torch.randn(3, 34, 32, dtype=torch.float64), torch.randn(3, 32, dtype=torch.float64))
 
 
-@simulated
 @pytest.mark.parametrize("between", ["gated", "flat"])
 def test_a_model_of_ones_own_runs_on_fast_styles(between: str) -> None:
     """Columns without a module around them gather for themselves; tokens may be viewed as one dimension."""

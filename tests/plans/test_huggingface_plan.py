@@ -7,7 +7,6 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from colrow.dryrun.simulated import available  # noqa: E402
 from colrow.errors import PlanError  # noqa: E402
 from colrow.plans.huggingface import STYLES, from_huggingface, map_styles  # noqa: E402
 from colrow.verifying.parity import parity  # noqa: E402
@@ -36,7 +35,6 @@ def build(name: str) -> torch.nn.Module:
     return models[name]().eval()
 
 
-@pytest.mark.skipif(not available, reason="this torch has no LocalTensorMode")
 @pytest.mark.parametrize("name", ["llama-tied", "qwen3", "phi3", "mixtral"])
 def test_the_stated_plan_trains_right(name: str) -> None:
     model = build(name)

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 
 from colrow.derive.axes import find, leaves, size_of
@@ -32,12 +31,12 @@ from colrow.derive.trace import (
     is_boundary,
     label_of,
     markers,
-    quiet,
     trace,
 )
 from colrow.dryrun.calls import call_model
 from colrow.errors import PlanError
 from colrow.styles.base import set_attribute
+from colrow.torch_compat import fake_tensor_mode, quiet_fake_tensors
 
 BLOCK_STYLES = ("local_block", "prepare_input", "fast_gather", "fast_block")
 LIKELY = re.compile("head|group|split")
@@ -174,10 +173,10 @@ class LocalCheck:
 
     def _quick(self, model: nn.Module, rescale: Rescale | None, expected: dict[Node, list[int] | None]) -> str | None:
         model.eval()
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        mode = fake_tensor_mode(allow_non_fake_inputs=True)
         inputs = tuple(mode.from_tensor(x) for x in self.inputs)
         try:
-            with quiet(), markers(model, rescale) as calls, torch.no_grad(), mode:
+            with quiet_fake_tensors(), markers(model, rescale) as calls, torch.no_grad(), mode:
                 call_model(model, inputs)
         except Exception as error:
             return f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
@@ -276,8 +275,8 @@ class LocalCheck:
                 and not hasattr(module, "nf")
             ):
                 record_reads(name, module, found)
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with quiet(), torch.no_grad(), mode, contextlib.suppress(Exception):
+        mode = fake_tensor_mode(allow_non_fake_inputs=True)
+        with quiet_fake_tensors(), torch.no_grad(), mode, contextlib.suppress(Exception):
             call_model(model.eval(), tuple(mode.from_tensor(x) for x in self.inputs))
         return [(name, key, value) for (name, key), value in found.items()]
 

@@ -8,7 +8,6 @@ graph is, and a rank's own trace (see local.py) changes extents there as the pla
 from __future__ import annotations
 
 import contextlib
-import logging
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from torch.fx import Node
 from colrow.derive.outside import watching_reads
 from colrow.dryrun.calls import call_model
 from colrow.errors import PlanError
+from colrow.torch_compat import quiet_fake_tensors
 
 _LIBRARY = torch.library.Library("colrow_plan", "DEF")
 _LIBRARY.define("boundary(Tensor x, str label, int dim, int mul, int div) -> Tensor")
@@ -161,7 +161,12 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...], rescale: Rescale | None 
     training = {m: m.training for m in model.modules()}
     wrapper.eval()
     try:
-        with quiet(), markers(model, rescale) as calls, watching_reads(model) as outside, warnings.catch_warnings():
+        with (
+            quiet_fake_tensors(),
+            markers(model, rescale) as calls,
+            watching_reads(model) as outside,
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             program = torch.export.export(wrapper, inputs, strict=False).run_decompositions({})
     except Exception as error:
@@ -206,18 +211,6 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...], rescale: Rescale | None 
         calls.results,
         frozenset(outside),
     )
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """A trace that may fail by design should not print torch's own report of it."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 @dataclass

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
 
 from colrow.errors import PlanError
 from colrow.plans.plan import Plan
 from colrow.styles.linear_head import Expected, expect_targets
+from colrow.torch_compat import tree_leaves
 
 Loss = Callable[[Tensor, tuple[Any, ...]], Tensor]
 """A scalar from the model's output and its inputs."""

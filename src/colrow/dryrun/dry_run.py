@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from colrow.dryrun.calls import Loss, call_model, default_loss, example_input
-from colrow.dryrun.fake_world import fake_tensors, fake_tp_mesh, materialize_fake
+from colrow.dryrun.fake_world import fake_tp_mesh, materialize_fake
 from colrow.dryrun.memory import SavedActivations, memory_of_rank
 from colrow.dryrun.module_tracker import LOSS, ModuleTracker
 from colrow.dryrun.recorded_calls import CallRecorder
@@ -33,6 +33,7 @@ from colrow.sharding.layout import PACKED
 from colrow.styles.base import Style
 from colrow.styles.linear_head import Expected, expect_targets
 from colrow.styles.local import TABLES
+from colrow.torch_compat import fake_tensors
 
 
 def dry_run(

@@ -8,14 +8,12 @@ that module.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from types import FrameType
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+
+from colrow.torch_compat import current_autograd_node, tree_leaves
 
 LOSS = "loss"
 _KEY = "colrow_module"
@@ -34,7 +32,7 @@ class ModuleTracker:
 
     def current(self) -> str:
         """The fully qualified name of the running module; `loss` outside of the model, empty for the model itself."""
-        node: Any = torch._C._current_autograd_node()
+        node: Any = current_autograd_node()
         if node is not None:
             return str(node.metadata.get(_KEY, LOSS))
         return self._stack[-1] if self._stack else LOSS
@@ -42,7 +40,7 @@ class ModuleTracker:
     @staticmethod
     def in_backward() -> bool:
         """Whether a backward pass is running."""
-        return torch._C._current_autograd_node() is not None
+        return current_autograd_node() is not None
 
     def innermost(self) -> str:
         """The module that was running when an exception left the model."""
@@ -79,11 +77,3 @@ def _label_nodes(values: Any, name: str) -> None:
 def _tensors(values: Any) -> list[Tensor]:
     leaves = (tree_leaves(leaf.to_tuple() if hasattr(leaf, "to_tuple") else leaf) for leaf in tree_leaves(values))
     return [leaf for group in leaves for leaf in group if isinstance(leaf, Tensor)]
-
-
-def frames() -> Iterator[FrameType]:
-    """The Python frames of this call, from the caller outwards."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
-from colrow.dryrun.module_tracker import ModuleTracker, frames
+from colrow.dryrun.module_tracker import ModuleTracker
+from colrow.torch_compat import frames, path_in_torch, tree_leaves
 
 _RESHAPE = {Tensor.view: "view", Tensor.reshape: "reshape", torch.reshape: "reshape", Tensor.unflatten: "unflatten",
             torch.unflatten: "unflatten"}  # fmt: skip
@@ -35,7 +34,6 @@ REDUCTIONS = ("softmax", "log_softmax", "logsumexp", "topk", "sort", "argsort", 
 _REDUCE = {getattr(owner, name): name for owner in (Tensor, torch) for name in REDUCTIONS}
 _REDUCE |= {F.softmax: "softmax", F.log_softmax: "log_softmax"}
 _WATCHED: dict[Any, str] = {**_RESHAPE, **_SPLIT, **_ATTENTION, **_REDUCE}
-_TORCH = str(Path(torch.__file__).parent)
 
 Shape = tuple[int, ...]
 
@@ -117,12 +115,11 @@ def _dim(name: str, args: Any, kwargs: Any) -> int:
 def _called_by_model() -> bool:
     """False for calls that torch.distributed makes itself, directly or through other files of torch."""
     for frame in frames():
-        file = frame.f_code.co_filename
-        if file == __file__:
+        inside = path_in_torch(frame)
+        if frame.f_code.co_filename == __file__:
             continue
-        inside = file.removeprefix(_TORCH).replace("\\", "/")
-        if inside.startswith("/distributed/"):
+        if inside is not None and inside.startswith("/distributed/"):
             return False
-        if inside.startswith("/nn/") or not file.startswith(_TORCH):
+        if inside is None or inside.startswith("/nn/"):
             return True
     return True

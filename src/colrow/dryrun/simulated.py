@@ -1,7 +1,6 @@
 """All ranks of a tp mesh in this process: torch's LocalTensorMode runs every rank's tensors side by side.
 
-The collectives are real in what they compute, and no data leaves the process. torch's mode is private: where a release
-has none, `available` says so.
+The collectives are real in what they compute, and no data leaves the process.
 """
 
 from __future__ import annotations
@@ -13,29 +12,27 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from colrow.errors import PlanError
 from colrow.ops.parallel_linear import OPERATORS
-
-try:
-    from torch.distributed._local_tensor import LocalTensor, LocalTensorMode, get_local_tensor_mode_list
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-except ImportError:  # pragma: no cover - depends on the release of torch
-    LocalTensor = LocalTensorMode = None  # type: ignore[assignment,misc]
-
-available = LocalTensorMode is not None
+from colrow.torch_compat import (
+    TorchDispatchMode,
+    fake_store,
+    from_tensors_of_ranks,
+    local_tensor_mode,
+    tensors_of_ranks,
+)
 
 
 class Simulation:
     """The mesh, and what each rank has."""
 
-    def __init__(self, mesh: DeviceMesh, mode: LocalTensorMode) -> None:
+    def __init__(self, mesh: DeviceMesh, mode: Any) -> None:
         self.mesh, self._mode = mesh, mode
 
     def parts(self, tensor: Tensor) -> dict[int, Tensor]:
         """A local tensor's value on each rank."""
-        locals_: dict[int, Tensor] | None = getattr(tensor, "_local_tensors", None)
+        locals_ = tensors_of_ranks(tensor)
         if locals_ is None:
             return dict.fromkeys(range(self.mesh.size()), tensor)
         with self._mode.disable():
@@ -49,7 +46,9 @@ class Simulation:
                 for name, param in module._parameters.items():
                     if param is not None:
                         if id(param) not in made:
-                            each = LocalTensor({rank: param.detach().clone() for rank in range(self.mesh.size())})
+                            each = from_tensors_of_ranks(
+                                {rank: param.detach().clone() for rank in range(self.mesh.size())}
+                            )
                             made[id(param)] = nn.Parameter(each, param.requires_grad)
                         module._parameters[name] = made[id(param)]
 
@@ -68,18 +67,14 @@ def simulated_ranks(tp: int) -> Iterator[Simulation]:
     """A tp mesh of simulated ranks. Everything made here is gone afterwards.
 
     Raises:
-        PlanError: torch has no LocalTensorMode, or a process group is there already.
+        PlanError: a process group is there already.
     """
-    if not available:
-        raise PlanError("this torch has no LocalTensorMode: use gloo processes instead (backend gloo)")
     if dist.is_initialized():
         raise PlanError("a process group exists already: simulated ranks need a process without one")
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=tp)
+    dist.init_process_group("fake", store=fake_store(), rank=0, world_size=tp)
     try:
-        with LocalTensorMode(tp) as mode, _Inside():
+        with local_tensor_mode(tp) as mode, _Inside():
             # a name of its own: DTensor's caches would hand these groups to a real mesh called alike
             yield Simulation(init_device_mesh("cpu", (tp,), mesh_dim_names=("simulated",)), mode)
     finally:
-        while get_local_tensor_mode_list():  # an exception can leave the mode on torch's list
-            get_local_tensor_mode_list().pop()
         dist.destroy_process_group()

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from colrow.dryrun.module_tracker import frames
+from colrow.torch_compat import frames, inside_dtensor, is_async, local_shard
 
 Window = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 """Storage address, offset, shape, stride."""
@@ -178,7 +178,7 @@ def track_addend(values: Values, op: Op) -> None:
         terms = op.inputs[2:]
     elif op.name in _SUMS_OF_TERMS:
         terms = op.inputs
-    adds = any(_counts_as_addend(values, term) for term in terms) and not _inside_dtensor()
+    adds = any(_counts_as_addend(values, term) for term in terms) and not inside_dtensor(frames())
     if op.name in _SUMS_OF_TERMS or op.name in _KEEPS_ADDEND:
         adds |= any(values[x].has_addend for x in op.varying)
     for out in op.outputs if adds else ():
@@ -213,16 +213,7 @@ def draws_random_on_shard(values: Values, op: Op) -> bool:
     return op.name in _RANDOM and (bool(op.varying) or any(values[x].shaped_like_shard for x in op.inputs))
 
 
-def _inside_dtensor() -> bool:
-    return any("/distributed/tensor/_" in frame.f_code.co_filename.replace("\\", "/") for frame in frames())
-
-
-def is_async(tensor: Any) -> bool:
-    """Whether the tensor is the result of a functional collective that waits when it is used."""
-    return type(tensor).__name__ == "AsyncCollectiveTensor"
-
-
 def _local(tensor: Tensor) -> Tensor:
     if isinstance(tensor, DTensor):
-        tensor = tensor._local_tensor
+        tensor = local_shard(tensor)
     return getattr(tensor, "elem", tensor) if is_async(tensor) else tensor

@@ -5,7 +5,6 @@ What a tensor is, and what a declaration means, is defined in [Note: equal and v
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,14 +13,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor import _api as dtensor_api
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from colrow.dryrun import values as rules
-from colrow.dryrun.module_tracker import ModuleTracker, frames
-from colrow.dryrun.values import Op, Values, is_async
+from colrow.dryrun.module_tracker import ModuleTracker
+from colrow.dryrun.values import Op, Values
 from colrow.ops.parallel_linear import traffic
+from colrow.torch_compat import (
+    TorchDispatchMode,
+    current_autograd_node,
+    frames,
+    implicit_redistribution,
+    is_async,
+    is_higher_order,
+    local_shard,
+    tree_leaves,
+    watched_to_local_backward,
+)
 
 _COLLECTIVES = {
     "all_gather_into_tensor": "all_gather",
@@ -133,7 +140,7 @@ class Watch(TorchDispatchMode):
     def mark_dtensor(self, tensor: DTensor) -> None:
         """A DTensor's local tensor varies unless the DTensor is declared replicated."""
         if any(not placement.is_replicate() for placement in tensor.placements):
-            self.mark_varying(tensor._local_tensor)
+            self.mark_varying(local_shard(tensor))
 
     # -- operations ------------------------------------------------------------------------------------------------
 
@@ -143,7 +150,7 @@ class Watch(TorchDispatchMode):
             self._note_dtensors(func, inputs)
             return NotImplemented  # it comes again, on local tensors
         out = func(*args, **(kwargs or {}))
-        if isinstance(func, torch._ops.HigherOrderOperator):
+        if is_higher_order(func):
             return out
         op = Op(
             name=func.name().partition("::")[2].partition(".")[0],
@@ -245,31 +252,10 @@ class Watch(TorchDispatchMode):
         cls: Any = DTensor
         cls.from_local, cls.to_local = staticmethod(watched_from_local), watched_to_local
         try:
-            with self._backward_of_to_local():
+            with watched_to_local_backward(self._declared):
                 yield
         finally:
             cls.from_local, cls.to_local = staticmethod(from_local), to_local
-
-    @contextmanager
-    def _backward_of_to_local(self) -> Iterator[None]:
-        """Compare how `to_local` declares its gradient: torch 2.11 builds the DTensor itself, later ones call
-        `from_local`, which is watched already."""
-        function: Any = getattr(dtensor_api, "_ToTorchTensor", None)
-        if function is None or "grad_placements" in inspect.signature(DTensor.from_local).parameters:
-            yield
-            return
-        backward = function.backward
-
-        def watched(ctx: Any, grad: Tensor) -> Any:
-            given = backward(ctx, grad)
-            self._declared(grad, given[0].placements)
-            return given
-
-        function.backward = staticmethod(watched)
-        try:
-            yield
-        finally:
-            function.backward = staticmethod(backward)
 
     def _declared(self, tensor: Tensor, placements: Any) -> None:
         if not placements or not tensor.is_floating_point():
@@ -312,7 +298,7 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
 
 def _parameter_of_node() -> nn.Parameter | None:
     """The parameter into which the running backward node hands its gradient."""
-    node: Any = torch._C._current_autograd_node()
+    node: Any = current_autograd_node()
     for following, _ in node.next_functions if node is not None else ():
         variable = getattr(following, "variable", None)
         if isinstance(variable, nn.Parameter):
@@ -322,22 +308,14 @@ def _parameter_of_node() -> nn.Parameter | None:
 
 def _reason() -> tuple[str, str]:
     """(the change of placement, the operation that caused it implicitly) of a collective, from DTensor's frames."""
-    change = implicit = ""
-    for frame in frames():
-        name = frame.f_code.co_name
-        if name == "redistribute_local_tensor" and not change:
-            change = f"{_named(frame.f_locals['current_spec'])} → {_named(frame.f_locals['target_spec'])}"
-        elif name == "redistribute_local_args":
-            known = frame.f_locals
-            schemas = (known.get("suggested_input_schema"), getattr(known.get("op_info"), "schema", None))
-            implicit = next((str(schema.op) for schema in schemas if schema is not None), "an operation")
-    return change, implicit
+    before, after, implicit = implicit_redistribution(frames())
+    return (f"{_named(before)} → {_named(after)}" if before is not None else "", implicit)
 
 
-def _named(spec: Any) -> str:
+def _named(placements: Any) -> str:
     def one(placement: Any) -> str:
         if placement.is_partial():
             return "partial"
         return f"shard({placement.dim})" if hasattr(placement, "dim") else "replicate"
 
-    return ", ".join(one(placement) for placement in spec.placements)
+    return ", ".join(one(placement) for placement in placements)

@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.errors import ConfigError
+from colrow.torch_compat import process_group_named
 
 Finish = Callable[[], Tensor]
 
@@ -66,7 +66,7 @@ def group_of(mesh_or_group: DeviceMesh | dist.ProcessGroup) -> dist.ProcessGroup
 
 def group_named(name: str) -> dist.ProcessGroup:
     """The group behind `group.group_name`: operators that torch.compile sees take the name."""
-    return distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type, unused-ignore]
+    return process_group_named(name)
 
 
 def _finish(work: dist.Work | None, out: Tensor, held: Tensor) -> Finish:

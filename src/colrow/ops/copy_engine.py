@@ -33,6 +33,7 @@ from torch import Tensor
 
 from colrow.errors import ConfigError
 from colrow.ops.carriers import Carrier, Exchange
+from colrow.torch_compat import raw_stream, symmetric_memory
 
 RING = 2  # slots of a rank; an operator may have two exchanges open, a gather and a reduce-scatter
 FULL, FREE = 0, 1
@@ -183,7 +184,7 @@ class Cuda:
             self._checked(create(ctypes.byref(self._event), self._UNTIMED))
 
     def current(self) -> int:
-        return torch._C._cuda_getCurrentRawStream(self._index)
+        return raw_stream(self._index)
 
     def follow(self, stream: int, leader: int) -> None:
         self._checked(self._record(self._event, leader))
@@ -270,15 +271,13 @@ def _obstacle(group: dist.ProcessGroup, device: torch.device, alone: bool) -> st
 
 def _symmetric_ring(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> Ring:
     """A ring of new slots. Collective; the one place where the CPU waits for the GPUs."""
-    import torch.distributed._symmetric_memory as symmetric_memory
-
     if torch.cuda.is_current_stream_capturing():
         raise ConfigError("a CUDA graph cannot hold the making of symmetric memory: run a step before you capture one")
-    n, rank = group.size(), group.rank()
+    n, rank, memory = group.size(), group.rank(), symmetric_memory()
 
     def shared(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Tensor], list[int]]:
-        mine = symmetric_memory.empty(*shape, dtype=dtype, device=device)
-        handle = symmetric_memory.rendezvous(mine, group)
+        mine = memory.empty(*shape, dtype=dtype, device=device)
+        handle = memory.rendezvous(mine, group)
         return [mine if q == rank else handle.get_buffer(q, shape, dtype) for q in range(n)], handle.buffer_ptrs
 
     torch.cuda.synchronize(device)  # a smaller ring before this one is idle, here and, behind the barrier, at the peers

@@ -22,6 +22,7 @@ from torch import Tensor
 from colrow.errors import ConfigError
 from colrow.ops.kernels.rounding import UNAVAILABLE, round_reference, round_triton
 from colrow.ops.ran import note
+from colrow.torch_compat import scaled_product
 
 Float8 = Literal["tensorwise", "rowwise"]
 KINDS: tuple[Float8, ...] = ("tensorwise", "rowwise")
@@ -64,7 +65,7 @@ def multiply(a: Factor, b: Factor, out: Tensor, *, gradient: bool = False) -> No
         out.copy_(float8_reference(a.values, b.values.t(), a.scale, b.scale.t()))
         return
     given = out if out.dtype == torch.bfloat16 else None
-    y = torch._scaled_mm(
+    y = scaled_product(
         a.values,
         b.values.t(),
         scale_a=a.scale,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from colrow.sharding.layout import local_tensor
+from colrow.torch_compat import foreach, version
 
 
 class ComputeWeights:
@@ -59,7 +60,7 @@ class ComputeWeights:
             stale = [param for param in self.copies if self._rounded.get(param) != _version(param)]
             if stale:
                 copies, params = [self.copies[param] for param in stale], stale
-                torch._foreach_copy_([local_tensor(t) for t in copies], [local_tensor(t) for t in params])
+                foreach("copy_", [local_tensor(t) for t in copies], [local_tensor(t) for t in params])
                 self.written(stale)
         self._place(self.copies)
         try:
@@ -74,7 +75,7 @@ class ComputeWeights:
         self._add_always = self._replayed and not self._keep
         self._stored.clear()
         if self._add_always and self._sums:
-            torch._foreach_zero_([local_tensor(total) for total in self._sums.values()])
+            foreach("zero_", [local_tensor(total) for total in self._sums.values()])
         with self.reading():
             yield
         for param in self._sums if self._add_always else self._stored:
@@ -134,7 +135,7 @@ def _version(param: nn.Parameter) -> tuple[int, int, int]:
     A DTensor's operations are counted at the DTensor, those on its local tensor there. Fused kernels are not counted.
     """
     local = local_tensor(param)
-    return local.data_ptr(), local._version, param._version
+    return local.data_ptr(), version(local), version(param)
 
 
 def _empty_like(grad: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from colrow.errors import ConfigError
+from colrow.torch_compat import TorchMovedError, replicas_of_fsdp2
 
 _KEEP_GATHERED = "_colrow_keep_gathered"  # set on the root: gathered parameters stay until the last micro-batch
 
@@ -138,14 +139,11 @@ def _has_pipeline(mesh: DeviceMesh) -> bool:
 
 
 def _replicate() -> Callable[..., Any]:
-    """Replicas built on FSDP2. torch's other ways either refuse DTensors (DDP) or leave the model without
-    parameters after the first forward (the older `replicate`, pytorch#152712)."""
     try:
-        from torch.distributed._composable.replicate_with_fsdp import replicate
-    except ImportError as error:
+        return replicas_of_fsdp2()
+    except TorchMovedError as error:
         raise ConfigError(
             f"torch {torch.__version__} has no replicas for tensor-parallel models "
             "(torch.distributed._composable.replicate_with_fsdp, of torch 2.11 to 2.13): "
             "set mesh.dp_shard in place of mesh.dp_replicate"
         ) from error
-    return replicate

@@ -12,6 +12,7 @@ from colrow.models.huggingface import name_from_huggingface, stored_name
 from colrow.models.init import init_tensor
 from colrow.parallel.parallelize import tie, tied_parameters
 from colrow.sharding.layout import boxes, local_tensor, packed_of, unwrapped_name
+from colrow.torch_compat import apply_to_tensors
 
 
 def shard_evenly(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -44,7 +45,7 @@ def materialize(model: nn.Module, device: torch.device | str) -> nn.Module:
             "meta device: build the model on the CPU, or move its parameters alone to the meta device"
         )
     ties = tied_parameters(model)
-    model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
+    apply_to_tensors(model, lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
     tie(model, ties)
     return model
 

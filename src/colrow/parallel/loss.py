@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
 from colrow.mesh import Mesh
 from colrow.plans.plan import Plan
 from colrow.styles.linear_head import Expected, expect_targets
+from colrow.torch_compat import dtensor_handlers
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def loss_context(plan: Plan, mesh: Mesh | DeviceMesh) -> Iterator[None]:
         return
     # loss_parallel swaps handlers of the dispatcher and, left by an exception, leaves them behind (a later loss would
     # use them unasked); entered twice, it fails on exit. So the table is put back as it was.
-    handlers = DTensor._op_dispatcher._custom_op_handlers
+    handlers = dtensor_handlers()
     before = dict(handlers)
     try:
         with loss_parallel():

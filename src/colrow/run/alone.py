@@ -16,15 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from colrow.ops.collectives import reduce_scatter
+from colrow.torch_compat import fake_store, finished_work
 
 
 @contextmanager
 def alone(rank: int, world_size: int) -> Iterator[None]:
     """The default process group, of which only this rank is there."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
     with ExitStack() as stack:
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+        dist.init_process_group("fake", store=fake_store(), rank=rank, world_size=world_size)
         stack.callback(dist.destroy_process_group)
         if not _scatters():
             stack.callback(_copying_scatters()._destroy)
@@ -41,19 +40,15 @@ def _scatters() -> bool:
 
 def _copying_scatters() -> Any:
     """Reduce-scatters of all groups copy, until what is returned is destroyed."""
-    from torch._C._distributed_c10d import FakeWork, Work
-
-    def done() -> Any:
-        return Work.boxed(FakeWork())  # type: ignore[attr-defined, unused-ignore]
 
     def one(output: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Any]:
         output.copy_(x.view(-1)[: output.numel()].view(output.shape))
-        return output, done()
+        return output, finished_work()
 
     def several(outputs: list[Tensor], xs: list[Tensor], *_: Any) -> Any:
         for output, x in zip(outputs, xs, strict=True):
             one(output, x)
-        return done()
+        return finished_work()
 
     library = torch.library.Library("c10d", "IMPL")
     with warnings.catch_warnings(action="ignore"):  # of an operator that is replaced, as is meant

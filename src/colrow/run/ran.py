@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import textwrap
 
-import torch
 import torch.distributed as dist
 
 from colrow.ops.ran import noted
+from colrow.torch_compat import compiled_graph_count
 from colrow.train.attention import attention_kernel
 from colrow.train.cuda_graph import EAGER_STEPS
 from colrow.train.setup import Training
@@ -69,10 +69,7 @@ def _fused(training: Training, counts: list[str]) -> list[str]:
 
 
 def _graphs_compiled() -> bool:
-    """Whether torch.compile made a graph; what it counts is not public, and a release without it is taken at its
-    word: a block whose compilation fails raises."""
-    counters = getattr(getattr(torch._dynamo, "utils", None), "counters", None)
-    return counters is None or counters["stats"]["unique_graphs"] > 0
+    return compiled_graph_count() > 0
 
 
 def _attention(training: Training, seq_len: int) -> str | None:

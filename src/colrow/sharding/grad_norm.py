@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Partial
 
 from colrow.sharding.layout import local_tensor
+from colrow.torch_compat import foreach
 
 
 @torch.no_grad()
@@ -81,7 +82,7 @@ def grad_norm(params: Iterable[nn.Parameter], groups: Iterable[dist.ProcessGroup
             alike: dict[torch.dtype, list[Tensor]] = defaultdict(list)  # mixed, they would be summed one by one
             for part in parts:
                 alike[part.dtype].append(part)
-            norms = [norm for same in alike.values() for norm in torch._foreach_norm(same, 2, dtype=dtype)]
+            norms = [norm for same in alike.values() for norm in foreach("norm", same, 2, dtype=dtype)]
             total = torch.stack(norms).square().sum()
     for group in groups:
         dist.all_reduce(total, group=group)
@@ -99,7 +100,7 @@ def clip_gradients(params: Iterable[nn.Parameter], norm: Tensor, max_norm: float
     """Scale every gradient by max_norm / norm where the norm is larger. The norm stays on its device: no wait."""
     grads = [local_tensor(param.grad) for param in params if param.grad is not None]
     if grads:
-        torch._foreach_mul_(grads, clip_scale(norm, max_norm).to(grads[0].dtype))
+        foreach("mul_", grads, clip_scale(norm, max_norm).to(grads[0].dtype))
 
 
 def clip_scale(norm: Tensor, max_norm: float) -> Tensor:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -25,10 +24,7 @@ from colrow.styles.base import ParameterLayout
 from colrow.styles.heads import Heads
 from colrow.styles.local import rank_table, same_on_all_ranks, summed
 from colrow.styles.site import Site, divide
-
-# torch 2.13 renamed both and warns at the old names; 2.11 has only those.
-_all_gather_single = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
-_reduce_scatter_single = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
+from colrow.torch_compat import all_gather, all_reduce, reduce_scatter
 
 
 @dataclass(frozen=True)
@@ -207,18 +203,18 @@ class _Reduce(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, mesh: DeviceMesh, dim: int | None) -> Tensor:
         ctx.mesh, ctx.dim = mesh, dim
         if dim is None:
-            return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), "sum", mesh))
+            return all_reduce(x, mesh)
         if x.shape[dim] % mesh.size():
             raise PlanError(
                 f"extent {x.shape[dim]} of dim {dim} is not divisible by tp={mesh.size()}: pad the sequence"
             )
-        return funcol.wait_tensor(_reduce_scatter_single(x.contiguous(), "sum", dim, mesh))
+        return reduce_scatter(x, dim, mesh)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (dy,) = gradients
         if ctx.dim is not None:
-            dy = funcol.wait_tensor(_all_gather_single(dy.contiguous(), ctx.dim, ctx.mesh))
+            dy = all_gather(dy, ctx.dim, ctx.mesh)
         return dy, None, None
 
 

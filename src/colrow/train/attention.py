@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from colrow.torch_compat import attention_backend
+
 PREFERRED = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -46,5 +48,5 @@ def attention_kernel(
     q = torch.empty(1, heads, seq_len, head_dim, device=device, dtype=dtype, requires_grad=True)
     k = torch.empty(1, kv_heads, seq_len, head_dim, device=device, dtype=dtype, requires_grad=True)
     with preferred_attention(device):
-        chosen = torch._fused_sdp_choice(q, k, k, None, 0.0, True, enable_gqa=heads != kv_heads)
+        chosen = attention_backend(q, k, k, causal=True, grouped=heads != kv_heads)
     return _NAMES.get(SDPBackend(chosen), SDPBackend(chosen).name)

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+from colrow.torch_compat import AsyncCollectiveTensor, is_async
 
 
 def compile_forward(block: nn.Module, backend: str = "inductor") -> None:
@@ -21,7 +22,7 @@ def _wait_for_inputs(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _waited(x: Any) -> Any:
-    return _Wait.apply(x) if isinstance(x, AsyncCollectiveTensor) else x
+    return _Wait.apply(x) if is_async(x) else x
 
 
 class _Wait(torch.autograd.Function):

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from colrow.config import TrainSection
 from colrow.ops.kernels.adamw import UNAVAILABLE, OnePass, Pass
 from colrow.sharding.layout import local_tensor
+from colrow.torch_compat import foreach
 
 
 class AdamW(torch.optim.AdamW):
@@ -54,7 +55,7 @@ class AdamW(torch.optim.AdamW):
             params = [param for param in group["params"] if param in gradients]
             states = [self._state_of(param) for param in params]
             if states:
-                torch._foreach_add_([state["step"] for state in states], 1)
+                foreach("add_", [state["step"] for state in states], 1)
             lr = group["lr"]
             rate = lr if isinstance(lr, Tensor) else torch.full((), lr, device=device, dtype=torch.float64)
             passes = [
@@ -67,7 +68,7 @@ class AdamW(torch.optim.AdamW):
     def _update_by_torch(self, gradients: Mapping[nn.Parameter, Tensor], scale: Tensor | None) -> None:
         grads = [local_tensor(grad) for grad in gradients.values()]
         if scale is not None:
-            torch._foreach_mul_(grads, scale.to(grads[0].dtype))
+            foreach("mul_", grads, scale.to(grads[0].dtype))
         for param, grad in gradients.items():
             param.grad = grad
         self.step()

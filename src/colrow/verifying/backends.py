@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from colrow.dryrun.simulated import available, simulated_ranks
+from colrow.dryrun.simulated import simulated_ranks
 from colrow.errors import ColrowError, PlanError
 from colrow.plans.plan import Plan
 from colrow.verifying.sharded import Observed
@@ -32,8 +32,8 @@ class RankFailure(Exception):
 
 
 def can_simulate() -> bool:
-    """Whether this torch can simulate ranks in one process, and no process group stands in the way."""
-    return available and not dist.is_initialized()
+    """Whether ranks can be simulated in this process: a process group that exists stands in the way."""
+    return not dist.is_initialized()
 
 
 def run_local(task: Task, plan: Plan) -> Observed:

@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from colrow.dryrun.calls import Loss, default_loss, example_input
 from colrow.dryrun.reduced_model import reduced_model
 from colrow.errors import PlanError
 from colrow.plans.plan import Plan
 from colrow.styles.base import style_from_data
+from colrow.torch_compat import TorchDispatchMode
 from colrow.verifying.backends import RankFailure, can_simulate, run_gloo, run_local
 from colrow.verifying.sharded import Errors, Observed, Reference, compare
 from colrow.verifying.step import Task, reference_step

@@ -1,0 +1,265 @@
+"""Every wrapper of a private name of torch, called: what fails here says what a release of torch has moved."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from colrow import torch_compat as tc
+
+SRC = Path(tc.__file__).parent
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """Two ranks, of which only the first exists."""
+    dist.init_process_group("fake", store=tc.fake_store(), rank=0, world_size=2)
+    yield init_device_mesh("cpu", (2,))
+    dist.destroy_process_group()
+
+
+def test_a_missing_name_says_what_it_was_for() -> None:
+    with pytest.raises(tc.TorchMovedError, match=r"has no torch\._gone\.deeper, which colrow needs for a test"):
+        tc.private("torch:_gone.deeper", "for a test")
+    with pytest.raises(tc.TorchMovedError, match=r"has no torch\.gone\.name"):
+        tc.private("torch.gone:name", "for a test")
+
+
+def test_every_private_path_of_this_torch_exists() -> None:
+    literals = [
+        node.args[0].value
+        for node in ast.walk(ast.parse(inspect.getsource(tc)))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "private"
+        and isinstance(node.args[0], ast.Constant)
+    ]
+    needs_cuda = "torch._C:_cuda_getCurrentRawStream"
+    assert len(literals) > 12
+    for path in literals:
+        if path != needs_cuda or torch.cuda.is_available():
+            tc.private(path, "for this test")
+
+
+def test_foreach_changes_a_list_of_tensors() -> None:
+    tensors = [torch.ones(2), torch.ones(3)]
+    tc.foreach("mul_", tensors, 2.0)
+    assert [t.sum().item() for t in tensors] == [4.0, 6.0]
+
+
+def test_the_version_counts_writes() -> None:
+    x = torch.zeros(2)
+    before = tc.version(x)
+    x.add_(1)
+    assert tc.version(x) == before + 1
+
+
+def test_the_running_backward_node_is_seen() -> None:
+    x, seen = torch.ones(2, requires_grad=True), []
+    y = x * 2
+    y.register_hook(lambda _: seen.append(tc.current_autograd_node()))
+    y.sum().backward()
+    assert tc.current_autograd_node() is None
+    assert seen == [None] or "Backward" in type(seen[0]).__name__
+
+
+def test_higher_order_operators_are_told_from_others() -> None:
+    assert tc.is_higher_order(torch.ops.higher_order.cond)
+    assert not tc.is_higher_order(torch.ops.aten.add.Tensor)
+
+
+def test_tensors_of_a_model_are_replaced() -> None:
+    model = nn.Linear(2, 2)
+    tc.apply_to_tensors(model, lambda t: t.double())
+    assert model.weight.dtype == torch.float64
+
+
+def test_attention_names_its_backend() -> None:
+    q = torch.ones(1, 2, 8, 4)
+    assert tc.attention_backend(q, q, q, causal=True, grouped=False) in range(5)
+
+
+def test_compiled_graphs_are_counted() -> None:
+    before = tc.compiled_graph_count()
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
+    assert tc.compiled_graph_count() == before + 1
+
+
+def test_a_group_is_found_by_its_name(mesh: DeviceMesh) -> None:
+    group = mesh.get_group()
+    assert tc.process_group_named(group.group_name) is group
+
+
+def test_a_fake_group_stands_beside_another(mesh: DeviceMesh) -> None:
+    group = tc.fake_group_beside("beside", [0, 1, 2], timedelta(seconds=5))
+    assert group.size() == 3
+    dist.destroy_process_group(group)
+
+
+def test_finished_work_waits_for_nothing(mesh: DeviceMesh) -> None:
+    assert tc.finished_work() is not None
+
+
+def test_functional_collectives_give_the_shapes_of_two_ranks(mesh: DeviceMesh) -> None:
+    x = torch.ones(4, 6)
+    assert tc.all_reduce(x, mesh).shape == (4, 6)
+    assert tc.all_gather(x, 0, mesh).shape == (8, 6)
+    assert tc.reduce_scatter(x, 1, mesh).shape == (4, 3)
+
+
+def test_an_unfinished_collective_is_seen(mesh: DeviceMesh) -> None:
+    x = DTensor.from_local(torch.ones(2, 2), mesh, [Shard(0)], run_check=False)
+    assert tc.is_async(tc.local_shard(x.redistribute(placements=[Replicate()], async_op=True)))
+    assert not tc.is_async(torch.ones(2))
+
+
+def test_the_local_shard_is_the_same_memory(mesh: DeviceMesh) -> None:
+    local = torch.ones(2, 2)
+    x = DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
+    assert tc.local_shard(x).data_ptr() == local.data_ptr()
+
+
+def test_handlers_of_dtensor_are_its_own_table() -> None:
+    assert tc.dtensor_handlers() is DTensor._op_dispatcher._custom_op_handlers
+    assert tc.dtensor_handlers()
+
+
+def test_a_strided_shard_has_a_dim_and_a_factor() -> None:
+    placement = tc.StridedShard(1, split_factor=2)
+    assert (placement.dim, placement.split_factor) == (1, 2)
+
+
+def test_the_gradient_of_to_local_is_seen(mesh: DeviceMesh) -> None:
+    seen: list[Any] = []
+    from_local = DTensor.from_local
+
+    def watched(tensor: Any, device_mesh: Any = None, placements: Any = None, *args: Any, **kwargs: Any) -> DTensor:
+        seen.append(tuple(placements))
+        return from_local(tensor, device_mesh, placements, *args, **kwargs)
+
+    x = from_local(torch.ones(2, 2, requires_grad=True), mesh, [Shard(0)], run_check=False)
+    cls: Any = DTensor
+    cls.from_local = staticmethod(watched)
+    try:
+        with tc.watched_to_local_backward(lambda _, placements: seen.append(tuple(placements))):
+            x.to_local(grad_placements=[Shard(0)]).sum().backward()
+    finally:
+        cls.from_local = staticmethod(from_local)
+    assert set(seen) == {(Shard(0),)}
+
+
+def test_a_redistribution_unasked_for_names_its_operator(mesh: DeviceMesh) -> None:
+    found = []
+
+    class Watch(tc.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if any(isinstance(a, DTensor) for a in tc.tree_leaves((args, kwargs))):
+                return NotImplemented
+            if "all_gather" in func.name():
+                found.append((*tc.implicit_redistribution(tc.frames()), tc.inside_dtensor(tc.frames())))
+            return func(*args, **(kwargs or {}))
+
+    a = DTensor.from_local(torch.ones(2, 4), mesh, [Shard(1)], run_check=False)
+    b = DTensor.from_local(torch.ones(8, 2), mesh, [Replicate()], run_check=False)
+    bias = DTensor.from_local(torch.ones(2, 4), mesh, [Shard(0)], run_check=False)
+    with Watch():
+        torch.softmax(a, -1), a @ b
+    assert bias.shape == (4, 4)
+    before, after, operator, inside = found[0]
+    assert (tuple(before), tuple(after)) == ((Shard(1),), (Replicate(),))
+    assert "softmax" in operator
+    assert inside
+
+
+def test_files_of_torch_are_told_from_others() -> None:
+    assert tc.path_in_torch(next(tc.frames())) is None
+    inside: list[str | None] = []
+
+    class Probe(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            inside.extend(tc.path_in_torch(frame) for frame in tc.frames())
+            return x
+
+    Probe()(torch.ones(1))
+    assert "/nn/modules/module.py" in inside
+
+
+def test_replicas_of_fsdp2_exist() -> None:
+    assert callable(tc.replicas_of_fsdp2())
+
+
+def test_fake_tensors_have_no_memory() -> None:
+    with tc.fake_tensors():
+        x = torch.empty(1 << 40, dtype=torch.float32)
+        assert tc.is_fake(x)
+    assert not tc.is_fake(torch.ones(1))
+
+
+def test_ranks_are_simulated_side_by_side() -> None:
+    dist.init_process_group("fake", store=tc.fake_store(), rank=0, world_size=2)
+    try:
+        with tc.local_tensor_mode(2):
+            x = tc.from_tensors_of_ranks({0: torch.ones(2), 1: torch.zeros(2)})
+            each = tc.tensors_of_ranks(x + 1)
+        assert each is not None
+        assert [each[rank].sum().item() for rank in (0, 1)] == [4.0, 2.0]
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_names_that_need_a_gpu() -> None:
+    assert tc.raw_stream(0) == torch.cuda.current_stream(0).cuda_stream
+    assert callable(tc.symmetric_memory().rendezvous)
+    a = torch.ones(16, 16, device="cuda").to(torch.float8_e4m3fn)
+    one = torch.ones((), device="cuda")
+    assert tc.scaled_product(a, a.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)[0, 0] == 16
+
+
+PRIVATE = ("_c10d", "distributed_c10d", "_op_dispatcher", "_local_tensor", "_StridedShard", "_subclasses", "_internal",
+           "f_locals", "_pytree", "_python_dispatch", "_functional_collectives", "_symmetric_memory")  # fmt: skip
+
+
+def _run_time_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those that only a type checker reads."""
+    for node in ast.iter_child_nodes(tree):
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            yield node
+            yield from _run_time_nodes(node)
+
+
+def _private_uses(path: Path) -> list[str]:
+    """Attributes of torch and imports from it whose name begins with an underscore; operators of aten are public."""
+    found = []
+    for node in _run_time_nodes(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "torch":
+            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+            found += [f"{path.name}:{node.lineno} {name}" for name in names if name.startswith("_")]
+        elif isinstance(node, ast.Import):
+            names = [part for alias in node.names if alias.name.startswith("torch") for part in alias.name.split(".")]
+            found += [f"{path.name}:{node.lineno} {name}" for name in names if name.startswith("_")]
+        elif isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            dotted = ast.unparse(node)
+            if dotted.startswith(("torch._", "torch.distributed._")) or node.attr in PRIVATE:
+                found.append(f"{path.name}:{node.lineno} {dotted}")
+    return found
+
+
+def test_no_other_file_touches_private_names(tmp_path: Path) -> None:
+    ours = [path for path in sorted(SRC.rglob("*.py")) if path.name != "torch_compat.py"]
+    assert [use for path in ours for use in _private_uses(path)] == []
+    control = tmp_path / "control.py"
+    control.write_text("import torch\nfrom torch._ops import OpOverload\nx = torch._foreach_mul_\n")
+    assert len(_private_uses(control)) == 2
