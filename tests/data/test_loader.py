@@ -157,7 +157,7 @@ def test_an_order_of_more_windows_than_there_are_is_refused(tokens):
     sampler = DataAxisSampler(BatchOrder(101, 8, 0), 0, 1, 2)
     with pytest.raises(DataError, match=r"counts 101 windows, but .*train.bin has 100 of 10 tokens"):
         Loader(tokens, 10, sampler)
-    with pytest.raises(DataError, match="no whole sequence"):
+    with pytest.raises(DataError, match="no complete sequence"):
         BatchOrder(tokens.windows(2000), 8, 0)
 
 

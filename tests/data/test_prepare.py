@@ -101,7 +101,7 @@ def test_a_finished_cache_may_be_read_only(section, texts, monkeypatch):
     prepare(section(f"{texts}/*.txt"), VOCAB, False)
     monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
     monkeypatch.setattr("colrow.data.prepare.locked", None)
-    monkeypatch.setattr("colrow.data.digests.write_whole", read_only)
+    monkeypatch.setattr("colrow.data.digests.atomic_write", read_only)
     monkeypatch.setattr("colrow.data.digests._SETTLED_SECONDS", -1.0)
     before = sorted(os.listdir(section("x").cache))
     assert not prepare(section(f"{texts}/*.txt"), VOCAB, False).built

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from colrow.data.digests import digest_files, digest_of
 from colrow.data.documents import Corpus, up_to
-from colrow.data.files import import_parquet, kind_of, read_file, suffix_of
+from colrow.data.files import format_of, import_parquet, read_file, suffix_of
 from colrow.data.hub import open_dataset
 from colrow.errors import DataError
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:  # config imports torch, which worker processes do without
     from colrow.config import DataSection
 
 _READER = "1"
-"""Raised when the same files come to give other documents, so that no cache of the former ones is used."""
-_USUAL = {".txt", ".md", ".rst", ".py", ".jsonl", ".ndjson", ".parquet"}
+"""To be raised when the same files are read as other documents: caches of the old ones are then not used."""
+_COMMON_SUFFIXES = {".txt", ".md", ".rst", ".py", ".jsonl", ".ndjson", ".parquet"}
 _MIN_SECTION_CHARS = 1 << 12
 _MAX_SECTION_CHARS = 1 << 20
 _SECTIONS = 256
@@ -34,9 +34,9 @@ _MIN_SAMPLE_CHARS = 1 << 20
 class FileCorpus(Corpus):
     """The files that a glob matches, sorted by path.
 
-    A text file is one document, unless it holds more than 1/256 of the corpus (and 4 KiB): then it is cut, after a
-    blank line where there is one, so that a corpus of one book has documents to hold out, and so that memory stays
-    constant. Each line of a JSONL file and each row of a Parquet file is a document.
+    A text file is one document, unless it holds more than 1/256 of the corpus (and 4 KiB): then it is split,
+    after a blank line where there is one, so that a corpus of one book has documents to hold out, and so that memory
+    stays constant. Each line of a JSONL file and each row of a Parquet file is a document.
     """
 
     def __init__(self, pattern: str, paths: list[Path], text_key: str, digest_cache: Path | None = None) -> None:
@@ -55,12 +55,13 @@ class FileCorpus(Corpus):
 
     def fingerprint(self) -> str:
         digests = digest_files(self.paths, self.digest_cache)
-        kinds = [kind_of(path) for path in self.paths]
-        text_key = "" if set(kinds) == {"text"} else self.text_key
-        return digest_of("files", _READER, text_key, *kinds, *digests)
+        formats = [format_of(path) for path in self.paths]
+        text_key = "" if set(formats) == {"text"} else self.text_key  # text files have no keys
+        return digest_of("files", _READER, text_key, *formats, *digests)
 
     def size(self) -> int | None:
-        return None if any(kind_of(path) == "parquet" for path in self.paths) else self._bytes
+        # compressed columns do not tell how much text they hold
+        return None if any(format_of(path) == "parquet" for path in self.paths) else self._bytes
 
     def _read(self) -> Iterator[str]:
         for path in self.paths:
@@ -73,7 +74,9 @@ class FileCorpus(Corpus):
             return
         share = max(limit // len(self.paths), _MIN_SAMPLE_CHARS)
         taken = 0
-        for i in sorted(range(len(self.paths)), key=lambda i: hashlib.blake2b(b"%d" % i, digest_size=8).digest()):
+        # Sorted by a hash of the place: a random order that is the same on every machine and needs no seed.
+        order = sorted(range(len(self.paths)), key=lambda i: hashlib.blake2b(b"%d" % i, digest_size=8).digest())
+        for i in order:
             for text in up_to(share, read_file(self.paths[i], self.text_key, self._section_chars)):
                 taken += len(text)
                 yield text
@@ -141,7 +144,7 @@ def open_corpus(section: DataSection, digest_cache: Path | None = None) -> Corpu
                 f"corpus {section.corpus!r} matches {path}: a .json file is no stream of documents; "
                 f"write one object a line into a .jsonl file (jq -c '.[]' {path.name} > {path.stem}.jsonl)"
             )
-    if any(kind_of(path) == "parquet" for path in paths):
+    if any(format_of(path) == "parquet" for path in paths):
         import_parquet()
     return FileCorpus(section.corpus, paths, section.text_key, digest_cache)
 
@@ -149,10 +152,10 @@ def open_corpus(section: DataSection, digest_cache: Path | None = None) -> Corpu
 def _no_file(corpus: str, pattern: str) -> DataError:
     folder = Path(pattern)
     if folder.is_dir():
-        held = Counter(path.suffix for path in folder.rglob("*") if suffix_of(path) in _USUAL)
-        best = held.most_common(1)[0][0] if held else ".txt"
+        suffixes = Counter(path.suffix for path in folder.rglob("*") if suffix_of(path) in _COMMON_SUFFIXES)
+        suffix = suffixes.most_common(1)[0][0] if suffixes else ".txt"
         return DataError(
-            f"corpus {corpus!r} is a folder: name its files by a glob, such as {Path(corpus, '**', '*')}{best}"
+            f"corpus {corpus!r} is a folder: name its files by a glob, such as {Path(corpus, '**', '*')}{suffix}"
         )
     while glob.has_magic(str(folder)) or not folder.exists():
         folder = folder.parent
@@ -173,7 +176,7 @@ def _pydoc_topics() -> list[str]:
 
 
 def _read_source(path: Path) -> str:
-    """Source text by its coding line; a byte that does not fit becomes U+FFFD, for no user can mend this corpus."""
+    """Source text by its coding line; a byte that does not fit becomes U+FFFD: no user can fix this corpus."""
     try:
         with path.open("rb") as file:
             try:

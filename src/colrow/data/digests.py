@@ -62,8 +62,8 @@ def digest_files(paths: Sequence[Path], cache: Path | None = None) -> list[str]:
     return digests
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write `text` under a temporary name and rename it, so that a reader sees the former file or the new one."""
+def atomic_write(path: Path, text: str) -> None:
+    """Write `text` under a temporary name, flush, rename: a reader sees the previous file or the new one."""
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
         with partial.open("w", encoding="utf-8") as file:
@@ -104,4 +104,4 @@ def _load(cache: Path | None) -> dict[str, list]:
 
 def _store(cache: Path, digests: dict[str, list]) -> None:
     with contextlib.suppress(OSError):  # only time is lost: in a cache that cannot be written files are read again
-        write_whole(cache, json.dumps(digests))
+        atomic_write(cache, json.dumps(digests))

@@ -33,7 +33,7 @@ class Corpus(ABC):
         """Every text, blank ones too."""
 
     def size(self) -> int | None:
-        """Bytes of text, as far as they can be told without reading it; None where they cannot."""
+        """Bytes of text, where they are known without reading it, else None."""
         return None
 
     def __iter__(self) -> Iterator[str]:
@@ -53,7 +53,7 @@ class Corpus(ABC):
             raise DataError(f"corpus {self.describe()} is empty ({held}): name files with text in data.corpus")
 
     def sample(self, limit: int) -> Iterator[str]:
-        """Documents of about `limit` characters in all, or the whole corpus where it is smaller. Deterministic."""
+        """Documents of about `limit` characters in all, or all of the corpus where it is smaller. Deterministic."""
         return up_to(limit, iter(self))
 
 

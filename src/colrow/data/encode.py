@@ -25,7 +25,7 @@ from colrow.data.tokenizer import Tokenizer
 from colrow.errors import DataError
 
 _IN_FLIGHT = 2
-"""Chunks that wait for each worker: enough to keep it busy, few enough for constant memory."""
+"""Chunks queued for each worker: enough to keep it busy, few enough for constant memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +51,7 @@ def encode(texts: list[str], tokenizer: Tokenizer, dtype: str) -> Encoded:
     return Encoded(
         ids=np.fromiter(itertools.chain.from_iterable(encoded), dtype=dtype, count=int(lengths.sum())),
         lengths=lengths,
+        # 53 bits: all that a float64 holds exactly, so that a fraction is never rounded up to 1.0
         fractions=(np.frombuffer(hashes, dtype="<u8") >> np.uint64(11)) * 2.0**-53,
         text_bytes=np.array([len(text) for text in raw], dtype=np.int64),
     )
@@ -72,14 +73,14 @@ def encode_in_order(chunks: Iterator[list[str]], tokenizer: Tokenizer, dtype: st
         initializer=_start_worker,
         initargs=(tokenizer.backend.to_str(), tokenizer.eos_id, dtype),
     )
-    waiting: deque[Future[Encoded]] = deque()
+    pending: deque[Future[Encoded]] = deque()
     try:
         for chunk in chunks:
-            waiting.append(pool.submit(_encode_in_worker, chunk))
-            if len(waiting) >= workers * _IN_FLIGHT:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            pending.append(pool.submit(_encode_in_worker, chunk))
+            if len(pending) >= workers * _IN_FLIGHT:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     except BrokenProcessPool as error:
         raise DataError(
             f"one of {workers} tokenizing processes died (out of memory, or started by a script that does its work "
@@ -103,15 +104,15 @@ def _start_worker(backend: str, eos_id: int, dtype: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent ends its workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _worker = (Tokenizer(tokenizers.Tokenizer.from_str(backend), eos_id, {}), dtype)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
 def _encode_in_worker(texts: list[str]) -> Encoded:
     return encode(texts, *_worker)
 
 
-def _end_with_parent() -> None:
-    """A killed parent cannot end its workers, and the executor's own would wait for it forever."""
+def _exit_with_parent() -> None:
+    """A killed parent cannot end its workers, and the executor's worker loop would wait for its next task forever."""
     parent: Any = multiprocessing.parent_process()
     parent.join()
     os._exit(1)

@@ -1,7 +1,7 @@
 """Documents out of one file: text, JSON lines, or Parquet, in constant memory.
 
-Each reader yields `str`; a null in place of a text is the empty string. What a file holds wrongly is a DataError with
-the file, the line or row, and the mend.
+Each reader yields `str`; a null in place of a text is the empty string. What is wrong in a file is a DataError with
+the file, the line or row, and the fix.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Any, BinaryIO, Literal
 
 from colrow.errors import DataError
 
-Kind = Literal["text", "jsonl", "parquet"]
+FileFormat = Literal["text", "jsonl", "parquet"]
 _PARQUET_ROWS = 1024
 _SCAN_BYTES = 1 << 16
 
 
 def suffix_of(path: Path) -> str:
-    """The suffix that tells a file's kind: that of `a.jsonl.gz` is `.jsonl`."""
+    """The suffix that names a file's format: that of `a.jsonl.gz` is `.jsonl`."""
     return Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
 
 
-def kind_of(path: Path) -> Kind:
+def format_of(path: Path) -> FileFormat:
     """How the file at `path` is read, by its name."""
     match suffix_of(path):
         case ".jsonl" | ".ndjson" | ".jsonlines":
@@ -42,13 +42,13 @@ def read_file(path: Path, text_key: str, section_chars: int) -> Iterator[str]:
 
     Args:
         text_key: the field of a JSON line or a Parquet row that holds the text.
-        section_chars: a text file with more characters than this is cut into several documents.
+        section_chars: a text file with more characters than this is split into several documents.
 
     Raises:
-        DataError: the file cannot be read, or does not hold what its suffix promises.
+        DataError: the file cannot be read, or is not of the format that its suffix names.
     """
     try:
-        match kind_of(path):
+        match format_of(path):
             case "jsonl":
                 yield from _read_jsonl(path, text_key)
             case "parquet":
@@ -64,13 +64,15 @@ def require_text(value: object, where: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise DataError(f"{where} holds {_kind(value)}, not a string: point data.text_key at the field with the text")
+        raise DataError(
+            f"{where} holds {_json_type(value)}, not a string: point data.text_key at the field with the text"
+        )
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
             f"{where} holds half of a surrogate pair (character {error.start}), which is not Unicode text: "
-            f"write that character anew or leave the document out"
+            f"write that character again or leave the document out"
         ) from error
     return value
 
@@ -90,7 +92,7 @@ def _open_binary(path: Path) -> BinaryIO | gzip.GzipFile:
 def _read_text(path: Path, section_chars: int) -> Iterator[str]:
     try:
         with io.TextIOWrapper(_open_binary(path), encoding="utf-8-sig") as file:  # -sig: a byte-order mark is no text
-            yield from _cut(file, section_chars)
+            yield from _split_text(file, section_chars)
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8 text (at byte {_bad_byte(path)}): convert it "
@@ -98,22 +100,22 @@ def _read_text(path: Path, section_chars: int) -> Iterator[str]:
         ) from error
 
 
-def _cut(file: io.TextIOWrapper, most: int) -> Iterator[str]:
-    """Pieces of at most `most` characters: cut after a blank line in the second half, else a line end, else there."""
+def _split_text(file: io.TextIOWrapper, max_chars: int) -> Iterator[str]:
+    """Sections of at most `max_chars`: split after a blank line in the second half, else a line end, else there."""
     rest = ""
     while True:
-        text = rest + file.read(most + 1 - len(rest))
-        if len(text) <= most:
+        text = rest + file.read(max_chars + 1 - len(rest))  # one more than fits: else the file ends here
+        if len(text) <= max_chars:
             yield text
             return
         at = 0
         for end in ("\n\n", "\n"):
-            found = text.rfind(end, most // 2, most)
+            found = text.rfind(end, max_chars // 2, max_chars)
             if found >= 0:
                 at = found + len(end)
                 break
         else:
-            at = most
+            at = max_chars
         yield text[:at]
         rest = text[at:]
 
@@ -125,7 +127,7 @@ def _bad_byte(path: Path) -> int:
     with _open_binary(path) as file:
         while True:
             block = file.read(_SCAN_BYTES)
-            pending = len(decoder.getstate()[0])
+            pending = len(decoder.getstate()[0])  # bytes of a character that the previous block began
             try:
                 decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
@@ -146,10 +148,12 @@ def _read_jsonl(path: Path, text_key: str) -> Iterator[str]:
             except (ValueError, RecursionError) as error:
                 hint = ""
                 if number == 1 and line.lstrip()[:1] in (b"[", b"{"):
-                    hint = "; a .jsonl file holds one whole JSON object on each line"
+                    hint = "; a .jsonl file holds one complete JSON object on each line"
                 raise DataError(f"{where} is not JSON: {error}{hint}") from error
             if not isinstance(row, dict):
-                raise DataError(f"{where} holds {_kind(row)}, not an object such as {{{json.dumps(text_key)}: ...}}")
+                raise DataError(
+                    f"{where} holds {_json_type(row)}, not an object such as {{{json.dumps(text_key)}: ...}}"
+                )
             if text_key not in row:
                 raise missing_key(text_key, where, list(row))
             yield require_text(row[text_key], f"{where}, key {text_key!r},")
@@ -172,7 +176,7 @@ def _read_parquet(path: Path, text_key: str) -> Iterator[str]:
                         number += 1
                         yield require_text(value, f"{path} row {number}, key {text_key!r},")
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not a whole Parquet file (read {number} rows): {error}") from error
+        raise DataError(f"{path} is not a complete Parquet file (read {number} rows): {error}") from error
 
 
 def import_parquet() -> Any:
@@ -184,19 +188,19 @@ def import_parquet() -> Any:
     return pyarrow.parquet
 
 
-def _require_strings(kind: Any, path: Path, text_key: str) -> None:
+def _require_strings(arrow_type: Any, path: Path, text_key: str) -> None:
     import pyarrow as pa
 
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    is_view = getattr(pa.types, "is_string_view", lambda _: False)(kind)
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or is_view or pa.types.is_null(kind)):
+    if pa.types.is_dictionary(arrow_type):
+        arrow_type = arrow_type.value_type
+    names = ("is_string", "is_large_string", "is_string_view", "is_null")  # the third is not in pyarrow before 16
+    if not any(hasattr(pa.types, name) and getattr(pa.types, name)(arrow_type) for name in names):
         raise DataError(
-            f"{path}: column {text_key!r} is {kind}, not string: point data.text_key at the column with the text"
+            f"{path}: column {text_key!r} is {arrow_type}, not string: point data.text_key at the column with the text"
         )
 
 
-def _kind(value: object) -> str:
+def _json_type(value: object) -> str:
     names = {
         dict: "an object",
         list: "a list",

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from colrow.data.digests import digest_files, digest_of, write_whole
+from colrow.data.digests import atomic_write, digest_files, digest_of
 from colrow.data.documents import Corpus
 from colrow.data.files import missing_key, require_text
 from colrow.errors import DataError
@@ -76,7 +76,7 @@ class DatasetCorpus(Corpus):
             else:
                 if cache is not None:
                     with contextlib.suppress(OSError):  # a cache that cannot be written only forgets the commit
-                        write_whole(cache, json.dumps({"commit": self._commit}))
+                        atomic_write(cache, json.dumps({"commit": self._commit}))
         return self._commit
 
     def _read(self) -> Iterator[str]:

@@ -26,7 +26,7 @@ Batch = tuple[Tensor, Tensor]
 class BatchOrder:
     """The order in which `n_windows` windows are read, epoch after epoch, each once an epoch.
 
-    A batch may begin in one epoch and end in the next, so every batch is whole.
+    A batch may begin in one epoch and end in the next, so every batch has its full size.
 
     Args:
         global_batch: windows in one step, over all ranks.
@@ -35,26 +35,26 @@ class BatchOrder:
 
     def __init__(self, n_windows: int, global_batch: int, seed: int | None) -> None:
         if n_windows < 1:
-            raise DataError("there is no whole sequence to read: use more text, or a shorter data.seq_len")
+            raise DataError("there is no complete sequence to read: use more text, or a shorter data.seq_len")
         self.n_windows, self.global_batch, self.seed = n_windows, global_batch, seed
 
     def indices(self, step: int) -> np.ndarray:
         """The windows of global batch `step` (from 0): int64 [global_batch]."""
         assert step >= 0
         positions = np.arange(step * self.global_batch, (step + 1) * self.global_batch, dtype=np.int64)
-        epochs, places = np.divmod(positions, self.n_windows)
+        epochs, windows = np.divmod(positions, self.n_windows)
         if self.seed is None:
-            return places
+            return windows
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-            chosen = epochs == epoch
-            places[chosen] = Permutation(self.n_windows, f"windows {self.seed} {epoch}")(places[chosen])
-        return places
+            in_epoch = epochs == epoch
+            windows[in_epoch] = Permutation(self.n_windows, f"windows {self.seed} {epoch}")(windows[in_epoch])
+        return windows
 
 
 class DataAxisSampler:
-    """One data-parallel rank's part of each global batch.
+    """One data-parallel rank's share of each global batch.
 
-    The global batch is cut into micro-batches, and micro-batch i goes to rank i mod dp_degree: a micro-batch holds
+    The global batch is split into micro-batches, and micro-batch i goes to rank i mod dp_degree: a micro-batch holds
     the same windows whatever the number of ranks.
 
     Args:
@@ -73,8 +73,9 @@ class DataAxisSampler:
 
     def micro_batches(self, step: int) -> list[np.ndarray]:
         """The windows of each micro-batch of this rank in `step`: `accumulation` arrays, int64 [micro_batch]."""
-        cut = self.order.indices(step).reshape(self.accumulation, self.dp_degree, self.micro_batch)
-        return list(cut[:, self.dp_rank])
+        # [accumulation, dp, micro_batch]: micro-batch i of the global batch is at [i // dp, i % dp]
+        windows = self.order.indices(step).reshape(self.accumulation, self.dp_degree, self.micro_batch)
+        return list(windows[:, self.dp_rank])
 
 
 class Loader:
@@ -114,11 +115,12 @@ class Loader:
     def __enter__(self) -> Loader:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, cls: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
     def _enter_thread(self) -> None:
-        if self._device.type == "cuda":  # a thread starts on device 0, where pinning would make a context
+        # A new thread is on device 0: pin_memory would create a second CUDA context there.
+        if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
 
     def _read(self, step: int) -> list[Batch]:
@@ -142,15 +144,16 @@ def check_batch(global_batch: int, micro_batch: int, dp: int) -> int:
     if global_batch % unit == 0:
         return global_batch // unit
     below = global_batch // unit * unit
-    mends = [f"train.global_batch {f'{below} or ' if below else ''}{below + unit}"]
+    fixes = [f"train.global_batch {f'{below} or ' if below else ''}{below + unit}"]
     if global_batch % dp == 0:
         share = global_batch // dp
-        fits = [n for n in range(1, share + 1) if share % n == 0]
-        near = sorted({max(n for n in fits if n <= micro_batch), min([n for n in fits if n >= micro_batch] or [share])})
-        mends.append(f"train.micro_batch {' or '.join(map(str, near))}")
+        divisors = [n for n in range(1, share + 1) if share % n == 0]
+        below = max(n for n in divisors if n <= micro_batch)
+        above = min((n for n in divisors if n >= micro_batch), default=share)
+        fixes.append(f"train.micro_batch {' or '.join(map(str, sorted({below, above})))}")
     raise ConfigError(
         f"train.global_batch={global_batch} is not divisible by {unit} (train.micro_batch={micro_batch} × {dp} "
-        f"data-parallel rank{'' if dp == 1 else 's'}): use {', or '.join(mends)}"
+        f"data-parallel rank{'' if dp == 1 else 's'}): use {', or '.join(fixes)}"
     )
 
 

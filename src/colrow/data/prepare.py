@@ -1,4 +1,15 @@
-"""Corpus to tokenizer and token shards, once: later runs, and the other processes of this one, find them made."""
+"""Corpus to tokenizer and token shards, once: later runs, and the other processes of this one, find them in the cache.
+
+[Note: one builder]
+`tokens-HASH/`           complete token shards: it got its name by a rename, after its files were flushed. HASH covers
+                         the corpus's content, the validation fraction, and the tokenizer or how it is trained
+`tokens-HASH.partial-N`  being written by process N, or left by one that was killed
+`tokens-HASH.lock`       held (flock) by the process that builds; the kernel drops it when that process dies
+`tokenizer-HASH.json`    a trained tokenizer, of the corpus's content and the vocabulary size
+`corpus-HASH.json`       digests of the corpus's files (digests.py)
+Whoever finds complete shards uses them and takes no lock. Otherwise it takes the lock, looks again (another process may
+have built them meanwhile), removes what dead builders left, and builds.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +37,11 @@ if TYPE_CHECKING:  # config imports torch, which worker processes do without
     from colrow.config import DataSection
 
 _TRAINER = "bpe-1"
-"""Raised when the same corpus comes to give another tokenizer."""
+"""To be raised when the same corpus gives another tokenizer."""
 _LARGE_BYTES = 1 << 28
-"""Hashing less than this takes no time worth a word."""
+"""Hashing less than this is too quick to be announced."""
 _BYTES_PER_WORKER = 16 << 20
-"""A process earns what it costs to start from about so much text on; `tokenizers` has threads for less."""
+"""Text from which on a worker process saves more time than it takes to start; below, threads of `tokenizers` do."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +88,7 @@ def prepare(section: DataSection, model_vocab: int, progress: bool) -> PreparedD
     start = time.monotonic()
     if getattr(multiprocessing.current_process(), "_inheriting", False):  # it would wait for the parent's lock forever
         raise DataError('a script that prepares data does so under `if __name__ == "__main__":`, for workers import it')
-    given = _given_tokenizer(section, model_vocab)
+    given = _configured_tokenizer(section, model_vocab)
     corpus = open_corpus(section, _digest_cache(section))
     with Progress(progress) as shown:
         fingerprint = _fingerprint(corpus, section, shown)
@@ -93,7 +104,7 @@ def prepare(section: DataSection, model_vocab: int, progress: bool) -> PreparedD
             with locked(folder.with_suffix(".lock"), _watcher(folder, shown)):
                 meta = _find(folder, shown)
                 if meta is None:
-                    tokenizer = given or _trained(corpus, fingerprint, section, model_vocab, shown)
+                    tokenizer = given or _train_once(corpus, fingerprint, section, model_vocab, shown)
                     meta, built = _build(corpus, tokenizer, folder, fingerprint, section, shown), True
         data = PreparedData(
             tokenizer=given or load_tokenizer(folder),
@@ -109,7 +120,7 @@ def prepare(section: DataSection, model_vocab: int, progress: bool) -> PreparedD
     return data
 
 
-def _given_tokenizer(section: DataSection, model_vocab: int) -> Tokenizer | None:
+def _configured_tokenizer(section: DataSection, model_vocab: int) -> Tokenizer | None:
     """The tokenizer that the config names, or None where one is to be trained; both are checked for size."""
     path, vocab_size = section.tokenizer.path, section.tokenizer.vocab_size
     if path is None:
@@ -138,7 +149,7 @@ def _digest_cache(section: DataSection) -> Path:
 
 
 def _fingerprint(corpus: Corpus, section: DataSection, shown: Progress) -> str:
-    """The corpus's; of several processes one reads the files, and the others wait and read what it has kept."""
+    """The corpus's fingerprint. Of several processes one reads the files, the others wait and read its cache."""
     digest_cache = _digest_cache(section)
     if section.cache.is_dir() and not os.access(section.cache, os.W_OK):
         return corpus.fingerprint()  # a finished cache may be shared read-only
@@ -149,7 +160,7 @@ def _fingerprint(corpus: Corpus, section: DataSection, shown: Progress) -> str:
 
 
 def _find(folder: Path, shown: Progress) -> ShardMeta | None:
-    """The meta of whole shards; None where there are none. Damaged ones are named, and made again."""
+    """The meta of complete shards; None where there are none, or damaged ones, which are reported and built again."""
     if not folder.exists():
         return None
     try:
@@ -181,8 +192,8 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _trained(corpus: Corpus, fingerprint: str, section: DataSection, model_vocab: int, shown: Progress) -> Tokenizer:
-    """The tokenizer trained on this corpus, kept apart from the shards: another validation_fraction needs no other."""
+def _train_once(corpus: Corpus, fingerprint: str, section: DataSection, model_vocab: int, shown: Progress) -> Tokenizer:
+    """The tokenizer trained on this corpus, cached apart from the shards: it does not depend on validation_fraction."""
     vocab_size = _vocab_size(section, model_vocab)
     path = section.cache / f"tokenizer-{digest_of(_TRAINER, fingerprint, str(vocab_size))[:16]}.json"
     with locked(path.with_suffix(".lock")):
@@ -198,17 +209,17 @@ def _trained(corpus: Corpus, fingerprint: str, section: DataSection, model_vocab
 def _build(
     corpus: Corpus, tokenizer: Tokenizer, folder: Path, fingerprint: str, section: DataSection, shown: Progress
 ) -> ShardMeta:
-    for stale in [folder, *partial_folders(folder)]:  # the lock is ours: their builders are gone
+    for stale in [folder, *partial_folders(folder)]:  # we hold the lock, so their builders are dead
         shutil.rmtree(stale, ignore_errors=True)
     size = corpus.size()
-    worth = usable_cores() if size is None else math.ceil(size / _BYTES_PER_WORKER)
+    useful_workers = usable_cores() if size is None else max(math.ceil(size / _BYTES_PER_WORKER), 1)
     return build_shards(
         corpus,
         tokenizer,
         folder,
         fingerprint=fingerprint,
         validation_fraction=section.validation_fraction,
-        workers=section.workers or min(usable_cores(), max(worth, 1)),
+        workers=section.workers or min(usable_cores(), useful_workers),
         progress=shown,
     )
 
@@ -216,21 +227,21 @@ def _build(
 def _require_a_sequence(meta: ShardMeta, section: DataSection) -> None:
     """Raise a DataError unless each split holds `seq_len` tokens and the one after them."""
     need, train, validation = section.seq_len + 1, meta.tokens["train"], meta.tokens["validation"]
-    asked = f"fewer than one sequence (data.seq_len={section.seq_len} needs {need:,})"
+    required = f"fewer than one sequence (data.seq_len={section.seq_len} needs {need:,})"
     if train < need:
-        mends = ["use more text"]
+        fixes = ["use more text"]
         if train + validation >= 2 * need:
-            mends.append(f"a data.validation_fraction below {section.validation_fraction}")
+            fixes.append(f"a data.validation_fraction below {section.validation_fraction}")
         if train > 2:
-            mends.append(f"data.seq_len of {train - 1:,} or less")
+            fixes.append(f"data.seq_len of {train - 1:,} or less")
         raise DataError(
             f"corpus {meta.source} has {train:,} tokens to train on in {_documents(meta.documents['train'])}, "
-            f"{asked}: {', or '.join(mends)}"
+            f"{required}: {', or '.join(fixes)}"
         )
     if validation < need:
         raise DataError(
             f"corpus {meta.source} has {validation:,} tokens held out for validation, in "
-            f"{meta.documents['validation']:,} of its {_documents(sum(meta.documents.values()))}, {asked}: "
+            f"{meta.documents['validation']:,} of its {_documents(sum(meta.documents.values()))}, {required}: "
             f"{_hold_out_more(meta, need)}"
         )
 

@@ -2,7 +2,7 @@
 
 A folder holds `train.bin` and `validation.bin` (ids, little-endian, documents one after another, each closed by the
 end-of-text id) and `meta.json`. It is written under a temporary name and renamed when complete: a folder of the right
-name is whole. The bytes depend on the documents and the tokenizer alone, not on how many processes wrote them.
+name is complete. The bytes depend on the documents and the tokenizer alone, not on how many processes wrote them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from colrow.data.digests import write_whole
+from colrow.data.digests import atomic_write
 from colrow.data.documents import Corpus
 from colrow.data.encode import Encoded, encode_in_order
 from colrow.data.lock import writing_to
@@ -94,7 +94,7 @@ def read_meta(folder: Path) -> ShardMeta:
     """The meta.json of `folder`.
 
     Raises:
-        DataError: it is missing or of another format, or a .bin file has not the size that it tells.
+        DataError: it is missing or of another format, or a .bin file is not of the size that it states.
     """
     try:
         tree = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -103,9 +103,10 @@ def read_meta(folder: Path) -> ShardMeta:
         tree.pop("first_held_out", None)  # written by older versions, which computed an advice from it
         meta = ShardMeta(**tree)
         for split in SPLITS:
-            size, due = (folder / f"{split}.bin").stat().st_size, meta.tokens[split] * np.dtype(meta.dtype).itemsize
-            if size != due:
-                raise DataError(f"token shards {folder} are damaged: {split}.bin has {size:,} bytes, not {due:,}")
+            size = (folder / f"{split}.bin").stat().st_size
+            expected = meta.tokens[split] * np.dtype(meta.dtype).itemsize
+            if size != expected:
+                raise DataError(f"token shards {folder} are damaged: {split}.bin has {size:,} bytes, not {expected:,}")
     except OSError as error:
         raise DataError(f"token shards {folder} cannot be read: {error}") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -116,7 +117,7 @@ def read_meta(folder: Path) -> ShardMeta:
 
 
 def partial_folders(folder: Path) -> list[Path]:
-    """What unfinished builds of `folder` have left, or are writing."""
+    """Folders that builds of `folder` are writing now, or left when they were killed."""
     return sorted(folder.parent.glob(f"{folder.name}.partial-*"))
 
 
@@ -132,8 +133,8 @@ def build_shards(
 ) -> ShardMeta:
     """Tokenize `corpus` into `folder`, which must not exist, with `workers` processes (1: in this one).
 
-    A document is held out for validation when a hash of its text says so, so equal documents fall on one side and the
-    order plays no part. The caller sees to it that nobody else builds the same folder.
+    A document is held out for validation by a hash of its text: equal documents fall into the same split, and the order
+    of documents plays no role. The caller holds a lock: nobody else builds the same folder.
 
     Args:
         fingerprint: the corpus's, taken before the tokenizer was trained; it is compared again at the end.
@@ -174,7 +175,7 @@ def build_shards(
                 digests={"train": train.close(), "validation": validation.close()},
             )
             tokenizer.save(partial)
-            write_whole(partial / "meta.json", json.dumps(asdict(meta), indent=2))
+            atomic_write(partial / "meta.json", json.dumps(asdict(meta), indent=2))
             partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -195,16 +196,16 @@ class _Writer:
         self._dtype = dtype
         self.documents = self.tokens = self.text_bytes = 0
 
-    def add(self, encoded: Encoded, chosen: np.ndarray) -> None:
-        """Append the documents that the mask `chosen` names."""
-        ids = encoded.ids[np.repeat(chosen, encoded.lengths)].astype(self._dtype, copy=False)
+    def add(self, encoded: Encoded, mask: np.ndarray) -> None:
+        """Append the documents of `encoded` that `mask` [documents] (bool) selects."""
+        ids = encoded.ids[np.repeat(mask, encoded.lengths)].astype(self._dtype, copy=False)
         data = ids.tobytes()
         self._file.write(data)
-        self._file.flush()  # those who wait see the file grow
+        self._file.flush()  # waiting processes show progress from the size of this file
         self._digest.update(data)
-        self.documents += int(chosen.sum())
+        self.documents += int(mask.sum())
         self.tokens += len(ids)
-        self.text_bytes += int(encoded.text_bytes[chosen].sum())
+        self.text_bytes += int(encoded.text_bytes[mask].sum())
 
     def close(self) -> str:
         """Flush to disk; the digest of all that was written."""

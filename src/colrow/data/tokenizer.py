@@ -12,7 +12,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from colrow.data.digests import digest_of, write_whole
+from colrow.data.digests import atomic_write, digest_of
 from colrow.data.documents import Corpus
 from colrow.errors import DataError
 
@@ -21,7 +21,7 @@ _MIN_VOCAB = 257
 """256 bytes and the end-of-text token."""
 SAMPLE_CHARS = 1 << 26
 """A vocabulary is trained on this much of the corpus: counts of frequent pairs change little beyond it."""
-_USUAL_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>", "[EOS]", "[SEP]")
+_COMMON_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>", "[EOS]", "[SEP]")
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class Tokenizer:
     backend: Any
     eos_id: int
     settings: dict[str, Any]
-    """What tokenizer_config.json said; `save` writes it again."""
+    """The content of tokenizer_config.json; `save` writes it again."""
 
     def __post_init__(self) -> None:
         self.backend.no_truncation()
@@ -67,9 +67,9 @@ class Tokenizer:
         return self.prefix + list(self.backend.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of whole documents: `prefix`, the text's own, and `eos_id`."""
+        """The ids of complete documents: `prefix`, the text's own, and `eos_id`."""
         encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [[*self.prefix, *one.ids, self.eos_id] for one in encoded]
+        return [[*self.prefix, *encoding.ids, self.eos_id] for encoding in encoded]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
@@ -82,13 +82,13 @@ class Tokenizer:
         path = Path(path)
         text = self.backend.to_str(pretty=True)
         if not path.is_dir():
-            write_whole(path, text)
+            atomic_write(path, text)
             return
         settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | self.settings
         if not settings.get("eos_token"):
             settings["eos_token"] = self.backend.id_to_token(self.eos_id)
-        write_whole(path / "tokenizer.json", text)
-        write_whole(path / "tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False))
+        atomic_write(path / "tokenizer.json", text)
+        atomic_write(path / "tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False))
 
     def require_fits(self, model_vocab: int, source: str) -> None:
         """Raise a DataError unless every id is below the model's vocabulary size."""
@@ -103,8 +103,8 @@ class Tokenizer:
 def train_tokenizer(corpus: Corpus, vocab_size: int, on_text: Callable[[str], None] = lambda text: None) -> Tokenizer:
     """A byte-level BPE of at most `vocab_size` tokens; the same corpus gives the same one, on any machine.
 
-    Trained on the whole corpus up to 64 Mi characters, beyond that on a sample of so many. A small corpus may run
-    out of pairs to merge before `vocab_size`.
+    Trained on all of a corpus of up to 64 Mi characters, of a larger one on a sample of that size. A small corpus may
+    run out of pairs to merge before `vocab_size`.
 
     Args:
         on_text: called with each document that is counted.
@@ -191,7 +191,7 @@ def _find_eos(backend: Any, file: Path, settings: dict[str, Any]) -> int:
                 raise DataError(f"{file} has no token {eos_id}, which {name} beside it calls eos_token_id")
             return eos_id
     special = {token.content: i for i, token in backend.get_added_tokens_decoder().items() if token.special}
-    for token in _USUAL_ENDS:
+    for token in _COMMON_END_TOKENS:
         if token in special:
             return int(special[token])
     raise DataError(
