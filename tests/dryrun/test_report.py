@@ -7,9 +7,10 @@ from collections import Counter
 
 import pytest
 import torch
+from torch import nn
 
 from colrow.cli import main
-from colrow.dryrun.report import report
+from colrow.dryrun.report import repeated_block, report
 from colrow.models.llama import Llama
 from colrow.plans.plan import Plan
 from distributed.parity import MODELS
@@ -44,6 +45,17 @@ def test_plan_prints_placements_and_one_block(
     assert "layers.*.self_attn.k_proj.weight          64 × 128    shard(0)   32 × 128" in out
     assert "▼ all-gather 128 KiB  shard(1) → replicate  ▲ reduce-scatter 128 KiB" in out
     assert max(len(line) for line in out.splitlines()) <= 80
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)) for _ in range(8))
+
+
+def test_the_repeated_block_is_a_layer_and_not_one_of_its_experts() -> None:
+    model = nn.ModuleDict({"layers": nn.ModuleList(Experts() for _ in range(4))})
+    assert repeated_block(model) == ("layers.*", 4)
 
 
 def test_plan_as_json_and_as_a_file(capsys: pytest.CaptureFixture[str], tmp_path: object) -> None:

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from colrow.errors import ConfigError
+from colrow.models.blocks import blocks_of
 from colrow.models.llama import Block, LlamaConfig, rope_tables
 from colrow.parallel.activation_checkpoint import MODES, apply_activation_checkpoint
 
@@ -81,3 +83,25 @@ def test_names_and_copies_stay() -> None:
 def test_an_unknown_mode_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'selective'"):
         apply_activation_checkpoint([], "selectiv")  # type: ignore[arg-type]
+
+
+class Experts(nn.Module):
+    """x + the sum of experts, whose ModuleList is longer than the model's list of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)) for _ in range(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.stack([expert(x) for expert in self.experts]).sum(0)
+
+
+def test_of_a_layer_of_experts_the_input_alone_is_kept() -> None:
+    layers = nn.ModuleList(Experts() for _ in range(4))
+    apply_activation_checkpoint(blocks_of(layers), "full")
+    kept: list[torch.Tensor] = []
+    x = y = torch.randn(2, 4, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        for layer in layers:
+            y = layer(y)
+    assert sum(t.numel() for t in kept) == len(layers) * x.numel()

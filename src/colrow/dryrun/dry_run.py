@@ -22,10 +22,11 @@ from colrow.dryrun.fake_world import fake_tp_mesh, materialize_fake
 from colrow.dryrun.memory import SavedActivations, memory_of_rank
 from colrow.dryrun.module_tracker import LOSS, ModuleTracker
 from colrow.dryrun.recorded_calls import CallRecorder
-from colrow.dryrun.reduced_copy import ReducedCopy, block_lists, reduced_copy
+from colrow.dryrun.reduced_copy import ReducedCopy, reduced_copy
 from colrow.dryrun.result import Collective, DryRun, Failure, Output
 from colrow.dryrun.watch import Event, Watch
 from colrow.mesh import Mesh
+from colrow.models.blocks import block_stacks
 from colrow.parallel.loss import logits_of, loss_context
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
@@ -223,9 +224,9 @@ def _record_async_inputs(copy: ReducedCopy, names: list[str], in_flight: Callabl
 
         return record
 
-    for list_name, container in block_lists(copy.model, more_than=0):
-        for key, block in container.named_children():
-            block.register_forward_pre_hook(hook(copy.original(f"{list_name}.{key}")), with_kwargs=True)
+    for stack in block_stacks(copy.model):
+        for fqn, block in stack.named_blocks():
+            block.register_forward_pre_hook(hook(copy.original(fqn)), with_kwargs=True)
 
 
 def _output(tensor: Tensor, varies: Callable[[Tensor], bool]) -> Output:

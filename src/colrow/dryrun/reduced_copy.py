@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from colrow.models.blocks import block_stacks
 from colrow.styles.base import Style
 
 _KEPT = 2  # of each kind: the second block's input comes from a block, as for all later ones
@@ -61,7 +62,10 @@ def reduced_copy(model: nn.Module, styles: Mapping[str, Style], keep: int = _KEP
     model = meta_copy(model)
     original_names: dict[str, str] = {}
     repeats: dict[str, int] = {}
-    for list_name, container in block_lists(model):
+    for stack in block_stacks(model):
+        list_name, container = stack.name, stack.container
+        if not list_name:
+            continue  # the model itself is the list, and its callers name its entries
         blocks = dict(container.named_children())
         kinds: dict[Any, list[str]] = defaultdict(list)
         for key, block in blocks.items():
@@ -82,19 +86,6 @@ def reduced_copy(model: nn.Module, styles: Mapping[str, Style], keep: int = _KEP
             if new != key:
                 original_names[f"{list_name}.{new}"] = f"{list_name}.{key}"
     return ReducedCopy(model, original_names, repeats)
-
-
-def block_lists(model: nn.Module, more_than: int = _KEPT) -> list[tuple[str, nn.Module]]:
-    """The outermost containers of more than `more_than` blocks (modules with children), by name."""
-    found: list[tuple[str, nn.Module]] = []
-    for name, module in model.named_modules():
-        if any(name.startswith(outer + ".") for outer, _ in found):
-            continue
-        if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential) and name:
-            children = list(module.children())
-            if len(children) > more_than and all(any(True for _ in child.children()) for child in children):
-                found.append((name, module))
-    return found
 
 
 def _kind(block: nn.Module, name: str, styles: Mapping[str, Style]) -> tuple[Any, ...]:

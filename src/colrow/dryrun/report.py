@@ -13,6 +13,7 @@ from torch.distributed.tensor import Replicate
 from colrow.dryrun.dry_run import dry_run
 from colrow.dryrun.result import Collective, DryRun, Output
 from colrow.mesh import Mesh
+from colrow.models.blocks import block_stacks
 from colrow.plans.plan import Plan
 from colrow.sharding.placements import format_placement
 
@@ -121,16 +122,17 @@ def report(model: nn.Module, plan: Plan, tp: int, batch_size: int = 1, seq_len: 
 
 
 def repeated_block(model: nn.Module) -> tuple[str, int]:
-    """The pattern of the longest list of like modules, and its length: (`layers.*`, 32). ("", 0) without one."""
-    lists = [
-        (len(module), name)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
+    """The pattern of the largest stack of like blocks, and its length: (`layers.*`, 32). ("", 0) without one."""
+    like = [
+        stack
+        for stack in block_stacks(model)
+        if list(stack.blocks) == [str(i) for i in range(len(stack.blocks))]
+        and len({type(block) for block in stack.blocks.values()}) == 1
     ]
-    if not lists:
+    if not like:
         return "", 0
-    length, name = max(lists, key=lambda item: (item[0], -len(item[1])))
-    return f"{name}.*", length
+    largest = max(like, key=lambda stack: sum(param.numel() for param in stack.container.parameters()))
+    return f"{largest.name}.*".removeprefix("."), len(largest.blocks)
 
 
 def collapse(name: str) -> str:

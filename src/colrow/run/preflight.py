@@ -32,7 +32,6 @@ from colrow.styles.heads import heads_of
 from colrow.train.cuda_graph import check_cuda_graph
 from colrow.train.metrics import require_sinks
 from colrow.train.schedule import check_schedule
-from colrow.train.setup import blocks_of
 
 
 @dataclass(frozen=True)
@@ -197,8 +196,7 @@ def check_model(config: RunConfig, source: Source) -> None:
             f"use {longest} or less"
         )
     if config.mesh.pp > 1:
-        require_parts(source.model)
-    check_pipeline(config, len(blocks_of(source.model)))
+        check_pipeline(config, len(require_parts(source.model)))
     heads = heads_of(source.model)
     if heads is not None and heads.query % config.mesh.tp and config.plan.startswith("llama"):
         fits = [n for n in range(1, heads.query + 1) if heads.query % n == 0]

@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.config import RunConfig
 from colrow.data.loader import check_batch
+from colrow.models.blocks import blocks_of
 from colrow.models.build import Source
 from colrow.ops.ran import forget
 from colrow.parallel.activation_checkpoint import apply_activation_checkpoint
@@ -187,13 +188,6 @@ def computes_with_copies(config: RunConfig, compute: torch.dtype) -> bool:
 def compiles(config: RunConfig, device: torch.device) -> bool:
     """Whether blocks are compiled: as asked, else on GPUs."""
     return device.type == "cuda" if config.train.compile is None else config.train.compile
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The layers whose parameters are gathered together: the entries of the longest ModuleList."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    longest = max(lists, key=len, default=None)
-    return [] if longest is None else [block for block in longest if block is not None]
 
 
 def fill(model: nn.Module, source: Source, seed: int) -> None:
