@@ -14,7 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from colrow.errors import ConfigError, PlanError
 from colrow.ops import chunked
-from colrow.ops.carriers import Exchange, Overlap
+from colrow.ops.carriers import Overlap
+from colrow.ops.exchange import Exchange
 from colrow.ops.linear_options import LinearOptions
 from colrow.ops.parallel_linear import column_linear, row_linear
 from colrow.parallel.parallelize import parallelize

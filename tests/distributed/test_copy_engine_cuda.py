@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from colrow.ops import copy_engine
+from colrow.ops import copy_engine_cuda
 from colrow.ops.carriers import Overlap
 from colrow.ops.linear_options import LinearOptions
 from distributed.harness import Ranks
@@ -52,7 +52,7 @@ def run(inputs: list[Tensor], overlap: Overlap, delay: Callable[[], None] = lamb
 
 def poison() -> None:
     """NaN into every slot, while nobody sends."""
-    for _, engine in copy_engine._ENGINES.values():
+    for _, engine in copy_engine_cuda._ENGINES.values():
         torch.cuda.synchronize()
         dist.barrier()
         engine.ring.slots[engine.ring.rank].fill_(255)

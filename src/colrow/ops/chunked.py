@@ -16,8 +16,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from colrow.ops.carriers import Carrier, Exchange
 from colrow.ops.collectives import Finish
+from colrow.ops.exchange import Carrier, Exchange
 from colrow.ops.linear_options import LinearOptions
 from colrow.ops.products import column_product, for_gradients, for_outputs, input_gradient, weight_gradient
 

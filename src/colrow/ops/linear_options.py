@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
-from colrow.ops.carriers import Carrier, Overlap, carrier
+from colrow.ops.carriers import Overlap, carrier
+from colrow.ops.exchange import Carrier
 
 CHUNK_ROWS = 2048  # measured on H200s: with fewer rows, splitting a matmul costs more than the collective it hides
 

@@ -1,0 +1,165 @@
+"""Copy engines on CUDA: the driver's stream operations, and slots and flags in symmetric memory (see `copy_engine`)."""
+
+from __future__ import annotations
+
+import ctypes
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from colrow.errors import ConfigError
+from colrow.ops.copy_engine import FREE, FULL, RING, AloneEngine, CopyEngine, Ring, flags_alone
+from colrow.torch_compat import raw_stream, symmetric_memory
+
+
+class Cuda:
+    """`Device` on CUDA, by the driver's own functions: torch's ways to the same cost a send ten times as much CPU."""
+
+    _UNTIL_EQUAL = 1  # CU_STREAM_WAIT_VALUE_EQ
+    _UNTIMED = 2  # CU_EVENT_DISABLE_TIMING
+
+    def __init__(self, device: torch.device) -> None:
+        driver = ctypes.CDLL("libcuda.so.1")
+        pointer, number, flags = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint
+        self._wait = _function(driver.cuStreamWaitValue32_v2, pointer, number, ctypes.c_uint32, flags)
+        self._write = _function(driver.cuStreamWriteValue32_v2, pointer, number, ctypes.c_uint32, flags)
+        self._copy = _function(driver.cuMemcpyDtoDAsync_v2, number, number, ctypes.c_size_t, pointer)
+        self._record = _function(driver.cuEventRecord, pointer, pointer)
+        self._wait_event = _function(driver.cuStreamWaitEvent, pointer, pointer, flags)
+        self._index = torch.cuda.current_device() if device.index is None else device.index
+        self._event = ctypes.c_void_p()
+        with torch.cuda.device(self._index):
+            torch.cuda.synchronize()  # the driver's current context is torch's from here on
+            create = _function(driver.cuEventCreate, ctypes.POINTER(pointer), flags)
+            self._checked(create(ctypes.byref(self._event), self._UNTIMED))
+
+    def current(self) -> int:
+        return raw_stream(self._index)
+
+    def follow(self, stream: int, leader: int) -> None:
+        self._checked(self._record(self._event, leader))
+        self._checked(self._wait_event(stream, self._event, 0))  # for what is recorded now, whatever comes later
+
+    def copy(self, stream: int, target: Tensor, source: Tensor) -> None:
+        assert source.is_contiguous(), "a copy engine takes what lies in one piece"
+        assert source.nbytes == target.nbytes, "a chunk of another size than its slot"
+        self._checked(self._copy(target.data_ptr(), source.data_ptr(), source.nbytes, stream))
+
+    def put(self, stream: int, flag: int) -> None:
+        self._checked(self._write(stream, flag, 1, 0))
+
+    def take(self, stream: int, flag: int) -> None:
+        self._checked(self._wait(stream, flag, 1, self._UNTIL_EQUAL))
+        self._checked(self._write(stream, flag, 0, 0))
+
+    @staticmethod
+    def _checked(status: int) -> None:
+        if status:
+            raise RuntimeError(f"a function of the CUDA driver failed with CUresult {status}")
+
+
+def _function(function: Any, *arguments: Any) -> Any:
+    function.argtypes = list(arguments)
+    return function
+
+
+_ENGINES: dict[str, tuple[dist.ProcessGroup, CopyEngine]] = {}
+
+
+def copy_engine(group: dist.ProcessGroup, device: torch.device) -> CopyEngine:
+    """The group's engine. Collective at the first call.
+
+    Raises:
+        ConfigError: the ranks are no GPUs of one host that reach each other's memory.
+    """
+    name = str(group.group_name)
+    known = _ENGINES.get(name)
+    if known is not None and known[0] is group:
+        return known[1]
+    alone = dist.get_backend(group) == "fake"
+    why, cause = _obstacle(group, device, alone), None
+    if why is None:
+        try:
+            # torch's pool keeps them alive
+            streams = [torch.cuda.Stream(device, priority=-1).cuda_stream for _ in range(1, group.size())]
+            kind, ring = (AloneEngine, _ring_alone) if alone else (CopyEngine, _symmetric_ring)
+            engine = kind(Cuda(device), streams, lambda nbytes: ring(group, device, nbytes))
+        except (OSError, RuntimeError) as error:  # no driver library; no handles to share, or no way to map them
+            why, cause = f"memory cannot be shared ({error})", error
+        else:
+            _ENGINES[name] = group, engine
+            return engine
+    raise ConfigError(
+        f"overlap: copy_engine needs GPUs of one host that reach each other's memory; here {why}: use overlap: "
+        "collectives (preset llama-fast), or point_to_point"
+    ) from cause
+
+
+def _obstacle(group: dist.ProcessGroup, device: torch.device, alone: bool) -> str | None:
+    """Why copy engines cannot reach the ranks of the group, the same on each; None when nothing speaks against it."""
+    if device.type != "cuda":
+        return f"the ranks compute on {device.type}"
+    if alone:
+        return None
+    boot = Path("/proc/sys/kernel/random/boot_id")  # hosts of one image may have one name
+    host = socket.gethostname(), boot.read_text() if boot.exists() else ""
+    mine = torch.cuda.get_device_properties(device).uuid
+    ranks: list[Any] = [None] * group.size()
+    dist.all_gather_object(ranks, (host, str(mine)), group=group)
+    if len({host for host, _ in ranks}) > 1:
+        return f"the ranks are on {len({host for host, _ in ranks})} hosts"
+    if len({uuid for _, uuid in ranks}) < len(ranks):
+        return "ranks share a GPU"
+    visible = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
+    seen = [visible[uuid] for _, uuid in ranks if uuid in visible]
+    for a in seen:
+        for b in seen:
+            if a != b and not torch.cuda.can_device_access_peer(a, b):
+                return f"GPU {a} has no access to the memory of GPU {b}"
+    return None
+
+
+def _symmetric_ring(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> Ring:
+    """A ring of new slots. Collective; the one place where the CPU waits for the GPUs."""
+    if torch.cuda.is_current_stream_capturing():
+        raise ConfigError("a CUDA graph cannot hold the making of symmetric memory: run a step before you capture one")
+    n, rank, memory = group.size(), group.rank(), symmetric_memory()
+
+    def shared(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Tensor], list[int]]:
+        mine = memory.empty(*shape, dtype=dtype, device=device)
+        handle = memory.rendezvous(mine, group)
+        return [mine if q == rank else handle.get_buffer(q, shape, dtype) for q in range(n)], handle.buffer_ptrs
+
+    torch.cuda.synchronize(device)  # a smaller ring before this one is idle, here and, behind the barrier, at the peers
+    slots, _ = shared((RING, nbytes), torch.uint8)
+    flags, addresses = shared((2, RING, n), torch.int32)
+    flags[rank][FULL].zero_()
+    flags[rank][FREE].fill_(1)
+    torch.cuda.synchronize(device)
+    dist.all_reduce(torch.zeros(1, device=device), group=group)  # nobody sends before all flags are set
+    torch.cuda.synchronize(device)
+
+    def flag(holder: int, kind: int, slot: int, peer: int) -> int:
+        return addresses[holder] + flags[rank].element_size() * ((kind * RING + slot) * n + peer)
+
+    return Ring(rank, slots, flag)
+
+
+def _ring_alone(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> Ring:
+    """A ring of new slots where no peer is."""
+    n, rank = group.size(), group.rank()
+    torch.cuda.synchronize(device)
+    slots = torch.zeros(RING, nbytes, dtype=torch.uint8, device=device)
+    flags = torch.zeros(2, RING, n, dtype=torch.int32, device=device)
+    flags[FREE] = 1
+    torch.cuda.synchronize(device)
+    column = flags_alone(rank, n)
+
+    def flag(holder: int, kind: int, slot: int, peer: int) -> int:
+        return flags.data_ptr() + flags.element_size() * ((kind * RING + slot) * n + column(holder, peer))
+
+    return Ring(rank, [slots] * n, flag)
