@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,56 +73,88 @@ _ENGINES: dict[str, tuple[dist.ProcessGroup, CopyEngine]] = {}
 
 
 def copy_engine(group: dist.ProcessGroup, device: torch.device) -> CopyEngine:
-    """The group's engine. Collective at the first call.
+    """The group's engine. Collective at the first call: all ranks get one, or all raise the same error.
 
     Raises:
-        ConfigError: the ranks are no GPUs of one host that reach each other's memory.
+        ConfigError: on some rank, the ranks are not GPUs of one host that reach each other's memory.
     """
     name = str(group.group_name)
     known = _ENGINES.get(name)
     if known is not None and known[0] is group:
         return known[1]
-    alone = dist.get_backend(group) == "fake"
-    why, cause = _obstacle(group, device, alone), None
-    if why is None:
-        try:
-            # torch's pool keeps them alive
-            streams = [torch.cuda.Stream(device, priority=-1).cuda_stream for _ in range(1, group.size())]
-            kind, ring = (AloneEngine, _ring_alone) if alone else (CopyEngine, _symmetric_ring)
-            engine = kind(Cuda(device), streams, lambda nbytes: ring(group, device, nbytes))
-        except (OSError, RuntimeError) as error:  # no driver library; no handles to share, or no way to map them
-            why, cause = f"memory cannot be shared ({error})", error
-        else:
-            _ENGINES[name] = group, engine
-            return engine
+    isolated = dist.get_backend(group) == "fake"  # a rank that is measured without its peers
+    with _all_or_none(group):
+        if (obstacle := _obstacle(group, device, isolated)) is not None:
+            raise _ObstacleError(obstacle)
+        cuda = Cuda(device)
+    engine_class, ring = (AloneEngine, _ring_alone) if isolated else (CopyEngine, _symmetric_ring)
+    engine = engine_class(cuda, _side_streams(device, group.size() - 1), lambda nbytes: ring(group, device, nbytes))
+    _ENGINES[name] = group, engine
+    return engine
+
+
+class _ObstacleError(Exception):
+    """Copy engines cannot be used, as far as this rank sees."""
+
+
+@contextmanager
+def _all_or_none(group: dist.ProcessGroup) -> Iterator[None]:
+    """Collective: the body succeeds on every rank, or every rank raises what was found on those where it does not.
+
+    Otherwise a rank that goes on would wait for ever in the next collective for one that has raised.
+    """
+    failure: str | None = None
+    cause: Exception | None = None
+    try:
+        yield
+    except _ObstacleError as error:
+        failure = str(error)
+    except (OSError, RuntimeError) as error:  # no driver library; no handles to share, or no way to map them
+        failure, cause = f"memory cannot be shared ({error})", error
+    found = [failure] * group.size()
+    if dist.get_backend(group) != "fake":
+        dist.all_gather_object(found, failure, group=group)
+    by_rank = {rank: text for rank, text in enumerate(found) if text is not None}
+    if not by_rank:
+        return
+    if len(by_rank) == len(found) and len(set(found)) == 1:
+        what = str(found[0])
+    else:
+        what = "; ".join(f"rank {rank} finds: {text}" for rank, text in by_rank.items())
     raise ConfigError(
-        f"overlap: copy_engine needs GPUs of one host that reach each other's memory; here {why}: use overlap: "
+        f"overlap: copy_engine needs GPUs of one host that reach each other's memory; here {what}: use overlap: "
         "collectives (preset llama-fast), or point_to_point"
     ) from cause
 
 
-def _obstacle(group: dist.ProcessGroup, device: torch.device, alone: bool) -> str | None:
-    """Why copy engines cannot reach the ranks of the group, the same on each; None when nothing speaks against it."""
+def _obstacle(group: dist.ProcessGroup, device: torch.device, isolated: bool) -> str | None:
+    """Why copy engines cannot reach the ranks of the group, as far as this rank sees; None if nothing is against it."""
     if device.type != "cuda":
         return f"the ranks compute on {device.type}"
-    if alone:
+    if isolated:
         return None
-    boot = Path("/proc/sys/kernel/random/boot_id")  # hosts of one image may have one name
+    boot = Path("/proc/sys/kernel/random/boot_id")  # containers made from one image may share a host name
     host = socket.gethostname(), boot.read_text() if boot.exists() else ""
-    mine = torch.cuda.get_device_properties(device).uuid
+    uuid = torch.cuda.get_device_properties(device).uuid
     ranks: list[Any] = [None] * group.size()
-    dist.all_gather_object(ranks, (host, str(mine)), group=group)
+    dist.all_gather_object(ranks, (host, str(uuid)), group=group)
     if len({host for host, _ in ranks}) > 1:
         return f"the ranks are on {len({host for host, _ in ranks})} hosts"
     if len({uuid for _, uuid in ranks}) < len(ranks):
         return "ranks share a GPU"
-    visible = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
-    seen = [visible[uuid] for _, uuid in ranks if uuid in visible]
-    for a in seen:
-        for b in seen:
+    # CUDA_VISIBLE_DEVICES may hide peers from this rank: it can judge only the pairs that it sees
+    index = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
+    visible = [index[uuid] for _, uuid in ranks if uuid in index]
+    for a in visible:
+        for b in visible:
             if a != b and not torch.cuda.can_device_access_peer(a, b):
                 return f"GPU {a} has no access to the memory of GPU {b}"
     return None
+
+
+def _side_streams(device: torch.device, count: int) -> list[int]:
+    # torch hands streams out of a pool that lives as long as the process: their handles stay valid
+    return [torch.cuda.Stream(device, priority=-1).cuda_stream for _ in range(count)]
 
 
 def _symmetric_ring(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> Ring:
@@ -129,22 +163,20 @@ def _symmetric_ring(group: dist.ProcessGroup, device: torch.device, nbytes: int)
         raise ConfigError("a CUDA graph cannot hold the making of symmetric memory: run a step before you capture one")
     n, rank, memory = group.size(), group.rank(), symmetric_memory()
 
-    def shared(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Tensor], list[int]]:
-        mine = memory.empty(*shape, dtype=dtype, device=device)
-        handle = memory.rendezvous(mine, group)
-        return [mine if q == rank else handle.get_buffer(q, shape, dtype) for q in range(n)], handle.buffer_ptrs
-
-    torch.cuda.synchronize(device)  # a smaller ring before this one is idle, here and, behind the barrier, at the peers
-    slots, _ = shared((RING, nbytes), torch.uint8)
-    flags, addresses = shared((2, RING, n), torch.int32)
-    flags[rank][FULL].zero_()
-    flags[rank][FREE].fill_(1)
-    torch.cuda.synchronize(device)
-    dist.all_reduce(torch.zeros(1, device=device), group=group)  # nobody sends before all flags are set
-    torch.cuda.synchronize(device)
+    with _all_or_none(group):
+        torch.cuda.synchronize(device)  # a smaller ring before this one is idle, here and, once all agree, at the peers
+        own_slots = memory.empty(RING, nbytes, dtype=torch.uint8, device=device)
+        own_flags = memory.empty(2, RING, n, dtype=torch.int32, device=device)
+    with _all_or_none(group):  # no rank returns, and sends, before the flags of all are set
+        handle = memory.rendezvous(own_slots, group)
+        slots = [own_slots if q == rank else handle.get_buffer(q, own_slots.shape, torch.uint8) for q in range(n)]
+        addresses = memory.rendezvous(own_flags, group).buffer_ptrs
+        own_flags[FULL].zero_()
+        own_flags[FREE].fill_(1)
+        torch.cuda.synchronize(device)
 
     def flag(holder: int, kind: int, slot: int, peer: int) -> int:
-        return addresses[holder] + flags[rank].element_size() * ((kind * RING + slot) * n + peer)
+        return addresses[holder] + own_flags.element_size() * ((kind * RING + slot) * n + peer)
 
     return Ring(rank, slots, flag)
 
