@@ -14,7 +14,7 @@ import torch
 from torch.distributed.tensor import DTensor, Partial, Shard
 
 from colrow.bench.arms import ARMS, arm_config
-from colrow.bench.measure import Job, measure, missing_paths
+from colrow.bench.measure import Job, measure, missing_paths, one_rank
 from colrow.bench.report import merged
 from colrow.bench.trace import StepTrace, from_events
 from colrow.cli.bench import Flags, base_config
@@ -22,7 +22,7 @@ from colrow.config import RunConfig
 from colrow.errors import ConfigError
 from colrow.ops.collectives import all_gather, reduce_scatter
 from colrow.plans.plan import Plan
-from colrow.run.rank import Place, joined
+from colrow.run.rank import RankInfo
 from forked import Commands
 
 
@@ -135,7 +135,7 @@ def test_rounds_give_the_median() -> None:
 def test_one_rank_of_four_is_measured_alone(arm: str) -> None:
     """All that a rank does, its collectives included: two gathers and two scatters a layer each way."""
     config = arm_config(base_config(Flags(shape="laptop", layers=1, tp=4, seq_len=32, device="cpu")), arm)
-    result = measure(Job(arm, config, warmup=1, steps=1), Place(0, 0, 4, 1, alone=True))
+    result = measure(Job(arm, config, warmup=1, steps=1, one_rank=True), RankInfo(0, 0, 4, 1))
     calls = result["trace"]["collectives"]
     gathers, scatters = (sum(n for name, n in calls.items() if kind in name) for kind in ("gather", "scatter"))
     assert result["one_rank"]
@@ -146,7 +146,7 @@ def test_one_rank_of_four_is_measured_alone(arm: str) -> None:
 
 def test_what_a_rank_alone_receives_has_the_size_of_what_it_has() -> None:
     config = base(tp=4)
-    with joined(config.model_copy(update={"device": "cpu"}), Place(0, 0, 4, 1, alone=True)) as (mesh, _):
+    with one_rank(config.model_copy(update={"device": "cpu"}), RankInfo(0, 0, 4, 1)) as (mesh, _):
         x, group = torch.randn(8, 3), mesh.get_group("tp")
         assert torch.equal(all_gather(x, group), x.repeat(4, 1))
         assert torch.equal(reduce_scatter(x, group), x[:2])
@@ -157,7 +157,7 @@ def test_what_a_rank_alone_receives_has_the_size_of_what_it_has() -> None:
 def test_one_rank_of_a_pipeline_is_refused() -> None:
     config = arm_config(base(tp=2), "fast:mesh.pp=2")
     with pytest.raises(ConfigError, match=r"--one-rank.*pp 1"):
-        measure(Job("fast", config, warmup=1, steps=1), Place(0, 0, 4, 1, alone=True))
+        measure(Job("fast", config, warmup=1, steps=1, one_rank=True), RankInfo(0, 0, 4, 1))
 
 
 @pytest.mark.distributed
@@ -181,7 +181,7 @@ def test_the_command_measures_two_ranks_and_keeps_it_when_stopped(tmp_path: Path
     table, errors = bench.communicate(timeout=60)
     assert first.startswith("round 1: fast "), errors
     assert bench.returncode == 130, errors
-    assert "stopped; what the arms before have given" in errors
+    assert "stopped; results of the arms before" in errors
     assert "tok/s/GPU" in table
     tree = json.loads(out.read_text())
     (result,) = tree["results"]

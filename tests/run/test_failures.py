@@ -12,7 +12,7 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from colrow.run.launch import first_failure, write_error
-from colrow.run.stop import PID_FILE, StopRequest, lost_neighbour
+from colrow.run.stop import PID_FILE, StopRequest, another_rank_failed
 
 
 def failure(
@@ -67,17 +67,17 @@ def ranks(tmp_path: Path) -> list[Path]:
 
 def test_a_neighbour_is_lost_when_it_left_an_error_or_is_gone(ranks: list[Path]) -> None:
     mine, other = ranks
-    assert not lost_neighbour(mine)  # it has not begun yet
+    assert not another_rank_failed(mine)  # it has not begun yet
     (other / PID_FILE).write_text(str(os.getpid()))
-    assert not lost_neighbour(mine)
+    assert not another_rank_failed(mine)
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     (other / PID_FILE).write_text(str(ended.pid))
-    assert lost_neighbour(mine)
+    assert another_rank_failed(mine)
     (other / PID_FILE).unlink()  # it has ended well
-    assert not lost_neighbour(mine)
+    assert not another_rank_failed(mine)
     write_error(other / "error.json", "text", 1.0, 1)
-    assert lost_neighbour(mine)
+    assert another_rank_failed(mine)
 
 
 STUCK = """

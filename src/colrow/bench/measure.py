@@ -15,26 +15,29 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.profiler import ProfilerActivity, profile
 
 from colrow.bench.bound import bound
+from colrow.bench.one_rank import fake_group
 from colrow.bench.trace import StepTrace, read_trace
 from colrow.config import RunConfig
+from colrow.data.loader import check_batch
 from colrow.errors import ConfigError
 from colrow.models.build import build_source
 from colrow.models.shapes import flops_per_token
 from colrow.ops.kernels import cross_entropy
 from colrow.plans.plan import Plan
 from colrow.run import preflight
-from colrow.run.ran import what_ran
-from colrow.run.rank import Place, joined
+from colrow.run.executed import executed_paths
+from colrow.run.rank import RankInfo, process_group, set_device
 from colrow.train.cuda_graph import EAGER_STEPS
 from colrow.train.metrics import peak_flops
 from colrow.train.setup import Training, set_up
 from colrow.train.step import Batch
 
 GIB = 2**30
-SETTLE = 2  # steps after the warm-up's compilation that still are no measure: allocator and clocks settle
+SETTLING_STEPS = 2  # first timed steps, left out of the median: allocator and clocks still settle
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Job:
         warmup: steps before the clock starts, at least 1.
         steps: timed steps.
         trace: folder that keeps the profiler's trace of the first rank.
+        one_rank: run this rank alone, and send nothing.
     """
 
     arm: str
@@ -52,16 +56,16 @@ class Job:
     warmup: int
     steps: int
     trace: Path | None = None
+    one_rank: bool = False
 
 
-def measure(job: Job, place: Place) -> dict[str, Any]:
-    """Train with random tokens and return the arm's figures, the same on each rank. Collective.
+def measure(job: Job, info: RankInfo) -> dict[str, Any]:
+    """Train with random tokens and return the arm's results, the same on each rank. Collective.
 
-    Of a rank that is alone they are those of a step whose communication is free but for a copy of what is gathered.
+    With `one_rank`, a collective costs only the local copy of its result.
 
     Raises:
-        ConfigError: something does not fit; or a fast path was asked for and the profiled step shows that it did not
-            run.
+        ConfigError: something does not fit; or a fast path was requested and the profiled step did not run it.
     """
     config = job.config
     if config.train.cuda_graph and job.warmup <= EAGER_STEPS:
@@ -69,12 +73,14 @@ def measure(job: Job, place: Place) -> dict[str, Any]:
             f"arm {job.arm}: train.cuda_graph captures in step {EAGER_STEPS + 1}, and --warmup is {job.warmup}: use "
             f"--warmup {EAGER_STEPS + 1} or more"
         )
-    if place.alone and config.mesh.pp > 1:
-        raise ConfigError("--one-rank: a pipeline's stages wait for each other, and one alone says little: use pp 1")
+    if job.one_rank and config.mesh.pp > 1:
+        raise ConfigError(
+            "--one-rank: a pipeline's stages wait for each other, and the time of one alone says little: use pp 1"
+        )
     source = build_source(config.model, config.run.seed)
     plan = preflight.choose_plan(config, source.model)
     preflight.check_sequence(config, plan)
-    with joined(config, place) as (mesh, device):
+    with one_rank(config, info) if job.one_rank else process_group(config, info) as (mesh, device):
         training = set_up(config, mesh, device, source, plan)
         data_rank = mesh["dp_replicate"].get_local_rank() * config.mesh.dp_shard + mesh["dp_shard"].get_local_rank()
         batches = random_batches(config, training.source.vocab_size, data_rank, device)
@@ -83,7 +89,7 @@ def measure(job: Job, place: Place) -> dict[str, Any]:
         for step in range(job.warmup):
             batch = next(batches)
             if training.graphs and step == EAGER_STEPS:
-                with _read_afterwards([ProfilerActivity.CPU]) as traces:
+                with _profiling([ProfilerActivity.CPU]) as traces:
                     losses.append(training.step(step, batch)[0])
                 captured = traces[0].operators
             else:
@@ -93,19 +99,19 @@ def measure(job: Job, place: Place) -> dict[str, Any]:
             torch.cuda.reset_peak_memory_stats()
         seconds = _timed(training, batches, job, losses)
         memory = _memory(device)
-        trace = _profiled(training, next(batches), job, place.rank, device)
-        figures = _figures(job, training, seconds, memory, device)
-        figures |= {"ran": what_ran(training, config.data.seq_len), "one_rank": place.alone}
+        trace = _profiled(training, next(batches), job, info.rank, device)
+        result = _result(job, training, seconds, memory, device)
+        result |= {"ran": executed_paths(training, config.data.seq_len), "one_rank": job.one_rank}
         shared: list[Any] = [None]
-        if place.rank == 0:
+        if info.rank == 0:
             assert trace is not None
-            if training.graphs:  # a replay runs kernels and calls no operator
+            if training.graphs:  # a replay launches kernels and calls no operator: take those of the capture
                 trace = replace(trace, operators=captured)
-            shared[0] = {**figures, "trace": trace.to_data(), **_problem(training, trace)}
+            shared[0] = {**result, "trace": trace.to_data(), **_problem(training, trace)}
         shared_device = device if device.type == "cuda" else None
         dist.broadcast_object_list(shared, device=shared_device)
-        result: dict[str, Any] = shared[0]
-        if not place.alone:  # where sums lack the other ranks' parts, a loss is none
+        result = shared[0]
+        if not job.one_rank:  # without the other ranks' terms the loss is meaningless
             ends = torch.stack([losses[0], losses[-1]]).double()
             dist.all_reduce(ends)
             result["loss_first"], result["loss_last"] = (ends / config.mesh.world_size * config.mesh.pp).tolist()
@@ -115,15 +121,18 @@ def measure(job: Job, place: Place) -> dict[str, Any]:
     return result
 
 
+@contextmanager
+def one_rank(config: RunConfig, info: RankInfo) -> Iterator[tuple[DeviceMesh, torch.device]]:
+    """As `process_group`, of a mesh whose other ranks do not exist."""
+    device = set_device(preflight.device_type(config), info.local_rank)
+    with fake_group(info.rank, info.world_size):
+        yield config.mesh.build(device.type, info.world_size), device
+
+
 def random_batches(config: RunConfig, vocab: int, data_rank: int, device: torch.device) -> Iterator[list[Batch]]:
-    """Micro-batches of random ids for each step: the same for the ranks of a tp group, others for other data."""
+    """Micro-batches of random ids for each step, drawn by the data-parallel rank: a tp group has the same."""
     train, step = config.train, 0
-    count = train.global_batch // (train.micro_batch * config.mesh.dp)
-    if count * train.micro_batch * config.mesh.dp != train.global_batch:
-        raise ConfigError(
-            f"global_batch={train.global_batch} is no multiple of micro_batch={train.micro_batch} × "
-            f"{config.mesh.dp} data-parallel ranks"
-        )
+    count = check_batch(train.global_batch, train.micro_batch, config.mesh.dp)
     while True:
         generator = torch.Generator().manual_seed(1000 * step + data_rank)
         rows = torch.randint(0, vocab, (count, train.micro_batch, config.data.seq_len + 1), generator=generator)
@@ -133,9 +142,9 @@ def random_batches(config: RunConfig, vocab: int, data_rank: int, device: torch.
 
 
 def _timed(training: Training, batches: Iterator[list[Batch]], job: Job, losses: list[Tensor]) -> list[float]:
-    """Seconds of each step. The CPU runs ahead of the GPU, as it does in training: the GPU's clock counts."""
+    """Seconds of each step. On a GPU its own events are read: the host runs ahead of it, as in training."""
     device = training.device
-    ready = [next(batches) for _ in range(job.steps)]
+    ready = [next(batches) for _ in range(job.steps)]  # now, so that no timed step draws and copies them
     _synchronise(device)
     if device.type != "cuda":
         ends = [time.perf_counter()]
@@ -154,7 +163,7 @@ def _timed(training: Training, batches: Iterator[list[Batch]], job: Job, losses:
 
 
 def _profiled(training: Training, batch: list[Batch], job: Job, rank: int, device: torch.device) -> StepTrace | None:
-    """The trace of one step on the first rank; the others run the step beside it."""
+    """The trace of one step on the first rank; None on the others, which run the step too: it is collective."""
     step = job.warmup + job.steps
     if rank != 0:
         training.step(step, batch)
@@ -162,7 +171,7 @@ def _profiled(training: Training, batch: list[Batch], job: Job, rank: int, devic
         return None
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     kept = job.trace / f"{job.arm.replace(':', '-').replace('=', '-')}.json" if job.trace else None
-    with _read_afterwards(activities, kept) as traces:
+    with _profiling(activities, kept) as traces:
         training.step(step, batch)
         _synchronise_here(device)
     _synchronise(device)
@@ -170,8 +179,8 @@ def _profiled(training: Training, batch: list[Batch], job: Job, rank: int, devic
 
 
 @contextmanager
-def _read_afterwards(activities: list[ProfilerActivity], kept: Path | None = None) -> Iterator[list[StepTrace]]:
-    """Profile what runs within; its trace is the list's only entry afterwards, and its file stays at `kept`."""
+def _profiling(activities: list[ProfilerActivity], kept: Path | None = None) -> Iterator[list[StepTrace]]:
+    """Profile the block. After it, the list holds its trace; the trace's file is left at `kept`."""
     traces: list[StepTrace] = []
     with profile(activities=activities) as profiler:
         yield traces
@@ -182,17 +191,17 @@ def _read_afterwards(activities: list[ProfilerActivity], kept: Path | None = Non
         traces.append(read_trace(path))
 
 
-def _figures(
+def _result(
     job: Job, training: Training, seconds: list[float], memory: dict[str, float], device: torch.device
 ) -> dict[str, Any]:
     config = job.config
     tokens = config.train.global_batch * config.data.seq_len
-    kept = sorted(seconds[SETTLE:] or seconds)
+    kept = sorted(seconds[SETTLING_STEPS:] or seconds)
     median = torch.tensor([statistics.median(kept), kept[0]], device=device)
     dist.all_reduce(median, op=dist.ReduceOp.MAX)
     step, best = median.tolist()
     rate = tokens / step / config.mesh.world_size
-    figures: dict[str, Any] = {
+    result: dict[str, Any] = {
         "arm": job.arm,
         "plan": training.plan.name,
         "loss": training.plan.loss,
@@ -216,34 +225,34 @@ def _figures(
     peak = peak_flops(device_name)
     for name, causal in (("mfu_causal", True), ("mfu_full", False)):
         flops = None if shape is None else flops_per_token(shape, config.data.seq_len, causal=causal)
-        figures[name] = None if flops is None or peak is None else rate * flops / peak
+        result[name] = None if flops is None or peak is None else rate * flops / peak
     best_case = None if shape is None else bound(shape, config.mesh, config.data.seq_len, tokens, device_name)
-    figures["bound_ms"] = None if best_case is None else best_case.hidden
-    figures["bound_exposed_ms"] = None if best_case is None else best_case.exposed
-    figures["fraction_of_bound"] = None if best_case is None else best_case.hidden / (step * 1e3)
-    return figures
+    result["bound_ms"] = None if best_case is None else best_case.hidden
+    result["bound_exposed_ms"] = None if best_case is None else best_case.exposed
+    result["fraction_of_bound"] = None if best_case is None else best_case.hidden / (step * 1e3)
+    return result
 
 
 def _memory(device: torch.device) -> dict[str, float]:
-    """GiB of the rank that needs most: the allocator's peaks since the warm-up, and what the device has in use."""
+    """GiB of the rank that needs most: the allocator's peaks since the warm-up, and the device memory in use."""
     if device.type != "cuda":
         return {}
     free, total = torch.cuda.mem_get_info(device)
     used = [torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device), total - free]
     peaks = torch.tensor(used, dtype=torch.float64, device=device)
     dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
-    allocated, reserved, seen = (peaks / GIB).tolist()
-    return {"peak_allocated_gib": allocated, "peak_reserved_gib": reserved, "device_used_gib": seen}
+    allocated, reserved, device_used = (peaks / GIB).tolist()
+    return {"peak_allocated_gib": allocated, "peak_reserved_gib": reserved, "device_used_gib": device_used}
 
 
 def _problem(training: Training, trace: StepTrace) -> dict[str, str]:
-    """A fast path that the plan asks for and the profiled step did not run."""
+    """The fast paths that the plan requests and the profiled step did not run, as an error's text."""
     missing = missing_paths(training.plan, trace, training.mesh["tp"].size(), cuda_graph=bool(training.graphs))
-    return {"problem": f"asked for and not run: {', '.join(missing)}"} if missing else {}
+    return {"problem": f"requested and not run: {', '.join(missing)}"} if missing else {}
 
 
 def missing_paths(plan: Plan, trace: StepTrace, tp: int, *, cuda_graph: bool = False) -> list[str]:
-    """The fast paths of `plan`, and the CUDA graphs, of which a step's trace has no sign."""
+    """The fast paths of `plan`, and CUDA graphs, that a step's trace does not show."""
     missing = ["train.cuda_graph (no cudaGraphLaunch)"] if cuda_graph and not trace.graph_launches else []
     styles = {style.name for style in plan.modules.values()}
     wanted = {"fast_gather": "column_forward", "fast_rowwise": "row_forward"} if tp > 1 else {}
@@ -251,8 +260,8 @@ def missing_paths(plan: Plan, trace: StepTrace, tp: int, *, cuda_graph: bool = F
         if style in styles and not trace.operators.get(f"colrow::{operator}"):
             missing.append(f"style {style} (operator colrow::{operator})")
     for overlap in ("point_to_point", "copy_engine") if tp > 1 else ():
-        asked = any(getattr(style, "overlap", None) == overlap for style in plan.modules.values())
-        if asked and not trace.operators.get(f"colrow::send_{overlap}"):
+        requested = any(getattr(style, "overlap", None) == overlap for style in plan.modules.values())
+        if requested and not trace.operators.get(f"colrow::send_{overlap}"):
             missing.append(f"overlap: {overlap} (no chunk was sent: tokens / tp below the styles' chunk_rows?)")
     if plan.loss == "linear" and not trace.operators.get("linear_cross_entropy"):
         missing.append("linear cross entropy")

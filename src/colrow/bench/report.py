@@ -18,7 +18,7 @@ Result = dict[str, Any]
 
 
 def environment() -> dict[str, Any]:
-    """Where and with what it was measured."""
+    """Hardware and software of a measurement."""
     cuda = torch.cuda.is_available()
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -47,7 +47,7 @@ def merged(rounds: list[list[Result]]) -> list[Result]:
 
 
 def table(results: list[Result]) -> Table:
-    """Arms as rows; the first arm is what the others are compared with."""
+    """Arms as rows; `×` compares with the first arm."""
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for title in (
         "arm",
@@ -69,28 +69,32 @@ def table(results: list[Result]) -> Table:
             f"{result['step_ms']:.1f} ms",
             f"{result['tokens_per_second_per_gpu']:,.0f}",
             f"{result['tokens_per_second_per_gpu'] / first:.2f}",
-            _joined(result, ("mfu_causal", "mfu_full"), lambda share: f"{share:.1%}"),
-            _joined(result, ("fraction_of_bound",), lambda share: f"{share:.0%}"),
-            _joined(result, ("peak_allocated_gib", "peak_reserved_gib", "device_used_gib"), lambda gib: f"{gib:.1f}"),
+            _in_one_cell(result, ("mfu_causal", "mfu_full"), lambda share: f"{share:.1%}"),
+            _in_one_cell(result, ("fraction_of_bound",), lambda share: f"{share:.0%}"),
+            _in_one_cell(
+                result, ("peak_allocated_gib", "peak_reserved_gib", "device_used_gib"), lambda gib: f"{gib:.1f}"
+            ),
             "-" if trace["exposed"] is None or result["one_rank"] else f"{trace['exposed']:.1f} ms",
             "-" if trace["idle"] is None else f"{trace['idle']:.1f} ms",
         )
     return shown
 
 
-def show(results: list[Result], place: dict[str, Any], console: Console) -> None:
-    """Print the table, where it was measured, and what each arm's profiled step consisted of."""
+def show(results: list[Result], environment: dict[str, Any], console: Console) -> None:
+    """Print the table, the environment, and what each arm's profiled step consisted of."""
     if not results:
         return
-    one = results[0]
-    mesh = " × ".join(f"{axis} {n}" for axis, n in one["mesh"].items() if n > 1) or "1 process"
+    first = results[0]
+    mesh = " × ".join(f"{axis} {n}" for axis, n in first["mesh"].items() if n > 1) or "1 process"
     console.print(
-        f"{one['model']}, mesh {mesh}, seq {one['seq_len']}, micro-batch {one['micro_batch']}, "
-        f"{one['tokens_per_step']:,} tokens a step"
+        f"{first['model']}, mesh {mesh}, seq {first['seq_len']}, micro-batch {first['micro_batch']}, "
+        f"{first['tokens_per_step']:,} tokens a step"
     )
-    if one["one_rank"]:
-        console.print("one rank alone, nothing sent: a step whose communication is all hidden")
-    console.print(f"{place['device']}, torch {place['torch']}, commit {place['commit']}, {place['date']}")
+    if first["one_rank"]:
+        console.print("one rank, nothing sent: a step with all communication hidden")
+    console.print(
+        f"{environment['device']}, torch {environment['torch']}, commit {environment['commit']}, {environment['date']}"
+    )
     console.print(table(results))
     for result in results:
         trace = result["trace"]
@@ -100,8 +104,10 @@ def show(results: list[Result], place: dict[str, Any], console: Console) -> None
         console.print(f"{result['arm']}: plan {result['plan']}, loss {result['loss']}, {result['compute']}")
         console.print(f"  ran {result['ran']}{launches}", highlight=False)
         if result["one_rank"] and (exposed := _with_exposed(result)) is not None:
-            console.print(f"  with tp's collectives in front of all other work: {exposed:,.0f} tok/s/GPU")
-        console.print(f"  {f'ms by kind: {kinds}; ' if kinds else ''}{calls or 'no calls of its own'}", highlight=False)
+            console.print(f"  with none of tp's collectives hidden: {exposed:,.0f} tok/s/GPU")
+        console.print(
+            f"  {f'ms by kind: {kinds}; ' if kinds else ''}{calls or 'no calls of colrow operators'}", highlight=False
+        )
 
 
 def _with_exposed(result: Result) -> float | None:
@@ -112,14 +118,14 @@ def _with_exposed(result: Result) -> float | None:
     return float(result["tokens_per_second_per_gpu"] * result["step_ms"] / (result["step_ms"] + sent))
 
 
-def write(results: list[Result], rounds: list[list[Result]], place: dict[str, Any], path: Path) -> None:
-    """Leave everything as JSON."""
+def write(results: list[Result], rounds: list[list[Result]], environment: dict[str, Any], path: Path) -> None:
+    """Write everything as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tree = {"environment": place, "results": results, "rounds": rounds if len(rounds) > 1 else []}
+    tree = {"environment": environment, "results": results, "rounds": rounds if len(rounds) > 1 else []}
     path.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
 
 
-def _joined(result: Result, keys: tuple[str, ...], form: Any) -> str:
+def _in_one_cell(result: Result, keys: tuple[str, ...], form: Any) -> str:
     values = [result.get(key) for key in keys]
     return " / ".join("-" if value is None else form(value) for value in values)
 

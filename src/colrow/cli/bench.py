@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,9 +28,9 @@ class Flags:
     """Measure arms beside each other: tokens/s per GPU, MFU, memory, time in exposed collectives."""
 
     config: tyro.conf.Positional[Path | None] = None
-    """A run's config; its data is not read. The flags below override it, and make one up where there is none."""
+    """A run's config, whose data is not read. The flags below override it, or replace it."""
     arms: tuple[str, ...] = ("article", "plain", "linear", "fast")
-    """article, plain, linear, fast, overlap, graph, overlap-graph, fp8, config; each with changes if need be:
+    """article, plain, linear, fast, overlap, graph, overlap-graph, fp8, config; each may be followed by changes:
     fast:train.compile=false"""
     shape: str | None = None
     """A named shape."""
@@ -50,10 +50,10 @@ class Flags:
     """Timed steps; the first two of them are left out of the median."""
     warmup: int = 3
     rounds: int = 1
-    """How often the arms take turns; each round starts anew."""
+    """How often the arms take turns; each round starts new processes."""
     one_rank: bool = False
-    """Run one rank of the mesh alone, on one device. Nothing is sent: this is a step whose communication is all
-    hidden, and the memory of a rank, to see before there are that many GPUs."""
+    """Run only one rank of the mesh, on one device. Nothing is sent: it shows a rank's memory, and the time of a step
+    with all communication hidden, without the other GPUs."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Write JSON to this file."""
     trace: Path | None = None
@@ -113,7 +113,7 @@ def _run(flags: Flags, configs: dict[str, RunConfig]) -> int:
 
     from colrow.bench import report
 
-    console, place = Console(highlight=False, soft_wrap=True, width=132), report.environment()
+    console, environment = Console(highlight=False, soft_wrap=True, width=132), report.environment()
     rounds: list[list[dict[str, Any]]] = []
     failed = stopped = False
     try:
@@ -127,19 +127,19 @@ def _run(flags: Flags, configs: dict[str, RunConfig]) -> int:
                 rounds[-1].append(done)
                 rate = done["tokens_per_second_per_gpu"]
                 console.print(f"round {turn + 1}: {arm} {done['step_ms']:.1f} ms, {rate:,.0f} tok/s/GPU")
-                if flags.output is not None:  # what is measured stays, whatever becomes of the other arms
-                    report.write(report.merged(rounds), rounds, place, flags.output)
+                if flags.output is not None:  # after each arm: kept when a later one fails
+                    report.write(report.merged(rounds), rounds, environment, flags.output)
     except KeyboardInterrupt:
         stopped = True
-        print("colrow bench: stopped; what the arms before have given:", file=sys.stderr, flush=True)
-    report.show(report.merged(rounds), place, console)
+        print("colrow bench: stopped; results of the arms before:", file=sys.stderr, flush=True)
+    report.show(report.merged(rounds), environment, console)
     if flags.output is not None and any(rounds):
         console.print(f"written to {flags.output}")
     return 130 if stopped else int(failed)
 
 
 def _arm(flags: Flags, arm: str, config: RunConfig) -> dict[str, Any] | None:
-    """The figures of one arm; None, with the reason on stderr, where it failed."""
+    """The results of one arm; None, with the reason on stderr, when it failed."""
     from colrow.run import preflight
     from colrow.run.launch import launch
 
@@ -147,7 +147,7 @@ def _arm(flags: Flags, arm: str, config: RunConfig) -> dict[str, Any] | None:
     os.environ.setdefault("OMP_NUM_THREADS", str(preflight.threads_for(ranks)))
     with tempfile.TemporaryDirectory(prefix="colrow-bench-") as folder:
         job, result = Path(folder) / "job.json", Path(folder) / "result.json"
-        said = {
+        spec = {
             "arm": arm,
             "config": config.model_dump(mode="json"),
             "warmup": flags.warmup,
@@ -156,43 +156,38 @@ def _arm(flags: Flags, arm: str, config: RunConfig) -> dict[str, Any] | None:
             "result": str(result),
             "one_rank": flags.one_rank,
         }
-        job.write_text(json.dumps(said), encoding="utf-8")
+        job.write_text(json.dumps(spec), encoding="utf-8")
         failure = launch(["-m", "colrow", "bench", JOB, str(job)], ranks, save=False)
         if failure is not None:
             print(f"colrow bench: arm {arm} failed: {failure.text.strip()}", file=sys.stderr, flush=True)
             return None
-        figures: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-        return figures
+        measured: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        return measured
 
 
 def _rank(path: Path) -> int:
     """One rank of one arm, under the launcher."""
-    from colrow.cli.train import _reporting
+    from colrow.cli.train import rank_info, reporting_errors
 
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    with _reporting(Path(error_file) if error_file else None):
+    with reporting_errors(Path(error_file) if error_file else None):
         from colrow.bench.measure import Job, measure
-        from colrow.run.rank import Place
         from colrow.run.stop import StopRequest
 
-        said = json.loads(path.read_text(encoding="utf-8"))
-        config, world_size = parse_config(said["config"], f"arm {said['arm']}"), int(os.environ["WORLD_SIZE"])
-        place = Place(
-            rank=int(os.environ["RANK"]),
-            local_rank=int(os.environ.get("LOCAL_RANK", os.environ["RANK"])),
-            world_size=config.mesh.world_size if said["one_rank"] else world_size,
-            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
-            alone=said["one_rank"],
-        )
+        spec = json.loads(path.read_text(encoding="utf-8"))
+        config, info = parse_config(spec["config"], f"arm {spec['arm']}"), rank_info()
+        if spec["one_rank"]:
+            info = replace(info, world_size=config.mesh.world_size)
         job = Job(
-            arm=said["arm"],
+            arm=spec["arm"],
             config=config,
-            warmup=said["warmup"],
-            steps=said["steps"],
-            trace=Path(said["trace"]) if said["trace"] else None,
+            warmup=spec["warmup"],
+            steps=spec["steps"],
+            trace=Path(spec["trace"]) if spec["trace"] else None,
+            one_rank=spec["one_rank"],
         )
         with StopRequest(Path(error_file).parent if error_file else None):  # ends this rank when another is lost
-            result = measure(job, place)
-        if place.rank == 0:
-            Path(said["result"]).write_text(json.dumps(result), encoding="utf-8")
+            result = measure(job, info)
+        if info.rank == 0:
+            Path(spec["result"]).write_text(json.dumps(result), encoding="utf-8")
     return 0

@@ -1,6 +1,6 @@
 """`colrow train CONFIG.yaml [--mesh.tp 4 ...]`: start or continue a run.
 
-Under torchrun this process is a rank. Otherwise it checks what can be checked, prepares the data, and starts
+Under torchrun this process is a rank. Otherwise it resolves and checks the plan, prepares the data, and starts
 torchrun's launcher with as many local ranks as the mesh has.
 """
 
@@ -15,9 +15,13 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from colrow.config import RunConfig, load_config
 from colrow.errors import ColrowError, ConfigError
+
+if TYPE_CHECKING:  # `colrow train --help` need not wait for torch
+    from colrow.run.rank import RankInfo
 
 PLAN_DIGEST = "COLROW_PLAN_DIGEST"
 """SHA-256 of the run folder's plan.yaml, for ranks whose launcher resolved and checked the plan; torchrun does not."""
@@ -39,7 +43,7 @@ def main(argv: list[str]) -> int:
         return _rank(argv)
     try:
         return _start(argv)
-    except KeyboardInterrupt:  # before there were ranks: what is prepared by now stays in the cache
+    except KeyboardInterrupt:  # before the ranks were started: the data that is prepared stays in the cache
         print("colrow train: interrupted before the first step", file=sys.stderr)
         return 130
 
@@ -95,40 +99,46 @@ def _start(argv: list[str]) -> int:
 
 def _rank(argv: list[str]) -> int:
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    with _reporting(Path(error_file) if error_file else None):
+    with reporting_errors(Path(error_file) if error_file else None):
         import torch
 
         from colrow.run import preflight
-        from colrow.run.rank import Place, run_rank
+        from colrow.run.rank import run_rank
         from colrow.run.run_folder import read_plan
         from colrow.run.stop import StopRequest
 
         with StopRequest(Path(error_file).parent if error_file else None) as stop:
             config = read_config(argv)
-            world_size = int(os.environ["WORLD_SIZE"])
-            place = Place(
-                rank=int(os.environ["RANK"]),
-                local_rank=int(os.environ.get("LOCAL_RANK", os.environ["RANK"])),
-                world_size=world_size,
-                local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
-            )
+            info = rank_info()
             if "OMP_NUM_THREADS" not in os.environ:
-                torch.set_num_threads(preflight.threads_for(place.local_world_size))
+                torch.set_num_threads(preflight.threads_for(info.local_world_size))
             digest = os.environ.get(PLAN_DIGEST)
             plan = read_plan(config.run.dir, digest) if digest else None
             command = shlex.join(["colrow", "train", *argv])
-            run_rank(config, place, command, lambda: stop.requested, plan)
+            run_rank(config, info, command, lambda: stop.requested, plan)
     return 0
 
 
-@contextmanager
-def _reporting(error_file: Path | None) -> Iterator[None]:
-    """End this process at once on an error, with its text where the launcher looks for it, or on the screen.
+def rank_info() -> RankInfo:
+    """What torchrun's environment variables say of this process."""
+    from colrow.run.rank import RankInfo
 
-    A rank that lost its connection to another one mostly does so because that one failed: it waits a little, so that
-    the other's error is the one that is found.
+    world_size = int(os.environ["WORLD_SIZE"])
+    return RankInfo(
+        rank=int(os.environ["RANK"]),
+        local_rank=int(os.environ.get("LOCAL_RANK", os.environ["RANK"])),
+        world_size=world_size,
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+    )
+
+
+@contextmanager
+def reporting_errors(error_file: Path | None) -> Iterator[None]:
+    """On an error, end this process at once, with the text in the launcher's error file, or on stderr without one.
+
+    os._exit, because a normal exit would destroy the process group, and so wait for ranks that are gone.
     """
-    from colrow.run.launch import USERS, write_error
+    from colrow.run.launch import EXIT_USER_ERROR, write_error
 
     try:
         yield
@@ -136,13 +146,14 @@ def _reporting(error_file: Path | None) -> Iterator[None]:
         if isinstance(error, SystemExit):
             raise
         when = time.time()
-        users = isinstance(error, ColrowError) or _disk_is_full(error)
-        text = str(error) if users else traceback.format_exc()
-        status = USERS if users else 1
+        is_user_error = isinstance(error, ColrowError) or _disk_is_full(error)
+        text = str(error) if is_user_error else traceback.format_exc()
+        status = EXIT_USER_ERROR if is_user_error else 1
         if error_file is None:
             print(f"colrow train: error: {text}", file=sys.stderr)
         else:
-            if not users and "onnection" in text:
+            if not is_user_error and "onnection" in text:
+                # Lost connections follow from another rank's failure: let that rank write its error, and be the first.
                 time.sleep(2.0)
             write_error(error_file, text, when, status)
         sys.stdout.flush()

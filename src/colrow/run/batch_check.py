@@ -1,7 +1,7 @@
-"""A proof at run time that ranks which share a model's shards read the same batch.
+"""Checks, while training, that ranks which hold shards of one model read the same batch.
 
 Nothing else would notice: with sequence parallelism and a vocabulary-parallel loss all ranks of a group report the
-same loss even when each read other tokens, and the gradients are wrong.
+same loss even when each reads other tokens, and the gradients are wrong.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def check_same_batch(batches: Sequence[tuple[Tensor, Tensor]], groups: Sequence[
         for rank, other in zip(dist.get_process_group_ranks(group), gathered, strict=True):
             if not torch.equal(other, hashes):
                 raise DataError(
-                    f"step {step + 1}: rank {dist.get_rank()} and rank {rank} hold parts of one model and read "
-                    "different batches, so their gradients would be wrong without a sign: a sampler must depend on the "
+                    f"step {step + 1}: rank {dist.get_rank()} and rank {rank} hold shards of one model and read "
+                    "different batches, so their gradients would be silently wrong: a sampler must depend on the "
                     "data-parallel rank alone, and all hosts must see the same token shards"
                 )

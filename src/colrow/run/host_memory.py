@@ -1,4 +1,4 @@
-"""The C library's allocator, told to keep what a step has freed for the next one."""
+"""Makes the C library's allocator keep the memory that a step has freed, for the next step."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _MIB = 1 << 20
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc reuse freed blocks of up to 32 MiB (its own limit) and give none back. Whether it could be told.
+    """Make glibc reuse freed blocks of up to 32 MiB (its own limit) and return none. Returns whether it took effect.
 
-    By default each large activation is new memory from the kernel, zeroed page by page and given back when freed: on a
-    CPU that was a fifth of the laptop run's step. Peak memory stays what it was, memory between peaks is not returned.
+    By default each large activation is new memory from the kernel, zeroed page by page and returned when freed: a fifth
+    of a step of the laptop run on a CPU. Peak memory is the same; memory between peaks is not returned.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -21,5 +21,5 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     settings = ((_MMAP_THRESHOLD, 32 * _MIB), (_TRIM_THRESHOLD, 2048 * _MIB - 1), (_TOP_PAD, 64 * _MIB))
-    told = [mallopt(name, value) == 1 for name, value in settings]
-    return all(told)
+    accepted = [mallopt(name, value) == 1 for name, value in settings]  # a list: set all, even if one is refused
+    return all(accepted)

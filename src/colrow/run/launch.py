@@ -1,8 +1,8 @@
 """Local ranks under torchrun's own launcher, and how a run of them ends.
 
 torchrun answers SIGINT and SIGTERM by ending its ranks within seconds, which is too soon for a step and a checkpoint.
-So its agent runs in a thread here, where it takes no signals; the main thread takes them, asks the ranks to stop, and
-waits for as long as they need. The agent notices a rank that fails, ends the others, and hands over what each of them
+So its agent runs in a thread here: Python delivers signals to the main thread only, which asks the ranks to stop and
+waits for as long as they need. The agent notices a rank that fails, ends the others, and returns what each of them
 wrote into its error file: the first failure is the one to show.
 """
 
@@ -28,14 +28,14 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from colrow.run.stop import PID_FILE, SIGNALS
 
-USERS = 2
-"""The exit status of an error that a user can mend: its text says everything."""
+EXIT_USER_ERROR = 2
+"""Exit status of an error that a user can fix: its text says everything, and no traceback is shown."""
 _POLL_SECONDS = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """The failure that ended a run: of which rank, its text, and the exit status it asks for."""
+    """The failure that ended a run: the rank that failed, the text, and the exit status for the command."""
 
     rank: int
     text: str
@@ -45,20 +45,20 @@ class Failure:
 def launch(command: Sequence[str], ranks: int, *, save: bool = True) -> Failure | None:
     """Run `python COMMAND...` as `ranks` local ranks, with torchrun's environment, and wait for all of them.
 
-    The first SIGINT or SIGTERM is passed on, the ranks are expected to save and end; the second one ends them.
+    The first SIGINT or SIGTERM is passed on, and the ranks are expected to save and end; the second one kills them.
 
     Args:
-        save: whether the ranks have something to save. Without, the first signal ends them.
+        save: whether the ranks have something to save. Without, the first signal kills them.
 
     Returns:
-        The first failure; None when all ranks ended well.
+        The first failure; None when all ranks succeeded.
 
     Raises:
-        KeyboardInterrupt: a signal has ended ranks that had nothing to save.
+        KeyboardInterrupt: a signal has killed ranks that had nothing to save.
     """
     with tempfile.TemporaryDirectory(prefix="colrow-") as folder:
         agent = _Agent(command, ranks, Path(folder))
-        signals = _Signals(Path(folder), patience=1 if save else 0)
+        signals = _Signals(Path(folder), stops=1 if save else 0)
         with signals:
             agent.start()
             while agent.is_alive():
@@ -74,22 +74,22 @@ def launch(command: Sequence[str], ranks: int, *, save: bool = True) -> Failure 
 
 
 def first_failure(failures: Mapping[int, ProcessFailure]) -> Failure:
-    """The failure that came before the others, which are mostly ranks that lost their neighbour.
+    """The failure that caused the others, which are mostly ranks that lost their connection to it.
 
-    A rank that a signal killed leaves no error file, and is what the others' errors are about.
+    A rank killed by a signal leaves no error file, and is the cause of the other ranks' errors.
     """
     rank, failure = min(failures.items(), key=_order)
-    return _described(rank, failure)
+    return _describe(rank, failure)
 
 
 class _Agent(threading.Thread):
-    """torchrun's agent, away from the main thread."""
+    """torchrun's agent, in a thread of its own."""
 
     def __init__(self, command: Sequence[str], ranks: int, folder: Path) -> None:
         super().__init__(name="torchrun", daemon=True)
         options: dict[str, Any] = {}
         if any(field.name == "shutdown_timeout" for field in dataclasses.fields(LaunchConfig)):  # torch >= 2.12
-            options["shutdown_timeout"] = 5
+            options["shutdown_timeout"] = 5  # seconds between SIGTERM and SIGKILL for the ranks left after a failure
         self._launch = elastic_launch(
             LaunchConfig(
                 min_nodes=1,
@@ -97,7 +97,7 @@ class _Agent(threading.Thread):
                 nproc_per_node=ranks,
                 run_id=uuid.uuid4().hex,
                 rdzv_backend="c10d",
-                rdzv_endpoint="localhost:0",
+                rdzv_endpoint="localhost:0",  # 0: any free port, so that several runs on one host do not collide
                 local_addr="localhost",
                 max_restarts=0,
                 monitor_interval=_POLL_SECONDS,
@@ -111,7 +111,9 @@ class _Agent(threading.Thread):
 
     def run(self) -> None:
         for name in ("multiprocessing.api", "agent.server.api", "agent.server.local_elastic_agent"):
-            logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)  # we say it ourselves
+            logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(
+                logging.CRITICAL
+            )  # the command prints the failure once
         try:
             self._launch(*self._command)
         except BaseException as error:
@@ -119,44 +121,47 @@ class _Agent(threading.Thread):
 
 
 class _Signals:
-    """Counts SIGINT and SIGTERM, and passes them on to the ranks once these can take them.
+    """Counts SIGINT and SIGTERM, and passes them on to the ranks that have installed their handlers.
+
+    A rank writes its process id file only after it can take a signal: an earlier SIGTERM would kill it unsaved.
 
     Args:
-        patience: how many signals ask the ranks to stop; the next one kills them.
+        stops: how many signals ask the ranks to stop; the next one kills them.
     """
 
-    def __init__(self, folder: Path, patience: int) -> None:
-        self._folder, self._patience = folder, patience
+    def __init__(self, folder: Path, stops: int) -> None:
+        self._folder, self._stops = folder, stops
         self.count = 0
-        self._told: set[tuple[int, bool]] = set()
+        self._sent: set[tuple[int, bool]] = set()
 
     def __enter__(self) -> _Signals:
-        self._former = {number: signal.signal(number, self._take) for number in SIGNALS}
+        self._previous = {number: signal.signal(number, self._take) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._former.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
 
     def pass_on(self) -> None:
-        """Tell each rank that has written its process id, once to stop and once to end."""
+        """Send each rank that has written its process id one SIGTERM, and later one SIGKILL."""
         if not self.count:
             return
-        kill = self.count > self._patience
+        kill = self.count > self._stops
         for file in self._folder.glob(f"*/attempt_*/*/{PID_FILE}"):
             try:
                 pid = int(file.read_text(encoding="ascii"))
-                if (pid, kill) not in self._told:
-                    self._told.add((pid, kill))
+                if (pid, kill) not in self._sent:
+                    self._sent.add((pid, kill))
                     os.kill(pid, signal.SIGKILL if kill else signal.SIGTERM)
-            except (OSError, ValueError):  # it has just ended, or is about to write
+            except (OSError, ValueError):  # the rank has just ended, or is still writing the file
                 continue
 
 
 def _order(item: tuple[int, ProcessFailure]) -> tuple[int, float]:
+    """Causes first: killed from outside, then by the time of the error, then ended by the agent (no file, SIGTERM)."""
     failure = item[1]
     if not failure.error_file_data.get("message") or failure.error_file_data["message"] == "<NONE>":
         ended_by_agent = -failure.exitcode == signal.SIGTERM or failure.exitcode > 0
@@ -169,12 +174,12 @@ def _extra(failure: ProcessFailure) -> dict[str, Any]:
     return message.get("extraInfo", {}) if isinstance(message, dict) else {}
 
 
-def _described(rank: int, failure: ProcessFailure) -> Failure:
+def _describe(rank: int, failure: ProcessFailure) -> Failure:
     message = failure.error_file_data.get("message")
     if isinstance(message, dict):
         extra = _extra(failure)
         text, status = extra.get("py_callstack") or message["message"], int(extra.get("status", 1))
-        return Failure(rank, text if status == USERS else f"rank {rank} failed\n{text}", status)
+        return Failure(rank, text if status == EXIT_USER_ERROR else f"rank {rank} failed\n{text}", status)
     if failure.exitcode < 0:
         name = failure.signal_name()
         cause = " (the kernel may have run out of memory)" if name == "SIGKILL" else ""
@@ -183,7 +188,7 @@ def _described(rank: int, failure: ProcessFailure) -> Failure:
 
 
 def write_error(file: Path, text: str, when: float, status: int) -> None:
-    """Leave an error for the launcher, in the form that torchrun reads too. `when`: seconds since the epoch."""
+    """Write an error for the launcher, in the format that torchrun reads too. `when`: seconds since the epoch."""
     extra = {"py_callstack": text, "timestamp": str(int(when)), "time": when, "status": status}
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}), encoding="utf-8")

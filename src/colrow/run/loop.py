@@ -19,9 +19,9 @@ from colrow.data.prepare import PreparedData
 from colrow.errors import ColrowError, DataError
 from colrow.models.shapes import flops_per_token
 from colrow.run.batch_check import check_same_batch
-from colrow.run.pace import Pace, pace_line
+from colrow.run.cpu_bound import CpuBoundDetector, hint_line
+from colrow.run.executed import executed_line, executed_paths, steps_until_known
 from colrow.run.progress import Progress
-from colrow.run.ran import ran_line, steps_before, what_ran
 from colrow.train.evaluate import Evaluation
 from colrow.train.metrics import Metrics, Record, peak_flops, perplexity
 from colrow.train.schedule import learning_rate
@@ -47,15 +47,16 @@ class Outcome:
 
 @dataclass
 class _Pending:
-    """A step whose figures the device may still be computing: [loss, norm, stop], summed over ranks where needed."""
+    """A step whose results the device may still be computing."""
 
     step: int
-    figures: Tensor
-    start: _Moment
-    end: _Moment
+    stats: Tensor
+    """[loss over all ranks, gradient norm, number of ranks that ask to stop], fp64."""
+    start: DeviceTimestamp
+    end: DeviceTimestamp
 
 
-class _Moment:
+class DeviceTimestamp:
     """A point of the device's own timeline, so that a step's time is right however late the host reads it."""
 
     def __init__(self, device: torch.device) -> None:
@@ -65,14 +66,14 @@ class _Moment:
             self._event.record()
 
     def wait(self) -> float:
-        """Block the host until the device has come to it, for so many seconds."""
+        """Block the host until the device has reached this point. Returns the seconds that it blocked."""
         start = time.perf_counter()
         if self._event is not None:
             self._event.synchronize()
         return time.perf_counter() - start
 
-    def seconds_since(self, earlier: _Moment) -> float:
-        """Both must have passed."""
+    def seconds_since(self, earlier: DeviceTimestamp) -> float:
+        """The device must have reached both points."""
         if self._event is None or earlier._event is None:
             return max(self._time - earlier._time, 1e-9)
         return max(earlier._event.elapsed_time(self._event) / 1e3, 1e-9)
@@ -81,11 +82,11 @@ class _Moment:
 class Loop:
     """Runs a `Training` from a step to the last one.
 
-    On GPUs the figures of a step are read while the next one runs, so that the host never waits for the device; on
+    On GPUs the results of a step are read while the next one runs, so that the host never waits for the device; on
     CPUs they are read at once. All ranks read the same sums, so all decide alike: to stop, or that the run diverged.
 
     Args:
-        stop_requested: asked once a step on each rank; any rank's yes stops all.
+        stop_requested: called once a step on each rank; when any rank returns True, all stop.
     """
 
     def __init__(
@@ -102,19 +103,20 @@ class Loop:
         mesh, self._device = training.mesh, training.device
         pp, replicate, shard, tp = mesh.get_coordinate() or (0, 0, 0, 0)
         dp_rank = replicate * config.mesh.dp_shard + shard
-        # one rank of each data-parallel group reports the loss: the last stage computes it, tp ranks all know it
+        # A sum over all ranks gives the mean loss: of each data-parallel rank's ranks one counts, on the last stage,
+        # where the loss is computed, and on tp rank 0, since all tp ranks hold the same value.
         reports = tp == 0 and pp == config.mesh.pp - 1
-        self._share = (1.0 if reports else 0.0) / config.mesh.dp
+        self._loss_weight = (1.0 if reports else 0.0) / config.mesh.dp
         order = BatchOrder(data.train.windows(config.data.seq_len), config.train.global_batch, config.run.seed)
         sampler = DataAxisSampler(order, dp_rank, config.mesh.dp, config.train.micro_batch)
         self._loader = Loader(data.train, config.data.seq_len, sampler, self._device)
-        self._evaluation = Evaluation(config, data, dp_rank, self._share, self._device)
-        self._same_batch = [mesh[axis].get_group() for axis in ("pp", "tp") if mesh[axis].size() > 1]
-        self._lag = 1 if self._device.type == "cuda" else 0
-        self._waiting: list[_Pending] = []
-        self._good: Record | None = None
-        self._last = _Moment(self._device)
-        self._pace = Pace(steps_before(training))
+        self._evaluation = Evaluation(config, data, dp_rank, self._loss_weight, self._device)
+        self._same_batch_groups = [mesh[axis].get_group() for axis in ("pp", "tp") if mesh[axis].size() > 1]
+        self._lag = 1 if self._device.type == "cuda" else 0  # steps whose results are not read yet
+        self._pending: list[_Pending] = []
+        self._last_finite: Record | None = None
+        self._step_end = DeviceTimestamp(self._device)
+        self._cpu_bound = CpuBoundDetector(steps_until_known(training))
 
     def run(self, start: int, metrics: Metrics | None) -> Outcome:
         """Train from `start` completed steps to the last one, a signal, or an error. Collective.
@@ -127,34 +129,35 @@ class Loop:
         """
         config = self._config
         self._metrics = metrics
-        self._last = _Moment(self._device)
+        self._step_end = DeviceTimestamp(self._device)
         saved, val_loss, stop = start, None, False
         self._progress.start(start)
         for step in range(start, config.train.steps):
             done = step + 1
             batches = list(self._loader.batches(step))
             if self._checks_batches(step, start):
-                check_same_batch(batches, self._same_batch, step)
+                check_same_batch(batches, self._same_batch_groups, step)
             loss, norm = self._training.step(step, batches)
-            figures, start_of_step = self._figures(loss, norm), self._last
-            self._last = _Moment(self._device)
-            self._waiting.append(_Pending(done, figures, start_of_step, self._last))
-            if done == start + steps_before(self._training):
-                self._progress.say(ran_line(what_ran(self._training, config.data.seq_len)))
+            stats, start_of_step = self._step_stats(loss, norm), self._step_end
+            self._step_end = DeviceTimestamp(self._device)
+            self._pending.append(_Pending(done, stats, start_of_step, self._step_end))
+            if done == start + steps_until_known(self._training):
+                self._progress.say(executed_line(executed_paths(self._training, config.data.seq_len)))
             evaluates = self._evaluates(done)
             saves = self._saves(done)
-            stop = self._settle(0 if evaluates or saves else self._lag, hold_last=evaluates) or stop
+            lag = 0 if evaluates or saves else self._lag  # both need this step to be known as finite
+            stop = self._flush_pending(lag, hold_last=evaluates) or stop
             if evaluates:
                 val_loss = self._evaluate(done)
             if saves or stop:
-                stop = self._settle(0) or stop
+                stop = self._flush_pending(0) or stop
                 self._save(done)
                 saved = done
             if stop:
                 break
-        self._settle(0)
+        self._flush_pending(0)
         self._checkpoints.wait()
-        done = self._good["step"] if self._good else start
+        done = self._last_finite["step"] if self._last_finite else start
         return Outcome(done, saved, stopped=done < config.train.steps, val_loss=val_loss)
 
     def close(self) -> None:
@@ -174,39 +177,40 @@ class Loop:
 
     def _checks_batches(self, step: int, start: int) -> bool:
         every = self._config.train.check_batch_every
-        return bool(self._same_batch) and (step == start or (every > 0 and step % every == 0))
+        return bool(self._same_batch_groups) and (step == start or (every > 0 and step % every == 0))
 
-    def _figures(self, loss: Tensor, norm: Tensor) -> Tensor:
+    def _step_stats(self, loss: Tensor, norm: Tensor) -> Tensor:
         """[loss over all ranks, norm, how many ranks ask to stop], on the device; one small all-reduce."""
         wants_stop = torch.full((), float(self._stop_requested()), device=self._device, dtype=torch.float64)
-        summed = torch.stack([loss.double() * self._share, wants_stop])
+        summed = torch.stack([loss.double() * self._loss_weight, wants_stop])
         dist.all_reduce(summed)
-        figures = torch.stack([summed[0], norm.detach().double(), summed[1]])
+        stats = torch.stack([summed[0], norm.detach().double(), summed[1]])
         if self._device.type == "cuda":
             host = torch.empty(3, dtype=torch.float64, pin_memory=True)
-            host.copy_(figures, non_blocking=True)
+            host.copy_(stats, non_blocking=True)  # complete when the step's end timestamp is
             return host
-        return figures
+        return stats
 
-    def _settle(self, lag: int, hold_last: bool = False) -> bool:
-        """Read and record the figures of all but the last `lag` steps. Whether some rank asked to stop.
+    def _flush_pending(self, lag: int, hold_last: bool = False) -> bool:
+        """Read and record the results of all pending steps but the last `lag`. Returns whether a rank asked to stop.
 
-        `hold_last` leaves the record of the last one open: an evaluation will be added to it.
+        Args:
+            hold_last: do not write the last step's record, to which an evaluation will be added.
         """
         stop = False
-        for _ in range(len(self._waiting) - lag):
-            pending = self._waiting.pop(0)
+        for _ in range(len(self._pending) - lag):
+            pending = self._pending.pop(0)
             waited = pending.end.wait()
-            loss, norm, stops = pending.figures.tolist()
+            loss, norm, stops = pending.stats.tolist()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise self._diverged(pending.step, loss, norm)
             stop = stop or stops > 0
             seconds = pending.end.seconds_since(pending.start)
-            if lag and self._pace.add(waited, seconds):
-                self._progress.say(pace_line(self._config))
+            if lag and self._cpu_bound.add(waited, seconds):
+                self._progress.say(hint_line(self._config))
             record = self._record(pending.step, loss, norm, seconds)
-            self._good = record
-            if hold_last and not self._waiting:
+            self._last_finite = record
+            if hold_last and not self._pending:
                 continue
             self._write(record)
         return stop
@@ -235,12 +239,12 @@ class Loop:
 
     def _evaluate(self, step: int) -> float:
         """Evaluate, and write the step's record with the result."""
-        assert self._good is not None
+        assert self._last_finite is not None
         val_loss = self._evaluation(self._training.step.forward_backward)
         if not math.isfinite(val_loss):
-            raise self._diverged(step, val_loss, self._good["grad_norm"])
-        self._write({**self._good, "val_loss": val_loss, "perplexity": perplexity(val_loss)})
-        self._last = _Moment(self._device)  # the next step's rate leaves this time out
+            raise self._diverged(step, val_loss, self._last_finite["grad_norm"])
+        self._write({**self._last_finite, "val_loss": val_loss, "perplexity": perplexity(val_loss)})
+        self._step_end = DeviceTimestamp(self._device)  # the next step's rate leaves this time out
         return val_loss
 
     def _write(self, record: Record) -> None:
@@ -253,13 +257,13 @@ class Loop:
         start = time.perf_counter()
         self._checkpoints.save(step, self._training.modules, self._training.optimizer, extra)
         waited = time.perf_counter() - start
-        self._last = _Moment(self._device)
+        self._step_end = DeviceTimestamp(self._device)
         background = ", the rest is in the background" if self._config.checkpoint.asynchronous else ""
         self._progress.say(f"            saved step-{step}, training waited {waited:.1f} s{background}")
 
     def _diverged(self, step: int, loss: float, norm: float) -> DivergedError:
-        good = self._good
-        last = f"the last good loss was {good['loss']:.4f} at step {good['step']}" if good else "no step was good"
+        good = self._last_finite
+        last = f"the last finite loss was {good['loss']:.4f} at step {good['step']}" if good else "no step was finite"
         kept = self._checkpoints.latest()
         keeps = f"{kept.path} is kept" if kept else "there is no checkpoint yet"
         return DivergedError(
@@ -269,7 +273,7 @@ class Loop:
 
 
 def resume(config: RunConfig, training: Training, data: PreparedData, checkpoints: Checkpoints) -> int:
-    """Load the newest whole checkpoint of the run's folder, if there is one. Collective. Returns its step, or 0.
+    """Load the newest complete checkpoint of the run's folder, if there is one. Collective. Returns its step, or 0.
 
     Raises:
         CheckpointError: it is of another model or vocabulary.
@@ -285,7 +289,7 @@ def resume(config: RunConfig, training: Training, data: PreparedData, checkpoint
     extra = checkpoints.load(found[0], training.modules, training.optimizer)
     if extra.get("corpus") != data.fingerprint:
         raise DataError(
-            f"corpus {config.data.corpus!r} holds other text than when the run in {config.run.dir} began: bring the "
-            "former text back, or set run.dir to another folder to start a new run"
+            f"corpus {config.data.corpus!r} holds other text than when the run in {config.run.dir} began: restore the "
+            "previous text, or set run.dir to another folder to start a new run"
         )
     return found[0]

@@ -1,4 +1,4 @@
-"""What can be known to be wrong before any process starts."""
+"""What can be found to be wrong before any process starts; and the model and plan that a run is going to use."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ from colrow.train.schedule import check_schedule
 
 @dataclass(frozen=True)
 class Checked:
-    """What the checks found on their way."""
+    """What the checks have built and read, for the run to use."""
 
     source: Source
     plan: Plan
     device_type: str
     changes: list[str]
-    """Keys that changed since the run's former start, `key: before -> now`."""
+    """Keys that changed since the run's previous start, `key: before -> now`."""
     newest: CheckpointInfo | None
-    """The newest whole checkpoint in the run's folder."""
+    """The newest complete checkpoint in the run's folder."""
 
     def finished(self, config: RunConfig) -> bool:
-        """Whether nothing is left to train."""
+        """Whether all steps are done."""
         return self.newest is not None and self.newest.step >= config.train.steps
 
 
@@ -59,14 +59,14 @@ def check(config: RunConfig, local_ranks: int | None = None, plan: Plan | None =
         plan: what `choose_plan` gave in the launcher; chosen here unless given.
 
     Raises:
-        ConfigError, PlanError, CheckpointError: what is wrong, and the mend.
+        ConfigError, PlanError, CheckpointError: what is wrong, and how to fix it.
     """
     check_batch(config.train.global_batch, config.train.micro_batch, config.mesh.dp)
     check_schedule(config.train)
     require_sinks(config.log)
-    kind = device_type(config)
-    require_devices(config.mesh.world_size if local_ranks is None else local_ranks, kind)
-    check_cuda_graph(config, kind)
+    device = device_type(config)
+    require_devices(config.mesh.world_size if local_ranks is None else local_ranks, device)
+    check_cuda_graph(config, device)
     changes = changed_keys(config)
     source = build_source(config.model, config.run.seed)
     check_model(config, source)
@@ -77,30 +77,32 @@ def check(config: RunConfig, local_ranks: int | None = None, plan: Plan | None =
         plan.check_shapes(source.model, config.mesh.tp)
         check_sequence(config, plan)
     newest = Checkpoints(config.run.dir / CHECKPOINTS, keep=config.checkpoint.keep).latest()
-    return Checked(source, plan, kind, changes, newest)
+    return Checked(source, plan, device, changes, newest)
 
 
 def choose_plan(config: RunConfig, model: nn.Module) -> Plan:
-    """The plan that `config.plan` names (a preset, `huggingface`, a derived one, or a file), with `train.fp8` put in.
+    """The plan that `config.plan` names (a preset, `huggingface`, a derived one, or a file), with `train.fp8` applied.
 
     Raises:
-        ConfigError, PlanError: there is no such plan, or it has no place for fp8.
+        ConfigError, PlanError: there is no such plan, or none of its styles can compute in fp8.
     """
     plan = named_plan(config.plan, model, config.mesh.tp, config.loss)
     if config.train.fp8 is None:
         return plan
     if config.mesh.tp == 1:
-        raise ConfigError("train.fp8 works in products that tp splits, and mesh.tp is 1: raise it, or leave fp8 out")
+        raise ConfigError(
+            "train.fp8 applies to the matmuls that tp splits, and mesh.tp is 1: raise it, or leave fp8 out"
+        )
     return plan.with_fp8(config.train.fp8)
 
 
 def check_plan(config: RunConfig, source: Source, plan: Plan) -> list[str]:
-    """`colrow.check` on what the run will do; one line for each of its warnings.
+    """`colrow.check` with the run's batch and sequence length. Returns one line for each warning.
 
-    Costs a second or two, whatever the model's size: of equal layers two are run, on fake tensors.
+    Takes a second or two, whatever the model's size: of equal layers two are run, on fake tensors.
 
     Raises:
-        PlanError: it finds errors; the text holds them all.
+        PlanError: it finds errors; the text lists them all.
     """
     if not config.check or config.mesh.tp == 1:
         return []
@@ -111,21 +113,22 @@ def check_plan(config: RunConfig, source: Source, plan: Plan) -> list[str]:
 
 
 def check_plan_apart(config: RunConfig, plan: Plan) -> list[str]:
-    """`check_plan` in a process of its own: what it does with process groups leaves no trace in this rank.
+    """`check_plan` in a child process: the process groups that it makes leave no trace in this rank.
 
-    A process of one thread is forked, which saves the imports; threads, such as those of torch's autograd for GPUs, do
-    not live on in a fork.
+    The child is forked, which saves seconds of imports, unless this process has threads: a fork has only the calling
+    thread, so a backward there would wait forever for autograd's device threads.
     """
     if not config.check or config.mesh.tp == 1:
         return []
-    threads = Path("/proc/self/task")
-    alone = threads.exists() and len(list(threads.iterdir())) == 1
-    context = multiprocessing.get_context("fork" if alone else "spawn")
+    threads = Path("/proc/self/task")  # Linux; elsewhere the number of native threads is unknown
+    is_single_threaded = threads.exists() and len(list(threads.iterdir())) == 1
+    context = multiprocessing.get_context("fork" if is_single_threaded else "spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_check_again, config, plan.to_yaml()).result()
+        return pool.submit(_check_in_child, config, plan.to_yaml()).result()
 
 
-def _check_again(config: RunConfig, plan: str) -> list[str]:
+def _check_in_child(config: RunConfig, plan: str) -> list[str]:
+    # a model may hold what cannot be pickled: the child builds its own
     return check_plan(config, build_source(config.model, config.run.seed), Plan.from_yaml(plan))
 
 
@@ -151,7 +154,7 @@ def check_checkpoint(checked: Checked, tokenizer: Tokenizer) -> None:
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """The config with what follows from it filled in: who computes the model, and a Hugging Face folder's tokenizer."""
+    """`config` with `model.implementation` resolved, and with the tokenizer of a Hugging Face folder."""
     config = config.model_copy(update={"model": resolve_implementation(config.model)})
     tokenizer = config.data.tokenizer
     if config.model.huggingface is None or tokenizer.path is not None or tokenizer.vocab_size is not None:
@@ -159,31 +162,31 @@ def resolve(config: RunConfig) -> RunConfig:
     folder = Path(config.model.huggingface)
     if not (folder / "tokenizer.json").exists():
         return config
-    given = tokenizer.model_copy(update={"path": folder})
-    return config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": given})})
+    own = tokenizer.model_copy(update={"path": folder})
+    return config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": own})})
 
 
 def device_type(config: RunConfig) -> str:
-    """`cpu` or `cuda`: as asked, else GPUs where there are some.
+    """`cpu` or `cuda`: as requested; `auto` is cuda where torch sees a GPU.
 
     Raises:
-        ConfigError: cuda is asked for and torch sees no GPU.
+        ConfigError: cuda is requested and torch sees no GPU.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
-        built = "no GPU is visible" if torch.version.cuda or torch.version.hip else "this torch is built without CUDA"
-        raise ConfigError(f"device: cuda is asked for, but {built}: use --device cpu, or install a torch with CUDA")
+        reason = "no GPU is visible" if torch.version.cuda or torch.version.hip else "this torch is built without CUDA"
+        raise ConfigError(f"device: cuda is requested, but {reason}: use --device cpu, or install a torch with CUDA")
     return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def require_devices(local_ranks: int, kind: str) -> None:
+def require_devices(local_ranks: int, device_type: str) -> None:
     """Raise a ConfigError when this host has fewer GPUs than ranks."""
-    if kind != "cuda":
+    if device_type != "cuda":
         return
-    there = torch.cuda.device_count()
-    if local_ranks > there:
+    gpus = torch.cuda.device_count()
+    if local_ranks > gpus:
         raise ConfigError(
-            f"{local_ranks} ranks need {local_ranks} GPUs and this host has {there}: choose a mesh of {there} (such as "
-            f"--mesh.tp {there}), use several hosts with torchrun, or --device cpu"
+            f"{local_ranks} ranks need {local_ranks} GPUs and this host has {gpus}: choose a mesh of {gpus} (such as "
+            f"--mesh.tp {gpus}), use several hosts with torchrun, or --device cpu"
         )
 
 

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,10 +21,9 @@ from colrow.data.tokenizer import Tokenizer
 from colrow.models.build import Source
 from colrow.plans.plan import Plan
 from colrow.run import preflight
-from colrow.run.alone import alone
+from colrow.run.fresh_store import fresh_store
 from colrow.run.host_memory import keep_freed_memory
 from colrow.run.loop import Loop, Outcome, resume
-from colrow.run.meeting import meet
 from colrow.run.plot import plot_loss
 from colrow.run.progress import Progress
 from colrow.run.run_folder import CHECKPOINTS, EXPORT, claimed, write_folder
@@ -35,46 +33,44 @@ from colrow.train.setup import Training, set_up
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a rank is: what torchrun told it."""
+class RankInfo:
+    """This process among the others, as torchrun numbers them."""
 
     rank: int
     local_rank: int
     world_size: int
     local_world_size: int
-    alone: bool = False
-    """Whether the other ranks are not there, and what is sent to them goes nowhere: for measuring."""
 
 
 def run_rank(
     config: RunConfig,
-    place: Place,
+    info: RankInfo,
     command: str,
     stop_requested: Callable[[], bool],
     plan: Plan | None = None,
 ) -> Outcome:
-    """Join the other ranks, and train with them. The first rank holds the run's folder. Collective.
+    """Join the other ranks and train. The first rank holds the lock of the run's folder. Collective.
 
     Args:
-        command: how the run was started, for the line that says how to continue it.
+        command: the command that started the run, to print as the one that continues it.
         stop_requested: whether this rank was asked to save and stop.
         plan: the plan that the launcher resolved and checked. Without, each rank resolves it and the first checks it.
     """
-    config.mesh.require_world_size(place.world_size)
-    first = place.rank == 0
+    config.mesh.require_world_size(info.world_size)
+    first = info.rank == 0
     with ExitStack() as stack:
         if first:
             stack.enter_context(claimed(config.run.dir))
-        checked = preflight.check(config, place.local_world_size, plan)
-        warnings = [config.mesh.warning_across_hosts(place.local_world_size)]
+        checked = preflight.check(config, info.local_world_size, plan)
+        warnings = [config.mesh.warning_across_hosts(info.local_world_size)]
         if first and plan is None:
-            warnings += preflight.check_plan_apart(config, checked.plan)  # before there are threads
+            warnings += preflight.check_plan_apart(config, checked.plan)  # forks: before this process has threads
         progress = stack.enter_context(Progress(first, config.train.steps, config.train.log_every))
         for warning in warnings:
             if warning is not None:
                 progress.say(f"warning    {warning}")
         data = prepare(config.data, checked.source.vocab_size, progress=False)
-        mesh, device = stack.enter_context(joined(config, place))
+        mesh, device = stack.enter_context(process_group(config, info))
         return train_run(config, checked.source, checked.plan, data, mesh, device, progress, command, stop_requested)
 
 
@@ -89,9 +85,9 @@ def train_run(
     command: str = "",
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Outcome:
-    """Set up, continue from the newest checkpoint, train, and finish; metrics and files are the first rank's.
+    """Set up, continue from the newest checkpoint, train, and finish. The first rank writes metrics and files.
 
-    Collective over the mesh, which is the whole default group. For `source` and `plan` see `set_up`.
+    Collective over the mesh, which spans the default group. For `source` and `plan` see `set_up`.
     """
     first = dist.get_rank() == 0
     with ExitStack() as stack:
@@ -127,45 +123,45 @@ def train_run(
 
 
 @contextmanager
-def joined(config: RunConfig, place: Place) -> Iterator[tuple[DeviceMesh, torch.device]]:
-    """The default process group, the mesh, and this rank's device: gloo on CPUs, NCCL on GPUs, fake for one alone."""
-    kind = preflight.device_type(config)
-    options: dict[str, Any] = {}
-    device = torch.device("cpu")
-    if kind == "cpu":
-        keep_freed_memory()
-    if kind == "cuda":
-        device = torch.device("cuda", place.local_rank)
-        torch.cuda.set_device(device)
-        options["device_id"] = device
-    if place.alone:
-        with alone(place.rank, place.world_size):
-            yield config.mesh.build(kind, place.world_size), device
-        return
-    store, _, _ = next(rendezvous("env://", place.rank, place.world_size))
+def process_group(config: RunConfig, info: RankInfo) -> Iterator[tuple[DeviceMesh, torch.device]]:
+    """Within: the default process group, NCCL on GPUs and gloo on CPUs. Yields the mesh and this rank's device."""
+    device = set_device(preflight.device_type(config), info.local_rank)
+    # The store that torchrun's agents keep is the same one after a restart, with the dead ranks' addresses in it.
+    store, _, _ = next(rendezvous("env://", info.rank, info.world_size))
     dist.init_process_group(
-        "nccl" if kind == "cuda" else "gloo",
-        store=meet(store, place.rank, place.world_size),
-        rank=place.rank,
-        world_size=place.world_size,
-        **options,
+        "nccl" if device.type == "cuda" else "gloo",
+        store=fresh_store(store, info.rank, info.world_size),
+        rank=info.rank,
+        world_size=info.world_size,
+        # with it NCCL connects at once, and subgroups share its connections
+        device_id=device if device.type == "cuda" else None,
     )
-    yield config.mesh.build(kind, place.world_size), device
+    yield config.mesh.build(device.type, info.world_size), device
     dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone
 
 
+def set_device(device_type: str, local_rank: int) -> torch.device:
+    """This rank's device, made current; on CPUs the allocator is set up for training."""
+    if device_type == "cpu":
+        keep_freed_memory()
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
 def finished_line(config: RunConfig, step: int) -> str:
-    """What there is to say when a run that has all its steps is started again."""
+    """What to print when a run that has all its steps is started again."""
     run = config.run.dir
     return (
         f"the run in {run} is finished: {step} of {config.train.steps} steps.\n"
         f"Sample it with `colrow generate {run} --prompt TEXT`; to train on, raise train.steps;\n"
-        "to start anew, set run.dir to another folder."
+        "to start again, set run.dir to another folder."
     )
 
 
 def opening_lines(config: RunConfig, training: Training, start: int) -> list[str]:
-    """What is to run, and what it writes. What did run is said after the first steps (`run.ran`)."""
+    """What is going to run, and what it writes. `run.executed` prints what did run, after the first steps."""
     device = training.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {_threads()} a rank"
     train, tokens = config.train, config.train.global_batch * config.data.seq_len
@@ -188,7 +184,7 @@ def opening_lines(config: RunConfig, training: Training, start: int) -> list[str
 
 
 def finish(config: RunConfig, training: Training, tokenizer: Tokenizer, outcome: Outcome, progress: Progress) -> None:
-    """The last lines: what came out, where it lies, and what to do next. Collective."""
+    """Sample, plot and export; print the results, where they are, and what to do next. Collective."""
     run = config.run.dir
     if outcome.val_loss is not None:
         progress.say(f"validation loss {outcome.val_loss:.4f}, perplexity {perplexity(outcome.val_loss):.1f}")

@@ -1,4 +1,4 @@
-"""A run's folder: who uses it, which config it belongs to, and the files that describe it."""
+"""A run's folder: its lock, the config it belongs to, and the files that describe the run."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ CONFIG, PLAN, TOKENIZER, CHECKPOINTS, EXPORT, LOCK = (
 )
 
 _FIXED = ("run.seed", "model", "data")
-"""What a run cannot change on its way: another model, other text, or another order of it is another run."""
+"""What a continued run cannot change: with another model, other text, or another order of it, it is another run."""
 _FREE = ("data.cache", "data.workers", "data.tokenizer.path")
-"""Under _FIXED, but without effect on results: where a tokenizer lies (its vocabulary is checked by its hash)."""
-_TOLD = ("plan", "loss", "mesh", "train", "eval")
-"""What a run may change, and says so when it does."""
+"""Exceptions from _FIXED, without effect on results: the tokenizer's path may change, its hash is checked."""
+_REPORTED = ("plan", "loss", "mesh", "train", "eval")
+"""What a run may change, with a printed line for each change."""
 
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Hold the run's folder for this process alone. The kernel lets go of it when the process ends, however it ends.
+    """Hold the lock of the run's folder. The kernel releases it when the process ends, however it ends.
 
     Raises:
         ConfigError: another run uses the folder, or it cannot be written.
@@ -70,14 +70,14 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def require_free(folder: Path) -> None:
-    """Raise a ConfigError when another run uses the folder, without keeping it."""
+    """Raise a ConfigError when another run uses the folder."""
     if folder.exists():
         with claimed(folder):
             pass
 
 
 def changed_keys(config: RunConfig) -> list[str]:
-    """`key: before -> now` for what changed since the folder's former start and may change.
+    """`key: before -> now` for what changed since the folder's previous start and may change.
 
     Raises:
         ConfigError: something changed that makes it another run (model, data, seed); the text names the keys.
@@ -92,9 +92,9 @@ def changed_keys(config: RunConfig) -> list[str]:
     if fixed:
         raise ConfigError(
             f"the run in {config.run.dir} was started with another config ({'; '.join(fixed)}): "
-            "set run.dir to another folder to start a new run, or put these keys back to continue this one"
+            "set run.dir to another folder to start a new run, or restore these keys to continue this one"
         )
-    return [lines[key] for key in differing if _within(key, _TOLD)]
+    return [lines[key] for key in differing if _within(key, _REPORTED)]
 
 
 def write_plan(folder: Path, plan: Plan) -> str:
@@ -143,6 +143,7 @@ def _write_whole(path: Path, text: str) -> None:
 
 
 def _flat(config: RunConfig) -> dict[str, Any]:
+    """Values by dotted key."""
     found: dict[str, Any] = {}
 
     def walk(tree: dict[str, Any], prefix: str) -> None:

@@ -1,4 +1,4 @@
-"""A sample of text from the model in training, on the mesh that it is on."""
+"""A sample of text from the model in training, on its mesh."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from colrow.train.step import WholeModel, reshard
 
 
 def sample(config: RunConfig, training: Training, tokenizer: Tokenizer) -> str:
-    """`sample.prompt` and what a whole model continues it with. Collective: the ranks draw equal ids.
+    """`sample.prompt` and the text that the model continues it with. Collective: all ranks sample the same ids.
 
-    Compiled blocks are run with the batch and length that they were compiled for, eager ones with the tokens there are.
+    Compiled blocks are run with the batch size and length that they were compiled for: others would compile again.
     """
     assert config.sample.prompt is not None
-    whole = training.step.forward_backward
-    assert isinstance(whole, WholeModel)
+    model = training.step.forward_backward
+    assert isinstance(model, WholeModel)
     prompt = tokenizer.encode(config.sample.prompt) or [tokenizer.eos_id]
     ids = torch.tensor([prompt], device=training.device)
     if training.compiled:
         ids = ids.expand(config.train.micro_batch, -1)
-    drawn = generate(
-        whole.logits,
+    sampled = generate(
+        model.logits,
         ids,
         config.sample.tokens,
         temperature=config.sample.temperature,
@@ -34,4 +34,4 @@ def sample(config: RunConfig, training: Training, tokenizer: Tokenizer) -> str:
         eos_id=tokenizer.eos_id,
     )
     reshard(training.modules[0])
-    return tokenizer.decode(drawn[0].tolist())
+    return tokenizer.decode(sampled[0].tolist())

@@ -1,8 +1,9 @@
-"""SIGINT and SIGTERM: a request to finish the step and save, or the end when another rank is lost.
+"""SIGINT and SIGTERM: a request to finish the step and save, or the end when another rank has failed.
 
 The launcher ends the remaining ranks of a failed run with the same SIGTERM that a user sends to stop a good one. A
-rank tells the two apart by its neighbours: each writes its process id beside the error file that the launcher gave
-it. When a neighbour has left an error, or is gone without a word, this rank's collectives would wait for it forever.
+rank tells the two apart by the other ranks of its host: each writes its process id beside the error file that the
+launcher gave it. When one of them has written an error, or its process is gone, this rank's collectives would wait for
+it forever.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ PID_FILE = "pid"
 
 
 class StopRequest:
-    """`requested` turns true at the first SIGINT or SIGTERM.
+    """A context manager whose `requested` is True after the first SIGINT or SIGTERM.
 
     Args:
-        rank_folder: this rank's folder, beside those of the other ranks of this host; None when there is no launcher.
+        rank_folder: this rank's folder, beside those of the other ranks of this host; None without a launcher.
     """
 
     def __init__(self, rank_folder: Path | None) -> None:
@@ -30,22 +31,22 @@ class StopRequest:
         self._folder = rank_folder
 
     def __enter__(self) -> StopRequest:
-        if self._folder is not None:
-            (self._folder / PID_FILE).write_text(str(os.getpid()), encoding="ascii")
         # The main thread may be inside a collective, where no Python handler runs. The interpreter's C handler writes
         # to this socket at once, and the thread that reads it can end the process.
-        ours, theirs = socket.socketpair()
-        theirs.setblocking(False)
-        self._sockets = (ours, theirs)
-        self._former_fd = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-        self._former = {number: signal.signal(number, self._request) for number in SIGNALS}
-        threading.Thread(target=self._watch, args=(ours,), name="signals", daemon=True).start()
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)  # required by set_wakeup_fd: a signal handler must not block
+        self._sockets = (reader, writer)
+        self._previous_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        self._previous = {number: signal.signal(number, self._request) for number in SIGNALS}
+        threading.Thread(target=self._watch, args=(reader,), name="signals", daemon=True).start()
+        if self._folder is not None:  # last: the launcher signals the ranks that have this file
+            (self._folder / PID_FILE).write_text(str(os.getpid()), encoding="ascii")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        for number, handler in self._former.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self._former_fd)
+        signal.set_wakeup_fd(self._previous_fd)
         for end in self._sockets:
             end.close()
         if self._folder is not None and error is None:
@@ -61,20 +62,20 @@ class StopRequest:
                     return
             except OSError:
                 return
-            if self._folder is not None and lost_neighbour(self._folder):
-                os._exit(1)
+            if self._folder is not None and another_rank_failed(self._folder):
+                os._exit(1)  # the main thread may never return from its collective
 
 
-def lost_neighbour(rank_folder: Path) -> bool:
-    """Whether a rank beside this one has written an error or has ended without taking its process id away."""
+def another_rank_failed(rank_folder: Path) -> bool:
+    """Whether another rank of this host has written an error, or has ended without removing its process id."""
     for folder in rank_folder.parent.iterdir():
         if folder == rank_folder:
             continue
         if any(folder.glob("error*.json")):
             return True
         try:
-            os.kill(int((folder / PID_FILE).read_text(encoding="ascii")), 0)
-        except (FileNotFoundError, ValueError):
+            os.kill(int((folder / PID_FILE).read_text(encoding="ascii")), 0)  # signal 0: only asks whether it exists
+        except (FileNotFoundError, ValueError):  # not started, ended well, or still writing the file
             continue
         except ProcessLookupError:
             return True

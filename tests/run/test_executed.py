@@ -10,8 +10,8 @@ import torch
 
 from colrow.ops.ran import forget, note, noted
 from colrow.plans.plan import Plan
-from colrow.run import ran
-from colrow.run.ran import ran_line, steps_before, what_ran
+from colrow.run import executed
+from colrow.run.executed import executed_line, executed_paths, steps_until_known
 from distributed.parity import SHALLOW_MODELS
 
 
@@ -33,37 +33,45 @@ def training(monkeypatch: pytest.MonkeyPatch) -> Any:
     forget()
 
 
-def test_what_was_asked_for_is_not_what_ran(training: Any) -> None:
+def test_what_was_asked_for_is_not_executed_paths(training: Any) -> None:
     """The plan names fused columns, 8-bit floats and the linear loss; nothing has run yet."""
     training.compiled = False
-    assert what_ran(training, 32) == "eager"
+    assert executed_paths(training, 32) == "eager"
 
 
 def test_what_operators_noted_is_said_once(training: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ran, "_graphs_compiled", lambda: True)
+    monkeypatch.setattr(executed, "_graphs_compiled", lambda: True)
     for _ in range(2):
         for kind, what in (("columns", 3), ("columns", 2), ("beside", "collectives"), ("loss", "triton")):
             note(kind, what)
     assert noted("columns") == ["3", "2"]
-    said = what_ran(training, 32)
+    said = executed_paths(training, 32)
     assert said == ("fused qkv, gate/up, overlapped scatter, linear cross entropy in Triton, compiled blocks")
-    lines = ran_line(said).splitlines()
+    lines = executed_line(said).splitlines()
     assert all(len(line) <= 80 for line in lines)
     assert lines[0].startswith("ran        fused")
 
 
 def test_blocks_that_nothing_compiled_are_eager(training: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ran, "_graphs_compiled", lambda: False)
-    assert what_ran(training, 32) == "eager"
+    monkeypatch.setattr(executed, "_graphs_compiled", lambda: False)
+    assert executed_paths(training, 32) == "eager"
 
 
 def test_graphs_are_waited_for(training: Any) -> None:
-    assert steps_before(training) == 1
+    assert steps_until_known(training) == 1
     waiting = replace_graphs(training, False)
-    assert steps_before(waiting) == 3
-    assert "CUDA graphs" not in what_ran(waiting, 32)
-    assert "CUDA graphs" in what_ran(replace_graphs(training, True), 32)
+    assert steps_until_known(waiting) == 3
+    assert "CUDA graphs" not in executed_paths(waiting, 32)
+    assert "CUDA graphs" in executed_paths(replace_graphs(training, True), 32)
 
 
 def replace_graphs(training: Any, captured: bool) -> Any:
     return SimpleNamespace(**{**vars(training), "graphs": (SimpleNamespace(captured=captured),)})
+
+
+def test_a_plan_that_gathers_queries_computes_all_heads() -> None:
+    article = Plan.preset("article")
+    copy = Plan(article.modules, article.loss, "a copy")
+    assert executed._gathers_heads(copy)
+    assert not executed._gathers_heads(Plan.preset("llama"))
+    assert not executed._gathers_heads(Plan.preset("llama-fast"))
