@@ -16,9 +16,9 @@ from colrow.dryrun.calls import default_loss
 from colrow.errors import PlanError
 from colrow.plans.derive_options import DeriveOptions, Styles
 from colrow.verifying.backends import RankFailure
-from colrow.verifying.parity import parity
-from colrow.verifying.sharded import Errors, Reference
+from colrow.verifying.comparison import Errors, Reference
 from colrow.verifying.step import Task, reference_step
+from colrow.verifying.verify import parity
 
 TOLERANCE = 1e-9
 """Relative, for a model that computes in fp64 from end to end."""

@@ -29,7 +29,7 @@ from colrow.mesh import Mesh
 from colrow.plans.plan import Plan
 from colrow.styles.base import STYLES
 from colrow.verifying.backends import RankFailure
-from colrow.verifying.parity import parity
+from colrow.verifying.verify import parity
 from distributed.parity import batch, build
 
 LLAMA = "qk_norm_kv3-1"  # 12 query and 3 kv heads: whole kv heads fit a part of the query heads

@@ -9,6 +9,7 @@ import pytest
 
 from colrow.cli import main
 from colrow.plans.plan import Plan
+from colrow.verifying import controls
 
 SHALLOW = """
 from dataclasses import replace
@@ -74,10 +75,20 @@ def test_verify_says_yes_and_no(
     shown = json.loads(capsys.readouterr().out)
     assert {"ok", "loss_rel_err", "max_grad_rel_err", "parameters", "worst", "tolerance"} <= set(shown)
     assert shown["ok"] is True
+    assert shown["verdict"] == "proved"
     assert shown["control"]["caught"] is True
     assert shown["max_grad_rel_err"] < shown["tolerance"]
     assert main(["verify", "shallow:build", "--tp", "2", "--backend", "local", "--plan", str(broken(tmp_path))]) == 1
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
     assert "norm.weight, ranks differ" in out
-    assert "the numbers do not agree" in out
+    assert "wrong: the sharded model does not compute the same" in out
+
+
+def test_verify_exits_3_when_it_is_inconclusive(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(controls, "_cases", lambda task, plan: iter(()))  # nothing to break
+    assert main(["verify", "laptop", "--tp", "2", "--plan", "llama", "--backend", "local", "--json"]) == 3
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["ok"], shown["verdict"], shown["control"]) == (False, "inconclusive", None)

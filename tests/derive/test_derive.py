@@ -18,7 +18,7 @@ from colrow.derive.local import LocalCheck
 from colrow.errors import PlanError
 from colrow.plans.plan import Plan
 from colrow.verifying.backends import RankFailure
-from colrow.verifying.parity import parity
+from colrow.verifying.verify import parity
 
 TOLERANCE = 1e-9
 

@@ -20,7 +20,7 @@ from colrow.dryrun.dry_run import dry_run
 from colrow.mesh import Mesh
 from colrow.plans.derive_options import DeriveOptions, Styles
 from colrow.plans.plan import Plan
-from colrow.verifying.parity import parity
+from colrow.verifying.verify import parity
 from derive.test_fast import FEWEST, per_layer
 
 pytest.importorskip("transformers")

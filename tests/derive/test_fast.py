@@ -21,8 +21,7 @@ from colrow.models.llama import Llama
 from colrow.plans.derive_options import DERIVED, DeriveOptions
 from colrow.plans.named import named_plan
 from colrow.plans.plan import Plan
-from colrow.verifying.parity import parity
-from colrow.verifying.verify import verify
+from colrow.verifying.verify import parity, verify
 from distributed.parity import SHALLOW_MODELS
 
 FAST = DeriveOptions(styles="fast")

@@ -9,7 +9,7 @@ transformers = pytest.importorskip("transformers")
 
 from colrow.errors import PlanError  # noqa: E402
 from colrow.plans.huggingface import STYLES, from_huggingface, map_styles  # noqa: E402
-from colrow.verifying.parity import parity  # noqa: E402
+from colrow.verifying.verify import parity  # noqa: E402
 
 BASE = {
     "vocab_size": 128,

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.models.examine import LARGEST_ROUNDING, TOLERANCE_FP32, rounding, within
-from colrow.verifying.sharded import Errors
+from colrow.verifying.comparison import Errors
 
 
 class KeyBias(nn.Module):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import socket
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,12 +14,15 @@ from torch import Tensor, nn
 
 from checking import broken_models as m
 from checking.broken_plans import gpt_plan, preset
+from colrow.checking.check import check
 from colrow.dryrun.reduced_model import reduced_model, shrink_heads, shrink_width
 from colrow.errors import PlanError
+from colrow.mesh import Mesh
 from colrow.models.llama import Llama
 from colrow.models.shapes import SHAPES
 from colrow.plans.plan import Plan
-from colrow.verifying.verify import Report, verify
+from colrow.verifying.report import Report
+from colrow.verifying.verify import verify
 from distributed.parity import MODELS
 
 
@@ -87,7 +93,7 @@ def test_processes_agree_with_the_simulation(name: str) -> None:
     assert report.max_grad_rel_err < 1e-12
 
 
-def test_a_big_model_gets_a_twin() -> None:
+def test_a_big_model_is_reduced() -> None:
     with torch.device("meta"):
         model = Llama(SHAPES["llama3-8b"])
     small, changes = reduced_model(model, 8)
@@ -101,14 +107,14 @@ def test_a_big_model_gets_a_twin() -> None:
 @pytest.mark.parametrize(
     ("query", "kv", "tp"), [(32, 8, 8), (32, 8, 4), (12, 3, 4), (64, 8, 16), (48, 48, 8), (6, 2, 4)]
 )
-def test_a_twins_heads_divide_alike(query: int, kv: int, tp: int) -> None:
+def test_the_reduced_models_heads_divide_alike(query: int, kv: int, tp: int) -> None:
     small_query, small_kv = shrink_heads(query, kv, tp)
     assert (small_query % tp == 0, small_kv % tp == 0) == (query % tp == 0, kv % tp == 0)
     assert small_query * kv == query * small_kv
 
 
 @pytest.mark.parametrize(("extent", "tp"), [(14336, 8), (11008, 6), (50257, 4), (30, 4)])
-def test_a_twins_widths_divide_alike(extent: int, tp: int) -> None:
+def test_the_reduced_models_widths_divide_alike(extent: int, tp: int) -> None:
     assert shrink_width(extent, tp, 12 * tp) % tp == extent % tp
 
 
@@ -149,3 +155,91 @@ def test_what_knows_no_fp64_is_verified_in_fp32() -> None:
 def test_one_rank_proves_nothing() -> None:
     with pytest.raises(PlanError, match="tp of 2 or more"):
         verify(m.Gpt(), gpt_plan(), 1)
+
+
+class Alone(nn.Module):
+    """One parameter, in no module of its own: there is nothing that a plan could break."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(m.D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+class Up(nn.Module):
+    """A single column linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(m.D, 4 * m.D, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "plan", "change"),
+    [
+        (m.MLP, {"up": "colwise", "down": "rowwise"}, "down: the sum over tp of its output left out"),
+        (Up, {"up": {"style": "colwise", "output": "replicate"}}, "up.weight: the shards of ranks 0 and 1 exchanged"),
+    ],
+)
+def test_a_model_without_bias_or_norm_is_proved_by_another_control(model: Any, plan: Any, change: str) -> None:
+    """Every parameter is sharded: no gradient is summed over ranks, or could be."""
+    report = local(model(), Plan(plan))
+    assert report.verdict == "proved", report
+    assert report.control is not None
+    assert report.control.change == change
+    assert 0.01 < report.control.rel_err < float("inf")
+
+
+def test_a_model_that_no_change_breaks_is_inconclusive() -> None:
+    report = local(Alone(), Plan({}), inputs=(torch.randn(2, 4, m.D),))
+    assert report.verdict == "inconclusive"
+    assert not report.ok
+    assert report.max_grad_rel_err == report.loss_rel_err == 0.0
+
+
+def test_a_tolerance_of_zero_is_zero() -> None:
+    report = local(m.Gpt(layers=1), gpt_plan(), tolerance=0.0)
+    assert report.tolerance == 0.0
+    assert report.verdict == "wrong"
+    assert 0 < report.max_grad_rel_err < 1e-12
+
+
+def test_a_config_without_hidden_size_is_taken_as_it_is() -> None:
+    plan = gpt_plan(attn__qkv=None, attn__q_proj="colwise")
+    model = m.Gpt(lambda: NamedHeads())
+    model.config = SimpleNamespace(num_attention_heads=m.H)  # type: ignore[assignment]
+    assert [str(f) for f in check(model, plan, Mesh(tp=2), seq_len=16)] == []
+    assert local(model, plan).ok
+
+
+class NamedHeads(nn.Module):
+    """A projection under the name whose heads are counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.out = nn.Linear(m.D, m.D, bias=False), nn.Linear(m.D, m.D, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.q_proj(x).tanh())
+
+
+@pytest.mark.distributed
+def test_no_other_process_can_take_the_port_of_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody listens on it before the first rank starts."""
+    process = multiprocessing.get_context("forkserver").Process
+    start, ports = process.start, []
+
+    def start_if_taken(self: Any) -> None:
+        ports.append(self._args[2])
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", ports[-1]))
+        start(self)
+
+    monkeypatch.setattr(process, "start", start_if_taken)
+    assert verify(m.Gpt(layers=1), gpt_plan(), 2, backend="gloo").ok
+    assert ports

@@ -1,4 +1,4 @@
-"""`colrow verify MODEL --plan P --tp N`: the sharded model's numbers beside the unsharded one's, on a CPU."""
+"""`colrow verify MODEL --plan P --tp N`: loss, gradients and a step of the sharded and of the unsharded model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from rich.console import Console
 
 from colrow.cli.flags import PlanFlags, parse
 from colrow.cli.text import wrapped
-from colrow.verifying.verify import Report, verify
+from colrow.verifying.report import Report, Verdict
+from colrow.verifying.verify import verify
+
+EXIT_STATUS: dict[Verdict, int] = {"proved": 0, "wrong": 1, "inconclusive": 3}
+_VERDICTS: dict[Verdict, str] = {
+    "proved": "[green]proved: the sharded model computes the same[/]",
+    "wrong": "[bold red]wrong: the sharded model does not compute the same[/]",
+    "inconclusive": "[yellow]inconclusive: no error found, but none of a model broken on purpose either[/]",
+}
 
 
 @dataclass(frozen=True)
@@ -25,29 +33,29 @@ class Flags(PlanFlags):
 
 
 def main(argv: list[str]) -> int:
-    """Exit 0 when the numbers agree, 1 when not, 2 for bad usage."""
+    """Exit 0 when the plan is proved right, 1 when it is wrong, 2 for bad usage, 3 when inconclusive."""
     flags = parse(Flags, "verify", argv)
     multiprocessing.set_forkserver_preload(["colrow.verifying.backends"])  # imported once, not by each rank
     from colrow.dryrun.reduced_model import reduced_model
 
-    model, shrunk = reduced_model(flags.load_model(), flags.tp)
+    model, reduced = reduced_model(flags.load_model(), flags.tp)
     plan = flags.load_plan(model)
     report = verify(model, plan, flags.tp, backend=flags.backend)
     if flags.json:
-        json.dump(_finite(report.to_data() | {"twin": shrunk}), sys.stdout, indent=1)
+        json.dump(_finite(report.to_data() | {"twin": reduced}), sys.stdout, indent=1)
         print()
     else:
-        show(report, shrunk, f"plan {plan.name} for {flags.model} at tp={flags.tp}", Console(highlight=False))
-    return 0 if report.ok else 1
+        show(report, reduced, f"plan {plan.name} for {flags.model} at tp={flags.tp}", Console(highlight=False))
+    return EXIT_STATUS[report.verdict]
 
 
-def show(report: Report, shrunk: str | None, title: str, console: Console) -> None:
+def show(report: Report, reduced: str | None, title: str, console: Console) -> None:
     """The report for a terminal."""
     worst = report.worst
     ranks = "simulated ranks" if report.backend == "local" else "processes over gloo"
     lines = [f"{title}: {report.parameters} parameters, {report.tp} {ranks}, {report.seconds:.1f} s"]
-    if shrunk is not None:
-        lines.append(f"small twin of the same modules: {shrunk}")
+    if reduced is not None:
+        lines.append(f"reduced model with the same modules: {reduced}")
     if report.failure:
         lines.append(f"the sharded model raises: {report.failure}")
     else:
@@ -58,21 +66,23 @@ def show(report: Report, shrunk: str | None, title: str, console: Console) -> No
             f"  tolerance  {report.tolerance:.0e}",
         ]
     if worst and report.max_grad_rel_err > report.tolerance:
-        lines.append("the gradients that are furthest off:")
+        lines.append("largest errors of gradients:")
         lines += [f"  {w.rel_err:.1e}  {w.name}{', ranks differ' if w.ranks_differ else ''}" for w in worst]
     if report.cause:
-        lines.append(f"usually: {report.cause}")
+        lines.append(f"likely cause: {report.cause}")
     if report.control is not None:
-        seen = "found" if report.control.caught else "NOT found: this proof says nothing"
-        lines.append(f"control: the plan broken on purpose ({report.control.change}) is {seen}, "
-                     f"error {report.control.rel_err:.1e}")  # fmt: skip
+        lines.append(f"negative control: {report.control.change}")
+        found = "found" if report.control.caught else "NOT found"
+        lines.append(f"  {found}, error {report.control.rel_err:.1e}")
+    elif not report.failure:
+        lines.append("negative control: no change was found that makes this model wrong")
     for line in lines:
         console.print(wrapped(line, console.width), markup=False, soft_wrap=True)
-    console.print("[green]the numbers agree[/]" if report.ok else "[bold red]the numbers do not agree[/]")
+    console.print(_VERDICTS[report.verdict])
 
 
 def _finite(value: Any) -> Any:
-    """JSON knows no infinity: a null stands for it."""
+    """Infinities as null: JSON has none."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -44,10 +44,11 @@ def heads_of(model: nn.Module) -> Heads | None:
         if not isinstance(query, int):
             return None
         kv = getattr(config, "num_key_value_heads", None) or query
-        dim = getattr(config, "head_dim", None) or config.hidden_size // query
+        width = getattr(config, "hidden_size", None)
+        dim = getattr(config, "head_dim", None) or (width // query if width else None)
     except RuntimeError:  # transformers raises where layers differ, as those of Gemma 4 do
         return None
-    return Heads(query, kv, dim)
+    return Heads(query, kv, dim) if dim else None
 
 
 def check_heads(site: Site) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing as mp
-import os
 import pickle
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -21,18 +19,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from colrow.dryrun.simulated import simulated_ranks
 from colrow.errors import ColrowError, PlanError
 from colrow.plans.plan import Plan
-from colrow.verifying.sharded import Observed
+from colrow.verifying.comparison import Observed
 from colrow.verifying.step import Task, sharded_step
 
 TIMEOUT = 300.0
 
 
 class RankFailure(Exception):
-    """The sharded step raised; the text is what it said."""
+    """The sharded step raised, with this text."""
 
 
 def can_simulate() -> bool:
-    """Whether ranks can be simulated in this process: a process group that exists stands in the way."""
+    """Whether ranks can be simulated in this process: not where it has a process group."""
     return not dist.is_initialized()
 
 
@@ -55,15 +53,14 @@ def run_gloo(task: Task, plan: Plan, timeout: float = TIMEOUT) -> Observed:
     Raises:
         RankFailure: a rank raised, died, or gave no answer in time.
     """
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    # port 0: the system chooses, and this process listens from then on, so that no other can take the port
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     methods = mp.get_all_start_methods()  # a fork of this process would copy the locks of running threads
     context: Any = mp.get_context("forkserver" if "forkserver" in methods else "spawn")
     queue = context.Queue()
     payload = _pickle(task, plan)
     ranks = [
-        context.Process(target=_gloo_rank, args=(rank, task.tp, port, payload, queue), daemon=True)
+        context.Process(target=_gloo_rank, args=(rank, task.tp, store.port, payload, queue), daemon=True)
         for rank in range(task.tp)
     ]
     observed, answers, end = Observed(), 0, time.monotonic() + timeout
@@ -104,7 +101,7 @@ def _pickle(task: Task, plan: Plan) -> bytes:
 
 @contextmanager
 def _main_left_out(payload: bytes) -> Iterator[None]:
-    """Started processes run the caller's script again to find what is defined there; not where nothing is needed."""
+    """Keep started processes from running the caller's script again, unless the payload needs what it defines."""
     main: Any = sys.modules["__main__"]
     if b"__main__" in payload:
         yield
@@ -121,9 +118,10 @@ def _main_left_out(payload: bytes) -> Iterator[None]:
 
 
 def _gloo_rank(rank: int, tp: int, port: int, payload: bytes, queue: Any) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=tp, timeout=timedelta(seconds=60))
+    timeout = timedelta(seconds=60)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=tp, timeout=timeout)
     try:
         task, plan = pickle.loads(payload)
         mesh = init_device_mesh("cpu", (tp,), mesh_dim_names=("verify",))

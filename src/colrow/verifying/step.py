@@ -1,4 +1,4 @@
-"""One step: forward, loss, backward, gradients brought into their parameters' layout, AdamW."""
+"""One step: forward, loss, backward, gradients redistributed to their parameters' placements, AdamW."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
 from colrow.sharding.grad_norm import align_gradients
 from colrow.sharding.layout import packed_of
-from colrow.verifying.sharded import Observed, Parts, Reference, Sharded
+from colrow.verifying.comparison import Observed, Reference, Sharded, Shards
 
 
 @dataclass(frozen=True)
 class Task:
-    """What every rank is given: the unsharded model, its inputs, and the loss."""
+    """The input of every rank: the unsharded model, its inputs, and the loss."""
 
     model: nn.Module
     inputs: tuple[Any, ...]
@@ -31,7 +31,7 @@ class Task:
 
 
 def reference_step(task: Task, model: nn.Module) -> Reference:
-    """The step of the unsharded model, in place."""
+    """The step of the unsharded model, which is changed in place."""
     loss = task.loss(call_model(model, task.inputs), task.inputs)
     loss.backward()
     gradients = {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -44,9 +44,12 @@ def sharded_step(
     model: nn.Module,
     plan: Plan,
     mesh: DeviceMesh,
-    parts: Callable[[Tensor], Parts],
+    shards_of: Callable[[Tensor], Shards],
 ) -> Observed:
-    """The step of the parallelised model, in place. `parts` gives a local tensor's value on each rank run here."""
+    """The step of the parallelised model, which is changed in place.
+
+    `shards_of` returns a local tensor's value on each rank that runs in this process.
+    """
     parallelize(model, plan, mesh)
     with loss_context(plan, mesh):
         give_targets(model, plan, task.inputs)
@@ -54,26 +57,26 @@ def sharded_step(
         loss = output if plan.loss == "linear" else task.loss(output, task.inputs)
         loss.backward()
     align_gradients(model.parameters())
-    observed = Observed(losses={rank: value.item() for rank, value in parts(_local(loss)).items()})
+    observed = Observed(losses={rank: value.item() for rank, value in shards_of(_local(loss)).items()})
     for name, param in model.named_parameters():
         if param.grad is not None:
-            observed.gradients[name] = _sharded(model, name, param.grad, parts)
+            observed.gradients[name] = _sharded(model, name, param.grad, shards_of)
     _optimizer(model).step()
     for name, param in model.named_parameters():
-        observed.parameters[name] = _sharded(model, name, param, parts)
+        observed.parameters[name] = _sharded(model, name, param, shards_of)
     return observed
 
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW with an eps that is large beside rounding: a gradient of 1e-17 must not become a step of full size."""
+    """AdamW with an eps far above rounding: otherwise a gradient of 1e-17 gives a step of full size."""
     trainable = [param for param in model.parameters() if param.requires_grad]
     return torch.optim.AdamW(trainable, lr=1e-3, eps=1e-3, foreach=False)
 
 
-def _sharded(model: nn.Module, name: str, tensor: Tensor, parts: Callable[[Tensor], Parts]) -> Sharded:
+def _sharded(model: nn.Module, name: str, tensor: Tensor, shards_of: Callable[[Tensor], Shards]) -> Sharded:
     tensor = tensor.detach()
     assert isinstance(tensor, DTensor)
-    values = {rank: value.clone() for rank, value in parts(_local(tensor)).items()}
+    values = {rank: value.clone() for rank, value in shards_of(_local(tensor)).items()}
     return Sharded(tuple(tensor.shape), tuple(tensor.placements), packed_of(model, name), values)
 
 

@@ -1,4 +1,4 @@
-"""What ranks hold, collected in one process: losses, gradients, parameters; and how far it is from the whole."""
+"""Losses, gradients and parameters of all ranks, collected in one process, and their errors against one process."""
 
 from __future__ import annotations
 
@@ -9,43 +9,43 @@ from torch.distributed.tensor.placement_types import Placement
 
 from colrow.sharding.layout import Packed, boxes_at
 
-Parts = dict[int, Tensor]
-"""A local tensor for each rank."""
+Shards = dict[int, Tensor]
+"""The local tensor of each rank."""
 
 
 @dataclass
 class Sharded:
-    """A tensor that is spread over tp ranks."""
+    """A tensor over tp ranks: its global shape, how it is placed, and the local tensors."""
 
     shape: tuple[int, ...]
     placements: tuple[Placement, ...]
     packed: Packed | None
-    parts: Parts
+    shards: Shards
 
-    def error(self, whole: Tensor, tp: int, scale: float) -> float:
-        """The largest difference of any rank's part from its place in `whole`, over `scale`."""
+    def error(self, complete: Tensor, tp: int, scale: float) -> float:
+        """The largest difference of any rank's shard from its place in the `complete` tensor, divided by `scale`."""
         worst = 0.0
-        for rank, part in self.parts.items():
+        for rank, shard in self.shards.items():
             for box in boxes_at(self.shape, self.placements, (tp,), (rank,), self.packed):
-                got, want = part[box.local_slices], whole[box.global_slices]
+                got, want = shard[box.local_slices], complete[box.global_slices]
                 difference = (got - want).abs().max().item() if got.shape == want.shape else float("inf")
                 worst = max(worst, difference if difference == difference else float("inf"))
         return worst / scale
 
     def disagreement(self) -> bool:
-        """Whether ranks hold different values of what is declared whole on each."""
+        """Whether ranks hold different values of a replicated tensor."""
         if not all(placement.is_replicate() for placement in self.placements):
             return False
-        first, *others = self.parts.values()
+        first, *others = self.shards.values()
         limit = 1e-12 * first.abs().max().item()
         return any((other - first).abs().max().item() > limit for other in others)
 
-    def ratio(self, whole: Tensor) -> float:
-        """How many times too large rank 0's copy is; 0 unless it is a copy."""
+    def ratio(self, complete: Tensor) -> float:
+        """How many times too large rank 0's copy is, by least squares; 0 unless the tensor is replicated."""
         if not all(placement.is_replicate() for placement in self.placements):
             return 0.0
-        part = self.parts[min(self.parts)]
-        return ((part * whole).sum() / whole.square().sum().clamp_min(1e-300)).item()
+        copy = self.shards[min(self.shards)]
+        return ((copy * complete).sum() / complete.square().sum().clamp_min(1e-300)).item()
 
 
 @dataclass
@@ -56,20 +56,24 @@ class Observed:
     gradients: dict[str, Sharded] = field(default_factory=dict)
     parameters: dict[str, Sharded] = field(default_factory=dict)
 
+    def ranks_differ(self, name: str) -> bool:
+        """Whether ranks hold different gradients of a replicated parameter."""
+        return name in self.gradients and self.gradients[name].disagreement()
+
     def merge(self, other: Observed) -> None:
-        """Add what another rank saw."""
+        """Add another rank's observations."""
         self.losses |= other.losses
         for mine, theirs in ((self.gradients, other.gradients), (self.parameters, other.parameters)):
             for name, sharded in theirs.items():
                 if name in mine:
-                    mine[name].parts |= sharded.parts
+                    mine[name].shards |= sharded.shards
                 else:
                     mine[name] = sharded
 
 
 @dataclass
 class Reference:
-    """The same of the unsharded model."""
+    """Loss, gradients and updated parameters of the unsharded model."""
 
     loss: float
     gradients: dict[str, Tensor]
@@ -77,12 +81,12 @@ class Reference:
 
     @property
     def scale(self) -> float:
-        """The largest gradient of all: what a gradient that is zero by mathematics is compared with."""
+        """The largest gradient of all: a gradient that is zero by mathematics is compared with it."""
         return max([g.abs().max().item() for g in self.gradients.values()] or [1.0])
 
     def size(self, name: str) -> float:
-        """What an error of this gradient is relative to: below a millionth of the largest one it is rounding, such as
-        that of a key's bias before softmax."""
+        """The size that errors of this gradient are relative to. Below a millionth of the largest gradient it would be
+        rounding noise, as for a key's bias before softmax."""
         return max(self.gradients[name].abs().max().item(), 1e-6 * self.scale)
 
 
@@ -100,7 +104,7 @@ class Errors:
 
 
 def compare(observed: Observed, reference: Reference, tp: int) -> Errors:
-    """How far the ranks are from the unsharded model."""
+    """Relative errors of all ranks against the unsharded model."""
     gradients = {}
     for name in reference.gradients.keys() | observed.gradients.keys():
         want, got = reference.gradients.get(name), observed.gradients.get(name)

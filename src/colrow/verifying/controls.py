@@ -1,0 +1,112 @@
+"""Negative controls: changes that make a sharded model wrong, to show that the comparison would see it.
+
+A comparison that finds no error proves nothing unless it can find one. A change need not matter for every model, so
+several are tried: a gradient that is not summed, one that is summed too often, an activation that is not summed, and
+two ranks' shards of a weight exchanged.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import islice
+
+import torch
+from torch import nn
+from torch.distributed.tensor import Partial, Replicate
+
+from colrow.errors import PlanError
+from colrow.plans.plan import Plan
+from colrow.sharding.layout import boxes_at
+from colrow.styles.base import ParameterLayout, Rowwise, Style, style_from_data
+from colrow.verifying.backends import RankFailure
+from colrow.verifying.comparison import Observed, Reference, compare
+from colrow.verifying.report import Control
+from colrow.verifying.step import Task
+
+Case = tuple[str, Task, Plan]
+"""What was changed, and the task and plan with the change."""
+
+
+def negative_control(
+    task: Task, plan: Plan, reference: Reference, limit: float, run: Callable[[Task, Plan], Observed]
+) -> Control | None:
+    """The first change whose error the comparison finds, else the last that was tried; None if there is none to try.
+
+    A change with which the sharded model raises is passed over: it shows nothing about the comparison.
+    """
+    last: Control | None = None
+    for change, changed_task, changed_plan in _cases(task, plan):
+        try:
+            error = compare(run(changed_task, changed_plan), reference, task.tp).worst
+        except (RankFailure, PlanError):
+            continue
+        last = Control(change, error, error > 100 * limit)
+        if last.caught:
+            break
+    return last
+
+
+def _cases(task: Task, plan: Plan) -> Iterator[Case]:
+    """At most two changes of each kind: the comparison of each costs a sharded step."""
+    styles = {fqn: style for fqn, (_, style) in plan.resolve(task.model).items()}
+    layouts = plan.parameters(task.model, task.tp)
+    changes = (
+        *islice(_sums_left_out(task.model, styles), 2),
+        *islice(_sums_too_many(task.model, styles, layouts), 2),
+        *islice(_reductions_left_out(styles), 2),
+    )
+    for change, fqn, style in changes:
+        yield change, task, replace(plan, modules={**styles, fqn: style}, name="broken")
+    for change, model in islice(_shards_exchanged(task.model, layouts, task.tp), 2):
+        yield change, replace(task, model=model), plan
+
+
+def _sums_left_out(model: nn.Module, styles: dict[str, Style]) -> Iterator[tuple[str, str, Style]]:
+    for fqn, _ in _trained(model):
+        style = styles.get(fqn)
+        if style is not None and style.name in ("sequence", "grad_sum"):
+            yield f"{fqn}: style {style.name} left out", fqn, style_from_data("replicate", fqn)
+
+
+def _sums_too_many(
+    model: nn.Module, styles: dict[str, Style], layouts: dict[str, ParameterLayout]
+) -> Iterator[tuple[str, str, Style]]:
+    for fqn, module in _trained(model):
+        style = styles.get(fqn)
+        names = [f"{fqn}.{name}" for name, param in module.named_parameters(recurse=False) if param.requires_grad]
+        if (style is None or style.name == "replicate") and all(layouts[n].placement.is_replicate() for n in names):
+            yield f"{fqn}: gradients summed over tp, but equal on all ranks", fqn, style_from_data("grad_sum", fqn)
+
+
+def _reductions_left_out(styles: dict[str, Style]) -> Iterator[tuple[str, str, Style]]:
+    for fqn, style in styles.items():
+        if isinstance(style, Rowwise) and style.output in (None, Replicate()) and style.use_local_output:
+            yield f"{fqn}: the sum over tp of its output left out", fqn, replace(style, output=Partial())
+
+
+def _shards_exchanged(
+    model: nn.Module, layouts: dict[str, ParameterLayout], tp: int
+) -> Iterator[tuple[str, nn.Module]]:
+    """The model with the shards of ranks 0 and 1 of one weight exchanged. The plan then gives each the other's."""
+    for name, param in model.named_parameters():
+        layout = layouts[name]
+        if param.requires_grad and layout.placement.is_shard():
+            first, second = (
+                boxes_at(tuple(param.shape), (layout.placement,), (tp,), (rank,), layout.packed) for rank in (0, 1)
+            )
+            changed = copy.deepcopy(model)
+            with torch.no_grad():
+                weight = changed.get_parameter(name)
+                for a, b in zip(first, second, strict=True):
+                    weight[a.global_slices] = param[b.global_slices]
+                    weight[b.global_slices] = param[a.global_slices]
+            yield f"{name}: the shards of ranks 0 and 1 exchanged", changed
+
+
+def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Named modules with trainable parameters of their own."""
+    for fqn, module in model.named_modules():
+        if fqn and any(param.requires_grad for param in module.parameters(recurse=False)):
+            yield fqn, module

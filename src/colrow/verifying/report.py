@@ -1,0 +1,88 @@
+"""The result of verify, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+from typing import Any, Literal
+
+Verdict = Literal["proved", "wrong", "inconclusive"]
+
+
+@dataclass(frozen=True)
+class Worst:
+    """A parameter, the relative error of its gradient, and whether a copy that ranks should share differs on them."""
+
+    name: str
+    rel_err: float
+    ranks_differ: bool = False
+
+
+@dataclass(frozen=True)
+class Control:
+    """The negative control: a change that makes the sharded model wrong, and the error that the comparison finds.
+
+    `caught` is whether that error is far above the tolerance.
+    """
+
+    change: str
+    rel_err: float
+    caught: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was compared, and the relative errors.
+
+    Attributes:
+        verdict: `proved`: all errors are within the tolerance, and the comparison found the error of a negative
+            control. `wrong`: an error is above the tolerance, or the sharded model raised. `inconclusive`: all errors
+            are within the tolerance, but no change that was tried made the model wrong, so the comparison may be blind.
+        parameters: how many parameters were compared.
+        reduced: the sizes in which the verified model is smaller, or None when it was taken as it is.
+        loss_rel_err, max_grad_rel_err, max_step_rel_err: of the loss, of any gradient, and of any parameter after one
+            optimizer step; infinite when the sharded model raised.
+        worst: the parameters with the largest errors of their gradients, largest first.
+        cause: the usual reason for such a pattern of errors; empty without errors.
+        failure: the exception of the sharded model, if it raised.
+        control: the last negative control that was tried, or None without one.
+    """
+
+    verdict: Verdict
+    tp: int
+    backend: str
+    parameters: int
+    tolerance: float
+    reduced: str | None
+    seconds: float
+    loss_rel_err: float = inf
+    max_grad_rel_err: float = inf
+    max_step_rel_err: float = inf
+    worst: tuple[Worst, ...] = ()
+    cause: str = ""
+    failure: str = ""
+    control: Control | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the plan is proved right."""
+        return self.verdict == "proved"
+
+    def to_data(self) -> dict[str, Any]:
+        """The report as `colrow verify --json` prints it."""
+        return {
+            "ok": self.ok,
+            "verdict": self.verdict,
+            "loss_rel_err": self.loss_rel_err,
+            "max_grad_rel_err": self.max_grad_rel_err,
+            "max_step_rel_err": self.max_step_rel_err,
+            "parameters": self.parameters,
+            "worst": [vars(worst) for worst in self.worst],
+            "tolerance": self.tolerance,
+            "tp": self.tp,
+            "backend": self.backend,
+            "cause": self.cause,
+            "failure": self.failure,
+            "control": None if self.control is None else vars(self.control),
+            "twin": self.reduced,
+        }
