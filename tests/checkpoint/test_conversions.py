@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from benchmarks.models.tiny import classes, tiny
 from colrow.checkpoint.conversions import Part, _blocks, in_parts, parts_for, parts_in
-from colrow.checkpoint.huggingface import SINGLE, export, load_weights
+from colrow.checkpoint.export import export
+from colrow.checkpoint.huggingface import SINGLE, load_weights
 from colrow.checkpoint.pieces import Piece
 from colrow.errors import CheckpointError
 

@@ -26,14 +26,20 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 import colrow
-from colrow.checkpoint.folder import Folder
-from colrow.checkpoint.listing import CheckpointInfo, list_checkpoints, newest_whole, prune
-from colrow.checkpoint.loading import examine, read_texts, targets_of
+from colrow.checkpoint.folder import CheckpointInfo, Folder, list_checkpoints, newest_whole, prune
+from colrow.checkpoint.loading import (
+    compare,
+    examine,
+    read_texts,
+    require_same_model,
+    require_same_optimized,
+    require_same_vocabulary,
+    targets_of,
+)
 from colrow.checkpoint.manifest import JSON, Manifest, as_json
 from colrow.checkpoint.pieces import Piece, Staging
 from colrow.checkpoint.planner import PieceLoadPlanner, PieceSavePlanner, RankNotes, as_state
 from colrow.checkpoint.ranks import Ranks, as_text, is_users, raise_told
-from colrow.checkpoint.signature import compare, require_same_model, require_same_optimized, require_same_vocabulary
 from colrow.checkpoint.state import Named, model_tensors, optimized_names, optimizer_record, optimizer_tensors
 from colrow.checkpoint.storage import CheckpointReader, CheckpointWriter, Told
 from colrow.errors import CheckpointError

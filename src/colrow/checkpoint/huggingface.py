@@ -1,68 +1,34 @@
-"""Weights in and out of a Hugging Face folder: safetensors, in one file or several with an index.
+"""Weights out of a Hugging Face folder: safetensors, in one file or several with an index.
 
-Reading takes each rank's part of a tensor from the file and nothing else; writing is shared by all ranks.
+Each rank reads its shard of a tensor from the file and nothing else.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from colrow.checkpoint.conversions import Part, Shapes, in_parts, parts_for, parts_in, whole
-from colrow.checkpoint.folder import flush
-from colrow.checkpoint.gather import catalogue
-from colrow.checkpoint.manifest import write_text
+from colrow.checkpoint.conversions import Part, Shapes, in_parts, parts_in, whole
 from colrow.checkpoint.pieces import Piece
-from colrow.checkpoint.ranks import Ranks, as_text
-from colrow.checkpoint.shard_files import INDEX, SINGLE, ShardFile, share_files, split_files, write_share
+from colrow.checkpoint.ranks import as_text
 from colrow.checkpoint.state import Named, model_tensors
 from colrow.checkpoint.tensor_file import TensorReader
 from colrow.errors import CheckpointError
-from colrow.models.huggingface import config_to_huggingface, name_to_huggingface
+from colrow.models.huggingface import name_to_huggingface
 from colrow.models.llama import Llama, LlamaConfig
 
 Model = nn.Module | Sequence[nn.Module]
 """A model, or the pipeline stages of this rank."""
 
-MAX_SHARD_BYTES = 5 * 10**9
-
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-_TEXT_ENDS = ("bos_token_id", "eos_token_id")
-_OF_AN_EXPORT = (
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors",
-    INDEX,
-    "*token*.json",
-    "chat_template*",
-    "vocab.json",
-    "merges.txt",
-)
-
-
-class SavesItself(Protocol):
-    """What an export asks of a tokenizer."""
-
-    @property
-    def eos_id(self) -> int:
-        """The token that ends a text."""
-
-    @property
-    def prefix(self) -> list[int]:
-        """The tokens that begin every text; often none."""
-
-    def save(self, path: Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json into a folder."""
 
 
 def load_weights(model: Model, folder: Path | str) -> None:
@@ -75,9 +41,9 @@ def load_weights(model: Model, folder: Path | str) -> None:
     """
     folder = Path(folder)
     files = _files(folder)
-    named = _named(model)
-    known = parts_in(model, _shapes_of(named, but=files), files) if isinstance(model, nn.Module) else {}
-    parts = _parts_of(named, known)
+    named = named_tensors(model)
+    known = parts_in(model, shapes_of(named, but=files), files) if isinstance(model, nn.Module) else {}
+    parts = parts_of(named, known)
     needed = {part.name: part.shape for one in named for part in parts[one.name]}
     _require_same_names(folder, files, needed, _expected(model, needed))
     _require_same_shapes(folder, files, needed)
@@ -93,51 +59,7 @@ def load_weights(model: Model, folder: Path | str) -> None:
                     piece.data.copy_(reader.read(piece.name, tuple(slice(o, o + n) for o, n in ends)))
 
 
-def export(
-    model: Model,
-    folder: Path | str,
-    config: LlamaConfig | dict[str, Any],
-    tokenizer: SavesItself | None = None,
-    *,
-    dtype: torch.dtype = torch.float32,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    group: dist.ProcessGroup | None = None,
-) -> None:
-    """Write a Hugging Face folder that `transformers` loads. Collective over `group`, all ranks unless given.
-
-    Names are those that transformers itself writes: a matrix for each expert, say, of which the model holds a stack.
-    Each rank writes a share of the files into one folder that all ranks see, and holds at most one whole tensor at
-    a time. The folder gets its name when it is complete; a former export of that name is replaced.
-
-    Args:
-        config: or the mapping of a config.json, for a model of the transformers library.
-        dtype: of the written weights.
-        max_shard_bytes: a file holds at most this much, unless a single tensor is larger.
-
-    Raises:
-        CheckpointError: on every rank, when the folder holds something else, or any rank cannot write.
-        ConfigError: no class of transformers has the model's combination of options.
-    """
-    folder = Path(folder).absolute()
-    tree = config_to_huggingface(config, dtype) if isinstance(config, LlamaConfig) else dict(config)
-    tree |= {"dtype": str(dtype).removeprefix("torch."), **_text_ends(tokenizer)}
-    ranks = Ranks.open(group, private=False)
-    pieces = ranks.together(lambda: _exported(model))
-    tensors = catalogue(ranks, pieces, dtype)
-    files = split_files(tensors, max_shard_bytes)
-    shares = share_files(files, ranks.size)
-    unfinished = folder.parent / f".{folder.name}.unfinished"
-    ranks.together(lambda: _start(folder, unfinished) if ranks.first else None)
-    try:
-        ranks.together(lambda: _require_seen(unfinished))
-        ranks.together(lambda: write_share(unfinished, ranks, pieces, tensors, shares))
-        ranks.together(lambda: _finish(unfinished, folder, tree, tokenizer, files) if ranks.first else None)
-    finally:
-        if ranks.first:
-            shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _named(model: Model) -> list[Named]:
+def named_tensors(model: Model) -> list[Named]:
     """The tensors that this rank holds, under the names of a Hugging Face folder."""
     named = [replace(one, name=name_to_huggingface(one.name)) for one in model_tensors(model)]
     if (ties := _ties(model)) is not None:
@@ -151,19 +73,13 @@ def _stages(model: Model) -> list[nn.Module]:
     return [model] if isinstance(model, nn.Module) else list(model)
 
 
-def _shapes_of(named: Sequence[Named], but: Container[str] = ()) -> Shapes:
+def shapes_of(named: Sequence[Named], but: Container[str] = ()) -> Shapes:
     return {one.name: tuple(one.tensor.shape) for one in named if one.name not in but}
 
 
-def _parts_of(named: Sequence[Named], known: dict[str, list[Part]]) -> dict[str, list[Part]]:
+def parts_of(named: Sequence[Named], known: dict[str, list[Part]]) -> dict[str, list[Part]]:
     """What each tensor is stored as: what is known, else the tensor itself."""
-    return {name: known.get(name) or [whole(name, shape)] for name, shape in _shapes_of(named).items()}
-
-
-def _exported(model: Model) -> list[Piece]:
-    named = _named(model)
-    parts = _parts_of(named, parts_for(model, _shapes_of(named)) if isinstance(model, nn.Module) else {})
-    return [piece for one in named for piece in in_parts(one.pieces(), parts[one.name])]
+    return {name: known.get(name) or [whole(name, shape)] for name, shape in shapes_of(named).items()}
 
 
 def _is_tied(model: Model) -> bool:
@@ -198,7 +114,7 @@ def _files(folder: Path) -> dict[str, Path]:
             raise CheckpointError(f"{index} cannot be read: {as_text(error)}") from error
         lost = sorted({file.name for file in files.values() if not file.exists()})
         if lost:
-            raise CheckpointError(f"{folder} lacks {_first(lost)}, which its index names: fetch the folder again")
+            raise CheckpointError(f"{folder} lacks {first_few(lost)}, which its index names: fetch the folder again")
         return files
     if not single.exists():
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
@@ -225,7 +141,9 @@ def _require_same_names(folder: Path, files: Iterable[str], needed: Iterable[str
     unexpected = sorted(name for name in there - expected if not _is_derived(name, expected))
     if not missing and not unexpected:
         return
-    wrong = [f"{what} {_first(names)}" for what, names in (("missing", missing), ("unexpected", unexpected)) if names]
+    wrong = [
+        f"{what} {first_few(names)}" for what, names in (("missing", missing), ("unexpected", unexpected)) if names
+    ]
     mend = "is its config.json the model's?"
     if missing == [_HEAD]:
         mend = "set tie_word_embeddings, for the folder has no head of its own"
@@ -247,64 +165,8 @@ def _require_same_shapes(folder: Path, files: dict[str, Path], needed: dict[str,
         if there[name] != shape:
             wrong.append(f"{name} is {list(there[name])}, the model's {list(shape)}")
     if wrong:
-        raise CheckpointError(f"{folder} holds a model of other sizes: {_first(wrong)}")
+        raise CheckpointError(f"{folder} holds a model of other sizes: {first_few(wrong)}")
 
 
-def _text_ends(tokenizer: SavesItself | None) -> dict[str, Any]:
-    if tokenizer is None:
-        return {}
-    first = tokenizer.prefix[0] if tokenizer.prefix else None
-    return dict(zip(_TEXT_ENDS, (first, tokenizer.eos_id), strict=True))
-
-
-def _start(folder: Path, unfinished: Path) -> None:
-    """Make the folder to write into, when what is there may be replaced."""
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file: give a folder to export to")
-    others = [path.name for path in folder.glob("*") if not any(path.match(known) for known in _OF_AN_EXPORT)]
-    if others:
-        raise CheckpointError(
-            f"{folder} holds something else ({_first(sorted(others))}): give a new or an empty folder"
-        )
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-
-
-def _require_seen(unfinished: Path) -> None:
-    if not unfinished.is_dir():
-        raise CheckpointError(f"this rank's host does not see {unfinished}: export to a folder that all hosts share")
-
-
-def _finish(
-    unfinished: Path, folder: Path, tree: dict[str, Any], tokenizer: SavesItself | None, files: Sequence[ShardFile]
-) -> None:
-    """Write what is small, and give the folder its name."""
-    if len(files) > 1:
-        weight_map = {name: file.name for file in files for name in file.tensors}
-        total = {"metadata": {"total_size": sum(file.bytes for file in files)}, "weight_map": weight_map}
-        _write_json(unfinished / INDEX, total)
-    _write_json(unfinished / "config.json", tree)
-    _write_json(unfinished / "generation_config.json", {k: tree[k] for k in tree if k in _TEXT_ENDS})
-    if tokenizer is not None:
-        tokenizer.save(unfinished)
-    flush(unfinished)
-    former = folder.parent / f".{folder.name}.former"
-    shutil.rmtree(former, ignore_errors=True)
-    if folder.exists():
-        os.rename(folder, former)
-    try:
-        os.rename(unfinished, folder)
-    except OSError:
-        if former.exists():
-            os.rename(former, folder)
-        raise
-    flush(folder.parent)
-    shutil.rmtree(former, ignore_errors=True)
-
-
-def _write_json(path: Path, tree: dict[str, Any]) -> None:
-    write_text(path, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
-
-
-def _first(items: Sequence[str]) -> str:
+def first_few(items: Sequence[str]) -> str:
     return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")

@@ -27,8 +27,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from colrow.checkpoint.tensor_file import DTYPES, checksum_of
-from colrow.checkpoint.threads import in_threads
+from colrow.checkpoint.tensor_file import DTYPES, checksum_of, in_threads
 from colrow.errors import CheckpointError
 from colrow.mesh import Mesh
 

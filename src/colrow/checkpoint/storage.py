@@ -28,8 +28,7 @@ from colrow.checkpoint.manifest import (
     write_text,
 )
 from colrow.checkpoint.state import OPTIMIZER_PREFIX
-from colrow.checkpoint.tensor_file import Entry, TensorReader, write_tensors
-from colrow.checkpoint.threads import in_threads
+from colrow.checkpoint.tensor_file import Entry, TensorReader, in_threads, write_tensors
 from colrow.errors import CheckpointError
 
 T = TypeVar("T")

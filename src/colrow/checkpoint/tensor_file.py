@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +21,10 @@ from torch import Tensor
 
 from colrow.errors import CheckpointError
 
+T = TypeVar("T")
+R = TypeVar("R")
+
+THREADS = 4
 BLOCK = 16 << 20  # bytes that are checksummed while they are warm in the cache
 
 DTYPES = {
@@ -96,6 +101,20 @@ def checksum_of(path: Path) -> int:
         while count := file.readinto(buffer):
             checksum = zlib.crc32(view[:count], checksum)
     return checksum
+
+
+def in_threads(work: Callable[[T], R], values: Iterable[T]) -> list[R]:
+    """`work` of each value, in their order. The first failure is raised once no thread works any more."""
+    values = list(values)
+    if len(values) < 2:
+        return [work(value) for value in values]
+    with ThreadPoolExecutor(min(THREADS, len(values))) as pool:
+        futures = [pool.submit(work, value) for value in values]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 class TensorReader:

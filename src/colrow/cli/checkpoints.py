@@ -9,8 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from colrow.checkpoint.folder import Folder, in_words
-from colrow.checkpoint.listing import CheckpointInfo, list_checkpoints, newest_whole
+from colrow.checkpoint.folder import CheckpointInfo, Folder, in_words, list_checkpoints, newest_whole
 from colrow.errors import CheckpointError
 
 _STYLES = {"whole": "green", "unfinished": "yellow", "damaged": "red"}

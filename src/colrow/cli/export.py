@@ -37,8 +37,8 @@ def main(argv: list[str]) -> int:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
+    from colrow.checkpoint.export import export
     from colrow.checkpoint.folder import in_words
-    from colrow.checkpoint.huggingface import export
     from colrow.cli.loading import open_saved, torchrun_ranks
     from colrow.parallel.initialize import materialize, shard_evenly
 

@@ -14,9 +14,9 @@ from torch import nn
 from colrow.checking.check import Finding, check_static
 from colrow.checking.check import check as run_check
 from colrow.checkpoint.distributed import Checkpoints
-from colrow.checkpoint.listing import CheckpointInfo
+from colrow.checkpoint.folder import CheckpointInfo
+from colrow.checkpoint.loading import compare, require_same_model, require_same_vocabulary
 from colrow.checkpoint.manifest import read_manifest
-from colrow.checkpoint.signature import compare, require_same_model, require_same_vocabulary
 from colrow.checkpoint.state import model_tensors
 from colrow.config import RunConfig
 from colrow.data.loader import check_batch

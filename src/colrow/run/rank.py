@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
 from colrow.checkpoint.distributed import Checkpoints
-from colrow.checkpoint.huggingface import export
+from colrow.checkpoint.export import export
 from colrow.config import RunConfig
 from colrow.data.prepare import PreparedData, prepare
 from colrow.data.tokenizer import Tokenizer

@@ -1,0 +1,234 @@
+"""A model as a Hugging Face folder that transformers loads: safetensors files, each written by one rank, and JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from colrow.checkpoint.conversions import in_parts, parts_for
+from colrow.checkpoint.folder import flush
+from colrow.checkpoint.gather import Gather, Whole, catalogue
+from colrow.checkpoint.huggingface import INDEX, SINGLE, Model, first_few, named_tensors, parts_of, shapes_of
+from colrow.checkpoint.manifest import write_text
+from colrow.checkpoint.pieces import Piece
+from colrow.checkpoint.ranks import Ranks
+from colrow.checkpoint.tensor_file import Entry, write_tensors
+from colrow.errors import CheckpointError
+from colrow.models.huggingface import config_to_huggingface
+from colrow.models.llama import LlamaConfig
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+_TEXT_ENDS = ("bos_token_id", "eos_token_id")
+_OF_AN_EXPORT = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    INDEX,
+    "*token*.json",
+    "chat_template*",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+class SavesItself(Protocol):
+    """What an export asks of a tokenizer."""
+
+    @property
+    def eos_id(self) -> int:
+        """The token that ends a text."""
+
+    @property
+    def prefix(self) -> list[int]:
+        """The tokens that begin every text; often none."""
+
+    def save(self, path: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json into a folder."""
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One safetensors file: its name and its tensors, in order."""
+
+    name: str
+    tensors: dict[str, Whole]
+
+    @property
+    def bytes(self) -> int:
+        return sum(whole.bytes for whole in self.tensors.values())
+
+
+def export(
+    model: Model,
+    folder: Path | str,
+    config: LlamaConfig | dict[str, Any],
+    tokenizer: SavesItself | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Write a Hugging Face folder that `transformers` loads. Collective over `group`, all ranks unless given.
+
+    Names are those that transformers itself writes: a matrix for each expert, say, of which the model holds a stack.
+    Each rank writes a share of the files into one folder that all ranks see, and holds at most one whole tensor at
+    a time. The folder gets its name when it is complete; a former export of that name is replaced.
+
+    Args:
+        config: or the mapping of a config.json, for a model of the transformers library.
+        dtype: of the written weights.
+        max_shard_bytes: a file holds at most this much, unless a single tensor is larger.
+
+    Raises:
+        CheckpointError: on every rank, when the folder holds something else, or any rank cannot write.
+        ConfigError: no class of transformers has the model's combination of options.
+    """
+    folder = Path(folder).absolute()
+    tree = config_to_huggingface(config, dtype) if isinstance(config, LlamaConfig) else dict(config)
+    tree |= {"dtype": str(dtype).removeprefix("torch."), **_text_ends(tokenizer)}
+    ranks = Ranks.open(group, private=False)
+    pieces = ranks.together(lambda: _exported(model))
+    tensors = catalogue(ranks, pieces, dtype)
+    files = split_files(tensors, max_shard_bytes)
+    shares = share_files(files, ranks.size)
+    unfinished = folder.parent / f".{folder.name}.unfinished"
+    ranks.together(lambda: _start(folder, unfinished) if ranks.first else None)
+    try:
+        ranks.together(lambda: _require_seen(unfinished))
+        ranks.together(lambda: write_share(unfinished, ranks, pieces, tensors, shares))
+        ranks.together(lambda: _finish(unfinished, folder, tree, tokenizer, files) if ranks.first else None)
+    finally:
+        if ranks.first:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _exported(model: Model) -> list[Piece]:
+    named = named_tensors(model)
+    parts = parts_of(named, parts_for(model, shapes_of(named)) if isinstance(model, nn.Module) else {})
+    return [piece for one in named for piece in in_parts(one.pieces(), parts[one.name])]
+
+
+def split_files(tensors: dict[str, Whole], max_bytes: int) -> list[ShardFile]:
+    """Consecutive tensors in files of at most `max_bytes`; a tensor that is larger has a file of its own."""
+    if max_bytes < 1:
+        raise CheckpointError(f"max_shard_bytes={max_bytes} holds no tensor: use some gigabytes")
+    parts: list[dict[str, Whole]] = []
+    room = 0
+    for name, whole in tensors.items():
+        if not parts or whole.bytes > room:
+            parts.append({})
+            room = max_bytes
+        parts[-1][name] = whole
+        room -= whole.bytes
+    if len(parts) <= 1:
+        return [ShardFile(SINGLE, part) for part in parts]
+    count = len(parts)
+    return [ShardFile(f"model-{i + 1:05}-of-{count:05}.safetensors", part) for i, part in enumerate(parts)]
+
+
+def share_files(files: Sequence[ShardFile], ranks: int) -> list[list[ShardFile]]:
+    """The files that each rank writes: the largest first, each to the rank with the least so far."""
+    shares: list[list[ShardFile]] = [[] for _ in range(ranks)]
+    load = [0] * ranks
+    for file in sorted(files, key=lambda file: -file.bytes):
+        least = load.index(min(load))
+        shares[least].append(file)
+        load[least] += file.bytes
+    return shares
+
+
+def write_share(
+    folder: Path,
+    ranks: Ranks,
+    pieces: Sequence[Piece],
+    tensors: dict[str, Whole],
+    shares: Sequence[Sequence[ShardFile]],
+) -> None:
+    """Write this rank's share of the files. Collective.
+
+    Raises:
+        OSError: the disk is full or cannot be written.
+    """
+    queues = [[name for file in share for name in _file_order(file)] for share in shares]
+    gather = Gather(ranks, pieces, tensors, queues)
+    try:
+        for file in shares[ranks.rank]:
+            entries = [_entry(name, file.tensors[name], gather) for name in _file_order(file)]
+            write_tensors(folder / file.name, entries, {"format": "pt"})
+    finally:
+        gather.finish()  # a full disk here must not leave the others waiting for this rank's pieces
+
+
+def _file_order(file: ShardFile) -> list[str]:
+    """`write_tensors` takes wide elements first."""
+    return sorted(file.tensors, key=lambda name: -file.tensors[name].dtype.itemsize)
+
+
+def _entry(name: str, whole: Whole, gather: Gather) -> Entry:
+    return Entry(name, whole.shape, whole.dtype, lambda: gather.next(name))
+
+
+def _text_ends(tokenizer: SavesItself | None) -> dict[str, Any]:
+    if tokenizer is None:
+        return {}
+    first = tokenizer.prefix[0] if tokenizer.prefix else None
+    return dict(zip(_TEXT_ENDS, (first, tokenizer.eos_id), strict=True))
+
+
+def _start(folder: Path, unfinished: Path) -> None:
+    """Make the folder to write into, when what is there may be replaced."""
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file: give a folder to export to")
+    others = [path.name for path in folder.glob("*") if not any(path.match(known) for known in _OF_AN_EXPORT)]
+    if others:
+        raise CheckpointError(
+            f"{folder} holds something else ({first_few(sorted(others))}): give a new or an empty folder"
+        )
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+
+
+def _require_seen(unfinished: Path) -> None:
+    if not unfinished.is_dir():
+        raise CheckpointError(f"this rank's host does not see {unfinished}: export to a folder that all hosts share")
+
+
+def _finish(
+    unfinished: Path, folder: Path, tree: dict[str, Any], tokenizer: SavesItself | None, files: Sequence[ShardFile]
+) -> None:
+    """Write what is small, and give the folder its name."""
+    if len(files) > 1:
+        weight_map = {name: file.name for file in files for name in file.tensors}
+        total = {"metadata": {"total_size": sum(file.bytes for file in files)}, "weight_map": weight_map}
+        _write_json(unfinished / INDEX, total)
+    _write_json(unfinished / "config.json", tree)
+    _write_json(unfinished / "generation_config.json", {k: tree[k] for k in tree if k in _TEXT_ENDS})
+    if tokenizer is not None:
+        tokenizer.save(unfinished)
+    flush(unfinished)
+    former = folder.parent / f".{folder.name}.former"
+    shutil.rmtree(former, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, former)
+    try:
+        os.rename(unfinished, folder)
+    except OSError:
+        if former.exists():
+            os.rename(former, folder)
+        raise
+    flush(folder.parent)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def _write_json(path: Path, tree: dict[str, Any]) -> None:
+    write_text(path, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
