@@ -124,7 +124,7 @@ def test_every_code_has_a_case_and_a_page() -> None:
         text = (PAGES / f"{code}.md").read_text(encoding="utf-8")
         assert text.startswith(f"# {code} {about.slug}\n")
         assert f"\n| [{code}]({code}.md) | {about.slug} | {about.severity} | {about.effect} |\n" in table
-        for heading in ("## What happens", "## Why", "## How to mend it"):
+        for heading in ("## What happens", "## Why", "## Fix"):
             assert heading in text, f"{code} has no {heading!r}"
 
 

@@ -10,7 +10,7 @@ Severity = Literal["error", "warning"]
 
 @dataclass(frozen=True)
 class Code:
-    """A stable code: its readable name, how bad it is, and what happens without a mend, in one line."""
+    """A stable code: its readable name, how bad it is, and what happens without a fix, in one line."""
 
     slug: str
     severity: Severity
@@ -19,55 +19,61 @@ class Code:
 
 CODES: dict[str, Code] = {
     # names: does the plan say what it means?
-    "CR101": Code("key-matches-nothing", "error", "the modules that were meant stay whole"),
+    "CR101": Code("key-matches-nothing", "error", "the modules that were meant stay unsharded"),
     "CR102": Code("module-matched-twice", "error", "two styles would be applied to one module"),
     "CR103": Code("shared-module", "error", "one module has two names, and the plan gives them different styles"),
     "CR104": Code("already-parallel", "error", "a plan is applied once, to a plain model"),
     "CR105": Code("nothing-split", "warning", "every rank holds and computes everything"),
     # sizes: can each tensor be cut?
     "CR201": Code("features-do-not-divide", "error", "shards of unequal size: a hang or an abort"),
-    "CR202": Code("heads-do-not-divide", "error", "a rank would hold a part of a head"),
-    "CR203": Code("kv-heads-do-not-divide", "error", "a rank would hold a part of a kv head"),
+    "CR202": Code("heads-do-not-divide", "error", "a rank would hold a fraction of a head"),
+    "CR203": Code("kv-heads-do-not-divide", "error", "a rank would hold a fraction of a kv head"),
     "CR204": Code("vocabulary-does-not-divide", "error", "shards of unequal size: a hang or an abort"),
     "CR205": Code("sequence-does-not-divide", "error", "shards of unequal size: a hang or an abort"),
-    "CR206": Code("module-type", "error", "the style knows nothing of this class"),
-    "CR207": Code("linear-with-children", "error", "the style would take the children's parameters for its own"),
+    "CR206": Code("module-type", "error", "the style does not support this class"),
+    "CR207": Code("linear-with-children", "error", "the style would register the children's parameters as its own"),
     "CR208": Code("fused-weight", "error", "wrong numbers, no exception: a shard mixes the fused parts"),
-    "CR209": Code("head-count-in-view", "error", "wrong numbers, no exception: heads are cut the wrong way"),
-    "CR210": Code("segments-do-not-divide", "error", "a fused part cannot be cut evenly"),
+    "CR209": Code(
+        "head-count-in-view", "error", "wrong numbers, no exception: heads are split across the head dimension"
+    ),
+    "CR210": Code("segments-do-not-divide", "error", "a segment of a fused weight cannot be split evenly"),
     "CR211": Code("style-options", "error", "the style cannot be applied"),
-    "CR212": Code("buffer-not-split", "error", "a buffer of the whole size meets a shard"),
-    "CR213": Code("whole-kv-heads", "error", "wrong numbers, no exception: query heads meet other groups' kv heads"),
+    "CR212": Code("buffer-not-split", "error", "an unsharded buffer meets a shard"),
+    "CR213": Code("whole-kv-heads", "error", "wrong numbers, no exception: query heads use other groups' kv heads"),
     # ends: head, loss, ties
-    "CR301": Code("local-vocabulary-shard", "error", "wrong numbers: a rank takes its shard for the vocabulary"),
-    "CR302": Code("whole-logits", "warning", "the vocabulary-parallel loss has nothing to do"),
+    "CR301": Code(
+        "local-vocabulary-shard", "error", "wrong numbers: each rank computes the loss over its vocabulary shard alone"
+    ),
+    "CR302": Code("whole-logits", "warning", "the vocabulary-parallel loss saves no memory"),
     "CR303": Code("loss-gets-dtensor", "error", "the ordinary loss cannot take split logits"),
     "CR304": Code("tie-split", "error", "tied weights come apart, each with half of the gradient"),
     "CR305": Code("log-softmax-in-loss", "error", "exact loss, wrong gradients of every parameter"),
     "CR306": Code("loss-unsupported", "error", "the loss cannot be computed on split logits"),
-    "CR307": Code("tie-over-stages", "warning", "exact loss, each stage's copy gets a part of the gradient"),
+    "CR307": Code("tie-over-stages", "warning", "exact loss, each stage's copy gets one term of the gradient"),
     # activations: what the dry run sees
     "CR401": Code("fails-in-parallel", "error", "the first step raises"),
     "CR402": Code("mixed-tensors", "error", "the first step raises"),
     "CR403": Code("keyword-input", "error", "the first step raises"),
     "CR404": Code("no-sharding-rule", "error", "the first step raises"),
-    "CR405": Code("output-shape", "error", "wrong numbers: a dimension has another extent than in the unsharded model"),
+    "CR405": Code("output-shape", "error", "wrong numbers: a dimension has another size than in the unsharded model"),
     "CR406": Code("whole-declared-shard", "error", "wrong numbers: a dimension becomes tp times longer"),
-    "CR407": Code("part-declared-whole", "error", "wrong numbers: a rank takes its own part for the whole"),
-    "CR408": Code("hidden-communication", "warning", "right numbers, more communication than needed"),
+    "CR407": Code("part-declared-whole", "error", "wrong numbers: each rank uses its own shard as the complete tensor"),
+    "CR408": Code("hidden-communication", "warning", "right numbers, more communication than necessary"),
     "CR409": Code("counted-tp-times", "error", "wrong numbers: a value is summed once for each rank"),
     "CR410": Code("not-run", "warning", "the dry run's checks could not be made"),
     "CR411": Code("sums-rounded", "warning", "sums over tp are made in a smaller type than those over the data axes"),
     "CR412": Code("unfinished-input", "error", "the backward of a compiled block raises"),
-    "CR413": Code("reduced-part", "error", "wrong numbers, no exception: a softmax or top-k over a rank's part"),
+    "CR413": Code("reduced-part", "error", "wrong numbers, no exception: a softmax or top-k over one rank's shard"),
     # gradients
-    "CR501": Code("partial-gradient", "error", "exact loss, wrong gradient: a part of a sum is taken for the sum"),
+    "CR501": Code("partial-gradient", "error", "exact loss, wrong gradient: a partial sum is used as the sum"),
     "CR502": Code("gradient-times-tp", "error", "exact loss, wrong gradient: tp times too large"),
     "CR503": Code("no-gradient", "error", "the parameter never trains"),
-    "CR504": Code("partial-activation-gradient", "error", "exact loss, wrong gradients of all that comes before"),
+    "CR504": Code(
+        "partial-activation-gradient", "error", "exact loss, wrong gradients of everything before this point"
+    ),
     "CR505": Code("nothing-trains", "warning", "every parameter is frozen"),
     # random numbers
-    "CR601": Code("dropout-on-shards", "warning", "masks of the ranks' parts are not independent"),
+    "CR601": Code("dropout-on-shards", "warning", "masks of different shards are not independent"),
 }
 
 
