@@ -19,7 +19,7 @@ import pytest
 from rich.console import Console
 
 from colrow.data.prepare import prepare
-from colrow.data.progress import Progress
+from colrow.data.progress import PreparationProgress
 from colrow.data.shards import read_meta
 from colrow.data.tokenizer import load_tokenizer
 from colrow.errors import DataError
@@ -311,7 +311,7 @@ def test_progress_shows_lines_away_from_a_terminal(capfd, section, texts, monkey
 
 def test_progress_shows_a_bar_on_a_terminal():
     screen = io.StringIO()
-    with Progress(True, Console(file=screen, force_terminal=True, width=100)) as progress:
+    with PreparationProgress(True, Console(file=screen, force_terminal=True, width=100)) as progress:
         progress.stage("tokenizing [all]", 10)
         progress.advance(5, "1.0M tokens")
         progress.say("beside [it]")

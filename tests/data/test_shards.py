@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from colrow.data.documents import Corpus
-from colrow.data.progress import Progress
+from colrow.data.progress import PreparationProgress
 from colrow.data.shards import TokenArray, build_shards, dtype_for, partial_folders, read_meta
 from colrow.data.tokenizer import Tokenizer
 from colrow.errors import DataError
@@ -52,7 +52,12 @@ def some_texts(n: int, seed: int = 0) -> list[str]:
 
 
 def build(folder, corpus, tokenizer=None, **more):
-    options = {"fingerprint": "fingerprint", "validation_fraction": 0.2, "workers": 1, "progress": Progress(False)}
+    options = {
+        "fingerprint": "fingerprint",
+        "validation_fraction": 0.2,
+        "workers": 1,
+        "progress": PreparationProgress(False),
+    }
     return build_shards(corpus, tokenizer or words_tokenizer(100), folder, **options | more)
 
 

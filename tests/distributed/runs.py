@@ -13,7 +13,7 @@ from colrow.data.prepare import prepare
 from colrow.models.build import Source, build_source
 from colrow.plans.plan import Plan
 from colrow.run.preflight import choose_plan
-from colrow.run.progress import Progress
+from colrow.run.progress import TrainingProgress
 from colrow.run.rank import train_run
 from colrow.train.metrics import read_metrics
 
@@ -74,7 +74,7 @@ def train(device: str, config: RunConfig, stop_after: int | None = None) -> tupl
         return stop_after is not None and dist.get_rank() == 1 and asked >= stop_after
 
     text = io.StringIO()
-    progress = Progress(dist.get_rank() == 0, config.train.steps, 1, text)
+    progress = TrainingProgress(dist.get_rank() == 0, config.train.steps, 1, text)
     data = prepare(config.data, 4096, progress=False)
     outcome = train_run(config, *model_and_plan(config), data, mesh, here, progress, "colrow train tiny.yaml", stop)
     return outcome.step, outcome.stopped, text.getvalue()

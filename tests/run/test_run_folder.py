@@ -39,6 +39,15 @@ def test_a_folder_in_use_is_refused_until_its_holder_ends(tmp_path: Path) -> Non
         assert f"process {holder.pid}" not in (folder / ".lock").read_text()
 
 
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(fd: int, how: int) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(ConfigError, match=r"has no file locks \(No locks available\).* set run\.dir to another disk"):
+        require_free(tmp_path)
+
+
 def test_a_folder_that_does_not_exist_is_free_and_stays_away(tmp_path: Path) -> None:
     require_free(tmp_path / "none")
     assert not (tmp_path / "none").exists()

@@ -11,7 +11,7 @@ import pytest
 from colrow.config import LogSection, RunConfig
 from colrow.errors import ConfigError
 from colrow.run.plot import plot_loss
-from colrow.run.progress import Progress, step_line
+from colrow.run.progress import TrainingProgress, step_line
 from colrow.train import metrics
 from colrow.train.metrics import Metrics, peak_flops, perplexity, read_metrics, truncate
 
@@ -102,7 +102,7 @@ def test_lines_fit_a_terminal_of_80_columns() -> None:
 
 def test_without_a_terminal_there_is_a_line_now_and_then() -> None:
     text = io.StringIO()
-    with Progress(True, 20, 5, text) as progress:
+    with TrainingProgress(True, 20, 5, text) as progress:
         progress.start(0)
         for step in range(1, 21):
             progress.step(record(step, **({"val_loss": 1.0, "perplexity": 2.7} if step == 7 else {})))
@@ -115,5 +115,5 @@ def test_without_a_terminal_there_is_a_line_now_and_then() -> None:
         20,
     ]
     silent = io.StringIO()
-    Progress(False, 20, 5, silent).step(record(5))
+    TrainingProgress(False, 20, 5, silent).step(record(5))
     assert silent.getvalue() == ""

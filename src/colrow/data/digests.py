@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from colrow.data.disk import atomic_write
 from colrow.errors import DataError
 
 _SETTLED_SECONDS = 2.0
@@ -60,20 +61,6 @@ def digest_files(paths: Sequence[Path], cache: Path | None = None) -> list[str]:
         }
         _store(cache, kept)
     return digests
-
-
-def atomic_write(path: Path, text: str) -> None:
-    """Write `text` under a temporary name, flush, rename: a reader sees the previous file or the new one."""
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _state(path: Path) -> list[int]:

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from colrow.data.digests import atomic_write, digest_files, digest_of
+from colrow.data.digests import digest_files, digest_of
+from colrow.data.disk import atomic_write
 from colrow.data.documents import Corpus
 from colrow.data.files import missing_key, require_text
 from colrow.errors import DataError

@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING
 
 from colrow.data.corpus import open_corpus
 from colrow.data.digests import digest_of
+from colrow.data.disk import locked, writing_to
 from colrow.data.documents import Corpus
 from colrow.data.encode import usable_cores
-from colrow.data.lock import locked, writing_to
-from colrow.data.progress import Progress
+from colrow.data.progress import PreparationProgress
 from colrow.data.shards import FORMAT, ShardMeta, TokenArray, build_shards, partial_folders, read_meta
 from colrow.data.tokenizer import SAMPLE_CHARS, Tokenizer, load_tokenizer, train_tokenizer
 from colrow.errors import DataError
@@ -90,7 +90,7 @@ def prepare(section: DataSection, model_vocab: int, progress: bool) -> PreparedD
         raise DataError('a script that prepares data does so under `if __name__ == "__main__":`, for workers import it')
     given = _configured_tokenizer(section, model_vocab)
     corpus = open_corpus(section, _digest_cache(section))
-    with Progress(progress) as shown:
+    with PreparationProgress(progress) as shown:
         fingerprint = _fingerprint(corpus, section, shown)
         recipe = [
             str(FORMAT),
@@ -148,7 +148,7 @@ def _digest_cache(section: DataSection) -> Path:
     return section.cache / f"corpus-{digest_of(section.corpus, section.text_key, str(Path.cwd()))[:16]}.json"
 
 
-def _fingerprint(corpus: Corpus, section: DataSection, shown: Progress) -> str:
+def _fingerprint(corpus: Corpus, section: DataSection, shown: PreparationProgress) -> str:
     """The corpus's fingerprint. Of several processes one reads the files, the others wait and read its cache."""
     digest_cache = _digest_cache(section)
     if section.cache.is_dir() and not os.access(section.cache, os.W_OK):
@@ -159,7 +159,7 @@ def _fingerprint(corpus: Corpus, section: DataSection, shown: Progress) -> str:
         return corpus.fingerprint()
 
 
-def _find(folder: Path, shown: Progress) -> ShardMeta | None:
+def _find(folder: Path, shown: PreparationProgress) -> ShardMeta | None:
     """The meta of complete shards; None where there are none, or damaged ones, which are reported and built again."""
     if not folder.exists():
         return None
@@ -170,7 +170,7 @@ def _find(folder: Path, shown: Progress) -> ShardMeta | None:
         return None
 
 
-def _watcher(folder: Path, shown: Progress) -> Callable[[], None]:
+def _watcher(folder: Path, shown: PreparationProgress) -> Callable[[], None]:
     """Shows how far the process is that builds `folder`, from the files that it writes."""
     waited = False
 
@@ -192,7 +192,9 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _train_once(corpus: Corpus, fingerprint: str, section: DataSection, model_vocab: int, shown: Progress) -> Tokenizer:
+def _train_once(
+    corpus: Corpus, fingerprint: str, section: DataSection, model_vocab: int, shown: PreparationProgress
+) -> Tokenizer:
     """The tokenizer trained on this corpus, cached apart from the shards: it does not depend on validation_fraction."""
     vocab_size = _vocab_size(section, model_vocab)
     path = section.cache / f"tokenizer-{digest_of(_TRAINER, fingerprint, str(vocab_size))[:16]}.json"
@@ -207,7 +209,12 @@ def _train_once(corpus: Corpus, fingerprint: str, section: DataSection, model_vo
 
 
 def _build(
-    corpus: Corpus, tokenizer: Tokenizer, folder: Path, fingerprint: str, section: DataSection, shown: Progress
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    folder: Path,
+    fingerprint: str,
+    section: DataSection,
+    shown: PreparationProgress,
 ) -> ShardMeta:
     for stale in [folder, *partial_folders(folder)]:  # we hold the lock, so their builders are dead
         shutil.rmtree(stale, ignore_errors=True)

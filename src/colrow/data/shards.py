@@ -19,11 +19,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from colrow.data.digests import atomic_write
+from colrow.data.disk import atomic_write, writing_to
 from colrow.data.documents import Corpus
 from colrow.data.encode import Encoded, encode_in_order
-from colrow.data.lock import writing_to
-from colrow.data.progress import Progress
+from colrow.data.progress import PreparationProgress
 from colrow.data.tokenizer import Tokenizer
 from colrow.errors import DataError
 
@@ -129,7 +128,7 @@ def build_shards(
     fingerprint: str,
     validation_fraction: float,
     workers: int,
-    progress: Progress,
+    progress: PreparationProgress,
 ) -> ShardMeta:
     """Tokenize `corpus` into `folder`, which must not exist, with `workers` processes (1: in this one).
 

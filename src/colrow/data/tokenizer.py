@@ -12,7 +12,8 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from colrow.data.digests import atomic_write, digest_of
+from colrow.data.digests import digest_of
+from colrow.data.disk import atomic_write
 from colrow.data.documents import Corpus
 from colrow.errors import DataError
 

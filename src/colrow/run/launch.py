@@ -26,6 +26,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from colrow.data.disk import atomic_write
 from colrow.run.stop import PID_FILE, SIGNALS
 
 EXIT_USER_ERROR = 2
@@ -190,6 +191,4 @@ def _describe(rank: int, failure: ProcessFailure) -> Failure:
 def write_error(file: Path, text: str, when: float, status: int) -> None:
     """Write an error for the launcher, in the format that torchrun reads too. `when`: seconds since the epoch."""
     extra = {"py_callstack": text, "timestamp": str(int(when)), "time": when, "status": status}
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}), encoding="utf-8")
-    partial.replace(file)
+    atomic_write(file, json.dumps({"message": {"message": text, "extraInfo": extra}}))

@@ -21,7 +21,7 @@ from colrow.models.shapes import flops_per_token
 from colrow.run.batch_check import check_same_batch
 from colrow.run.cpu_bound import CpuBoundDetector, hint_line
 from colrow.run.executed import executed_line, executed_paths, steps_until_known
-from colrow.run.progress import Progress
+from colrow.run.progress import TrainingProgress
 from colrow.train.evaluate import Evaluation
 from colrow.train.metrics import Metrics, Record, peak_flops, perplexity
 from colrow.train.schedule import learning_rate
@@ -95,7 +95,7 @@ class Loop:
         training: Training,
         data: PreparedData,
         checkpoints: Checkpoints,
-        progress: Progress,
+        progress: TrainingProgress,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         self._config, self._training, self._checkpoints, self._progress = config, training, checkpoints, progress

@@ -1,84 +1,50 @@
-"""What a run shows while it trains: a bar on a terminal, a line now and then elsewhere. Fits 80 columns."""
+"""What a run shows while it trains. Fits 80 columns."""
 
 from __future__ import annotations
 
-import os
 import sys
-from types import TracebackType
 from typing import TextIO
 
 import rich.progress
 from rich.console import Console
-from rich.markup import escape
 
+from colrow.data.progress import ProgressBar
 from colrow.train.metrics import Record
 
 
-class Progress:
+class TrainingProgress(ProgressBar):
     """Shows steps and lines on the first rank, nothing on the others.
 
     Args:
-        shown: whether this is the rank that speaks.
-        steps: of the whole run.
-        log_every: steps between lines where there is no terminal.
+        shown: whether this is the rank that prints.
+        steps: of the complete run.
+        log_every: steps between lines.
     """
 
     def __init__(self, shown: bool, steps: int, log_every: int, file: TextIO | None = None) -> None:
-        self.shown, self._steps, self._log_every = shown, steps, log_every
-        self._file = file or sys.stdout
-        self._console = Console(file=self._file, highlight=False)
-        self._bar: rich.progress.Progress | None = None
-        self._task = rich.progress.TaskID(0)
+        super().__init__(shown, Console(file=file or sys.stdout, highlight=False))
+        self._steps, self._log_every = steps, log_every
+
+    def __enter__(self) -> TrainingProgress:
+        return self
 
     def start(self, step: int) -> None:
         """Begin to show steps, after `step` of them."""
-        if not self.shown or not self._console.is_terminal:
-            return
-        self._bar = rich.progress.Progress(
+        self._start_bar(
             rich.progress.TextColumn("step {task.completed}/{task.total}"),
             rich.progress.BarColumn(bar_width=None),
             rich.progress.TextColumn("{task.fields[note]}"),
             rich.progress.TimeRemainingColumn(),
-            console=self._console,
-            transient=True,
+            total=self._steps,
+            completed=step,
         )
-        self._task = self._bar.add_task("", total=self._steps, completed=step, note="")
-        self._bar.start()
 
     def step(self, record: Record) -> None:
-        """Show a step's record; one that was evaluated, and on a terminal every `log_every`th, leaves a line."""
-        if not self.shown:
-            return
+        """Show a step's record: in the bar; and as a line, if it was evaluated and every `log_every` steps."""
         step = record["step"]
-        if self._bar is not None:
-            note = f"loss {record['loss']:.3f}  {_rate(record['tokens_per_second'])} tok/s"
-            self._bar.update(self._task, completed=step, note=escape(note))
+        self._move_bar(step, f"loss {record['loss']:.3f}  {_rate(record['tokens_per_second'])} tok/s")
         if step % self._log_every == 0 or step in (1, self._steps) or "val_loss" in record:
             self.say(step_line(record, self._steps))
-
-    def say(self, text: str) -> None:
-        """Lines for people, above the bar."""
-        if not self.shown:
-            return
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, soft_wrap=True)
-            return
-        try:
-            print(text, file=self._file, flush=True)
-        except BrokenPipeError:  # `colrow train ... | head`: the run goes on
-            self._file = open(os.devnull, "w")  # noqa: SIM115
-
-    def stop(self) -> None:
-        """Take the bar away."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.stop()
 
 
 def step_line(record: Record, steps: int) -> str:

@@ -25,7 +25,7 @@ from colrow.run.fresh_store import fresh_store
 from colrow.run.host_memory import keep_freed_memory
 from colrow.run.loop import Loop, Outcome, resume
 from colrow.run.plot import plot_loss
-from colrow.run.progress import Progress
+from colrow.run.progress import TrainingProgress
 from colrow.run.run_folder import CHECKPOINTS, EXPORT, claimed, write_folder
 from colrow.run.sample import sample
 from colrow.train.metrics import Metrics, perplexity
@@ -65,7 +65,7 @@ def run_rank(
         warnings = [config.mesh.warning_across_hosts(info.local_world_size)]
         if first and plan is None:
             warnings += preflight.check_plan_apart(config, checked.plan)  # forks: before this process has threads
-        progress = stack.enter_context(Progress(first, config.train.steps, config.train.log_every))
+        progress = stack.enter_context(TrainingProgress(first, config.train.steps, config.train.log_every))
         for warning in warnings:
             if warning is not None:
                 progress.say(f"warning    {warning}")
@@ -81,7 +81,7 @@ def train_run(
     data: PreparedData,
     mesh: DeviceMesh,
     device: torch.device,
-    progress: Progress,
+    progress: TrainingProgress,
     command: str = "",
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Outcome:
@@ -183,7 +183,9 @@ def opening_lines(config: RunConfig, training: Training, start: int) -> list[str
     return lines
 
 
-def finish(config: RunConfig, training: Training, tokenizer: Tokenizer, outcome: Outcome, progress: Progress) -> None:
+def finish(
+    config: RunConfig, training: Training, tokenizer: Tokenizer, outcome: Outcome, progress: TrainingProgress
+) -> None:
     """Sample, plot and export; print the results, where they are, and what to do next. Collective."""
     run = config.run.dir
     if outcome.val_loss is not None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import os
 import socket
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from colrow.config import RunConfig, dump_config, load_config
+from colrow.data.disk import NoFileLocksError, atomic_write, try_lock
 from colrow.data.tokenizer import Tokenizer
 from colrow.errors import ConfigError
 from colrow.plans.plan import Plan
@@ -48,21 +47,19 @@ def claimed(folder: Path) -> Iterator[None]:
         raise ConfigError(f"cannot write to the run's folder {folder}: {error.strerror}: set run.dir") from error
     with file:
         try:
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            is_ours = try_lock(file)
+        except NoFileLocksError as error:
+            raise ConfigError(
+                f"the file system of {folder} has no file locks ({error.strerror}), by which two runs are kept "
+                "apart: set run.dir to another disk"
+            ) from error
+        if not is_ours:
             file.seek(0)
             holder = file.read().strip()
             raise ConfigError(
                 f"the run's folder {folder} is in use by another run{f' ({holder})' if holder else ''}: "
                 "wait for it, stop it, or set run.dir to another folder"
-            ) from error
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-            raise ConfigError(
-                f"the file system of {folder} has no file locks ({error.strerror}), by which two runs are kept "
-                "apart: set run.dir to another disk"
-            ) from error
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -105,7 +102,7 @@ def write_plan(folder: Path, plan: Plan) -> str:
     """
     text = plan.to_yaml()
     with claimed(folder):
-        _write_whole(folder / PLAN, text)
+        atomic_write(folder / PLAN, text)
     return _digest(text)
 
 
@@ -131,15 +128,9 @@ def _digest(text: str) -> str:
 def write_folder(config: RunConfig, plan: Plan, tokenizer: Tokenizer) -> None:
     """Write the resolved config.yaml, plan.yaml and the tokenizer."""
     config.run.dir.mkdir(parents=True, exist_ok=True)
-    _write_whole(config.run.dir / CONFIG, dump_config(config))
-    _write_whole(config.run.dir / PLAN, plan.to_yaml())
+    atomic_write(config.run.dir / CONFIG, dump_config(config))
+    atomic_write(config.run.dir / PLAN, plan.to_yaml())
     tokenizer.save(config.run.dir)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _flat(config: RunConfig) -> dict[str, Any]:

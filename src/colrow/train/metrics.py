@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 from colrow.config import LogSection, RunConfig
+from colrow.data.disk import atomic_write
 from colrow.errors import ConfigError
 
 Record = dict[str, Any]
@@ -102,9 +103,7 @@ def truncate(path: Path, step: int) -> None:
     """Keep the records up to `step`, in place of a run's file whose later steps no checkpoint holds."""
     records = read_metrics(path)
     kept = "".join(json.dumps(record) + "\n" for record in records if record["step"] <= step)
-    partial = path.with_suffix(".partial")
-    partial.write_text(kept, encoding="utf-8")
-    partial.replace(path)
+    atomic_write(path, kept)
 
 
 def require_sinks(section: LogSection) -> None:

@@ -1,0 +1,90 @@
+"""Files that several processes use at once: atomic writes, and locks that a killed process cannot leave behind."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from colrow.errors import DataError
+
+_POLL_SECONDS = 0.2
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+
+
+class NoFileLocksError(OSError):
+    """The file system has no locks, as some network file systems."""
+
+
+def atomic_write(path: Path, text: str) -> None:
+    """Write `text` under a temporary name, flush, rename: a reader sees the previous file or the new one."""
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # before the rename: after a power cut the name must not point to an empty file
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def try_lock(file: TextIO) -> bool:
+    """Take the lock on `file` for this process, unless another process holds it. Returns whether it was taken.
+
+    The kernel releases it when the file is closed or the process ends, however it ends.
+
+    Raises:
+        NoFileLocksError: the file system has none.
+    """
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            raise NoFileLocksError(error.errno, error.strerror) from error
+        raise
+    return True
+
+
+@contextmanager
+def locked(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold the lock on `path`, in the cache; `on_wait` is called several times a second while another process has it.
+
+    Raises:
+        DataError: the file cannot be written, or its file system has no locks.
+    """
+    with writing_to(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    with file:
+        try:
+            while not try_lock(file):
+                on_wait()
+                time.sleep(_POLL_SECONDS)
+        except NoFileLocksError as error:
+            raise DataError(
+                f"the file system of {path.parent} has no file locks ({error.strerror}): "
+                f"set data.cache to a local disk, or to a shared one that has them"
+            ) from error
+        yield
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Turn an OSError of the block, which writes to the cache, into a DataError that says how to fix it."""
+    try:
+        yield
+    except OSError as error:
+        space = "free some space there, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise DataError(
+            f"cannot write to the cache folder {folder}: {error.strerror or error}: "
+            f"{space}set data.cache to a folder that can be written"
+        ) from error
