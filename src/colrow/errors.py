@@ -1,9 +1,10 @@
-"""Errors that a user can cause. Each says what was asked, what is wrong with it, and how to mend it."""
+"""Errors that a user can cause. Each says what was requested, what is wrong with it, and how to fix it."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import overload
 
 
 class ColrowError(ValueError):
@@ -15,7 +16,32 @@ class ConfigError(ColrowError):
 
 
 class PlanError(ColrowError):
-    """A plan does not fit its model or its degree of tensor parallelism."""
+    """A plan does not fit its model or its degree of tensor parallelism.
+
+    `PlanError(code, where, message, fix)` names the finding that the check makes of it. `PlanError("text")` is for
+    errors that no check reports, and for styles of the user's own: there the check reports CR211 at the module.
+
+    Attributes:
+        code: of the finding, such as CR203 (`checking.finding.CODES`); empty when only a text was given.
+        where: a module, a parameter, a key of the plan, or `plan NAME`; may be empty.
+        message: what is wrong.
+        fix: what to change; may be empty.
+    """
+
+    @overload
+    def __init__(self, message: str, /) -> None: ...
+    @overload
+    def __init__(self, code: str, where: str, message: str, fix: str, /) -> None: ...
+    def __init__(self, *args: str) -> None:
+        super().__init__(*args)  # all of them: an error that crosses processes is made again from its args
+        self.code, self.where, self.message, self.fix = args if len(args) == 4 else ("", "", *args, "")
+
+    def at(self, where: str) -> PlanError:
+        """The same error at a place that whoever raised it did not know."""
+        return PlanError(self.code, where, self.message, self.fix)
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.where, self.message, self.fix) if part)
 
 
 class DataError(ColrowError):

@@ -8,7 +8,8 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from colrow.errors import PlanError  # noqa: E402
-from colrow.plans.huggingface import STYLES, from_huggingface, map_styles  # noqa: E402
+from colrow.plans.huggingface import STYLES, map_styles  # noqa: E402
+from colrow.plans.plan import Plan  # noqa: E402
 from colrow.verifying.verify import parity  # noqa: E402
 
 BASE = {
@@ -45,12 +46,12 @@ def test_the_stated_plan_trains_right(name: str) -> None:
             if param.dim() == 1:
                 param.add_(0.1 * torch.randn_like(param))
     ids = torch.randint(1, 128, (2, 16))
-    assert parity(model, from_huggingface(model), 2, (ids,)).worst < 1e-5
+    assert parity(model, Plan.from_huggingface(model), 2, (ids,)).worst < 1e-5
 
 
 def test_a_model_without_a_plan_is_refused() -> None:
     with pytest.raises(PlanError, match=r"states no tensor-parallel plan: use Plan\.derive"):
-        from_huggingface(build("gpt2"))
+        Plan.from_huggingface(build("gpt2"))
 
 
 def test_what_cannot_be_mapped_is_said() -> None:

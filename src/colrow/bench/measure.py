@@ -254,11 +254,10 @@ def _problem(training: Training, trace: StepTrace) -> dict[str, str]:
 def missing_paths(plan: Plan, trace: StepTrace, tp: int, *, cuda_graph: bool = False) -> list[str]:
     """The fast paths of `plan`, and CUDA graphs, that a step's trace does not show."""
     missing = ["train.cuda_graph (no cudaGraphLaunch)"] if cuda_graph and not trace.graph_launches else []
-    styles = {style.name for style in plan.modules.values()}
-    wanted = {"fast_gather": "column_forward", "fast_rowwise": "row_forward"} if tp > 1 else {}
-    for style, operator in wanted.items():
-        if style in styles and not trace.operators.get(f"colrow::{operator}"):
-            missing.append(f"style {style} (operator colrow::{operator})")
+    operators = {style.operator: style.name for style in plan.modules.values() if style.operator} if tp > 1 else {}
+    for operator, name in operators.items():
+        if not trace.operators.get(f"colrow::{operator}"):
+            missing.append(f"style {name} (operator colrow::{operator})")
     for overlap in ("point_to_point", "copy_engine") if tp > 1 else ():
         requested = any(getattr(style, "overlap", None) == overlap for style in plan.modules.values())
         if requested and not trace.operators.get(f"colrow::send_{overlap}"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from colrow.checking.dynamic import check_dynamic
-from colrow.checking.finding import CODES, Code, Finding, Severity, finding
+from colrow.checking.finding import CODES, Code, Finding, Severity, finding_of
 from colrow.checking.gradients import check_gradients
 from colrow.checking.options import check_options
 from colrow.checking.static import check_stages, check_static, fused_suspects
@@ -21,6 +20,7 @@ from colrow.dryrun.dry_run import dry_run
 from colrow.dryrun.result import DryRun
 from colrow.errors import PlanError
 from colrow.mesh import Mesh
+from colrow.plans.patterns import with_stars
 from colrow.plans.plan import Plan
 
 __all__ = ["CODES", "Code", "Finding", "Severity", "check", "check_dynamic", "check_gradients", "check_static"]
@@ -58,7 +58,7 @@ def check(
         try:
             run = dry_run(model, plan, mesh, batch_size, seq_len, inputs=inputs, loss=loss, dtype=param_dtype)
         except PlanError as error:
-            return [*found, finding("CR211", f"plan {plan.name}", str(error), "see the message")]
+            return [*found, finding_of(error, f"plan {plan.name}")]
         told = {f.code for f in found} & {"CR302"}  # of one head: the static layer names it
         found += [f for f in _from_run(model, plan, mesh.tp, run) if f.code not in told]
         found += check_options(run, reduce_dtype, compiled)
@@ -80,7 +80,7 @@ def _collapse(found: list[Finding]) -> list[Finding]:
     """One finding for what is the same in every layer, with `*` for the layer's number."""
     groups: dict[tuple[str, str], list[Finding]] = defaultdict(list)
     for f in found:
-        groups[f.code, re.sub(r"(?<=\.)\d+(?=\.|$)", "*", f.where)].append(f)
+        groups[f.code, with_stars(f.where)].append(f)
     collapsed = []
     for members in groups.values():
         first, pattern = members[0], _pattern([f.where for f in members])

@@ -16,8 +16,6 @@ from colrow.dryrun.recorded_calls import REDUCTIONS, RecordedCall
 from colrow.dryrun.result import DryRun, Failure, Output
 from colrow.plans.plan import Plan
 
-_LOCAL_KINDS = ("kv_replicate", "opaque")
-
 
 def check_dynamic(run: DryRun, plan: Plan, tp: int) -> list[Finding]:
     """Findings on activations, views, communication and the loss."""

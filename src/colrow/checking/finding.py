@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from colrow.errors import PlanError
+
 Severity = Literal["error", "warning"]
 
 
@@ -118,6 +120,14 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.code} {self.slug} {self.severity} at {self.where}: {self.message}; {self.fix} ({self.page})"
+
+
+def finding_of(error: PlanError, where: str) -> Finding:
+    """What the check makes of an error. An error that is a text alone, such as one of a user's own style, is CR211 at
+    `where`."""
+    if not error.code:
+        return finding("CR211", where, str(error), "correct the style's options")
+    return finding(error.code, error.where or where, error.message, error.fix)
 
 
 def finding(code: str, where: str, message: str, fix: str) -> Finding:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Iterator
 
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from colrow.checking.finding import Finding, finding
+from colrow.checking.finding import Finding, finding, finding_of
 from colrow.dryrun.calls import vocabulary
 from colrow.errors import PlanError
-from colrow.parallel.parallelize import tied_parameters
+from colrow.parallel.parallelize import SAME_PLACEMENT, split_ties, tied_parameters
+from colrow.plans.patterns import matching, module_names, nearest
 from colrow.plans.plan import Plan
-from colrow.styles.base import Colwise, Rowwise, Style
+from colrow.styles.base import Style
+from colrow.styles.linear import Colwise, Rowwise
 from colrow.styles.site import Site
 
 FUSED = ("qkv", "c_attn", "w_pack", "query_key_value", "in_proj", "gate_up", "gate_and_up", "fc1_gate", "wi_fused")
@@ -40,7 +40,7 @@ def fused_suspects(model: nn.Module, plan: Plan) -> list[Finding]:
     found = []
     for fqn, style in _resolve(model, plan).items():
         last = fqn.rpartition(".")[2].lower()
-        if isinstance(style, Colwise) and style.output_stays_split and any(word in last for word in FUSED):
+        if isinstance(style, Colwise) and style.output_stays_sharded and any(word in last for word in FUSED):
             message = "by its name this weight holds several matrices, and a plain column split would cut across them"
             found.append(finding("CR208", fqn, message, _FUSED_FIX))
     return found
@@ -51,11 +51,11 @@ _FUSED_FIX = "use a style that splits each part on its own (see the page), or ke
 
 def _names(model: nn.Module, plan: Plan) -> Iterator[Finding]:
     """Keys that match nothing, and modules that match twice."""
-    taken: dict[str, str] = {}
+    names, taken = module_names(model), dict[str, str]()
     for key, style in plan.modules.items():
-        matches = matching(model, key)
+        matches = matching(key, names)
         if not matches and not style.optional:
-            hint = _nearest(model, key)
+            hint = nearest(key, names)
             fix = f"use {hint!r}" if hint else "correct or remove the key"
             yield finding("CR101", key or "(empty key)", f"the key {key!r} matches no module of the model", fix)
         again = [name for name in matches if name in taken]
@@ -65,31 +65,11 @@ def _names(model: nn.Module, plan: Plan) -> Iterator[Finding]:
         taken |= dict.fromkeys(matches, key)
 
 
-def matching(model: nn.Module, key: str) -> list[str]:
-    """The modules that a plan's key names; `*` stands for one component."""
-    pattern = key.split(".")
-    parts = {name: name.split(".") for name, _ in model.named_modules(remove_duplicate=False) if name}
-    return [
-        name
-        for name, p in parts.items()
-        if len(p) == len(pattern) and all(want in ("*", have) for want, have in zip(pattern, p, strict=True))
-    ]
-
-
-def _nearest(model: nn.Module, key: str) -> str | None:
-    """The name, or pattern of names, that is nearest to a key."""
-    known = {name for name, _ in model.named_modules(remove_duplicate=False) if name}
-    if "*" in key:
-        known = {re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in known}
-    near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
-    return near[0] if near else None
-
-
 def _resolve(model: nn.Module, plan: Plan) -> dict[str, Style]:
     """Module name to style, as far as the keys are sound; the first key wins."""
-    found: dict[str, Style] = {}
+    names, found = module_names(model), dict[str, Style]()
     for key, style in plan.modules.items():
-        for name in matching(model, key):
+        for name in matching(key, names):
             found.setdefault(name, style)
     return found
 
@@ -129,25 +109,7 @@ def _sites(model: nn.Module, styles: dict[str, Style], tp: int) -> Iterator[Find
         try:
             style.check(Site(model, fqn, tp))
         except PlanError as error:
-            text = str(error).removeprefix(f"{fqn}: ")
-            message, _, fix = text.rpartition(": ")
-            code = _code_of(text)
-            if not message:
-                message, fix = text, _MENDS.get(code, "correct the style's options")
-            yield finding(code, fqn, message, fix)
-
-
-_MENDS = {"CR206": "use a style that is made for this class, or leave the module out of the plan"}
-
-
-def _code_of(text: str) -> str:
-    """The code of a style's refusal."""
-    if "not divisible" in text:
-        for word, code in (("kv_heads", "CR203"), ("n_heads", "CR202"), ("vocab", "CR204"), ("segment", "CR210")):
-            if word in text:
-                return code
-        return "CR201"
-    return "CR206" if " is for " in text else "CR211"
+            yield finding_of(error, fqn)
 
 
 def _sequence(plan: Plan, tp: int, seq_len: int) -> Iterator[Finding]:
@@ -163,7 +125,7 @@ def _head(model: nn.Module, plan: Plan, styles: dict[str, Style]) -> Iterator[Fi
     style = styles.get(head) if head else None
     if head is None or not isinstance(style, Colwise):
         return
-    split, local, parallel = style.output_stays_split, style.use_local_output, plan.loss == "vocab_parallel"
+    split, local, parallel = style.output_stays_sharded, style.use_local_output, plan.loss == "vocab_parallel"
     if split and local:
         message = (
             "the head returns this rank's shard of the vocabulary as a plain tensor, and the loss takes it for all"
@@ -195,13 +157,8 @@ def head_of(model: nn.Module) -> str | None:
 
 
 def _ties(model: nn.Module, plan: Plan, tp: int) -> Iterator[Finding]:
-    layouts = plan.parameters(model, tp)
-    for group in tied_parameters(model):
-        said = {name: layouts[name] for name in group if name in layouts}
-        if len({str(layout.placement) for layout in said.values()}) > 1:
-            each = ", ".join(f"{name} {layout.placement}" for name, layout in said.items())
-            fix = "give them the same placement, such as rowwise on the embedding and colwise on the head"
-            yield finding("CR304", group[0], f"tied weights get different placements ({each})", fix)
+    for names, different in split_ties(model, plan.parameters(model, tp)):
+        yield finding("CR304", names[0], f"tied weights get different placements ({different})", SAME_PLACEMENT)
 
 
 def check_stages(model: nn.Module, stages: int) -> list[Finding]:

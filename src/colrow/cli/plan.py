@@ -16,8 +16,9 @@ from rich.table import Table
 
 from colrow.cli.flags import PlanFlags, default_seq_len, parse
 from colrow.dryrun.picture import in_units, write_page
-from colrow.dryrun.report import ParameterRow, PlanReport, collapse, report
+from colrow.dryrun.report import ParameterRow, PlanReport, report
 from colrow.dryrun.result import Collective, Output
+from colrow.plans.patterns import with_stars
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def show(shown: PlanReport, console: Console) -> None:
     console.print(_collectives("collectives outside the blocks", shown.other_collectives))
     reasons: dict[str, list[str]] = {}
     for row in shown.parameters:
-        if row.shape == row.local_shape and (name := collapse(row.name)) not in reasons.setdefault(row.reason, []):
+        if row.shape == row.local_shape and (name := with_stars(row.name)) not in reasons.setdefault(row.reason, []):
             reasons[row.reason].append(name)
     for reason, names in reasons.items():
         console.print(f"\nwhole on each rank ({reason}):")
@@ -92,7 +93,7 @@ def _parameters(rows: list[ParameterRow]) -> Table:
         table.add_column(title, overflow="fold", no_wrap=title != "parameter")
     groups: dict[tuple[str, str, str, str], int] = Counter()
     for row in rows:
-        groups[(collapse(row.name), _shape(row.shape), row.placement, _shape(row.local_shape))] += 1
+        groups[(with_stars(row.name), _shape(row.shape), row.placement, _shape(row.local_shape))] += 1
     for (name, shape, placement, local), _ in groups.items():
         table.add_row(name, shape, placement, local)
     return table

@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from colrow.derive.axes import block, leaves
 from colrow.derive.blocks import Block, BlockFinder, SplitError
 from colrow.derive.choose import Choice, choose, legal_degrees
-from colrow.derive.compress import compress, pattern
+from colrow.derive.compress import compress
 from colrow.derive.emit import Emission, Emitter
 from colrow.derive.emit_fast import FastEmitter
 from colrow.derive.flow import Flow, Flows
@@ -25,6 +25,9 @@ from colrow.derive.trace import Trace, default_inputs, label_of, module_path, tr
 from colrow.errors import PlanError
 from colrow.ops.carriers import Overlap
 from colrow.plans.derive_options import DeriveOptions
+from colrow.plans.patterns import with_stars
+from colrow.styles.fast.head import FastHead
+from colrow.styles.linear import Colwise
 
 
 @dataclass
@@ -213,11 +216,11 @@ class _Derive:
         for name, values in attributes.items():
             emission.modules.setdefault(name, {"style": "replicate"})["attributes"] = values
         if self.options.loss == "replicated" and emission.loss == "vocab_parallel":
-            for style in emission.modules.values():
-                if style.get("style") == "colwise" and style.get("use_local_output") is False:
+            for name, style in emission.modules.items():
+                if emission.style(name) is Colwise and style.get("use_local_output") is False:
                     style.pop("use_local_output")
                     style["output"] = "replicate"
-                if style.get("style") == "fast_head":
+                if emission.style(name) is FastHead:
                     style["gather"] = True
             emission.loss = "replicated"
         return self._result(choice, finder, blocks, flow, stream, emission.modules, emission.loss), attributes
@@ -254,7 +257,7 @@ class _Derive:
         if finder is not None:
             for node in finder.borders(blocks)[1]:
                 if label_of(node).path == "0":
-                    key = pattern(label_of(node).module)
+                    key = with_stars(label_of(node).module)
                     reductions[key] = reductions.get(key, 0) + 1
         return Derivation(
             self.tp,

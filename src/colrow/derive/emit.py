@@ -17,6 +17,11 @@ from colrow.derive.flow import Flow, Flows
 from colrow.derive.infer import op_name, shape_of
 from colrow.derive.sequence import Stream
 from colrow.derive.trace import Scale, Trace, label_of, module_path
+from colrow.styles.activations import PrepareInput
+from colrow.styles.base import STYLES, Style
+from colrow.styles.local_block import LocalShards
+from colrow.styles.packed import PackedColwise
+from colrow.styles.replicated import LEFT_OUT
 
 NORM = re.compile(r"norm", re.IGNORECASE)
 
@@ -31,14 +36,13 @@ class Emission:
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Attributes that are certain to need a local value."""
 
+    def style(self, name: str) -> type[Style]:
+        """The class of a module's style; that of modules left out of the plan where it has none."""
+        return STYLES[self.modules.get(name, {}).get("style", LEFT_OUT.name)]
+
 
 class Emitter:
     """Turns blocks and a stream into styles."""
-
-    sums = ("rowwise", "packed_rowwise", "local_block", "grad_sum", "sequence")
-    """Styles that sum the gradients of their whole parameters by themselves."""
-    local = ("local_block", "local_shards")
-    """Styles under which all whole parameters of a module have their gradients summed."""
 
     def __init__(
         self,
@@ -156,7 +160,7 @@ class Emitter:
             return position
         cut: dict[str, Any] = {"dim": position, "segments": [s.size for s in segments]}
         if whole := [i for i, s in enumerate(segments) if not s.sharded and s.kv is None]:
-            cut["whole"] = whole
+            cut["replicated"] = whole
         if repeated := {i: s.kv for i, s in enumerate(segments) if s.kv is not None}:
             kv = next(iter(repeated.values()))
             if any(other is not kv for other in repeated.values()):
@@ -168,7 +172,7 @@ class Emitter:
         if self._read_in_vain(f"{name}.weight"):
             if self.early:
                 raise SplitError(self._atoms(name), f"code of another module reads {name}.weight")
-            self._put(name, style="fast_embedding", whole=True)
+            self._put(name, style="fast_embedding", all_tokens=True)
             return
         self._put(name, style="rowwise", input="replicate", output="shard(1)" if self.early else "replicate")
 
@@ -200,7 +204,7 @@ class Emitter:
         else:
             self._put(name, style="packed_colwise")
             if hasattr(self._module(name), "nf"):  # transformers' Conv1D views its output with it
-                even = isinstance(cut, int) or not {"whole", "kv"} & cut.keys()
+                even = isinstance(cut, int) or not {"replicated", "kv"} & cut.keys()
                 self.out.attributes[name] = {"nf": "/tp" if even else self.choice.local_size(dim)}
             if isinstance(cut, dict):
                 self._put(name, **{key: value for key, value in cut.items() if key != "dim"})
@@ -208,7 +212,7 @@ class Emitter:
     def _row(self, name: str, dim: Dim, in_local: bool, block: Block | None) -> None:
         cut = self._cut(name, "weight")
         deferred = block is not None and block.deferred
-        if isinstance(cut, dict) and {"whole", "kv"} & cut.keys():
+        if isinstance(cut, dict) and {"replicated", "kv"} & cut.keys():
             raise SplitError(self._atoms(name), f"{name} takes a part of its input whole")
         if isinstance(cut, int) and not deferred and self._is_linear(self._module(name)):
             self._put(name, style="rowwise")
@@ -268,12 +272,12 @@ class Emitter:
         if block.leaf:
             for entry in block.entries:
                 name = label_of(entry).module
-                kind = self.out.modules.get(name, {}).get("style")
-                if label_of(entry).path != "0" or kind not in ("colwise", "packed_colwise", "kv_replicate"):
+                style_cls = self.out.style(name)
+                if label_of(entry).path != "0" or not style_cls.gathers_own_input:
                     raise SplitError(
                         self.finder.atoms_of({*entry.users}), f"{name} is entered alone, which its style cannot do"
                     )
-                if self.stream is not None or kind == "packed_colwise":
+                if self.stream is not None or style_cls is PackedColwise:
                     self._put(name, input=self.inside)
             return
         positional: list[str] = ["none"] * self.traced.positional.get(block.module, 0)
@@ -328,20 +332,19 @@ class Emitter:
             if self.choice.any_sharded(self.dims[name]):
                 continue
             owner = name.rpartition(".")[0]
-            style = self.out.modules.get(owner, {}).get("style")
-            if style in self.sums:
+            style_cls = self.out.style(owner)
+            if style_cls is LocalShards and self._added_to_sum(name):
+                self.out.modules[owner]["shards"][name.rpartition(".")[2]] = {"scaled": True}
+            if style_cls.sums_gradients:
                 continue
-            if style == "local_shards":
-                if self._added_to_sum(name):
-                    self.out.modules[owner]["shards"][name.rpartition(".")[2]] = {"scaled": True}
-                continue
-            if style is not None:
+            if owner in self.out.modules:
                 raise SplitError(
-                    set(self.choice.atoms), f"{name} needs its gradient summed, and {owner} has the style {style}"
+                    set(self.choice.atoms),
+                    f"{name} needs its gradient summed, and {owner} has the style {style_cls.name}",
                 )
             self._summed(owner, self.stream is not None and name in self.stream.summed)
-        for owner, said in self.out.modules.items():
-            if said["style"] == "local_shards" and owner in self.finder.owners.values():
+        for owner in self.out.modules:
+            if self.out.style(owner) is LocalShards and owner in self.finder.owners.values():
                 deferred = any(b.deferred and (owner + ".").startswith(b.module + ".") for b in self.blocks)
                 self._put(owner, output="partial" if deferred else self.inside)
 
@@ -357,8 +360,7 @@ class Emitter:
         """A block sums the gradients of its own whole parameters: one used behind the reduction inside has it whole."""
         for name in sorted(self.flow.same - self.flow.summed):
             owner = name.rpartition(".")[0]
-            local = self.out.modules.get(owner, {}).get("style") in self.local
-            if not local or self.choice.any_sharded(self.dims[name]):
+            if not self.out.style(owner).local or self.choice.any_sharded(self.dims[name]):
                 continue
             inside = [dims for other, dims in self.dims.items() if other.startswith(f"{owner}.")]
             atoms = {atom for dims in inside for dim in dims for atom in leaves(dim)} & set(self.choice.atoms)
@@ -380,9 +382,8 @@ class Emitter:
             *((n, "shard(1)", "replicate") for n in stream.finish),
         ]:
             label = label_of(node)
-            if (
-                label.module in self.out.modules and self.out.modules[label.module].get("style") != "prepare_input"
-            ) or "." in label.path:
+            taken = label.module in self.out.modules and self.out.style(label.module) is not PrepareInput
+            if taken or "." in label.path:
                 raise SplitError(set(), f"{label.module} has a style already")
             style = self.out.modules.setdefault(label.module, {"style": "prepare_input", "use_local_output": True})
             if label.path.isdigit():

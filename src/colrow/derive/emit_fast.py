@@ -1,4 +1,4 @@
-"""Write a choice with its blocks as fast styles (see `styles.fast.common`).
+"""Write a choice with its blocks as fast styles (see `styles.fast.linear`).
 
 A block whose input goes into column products and nowhere else gets a fast_gather, and its columns one product; any
 other block gets a fast_block. Tokens stand in a row between blocks, so that all of a plan is of these styles.
@@ -18,14 +18,14 @@ from colrow.derive.infer import op_name
 from colrow.derive.sequence import Stream
 from colrow.derive.trace import label_of
 from colrow.ops.carriers import Overlap
-from colrow.styles.fast.common import is_product
+from colrow.styles.fast.linear import is_linear
+from colrow.styles.fast.tokens import FastGatherTokens, FastShardTokens
+from colrow.styles.local_block import LocalShards
 
 
 class FastEmitter(Emitter):
     """Turns blocks and a stream of tokens in a row into fast styles."""
 
-    sums = ("fast_rowwise", "fast_colwise", "packed_rowwise", "fast_block", "grad_sum")
-    local = ("fast_block", "local_shards")
     stream: Stream
 
     def __init__(self, *given: Any, overlap: Overlap, linear_loss: bool) -> None:
@@ -72,7 +72,7 @@ class FastEmitter(Emitter):
         return inside if len({name.rpartition(".")[2] for name in inside}) == len(inside) else []
 
     def _is_column(self, name: str) -> bool:
-        if not is_product(self._module(name)):
+        if not is_linear(self._module(name)):
             return False
         if "weight" not in self.owned.get(name, ()):
             return self._whole_column(name)
@@ -89,7 +89,7 @@ class FastEmitter(Emitter):
         if block.leaf:
             for entry in block.entries:
                 name = label_of(entry).module
-                if label_of(entry).path != "0" or self.out.modules.get(name, {}).get("style") != "fast_column":
+                if label_of(entry).path != "0" or not self.out.style(name).gathers_own_input:
                     raise SplitError(set(), f"{name} is entered alone, and is no product that a fast style computes")
             return
         if block.module in self.gathered:
@@ -101,7 +101,7 @@ class FastEmitter(Emitter):
             for name in (f"{block.module}.{column}" for column in self.gathered[block.module]):
                 if self._whole_column(name):
                     features = self._module(name).out_features
-                    self._put(name, style="fast_colwise", segments=[features], whole=[0])
+                    self._put(name, style="fast_colwise", segments=[features], replicated=[0])
             return
         entries = sorted(block.entries, key=lambda entry: self.finder.order[entry])
         style: dict[str, Any] = {"style": "fast_block", "gather": [self._key(entry) for entry in entries]}
@@ -141,7 +141,7 @@ class FastEmitter(Emitter):
             width = self._module(name).out_features // kv.size  # type: ignore[operator]
             self._put(name, style="fast_kv_replicate", heads=heads, kv_heads=kv.size, head_dim=width)
             return
-        if not is_product(self._module(name)):
+        if not is_linear(self._module(name)):
             raise SplitError(set(), f"{name} is a {type(self._module(name)).__name__} with a forward of its own")
         self._put(name, style="fast_colwise" if gathered else "fast_column")
         cut = self._cut(name, "weight")
@@ -157,10 +157,10 @@ class FastEmitter(Emitter):
             super()._row(name, dim, in_local, block)
             return
         cut = self._cut(name, "weight")
-        if isinstance(cut, dict) and {"whole", "kv"} & cut.keys():
+        if isinstance(cut, dict) and {"replicated", "kv"} & cut.keys():
             raise SplitError(self._atoms(name), f"{name} takes a part of its input whole")
         module = self._module(name)
-        if not is_product(module):
+        if not is_linear(module):
             bias = {} if module._parameters.get("bias") is None else {"bias": {"scaled": True}}
             self._put(name, style="fast_block", shards={"weight": cut, **bias}, scatter=[0])
             return
@@ -168,14 +168,14 @@ class FastEmitter(Emitter):
         self._put(name, **self.overlap)
 
     def _embedding(self, name: str) -> None:
-        self._put(name, style="fast_embedding", **({} if self.early else {"whole": True}))
+        self._put(name, style="fast_embedding", **({} if self.early else {"all_tokens": True}))
 
     def _head(self, name: str) -> None:
-        if not is_product(self._module(name)):
+        if not is_linear(self._module(name)):
             raise SplitError(set(), f"the head {name} has a forward of its own")
         if self.linear_loss:
             self._nothing_after(name)
-            self._put(name, style="linear_head", layout="whole" if self.stream.whole_head else "tokens")
+            self._put(name, style="linear_head", layout="replicated" if self.stream.whole_head else "flattened")
             self.out.loss = "linear"
         else:
             whole = self.stream.whole_head
@@ -198,17 +198,17 @@ class FastEmitter(Emitter):
     def _whole_parameters(self) -> None:
         super()._whole_parameters()
         for name, said in self.out.modules.items():
-            if said["style"] == "local_shards" and said.get("output") not in (None, "partial"):
+            if self.out.style(name) is LocalShards and said.get("output") not in (None, "partial"):
                 raise SplitError(set(), f"{name} reduces inside of a block, which no fast style does")
 
     def _stream(self, stream: Stream) -> None:
-        for style, nodes in (("fast_part", stream.start), ("fast_whole", stream.finish)):
+        for style_cls, nodes in ((FastShardTokens, stream.start), (FastGatherTokens, stream.finish)):
             for node in sorted(nodes, key=lambda n: self.finder.order[n]):
                 name, key = label_of(node).module, self._key(node)
-                if self.out.modules.get(name, {}).get("style", style) != style:
+                if name in self.out.modules and self.out.style(name) is not style_cls:
                     raise SplitError(set(), f"{name}, where the tokens' order changes, has a style already")
                 arguments = [*self.out.modules.get(name, {}).get("arguments", []), key]
-                self._put(name, style=style, arguments=arguments)
+                self._put(name, style=style_cls.name, arguments=arguments)
         for said in self.out.modules.values():
             if said.get("arguments") == [0]:
                 del said["arguments"]

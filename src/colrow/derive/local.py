@@ -38,7 +38,6 @@ from colrow.errors import PlanError
 from colrow.styles.base import set_attribute
 from colrow.torch_compat import fake_tensor_mode, quiet_fake_tensors
 
-BLOCK_STYLES = ("local_block", "prepare_input", "fast_gather", "fast_block")
 LIKELY = re.compile("head|group|split")
 Attributes = dict[str, dict[str, Any]]
 """Module name to attribute name to `/tp` or a number."""
@@ -66,7 +65,7 @@ class LocalCheck:
         )
         self.choice: Choice = flows.choice
         self.visible = Choice(self.choice.tp, self.choice.atoms - self.choice.vocabulary, self.choice.groups)
-        self.blocks = [name for name, style in emission.modules.items() if style.get("style") in BLOCK_STYLES]
+        self.blocks = [name for name in emission.modules if emission.style(name).gathers_for_children]
         self.runs_fake: bool | None = None
         """Whether the model runs on fake tensors outside of export; unknown until something fails."""
         self.expected: dict[Node, list[int] | None] = {}

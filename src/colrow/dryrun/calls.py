@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from colrow.errors import PlanError
 from colrow.plans.plan import Plan
-from colrow.styles.linear_head import Expected, expect_targets
+from colrow.styles.linear_head import PendingTargets, expect_targets
 from colrow.torch_compat import tree_leaves
 
 Loss = Callable[[Tensor, tuple[Any, ...]], Tensor]
@@ -94,4 +94,4 @@ def default_loss(output: Tensor, inputs: tuple[Any, ...]) -> Tensor:
 def give_targets(model: nn.Module, plan: Plan, inputs: tuple[Any, ...]) -> None:
     """Give a head that computes the loss itself (`loss: linear`) the targets of `default_loss`."""
     if plan.loss == "linear":
-        expect_targets(model, [Expected(inputs[0].roll(-1, dims=1), None, -100)])
+        expect_targets(model, [PendingTargets(inputs[0].roll(-1, dims=1), None, -100)])

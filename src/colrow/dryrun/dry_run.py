@@ -32,8 +32,8 @@ from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
 from colrow.sharding.layout import PACKED
 from colrow.styles.base import Style
-from colrow.styles.linear_head import Expected, expect_targets
-from colrow.styles.local import TABLES
+from colrow.styles.linear_head import PendingTargets, expect_targets
+from colrow.styles.rank_tensors import RANK_TABLES
 from colrow.torch_compat import fake_tensors
 
 
@@ -142,7 +142,7 @@ def _run_sharded(
         with watch, watch.declarations(), loss_context(plan, tp_mesh):
             with recorder, torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
                 if plan.loss == "linear":  # the head returns the loss, and there are no logits
-                    expect_targets(model, [Expected(inputs[0], None, -100)])
+                    expect_targets(model, [PendingTargets(inputs[0], None, -100)])
                     loss = logits_of(call_model(model, inputs))
                 else:
                     output = call_model(model, inputs)
@@ -154,7 +154,7 @@ def _run_sharded(
     except Exception as error:
         run.failure = Failure(error, "" if backward else modules.innermost(), backward)
     if plan.loss == "linear":  # the head's output is the loss: nothing to compare with the reference's logits
-        for name in [name for name, style in plan.modules.items() if style.name == "linear_head"]:
+        for name in [name for name, style in plan.modules.items() if style.returns_loss]:
             run.outputs.pop(original(name), None)
     run.calls = dict(recorder.calls)
     run.mismatches = watch.mismatches
@@ -170,7 +170,7 @@ def _mark_known_values(watch: Watch, model: nn.Module) -> None:
             param = module._parameters[name]  # the attribute may be a view of it
             assert param is not None
             watch.mark_packed(param)
-    for table in list(TABLES):
+    for table in list(RANK_TABLES):
         watch.mark_varying(table)
 
 

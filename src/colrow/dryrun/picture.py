@@ -5,8 +5,9 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from colrow.dryrun.report import ParameterRow, PlanReport, Step, collapse
+from colrow.dryrun.report import ParameterRow, PlanReport, Step
 from colrow.dryrun.result import Collective
+from colrow.plans.patterns import with_stars
 
 _STYLE = """
 :root { --ink: #1c2430; --soft: #5b6675; --line: #d5dbe3; --paper: #ffffff; --box: #f4f6f9;
@@ -119,7 +120,7 @@ def _table(rows: list[ParameterRow]) -> str:
     groups: dict[tuple[str, str, str, str, str], int] = {}
     for row in rows:
         shape, local = (" × ".join(map(str, s)) for s in (row.shape, row.local_shape))
-        key = (collapse(row.name), shape, row.placement, local, row.reason)
+        key = (with_stars(row.name), shape, row.placement, local, row.reason)
         groups[key] = groups.get(key, 0) + 1
     head = "".join(f"<th>{t}</th>" for t in ("parameter", "shape", "placement", "on a rank", "number", "why"))
     body = "".join(

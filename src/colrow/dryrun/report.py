@@ -135,11 +135,6 @@ def repeated_block(model: nn.Module) -> tuple[str, int]:
     return f"{largest.name}.*".removeprefix("."), len(largest.blocks)
 
 
-def collapse(name: str) -> str:
-    """`layers.3.mlp` as `layers.*.mlp`."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
-
-
 def _first(block: str) -> str:
     return block.replace("*", "0")
 

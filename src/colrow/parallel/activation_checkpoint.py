@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from colrow.errors import ConfigError, did_you_mean
+from colrow.styles.base import STYLES
 
 Mode = Literal["none", "selective", "full"]
 MODES: tuple[Mode, ...] = ("none", "selective", "full")
@@ -36,7 +37,7 @@ _KEPT = {
     "aten::_scaled_dot_product_fused_attention_overrideable",
     "_c10d_functional::reduce_scatter_tensor",
     "_c10d_functional::all_reduce",
-    "colrow::row_forward",  # a product and its reduce-scatter in one
+    *(operator for style in STYLES.values() for operator in style.saved_operators),
 }
 _PRODUCTS = {"aten::mm", "aten::addmm"}
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 from colrow.mesh import Mesh
 from colrow.plans.plan import Plan
-from colrow.styles.linear_head import Expected, expect_targets
+from colrow.styles.linear_head import PendingTargets, expect_targets
 from colrow.torch_compat import dtensor_handlers
 
 
@@ -68,7 +68,7 @@ def model_loss(
         PlanError: the loss is `linear` and no module has style linear_head.
     """
     if plan.loss == "linear":
-        expect_targets(model, [Expected(targets, num_valid, ignore_index)])
+        expect_targets(model, [PendingTargets(targets, num_valid, ignore_index)])
         return logits_of(model(ids))
     logits = logits_of(model(ids)).flatten(0, 1)
     logits = logits if logits.dtype == torch.float64 else logits.float()

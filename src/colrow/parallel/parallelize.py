@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch.distributed as dist
 from torch import nn
@@ -15,7 +15,8 @@ from colrow.errors import ConfigError, PlanError
 from colrow.mesh import Mesh
 from colrow.plans.plan import Plan
 from colrow.sharding.layout import local_tensor, mark_packed
-from colrow.styles.base import set_attribute, style_from_data
+from colrow.styles.base import ParameterLayout, set_attribute
+from colrow.styles.replicated import LEFT_OUT
 from colrow.styles.site import Site
 
 
@@ -28,7 +29,7 @@ def parallelize(model: nn.Module, plan: Plan, mesh: Mesh | DeviceMesh, *, absent
 
     Args:
         mesh: a 1-D mesh, a mesh with an axis named `tp`, or the degrees (then under an initialised process group).
-        absent: for a pipeline stage, the names of the whole model's modules that it has not (`Stage.absent`).
+        absent: for a pipeline stage, the names of the complete model's modules that it has not (`Stage.absent`).
 
     Raises:
         PlanError: the plan does not fit the model or the degree; nothing has been changed then.
@@ -36,13 +37,13 @@ def parallelize(model: nn.Module, plan: Plan, mesh: Mesh | DeviceMesh, *, absent
     """
     tp_mesh = tp_axis(mesh)
     tp = tp_mesh.size()
-    absent = tuple(absent)
     if any(isinstance(param, DTensor) for param in model.parameters()):
         raise PlanError("the model is parallelised already: apply one plan, once, to a plain model")
-    plan.check_shapes(model, tp, absent)
-    layouts = plan.parameters(model, tp, absent)
+    resolved = plan.resolve(model, absent)
+    plan.check_shapes(model, tp, resolved=resolved)
+    layouts = plan.parameters(model, tp, resolved=resolved)
     if tp == 1:
-        for fqn, (_, style) in plan.resolve(model, absent).items():
+        for fqn, (_, style) in resolved.items():
             if style.on_one_rank:
                 site = Site(model, fqn, tp)
                 style.build(site)._apply(site.module, tp_mesh)
@@ -50,10 +51,10 @@ def parallelize(model: nn.Module, plan: Plan, mesh: Mesh | DeviceMesh, *, absent
 
     ties = tied_parameters(model)
     trainable = {name: param.requires_grad for name, param in model.named_parameters(remove_duplicate=False)}
-    _refuse_split_ties(ties, {name: str(layout.placement) for name, layout in layouts.items()})
+    for names, different in split_ties(model, layouts):
+        message = f"tied weights get different placements ({different})"
+        raise PlanError("CR304", names[0], message, SAME_PLACEMENT)
 
-    resolved = plan.resolve(model, absent)
-    left_out = style_from_data("replicate", "replicate")
     for fqn, module in list(model.named_modules()):
         site = Site(model, fqn, tp)
         if fqn in resolved:
@@ -63,7 +64,7 @@ def parallelize(model: nn.Module, plan: Plan, mesh: Mesh | DeviceMesh, *, absent
             for key, value in attributes.items():
                 set_attribute(module, key, value, tp)
         if any(not isinstance(param, DTensor) for param in module.parameters(recurse=False)):
-            parallelize_module(module, tp_mesh, left_out.build(site))
+            parallelize_module(module, tp_mesh, LEFT_OUT.build(site))
     for fqn, layout in layouts.items():
         if layout.packed is not None:
             parent, _, name = fqn.rpartition(".")
@@ -108,15 +109,17 @@ def tie(model: nn.Module, ties: list[list[str]]) -> None:
             model.get_submodule(parent).register_parameter(name, param)
 
 
-def _refuse_split_ties(ties: list[list[str]], placements: dict[str, str]) -> None:
-    for group in ties:
-        said = {name: placements[name] for name in group if name in placements}
-        if len(set(said.values())) > 1:
-            each = ", ".join(f"{name} {placement}" for name, placement in said.items())
-            raise PlanError(
-                f"tied weights get different placements ({each}): give them the same one, "
-                "such as style rowwise on the embedding and colwise on the head"
-            )
+SAME_PLACEMENT = "give them the same placement, such as rowwise on the embedding and colwise on the head"
+
+
+def split_ties(model: nn.Module, layouts: Mapping[str, ParameterLayout]) -> list[tuple[list[str], str]]:
+    """Tied parameters that would be placed differently: their names, and each one's placement as text."""
+    found = []
+    for group in tied_parameters(model):
+        placed = {name: str(layouts[name]) for name in group if name in layouts}
+        if len(set(placed.values())) > 1:
+            found.append((group, ", ".join(f"{name} {placement}" for name, placement in placed.items())))
+    return found
 
 
 def _sync_replicas(model: nn.Module, tp_mesh: DeviceMesh) -> None:

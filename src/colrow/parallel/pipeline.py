@@ -26,7 +26,7 @@ from colrow.parallel.pipeline_stage import Stage, Tie, cut_stages
 from colrow.plans.plan import Plan
 from colrow.sharding.grad_norm import align_gradients
 from colrow.sharding.layout import local_tensor
-from colrow.styles.linear_head import Expected, expect_targets
+from colrow.styles.linear_head import PendingTargets, expect_targets
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Logits [B, T, V] and targets [B, T] to the mean loss over them, a scalar."""
@@ -183,7 +183,7 @@ class PipelineRunner:
         losses: list[Tensor] = []
         outputs = {"target": targets, "losses": losses} if self.stages[-1].last else {}
         if self._head_computes_loss and outputs:
-            parts = [Expected(part, targets.numel(), -100) for part in targets.chunk(count)]
+            parts = [PendingTargets(part, targets.numel(), -100) for part in targets.chunk(count)]
             expect_targets(self.stages[-1].module, parts)
         with loss_context(self.plan, self.mesh):
             step(*inputs, **outputs, return_outputs=False)

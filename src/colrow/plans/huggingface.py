@@ -1,20 +1,19 @@
 """A plan from the tensor-parallel plan that a Hugging Face model carries.
 
 `base_model_tp_plan` of a config and `_tp_plan` of a class map parameter or module names to names of styles. Their plans
-leave things open that make training wrong, and that are mended here: tied embeddings get one placement, norms on local
-heads get their gradients summed, and so do the routing weights of split experts.
+leave things open that make training wrong, and that are put right here: tied embeddings get one placement, norms on
+local heads get their gradients summed, and so do the routing weights of split experts.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from colrow.errors import PlanError
-from colrow.plans.plan import Plan
+from colrow.plans.patterns import with_stars
 from colrow.styles.packed import is_transposed
 
 STYLES: dict[str, dict[str, Any] | None] = {
@@ -46,24 +45,24 @@ NO_EQUIVALENT = {
 }
 
 
-def from_huggingface(model: nn.Module) -> Plan:
-    """The plan that a Hugging Face model states for itself.
+def huggingface_modules(model: nn.Module) -> dict[str, Any]:
+    """Patterns to styles of the plan that a Hugging Face model states for itself.
 
     Raises:
-        PlanError: the model states none, or one with a style that cannot be mapped; the text names the keys and says
-            which way is open (`Plan.derive`).
+        PlanError: the model states none, or one with a style that cannot be mapped; the text names the keys and the
+            way that is open (`Plan.derive`).
     """
-    said = stated_plan(model)
-    if not said:
+    stated = stated_plan(model)
+    if not stated:
         raise PlanError(f"{type(model).__name__} states no tensor-parallel plan: use Plan.derive(model, tp=N)")
-    modules, unmapped = map_styles(model, said)
+    modules, unmapped = map_styles(model, stated)
     if unmapped:
         listed = "; ".join(f"{key}: {why}" for key, why in unmapped.items())
         raise PlanError(
             f"the plan of {type(model).__name__} has styles without an equivalent ({listed}): "
             "use Plan.derive(model, tp=N)"
         )
-    return Plan(modules=modules, loss="replicated", name=f"huggingface:{type(model).__name__}")
+    return modules
 
 
 def stated_plan(model: nn.Module) -> dict[str, str]:
@@ -72,15 +71,15 @@ def stated_plan(model: nn.Module) -> dict[str, str]:
     return {str(key): str(value) for key, value in dict(found).items()}
 
 
-def map_styles(model: nn.Module, said: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+def map_styles(model: nn.Module, stated: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
     """Module patterns to styles, and each key that cannot be mapped with the reason."""
     names = {name for name, _ in model.named_modules(remove_duplicate=False) if name}
-    patterns = {_pattern(name) for name in names}
-    parameters = {_pattern(name): name for name, _ in model.named_parameters(remove_duplicate=False)}
+    patterns = {with_stars(name) for name in names}
+    parameters = {with_stars(name): name for name, _ in model.named_parameters(remove_duplicate=False)}
     out: dict[str, dict[str, Any]] = {}
     unmapped: dict[str, str] = {}
     experts: dict[str, dict[str, Any]] = {}
-    for key, name in said.items():
+    for key, name in stated.items():
         if name in NO_EQUIVALENT:
             unmapped[key] = f"{name}: {NO_EQUIVALENT[name]}"
         elif name not in STYLES:
@@ -92,7 +91,7 @@ def map_styles(model: nn.Module, said: Mapping[str, str]) -> tuple[dict[str, Any
         elif STYLES[name] is not None:
             style = dict(STYLES[name] or {})
             if style["style"].startswith("packed_"):
-                module = model.get_submodule(next(n for n in names if _pattern(n) == key or n == key))
+                module = model.get_submodule(next(n for n in names if with_stars(n) == key or n == key))
                 extent = _packed_extent(module, style["style"])
                 style["segments"] = [extent // 2, extent // 2]
             out[key] = style
@@ -108,7 +107,7 @@ def _expert(
     model: nn.Module, key: str, name: str, style: str, experts: dict[str, dict[str, Any]], unmapped: dict[str, str]
 ) -> None:
     """A key that names a parameter: stacked experts [E, out, in]."""
-    parent, _, last = key.rpartition(".")
+    parent, _, leaf = key.rpartition(".")
     param = model.get_parameter(name)
     transposed = is_transposed(model.get_submodule(name.rpartition(".")[0]))
     if param.dim() != 3 or style not in ("packed_colwise", "colwise", "rowwise", "packed_rowwise"):
@@ -117,7 +116,7 @@ def _expert(
     out, into = (2, 1) if transposed else (1, 2)
     dim = out if style.endswith("colwise") else into
     half = int(param.shape[dim]) // 2
-    experts.setdefault(parent, {})[last] = (
+    experts.setdefault(parent, {})[leaf] = (
         {"dim": dim, "segments": [half, half]} if style.startswith("packed") else {"dim": dim}
     )
 
@@ -143,7 +142,3 @@ def _tie(model: nn.Module, out: dict[str, dict[str, Any]]) -> None:
 def _name_of(model: Any, getter: str) -> str | None:
     module = getattr(model, getter)() if hasattr(model, getter) else None
     return next((name for name, m in model.named_modules() if m is module and module is not None), None)
-
-
-def _pattern(name: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)

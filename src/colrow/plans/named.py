@@ -9,20 +9,21 @@ from torch import nn
 
 from colrow.errors import ConfigError, did_you_mean
 from colrow.plans.derive_options import DERIVED, DeriveOptions
-from colrow.plans.plan import LOSSES, Plan
+from colrow.plans.loss import LOSSES
+from colrow.plans.plan import Plan
 from colrow.plans.presets import PRESETS
 
 
 def named_plan(name: str, model: nn.Module, tp: int, loss: str | None = None) -> Plan:
-    """The plan that `name` says: a preset, `huggingface`, `derive`, `derive-fast`, `derive-overlap`, or a file.
+    """The plan of this name: a preset, `huggingface`, `derive`, `derive-fast`, `derive-overlap`, or a file.
 
     Args:
         tp: the degree that a derived plan is for.
-        loss: how a preset or a derived plan computes the loss, `vocab_parallel` unless given; another says its own.
+        loss: how a preset or a derived plan computes the loss, `vocab_parallel` unless given; another declares its own.
 
     Raises:
         ConfigError: there is no such preset or file, no such loss, or the plan's own loss is another one.
-        PlanError: the model states no plan, or gets none of the styles asked for, or the file holds none.
+        PlanError: the model states no plan, or gets none of the styles requested, or the file holds none.
     """
     if loss is not None and loss not in LOSSES:
         raise ConfigError(f"unknown loss {loss!r}{did_you_mean(loss, LOSSES)}")
@@ -42,7 +43,7 @@ def named_plan(name: str, model: nn.Module, tp: int, loss: str | None = None) ->
         )
     if loss is not None and loss != plan.loss:
         raise ConfigError(
-            f"loss: {loss} is asked for, but the plan {plan.name} says {plan.loss}, which its head's style "
+            f"loss: {loss} was requested, but the plan {plan.name} declares {plan.loss}, which its head's style "
             "belongs to: leave loss out, or change both in the plan's file"
         )
     return plan

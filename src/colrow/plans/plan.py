@@ -5,28 +5,29 @@ A plan is data. It can be read, printed, compared and saved, and it is the only 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from torch import nn
 
 from colrow.errors import PlanError, did_you_mean
 from colrow.ops.float8 import Float8
-from colrow.styles import block, head, local, packed  # noqa: F401  (they register)
-from colrow.styles.base import ParameterLayout, Style, style_from_data, token_order
-from colrow.styles.fast import block as fast_block  # noqa: F401
-from colrow.styles.fast import ends, products  # noqa: F401
+from colrow.plans.huggingface import huggingface_modules
+from colrow.plans.loss import LOSSES, Loss
+from colrow.plans.patterns import matches, matching, module_names, nearest
+from colrow.plans.presets import preset_modules
+from colrow.styles.base import ParameterLayout, Style, style_from_data
+from colrow.styles.replicated import LEFT_OUT
 from colrow.styles.site import Site
 
 if TYPE_CHECKING:
     from colrow.plans.derive_options import Styles
 
-Loss = Literal["vocab_parallel", "replicated", "linear"]
-LOSSES: tuple[Loss, ...] = ("vocab_parallel", "replicated", "linear")
+Resolved = Mapping[str, tuple[str, Style]]
+"""Fully qualified module name to the key of the plan that matches it, and the style."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Plan:
     Args:
         modules: patterns to styles. A style is a name, a mapping with `style` and its options, or one of torch's own
             `ParallelStyle` objects.
-        loss: `vocab_parallel` (on logits that stay split over the vocabulary), `replicated` (on whole logits), or
-            `linear` (head and loss in one, logits never whole; call `colrow.model_loss`).
+        loss: `vocab_parallel` (on logits that stay sharded over the vocabulary), `replicated` (on all logits), or
+            `linear` (head and loss in one, no rank holds all logits; call `colrow.model_loss`).
         name: what to call the plan in messages.
 
     Raises:
@@ -58,9 +59,7 @@ class Plan:
     @classmethod
     def preset(cls, name: str, loss: Loss = "vocab_parallel") -> Plan:
         """A shipped plan: `llama`, `llama-fast`, `llama-overlap` or `article`."""
-        from colrow.plans.presets import preset
-
-        return preset(name, loss)
+        return cls(modules=preset_modules(name, loss), loss=loss, name=name)
 
     @classmethod
     def derive(cls, model: nn.Module, tp: int, *, styles: Styles | None = None, **options: Any) -> Plan:
@@ -71,7 +70,7 @@ class Plan:
                 copy engines); another name for the option of DeriveOptions.
 
         Raises:
-            PlanError: the model cannot be traced, or gets no fast styles though they are asked for.
+            PlanError: the model cannot be traced, or gets no fast styles though they are requested.
         """
         from colrow.derive.derivation import derive
         from colrow.plans.derive_options import DeriveOptions
@@ -83,13 +82,11 @@ class Plan:
     @classmethod
     def from_huggingface(cls, model: nn.Module) -> Plan:
         """The plan that a Hugging Face model states for itself (see `plans.huggingface`)."""
-        from colrow.plans.huggingface import from_huggingface
-
-        return from_huggingface(model)
+        return cls(modules=huggingface_modules(model), loss="replicated", name=f"huggingface:{type(model).__name__}")
 
     @classmethod
     def from_yaml(cls, text: str, source: str = "plan") -> Plan:
-        """The plan that a YAML text says."""
+        """The plan in a YAML text."""
         try:
             tree = yaml.load(text, Loader=_UniqueKeyLoader)
         except yaml.YAMLError as error:
@@ -123,91 +120,93 @@ class Plan:
         """Write the plan as YAML."""
         Path(path).write_text(self.to_yaml(), encoding="utf-8")
 
-    def with_fp8(self, kind: Float8) -> Plan:
+    def with_fp8(self, recipe: Float8) -> Plan:
         """The plan with 8-bit products in all styles that have them. Raises PlanError where none has."""
         able = {key: style for key, style in self.modules.items() if hasattr(style, "fp8")}
         if not able:
             raise PlanError(f"plan {self.name} has no style with the option fp8: take one of fast styles, llama-fast")
-        changed: dict[str, Any] = {key: replace(style, fp8=kind) for key, style in able.items()}  # type: ignore[call-arg]
+        changed: dict[str, Any] = {key: replace(style, fp8=recipe) for key, style in able.items()}  # type: ignore[call-arg]
         return replace(self, modules={**self.modules, **changed})
 
-    def resolve(self, model: nn.Module, absent: Iterable[str] = ()) -> dict[str, tuple[str, Style]]:
-        """Fully qualified module name to (pattern, style), in the model's order.
+    def resolve(self, model: nn.Module, absent: Iterable[str] = ()) -> Resolved:
+        """Fully qualified module name to (key, style), in the model's order.
 
         Args:
-            absent: names of modules that the whole model has and this pipeline stage of it has not; a key may match
+            absent: names of modules that the complete model has and this pipeline stage of it has not; a key may match
                 these alone.
 
         Raises:
             PlanError: a key matches no module (the message names the nearest), or a module matches two keys.
         """
-        names = {name: name.split(".") for name, _ in model.named_modules(remove_duplicate=False) if name}
-        elsewhere = [name.split(".") for name in absent]
+        names, elsewhere = module_names(model), tuple(absent)
         found: dict[str, tuple[str, Style]] = {}
         for key, style in self.modules.items():
-            pattern = key.split(".")
-            matches = [name for name, parts in names.items() if _matches(pattern, parts)]
-            if not matches and not style.optional and not any(_matches(pattern, parts) for parts in elsewhere):
-                raise PlanError(f"plan {self.name}: key {key!r} matches no module{_nearest(key, names)}")
-            for name in matches:
+            here = matching(key, names)
+            if not here and not style.optional and not any(matches(key, name) for name in elsewhere):
+                near = nearest(key, names)
+                hint = f"; did you mean {near!r}?" if near else ""
+                raise PlanError("CR101", f"plan {self.name}", f"key {key!r} matches no module{hint}", "")
+            for name in here:
                 if name in found:
-                    raise PlanError(
-                        f"plan {self.name}: module {name} matches two keys, {found[name][0]!r} and {key!r}: keep one"
-                    )
+                    message = f"module {name} matches two keys, {found[name][0]!r} and {key!r}"
+                    raise PlanError("CR102", f"plan {self.name}", message, "keep one")
                 found[name] = (key, style)
         return {name: found[name] for name in names if name in found}
 
-    def check_shapes(self, model: nn.Module, tp: int, absent: Iterable[str] = ()) -> None:
-        """Raise PlanError, with the mend, for the first module whose style cannot work at this degree."""
-        resolved = self.resolve(model, absent)
+    def check_shapes(
+        self, model: nn.Module, tp: int, absent: Iterable[str] = (), *, resolved: Resolved | None = None
+    ) -> None:
+        """Raise PlanError, with the fix, for the first module whose style cannot work at this degree.
+
+        Args:
+            resolved: what `resolve` gave, where the caller has it.
+        """
+        resolved = self.resolve(model, absent) if resolved is None else resolved
         for fqn, (_, style) in resolved.items():
             style.check(Site(model, fqn, tp))
             style.local_attributes(Site(model, fqn, tp))
-        heads = [fqn for fqn, (_, style) in resolved.items() if style.name == "linear_head"]
+        heads = [(fqn, style) for fqn, (_, style) in resolved.items() if style.returns_loss]
         if heads and self.loss != "linear":
-            raise PlanError(f"{heads[0]} has style linear_head and the plan's loss is {self.loss}: make it linear")
-        orders = {token_order(style): fqn for fqn, (_, style) in resolved.items()}
-        if tp > 1 and {"row", "sequence"} <= orders.keys():
+            fqn, style = heads[0]
+            message = f"it has style {style.name} and the plan's loss is {self.loss}"
+            raise PlanError("CR211", fqn, message, "make it linear")
+        orders = {style.token_order: fqn for fqn, (_, style) in resolved.items()}
+        if tp > 1 and {"flattened", "sequence"} <= orders.keys():
             raise PlanError(
-                f"plan {self.name}: {orders['row']} takes its part of all tokens in a row and {orders['sequence']} its "
-                "part of each sequence, so tokens would be confused: use fast styles in all places (norms: grad_sum; "
-                "head: fast_head, or linear_head with layout tokens), or in none"
+                "CR211",
+                f"plan {self.name}",
+                f"{orders['flattened']} takes its shard of the flattened tokens and {orders['sequence']} its shard of "
+                "each sequence, so tokens would be confused",
+                "use fast styles in all places (norms: grad_sum; head: fast_head, or linear_head with layout "
+                "flattened), or in none",
             )
 
-    def parameters(self, model: nn.Module, tp: int, absent: Iterable[str] = ()) -> dict[str, ParameterLayout]:
-        """What each parameter of the model becomes over tp, by fully qualified name; no process group is needed."""
-        resolved = self.resolve(model, absent)
+    def parameters(
+        self, model: nn.Module, tp: int, absent: Iterable[str] = (), *, resolved: Resolved | None = None
+    ) -> dict[str, ParameterLayout]:
+        """What each parameter of the model becomes over tp, by fully qualified name; no process group is needed.
+
+        Args:
+            resolved: what `resolve` gave, where the caller has it.
+        """
+        resolved = self.resolve(model, absent) if resolved is None else resolved
         layouts: dict[str, ParameterLayout] = {}
-        left_out = style_from_data("replicate", "replicate")
         for fqn, module in model.named_modules():
             if not any(True for _ in module.named_parameters(recurse=False)):
                 continue
-            _, style = resolved.get(fqn, ("", left_out))
+            _, style = resolved.get(fqn, ("", LEFT_OUT))
             site = Site(model, fqn, tp)
             style.check(site)
-            own = style.parameters(site) or left_out.parameters(site)
+            own = style.parameters(site) or LEFT_OUT.parameters(site)
             layouts |= {f"{fqn}.{name}" if fqn else name: layout for name, layout in own.items()}
         return layouts
 
     def sequence_parallel(self) -> bool:
-        """Whether activations between blocks are shards of the sequence, so that tp must divide its length."""
-        return any(
-            style.token_order == "row" or (style.name == "sequence" and getattr(style, "sequence_dim", 0) == 1)
-            for style in self.modules.values()
-        )
+        """Whether activations between blocks are shards of the tokens, so that tp must divide the sequence length."""
+        return any(style.token_order for style in self.modules.values())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.modules)
-
-
-def _matches(pattern: list[str], parts: list[str]) -> bool:
-    return len(pattern) == len(parts) and all(p in ("*", q) for p, q in zip(pattern, parts, strict=True))
-
-
-def _nearest(key: str, names: Mapping[str, list[str]]) -> str:
-    """`; did you mean ...?` over the names as patterns: numbers become `*` where the key has one."""
-    known = {re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names} if "*" in key else set(names)
-    return did_you_mean(key, known) if len(known) < 400 or "*" in key else ""
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

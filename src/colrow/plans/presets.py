@@ -13,28 +13,27 @@ from typing import Any
 
 from colrow.errors import PlanError, did_you_mean
 from colrow.ops.carriers import Overlap
-from colrow.plans.plan import LOSSES, Loss, Plan
+from colrow.plans.loss import LOSSES, Loss
 
 Modules = dict[str, Any]
 
 _GATHER = {"style": "prepare_input", "input": ["shard(1)"], "desired": ["replicate"]}
 
 
-def preset(name: str, loss: Loss = "vocab_parallel") -> Plan:
-    """The plan of this name. Raises PlanError for an unknown one."""
+def preset_modules(name: str, loss: Loss) -> Modules:
+    """Patterns to styles of this preset. Raises PlanError for an unknown one, or an unknown loss."""
     if name not in PRESETS:
         raise PlanError(f"unknown preset {name!r}{did_you_mean(name, PRESETS)}")
     if loss not in LOSSES:
         raise PlanError(f"unknown loss {loss!r}{did_you_mean(str(loss), LOSSES)}")
     fast = name in FAST
     embedding = "fast_embedding" if fast else {"style": "rowwise", "input": "replicate", "output": "shard(1)"}
-    modules = {"embed_tokens": embedding, **PRESETS[name], **(_fast_end(loss) if fast else _end(loss))}
-    return Plan(modules=modules, loss=loss, name=name)
+    return {"embed_tokens": embedding, **PRESETS[name], **(_fast_end(loss) if fast else _end(loss))}
 
 
 def _fast_end(loss: Loss) -> Modules:
     heads: dict[Loss, Any] = {
-        "linear": {"style": "linear_head", "layout": "tokens"},
+        "linear": {"style": "linear_head", "layout": "flattened"},
         "vocab_parallel": "fast_head",
         "replicated": {"style": "fast_head", "gather": True},
     }

@@ -2,7 +2,7 @@
 
 H query heads, K kv heads, head_dim d, t = tp. Rank r computes query heads r*H/t .. (r+1)*H/t. Query head h uses kv
 head h // (H/K). Where t divides K, a rank's kv heads are a shard. Where it does not, neighbouring ranks need the same
-kv head: k and v stay whole on each rank, and each computes the heads that its queries need.
+kv head: k and v are replicated, and each computes the heads that its queries need.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from colrow.errors import PlanError
-from colrow.styles.site import Site, divide
+from colrow.styles.site import Site
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,17 @@ def heads_of(model: nn.Module) -> Heads | None:
 
 def check_heads(site: Site) -> None:
     """Raise PlanError when a column split of an attention projection would cut through a head."""
-    heads, last = heads_of(site.model), site.fqn.rpartition(".")[2]
-    if heads is None or last not in ("q_proj", "k_proj", "v_proj"):
+    heads, leaf = heads_of(site.model), site.fqn.rpartition(".")[2]
+    if heads is None or leaf not in ("q_proj", "k_proj", "v_proj"):
         return
     out = getattr(site.module, "out_features", None)
-    if last == "q_proj" and out == heads.query * heads.dim and heads.query % site.tp:
-        divide(heads.query, site.tp, f"{site.fqn}: n_heads={heads.query}")
-    if last != "q_proj" and out == heads.kv * heads.dim and heads.kv % site.tp:
+    if leaf == "q_proj" and out == heads.query * heads.dim:
+        site.divide(heads.query, "CR202", f"n_heads={heads.query}")
+    if leaf != "q_proj" and out == heads.kv * heads.dim and heads.kv % site.tp:
         legal = [d for d in range(1, heads.kv + 1) if heads.kv % d == 0]
         raise PlanError(
-            f"{site.fqn}: n_kv_heads={heads.kv} is not divisible by tp={site.tp}: choose tp from "
-            f"{', '.join(map(str, legal))}, or replicate the kv heads with style kv_replicate"
+            "CR203",
+            site.fqn,
+            f"n_kv_heads={heads.kv} is not divisible by tp={site.tp}",
+            f"choose tp from {', '.join(map(str, legal))}, or replicate the kv heads with style kv_replicate",
         )

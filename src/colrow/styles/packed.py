@@ -1,31 +1,18 @@
-"""Styles for fused weights and stacked experts: each part of a concatenation is split on its own."""
+"""Styles for fused weights: `packed_colwise` and `packed_rowwise` shard each segment on its own ([Note: segments])."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
-from colrow.errors import PlanError
-from colrow.styles.base import ParameterLayout, Style, _Coerce, _one
-from colrow.styles.cuts import Cut, CutStyle, check_cuts, layouts, named_cuts
+from colrow.styles.base import ParameterLayout, Style, integers_of, option, placement_of
+from colrow.styles.shards import ShardedModuleStyle, ShardSpec, check_specs, layouts_of
 from colrow.styles.site import Site
-
-
-def _weight_dims(site: Site, style: str) -> tuple[int, int]:
-    """Dimensions of output and input features of the weight: (0, 1) for a Linear, (1, 0) for transformers' Conv1D."""
-    module: Any = site.module
-    weight = module._parameters.get("weight")
-    if weight is None or weight.dim() != 2 or isinstance(module, nn.Embedding):
-        raise PlanError(
-            f"{site.fqn}: style {style} is for a module that multiplies by a two-dimensional weight, not "
-            f"{type(module).__name__}"
-        )
-    return (1, 0) if is_transposed(module) else (0, 1)
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -35,106 +22,101 @@ def is_transposed(module: nn.Module) -> bool:
     return hasattr(module, "nf") or bool(getattr(module, "is_transposed", False))
 
 
-def _numbers(value: Any) -> Any:
-    return None if value is None else tuple(int(n) for n in value)
+def _out_and_in_dims(site: Site, style: str) -> tuple[int, int]:
+    """Dimensions of output and input features of the weight: (0, 1) for a Linear, (1, 0) for transformers' Conv1D."""
+    module: Any = site.module
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dim() != 2 or isinstance(module, nn.Embedding):
+        raise site.wrong_class(
+            f"style {style} is for a module that multiplies by a two-dimensional weight, not {type(module).__name__}"
+        )
+    return (1, 0) if is_transposed(module) else (0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedColwise(_Coerce, Style):
-    """Linear or Conv1D whose output features are `segments` one after another, each split over tp. Those at the
-    positions `whole` are computed by every rank (the one k and v head of multi-query attention); of those at the
-    positions `kv`, which hold `kv_heads` for `heads` query heads, a rank computes what its query heads need.
+class ColumnSegments(Style):
+    """The options of styles that shard output features: as one, or as `segments` one after another, each sharded over
+    tp. Those at the positions `replicated` are computed by every rank (the one k and v head of multi-query attention);
+    of those at the positions `kv`, which hold `kv_heads` for `heads` query heads, a rank computes what its query heads
+    need."""
 
-    `input` is the layout of x outside; unless given, x comes as the enclosing `local_block` hands it over, and without
-    one it is whole on each rank.
+    sums_gradients = True
+    segments: tuple[int, ...] | None = option(integers_of)
+    replicated: tuple[int, ...] | None = option(integers_of, previous="whole")
+    kv: tuple[int, ...] | None = option(integers_of)
+    heads: int | None = None
+    kv_heads: int | None = None
+
+    def specs(self, site: Site) -> dict[str, ShardSpec]:
+        """How each parameter is held."""
+        out, _ = _out_and_in_dims(site, self.name)
+        parameters = site.module._parameters
+        assert parameters["weight"] is not None
+        segments = self.segments or (int(parameters["weight"].shape[out]),)
+        dims = {"weight": out, "bias": 0} if parameters.get("bias") is not None else {"weight": out}
+        return {
+            name: ShardSpec(
+                dim,
+                segments,
+                self.replicated or (),
+                kv=self.kv or (),
+                heads=self.heads or 0,
+                kv_heads=self.kv_heads or 0,
+            )
+            for name, dim in dims.items()
+        }
+
+    def check(self, site: Site) -> None:
+        check_specs(site, self.specs(site))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedColwise(ColumnSegments):
+    """Linear or Conv1D whose output features are `segments` one after another; see `ColumnSegments`.
+
+    `input` is the layout of x outside. Unless given, x comes as the enclosing `local_block` hands it over; without a
+    block it is replicated.
     """
 
     name = "packed_colwise"
-    _coerce: ClassVar[dict[str, Any]] = {"input": _one, "segments": _numbers, "whole": _numbers, "kv": _numbers}
-    segments: tuple[int, ...] | None = None
-    whole: tuple[int, ...] | None = None
-    kv: tuple[int, ...] | None = None
-    heads: int | None = None
-    kv_heads: int | None = None
-    input: Placement | None = None
-
-    def cuts(self, site: Site) -> dict[str, Cut]:
-        out, _ = _weight_dims(site, self.name)
-        weight: Any = site.module._parameters["weight"]
-        segments = self.segments or (int(weight.shape[out]),)
-        uneven: dict[str, Any] = {
-            "whole": self.whole or (),
-            "kv": self.kv or (),
-            "heads": self.heads or 0,
-            "kv_heads": self.kv_heads or 0,
-        }
-        cuts = {"weight": Cut(out, segments, **uneven)}
-        if site.module._parameters.get("bias") is not None:
-            cuts["bias"] = Cut(0, segments, **uneven)
-        return cuts
-
-    def check(self, site: Site) -> None:
-        check_cuts(site, self.cuts(site))
+    gathers_own_input = True
+    input: Placement | None = option(placement_of)
 
     def build(self, site: Site) -> ParallelStyle:
-        return CutStyle(self.cuts(site), self.input, None, partial=False, outside=Replicate())
+        return ShardedModuleStyle(self.specs(site), self.input, None, partial=False, outside=Replicate())
 
     def parameters(self, site: Site) -> dict[str, ParameterLayout]:
-        return layouts(site, self.cuts(site), "output features split, segment by segment")
+        return layouts_of(site, self.specs(site), "output features split, segment by segment")
+
+
+def row_specs(site: Site, style: str, segments: tuple[int, ...] | None, bias: ShardSpec) -> dict[str, ShardSpec]:
+    """The specs of a linear whose input features are sharded; `bias` is that of its bias, where it has one."""
+    _, into = _out_and_in_dims(site, style)
+    parameters = site.module._parameters
+    assert parameters["weight"] is not None
+    specs = {"weight": ShardSpec(into, segments or (int(parameters["weight"].shape[into]),))}
+    return specs if parameters.get("bias") is None else {**specs, "bias": bias}
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedRowwise(_Coerce, Style):
-    """Linear or Conv1D whose input features are `segments` one after another, each split over tp; the output is a sum
+class PackedRowwise(Style):
+    """Linear or Conv1D whose input features are `segments` one after another, each sharded over tp; the output is a sum
     over ranks, brought to `output` (`partial` leaves the sum to the enclosing block)."""
 
     name = "packed_rowwise"
-    _coerce: ClassVar[dict[str, Any]] = {"output": _one, "segments": _numbers}
-    segments: tuple[int, ...] | None = None
-    output: Placement | None = None
+    sums_gradients = True
+    segments: tuple[int, ...] | None = option(integers_of)
+    output: Placement | None = option(placement_of)
 
-    def cuts(self, site: Site) -> dict[str, Cut]:
-        _, into = _weight_dims(site, self.name)
-        weight: Any = site.module._parameters["weight"]
-        cuts = {"weight": Cut(into, self.segments or (int(weight.shape[into]),))}
-        if site.module._parameters.get("bias") is not None:
-            cuts["bias"] = Cut(scaled=True)
-        return cuts
+    def specs(self, site: Site) -> dict[str, ShardSpec]:
+        # Each rank adds the bias before the sum over ranks, so each adds 1/tp of it.
+        return row_specs(site, self.name, self.segments, bias=ShardSpec(scaled=True))
 
     def check(self, site: Site) -> None:
-        check_cuts(site, self.cuts(site))
+        check_specs(site, self.specs(site))
 
     def build(self, site: Site) -> ParallelStyle:
-        return CutStyle(self.cuts(site), None, self.output or Replicate(), partial=True)
+        return ShardedModuleStyle(self.specs(site), None, self.output or Replicate(), partial=True)
 
     def parameters(self, site: Site) -> dict[str, ParameterLayout]:
-        return layouts(site, self.cuts(site), "input features split, segment by segment")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LocalShards(_Coerce, Style):
-    """Any module whose own parameters are split as `shards` says: name to dim, or to {dim, segments, whole}. Its
-    forward runs on the parts. For stacked experts: `{gate_up_proj: {dim: 1, segments: [F, F]}, down_proj: 2}`.
-
-    A parameter left out stays whole with its gradient summed; one that is added to a partial sum is
-    `{scaled: true}`. `output` (default `partial`: left to the enclosing block) says what the output becomes when the
-    module ends in a sum over ranks.
-    """
-
-    name = "local_shards"
-    _coerce: ClassVar[dict[str, Any]] = {"output": _one, "input": _one}
-    shards: dict[str, Any] | None = None
-    input: Placement | None = None
-    output: Placement | None = None
-
-    def cuts(self, site: Site) -> dict[str, Cut]:
-        return named_cuts(site, self.name, self.shards or {})
-
-    def check(self, site: Site) -> None:
-        check_cuts(site, self.cuts(site))
-
-    def build(self, site: Site) -> ParallelStyle:
-        return CutStyle(self.cuts(site), self.input, self.output, partial=self.output is not None)
-
-    def parameters(self, site: Site) -> dict[str, ParameterLayout]:
-        return layouts(site, self.cuts(site), "split over tp; the module runs on its part")
+        return layouts_of(site, self.specs(site), "input features split, segment by segment")

@@ -19,7 +19,9 @@ from torch.distributed.tensor import Partial, Replicate
 from colrow.errors import PlanError
 from colrow.plans.plan import Plan
 from colrow.sharding.layout import boxes_at
-from colrow.styles.base import ParameterLayout, Rowwise, Style, style_from_data
+from colrow.styles.base import ParameterLayout, Style, style_from_data
+from colrow.styles.linear import Rowwise
+from colrow.styles.replicated import LEFT_OUT
 from colrow.verifying.backends import RankFailure
 from colrow.verifying.comparison import Observed, Reference, compare
 from colrow.verifying.report import Control
@@ -53,8 +55,8 @@ def _cases(task: Task, plan: Plan) -> Iterator[Case]:
     styles = {fqn: style for fqn, (_, style) in plan.resolve(task.model).items()}
     layouts = plan.parameters(task.model, task.tp)
     changes = (
-        *islice(_sums_left_out(task.model, styles), 2),
-        *islice(_sums_too_many(task.model, styles, layouts), 2),
+        *islice(_other_styles(task.model, styles, layouts, sums_gradients=True), 2),
+        *islice(_other_styles(task.model, styles, layouts, sums_gradients=False), 2),
         *islice(_reductions_left_out(styles), 2),
     )
     for change, fqn, style in changes:
@@ -63,21 +65,18 @@ def _cases(task: Task, plan: Plan) -> Iterator[Case]:
         yield change, replace(task, model=model), plan
 
 
-def _sums_left_out(model: nn.Module, styles: dict[str, Style]) -> Iterator[tuple[str, str, Style]]:
-    for fqn, _ in _trained(model):
-        style = styles.get(fqn)
-        if style is not None and style.name in ("sequence", "grad_sum"):
-            yield f"{fqn}: style {style.name} left out", fqn, style_from_data("replicate", fqn)
-
-
-def _sums_too_many(
-    model: nn.Module, styles: dict[str, Style], layouts: dict[str, ParameterLayout]
+def _other_styles(
+    model: nn.Module, styles: dict[str, Style], layouts: dict[str, ParameterLayout], *, sums_gradients: bool
 ) -> Iterator[tuple[str, str, Style]]:
+    """Styles that do, or do not, sum the gradients of their replicated parameters, with another in their place."""
     for fqn, module in _trained(model):
-        style = styles.get(fqn)
+        style = styles.get(fqn, LEFT_OUT)
+        control = style.negative_control
+        if control is None or style.sums_gradients is not sums_gradients:
+            continue
         names = [f"{fqn}.{name}" for name, param in module.named_parameters(recurse=False) if param.requires_grad]
-        if (style is None or style.name == "replicate") and all(layouts[n].placement.is_replicate() for n in names):
-            yield f"{fqn}: gradients summed over tp, but equal on all ranks", fqn, style_from_data("grad_sum", fqn)
+        if all(layouts[name].placement.is_replicate() for name in names):
+            yield f"{fqn}: {control.change}", fqn, style_from_data(control.style, fqn)
 
 
 def _reductions_left_out(styles: dict[str, Style]) -> Iterator[tuple[str, str, Style]]:

@@ -1,0 +1,223 @@
+"""The fast styles of column-parallel linears: `fast_gather` with `fast_colwise` and `fast_kv_replicate`; `fast_column`.
+
+`fast_gather` stands on the module whose projections share an input (`self_attn`, `mlp`). It gathers that input once and
+multiplies it by all their weights; each projection, style `fast_colwise`, then takes its own output out of what it is
+called with. `fast_column` is for a projection without siblings: it gathers its own input.
+
+Legend: B sequences, T tokens, t = T/n this rank's tokens, D hidden size, N = B T, F this rank's output features of all
+siblings together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from colrow.errors import PlanError
+from colrow.ops.parallel_linear import column_linear
+from colrow.styles.base import ParameterLayout, option
+from colrow.styles.fast.linear import (
+    FORWARD_STATE,
+    FastLinear,
+    FastLinearStyle,
+    LinearState,
+    argument_at,
+    is_linear,
+    require_linear,
+    weight_out_in,
+    with_argument,
+)
+from colrow.styles.linear import Colwise
+from colrow.styles.packed import ColumnSegments
+from colrow.styles.replicated import KvReplicate
+from colrow.styles.shards import layouts_of, mark_grads_summed_at_entry
+from colrow.styles.site import Site
+
+
+def leaf_name(fqn: str) -> str:
+    return fqn.rpartition(".")[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastGather(FastLinear):
+    """One all-gather and one product for the modules inside that `columns` names, which have style fast_colwise or
+    fast_kv_replicate. `argument` is the gathered one's number or name: the first unless given, or `hidden_states`.
+    `keep_gathered: false` gathers the input again in backward instead of keeping it. For the other options see
+    `FastLinear`."""
+
+    name = "fast_gather"
+    gathers_for_children = True
+    operator = "column_forward"
+    columns: tuple[str, ...] = option(tuple, ())
+    argument: int | str | None = None
+    keep_gathered: bool = True
+
+    def check(self, site: Site) -> None:
+        inside = dict(site.module.named_modules())
+        for column in self.columns:
+            if column not in inside or not is_linear(inside[column]):
+                raise site.wrong_options(f"fast_gather names {column!r}, which is no linear child of it", "correct it")
+        if not self.columns:
+            raise site.wrong_options(
+                "style fast_gather needs the option columns", "name its projections, such as [gate_proj, up_proj]"
+            )
+        if len({leaf_name(column) for column in self.columns}) < len(self.columns):
+            raise site.wrong_options(
+                "fast_gather names two columns that are called alike", "give these the style fast_column"
+            )
+        super().check(site)
+
+    def build(self, site: Site) -> ParallelStyle:
+        return _GatherHook(self, site.fqn)
+
+
+@dataclass(frozen=True)
+class SiblingGather:
+    """All-gathers the input of sibling column linears once, and multiplies by all their weights at once."""
+
+    fqn: str
+    columns: tuple[str, ...]
+    argument: int | str | None
+    state: LinearState
+
+    def pre_hook(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        key = self.argument
+        if key is None:
+            key = 0 if args else "hidden_states"
+        x_BtD = argument_at(args, kwargs, key)
+        if not isinstance(x_BtD, Tensor):
+            message = f"fast_gather finds no tensor as argument {key!r}"
+            raise PlanError("CR211", self.fqn, message, "say which it is in the option argument")
+        return with_argument(args, kwargs, key, self.outputs(module, x_BtD))
+
+    def outputs(self, module: nn.Module, x_BtD: Tensor) -> SiblingOutputs:
+        weights = [weight_out_in(module.get_submodule(name)) for name in self.columns]
+        y_BTF = gathered_linear(x_BtD, weights, self.state)
+        parts = y_BTF.split([w.shape[0] for w in weights], -1)
+        outputs = dict(zip(map(leaf_name, self.columns), parts, strict=True))
+        return SiblingOutputs(outputs, (*y_BTF.shape[:-1], x_BtD.shape[-1]), x_BtD)
+
+
+class _GatherHook(ParallelStyle):
+    def __init__(self, style: FastGather, fqn: str) -> None:
+        self.style, self.fqn = style, fqn
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        state = self.style.linear_state(device_mesh)
+        # Inside, activations are local. The gather's backward is a reduce-scatter, so gradients are summed there, once.
+        mark_grads_summed_at_entry(module)
+        gather = SiblingGather(self.fqn, self.style.columns, self.style.argument, state)
+        module.register_forward_pre_hook(gather.pre_hook, with_kwargs=True)
+        return module
+
+
+class SiblingOutputs:
+    """What a fast_gather hands to its module in the place of the input: the projections' outputs.
+
+    It answers for the gathered input what code may ask for (shape, type, device), and has nothing else that a tensor
+    has: code that computes with the input itself, and would get it ungathered, fails.
+    """
+
+    def __init__(self, outputs: dict[str, Tensor], shape: tuple[int, ...], x: Tensor) -> None:
+        self.outputs, self.shape = outputs, torch.Size(shape)
+        self.dtype, self.device, self.ndim = x.dtype, x.device, len(shape)
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return self.ndim
+
+
+def gathered_linear(x_BtD: Tensor, weights: list[Tensor], state: LinearState) -> Tensor:
+    """[B, t, D] on each rank -> [B, T, F]: the all-gather and the products with all weights, without biases."""
+    y_NF = column_linear(x_BtD.flatten(0, -2), weights, state.group, state.options)
+    return y_NF.view(*x_BtD.shape[:-2], x_BtD.shape[-2] * state.ranks, -1)
+
+
+@dataclass(frozen=True)
+class SiblingState:
+    """What the forward of a fast_colwise needs: its name among the outputs."""
+
+    name: str
+
+
+def _sibling_forward(module: Any, x: Any) -> Tensor:
+    """The forward of a fast_colwise: its output from what the parent has computed, and the bias."""
+    name = getattr(module, FORWARD_STATE).name
+    if not isinstance(x, SiblingOutputs) or name not in x.outputs:
+        message = f"{name} has a fast column style and was called with {type(x).__name__}"
+        raise PlanError("CR211", "", message, f"its parent needs style fast_gather with {name} in its option columns")
+    y = x.outputs[name]
+    bias = module.bias
+    return y if bias is None else y + bias
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastColumns(ColumnSegments):
+    """What fast column styles have in common; for the options see `packed.ColumnSegments`."""
+
+    def check(self, site: Site) -> None:
+        require_linear(site, self.name)
+        if self.segments is None and isinstance(site.module, nn.Linear):
+            Colwise().check(site)
+        super().check(site)
+
+    def parameters(self, site: Site) -> dict[str, ParameterLayout]:
+        return layouts_of(site, self.specs(site), "output features split")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastColwise(FastColumns):
+    """A linear whose output features are sharded, computed by the fast_gather of a module around it. For the options
+    see `packed.ColumnSegments`."""
+
+    name = "fast_colwise"
+
+    def build(self, site: Site) -> ParallelStyle:
+        state = SiblingState(leaf_name(site.fqn))
+        return FastLinearStyle(self.specs(site), _sibling_forward, lambda _: state)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastKvReplicate(KvReplicate):
+    """`kv_replicate` for a projection that the fast_gather of a module around it computes."""
+
+    name = "fast_kv_replicate"
+    gathers_own_input = False
+
+    def build(self, site: Site) -> ParallelStyle:
+        heads = self.resolve(site)
+        if heads.kv % site.tp == 0:
+            return FastColwise().build(site)
+        column = FastColwise(segments=(heads.kv * heads.dim,), kv=(0,), heads=heads.query, kv_heads=heads.kv)
+        return column.build(site)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastColumn(FastLinear, FastColumns):
+    """A linear whose output features are sharded and which gathers its own input: one that has no sibling. For the
+    options see `packed.ColumnSegments`, `FastLinear` and `FastGather`."""
+
+    name = "fast_column"
+    gathers_own_input = True
+    keep_gathered: bool = True
+
+    def check(self, site: Site) -> None:
+        FastLinear.check(self, site)
+        FastColumns.check(self, site)
+
+    def build(self, site: Site) -> ParallelStyle:
+        return FastLinearStyle(self.specs(site), _column_forward, self.linear_state)
+
+
+def _column_forward(module: Any, x_BtD: Tensor) -> Tensor:
+    """The forward of a fast_column: this rank's tokens [B, t, D] -> [B, T, F]."""
+    y_BTF = gathered_linear(x_BtD, [weight_out_in(module)], getattr(module, FORWARD_STATE))
+    bias = module.bias
+    return y_BTF if bias is None else y_BTF + bias

@@ -1,0 +1,61 @@
+"""The fast style of a head that gives logits: `fast_head`. For one that gives the loss see `styles.linear_head`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from colrow.ops.parallel_linear import column_linear
+from colrow.styles.base import ParameterLayout
+from colrow.styles.fast.linear import FORWARD_STATE, FastLinearStyle, FlattenedTokens, group_name, require_linear
+from colrow.styles.linear import Colwise
+from colrow.styles.shards import ShardSpec
+from colrow.styles.site import Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastHead(FlattenedTokens):
+    """A head sharded over the vocabulary, on flattened tokens. `gather` gives all logits to each rank, for loss
+    replicated."""
+
+    name = "fast_head"
+    gather: bool = False
+
+    def check(self, site: Site) -> None:
+        require_linear(site, self.name)
+        Colwise().check(site)
+
+    def build(self, site: Site) -> ParallelStyle:
+        specs = {name: ShardSpec(0, (param.shape[0],)) for name, param in site.module.named_parameters(recurse=False)}
+        return FastLinearStyle(
+            specs, _head_forward, lambda mesh: FastHeadState(mesh, group_name(mesh), gather=self.gather)
+        )
+
+    def parameters(self, site: Site) -> dict[str, ParameterLayout]:
+        return Colwise().parameters(site)
+
+
+@dataclass(frozen=True)
+class FastHeadState:
+    """What a fast head's forward needs."""
+
+    mesh: DeviceMesh
+    group: str
+    gather: bool
+
+
+def _head_forward(module: Any, x_BtD: Tensor) -> Tensor:
+    """The forward of a fast head: logits [B, T, V], sharded over the vocabulary as a DTensor, or on each rank."""
+    state: FastHeadState = getattr(module, FORWARD_STATE)
+    B, t, D = x_BtD.shape
+    weight: Tensor = module.weight
+    y_BTv = column_linear(x_BtD.reshape(B * t, D), [weight], state.group).view(B, t * state.mesh.size(), -1)
+    if module.bias is not None:
+        y_BTv = y_BTv + module.bias
+    logits = DTensor.from_local(y_BTv, state.mesh, [Shard(2)], run_check=False)
+    return logits.redistribute(placements=[Replicate()]).to_local() if state.gather else logits

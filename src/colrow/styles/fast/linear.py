@@ -1,0 +1,155 @@
+"""What the fast styles of linears have in common: their options, and how a linear's forward is replaced.
+
+The fast styles run on local tensors with explicit collectives (`ops.parallel_linear`), on flattened tokens. That no
+weight is multiplied by the wrong input is seen at run time: a fast forward that is called with anything but what its
+gather hands over raises, so the fast path ran, or there is an error.
+
+[Note: flattened tokens]
+Between blocks each rank holds tokens r t .. (r+1) t of all B T tokens of the micro-batch, whatever sequence they are
+of, viewed as [B, T/n, D]. An all-gather of dimension 0 then gives the tokens in their order, and no copy is needed
+before or after it; shards of dimension 1 would come out in the order of the ranks. Norms, residuals and linears work
+on each token alone, so the order does not matter to them. That holds only where all styles agree: a plan that mixes
+these styles with ones that shard dimension 1 is refused (`Style.token_order`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from colrow.errors import PlanError, did_you_mean
+from colrow.ops.carriers import OVERLAPS, Overlap, carrier
+from colrow.ops.float8 import KINDS
+from colrow.ops.linear_options import CHUNK_ROWS, LinearOptions, option_names
+from colrow.sharding.local_view import replace_forward
+from colrow.styles.base import Style, TokenOrder, option
+from colrow.styles.packed import is_transposed
+from colrow.styles.shards import ShardSpec, shard_parameters
+from colrow.styles.site import Site
+
+FORWARD_STATE = "_colrow_forward_state"
+"""Module attribute: the frozen dataclass that the module's fast forward reads."""
+
+
+@dataclass(frozen=True)
+class LinearState:
+    """What the forward of a fast linear needs."""
+
+    group: str
+    ranks: int
+    options: LinearOptions
+
+
+class FastLinearStyle(ParallelStyle):
+    """Shards a linear's parameters, and lets `forward`, a function of module level, take the place of its own.
+
+    Args:
+        state: what `forward` reads under FORWARD_STATE.
+    """
+
+    def __init__(
+        self, specs: dict[str, ShardSpec], forward: Callable[..., Any], state: Callable[[DeviceMesh], Any]
+    ) -> None:
+        self.specs, self.forward, self.state = specs, forward, state
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        shard_parameters(module, device_mesh, self.specs)
+        module.__dict__[FORWARD_STATE] = self.state(device_mesh)
+        replace_forward(module, self.forward)
+        return module
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module's forward is a product with its weight and the addition of its bias: a Linear, or
+    transformers' Conv1D. A subclass with a forward of its own may do more, which a fast style would leave out."""
+    module_cls = type(module)
+    if isinstance(module, nn.Linear):
+        return module_cls.forward is nn.Linear.forward
+    return module_cls.__name__ == "Conv1D" and module_cls.__module__ == "transformers.pytorch_utils"
+
+
+def require_linear(site: Site, style: str) -> None:
+    """Raise a PlanError for a module that is not `is_linear`."""
+    if not is_linear(site.module):
+        own = ", which has a forward of its own" if isinstance(site.module, nn.Linear) else ""
+        raise site.wrong_class(f"style {style} is for nn.Linear, not for {type(site.module).__name__}{own}")
+
+
+def weight_out_in(module: Any) -> Tensor:
+    """The local weight as [out, in]."""
+    weight: Tensor = module.weight
+    return weight.t() if is_transposed(module) else weight
+
+
+def group_name(mesh: DeviceMesh) -> str:
+    return str(mesh.get_group().group_name)
+
+
+def create_carrier(mesh: DeviceMesh, overlap: str) -> None:
+    """Create the carrier of chunks now, so that an unsupported setup fails before the first step."""
+    if dist.get_backend(mesh.get_group()) != "fake":  # a dry run sends nothing
+        on_gpu = mesh.device_type == "cuda"
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device(mesh.device_type)
+        carrier(overlap, group_name(mesh), device)
+
+
+def _float8_of(recipe: str) -> str:
+    if recipe and recipe not in KINDS:
+        message = f"fp8: {recipe!r} is no kind of 8-bit products{did_you_mean(recipe, KINDS)}"
+        raise PlanError("CR211", "", message, "")
+    return recipe
+
+
+class FlattenedTokens(Style):
+    """A style whose module works on this rank's shard of the flattened tokens, or on all of them in their order."""
+
+    @property
+    def token_order(self) -> TokenOrder:
+        return "flattened"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastLinear(FlattenedTokens):
+    """The options of styles that multiply.
+
+    `overlap` says what runs beside matmuls (`ops.carriers.Overlap`); chunks of fewer than `chunk_rows` rows are not
+    sent apart. `fp8: tensorwise` or `rowwise` multiplies 8-bit floats (`ops.float8`).
+    """
+
+    overlap: Overlap = "collectives"
+    chunk_rows: int = CHUNK_ROWS
+    fp8: str = option(_float8_of, "")
+
+    def check(self, site: Site) -> None:
+        if self.overlap not in OVERLAPS:
+            raise site.wrong_options(
+                f"overlap {self.overlap!r} does not exist",
+                f"use one of {', '.join(OVERLAPS)}{did_you_mean(str(self.overlap), OVERLAPS)}",
+            )
+
+    def linear_state(self, mesh: DeviceMesh) -> LinearState:
+        """The forward's state; creates the carrier."""
+        create_carrier(mesh, self.overlap)
+        options = {name: getattr(self, name) for name in option_names() if hasattr(self, name)}
+        return LinearState(group_name(mesh), mesh.size(), LinearOptions(**options))
+
+
+def argument_at(args: Any, kwargs: Any, key: int | str) -> Any:
+    """The argument of this number or name; None where there is none."""
+    if isinstance(key, str):
+        return kwargs.get(key)
+    return args[key] if key < len(args) else None
+
+
+def with_argument(args: Any, kwargs: Any, key: int | str, value: Any) -> Any:
+    """The arguments with another value in that place."""
+    if isinstance(key, str):
+        return args, {**kwargs, key: value}
+    return (*args[:key], value, *args[key + 1 :]), kwargs

@@ -1,0 +1,63 @@
+"""The fast style of a row-parallel linear: `fast_rowwise`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from colrow.ops.parallel_linear import row_linear
+from colrow.styles.base import ParameterLayout, integers_of, option
+from colrow.styles.fast.linear import (
+    FORWARD_STATE,
+    FastLinear,
+    FastLinearStyle,
+    LinearState,
+    require_linear,
+    weight_out_in,
+)
+from colrow.styles.linear import Rowwise
+from colrow.styles.packed import row_specs
+from colrow.styles.shards import ShardSpec, check_specs, layouts_of
+from colrow.styles.site import Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastRowwise(FastLinear):
+    """A linear whose input features are sharded, as one or as `segments` one after another; its output is this rank's
+    shard of the flattened tokens. For the other options see `FastLinear`."""
+
+    name = "fast_rowwise"
+    sums_gradients = True
+    operator = "row_forward"
+    saved_operators = frozenset({"colrow::row_forward"})  # a product and its reduce-scatter in one
+    segments: tuple[int, ...] | None = option(integers_of)
+
+    def specs(self, site: Site) -> dict[str, ShardSpec]:
+        """How each parameter is held."""
+        # The bias is added after the sum, by each rank to its own tokens: replicated, with its gradient summed.
+        return row_specs(site, self.name, self.segments, bias=ShardSpec())
+
+    def check(self, site: Site) -> None:
+        require_linear(site, self.name)
+        if self.segments is None and isinstance(site.module, nn.Linear):
+            Rowwise().check(site)
+        check_specs(site, self.specs(site))
+        super().check(site)
+
+    def build(self, site: Site) -> ParallelStyle:
+        return FastLinearStyle(self.specs(site), _row_forward, self.linear_state)
+
+    def parameters(self, site: Site) -> dict[str, ParameterLayout]:
+        return layouts_of(site, self.specs(site), "input features split")
+
+
+def _row_forward(module: Any, x_BTf: Tensor) -> Tensor:
+    """The forward of a fast_rowwise: all tokens, this rank's features [B, T, f] -> this rank's tokens [B, t, D]."""
+    state: LinearState = getattr(module, FORWARD_STATE)
+    y_tD = row_linear(x_BTf.flatten(0, -2), weight_out_in(module), state.group, state.options)
+    y_BtD = y_tD.view(*x_BTf.shape[:-2], x_BTf.shape[-2] // state.ranks, -1)
+    bias = module.bias
+    return y_BtD if bias is None else y_BtD + bias

@@ -1,0 +1,100 @@
+"""The fast styles at the borders of the part of a model that works on shards of the tokens: `fast_shard_tokens` and
+`fast_gather_tokens`. See [Note: flattened tokens] in `fast.linear`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from colrow.errors import PlanError
+from colrow.ops.tokens import part_of, whole_of
+from colrow.styles.base import option
+from colrow.styles.fast.linear import FlattenedTokens, argument_at, group_name, with_argument
+from colrow.styles.rank_tensors import rank_table
+from colrow.styles.site import Site
+
+Keys = tuple[int | str, ...]
+"""Arguments by number or by name."""
+
+
+def keys_of(value: Any) -> Keys:
+    """The option of several arguments; a single one stands for itself."""
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def over_tokens(change: Callable[[Tensor, str], Tensor], x: Tensor, group: str) -> Tensor:
+    """[..., T, D], flattened to tokens, changed, and viewed as before with as many more or fewer tokens."""
+    y = change(x.flatten(0, -2), group)
+    return y.view(*x.shape[:-2], x.shape[-2] * y.shape[0] // x[..., 0].numel(), x.shape[-1])
+
+
+def tensor_argument(fqn: str, style: str, args: Any, kwargs: Any, key: int | str) -> Tensor:
+    """The argument of this number or name. Raises PlanError where there is no tensor."""
+    x = argument_at(args, kwargs, key)
+    if not isinstance(x, Tensor):
+        raise PlanError("CR211", fqn, f"style {style} finds no tensor as argument {key!r}", "correct the plan")
+    return x
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TokenArguments(FlattenedTokens):
+    """`arguments` names them by number or by name; the first one unless given."""
+
+    arguments: Keys = option(keys_of, (0,))
+
+    @abstractmethod
+    def change(self, x: Tensor, rank: Tensor, group: str) -> Tensor:
+        """The tokens [T, D] or [t, D], changed; `rank` holds this rank's number in the group."""
+
+    def build(self, site: Site) -> ParallelStyle:
+        return _TokenHook(self, site.fqn)
+
+
+class _TokenHook(ParallelStyle):
+    def __init__(self, style: _TokenArguments, fqn: str) -> None:
+        self.style, self.fqn = style, fqn
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        style, group, fqn = self.style, group_name(device_mesh), self.fqn
+        rank = rank_table(device_mesh, [[number] for number in range(device_mesh.size())])
+
+        def change(x: Tensor, group: str) -> Tensor:
+            return style.change(x, rank, group)
+
+        def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
+            for key in style.arguments:
+                x = tensor_argument(fqn, style.name, args, kwargs, key)
+                args, kwargs = with_argument(args, kwargs, key, over_tokens(change, x, group))
+            return args, kwargs
+
+        module.register_forward_pre_hook(before, with_kwargs=True)
+        return module
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastShardTokens(_TokenArguments):
+    """Arguments that are the same on every rank become this rank's shard of the flattened tokens."""
+
+    name = "fast_shard_tokens"
+    previous_names = ("fast_part",)
+
+    def change(self, x: Tensor, rank: Tensor, group: str) -> Tensor:
+        return part_of(x, rank, group)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastGatherTokens(_TokenArguments):
+    """Arguments that are this rank's tokens are gathered, for a module that every rank runs alike."""
+
+    name = "fast_gather_tokens"
+    previous_names = ("fast_whole",)
+
+    def change(self, x: Tensor, rank: Tensor, group: str) -> Tensor:
+        return whole_of(x, rank, group)

@@ -1,0 +1,129 @@
+"""torch's own styles of linears and embeddings: `colwise` and `rowwise`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
+from torch.distributed.tensor.placement_types import Placement
+
+from colrow.styles.base import ParameterLayout, Style, option, placement_of, replicated
+from colrow.styles.heads import check_heads
+from colrow.styles.site import Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TorchLinear(Style):
+    input: Placement | None = option(placement_of)
+    output: Placement | None = option(placement_of)
+    use_local_output: bool = True
+
+    @classmethod
+    def from_torch(cls, style: Any) -> Self:
+        return cls(
+            input=style.input_layouts[0], output=style.output_layouts[0], use_local_output=style.use_local_output
+        )
+
+    def layouts(self) -> dict[str, Any]:
+        """The options as torch's classes take them."""
+        return {
+            "input_layouts": self.input,
+            "output_layouts": self.output,
+            "use_local_output": self.use_local_output,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Colwise(_TorchLinear):
+    """Linear: output features sharded, x replicated in, y sharded out. Embedding: the embedding dimension sharded."""
+
+    name = "colwise"
+    torch_class = ColwiseParallel
+    gathers_own_input = True
+
+    def build(self, site: Site) -> ParallelStyle:
+        cls = _ColwiseEmbedding if isinstance(site.module, nn.Embedding) else ColwiseParallel
+        return cls(**self.layouts())
+
+    @property
+    def output_stays_sharded(self) -> bool:
+        return self.output is None or (isinstance(self.output, Shard) and self.output.dim == -1)
+
+    def check(self, site: Site) -> None:
+        module = site.require(self.name, nn.Linear, nn.Embedding)
+        if isinstance(module, nn.Embedding):
+            site.divide(module.embedding_dim, "CR201", f"embedding_dim={module.embedding_dim}")
+            return
+        if self.output_stays_sharded:
+            check_heads(site)
+        site.divide(module.out_features, "CR201", f"out_features={module.out_features}")
+
+    def parameters(self, site: Site) -> dict[str, ParameterLayout]:
+        module = site.module
+        if isinstance(module, nn.Embedding):
+            rows, dim = module.weight.shape
+            return {"weight": ParameterLayout(Shard(1), (rows, dim // site.tp), "embedding dimension split")}
+        return {
+            name: ParameterLayout(Shard(0), (param.shape[0] // site.tp, *param.shape[1:]), "output features split")
+            for name, param in module.named_parameters(recurse=False)
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rowwise(_TorchLinear):
+    """Linear: input features sharded, x sharded in, y a sum over ranks. Embedding: the vocabulary sharded."""
+
+    name = "rowwise"
+    torch_class = RowwiseParallel
+    sums_gradients = True
+
+    def build(self, site: Site) -> ParallelStyle:
+        cls = _RowwiseEmbedding if isinstance(site.module, nn.Embedding) else RowwiseParallel
+        return cls(**self.layouts())
+
+    def check(self, site: Site) -> None:
+        module = site.require(self.name, nn.Linear, nn.Embedding)
+        if isinstance(module, nn.Embedding):
+            site.divide(module.num_embeddings, "CR204", f"vocab_size={module.num_embeddings}")
+        else:
+            site.divide(module.in_features, "CR201", f"in_features={module.in_features}")
+
+    def parameters(self, site: Site) -> dict[str, ParameterLayout]:
+        module = site.module
+        if isinstance(module, nn.Embedding):
+            rows, dim = module.weight.shape
+            return {"weight": ParameterLayout(Shard(0), (rows // site.tp, dim), "vocabulary split")}
+        layouts = replicated(module, "bias, added once after the sum")
+        assert isinstance(module.weight, nn.Parameter)
+        out, features = module.weight.shape
+        layouts["weight"] = ParameterLayout(Shard(1), (out, features // site.tp), "input features split")
+        return layouts
+
+
+def _make_writable(_: nn.Module, __: Any, out: Any) -> Any:
+    """An embedding's local output as a tensor that a model may change in place (`x *= scale`), without a copy.
+
+    What a DTensor hands over is a view made inside an autograd Function, and autograd refuses in-place writes to it.
+    Backward keeps no looked-up row, so writing into it is safe. `_unsafe_view` waits for a collective still in flight.
+    """
+    local = isinstance(out, Tensor) and not isinstance(out, DTensor)
+    return torch.ops.aten._unsafe_view.default(out, out.shape) if local else out
+
+
+class _RowwiseEmbedding(RowwiseParallel):
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module = super()._apply(module, device_mesh)
+        module.register_forward_hook(_make_writable)
+        return module
+
+
+class _ColwiseEmbedding(ColwiseParallel):
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module = super()._apply(module, device_mesh)
+        module.register_forward_hook(_make_writable)
+        return module

@@ -1,0 +1,139 @@
+"""Styles of modules whose own code runs on local tensors: `local_block`, between one gather and one reduction, and
+`local_shards`, for a module inside such a block (stacked experts)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ParallelStyle
+from torch.distributed.tensor.placement_types import Placement
+
+from colrow.styles.base import ParameterLayout, Style, named_placements_of, option, placement_of, placements_of
+from colrow.styles.rank_tensors import rank_heads
+from colrow.styles.shards import (
+    ShardedModuleStyle,
+    ShardSpec,
+    check_specs,
+    layouts_of,
+    local_input,
+    mark_grads_summed_at_entry,
+    shard_parameters,
+    shards_of,
+    specs_of,
+    sum_over_ranks,
+)
+from colrow.styles.site import Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalShards(Style):
+    """Any module whose own parameters are sharded as `shards` says: name to dim, or to {dim, segments, replicated}. Its
+    forward runs on the shards. For stacked experts: `{gate_up_proj: {dim: 1, segments: [F, F]}, down_proj: 2}`.
+
+    A parameter left out is replicated with its gradient summed; one that is added to a partial sum is
+    `{scaled: true}`. `output` (default `partial`: left to the enclosing block) says what the output becomes when the
+    module ends in a sum over ranks.
+    """
+
+    name = "local_shards"
+    sums_gradients = True
+    local = True
+    shards: dict[str, Any] | None = option(shards_of)
+    input: Placement | None = option(placement_of)
+    output: Placement | None = option(placement_of)
+
+    def specs(self, site: Site) -> dict[str, ShardSpec]:
+        return specs_of(site, self.name, self.shards or {})
+
+    def check(self, site: Site) -> None:
+        check_specs(site, self.specs(site))
+
+    def build(self, site: Site) -> ParallelStyle:
+        return ShardedModuleStyle(self.specs(site), self.input, self.output, partial=self.output is not None)
+
+    def parameters(self, site: Site) -> dict[str, ParameterLayout]:
+        return layouts_of(site, self.specs(site), "split over tp; the module runs on its part")
+
+
+class BlockShards(Style):
+    """What styles of blocks do with two of their options. `shards`, of the block's own parameters, is that of style
+    local_shards. `slices` takes this rank's heads of a constant argument: `{alibi: {dim: 0, inner: 32}}` views dim 0 as
+    [-1, 32] and keeps this rank's shard of the 32."""
+
+    sums_gradients = True
+    local = True
+    gathers_for_children = True
+    slices: dict[str, Any] | None
+    shards: dict[str, Any] | None
+
+    def specs(self, site: Site) -> dict[str, ShardSpec]:
+        """How each of the block's own parameters is held."""
+        return specs_of(site, self.name, self.shards or {})
+
+    def check(self, site: Site) -> None:
+        check_specs(site, self.specs(site))
+        for name, heads in (self.slices or {}).items():
+            site.divide(int(heads["inner"]), "CR201", f"{heads['inner']} parts of argument {name}")
+
+    def parameters(self, site: Site) -> dict[str, ParameterLayout]:
+        return layouts_of(site, self.specs(site), "used on this rank's part")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalBlock(BlockShards):
+    """A block (attention, MLP, mixture of experts) that runs on local tensors between one gather and one reduction.
+
+    `input` and `input_kwargs` give the outside layout of the activations that the block uses in its own way on each
+    rank: they are gathered where sharded, and their gradients summed over ranks, once. `none` leaves an argument as it
+    is. `output` gives what each output that is a sum over ranks becomes; `none` for an output that is summed already.
+    For `slices` and `shards` see `BlockShards`.
+
+    Inside, parameters that are replicated need the style `grad_sum`.
+    """
+
+    name = "local_block"
+    input: tuple[Placement | None, ...] | None = option(placements_of)
+    input_kwargs: dict[str, Placement | None] | None = option(named_placements_of)
+    output: tuple[Placement | None, ...] | None = option(placements_of)
+    slices: dict[str, Any] | None = None
+    shards: dict[str, Any] | None = option(shards_of)
+
+    def build(self, site: Site) -> ParallelStyle:
+        return _LocalBlockHooks(self, self.specs(site))
+
+
+class _LocalBlockHooks(ParallelStyle):
+    def __init__(self, style: LocalBlock, specs: dict[str, ShardSpec]) -> None:
+        self.style, self.specs = style, specs
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        style, mesh = self.style, device_mesh
+        shard_parameters(module, mesh, self.specs)
+        mark_grads_summed_at_entry(module)
+        layouts: dict[int | str, Placement | None] = {}
+        layouts.update(enumerate(style.input or ()))
+        layouts.update(style.input_kwargs or {})
+        slices, outputs = style.slices or {}, style.output or ()
+
+        def arrange(key: int | str, value: Any) -> Any:
+            if layouts.get(key) is not None:
+                value = local_input(value, mesh, layouts[key], gather=True)
+            heads = slices.get(str(key))
+            return value if heads is None or not isinstance(value, Tensor) else rank_heads(value, mesh, **heads)
+
+        def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
+            return tuple(arrange(i, a) for i, a in enumerate(args)), {k: arrange(k, v) for k, v in kwargs.items()}
+
+        def after(_: nn.Module, args: Any, out: Any) -> Any:
+            if isinstance(out, Tensor):
+                return out if outputs[0] is None else sum_over_ranks(out, mesh, outputs[0])
+            reduced = [o if to is None else sum_over_ranks(o, mesh, to) for o, to in zip(out, outputs, strict=False)]
+            return type(out)([*reduced, *out[len(reduced) :]])
+
+        module.register_forward_pre_hook(before, with_kwargs=True)
+        if any(layout is not None for layout in outputs):
+            module.register_forward_hook(after)
+        return module

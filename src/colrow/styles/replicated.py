@@ -1,0 +1,149 @@
+"""Styles of modules whose parameters every rank holds: `replicate`, `grad_sum`, `kv_replicate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+from torch.distributed.tensor.parallel import ParallelStyle
+from torch.distributed.tensor.placement_types import Placement
+
+from colrow.sharding.local_view import View, view_parameters
+from colrow.styles.base import NegativeControl, ParameterLayout, Style, option, placement_of, replicated
+from colrow.styles.heads import Heads, heads_of
+from colrow.styles.linear import Colwise
+from colrow.styles.rank_tensors import rank_table, same_on_all_ranks, summed
+from colrow.styles.site import Site
+
+Views = Callable[[DeviceMesh], dict[str, View]]
+
+
+class _ReplicatedStyle(ParallelStyle):
+    """Replicates the parameters, lets the module see them through views, and gathers the first input."""
+
+    def __init__(self, views: Views, input_layout: Placement | None = None) -> None:
+        self.views, self.input_layout = views, input_layout
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        views = self.views(device_mesh)
+        for name, param in list(module.named_parameters(recurse=False)):
+            if isinstance(param, DTensor):  # another style placed it
+                del views[name]
+                continue
+            placed = distribute_tensor(param.detach(), device_mesh, [Replicate()])
+            module.register_parameter(name, nn.Parameter(placed, requires_grad=param.requires_grad))
+        view_parameters(module, views)
+        layout = self.input_layout
+        if layout is not None:
+            module.register_forward_pre_hook(lambda _, args: (_gathered(args[0], device_mesh, layout), *args[1:]))
+        return module
+
+
+def _gathered(x: Tensor, mesh: DeviceMesh, layout: Placement) -> Tensor:
+    """The complete `x` as a local tensor that each rank uses in its own way: its gradient is a sum over ranks."""
+    if not isinstance(x, DTensor):
+        x = DTensor.from_local(x, mesh, [layout], run_check=False)
+    if not x.placements[0].is_replicate():  # a redistribute that changes nothing would still reduce the gradient
+        x = x.redistribute(placements=[Replicate()])
+    return x.to_local(grad_placements=[Partial()])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replicated(Style):
+    """Parameters replicated and used alike on every rank: nothing is communicated. `parallelize` gives this style to
+    every module that the plan leaves out, so that all parameters live on one mesh."""
+
+    name = "replicate"
+    negative_control = NegativeControl("grad_sum", "gradients summed over tp, but equal on all ranks")
+
+    def build(self, site: Site) -> ParallelStyle:
+        names = dict(site.module.named_parameters(recurse=False))
+        return _ReplicatedStyle(lambda _: dict.fromkeys(names, same_on_all_ranks))
+
+    def parameters(self, site: Site) -> dict[str, ParameterLayout]:
+        return replicated(site.module, "not in the plan: whole on each rank")
+
+
+LEFT_OUT = Replicated()
+"""The style of a module that the plan leaves out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradSum(Style):
+    """Parameters replicated but used on this rank's shard of the activations (q/k norms on local heads): forward is
+    local, gradients are summed over tp."""
+
+    name = "grad_sum"
+    sums_gradients = True
+    negative_control = NegativeControl("replicate", "style grad_sum left out")
+
+    def build(self, site: Site) -> ParallelStyle:
+        names = dict(site.module.named_parameters(recurse=False))
+        return _ReplicatedStyle(lambda _: dict.fromkeys(names, summed))
+
+    def parameters(self, site: Site) -> dict[str, ParameterLayout]:
+        return replicated(site.module, "used on this rank's part; gradients summed over tp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KvReplicate(Style):
+    """A k or v projection: split by kv heads where tp divides them; otherwise replicated, and each rank computes the
+    kv heads that its query heads need. Gradients of a head are summed over the ranks that use it.
+
+    `heads`, `kv_heads`, `head_dim` come from the model's config unless given.
+    """
+
+    name = "kv_replicate"
+    sums_gradients = True
+    gathers_own_input = True
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    input: Placement | None = option(placement_of)
+
+    def resolve(self, site: Site) -> Heads:
+        """The head counts at this site. Raises PlanError when nothing states them, or they do not fit."""
+        known = heads_of(site.model)
+        query = self.heads or (known.query if known else None)
+        kv = self.kv_heads or (known.kv if known else None)
+        dim = self.head_dim or (known.dim if known else None)
+        if query is None or kv is None or dim is None:
+            raise site.wrong_options(
+                f"style {self.name} needs the head counts and the model has no config that states them",
+                "give the options heads, kv_heads and head_dim",
+            )
+        module = site.require(self.name, nn.Linear)
+        if module.out_features != kv * dim:
+            raise site.wrong_options(
+                f"out_features={module.out_features} is not kv_heads={kv} × head_dim={dim}",
+                "correct kv_heads or head_dim, or take another style where this is no k or v projection",
+            )
+        site.divide(query, "CR202", f"n_heads={query}")
+        return Heads(query, kv, dim)
+
+    def check(self, site: Site) -> None:
+        self.resolve(site)
+
+    def build(self, site: Site) -> ParallelStyle:
+        heads = self.resolve(site)
+        if heads.kv % site.tp == 0:
+            return Colwise(input=self.input).build(site)
+
+        def views(mesh: DeviceMesh) -> dict[str, View]:
+            own = rank_table(mesh, [heads.kv_heads_of_rank(site.tp, rank) for rank in range(site.tp)])
+
+            def rows(param: DTensor) -> Tensor:
+                return summed(param).unflatten(0, (heads.kv, heads.dim)).index_select(0, own).flatten(0, 1)
+
+            return {name: rows for name, _ in site.module.named_parameters(recurse=False)}
+
+        return _ReplicatedStyle(views, self.input or Replicate())
+
+    def parameters(self, site: Site) -> dict[str, ParameterLayout]:
+        heads = self.resolve(site)
+        if heads.kv % site.tp == 0:
+            return Colwise().parameters(site)
+        return replicated(site.module, f"n_kv_heads={heads.kv} not divisible by tp={site.tp}; gradients summed over tp")

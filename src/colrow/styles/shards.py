@@ -1,0 +1,290 @@
+"""How a parameter is sharded segment by segment, and how activations enter and leave a module that runs on its shards.
+
+[Note: segments]
+A fused weight is a concatenation of segments along one dimension (q, k and v; gate and up). Sharded as one, a rank
+would get half of q and none of v. Here each segment is sharded on its own, and a rank's shard is one shard of each, in
+order. The global parameter keeps its name and shape; `Packed` on the module tells init, import, checkpoint and export
+which rows a rank has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ParallelStyle
+from torch.distributed.tensor.placement_types import Placement
+
+from colrow.errors import PlanError
+from colrow.sharding.layout import Packed
+from colrow.sharding.local_view import View, view_parameters
+from colrow.styles.base import ParameterLayout
+from colrow.styles.heads import Heads
+from colrow.styles.rank_tensors import rank_table, same_on_all_ranks, summed
+from colrow.styles.site import Site
+from colrow.torch_compat import all_gather, all_reduce, reduce_scatter
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """How one parameter is held.
+
+    Attributes:
+        dim: the sharded dimension; None for a parameter that every rank holds and whose gradient is summed.
+        segments: the sizes that `dim` is made of, each sharded on its own ([Note: segments]).
+        replicated: positions of segments that every rank uses completely (the one k and v head of multi-query
+            attention).
+        scaled: without a dim: the parameter is added to a partial sum on every rank, and so is divided by tp.
+        kv: positions of segments that hold `kv_heads` heads for `heads` query heads, where tp does not divide
+            `kv_heads`: a rank uses the kv heads that its query heads need.
+    """
+
+    dim: int | None = None
+    segments: tuple[int, ...] = ()
+    replicated: tuple[int, ...] = ()
+    scaled: bool = False
+    kv: tuple[int, ...] = ()
+    heads: int = 0
+    kv_heads: int = 0
+
+    @property
+    def uneven(self) -> bool:
+        """Whether ranks use overlapping rows: then every rank holds the complete parameter and selects its own."""
+        return bool(self.replicated or self.kv)
+
+    def rows(self, tp: int, rank: int) -> list[int]:
+        """Global indices of `dim` that a rank uses, in its order."""
+        out: list[int] = []
+        start = 0
+        for position, size in enumerate(self.segments):
+            if position in self.kv:
+                width = size // self.kv_heads
+                for head in Heads(self.heads, self.kv_heads, width).kv_heads_of_rank(tp, rank):
+                    out += range(start + head * width, start + (head + 1) * width)
+            elif position in self.replicated:
+                out += range(start, start + size)
+            else:
+                out += range(start + rank * (size // tp), start + (rank + 1) * (size // tp))
+            start += size
+        return out
+
+    def layout(self, param: Tensor, tp: int, reason: str) -> ParameterLayout:
+        shape = tuple(param.shape)
+        if self.dim is None:
+            return ParameterLayout(
+                Replicate(), shape, "added to a sum over ranks, 1/tp on each" if self.scaled else reason
+            )
+        if self.uneven:
+            return ParameterLayout(
+                Replicate(), shape, f"{reason}: not all segments divide; replicated, gradients summed over tp"
+            )
+        local = (*shape[: self.dim], shape[self.dim] // tp, *shape[self.dim + 1 :])
+        packed = Packed(self.dim, self.segments) if len(self.segments) > 1 else None
+        return ParameterLayout(Shard(self.dim), local, reason, packed)
+
+    def check(self, site: Site, name: str, extent: int) -> None:
+        if sum(self.segments) != extent:
+            raise site.wrong_options(
+                f"{name}: segments {list(self.segments)} sum to {sum(self.segments)}, but dim {self.dim} has {extent}",
+                "give the sizes of the fused parts in order",
+            )
+        for position, size in enumerate(self.segments):
+            if position in self.kv:
+                if not self.kv_heads or size % self.kv_heads:
+                    raise site.wrong_options(
+                        f"segment {position} of {name}, of size {size}, does not hold kv_heads={self.kv_heads}",
+                        "give heads and kv_heads as the model has them",
+                    )
+                site.divide(self.heads, "CR202", f"{name}: heads={self.heads}")
+            elif position not in self.replicated:
+                site.divide(size, "CR210", f"{name}: segment {position} of size {size}")
+
+    def distribute(self, param: Tensor, mesh: DeviceMesh) -> DTensor:
+        """The DTensor whose local tensor is a shard of each segment."""
+        data = param.detach()
+        if self.dim is None or self.uneven:
+            return distribute_tensor(data, mesh, [Replicate()])
+        if len(self.segments) > 1:
+            # DTensor can only chunk a dimension evenly: put the rows in the order of the ranks first. So the DTensor's
+            # own idea of the global row order is wrong, and whoever reads it has to ask `Packed`.
+            order = [row for rank in range(mesh.size()) for row in self.rows(mesh.size(), rank)]
+            data = data.index_select(self.dim, torch.tensor(order, device=data.device))
+        return distribute_tensor(data, mesh, [Shard(self.dim)])
+
+    def view(self, mesh: DeviceMesh) -> View:
+        """What the module's forward sees (see [Note: whose gradient])."""
+        tp = mesh.size()
+        if self.dim is None:
+            return (lambda param: summed(param) / tp) if self.scaled else summed
+        if not self.uneven:
+            return same_on_all_ranks
+        dim, rows = self.dim, rank_table(mesh, [self.rows(tp, rank) for rank in range(tp)])
+        return lambda param: summed(param).index_select(dim, rows)
+
+
+def shards_of(value: Any) -> dict[str, Any] | None:
+    """The option `shards`: parameter name to a dim, or to the fields of a ShardSpec; `whole` is what earlier releases
+    called `replicated`."""
+    if value is None:
+        return None
+    return {
+        str(name): {("replicated" if key == "whole" else key): item for key, item in spec.items()}
+        if isinstance(spec, dict)
+        else spec
+        for name, spec in value.items()
+    }
+
+
+def specs_of(site: Site, style: str, shards: dict[str, Any]) -> dict[str, ShardSpec]:
+    """The spec of each of the module's own parameters, from what a plan declares for some of them."""
+    specs = {}
+    own = dict(site.module.named_parameters(recurse=False))
+    for name in shards:
+        if name not in own:
+            raise site.wrong_options(
+                f"the module has no parameter {name!r}", f"{style} can split {', '.join(own) or 'nothing'}"
+            )
+    for name, param in own.items():
+        declared = shards.get(name)
+        if isinstance(declared, int):
+            declared = {"dim": declared}
+        if declared is None:
+            specs[name] = ShardSpec()
+        elif declared.get("scaled"):
+            specs[name] = ShardSpec(scaled=True)
+        else:
+            dim = int(declared["dim"])
+            specs[name] = ShardSpec(
+                dim,
+                segments=tuple(declared.get("segments") or (int(param.shape[dim]),)),
+                replicated=tuple(declared.get("replicated") or ()),
+                kv=tuple(declared.get("kv") or ()),
+                heads=declared.get("heads", 0),
+                kv_heads=declared.get("kv_heads", 0),
+            )
+    return specs
+
+
+def check_specs(site: Site, specs: dict[str, ShardSpec]) -> None:
+    """Raise PlanError for the first parameter that cannot be sharded so."""
+    for name, spec in specs.items():
+        if spec.dim is not None:
+            spec.check(site, name, int(site.module.get_parameter(name).shape[spec.dim]))
+
+
+def layouts_of(site: Site, specs: dict[str, ShardSpec], reason: str) -> dict[str, ParameterLayout]:
+    """What each parameter becomes."""
+    return {name: spec.layout(site.module.get_parameter(name), site.tp, reason) for name, spec in specs.items()}
+
+
+def shard_parameters(module: nn.Module, mesh: DeviceMesh, specs: dict[str, ShardSpec]) -> None:
+    """Distribute the module's parameters by their specs, and let its forward see this rank's shards."""
+    views = {}
+    for name, spec in specs.items():
+        param = module._parameters[name]
+        assert param is not None
+        if isinstance(param, DTensor):  # another style placed it
+            continue
+        placed = spec.distribute(param, mesh)
+        module.register_parameter(name, nn.Parameter(placed, requires_grad=param.requires_grad))
+        views[name] = spec.view(mesh)
+    if views:
+        view_parameters(module, views)
+
+
+GRADS_SUMMED_AT_ENTRY = "_colrow_grads_summed_at_entry"
+"""Marks the modules of a block that hands them local tensors and sums these tensors' gradients where it gathers them:
+a style inside that gathered its own input would sum them a second time."""
+
+
+def mark_grads_summed_at_entry(block: nn.Module) -> None:
+    """Set the mark on a block and every module inside it."""
+    for module in block.modules():
+        setattr(module, GRADS_SUMMED_AT_ENTRY, True)
+
+
+class ShardedModuleStyle(ParallelStyle):
+    """Shards the parameters, and brings the first input and the output to the layouts requested.
+
+    Args:
+        partial: the output is a sum over ranks, and the input this rank's shard of the last dimension; else the input
+            is gathered.
+        outside: the layout of the input where the plan gives none and no block around the module gathers it.
+    """
+
+    def __init__(
+        self,
+        specs: dict[str, ShardSpec],
+        input: Placement | None,
+        output: Placement | None,
+        partial: bool,
+        outside: Placement | None = None,
+    ) -> None:
+        self.specs, self.input, self.output, self.partial = specs, input, output, partial
+        self.outside = outside
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        mesh, partial, output = device_mesh, self.partial, self.output
+        shard_parameters(module, mesh, self.specs)
+        input = self.input
+        if input is None and not getattr(module, GRADS_SUMMED_AT_ENTRY, False):
+            input = self.outside
+
+        def before(_: nn.Module, args: Any) -> Any:
+            return (local_input(args[0], mesh, input, gather=not partial), *args[1:])
+
+        module.register_forward_pre_hook(before)
+        if partial and output is not None and not output.is_partial():
+            module.register_forward_hook(lambda _, __, out: sum_over_ranks(out, mesh, output))
+        return module
+
+
+def local_input(x: Any, mesh: DeviceMesh, layout: Placement | None, gather: bool) -> Any:
+    """`x` as a local tensor. `gather`: complete, its gradient a sum over ranks; otherwise the rank's own shard of the
+    last dimension. A plain tensor without a layout is left as it is."""
+    if not isinstance(x, DTensor):
+        if layout is None or not isinstance(x, Tensor):
+            return x
+        x = DTensor.from_local(x, mesh, [layout], run_check=False)
+    if gather:
+        return x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+    return x.redistribute(placements=[Shard(x.ndim - 1)]).to_local()
+
+
+def sum_over_ranks(out: Any, mesh: DeviceMesh, layout: Placement) -> Any:
+    """The sum over ranks of `out`, in `layout`: replicated, or a shard of one dimension."""
+    if isinstance(out, DTensor):
+        out = out.to_local(grad_placements=[Replicate()])
+    return _SumOverRanks.apply(out, mesh, layout.dim if isinstance(layout, Shard) else None)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """y = sum over ranks of x, replicated or a shard of one dimension.
+
+    forward   y = all_reduce(x)      or  reduce_scatter(x)
+    backward  dx = dy                or  all_gather(dy)
+
+    The result is a tensor of its own, so that a model may add to it in place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh, dim: int | None) -> Tensor:
+        ctx.mesh, ctx.dim = mesh, dim
+        if dim is None:
+            return all_reduce(x, mesh)
+        if x.shape[dim] % mesh.size():
+            raise PlanError(
+                f"extent {x.shape[dim]} of dim {dim} is not divisible by tp={mesh.size()}: pad the sequence"
+            )
+        return reduce_scatter(x, dim, mesh)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (dy,) = gradients
+        if ctx.dim is not None:
+            dy = all_gather(dy, ctx.dim, ctx.mesh)
+        return dy, None, None
