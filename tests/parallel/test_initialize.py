@@ -15,7 +15,7 @@ from colrow.parallel.data_parallel import apply_data_parallel
 from colrow.parallel.initialize import fill_seeded, materialize
 from colrow.parallel.parallelize import parallelize, tied_parameters
 from colrow.plans.plan import Plan
-from colrow.sharding.layout import boxes, full_tensor, local_tensor, packed_of
+from colrow.sharding.layout import full_tensor, held_regions, local_tensor, packed_of
 from distributed.harness import Ranks
 
 OPTIONS: dict[str, dict[str, object]] = {
@@ -117,8 +117,8 @@ def sharded_case(device: str, preset: str, mesh: Mesh, options: dict[str, object
         assert isinstance(param, DTensor), name
         packed = packed_of(model, name)
         same[f"{name} here"] = all(
-            torch.equal(local_tensor(param)[box.local_slices], whole[name][box.global_slices])
-            for box in boxes(param, packed)
+            torch.equal(local_tensor(param)[place.slices], whole[name][region.slices])
+            for region, place in held_regions(param, packed).items()
         )
         same[name] = torch.equal(full_tensor(param.detach(), packed), whole[name])
     return same

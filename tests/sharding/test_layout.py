@@ -1,8 +1,9 @@
-"""Boxes say exactly which indices a rank holds: together the ranks' boxes tile the tensor."""
+"""Regions say exactly which indices a rank holds: together the ranks' regions tile the tensor."""
 
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from colrow.mesh import Mesh
-from colrow.sharding.layout import Packed, boxes, boxes_at, full_tensor
+from colrow.sharding.layout import Packed, full_tensor, held_regions, regions_at
 from distributed.harness import Ranks
 
 
@@ -25,11 +26,11 @@ from distributed.harness import Ranks
         (Replicate(), Replicate()),
     ],
 )
-def test_boxes_tile_the_tensor(shape: tuple[int, int], placements: tuple[Placement, Placement]) -> None:
+def test_regions_tile_the_tensor(shape: tuple[int, int], placements: tuple[Placement, Placement]) -> None:
     seen = torch.zeros(shape)
     for coordinate in product(range(3), range(2)):
-        for box in boxes_at(shape, placements, (3, 2), coordinate):
-            seen[box.global_slices] += 1
+        for region in regions_at(shape, placements, (3, 2), coordinate):
+            seen[region.slices] += 1
     copies = 1
     for placement, parts in zip(placements, (3, 2), strict=True):
         copies *= parts if placement.is_replicate() else 1
@@ -37,19 +38,49 @@ def test_boxes_tile_the_tensor(shape: tuple[int, int], placements: tuple[Placeme
 
 
 def test_a_packed_shard_takes_its_part_of_each_segment() -> None:
-    first = boxes_at((16, 3), (Shard(0),), (2,), (0,), Packed(0, (8, 4, 4)))
-    assert [(b.global_offset[0], b.local_offset[0], b.size[0]) for b in first] == [(0, 0, 4), (8, 4, 2), (12, 6, 2)]
-    fsdp = boxes_at((16, 3), (_StridedShard(0, split_factor=2), Shard(0)), (2, 2), (1, 0), Packed(0, (8, 4, 4)))
-    assert [(b.global_offset[0], b.local_offset[0], b.size[0]) for b in fsdp] == [(8, 0, 2), (12, 2, 2)]
+    first = regions_at((16, 3), (Shard(0),), (2,), (0,), Packed(0, (8, 4, 4)))
+    assert [(region.offset[0], place.offset[0], region.size[0]) for region, place in first.items()] == [
+        (0, 0, 4),
+        (8, 4, 2),
+        (12, 6, 2),
+    ]
+    fsdp = regions_at((16, 3), (_StridedShard(0, split_factor=2), Shard(0)), (2, 2), (1, 0), Packed(0, (8, 4, 4)))
+    assert [(region.offset[0], place.offset[0], region.size[0]) for region, place in fsdp.items()] == [
+        (8, 0, 2),
+        (12, 2, 2),
+    ]
 
 
 def test_a_pending_sum_is_refused() -> None:
     with pytest.raises(ValueError, match="redistribute it first"):
-        boxes_at((4,), (Partial(),), (2,), (0,))
+        regions_at((4,), (Partial(),), (2,), (0,))
+
+
+def largest_allocation_case(device: str) -> int:
+    """Elements of the largest tensor that this project's code makes to gather a parameter without segments."""
+    mesh = Mesh(tp=2).build(device, 2)
+    sharded = distribute_tensor(torch.arange(8.0, device=device), mesh["tp"], [Shard(0)])
+    made, zeros = [0], torch.zeros
+
+    def counted(shape: tuple[int, ...], **options: Any) -> torch.Tensor:
+        made.append(torch.Size(shape).numel())
+        return zeros(shape, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "zeros", counted)
+        full_tensor(sharded)
+        assert max(made) == 0
+        full_tensor(sharded, Packed(0, (4, 4)))  # the control: here it is needed
+    return max(made)
+
+
+@pytest.mark.distributed
+def test_only_a_packed_parameter_is_gathered_into_zeros(ranks: Ranks) -> None:
+    assert ranks(2).run(largest_allocation_case) == [8, 8]
 
 
 def real_shards_case(device: str) -> None:
-    """What boxes say is what FSDP2 over TP, and TP alone, really hold."""
+    """What regions say is what FSDP2 over TP, and TP alone, really hold."""
     from torch import nn
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -66,8 +97,8 @@ def real_shards_case(device: str) -> None:
         assert isinstance(weight, DTensor)
         local = weight.to_local().detach()
         filled = torch.full_like(local, float("nan"))
-        for box in boxes(weight):
-            filled[box.local_slices] = whole[box.global_slices]
+        for region, place in held_regions(weight).items():
+            filled[place.slices] = whole[region.slices]
         assert torch.equal(filled, local)
         assert torch.equal(full_tensor(weight.detach()), whole)
     packed = Packed(0, (4, 2, 2))
@@ -79,5 +110,5 @@ def real_shards_case(device: str) -> None:
 
 
 @pytest.mark.distributed
-def test_boxes_are_what_ranks_hold(ranks: Ranks) -> None:
+def test_regions_are_what_ranks_hold(ranks: Ranks) -> None:
     ranks(4).run(real_shards_case)

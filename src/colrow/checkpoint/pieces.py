@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass, replace
-from math import prod
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from colrow.checkpoint.tensor_file import DTYPES
 from colrow.errors import CheckpointError
-from colrow.sharding.layout import Packed, boxes, local_tensor
+from colrow.sharding.layout import Packed, held_regions, local_tensor
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,11 @@ def pieces_of(name: str, tensor: Tensor, packed: Packed | None = None) -> list[P
         raise CheckpointError(f"{name} is on the meta device: give the model memory before it is saved or loaded")
     if local.dtype not in DTYPES:
         raise CheckpointError(f"{name} has the dtype {local.dtype}, which a checkpoint cannot hold")
-    held = boxes(tensor, packed)
-    assert sum(prod(box.size) for box in held) == local.numel(), f"{name}: local shape {tuple(local.shape)} of {held}"
+    held = held_regions(tensor, packed)
+    assert sum(region.numel for region in held) == local.numel(), f"{name}: local shape {tuple(local.shape)} of {held}"
     chosen = _is_chosen(name, tensor)
     shape = tuple(tensor.shape)
-    return [Piece(name, shape, box.global_offset, local[box.local_slices], chosen) for box in held]
+    return [Piece(name, shape, region.offset, local[place.slices], chosen) for region, place in held.items()]
 
 
 def _is_chosen(name: str, tensor: Tensor) -> bool:

@@ -11,7 +11,7 @@ from colrow.errors import ConfigError
 from colrow.models.huggingface import name_from_huggingface, stored_name
 from colrow.models.init import init_tensor
 from colrow.parallel.parallelize import tie, tied_parameters
-from colrow.sharding.layout import boxes, local_tensor, packed_of, unwrapped_name
+from colrow.sharding.layout import held_regions, local_tensor, packed_of, unwrapped_name
 from colrow.torch_compat import apply_to_tensors
 
 
@@ -79,8 +79,7 @@ def fill_seeded(model: nn.Module, seed: int) -> None:
             raise ConfigError(f"{fqn} is on the meta device: call materialize(model, device) before its initial values")
         name = stored_name(name_from_huggingface(unwrapped_name(fqn)), tied)
         local = local_tensor(param.detach())
-        for box in boxes(param, packed_of(model, fqn)):
-            shard = local[box.local_slices]
-            shard.copy_(
-                init_tensor(name, param.shape, seed, local.device, config, offset=box.global_offset, size=box.size)
+        for region, place in held_regions(param, packed_of(model, fqn)).items():
+            local[place.slices].copy_(
+                init_tensor(name, param.shape, seed, local.device, config, offset=region.offset, size=region.size)
             )

@@ -1,22 +1,22 @@
-"""Which part of a global tensor a rank holds, as boxes of indices.
+"""Which regions of a global tensor a rank holds.
 
-A parameter is a plain tensor (held whole) or a DTensor. Three things decide what a DTensor's rank holds: plain shards,
-FSDP's strided shards (FSDP cuts what TP left, although its mesh axis stands further out), and packing (a fused
-weight such as qkv, of which TP takes one shard *of each segment*). Everything that reads or writes weights (seeded
-init, import, checkpoint, export) goes through `boxes`, so each of them works on every mesh.
+A parameter is a plain tensor (each rank holds all of it) or a DTensor. Three things decide what a DTensor's rank holds:
+plain shards, FSDP's strided shards (FSDP shards what TP has left, although its mesh axis is further out), and packing
+(a fused weight such as qkv, of which TP takes one shard *of each segment*). Everything that reads or writes weights
+(seeded init, import, checkpoint, export) goes through `held_regions`, so each of them works on every mesh.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import accumulate, product
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
+from colrow.sharding.region import Region
 from colrow.torch_compat import StridedShard, local_shard
 
 PACKED = "_colrow_packed"  # module attribute: {parameter name: Packed}
@@ -26,37 +26,11 @@ _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 @dataclass(frozen=True)
-class Box:
-    """A block of indices: `size` elements from `global_offset` lie at `local_offset` of the local tensor."""
-
-    global_offset: tuple[int, ...]
-    local_offset: tuple[int, ...]
-    size: tuple[int, ...]
-
-    @property
-    def global_slices(self) -> tuple[slice, ...]:
-        return tuple(slice(o, o + n) for o, n in zip(self.global_offset, self.size, strict=True))
-
-    @property
-    def local_slices(self) -> tuple[slice, ...]:
-        return tuple(slice(o, o + n) for o, n in zip(self.local_offset, self.size, strict=True))
-
-
-@dataclass(frozen=True)
 class Packed:
-    """Dimension `dim` is a concatenation of `segments`, each of which TP shards on its own."""
+    """Dim `dim` is a concatenation of `segments`, each of which TP shards on its own."""
 
     dim: int
     segments: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Indices start..start+size of the global dimension, in order, at `local` of the local one."""
-
-    start: int
-    local: int
-    size: int
 
 
 def mark_packed(module: nn.Module, name: str, packed: Packed) -> None:
@@ -78,35 +52,37 @@ def packed_of(model: nn.Module, fqn: str) -> Packed | None:
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's part, sharing memory; a plain tensor is its own part."""
+    """This rank's shard, sharing memory; a plain tensor is its own."""
     if not isinstance(tensor, DTensor):
         return tensor
     return tensor.to_local() if torch.is_grad_enabled() else local_shard(tensor)
 
 
-def boxes(param: Tensor, packed: Packed | None = None) -> list[Box]:
-    """The blocks of the global tensor that this rank holds; none when its shard is empty.
+def held_regions(param: Tensor, packed: Packed | None = None) -> dict[Region, Region]:
+    """Which regions of the global tensor this rank holds, each with its place in the local tensor.
+
+    Empty where the rank's shard is, or where the rank is not on the tensor's mesh.
 
     Raises:
-        ValueError: a placement is neither a shard nor a replica, such as a pending sum.
+        ValueError: a placement is neither a shard nor replicated, such as a partial sum.
     """
     if not isinstance(param, DTensor):
-        return list(_boxes([[_Run(0, 0, n)] for n in param.shape]))
+        return _regions([[range(n)] for n in param.shape])
     coordinate = param.device_mesh.get_coordinate()
     if coordinate is None:
-        return []
-    return boxes_at(tuple(param.shape), param.placements, tuple(param.device_mesh.shape), tuple(coordinate), packed)
+        return {}
+    return regions_at(tuple(param.shape), param.placements, tuple(param.device_mesh.shape), tuple(coordinate), packed)
 
 
-def boxes_at(
+def regions_at(
     shape: tuple[int, ...],
     placements: tuple[Placement, ...],
     mesh_shape: tuple[int, ...],
     coordinate: tuple[int, ...],
     packed: Packed | None = None,
-) -> list[Box]:
-    """`boxes` from bare facts: a global shape, a placement and a coordinate for each mesh axis."""
-    runs = [[_Run(0, 0, n)] for n in shape]
+) -> dict[Region, Region]:
+    """`held_regions` of the rank at `coordinate`, from a global shape and one placement for each mesh axis."""
+    held = [[range(n)] for n in shape]  # for each dim, the global indices held, in the order of the local tensor
     strided: list[tuple[int, int, int]] = []
     for placement, parts, index in zip(placements, mesh_shape, coordinate, strict=True):
         if isinstance(placement, Replicate):
@@ -116,64 +92,69 @@ def boxes_at(
         elif isinstance(placement, Shard):
             dim = placement.dim
             if packed is not None and packed.dim == dim:
-                runs[dim] = _take_each(packed.segments, parts, index)
+                held[dim] = _chunk_of_each(packed.segments, parts, index)
             else:
-                runs[dim] = _take(runs[dim], parts, index)
+                held[dim] = _chunk_of(held[dim], parts, index)
         else:
             raise ValueError(f"placement {placement} holds no part of the tensor: redistribute it first")
-    for dim, parts, index in reversed(strided):  # inner axes first: the outermost one cuts what is left
-        runs[dim] = _take(runs[dim], parts, index)
-    return list(_boxes(runs))
+    # FSDP shards what TP has left, although its mesh axis is further out. Of several, the innermost shards first.
+    for dim, parts, index in reversed(strided):
+        held[dim] = _chunk_of(held[dim], parts, index)
+    return _regions(held)
 
 
 def full_tensor(param: Tensor, packed: Packed | None = None) -> Tensor:
-    """The whole tensor in its global order, on every rank of its mesh. Collective."""
+    """The unsharded tensor in its global order, on every rank of its mesh. Collective."""
     if not isinstance(param, DTensor):
         return param
-    mine = torch.zeros(param.shape, dtype=param.dtype, device=param.to_local().device)
     if packed is None:
         return param.full_tensor()
-    held = boxes(param, packed)
-    for box in held:
-        mine[box.global_slices] = param.to_local()[box.local_slices]
+    local = param.to_local()
+    total = torch.zeros(param.shape, dtype=param.dtype, device=local.device)
     coordinate = param.device_mesh.get_coordinate()
     assert coordinate is not None
-    if any(isinstance(p, Replicate) and c for p, c in zip(param.placements, coordinate, strict=True)):
-        mine.zero_()  # one replica is enough in the sum
+    is_copy = any(isinstance(p, Replicate) and c for p, c in zip(param.placements, coordinate, strict=True))
+    if not is_copy:  # of equal replicas one adds its shard, the others zeros
+        for region, place in held_regions(param, packed).items():
+            total[region.slices] = local[place.slices]
     for axis in range(param.device_mesh.ndim):
-        torch.distributed.all_reduce(mine, group=param.device_mesh.get_group(axis))
-    return mine
+        torch.distributed.all_reduce(total, group=param.device_mesh.get_group(axis))
+    return total
 
 
-def _chunk(extent: int, parts: int, index: int) -> tuple[int, int]:
-    """torch.chunk's bounds: every chunk has the first one's size as long as elements last."""
+def _bounds(extent: int, parts: int, index: int) -> tuple[int, int]:
+    """torch.chunk's: every chunk has the first one's size as long as elements last."""
     size = -(-extent // parts)
     return min(index * size, extent), min((index + 1) * size, extent)
 
 
-def _take(runs: list[_Run], parts: int, index: int) -> list[_Run]:
-    first, end = _chunk(sum(run.size for run in runs), parts, index)
-    taken = []
-    for run in runs:
-        low, high = max(run.local, first), min(run.local + run.size, end)
-        if low < high:
-            taken.append(_Run(run.start + low - run.local, low - first, high - low))
-    return taken
+def _chunk_of(held: list[range], parts: int, index: int) -> list[range]:
+    """One of `parts` chunks of the held indices, as if they stood in one row."""
+    first, end = _bounds(sum(map(len, held)), parts, index)
+    chunk, position = [], 0
+    for indices in held:
+        inside = indices[max(first - position, 0) : max(end - position, 0)]
+        position += len(indices)
+        if inside:
+            chunk.append(inside)
+    return chunk
 
 
-def _take_each(segments: tuple[int, ...], parts: int, index: int) -> list[_Run]:
-    taken, start, local = [], 0, 0
+def _chunk_of_each(segments: tuple[int, ...], parts: int, index: int) -> list[range]:
+    """One of `parts` chunks of each segment."""
+    chunks, start = [], 0
     for size in segments:
-        first, end = _chunk(size, parts, index)
-        taken.append(_Run(start + first, local, end - first))
-        start, local = start + size, local + end - first
-    return taken
+        chunks.append(range(start, start + size)[slice(*_bounds(size, parts, index))])
+        start += size
+    return chunks
 
 
-def _boxes(runs: list[list[_Run]]) -> Iterator[Box]:
-    for combination in product(*runs):
-        yield Box(
-            tuple(run.start for run in combination),
-            tuple(run.local for run in combination),
-            tuple(run.size for run in combination),
-        )
+def _regions(held: list[list[range]]) -> dict[Region, Region]:
+    """The regions that dims' held indices make together, and where they lie in the local tensor."""
+    placed = [list(zip(dim, accumulate(map(len, dim), initial=0), strict=False)) for dim in held]
+    regions = {}
+    for combination in product(*placed):
+        size = tuple(len(indices) for indices, _ in combination)
+        held_here = Region(tuple(indices.start for indices, _ in combination), size)
+        regions[held_here] = Region(tuple(offset for _, offset in combination), size)
+    return regions

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.distributed.tensor.placement_types import Placement
 
-from colrow.sharding.layout import Packed, boxes_at
+from colrow.sharding.layout import Packed, regions_at
 
 Shards = dict[int, Tensor]
 """The local tensor of each rank."""
@@ -26,8 +26,9 @@ class Sharded:
         """The largest difference of any rank's shard from its place in the `complete` tensor, divided by `scale`."""
         worst = 0.0
         for rank, shard in self.shards.items():
-            for box in boxes_at(self.shape, self.placements, (tp,), (rank,), self.packed):
-                got, want = shard[box.local_slices], complete[box.global_slices]
+            regions = regions_at(self.shape, self.placements, (tp,), (rank,), self.packed)
+            for region, place in regions.items():
+                got, want = shard[place.slices], complete[region.slices]
                 difference = (got - want).abs().max().item() if got.shape == want.shape else float("inf")
                 worst = max(worst, difference if difference == difference else float("inf"))
         return worst / scale

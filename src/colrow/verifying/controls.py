@@ -18,7 +18,7 @@ from torch.distributed.tensor import Partial, Replicate
 
 from colrow.errors import PlanError
 from colrow.plans.plan import Plan
-from colrow.sharding.layout import boxes_at
+from colrow.sharding.layout import regions_at
 from colrow.styles.base import ParameterLayout, Style, style_from_data
 from colrow.styles.linear import Rowwise
 from colrow.styles.replicated import LEFT_OUT
@@ -93,14 +93,14 @@ def _shards_exchanged(
         layout = layouts[name]
         if param.requires_grad and layout.placement.is_shard():
             first, second = (
-                boxes_at(tuple(param.shape), (layout.placement,), (tp,), (rank,), layout.packed) for rank in (0, 1)
+                regions_at(tuple(param.shape), (layout.placement,), (tp,), (rank,), layout.packed) for rank in (0, 1)
             )
             changed = copy.deepcopy(model)
             with torch.no_grad():
                 weight = changed.get_parameter(name)
                 for a, b in zip(first, second, strict=True):
-                    weight[a.global_slices] = param[b.global_slices]
-                    weight[b.global_slices] = param[a.global_slices]
+                    weight[a.slices] = param[b.slices]
+                    weight[b.slices] = param[a.slices]
             yield f"{name}: the shards of ranks 0 and 1 exchanged", changed
 
 
