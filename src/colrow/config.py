@@ -1,4 +1,4 @@
-"""One tree of frozen models: everything that a run's YAML, or a flag, may say.
+"""One tree of frozen models: every key of a run's YAML, which is also a flag.
 
 What changes results has no hidden default; what changes speed has a good one.
 """
@@ -30,10 +30,10 @@ class _Section(BaseModel):
 
 
 class RunSection(_Section):
-    """Where the run lives and what its random numbers start from."""
-
     dir: Path
+    """The run's folder: resolved config, metrics, checkpoints, export."""
     seed: NonNegativeInt = 0
+    """Of initial weights and batch order."""
 
 
 class ModelSection(_Section):
@@ -62,8 +62,9 @@ class TokenizerSection(_Section):
     """A byte-level BPE trained on the corpus, unless `path` names a tokenizer.json or a Hugging Face folder."""
 
     vocab_size: PositiveInt | None = None
-    """Tokens to train for; the model's vocabulary unless given."""
+    """Size of the vocabulary to train; the model's unless given."""
     path: Path | None = None
+    """An existing tokenizer to use."""
 
 
 class DataSection(_Section):
@@ -75,43 +76,47 @@ class DataSection(_Section):
     text_key: str = "text"
     """The field of a JSONL line, Parquet row, or dataset row that holds the text."""
     validation_fraction: float = Field(default=0.02, gt=0.0, lt=1.0)
-    """Share of documents held out."""
+    """Fraction of the documents that is held out."""
     cache: Path = Path(".cache/colrow")
-    """Where tokenizers and token shards are kept between runs."""
+    """Folder of tokenizers and token shards, shared by runs."""
     workers: PositiveInt | None = None
-    """Processes that tokenize; one a core unless given."""
+    """Processes that tokenize; one per core unless given."""
 
 
 class TrainSection(_Section):
     steps: PositiveInt
+    """Optimizer steps."""
     global_batch: PositiveInt
     """Sequences in one optimizer step, over all ranks."""
     micro_batch: PositiveInt
-    """Sequences that one data-parallel rank runs at a time."""
+    """Sequences in one forward pass of a data-parallel rank."""
     lr: PositiveFloat
     """Peak learning rate."""
     min_lr_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
-    """The last learning rate as a share of the peak."""
+    """Final learning rate, as a fraction of the peak."""
     schedule: Literal["cosine", "linear", "wsd"] = "cosine"
     warmup_steps: NonNegativeInt = 0
     decay_steps: PositiveInt | None = None
-    """For `wsd`: how many last steps decay; a tenth of all unless given."""
+    """For `wsd`: steps of the final decay; a tenth of all unless given."""
     weight_decay: NonNegativeFloat = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     grad_clip: PositiveFloat | None = 1.0
+    """Largest gradient norm; null turns clipping off."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Compute precision; auto is bf16 over fp32 master weights on GPUs, fp32 on CPUs."""
     fp8: Literal["tensorwise", "rowwise"] | None = None
-    """Multiply 8-bit floats in a plan's fast styles: other numbers than bf16's, on Ada, Hopper and later GPUs."""
+    """Run the matmuls of a plan's fast styles in fp8, scaled per tensor or per row: changes results, needs Ada."""
     compile: bool | None = None
-    """torch.compile for each block; on GPUs unless given."""
+    """Compile each block with torch.compile; unless given, on GPUs only."""
     cuda_graph: bool = False
-    """Replay forward, backward and update as CUDA graphs, for steps that the CPU holds up; on a mesh of tp alone."""
+    """Replay forward, backward and update as CUDA graphs, for CPU-bound steps; only on a mesh of tp alone."""
     activation_checkpoint: Literal["none", "selective", "full"] = "none"
+    """What backward recomputes instead of keeping: selective: cheap operations and half the matmuls; full: all."""
     log_every: PositiveInt = 1
+    """Steps between printed lines."""
     check_batch_every: NonNegativeInt = 100
-    """Steps between proofs that a TP group reads one batch; also at the first step. 0 leaves the later ones out."""
+    """Steps between checks that the ranks of a tp or pp group read the same batch; 0: only in the first step."""
 
 
 class EvalSection(_Section):
@@ -127,9 +132,9 @@ class CheckpointSection(_Section):
     last: bool = True
     """Save after the last step too."""
     keep: PositiveInt = 2
-    """How many newest checkpoints stay."""
+    """Number of newest checkpoints that are kept."""
     asynchronous: bool = False
-    """Write in the background: the loop waits only for the copy to host memory."""
+    """Write in the background: training waits only for the copy to host memory."""
     export: bool = True
     """Write a Hugging Face folder, `export/`, at the end of the run."""
 
@@ -139,12 +144,12 @@ class PipelineSection(_Section):
     split: tuple[int, ...] | None = None
     """First layer of each stage after the first; balanced by cost unless given."""
     stages_per_rank: PositiveInt = 1
-    """For interleaved_1f1b."""
+    """Pipeline stages on each rank, for interleaved_1f1b."""
 
 
 class FsdpSection(_Section):
     reshard_after_forward: bool | None = None
-    """Free gathered parameters after a block's forward; unless given, where dp_shard > 1 and pp is 1."""
+    """Free gathered parameters after a block's forward; unless given, if dp_shard > 1 and pp is 1."""
 
 
 class LogSection(_Section):
@@ -155,9 +160,10 @@ class LogSection(_Section):
 
 class SampleSection(_Section):
     prompt: str | None = "def "
-    """Text that the sample at the end continues; null leaves it out."""
+    """Prompt of the sample that is printed at the end; null prints none."""
     tokens: PositiveInt = 64
     temperature: NonNegativeFloat = 0.8
+    """0 takes the likeliest token."""
 
 
 class RunConfig(_Section):
@@ -170,7 +176,7 @@ class RunConfig(_Section):
     plan: str = "llama"
     """A preset's name, `huggingface`, `derive`, `derive-fast`, `derive-overlap`, or a file."""
     loss: Literal["vocab_parallel", "replicated", "linear"] | None = None
-    """Overrides a preset's loss."""
+    """How a preset or a derived plan computes the loss; vocab_parallel unless given."""
     check: bool = True
     """Run `colrow check` on the plan before the ranks start, and stop on its errors."""
     train: TrainSection
@@ -187,7 +193,7 @@ def load_config(path: Path | str, overrides: dict[str, Any] | None = None) -> Ru
     """The config in a YAML file, with `overrides` (`{"mesh.tp": 4}`) put over it.
 
     Raises:
-        ConfigError: the file cannot be read, is not YAML, or says something unknown or impossible.
+        ConfigError: the file cannot be read, is not YAML, or holds an unknown key or an impossible value.
     """
     path = Path(path)
     try:
@@ -208,7 +214,7 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{source}: {_say(item)}" for item in error.errors())) from error
+        raise ConfigError("\n".join(f"{source}: {_describe(item)}" for item in error.errors())) from error
 
 
 def dump_config(config: RunConfig) -> str:
@@ -225,7 +231,7 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
     tree[last] = value
 
 
-def _say(item: Any) -> str:
+def _describe(item: Any) -> str:
     where = ".".join(str(part) for part in item["loc"])
     match item["type"]:
         case "extra_forbidden":

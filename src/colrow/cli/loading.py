@@ -9,18 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
 from colrow.checkpoint.distributed import Checkpoints
 from colrow.checkpoint.huggingface import load_weights
-from colrow.config import load_config
+from colrow.config import ModelSection, load_config
 from colrow.data.tokenizer import Tokenizer, load_tokenizer
 from colrow.errors import CheckpointError, ConfigError
-from colrow.models.build import build_source
-from colrow.models.huggingface import read_config
-from colrow.models.llama import Llama, LlamaConfig
+from colrow.models.build import Source, build_source
+from colrow.models.llama import LlamaConfig
 from colrow.run.run_folder import CHECKPOINTS, CONFIG, TOKENIZER
 
 
@@ -29,17 +27,21 @@ class Saved:
     """A model without values, and where they are.
 
     Args:
-        model: on the meta device, unless the run built it in Python.
         context: tokens of the sequences that it was trained on.
         checkpoints, step: for a run; for an export, `folder` holds the weights.
     """
 
-    model: nn.Module
+    source: Source
     tokenizer: Tokenizer
     context: int | None
     folder: Path
     checkpoints: Checkpoints | None = None
     step: int | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """On the meta device, unless the run built it in Python."""
+        return self.source.model
 
     @property
     def config(self) -> LlamaConfig | dict[str, Any]:
@@ -48,18 +50,15 @@ class Saved:
         Raises:
             ConfigError: the model has no config of the Hugging Face kind.
         """
-        config = getattr(self.model, "config", None)
-        if isinstance(config, LlamaConfig):
+        if (config := self.source.exported_config) is not None:
             return config
-        if callable(getattr(config, "to_dict", None)):
-            return dict(config.to_dict())  # type: ignore[union-attr]
         raise ConfigError(
             f"{type(self.model).__name__} has no config of the Hugging Face kind (a LlamaConfig, or one of "
             "transformers): give the model such an attribute `config`, or read the checkpoint with colrow.checkpoint"
         )
 
     def load(self) -> None:
-        """Bring the weights into the model, which has memory by now. Collective."""
+        """Load the weights into the model, which must have memory. Collective."""
         if self.checkpoints is None:
             load_weights(self.model, self.folder)
         else:
@@ -82,10 +81,9 @@ def open_saved(path: Path, step: int | None = None) -> Saved:
         )
     if step is not None:
         raise CheckpointError(f"{path} is a Hugging Face folder and has no steps: leave --step out")
-    config = read_config(path)
-    with torch.device("meta"):
-        model = Llama(config)
-    return Saved(model, load_tokenizer(path), config.max_position_embeddings, path)
+    source = build_source(ModelSection(huggingface=str(path)), seed=0)
+    context = getattr(getattr(source.model, "config", None), "max_position_embeddings", None)
+    return Saved(source, load_tokenizer(path), context, path)
 
 
 def _run(path: Path, step: int | None) -> Saved:
@@ -100,7 +98,7 @@ def _run(path: Path, step: int | None) -> Saved:
         if newest is None:
             raise CheckpointError(f"{path} has no whole checkpoint: `colrow checkpoints {path}` lists what is there")
         step = newest.step
-    return Saved(source.model, tokenizer, config.data.seq_len, path, checkpoints, step)
+    return Saved(source, tokenizer, config.data.seq_len, path, checkpoints, step)
 
 
 @contextmanager
