@@ -194,7 +194,7 @@ def test_a_gpt_with_fused_qkv(kind: str, tp: int) -> None:
 def test_a_weight_that_is_read_in_vain_stays_a_plain_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     found, error = check(Peeking(), sequence_parallel=False)
     assert error < TOLERANCE
-    assert found.modules["tokens"] == {"style": "fast_embedding", "whole": True}
+    assert found.modules["tokens"] == {"style": "fast_embedding", "all_tokens": True}
     assert found.modules["head"]["style"] == "colwise"
     found, error = check(Peeking())
     assert error < TOLERANCE

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from colrow.errors import PlanError, did_you_mean
@@ -24,6 +24,7 @@ from colrow.ops.collectives import all_gather
 from colrow.ops.linear_cross_entropy import linear_cross_entropy
 from colrow.sharding.local_view import replace_forward
 from colrow.styles.base import ParameterLayout, Style, TokenOrder, option
+from colrow.styles.shards import ShardSpec, place_parameter
 from colrow.styles.site import Site
 
 HiddenLayout = Literal["sequence", "flattened", "replicated"]
@@ -111,10 +112,8 @@ class _LinearHeadStyle(ParallelStyle):
         self.style = style
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        param: Any = module._parameters["weight"]
-        if device_mesh.size() > 1 and not isinstance(param, DTensor):
-            placed = distribute_tensor(param.detach(), device_mesh, [Shard(0)])
-            module.register_parameter("weight", nn.Parameter(placed, requires_grad=param.requires_grad))
+        if device_mesh.size() > 1:  # on one rank the weight stays a plain tensor
+            place_parameter(module, "weight", device_mesh, ShardSpec(0, (module.get_parameter("weight").shape[0],)))
         module.__dict__[_STATE] = HeadState(device_mesh, self.style)
         replace_forward(module, _loss_forward)
         return module

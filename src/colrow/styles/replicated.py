@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
-from colrow.sharding.local_view import View, view_parameters
 from colrow.styles.base import NegativeControl, ParameterLayout, Style, option, placement_of, replicated
 from colrow.styles.heads import Heads, heads_of
 from colrow.styles.linear import Colwise
-from colrow.styles.rank_tensors import rank_table, same_on_all_ranks, summed
+from colrow.styles.shards import ShardSpec, shard_parameters
 from colrow.styles.site import Site
-
-Views = Callable[[DeviceMesh], dict[str, View]]
 
 
 class _ReplicatedStyle(ParallelStyle):
-    """Replicates the parameters, lets the module see them through views, and gathers the first input."""
+    """Places the module's own parameters, all by one spec, and gathers the first input."""
 
-    def __init__(self, views: Views, input_layout: Placement | None = None) -> None:
-        self.views, self.input_layout = views, input_layout
+    def __init__(self, spec: ShardSpec, input_layout: Placement | None = None) -> None:
+        self.spec, self.input_layout = spec, input_layout
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        views = self.views(device_mesh)
-        for name, param in list(module.named_parameters(recurse=False)):
-            if isinstance(param, DTensor):  # another style placed it
-                del views[name]
-                continue
-            placed = distribute_tensor(param.detach(), device_mesh, [Replicate()])
-            module.register_parameter(name, nn.Parameter(placed, requires_grad=param.requires_grad))
-        view_parameters(module, views)
+        names = dict(module.named_parameters(recurse=False))
+        shard_parameters(module, device_mesh, dict.fromkeys(names, self.spec))
         layout = self.input_layout
         if layout is not None:
             module.register_forward_pre_hook(lambda _, args: (_gathered(args[0], device_mesh, layout), *args[1:]))
@@ -60,8 +50,7 @@ class Replicated(Style):
     negative_control = NegativeControl("grad_sum", "gradients summed over tp, but equal on all ranks")
 
     def build(self, site: Site) -> ParallelStyle:
-        names = dict(site.module.named_parameters(recurse=False))
-        return _ReplicatedStyle(lambda _: dict.fromkeys(names, same_on_all_ranks))
+        return _ReplicatedStyle(ShardSpec(summed=False))
 
     def parameters(self, site: Site) -> dict[str, ParameterLayout]:
         return replicated(site.module, "not in the plan: whole on each rank")
@@ -81,8 +70,7 @@ class GradSum(Style):
     negative_control = NegativeControl("replicate", "style grad_sum left out")
 
     def build(self, site: Site) -> ParallelStyle:
-        names = dict(site.module.named_parameters(recurse=False))
-        return _ReplicatedStyle(lambda _: dict.fromkeys(names, summed))
+        return _ReplicatedStyle(ShardSpec())
 
     def parameters(self, site: Site) -> dict[str, ParameterLayout]:
         return replicated(site.module, "used on this rank's part; gradients summed over tp")
@@ -131,16 +119,8 @@ class KvReplicate(Style):
         heads = self.resolve(site)
         if heads.kv % site.tp == 0:
             return Colwise(input=self.input).build(site)
-
-        def views(mesh: DeviceMesh) -> dict[str, View]:
-            own = rank_table(mesh, [heads.kv_heads_of_rank(site.tp, rank) for rank in range(site.tp)])
-
-            def rows(param: DTensor) -> Tensor:
-                return summed(param).unflatten(0, (heads.kv, heads.dim)).index_select(0, own).flatten(0, 1)
-
-            return {name: rows for name, _ in site.module.named_parameters(recurse=False)}
-
-        return _ReplicatedStyle(views, self.input or Replicate())
+        spec = ShardSpec(0, (heads.kv * heads.dim,), kv=(0,), heads=heads.query, kv_heads=heads.kv)
+        return _ReplicatedStyle(spec, self.input or Replicate())
 
     def parameters(self, site: Site) -> dict[str, ParameterLayout]:
         heads = self.resolve(site)

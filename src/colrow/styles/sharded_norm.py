@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from colrow.styles.base import ParameterLayout, Style
+from colrow.styles.shards import ShardSpec, place_parameter
 from colrow.styles.site import Site
 
 
@@ -40,8 +41,7 @@ class ShardedNorm(Style):
 class _ShardedNormStyle(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         for name, param in list(module.named_parameters(recurse=False)):
-            placed = distribute_tensor(param.detach(), device_mesh, [Shard(0)])
-            module.register_parameter(name, nn.Parameter(placed, requires_grad=param.requires_grad))
+            place_parameter(module, name, device_mesh, ShardSpec(0, tuple(param.shape)))
 
         def before(_: nn.Module, args: Any) -> Any:
             x = args[0]

@@ -34,10 +34,11 @@ class ShardSpec:
     """How one parameter is held.
 
     Attributes:
-        dim: the sharded dimension; None for a parameter that every rank holds and whose gradient is summed.
+        dim: the sharded dimension; None for a parameter that every rank holds.
         segments: the sizes that `dim` is made of, each sharded on its own ([Note: segments]).
         replicated: positions of segments that every rank uses completely (the one k and v head of multi-query
             attention).
+        summed: without a dim: its gradient is a sum over ranks. False where every rank uses it on the same values.
         scaled: without a dim: the parameter is added to a partial sum on every rank, and so is divided by tp.
         kv: positions of segments that hold `kv_heads` heads for `heads` query heads, where tp does not divide
             `kv_heads`: a rank uses the kv heads that its query heads need.
@@ -46,6 +47,7 @@ class ShardSpec:
     dim: int | None = None
     segments: tuple[int, ...] = ()
     replicated: tuple[int, ...] = ()
+    summed: bool = True
     scaled: bool = False
     kv: tuple[int, ...] = ()
     heads: int = 0
@@ -118,9 +120,11 @@ class ShardSpec:
     def view(self, mesh: DeviceMesh) -> View:
         """What the module's forward sees (see [Note: whose gradient])."""
         tp = mesh.size()
-        if self.dim is None:
-            return (lambda param: summed(param) / tp) if self.scaled else summed
-        if not self.uneven:
+        if self.dim is None and self.scaled:
+            return lambda param: summed(param) / tp
+        if self.dim is None and self.summed:
+            return summed
+        if self.dim is None or not self.uneven:
             return same_on_all_ranks
         dim, rows = self.dim, rank_table(mesh, [self.rows(tp, rank) for rank in range(tp)])
         return lambda param: summed(param).index_select(dim, rows)
@@ -181,19 +185,21 @@ def layouts_of(site: Site, specs: dict[str, ShardSpec], reason: str) -> dict[str
     return {name: spec.layout(site.module.get_parameter(name), site.tp, reason) for name, spec in specs.items()}
 
 
+def place_parameter(module: nn.Module, name: str, mesh: DeviceMesh, spec: ShardSpec) -> bool:
+    """Put a DTensor in the parameter's place. False where a style has placed it already: of a module with two names."""
+    param = module._parameters[name]
+    assert param is not None
+    if isinstance(param, DTensor):
+        return False
+    placed = spec.distribute(param, mesh)
+    module.register_parameter(name, nn.Parameter(placed, requires_grad=param.requires_grad))
+    return True
+
+
 def shard_parameters(module: nn.Module, mesh: DeviceMesh, specs: dict[str, ShardSpec]) -> None:
-    """Distribute the module's parameters by their specs, and let its forward see this rank's shards."""
-    views = {}
-    for name, spec in specs.items():
-        param = module._parameters[name]
-        assert param is not None
-        if isinstance(param, DTensor):  # another style placed it
-            continue
-        placed = spec.distribute(param, mesh)
-        module.register_parameter(name, nn.Parameter(placed, requires_grad=param.requires_grad))
-        views[name] = spec.view(mesh)
-    if views:
-        view_parameters(module, views)
+    """Place the module's parameters by their specs, and let its forward see this rank's shards."""
+    placed = [name for name, spec in specs.items() if place_parameter(module, name, mesh, spec)]
+    view_parameters(module, {name: specs[name].view(mesh) for name in placed})
 
 
 GRADS_SUMMED_AT_ENTRY = "_colrow_grads_summed_at_entry"
