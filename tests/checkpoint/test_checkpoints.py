@@ -330,10 +330,10 @@ def test_damage_is_named_and_the_newest_whole_one_offered(saved: Checkpoints, na
     with pytest.raises(CheckpointError) as error:
         saved.load(2, model, optimizer)
     assert path.name in str(error.value)
-    assert f"the newest whole one is {saved.folder / 'step-1'}" in str(error.value)
+    assert f"the newest complete one is {saved.folder / 'step-1'}" in str(error.value)
     assert differing(before, state_of(model, optimizer)) == []
     states = {info.step: info.state for info in saved.list(checksums=True)}
-    assert states == {1: "whole", 2: "damaged"}
+    assert states == {1: "complete", 2: "damaged"}
     if how != "altered":
         latest = saved.latest()
         assert latest is not None
@@ -345,16 +345,16 @@ def test_the_only_checkpoint_damaged_offers_none(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, *made(0), {})
     tensors_of(checkpoints, 1).unlink()
-    with pytest.raises(CheckpointError, match=r"safetensors is missing; there is no other whole one"):
+    with pytest.raises(CheckpointError, match=r"safetensors is missing; there is no other complete one"):
         checkpoints.load(1, *made(0))
 
 
 def test_a_damaged_checkpoint_does_not_push_a_whole_one_out(saved: Checkpoints) -> None:
     tensors_of(saved, 2).unlink()
     saved.save(3, *made(0), {})
-    assert {info.step: info.state for info in saved.list()} == {1: "whole", 2: "damaged", 3: "whole"}
+    assert {info.step: info.state for info in saved.list()} == {1: "complete", 2: "damaged", 3: "complete"}
     saved.save(4, *made(0), {})
-    assert {info.step: info.state for info in saved.list()} == {3: "whole", 4: "whole"}
+    assert {info.step: info.state for info in saved.list()} == {3: "complete", 4: "complete"}
 
 
 def test_a_folder_of_another_step_is_damaged(saved: Checkpoints) -> None:
@@ -391,7 +391,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_the_former_one(saved: Checkpo
     refused = pytest.raises(CheckpointError, match=r"too full for a checkpoint in .*/checkpoints: .*File too large")
     with refused, small_files():
         saved.save(3, model, optimizer, {})
-    assert {info.step: info.state for info in saved.list(checksums=True)} == {1: "whole", 2: "whole"}
+    assert {info.step: info.state for info in saved.list(checksums=True)} == {1: "complete", 2: "complete"}
     assert saved.load(2, model, optimizer) == {"step": 2}
 
 
@@ -415,7 +415,7 @@ def test_a_failed_background_save_is_told_once_and_never_whole(
     assert [info.step for info in saved.list()] == [1, 2]
     behind.save(5, *made(0, steps=1), {})
     behind.wait()
-    assert [(info.step, info.state) for info in saved.list()] == [(2, "whole"), (5, "whole")]
+    assert [(info.step, info.state) for info in saved.list()] == [(2, "complete"), (5, "complete")]
 
 
 def test_a_background_save_does_not_hold_the_loop_and_the_next_waits(
@@ -443,4 +443,4 @@ def test_a_background_save_does_not_hold_the_loop_and_the_next_waits(
     go.set()
     second.join(30)
     checkpoints.wait()
-    assert [info.step for info in checkpoints.list(checksums=True) if info.state == "whole"] == [1, 2]
+    assert [info.step for info in checkpoints.list(checksums=True) if info.state == "complete"] == [1, 2]

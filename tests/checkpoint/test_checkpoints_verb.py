@@ -34,7 +34,7 @@ def test_json_lists_step_mesh_size_and_state(run: Path, capsys: pytest.CaptureFi
     assert first["step"] == 10
     assert first["mesh"] == {"pp": 1, "dp_replicate": 1, "dp_shard": 2, "tp": 2}
     assert first["bytes"] == sum(file.stat().st_size for file in (run / "checkpoints" / "step-10").iterdir())
-    assert (first["state"], first["reason"]) == ("whole", None)
+    assert (first["state"], first["reason"]) == ("complete", None)
     assert (second["step"], second["state"]) == (20, "damaged")
     assert second["reason"] == "rank-00000-0000.safetensors is missing"
     assert (third["step"], third["state"], third["mesh"]) == (30, "unfinished", None)
@@ -45,7 +45,7 @@ def test_the_table_names_what_is_wrong(run: Path, capsys: pytest.CaptureFixture[
     out = capsys.readouterr().out
     assert "dp_shard 2 × tp 2" in out
     assert "step-20: rank-00000-0000.safetensors is missing" in out
-    assert f"newest whole: {run / 'checkpoints' / 'step-10'}" in out
+    assert f"newest complete: {run / 'checkpoints' / 'step-10'}" in out
 
 
 def test_altered_bytes_show_with_checksums(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

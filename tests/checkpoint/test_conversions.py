@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.models.tiny import classes, tiny
-from colrow.checkpoint.conversions import Part, _blocks, in_parts, parts_for, parts_in
+from colrow.checkpoint.conversions import Part, _regions, in_parts, parts_for, parts_in
 from colrow.checkpoint.export import export
 from colrow.checkpoint.huggingface import SINGLE, load_weights
 from colrow.checkpoint.pieces import Piece
 from colrow.errors import CheckpointError
+from colrow.sharding.region import Region
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("transformers.conversion_mapping")
@@ -77,12 +78,12 @@ def test_an_expert_that_is_missing_or_of_another_size_is_named(tmp_path: Path) -
         load_weights(model, tmp_path)
 
 
-def test_what_is_no_arrangement_of_blocks_says_what_to_do() -> None:
+def test_what_is_no_arrangement_of_regions_says_what_to_do() -> None:
     from transformers.core_model_loading import Transpose, WeightConverter
 
     converter = WeightConverter("a.weight", "b.weight", operations=[Transpose(0, 1)])
     with pytest.raises(CheckpointError, match=r"Transpose of transformers .* save_original_format=False"):
-        _blocks("b.weight", (4, 6), [["a.weight"]], converter)
+        _regions("b.weight", (4, 6), [["a.weight"]], converter)
 
 
 def test_other_models_are_stored_as_they_are() -> None:
@@ -113,8 +114,8 @@ def cut(whole: Tensor, rng: random.Random) -> list[Piece]:
     for at in ends:
         boxes = [[*box, (a, b)] for box in boxes for a, b in itertools.pairwise(at)]
     return [
-        Piece("w", tuple(whole.shape), tuple(a for a, _ in box), whole[tuple(slice(a, b) for a, b in box)], True)
-        for box in boxes
+        Piece("w", tuple(whole.shape), region, whole[region.slices], True)
+        for region in (Region(tuple(a for a, _ in box), tuple(b - a for a, b in box)) for box in boxes)
     ]
 
 
@@ -124,12 +125,13 @@ def test_pieces_of_any_cut_are_the_stored_tensors(seed: int) -> None:
     experts, f, d = 3, 4, 5
     whole = torch.randn(experts, 2 * f, d)
     parts = [
-        Part(f"{e}.{half}", (e, half * f, 0), (1, f, d), stacked=True) for e in range(experts) for half in range(2)
+        Part(f"{e}.{half}", Region((e, half * f, 0), (1, f, d)), stacked=True)
+        for e, half in itertools.product(range(experts), range(2))
     ]
     stored = {part.name: torch.full(part.shape, torch.nan) for part in parts}
     for piece in in_parts(cut(whole, rng), parts):
         assert piece.shape == (f, d)
-        at = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.data.shape, strict=True))
+        at = piece.region.slices
         assert stored[piece.name][at].isnan().all(), "a block of its own"
         stored[piece.name][at] = piece.data
     for e in range(experts):
@@ -139,9 +141,10 @@ def test_pieces_of_any_cut_are_the_stored_tensors(seed: int) -> None:
 def test_what_is_read_into_a_piece_is_in_the_parameter() -> None:
     whole = torch.zeros(2, 4, 3)
     (piece,) = in_parts(
-        [Piece("w", (2, 4, 3), (1, 1, 0), whole[1:, 1:3], True)], [Part("a", (1, 0, 0), (1, 2, 3), True)]
+        [Piece("w", (2, 4, 3), Region((1, 1, 0), (1, 2, 3)), whole[1:, 1:3], True)],
+        [Part("a", Region((1, 0, 0), (1, 2, 3)), True)],
     )
-    assert (piece.offset, tuple(piece.data.shape)) == ((1, 0), (1, 3))
+    assert (piece.region, tuple(piece.data.shape)) == (Region((1, 0), (1, 3)), (1, 3))
     piece.data.fill_(7.0)
     assert whole.sum() == 21
     assert (whole[1, 1] == 7).all()

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 from collections.abc import Callable
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from colrow.parallel.initialize import materialize
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
 from colrow.sharding.layout import full_tensor, local_tensor
+from colrow.sharding.region import Region
 from distributed.harness import Ranks
 from models.families import FAMILIES, save_transformers, token_ids
 from parallel.test_initialize import OPTIONS, meta, seeded
@@ -381,10 +381,10 @@ def elements_read_case(device: str, folder: Path, mesh: Mesh) -> tuple[int, int]
     model = sharded(device, mesh, {})
     read, asked = TensorReader.read, 0
 
-    def counted(self: TensorReader, key: str, slices: tuple[slice, ...]) -> Tensor:
+    def counted(self: TensorReader, key: str, region: Region) -> Tensor:
         nonlocal asked
-        asked += prod(s.stop - s.start for s in slices)
-        return read(self, key, slices)
+        asked += region.numel
+        return read(self, key, region)
 
     TensorReader.read = counted  # type: ignore[method-assign]
     try:

@@ -143,7 +143,7 @@ def test_a_run_without_a_checkpoint_or_tokenizer_is_named(
     assert "holds no tokenizer.json" in capsys.readouterr().err
     tokenizer.save(tmp_path)
     assert main(["generate", str(tmp_path), "--prompt", "a"]) == 2
-    assert "has no whole checkpoint" in capsys.readouterr().err
+    assert "has no complete checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.distributed

@@ -266,7 +266,7 @@ def test_a_full_disk_on_one_rank_is_raised_on_all(ranks: Ranks, tmp_path: Path, 
         assert str(tmp_path) in said
         assert " bytes), " in said
         assert there == ["step-1"]
-    assert [(info.step, info.state) for info in Checkpoints(tmp_path).list()] == [(1, "whole"), (3, "whole")]
+    assert [(info.step, info.state) for info in Checkpoints(tmp_path).list()] == [(1, "complete"), (3, "complete")]
 
 
 def one_rank_case(device: str, folder: Path) -> list[str]:
@@ -292,7 +292,7 @@ def test_what_is_wrong_on_one_rank_is_said_on_all(ranks: Ranks, tmp_path: Path) 
     for extra, model, file in ranks(4).run(one_rank_case, tmp_path):
         assert extra.startswith("rank 1: extra['odd'] is not JSON")
         assert "only in the model: layers.0.added.weight float32[2, 2], layers.0.added.bias" in model
-        assert "rank-00002-0000.safetensors is missing; there is no other whole one" in file
+        assert "rank-00002-0000.safetensors is missing; there is no other complete one" in file
 
 
 def killed_case(device: str, folder: Path) -> None:
@@ -318,4 +318,4 @@ def test_a_rank_killed_while_it_writes_ends_the_save_of_the_others(ranks: Ranks,
         assert "Connection" in said, said
     finally:
         group.stop()
-    assert [(info.step, info.state) for info in Checkpoints(tmp_path).list()] == [(1, "whole"), (2, "unfinished")]
+    assert [(info.step, info.state) for info in Checkpoints(tmp_path).list()] == [(1, "complete"), (2, "unfinished")]

@@ -1,54 +1,60 @@
 """The tensors of a Hugging Face folder that make up a parameter, where they are not one and the same.
 
 Models of transformers may hold in one parameter what their folders store in many: all experts' matrices are one stack,
-with gate and up beside each other. Transformers says so in a list of transforms; here they become blocks of the
-parameter, so that a rank reads and writes its own part and nothing else.
+with gate and up beside each other. Transformers says so in a list of transforms; here they become regions of the
+parameter, so that a rank reads and writes its own shard and nothing else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from colrow.checkpoint.pieces import Piece
 from colrow.errors import CheckpointError
+from colrow.sharding.region import Region
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stored tensor, and the block of the parameter that it is."""
+    """A stored tensor, and the region of the parameter that it is."""
 
     name: str
-    offset: tuple[int, ...]
-    size: tuple[int, ...]
+    region: Region
     stacked: bool = False
-    """Whether the block's first dimension, of extent 1, is not there in what is stored."""
+    """Whether the stored tensor lacks the region's first dim, which has extent 1."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.size[1:] if self.stacked else self.size
+        return self.region.size[1:] if self.stacked else self.region.size
 
     def of(self, piece: Piece) -> Piece | None:
         """What this part and a piece of the parameter have in common, as a piece of the stored tensor."""
-        starts = [max(a, b) for a, b in zip(self.offset, piece.offset, strict=True)]
-        ends = [
-            min(a + n, b + m) for a, n, b, m in zip(self.offset, self.size, piece.offset, piece.data.shape, strict=True)
-        ]
-        if any(start >= end for start, end in zip(starts, ends, strict=True)):
+        starts, ends = [], []
+        for a, n, b, m in zip(*astuple(self.region), *astuple(piece.region), strict=True):
+            starts.append(max(a, b))
+            ends.append(min(a + n, b + m))
+        size = tuple(end - start for start, end in zip(starts, ends, strict=True))
+        if any(extent <= 0 for extent in size):
             return None
-        inside = tuple(slice(s - b, e - b) for s, e, b in zip(starts, ends, piece.offset, strict=True))
-        data, offset = piece.data[inside], tuple(s - a for s, a in zip(starts, self.offset, strict=True))
+        data = piece.data[_relative(starts, size, piece.region).slices]
+        region = _relative(starts, size, self.region)
         if self.stacked:
-            data, offset = data[0], offset[1:]
-        return replace(piece, name=self.name, shape=self.shape, offset=offset, data=data)
+            data, region = data[0], Region(region.offset[1:], region.size[1:])
+        return replace(piece, name=self.name, shape=self.shape, region=region, data=data)
 
 
 def in_parts(pieces: Sequence[Piece], parts: Sequence[Part]) -> list[Piece]:
     """Pieces of a parameter as pieces of the tensors that it is stored as."""
     return [found for piece in pieces for part in parts if (found := part.of(piece)) is not None]
+
+
+def _relative(starts: Sequence[int], size: tuple[int, ...], frame: Region) -> Region:
+    """The region from `starts`, counted from the beginning of the region `frame`."""
+    return Region(tuple(start - first for start, first in zip(starts, frame.offset, strict=True)), size)
 
 
 Shapes = dict[str, tuple[int, ...]]
@@ -58,11 +64,11 @@ def parts_in(model: nn.Module, shapes: Shapes, stored: Iterable[str]) -> dict[st
     """Which of a folder's tensors make up a model's, by the model's names, for models of transformers.
 
     Args:
-        shapes: of the whole tensors of the model that the folder has not under the same name.
+        shapes: global shapes of the model's tensors that the folder does not have under the same name.
         stored: names in the folder.
 
     Raises:
-        CheckpointError: blocks cannot say how one is stored.
+        CheckpointError: one is stored in another way than as regions.
     """
     known = _Transforms.of(model)
     if known is None or not shapes:
@@ -77,17 +83,17 @@ def parts_in(model: nn.Module, shapes: Shapes, stored: Iterable[str]) -> dict[st
             case None:
                 pass
             case {None: [only]}:
-                found[name] = [whole(only, shape)]
+                found[name] = [as_is(only, shape)]
             case by_pattern:
                 converter = next(c for c in known.converters if set(c.source_patterns) & by_pattern.keys())
                 names = [sorted(by_pattern.get(p, []), key=_by_numbers) for p in converter.source_patterns]
-                found[name] = _blocks(name, shape, names, converter)
+                found[name] = _regions(name, shape, names, converter)
     return found
 
 
 def parts_for(model: nn.Module, shapes: Shapes) -> dict[str, list[Part]]:
-    """As which tensors folders store a model's, where transformers writes others than the model holds. What blocks
-    cannot say is left out: transformers reads the model's own names too."""
+    """As which tensors folders store a model's, where transformers writes others than the model holds. What is not
+    stored as regions is left out: transformers reads the model's own names too."""
     known = _Transforms.of(model)
     if known is None:
         return {}
@@ -97,7 +103,7 @@ def parts_for(model: nn.Module, shapes: Shapes) -> dict[str, list[Part]]:
             parts = known.backward(name, shape)
         except CheckpointError:
             continue
-        if parts != [whole(name, shape)] and all(known.forward(part.name, shapes)[0] == name for part in parts):
+        if parts != [as_is(name, shape)] and all(known.forward(part.name, shapes)[0] == name for part in parts):
             found[name] = parts
     return found
 
@@ -142,10 +148,10 @@ class _Transforms:
                     self._renamed(stored.replace(reverse.target_patterns[0], p, 1)) for p in reverse.target_patterns
                 ]
                 each = shape[0] if _stacks(converter) else 1
-                return _blocks(
+                return _regions(
                     name, shape, [[n.replace("*", str(i), 1) for i in range(each)] for n in names], converter
                 )
-        return [whole(self._renamed(name), shape)]
+        return [as_is(self._renamed(name), shape)]
 
     def _renamed(self, name: str) -> str:
         for renaming in reversed(self.renamings):
@@ -153,9 +159,9 @@ class _Transforms:
         return name
 
 
-def whole(name: str, shape: tuple[int, ...]) -> Part:
-    """A parameter that is stored as it is."""
-    return Part(name, (0,) * len(shape), shape)
+def as_is(name: str, shape: tuple[int, ...]) -> Part:
+    """A parameter that is stored as the model holds it."""
+    return Part(name, Region((0,) * len(shape), shape))
 
 
 def _by_numbers(name: str) -> list[int | str]:
@@ -164,21 +170,21 @@ def _by_numbers(name: str) -> list[int | str]:
 
 
 def _stacks(converter: Any) -> bool:
-    kinds = [type(operation).__name__ for operation in converter.operations]
-    return kinds[:1] == ["MergeModulelist"] and converter.operations[0].dim == 0
+    names = [type(operation).__name__ for operation in converter.operations]
+    return names[:1] == ["MergeModulelist"] and converter.operations[0].dim == 0
 
 
-def _blocks(name: str, shape: tuple[int, ...], names: list[list[str]], converter: Any) -> list[Part]:
-    """The converter's operations as blocks: a stack of modules' tensors, tensors one after another, or both.
+def _regions(name: str, shape: tuple[int, ...], names: list[list[str]], converter: Any) -> list[Part]:
+    """The converter's operations as regions: a stack of modules' tensors, tensors one after another, or both.
 
     `names` are stored, by the converter's patterns.
     """
-    kinds, patterns = [type(operation).__name__ for operation in converter.operations], converter.source_patterns
+    operations, patterns = [type(operation).__name__ for operation in converter.operations], converter.source_patterns
     stacked = _stacks(converter)
     each = list(shape)
     if stacked:
         each[0] = 1
-    along = converter.operations[-1].dim if kinds[-1:] == ["Concatenate"] else None
+    along = converter.operations[-1].dim if operations[-1:] == ["Concatenate"] else None
     if along is not None:
         each[along] //= len(names)
     count = shape[0] if stacked else 1
@@ -188,19 +194,19 @@ def _blocks(name: str, shape: tuple[int, ...], names: list[list[str]], converter
             f"{name} is made of {count} stored tensors {wrong}, and there {'is' if there == 1 else 'are'} {there}: "
             "fetch the folder again"
         )
-    if kinds[stacked:] not in ([], ["Concatenate"]):
+    if operations[stacked:] not in ([], ["Concatenate"]):
         raise CheckpointError(
             f"{name} is stored as {', '.join(n[0] for n in names)}, which "
-            f"{' and '.join(kinds)} of transformers make into one, and that is no arrangement of blocks: write a "
+            f"{' and '.join(operations)} of transformers make into one, and that is no arrangement of regions: write a "
             "folder in the model's own names, with transformers: model.save_pretrained(DIR, save_original_format=False)"
         )
     parts = []
-    for place, of_pattern in enumerate(names):
+    for position, of_pattern in enumerate(names):
         for index, stored in enumerate(of_pattern):
             offset = [0] * len(shape)
             if along is not None:
-                offset[along] = place * each[along]
+                offset[along] = position * each[along]
             if stacked:
                 offset[0] = index
-            parts.append(Part(stored, tuple(offset), tuple(each), stacked))
+            parts.append(Part(stored, Region(tuple(offset), tuple(each)), stacked))
     return parts

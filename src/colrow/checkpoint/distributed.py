@@ -1,8 +1,13 @@
 """Checkpoints of a training run: saved on one mesh, loaded on any other.
 
-torch.distributed.checkpoint coordinates the ranks, drops what several of them hold, and cuts what is stored into what
-a rank needs. What it reads and writes is ours: blocks of tensors as safetensors and everything else as JSON, so that
+torch.distributed.checkpoint (DCP) coordinates the ranks: it drops replicas, and intersects what is stored with what a
+rank needs. What is read and written is ours: regions of tensors as safetensors and everything else as JSON, so that
 nothing in a checkpoint is executed.
+
+[Note: one error on all ranks]
+Every step of a save or load that can fail on one rank alone runs in `Ranks.together`, or inside DCP, which gathers
+failures as well: all ranks raise, and none waits in a collective that another never enters. Steps: storage.py.
+A background save uses a group of its own: its collectives must not interleave with the training loop's.
 """
 
 from __future__ import annotations
@@ -11,7 +16,6 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
@@ -26,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 import colrow
-from colrow.checkpoint.folder import CheckpointInfo, Folder, list_checkpoints, newest_whole, prune
+from colrow.checkpoint.folder import CheckpointInfo, Folder, list_checkpoints, newest_complete, prune
 from colrow.checkpoint.loading import (
     compare,
     examine,
@@ -37,24 +41,22 @@ from colrow.checkpoint.loading import (
     targets_of,
 )
 from colrow.checkpoint.manifest import JSON, Manifest, as_json
-from colrow.checkpoint.pieces import Piece, Staging
-from colrow.checkpoint.planner import PieceLoadPlanner, PieceSavePlanner, RankNotes, as_state
-from colrow.checkpoint.ranks import Ranks, as_text, is_users, raise_told
-from colrow.checkpoint.state import Named, model_tensors, optimized_names, optimizer_record, optimizer_tensors
-from colrow.checkpoint.storage import CheckpointReader, CheckpointWriter, Told
+from colrow.checkpoint.pieces import Staging
+from colrow.checkpoint.planner import PieceLoadPlanner, PieceSavePlanner
+from colrow.checkpoint.ranks import Ranks, as_text, is_user_error, raise_of_ranks
+from colrow.checkpoint.state import (
+    NamedTensor,
+    Snapshot,
+    model_tensors,
+    optimized_names,
+    optimizer_record,
+    optimizer_tensors,
+)
+from colrow.checkpoint.storage import CheckpointReader, CheckpointWriter
 from colrow.errors import CheckpointError
 from colrow.mesh import AXES, Mesh
 
 Model = nn.Module | Sequence[nn.Module]
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One save, with everything that training may change already copied or written first."""
-
-    pieces: list[Piece]
-    notes: RankNotes
-    told: Told
 
 
 class Checkpoints:
@@ -62,11 +64,11 @@ class Checkpoints:
 
     Args:
         folder: holds `step-N/` for each checkpoint. All ranks see the same folder.
-        keep: how many newest whole checkpoints stay.
+        keep: how many of the newest complete checkpoints stay.
         group: the ranks that save and load together, as a gloo group; all of them unless given.
         asynchronous: `save` returns when the state is copied to host memory; a thread writes it. Nothing else may use
             `group` meanwhile; unless given, one is made for the thread alone.
-        mesh: recorded with each checkpoint; taken from the parameters unless given, where they tell it.
+        mesh: recorded with each checkpoint; taken from the parameters' DTensors unless given.
         vocabulary: names the tokenizer's vocabulary (a hash, say). A checkpoint of another one is refused.
         tied: parameters that are copies of another, by the name under which both are stored: an output embedding on
             the last pipeline stage is `{"lm_head.weight": "embed_tokens.weight"}`.
@@ -105,17 +107,19 @@ class Checkpoints:
 
         Raises:
             CheckpointError: on every rank, when any of them cannot write (a full disk), or when `extra` is not JSON;
-                the former checkpoints stay. Where `asynchronous`, also when the former save failed: then nothing
+                the previous checkpoints stay. Where `asynchronous`, also when the previous save failed: then nothing
                 is saved now. What a background save raises comes at the next `save` or `wait`: call `wait` before
                 the process ends.
         """
         ranks = self._open()
         ranks.together(self.wait)
-        job = ranks.together(lambda: self._capture(ranks, step, model, optimizer, extra))
+        snapshot = ranks.together(lambda: self._capture(ranks, step, model, optimizer, extra))
         if not self.asynchronous:
-            self._write(ranks, job)
+            self._write(ranks, snapshot)
             return
-        self._thread = threading.Thread(target=self._write_behind, args=(ranks, job), name="checkpoint", daemon=True)
+        self._thread = threading.Thread(
+            target=self._write_behind, args=(ranks, snapshot), name="checkpoint", daemon=True
+        )
         self._thread.start()
 
     def wait(self) -> None:
@@ -135,8 +139,8 @@ class Checkpoints:
         return list_checkpoints(self._folder, checksums)
 
     def latest(self) -> CheckpointInfo | None:
-        """The newest whole checkpoint. Ranks that must agree ask on one rank and pass the step on."""
-        return newest_whole(self.list())
+        """The newest complete checkpoint. Ranks that must agree call it on one rank and broadcast the step."""
+        return newest_complete(self.list())
 
     def load(
         self, info_or_step: CheckpointInfo | int, model: Model, optimizer: Optimizer | None = None
@@ -147,12 +151,12 @@ class Checkpoints:
 
         Raises:
             CheckpointError: on every rank; the text says what is missing, damaged, or of another model, and which
-                checkpoint is the newest whole one.
+                checkpoint is the newest complete one.
         """
         ranks = self._open()
         ranks.together(self.wait)
         path = ranks.together(lambda: self._path(info_or_step))
-        manifest = self._undamaged(ranks, path)
+        manifest = self._require_intact(ranks, path)
         require_same_vocabulary(path, manifest, self.vocabulary)
         named = ranks.together(lambda: model_tensors(model, self.tied))
         require_same_model(path, manifest, ranks.gather(compare(manifest, named)))
@@ -164,7 +168,7 @@ class Checkpoints:
         with _quiet():
             try:
                 reader = CheckpointReader(path, index)
-                load(as_state(pieces), storage_reader=reader, planner=PieceLoadPlanner(), process_group=ranks.group)
+                load({}, storage_reader=reader, planner=PieceLoadPlanner(pieces), process_group=ranks.group)
             except CheckpointException as failure:
                 _raise_of(failure, ranks.size)
         return extra
@@ -176,7 +180,7 @@ class Checkpoints:
 
     def _capture(
         self, ranks: Ranks, step: int, model: Model, optimizer: Optimizer | None, extra: dict[str, JSON]
-    ) -> _Job:
+    ) -> Snapshot:
         if step < 0:
             raise CheckpointError(f"step {step} is negative")
         text = as_json(extra)
@@ -195,20 +199,21 @@ class Checkpoints:
             model={},
             files=[],
         )
-        return _Job(
+        return Snapshot(
             pieces=self._staging.copy(pieces) if self.asynchronous else pieces,
-            notes=RankNotes(None if optimizer is None else optimizer_record(optimizer, named)),
-            told=Told(manifest, text),
+            optimizer=None if optimizer is None else optimizer_record(optimizer, named),
+            manifest=manifest,
+            extra=text,
         )
 
-    def _write(self, ranks: Ranks, job: _Job) -> None:
-        step = job.told.manifest.step
+    def _write(self, ranks: Ranks, snapshot: Snapshot) -> None:
+        step = snapshot.manifest.step
         with _quiet():
             try:
                 save(
-                    as_state(job.pieces),
-                    storage_writer=CheckpointWriter(self._folder, job.told),
-                    planner=PieceSavePlanner(job.notes),
+                    {},
+                    storage_writer=CheckpointWriter(self._folder, snapshot.manifest, snapshot.extra),
+                    planner=PieceSavePlanner(snapshot.pieces, snapshot.optimizer),
                     process_group=ranks.group,
                 )
             except CheckpointException as failure:
@@ -218,9 +223,9 @@ class Checkpoints:
         if ranks.first:
             prune(self._folder, self.keep, step)
 
-    def _write_behind(self, ranks: Ranks, job: _Job) -> None:
+    def _write_behind(self, ranks: Ranks, snapshot: Snapshot) -> None:
         try:
-            self._write(ranks, job)
+            self._write(ranks, snapshot)
         except BaseException as error:
             self._failure = error
 
@@ -233,43 +238,43 @@ class Checkpoints:
             raise CheckpointError(f"no checkpoint of step {info_or_step} in {self.folder}: {there}")
         return slots[info_or_step]
 
-    def _undamaged(self, ranks: Ranks, path: Path) -> Manifest:
+    def _require_intact(self, ranks: Ranks, path: Path) -> Manifest:
         manifest, mine = ranks.together(lambda: examine(path, slice(ranks.rank, None, ranks.size)))
         wrong = list(dict.fromkeys(line for lines in ranks.gather(mine) for line in lines))
         if wrong or manifest is None:
-            other = newest_whole([info for info in self.list() if info.path != path])
+            other = newest_complete([info for info in self.list() if info.path != path])
             offer = (
-                "there is no other whole one"
+                "there is no other complete one"
                 if other is None
-                else f"the newest whole one is {other.path}: move the damaged one away to continue from it"
+                else f"the newest complete one is {other.path}: move the damaged one away to continue from it"
             )
             raise CheckpointError(f"checkpoint {path} cannot be loaded: {'; '.join(wrong[:8])}; {offer}")
         return manifest
 
 
-def _mesh_of(named: list[Named], ranks: int) -> Mesh | None:
-    """The mesh that the parameters tell of, if it is all of the ranks."""
+def _mesh_of(named: list[NamedTensor], ranks: int) -> Mesh | None:
+    """The mesh of the parameters, if it has all of the ranks."""
     degrees: dict[str, int] = {}
     for one in named:
         if isinstance(one.tensor, DTensor):
-            mesh = one.tensor.device_mesh
-            degrees.update(zip(mesh.mesh_dim_names or (), mesh.shape, strict=False))
-    told = Mesh(**{axis: n for axis, n in degrees.items() if axis in AXES})
-    return told if told.world_size == ranks else None
+            device_mesh = one.tensor.device_mesh
+            degrees.update(zip(device_mesh.mesh_dim_names or (), device_mesh.shape, strict=False))
+    mesh = Mesh(**{axis: n for axis, n in degrees.items() if axis in AXES})
+    return mesh if mesh.world_size == ranks else None
 
 
 def _raise_of(failure: CheckpointException, size: int) -> NoReturn:
-    """Say as a user's error, or as a bug, what torch.distributed.checkpoint found on some of the ranks."""
+    """Raise what DCP found on some of the ranks, as a user's error or as a bug."""
     errors = {rank: error for rank, (error, _) in failure.failures.items()}
     for error in errors.values():
         if not isinstance(error, Exception):  # an interrupt, which DCP catches too
             raise error
-    raise_told({rank: (as_text(error), is_users(error)) for rank, error in errors.items()}, size, failure)
+    raise_of_ranks({rank: (as_text(error), is_user_error(error)) for rank, error in errors.items()}, size, failure)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without DCP's warning that one process is alone: that is as it should be."""
+    """Silence DCP's warning that torch.distributed is not initialized: one process may save alone."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

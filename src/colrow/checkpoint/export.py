@@ -16,7 +16,7 @@ from torch import nn
 
 from colrow.checkpoint.conversions import in_parts, parts_for
 from colrow.checkpoint.folder import flush
-from colrow.checkpoint.gather import Gather, Whole, catalogue
+from colrow.checkpoint.gather import Gather, GlobalTensor, catalogue
 from colrow.checkpoint.huggingface import INDEX, SINGLE, Model, first_few, named_tensors, parts_of, shapes_of
 from colrow.checkpoint.manifest import write_text
 from colrow.checkpoint.pieces import Piece
@@ -29,7 +29,7 @@ from colrow.models.llama import LlamaConfig
 MAX_SHARD_BYTES = 5 * 10**9
 
 _TEXT_ENDS = ("bos_token_id", "eos_token_id")
-_OF_AN_EXPORT = (
+_EXPORT_FILES = (
     "config.json",
     "generation_config.json",
     "model*.safetensors",
@@ -41,8 +41,8 @@ _OF_AN_EXPORT = (
 )
 
 
-class SavesItself(Protocol):
-    """What an export asks of a tokenizer."""
+class SavableTokenizer(Protocol):
+    """What an export needs of a tokenizer."""
 
     @property
     def eos_id(self) -> int:
@@ -61,18 +61,18 @@ class ShardFile:
     """One safetensors file: its name and its tensors, in order."""
 
     name: str
-    tensors: dict[str, Whole]
+    tensors: dict[str, GlobalTensor]
 
     @property
     def bytes(self) -> int:
-        return sum(whole.bytes for whole in self.tensors.values())
+        return sum(tensor.bytes for tensor in self.tensors.values())
 
 
 def export(
     model: Model,
     folder: Path | str,
     config: LlamaConfig | dict[str, Any],
-    tokenizer: SavesItself | None = None,
+    tokenizer: SavableTokenizer | None = None,
     *,
     dtype: torch.dtype = torch.float32,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -81,8 +81,8 @@ def export(
     """Write a Hugging Face folder that `transformers` loads. Collective over `group`, all ranks unless given.
 
     Names are those that transformers itself writes: a matrix for each expert, say, of which the model holds a stack.
-    Each rank writes a share of the files into one folder that all ranks see, and holds at most one whole tensor at
-    a time. The folder gets its name when it is complete; a former export of that name is replaced.
+    Each rank writes a share of the files into one folder that all ranks see, and holds at most one gathered tensor at
+    a time. The folder gets its name when it is complete; a previous export of that name is replaced.
 
     Args:
         config: or the mapping of a config.json, for a model of the transformers library.
@@ -97,7 +97,7 @@ def export(
     tree = config_to_huggingface(config, dtype) if isinstance(config, LlamaConfig) else dict(config)
     tree |= {"dtype": str(dtype).removeprefix("torch."), **_text_ends(tokenizer)}
     ranks = Ranks.open(group, private=False)
-    pieces = ranks.together(lambda: _exported(model))
+    pieces = ranks.together(lambda: _pieces(model))
     tensors = catalogue(ranks, pieces, dtype)
     files = split_files(tensors, max_shard_bytes)
     shares = share_files(files, ranks.size)
@@ -112,28 +112,28 @@ def export(
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _exported(model: Model) -> list[Piece]:
+def _pieces(model: Model) -> list[Piece]:
     named = named_tensors(model)
     parts = parts_of(named, parts_for(model, shapes_of(named)) if isinstance(model, nn.Module) else {})
     return [piece for one in named for piece in in_parts(one.pieces(), parts[one.name])]
 
 
-def split_files(tensors: dict[str, Whole], max_bytes: int) -> list[ShardFile]:
+def split_files(tensors: dict[str, GlobalTensor], max_bytes: int) -> list[ShardFile]:
     """Consecutive tensors in files of at most `max_bytes`; a tensor that is larger has a file of its own."""
     if max_bytes < 1:
         raise CheckpointError(f"max_shard_bytes={max_bytes} holds no tensor: use some gigabytes")
-    parts: list[dict[str, Whole]] = []
+    groups: list[dict[str, GlobalTensor]] = []
     room = 0
-    for name, whole in tensors.items():
-        if not parts or whole.bytes > room:
-            parts.append({})
+    for name, tensor in tensors.items():
+        if not groups or tensor.bytes > room:
+            groups.append({})
             room = max_bytes
-        parts[-1][name] = whole
-        room -= whole.bytes
-    if len(parts) <= 1:
-        return [ShardFile(SINGLE, part) for part in parts]
-    count = len(parts)
-    return [ShardFile(f"model-{i + 1:05}-of-{count:05}.safetensors", part) for i, part in enumerate(parts)]
+        groups[-1][name] = tensor
+        room -= tensor.bytes
+    if len(groups) <= 1:
+        return [ShardFile(SINGLE, group) for group in groups]
+    count = len(groups)
+    return [ShardFile(f"model-{i + 1:05}-of-{count:05}.safetensors", group) for i, group in enumerate(groups)]
 
 
 def share_files(files: Sequence[ShardFile], ranks: int) -> list[list[ShardFile]]:
@@ -151,7 +151,7 @@ def write_share(
     folder: Path,
     ranks: Ranks,
     pieces: Sequence[Piece],
-    tensors: dict[str, Whole],
+    tensors: dict[str, GlobalTensor],
     shares: Sequence[Sequence[ShardFile]],
 ) -> None:
     """Write this rank's share of the files. Collective.
@@ -170,15 +170,15 @@ def write_share(
 
 
 def _file_order(file: ShardFile) -> list[str]:
-    """`write_tensors` takes wide elements first."""
+    """The order of `write_tensors`, wide elements first: tensors are gathered when they are written."""
     return sorted(file.tensors, key=lambda name: -file.tensors[name].dtype.itemsize)
 
 
-def _entry(name: str, whole: Whole, gather: Gather) -> Entry:
-    return Entry(name, whole.shape, whole.dtype, lambda: gather.next(name))
+def _entry(name: str, tensor: GlobalTensor, gather: Gather) -> Entry:
+    return Entry(name, tensor.shape, tensor.dtype, lambda: gather.next(name))
 
 
-def _text_ends(tokenizer: SavesItself | None) -> dict[str, Any]:
+def _text_ends(tokenizer: SavableTokenizer | None) -> dict[str, Any]:
     if tokenizer is None:
         return {}
     first = tokenizer.prefix[0] if tokenizer.prefix else None
@@ -189,7 +189,7 @@ def _start(folder: Path, unfinished: Path) -> None:
     """Make the folder to write into, when what is there may be replaced."""
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file: give a folder to export to")
-    others = [path.name for path in folder.glob("*") if not any(path.match(known) for known in _OF_AN_EXPORT)]
+    others = [path.name for path in folder.glob("*") if not any(path.match(known) for known in _EXPORT_FILES)]
     if others:
         raise CheckpointError(
             f"{folder} holds something else ({first_few(sorted(others))}): give a new or an empty folder"
@@ -204,9 +204,9 @@ def _require_seen(unfinished: Path) -> None:
 
 
 def _finish(
-    unfinished: Path, folder: Path, tree: dict[str, Any], tokenizer: SavesItself | None, files: Sequence[ShardFile]
+    unfinished: Path, folder: Path, tree: dict[str, Any], tokenizer: SavableTokenizer | None, files: Sequence[ShardFile]
 ) -> None:
-    """Write what is small, and give the folder its name."""
+    """Write index, configs and tokenizer, and give the folder its name; a previous export moves away first."""
     if len(files) > 1:
         weight_map = {name: file.name for file in files for name in file.tensors}
         total = {"metadata": {"total_size": sum(file.bytes for file in files)}, "weight_map": weight_map}
@@ -216,18 +216,18 @@ def _finish(
     if tokenizer is not None:
         tokenizer.save(unfinished)
     flush(unfinished)
-    former = folder.parent / f".{folder.name}.former"
-    shutil.rmtree(former, ignore_errors=True)
+    previous = folder.parent / f".{folder.name}.former"
+    shutil.rmtree(previous, ignore_errors=True)
     if folder.exists():
-        os.rename(folder, former)
+        os.rename(folder, previous)
     try:
         os.rename(unfinished, folder)
     except OSError:
-        if former.exists():
-            os.rename(former, folder)
+        if previous.exists():
+            os.rename(previous, folder)
         raise
     flush(folder.parent)
-    shutil.rmtree(former, ignore_errors=True)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 def _write_json(path: Path, tree: dict[str, Any]) -> None:

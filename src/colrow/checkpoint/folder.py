@@ -1,9 +1,9 @@
-"""The folder of a run's checkpoints, and the names in it that make every change atomic.
+"""The folder of a run's checkpoints: the names in it that make every change atomic, and what is there in what state.
 
 [Note: names]
-`step-N`             whole: it got this name by a rename, after every file in it was flushed to the disk
+`step-N`             complete: it got this name by a rename, after every file in it was flushed to the disk
 `step-N.unfinished`  being written, or left by a save that was killed
-`step-N.former`      replaced by a newer save of the same step; where no `step-N` stands beside it, the whole one
+`step-N.former`      replaced by a newer save of the same step; where no `step-N` is beside it, the complete one
 `step-N.removed`     being removed, or left by a removal that was killed
 A kill between any two steps leaves each checkpoint under one name that tells the truth about it.
 """
@@ -24,7 +24,7 @@ from colrow.checkpoint.manifest import damage, read_manifest, unlisted
 from colrow.errors import CheckpointError
 from colrow.mesh import Mesh
 
-State = Literal["whole", "unfinished", "damaged"]
+State = Literal["complete", "unfinished", "damaged"]
 
 _LEFT_BY = {
     "unfinished": "its save was killed, or is still running",
@@ -74,27 +74,27 @@ class Folder:
             if slot.suffix:
                 _remove(slot.path)
             elif slot.path != self.final(slot.step):
-                os.rename(slot.path, self.final(slot.step))  # replaced, but its successor never got the name
+                os.rename(slot.path, self.final(slot.step))  # a kill between commit's two renames left only this one
         path = self.unfinished(step)
         path.mkdir()
         return path
 
     def commit(self, step: int) -> None:
         """Give the written checkpoint its name. Its files are on the disk already."""
-        written, final, former = self.unfinished(step), self.final(step), self.root / f"step-{step}.former"
+        written, final, previous = self.unfinished(step), self.final(step), self.root / f"step-{step}.former"
         flush(written)
         if final.exists():
-            os.rename(final, former)
+            os.rename(final, previous)
         os.rename(written, final)
         flush(self.root)
-        _remove(former)
+        _remove(previous)
 
     def discard(self, step: int) -> None:
         """Remove what a failed save wrote, to give its space back."""
         _remove(self.unfinished(step))
 
     def remove(self, slot: Slot) -> None:
-        """Remove a whole checkpoint: it first loses its name, so that a part of it never looks like one."""
+        """Remove a checkpoint. It loses its name first, so that one that is half removed never looks complete."""
         removed = self.root / f"step-{slot.step}.removed"
         _remove(removed)
         os.rename(slot.path, removed)
@@ -119,7 +119,7 @@ class CheckpointInfo:
     """Size on disk."""
     state: State
     reason: str = ""
-    """Why it is not whole."""
+    """Why it is not complete."""
     saved: str = ""
     """When: UTC, ISO 8601."""
 
@@ -127,16 +127,16 @@ class CheckpointInfo:
 def list_checkpoints(folder: Folder, checksums: bool = False) -> list[CheckpointInfo]:
     """Everything in the folder that is or was a checkpoint, oldest step first. Not collective.
 
-    Whole means that all files are there in the right size; `checksums` reads them too, which takes as long as
+    Complete means that all files are there in the right size; `checksums` reads them too, which takes as long as
     reading the checkpoints does.
     """
     found = (inspect(slot, checksums) for slot in folder.slots())
     return [info for info in found if info is not None]
 
 
-def newest_whole(infos: list[CheckpointInfo]) -> CheckpointInfo | None:
-    """The whole checkpoint of the highest step."""
-    return max((info for info in infos if info.state == "whole"), key=lambda info: info.step, default=None)
+def newest_complete(infos: list[CheckpointInfo]) -> CheckpointInfo | None:
+    """The complete checkpoint of the highest step."""
+    return max((info for info in infos if info.state == "complete"), key=lambda info: info.step, default=None)
 
 
 def inspect(slot: Slot, checksums: bool = False) -> CheckpointInfo | None:
@@ -156,20 +156,20 @@ def inspect(slot: Slot, checksums: bool = False) -> CheckpointInfo | None:
     wrong = damage(slot.path, manifest, slice(None), checksums) + unlisted(slot.path, manifest)
     if manifest.step != slot.step:
         wrong.insert(0, f"its manifest is of step {manifest.step}")
-    state: State = "damaged" if wrong else "whole"
+    state: State = "damaged" if wrong else "complete"
     return CheckpointInfo(slot.step, slot.path, manifest.mesh, size, state, "; ".join(wrong), manifest.saved)
 
 
 def prune(folder: Folder, keep: int, current: int) -> None:
-    """Remove whole checkpoints but the `keep` newest ones up to the `current` step, and damaged ones older than those.
+    """Remove complete checkpoints but the `keep` newest up to the `current` step, and damaged ones older than those.
 
     Later steps, which a run that went back to an older checkpoint has beside it, are left alone. A checkpoint that
     cannot be removed is a warning: the save itself has succeeded.
     """
     slots = {slot.path: slot for slot in folder.slots()}
     infos = list_checkpoints(folder)
-    whole = sorted(info.step for info in infos if info.state == "whole" and info.step <= current)
-    oldest = min([current, *whole[-keep:]])
+    complete = sorted(info.step for info in infos if info.state == "complete" and info.step <= current)
+    oldest = min([current, *complete[-keep:]])
     for info in infos:
         if info.state != "unfinished" and info.step < oldest:
             try:

@@ -14,10 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from colrow.checkpoint.conversions import Part, Shapes, in_parts, parts_in, whole
+from colrow.checkpoint.conversions import Part, Shapes, as_is, in_parts, parts_in
 from colrow.checkpoint.pieces import Piece
 from colrow.checkpoint.ranks import as_text
-from colrow.checkpoint.state import Named, model_tensors
+from colrow.checkpoint.state import NamedTensor, model_tensors
 from colrow.checkpoint.tensor_file import TensorReader
 from colrow.errors import CheckpointError
 from colrow.models.huggingface import name_to_huggingface
@@ -55,11 +55,10 @@ def load_weights(model: Model, folder: Path | str) -> None:
         for file, pieces in by_file.items():
             with TensorReader(file) as reader:
                 for piece in pieces:
-                    ends = zip(piece.offset, piece.data.shape, strict=True)
-                    piece.data.copy_(reader.read(piece.name, tuple(slice(o, o + n) for o, n in ends)))
+                    piece.data.copy_(reader.read(piece.name, piece.region))
 
 
-def named_tensors(model: Model) -> list[Named]:
+def named_tensors(model: Model) -> list[NamedTensor]:
     """The tensors that this rank holds, under the names of a Hugging Face folder."""
     named = [replace(one, name=name_to_huggingface(one.name)) for one in model_tensors(model)]
     if (ties := _ties(model)) is not None:
@@ -73,13 +72,13 @@ def _stages(model: Model) -> list[nn.Module]:
     return [model] if isinstance(model, nn.Module) else list(model)
 
 
-def shapes_of(named: Sequence[Named], but: Container[str] = ()) -> Shapes:
+def shapes_of(named: Sequence[NamedTensor], but: Container[str] = ()) -> Shapes:
     return {one.name: tuple(one.tensor.shape) for one in named if one.name not in but}
 
 
-def parts_of(named: Sequence[Named], known: dict[str, list[Part]]) -> dict[str, list[Part]]:
+def parts_of(named: Sequence[NamedTensor], known: dict[str, list[Part]]) -> dict[str, list[Part]]:
     """What each tensor is stored as: what is known, else the tensor itself."""
-    return {name: known.get(name) or [whole(name, shape)] for name, shape in shapes_of(named).items()}
+    return {name: known.get(name) or [as_is(name, shape)] for name, shape in shapes_of(named).items()}
 
 
 def _is_tied(model: Model) -> bool:
@@ -93,7 +92,7 @@ def _ties(model: Model) -> dict[str, str] | None:
 
 
 def _expected(model: Model, needed: Iterable[str]) -> set[str]:
-    """The names of the whole model, of which a pipeline stage holds some."""
+    """The names of the complete model, of which a pipeline stage holds some."""
     names = {*needed, *(_ties(model) or ())}
     for part in _stages(model):
         config = getattr(part, "config", None)
@@ -118,12 +117,12 @@ def _files(folder: Path) -> dict[str, Path]:
         return files
     if not single.exists():
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
-        mend = (
+        fix = (
             "its weights are pickled, which could run code: save them with save_pretrained of transformers"
             if pickled
             else "give a Hugging Face folder, or another source of weights"
         )
-        raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}: {mend}")
+        raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}: {fix}")
     return dict.fromkeys(_shapes(single), single)
 
 
@@ -144,10 +143,10 @@ def _require_same_names(folder: Path, files: Iterable[str], needed: Iterable[str
     wrong = [
         f"{what} {first_few(names)}" for what, names in (("missing", missing), ("unexpected", unexpected)) if names
     ]
-    mend = "is its config.json the model's?"
+    fix = "is its config.json the model's?"
     if missing == [_HEAD]:
-        mend = "set tie_word_embeddings, for the folder has no head of its own"
-    raise CheckpointError(f"{folder} does not hold this model: {'; '.join(wrong)}: {mend}")
+        fix = "set tie_word_embeddings, for the folder has no head of its own"
+    raise CheckpointError(f"{folder} does not hold this model: {'; '.join(wrong)}: {fix}")
 
 
 def _is_derived(name: str, expected: set[str]) -> bool:

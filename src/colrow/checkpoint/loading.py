@@ -26,10 +26,16 @@ from colrow.checkpoint.manifest import (
     unlisted,
 )
 from colrow.checkpoint.pieces import Piece
-from colrow.checkpoint.state import Named, make_optimizer_state, optimizer_tensors, require_same_kind, restore_record
+from colrow.checkpoint.state import (
+    NamedTensor,
+    make_optimizer_state,
+    optimizer_tensors,
+    require_same_class,
+    restore_record,
+)
 from colrow.errors import CheckpointError
 
-_SHOWN = 4  # names of each kind in a message
+_SHOWN = 4  # names of each list in a message
 _VOCABULARY = ("embed_tokens.weight", "lm_head.weight", "lm_head.bias")  # tensors with one row a token
 
 
@@ -45,10 +51,10 @@ def examine(path: Path, share: slice) -> tuple[Manifest | None, list[str]]:
 def read_texts(
     path: Path, manifest: Manifest, optimizer: Optimizer | None
 ) -> tuple[Index, OptimizerRecord | None, dict[str, JSON]]:
-    """The index, what `optimizer` had beside tensors, and the training loop's own.
+    """The index, the optimizer's record where `optimizer` is given, and the training loop's own JSON.
 
     Raises:
-        CheckpointError: one of them is not what it should be, or holds no state for this kind of optimizer.
+        CheckpointError: one of them is not what it should be, or holds no state for this class of optimizer.
     """
     index = read_record(path / INDEX, Index)
     index.require_sound(path, {file.name for file in manifest.files})
@@ -64,15 +70,15 @@ def read_texts(
     if manifest.optimizer is None:
         raise CheckpointError(f"{path} holds no optimizer state: load the model alone")
     record = read_record(path / OPTIMIZER, OptimizerRecord)
-    require_same_kind(optimizer, record)
+    require_same_class(optimizer, record)
     return index, record, extra
 
 
 @torch.no_grad()
 def targets_of(
-    named: list[Named], index: Index, optimizer: Optimizer | None, record: OptimizerRecord | None
+    named: list[NamedTensor], index: Index, optimizer: Optimizer | None, record: OptimizerRecord | None
 ) -> list[Piece]:
-    """What is to be filled, in place. The optimizer gets its hyperparameters, and tensors to be filled."""
+    """The pieces to fill, in place. The optimizer gets its hyperparameters, and tensors to be filled."""
     stored = list(named)
     if optimizer is not None and record is not None:
         make_optimizer_state(optimizer, named, index)
@@ -90,46 +96,46 @@ class Comparison:
     differing: dict[str, TensorRecord]
     """In both, with another shape or dtype: the model's."""
     covered: list[int]
-    """Which of the manifest's tensors, by place, this rank has."""
+    """Which of the manifest's tensors, by position, this rank has."""
 
 
-def compare(manifest: Manifest, named: list[Named]) -> Comparison:
-    """What this rank's part of the model has in common with the checkpoint."""
-    places = {name: place for place, name in enumerate(manifest.model)}
+def compare(manifest: Manifest, named: list[NamedTensor]) -> Comparison:
+    """Compare the tensors of this rank with the checkpoint's."""
+    positions = {name: position for position, name in enumerate(manifest.model)}
     here = {one.name: record_of(one) for one in named}
     return Comparison(
-        absent={name: record for name, record in here.items() if name not in places},
-        differing={name: r for name, r in here.items() if name in places and r != manifest.model[name]},
-        covered=[places[name] for name in here if name in places],
+        absent={name: record for name, record in here.items() if name not in positions},
+        differing={name: r for name, r in here.items() if name in positions and r != manifest.model[name]},
+        covered=[positions[name] for name in here if name in positions],
     )
 
 
-def record_of(named: Named) -> TensorRecord:
+def record_of(named: NamedTensor) -> TensorRecord:
     """A tensor's global shape and dtype as a manifest states them."""
     return TensorRecord(shape=list(named.tensor.shape), dtype=str(named.tensor.dtype).removeprefix("torch."))
 
 
 def require_same_model(path: Path, manifest: Manifest, comparisons: Sequence[Comparison]) -> None:
-    """Compare all ranks' parts with the checkpoint.
+    """Compare the tensors of all ranks with the checkpoint's.
 
     Raises:
         CheckpointError: it is of another model; the first names and shapes that differ are in the text.
     """
-    covered = {place for comparison in comparisons for place in comparison.covered}
-    only_stored = [name for place, name in enumerate(manifest.model) if place not in covered]
+    covered = {position for comparison in comparisons for position in comparison.covered}
+    only_stored = [name for position, name in enumerate(manifest.model) if position not in covered]
     only_here = _joined([comparison.absent for comparison in comparisons])
     differing = _joined([comparison.differing for comparison in comparisons])
     if not (only_stored or only_here or differing):
         return
-    said = []
+    lines = []
     if differing:
         pairs = [f"{name} {manifest.model[name]} there, {record} here" for name, record in differing.items()]
-        said.append(_first("differing", pairs))
+        lines.append(_first("differing", pairs))
     if only_stored:
-        said.append(_first("only in the checkpoint", [f"{name} {manifest.model[name]}" for name in only_stored]))
+        lines.append(_first("only in the checkpoint", [f"{name} {manifest.model[name]}" for name in only_stored]))
     if only_here:
-        said.append(_first("only in the model", [f"{name} {record}" for name, record in only_here.items()]))
-    raise CheckpointError(f"{path} is of another model: {_hint(manifest, differing)}{'; '.join(said)}")
+        lines.append(_first("only in the model", [f"{name} {record}" for name, record in only_here.items()]))
+    raise CheckpointError(f"{path} is of another model: {_hint(manifest, differing)}{'; '.join(lines)}")
 
 
 def require_same_vocabulary(path: Path, manifest: Manifest, vocabulary: str | None) -> None:
@@ -147,12 +153,12 @@ def require_same_optimized(path: Path, record: OptimizerRecord, gathered: Sequen
     there = {name for group in record.groups for name in group.names}
     if here == there:
         return
-    said = [
+    lines = [
         _first(what, sorted(names))
         for what, names in (("only there", there - here), ("only here", here - there))
         if names
     ]
-    raise CheckpointError(f"{path} holds the state of an optimizer of other parameters: {'; '.join(said)}")
+    raise CheckpointError(f"{path} holds the state of an optimizer of other parameters: {'; '.join(lines)}")
 
 
 def _hint(manifest: Manifest, differing: dict[str, TensorRecord]) -> str:

@@ -1,7 +1,7 @@
 """What a checkpoint says about itself, all of it JSON: the manifest, the index of tensors, the optimizer's options.
 
 `manifest.json`   step, mesh, versions, the model's signature, and every other file with its size and CRC-32
-`index.json`      for each tensor its dtype, its global shape, and the blocks it is stored in, with their files
+`index.json`      for each tensor its dtype, its global shape, and the regions it is stored in, with their files
 `optimizer.json`  parameter groups: names and hyperparameters
 `extra.json`      whatever the training loop adds
 
@@ -52,7 +52,7 @@ class FileRecord(_Model):
 
 
 class TensorRecord(_Model):
-    """A whole tensor, however it is cut."""
+    """A global tensor, however it is sharded."""
 
     shape: list[NonNegativeInt]
     dtype: str
@@ -81,7 +81,7 @@ class Manifest(_Model):
     files: list[FileRecord]
 
 
-class Block(_Model):
+class RegionRecord(_Model):
     """`size` elements from `offset` of a tensor, stored in `file`."""
 
     offset: list[NonNegativeInt]
@@ -92,7 +92,7 @@ class Block(_Model):
 class StoredTensor(_Model):
     shape: list[NonNegativeInt]
     dtype: str
-    blocks: list[Block]
+    blocks: list[RegionRecord]
 
 
 class Index(_Model):
@@ -102,7 +102,7 @@ class Index(_Model):
 
     @classmethod
     def from_metadata(cls, metadata: Metadata, file_of: dict[MetadataIndex, str]) -> Index:
-        """The index of what torch.distributed.checkpoint planned, with the file that each block went to."""
+        """The index of what torch.distributed.checkpoint planned, with the file that each region went to."""
         tensors = {}
         for name, stored in metadata.state_dict_metadata.items():
             assert isinstance(stored, TensorStorageMetadata), f"{name} is not a tensor"
@@ -110,14 +110,16 @@ class Index(_Model):
                 shape=list(stored.size),
                 dtype=str(stored.properties.dtype).removeprefix("torch."),
                 blocks=[
-                    Block(offset=list(c.offsets), size=list(c.sizes), file=file_of[MetadataIndex(name, c.offsets)])
+                    RegionRecord(
+                        offset=list(c.offsets), size=list(c.sizes), file=file_of[MetadataIndex(name, c.offsets)]
+                    )
                     for c in stored.chunks
                 ],
             )
         return cls(tensors=tensors)
 
     def metadata(self) -> Metadata:
-        """The same as torch.distributed.checkpoint's metadata; `storage_data` maps each block to its file's name."""
+        """The same as torch.distributed.checkpoint's metadata; `storage_data` maps each region to its file's name."""
         stored, files = {}, {}
         for name, tensor in self.tensors.items():
             chunks = [ChunkStorageMetadata(torch.Size(b.offset), torch.Size(b.size)) for b in tensor.blocks]
@@ -127,7 +129,7 @@ class Index(_Model):
         return Metadata(state_dict_metadata=dict(stored), storage_data=files)
 
     def require_sound(self, path: Path, files: set[str]) -> None:
-        """Raise a CheckpointError when a block lies outside its tensor, or in a file that the manifest lacks."""
+        """Raise a CheckpointError when a region lies outside its tensor, or in a file that the manifest lacks."""
         for name, tensor in self.tensors.items():
             if tensor.dtype not in DTYPE_OF_NAME:
                 raise CheckpointError(f"{path / INDEX}: {name} has the unknown dtype {tensor.dtype!r}")
@@ -135,7 +137,7 @@ class Index(_Model):
                 if block.file not in files:
                     raise CheckpointError(f"{path / INDEX}: {name} lies in {block.file!r}, which the manifest lacks")
                 if not len(block.offset) == len(block.size) == len(tensor.shape) or any(
-                    o + n > whole for o, n, whole in zip(block.offset, block.size, tensor.shape, strict=True)
+                    o + n > extent for o, n, extent in zip(block.offset, block.size, tensor.shape, strict=True)
                 ):
                     raise CheckpointError(f"{path / INDEX}: a block of {name} lies outside its shape {tensor.shape}")
 
@@ -151,6 +153,7 @@ class OptimizerRecord(_Model):
     """All of an optimizer's state that is not a tensor."""
 
     kind: str
+    """Class of the optimizer."""
     groups: list[GroupRecord]
     values: dict[str, dict[str, Any]]
     """State that is a plain number: by parameter, by key."""
@@ -195,9 +198,9 @@ def read_manifest(folder: Path) -> Manifest:
     return _validated(Manifest, body, path)
 
 
-def read_record(path: Path, kind: type[M]) -> M:
+def read_record(path: Path, record_cls: type[M]) -> M:
     """A JSON file as one of the models above. Raises CheckpointError when it is not one."""
-    return _validated(kind, read_json(path), path)
+    return _validated(record_cls, read_json(path), path)
 
 
 def read_json(path: Path) -> JSON:
@@ -225,7 +228,7 @@ def as_json(extra: dict[str, JSON]) -> str:
 def damage(folder: Path, manifest: Manifest, share: slice, checksums: bool) -> list[str]:
     """What is wrong with the files of a checkpoint: one line for each that is missing, of another size, or altered.
 
-    `share` picks the files that this rank looks at. `checksums` reads them whole; else only sizes are compared.
+    `share` picks the files that this rank looks at. `checksums` reads them; else only sizes are compared.
     """
 
     def look(record: FileRecord) -> str | None:
@@ -264,9 +267,9 @@ def _checksum(body: JSON) -> int:
     return zlib.crc32(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
 
 
-def _validated(kind: type[M], tree: Any, path: Path) -> M:
+def _validated(record_cls: type[M], tree: Any, path: Path) -> M:
     try:
-        return kind.model_validate(tree)
+        return record_cls.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -1,4 +1,4 @@
-"""Pieces: the blocks of stored tensors that one rank holds, as views of its memory."""
+"""Pieces: the regions of stored tensors that one rank holds, as views of its memory."""
 
 from __future__ import annotations
 
@@ -12,23 +12,21 @@ from torch.distributed.tensor import DTensor, Replicate
 from colrow.checkpoint.tensor_file import DTYPES
 from colrow.errors import CheckpointError
 from colrow.sharding.layout import Packed, held_regions, local_tensor
+from colrow.sharding.region import Region
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A block of the tensor that is stored as `name`: `data`, a view, holds its elements from `offset`."""
+    """A region of the tensor that is stored as `name`, and the view of this rank's memory that holds it."""
 
     name: str
     shape: tuple[int, ...]
-    """Of the whole tensor."""
-    offset: tuple[int, ...]
+    """Of the global tensor."""
+    region: Region
     data: Tensor
-    chosen: bool
-    """Whether this rank writes it, of all that hold the same block on the tensor's mesh."""
-
-    @property
-    def bytes(self) -> int:
-        return self.data.numel() * self.data.element_size()
+    """Of the region's size."""
+    is_writer: bool
+    """Whether this rank writes it, of all that hold the same region on the tensor's mesh."""
 
 
 def pieces_of(name: str, tensor: Tensor, packed: Packed | None = None) -> list[Piece]:
@@ -41,15 +39,15 @@ def pieces_of(name: str, tensor: Tensor, packed: Packed | None = None) -> list[P
         raise CheckpointError(f"{name} has the dtype {local.dtype}, which a checkpoint cannot hold")
     held = held_regions(tensor, packed)
     assert sum(region.numel for region in held) == local.numel(), f"{name}: local shape {tuple(local.shape)} of {held}"
-    chosen = _is_chosen(name, tensor)
+    writer = _is_writer(name, tensor)
     shape = tuple(tensor.shape)
-    return [Piece(name, shape, region.offset, local[place.slices], chosen) for region, place in held.items()]
+    return [Piece(name, shape, region, local[place.slices], writer) for region, place in held.items()]
 
 
-def _is_chosen(name: str, tensor: Tensor) -> bool:
-    """One replica of each block, the same on all ranks; names spread the work over the replicas."""
+def _is_writer(name: str, tensor: Tensor) -> bool:
+    """Of the ranks that hold the same shard one writes it: which one is a hash of the name, to share out the work."""
     if not isinstance(tensor, DTensor):
-        return True  # which other ranks hold it is known only to all of them together
+        return True  # replicated over unknown ranks: DCP drops the duplicates when it gathers all plans
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
         return False
@@ -64,17 +62,17 @@ class Staging:
     """Host memory for a copy of pieces, pinned where they lie on a GPU, kept from one save to the next."""
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self._buffers: dict[tuple[str, Region], Tensor] = {}
 
     def copy(self, pieces: list[Piece]) -> list[Piece]:
-        """Copies of the chosen pieces. When it returns, the originals may change."""
+        """Copies of the pieces that this rank writes. When it returns, the originals may change."""
         staged, devices = [], set()
         for piece in pieces:
-            if not piece.chosen:
+            if not piece.is_writer:
                 continue
-            key = (piece.name, piece.offset)
+            key = (piece.name, piece.region)
             buffer = self._buffers.get(key)
-            if buffer is None or buffer.shape != piece.data.shape or buffer.dtype != piece.data.dtype:
+            if buffer is None or buffer.dtype != piece.data.dtype:
                 pinned = piece.data.is_cuda
                 buffer = torch.empty(piece.data.shape, dtype=piece.data.dtype, device="cpu", pin_memory=pinned)
                 self._buffers[key] = buffer
@@ -82,6 +80,6 @@ class Staging:
             if piece.data.is_cuda:
                 devices.add(piece.data.device)
             staged.append(replace(piece, data=buffer))
-        for device in devices:
+        for device in devices:  # one wait for all of a device's copies
             torch.cuda.current_stream(device).synchronize()
         return staged

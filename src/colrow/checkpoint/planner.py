@@ -1,13 +1,19 @@
-"""Planners for torch.distributed.checkpoint that work on pieces, so that packed and strided shards move as any other.
+"""Planners for torch.distributed.checkpoint (DCP) that work on pieces, so that packed and strided shards are saved too.
 
-DCP gathers every rank's pieces, drops the repeated ones, and on loading intersects what is stored with what a rank
-holds. Its own planners take one contiguous block per DTensor; these take any number.
+[Note: plans]
+DCP's own planners read a state dict and take one contiguous region per DTensor. Ours get pieces, any number per tensor;
+the state dict is empty.
+Save: each rank plans one WriteItem per piece that it writes, and adds its optimizer record. The first rank gathers all
+plans, drops WriteItems of the same tensor and offset (plain tensors, which every rank holds), merges the optimizer
+records, and returns to each rank its own plan. The result of the merge is the metadata that storage.py writes as JSON.
+Load: each rank intersects its pieces with what the index says is stored, and reads just the intersections, each into a
+view of the parameter itself. No rank depends on another's plan.
 """
 
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -37,28 +43,15 @@ from colrow.checkpoint.manifest import OptimizerRecord
 from colrow.checkpoint.pieces import Piece
 from colrow.checkpoint.state import merge_records
 from colrow.errors import CheckpointError
-
-PIECES = "pieces"
-
-
-def as_state(pieces: list[Piece]) -> dict[str, Any]:
-    """The state dict in which DCP carries pieces to the planners below."""
-    return {PIECES: pieces}
-
-
-@dataclass(frozen=True)
-class RankNotes:
-    """What a rank tells the coordinator beside its tensors."""
-
-    optimizer: OptimizerRecord | None
+from colrow.sharding.region import Region
 
 
 class PieceSavePlanner(DefaultSavePlanner):
-    """Plans the writing of pieces; each block of a tensor is written by one of the ranks that hold it."""
+    """Plans the writing of `pieces` and of `optimizer`, this rank's record of everything that is not a tensor."""
 
-    def __init__(self, notes: RankNotes):
+    def __init__(self, pieces: list[Piece], optimizer: OptimizerRecord | None):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._notes = notes
+        self._pieces, self._optimizer = pieces, optimizer
         self._data: dict[MetadataIndex, Tensor] = {}
 
     def set_up_planner(
@@ -69,18 +62,20 @@ class PieceSavePlanner(DefaultSavePlanner):
 
     def create_local_plan(self) -> SavePlan:
         items = []
-        for piece in self.state_dict[PIECES]:
-            index = MetadataIndex(piece.name, piece.offset)
-            if piece.chosen and index not in self._data:
+        for piece in self._pieces:
+            index = MetadataIndex(piece.name, piece.region.offset)
+            if piece.is_writer and index not in self._data:  # a rank's tied copies are stored once
                 self._data[index] = piece.data
-                items.append(_write_item(index, piece))
-        return SavePlan(items, planner_data=self._notes)
+                data = TensorWriteData(
+                    _chunk(piece.region), TensorProperties(dtype=piece.data.dtype), torch.Size(piece.shape)
+                )
+                items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+        return SavePlan(items, planner_data=self._optimizer)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         plans, metadata = super().create_global_plan(all_plans)
-        records = [plan.planner_data.optimizer for plan in all_plans]
-        present = [record for record in records if record is not None]
-        metadata.planner_data = RankNotes(merge_records(present) if present else None)
+        records = [plan.planner_data for plan in all_plans if plan.planner_data is not None]
+        metadata.planner_data = merge_records(records) if records else None
         return plans, metadata
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
@@ -88,25 +83,26 @@ class PieceSavePlanner(DefaultSavePlanner):
 
 
 class PieceLoadPlanner(LoadPlanner):
-    """Plans the reading of what fills this rank's pieces, in place."""
+    """Plans the reading of what fills `pieces`, in place."""
+
+    def __init__(self, pieces: list[Piece]):
+        self._pieces = pieces
 
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
         assert metadata is not None
         self._metadata = metadata
-        self._pieces: list[Piece] = state_dict[PIECES]
 
     def create_local_plan(self) -> LoadPlan:
         items: list[ReadItem] = []
-        for place, piece in enumerate(self._pieces):
+        for position, piece in enumerate(self._pieces):
             stored = self._metadata.state_dict_metadata[piece.name]
             assert isinstance(stored, TensorStorageMetadata)
-            wanted = ChunkStorageMetadata(torch.Size(piece.offset), piece.data.shape)
-            reads = create_read_items_for_chunk_list(piece.name, stored, [wanted])
-            if sum(prod(read.lengths) for read in reads) != piece.data.numel():
+            reads = create_read_items_for_chunk_list(piece.name, stored, [_chunk(piece.region)])
+            if sum(prod(read.lengths) for read in reads) != piece.region.numel:
                 raise CheckpointError(f"the index holds only a part of {piece.name}: the checkpoint is damaged")
-            target = MetadataIndex(str(place))  # names alone would not tell copies of one tensor apart
+            target = MetadataIndex(str(position))  # not the name: a rank may hold two copies of a tensor
             items += [replace(read, dest_index=target) for read in reads]
         return LoadPlan(items)
 
@@ -121,14 +117,11 @@ class PieceLoadPlanner(LoadPlanner):
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         data = self._pieces[int(read_item.dest_index.fqn)].data
-        block = zip(read_item.dest_offsets, read_item.lengths, strict=True)
-        return data[tuple(slice(first, first + count) for first, count in block)]
+        return data[Region(tuple(read_item.dest_offsets), tuple(read_item.lengths)).slices]
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         pass  # resolve_tensor gave a view of the parameter itself
 
 
-def _write_item(index: MetadataIndex, piece: Piece) -> WriteItem:
-    chunk = ChunkStorageMetadata(torch.Size(piece.offset), piece.data.shape)
-    data = TensorWriteData(chunk, TensorProperties(dtype=piece.data.dtype), torch.Size(piece.shape))
-    return WriteItem(index, WriteItemType.SHARD, tensor_data=data)
+def _chunk(region: Region) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(region.offset), torch.Size(region.size))

@@ -58,39 +58,39 @@ class Ranks:
         """`work()` on every rank; where it fails on any of them, every rank raises, so that none waits for another.
 
         Raises:
-            CheckpointError: some rank's user or disk is the cause; the text says what each of them found.
+            CheckpointError: the user or a disk is the cause; the text has what each rank reports.
         """
         value, failure = None, None
         try:
             value = work()
         except Exception as error:
             failure = error
-        told = self.gather(None if failure is None else (as_text(failure), is_users(failure)))
-        if failure is not None and not is_users(failure):
-            raise failure
-        if any(told):
-            raise_told({rank: said for rank, said in enumerate(told) if said is not None}, self.size, failure)
+        reports = self.gather(None if failure is None else (as_text(failure), is_user_error(failure)))
+        if failure is not None and not is_user_error(failure):
+            raise failure  # a bug: its own traceback says more than the text of all ranks
+        if any(reports):
+            raise_of_ranks({rank: r for rank, r in enumerate(reports) if r is not None}, self.size, failure)
         return value  # type: ignore[return-value]
 
 
-def is_users(error: BaseException) -> bool:
+def is_user_error(error: BaseException) -> bool:
     """Whether a user or the machine caused it, as opposed to a bug."""
     return isinstance(error, ColrowError | OSError | MemoryError)
 
 
 def as_text(error: BaseException) -> str:
-    """What an error says; the class too, unless the text was written for users."""
+    """An error's text; with its class, unless the text was written for users."""
     return str(error) if isinstance(error, ColrowError) else f"{type(error).__name__}: {error}"
 
 
-def raise_told(told: dict[int, tuple[str, bool]], size: int, cause: BaseException | None) -> NoReturn:
-    """Raise what some of `size` ranks told (text, whether a user or the machine caused it); one text if all agree."""
-    texts = [text for text, _ in told.values()]
+def raise_of_ranks(reports: dict[int, tuple[str, bool]], size: int, cause: BaseException | None) -> NoReturn:
+    """Raise one error for what some of `size` ranks report: (text, is_user_error). One text if all agree."""
+    texts = [text for text, _ in reports.values()]
     if len(texts) == size and len(set(texts)) == 1:
         text = texts[0]
     else:
-        lines = [f"rank {rank}: {said}" for rank, (said, _) in told.items()]
+        lines = [f"rank {rank}: {text}" for rank, (text, _) in reports.items()]
         text = "\n".join(lines[:8] + ([f"and {len(lines) - 8} more ranks"] if len(lines) > 8 else []))
-    if all(users for _, users in told.values()):
+    if all(user_error for _, user_error in reports.values()):
         raise CheckpointError(text) from cause
     raise RuntimeError(text) from cause

@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from colrow.checkpoint.manifest import DTYPE_OF_NAME, GroupRecord, Index, OptimizerRecord, StoredTensor
+from colrow.checkpoint.manifest import DTYPE_OF_NAME, GroupRecord, Index, Manifest, OptimizerRecord, StoredTensor
 from colrow.checkpoint.pieces import Piece, pieces_of
 from colrow.errors import CheckpointError
 from colrow.sharding.layout import Packed, packed_of, unwrapped_name
 
 OPTIMIZER_PREFIX = "optimizer."
 
-# How a step is computed, not what it computes: these stay what the machine at hand was given.
+# Options of how a step is computed, not of what: a checkpoint of a GPU run must not force `fused` on a CPU.
 _EXECUTION_OPTIONS = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
 
 
 @dataclass(frozen=True)
-class Named:
+class NamedTensor:
     """A parameter or buffer under the name it is stored by."""
 
     name: str
@@ -38,7 +38,20 @@ class Named:
         return pieces_of(self.name, self.tensor, self.packed)
 
 
-def model_tensors(model: nn.Module | Sequence[nn.Module], tied: Mapping[str, str] | None = None) -> list[Named]:
+@dataclass(frozen=True)
+class Snapshot:
+    """One save: the values that training may change next are copied, or written before it goes on."""
+
+    pieces: list[Piece]
+    optimizer: OptimizerRecord | None
+    """This rank's."""
+    manifest: Manifest
+    """All of it but the model's signature and the files."""
+    extra: str
+    """The text of extra.json."""
+
+
+def model_tensors(model: nn.Module | Sequence[nn.Module], tied: Mapping[str, str] | None = None) -> list[NamedTensor]:
     """Parameters and persistent buffers of a model, or of the pipeline stages that this rank holds.
 
     A tensor with several names comes once, under its first. `tied` maps names that are another's copy (an output
@@ -55,37 +68,37 @@ def model_tensors(model: nn.Module | Sequence[nn.Module], tied: Mapping[str, str
                 raise CheckpointError(f"the model's {name} takes the optimizer's name: call that module otherwise")
             if id(tensor) not in seen:
                 seen.add(id(tensor))
-                named.append(Named(name, tensor, packed_of(part, full_name)))
+                named.append(NamedTensor(name, tensor, packed_of(part, full_name)))
     return named
 
 
-def optimizer_tensors(optimizer: Optimizer, named: list[Named]) -> list[Named]:
+def optimizer_tensors(optimizer: Optimizer, named: list[NamedTensor]) -> list[NamedTensor]:
     """The optimizer's tensors, each laid out as its parameter is. Collective where one of them is not."""
     return [
-        Named(f"{OPTIMIZER_PREFIX}{owner.name}.{key}", _aligned(value, owner, key), _packed_like(value, owner))
+        NamedTensor(f"{OPTIMIZER_PREFIX}{owner.name}.{key}", _aligned(value, owner, key), _packed_like(value, owner))
         for owner, param in _owners(optimizer, named)
         for key, value in optimizer.state.get(param, {}).items()
         if isinstance(value, Tensor)
     ]
 
 
-def optimized_names(optimizer: Optimizer, named: list[Named]) -> list[str]:
+def optimized_names(optimizer: Optimizer, named: list[NamedTensor]) -> list[str]:
     """The parameters that the optimizer changes."""
     return list(dict.fromkeys(owner.name for owner, _ in _owners(optimizer, named)))
 
 
-def optimizer_record(optimizer: Optimizer, named: list[Named]) -> OptimizerRecord:
+def optimizer_record(optimizer: Optimizer, named: list[NamedTensor]) -> OptimizerRecord:
     """The optimizer's parameter groups, and the numbers in its state."""
     names = {id(param): owner.name for owner, param in _owners(optimizer, named)}
     values: dict[str, dict[str, Any]] = {}
     for owner, param in _owners(optimizer, named):
-        plain = {k: _plain(v, k) for k, v in optimizer.state.get(param, {}).items() if not isinstance(v, Tensor)}
-        if plain:
-            values[owner.name] = plain
+        numbers = {k: _json_value(v, k) for k, v in optimizer.state.get(param, {}).items() if not isinstance(v, Tensor)}
+        if numbers:
+            values[owner.name] = numbers
     groups = [
         GroupRecord(
             names=list(dict.fromkeys(names[id(param)] for param in group["params"])),
-            options={k: _plain(v, k) for k, v in group.items() if k not in _EXECUTION_OPTIONS},
+            options={k: _json_value(v, k) for k, v in group.items() if k not in _EXECUTION_OPTIONS},
         )
         for group in optimizer.param_groups
     ]
@@ -93,14 +106,14 @@ def optimizer_record(optimizer: Optimizer, named: list[Named]) -> OptimizerRecor
 
 
 def merge_records(records: Sequence[OptimizerRecord]) -> OptimizerRecord:
-    """One record of what several pipeline stages hold: groups are joined by their place and their options."""
+    """One record of what several pipeline stages hold: groups are joined by position and options."""
     groups: list[GroupRecord] = []
-    for place in range(max(len(record.groups) for record in records)):
+    for position in range(max(len(record.groups) for record in records)):
         here: list[GroupRecord] = []
         for record in records:
-            if place >= len(record.groups):
+            if position >= len(record.groups):
                 continue
-            group = record.groups[place]
+            group = record.groups[position]
             same = next((i for i, other in enumerate(here) if other.options == group.options), None)
             if same is None:
                 here.append(group)
@@ -112,7 +125,7 @@ def merge_records(records: Sequence[OptimizerRecord]) -> OptimizerRecord:
     return OptimizerRecord(kind=records[0].kind, groups=groups, values=values)
 
 
-def make_optimizer_state(optimizer: Optimizer, named: list[Named], index: Index) -> None:
+def make_optimizer_state(optimizer: Optimizer, named: list[NamedTensor], index: Index) -> None:
     """Give the optimizer tensors to load into, laid out as its parameters are, without taking a step.
 
     State that the checkpoint lacks is removed: the optimizer will be what it was when it was saved.
@@ -139,22 +152,22 @@ def make_optimizer_state(optimizer: Optimizer, named: list[Named], index: Index)
                 state[key] = _zeros(owner.name, key, tensor, param, groups[id(param)])
 
 
-def restore_record(optimizer: Optimizer, named: list[Named], record: OptimizerRecord) -> None:
+def restore_record(optimizer: Optimizer, named: list[NamedTensor], record: OptimizerRecord) -> None:
     """Put the stored hyperparameters and numbers back.
 
     Raises:
         CheckpointError: the groups divide the parameters in another way.
     """
-    place_of = {name: i for i, group in enumerate(record.groups) for name in group.names}
+    group_of = {name: i for i, group in enumerate(record.groups) for name in group.names}
     names = {id(param): owner.name for owner, param in _owners(optimizer, named)}
-    for place, group in enumerate(optimizer.param_groups):
+    for position, group in enumerate(optimizer.param_groups):
         members = [names[id(param)] for param in group["params"]]
-        choices = [record.groups[i].options for i in sorted({place_of[name] for name in members})]
-        if not members:  # a pipeline stage may have no parameter of this kind
-            choices = [record.groups[place].options] if place < len(record.groups) else []
+        choices = [record.groups[i].options for i in sorted({group_of[name] for name in members})]
+        if not members:  # a pipeline stage may have no parameter of this group
+            choices = [record.groups[position].options] if position < len(record.groups) else []
         if any(options != choices[0] for options in choices):
             raise CheckpointError(
-                f"parameter group {place} joins parameters that had different options in the checkpoint "
+                f"parameter group {position} joins parameters that had different options in the checkpoint "
                 f"(such as {members[0]}): build the optimizer's groups as the saving run did"
             )
         for key, value in choices[0].items() if choices else ():
@@ -168,8 +181,8 @@ def restore_record(optimizer: Optimizer, named: list[Named], record: OptimizerRe
             optimizer.state[param].update(record.values[owner.name])
 
 
-def require_same_kind(optimizer: Optimizer, record: OptimizerRecord) -> None:
-    """Raise a CheckpointError when the state is another kind of optimizer's."""
+def require_same_class(optimizer: Optimizer, record: OptimizerRecord) -> None:
+    """Raise a CheckpointError when the state is of another class of optimizer."""
     if record.kind != type(optimizer).__name__:
         raise CheckpointError(
             f"the checkpoint holds the state of {record.kind}, this run's optimizer is {type(optimizer).__name__}: "
@@ -177,7 +190,7 @@ def require_same_kind(optimizer: Optimizer, record: OptimizerRecord) -> None:
         )
 
 
-def _owners(optimizer: Optimizer, named: list[Named]) -> Iterator[tuple[Named, Tensor]]:
+def _owners(optimizer: Optimizer, named: list[NamedTensor]) -> Iterator[tuple[NamedTensor, Tensor]]:
     """Each of the optimizer's parameters, with its name in the model."""
     by_id = {id(one.tensor): one for one in named}
     for group in optimizer.param_groups:
@@ -190,7 +203,7 @@ def _owners(optimizer: Optimizer, named: list[Named]) -> Iterator[tuple[Named, T
             yield by_id[id(param)], param
 
 
-def _aligned(value: Tensor, owner: Named, key: str) -> Tensor:
+def _aligned(value: Tensor, owner: NamedTensor, key: str) -> Tensor:
     assert "." not in key, f"the optimizer's state {key!r} has a dot in its name"
     param = owner.tensor
     if isinstance(param, DTensor) and isinstance(value, DTensor):
@@ -198,13 +211,13 @@ def _aligned(value: Tensor, owner: Named, key: str) -> Tensor:
             return value.redistribute(param.device_mesh, param.placements)
     elif isinstance(param, DTensor) and value.ndim > 0:
         raise CheckpointError(
-            f"the optimizer's {key} of {owner.name} is a plain tensor, but the parameter is a DTensor: "
-            "which part of the whole it is cannot be told"
+            f"optimizer state {key} of {owner.name} is a plain tensor but {owner.name} is a DTensor, so its shard is "
+            "unknown: create the state with torch.zeros_like(param)"
         )
     return value
 
 
-def _packed_like(value: Tensor, owner: Named) -> Packed | None:
+def _packed_like(value: Tensor, owner: NamedTensor) -> Packed | None:
     return owner.packed if value.shape == owner.tensor.shape else None
 
 
@@ -233,11 +246,11 @@ def _zeros(name: str, key: str, stored: StoredTensor, param: Tensor, group: dict
     )
 
 
-def _plain(value: Any, key: str) -> Any:
+def _json_value(value: Any, key: str) -> Any:
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.item()
     if isinstance(value, tuple | list):
-        return [_plain(item, key) for item in value]
+        return [_json_value(item, key) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise CheckpointError(f"the optimizer's {key} is a {type(value).__name__}, which a checkpoint cannot hold")

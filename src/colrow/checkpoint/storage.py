@@ -1,11 +1,21 @@
-"""Storage for torch.distributed.checkpoint: safetensors files and JSON, written aside and renamed when complete."""
+"""Storage for torch.distributed.checkpoint (DCP): safetensors files and JSON.
+
+[Note: who writes what]
+1. The first rank removes what killed saves left, checks that the disk has room, and creates `step-N.unfinished`.
+2. Every rank writes its pieces there, into `rank-RRRRR-NNNN.safetensors`, and flushes each file.
+3. DCP gathers the ranks' results. Where one failed, all raise, and the first rank removes `step-N.unfinished`.
+4. The first rank writes index, optimizer record, `extra.json` and, last, the manifest with the checksum of every file;
+   it flushes the folder and renames it to `step-N` (folder.py). Only then is the checkpoint complete.
+A crash before the rename leaves `step-N.unfinished`, which is never loaded and which the next save removes. The
+previous checkpoint is untouched until then.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,37 +40,30 @@ from colrow.checkpoint.manifest import (
 from colrow.checkpoint.state import OPTIMIZER_PREFIX
 from colrow.checkpoint.tensor_file import Entry, TensorReader, in_threads, write_tensors
 from colrow.errors import CheckpointError
+from colrow.sharding.region import Region
 
 T = TypeVar("T")
 
-FILE_BYTES = 1 << 30  # a rank's tensors are cut into files of about this size, each written and checked by a thread
+FILE_BYTES = 1 << 30  # a rank's tensors go to files of about this size, each written and checked by one thread
 _ROOM = 1 << 20  # for the JSON files, which are written last
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-@dataclass(frozen=True)
-class Told:
-    """What the coordinator knows beside the plan, when it writes the manifest."""
-
-    manifest: Manifest
-    """All of it but the model's signature and the files."""
-    extra: str
-    """JSON."""
-
-
 class CheckpointWriter(StorageWriter):
-    """Writes one checkpoint.
+    """Writes one checkpoint: see [Note: who writes what].
 
-    Every rank writes its blocks into `step-N.unfinished`; when all are done, the first rank adds the index and the
-    manifest and renames the folder. A failure on any rank comes back from DCP on all of them.
+    Args:
+        manifest: all of it but the model's signature and the files, which are known once the files are written.
+        extra: the text of extra.json.
     """
 
-    def __init__(self, folder: Folder, told: Told):
+    def __init__(self, folder: Folder, manifest: Manifest, extra: str):
         super().__init__()
         self.folder = folder
-        self.told = told
-        self.step = told.manifest.step
+        self.manifest = manifest
+        self.extra = extra
+        self.step = manifest.step
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         assert checkpoint_id is None, "a writer is made for one folder"
@@ -112,14 +115,14 @@ class CheckpointWriter(StorageWriter):
         index = Index.from_metadata(metadata, {result.index: result.storage_data.name for result in written})
         files = {result.storage_data.name: result.storage_data for result in written}
         path = self.folder.unfinished(self.step)
-        optimizer = metadata.planner_data.optimizer
+        optimizer = metadata.planner_data
         try:
-            texts = {INDEX: index.model_dump_json(), EXTRA: self.told.extra}
+            texts = {INDEX: index.model_dump_json(), EXTRA: self.extra}
             if optimizer is not None:
                 texts[OPTIMIZER] = optimizer.model_dump_json()
             for name, text in texts.items():
                 files[name] = write_text(path / name, text)
-            manifest = self.told.manifest.model_copy(
+            manifest = self.manifest.model_copy(
                 update={
                     "model": _signature(index),
                     "files": list(files.values()),
@@ -133,7 +136,7 @@ class CheckpointWriter(StorageWriter):
 
 
 class CheckpointReader(StorageReader):
-    """Reads blocks of a checkpoint whose files have been checked. Its metadata is given, never unpickled."""
+    """Reads regions of a checkpoint whose files have been checked. Its metadata is made from JSON, never unpickled."""
 
     def __init__(self, path: Path, index: Index):
         super().__init__()
@@ -175,8 +178,7 @@ class CheckpointReader(StorageReader):
 
     def _fill(self, reader: TensorReader, item: ReadItem, target: Tensor) -> None:
         key = _key(item.storage_index)
-        block = zip(item.storage_offsets, item.lengths, strict=True)
-        data = reader.read(key, tuple(slice(first, first + count) for first, count in block))
+        data = reader.read(key, Region(tuple(item.storage_offsets), tuple(item.lengths)))
         if data.shape != target.shape or data.dtype != target.dtype:
             raise CheckpointError(
                 f"{reader.path}: {key} gave {data.dtype}{list(data.shape)} for {target.dtype}{list(target.shape)}"
@@ -185,7 +187,7 @@ class CheckpointReader(StorageReader):
 
 
 def _key(index: MetadataIndex) -> str:
-    """A block's name in its file: the tensor's, and where in it the block begins."""
+    """A region's name in its file: the tensor's, and the region's offset in it."""
     assert index.offset is not None
     return f"{index.fqn}@{','.join(str(first) for first in index.offset)}"
 
@@ -245,6 +247,6 @@ def _disk_error(root: Path, needed: int, error: OSError) -> CheckpointError:
 def _too_full(root: Path, needed: int, free: int) -> str:
     return (
         f"the disk is too full for a checkpoint in {root}: it needs {in_words(needed)} ({needed} bytes), "
-        f"{in_words(free)} are free; the former checkpoints are kept: free some space, set checkpoint.keep lower, "
+        f"{in_words(free)} are free; the previous checkpoints are kept: free some space, set checkpoint.keep lower, "
         "or move the run's folder"
     )

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from colrow.errors import CheckpointError
+from colrow.sharding.region import Region
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -45,7 +46,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor to write: `fetch` is called once, when its turn has come."""
+    """One tensor to write: `fetch` is called once, when its turn comes."""
 
     key: str
     shape: tuple[int, ...]
@@ -118,7 +119,7 @@ def in_threads(work: Callable[[T], R], values: Iterable[T]) -> list[R]:
 
 
 class TensorReader:
-    """Reads blocks of tensors out of one file. A context manager."""
+    """Reads regions of tensors out of one file. A context manager."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -134,12 +135,12 @@ class TensorReader:
     def __exit__(self, *args: object) -> None:
         self._file.__exit__(*args)
 
-    def read(self, key: str, slices: tuple[slice, ...]) -> Tensor:
-        """A block of the tensor `key`, in host memory."""
+    def read(self, key: str, region: Region) -> Tensor:
+        """A region of the tensor `key`, in host memory; nothing else of it is read."""
         try:
-            if not slices:
+            if not region.size:  # safetensors cannot slice a scalar
                 return self._file.get_tensor(key)
-            return self._file.get_slice(key)[slices]
+            return self._file.get_slice(key)[region.slices]
         except (SafetensorError, IndexError, ValueError) as error:
             raise CheckpointError(f"{self.path} does not hold {key} as the index says: {error}") from error
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from colrow.checkpoint.folder import CheckpointInfo, Folder, in_words, list_checkpoints, newest_whole
+from colrow.checkpoint.folder import CheckpointInfo, Folder, in_words, list_checkpoints, newest_complete
 from colrow.errors import CheckpointError
 
-_STYLES = {"whole": "green", "unfinished": "yellow", "damaged": "red"}
+_STYLES = {"complete": "green", "unfinished": "yellow", "damaged": "red"}
 
 
 def main(argv: list[str]) -> int:
@@ -65,5 +65,5 @@ def _show(infos: list[CheckpointInfo]) -> None:
     for info in infos:
         if info.reason:
             console.print(f"{info.path}: {info.reason}", markup=False)
-    newest = newest_whole(infos)
-    console.print("no whole checkpoint" if newest is None else f"newest whole: {newest.path}", markup=False)
+    newest = newest_complete(infos)
+    console.print("no complete checkpoint" if newest is None else f"newest complete: {newest.path}", markup=False)

@@ -21,9 +21,9 @@ class Flags:
     run: tyro.conf.Positional[Path]
     """A run's folder."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """The folder to write; a former export is replaced."""
+    """The folder to write; a previous export is replaced."""
     step: int | None = None
-    """Of the checkpoint; the newest whole one unless given."""
+    """Of the checkpoint; the newest complete one unless given."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the written weights; training keeps float32."""
     max_shard_gb: float = 5.0

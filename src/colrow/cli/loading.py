@@ -23,7 +23,7 @@ from colrow.run.run_folder import CHECKPOINTS, CONFIG, TOKENIZER
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedModel:
     """A model without values, and where they are.
 
     Args:
@@ -66,8 +66,8 @@ class Saved:
             self.checkpoints.load(self.step, self.model)
 
 
-def open_saved(path: Path, step: int | None = None) -> Saved:
-    """The model in a run's folder, at its newest whole checkpoint unless a step is given, or in a Hugging Face folder.
+def open_saved(path: Path, step: int | None = None) -> SavedModel:
+    """The model in a run's folder, at its newest complete checkpoint unless given a step, or in a Hugging Face folder.
 
     Raises:
         CheckpointError: the folder is neither, or the run has no such checkpoint.
@@ -83,10 +83,10 @@ def open_saved(path: Path, step: int | None = None) -> Saved:
         raise CheckpointError(f"{path} is a Hugging Face folder and has no steps: leave --step out")
     source = build_source(ModelSection(huggingface=str(path)), seed=0)
     context = getattr(getattr(source.model, "config", None), "max_position_embeddings", None)
-    return Saved(source, load_tokenizer(path), context, path)
+    return SavedModel(source, load_tokenizer(path), context, path)
 
 
-def _run(path: Path, step: int | None) -> Saved:
+def _run(path: Path, step: int | None) -> SavedModel:
     config = load_config(path / CONFIG)
     source = build_source(config.model, config.run.seed)
     if not (path / TOKENIZER).exists():
@@ -96,9 +96,9 @@ def _run(path: Path, step: int | None) -> Saved:
     if step is None:
         newest = checkpoints.latest()
         if newest is None:
-            raise CheckpointError(f"{path} has no whole checkpoint: `colrow checkpoints {path}` lists what is there")
+            raise CheckpointError(f"{path} has no complete checkpoint: `colrow checkpoints {path}` lists what is there")
         step = newest.step
-    return Saved(source, tokenizer, config.data.seq_len, path, checkpoints, step)
+    return SavedModel(source, tokenizer, config.data.seq_len, path, checkpoints, step)
 
 
 @contextmanager
