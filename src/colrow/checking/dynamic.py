@@ -1,8 +1,8 @@
 """The second layer: what a dry run shows of activations and communication.
 
-An exception in a sharded run often comes late: the first wrong shape may have been made layers before. So the causes
-(declarations that do not fit, views that cut the wrong way) are looked for first, and the exception is reported only
-when none of them explains it.
+An exception in a sharded run often comes late: the first wrong shape may be layers earlier. So the causes (declarations
+that do not fit, views that split the wrong way) are searched first, and the exception is reported only when none of
+them explains it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from colrow.checking.finding import Finding, finding
-from colrow.checking.static import _FUSED_FIX
+from colrow.checking.static import FUSED_FIX
 from colrow.dryrun.module_tracker import LOSS
 from colrow.dryrun.recorded_calls import REDUCTIONS, RecordedCall
 from colrow.dryrun.result import DryRun, Failure, Output
@@ -24,9 +24,9 @@ def check_dynamic(run: DryRun, plan: Plan, tp: int) -> list[Finding]:
         message = f"the model itself does not run on fake tensors ({type(error).__name__}: {_first_line(error)})"
         fix = "pass example inputs, or rely on the static checks and on `colrow verify`"
         return [finding("CR410", run.reference_failure.where or "model", message, fix)]
-    found = [*_declarations(run), *_views(run, tp), *_log_softmax(run, plan)]
+    found = [*_declarations(run), *_model_code(run, tp), *_log_softmax(run, plan)]
     if not found:
-        found = [*_shapes(run, tp)]
+        found = [*_shapes(run)]
     if not found and run.failure is not None:
         found = [_failure(run.failure, plan)]
     if run.failure is None:
@@ -35,78 +35,82 @@ def check_dynamic(run: DryRun, plan: Plan, tp: int) -> list[Finding]:
 
 
 def _declarations(run: DryRun) -> Iterator[Finding]:
-    """Placements told to DTensor in forward that do not fit what the tensors are."""
+    """Placements that are declared to DTensor in forward and do not fit the tensors."""
     for mismatch in run.mismatches:
         where = mismatch.where or "model"
         if mismatch.problem == "equal_as_shard":
             shard = f"shard({mismatch.dim})"
-            message = (
-                f"its input is whole on every rank and is declared {shard}: dim {mismatch.dim} becomes tp times longer"
-            )
+            message = f"its input is replicated and is declared {shard}: dim {mismatch.dim} becomes tp times longer"
             fix = f"split what comes before (output: {shard} on the embedding or row linear), or declare replicate"
             yield finding("CR406", where, message, fix)
-        elif mismatch.problem == "varying_as_replicate" and not mismatch.backward:
-            message = "its input is a different part on each rank and is declared replicate"
+        elif mismatch.backward:
+            continue
+        elif mismatch.problem == "varying_as_replicate":
+            message = "its input differs between ranks and is declared replicate"
             fix = "declare the layout it has (input: shard(1) for sequence shards), so that it is gathered"
             yield finding("CR407", where, message, fix)
-        elif mismatch.problem == "addend_summed" and not mismatch.backward:
+        elif mismatch.problem == "addend_summed":
             message = "a value that is equal on all ranks is added on each of them before the sum over ranks"
             yield finding("CR409", where, message, "add it once, after the sum (style rowwise does so with its bias)")
-        elif mismatch.problem in ("equal_summed", "equal_as_partial") and not mismatch.backward:
+        elif mismatch.problem in ("equal_summed", "equal_as_partial"):
             message = "a value that is equal on all ranks is summed over them: it becomes tp times too large"
             yield finding("CR409", where, message, "leave the sum out, or split what is summed")
 
 
-def _views(run: DryRun, tp: int) -> Iterator[Finding]:
-    """Reshapes and splits that are right for the whole tensor and wrong for a shard."""
+def _model_code(run: DryRun, tp: int) -> Iterator[Finding]:
+    """Reshapes, splits and reductions of the model's own code that are wrong on a shard: the first in each module."""
     for module, calls in run.calls.items():
         wanted = run.reference_calls.get(module, [])
         if len(calls) != len(wanted) and run.failure is None:
-            continue  # the two runs took different ways: nothing to compare
+            continue  # the two runs took different branches: nothing to compare
         for got, want in zip(calls, wanted, strict=False):
             if got.op != want.op or got.on_dtensor or got.packed or len(got.source) != len(want.source):
                 break
-            if (heads := _whole_kv_heads(got, want)) is not None:
-                message = (
-                    f"a rank's {got.source[-3]} of {want.source[-3]} query heads meet all {heads} kv heads: attention "
-                    "shares these out as if no other rank had queries"
-                )
-                yield finding("CR213", module, message, "give k_proj and v_proj the style kv_replicate")
-                break
-            if got.op in REDUCTIONS and got.source[got.dim] * tp == want.source[got.dim]:
-                message = f"{got.op} over {got.source[got.dim]} of {want.source[got.dim]} values, those of one rank"
-                fix = "leave what is before it whole (drop its style, or gather its output)"
-                yield finding("CR413", module, message, fix)
-                break
-            code = _view_code(got, want, tp)
-            if code == "CR208":
-                message = (
-                    f"{want.op} of {want.source} to {_shapes_text(want)} cuts between fused parts; on a shard "
-                    f"{got.source} it cuts elsewhere"
-                )
-                yield finding("CR208", module, message, _FUSED_FIX)
-                break
-            if code == "CR209":
-                message = (
-                    f"{want.op} of {want.source} gives {_shapes_text(want)}; on a shard {got.source} it gives "
-                    f"{_shapes_text(got)}"
-                )
-                fix = "view with -1 for the number of heads and the fixed head_dim: view(B, T, -1, head_dim)"
-                yield finding("CR209", module, message, fix)
+            if (wrong := _wrong_call(got, want, tp)) is not None:
+                code, message, fix = wrong
+                yield finding(code, module, message, fix)
                 break
 
 
-def _whole_kv_heads(got: RecordedCall, want: RecordedCall) -> int | None:
-    """The number of kv heads that an attention shares out among a part of the query heads as if these were all."""
-    for (shape, equal), (whole, _) in zip(got.keys_and_values, want.keys_and_values, strict=False):
-        if min(len(shape), len(whole), len(got.source)) < 3 or whole[-3] == 1:
+def _wrong_call(got: RecordedCall, want: RecordedCall, tp: int) -> tuple[str, str, str] | None:
+    """Code, message and fix, when a call on a shard is not the same function as on the complete tensor."""
+    if (heads := _replicated_kv_heads(got, want)) is not None:
+        message = (
+            f"a rank's {got.source[-3]} of {want.source[-3]} query heads meet all {heads} kv heads: attention groups "
+            "them as if these were all query heads"
+        )
+        return "CR213", message, "give k_proj and v_proj the style kv_replicate"
+    if got.op in REDUCTIONS and got.source[got.dim] * tp == want.source[got.dim]:
+        message = f"{got.op} over {got.source[got.dim]} of {want.source[got.dim]} values, those of one rank"
+        return "CR413", message, "replicate what is before it (drop its style, or gather its output)"
+    code = _view_code(got, want, tp)
+    if code == "CR208":
+        message = (
+            f"{want.op} of {want.source} to {_shapes_text(want)} splits between fused parts; on a shard {got.source} "
+            "it splits elsewhere"
+        )
+        return code, message, FUSED_FIX
+    if code == "CR209":
+        message = (
+            f"{want.op} of {want.source} gives {_shapes_text(want)}; on a shard {got.source} it gives "
+            f"{_shapes_text(got)}"
+        )
+        return code, message, "view with -1 for the number of heads and the fixed head_dim: view(B, T, -1, head_dim)"
+    return None
+
+
+def _replicated_kv_heads(got: RecordedCall, want: RecordedCall) -> int | None:
+    """The number of kv heads, when all of them meet one rank's query heads. One kv head fits any query heads."""
+    for (shape, equal), (complete, _) in zip(got.keys_and_values, want.keys_and_values, strict=False):
+        if min(len(shape), len(complete), len(got.source)) < 3 or complete[-3] == 1:
             continue
-        if equal and shape[-3] == whole[-3] and got.source[-3] < want.source[-3]:
+        if equal and shape[-3] == complete[-3] and got.source[-3] < want.source[-3]:
             return shape[-3]
     return None
 
 
 def _view_code(got: RecordedCall, want: RecordedCall, tp: int) -> str | None:
+    """CR208 when a view or split cuts a sharded dim between fused parts, CR209 when it cuts heads; None when right."""
     if got.op == "scaled_dot_product_attention":
         return "CR209" if got.source[-1] != want.source[-1] else None
     sharded = [d for d, (g, w) in enumerate(zip(got.source, want.source, strict=True)) if g != w and g * tp == w]
@@ -117,14 +121,14 @@ def _view_code(got: RecordedCall, want: RecordedCall, tp: int) -> str | None:
     if len(got.result) != 1 or len(want.result) != 1 or len(got.result[0]) != len(want.result[0]):
         return None
     if sharded[0] == 0 and len(want.source) > 1:
-        return None  # the batch merged with heads, or tokens in a row: a part of them comes apart as the whole does
-    factors = _factors(want.source, want.result[0], sharded[0])
-    inner = [k for k in factors if want.result[0][k] > 1]
-    if len(inner) < 2 or got.result[0][inner[0]] * tp == want.result[0][inner[0]]:
+        return None  # batch merged with heads, or flattened tokens: a shard of them unflattens like all of them
+    # The sharded dim becomes several. Right: the outermost one is a shard. Wrong: it keeps its size, since the model's
+    # code names it (n_heads, the number of fused parts), and another one shrinks.
+    (got_shape,), (want_shape,) = got.result, want.result
+    inner = [k for k in _factors(want.source, want_shape, sharded[0]) if want_shape[k] > 1]
+    if len(inner) < 2 or got_shape[inner[0]] != want_shape[inner[0]]:
         return None
-    if got.result[0][inner[0]] != want.result[0][inner[0]]:
-        return None
-    return "CR209" if got.result[0][inner[-1]] * tp == want.result[0][inner[-1]] else "CR208"
+    return "CR209" if got_shape[inner[-1]] * tp == want_shape[inner[-1]] else "CR208"
 
 
 def _factors(source: tuple[int, ...], result: tuple[int, ...], dim: int) -> list[int]:
@@ -144,12 +148,12 @@ def _factors(source: tuple[int, ...], result: tuple[int, ...], dim: int) -> list
     return found
 
 
-def _shapes_text(view: RecordedCall) -> str:
-    return " and ".join(str(shape) for shape in view.result[:3])
+def _shapes_text(call: RecordedCall) -> str:
+    return " and ".join(str(shape) for shape in call.result[:3])
 
 
-def _shapes(run: DryRun, tp: int) -> Iterator[Finding]:
-    """The first module whose output is larger than, or of another rank than, the unsharded one's."""
+def _shapes(run: DryRun) -> Iterator[Finding]:
+    """The first module whose output is larger than, or of another number of dims than, the unsharded one's."""
     for name, wanted in run.reference_outputs.items():
         for got, want in zip(run.outputs.get(name, []), wanted, strict=False):
             if _wrong_shape(got, want):
@@ -170,7 +174,7 @@ def _wrong_shape(got: Output, want: Output) -> bool:
 
 
 def _failure(failure: Failure, plan: Plan) -> Finding:
-    """What an exception of the sharded run means."""
+    """What an exception of the sharded run means, by torch's texts."""
     text, where = _first_line(failure.error), failure.where or ("backward" if failure.backward else "model")
     if failure.where == LOSS and "mixed torch.Tensor and DTensor" in text and plan.loss == "replicated":
         message = "the logits are a DTensor, and the ordinary loss takes plain tensors"
@@ -186,8 +190,7 @@ def _failure(failure: Failure, plan: Plan) -> Finding:
     if "Attempted to flatten multiple dimensions" in text:  # torch 2.11 folds batch and sequence for a linear layer
         message = f"DTensor cannot fold a sharded sequence into the rows of a linear layer here ({text})"
         fix = (
-            "gather its input, with prepare_input on the module that holds it, or give it a style whose input says "
-            "shard(1)"
+            "gather its input, with prepare_input on the module that holds it, or give it a style with input: shard(1)"
         )
         return finding("CR404", where, message, fix)
     if isinstance(failure.error, IndexError) or "should have same length" in text:
@@ -207,7 +210,7 @@ def _failure(failure: Failure, plan: Plan) -> Finding:
 def _log_softmax(run: DryRun, plan: Plan) -> Iterator[Finding]:
     if plan.loss == "vocab_parallel" and run.unmatched_log_softmaxes > 0:
         message = (
-            "a log-softmax of split logits that no cross entropy takes: its backward in this context is the identity"
+            "no cross entropy takes this log-softmax of split logits: its backward in the loss context is the identity"
         )
         fix = "compute that term from logsumexp, or on gathered logits outside of the loss context"
         yield finding("CR305", LOSS, message, fix)
@@ -215,35 +218,27 @@ def _log_softmax(run: DryRun, plan: Plan) -> Iterator[Finding]:
 
 def _loss(run: DryRun, plan: Plan) -> Iterator[Finding]:
     got, want = run.logits, run.reference_logits
-    if got is not None and want is not None and not got.is_dtensor and got.shape[-1:] < want.shape[-1:]:
+    if got is None or want is None:
+        return
+    if not got.is_dtensor and got.shape[-1:] < want.shape[-1:]:
         message = (
-            f"the loss takes this rank's {got.shape[-1]} logits of a token for all {want.shape[-1]}: the head returns "
-            "them as a plain tensor"
+            f"the loss runs over this rank's {got.shape[-1]} logits of {want.shape[-1]}: the head returns them as a "
+            "plain tensor"
         )
-        fix = "use a head that returns split logits (fast_head, colwise with use_local_output: false) or whole ones"
+        fix = "use a head that returns split logits (fast_head, colwise with use_local_output: false) or all logits"
         yield finding("CR301", LOSS, message, fix)
-        return
-    if plan.loss != "vocab_parallel" or run.logits is None:
-        return
-    if run.unmatched_log_softmaxes > 0:
-        message = (
-            "the loss takes a log-softmax that no cross entropy consumes: its backward in this context is the identity"
-        )
-        yield finding(
-            "CR305", LOSS, message, "compute that term from logsumexp, or on gathered logits outside of the context"
-        )
-    if not run.logits.is_dtensor:
-        message = "the logits are a plain tensor, so loss: vocab_parallel has nothing to do"
+    elif plan.loss == "vocab_parallel" and not got.is_dtensor:
+        message = "the logits are a plain tensor, so loss: vocab_parallel saves no memory"
         yield finding("CR302", LOSS, message, "return split logits (use_local_output: false), or set loss: replicated")
 
 
 def _communication(run: DryRun) -> Iterator[Finding]:
-    """Data that DTensor moved unasked, and tensors that were gathered twice."""
+    """Data that DTensor moves implicitly, and tensors that are gathered twice."""
     for c in run.collectives:
         if c.where == LOSS or c.pass_ == "backward":
             continue
-        if c.implicit and not c.cause.endswith("partial → replicate"):  # a sum that is due, wherever it is made
-            message = f"DTensor moves {c.bytes} bytes unasked ({c.cause})"
+        if c.implicit and not c.cause.endswith("partial → replicate"):  # that sum is needed wherever it is made
+            message = f"DTensor moves {c.bytes} bytes implicitly ({c.cause})"
             fix = "declare the change of layout: prepare_input on the module that holds these linears"
             yield finding("CR408", c.where, message, fix)
         elif c.repeated:
@@ -256,7 +251,7 @@ def _communication(run: DryRun) -> Iterator[Finding]:
 def _random(run: DryRun) -> Iterator[Finding]:
     for mismatch in run.mismatches:
         if mismatch.problem == "random_on_shard" and not mismatch.backward:
-            message = "dropout runs on a rank's part: ranks seeded alike drop the same positions of different parts"
+            message = "dropout runs on a shard: ranks with equal seeds drop the same positions of different shards"
             yield finding(
                 "CR601", mismatch.where or "model", message, "set dropout to 0, or seed each tp rank differently here"
             )

@@ -12,11 +12,11 @@ from colrow.dryrun.result import DryRun
 
 _SUMS = ("all_reduce", "reduce_scatter")
 COMPILED_BLOCKS_WAIT = torch.__version__.startswith("2.11.")
-"""Whether a compiled block finishes a collective that its input still waits for: torch 2.11 does, 2.13 does not."""
+"""Whether a compiled block waits for a collective that fills its input: in torch 2.11 it does, in 2.13 not."""
 
 
 def check_options(run: DryRun, reduce_dtype: torch.dtype | None, compiled: bool) -> list[Finding]:
-    """Findings for a caller who says in what type he expects sums, or that he compiles the blocks."""
+    """Findings for a caller who passes the dtype in which sums are expected, or compiles the blocks."""
     if run.reference_failure is not None or run.failure is not None:
         return []
     return [*_sums(run, reduce_dtype), *(_inputs(run) if compiled else ())]
@@ -35,7 +35,7 @@ def _sums(run: DryRun, wanted: torch.dtype | None) -> Iterator[Finding]:
         number, size = sum(c.times for c in rounded), sum(c.times * c.bytes for c in rounded)
         message = (
             f"{number} sums over tp in a step ({size} bytes) are made in {rounded[0].dtype}: reduce_dtype="
-            f"{str(wanted).removeprefix('torch.')} rules the sums over the data axes alone"
+            f"{str(wanted).removeprefix('torch.')} applies to the sums over the data axes alone"
         )
         fix = "expect it (tensor-parallel training mostly does so), or compute the modules that need it in that type"
         yield finding("CR411", "tp", message, fix)
@@ -46,8 +46,10 @@ def _inputs(run: DryRun) -> Iterator[Finding]:
         return
     for block in run.async_inputs:
         message = (
-            "its input is a collective that still runs when the block is called; a compiled block takes it without the "
-            "node of `to_local`, and backward raises: 'Tensor' object has no attribute '_local_tensor'"
+            "its input is the result of a collective that nothing has waited for; a compiled block takes it without "
+            "the node of `to_local`, and backward raises: 'Tensor' object has no attribute '_local_tensor'"
         )
-        fix = "finish the collective before the block (a norm, a dropout, an addition do), or compile the whole model"
+        fix = (
+            "wait for the collective before the block (a norm, a dropout, an addition do), or compile the model at once"
+        )
         yield finding("CR412", block, message, fix)

@@ -42,11 +42,11 @@ def fused_suspects(model: nn.Module, plan: Plan) -> list[Finding]:
         last = fqn.rpartition(".")[2].lower()
         if isinstance(style, Colwise) and style.output_stays_sharded and any(word in last for word in FUSED):
             message = "by its name this weight holds several matrices, and a plain column split would cut across them"
-            found.append(finding("CR208", fqn, message, _FUSED_FIX))
+            found.append(finding("CR208", fqn, message, FUSED_FIX))
     return found
 
 
-_FUSED_FIX = "use a style that splits each part on its own (see the page), or keep the parts in modules of their own"
+FUSED_FIX = "use a style that splits each part on its own (see the page), or keep the parts in modules of their own"
 
 
 def _names(model: nn.Module, plan: Plan) -> Iterator[Finding]:
