@@ -39,19 +39,19 @@ def check(
     reduce_dtype: torch.dtype | None = None,
     compiled: bool = False,
 ) -> list[Finding]:
-    """What is wrong with `plan` for `model` on `mesh`: errors first, nothing for a sound plan.
+    """What is wrong with `plan` for `model` on `mesh`: errors first, an empty list for a sound plan.
 
-    First the static layer; when that finds no error, a dry run on fake tensors, and from it the rules on activations,
-    communication and gradients. The model may lie on the meta device, and is not changed.
+    The static layer runs first. When it finds no error, a dry run on fake tensors follows, with the rules on
+    activations, communication and gradients. The model may be on the meta device, and is not changed.
 
     Args:
         batch_size: sequences on one rank.
         inputs: example arguments for models that do not take token ids [batch_size, seq_len].
         loss: of the model's output (its logits, or the first tensor of what it returns) and the inputs; next-token
-            cross entropy unless given.
-        param_dtype, reduce_dtype: of FSDP2's mixed precision, where you use it: what the model computes in, and what
-            you expect gradients to be summed in.
-        compiled: you compile the blocks yourself, with `torch.compile` on each.
+            cross entropy by default.
+        param_dtype, reduce_dtype: of FSDP2's mixed precision, where you use it: the dtype that the model computes in,
+            and the one in which you expect gradients to be summed.
+        compiled: each block will be compiled with `torch.compile`.
     """
     found = check_static(model, plan, mesh.tp, seq_len) + check_stages(model, mesh.pp)
     if not _errors(found) and mesh.tp > 1:
@@ -59,15 +59,15 @@ def check(
             run = dry_run(model, plan, mesh, batch_size, seq_len, inputs=inputs, loss=loss, dtype=param_dtype)
         except PlanError as error:
             return [*found, finding_of(error, f"plan {plan.name}")]
-        told = {f.code for f in found} & {"CR302"}  # of one head: the static layer names it
-        found += [f for f in _from_run(model, plan, mesh.tp, run) if f.code not in told]
+        known = {f.code for f in found} & {"CR302"}  # the static layer names the head, the dry run only the loss
+        found += [f for f in _from_run(model, plan, mesh.tp, run) if f.code not in known]
         found += check_options(run, reduce_dtype, compiled)
     return sorted(_collapse(found), key=lambda f: f.severity != "error")
 
 
 def _from_run(model: nn.Module, plan: Plan, tp: int, run: DryRun) -> list[Finding]:
     seen = [*check_dynamic(run, plan, tp), *check_gradients(run, tp)]
-    if run.reference_failure is not None:  # nothing else can tell about fused weights
+    if run.reference_failure is not None:  # without a dry run, names are the only sign of fused weights
         seen += [replace(suspect, severity="warning") for suspect in fused_suspects(model, plan)]
     return seen
 
@@ -84,7 +84,11 @@ def _collapse(found: list[Finding]) -> list[Finding]:
     collapsed = []
     for members in groups.values():
         first, pattern = members[0], _pattern([f.where for f in members])
-        message, fix = (text.replace(first.where, pattern) for text in (first.message, first.fix))
+        message, fix = first.message, first.fix
+        parent, parent_pattern = first.where.rpartition(".")[0], pattern.rpartition(".")[0]
+        for name, stars in ((first.where, pattern), (parent, parent_pattern)):  # a parameter's fix names its module
+            if name:
+                message, fix = message.replace(name, stars), fix.replace(name, stars)
         collapsed.append(replace(first, where=pattern, message=message, fix=fix))
     return collapsed
 

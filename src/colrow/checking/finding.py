@@ -1,4 +1,4 @@
-"""A finding: one thing that the check says; and the table of its codes."""
+"""A finding of the check, and the table of codes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Code:
 
 
 CODES: dict[str, Code] = {
-    # names: does the plan say what it means?
+    # names: does each key match the modules that it is meant for?
     "CR101": Code("key-matches-nothing", "error", "the modules that were meant stay unsharded"),
     "CR102": Code("module-matched-twice", "error", "two styles would be applied to one module"),
     "CR103": Code("shared-module", "error", "one module has two names, and the plan gives them different styles"),
     "CR104": Code("already-parallel", "error", "a plan is applied once, to a plain model"),
     "CR105": Code("nothing-split", "warning", "every rank holds and computes everything"),
-    # sizes: can each tensor be cut?
+    # sizes: can each tensor be split?
     "CR201": Code("features-do-not-divide", "error", "shards of unequal size: a hang or an abort"),
     "CR202": Code("heads-do-not-divide", "error", "a rank would hold a fraction of a head"),
     "CR203": Code("kv-heads-do-not-divide", "error", "a rank would hold a fraction of a kv head"),
@@ -86,8 +86,8 @@ class Finding:
     Attributes:
         code: stable, such as CR501; `docs/checks/CODE.md` explains it.
         severity: an error makes training fail or its numbers wrong; a warning costs speed or deserves a look.
-        where: a module's or parameter's name, `*` for a number where all of them are meant, or a key of the plan.
-        message: what was seen and what follows.
+        where: a module's or parameter's name, `*` for the number of every layer, or a key of the plan.
+        message: what is wrong and its consequence.
         fix: what to change.
     """
 
@@ -109,12 +109,12 @@ class Finding:
 
     @property
     def lines(self) -> list[str]:
-        """What it is, and indented what was seen, the mend and the page: for a terminal or an error's text."""
+        """Code and place, then message, fix and page, indented: for a terminal or an error's text."""
         head = f"{self.severity} {self.code} {self.slug} at {self.where}"
         return [head, f"  what  {self.message}", f"  fix   {self.fix}", f"  more  {self.page}"]
 
     def to_data(self) -> dict[str, str]:
-        """What `--json` says."""
+        """The finding as `colrow check --json` prints it."""
         return {"code": self.code, "severity": self.severity, "where": self.where, "message": self.message,
                 "fix": self.fix}  # fmt: skip
 

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from colrow.checking.finding import Finding, finding, finding_of
 from colrow.dryrun.calls import vocabulary
 from colrow.errors import PlanError
+from colrow.models.blocks import block_stacks
 from colrow.parallel.parallelize import SAME_PLACEMENT, split_ties, tied_parameters
 from colrow.plans.patterns import matching, module_names, nearest
 from colrow.plans.plan import Plan
@@ -18,11 +19,11 @@ from colrow.styles.linear import Colwise, Rowwise
 from colrow.styles.site import Site
 
 FUSED = ("qkv", "c_attn", "w_pack", "query_key_value", "in_proj", "gate_up", "gate_and_up", "fc1_gate", "wi_fused")
-"""Names under which models keep several weights in one; how the parts lie in it, the name does not tell."""
+"""Names of layers that hold several weights in one. The order of the rows is not known from the name."""
 
 
 def check_static(model: nn.Module, plan: Plan, tp: int, seq_len: int) -> list[Finding]:
-    """What is wrong without running anything."""
+    """What is wrong with the plan, found without running anything."""
     if any(isinstance(param, DTensor) for param in model.parameters()):
         message = "the model holds DTensors: a plan has been applied to it already"
         return [finding("CR104", "model", message, "build a plain model and apply one plan, once")]
@@ -36,12 +37,12 @@ def check_static(model: nn.Module, plan: Plan, tp: int, seq_len: int) -> list[Fi
 
 
 def fused_suspects(model: nn.Module, plan: Plan) -> list[Finding]:
-    """Plain column splits of weights that, by their names, hold several: for when no dry run can tell."""
+    """Plain column splits of weights that, by their names, hold several: for models that no dry run can run."""
     found = []
     for fqn, style in _resolve(model, plan).items():
         last = fqn.rpartition(".")[2].lower()
         if isinstance(style, Colwise) and style.output_stays_sharded and any(word in last for word in FUSED):
-            message = "by its name this weight holds several matrices, and a plain column split would cut across them"
+            message = "by its name this weight holds several matrices, and a plain column split would mix them"
             found.append(finding("CR208", fqn, message, FUSED_FIX))
     return found
 
@@ -79,10 +80,10 @@ def _shared(model: nn.Module, styles: dict[str, Style]) -> Iterator[Finding]:
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
     for group in names.values():
-        said = {name: styles.get(name) for name in group}
-        if len(group) > 1 and len({repr(style) for style in said.values()}) > 1:
-            each = ", ".join(f"{name}: {style.name if style else 'no style'}" for name, style in said.items())
-            message = f"{' and '.join(group)} are one module, and the plan treats them differently ({each})"
+        declared = {name: styles.get(name) for name in group}
+        if len(group) > 1 and len({repr(style) for style in declared.values()}) > 1:
+            each = ", ".join(f"{name}: {style.name if style else 'no style'}" for name, style in declared.items())
+            message = f"{' and '.join(group)} are one module, and the plan gives them different styles ({each})"
             yield finding("CR103", group[0], message, "give every name of the module the same style")
 
 
@@ -98,10 +99,10 @@ def _sites(model: nn.Module, styles: dict[str, Style], tp: int) -> Iterator[Find
                 yield finding("CR207", fqn, message, fix)
                 continue
             extent = module.out_features if isinstance(style, Colwise) else module.in_features
-            whole = [name for name, buffer in module.named_buffers(recurse=False) if extent in buffer.shape]
-            if whole:
+            buffers = [name for name, buffer in module.named_buffers(recurse=False) if extent in buffer.shape]
+            if buffers:
                 message = (
-                    f"the buffer {whole[0]} has the extent {extent} that style {style.name} splits, and stays whole"
+                    f"the buffer {buffers[0]} has the size {extent} that style {style.name} splits, and stays unsharded"
                 )
                 fix = "make it a parameter, or leave the module out of the plan"
                 yield finding("CR212", fqn, message, fix)
@@ -120,7 +121,7 @@ def _sequence(plan: Plan, tp: int, seq_len: int) -> Iterator[Finding]:
 
 
 def _head(model: nn.Module, plan: Plan, styles: dict[str, Style]) -> Iterator[Finding]:
-    """The head and the loss have to agree about who holds the vocabulary."""
+    """The head and the loss must agree on how the logits are placed."""
     head = head_of(model)
     style = styles.get(head) if head else None
     if head is None or not isinstance(style, Colwise):
@@ -128,12 +129,12 @@ def _head(model: nn.Module, plan: Plan, styles: dict[str, Style]) -> Iterator[Fi
     split, local, parallel = style.output_stays_sharded, style.use_local_output, plan.loss == "vocab_parallel"
     if split and local:
         message = (
-            "the head returns this rank's shard of the vocabulary as a plain tensor, and the loss takes it for all"
+            "the head returns this rank's shard of the logits as a plain tensor, and the loss uses it as all logits"
         )
         fix = "set use_local_output: false with loss: vocab_parallel, or output: replicate with loss: replicated"
         yield finding("CR301", head, message, fix)
     elif not split and parallel:
-        message = "the head gathers the logits, so loss: vocab_parallel has nothing to do and the memory is not saved"
+        message = "the head gathers the logits, so loss: vocab_parallel saves no memory"
         fix = "drop output and set use_local_output: false on the head, or set loss: replicated"
         yield finding("CR302", head, message, fix)
     elif not local and not parallel:
@@ -162,7 +163,7 @@ def _ties(model: nn.Module, plan: Plan, tp: int) -> Iterator[Finding]:
 
 
 def check_stages(model: nn.Module, stages: int) -> list[Finding]:
-    """Tied weights that a pipeline of `stages` stages takes apart."""
+    """Tied weights that a pipeline of `stages` stages separates."""
     if stages == 1:
         return []
     found = []
@@ -170,8 +171,8 @@ def check_stages(model: nn.Module, stages: int) -> list[Finding]:
         places = {_place(model, name) for name in group}
         if len(places) > 1:
             message = (
-                f"{' and '.join(group)} are one weight, and {stages} stages hold them apart: each copy would get a "
-                "part of the gradient"
+                f"{' and '.join(group)} are one weight, and with {stages} stages they become copies: each would get "
+                "one term of the gradient"
             )
             fix = "sum the copies' gradients over their stages before clipping and the step, as `colrow train` does"
             found.append(finding("CR307", group[0], message, fix))
@@ -179,19 +180,18 @@ def check_stages(model: nn.Module, stages: int) -> list[Finding]:
 
 
 def _place(model: nn.Module, name: str) -> str:
-    """Where a parameter lies in the order of layers: a layer, or before or after them all."""
-    parts = name.split(".")
-    for i, part in enumerate(parts):
-        if part.isdigit():
-            return ".".join(parts[: i + 1])
+    """The block that holds a parameter, or whether it comes before or after the blocks in the model."""
+    blocks = [fqn for stack in block_stacks(model) for fqn, _ in stack.named_blocks()]
+    for block in blocks:
+        if name.startswith(block + "."):
+            return block
     order = [fqn for fqn, _ in model.named_modules(remove_duplicate=False)]
-    layers = [i for i, fqn in enumerate(order) if any(part.isdigit() for part in fqn.split("."))]
-    return "before" if not layers or order.index(".".join(parts[:-1])) < layers[0] else "after"
+    return "before" if not blocks or order.index(name.rpartition(".")[0]) < order.index(blocks[0]) else "after"
 
 
 def _splits_something(model: nn.Module, plan: Plan, tp: int) -> Iterator[Finding]:
     if tp > 1 and all(layout.placement.is_replicate() for layout in plan.parameters(model, tp).values()):
-        message = f"no parameter is split over tp={tp}: each rank holds and computes the whole model"
+        message = f"no parameter is split over tp={tp}: each rank holds and computes the complete model"
         yield finding("CR105", f"plan {plan.name}", message, "use another plan, or tp=1")
 
 
