@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from colrow.config import PipelineSection
 from colrow.mesh import Mesh
 from colrow.models.llama import Llama
 from colrow.parallel.activation_checkpoint import apply_activation_checkpoint
 from colrow.parallel.data_parallel import apply_data_parallel, set_last_micro_batch
 from colrow.parallel.loss import loss_context, model_loss
 from colrow.parallel.parallelize import parallelize
-from colrow.parallel.pipeline import PipelineRunner, build_pipeline
-from colrow.parallel.pipeline_stage import Stage
+from colrow.parallel.pipeline import PipelineOptions, PipelineRunner
+from colrow.parallel.pipeline_split import layer_costs, split_layers
+from colrow.parallel.pipeline_stage import Stage, split_stages
 from colrow.plans.plan import Plan
 from colrow.sharding.grad_norm import align_gradients, clip_gradients, grad_norm, norm_groups
 from colrow.sharding.layout import full_tensor, packed_of
@@ -171,18 +171,16 @@ def _runner(case: Case, model: Llama, plan: Plan, mesh: DeviceMesh) -> Any:
             with torch.no_grad():
                 stage.module.get_parameter("lm_head.weight").mul_(1.01)
 
-    section = PipelineSection(schedule=case.schedule, stages_per_rank=case.stages_per_rank, split=case.split)
-    runner = build_pipeline(
-        model,
+    size, count = GLOBAL_BATCH // case.mesh.dp // case.micro, case.mesh.pp * case.stages_per_rank
+    stages = split_stages(model, mesh, case.split or split_layers(layer_costs(model.config, 16, size), count))
+    for stage in stages:
+        prepare_stage(stage)
+    runner = PipelineRunner(
+        stages,
         plan,
         mesh,
         (lambda x, y: 2 * cross_entropy(x, y)) if case.sabotage == "scale" else cross_entropy,
-        section,
-        prepare_stage,
-        micro_batches=case.micro,
-        micro_batch=GLOBAL_BATCH // case.mesh.dp // case.micro,
-        seq_len=16,
-        dtype=torch.float64,
+        PipelineOptions(case.schedule, case.micro, size, seq_len=16, dtype=torch.float64),
     )
     if case.sabotage == "tie":
         runner._sum_tied_gradients = lambda: None  # type: ignore[method-assign]

@@ -19,7 +19,7 @@ from colrow.sharding.grad_norm import align_gradients
 from colrow.sharding.layout import full_tensor
 from colrow.train.compile import compile_forward
 from colrow.train.optimizer import build_optimizer
-from colrow.train.step import WholeModel
+from colrow.train.step import SingleStageModel
 from distributed.harness import Ranks
 from distributed.parity import batch, build, cross_entropy, optimizer_of, relative, tp_mesh, train_reference
 from distributed.runs import a_run, figures, train, write_text
@@ -31,23 +31,23 @@ RATE_AS_TENSOR = RATE.model_copy(update={"cuda_graph": True})
 CASES = [("gqa", "llama"), ("tied", "llama"), ("kv3", "llama-fast"), ("qk_norm", "llama-fast"), ("bias", "llama-fast")]
 
 
-class Replayed(ComputeWeights):
+class Graphed(ComputeWeights):
     """Sums as a CUDA graph needs them."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__(model, dtype, replayed=True)
+        super().__init__(model, dtype, graphed=True)
 
 
 class Overwrites(ComputeWeights):
     def _add(self, param: nn.Parameter, grad: Tensor) -> None:
-        self._stored.discard(param)
+        self._has_sum.discard(param)
         super()._add(param, grad)
 
 
 class CarriesOver(ComputeWeights):
     def _add(self, param: nn.Parameter, grad: Tensor) -> None:
         if self._optimizer_has_read:
-            self._stored.add(param)
+            self._has_sum.add(param)
         super()._add(param, grad)
 
     def drop_gradients(self) -> None:
@@ -83,17 +83,17 @@ def in_fp64(
         mesh, here = tp_mesh(device, 2), torch.device(device)
         model = parallelize(build(name, device), plan, mesh)
         weights = kind(model, torch.float64)
-        whole = WholeModel(model, plan, mesh, here, weights)
+        runner = SingleStageModel(model, plan, mesh, here, weights)
         params = list(model.parameters())
         optimizer, found = optimizer_of(params), {}
         for step in range(STEPS):
-            loss = whole(micro_batches(device, step, parts))
+            loss = runner(micro_batches(device, step, parts))
             assert (
                 loss.item() == pytest.approx(want.losses[step], rel=1e-6)
                 or kind in (Overwrites, CarriesOver)
                 or not writes
             )
-            holders = {param: weights.holder(param) for param in params}
+            holders = {param: weights.grad_holder(param) for param in params}
             align_gradients(holders.values())
             gradients = {param: holder.grad for param, holder in holders.items() if holder.grad is not None}
             for key, param in model.named_parameters():
@@ -109,19 +109,19 @@ def in_fp64(
                     param.grad = grad
                 optimizer.step()
             if says_so:
-                weights.written(params)
+                weights.mark_current(params)
             optimizer.zero_grad()
             weights.drop_gradients()
         for key, param in model.named_parameters():
             found[f"parameter {key}"] = relative(full_tensor(param.detach()), want.parameters[key])
         ids, targets = batch(device, seed=9)
         expected = cross_entropy(want.model(ids), targets).item()
-        found["evaluation"] = abs(whole.evaluate([(ids, targets)]).item() / expected - 1) * 1e-4  # its sum is fp32
+        found["evaluation"] = abs(runner.evaluate([(ids, targets)]).item() / expected - 1) * 1e-4  # its sum is fp32
         errors[f"{name} {preset}"] = found
     return errors
 
 
-@pytest.mark.parametrize(("kind", "parts"), [(ComputeWeights, 2), (ComputeWeights, 1), (Replayed, 2)])
+@pytest.mark.parametrize(("kind", "parts"), [(ComputeWeights, 2), (ComputeWeights, 1), (Graphed, 2)])
 def test_gradients_and_parameters_are_those_of_the_unsharded_model(
     ranks: Ranks, kind: type[ComputeWeights], parts: int
 ) -> None:
@@ -165,12 +165,12 @@ def gradients(device: str, name: str, way: str, parts: int) -> dict[str, Tensor]
         apply_data_parallel(model, mesh, list(model.layers), param_dtype=torch.bfloat16)
     dtype = torch.float32 if way == "fp32" else torch.bfloat16
     weights = None if way == "fsdp" else ComputeWeights(model, dtype)
-    whole = WholeModel(model, plan, mesh, here, weights)
+    runner = SingleStageModel(model, plan, mesh, here, weights)
     named = dict(model.named_parameters())
     optimizer, out = build_optimizer(model.parameters(), RATE if way == "fsdp" else RATE_AS_TENSOR), {}
     for step in range(STEPS):
-        out[f"loss {step}"] = whole(micro_batches(device, step, parts))
-        holders = {param: weights.holder(param) if weights else param for param in named.values()}
+        out[f"loss {step}"] = runner(micro_batches(device, step, parts))
+        holders = {param: weights.grad_holder(param) if weights else param for param in named.values()}
         align_gradients(holders.values())
         found = {param: holder.grad for param, holder in holders.items() if holder.grad is not None}
         assert len(found) == len(named)
@@ -211,7 +211,7 @@ def test_compiled_blocks_compute_with_the_copies(ranks: Ranks) -> None:
         assert max(found.values()) <= 2**-6, found
 
 
-class Unreplayed:
+class Uncaptured:
     """Stands for a CUDA graph: it runs the function, on arguments that lie where the first ones lay."""
 
     def __init__(self, function: Callable[..., Tensor], eager_calls: int) -> None:
@@ -234,10 +234,10 @@ class Unreplayed:
 
 def runs(device: str, folder: Path) -> None:
     """One run as ever, one with copies, and one with copies in two parts, each with evaluations and a sample."""
-    from colrow.train import setup
+    from colrow.train import setup, step
 
-    kept = setup.check_cuda_graph, setup.Replayed
-    setup.check_cuda_graph, setup.Replayed = lambda *_: None, Unreplayed
+    kept = setup.check_cuda_graph, step.GraphedFunction
+    setup.check_cuda_graph, step.GraphedFunction = lambda *_: None, Uncaptured
     more = {"mesh": {"tp": 2}, "eval": {"every": 3, "batches": 1}, "sample": {"prompt": "row", "tokens": 2}}
     try:
         for name, copies, stop_after in (
@@ -249,7 +249,7 @@ def runs(device: str, folder: Path) -> None:
             section = {"cuda_graph": copies, "compile": False, "precision": "fp32"}
             train(device, a_run(folder, name, train=section, **more), stop_after)
     finally:
-        setup.check_cuda_graph, setup.Replayed = kept
+        setup.check_cuda_graph, step.GraphedFunction = kept
 
 
 def test_a_run_evaluates_saves_and_continues_with_copies(ranks: Ranks, tmp_path: Path) -> None:

@@ -9,13 +9,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from colrow.config import PipelineSection
 from colrow.errors import ConfigError, PlanError
 from colrow.mesh import Mesh
 from colrow.parallel.data_parallel import apply_data_parallel, set_last_micro_batch
 from colrow.parallel.parallelize import parallelize
-from colrow.parallel.pipeline import build_pipeline
-from colrow.parallel.pipeline_stage import Stage, cut_stages
+from colrow.parallel.pipeline import PipelineOptions, PipelineRunner
+from colrow.parallel.pipeline_stage import split_stages
 from colrow.plans.plan import Plan
 from distributed.harness import Ranks
 from distributed.parity import batch, build, cross_entropy
@@ -23,14 +22,14 @@ from distributed.parity import batch, build, cross_entropy
 pytestmark = pytest.mark.distributed
 
 
-def cut_case(device: str) -> dict[str, Any]:
+def split_case(device: str) -> dict[str, Any]:
     model = build("deep_tied", device)
     before = {name: id(param) for name, param in model.named_parameters()}
     mesh = Mesh(pp=2).build(device, 2)
-    stages = cut_stages(model, mesh, (1, 2, 3))
+    stages = split_stages(model, mesh, (1, 2, 3))
     assert {name: id(param) for name, param in model.named_parameters()} == before, "the model stays whole"
     refused = []
-    for bad in (lambda: cut_stages(nn.Linear(2, 2), mesh, (1,)), lambda: cut_stages(model, mesh, (1, 2))):
+    for bad in (lambda: split_stages(nn.Linear(2, 2), mesh, (1,)), lambda: split_stages(model, mesh, (1, 2))):
         try:
             bad()
         except ConfigError as error:
@@ -45,7 +44,7 @@ def cut_case(device: str) -> dict[str, Any]:
 
 
 def test_stages_hold_their_layers_under_the_whole_models_names(ranks: Ranks) -> None:
-    first, second = ranks(2).run(cut_case)
+    first, second = ranks(2).run(split_case)
     assert first["index"] == [0, 2]
     assert second["index"] == [1, 3]
     assert {name.rsplit(".", 2)[0][:8] for name in first["names"][1]} == {"layers.2"}
@@ -64,7 +63,7 @@ def absent_case(device: str) -> list[str]:
     wrong = Plan(modules={**plan.modules, "layers.*.self_attn.o_prj": "rowwise"}, loss=plan.loss)
     mesh = Mesh(pp=2).build(device, 2)
     said = []
-    for stage in cut_stages(build("gqa", device), mesh, (1,)):
+    for stage in split_stages(build("gqa", device), mesh, (1,)):
         for candidate, absent in ((plan, stage.absent), (plan, ()), (wrong, stage.absent)):
             try:
                 candidate.resolve(stage.module, absent)
@@ -132,22 +131,18 @@ def mixed_case(device: str) -> dict[str, Any]:
     mesh, plan = Mesh(pp=2).build(device, 2), Plan.preset("llama")
     seen: dict[str, Any] = {}
 
-    def prepare(stage: Stage) -> None:
+    stages = split_stages(reference, mesh, (1,))
+    for stage in stages:
         parallelize(stage.module, plan, mesh, absent=stage.absent)
         apply_data_parallel(stage.module, mesh, stage.blocks, param_dtype=torch.bfloat16)
         stage.blocks[0].register_forward_pre_hook(lambda _, args: seen.update(hidden=args[0].dtype))
 
-    runner = build_pipeline(
-        reference,
+    runner = PipelineRunner(
+        stages,
         plan,
         mesh,
         lambda logits, targets: cross_entropy(logits.float(), targets),
-        PipelineSection(),
-        prepare,
-        micro_batches=2,
-        micro_batch=2,
-        seq_len=16,
-        dtype=torch.bfloat16,
+        PipelineOptions("1f1b", micro_batches=2, micro_batch_size=2, seq_len=16, dtype=torch.bfloat16),
     )
     first = runner.evaluate(ids, targets)
     loss = runner.forward_backward(ids, targets)

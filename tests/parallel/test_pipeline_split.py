@@ -7,11 +7,13 @@ from itertools import combinations
 from typing import Any
 
 import pytest
+import torch
 
 from colrow.config import RunConfig, parse_config
 from colrow.errors import ConfigError
+from colrow.models.llama import Llama
 from colrow.models.shapes import SHAPES
-from colrow.parallel.pipeline_split import check_pipeline, layer_costs, micro_batches, split_layers
+from colrow.parallel.pipeline_split import check_pipeline, first_layers, layer_costs, split_layers
 
 
 def dearest(costs: list[float], cut: tuple[int, ...]) -> float:
@@ -84,7 +86,10 @@ def config(**changes: Any) -> RunConfig:
             {"train": {"global_batch": 20}, "pipeline": {"schedule": "interleaved_1f1b", "stages_per_rank": 2}},
             ["interleaved_1f1b", "makes 5", "train.global_batch 16 or 24"],
         ),
-        ({"train": {"global_batch": 18}}, ["global_batch=18 is not divisible by dp=2 × micro_batch=2", "16 or 20"]),
+        (
+            {"train": {"global_batch": 18}},
+            ["global_batch=18 is not divisible by 4 (train.micro_batch=2 × 2 data-parallel ranks)", "16 or 20"],
+        ),
         ({"pipeline": {"split": [1, 2]}}, ["makes 3 stages", "needs 2", "give 1 first layers"]),
         ({"pipeline": {"split": [4]}}, ["does not rise within 1..3", "[2]"]),
         ({"pipeline": {"stages_per_rank": 2}}, ["1f1b runs one stage on each rank", "interleaved_1f1b"]),
@@ -117,5 +122,10 @@ def test_what_can_run_passes(changes: dict[str, Any]) -> None:
     check_pipeline(config(**changes), layers=4)
 
 
-def test_micro_batches_of_a_data_rank() -> None:
-    assert micro_batches(config()) == 4
+def test_the_split_is_balanced_unless_given() -> None:
+    with torch.device("meta"):
+        model = Llama(SHAPES["laptop"])
+    assert first_layers(config(), model) == (1,)
+    given = {"stages_per_rank": 2, "schedule": "interleaved_1f1b", "split": [1, 2, 3]}
+    assert first_layers(config(pipeline=given), model) == (1, 2, 3)
+    assert first_layers(config(mesh={"pp": 1}), model) == ()

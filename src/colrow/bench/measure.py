@@ -207,7 +207,7 @@ def _result(
         "loss": training.plan.loss,
         "compiled": training.compiled,
         "cuda_graph": bool(training.graphs),
-        "compute": str(training.compute).removeprefix("torch."),
+        "compute": str(training.precision.compute_dtype).removeprefix("torch."),
         "model": training.source.name,
         "layers": config.model.layers,
         "mesh": config.mesh.model_dump(),

@@ -1,14 +1,13 @@
-"""Compute precision without FSDP2: low-precision copies of the parameters, which autograd gives gradients to.
+"""Compute precision without FSDP2: low-precision copies of the parameters, which get the gradients.
 
-    begin     copies = parameters, rounded               what the optimizer has rounded already stays
-    forward   reads the copies, which stand in the parameters' places
-    backward  one micro-batch: a copy keeps its gradient;  more: fp32 sums += gradients of the copies, which frees them
-    end       the parameters are back; `holder(param).grad` is the gradient
+    begin     copies = round(parameters)      but for those that the optimizer's kernel has written already
+    forward   the copies stand in `module._parameters`, where the parameters were
+    backward  one micro-batch: each copy keeps its gradient;  more: fp32 sums += gradients of copies, then freed
+    end       the parameters are back; `grad_holder(param).grad` is the gradient
 
-It gives what FSDP2's mixed precision gives where nothing is sharded over data axes, without hooks on modules, in memory
-that never moves, which a CUDA graph of forward and backward needs, and without the passes over memory that turn bf16
-gradients into fp32 ones where there is nothing to sum. A gradient that is pending over tp (a norm's) is summed in the
-parameters' dtype always: `align_gradients` reduces it once a step.
+The results are those of FSDP2's mixed precision where data axes shard nothing. There are no hooks on modules, the
+copies never move (a CUDA graph of forward and backward needs that), and a single bf16 gradient is not copied to fp32. A
+gradient that is a partial sum over tp (a norm's) goes to fp32 all the same: `align_gradients` reduces it once a step.
 """
 
 from __future__ import annotations
@@ -28,18 +27,20 @@ from colrow.torch_compat import foreach, version
 class ComputeWeights:
     """Copies in `dtype` of all parameters of `model`, whose tensors must be their final ones.
 
-    The optimizer and checkpoints see the parameters alone; what they write is read at the next `reading` or `summing`.
-    torch counts no writes of its fused optimizers: theirs would not be seen.
+    The optimizer and checkpoints see the parameters alone. What they write is copied at the next `use_copies` or
+    `accumulate`: stale copies are found by tensor version counters. torch's fused optimizers do not bump them: do not
+    use those here. Code that writes a parameter and its copy calls `mark_current(params)`.
 
     Args:
-        replayed: a CUDA graph runs each micro-batch: what is done for one is done for all, without Python.
+        graphed: a CUDA graph runs each micro-batch, so all micro-batches run the same kernels: sums start from zeros,
+            and the first gradient is added too instead of being copied.
 
     Attributes:
-        copies: by parameter. Who changes a parameter and its copy alike says so: `written`.
+        copies: by parameter.
     """
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, dtype: torch.dtype, *, replayed: bool = False) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype, *, graphed: bool = False) -> None:
         self._owners = [
             (module, name, param)
             for module in model.modules()
@@ -47,21 +48,21 @@ class ComputeWeights:
             if param is not None
         ]
         self.copies = {param: self._copy_of(param, dtype) for param in model.parameters()}  # a tied one once
-        self._replayed = replayed
+        self._graphed = graphed
         self._sums: dict[nn.Parameter, Tensor] = {}
-        self._stored: set[nn.Parameter] = set()
-        self._keep = self._add_always = False
-        self._rounded: dict[nn.Parameter, tuple[int, int, int]] = {}
+        self._has_sum: set[nn.Parameter] = set()  # whose entry of `_sums` holds this step's gradients
+        self._keep_on_copies = self._always_add = False
+        self._version_at_copy: dict[nn.Parameter, tuple[int, int, int]] = {}
 
     @contextmanager
-    def reading(self) -> Iterator[None]:
-        """The model computes with copies of what the parameters are now."""
+    def use_copies(self) -> Iterator[None]:
+        """Within, the model computes with copies of the current parameters."""
         with torch.no_grad():
-            stale = [param for param in self.copies if self._rounded.get(param) != _version(param)]
+            stale = [param for param in self.copies if self._version_at_copy.get(param) != _version(param)]
             if stale:
                 copies, params = [self.copies[param] for param in stale], stale
                 foreach("copy_", [local_tensor(t) for t in copies], [local_tensor(t) for t in params])
-                self.written(stale)
+                self.mark_current(stale)
         self._place(self.copies)
         try:
             yield
@@ -69,36 +70,36 @@ class ComputeWeights:
             self._place({})
 
     @contextmanager
-    def summing(self, micro_batches: int) -> Iterator[None]:
-        """`reading`; at its end the holders have the sums over the backwards within, until `drop_gradients`."""
-        self._keep = micro_batches == 1
-        self._add_always = self._replayed and not self._keep
-        self._stored.clear()
-        if self._add_always and self._sums:
+    def accumulate(self, micro_batches: int) -> Iterator[None]:
+        """`use_copies`; afterwards `grad_holder` has the sum over the backwards within, until `drop_gradients`."""
+        self._keep_on_copies = micro_batches == 1
+        self._always_add = self._graphed and not self._keep_on_copies
+        self._has_sum.clear()
+        if self._always_add and self._sums:
             foreach("zero_", [local_tensor(total) for total in self._sums.values()])
-        with self.reading():
+        with self.use_copies():
             yield
-        for param in self._sums if self._add_always else self._stored:
+        for param in self._sums if self._always_add else self._has_sum:
             param.grad = self._sums[param]
 
-    def holder(self, param: nn.Parameter) -> nn.Parameter:
-        """Whose `.grad` is the gradient of `param`: the copy's where it was kept, else the parameter's own."""
+    def grad_holder(self, param: nn.Parameter) -> nn.Parameter:
+        """The tensor whose `.grad` is the gradient of `param`: its copy where that kept it, else `param` itself."""
         copy = self.copies[param]
         return param if copy.grad is None else copy
 
     def drop_gradients(self) -> None:
-        """Free what the copies keep."""
+        """Free the gradients that copies keep; `zero_grad` of the optimizer frees those of the parameters."""
         for copy in self.copies.values():
             copy.grad = None
 
     @torch.no_grad()
-    def written(self, params: Iterable[nn.Parameter]) -> None:
-        """The copies of `params` are what the parameters are."""
-        self._rounded.update((param, _version(param)) for param in params)
+    def mark_current(self, params: Iterable[nn.Parameter]) -> None:
+        """Declare that the copies of `params` hold the parameters' values already."""
+        self._version_at_copy.update((param, _version(param)) for param in params)
 
-    def _place(self, instead: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    def _place(self, replacements: Mapping[nn.Parameter, nn.Parameter]) -> None:
         for module, name, param in self._owners:
-            module._parameters[name] = instead.get(param, param)
+            module._parameters[name] = replacements.get(param, param)
 
     def _copy_of(self, param: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
         copy = nn.Parameter(param.detach().to(dtype, copy=True), requires_grad=param.requires_grad)
@@ -110,36 +111,37 @@ class ComputeWeights:
     def _receive(self, param: nn.Parameter, copy: Tensor) -> None:
         grad = copy.grad
         assert grad is not None
-        pending = isinstance(grad, DTensor) and any(placement.is_partial() for placement in grad.placements)
-        if self._keep and not pending:
+        partial_over_tp = isinstance(grad, DTensor) and any(placement.is_partial() for placement in grad.placements)
+        if self._keep_on_copies and not partial_over_tp:
             return
-        copy.grad = None
+        copy.grad = None  # in the hook: of all low-precision gradients only one is alive at a time
         if param not in self._sums:
             self._sums[param] = _empty_like(grad, param.dtype)
-            if self._add_always:
+            if self._always_add:
                 local_tensor(self._sums[param]).zero_()
         self._add(param, grad)
 
     def _add(self, param: nn.Parameter, grad: Tensor) -> None:
         total = local_tensor(self._sums[param])
-        if self._add_always or param in self._stored:
+        if self._always_add or param in self._has_sum:
             total.add_(local_tensor(grad))
         else:
-            self._stored.add(param)
+            self._has_sum.add(param)
             total.copy_(local_tensor(grad))
 
 
 def _version(param: nn.Parameter) -> tuple[int, int, int]:
-    """Another one as soon as an operation writes into the parameter, or something puts other memory in its place.
+    """Changes when an operation writes into the parameter, or when its memory is exchanged.
 
-    A DTensor's operations are counted at the DTensor, those on its local tensor there. Fused kernels are not counted.
+    Operations on a DTensor bump the DTensor's counter, operations on its local tensor that one's; fused kernels bump
+    none.
     """
     local = local_tensor(param)
     return local.data_ptr(), version(local), version(param)
 
 
 def _empty_like(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of the gradient's placements, which need not be the parameter's."""
+    """Has the gradient's placements, which need not be the parameter's."""
     local = torch.empty_like(local_tensor(grad), dtype=dtype, memory_format=torch.contiguous_format)
     if not isinstance(grad, DTensor):
         return local

@@ -8,6 +8,7 @@ micro-batches and reduced over the data axes once, after the last.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,17 +19,15 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble, ScheduleLoopedBFS
 from torch.distributed.tensor import DTensor
 
-from colrow.config import PipelineSection
 from colrow.errors import ConfigError, PlanError
 from colrow.parallel.loss import loss_context, tp_degree
-from colrow.parallel.pipeline_split import layer_costs, split_layers
-from colrow.parallel.pipeline_stage import Stage, Tie, cut_stages
+from colrow.parallel.pipeline_stage import Stage, Tie
 from colrow.plans.plan import Plan
 from colrow.sharding.grad_norm import align_gradients
 from colrow.sharding.layout import local_tensor
 from colrow.styles.linear_head import PendingTargets, expect_targets
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+LossFunction = Callable[[Tensor, Tensor], Tensor]
 """Logits [B, T, V] and targets [B, T] to the mean loss over them, a scalar."""
 
 _SCHEDULES: dict[str, Any] = {
@@ -39,81 +38,50 @@ _SCHEDULES: dict[str, Any] = {
 }
 
 
-def build_pipeline(
-    model: nn.Module,
-    plan: Plan,
-    mesh: DeviceMesh,
-    loss: Loss,
-    section: PipelineSection,
-    prepare: Callable[[Stage], None],
-    *,
-    micro_batches: int,
-    micro_batch: int,
-    seq_len: int,
-    dtype: torch.dtype,
-) -> PipelineRunner:
-    """Cut `model` into stages, make this rank's ready with `prepare`, and return what runs them.
+@dataclass(frozen=True)
+class PipelineOptions:
+    """Sizes and schedule, which torch's stages have to know before the first batch.
 
-    Args:
-        model: the whole single-device model, on the meta device; it stays as it is.
-        mesh: has the axes pp and tp.
-        loss: the mean loss of one micro-batch; not called where the plan's loss is `linear`, which the head computes.
-        prepare: does to `stage.module`, in place, what would be done to a whole model: `parallelize` (with
-            `absent=stage.absent`), activation checkpointing, compile, `apply_data_parallel`, memory and weights.
+    Attributes:
+        schedule: `pipeline.schedule` of a config.
         micro_batches: micro-batches of this data rank in a step.
-        micro_batch: sequences in one.
+        micro_batch_size: sequences in one.
         seq_len: tokens in a sequence.
         dtype: of hidden states: the compute dtype.
+    """
+
+    schedule: str
+    micro_batches: int
+    micro_batch_size: int
+    seq_len: int
+    dtype: torch.dtype
+
+
+class PipelineRunner:
+    """Runs this rank's stages together with the other ranks'.
+
+    Args:
+        stages: of `split_stages`, each prepared in place as a model without a pipeline would be: `parallelize` (with
+            `absent=stage.absent`), activation checkpointing, compile, `apply_data_parallel`, memory and weights.
+        mesh: has the axes pp and tp.
+        loss: the mean loss of one micro-batch; not called where the plan's loss is `linear`, which the head computes.
 
     Raises:
         ConfigError: the schedule cannot run so many micro-batches or stages (`check_pipeline` says so earlier).
     """
-    count = mesh["pp"].size() * section.stages_per_rank
-    config: Any = model.config
-    cut = section.split or split_layers(layer_costs(config, seq_len, micro_batch), count)
-    stages = cut_stages(model, mesh, cut)
-    for stage in stages:
-        prepare(stage)
-    return PipelineRunner(
-        stages,
-        plan,
-        mesh,
-        loss,
-        schedule=section.schedule,
-        micro_batches=micro_batches,
-        micro_batch=micro_batch,
-        seq_len=seq_len,
-        dtype=dtype,
-    )
-
-
-class PipelineRunner:
-    """This rank's prepared stages and their schedule; the arguments are `build_pipeline`'s."""
 
     def __init__(
-        self,
-        stages: list[Stage],
-        plan: Plan,
-        mesh: DeviceMesh,
-        loss: Loss,
-        *,
-        schedule: str,
-        micro_batches: int,
-        micro_batch: int,
-        seq_len: int,
-        dtype: torch.dtype,
+        self, stages: list[Stage], plan: Plan, mesh: DeviceMesh, loss: LossFunction, options: PipelineOptions
     ) -> None:
-        self.stages, self.plan, self.mesh, self.loss = stages, plan, mesh, loss
-        self.schedule, self.micro_batches = schedule, micro_batches
-        self.micro_batch, self.seq_len, self.dtype = micro_batch, seq_len, dtype
+        self.stages, self.plan, self.mesh, self.loss, self.options = stages, plan, mesh, loss, options
         self.group: dist.ProcessGroup = mesh["pp"].get_group()
         self.ties = stages[0].ties
-        here = torch.cuda.current_device() if mesh.device_type == "cuda" else None
-        self.device = torch.device(mesh.device_type if here is None else f"cuda:{here}")
+        index = torch.cuda.current_device() if mesh.device_type == "cuda" else None
+        self.device = torch.device(mesh.device_type if index is None else f"cuda:{index}")
         self._head_computes_loss = plan.loss == "linear"
-        self._train: Any = self._schedule(_SCHEDULES[schedule], micro_batches)
-        self._evaluate: dict[int, Any] = {}
-        self._tied = False
+        self._train: Any = self._schedule(_SCHEDULES[options.schedule], options.micro_batches)
+        self._evaluate: dict[int, Any] = {}  # schedules by their number of micro-batches
+        self._copies_are_equal = False
 
     def forward_backward(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Add the gradients of the mean loss over all micro-batches, reduced over the data axes, to `.grad`.
@@ -122,32 +90,32 @@ class PipelineRunner:
         nothing waits for the device.
 
         Args:
-            ids, targets: [micro_batches * micro_batch, seq_len], the same on every stage of this data rank.
+            ids, targets: [micro_batches * micro_batch_size, seq_len], the same on every stage of this data rank.
 
         Returns:
             The mean loss over this data rank's micro-batches, a scalar on every stage.
         """
-        self._check_shape(ids, self.micro_batches)
-        self._tie_once()
-        total = self._run(self._train.step, ids, targets, self.micro_batches)
+        self._check_shape(ids, self.options.micro_batches)
+        self._equalize_copies()
+        total = self._run(self._train.step, ids, targets, self.options.micro_batches)
         self._sum_tied_gradients()
         return total
 
     @torch.no_grad()
     def evaluate(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss of the micro-batches in `ids` and `targets` ([n * micro_batch, seq_len]), forward alone; a
-        scalar on every stage."""
-        count = ids.shape[0] // self.micro_batch
+        """The mean loss of the micro-batches in `ids` and `targets` ([n * micro_batch_size, seq_len]), forward alone;
+        a scalar on every stage."""
+        count = ids.shape[0] // self.options.micro_batch_size
         self._check_shape(ids, count)
-        self._tie_once()
+        self._equalize_copies()
         if count not in self._evaluate:
-            # Stages of their own: buffers of a training schedule want gradients.
-            kind = ScheduleGPipe if len(self.stages) == 1 else ScheduleLoopedBFS
-            self._evaluate[count] = self._schedule(kind, count)
+            # Not the training schedule's stages: their receive buffers require gradients.
+            schedule_cls = ScheduleGPipe if len(self.stages) == 1 else ScheduleLoopedBFS
+            self._evaluate[count] = self._schedule(schedule_cls, count)
         return self._run(self._evaluate[count].eval, ids, targets, count)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters of this rank's stages, under the whole model's names."""
+        """The parameters of this rank's stages, under the names of the model that was split."""
         for stage in self.stages:
             yield from stage.module.named_parameters()
 
@@ -163,8 +131,8 @@ class PipelineRunner:
                     yield param
 
     def copy_tied_weights(self) -> None:
-        """Give copies of another stage's parameters its value. The runner's first use does so by itself."""
-        for tie, param, peer in self._tied_here():
+        """Give copies of another stage's parameters its value; the first step or evaluation does so by itself."""
+        for tie, param, peer in self._ties_of_rank():
             local = local_tensor(param.detach())
             if self._holds(tie.original_stage):
                 dist.send(local.contiguous(), group=self.group, group_dst=peer)
@@ -173,21 +141,23 @@ class PipelineRunner:
                 dist.recv(value, group=self.group, group_src=peer)
                 local.copy_(value)
 
-    def _tie_once(self) -> None:
-        if not self._tied:
+    def _equalize_copies(self) -> None:
+        # Not in __init__: weights may be loaded after the runner is built. Later, equal gradients keep copies equal.
+        if not self._copies_are_equal:
             self.copy_tied_weights()
-            self._tied = True
+            self._copies_are_equal = True
 
     def _run(self, step: Callable[..., Any], ids: Tensor, targets: Tensor, count: int) -> Tensor:
         inputs = (ids.contiguous(),) if self.stages[0].first else ()
         losses: list[Tensor] = []
         outputs = {"target": targets, "losses": losses} if self.stages[-1].last else {}
         if self._head_computes_loss and outputs:
-            parts = [PendingTargets(part, targets.numel(), -100) for part in targets.chunk(count)]
-            expect_targets(self.stages[-1].module, parts)
+            # each micro-batch's sum over the tokens of all of them: the losses add up to the mean
+            pending = [PendingTargets(chunk, targets.numel(), -100) for chunk in targets.chunk(count)]
+            expect_targets(self.stages[-1].module, pending)
         with loss_context(self.plan, self.mesh):
             step(*inputs, **outputs, return_outputs=False)
-        total = torch.zeros((), device=self.device, dtype=_loss_dtype(self.dtype))
+        total = torch.zeros((), device=self.device, dtype=_loss_dtype(self.options.dtype))
         for loss in losses:
             value = loss.detach()
             total += value.full_tensor() if isinstance(value, DTensor) else value
@@ -195,11 +165,12 @@ class PipelineRunner:
         return total
 
     def _sum_tied_gradients(self) -> None:
-        for _, param, peer in self._tied_here():
+        for _, param, peer in self._ties_of_rank():
             if not param.requires_grad:
                 continue
             assert param.grad is not None
-            align_gradients([param])  # the embedding's gradient comes whole, the head's as a shard
+            # a full table from the embedding, a shard from the head: only alike can be summed
+            align_gradients([param])
             mine = local_tensor(param.grad)
             theirs = torch.empty_like(mine, memory_format=torch.contiguous_format)
             exchange = [
@@ -210,7 +181,7 @@ class PipelineRunner:
                 work.wait()
             mine.add_(theirs)  # a + b is b + a: both copies get the same bits, so they never drift apart
 
-    def _tied_here(self) -> Iterator[tuple[Tie, nn.Parameter, int]]:
+    def _ties_of_rank(self) -> Iterator[tuple[Tie, nn.Parameter, int]]:
         """Each shared parameter that a stage of this rank holds, and the pipeline rank of the other stage."""
         pp = self.group.size()
         for tie in self.ties:
@@ -223,50 +194,52 @@ class PipelineRunner:
     def _holds(self, index: int) -> bool:
         return any(stage.index == index for stage in self.stages)
 
-    def _schedule(self, kind: Any, micro_batches: int) -> Any:
-        stages = [self._stage(stage) for stage in self.stages]
-        single = kind in (ScheduleGPipe, Schedule1F1B)
+    def _schedule(self, schedule_cls: Any, micro_batches: int) -> Any:
+        stages = [self._static_stage(stage) for stage in self.stages]
+        single = schedule_cls in (ScheduleGPipe, Schedule1F1B)
         if single and len(stages) > 1:
             raise ConfigError(
-                f"pipeline.schedule={self.schedule} runs one stage on each rank, and there are {len(stages)}: "
+                f"pipeline.schedule={self.options.schedule} runs one stage on each rank, and there are {len(stages)}: "
                 "use schedule interleaved_1f1b"
             )
 
         def loss(output: Tensor, targets: Tensor) -> Tensor:
-            """This micro-batch's part of the mean over all of them."""
+            """This micro-batch's term in the mean over all of them."""
             return output if self._head_computes_loss else self.loss(output, targets) / micro_batches
 
         try:
-            return kind(stages[0] if single else stages, micro_batches, loss_fn=loss, scale_grads=False)
+            return schedule_cls(stages[0] if single else stages, micro_batches, loss_fn=loss, scale_grads=False)
         except ValueError as error:
-            raise ConfigError(f"pipeline.schedule={self.schedule}: {error}") from error
+            raise ConfigError(f"pipeline.schedule={self.options.schedule}: {error}") from error
 
-    def _stage(self, stage: Stage) -> PipelineStage:
+    def _static_stage(self, stage: Stage) -> PipelineStage:
         config: Any = stage.module.config
+        batch_size, seq_len, dtype = self.options.micro_batch_size, self.options.seq_len, self.options.dtype
         shards = tp_degree(self.mesh) if self.plan.sequence_parallel() else 1
-        hidden = (self.micro_batch, self.seq_len // shards, config.hidden_size)
-        logits = (self.micro_batch, self.seq_len, config.vocab_size)
-        last = _meta((), _loss_dtype(self.dtype)) if self._head_computes_loss else _meta(logits, self.dtype)
-        return _LlamaStage(
+        hidden = _meta((batch_size, seq_len // shards, config.hidden_size), dtype)
+        logits = _meta((batch_size, seq_len, config.vocab_size), dtype)
+        last = _meta((), _loss_dtype(dtype)) if self._head_computes_loss else logits
+        return StaticShapeStage(
             stage,
-            self.seq_len,
+            seq_len,
             self.device,
             self.group,
-            receives=_meta((self.micro_batch, self.seq_len), torch.int64) if stage.first else _meta(hidden, self.dtype),
-            sends=last if stage.last else _meta(hidden, self.dtype),
+            receives=_meta((batch_size, seq_len), torch.int64) if stage.first else hidden,
+            sends=last if stage.last else hidden,
         )
 
     def _check_shape(self, ids: Tensor, count: int) -> None:
-        want = (count * self.micro_batch, self.seq_len)
+        batch_size, seq_len = self.options.micro_batch_size, self.options.seq_len
+        want = (count * batch_size, seq_len)
         if tuple(ids.shape) != want or not count:
             raise ConfigError(
-                f"the pipeline was built for batches of {count or 1} × {self.micro_batch} sequences of {self.seq_len} "
+                f"the pipeline was built for batches of {count or 1} × {batch_size} sequences of {seq_len} "
                 f"tokens, and one of shape {tuple(ids.shape)} came: give it {want} or build another"
             )
 
 
-class _LlamaStage(PipelineStage):
-    """torch's stage, told every shape beforehand so that no trial run of the model is needed."""
+class StaticShapeStage(PipelineStage):
+    """torch's stage with the shapes of its input and output given, so that it runs no trial forward to find them."""
 
     def __init__(
         self,
@@ -284,7 +257,7 @@ class _LlamaStage(PipelineStage):
         self._seq_len, self._sends = seq_len, sends
 
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
-        # Not as an argument of the schedule's step: a zero-bubble backward of torch 2.11 takes each for a tensor.
+        # Not as an argument of the schedule's step: zero-bubble backward in torch 2.11 treats each one as a tensor.
         return self.submod(*args, seq_len=self._seq_len, **kwargs)
 
     def forward_one_chunk(
@@ -297,7 +270,8 @@ class _LlamaStage(PipelineStage):
         output = super().forward_one_chunk(fwd_chunk_id, args, kwargs, save_forward_output)
         if self.is_last:
             if not self.has_backward:
-                self.fwd_cache[fwd_chunk_id] = ((), [])  # the logits of an evaluation go with their micro-batch
+                # torch would keep every micro-batch's logits until the schedule ends, and no backward reads them
+                self.fwd_cache[fwd_chunk_id] = ((), [])
         elif isinstance(output, DTensor) or output.shape != self._sends.shape:
             raise PlanError(
                 f"pipeline stage {self.stage_index} hands on {type(output).__name__} {tuple(output.shape)}, and the "

@@ -1,6 +1,6 @@
-"""Where a model is cut into pipeline stages, and what a schedule asks of a config. No process group is needed.
+"""Where a model is split into pipeline stages, and what a schedule requires of a config. No process group is needed.
 
-A cut is written as the first layer of each stage after the first: (8, 16, 24) makes four stages. The embedding goes
+A split is written as the first layer of each stage after the first: (8, 16, 24) makes four stages. The embedding goes
 with the first layer and the head with the last, so the balance counts their costs there.
 """
 
@@ -10,39 +10,50 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
 from math import inf
+from typing import Any
 
 import torch
 from torch import nn
 
 from colrow.config import RunConfig
+from colrow.data.loader import check_batch
 from colrow.errors import ConfigError
 from colrow.models.llama import LlamaConfig
 from colrow.models.shapes import flops_per_token
 
-# The embedding does no products. What it costs is its gradient, a whole table for every micro-batch: written as
+# The embedding has no matmul. What it costs is its gradient, a dense [V, D] table for every micro-batch: written as
 # zeros, filled, and added to the sum, about 12 bytes an element. An H100 does some 200 FLOP in the time of one byte.
 _EMBEDDING_FLOP = 12 * 200
 
 
-def layer_costs(config: LlamaConfig, seq_len: int, micro_batch: int) -> list[float]:
+def first_layers(config: RunConfig, model: nn.Module) -> tuple[int, ...]:
+    """The split of `config` for `split_stages`: as `pipeline.split` has it, else the balanced one; () without pp."""
+    if config.mesh.pp == 1:
+        return ()
+    model_config: Any = model.config
+    costs = layer_costs(model_config, config.data.seq_len, config.train.micro_batch)
+    return config.pipeline.split or split_layers(costs, stage_count(config))
+
+
+def layer_costs(config: LlamaConfig, seq_len: int, micro_batch_size: int) -> list[float]:
     """FLOPs for one token of each layer, forward and backward; the first counts the embedding too, the last the head.
 
     Args:
         seq_len: tokens in a sequence.
-        micro_batch: sequences in a micro-batch.
+        micro_batch_size: sequences in a micro-batch.
     """
     table = config.vocab_size * config.hidden_size
     layers = flops_per_token(config, seq_len, causal=True) - 6 * table
     costs = [layers / config.num_hidden_layers] * config.num_hidden_layers
-    costs[0] += _EMBEDDING_FLOP * table / (seq_len * micro_batch)
+    costs[0] += _EMBEDDING_FLOP * table / (seq_len * micro_batch_size)
     costs[-1] += 6 * table
     return costs
 
 
 def split_layers(costs: Sequence[float], stages: int) -> tuple[int, ...]:
-    """The cut into `stages` runs of layers whose dearest run is cheapest: first layer of each stage after the first.
+    """The split into `stages` runs of layers whose most expensive run is cheapest: first layer of each later stage.
 
-    Of such cuts the evenest (least sum of squares), and of those the one with fewer layers at the front, where more
+    Of such splits the evenest (least sum of squares), and of those the one with fewer layers at the front, where more
     micro-batches are in flight.
 
     Raises:
@@ -54,26 +65,28 @@ def split_layers(costs: Sequence[float], stages: int) -> tuple[int, ...]:
     before = [0.0, *accumulate(costs)]
 
     def run(first: int, end: int) -> float:
-        """Layers first..end as a share of all, rounded so that equal runs compare equal."""
+        """Cost of layers first..end as a share of all, rounded so that equal runs compare equal."""
         return round((before[end] - before[first]) / before[-1], 9)
 
     def ends(first: int, stages: int) -> range:
         return range(first + 1, layers - stages + 2)
 
     @cache
-    def dearest(first: int, stages: int) -> float:
+    def lowest_maximum(first: int, stages: int) -> float:
         if stages == 1:
             return run(first, layers)
-        return min(max(run(first, end), dearest(end, stages - 1)) for end in ends(first, stages))
+        return min(max(run(first, end), lowest_maximum(end, stages - 1)) for end in ends(first, stages))
 
-    limit = dearest(0, stages)
+    limit = lowest_maximum(0, stages)
 
     @cache
     def evenest(first: int, stages: int) -> tuple[float, tuple[int, ...]]:
         if stages == 1:
             return _square_within(run(first, layers), limit), ()
         rests = ((end, *evenest(end, stages - 1)) for end in ends(first, stages))
-        return min((round(_square_within(run(first, end), limit) + rest, 9), (end, *cut)) for end, rest, cut in rests)
+        return min(
+            (round(_square_within(run(first, end), limit) + rest, 9), (end, *split)) for end, rest, split in rests
+        )
 
     return evenest(0, stages)[1]
 
@@ -82,31 +95,13 @@ def _square_within(run: float, limit: float) -> float:
     return run * run if run <= limit else inf
 
 
-def micro_batches(config: RunConfig) -> int:
-    """Micro-batches of one data-parallel rank in one step.
-
-    Raises:
-        ConfigError: global_batch does not divide into them.
-    """
-    train, dp = config.train, config.mesh.dp
-    unit = dp * train.micro_batch
-    if train.global_batch % unit:
-        below = train.global_batch // unit * unit
-        near = f"{below} or {below + unit}" if below else str(unit)
-        raise ConfigError(
-            f"train.global_batch={train.global_batch} is not divisible by dp={dp} × micro_batch={train.micro_batch}: "
-            f"use {near}"
-        )
-    return train.global_batch // unit
-
-
 def stage_count(config: RunConfig) -> int:
     """Pipeline stages over all ranks."""
     return config.mesh.pp * config.pipeline.stages_per_rank
 
 
 def require_parts(model: nn.Module) -> nn.ModuleList:
-    """The model's layers. Raises ConfigError when its parts cannot be left out on a stage."""
+    """The model's layers. Raises ConfigError when the model does not run without some of its parts."""
     layers = getattr(model, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not hasattr(model, "embed_tokens"):
         raise ConfigError(
@@ -117,7 +112,7 @@ def require_parts(model: nn.Module) -> nn.ModuleList:
 
 
 def check_pipeline(config: RunConfig, layers: int) -> None:
-    """Raise ConfigError, with the mend, when the pipeline of this config cannot run on a model of `layers` layers."""
+    """Raise ConfigError, with the fix, when the pipeline of this config cannot run on a model of `layers` layers."""
     pp, pipeline = config.mesh.pp, config.pipeline
     if pp == 1:
         return
@@ -132,7 +127,7 @@ def check_pipeline(config: RunConfig, layers: int) -> None:
             "pipeline.schedule=interleaved_1f1b needs several stages on each rank: set pipeline.stages_per_rank to 2, "
             "or use schedule 1f1b"
         )
-    _check_cut(config, layers)
+    _check_split(config, layers)
     _check_micro_batches(config)
     if pipeline.schedule == "zero_bubble":
         if config.train.activation_checkpoint == "selective":
@@ -148,16 +143,14 @@ def check_pipeline(config: RunConfig, layers: int) -> None:
             )
 
 
-def _check_cut(config: RunConfig, layers: int) -> None:
+def _check_split(config: RunConfig, layers: int) -> None:
     pp, per_rank, stages = config.mesh.pp, config.pipeline.stages_per_rank, stage_count(config)
     if stages > layers:
         fits = [n for n in range(1, layers + 1) if n * per_rank <= layers]
-        mend = (
-            f"use mesh.pp {fits[-1]} or less" if fits else f"use pipeline.stages_per_rank {layers // pp or 1} or less"
-        )
+        fix = f"use mesh.pp {fits[-1]} or less" if fits else f"use pipeline.stages_per_rank {layers // pp or 1} or less"
         raise ConfigError(
             f"mesh.pp={pp}{f' × stages_per_rank={per_rank}' if per_rank > 1 else ''} makes {stages} pipeline stages, "
-            f"more than the model's {layers} layers: {mend}"
+            f"more than the model's {layers} layers: {fix}"
         )
     split = config.pipeline.split
     if split is None:
@@ -177,7 +170,7 @@ def _check_cut(config: RunConfig, layers: int) -> None:
 
 def _check_micro_batches(config: RunConfig) -> None:
     pp, schedule, train = config.mesh.pp, config.pipeline.schedule, config.train
-    count = micro_batches(config)
+    count = check_batch(train.global_batch, train.micro_batch, config.mesh.dp)
     if _runs(schedule, pp, count):
         return
     unit = config.mesh.dp * train.micro_batch

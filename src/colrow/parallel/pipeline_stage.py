@@ -1,8 +1,14 @@
-"""Stages: parts of a single-device model, each a model of its own with the same names.
+"""Pipeline stages of a single-device model, each a model of its own with the same names.
 
 A stage is the model with everything that another stage runs set to None (`embed_tokens`, entries of `layers`, `norm`,
 `lm_head`), so that `layers.17.mlp.up_proj.weight` is called so on every mesh. Stage s runs on rank s mod pp of the
 pipeline axis.
+
+[Note: ties over stages]
+A parameter that two stages need (an embedding that is the output head too) cannot be one tensor: each stage holds a
+copy. Both start from the original's values; after every step's backward the two partial gradients are exchanged and
+summed, and since a + b == b + a in floating point, both optimizers see the same bits and the copies never differ. The
+copy is left out where a parameter counts once: in the gradient norm and in checkpoints.
 """
 
 from __future__ import annotations
@@ -17,16 +23,14 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.errors import ConfigError
+from colrow.models.blocks import blocks_of
 from colrow.parallel.parallelize import tied_parameters
 from colrow.parallel.pipeline_split import require_parts
-
-_ENDS = ("embed_tokens", "norm", "lm_head")
 
 
 @dataclass(frozen=True)
 class Tie:
-    """One parameter of the whole model that two stages need: each holds a copy, and `original` is the one that counts
-    in norms and stands in checkpoints."""
+    """A parameter that two stages hold, by its two names: see [Note: ties over stages]."""
 
     original: str
     original_stage: int
@@ -36,15 +40,15 @@ class Tie:
 
 @dataclass(frozen=True)
 class Stage:
-    """One pipeline stage on this rank."""
+    """One pipeline stage on this rank; without a pipeline the model is the only one."""
 
     module: nn.Module
-    index: int
-    count: int
+    index: int = 0
+    count: int = 1
     """Stages over all ranks."""
-    absent: frozenset[str]
-    """Names of the whole model's modules that other stages hold: `parallelize` wants them."""
-    ties: tuple[Tie, ...]
+    absent: frozenset[str] = frozenset()
+    """Names of the model's modules that other stages hold: `parallelize` needs them."""
+    ties: tuple[Tie, ...] = ()
     """All parameters that two stages share, the same on every rank."""
 
     @property
@@ -58,20 +62,19 @@ class Stage:
     @property
     def blocks(self) -> list[nn.Module]:
         """The layers that this stage runs, in order."""
-        layers: Any = self.module.layers
-        return [layer for layer in layers if layer is not None]
+        return blocks_of(self.module)
 
     @property
     def copies(self) -> dict[str, str]:
-        """Parameters here that are copies of another stage's: their names to the original's. They take the original's
-        initial value, and a checkpoint holds the original alone."""
+        """Parameters here that are copies of another stage's: their names to the original's."""
         return {tie.copy: tie.original for tie in self.ties if tie.copy_stage == self.index}
 
 
-def cut_stages(model: nn.Module, mesh: DeviceMesh, first_layers: tuple[int, ...]) -> list[Stage]:
+def split_stages(model: nn.Module, mesh: DeviceMesh, first_layers: tuple[int, ...]) -> list[Stage]:
     """This rank's stages of `model`, in order; the model itself stays as it is.
 
-    Each stage is a copy of its part, so cut while the model is on the meta device, where a copy costs nothing.
+    Each stage is a copy, so split while the model is on the meta device, where a copy costs nothing. Without a
+    pipeline (pp 1 and no `first_layers`) the stage is the model itself, any model.
 
     Args:
         model: has `layers` and may have `embed_tokens`, `norm` and `lm_head`; runs with any of them, and any layers,
@@ -80,21 +83,23 @@ def cut_stages(model: nn.Module, mesh: DeviceMesh, first_layers: tuple[int, ...]
         first_layers: the first layer of each stage after the first (`split_layers`, or `pipeline.split`).
 
     Raises:
-        ConfigError: the model cannot be cut, or the stages do not spread evenly over pp.
+        ConfigError: the model cannot be split, or the stages do not spread evenly over pp.
     """
-    layers = require_parts(model)
     pp, count = mesh["pp"].size(), len(first_layers) + 1
+    if pp == count == 1:
+        return [Stage(model)]
+    layers = require_parts(model)
     if count % pp:
-        raise ConfigError(f"{count} stages do not spread evenly over pp={pp}: cut the model into a multiple of {pp}")
+        raise ConfigError(f"{count} stages do not spread evenly over pp={pp}: split the model into a multiple of {pp}")
     bounds = [0, *first_layers, len(layers)]
     ties = _ties(model, bounds)
-    everything = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    all_names = {name for name, _ in model.named_modules(remove_duplicate=False)}
     stages = []
     for index in range(mesh["pp"].get_local_rank(), count, pp):
         with _only(model, range(bounds[index], bounds[index + 1]), index == 0, index == count - 1):
-            part = copy.deepcopy(model)
-        present = {name for name, _ in part.named_modules(remove_duplicate=False)}
-        stages.append(Stage(part, index, count, frozenset(everything - present), ties))
+            module = copy.deepcopy(model)
+        present = {name for name, _ in module.named_modules(remove_duplicate=False)}
+        stages.append(Stage(module, index, count, frozenset(all_names - present), ties))
     return stages
 
 
@@ -123,11 +128,11 @@ def _ties(model: nn.Module, bounds: list[int]) -> tuple[Tie, ...]:
     last = len(bounds) - 2
 
     def stage_of(name: str) -> int:
-        kind, _, rest = name.partition(".")
-        if kind == "layers":
+        top, _, rest = name.partition(".")
+        if top == "layers":
             layer = int(rest.partition(".")[0])
             return next(stage for stage in range(last + 1) if layer < bounds[stage + 1])
-        return 0 if kind == "embed_tokens" else last
+        return 0 if top == "embed_tokens" else last
 
     ties = []
     for names in tied_parameters(model):
@@ -137,7 +142,7 @@ def _ties(model: nn.Module, bounds: list[int]) -> tuple[Tie, ...]:
         if len(names) > 2:
             raise ConfigError(
                 f"{', '.join(names)} are one parameter in {len(set(stages))} pipeline stages, and only two stages can "
-                "share one: move the cut (pipeline.split) so that the layers which share it are in one stage"
+                "share one: move the split (pipeline.split) so that the layers which share it are in one stage"
             )
         ties.append(Tie(names[0], stages[0], names[1], stages[1]))
     return tuple(ties)

@@ -82,7 +82,7 @@ def _attention(training: Training, seq_len: int) -> str | None:
     tp = 1 if _gathers_heads(training.plan) else training.mesh["tp"].size()
     return attention_kernel(
         training.device,
-        training.compute,
+        training.precision.compute_dtype,
         heads=shape.num_attention_heads // tp,
         kv_heads=max(shape.num_key_value_heads // tp, 1),
         head_dim=shape.head_dim,

@@ -168,7 +168,9 @@ def opening_lines(config: RunConfig, training: Training, start: int) -> list[str
     computed_by = ""
     if training.source.weights == "folder" and training.source.config is None:
         computed_by = f" by {type(training.source.model).__name__} of transformers"
-    compute = "fp32" if training.compute == torch.float32 else "bf16 over fp32 weights and gradient sums"
+    compute = (
+        "fp32" if training.precision.compute_dtype == torch.float32 else "bf16 over fp32 weights and gradient sums"
+    )
     lines = [
         f"model      {training.source.name}{computed_by}, {training.parameters:,} parameters",
         f"mesh       {config.mesh}, {where}",

@@ -8,7 +8,7 @@ from colrow.config import RunConfig
 from colrow.data.tokenizer import Tokenizer
 from colrow.models.generate import generate
 from colrow.train.setup import Training
-from colrow.train.step import WholeModel, reshard
+from colrow.train.step import SingleStageModel, reshard
 
 
 def sample(config: RunConfig, training: Training, tokenizer: Tokenizer) -> str:
@@ -17,14 +17,14 @@ def sample(config: RunConfig, training: Training, tokenizer: Tokenizer) -> str:
     Compiled blocks are run with the batch size and length that they were compiled for: others would compile again.
     """
     assert config.sample.prompt is not None
-    model = training.step.forward_backward
-    assert isinstance(model, WholeModel)
+    runner = training.step.forward_backward
+    assert isinstance(runner, SingleStageModel)
     prompt = tokenizer.encode(config.sample.prompt) or [tokenizer.eos_id]
     ids = torch.tensor([prompt], device=training.device)
     if training.compiled:
         ids = ids.expand(config.train.micro_batch, -1)
     sampled = generate(
-        model.logits,
+        runner.logits,
         ids,
         config.sample.tokens,
         temperature=config.sample.temperature,

@@ -1,11 +1,11 @@
-"""A function's kernels as a CUDA graph: one launch replays them all, and the CPU no longer sets a small step's pace.
+"""A function's kernels as a CUDA graph: one launch replays them all, so a small step is no longer CPU-bound.
 
 [Note: captured]
 Capturing runs the Python of a function and none of its kernels; replaying runs the kernels, on the same addresses, and
 no Python. So whatever the function reads and writes outside itself (weights, sums of gradients, the optimizer's state)
-must stay where it is, and numbers that Python knows are frozen. The first calls run as they are, on the stream of the
-capture: they compile, initialise NCCL's communicators, and let the optimizer and the gradients' sums take their memory.
-They are steps of training like the others.
+must keep its address, and Python numbers are frozen. The first calls run eagerly, on the stream of the capture: they
+compile, initialise NCCL's communicators, and allocate the optimizer's state and the gradients' sums. They are steps of
+training like the others.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ EAGER_STEPS = 2
 """Steps before the one that captures."""
 
 
-class Replayed:
+class GraphedFunction:
     """`function` of tensors and numbers, captured at the call that follows the first `eager_calls` ones.
 
-    Tensors keep their shapes and numbers their values from call to call. What it returns is a copy of its own.
+    Tensors keep their shapes and numbers their values from call to call. The result is a copy, which the next call
+    leaves alone.
     """
 
     def __init__(self, function: Callable[..., Tensor], eager_calls: int) -> None:
@@ -44,36 +45,36 @@ class Replayed:
         if self._graph is None:
             self._capture(args)
         assert self._graph is not None
-        for own, given in zip(self._args, args, strict=True):
-            if isinstance(own, Tensor) and isinstance(given, Tensor):
-                assert own.shape == given.shape, f"captured for {tuple(own.shape)}, called with {tuple(given.shape)}"
-                own.copy_(given)
+        for static, arg in zip(self._static_args, args, strict=True):
+            if isinstance(static, Tensor) and isinstance(arg, Tensor):
+                assert static.shape == arg.shape, f"captured for {tuple(static.shape)}, called with {tuple(arg.shape)}"
+                static.copy_(arg)
             else:
-                assert own == given, f"captured for {own}, called with {given}"
+                assert static == arg, f"captured for {static}, called with {arg}"
         self._graph.replay()
-        return self._result.clone()
+        return self._static_result.clone()
 
     @property
     def captured(self) -> bool:
-        """Whether calls replay the graph by now."""
+        """Whether calls replay the graph already."""
         return self._graph is not None
 
     def close(self) -> None:
-        """Give the graph up: NCCL's communicators do not end before the graphs that hold their kernels."""
+        """Free the graph: destroying NCCL's communicators waits for the graphs that hold their kernels."""
         if self._graph is not None:
             self._graph.reset()
 
     def _capture(self, args: tuple[Tensor | int, ...]) -> None:
-        self._args = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
+        self._static_args = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
         graph = torch.cuda.CUDAGraph()
-        # thread_local: NCCL's watchdog asks for the state of its events meanwhile, from a thread of its own
+        # thread_local: NCCL's watchdog thread queries its events meanwhile, which a global capture would forbid
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            self._result = self._function(*self._args)
+            self._static_result = self._function(*self._static_args)
         self._graph = graph
 
 
 def check_cuda_graph(config: RunConfig, device_type: str) -> None:
-    """Raise a ConfigError where `train.cuda_graph` is asked for and cannot be had."""
+    """Raise a ConfigError where `train.cuda_graph` is set and cannot work."""
     if not config.train.cuda_graph:
         return
     if config.mesh.world_size != config.mesh.tp:

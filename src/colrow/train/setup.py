@@ -1,20 +1,25 @@
-"""From a config to a model that trains: the one place that shows the order.
+"""From a model and a plan to a training: the one place that shows the order.
 
-    config -> model on the meta device -> plan -> pipeline stages
-           -> tensor parallelism -> activation checkpointing and compile, block by block -> data parallelism
+[Note: order of wrapping]
+
+    stages -> plan (tp) -> selective checkpointing -> compile -> full checkpointing -> FSDP2 (dp)
            -> memory -> weights -> optimizer
 
-Each comes before the next for a reason. Stages are cut while a copy costs nothing. The plan goes next because styles
-look for the model's own modules, and what follows has to repeat, or trace, the plan's collectives. Selective
-checkpointing chooses among operations, so compile traces it; full checkpointing runs the compiled block again. FSDP2's
-hooks stay outside both. Memory is taken when every parameter has its final placement, so that no rank ever holds the
-whole model; and the optimizer sees the parameters that training changes.
+- Stages first, on the meta device, where a copy of the model costs nothing.
+- The plan next: its styles look for the model's own modules, and what comes later has to repeat (recomputation) or
+  trace (compile) the plan's collectives.
+- Selective checkpointing before compile: it chooses among operations, so the compiler must trace the choice.
+- Full checkpointing after compile: it runs the compiled block again. Inside a graph, torch 2.13 cannot order what
+  backward needs when attention is recomputed.
+- FSDP2 outside both: its hooks gather a block's parameters before the forward that is compiled or run again.
+- Memory when every parameter has its final placements, so that no rank ever holds the unsharded model; then weights,
+  each rank its own shards; then the optimizer, which takes the parameters' placements for its state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -22,54 +27,63 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.config import RunConfig
 from colrow.data.loader import check_batch
-from colrow.models.blocks import blocks_of
 from colrow.models.build import Source
 from colrow.ops.ran import forget
-from colrow.parallel.activation_checkpoint import apply_activation_checkpoint
+from colrow.parallel.activation_checkpoint import Mode, apply_activation_checkpoint
 from colrow.parallel.compute_weights import ComputeWeights
 from colrow.parallel.data_parallel import apply_data_parallel
 from colrow.parallel.initialize import fill_seeded, materialize
 from colrow.parallel.parallelize import parallelize
+from colrow.parallel.pipeline_split import first_layers
+from colrow.parallel.pipeline_stage import Stage, split_stages
 from colrow.plans.plan import Plan
 from colrow.sharding.grad_norm import norm_groups
 from colrow.train.compile import compile_forward
-from colrow.train.cuda_graph import EAGER_STEPS, Replayed, check_cuda_graph
+from colrow.train.cuda_graph import EAGER_STEPS, GraphedFunction, check_cuda_graph
 from colrow.train.optimizer import build_optimizer
-from colrow.train.step import PipelinedModel, Step, WholeModel, mean_cross_entropy
+from colrow.train.precision import Precision, choose_precision
+from colrow.train.step import ForwardBackward, PipelinedModel, SingleStageModel, Step, mean_cross_entropy
 
 
 @dataclass(frozen=True)
 class Training:
-    """A model that is ready to train, on this rank's part of the mesh."""
+    """A model that is ready to train, as this rank holds it."""
 
-    modules: list[nn.Module]
-    """The model, or this rank's pipeline stages of it."""
+    stages: list[Stage]
     source: Source
     plan: Plan
     mesh: DeviceMesh
     device: torch.device
-    compute: torch.dtype
+    precision: Precision
     compiled: bool
     step: Step
     parameters: int
-    """Of the whole model."""
-    tied: dict[str, str] = field(default_factory=dict)
-    """Parameters here that are copies of another stage's, by the original's name."""
-    graphs: tuple[Replayed, ...] = ()
+    """Number of parameters of the model, over all ranks."""
+    graphs: tuple[GraphedFunction, ...] = ()
     """With `train.cuda_graph`: forward and backward of a micro-batch, and the update."""
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The model, or this rank's pipeline stages of it."""
+        return [stage.module for stage in self.stages]
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Parameters here that are copies of another stage's, to the original's name."""
+        return {copy: original for stage in self.stages for copy, original in stage.copies.items()}
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         return self.step.optimizer
 
     def close(self) -> None:
-        """Before the process group ends, which would wait for the graphs."""
+        """Call before the process group is destroyed, which would wait for the graphs."""
         for graph in self.graphs:
             graph.close()
 
 
 def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device, source: Source, plan: Plan) -> Training:
-    """The training of `config` on this rank. Collective over the mesh.
+    """The training of `config` on this rank, in the order of [Note: order of wrapping]. Collective over the mesh.
 
     Args:
         source: the model of `config.model`; it is changed.
@@ -80,118 +94,103 @@ def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device, source: So
     """
     check_cuda_graph(config, device.type)
     forget()
-    compute, compiled = compute_dtype(config, device), compiles(config, device)
-    copies = computes_with_copies(config, compute)
+    precision = choose_precision(config, device)
     parameters = sum(param.numel() for param in source.model.parameters())
-
-    def prepare(model: nn.Module, blocks: list[nn.Module], absent: Iterable[str] = ()) -> None:
-        if source.weights == "built":
-            materialize(model, device)
-        parallelize(model, plan, mesh, absent=absent)
-        recompute = config.train.activation_checkpoint
-        if recompute == "selective":
-            apply_activation_checkpoint(blocks, recompute)
-        if compiled:
-            for block in blocks:
-                compile_forward(block)
-        if recompute == "full":
-            apply_activation_checkpoint(blocks, recompute)
-        if not copies:
-            apply_data_parallel(
-                model,
-                mesh,
-                blocks,
-                param_dtype=None if compute == torch.float32 else compute,
-                reshard_after_forward=config.fsdp.reshard_after_forward,
-            )
-        materialize(model, device)
-        fill(model, source, config.run.seed)
-
-    if config.mesh.pp == 1:
-        prepare(source.model, blocks_of(source.model))
-        weights = ComputeWeights(source.model, compute, replayed=config.train.cuda_graph) if copies else None
-        whole = WholeModel(source.model, plan, mesh, device, weights)
-        params = list(source.model.parameters())
-        step = build_step(config, mesh, whole, params, params, weights)
-        graphs = capture(config, whole, step) if config.train.cuda_graph else ()
-        return Training([source.model], source, plan, mesh, device, compute, compiled, step, parameters, graphs=graphs)
-
-    # torch's pipelining imports the compiler, which takes seconds that other meshes need not wait
-    from colrow.parallel.pipeline import build_pipeline
-    from colrow.parallel.pipeline_stage import Stage
-
-    def prepare_stage(stage: Stage) -> None:
-        prepare(stage.module, stage.blocks, stage.absent)
-
-    train = config.train
-    runner = build_pipeline(
-        source.model,
-        plan,
-        mesh,
-        mean_cross_entropy,
-        config.pipeline,
-        prepare_stage,
-        micro_batches=check_batch(train.global_batch, train.micro_batch, config.mesh.dp),
-        micro_batch=train.micro_batch,
-        seq_len=config.data.seq_len,
-        dtype=compute,
-    )
-    stages = [stage.module for stage in runner.stages]
-    tied = {copy: original for stage in runner.stages for copy, original in stage.copies.items()}
-    pipeline = PipelinedModel(runner, stages, device)
-    step = build_step(config, mesh, pipeline, list(runner.parameters()), list(runner.counted_parameters()))
-    return Training(stages, source, plan, mesh, device, compute, compiled, step, parameters, tied)
+    stages = split_stages(source.model, mesh, first_layers(config, source.model))
+    for stage in stages:
+        prepare_stage(stage, config, mesh, device, source, plan, precision)
+    runner = make_runner(stages, config, mesh, device, plan, precision)
+    step = build_step(runner, config, mesh)
+    graphs = enable_cuda_graphs(runner, step, config) if config.train.cuda_graph else ()
+    compiled = compiles(config, device)
+    return Training(stages, source, plan, mesh, device, precision, compiled, step, parameters, graphs)
 
 
-def build_step(
+def prepare_stage(
+    stage: Stage,
     config: RunConfig,
     mesh: DeviceMesh,
-    forward_backward: WholeModel | PipelinedModel,
-    params: list[nn.Parameter],
-    counted: list[nn.Parameter],
-    weights: ComputeWeights | None = None,
-) -> Step:
-    """The optimizer over `params`, and the step that runs it; `counted` are those that the gradient's norm sums."""
-    trainable = [param for param in params if param.requires_grad]
+    device: torch.device,
+    source: Source,
+    plan: Plan,
+    precision: Precision,
+) -> None:
+    """Wrap a stage, in place, and give it its memory and weights."""
+    if source.weights == "built":  # they exist already: `parallelize` shards them where they will stay
+        materialize(stage.module, device)
+    parallelize(stage.module, plan, mesh, absent=stage.absent)
+    wrap_blocks(stage.blocks, config.train.activation_checkpoint, compiled=compiles(config, device))
+    if not precision.keeps_copies:
+        apply_data_parallel(
+            stage.module,
+            mesh,
+            stage.blocks,
+            param_dtype=precision.fsdp_param_dtype,
+            reshard_after_forward=config.fsdp.reshard_after_forward,
+        )
+    materialize(stage.module, device)
+    fill(stage.module, source, config.run.seed)
+
+
+def wrap_blocks(blocks: Sequence[nn.Module], mode: Mode, *, compiled: bool) -> None:
+    """Recomputation and compile of each block, in place; why in this order: [Note: order of wrapping]."""
+    if mode == "selective":
+        apply_activation_checkpoint(blocks, mode)
+    if compiled:
+        for block in blocks:
+            compile_forward(block)
+    if mode == "full":
+        apply_activation_checkpoint(blocks, mode)
+
+
+def make_runner(
+    stages: list[Stage], config: RunConfig, mesh: DeviceMesh, device: torch.device, plan: Plan, precision: Precision
+) -> SingleStageModel | PipelinedModel:
+    """What runs forward and backward of this rank's prepared stages."""
+    train, dtype = config.train, precision.compute_dtype
+    if config.mesh.pp == 1:
+        (stage,) = stages
+        weights = ComputeWeights(stage.module, dtype, graphed=train.cuda_graph) if precision.keeps_copies else None
+        return SingleStageModel(stage.module, plan, mesh, device, weights)
+
+    # torch's pipelining imports the compiler: seconds that other meshes need not wait
+    from colrow.parallel.pipeline import PipelineOptions, PipelineRunner
+
+    micro_batches = check_batch(train.global_batch, train.micro_batch, config.mesh.dp)
+    options = PipelineOptions(
+        config.pipeline.schedule, micro_batches, train.micro_batch, config.data.seq_len, dtype=dtype
+    )
+    return PipelinedModel(PipelineRunner(stages, plan, mesh, mean_cross_entropy, options), device)
+
+
+def build_step(runner: ForwardBackward, config: RunConfig, mesh: DeviceMesh) -> Step:
+    """The step around `runner`, with the optimizer over its trainable parameters."""
+    trainable = [param for param in runner.parameters() if param.requires_grad]
     return Step(
-        forward_backward=forward_backward,
+        forward_backward=runner,
         params=trainable,
-        counted=[param for param in counted if param.requires_grad],
+        counted=[param for param in runner.counted_parameters() if param.requires_grad],
         optimizer=build_optimizer(trainable, config.train),
         norm_groups=norm_groups(mesh),
         section=config.train,
-        weights=weights,
     )
 
 
-def capture(config: RunConfig, whole: WholeModel, step: Step) -> tuple[Replayed, ...]:
-    """Let two CUDA graphs do the work of a step, once its first runs are over: see [Note: captured]."""
+def enable_cuda_graphs(runner: ForwardBackward, step: Step, config: RunConfig) -> tuple[GraphedFunction, ...]:
+    """Replay two CUDA graphs in each step after the first ones: see [Note: captured]."""
+    assert isinstance(runner, SingleStageModel), "check_cuda_graph allows tp alone"
     train = config.train
-    accumulate = check_batch(train.global_batch, train.micro_batch, config.mesh.dp)
-    whole.micro_batch = forward_backward = Replayed(whole.micro_batch, EAGER_STEPS * accumulate)
-    step.update = update = Replayed(step.update, EAGER_STEPS)
-    return forward_backward, update
-
-
-def compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
-    """What the model computes in; weights, gradients' reduction and the optimizer are fp32 always."""
-    if config.train.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-
-
-def computes_with_copies(config: RunConfig, compute: torch.dtype) -> bool:
-    """Whether the compute precision is `ComputeWeights`' affair, and not FSDP2's: where there is nothing to shard."""
-    return config.train.cuda_graph or (compute != torch.float32 and config.mesh.world_size == config.mesh.tp)
+    micro_batches = check_batch(train.global_batch, train.micro_batch, config.mesh.dp)
+    return runner.enable_cuda_graph(EAGER_STEPS * micro_batches), step.enable_cuda_graph(EAGER_STEPS)
 
 
 def compiles(config: RunConfig, device: torch.device) -> bool:
-    """Whether blocks are compiled: as asked, else on GPUs."""
+    """Whether blocks are compiled: `train.compile`, unless given on GPUs."""
     return device.type == "cuda" if config.train.compile is None else config.train.compile
 
 
 def fill(model: nn.Module, source: Source, seed: int) -> None:
-    """Bring the weights of the model, or of a stage of it, in: each rank its own part."""
+    """Give the model, or a stage of it, its weights: each rank its own shards."""
     if source.weights == "seeded":
         fill_seeded(model, seed)
     elif source.weights == "folder":

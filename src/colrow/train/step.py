@@ -2,12 +2,13 @@
 
 [Note: normalisation] The loss of a step is the mean over all tokens of the global batch. A rank divides the sum over
 its own tokens by their number, and data parallelism averages the gradients over ranks; since every rank has equally
-many tokens, that is the global mean. What a rank reports is its part, so that a sum over ranks is the loss.
+many tokens, that is the global mean. A rank returns its own mean: averaged over the
+data-parallel ranks it is the loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -27,6 +28,7 @@ from colrow.parallel.loss import logits_of, loss_context, model_loss
 from colrow.plans.plan import Plan
 from colrow.sharding.grad_norm import align_gradients, clip_scale, grad_norm
 from colrow.train.attention import preferred_attention
+from colrow.train.cuda_graph import GraphedFunction
 from colrow.train.optimizer import AdamW, set_learning_rate
 from colrow.train.schedule import learning_rate
 
@@ -34,11 +36,23 @@ if TYPE_CHECKING:
     from colrow.parallel.pipeline import PipelineRunner
 
 Batch = tuple[Tensor, Tensor]
-"""ids and targets, each [micro_batch, seq_len]"""
+"""ids and targets, int64 [micro_batch_size, seq_len] each"""
 
 
 class ForwardBackward(Protocol):
-    """Runs micro-batches and leaves the gradient of their mean loss, averaged over data-parallel ranks, in `.grad`."""
+    """Runs micro-batches and leaves the gradient of their mean loss, averaged over data-parallel ranks, in `.grad`.
+
+    Attributes:
+        weights: the copies that the model computes with, where there are some ([Note: precision]).
+    """
+
+    weights: ComputeWeights | None
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """This rank's parameters."""
+
+    def counted_parameters(self) -> Iterable[nn.Parameter]:
+        """Those that the gradient norm counts: without copies of another pipeline stage's."""
 
     def __call__(self, batches: Sequence[Batch]) -> Tensor:
         """This rank's micro-batches -> their mean loss, a scalar; zero on a rank that computes no loss."""
@@ -53,16 +67,10 @@ def mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-class WholeModel:
-    """Forward and backward of a model that lies on one pipeline stage.
+class SingleStageModel:
+    """Forward and backward of a model without a pipeline.
 
     Gradients of all micro-batches but the last stay on their rank; the last one reduces the sum.
-
-    Args:
-        weights: what the model computes with, where that is not FSDP2's affair or its own parameters.
-
-    Attributes:
-        micro_batch: forward and backward of one: (ids, targets, the step's tokens) -> its part of the mean loss.
     """
 
     def __init__(
@@ -73,19 +81,31 @@ class WholeModel:
         device: torch.device,
         weights: ComputeWeights | None = None,
     ) -> None:
-        self._model, self._plan, self._mesh, self._device, self._weights = model, plan, mesh, device, weights
-        self.micro_batch: Callable[[Tensor, Tensor, int], Tensor] = self._micro_batch
+        self.weights = weights
+        self._model, self._plan, self._mesh, self._device = model, plan, mesh, device
+        self._run_micro_batch: Callable[[Tensor, Tensor, int], Tensor] = self._forward_backward
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        return self._model.parameters()
+
+    counted_parameters = parameters
+
+    def enable_cuda_graph(self, eager_calls: int) -> GraphedFunction:
+        """Replay one CUDA graph for each micro-batch, after the first `eager_calls` of them."""
+        self._run_micro_batch = graph = GraphedFunction(self._forward_backward, eager_calls)
+        return graph
 
     def __call__(self, batches: Sequence[Batch]) -> Tensor:
         tokens = sum(targets.numel() for _, targets in batches)
         total = torch.zeros((), device=self._device)
-        with self._weights.summing(len(batches)) if self._weights else nullcontext():
+        with self.weights.accumulate(len(batches)) if self.weights else nullcontext():
             for i, (ids, targets) in enumerate(batches):
                 set_last_micro_batch(self._model, i == len(batches) - 1)
-                total += self.micro_batch(ids, targets, tokens)
+                total += self._run_micro_batch(ids, targets, tokens)
         return total
 
-    def _micro_batch(self, ids: Tensor, targets: Tensor, tokens: int) -> Tensor:
+    def _forward_backward(self, ids: Tensor, targets: Tensor, tokens: int) -> Tensor:
+        """One micro-batch: its sum of losses over `tokens`, those of all micro-batches, so that the sums add up."""
         with loss_context(self._plan, self._mesh), preferred_attention(self._device):
             loss = model_loss(self._model, self._plan, self._mesh, ids, targets, num_valid=tokens)
             loss.backward()
@@ -94,7 +114,7 @@ class WholeModel:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         total, tokens = torch.zeros((), device=self._device), 0
-        with self._reading():
+        with self._use_copies():
             for ids, targets in batches:
                 with loss_context(self._plan, self._mesh), preferred_attention(self._device):
                     total += _local(model_loss(self._model, self._plan, self._mesh, ids, targets, num_valid=1))
@@ -105,18 +125,26 @@ class WholeModel:
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor:
         """[B, T] -> [B, T, V]."""
-        with self._reading():
+        with self._use_copies():
             return logits_of(self._model(ids))
 
-    def _reading(self) -> AbstractContextManager[None]:
-        return self._weights.reading() if self._weights else nullcontext()
+    def _use_copies(self) -> AbstractContextManager[None]:
+        return self.weights.use_copies() if self.weights else nullcontext()
 
 
 class PipelinedModel:
     """Forward and backward of this rank's pipeline stages. Every stage knows the loss."""
 
-    def __init__(self, runner: PipelineRunner, stages: Sequence[nn.Module], device: torch.device) -> None:
-        self._runner, self._stages, self._device = runner, stages, device
+    weights: ComputeWeights | None = None
+
+    def __init__(self, runner: PipelineRunner, device: torch.device) -> None:
+        self._runner, self._device = runner, device
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        return self._runner.parameters()
+
+    def counted_parameters(self) -> Iterable[nn.Parameter]:
+        return self._runner.counted_parameters()
 
     def __call__(self, batches: Sequence[Batch]) -> Tensor:
         with preferred_attention(self._device):
@@ -125,8 +153,8 @@ class PipelinedModel:
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         with preferred_attention(self._device):
             loss = self._runner.evaluate(*_joined(batches))
-        for stage in self._stages:
-            reshard(stage)
+        for stage in self._runner.stages:
+            reshard(stage.module)
         return loss
 
 
@@ -137,11 +165,7 @@ class Step:
     Args:
         params: this rank's parameters as the optimizer holds them.
         counted: those whose gradients count in the norm: without copies of another pipeline stage's.
-        norm_groups: groups of the axes over which ranks hold different parts of the gradient.
-        weights: what the model computes with, as `WholeModel` has it.
-
-    Attributes:
-        update: from gradients to new weights; returns the norm of the whole gradient before clipping.
+        norm_groups: groups of the axes over which ranks hold different shards of the gradient.
     """
 
     forward_backward: ForwardBackward
@@ -150,42 +174,48 @@ class Step:
     optimizer: AdamW
     norm_groups: list[dist.ProcessGroup]
     section: TrainSection
-    weights: ComputeWeights | None = None
-    update: Callable[[], Tensor] = field(init=False)
+    _run_update: Callable[[], Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.update = self._update
+        self._run_update = self._update
+
+    def enable_cuda_graph(self, eager_calls: int) -> GraphedFunction:
+        """Replay one CUDA graph for the update, after the first `eager_calls` steps."""
+        self._run_update = graph = GraphedFunction(self._update, eager_calls)
+        return graph
 
     def __call__(self, step: int, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
         """Run step `step` (from 0) on this rank's micro-batches. Collective.
 
         Returns:
-            This rank's mean loss, and the norm of the whole gradient before clipping: scalars on the device, which
+            This rank's mean loss, and the norm of all ranks' gradient before clipping: scalars on the device, which
             nothing has waited for.
         """
         loss = self.forward_backward(batches)
         set_learning_rate(self.optimizer, learning_rate(step, self.section))
-        norm = self.update()
+        norm = self._run_update()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.weights:
-            self.weights.drop_gradients()
+        if weights := self.forward_backward.weights:
+            weights.drop_gradients()
         return loss, norm
 
     @torch.no_grad()
     def _update(self) -> Tensor:
-        holders = {param: self.weights.holder(param) if self.weights else param for param in self.params}
+        """From gradients to new parameters; returns the norm."""
+        weights = self.forward_backward.weights
+        holders = {param: weights.grad_holder(param) if weights else param for param in self.params}
         align_gradients(holders.values())
         norm = grad_norm([holders[param] for param in self.counted], self.norm_groups)
         scale = None if self.section.grad_clip is None else clip_scale(norm, self.section.grad_clip)
         gradients = {param: holder.grad for param, holder in holders.items() if holder.grad is not None}
-        self.optimizer.update(gradients, scale, self.weights.copies if self.weights else None)
-        if self.weights:
-            self.weights.written(gradients)
+        self.optimizer.update(gradients, scale, weights.copies if weights else None)
+        if weights:
+            weights.mark_current(gradients)
         return norm
 
 
 def reshard(model: nn.Module) -> None:
-    """Free what FSDP gathered for a forward that no backward follows."""
+    """Free what FSDP2 gathered for a forward that no backward follows."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
