@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from colrow.checking.check import check
 from colrow.dryrun.dry_run import dry_run
 from colrow.mesh import Mesh
-from colrow.models.llama import Llama
+from colrow.models.llama import MLP, Llama
 from colrow.plans.plan import Plan
+from colrow.verifying.verify import verify
 from distributed.parity import MODELS
 
 
@@ -64,3 +66,28 @@ def test_the_check_finds_a_gather_left_out() -> None:
     without = replace(plan, modules={k: v for k, v in plan.modules.items() if k != "layers.*.mlp"})
     found = check(model(), without, Mesh(tp=2), 2, 16)
     assert any("fast_gather" in finding.message for finding in found), found
+
+
+class ConvertingMLP(MLP):
+    """Converts its input to its weights' dtype, as models that run under autocast do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.up_proj.weight.dtype).contiguous())
+
+
+def test_a_gathered_input_may_be_converted_to_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("colrow.models.llama.MLP", ConvertingMLP)
+    report = verify(Llama(replace(MODELS["kv3"], num_hidden_layers=1)), Plan.preset("llama-fast"), 2, backend="local")
+    assert report.ok, report
+
+
+class AddingMLP(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x.mean(-1, keepdim=True)
+
+
+def test_another_use_of_a_gathered_input_names_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("colrow.models.llama.MLP", AddingMLP)
+    (finding,) = check(model(), Plan.preset("llama-fast"), Mesh(tp=2), 2, 16)
+    assert finding.where == "layers.0.mlp"
+    assert "the module's code uses its mean" in finding.message

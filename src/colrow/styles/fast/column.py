@@ -100,7 +100,7 @@ class SiblingGather:
         y_BTF = gathered_linear(x_BtD, weights, self.state)
         parts = y_BTF.split([w.shape[0] for w in weights], -1)
         outputs = dict(zip(map(leaf_name, self.columns), parts, strict=True))
-        return SiblingOutputs(outputs, (*y_BTF.shape[:-1], x_BtD.shape[-1]), x_BtD)
+        return SiblingOutputs(self.fqn, outputs, (*y_BTF.shape[:-1], x_BtD.shape[-1]), x_BtD)
 
 
 class _GatherHook(ParallelStyle):
@@ -116,16 +116,37 @@ class _GatherHook(ParallelStyle):
         return module
 
 
-class SiblingOutputs:
-    """What a fast_gather hands to its module in the place of the input: the projections' outputs.
+class InputNotGatheredError(PlanError, AttributeError):
+    """A module under fast_gather computes with its input itself. An AttributeError too, so that `hasattr` works."""
 
-    It answers for the gathered input what code may ask for (shape, type, device), and has nothing else that a tensor
-    has: code that computes with the input itself, and would get it ungathered, fails.
+
+class SiblingOutputs:
+    """What a fast_gather passes to its module in place of the input: the projections' outputs.
+
+    It has the gathered input's shape, dtype and device, and the conversions that change nothing. Other uses of the
+    input, which is not gathered, raise InputNotGatheredError.
     """
 
-    def __init__(self, outputs: dict[str, Tensor], shape: tuple[int, ...], x: Tensor) -> None:
-        self.outputs, self.shape = outputs, torch.Size(shape)
+    def __init__(self, fqn: str, outputs: dict[str, Tensor], shape: tuple[int, ...], x: Tensor) -> None:
+        self.fqn, self.outputs, self.shape = fqn, outputs, torch.Size(shape)
         self.dtype, self.device, self.ndim = x.dtype, x.device, len(shape)
+
+    def to(self, *args: Any, **kwargs: Any) -> SiblingOutputs:
+        converted = torch.empty(0, dtype=self.dtype, device=self.device).to(*args, **kwargs)
+        if (converted.dtype, converted.device) != (self.dtype, self.device):
+            raise self._error(f"converts it to {converted.dtype} on {converted.device}")
+        return self
+
+    def contiguous(self) -> SiblingOutputs:
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        raise self._error(f"uses its {name}")
+
+    def _error(self, use: str) -> InputNotGatheredError:
+        message = f"fast_gather has replaced the input by the projections' outputs, and the module's code {use}"
+        fix = "do so before the module, or use prepare_input and colwise in place of fast_gather and fast_colwise"
+        return InputNotGatheredError("CR211", self.__dict__.get("fqn", ""), message, fix)
 
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
