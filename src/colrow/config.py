@@ -188,6 +188,34 @@ class RunConfig(_Section):
     sample: SampleSection = SampleSection()
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of each data-parallel rank in a step. Raises ConfigError as `micro_batch_count` does."""
+        return micro_batch_count(self.train.global_batch, self.train.micro_batch, self.mesh.dp)
+
+
+def micro_batch_count(global_batch: int, micro_batch: int, dp: int) -> int:
+    """Micro-batches that each of `dp` data-parallel ranks runs in a step.
+
+    Raises:
+        ConfigError: global_batch is no multiple of micro_batch × dp; it names the nearest values that fit.
+    """
+    unit = micro_batch * dp
+    if global_batch % unit == 0:
+        return global_batch // unit
+    below = global_batch // unit * unit
+    fixes = [f"train.global_batch {f'{below} or ' if below else ''}{below + unit}"]
+    if global_batch % dp == 0:
+        share = global_batch // dp
+        divisors = [n for n in range(1, share + 1) if share % n == 0]
+        below = max(n for n in divisors if n <= micro_batch)
+        above = min((n for n in divisors if n >= micro_batch), default=share)
+        fixes.append(f"train.micro_batch {' or '.join(map(str, sorted({below, above})))}")
+    raise ConfigError(
+        f"train.global_batch={global_batch} is not divisible by {unit} (train.micro_batch={micro_batch} × {dp} "
+        f"data-parallel rank{'' if dp == 1 else 's'}): use {', or '.join(fixes)}"
+    )
+
 
 def load_config(path: Path | str, overrides: dict[str, Any] | None = None) -> RunConfig:
     """The config in a YAML file, with `overrides` (`{"mesh.tp": 4}`) put over it.

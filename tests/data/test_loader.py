@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from colrow.data.loader import BatchOrder, DataAxisSampler, Loader, batch_fingerprint, check_batch
+from colrow.config import micro_batch_count
+from colrow.data.loader import BatchOrder, DataAxisSampler, Loader, batch_fingerprint
 from colrow.data.shards import TokenArray
 from colrow.errors import ConfigError, DataError
 
@@ -87,13 +88,13 @@ def sampler_of(n_windows):
 )
 def test_a_batch_that_does_not_divide_names_what_does(global_batch, micro_batch, dp, mend):
     with pytest.raises(ConfigError) as error:
-        check_batch(global_batch, micro_batch, dp)
+        micro_batch_count(global_batch, micro_batch, dp)
     assert str(error.value).endswith(mend)
     assert f"train.global_batch={global_batch} is not divisible by {micro_batch * dp}" in str(error.value)
     for value in (int(word) for word in mend.partition("or train.micro_batch")[0].split() if word.isdigit()):
-        assert check_batch(value, micro_batch, dp) == value // (micro_batch * dp)
+        assert micro_batch_count(value, micro_batch, dp) == value // (micro_batch * dp)
     for value in (int(word) for word in mend.partition("or train.micro_batch")[2].split() if word.isdigit()):
-        assert check_batch(global_batch, value, dp) == global_batch // (value * dp)
+        assert micro_batch_count(global_batch, value, dp) == global_batch // (value * dp)
 
 
 @pytest.fixture

@@ -22,7 +22,6 @@ from colrow.bench.bound import bound
 from colrow.bench.one_rank import fake_group
 from colrow.bench.trace import StepTrace, read_trace
 from colrow.config import RunConfig
-from colrow.data.loader import check_batch
 from colrow.errors import ConfigError
 from colrow.models.build import build_source
 from colrow.models.shapes import flops_per_token
@@ -132,7 +131,7 @@ def one_rank(config: RunConfig, info: RankInfo) -> Iterator[tuple[DeviceMesh, to
 def random_batches(config: RunConfig, vocab: int, data_rank: int, device: torch.device) -> Iterator[list[Batch]]:
     """Micro-batches of random ids for each step, drawn by the data-parallel rank: a tp group has the same."""
     train, step = config.train, 0
-    count = check_batch(train.global_batch, train.micro_batch, config.mesh.dp)
+    count = config.micro_batches
     while True:
         generator = torch.Generator().manual_seed(1000 * step + data_rank)
         rows = torch.randint(0, vocab, (count, train.micro_batch, config.data.seq_len + 1), generator=generator)

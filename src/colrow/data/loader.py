@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from colrow.config import micro_batch_count
 from colrow.data.permutation import Permutation
 from colrow.data.shards import TokenArray
-from colrow.errors import ConfigError, DataError
+from colrow.errors import DataError
 
 Batch = tuple[Tensor, Tensor]
 """ids and targets, int64 [micro_batch, seq_len]; targets[:, t] is the id after ids[:, t]"""
@@ -68,7 +69,7 @@ class DataAxisSampler:
 
     def __init__(self, order: BatchOrder, dp_rank: int, dp_degree: int, micro_batch: int) -> None:
         assert 0 <= dp_rank < dp_degree
-        self.accumulation = check_batch(order.global_batch, micro_batch, dp_degree)
+        self.accumulation = micro_batch_count(order.global_batch, micro_batch, dp_degree)
         self.order, self.dp_rank, self.dp_degree, self.micro_batch = order, dp_rank, dp_degree, micro_batch
 
     def micro_batches(self, step: int) -> list[np.ndarray]:
@@ -132,29 +133,6 @@ class Loader:
         if self._device.type == "cuda":
             return ids.pin_memory(), targets.pin_memory()
         return ids, targets
-
-
-def check_batch(global_batch: int, micro_batch: int, dp: int) -> int:
-    """Micro-batches that each of `dp` data-parallel ranks runs in a step.
-
-    Raises:
-        ConfigError: global_batch is no multiple of micro_batch × dp; it names the nearest values that fit.
-    """
-    unit = micro_batch * dp
-    if global_batch % unit == 0:
-        return global_batch // unit
-    below = global_batch // unit * unit
-    fixes = [f"train.global_batch {f'{below} or ' if below else ''}{below + unit}"]
-    if global_batch % dp == 0:
-        share = global_batch // dp
-        divisors = [n for n in range(1, share + 1) if share % n == 0]
-        below = max(n for n in divisors if n <= micro_batch)
-        above = min((n for n in divisors if n >= micro_batch), default=share)
-        fixes.append(f"train.micro_batch {' or '.join(map(str, sorted({below, above})))}")
-    raise ConfigError(
-        f"train.global_batch={global_batch} is not divisible by {unit} (train.micro_batch={micro_batch} × {dp} "
-        f"data-parallel rank{'' if dp == 1 else 's'}): use {', or '.join(fixes)}"
-    )
 
 
 def batch_fingerprint(ids: Tensor) -> int:

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from colrow.config import RunConfig
-from colrow.data.loader import check_batch
 from colrow.errors import ConfigError
 from colrow.models.llama import LlamaConfig
 from colrow.models.shapes import flops_per_token
@@ -170,7 +169,7 @@ def _check_split(config: RunConfig, layers: int) -> None:
 
 def _check_micro_batches(config: RunConfig) -> None:
     pp, schedule, train = config.mesh.pp, config.pipeline.schedule, config.train
-    count = check_batch(train.global_batch, train.micro_batch, config.mesh.dp)
+    count = config.micro_batches
     if _runs(schedule, pp, count):
         return
     unit = config.mesh.dp * train.micro_batch

@@ -19,7 +19,6 @@ from colrow.checkpoint.loading import compare, require_same_model, require_same_
 from colrow.checkpoint.manifest import read_manifest
 from colrow.checkpoint.state import model_tensors
 from colrow.config import RunConfig
-from colrow.data.loader import check_batch
 from colrow.data.tokenizer import Tokenizer
 from colrow.errors import ConfigError, PlanError
 from colrow.mesh import Mesh
@@ -61,7 +60,7 @@ def check(config: RunConfig, local_ranks: int | None = None, plan: Plan | None =
     Raises:
         ConfigError, PlanError, CheckpointError: what is wrong, and how to fix it.
     """
-    check_batch(config.train.global_batch, config.train.micro_batch, config.mesh.dp)
+    _ = config.micro_batches  # raises where the global batch does not divide
     check_schedule(config.train)
     require_sinks(config.log)
     device = device_type(config)

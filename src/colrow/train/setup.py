@@ -26,7 +26,6 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.config import RunConfig
-from colrow.data.loader import check_batch
 from colrow.models.build import Source
 from colrow.ops.ran import forget
 from colrow.parallel.activation_checkpoint import Mode, apply_activation_checkpoint
@@ -156,9 +155,8 @@ def make_runner(
     # torch's pipelining imports the compiler: seconds that other meshes need not wait
     from colrow.parallel.pipeline import PipelineOptions, PipelineRunner
 
-    micro_batches = check_batch(train.global_batch, train.micro_batch, config.mesh.dp)
     options = PipelineOptions(
-        config.pipeline.schedule, micro_batches, train.micro_batch, config.data.seq_len, dtype=dtype
+        config.pipeline.schedule, config.micro_batches, train.micro_batch, config.data.seq_len, dtype=dtype
     )
     return PipelinedModel(PipelineRunner(stages, plan, mesh, mean_cross_entropy, options), device)
 
@@ -179,9 +177,7 @@ def build_step(runner: ForwardBackward, config: RunConfig, mesh: DeviceMesh) -> 
 def enable_cuda_graphs(runner: ForwardBackward, step: Step, config: RunConfig) -> tuple[GraphedFunction, ...]:
     """Replay two CUDA graphs in each step after the first ones: see [Note: captured]."""
     assert isinstance(runner, SingleStageModel), "check_cuda_graph allows tp alone"
-    train = config.train
-    micro_batches = check_batch(train.global_batch, train.micro_batch, config.mesh.dp)
-    return runner.enable_cuda_graph(EAGER_STEPS * micro_batches), step.enable_cuda_graph(EAGER_STEPS)
+    return runner.enable_cuda_graph(EAGER_STEPS * config.micro_batches), step.enable_cuda_graph(EAGER_STEPS)
 
 
 def compiles(config: RunConfig, device: torch.device) -> bool:
