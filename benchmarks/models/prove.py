@@ -18,14 +18,11 @@ from torch.fx.node import map_arg
 
 from colrow.derive.axes import leaves
 from colrow.derive.choose import Choice, choose
-from colrow.derive.infer import AxisInference, argument, op_name, shape_of
+from colrow.derive.infer import AxisInference, argument, facts_of, is_lookup, op_name, shape_of
 from colrow.derive.rules_views import index_piece, sibling_pieces, slice_piece, split_pieces
 from colrow.derive.table import infer
 from colrow.derive.trace import Trace, default_inputs, is_boundary, trace
 from colrow.dryrun.calls import call_model
-
-PRODUCTS = ("linear", "addmm", "baddbmm")
-NORMS = ("layer_norm", "rms_norm")
 
 
 class Sabotage(Enum):
@@ -96,11 +93,11 @@ class ShardedRun:
             return self.shard(value, self.inference.dims.get(node) or ())
         if is_boundary(node):
             return env[node.all_input_nodes[0]]
-        if not [n for n in node.all_input_nodes if n in env] or self._constant_shape(node):
+        if not [n for n in node.all_input_nodes if n in env] or facts_of(node).rule == "constant":
             return self._constant(node, env)
-        if node in self.averages and op_name(node) in NORMS:
+        if node in self.averages and facts_of(node).rule == "norm":
             return self._whole_norm(node, env)
-        if node in self.partial and op_name(node) == "embedding":
+        if node in self.partial and is_lookup(node):
             outs = self._lookup(node, env)
         else:
             outs = [
@@ -117,15 +114,12 @@ class ShardedRun:
         if op_name(node) == "copy":  # has no derivative
             return args[1].to(args[0].dtype).expand_as(args[0])
         target: Any = node.target
-        if op_name(node) in ("view", "flatten", "unflatten"):
+        if facts_of(node).rule == "view":
             target = torch.ops.aten.reshape.default
         return target(*args, **kwargs)
 
     def _kwargs(self, node: Node, rank: int, env: dict[Node, list[Any]]) -> dict[str, Any]:
         return dict(map_arg(node.kwargs, lambda n: env[n][rank]))
-
-    def _constant_shape(self, node: Node) -> bool:
-        return op_name(node) in ("new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full")
 
     def _constant(self, node: Node, env: dict[Node, list[Any]]) -> list[Any]:
         args = map_arg(node.args, lambda n: env[n][0])
@@ -193,10 +187,9 @@ class ShardedRun:
                 sizes = [local(part[dim]) for part in dims if part is not None]
                 args[1] = sizes[0] if name == "split" else sizes
         if node in self.partial and rank > 0:  # a bias is added once
-            if name == "linear" and len(args) > 2 and args[2] is not None:
-                args[2] = torch.zeros_like(args[2])
-            if name in ("addmm", "baddbmm"):
-                args[0] = torch.zeros_like(args[0])
+            for position in facts_of(node).addends or ():
+                if len(args) > position and args[position] is not None:
+                    args[position] = torch.zeros_like(args[position])
         return args
 
     def _local_repeats(self, node: Node, dims: Any) -> list[int]:

@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from colrow.derive.axes import Atom, find, leaves
 from colrow.derive.flow import Flow, Flows, Kind
-from colrow.derive.infer import is_float, op_name
+from colrow.derive.infer import is_float, is_lookup, op_name
 from colrow.derive.trace import is_boundary, label_of
 
 
@@ -75,7 +75,7 @@ class BlockFinder:
         """The innermost common module of each connected sharded region, and the reductions that end it there."""
         found: dict[str, list[Node]] = {}
         for node in self.owners:
-            if op_name(node) == "embedding":
+            if is_lookup(node):
                 continue
             region = self.region(node)
             paths = [
@@ -312,12 +312,7 @@ class BlockFinder:
         """Inputs of the modules that make the vocabulary's logits."""
         out = set()
         for node in self.nodes:
-            if (
-                node.op != "call_function"
-                or not self.flows.is_sharded(node)
-                or is_boundary(node)
-                or op_name(node) == "embedding"
-            ):
+            if node.op != "call_function" or not self.flows.is_sharded(node) or is_boundary(node) or is_lookup(node):
                 continue
             if (
                 node in self.inference.from_params

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from torch.fx import Node
 
 from colrow.derive.axes import Atom, Dim, find, leaves, size_of
-from colrow.derive.infer import AxisInference, Dims, is_float, op_name, shape_of
+from colrow.derive.infer import AxisInference, Dims, is_float, is_lookup, shape_of
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ def choose(inference: AxisInference, tp: int, soft: bool = True, vocabulary: boo
 
 
 def _lookup_rows(inference: AxisInference, node: Node) -> list[Atom]:
-    if node.op == "call_function" and op_name(node) == "embedding":
+    if is_lookup(node):
         return leaves(inference.of(node.args[0])[0])
     return []
 
@@ -293,8 +293,7 @@ def _narrow(inference: AxisInference, atom: Atom) -> bool:
                 if operand not in inference.from_params and is_float(operand):
                     feeds[operand] += 1
     for node, result in inference.dims.items():
-        lookup = node.op == "call_function" and op_name(node) == "embedding"
-        if lookup and isinstance(result, list) and atom in _atoms_in(result[-1]):
+        if is_lookup(node) and isinstance(result, list) and atom in _atoms_in(result[-1]):
             return False
     return all(count < 2 for count in feeds.values())
 

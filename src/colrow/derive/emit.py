@@ -14,7 +14,7 @@ from colrow.derive.axes import Atom, Dim, find, leaves
 from colrow.derive.blocks import Block, BlockFinder, SplitError
 from colrow.derive.choose import Choice
 from colrow.derive.flow import Flow, Flows
-from colrow.derive.infer import op_name, shape_of
+from colrow.derive.infer import is_lookup, op_name, shape_of
 from colrow.derive.sequence import Stream
 from colrow.derive.trace import Scale, Trace, label_of, module_path
 from colrow.styles.activations import PrepareInput
@@ -414,7 +414,7 @@ class Emitter:
 
     def _lookup(self, node: Node) -> bool:
         name = label_of(node).module
-        return any(owner == name and op_name(n) == "embedding" for n, owner in self.finder.owners.items())
+        return any(owner == name and is_lookup(n) for n, owner in self.finder.owners.items())
 
     def _put(self, name: str, **options: Any) -> None:
         self.out.modules.setdefault(name, {}).update(options)

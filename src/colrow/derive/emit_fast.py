@@ -14,7 +14,7 @@ from colrow.derive.axes import Dim, find
 from colrow.derive.blocks import Block, SplitError
 from colrow.derive.emit import Emission, Emitter
 from colrow.derive.flow import Kind
-from colrow.derive.infer import op_name
+from colrow.derive.infer import facts_of, op_name
 from colrow.derive.sequence import Stream
 from colrow.derive.trace import label_of
 from colrow.ops.carriers import Overlap
@@ -185,7 +185,7 @@ class FastEmitter(Emitter):
     def _nothing_after(self, name: str) -> None:
         """A head that returns the loss needs its logits to be the model's output as they are."""
         at = self.traced.output()
-        while label_of(at).module != name if op_name(at) == "boundary" else op_name(at) in AS_THEY_ARE:
+        while label_of(at).module != name if op_name(at) == "boundary" else facts_of(at).identity:
             at = at.all_input_nodes[0]
         if op_name(at) != "boundary":
             raise SplitError(set(), f"{op_name(at)} changes the logits behind {name}, so the head cannot give the loss")
@@ -212,6 +212,3 @@ class FastEmitter(Emitter):
         for said in self.out.modules.values():
             if said.get("arguments") == [0]:
                 del said["arguments"]
-
-
-AS_THEY_ARE = frozenset(("_to_copy", "clone", "alias", "_assert_tensor_metadata", "to", "detach"))

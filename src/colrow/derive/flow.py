@@ -23,20 +23,9 @@ import torch
 from torch.fx import Node
 
 from colrow.derive.choose import Choice
-from colrow.derive.infer import AxisInference, op_name
+from colrow.derive.infer import AxisInference, facts_of, op_name
 from colrow.derive.trace import is_boundary, label_of, module_path
-
-LINEAR_OPS = frozenset(
-    name
-    for line in (
-        "mul div neg sum mean view reshape _unsafe_view transpose permute unsqueeze squeeze expand index index_select",
-        "slice select cat stack to _to_copy clone contiguous alias detach dropout type_as float half bfloat16 double t",
-        "boundary repeat split split_with_sizes chunk getitem unbind flatten",
-    )
-    for name in line.split()
-)
-"""Operators that commute with the sum over ranks in their first operand."""
-SUMS = frozenset(("add", "sub", "index_add", "scatter_add", "stack", "cat"))
+from colrow.sharding.operators import Linear, Values
 
 
 class Kind(Enum):
@@ -121,17 +110,10 @@ class Flows:
             elif node in inputs:
                 if node not in self.inference.params and node.name not in self.inference._inputs:
                     found.add(node)
-            elif (node.op != "output" and all(i in found for i in node.all_input_nodes)) or op_name(node) in (
-                "zeros_like",
-                "ones_like",
-                "full_like",
-                "empty_like",
-                "new_empty",
-                "new_zeros",
-                "new_ones",
-                "new_full",
-            ):
-                found.add(node)
+            elif node.op != "output":
+                fills = facts_of(node).values not in (None, Values.RANDOM)
+                if fills or all(i in found for i in node.all_input_nodes):
+                    found.add(node)
         return found
 
     def _params_of(self) -> dict[Node, set[str]]:
@@ -226,15 +208,22 @@ class Flows:
         name = op_name(node)
         partial = [i for i, kind in incoming.items() if kind is Kind.P]
         others = {i: kind for i, kind in incoming.items() if kind is not Kind.P}
-        legal = (
-            name in LINEAR_OPS and (name != "mul" or len(partial) == 1) and (name != "div" or node.args[0] in partial)
-        )
-        if name in SUMS:
-            legal = all(
-                self._owned_bias(node, i, kind) or self._zeros(i) or self._index_like(i) for i, kind in others.items()
-            )
-        elif name in ("index_put", "scatter"):
-            legal = (len(partial) == 1 and node.args[-1] in partial) or self._zeros(node.args[0])
+        match facts_of(node).linear:
+            case Linear.FIRST:
+                legal = True
+            case Linear.NUMERATOR:
+                legal = node.args[0] in partial
+            case Linear.EACH:
+                legal = len(partial) == 1
+            case Linear.TERMS:
+                legal = all(
+                    self._owned_bias(node, i, kind) or self._zeros(i) or self._index_like(i)
+                    for i, kind in others.items()
+                )
+            case Linear.WRITTEN:
+                legal = (len(partial) == 1 and node.args[-1] in partial) or self._zeros(node.args[0])
+            case None:
+                legal = False
         if any(kind is Kind.S or kind is Kind.I for kind in others.values()):
             legal = False
         if not legal:
@@ -248,11 +237,7 @@ class Flows:
         return kind is Kind.W and all(self.path[node] in self.sharers[n] for n in names)
 
     def _zeros(self, node: object) -> bool:
-        return (
-            isinstance(node, Node)
-            and node.op == "call_function"
-            and op_name(node) in ("zeros", "zeros_like", "new_zeros", "empty_like")
-        )
+        return isinstance(node, Node) and facts_of(node).values in (Values.ZERO, Values.UNSET)
 
     def _index_like(self, node: Node) -> bool:
         value = node.meta.get("val")

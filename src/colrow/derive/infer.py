@@ -15,11 +15,13 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from colrow.derive.axes import Atom, Dim, block, size_of
+from colrow.sharding.operators import NOTHING_KNOWN, Operator, operator, plain_name
 
 Dims = list[Dim]
 Result = Dims | tuple[Dims | None, ...] | None
 Rule = Callable[["AxisInference", Node], Result]
 RULES: dict[str, Rule] = {}
+"""By the names that `sharding.operators` gives them: operators that carry a sharded dim alike have one rule."""
 
 
 class NoRuleError(Exception):
@@ -27,7 +29,7 @@ class NoRuleError(Exception):
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule under the names of ATen operators, without overload."""
+    """Register a rule under its name in the operator table."""
 
     def register(function: Rule) -> Rule:
         for name in names:
@@ -40,8 +42,17 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 def op_name(node: Node) -> str:
     """`linear` for aten.linear.default; in-place variants lose their underscore."""
     schema = getattr(node.target, "_schema", None)
-    name = schema.name.split("::")[1] if schema else getattr(node.target, "__name__", str(node.target))
-    return name if name.startswith("_") else name.rstrip("_")
+    return plain_name(schema.name.split("::")[1] if schema else getattr(node.target, "__name__", str(node.target)))
+
+
+def facts_of(node: Node) -> Operator:
+    """What the operator table knows of the node's operator; of one that is not in the table, or no call, nothing."""
+    return operator(op_name(node)) if node.op == "call_function" else NOTHING_KNOWN
+
+
+def is_lookup(node: Node) -> bool:
+    """Whether the node takes rows of a table by number."""
+    return facts_of(node).rule == "embedding"
 
 
 def shape_of(node: Node) -> list[int]:
@@ -141,7 +152,7 @@ class AxisInference:
             self.dims[node] = dims
             return
         try:
-            handler = RULES.get(name)
+            handler = RULES.get(facts_of(node).rule)
             if handler is None:
                 raise NoRuleError(name)
             result = handler(self, node)

@@ -22,7 +22,7 @@ from colrow.derive.axes import find, leaves, size_of
 from colrow.derive.choose import Choice
 from colrow.derive.emit import Emission
 from colrow.derive.flow import Flows
-from colrow.derive.infer import op_name, shape_of
+from colrow.derive.infer import facts_of, op_name, shape_of
 from colrow.derive.reads import record_reads
 from colrow.derive.sequence import Stream
 from colrow.derive.trace import (
@@ -35,6 +35,7 @@ from colrow.derive.trace import (
 )
 from colrow.dryrun.calls import call_model
 from colrow.errors import PlanError
+from colrow.sharding.operators import Identity, Values
 from colrow.styles.base import set_attribute
 from colrow.torch_compat import fake_tensor_mode, quiet_fake_tensors
 
@@ -147,11 +148,13 @@ class LocalCheck:
     def _same_on_all(self, mine: Node, its: Node) -> bool:
         """Whether a constant that differs along its split axis is made, or cut, alike on every rank: the first heads'
         slopes where each rank needs its own."""
-        name = op_name(mine)
-        if mine not in self.flows.constant or name not in VARIES | CUTS:
+        facts = facts_of(mine)
+        if mine not in self.flows.constant:
             return False
-        if name in VARIES:
+        if facts.values is Values.POSITION:
             return True
+        if not facts.takes_part:  # pieces of a split are compared with the whole tensor's by their extents
+            return False
         whole, part = mine.args[0], its.args[0]
         return isinstance(whole, Node) and isinstance(part, Node) and shape_of(whole) == shape_of(part)
 
@@ -281,30 +284,21 @@ class LocalCheck:
 
 
 ALIKE = "would give every rank the same part of a constant"
-VARIES = frozenset(("arange", "linspace", "eye", "tril_indices", "triu_indices"))
-"""Operators that make a constant whose elements differ."""
-CUTS = frozenset(("slice", "narrow", "select", "index", "index_select"))
-"""Operators that take a part of a tensor. (Pieces of a split are compared with the whole tensor's by their extents.)"""
-COPIES = frozenset(("clone", "contiguous", "alias", "_assert_tensor_metadata"))
-"""Whether a reshape copies depends on extents that are 1, so copies are no difference."""
 
 
 def _computes(node: Node) -> bool:
-    return node.op == "call_function" and op_name(node) not in COPIES
+    """Whether a reshape copies depends on extents that are 1, so copies are no difference."""
+    return node.op == "call_function" and facts_of(node).identity is not Identity.MEMORY
 
 
 def _same_view(node: Node) -> str:
-    name = op_name(node)
-    return "view" if name in ("view", "_unsafe_view", "reshape") else name
-
-
-ARITHMETIC = frozenset(("add", "sub", "rsub", "mul", "div", "pow", "floor_divide", "remainder", "fmod", "clamp"))
+    return "view" if facts_of(node).rule == "view" else op_name(node)
 
 
 def _numbers(node: Node) -> list[float]:
     """Numbers among the arguments that go into values: scales, epsilons, a count that is divided by."""
     out: list[float] = []
-    kinds = (float, int) if op_name(node) in ARITHMETIC else (float,)
+    kinds = (float, int) if facts_of(node).counts else (float,)
 
     def walk(value: Any) -> None:
         if isinstance(value, kinds):

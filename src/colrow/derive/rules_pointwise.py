@@ -7,23 +7,6 @@ from torch.fx import Node
 from colrow.derive.axes import Dim, block, soften, unify
 from colrow.derive.infer import AxisInference, Dims, NoRuleError, Result, argument, op_name, rule, shape_of
 
-ELEMENTWISE = """
-    add sub rsub mul div neg reciprocal pow square sqrt rsqrt abs sign exp exp2 expm1 log log1p log2 cos sin tan
-    erf tanh sigmoid silu gelu relu relu6 leaky_relu elu celu selu softplus mish hardtanh hardswish hardsigmoid
-    threshold logit log_sigmoid maximum minimum clamp clamp_min clamp_max where masked_fill to _to_copy
-    type_as clone contiguous dropout detach alias lift_fresh_copy
-    bitwise_and bitwise_or bitwise_not bitwise_xor logical_and logical_or logical_not logical_xor ge le lt gt eq
-    ne not_equal floor ceil round trunc floor_divide remainder fmod isnan isinf isfinite nan_to_num lerp addcmul
-    addcdiv copy fill atan atan2 sinh cosh _conj real xlogy boundary __and__ __or__ __xor__
-""".split()  # noqa: SIM905
-
-CONSTANTS = """
-    arange full scalar_tensor zeros ones empty new_ones new_zeros new_empty new_full empty_strided
-    new_empty_strided eye tril_indices triu_indices linspace rand randn
-""".split()  # noqa: SIM905
-
-LIKE = ["full_like", "zeros_like", "ones_like", "empty_like", "rand_like", "randn_like", "bernoulli"]
-
 
 def broadcast(inference: AxisInference, shape: list[int], tensors: list[tuple[Dims, list[int]]], why: str) -> Dims:
     """The dimensions of an element-wise result: aligned from the right, size 1 stretched."""
@@ -39,19 +22,19 @@ def broadcast(inference: AxisInference, shape: list[int], tensors: list[tuple[Di
     return out
 
 
-@rule(*ELEMENTWISE)
+@rule("elementwise")
 def elementwise(inference: AxisInference, node: Node) -> Result:
     tensors = [n for n in node.all_input_nodes if isinstance(inference.dims.get(n), list)]
     shape = shape_of(node)
     return broadcast(inference, shape, [(inference.of(n), shape_of(n)) for n in tensors], node.name)
 
 
-@rule(*CONSTANTS)
+@rule("constant")
 def constant(inference: AxisInference, node: Node) -> Result:
     return inference.fresh(shape_of(node))
 
 
-@rule(*LIKE)
+@rule("like")
 def like(inference: AxisInference, node: Node) -> Result:
     return inference.of(node.args[0])
 
@@ -98,8 +81,8 @@ def mean(inference: AxisInference, node: Node) -> Result:
     return _without(dims, gone, keep)
 
 
-@rule("amax", "amin", "any", "all", "prod", "logsumexp")
-def reduce_whole(inference: AxisInference, node: Node) -> Result:
+@rule("reduce")
+def reduce(inference: AxisInference, node: Node) -> Result:
     dims = inference.of(node.args[0])
     gone = reduced_dims(node, len(dims))
     for i in gone:
@@ -107,23 +90,14 @@ def reduce_whole(inference: AxisInference, node: Node) -> Result:
     return _without(dims, gone, bool(argument(node, 2, "keepdim", False)))
 
 
-@rule("argmax", "argmin")
-def arg_reduce(inference: AxisInference, node: Node) -> Result:
-    dims = inference.of(node.args[0])
-    gone = reduced_dims(node, len(dims))
-    for i in gone:
-        block(dims[i], f"reduced by {op_name(node)}")
-    return _without(dims, gone, bool(argument(node, 2, "keepdim", False)))
-
-
-@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "logcumsumexp")
+@rule("along")
 def along(inference: AxisInference, node: Node) -> Result:
     dims = inference.of(node.args[0])
     block(dims[int(argument(node, 1, "dim"))], f"{op_name(node).strip('_')} runs along it")
     return dims
 
 
-@rule("flip", "roll")
+@rule("reorder")
 def reorder(inference: AxisInference, node: Node) -> Result:
     dims = inference.of(node.args[0])
     where = argument(node, 1 if op_name(node) == "flip" else 2, "dims", ())
@@ -132,7 +106,7 @@ def reorder(inference: AxisInference, node: Node) -> Result:
     return dims
 
 
-@rule("tril", "triu")
+@rule("triangle")
 def triangle(inference: AxisInference, node: Node) -> Result:
     dims = inference.of(node.args[0])
     for dim in dims[-2:]:
@@ -140,7 +114,7 @@ def triangle(inference: AxisInference, node: Node) -> Result:
     return dims
 
 
-@rule("layer_norm", "rms_norm")
+@rule("norm")
 def norm(inference: AxisInference, node: Node) -> Result:
     """Normalises over the last dimensions; weight and bias run along them."""
     dims = inference.of(node.args[0])
@@ -160,7 +134,7 @@ def norm(inference: AxisInference, node: Node) -> Result:
     return dims
 
 
-@rule("constant_pad_nd", "pad")
+@rule("pad")
 def pad(inference: AxisInference, node: Node) -> Result:
     if op_name(node) == "pad" and argument(node, 2, "mode", "constant") != "constant":
         raise NoRuleError("pad")

@@ -55,7 +55,7 @@ def _product(inference: AxisInference, node: Node, a: Node, b: Node) -> Dims:
     return [*lead, x[-2], y[-1]]
 
 
-@rule("matmul", "mm", "bmm")
+@rule("matmul")
 def matmul(inference: AxisInference, node: Node) -> Result:
     a, b = node.args[:2]
     assert isinstance(a, Node)
@@ -63,7 +63,7 @@ def matmul(inference: AxisInference, node: Node) -> Result:
     return _product(inference, node, a, b)
 
 
-@rule("addmm", "baddbmm")
+@rule("addmm")
 def addmm(inference: AxisInference, node: Node) -> Result:
     """bias + a b; the bias is broadcast to the product."""
     bias, a, b = node.args[:3]
@@ -75,7 +75,7 @@ def addmm(inference: AxisInference, node: Node) -> Result:
     return broadcast(inference, shape, [(out, shape), (inference.of(bias), shape_of(bias))], node.name)
 
 
-@rule("_grouped_mm", "grouped_mm_fallback")
+@rule("grouped_mm")
 def grouped_mm(inference: AxisInference, node: Node) -> Result:
     """Rows of x [N, K], sorted by expert, times the experts' matrices w [E, K, M]; offsets [E] bound the groups."""
     x, w, offsets = node.args[0], node.args[1], argument(node, 2, "offs")
@@ -91,7 +91,7 @@ def grouped_mm(inference: AxisInference, node: Node) -> Result:
     return [dx[0], dw[2]]
 
 
-@rule("scaled_dot_product_attention")
+@rule("attention")
 def attention(inference: AxisInference, node: Node) -> Result:
     """q [B, Hq, T, D], k [B, Hk, S, D], v [B, Hk, S, Dv]; query heads are [kv heads, group]."""
     query, key, value = node.args[:3]
@@ -173,7 +173,7 @@ def index_select(inference: AxisInference, node: Node) -> Result:
     return dims
 
 
-@rule("index_put", "_unsafe_index_put")
+@rule("index_put")
 def index_put(inference: AxisInference, node: Node) -> Result:
     """base[i] = values, or +=, for indices into the first dimensions."""
     base, indices, values = inference.of(node.args[0]), node.args[1], inference.of(node.args[2])
@@ -190,7 +190,7 @@ def index_put(inference: AxisInference, node: Node) -> Result:
     return base
 
 
-@rule("index_add", "index_copy")
+@rule("index_add")
 def index_add(inference: AxisInference, node: Node) -> Result:
     base, source = inference.of(node.args[0]), inference.of(node.args[3])
     where = int(node.args[1]) % len(base)  # type: ignore[arg-type]
@@ -222,7 +222,7 @@ def gather(inference: AxisInference, node: Node) -> Result:
     return list(picked)
 
 
-@rule("scatter", "scatter_add", "scatter_reduce")
+@rule("scatter")
 def scatter(inference: AxisInference, node: Node) -> Result:
     base, index_node = node.args[0], node.args[2]
     assert isinstance(base, Node)
@@ -240,7 +240,7 @@ def scatter(inference: AxisInference, node: Node) -> Result:
     return dims
 
 
-@rule("topk", "sort")
+@rule("sort")
 def order(inference: AxisInference, node: Node) -> Result:
     dims = list(inference.of(node.args[0]))
     position = 2 if op_name(node) == "topk" else 1
@@ -259,7 +259,7 @@ def argsort(inference: AxisInference, node: Node) -> Result:
     return dims
 
 
-@rule("max", "min")
+@rule("max")
 def max_along(inference: AxisInference, node: Node) -> Result:
     """With a dimension: values and indices; with another tensor: element-wise; alone: over everything."""
     dims = list(inference.of(node.args[0]))
@@ -285,7 +285,7 @@ def one_hot(inference: AxisInference, node: Node) -> Result:
     return [*inference.of(node.args[0]), *inference.fresh(shape_of(node)[-1:], "classes are counted along it")]
 
 
-@rule("histc", "bincount")
+@rule("count")
 def count(inference: AxisInference, node: Node) -> Result:
     for dim in inference.of(node.args[0]):
         block(dim, "counted")

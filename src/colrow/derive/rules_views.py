@@ -8,13 +8,13 @@ from torch import Tensor
 from torch.fx import Node
 
 from colrow.derive.axes import Atom, Dim, block, leaves, regroup, size_of, unify
-from colrow.derive.infer import AxisInference, NoRuleError, Result, argument, op_name, rule, shape_of
+from colrow.derive.infer import AxisInference, NoRuleError, Result, argument, facts_of, op_name, rule, shape_of
 
 Piece = tuple[int, int]
 """Start and length of a part of a dimension."""
 
 
-@rule("transpose", "swapaxes", "swapdims")
+@rule("transpose")
 def transpose(inference: AxisInference, node: Node) -> Result:
     dims = list(inference.of(node.args[0]))
     i, j = (int(a) for a in node.args[1:3])  # type: ignore[arg-type]
@@ -22,7 +22,7 @@ def transpose(inference: AxisInference, node: Node) -> Result:
     return dims
 
 
-@rule("t", "numpy_T", "mT")
+@rule("t")
 def t(inference: AxisInference, node: Node) -> Result:
     dims = inference.of(node.args[0])
     if len(dims) > 2:
@@ -64,7 +64,7 @@ def squeeze(inference: AxisInference, node: Node) -> Result:
     return [dim for i, dim in enumerate(inference.of(source)) if i not in gone]
 
 
-@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten")
+@rule("view")
 def view(inference: AxisInference, node: Node) -> Result:
     out = regroup(inference.of(node.args[0]), shape_of(node))
     if out is None:
@@ -72,7 +72,7 @@ def view(inference: AxisInference, node: Node) -> Result:
     return out
 
 
-@rule("expand", "broadcast_to")
+@rule("expand")
 def expand(inference: AxisInference, node: Node) -> Result:
     """A stretched axis is new and free: each rank can stretch to its own part."""
     source = node.args[0]
@@ -129,7 +129,7 @@ def index_piece(inference: AxisInference, node: Node) -> tuple[Node, int, Piece]
     if len(given) != 1 or not isinstance(given[0][1], Node):
         return None
     dim, index = given[0]
-    while index.op == "call_function" and op_name(index) in ("clone", "alias", "detach", "lift_fresh_copy", "_to_copy"):
+    while facts_of(index).identity:
         index = index.args[0]
         assert isinstance(index, Node)
     value = inference.constants.get(index.name if index.op == "placeholder" else str(index.target))
@@ -224,7 +224,7 @@ def split_pieces(node: Node) -> tuple[int, list[Piece]]:
     return dim, pieces
 
 
-@rule("split", "split_with_sizes", "chunk")
+@rule("split")
 def split(inference: AxisInference, node: Node) -> Result:
     dim, pieces = split_pieces(node)
     out = []
@@ -261,7 +261,7 @@ def unbind(inference: AxisInference, node: Node) -> Result:
 # ---------------------------------------------------------------------- joining
 
 
-@rule("cat", "concat", "concatenate")
+@rule("cat")
 def cat(inference: AxisInference, node: Node) -> Result:
     tensors: list[Any] = [x for x in node.args[0] if shape_of(x) != [0]]  # type: ignore[union-attr,arg-type]
     rank = len(shape_of(node))

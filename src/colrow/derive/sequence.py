@@ -17,7 +17,7 @@ from torch.fx import Node
 from colrow.derive.axes import Atom, Dim, leaves
 from colrow.derive.blocks import BlockFinder
 from colrow.derive.flow import Flows
-from colrow.derive.infer import AxisInference, Dims, is_float, shape_of
+from colrow.derive.infer import AxisInference, Dims, is_float, is_lookup, shape_of
 from colrow.derive.table import infer
 from colrow.derive.trace import Trace, is_boundary, label_of
 
@@ -156,10 +156,8 @@ def _knows_no_sequence(stream: Stream, inference: AxisInference, flows: Flows, b
 
 
 def _is_lookup(finder: BlockFinder, boundary: Node) -> bool:
-    from colrow.derive.infer import op_name
-
     name = label_of(boundary).module
-    return any(owner == name and op_name(node) == "embedding" for node, owner in finder.owners.items())
+    return any(owner == name and is_lookup(node) for node, owner in finder.owners.items())
 
 
 def _first_layer(flows: Flows, finder: BlockFinder, entries: set[Node]) -> set[Node]:

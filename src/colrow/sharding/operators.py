@@ -1,0 +1,219 @@
+"""What each ATen operator does to a tensor that is split over ranks: one table, for derivation and for the check.
+
+An operator stands here under its name without the overload and without the underscore of an in-place variant: `add` is
+`aten.add.Tensor` and `aten.add_.Scalar`. An operator that does not stand here has no known facts: `derive` keeps every
+dimension that it touches unsharded, and nothing may be taken for granted of it.
+
+[Note: what is known of an operator]
+Let f be the operator, x its input, and x_1 ... x_n what the ranks hold.
+
+    rule     x_r shards of a dim:      which dims of f(x) the f(x_r) are shards of. The name of a rule of `derive`
+    linear   x_r partial sums:         whether f(x_1) + ... + f(x_n) = f(x)
+    values   no use of x but its shape: zeros, a constant, unset memory, positions (arange), random numbers
+    moves    each element of f(x) is an element of x, unchanged: what is known of x's elements holds for f(x)'s
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any
+
+
+class Linear(Enum):
+    """In which operands an operator is linear, so that it commutes with a sum over ranks."""
+
+    FIRST = auto()
+    """In its first operand, the others given: a view, a sum, a product with a known factor."""
+    NUMERATOR = auto()
+    """In its first operand, and in no other one."""
+    EACH = auto()
+    """In each operand while the other is given, not in both at once: x * y."""
+    TERMS = auto()
+    """In all operands together: of a partial sum and another term, the other one is summed over ranks as well."""
+    WRITTEN = auto()
+    """In the base and the values that are written into it together."""
+
+
+class Values(Enum):
+    """What an operator fills its result with, when it does not compute it from its inputs' elements."""
+
+    ZERO = auto()
+    CONSTANT = auto()
+    """One number everywhere: on each rank a smaller tensor is a shard."""
+    UNSET = auto()
+    """Memory that the model overwrites."""
+    POSITION = auto()
+    """Each element says where it stands: on each rank a smaller tensor is the first shard."""
+    RANDOM = auto()
+
+
+class Identity(Enum):
+    """How a result with the elements and the shape of its input differs from it."""
+
+    MEMORY = auto()
+    """In nothing, or in where it lies."""
+    DTYPE = auto()
+    GRADIENT = auto()
+    """No gradient flows back."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """The facts of one operator; see [Note: what is known of an operator].
+
+    Attributes:
+        rule: how it carries a sharded dim; empty: no rule, nothing may be sharded.
+        linear: in which operands it commutes with a sum over ranks; None: in none.
+        values: what it fills its result with, whatever its inputs' elements are; None: computed from them.
+        random: it draws random numbers (dropout: only in training), so each rank's own draws differ from one draw.
+        moves: it copies elements and computes nothing.
+        identity: its result equals its input, up to this.
+        takes_part: it takes a piece of a dim by number: the same numbers on every rank are different elements.
+        contracts: it sums products over a dim.
+        addends: positions of tensor operands that are added to the rest; None: none. Of a sum over ranks such a term
+            counts once for each rank.
+        counts: its integer arguments go into values (a scale, a count that is divided by), not into shapes.
+    """
+
+    name: str
+    rule: str = ""
+    linear: Linear | None = None
+    values: Values | None = None
+    random: bool = False
+    moves: bool = False
+    identity: Identity | None = None
+    takes_part: bool = False
+    contracts: bool = False
+    addends: tuple[int, ...] | None = None
+    counts: bool = False
+
+
+OPERATORS: dict[str, Operator] = {}
+
+
+def _known(names: str, rule: str = "", **facts: Any) -> None:
+    for name in names.split():
+        assert name not in OPERATORS, f"{name} stands in the table twice"
+        OPERATORS[name] = Operator(name, rule, **facts)
+
+
+# ---------------------------------------------------------------------- element by element
+
+FIRST, TERMS = Linear.FIRST, Linear.TERMS
+
+_known(
+    """reciprocal square sqrt rsqrt abs sign exp exp2 expm1 log log1p log2 cos sin tan erf tanh sigmoid silu gelu relu
+    relu6 leaky_relu elu celu selu softplus mish hardtanh hardswish hardsigmoid threshold logit log_sigmoid atan atan2
+    sinh cosh maximum minimum clamp_min clamp_max where masked_fill lerp addcmul addcdiv xlogy nan_to_num
+    bitwise_and bitwise_or bitwise_not bitwise_xor logical_and logical_or logical_not logical_xor __and__ __or__ __xor__
+    ge le lt gt eq ne not_equal floor ceil round trunc isnan isinf isfinite copy _conj real""",
+    "elementwise",
+)
+_known("add sub", "elementwise", linear=TERMS, addends=(0, 1), counts=True)
+_known("rsub pow floor_divide remainder fmod clamp", "elementwise", counts=True)
+_known("mul", "elementwise", linear=Linear.EACH, counts=True)
+_known("div", "elementwise", linear=Linear.NUMERATOR, counts=True)
+_known("neg", "elementwise", linear=FIRST)
+_known("dropout", "elementwise", linear=FIRST, random=True)
+_known("native_dropout _fused_dropout", random=True)
+_known("clone contiguous alias lift_fresh_copy", "elementwise", linear=FIRST, moves=True, identity=Identity.MEMORY)
+_known("_assert_tensor_metadata", identity=Identity.MEMORY)
+_known("detach", "elementwise", linear=FIRST, moves=True, identity=Identity.GRADIENT)
+_known("to _to_copy type_as", "elementwise", linear=FIRST, moves=True, identity=Identity.DTYPE)
+_known("boundary", "elementwise", linear=FIRST)  # the marker of a derivation's trace: it may change an extent
+
+# ---------------------------------------------------------------------- made from nothing but a shape
+
+_known("zeros new_zeros", "constant", values=Values.ZERO)
+_known("full scalar_tensor ones new_ones new_full", "constant", values=Values.CONSTANT)
+_known("empty new_empty empty_strided new_empty_strided", "constant", values=Values.UNSET)
+_known("arange linspace eye tril_indices triu_indices", "constant", values=Values.POSITION)
+_known("rand randn", "constant", values=Values.RANDOM, random=True)
+_known("zeros_like", "like", values=Values.ZERO)
+_known("ones_like full_like", "like", values=Values.CONSTANT)
+_known("empty_like", "like", values=Values.UNSET)
+_known("rand_like randn_like", "like", values=Values.RANDOM, random=True)
+_known("fill", "elementwise", values=Values.CONSTANT)
+_known("zero", values=Values.ZERO)
+_known("bernoulli", "like", random=True)  # its input holds the probabilities
+
+# ---------------------------------------------------------------------- along a dim
+
+_known("sum", "sum", linear=FIRST)
+_known("mean", "mean", linear=FIRST)
+_known("amax amin any all prod logsumexp argmax argmin", "reduce")
+_known("softmax _softmax log_softmax _log_softmax _safe_softmax cumprod logcumsumexp", "along")
+_known("cumsum", "along", linear=FIRST)
+_known("flip roll", "reorder", linear=FIRST, moves=True)
+_known("tril triu", "triangle", linear=FIRST)
+_known("layer_norm rms_norm", "norm")
+_known("constant_pad_nd pad", "pad")
+_known("diff", "diff", linear=FIRST)
+_known("topk sort", "sort")
+_known("argsort", "argsort")
+_known("max min", "max")
+_known("histc bincount", "count")
+_known("one_hot", "one_hot")
+_known("var std nll_loss_forward nll_loss2d_forward")
+
+# ---------------------------------------------------------------------- products
+
+_known("linear", "linear", contracts=True, addends=(2,))
+_known("addmm baddbmm", "addmm", contracts=True, addends=(0,))
+_known("matmul mm bmm", "matmul", contracts=True)
+_known("_grouped_mm grouped_mm_fallback", "grouped_mm", contracts=True)
+_known("scaled_dot_product_attention", "attention", contracts=True)
+_known("_scaled_dot_product_flash_attention_for_cpu", contracts=True)
+
+# ---------------------------------------------------------------------- views
+
+_known("view reshape _unsafe_view flatten unflatten", "view", linear=FIRST, moves=True)
+_known("transpose swapaxes swapdims", "transpose", linear=FIRST, moves=True)
+_known("t numpy_T mT", "t", linear=FIRST, moves=True)
+_known("permute", "permute", linear=FIRST, moves=True)
+_known("movedim", "movedim", linear=FIRST, moves=True)
+_known("unsqueeze", "unsqueeze", linear=FIRST, moves=True)
+_known("squeeze", "squeeze", linear=FIRST, moves=True)
+_known("expand broadcast_to", "expand", linear=FIRST, moves=True)
+_known("repeat", "repeat", linear=FIRST, moves=True)
+_known("repeat_interleave", "repeat_interleave", linear=FIRST, moves=True)
+_known("view_as_complex", "view_as_complex", linear=FIRST, moves=True)
+_known("view_as_real", "view_as_real", linear=FIRST, moves=True)
+_known("slice", "slice", linear=FIRST, moves=True, takes_part=True)
+_known("select", "select", linear=FIRST, moves=True, takes_part=True)
+_known("narrow", "narrow", linear=FIRST, moves=True, takes_part=True)
+_known("split split_with_sizes chunk", "split", linear=FIRST, moves=True)
+_known("tensor_split", linear=FIRST, moves=True)
+_known("unbind", "unbind", linear=FIRST, moves=True)
+_known("getitem", "getitem", linear=FIRST, moves=True)
+_known("cat concat concatenate", "cat", linear=TERMS, moves=True)
+_known("stack", "stack", linear=TERMS, moves=True)
+_known("slice_scatter", "slice_scatter", linear=TERMS, moves=True)
+_known("select_scatter", "select_scatter", linear=TERMS, moves=True)
+
+# ---------------------------------------------------------------------- lookups and writes by index
+
+_known("embedding", "embedding")
+_known("index", "index", linear=FIRST, moves=True, takes_part=True)
+_known("index_select", "index_select", linear=FIRST, moves=True, takes_part=True)
+_known("gather", "gather", linear=FIRST, moves=True)
+_known("index_put _unsafe_index_put", "index_put", linear=Linear.WRITTEN)
+_known("index_add", "index_add", linear=TERMS)
+_known("index_copy", "index_add")
+_known("scatter", "scatter", linear=Linear.WRITTEN)
+_known("scatter_add", "scatter", linear=TERMS)
+_known("scatter_reduce", "scatter")
+
+
+NOTHING_KNOWN = Operator("")
+
+
+def operator(name: str) -> Operator:
+    """The facts of an operator by its ATen name, in place or not; none of one that is not in the table."""
+    return OPERATORS.get(plain_name(name), NOTHING_KNOWN)
+
+
+def plain_name(name: str) -> str:
+    """`add_` is `add` in place: one operator. A name that begins with an underscore is kept as it is."""
+    return name if name.startswith("_") else name.rstrip("_")
