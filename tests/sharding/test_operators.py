@@ -13,7 +13,7 @@ from torch import Tensor
 
 import colrow
 from colrow.derive.table import RULES
-from colrow.sharding.operators import OPERATORS, Identity, Linear, Values, operator, plain_name
+from colrow.sharding.operators import OPERATORS, Filling, Identity, Linear, operator, plain_name
 
 ROOMS = ("derive", "dryrun", "checking")
 WORDS = {"backward", "count", "cpu", "dim", "fix", "inner", "mode", "norm", "size", "sorted"}
@@ -78,11 +78,11 @@ def test_an_identity_gives_its_input(name: str) -> None:
         assert torch.equal(getattr(aten, name)(x), x)
 
 
-@pytest.mark.parametrize("name", [op.name for op in OPERATORS.values() if op.rule == "like" and op.values])
+@pytest.mark.parametrize("name", [op.name for op in OPERATORS.values() if op.rule == "like" and op.fills])
 def test_what_fills_does_not_read(name: str) -> None:
     def filled(x: Tensor) -> Tensor:
         return getattr(aten, name)(x, 2.0) if name == "full_like" else getattr(aten, name)(x)
 
-    if OPERATORS[name].values in (Values.ZERO, Values.CONSTANT):
+    if OPERATORS[name].fills in (Filling.ZERO, Filling.CONSTANT):
         assert torch.equal(filled(torch.zeros(3)), filled(torch.full((3,), float("nan"))))
     assert filled(torch.zeros(3)).shape == (3,)

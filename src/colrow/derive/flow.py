@@ -25,7 +25,7 @@ from torch.fx import Node
 from colrow.derive.choose import Choice
 from colrow.derive.infer import AxisInference, facts_of, op_name
 from colrow.derive.trace import is_boundary, label_of, module_path
-from colrow.sharding.operators import Linear, Values
+from colrow.sharding.operators import Filling, Linear
 
 
 class Kind(Enum):
@@ -111,7 +111,7 @@ class Flows:
                 if node not in self.inference.params and node.name not in self.inference._inputs:
                     found.add(node)
             elif node.op != "output":
-                fills = facts_of(node).values not in (None, Values.RANDOM)
+                fills = facts_of(node).fills not in (None, Filling.RANDOM)
                 if fills or all(i in found for i in node.all_input_nodes):
                     found.add(node)
         return found
@@ -237,7 +237,7 @@ class Flows:
         return kind is Kind.W and all(self.path[node] in self.sharers[n] for n in names)
 
     def _zeros(self, node: object) -> bool:
-        return isinstance(node, Node) and facts_of(node).values in (Values.ZERO, Values.UNSET)
+        return isinstance(node, Node) and facts_of(node).fills in (Filling.ZERO, Filling.UNSET)
 
     def _index_like(self, node: Node) -> bool:
         value = node.meta.get("val")

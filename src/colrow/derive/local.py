@@ -35,7 +35,7 @@ from colrow.derive.trace import (
 )
 from colrow.dryrun.calls import call_model
 from colrow.errors import PlanError
-from colrow.sharding.operators import Identity, Values
+from colrow.sharding.operators import Filling, Identity
 from colrow.styles.base import set_attribute
 from colrow.torch_compat import fake_tensor_mode, quiet_fake_tensors
 
@@ -151,7 +151,7 @@ class LocalCheck:
         facts = facts_of(mine)
         if mine not in self.flows.constant:
             return False
-        if facts.values is Values.POSITION:
+        if facts.fills is Filling.POSITION:
             return True
         if not facts.takes_part:  # pieces of a split are compared with the whole tensor's by their extents
             return False

@@ -25,19 +25,11 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from colrow.sharding.operators import Filling, Linear, Operator, operator
 from colrow.torch_compat import frames, inside_dtensor, is_async, local_shard
 
 Window = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 """Storage address, offset, shape, stride."""
-
-# operations whose result takes only the shape of its input
-_NO_VALUES = ("empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_ones", "new_full")
-_ZEROS = ("zeros", "zeros_like", "new_zeros", "zero_")
-_KEEPS_ADDEND = ("view", "_unsafe_view", "reshape", "clone", "_to_copy", "transpose", "permute", "detach", "alias",
-                 "unsqueeze", "squeeze", "expand", "contiguous", "t", "slice", "split", "cat")  # fmt: skip
-_SUMS_OF_TERMS = ("add", "add_", "sub")
-_RANDOM = ("native_dropout", "bernoulli", "bernoulli_", "rand_like", "randn_like", "_fused_dropout")
-_MATMULS = ("mm", "addmm", "bmm", "baddbmm", "linear", "_grouped_mm", "_scaled_dot_product_flash_attention_for_cpu")
 
 
 @dataclass
@@ -125,6 +117,15 @@ class Op:
     varying: list[Tensor]
     mutates: bool
 
+    @property
+    def facts(self) -> Operator:
+        return operator(self.name)
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether it takes only the shape of its input, and gives a new tensor."""
+        return not self.mutates and self.facts.fills not in (None, Filling.RANDOM)
+
 
 def track_packed(values: Values, op: Op) -> None:
     """packed weight → view: packed weight; × activations: packed. packed → packed, but for a matmul of activations,
@@ -132,7 +133,7 @@ def track_packed(values: Values, op: Op) -> None:
     from_weight = any(values[x].packed_weight for x in op.inputs)
     from_packed = any(values[x].packed for x in op.inputs)
     for out in op.outputs:
-        if op.name in _MATMULS:
+        if op.facts.contracts:
             values[out].packed |= from_weight
         elif from_weight:
             values[out].packed_weight = True
@@ -153,7 +154,7 @@ def track_in_flight(values: Values, op: Op, functional: bool) -> None:
 
 def track_varying(values: Values, op: Op) -> None:
     """varying → varying. A result without values of its own is equal, but may have a shard's shape."""
-    if op.name in _NO_VALUES:
+    if op.is_filled:
         for out in op.outputs:
             values[out].varying = False
             values[out].shaped_like_shard = bool(op.varying)
@@ -169,17 +170,11 @@ def track_addend(values: Values, op: Op) -> None:
 
     Not counted: zeros, a share of 1/tp, and what DTensor adds itself (it adds a row linear's bias on one rank).
     """
-    if not op.varying or op.name in _NO_VALUES:
+    if not op.varying or op.is_filled:
         return
-    terms: list[Tensor] = []
-    if op.name == "addmm":  # (bias, x, weight)
-        terms = op.inputs[:1]
-    elif op.name == "linear":  # (x, weight, bias)
-        terms = op.inputs[2:]
-    elif op.name in _SUMS_OF_TERMS:
-        terms = op.inputs
+    terms = [op.inputs[i] for i in op.facts.addends or () if i < len(op.inputs)]
     adds = any(_counts_as_addend(values, term) for term in terms) and not inside_dtensor(frames())
-    if op.name in _SUMS_OF_TERMS or op.name in _KEEPS_ADDEND:
+    if op.facts.moves or op.facts.linear is Linear.TERMS:
         adds |= any(values[x].has_addend for x in op.varying)
     for out in op.outputs if adds else ():
         values[out].has_addend = True
@@ -193,7 +188,7 @@ def _counts_as_addend(values: Values, term: Tensor) -> bool:
 def track_zero(values: Values, op: Op) -> None:
     """Zeros stay zeros only as long as nothing is computed with them."""
     for out in op.outputs if not op.varying else ():
-        values[out].is_zero = op.name in _ZEROS
+        values[out].is_zero = op.facts.fills is Filling.ZERO
 
 
 def track_share(values: Values, op: Op, tp: int) -> None:
@@ -210,7 +205,7 @@ def track_share(values: Values, op: Op, tp: int) -> None:
 
 def draws_random_on_shard(values: Values, op: Op) -> bool:
     """Whether a random mask is drawn for a varying tensor: ranks with equal seeds draw equal masks."""
-    return op.name in _RANDOM and (bool(op.varying) or any(values[x].shaped_like_shard for x in op.inputs))
+    return op.facts.random and (bool(op.varying) or any(values[x].shaped_like_shard for x in op.inputs))
 
 
 def _local(tensor: Tensor) -> Tensor:

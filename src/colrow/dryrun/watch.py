@@ -18,6 +18,7 @@ from colrow.dryrun import values as rules
 from colrow.dryrun.module_tracker import ModuleTracker
 from colrow.dryrun.values import Op, Values
 from colrow.ops.parallel_linear import traffic
+from colrow.sharding.operators import EQUAL_AFTER
 from colrow.torch_compat import (
     TorchDispatchMode,
     current_autograd_node,
@@ -29,24 +30,6 @@ from colrow.torch_compat import (
     tree_leaves,
     watched_to_local_backward,
 )
-
-_COLLECTIVES = {
-    "all_gather_into_tensor": "all_gather",
-    "all_gather_into_tensor_coalesced": "all_gather",
-    "reduce_scatter_tensor": "reduce_scatter",
-    "reduce_scatter_tensor_coalesced": "reduce_scatter",
-    "all_reduce": "all_reduce",
-    "all_reduce_coalesced": "all_reduce",
-    "all_to_all_single": "all_to_all",
-    "shard_dim_alltoall": "all_to_all",
-    "broadcast": "broadcast",
-}
-_IN_PLACE = {
-    "_allgather_base_": "all_gather",
-    "_reduce_scatter_base_": "reduce_scatter",
-    "allreduce_": "all_reduce",
-}
-_EQUAL_AFTER = ("all_gather", "all_reduce", "broadcast")
 
 Problem = Literal[
     "varying_as_replicate",
@@ -187,8 +170,8 @@ class Watch(TorchDispatchMode):
 
     def _functional(self, op: Op) -> None:
         """A collective that returns a new tensor, as DTensor's do; `wait_tensor` and the like move nothing."""
-        kind = _COLLECTIVES.get(op.name)
-        if kind is None:
+        kind = op.facts.collective
+        if not kind:
             self._local(op)
             return
         value, backward = self._values[op.inputs[0]], self._modules.in_backward()
@@ -204,17 +187,17 @@ class Watch(TorchDispatchMode):
         if sums and value.has_addend:
             self._mismatch("addend_summed")
         for out in op.outputs:
-            self._values[out].varying = kind not in _EQUAL_AFTER
+            self._values[out].varying = kind not in EQUAL_AFTER
 
     def _in_place(self, op: Op) -> None:
         """A collective that writes into its first tensor; this project's operations call these."""
-        kind = _IN_PLACE.get(op.name)
-        if kind is None:
+        kind = op.facts.collective
+        if not kind:
             self._local(op)
             return
         target = op.inputs[0]
         self._event(kind, op.inputs[-1], max(_nbytes([x]) for x in op.inputs))
-        varying = kind not in _EQUAL_AFTER
+        varying = kind not in EQUAL_AFTER
         self._values[target].varying = self._values.storage(target).varying = varying
 
     def _own_operator(self, op: Op) -> None:

@@ -9,7 +9,7 @@ Let f be the operator, x its input, and x_1 ... x_n what the ranks hold.
 
     rule     x_r shards of a dim:      which dims of f(x) the f(x_r) are shards of. The name of a rule of `derive`
     linear   x_r partial sums:         whether f(x_1) + ... + f(x_n) = f(x)
-    values   no use of x but its shape: zeros, a constant, unset memory, positions (arange), random numbers
+    fills    no use of x but its shape: zeros, a constant, unset memory, positions (arange), random numbers
     moves    each element of f(x) is an element of x, unchanged: what is known of x's elements holds for f(x)'s
 """
 
@@ -35,7 +35,7 @@ class Linear(Enum):
     """In the base and the values that are written into it together."""
 
 
-class Values(Enum):
+class Filling(Enum):
     """What an operator fills its result with, when it does not compute it from its inputs' elements."""
 
     ZERO = auto()
@@ -65,7 +65,7 @@ class Operator:
     Attributes:
         rule: how it carries a sharded dim; empty: no rule, nothing may be sharded.
         linear: in which operands it commutes with a sum over ranks; None: in none.
-        values: what it fills its result with, whatever its inputs' elements are; None: computed from them.
+        fills: what it fills its result with, whatever its inputs' elements are; None: computed from them.
         random: it draws random numbers (dropout: only in training), so each rank's own draws differ from one draw.
         moves: it copies elements and computes nothing.
         identity: its result equals its input, up to this.
@@ -74,12 +74,13 @@ class Operator:
         addends: positions of tensor operands that are added to the rest; None: none. Of a sum over ranks such a term
             counts once for each rank.
         counts: its integer arguments go into values (a scale, a count that is divided by), not into shapes.
+        collective: what it does between ranks (all_gather, reduce_scatter, ...); empty: nothing.
     """
 
     name: str
     rule: str = ""
     linear: Linear | None = None
-    values: Values | None = None
+    fills: Filling | None = None
     random: bool = False
     moves: bool = False
     identity: Identity | None = None
@@ -87,7 +88,11 @@ class Operator:
     contracts: bool = False
     addends: tuple[int, ...] | None = None
     counts: bool = False
+    collective: str = ""
 
+
+EQUAL_AFTER = frozenset(("all_gather", "all_reduce", "broadcast"))
+"""Collectives after which every rank holds the same values."""
 
 OPERATORS: dict[str, Operator] = {}
 
@@ -125,17 +130,17 @@ _known("boundary", "elementwise", linear=FIRST)  # the marker of a derivation's 
 
 # ---------------------------------------------------------------------- made from nothing but a shape
 
-_known("zeros new_zeros", "constant", values=Values.ZERO)
-_known("full scalar_tensor ones new_ones new_full", "constant", values=Values.CONSTANT)
-_known("empty new_empty empty_strided new_empty_strided", "constant", values=Values.UNSET)
-_known("arange linspace eye tril_indices triu_indices", "constant", values=Values.POSITION)
-_known("rand randn", "constant", values=Values.RANDOM, random=True)
-_known("zeros_like", "like", values=Values.ZERO)
-_known("ones_like full_like", "like", values=Values.CONSTANT)
-_known("empty_like", "like", values=Values.UNSET)
-_known("rand_like randn_like", "like", values=Values.RANDOM, random=True)
-_known("fill", "elementwise", values=Values.CONSTANT)
-_known("zero", values=Values.ZERO)
+_known("zeros new_zeros", "constant", fills=Filling.ZERO)
+_known("full scalar_tensor ones new_ones new_full", "constant", fills=Filling.CONSTANT)
+_known("empty new_empty empty_strided new_empty_strided", "constant", fills=Filling.UNSET)
+_known("arange linspace eye tril_indices triu_indices", "constant", fills=Filling.POSITION)
+_known("rand randn", "constant", fills=Filling.RANDOM, random=True)
+_known("zeros_like", "like", fills=Filling.ZERO)
+_known("ones_like full_like", "like", fills=Filling.CONSTANT)
+_known("empty_like", "like", fills=Filling.UNSET)
+_known("rand_like randn_like", "like", fills=Filling.RANDOM, random=True)
+_known("fill", "elementwise", fills=Filling.CONSTANT)
+_known("zero", fills=Filling.ZERO)
 _known("bernoulli", "like", random=True)  # its input holds the probabilities
 
 # ---------------------------------------------------------------------- along a dim
@@ -204,6 +209,14 @@ _known("index_copy", "index_add")
 _known("scatter", "scatter", linear=Linear.WRITTEN)
 _known("scatter_add", "scatter", linear=TERMS)
 _known("scatter_reduce", "scatter")
+
+# ---------------------------------------------------------------------- between ranks
+
+_known("all_gather_into_tensor all_gather_into_tensor_coalesced _allgather_base_", collective="all_gather")
+_known("reduce_scatter_tensor reduce_scatter_tensor_coalesced _reduce_scatter_base_", collective="reduce_scatter")
+_known("all_reduce all_reduce_coalesced allreduce", collective="all_reduce")
+_known("all_to_all_single shard_dim_alltoall", collective="all_to_all")
+_known("broadcast", collective="broadcast")
 
 
 NOTHING_KNOWN = Operator("")
