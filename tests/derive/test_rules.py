@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.fx import Graph, Node
 
 from benchmarks.models.prove import Sabotage, ShardedRun, graph_values
 from colrow.derive.axes import Atom, leaves, regroup, size_of, unify
 from colrow.derive.choose import Choice, class_facts
+from colrow.derive.derivation import derive
+from colrow.derive.infer import RULES, AxisInference, NoRuleError, number
 from colrow.derive.table import infer
 from colrow.derive.trace import trace
 
@@ -255,3 +259,20 @@ def test_an_operator_without_a_rule_keeps_its_operands_whole() -> None:
     assert inference.unknown
     (weight,) = inference.params
     assert all(atom.block and "no rule" in atom.block for dim in inference.of(weight) for atom in leaves(dim))
+
+
+@pytest.mark.parametrize("error", [AttributeError, TypeError])
+def test_a_rule_with_a_bug_is_not_taken_for_no_rule(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(inference: AxisInference, node: Node) -> Any:
+        raise error("a bug")
+
+    monkeypatch.setitem(RULES, "linear", broken)
+    with pytest.raises(error, match="a bug"):
+        derive(nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8)), 2, inputs=(torch.zeros(3, 34, 8),))
+
+
+def test_a_number_that_the_graph_computes_is_no_rule() -> None:
+    graph = Graph()
+    x = graph.placeholder("x")
+    with pytest.raises(NoRuleError, match="dim is not a known number"):
+        number(graph.call_function(torch.ops.aten.select.int, (x, x, 0)), 1, "dim")

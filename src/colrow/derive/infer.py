@@ -56,12 +56,24 @@ def is_lookup(node: Node) -> bool:
 
 
 def shape_of(node: Node) -> list[int]:
-    return [int(extent) for extent in node.meta["val"].shape]
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        raise NoRuleError(f"{node} is not a tensor")
+    return [int(extent) for extent in value.shape]
 
 
 def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
     """An argument that may be given by position or by keyword."""
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def number(node: Node, index: int, name: str, default: int | None = None) -> int:
+    """An integer argument; NoRuleError where the graph computes it, or the call leaves it out."""
+    value = argument(node, index, name)
+    value = default if value is None else value
+    if not isinstance(value, int):
+        raise NoRuleError(f"{name} is not a known number")
+    return value
 
 
 class AxisInference:
@@ -105,7 +117,7 @@ class AxisInference:
 
     def of(self, node: Any) -> Dims:
         """The dimensions of a tensor-valued node."""
-        dims = self.dims.get(node)
+        dims = self.dims.get(node) if isinstance(node, Node) else None
         if not isinstance(dims, list):
             raise NoRuleError("an argument is not a tensor")
         return dims
@@ -157,7 +169,7 @@ class AxisInference:
                 raise NoRuleError(name)
             result = handler(self, node)
             self._require_shape(result, value, name)
-        except (NoRuleError, KeyError, IndexError, AttributeError, TypeError, ValueError):
+        except (NoRuleError, KeyError, IndexError, ValueError):  # not TypeError, AttributeError: a rule with a bug
             result = self._give_up(name, value, incoming)
         self.dims[node] = result
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.fx import Node
 
 from colrow.derive.axes import Dim, block, soften, unify
-from colrow.derive.infer import AxisInference, Dims, NoRuleError, Result, argument, op_name, rule, shape_of
+from colrow.derive.infer import AxisInference, Dims, NoRuleError, Result, argument, number, op_name, rule, shape_of
 
 
 def broadcast(inference: AxisInference, shape: list[int], tensors: list[tuple[Dims, list[int]]], why: str) -> Dims:
@@ -93,7 +93,7 @@ def reduce(inference: AxisInference, node: Node) -> Result:
 @rule("along")
 def along(inference: AxisInference, node: Node) -> Result:
     dims = inference.of(node.args[0])
-    block(dims[int(argument(node, 1, "dim"))], f"{op_name(node).strip('_')} runs along it")
+    block(dims[number(node, 1, "dim")], f"{op_name(node).strip('_')} runs along it")
     return dims
 
 
@@ -152,7 +152,7 @@ def pad(inference: AxisInference, node: Node) -> Result:
 @rule("diff")
 def diff(inference: AxisInference, node: Node) -> Result:
     dims = list(inference.of(node.args[0]))
-    where = int(argument(node, 2, "dim", -1))
+    where = number(node, 2, "dim", -1)
     block(dims[where], "differences run along it")
     dims[where] = inference.fresh([shape_of(node)[where]], "differences run along it")[0]
     return dims

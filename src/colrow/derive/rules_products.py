@@ -12,6 +12,7 @@ from colrow.derive.infer import (
     Result,
     argument,
     is_float,
+    number,
     op_name,
     rule,
     shape_of,
@@ -167,7 +168,7 @@ def index(inference: AxisInference, node: Node) -> Result:
 
 @rule("index_select")
 def index_select(inference: AxisInference, node: Node) -> Result:
-    dims, where = list(inference.of(node.args[0])), int(argument(node, 1, "dim"))
+    dims, where = list(inference.of(node.args[0])), number(node, 1, "dim")
     block(dims[where], "indexed")
     dims[where] = inference.of(argument(node, 2, "index"))[0]
     return dims
@@ -193,7 +194,7 @@ def index_put(inference: AxisInference, node: Node) -> Result:
 @rule("index_add")
 def index_add(inference: AxisInference, node: Node) -> Result:
     base, source = inference.of(node.args[0]), inference.of(node.args[3])
-    where = int(node.args[1]) % len(base)  # type: ignore[arg-type]
+    where = number(node, 1, "dim") % len(base)
     for k, (mine, its) in enumerate(zip(base, source, strict=True)):
         if k == where:
             block(mine, "written by index")
@@ -209,7 +210,7 @@ def gather(inference: AxisInference, node: Node) -> Result:
     assert isinstance(source, Node)
     assert isinstance(index_node, Node)
     dims, picked = inference.of(source), inference.of(index_node)
-    where = int(node.args[1]) % len(dims)  # type: ignore[arg-type]
+    where = number(node, 1, "dim") % len(dims)
     for k, (mine, its) in enumerate(zip(dims, picked, strict=True)):
         if k == where:
             block(mine, "indexed")
@@ -228,7 +229,7 @@ def scatter(inference: AxisInference, node: Node) -> Result:
     assert isinstance(base, Node)
     assert isinstance(index_node, Node)
     dims = inference.of(base)
-    where = int(node.args[1]) % len(dims)  # type: ignore[arg-type]
+    where = number(node, 1, "dim") % len(dims)
     others = [index_node] + [a for a in node.args[3:4] if isinstance(a, Node)]
     for other in others:
         for k, (mine, its) in enumerate(zip(dims, inference.of(other), strict=True)):
@@ -244,10 +245,10 @@ def scatter(inference: AxisInference, node: Node) -> Result:
 def order(inference: AxisInference, node: Node) -> Result:
     dims = list(inference.of(node.args[0]))
     position = 2 if op_name(node) == "topk" else 1
-    where = argument(node, position, "dim", -1)
-    block(dims[int(where)], "sorted")
-    size = shape_of_part(node, 0)[int(where)]
-    dims[int(where)] = inference.fresh([size], "sorted")[0]
+    where = number(node, position, "dim", -1)
+    block(dims[where], "sorted")
+    size = shape_of_part(node, 0)[where]
+    dims[where] = inference.fresh([size], "sorted")[0]
     return tuple(list(dims) for _ in node.meta["val"])
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from colrow.derive.axes import Atom, Dim, block, leaves, regroup, size_of, unify
-from colrow.derive.infer import AxisInference, NoRuleError, Result, argument, facts_of, op_name, rule, shape_of
+from colrow.derive.infer import AxisInference, NoRuleError, Result, argument, facts_of, number, op_name, rule, shape_of
 
 Piece = tuple[int, int]
 """Start and length of a part of a dimension."""
@@ -17,7 +17,7 @@ Piece = tuple[int, int]
 @rule("transpose")
 def transpose(inference: AxisInference, node: Node) -> Result:
     dims = list(inference.of(node.args[0]))
-    i, j = (int(a) for a in node.args[1:3])  # type: ignore[arg-type]
+    i, j = number(node, 1, "dim0"), number(node, 2, "dim1")
     dims[i], dims[j] = dims[j], dims[i]
     return dims
 
@@ -49,7 +49,7 @@ def movedim(inference: AxisInference, node: Node) -> Result:
 
 @rule("unsqueeze")
 def unsqueeze(inference: AxisInference, node: Node) -> Result:
-    dims, i = list(inference.of(node.args[0])), int(argument(node, 1, "dim"))
+    dims, i = list(inference.of(node.args[0])), number(node, 1, "dim")
     dims.insert(i if i >= 0 else i + len(dims) + 1, [])
     return dims
 
@@ -88,7 +88,9 @@ def expand(inference: AxisInference, node: Node) -> Result:
 @rule("repeat")
 def repeat(inference: AxisInference, node: Node) -> Result:
     """Copies stand outside: element i of copy c lies at c * extent + i."""
-    dims, times = inference.of(node.args[0]), [int(n) for n in argument(node, 1, "repeats")]
+    dims, times = inference.of(node.args[0]), argument(node, 1, "repeats")
+    if not all(isinstance(n, int) for n in times):
+        raise NoRuleError("repeat by a computed number")
     padded: list[Dim] = [[] for _ in range(len(times) - len(dims))] + list(dims)
     return [[Atom(n), *dim] if n > 1 else dim for n, dim in zip(times, padded, strict=True)]
 
@@ -111,7 +113,7 @@ def slice_piece(node: Node) -> tuple[Node, int, Piece, int]:
     source = node.args[0]
     assert isinstance(source, Node)
     shape = shape_of(source)
-    dim = int(argument(node, 1, "dim", 0) or 0) % len(shape)
+    dim = number(node, 1, "dim", 0) % len(shape)
     start = argument(node, 2, "start", None) or 0
     step = argument(node, 4, "step", 1) or 1
     if not isinstance(start, int) or not isinstance(step, int):
@@ -205,7 +207,7 @@ def slice_(inference: AxisInference, node: Node) -> Result:
 @rule("narrow")
 def narrow(inference: AxisInference, node: Node) -> Result:
     dims = list(inference.of(node.args[0]))
-    where = int(node.args[1]) % len(dims)  # type: ignore[arg-type]
+    where = number(node, 1, "dim") % len(dims)
     if shape_of(node)[where] != size_of(dims[where]):
         block(dims[where], "cut in part")
         dims[where] = inference.fresh([shape_of(node)[where]], "cut in part")[0]
@@ -216,7 +218,7 @@ def split_pieces(node: Node) -> tuple[int, list[Piece]]:
     """The dimension that split, split_with_sizes or chunk cuts, and its pieces."""
     source = node.args[0]
     assert isinstance(source, Node)
-    dim = int(argument(node, 2, "dim", 0)) % len(shape_of(source))
+    dim = number(node, 2, "dim", 0) % len(shape_of(source))
     pieces, start = [], 0
     for part in node.meta["val"]:
         pieces.append((start, int(part.shape[dim])))
@@ -241,20 +243,20 @@ def getitem(inference: AxisInference, node: Node) -> Result:
     parts = inference.dims[node.args[0]]  # type: ignore[index]
     if not isinstance(parts, tuple):
         raise NoRuleError("getitem")
-    return parts[int(node.args[1])]  # type: ignore[arg-type]
+    return parts[number(node, 1, "index")]
 
 
 @rule("select")
 def select(inference: AxisInference, node: Node) -> Result:
     dims = list(inference.of(node.args[0]))
-    block(dims.pop(int(argument(node, 1, "dim"))), "one element is selected")
+    block(dims.pop(number(node, 1, "dim")), "one element is selected")
     return dims
 
 
 @rule("unbind")
 def unbind(inference: AxisInference, node: Node) -> Result:
     dims = list(inference.of(node.args[0]))
-    block(dims.pop(int(argument(node, 1, "dim", 0))), "unbound")
+    block(dims.pop(number(node, 1, "dim", 0)), "unbound")
     return tuple(list(dims) for _ in node.meta["val"])
 
 
@@ -265,7 +267,7 @@ def unbind(inference: AxisInference, node: Node) -> Result:
 def cat(inference: AxisInference, node: Node) -> Result:
     tensors: list[Any] = [x for x in node.args[0] if shape_of(x) != [0]]  # type: ignore[union-attr,arg-type]
     rank = len(shape_of(node))
-    where = int(argument(node, 1, "dim", 0)) % rank
+    where = number(node, 1, "dim", 0) % rank
     extents = [shape_of(x)[where] for x in tensors]
     out = list(inference.of(tensors[0]))
     for x in tensors[1:]:
@@ -289,7 +291,7 @@ def cat(inference: AxisInference, node: Node) -> Result:
 @rule("stack")
 def stack(inference: AxisInference, node: Node) -> Result:
     tensors: list[Any] = list(node.args[0])  # type: ignore[arg-type]
-    where = int(argument(node, 1, "dim", 0)) % len(shape_of(node))
+    where = number(node, 1, "dim", 0) % len(shape_of(node))
     out = list(inference.of(tensors[0]))
     for x in tensors[1:]:
         for mine, its in zip(out, inference.of(x), strict=True):
@@ -302,7 +304,7 @@ def stack(inference: AxisInference, node: Node) -> Result:
 def slice_scatter(inference: AxisInference, node: Node) -> Result:
     """A copy of the first tensor with a piece of one dimension overwritten: that dimension stays whole."""
     base, source = list(inference.of(node.args[0])), inference.of(node.args[1])
-    where = int(argument(node, 2, "dim", 0) or 0) % len(base)
+    where = number(node, 2, "dim", 0) % len(base)
     for k, (mine, its) in enumerate(zip(base, source, strict=True)):
         if k != where:
             unify(mine, its, node.name)
@@ -317,7 +319,7 @@ def slice_scatter(inference: AxisInference, node: Node) -> Result:
 @rule("select_scatter")
 def select_scatter(inference: AxisInference, node: Node) -> Result:
     base, source = list(inference.of(node.args[0])), list(inference.of(node.args[1]))
-    where = int(argument(node, 2, "dim")) % len(base)
+    where = number(node, 2, "dim") % len(base)
     block(base[where], "overwritten in part")
     for mine, its in zip(base[:where] + base[where + 1 :], source, strict=True):
         unify(mine, its, node.name)
