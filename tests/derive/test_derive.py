@@ -188,7 +188,7 @@ def test_a_gpt_with_fused_qkv(kind: str, tp: int) -> None:
     assert found.modules[f"{where}.attention"]["attributes"] == {"heads": "/tp"}
     assert found.legal == [1, 2, 4]
     assert found.loss == "vocab_parallel"
-    assert "places.weight" in found.whole
+    assert "places.weight" in found.replicated
 
 
 def test_a_weight_that_is_read_in_vain_stays_a_plain_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +226,7 @@ def test_slopes_that_each_rank_would_make_alike_keep_the_heads_whole(monkeypatch
     found, error = check(Sloped(), x=STATES)
     assert error < TOLERANCE
     assert "mlp.down.weight" in found.sharded
-    assert "attention.qkv.weight" in found.whole
+    assert "attention.qkv.weight" in found.replicated
     monkeypatch.setattr(LocalCheck, "_same_on_all", lambda *_: False)
     found, error = check(Sloped(), x=STATES)
     assert "attention.qkv.weight" in found.sharded
@@ -259,7 +259,7 @@ def test_a_parameter_behind_its_block_s_reduction_is_not_summed_twice(monkeypatc
     found, error = check(Forgetting(), x=STATES)
     assert error < TOLERANCE
     assert "mlp.down.weight" in found.sharded
-    assert "gate.decay is used behind the reduction of gate" in found.whole["gate.up.weight"]
+    assert "gate.decay is used behind the reduction of gate" in found.replicated["gate.up.weight"]
     monkeypatch.setattr(Emitter, "_never_summed_twice", lambda _: None)
     found, error = check(Forgetting(), x=STATES)
     assert "gate.up.weight" in found.sharded
@@ -270,15 +270,15 @@ def test_a_convolution_keeps_its_neighbours_whole() -> None:
     found, error = check(Convolved(), x=STATES)
     assert error < TOLERANCE
     assert "mlp.down.weight" in found.sharded
-    assert "into.weight" in found.whole
-    assert "conv" in found.whole["into.weight"]
+    assert "into.weight" in found.replicated
+    assert "conv" in found.replicated["into.weight"]
 
 
 def test_an_unknown_operator_keeps_its_neighbours_whole() -> None:
     found, error = check(Mysterious(), x=STATES)
     assert error < TOLERANCE
     assert found.unknown == {"mystery": 1}
-    assert "no rule for mystery" in found.whole["a.weight"]
+    assert "no rule for mystery" in found.replicated["a.weight"]
     assert "mlp.up.weight" in found.sharded
 
 

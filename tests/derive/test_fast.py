@@ -70,7 +70,7 @@ def test_verify_proves_it_in_one_process_and_catches_a_broken_one() -> None:
     assert broken.worst[0].name.endswith("q_norm.weight")
 
 
-# ---------------------------------------------------------------------- what cannot stand in a row
+# ---------------------------------------------------------------------- what has no flattened tokens
 
 
 class Residual(nn.Module):

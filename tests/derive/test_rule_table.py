@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from benchmarks.models.prove import Sabotage, ShardedRun
-from colrow.derive.choose import Choice, class_facts
+from colrow.derive.choice import Choice
+from colrow.derive.choose import class_facts
 from colrow.derive.infer import op_name
 from colrow.derive.table import infer
 from colrow.derive.trace import Trace
@@ -49,7 +50,7 @@ class Outcome:
         facts = class_facts(inference)
         self.operators = {op_name(n) for n in traced.nodes if n.op == "call_function"}
         self.unknown = dict(inference.unknown)
-        self.free = [a for a in facts.volume if a.block is None and a not in facts.twice and a.size % tp == 0]
+        self.free = [a for a in facts.volume if a.forbidden is None and a not in facts.twice and a.size % tp == 0]
         self.error = 0.0
         expected = function(x, *weights)
         probe = torch.randn(expected.shape, dtype=torch.float64)

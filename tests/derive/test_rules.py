@@ -14,7 +14,8 @@ from torch.fx import Graph, Node
 
 from benchmarks.models.prove import Sabotage, ShardedRun, graph_values
 from colrow.derive.axes import Atom, leaves, regroup, size_of, unify
-from colrow.derive.choose import Choice, class_facts
+from colrow.derive.choice import Choice
+from colrow.derive.choose import class_facts
 from colrow.derive.derivation import derive
 from colrow.derive.infer import RULES, AxisInference, NoRuleError, number
 from colrow.derive.table import infer
@@ -47,7 +48,7 @@ def worst_error(op: Op, x: Tensor, tp: int, sabotage: Sabotage = Sabotage.NONE) 
     traced = trace(op, (x,))
     inference = infer(traced)
     facts = class_facts(inference)
-    free = [a for a in facts.volume if a.block is None and a not in facts.twice and a.size % tp == 0]
+    free = [a for a in facts.volume if a.forbidden is None and a not in facts.twice and a.size % tp == 0]
     worst = 0.0
     for atom in free:
         choice = Choice(tp, {atom})
@@ -192,7 +193,7 @@ def test_what_looks_along_an_axis_keeps_it_whole(tp: int, f: int, how: str) -> N
     traced = trace(Op(mixed, (width, 5)), (x,))
     inference = infer(traced)
     (weight,) = inference.params
-    assert all(atom.block for atom in leaves(inference.of(weight)[0]))
+    assert all(atom.forbidden for atom in leaves(inference.of(weight)[0]))
 
 
 @given(degrees, factors, st.integers(0, 2))
@@ -250,7 +251,7 @@ def test_a_view_across_factors_is_refused() -> None:
 def test_misaligned_dimensions_stay_whole() -> None:
     one, other = [Atom(6)], [Atom(4), Atom(5)]
     unify(one, other, "test")
-    assert all(a.block for a in [*leaves(one), *leaves(other)])
+    assert all(a.forbidden for a in [*leaves(one), *leaves(other)])
 
 
 def test_an_operator_without_a_rule_keeps_its_operands_whole() -> None:
@@ -258,7 +259,7 @@ def test_an_operator_without_a_rule_keeps_its_operands_whole() -> None:
     inference = infer(traced)
     assert inference.unknown
     (weight,) = inference.params
-    assert all(atom.block and "no rule" in atom.block for dim in inference.of(weight) for atom in leaves(dim))
+    assert all(atom.forbidden and "no rule" in atom.forbidden for dim in inference.of(weight) for atom in leaves(dim))
 
 
 @pytest.mark.parametrize("error", [AttributeError, TypeError])

@@ -2,8 +2,8 @@
 
 A dimension is an ordered list of atoms, major to minor, whose sizes multiply to its extent: the 64 columns of a query
 are [8 heads, 8 head_dim]. An atom is a node of a union-find forest. `unify` says that two dimensions must be sharded
-alike, `block` that one must stay whole, `regroup` follows a view. An axis class is a set of merged atoms: to shard it
-is to shard each dimension in which it stands.
+alike, `forbid` that one must not be sharded, `regroup` follows a view. An axis class is a set of merged atoms: to shard
+it is to shard each dimension in which it stands.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ Dim = list["Atom"]
 class Atom:
     """One factor of a tensor dimension."""
 
-    __slots__ = ("block", "parent", "parts", "segments", "size", "soft")
+    __slots__ = ("forbidden", "normalised", "parent", "parts", "segments", "size")
 
-    def __init__(self, size: int, block: str | None = None) -> None:
+    def __init__(self, size: int, forbidden: str | None = None) -> None:
         self.size = size
         self.parent: Atom | None = None
         """The atom that this one was merged into."""
@@ -27,13 +27,13 @@ class Atom:
         """Ordered factors, once the atom was split."""
         self.segments: list[Dim] | None = None
         """Dimensions of unequal extent whose concatenation this atom is."""
-        self.block = block
-        """Why this axis must stay whole, or None."""
-        self.soft: str | None = None
+        self.forbidden = forbidden
+        """Why this axis must not be sharded, or None."""
+        self.normalised: str | None = None
         """The normalisation that spans this axis: sharding it costs a small reduction there."""
 
     def __repr__(self) -> str:
-        return f"Atom({self.size}{', ' + self.block if self.block else ''})"
+        return f"Atom({self.size}{', ' + self.forbidden if self.forbidden else ''})"
 
 
 def find(atom: Atom) -> Atom:
@@ -55,26 +55,35 @@ def leaves(dim: Sequence[Atom]) -> Dim:
     return out
 
 
+def atoms_in(dim: Sequence[Atom]) -> Dim:
+    """Representatives of a dimension, those inside concatenations in the place of these."""
+    return [
+        a
+        for atom in leaves(dim)
+        for a in ([b for s in atom.segments for b in atoms_in(s)] if atom.segments else [atom])
+    ]
+
+
 def size_of(dim: Sequence[Atom]) -> int:
     return math.prod(find(atom).size for atom in dim)
 
 
-def block(dim: Sequence[Atom], why: str) -> None:
-    """Each axis of `dim` must stay whole; the first reason stays."""
+def forbid(dim: Sequence[Atom], why: str) -> None:
+    """No axis of `dim` may be sharded; the first reason is kept."""
     for atom in leaves(dim):
         for segment in atom.segments or ():
-            block(segment, why)
-        if atom.block is None:
-            atom.block = why
+            forbid(segment, why)
+        if atom.forbidden is None:
+            atom.forbidden = why
 
 
-def soften(dim: Sequence[Atom], why: str) -> None:
+def mark_normalised(dim: Sequence[Atom], why: str) -> None:
     """Each axis of `dim` is normalised over: it can be sharded, at the cost of a reduction in that normalisation."""
     for atom in leaves(dim):
         for segment in atom.segments or ():
-            soften(segment, why)
-        if atom.soft is None:
-            atom.soft = why
+            mark_normalised(segment, why)
+        if atom.normalised is None:
+            atom.normalised = why
 
 
 def split(atom: Atom, sizes: Sequence[int]) -> None:
@@ -82,18 +91,18 @@ def split(atom: Atom, sizes: Sequence[int]) -> None:
     assert math.prod(sizes) == root.size
     assert root.parts is None
     assert root.segments is None
-    root.parts = [Atom(size, root.block) for size in sizes]
+    root.parts = [Atom(size, root.forbidden) for size in sizes]
     for part in root.parts:
-        part.soft = root.soft
+        part.normalised = root.normalised
 
 
 def unify(one: Sequence[Atom], other: Sequence[Atom], why: str) -> None:
     """Two dimensions must be sharded alike. Factors are split until they line up; where they cannot, both are
-    blocked."""
+    forbidden."""
     first, second = leaves(one), leaves(other)
     while first or second:
         if not first or not second:
-            return block(first + second, f"misaligned at {why}")
+            return forbid(first + second, f"misaligned at {why}")
         a, b = first[0], second[0]
         if a is b:
             first.pop(0)
@@ -103,7 +112,7 @@ def unify(one: Sequence[Atom], other: Sequence[Atom], why: str) -> None:
             second.pop(0)
             _merge(a, b, why)
         elif a.segments or b.segments:
-            return block(first + second, f"concatenation meets a view at {why}")
+            return forbid(first + second, f"concatenation meets a view at {why}")
         elif a.size > b.size and a.size % b.size == 0:
             split(a, [b.size, a.size // b.size])
             first, second = leaves(first), leaves(second)
@@ -111,7 +120,7 @@ def unify(one: Sequence[Atom], other: Sequence[Atom], why: str) -> None:
             split(b, [a.size, b.size // a.size])
             first, second = leaves(first), leaves(second)
         else:
-            return block(first + second, f"misaligned at {why}")
+            return forbid(first + second, f"misaligned at {why}")
     return None
 
 
@@ -121,17 +130,17 @@ def _merge(a: Atom, b: Atom, why: str) -> None:
     pairs: list[tuple[Dim, Dim]] = []
     if a.segments and b.segments:
         if [size_of(s) for s in a.segments] != [size_of(s) for s in b.segments]:
-            block([a], f"two different concatenations meet at {why}")
-            block([b], f"two different concatenations meet at {why}")
+            forbid([a], f"two different concatenations meet at {why}")
+            forbid([b], f"two different concatenations meet at {why}")
             return
         pairs = list(zip(a.segments, b.segments, strict=True))
-    reason, soft = a.block or b.block, a.soft or b.soft
+    reason, soft = a.forbidden or b.forbidden, a.normalised or b.normalised
     b.parent = a
     if reason:
-        block([a], reason)
-        a.block = reason
+        forbid([a], reason)
+        a.forbidden = reason
     if soft:
-        soften([a], soft)
+        mark_normalised([a], soft)
     for s, t in pairs:
         unify(s, t, why)
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from torch.fx import Node
 
-from colrow.derive.axes import Atom, find, leaves
-from colrow.derive.flow import Flow, Flows, Kind
+from colrow.derive.axes import Atom
+from colrow.derive.flow import Flow, Flows, SpmdType
 from colrow.derive.infer import is_float, is_lookup, op_name
 from colrow.derive.trace import is_boundary, label_of
 
@@ -98,9 +98,9 @@ class BlockFinder:
         return seen
 
     def columns(self, region: set[Node]) -> set[Node]:
-        """Nodes that make shards out of whole activations."""
+        """Nodes that make shards out of unsharded activations."""
 
-        def whole(node: Node) -> bool:
+        def unsharded(node: Node) -> bool:
             outside = node in self.flows.constant or node in self.inference.from_params
             return not outside and not self.flows.is_sharded(node)
 
@@ -111,7 +111,7 @@ class BlockFinder:
             and node not in self.flows.constant
             and not is_boundary(node)
             and not self.flows.is_reduction(node)
-            and any(whole(i) for i in node.all_input_nodes)
+            and any(unsharded(i) for i in node.all_input_nodes)
         }
 
     # ------------------------------------------------------------------ blocks
@@ -124,64 +124,68 @@ class BlockFinder:
     def ends(self, reductions: list[Node]) -> set[Node]:
         """The output boundaries of the modules that own the reductions."""
         names = {self.owners[n] for n in reductions}
-        return {b for name in names for b in self.boundaries.get(name, []) if label_of(b).kind == "out"}
+        return {b for name in names for b in self.boundaries.get(name, []) if label_of(b).direction == "out"}
 
     def attempt(self, module: str, reductions: list[Node], deferred: bool) -> Block | None:
         """The block at `module`, if gradients flow soundly in it."""
-        inputs = [b for b in self.boundaries.get(module, []) if label_of(b).kind == "in"]
-        outputs = [b for b in self.boundaries.get(module, []) if label_of(b).kind == "out"]
+        inputs = [b for b in self.boundaries.get(module, []) if label_of(b).direction == "in"]
+        outputs = [b for b in self.boundaries.get(module, []) if label_of(b).direction == "out"]
         differentiable = [b for b in inputs if b not in self.flows.constant]
         if not differentiable or not outputs:
             return None
         own = set(outputs)
         deferred = deferred or any(self.owners[n] == module for n in reductions)
         exits = set() if deferred else self.ends(reductions) - own
-        kinds = dict.fromkeys(differentiable, Kind.R)
+        types = dict.fromkeys(differentiable, SpmdType.REPLICATED)
         for _ in range(len(differentiable) + 1):
             given = dict(self._outside(module))
-            given.update({b: (self.flows._constant_kind(b) if b in self.flows.constant else kinds[b]) for b in inputs})
+            given.update({b: (self.flows.constant_type(b) if b in self.flows.constant else types[b]) for b in inputs})
             flow = self.flows.run([*self.interior(module), *outputs], set(), exits, given)
             if not flow.clashes:
                 break
-            loose = self._to_release(flow, kinds)
+            loose = self._to_release(flow, types)
             if loose is None:
                 return None
-            kinds[loose] = Kind.I
+            types[loose] = SpmdType.INVARIANT
         else:
             return None
         for b in outputs:
-            if flow.kinds[b] in (Kind.R, Kind.S) and b in self.flows.live and not self._ends_in_region(b, flow):
+            if (
+                flow.types[b] in (SpmdType.REPLICATED, SpmdType.SHARDED)
+                and b in self.flows.live
+                and not self._ends_in_region(b, flow)
+            ):
                 return None
         interior = set(self.interior(module)) | own
         for node in (interior - own) & self.flows.live - self.flows.constant - self.inference.from_params:
             if any(u not in interior and u.op != "output" for u in node.users):
                 return None
-        entries = {b for b, kind in kinds.items() if kind is Kind.R and b in self.flows.live}
+        entries = {b for b, spmd_type in types.items() if spmd_type is SpmdType.REPLICATED and b in self.flows.live}
         return Block(module, entries, deferred, False, flow)
 
     def _ends_in_region(self, boundary: Node, flow: Flow) -> bool:
         """A shard may leave the block when only sharded operations use it (a row product in a sibling module)."""
-        return flow.kinds[boundary] is Kind.S and self.flows.is_sharded(boundary)
+        return flow.types[boundary] is SpmdType.SHARDED and self.flows.is_sharded(boundary)
 
-    def _outside(self, module: str) -> dict[Node, Kind]:
+    def _outside(self, module: str) -> dict[Node, SpmdType]:
         """Parameters and constants that the interior uses from outside."""
         out = {}
         for node in self.interior(module):
             for i in node.all_input_nodes:
                 known = i in self.inference.from_params or i in self.flows.constant
                 if known and (i.op != "call_function" or not self.flows.inside(i, module)):
-                    rest = Kind.W if i in self.inference.from_params else Kind.C
-                    out[i] = Kind.S if self.flows.is_sharded(i) else rest
+                    rest = SpmdType.PARAMETER if i in self.inference.from_params else SpmdType.CONSTANT
+                    out[i] = SpmdType.SHARDED if self.flows.is_sharded(i) else rest
         return out
 
-    def _to_release(self, flow: Flow, kinds: dict[Node, Kind]) -> Node | None:
+    def _to_release(self, flow: Flow, types: dict[Node, SpmdType]) -> Node | None:
         """An input that clashes only with reduced activations: it belongs to the stream (a residual)."""
         node, _ = flow.clashes[0]
         for i in node.all_input_nodes:
             source = i
-            while source not in kinds and source.op == "call_function" and len(source.all_input_nodes) == 1:
+            while source not in types and source.op == "call_function" and len(source.all_input_nodes) == 1:
                 source = source.all_input_nodes[0]
-            if kinds.get(source) is Kind.R and flow.kinds.get(i) is Kind.R:
+            if types.get(source) is SpmdType.REPLICATED and flow.types.get(i) is SpmdType.REPLICATED:
                 return source
         return None
 
@@ -189,7 +193,7 @@ class BlockFinder:
         """Blocks for every component.
 
         Raises:
-            SplitError: a component has no sound block; its classes must stay whole.
+            SplitError: a component has no sound block; its classes must not be sharded.
         """
         components = self.components()
         blocks: dict[str, Block] = {}
@@ -212,7 +216,7 @@ class BlockFinder:
                 where = where.rpartition(".")[0]
                 if best is None and module.count(".") - where.count(".") > 2:
                     break
-            block = best or self.columns_alone(module, reductions)
+            block = best or self.separate_columns(module, reductions)
             for name in [n for n in blocks if n.startswith(block.module + ".") and not block.leaf]:
                 del blocks[name]
             blocks[block.module + ("#leaf" if block.leaf else "")] = self._merge(
@@ -225,14 +229,16 @@ class BlockFinder:
             new.entries |= old.entries
         return new
 
-    def columns_alone(self, module: str, reductions: list[Node]) -> Block:
+    def separate_columns(self, module: str, reductions: list[Node]) -> Block:
         """Each column product is entered on its own; whoever else makes shards has no entry."""
         region = set().union(*(self.region(n) for n in reductions))
         entries = set()
         for node in self.columns(region):
             name = self.flows.path[node]
             ins = [
-                b for b in self.boundaries.get(name, []) if label_of(b).kind == "in" and b not in self.flows.constant
+                b
+                for b in self.boundaries.get(name, [])
+                if label_of(b).direction == "in" and b not in self.flows.constant
             ]
             if not ins:
                 raise SplitError(
@@ -248,8 +254,7 @@ class BlockFinder:
         for node in nodes:
             dims = self.inference.dims.get(node)
             for part in dims if isinstance(dims, tuple) else (dims,):
-                for dim in part or ():
-                    out |= {a for a in _flat(dim) if a in self.choice.atoms or a in self.choice.groups}
+                out |= self.choice.chosen(part or ())
         return out
 
     def borders(self, blocks: list[Block]) -> tuple[set[Node], set[Node]]:
@@ -260,19 +265,19 @@ class BlockFinder:
             for block in blocks
             if block.deferred
             for b in self.boundaries.get(block.module, [])
-            if label_of(b).kind == "out"
+            if label_of(b).direction == "out"
         }
         deferred = [b.module for b in blocks if b.deferred]
         for name in self.owners.values():
             if not any(name == m or name.startswith(m + ".") for m in deferred):
-                exits |= {b for b in self.boundaries.get(name, []) if label_of(b).kind == "out"}
+                exits |= {b for b in self.boundaries.get(name, []) if label_of(b).direction == "out"}
         return entries, exits
 
-    def whole_graph(self, blocks: list[Block]) -> Flow:
+    def complete_graph(self, blocks: list[Block]) -> Flow:
         """The flow of the entire graph with these blocks: the proof that they fit together.
 
         Raises:
-            SplitError: kinds clash somewhere; the classes at that place must stay whole.
+            SplitError: types clash somewhere; the classes at that place must not be sharded.
         """
         entries, exits = self.borders(blocks)
         flow = self.flows.run(
@@ -288,9 +293,9 @@ class BlockFinder:
             raise SplitError(set(self.choice.atoms), f"{min(both)} is used both in the stream and inside a block")
         out = next(n for n in self.nodes if n.op == "output")
         for node in out.all_input_nodes:
-            if flow.kinds.get(node) in (Kind.P, Kind.R):
+            if flow.types.get(node) in (SpmdType.PARTIAL, SpmdType.REPLICATED):
                 raise SplitError(self.atoms_of(set(self.inference.graph.nodes)), "the output is left unreduced")
-            if flow.kinds.get(node) is Kind.S and not self.atoms_of({node}) <= self.choice.vocabulary:
+            if flow.types.get(node) is SpmdType.SHARDED and not self.atoms_of({node}) <= self.choice.vocabulary:
                 raise SplitError(self.atoms_of({node}), "the caller gets this axis")
         return flow
 
@@ -300,12 +305,11 @@ class BlockFinder:
         seen, todo = {node}, [node]
         while todo:
             for source in todo.pop().all_input_nodes:
-                if source in seen or flow.kinds.get(source) is not Kind.P:
+                if source in seen or flow.types.get(source) is not SpmdType.PARTIAL:
                     continue
                 seen.add(source)
                 todo.append(source)
-                for dim in self.inference.contracted.get(source, ()):
-                    out |= {a for a in _flat(dim) if a in self.choice.atoms or a in self.choice.groups}
+                out |= self.choice.chosen(self.inference.contracted.get(source, ()))
         return out
 
     def head_entries(self) -> set[Node]:
@@ -322,20 +326,11 @@ class BlockFinder:
                 continue
             if any(not self.flows.is_sharded(i) and i not in self.flows.constant for i in node.all_input_nodes):
                 name = self.flows.path[node]
-                ins = [b for b in self.boundaries.get(name, []) if label_of(b).kind == "in" and is_float(b)]
+                ins = [b for b in self.boundaries.get(name, []) if label_of(b).direction == "in" and is_float(b)]
                 if not ins:
                     raise SplitError(self.atoms_of({node}) & self.choice.vocabulary, "no module makes the logits")
                 out |= set(ins)
         return out
-
-
-def _flat(dim: list[Atom]) -> set[Atom]:
-    out = set()
-    for atom in leaves(dim):
-        out.add(find(atom))
-        for segment in atom.segments or ():
-            out |= _flat(segment)
-    return out
 
 
 def _common(paths: list[list[str]]) -> list[str]:

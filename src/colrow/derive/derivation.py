@@ -10,16 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from colrow.derive.axes import block, leaves
+from colrow.derive.axes import forbid, leaves
 from colrow.derive.blocks import Block, BlockFinder, SplitError
-from colrow.derive.choose import Choice, choose, legal_degrees
+from colrow.derive.choice import Choice
+from colrow.derive.choose import choose, legal_degrees
 from colrow.derive.compress import compress
-from colrow.derive.emit import Emission, Emitter
+from colrow.derive.emit import Emitter
 from colrow.derive.emit_fast import FastEmitter
+from colrow.derive.emit_modules import Emission
 from colrow.derive.flow import Flow, Flows
 from colrow.derive.infer import AxisInference, shape_of
 from colrow.derive.local import Attributes, LocalCheck
-from colrow.derive.sequence import NoStreamError, Stream, find_stream
+from colrow.derive.sequence import NoStreamError, Stream, StreamKind, find_stream
 from colrow.derive.table import infer
 from colrow.derive.trace import Trace, default_inputs, label_of, module_path, trace
 from colrow.errors import PlanError
@@ -40,8 +42,8 @@ class Derivation:
     loss: str
     sharded: list[str]
     """Names of the parameters that are split."""
-    whole: dict[str, str]
-    """Each parameter that stays whole, and why, in one line."""
+    replicated: dict[str, str]
+    """Each parameter that is not sharded, and why, in one line."""
     legal: list[int]
     """Degrees that divide every class that was chosen."""
     reductions: dict[str, int]
@@ -60,7 +62,7 @@ class Derivation:
         """The plan."""
         from colrow.plans.plan import Plan
 
-        return Plan(modules=self.modules, loss=self.loss, name=name, notes=dict(self.whole))  # type: ignore[arg-type]
+        return Plan(modules=self.modules, loss=self.loss, name=name, notes=dict(self.replicated))  # type: ignore[arg-type]
 
 
 def derive(
@@ -91,10 +93,10 @@ def derive(
     try:
         return _Derive(model, tp, given, traced, options).run()
     except GuardOnDataDependentSymNode as error:
-        name, said = type(model).__name__, str(error).partition("\n")[0]
+        name, first_line = type(model).__name__, str(error).partition("\n")[0]
         raise PlanError(
-            f"{name} has sizes that depend on the data, and a plan needs fixed ones ({said}): write the plan by hand, "
-            "or take a variant of the model whose sizes are fixed (experts computed for all tokens)"
+            f"{name} has sizes that depend on the data, and a plan needs fixed ones ({first_line}): write the plan "
+            "by hand, or take a variant of the model whose sizes are fixed (experts computed for all tokens)"
         ) from error
 
 
@@ -109,7 +111,7 @@ class _Derive:
 
     def run(self) -> Derivation:
         for _ in range(12):
-            choice = choose(self.inference, self.tp, soft=self.options.wide_norms)
+            choice = choose(self.inference, self.tp, normalised=self.options.wide_norms)
             if not choice.atoms and not choice.groups:
                 if self.fast:
                     raise self._not_fast([*self.notes, "nothing can be split"])
@@ -124,8 +126,8 @@ class _Derive:
         atoms = [a for a in error.atoms if a in choice.atoms or a in choice.groups] or [*choice.atoms, *choice.groups]
         for atom in atoms:
             if atom in choice.groups:
-                block([choice.groups[atom]], error.why)
-            block([atom], error.why)
+                forbid([choice.groups[atom]], error.why)
+            forbid([atom], error.why)
         self.notes.append(error.why)
 
     def _attempt(self, choice: Choice) -> Derivation:
@@ -133,19 +135,15 @@ class _Derive:
         flows = Flows(self.inference, choice, wide, self.traced.ties)
         finder = BlockFinder(flows)
         blocks = finder.find()
-        flow = finder.whole_graph(blocks)
+        flow = finder.complete_graph(blocks)
         why: list[str] = []
         if self.options.sequence_parallel:
             best = None
-            for whole_head in (False, True):
-                late = self._stream(choice, flows, finder, blocks, flow, (False, whole_head), None, why)
-                early = (
-                    self._stream(choice, flows, finder, blocks, flow, (True, whole_head), late[1], why)
-                    if late
-                    else None
-                )
-                best = early or late
-                if best is not None:
+            for before_norm in (False, True):
+                late = self._stream(choice, flows, finder, blocks, flow, self._kind(False, before_norm), None, why)
+                if late is not None:
+                    kind, attributes = self._kind(True, before_norm), late[1]
+                    best = self._stream(choice, flows, finder, blocks, flow, kind, attributes, why) or late
                     break
             if best is not None:
                 best[0].notes = [*why, *best[0].notes]
@@ -166,27 +164,28 @@ class _Derive:
         finder: BlockFinder,
         blocks: list[Block],
         flow: Flow,
-        ends: tuple[bool, bool],
+        kind: StreamKind,
         known: Attributes | None,
         why: list[str],
     ) -> tuple[Derivation, Attributes] | None:
-        """The derivation with the stream on sequence shards; `ends` is (from the embedding, to the last norm only)."""
+        """The derivation with the stream on sequence shards; None, and the reason in `why`, where there is none."""
         entries, exits = finder.borders(blocks)
         try:
-            stream = find_stream(self.traced, flows, finder, entries, exits, *ends, row=self.fast)
+            stream = find_stream(self.traced, flows, finder, entries, exits, kind)
             return self._emit(choice, flows, finder, blocks, flow, stream, known)
         except (NoStreamError, SplitError, PlanError) as error:
-            start, end = (
-                ("the embedding" if ends[0] else "the first layer"),
-                ("the last norm" if ends[1] else "the head"),
-            )
+            start = "the embedding" if kind.starts_at_embedding else "the first layer"
+            end = "the last norm" if kind.ends_before_norm else "the head"
             why.append(f"no sequence shards from {start} to {end}: {error}")
             return None
+
+    def _kind(self, starts_at_embedding: bool, ends_before_norm: bool) -> StreamKind:
+        return StreamKind(starts_at_embedding, ends_before_norm, flattened_tokens=self.fast)
 
     def _not_fast(self, why: list[str]) -> PlanError:
         reason = why[0].removeprefix("no sequence shards ") if why else "no reason is known"
         return PlanError(
-            f"{type(self.model).__name__} gets no fast styles, under which tokens stand in a row from one end of a "
+            f"{type(self.model).__name__} gets no fast styles, under which tokens are flattened from one end of a "
             f"model to the other: {reason}: use plan derive, whose styles are plain"
         )
 
@@ -241,7 +240,7 @@ class _Derive:
         styles: dict[str, dict[str, Any]],
         loss: str = "replicated",
     ) -> Derivation:
-        sharded, whole, elements, total = [], {}, 0, 0
+        sharded, replicated, elements, total = [], {}, 0, 0
         for node, name in self.inference.params.items():
             dims = self.inference.of(node)
             count = int(torch.Size(shape_of(node)).numel())
@@ -250,7 +249,7 @@ class _Derive:
                 sharded.append(name)
                 elements += count
             else:
-                whole[name] = self._why_whole(
+                replicated[name] = self._why_replicated(
                     dims, name in flow.summed or (stream is not None and name in stream.summed)
                 )
         reductions: dict[str, int] = {}
@@ -264,7 +263,7 @@ class _Derive:
             compress(styles, self.model),
             loss,
             sharded,
-            whole,
+            replicated,
             legal_degrees(self.inference, choice),
             reductions,
             dict(self.inference.unknown),
@@ -275,15 +274,15 @@ class _Derive:
             self.traced,
         )
 
-    def _why_whole(self, dims: list[Any], summed: bool) -> str:
+    def _why_replicated(self, dims: list[Any], summed: bool) -> str:
         reasons = []
         for k, dim in enumerate(dims):
             for atom in leaves(dim):
                 size = atom.size
-                if atom.block:
-                    reasons.append(f"dim {k} ({size}): {atom.block}")
-                elif atom.soft:
-                    reasons.append(f"dim {k} ({size}): {atom.soft}")
+                if atom.forbidden:
+                    reasons.append(f"dim {k} ({size}): {atom.forbidden}")
+                elif atom.normalised:
+                    reasons.append(f"dim {k} ({size}): {atom.normalised}")
                 elif size % self.tp:
                     reasons.append(f"dim {k} ({size}): not divisible by {self.tp}")
                 else:

@@ -1,7 +1,7 @@
 """Write a choice with its blocks as fast styles (see `styles.fast.linear`).
 
 A block whose input goes into column products and nowhere else gets a fast_gather, and its columns one product; any
-other block gets a fast_block. Tokens stand in a row between blocks, so that all of a plan is of these styles.
+other block gets a fast_block. Tokens are flattened between blocks, so that all of a plan is of these styles.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from torch.fx import Node
 
 from colrow.derive.axes import Dim, find
 from colrow.derive.blocks import Block, SplitError
-from colrow.derive.emit import Emission, Emitter
-from colrow.derive.flow import Kind
+from colrow.derive.emit import Emitter
+from colrow.derive.emit_modules import Emission
+from colrow.derive.flow import SpmdType
 from colrow.derive.infer import facts_of, op_name
 from colrow.derive.sequence import Stream
 from colrow.derive.trace import label_of
@@ -21,10 +22,11 @@ from colrow.ops.carriers import Overlap
 from colrow.styles.fast.linear import is_linear
 from colrow.styles.fast.tokens import FastGatherTokens, FastShardTokens
 from colrow.styles.local_block import LocalShards
+from colrow.styles.packed import is_transposed
 
 
 class FastEmitter(Emitter):
-    """Turns blocks and a stream of tokens in a row into fast styles."""
+    """Turns blocks and a stream of flattened tokens into fast styles."""
 
     stream: Stream
 
@@ -35,7 +37,7 @@ class FastEmitter(Emitter):
         self.overlap = {} if overlap == "collectives" else {"overlap": overlap}
         self.gathered: dict[str, list[str]] = {}
         """Columns by the module that gathers for them."""
-        self.alone = {label_of(entry).module for b in self.blocks if b.leaf for entry in b.entries}
+        self.single_columns = {label_of(entry).module for b in self.blocks if b.leaf for entry in b.entries}
 
     def run(self) -> Emission:
         """All styles. Raises SplitError where no fast style can say what the choice needs."""
@@ -61,10 +63,10 @@ class FastEmitter(Emitter):
                 return []
             name = label_of(user).module
             if not self._is_column(name):
-                if label_of(user).kind != "in" or not name.startswith(f"{block.module}."):
+                if label_of(user).direction != "in" or not name.startswith(f"{block.module}."):
                     return []
                 todo += user.users  # handed on to a module inside
-            elif label_of(user).path != "0" or label_of(user).kind != "in":
+            elif label_of(user).path != "0" or label_of(user).direction != "in":
                 return []
             elif name not in names:
                 names.append(name)
@@ -75,12 +77,12 @@ class FastEmitter(Emitter):
         if not is_linear(self._module(name)):
             return False
         if "weight" not in self.owned.get(name, ()):
-            return self._whole_column(name)
-        return self._dim_of(name, "weight")[0] == (0 if self._is_linear(self._module(name)) else 1)
+            return self._unsharded_column(name)
+        return self._dim_of(name, "weight")[0] == (0 if self._is_linear(name) else 1)
 
-    def _whole_column(self, name: str) -> bool:
+    def _unsharded_column(self, name: str) -> bool:
         """Whether every rank computes all of this product, and uses it in its own way: k and v of a single head."""
-        return self._is_linear(self._module(name)) and f"{name}.weight" in self.flow.summed and name not in self.owned
+        return self._is_linear(name) and f"{name}.weight" in self.flow.summed and name not in self.owned
 
     def _plain(self, block: Block) -> bool:
         return block.module in self.gathered
@@ -90,7 +92,9 @@ class FastEmitter(Emitter):
             for entry in block.entries:
                 name = label_of(entry).module
                 if label_of(entry).path != "0" or not self.out.style(name).gathers_own_input:
-                    raise SplitError(set(), f"{name} is entered alone, and is no product that a fast style computes")
+                    raise SplitError(
+                        set(), f"{name} gets its input outside any block; only fast_column can gather its own input"
+                    )
             return
         if block.module in self.gathered:
             (entry,) = block.entries
@@ -99,7 +103,7 @@ class FastEmitter(Emitter):
                 self._put(block.module, argument=self._key(entry))
             self._put(block.module, **self.overlap)
             for name in (f"{block.module}.{column}" for column in self.gathered[block.module]):
-                if self._whole_column(name):
+                if self._unsharded_column(name):
                     features = self._module(name).out_features
                     self._put(name, style="fast_colwise", segments=[features], replicated=[0])
             return
@@ -122,7 +126,7 @@ class FastEmitter(Emitter):
         sums = [
             label_of(b).path
             for b in self.finder.boundaries.get(block.module, [])
-            if label_of(b).kind == "out" and block.flow.kinds.get(b) is Kind.P
+            if label_of(b).direction == "out" and block.flow.types.get(b) is SpmdType.PARTIAL
         ]
         if nested := [path for path in sums if not path.isdigit()]:
             raise SplitError(set(), f"output {nested[0]} of {block.module} is nested")
@@ -132,8 +136,8 @@ class FastEmitter(Emitter):
 
     def _column(self, name: str, dim: Dim, in_local: bool) -> None:
         gathered = any(name == f"{m}.{column}" for m, columns in self.gathered.items() for column in columns)
-        if not gathered and name not in self.alone:
-            super()._column(name, dim, True)  # on whole local tokens, inside a fast_block
+        if not gathered and name not in self.single_columns:
+            super()._column(name, dim, True)  # on gathered tokens, inside a fast_block
             return
         kv = self._plain_kv(name, dim)
         if gathered and kv is not None:
@@ -149,7 +153,7 @@ class FastEmitter(Emitter):
             self._put(name, **{key: value for key, value in cut.items() if key != "dim"})
         if not gathered:
             self._put(name, **self.overlap)
-        if hasattr(self._module(name), "nf"):  # the rank's own trace runs the module's own forward
+        if is_transposed(self._module(name)):  # the rank's own trace runs the module's own forward
             self.out.attributes[name] = {"nf": "/tp" if isinstance(cut, int) else self.choice.local_size(dim)}
 
     def _row(self, name: str, dim: Dim, in_local: bool, block: Block | None) -> None:
@@ -158,7 +162,7 @@ class FastEmitter(Emitter):
             return
         cut = self._cut(name, "weight")
         if isinstance(cut, dict) and {"replicated", "kv"} & cut.keys():
-            raise SplitError(self._atoms(name), f"{name} takes a part of its input whole")
+            raise SplitError(self._atoms(name), f"{name} takes a part of its input unsharded")
         module = self._module(name)
         if not is_linear(module):
             bias = {} if module._parameters.get("bias") is None else {"bias": {"scaled": True}}
@@ -175,11 +179,12 @@ class FastEmitter(Emitter):
             raise SplitError(set(), f"the head {name} has a forward of its own")
         if self.linear_loss:
             self._nothing_after(name)
-            self._put(name, style="linear_head", layout="replicated" if self.stream.whole_head else "flattened")
+            layout = "replicated" if self.stream.kind.ends_before_norm else "flattened"
+            self._put(name, style="linear_head", layout=layout)
             self.out.loss = "linear"
         else:
-            whole = self.stream.whole_head
-            self._put(name, **({"style": "colwise", "use_local_output": False} if whole else {"style": "fast_head"}))
+            gathered = self.stream.kind.ends_before_norm
+            self._put(name, **({"style": "colwise", "use_local_output": False} if gathered else {"style": "fast_head"}))
             self.out.loss = "vocab_parallel"
 
     def _nothing_after(self, name: str) -> None:
@@ -190,15 +195,15 @@ class FastEmitter(Emitter):
         if op_name(at) != "boundary":
             raise SplitError(set(), f"{op_name(at)} changes the logits behind {name}, so the head cannot give the loss")
 
-    # ------------------------------------------------------------------ what stays whole, and the stream
+    # ------------------------------------------------------------------ what is not sharded, and the stream
 
     def _summed(self, owner: str, stream: bool) -> None:
         self._put(owner, style="grad_sum")
 
-    def _whole_parameters(self) -> None:
-        super()._whole_parameters()
-        for name, said in self.out.modules.items():
-            if self.out.style(name) is LocalShards and said.get("output") not in (None, "partial"):
+    def _unsharded_parameters(self) -> None:
+        super()._unsharded_parameters()
+        for name, style in self.out.modules.items():
+            if self.out.style(name) is LocalShards and style.get("output") not in (None, "partial"):
                 raise SplitError(set(), f"{name} reduces inside of a block, which no fast style does")
 
     def _stream(self, stream: Stream) -> None:
@@ -209,6 +214,6 @@ class FastEmitter(Emitter):
                     raise SplitError(set(), f"{name}, where the tokens' order changes, has a style already")
                 arguments = [*self.out.modules.get(name, {}).get("arguments", []), key]
                 self._put(name, style=style_cls.name, arguments=arguments)
-        for said in self.out.modules.values():
-            if said.get("arguments") == [0]:
-                del said["arguments"]
+        for options in self.out.modules.values():
+            if options.get("arguments") == [0]:
+                del options["arguments"]

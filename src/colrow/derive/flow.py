@@ -1,16 +1,18 @@
 """How values and gradients flow between ranks: where a plan must gather, and where it must sum.
 
-Each tensor has a kind on the ranks:
+[Note: SPMD types]
+Each tensor x has a type over the tp ranks, which says what its value and its gradient are there:
 
-    I  the same on every rank, and so is its gradient (the residual stream)
-    R  the same on every rank, but each rank's gradient is a part of a sum (inside a block, before its reduction)
-    S  a shard
-    P  a part of a sum
-    W  made of whole parameters alone: it takes the kind of what it meets
-    C  a constant, or not differentiable: it has no gradient
+    type         value of x               gradient of x
+    INVARIANT    equal on all ranks       equal on all ranks (the residual stream)
+    REPLICATED   equal on all ranks       a partial sum (inside a block, before its reduction)
+    SHARDED      a shard                  a shard
+    PARTIAL      a partial sum            equal on all ranks
+    PARAMETER    computed from unsharded parameters only: it takes the type of what it meets
+    CONSTANT     not differentiable: it has no gradient
 
-A plan turns I into R at the entry of a block (backward: sum the gradient once) and P into I at its reduction. Where
-kinds clash, nothing is guessed: the axis class is given up.
+A plan turns INVARIANT into REPLICATED at the entry of a block (its backward sums the gradient, once) and PARTIAL into
+INVARIANT at its reduction. Where types clash, nothing is guessed: the axis class is given up.
 """
 
 from __future__ import annotations
@@ -22,31 +24,33 @@ from enum import Enum
 import torch
 from torch.fx import Node
 
-from colrow.derive.choose import Choice
+from colrow.derive.choice import Choice
 from colrow.derive.infer import AxisInference, facts_of, op_name
 from colrow.derive.trace import is_boundary, label_of, module_path
 from colrow.sharding.operators import Filling, Linear
 
 
-class Kind(Enum):
-    I = "I"  # noqa: E741
-    R = "R"
-    S = "S"
-    P = "P"
-    W = "W"
-    C = "C"
+class SpmdType(Enum):
+    """See [Note: SPMD types]."""
+
+    INVARIANT = "invariant"
+    REPLICATED = "replicated"
+    SHARDED = "sharded"
+    PARTIAL = "partial"
+    PARAMETER = "parameter"
+    CONSTANT = "constant"
 
 
 @dataclass
 class Flow:
-    """The kinds of a region's nodes."""
+    """The types of a region's nodes."""
 
-    kinds: dict[Node, Kind] = field(default_factory=dict)
+    types: dict[Node, SpmdType] = field(default_factory=dict)
     clashes: list[tuple[Node, str]] = field(default_factory=list)
     summed: set[str] = field(default_factory=set)
-    """Whole parameters that a rank uses in its own way: gradients must be summed."""
+    """Unsharded parameters whose gradients are partial sums: they meet values that differ between ranks."""
     same: set[str] = field(default_factory=set)
-    """Whole parameters that every rank uses alike."""
+    """Unsharded parameters whose gradients are equal on all ranks: summed, they would count tp times."""
 
 
 class Flows:
@@ -145,96 +149,109 @@ class Flows:
 
     # ------------------------------------------------------------------ the analysis
 
-    def run(self, nodes: Iterable[Node], entries: set[Node], exits: set[Node], given: dict[Node, Kind]) -> Flow:
-        """Kinds of `nodes` in order. `entries` are boundaries where I becomes R, `exits` where P becomes I; `given`
-        are kinds known from outside."""
+    def run(self, nodes: Iterable[Node], entries: set[Node], exits: set[Node], given: dict[Node, SpmdType]) -> Flow:
+        """Types of `nodes` in order.
+
+        Args:
+            entries: boundaries where INVARIANT becomes REPLICATED.
+            exits: boundaries where PARTIAL becomes INVARIANT.
+            given: types known from outside.
+        """
         flow = Flow(dict(given))
         for node in nodes:
-            if node in flow.kinds or node.op == "output" or op_name(node) == "_assert_tensor_metadata":
+            if node in flow.types or node.op == "output" or op_name(node) == "_assert_tensor_metadata":
                 continue
-            kind = self._kind(node, flow)
-            if node in entries and kind in (Kind.I, Kind.W):
-                kind = Kind.R
-            elif node in exits and kind is Kind.P:
-                kind = Kind.I
-            flow.kinds[node] = kind
+            spmd_type = self._type(node, flow)
+            if node in entries and spmd_type in (SpmdType.INVARIANT, SpmdType.PARAMETER):
+                spmd_type = SpmdType.REPLICATED
+            elif node in exits and spmd_type is SpmdType.PARTIAL:
+                spmd_type = SpmdType.INVARIANT
+            flow.types[node] = spmd_type
         return flow
 
-    def _kind(self, node: Node, flow: Flow) -> Kind:
-        if node.op in ("placeholder", "get_attr"):
-            if node in self.inference.params:
-                return Kind.S if self.is_sharded(node) else Kind.W
-            return self._constant_kind(node) if node in self.constant else Kind.I
-        if node in self.constant:
-            return self._constant_kind(node)
+    def _type(self, node: Node, flow: Flow) -> SpmdType:
+        if node in self.constant and node not in self.inference.params:
+            return self.constant_type(node)
         if node in self.inference.from_params:
-            return Kind.S if self.is_sharded(node) else Kind.W
-        incoming = {i: flow.kinds.get(i, Kind.C) for i in node.all_input_nodes}
-        if self.path[node] in self.wide and any(k is Kind.S for k in incoming.values()):
-            return Kind.S
-        kinds = set(incoming.values()) - {Kind.C}
+            return SpmdType.SHARDED if self.is_sharded(node) else SpmdType.PARAMETER
+        if node.op in ("placeholder", "get_attr"):
+            return SpmdType.INVARIANT
+        incoming = {i: flow.types.get(i, SpmdType.CONSTANT) for i in node.all_input_nodes}
+        if self.path[node] in self.wide and SpmdType.SHARDED in incoming.values():
+            return SpmdType.SHARDED  # style sharded_norm sums the statistics inside the module
+        types = set(incoming.values()) - {SpmdType.CONSTANT, SpmdType.PARAMETER}
+        if not types and not self.is_reduction(node):
+            return SpmdType.INVARIANT if node in self.given else SpmdType.PARAMETER
+        spmd_type = self._result_type(node, incoming, types, flow)
+        for operand in (i for i, its in incoming.items() if its is SpmdType.PARAMETER):
+            names = flow.same if spmd_type is SpmdType.INVARIANT else flow.summed
+            names |= self.params_of.get(operand, set())
+        return spmd_type
+
+    def _result_type(self, node: Node, incoming: dict[Node, SpmdType], types: set[SpmdType], flow: Flow) -> SpmdType:
+        """The type of an operator's result, by its operands' types (but for constants and parameters).
+
+        With x_r on rank r, I for INVARIANT, R for REPLICATED, S for SHARDED, P for PARTIAL:
+
+            S @ S -> P    over the sharded axis: x w = Σ_r x_r w_r. An I operand would not be a shard of x.
+            P -> P        if the operator is linear in it, see `_is_linear_in_partial`
+            S, R -> S     An I operand would get its gradient from this rank's shard only, and nothing would sum it.
+            I, R -> clash The gradient cannot be equal on all ranks and a partial sum at once.
+        """
+
+        def clash(why: str) -> None:
+            flow.clashes.append((node, why))
+
         if node in self.inference.averaged and self.choice.any_sharded(self.inference.averaged[node]):
-            flow.clashes.append((node, "normalises over a sharded axis outside a norm module"))
+            clash("normalises over a sharded axis outside a norm module")
         if self.is_reduction(node):
-            if Kind.I in kinds or Kind.P in kinds:
-                flow.clashes.append((node, "a product over a sharded axis meets an activation that is not sharded"))
-            self._commit(node, incoming, flow, Kind.P)
-            return Kind.P
-        if Kind.P in kinds:
-            return self._partial(node, incoming, flow)
-        if Kind.S in kinds:
-            if Kind.I in kinds:
-                flow.clashes.append((node, "a shard meets an activation whose gradient is not summed"))
+            if types & {SpmdType.INVARIANT, SpmdType.PARTIAL}:
+                clash("a product over a sharded axis meets an activation that is not sharded")
+            return SpmdType.PARTIAL
+        if SpmdType.PARTIAL in types:
+            if types & {SpmdType.SHARDED, SpmdType.INVARIANT} or not self._is_linear_in_partial(node, incoming):
+                clash(f"{op_name(node)} on a sum that is not reduced yet")
+            return SpmdType.PARTIAL
+        if SpmdType.SHARDED in types:
+            if SpmdType.INVARIANT in types:
+                clash("a shard meets an activation whose gradient is not summed")
             if not self.is_sharded(node) and op_name(node) in ("slice", "index", "getitem"):
-                return Kind.R  # a segment of a fused product that every rank computes
+                return SpmdType.REPLICATED  # the segment of a fused product that every rank computes
             if not self.is_sharded(node) and node in self.live:
-                flow.clashes.append((node, "the sharded axis ends without a reduction"))
-            self._commit(node, incoming, flow, Kind.S)
-            return Kind.S
-        if Kind.I in kinds and Kind.R in kinds:
-            flow.clashes.append((node, "an activation of the stream meets one inside the block"))
-        if Kind.I in kinds:
-            self._commit(node, incoming, flow, Kind.I)
-            return Kind.I
-        if Kind.R in kinds:
-            self._commit(node, incoming, flow, Kind.R)
-            return Kind.R
-        return Kind.I if node in self.given else Kind.W
+                clash("the sharded axis ends without a reduction")
+            return SpmdType.SHARDED
+        if SpmdType.INVARIANT in types and SpmdType.REPLICATED in types:
+            clash("an activation of the stream meets one inside the block")
+        return SpmdType.INVARIANT if SpmdType.INVARIANT in types else SpmdType.REPLICATED
 
-    def _constant_kind(self, node: Node) -> Kind:
-        return Kind.S if self.is_sharded(node) else Kind.C
+    def constant_type(self, node: Node) -> SpmdType:
+        return SpmdType.SHARDED if self.is_sharded(node) else SpmdType.CONSTANT
 
-    def _partial(self, node: Node, incoming: dict[Node, Kind], flow: Flow) -> Kind:
-        name = op_name(node)
-        partial = [i for i, kind in incoming.items() if kind is Kind.P]
-        others = {i: kind for i, kind in incoming.items() if kind is not Kind.P}
+    def _is_linear_in_partial(self, node: Node, incoming: dict[Node, SpmdType]) -> bool:
+        """Whether the operator commutes with the sum over ranks of its partial operands."""
+        partial = [i for i, spmd_type in incoming.items() if spmd_type is SpmdType.PARTIAL]
         match facts_of(node).linear:
             case Linear.FIRST:
-                legal = True
+                return True
             case Linear.NUMERATOR:
-                legal = node.args[0] in partial
+                return node.args[0] in partial
             case Linear.EACH:
-                legal = len(partial) == 1
-            case Linear.TERMS:
-                legal = all(
-                    self._owned_bias(node, i, kind) or self._zeros(i) or self._index_like(i)
-                    for i, kind in others.items()
+                return len(partial) == 1
+            case Linear.TERMS:  # x_1 + t + x_2 + t counts t twice: only what is zero, or added at 1/tp, may stand there
+                others = {i: spmd_type for i, spmd_type in incoming.items() if i not in partial}
+                return all(
+                    self._owned_bias(node, i, spmd_type) or self._zeros(i) or self._index_like(i)
+                    for i, spmd_type in others.items()
                 )
             case Linear.WRITTEN:
-                legal = (len(partial) == 1 and node.args[-1] in partial) or self._zeros(node.args[0])
+                return (len(partial) == 1 and node.args[-1] in partial) or self._zeros(node.args[0])
             case None:
-                legal = False
-        if any(kind is Kind.S or kind is Kind.I for kind in others.values()):
-            legal = False
-        if not legal:
-            flow.clashes.append((node, f"{name} on a sum that is not reduced yet"))
-        self._commit(node, dict(incoming), flow, Kind.P)
-        return Kind.P
+                return False
 
-    def _owned_bias(self, node: Node, operand: Node, kind: Kind) -> bool:
+    def _owned_bias(self, node: Node, operand: Node, spmd_type: SpmdType) -> bool:
         """The bias of the very module whose product is the partial sum: it is added at 1/tp on each rank."""
         names = self.params_of.get(operand, set())
-        return kind is Kind.W and all(self.path[node] in self.sharers[n] for n in names)
+        return spmd_type is SpmdType.PARAMETER and all(self.path[node] in self.sharers[n] for n in names)
 
     def _zeros(self, node: object) -> bool:
         return isinstance(node, Node) and facts_of(node).fills in (Filling.ZERO, Filling.UNSET)
@@ -242,10 +259,3 @@ class Flows:
     def _index_like(self, node: Node) -> bool:
         value = node.meta.get("val")
         return isinstance(value, torch.Tensor) and not value.is_floating_point()
-
-    def _commit(self, node: Node, incoming: dict[Node, Kind], flow: Flow, kind: Kind) -> None:
-        """Parameters that this node meets take its kind."""
-        for operand, its in incoming.items():
-            if its is Kind.W:
-                for name in self.params_of.get(operand, set()):
-                    (flow.same if kind is Kind.I else flow.summed).add(name)

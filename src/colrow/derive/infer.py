@@ -1,4 +1,4 @@
-"""Axis-class inference over an exported graph: one rule for each operator, and 'stays whole' for every other one.
+"""Axis-class inference over an exported graph: one rule an operator; where there is none, nothing may be sharded.
 
 The result says for each node which atoms its dimensions consist of, which nodes contract over which atoms (a sharded
 contraction gives a partial sum), and which operators had no rule.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from colrow.derive.axes import Atom, Dim, block, size_of
+from colrow.derive.axes import Atom, Dim, forbid, size_of
 from colrow.sharding.operators import NOTHING_KNOWN, Operator, operator, plain_name
 
 Dims = list[Dim]
@@ -102,7 +102,7 @@ class AxisInference:
         self.contracted: dict[Node, list[Dim]] = {}
         """Nodes that sum over axes, and the axes."""
         self.averaged: dict[Node, list[Dim]] = {}
-        """Nodes that normalise over axes: a mean, or a whole norm."""
+        """Nodes that normalise over axes: a mean, or a norm."""
         self.unknown: Counter[str] = Counter()
         self.params: dict[Node, str] = {}
         self.from_params: set[Node] = set()
@@ -191,7 +191,7 @@ class AxisInference:
             dims = self.dims[node]
             for part in dims if isinstance(dims, tuple) else (dims,):
                 for dim in part or ():
-                    block(dim, f"no rule for {name}")
+                    forbid(dim, f"no rule for {name}")
         why = f"made by {name}, which has no rule"
         if isinstance(value, Tensor):
             return self.fresh(value.shape, why)

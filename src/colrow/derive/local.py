@@ -3,7 +3,7 @@
 A copy of the model gets a rank's shapes of parameters and the extents that the plan's styles hand over at module
 boundaries, and is exported again. Node by node it must be the global graph with local extents. Code that states a
 global size (`view(..., self.num_heads, ...)`) shows here; integer attributes that hold such sizes are then tried, and
-the ones that mend it become a part of the plan.
+the ones that fix it become a part of the plan.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from colrow.derive.axes import find, leaves, size_of
-from colrow.derive.choose import Choice
-from colrow.derive.emit import Emission
+from colrow.derive.choice import Choice
+from colrow.derive.emit_modules import Emission
 from colrow.derive.flow import Flows
 from colrow.derive.infer import facts_of, op_name, shape_of
 from colrow.derive.reads import record_reads
@@ -37,6 +37,7 @@ from colrow.dryrun.calls import call_model
 from colrow.errors import PlanError
 from colrow.sharding.operators import Filling, Identity
 from colrow.styles.base import set_attribute
+from colrow.styles.packed import is_transposed
 from colrow.torch_compat import fake_tensor_mode, quiet_fake_tensors
 
 LIKELY = re.compile("head|group|split")
@@ -97,7 +98,7 @@ class LocalCheck:
     # ------------------------------------------------------------------ the copy
 
     def local_model(self, attributes: Attributes) -> nn.Module:
-        """The model with a rank's shapes; parameters that stay whole are shared with the original."""
+        """The model with a rank's shapes; parameters that are not sharded are shared with the original."""
         memo = {id(t): t for t in itertools.chain(self.model.parameters(), self.model.buffers())}
         clone = copy.deepcopy(self.model, memo)
         for node, name in self.flows.inference.params.items():
@@ -132,7 +133,7 @@ class LocalCheck:
         for mine, its in zip(ours, theirs, strict=False):
             where = self.flows.path[mine] or "the model"
             if _same_view(mine) != _same_view(its):
-                return f"{where} runs {op_name(its)} on a rank where the whole model runs {op_name(mine)}"
+                return f"{where} runs {op_name(its)} on a rank where the unsharded model runs {op_name(mine)}"
             extents = self.local_extents(mine)
             value = its.meta.get("val")
             if extents is not None and isinstance(value, Tensor) and list(value.shape) != extents:
@@ -142,7 +143,7 @@ class LocalCheck:
             if _numbers(mine) != _numbers(its):
                 return f"{op_name(mine)} in {where} computes with {_numbers(its)} on a rank, not {_numbers(mine)}"
         if len(ours) != len(theirs):
-            return f"a rank runs {len(theirs)} operations, the whole model {len(ours)}"
+            return f"a rank runs {len(theirs)} operations, the unsharded model {len(ours)}"
         return None
 
     def _same_on_all(self, mine: Node, its: Node) -> bool:
@@ -153,10 +154,10 @@ class LocalCheck:
             return False
         if facts.fills is Filling.POSITION:
             return True
-        if not facts.takes_part:  # pieces of a split are compared with the whole tensor's by their extents
+        if not facts.takes_part:  # pieces of a split are compared with the complete tensor's by their extents
             return False
-        whole, part = mine.args[0], its.args[0]
-        return isinstance(whole, Node) and isinstance(part, Node) and shape_of(whole) == shape_of(part)
+        mine_of, its_of = mine.args[0], its.args[0]
+        return isinstance(mine_of, Node) and isinstance(its_of, Node) and shape_of(mine_of) == shape_of(its_of)
 
     def quick(self, attributes: Attributes) -> str | None:
         """The same question at module boundaries only, without export: an error or a wrong extent."""
@@ -246,8 +247,8 @@ class LocalCheck:
                 for dim in part or ():
                     for piece in [[atom] for atom in leaves(dim)] + [dim]:
                         if self.visible.sharded(piece):
-                            whole, local = size_of(piece), self.visible.local_size(piece)
-                            sizes.setdefault(whole, "/tp" if local * self.choice.tp == whole else local)
+                            size, local = size_of(piece), self.visible.local_size(piece)
+                            sizes.setdefault(size, "/tp" if local * self.choice.tp == size else local)
         for kv, group in self.visible.groups.items():
             local, share = self.visible.query_heads(kv)
             sizes[kv.size], sizes[find(group).size] = local // share, share
@@ -274,7 +275,7 @@ class LocalCheck:
                 name
                 and (parents or name in owners)
                 and not isinstance(module, (nn.Linear, nn.ModuleList))
-                and not hasattr(module, "nf")
+                and not is_transposed(module)
             ):
                 record_reads(name, module, found)
         mode = fake_tensor_mode(allow_non_fake_inputs=True)

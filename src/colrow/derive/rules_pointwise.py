@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from colrow.derive.axes import Dim, block, soften, unify
+from colrow.derive.axes import Dim, forbid, mark_normalised, unify
 from colrow.derive.infer import AxisInference, Dims, NoRuleError, Result, argument, number, op_name, rule, shape_of
 
 
@@ -58,11 +58,11 @@ def _without(dims: Dims, gone: set[int], keep: bool) -> Dims:
 
 @rule("sum")
 def summed(inference: AxisInference, node: Node) -> Result:
-    """A sum over a sharded axis is a partial sum, but nothing says that the sum may wait: the axis stays whole."""
+    """A sum over a sharded axis is a partial sum, but nothing says that it may stay one: the axis is forbidden."""
     dims = inference.of(node.args[0])
     gone = reduced_dims(node, len(dims))
     for i in gone:
-        block(dims[i], "summed over")
+        forbid(dims[i], "summed over")
     return _without(dims, gone, bool(argument(node, 2, "keepdim", False)))
 
 
@@ -74,10 +74,10 @@ def mean(inference: AxisInference, node: Node) -> Result:
     keep = bool(argument(node, 2, "keepdim", False))
     if gone == {len(dims) - 1} and keep:
         inference.average(node, dims[-1])
-        soften(dims[-1], "normalised over")
+        mark_normalised(dims[-1], "normalised over")
     else:
         for i in gone:
-            block(dims[i], "averaged over")
+            forbid(dims[i], "averaged over")
     return _without(dims, gone, keep)
 
 
@@ -86,14 +86,14 @@ def reduce(inference: AxisInference, node: Node) -> Result:
     dims = inference.of(node.args[0])
     gone = reduced_dims(node, len(dims))
     for i in gone:
-        block(dims[i], f"reduced by {op_name(node)}")
+        forbid(dims[i], f"reduced by {op_name(node)}")
     return _without(dims, gone, bool(argument(node, 2, "keepdim", False)))
 
 
 @rule("along")
 def along(inference: AxisInference, node: Node) -> Result:
     dims = inference.of(node.args[0])
-    block(dims[number(node, 1, "dim")], f"{op_name(node).strip('_')} runs along it")
+    forbid(dims[number(node, 1, "dim")], f"{op_name(node).strip('_')} runs along it")
     return dims
 
 
@@ -102,7 +102,7 @@ def reorder(inference: AxisInference, node: Node) -> Result:
     dims = inference.of(node.args[0])
     where = argument(node, 1 if op_name(node) == "flip" else 2, "dims", ())
     for i in [where] if isinstance(where, int) else where or range(len(dims)):
-        block(dims[i], f"reordered by {op_name(node)}")
+        forbid(dims[i], f"reordered by {op_name(node)}")
     return dims
 
 
@@ -110,7 +110,7 @@ def reorder(inference: AxisInference, node: Node) -> Result:
 def triangle(inference: AxisInference, node: Node) -> Result:
     dims = inference.of(node.args[0])
     for dim in dims[-2:]:
-        block(dim, "triangular mask")
+        forbid(dim, "triangular mask")
     return dims
 
 
@@ -127,10 +127,10 @@ def norm(inference: AxisInference, node: Node) -> Result:
                 unify(mine, its, node.name)
     if len(over) == 1:
         inference.average(node, over[0])
-        soften(over[0], "normalised over")
+        mark_normalised(over[0], "normalised over")
     else:
         for dim in over:
-            block(dim, "normalised over")
+            forbid(dim, "normalised over")
     return dims
 
 
@@ -144,7 +144,7 @@ def pad(inference: AxisInference, node: Node) -> Result:
     out = shape_of(node)
     for k in range(len(amounts) // 2):
         if amounts[2 * k] or amounts[2 * k + 1]:
-            block(dims[-1 - k], "padded")
+            forbid(dims[-1 - k], "padded")
             dims[-1 - k] = inference.fresh([out[-1 - k]], "padded")[0]
     return dims
 
@@ -153,6 +153,6 @@ def pad(inference: AxisInference, node: Node) -> Result:
 def diff(inference: AxisInference, node: Node) -> Result:
     dims = list(inference.of(node.args[0]))
     where = number(node, 2, "dim", -1)
-    block(dims[where], "differences run along it")
+    forbid(dims[where], "differences run along it")
     dims[where] = inference.fresh([shape_of(node)[where]], "differences run along it")[0]
     return dims

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from colrow.derive.axes import Dim, block, leaves, regroup, unify
+from colrow.derive.axes import Dim, forbid, leaves, regroup, unify
 from colrow.derive.infer import (
     AxisInference,
     Dims,
@@ -17,8 +17,8 @@ from colrow.derive.infer import (
     rule,
     shape_of,
 )
+from colrow.derive.rules_pieces import index_piece, piece_of, sibling_pieces
 from colrow.derive.rules_pointwise import broadcast, elementwise
-from colrow.derive.rules_views import cut, index_piece, sibling_pieces
 
 
 def _weighted(inference: AxisInference, node: Node, dim: Dim, *operands: object) -> None:
@@ -26,7 +26,7 @@ def _weighted(inference: AxisInference, node: Node, dim: Dim, *operands: object)
     sums would have to be reduced before the softmax."""
     inference.contract(node, dim)
     if not any(operand in inference.from_params for operand in operands):
-        block(dim, "contracted between two activations")
+        forbid(dim, "contracted between two activations")
 
 
 @rule("linear")
@@ -49,8 +49,8 @@ def _product(inference: AxisInference, node: Node, a: Node, b: Node) -> Dims:
     unify(x[-1], y[-2], node.name)
     _weighted(inference, node, x[-1], a, b)
     if a not in inference.from_params and b not in inference.from_params:
-        block(x[-2], "only the batch axes of a product of two activations are sharded")
-        block(y[-1], "only the batch axes of a product of two activations are sharded")
+        forbid(x[-2], "only the batch axes of a product of two activations are sharded")
+        forbid(y[-1], "only the batch axes of a product of two activations are sharded")
     batch = shape_of(node)[:-2]
     lead = broadcast(inference, batch, [(x[:-2], shape_of(a)[:-2]), (y[:-2], shape_of(b)[:-2])], node.name)
     return [*lead, x[-2], y[-1]]
@@ -85,10 +85,10 @@ def grouped_mm(inference: AxisInference, node: Node) -> Result:
         raise NoRuleError("grouped product of other ranks")
     unify(dx[1], dw[1], node.name)
     _weighted(inference, node, dw[1], x, w)
-    block(dw[0], "expert axis: expert parallelism is not a part of tensor parallelism")
-    block(dx[0], "rows sorted by expert")
+    forbid(dw[0], "expert axis: expert parallelism is not a part of tensor parallelism")
+    forbid(dx[0], "rows sorted by expert")
     if isinstance(offsets, Node):
-        block(inference.of(offsets)[0], "offsets of the experts")
+        forbid(inference.of(offsets)[0], "offsets of the experts")
     return [dx[0], dw[2]]
 
 
@@ -115,11 +115,11 @@ def attention(inference: AxisInference, node: Node) -> Result:
             raise NoRuleError("query heads that are no multiple of the key heads")
         unify(parts[0], k[1], node.name)
     unify(q[3], k[3], node.name)
-    block(q[3], "contracted between two activations")
+    forbid(q[3], "contracted between two activations")
     unify(k[2], v[2], node.name)
-    block(v[3], "head_dim of the values: splitting it would leave the scores whole on every rank")
-    block(k[2], "softmax runs along it")
-    block(q[2], "sequence axis under a causal mask")
+    forbid(v[3], "head_dim of the values: splitting it would leave the scores unsharded")
+    forbid(k[2], "softmax runs along it")
+    forbid(q[2], "sequence axis under a causal mask")
     mask = argument(node, 3, "attn_mask")
     if isinstance(mask, Node):
         extents, dims = shape_of(mask), inference.of(mask)
@@ -142,7 +142,7 @@ def embedding(inference: AxisInference, node: Node) -> Result:
 
 @rule("index")
 def index(inference: AxisInference, node: Node) -> Result:
-    """x[i]: dimensions that are indexed stay whole, unless the index is a known piece of a tiled axis."""
+    """x[i]: dimensions that are indexed must not be sharded, unless the index is a known piece of a tiled axis."""
     source, indices = node.args[0], node.args[1]
     assert isinstance(source, Node)
     assert isinstance(indices, (list, tuple))
@@ -150,13 +150,13 @@ def index(inference: AxisInference, node: Node) -> Result:
     piece = index_piece(inference, node)
     if piece is not None:
         _, where, part = piece
-        dims[where] = cut(inference, dims[where], part, sibling_pieces(inference, source, where), node.name)
+        dims[where] = piece_of(inference, dims[where], part, sibling_pieces(inference, source, where), node.name)
         return dims
     given = [i for i, x in enumerate(indices) if x is not None]
     if not given or given != list(range(given[0], given[-1] + 1)):
         raise NoRuleError("index with gaps")
     for i in given:
-        block(dims[i], "indexed")
+        forbid(dims[i], "indexed")
     tensors = [x for x in indices if isinstance(x, Node)]
     if len(tensors) != len(given) or any(x.meta["val"].dtype.itemsize == 1 or is_float(x) for x in tensors):
         raise NoRuleError("index with a mask")
@@ -169,7 +169,7 @@ def index(inference: AxisInference, node: Node) -> Result:
 @rule("index_select")
 def index_select(inference: AxisInference, node: Node) -> Result:
     dims, where = list(inference.of(node.args[0])), number(node, 1, "dim")
-    block(dims[where], "indexed")
+    forbid(dims[where], "indexed")
     dims[where] = inference.of(argument(node, 2, "index"))[0]
     return dims
 
@@ -182,9 +182,9 @@ def index_put(inference: AxisInference, node: Node) -> Result:
     if any(x is None for x in indices):
         raise NoRuleError("index_put with gaps")
     for dim in base[: len(indices)]:
-        block(dim, "written by index")
+        forbid(dim, "written by index")
     for dim in values[: len(values) - (len(base) - len(indices))]:
-        block(dim, "written by index")
+        forbid(dim, "written by index")
     for k in range(1, len(base) - len(indices) + 1):
         if leaves(values[-k]):
             unify(base[-k], values[-k], node.name)
@@ -197,8 +197,8 @@ def index_add(inference: AxisInference, node: Node) -> Result:
     where = number(node, 1, "dim") % len(base)
     for k, (mine, its) in enumerate(zip(base, source, strict=True)):
         if k == where:
-            block(mine, "written by index")
-            block(its, "written by index")
+            forbid(mine, "written by index")
+            forbid(its, "written by index")
         else:
             unify(mine, its, node.name)
     return base
@@ -213,13 +213,13 @@ def gather(inference: AxisInference, node: Node) -> Result:
     where = number(node, 1, "dim") % len(dims)
     for k, (mine, its) in enumerate(zip(dims, picked, strict=True)):
         if k == where:
-            block(mine, "indexed")
-            block(its, "indexed")
+            forbid(mine, "indexed")
+            forbid(its, "indexed")
         elif shape_of(source)[k] == shape_of(index_node)[k]:
             unify(mine, its, node.name)
         else:
-            block(mine, "indexed in part")
-            block(its, "indexed in part")
+            forbid(mine, "indexed in part")
+            forbid(its, "indexed in part")
     return list(picked)
 
 
@@ -234,8 +234,8 @@ def scatter(inference: AxisInference, node: Node) -> Result:
     for other in others:
         for k, (mine, its) in enumerate(zip(dims, inference.of(other), strict=True)):
             if k == where or shape_of(base)[k] != shape_of(other)[k]:
-                block(mine, "written by index")
-                block(its, "written by index")
+                forbid(mine, "written by index")
+                forbid(its, "written by index")
             else:
                 unify(mine, its, node.name)
     return dims
@@ -246,7 +246,7 @@ def order(inference: AxisInference, node: Node) -> Result:
     dims = list(inference.of(node.args[0]))
     position = 2 if op_name(node) == "topk" else 1
     where = number(node, position, "dim", -1)
-    block(dims[where], "sorted")
+    forbid(dims[where], "sorted")
     size = shape_of_part(node, 0)[where]
     dims[where] = inference.fresh([size], "sorted")[0]
     return tuple(list(dims) for _ in node.meta["val"])
@@ -256,7 +256,7 @@ def order(inference: AxisInference, node: Node) -> Result:
 def argsort(inference: AxisInference, node: Node) -> Result:
     dims = inference.of(node.args[0])
     given = [a for a in (*node.args[1:], *node.kwargs.values()) if isinstance(a, int) and not isinstance(a, bool)]
-    block(dims[given[0] if given else -1], "sorted")
+    forbid(dims[given[0] if given else -1], "sorted")
     return dims
 
 
@@ -267,13 +267,13 @@ def max_along(inference: AxisInference, node: Node) -> Result:
     where = argument(node, 1, "dim")
     if where is None:
         for dim in dims:
-            block(dim, "reduced")
+            forbid(dim, "reduced")
         return []
     if isinstance(where, Node):
         return elementwise(inference, node)
     if not isinstance(where, int):
         raise NoRuleError("max over several dimensions")
-    block(dims[where], "reduced")
+    forbid(dims[where], "reduced")
     if argument(node, 2, "keepdim", False):
         dims[where] = []
     else:
@@ -289,7 +289,7 @@ def one_hot(inference: AxisInference, node: Node) -> Result:
 @rule("count")
 def count(inference: AxisInference, node: Node) -> Result:
     for dim in inference.of(node.args[0]):
-        block(dim, "counted")
+        forbid(dim, "counted")
     return inference.fresh(shape_of(node), "counted")
 
 

@@ -1,15 +1,16 @@
 """Whether the residual stream can live on shards of the sequence, and from where to where.
 
 The graph is read once more with its blocks cut out: at each entry the block gathers, at each exit it reduce-scatters,
-so the sequence inside is another axis than the one outside. What is left must act on each token alone. Then norms and
-residual additions run on a rank's tokens, and the parameters they use get gradients that must be summed.
+so the sequence inside is another axis than the one outside. What is left must act on each token by itself. Then norms
+and residual additions run on a rank's tokens, and the parameters they use get gradients that must be summed.
 
-Under the fast styles a rank's tokens are a part of all tokens in a row, whatever sequence they are of. Then what is
-left must not know the sequences either, and may view both axes as one.
+Under the fast styles a rank's tokens are a shard of the flattened tokens [batch * sequence], whatever sequence they are
+of. Then what is left must not depend on the sequences either, and may view both axes as one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from torch.fx import Node
@@ -22,137 +23,241 @@ from colrow.derive.table import infer
 from colrow.derive.trace import Trace, is_boundary, label_of
 
 
+@dataclass(frozen=True)
+class StreamKind:
+    """From where to where the stream is sharded, and along what.
+
+    Attributes:
+        starts_at_embedding: the embedding's reduction gives shards; else the first layer's input is split.
+        ends_before_norm: it is gathered before the last norm, and the head takes gathered activations; else the head
+            gathers.
+        flattened_tokens: shards of [batch * sequence], not of each sequence.
+    """
+
+    starts_at_embedding: bool
+    ends_before_norm: bool
+    flattened_tokens: bool
+
+
 @dataclass
 class Stream:
     """The part of the graph that runs on shards of the sequence (dimension 1)."""
 
+    kind: StreamKind
     start: set[Node]
-    """Boundaries at which whole activations are cut; empty when the embedding's reduction starts the stream."""
+    """Boundaries at which gathered activations are split; empty when the embedding's reduction starts the stream."""
     finish: set[Node]
     """Boundaries at which the stream is gathered for a module that every rank runs alike."""
     nodes: set[Node] = field(default_factory=set)
     """Nodes that hold a shard of the sequence."""
     axis: dict[Node, int] = field(default_factory=dict)
-    """Their dimensions that are shorter on a rank; 1 unless said here."""
+    """Their dimensions that are shorter on a rank; 1 where none is given."""
     summed: set[str] = field(default_factory=set)
     """Parameters that these nodes use."""
-    whole_head: bool = False
-    """The stream is gathered before the last norm, and the head takes whole activations."""
 
 
 class NoStreamError(Exception):
-    """The stream cannot be cut along the sequence; the text says why."""
+    """The stream cannot be sharded along the sequence; the text says why."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What the checks look at: the graph with its blocks cut out."""
+
+    traced: Trace
+    flows: Flows
+    inference: AxisInference
+    batches: set[Atom]
+    """The batch axes, where tokens are flattened."""
+    token_dims: list[tuple[Node, Dims, int]]
+    """Every tensor with a token axis, its dimensions, and the one with the tokens."""
+
+    def live(self, nodes: set[Node]) -> Iterator[Node]:
+        return (node for node in nodes if node in self.flows.live)
+
+    def module(self, node: Node) -> str:
+        return self.flows.path[node] or "the model"
 
 
 def find_stream(
-    traced: Trace,
-    flows: Flows,
-    finder: BlockFinder,
-    entries: set[Node],
-    exits: set[Node],
-    early: bool,
-    whole_head: bool,
-    row: bool = False,
+    traced: Trace, flows: Flows, finder: BlockFinder, entries: set[Node], exits: set[Node], kind: StreamKind
 ) -> Stream:
-    """The stream from the embedding (`early`) or from the first layer's input, to the head or (`whole_head`) to the
-    last norm before it. `row`: on parts of all tokens in a row, not of each sequence.
+    """The residual stream on shards of the tokens, between the blocks' `entries` and `exits`.
 
     Raises:
         NoStreamError: some operation on the way looks at more than one token.
     """
-    start = set() if early else _first_layer(flows, finder, entries)
+    start, finish, entries, exits = find_ends(traced, flows, finder, entries, exits, kind)
+    inference, tokens, batches = infer_between(traced, start, finish, entries, exits, kind)
+    graph = Graph(traced, flows, inference, batches, dims_with_tokens(traced, inference, tokens))
+    stream = Stream(kind, start, finish)
+    for node, _, position in graph.token_dims:
+        stream.nodes.add(node)
+        stream.axis[node] = position
+    stream.summed = parameters_of(stream.nodes - finish - entries, flows)
+    for check in CHECKS[kind.flattened_tokens]:
+        if (why := check(stream, graph)) is not None:
+            raise NoStreamError(why)
+    return stream
+
+
+def find_ends(
+    traced: Trace, flows: Flows, finder: BlockFinder, entries: set[Node], exits: set[Node], kind: StreamKind
+) -> tuple[set[Node], set[Node], set[Node], set[Node]]:
+    """Where the stream starts and finishes, and the entries and exits that lie between."""
     lookups = {b for b in exits if _is_lookup(finder, b)}
-    if early and not lookups:
-        raise NoStreamError("the embedding is not split, so nothing reduces at the start of the stream")
-    heads = finder.head_entries()
-    if whole_head:
-        entries = entries - heads
+    if kind.starts_at_embedding:
+        if not lookups:
+            raise NoStreamError("the embedding is not split, so nothing reduces at the start of the stream")
+        start = set()
+    else:
+        start = _first_layer(flows, finder, entries)
+    if kind.ends_before_norm:
+        entries = entries - finder.head_entries()
         finish = _last_norm(traced, flows, finder, entries, exits)
     else:
         finish = _finish(traced, flows, entries, exits)
-    cuts = entries | (exits - (set() if early else lookups)) | start | finish
-    outer: dict[Node, Dim] = {}
+    return start, finish, entries, exits if kind.starts_at_embedding else exits - lookups
+
+
+def infer_between(
+    traced: Trace, start: set[Node], finish: set[Node], entries: set[Node], exits: set[Node], kind: StreamKind
+) -> tuple[AxisInference, set[Atom], set[Atom]]:
+    """The axes of the graph with its blocks cut out: at each border begin fresh ones. With the atoms of the tokens and,
+    where these are flattened, of the batch."""
+    outside: dict[Node, Dim] = {}  # the tokens' dimension at each border, on the stream's side
 
     def cut(node: Node, inference: AxisInference) -> Dims | None:
-        if node not in cuts:
+        if node not in entries | exits | start | finish:
             return None
         source = node.args[0]
         assert isinstance(source, Node)
-        fresh = inference.fresh(shape_of(node))
-        side = fresh if node in start or node in exits else inference.of(source)
         shape = shape_of(node)
-        if row and len(side) == 2 and shape[0] == traced.batch * traced.seq:
-            outer[node] = side[0]
-        elif len(side) < 3 or shape[1] != traced.seq or (row and (len(side) > 3 or shape[0] != traced.batch)):
+        fresh = inference.fresh(shape)
+        dims = fresh if node in start or node in exits else inference.of(source)
+        if (tokens := _token_dim(dims, shape, traced, kind)) is None:
             raise NoStreamError(f"{label_of(node).module} exchanges {shape}, not [batch, sequence, features]")
-        else:
-            outer[node] = [*side[0], *side[1]] if row else side[1]
+        outside[node] = tokens
         return fresh
 
     inference = infer(traced, cut=cut, free_inputs=True)
-    atoms: set[Atom] = set()
+    tokens: set[Atom] = set()
     batches: set[Atom] = set()
-    for node, dim in outer.items():
-        found = leaves(dim)
-        blocked = next((a.block for a in reversed(found) if a.block is not None), None)
-        if len(found) != 1 + row or blocked:
-            raise NoStreamError(f"at {label_of(node).module or 'the model'}: {blocked or 'the sequence is gone'}")
-        atoms.add(found[-1])
-        batches.update(found[:-1])
-    stream = Stream(start, finish, whole_head=whole_head)
+    for node, dim in outside.items():
+        atoms = leaves(dim)
+        why = next((a.forbidden for a in reversed(atoms) if a.forbidden is not None), None)
+        if len(atoms) != 1 + kind.flattened_tokens or why:
+            raise NoStreamError(f"at {label_of(node).module or 'the model'}: {why or 'the sequence is gone'}")
+        tokens.add(atoms[-1])
+        batches.update(atoms[:-1])
+    return inference, tokens, batches
+
+
+def _token_dim(dims: Dims, shape: list[int], traced: Trace, kind: StreamKind) -> Dim | None:
+    """The axes of the tokens in [batch, sequence, features], or in [batch * sequence, features] where these are
+    flattened; None in another shape."""
+    if kind.flattened_tokens and len(dims) == 2:
+        return dims[0] if shape[0] == traced.batch * traced.seq else None
+    if len(dims) < 3 or shape[1] != traced.seq:
+        return None
+    if not kind.flattened_tokens:
+        return dims[1]
+    return [*dims[0], *dims[1]] if len(dims) == 3 and shape[0] == traced.batch else None
+
+
+def dims_with_tokens(traced: Trace, inference: AxisInference, tokens: set[Atom]) -> list[tuple[Node, Dims, int]]:
+    """Each tensor that holds a token axis: its node, its dimensions, and the position of that one."""
+    found = []
     for node in traced.nodes:
         dims = inference.dims.get(node)
         for part in dims if isinstance(dims, tuple) else (dims,):
             for position, dim in enumerate(part or ()):
-                if any(a in atoms for a in leaves(dim)):
-                    in_row = row and _in_row(part or [], position, batches)
-                    if (not in_row if row else position != 1) and node in flows.live:
-                        raise NoStreamError(f"the sequence is not dimension 1 in {flows.path[node] or 'the model'}")
-                    stream.nodes.add(node)
-                    stream.axis[node] = position
-    if row:
-        _knows_no_sequence(stream, inference, flows, batches)
-    for node in stream.nodes:
-        if node.op == "placeholder" or (node in flows.constant and node in flows.live and is_float(node)):
-            raise NoStreamError(f"the stream meets {node.name}, which is not cut along the sequence")
-    for node in flows.constant & stream.nodes & flows.live:
-        raise NoStreamError(f"a mask or position meets the stream in {flows.path[node] or 'the model'}")
-    if traced.output() in stream.nodes:
-        raise NoStreamError("the caller gets activations cut along the sequence")
-    for node in stream.nodes:
-        if node in finish or node in entries:
-            continue
+                if any(a in tokens for a in leaves(dim)):
+                    found.append((node, part or [], position))
+    return found
+
+
+def parameters_of(nodes: set[Node], flows: Flows) -> set[str]:
+    """The parameters that these nodes use."""
+    return set().union(*(flows.params_of.get(operand, set()) for node in nodes for operand in node.all_input_nodes))
+
+
+# ---------------------------------------------------------------------- checks: each returns why there is no stream
+
+Check = Callable[[Stream, Graph], str | None]
+
+
+def tokens_are_dimension_one(stream: Stream, graph: Graph) -> str | None:
+    for node, _, position in graph.token_dims:
+        if position != 1 and node in graph.flows.live:
+            return f"the sequence is not dimension 1 in {graph.module(node)}"
+    return None
+
+
+def tokens_are_flattened(stream: Stream, graph: Graph) -> str | None:
+    """[batch, sequence, ...], or viewed as one dimension [batch * sequence, ...]: a shard is a run of tokens."""
+    for node, dims, position in graph.token_dims:
+        *before, _ = leaves(dims[position])
+        batch = leaves(dims[0]) if position == 1 and not before else before if position == 0 else []
+        if (len(batch) != 1 or batch[0] not in graph.batches) and node in graph.flows.live:
+            return f"the sequence is not dimension 1 in {graph.module(node)}"
+    return None
+
+
+def no_value_of_a_sequence(stream: Stream, graph: Graph) -> str | None:
+    """A rank's flattened tokens may be of several sequences."""
+    for node in graph.live(stream.nodes):
         for operand in node.all_input_nodes:
-            stream.summed |= flows.params_of.get(operand, set())
-    outside = set()
-    for node in traced.nodes:
-        if node not in stream.nodes and node not in flows.params_of and node in flows.live:
-            for operand in node.all_input_nodes:
-                outside |= flows.params_of.get(operand, set())
-    whole = {f for n, f in flows.inference.params.items() if not flows.is_sharded(n)}
-    both = stream.summed & outside & whole
-    if both:
-        raise NoStreamError(f"{min(both)} is used inside and outside the stream")
-    return stream
-
-
-def _in_row(dims: Dims, position: int, batches: set[Atom]) -> bool:
-    """Whether the tokens stand as [batch, sequence, ...] or, viewed as one dimension, as [batch × sequence, ...]."""
-    *before, _ = leaves(dims[position])
-    if position == 0:
-        return len(before) == 1 and before[0] in batches
-    return position == 1 and not before and len(leaves(dims[0])) == 1 and leaves(dims[0])[0] in batches
-
-
-def _knows_no_sequence(stream: Stream, inference: AxisInference, flows: Flows, batches: set[Atom]) -> None:
-    """Raise NoStreamError where the stream meets what belongs to a sequence: a rank's tokens may be of several."""
-    for node in (n for n in stream.nodes if n in flows.live):
-        for operand in node.all_input_nodes:
-            dims = inference.dims.get(operand)
+            dims = graph.inference.dims.get(operand)
             if operand in stream.nodes or not isinstance(dims, list):
                 continue
-            if any(a in batches for dim in dims for a in leaves(dim)):
-                raise NoStreamError(f"the stream meets a value of each sequence in {flows.path[node] or 'the model'}")
+            if any(a in graph.batches for dim in dims for a in leaves(dim)):
+                return f"the stream meets a value of each sequence in {graph.module(node)}"
+    return None
+
+
+def no_input_of_every_token(stream: Stream, graph: Graph) -> str | None:
+    """Inputs and constants hold all tokens, and nothing splits them."""
+    for node in stream.nodes:
+        constant = node in graph.flows.constant and node in graph.flows.live and is_float(node)
+        if node.op == "placeholder" or constant:
+            return f"the stream meets {node.name}, which is not split along the sequence"
+    return None
+
+
+def no_position_or_mask(stream: Stream, graph: Graph) -> str | None:
+    for node in graph.live(graph.flows.constant & stream.nodes):
+        return f"a mask or position meets the stream in {graph.module(node)}"
+    return None
+
+
+def output_is_gathered(stream: Stream, graph: Graph) -> str | None:
+    return "the caller gets activations split along the sequence" if graph.traced.output() in stream.nodes else None
+
+
+def parameters_on_one_side_only(stream: Stream, graph: Graph) -> str | None:
+    """One used on a rank's tokens and on all of them gets a gradient that is neither a partial sum nor complete."""
+    flows = graph.flows
+    rest = {n for n in graph.traced.nodes if n not in stream.nodes and n not in flows.params_of and n in flows.live}
+    unsharded = {name for node, name in flows.inference.params.items() if not flows.is_sharded(node)}
+    both = stream.summed & parameters_of(rest, flows) & unsharded
+    return f"{min(both)} is used inside and outside the stream" if both else None
+
+
+_COMMON: tuple[Check, ...] = (
+    no_input_of_every_token,
+    no_position_or_mask,
+    output_is_gathered,
+    parameters_on_one_side_only,
+)
+CHECKS: dict[bool, tuple[Check, ...]] = {
+    False: (tokens_are_dimension_one, *_COMMON),
+    True: (tokens_are_flattened, no_value_of_a_sequence, *_COMMON),
+}
+"""By whether tokens are flattened."""
+
+
+# ---------------------------------------------------------------------- the two ends
 
 
 def _is_lookup(finder: BlockFinder, boundary: Node) -> bool:
@@ -171,7 +276,7 @@ def _first_layer(flows: Flows, finder: BlockFinder, entries: set[Node]) -> set[N
         found = {
             b
             for b in finder.boundaries.get(name, [])
-            if label_of(b).kind == "in" and b not in flows.constant and b in flows.live and len(shape_of(b)) >= 3
+            if label_of(b).direction == "in" and b not in flows.constant and b in flows.live and len(shape_of(b)) >= 3
         }
         if found:
             return found
@@ -186,20 +291,20 @@ def _last_norm(traced: Trace, flows: Flows, finder: BlockFinder, entries: set[No
             finder.order[node] > last
             and is_boundary(node)
             and node in flows.live
-            and label_of(node).kind == "in"
+            and label_of(node).direction == "in"
             and is_float(node)
         ):
             return {node}
-    raise NoStreamError("no module stands behind the last block")
+    raise NoStreamError("no module stands after the last block")
 
 
 def _finish(traced: Trace, flows: Flows, entries: set[Node], exits: set[Node]) -> set[Node]:
-    """Where the stream must be whole again for a module that is not split: the input of the last module with a
+    """Where the stream must be gathered for a module that is not split: the input of the last module with a
     matrix, when that module is not an entry itself."""
     inside = {label_of(e).module for e in entries} | {label_of(e).module for e in exits}
     last = None
     for node in traced.nodes:
-        if is_boundary(node) and node in flows.live and label_of(node).kind == "in" and is_float(node):
+        if is_boundary(node) and node in flows.live and label_of(node).direction == "in" and is_float(node):
             name = label_of(node).module
             if not any(name == m or name.startswith(m + ".") or m.startswith(name + ".") for m in inside):
                 matrices = [

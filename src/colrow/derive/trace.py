@@ -50,19 +50,19 @@ torch.library.register_fake("colrow_plan::boundary", _boundary, lib=_LIBRARY)
 
 @dataclass(frozen=True)
 class Label:
-    """Where a marker stands: `kind` is in or out, `path` leads to the tensor among the arguments or results."""
+    """Where a marker stands: `direction` is in or out, `path` leads to the tensor among the arguments or results."""
 
-    kind: str
+    direction: str
     module: str
     path: str
 
     @classmethod
     def parse(cls, text: str) -> Label:
-        kind, module, path = text.split("|")
-        return cls(kind, module, path)
+        direction, module, path = text.split("|")
+        return cls(direction, module, path)
 
     def __str__(self) -> str:
-        return f"{self.kind}|{self.module}|{self.path}"
+        return f"{self.direction}|{self.module}|{self.path}"
 
 
 @dataclass
@@ -228,16 +228,16 @@ def markers(model: nn.Module, rescale: Rescale | None = None) -> Iterator[Calls]
     handles = []
     calls = Calls()
 
-    def mark(value: Any, kind: str, name: str, path: str) -> Any:
+    def mark(value: Any, direction: str, name: str, path: str) -> Any:
         if isinstance(value, Tensor):
-            label = str(Label(kind, name, path))
+            label = str(Label(direction, name, path))
             dim, mul, div = (rescale(label) if rescale else None) or (-1, 1, 1)
             calls.shapes.append((label, tuple(value.shape)))
             return torch.ops.colrow_plan.boundary(value, label, dim, mul, div)
         if type(value) in (tuple, list):
-            return type(value)(mark(v, kind, name, f"{path}.{i}") for i, v in enumerate(value))
+            return type(value)(mark(v, direction, name, f"{path}.{i}") for i, v in enumerate(value))
         if type(value) is dict:
-            return {k: mark(v, kind, name, f"{path}.{k}") for k, v in value.items()}
+            return {k: mark(v, direction, name, f"{path}.{k}") for k, v in value.items()}
         return value
 
     def hooks(name: str, module: nn.Module) -> None:

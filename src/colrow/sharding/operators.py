@@ -10,7 +10,8 @@ Let f be the operator, x its input, and x_1 ... x_n what the ranks hold.
     rule     x_r shards of a dim:      which dims of f(x) the f(x_r) are shards of. The name of a rule of `derive`
     linear   x_r partial sums:         whether f(x_1) + ... + f(x_n) = f(x)
     fills    no use of x but its shape: zeros, a constant, unset memory, positions (arange), random numbers
-    moves    each element of f(x) is an element of x, unchanged: what is known of x's elements holds for f(x)'s
+    moves    each element of f(x) is an element of x, unchanged, and which one no tensor decides: what is known of x's
+             elements holds for f(x)'s. Not so of a lookup: a rank may look up what it masks afterwards
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Operator:
         linear: in which operands it commutes with a sum over ranks; None: in none.
         fills: what it fills its result with, whatever its inputs' elements are; None: computed from them.
         random: it draws random numbers (dropout: only in training), so each rank's own draws differ from one draw.
-        moves: it copies elements and computes nothing.
+        moves: it copies elements, to places that do not depend on the values of an index.
         identity: its result equals its input, up to this.
         takes_part: it takes a piece of a dim by number: the same numbers on every rank are different elements.
         contracts: it sums products over a dim.
@@ -200,9 +201,9 @@ _known("select_scatter", "select_scatter", linear=TERMS, moves=True)
 # ---------------------------------------------------------------------- lookups and writes by index
 
 _known("embedding", "embedding")
-_known("index", "index", linear=FIRST, moves=True, takes_part=True)
-_known("index_select", "index_select", linear=FIRST, moves=True, takes_part=True)
-_known("gather", "gather", linear=FIRST, moves=True)
+_known("index", "index", linear=FIRST, takes_part=True)
+_known("index_select", "index_select", linear=FIRST, takes_part=True)
+_known("gather", "gather", linear=FIRST)
 _known("index_put _unsafe_index_put", "index_put", linear=Linear.WRITTEN)
 _known("index_add", "index_add", linear=TERMS)
 _known("index_copy", "index_add")

@@ -1,0 +1,225 @@
+"""The style of each module that holds sharded parameters: column, row, packed, head, embedding, norm."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from colrow.derive.axes import Atom, Dim, find, leaves
+from colrow.derive.blocks import Block, BlockFinder, SplitError
+from colrow.derive.choice import Choice
+from colrow.derive.flow import Flow, Flows
+from colrow.derive.sequence import Stream
+from colrow.derive.trace import Scale, Trace, module_path
+from colrow.styles.base import STYLES, Style
+from colrow.styles.fast.linear import is_linear
+from colrow.styles.packed import is_transposed
+from colrow.styles.replicated import LEFT_OUT
+
+NORM = re.compile(r"norm", re.IGNORECASE)
+
+
+@dataclass
+class Emission:
+    """The styles of one plan, and where a rank's own trace changes extents."""
+
+    modules: dict[str, dict[str, Any]] = field(default_factory=dict)
+    scales: dict[str, Scale] = field(default_factory=dict)
+    loss: str = "replicated"
+    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Attributes that are certain to need a local value."""
+
+    def style(self, name: str) -> type[Style]:
+        """The class of a module's style; that of modules left out of the plan where it has none."""
+        return STYLES[self.modules.get(name, {}).get("style", LEFT_OUT.name)]
+
+
+class ModuleEmitter:
+    """Styles of modules that hold sharded parameters."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        traced: Trace,
+        flows: Flows,
+        finder: BlockFinder,
+        blocks: list[Block],
+        flow: Flow,
+        stream: Stream | None,
+    ) -> None:
+        self.model, self.traced, self.flows, self.finder = model, traced, flows, finder
+        self.blocks, self.flow, self.stream = blocks, flow, stream
+        self.choice: Choice = flows.choice
+        self.tp = self.choice.tp
+        self.inside = "shard(1)" if stream is not None else "replicate"
+        self.early = stream is not None and not stream.start
+        self.out = Emission()
+        self.dims = {name: flows.inference.of(node) for node, name in flows.inference.params.items()}
+        self.owned: dict[str, list[str]] = defaultdict(list)
+        for name in self.dims:
+            if self.choice.any_sharded(self.dims[name]):
+                for owner in {name, *(o for o, first in traced.ties.items() if first == name)}:
+                    self.owned[owner.rpartition(".")[0]].append(owner.rpartition(".")[2])
+        self.entries, self.exits = finder.borders(blocks)
+
+    # ------------------------------------------------------------------ modules with shards
+
+    def _put(self, name: str, **options: Any) -> None:
+        self.out.modules.setdefault(name, {}).update(options)
+
+    def _module(self, name: str) -> nn.Module:
+        return self.model.get_submodule(name)
+
+    def _dims(self, name: str, parameter: str) -> list[Dim]:
+        full = f"{name}.{parameter}"
+        return self.dims[self.traced.ties.get(full, full)]
+
+    def _dim_of(self, name: str, parameter: str) -> tuple[int, Dim]:
+        """The dimension that is sharded, and its position."""
+        dims = self._dims(name, parameter)
+        position = next(k for k, dim in enumerate(dims) if self.choice.sharded(dim))
+        return position, dims[position]
+
+    def _is_linear(self, name: str) -> bool:
+        """Whether torch's own styles can take the module; they know no transposed weights."""
+        module = self._module(name)
+        return isinstance(module, nn.Linear) and is_linear(module)
+
+    def _shards(self, name: str, locals_: set[str]) -> None:
+        """The style of a module with sharded parameters; `locals_` are the blocks that run on local tensors.
+
+        What the module is decides, from the special to the general: the block itself, a norm over a sharded axis, an
+        embedding, a product; anything else has no style that splits it, and must lie in a block that runs on local
+        tensors, where its forward sees shards.
+        """
+        module, parameters = self._module(name), self.owned[name]
+        block = next(
+            (b for b in self.blocks if not b.leaf and (name == b.module or name.startswith(b.module + "."))), None
+        )
+        in_local = block is not None and block.module in locals_
+        if name in locals_:
+            self._put(name, style="local_block", shards={p: self._cut(name, p) for p in parameters})
+        elif name in self.flows.wide:
+            self._put(name, style="sharded_norm")
+        elif isinstance(module, nn.Embedding):
+            self._embedding(name)
+        elif self._multiplies_by_weight(name):
+            self._product(name, in_local, block)
+        elif in_local:
+            self._put(name, style="local_shards", shards={p: self._cut(name, p) for p in parameters})
+        else:
+            raise SplitError(
+                self.finder.atoms_of(set(self.flows.inference.params)) & self._atoms(name),
+                f"{name} is not in a block that runs on local tensors",
+            )
+
+    def _multiplies_by_weight(self, name: str) -> bool:
+        """Whether the module holds a sharded matrix, a bias at most beside it, and is of a type that multiplies by it.
+        A subclass of nn.Linear may have a forward of its own: which styles can take it is asked where one is chosen."""
+        module = self._module(name)
+        if "weight" not in self.owned[name] or len(self._dims(name, "weight")) != 2:
+            return False
+        known = isinstance(module, nn.Linear) or is_transposed(module)
+        return known and {n for n, _ in module.named_parameters(recurse=False)} <= {"weight", "bias"}
+
+    def _product(self, name: str, in_local: bool, block: Block | None) -> None:
+        """y = x W^T. A vocabulary of outputs is a head; else outputs split: column, inputs split: row."""
+        position, dim = self._dim_of(name, "weight")
+        outputs = 1 if is_transposed(self._module(name)) else 0  # the weight's dimension of output features
+        if self._atoms(name) & self.choice.vocabulary:
+            self._head(name)
+        elif position == outputs:
+            self._column(name, dim, in_local)
+        else:
+            self._row(name, dim, in_local, block)
+
+    def _atoms(self, name: str) -> set[Atom]:
+        """The chosen classes that stand in the module's parameters."""
+        return self.choice.chosen(dim for parameter in self.owned[name] for dim in self._dims(name, parameter))
+
+    def _plain_kv(self, name: str, dim: Dim) -> Atom | None:
+        """The kv heads of a k or v projection of its own, when they do not divide."""
+        atoms = leaves(dim)
+        if len(atoms) > 2 or atoms[0] not in self.choice.groups or not self._is_linear(name):
+            return None
+        return None if atoms[1:] == [find(self.choice.groups[atoms[0]])] else atoms[0]
+
+    def _cut(self, name: str, parameter: str) -> Any:
+        """How a style says where the parameter is split: a dimension, or the segments of one that is fused.
+
+        Of q, k and v in one weight [(heads + 2 kv_heads) * head_dim, features] each segment is split by itself.
+        `replicated` are segments that every rank holds, `kv` those of which a rank holds the heads that its query
+        heads need.
+        """
+        position, dim = self._dim_of(name, parameter)
+        segments = self.choice.segments(dim)
+        if len(segments) == 1 and segments[0].sharded:
+            return position
+        cut: dict[str, Any] = {"dim": position, "segments": [s.size for s in segments]}
+        if replicated := [i for i, s in enumerate(segments) if not s.sharded and s.kv is None]:
+            cut["replicated"] = replicated
+        if repeated := {i: s.kv for i, s in enumerate(segments) if s.kv is not None}:
+            kv = next(iter(repeated.values()))
+            if any(other is not kv for other in repeated.values()):
+                raise SplitError(set(repeated.values()), f"{name}.{parameter} has kv heads of two kinds")
+            cut |= {"kv": list(repeated), "kv_heads": kv.size, "heads": kv.size * find(self.choice.groups[kv]).size}
+        return cut
+
+    def _embedding(self, name: str) -> None:
+        if self._read_in_vain(f"{name}.weight"):
+            if self.early:
+                raise SplitError(self._atoms(name), f"code of another module reads {name}.weight")
+            self._put(name, style="fast_embedding", all_tokens=True)
+            return
+        self._put(name, style="rowwise", input="replicate", output="shard(1)" if self.early else "replicate")
+
+    def _read_in_vain(self, parameter: str) -> bool:
+        """Whether another module's code reads it for a value that nothing uses: that must find a plain tensor."""
+        name = self.traced.ties.get(parameter, parameter)
+        node = next((n for n, first in self.flows.inference.params.items() if first == name), None)
+        if node is None or name not in self.traced.outside:
+            return False
+        owners = {p.rpartition(".")[0] for p in (name, *(t for t, first in self.traced.ties.items() if first == name))}
+        return all(module_path(user) in owners for user in node.users)
+
+    def _head(self, name: str) -> None:
+        self._put(name, style="colwise", use_local_output=False)
+        if self.stream is not None and not self.stream.kind.ends_before_norm:
+            self._put(name, input="shard(1)")
+        self.out.loss = "vocab_parallel"
+
+    def _column(self, name: str, dim: Dim, in_local: bool) -> None:
+        kv = self._plain_kv(name, dim)
+        if kv is not None and not in_local:
+            group = find(self.choice.groups[kv]).size
+            rest = self._module(name).out_features // kv.size  # type: ignore[operator]
+            self._put(name, style="kv_replicate", heads=kv.size * group, kv_heads=kv.size, head_dim=rest)
+            return
+        cut = self._cut(name, "weight")
+        if isinstance(cut, int) and not in_local and self._is_linear(name):
+            self._put(name, style="colwise")
+        else:
+            self._put(name, style="packed_colwise")
+            if is_transposed(self._module(name)):  # transformers' Conv1D views its output with its attribute nf
+                even = isinstance(cut, int) or not {"replicated", "kv"} & cut.keys()
+                self.out.attributes[name] = {"nf": "/tp" if even else self.choice.local_size(dim)}
+            if isinstance(cut, dict):
+                self._put(name, **{key: value for key, value in cut.items() if key != "dim"})
+
+    def _row(self, name: str, dim: Dim, in_local: bool, block: Block | None) -> None:
+        cut = self._cut(name, "weight")
+        deferred = block is not None and block.deferred
+        if isinstance(cut, dict) and {"replicated", "kv"} & cut.keys():
+            raise SplitError(self._atoms(name), f"{name} takes a part of its input unsharded")
+        if isinstance(cut, int) and not deferred and self._is_linear(name):
+            self._put(name, style="rowwise")
+            if self.stream is not None:
+                self._put(name, output=self.inside)
+            return
+        self._put(name, style="packed_rowwise", output="partial" if deferred else self.inside)
+        if isinstance(cut, dict):
+            self._put(name, segments=cut["segments"])
