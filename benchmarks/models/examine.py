@@ -30,16 +30,16 @@ Row = dict[str, Any]
 
 
 def examine(
-    kind: str, degrees: Sequence[int], phase: Callable[[str], None] = lambda _: None, styles: Styles = "plain"
+    model_type: str, degrees: Sequence[int], phase: Callable[[str], None] = lambda _: None, styles: Styles = "plain"
 ) -> Iterator[Row]:
     """One row for each degree: the verdict, how much is split, the worst errors, and the reason for what is not split.
 
-    `phase` is told what comes next, so that a caller with a time limit can say what took too long.
+    `phase` is called with what comes next, so that a caller with a time limit can say what took too long.
     """
-    rows: list[Row] = [{"model": kind, "tp": tp} for tp in degrees]
+    rows: list[Row] = [{"model": model_type, "tp": tp} for tp in degrees]
     phase("building")
     try:
-        model, inputs = build(kind, max(degrees))
+        model, inputs = build(model_type, max(degrees))
     except Exception as error:
         yield from (row | {"verdict": "not built", "reason": short(error)} for row in rows)
         return
@@ -53,19 +53,19 @@ def examine(
         yield row | judged(model, inputs, traced, row["tp"], phase, styles)
 
 
-def build(kind: str, tp: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
+def build(model_type: str, tp: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """The tiny model, in fp64 where it runs so, and token ids. Raises whatever the model raises."""
     try:
-        return _build(kind, tp)
+        return _build(model_type, tp)
     except Exception as error:
         try:
-            return _build(kind, tp, num_key_value_heads=8)  # latent attention has as many as query heads
+            return _build(model_type, tp, num_key_value_heads=8)  # latent attention has as many as query heads
         except Exception:
             raise error from None
 
 
-def _build(kind: str, tp: int, **sizes: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    return prepared(tiny(*classes(kind), **sizes), tp)
+def _build(model_type: str, tp: int, **sizes: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    return prepared(tiny(*classes(model_type), **sizes), tp)
 
 
 def prepared(model: nn.Module, tp: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
@@ -174,8 +174,8 @@ def narrow(traced: Trace) -> bool:
 
 
 def judge(derivation: Derivation, model: nn.Module) -> tuple[str, str]:
-    """full, partial or whole, and why not full."""
-    used = set(derivation.sharded) | derivation.whole.keys()  # a decoder alone does not use its cross-attention
+    """full, partial or unsharded, and why not full."""
+    used = set(derivation.sharded) | derivation.replicated.keys()  # no cross-attention where there is no encoder
     matrices = {
         n: p.numel()
         for n, p in model.named_parameters()
@@ -189,12 +189,12 @@ def judge(derivation: Derivation, model: nn.Module) -> tuple[str, str]:
         return "full", ""
     reasons = [n for n in derivation.notes if not n.startswith("no sequence shards")]
     if not reasons:
-        largest = sorted((n for n in derivation.whole if n in matrices), key=lambda n: -matrices[n])
-        reasons = [f"{n}: {derivation.whole[n]}" for n in largest]
+        largest = sorted((n for n in derivation.replicated if n in matrices), key=lambda n: -matrices[n])
+        reasons = [f"{n}: {derivation.replicated[n]}" for n in largest]
     if derivation.unknown:
         reasons.insert(1, "no rule for " + ", ".join(sorted(derivation.unknown)[:4]))
     reason = "; ".join(dict.fromkeys(reasons[:2])) or f"{inner} reductions in {layers} layers"
-    return ("partial" if derivation.sharded else "whole"), reason[:220]
+    return ("partial" if derivation.sharded else "unsharded"), reason[:220]
 
 
 def short(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Prove a choice by running the exported graph on simulated ranks, with sliced weights, against the unsharded model.
+"""Prove a choice by running the exported graph on simulated ranks, with sharded weights, against the unsharded model.
 
 It proves that slices, layouts and reductions are right, forward and backward; not the collectives of a runtime, which
 `parity` proves. `Sabotage` breaks the choice on purpose, so that each proof can be seen to fail.
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from colrow.derive.axes import leaves
-from colrow.derive.choose import Choice, choose
-from colrow.derive.infer import AxisInference, argument, facts_of, is_lookup, op_name, shape_of
-from colrow.derive.rules_views import index_piece, sibling_pieces, slice_piece, split_pieces
+from benchmarks.models.localize import localized
+from colrow.derive.choice import Choice
+from colrow.derive.choose import choose
+from colrow.derive.infer import AxisInference, argument, facts_of, is_lookup, op_name
 from colrow.derive.table import infer
 from colrow.derive.trace import Trace, default_inputs, is_boundary, trace
 from colrow.dryrun.calls import call_model
@@ -44,10 +44,10 @@ class ShardedRun:
         self.partial = set(sums)
         self.averages = {n for n, dims in inference.averaged.items() if choice.any_sharded(dims)}
 
-    # ------------------------------------------------------------------ parts of a tensor
+    # ------------------------------------------------------------------ shards of a tensor
 
     def shard(self, tensor: Tensor, dims: Any) -> list[Tensor]:
-        """Each rank's part of a tensor."""
+        """Each rank's shard of a tensor."""
         out = [tensor] * self.tp
         for k, dim in enumerate(dims):
             if not self.choice.sharded(dim):
@@ -60,7 +60,7 @@ class ShardedRun:
         return out
 
     def gather(self, parts: Sequence[Tensor], dims: Any) -> Tensor:
-        """The whole tensor from every rank's part."""
+        """The unsharded tensor, from every rank's shard."""
         for k, dim in enumerate(dims):
             if self.choice.sharded(dim):
                 order = torch.tensor([i for r in range(self.tp) for i in self.choice.indices(dim, r)])
@@ -96,7 +96,7 @@ class ShardedRun:
         if not [n for n in node.all_input_nodes if n in env] or facts_of(node).rule == "constant":
             return self._constant(node, env)
         if node in self.averages and facts_of(node).rule == "norm":
-            return self._whole_norm(node, env)
+            return self._gathered_norm(node, env)
         if node in self.partial and is_lookup(node):
             outs = self._lookup(node, env)
         else:
@@ -128,13 +128,13 @@ class ShardedRun:
             return [value] * self.tp
         return self.shard(value, self.inference.dims.get(node) or ())
 
-    def _whole_norm(self, node: Node, env: dict[Node, list[Any]]) -> list[Any]:
+    def _gathered_norm(self, node: Node, env: dict[Node, list[Any]]) -> list[Any]:
         """A norm over a sharded axis: what the runtime does with one small reduction is here a gather."""
 
-        def whole(n: Node) -> Tensor:
+        def gathered(n: Node) -> Tensor:
             return self.gather(env[n], self.inference.dims[n])
 
-        out = self._call(node, list(map_arg(node.args, whole)), dict(map_arg(node.kwargs, whole)))
+        out = self._call(node, list(map_arg(node.args, gathered)), dict(map_arg(node.kwargs, gathered)))
         return self.shard(out, self.inference.dims[node])
 
     def _lookup(self, node: Node, env: dict[Node, list[Any]]) -> list[Tensor]:
@@ -152,59 +152,13 @@ class ShardedRun:
         return outs
 
     def _local_args(self, node: Node, rank: int, env: dict[Node, list[Any]]) -> list[Any]:
-        """Arguments of one rank: constant extents along sharded axes become local ones."""
         args: list[Any] = list(map_arg(node.args, lambda n: env[n][rank]))
-        dims, name = self.inference.dims.get(node), op_name(node)
-        local = self.choice.local_size
-        if name in ("view", "reshape", "_unsafe_view", "expand", "broadcast_to") and isinstance(dims, list):
-            args[1] = self.choice.local_shape(dims)
-        elif name in ("flatten", "unflatten") and isinstance(dims, list):
-            args = [args[0], self.choice.local_shape(dims)]
-        elif name == "repeat" and isinstance(dims, list):
-            args[1] = self._local_repeats(node, dims)
-        elif name == "repeat_interleave" and isinstance(dims, list):
-            where = int(argument(node, 2, "dim"))
-            args[1] = local(dims[where]) // local(self.inference.of(node.args[0])[where])
-        elif name == "slice" and isinstance(dims, list):
-            source, dim, piece, step = slice_piece(node)
-            if self.choice.sharded(self.inference.of(source)[dim]):
-                if piece[1] == shape_of(source)[dim]:
-                    return [env[source][rank]]
-                start = self._local_start(source, dim, piece, sibling_pieces(self.inference, source, dim))
-                args = [env[source][rank], dim, start, start + local(dims[dim]), step]
-        elif name == "index" and isinstance(dims, list):
-            found = index_piece(self.inference, node)
-            if found is not None and self.choice.sharded(self.inference.of(found[0])[found[1]]):
-                source, dim, piece = found
-                start = self._local_start(source, dim, piece, sibling_pieces(self.inference, source, dim))
-                args[1] = list(args[1])
-                args[1][dim] = torch.arange(start, start + local(dims[dim]))
-        elif name in ("split", "split_with_sizes", "chunk"):
-            dim, _ = split_pieces(node)
-            if self.choice.sharded(self.inference.of(node.args[0])[dim]) and isinstance(dims, tuple):
-                if name == "chunk":
-                    return args
-                sizes = [local(part[dim]) for part in dims if part is not None]
-                args[1] = sizes[0] if name == "split" else sizes
+        args = localized(node, args, self.inference, self.choice)
         if node in self.partial and rank > 0:  # a bias is added once
             for position in facts_of(node).addends or ():
                 if len(args) > position and args[position] is not None:
                     args[position] = torch.zeros_like(args[position])
         return args
-
-    def _local_repeats(self, node: Node, dims: Any) -> list[int]:
-        source = node.args[0]
-        before = self.choice.local_shape(self.inference.of(source))
-        padded = [1] * (len(dims) - len(before)) + before
-        return [self.choice.local_size(dim) // max(n, 1) for dim, n in zip(dims, padded, strict=True)]
-
-    def _local_start(self, source: Node, dim: int, piece: tuple[int, int], pieces: list[tuple[int, int]]) -> int:
-        """Where a piece starts in a rank's part: after the local extents of the pieces before it."""
-        axis = self.inference.of(source)[dim]
-        atoms = leaves(axis)
-        if len({length for _, length in pieces}) == 1:
-            return pieces.index(piece) * (self.choice.local_size(axis) // len(pieces))
-        return sum(self.choice.local_size(segment) for segment in (atoms[0].segments or [])[: pieces.index(piece)])
 
 
 @dataclass(frozen=True)

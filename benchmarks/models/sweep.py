@@ -7,7 +7,7 @@ Each model runs in a process of its own under a limit of CPU time. What the resu
 
     full          at least two reductions a layer, and most of its matrices split
     partial       something is split; the reason names what is not
-    whole         nothing is split; the reason says why
+    unsharded     nothing is split; the reason says why
     fails         the plan raises when it runs (never a wrong number)
     untraceable   torch.export cannot trace it
     not built     a tiny configuration does not give a model that runs
@@ -37,22 +37,22 @@ from colrow.derive.derivation import derive
 from colrow.plans.derive_options import Styles
 
 TORCH = torch.__version__.partition("+")[0]
-VERDICTS = ("full", "partial", "whole", "fails", "untraceable", "not built", "refused", "WRONG")
+VERDICTS = ("full", "partial", "unsharded", "fails", "untraceable", "not built", "refused", "WRONG")
 
 
-def _child(kind: str, degrees: Sequence[int], limit: int, to: Connection, styles: Styles) -> None:
+def _child(model_type: str, degrees: Sequence[int], limit: int, to: Connection, styles: Styles) -> None:
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
-    for row in examine(kind, degrees, lambda text: to.send(text), styles):
+    for row in examine(model_type, degrees, lambda text: to.send(text), styles):
         to.send(row)
     to.send(None)
 
 
-def run_one(kind: str, degrees: Sequence[int], limit: int, styles: Styles = "plain") -> list[Row]:
+def run_one(model_type: str, degrees: Sequence[int], limit: int, styles: Styles = "plain") -> list[Row]:
     """One model in a process of its own, `limit` seconds of CPU at most; a row for each degree."""
     context = multiprocessing.get_context("fork")  # what is imported here need not be imported again
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(kind, degrees, limit, theirs, styles), daemon=True)
+    process = context.Process(target=_child, args=(model_type, degrees, limit, theirs, styles), daemon=True)
     start = time.monotonic()
     process.start()
     theirs.close()
@@ -60,23 +60,23 @@ def run_one(kind: str, degrees: Sequence[int], limit: int, styles: Styles = "pla
     phase, why = "starting", ""
     while True:
         try:
-            said = ours.recv()
+            message = ours.recv()
         except EOFError:
             process.join()
             late = process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
             why = f"no result within {limit} s of CPU" if late else f"the process ended with {process.exitcode}"
             why = f"{why}, while {phase}"
             break
-        if said is None:
+        if message is None:
             break
-        if isinstance(said, str):
-            phase = said
+        if isinstance(message, str):
+            phase = message
         else:
-            rows.append(said)
+            rows.append(message)
     process.join()
     verdict = {"starting": "not built", "building": "not built", "tracing": "untraceable"}.get(phase, "fails")
     done = {row["tp"] for row in rows}
-    rows += [{"model": kind, "tp": tp, "verdict": verdict, "reason": why} for tp in degrees if tp not in done]
+    rows += [{"model": model_type, "tp": tp, "verdict": verdict, "reason": why} for tp in degrees if tp not in done]
     seconds = round(time.monotonic() - start, 1)
     return [row | {"seconds": seconds, "torch": TORCH} for row in rows]
 
@@ -126,9 +126,9 @@ def table(rows: Sequence[Row], command: str, known: Sequence[str], styles: Style
     lines += [
         "",
         "*full*: attention and MLP of every layer are split, two reductions a layer. *partial*: something is split, "
-        "and the reason names what is not. *whole*: nothing is. *fails*: the plan stops with an error when it runs. "
-        "*untraceable*: `torch.export` cannot trace the model. *not built*: the tiny configuration gives no model "
-        "that runs on token ids alone. "
+        "and the reason names what is not. *unsharded*: nothing is. *fails*: the plan stops with an error when it "
+        "runs. *untraceable*: `torch.export` cannot trace the model. *not built*: the tiny configuration gives no "
+        "model that runs on token ids only. "
         + ("*refused*: the model gets no such styles. " if styles != "plain" else "")
         + "*WRONG*: a wrong number; it must never stand here.",
         "",
@@ -168,29 +168,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no causal language model is called {', '.join(unknown)}")
     results = read(given.results) if given.results else {}
     jobs = [
-        (kind, degrees)
-        for kind in given.models or known
-        if (degrees := [tp for tp in given.tp if given.again or (kind, tp) not in results])
+        (model_type, degrees)
+        for model_type in given.models or known
+        if (degrees := [tp for tp in given.tp if given.again or (model_type, tp) not in results])
     ]
     start = time.monotonic()
     if jobs:
         warm()
         print(f"{len(jobs)} models to go, warm after {time.monotonic() - start:.0f} s", flush=True)
-    for position, (kind, degrees) in enumerate(jobs):
+    for position, (model_type, degrees) in enumerate(jobs):
         if time.monotonic() - start > given.budget:
             print(f"{len(jobs) - position} models left")
             break
-        for row in run_one(kind, degrees, given.limit, given.styles):
-            results[(kind, row["tp"])] = row
+        for row in run_one(model_type, degrees, given.limit, given.styles):
+            results[(model_type, row["tp"])] = row
             reason = row.get("reason", "")[:150]
-            print(f"{kind:24s} tp {row['tp']} {row['verdict']:12s} {row['seconds']:6.1f} s  {reason}", flush=True)
+            print(f"{model_type:24s} tp {row['tp']} {row['verdict']:12s} {row['seconds']:6.1f} s  {reason}", flush=True)
             if given.results:
                 with given.results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
-    said = " ".join(map(str, given.tp))
+    tp = " ".join(map(str, given.tp))
     fast = f" --styles {given.styles}" if given.styles != "plain" else ""
     page = "models.md" if given.styles == "plain" else f"models-{given.styles}.md"
-    command = f"python -m benchmarks.models.sweep --tp {said}{fast} --results sweep.jsonl -o docs/{page}"
+    command = f"python -m benchmarks.models.sweep --tp {tp}{fast} --results sweep.jsonl -o docs/{page}"
     text = table(list(results.values()), command, known, given.styles)
     if given.output:
         given.output.write_text(text, encoding="utf-8")

@@ -63,15 +63,15 @@ def causal_models() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def classes(kind: str) -> tuple[Any, Any]:
+def classes(model_type: str) -> tuple[Any, Any]:
     """Configuration class and model class of one type; only its own modules are imported.
 
-    The configuration is the one that the model takes: of text alone, where the type's own holds images too.
+    The configuration is the one that the model takes: of text only, where the type's own holds images too.
     """
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
     model = getattr(transformers, name if isinstance(name, str) else name[0])
     return model.config_class, model
 
