@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.placement_types import Placement
 
 import colrow
 from colrow.derive.table import RULES
-from colrow.sharding.operators import OPERATORS, Filling, Identity, Linear, operator, plain_name
+from colrow.dryrun.fake_world import fake_tp_mesh
+from colrow.sharding.operators import OPERATORS, Filling, Identity, Linear, Propagation, operator, plain_name
 
 ROOMS = ("derive", "dryrun", "checking")
 WORDS = {"backward", "count", "cpu", "dim", "fix", "inner", "mode", "norm", "size", "sorted"}
@@ -86,3 +91,80 @@ def test_what_fills_does_not_read(name: str) -> None:
     if OPERATORS[name].fills in (Filling.ZERO, Filling.CONSTANT):
         assert torch.equal(filled(torch.zeros(3)), filled(torch.full((3,), float("nan"))))
     assert filled(torch.zeros(3)).shape == (3,)
+
+
+# ---------------------------------------------------------------------- beside DTensor's own propagation
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[DeviceMesh]:
+    with fake_tp_mesh(2) as made:
+        yield made
+
+
+def answer(function: Callable[..., Any], *args: Any) -> Placement | None:
+    """The placement that DTensor gives the first result; None where it moves data or has no rule."""
+    try:
+        with CommDebugMode() as counted:
+            out = function(*args)
+    except NotImplementedError:
+        return None
+    first = out[0] if isinstance(out, (tuple, list)) else out
+    return None if counted.get_total_counts() else first.placements[0]
+
+
+SHARDED = [op.name for op in OPERATORS.values() if op.rule == "elementwise" and op.dtensor is None]
+OTHER_SIGNATURES = ("threshold", "lerp", "addcmul", "addcdiv", "_conj", "real", "clamp", "boundary", "fill")
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in SHARDED if n not in OTHER_SIGNATURES and "bitwise" not in n and "__" not in n]
+)
+def test_dtensor_agrees_that_an_elementwise_operator_keeps_shards(name: str, mesh: DeviceMesh) -> None:
+    x = DTensor.from_local(torch.rand(4, 3), mesh, [Shard(1)], run_check=False)
+    function = getattr(aten, name)
+    try:
+        assert answer(function, x) == Shard(1)
+    except RuntimeError:  # it takes two
+        assert answer(function, x, x) == Shard(1)
+
+
+def partly(function: Callable[..., Any], place: Placement, *more: Any) -> Callable[[DeviceMesh], Placement | None]:
+    def ask(mesh: DeviceMesh) -> Placement | None:
+        rest = [
+            DTensor.from_local(m, mesh, [Replicate()], run_check=False) if isinstance(m, Tensor) else m for m in more
+        ]
+        return answer(function, DTensor.from_local(torch.rand(4, 6, 6), mesh, [place], run_check=False), *rest)
+
+    return ask
+
+
+MASK = torch.zeros(4, 6, 6, dtype=torch.bool)
+SHORT: dict[str, Callable[[DeviceMesh], Placement | None]] = {
+    "clone": partly(aten.clone, Partial()),
+    "copy": partly(aten.copy, Shard(1), torch.rand(4, 12, 6)),
+    "lift_fresh_copy": partly(aten.lift_fresh_copy, Shard(1)),
+    "masked_fill": partly(aten.masked_fill, Partial(), MASK, 0.0),
+    "tril": partly(aten.tril, Shard(0)),
+    "triu": partly(aten.triu, Shard(0)),
+    "slice": partly(lambda x: aten.slice(x, 1, 0, 6, 2), Shard(1)),
+    "split": partly(lambda x: aten.split(x, 6, 1), Shard(1)),
+    "cat": partly(lambda x: aten.cat([x, x], 1), Shard(1)),
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_where_the_table_says_that_dtensor_falls_short_it_does(name: str, mesh: DeviceMesh) -> None:
+    """A failure is good news: torch has learnt the operator, and the fact can go."""
+    assert OPERATORS[name].dtensor in (Propagation.MISSING, Propagation.STRICT)
+    assert SHORT[name](mesh) is None
+
+
+def test_dtensor_takes_random_numbers_and_lookups_for_what_its_handlers_make_of_them(mesh: DeviceMesh) -> None:
+    assert all(op.dtensor is Propagation.LENIENT for op in OPERATORS.values() if op.random)
+    assert partly(aten.rand_like, Shard(1))(mesh) == Shard(1)
+    table = DTensor.from_local(torch.rand(4, 3), mesh, [Shard(0)], run_check=False)
+    ids = DTensor.from_local(torch.zeros(5, dtype=torch.long), mesh, [Replicate()], run_check=False)
+    place = answer(aten.embedding, table, ids)
+    assert place is not None
+    assert place.is_partial()

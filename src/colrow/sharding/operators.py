@@ -59,6 +59,17 @@ class Identity(Enum):
     """No gradient flows back."""
 
 
+class Propagation(Enum):
+    """Where DTensor's sharding propagation, which knows hundreds of operators, is wrong for local tensors."""
+
+    MISSING = auto()
+    """It has no rule."""
+    STRICT = auto()
+    """It moves data though the operator on shards, or on partial sums, gives a shard or a partial sum of the result."""
+    LENIENT = auto()
+    """It answers for a handler that does more than the operator: masks or offsets indices, or seeds ranks apart."""
+
+
 @dataclass(frozen=True)
 class Operator:
     """The facts of one operator; see [Note: what is known of an operator].
@@ -75,6 +86,7 @@ class Operator:
         addends: positions of tensor operands that are added to the rest; None: none. Of a sum over ranks such a term
             counts once for each rank.
         counts: its integer arguments go into values (a scale, a count that is divided by), not into shapes.
+        dtensor: where DTensor's propagation is wrong for it; None: its answer can be taken, in the table or not.
         collective: what it does between ranks (all_gather, reduce_scatter, ...); empty: nothing.
     """
 
@@ -89,6 +101,7 @@ class Operator:
     contracts: bool = False
     addends: tuple[int, ...] | None = None
     counts: bool = False
+    dtensor: Propagation | None = None
     collective: str = ""
 
 
@@ -107,23 +120,28 @@ def _known(names: str, rule: str = "", **facts: Any) -> None:
 # ---------------------------------------------------------------------- element by element
 
 FIRST, TERMS = Linear.FIRST, Linear.TERMS
+MISSING, STRICT, LENIENT = Propagation
 
 _known(
     """reciprocal square sqrt rsqrt abs sign exp exp2 expm1 log log1p log2 cos sin tan erf tanh sigmoid silu gelu relu
     relu6 leaky_relu elu celu selu softplus mish hardtanh hardswish hardsigmoid threshold logit log_sigmoid atan atan2
-    sinh cosh maximum minimum clamp_min clamp_max where masked_fill lerp addcmul addcdiv xlogy nan_to_num
+    sinh cosh maximum minimum clamp_min clamp_max lerp addcmul addcdiv xlogy nan_to_num
     bitwise_and bitwise_or bitwise_not bitwise_xor logical_and logical_or logical_not logical_xor __and__ __or__ __xor__
-    ge le lt gt eq ne not_equal floor ceil round trunc isnan isinf isfinite copy _conj real""",
+    ge le lt gt eq ne not_equal floor ceil round trunc isnan isinf isfinite _conj real""",
     "elementwise",
 )
+_known("where masked_fill", "elementwise", dtensor=STRICT)  # of partial sums, where the rest is zero
+_known("copy", "elementwise", dtensor=MISSING)
 _known("add sub", "elementwise", linear=TERMS, addends=(0, 1), counts=True)
 _known("rsub pow floor_divide remainder fmod clamp", "elementwise", counts=True)
 _known("mul", "elementwise", linear=Linear.EACH, counts=True)
 _known("div", "elementwise", linear=Linear.NUMERATOR, counts=True)
 _known("neg", "elementwise", linear=FIRST)
-_known("dropout", "elementwise", linear=FIRST, random=True)
-_known("native_dropout _fused_dropout", random=True)
-_known("clone contiguous alias lift_fresh_copy", "elementwise", linear=FIRST, moves=True, identity=Identity.MEMORY)
+_known("dropout", "elementwise", linear=FIRST, random=True, dtensor=LENIENT)
+_known("native_dropout _fused_dropout", random=True, dtensor=LENIENT)
+_known("contiguous alias", "elementwise", linear=FIRST, moves=True, identity=Identity.MEMORY)
+_known("clone", "elementwise", linear=FIRST, moves=True, identity=Identity.MEMORY, dtensor=STRICT)
+_known("lift_fresh_copy", "elementwise", linear=FIRST, moves=True, identity=Identity.MEMORY, dtensor=MISSING)
 _known("_assert_tensor_metadata", identity=Identity.MEMORY)
 _known("detach", "elementwise", linear=FIRST, moves=True, identity=Identity.GRADIENT)
 _known("to _to_copy type_as", "elementwise", linear=FIRST, moves=True, identity=Identity.DTYPE)
@@ -135,14 +153,14 @@ _known("zeros new_zeros", "constant", fills=Filling.ZERO)
 _known("full scalar_tensor ones new_ones new_full", "constant", fills=Filling.CONSTANT)
 _known("empty new_empty empty_strided new_empty_strided", "constant", fills=Filling.UNSET)
 _known("arange linspace eye tril_indices triu_indices", "constant", fills=Filling.POSITION)
-_known("rand randn", "constant", fills=Filling.RANDOM, random=True)
+_known("rand randn", "constant", fills=Filling.RANDOM, random=True, dtensor=LENIENT)
 _known("zeros_like", "like", fills=Filling.ZERO)
 _known("ones_like full_like", "like", fills=Filling.CONSTANT)
 _known("empty_like", "like", fills=Filling.UNSET)
-_known("rand_like randn_like", "like", fills=Filling.RANDOM, random=True)
+_known("rand_like randn_like", "like", fills=Filling.RANDOM, random=True, dtensor=LENIENT)
 _known("fill", "elementwise", fills=Filling.CONSTANT)
 _known("zero", fills=Filling.ZERO)
-_known("bernoulli", "like", random=True)  # its input holds the probabilities
+_known("bernoulli", "like", random=True, dtensor=LENIENT)  # its input holds the probabilities
 
 # ---------------------------------------------------------------------- along a dim
 
@@ -152,7 +170,7 @@ _known("amax amin any all prod logsumexp argmax argmin", "reduce")
 _known("softmax _softmax log_softmax _log_softmax _safe_softmax cumprod logcumsumexp", "along")
 _known("cumsum", "along", linear=FIRST)
 _known("flip roll", "reorder", linear=FIRST, moves=True)
-_known("tril triu", "triangle", linear=FIRST)
+_known("tril triu", "triangle", linear=FIRST, dtensor=STRICT)
 _known("layer_norm rms_norm", "norm")
 _known("constant_pad_nd pad", "pad")
 _known("diff", "diff", linear=FIRST)
@@ -170,7 +188,7 @@ _known("addmm baddbmm", "addmm", contracts=True, addends=(0,))
 _known("matmul mm bmm", "matmul", contracts=True)
 _known("_grouped_mm grouped_mm_fallback", "grouped_mm", contracts=True)
 _known("scaled_dot_product_attention", "attention", contracts=True)
-_known("_scaled_dot_product_flash_attention_for_cpu", contracts=True)
+_known("_scaled_dot_product_flash_attention_for_cpu", contracts=True, dtensor=STRICT)
 
 # ---------------------------------------------------------------------- views
 
@@ -186,29 +204,29 @@ _known("repeat", "repeat", linear=FIRST, moves=True)
 _known("repeat_interleave", "repeat_interleave", linear=FIRST, moves=True)
 _known("view_as_complex", "view_as_complex", linear=FIRST, moves=True)
 _known("view_as_real", "view_as_real", linear=FIRST, moves=True)
-_known("slice", "slice", linear=FIRST, moves=True, takes_part=True)
+_known("slice", "slice", linear=FIRST, moves=True, takes_part=True, dtensor=STRICT)
 _known("select", "select", linear=FIRST, moves=True, takes_part=True)
 _known("narrow", "narrow", linear=FIRST, moves=True, takes_part=True)
-_known("split split_with_sizes chunk", "split", linear=FIRST, moves=True)
+_known("split split_with_sizes chunk", "split", linear=FIRST, moves=True, dtensor=STRICT)
 _known("tensor_split", linear=FIRST, moves=True)
 _known("unbind", "unbind", linear=FIRST, moves=True)
 _known("getitem", "getitem", linear=FIRST, moves=True)
-_known("cat concat concatenate", "cat", linear=TERMS, moves=True)
+_known("cat concat concatenate", "cat", linear=TERMS, moves=True, dtensor=STRICT)
 _known("stack", "stack", linear=TERMS, moves=True)
 _known("slice_scatter", "slice_scatter", linear=TERMS, moves=True)
 _known("select_scatter", "select_scatter", linear=TERMS, moves=True)
 
 # ---------------------------------------------------------------------- lookups and writes by index
 
-_known("embedding", "embedding")
+_known("embedding", "embedding", dtensor=LENIENT)
 _known("index", "index", linear=FIRST, takes_part=True)
 _known("index_select", "index_select", linear=FIRST, takes_part=True)
 _known("gather", "gather", linear=FIRST)
-_known("index_put _unsafe_index_put", "index_put", linear=Linear.WRITTEN)
-_known("index_add", "index_add", linear=TERMS)
+_known("index_put _unsafe_index_put", "index_put", linear=Linear.WRITTEN, dtensor=STRICT)
+_known("index_add", "index_add", linear=TERMS, dtensor=STRICT)
 _known("index_copy", "index_add")
-_known("scatter", "scatter", linear=Linear.WRITTEN)
-_known("scatter_add", "scatter", linear=TERMS)
+_known("scatter", "scatter", linear=Linear.WRITTEN, dtensor=STRICT)
+_known("scatter_add", "scatter", linear=TERMS, dtensor=STRICT)
 _known("scatter_reduce", "scatter")
 
 # ---------------------------------------------------------------------- between ranks
