@@ -7,29 +7,35 @@ from typing import Any
 import torch
 from torch import nn
 
+from colrow.dryrun.reduced_model import (
+    EXPERT_WIDTH,
+    EXPERTS,
+    FFN_WIDTH,
+    HEAD_DIM,
+    KV_HEADS,
+    LAYERS,
+    POSITIONS,
+    QUERY_HEADS,
+    WIDTH,
+)
+
 SIZES: dict[str, int] = {
-    **dict.fromkeys(("vocab_size",), 256),
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "word_embed_proj_dim", "embedding_size"), 64),
-    **dict.fromkeys(
-        ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size", "decoder_ffn_dim", "encoder_ffn_dim"),
-        128,
-    ),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers"), 2),
-    **dict.fromkeys(
-        ("num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads", "encoder_attention_heads"),
-        8,
-    ),
-    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "multi_query_group_num"), 4),
-    **dict.fromkeys(("head_dim", "attention_head_dim", "kv_channels", "rotary_dim"), 8),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"), 128),
-    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4),
+    "vocab_size": 256,
+    **dict.fromkeys((*WIDTH, "dim", "embedding_size"), 64),
+    **dict.fromkeys((*FFN_WIDTH, "d_ff", "decoder_ffn_dim", "encoder_ffn_dim"), 128),
+    **dict.fromkeys((*LAYERS, "decoder_layers", "encoder_layers"), 2),
+    **dict.fromkeys((*QUERY_HEADS, "num_heads", "decoder_attention_heads", "encoder_attention_heads"), 8),
+    **dict.fromkeys(KV_HEADS, 4),
+    **dict.fromkeys((*HEAD_DIM, "rotary_dim"), 8),
+    **dict.fromkeys((*POSITIONS, "n_ctx"), 128),
+    **dict.fromkeys(EXPERTS, 4),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"), 2),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 32),
-    **dict.fromkeys(("kv_lora_rank",), 16),
-    **dict.fromkeys(("q_lora_rank",), 24),
+    **dict.fromkeys((*EXPERT_WIDTH, "expert_ffn_hidden_size"), 32),
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),
     **dict.fromkeys(("n_group", "topk_group"), 1),
-    **dict.fromkeys(("first_k_dense_replace",), 1),
+    "first_k_dense_replace": 1,
 }
 OWN: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},

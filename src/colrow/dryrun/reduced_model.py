@@ -21,14 +21,16 @@ SMALL = 5_000_000
 LARGEST = 100_000_000
 """A model that cannot be shrunk is refused above this number of parameters: verify holds tp + 2 copies in fp64."""
 
-_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_QUERY = ("num_attention_heads", "n_head", "n_heads")
-_KV = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
-_WIDTH = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim")
-_FFN = ("intermediate_size", "ffn_dim", "n_inner", "moe_intermediate_size", "shared_expert_intermediate_size",
-        "ffn_hidden_size")  # fmt: skip
-_POSITIONS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+# Keys of transformers' configs that hold one size, by what it counts: a family has one of each.
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+QUERY_HEADS = ("num_attention_heads", "n_head", "n_heads")
+KV_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
+HEAD_DIM = ("head_dim", "attention_head_dim", "kv_channels")
+WIDTH = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim")
+FFN_WIDTH = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+EXPERT_WIDTH = ("moe_intermediate_size", "shared_expert_intermediate_size")
+POSITIONS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _LOW_RANK = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
 
 
@@ -94,27 +96,27 @@ def shrink_huggingface(config: Any, tp: int) -> Any:
     """A config of the same family with small sizes."""
     small = copy.deepcopy(config)
     kinds: Sequence[Any] = getattr(config, "layer_types", None) or ()
-    layers = _first(config, _LAYERS) or 2
+    layers = _first(config, LAYERS) or 2
     keep = min(layers, max([2, *(list(kinds).index(kind) + 1 for kind in set(kinds))]))
-    query = _first(config, _QUERY) or 1
-    heads, kv = shrink_heads(query, _first(config, _KV) or query, tp)
+    query = _first(config, QUERY_HEADS) or 1
+    heads, kv = shrink_heads(query, _first(config, KV_HEADS) or query, tp)
     dim = 8
-    width = shrink_width(_first(config, _WIDTH) or heads * dim, tp, heads * dim)
-    _set(small, _LAYERS, keep)
+    width = shrink_width(_first(config, WIDTH) or heads * dim, tp, heads * dim)
+    _set(small, LAYERS, keep)
     if kinds:
         small.layer_types = list(kinds)[:keep]
-    _set(small, _QUERY, heads)
-    _set(small, _KV, kv)
-    _set(small, _WIDTH, width)
-    for name in _FFN:
+    _set(small, QUERY_HEADS, heads)
+    _set(small, KV_HEADS, kv)
+    _set(small, WIDTH, width)
+    for name in (*FFN_WIDTH, *EXPERT_WIDTH):
         extent = getattr(config, name, None)
         if isinstance(extent, int):
             setattr(small, name, shrink_width(extent, tp, 12 * tp))
-    _set(small, _POSITIONS, 128)
-    for name in _EXPERTS:
+    _set(small, POSITIONS, 128)
+    for name in EXPERTS:
         if isinstance(getattr(config, name, None), int):
             setattr(small, name, min(4, getattr(config, name)))
-    for name in ("head_dim", "attention_head_dim", "kv_channels"):
+    for name in HEAD_DIM:
         if isinstance(getattr(config, name, None), int):
             setattr(small, name, dim)
     for name, extent in _LOW_RANK.items():
