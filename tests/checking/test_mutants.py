@@ -80,7 +80,7 @@ def test_what_is_broken_at_random_gets_an_error(name: str) -> None:
 
 
 def test_a_check_without_a_rule_lets_mutants_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("colrow.checking.dynamic._whole_kv_heads", lambda got, want: None)
+    monkeypatch.setattr("colrow.checking.dynamic._replicated_kv_heads", lambda got, want: None)
     judge, plan = llama(2), Plan.preset("llama")
     broken = replace(plan, modules=plan.modules | {"layers.*.self_attn.k_proj": "local_shards"})
     assert (judge.truth(broken), judge.refused(broken)) == ("wrong", False)

@@ -22,7 +22,7 @@ class Flags(PlanFlags):
     batch_size: int = 1
     """Sequences on a rank."""
     seq_len: int | None = None
-    """Tokens in a sequence; the model's context, at most 4096, unless given."""
+    """Tokens in a sequence; by default the model's context, at most 4096."""
 
 
 def main(argv: list[str]) -> int:
@@ -45,12 +45,12 @@ def main(argv: list[str]) -> int:
 def show(findings: list[Finding], title: str, console: Console) -> None:
     """The findings for a terminal."""
     same = groupby(findings, key=lambda f: (f.code, f.message.replace(f.where, ""), f.fix.replace(f.where, "")))
-    for _, group in same:  # one text for what is said of several modules
-        alike = list(group)
-        for finding in alike:
+    for _, group in same:  # one text for all modules with the same finding
+        members = list(group)
+        for finding in members:
             colour = "red" if finding.severity == "error" else "yellow"
             console.print(finding.lines[0], style=f"bold {colour}", markup=False, soft_wrap=True)
-        for line in alike[0].lines[1:]:
+        for line in members[0].lines[1:]:
             console.print(wrapped(line, console.width, 6), markup=False, soft_wrap=True)
     errors = sum(finding.severity == "error" for finding in findings)
     warnings = len(findings) - errors

@@ -28,11 +28,11 @@ class Flags(PlanFlags):
     batch_size: int = 1
     """Sequences on a rank, for the bytes of collectives."""
     seq_len: int | None = None
-    """Tokens in a sequence; the model's context, at most 8192, unless given."""
+    """Tokens in a sequence; by default the model's context, at most 8192."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Write the plan to this file."""
     html: Path | None = None
-    """Write a page with the same picture, the tables and the reasons to this file."""
+    """Write an HTML page with the same picture, the tables and the reasons to this file."""
 
 
 def main(argv: list[str]) -> int:
@@ -65,8 +65,8 @@ def show(shown: PlanReport, console: Console) -> None:
         f"batch {shown.batch_size} × {shown.seq_len} tokens"
     )
     console.print(_parameters(shown.parameters))
-    whole, part = sum(r.bytes for r in shown.parameters), sum(r.local_bytes for r in shown.parameters)
-    console.print(f"parameters: {in_units(whole)} in all, {in_units(part)} on each rank")
+    total, local = sum(r.bytes for r in shown.parameters), sum(r.local_bytes for r in shown.parameters)
+    console.print(f"parameters: {in_units(total)} in total, {in_units(local)} on each rank")
     if shown.path:
         console.print(f"\none block, {shown.block} (× {shown.blocks}); ▼ forward, ▲ backward")
         for line in _drawing(shown):
@@ -80,7 +80,7 @@ def show(shown: PlanReport, console: Console) -> None:
         if row.shape == row.local_shape and (name := with_stars(row.name)) not in reasons.setdefault(row.reason, []):
             reasons[row.reason].append(name)
     for reason, names in reasons.items():
-        console.print(f"\nwhole on each rank ({reason}):")
+        console.print(f"\nreplicated ({reason}):")
         for name in names:
             console.print(f"  {name}")
     for note, text in shown.plan.notes.items():
@@ -100,7 +100,7 @@ def _parameters(rows: list[ParameterRow]) -> Table:
 
 
 def _drawing(shown: PlanReport) -> list[str]:
-    """The path of the activations through one block: modules, the layout on each edge, what is sent at a change."""
+    """The path of the activations through one block: modules, local shapes, collectives where the layout changes."""
     first, *steps = shown.path
     lines = [f"  in  {_output(first.output)}"]
     for step in steps:
@@ -117,7 +117,7 @@ def _drawing(shown: PlanReport) -> list[str]:
 def _output(output: Output | None) -> str:
     if output is None:
         return ""
-    return _shape(output.shape) + (" over all ranks" if output.is_dtensor else "")
+    return _shape(output.shape) + (" global" if output.is_dtensor else "")
 
 
 def _edge(forward: Collective, backward: Sequence[Collective]) -> str:

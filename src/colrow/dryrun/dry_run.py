@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor
 
 from colrow.dryrun.calls import Loss, call_model, default_loss, example_input
 from colrow.dryrun.fake_world import fake_tp_mesh, materialize_fake
-from colrow.dryrun.memory import SavedActivations, memory_of_rank
 from colrow.dryrun.module_tracker import LOSS, ModuleTracker
 from colrow.dryrun.recorded_calls import CallRecorder
 from colrow.dryrun.reduced_copy import ReducedCopy, reduced_copy
@@ -110,12 +109,12 @@ def _run(request: _Request, keep: int = 2) -> DryRun:
 
 def _run_unsharded(request: _Request, run: DryRun, reference: ReducedCopy, inputs: tuple[Any, ...]) -> None:
     modules = ModuleTracker(reference.model, reference.original)
-    _record_outputs(reference, run.reference_outputs, lambda _: False)
+    _record_outputs(reference, run.reference_outputs)
     recorder = CallRecorder(modules)
     try:
         with recorder:
             output = call_model(reference.model, inputs)
-        run.reference_logits = _output(output, lambda _: False)
+        run.reference_logits = _output(output)
         loss = request.loss(output, inputs)
         if loss.requires_grad:
             loss.backward()
@@ -129,24 +128,22 @@ def _run_sharded(
 ) -> None:
     model, original = sharded.model, sharded.original
     params = {id(param): original(name) for name, param in model.named_parameters()}
-    run.plain = [params[id(p)] for p in model.parameters() if not isinstance(p, DTensor)]
     modules = ModuleTracker(model, original)
     watch = Watch(modules, request.tp, params)
     _mark_known_values(watch, model)
-    _record_outputs(sharded, run.outputs, watch.varies)
+    _record_outputs(sharded, run.outputs)
     _record_async_inputs(sharded, run.async_inputs, watch.in_flight)
     recorder = CallRecorder(modules, watch.packed, watch.varies)
-    saved = SavedActivations(sharded, modules)
     backward = False
     try:
         with watch, watch.declarations(), loss_context(plan, tp_mesh):
-            with recorder, torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
+            with recorder:
                 if plan.loss == "linear":  # the head returns the loss, and there are no logits
                     expect_targets(model, [PendingTargets(inputs[0], None, -100)])
                     loss = logits_of(call_model(model, inputs))
                 else:
                     output = call_model(model, inputs)
-                    run.logits = _output(output, watch.varies)
+                    run.logits = _output(output)
                     loss = request.loss(output, inputs)
             if loss.requires_grad:
                 backward = True
@@ -160,7 +157,6 @@ def _run_sharded(
     run.mismatches = watch.mismatches
     run.unmatched_log_softmaxes = watch.unmatched_log_softmaxes
     run.collectives = [_collective(event, sharded) for event in watch.events]
-    run.memory = memory_of_rank(sharded, saved)
 
 
 def _mark_known_values(watch: Watch, model: nn.Module) -> None:
@@ -198,13 +194,13 @@ def _cause(collective: Collective, styles: Mapping[str, Style]) -> str:
     return f"{owner}: {collective.cause}" if collective.cause else owner
 
 
-def _record_outputs(copy: ReducedCopy, outputs: dict[str, list[Output]], varies: Callable[[Tensor], bool]) -> None:
+def _record_outputs(copy: ReducedCopy, outputs: dict[str, list[Output]]) -> None:
     """Append each module's output to `outputs[name]`, call by call."""
 
     def hook(name: str) -> Any:
         def record(module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, Tensor):
-                outputs.setdefault(name, []).append(_output(output, varies))
+                outputs.setdefault(name, []).append(_output(output))
 
         return record
 
@@ -229,9 +225,8 @@ def _record_async_inputs(copy: ReducedCopy, names: list[str], in_flight: Callabl
             block.register_forward_pre_hook(hook(copy.original(fqn)), with_kwargs=True)
 
 
-def _output(tensor: Tensor, varies: Callable[[Tensor], bool]) -> Output:
-    placements = tuple(str(p) for p in tensor.placements) if isinstance(tensor, DTensor) else ()
-    return Output(tuple(tensor.shape), isinstance(tensor, DTensor), placements, varies(tensor))
+def _output(tensor: Tensor) -> Output:
+    return Output(tuple(tensor.shape), isinstance(tensor, DTensor))
 
 
 def _compare_gradients(run: DryRun, reference: ReducedCopy, sharded: ReducedCopy) -> None:

@@ -1,20 +1,20 @@
-"""A plan as one self-contained page: the block's picture, memory on a rank, every parameter, and the reasons."""
+"""A plan as one self-contained HTML page: the block's picture, memory on a rank, every parameter with its reason."""
 
 from __future__ import annotations
 
 from html import escape
 from pathlib import Path
 
-from colrow.dryrun.report import ParameterRow, PlanReport, Step
+from colrow.dryrun.report import ParameterRow, PathStep, PlanReport
 from colrow.dryrun.result import Collective
 from colrow.plans.patterns import with_stars
 
 _STYLE = """
 :root { --ink: #1c2430; --soft: #5b6675; --line: #d5dbe3; --paper: #ffffff; --box: #f4f6f9;
-        --cut: #1f6feb; --whole: #8a94a3; --gather: #0a7f5a; --scatter: #b4540a; --reduce: #8b3fb0; }
+        --sharded: #1f6feb; --replicated: #8a94a3; --gather: #0a7f5a; --scatter: #b4540a; --reduce: #8b3fb0; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6eaf0; --soft: #9aa5b4; --line: #343c48; --paper: #14181e; --box: #1d232c;
-          --cut: #6ea8ff; --whole: #78828f; --gather: #4cc79b; --scatter: #f0a35e; --reduce: #cf94ee; } }
+          --sharded: #6ea8ff; --replicated: #78828f; --gather: #4cc79b; --scatter: #f0a35e; --reduce: #cf94ee; } }
 * { box-sizing: border-box } body { margin: 0 auto; padding: 24px; max-width: 1100px; background: var(--paper);
   color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
 h1 { font-size: 24px; margin: 0 } h2 { font-size: 18px; margin: 36px 0 8px } p { margin: 4px 0; color: var(--soft) }
@@ -30,9 +30,10 @@ td.why { white-space: normal; font-family: system-ui, sans-serif; color: var(--s
 .all_gather b { color: var(--gather) } .reduce_scatter b { color: var(--scatter) }
 .all_reduce b { color: var(--reduce) }
 .bar { display: flex; height: 14px; border-radius: 7px; overflow: hidden; background: var(--line); margin: 8px 0 }
-.bar i { background: var(--cut) } .bar i.whole { background: var(--whole) }
+.bar i { background: var(--sharded) } .bar i.replicated { background: var(--replicated) }
 .key::before { content: ""; display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 6px;
-  background: var(--cut) } .key.whole::before { background: var(--whole) } .key { margin-right: 18px; font-size: 13px }
+  background: var(--sharded) } .key.replicated::before { background: var(--replicated) }
+.key { margin-right: 18px; font-size: 13px }
 """
 
 
@@ -50,9 +51,7 @@ def page(shown: PlanReport, model: str) -> str:
         f"<p>loss {shown.plan.loss}; batch {shown.batch_size} × {shown.seq_len} tokens on a rank</p>",
         "<h2>Parameters on a rank</h2>",
         _memory(shown.parameters),
-        f"<h2>One block: {escape(block)}</h2><p>Activations go down the page; what is sent stands where it is sent.</p>"
-        if block
-        else "",
+        f"<h2>One block: {escape(block)}</h2><p>Activations flow down the page, gradients up.</p>" if block else "",
         _path(shown.path),
         "<h2>Collectives outside the blocks</h2>" + _collectives(shown.other_collectives),
         "<h2>Every parameter</h2>" + _table(shown.parameters),
@@ -70,20 +69,20 @@ def page(shown: PlanReport, model: str) -> str:
 
 def _memory(rows: list[ParameterRow]) -> str:
     total = sum(row.bytes for row in rows)
-    cut = sum(row.local_bytes for row in rows if row.local_shape != row.shape)
-    whole = sum(row.local_bytes for row in rows if row.local_shape == row.shape)
-    bars = (("", cut), ("whole", whole))
+    sharded = sum(row.local_bytes for row in rows if row.local_shape != row.shape)
+    replicated = sum(row.local_bytes for row in rows if row.local_shape == row.shape)
+    bars = (("", sharded), ("replicated", replicated))
     return (
         '<div class="bar" role="img" aria-label="share of the model on one rank">'
-        + "".join(f'<i class="{name}" style="width:{100 * part / total:.3f}%"></i>' for name, part in bars)
+        + "".join(f'<i class="{name}" style="width:{100 * nbytes / total:.3f}%"></i>' for name, nbytes in bars)
         + "</div>"
-        f'<span class="key">split: {in_units(cut)}</span><span class="key whole">whole on each rank: '
-        f'{in_units(whole)}</span><span class="mono">{in_units(cut + whole)} of {in_units(total)}</span>'
+        f'<span class="key">sharded: {in_units(sharded)}</span><span class="key replicated">replicated: '
+        f'{in_units(replicated)}</span><span class="mono">{in_units(sharded + replicated)} of {in_units(total)}</span>'
     )
 
 
-def _path(steps: list[Step]) -> str:
-    """Modules nested as they are in the block."""
+def _path(steps: list[PathStep]) -> str:
+    """Boxes nested like the modules of the block."""
     out, depth = [], 0
     for step in steps:
         while depth > step.depth:
@@ -96,7 +95,7 @@ def _path(steps: list[Step]) -> str:
         output = ""
         if step.output is not None:
             shape = " × ".join(map(str, step.output.shape))
-            output = f"<span>out {shape}{' over all ranks' if step.output.is_dtensor else ''}</span>"
+            output = f"<span>out {shape}{' global' if step.output.is_dtensor else ''}</span>"
         out.append(
             f'<div class="step"><b>{escape(step.name)}</b><span>{escape(step.style)}</span>'
             f"<span>{escape(step.weights)}</span>{output}{sent}</div>"

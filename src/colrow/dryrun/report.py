@@ -1,4 +1,4 @@
-"""What a plan does to a model, in one place for every printer: parameters, collectives, and one block as a path."""
+"""What a plan does to a model, as data: parameters, collectives, and the path through one block."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ParameterRow:
-    """One parameter: its global shape, its placement over tp, the shape of a rank's part, and why."""
+    """One parameter: its global shape, its placement over tp, the local shape, and the reason."""
 
     name: str
     shape: Shape
@@ -34,7 +34,7 @@ class ParameterRow:
 
 
 @dataclass(frozen=True)
-class Step:
+class PathStep:
     """One module on the path of the activations through a block, in the order of execution."""
 
     name: str
@@ -59,7 +59,7 @@ class PlanReport:
     block: str
     """The repeated block, with `*` for its number; empty when the model has none."""
     blocks: int
-    path: list[Step]
+    path: list[PathStep]
     run: DryRun
 
     @property
@@ -92,7 +92,7 @@ class PlanReport:
 
 
 def report(model: nn.Module, plan: Plan, tp: int, batch_size: int = 1, seq_len: int = 128) -> PlanReport:
-    """Work out what `plan` does to `model` (which may be on the meta device, and is not changed) over tp ranks.
+    """What `plan` does to `model` over tp ranks. The model may be on the meta device, and is not changed.
 
     Raises:
         PlanError: the plan does not fit the model at this degree.
@@ -139,7 +139,7 @@ def _first(block: str) -> str:
     return block.replace("*", "0")
 
 
-def _path(model: nn.Module, plan: Plan, run: DryRun, rows: list[ParameterRow], block: str) -> list[Step]:
+def _path(model: nn.Module, plan: Plan, run: DryRun, rows: list[ParameterRow], block: str) -> list[PathStep]:
     styles = {name: style for name, (_, style) in plan.resolve(model).items()}
     own: dict[str, list[ParameterRow]] = {}
     for row in rows:
@@ -152,14 +152,14 @@ def _path(model: nn.Module, plan: Plan, run: DryRun, rows: list[ParameterRow], b
         here = [c for c in run.collectives if c.where == name]
         forward = [c for c in here if c.pass_ == "forward"]
         outputs, style = run.outputs.get(name), styles.get(name)
-        # a gather brings inputs together, unless the style gathers what the module returns
+        # an all-gather comes before the module, unless the style gathers its output
         enters = "all_gather" if getattr(style, "output", None) != Replicate() else None
         weights = ", ".join(
             f"{row.name.rpartition('.')[2]} {row.placement} {'×'.join(map(str, row.local_shape))}"
             for row in own.get(name, [])
         )
         steps.append(
-            Step(
+            PathStep(
                 name=name.removeprefix(block).lstrip(".") or block,
                 depth=name.count(".") - block.count("."),
                 style=style.name if style else "replicate" if name in own else "",

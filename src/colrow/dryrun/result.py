@@ -23,7 +23,6 @@ class Collective:
         bytes: of the larger side, on one rank: an all-gather's output, a reduce-scatter's input.
         dtype: of the tensor that is sent.
         cause: the style and the change of placement behind it.
-        axis: the mesh axis.
         times: how many modules of the model it stands for; of equal blocks, only the first one or two are run.
         implicit: DTensor moved the data because an operation needed it; no style declared it.
         repeated: the same tensor was gathered before in this pass.
@@ -35,7 +34,6 @@ class Collective:
     bytes: int
     dtype: str
     cause: str
-    axis: str = "tp"
     times: int = 1
     implicit: bool = False
     repeated: bool = False
@@ -43,7 +41,7 @@ class Collective:
     def to_data(self) -> dict[str, Any]:
         """The collective as `colrow plan --json` prints it."""
         return {"op": self.op, "where": self.where, "pass": self.pass_, "bytes": self.bytes, "dtype": self.dtype,
-                "cause": self.cause, "axis": self.axis, "times": self.times}  # fmt: skip
+                "cause": self.cause, "axis": "tp", "times": self.times}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,6 @@ class Output:
 
     shape: Shape
     is_dtensor: bool
-    placements: tuple[str, ...] = ()
-    varies: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,15 +59,6 @@ class Failure:
     error: Exception
     where: str
     backward: bool
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one rank. Activations: what autograd keeps from forward to backward."""
-
-    parameters: int = 0
-    gradients: int = 0
-    activations: int = 0
 
 
 @dataclass
@@ -86,7 +73,6 @@ class DryRun:
         failure: the sharded run's exception, if any.
         reference_failure: the unsharded run's; then nothing else is known.
         no_gradient: parameters that got a gradient in the unsharded run alone.
-        plain: parameters that are not DTensors after the plan was applied.
         logits, reference_logits: the model's output, sharded and not.
         unmatched_log_softmaxes: log-softmaxes of sharded logits that no cross entropy took.
         async_inputs: blocks whose input is the result of a collective, with nothing but views between.
@@ -101,18 +87,7 @@ class DryRun:
     failure: Failure | None = None
     reference_failure: Failure | None = None
     no_gradient: list[str] = field(default_factory=list)
-    plain: list[str] = field(default_factory=list)
     logits: Output | None = None
     reference_logits: Output | None = None
     unmatched_log_softmaxes: int = 0
     async_inputs: list[str] = field(default_factory=list)
-    memory: Memory = field(default_factory=Memory)
-
-    def count(self, op: str, pass_: Pass | None = None, where: str = "") -> int:
-        """Collectives of this kind in `where` and the modules inside it, as they happened in the blocks that ran."""
-        return sum(
-            c.op == op
-            and pass_ in (None, c.pass_)
-            and (not where or c.where == where or c.where.startswith(where + "."))
-            for c in self.collectives
-        )
