@@ -32,12 +32,12 @@ from torch.optim import Optimizer
 import colrow
 from colrow.checkpoint.folder import CheckpointInfo, Folder, list_checkpoints, newest_complete, prune
 from colrow.checkpoint.loading import (
-    compare,
     examine,
     read_texts,
     require_same_model,
     require_same_optimized,
     require_same_vocabulary,
+    signature,
     targets_of,
 )
 from colrow.checkpoint.manifest import JSON, Manifest, as_json
@@ -159,7 +159,7 @@ class Checkpoints:
         manifest = self._require_intact(ranks, path)
         require_same_vocabulary(path, manifest, self.vocabulary)
         named = ranks.together(lambda: model_tensors(model, self.tied))
-        require_same_model(path, manifest, ranks.gather(compare(manifest, named)))
+        require_same_model(path, manifest, ranks.gather(signature(named)))
         index, record, extra = ranks.together(lambda: read_texts(path, manifest, optimizer))
         if optimizer is not None and record is not None:
             names = ranks.together(lambda: optimized_names(optimizer, named))

@@ -17,11 +17,12 @@ from torch import nn
 from colrow.checkpoint.conversions import in_parts, parts_for
 from colrow.checkpoint.folder import flush
 from colrow.checkpoint.gather import Gather, GlobalTensor, catalogue
-from colrow.checkpoint.huggingface import INDEX, SINGLE, Model, first_few, named_tensors, parts_of, shapes_of
+from colrow.checkpoint.huggingface import INDEX, SINGLE, Model, named_tensors, parts_of, shapes_of
+from colrow.checkpoint.loading import first_few
 from colrow.checkpoint.manifest import write_text
 from colrow.checkpoint.pieces import Piece
 from colrow.checkpoint.ranks import Ranks
-from colrow.checkpoint.tensor_file import Entry, write_tensors
+from colrow.checkpoint.tensor_file import Entry, into_files, write_tensors
 from colrow.errors import CheckpointError
 from colrow.models.huggingface import config_to_huggingface
 from colrow.models.llama import LlamaConfig
@@ -122,14 +123,7 @@ def split_files(tensors: dict[str, GlobalTensor], max_bytes: int) -> list[ShardF
     """Consecutive tensors in files of at most `max_bytes`; a tensor that is larger has a file of its own."""
     if max_bytes < 1:
         raise CheckpointError(f"max_shard_bytes={max_bytes} holds no tensor: use some gigabytes")
-    groups: list[dict[str, GlobalTensor]] = []
-    room = 0
-    for name, tensor in tensors.items():
-        if not groups or tensor.bytes > room:
-            groups.append({})
-            room = max_bytes
-        groups[-1][name] = tensor
-        room -= tensor.bytes
+    groups = [dict(group) for group in into_files(tensors.items(), lambda item: item[1].bytes, max_bytes)]
     if len(groups) <= 1:
         return [ShardFile(SINGLE, group) for group in groups]
     count = len(groups)

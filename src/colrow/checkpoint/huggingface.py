@@ -11,14 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from colrow.checkpoint.conversions import Part, Shapes, as_is, in_parts, parts_in
+from colrow.checkpoint.loading import first_few
 from colrow.checkpoint.pieces import Piece
 from colrow.checkpoint.ranks import as_text
 from colrow.checkpoint.state import NamedTensor, model_tensors
-from colrow.checkpoint.tensor_file import TensorReader
+from colrow.checkpoint.tensor_file import TensorReader, shapes_in
 from colrow.errors import CheckpointError
 from colrow.models.huggingface import name_to_huggingface
 from colrow.models.llama import Llama, LlamaConfig
@@ -123,15 +123,7 @@ def _files(folder: Path) -> dict[str, Path]:
             else "give a Hugging Face folder, or another source of weights"
         )
         raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}: {fix}")
-    return dict.fromkeys(_shapes(single), single)
-
-
-def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    try:
-        with safe_open(file, framework="pt", device="cpu") as opened:
-            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is not a safetensors file: {error}") from error
+    return dict.fromkeys(shapes_in(single), single)
 
 
 def _require_same_names(folder: Path, files: Iterable[str], needed: Iterable[str], expected: set[str]) -> None:
@@ -156,7 +148,7 @@ def _is_derived(name: str, expected: set[str]) -> bool:
 
 def _require_same_shapes(folder: Path, files: dict[str, Path], needed: dict[str, tuple[int, ...]]) -> None:
     wrong = []
-    shapes = {file: _shapes(file) for file in {files[name] for name in needed}}
+    shapes = {file: shapes_in(file) for file in {files[name] for name in needed}}
     for name, shape in needed.items():
         there = shapes[files[name]]
         if name not in there:
@@ -165,7 +157,3 @@ def _require_same_shapes(folder: Path, files: dict[str, Path], needed: dict[str,
             wrong.append(f"{name} is {list(there[name])}, the model's {list(shape)}")
     if wrong:
         raise CheckpointError(f"{folder} holds a model of other sizes: {first_few(wrong)}")
-
-
-def first_few(items: Sequence[str]) -> str:
-    return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")

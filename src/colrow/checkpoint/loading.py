@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,7 +34,7 @@ from colrow.checkpoint.state import (
 )
 from colrow.errors import CheckpointError
 
-_SHOWN = 4  # names of each list in a message
+_SHOWN = 4  # items of a list in a message
 _VOCABULARY = ("embed_tokens.weight", "lm_head.weight", "lm_head.bias")  # tensors with one row a token
 
 
@@ -87,55 +86,34 @@ def targets_of(
     return [piece for one in stored for piece in one.pieces()]
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One rank's tensors against the manifest's."""
-
-    absent: dict[str, TensorRecord]
-    """In the model, not in the checkpoint."""
-    differing: dict[str, TensorRecord]
-    """In both, with another shape or dtype: the model's."""
-    covered: list[int]
-    """Which of the manifest's tensors, by position, this rank has."""
+def signature(named: list[NamedTensor]) -> dict[str, TensorRecord]:
+    """Global shapes and dtypes by name, as a manifest states them."""
+    return {
+        one.name: TensorRecord(shape=list(one.tensor.shape), dtype=str(one.tensor.dtype).removeprefix("torch."))
+        for one in named
+    }
 
 
-def compare(manifest: Manifest, named: list[NamedTensor]) -> Comparison:
-    """Compare the tensors of this rank with the checkpoint's."""
-    positions = {name: position for position, name in enumerate(manifest.model)}
-    here = {one.name: record_of(one) for one in named}
-    return Comparison(
-        absent={name: record for name, record in here.items() if name not in positions},
-        differing={name: r for name, r in here.items() if name in positions and r != manifest.model[name]},
-        covered=[positions[name] for name in here if name in positions],
-    )
-
-
-def record_of(named: NamedTensor) -> TensorRecord:
-    """A tensor's global shape and dtype as a manifest states them."""
-    return TensorRecord(shape=list(named.tensor.shape), dtype=str(named.tensor.dtype).removeprefix("torch."))
-
-
-def require_same_model(path: Path, manifest: Manifest, comparisons: Sequence[Comparison]) -> None:
+def require_same_model(path: Path, manifest: Manifest, signatures: Sequence[dict[str, TensorRecord]]) -> None:
     """Compare the tensors of all ranks with the checkpoint's.
 
     Raises:
         CheckpointError: it is of another model; the first names and shapes that differ are in the text.
     """
-    covered = {position for comparison in comparisons for position in comparison.covered}
-    only_stored = [name for position, name in enumerate(manifest.model) if position not in covered]
-    only_here = _joined([comparison.absent for comparison in comparisons])
-    differing = _joined([comparison.differing for comparison in comparisons])
-    if not (only_stored or only_here or differing):
-        return
-    lines = []
-    if differing:
-        pairs = [f"{name} {manifest.model[name]} there, {record} here" for name, record in differing.items()]
-        lines.append(_first("differing", pairs))
-    if only_stored:
-        lines.append(_first("only in the checkpoint", [f"{name} {manifest.model[name]}" for name in only_stored]))
-    if only_here:
-        lines.append(_first("only in the model", [f"{name} {record}" for name, record in only_here.items()]))
-    raise CheckpointError(f"{path} is of another model: {_hint(manifest, differing)}{'; '.join(lines)}")
+    there = manifest.model
+    here = [item for of_rank in signatures for item in of_rank.items()]  # ranks may differ from each other too
+    names = {name for name, _ in here}
+    differing = {name: record for name, record in here if name in there and record != there[name]}
+    only_here = {name: record for name, record in here if name not in there}
+    differences = _listed(
+        {
+            "differing": [f"{name} {there[name]} there, {record} here" for name, record in differing.items()],
+            "only in the checkpoint": [f"{name} {there[name]}" for name in there if name not in names],
+            "only in the model": [f"{name} {record}" for name, record in only_here.items()],
+        }
+    )
+    if differences:
+        raise CheckpointError(f"{path} is of another model: {_hint(manifest, differing)}{differences}")
 
 
 def require_same_vocabulary(path: Path, manifest: Manifest, vocabulary: str | None) -> None:
@@ -151,14 +129,8 @@ def require_same_optimized(path: Path, record: OptimizerRecord, gathered: Sequen
     """Raise a CheckpointError unless the ranks' optimizers change the same parameters as the one that was saved."""
     here = {name for names in gathered for name in names}
     there = {name for group in record.groups for name in group.names}
-    if here == there:
-        return
-    lines = [
-        _first(what, sorted(names))
-        for what, names in (("only there", there - here), ("only here", here - there))
-        if names
-    ]
-    raise CheckpointError(f"{path} holds the state of an optimizer of other parameters: {'; '.join(lines)}")
+    if differences := _listed({"only there": sorted(there - here), "only here": sorted(here - there)}):
+        raise CheckpointError(f"{path} holds the state of an optimizer of other parameters: {differences}")
 
 
 def _hint(manifest: Manifest, differing: dict[str, TensorRecord]) -> str:
@@ -174,10 +146,10 @@ def _hint(manifest: Manifest, differing: dict[str, TensorRecord]) -> str:
     return ""
 
 
-def _joined(parts: Sequence[dict[str, TensorRecord]]) -> dict[str, TensorRecord]:
-    return {name: record for part in parts for name, record in part.items()}
+def first_few(items: Sequence[str]) -> str:
+    """The first items, and how many more there are."""
+    return ", ".join(items[:_SHOWN]) + (f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else "")
 
 
-def _first(what: str, items: list[str]) -> str:
-    rest = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-    return f"{what}: {', '.join(items[:_SHOWN])}{rest}"
+def _listed(lists: dict[str, list[str]]) -> str:
+    return "; ".join(f"{what}: {first_few(items)}" for what, items in lists.items() if items)

@@ -38,7 +38,7 @@ from colrow.checkpoint.manifest import (
     write_text,
 )
 from colrow.checkpoint.state import OPTIMIZER_PREFIX
-from colrow.checkpoint.tensor_file import Entry, TensorReader, in_threads, write_tensors
+from colrow.checkpoint.tensor_file import Entry, TensorReader, in_threads, into_files, write_tensors
 from colrow.errors import CheckpointError
 from colrow.sharding.region import Region
 
@@ -105,7 +105,7 @@ class CheckpointWriter(StorageWriter):
             return [WriteResult(item.index, _bytes_of(item), record) for item in items]
 
         try:
-            results = in_threads(write, enumerate(_split(plan.items)))
+            results = in_threads(write, enumerate(into_files(plan.items, _bytes_of, FILE_BYTES)))
         except OSError as error:
             raise _disk_error(self.folder.root, needed, error) from error
         return _done([result for written in results for result in written])
@@ -206,18 +206,6 @@ def _entry(item: WriteItem, planner: SavePlanner) -> Entry:
 
 def _bytes_of(item: WriteItem) -> int:
     return item.tensor_storage_size() or 0
-
-
-def _split(items: list[WriteItem]) -> list[list[WriteItem]]:
-    files: list[list[WriteItem]] = []
-    room = 0
-    for item in items:
-        if not files or room < _bytes_of(item):
-            files.append([])
-            room = FILE_BYTES
-        files[-1].append(item)
-        room -= _bytes_of(item)
-    return files
 
 
 def _done(value: T) -> Future[T]:

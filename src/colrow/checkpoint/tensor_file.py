@@ -126,23 +126,42 @@ class TensorReader:
 
     def __enter__(self) -> TensorReader:
         try:
-            self._file = safe_open(self.path, framework="pt", device="cpu")
-            self._file.__enter__()
+            self.file = safe_open(self.path, framework="pt", device="cpu")
+            self.file.__enter__()
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{self.path} is not a safetensors file: {error}") from error
         return self
 
     def __exit__(self, *args: object) -> None:
-        self._file.__exit__(*args)
+        self.file.__exit__(*args)
 
     def read(self, key: str, region: Region) -> Tensor:
         """A region of the tensor `key`, in host memory; nothing else of it is read."""
         try:
             if not region.size:  # safetensors cannot slice a scalar
-                return self._file.get_tensor(key)
-            return self._file.get_slice(key)[region.slices]
+                return self.file.get_tensor(key)
+            return self.file.get_slice(key)[region.slices]
         except (SafetensorError, IndexError, ValueError) as error:
             raise CheckpointError(f"{self.path} does not hold {key} as the index says: {error}") from error
+
+
+def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor in a file, from its header alone."""
+    with TensorReader(path) as reader:
+        return {key: tuple(reader.file.get_slice(key).get_shape()) for key in reader.file.keys()}  # noqa: SIM118
+
+
+def into_files(items: Iterable[T], bytes_of: Callable[[T], int], max_bytes: int) -> list[list[T]]:
+    """Consecutive items in groups of at most `max_bytes`; a larger item has a group of its own."""
+    groups: list[list[T]] = []
+    room = 0
+    for item in items:
+        if not groups or bytes_of(item) > room:
+            groups.append([])
+            room = max_bytes
+        groups[-1].append(item)
+        room -= bytes_of(item)
+    return groups
 
 
 def _as_bytes(tensor: Tensor) -> memoryview:

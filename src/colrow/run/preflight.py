@@ -15,7 +15,7 @@ from colrow.checking.check import Finding, check_static
 from colrow.checking.check import check as run_check
 from colrow.checkpoint.distributed import Checkpoints
 from colrow.checkpoint.folder import CheckpointInfo
-from colrow.checkpoint.loading import compare, require_same_model, require_same_vocabulary
+from colrow.checkpoint.loading import require_same_model, require_same_vocabulary, signature
 from colrow.checkpoint.manifest import read_manifest
 from colrow.checkpoint.state import model_tensors
 from colrow.config import RunConfig
@@ -148,7 +148,7 @@ def check_checkpoint(checked: Checked, tokenizer: Tokenizer) -> None:
         return
     path = checked.newest.path
     manifest = read_manifest(path)
-    require_same_model(path, manifest, [compare(manifest, model_tensors(checked.source.model))])
+    require_same_model(path, manifest, [signature(model_tensors(checked.source.model))])
     require_same_vocabulary(path, manifest, tokenizer.digest)
 
 
