@@ -35,4 +35,4 @@ class DeriveOptions:
         if self.styles == "plain" and self.loss == "linear":
             raise PlanError("loss linear is derived with fast styles only: take derive-fast, or a preset")
         if self.styles != "plain" and not self.sequence_parallel:
-            raise PlanError("fast styles hold parts of the tokens between blocks: leave sequence_parallel on")
+            raise PlanError("fast styles hold shards of the tokens between blocks: leave sequence_parallel on")

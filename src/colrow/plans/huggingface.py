@@ -35,7 +35,7 @@ STYLES: dict[str, dict[str, Any] | None] = {
 """Hugging Face's names and what they are here; None needs no entry of its own."""
 
 NO_EQUIVALENT = {
-    "mla_kv_a_proj": "a part of its output's gradient is a sum over ranks and a part is not",
+    "mla_kv_a_proj": "one section of its output has a gradient that is a sum over ranks, another has not",
     "moe_identity_expert": "experts that pass tokens through are not split by tensor parallelism",
     "local_params": "the parameters are used as local tensors by code that communicates itself",
     "all_reduce": "the module's own code decides what is summed",
@@ -87,7 +87,7 @@ def map_styles(model: nn.Module, stated: Mapping[str, str]) -> tuple[dict[str, A
         elif key in parameters and key not in patterns:
             _expert(model, key, parameters[key], name, experts, unmapped)
         elif key not in patterns and key not in names:
-            continue  # a part that this configuration does not have
+            continue  # a module that this configuration does not have
         elif STYLES[name] is not None:
             style = dict(STYLES[name] or {})
             if style["style"].startswith("packed_"):

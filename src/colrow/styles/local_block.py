@@ -55,7 +55,7 @@ class LocalShards(Style):
         return ShardedModuleStyle(self.specs(site), self.input, self.output, partial=self.output is not None)
 
     def parameters(self, site: Site) -> dict[str, ParameterLayout]:
-        return layouts_of(site, self.specs(site), "split over tp; the module runs on its part")
+        return layouts_of(site, self.specs(site), "split over tp; the module runs on its shard")
 
 
 class BlockShards(Style):
@@ -79,7 +79,7 @@ class BlockShards(Style):
             site.divide(int(heads["inner"]), "CR201", f"{heads['inner']} parts of argument {name}")
 
     def parameters(self, site: Site) -> dict[str, ParameterLayout]:
-        return layouts_of(site, self.specs(site), "used on this rank's part")
+        return layouts_of(site, self.specs(site), "used on this rank's shard")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,7 +53,7 @@ class Replicated(Style):
         return _ReplicatedStyle(ShardSpec(summed=False))
 
     def parameters(self, site: Site) -> dict[str, ParameterLayout]:
-        return replicated(site.module, "not in the plan: whole on each rank")
+        return replicated(site.module, "not in the plan: replicated")
 
 
 LEFT_OUT = Replicated()
@@ -73,7 +73,7 @@ class GradSum(Style):
         return _ReplicatedStyle(ShardSpec())
 
     def parameters(self, site: Site) -> dict[str, ParameterLayout]:
-        return replicated(site.module, "used on this rank's part; gradients summed over tp")
+        return replicated(site.module, "used on this rank's shard; gradients summed over tp")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -102,7 +102,7 @@ def create_carrier(mesh: DeviceMesh, overlap: str) -> None:
 
 def _float8_of(recipe: str) -> str:
     if recipe and recipe not in KINDS:
-        message = f"fp8: {recipe!r} is no kind of 8-bit products{did_you_mean(recipe, KINDS)}"
+        message = f"unknown fp8 {recipe!r}{did_you_mean(recipe, KINDS)}"
         raise PlanError("CR211", "", message, "")
     return recipe
 
