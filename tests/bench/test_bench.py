@@ -135,7 +135,7 @@ def test_rounds_give_the_median() -> None:
 def test_one_rank_of_four_is_measured_alone(arm: str) -> None:
     """All that a rank does, its collectives included: two gathers and two scatters a layer each way."""
     config = arm_config(base_config(Flags(shape="laptop", layers=1, tp=4, seq_len=32, device="cpu")), arm)
-    result = measure(Job(arm, config, warmup=1, steps=1, one_rank=True), RankInfo(0, 0, 4, 1))
+    result = measure(Job(arm=arm, config=config, warmup=1, steps=1, one_rank=True), RankInfo(0, 0, 4, 1))
     calls = result["trace"]["collectives"]
     gathers, scatters = (sum(n for name, n in calls.items() if kind in name) for kind in ("gather", "scatter"))
     assert result["one_rank"]
@@ -157,7 +157,7 @@ def test_what_a_rank_alone_receives_has_the_size_of_what_it_has() -> None:
 def test_one_rank_of_a_pipeline_is_refused() -> None:
     config = arm_config(base(tp=2), "fast:mesh.pp=2")
     with pytest.raises(ConfigError, match=r"--one-rank.*pp 1"):
-        measure(Job("fast", config, warmup=1, steps=1, one_rank=True), RankInfo(0, 0, 4, 1))
+        measure(Job(arm="fast", config=config, warmup=1, steps=1, one_rank=True), RankInfo(0, 0, 4, 1))
 
 
 @pytest.mark.distributed

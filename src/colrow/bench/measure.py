@@ -7,13 +7,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import BaseModel
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.profiler import ProfilerActivity, profile
@@ -39,9 +40,8 @@ GIB = 2**30
 SETTLING_STEPS = 2  # first timed steps, left out of the median: allocator and clocks still settle
 
 
-@dataclass(frozen=True)
-class Job:
-    """What one arm runs.
+class Job(BaseModel, frozen=True):
+    """What one arm runs. It goes to the ranks as JSON.
 
     Args:
         warmup: steps before the clock starts, at least 1.

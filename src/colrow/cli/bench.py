@@ -20,7 +20,7 @@ from colrow.cli.flags import parse
 from colrow.config import RunConfig, load_config, parse_config
 from colrow.errors import ConfigError
 
-JOB = "--job"
+JOB, RESULT = "--job", "result.json"
 
 
 @dataclass(frozen=True)
@@ -140,24 +140,24 @@ def _run(flags: Flags, configs: dict[str, RunConfig]) -> int:
 
 def _arm(flags: Flags, arm: str, config: RunConfig) -> dict[str, Any] | None:
     """The results of one arm; None, with the reason on stderr, when it failed."""
+    from colrow.bench.measure import Job
     from colrow.run import preflight
     from colrow.run.launch import launch
 
     ranks = 1 if flags.one_rank else config.mesh.world_size
     os.environ.setdefault("OMP_NUM_THREADS", str(preflight.threads_for(ranks)))
     with tempfile.TemporaryDirectory(prefix="colrow-bench-") as folder:
-        job, result = Path(folder) / "job.json", Path(folder) / "result.json"
-        spec = {
-            "arm": arm,
-            "config": config.model_dump(mode="json"),
-            "warmup": flags.warmup,
-            "steps": flags.steps,
-            "trace": str(flags.trace.resolve()) if flags.trace else None,
-            "result": str(result),
-            "one_rank": flags.one_rank,
-        }
-        job.write_text(json.dumps(spec), encoding="utf-8")
-        failure = launch(["-m", "colrow", "bench", JOB, str(job)], ranks, save=False)
+        file, result = Path(folder) / "job.json", Path(folder) / RESULT
+        job = Job(
+            arm=arm,
+            config=config,
+            warmup=flags.warmup,
+            steps=flags.steps,
+            trace=flags.trace.resolve() if flags.trace else None,
+            one_rank=flags.one_rank,
+        )
+        file.write_text(job.model_dump_json(), encoding="utf-8")
+        failure = launch(["-m", "colrow", "bench", JOB, str(file)], ranks, save=False)
         if failure is not None:
             print(f"colrow bench: arm {arm} failed: {failure.text.strip()}", file=sys.stderr, flush=True)
             return None
@@ -174,20 +174,11 @@ def _rank(path: Path) -> int:
         from colrow.bench.measure import Job, measure
         from colrow.run.stop import StopRequest
 
-        spec = json.loads(path.read_text(encoding="utf-8"))
-        config, info = parse_config(spec["config"], f"arm {spec['arm']}"), rank_info()
-        if spec["one_rank"]:
-            info = replace(info, world_size=config.mesh.world_size)
-        job = Job(
-            arm=spec["arm"],
-            config=config,
-            warmup=spec["warmup"],
-            steps=spec["steps"],
-            trace=Path(spec["trace"]) if spec["trace"] else None,
-            one_rank=spec["one_rank"],
-        )
+        job, info = Job.model_validate_json(path.read_text(encoding="utf-8")), rank_info()
+        if job.one_rank:
+            info = replace(info, world_size=job.config.mesh.world_size)
         with StopRequest(Path(error_file).parent if error_file else None):  # ends this rank when another is lost
             result = measure(job, info)
         if info.rank == 0:
-            Path(spec["result"]).write_text(json.dumps(result), encoding="utf-8")
+            (path.parent / RESULT).write_text(json.dumps(result), encoding="utf-8")
     return 0
