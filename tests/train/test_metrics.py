@@ -10,7 +10,7 @@ import pytest
 
 from colrow.config import LogSection, RunConfig
 from colrow.errors import ConfigError
-from colrow.run.plot import plot_loss
+from colrow.run.finish import plot_loss
 from colrow.run.progress import TrainingProgress, step_line
 from colrow.train import metrics
 from colrow.train.metrics import Metrics, peak_flops, perplexity, read_metrics, truncate

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import ctypes
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,22 +14,21 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
 from colrow.checkpoint.distributed import Checkpoints
-from colrow.checkpoint.export import export
 from colrow.config import RunConfig
 from colrow.data.prepare import PreparedData, prepare
-from colrow.data.tokenizer import Tokenizer
 from colrow.models.build import Source
 from colrow.plans.plan import Plan
 from colrow.run import preflight
+from colrow.run.finish import finish
 from colrow.run.fresh_store import fresh_store
-from colrow.run.host_memory import keep_freed_memory
 from colrow.run.loop import Loop, Outcome, resume
-from colrow.run.plot import plot_loss
 from colrow.run.progress import TrainingProgress
-from colrow.run.run_folder import CHECKPOINTS, EXPORT, claimed, write_folder
-from colrow.run.sample import sample
-from colrow.train.metrics import Metrics, perplexity
+from colrow.run.run_folder import CHECKPOINTS, claimed, write_folder
+from colrow.train.metrics import Metrics
 from colrow.train.setup import Training, set_up
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # malloc.h
+_MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -150,6 +149,22 @@ def set_device(device_type: str, local_rank: int) -> torch.device:
     return device
 
 
+def keep_freed_memory() -> bool:
+    """Make glibc reuse freed blocks of up to 32 MiB (its own limit) and return none. Returns whether it took effect.
+
+    By default each large activation is new memory from the kernel, zeroed page by page and returned when freed: a fifth
+    of a step of the laptop run on a CPU. Peak memory is the same; memory between peaks is not returned.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    settings = ((_MMAP_THRESHOLD, 32 * _MIB), (_TRIM_THRESHOLD, 2048 * _MIB - 1), (_TOP_PAD, 64 * _MIB))
+    accepted = [mallopt(name, value) == 1 for name, value in settings]  # a list: set all, even if one is refused
+    return all(accepted)
+
+
 def finished_line(config: RunConfig, step: int) -> str:
     """What to print when a run that has all its steps is started again."""
     run = config.run.dir
@@ -183,41 +198,6 @@ def opening_lines(config: RunConfig, training: Training, start: int) -> list[str
     if start:
         lines.append(f"continues  after step {start}")
     return lines
-
-
-def finish(
-    config: RunConfig, training: Training, tokenizer: Tokenizer, outcome: Outcome, progress: TrainingProgress
-) -> None:
-    """Sample, plot and export; print the results, where they are, and what to do next. Collective."""
-    run = config.run.dir
-    if outcome.val_loss is not None:
-        progress.say(f"validation loss {outcome.val_loss:.4f}, perplexity {perplexity(outcome.val_loss):.1f}")
-    if config.sample.prompt is not None and config.mesh.pp == 1:
-        text = sample(config, training, tokenizer)
-        progress.say("sample     " + text.replace("\n", "\n           "))
-    if progress.shown:
-        progress.say(f"loss curve {plot_loss(run)}")
-    progress.say(f"checkpoint {run / CHECKPOINTS}/step-{outcome.saved}" if outcome.saved else "checkpoint none")
-    model_config = training.source.exported_config
-    if config.checkpoint.export and model_config is not None:
-        export(training.modules, run / EXPORT, model_config, tokenizer)
-        progress.say(f"export     {run / EXPORT}, for transformers")
-    progress.say(f"memory     {peak_memory(training.device)}")
-    if outcome.saved:
-        progress.say(f'next       colrow generate {run} --prompt "{config.sample.prompt or "Once"}"')
-        progress.say(f"           colrow export {run} -o DIR")
-
-
-def peak_memory(device: torch.device) -> str:
-    """The largest peak of any rank. Collective."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    allocated = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    peaks = torch.tensor([host, allocated], dtype=torch.float64, device=device)
-    dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
-    host_gib, device_gib = (peak / 2**30 for peak in peaks.tolist())
-    gpu = f", {device_gib:.2f} GiB of a GPU" if device.type == "cuda" else ""
-    return f"peak {host_gib:.2f} GiB of a rank's host memory{gpu}"
 
 
 def _threads() -> str:
