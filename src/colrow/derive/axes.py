@@ -124,6 +124,22 @@ def unify(one: Sequence[Atom], other: Sequence[Atom], why: str) -> None:
     return None
 
 
+def unify_dims(
+    dims: Sequence[Sequence[Atom]],
+    others: Sequence[Sequence[Atom]],
+    why: str,
+    apart: int | None = None,
+    reason: str = "",
+) -> None:
+    """Two tensors' dimensions must be sharded alike, but for number `apart`, which is forbidden in both."""
+    for k, (dim, other) in enumerate(zip(dims, others, strict=True)):
+        if k == apart:
+            forbid(dim, reason)
+            forbid(other, reason)
+        else:
+            unify(dim, other, why)
+
+
 def _merge(a: Atom, b: Atom, why: str) -> None:
     if b.segments and not a.segments:
         a, b = b, a

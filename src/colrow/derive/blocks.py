@@ -333,6 +333,29 @@ class BlockFinder:
         return out
 
 
+@dataclass
+class Split:
+    """A choice on a graph with the blocks that it makes, and the flow of the complete graph: they fit together."""
+
+    finder: BlockFinder
+    blocks: list[Block]
+    flow: Flow
+
+    @classmethod
+    def of(cls, flows: Flows) -> Split:
+        """Raises SplitError where a component has no sound block, or the blocks do not fit together."""
+        finder = BlockFinder(flows)
+        blocks = finder.find()
+        return cls(finder, blocks, finder.complete_graph(blocks))
+
+    @property
+    def flows(self) -> Flows:
+        return self.finder.flows
+
+    def borders(self) -> tuple[set[Node], set[Node]]:
+        return self.finder.borders(self.blocks)
+
+
 def _common(paths: list[list[str]]) -> list[str]:
     if not paths:
         return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,14 +12,14 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from colrow.derive.axes import forbid, leaves
-from colrow.derive.blocks import Block, BlockFinder, SplitError
+from colrow.derive.blocks import Split, SplitError
 from colrow.derive.choice import Choice
 from colrow.derive.choose import choose, legal_degrees
 from colrow.derive.compress import compress
 from colrow.derive.emit import Emitter
 from colrow.derive.emit_fast import FastEmitter
 from colrow.derive.emit_modules import Emission
-from colrow.derive.flow import Flow, Flows
+from colrow.derive.flow import Flows
 from colrow.derive.infer import AxisInference, shape_of
 from colrow.derive.local import Attributes, LocalCheck
 from colrow.derive.sequence import NoStreamError, Stream, StreamKind, find_stream
@@ -115,7 +116,7 @@ class _Derive:
             if not choice.atoms and not choice.groups:
                 if self.fast:
                     raise self._not_fast([*self.notes, "nothing can be split"])
-                return self._result(choice, None, [], Flow(), None, {})
+                return self._result(choice, None, None, Emission())
             try:
                 return self._attempt(choice)
             except SplitError as error:
@@ -132,55 +133,39 @@ class _Derive:
 
     def _attempt(self, choice: Choice) -> Derivation:
         wide = {module_path(n) for n, dims in self.inference.averaged.items() if choice.any_sharded(dims)}
-        flows = Flows(self.inference, choice, wide, self.traced.ties)
-        finder = BlockFinder(flows)
-        blocks = finder.find()
-        flow = finder.complete_graph(blocks)
+        split = Split.of(Flows(self.inference, choice, wide, self.traced.ties))
         why: list[str] = []
-        if self.options.sequence_parallel:
-            best = None
-            for before_norm in (False, True):
-                late = self._stream(choice, flows, finder, blocks, flow, self._kind(False, before_norm), None, why)
-                if late is not None:
-                    kind, attributes = self._kind(True, before_norm), late[1]
-                    best = self._stream(choice, flows, finder, blocks, flow, kind, attributes, why) or late
-                    break
-            if best is not None:
-                best[0].notes = [*why, *best[0].notes]
-                return best[0]
-        if self.fast:
+        found = self._sequence_parallel(split, why) if self.options.sequence_parallel else None
+        if found is None and self.fast:
             raise self._not_fast(why)
-        try:
-            result, _ = self._emit(choice, flows, finder, blocks, flow, None, None)
-        except PlanError as error:
-            raise SplitError(self._suspects(choice, finder, str(error)), str(error)) from error
-        result.notes = [*why, *result.notes]
-        return result
+        if found is None:
+            try:
+                found, _ = self._emit(split, None, None)
+            except PlanError as error:
+                raise SplitError(self._suspects(split, str(error)), str(error)) from error
+        found.notes = [*why, *found.notes]
+        return found
+
+    def _sequence_parallel(self, split: Split, why: list[str]) -> Derivation | None:
+        """With the stream on sequence shards over as much of the model as can be; `why` gets what is in the way."""
+        for before_norm in (False, True):
+            late = self._stream(split, StreamKind(False, before_norm, self.fast), None, why)
+            if late is not None:
+                early = self._stream(split, StreamKind(True, before_norm, self.fast), late[1], why)
+                return (early or late)[0]
+        return None
 
     def _stream(
-        self,
-        choice: Choice,
-        flows: Flows,
-        finder: BlockFinder,
-        blocks: list[Block],
-        flow: Flow,
-        kind: StreamKind,
-        known: Attributes | None,
-        why: list[str],
+        self, split: Split, kind: StreamKind, known: Attributes | None, why: list[str]
     ) -> tuple[Derivation, Attributes] | None:
         """The derivation with the stream on sequence shards; None, and the reason in `why`, where there is none."""
-        entries, exits = finder.borders(blocks)
         try:
-            stream = find_stream(self.traced, flows, finder, entries, exits, kind)
-            return self._emit(choice, flows, finder, blocks, flow, stream, known)
+            return self._emit(split, find_stream(self.traced, split, kind), known)
         except (NoStreamError, SplitError, PlanError) as error:
             start = "the embedding" if kind.starts_at_embedding else "the first layer"
             end = "the last norm" if kind.ends_before_norm else "the head"
             why.append(f"no sequence shards from {start} to {end}: {error}")
             return None
-
-    def _kind(self, starts_at_embedding: bool, ends_before_norm: bool) -> StreamKind:
-        return StreamKind(starts_at_embedding, ends_before_norm, flattened_tokens=self.fast)
 
     def _not_fast(self, why: list[str]) -> PlanError:
         reason = why[0].removeprefix("no sequence shards ") if why else "no reason is known"
@@ -189,29 +174,20 @@ class _Derive:
             f"model to the other: {reason}: use plan derive, whose styles are plain"
         )
 
-    def _suspects(self, choice: Choice, finder: BlockFinder, why: str) -> set[Any]:
+    def _suspects(self, split: Split, why: str) -> set[Any]:
         """Classes whose weights lie in the module that the message names; all that are no vocabulary otherwise."""
         modules = {name for name, _ in self.model.named_modules()}
         named = [p for p in why.replace(",", " ").split() if "." in p or p in modules]
-        found = set()
+        choice, found = split.flows.choice, set()
         for node, name in self.inference.params.items():
             owner = name.rpartition(".")[0]
             if any(owner == p or owner.startswith(p + ".") or p.startswith(owner + ".") for p in named):
-                found |= finder.atoms_of({node})
+                found |= split.finder.atoms_of({node})
         return found - choice.vocabulary or (choice.atoms | set(choice.groups)) - choice.vocabulary or set(choice.atoms)
 
-    def _emit(
-        self,
-        choice: Choice,
-        flows: Flows,
-        finder: BlockFinder,
-        blocks: list[Block],
-        flow: Flow,
-        stream: Stream | None,
-        known: Attributes | None,
-    ) -> tuple[Derivation, Attributes]:
-        emission = self._emission(self.model, self.traced, flows, finder, blocks, flow, stream)
-        attributes = LocalCheck(self.model, self.traced, flows, emission, stream, self.inputs).repair(known)
+    def _emit(self, split: Split, stream: Stream | None, known: Attributes | None) -> tuple[Derivation, Attributes]:
+        emission = self._emission(self.model, self.traced, split, stream)
+        attributes = LocalCheck(self.model, self.traced, split.flows, emission, stream, self.inputs).repair(known)
         for name, values in attributes.items():
             emission.modules.setdefault(name, {"style": "replicate"})["attributes"] = values
         if self.options.loss == "replicated" and emission.loss == "vocab_parallel":
@@ -222,7 +198,7 @@ class _Derive:
                 if emission.style(name) is FastHead:
                     style["gather"] = True
             emission.loss = "replicated"
-        return self._result(choice, finder, blocks, flow, stream, emission.modules, emission.loss), attributes
+        return self._result(split.flows.choice, split, stream, emission), attributes
 
     def _emission(self, *given: Any) -> Emission:
         if not self.fast:
@@ -230,16 +206,8 @@ class _Derive:
         overlap: Overlap = "copy_engine" if self.options.styles == "overlap" else "collectives"
         return FastEmitter(*given, overlap=overlap, linear_loss=self.options.loss == "linear").run()
 
-    def _result(
-        self,
-        choice: Choice,
-        finder: BlockFinder | None,
-        blocks: list[Block],
-        flow: Flow,
-        stream: Stream | None,
-        styles: dict[str, dict[str, Any]],
-        loss: str = "replicated",
-    ) -> Derivation:
+    def _result(self, choice: Choice, split: Split | None, stream: Stream | None, emission: Emission) -> Derivation:
+        summed = (split.flow.summed if split else set()) | (stream.summed if stream else set())
         sharded, replicated, elements, total = [], {}, 0, 0
         for node, name in self.inference.params.items():
             dims = self.inference.of(node)
@@ -249,29 +217,22 @@ class _Derive:
                 sharded.append(name)
                 elements += count
             else:
-                replicated[name] = self._why_replicated(
-                    dims, name in flow.summed or (stream is not None and name in stream.summed)
-                )
-        reductions: dict[str, int] = {}
-        if finder is not None:
-            for node in finder.borders(blocks)[1]:
-                if label_of(node).path == "0":
-                    key = with_stars(label_of(node).module)
-                    reductions[key] = reductions.get(key, 0) + 1
+                replicated[name] = self._why_replicated(dims, name in summed)
+        exits = [label_of(node) for node in split.borders()[1]] if split else []
         return Derivation(
-            self.tp,
-            compress(styles, self.model),
-            loss,
-            sharded,
-            replicated,
-            legal_degrees(self.inference, choice),
-            reductions,
-            dict(self.inference.unknown),
-            list(self.notes),
-            stream is not None,
-            elements / max(1, total),
-            choice,
-            self.traced,
+            tp=self.tp,
+            modules=compress(emission.modules, self.model),
+            loss=emission.loss,
+            sharded=sharded,
+            replicated=replicated,
+            legal=legal_degrees(self.inference, choice),
+            reductions=dict(Counter(with_stars(label.module) for label in exits if label.path == "0")),
+            unknown=dict(self.inference.unknown),
+            notes=list(self.notes),
+            sequence_parallel=stream is not None,
+            share=elements / max(1, total),
+            choice=choice,
+            trace=self.traced,
         )
 
     def _why_replicated(self, dims: list[Any], summed: bool) -> str:

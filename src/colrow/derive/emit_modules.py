@@ -10,9 +10,8 @@ from typing import Any
 from torch import nn
 
 from colrow.derive.axes import Atom, Dim, find, leaves
-from colrow.derive.blocks import Block, BlockFinder, SplitError
+from colrow.derive.blocks import Block, Split, SplitError
 from colrow.derive.choice import Choice
-from colrow.derive.flow import Flow, Flows
 from colrow.derive.sequence import Stream
 from colrow.derive.trace import Scale, Trace, module_path
 from colrow.styles.base import STYLES, Style
@@ -41,30 +40,21 @@ class Emission:
 class ModuleEmitter:
     """Styles of modules that hold sharded parameters."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        traced: Trace,
-        flows: Flows,
-        finder: BlockFinder,
-        blocks: list[Block],
-        flow: Flow,
-        stream: Stream | None,
-    ) -> None:
-        self.model, self.traced, self.flows, self.finder = model, traced, flows, finder
-        self.blocks, self.flow, self.stream = blocks, flow, stream
-        self.choice: Choice = flows.choice
+    def __init__(self, model: nn.Module, traced: Trace, split: Split, stream: Stream | None) -> None:
+        self.model, self.traced, self.stream = model, traced, stream
+        self.flows, self.finder, self.blocks, self.flow = split.flows, split.finder, split.blocks, split.flow
+        self.choice: Choice = self.flows.choice
         self.tp = self.choice.tp
         self.inside = "shard(1)" if stream is not None else "replicate"
         self.early = stream is not None and not stream.start
         self.out = Emission()
-        self.dims = {name: flows.inference.of(node) for node, name in flows.inference.params.items()}
+        self.dims = {name: self.flows.inference.of(node) for node, name in self.flows.inference.params.items()}
         self.owned: dict[str, list[str]] = defaultdict(list)
         for name in self.dims:
             if self.choice.any_sharded(self.dims[name]):
                 for owner in {name, *(o for o, first in traced.ties.items() if first == name)}:
                     self.owned[owner.rpartition(".")[0]].append(owner.rpartition(".")[2])
-        self.entries, self.exits = finder.borders(blocks)
+        self.entries, self.exits = split.borders()
 
     # ------------------------------------------------------------------ modules with shards
 

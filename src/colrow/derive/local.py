@@ -49,22 +49,10 @@ class LocalCheck:
     """Compares a rank's trace with the global one."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        traced: Trace,
-        flows: Flows,
-        emission: Emission,
-        stream: Stream | None,
-        inputs: tuple[Tensor, ...],
-    ):
-        self.model, self.traced, self.flows, self.emission, self.stream, self.inputs = (
-            model,
-            traced,
-            flows,
-            emission,
-            stream,
-            inputs,
-        )
+        self, model: nn.Module, traced: Trace, flows: Flows, emission: Emission, stream: Stream | None, inputs: Any
+    ) -> None:
+        self.model, self.traced, self.inputs = model, traced, inputs
+        self.flows, self.emission, self.stream = flows, emission, stream
         self.choice: Choice = flows.choice
         self.visible = Choice(self.choice.tp, self.choice.atoms - self.choice.vocabulary, self.choice.groups)
         self.blocks = [name for name in emission.modules if emission.style(name).gathers_for_children]

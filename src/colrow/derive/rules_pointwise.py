@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from colrow.derive.axes import Dim, forbid, mark_normalised, unify
+from colrow.derive.axes import Dim, forbid, mark_normalised, unify, unify_dims
 from colrow.derive.infer import AxisInference, Dims, NoRuleError, Result, argument, number, op_name, rule, shape_of
 
 
@@ -123,8 +123,7 @@ def norm(inference: AxisInference, node: Node) -> Result:
     for position in (2, 3) if op_name(node) == "layer_norm" else (2,):
         given = argument(node, position, "weight" if position == 2 else "bias")
         if isinstance(given, Node):
-            for mine, its in zip(over, inference.of(given), strict=True):
-                unify(mine, its, node.name)
+            unify_dims(over, inference.of(given), node.name)
     if len(over) == 1:
         inference.average(node, over[0])
         mark_normalised(over[0], "normalised over")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from colrow.derive.axes import Dim, forbid, leaves, regroup, unify
+from colrow.derive.axes import Dim, forbid, leaves, regroup, unify, unify_dims
 from colrow.derive.infer import (
     AxisInference,
     Dims,
@@ -194,51 +194,36 @@ def index_put(inference: AxisInference, node: Node) -> Result:
 @rule("index_add")
 def index_add(inference: AxisInference, node: Node) -> Result:
     base, source = inference.of(node.args[0]), inference.of(node.args[3])
-    where = number(node, 1, "dim") % len(base)
-    for k, (mine, its) in enumerate(zip(base, source, strict=True)):
-        if k == where:
-            forbid(mine, "written by index")
-            forbid(its, "written by index")
-        else:
-            unify(mine, its, node.name)
+    unify_dims(base, source, node.name, number(node, 1, "dim") % len(base), "written by index")
     return base
+
+
+def _aligned_by_index(inference: AxisInference, node: Node, other: Node, why: str) -> None:
+    """The first operand and one that an index along `dim` goes through beside it: the other dimensions are alike where
+    they are equally long."""
+    base = node.args[0]
+    assert isinstance(base, Node)
+    dims = inference.of(base)
+    where = number(node, 1, "dim") % len(dims)
+    for k, (mine, its) in enumerate(zip(dims, inference.of(other), strict=True)):
+        apart = k == where or shape_of(base)[k] != shape_of(other)[k]
+        unify_dims([mine], [its], node.name, 0 if apart else None, why)
 
 
 @rule("gather")
 def gather(inference: AxisInference, node: Node) -> Result:
-    source, index_node = node.args[0], node.args[2]
-    assert isinstance(source, Node)
-    assert isinstance(index_node, Node)
-    dims, picked = inference.of(source), inference.of(index_node)
-    where = number(node, 1, "dim") % len(dims)
-    for k, (mine, its) in enumerate(zip(dims, picked, strict=True)):
-        if k == where:
-            forbid(mine, "indexed")
-            forbid(its, "indexed")
-        elif shape_of(source)[k] == shape_of(index_node)[k]:
-            unify(mine, its, node.name)
-        else:
-            forbid(mine, "indexed in part")
-            forbid(its, "indexed in part")
-    return list(picked)
+    picked = node.args[2]
+    assert isinstance(picked, Node)
+    _aligned_by_index(inference, node, picked, "indexed")
+    return list(inference.of(picked))
 
 
 @rule("scatter")
 def scatter(inference: AxisInference, node: Node) -> Result:
-    base, index_node = node.args[0], node.args[2]
-    assert isinstance(base, Node)
-    assert isinstance(index_node, Node)
-    dims = inference.of(base)
-    where = number(node, 1, "dim") % len(dims)
-    others = [index_node] + [a for a in node.args[3:4] if isinstance(a, Node)]
-    for other in others:
-        for k, (mine, its) in enumerate(zip(dims, inference.of(other), strict=True)):
-            if k == where or shape_of(base)[k] != shape_of(other)[k]:
-                forbid(mine, "written by index")
-                forbid(its, "written by index")
-            else:
-                unify(mine, its, node.name)
-    return dims
+    """Index and, but for a single number, values."""
+    for other in (a for a in node.args[2:4] if isinstance(a, Node)):
+        _aligned_by_index(inference, node, other, "written by index")
+    return inference.of(node.args[0])
 
 
 @rule("sort")
@@ -247,8 +232,7 @@ def order(inference: AxisInference, node: Node) -> Result:
     position = 2 if op_name(node) == "topk" else 1
     where = number(node, position, "dim", -1)
     forbid(dims[where], "sorted")
-    size = shape_of_part(node, 0)[where]
-    dims[where] = inference.fresh([size], "sorted")[0]
+    dims[where] = inference.fresh([int(node.meta["val"][0].shape[where])], "sorted")[0]
     return tuple(list(dims) for _ in node.meta["val"])
 
 
@@ -291,7 +275,3 @@ def count(inference: AxisInference, node: Node) -> Result:
     for dim in inference.of(node.args[0]):
         forbid(dim, "counted")
     return inference.fresh(shape_of(node), "counted")
-
-
-def shape_of_part(node: Node, index: int) -> list[int]:
-    return [int(n) for n in node.meta["val"][index].shape]

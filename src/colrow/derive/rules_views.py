@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from colrow.derive.axes import Atom, Dim, forbid, regroup, size_of, unify
+from colrow.derive.axes import Atom, Dim, forbid, regroup, size_of, unify, unify_dims
 from colrow.derive.infer import AxisInference, NoRuleError, Result, argument, number, rule, shape_of
 
 
@@ -157,8 +157,7 @@ def stack(inference: AxisInference, node: Node) -> Result:
     where = number(node, 1, "dim", 0) % len(shape_of(node))
     out = list(inference.of(tensors[0]))
     for x in tensors[1:]:
-        for mine, its in zip(out, inference.of(x), strict=True):
-            unify(mine, its, node.name)
+        unify_dims(out, inference.of(x), node.name)
     out.insert(where, [Atom(len(tensors), "index of a stack")])
     return out
 
@@ -168,14 +167,8 @@ def slice_scatter(inference: AxisInference, node: Node) -> Result:
     """A copy of the first tensor with a piece of one dimension overwritten: that dimension must not be sharded."""
     base, source = list(inference.of(node.args[0])), inference.of(node.args[1])
     where = number(node, 2, "dim", 0) % len(base)
-    for k, (mine, its) in enumerate(zip(base, source, strict=True)):
-        if k != where:
-            unify(mine, its, node.name)
-    if size_of(base[where]) == size_of(source[where]):
-        unify(base[where], source[where], node.name)
-    else:
-        forbid(base[where], "overwritten in part")
-        forbid(source[where], "overwritten in part")
+    partly = size_of(base[where]) != size_of(source[where])
+    unify_dims(base, source, node.name, where if partly else None, "overwritten in part")
     return base
 
 
@@ -184,8 +177,7 @@ def select_scatter(inference: AxisInference, node: Node) -> Result:
     base, source = list(inference.of(node.args[0])), list(inference.of(node.args[1]))
     where = number(node, 2, "dim") % len(base)
     forbid(base[where], "overwritten in part")
-    for mine, its in zip(base[:where] + base[where + 1 :], source, strict=True):
-        unify(mine, its, node.name)
+    unify_dims(base[:where] + base[where + 1 :], source, node.name)
     return base
 
 

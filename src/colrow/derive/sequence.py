@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from torch.fx import Node
 
 from colrow.derive.axes import Atom, Dim, leaves
-from colrow.derive.blocks import BlockFinder
+from colrow.derive.blocks import BlockFinder, Split
 from colrow.derive.flow import Flows
 from colrow.derive.infer import AxisInference, Dims, is_float, is_lookup, shape_of
 from colrow.derive.table import infer
@@ -79,15 +79,14 @@ class Graph:
         return self.flows.path[node] or "the model"
 
 
-def find_stream(
-    traced: Trace, flows: Flows, finder: BlockFinder, entries: set[Node], exits: set[Node], kind: StreamKind
-) -> Stream:
-    """The residual stream on shards of the tokens, between the blocks' `entries` and `exits`.
+def find_stream(traced: Trace, split: Split, kind: StreamKind) -> Stream:
+    """The residual stream on shards of the tokens, between the blocks.
 
     Raises:
         NoStreamError: some operation on the way looks at more than one token.
     """
-    start, finish, entries, exits = find_ends(traced, flows, finder, entries, exits, kind)
+    flows = split.flows
+    start, finish, entries, exits = find_ends(traced, split, kind)
     inference, tokens, batches = infer_between(traced, start, finish, entries, exits, kind)
     graph = Graph(traced, flows, inference, batches, dims_with_tokens(traced, inference, tokens))
     stream = Stream(kind, start, finish)
@@ -101,10 +100,10 @@ def find_stream(
     return stream
 
 
-def find_ends(
-    traced: Trace, flows: Flows, finder: BlockFinder, entries: set[Node], exits: set[Node], kind: StreamKind
-) -> tuple[set[Node], set[Node], set[Node], set[Node]]:
-    """Where the stream starts and finishes, and the entries and exits that lie between."""
+def find_ends(traced: Trace, split: Split, kind: StreamKind) -> tuple[set[Node], set[Node], set[Node], set[Node]]:
+    """Where the stream starts and finishes, and the entries and exits of blocks that lie between."""
+    flows, finder = split.flows, split.finder
+    entries, exits = split.borders()
     lookups = {b for b in exits if _is_lookup(finder, b)}
     if kind.starts_at_embedding:
         if not lookups:
