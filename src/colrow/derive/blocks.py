@@ -79,9 +79,7 @@ class BlockFinder:
                 continue
             region = self.region(node)
             paths = [
-                self.flows.path[n].split(".")
-                for n in region
-                if not is_boundary(n) and n not in self.inference.from_params and n not in self.flows.constant
+                self.flows.path[n].split(".") for n in region if not is_boundary(n) and self.flows.is_activation(n)
             ]
             found.setdefault(".".join(_common(paths)), []).append(node)
         return found
@@ -99,22 +97,28 @@ class BlockFinder:
 
     def columns(self, region: set[Node]) -> set[Node]:
         """Nodes that make shards out of unsharded activations."""
-
-        def unsharded(node: Node) -> bool:
-            outside = node in self.flows.constant or node in self.inference.from_params
-            return not outside and not self.flows.is_sharded(node)
-
         return {
             node
             for node in region
-            if node not in self.inference.from_params
-            and node not in self.flows.constant
+            if self.flows.is_activation(node)
             and not is_boundary(node)
             and not self.flows.is_reduction(node)
-            and any(unsharded(i) for i in node.all_input_nodes)
+            and any(self.flows.is_activation(i) and not self.flows.is_sharded(i) for i in node.all_input_nodes)
         }
 
     # ------------------------------------------------------------------ blocks
+
+    def inputs(self, module: str) -> list[Node]:
+        """The boundaries at which tensors enter the module."""
+        return [b for b in self.boundaries.get(module, []) if label_of(b).direction == "in"]
+
+    def outputs(self, module: str) -> list[Node]:
+        return [b for b in self.boundaries.get(module, []) if label_of(b).direction == "out"]
+
+    def is_lookup(self, boundary: Node) -> bool:
+        """Whether the boundary's module looks up rows of a sharded table."""
+        name = label_of(boundary).module
+        return any(owner == name and is_lookup(node) for node, owner in self.owners.items())
 
     def interior(self, module: str) -> list[Node]:
         if module not in self._inside:
@@ -123,20 +127,18 @@ class BlockFinder:
 
     def ends(self, reductions: list[Node]) -> set[Node]:
         """The output boundaries of the modules that own the reductions."""
-        names = {self.owners[n] for n in reductions}
-        return {b for name in names for b in self.boundaries.get(name, []) if label_of(b).direction == "out"}
+        return {b for n in reductions for b in self.outputs(self.owners[n])}
 
     def attempt(self, module: str, reductions: list[Node], deferred: bool) -> Block | None:
         """The block at `module`, if gradients flow soundly in it."""
-        inputs = [b for b in self.boundaries.get(module, []) if label_of(b).direction == "in"]
-        outputs = [b for b in self.boundaries.get(module, []) if label_of(b).direction == "out"]
+        inputs, outputs = self.inputs(module), self.outputs(module)
         differentiable = [b for b in inputs if b not in self.flows.constant]
         if not differentiable or not outputs:
             return None
         own = set(outputs)
         deferred = deferred or any(self.owners[n] == module for n in reductions)
         exits = set() if deferred else self.ends(reductions) - own
-        types = dict.fromkeys(differentiable, SpmdType.REPLICATED)
+        types = dict.fromkeys(differentiable, SpmdType.REPLICATED)  # all gathered; a residual among them is released
         for _ in range(len(differentiable) + 1):
             given = dict(self._outside(module))
             given.update({b: (self.flows.constant_type(b) if b in self.flows.constant else types[b]) for b in inputs})
@@ -149,31 +151,24 @@ class BlockFinder:
             types[loose] = SpmdType.INVARIANT
         else:
             return None
-        for b in outputs:
-            if (
-                flow.types[b] in (SpmdType.REPLICATED, SpmdType.SHARDED)
-                and b in self.flows.live
-                and not self._ends_in_region(b, flow)
-            ):
+        for b in self.flows.live & own:
+            # a shard may leave when only sharded operations use it (a row product in a sibling module)
+            leaves_sharded = flow.types[b] is SpmdType.SHARDED and self.flows.is_sharded(b)
+            if flow.types[b] in (SpmdType.REPLICATED, SpmdType.SHARDED) and not leaves_sharded:
                 return None
         interior = set(self.interior(module)) | own
-        for node in (interior - own) & self.flows.live - self.flows.constant - self.inference.from_params:
+        for node in (n for n in (interior - own) & self.flows.live if self.flows.is_activation(n)):
             if any(u not in interior and u.op != "output" for u in node.users):
-                return None
+                return None  # it leaves past the block's boundary
         entries = {b for b, spmd_type in types.items() if spmd_type is SpmdType.REPLICATED and b in self.flows.live}
         return Block(module, entries, deferred, False, flow)
-
-    def _ends_in_region(self, boundary: Node, flow: Flow) -> bool:
-        """A shard may leave the block when only sharded operations use it (a row product in a sibling module)."""
-        return flow.types[boundary] is SpmdType.SHARDED and self.flows.is_sharded(boundary)
 
     def _outside(self, module: str) -> dict[Node, SpmdType]:
         """Parameters and constants that the interior uses from outside."""
         out = {}
         for node in self.interior(module):
             for i in node.all_input_nodes:
-                known = i in self.inference.from_params or i in self.flows.constant
-                if known and (i.op != "call_function" or not self.flows.inside(i, module)):
+                if not self.flows.is_activation(i) and (i.op != "call_function" or not self.flows.inside(i, module)):
                     rest = SpmdType.PARAMETER if i in self.inference.from_params else SpmdType.CONSTANT
                     out[i] = SpmdType.SHARDED if self.flows.is_sharded(i) else rest
         return out
@@ -196,38 +191,33 @@ class BlockFinder:
             SplitError: a component has no sound block; its classes must not be sharded.
         """
         components = self.components()
-        blocks: dict[str, Block] = {}
+        blocks: dict[tuple[str, bool], Block] = {}
         for module, reductions in components.items():
-            if any(module == name or module.startswith(name + ".") for name, b in blocks.items() if not b.leaf):
+            if any(_within(module, b.module) for b in blocks.values() if not b.leaf):
                 continue
-            best = None
-            where = module
-            while where:
-                within = [n for m, ns in components.items() if m == where or m.startswith(where + ".") for n in ns]
-                modes = (
-                    (True, False)
-                    if len({self.owners[n] for n in within}) > 1 or (best is not None and best.deferred)
-                    else (False, True)
-                )
-                block = next((b for mode in modes if (b := self.attempt(where, within, mode))), None)
-                if block is None and best is not None:
-                    break
-                best = block or best
-                where = where.rpartition(".")[0]
-                if best is None and module.count(".") - where.count(".") > 2:
-                    break
-            block = best or self.separate_columns(module, reductions)
-            for name in [n for n in blocks if n.startswith(block.module + ".") and not block.leaf]:
-                del blocks[name]
-            blocks[block.module + ("#leaf" if block.leaf else "")] = self._merge(
-                blocks.get(block.module + "#leaf"), block
-            )
+            block = self._widest_block(module, components) or self.separate_columns(module, reductions)
+            if block.leaf:
+                old = blocks.get((block.module, True))
+                block.entries |= old.entries if old else set()
+            else:
+                blocks = {key: b for key, b in blocks.items() if not b.module.startswith(f"{block.module}.")}
+            blocks[block.module, block.leaf] = block
         return list(blocks.values())
 
-    def _merge(self, old: Block | None, new: Block) -> Block:
-        if old is not None and new.leaf:
-            new.entries |= old.entries
-        return new
+    def _widest_block(self, module: str, components: dict[str, list[Node]]) -> Block | None:
+        """The first sound block at `module` or at most two levels around it, widened as long as it stays sound."""
+        best, where = None, module
+        while where:
+            within = [n for m, ns in components.items() if _within(m, where) for n in ns]
+            # the sums of several weights are left open first: one reduction at the block's end in place of many
+            several = len({self.owners[n] for n in within}) > 1 or (best is not None and best.deferred)
+            block = self.attempt(where, within, several) or self.attempt(where, within, not several)
+            if block is None and best is not None:
+                break
+            best, where = block or best, where.rpartition(".")[0]
+            if best is None and module.count(".") - where.count(".") > 2:
+                break
+        return best
 
     def separate_columns(self, module: str, reductions: list[Node]) -> Block:
         """Each column product is entered on its own; whoever else makes shards has no entry."""
@@ -235,11 +225,7 @@ class BlockFinder:
         entries = set()
         for node in self.columns(region):
             name = self.flows.path[node]
-            ins = [
-                b
-                for b in self.boundaries.get(name, [])
-                if label_of(b).direction == "in" and b not in self.flows.constant
-            ]
+            ins = [b for b in self.inputs(name) if b not in self.flows.constant]
             if not ins:
                 raise SplitError(
                     self.atoms_of(region),
@@ -260,17 +246,9 @@ class BlockFinder:
     def borders(self, blocks: list[Block]) -> tuple[set[Node], set[Node]]:
         """All boundaries where the stream enters blocks, and all where a sum over ranks is reduced."""
         entries = set().union(*(b.entries for b in blocks), self.head_entries())
-        exits = {
-            b
-            for block in blocks
-            if block.deferred
-            for b in self.boundaries.get(block.module, [])
-            if label_of(b).direction == "out"
-        }
         deferred = [b.module for b in blocks if b.deferred]
-        for name in self.owners.values():
-            if not any(name == m or name.startswith(m + ".") for m in deferred):
-                exits |= {b for b in self.boundaries.get(name, []) if label_of(b).direction == "out"}
+        reducing = [name for name in self.owners.values() if not any(_within(name, module) for module in deferred)]
+        exits = {b for module in (*deferred, *reducing) for b in self.outputs(module)}
         return entries, exits
 
     def complete_graph(self, blocks: list[Block]) -> Flow:
@@ -326,7 +304,7 @@ class BlockFinder:
                 continue
             if any(not self.flows.is_sharded(i) and i not in self.flows.constant for i in node.all_input_nodes):
                 name = self.flows.path[node]
-                ins = [b for b in self.boundaries.get(name, []) if label_of(b).direction == "in" and is_float(b)]
+                ins = [b for b in self.inputs(name) if is_float(b)]
                 if not ins:
                     raise SplitError(self.atoms_of({node}) & self.choice.vocabulary, "no module makes the logits")
                 out |= set(ins)
@@ -354,6 +332,10 @@ class Split:
 
     def borders(self) -> tuple[set[Node], set[Node]]:
         return self.finder.borders(self.blocks)
+
+
+def _within(module: str, other: str) -> bool:
+    return module == other or module.startswith(f"{other}.")
 
 
 def _common(paths: list[list[str]]) -> list[str]:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from torch.fx import Node
-
 from colrow.derive.axes import leaves
 from colrow.derive.blocks import Block, SplitError
 from colrow.derive.emit_modules import Emission, ModuleEmitter
 from colrow.derive.flow import SpmdType
-from colrow.derive.infer import is_lookup, op_name, shape_of
+from colrow.derive.infer import op_name, shape_of
 from colrow.derive.sequence import Stream
 from colrow.derive.trace import label_of
 from colrow.styles.activations import PrepareInput
@@ -65,9 +63,9 @@ class Emitter(ModuleEmitter):
     def _slices(self, block: Block) -> dict[str, dict[str, int]]:
         """Constant arguments of which a rank uses its heads' part."""
         out = {}
-        for b in self.finder.boundaries.get(block.module, []):
+        for b in self.finder.inputs(block.module):
             label = label_of(b)
-            if label.direction != "in" or b not in self.flows.constant or not self.flows.is_sharded(b):
+            if b not in self.flows.constant or not self.flows.is_sharded(b):
                 continue
             if "." in label.path:
                 raise SplitError(
@@ -139,9 +137,8 @@ class Emitter(ModuleEmitter):
         return positional, named
 
     def _outputs(self, block: Block) -> list[str]:
-        outputs = [b for b in self.finder.boundaries.get(block.module, []) if label_of(b).direction == "out"]
         wanted = ["none"] * max(1, self.traced.results.get(block.module, 1))
-        for b in outputs:
+        for b in self.finder.outputs(block.module):
             # the flow of the complete graph has it as INVARIANT, reduced; the block's own flow knows that it was a sum
             if block.flow.types.get(b) is SpmdType.PARTIAL:
                 path = label_of(b).path
@@ -228,7 +225,7 @@ class Emitter(ModuleEmitter):
         if self.stream is not None:
             heads = self.finder.head_entries() if self.stream.kind.ends_before_norm else set()
             gathers = (self.entries - heads) | self.stream.finish
-            scatters = {n for n in self.exits if self.early or not self._lookup(n)} | self.stream.start
+            scatters = {n for n in self.exits if self.early or not self.finder.is_lookup(n)} | self.stream.start
             for node in gathers | scatters:
                 axis = 0 if len(shape_of(node)) == 2 else 1
                 self.out.scales[str(label_of(node))] = (axis, tp, 1) if node in gathers else (axis, 1, tp)
@@ -236,7 +233,3 @@ class Emitter(ModuleEmitter):
             if not block.leaf:
                 for path, piece in self._slices(block).items():
                     self.out.scales[f"in|{block.module}|{path}"] = (piece["dim"], 1, tp)
-
-    def _lookup(self, node: Node) -> bool:
-        name = label_of(node).module
-        return any(owner == name and is_lookup(n) for n, owner in self.finder.owners.items())

@@ -124,9 +124,7 @@ class FastEmitter(Emitter):
     def _scattered(self, block: Block) -> list[int]:
         """The numbers of the block's outputs that are sums over ranks."""
         sums = [
-            label_of(b).path
-            for b in self.finder.boundaries.get(block.module, [])
-            if label_of(b).direction == "out" and block.flow.types.get(b) is SpmdType.PARTIAL
+            label_of(b).path for b in self.finder.outputs(block.module) if block.flow.types.get(b) is SpmdType.PARTIAL
         ]
         if nested := [path for path in sums if not path.isdigit()]:
             raise SplitError(set(), f"output {nested[0]} of {block.module} is nested")

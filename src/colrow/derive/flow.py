@@ -137,6 +137,10 @@ class Flows:
         parts = dims if isinstance(dims, tuple) else (dims,)
         return any(self.choice.any_sharded(part) for part in parts if part)
 
+    def is_activation(self, node: Node) -> bool:
+        """Whether the node depends on the inputs, and gradients flow through it."""
+        return node not in self.constant and node not in self.inference.from_params
+
     def is_reduction(self, node: Node) -> bool:
         """Whether the node contracts over a sharded axis."""
         return node in self.inference.contracted and self.choice.any_sharded(self.inference.contracted[node])

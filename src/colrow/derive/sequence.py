@@ -18,7 +18,7 @@ from torch.fx import Node
 from colrow.derive.axes import Atom, Dim, leaves
 from colrow.derive.blocks import BlockFinder, Split
 from colrow.derive.flow import Flows
-from colrow.derive.infer import AxisInference, Dims, is_float, is_lookup, shape_of
+from colrow.derive.infer import AxisInference, Dims, is_float, shape_of
 from colrow.derive.table import infer
 from colrow.derive.trace import Trace, is_boundary, label_of
 
@@ -104,7 +104,7 @@ def find_ends(traced: Trace, split: Split, kind: StreamKind) -> tuple[set[Node],
     """Where the stream starts and finishes, and the entries and exits of blocks that lie between."""
     flows, finder = split.flows, split.finder
     entries, exits = split.borders()
-    lookups = {b for b in exits if _is_lookup(finder, b)}
+    lookups = {b for b in exits if finder.is_lookup(b)}
     if kind.starts_at_embedding:
         if not lookups:
             raise NoStreamError("the embedding is not split, so nothing reduces at the start of the stream")
@@ -259,11 +259,6 @@ CHECKS: dict[bool, tuple[Check, ...]] = {
 # ---------------------------------------------------------------------- the two ends
 
 
-def _is_lookup(finder: BlockFinder, boundary: Node) -> bool:
-    name = label_of(boundary).module
-    return any(owner == name and is_lookup(node) for node, owner in finder.owners.items())
-
-
 def _first_layer(flows: Flows, finder: BlockFinder, entries: set[Node]) -> set[Node]:
     """The activations that enter the parent of the first block."""
     ordered = sorted((e for e in entries), key=lambda n: finder.order[n])
@@ -273,9 +268,7 @@ def _first_layer(flows: Flows, finder: BlockFinder, entries: set[Node]) -> set[N
     while name:
         name = name.rpartition(".")[0]
         found = {
-            b
-            for b in finder.boundaries.get(name, [])
-            if label_of(b).direction == "in" and b not in flows.constant and b in flows.live and len(shape_of(b)) >= 3
+            b for b in finder.inputs(name) if b not in flows.constant and b in flows.live and len(shape_of(b)) >= 3
         }
         if found:
             return found
