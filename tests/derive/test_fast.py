@@ -141,7 +141,7 @@ def test_a_model_of_ones_own_runs_on_fast_styles(between: str) -> None:
     ("between", "reason"),
     [
         ("sequence", "the stream meets a value of each sequence in the model"),
-        ("earlier token", "cut in part"),
+        ("earlier token", "sliced in part"),
         ("other sequences", "averaged over|summed over|reduced"),
         ("position", "the sequence is not dimension 1"),
     ],
