@@ -157,8 +157,8 @@ def _shapes(run: DryRun) -> Iterator[Finding]:
     for name, wanted in run.reference_outputs.items():
         for got, want in zip(run.outputs.get(name, []), wanted, strict=False):
             if _wrong_shape(got, want):
-                kind = "global shape" if got.is_dtensor else "local shape"
-                message = f"its output has the {kind} {got.shape}, the unsharded model's has {want.shape}"
+                which = "global" if got.is_dtensor else "local"
+                message = f"its output has the {which} shape {got.shape}, the unsharded model's has {want.shape}"
                 yield finding(
                     "CR405", name, message, "check the input and output layouts here and in the module before"
                 )

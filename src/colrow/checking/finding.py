@@ -123,7 +123,7 @@ class Finding:
 
 
 def finding_of(error: PlanError, where: str) -> Finding:
-    """What the check makes of an error. An error that is a text alone, such as one of a user's own style, is CR211 at
+    """The finding that reports an error. An error with a text alone, such as one of a user's own style, is CR211 at
     `where`."""
     if not error.code:
         return finding("CR211", where, str(error), "correct the style's options")

@@ -47,7 +47,9 @@ def fused_suspects(model: nn.Module, plan: Plan) -> list[Finding]:
     return found
 
 
-FUSED_FIX = "use a style that splits each part on its own (see the page), or keep the parts in modules of their own"
+FUSED_FIX = (
+    "use a style that splits each matrix on its own (see the page), or keep the matrices in modules of their own"
+)
 
 
 def _names(model: nn.Module, plan: Plan) -> Iterator[Finding]:

@@ -54,5 +54,7 @@ def show(findings: list[Finding], title: str, console: Console) -> None:
             console.print(wrapped(line, console.width, 6), markup=False, soft_wrap=True)
     errors = sum(finding.severity == "error" for finding in findings)
     warnings = len(findings) - errors
-    found = ", ".join(f"{n} {kind}{'' if n == 1 else 's'}" for n, kind in ((errors, "error"), (warnings, "warning")))
+    found = ", ".join(
+        f"{n} {severity}{'' if n == 1 else 's'}" for n, severity in ((errors, "error"), (warnings, "warning"))
+    )
     console.print(wrapped(f"{title}: {found}", console.width), markup=False, soft_wrap=True)

@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
 
 
 def show(shown: PlanReport, console: Console) -> None:
-    """The whole report for a terminal."""
+    """The report for a terminal."""
     console.print(
         f"plan [bold]{shown.plan.name}[/] at tp={shown.tp}, loss {shown.plan.loss}, "
         f"batch {shown.batch_size} × {shown.seq_len} tokens"
@@ -137,8 +137,8 @@ def _collectives(title: str, collectives: list[Collective]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left", title_style="")
     for column in ("pass", "operation", "number", "bytes", "cause"):
         table.add_column(column, overflow="fold", justify="right" if column in ("number", "bytes") else "left")
-    kinds: dict[tuple[str, str, int, str], int] = Counter((c.pass_, c.op, c.bytes, c.cause) for c in collectives)
-    for (pass_, op, bytes_, cause), number in kinds.items():
+    numbers: dict[tuple[str, str, int, str], int] = Counter((c.pass_, c.op, c.bytes, c.cause) for c in collectives)
+    for (pass_, op, bytes_, cause), number in numbers.items():
         table.add_row(pass_, op.replace("_", "-"), str(number), in_units(bytes_), cause)
     return table
 

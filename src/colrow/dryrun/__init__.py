@@ -1,1 +1,1 @@
-"""Running a model on shapes alone: what `dry_run` is made of."""
+"""Running one rank of a model on fake tensors, and simulated ranks."""

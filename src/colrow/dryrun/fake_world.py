@@ -9,7 +9,7 @@ has: a run that follows must not be handed a fake group.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -50,13 +50,19 @@ def materialize_fake(model: nn.Module, dtype: torch.dtype | None) -> None:
         made = torch.empty_like(tensor, device="cpu")
         return made.to(dtype) if dtype is not None and made.is_floating_point() else made
 
+    replace_parameters(model, fake)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = fake(buffer)
+
+
+def replace_parameters(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """Replace each parameter by one that holds `change(param)`. Modules that share a parameter share the new one."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, param in module._parameters.items():
             if param is not None:
                 if id(param) not in made:
-                    made[id(param)] = nn.Parameter(fake(param.detach()), param.requires_grad)
+                    made[id(param)] = nn.Parameter(change(param.detach()), param.requires_grad)
                 module._parameters[name] = made[id(param)]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = fake(buffer)

@@ -58,7 +58,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
 
 def reduced_copy(model: nn.Module, styles: Mapping[str, Style], keep: int = _KEPT) -> ReducedCopy:
-    """`meta_copy` with at most `keep` blocks of each kind in each outermost list of blocks."""
+    """`meta_copy` with at most `keep` blocks of each kind in each stack of blocks."""
     model = meta_copy(model)
     original_names: dict[str, str] = {}
     repeats: dict[str, int] = {}
@@ -67,13 +67,13 @@ def reduced_copy(model: nn.Module, styles: Mapping[str, Style], keep: int = _KEP
         if not list_name:
             continue  # the model itself is the list, and its callers name its entries
         blocks = dict(container.named_children())
-        kinds: dict[Any, list[str]] = defaultdict(list)
+        groups: dict[Any, list[str]] = defaultdict(list)
         for key, block in blocks.items():
-            kinds[_kind(block, f"{list_name}.{key}", styles)].append(key)
-        if all(len(keys) <= keep for keys in kinds.values()):
+            groups[_block_key(block, f"{list_name}.{key}", styles)].append(key)
+        if all(len(keys) <= keep for keys in groups.values()):
             continue
         kept: dict[str, int] = {}  # key: number of blocks that it stands for
-        for keys in kinds.values():
+        for keys in groups.values():
             kept |= dict.fromkeys(keys[:keep], 1)
             kept[keys[:keep][-1]] += len(keys) - len(keys[:keep])
         for key in blocks:
@@ -88,8 +88,8 @@ def reduced_copy(model: nn.Module, styles: Mapping[str, Style], keep: int = _KEP
     return ReducedCopy(model, original_names, repeats)
 
 
-def _kind(block: nn.Module, name: str, styles: Mapping[str, Style]) -> tuple[Any, ...]:
-    """Equal for blocks that a dry run cannot tell apart."""
+def _block_key(block: nn.Module, name: str, styles: Mapping[str, Style]) -> tuple[Any, ...]:
+    """What blocks must have in common to be equal for a dry run."""
     facts: list[Any] = []
     for inner, module in block.named_modules():
         plain = tuple(

@@ -95,16 +95,16 @@ def _same_divisibility(small: int, big: int, tp: int) -> bool:
 def shrink_huggingface(config: Any, tp: int) -> Any:
     """A config of the same family with small sizes."""
     small = copy.deepcopy(config)
-    kinds: Sequence[Any] = getattr(config, "layer_types", None) or ()
+    layer_types: Sequence[Any] = getattr(config, "layer_types", None) or ()
     layers = _first(config, LAYERS) or 2
-    keep = min(layers, max([2, *(list(kinds).index(kind) + 1 for kind in set(kinds))]))
+    keep = min(layers, max([2, *(list(layer_types).index(name) + 1 for name in set(layer_types))]))
     query = _first(config, QUERY_HEADS) or 1
     heads, kv = shrink_heads(query, _first(config, KV_HEADS) or query, tp)
     dim = 8
     width = shrink_width(_first(config, WIDTH) or heads * dim, tp, heads * dim)
     _set(small, LAYERS, keep)
-    if kinds:
-        small.layer_types = list(kinds)[:keep]
+    if layer_types:
+        small.layer_types = list(layer_types)[:keep]
     _set(small, QUERY_HEADS, heads)
     _set(small, KV_HEADS, kv)
     _set(small, WIDTH, width)

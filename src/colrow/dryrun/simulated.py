@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from colrow.dryrun.fake_world import replace_parameters
 from colrow.errors import PlanError
 from colrow.ops.parallel_linear import OPERATORS
 from colrow.torch_compat import (
@@ -25,12 +26,12 @@ from colrow.torch_compat import (
 
 
 class Simulation:
-    """The mesh, and what each rank has."""
+    """A mesh whose ranks run side by side in this process."""
 
     def __init__(self, mesh: DeviceMesh, mode: Any) -> None:
         self.mesh, self._mode = mesh, mode
 
-    def parts(self, tensor: Tensor) -> dict[int, Tensor]:
+    def local_tensors(self, tensor: Tensor) -> dict[int, Tensor]:
         """A local tensor's value on each rank."""
         locals_ = tensors_of_ranks(tensor)
         if locals_ is None:
@@ -38,24 +39,16 @@ class Simulation:
         with self._mode.disable():
             return {rank: locals_[rank].clone() for rank in sorted(locals_)}
 
-    def spread(self, model: nn.Module) -> None:
-        """Give parameters memory for each rank: in one memory, a step in place would be taken tp times."""
-        made: dict[int, nn.Parameter] = {}
+    def copy_parameters_to_ranks(self, model: nn.Module) -> None:
+        """Give each rank its own memory for parameters: in shared memory, an in-place step would be taken tp times."""
+        ranks = range(self.mesh.size())
         with self._mode.disable():
-            for module in model.modules():
-                for name, param in module._parameters.items():
-                    if param is not None:
-                        if id(param) not in made:
-                            each = from_tensors_of_ranks(
-                                {rank: param.detach().clone() for rank in range(self.mesh.size())}
-                            )
-                            made[id(param)] = nn.Parameter(each, param.requires_grad)
-                        module._parameters[name] = made[id(param)]
+            replace_parameters(model, lambda param: from_tensors_of_ranks({rank: param.clone() for rank in ranks}))
 
 
 class _Inside(TorchDispatchMode):
-    """Runs what is inside the operators of `ops.parallel_linear` on all ranks' tensors: taken rank by rank, as torch
-    takes an operator that it does not know, their collectives would meet nobody."""
+    """Runs the bodies of the operators of `ops.parallel_linear` on all ranks' tensors at once. LocalTensorMode would
+    run an operator that it does not know rank by rank, and its collectives would find no other rank."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inside = OPERATORS.get(str(func.name())) if hasattr(func, "name") else None
@@ -74,7 +67,7 @@ def simulated_ranks(tp: int) -> Iterator[Simulation]:
     dist.init_process_group("fake", store=fake_store(), rank=0, world_size=tp)
     try:
         with local_tensor_mode(tp) as mode, _Inside():
-            # a name of its own: DTensor's caches would hand these groups to a real mesh called alike
+            # a name of its own: DTensor's caches would return these groups for a real mesh of the same name
             yield Simulation(init_device_mesh("cpu", (tp,), mesh_dim_names=("simulated",)), mode)
     finally:
         dist.destroy_process_group()

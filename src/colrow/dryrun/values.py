@@ -1,4 +1,4 @@
-"""What a dry run knows of each local tensor, and how an operation hands that on to its results.
+"""What a dry run knows of each local tensor, and how an operation passes that to its results.
 
 [Note: equal and varying]
 A local tensor is *equal* when every rank holds the same values, *varying* when ranks may differ. Inputs and replicated

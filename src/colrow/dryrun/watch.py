@@ -160,7 +160,7 @@ class Watch(TorchDispatchMode):
             self.unmatched_log_softmaxes -= 1
 
     def _local(self, op: Op) -> None:
-        """Arithmetic on this rank. The order matters: whether a term is an addend is asked of the values after `op`."""
+        """Arithmetic on this rank. The order matters: the rule on addends reads the values after `op`."""
         rules.track_share(self._values, op, self._tp)
         rules.track_varying(self._values, op)
         rules.track_addend(self._values, op)
@@ -170,34 +170,34 @@ class Watch(TorchDispatchMode):
 
     def _functional(self, op: Op) -> None:
         """A collective that returns a new tensor, as DTensor's do; `wait_tensor` and the like move nothing."""
-        kind = op.facts.collective
-        if not kind:
+        collective = op.facts.collective
+        if not collective:
             self._local(op)
             return
         value, backward = self._values[op.inputs[0]], self._modules.in_backward()
         change, implicit = _reason()
-        repeated = kind == "all_gather" and backward in value.gathered_in
+        repeated = collective == "all_gather" and backward in value.gathered_in
         value.gathered_in.add(backward)
         nbytes = max(_nbytes(op.inputs), _nbytes(op.outputs))
-        self._event(kind, op.inputs[0], nbytes, change=change, implicit=implicit, repeated=repeated)
-        sums = kind in ("all_reduce", "reduce_scatter") and "sum" in [a for a in op.args if isinstance(a, str)]
-        # a change of placement is DTensor's own: what was declared is judged where it was declared
+        self._event(collective, op.inputs[0], nbytes, change=change, implicit=implicit, repeated=repeated)
+        sums = collective in ("all_reduce", "reduce_scatter") and "sum" in [a for a in op.args if isinstance(a, str)]
+        # With a change, DTensor redistributes: its placement was compared with the tensor when it was declared.
         if sums and not change and not self.varies(op.inputs[0]):
             self._mismatch("equal_summed")
         if sums and value.has_addend:
             self._mismatch("addend_summed")
         for out in op.outputs:
-            self._values[out].varying = kind not in EQUAL_AFTER
+            self._values[out].varying = collective not in EQUAL_AFTER
 
     def _in_place(self, op: Op) -> None:
         """A collective that writes into its first tensor; this project's operations call these."""
-        kind = op.facts.collective
-        if not kind:
+        collective = op.facts.collective
+        if not collective:
             self._local(op)
             return
         target = op.inputs[0]
-        self._event(kind, op.inputs[-1], max(_nbytes([x]) for x in op.inputs))
-        varying = kind not in EQUAL_AFTER
+        self._event(collective, op.inputs[-1], max(_nbytes([x]) for x in op.inputs))
+        varying = collective not in EQUAL_AFTER
         self._values[target].varying = self._values.storage(target).varying = varying
 
     def _own_operator(self, op: Op) -> None:
@@ -206,14 +206,16 @@ class Watch(TorchDispatchMode):
             self._mismatch("equal_summed")
         elif op.name == "scatter_sum" and self._values[op.args[0]].has_addend:
             self._mismatch("addend_summed")
-        for kind, sent, nbytes in traffic(op.name, op.args, op.outputs):
-            self._event(kind, sent, nbytes)
+        for collective, sent, nbytes in traffic(op.name, op.args, op.outputs):
+            self._event(collective, sent, nbytes)
         for out in op.outputs:
             self._values[out].varying = op.name not in ("gather", "whole")
 
-    def _event(self, kind: str, sent: Tensor, nbytes: int, **known: Any) -> None:
+    def _event(self, collective: str, sent: Tensor, nbytes: int, **known: Any) -> None:
         dtype = str(sent.dtype).removeprefix("torch.")
-        self.events.append(Event(kind, self._modules.current(), self._modules.in_backward(), nbytes, dtype, **known))
+        self.events.append(
+            Event(collective, self._modules.current(), self._modules.in_backward(), nbytes, dtype, **known)
+        )
 
     # -- declarations ----------------------------------------------------------------------------------------------
 
@@ -280,7 +282,7 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _parameter_of_node() -> nn.Parameter | None:
-    """The parameter into which the running backward node hands its gradient."""
+    """The parameter that the running backward node passes its gradient to."""
     node: Any = current_autograd_node()
     for following, _ in node.next_functions if node is not None else ():
         variable = getattr(following, "variable", None)

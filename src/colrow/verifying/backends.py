@@ -39,8 +39,8 @@ def run_local(task: Task, plan: Plan) -> Observed:
     model = copy.deepcopy(task.model)
     try:
         with simulated_ranks(task.tp) as simulation:
-            simulation.spread(model)
-            return sharded_step(task, model, plan, simulation.mesh, simulation.parts)
+            simulation.copy_parameters_to_ranks(model)
+            return sharded_step(task, model, plan, simulation.mesh, simulation.local_tensors)
     except ColrowError:
         raise
     except Exception as error:
