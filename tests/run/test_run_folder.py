@@ -10,6 +10,7 @@ import pytest
 from colrow.config import RunConfig, dump_config
 from colrow.errors import ConfigError
 from colrow.plans.plan import Plan
+from colrow.run.preflight import resolve
 from colrow.run.run_folder import CONFIG, changed_keys, claimed, read_plan, require_free, write_plan
 
 HOLD = """
@@ -75,3 +76,12 @@ def test_ranks_read_the_plan_of_their_own_launcher(tmp_path: Path) -> None:
     write_plan(tmp_path / "run", Plan.preset("llama"))
     with pytest.raises(ConfigError, match=r"plan.yaml was changed .* set run.dir to another folder"):
         read_plan(tmp_path / "run", digest)
+
+
+def test_a_run_of_an_older_version_goes_on(config: Callable[..., RunConfig]) -> None:
+    """`model.implementation` was `colrow` where nothing was given; it is `auto` now, and resolved."""
+    run = resolve(config())
+    run.run.dir.mkdir()
+    old = dump_config(config(**{"model.implementation": "colrow"}))
+    (run.run.dir / CONFIG).write_text(old)
+    assert changed_keys(run) == []

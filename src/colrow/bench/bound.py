@@ -1,13 +1,12 @@
-"""What a step could take at best: its work at rates that one kind of work reaches alone.
+"""A lower bound of a step's time: its work, at the rates that each kind of work reaches alone.
 
-    products    6 FLOPs a parameter and token (the embedding is a look-up)
+    matmuls     6 FLOPs a parameter and token (the embedding is a look-up)
     attention   2 S d FLOPs a token and layer forward under the causal mask, 2.5 times that backward
-    memory      every other byte that has to move: norms, residuals, rope, SwiGLU, the loss, the optimizer
+    memory      bytes that everything else reads and writes: norms, residuals, rope, SwiGLU, the loss, the optimizer
     tp          8 collectives a layer and 4 at the ends, each of one activation
 
-`hidden` has all collectives behind other work, `exposed` those of tp in front of it; FSDP's count as hidden in both.
-Neither leaves the CPU anything to do. So a fraction of the bound says how much is left to win, and not how well a GPU
-is used (that is MFU).
+`hidden` overlaps all collectives with other work, `exposed` none of tp's; FSDP's are overlapped in both. The CPU's time
+is not counted. A step's fraction of the bound says how much is left to win; how well a GPU is used is what MFU says.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from colrow.train.metrics import of_device
 
 @dataclass(frozen=True)
 class Rates:
-    """What was measured inside steps: FLOP/s (attention by the causal count) and bytes/s.
+    """Rates measured inside steps: FLOP/s (attention by the causal count) and bytes/s.
 
     Args:
-        bus: by the number of ranks, bytes that leave a rank per second, n-1 n-ths of a gathered activation.
+        bus: bytes/s that a rank sends, by the number of ranks n; of a gathered activation it sends (n - 1) / n.
     """
 
-    products: float
+    matmuls: float
     attention_forward: float
     attention_backward: float
     memory: float
@@ -38,7 +37,7 @@ class Rates:
 RATES = {"H200": Rates(746e12, 567e12, 472e12, 4.0e12, {2: 190e9, 4: 290e9})}
 """By a part of the GPU's name; bf16, NVLink, torch 2.11. tp over other numbers of ranks has no `exposed` bound."""
 OPTIMIZER_BYTES = 42
-"""A parameter: AdamW 28, the gradient's norm and clipping 10, the bf16 copy 4."""
+"""Bytes a parameter: AdamW 28, the gradient's norm and clipping 10, the bf16 copy 4."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +49,16 @@ class Bound:
 
 
 def bound(config: LlamaConfig, mesh: Mesh, seq_len: int, tokens: int, device_name: str) -> Bound | None:
-    """The bounds of a step of `tokens` over all ranks; None for GPUs without rates and for pipelines."""
+    """The bounds of a step of `tokens`, counted over all ranks; None for GPUs without rates and for pipelines."""
     rates = of_device(RATES, device_name)
     if rates is None or mesh.pp > 1:
         return None
-    own = tokens / mesh.world_size  # activations are shared by tp, whether along the sequence or along features
+    own = tokens / mesh.world_size  # tp splits activations too, along the sequence or along features
     layers, width = config.num_hidden_layers, config.num_attention_heads * config.head_dim
     attention = 2 * seq_len * width * layers * own
-    products = flops_per_token(config, seq_len, causal=True) * own - 3 * attention
+    matmuls = flops_per_token(config, seq_len, causal=True) * own - 3 * attention
     compute = (
-        products / rates.products
+        matmuls / rates.matmuls
         + attention / rates.attention_forward
         + 2.5 * attention / rates.attention_backward
         + (_bytes_per_token(config) * own + OPTIMIZER_BYTES * _parameters(config) / (mesh.tp * mesh.dp_shard))

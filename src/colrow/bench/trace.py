@@ -1,7 +1,7 @@
-"""What a profiler's trace of one step says: time in kernels by kind, communication that nothing hides, idle time.
+"""Reads a profiler's trace of one step: time in kernels by kind, exposed communication, idle time.
 
-The trace is the one that torch.profiler exports for Chrome. There the kinds of events are told apart: annotations,
-which enclose kernels and would be counted twice, have a category of their own.
+The trace is the one that torch.profiler exports for Chrome. Annotations enclose kernels and would count them twice:
+they have a category of their own there, which is left out.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class StepTrace:
 
     Attributes:
         span: from the first kernel to the end of the last.
-        busy: at least one kernel runs.
+        busy: time in which at least one kernel runs.
         communication: sum over NCCL's kernels, in which a rank also waits for the others, and copies to peers.
-        exposed: these run and nothing else does. A stream that waits for a peer's copy shows as idle.
-        kinds: sum over kernels of a kind.
+        exposed: time in which these run and nothing else. A stream that waits for a peer's copy counts as idle.
+        kinds: sum over kernels, by kind.
         collectives: number of NCCL's kernels by kind, and of copies to peers; on CPUs of c10d's calls.
-        operators: number of calls of this project's operators, of its carriers' sends, and of 8-bit products; of those
-            captured, where the step replays CUDA graphs.
+        operators: number of calls of colrow's operators, of its sends of chunks, and of fp8 matmuls; with CUDA graphs,
+            those of the captured step.
         kernels: number of kernels.
         graph_launches: number of CUDA graphs that the host launched.
     """
@@ -59,7 +59,7 @@ class StepTrace:
 
     @property
     def idle(self) -> float | None:
-        """No kernel runs."""
+        """Time in which no kernel runs."""
         return None if self.span is None or self.busy is None else self.span - self.busy
 
     def to_data(self) -> dict[str, Any]:
@@ -68,13 +68,13 @@ class StepTrace:
 
 
 def read_trace(path: Path) -> StepTrace:
-    """The figures of a Chrome trace with one step in it."""
+    """The times and counts of a Chrome trace of one step."""
     events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
     return from_events([event for event in events if event.get("ph") == "X"])
 
 
 def from_events(events: list[dict[str, Any]]) -> StepTrace:
-    """The figures of complete events: `cat`, `name`, `ts` and `dur` in microseconds."""
+    """The times and counts of complete events: `cat`, `name`, `ts` and `dur` in microseconds."""
     own = ("colrow::", "aten::_scaled_mm")
     on_cpu = [event for event in events if event.get("cat") in ("cpu_op", "user_annotation")]
     operators = Counter(event["name"] for event in on_cpu if event["name"].startswith(own))

@@ -1,4 +1,4 @@
-"""The `colrow` command: one module a verb, imported only when its verb is asked for."""
+"""The `colrow` command: one module for each verb, imported when it is called, so that `--help` is quick."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ VERBS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb. Exit status: 0 done, 1 the verb's own 'no', 2 bad usage or input."""
+    """Run one verb. Exit status: 0 done, 1 the verb's negative result, 2 bad usage or input."""
     args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help"):
         print("usage: colrow VERB ...\n")
         for verb, what in VERBS.items():
             print(f"  {verb:12} {what}")
-        print("\n`colrow VERB --help` tells the rest.")
+        print("\n`colrow VERB --help` lists its flags.")
         return 0 if args else 2
     verb, rest = args[0], args[1:]
     if verb not in VERBS:

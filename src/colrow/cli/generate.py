@@ -31,7 +31,7 @@ class Flags:
     seed: int = 0
     """The same seed gives the same text."""
     step: int | None = None
-    """Of a run's checkpoint; the newest whole one unless given."""
+    """Of a run's checkpoint; the newest complete one unless given."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """CPUs compute in float32, GPUs in bfloat16."""
 
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
 
     on_gpu = torch.cuda.is_available() if flags.device == "auto" else flags.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
-        raise ConfigError("device cuda was asked for, and torch sees no GPU here: leave --device out")
+        raise ConfigError("device cuda is requested, and torch sees no GPU here: leave --device out")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)

@@ -1,4 +1,4 @@
-"""What RUN_OR_EXPORT names: a model, the weights to fill it with, and its tokenizer. And the ranks that share them."""
+"""What RUN_OR_EXPORT names: a model, its stored weights and its tokenizer; and the ranks that share them."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _run(path: Path, step: int | None) -> SavedModel:
 
 @contextmanager
 def torchrun_ranks(backend: str) -> Iterator[int]:
-    """How many ranks there are: under torchrun all of its, which have joined their group; otherwise 1."""
+    """Join the default process group under torchrun. Yields the number of ranks, 1 without torchrun."""
     world_size = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
     if world_size == 1:
         yield 1
