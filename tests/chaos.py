@@ -44,7 +44,7 @@ class Kill:
     asynchronous: bool
     metrics: int
     """The last step in metrics.jsonl just after it."""
-    whole: int
+    complete: int
     """The step of the newest checkpoint under a final name, 0 for none."""
     unfinished: bool
     """Whether it left a save that had begun."""
@@ -232,9 +232,9 @@ class Chaos:
                 _kill(ranks[i])
             victims = f"rank{'s' if len(chosen) > 1 else ''} {' and '.join(map(str, chosen))}"
         names = os.listdir(self._checkpoints) if self._checkpoints.exists() else []
-        whole = [int(name.removeprefix("step-")) for name in names if re.fullmatch(r"step-\d+", name)]
+        complete = [int(name.removeprefix("step-")) for name in names if re.fullmatch(r"step-\d+", name)]
         left = any(name.endswith(".unfinished") for name in names)
-        return Kill(moment, victims, asynchronous, self._last_step(), max(whole, default=0), left)
+        return Kill(moment, victims, asynchronous, self._last_step(), max(complete, default=0), left)
 
     @property
     def _metrics(self) -> Path:
@@ -248,7 +248,7 @@ class Chaos:
         return _inode(self._metrics), self._saving()
 
     def _saving(self) -> set[tuple[str, int]]:
-        """Saves that have begun, told from leftovers of killed ones by the time: inodes are used again."""
+        """Saves that have begun, distinguished from leftovers of killed ones by time: inodes are used again."""
         found = set()
         for path in self._checkpoints.glob("*.unfinished"):
             with suppress(FileNotFoundError):

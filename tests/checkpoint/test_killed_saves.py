@@ -1,4 +1,4 @@
-"""A save that is killed at any moment leaves a whole checkpoint, and nothing that is taken for one."""
+"""A save that is killed at any moment leaves a complete checkpoint, and nothing that is taken for one."""
 
 from __future__ import annotations
 

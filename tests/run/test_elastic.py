@@ -39,7 +39,7 @@ def test_two_agents_bring_a_killed_worker_back_without_a_gap_or_a_repeated_step(
     (kill,) = chaos.train(1)
     assert kill.moment == "step"
     assert kill.victims == "rank 1"
-    assert 0 < kill.whole <= kill.metrics < STEPS
+    assert 0 < kill.complete <= kill.metrics < STEPS
     assert "continues  after step" in chaos.text
     assert "tp=2 spans hosts of 1 ranks" in chaos.text
     assert differences(undisturbed, figures(folder / "elastic")) == []

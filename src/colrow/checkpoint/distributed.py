@@ -186,7 +186,7 @@ class Checkpoints:
         text = as_json(extra)
         named = model_tensors(model, self.tied)
         stored = named if optimizer is None else named + optimizer_tensors(optimizer, named)
-        pieces = [piece for one in stored for piece in one.pieces()]
+        pieces = [piece for item in stored for piece in item.pieces()]
         manifest = Manifest(
             step=step,
             saved=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -255,9 +255,9 @@ class Checkpoints:
 def _mesh_of(named: list[NamedTensor], ranks: int) -> Mesh | None:
     """The mesh of the parameters, if it has all of the ranks."""
     degrees: dict[str, int] = {}
-    for one in named:
-        if isinstance(one.tensor, DTensor):
-            device_mesh = one.tensor.device_mesh
+    for item in named:
+        if isinstance(item.tensor, DTensor):
+            device_mesh = item.tensor.device_mesh
             degrees.update(zip(device_mesh.mesh_dim_names or (), device_mesh.shape, strict=False))
     mesh = Mesh(**{axis: n for axis, n in degrees.items() if axis in AXES})
     return mesh if mesh.world_size == ranks else None

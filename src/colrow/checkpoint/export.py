@@ -43,18 +43,15 @@ _EXPORT_FILES = (
 
 
 class SavableTokenizer(Protocol):
-    """What an export needs of a tokenizer."""
+    """What an export needs of a tokenizer: the ids that end and begin a text, and `save` into a folder."""
 
     @property
-    def eos_id(self) -> int:
-        """The token that ends a text."""
+    def eos_id(self) -> int: ...
 
     @property
-    def prefix(self) -> list[int]:
-        """The tokens that begin every text; often none."""
+    def prefix(self) -> list[int]: ...
 
-    def save(self, path: Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json into a folder."""
+    def save(self, path: Path) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,7 @@ def export(
 def _pieces(model: Model) -> list[Piece]:
     named = named_tensors(model)
     parts = parts_of(named, parts_for(model, shapes_of(named)) if isinstance(model, nn.Module) else {})
-    return [piece for one in named for piece in in_parts(one.pieces(), parts[one.name])]
+    return [piece for item in named for piece in in_parts(item.pieces(), parts[item.name])]
 
 
 def split_files(tensors: dict[str, GlobalTensor], max_bytes: int) -> list[ShardFile]:
@@ -212,6 +209,7 @@ def _finish(
     flush(unfinished)
     previous = folder.parent / f".{folder.name}.former"
     shutil.rmtree(previous, ignore_errors=True)
+    # A folder cannot be replaced by one rename. A kill between these two leaves both exports, under hidden names.
     if folder.exists():
         os.rename(folder, previous)
     try:

@@ -82,8 +82,8 @@ class Folder:
     def commit(self, step: int) -> None:
         """Give the written checkpoint its name. Its files are on the disk already."""
         written, final, previous = self.unfinished(step), self.final(step), self.root / f"step-{step}.former"
-        flush(written)
-        if final.exists():
+        flush(written)  # the names of its files, before the folder gets its own
+        if final.exists():  # no single rename replaces a folder: between the two, `.former` is complete
             os.rename(final, previous)
         os.rename(written, final)
         flush(self.root)

@@ -44,12 +44,12 @@ def load_weights(model: Model, folder: Path | str) -> None:
     named = named_tensors(model)
     known = parts_in(model, shapes_of(named, but=files), files) if isinstance(model, nn.Module) else {}
     parts = parts_of(named, known)
-    needed = {part.name: part.shape for one in named for part in parts[one.name]}
+    needed = {part.name: part.shape for item in named for part in parts[item.name]}
     _require_same_names(folder, files, needed, _expected(model, needed))
     _require_same_shapes(folder, files, needed)
     by_file: dict[Path, list[Piece]] = {}
-    for one in named:
-        for piece in in_parts(one.pieces(), parts[one.name]):
+    for item in named:
+        for piece in in_parts(item.pieces(), parts[item.name]):
             by_file.setdefault(files[piece.name], []).append(piece)
     with torch.no_grad():
         for file, pieces in by_file.items():
@@ -60,12 +60,12 @@ def load_weights(model: Model, folder: Path | str) -> None:
 
 def named_tensors(model: Model) -> list[NamedTensor]:
     """The tensors that this rank holds, under the names of a Hugging Face folder."""
-    named = [replace(one, name=name_to_huggingface(one.name)) for one in model_tensors(model)]
+    named = [replace(item, name=name_to_huggingface(item.name)) for item in model_tensors(model)]
     if (ties := _ties(model)) is not None:
-        return [replace(one, name=ties.get(one.name, one.name)) for one in named]
+        return [replace(item, name=ties.get(item.name, item.name)) for item in named]
     if not _is_tied(model):
         return named
-    return [replace(one, name=_EMBEDDING) if one.name == _HEAD else one for one in named]
+    return [replace(item, name=_EMBEDDING) if item.name == _HEAD else item for item in named]
 
 
 def _stages(model: Model) -> list[nn.Module]:
@@ -73,7 +73,7 @@ def _stages(model: Model) -> list[nn.Module]:
 
 
 def shapes_of(named: Sequence[NamedTensor], but: Container[str] = ()) -> Shapes:
-    return {one.name: tuple(one.tensor.shape) for one in named if one.name not in but}
+    return {item.name: tuple(item.tensor.shape) for item in named if item.name not in but}
 
 
 def parts_of(named: Sequence[NamedTensor], known: dict[str, list[Part]]) -> dict[str, list[Part]]:
@@ -92,7 +92,7 @@ def _ties(model: Model) -> dict[str, str] | None:
 
 
 def _expected(model: Model, needed: Iterable[str]) -> set[str]:
-    """The names of the complete model, of which a pipeline stage holds some."""
+    """The names of the complete model: a pipeline stage holds some, and the others are not unexpected in the folder."""
     names = {*needed, *(_ties(model) or ())}
     for part in _stages(model):
         config = getattr(part, "config", None)

@@ -83,14 +83,14 @@ def targets_of(
         make_optimizer_state(optimizer, named, index)
         restore_record(optimizer, named, record)
         stored += optimizer_tensors(optimizer, named)
-    return [piece for one in stored for piece in one.pieces()]
+    return [piece for item in stored for piece in item.pieces()]
 
 
 def signature(named: list[NamedTensor]) -> dict[str, TensorRecord]:
     """Global shapes and dtypes by name, as a manifest states them."""
     return {
-        one.name: TensorRecord(shape=list(one.tensor.shape), dtype=str(one.tensor.dtype).removeprefix("torch."))
-        for one in named
+        item.name: TensorRecord(shape=list(item.tensor.shape), dtype=str(item.tensor.dtype).removeprefix("torch."))
+        for item in named
     }
 
 

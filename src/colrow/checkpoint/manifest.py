@@ -264,6 +264,7 @@ def unlisted(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def _checksum(body: JSON) -> int:
+    # of one canonical text, so that white space in the file plays no role
     return zlib.crc32(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
 
 

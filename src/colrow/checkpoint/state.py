@@ -75,7 +75,11 @@ def model_tensors(model: nn.Module | Sequence[nn.Module], tied: Mapping[str, str
 def optimizer_tensors(optimizer: Optimizer, named: list[NamedTensor]) -> list[NamedTensor]:
     """The optimizer's tensors, each laid out as its parameter is. Collective where one of them is not."""
     return [
-        NamedTensor(f"{OPTIMIZER_PREFIX}{owner.name}.{key}", _aligned(value, owner, key), _packed_like(value, owner))
+        NamedTensor(
+            f"{OPTIMIZER_PREFIX}{owner.name}.{key}",
+            _aligned(value, owner, key),
+            owner.packed if value.shape == owner.tensor.shape else None,  # a step count has no segments
+        )
         for owner, param in _owners(optimizer, named)
         for key, value in optimizer.state.get(param, {}).items()
         if isinstance(value, Tensor)
@@ -109,18 +113,13 @@ def merge_records(records: Sequence[OptimizerRecord]) -> OptimizerRecord:
     """One record of what several pipeline stages hold: groups are joined by position and options."""
     groups: list[GroupRecord] = []
     for position in range(max(len(record.groups) for record in records)):
-        here: list[GroupRecord] = []
+        joined: dict[str, GroupRecord] = {}  # by options: a stage may have other groups than the next
         for record in records:
-            if position >= len(record.groups):
-                continue
-            group = record.groups[position]
-            same = next((i for i, other in enumerate(here) if other.options == group.options), None)
-            if same is None:
-                here.append(group)
-            else:
-                joined = list(dict.fromkeys(here[same].names + group.names))
-                here[same] = GroupRecord(names=joined, options=group.options)
-        groups += here
+            for group in record.groups[position : position + 1]:
+                key = repr(group.options)
+                names = joined[key].names + group.names if key in joined else group.names
+                joined[key] = GroupRecord(names=list(dict.fromkeys(names)), options=group.options)
+        groups += joined.values()
     values = {name: value for record in records for name, value in record.values.items()}
     return OptimizerRecord(kind=records[0].kind, groups=groups, values=values)
 
@@ -172,10 +171,10 @@ def restore_record(optimizer: Optimizer, named: list[NamedTensor], record: Optim
             )
         for key, value in choices[0].items() if choices else ():
             current = group.get(key)
-            if isinstance(current, Tensor):
+            if isinstance(current, Tensor):  # a CUDA graph reads lr from this very storage
                 current.fill_(value)
             else:
-                group[key] = tuple(value) if isinstance(current, tuple) else value
+                group[key] = tuple(value) if isinstance(current, tuple) else value  # JSON has no tuples (betas)
     for owner, param in _owners(optimizer, named):
         if owner.name in record.values:
             optimizer.state[param].update(record.values[owner.name])
@@ -192,7 +191,7 @@ def require_same_class(optimizer: Optimizer, record: OptimizerRecord) -> None:
 
 def _owners(optimizer: Optimizer, named: list[NamedTensor]) -> Iterator[tuple[NamedTensor, Tensor]]:
     """Each of the optimizer's parameters, with its name in the model."""
-    by_id = {id(one.tensor): one for one in named}
+    by_id = {id(item.tensor): item for item in named}
     for group in optimizer.param_groups:
         for param in group["params"]:
             if id(param) not in by_id:
@@ -207,6 +206,7 @@ def _aligned(value: Tensor, owner: NamedTensor, key: str) -> Tensor:
     assert "." not in key, f"the optimizer's state {key!r} has a dot in its name"
     param = owner.tensor
     if isinstance(param, DTensor) and isinstance(value, DTensor):
+        # Some optimizers keep state replicated, or as a partial sum: it is stored as the parameter is sharded.
         if value.shape == param.shape and value.placements != param.placements:
             return value.redistribute(param.device_mesh, param.placements)
     elif isinstance(param, DTensor) and value.ndim > 0:
@@ -217,20 +217,14 @@ def _aligned(value: Tensor, owner: NamedTensor, key: str) -> Tensor:
     return value
 
 
-def _packed_like(value: Tensor, owner: NamedTensor) -> Packed | None:
-    return owner.packed if value.shape == owner.tensor.shape else None
-
-
 def _fits(value: object, stored: StoredTensor, param: Tensor) -> bool:
     if not isinstance(value, Tensor) or list(value.shape) != stored.shape:
         return False
     if value.dtype != DTYPE_OF_NAME[stored.dtype]:
         return False
-    return value.ndim == 0 or not isinstance(param, DTensor) or _placements(value) == param.placements
-
-
-def _placements(value: Tensor) -> Any:
-    return value.placements if isinstance(value, DTensor) else None
+    if value.ndim == 0 or not isinstance(param, DTensor):
+        return True
+    return isinstance(value, DTensor) and value.placements == param.placements
 
 
 def _zeros(name: str, key: str, stored: StoredTensor, param: Tensor, group: dict[str, Any]) -> Tensor:

@@ -77,7 +77,7 @@ def write_tensors(path: Path, entries: Sequence[Entry], metadata: dict[str, str]
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # the format wants the data to begin at a multiple of 8
     head = len(text).to_bytes(8, "little") + text
     checksum = zlib.crc32(head)
     with path.open("xb") as file:
@@ -165,5 +165,5 @@ def into_files(items: Iterable[T], bytes_of: Callable[[T], int], max_bytes: int)
 
 
 def _as_bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    flat = tensor.detach().cpu().contiguous().reshape(-1)  # viewed as bytes, since numpy has no bfloat16 and no fp8
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
