@@ -1,4 +1,4 @@
-"""How ranks are arranged: the four degrees and the DeviceMesh that they make.
+"""How ranks are arranged: the degrees of a mesh, the DeviceMesh that they make, and what each of its axes means.
 
 Axes from the outside in: `pp` pipeline stages, `dp_replicate` copies, `dp_shard` FSDP shards, `tp` tensor parallel.
 Neighbouring ranks share the innermost axis, so tp, which communicates in every layer, stays inside a node.
@@ -6,15 +6,40 @@ Neighbouring ranks share the innermost axis, so tp, which communicates in every 
 
 from __future__ import annotations
 
-from itertools import product
+from collections.abc import Iterator
+from dataclasses import dataclass
 from math import prod
 
+import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from colrow.errors import ConfigError
 
-AXES = ("pp", "dp_replicate", "dp_shard", "tp")
+
+@dataclass(frozen=True)
+class AxisRole:
+    """In what the ranks along an axis differ.
+
+    Attributes:
+        parameters: they hold different parameters, or different shards. A gradient norm is summed over the axis, and
+            each rank writes what it holds to a checkpoint. Otherwise they are copies: one of them counts and writes.
+        batches: they read different micro-batches. Gradients and losses are averaged over the axis, and random numbers
+            differ. Otherwise they must read the same ones.
+    """
+
+    parameters: bool
+    batches: bool
+
+
+ROLES = {
+    "pp": AxisRole(parameters=True, batches=False),
+    "dp_replicate": AxisRole(parameters=False, batches=True),
+    "dp_shard": AxisRole(parameters=True, batches=True),
+    "tp": AxisRole(parameters=True, batches=False),
+}
+"""Every axis, from the outside in. A new one is an entry here, a field of `Mesh`, and the code that uses it."""
+AXES = tuple(ROLES)
 
 
 class Mesh(BaseModel):
@@ -28,8 +53,9 @@ class Mesh(BaseModel):
     tp: PositiveInt = 1
 
     @property
-    def degrees(self) -> tuple[int, int, int, int]:
-        return (self.pp, self.dp_replicate, self.dp_shard, self.tp)
+    def degrees(self) -> tuple[int, ...]:
+        """In the order of AXES."""
+        return tuple(getattr(self, axis) for axis in AXES)
 
     @property
     def world_size(self) -> int:
@@ -38,15 +64,20 @@ class Mesh(BaseModel):
 
     @property
     def dp(self) -> int:
-        """Number of ranks that see different data."""
-        return self.dp_replicate * self.dp_shard
+        """Number of ranks that read different batches."""
+        return prod(getattr(self, axis) for axis in AXES if ROLES[axis].batches)
+
+    @property
+    def tp_alone(self) -> bool:
+        """Whether every other axis has one rank."""
+        return self.world_size == self.tp
 
     def __str__(self) -> str:
         named = [f"{axis} {n}" for axis, n in zip(AXES, self.degrees, strict=True) if n > 1]
         return " × ".join(named) or "1 process"
 
     def build(self, device_type: str, world_size: int) -> DeviceMesh:
-        """The DeviceMesh with all four named axes, over the default process group of `world_size` ranks.
+        """The DeviceMesh with all named axes, over the default process group of `world_size` ranks.
 
         Raises:
             ConfigError: the degrees do not multiply to `world_size`.
@@ -59,21 +90,21 @@ class Mesh(BaseModel):
         if self.world_size == world_size:
             return
         fits = [
-            str(mesh)
-            for pp, replicate, shard in product(_divisors(world_size), repeat=3)
-            if world_size % (pp * replicate * shard) == 0
-            and (mesh := Mesh(pp=pp, dp_replicate=replicate, dp_shard=shard, tp=world_size // (pp * replicate * shard)))
-            and _changes(self, mesh) == 1
+            self.model_copy(update={axis: n})
+            for axis in AXES
+            for n in _divisors(world_size)
+            if self.world_size // getattr(self, axis) * n == world_size
         ]
-        asked = " × ".join(f"{axis}={n}" for axis, n in zip(AXES, self.degrees, strict=True))
-        mend = f"; meshes that fit: {', '.join(fits[:6])}" if fits else ""
+        fits.sort(key=lambda mesh: mesh.degrees)
+        requested = " × ".join(f"{axis}={n}" for axis, n in zip(AXES, self.degrees, strict=True))
+        fix = f"; meshes that fit: {', '.join(map(str, fits[:6]))}" if fits else ""
         raise ConfigError(
-            f"mesh {asked} needs {self.world_size} ranks, but there are {world_size}{mend}; "
+            f"mesh {requested} needs {self.world_size} ranks, but there are {world_size}{fix}; "
             f"or start {self.world_size} ranks"
         )
 
     def warning_across_hosts(self, local_world_size: int) -> str | None:
-        """What to warn of when a tp group would span hosts of `local_world_size` ranks each; None when none does."""
+        """The warning when a tp group would span hosts of `local_world_size` ranks each; None when none does."""
         if self.tp == 1 or self.world_size <= local_world_size or local_world_size % self.tp == 0:
             return None
         fits = max(d for d in _divisors(local_world_size) if self.tp % d == 0)
@@ -88,5 +119,52 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def _changes(a: Mesh, b: Mesh) -> int:
-    return sum(x != y for x, y in zip(a.degrees, b.degrees, strict=True))
+class MeshAxes:
+    """This rank's place on each axis of `mesh`, and what follows from it. An axis that the mesh lacks has one rank.
+
+    Args:
+        mesh: of `Mesh.build`, or a part of one.
+    """
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self._mesh = mesh
+
+    def size(self, axis: str) -> int:
+        return self._mesh[axis].size() if axis in (self._mesh.mesh_dim_names or ()) else 1
+
+    def rank(self, axis: str) -> int:
+        """This rank's index along the axis."""
+        return self._mesh[axis].get_local_rank() if axis in (self._mesh.mesh_dim_names or ()) else 0
+
+    @property
+    def data_rank(self) -> int:
+        """This rank's index of `Mesh.dp` among ranks that read different batches; ranks that read the same share it."""
+        index = 0
+        for axis in AXES:
+            if ROLES[axis].batches:
+                index = index * self.size(axis) + self.rank(axis)
+        return index
+
+    @property
+    def loss_weight(self) -> float:
+        """This rank's weight in a sum over all ranks that gives the mean loss.
+
+        Of the ranks that read the same batches one counts: on the last stage, and first along the other axes.
+        """
+        counts = all(
+            self.rank(axis) == (self.size(axis) - 1 if axis == "pp" else 0) for axis in AXES if not ROLES[axis].batches
+        )
+        return (1.0 if counts else 0.0) / prod(self.size(axis) for axis in AXES if ROLES[axis].batches)
+
+    def norm_groups(self) -> list[dist.ProcessGroup]:
+        """The groups over which squares of gradients are summed, where larger than 1."""
+        return list(self._groups(axis for axis in AXES if ROLES[axis].parameters))
+
+    def same_batch_groups(self) -> list[dist.ProcessGroup]:
+        """The groups whose ranks must read the same batches, where larger than 1."""
+        return list(self._groups(axis for axis in AXES if not ROLES[axis].batches))
+
+    def _groups(self, axes: Iterator[str]) -> Iterator[dist.ProcessGroup]:
+        for axis in axes:
+            if self.size(axis) > 1:
+                yield self._mesh[axis].get_group()

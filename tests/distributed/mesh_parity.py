@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from colrow.mesh import Mesh
+from colrow.mesh import Mesh, MeshAxes
 from colrow.models.llama import Llama
 from colrow.parallel.activation_checkpoint import apply_activation_checkpoint
 from colrow.parallel.data_parallel import apply_data_parallel, set_last_micro_batch
@@ -22,7 +22,7 @@ from colrow.parallel.pipeline import PipelineOptions, PipelineRunner
 from colrow.parallel.pipeline_split import layer_costs, split_layers
 from colrow.parallel.pipeline_stage import Stage, split_stages
 from colrow.plans.plan import Plan
-from colrow.sharding.grad_norm import align_gradients, clip_gradients, grad_norm, norm_groups
+from colrow.sharding.grad_norm import align_gradients, clip_gradients, grad_norm
 from colrow.sharding.layout import full_tensor, packed_of
 from colrow.train.compile import compile_forward
 from distributed.parity import batch, build, cross_entropy, optimizer_of, relative, train_reference
@@ -102,15 +102,15 @@ def run_case(device: str, case: Case) -> Result:
     result = Result()
     names = [name for name, _ in runner.named_parameters()]
     optimizer = optimizer_of(runner.parameters())
-    rank = mesh["dp_replicate"].get_local_rank() * case.mesh.dp_shard + mesh["dp_shard"].get_local_rank()
-    rank = 0 if case.sabotage == "data" else rank
+    axes = MeshAxes(mesh)
+    rank = 0 if case.sabotage == "data" else axes.data_rank
     for step in range(1 if case.sabotage else case.steps):
         ids, targets = batch(device, size=GLOBAL_BATCH, seed=step)
         got = runner.forward_backward(ids.chunk(case.mesh.dp)[rank], targets.chunk(case.mesh.dp)[rank])
         for axis in ("dp_replicate", "dp_shard"):
             dist.all_reduce(got, group=mesh[axis].get_group())
         align_gradients(runner.parameters())
-        groups = norm_groups(mesh)
+        groups = axes.norm_groups()
         counted = runner.parameters() if case.sabotage == "count" else runner.counted_parameters()
         norm = grad_norm(counted, [] if case.sabotage == "norm" else groups)
 

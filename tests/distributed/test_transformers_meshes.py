@@ -10,7 +10,7 @@ from torch import nn
 
 from colrow.config import RunConfig
 from colrow.derive.trace import default_inputs, trace
-from colrow.mesh import Mesh
+from colrow.mesh import Mesh, MeshAxes
 from colrow.plans.plan import Plan
 from distributed.harness import Ranks
 from distributed.parity import relative
@@ -77,8 +77,7 @@ def gradient_errors(device: str, folder: Path) -> dict[str, dict[str, float]]:
             mesh = shape.build(device, dist.get_world_size())
             training = set_up(config, mesh, here, *model_and_plan(config))
             (model,) = training.modules
-            data_rank = mesh["dp_replicate"].get_local_rank() * shape.dp_shard + mesh["dp_shard"].get_local_rank()
-            mine = ids.chunk(shape.dp)[data_rank]
+            mine = ids.chunk(shape.dp)[MeshAxes(mesh).data_rank]
             got = training.step.forward_backward([(mine[:, :-1], mine[:, 1:])])
             for axis in ("dp_replicate", "dp_shard"):
                 dist.all_reduce(got, group=mesh[axis].get_group())

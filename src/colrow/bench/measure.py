@@ -24,6 +24,7 @@ from colrow.bench.one_rank import fake_group
 from colrow.bench.trace import StepTrace, read_trace
 from colrow.config import RunConfig
 from colrow.errors import ConfigError
+from colrow.mesh import MeshAxes
 from colrow.models.build import build_source
 from colrow.models.shapes import flops_per_token
 from colrow.ops.kernels import cross_entropy
@@ -81,8 +82,8 @@ def measure(job: Job, info: RankInfo) -> dict[str, Any]:
     preflight.check_sequence(config, plan)
     with one_rank(config, info) if job.one_rank else process_group(config, info) as (mesh, device):
         training = set_up(config, mesh, device, source, plan)
-        data_rank = mesh["dp_replicate"].get_local_rank() * config.mesh.dp_shard + mesh["dp_shard"].get_local_rank()
-        batches = random_batches(config, training.source.vocab_size, data_rank, device)
+        axes = MeshAxes(mesh)
+        batches = random_batches(config, training.source.vocab_size, axes.data_rank, device)
         losses: list[Tensor] = []
         captured: dict[str, int] = {}
         for step in range(job.warmup):
@@ -111,9 +112,9 @@ def measure(job: Job, info: RankInfo) -> dict[str, Any]:
         dist.broadcast_object_list(shared, device=shared_device)
         result = shared[0]
         if not job.one_rank:  # without the other ranks' terms the loss is meaningless
-            ends = torch.stack([losses[0], losses[-1]]).double()
+            ends = torch.stack([losses[0], losses[-1]]).double() * axes.loss_weight
             dist.all_reduce(ends)
-            result["loss_first"], result["loss_last"] = (ends / config.mesh.world_size * config.mesh.pp).tolist()
+            result["loss_first"], result["loss_last"] = ends.tolist()
         training.close()
     if "problem" in result:
         raise ConfigError(f"arm {job.arm}: {result['problem']}")
@@ -246,7 +247,7 @@ def _memory(device: torch.device) -> dict[str, float]:
 
 def _problem(training: Training, trace: StepTrace) -> dict[str, str]:
     """The fast paths that the plan requests and the profiled step did not run, as an error's text."""
-    missing = missing_paths(training.plan, trace, training.mesh["tp"].size(), cuda_graph=bool(training.graphs))
+    missing = missing_paths(training.plan, trace, MeshAxes(training.mesh).size("tp"), cuda_graph=bool(training.graphs))
     return {"problem": f"requested and not run: {', '.join(missing)}"} if missing else {}
 
 

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from colrow.errors import ConfigError
+from colrow.mesh import MeshAxes
 from colrow.torch_compat import TorchMovedError, replicas_of_fsdp2
 
 _KEEP_GATHERED = "_colrow_keep_gathered"  # set on the root: gathered parameters stay until the last micro-batch
@@ -52,7 +53,8 @@ def apply_data_parallel(
     Raises:
         ConfigError: blocks share a parameter, or torch has no replicas for tensor-parallel models.
     """
-    replicas, shards = mesh["dp_replicate"].size(), mesh["dp_shard"].size()
+    axes = MeshAxes(mesh)
+    replicas, shards = axes.size("dp_replicate"), axes.size("dp_shard")
     if replicas * shards == 1 and param_dtype is None:
         return
     blocks = list(blocks)
@@ -66,15 +68,15 @@ def apply_data_parallel(
             replicate(unit, mesh=mesh["dp_replicate"], mp_policy=policy)
         return
 
-    axes = mesh["dp_replicate", "dp_shard"] if replicas > 1 else mesh["dp_shard"]
+    data_mesh = mesh["dp_replicate", "dp_shard"] if replicas > 1 else mesh["dp_shard"]
     if reshard_after_forward is None:
-        reshard_after_forward = shards > 1 and not _has_pipeline(mesh)
+        reshard_after_forward = shards > 1 and axes.size("pp") == 1
     for block in blocks:
-        fully_shard(block, mesh=axes, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        fully_shard(block, mesh=data_mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     # Backward begins with the head and ends with the root: freeing them would gather them again at once.
     if head:
-        fully_shard(head, mesh=axes, mp_policy=policy, reshard_after_forward=False)
-    fully_shard(model, mesh=axes, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(head, mesh=data_mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, mesh=data_mesh, mp_policy=policy, reshard_after_forward=False)
     model.__dict__[_KEEP_GATHERED] = not reshard_after_forward
     if shards > 1:
         _prefetch(model, blocks, head)
@@ -132,10 +134,6 @@ def _prefetch(model: nn.Module, blocks: list[nn.Module], head: list[nn.Module]) 
     units: list[Any] = [model, *blocks, *head[:1]]
     for unit, following in pairwise(units):
         unit.set_modules_to_forward_prefetch([following])
-
-
-def _has_pipeline(mesh: DeviceMesh) -> bool:
-    return "pp" in (mesh.mesh_dim_names or ()) and mesh["pp"].size() > 1
 
 
 def _replicate() -> Callable[..., Any]:

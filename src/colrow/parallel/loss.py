@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import loss_parallel
 
 from colrow.mesh import Mesh
+from colrow.parallel.parallelize import tp_axis
 from colrow.plans.plan import Plan
 from colrow.styles.linear_head import PendingTargets, expect_targets
 from colrow.torch_compat import dtensor_handlers
@@ -87,8 +88,4 @@ def logits_of(output: Any) -> Tensor:
 
 def tp_degree(mesh: Mesh | DeviceMesh) -> int:
     """The tensor-parallel degree of a mesh."""
-    if isinstance(mesh, Mesh):
-        return mesh.tp
-    if mesh.mesh_dim_names and "tp" in mesh.mesh_dim_names:
-        return mesh["tp"].size()
-    return mesh.size()
+    return mesh.tp if isinstance(mesh, Mesh) else tp_axis(mesh).size()

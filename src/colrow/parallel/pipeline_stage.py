@@ -23,6 +23,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.errors import ConfigError
+from colrow.mesh import MeshAxes
 from colrow.models.blocks import blocks_of
 from colrow.parallel.parallelize import tied_parameters
 from colrow.parallel.pipeline_split import require_parts
@@ -85,7 +86,8 @@ def split_stages(model: nn.Module, mesh: DeviceMesh, first_layers: tuple[int, ..
     Raises:
         ConfigError: the model cannot be split, or the stages do not spread evenly over pp.
     """
-    pp, count = mesh["pp"].size(), len(first_layers) + 1
+    axes, count = MeshAxes(mesh), len(first_layers) + 1
+    pp = axes.size("pp")
     if pp == count == 1:
         return [Stage(model)]
     layers = require_parts(model)
@@ -95,7 +97,7 @@ def split_stages(model: nn.Module, mesh: DeviceMesh, first_layers: tuple[int, ..
     ties = _ties(model, bounds)
     all_names = {name for name, _ in model.named_modules(remove_duplicate=False)}
     stages = []
-    for index in range(mesh["pp"].get_local_rank(), count, pp):
+    for index in range(axes.rank("pp"), count, pp):
         with _only(model, range(bounds[index], bounds[index + 1]), index == 0, index == count - 1):
             module = copy.deepcopy(model)
         present = {name for name, _ in module.named_modules(remove_duplicate=False)}

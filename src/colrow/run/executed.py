@@ -7,6 +7,7 @@ import textwrap
 import torch.distributed as dist
 from torch.distributed.tensor import Replicate
 
+from colrow.mesh import MeshAxes
 from colrow.ops.ran import noted
 from colrow.plans.plan import Plan
 from colrow.torch_compat import compiled_graph_count
@@ -79,7 +80,7 @@ def _attention(training: Training, seq_len: int) -> str | None:
     shape = training.source.config
     if training.device.type != "cuda" or shape is None:
         return None
-    tp = 1 if _gathers_heads(training.plan) else training.mesh["tp"].size()
+    tp = 1 if _gathers_heads(training.plan) else MeshAxes(training.mesh).size("tp")
     return attention_kernel(
         training.device,
         training.precision.compute_dtype,

@@ -17,6 +17,7 @@ from colrow.config import RunConfig
 from colrow.data.loader import BatchOrder, DataAxisSampler, Loader
 from colrow.data.prepare import PreparedData
 from colrow.errors import ColrowError, DataError
+from colrow.mesh import MeshAxes
 from colrow.models.shapes import flops_per_token
 from colrow.run.batch_check import check_same_batch
 from colrow.run.cpu_bound import CpuBoundDetector, hint_line
@@ -100,18 +101,13 @@ class Loop:
     ) -> None:
         self._config, self._training, self._checkpoints, self._progress = config, training, checkpoints, progress
         self._data, self._stop_requested = data, stop_requested
-        mesh, self._device = training.mesh, training.device
-        pp, replicate, shard, tp = mesh.get_coordinate() or (0, 0, 0, 0)
-        dp_rank = replicate * config.mesh.dp_shard + shard
-        # A sum over all ranks gives the mean loss: of each data-parallel rank's ranks one counts, on the last stage,
-        # where the loss is computed, and on tp rank 0, since all tp ranks hold the same value.
-        reports = tp == 0 and pp == config.mesh.pp - 1
-        self._loss_weight = (1.0 if reports else 0.0) / config.mesh.dp
+        axes, self._device = MeshAxes(training.mesh), training.device
+        self._loss_weight = axes.loss_weight
         order = BatchOrder(data.train.windows(config.data.seq_len), config.train.global_batch, config.run.seed)
-        sampler = DataAxisSampler(order, dp_rank, config.mesh.dp, config.train.micro_batch)
+        sampler = DataAxisSampler(order, axes.data_rank, config.mesh.dp, config.train.micro_batch)
         self._loader = Loader(data.train, config.data.seq_len, sampler, self._device)
-        self._evaluation = Evaluation(config, data, dp_rank, self._loss_weight, self._device)
-        self._same_batch_groups = [mesh[axis].get_group() for axis in ("pp", "tp") if mesh[axis].size() > 1]
+        self._evaluation = Evaluation(config, data, axes.data_rank, self._loss_weight, self._device)
+        self._same_batch_groups = axes.same_batch_groups()
         self._lag = 1 if self._device.type == "cuda" else 0  # steps whose results are not read yet
         self._pending: list[_Pending] = []
         self._last_finite: Record | None = None

@@ -13,10 +13,10 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Partial
 
+from colrow.mesh import ROLES
 from colrow.sharding.layout import local_tensor
 from colrow.torch_compat import foreach
 
@@ -64,7 +64,7 @@ def grad_norm(params: Iterable[nn.Parameter], groups: Iterable[dist.ProcessGroup
     Args:
         params: this rank's parameters, without copies of another pipeline stage's (`counted_parameters`);
             `align_gradients` has been called on them.
-        groups: the groups of the axes over which ranks hold different parts (`norm_groups`).
+        groups: the groups of the axes over which ranks hold different parts (`MeshAxes.norm_groups`).
 
     Returns:
         A scalar on the gradients' device, the same on all ranks. fp32, or fp64 for fp64 gradients.
@@ -89,12 +89,6 @@ def grad_norm(params: Iterable[nn.Parameter], groups: Iterable[dist.ProcessGroup
     return total.sqrt()
 
 
-def norm_groups(mesh: DeviceMesh) -> list[dist.ProcessGroup]:
-    """The groups over which ranks of `mesh` hold different parameters: pp, dp_shard and tp, where larger than 1."""
-    axes = [axis for axis in ("pp", "dp_shard", "tp") if axis in (mesh.mesh_dim_names or ())]
-    return [mesh[axis].get_group() for axis in axes if mesh[axis].size() > 1]
-
-
 @torch.no_grad()
 def clip_gradients(params: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
     """Scale every gradient by max_norm / norm where the norm is larger. The norm stays on its device: no wait."""
@@ -117,7 +111,7 @@ def _counts_here(param: nn.Parameter) -> bool:
     return not any(
         placement.is_replicate() and index
         for placement, index, name in zip(param.placements, coordinate, names, strict=True)
-        if name != "dp_replicate"  # copies of the whole model: `groups` leaves their axis out
+        if name not in ROLES or ROLES[name].parameters  # else no group sums over the axis: each copy counts
     )
 
 

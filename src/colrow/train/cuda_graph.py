@@ -77,7 +77,7 @@ def check_cuda_graph(config: RunConfig, device_type: str) -> None:
     """Raise a ConfigError where `train.cuda_graph` is set and cannot work."""
     if not config.train.cuda_graph:
         return
-    if config.mesh.world_size != config.mesh.tp:
+    if not config.mesh.tp_alone:
         raise ConfigError(
             f"train.cuda_graph works with mesh.tp alone, and the mesh is {config.mesh}: set its other axes to 1, or "
             "train.cuda_graph to false"

@@ -26,6 +26,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.config import RunConfig
+from colrow.mesh import MeshAxes
 from colrow.models.build import Source
 from colrow.ops.ran import forget
 from colrow.parallel.activation_checkpoint import Mode, apply_activation_checkpoint
@@ -36,7 +37,6 @@ from colrow.parallel.parallelize import parallelize
 from colrow.parallel.pipeline_split import first_layers
 from colrow.parallel.pipeline_stage import Stage, split_stages
 from colrow.plans.plan import Plan
-from colrow.sharding.grad_norm import norm_groups
 from colrow.train.compile import compile_forward
 from colrow.train.cuda_graph import EAGER_STEPS, GraphedFunction, check_cuda_graph
 from colrow.train.optimizer import build_optimizer
@@ -169,7 +169,7 @@ def build_step(runner: ForwardBackward, config: RunConfig, mesh: DeviceMesh) -> 
         params=trainable,
         counted=[param for param in runner.counted_parameters() if param.requires_grad],
         optimizer=build_optimizer(trainable, config.train),
-        norm_groups=norm_groups(mesh),
+        norm_groups=MeshAxes(mesh).norm_groups(),
         section=config.train,
     )
 

@@ -55,7 +55,7 @@ class ForwardBackward(Protocol):
         """Those that the gradient norm counts: without copies of another pipeline stage's."""
 
     def __call__(self, batches: Sequence[Batch]) -> Tensor:
-        """This rank's micro-batches -> their mean loss, a scalar; zero on a rank that computes no loss."""
+        """This rank's micro-batches -> their mean loss, a scalar; the same on all stages and tp ranks."""
 
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         """The mean loss of micro-batches without gradients, likewise."""
