@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from colrow.ops.kernels.adamw import OnePass, Pass, adamw_reference
+from colrow.ops.kernels.adamw import FusedAdamW, ParamUpdate, adamw_reference
 
 HYPER = {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 STEPS = 5
@@ -39,10 +39,10 @@ def in_one_pass(values: list[Tensor], dtype: torch.dtype, scale: float = SCALE) 
     moments, step = (torch.zeros_like(weight), torch.zeros_like(weight)), torch.zeros((), device=weight.device)
     copy = torch.full_like(weight, torch.nan, dtype=torch.bfloat16)
     rate, factor = (torch.tensor(x, device=weight.device, dtype=torch.float64) for x in (RATE, scale))
-    one_pass = OnePass()
+    fused = FusedAdamW()
     for grad in values[1:]:
         step += 1
-        one_pass([Pass(weight, grad, *moments, step, copy)], rate, factor, **HYPER)
+        fused([ParamUpdate(weight, grad, *moments, step, copy)], rate, factor, **HYPER)
     return weight, copy
 
 
@@ -74,10 +74,10 @@ def test_another_scale_is_another_step(device: str) -> None:
     assert (in_one_pass(values, torch.float64, scale=1.0)[0] - want).abs().max() > 1e-3
 
 
-def mixed(device: str) -> list[Pass]:
+def mixed(device: str) -> list[ParamUpdate]:
     """Parameters of several chunks, of a few elements, of none, and out of line; gradients and copies of each kind."""
     generator = torch.Generator().manual_seed(0)
-    passes = []
+    updates = []
     for n, grads, copies, shift in [
         (70_000, torch.bfloat16, torch.bfloat16, 0),
         (16_384, torch.float32, torch.bfloat16, 0),
@@ -90,17 +90,17 @@ def mixed(device: str) -> list[Pass]:
         tensors = [torch.randn(n + shift, generator=generator).to(device)[shift:] for _ in range(3)]
         param, grad, mean = tensors
         copy = None if copies is None else torch.full_like(param, torch.nan, dtype=copies)
-        step = torch.tensor(float(1 + len(passes)), device=device)
-        passes.append(Pass(param, grad.to(grads), mean, mean.square(), step, copy))
-    return passes
+        step = torch.tensor(float(1 + len(updates)), device=device)
+        updates.append(ParamUpdate(param, grad.to(grads), mean, mean.square(), step, copy))
+    return updates
 
 
 def test_passes_of_many_kinds_are_those_of_each_alone(device: str) -> None:
     rate, scale = (torch.tensor(x, device=device, dtype=torch.float64) for x in (RATE, SCALE))
     together, alone = mixed(device), mixed(device)
-    one_pass = OnePass()
+    fused = FusedAdamW()
     for _ in range(STEPS):
-        one_pass(together, rate, scale, **HYPER)
+        fused(together, rate, scale, **HYPER)
         for one in alone:
             adamw_reference(one, rate, scale, *HYPER.values())
         # a step's gradients lie elsewhere than the ones before
@@ -118,19 +118,19 @@ def test_a_graph_has_addresses_of_its_own() -> None:
     """Captured after other gradients, and replayed after the eager calls have had yet others."""
     rate, scale = (torch.tensor(x, device="cuda", dtype=torch.float64) for x in (RATE, SCALE))
     got, want = mixed("cuda"), mixed("cuda")
-    one_pass, stream = OnePass(), torch.cuda.Stream()
+    fused, stream = FusedAdamW(), torch.cuda.Stream()
 
-    def moved(passes: list[Pass], factor: float) -> list[Pass]:
-        return [one._replace(grad=one.grad * factor) for one in passes]
+    def moved(updates: list[ParamUpdate], factor: float) -> list[ParamUpdate]:
+        return [one._replace(grad=one.grad * factor) for one in updates]
 
-    one_pass(got, rate, scale, **HYPER)
+    fused(got, rate, scale, **HYPER)
     inside, graph = moved(got, 3.0), torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        one_pass(inside, rate, scale, **HYPER)
+        fused(inside, rate, scale, **HYPER)
     for factor in (1.0, 2.0):
         graph.replay()
-        one_pass(moved(got, factor), rate, scale, **HYPER)
+        fused(moved(got, factor), rate, scale, **HYPER)
     for factor in (1.0, 3.0, 1.0, 3.0, 2.0):
         for one in moved(want, factor):
             adamw_reference(one, rate, scale, *HYPER.values())
@@ -153,8 +153,8 @@ def test_the_kernel_leaves_what_lies_beside_alone_and_repeats_itself() -> None:
     for _ in range(10):
         for tensor, value in zip(inner, before, strict=True):
             tensor.copy_(value)
-        one = Pass(inner[0], grad, inner[1], inner[2], step, copy[7:2056])
-        OnePass()([one], rate, scale, **HYPER)
+        one = ParamUpdate(inner[0], grad, inner[1], inner[2], step, copy[7:2056])
+        FusedAdamW()([one], rate, scale, **HYPER)
         found = [*[tensor.clone() for tensor in inner], copy[7:2056].clone()]
         first = first or found
         assert all(torch.equal(a, b) for a, b in zip(first, found, strict=True))
@@ -162,6 +162,6 @@ def test_the_kernel_leaves_what_lies_beside_alone_and_repeats_itself() -> None:
             assert tensor[:7].isnan().all()
             assert tensor[2056:].isnan().all()
     expected = [value.clone() for value in before]
-    adamw_reference(Pass(expected[0], grad, expected[1], expected[2], step), rate, scale, *HYPER.values())
+    adamw_reference(ParamUpdate(expected[0], grad, expected[1], expected[2], step), rate, scale, *HYPER.values())
     for got, want in zip(first, expected, strict=False):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)

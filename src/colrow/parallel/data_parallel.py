@@ -1,12 +1,12 @@
 """Data parallelism around a tensor-parallel model: FSDP2, replicas, or both (HSDP), and the compute precision.
 
-Units: each block is gathered and reduced as one; the final norm and the head are one unit, gathered while the last
-block runs; the root unit holds what is left, which is the embedding. A weight that embedding and head share stays in
-the root unit, since a parameter belongs to one unit only.
+[Note: FSDP2 units]
+A unit is what FSDP2 all-gathers before its forward and reduce-scatters after its backward, as one. Each block is a
+unit; the final norm and the head are one, gathered while the last block runs; the root unit holds what is left, which
+is the embedding. A parameter belongs to one unit, so a weight that embedding and head share stays in the root.
 
 FSDP2's mixed precision (bf16 compute over fp32 weights, fp32 gradients) is also used where nothing is sharded: with a
-dp axis of one rank it costs a cast and no communication. It rules the data axes alone: what travels over tp keeps the
-compute dtype.
+dp axis of one rank it costs a cast and no communication. See [Note: precision].
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def apply_data_parallel(
     1). Gradients are averaged over the data axes.
 
     Args:
-        model: a whole model or a pipeline stage, on any device, the meta device too.
-        mesh: has the axes dp_replicate and dp_shard; pp and tp are looked at where they are there.
+        model: a model or a pipeline stage, on any device, the meta device too.
+        mesh: has the axes dp_replicate and dp_shard, and may have others.
         blocks: modules whose parameters are gathered together, in the order in which they run.
         param_dtype: compute dtype; gradients are reduced and kept in fp32 then. None computes and reduces in the
             parameters' own dtype.
@@ -73,7 +73,7 @@ def apply_data_parallel(
         reshard_after_forward = shards > 1 and axes.size("pp") == 1
     for block in blocks:
         fully_shard(block, mesh=data_mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    # Backward begins with the head and ends with the root: freeing them would gather them again at once.
+    # Backward begins with the head and ends with the root: if forward freed them, backward would gather them at once.
     if head:
         fully_shard(head, mesh=data_mesh, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=data_mesh, mp_policy=policy, reshard_after_forward=False)
@@ -86,8 +86,8 @@ def set_last_micro_batch(model: nn.Module, last: bool) -> None:
     """Before a micro-batch's forward: whether its backward reduces the gradients summed so far.
 
     Without this call each backward reduces. Gradients of the earlier micro-batches are summed unreduced, in the
-    reduction's dtype, so they take a whole (tp-local) model's size until the last one. A pipeline's runner sees to
-    this itself. Does nothing for a model that `apply_data_parallel` left as it was.
+    reduction's dtype, so they take the size of all tp-local parameters until the last one. torch's pipeline schedules
+    call the same themselves. Does nothing for a model that `apply_data_parallel` left as it was.
     """
     if not isinstance(model, FSDPModule):
         return
@@ -129,8 +129,8 @@ def head_unit(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
 
 
 def _prefetch(model: nn.Module, blocks: list[nn.Module], head: list[nn.Module]) -> None:
-    """Ask for the next unit's parameters before this one computes. Backward does so by itself; forward would ask
-    only when the next unit begins, too late where a block's kernels are shorter than their launches."""
+    """All-gather the next unit's parameters before this one computes. FSDP2's backward does so by itself; its forward
+    would start only when the next unit begins, too late where a block's kernels are shorter than their launches."""
     units: list[Any] = [model, *blocks, *head[:1]]
     for unit, following in pairwise(units):
         unit.set_modules_to_forward_prefetch([following])

@@ -1,4 +1,4 @@
-"""The loss as a plan says: on sharded logits, on whole ones, or in the head itself.
+"""The loss of a plan: on vocabulary-sharded logits, on replicated ones, or in the head itself.
 
 On sharded logits it is torch's loss_parallel, made safe to leave by an exception and to nest.
 """

@@ -1,8 +1,8 @@
 """The gradient norm, every parameter counted once, and clipping by it.
 
-Parameters may lie on several meshes (tp alone, dp_shard × tp, stages of a pipeline). A rank counts its local part of
-a gradient unless the part is a copy whose first owner is another rank: then it counts nothing. One all-reduce over
-the ranks that hold different parts gives the norm of one process.
+Parameters may lie on several meshes (tp alone, dp_shard × tp, stages of a pipeline). A rank counts its local shard of
+a gradient; of ranks that hold copies only the first counts. All-reduces over the axes whose ranks hold different
+shards give the norm of one process.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from colrow.torch_compat import foreach
 def align_gradients(params: Iterable[nn.Parameter]) -> None:
     """Give each gradient its parameter's placements, in place.
 
-    After backward on a tp mesh, gradients of norms are pending sums and the embedding's is whole on every rank:
-    code that reads a local gradient would see a part, or too much. The pending sums of one mesh and dtype travel in
-    one all-reduce.
+    After backward on a tp mesh, gradients of norms are partial sums, and the embedding's is replicated where the
+    parameter is sharded: code that reads a local gradient would see one term, or too much. The partial sums of one mesh
+    and dtype travel in one all-reduce.
     """
-    pending: dict[tuple[dist.ProcessGroup, torch.dtype], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
+    partial_sums: dict[tuple[dist.ProcessGroup, torch.dtype], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
     for param in params:
         grad = param.grad
         if not isinstance(param, DTensor) or not isinstance(grad, DTensor) or grad.placements == param.placements:
@@ -37,11 +37,12 @@ def align_gradients(params: Iterable[nn.Parameter]) -> None:
         axes = [axis for axis, p in enumerate(grad.placements) if isinstance(p, Partial)]
         others_match = all(g == p for g, p in zip(grad.placements, param.placements, strict=True) if not g.is_partial())
         if len(axes) == 1 and others_match and param.placements[axes[0]].is_replicate():
+            # a partial sum of a replicated parameter: an all-reduce, together with all others of its group
             key = (grad.device_mesh.get_group(axes[0]), grad.dtype)
-            pending[key].append((param, grad.to_local()))
-        else:
+            partial_sums[key].append((param, grad.to_local()))
+        else:  # such as a replicated gradient of a sharded parameter, which is sliced without communication
             param.grad = grad.redistribute(placements=param.placements)
-    for (group, _), items in pending.items():
+    for (group, _), items in partial_sums.items():
         flat = torch.cat([local.reshape(-1) for _, local in items])
         dist.all_reduce(flat, group=group)
         parts = flat.split([local.numel() for _, local in items])
@@ -64,25 +65,25 @@ def grad_norm(params: Iterable[nn.Parameter], groups: Iterable[dist.ProcessGroup
     Args:
         params: this rank's parameters, without copies of another pipeline stage's (`counted_parameters`);
             `align_gradients` has been called on them.
-        groups: the groups of the axes over which ranks hold different parts (`MeshAxes.norm_groups`).
+        groups: the groups of the axes over which ranks hold different shards (`MeshAxes.norm_groups`).
 
     Returns:
         A scalar on the gradients' device, the same on all ranks. fp32, or fp64 for fp64 gradients.
     """
     with_grad = [param for param in params if param.grad is not None]
-    parts = [local_tensor(param.grad) for param in with_grad if param.grad is not None and _counts_here(param)]
-    device, dtype = _kind(with_grad)
+    shards = [local_tensor(param.grad) for param in with_grad if param.grad is not None and _counts_here(param)]
+    device, dtype = _norm_device_and_dtype(with_grad)
     total = torch.zeros((), device=device, dtype=dtype)
-    if parts:
+    if shards:
         if device.type == "cpu":
-            # torch's norm adds an fp32 tensor's squares up in a few running sums there: of a million entries the fifth
-            # digit is lost, another one for each size of shard. Its sum adds by halves.
-            total = torch.stack([part.to(dtype).square().sum() for part in parts]).sum()
+            # CPU vector_norm accumulates fp32 in few partial sums: relative error ~1e-5 at 1M elements, and it depends
+            # on the shard size. `sum` is pairwise.
+            total = torch.stack([shard.to(dtype).square().sum() for shard in shards]).sum()
         else:
-            alike: dict[torch.dtype, list[Tensor]] = defaultdict(list)  # mixed, they would be summed one by one
-            for part in parts:
-                alike[part.dtype].append(part)
-            norms = [norm for same in alike.values() for norm in foreach("norm", same, 2, dtype=dtype)]
+            by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)  # the foreach kernel needs one dtype a call
+            for shard in shards:
+                by_dtype[shard.dtype].append(shard)
+            norms = [norm for same in by_dtype.values() for norm in foreach("norm", same, 2, dtype=dtype)]
             total = torch.stack(norms).square().sum()
     for group in groups:
         dist.all_reduce(total, group=group)
@@ -98,11 +99,12 @@ def clip_gradients(params: Iterable[nn.Parameter], norm: Tensor, max_norm: float
 
 
 def clip_scale(norm: Tensor, max_norm: float) -> Tensor:
-    """What `clip_gradients` multiplies by, for those who do so elsewhere: a scalar, at most 1."""
+    """The factor of `clip_gradients`, for an optimizer that multiplies by it: a scalar, at most 1."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 def _counts_here(param: nn.Parameter) -> bool:
+    """Whether this rank counts its shard: of copies along an axis that is summed over, only the first rank's counts."""
     if not isinstance(param, DTensor):
         return True
     coordinate = param.device_mesh.get_coordinate()
@@ -115,7 +117,7 @@ def _counts_here(param: nn.Parameter) -> bool:
     )
 
 
-def _kind(params: list[nn.Parameter]) -> tuple[torch.device, torch.dtype]:
+def _norm_device_and_dtype(params: list[nn.Parameter]) -> tuple[torch.device, torch.dtype]:
     if not params:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32
     grad = local_tensor(params[0])

@@ -1,4 +1,4 @@
-"""A run's figures: metrics.jsonl always, TensorBoard and Weights & Biases when asked.
+"""A run's metrics: metrics.jsonl always, TensorBoard and Weights & Biases when configured.
 
 metrics.jsonl has one object for each step, counted from 1: `step`, `loss`, `grad_norm`, `lr`, `tokens` (since the
 run's start), `tokens_per_second` (over all ranks), on GPUs `memory_gib` (allocator's peak of a rank), `mfu_causal` and

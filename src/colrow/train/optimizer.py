@@ -1,4 +1,4 @@
-"""AdamW over DTensors: weight decay on matrices only; clipping, update and rounding in one pass on GPUs."""
+"""AdamW over DTensors: weight decay on matrices only; clipping, update and rounding in one kernel on GPUs."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from colrow.config import TrainSection
-from colrow.ops.kernels.adamw import UNAVAILABLE, OnePass, Pass
+from colrow.ops.kernels.adamw import UNAVAILABLE, FusedAdamW, ParamUpdate
 from colrow.sharding.layout import local_tensor
 from colrow.torch_compat import foreach
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW, with an update that also clips, and that rounds the copies which a model computes with.
+    """torch's AdamW, with an update that also clips and writes the low-precision copies of `ComputeWeights`.
 
     Its state is torch's: checkpoints of one load into the other.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._one_pass: dict[int, OnePass] = defaultdict(OnePass)  # by group
+        self._kernels: dict[int, FusedAdamW] = defaultdict(FusedAdamW)  # by group
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._one_pass = defaultdict(OnePass)
+        self._kernels = defaultdict(FusedAdamW)
 
     @torch.no_grad()
     def update(
@@ -40,9 +40,9 @@ class AdamW(torch.optim.AdamW):
         """One step.
 
         Args:
-            gradients: of each parameter that changes, in its placements; the dtype may be a lower one.
-            scale: what multiplies all gradients first, a scalar tensor on their device.
-            copies: what holds each new value too, rounded, for the parameters that have one.
+            gradients: by the parameter that they change, in its placements; in its dtype or a lower one.
+            scale: a scalar tensor on their device, by which all gradients are multiplied first.
+            copies: by parameter: tensors that get the new value too, rounded to their dtype.
         """
         if not gradients:
             return
@@ -50,20 +50,20 @@ class AdamW(torch.optim.AdamW):
         if copies is None and (device.type != "cuda" or UNAVAILABLE):
             self._update_by_torch(gradients, scale)
             return
-        whole = torch.ones((), device=device) if scale is None else scale
+        factor = torch.ones((), device=device) if scale is None else scale
         for number, group in enumerate(self.param_groups):
             params = [param for param in group["params"] if param in gradients]
             states = [self._state_of(param) for param in params]
-            if states:
+            if states:  # on the device and before the kernel, which reads the counts for the bias correction
                 foreach("add_", [state["step"] for state in states], 1)
             lr = group["lr"]
             rate = lr if isinstance(lr, Tensor) else torch.full((), lr, device=device, dtype=torch.float64)
-            passes = [
-                _pass_of(param, gradients[param], state, copies.get(param) if copies else None)
+            updates = [
+                _update_of(param, gradients[param], state, copies.get(param) if copies else None)
                 for param, state in zip(params, states, strict=True)
             ]
             betas, eps, decay = group["betas"], group["eps"], group["weight_decay"]
-            self._one_pass[number](passes, rate, whole, betas=betas, eps=eps, weight_decay=decay)
+            self._kernels[number](updates, rate, factor, betas=betas, eps=eps, weight_decay=decay)
 
     def _update_by_torch(self, gradients: Mapping[nn.Parameter, Tensor], scale: Tensor | None) -> None:
         grads = [local_tensor(grad) for grad in gradients.values()]
@@ -81,9 +81,9 @@ class AdamW(torch.optim.AdamW):
         return state
 
 
-def _pass_of(param: nn.Parameter, grad: Tensor, state: Mapping[str, Tensor], copy: Tensor | None) -> Pass:
+def _update_of(param: nn.Parameter, grad: Tensor, state: Mapping[str, Tensor], copy: Tensor | None) -> ParamUpdate:
     local, grad = local_tensor(param), local_tensor(grad)
-    return Pass(
+    return ParamUpdate(
         local,
         grad if grad.stride() == local.stride() else grad.clone(memory_format=torch.contiguous_format),
         local_tensor(state["exp_avg"]),

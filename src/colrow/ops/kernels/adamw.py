@@ -1,4 +1,4 @@
-"""One pass of AdamW over parameters: the gradient scaled, both moments, the weight, and its low-precision copy.
+"""AdamW in one pass over memory: gradient scaling, both moments, the weight, and its low-precision copy.
 
 Separate passes for clipping, update and copy read and write a billion fp32 parameters' memory half as often again. In a
 pass each number travels once: with a bf16 gradient and a bf16 copy that is 28 bytes a parameter. One launch takes them
@@ -41,11 +41,11 @@ _ALIGNMENT = 16
 """Bytes of an address, and elements: then a thread reads many at once."""
 
 
-class Pass(NamedTuple):
-    """What a parameter's pass reads and writes, all on one device.
+class ParamUpdate(NamedTuple):
+    """What the update of a parameter reads and writes, all on one device.
 
     `param`, `exp_avg` and `exp_avg_sq` are of one dtype, fp32 or fp64; `grad` and `copy`, which may be missing, of any.
-    All five lie in memory in the same dense order. `step` is an fp32 scalar tensor, and counts this pass already.
+    All five lie in memory in the same dense order. `step` is an fp32 scalar tensor, and counts this update already.
     """
 
     param: Tensor
@@ -56,8 +56,8 @@ class Pass(NamedTuple):
     copy: Tensor | None = None
 
 
-class Kind(NamedTuple):
-    """What a kernel is compiled for."""
+class KernelKey(NamedTuple):
+    """What a kernel is compiled for: updates with equal keys share a launch."""
 
     wide: torch.dtype
     grad: torch.dtype
@@ -65,18 +65,18 @@ class Kind(NamedTuple):
     aligned: bool
 
 
-class OnePass:
-    """Runs passes: Triton's kernel on GPUs, with a launch for all of a kind; plain torch elsewhere.
+class FusedAdamW:
+    """Runs updates: Triton's kernel on GPUs, with a launch for all of a key; plain torch elsewhere.
 
     It keeps the tables of addresses that its kernels read, so that memory which stays where it is costs nothing.
     """
 
     def __init__(self) -> None:
-        self._tables: dict[Kind, _Table] = defaultdict(_Table)
+        self._tables: dict[KernelKey, _Table] = defaultdict(_Table)
 
     def __call__(
         self,
-        passes: Sequence[Pass],
+        updates: Sequence[ParamUpdate],
         lr: Tensor,
         scale: Tensor,
         *,
@@ -84,56 +84,56 @@ class OnePass:
         eps: float,
         weight_decay: float,
     ) -> None:
-        """Run the passes in place.
+        """Run the updates in place.
 
         Args:
             lr, scale: scalar tensors on the parameters' device. `scale` multiplies the gradients.
         """
-        rows: dict[Kind, list[int]] = defaultdict(list)
-        for one in passes:
-            if triton is None or not one.param.is_cuda:
-                adamw_reference(one, lr, scale, betas, eps, weight_decay)
-            elif row := _row_of(one):
+        rows: dict[KernelKey, list[int]] = defaultdict(list)
+        for update in updates:
+            if triton is None or not update.param.is_cuda:
+                adamw_reference(update, lr, scale, betas, eps, weight_decay)
+            elif row := _row_of(update):
                 aligned = not any(number % _ALIGNMENT for at, number in enumerate(row) if at != 5)
-                copy = None if one.copy is None else one.copy.dtype
-                rows[Kind(one.param.dtype, one.grad.dtype, copy, aligned)] += row
-        for kind, members in rows.items():
-            table = self._tables[kind]
+                copy = None if update.copy is None else update.copy.dtype
+                rows[KernelKey(update.param.dtype, update.grad.dtype, copy, aligned)] += row
+        for key, members in rows.items():
+            table = self._tables[key]
             table.fill(members, lr.device)
-            _launch(kind, table, lr, scale, betas, eps, weight_decay)
+            _launch(key, table, lr, scale, betas, eps, weight_decay)
 
 
 def adamw_reference(
-    one: Pass, lr: Tensor, scale: Tensor, betas: tuple[float, float], eps: float, weight_decay: float
+    update: ParamUpdate, lr: Tensor, scale: Tensor, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> None:
-    wide = one.param.dtype
-    grad, lr, step = one.grad.to(wide) * scale.to(wide), lr.to(wide), one.step.to(torch.float64)
-    one.exp_avg.lerp_(grad, 1 - betas[0])
-    one.exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
-    mean = one.exp_avg / (1 - betas[0] ** step).to(wide)
-    root = (one.exp_avg_sq / (1 - betas[1] ** step).to(wide)).sqrt()
-    one.param.sub_(lr * weight_decay * one.param + lr * mean / (root + eps))
-    if one.copy is not None:
-        one.copy.copy_(one.param)
+    wide = update.param.dtype
+    grad, lr, step = update.grad.to(wide) * scale.to(wide), lr.to(wide), update.step.to(torch.float64)
+    update.exp_avg.lerp_(grad, 1 - betas[0])
+    update.exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+    mean = update.exp_avg / (1 - betas[0] ** step).to(wide)
+    root = (update.exp_avg_sq / (1 - betas[1] ** step).to(wide)).sqrt()
+    update.param.sub_(lr * weight_decay * update.param + lr * mean / (root + eps))
+    if update.copy is not None:
+        update.copy.copy_(update.param)
 
 
-def _row_of(one: Pass) -> tuple[int, ...]:
+def _row_of(update: ParamUpdate) -> tuple[int, ...]:
     """The table's row; none where there is nothing to update."""
-    param, grad, exp_avg, exp_avg_sq, step, copy = one
+    param, grad, exp_avg, exp_avg_sq, step, copy = update
     stride = param.stride()
     for tensor in (grad, exp_avg, exp_avg_sq, copy):
-        assert tensor is None or tensor.stride() == stride, "the pass reads all tensors in one order"
+        assert tensor is None or tensor.stride() == stride, "the kernel reads all tensors in one order"
     addresses = [tensor.data_ptr() for tensor in (param, grad, exp_avg, exp_avg_sq)]
     n = param.numel()
     return (*addresses, 0 if copy is None else copy.data_ptr(), step.data_ptr(), n) if n else ()
 
 
 class _Table:
-    """Where the tensors of passes lie, on their device.
+    """Where the tensors of updates lie, on their device.
 
     Attributes:
-        addresses: int64, `_COLUMNS` a pass.
-        chunks: int32 [chunks, 2], for each its pass and which one of the pass's it is.
+        addresses: int64, `_COLUMNS` an update.
+        chunks: int32 [chunks, 2], for each its update and which chunk of that it is.
     """
 
     addresses: Tensor
@@ -158,8 +158,11 @@ class _Table:
             self._captured += [self.chunks, self.addresses]
 
     def _upload(self, rows: Tensor, device: torch.device) -> Tensor:
-        """[Note: addresses in a graph] A capture may not take host memory, and each of its replays copies from there
-        again: what the call before took is used, and kept. A kernel copies it: torch would ask how its event stands.
+        """The table on the device.
+
+        [Note: addresses in a graph] During CUDA graph capture pinned memory cannot be allocated: the buffer of the
+        previous eager call is used, and kept alive, because every replay reads it. A kernel copies it: torch's copy
+        makes the host allocator query an event, which is illegal during capture.
         """
         if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             self._staging = torch.empty_like(rows, pin_memory=device.type == "cuda")
@@ -173,7 +176,7 @@ class _Table:
 
 
 def _launch(
-    kind: Kind,
+    key: KernelKey,
     table: _Table,
     lr: Tensor,
     scale: Tensor,
@@ -186,10 +189,10 @@ def _launch(
         table.chunks,
         lr,
         scale,
-        WIDE=_type_of(kind.wide),
-        GRAD=_type_of(kind.grad),
-        COPY=None if kind.copy is None else _type_of(kind.copy),
-        ALIGNMENT=_ALIGNMENT if kind.aligned else 1,
+        WIDE=_type_of(key.wide),
+        GRAD=_type_of(key.grad),
+        COPY=None if key.copy is None else _type_of(key.copy),
+        ALIGNMENT=_ALIGNMENT if key.aligned else 1,
         BETA1=betas[0],
         BETA2=betas[1],
         LOG_BETA1=math.log(betas[0]) if betas[0] else -math.inf,
