@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from colrow import torch_compat as tc
+from colrow.sharding.packed_shard import PackedShard
 
 SRC = Path(tc.__file__).parent
 
@@ -133,6 +134,14 @@ def test_the_local_shard_is_the_same_memory(mesh: DeviceMesh) -> None:
 def test_handlers_of_dtensor_are_its_own_table() -> None:
     assert tc.dtensor_handlers() is DTensor._op_dispatcher._custom_op_handlers
     assert tc.dtensor_handlers()
+
+
+def test_specs_with_a_placement_of_ones_own_are_told_apart(mesh: DeviceMesh) -> None:
+    packed = DTensor.from_local(torch.ones(2), mesh, [PackedShard(0, (2, 2))], run_check=False)
+    plain = DTensor.from_local(torch.ones(2), mesh, [Shard(0)], run_check=False)
+    assert packed.placements == plain.placements
+    assert packed._spec != plain._spec
+    assert plain.detach()._spec == plain._spec
 
 
 def test_a_strided_shard_has_a_dim_and_a_factor() -> None:

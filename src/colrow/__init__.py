@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from colrow.parallel.loss import model_loss as model_loss
     from colrow.parallel.parallelize import parallelize as parallelize
     from colrow.plans.plan import Plan as Plan
+    from colrow.sharding.layout import full_tensor as full_tensor
     from colrow.verifying.verify import verify as verify
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ _PUBLIC = {
     "verify": "colrow.verifying.verify",
     "Plan": "colrow.plans.plan",
     "linear_cross_entropy": "colrow.ops.linear_cross_entropy",
+    "full_tensor": "colrow.sharding.layout",
     "loss_context": "colrow.parallel.loss",
     "model_loss": "colrow.parallel.loss",
     "parallelize": "colrow.parallel.parallelize",

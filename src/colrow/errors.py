@@ -44,6 +44,10 @@ class PlanError(ColrowError):
         return ": ".join(part for part in (self.where, self.message, self.fix) if part)
 
 
+class PlacementError(ColrowError):
+    """A tensor's placement does not allow what was requested of it."""
+
+
 class DataError(ColrowError):
     """A corpus, a tokenizer, or token shards cannot be used."""
 

@@ -186,6 +186,18 @@ StridedShard: Any = private(
 """The placement that FSDP2 gives to a dim which tensor parallelism has sharded before it."""
 
 
+def tell_specs_apart(placement_class: type) -> None:
+    """Make specs of DTensors unequal if one has a placement of this class where the other has none."""
+    spec: Any = private("torch.distributed.tensor._dtensor_spec:DTensorSpec", "to place packed parameters")
+    equal = spec.__eq__
+
+    def same_classes(a: Any, b: Any) -> bool:
+        pairs = zip(a.placements, b.placements, strict=True)
+        return all(isinstance(x, placement_class) == isinstance(y, placement_class) for x, y in pairs)
+
+    spec.__eq__ = lambda a, b: equal(a, b) and same_classes(a, b)
+
+
 def local_shard(tensor: DTensor) -> Tensor:
     """The tensor that this rank holds, out of autograd's sight: `to_local` costs twenty times as much on the CPU."""
     local: Tensor = tensor._local_tensor

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
+from colrow.sharding.packed_shard import PackedShard
 from colrow.sharding.region import Region
 from colrow.torch_compat import StridedShard, local_shard
 
@@ -104,9 +105,17 @@ def regions_at(
 
 
 def full_tensor(param: Tensor, packed: Packed | None = None) -> Tensor:
-    """The unsharded tensor in its global order, on every rank of its mesh. Collective."""
+    """The unsharded tensor in its global order, on every rank of its mesh. Collective.
+
+    Args:
+        param: a parameter, its gradient, or a tensor of the optimizer's state; a plain tensor is returned as it is.
+        packed: the segments of a packed parameter whose placement does not say them.
+    """
     if not isinstance(param, DTensor):
         return param
+    for placement in param.placements:
+        if isinstance(placement, PackedShard):
+            packed = Packed(placement.dim, placement.segments)
     if packed is None:
         return param.full_tensor()
     local = param.to_local()

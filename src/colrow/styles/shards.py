@@ -22,6 +22,7 @@ from torch.distributed.tensor.placement_types import Placement
 from colrow.errors import PlanError
 from colrow.sharding.layout import Packed
 from colrow.sharding.local_view import View, view_parameters
+from colrow.sharding.packed_shard import PackedShard
 from colrow.styles.base import ParameterLayout
 from colrow.styles.heads import Heads
 from colrow.styles.rank_tensors import rank_table, same_on_all_ranks, summed
@@ -110,12 +111,14 @@ class ShardSpec:
         data = param.detach()
         if self.dim is None or self.uneven:
             return distribute_tensor(data, mesh, [Replicate()])
-        if len(self.segments) > 1:
-            # DTensor can only chunk a dimension evenly: put the rows in the order of the ranks first. So the DTensor's
-            # own idea of the global row order is wrong, and whoever reads it has to ask `Packed`.
-            order = [row for rank in range(mesh.size()) for row in self.rows(mesh.size(), rank)]
-            data = data.index_select(self.dim, torch.tensor(order, device=data.device))
-        return distribute_tensor(data, mesh, [Shard(self.dim)])
+        if len(self.segments) == 1:
+            return distribute_tensor(data, mesh, [Shard(self.dim)])
+        # DTensor can only chunk the dim as a whole: put the rows in the order of the ranks first.
+        order = [row for rank in range(mesh.size()) for row in self.rows(mesh.size(), rank)]
+        data = data.index_select(self.dim, torch.tensor(order, device=data.device))
+        shard = distribute_tensor(data, mesh, [Shard(self.dim)]).to_local()
+        placements = [PackedShard(self.dim, self.segments)]  # distribute_tensor would make a plain Shard of it
+        return DTensor.from_local(shard, mesh, placements, run_check=False, shape=param.shape, stride=data.stride())
 
     def view(self, mesh: DeviceMesh) -> View:
         """What the module's forward sees (see [Note: whose gradient])."""
