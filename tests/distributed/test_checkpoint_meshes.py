@@ -30,7 +30,7 @@ from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
 from distributed.harness import Group, Ranks
 from distributed.parity import batch, build, cross_entropy, whole
-from distributed.toy import LAYERS, MESHES, mesh_of, of_all_ranks, own_state, place, train, whole_state
+from distributed.toy import LAYERS, MESHES, gloo_group, mesh_of, of_all_ranks, own_state, place, train, whole_state
 
 pytestmark = pytest.mark.distributed
 
@@ -152,7 +152,7 @@ def llama_case(device: str, name: str, folder: Path) -> float:
     with torch.no_grad(), loss_context(plan, mesh["tp"]):
         loss = whole(cross_entropy(model(ids), targets)).item()
     Checkpoints(folder).save(2, model, optimizer, {})
-    alone = dist.new_group([0], backend="gloo")
+    alone = gloo_group([0])
     other = loss
     if dist.get_rank() == 0:
         single = build(name, device)
