@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from contextlib import nullcontext
 from math import prod
 from pathlib import Path
 from unittest import mock
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -267,6 +269,22 @@ def test_a_full_disk_on_one_rank_is_raised_on_all(ranks: Ranks, tmp_path: Path, 
         assert " bytes), " in said
         assert there == ["step-1"]
     assert [(info.step, info.state) for info in Checkpoints(tmp_path).list()] == [(1, "whole"), (3, "whole")]
+
+
+def narrow_disk_case(device: str, folder: Path, mesh: str, missing: int) -> str:
+    """The disk has room for the tensors but `missing` bytes; what the JSON files take is left out."""
+    placed = place(device, mesh, seed=1)
+    train(placed)
+    free = sum(tensor.nbytes for tensor in whole_state(placed).values()) - missing
+    with mock.patch.object(storage, "_ROOM", 0), mock.patch.object(shutil, "disk_usage", return_value=Mock(free=free)):
+        return said_by(lambda: Checkpoints(folder).save(1, placed.model, placed.optimizer, {}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mesh", ["tp4", "replicate2-tp2"])
+def test_a_checkpoint_asks_for_the_room_that_it_takes(ranks: Ranks, tmp_path: Path, mesh: str) -> None:
+    for said in ranks(4).run(narrow_disk_case, tmp_path, mesh, 1):
+        assert "too full" in said
+    assert ranks(4).run(narrow_disk_case, tmp_path, mesh, 0) == [""] * 4
 
 
 def one_rank_case(device: str, folder: Path) -> list[str]:

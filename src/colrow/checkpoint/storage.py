@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -204,7 +205,9 @@ def _entry(item: WriteItem, planner: SavePlanner) -> Entry:
 
 
 def _bytes_of(item: WriteItem) -> int:
-    return item.tensor_storage_size() or 0
+    """Of the piece that is written; `item.tensor_storage_size()` is that of the whole tensor."""
+    assert item.tensor_data is not None
+    return prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
 
 
 def _split(items: list[WriteItem]) -> list[list[WriteItem]]:
