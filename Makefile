@@ -8,7 +8,7 @@ CONFIG ?= configs/laptop.yaml
 # Each process of a run starts a second sooner where compiled sources are kept.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: train test check bench format clean
+.PHONY: train test test-gpus check bench format clean
 
 train: $(STAMP)
 	$(BIN)/colrow train $(CONFIG)
@@ -16,6 +16,14 @@ train: $(STAMP)
 # Two workers; --no-loadscope-reorder starts the files that hold few and long tests with the others, not after them.
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# The tests of several ranks on this host's GPUs, a process for each file: what hangs ends alone, and every result is
+# there as it comes. Tests that need more GPUs than there are, are skipped. FILES="..." takes some of them.
+FILES ?= $(wildcard tests/distributed/test_*.py)
+test-gpus:
+	for file in $(FILES); do \
+	  PYTHONPATH=src:tests timeout 480 $(PYTHON) -m pytest -v --device cuda --rank-timeout 150 $$file || failed="$$failed $$file"; \
+	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 check: $(STAMP)
 	$(BIN)/ruff format --check src tests benchmarks

@@ -17,12 +17,15 @@ forkserver()  # it is started once, by whoever needs it first, and then has what
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where tests/distributed run")
+    parser.addoption(
+        "--rank-timeout", type=float, default=float("inf"), help="most seconds that ranks may take for an answer"
+    )
 
 
 @pytest.fixture(scope="module")
 def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     """For one module: groups that wait for the next one would keep the cores busy (see `harness`)."""
-    ranks = Ranks(request.config.getoption("--device"))
+    ranks = Ranks(request.config.getoption("--device"), request.config.getoption("--rank-timeout"))
     yield ranks
     ranks.stop()
 

@@ -7,14 +7,18 @@ fails the test with that rank's traceback, and the group is started anew for the
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import multiprocessing as mp
 import os
+import signal
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 TIMEOUT = 500.0
@@ -50,13 +54,17 @@ class RankError(AssertionError):
 class Group:
     """`world` processes that stay alive between cases."""
 
-    def __init__(self, world: int, device: str) -> None:
-        self.world, self.device = world, device
+    def __init__(self, world: int, device: str, limit: float = float("inf")) -> None:
+        self.world, self.device, self.limit = world, device, limit
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
     def run(self, fn: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
-        """fn(device, *args) on every rank; the list of what the ranks returned."""
+        """fn(device, *args) on every rank; the list of what the ranks returned.
+
+        After `timeout` seconds, or the group's limit where that is less, it fails with the stacks of the silent ranks.
+        """
+        timeout = min(timeout, self.limit)
         if not self._processes:
             self._start()
         try:
@@ -71,9 +79,10 @@ class Group:
             open_pipes = [p for i, p in enumerate(self._pipes) if i not in results]
             ready = wait(open_pipes, timeout=max(0.0, end - time.monotonic()))
             if not ready:
-                self.stop()
                 missing = [i for i in range(self.world) if i not in results]
-                raise RankError(f"ranks {missing} gave no answer within {timeout:.0f} s")
+                stacks = self._stacks(missing)
+                self.stop()
+                raise RankError(f"ranks {missing} gave no answer within {timeout:.0f} s\n{stacks}")
             for pipe in ready:
                 rank = self._pipes.index(pipe)  # type: ignore[arg-type]
                 try:
@@ -94,15 +103,27 @@ class Group:
             process.join()
         self._processes, self._pipes = [], []
 
+    def _stacks(self, ranks: list[int]) -> str:
+        """Where these ranks are in their Python code."""
+        files = {rank: file for rank in ranks if (file := self._stack_file(rank)).exists()}
+        for rank in files:
+            os.kill(self._processes[rank].pid, signal.SIGUSR1)
+        time.sleep(1.0)
+        return "\n".join(f"rank {rank}: {file.read_text(encoding='utf-8')}" for rank, file in files.items())
+
+    def _stack_file(self, rank: int) -> Path:
+        return Path(self._folder.name) / f"rank-{rank}"
+
     def _start(self) -> None:
         import torch.distributed as dist
 
         # the store is here, on a port that the system chose: ranks that look for a free one may both find it
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._folder = tempfile.TemporaryDirectory()
         context = forkserver()
         for rank in range(self.world):
             ours, theirs = context.Pipe()
-            args = (theirs, rank, self.world, self._store.port, self.device)
+            args = (theirs, rank, self.world, self._store.port, self.device, self._stack_file(rank))
             process = context.Process(target=_serve, args=args, daemon=True)
             process.start()
             theirs.close()
@@ -113,8 +134,8 @@ class Group:
 class Ranks:
     """`ranks(4)` is a group of four processes, started at first use and shared by the tests of a module."""
 
-    def __init__(self, device: str) -> None:
-        self.device = device
+    def __init__(self, device: str, limit: float = float("inf")) -> None:
+        self.device, self.limit = device, limit
         self._groups: dict[int, Group] = {}
 
     def __call__(self, world: int) -> Group:
@@ -124,14 +145,15 @@ class Ranks:
 
             if world > torch.cuda.device_count():
                 pytest.skip(f"{world} ranks need {world} GPUs, and {torch.cuda.device_count()} are there")
-        return self._groups.setdefault(world, Group(world, self.device))
+        return self._groups.setdefault(world, Group(world, self.device, self.limit))
 
     def stop(self) -> None:
         for group in self._groups.values():
             group.stop()
 
 
-def _serve(pipe: Connection, rank: int, world: int, port: int, device: str) -> None:
+def _serve(pipe: Connection, rank: int, world: int, port: int, device: str, stack_file: Path) -> None:
+    faulthandler.register(signal.SIGUSR1, file=stack_file.open("w"))
     os.environ.update(OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     import torch

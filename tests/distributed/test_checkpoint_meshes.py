@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from contextlib import nullcontext
 from math import prod
 from pathlib import Path
 from unittest import mock
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -30,7 +32,7 @@ from colrow.sharding.grad_norm import align_gradients
 from colrow.sharding.layout import packed_of
 from distributed.harness import Group, Ranks
 from distributed.parity import batch, build, cross_entropy, whole
-from distributed.toy import LAYERS, MESHES, mesh_of, of_all_ranks, own_state, place, train, whole_state
+from distributed.toy import LAYERS, MESHES, gloo_group, mesh_of, of_all_ranks, own_state, place, train, whole_state
 
 pytestmark = pytest.mark.distributed
 
@@ -152,7 +154,7 @@ def llama_case(device: str, name: str, folder: Path) -> float:
     with torch.no_grad(), loss_context(plan, mesh["tp"]):
         loss = whole(cross_entropy(model(ids), targets)).item()
     Checkpoints(folder).save(2, model, optimizer, {})
-    alone = dist.new_group([0], backend="gloo")
+    alone = gloo_group([0])
     other = loss
     if dist.get_rank() == 0:
         single = build(name, device)
@@ -267,6 +269,22 @@ def test_a_full_disk_on_one_rank_is_raised_on_all(ranks: Ranks, tmp_path: Path, 
         assert " bytes), " in said
         assert there == ["step-1"]
     assert [(info.step, info.state) for info in Checkpoints(tmp_path).list()] == [(1, "complete"), (3, "complete")]
+
+
+def narrow_disk_case(device: str, folder: Path, mesh: str, missing: int) -> str:
+    """The disk has room for the tensors but `missing` bytes; what the JSON files take is left out."""
+    placed = place(device, mesh, seed=1)
+    train(placed)
+    free = sum(tensor.nbytes for tensor in whole_state(placed).values()) - missing
+    with mock.patch.object(storage, "_ROOM", 0), mock.patch.object(shutil, "disk_usage", return_value=Mock(free=free)):
+        return said_by(lambda: Checkpoints(folder).save(1, placed.model, placed.optimizer, {}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mesh", ["tp4", "replicate2-tp2"])
+def test_a_checkpoint_asks_for_the_room_that_it_takes(ranks: Ranks, tmp_path: Path, mesh: str) -> None:
+    for said in ranks(4).run(narrow_disk_case, tmp_path, mesh, 1):
+        assert "too full" in said
+    assert ranks(4).run(narrow_disk_case, tmp_path, mesh, 0) == [""] * 4
 
 
 def one_rank_case(device: str, folder: Path) -> list[str]:

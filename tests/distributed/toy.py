@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from typing import TypeVar
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -99,7 +101,17 @@ def mesh_of(device: str, name: str) -> tuple[DeviceMesh, dist.ProcessGroup]:
     degrees = MESHES[name]
     members = torch.arange(degrees.world_size)
     mesh = DeviceMesh(device, members.view(degrees.degrees), mesh_dim_names=AXES)
-    return mesh, dist.new_group(members.tolist(), backend="gloo")
+    return mesh, gloo_group(members.tolist())
+
+
+def gloo_group(ranks: list[int]) -> dist.ProcessGroup:
+    """A gloo group of some of the ranks. Collective over the default group, which may be NCCL's.
+
+    torch (2.11 to 2.13) has the ranks outside any new group take part in a split of the default group's NCCL
+    communicator. Members of a gloo group split nothing, so the others would wait for ever.
+    """
+    with mock.patch.object(distributed_c10d, "_get_split_source", return_value=None):
+        return dist.new_group(ranks, backend="gloo")
 
 
 def train(placed: Placed, steps: int = 2) -> None:

@@ -16,6 +16,7 @@ import errno
 import os
 import shutil
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -205,7 +206,9 @@ def _entry(item: WriteItem, planner: SavePlanner) -> Entry:
 
 
 def _bytes_of(item: WriteItem) -> int:
-    return item.tensor_storage_size() or 0
+    """Of the piece that is written; `item.tensor_storage_size()` counts the complete tensor."""
+    assert item.tensor_data is not None
+    return prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
 
 
 def _done(value: T) -> Future[T]:
