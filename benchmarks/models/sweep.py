@@ -11,7 +11,7 @@ Each model runs in a process of its own under a limit of CPU time. What the resu
     fails         the plan raises when it runs (never a wrong number)
     untraceable   torch.export cannot trace it
     not built     a tiny configuration does not give a model that runs
-    refused       the model gets no fast styles, where those were asked for (`--styles fast`)
+    refused       the model gets no fast styles, where those were requested (`--styles fast`)
     WRONG         loss or a gradient differs from the unsharded model: must never stand in the table
 """
 

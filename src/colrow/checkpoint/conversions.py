@@ -40,6 +40,7 @@ class Part:
         size = tuple(end - start for start, end in zip(starts, ends, strict=True))
         if any(extent <= 0 for extent in size):
             return None
+        # views throughout: what is read into the new piece is in the parameter
         data = piece.data[_relative(starts, size, piece.region).slices]
         region = _relative(starts, size, self.region)
         if self.stacked:
@@ -103,6 +104,7 @@ def parts_for(model: nn.Module, shapes: Shapes) -> dict[str, list[Part]]:
             parts = known.backward(name, shape)
         except CheckpointError:
             continue
+        # Renaming is not always invertible: only names that transformers would read back as this parameter are used.
         if parts != [as_is(name, shape)] and all(known.forward(part.name, shapes)[0] == name for part in parts):
             found[name] = parts
     return found
@@ -133,7 +135,7 @@ class _Transforms:
 
     def forward(self, stored: str, shapes: Shapes) -> tuple[str, str | None]:
         """The model's name of a stored tensor, and the pattern of the converter that takes it."""
-        from transformers.core_model_loading import rename_source_key
+        from transformers.core_model_loading import rename_source_key  # the one that from_pretrained uses
 
         name, pattern = rename_source_key(stored, self.renamings, self.converters, self.prefix, shapes)
         return str(name), pattern

@@ -113,6 +113,7 @@ class Checkpoints:
         """
         ranks = self._open()
         ranks.together(self.wait)
+        # Not on the background thread: it may redistribute optimizer state, over the training's own groups.
         snapshot = ranks.together(lambda: self._capture(ranks, step, model, optimizer, extra))
         if not self.asynchronous:
             self._write(ranks, snapshot)
@@ -154,7 +155,7 @@ class Checkpoints:
                 checkpoint is the newest complete one.
         """
         ranks = self._open()
-        ranks.together(self.wait)
+        ranks.together(self.wait)  # a background save may hold the group, and may be writing this very checkpoint
         path = ranks.together(lambda: self._path(info_or_step))
         manifest = self._require_intact(ranks, path)
         require_same_vocabulary(path, manifest, self.vocabulary)
@@ -239,6 +240,7 @@ class Checkpoints:
         return slots[info_or_step]
 
     def _require_intact(self, ranks: Ranks, path: Path) -> Manifest:
+        # Each file is read and checked by one rank alone.
         manifest, mine = ranks.together(lambda: examine(path, slice(ranks.rank, None, ranks.size)))
         wrong = list(dict.fromkeys(line for lines in ranks.gather(mine) for line in lines))
         if wrong or manifest is None:

@@ -100,6 +100,7 @@ def export(
     files = split_files(tensors, max_shard_bytes)
     shares = share_files(files, ranks.size)
     unfinished = folder.parent / f".{folder.name}.unfinished"
+    # Hidden until it is complete, and beside the target: a rename does not cross file systems.
     ranks.together(lambda: _start(folder, unfinished) if ranks.first else None)
     try:
         ranks.together(lambda: _require_seen(unfinished))

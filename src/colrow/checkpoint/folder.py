@@ -169,7 +169,7 @@ def prune(folder: Folder, keep: int, current: int) -> None:
     slots = {slot.path: slot for slot in folder.slots()}
     infos = list_checkpoints(folder)
     complete = sorted(info.step for info in infos if info.state == "complete" and info.step <= current)
-    oldest = min([current, *complete[-keep:]])
+    oldest = min([current, *complete[-keep:]])  # `current` is kept even when it looks damaged: it was just written
     for info in infos:
         if info.state != "unfinished" and info.step < oldest:
             try:

@@ -93,6 +93,7 @@ class Gather:
             for sender, regions in self._senders(name, number, receiver).items():
                 if me == sender != receiver:
                     sent.append(self._flatten(name, regions))
+                    # one message per pair of ranks and round: their order alone matches sends with receives
                     waits.append(dist.isend(sent[-1], group=group, group_dst=receiver))
                 elif me == receiver != sender:
                     buffer = torch.empty(sum(region.numel for region in regions), dtype=self._tensors[name].dtype)

@@ -51,7 +51,7 @@ def load_weights(model: Model, folder: Path | str) -> None:
     for item in named:
         for piece in in_parts(item.pieces(), parts[item.name]):
             by_file.setdefault(files[piece.name], []).append(piece)
-    with torch.no_grad():
+    with torch.no_grad():  # all checks are done: from here on parameters change
         for file, pieces in by_file.items():
             with TensorReader(file) as reader:
                 for piece in pieces:

@@ -29,7 +29,6 @@ from colrow.checkpoint.state import (
     NamedTensor,
     make_optimizer_state,
     optimizer_tensors,
-    require_same_class,
     restore_record,
 )
 from colrow.errors import CheckpointError
@@ -69,7 +68,11 @@ def read_texts(
     if manifest.optimizer is None:
         raise CheckpointError(f"{path} holds no optimizer state: load the model alone")
     record = read_record(path / OPTIMIZER, OptimizerRecord)
-    require_same_class(optimizer, record)
+    if record.kind != type(optimizer).__name__:
+        raise CheckpointError(
+            f"the checkpoint holds the state of {record.kind}, this run's optimizer is {type(optimizer).__name__}: "
+            f"use {record.kind}, or load the model alone"
+        )
     return index, record, extra
 
 

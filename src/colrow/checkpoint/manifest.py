@@ -40,6 +40,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class _Model(BaseModel):
+    # strict, forbid: a damaged or foreign file is an error, never coerced. Hyperparameters may be inf or nan.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, ser_json_inf_nan="constants")
 
 

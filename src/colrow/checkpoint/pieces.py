@@ -51,7 +51,7 @@ def _is_writer(name: str, tensor: Tensor) -> bool:
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
         return False
-    replica, replicas = 0, 1
+    replica, replicas = 0, 1  # this rank's number among the replicas, counted over all replicated mesh axes
     for placement, index, extent in zip(tensor.placements, coordinate, tensor.device_mesh.shape, strict=True):
         if isinstance(placement, Replicate):
             replica, replicas = replica * extent + index, replicas * extent

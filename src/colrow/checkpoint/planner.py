@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -30,7 +30,6 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
-    LoadPlanner,
     ReadItem,
     SavePlan,
     TensorWriteData,
@@ -82,10 +81,11 @@ class PieceSavePlanner(DefaultSavePlanner):
         return self._data[write_item.index]
 
 
-class PieceLoadPlanner(LoadPlanner):
+class PieceLoadPlanner(DefaultLoadPlanner):
     """Plans the reading of what fills `pieces`, in place."""
 
     def __init__(self, pieces: list[Piece]):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._pieces = pieces
 
     def set_up_planner(
@@ -106,21 +106,13 @@ class PieceLoadPlanner(LoadPlanner):
             items += [replace(read, dest_index=target) for read in reads]
         return LoadPlan(items)
 
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        return global_plan
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        return central_plan
-
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         raise AssertionError("a checkpoint of colrow holds tensors alone")
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        """A view of the parameter itself: once it is filled, nothing is left to commit."""
         data = self._pieces[int(read_item.dest_index.fqn)].data
         return data[Region(tuple(read_item.dest_offsets), tuple(read_item.lengths)).slices]
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        pass  # resolve_tensor gave a view of the parameter itself
 
 
 def _chunk(region: Region) -> ChunkStorageMetadata:

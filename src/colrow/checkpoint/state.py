@@ -180,15 +180,6 @@ def restore_record(optimizer: Optimizer, named: list[NamedTensor], record: Optim
             optimizer.state[param].update(record.values[owner.name])
 
 
-def require_same_class(optimizer: Optimizer, record: OptimizerRecord) -> None:
-    """Raise a CheckpointError when the state is of another class of optimizer."""
-    if record.kind != type(optimizer).__name__:
-        raise CheckpointError(
-            f"the checkpoint holds the state of {record.kind}, this run's optimizer is {type(optimizer).__name__}: "
-            f"use {record.kind}, or load the model alone"
-        )
-
-
 def _owners(optimizer: Optimizer, named: list[NamedTensor]) -> Iterator[tuple[NamedTensor, Tensor]]:
     """Each of the optimizer's parameters, with its name in the model."""
     by_id = {id(item.tensor): item for item in named}

@@ -51,7 +51,21 @@ _ROOM = 1 << 20  # for the JSON files, which are written last
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class CheckpointWriter(StorageWriter):
+class _OneCheckpoint:
+    """What DCP asks of a storage beside reading and writing: ours is made for one checkpoint and never used again."""
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        assert checkpoint_id is None
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return False
+
+    def prepare_local_plan(self, plan: Any) -> Any:
+        return plan
+
+
+class CheckpointWriter(_OneCheckpoint, StorageWriter):
     """Writes one checkpoint: see [Note: who writes what].
 
     Args:
@@ -66,18 +80,8 @@ class CheckpointWriter(StorageWriter):
         self.extra = extra
         self.step = manifest.step
 
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        assert checkpoint_id is None, "a writer is made for one folder"
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return False
-
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         pass
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         needed = _ROOM + sum(_bytes_of(item) for plan in plans for item in plan.items)
@@ -136,7 +140,7 @@ class CheckpointWriter(StorageWriter):
             raise _disk_error(self.folder.root, sum(file.bytes for file in files.values()), error) from error
 
 
-class CheckpointReader(StorageReader):
+class CheckpointReader(_OneCheckpoint, StorageReader):
     """Reads regions of a checkpoint whose files have been checked. Its metadata is made from JSON, never unpickled."""
 
     def __init__(self, path: Path, index: Index):
@@ -144,21 +148,11 @@ class CheckpointReader(StorageReader):
         self.path = path
         self._metadata = index.metadata()
 
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        assert checkpoint_id is None, "a reader is made for one folder"
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return False
-
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self._metadata
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         self._file_of: dict[MetadataIndex, str] = metadata.storage_data
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         return plans

@@ -80,7 +80,7 @@ def write_tensors(path: Path, entries: Sequence[Entry], metadata: dict[str, str]
     text += b" " * (-len(text) % 8)  # the format wants the data to begin at a multiple of 8
     head = len(text).to_bytes(8, "little") + text
     checksum = zlib.crc32(head)
-    with path.open("xb") as file:
+    with path.open("xb") as file:  # x: two ranks that take the same name must fail, not overwrite
         file.write(head)
         for entry in entries:
             data = _as_bytes(entry.fetch())

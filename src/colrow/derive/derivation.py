@@ -74,7 +74,7 @@ def derive(
     options: DeriveOptions | None = None,
     traced: Trace | None = None,
 ) -> Derivation:
-    """A plan for `model` at degree `tp`, from its graph alone.
+    """A plan for `model` at degree `tp`, from its graph.
 
     Args:
         model: any module, on any device (the meta device included). It is left as it was.
@@ -84,8 +84,8 @@ def derive(
         traced: the trace of `model` on `inputs`, when there is one already (of another degree).
 
     Raises:
-        PlanError: the model cannot be traced, or has sizes that depend on the data, or fast styles are asked for and
-            do not fit; the text says why.
+        PlanError: the model cannot be traced, or has sizes that depend on the data, or fast styles are requested
+            and do not fit; the text says why.
     """
     options = options or DeriveOptions()
     options.check()

@@ -55,7 +55,7 @@ class Emitter(ModuleEmitter):
                     return False
                 position, dim = self._dim_of(name, "weight")
                 if position != 0 or (
-                    self._plain_kv(name, dim) is None and not isinstance(self._cut(name, "weight"), int)
+                    self._plain_kv(name, dim) is None and not isinstance(self._shard_spec(name, "weight"), int)
                 ):
                     return False
         return True
@@ -220,7 +220,7 @@ class Emitter(ModuleEmitter):
                     style.setdefault("desired", ["none"] * count)
 
     def _scales(self) -> None:
-        """Where extents change in a rank's own trace: gathers and reduce-scatters of the stream, cut constants."""
+        """Where extents change in a rank's own trace: gathers and reduce-scatters of the stream, sliced constants."""
         tp = self.tp
         if self.stream is not None:
             heads = self.finder.head_entries() if self.stream.kind.ends_before_norm else set()

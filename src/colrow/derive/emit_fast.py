@@ -146,27 +146,27 @@ class FastEmitter(Emitter):
         if not is_linear(self._module(name)):
             raise SplitError(set(), f"{name} is a {type(self._module(name)).__name__} with a forward of its own")
         self._put(name, style="fast_colwise" if gathered else "fast_column")
-        cut = self._cut(name, "weight")
-        if isinstance(cut, dict):
-            self._put(name, **{key: value for key, value in cut.items() if key != "dim"})
+        spec = self._shard_spec(name, "weight")
+        if isinstance(spec, dict):
+            self._put(name, **{key: value for key, value in spec.items() if key != "dim"})
         if not gathered:
             self._put(name, **self.overlap)
         if is_transposed(self._module(name)):  # the rank's own trace runs the module's own forward
-            self.out.attributes[name] = {"nf": "/tp" if isinstance(cut, int) else self.choice.local_size(dim)}
+            self.out.attributes[name] = {"nf": "/tp" if isinstance(spec, int) else self.choice.local_size(dim)}
 
     def _row(self, name: str, dim: Dim, in_local: bool, block: Block | None) -> None:
         if block is not None and block.deferred:
             super()._row(name, dim, in_local, block)
             return
-        cut = self._cut(name, "weight")
-        if isinstance(cut, dict) and {"replicated", "kv"} & cut.keys():
+        spec = self._shard_spec(name, "weight")
+        if isinstance(spec, dict) and {"replicated", "kv"} & spec.keys():
             raise SplitError(self._atoms(name), f"{name} takes a part of its input unsharded")
         module = self._module(name)
         if not is_linear(module):
             bias = {} if module._parameters.get("bias") is None else {"bias": {"scaled": True}}
-            self._put(name, style="fast_block", shards={"weight": cut, **bias}, scatter=[0])
+            self._put(name, style="fast_block", shards={"weight": spec, **bias}, scatter=[0])
             return
-        self._put(name, style="fast_rowwise", **({"segments": cut["segments"]} if isinstance(cut, dict) else {}))
+        self._put(name, style="fast_rowwise", **({"segments": spec["segments"]} if isinstance(spec, dict) else {}))
         self._put(name, **self.overlap)
 
     def _embedding(self, name: str) -> None:

@@ -92,7 +92,7 @@ class ModuleEmitter:
         )
         in_local = block is not None and block.module in locals_
         if name in locals_:
-            self._put(name, style="local_block", shards={p: self._cut(name, p) for p in parameters})
+            self._put(name, style="local_block", shards={p: self._shard_spec(name, p) for p in parameters})
         elif name in self.flows.wide:
             self._put(name, style="sharded_norm")
         elif isinstance(module, nn.Embedding):
@@ -100,7 +100,7 @@ class ModuleEmitter:
         elif self._multiplies_by_weight(name):
             self._product(name, in_local, block)
         elif in_local:
-            self._put(name, style="local_shards", shards={p: self._cut(name, p) for p in parameters})
+            self._put(name, style="local_shards", shards={p: self._shard_spec(name, p) for p in parameters})
         else:
             raise SplitError(
                 self.finder.atoms_of(set(self.flows.inference.params)) & self._atoms(name),
@@ -138,7 +138,7 @@ class ModuleEmitter:
             return None
         return None if atoms[1:] == [find(self.choice.groups[atoms[0]])] else atoms[0]
 
-    def _cut(self, name: str, parameter: str) -> Any:
+    def _shard_spec(self, name: str, parameter: str) -> Any:
         """How a style says where the parameter is split: a dimension, or the segments of one that is fused.
 
         Of q, k and v in one weight [(heads + 2 kv_heads) * head_dim, features] each segment is split by itself.
@@ -149,15 +149,15 @@ class ModuleEmitter:
         segments = self.choice.segments(dim)
         if len(segments) == 1 and segments[0].sharded:
             return position
-        cut: dict[str, Any] = {"dim": position, "segments": [s.size for s in segments]}
+        spec: dict[str, Any] = {"dim": position, "segments": [s.size for s in segments]}
         if replicated := [i for i, s in enumerate(segments) if not s.sharded and s.kv is None]:
-            cut["replicated"] = replicated
+            spec["replicated"] = replicated
         if repeated := {i: s.kv for i, s in enumerate(segments) if s.kv is not None}:
             kv = next(iter(repeated.values()))
             if any(other is not kv for other in repeated.values()):
                 raise SplitError(set(repeated.values()), f"{name}.{parameter} has kv heads of two kinds")
-            cut |= {"kv": list(repeated), "kv_heads": kv.size, "heads": kv.size * find(self.choice.groups[kv]).size}
-        return cut
+            spec |= {"kv": list(repeated), "kv_heads": kv.size, "heads": kv.size * find(self.choice.groups[kv]).size}
+        return spec
 
     def _embedding(self, name: str) -> None:
         if self._read_in_vain(f"{name}.weight"):
@@ -189,27 +189,27 @@ class ModuleEmitter:
             rest = self._module(name).out_features // kv.size  # type: ignore[operator]
             self._put(name, style="kv_replicate", heads=kv.size * group, kv_heads=kv.size, head_dim=rest)
             return
-        cut = self._cut(name, "weight")
-        if isinstance(cut, int) and not in_local and self._is_linear(name):
+        spec = self._shard_spec(name, "weight")
+        if isinstance(spec, int) and not in_local and self._is_linear(name):
             self._put(name, style="colwise")
         else:
             self._put(name, style="packed_colwise")
             if is_transposed(self._module(name)):  # transformers' Conv1D views its output with its attribute nf
-                even = isinstance(cut, int) or not {"replicated", "kv"} & cut.keys()
+                even = isinstance(spec, int) or not {"replicated", "kv"} & spec.keys()
                 self.out.attributes[name] = {"nf": "/tp" if even else self.choice.local_size(dim)}
-            if isinstance(cut, dict):
-                self._put(name, **{key: value for key, value in cut.items() if key != "dim"})
+            if isinstance(spec, dict):
+                self._put(name, **{key: value for key, value in spec.items() if key != "dim"})
 
     def _row(self, name: str, dim: Dim, in_local: bool, block: Block | None) -> None:
-        cut = self._cut(name, "weight")
+        spec = self._shard_spec(name, "weight")
         deferred = block is not None and block.deferred
-        if isinstance(cut, dict) and {"replicated", "kv"} & cut.keys():
+        if isinstance(spec, dict) and {"replicated", "kv"} & spec.keys():
             raise SplitError(self._atoms(name), f"{name} takes a part of its input unsharded")
-        if isinstance(cut, int) and not deferred and self._is_linear(name):
+        if isinstance(spec, int) and not deferred and self._is_linear(name):
             self._put(name, style="rowwise")
             if self.stream is not None:
                 self._put(name, output=self.inside)
             return
         self._put(name, style="packed_rowwise", output="partial" if deferred else self.inside)
-        if isinstance(cut, dict):
-            self._put(name, segments=cut["segments"])
+        if isinstance(spec, dict):
+            self._put(name, segments=spec["segments"])

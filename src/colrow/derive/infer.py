@@ -84,7 +84,7 @@ class AxisInference:
         parameters: placeholder name to the parameter's fully qualified name.
         constants: placeholder and get_attr name to the value of a lifted constant, where it is known.
         inputs: names of the placeholders that are the caller's inputs.
-        cut: nodes whose output starts with fresh axes (a place where the layout may change).
+        fresh_at: nodes whose output starts with fresh axes (a place where the layout may change).
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class AxisInference:
         parameters: dict[str, str],
         constants: dict[str, Tensor] | None = None,
         inputs: Sequence[str] = (),
-        cut: Callable[[Node, AxisInference], Dims | None] | None = None,
+        fresh_at: Callable[[Node, AxisInference], Dims | None] | None = None,
         free_inputs: bool = False,
     ) -> None:
         self.graph = graph
@@ -108,7 +108,7 @@ class AxisInference:
         self.from_params: set[Node] = set()
         """Nodes that depend on parameters only."""
         self._inputs = set(inputs)
-        self._cut = cut
+        self._fresh_at = fresh_at
         self._free_inputs = free_inputs
         for node in graph.nodes:
             self._visit(node, parameters)
@@ -160,7 +160,7 @@ class AxisInference:
         incoming = [n for n in node.all_input_nodes if self.dims.get(n) is not None]
         if incoming and all(n in self.from_params for n in incoming):
             self.from_params.add(node)
-        if self._cut is not None and (dims := self._cut(node, self)) is not None:
+        if self._fresh_at is not None and (dims := self._fresh_at(node, self)) is not None:
             self.dims[node] = dims
             return
         try:

@@ -135,7 +135,7 @@ class LocalCheck:
         return None
 
     def _same_on_all(self, mine: Node, its: Node) -> bool:
-        """Whether a constant that differs along its split axis is made, or cut, alike on every rank: the first heads'
+        """Whether a constant that differs along its split axis is made, or sliced, alike on all ranks: the first heads'
         slopes where each rank needs its own."""
         facts = facts_of(mine)
         if mine not in self.flows.constant:
@@ -244,8 +244,8 @@ class LocalCheck:
         found: dict[tuple[str, str], dict[str, Any]] = {}
         for name, key, value in self.reads():
             if value in sizes and key.rpartition(".")[2] != "head_dim":
-                kind = type(self.model.get_submodule(name)).__name__
-                found.setdefault((kind, key), {})[name] = sizes[value]
+                class_name = type(self.model.get_submodule(name)).__name__
+                found.setdefault((class_name, key), {})[name] = sizes[value]
         return found
 
     def reads(self) -> list[tuple[str, str, int]]:

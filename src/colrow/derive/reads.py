@@ -38,7 +38,7 @@ def record_reads(name: str, module: nn.Module, found: dict[tuple[str, str], int]
         return value
 
     base = type(module)
-    kind = type(base.__name__, (base,), {"__getattribute__": read})
+    recording_cls = type(base.__name__, (base,), {"__getattribute__": read})
     if "config" in vars(module):
         vars(module)["config"] = _Reads(vars(module)["config"], note)
-    module.__class__ = kind
+    module.__class__ = recording_cls

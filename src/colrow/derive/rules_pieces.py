@@ -119,7 +119,7 @@ def narrow(inference: AxisInference, node: Node) -> Result:
 
 
 def split_pieces(node: Node) -> tuple[int, list[Piece]]:
-    """The dimension that split, split_with_sizes or chunk cuts, and its pieces."""
+    """The dimension that split, split_with_sizes or chunk takes apart, and its pieces."""
     source = node.args[0]
     assert isinstance(source, Node)
     dim = number(node, 2, "dim", 0) % len(shape_of(source))

@@ -126,7 +126,7 @@ def infer_between(
     where these are flattened, of the batch."""
     outside: dict[Node, Dim] = {}  # the tokens' dimension at each border, on the stream's side
 
-    def cut(node: Node, inference: AxisInference) -> Dims | None:
+    def border(node: Node, inference: AxisInference) -> Dims | None:
         if node not in entries | exits | start | finish:
             return None
         source = node.args[0]
@@ -139,7 +139,7 @@ def infer_between(
         outside[node] = tokens
         return fresh
 
-    inference = infer(traced, cut=cut, free_inputs=True)
+    inference = infer(traced, fresh_at=border, free_inputs=True)
     tokens: set[Atom] = set()
     batches: set[Atom] = set()
     for node, dim in outside.items():

@@ -23,7 +23,7 @@ from colrow.dryrun.module_tracker import LOSS, ModuleTracker
 from colrow.dryrun.recorded_calls import CallRecorder
 from colrow.dryrun.reduced_copy import ReducedCopy, reduced_copy
 from colrow.dryrun.result import Collective, DryRun, Failure, Output
-from colrow.dryrun.watch import Event, Watch
+from colrow.dryrun.watch import Watch
 from colrow.mesh import Mesh
 from colrow.models.blocks import block_stacks
 from colrow.parallel.loss import logits_of, loss_context
@@ -156,7 +156,7 @@ def _run_sharded(
     run.calls = dict(recorder.calls)
     run.mismatches = watch.mismatches
     run.unmatched_log_softmaxes = watch.unmatched_log_softmaxes
-    run.collectives = [_collective(event, sharded) for event in watch.events]
+    run.collectives = [replace(c, times=sharded.count(c.where)) for c in watch.collectives]
 
 
 def _mark_known_values(watch: Watch, model: nn.Module) -> None:
@@ -168,20 +168,6 @@ def _mark_known_values(watch: Watch, model: nn.Module) -> None:
             watch.mark_packed(param)
     for table in list(RANK_TABLES):
         watch.mark_varying(table)
-
-
-def _collective(event: Event, copy: ReducedCopy) -> Collective:
-    return Collective(
-        op=event.op,
-        where=event.where,
-        pass_="backward" if event.backward else "forward",
-        bytes=event.nbytes,
-        dtype=event.dtype,
-        cause=f"implicit in {event.implicit}: {event.change}" if event.implicit else event.change,
-        times=copy.count(event.where),
-        implicit=bool(event.implicit),
-        repeated=event.repeated,
-    )
 
 
 def _cause(collective: Collective, styles: Mapping[str, Style]) -> str:

@@ -6,10 +6,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from colrow.dryrun.recorded_calls import RecordedCall
-from colrow.dryrun.watch import PlacementMismatch
 
 Pass = Literal["forward", "backward"]
 Shape = tuple[int, ...]
+Problem = Literal[
+    "varying_as_replicate",
+    "equal_as_shard",
+    "equal_as_partial",
+    "equal_summed",
+    "addend_summed",
+    "random_on_shard",
+]
 
 
 @dataclass(frozen=True)
@@ -23,9 +30,9 @@ class Collective:
         bytes: of the larger side, on one rank: an all-gather's output, a reduce-scatter's input.
         dtype: of the tensor that is sent.
         cause: the style and the change of placement behind it.
-        times: how many modules of the model it stands for; of equal blocks, only the first one or two are run.
         implicit: DTensor moved the data because an operation needed it; no style declared it.
         repeated: the same tensor was gathered before in this pass.
+        times: how many modules of the model it stands for; of equal blocks, only the first one or two are run.
     """
 
     op: str
@@ -34,14 +41,32 @@ class Collective:
     bytes: int
     dtype: str
     cause: str
-    times: int = 1
     implicit: bool = False
     repeated: bool = False
+    times: int = 1
 
     def to_data(self) -> dict[str, Any]:
         """The collective as `colrow plan --json` prints it."""
         return {"op": self.op, "where": self.where, "pass": self.pass_, "bytes": self.bytes, "dtype": self.dtype,
                 "cause": self.cause, "axis": "tp", "times": self.times}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PlacementMismatch:
+    """A declaration, a sum or a random draw that does not fit its tensor: see [Note: equal and varying] in `values.py`.
+
+    Attributes:
+        problem: the first three are declarations; `equal_summed` and `addend_summed` are sums over ranks that count a
+            value tp times; `random_on_shard` is a dropout mask that repeats on every rank.
+        param: the name of the parameter whose gradient it is; empty for an activation.
+        dim: the sharded dim, for `equal_as_shard`.
+    """
+
+    problem: Problem
+    where: str
+    backward: bool
+    param: str = ""
+    dim: int | None = None
 
 
 @dataclass(frozen=True)

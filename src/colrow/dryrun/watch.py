@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from colrow.dryrun import values as rules
 from colrow.dryrun.module_tracker import ModuleTracker
+from colrow.dryrun.result import Collective, Pass, PlacementMismatch, Problem
 from colrow.dryrun.values import Op, Values
 from colrow.ops.parallel_linear import traffic
 from colrow.sharding.operators import EQUAL_AFTER
@@ -31,60 +31,12 @@ from colrow.torch_compat import (
     watched_to_local_backward,
 )
 
-Problem = Literal[
-    "varying_as_replicate",
-    "equal_as_shard",
-    "equal_as_partial",
-    "equal_summed",
-    "addend_summed",
-    "random_on_shard",
-]
-
-
-@dataclass(frozen=True)
-class Event:
-    """A collective as it happened.
-
-    Attributes:
-        change: `partial → shard(1)` where DTensor knows it, else empty.
-        implicit: the operation for whose sake DTensor moved the data by itself, else empty.
-        repeated: the same tensor was gathered before in this pass.
-        nbytes: of the larger side, on one rank.
-    """
-
-    op: str
-    where: str
-    backward: bool
-    nbytes: int
-    dtype: str
-    change: str = ""
-    implicit: str = ""
-    repeated: bool = False
-
-
-@dataclass(frozen=True)
-class PlacementMismatch:
-    """A declaration, a sum or a random draw that does not fit what a tensor is; see [Note: equal and varying].
-
-    Attributes:
-        problem: the first three are declarations; `equal_summed` and `addend_summed` are sums over ranks that count a
-            value tp times; `random_on_shard` is a dropout mask that repeats on every rank.
-        param: the name of the parameter whose gradient it is; empty for an activation.
-        dim: the sharded dim, for `equal_as_shard`.
-    """
-
-    problem: Problem
-    where: str
-    backward: bool
-    param: str = ""
-    dim: int | None = None
-
 
 class Watch(TorchDispatchMode):
     """A mode around forward and backward of a parallelised model on fake tensors.
 
     Attributes:
-        events: the collectives, in order.
+        collectives: in order. `cause` is the change of placement, where DTensor knows it.
         mismatches: in order; a wrong declaration is listed once, what follows is taken as declared.
         unmatched_log_softmaxes: log-softmaxes of DTensors less the cross entropies that took one.
     """
@@ -94,7 +46,7 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self._modules, self._tp, self._params = modules, tp, params
         self._values = Values()
-        self.events: list[Event] = []
+        self.collectives: list[Collective] = []
         self.mismatches: list[PlacementMismatch] = []
         self.unmatched_log_softmaxes = 0
 
@@ -175,11 +127,12 @@ class Watch(TorchDispatchMode):
             self._local(op)
             return
         value, backward = self._values[op.inputs[0]], self._modules.in_backward()
-        change, implicit = _reason()
+        change, cause_op = _reason()
         repeated = collective == "all_gather" and backward in value.gathered_in
         value.gathered_in.add(backward)
         nbytes = max(_nbytes(op.inputs), _nbytes(op.outputs))
-        self._event(collective, op.inputs[0], nbytes, change=change, implicit=implicit, repeated=repeated)
+        cause = f"implicit in {cause_op}: {change}" if cause_op else change
+        self._record(collective, op.inputs[0], nbytes, cause, implicit=bool(cause_op), repeated=repeated)
         sums = collective in ("all_reduce", "reduce_scatter") and "sum" in [a for a in op.args if isinstance(a, str)]
         # With a change, DTensor redistributes: its placement was compared with the tensor when it was declared.
         if sums and not change and not self.varies(op.inputs[0]):
@@ -196,7 +149,7 @@ class Watch(TorchDispatchMode):
             self._local(op)
             return
         target = op.inputs[0]
-        self._event(collective, op.inputs[-1], max(_nbytes([x]) for x in op.inputs))
+        self._record(collective, op.inputs[-1], max(_nbytes([x]) for x in op.inputs))
         varying = collective not in EQUAL_AFTER
         self._values[target].varying = self._values.storage(target).varying = varying
 
@@ -207,15 +160,14 @@ class Watch(TorchDispatchMode):
         elif op.name == "scatter_sum" and self._values[op.args[0]].has_addend:
             self._mismatch("addend_summed")
         for collective, sent, nbytes in traffic(op.name, op.args, op.outputs):
-            self._event(collective, sent, nbytes)
+            self._record(collective, sent, nbytes)
         for out in op.outputs:
             self._values[out].varying = op.name not in ("gather", "whole")
 
-    def _event(self, collective: str, sent: Tensor, nbytes: int, **known: Any) -> None:
+    def _record(self, collective: str, sent: Tensor, nbytes: int, cause: str = "", **known: bool) -> None:
+        pass_: Pass = "backward" if self._modules.in_backward() else "forward"
         dtype = str(sent.dtype).removeprefix("torch.")
-        self.events.append(
-            Event(collective, self._modules.current(), self._modules.in_backward(), nbytes, dtype, **known)
-        )
+        self.collectives.append(Collective(collective, self._modules.current(), pass_, nbytes, dtype, cause, **known))
 
     # -- declarations ----------------------------------------------------------------------------------------------
 

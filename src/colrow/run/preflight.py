@@ -69,7 +69,8 @@ def check(config: RunConfig, local_ranks: int | None = None, plan: Plan | None =
     changes = changed_keys(config)
     source = build_source(config.model, config.run.seed)
     check_model(config, source)
-    plan = plan or choose_plan(config, source.model)
+    if plan is None:
+        plan = choose_plan(config, source.model)
     if config.check:
         require_sound(config, source, plan, check_static(source.model, plan, config.mesh.tp, config.data.seq_len))
     else:

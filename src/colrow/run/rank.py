@@ -132,7 +132,7 @@ def process_group(config: RunConfig, info: RankInfo) -> Iterator[tuple[DeviceMes
         store=fresh_store(store, info.rank, info.world_size),
         rank=info.rank,
         world_size=info.world_size,
-        # with it NCCL connects at once, and subgroups share its connections
+        # makes NCCL connect now, and subgroups reuse the connections
         device_id=device if device.type == "cuda" else None,
     )
     yield config.mesh.build(device.type, info.world_size), device
