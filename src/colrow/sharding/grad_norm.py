@@ -45,11 +45,11 @@ def align_gradients(params: Iterable[nn.Parameter]) -> None:
     for (group, _), items in partial_sums.items():
         flat = torch.cat([local.reshape(-1) for _, local in items])
         dist.all_reduce(flat, group=group)
-        parts = flat.split([local.numel() for _, local in items])
-        for (param, local), part in zip(items, parts, strict=True):
+        summed = flat.split([local.numel() for _, local in items])
+        for (param, local), total in zip(items, summed, strict=True):
             assert isinstance(param, DTensor)
             param.grad = DTensor.from_local(
-                part.view_as(local),
+                total.view_as(local),
                 param.device_mesh,
                 param.placements,
                 run_check=False,

@@ -24,7 +24,7 @@ T = TypeVar("T")
 FILE = "metrics.jsonl"
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12}
-"""Dense bf16 by a part of the GPU's name (data sheets of the SXM forms)."""
+"""Dense bf16 FLOP/s by a substring of the GPU's name (data sheets of the SXM forms)."""
 
 
 def perplexity(loss: float) -> float:
@@ -41,8 +41,8 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def of_device(table: Mapping[str, T], device_name: str) -> T | None:
-    """The entry whose key is a part of the GPU's name; None when there is none."""
-    return next((entry for part, entry in table.items() if part in device_name), None)
+    """The entry whose key is in the GPU's name; None when there is none."""
+    return next((entry for key, entry in table.items() if key in device_name), None)
 
 
 class Sink(Protocol):
@@ -57,7 +57,7 @@ class Metrics:
     """Hands each record to metrics.jsonl and to the sinks that the config asks for.
 
     Args:
-        step: the last step that counts. What the file says of later ones is cut off: they will be run again.
+        step: the last step that counts. Records of later ones are removed: they will be run again.
     """
 
     def __init__(self, config: RunConfig, step: int) -> None:
@@ -81,7 +81,7 @@ class Metrics:
     def __enter__(self) -> Metrics:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, cls: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
 
@@ -107,12 +107,12 @@ def truncate(path: Path, step: int) -> None:
 
 
 def require_sinks(section: LogSection) -> None:
-    """Raise a ConfigError, with what to install, for a sink that is asked for and not there."""
-    for asked, module, extra in (
+    """Raise a ConfigError, with what to install, for a configured sink whose package is missing."""
+    for wanted, module, extra in (
         (section.tensorboard, "tensorboard", "tensorboard"),
         (section.wandb, "wandb", "wandb"),
     ):
-        if asked and importlib.util.find_spec(module) is None:
+        if wanted and importlib.util.find_spec(module) is None:
             raise ConfigError(
                 f"log.{extra}: true needs the package {module}, which is not installed: "
                 f"pip install 'colrow[{extra}]', or set log.{extra} to false"
