@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from colrow.errors import ConfigError, PlanError
-from colrow.ops.float8 import KINDS, factor, float8_reference, multiply
+from colrow.ops.float8 import RECIPES, float8_reference, quantize, scaled_mm
 from colrow.ops.kernels.rounding import round_reference, round_triton
 from colrow.plans.plan import Plan
 
@@ -25,7 +25,7 @@ def factors(device: str, dtype: torch.dtype = torch.float32, spread: float = 0.0
 
 def float8_product(a: Tensor, b: Tensor, kind: str, *, gradient: bool = False) -> Tensor:
     out = a.new_full((a.shape[0], b.shape[1]), torch.nan)
-    multiply(factor([a], kind, gradient=gradient), factor([b.t()], kind), out, gradient=gradient)
+    scaled_mm(quantize([a], kind, gradient=gradient), quantize([b.t()], kind), out, gradient=gradient)
     return out
 
 
@@ -58,7 +58,7 @@ def test_rows_of_their_own_scale_keep_what_one_scale_loses() -> None:
 
 def test_factors_may_lie_in_memory_either_way() -> None:
     a, b = factors("cpu")
-    for kind in KINDS:
+    for kind in RECIPES:
         assert torch.equal(
             float8_product(a.t().contiguous().t(), b.t().contiguous().t(), kind), float8_product(a, b, kind)
         )
@@ -66,7 +66,7 @@ def test_factors_may_lie_in_memory_either_way() -> None:
 
 @pytest.mark.cuda
 @needs_gpu
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RECIPES)
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("shapes", [((64, 128),), ((33, 257), (7, 257), (200, 257)), ((1, 1),), ((520, 48), (520, 80))])
 def test_the_kernel_rounds_as_the_reference_does(
@@ -91,12 +91,12 @@ def test_the_kernel_rounds_as_the_reference_does(
             assert (off > 0).float().mean() < 1e-3
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RECIPES)
 def test_parts_beside_each_other_are_one_factor(kind: str) -> None:
     a, b = factors("cpu", spread=2.0)
     for dim, whole in ((0, a), (1, b.t())):
         parts = whole.split([16, 32, 16] if dim == 0 else [32, 64], dim)
-        one, together = factor([whole], kind), factor(parts, kind, dim=dim)
+        one, together = quantize([whole], kind), quantize(parts, kind, dim=dim)
         assert torch.equal(one.values.float(), together.values.float())
         assert torch.equal(one.scale, together.scale)
 
@@ -107,7 +107,7 @@ def test_zeros_stay_zeros() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RECIPES)
 @pytest.mark.parametrize("gradient", [False, True])
 def test_the_operator_is_the_reference(kind: str, gradient: bool, device: str) -> None:
     a, b = factors(device, torch.bfloat16)

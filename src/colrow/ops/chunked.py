@@ -19,12 +19,12 @@ from torch import Tensor
 from colrow.ops.collectives import Finish
 from colrow.ops.exchange import Carrier, Exchange
 from colrow.ops.linear_options import LinearOptions
-from colrow.ops.products import column_product, for_gradients, for_outputs, input_gradient, weight_gradient
+from colrow.ops.products import column_product, dgrad_weights, forward_weights, input_gradient, weight_gradient
 
 
 def column_forward(x_tD: Tensor, weights: list[Tensor], carrier: Carrier, opts: LinearOptions) -> tuple[Tensor, Tensor]:
     """X = all_gather(x);  Y = X W^T, and X if it is kept: copied, for its slots are overwritten by later exchanges."""
-    ready, (t, D) = for_outputs(weights, opts.fp8), x_tD.shape
+    ready, (t, D) = forward_weights(weights, opts.fp8), x_tD.shape
     y_TF = x_tD.new_empty(t * carrier.size, sum(w.shape[0] for w in weights))
     X_TD = x_tD.new_empty(t * carrier.size if opts.keep_gathered else 0, D)
 
@@ -56,7 +56,7 @@ def column_backward(
         regather = carrier.open((t, D), x.dtype)
         send_to_all(regather, x)
     if need_dx:
-        ready = for_gradients(weights, opts.fp8)
+        ready = dgrad_weights(weights, opts.fp8)
         dx_handle = scatter_sum(
             carrier.open((t, D), dy_TF.dtype), lambda rows, out: input_gradient(dy_TF[rows], ready, out, opts.fp8)
         )
@@ -74,7 +74,7 @@ def column_backward(
 
 def row_forward(x_Tf: Tensor, w_Df: Tensor, carrier: Carrier, opts: LinearOptions) -> Tensor:
     """y = reduce_scatter(x W^T)."""
-    ready = for_outputs([w_Df], opts.fp8)
+    ready = forward_weights([w_Df], opts.fp8)
     exchange = carrier.open((x_Tf.shape[0] // carrier.size, w_Df.shape[0]), x_Tf.dtype)
     return scatter_sum(exchange, lambda rows, out: column_product(x_Tf[rows], ready, out, opts.fp8))()
 
@@ -90,7 +90,7 @@ def row_backward(
 ) -> tuple[Tensor, Tensor]:
     """dY = all_gather(dy);  dx = dY W;  dW = dY^T x."""
     dx_Tf = dy_tD.new_empty(x_Tf.shape if need_dx else 0)
-    ready = for_gradients([w_Df], opts.fp8) if need_dx else None
+    ready = dgrad_weights([w_Df], opts.fp8) if need_dx else None
 
     def multiply(rows: slice, chunk_tD: Tensor) -> None:
         if ready is not None:

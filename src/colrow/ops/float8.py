@@ -1,12 +1,12 @@
-"""Products of 8-bit floats: factors scaled into the type's range and rounded, sums in fp32.
+"""Matmuls of 8-bit floats: operands scaled into the type's range and rounded, sums in fp32.
 
-    y = (round(a / s) round(b / r)) s r        s, r = max |.| / the type's largest number, taken anew in each call
+    y = (round(a / s) round(b / r)) s r        s, r = max |.| / the type's largest number, computed in each call
 
-tensorwise: one scale for a factor. rowwise: one for each row of a and each column of b.
+tensorwise: one scale for an operand. rowwise: one for each row of a and each column of b.
 
 Weights and activations are e4m3 (three bits of mantissa, up to 448). Gradients are e5m2 (two bits, up to 57344) where
-one scale has to do for all of them, and e4m3 where each row has its own. Which scale a rank takes depends on its own
-part of a weight alone: nothing is communicated.
+one scale must do for all of them: they need range more than digits. They are e4m3 where each row has its own scale. A
+rank's scales depend on its own shard of a weight alone: nothing is communicated.
 """
 
 from __future__ import annotations
@@ -25,61 +25,61 @@ from colrow.ops.ran import note
 from colrow.torch_compat import scaled_product
 
 Float8 = Literal["tensorwise", "rowwise"]
-KINDS: tuple[Float8, ...] = ("tensorwise", "rowwise")
+RECIPES: tuple[Float8, ...] = ("tensorwise", "rowwise")
 
 
 @dataclass(frozen=True)
-class Factor:
-    """A factor of a product in 8 bits, as the product reads it: each line that is summed over lies in a row.
+class Float8Operand:
+    """A quantized operand of a matmul, in the layout that the hardware reads: the summed dim is contiguous.
 
-    values [M, K] for the left factor [M, K] or the right one [K, M]; scale [] or [M, 1].
+    values [M, K] for the left operand [M, K] or the right one [K, M]; scale [] or [M, 1].
     """
 
     values: Tensor
     scale: Tensor
 
 
-def factor(parts: Sequence[Tensor], kind: str, *, gradient: bool = False, dim: int = 0) -> Factor:
-    """Round [M, K], given as parts beside each other along `dim`.
+def quantize(parts: Sequence[Tensor], recipe: str, *, gradient: bool = False, dim: int = 0) -> Float8Operand:
+    """Quantize [M, K], given as the tensors that concatenated along `dim` make it.
 
     Args:
-        gradient: it is a gradient.
+        gradient: whether it is a gradient, which takes another type (see above).
 
     Raises:
         ConfigError: a size that 16 does not divide, or a GPU without 8-bit products.
     """
     for part in parts:
         require_sixteen(*part.shape)
-    note("fp8", kind)
-    dtype = torch.float8_e5m2 if gradient and kind == "tensorwise" else torch.float8_e4m3fn
-    rowwise = kind == "rowwise"
+    note("fp8", recipe)
+    dtype = torch.float8_e5m2 if gradient and recipe == "tensorwise" else torch.float8_e4m3fn
+    rowwise = recipe == "rowwise"
     if not parts[0].is_cuda:
-        return Factor(*round_reference(torch.cat(list(parts), dim), dtype, rowwise=rowwise))
+        return Float8Operand(*round_reference(torch.cat(list(parts), dim), dtype, rowwise=rowwise))
     require_gpu(parts[0].device)
-    return Factor(*round_triton(parts, dtype, rowwise=rowwise, dim=dim))
+    return Float8Operand(*round_triton(parts, dtype, rowwise=rowwise, dim=dim))
 
 
-def multiply(a: Factor, b: Factor, out: Tensor, *, gradient: bool = False) -> None:
-    """out [M, N], contiguous = a b, for a gradient summed in full precision."""
+def scaled_mm(a: Float8Operand, b: Float8Operand, out: Tensor, *, gradient: bool = False) -> None:
+    """out [M, N], contiguous = a b."""
     if not a.values.is_cuda:
         out.copy_(float8_reference(a.values, b.values.t(), a.scale, b.scale.t()))
         return
-    given = out if out.dtype == torch.bfloat16 else None
+    in_place = out if out.dtype == torch.bfloat16 else None  # the only type that _scaled_mm writes for both recipes
     y = scaled_product(
         a.values,
         b.values.t(),
         scale_a=a.scale,
         scale_b=b.scale.t(),
         out_dtype=torch.bfloat16,
-        use_fast_accum=not gradient,
-        out=given,
+        use_fast_accum=not gradient,  # fewer bits in partial sums: fine for activations, not for gradients
+        out=in_place,
     )
-    if given is None:
+    if in_place is None:
         out.copy_(y)
 
 
 def float8_reference(a_MK: Tensor, b_KN: Tensor, s: Tensor, r: Tensor) -> Tensor:
-    """What the product of 8-bit factors is, in fp32."""
+    """The matmul of quantized operands, in fp32."""
     return (a_MK.float() * s) @ (b_KN.float() * r)
 
 

@@ -27,7 +27,7 @@ from colrow.ops.collectives import (
     start_reduce_scatter,
 )
 from colrow.ops.linear_options import LinearOptions
-from colrow.ops.products import column_product, for_gradients, for_outputs, input_gradient, weight_gradient
+from colrow.ops.products import column_product, dgrad_weights, forward_weights, input_gradient, weight_gradient
 from colrow.ops.ran import note
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def _column_forward(x_tD: Tensor, weights: list[Tensor], group: str, options: st
         return chunked.column_forward(x_tD.contiguous(), weights, carrier, opts)
     X_TD = all_gather(x_tD, group_named(group))
     y_TF = X_TD.new_empty(X_TD.shape[0], sum(w.shape[0] for w in weights))
-    column_product(X_TD, for_outputs(weights, opts.fp8), y_TF, opts.fp8)
+    column_product(X_TD, forward_weights(weights, opts.fp8), y_TF, opts.fp8)
     # an output may not alias an input or stay undefined: what is not kept is an empty tensor
     return y_TF, X_TD if opts.keep_gathered else X_TD.new_empty(0)
 
@@ -137,7 +137,7 @@ def _column_backward(
     dx_handle = None
     if need_dx:
         dx_TD = dy_TF.new_empty(dy_TF.shape[0], weights[0].shape[1])
-        input_gradient(dy_TF, for_gradients(weights, opts.fp8), dx_TD, opts.fp8)
+        input_gradient(dy_TF, dgrad_weights(weights, opts.fp8), dx_TD, opts.fp8)
         dx_handle = start_reduce_scatter(dx_TD, ranks)
         if not opts.overlaps:
             dx_handle()
@@ -185,7 +185,7 @@ def _row_forward(x_Tf: Tensor, w_Df: Tensor, group: str, options: str) -> Tensor
     if (carrier := opts.carrier(x_Tf.shape[0] // ranks.size(), group, x_Tf.device)) is not None:
         return chunked.row_forward(x_Tf, w_Df, carrier, opts)
     y_TD = x_Tf.new_empty(x_Tf.shape[0], w_Df.shape[0])
-    column_product(x_Tf, for_outputs([w_Df], opts.fp8), y_TD, opts.fp8)
+    column_product(x_Tf, forward_weights([w_Df], opts.fp8), y_TD, opts.fp8)
     return reduce_scatter(y_TD, ranks)
 
 
@@ -208,7 +208,7 @@ def _row_backward(
     dy_TD = all_gather(dy_tD, group_named(group))
     dx_Tf = x_Tf.new_empty(x_Tf.shape if need_dx else 0)
     if need_dx:
-        input_gradient(dy_TD, for_gradients([w_Df], opts.fp8), dx_Tf, opts.fp8)
+        input_gradient(dy_TD, dgrad_weights([w_Df], opts.fp8), dx_Tf, opts.fp8)
     return dx_Tf, weight_gradient(dy_TD, x_Tf, opts.fp8) if need_dw else dy_tD.new_empty(0)
 
 

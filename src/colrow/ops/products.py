@@ -1,4 +1,4 @@
-"""Matrix products: of a linear whose weight is several siblings', and ones that accumulate into a wider dtype.
+"""Matmuls: of a linear whose weight is that of several siblings, and ones that accumulate into a wider dtype.
 
 Everything that `parallel_linear` multiplies goes through here, in 8-bit floats where `fp8` says which (`ops.float8`).
 `out` may be a slice of rows of a larger tensor.
@@ -13,26 +13,26 @@ import functools
 import torch
 from torch import Tensor
 
-from colrow.ops.float8 import Factor, factor, multiply
+from colrow.ops.float8 import Float8Operand, quantize, scaled_mm
 
-NARROW = 2048  # rows of a weight under which its own product is too small for a GPU: siblings are joined then
-
-
-Weights = list[Tensor] | Factor
+NARROW = 2048  # with fewer rows, a weight's own matmul is too small for a GPU: siblings are concatenated then
 
 
-def for_outputs(weights: list[Tensor], fp8: str = "") -> Weights:
-    """The siblings as `column_product` takes them: once for all chunks of a product."""
-    return factor(weights, fp8) if fp8 else _joined(weights)
+Weights = list[Tensor] | Float8Operand
 
 
-def for_gradients(weights: list[Tensor], fp8: str = "") -> Weights:
-    """The siblings as `input_gradient` takes them."""
-    return factor([w.t() for w in weights], fp8, dim=1) if fp8 else _joined(weights)
+def forward_weights(weights: list[Tensor], fp8: str = "") -> Weights:
+    """The siblings' weights as `column_product` takes them: prepared once for all chunks of a matmul."""
+    return quantize(weights, fp8) if fp8 else _joined(weights)
+
+
+def dgrad_weights(weights: list[Tensor], fp8: str = "") -> Weights:
+    """The siblings' weights as `input_gradient` takes them."""
+    return quantize([w.t() for w in weights], fp8, dim=1) if fp8 else _joined(weights)
 
 
 def _joined(weights: list[Tensor]) -> list[Tensor]:
-    """One weight where some are narrow; as they are where each is large, and a copy would cost more."""
+    """Concatenated if some are narrow; as they are if each is large: the copy would cost more than it saves."""
     if len(weights) == 1 or min(w.shape[0] for w in weights) >= NARROW:
         return weights
     return [torch.cat(weights)]
@@ -40,8 +40,8 @@ def _joined(weights: list[Tensor]) -> list[Tensor]:
 
 def column_product(x_TD: Tensor, weights: Weights, out: Tensor, fp8: str = "") -> None:
     """out [T, F] = x W^T, the siblings' outputs beside each other."""
-    if isinstance(weights, Factor):
-        multiply(factor([x_TD], fp8), weights, out)
+    if isinstance(weights, Float8Operand):
+        scaled_mm(quantize([x_TD], fp8), weights, out)
         return
     for w, part in zip(weights, out.split([w.shape[0] for w in weights], 1), strict=True):
         torch.mm(x_TD, w.t(), out=part)
@@ -49,8 +49,8 @@ def column_product(x_TD: Tensor, weights: Weights, out: Tensor, fp8: str = "") -
 
 def input_gradient(dy_TF: Tensor, weights: Weights, out: Tensor, fp8: str = "") -> None:
     """out [T, D] = dY W."""
-    if isinstance(weights, Factor):
-        multiply(factor([dy_TF], fp8, gradient=True), weights, out, gradient=True)
+    if isinstance(weights, Float8Operand):
+        scaled_mm(quantize([dy_TF], fp8, gradient=True), weights, out, gradient=True)
         return
     first, *others = zip(dy_TF.split([w.shape[0] for w in weights], 1), weights, strict=True)
     torch.mm(*first, out=out)
@@ -63,14 +63,14 @@ def weight_gradient(dy_TF: Tensor, x_TD: Tensor, fp8: str = "") -> Tensor:
     if not fp8:
         return dy_TF.t() @ x_TD
     dw = dy_TF.new_empty(dy_TF.shape[1], x_TD.shape[1])
-    multiply(factor([dy_TF.t()], fp8, gradient=True), factor([x_TD.t()], fp8), dw, gradient=True)
+    scaled_mm(quantize([dy_TF.t()], fp8, gradient=True), quantize([x_TD.t()], fp8), dw, gradient=True)
     return dw
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out += a @ b, summed in out's dtype, in place.
 
-    For bf16 or fp16 factors on a GPU the sum into an fp32 `out` happens inside the product, where this torch can.
+    For bf16 or fp16 operands on a GPU the sum into an fp32 `out` happens inside the product, where this torch can.
     """
     if out.dtype == a.dtype:
         out.addmm_(a, b)
@@ -84,7 +84,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 @functools.cache
 def _adds_inside_product(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether addmm takes an fp32 addend beside low-precision factors: some versions ask for equal dtypes."""
+    """Whether addmm takes an fp32 addend with low-precision operands: some versions require equal dtypes."""
     a = torch.ones(16, 16, device=device, dtype=dtype)
     out = torch.full((16, 16), 0.5, device=device)
     try:

@@ -26,7 +26,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from colrow.errors import PlanError, did_you_mean
 from colrow.ops.carriers import OVERLAPS, Overlap, carrier
-from colrow.ops.float8 import KINDS
+from colrow.ops.float8 import RECIPES
 from colrow.ops.linear_options import CHUNK_ROWS, LinearOptions, option_names
 from colrow.sharding.local_view import replace_forward
 from colrow.styles.base import Style, TokenOrder, option
@@ -101,8 +101,8 @@ def create_carrier(mesh: DeviceMesh, overlap: str) -> None:
 
 
 def _float8_of(recipe: str) -> str:
-    if recipe and recipe not in KINDS:
-        message = f"unknown fp8 {recipe!r}{did_you_mean(recipe, KINDS)}"
+    if recipe and recipe not in RECIPES:
+        message = f"unknown fp8 {recipe!r}{did_you_mean(recipe, RECIPES)}"
         raise PlanError("CR211", "", message, "")
     return recipe
 
