@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from colrow.ops.ran import forget, note, noted
+from colrow.ops.execution_record import clear, record, recorded
 from colrow.plans.plan import Plan
 from colrow.run import executed
 from colrow.run.executed import executed_line, executed_paths, steps_until_known
@@ -24,13 +24,13 @@ def training(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    forget()
+    clear()
     plan = Plan.preset("llama-fast", "linear").with_fp8("rowwise")
     shape = SHALLOW_MODELS["gqa-1"]
     yield SimpleNamespace(
         plan=plan, compiled=True, graphs=(), device=torch.device("cpu"), source=SimpleNamespace(config=shape)
     )
-    forget()
+    clear()
 
 
 def test_what_was_asked_for_is_not_executed_paths(training: Any) -> None:
@@ -43,8 +43,8 @@ def test_what_operators_noted_is_said_once(training: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(executed, "_graphs_compiled", lambda: True)
     for _ in range(2):
         for kind, what in (("columns", 3), ("columns", 2), ("beside", "collectives"), ("loss", "triton")):
-            note(kind, what)
-    assert noted("columns") == ["3", "2"]
+            record(kind, what)
+    assert recorded("columns") == ["3", "2"]
     said = executed_paths(training, 32)
     assert said == ("fused qkv, gate/up, overlapped scatter, linear cross entropy in Triton, compiled blocks")
     lines = executed_line(said).splitlines()

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from colrow.errors import ConfigError
+from colrow.ops.execution_record import record
 from colrow.ops.kernels.rounding import UNAVAILABLE, round_reference, round_triton
-from colrow.ops.ran import note
 from colrow.torch_compat import scaled_product
 
 Float8 = Literal["tensorwise", "rowwise"]
@@ -50,7 +50,7 @@ def quantize(parts: Sequence[Tensor], recipe: str, *, gradient: bool = False, di
     """
     for part in parts:
         require_sixteen(*part.shape)
-    note("fp8", recipe)
+    record("fp8", recipe)
     dtype = torch.float8_e5m2 if gradient and recipe == "tensorwise" else torch.float8_e4m3fn
     rowwise = recipe == "rowwise"
     if not parts[0].is_cuda:

@@ -32,10 +32,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from colrow.errors import ConfigError
 from colrow.ops.collectives import all_gather, group_of, reduce_scatter
+from colrow.ops.execution_record import record
 from colrow.ops.kernels import cross_entropy as kernels
 from colrow.ops.kernels.cross_entropy import LossTerms
 from colrow.ops.products import add_product
-from colrow.ops.ran import note
 
 Implementation = Literal["auto", "triton", "torch"]
 
@@ -132,7 +132,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h_tD: Tensor, w_vD: Tensor, y_T: Tensor, scale: Tensor, job: _Job) -> Tensor:
         group = job.group
-        note("loss", "triton" if job.triton else "torch")
+        record("loss", "triton" if job.triton else "torch")
         want_h, want_w = (job.gradients and needed for needed in ctx.needs_input_grad[:2])
         H_TD = all_gather(h_tD, group) if job.gather and group is not None else h_tD
         T = H_TD.shape[0]

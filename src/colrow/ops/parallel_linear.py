@@ -26,9 +26,9 @@ from colrow.ops.collectives import (
     start_all_gather,
     start_reduce_scatter,
 )
+from colrow.ops.execution_record import record
 from colrow.ops.linear_options import LinearOptions
 from colrow.ops.products import column_product, dgrad_weights, forward_weights, input_gradient, weight_gradient
-from colrow.ops.ran import note
 
 if TYPE_CHECKING:
     from torch._library.custom_ops import CustomOpDef
@@ -94,7 +94,7 @@ def operator(name: str, schema: str) -> Callable[[Callable[..., Any]], CustomOpD
 def _column_forward(x_tD: Tensor, weights: list[Tensor], group: str, options: str) -> tuple[Tensor, Tensor]:
     """X = all_gather(x);  Y = X W^T. Returns Y_TF, and X_TD if it is kept."""
     opts = LinearOptions.parse(options)
-    note("columns", len(weights))
+    record("columns", len(weights))
     if (carrier := opts.carrier(x_tD.shape[0], group, x_tD.device)) is not None:
         return chunked.column_forward(x_tD.contiguous(), weights, carrier, opts)
     X_TD = all_gather(x_tD, group_named(group))
@@ -125,7 +125,7 @@ def _column_backward(
     """
     opts, ranks = LinearOptions.parse(options), group_named(group)
     carrier = opts.carrier(dy_TF.shape[0] // ranks.size(), group, dy_TF.device)
-    note("beside", opts.overlap if carrier is not None or not opts.overlaps else "collectives")
+    record("beside", opts.overlap if carrier is not None or not opts.overlaps else "collectives")
     if carrier is not None:
         return chunked.column_backward(dy_TF, x.contiguous(), weights, carrier, opts, need_dx, need_dw)
 

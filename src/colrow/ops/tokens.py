@@ -1,8 +1,11 @@
-"""Tokens in a row, whole on every rank or a part on each, where all ranks use the whole alike.
+"""Flattened tokens, replicated or one shard on each rank, where all ranks use the replicated tokens alike.
 
-So gradients are the same on every rank too, and none is summed: the dual of taking a part is a gather, and that of the
-gather is taking the part. (Where each rank uses the whole in its own way, see `gather` and `scatter_sum` in
-`ops.parallel_linear`.)
+So the gradients of replicated tokens are equal on every rank too, and are not summed:
+
+    local_tokens  x_tD = this rank's rows of x_TD      backward  dx_TD = all_gather(dx_tD)
+    all_tokens    x_TD = all_gather(x_tD)              backward  dx_tD = this rank's rows of dx_TD
+
+(If each rank uses the gathered tokens in its own way, see `gather` and `scatter_sum` in `ops.parallel_linear`.)
 """
 
 from __future__ import annotations
@@ -16,13 +19,13 @@ from colrow.ops.collectives import all_gather, group_named
 from colrow.ops.parallel_linear import operator
 
 
-def part_of(x_TD: Tensor, rank: Tensor, group: str) -> Tensor:
+def local_tokens(x_TD: Tensor, rank: Tensor, group: str) -> Tensor:
     """[T, D], the same on each rank -> this rank's [t, D]. `rank` holds the rank's number in the group: [1]."""
     y: Tensor = torch.ops.colrow.part(x_TD, rank, group)
     return y
 
 
-def whole_of(x_tD: Tensor, rank: Tensor, group: str) -> Tensor:
+def all_tokens(x_tD: Tensor, rank: Tensor, group: str) -> Tensor:
     """[t, D] on each rank -> [T, D] on every one, for use that is the same on all ranks."""
     y: Tensor = torch.ops.colrow.whole(x_tD, rank, group)
     return y

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import Replicate
 
 from colrow.mesh import MeshAxes
-from colrow.ops.ran import noted
+from colrow.ops.execution_record import recorded
 from colrow.plans.plan import Plan
 from colrow.torch_compat import compiled_graph_count
 from colrow.train.attention import attention_kernel
@@ -35,7 +35,7 @@ def executed_paths(training: Training, seq_len: int) -> str:
     Collective. Operators note themselves as they run, graphs know whether they were captured, and torch counts the
     blocks that it compiled; attention's kernel is what torch selects for these sizes.
     """
-    local = [[kind, what] for kind in ("columns", "beside", "fp8", "loss") for what in noted(kind)]
+    local = [[kind, what] for kind in ("columns", "beside", "fp8", "loss") for what in recorded(kind)]
     everywhere: list[list[list[str]] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, local)
     executed: dict[str, list[str]] = {}

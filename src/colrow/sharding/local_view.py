@@ -51,7 +51,9 @@ def _subclass(cls: Any, names: tuple[str, ...], forward: Callable[..., Any] | No
 def _property(name: str) -> property:
     def read(module: nn.Module) -> Tensor | None:
         param: Any = module._parameters[name]
-        # On more axes than tp it is what FSDP2 keeps between uses and itself reads here: not gathered, nothing to view.
+        # Between uses FSDP2 registers its own shard, a DTensor on dp_shard x tp, and reads this attribute when it
+        # exchanges parameters: returned as it is. Before forward and backward it registers the all-gathered parameter,
+        # a DTensor on tp alone: what the module computes with, through the view.
         view: View = getattr(module, VIEWS)[name]
         return view(param) if isinstance(param, DTensor) and param.device_mesh.ndim == 1 else param
 

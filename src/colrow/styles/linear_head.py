@@ -76,8 +76,6 @@ class LinearHead(Style):
     returns_loss = True
     layout: HiddenLayout = option(_layout_of, "sequence")
     chunk: int | None = None
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
 
     @property
     def token_order(self) -> TokenOrder:
@@ -172,8 +170,6 @@ def _loss_forward(module: nn.Module, x: Tensor) -> Tensor:
         ignore_index=pending.ignore_index,
         num_valid=pending.num_valid,
         chunk=style.chunk,
-        label_smoothing=style.label_smoothing,
-        z_loss=style.z_loss,
     )
 
 

@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from colrow.config import RunConfig
 from colrow.mesh import MeshAxes
 from colrow.models.build import Source
-from colrow.ops.ran import forget
+from colrow.ops.execution_record import clear
 from colrow.parallel.activation_checkpoint import Mode, apply_activation_checkpoint
 from colrow.parallel.compute_weights import ComputeWeights
 from colrow.parallel.data_parallel import apply_data_parallel
@@ -92,7 +92,7 @@ def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device, source: So
         ConfigError, PlanError: something does not fit; `preflight.check` finds the same without processes.
     """
     check_cuda_graph(config, device.type)
-    forget()
+    clear()
     precision = choose_precision(config, device)
     parameters = sum(param.numel() for param in source.model.parameters())
     stages = split_stages(source.model, mesh, first_layers(config, source.model))

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from colrow.errors import PlanError
-from colrow.ops.tokens import part_of, whole_of
+from colrow.ops.tokens import all_tokens, local_tokens
 from colrow.styles.base import option
 from colrow.styles.fast.linear import FlattenedTokens, argument_at, group_name, with_argument
 from colrow.styles.rank_tensors import rank_table
@@ -86,7 +86,7 @@ class FastShardTokens(_TokenArguments):
     previous_names = ("fast_part",)
 
     def change(self, x: Tensor, rank: Tensor, group: str) -> Tensor:
-        return part_of(x, rank, group)
+        return local_tokens(x, rank, group)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,4 +97,4 @@ class FastGatherTokens(_TokenArguments):
     previous_names = ("fast_whole",)
 
     def change(self, x: Tensor, rank: Tensor, group: str) -> Tensor:
-        return whole_of(x, rank, group)
+        return all_tokens(x, rank, group)
