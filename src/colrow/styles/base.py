@@ -236,11 +236,6 @@ def set_attribute(module: nn.Module, key: str, value: int | str, tp: int) -> Non
     object.__setattr__(owner, leaf, getattr(owner, leaf) // tp if value == "/tp" else value)
 
 
-def placement_of(value: Any) -> Placement | None:
-    """The option of one tensor's placement."""
-    return parse_placement(value)
-
-
 def placements_of(value: Any) -> tuple[Placement | None, ...] | None:
     """The option of several tensors' placements; a single one stands for one tensor."""
     if value is None:

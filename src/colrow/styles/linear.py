@@ -12,15 +12,16 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 from torch.distributed.tensor.placement_types import Placement
 
-from colrow.styles.base import ParameterLayout, Style, option, placement_of, replicated
+from colrow.sharding.placements import parse_placement
+from colrow.styles.base import ParameterLayout, Style, option, replicated
 from colrow.styles.heads import check_heads
 from colrow.styles.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
 class _TorchLinear(Style):
-    input: Placement | None = option(placement_of)
-    output: Placement | None = option(placement_of)
+    input: Placement | None = option(parse_placement)
+    output: Placement | None = option(parse_placement)
     use_local_output: bool = True
 
     @classmethod

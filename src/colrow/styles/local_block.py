@@ -11,7 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
-from colrow.styles.base import ParameterLayout, Style, named_placements_of, option, placement_of, placements_of
+from colrow.sharding.placements import parse_placement
+from colrow.styles.base import ParameterLayout, Style, named_placements_of, option, placements_of
 from colrow.styles.rank_tensors import rank_heads
 from colrow.styles.shards import (
     ShardedModuleStyle,
@@ -42,8 +43,8 @@ class LocalShards(Style):
     sums_gradients = True
     local = True
     shards: dict[str, Any] | None = option(shards_of)
-    input: Placement | None = option(placement_of)
-    output: Placement | None = option(placement_of)
+    input: Placement | None = option(parse_placement)
+    output: Placement | None = option(parse_placement)
 
     def specs(self, site: Site) -> dict[str, ShardSpec]:
         return specs_of(site, self.name, self.shards or {})

@@ -10,7 +10,8 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
-from colrow.styles.base import ParameterLayout, Style, integers_of, option, placement_of
+from colrow.sharding.placements import parse_placement
+from colrow.styles.base import ParameterLayout, Style, integers_of, option
 from colrow.styles.shards import ShardedModuleStyle, ShardSpec, check_specs, layouts_of
 from colrow.styles.site import Site
 
@@ -80,7 +81,7 @@ class PackedColwise(ColumnSegments):
 
     name = "packed_colwise"
     gathers_own_input = True
-    input: Placement | None = option(placement_of)
+    input: Placement | None = option(parse_placement)
 
     def build(self, site: Site) -> ParallelStyle:
         return ShardedModuleStyle(self.specs(site), self.input, None, partial=False, outside=Replicate())
@@ -106,7 +107,7 @@ class PackedRowwise(Style):
     name = "packed_rowwise"
     sums_gradients = True
     segments: tuple[int, ...] | None = option(integers_of)
-    output: Placement | None = option(placement_of)
+    output: Placement | None = option(parse_placement)
 
     def specs(self, site: Site) -> dict[str, ShardSpec]:
         # Each rank adds the bias before the sum over ranks, so each adds 1/tp of it.

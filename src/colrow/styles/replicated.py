@@ -10,7 +10,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
-from colrow.styles.base import NegativeControl, ParameterLayout, Style, option, placement_of, replicated
+from colrow.sharding.placements import parse_placement
+from colrow.styles.base import NegativeControl, ParameterLayout, Style, option, replicated
 from colrow.styles.heads import Heads, heads_of
 from colrow.styles.linear import Colwise
 from colrow.styles.shards import ShardSpec, shard_parameters
@@ -90,7 +91,7 @@ class KvReplicate(Style):
     heads: int | None = None
     kv_heads: int | None = None
     head_dim: int | None = None
-    input: Placement | None = option(placement_of)
+    input: Placement | None = option(parse_placement)
 
     def resolve(self, site: Site) -> Heads:
         """The head counts at this site. Raises PlanError when nothing states them, or they do not fit."""
