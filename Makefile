@@ -1,4 +1,4 @@
-# Everything that must be remembered: make train, make test, make check, make bench.
+# Everything that must be remembered: make train, make test, make check, make bench. Of one room: make test-room ROOM=styles.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -8,21 +8,41 @@ CONFIG ?= configs/laptop.yaml
 # Each process of a run starts a second sooner where compiled sources are kept.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: train test test-gpus check bench format clean
+.PHONY: train test test-all test-room test-gpus check bench format clean
 
 train: $(STAMP)
 	$(BIN)/colrow train $(CONFIG)
 
-# Two workers; --no-loadscope-reorder starts the files that hold few and long tests with the others, not after them.
+# Two workers; --no-loadscope-reorder starts the longest files first, as tests/conftest.py sorts them.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) $(ARGS)
+
+# And the further variants of its proofs: docs/tests.md lists them.
+test-all: $(STAMP)
+	$(PYTEST) --exhaustive $(ARGS)
+
+# One room's tests (a package or a module of src/colrow): tests/ROOM, tests/test_ROOM.py, and what proves it elsewhere.
+room_of = $(wildcard $(addprefix tests/distributed/test_,$(addsuffix .py,$(1))))
+ROOM_ops := $(call room_of,chunked linear_cross_entropy copy_engine_agreement)
+ROOM_styles := $(call room_of,styles linear_head) tests/plans
+ROOM_sharding := $(call room_of,linear_head)
+ROOM_plans := tests/derive/test_rule_table.py
+ROOM_models := tests/distributed/test_tensor_parallel.py
+ROOM_parallel := $(call room_of,pipeline)
+ROOM_checkpoint := $(call room_of,checkpoint_meshes)
+ROOM_train := $(call room_of,training)
+
+test-room: $(STAMP)
+	$(PYTEST) $(wildcard tests/$(ROOM) tests/test_$(ROOM).py) $(ROOM_$(ROOM)) $(ARGS)
 
 # The tests of several ranks on this host's GPUs, a process for each file: what hangs ends alone, and every result is
 # there as it comes. Tests that need more GPUs than there are, are skipped. FILES="..." takes some of them.
 FILES ?= $(wildcard tests/distributed/test_*.py)
 test-gpus:
 	for file in $(FILES); do \
-	  PYTHONPATH=src:tests timeout 480 $(PYTHON) -m pytest -v --device cuda --rank-timeout 150 $$file || failed="$$failed $$file"; \
+	  PYTHONPATH=src:tests timeout 480 $(PYTHON) -m pytest -v --exhaustive --device cuda --rank-timeout 150 $$file || failed="$$failed $$file"; \
 	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 check: $(STAMP)

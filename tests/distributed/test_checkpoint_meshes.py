@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import product
 from math import prod
 from pathlib import Path
 from unittest import mock
@@ -33,6 +34,7 @@ from colrow.sharding.layout import packed_of
 from distributed.harness import Group, Ranks
 from distributed.parity import batch, build, cross_entropy, whole
 from distributed.toy import LAYERS, MESHES, gloo_group, mesh_of, of_all_ranks, own_state, place, train, whole_state
+from helpers.variants import params
 
 pytestmark = pytest.mark.distributed
 
@@ -82,8 +84,14 @@ def saved(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     return {mesh: root / mesh for mesh in FOUR}
 
 
-@pytest.mark.parametrize("after", FOUR)
-@pytest.mark.parametrize("before", FOUR)
+def _neighbours(before: str, after: str) -> bool:
+    """Each mesh is saved from twice, and loaded on twice: on itself, and one kind of mesh from the next."""
+    return (FOUR.index(after) - FOUR.index(before)) % len(FOUR) in (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), params(product(FOUR, FOUR), lambda before, after: not _neighbours(before, after))
+)
 def test_a_checkpoint_of_any_mesh_loads_bit_for_bit_on_any_other(
     ranks: Ranks, saved: dict[str, Path], before: str, after: str
 ) -> None:
@@ -108,6 +116,7 @@ def test_every_element_is_stored_once_and_the_work_is_spread(saved: dict[str, Pa
     assert len(files) == MESHES[mesh].world_size
 
 
+@pytest.mark.exhaustive
 def test_hsdp_over_tp_on_eight_ranks_loads_on_fewer(ranks: Ranks, tmp_path: Path) -> None:
     folder = tmp_path / "replicate2-shard2-tp2"
     folder.mkdir()
@@ -167,7 +176,7 @@ def llama_case(device: str, name: str, folder: Path) -> float:
     return abs(loss - other) / abs(loss)
 
 
-@pytest.mark.parametrize("name", ["kv3", "tied", "qk_norm"])
+@pytest.mark.parametrize("name", params(["kv3", "tied", "qk_norm"], lambda name: name == "qk_norm"))
 def test_a_llama_trained_on_fsdp_over_tp_is_the_same_model_in_one_process(
     ranks: Ranks, tmp_path: Path, name: str
 ) -> None:

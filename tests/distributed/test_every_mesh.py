@@ -7,12 +7,14 @@ All cases of one number of ranks run in one call: starting processes and importi
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from colrow.mesh import Mesh
 from distributed.harness import Ranks
 from distributed.mesh_parity import Case, Result, run_cases
+from helpers.variants import collected, params
 
 TOLERANCE = 1e-9
 pytestmark = pytest.mark.distributed
@@ -59,9 +61,18 @@ PARITY: dict[int, dict[str, Case]] = {
 }
 COMPILED: dict[int, dict[str, Case]] = {
     4: {
-        "tp2-shard2-full": Case(TP_SHARD, "gqa-1", compile="aot_eager", checkpoint="full"),
-        "pp2-tp2-selective-kv3": Case(PP_TP, "kv3", micro=2, compile="aot_eager", checkpoint="selective"),
+        "compiled-tp2-shard2-full": Case(TP_SHARD, "gqa-1", compile="aot_eager", checkpoint="full"),
+        "compiled-pp2-tp2-selective-kv3": Case(PP_TP, "kv3", micro=2, compile="aot_eager", checkpoint="selective"),
     }
+}
+VARIANTS = {
+    "tp2-shard2-kv3-accumulate2-keep",
+    "tp2-replicate2-tied-article",
+    "pp2-tp2-1f1b-selective-article",
+    "pp2-tp2-zero_bubble",
+    "pp2-tp2-zero_bubble-2stages-tied",
+    "pp4-full",
+    "compiled-pp2-tp2-selective-kv3",
 }
 CONTROLS: dict[str, tuple[Case, str]] = {
     # the case, and whose error must be seen
@@ -76,20 +87,24 @@ CONTROLS: dict[str, tuple[Case, str]] = {
 }
 
 CONTROL_CASES = {name: case for name, (case, _) in CONTROLS.items()}
-CONTROL_CASES["tied copy differs at the start"] = Case(Mesh(pp=2), "tied", micro=2, sabotage="copy")
+COPY = "tied copy differs at the start"
+CONTROL_CASES[COPY] = Case(Mesh(pp=2), "tied", micro=2, sabotage="copy")
+
+CASES = {world: cases | COMPILED.get(world, {}) for world, cases in PARITY.items()}
+CASES[2] |= CONTROL_CASES
 
 Results = Callable[[int, str], list[Result]]
 
 
 @pytest.fixture(scope="module")
-def results(ranks: Ranks) -> Results:
-    """What each rank saw in a case. All cases of a world run at once; then its ranks end."""
+def results(request: pytest.FixtureRequest, ranks: Ranks) -> Results:
+    """What each rank saw in a case. All cases of a world that this session has run at once; then its ranks end."""
     done: dict[int, list[dict[str, Result]]] = {}
+    wanted = collected(request, "world", "name")
 
     def get(world: int, name: str) -> list[Result]:
         if world not in done:
-            compiled = {f"compiled {name}": case for name, case in COMPILED.get(world, {}).items()}
-            cases = PARITY[world] | compiled | (CONTROL_CASES if world == 2 else {})
+            cases = {name: CASES[world][name] for at, name in wanted if at == world}
             done[world] = ranks(world).run(run_cases, cases, timeout=900.0)
             ranks(world).stop()
         return [rank[name] for rank in done[world]]
@@ -97,8 +112,10 @@ def results(ranks: Ranks) -> Results:
     return get
 
 
-def named(tables: dict[int, dict[str, Case]]) -> list[tuple[int, str]]:
-    return [(world, name) for world, cases in tables.items() for name in cases]
+def named(tables: dict[int, dict[str, Case]]) -> list[Any]:
+    """Each world and case; eight ranks, and what varies on a mesh that has a case already, only exhaustively."""
+    pairs = [(world, name) for world, cases in tables.items() for name in cases]
+    return params(pairs, lambda world, name: world > 4 or name in VARIANTS)
 
 
 @pytest.mark.parametrize(("world", "name"), named(PARITY))
@@ -109,24 +126,26 @@ def test_a_mesh_equals_one_process(results: Results, world: int, name: str) -> N
         assert {f"loss {last}", f"norm {last}"} <= result.errors.keys()
 
 
-def test_the_pipeline_evaluates_what_one_process_evaluates(results: Results) -> None:
-    for result in results(4, "pp2-tp2-interleaved"):
+@pytest.mark.parametrize(("world", "name"), [(4, "pp2-tp2-interleaved")])
+def test_the_pipeline_evaluates_what_one_process_evaluates(results: Results, world: int, name: str) -> None:
+    for result in results(world, name):
         assert result.of("evaluation") < TOLERANCE
 
 
 @pytest.mark.parametrize(("world", "name"), named(COMPILED))
 def test_compiled_blocks_equal_one_process(results: Results, world: int, name: str) -> None:
-    for result in results(world, f"compiled {name}"):
+    for result in results(world, name):
         assert result.worst[1] < TOLERANCE, {k: v for k, v in result.errors.items() if v >= TOLERANCE}
 
 
-@pytest.mark.parametrize("name", CONTROLS)
-def test_a_mistake_is_seen(results: Results, name: str) -> None:
+@pytest.mark.parametrize(("world", "name"), [(2, name) for name in CONTROLS])
+def test_a_mistake_is_seen(results: Results, world: int, name: str) -> None:
     what = CONTROLS[name][1]
-    seen = results(2, name)
+    seen = results(world, name)
     assert max(result.of(what) for result in seen if any(key.startswith(what) for key in result.errors)) > 0.01
 
 
-def test_a_stage_takes_the_tied_weight_of_the_other(results: Results) -> None:
-    for result in results(2, "tied copy differs at the start"):
+@pytest.mark.parametrize(("world", "name"), [(2, COPY)])
+def test_a_stage_takes_the_tied_weight_of_the_other(results: Results, world: int, name: str) -> None:
+    for result in results(world, name):
         assert result.worst[1] < TOLERANCE
