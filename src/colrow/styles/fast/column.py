@@ -100,7 +100,8 @@ class SiblingGather:
         y_BTF = gathered_linear(x_BtD, weights, self.state)
         parts = y_BTF.split([w.shape[0] for w in weights], -1)
         outputs = dict(zip(map(leaf_name, self.columns), parts, strict=True))
-        return SiblingOutputs(self.fqn, outputs, (*y_BTF.shape[:-1], x_BtD.shape[-1]), x_BtD)
+        # self and not self.fqn: torch.compile guards on what forward reads, and would compile each layer anew
+        return SiblingOutputs(self, outputs, (*y_BTF.shape[:-1], x_BtD.shape[-1]), x_BtD)
 
 
 class _GatherHook(ParallelStyle):
@@ -127,8 +128,8 @@ class SiblingOutputs:
     input, which is not gathered, raise InputNotGatheredError.
     """
 
-    def __init__(self, fqn: str, outputs: dict[str, Tensor], shape: tuple[int, ...], x: Tensor) -> None:
-        self.fqn, self.outputs, self.shape = fqn, outputs, torch.Size(shape)
+    def __init__(self, gather: SiblingGather, outputs: dict[str, Tensor], shape: tuple[int, ...], x: Tensor) -> None:
+        self.gather, self.outputs, self.shape = gather, outputs, torch.Size(shape)
         self.dtype, self.device, self.ndim = x.dtype, x.device, len(shape)
 
     def to(self, *args: Any, **kwargs: Any) -> SiblingOutputs:
@@ -146,7 +147,7 @@ class SiblingOutputs:
     def _error(self, use: str) -> InputNotGatheredError:
         message = f"fast_gather has replaced the input by the projections' outputs, and the module's code {use}"
         fix = "do so before the module, or use prepare_input and colwise in place of fast_gather and fast_colwise"
-        return InputNotGatheredError("CR211", self.__dict__.get("fqn", ""), message, fix)
+        return InputNotGatheredError("CR211", getattr(self.__dict__.get("gather"), "fqn", ""), message, fix)
 
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
