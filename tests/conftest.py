@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from colrow.config import RunConfig, parse_config
-from distributed.harness import Ranks, forkserver
-from forked import Commands
+from helpers.forked import Commands
+from helpers.harness import Ranks, forkserver
 
 forkserver()  # it is started once, by whoever needs it first, and then has what was asked for by then
 

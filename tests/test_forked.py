@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from forked import Commands
+from helpers.forked import Commands
 
 SHOW = "import os, sys; print(sys.argv[1:], os.getcwd(), os.environ['WORD'], 'torch' in sys.modules)"
 CHILD = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', 'import sys; sys.exit(5)']))"

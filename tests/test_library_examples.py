@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distributed.harness import Ranks
+from helpers.harness import Ranks
 
 pytestmark = pytest.mark.distributed
 EXAMPLES = Path(__file__).parents[1] / "examples" / "library"

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from forked import Commands
+from helpers.forked import Commands
 
 PROGRAM = """
 import colrow

@@ -23,7 +23,7 @@ from colrow.errors import ConfigError
 from colrow.ops.collectives import all_gather, reduce_scatter
 from colrow.plans.plan import Plan
 from colrow.run.rank import RankInfo
-from forked import Commands
+from helpers.forked import Commands
 
 
 def base(**flags: Any) -> RunConfig:

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from checking import broken_models as m
-from checking.broken_plans import BROKEN, SOUND, gpt_plan, handed_on, llama, preset
 from colrow.checking.check import CODES, Finding, check, check_static
 from colrow.checking.options import COMPILED_BLOCKS_WAIT
 from colrow.mesh import Mesh
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
-from distributed.parity import MODELS
+from helpers import broken_models as m
+from helpers.broken_plans import BROKEN, SOUND, gpt_plan, handed_on, llama, preset
+from helpers.parity import MODELS
 
 PAGES = Path(__file__).parents[2] / "docs" / "checks"
 

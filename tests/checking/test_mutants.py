@@ -30,7 +30,7 @@ from colrow.plans.plan import Plan
 from colrow.styles.base import STYLES
 from colrow.verifying.backends import RankFailure
 from colrow.verifying.verify import parity
-from distributed.parity import batch, build
+from helpers.parity import batch, build
 
 LLAMA = "qk_norm_kv3-1"  # 12 query and 3 kv heads: whole kv heads fit a part of the query heads
 SAMPLE = 12

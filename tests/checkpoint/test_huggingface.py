@@ -28,9 +28,9 @@ from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
 from colrow.sharding.layout import full_tensor, local_tensor
 from colrow.sharding.region import Region
-from distributed.harness import Ranks
-from models.families import FAMILIES, save_transformers, token_ids
-from parallel.test_initialize import OPTIONS, meta, seeded
+from helpers.families import FAMILIES, save_transformers, token_ids
+from helpers.harness import Ranks
+from helpers.llamas import OPTIONS, meta, seeded
 
 
 class Letters:
@@ -104,7 +104,7 @@ def test_transformers_loads_an_export_with_its_tokenizer(tmp_path: Path) -> None
 
 
 def test_a_model_of_transformers_takes_and_gives_weights_too(tmp_path: Path) -> None:
-    from models.families import transformers_model
+    from helpers.families import transformers_model
 
     theirs = save_transformers("llama-tied", tmp_path / "in")
     other = transformers_model("llama-tied")

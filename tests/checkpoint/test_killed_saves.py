@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from forked import Commands
+from helpers.forked import Commands
 
 
 def run(commands: Commands, folder: Path, step: int, how: str) -> list[dict[str, Any]]:
-    program = ["python", str(Path(__file__).with_name("killed_saves.py")), str(folder), str(step), how]
+    program = ["python", str(Path(__file__).parents[1] / "helpers" / "killed_saves.py"), str(folder), str(step), how]
     done = subprocess.run(program, env=commands.environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -17,7 +17,7 @@ from colrow.data.corpus import open_corpus
 from colrow.data.tokenizer import Tokenizer, train_tokenizer
 from colrow.models.llama import Llama, LlamaConfig
 from colrow.parallel.initialize import fill_seeded
-from forked import Commands
+from helpers.forked import Commands
 
 CONFIG = LlamaConfig(
     vocab_size=272,

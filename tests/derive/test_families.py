@@ -21,7 +21,7 @@ from colrow.mesh import Mesh
 from colrow.plans.derive_options import DeriveOptions, Styles
 from colrow.plans.plan import Plan
 from colrow.verifying.verify import parity
-from derive.test_fast import FEWEST, per_layer
+from helpers.collectives import FEWEST, per_layer
 from helpers.variants import params
 
 pytest.importorskip("transformers")

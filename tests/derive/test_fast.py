@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from benchmarks.models.examine import TOLERANCE
 from colrow.derive.derivation import derive
 from colrow.dryrun.dry_run import dry_run
-from colrow.dryrun.result import DryRun
 from colrow.errors import ConfigError, PlanError
 from colrow.mesh import Mesh
 from colrow.models.llama import Llama
@@ -22,15 +21,10 @@ from colrow.plans.derive_options import DERIVED, DeriveOptions
 from colrow.plans.named import named_plan
 from colrow.plans.plan import Plan
 from colrow.verifying.verify import parity, verify
-from distributed.parity import SHALLOW_MODELS
+from helpers.collectives import FEWEST, per_layer
+from helpers.parity import SHALLOW_MODELS
 
 FAST = DeriveOptions(styles="fast")
-FEWEST = sorted([(op, way) for op in ("all_gather", "reduce_scatter") for way in ("forward", "backward")] * 2)
-
-
-def per_layer(run: DryRun, layer: str) -> list[tuple[str, str]]:
-    assert run.failure is None, run.failure
-    return sorted((c.op, c.pass_) for c in run.collectives if c.where.startswith(layer))
 
 
 def own(name: str) -> Llama:

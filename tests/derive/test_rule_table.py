@@ -21,7 +21,7 @@ from colrow.derive.infer import op_name
 from colrow.derive.table import infer
 from colrow.derive.trace import Trace
 from colrow.sharding.operators import OPERATORS
-from derive.rule_cases import Case, cases
+from helpers.rule_cases import Case, cases
 
 TOLERANCE = 1e-10
 LOOSE = {"_grouped_mm": 5e-2}

@@ -31,9 +31,9 @@ from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
 from colrow.sharding.grad_norm import align_gradients
 from colrow.sharding.layout import packed_of
-from distributed.harness import Group, Ranks
-from distributed.parity import batch, build, cross_entropy, whole
-from distributed.toy import LAYERS, MESHES, gloo_group, mesh_of, of_all_ranks, own_state, place, train, whole_state
+from helpers.harness import Group, Ranks
+from helpers.parity import batch, build, cross_entropy, whole
+from helpers.toy import LAYERS, MESHES, gloo_group, mesh_of, of_all_ranks, own_state, place, train, whole_state
 from helpers.variants import params
 
 pytestmark = pytest.mark.distributed

@@ -20,8 +20,8 @@ from colrow.ops.linear_options import LinearOptions
 from colrow.ops.parallel_linear import column_linear, row_linear
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
-from distributed.harness import Ranks
-from distributed.parity import build, relative, tp_mesh
+from helpers.harness import Ranks
+from helpers.parity import build, relative, tp_mesh
 
 TOLERANCE = 1e-12  # fp64; sums over tokens and ranks in another order
 SHAPES = [(1, 5, [3], 7), (6, 8, [4, 2, 2], 6), (3, 17, [1, 9], 1), (16, 4, [8], 12)]  # t, D, siblings' F, f

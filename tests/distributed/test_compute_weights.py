@@ -20,9 +20,9 @@ from colrow.sharding.layout import full_tensor
 from colrow.train.compile import compile_forward
 from colrow.train.optimizer import build_optimizer
 from colrow.train.step import SingleStageModel
-from distributed.harness import Ranks
-from distributed.parity import batch, build, cross_entropy, optimizer_of, relative, tp_mesh, train_reference
-from distributed.runs import a_run, figures, train, write_text
+from helpers.harness import Ranks
+from helpers.parity import batch, build, cross_entropy, optimizer_of, relative, tp_mesh, train_reference
+from helpers.runs import a_run, figures, train, write_text
 
 pytestmark = pytest.mark.distributed
 STEPS = 2

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from colrow.errors import ConfigError
 from colrow.ops import copy_engine_cuda
 from colrow.ops.carriers import carrier
-from distributed.harness import Ranks
+from helpers.harness import Ranks
 
 BLOCKED = "GPU 0 has no access to the memory of GPU 1"
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from colrow.ops import copy_engine_cuda
 from colrow.ops.carriers import Overlap
 from colrow.ops.linear_options import LinearOptions
-from distributed.harness import Ranks
-from distributed.parity import relative
+from helpers.harness import Ranks
+from helpers.parity import relative
 
 pytestmark = [pytest.mark.distributed, pytest.mark.cuda]
 TOLERANCE = 1e-5  # fp32 without TF32: sums of 1,000 products in another order

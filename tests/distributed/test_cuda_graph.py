@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from distributed.harness import Ranks
-from distributed.runs import a_run, figures, train, write_text
+from helpers.harness import Ranks
+from helpers.runs import a_run, figures, train, write_text
 
 pytestmark = [pytest.mark.distributed, pytest.mark.cuda]
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from colrow.mesh import Mesh
-from distributed.harness import Ranks
-from distributed.mesh_parity import Case, Result, run_cases
+from helpers.harness import Ranks
+from helpers.mesh_parity import Case, Result, run_cases
 from helpers.variants import collected, params
 
 TOLERANCE = 1e-9

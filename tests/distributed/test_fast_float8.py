@@ -16,8 +16,8 @@ from colrow.plans.plan import Plan
 from colrow.sharding.grad_norm import align_gradients
 from colrow.sharding.layout import full_tensor
 from colrow.train.compile import compile_forward
-from distributed.harness import Ranks
-from distributed.parity import TINY, batch, tp_mesh
+from helpers.harness import Ranks
+from helpers.parity import TINY, batch, tp_mesh
 
 pytestmark = pytest.mark.distributed
 CONFIG = replace(TINY, hidden_size=64, intermediate_size=128, num_attention_heads=4, head_dim=16)

@@ -24,10 +24,10 @@ from colrow.parallel.loss import loss_context, model_loss
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
 from colrow.sharding.grad_norm import align_gradients
-from distributed.harness import Ranks
-from distributed.mesh_parity import Case, run_cases
-from distributed.parity import MODELS, batch, build, cross_entropy, relative, tp_mesh, whole
-from distributed.test_linear_head import fsdp_case
+from helpers.fsdp_parity import fsdp_case
+from helpers.harness import Ranks
+from helpers.mesh_parity import Case, run_cases
+from helpers.parity import MODELS, batch, build, cross_entropy, relative, tp_mesh, whole
 
 TOLERANCE = 1e-10
 SLOW = 400.0  # seconds: compilation on a busy machine

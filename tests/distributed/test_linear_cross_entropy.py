@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from colrow.errors import ConfigError
 from colrow.ops.linear_cross_entropy import linear_cross_entropy
-from distributed.harness import Ranks
-from distributed.parity import relative
-from ops.kernel_cases import poisoned
+from helpers.harness import Ranks
+from helpers.kernel_cases import poisoned
+from helpers.parity import relative
 
 IGNORE = -100
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}

@@ -16,8 +16,8 @@ from colrow.parallel.parallelize import parallelize
 from colrow.parallel.pipeline import PipelineOptions, PipelineRunner
 from colrow.parallel.pipeline_stage import split_stages
 from colrow.plans.plan import Plan
-from distributed.harness import Ranks
-from distributed.parity import batch, build, cross_entropy
+from helpers.harness import Ranks
+from helpers.parity import batch, build, cross_entropy
 
 pytestmark = pytest.mark.distributed
 

@@ -9,8 +9,8 @@ import pytest
 from colrow.config import RunConfig
 from colrow.mesh import Mesh
 from colrow.train.metrics import Record, read_metrics
-from distributed.harness import Ranks
-from distributed.runs import a_run, train, write_text
+from helpers.harness import Ranks
+from helpers.runs import a_run, train, write_text
 
 pytestmark = pytest.mark.distributed
 TOLERANCE = 1e-5

@@ -14,8 +14,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from colrow.parallel.parallelize import parallelize, tied_parameters
 from colrow.plans.plan import Plan
 from colrow.sharding.grad_norm import align_gradients
-from distributed.harness import Ranks
-from distributed.parity import relative, tp_mesh, whole
+from helpers.harness import Ranks
+from helpers.parity import relative, tp_mesh, whole
 
 
 class Part(nn.Module):

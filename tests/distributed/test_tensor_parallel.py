@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from colrow.plans.plan import Plan
-from distributed import parity
-from distributed.harness import Ranks
-from distributed.parity import batch, tp_difference, tp_mesh
+from helpers import parity
+from helpers.harness import Ranks
+from helpers.parity import batch, tp_difference, tp_mesh
 from helpers.variants import params
 
 TOLERANCE = 1e-10

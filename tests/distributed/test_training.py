@@ -14,8 +14,8 @@ from colrow.config import ModelSection, RunConfig
 from colrow.mesh import Mesh
 from colrow.run.loop import DivergedError
 from colrow.train.metrics import read_metrics
-from distributed.harness import Ranks
-from distributed.runs import a_run, figures, model_and_plan, train, write_text
+from helpers.harness import Ranks
+from helpers.runs import a_run, figures, model_and_plan, train, write_text
 
 pytestmark = pytest.mark.distributed
 

@@ -12,10 +12,10 @@ from colrow.config import RunConfig
 from colrow.derive.trace import default_inputs, trace
 from colrow.mesh import Mesh, MeshAxes
 from colrow.plans.plan import Plan
-from distributed.harness import Ranks
-from distributed.parity import relative
-from distributed.runs import a_run, figures, model_and_plan, train, write_text
-from models.families import transformers_model
+from helpers.families import transformers_model
+from helpers.harness import Ranks
+from helpers.parity import relative
+from helpers.runs import a_run, figures, model_and_plan, train, write_text
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.distributed

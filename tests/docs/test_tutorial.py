@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from forked import Commands
+from helpers.forked import Commands
 from helpers.variants import params
 
 TUTORIAL = Path(__file__).parents[2] / "docs" / "tutorial"

@@ -13,7 +13,7 @@ from colrow.dryrun.picture import page
 from colrow.dryrun.report import report
 from colrow.models.llama import Llama
 from colrow.plans.plan import Plan
-from distributed.parity import MODELS
+from helpers.parity import MODELS
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"]

@@ -13,7 +13,7 @@ from colrow.cli import main
 from colrow.dryrun.report import repeated_block, report
 from colrow.models.llama import Llama
 from colrow.plans.plan import Plan
-from distributed.parity import MODELS
+from helpers.parity import MODELS
 
 GATHER, SCATTER, REDUCE = "all_gather", "reduce_scatter", "all_reduce"
 MEGATRON = {("forward", GATHER): 2, ("forward", SCATTER): 2, ("backward", GATHER): 2, ("backward", SCATTER): 2}

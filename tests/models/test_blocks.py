@@ -11,7 +11,7 @@ from torch import nn
 
 from colrow.models.blocks import block_stacks, blocks_of
 from colrow.models.llama import Llama
-from distributed.parity import TINY
+from helpers.parity import TINY
 
 
 class Layer(nn.Module):

@@ -14,8 +14,8 @@ from colrow.mesh import Mesh
 from colrow.models.generate import generate
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
-from distributed.harness import Ranks
-from models.test_llama import tiny
+from helpers.harness import Ranks
+from helpers.llamas import tiny
 
 PROMPT = torch.tensor([[5, 9, 11]])
 

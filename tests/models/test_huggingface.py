@@ -22,7 +22,7 @@ from colrow.models.huggingface import (
 )
 from colrow.models.llama import Llama, Llama3Scaling
 from colrow.models.shapes import SHAPES, shape
-from models.families import FAMILIES, transformers_model
+from helpers.families import FAMILIES, transformers_model
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

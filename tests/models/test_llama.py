@@ -8,25 +8,9 @@ from torch import nn
 
 from colrow.errors import ConfigError
 from colrow.models.huggingface import config_from_huggingface, name_from_huggingface
-from colrow.models.llama import Llama, LlamaConfig, rope_tables
-from colrow.parallel.initialize import fill_seeded
-from models.families import FAMILIES, token_ids, transformers_model
-
-
-def tiny(**options: object) -> Llama:
-    sizes = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 64,
-    }
-    model = Llama(LlamaConfig(**(sizes | options)))  # type: ignore[arg-type]
-    fill_seeded(model, 0)
-    return model
+from colrow.models.llama import Llama, rope_tables
+from helpers.families import FAMILIES, token_ids, transformers_model
+from helpers.llamas import tiny
 
 
 @pytest.mark.parametrize("name", FAMILIES)

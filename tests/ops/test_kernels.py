@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from colrow.ops.kernels.cross_entropy import LossTerms, loss_reference, statistics_reference
-from ops.kernel_cases import CASES, REFERENCE, Case, computed, draw, expected, worst_error
+from helpers.kernel_cases import CASES, REFERENCE, Case, computed, draw, expected, worst_error
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
@@ -41,7 +41,7 @@ def test_a_target_outside_the_vocabulary_makes_the_loss_nan() -> None:
 INTERPRETED = """
 import torch
 from colrow.ops.kernels.cross_entropy import loss_triton, statistics_triton
-from ops.kernel_cases import CASES, worst_error
+from helpers.kernel_cases import CASES, worst_error
 for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
     for case in CASES:
         error = worst_error(case, "cpu", dtype, (statistics_triton, loss_triton))

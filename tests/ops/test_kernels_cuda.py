@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ops.kernel_cases import CASES, Case, computed, draw, worst_error
+from helpers.kernel_cases import CASES, Case, computed, draw, worst_error
 
 pytestmark = [
     pytest.mark.cuda,

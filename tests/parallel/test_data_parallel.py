@@ -10,7 +10,7 @@ from torch import nn
 from colrow.errors import ConfigError
 from colrow.models.llama import Llama
 from colrow.parallel.data_parallel import head_unit
-from distributed.parity import TINY
+from helpers.parity import TINY
 
 
 def test_norm_and_head_are_one_unit() -> None:

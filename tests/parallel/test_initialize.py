@@ -10,43 +10,13 @@ from torch.distributed.tensor import DTensor
 
 from colrow.errors import ConfigError
 from colrow.mesh import Mesh
-from colrow.models.llama import Llama, LlamaConfig
 from colrow.parallel.data_parallel import apply_data_parallel
 from colrow.parallel.initialize import fill_seeded, materialize
 from colrow.parallel.parallelize import parallelize, tied_parameters
 from colrow.plans.plan import Plan
 from colrow.sharding.layout import full_tensor, held_regions, local_tensor, packed_of
-from distributed.harness import Ranks
-
-OPTIONS: dict[str, dict[str, object]] = {
-    "plain": {},
-    "tied": {"tie_word_embeddings": True},
-    "kv heads do not divide": {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4},
-    "bias": {"attention_bias": True},
-    "qk norm": {"qk_norm": True},
-}
-
-
-def meta(**options: object) -> Llama:
-    sizes = {
-        "vocab_size": 66,
-        "hidden_size": 24,
-        "intermediate_size": 36,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 6,
-        "max_position_embeddings": 64,
-    }
-    with torch.device("meta"):
-        return Llama(LlamaConfig(**(sizes | options)))  # type: ignore[arg-type]
-
-
-def seeded(device: str = "cpu", **options: object) -> Llama:
-    model = meta(**options)
-    materialize(model, device)
-    fill_seeded(model, 3)
-    return model
+from helpers.harness import Ranks
+from helpers.llamas import OPTIONS, meta, seeded
 
 
 def test_tied_parameters_stay_tied() -> None:

@@ -18,7 +18,7 @@ from colrow.plans.patterns import matches, with_stars
 from colrow.plans.plan import Plan
 from colrow.styles.base import Style
 from colrow.styles.site import Site
-from distributed.parity import MODELS
+from helpers.parity import MODELS
 
 
 def meta(name: str = "gqa") -> Llama:

@@ -22,7 +22,7 @@ from colrow.errors import PlanError
 from colrow.models.llama import Llama
 from colrow.plans.plan import Plan
 from colrow.styles.heads import Heads
-from distributed.parity import MODELS, TINY
+from helpers.parity import MODELS, TINY
 
 
 def meta(name: str = "gqa") -> Llama:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from chaos import Chaos, Record, differences, figures, write_run
 from colrow.config import load_config
-from distributed.harness import Ranks
-from distributed.runs import train
-from forked import Commands
+from helpers.chaos import Chaos, Record, differences, figures, write_run
+from helpers.forked import Commands
+from helpers.harness import Ranks
+from helpers.runs import train
 
 pytestmark = pytest.mark.distributed
 STEPS = 28

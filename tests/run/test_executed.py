@@ -12,7 +12,7 @@ from colrow.ops.execution_record import clear, record, recorded
 from colrow.plans.plan import Plan
 from colrow.run import executed
 from colrow.run.executed import executed_line, executed_paths, steps_until_known
-from distributed.parity import SHALLOW_MODELS
+from helpers.parity import SHALLOW_MODELS
 
 
 @pytest.fixture

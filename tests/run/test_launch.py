@@ -16,8 +16,8 @@ import yaml
 
 from colrow.run.stop import PID_FILE
 from colrow.train.metrics import read_metrics
-from distributed.runs import write_text
-from forked import Commands
+from helpers.forked import Commands
+from helpers.runs import write_text
 
 pytestmark = pytest.mark.distributed
 PATIENCE = 240.0

@@ -12,7 +12,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from colrow.mesh import Mesh
 from colrow.sharding.layout import Packed, full_tensor, held_regions, regions_at
-from distributed.harness import Ranks
+from helpers.harness import Ranks
 
 
 @pytest.mark.parametrize("shape", [(12, 6), (7, 5), (2, 3)])

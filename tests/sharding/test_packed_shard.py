@@ -17,7 +17,7 @@ from colrow.errors import PlacementError
 from colrow.mesh import Mesh
 from colrow.parallel.data_parallel import apply_data_parallel
 from colrow.sharding.packed_shard import PackedShard
-from distributed.harness import Ranks
+from helpers.harness import Ranks
 
 FULL = StateDictOptions(full_state_dict=True)
 QKV = (8, 4, 4)

@@ -15,7 +15,7 @@ from colrow.mesh import Mesh
 from colrow.models.llama import MLP, Llama
 from colrow.plans.plan import Plan
 from colrow.verifying.verify import verify
-from distributed.parity import MODELS
+from helpers.parity import MODELS
 
 
 def model(name: str = "gqa") -> Llama:

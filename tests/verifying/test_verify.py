@@ -12,8 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from checking import broken_models as m
-from checking.broken_plans import gpt_plan, preset
 from colrow.checking.check import check
 from colrow.dryrun.reduced_model import reduced_model, shrink_heads, shrink_width
 from colrow.errors import PlanError
@@ -23,7 +21,9 @@ from colrow.models.shapes import SHAPES
 from colrow.plans.plan import Plan
 from colrow.verifying.report import Report
 from colrow.verifying.verify import verify
-from distributed.parity import MODELS
+from helpers import broken_models as m
+from helpers.broken_plans import gpt_plan, preset
+from helpers.parity import MODELS
 
 
 def build(name: str = "gqa") -> nn.Module:

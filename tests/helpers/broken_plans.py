@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
-from checking import broken_models as m
 from colrow.checking.options import COMPILED_BLOCKS_WAIT
 from colrow.mesh import Mesh
 from colrow.models.llama import Llama
 from colrow.plans.plan import Plan
-from distributed.parity import MODELS
+from helpers import broken_models as m
+from helpers.parity import MODELS
 
 GATHER = {"style": "prepare_input", "input": ["shard(1)"], "desired": ["replicate"]}
 

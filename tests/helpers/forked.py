@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-from distributed.harness import forkserver
+from helpers.harness import forkserver
 
 CLIENT = """
 import json, os, signal, socket, sys

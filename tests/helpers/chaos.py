@@ -1,6 +1,6 @@
 """Train while processes are killed at random moments, and compare with a run that nobody disturbed.
 
-    python tests/chaos.py --kills 20
+    python tests/helpers/chaos.py --kills 20
 
 The run goes under torchrun with `--max-restarts`, whose agents bring the killed ranks back. A kill is aimed at a
 moment: the ranks' start, some time within a step, or a save that has begun. Halfway everything is killed, agents too,
@@ -28,7 +28,7 @@ from typing import Any
 
 import yaml
 
-SOURCES = Path(__file__).parents[1] / "src"
+SOURCES = Path(__file__).parents[2] / "src"
 PATIENCE = 240.0
 """Seconds until something that does not come is an error; a busy machine needs a minute to start ranks."""
 

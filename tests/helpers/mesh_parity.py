@@ -25,7 +25,7 @@ from colrow.plans.plan import Plan
 from colrow.sharding.grad_norm import align_gradients, clip_gradients, grad_norm
 from colrow.sharding.layout import full_tensor, packed_of
 from colrow.train.compile import compile_forward
-from distributed.parity import batch, build, cross_entropy, optimizer_of, relative, train_reference
+from helpers.parity import batch, build, cross_entropy, optimizer_of, relative, train_reference
 
 GLOBAL_BATCH, MAX_NORM = 8, 0.5
 
