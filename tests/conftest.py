@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from colrow.config import RunConfig, parse_config
 from helpers.forked import Commands
 from helpers.harness import Ranks, forkserver
+
+LONGEST_FIRST = (
+    "distributed/test_every_mesh.py",
+    "run/test_launch.py",
+    "distributed/test_tensor_parallel.py",
+    "test_library_examples.py",
+    "distributed/test_training.py",
+    "derive/test_families.py",
+    "distributed/test_transformers_meshes.py",
+    "run/test_elastic.py",
+    "checking/test_check.py",
+    "derive/test_derive.py",
+    "distributed/test_fast_styles.py",
+    "distributed/test_checkpoint_meshes.py",
+    "distributed/test_compute_weights.py",
+    "docs/test_tutorial.py",
+)
+"""The files that take more than 15 s: one that starts last would leave the other worker idle."""
+
+# Tensors here are tiny: a second thread only spins until it gets the core that the other worker's tests need.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 forkserver()  # it is started once, by whoever needs it first, and then has what was asked for by then
 
@@ -26,7 +50,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without --exhaustive, deselect the tests marked so."""
+    """The longest files first; without --exhaustive, the tests marked so are deselected."""
+    order = {Path(__file__).parent / file: place for place, file in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
     if config.getoption("--exhaustive"):
         return
     left_out = [item for item in items if item.get_closest_marker("exhaustive")]
