@@ -68,6 +68,11 @@ def version(tensor: Tensor) -> int:
     return int(tensor._version)
 
 
+def parameter_hooks(param: Tensor) -> tuple[dict[int, Any], dict[int, Any]]:
+    """The parameter's own tables of `register_hook` and of `register_post_accumulate_grad_hook`."""
+    return getattr(param, "_backward_hooks", None) or {}, getattr(param, "_post_accumulate_grad_hooks", None) or {}
+
+
 def current_autograd_node() -> Any:
     """The backward node that runs on this thread; None in a forward."""
     return private("torch._C:_current_autograd_node", "to attribute gradients to modules")()

@@ -163,6 +163,37 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+class AveragingBlock(Block):
+    """Keeps a moving average of the last token, written in place."""
+
+    def __init__(self, attention: nn.Module, mlp: nn.Module) -> None:
+        super().__init__(attention, mlp)
+        self.register_buffer("average", torch.zeros(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.average: Tensor
+        self.average.mul_(0.9).add_(x.detach()[0, -1], alpha=0.1)
+        return super().forward(x)
+
+
+class AssigningBlock(AveragingBlock):
+    """The same, by assignment."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.average = 0.9 * self.average + 0.1 * x.detach()[0, -1]
+        return Block.forward(self, x)
+
+
+class BatchNormBlock(Block):
+    def __init__(self, attention: nn.Module, mlp: nn.Module) -> None:
+        super().__init__(attention, mlp)
+        self.bn = nn.BatchNorm1d(D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.bn(x.transpose(1, 2)).transpose(1, 2)
+        return super().forward(x)
+
+
 class AdapterBlock(Block):
     """A block with a low-rank adapter beside its MLP."""
 

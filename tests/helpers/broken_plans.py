@@ -165,6 +165,18 @@ def shared_blocks() -> nn.Module:
     return model
 
 
+def shared_plan(style: str) -> Plan:
+    plan = gpt_plan()
+    return replace(plan, modules={**plan.modules, "again": style})
+
+
+def second_name_plan() -> Plan:
+    """Names the shared module by its second name alone."""
+    named = gpt_plan().modules
+    one = {"blocks.1.mlp.up": named["blocks.*.mlp.up"], "again": named["blocks.*.mlp.up"]}
+    return Plan({key: style for key, style in named.items() if key != "blocks.*.mlp.up"} | one)
+
+
 def frozen() -> nn.Module:
     return llama().requires_grad_(False)
 
@@ -206,13 +218,26 @@ BROKEN: dict[str, Case] = {
     "misspelt key": Case("CR101", llama, lambda: preset(self_attn__q_porj="colwise"), "layers.*.self_attn.q_porj"),
     "key with model prefix": Case("CR101", llama, lambda: Plan({"model.norm": "sequence"}), "model.norm"),
     "key of one layer too many": Case("CR101", llama, lambda: Plan({"layers.7.mlp.up_proj": "colwise"})),
-    "empty key": Case("CR101", llama, lambda: replace(preset(), modules={**preset().modules, "": "replicate"})),
+    "pattern of no layer": Case("CR101", llama, lambda: Plan({"layers.[7-9].mlp.up_proj": "colwise"})),
+    "style on the model": Case("CR206", llama, lambda: replace(preset(), modules={**preset().modules, "": "colwise"})),
     "two patterns": Case(
         "CR102", llama, lambda: replace(preset(), modules={**preset().modules, "layers.0.mlp": GATHER})
     ),
     "wildcard for all": Case("CR102", llama, lambda: Plan({"*": "replicate", "norm": "sequence"}), "norm"),
-    "shared module": Case("CR103", shared_blocks, lambda: gpt_plan(), "blocks.0.mlp.up"),
-    "parallel already": Case("CR104", parallel_already, preset, "model"),
+    "shared module": Case("CR103", shared_blocks, lambda: shared_plan("rowwise"), "blocks.0.mlp.up"),
+    "moving average of sequence shards": Case(
+        "CR415", lambda: m.Gpt(block=m.AveragingBlock), lambda: gpt_plan(sequence=True), "blocks.*.average"
+    ),
+    "buffer assigned from sequence shards": Case(
+        "CR415", lambda: m.Gpt(block=m.AssigningBlock), lambda: gpt_plan(sequence=True), "blocks.*.average"
+    ),
+    "batch norm of sequence shards": Case(
+        "CR415",
+        lambda: m.Gpt(block=m.BatchNormBlock),
+        lambda: gpt_plan(sequence=True, bn="grad_sum"),
+        "blocks.*.bn.running_mean",
+    ),
+    "parallel already": Case("CR104", parallel_already, preset, "norm"),
     "empty plan": Case("CR105", llama, lambda: Plan({}, name="empty"), "plan empty"),
     # sizes
     "ffn": Case("CR201", lambda: llama(intermediate_size=90), preset, "layers.*.mlp.gate_proj"),
@@ -451,6 +476,15 @@ class LocalHeads(m.HeadCount):
 SOUND: dict[str, tuple[Callable[[], nn.Module], Callable[[], Plan]]] = {
     "an MLP in one block": (llama, lambda: preset(**block_mlp())),
     "heads": (m.Gpt, gpt_plan),
+    "shared module, keyed by its first name": (shared_blocks, gpt_plan),
+    "shared module, keyed by its second name": (shared_blocks, second_name_plan),
+    "shared module, keyed by both names": (shared_blocks, lambda: shared_plan("colwise")),
+    "moving average of complete tokens": (lambda: m.Gpt(block=m.AveragingBlock), gpt_plan),
+    "batch norm of complete tokens": (lambda: m.Gpt(block=m.BatchNormBlock), gpt_plan),
+    "batch norm of sequence shards in eval mode": (
+        lambda: m.Gpt(block=m.BatchNormBlock).eval(),
+        lambda: gpt_plan(sequence=True, bn="grad_sum"),
+    ),
     "vocab parallel": (m.Gpt, lambda: gpt_plan("vocab_parallel")),
     "sequence": (m.Gpt, lambda: gpt_plan(sequence=True)),
     "sequence, vocab parallel": (m.Gpt, lambda: gpt_plan("vocab_parallel", sequence=True)),

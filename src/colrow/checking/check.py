@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from colrow.checking.buffers import check_buffers
 from colrow.checking.dynamic import check_dynamic
-from colrow.checking.finding import CODES, Code, Finding, Severity, finding_of
+from colrow.checking.finding import CODES, Code, Finding, Severity, finding, finding_of
 from colrow.checking.gradients import check_gradients
 from colrow.checking.options import check_options
 from colrow.checking.static import check_stages, check_static, fused_suspects
@@ -20,6 +21,7 @@ from colrow.dryrun.dry_run import dry_run
 from colrow.dryrun.result import DryRun
 from colrow.errors import PlanError
 from colrow.mesh import Mesh
+from colrow.parallel.parallelize import is_parallel
 from colrow.plans.patterns import with_stars
 from colrow.plans.plan import Plan
 
@@ -54,7 +56,11 @@ def check(
         compiled: each block will be compiled with `torch.compile`.
     """
     found = check_static(model, plan, mesh.tp, seq_len) + check_stages(model, mesh.pp)
-    if not _errors(found) and mesh.tp > 1:
+    if is_parallel(model):
+        if not _errors(found):
+            message = "modules of the model are parallelised already, and a dry run begins with a plain model"
+            found.append(finding("CR410", "model", message, "check the keys of all calls together, as one plan"))
+    elif not _errors(found) and mesh.tp > 1:
         try:
             run = dry_run(model, plan, mesh, batch_size, seq_len, inputs=inputs, loss=loss, dtype=param_dtype)
         except PlanError as error:
@@ -66,7 +72,7 @@ def check(
 
 
 def _from_run(model: nn.Module, plan: Plan, tp: int, run: DryRun) -> list[Finding]:
-    seen = [*check_dynamic(run, plan, tp), *check_gradients(run, tp)]
+    seen = [*check_dynamic(run, plan, tp), *check_gradients(run, tp), *check_buffers(run)]
     if run.reference_failure is not None:  # without a dry run, names are the only sign of fused weights
         seen += [replace(suspect, severity="warning") for suspect in fused_suspects(model, plan)]
     return seen

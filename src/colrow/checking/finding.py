@@ -24,7 +24,7 @@ CODES: dict[str, Code] = {
     "CR101": Code("key-matches-nothing", "error", "the modules that were meant stay unsharded"),
     "CR102": Code("module-matched-twice", "error", "two styles would be applied to one module"),
     "CR103": Code("shared-module", "error", "one module has two names, and the plan gives them different styles"),
-    "CR104": Code("already-parallel", "error", "a plan is applied once, to a plain model"),
+    "CR104": Code("already-parallel", "error", "a module is parallelised once"),
     "CR105": Code("nothing-split", "warning", "every rank holds and computes everything"),
     # sizes: can each tensor be split?
     "CR201": Code("features-do-not-divide", "error", "shards of unequal size: a hang or an abort"),
@@ -66,6 +66,7 @@ CODES: dict[str, Code] = {
     "CR411": Code("sums-rounded", "warning", "sums over tp are made in a smaller type than those over the data axes"),
     "CR412": Code("unfinished-input", "error", "the backward of a compiled block raises"),
     "CR413": Code("reduced-part", "error", "wrong numbers, no exception: a softmax or top-k over one rank's shard"),
+    "CR415": Code("buffer-from-shard", "error", "wrong numbers: each rank keeps values of its own in a buffer"),
     # gradients
     "CR501": Code("partial-gradient", "error", "exact loss, wrong gradient: a partial sum is used as the sum"),
     "CR502": Code("gradient-times-tp", "error", "exact loss, wrong gradient: tp times too large"),

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from colrow.checking.finding import Finding, finding, finding_of
 from colrow.dryrun.calls import vocabulary
 from colrow.errors import PlanError
 from colrow.models.blocks import block_stacks
-from colrow.parallel.parallelize import SAME_PLACEMENT, split_ties, tied_parameters
-from colrow.plans.patterns import matching, module_names, nearest
+from colrow.parallel.parallelize import SAME_PLACEMENT, parallel_already, split_ties, tied_parameters
+from colrow.plans.patterns import matching, module_names, names_of_one, nearest
 from colrow.plans.plan import Plan
 from colrow.styles.base import Style
 from colrow.styles.linear import Colwise, Rowwise
@@ -24,12 +23,12 @@ FUSED = ("qkv", "c_attn", "w_pack", "query_key_value", "in_proj", "gate_up", "ga
 
 def check_static(model: nn.Module, plan: Plan, tp: int, seq_len: int) -> list[Finding]:
     """What is wrong with the plan, found without running anything."""
-    if any(isinstance(param, DTensor) for param in model.parameters()):
-        message = "the model holds DTensors: a plan has been applied to it already"
-        return [finding("CR104", "model", message, "build a plain model and apply one plan, once")]
     names = list(_names(model, plan))
     styles = _resolve(model, plan)
-    found = [*names, *_shared(model, styles), *_sites(model, styles, tp)]
+    found = [*names, *_already(model, styles), *_shared(model, plan)]
+    if any(f.code == "CR104" for f in found):
+        return found
+    found += _sites(model, styles, tp)
     found += [*_sequence(plan, tp, seq_len), *_head(model, plan, styles), *_trains(model)]
     if not found:
         found += [*_ties(model, plan, tp), *_splits_something(model, plan, tp)]
@@ -60,7 +59,7 @@ def _names(model: nn.Module, plan: Plan) -> Iterator[Finding]:
         if not matches and not style.optional:
             hint = nearest(key, names)
             fix = f"use {hint!r}" if hint else "correct or remove the key"
-            yield finding("CR101", key or "(empty key)", f"the key {key!r} matches no module of the model", fix)
+            yield finding("CR101", key, f"the key {key!r} matches no module of the model", fix)
         again = [name for name in matches if name in taken]
         if again:
             message = f"module {again[0]} matches two keys, {taken[again[0]]!r} and {key!r}"
@@ -69,7 +68,15 @@ def _names(model: nn.Module, plan: Plan) -> Iterator[Finding]:
 
 
 def _resolve(model: nn.Module, plan: Plan) -> dict[str, Style]:
-    """Module name to style, as far as the keys are sound; the first key wins."""
+    """Module name to style, as far as the keys are sound; the first key wins. A module has it under all its names."""
+    found = _by_name(model, plan)
+    for group in names_of_one(model):
+        given = [found[name] for name in group if name in found]
+        found |= dict.fromkeys(group, given[0]) if given else {}
+    return found
+
+
+def _by_name(model: nn.Module, plan: Plan) -> dict[str, Style]:
     names, found = module_names(model), dict[str, Style]()
     for key, style in plan.modules.items():
         for name in matching(key, names):
@@ -77,16 +84,19 @@ def _resolve(model: nn.Module, plan: Plan) -> dict[str, Style]:
     return found
 
 
-def _shared(model: nn.Module, styles: dict[str, Style]) -> Iterator[Finding]:
-    names: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(id(module), []).append(name)
-    for group in names.values():
-        declared = {name: styles.get(name) for name in group}
-        if len(group) > 1 and len({repr(style) for style in declared.values()}) > 1:
-            each = ", ".join(f"{name}: {style.name if style else 'no style'}" for name, style in declared.items())
+def _already(model: nn.Module, styles: dict[str, Style]) -> Iterator[Finding]:
+    for error in parallel_already(model, styles):
+        yield finding_of(error, "model")
+
+
+def _shared(model: nn.Module, plan: Plan) -> Iterator[Finding]:
+    styles = _by_name(model, plan)
+    for group in names_of_one(model):
+        declared = {name: styles[name] for name in group if name in styles}
+        if len({repr(style) for style in declared.values()}) > 1:
+            each = ", ".join(f"{name}: {style.name}" for name, style in declared.items())
             message = f"{' and '.join(group)} are one module, and the plan gives them different styles ({each})"
-            yield finding("CR103", group[0], message, "give every name of the module the same style")
+            yield finding("CR103", group[0], message, "give every name of the module the same style, or name one")
 
 
 def _sites(model: nn.Module, styles: dict[str, Style], tp: int) -> Iterator[Finding]:

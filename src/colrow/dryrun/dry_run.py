@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,7 +33,7 @@ from colrow.sharding.layout import PACKED
 from colrow.styles.base import Style
 from colrow.styles.linear_head import PendingTargets, expect_targets
 from colrow.styles.rank_tensors import RANK_TABLES
-from colrow.torch_compat import fake_tensors
+from colrow.torch_compat import fake_tensors, version
 
 
 def dry_run(
@@ -89,7 +89,7 @@ def _run(request: _Request, keep: int = 2) -> DryRun:
     run = DryRun()
     styles = {name: style for name, (_, style) in request.plan.resolve(request.model).items()}
     reference, sharded = (reduced_copy(request.model, styles, keep) for _ in range(2))
-    names = {name: sharded.original(name) for name, _ in sharded.model.named_modules() if name}
+    names = {name: sharded.original(name) for name, _ in sharded.model.named_modules()}
     plan = replace(request.plan, modules={new: styles[old] for new, old in names.items() if old in styles})
     with warnings.catch_warnings(), fake_tp_mesh(request.tp) as tp_mesh:
         warnings.simplefilter("ignore")
@@ -134,6 +134,7 @@ def _run_sharded(
     _record_outputs(sharded, run.outputs)
     _record_async_inputs(sharded, run.async_inputs, watch.in_flight)
     recorder = CallRecorder(modules, watch.packed, watch.varies)
+    before = {name: (buffer, version(buffer)) for name, buffer in model.named_buffers()}
     backward = False
     try:
         with watch, watch.declarations(), loss_context(plan, tp_mesh):
@@ -145,6 +146,7 @@ def _run_sharded(
                     output = call_model(model, inputs)
                     run.logits = _output(output)
                     loss = request.loss(output, inputs)
+            run.varying_buffers = [original(name) for name in _written(watch, model, before)]
             if loss.requires_grad:
                 backward = True
                 loss.backward()
@@ -157,6 +159,14 @@ def _run_sharded(
     run.mismatches = watch.mismatches
     run.unmatched_log_softmaxes = watch.unmatched_log_softmaxes
     run.collectives = [replace(c, times=sharded.count(c.where)) for c in watch.collectives]
+
+
+def _written(watch: Watch, model: nn.Module, before: Mapping[str, tuple[Tensor, int]]) -> Iterator[str]:
+    """Buffers that forward has written, in place or by assignment, with values that differ between ranks."""
+    for name, buffer in model.named_buffers():
+        same = name in before and buffer is before[name][0] and version(buffer) == before[name][1]
+        if (not same or watch.written(buffer)) and watch.varies(buffer):
+            yield name
 
 
 def _mark_known_values(watch: Watch, model: nn.Module) -> None:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from colrow.sharding.parameter_state import set_states, states_of
 from colrow.torch_compat import fake_group_beside, fake_store
 
 
@@ -60,9 +61,11 @@ def materialize_fake(model: nn.Module, dtype: torch.dtype | None) -> None:
 def replace_parameters(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
     """Replace each parameter by one that holds `change(param)`. Modules that share a parameter share the new one."""
     made: dict[int, nn.Parameter] = {}
+    states = states_of(model)
     for module in model.modules():
         for name, param in module._parameters.items():
             if param is not None:
                 if id(param) not in made:
                     made[id(param)] = nn.Parameter(change(param.detach()), param.requires_grad)
                 module._parameters[name] = made[id(param)]
+    set_states(model, states)

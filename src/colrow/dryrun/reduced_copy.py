@@ -6,7 +6,6 @@ classes, the shapes of their parameters, their plain options and their styles ar
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from colrow.models.blocks import block_stacks
+from colrow.sharding.parameter_state import copied_model
 from colrow.styles.base import Style
 
 _KEPT = 2  # of each kind: the second block's input comes from a block, as for all later ones
@@ -54,7 +54,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
         memo[id(param)] = nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=param.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, memo)
+    return copied_model(model, memo)
 
 
 def reduced_copy(model: nn.Module, styles: Mapping[str, Style], keep: int = _KEPT) -> ReducedCopy:

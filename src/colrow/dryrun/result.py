@@ -100,6 +100,7 @@ class DryRun:
         no_gradient: parameters that got a gradient in the unsharded run alone.
         logits, reference_logits: the model's output, sharded and not.
         unmatched_log_softmaxes: log-softmaxes of sharded logits that no cross entropy took.
+        varying_buffers: buffers into which forward wrote values that differ between ranks.
         async_inputs: blocks whose input is the result of a collective, with nothing but views between.
     """
 
@@ -116,3 +117,4 @@ class DryRun:
     reference_logits: Output | None = None
     unmatched_log_softmaxes: int = 0
     async_inputs: list[str] = field(default_factory=list)
+    varying_buffers: list[str] = field(default_factory=list)

@@ -65,11 +65,13 @@ class Storage:
         handle: keeps the storage alive: its address is a key, and must not be used again.
         varying: varying values were written into it in place: every window on it varies.
         in_flight: an asynchronous collective fills it, and views of it do not wait for the collective.
+        written: batch norm has written it, which its version does not count.
     """
 
     handle: torch.UntypedStorage
     varying: bool = False
     in_flight: bool = False
+    written: bool = False
 
 
 class Values:
@@ -201,6 +203,18 @@ def track_share(values: Values, op: Op, tp: int) -> None:
     if abs(float(factor) - (tp if op.name == "div" else 1 / tp)) < 1e-9:
         for out in op.outputs:
             values[out].is_share = True
+
+
+_BATCH_NORMS = {"native_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update", "cudnn_batch_norm"}
+
+
+def track_statistics(values: Values, op: Op) -> None:
+    """In training, batch norm writes its running statistics (args 3 and 4), which not every schema of it says."""
+    if op.name in _BATCH_NORMS and op.args[5] is not False:
+        for buffer in op.args[3:5]:
+            if isinstance(buffer, Tensor):
+                values.storage(buffer).written = True
+                values.storage(buffer).varying |= bool(op.varying)
 
 
 def draws_random_on_shard(values: Values, op: Op) -> bool:

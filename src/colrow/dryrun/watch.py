@@ -56,6 +56,10 @@ class Watch(TorchDispatchMode):
         """Whether ranks may hold different values in this local tensor."""
         return self._values.varies(tensor)
 
+    def written(self, tensor: Tensor) -> bool:
+        """Whether a batch norm has written the tensor, which its version does not count."""
+        return self._values.storage(tensor).written
+
     def in_flight(self, tensor: Tensor) -> bool:
         """Whether the tensor is the result of a collective, or a view of it, that nothing has waited for."""
         return self._values.storage(tensor).in_flight
@@ -117,6 +121,7 @@ class Watch(TorchDispatchMode):
         rules.track_varying(self._values, op)
         rules.track_addend(self._values, op)
         rules.track_zero(self._values, op)
+        rules.track_statistics(self._values, op)
         if rules.draws_random_on_shard(self._values, op):
             self._mismatch("random_on_shard")
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from colrow.sharding.layout import local_tensor
+from colrow.sharding.parameter_state import refuse_hooks, state_of
 from colrow.torch_compat import foreach, version
 
 
@@ -35,12 +36,16 @@ class ComputeWeights:
         graphed: a CUDA graph runs each micro-batch, so all micro-batches run the same kernels: sums start from zeros,
             and the first gradient is added too instead of being copied.
 
+    Raises:
+        ConfigError: a parameter has a hook, which would run on the copy's gradient or not at all.
+
     Attributes:
         copies: by parameter.
     """
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, dtype: torch.dtype, *, graphed: bool = False) -> None:
+        refuse_hooks(model, "compute precision without FSDP2")
         self._owners = [
             (module, name, param)
             for module in model.modules()
@@ -103,6 +108,7 @@ class ComputeWeights:
 
     def _copy_of(self, param: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
         copy = nn.Parameter(param.detach().to(dtype, copy=True), requires_grad=param.requires_grad)
+        copy.__dict__.update(state_of(param).attributes)
         if param.requires_grad:
             copy.register_post_accumulate_grad_hook(partial(self._receive, param))
         return copy

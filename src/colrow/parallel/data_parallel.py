@@ -11,7 +11,7 @@ dp axis of one rank it costs a cast and no communication. See [Note: precision].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -22,6 +22,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from colrow.errors import ConfigError
 from colrow.mesh import MeshAxes
+from colrow.sharding.local_view import PARAMETER_ATTRIBUTES
+from colrow.sharding.parameter_state import ParameterState, refuse_hooks, set_states, states_of
 from colrow.torch_compat import TorchMovedError, replicas_of_fsdp2
 
 _KEEP_GATHERED = "_colrow_keep_gathered"  # set on the root: gathered parameters stay until the last micro-batch
@@ -37,8 +39,8 @@ def apply_data_parallel(
 ) -> None:
     """Wrap each block, then the model, in place: after the plan, checkpointing and compile, before the optimizer.
 
-    Parameters keep their names; each becomes a DTensor on the data axes and tp (on the data axes alone where tp is
-    1). Gradients are averaged over the data axes.
+    Parameters keep their names and the attributes that you set on them; each becomes a DTensor on the data axes and tp
+    (on the data axes alone where tp is 1). Gradients are averaged over the data axes.
 
     Args:
         model: a model or a pipeline stage, on any device, the meta device too.
@@ -51,12 +53,15 @@ def apply_data_parallel(
             every micro-batch.
 
     Raises:
-        ConfigError: blocks share a parameter, or torch has no replicas for tensor-parallel models.
+        ConfigError: blocks share a parameter, a parameter has a hook, or torch has no replicas for tensor-parallel
+            models.
     """
     axes = MeshAxes(mesh)
     replicas, shards = axes.size("dp_replicate"), axes.size("dp_shard")
     if replicas * shards == 1 and param_dtype is None:
         return
+    refuse_hooks(model, "FSDP2 (data parallelism, or compute precision)")
+    states = states_of(model)
     blocks = list(blocks)
     head = head_unit(model, blocks)
     policy = MixedPrecisionPolicy(
@@ -66,6 +71,7 @@ def apply_data_parallel(
         replicate = _replicate()
         for unit in [*blocks, *([head] if head else []), model]:
             replicate(unit, mesh=mesh["dp_replicate"], mp_policy=policy)
+        _keep_attributes(model, states)
         return
 
     data_mesh = mesh["dp_replicate", "dp_shard"] if replicas > 1 else mesh["dp_shard"]
@@ -77,6 +83,7 @@ def apply_data_parallel(
     if head:
         fully_shard(head, mesh=data_mesh, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=data_mesh, mp_policy=policy, reshard_after_forward=False)
+    _keep_attributes(model, states)
     model.__dict__[_KEEP_GATHERED] = not reshard_after_forward
     if shards > 1:
         _prefetch(model, blocks, head)
@@ -126,6 +133,22 @@ def head_unit(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
     if any(id(param) in rest for module in head for param in module.parameters()):
         return []
     return head
+
+
+def _keep_attributes(model: nn.Module, states: Mapping[str, ParameterState]) -> None:
+    """Give the sharded parameters the attributes of those that they replace, and the gathered ones at each forward."""
+    set_states(model, states)
+    for name in states:
+        owner, _, _ = name.rpartition(".")
+        model.get_submodule(owner).register_forward_pre_hook(_attributes_on_gathered)
+
+
+def _attributes_on_gathered(module: nn.Module, args: Any) -> None:
+    # FSDP2 registers another tensor for the forward; its own hook, prepended, has gathered by now
+    for leaf, attributes in getattr(module, PARAMETER_ATTRIBUTES, {}).items():
+        param = module._parameters[leaf]
+        assert param is not None
+        param.__dict__.update(attributes)
 
 
 def _prefetch(model: nn.Module, blocks: list[nn.Module], head: list[nn.Module]) -> None:

@@ -12,6 +12,7 @@ from colrow.models.huggingface import name_from_huggingface, stored_name
 from colrow.models.init import init_tensor
 from colrow.parallel.parallelize import tie, tied_parameters
 from colrow.sharding.layout import held_regions, local_tensor, packed_of, unwrapped_name
+from colrow.sharding.parameter_state import kept_states
 from colrow.torch_compat import apply_to_tensors
 
 
@@ -45,8 +46,9 @@ def materialize(model: nn.Module, device: torch.device | str) -> nn.Module:
             "meta device: build the model on the CPU, or move its parameters alone to the meta device"
         )
     ties = tied_parameters(model)
-    apply_to_tensors(model, lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
-    tie(model, ties)
+    with kept_states(model):
+        apply_to_tensors(model, lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
+        tie(model, ties)
     return model
 
 

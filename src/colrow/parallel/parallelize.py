@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
@@ -15,31 +17,50 @@ from colrow.errors import ConfigError, PlanError
 from colrow.mesh import Mesh
 from colrow.plans.plan import Plan
 from colrow.sharding.layout import local_tensor, mark_packed
-from colrow.styles.base import ParameterLayout, set_attribute
+from colrow.sharding.local_view import remove_views
+from colrow.sharding.parameter_state import set_states, states_of
+from colrow.styles.base import ParameterLayout, Style, set_attribute
 from colrow.styles.replicated import LEFT_OUT
 from colrow.styles.site import Site
 
+STYLED = "_colrow_style"
+"""Module attribute: the name of the style that a plan gave it. A module gets one style, in one call."""
+LEFT_OUT_MARK = "_colrow_left_out"
+"""Module attribute: no plan has named it yet, and its parameters are replicated; a later call may give it a style."""
 
-def parallelize(model: nn.Module, plan: Plan, mesh: Mesh | DeviceMesh, *, absent: Iterable[str] = ()) -> nn.Module:
+
+def parallelize(
+    model: nn.Module,
+    plan: Plan,
+    mesh: Mesh | DeviceMesh,
+    *,
+    absent: Iterable[str] = (),
+    src_data_rank: int | None = 0,
+) -> nn.Module:
     """Split `model` over the tp axis of `mesh` as `plan` says, in place, and return it.
 
-    The model may lie on the meta device; real weights are taken from the first rank of each tp group. Afterwards
-    every parameter is a DTensor on the tp mesh under its own name: the ones that the plan leaves out are replicated.
-    Tied parameters stay tied and frozen ones frozen. Build the optimizer after this call.
+    The model may lie on the meta device; real weights are taken from one rank of each tp group. Afterwards every
+    parameter is a DTensor on the tp mesh under its own name: the ones that the plan leaves out are replicated. Tied
+    parameters stay tied, frozen ones frozen, and the attributes and hooks that you set on a parameter stay (see
+    [Note: hooks see the unsharded gradient]). Several calls may divide a model's modules; each is named in one of
+    them. Build the optimizer after the last.
 
     Args:
         mesh: a 1-D mesh, a mesh with an axis named `tp`, or the degrees (then under an initialised process group).
         absent: for a pipeline stage, the names of the complete model's modules that it has not (`Stage.absent`).
+        src_data_rank: the rank of the tp group whose weights all take; None: each rank's own, with no communication,
+            where they are equal already or differ on purpose.
 
     Raises:
-        PlanError: the plan does not fit the model or the degree; nothing has been changed then.
+        PlanError: the plan does not fit the model or the degree, or names a module that is parallelised already;
+            nothing has been changed then.
         ConfigError: the mesh has no tp axis, or does not fit the number of ranks.
     """
     tp_mesh = tp_axis(mesh)
     tp = tp_mesh.size()
-    if any(isinstance(param, DTensor) for param in model.parameters()):
-        raise PlanError("the model is parallelised already: apply one plan, once, to a plain model")
     resolved = plan.resolve(model, absent)
+    for error in parallel_already(model, {fqn: style for fqn, (_, style) in resolved.items()}):
+        raise error
     plan.check_shapes(model, tp, resolved=resolved)
     layouts = plan.parameters(model, tp, resolved=resolved)
     if tp == 1:
@@ -48,33 +69,82 @@ def parallelize(model: nn.Module, plan: Plan, mesh: Mesh | DeviceMesh, *, absent
                 site = Site(model, fqn, tp)
                 style.build(site)._apply(site.module, tp_mesh)
         return model
+    if not plan.modules:
+        message = f"CR105: plan {plan.name} is empty: every rank holds and computes the complete model"
+        warnings.warn(message, stacklevel=2)
 
-    ties = tied_parameters(model)
+    ties, states = tied_parameters(model), states_of(model)
+    for name, state in states.items():
+        if state.hook_names and name in layouts and layouts[name].packed is not None:
+            message = f"it has the hook {', '.join(state.hook_names)}, and each of its segments is sharded on its own"
+            raise PlanError("CR211", name, message, "hook a module's output, or leave the module out of the plan")
     trainable = {name: param.requires_grad for name, param in model.named_parameters(remove_duplicate=False)}
     for names, different in split_ties(model, layouts):
         message = f"tied weights get different placements ({different})"
         raise PlanError("CR304", names[0], message, SAME_PLACEMENT)
 
-    for fqn, module in list(model.named_modules()):
+    named = list(model.named_modules())
+    for fqn, module in named:
+        if fqn in resolved:
+            _undo_left_out(module)  # of an earlier call; all of them before the first style sees a parameter
+    for fqn, module in named:
         site = Site(model, fqn, tp)
         if fqn in resolved:
             style = resolved[fqn][1]
             attributes = style.local_attributes(site)
-            parallelize_module(module, tp_mesh, style.build(site))
+            parallelize_module(module, tp_mesh, style.build(site), src_data_rank=src_data_rank)
             for key, value in attributes.items():
                 set_attribute(module, key, value, tp)
+            module.__dict__[STYLED] = style.name
         if any(not isinstance(param, DTensor) for param in module.parameters(recurse=False)):
-            parallelize_module(module, tp_mesh, LEFT_OUT.build(site))
+            if fqn not in resolved:
+                module.__dict__[LEFT_OUT_MARK] = True
+            parallelize_module(module, tp_mesh, LEFT_OUT.build(site), src_data_rank=src_data_rank)
     for fqn, layout in layouts.items():
-        if layout.packed is not None:
+        if layout.packed is not None and fqn.rpartition(".")[0] in resolved:
             parent, _, name = fqn.rpartition(".")
             mark_packed(model.get_submodule(parent), name, layout.packed)
 
     tie(model, ties)
     for name, param in model.named_parameters(remove_duplicate=False):
         param.requires_grad_(trainable[name])
-    _sync_replicas(model, tp_mesh)
+    set_states(model, states)
+    if src_data_rank is not None:
+        _sync_replicas(model, tp_mesh, src_data_rank)
     return model
+
+
+def is_parallel(model: nn.Module) -> bool:
+    """Whether a module of the model is parallelised already."""
+    return any(isinstance(param, DTensor) for param in model.parameters())
+
+
+def parallel_already(model: nn.Module, styles: Mapping[str, Style]) -> Iterator[PlanError]:
+    """An error for each named module that has a style or DTensors already, or whose new style came too late."""
+    for fqn, style in styles.items():
+        module = model.get_submodule(fqn)
+        own = module.__dict__
+        placed = any(isinstance(param, DTensor) for param in module.parameters(recurse=False))
+        if STYLED in own or (placed and LEFT_OUT_MARK not in own):
+            by = f"with style {own[STYLED]}" if STYLED in own else "and holds DTensors"
+            fix = "name each module in one call, and apply data parallelism after the last"
+            yield PlanError("CR104", fqn or "model", f"it is parallelised already {by}", fix)
+            continue
+        inside = [name for name, child in module.named_modules() if name and STYLED in child.__dict__]
+        if inside and style.torch_class is None:  # these set up the modules inside them, which have been set up by now
+            message = f"style {style.name} sets up the modules inside it, and {inside[0]} is parallelised already"
+            yield PlanError("CR104", fqn or "model", message, "name both in one call")
+
+
+def _undo_left_out(module: nn.Module) -> None:
+    """Make the replicated parameters of a module plain again, for its style."""
+    if module.__dict__.pop(LEFT_OUT_MARK, False):
+        remove_views(module)
+        parameters: dict[str, Any] = dict(module._parameters)
+        for name, param in parameters.items():
+            if isinstance(param, DTensor):
+                plain = nn.Parameter(local_tensor(param.detach()), requires_grad=param.requires_grad)
+                module.register_parameter(name, plain)
 
 
 def tp_axis(mesh: Mesh | DeviceMesh) -> DeviceMesh:
@@ -122,9 +192,9 @@ def split_ties(model: nn.Module, layouts: Mapping[str, ParameterLayout]) -> list
     return found
 
 
-def _sync_replicas(model: nn.Module, tp_mesh: DeviceMesh) -> None:
+def _sync_replicas(model: nn.Module, tp_mesh: DeviceMesh, source: int) -> None:
     """torch's SequenceParallel takes each rank's own value for a replicated parameter; make them one."""
     group = tp_mesh.get_group()
     for param in model.parameters():
         if isinstance(param, DTensor) and not param.is_meta and all(p.is_replicate() for p in param.placements):
-            dist.broadcast(local_tensor(param.detach()), group=group, group_src=0)
+            dist.broadcast(local_tensor(param.detach()), group=group, group_src=source)

@@ -13,7 +13,6 @@ copy is left out where a parameter counts once: in the gradient norm and in chec
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from colrow.mesh import MeshAxes
 from colrow.models.blocks import blocks_of
 from colrow.parallel.parallelize import tied_parameters
 from colrow.parallel.pipeline_split import require_parts
+from colrow.sharding.parameter_state import copied_model
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def split_stages(model: nn.Module, mesh: DeviceMesh, first_layers: tuple[int, ..
     stages = []
     for index in range(axes.rank("pp"), count, pp):
         with _only(model, range(bounds[index], bounds[index + 1]), index == 0, index == count - 1):
-            module = copy.deepcopy(model)
+            module = copied_model(model)
         present = {name for name, _ in module.named_modules(remove_duplicate=False)}
         stages.append(Stage(module, index, count, frozenset(all_names - present), ties))
     return stages

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 
 from torch import nn
 
@@ -14,14 +15,32 @@ def with_stars(name: str) -> str:
 
 
 def matches(key: str, name: str) -> bool:
-    """Whether a plan's key names this module; `*` stands for one component."""
+    """Whether a plan's key names this module. `""` names the model itself.
+
+    Each component is matched as torch's `parallelize_module` does, by the shell's rules: `*` any component, `net*`,
+    `net?`, `[1-2]`.
+    """
+    if not key or not name:
+        return key == name
     pattern, parts = key.split("."), name.split(".")
-    return len(pattern) == len(parts) and all(p in ("*", part) for p, part in zip(pattern, parts, strict=True))
+    return len(pattern) == len(parts) and all(map(_component_matches, pattern, parts))
+
+
+def _component_matches(pattern: str, part: str) -> bool:
+    return pattern in ("*", part) or fnmatchcase(part, pattern)
 
 
 def module_names(model: nn.Module) -> list[str]:
-    """Every name of every module but the model itself: a shared module has several."""
-    return [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    """Every name of every module, `""` for the model itself: a shared module has several."""
+    return [name for name, _ in model.named_modules(remove_duplicate=False)]
+
+
+def names_of_one(model: nn.Module) -> list[list[str]]:
+    """The names of each module that has several."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
 
 
 def matching(key: str, names: Iterable[str]) -> list[str]:
@@ -31,6 +50,6 @@ def matching(key: str, names: Iterable[str]) -> list[str]:
 
 def nearest(key: str, names: Iterable[str]) -> str | None:
     """The name that is most like a key which matches none; with `*` for numbers where the key has one."""
-    known = {with_stars(name) for name in names} if "*" in key else set(names)
+    known = {with_stars(name) for name in names if name} if "*" in key else set(filter(None, names))
     near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
     return near[0] if near else None

@@ -17,7 +17,7 @@ from colrow.errors import PlanError, did_you_mean
 from colrow.ops.float8 import Float8
 from colrow.plans.huggingface import huggingface_modules
 from colrow.plans.loss import LOSSES, Loss
-from colrow.plans.patterns import matches, matching, module_names, nearest
+from colrow.plans.patterns import matches, matching, module_names, names_of_one, nearest
 from colrow.plans.presets import preset_modules
 from colrow.styles.base import ParameterLayout, Style, style_from_data
 from colrow.styles.replicated import LEFT_OUT
@@ -32,7 +32,7 @@ Resolved = Mapping[str, tuple[str, Style]]
 
 @dataclass(frozen=True)
 class Plan:
-    """Styles by module name; `*` in a name stands for one component.
+    """Styles by module name. A key's components are matched as torch's `parallelize_module` does: `*`, `net*`, `[1-2]`.
 
     Args:
         modules: patterns to styles. A style is a name, a mapping with `style` and its options, or one of torch's own
@@ -129,14 +129,16 @@ class Plan:
         return replace(self, modules={**self.modules, **changed})
 
     def resolve(self, model: nn.Module, absent: Iterable[str] = ()) -> Resolved:
-        """Fully qualified module name to (key, style), in the model's order.
+        """Fully qualified module name to (key, style), in the model's order. A module with several names is there under
+        each of them, whichever the plan has.
 
         Args:
             absent: names of modules that the complete model has and this pipeline stage of it has not; a key may match
                 these alone.
 
         Raises:
-            PlanError: a key matches no module (the message names the nearest), or a module matches two keys.
+            PlanError: a key matches no module (the message names the nearest), a name matches two keys, or the names
+                of one module get different styles.
         """
         names, elsewhere = module_names(model), tuple(absent)
         found: dict[str, tuple[str, Style]] = {}
@@ -151,6 +153,12 @@ class Plan:
                     message = f"module {name} matches two keys, {found[name][0]!r} and {key!r}"
                     raise PlanError("CR102", f"plan {self.name}", message, "keep one")
                 found[name] = (key, style)
+        for group in names_of_one(model):
+            given = [found[name] for name in group if name in found]
+            if len({repr(style) for _, style in given}) > 1:
+                message = f"{' and '.join(group)} are one module, and the plan gives them different styles"
+                raise PlanError("CR103", group[0], message, "give every name of the module the same style, or name one")
+            found |= dict.fromkeys(group, given[0]) if given else {}
         return {name: found[name] for name in names if name in found}
 
     def check_shapes(

@@ -23,6 +23,8 @@ from torch.distributed.tensor import DTensor
 
 View = Callable[[DTensor], Tensor]
 VIEWS = "_colrow_views"  # module attribute: {parameter name: View}
+PARAMETER_ATTRIBUTES = "_colrow_parameter_attributes"
+"""Module attribute: {parameter name: what the user set on it}; the module's own code may read it in forward."""
 
 
 def view_parameters(module: nn.Module, views: dict[str, View]) -> None:
@@ -31,6 +33,12 @@ def view_parameters(module: nn.Module, views: dict[str, View]) -> None:
         module.__dict__[VIEWS] = {**module.__dict__.get(VIEWS, {}), **views}
         kind: Any = type(module)
         module.__class__ = _subclass(kind, tuple(sorted(views)), None)
+
+
+def remove_views(module: nn.Module) -> None:
+    """Undo `view_parameters`."""
+    if module.__dict__.pop(VIEWS, None):
+        module.__class__ = type(module).__bases__[0]
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
@@ -55,7 +63,12 @@ def _property(name: str) -> property:
         # exchanges parameters: returned as it is. Before forward and backward it registers the all-gathered parameter,
         # a DTensor on tp alone: what the module computes with, through the view.
         view: View = getattr(module, VIEWS)[name]
-        return view(param) if isinstance(param, DTensor) and param.device_mesh.ndim == 1 else param
+        if not isinstance(param, DTensor) or param.device_mesh.ndim > 1:
+            return param
+        value = view(param)
+        for key, attribute in getattr(module, PARAMETER_ATTRIBUTES, {}).get(name, {}).items():
+            setattr(value, key, attribute)
+        return value
 
     def write(module: nn.Module, value: nn.Parameter | None) -> None:
         module.register_parameter(name, value)

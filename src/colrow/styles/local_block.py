@@ -112,7 +112,7 @@ class _LocalBlockHooks(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         style, mesh = self.style, device_mesh
-        shard_parameters(module, mesh, self.specs)
+        shard_parameters(module, mesh, self.specs, self.src_data_rank)
         mark_grads_summed_at_entry(module)
         layouts: dict[int | str, Placement | None] = {}
         layouts.update(enumerate(style.input or ()))

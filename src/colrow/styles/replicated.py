@@ -26,7 +26,7 @@ class _ReplicatedStyle(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         names = dict(module.named_parameters(recurse=False))
-        shard_parameters(module, device_mesh, dict.fromkeys(names, self.spec))
+        shard_parameters(module, device_mesh, dict.fromkeys(names, self.spec), self.src_data_rank)
         layout = self.input_layout
         if layout is not None:
             module.register_forward_pre_hook(lambda _, args: (_gathered(args[0], device_mesh, layout), *args[1:]))

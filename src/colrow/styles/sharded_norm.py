@@ -41,7 +41,7 @@ class ShardedNorm(Style):
 class _ShardedNormStyle(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         for name, param in list(module.named_parameters(recurse=False)):
-            place_parameter(module, name, device_mesh, ShardSpec(0, tuple(param.shape)))
+            place_parameter(module, name, device_mesh, ShardSpec(0, tuple(param.shape)), self.src_data_rank)
 
         def before(_: nn.Module, args: Any) -> Any:
             x = args[0]

@@ -106,17 +106,18 @@ class ShardSpec:
             elif position not in self.replicated:
                 site.divide(size, "CR210", f"{name}: segment {position} of size {size}")
 
-    def distribute(self, param: Tensor, mesh: DeviceMesh) -> DTensor:
-        """The DTensor whose local tensor is a shard of each segment."""
+    def distribute(self, param: Tensor, mesh: DeviceMesh, source: int | None) -> DTensor:
+        """The DTensor whose local tensor is a shard of each segment. `source`: the rank whose values count; None: each
+        rank's own."""
         data = param.detach()
         if self.dim is None or self.uneven:
-            return distribute_tensor(data, mesh, [Replicate()])
+            return distribute_tensor(data, mesh, [Replicate()], src_data_rank=source)
         if len(self.segments) == 1:
-            return distribute_tensor(data, mesh, [Shard(self.dim)])
+            return distribute_tensor(data, mesh, [Shard(self.dim)], src_data_rank=source)
         # DTensor can only chunk the dim as a whole: put the rows in the order of the ranks first.
         order = [row for rank in range(mesh.size()) for row in self.rows(mesh.size(), rank)]
         data = data.index_select(self.dim, torch.tensor(order, device=data.device))
-        shard = distribute_tensor(data, mesh, [Shard(self.dim)]).to_local()
+        shard = distribute_tensor(data, mesh, [Shard(self.dim)], src_data_rank=source).to_local()
         placements = [PackedShard(self.dim, self.segments)]  # distribute_tensor would make a plain Shard of it
         return DTensor.from_local(shard, mesh, placements, run_check=False, shape=param.shape, stride=data.stride())
 
@@ -188,20 +189,20 @@ def layouts_of(site: Site, specs: dict[str, ShardSpec], reason: str) -> dict[str
     return {name: spec.layout(site.module.get_parameter(name), site.tp, reason) for name, spec in specs.items()}
 
 
-def place_parameter(module: nn.Module, name: str, mesh: DeviceMesh, spec: ShardSpec) -> bool:
+def place_parameter(module: nn.Module, name: str, mesh: DeviceMesh, spec: ShardSpec, source: int | None) -> bool:
     """Put a DTensor in the parameter's place. False where a style has placed it already: of a module with two names."""
     param = module._parameters[name]
     assert param is not None
     if isinstance(param, DTensor):
         return False
-    placed = spec.distribute(param, mesh)
+    placed = spec.distribute(param, mesh, source)
     module.register_parameter(name, nn.Parameter(placed, requires_grad=param.requires_grad))
     return True
 
 
-def shard_parameters(module: nn.Module, mesh: DeviceMesh, specs: dict[str, ShardSpec]) -> None:
+def shard_parameters(module: nn.Module, mesh: DeviceMesh, specs: dict[str, ShardSpec], source: int | None) -> None:
     """Place the module's parameters by their specs, and let its forward see this rank's shards."""
-    placed = [name for name, spec in specs.items() if place_parameter(module, name, mesh, spec)]
+    placed = [name for name, spec in specs.items() if place_parameter(module, name, mesh, spec, source)]
     view_parameters(module, {name: specs[name].view(mesh) for name in placed})
 
 
@@ -238,7 +239,7 @@ class ShardedModuleStyle(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         mesh, partial, output = device_mesh, self.partial, self.output
-        shard_parameters(module, mesh, self.specs)
+        shard_parameters(module, mesh, self.specs, self.src_data_rank)
         input = self.input
         if input is None and not getattr(module, GRADS_SUMMED_AT_ENTRY, False):
             input = self.outside

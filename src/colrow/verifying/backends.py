@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import multiprocessing as mp
 import pickle
 import sys
@@ -19,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from colrow.dryrun.simulated import simulated_ranks
 from colrow.errors import ColrowError, PlanError
 from colrow.plans.plan import Plan
+from colrow.sharding.parameter_state import copied_model, set_states, states_of
 from colrow.verifying.comparison import Observed
 from colrow.verifying.step import Task, sharded_step
 
@@ -36,7 +36,7 @@ def can_simulate() -> bool:
 
 def run_local(task: Task, plan: Plan) -> Observed:
     """The sharded step on all ranks, simulated. Raises RankFailure when it raises."""
-    model = copy.deepcopy(task.model)
+    model = copied_model(task.model)
     try:
         with simulated_ranks(task.tp) as simulation:
             simulation.copy_parameters_to_ranks(model)
@@ -91,7 +91,7 @@ def run_gloo(task: Task, plan: Plan, timeout: float = TIMEOUT) -> Observed:
 
 def _pickle(task: Task, plan: Plan) -> bytes:
     try:
-        return pickle.dumps((task, plan))
+        return pickle.dumps((task, plan, states_of(task.model)))  # torch pickles no hooks
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise PlanError(
             f"backend gloo sends the model, the plan and the loss to other processes, and cannot ({error}): define "
@@ -123,7 +123,8 @@ def _gloo_rank(rank: int, tp: int, port: int, payload: bytes, queue: Any) -> Non
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=tp, timeout=timeout)
     try:
-        task, plan = pickle.loads(payload)
+        task, plan, states = pickle.loads(payload)
+        set_states(task.model, states)
         mesh = init_device_mesh("cpu", (tp,), mesh_dim_names=("verify",))
         observed = sharded_step(task, task.model, plan, mesh, lambda tensor: {rank: tensor})
         queue.put((rank, True, pickle.dumps(observed)))

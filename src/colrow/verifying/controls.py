@@ -7,7 +7,6 @@ two ranks' shards of a weight exchanged.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
@@ -19,6 +18,7 @@ from torch.distributed.tensor import Partial, Replicate
 from colrow.errors import PlanError
 from colrow.plans.plan import Plan
 from colrow.sharding.layout import regions_at
+from colrow.sharding.parameter_state import copied_model
 from colrow.styles.base import ParameterLayout, Style, style_from_data
 from colrow.styles.linear import Rowwise
 from colrow.styles.replicated import LEFT_OUT
@@ -52,7 +52,8 @@ def negative_control(
 
 def _cases(task: Task, plan: Plan) -> Iterator[Case]:
     """At most two changes of each kind: the comparison of each costs a sharded step."""
-    styles = {fqn: style for fqn, (_, style) in plan.resolve(task.model).items()}
+    first_names = dict(task.model.named_modules())  # one name a module: a change under one of two would contradict
+    styles = {fqn: style for fqn, (_, style) in plan.resolve(task.model).items() if fqn in first_names}
     layouts = plan.parameters(task.model, task.tp)
     changes = (
         *islice(_other_styles(task.model, styles, layouts, sums_gradients=True), 2),
@@ -95,7 +96,7 @@ def _shards_exchanged(
             first, second = (
                 regions_at(tuple(param.shape), (layout.placement,), (tp,), (rank,), layout.packed) for rank in (0, 1)
             )
-            changed = copy.deepcopy(model)
+            changed = copied_model(model)
             with torch.no_grad():
                 weight = changed.get_parameter(name)
                 for a, b in zip(first, second, strict=True):

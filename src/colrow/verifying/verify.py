@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 import warnings
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from colrow.dryrun.calls import Loss, default_loss, example_input
 from colrow.dryrun.reduced_model import reduced_model
 from colrow.errors import PlanError
 from colrow.plans.plan import Plan
+from colrow.sharding.parameter_state import copied_model
 from colrow.torch_compat import TorchDispatchMode
 from colrow.verifying.backends import RankFailure, can_simulate, run_gloo, run_local
 from colrow.verifying.comparison import Errors, Observed, Reference, compare
@@ -79,6 +79,7 @@ def verify(
 
     try:
         with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "CR105")  # an empty plan splits nothing, which a report shows
             warnings.simplefilter("ignore", FutureWarning)  # torch's on its own names: a user cannot act on them
             used, observed = _observe(task, plan, reference, tolerance, backend)
     except RankFailure as error:
@@ -115,8 +116,8 @@ def parity(model: nn.Module, plan: Plan, tp: int, inputs: tuple[Any, ...], loss:
         PlanError: the plan does not fit, or ranks cannot be simulated here.
         RankFailure: the sharded model raises.
     """
-    task = Task(copy.deepcopy(model).eval(), inputs, loss, tp)
-    reference = reference_step(task, copy.deepcopy(task.model))
+    task = Task(copied_model(model).eval(), inputs, loss, tp)
+    reference = reference_step(task, copied_model(task.model))
     return compare(run_local(task, plan), reference, tp)
 
 
@@ -142,13 +143,13 @@ def _reference(task: Task) -> tuple[Task, Reference, bool]:
     rounding = _Rounding()
     try:
         with rounding:
-            return task, reference_step(task, copy.deepcopy(task.model)), not rounding.seen
+            return task, reference_step(task, copied_model(task.model)), not rounding.seen
     except PlanError:
         raise
     except Exception:
-        single = replace(task, model=copy.deepcopy(task.model).float(), inputs=tuple(map(_to_fp32, task.inputs)))
+        single = replace(task, model=copied_model(task.model).float(), inputs=tuple(map(_to_fp32, task.inputs)))
     try:
-        return single, reference_step(single, copy.deepcopy(single.model)), False
+        return single, reference_step(single, copied_model(single.model)), False
     except Exception as error:
         raise PlanError(
             f"{type(task.model).__name__} itself does not run on the CPU, neither in fp64 nor in fp32 "
@@ -193,7 +194,7 @@ def _prepare(model: nn.Module, seed: int) -> nn.Module:
     if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
         model = _off_meta(model)
     else:
-        model = copy.deepcopy(model)
+        model = copied_model(model)
     model = model.double().eval()
     with torch.no_grad():
         for param in model.parameters():
@@ -207,7 +208,7 @@ def _off_meta(model: nn.Module) -> nn.Module:
         if config is None:
             raise PlanError(f"{type(model).__name__} has buffers on the meta device: build it on the CPU for verify")
         return type(model)(config)
-    made = copy.deepcopy(model).to_empty(device="cpu")
+    made = copied_model(model).to_empty(device="cpu")
     from colrow.parallel.parallelize import tie, tied_parameters
 
     tie(made, tied_parameters(model))

@@ -46,7 +46,7 @@ class _FastBlockHooks(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         style, mesh, group, fqn = self.style, device_mesh, group_name(device_mesh), self.fqn
-        shard_parameters(module, mesh, self.specs)
+        shard_parameters(module, mesh, self.specs, self.src_data_rank)
         mark_grads_summed_at_entry(module)
 
         def before(_: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -72,7 +72,7 @@ class _FastEmbeddingStyle(ParallelStyle):
         lookup: Any = type(module).forward
         state = EmbeddingState(lookup, mesh, group_name(mesh), first, module.padding_idx, self.all_tokens)
         module.padding_idx = None  # it numbers rows of the complete table; the forward below heeds it
-        shard_parameters(module, mesh, {"weight": ShardSpec(0, (module.num_embeddings,))})
+        shard_parameters(module, mesh, {"weight": ShardSpec(0, (module.num_embeddings,))}, self.src_data_rank)
         module.__dict__[FORWARD_STATE] = state
         replace_forward(module, _embedding_forward)
         return module

@@ -60,7 +60,7 @@ class FastLinearStyle(ParallelStyle):
         self.specs, self.forward, self.state = specs, forward, state
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        shard_parameters(module, device_mesh, self.specs)
+        shard_parameters(module, device_mesh, self.specs, self.src_data_rank)
         module.__dict__[FORWARD_STATE] = self.state(device_mesh)
         replace_forward(module, self.forward)
         return module
