@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from checking.broken_plans import gpt_plan, second_name_plan, shared_blocks, shared_plan
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from checking.broken_plans import gpt_plan, second_name_plan, shared_blocks, shared_plan
 from colrow.errors import PlanError
 from colrow.parallel.parallelize import parallelize, tied_parameters
 from colrow.plans.patterns import matches
