@@ -22,8 +22,8 @@ from colrow.sharding.grad_norm import align_gradients
 from colrow.sharding.layout import full_tensor
 from colrow.sharding.parameter_state import copied_model, states_of
 from colrow.verifying.verify import verify
-from distributed.harness import Ranks
-from distributed.parity import relative, tp_mesh
+from helpers.harness import Ranks
+from helpers.parity import relative, tp_mesh
 
 PLAN = {"up": "colwise", "down": "rowwise"}
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from checking.broken_plans import gpt_plan, second_name_plan, shared_blocks, shared_plan
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -19,8 +18,9 @@ from colrow.plans.patterns import matches
 from colrow.plans.plan import Plan
 from colrow.sharding.grad_norm import align_gradients
 from colrow.sharding.layout import full_tensor
-from distributed.harness import Ranks
-from distributed.parity import relative, tp_mesh
+from helpers.broken_plans import gpt_plan, second_name_plan, shared_blocks, shared_plan
+from helpers.harness import Ranks
+from helpers.parity import relative, tp_mesh
 
 
 @pytest.mark.parametrize(
