@@ -105,8 +105,8 @@ class TrainSection(_Section):
     """Largest gradient norm; null turns clipping off."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Compute precision; auto is bf16 over fp32 master weights on GPUs, fp32 on CPUs."""
-    fp8: Literal["tensorwise", "rowwise"] | None = None
-    """Run the matmuls of a plan's fast styles in fp8, scaled per tensor or per row: changes results, needs Ada."""
+    fp8: Literal["tensorwise"] | None = None
+    """Run the matmuls of a plan's fast styles in fp8, with one scale a tensor: changes results, needs Ada or Hopper."""
     compile: bool | None = None
     """Compile each block with torch.compile; unless given, on GPUs only."""
     cuda_graph: bool = False

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+from colrow.config import load_config
 from colrow.errors import ConfigError, PlanError
-from colrow.ops.float8 import RECIPES, float8_reference, quantize, scaled_mm
+from colrow.ops.float8 import float8_reference, quantize, scaled_mm
 from colrow.ops.kernels.rounding import round_reference, round_triton
 from colrow.plans.plan import Plan
 
@@ -15,7 +18,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, needs_gpu])]
 
 
-def factors(device: str, dtype: torch.dtype = torch.float32, spread: float = 0.0) -> tuple[Tensor, Tensor]:
+def operands(device: str, dtype: torch.dtype = torch.float32, spread: float = 0.0) -> tuple[Tensor, Tensor]:
     """[64, 96] and [96, 48]; rows of the first differ in size by powers of 10 up to 10^spread."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(shape, generator=generator) for shape in ((64, 96), (96, 48)))
@@ -23,9 +26,9 @@ def factors(device: str, dtype: torch.dtype = torch.float32, spread: float = 0.0
     return a.to(device, dtype), b.to(device, dtype)
 
 
-def float8_product(a: Tensor, b: Tensor, kind: str, *, gradient: bool = False) -> Tensor:
+def float8_product(a: Tensor, b: Tensor, *, gradient: bool = False) -> Tensor:
     out = a.new_full((a.shape[0], b.shape[1]), torch.nan)
-    scaled_mm(quantize([a], kind, gradient=gradient), quantize([b.t()], kind), out, gradient=gradient)
+    scaled_mm(quantize([a], "tensorwise", gradient=gradient), quantize([b.t()], "tensorwise"), out, gradient=gradient)
     return out
 
 
@@ -35,44 +38,28 @@ def row_errors(got: Tensor, want: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    ("kind", "gradient", "bound"),
-    [("tensorwise", False, 0.08), ("tensorwise", True, 0.12), ("rowwise", False, 0.08), ("rowwise", True, 0.08)],
-)
-def test_the_error_is_that_of_rounding(kind: str, gradient: bool, bound: float, device: str) -> None:
+@pytest.mark.parametrize(("gradient", "bound"), [(False, 0.08), (True, 0.12)])
+def test_the_error_is_that_of_rounding(gradient: bool, bound: float, device: str) -> None:
     """A number with m bits of mantissa is off by 2^-(m+1) at most; e4m3 has 3, e5m2 2."""
     for dtype in (torch.float32, torch.bfloat16):
-        a, b = factors(device, dtype)
-        got = float8_product(a, b, kind, gradient=gradient)
+        a, b = operands(device, dtype)
+        got = float8_product(a, b, gradient=gradient)
         errors = row_errors(got, a.double() @ b.double())
         assert got.dtype == dtype
         assert 0.01 < errors.mean() < errors.max() < bound, errors
 
 
-def test_rows_of_their_own_scale_keep_what_one_scale_loses() -> None:
-    a, b = factors("cpu", spread=8.0)
-    want = a.double() @ b.double()
-    assert row_errors(float8_product(a, b, "rowwise"), want).max() < 0.08
-    assert row_errors(float8_product(a, b, "tensorwise"), want).max() > 0.5
-
-
-def test_factors_may_lie_in_memory_either_way() -> None:
-    a, b = factors("cpu")
-    for kind in RECIPES:
-        assert torch.equal(
-            float8_product(a.t().contiguous().t(), b.t().contiguous().t(), kind), float8_product(a, b, kind)
-        )
+def test_operands_may_be_row_major_or_column_major() -> None:
+    a, b = operands("cpu")
+    assert torch.equal(float8_product(a.t().contiguous().t(), b.t().contiguous().t()), float8_product(a, b))
 
 
 @pytest.mark.cuda
 @needs_gpu
-@pytest.mark.parametrize("kind", RECIPES)
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("shapes", [((64, 128),), ((33, 257), (7, 257), (200, 257)), ((1, 1),), ((520, 48), (520, 80))])
-def test_the_kernel_rounds_as_the_reference_does(
-    shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, kind: str
-) -> None:
-    """Parts of either order in memory, views of larger tensors among them, put together along either dimension."""
+def test_the_kernel_rounds_as_the_reference_does(shapes: tuple[tuple[int, int], ...], dtype: torch.dtype) -> None:
+    """Parts of either memory order, views of larger tensors among them, concatenated along either dimension."""
     dim = 1 if len({rows for rows, _ in shapes}) == 1 and len(shapes) > 1 else 0
     generator = torch.Generator("cuda").manual_seed(0)
     for source in (torch.bfloat16, torch.float32):
@@ -80,10 +67,10 @@ def test_the_kernel_rounds_as_the_reference_does(
             around = [
                 torch.randn((k, m + 3) if turned else (m, k + 3), generator=generator, device="cuda") for m, k in shapes
             ]
-            inner = [whole.to(source)[:, 2:-1] for whole in around]
+            inner = [x.to(source)[:, 2:-1] for x in around]
             parts = [x.t() if turned else x for x in inner]
-            values, scale = round_triton(parts, dtype, rowwise=kind == "rowwise", dim=dim)
-            want, want_scale = round_reference(torch.cat(parts, dim), dtype, rowwise=kind == "rowwise")
+            values, scale = round_triton(parts, dtype, dim=dim)
+            want, want_scale = round_reference(torch.cat(parts, dim), dtype)
             torch.testing.assert_close(scale, want_scale, rtol=1e-6, atol=0.0)
             off = (values.float() - want.float()).abs()
             # a value halfway between two numbers may go to the other one
@@ -91,51 +78,51 @@ def test_the_kernel_rounds_as_the_reference_does(
             assert (off > 0).float().mean() < 1e-3
 
 
-@pytest.mark.parametrize("kind", RECIPES)
-def test_parts_beside_each_other_are_one_factor(kind: str) -> None:
-    a, b = factors("cpu", spread=2.0)
-    for dim, whole in ((0, a), (1, b.t())):
-        parts = whole.split([16, 32, 16] if dim == 0 else [32, 64], dim)
-        one, together = quantize([whole], kind), quantize(parts, kind, dim=dim)
+def test_parts_of_an_operand_share_its_scale() -> None:
+    a, b = operands("cpu", spread=2.0)
+    for dim, operand in ((0, a), (1, b.t())):
+        parts = operand.split([16, 32, 16] if dim == 0 else [32, 64], dim)
+        one, together = quantize([operand], "tensorwise"), quantize(parts, "tensorwise", dim=dim)
         assert torch.equal(one.values.float(), together.values.float())
         assert torch.equal(one.scale, together.scale)
 
 
 def test_zeros_stay_zeros() -> None:
-    a, b = factors("cpu")
-    assert torch.equal(float8_product(torch.zeros_like(a), b, "tensorwise"), torch.zeros(64, 48))
+    a, b = operands("cpu")
+    assert torch.equal(float8_product(torch.zeros_like(a), b), torch.zeros(64, 48))
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kind", RECIPES)
 @pytest.mark.parametrize("gradient", [False, True])
-def test_the_operator_is_the_reference(kind: str, gradient: bool, device: str) -> None:
-    a, b = factors(device, torch.bfloat16)
-    a_type = torch.float8_e5m2 if gradient and kind == "tensorwise" else torch.float8_e4m3fn
-    rowwise = kind == "rowwise"
-    x, s = round_reference(a, a_type, rowwise=rowwise)
-    y, r = round_reference(b.t(), torch.float8_e4m3fn, rowwise=rowwise)
-    want = float8_reference(x, y.t(), s, r.t()).double()
-    if device == "cpu" and kind == "rowwise" and torch.__version__.startswith("2.11."):
-        pytest.skip("torch 2.11 multiplies 8-bit floats on CPUs with one scale only")
-    got = torch._scaled_mm(x, y.t(), scale_a=s, scale_b=r.t(), out_dtype=torch.bfloat16)
+def test_the_operator_is_the_reference(gradient: bool, device: str) -> None:
+    a, b = operands(device, torch.bfloat16)
+    x, s = round_reference(a, torch.float8_e5m2 if gradient else torch.float8_e4m3fn)
+    y, r = round_reference(b.t(), torch.float8_e4m3fn)
+    want = float8_reference(x, y.t(), s, r).double()
+    got = torch._scaled_mm(x, y.t(), scale_a=s, scale_b=r, out_dtype=torch.bfloat16)
     assert row_errors(got, want).max() < 2**-8  # bf16's own rounding
-    assert row_errors(float8_product(a, b, kind, gradient=gradient), want).max() < 2**-7
+    assert row_errors(float8_product(a, b, gradient=gradient), want).max() < 2**-7
 
 
 @pytest.mark.parametrize("shapes", [((24, 32), (32, 16)), ((16, 24), (24, 16)), ((16, 32), (32, 24))])
 def test_sizes_that_16_does_not_divide_are_refused(shapes: tuple[tuple[int, int], tuple[int, int]]) -> None:
     a, b = (torch.ones(shape) for shape in shapes)
     with pytest.raises(ConfigError, match="a side of 24"):
-        float8_product(a, b, "tensorwise")
+        float8_product(a, b)
 
 
-def test_a_plan_says_it_and_is_read_back() -> None:
-    plan = Plan.preset("llama-fast").with_fp8("rowwise")
-    said = {style.name for style in plan.modules.values() if getattr(style, "fp8", "") == "rowwise"}
-    assert said == {"fast_gather", "fast_rowwise"}
+def test_a_plan_names_the_recipe_and_is_read_back() -> None:
+    plan = Plan.preset("llama-fast").with_fp8("tensorwise")
+    with_recipe = {style.name for style in plan.modules.values() if getattr(style, "fp8", "") == "tensorwise"}
+    assert with_recipe == {"fast_gather", "fast_rowwise"}
     assert Plan.from_yaml(plan.to_yaml()).modules == plan.modules
     with pytest.raises(PlanError, match="no style with the option fp8"):
-        Plan.preset("llama").with_fp8("rowwise")
-    with pytest.raises(PlanError, match="did you mean 'rowwise'"):
-        Plan({"mlp.down_proj": {"style": "fast_rowwise", "fp8": "rowise"}})
+        Plan.preset("llama").with_fp8("tensorwise")
+
+
+def test_an_unknown_recipe_names_the_known_one() -> None:
+    """`rowwise` was a recipe once, and nothing computes it now."""
+    with pytest.raises(PlanError, match=r"unknown fp8 'rowwise'.*'tensorwise'"):
+        Plan({"mlp.down_proj": {"style": "fast_rowwise", "fp8": "rowwise"}})
+    with pytest.raises(ConfigError, match=r"train\.fp8: Input should be 'tensorwise'"):
+        load_config(Path(__file__).parents[2] / "configs/laptop.yaml", {"train.fp8": "rowwise"})

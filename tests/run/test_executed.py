@@ -25,7 +25,7 @@ def training(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     clear()
-    plan = Plan.preset("llama-fast", "linear").with_fp8("rowwise")
+    plan = Plan.preset("llama-fast", "linear").with_fp8("tensorwise")
     shape = SHALLOW_MODELS["gqa-1"]
     yield SimpleNamespace(
         plan=plan, compiled=True, graphs=(), device=torch.device("cpu"), source=SimpleNamespace(config=shape)

@@ -1,12 +1,10 @@
 """Matmuls of 8-bit floats: operands scaled into the type's range and rounded, sums in fp32.
 
-    y = (round(a / s) round(b / r)) s r        s, r = max |.| / the type's largest number, computed in each call
+    y = (round(a / s) round(b / r)) s r        s, r = max |.| / the dtype's largest number, computed in each call
 
-tensorwise: one scale for an operand. rowwise: one for each row of a and each column of b.
-
-Weights and activations are e4m3 (three bits of mantissa, up to 448). Gradients are e5m2 (two bits, up to 57344) where
-one scale must do for all of them: they need range more than digits. They are e4m3 where each row has its own scale. A
-rank's scales depend on its own shard of a weight alone: nothing is communicated.
+The recipe `tensorwise`: one scale for each operand. Weights and activations are e4m3 (three bits of mantissa, up to
+448). Gradients are e5m2 (two bits, up to 57344): with one scale for all of them they need range more than precision. A
+rank's scale of a weight depends on its local shard only, so nothing is communicated.
 """
 
 from __future__ import annotations
@@ -24,15 +22,15 @@ from colrow.ops.execution_record import record
 from colrow.ops.kernels.rounding import UNAVAILABLE, round_reference, round_triton
 from colrow.torch_compat import scaled_product
 
-Float8 = Literal["tensorwise", "rowwise"]
-RECIPES: tuple[Float8, ...] = ("tensorwise", "rowwise")
+Float8 = Literal["tensorwise"]
+RECIPES: tuple[Float8, ...] = ("tensorwise",)
 
 
 @dataclass(frozen=True)
 class Float8Operand:
     """A quantized operand of a matmul, in the layout that the hardware reads: the summed dim is contiguous.
 
-    values [M, K] for the left operand [M, K] or the right one [K, M]; scale [] or [M, 1].
+    values [M, K] for the left operand [M, K] or the right one [K, M]; scale [].
     """
 
     values: Tensor
@@ -43,33 +41,32 @@ def quantize(parts: Sequence[Tensor], recipe: str, *, gradient: bool = False, di
     """Quantize [M, K], given as the tensors that concatenated along `dim` make it.
 
     Args:
-        gradient: whether it is a gradient, which takes another type (see above).
+        gradient: whether it is a gradient, which takes another dtype (see above).
 
     Raises:
-        ConfigError: a size that 16 does not divide, or a GPU without 8-bit products.
+        ConfigError: a size that 16 does not divide, or a GPU without 8-bit matmuls.
     """
     for part in parts:
         require_sixteen(*part.shape)
     record("fp8", recipe)
-    dtype = torch.float8_e5m2 if gradient and recipe == "tensorwise" else torch.float8_e4m3fn
-    rowwise = recipe == "rowwise"
+    dtype = torch.float8_e5m2 if gradient else torch.float8_e4m3fn
     if not parts[0].is_cuda:
-        return Float8Operand(*round_reference(torch.cat(list(parts), dim), dtype, rowwise=rowwise))
+        return Float8Operand(*round_reference(torch.cat(list(parts), dim), dtype))
     require_gpu(parts[0].device)
-    return Float8Operand(*round_triton(parts, dtype, rowwise=rowwise, dim=dim))
+    return Float8Operand(*round_triton(parts, dtype, dim=dim))
 
 
 def scaled_mm(a: Float8Operand, b: Float8Operand, out: Tensor, *, gradient: bool = False) -> None:
     """out [M, N], contiguous = a b."""
     if not a.values.is_cuda:
-        out.copy_(float8_reference(a.values, b.values.t(), a.scale, b.scale.t()))
+        out.copy_(float8_reference(a.values, b.values.t(), a.scale, b.scale))
         return
-    in_place = out if out.dtype == torch.bfloat16 else None  # the only type that _scaled_mm writes for both recipes
+    in_place = out if out.dtype == torch.bfloat16 else None  # _scaled_mm writes bf16; others are copied
     y = scaled_product(
         a.values,
         b.values.t(),
         scale_a=a.scale,
-        scale_b=b.scale.t(),
+        scale_b=b.scale,
         out_dtype=torch.bfloat16,
         use_fast_accum=not gradient,  # fewer bits in partial sums: fine for activations, not for gradients
         out=in_place,
@@ -84,11 +81,11 @@ def float8_reference(a_MK: Tensor, b_KN: Tensor, s: Tensor, r: Tensor) -> Tensor
 
 
 def require_sixteen(*sizes: int) -> None:
-    """Raise a ConfigError unless 16, the unit of 8-bit products, divides all sizes."""
+    """Raise a ConfigError unless 16, the granularity of 8-bit matmuls, divides all sizes."""
     for size in sizes:
         if size % 16:
             raise ConfigError(
-                f"an fp8 product has a side of {size}, which 16 does not divide (tokens of a micro-batch, or features "
+                f"an fp8 matmul has a side of {size}, which 16 does not divide (tokens of a micro-batch, or features "
                 "on a rank): choose micro_batch × seq_len and tp so that it does, or leave fp8 out"
             )
 

@@ -22,7 +22,7 @@ class LinearOptions:
         overlap: what runs at the same time as matmuls, see `carriers.Overlap`. NCCL takes multiprocessors from a
             matmul, so that `none` may be as fast as `collectives`: measure.
         chunk_rows: a rank with fewer tokens than this does not split its matmuls, and runs as with `collectives`.
-        fp8: precision of the matmuls, `tensorwise` or `rowwise` (`ops.float8`); the operands' own if empty.
+        fp8: `tensorwise` for matmuls in 8-bit floats (`ops.float8`); empty for matmuls in the operands' dtype.
         keep_gathered: `column_linear` keeps the gathered input for the weight gradient. Else it keeps this rank's
             tokens, and gathers again in backward: less memory, one all-gather more.
     """

@@ -120,7 +120,7 @@ class FastLinear(FlattenedTokens):
     """The options of styles that multiply.
 
     `overlap` says what runs beside matmuls (`ops.carriers.Overlap`); chunks of fewer than `chunk_rows` rows are not
-    sent apart. `fp8: tensorwise` or `rowwise` multiplies 8-bit floats (`ops.float8`).
+    sent apart. `fp8: tensorwise` multiplies 8-bit floats (`ops.float8`).
     """
 
     overlap: Overlap = "collectives"
