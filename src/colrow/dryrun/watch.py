@@ -167,7 +167,7 @@ class Watch(TorchDispatchMode):
         for collective, sent, nbytes in traffic(op.name, op.args, op.outputs):
             self._record(collective, sent, nbytes)
         for out in op.outputs:
-            self._values[out].varying = op.name not in ("gather", "whole")
+            self._values[out].varying = op.name not in ("gather", "all_tokens")
 
     def _record(self, collective: str, sent: Tensor, nbytes: int, cause: str = "", **known: bool) -> None:
         pass_: Pass = "backward" if self._modules.in_backward() else "forward"

@@ -172,7 +172,12 @@ def _differentiate_column(ctx: Any, dy_TF: Tensor | None, _: Any) -> Any:
         dy_TF.contiguous(), x, weights, ctx.group, ctx.options, need_dx, need_dw
     )
     dws = list(dw_FD.split([w.shape[0] for w in weights], 0)) if need_dw else [None] * len(weights)
-    return dx_tD if need_dx else None, dws, None, None
+    return (
+        dx_tD if need_dx else None,
+        dws,
+        None,
+        None,
+    )  # one gradient for each argument; the group and options have none
 
 
 torch.library.register_autograd("colrow::column_forward", _differentiate_column, setup_context=_save_column)
@@ -274,30 +279,30 @@ torch.library.register_autograd("colrow::gather", _differentiate_gather, setup_c
 
 
 def traffic(operator: str, args: tuple[Any, ...], outputs: list[Tensor]) -> list[tuple[str, Tensor, int]]:
-    """The collectives inside an operator's call: kind, the tensor sent, bytes of the larger side. For dry runs, which
+    """The collectives inside an operator's call: name, the tensor sent, bytes of the larger side. For dry runs, which
     see the operator and not its inside; empty for other operators. A gather counts as one whatever sends its chunks."""
     if (implementation := OPERATORS.get(f"colrow::{operator}")) is None:
         return []
-    given = inspect.signature(implementation).bind(*args).arguments
-    ranks = group_named(given["group"]).size()
+    arguments = inspect.signature(implementation).bind(*args).arguments
+    ranks = group_named(arguments["group"]).size()
 
-    def event(kind: str, shard: Tensor) -> tuple[str, Tensor, int]:
-        return kind, shard, shard.numel() * shard.element_size() * ranks
+    def event(collective: str, shard: Tensor) -> tuple[str, Tensor, int]:
+        return collective, shard, shard.numel() * shard.element_size() * ranks
 
     match operator:
         case "column_forward":
-            return [event("all_gather", given["x_tD"])]
+            return [event("all_gather", arguments["x_tD"])]
         case "column_backward":
             events = []
-            if given["need_dw"] and not LinearOptions.parse(given["options"]).keep_gathered:
-                events.append(event("all_gather", given["x"]))
-            if given["need_dx"]:
+            if arguments["need_dw"] and not LinearOptions.parse(arguments["options"]).keep_gathered:
+                events.append(event("all_gather", arguments["x"]))
+            if arguments["need_dx"]:
                 events.append(event("reduce_scatter", outputs[0]))
             return events
         case "row_forward" | "scatter_sum":
             return [event("reduce_scatter", outputs[0])]
         case "row_backward":
-            return [event("all_gather", given["dy_tD"])]
-        case "gather" | "whole":
-            return [event("all_gather", given["x_tD"])]
+            return [event("all_gather", arguments["dy_tD"])]
+        case "gather" | "all_tokens":
+            return [event("all_gather", arguments["x_tD"])]
     return []
