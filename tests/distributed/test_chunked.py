@@ -101,15 +101,15 @@ def mirrored(exchange: Exchange, use: Callable[[slice, Tensor], None]) -> Callab
 
 
 def mirrored_errors(device: str) -> list[float]:
-    arrive, scatter = chunked.as_they_arrive, chunked.scatter_sum
-    chunked.as_they_arrive = lambda exchange, own, use: arrive(exchange, own, mirrored(exchange, use))
+    arrive, scatter = chunked.receive_each, chunked.scatter_sum
+    chunked.receive_each = lambda exchange, own, use: arrive(exchange, own, mirrored(exchange, use))
     chunked.scatter_sum = lambda exchange, compute: scatter(exchange, mirrored(exchange, compute))
     try:
         return column_errors(device, SHAPES[1], "point_to_point", True) + row_errors(
             device, SHAPES[1], "point_to_point"
         )
     finally:
-        chunked.as_they_arrive, chunked.scatter_sum = arrive, scatter
+        chunked.receive_each, chunked.scatter_sum = arrive, scatter
 
 
 @pytest.mark.distributed

@@ -218,8 +218,8 @@ def refusals_case(device: str) -> list[str]:
 def test_what_does_not_fit_is_refused_with_the_mend(ranks: Ranks) -> None:
     if ranks.device == "cuda":
         pytest.skip("a GPU is not asked for the values of targets")
-    wanted = ["use mean or sum", "targets must be whole", "give vocab_size", "torch.chunk", "cast one", "classes are 0"]
-    wanted += ["Shard(0)", "use fewer ranks", "cannot be had"]
+    wanted = ["use mean or sum", "targets must be unsharded", "give vocab_size", "torch.chunk", "cast one"]
+    wanted += ["classes are 0", "Shard(0)", "use fewer ranks", "cannot be used"]
     for said in ranks(2).run(refusals_case):
         for text, want in zip(said, wanted, strict=True):
             assert want in text

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from colrow.ops import chunked, copy_engine
-from colrow.ops.copy_engine import FREE, FULL, RING, AloneEngine, CopyEngine, Ring
+from colrow.ops.copy_engine import FREE, FULL, RING, CopyEngine, OneRankEngine, Ring
 from colrow.ops.linear_options import LinearOptions
 
 SHAPE = (4,)
@@ -181,22 +181,22 @@ class AtOnce:
         self.flags[flag] = 0
 
 
-def engine_alone(n: int) -> AloneEngine:
+def one_rank_engine(n: int) -> OneRankEngine:
     flags = {
         (kind, slot, peer): int(kind == FREE) for kind in (FULL, FREE) for slot in range(RING) for peer in range(n)
     }
 
     def ring(nbytes: int) -> Ring:
         slots = torch.zeros(RING, nbytes, dtype=torch.uint8)
-        flag = copy_engine.flags_alone(0, n)
+        flag = copy_engine.one_rank_flags(0, n)
         return Ring(0, [slots] * n, lambda holder, kind, slot, peer: (kind, slot, flag(holder, peer)))
 
-    return AloneEngine(AtOnce(flags), [None] * (n - 1), ring)
+    return OneRankEngine(AtOnce(flags), [None] * (n - 1), ring)
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_a_rank_alone_gets_what_it_sends(n: int) -> None:
-    engine, x, w = engine_alone(n), torch.randn(3, 5), torch.randn(2, 5)
+    engine, x, w = one_rank_engine(n), torch.randn(3, 5), torch.randn(2, 5)
     for _ in range(3 * RING):  # flags are back where they were
         y, gathered = chunked.column_forward(x, [w], engine, LinearOptions())
         assert torch.equal(gathered, x.repeat(n, 1))
@@ -208,8 +208,8 @@ def test_a_rank_alone_gets_what_it_sends(n: int) -> None:
 
 
 def test_a_flag_at_the_wrong_place_would_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copy_engine, "flags_alone", lambda rank, n: lambda holder, peer: peer)
+    monkeypatch.setattr(copy_engine, "one_rank_flags", lambda rank, n: lambda owner, peer: peer)
     with pytest.raises(AssertionError, match="for ever"):
         chunked.column_forward(
-            torch.randn(3, 5), [torch.randn(2, 5)], engine_alone(2), LinearOptions(keep_gathered=False)
+            torch.randn(3, 5), [torch.randn(2, 5)], one_rank_engine(2), LinearOptions(keep_gathered=False)
         )

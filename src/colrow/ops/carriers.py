@@ -1,4 +1,4 @@
-"""Who sends chunks from one rank to another while matmuls run: the process group, or the GPUs' copy engines."""
+"""What sends chunks between ranks while matmuls run: the process group, or the GPUs' copy engines."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class _PointToPointExchange(Exchange):
             dist.P2POp(dist.isend, chunk, group=self._group, group_peer=to),
             dist.P2POp(dist.irecv, self.slots[source], group=self._group, group_peer=source),
         ]
-        self._works[i] = dist.batch_isend_irecv(pair)
-        self._held.append(chunk)
+        self._works[i] = dist.batch_isend_irecv(pair)  # one batch: on NCCL, ranks whose sends came first could all wait
+        self._held.append(chunk)  # the send reads it until it was awaited
 
     def receive(self, i: int) -> Tensor:
         for work in self._works.pop(i):
@@ -60,7 +60,7 @@ class _PointToPointExchange(Exchange):
 
 
 def carrier(overlap: str, group_name: str, device: torch.device) -> Carrier | None:
-    """What carries chunks; None for `none` and `collectives`, which have none.
+    """The carrier for this value of `overlap`; None for `none` and `collectives`, which send no chunks.
 
     Raises:
         ConfigError: `overlap` is unknown, or copy engines cannot reach the ranks of the group.

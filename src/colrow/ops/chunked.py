@@ -1,11 +1,11 @@
-"""The products of `parallel_linear` cut by rank, so that each chunk travels while another is computed.
+"""The operators of `parallel_linear` with matmuls split by rank, so that one chunk is sent while another is computed.
 
-gather, then product    each rank's rows of the input are multiplied as they arrive, this rank's own first
-product, then scatter   the other ranks' rows of the output are computed first, and sent as each is ready; this rank's
-                        own last; then what came is summed, in fp32 for low precision, rank 0's part first
+all-gather, matmul       Y[q] = X[q] W^T for each rank q as its rows X[q] arrive, this rank's first
+matmul, reduce-scatter   P[q] = X[q] W^T for each rank q, sent to q as soon as it is computed, this rank's last; then
+                         y = the sum of the ranks' P for this rank, in rank order, in fp32 for low precision
 
-The numbers differ from those of the whole products by rounding alone: rows are independent of each other, and a weight
-gradient is one product over all tokens.
+The results equal those of `parallel_linear` up to rounding: rows are independent of each other, and a weight gradient
+is one matmul over all tokens.
 
 Legend: as in `parallel_linear`. Rows r t .. (r+1) t of all T belong to rank r.
 """
@@ -23,19 +23,19 @@ from colrow.ops.products import column_product, dgrad_weights, forward_weights, 
 
 
 def column_forward(x_tD: Tensor, weights: list[Tensor], carrier: Carrier, opts: LinearOptions) -> tuple[Tensor, Tensor]:
-    """X = all_gather(x);  Y = X W^T, and X if it is kept: copied, for its slots are overwritten by later exchanges."""
-    ready, (t, D) = forward_weights(weights, opts.fp8), x_tD.shape
+    """X = all_gather(x);  Y = X W^T. Returns Y_TF, and X_TD if it is kept."""
+    prepared, (t, D) = forward_weights(weights, opts.fp8), x_tD.shape
     y_TF = x_tD.new_empty(t * carrier.size, sum(w.shape[0] for w in weights))
     X_TD = x_tD.new_empty(t * carrier.size if opts.keep_gathered else 0, D)
 
     def multiply(rows: slice, chunk_tD: Tensor) -> None:
-        column_product(chunk_tD, ready, y_TF[rows], opts.fp8)
+        column_product(chunk_tD, prepared, y_TF[rows], opts.fp8)
         if opts.keep_gathered:
-            X_TD[rows].copy_(chunk_tD)
+            X_TD[rows].copy_(chunk_tD)  # a later exchange overwrites the slot
 
     exchange = carrier.open((t, D), x_tD.dtype)
     send_to_all(exchange, x_tD)
-    as_they_arrive(exchange, x_tD, multiply)
+    receive_each(exchange, x_tD, multiply)
     exchange.close()
     return y_TF, X_TD
 
@@ -55,10 +55,10 @@ def column_backward(
     if need_dw and not opts.keep_gathered:
         regather = carrier.open((t, D), x.dtype)
         send_to_all(regather, x)
-    if need_dx:
-        ready = dgrad_weights(weights, opts.fp8)
+    if need_dx:  # sends its chunks here, and is awaited after wgrad: the sends overlap with it
+        prepared = dgrad_weights(weights, opts.fp8)
         dx_handle = scatter_sum(
-            carrier.open((t, D), dy_TF.dtype), lambda rows, out: input_gradient(dy_TF[rows], ready, out, opts.fp8)
+            carrier.open((t, D), dy_TF.dtype), lambda rows, out: input_gradient(dy_TF[rows], prepared, out, opts.fp8)
         )
     dw_FD = dy_TF.new_empty(0)
     if need_dw:
@@ -67,6 +67,7 @@ def column_backward(
             x = regather.gathered(x)
         dw_FD = weight_gradient(dy_TF, x, opts.fp8)
     dx_tD = dy_TF.new_empty(0) if dx_handle is None else dx_handle()
+    # closed last: wgrad reads its slots
     if regather is not None:
         regather.close()
     return dx_tD, dw_FD
@@ -74,9 +75,9 @@ def column_backward(
 
 def row_forward(x_Tf: Tensor, w_Df: Tensor, carrier: Carrier, opts: LinearOptions) -> Tensor:
     """y = reduce_scatter(x W^T)."""
-    ready = forward_weights([w_Df], opts.fp8)
+    prepared = forward_weights([w_Df], opts.fp8)
     exchange = carrier.open((x_Tf.shape[0] // carrier.size, w_Df.shape[0]), x_Tf.dtype)
-    return scatter_sum(exchange, lambda rows, out: column_product(x_Tf[rows], ready, out, opts.fp8))()
+    return scatter_sum(exchange, lambda rows, out: column_product(x_Tf[rows], prepared, out, opts.fp8))()
 
 
 def row_backward(
@@ -90,28 +91,28 @@ def row_backward(
 ) -> tuple[Tensor, Tensor]:
     """dY = all_gather(dy);  dx = dY W;  dW = dY^T x."""
     dx_Tf = dy_tD.new_empty(x_Tf.shape if need_dx else 0)
-    ready = dgrad_weights([w_Df], opts.fp8) if need_dx else None
+    prepared = dgrad_weights([w_Df], opts.fp8) if need_dx else None
 
     def multiply(rows: slice, chunk_tD: Tensor) -> None:
-        if ready is not None:
-            input_gradient(chunk_tD, ready, dx_Tf[rows], opts.fp8)
+        if prepared is not None:
+            input_gradient(chunk_tD, prepared, dx_Tf[rows], opts.fp8)
 
     exchange = carrier.open(tuple(dy_tD.shape), dy_tD.dtype)
     send_to_all(exchange, dy_tD)
-    as_they_arrive(exchange, dy_tD, multiply)
+    receive_each(exchange, dy_tD, multiply)
     dw_Df = weight_gradient(exchange.gathered(dy_tD), x_Tf, opts.fp8) if need_dw else dy_tD.new_empty(0)
     exchange.close()
     return dx_Tf, dw_Df
 
 
 def send_to_all(exchange: Exchange, chunk: Tensor) -> None:
-    """The first half of a gather."""
+    """The first half of an all-gather."""
     for i in range(1, exchange.size):
         exchange.send(i, chunk)
 
 
-def as_they_arrive(exchange: Exchange, own: Tensor, use: Callable[[slice, Tensor], None]) -> None:
-    """The second: `use(rows, chunk)` for each rank's rows of what is gathered, this rank's own first."""
+def receive_each(exchange: Exchange, own: Tensor, use: Callable[[slice, Tensor], None]) -> None:
+    """The second half: `use(rows, chunk)` for each rank's rows of the gathered tensor, this rank's first."""
     t = own.shape[0]
     use(slice(exchange.rank * t, (exchange.rank + 1) * t), own)
     for i in range(1, exchange.size):
@@ -125,20 +126,20 @@ def receive_all(exchange: Exchange) -> None:
 
 
 def scatter_sum(exchange: Exchange, compute: Callable[[slice, Tensor], None]) -> Finish:
-    """A reduce-scatter of rows that `compute(rows, out)` writes; the function that waits for this rank's sum."""
+    """A reduce-scatter of rows that `compute(rows, out)` writes. Returns a function that waits for this rank's sum."""
     own = exchange.own
     t = own.shape[0]
     for i in range(1, exchange.size):
         target = exchange.after(i)
-        part = own.new_empty(own.shape)
-        compute(slice(target * t, (target + 1) * t), part)
-        exchange.send(i, part)
+        chunk = own.new_empty(own.shape)
+        compute(slice(target * t, (target + 1) * t), chunk)
+        exchange.send(i, chunk)
     compute(slice(exchange.rank * t, (exchange.rank + 1) * t), own)
 
     def finish() -> Tensor:
         receive_all(exchange)
         slots = exchange.slots
-        total = slots[0] + slots[1] if exchange.size == 2 else slots.sum(0)  # the same number; an addition is faster
+        total = slots[0] + slots[1] if exchange.size == 2 else slots.sum(0)  # equal bits; `+` is a faster kernel
         exchange.close()
         return total
 

@@ -1,4 +1,4 @@
-"""The two collectives of tensor parallelism on plain tensors: dimension 0 gathered, and summed and scattered.
+"""All-gather and reduce-scatter of dim 0 on plain tensors: the two collectives of tensor parallelism.
 
 They take and return local tensors, on gloo and NCCL alike. The `start_` forms return at once, with a function that
 waits: on NCCL it makes the current stream wait and not the CPU.
@@ -23,8 +23,8 @@ _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.re
 
 
 def start_all_gather(x: Tensor, group: dist.ProcessGroup) -> Finish:
-    """[t, ...] on each of n ranks -> [n t, ...], rank 0's part first."""
-    x = x.contiguous()
+    """[t, ...] on each of n ranks -> [n t, ...], rank 0's shard first."""
+    x = x.contiguous()  # NCCL and gloo read one block of memory
     out = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
     work = _all_gather_single(out, x, group=group, async_op=True)
     return _finish(work, out, x)
@@ -74,7 +74,7 @@ def _finish(work: dist.Work | None, out: Tensor, held: Tensor) -> Finish:
         nonlocal work, held
         if work is not None:
             work.wait()
-        work, held = None, out  # lets the input go: until here the collective may still read it
+        work, held = None, out  # releases the input, which the collective may have read until here
         return out
 
     return finish

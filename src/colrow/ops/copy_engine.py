@@ -1,21 +1,21 @@
-"""Chunks carried by the copy engines: written straight into a peer's memory, beside products and without their SMs.
+"""Chunks sent by the GPUs' copy engines: into a peer's memory, while matmuls run, without taking their SMs.
 
 [Note: slots and flags]
 Each rank holds a ring of slots in symmetric memory. Beside each slot stand two flags for each peer, which are binary
 semaphores: `full` (the peer's chunk is here) and `free` (the peer has read what this rank last wrote into its slot).
 Streams put a flag (write 1) and take it (wait until it is 1, write 0) by stream memory operations, which need neither
-a kernel nor the CPU; a kernel that waits could not even start beside a product that fills the GPU.
+a kernel nor the CPU; a kernel that waits could not start while a matmul fills the GPU.
 
-    sender, side stream       take my free; copy the chunk into the peer's slot; put the peer's full
-    receiver, its own stream  take my full; read the slot ...; put the sender's free
+    sender, side stream        take its `free`; copy the chunk into the peer's slot; put the peer's `full`
+    receiver, compute stream   take its `full`; read the slot ...; put the sender's `free`
 
-So a slot is written only after its last reader, whatever the ranks' lead on each other. The flags are back where they
-were after each use, and nothing counts: what is captured in a CUDA graph may be replayed.
+So a slot is written only after its last reader, however far one rank is ahead of another. A use leaves the flags as it
+found them, and nothing is counted: what a CUDA graph captures may be replayed.
 
-Nothing deadlocks: were all of a rank's streams one queue, in the order of submission, each take would still wait for a
-put that the peer submits earlier. A full is put before any rank's first take of that exchange, a free in the exchange
+No deadlock: put all streams of a rank into one queue, in order of submission; each take still waits for a put that the
+peer submits earlier. A `full` is put before any rank's first take of that exchange; a `free` is put in the exchange
 RING before it, which must be closed by then: hence at most RING open at a time. With two slots, and one exchange after
-another, no sender waits for a free: it has received in the exchange before, whose sender had read the one before that.
+another, no sender waits for a `free`: it has received in the exchange before, whose sender had read the one before.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _ALIGNMENT = 256  # bytes, of a slot
 
 
 class Device(Protocol):
-    """What a copy engine asks of a device. Everything is put in a stream's order and returns at once."""
+    """The operations that a copy engine needs of a device. Each is enqueued on a stream and returns at once."""
 
     def current(self) -> Any:
-        """The stream on which products run. Streams are the device's own handles."""
+        """The stream on which matmuls run. Streams are the device's handles."""
 
     def follow(self, stream: Any, leader: Any) -> None:
-        """What `stream` is given from now on starts after all that `leader` was given so far."""
+        """Work enqueued on `stream` from now on starts after all that was enqueued on `leader` so far."""
 
     def copy(self, stream: Any, target: Tensor, source: Tensor) -> None:
         """Both contiguous, of one shape and dtype."""
@@ -59,7 +59,7 @@ class Ring:
 
     Attributes:
         slots: [RING, bytes] of each rank, by rank; the peers' are mapped here.
-        flag: where rank `holder` keeps the flag of this kind for `slot` and `peer`.
+        flag: (owner, FULL or FREE, slot, peer) -> where rank `owner` keeps that flag.
     """
 
     rank: int
@@ -72,7 +72,7 @@ class Ring:
 
 
 class CopyEngine(Carrier):
-    """Exchanges by peer copies, one side stream for each peer. `grow` makes a ring with slots of so many bytes."""
+    """Exchanges by peer copies, a side stream for each peer. `grow(nbytes)` allocates a ring of slots of that size."""
 
     def __init__(self, device: Device, streams: list[Any], grow: Callable[[int], Ring]) -> None:
         self.device, self.streams, self.size, self._grow = device, streams, len(streams) + 1, grow
@@ -82,10 +82,10 @@ class CopyEngine(Carrier):
 
     def open(self, shape: tuple[int, ...], dtype: torch.dtype) -> Exchange:
         nbytes = self.size * torch.Size(shape).numel() * dtype.itemsize
-        if nbytes > self.ring.bytes:
+        if nbytes > self.ring.bytes:  # all ranks open equal exchanges, so all allocate the larger ring here
             self.ring, self._views = self._grow(-(-nbytes // _ALIGNMENT) * _ALIGNMENT), {}
         self._turn = (self._turn + 1) % RING
-        key = (self._turn, shape, dtype)
+        key = (self._turn, shape, dtype)  # making the views takes more CPU time than a send
         if key not in self._views:
             views = [slots[self._turn, :nbytes].view(dtype).view(self.size, *shape) for slots in self.ring.slots]
             self._views[key] = views[self.ring.rank], self._targets(views)
@@ -115,7 +115,7 @@ class _CopyEngineExchange(Exchange):
         self._device.take(side, self._ring.flag(self.rank, FREE, self._turn, peer))
         self._device.copy(side, self._targets[peer], chunk)
         self._device.put(side, self._ring.flag(peer, FULL, self._turn, self.rank))
-        self._held.append(chunk)
+        self._held.append(chunk)  # the allocator knows nothing of the side stream that reads it
 
     def receive(self, i: int) -> Tensor:
         peer = self.before(i)
@@ -128,14 +128,14 @@ class _CopyEngineExchange(Exchange):
         current = self._device.current()
         for i, side in enumerate(self._streams, start=1):
             self._device.put(current, self._ring.flag(self.before(i), FREE, self._turn, self.rank))
-            self._device.follow(current, side)  # the allocator may hand what was sent to this stream again
+            self._device.follow(current, side)  # the allocator may give a sent chunk's memory to this stream again
         self._held.clear()
 
 
-class AloneEngine(CopyEngine):
-    """The engine of a rank whose peers are not there: what goes to one peer comes in as the chunk of another.
+class OneRankEngine(CopyEngine):
+    """The engine of one rank without peers, for measurements: what it sends to one peer it receives from another.
 
-    Its ring is its own; a rank's part in every exchange is done as ever, so that the rank can be measured.
+    The ring is local. Every copy, put and take of the rank happens as in a group, so its time is that of a real rank.
     """
 
     def _targets(self, views: list[Tensor]) -> list[Tensor]:
@@ -148,6 +148,6 @@ def mirrored(rank: int, peer: int, n: int) -> int:
     return (2 * rank - peer) % n
 
 
-def flags_alone(rank: int, n: int) -> Callable[[int, int], int]:
-    """Whose flag of its own a rank alone means by (holder, peer): one at a peer is the one that the peer would put."""
-    return lambda holder, peer: peer if holder == rank else mirrored(rank, holder, n)
+def one_rank_flags(rank: int, n: int) -> Callable[[int, int], int]:
+    """(owner, peer) -> the peer whose local flag stands for it: for a peer's flag, the one that the peer would put."""
+    return lambda owner, peer: peer if owner == rank else mirrored(rank, owner, n)

@@ -1,4 +1,4 @@
-"""Copy engines on CUDA: the driver's stream operations, and slots and flags in symmetric memory (see `copy_engine`)."""
+"""Copy engines on CUDA: the driver's stream operations, and slots and flags in symmetric memory. See `copy_engine`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from colrow.errors import ConfigError
-from colrow.ops.copy_engine import FREE, FULL, RING, AloneEngine, CopyEngine, Ring, flags_alone
+from colrow.ops.copy_engine import FREE, FULL, RING, CopyEngine, OneRankEngine, Ring, one_rank_flags
 from colrow.torch_compat import raw_stream, symmetric_memory
 
 
 class Cuda:
-    """`Device` on CUDA, by the driver's own functions: torch's ways to the same cost a send ten times as much CPU."""
+    """`Device` on CUDA, by the driver's functions: through torch's, a send takes ten times as much CPU time."""
 
     _UNTIL_EQUAL = 1  # CU_STREAM_WAIT_VALUE_EQ
     _UNTIMED = 2  # CU_EVENT_DISABLE_TIMING
@@ -35,7 +35,7 @@ class Cuda:
         self._index = torch.cuda.current_device() if device.index is None else device.index
         self._event = ctypes.c_void_p()
         with torch.cuda.device(self._index):
-            torch.cuda.synchronize()  # the driver's current context is torch's from here on
+            torch.cuda.synchronize()  # makes torch's CUDA context current: the event is created in it
             create = _function(driver.cuEventCreate, ctypes.POINTER(pointer), flags)
             self._checked(create(ctypes.byref(self._event), self._UNTIMED))
 
@@ -44,11 +44,13 @@ class Cuda:
 
     def follow(self, stream: int, leader: int) -> None:
         self._checked(self._record(self._event, leader))
-        self._checked(self._wait_event(stream, self._event, 0))  # for what is recorded now, whatever comes later
+        self._checked(
+            self._wait_event(stream, self._event, 0)
+        )  # waits for the record above; recording the event again does not change that
 
     def copy(self, stream: int, target: Tensor, source: Tensor) -> None:
-        assert source.is_contiguous(), "a copy engine takes what lies in one piece"
-        assert source.nbytes == target.nbytes, "a chunk of another size than its slot"
+        assert source.is_contiguous(), "a copy engine copies contiguous memory"
+        assert source.nbytes == target.nbytes, "the chunk and its slot differ in size"
         self._checked(self._copy(target.data_ptr(), source.data_ptr(), source.nbytes, stream))
 
     def put(self, stream: int, flag: int) -> None:
@@ -82,12 +84,12 @@ def copy_engine(group: dist.ProcessGroup, device: torch.device) -> CopyEngine:
     known = _ENGINES.get(name)
     if known is not None and known[0] is group:
         return known[1]
-    isolated = dist.get_backend(group) == "fake"  # a rank that is measured without its peers
+    isolated = dist.get_backend(group) == "fake"  # one rank measured without peers
     with _all_or_none(group):
         if (obstacle := _obstacle(group, device, isolated)) is not None:
             raise _ObstacleError(obstacle)
         cuda = Cuda(device)
-    engine_class, ring = (AloneEngine, _ring_alone) if isolated else (CopyEngine, _symmetric_ring)
+    engine_class, ring = (OneRankEngine, _local_ring) if isolated else (CopyEngine, _symmetric_ring)
     engine = engine_class(cuda, _side_streams(device, group.size() - 1), lambda nbytes: ring(group, device, nbytes))
     _ENGINES[name] = group, engine
     return engine
@@ -101,7 +103,7 @@ class _ObstacleError(Exception):
 def _all_or_none(group: dist.ProcessGroup) -> Iterator[None]:
     """Collective: the body succeeds on every rank, or every rank raises what was found on those where it does not.
 
-    Otherwise a rank that goes on would wait for ever in the next collective for one that has raised.
+    Otherwise a rank that succeeds would wait for ever in the next collective for one that has raised.
     """
     failure: str | None = None
     cause: Exception | None = None
@@ -128,7 +130,7 @@ def _all_or_none(group: dist.ProcessGroup) -> Iterator[None]:
 
 
 def _obstacle(group: dist.ProcessGroup, device: torch.device, isolated: bool) -> str | None:
-    """Why copy engines cannot reach the ranks of the group, as far as this rank sees; None if nothing is against it."""
+    """Why copy engines cannot reach the ranks of the group, as far as this rank sees; None if they can."""
     if device.type != "cuda":
         return f"the ranks compute on {device.type}"
     if isolated:
@@ -160,11 +162,13 @@ def _side_streams(device: torch.device, count: int) -> list[int]:
 def _symmetric_ring(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> Ring:
     """A ring of new slots. Collective; the one place where the CPU waits for the GPUs."""
     if torch.cuda.is_current_stream_capturing():
-        raise ConfigError("a CUDA graph cannot hold the making of symmetric memory: run a step before you capture one")
+        raise ConfigError(
+            "symmetric memory cannot be allocated during CUDA graph capture: run a step before you capture"
+        )
     n, rank, memory = group.size(), group.rank(), symmetric_memory()
 
     with _all_or_none(group):
-        torch.cuda.synchronize(device)  # a smaller ring before this one is idle, here and, once all agree, at the peers
+        torch.cuda.synchronize(device)  # the previous, smaller ring is idle here, and once all agree also at the peers
         own_slots = memory.empty(RING, nbytes, dtype=torch.uint8, device=device)
         own_flags = memory.empty(2, RING, n, dtype=torch.int32, device=device)
     with _all_or_none(group):  # no rank returns, and sends, before the flags of all are set
@@ -175,23 +179,23 @@ def _symmetric_ring(group: dist.ProcessGroup, device: torch.device, nbytes: int)
         own_flags[FREE].fill_(1)
         torch.cuda.synchronize(device)
 
-    def flag(holder: int, kind: int, slot: int, peer: int) -> int:
-        return addresses[holder] + own_flags.element_size() * ((kind * RING + slot) * n + peer)
+    def flag(owner: int, which: int, slot: int, peer: int) -> int:
+        return addresses[owner] + own_flags.element_size() * ((which * RING + slot) * n + peer)
 
     return Ring(rank, slots, flag)
 
 
-def _ring_alone(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> Ring:
-    """A ring of new slots where no peer is."""
+def _local_ring(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> Ring:
+    """A ring of new slots without peers: flags start as if every peer had read."""
     n, rank = group.size(), group.rank()
     torch.cuda.synchronize(device)
     slots = torch.zeros(RING, nbytes, dtype=torch.uint8, device=device)
     flags = torch.zeros(2, RING, n, dtype=torch.int32, device=device)
     flags[FREE] = 1
     torch.cuda.synchronize(device)
-    column = flags_alone(rank, n)
+    column = one_rank_flags(rank, n)
 
-    def flag(holder: int, kind: int, slot: int, peer: int) -> int:
-        return flags.data_ptr() + flags.element_size() * ((kind * RING + slot) * n + column(holder, peer))
+    def flag(owner: int, which: int, slot: int, peer: int) -> int:
+        return flags.data_ptr() + flags.element_size() * ((which * RING + slot) * n + column(owner, peer))
 
     return Ring(rank, [slots] * n, flag)

@@ -1,9 +1,9 @@
-"""An exchange of chunks between the ranks of a group, and what opens one: the interface of `ops.carriers`.
+"""The interface of `ops.carriers`: an exchange of chunks between the ranks of a group, and what opens one.
 
 [Note: exchange]
 In an exchange each rank of a group sends one chunk to each other rank, and all chunks have one shape. An all-gather
-sends the same chunk to all; a reduce-scatter sends each rank its own. With n ranks it has n - 1 steps: in step i a rank
-sends to rank + i and receives from rank - i (mod n), so that in no step two ranks send to the same one.
+sends the same chunk to all ranks, a reduce-scatter another one to each. With n ranks it has n - 1 steps: in step i a
+rank sends to rank + i and receives from rank - i (mod n), so that in no step two ranks send to the same one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Exchange(ABC):
     """One exchange (see the note), from the first `send` to `close`.
 
     Attributes:
-        slots: [n, *chunk]. Row q is rank q's chunk once it was received; this rank's own row is free to be written.
+        slots: [n, *chunk]. Row q is rank q's chunk once it was received; the row of this rank is free to be written.
     """
 
     mark: ClassVar[str]
@@ -37,6 +37,7 @@ class Exchange(ABC):
 
     @property
     def own(self) -> Tensor:
+        """This rank's slot."""
         return self.slots[self.rank]
 
     def after(self, i: int) -> int:
@@ -52,7 +53,7 @@ class Exchange(ABC):
         if profiler._is_profiler_enabled:
             with record_function(self.mark):
                 self._send(i, chunk)
-        else:  # a mark that nobody reads costs as much of the CPU as the sending
+        else:  # record_function takes as much CPU time as the send itself
             self._send(i, chunk)
 
     @abstractmethod
@@ -63,7 +64,7 @@ class Exchange(ABC):
         """The chunk of step i, after that step's `send`. On a GPU the current stream waits, and not the CPU."""
 
     def gathered(self, own: Tensor) -> Tensor:
-        """[n t, ...], of a gather of `own` [t, ...] in which everything was received; not to be kept after `close`."""
+        """[n t, ...]: the result of a gather of `own` [t, ...], once all was received. Overwritten after `close`."""
         self.own.copy_(own)
         return self.slots.flatten(0, 1)
 

@@ -1,17 +1,17 @@
-"""The head and the loss in one, for a head that is split over the vocabulary: logits are never whole.
+"""Head and loss in one, for a head sharded over the vocabulary: no rank ever holds the logits of all tokens.
 
     forward   H = all_gather(h)                             only where h is a shard of the tokens
               for each chunk of C tokens:
-                  Z = H_C W_v^T                             [C, v]; the statistics of its softmax are exchanged:
-                  S = all_gather(statistics(Z))             one collective a chunk, of 4 C numbers
+                  Z = H_C W_v^T                             [C, v]
+                  S = all_gather(statistics(Z))             one collective a chunk, of 4 C numbers a rank
                   loss += terms(S); Z <- d loss / d Z       in place
-                  dH_C = Z W_v                              a part of a sum over ranks
+                  dH_C = Z W_v                              a partial sum over ranks
                   dW_v += Z^T H_C                           in fp32
-              dh = reduce_scatter(dH)                       all_reduce where h is whole
+              dh = reduce_scatter(dH)                       all_reduce where h is replicated
     backward  dh, dW_v times the incoming gradient
 
-The gradients are made in forward, where the chunk's logits are at hand: three products, nothing is computed twice.
-That is why the reduction must be a sum or a mean: the gradient of each token's loss has to be known by then.
+Forward computes the gradients, while it has the chunk's logits: three matmuls, and none is computed again. That is why
+the reduction must be a sum or a mean: the gradient of each token's loss has to be known by then.
 
 Legend: T tokens, t this rank's tokens, D hidden size, V vocabulary, v this rank's classes, n ranks, C chunk.
 """
@@ -59,12 +59,12 @@ def linear_cross_entropy(
     """Cross entropy of `hidden @ weight.T` against `targets`, without ever holding the logits.
 
     Args:
-        hidden: [..., D]; whole on each rank, or this rank's shard of dimension `sequence_dim`. A DTensor says itself.
+        hidden: [..., D]; replicated, or this rank's shard of dim `sequence_dim`. Of a DTensor the placement counts.
         weight: [V, D]. Split over the vocabulary it is a DTensor with placement Shard(0), or a plain [v, D] (rows as
             torch.chunk cuts them) together with `mesh_or_group` and `vocab_size`.
-        targets: [...], class numbers, whole and the same on each rank of the group.
-        mesh_or_group: the tensor-parallel mesh or group; a DTensor weight brings its own.
-        sequence_dim: the dimension of which `hidden` is a shard; None for whole. 0 for tokens in a row ([T/n, D]).
+        targets: [...], class numbers of all tokens, the same on each rank of the group.
+        mesh_or_group: the tensor-parallel mesh or group; unless given, a DTensor weight's mesh.
+        sequence_dim: the dim of which `hidden` is a shard; None if replicated. 0 for flattened tokens ([T/n, D]).
         vocab_size: V, for plain shards of the weight.
         ignore_index: targets that do not count.
         label_smoothing: as in torch's cross_entropy, in [0, 1].
@@ -80,7 +80,7 @@ def linear_cross_entropy(
         vocabulary makes it nan on a GPU.
 
     Raises:
-        ConfigError: shapes, dtypes, placements or options that do not fit together, with the mend.
+        ConfigError: shapes, dtypes, placements or options that do not fit together, with the fix.
     """
     if reduction not in ("mean", "sum"):
         raise ConfigError(
@@ -105,7 +105,7 @@ def linear_cross_entropy(
         )
     if type(y_T) is Tensor and y_T.device.type == "cpu":  # a GPU would be waited for, a fake tensor has no values
         _refuse_unknown_classes(y_T, vocab_size, ignore_index)
-    job = _Job(
+    plan = _Plan(
         terms=LossTerms(vocab_size, rank * -(-vocab_size // n), ignore_index, label_smoothing, z_loss),
         group=group if n > 1 else None,
         gather=n > 1 and sequence_dim is not None,
@@ -114,12 +114,14 @@ def linear_cross_entropy(
         gradients=torch.is_grad_enabled(),
     )
     scale = _scale(y_T, ignore_index, reduction, num_valid, kernels.wide(h_tD.dtype))
-    loss: Tensor = _LinearCrossEntropy.apply(h_tD, weight, y_T, scale, job)
+    loss: Tensor = _LinearCrossEntropy.apply(h_tD, weight, y_T, scale, plan)
     return loss
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Plan:
+    """How the loss is computed; the same on all ranks, but for `terms.first`."""
+
     terms: LossTerms
     group: dist.ProcessGroup | None
     gather: bool
@@ -130,30 +132,31 @@ class _Job:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h_tD: Tensor, w_vD: Tensor, y_T: Tensor, scale: Tensor, job: _Job) -> Tensor:
-        group = job.group
-        record("loss", "triton" if job.triton else "torch")
-        want_h, want_w = (job.gradients and needed for needed in ctx.needs_input_grad[:2])
-        H_TD = all_gather(h_tD, group) if job.gather and group is not None else h_tD
+    def forward(ctx: Any, h_tD: Tensor, w_vD: Tensor, y_T: Tensor, scale: Tensor, plan: _Plan) -> Tensor:
+        group = plan.group
+        record("loss", "triton" if plan.triton else "torch")
+        need_dh, need_dw = (plan.gradients and needed for needed in ctx.needs_input_grad[:2])
+        H_TD = all_gather(h_tD, group) if plan.gather and group is not None else h_tD
         T = H_TD.shape[0]
         loss = torch.zeros((), dtype=scale.dtype, device=H_TD.device)
-        dH_TD = torch.empty_like(H_TD) if want_h else None
-        dW_vD = torch.zeros(w_vD.shape, dtype=scale.dtype, device=w_vD.device) if want_w else None
-        statistics = kernels.statistics_triton if job.triton else kernels.statistics_reference
-        terms_and_gradient = kernels.loss_triton if job.triton else kernels.loss_reference
-        for start in range(0, T, job.chunk):
-            x_CD, y_C = H_TD[start : start + job.chunk], y_T[start : start + job.chunk]
+        dH_TD = torch.empty_like(H_TD) if need_dh else None
+        dW_vD = torch.zeros(w_vD.shape, dtype=scale.dtype, device=w_vD.device) if need_dw else None
+        statistics = kernels.statistics_triton if plan.triton else kernels.statistics_reference
+        loss_and_gradient = kernels.loss_triton if plan.triton else kernels.loss_reference
+        for start in range(0, T, plan.chunk):
+            x_CD, y_C = H_TD[start : start + plan.chunk], y_T[start : start + plan.chunk]
             z_Cv = x_CD @ w_vD.t()
-            stats_nKC = statistics(z_Cv, y_C, job.terms)[None]
+            stats_nKC = statistics(z_Cv, y_C, plan.terms)[None]
             if group is not None:
                 stats_nKC = all_gather(stats_nKC, group)
-            loss += terms_and_gradient(z_Cv, y_C, stats_nKC, scale, job.terms, want_h or want_w).sum()
+            # from here on z_Cv holds d loss / d logits
+            loss += loss_and_gradient(z_Cv, y_C, stats_nKC, scale, plan.terms, need_dh or need_dw).sum()
             if dH_TD is not None:
-                torch.mm(z_Cv, w_vD, out=dH_TD[start : start + job.chunk])
+                torch.mm(z_Cv, w_vD, out=dH_TD[start : start + plan.chunk])
             if dW_vD is not None:
                 add_product(dW_vD, z_Cv.t(), x_CD)
         if dH_TD is not None and group is not None:
-            if job.gather:
+            if plan.gather:
                 dH_TD = reduce_scatter(dH_TD, group)
             else:
                 dist.all_reduce(dH_TD, group=group)
@@ -182,8 +185,8 @@ def _local_weight(weight: Tensor, vocab_size: int | None, n: int, rank: int) -> 
         vocab_size = weight.shape[0]
     elif vocab_size is None:
         raise ConfigError(
-            f"weight is a plain tensor and the group has {n} ranks: give vocab_size, from which follows which "
-            "classes a rank holds, or a DTensor"
+            f"weight is a plain tensor and the group has {n} ranks: give vocab_size, which determines "
+            "the classes of each rank, or a DTensor"
         )
     rows = -(-vocab_size // n)
     if (n - 1) * rows >= vocab_size:
@@ -198,7 +201,7 @@ def _local_weight(weight: Tensor, vocab_size: int | None, n: int, rank: int) -> 
 
 
 def _local_hidden(hidden: Tensor, sequence_dim: int | None) -> tuple[Tensor, int | None]:
-    """This rank's part, and the dimension of which it is a shard."""
+    """This rank's hidden states, and the dim of which they are a shard; None if replicated."""
     if not isinstance(hidden, DTensor):
         return hidden, sequence_dim
     placement = hidden.placements[0]
@@ -211,20 +214,20 @@ def _local_hidden(hidden: Tensor, sequence_dim: int | None) -> tuple[Tensor, int
 
 
 def _tokens(hidden: Tensor, targets: Tensor, sequence_dim: int | None, n: int) -> tuple[Tensor, Tensor]:
-    """Hidden states as [t, D] and targets as [T], in the order in which the gathered tokens stand.
+    """Hidden states as [t, D] and targets as [T], in the order of the gathered tokens.
 
-    Gathered in dimension 0, shards of another dimension do not stand in the order of the whole. The targets, small
-    as they are, follow them; the loss is a sum and does not care.
+    An all-gather of dim 0 orders tokens by rank first. Shards of another dim then come out in another order than the
+    targets, which are reordered in their place: they are smaller, and the loss, a sum, is the same in any order.
     """
     shape = list(hidden.shape[:-1])
     if sequence_dim is not None:
         if not 0 <= sequence_dim < len(shape):
-            raise ConfigError(f"sequence_dim={sequence_dim} is no dimension of tokens in hidden {list(hidden.shape)}")
+            raise ConfigError(f"sequence_dim={sequence_dim} is no dim of tokens in hidden {list(hidden.shape)}")
         shape[sequence_dim] *= n
     if list(targets.shape) != shape:
-        part = "" if sequence_dim is None else f", a shard of dimension {sequence_dim} on {n} ranks"
+        shard = "" if sequence_dim is None else f", a shard of dim {sequence_dim} on {n} ranks"
         raise ConfigError(
-            f"hidden is {list(hidden.shape)}{part}, targets {list(targets.shape)}: targets must be whole, {shape}"
+            f"hidden is {list(hidden.shape)}{shard}, targets {list(targets.shape)}: targets must be unsharded, {shape}"
         )
     if sequence_dim:
         targets = targets.unflatten(sequence_dim, (n, -1)).movedim(sequence_dim, 0)
@@ -232,7 +235,7 @@ def _tokens(hidden: Tensor, targets: Tensor, sequence_dim: int | None, n: int) -
 
 
 def _scale(y_T: Tensor, ignore_index: int, reduction: str, num_valid: Any, dtype: torch.dtype) -> Tensor:
-    """What each token's loss is multiplied by, without waiting for the device."""
+    """The factor of each token's loss, as a tensor: a number would make the CPU wait for the device."""
     if num_valid is None:
         if reduction == "sum":
             return torch.ones((), dtype=dtype, device=y_T.device)
@@ -255,7 +258,7 @@ def _refuse_unknown_classes(y_T: Tensor, vocab_size: int, ignore_index: int) -> 
 
 def _use_triton(implementation: Implementation, device: torch.device) -> bool:
     if implementation == "triton" and (reason := kernels.UNAVAILABLE or _not_on_a_gpu(device)):
-        raise ConfigError(f"implementation='triton' was asked for and cannot be had: {reason}")
+        raise ConfigError(f"implementation='triton' cannot be used: {reason}")
     if implementation != "auto":
         return implementation == "triton"
     if device.type == "cuda" and kernels.UNAVAILABLE:

@@ -1,7 +1,11 @@
-"""Matmuls: of a linear whose weight is that of several siblings, and ones that accumulate into a wider dtype.
+"""The matmuls of linears, of several siblings at once, and a matmul that accumulates into a wider dtype.
 
-Everything that `parallel_linear` multiplies goes through here, in 8-bit floats where `fp8` says which (`ops.float8`).
-`out` may be a slice of rows of a larger tensor.
+    forward  Y = X W^T        column_product
+    dgrad    dX = dY W        input_gradient
+    wgrad    dW = dY^T X      weight_gradient
+
+Every matmul of `parallel_linear` is one of these; a recipe in `fp8` computes it in 8-bit floats (`ops.float8`). `out`
+may be a slice of the rows of a larger tensor.
 
 Legend: T tokens, D input features, F output features of all siblings together. Weights are [out, in] as in nn.Linear.
 """
@@ -15,19 +19,19 @@ from torch import Tensor
 
 from colrow.ops.float8 import Float8Operand, quantize, scaled_mm
 
-NARROW = 2048  # with fewer rows, a weight's own matmul is too small for a GPU: siblings are concatenated then
-
+NARROW = 2048  # with fewer rows, one weight's matmul does not fill a GPU: siblings are concatenated then
 
 Weights = list[Tensor] | Float8Operand
 
 
 def forward_weights(weights: list[Tensor], fp8: str = "") -> Weights:
-    """The siblings' weights as `column_product` takes them: prepared once for all chunks of a matmul."""
+    """The siblings' weights as `column_product` takes them: concatenated or quantized once for all chunks."""
     return quantize(weights, fp8) if fp8 else _joined(weights)
 
 
 def dgrad_weights(weights: list[Tensor], fp8: str = "") -> Weights:
     """The siblings' weights as `input_gradient` takes them."""
+    # 8-bit matmuls read both operands along the summed dim, here F: the weights are quantized as [D, F]
     return quantize([w.t() for w in weights], fp8, dim=1) if fp8 else _joined(weights)
 
 
@@ -43,8 +47,8 @@ def column_product(x_TD: Tensor, weights: Weights, out: Tensor, fp8: str = "") -
     if isinstance(weights, Float8Operand):
         scaled_mm(quantize([x_TD], fp8), weights, out)
         return
-    for w, part in zip(weights, out.split([w.shape[0] for w in weights], 1), strict=True):
-        torch.mm(x_TD, w.t(), out=part)
+    for w, columns in zip(weights, out.split([w.shape[0] for w in weights], 1), strict=True):
+        torch.mm(x_TD, w.t(), out=columns)
 
 
 def input_gradient(dy_TF: Tensor, weights: Weights, out: Tensor, fp8: str = "") -> None:
@@ -54,8 +58,8 @@ def input_gradient(dy_TF: Tensor, weights: Weights, out: Tensor, fp8: str = "") 
         return
     first, *others = zip(dy_TF.split([w.shape[0] for w in weights], 1), weights, strict=True)
     torch.mm(*first, out=out)
-    for part, w in others:
-        out.addmm_(part, w)
+    for dy, w in others:
+        out.addmm_(dy, w)
 
 
 def weight_gradient(dy_TF: Tensor, x_TD: Tensor, fp8: str = "") -> Tensor:
@@ -70,20 +74,20 @@ def weight_gradient(dy_TF: Tensor, x_TD: Tensor, fp8: str = "") -> Tensor:
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out += a @ b, summed in out's dtype, in place.
 
-    For bf16 or fp16 operands on a GPU the sum into an fp32 `out` happens inside the product, where this torch can.
+    For bf16 or fp16 operands on a GPU the sum into an fp32 `out` happens inside the matmul, where this torch can.
     """
     if out.dtype == a.dtype:
         out.addmm_(a, b)
     elif not a.is_cuda:
         out.addmm_(a.to(out.dtype), b.to(out.dtype))
-    elif _adds_inside_product(a.device, a.dtype):
+    elif _adds_inside_matmul(a.device, a.dtype):
         torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
     else:
-        out.add_(torch.mm(a, b, out_dtype=out.dtype))  # the same numbers, with two more passes over `out`
+        out.add_(torch.mm(a, b, out_dtype=out.dtype))  # the same bits, with two more passes over `out`
 
 
 @functools.cache
-def _adds_inside_product(device: torch.device, dtype: torch.dtype) -> bool:
+def _adds_inside_matmul(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether addmm takes an fp32 addend with low-precision operands: some versions require equal dtypes."""
     a = torch.ones(16, 16, device=device, dtype=dtype)
     out = torch.full((16, 16), 0.5, device=device)

@@ -1,8 +1,8 @@
 """AdamW in one pass over memory: gradient scaling, both moments, the weight, and its low-precision copy.
 
-Separate passes for clipping, update and copy read and write a billion fp32 parameters' memory half as often again. In a
-pass each number travels once: with a bf16 gradient and a bf16 copy that is 28 bytes a parameter. One launch takes them
-all: a launch a parameter costs a CPU 150 us, 45 ms a step of a model of 291 parameters.
+Separate passes for clipping, update and copy move half as many bytes again. In one pass each number is read and
+written once: 28 bytes a parameter with a bf16 gradient and a bf16 copy. One launch updates all tensors: a launch for
+each takes 150 us of CPU time, 45 ms a step for a model of 291 tensors.
 
 For gradient g, step t (from 1), rate r, decay w (Loshchilov & Hutter 2019):
 
@@ -32,20 +32,22 @@ except ImportError as error:
 
 _BLOCK = 1024
 _CHUNK = 4 * _BLOCK
-"""Elements that a program updates, of one parameter: 4 TB/s on an H200, and two numbers for 4,096 in memory."""
+"""Elements of one tensor that a program updates: 4 TB/s on an H200, with 8 bytes of `_Table.chunks` for each 4,096."""
 
 _COLUMNS = 7
-"""Of the table: addresses of param, grad, exp_avg, exp_avg_sq, copy and step, and the number of elements."""
+"""Of a table's row: addresses of param, grad, exp_avg, exp_avg_sq, copy and step, and the number of elements."""
+
+_STEP = 5  # its column: a scalar, read by itself, so its alignment does not matter
 
 _ALIGNMENT = 16
-"""Bytes of an address, and elements: then a thread reads many at once."""
+"""If it divides addresses (in bytes) and numbers of elements, Triton emits vector loads."""
 
 
 class ParamUpdate(NamedTuple):
     """What the update of a parameter reads and writes, all on one device.
 
     `param`, `exp_avg` and `exp_avg_sq` are of one dtype, fp32 or fp64; `grad` and `copy`, which may be missing, of any.
-    All five lie in memory in the same dense order. `step` is an fp32 scalar tensor, and counts this update already.
+    All five have the same strides, without gaps. `step` is an fp32 scalar tensor that counts this update already.
     """
 
     param: Tensor
@@ -57,7 +59,7 @@ class ParamUpdate(NamedTuple):
 
 
 class KernelKey(NamedTuple):
-    """What a kernel is compiled for: updates with equal keys share a launch."""
+    """What a kernel is specialized on: updates with equal keys share a launch."""
 
     wide: torch.dtype
     grad: torch.dtype
@@ -66,9 +68,9 @@ class KernelKey(NamedTuple):
 
 
 class FusedAdamW:
-    """Runs updates: Triton's kernel on GPUs, with a launch for all of a key; plain torch elsewhere.
+    """Runs updates: the Triton kernel on GPUs, with one launch for each key; plain torch elsewhere.
 
-    It keeps the tables of addresses that its kernels read, so that memory which stays where it is costs nothing.
+    It keeps the tables of addresses that the kernels read: as long as no tensor moves, nothing is uploaded again.
     """
 
     def __init__(self) -> None:
@@ -94,7 +96,7 @@ class FusedAdamW:
             if triton is None or not update.param.is_cuda:
                 adamw_reference(update, lr, scale, betas, eps, weight_decay)
             elif row := _row_of(update):
-                aligned = not any(number % _ALIGNMENT for at, number in enumerate(row) if at != 5)
+                aligned = not any(number % _ALIGNMENT for column, number in enumerate(row) if column != _STEP)
                 copy = None if update.copy is None else update.copy.dtype
                 rows[KernelKey(update.param.dtype, update.grad.dtype, copy, aligned)] += row
         for key, members in rows.items():
@@ -118,7 +120,7 @@ def adamw_reference(
 
 
 def _row_of(update: ParamUpdate) -> tuple[int, ...]:
-    """The table's row; none where there is nothing to update."""
+    """The table's row for an update; empty where there is nothing to update."""
     param, grad, exp_avg, exp_avg_sq, step, copy = update
     stride = param.stride()
     for tensor in (grad, exp_avg, exp_avg_sq, copy):
@@ -129,11 +131,11 @@ def _row_of(update: ParamUpdate) -> tuple[int, ...]:
 
 
 class _Table:
-    """Where the tensors of updates lie, on their device.
+    """The addresses of updates' tensors, in device memory.
 
     Attributes:
-        addresses: int64, `_COLUMNS` an update.
-        chunks: int32 [chunks, 2], for each its update and which chunk of that it is.
+        addresses: int64 [updates * _COLUMNS].
+        chunks: int32 [chunks, 2]: the row of the update, and the number of the chunk in it.
     """
 
     addresses: Tensor
@@ -146,7 +148,7 @@ class _Table:
         self._captured: list[Tensor] = []
 
     def fill(self, rows: list[int], device: torch.device) -> None:
-        """Have the device know these rows, which may be the ones that it knows."""
+        """Upload these rows, unless the device has them already."""
         sizes = rows[_COLUMNS - 1 :: _COLUMNS]
         if sizes != self._sizes:
             pairs = [(i, chunk) for i, n in enumerate(sizes) for chunk in range(-(-n // _CHUNK))]
@@ -155,7 +157,7 @@ class _Table:
             self.addresses = self._upload(torch.tensor(rows), device)
         self._rows, self._sizes = rows, sizes
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            self._captured += [self.chunks, self.addresses]
+            self._captured += [self.chunks, self.addresses]  # every replay reads them
 
     def _upload(self, rows: Tensor, device: torch.device) -> Tensor:
         """The table on the device.
@@ -167,7 +169,7 @@ class _Table:
         if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             self._staging = torch.empty_like(rows, pin_memory=device.type == "cuda")
             return (rows.pin_memory() if device.type == "cuda" else rows).to(device, non_blocking=True)
-        assert self._staging is not None, "one graph between two calls that are in none"
+        assert self._staging is not None, "capture one graph, then run an eager call before the next"
         staged, self._staging = self._staging, None
         self._captured.append(staged.copy_(rows))
         addresses = torch.empty_like(rows, device=device)
@@ -207,7 +209,7 @@ def _launch(
 
 
 def _type_of(dtype: torch.dtype) -> Any:
-    """Triton's."""
+    """Triton's dtype of this name."""
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
@@ -246,7 +248,7 @@ if triton is not None:
         t = tl.load(_tensor_at(row, 5, tl.float32, 1)).to(tl.float64)
         n = tl.multiple_of(tl.load(row + 6), ALIGNMENT)
         start = tl.load(chunk + 1).to(tl.int64) * CHUNK
-        # in fp64 nothing is lost of 1 - b^t at the first steps, and a program computes it once
+        # fp64: at the first steps 1 - b^t cancels, in fp32 with a visible error; a program computes it once
         rise1 = (1 - tl.exp(t * LOG_BETA1)).to(WIDE)
         rise2 = (1 - tl.exp(t * LOG_BETA2)).to(WIDE)
         rate, factor = tl.load(lr).to(WIDE), tl.load(scale).to(WIDE)

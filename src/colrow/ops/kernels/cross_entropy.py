@@ -1,7 +1,7 @@
 """Softmax statistics of a vocabulary shard, and from all shards' statistics the loss and the logits' gradient.
 
-Two kernels, each with its reference in plain torch. Both read a rank's logits once; the second replaces them by their
-gradient. Between them the statistics of all ranks are gathered: a few numbers a token.
+Two kernels, each with its reference in plain torch. Both read the rank's logits once; the second overwrites them with
+their gradient. Between them the statistics of all ranks are all-gathered: four numbers a token.
 
 For a token with logits z over the vocabulary V, target y, smoothing e and z-loss factor c (everything in fp32, or in
 fp64 for fp64 logits):
@@ -10,8 +10,8 @@ fp64 for fp64 logits):
     loss = lse - (1 - e) z_y - e/V sum_v z_v + c lse^2
     dz_v = (1 + 2 c lse) exp(z_v - lse) - (1 - e) [v = y] - e/V
 
-Legend: C tokens of a chunk, v this rank's classes, n ranks, K = 4 statistics: maximum, sum of exponentials above it,
-target's logit (0 where another rank has it), sum of logits.
+Legend: C tokens of a chunk, v this rank's classes, n ranks, K = 4 statistics: maximum, sum of exp(z - maximum),
+the target's logit (0 where another rank has it), sum of logits.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ except ImportError as error:
 
 @dataclass(frozen=True)
 class LossTerms:
-    """What the loss of one token is made of; `first` is the class of this rank's first logit."""
+    """The constants of the loss; `first` is the class of this rank's first logit."""
 
     vocab_size: int
     first: int
