@@ -44,7 +44,8 @@ class Zoo(nn.Module):
         x = self.words(ids) + self.places(ids)
         x = self.dropout(self.layer_norm(x))
         y, scale = self.part(torch.ones((), dtype=torch.float64), states=x)
-        return self.head(self.rms_norm(y * self.gate + y) * scale)
+        # tanh, because a norm of y alone gives the same result for any multiple of y: it would hide a factor
+        return self.head(self.rms_norm(torch.tanh(y * self.gate + y)) * scale)
 
 
 SHARDED: dict[str, Any] = {

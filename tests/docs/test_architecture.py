@@ -31,6 +31,15 @@ def test_every_room_stands_on_the_page() -> None:
     assert rooms <= named()
 
 
+def test_the_floors_are_those_of_the_imports() -> None:
+    from test_rooms import FLOORS
+
+    on_page = re.findall(r"^\| (\d+) \| (.*?) \|", TEXT, re.M)
+    stated = {room: int(floor) for floor, names in on_page for room in re.findall(r"`(\w+)(?:/|\.py)`", names)}
+    assert stated == {room: i + 1 for i, rooms in enumerate(FLOORS) for room in rooms if room in stated}
+    assert set.union(*FLOORS) - stated.keys() == {"forecasting", "__main__"}
+
+
 def test_the_ways_are_short() -> None:
     """A parameter passes at most 12 files, and so does a batch: each is named where the page tells the way."""
     parameter = re.search(r"\*\*`layers\.0.*?\n\n(.*?)\n\n", TEXT, re.S)

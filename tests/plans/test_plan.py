@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -167,3 +168,22 @@ def test_parameters_say_placement_and_local_shape() -> None:
     assert layouts["layers.1.mlp.down_proj.weight"].local_shape == (48, 48)
     left_out = Plan(modules={"norm": "sequence"}).parameters(meta(), 2)["lm_head.weight"]
     assert left_out.reason.startswith("not in the plan")
+
+
+@pytest.mark.parametrize(
+    ("style", "option"),
+    [
+        ({"style": "packed_rowwise", "segments": ["a"]}, "segments"),
+        ({"style": "local_shards", "shards": 3}, "shards"),
+        ({"style": "rowwise", "use_local_output": "maybe"}, "use_local_output"),
+        ({"style": "sequence", "sequence_dim": "1"}, "sequence_dim"),
+        ({"style": "fast_rowwise", "chunk_rows": "many"}, "chunk_rows"),
+        ({"style": "fast_gather", "columns": {"q_proj": 1}}, "columns"),
+        ({"style": "fast_gather", "columns": "q_proj"}, "columns"),
+        ({"style": "fast_embedding", "all_tokens": "maybe"}, "all_tokens"),
+        ({"style": "kv_replicate", "heads": 2.5}, "heads"),
+    ],
+)
+def test_an_option_of_another_type_is_refused_where_it_stands(style: dict[str, Any], option: str) -> None:
+    with pytest.raises(PlanError, match=rf"^layers\.\*\.mlp: style {style['style']}: option {option} cannot be"):
+        Plan(modules={"layers.*.mlp": style})

@@ -64,7 +64,8 @@ def check(
         try:
             run = dry_run(model, plan, mesh, batch_size, seq_len, inputs=inputs, loss=loss, dtype=param_dtype)
         except PlanError as error:
-            return [*found, finding_of(error, f"plan {plan.name}")]
+            found.append(finding_of(error, f"plan {plan.name}"))
+            return sorted(_collapse(found), key=lambda f: f.severity != "error")
         known = {f.code for f in found} & {"CR302"}  # the static layer names the head, the dry run only the loss
         found += [f for f in _from_run(model, plan, mesh.tp, run) if f.code not in known]
         found += check_options(run, reduce_dtype, compiled)

@@ -1,0 +1,1 @@
+"""Saved on one mesh, loaded on any other; exported for transformers."""

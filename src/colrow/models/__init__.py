@@ -1,0 +1,1 @@
+"""Single-device models, and the one builder of them."""

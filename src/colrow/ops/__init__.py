@@ -1,0 +1,1 @@
+"""Pure functions, autograd operators and kernels."""

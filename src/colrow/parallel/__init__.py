@@ -1,0 +1,1 @@
+"""Applies a plan to a model on a mesh, with data axes, pipelines and recomputation."""

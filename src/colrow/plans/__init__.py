@@ -1,0 +1,1 @@
+"""The plan as data: which module has which style."""

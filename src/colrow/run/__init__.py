@@ -1,0 +1,1 @@
+"""A run and its folder: launch, ranks, loop, resume, stop, last lines."""

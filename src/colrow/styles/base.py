@@ -13,8 +13,10 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from functools import cache
+from typing import Any, ClassVar, Literal, get_type_hints
 
+from pydantic import ConfigDict, TypeAdapter
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
@@ -75,7 +77,8 @@ class Style(ABC):
     """The class of torch whose objects this style stands for (`from_torch`)."""
 
     on_one_rank: ClassVar[bool] = False
-    """The style changes what the module computes, and so applies where tp is 1 too."""
+    """The style changes what the module computes, and so applies where tp is 1 too. `verify` compares with the module
+    without its style: it cannot prove one that changes the result."""
     returns_loss: ClassVar[bool] = False
     """The module returns the loss: the plan's loss has to be `linear`."""
     sums_gradients: ClassVar[bool] = False
@@ -108,8 +111,16 @@ class Style(ABC):
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if "convert" in field.metadata:
-                object.__setattr__(self, field.name, field.metadata["convert"](getattr(self, field.name)))
+            value, convert = getattr(self, field.name), field.metadata.get("convert", lambda value: value)
+            try:
+                # strict: of a text such as "maybe" no boolean is made
+                converted = _type_of_option(type(self), field.name).validate_python(convert(value), strict=True)
+            except (ValueError, TypeError, AttributeError) as error:
+                if isinstance(error, PlanError):
+                    raise
+                message = f"style {self.name}: option {field.name} cannot be {value!r}"
+                raise PlanError("CR211", "", message, f"give it a value of type {field.type}") from error
+            object.__setattr__(self, field.name, converted)
 
     @abstractmethod
     def build(self, site: Site) -> ParallelStyle:
@@ -184,6 +195,11 @@ class Opaque(Style):
         )
 
 
+@cache
+def _type_of_option(cls: type[Style], name: str) -> TypeAdapter[Any]:
+    return TypeAdapter(get_type_hints(cls)[name], config=ConfigDict(arbitrary_types_allowed=True))
+
+
 def style_class(name: str) -> type[Style] | None:
     """The style of this name, or of this previous name."""
     return STYLES.get(name) or PREVIOUS_NAMES.get(name)
@@ -250,6 +266,13 @@ def named_placements_of(value: Any) -> dict[str, Placement | None] | None:
     if not isinstance(value, dict):
         raise PlanError(f"keyword layouts are a mapping from argument to placement, not {value!r}")
     return {str(key): parse_placement(item) for key, item in value.items()}
+
+
+def names_of(value: Any) -> tuple[str, ...]:
+    """The option of several names."""
+    if not isinstance(value, list | tuple):
+        raise TypeError("several names are a list")
+    return tuple(value)
 
 
 def integers_of(value: Any) -> tuple[int, ...] | None:

@@ -1,0 +1,1 @@
+"""Is a plan proved: loss, gradients and a step against one process."""

@@ -1,0 +1,1 @@
+"""Fast styles: local tensors, flattened tokens, explicit collectives."""

@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from colrow.errors import PlanError
 from colrow.ops.parallel_linear import column_linear
-from colrow.styles.base import ParameterLayout, option
+from colrow.styles.base import ParameterLayout, names_of, option
 from colrow.styles.fast.linear import (
     FORWARD_STATE,
     FastLinear,
@@ -53,7 +53,7 @@ class FastGather(FastLinear):
     name = "fast_gather"
     gathers_for_children = True
     operator = "column_forward"
-    columns: tuple[str, ...] = option(tuple, ())
+    columns: tuple[str, ...] = option(names_of, ())
     argument: int | str | None = None
     keep_gathered: bool = True
 

@@ -29,7 +29,7 @@ class FastEmbedding(Style):
     scale)."""
 
     name = "fast_embedding"
-    all_tokens: bool = option(bool, False, previous="whole")
+    all_tokens: bool = option(lambda value: value, False, previous="whole")
 
     @property
     def token_order(self) -> TokenOrder:
