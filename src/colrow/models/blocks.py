@@ -2,7 +2,7 @@
 
 [Note: blocks]
 stack: a container whose entries are blocks: `model.layers`, or `encoder.block` and `decoder.block`, which are two.
-block: an entry of a stack that has modules of its own. A Linear or a norm in a list is none.
+block: an entry of a stack that has submodules. A Linear or a norm in a list is none.
 
 Stacks are the outermost such containers. A list inside a block (the experts of a mixture, the sublayers of a T5
 block) belongs to the block: its entries may not run at all in a step, and are too small to be worth a unit.
@@ -58,8 +58,8 @@ def _stacks(name: str, module: nn.Module) -> Iterator[BlockStack]:
 def _blocks_in(module: nn.Module) -> dict[str, nn.Module]:
     """The blocks when `module` is a stack, else none.
 
-    A ModuleList is meant for things that are alike. A Sequential or a ModuleDict also strings together different parts
-    (`embed`, `layers`, `head`; an encoder and a decoder), so there a class has to come twice, under numbered keys.
+    A ModuleList usually holds equal layers. A Sequential or a ModuleDict may also hold different modules (`embed`,
+    `layers`, `head`; an encoder and a decoder), so there a class has to occur twice, under keys that end in a digit.
     """
     if not isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict):
         return {}

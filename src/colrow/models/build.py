@@ -24,11 +24,11 @@ Weights = Literal["seeded", "folder", "built"]
 
 @dataclass(frozen=True)
 class Source:
-    """A built model and how its weights get in.
+    """A built model and where its weights come from.
 
     Args:
         model: on the meta device, unless `weights` is `built`.
-        name: for people.
+        name: for messages.
         config: of colrow's own Llama; None for other models.
         weights: `seeded` from run.seed, read from a Hugging Face `folder`, or already there as `built`.
     """
@@ -41,7 +41,7 @@ class Source:
 
     @property
     def exported_config(self) -> LlamaConfig | dict[str, Any] | None:
-        """What config.json of an export is made from; None for a model that no Hugging Face class computes."""
+        """The source of an export's config.json; None for a model that no Hugging Face class computes."""
         config: Any = self.config or getattr(self.model, "config", None)
         if isinstance(config, LlamaConfig):
             return config
@@ -134,10 +134,10 @@ def _of_transformers(path: Path) -> nn.Module:
         raise ConfigError(f"{path} holds no config.json: give a Hugging Face folder")
     try:
         config = AutoConfig.from_pretrained(path)
-        config.use_cache = False  # for generation; training would fill it in vain
+        config.use_cache = False  # for generation; in training the cache is memory for nothing
         with _parameters_on_meta():
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:  # how transformers says that it does not know a model
+    except (OSError, ValueError, KeyError) as error:  # transformers raises these for a model that it does not know
         raise ConfigError(f"transformers cannot build the model in {path}: {error}") from error
     model.tie_weights()  # type: ignore[operator]
     return model.train()

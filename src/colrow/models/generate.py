@@ -29,7 +29,7 @@ def generate(
     The ranks of a sharded model all call this, with equal arguments, and draw equal ids.
 
     Args:
-        logits_of: ids [B, S] -> logits [B, S, V]: whole, or a DTensor. Causal, for ids are padded on the right.
+        logits_of: ids [B, S] -> logits [B, S, V], a tensor or a DTensor. Causal, for ids are padded on the right.
         temperature: 0 takes the likeliest token.
         top_k: sample from the k likeliest tokens only.
         pad_multiple: S is a multiple of it (sequence parallelism splits S over tp).
@@ -41,7 +41,7 @@ def generate(
     """
     _check(ids, tokens, temperature, top_k, pad_multiple, context)
     window = None if context is None else context // pad_multiple * pad_multiple
-    generator = torch.Generator().manual_seed(seed)  # on the CPU: every kind of device draws alike
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draws with any device
     ended = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
     for _ in range(tokens):
         seen = ids if window is None else ids[:, -window:]

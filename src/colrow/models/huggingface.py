@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def config_from_huggingface(tree: dict[str, Any], source: str = "config.json") -
 
 
 def config_to_huggingface(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """What config.json says of a model whose weights are stored in `dtype`.
+    """The content of config.json for a model whose weights are stored in `dtype`.
 
     The rotary embedding is written twice, as transformers 5 (`rope_parameters`) and as transformers 4 (`rope_theta`,
     `rope_scaling`) read it.
@@ -100,14 +101,7 @@ def config_to_huggingface(config: LlamaConfig, dtype: torch.dtype) -> dict[str, 
     family = "qwen2" if config.attention_bias else "qwen3" if config.qk_norm else "llama"
     scaling = None
     if config.rope_scaling is not None:
-        given = config.rope_scaling
-        scaling = {
-            "rope_type": "llama3",
-            "factor": given.factor,
-            "low_freq_factor": given.low_freq_factor,
-            "high_freq_factor": given.high_freq_factor,
-            "original_max_position_embeddings": given.original_max_position_embeddings,
-        }
+        scaling = {"rope_type": "llama3", **asdict(config.rope_scaling)}
     tree: dict[str, Any] = {
         "architectures": [f"{FAMILIES[family]}ForCausalLM"],
         "model_type": family,
@@ -153,12 +147,12 @@ def name_from_huggingface(name: str) -> str:
 
 
 def stored_name(name: str, tied: bool) -> str:
-    """Under which of its names a parameter is initialised and stored: a tied head is the embedding."""
+    """The name under which a parameter is initialised and stored: a tied head is the embedding."""
     return _EMBEDDING if tied and name == _HEAD else name
 
 
 def _refuse_other_arithmetic(tree: dict[str, Any], family: str, source: str) -> None:
-    """Raise for options that would change the logits without a word."""
+    """Raise for options that change the logits and that colrow's Llama would ignore."""
     wrong = None
     if tree.get("hidden_act", "silu") != "silu":
         wrong = f"hidden_act={tree['hidden_act']!r}: only silu is computed"
@@ -171,7 +165,7 @@ def _refuse_other_arithmetic(tree: dict[str, Any], family: str, source: str) -> 
     elif "quantization_config" in tree:
         wrong = "quantized weights are not read: give a folder in bfloat16 or float32"
     elif float(_rope(tree).get("partial_rotary_factor", 1.0)) != 1.0:
-        wrong = "partial_rotary_factor: only a rotation of whole heads is computed"
+        wrong = "partial_rotary_factor: only a rotation of complete heads is computed"
     if wrong is not None:
         raise UnsupportedModelError(f"{source}: {wrong}; set model.implementation to transformers to train it as it is")
 
@@ -183,12 +177,12 @@ def _rope(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _scaling(rope: dict[str, Any], source: str) -> Llama3Scaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type == "default":
         return None
-    if kind != "llama3":
+    if rope_type != "llama3":
         raise UnsupportedModelError(
-            f"rope_type {kind!r} is not computed, only default and llama3; "
+            f"rope_type {rope_type!r} is not computed, only default and llama3; "
             "set model.implementation to transformers to train it as it is"
         )
     return Llama3Scaling(

@@ -1,6 +1,6 @@
-"""Initial values: a weight's depend on (seed, its name) alone.
+"""Initial values: those of a weight depend on the seed and its name only.
 
-Each number is a pure function of (seed, name, index in the whole tensor), so a rank computes the part that it holds
+Each number is a pure function of (seed, name, index in the global tensor), so a rank computes the region that it holds
 and nothing else, and every mesh starts from the same bits. A `torch.Generator` cannot give that: it fills a tensor in
 order, and on a GPU its order depends on the number of multiprocessors.
 """
@@ -32,11 +32,11 @@ def init_tensor(
     offset: Sequence[int] | None = None,
     size: Sequence[int] | None = None,
 ) -> Tensor:
-    """The fp32 initial value of the parameter `name` of the whole shape `shape`, or its part of `size` at `offset`.
+    """The fp32 initial value of the parameter `name` of global shape `shape`, or its region of `size` at `offset`.
 
     Matrices are normal with the std `config.initializer_range` (0.02 where the config has none), those that write into
     the residual stream (o_proj, down_proj) with that / sqrt(2 layers) (GPT-2, section 2.3), the embedding with
-    `config.embedding_range` if there is one; norms are 1, biases 0. `config` tells `num_hidden_layers`.
+    `config.embedding_range` if there is one; norms are 1, biases 0. `config` has `num_hidden_layers`.
 
     Raises:
         ConfigError: there is no rule for a parameter of this name and shape.
@@ -44,16 +44,16 @@ def init_tensor(
     offset = [0] * len(shape) if offset is None else offset
     size = shape if size is None else size
     module, _, leaf = name.rpartition(".")
-    kind = module.rpartition(".")[2]
+    module_name = module.rpartition(".")[2]
     if leaf == "bias":
         return torch.zeros(*size, device=device)
-    if leaf == "weight" and len(shape) == 1 and "norm" in kind:
+    if leaf == "weight" and len(shape) == 1 and "norm" in module_name:
         return torch.ones(*size, device=device)
     if leaf == "weight" and len(shape) == 2:
         std: float = getattr(config, "initializer_range", 0.02)
-        if kind in ("o_proj", "down_proj"):
+        if module_name in ("o_proj", "down_proj"):
             std /= math.sqrt(2 * config.num_hidden_layers)
-        elif kind == "embed_tokens":
+        elif module_name == "embed_tokens":
             std = getattr(config, "embedding_range", None) or std
         return _normal(_key(seed, name), shape, offset, size, device) * std
     raise ConfigError(
@@ -70,9 +70,10 @@ def _key(seed: int, name: str) -> int:
 def _normal(
     key: int, shape: Sequence[int], offset: Sequence[int], size: Sequence[int], device: torch.device | str
 ) -> Tensor:
-    """Standard normal numbers for a box of a matrix: index -> hashed 64 bits -> uniform -> inverse of the CDF."""
+    """Standard normal numbers for a region of a matrix: index -> hashed 64 bits -> uniform -> inverse of the CDF."""
     out = torch.empty(*size, device=device)
     columns = torch.arange(offset[1], offset[1] + size[1], device=device)
+    # in blocks of rows: each number is a function of its own index, so the block size does not change the result
     step = max(1, _CHUNK.get(torch.device(device).type, 1 << 16) // max(1, size[1]))
     for row in range(0, size[0], step):
         rows = torch.arange(offset[0] + row, offset[0] + min(row + step, size[0]), device=device)

@@ -1,6 +1,6 @@
 """The Llama architecture, for one device.
 
-Options of the same file: Llama-3 frequency scaling, tied embeddings, Qwen2's q/k/v bias, Qwen3's q/k norm.
+Options: Llama-3 frequency scaling, tied embeddings, Qwen2's q/k/v bias, Qwen3's q/k norm.
 Modules carry Hugging Face's names, without the `model.` prefix.
 
 Legend: B batch, T tokens, D hidden size, F ffn, V vocabulary, H heads, K kv heads, E head dim.
@@ -23,7 +23,7 @@ Rope = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
-    """Llama 3.1's stretching of slow rotary frequencies (`rope_type: llama3` of a Hugging Face config)."""
+    """Llama 3.1's scaling of low rotary frequencies (`rope_type: llama3` of a Hugging Face config)."""
 
     factor: float
     low_freq_factor: float
@@ -60,7 +60,7 @@ class LlamaConfig:
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads={self.num_key_value_heads}: each kv head serves a whole group of query heads"
+                f"num_key_value_heads={self.num_key_value_heads}: each kv head serves a group of query heads"
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim={self.head_dim} is odd: the rotary embedding turns pairs of dimensions")
@@ -69,8 +69,8 @@ class LlamaConfig:
 class Attention(nn.Module):
     """Causal self-attention with grouped kv heads.
 
-    The number of heads is read from what the projections return, so that a rank which holds a part of them
-    computes that part.
+    The number of heads is read from the projections' outputs, so that a rank which holds some of the heads computes
+    those.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -89,7 +89,7 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor, *, rope: Rope, mask: Tensor | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]. `mask` (broadcastable to [B, H, T, T], True = attend) replaces the causal one."""
         q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
-        B, T, _ = q.shape  # not of x: what comes in may be a part of the sequence
+        B, T, _ = q.shape  # not of x, which may be a shard of the sequence, gathered by the projections
         q_BTHE = q.view(B, T, -1, self.head_dim)
         k_BTKE = k.view(B, T, -1, self.head_dim)
         v_BTKE = v.view(B, T, -1, self.head_dim)
@@ -140,10 +140,10 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """Token ids [B, T] -> logits [B, T, V].
 
-    Any of `embed_tokens`, `norm`, `lm_head` and single entries of `layers` may be set to None, and what is left still
-    runs under its own names: without an embedding the input is hidden states, without a head the output is.
+    A pipeline stage is this model with `embed_tokens`, `norm`, `lm_head` or entries of `layers` set to None: the rest
+    keeps its names. Without an embedding the input is hidden states, without a head the output is.
 
-    Weights are what torch's modules start with; `colrow.parallel.initialize.fill_seeded` gives those of a seed.
+    Weights are those that torch's modules start with; `colrow.parallel.initialize.fill_seeded` gives those of a seed.
     There are no buffers: a model built on the meta device has nothing to fill but its parameters.
     """
 
@@ -154,7 +154,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
-        # what nn.Embedding draws by itself; on the meta device it would import torch's compiler for that, a second
+        # nn.Embedding would draw the same; but on the meta device its normal_() imports torch's compiler: 1 s
         weight = torch.randn(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=weight)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
@@ -169,7 +169,7 @@ class Llama(nn.Module):
         Args:
             x: token ids [B, T]; hidden states [B, T, D] when there is no embedding.
             positions: [T] or [B, T], from 0 upwards unless given.
-            seq_len: T, for hidden states that hold only a part of the sequence.
+            seq_len: T, for hidden states that are a shard of the sequence.
         """
         T = x.shape[1] if seq_len is None else seq_len
         if self.embed_tokens is not None:
@@ -186,7 +186,7 @@ class Llama(nn.Module):
 
 
 def rope_tables(config: LlamaConfig, positions: Tensor, dtype: torch.dtype) -> Rope:
-    """cos and sin for `positions` ([T] or [B, T]), computed in fp32 and handed on in `dtype`."""
+    """cos and sin for `positions` ([T] or [B, T]), computed in fp32 and returned in `dtype`."""
     E, scaling = config.head_dim, config.rope_scaling
     exponent = torch.arange(0, E, 2, dtype=torch.float32, device=positions.device) / E
     inv_freq = 1.0 / config.rope_theta**exponent
@@ -202,7 +202,7 @@ def rope_tables(config: LlamaConfig, positions: Tensor, dtype: torch.dtype) -> R
 
 
 def rotate(x_BHTE: Tensor, rope: Rope) -> Tensor:
-    """Rotate the pairs (i, i + E/2) of each head: Hugging Face's order of a head's dimensions."""
+    """Rotate the pairs (i, i + E/2) of each head: Hugging Face's order of dims; the paper's is (2i, 2i + 1)."""
     cos, sin = rope
     a, b = x_BHTE.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BHTE.dtype)

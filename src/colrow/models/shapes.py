@@ -24,7 +24,7 @@ SHAPES: dict[str, LlamaConfig] = {
         initializer_range=0.05,
         embedding_range=0.25,
     ),
-    # three kv heads: they divide by no usual degree of tensor parallelism
+    # three kv heads: no usual tp divides them
     "article": LlamaConfig(
         vocab_size=50_000,
         hidden_size=768,
@@ -104,7 +104,7 @@ def shape(name: str) -> LlamaConfig:
 
 
 def parameter_count(config: LlamaConfig) -> int:
-    """Number of parameters; a tied head counts once."""
+    """Number of parameters; a head tied to the embedding is counted once."""
     embedding = config.vocab_size * config.hidden_size
     return _without_embedding(config) + (0 if config.tie_word_embeddings else embedding)
 
@@ -112,9 +112,9 @@ def parameter_count(config: LlamaConfig) -> int:
 def flops_per_token(config: LlamaConfig, seq_len: int, *, causal: bool) -> int:
     """FLOPs of forward and backward for one token of a sequence of `seq_len`.
 
-    6 N for the matrices, N leaving out the embedding table (a look-up) but not the head (a product, also where tied),
-    and for the attention scores 6 L d S when only the causal half counts, 12 L d S when the whole square does.
-    d is the width of all heads together. Recomputed activations never count.
+    6 N for the matrices, where N excludes the embedding table (a lookup) and includes the head (a matmul, also where
+    tied); for attention 6 L d S if only the causal half of the scores counts, 12 L d S if the full square does.
+    L layers, d = heads x head_dim, S = seq_len. Recomputed activations never count.
     """
     width = config.num_attention_heads * config.head_dim
     attention = (6 if causal else 12) * config.num_hidden_layers * width * seq_len

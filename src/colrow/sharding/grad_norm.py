@@ -27,7 +27,7 @@ def align_gradients(params: Iterable[nn.Parameter]) -> None:
 
     After backward on a tp mesh, gradients of norms are partial sums, and the embedding's is replicated where the
     parameter is sharded: code that reads a local gradient would see one term, or too much. The partial sums of one mesh
-    and dtype travel in one all-reduce.
+    and dtype are summed by one all-reduce.
     """
     partial_sums: dict[tuple[dist.ProcessGroup, torch.dtype], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
     for param in params:

@@ -35,7 +35,11 @@ class Packed:
 
 
 def mark_packed(module: nn.Module, name: str, packed: Packed) -> None:
-    """Record that the local shard of `module`'s parameter `name` is one shard of each segment."""
+    """Record that the local shard of `module`'s parameter `name` is one shard of each segment.
+
+    The placement records it too (`PackedShard`), but not for good: DTensor gives the result of an elementwise operator
+    a plain `Shard`, so a parameter loses it in `model.to(dtype)`.
+    """
     module.__dict__.setdefault(PACKED, {})[name] = packed
 
 
@@ -53,9 +57,10 @@ def packed_of(model: nn.Module, fqn: str) -> Packed | None:
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's shard, sharing memory; a plain tensor is its own."""
+    """This rank's shard, sharing memory; a plain tensor as it is."""
     if not isinstance(tensor, DTensor):
         return tensor
+    # to_local() is an autograd function: without grad it is time spent for nothing, for each parameter in each step
     return tensor.to_local() if torch.is_grad_enabled() else local_shard(tensor)
 
 
@@ -97,8 +102,9 @@ def regions_at(
             else:
                 held[dim] = _chunk_of(held[dim], parts, index)
         else:
-            raise ValueError(f"placement {placement} holds no part of the tensor: redistribute it first")
-    # FSDP shards what TP has left, although its mesh axis is further out. Of several, the innermost shards first.
+            raise ValueError(f"placement {placement} holds no shard of the tensor: redistribute it first")
+    # after the loop: FSDP shards what TP has left, although its mesh axis is further out; of several strided shards the
+    # innermost axis comes first
     for dim, parts, index in reversed(strided):
         held[dim] = _chunk_of(held[dim], parts, index)
     return _regions(held)
@@ -109,7 +115,7 @@ def full_tensor(param: Tensor, packed: Packed | None = None) -> Tensor:
 
     Args:
         param: a parameter, its gradient, or a tensor of the optimizer's state; a plain tensor is returned as it is.
-        packed: the segments of a packed parameter whose placement does not say them.
+        packed: the segments of a packed parameter whose placement does not hold them.
     """
     if not isinstance(param, DTensor):
         return param
@@ -138,7 +144,7 @@ def _bounds(extent: int, parts: int, index: int) -> tuple[int, int]:
 
 
 def _chunk_of(held: list[range], parts: int, index: int) -> list[range]:
-    """One of `parts` chunks of the held indices, as if they stood in one row."""
+    """One of `parts` chunks of the held indices, taken as one sequence."""
     first, end = _bounds(sum(map(len, held)), parts, index)
     chunk, position = [], 0
     for indices in held:
@@ -159,7 +165,7 @@ def _chunk_of_each(segments: tuple[int, ...], parts: int, index: int) -> list[ra
 
 
 def _regions(held: list[list[range]]) -> dict[Region, Region]:
-    """The regions that dims' held indices make together, and where they lie in the local tensor."""
+    """The product of the dims' held ranges: each region of the global tensor, and its place in the local tensor."""
     placed = [list(zip(dim, accumulate(map(len, dim), initial=0), strict=False)) for dim in held]
     regions = {}
     for combination in product(*placed):

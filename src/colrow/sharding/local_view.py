@@ -1,15 +1,14 @@
 """Parameters that are DTensors to the optimizer and local tensors to the module that owns them.
 
-torch's styles turn a module's inputs into DTensors so that they can meet its weights. Where the arithmetic of a
-shard is not DTensor's (a rank that uses some rows of a whole weight, a fused weight, a norm on local heads) the
-module has to see local tensors, while the optimizer, clipping and checkpoints keep one DTensor under the
-parameter's own name. A view is a property on a subclass made for modules of this kind: `self.weight` reads the
-registered DTensor through a function, and `_parameters` stays as it was, so FSDP2 and state dicts notice nothing.
-Equal modules of all layers get the same subclass: torch.compile guards on the class of a module, and would compile
-each layer anew.
+torch's styles turn a module's inputs into DTensors, because its weights are. Where DTensor does not know the arithmetic
+of a shard (a rank that uses some rows of a replicated weight, a fused weight, a norm on local heads), the module has to
+see local tensors, while optimizer, clipping and checkpoints keep one DTensor under the parameter's name. A view is a
+property on a subclass made for the module's class: `self.weight` reads the registered DTensor through a function, and
+`_parameters` is unchanged, so FSDP2 and state dicts see the DTensor. Equal modules of all layers get the same subclass:
+torch.compile guards on the class of a module, and would compile each layer again.
 
-The placement of the gradient is the whole point: `to_local(grad_placements=[Partial()])` says that each rank's
-gradient is a part of a sum, `to_local()` that all ranks hold the same one.
+A view decides the placement of the gradient: `to_local(grad_placements=[Partial()])` declares that each rank's gradient
+is one term of a sum, `to_local()` that all ranks hold the same one.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ def view_parameters(module: nn.Module, views: dict[str, View]) -> None:
     """Make `module.NAME` return `views[NAME](parameter)` for each named parameter that is a DTensor."""
     if views:
         module.__dict__[VIEWS] = {**module.__dict__.get(VIEWS, {}), **views}
-        kind: Any = type(module)
-        module.__class__ = _subclass(kind, tuple(sorted(views)), None)
+        cls: Any = type(module)
+        module.__class__ = _subclass(cls, tuple(sorted(views)), None)
 
 
 def remove_views(module: nn.Module) -> None:
@@ -43,11 +42,11 @@ def remove_views(module: nn.Module) -> None:
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     """Let `forward(self, ...)`, a function of module level, take the place of the module's own."""
-    kind: Any = type(module)
-    module.__class__ = _subclass(kind, (), forward)
+    cls: Any = type(module)
+    module.__class__ = _subclass(cls, (), forward)
 
 
-@functools.cache
+@functools.cache  # one subclass for equal modules: see above
 def _subclass(cls: Any, names: tuple[str, ...], forward: Callable[..., Any] | None) -> Any:
     body: dict[str, object] = {name: _property(name) for name in names}
     if forward is not None:
