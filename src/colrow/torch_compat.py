@@ -89,8 +89,8 @@ def apply_to_tensors(model: nn.Module, change: Callable[[Tensor], Tensor]) -> No
 
 
 def scaled_product(*args: Any, **kwargs: Any) -> Tensor:
-    """A matrix product of 8-bit operands with their scales (`torch._scaled_mm`)."""
-    y: Tensor = private("torch:_scaled_mm", "for 8-bit products")(*args, **kwargs)
+    """A matmul of 8-bit operands with their scales (`torch._scaled_mm`)."""
+    y: Tensor = private("torch:_scaled_mm", "for 8-bit matmuls")(*args, **kwargs)
     return y
 
 
@@ -359,7 +359,7 @@ def tensors_of_ranks(tensor: Tensor) -> dict[int, Tensor] | None:
 
 
 def from_tensors_of_ranks(tensors: dict[int, Tensor]) -> Tensor:
-    """One simulated tensor of each rank's own."""
+    """One simulated tensor made of one tensor for each rank."""
     tensor: Tensor = private(f"{_LOCAL}:LocalTensor", _SIMULATE)(tensors)
     return tensor
 

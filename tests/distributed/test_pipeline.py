@@ -54,7 +54,7 @@ def test_stages_hold_their_layers_under_the_whole_models_names(ranks: Ranks) -> 
     assert first["copies"] == [{}, {}]
     assert second["copies"] == [{}, {"lm_head.weight": "embed_tokens.weight"}]
     assert "set mesh.pp to 1" in first["refused"][0]
-    assert "3 stages do not spread evenly over pp=2" in first["refused"][1]
+    assert "pp=2 does not divide 3 stages" in first["refused"][1]
 
 
 def absent_case(device: str) -> list[str]:

@@ -1,6 +1,6 @@
 """One rank of a mesh without the others, for `colrow bench --one-rank`: torch's fake process group sends nothing.
 
-A gather returns copies of the rank's own shard, a reduce-scatter a slice of the rank's own input. Tensors, products and
+A gather returns copies of this rank's shard, a reduce-scatter a slice of this rank's input. Tensors, products and
 memory have the sizes that they have in a run, so times and peaks are real; the numbers are meaningless.
 """
 

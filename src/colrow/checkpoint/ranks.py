@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """A process group that can carry objects from host memory; without torch.distributed, this process alone."""
+    """A process group that can send objects from host memory; without torch.distributed, this process alone."""
 
     def __init__(self, group: dist.ProcessGroup | None):
         self.group = group
@@ -22,9 +22,9 @@ class Ranks:
 
     @classmethod
     def open(cls, group: dist.ProcessGroup | None, private: bool) -> Ranks:
-        """The ranks of `group`, which carries host memory; all of them unless given. Collective.
+        """The ranks of `group`, which sends host memory; all of them unless given. Collective.
 
-        Without a group, a gloo one over all ranks is made where the default cannot carry host memory (NCCL), or where
+        Without a group, a gloo one over all ranks is made where the default cannot send host memory (NCCL), or where
         `private` asks for one that nothing else uses: a background thread's collectives must not mix with the
         training loop's. torch can make a group reliably only when all ranks take part, so one over some of them is
         the caller's to make (`use_local_synchronization` names groups by how many a rank has seen).
@@ -37,7 +37,7 @@ class Ranks:
         if "gloo" not in dist.get_backend_config(group):
             raise CheckpointError(
                 f"checkpoints were given a process group with the backend {dist.get_backend(group)}, which cannot "
-                "carry host memory: make it with dist.new_group(ranks, backend='gloo')"
+                "send host memory: make it with dist.new_group(ranks, backend='gloo')"
             )
         return cls(group)
 

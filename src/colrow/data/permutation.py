@@ -1,4 +1,4 @@
-"""A pseudorandom order of n things, computed where it is asked for: no list of n numbers is kept.
+"""A pseudorandom order of n things, computed element by element: no list of n numbers is kept.
 
 A Feistel network permutes pairs (left, right) of Z_m × Z_m with m = ceil(sqrt(n)): each round is
 (l, r) -> (r, l + F(r) mod m), which can be undone whatever F is. Numbers that fall on n or above are sent through

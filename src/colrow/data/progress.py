@@ -56,7 +56,9 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.update(self._task, completed=completed, note=escape(note))
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, exc_type: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.stop()
 
 

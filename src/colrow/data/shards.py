@@ -32,7 +32,7 @@ _CHUNK_CHARS = 1 << 19
 
 
 class TokenArray:
-    """A split's ids on disk, memory-mapped when first read. Cheap to pickle: a process that gets it maps it anew."""
+    """A split's ids on disk, memory-mapped when first read. Cheap to pickle: a process that gets it maps it again."""
 
     def __init__(self, path: Path, dtype: str, length: int) -> None:
         self.path, self.dtype, self.length = path, dtype, length

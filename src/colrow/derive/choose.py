@@ -161,7 +161,7 @@ def _output_classes(inference: AxisInference) -> set[Atom]:
 
 
 def _narrow(inference: AxisInference, atom: Atom) -> bool:
-    """A normalised axis is worth sharding when it is not the residual stream: no tensor that carries it feeds two
+    """A normalised axis is worth sharding when it is not the residual stream: no tensor with this axis feeds two
     products over it, no lookup makes it, and the caller does not get it."""
     if atom in _output_classes(inference):
         return False

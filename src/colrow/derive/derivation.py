@@ -1,4 +1,4 @@
-"""Derive a plan: trace, infer axes, choose, find blocks and stream, check a rank's own trace, write styles."""
+"""Derive a plan: trace, infer axes, choose, find blocks and stream, check the trace on local shapes, write styles."""
 
 from __future__ import annotations
 

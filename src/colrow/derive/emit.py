@@ -150,7 +150,7 @@ class Emitter(ModuleEmitter):
     # ------------------------------------------------------------------ what is not sharded
 
     def _unsharded_parameters(self) -> None:
-        """Parameters used in a rank's own way, or on its tokens: their gradients are summed."""
+        """Parameters that each rank uses on its heads, features or tokens: their gradients are summed."""
         for name in sorted(self.flow.summed | (self.stream.summed if self.stream else set())):
             if self.choice.any_sharded(self.dims[name]):
                 continue
@@ -220,7 +220,7 @@ class Emitter(ModuleEmitter):
                     style.setdefault("desired", ["none"] * count)
 
     def _scales(self) -> None:
-        """Where extents change in a rank's own trace: gathers and reduce-scatters of the stream, sliced constants."""
+        """Where extents change in the trace on local shapes: gathers and reduce-scatters, sliced constants."""
         tp = self.tp
         if self.stream is not None:
             heads = self.finder.head_entries() if self.stream.kind.ends_before_norm else set()

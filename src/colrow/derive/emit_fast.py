@@ -151,7 +151,7 @@ class FastEmitter(Emitter):
             self._put(name, **{key: value for key, value in spec.items() if key != "dim"})
         if not gathered:
             self._put(name, **self.overlap)
-        if is_transposed(self._module(name)):  # the rank's own trace runs the module's own forward
+        if is_transposed(self._module(name)):  # the trace on local shapes runs the module's forward
             self.out.attributes[name] = {"nf": "/tp" if isinstance(spec, int) else self.choice.local_size(dim)}
 
     def _row(self, name: str, dim: Dim, in_local: bool, block: Block | None) -> None:

@@ -24,7 +24,7 @@ NORM = re.compile(r"norm", re.IGNORECASE)
 
 @dataclass
 class Emission:
-    """The styles of one plan, and where a rank's own trace changes extents."""
+    """The styles of one plan, and where the trace on local shapes changes extents."""
 
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)
     scales: dict[str, Scale] = field(default_factory=dict)
@@ -109,7 +109,7 @@ class ModuleEmitter:
 
     def _multiplies_by_weight(self, name: str) -> bool:
         """Whether the module holds a sharded matrix, a bias at most beside it, and is of a type that multiplies by it.
-        A subclass of nn.Linear may have a forward of its own: which styles can take it is asked where one is chosen."""
+        A subclass of nn.Linear may have a forward of its own: whether a style can take it is decided later."""
         module = self._module(name)
         if "weight" not in self.owned[name] or len(self._dims(name, "weight")) != 2:
             return False

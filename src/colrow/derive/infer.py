@@ -21,7 +21,7 @@ Dims = list[Dim]
 Result = Dims | tuple[Dims | None, ...] | None
 Rule = Callable[["AxisInference", Node], Result]
 RULES: dict[str, Rule] = {}
-"""By the names that `sharding.operators` gives them: operators that carry a sharded dim alike have one rule."""
+"""By the names that `sharding.operators` gives them: operators that propagate a sharded dim alike have one rule."""
 
 
 class NoRuleError(Exception):

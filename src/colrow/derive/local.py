@@ -1,4 +1,4 @@
-"""One rank's own trace: does the model's Python code run on local shapes, and do what the plan says?
+"""The trace on local shapes: does the model's Python code run on local shapes, and do what the plan says?
 
 A copy of the model gets a rank's shapes of parameters and the extents that the plan's styles hand over at module
 boundaries, and is exported again. Node by node it must be the global graph with local extents. Code that states a
@@ -115,7 +115,7 @@ class LocalCheck:
         try:
             local = trace(self.local_model(attributes), self.inputs, self.rescale())
         except PlanError as error:
-            return f"a rank's own trace fails: {error}"
+            return f"the trace on local shapes fails: {error}"
         ours = [n for n in self.traced.nodes if _computes(n)]
         theirs = [n for n in local.nodes if _computes(n)]
         for mine, its in zip(ours, theirs, strict=False):
@@ -287,10 +287,10 @@ def _same_view(node: Node) -> str:
 def _numbers(node: Node) -> list[float]:
     """Numbers among the arguments that go into values: scales, epsilons, a count that is divided by."""
     out: list[float] = []
-    kinds = (float, int) if facts_of(node).counts else (float,)
+    number_types = (float, int) if facts_of(node).counts else (float,)
 
     def walk(value: Any) -> None:
-        if isinstance(value, kinds):
+        if isinstance(value, number_types):
             out.append(value)
         elif isinstance(value, (tuple, list)):
             for item in value:

@@ -2,7 +2,7 @@
 
 Batch and sequence are extents that no dimension of the model has, so that shapes tell the axes apart. The markers are
 an identity operator `colrow_plan::boundary(x, label, ...)`; they say which argument of which module an edge of the
-graph is, and a rank's own trace (see local.py) changes extents there as the plan's styles would.
+graph is, and the trace on local shapes (see local.py) changes extents there as the plan's styles would.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Attributes each operation and collective to a module, in forward and in backward.
 
 In forward, hooks keep the stack of running modules. When a module returns, every autograd node that its call made and
-that has no label yet gets the module's name, so that a node carries the innermost module; in backward the running node
-is asked. The hooks run outside those of the plan's styles: a gather before a module and a scatter after it belong to
-that module.
+that has no label yet gets the module's name, so that a node has the innermost module's; in backward the running node
+gives the name. The hooks run outside those of the plan's styles: a gather before a module and a scatter after it belong
+to that module.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sampling, for any model that gives logits: the whole sequence is computed again for each token."""
+"""Sampling, for any model that gives logits: the sequence is computed again for each token, without a cache."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The Llama architecture, for one device.
 
 Options: Llama-3 frequency scaling, tied embeddings, Qwen2's q/k/v bias, Qwen3's q/k norm.
-Modules carry Hugging Face's names, without the `model.` prefix.
+Modules have Hugging Face's names, without the `model.` prefix.
 
 Legend: B batch, T tokens, D hidden size, F ffn, V vocabulary, H heads, K kv heads, E head dim.
 """

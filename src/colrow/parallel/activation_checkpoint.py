@@ -2,11 +2,11 @@
 
 full: a block keeps its input alone and runs its forward again, its tp collectives too.
 selective: by operation. Kept are attention's outputs, the outputs of reduce-scatters and all-reduces, and every second
-matrix product. Recomputed are norms, rotations, SwiGLU's product, all-gathers, and the other products. In a Llama block
-the products are q, k, v, o, gate, up, down: kept are k, o and up; recomputed are q, v and gate; down is not run again,
+matrix product. Recomputed are norms, rotations, SwiGLU's product, all-gathers, and the other matmuls. In a Llama block
+the matmuls are q, k, v, o, gate, up, down: kept are k, o and up; recomputed are q, v and gate; down is not run again,
 since nothing in backward needs its output and recomputation stops early. So no reduction crosses ranks twice, and no
-product runs again whose only use is a reduction that is kept. With the fast styles a block has four products, two of
-columns and two of rows; the rows' carry their reduce-scatter and are kept, the columns' are recomputed.
+product runs again whose only use is a reduction that is kept. With the fast styles a block has four matmuls, two of
+columns and two of rows; the rows' contain their reduce-scatter and are kept, the columns' are recomputed.
 
 A block's forward is replaced on the instance, so names, hooks (FSDP's and the plan's at block level stay outside) and
 state dicts are as before.
@@ -62,13 +62,13 @@ def apply_activation_checkpoint(blocks: Iterable[nn.Module], mode: Mode) -> None
 
 
 def _contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    products = {False: 0, True: 0}  # seen in forward, in recomputation
+    matmuls = {False: 0, True: 0}  # seen in forward, in recomputation
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         name = op.name().partition(".")[0]
         if name in _PRODUCTS:
-            products[context.is_recompute] += 1
-            keep = products[context.is_recompute] % 2 == 0
+            matmuls[context.is_recompute] += 1
+            keep = matmuls[context.is_recompute] % 2 == 0
         else:
             keep = name in _KEPT
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

@@ -48,8 +48,8 @@ def parallelize(
     Args:
         mesh: a 1-D mesh, a mesh with an axis named `tp`, or the degrees (then under an initialised process group).
         absent: for a pipeline stage, the names of the complete model's modules that it has not (`Stage.absent`).
-        src_data_rank: the rank of the tp group whose weights all take; None: each rank's own, with no communication,
-            where they are equal already or differ on purpose.
+        src_data_rank: the rank of the tp group whose weights all take; None: each rank keeps its weights, without
+            communication, where they are equal already or differ on purpose.
 
     Raises:
         PlanError: the plan does not fit the model or the degree, or names a module that is parallelised already;
@@ -193,7 +193,7 @@ def split_ties(model: nn.Module, layouts: Mapping[str, ParameterLayout]) -> list
 
 
 def _sync_replicas(model: nn.Module, tp_mesh: DeviceMesh, source: int) -> None:
-    """torch's SequenceParallel takes each rank's own value for a replicated parameter; make them one."""
+    """torch's SequenceParallel keeps each rank's value of a replicated parameter; make them equal."""
     group = tp_mesh.get_group()
     for param in model.parameters():
         if isinstance(param, DTensor) and not param.is_meta and all(p.is_replicate() for p in param.placements):

@@ -176,7 +176,7 @@ def _check_micro_batches(config: RunConfig) -> None:
     near = [n for n in range(max(1, count - pp), count + 2 * pp + 1) if _runs(schedule, pp, n)]
     above = next(n for n in near if n > count)
     below = [n for n in near if n < count]
-    needs = f"at least {pp}" if schedule == "1f1b" else "whole rounds of at least pp"
+    needs = f"at least {pp}" if schedule == "1f1b" else "complete rounds of at least pp"
     values = " or ".join(str(n * unit) for n in (*below[-1:], above))
     raise ConfigError(
         f"pipeline.schedule={schedule} over pp={pp} needs {needs} micro-batches, and global_batch={train.global_batch} "

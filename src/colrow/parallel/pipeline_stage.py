@@ -84,7 +84,7 @@ def split_stages(model: nn.Module, mesh: DeviceMesh, first_layers: tuple[int, ..
         first_layers: the first layer of each stage after the first (`split_layers`, or `pipeline.split`).
 
     Raises:
-        ConfigError: the model cannot be split, or the stages do not spread evenly over pp.
+        ConfigError: the model cannot be split, or pp does not divide the stages.
     """
     axes, count = MeshAxes(mesh), len(first_layers) + 1
     pp = axes.size("pp")
@@ -92,7 +92,7 @@ def split_stages(model: nn.Module, mesh: DeviceMesh, first_layers: tuple[int, ..
         return [Stage(model)]
     layers = require_parts(model)
     if count % pp:
-        raise ConfigError(f"{count} stages do not spread evenly over pp={pp}: split the model into a multiple of {pp}")
+        raise ConfigError(f"pp={pp} does not divide {count} stages: split the model into a multiple of {pp}")
     bounds = [0, *first_layers, len(layers)]
     ties = _ties(model, bounds)
     all_names = {name for name, _ in model.named_modules(remove_duplicate=False)}

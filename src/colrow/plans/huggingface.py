@@ -1,4 +1,4 @@
-"""A plan from the tensor-parallel plan that a Hugging Face model carries.
+"""A plan from the tensor-parallel plan of a Hugging Face model.
 
 `base_model_tp_plan` of a config and `_tp_plan` of a class map parameter or module names to names of styles. Their plans
 leave things open that make training wrong, and that are put right here: tied embeddings get one placement, norms on

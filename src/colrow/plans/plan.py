@@ -121,7 +121,7 @@ class Plan:
         Path(path).write_text(self.to_yaml(), encoding="utf-8")
 
     def with_fp8(self, recipe: Float8) -> Plan:
-        """The plan with 8-bit products in all styles that have them. Raises PlanError where none has."""
+        """The plan with fp8 matmuls in all styles that have the option. Raises PlanError where none has."""
         able = {key: style for key, style in self.modules.items() if hasattr(style, "fp8")}
         if not able:
             raise PlanError(f"plan {self.name} has no style with the option fp8: take one of fast styles, llama-fast")

@@ -4,7 +4,7 @@
 reduce-scatters a layer, each way. `article`: the form that tutorials teach, in which q, k and v are gathered and
 every rank computes all heads: simple, and right for any head count, but attention is not shared. `llama-fast`: the
 split of `llama` with the fast styles, on local tensors. `llama-overlap`: the same with its blocks' collectives on the
-copy engines, in chunks beside products; for GPUs of one host.
+copy engines, in chunks that overlap with matmuls; for GPUs of one host.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _fast_block(overlap: Overlap) -> Modules:
 
 
 FAST: dict[str, Overlap] = {"llama-fast": "collectives", "llama-overlap": "copy_engine"}
-"""Presets of fast styles, and what runs beside their products."""
+"""Presets of fast styles, and what overlaps with their matmuls."""
 PRESETS: dict[str, Modules] = {
     **{name: _fast_block(overlap) for name, overlap in FAST.items()},
     "llama": _block(

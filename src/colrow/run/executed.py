@@ -35,13 +35,13 @@ def executed_paths(training: Training, seq_len: int) -> str:
     Collective. Operators note themselves as they run, graphs know whether they were captured, and torch counts the
     blocks that it compiled; attention's kernel is what torch selects for these sizes.
     """
-    local = [[kind, what] for kind in ("columns", "beside", "fp8", "loss") for what in recorded(kind)]
+    local = [[what, value] for what in ("columns", "beside", "fp8", "loss") for value in recorded(what)]
     everywhere: list[list[list[str]] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, local)
     executed: dict[str, list[str]] = {}
-    for kind, what in (entry for each in everywhere for entry in each or []):
-        if what not in executed.setdefault(kind, []):
-            executed[kind].append(what)
+    for what, value in (entry for each in everywhere for entry in each or []):
+        if value not in executed.setdefault(what, []):
+            executed[what].append(value)
     kernel = _attention(training, seq_len)
     parts = [f"{kernel} attention"] if kernel else []
     if fused := _fused(training, executed.get("columns", [])):

@@ -1,6 +1,6 @@
 """A store that only the ranks of this start use, also after torchrun has restarted a failed group.
 
-torchrun's agents keep one store for the whole job, and the ranks of each restart connect to it. It still holds what the
+torchrun's agents keep one store for the job, and the ranks of each restart connect to it. It still holds what the
 previous ranks wrote: addresses of dead processes, and counters that are not zero. A rank that reads them connects to
 nothing, or passes a barrier on its own. So the ranks of each start agree on a prefix that no other start has used.
 

@@ -2,7 +2,7 @@
 
 [Note: packed parameters]
 A fused weight (q, k and v; gate and up) is a concatenation of segments. Tensor parallelism shards each segment on its
-own, so a rank holds one shard of each. DTensor knows only one shard of the dim as a whole. It computes rightly on such
+own, so a rank holds one shard of each. DTensor knows only one shard of the complete dim. It computes rightly on such
 local tensors, but a gather puts the ranks' rows one after another, which is not the global order. (`_StridedShard` does
 not express it: under FSDP2 on the same dim torch gathers it in yet another order.) So gathering raises, and
 `layout.full_tensor` puts the rows where they belong.

@@ -124,12 +124,12 @@ def _set_state(param: nn.Parameter, state: ParameterState) -> None:
             param.register_post_accumulate_grad_hook(hook)
 
 
-def _on_unsharded(param: nn.Parameter, hooks: Hooks, kind: type[_UnshardedHooks]) -> list[Hook]:
+def _on_unsharded(param: nn.Parameter, hooks: Hooks, hooks_cls: type[_UnshardedHooks]) -> list[Hook]:
     """The hooks as `param` can run them (see [Note: hooks see the unsharded gradient])."""
     found = list(hooks.values())
     if not isinstance(param, DTensor):
         return found
-    return [kind(hooks, param.device_mesh, tuple(param.placements))]
+    return [hooks_cls(hooks, param.device_mesh, tuple(param.placements))]
 
 
 @dataclass(frozen=True)

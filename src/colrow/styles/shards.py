@@ -107,14 +107,14 @@ class ShardSpec:
                 site.divide(size, "CR210", f"{name}: segment {position} of size {size}")
 
     def distribute(self, param: Tensor, mesh: DeviceMesh, source: int | None) -> DTensor:
-        """The DTensor whose local tensor is a shard of each segment. `source`: the rank whose values count; None: each
-        rank's own."""
+        """The DTensor whose local tensor is a shard of each segment. `source`: the rank whose values all take; None:
+        each rank keeps its values."""
         data = param.detach()
         if self.dim is None or self.uneven:
             return distribute_tensor(data, mesh, [Replicate()], src_data_rank=source)
         if len(self.segments) == 1:
             return distribute_tensor(data, mesh, [Shard(self.dim)], src_data_rank=source)
-        # DTensor can only chunk the dim as a whole: put the rows in the order of the ranks first.
+        # DTensor chunks the dim as one: put the rows in the order of the ranks first.
         order = [row for rank in range(mesh.size()) for row in self.rows(mesh.size(), rank)]
         data = data.index_select(self.dim, torch.tensor(order, device=data.device))
         shard = distribute_tensor(data, mesh, [Shard(self.dim)], src_data_rank=source).to_local()
@@ -201,7 +201,7 @@ def place_parameter(module: nn.Module, name: str, mesh: DeviceMesh, spec: ShardS
 
 
 def shard_parameters(module: nn.Module, mesh: DeviceMesh, specs: dict[str, ShardSpec], source: int | None) -> None:
-    """Place the module's parameters by their specs, and let its forward see this rank's shards."""
+    """Shard the module's parameters by their specs, and let its forward see this rank's shards."""
     placed = [name for name, spec in specs.items() if place_parameter(module, name, mesh, spec, source)]
     view_parameters(module, {name: specs[name].view(mesh) for name in placed})
 
@@ -218,7 +218,7 @@ def mark_grads_summed_at_entry(block: nn.Module) -> None:
 
 
 class ShardedModuleStyle(ParallelStyle):
-    """Shards the parameters, and brings the first input and the output to the layouts requested.
+    """Shards the parameters, and redistributes the first input and the output to the requested layouts.
 
     Args:
         partial: the output is a sum over ranks, and the input this rank's shard of the last dimension; else the input
@@ -254,7 +254,7 @@ class ShardedModuleStyle(ParallelStyle):
 
 
 def local_input(x: Any, mesh: DeviceMesh, layout: Placement | None, gather: bool) -> Any:
-    """`x` as a local tensor. `gather`: complete, its gradient a sum over ranks; otherwise the rank's own shard of the
+    """`x` as a local tensor. `gather`: complete, its gradient a sum over ranks; otherwise this rank's shard of the
     last dimension. A plain tensor without a layout is left as it is."""
     if not isinstance(x, DTensor):
         if layout is None or not isinstance(x, Tensor):

@@ -14,9 +14,9 @@ class Precision:
     """[Note: precision]
 
     Parameters, the optimizer's state and its update are fp32 always, and so are the loss and the gradient norm. The
-    model computes in `compute_dtype`, in which activations and their gradients also travel over tp and pp. Gradients of
-    parameters are summed over micro-batches and reduced over data axes in fp32; only a step of a single micro-batch on
-    a mesh of tp alone hands them to the optimizer in `compute_dtype`, since there is nothing to sum.
+    model computes in `compute_dtype`, in which activations and their gradients are also sent over tp and pp. Gradients
+    of parameters are summed over micro-batches and reduced over data axes in fp32; only a step of one micro-batch on a
+    mesh of tp alone passes them to the optimizer in `compute_dtype`, since there is nothing to sum.
 
     Who casts the parameters: FSDP2 casts what it gathers (`fsdp_param_dtype`). With tp alone it gathers nothing,
     and its hooks and its fp32 copy of every gradient would only cost time: there `ComputeWeights` keeps copies. A CUDA

@@ -45,7 +45,7 @@ def leaf_name(fqn: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class FastGather(FastLinear):
-    """One all-gather and one product for the modules inside that `columns` names, which have style fast_colwise or
+    """One all-gather and one matmul for the modules inside that `columns` names, which have style fast_colwise or
     fast_kv_replicate. `argument` is the gathered one's number or name: the first unless given, or `hidden_states`.
     `keep_gathered: false` gathers the input again in backward instead of keeping it. For the other options see
     `FastLinear`."""
@@ -100,7 +100,7 @@ class SiblingGather:
         y_BTF = gathered_linear(x_BtD, weights, self.state)
         parts = y_BTF.split([w.shape[0] for w in weights], -1)
         outputs = dict(zip(map(leaf_name, self.columns), parts, strict=True))
-        # self and not self.fqn: torch.compile guards on what forward reads, and would compile each layer anew
+        # self and not self.fqn: torch.compile guards on what forward reads, and would compile each layer again
         return SiblingOutputs(self, outputs, (*y_BTF.shape[:-1], x_BtD.shape[-1]), x_BtD)
 
 
@@ -157,7 +157,7 @@ class SiblingOutputs:
 
 
 def gathered_linear(x_BtD: Tensor, weights: list[Tensor], state: LinearState) -> Tensor:
-    """[B, t, D] on each rank -> [B, T, F]: the all-gather and the products with all weights, without biases."""
+    """[B, t, D] on each rank -> [B, T, F]: the all-gather and the matmuls with all weights, without biases."""
     y_NF = column_linear(x_BtD.flatten(0, -2), weights, state.group, state.options)
     return y_NF.view(*x_BtD.shape[:-2], x_BtD.shape[-2] * state.ranks, -1)
 

@@ -67,7 +67,7 @@ class FastLinearStyle(ParallelStyle):
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module's forward is a product with its weight and the addition of its bias: a Linear, or
+    """Whether the module's forward is a matmul with its weight and the addition of its bias: a Linear, or
     transformers' Conv1D. A subclass with a forward of its own may do more, which a fast style would leave out."""
     module_cls = type(module)
     if isinstance(module, nn.Linear):

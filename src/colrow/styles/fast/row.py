@@ -32,7 +32,7 @@ class FastRowwise(FastLinear):
     name = "fast_rowwise"
     sums_gradients = True
     operator = "row_forward"
-    saved_operators = frozenset({"colrow::row_forward"})  # a product and its reduce-scatter in one
+    saved_operators = frozenset({"colrow::row_forward"})  # a matmul and its reduce-scatter in one
     segments: tuple[int, ...] | None = option(integers_of)
 
     def specs(self, site: Site) -> dict[str, ShardSpec]:
