@@ -24,18 +24,23 @@ test-all: $(STAMP)
 	$(PYTEST) --exhaustive $(ARGS)
 
 # One room's tests (a package or a module of src/colrow): tests/ROOM, tests/test_ROOM.py, and what proves it elsewhere.
-room_of = $(wildcard $(addprefix tests/distributed/test_,$(addsuffix .py,$(1))))
-ROOM_ops := $(call room_of,chunked linear_cross_entropy copy_engine_agreement)
-ROOM_styles := $(call room_of,styles linear_head) tests/plans
-ROOM_sharding := $(call room_of,linear_head)
-ROOM_plans := tests/derive/test_rule_table.py
-ROOM_models := tests/distributed/test_tensor_parallel.py
-ROOM_parallel := $(call room_of,pipeline)
-ROOM_checkpoint := $(call room_of,checkpoint_meshes)
-ROOM_train := $(call room_of,training)
+# What takes a minute by itself is left to make test.
+ranks_of = $(patsubst %,tests/distributed/test_%.py,$(1))
+ROOM_checkpoint := $(call ranks_of,checkpoint_meshes)
+ROOM_derive := --ignore tests/derive/test_families.py
+ROOM_dryrun := tests/checking/test_mutants.py
+ROOM_errors := tests/plans/test_one_answer.py
+ROOM_models := $(call ranks_of,tensor_parallel)
+ROOM_ops := $(call ranks_of,chunked linear_cross_entropy copy_engine_agreement)
+ROOM_parallel := $(call ranks_of,pipeline linear_head every_mesh)
+ROOM_sharding := $(call ranks_of,styles)
+ROOM_styles := tests/plans $(call ranks_of,styles linear_head fast_styles)
+ROOM_train := $(call ranks_of,training compute_weights)
+room = $(wildcard tests/$(ROOM) tests/test_$(ROOM).py) $(ROOM_$(ROOM))
 
 test-room: $(STAMP)
-	$(PYTEST) $(wildcard tests/$(ROOM) tests/test_$(ROOM).py) $(ROOM_$(ROOM)) $(ARGS)
+	test -n "$(ROOM)" -a -n "$(strip $(room))"  # ROOM=styles, or another package or module of src/colrow
+	$(PYTEST) $(room) $(ARGS)
 
 # The tests of several ranks on this host's GPUs, a process for each file: what hangs ends alone, and every result is
 # there as it comes. Tests that need more GPUs than there are, are skipped. FILES="..." takes some of them.

@@ -151,3 +151,12 @@ def test_no_room_holds_a_fifth_of_all_lines() -> None:
     for name, path in sources().items():
         total[room(name)] = total.get(room(name), 0) + lines(path)
     assert {name: n for name, n in total.items() if n > LARGEST_ROOM * sum(total.values())} == {}
+
+
+def test_every_room_has_tests_of_its_own() -> None:
+    """`make test-room ROOM=...` runs `tests/ROOM` or `tests/test_ROOM.py`, and what the Makefile names besides."""
+    tests = Path(__file__).parent
+    named = (tests.parent / "Makefile").read_text(encoding="utf-8")
+    rooms = {path.stem for path in SRC.iterdir() if path.is_dir() or path.suffix == ".py"} - {"__pycache__"}
+    bare = {r for r in rooms if not (tests / r).is_dir() and not (tests / f"test_{r}.py").exists()}
+    assert {r for r in bare if f"\nROOM_{r} :=" not in named} == {"__init__", "__main__"}
