@@ -18,7 +18,7 @@ from colrow.checkpoint.export import export
 from colrow.checkpoint.huggingface import SINGLE, load_weights
 from colrow.checkpoint.pieces import Piece
 from colrow.errors import CheckpointError
-from colrow.sharding.region import Region
+from colrow.sharding.layout import Region
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("transformers.conversion_mapping")

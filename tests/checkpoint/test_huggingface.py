@@ -26,8 +26,7 @@ from colrow.parallel.data_parallel import apply_data_parallel
 from colrow.parallel.initialize import materialize
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
-from colrow.sharding.layout import full_tensor, local_tensor
-from colrow.sharding.region import Region
+from colrow.sharding.layout import Region, full_tensor, local_tensor
 from helpers.families import FAMILIES, save_transformers, token_ids
 from helpers.harness import Ranks
 from helpers.llamas import OPTIONS, meta, seeded

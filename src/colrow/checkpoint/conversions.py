@@ -15,7 +15,7 @@ from torch import nn
 
 from colrow.checkpoint.pieces import Piece
 from colrow.errors import CheckpointError
-from colrow.sharding.region import Region
+from colrow.sharding.layout import Region
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from colrow.checkpoint.pieces import Piece
 from colrow.checkpoint.ranks import Ranks
-from colrow.sharding.region import Region
+from colrow.sharding.layout import Region
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from colrow.checkpoint.tensor_file import DTYPES
 from colrow.errors import CheckpointError
-from colrow.sharding.layout import Packed, held_regions, local_tensor
-from colrow.sharding.region import Region
+from colrow.sharding.layout import Packed, Region, held_regions, local_tensor
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from colrow.checkpoint.manifest import OptimizerRecord
 from colrow.checkpoint.pieces import Piece
 from colrow.checkpoint.state import merge_records
 from colrow.errors import CheckpointError
-from colrow.sharding.region import Region
+from colrow.sharding.layout import Region
 
 
 class PieceSavePlanner(DefaultSavePlanner):

@@ -41,7 +41,7 @@ from colrow.checkpoint.manifest import (
 from colrow.checkpoint.state import OPTIMIZER_PREFIX
 from colrow.checkpoint.tensor_file import Entry, TensorReader, in_threads, into_files, write_tensors
 from colrow.errors import CheckpointError
-from colrow.sharding.region import Region
+from colrow.sharding.layout import Region
 
 T = TypeVar("T")
 

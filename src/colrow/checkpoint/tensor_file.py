@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from colrow.errors import CheckpointError
-from colrow.sharding.region import Region
+from colrow.sharding.layout import Region
 
 T = TypeVar("T")
 R = TypeVar("R")

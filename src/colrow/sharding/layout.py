@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate, product
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +18,29 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from colrow.sharding.packed_shard import PackedShard
-from colrow.sharding.region import Region
 from colrow.torch_compat import StridedShard, local_shard
 
 PACKED = "_colrow_packed"  # module attribute: {parameter name: Packed}
 
 # Wrappers put these between a module's name and its parameters': torch.compile, activation checkpointing.
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+@dataclass(frozen=True)
+class Region:
+    """A rectangular block of a tensor: `size` elements from `offset`, in each dim. Empty tuples: a scalar's element."""
+
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """The region as an index: `tensor[region.slices]`."""
+        return tuple(slice(o, o + n) for o, n in zip(self.offset, self.size, strict=True))
+
+    @property
+    def numel(self) -> int:
+        return prod(self.size)
 
 
 @dataclass(frozen=True)
