@@ -123,7 +123,7 @@ class MeshAxes:
     """This rank's place on each axis of `mesh`, and what follows from it. An axis that the mesh lacks has one rank.
 
     Args:
-        mesh: of `Mesh.build`, or a part of one.
+        mesh: of `Mesh.build`, or a submesh of one.
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:

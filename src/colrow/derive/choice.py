@@ -75,7 +75,7 @@ class Choice:
         return [self.local_size(dim) for dim in dims]
 
     def indices(self, dim: Dim, rank: int) -> list[int]:
-        """The global indices that a rank's part of the dimension holds, in its local order."""
+        """The global indices that a rank's shard of the dimension holds, in its local order."""
         atoms = leaves(dim)
         out, position = [0], 0
         while position < len(atoms):

@@ -126,7 +126,7 @@ class AxisInference:
         return [[Atom(int(extent), why)] if int(extent) != 1 else [] for extent in shape]
 
     def contract(self, node: Node, dim: Dim) -> None:
-        """`node` sums over `dim`: sharded, each rank holds a part of the sum."""
+        """`node` sums over `dim`: sharded, each rank holds a partial sum."""
         if dim:
             self.contracted.setdefault(node, []).append(dim)
 

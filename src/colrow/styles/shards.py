@@ -62,7 +62,7 @@ class ShardSpec:
     def rows(self, tp: int, rank: int) -> list[int]:
         """Global indices of `dim` that a rank uses, in its order."""
         out: list[int] = []
-        start = 0
+        start = 0  # of the segment
         for position, size in enumerate(self.segments):
             if position in self.kv:
                 width = size // self.kv_heads
@@ -131,6 +131,7 @@ class ShardSpec:
         if self.dim is None or not self.uneven:
             return same_on_all_ranks
         dim, rows = self.dim, rank_table(mesh, [self.rows(tp, rank) for rank in range(tp)])
+        # all ranks hold the complete parameter, and each uses some rows: its gradient is one term of a sum over tp
         return lambda param: summed(param).index_select(dim, rows)
 
 

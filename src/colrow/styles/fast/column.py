@@ -87,19 +87,19 @@ class SiblingGather:
 
     def pre_hook(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         key = self.argument
-        if key is None:
+        if key is None:  # transformers' layers call self_attn with keyword arguments only
             key = 0 if args else "hidden_states"
         x_BtD = argument_at(args, kwargs, key)
         if not isinstance(x_BtD, Tensor):
             message = f"fast_gather finds no tensor as argument {key!r}"
-            raise PlanError("CR211", self.fqn, message, "say which it is in the option argument")
+            raise PlanError("CR211", self.fqn, message, "set the option argument to its number or name")
         return with_argument(args, kwargs, key, self.outputs(module, x_BtD))
 
     def outputs(self, module: nn.Module, x_BtD: Tensor) -> SiblingOutputs:
         weights = [weight_out_in(module.get_submodule(name)) for name in self.columns]
         y_BTF = gathered_linear(x_BtD, weights, self.state)
-        parts = y_BTF.split([w.shape[0] for w in weights], -1)
-        outputs = dict(zip(map(leaf_name, self.columns), parts, strict=True))
+        shards = y_BTF.split([w.shape[0] for w in weights], -1)
+        outputs = dict(zip(map(leaf_name, self.columns), shards, strict=True))
         # self and not self.fqn: torch.compile guards on what forward reads, and would compile each layer again
         return SiblingOutputs(self, outputs, (*y_BTF.shape[:-1], x_BtD.shape[-1]), x_BtD)
 
