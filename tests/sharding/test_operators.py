@@ -114,11 +114,14 @@ def answer(function: Callable[..., Any], *args: Any) -> Placement | None:
 
 
 SHARDED = [op.name for op in OPERATORS.values() if op.rule == "elementwise" and op.dtensor is None]
+OLD_TORCH = torch.__version__.startswith("2.11.")
+LEARNT_SINCE = ("ne", "not_equal") if OLD_TORCH else ()
+"""DTensor of torch 2.11 has no rule for them: there the table is ahead of it."""
 OTHER_SIGNATURES = ("threshold", "lerp", "addcmul", "addcdiv", "_conj", "real", "clamp", "boundary", "fill")
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in SHARDED if n not in OTHER_SIGNATURES and "bitwise" not in n and "__" not in n]
+    "name", [n for n in SHARDED if n not in OTHER_SIGNATURES + LEARNT_SINCE and "bitwise" not in n and "__" not in n]
 )
 def test_dtensor_agrees_that_an_elementwise_operator_keeps_shards(name: str, mesh: DeviceMesh) -> None:
     x = DTensor.from_local(torch.rand(4, 3), mesh, [Shard(1)], run_check=False)
@@ -141,7 +144,7 @@ def partly(function: Callable[..., Any], place: Placement, *more: Any) -> Callab
 
 MASK = torch.zeros(4, 6, 6, dtype=torch.bool)
 SHORT: dict[str, Callable[[DeviceMesh], Placement | None]] = {
-    "clone": partly(aten.clone, Partial()),
+    **({} if OLD_TORCH else {"clone": partly(aten.clone, Partial())}),  # 2.11 keeps a partial sum partial
     "copy": partly(aten.copy, Shard(1), torch.rand(4, 12, 6)),
     "lift_fresh_copy": partly(aten.lift_fresh_copy, Shard(1)),
     "masked_fill": partly(aten.masked_fill, Partial(), MASK, 0.0),

@@ -205,13 +205,10 @@ def track_share(values: Values, op: Op, tp: int) -> None:
             values[out].is_share = True
 
 
-_BATCH_NORMS = {"native_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update", "cudnn_batch_norm"}
-
-
 def track_statistics(values: Values, op: Op) -> None:
-    """In training, batch norm writes its running statistics (args 3 and 4), which not every schema of it says."""
-    if op.name in _BATCH_NORMS and op.args[5] is not False:
-        for buffer in op.args[3:5]:
+    """In training, batch norm writes its running statistics, which not every schema of it says."""
+    if op.facts.statistics and op.args[5] is not False:  # training; cuDNN's own operator runs in training alone
+        for buffer in (op.args[position] for position in op.facts.statistics):
             if isinstance(buffer, Tensor):
                 values.storage(buffer).written = True
                 values.storage(buffer).varying |= bool(op.varying)

@@ -86,6 +86,7 @@ class Operator:
         addends: positions of tensor operands that are added to the rest; None: none. Of a sum over ranks such a term
             counts once for each rank.
         counts: its integer arguments go into values (a scale, a count that is divided by), not into shapes.
+        statistics: positions of the operands that it writes running statistics of the batch into, in training.
         dtensor: where DTensor's propagation is wrong for it; None: its answer can be taken, in the table or not.
         collective: what it does between ranks (all_gather, reduce_scatter, ...); empty: nothing.
     """
@@ -101,6 +102,7 @@ class Operator:
     contracts: bool = False
     addends: tuple[int, ...] | None = None
     counts: bool = False
+    statistics: tuple[int, ...] = ()
     dtensor: Propagation | None = None
     collective: str = ""
 
@@ -138,6 +140,11 @@ _known("mul", "elementwise", linear=Linear.EACH, counts=True)
 _known("div", "elementwise", linear=Linear.NUMERATOR, counts=True)
 _known("neg", "elementwise", linear=FIRST)
 _known("dropout", "elementwise", linear=FIRST, random=True, dtensor=LENIENT)
+_known(
+    "native_batch_norm _native_batch_norm_legit _batch_norm_with_update cudnn_batch_norm",
+    statistics=(3, 4),
+    dtensor=MISSING,
+)
 _known("native_dropout _fused_dropout", random=True, dtensor=LENIENT)
 _known("contiguous alias", "elementwise", linear=FIRST, moves=True, identity=Identity.MEMORY)
 _known("clone", "elementwise", linear=FIRST, moves=True, identity=Identity.MEMORY, dtensor=STRICT)
