@@ -22,7 +22,7 @@ from colrow.derive.choose import choose
 from colrow.derive.infer import AxisInference, argument, facts_of, is_lookup, op_name
 from colrow.derive.table import infer
 from colrow.derive.trace import Trace, default_inputs, is_boundary, trace
-from colrow.dryrun.calls import call_model
+from colrow.dryrun.calls import call_model, main_tensor
 
 
 class Sabotage(Enum):
@@ -223,7 +223,7 @@ def prove(
     training = model.training
     model.eval()
     leaves_of = dict(model.named_parameters())
-    expected_out = call_model(model, inputs)
+    expected_out = main_tensor(call_model(model, inputs))
     model.train(training)
     probe = torch.randn(expected_out.shape, generator=torch.Generator().manual_seed(1)).to(expected_out)
     wanted: tuple[Any, ...] = torch.autograd.grad(

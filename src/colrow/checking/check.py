@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +15,7 @@ from colrow.checking.finding import CODES, Code, Finding, Severity, finding, fin
 from colrow.checking.gradients import check_gradients
 from colrow.checking.options import check_options
 from colrow.checking.static import check_stages, check_static, fused_suspects
-from colrow.dryrun.calls import Loss, default_loss
+from colrow.dryrun.calls import GivenInputs, Loss, default_loss
 from colrow.dryrun.dry_run import dry_run
 from colrow.dryrun.result import DryRun
 from colrow.errors import PlanError
@@ -35,7 +34,7 @@ def check(
     batch_size: int = 1,
     seq_len: int = 512,
     *,
-    inputs: tuple[Any, ...] | None = None,
+    inputs: GivenInputs | None = None,
     loss: Loss = default_loss,
     param_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
@@ -48,9 +47,10 @@ def check(
 
     Args:
         batch_size: sequences on one rank.
-        inputs: example arguments for models that do not take token ids [batch_size, seq_len].
-        loss: of the model's output (its logits, or the first tensor of what it returns) and the inputs; next-token
-            cross entropy by default.
+        inputs: example arguments, positional or a mapping by name; unless given, what the model takes by
+            [Note: example inputs].
+        loss: of the model's output, as the model returns it, and the inputs. By default next-token cross entropy, or a
+            weighted sum of an output that is not logits, plus the scalars of the output (auxiliary losses).
         param_dtype, reduce_dtype: of FSDP2's mixed precision, where you use it: the dtype that the model computes in,
             and the one in which you expect gradients to be summed.
         compiled: each block will be compiled with `torch.compile`.

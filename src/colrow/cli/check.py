@@ -32,7 +32,9 @@ def main(argv: list[str]) -> int:
     model = flags.load_model()
     plan = flags.load_plan(model)
     seq_len = flags.seq_len or default_seq_len(model, flags.tp, 4096)
-    findings = check(model, plan, Mesh(tp=flags.tp), batch_size=flags.batch_size, seq_len=seq_len)
+    findings = check(
+        model, plan, Mesh(tp=flags.tp), batch_size=flags.batch_size, seq_len=seq_len, inputs=flags.load_inputs()
+    )
     ok = not any(finding.severity == "error" for finding in findings)
     if flags.json:
         json.dump({"ok": ok, "findings": [finding.to_data() for finding in findings]}, sys.stdout, indent=1)

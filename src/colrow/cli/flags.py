@@ -12,6 +12,7 @@ from colrow.errors import ConfigError
 if TYPE_CHECKING:  # a wrong flag need not wait for torch
     from torch import nn
 
+    from colrow.dryrun.calls import Inputs
     from colrow.plans.plan import Plan
 
 T = TypeVar("T")
@@ -29,6 +30,9 @@ class PlanFlags:
     """A preset's name, huggingface, derive, derive-fast, derive-overlap, or a file."""
     loss: str | None = None
     """For a preset: vocab_parallel, replicated or linear."""
+    inputs: str | None = None
+    """package.module:callable that returns example inputs: a tensor, a tuple, or a mapping of keyword arguments. Unless
+    given, the model's signature and layers say what it takes."""
     json: bool = False
     """Print JSON instead."""
 
@@ -43,7 +47,22 @@ class PlanFlags:
         """The plan for `model`. Raises ConfigError or PlanError as `named_plan` does."""
         from colrow.plans.named import named_plan
 
-        return named_plan(self.plan, model, self.tp, self.loss)
+        return named_plan(self.plan, model, self.tp, self.loss, self.load_inputs())
+
+    def load_inputs(self) -> Inputs | None:
+        """The inputs that the user's callable returns. Raises ConfigError where there is none, or it returns none."""
+        if self.inputs is None:
+            return None
+        from colrow.dryrun.calls import Inputs
+        from colrow.models.build import imported
+
+        given = imported(self.inputs, "inputs")()
+        try:
+            return Inputs.of(given)
+        except TypeError as error:
+            raise ConfigError(
+                f"--inputs {self.inputs} returns a {type(given).__name__}: return a tensor, a tuple or a mapping"
+            ) from error
 
     def positive(self, *names: str) -> None:
         """Refuse what counts something and is less than one."""

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     model = flags.load_model()
     plan = flags.load_plan(model)
     seq_len = flags.seq_len or default_seq_len(model, flags.tp, 8192)
-    shown = report(model, plan, flags.tp, flags.batch_size, seq_len)
+    shown = report(model, plan, flags.tp, flags.batch_size, seq_len, inputs=flags.load_inputs())
     if flags.output is not None:
         plan.save(flags.output)
     if flags.html is not None:

@@ -36,11 +36,15 @@ def main(argv: list[str]) -> int:
     """Exit 0 when the plan is proved right, 1 when it is wrong, 2 for bad usage, 3 when inconclusive."""
     flags = parse(Flags, "verify", argv)
     multiprocessing.set_forkserver_preload(["colrow.verifying.backends"])  # imported once, not by each rank
+    from colrow.dryrun.calls import vocabulary
     from colrow.dryrun.reduced_model import reduced_model
 
     model, reduced = reduced_model(flags.load_model(), flags.tp)
+    inputs = flags.load_inputs()
+    if inputs is not None and reduced is not None:
+        inputs = inputs.within(vocabulary(model))
     plan = flags.load_plan(model)
-    report = verify(model, plan, flags.tp, backend=flags.backend)
+    report = verify(model, plan, flags.tp, backend=flags.backend, inputs=inputs)
     if flags.json:
         json.dump(_finite(report.to_data() | {"twin": reduced}), sys.stdout, indent=1)
         print()
@@ -63,7 +67,9 @@ def show(report: Report, reduced: str | None, title: str, console: Console) -> N
             f"  loss       {report.loss_rel_err:.1e} relative error",
             f"  gradients  {report.max_grad_rel_err:.1e} at most" + (f", {worst[0].name}" if worst else ""),
             f"  one step   {report.max_step_rel_err:.1e} at most, of any parameter",
+            *([f"  buffers    {report.max_buffer_rel_err:.1e} at most"] if report.max_buffer_rel_err else []),
             f"  tolerance  {report.tolerance:.0e}",
+            f"  compared   in {' and in '.join(report.modes)} mode{', dropout off' if report.dropout_off else ''}",
         ]
     if worst and report.max_grad_rel_err > report.tolerance:
         lines.append("largest errors of gradients:")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +24,7 @@ from colrow.derive.local import Attributes, LocalCheck
 from colrow.derive.sequence import NoStreamError, Stream, StreamKind, find_stream
 from colrow.derive.table import infer
 from colrow.derive.trace import Trace, default_inputs, label_of, module_path, trace
+from colrow.dryrun.calls import GivenInputs, Inputs
 from colrow.errors import PlanError
 from colrow.ops.carriers import Overlap
 from colrow.plans.derive_options import DeriveOptions
@@ -70,7 +70,7 @@ def derive(
     model: nn.Module,
     tp: int,
     *,
-    inputs: Sequence[Tensor] | None = None,
+    inputs: GivenInputs | None = None,
     options: DeriveOptions | None = None,
     traced: Trace | None = None,
 ) -> Derivation:
@@ -78,8 +78,8 @@ def derive(
 
     Args:
         model: any module, on any device (the meta device included). It is left as it was.
-        inputs: example inputs, [batch, sequence, ...] first; token ids unless given. The sequence must be divisible by
-            tp, and batch and sequence unlike any dimension of the model.
+        inputs: example inputs, [batch, sequence, ...] first (see [Note: example inputs]). The sequence must be
+            divisible by tp, and batch and sequence unlike any dimension of the model.
         options: what the plan may use.
         traced: the trace of `model` on `inputs`, when there is one already (of another degree).
 
@@ -89,7 +89,7 @@ def derive(
     """
     options = options or DeriveOptions()
     options.check()
-    given = tuple(inputs) if inputs is not None else default_inputs(model, tp)
+    given = default_inputs(model, tp) if inputs is None else Inputs.of(inputs)
     traced = traced or trace(model, given)
     try:
         return _Derive(model, tp, given, traced, options).run()

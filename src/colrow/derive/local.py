@@ -33,7 +33,7 @@ from colrow.derive.trace import (
     markers,
     trace,
 )
-from colrow.dryrun.calls import call_model
+from colrow.dryrun.calls import Inputs, call_model
 from colrow.errors import PlanError
 from colrow.sharding.operators import Filling, Identity
 from colrow.styles.base import set_attribute
@@ -165,7 +165,7 @@ class LocalCheck:
     def _quick(self, model: nn.Module, rescale: Rescale | None, expected: dict[Node, list[int] | None]) -> str | None:
         model.eval()
         mode = fake_tensor_mode(allow_non_fake_inputs=True)
-        inputs = tuple(mode.from_tensor(x) for x in self.inputs)
+        inputs = Inputs.of(self.inputs).map(mode.from_tensor)
         try:
             with quiet_fake_tensors(), markers(model, rescale) as calls, torch.no_grad(), mode:
                 call_model(model, inputs)
@@ -268,7 +268,7 @@ class LocalCheck:
                 record_reads(name, module, found)
         mode = fake_tensor_mode(allow_non_fake_inputs=True)
         with quiet_fake_tensors(), torch.no_grad(), mode, contextlib.suppress(Exception):
-            call_model(model.eval(), tuple(mode.from_tensor(x) for x in self.inputs))
+            call_model(model.eval(), Inputs.of(self.inputs).map(mode.from_tensor))
         return [(name, key, value) for (name, key), value in found.items()]
 
 

@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from colrow.derive.outside import watching_reads
-from colrow.dryrun.calls import call_model
+from colrow.dryrun.calls import Inputs, call_model, example_inputs, main_tensor
 from colrow.errors import PlanError
 from colrow.torch_compat import quiet_fake_tensors
 
@@ -124,12 +124,12 @@ def strip(name: str) -> str:
 class _Called(nn.Module):
     """The model as `dryrun.calls` calls it: one tensor comes out."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__()
-        self.m = model
+        self.m, self.names = model, names
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return call_model(self.m, inputs)
+        return main_tensor(call_model(self.m, Inputs(inputs).named(self.names)))
 
 
 def _prime_sizes(model: nn.Module, tp: int) -> tuple[int, int]:
@@ -144,11 +144,11 @@ def _prime_sizes(model: nn.Module, tp: int) -> tuple[int, int]:
     return 3, 17 * tp
 
 
-def default_inputs(model: nn.Module, tp: int) -> tuple[Tensor, ...]:
-    """Token ids [batch, sequence] on the model's device."""
+def default_inputs(model: nn.Module, tp: int) -> Inputs:
+    """What the model takes by [Note: example inputs], on its device: zeros, of sizes that are told apart."""
     batch, seq = _prime_sizes(model, tp)
     device = next(iter(model.parameters())).device
-    return (torch.zeros(batch, seq, dtype=torch.long, device=device),)
+    return example_inputs(model, batch, seq, torch.Generator()).map(lambda x: torch.zeros_like(x, device=device))
 
 
 def trace(model: nn.Module, inputs: tuple[Tensor, ...], rescale: Rescale | None = None) -> Trace:
@@ -157,7 +157,8 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...], rescale: Rescale | None 
     Raises:
         PlanError: torch.export cannot trace the model; the text says why.
     """
-    wrapper = _Called(model)
+    inputs = Inputs.of(inputs)
+    wrapper = _Called(model, inputs.names)
     training = {m: m.training for m in model.modules()}
     wrapper.eval()
     try:
@@ -168,7 +169,7 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...], rescale: Rescale | None 
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
-            program = torch.export.export(wrapper, inputs, strict=False).run_decompositions({})
+            program = torch.export.export(wrapper, tuple(inputs), strict=False).run_decompositions({})
     except Exception as error:
         first = str(error).strip().splitlines() or [""]
         raise PlanError(

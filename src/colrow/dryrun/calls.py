@@ -1,14 +1,19 @@
-"""How to call a model of unknown signature: its input, its output, and its loss.
+"""How a model of any family is called, and the scalar that its output becomes: one rule for derive, check and verify.
 
-A causal language model takes token ids [B, T] and gives logits [B, T, V], bare or as `.logits` of what Hugging Face's
-models return. A model without an embedding takes hidden states [B, T, D].
+[Note: example inputs]
+What the caller gives counts (`inputs=`, or `--inputs` of the command line): a tensor, positional arguments, or a
+mapping of keyword arguments. Else the model says it: by the name of its first argument (`input_ids`, `pixel_values`,
+`hidden_states`), else by its first layer. Token ids [B, T] where there is an embedding; pixels [B, C, H, W] where a 2-D
+convolution comes first; features [B, T, D] or [B, C, T] where a linear layer or a 1-D convolution does. A model that
+needs more than one argument, or has none of these, is refused: a guess would judge another model.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +23,47 @@ from torch.distributed.tensor import DTensor
 from colrow.errors import PlanError
 from colrow.plans.plan import Plan
 from colrow.styles.linear_head import PendingTargets, expect_targets
-from colrow.torch_compat import tree_leaves
 
-Loss = Callable[[Tensor, tuple[Any, ...]], Tensor]
-"""A scalar from the model's output and its inputs."""
+GivenInputs: TypeAlias = "Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]"
+Loss = Callable[[Any, Any], Tensor]
+"""A scalar from the model's output, as the model returns it, and from the inputs: a tuple, or the mapping given."""
+
+_TOKENS = {"input_ids", "ids", "idx", "tokens", "token_ids"}
+_PIXELS = {"pixel_values", "pixels", "images", "image", "img", "imgs"}
+_FEATURES = {"inputs_embeds", "hidden_states", "features", "input_features"}
+
+
+class Inputs(tuple[Any, ...]):
+    """The arguments of a model: positional, or under `names`."""
+
+    names: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, given: GivenInputs) -> Inputs:
+        """The inputs that a caller gives."""
+        if isinstance(given, Inputs):
+            return given
+        if isinstance(given, Mapping):
+            return cls(given.values()).named(tuple(given))
+        return cls((given,) if isinstance(given, Tensor) else given)
+
+    def named(self, names: tuple[str, ...]) -> Inputs:
+        self.names = names
+        return self
+
+    def map(self, change: Callable[[Any], Any]) -> Inputs:
+        """With each value changed."""
+        return Inputs(map(change, self)).named(self.names)
+
+    def within(self, vocab: int | None) -> Inputs:
+        """Token ids of a larger model as ids of one that knows `vocab` of them."""
+        integers = (torch.int32, torch.int64)
+        return self.map(lambda x: x % vocab if vocab and isinstance(x, Tensor) and x.dtype in integers else x)
+
+    @property
+    def given(self) -> Any:
+        """What a loss gets: the mapping of names, or a tuple."""
+        return dict(zip(self.names, self, strict=True)) if self.names else tuple(self)
 
 
 def is_huggingface(model: nn.Module) -> bool:
@@ -34,64 +76,136 @@ def vocabulary(model: nn.Module) -> int | None:
     return next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), None)
 
 
-def example_input(model: nn.Module, batch_size: int, seq_len: int) -> Tensor:
-    """Token ids [B, T], or hidden states [B, T, D] for a model without an embedding, drawn from torch's generator.
+def example_inputs(model: nn.Module, batch_size: int, seq_len: int, generator: torch.Generator | None = None) -> Inputs:
+    """Inputs of the kind that the model takes (see [Note: example inputs]), drawn at random.
 
     Raises:
-        PlanError: the model has neither an embedding nor a linear layer.
+        PlanError: neither its signature nor its layers show what it takes.
     """
-    vocab = vocabulary(model)
-    if vocab is not None:
-        return torch.randint(0, vocab, (batch_size, seq_len))
-    width = getattr(getattr(model, "config", None), "hidden_size", None)
-    linears = (module.in_features for module in model.modules() if isinstance(module, nn.Linear))
-    width = width or next(linears, None)
-    if width is None:
-        raise PlanError(
-            f"{type(model).__name__} has neither an embedding nor a linear layer that shows its input: "
-            "pass example inputs with inputs=(...)"
-        )
-    param = next(model.parameters())
-    dtype = param.dtype if param.is_floating_point() else torch.get_default_dtype()
-    return torch.randn(batch_size, seq_len, int(width), dtype=dtype)
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    takes = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    required = [p.name for p in takes if p.default is p.empty]
+    if len(required) > 1:
+        raise _unknown(model, f"takes {', '.join(required)}")
+    shape = _shape(model, (required or [takes[0].name if takes else ""])[0], batch_size, seq_len)
+    if shape is None:
+        return Inputs((torch.randint(0, vocabulary(model) or 2, (batch_size, seq_len), generator=generator),))
+    param = next(model.parameters(), None)
+    dtype = param.dtype if param is not None and param.is_floating_point() else torch.get_default_dtype()
+    return Inputs((torch.randn(shape, dtype=dtype, generator=generator),))
 
 
-def call_model(model: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
-    """The model's output as one tensor: logits where it gives some, else the first tensor.
+def _shape(model: nn.Module, argument: str, batch_size: int, seq_len: int) -> tuple[int, ...] | None:
+    """The shape of a floating-point input; None for token ids."""
+    config = getattr(model, "config", None)
+    layers = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.Conv2d | nn.Conv1d | nn.Linear)]
+    first = layers[0] if layers else None
+    convolution = next((m for m in layers if isinstance(m, nn.Conv2d)), None)
+    embedding = vocabulary(model) is not None
+    if argument in _PIXELS or (argument not in _TOKENS | _FEATURES and isinstance(first, nn.Conv2d)):
+        channels = getattr(config, "num_channels", None) or (convolution.in_channels if convolution else 3)
+        size = getattr(config, "image_size", None) or 32
+        height, width = size if isinstance(size, tuple | list) else (size, size)
+        return batch_size, int(channels), int(height), int(width)
+    if argument in _TOKENS or (embedding and argument not in _FEATURES):
+        return None
+    if isinstance(first, nn.Conv1d):
+        return batch_size, first.in_channels, seq_len
+    linear = next((m.in_features for m in layers if isinstance(m, nn.Linear)), None)
+    features = getattr(config, "hidden_size", None) or linear
+    if features is None:
+        raise _unknown(model, "has neither an embedding nor a linear layer that shows its input")
+    return batch_size, seq_len, int(features)
 
-    A single input is passed as `input_ids` where the model takes that name; no key-value cache is kept.
+
+def _unknown(model: nn.Module, why: str) -> PlanError:
+    return PlanError(
+        f"{type(model).__name__} {why}: pass example inputs with inputs=(...), a tuple or a mapping by name (on the "
+        "command line --inputs package.module:callable)"
+    )
+
+
+def call_model(model: nn.Module, inputs: GivenInputs) -> Any:
+    """What the model returns for the inputs.
+
+    Token ids alone are passed as `input_ids` where the model takes that name; no key-value cache is kept.
     """
+    inputs = Inputs.of(inputs)
     known = inspect.signature(model.forward).parameters
     kwargs: dict[str, Any] = {"use_cache": False} if "use_cache" in known else {}
-    if "input_ids" in known and len(inputs) == 1:
-        out = model(input_ids=inputs[0], **kwargs)
-    else:
-        out = model(*inputs, **kwargs)
-    logits = getattr(out, "logits", None)
+    if inputs.names:
+        return model(**{**kwargs, **inputs.given})
+    if "input_ids" in known and len(inputs) == 1 and not inputs[0].is_floating_point():
+        return model(input_ids=inputs[0], **kwargs)
+    return model(*inputs, **kwargs)
+
+
+def main_tensor(output: Any) -> Tensor:
+    """A model's logits where it gives some, else the first tensor of its output.
+
+    Raises:
+        PlanError: there is no tensor in it.
+    """
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if isinstance(logits, Tensor):
         return logits
-    tensor = next((leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)), None)
+    tensor = next(_tensors(output), None)
     if tensor is None:
-        raise PlanError(f"{type(model).__name__} returns no tensor, but {type(out).__name__}: wrap it in one that does")
+        raise PlanError(f"the model returns no tensor, but {type(output).__name__}: wrap it in one that does")
     return tensor
 
 
-def default_loss(output: Tensor, inputs: tuple[Any, ...]) -> Tensor:
-    """Next-token cross entropy for logits of token ids; otherwise a fixed weighted sum of the complete output.
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors in tuples, lists, mappings and dataclasses, in order."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        yield from (tensor for value in output.values() for tensor in _tensors(value))
+    elif isinstance(output, tuple | list):
+        yield from (tensor for value in output for tensor in _tensors(value))
+    elif dataclasses.is_dataclass(output):
+        yield from (tensor for field in dataclasses.fields(output) for tensor in _tensors(getattr(output, field.name)))
+
+
+def token_ids(inputs: Any) -> Tensor | None:
+    """The integer tensor [B, T] of the inputs: the one with a name of token ids, else the first."""
+    values = inputs
+    if isinstance(inputs, Mapping):
+        values = [inputs[name] for name in sorted(inputs, key=lambda name: name not in _TOKENS)]
+    found = (x for x in values if isinstance(x, Tensor) and not x.is_floating_point() and x.dim() == 2)
+    return next(found, None)
+
+
+def default_loss(output: Any, inputs: Any) -> Tensor:
+    """Next-token cross entropy for logits of token ids, else a fixed weighted sum of the main output; plus every other
+    scalar of the output that has a gradient (auxiliary losses).
 
     The weights differ from element to element: behind a norm, a mean or a square has a zero gradient.
     """
-    ids = inputs[0] if inputs else None
-    if isinstance(ids, Tensor) and not ids.is_floating_point() and output.ndim == 3:
-        targets = ids.roll(-1, dims=1)
-        return F.cross_entropy(output.flatten(0, 1), targets.flatten())
-    if isinstance(output, DTensor):
-        output = output.full_tensor()
+    main = main_tensor(output)
+    loss = _main_loss(main, token_ids(inputs))
+    for extra in _tensors(output):
+        if extra is not main and extra.dim() == 0 and extra.requires_grad:
+            loss = _complete(loss) + _complete(extra)
+    return loss
+
+
+def _main_loss(output: Tensor, ids: Tensor | None) -> Tensor:
+    if ids is not None and output.ndim == 3 and output.shape[:2] == ids.shape:
+        return F.cross_entropy(output.flatten(0, 1), ids.roll(-1, dims=1).flatten())
+    output = _complete(output)
     weights = torch.arange(output.numel(), dtype=output.dtype, device=output.device).cos().view(output.shape)
     return (output * weights).sum() / output.numel() ** 0.5
 
 
-def give_targets(model: nn.Module, plan: Plan, inputs: tuple[Any, ...]) -> None:
+def _complete(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def give_targets(model: nn.Module, plan: Plan, inputs: Any) -> None:
     """Give a head that computes the loss itself (`loss: linear`) the targets of `default_loss`."""
     if plan.loss == "linear":
-        expect_targets(model, [PendingTargets(inputs[0].roll(-1, dims=1), None, -100)])
+        ids = token_ids(Inputs.of(inputs).given)
+        if ids is None:
+            raise PlanError("the plan's loss is linear, the next-token loss, and no input holds token ids [B, T]")
+        expect_targets(model, [PendingTargets(ids.roll(-1, dims=1), None, -100)])

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from colrow.dryrun.calls import Loss, call_model, default_loss, example_input
+from colrow.dryrun.calls import (
+    GivenInputs,
+    Inputs,
+    Loss,
+    call_model,
+    default_loss,
+    example_inputs,
+    give_targets,
+    main_tensor,
+)
 from colrow.dryrun.fake_world import fake_tp_mesh, materialize_fake
 from colrow.dryrun.module_tracker import LOSS, ModuleTracker
 from colrow.dryrun.recorded_calls import CallRecorder
@@ -31,7 +40,6 @@ from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
 from colrow.sharding.layout import PACKED
 from colrow.styles.base import Style
-from colrow.styles.linear_head import PendingTargets, expect_targets
 from colrow.styles.rank_tensors import RANK_TABLES
 from colrow.torch_compat import fake_tensors, version
 
@@ -43,7 +51,7 @@ def dry_run(
     batch_size: int = 1,
     seq_len: int = 128,
     *,
-    inputs: tuple[Any, ...] | None = None,
+    inputs: GivenInputs | None = None,
     loss: Loss = default_loss,
     dtype: torch.dtype | None = None,
 ) -> DryRun:
@@ -54,8 +62,8 @@ def dry_run(
 
     Args:
         batch_size: sequences on one rank.
-        inputs: example arguments instead of token ids [batch_size, seq_len].
-        loss: of the model's output and the inputs; next-token cross entropy by default.
+        inputs: example arguments; unless given, what the model takes by [Note: example inputs].
+        loss: of the model's output, as it returns it, and the inputs; `calls.default_loss` by default.
         dtype: of floating-point parameters and buffers; the model's own by default.
 
     Raises:
@@ -80,7 +88,7 @@ class _Request:
     tp: int
     batch_size: int
     seq_len: int
-    inputs: tuple[Any, ...] | None
+    inputs: GivenInputs | None
     loss: Loss
     dtype: torch.dtype | None = None
 
@@ -97,8 +105,12 @@ def _run(request: _Request, keep: int = 2) -> DryRun:
         with fake_tensors():
             for copy in (reference, sharded):
                 materialize_fake(copy.model, request.dtype)
-            inputs = request.inputs or (example_input(reference.model, request.batch_size, request.seq_len),)
-            inputs = tuple(torch.empty_like(x, device="cpu") if isinstance(x, Tensor) else x for x in inputs)
+            inputs = (
+                example_inputs(reference.model, request.batch_size, request.seq_len)
+                if request.inputs is None
+                else Inputs.of(request.inputs)
+            )
+            inputs = inputs.map(lambda x: torch.empty_like(x, device="cpu") if isinstance(x, Tensor) else x)
             _run_unsharded(request, run, reference, inputs)
             if run.reference_failure is None:
                 _run_sharded(request, run, sharded, inputs, plan, tp_mesh)
@@ -107,15 +119,15 @@ def _run(request: _Request, keep: int = 2) -> DryRun:
     return run
 
 
-def _run_unsharded(request: _Request, run: DryRun, reference: ReducedCopy, inputs: tuple[Any, ...]) -> None:
+def _run_unsharded(request: _Request, run: DryRun, reference: ReducedCopy, inputs: Inputs) -> None:
     modules = ModuleTracker(reference.model, reference.original)
     _record_outputs(reference, run.reference_outputs)
     recorder = CallRecorder(modules)
     try:
         with recorder:
             output = call_model(reference.model, inputs)
-        run.reference_logits = _output(output)
-        loss = request.loss(output, inputs)
+        run.reference_logits = _output(main_tensor(output))
+        loss = request.loss(output, inputs.given)
         if loss.requires_grad:
             loss.backward()
     except Exception as error:
@@ -124,7 +136,7 @@ def _run_unsharded(request: _Request, run: DryRun, reference: ReducedCopy, input
 
 
 def _run_sharded(
-    request: _Request, run: DryRun, sharded: ReducedCopy, inputs: tuple[Any, ...], plan: Plan, tp_mesh: DeviceMesh
+    request: _Request, run: DryRun, sharded: ReducedCopy, inputs: Inputs, plan: Plan, tp_mesh: DeviceMesh
 ) -> None:
     model, original = sharded.model, sharded.original
     params = {id(param): original(name) for name, param in model.named_parameters()}
@@ -140,12 +152,12 @@ def _run_sharded(
         with watch, watch.declarations(), loss_context(plan, tp_mesh):
             with recorder:
                 if plan.loss == "linear":  # the head returns the loss, and there are no logits
-                    expect_targets(model, [PendingTargets(inputs[0], None, -100)])
+                    give_targets(model, plan, inputs)
                     loss = logits_of(call_model(model, inputs))
                 else:
                     output = call_model(model, inputs)
-                    run.logits = _output(output)
-                    loss = request.loss(output, inputs)
+                    run.logits = _output(main_tensor(output))
+                    loss = request.loss(output, inputs.given)
             run.varying_buffers = [original(name) for name in _written(watch, model, before)]
             if loss.requires_grad:
                 backward = True

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.tensor import Replicate
 
+from colrow.dryrun.calls import GivenInputs
 from colrow.dryrun.dry_run import dry_run
 from colrow.dryrun.result import Collective, DryRun, Output
 from colrow.mesh import Mesh
@@ -91,7 +92,15 @@ class PlanReport:
         }
 
 
-def report(model: nn.Module, plan: Plan, tp: int, batch_size: int = 1, seq_len: int = 128) -> PlanReport:
+def report(
+    model: nn.Module,
+    plan: Plan,
+    tp: int,
+    batch_size: int = 1,
+    seq_len: int = 128,
+    *,
+    inputs: GivenInputs | None = None,
+) -> PlanReport:
     """What `plan` does to `model` over tp ranks. The model may be on the meta device, and is not changed.
 
     Raises:
@@ -113,7 +122,7 @@ def report(model: nn.Module, plan: Plan, tp: int, batch_size: int = 1, seq_len: 
                 prod(layout.local_shape) * size,
             )
         )
-    run = dry_run(model, plan, Mesh(tp=tp), batch_size, seq_len)
+    run = dry_run(model, plan, Mesh(tp=tp), batch_size, seq_len, inputs=inputs)
     if run.failure is not None:
         raise run.failure.error
     block, blocks = repeated_block(model)

@@ -5,7 +5,7 @@ The collectives are real in what they compute, and no data leaves the process.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,11 +39,17 @@ class Simulation:
         with self._mode.disable():
             return {rank: locals_[rank].clone() for rank in sorted(locals_)}
 
-    def copy_parameters_to_ranks(self, model: nn.Module) -> None:
-        """Give each rank its own memory for parameters: in shared memory, an in-place step would be taken tp times."""
-        ranks = range(self.mesh.size())
+    def copy_to_ranks(self, model: nn.Module, buffers: Iterable[str] = ()) -> None:
+        """Give each rank its own memory for parameters, and for the buffers that forward writes: in shared memory, an
+        in-place change would be made tp times."""
         with self._mode.disable():
-            replace_parameters(model, lambda param: from_tensors_of_ranks({rank: param.clone() for rank in ranks}))
+            replace_parameters(model, self._copies)
+            for name in buffers:
+                owner, _, leaf = name.rpartition(".")
+                model.get_submodule(owner)._buffers[leaf] = self._copies(model.get_buffer(name))
+
+    def _copies(self, tensor: Tensor) -> Tensor:
+        return from_tensors_of_ranks({rank: tensor.clone() for rank in range(self.mesh.size())})
 
 
 class _Inside(TorchDispatchMode):

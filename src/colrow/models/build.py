@@ -160,18 +160,27 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _from_python(path: str, seed: int) -> Source:
+def imported(path: str, kind: str) -> Any:
+    """The object at `package.module:name`, with the working directory on the path; `kind` names it in errors.
+
+    Raises:
+        ConfigError: there is none.
+    """
     module_name, _, attribute = path.partition(":")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     try:
-        build = getattr(importlib.import_module(module_name), attribute)
+        return getattr(importlib.import_module(module_name), attribute)
     except ImportError as error:
-        raise ConfigError(f"model {path}: {error}: check the name, or put its folder on PYTHONPATH") from error
+        raise ConfigError(f"{kind} {path}: {error}: check the name, or put its folder on PYTHONPATH") from error
     except (AttributeError, ValueError) as error:
         raise ConfigError(
-            f"model {path}: {error}: write package.module:callable, such as mymodels.small:build"
+            f"{kind} {path}: {error}: write package.module:callable, such as mymodels.small:build"
         ) from error
+
+
+def _from_python(path: str, seed: int) -> Source:
+    build = imported(path, "model")
     torch.manual_seed(seed)
     model = build()
     if not isinstance(model, nn.Module):

@@ -14,11 +14,12 @@ from colrow.plans.plan import Plan
 from colrow.plans.presets import PRESETS
 
 
-def named_plan(name: str, model: nn.Module, tp: int, loss: str | None = None) -> Plan:
+def named_plan(name: str, model: nn.Module, tp: int, loss: str | None = None, inputs: Any = None) -> Plan:
     """The plan of this name: a preset, `huggingface`, `derive`, `derive-fast`, `derive-overlap`, or a file.
 
     Args:
         tp: the degree that a derived plan is for.
+        inputs: example inputs, on which a plan is derived.
         loss: how a preset or a derived plan computes the loss, `vocab_parallel` unless given; another declares its own.
 
     Raises:
@@ -33,7 +34,7 @@ def named_plan(name: str, model: nn.Module, tp: int, loss: str | None = None) ->
         plan = Plan.from_huggingface(model)
     elif name in DERIVED:
         options = DeriveOptions(styles=DERIVED[name], loss=cast(Any, loss) or "vocab_parallel")
-        plan = Plan.derive(model, tp=tp, options=options)
+        plan = Plan.derive(model, tp=tp, options=options, inputs=inputs)
     elif Path(name).exists():
         plan = Plan.load(name)
     else:

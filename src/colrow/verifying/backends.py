@@ -39,7 +39,7 @@ def run_local(task: Task, plan: Plan) -> Observed:
     model = copied_model(task.model)
     try:
         with simulated_ranks(task.tp) as simulation:
-            simulation.copy_parameters_to_ranks(model)
+            simulation.copy_to_ranks(model, task.written_buffers)
             return sharded_step(task, model, plan, simulation.mesh, simulation.local_tensors)
     except ColrowError:
         raise

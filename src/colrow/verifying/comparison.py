@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor.placement_types import Placement
 
@@ -29,6 +30,8 @@ class Sharded:
             regions = regions_at(self.shape, self.placements, (tp,), (rank,), self.packed)
             for region, place in regions.items():
                 got, want = shard[place.slices], complete[region.slices]
+                if got.dtype != want.dtype or not got.is_floating_point():  # buffers that count
+                    got, want = got.double(), want.double()
                 difference = (got - want).abs().max().item() if got.shape == want.shape else float("inf")
                 worst = max(worst, difference if difference == difference else float("inf"))
         return worst / scale
@@ -56,6 +59,7 @@ class Observed:
     losses: dict[int, float] = field(default_factory=dict)
     gradients: dict[str, Sharded] = field(default_factory=dict)
     parameters: dict[str, Sharded] = field(default_factory=dict)
+    buffers: dict[str, Sharded] = field(default_factory=dict)
 
     def ranks_differ(self, name: str) -> bool:
         """Whether ranks hold different gradients of a replicated parameter."""
@@ -64,7 +68,8 @@ class Observed:
     def merge(self, other: Observed) -> None:
         """Add another rank's observations."""
         self.losses |= other.losses
-        for mine, theirs in ((self.gradients, other.gradients), (self.parameters, other.parameters)):
+        kinds = ((self.gradients, other.gradients), (self.parameters, other.parameters), (self.buffers, other.buffers))
+        for mine, theirs in kinds:
             for name, sharded in theirs.items():
                 if name in mine:
                     mine[name].shards |= sharded.shards
@@ -74,11 +79,28 @@ class Observed:
 
 @dataclass
 class Reference:
-    """Loss, gradients and updated parameters of the unsharded model."""
+    """Loss, gradients, updated parameters and the buffers that forward writes, of the unsharded model.
+
+    Attributes:
+        buffers: each after forward and after the step, by its name and when.
+        written: the names of those buffers.
+        dropout_off: the model would have dropped something.
+    """
 
     loss: float
     gradients: dict[str, Tensor]
     parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    written: tuple[str, ...] = ()
+    dropout_off: bool = False
+
+    def equals(self, other: Reference) -> bool:
+        """Whether every number is the same, bit for bit."""
+        kinds = ((self.gradients, other.gradients), (self.parameters, other.parameters), (self.buffers, other.buffers))
+        return self.loss == other.loss and all(
+            mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+            for mine, theirs in kinds
+        )
 
     @property
     def scale(self) -> float:
@@ -88,7 +110,7 @@ class Reference:
     def size(self, name: str) -> float:
         """The size that errors of this gradient are relative to. Below a millionth of the largest gradient it would be
         rounding noise, as for a key's bias before softmax."""
-        return max(self.gradients[name].abs().max().item(), 1e-6 * self.scale)
+        return max(self.gradients[name].abs().max().item(), 1e-6 * self.scale, 1e-300)
 
 
 @dataclass
@@ -98,10 +120,11 @@ class Errors:
     loss: float
     gradients: dict[str, float]
     parameters: dict[str, float]
+    buffers: dict[str, float] = field(default_factory=dict)
 
     @property
     def worst(self) -> float:
-        return max([self.loss, *self.gradients.values(), *self.parameters.values()])
+        return max([self.loss, *self.gradients.values(), *self.parameters.values(), *self.buffers.values()])
 
 
 def compare(observed: Observed, reference: Reference, tp: int) -> Errors:
@@ -117,6 +140,10 @@ def compare(observed: Observed, reference: Reference, tp: int) -> Errors:
         name: observed.parameters[name].error(want, tp, max(want.abs().max().item(), 1e-300))
         for name, want in reference.parameters.items()
     }
+    buffers = {
+        name: observed.buffers[name].error(want, tp, max(want.abs().max().item(), 1e-300))
+        for name, want in reference.buffers.items()
+    }
     losses = observed.losses.values()
     loss = max(abs(value - reference.loss) for value in losses) / max(abs(reference.loss), 1e-300)
-    return Errors(loss if loss == loss else float("inf"), gradients, parameters)
+    return Errors(loss if loss == loss else float("inf"), gradients, parameters, buffers)

@@ -9,6 +9,9 @@ def likely_cause(errors: Errors, observed: Observed, reference: Reference, limit
     """One sentence; empty when every error is within `limit`."""
     if errors.worst <= limit:
         return ""
+    buffers = [name for name, error in errors.buffers.items() if error > limit]
+    if buffers and max([errors.loss, *errors.gradients.values()]) <= limit:
+        return f"loss and gradients are exact, and each rank writes the buffer {buffers[0]} from its own shard"
     bad = {name: error for name, error in errors.gradients.items() if error > limit}
     missing = [name for name in bad if name not in observed.gradients]
     if missing:

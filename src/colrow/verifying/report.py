@@ -7,6 +7,7 @@ from math import inf
 from typing import Any, Literal
 
 Verdict = Literal["proved", "wrong", "inconclusive"]
+Mode = Literal["train", "eval"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class Report:
         reduced: the sizes in which the verified model is smaller, or None when it was taken as it is.
         loss_rel_err, max_grad_rel_err, max_step_rel_err: of the loss, of any gradient, and of any parameter after one
             optimizer step; infinite when the sharded model raised.
+        max_buffer_rel_err: of any buffer that forward writes, after forward and after the step.
+        modes: in which the models were compared: train, and eval where the unsharded model computes something else.
+        dropout_off: the model has dropout, which was off.
         worst: the parameters with the largest errors of their gradients, largest first.
         cause: the usual reason for such a pattern of errors; empty without errors.
         failure: the exception of the sharded model, if it raised.
@@ -58,6 +62,9 @@ class Report:
     loss_rel_err: float = inf
     max_grad_rel_err: float = inf
     max_step_rel_err: float = inf
+    max_buffer_rel_err: float = inf
+    modes: tuple[Mode, ...] = ("train",)
+    dropout_off: bool = False
     worst: tuple[Worst, ...] = ()
     cause: str = ""
     failure: str = ""
@@ -76,6 +83,9 @@ class Report:
             "loss_rel_err": self.loss_rel_err,
             "max_grad_rel_err": self.max_grad_rel_err,
             "max_step_rel_err": self.max_step_rel_err,
+            "max_buffer_rel_err": self.max_buffer_rel_err,
+            "modes": list(self.modes),
+            "dropout_off": self.dropout_off,
             "parameters": self.parameters,
             "worst": [vars(worst) for worst in self.worst],
             "tolerance": self.tolerance,

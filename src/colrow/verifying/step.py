@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
-from colrow.dryrun.calls import Loss, call_model, give_targets
+from colrow.dryrun.calls import GivenInputs, Inputs, Loss, call_model, give_targets, main_tensor
 from colrow.parallel.loss import loss_context
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
 from colrow.sharding.grad_norm import align_gradients
 from colrow.sharding.layout import packed_of
 from colrow.verifying.comparison import Observed, Reference, Sharded, Shards
+from colrow.verifying.dropout import without_dropout
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -25,18 +28,48 @@ class Task:
     """The input of every rank: the unsharded model, its inputs, and the loss."""
 
     model: nn.Module
-    inputs: tuple[Any, ...]
+    inputs: GivenInputs
     loss: Loss
     tp: int
+    seed: int = 0
+    """Of random numbers that forward draws: where all ranks draw for a complete tensor, they draw what one process
+    does."""
+    written_buffers: tuple[str, ...] = ()
+    """Buffers that forward changes (`reference_step` finds them)."""
 
 
 def reference_step(task: Task, model: nn.Module) -> Reference:
     """The step of the unsharded model, which is changed in place."""
-    loss = task.loss(call_model(model, task.inputs), task.inputs)
-    loss.backward()
+    inputs = Inputs.of(task.inputs)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    torch.manual_seed(task.seed)
+    with without_dropout(model) as dropout:
+        output = call_model(model, inputs)
+        written = tuple(name for name, buffer in model.named_buffers() if _changed(before.get(name), buffer))
+        after_forward = _copies(model, written)
+        loss = task.loss(output, inputs.given)
+        loss.backward()
     gradients = {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
     _optimizer(model).step()
-    return Reference(loss.item(), gradients, {name: param.detach() for name, param in model.named_parameters()})
+    parameters = {name: param.detach() for name, param in model.named_parameters()}
+    buffers = _at(AFTER_FORWARD, after_forward) | _at(AFTER_STEP, _copies(model, written))
+    return Reference(loss.item(), gradients, parameters, buffers, written, dropout.seen)
+
+
+AFTER_FORWARD, AFTER_STEP = "after forward", "after a step"
+
+
+def _changed(before: Tensor | None, after: Tensor) -> bool:
+    # a buffer that forward makes, or makes anew in another shape, is a cache: a rank's may be smaller
+    return before is not None and before.shape == after.shape and not torch.equal(before, after)
+
+
+def _copies(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    return {name: model.get_buffer(name).detach().clone() for name in names}
+
+
+def _at(when: str, values: dict[str, T]) -> dict[str, T]:
+    return {f"{name} {when}": value for name, value in values.items()}
 
 
 def sharded_step(
@@ -50,14 +83,18 @@ def sharded_step(
 
     `shards_of` returns a local tensor's value on each rank that runs in this process.
     """
+    inputs = Inputs.of(task.inputs)
     parallelize(model, plan, mesh)
-    with loss_context(plan, mesh):
-        give_targets(model, plan, task.inputs)
-        output = call_model(model, task.inputs)
-        loss = output if plan.loss == "linear" else task.loss(output, task.inputs)
+    torch.manual_seed(task.seed)
+    with loss_context(plan, mesh), without_dropout(model):
+        give_targets(model, plan, inputs)
+        output = call_model(model, inputs)
+        buffers = _at(AFTER_FORWARD, _buffers(model, task.written_buffers, shards_of))
+        loss = main_tensor(output) if plan.loss == "linear" else task.loss(output, inputs.given)
         loss.backward()
     align_gradients(model.parameters())
     observed = Observed(losses={rank: value.item() for rank, value in shards_of(_local(loss)).items()})
+    observed.buffers = buffers | _at(AFTER_STEP, _buffers(model, task.written_buffers, shards_of))
     for name, param in model.named_parameters():
         if param.grad is not None:
             observed.gradients[name] = _sharded(model, name, param.grad, shards_of)
@@ -71,6 +108,16 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
     """AdamW with an eps far above rounding: otherwise a gradient of 1e-17 gives a step of full size."""
     trainable = [param for param in model.parameters() if param.requires_grad]
     return torch.optim.AdamW(trainable, lr=1e-3, eps=1e-3, foreach=False)
+
+
+def _buffers(model: nn.Module, names: Iterable[str], shards_of: Callable[[Tensor], Shards]) -> dict[str, Sharded]:
+    found = {}
+    for name in names:
+        buffer = model.get_buffer(name)
+        placements = tuple(buffer.placements) if isinstance(buffer, DTensor) else (Replicate(),)
+        values = {rank: value.clone() for rank, value in shards_of(_local(buffer)).items()}
+        found[name] = Sharded(tuple(buffer.shape), placements, None, values)
+    return found
 
 
 def _sharded(model: nn.Module, name: str, tensor: Tensor, shards_of: Callable[[Tensor], Shards]) -> Sharded:

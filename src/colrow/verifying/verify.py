@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from colrow.dryrun.calls import Loss, default_loss, example_input
+from colrow.dryrun.calls import GivenInputs, Inputs, Loss, default_loss, example_inputs, vocabulary
 from colrow.dryrun.reduced_model import reduced_model
 from colrow.errors import PlanError
 from colrow.plans.plan import Plan
@@ -22,7 +22,7 @@ from colrow.verifying.backends import RankFailure, can_simulate, run_gloo, run_l
 from colrow.verifying.comparison import Errors, Observed, Reference, compare
 from colrow.verifying.controls import negative_control
 from colrow.verifying.diagnosis import likely_cause
-from colrow.verifying.report import Report, Verdict, Worst
+from colrow.verifying.report import Mode, Report, Verdict, Worst
 from colrow.verifying.step import Task, reference_step
 
 Backend = Literal["auto", "local", "gloo"]
@@ -38,25 +38,28 @@ def verify(
     backend: Backend = "auto",
     batch_size: int = 2,
     seq_len: int | None = None,
-    inputs: tuple[Any, ...] | None = None,
+    inputs: GivenInputs | None = None,
     loss: Loss = default_loss,
     tolerance: float | None = None,
     seed: int = 0,
 ) -> Report:
     """Compare the model under `plan` on `tp` ranks with the unsharded one, on the CPU, in fp64 where it can.
 
-    Both start from the same random weights and get the same batch. Compared are the loss, every gradient on every
-    rank, and every parameter after a step of AdamW. Dropout is off. Then the plan or the weights are changed so that
-    the result must be wrong, to show that the comparison finds it: see `Report.verdict`.
+    Both start from the same random weights and get the same batch, in training mode; in evaluation mode too where the
+    unsharded model computes something else there. Compared are the loss, every gradient on every rank, every parameter
+    after a step of AdamW, and every buffer that forward writes, after it and after the step. Hooks of parameters run.
+    Dropout is off (`Report.dropout_off`); other random numbers are drawn from one seed on all ranks. Then the plan or
+    the weights are changed so that the result must be wrong, to show that the comparison finds it: `Report.verdict`.
 
     Args:
         build_model: a function that returns the model, or the model; it may be on the meta device. A big one of a known
             family is replaced by a small one of the same modules, see `dryrun.reduced_model`.
         backend: `local` simulates the ranks in this process, `gloo` starts a process for each; `auto` simulates
             where torch can.
-        inputs: example arguments instead of token ids [batch_size, seq_len].
-        loss: of the output (the logits, or the first tensor of what the model returns) and the inputs; next-token
-            cross entropy by default.
+        inputs: example arguments, positional or a mapping by name; unless given, what the model takes by
+            [Note: example inputs]. Of a reduced model, token ids are taken modulo its vocabulary.
+        loss: of the model's output, as the model returns it, and the inputs. By default next-token cross entropy, or a
+            weighted sum of an output that is not logits, plus the scalars of the output (auxiliary losses).
         tolerance: the largest relative error allowed; by default 1e-9, or 1e-5 for a model that rounds to fp32.
 
     Raises:
@@ -69,47 +72,83 @@ def verify(
     model, reduced = reduced_model(build_model if isinstance(build_model, nn.Module) else build_model(), tp)
     model = _prepare(model, seed)
     torch.manual_seed(seed + 1)
-    if inputs is None:
-        inputs = (example_input(model, batch_size, seq_len or -(-16 // tp) * tp),)
-    inputs = tuple(x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
-    task, reference, exact = _reference(Task(model, inputs, loss, tp))
+    chosen = example_inputs(model, batch_size, seq_len or -(-16 // tp) * tp) if inputs is None else Inputs.of(inputs)
+    if reduced is not None and inputs is not None:
+        chosen = chosen.within(vocabulary(model))
+    chosen = chosen.map(lambda x: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x)
+    task, reference, exact = _reference(Task(model, chosen, loss, tp, seed + 2))
     if tolerance is None:
         tolerance = EXACT if exact else ROUNDED
+    modes: tuple[Mode, ...] = ("train",) if task.model.training else ("eval",)
     report = partial(Report, tp=tp, parameters=len(reference.parameters), tolerance=tolerance, reduced=reduced)
-
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "CR105")  # an empty plan splits nothing, which a report shows
             warnings.simplefilter("ignore", FutureWarning)  # torch's on its own names: a user cannot act on them
-            used, observed = _observe(task, plan, reference, tolerance, backend)
+            seen = _compare(task, plan, reference, tolerance, backend)
+            in_eval = _in_eval(task, reference) if task.model.training else None
+            if in_eval is not None:
+                modes = ("train", "eval")
+                if seen.errors.worst <= tolerance:
+                    seen = max(
+                        seen, _compare(in_eval[0], plan, in_eval[1], tolerance, backend), key=lambda s: s.errors.worst
+                    )
     except RankFailure as error:
         return report(
             verdict="wrong",
             backend="gloo" if backend == "auto" else backend,
             cause="the sharded model raises: `colrow check` names the module",
             failure=str(error).strip(),
+            modes=modes,
             seconds=time.monotonic() - started,
         )
-    errors = compare(observed, reference, tp)
-    control = negative_control(task, plan, reference, tolerance, run_local if used == "local" else run_gloo)
+    errors = seen.errors
+    control = negative_control(task, plan, reference, tolerance, run_local if seen.backend == "local" else run_gloo)
     verdict: Verdict = "proved" if control is not None and control.caught else "inconclusive"
     if errors.worst > tolerance:
         verdict = "wrong"
     worst = sorted(errors.gradients, key=lambda name: -errors.gradients[name])[:5]
     return report(
         verdict=verdict,
-        backend=used,
+        backend=seen.backend,
         loss_rel_err=errors.loss,
         max_grad_rel_err=max(errors.gradients.values(), default=0.0),
         max_step_rel_err=max(errors.parameters.values(), default=0.0),
-        worst=tuple(Worst(name, errors.gradients[name], observed.ranks_differ(name)) for name in worst),
-        cause=likely_cause(errors, observed, reference, tolerance, tp),
+        max_buffer_rel_err=max(errors.buffers.values(), default=0.0),
+        modes=modes,
+        dropout_off=reference.dropout_off,
+        worst=tuple(Worst(name, errors.gradients[name], seen.observed.ranks_differ(name)) for name in worst),
+        cause=likely_cause(errors, seen.observed, seen.reference, tolerance, tp),
         control=control,
         seconds=time.monotonic() - started,
     )
 
 
-def parity(model: nn.Module, plan: Plan, tp: int, inputs: tuple[Any, ...], loss: Loss = default_loss) -> Errors:
+@dataclass(frozen=True)
+class _Comparison:
+    backend: Literal["local", "gloo"]
+    observed: Observed
+    reference: Reference
+    errors: Errors
+
+
+def _compare(task: Task, plan: Plan, reference: Reference, tolerance: float, backend: Backend) -> _Comparison:
+    used, observed = _observe(task, plan, reference, tolerance, backend)
+    return _Comparison(used, observed, reference, compare(observed, reference, task.tp))
+
+
+def _in_eval(task: Task, reference: Reference) -> tuple[Task, Reference] | None:
+    """The step in evaluation mode; None where the unsharded model computes there what it does in training, bit for
+    bit, or computes no loss."""
+    in_eval = replace(task, model=copied_model(task.model).eval())
+    try:
+        found = reference_step(in_eval, copied_model(in_eval.model))
+    except Exception:
+        return None
+    return None if found.equals(reference) else (replace(in_eval, written_buffers=found.written), found)
+
+
+def parity(model: nn.Module, plan: Plan, tp: int, inputs: GivenInputs, loss: Loss = default_loss) -> Errors:
     """The comparison alone: the model as it is, in evaluation mode and its own dtype, on simulated ranks.
 
     Raises:
@@ -118,7 +157,7 @@ def parity(model: nn.Module, plan: Plan, tp: int, inputs: tuple[Any, ...], loss:
     """
     task = Task(copied_model(model).eval(), inputs, loss, tp)
     reference = reference_step(task, copied_model(task.model))
-    return compare(run_local(task, plan), reference, tp)
+    return compare(run_local(replace(task, written_buffers=reference.written), plan), reference, tp)
 
 
 def without_copy_engines(plan: Plan) -> Plan:
@@ -143,14 +182,18 @@ def _reference(task: Task) -> tuple[Task, Reference, bool]:
     rounding = _Rounding()
     try:
         with rounding:
-            return task, reference_step(task, copied_model(task.model)), not rounding.seen
+            reference = reference_step(task, copied_model(task.model))
+        return replace(task, written_buffers=reference.written), reference, not rounding.seen
     except PlanError:
         raise
     except Exception:
-        single = replace(task, model=copied_model(task.model).float(), inputs=tuple(map(_to_fp32, task.inputs)))
+        single = replace(task, model=copied_model(task.model).float(), inputs=Inputs.of(task.inputs).map(_to_fp32))
     try:
-        return single, reference_step(single, copied_model(single.model)), False
+        reference = reference_step(single, copied_model(single.model))
+        return replace(single, written_buffers=reference.written), reference, False
     except Exception as error:
+        if task.model.training:  # it may train with arguments that nobody gave
+            return _reference(replace(task, model=copied_model(task.model).eval()))
         raise PlanError(
             f"{type(task.model).__name__} itself does not run on the CPU, neither in fp64 nor in fp32 "
             f"({type(error).__name__}: {error}): pass inputs=(...) that it takes"
@@ -195,7 +238,9 @@ def _prepare(model: nn.Module, seed: int) -> nn.Module:
         model = _off_meta(model)
     else:
         model = copied_model(model)
-    model = model.double().eval()
+    model = model.double()
+    if not model.training:  # else a user may have parts in evaluation mode on purpose
+        model.train()
     with torch.no_grad():
         for param in model.parameters():
             param.add_(torch.randn_like(param) * (0.2 if param.ndim == 1 else 0.05))

@@ -1,0 +1,260 @@
+"""Verify judges what training does: train mode, buffers, auxiliary losses, the user's own inputs and loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from colrow.checking.check import check
+from colrow.cli import main
+from colrow.derive.derivation import derive
+from colrow.dryrun.calls import Inputs, default_loss, example_inputs
+from colrow.errors import PlanError
+from colrow.mesh import Mesh
+from colrow.plans.plan import Plan
+from colrow.verifying.report import Report
+from colrow.verifying.verify import verify
+from helpers import broken_models as m
+from helpers.broken_plans import gpt_plan
+
+BACKENDS = ("local", pytest.param("gloo", marks=pytest.mark.distributed))
+
+
+def judged(model: nn.Module, plan: Plan, backend: Any = "local", **options: Any) -> Report:
+    return verify(model, plan, 2, backend=backend, **options)
+
+
+class Normalised(m.MLP):
+    """Divides by a norm over the features, which a shard has not: in one mode alone."""
+
+    def __init__(self, mode: bool) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.gelu(self.up(x))
+        return self.down(h / h.norm(dim=-1, keepdim=True) if self.training is self.mode else h)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_both_modes_are_judged(mode: bool) -> None:
+    wrong = judged(m.Gpt(mlp=lambda: Normalised(mode), layers=1), gpt_plan())
+    assert wrong.verdict == "wrong"
+    assert wrong.modes == ("train", "eval")
+    assert wrong.max_grad_rel_err > 1e-3
+
+
+def test_a_model_that_computes_the_same_in_both_modes_is_judged_once() -> None:
+    assert judged(m.Gpt(layers=1), gpt_plan()).modes == ("train",)
+
+
+class Dropping(m.MLP):
+    """Dropout as a module, as a function, and in attention."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.dropout(x, 0.5, self.training))
+
+
+def test_dropout_is_off_and_said() -> None:
+    model = m.Gpt(lambda: m.Attention("heads", dropout=0.3), Dropping, layers=1)
+    report = judged(model, gpt_plan())
+    assert report.ok, report
+    assert report.dropout_off
+    assert report.to_data()["dropout_off"] is True
+    assert not judged(m.Gpt(layers=1), gpt_plan()).dropout_off
+    assert [mod.p for mod in model.modules() if isinstance(mod, nn.Dropout)] == [0.5], "the user's model is as it was"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("block", [m.AveragingBlock, m.BatchNormBlock])
+def test_buffers_are_compared(block: Any, backend: Any) -> None:
+    right = judged(m.Gpt(block=block, layers=1), gpt_plan(), backend)
+    assert right.ok, right
+    assert right.max_buffer_rel_err < 1e-12
+    styles = {"bn": "grad_sum"} if block is m.BatchNormBlock else {}
+    wrong = judged(m.Gpt(block=block, layers=1), gpt_plan(sequence=True, **styles), backend)
+    assert wrong.verdict == "wrong"
+    assert wrong.max_buffer_rel_err > 0.01
+    if block is m.AveragingBlock:  # nothing else is wrong
+        assert wrong.max_grad_rel_err < 1e-12
+        assert "average" in wrong.cause
+
+
+class Noisy(m.MLP):
+    """Adds noise in training, to a shard or to the complete input."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.inside else x + 0.1 * torch.empty_like(x).exponential_()
+        h = F.gelu(self.up(x))
+        return self.down(h + 0.1 * torch.empty_like(h).exponential_() if self.inside else h)
+
+
+@pytest.mark.distributed
+def test_random_numbers_are_those_of_one_process_where_ranks_draw_alike() -> None:
+    assert judged(m.Gpt(mlp=lambda: Noisy(False), layers=1), gpt_plan(), "gloo").ok
+    assert judged(m.Gpt(mlp=lambda: Noisy(True), layers=1), gpt_plan(), "gloo").verdict == "wrong"
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    extra: Tensor | None = None
+
+
+class Auxiliary(m.Gpt):
+    """Returns a loss beside its logits: of complete hidden states, or of a rank's features."""
+
+    def __init__(self, form: str, local: bool = False) -> None:
+        super().__init__(layers=1)
+        self.form, self.local = form, local
+
+    def forward(self, ids: Tensor) -> Any:
+        x = self.blocks[0](self.embed(ids))
+        first: Any = self.blocks[0].mlp
+        extra = (first.up(x) if self.local else x).square().mean()
+        logits = self.head(self.norm(x))
+        if self.form == "tuple":
+            return logits, (extra,)
+        return {"logits": logits, "extra": extra} if self.form == "dict" else Output(logits, extra)
+
+
+@pytest.mark.parametrize("form", ["tuple", "dict", "dataclass"])
+def test_auxiliary_losses_count(form: str) -> None:
+    right = judged(Auxiliary(form), gpt_plan())
+    assert right.ok, right
+    wrong = judged(Auxiliary(form, local=True), gpt_plan())
+    assert wrong.verdict == "wrong"
+    assert [f.code for f in check(Auxiliary(form), gpt_plan(), Mesh(tp=2), seq_len=16) if f.severity == "error"] == []
+
+
+def test_the_default_loss_has_the_auxiliary_losses_gradient() -> None:
+    logits, extra = torch.randn(1, 4, 3, requires_grad=True), torch.tensor(2.0, requires_grad=True)
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    default_loss({"extra": extra, "logits": logits}, (ids,)).backward()
+    assert extra.grad is not None
+    assert extra.grad == 1
+    assert torch.equal(
+        default_loss(logits, {"mask": torch.ones(1, 4).long(), "input_ids": ids}), default_loss(logits, (ids,))
+    )
+
+
+class TwoInputs(nn.Module):
+    """Takes features and a gate, by position or by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = m.MLP()
+
+    def forward(self, x: Tensor, gate: Tensor) -> dict[str, Tensor]:
+        return {"y": self.mlp(x) * gate.sigmoid()}
+
+
+def squared(output: dict[str, Tensor], inputs: Any) -> Tensor:
+    x = inputs["x"] if isinstance(inputs, dict) else inputs[0]
+    return (output["y"] - x).square().sum()
+
+
+MLP_PLAN = Plan({"mlp.up": "colwise", "mlp.down": "rowwise"})
+PAIR = {"x": torch.randn(2, 6, m.D), "gate": torch.randn(2, 6, m.D)}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("inputs", [PAIR, {"gate": PAIR["gate"], "x": PAIR["x"]}, tuple(PAIR.values())])
+def test_inputs_and_loss_of_the_user(inputs: Any, backend: Any) -> None:
+    report = judged(TwoInputs(), MLP_PLAN, backend, inputs=inputs, loss=squared)
+    assert report.ok, report
+    assert [str(f) for f in check(TwoInputs(), MLP_PLAN, Mesh(tp=2), inputs=inputs, loss=squared)] == []
+    broken = Plan({"mlp.up": "colwise", "mlp.down": {"style": "rowwise", "output": "partial"}})
+    assert judged(TwoInputs(), broken, backend, inputs=inputs, loss=squared).verdict == "wrong"
+
+
+def test_derive_takes_inputs_by_name() -> None:
+    inputs = {"gate": torch.randn(3, 34, m.D), "x": torch.randn(3, 34, m.D)}
+    plan = derive(TwoInputs(), 2, inputs=inputs).plan()
+    assert judged(TwoInputs(), plan, inputs=inputs).ok
+    assert any(layout.placement.is_shard() for layout in plan.parameters(TwoInputs(), 2).values())
+
+
+def test_what_a_model_takes_is_not_guessed() -> None:
+    for judge in (judged, lambda model, plan: derive(model, 2)):
+        with pytest.raises(PlanError, match=r"TwoInputs takes x, gate: pass example inputs with inputs="):
+            judge(TwoInputs(), MLP_PLAN)
+    found = check(TwoInputs(), MLP_PLAN, Mesh(tp=2))
+    assert any("takes x, gate" in f.message for f in found)
+
+
+class Named(nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Pixels(Named):
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return pixel_values
+
+
+class States(Named):
+    def forward(self, hidden_states: Tensor, scale: float = 1.0) -> Tensor:
+        return hidden_states * scale
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "floating"),
+    [
+        (m.Gpt(), (2, 8), False),
+        (Named(nn.Linear(5, 6)), (2, 8, 5), True),
+        (Named(nn.Conv2d(3, 4, 2), nn.Embedding(7, 4)), (2, 3, 32, 32), True),
+        (Pixels(nn.Linear(5, 6)), (2, 3, 32, 32), True),
+        (Named(nn.Conv1d(4, 6, 3), nn.Linear(6, 6)), (2, 4, 8), True),
+        (States(nn.Embedding(7, 4), nn.Linear(5, 6)), (2, 8, 5), True),
+        (Named(nn.Linear(5, 6), nn.Embedding(7, 4)), (2, 8), False),
+    ],
+)
+def test_the_model_says_what_it_takes(model: nn.Module, shape: tuple[int, ...], floating: bool) -> None:
+    (x,) = example_inputs(model, 2, 8)
+    assert tuple(x.shape) == shape
+    assert x.is_floating_point() is floating
+
+
+def test_the_size_of_pixels_stands_in_the_config() -> None:
+    model = Pixels(nn.Conv2d(1, 4, 2))
+    model.config = type("Config", (), {"image_size": 8, "num_channels": 1})()  # type: ignore[assignment]
+    assert tuple(example_inputs(model, 2, 8)[0].shape) == (2, 1, 8, 8)
+
+
+def test_token_ids_of_a_large_model_fit_the_reduced_one() -> None:
+    inputs = Inputs.of({"ids": torch.tensor([[1, 99]]), "x": torch.ones(1)}).within(64)
+    assert inputs.given["ids"].tolist() == [[1, 35]]
+    assert inputs.names == ("ids", "x")
+
+
+def pair() -> dict[str, Tensor]:
+    return PAIR
+
+
+def test_inputs_on_the_command_line(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = tmp_path / "plan.yaml"
+    MLP_PLAN.save(plan)
+    model = ["verifying.test_training_conditions:TwoInputs", "--tp", "2", "--plan", str(plan)]
+    here = ["--inputs", "verifying.test_training_conditions:pair"]
+    assert main(["verify", *model, *here, "--backend", "local"]) == 0
+    assert "in train mode" in capsys.readouterr().out
+    assert main(["check", *model, *here]) == 0
+    assert main(["verify", *model]) == 2
+    assert main(["check", *model, "--inputs", "verifying.test_training_conditions:no"]) == 2
