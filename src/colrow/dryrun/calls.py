@@ -168,12 +168,12 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 def token_ids(inputs: Any) -> Tensor | None:
-    """The integer tensor [B, T] of the inputs: the one with a name of token ids, else the first."""
+    """The token ids [B, T] of the inputs: the first argument, or the one of such a name, if it is an integer tensor."""
     values = inputs
     if isinstance(inputs, Mapping):
         values = [inputs[name] for name in sorted(inputs, key=lambda name: name not in _TOKENS)]
-    found = (x for x in values if isinstance(x, Tensor) and not x.is_floating_point() and x.dim() == 2)
-    return next(found, None)
+    first = next(iter(values), None)
+    return first if isinstance(first, Tensor) and not first.is_floating_point() and first.dim() == 2 else None
 
 
 def default_loss(output: Any, inputs: Any) -> Tensor:
@@ -191,7 +191,7 @@ def default_loss(output: Any, inputs: Any) -> Tensor:
 
 
 def _main_loss(output: Tensor, ids: Tensor | None) -> Tensor:
-    if ids is not None and output.ndim == 3 and output.shape[:2] == ids.shape:
+    if ids is not None and output.ndim == 3:
         return F.cross_entropy(output.flatten(0, 1), ids.roll(-1, dims=1).flatten())
     output = _complete(output)
     weights = torch.arange(output.numel(), dtype=output.dtype, device=output.device).cos().view(output.shape)
