@@ -61,7 +61,7 @@ def command(spec: str, config: str, folder: str, flags: list[str]) -> list[str]:
 
 
 def run(words: list[str], limit: float | None) -> list[Record] | None:
-    """Start the run anew, in the repository's root, and return its records; None where it failed or took too long."""
+    """Start the run again, in the repository's root, and return its records; None where it failed or took too long."""
     folder = Path(words[-1])
     if (ROOT / folder / "metrics.jsonl").exists():
         raise SystemExit(f"{folder} holds a run already: name another --folder")
