@@ -1,4 +1,4 @@
-"""Configs: every shipped one loads, and what is wrong is named with its mend."""
+"""Configs: every shipped one loads, and what is wrong is named with its fix."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_what_is_wrong_is_named(section: str, change: dict[str, object], message
         parse_config(tree)
 
 
-def test_every_mistake_is_told_at_once() -> None:
+def test_every_mistake_is_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config({"run": {"dir": "x"}, "model": {"shape": "laptop"}})
     assert {"config: data is missing", "config: train is missing"} <= set(str(caught.value).splitlines())

@@ -77,13 +77,13 @@ def test_the_command_for_two_hosts_is_accepted() -> None:
 
 def test_the_slurm_job_asks_for_what_its_command_uses() -> None:
     torchrun, arguments = script_command("slurm.sbatch")
-    asked = directives()
-    assert asked.keys() >= {"job-name", "nodes", "ntasks-per-node", "gpus-per-node", "time", "signal", "requeue"}
-    assert asked["ntasks-per-node"] == "1"  # torchrun starts the ranks of a host
-    assert asked["gpus-per-node"] == torchrun["--nproc-per-node"]
-    assert re.fullmatch(r"\d+(-\d+)?(:\d\d){1,2}", asked["time"])
-    assert re.fullmatch(r"([RB]+:)?(SIG)?[A-Z]+\d?@\d+", asked["signal"])
-    accepted(arguments, int(asked["nodes"]), int(asked["gpus-per-node"]))
+    requested = directives()
+    assert requested.keys() >= {"job-name", "nodes", "ntasks-per-node", "gpus-per-node", "time", "signal", "requeue"}
+    assert requested["ntasks-per-node"] == "1"  # torchrun starts the ranks of a host
+    assert requested["gpus-per-node"] == torchrun["--nproc-per-node"]
+    assert re.fullmatch(r"\d+(-\d+)?(:\d\d){1,2}", requested["time"])
+    assert re.fullmatch(r"([RB]+:)?(SIG)?[A-Z]+\d?@\d+", requested["signal"])
+    accepted(arguments, int(requested["nodes"]), int(requested["gpus-per-node"]))
 
 
 def test_the_train_job_has_its_fields_and_an_accepted_command() -> None:

@@ -49,7 +49,7 @@ MESH = Mesh(pp=2, dp_replicate=2, dp_shard=3, tp=2)
 
 
 def axes_of(rank: int) -> dict[str, Any]:
-    """What one of 24 ranks is told; a rank of its groups stands for each group."""
+    """What one of 24 ranks finds; a rank of its groups stands for each group."""
     dist.init_process_group("fake", store=fake_store(), rank=rank, world_size=MESH.world_size)
     try:
         axes = MeshAxes(MESH.build("cpu", MESH.world_size))

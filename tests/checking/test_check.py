@@ -83,17 +83,17 @@ def test_a_compiled_block_raises_as_the_check_says(name: str) -> None:
 
     plan = handed_on() if name == "handed on" else gpt_plan(sequence=name == "sequence")
     model, ids = m.Gpt(layers=1), torch.zeros(2, 16, dtype=torch.long)
-    said = codes(check(model, plan, Mesh(tp=2), *ids.shape, compiled=True))
+    reported = codes(check(model, plan, Mesh(tp=2), *ids.shape, compiled=True))
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
         parallelize(model, plan, init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)))
         model.blocks[0].compile(backend="aot_eager", fullgraph=True)
         if name == "handed on" and not COMPILED_BLOCKS_WAIT:
-            assert said == {"CR412"}
+            assert reported == {"CR412"}
             with pytest.raises(AttributeError, match="_local_tensor"):
                 model(ids).sum().backward()
         else:
-            assert said == set()
+            assert reported == set()
             model(ids).sum().backward()
     finally:
         torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""One process: what is saved comes back bit for bit, and whatever is wrong with a checkpoint is said by name."""
+"""One process: what is saved comes back bit for bit, and whatever is wrong with a checkpoint is reported by name."""
 
 from __future__ import annotations
 
@@ -130,9 +130,9 @@ def test_other_optimizers_and_scalar_state_come_back(tmp_path: Path) -> None:
     other, fresh = sgd(1)
     Checkpoints(tmp_path).load(1, other, fresh)
     assert fresh.param_groups[0]["lr"].item() == 0.25
-    for param, twin in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(optimizer.state[param]["momentum_buffer"], fresh.state[twin]["momentum_buffer"])
-        assert optimizer.state[param]["count"] == fresh.state[twin]["count"]
+    for param, counterpart in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(optimizer.state[param]["momentum_buffer"], fresh.state[counterpart]["momentum_buffer"])
+        assert optimizer.state[param]["count"] == fresh.state[counterpart]["count"]
 
 
 def test_an_optimizer_that_had_not_stepped_is_fresh_again(tmp_path: Path) -> None:
@@ -366,7 +366,7 @@ def test_a_folder_of_another_step_is_damaged(saved: Checkpoints) -> None:
 # A full disk
 
 
-def test_too_little_space_is_said_before_anything_is_written(
+def test_too_little_space_is_reported_before_anything_is_written(
     saved: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
@@ -386,7 +386,7 @@ def small_files() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_disk_that_fills_up_while_writing_leaves_the_former_one(saved: Checkpoints) -> None:
+def test_a_disk_that_fills_up_while_writing_leaves_the_previous_one(saved: Checkpoints) -> None:
     model, optimizer = made(0, steps=1)
     refused = pytest.raises(CheckpointError, match=r"too full for a checkpoint in .*/checkpoints: .*File too large")
     with refused, small_files():
@@ -395,7 +395,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_the_former_one(saved: Checkpo
     assert saved.load(2, model, optimizer) == {"step": 2}
 
 
-def test_a_failed_background_save_is_told_once_and_never_whole(
+def test_a_failed_background_save_is_reported_once_and_never_complete(
     saved: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     behind = Checkpoints(saved.folder, asynchronous=True)

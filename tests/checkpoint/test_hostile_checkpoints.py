@@ -111,7 +111,7 @@ def change_index(folder: Path, change: Callable[[dict[str, Any]], None]) -> None
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "reported"),
     [
         (lambda t: t["weight"]["blocks"][0].update(file="../../secret"), "secret', which the manifest lacks"),
         (lambda t: t["weight"]["blocks"][0].update(file="extra.json"), "not a safetensors file"),
@@ -129,12 +129,12 @@ def change_index(folder: Path, change: Callable[[dict[str, Any]], None]) -> None
     ],
 )
 def test_an_index_that_lies_is_refused(
-    checkpoints: Checkpoints, change: Callable[[dict[str, Any]], None], said: str
+    checkpoints: Checkpoints, change: Callable[[dict[str, Any]], None], reported: str
 ) -> None:
     change_index(checkpoints.folder / "step-1", change)
     with pytest.raises(CheckpointError) as error:
         checkpoints.load(1, *made())
-    assert said in str(error.value)
+    assert reported in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "..", "", "a/b"])

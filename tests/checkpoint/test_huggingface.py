@@ -159,7 +159,7 @@ def test_a_former_export_is_replaced_and_anything_else_kept(tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_full_disk_leaves_the_former_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_previous_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = seeded()
     export(model, tmp_path / "out", model.config)
     before = read_folder(tmp_path / "out")
@@ -326,8 +326,8 @@ def failing_case(device: str, folder: Path) -> str:
 def test_a_rank_that_cannot_write_fails_all_and_leaves_nothing(ranks: Ranks, tmp_path: Path) -> None:
     model = seeded()
     export(model, tmp_path / "in", model.config)
-    for said in ranks(2).run(failing_case, tmp_path):
-        assert "No space left on device" in said
+    for reported in ranks(2).run(failing_case, tmp_path):
+        assert "No space left on device" in reported
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
@@ -378,11 +378,11 @@ def elements_read_case(device: str, folder: Path, mesh: Mesh) -> tuple[int, int]
     from colrow.checkpoint.tensor_file import TensorReader
 
     model = sharded(device, mesh, {})
-    read, asked = TensorReader.read, 0
+    read, elements = TensorReader.read, 0
 
     def counted(self: TensorReader, key: str, region: Region) -> Tensor:
-        nonlocal asked
-        asked += region.numel
+        nonlocal elements
+        elements += region.numel
         return read(self, key, region)
 
     TensorReader.read = counted  # type: ignore[method-assign]
@@ -390,7 +390,7 @@ def elements_read_case(device: str, folder: Path, mesh: Mesh) -> tuple[int, int]
         load_weights(model, folder)
     finally:
         TensorReader.read = read  # type: ignore[method-assign]
-    return asked, sum(local_tensor(p).numel() for p in model.parameters())
+    return elements, sum(local_tensor(p).numel() for p in model.parameters())
 
 
 @pytest.mark.distributed
@@ -398,6 +398,6 @@ def elements_read_case(device: str, folder: Path, mesh: Mesh) -> tuple[int, int]
 def test_a_rank_reads_what_it_holds_and_no_more(ranks: Ranks, tmp_path: Path, mesh: Mesh) -> None:
     model = seeded()
     export(model, tmp_path, model.config)
-    for asked, held in ranks(2).run(elements_read_case, tmp_path, mesh):
-        assert asked == held
+    for elements, held in ranks(2).run(elements_read_case, tmp_path, mesh):
+        assert elements == held
         assert held < 0.6 * sum(p.numel() for p in model.parameters())

@@ -155,7 +155,7 @@ def test_a_sample_of_a_large_corpus_comes_from_all_over_it(texts, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "reported"),
     [
         ("a.txt", b"caf\xe9 au lait", r"a\.txt is not UTF-8 text \(at byte 3\): convert it"),
         ("a.txt", b"x" * 70_000 + b"\xff", r"at byte 70000"),
@@ -173,28 +173,28 @@ def test_a_sample_of_a_large_corpus_comes_from_all_over_it(texts, monkeypatch):
         ("a.json", b"[]", r"a \.json file is no stream of documents.*\.jsonl"),
     ],
 )
-def test_an_unusable_file_is_named_with_the_place_and_the_mend(section, tmp_path, name, content, said):
+def test_an_unusable_file_is_named_with_the_place_and_the_fix(section, tmp_path, name, content, reported):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=reported):
         documents(section(f"{tmp_path}/a.*"))
 
 
 @pytest.mark.parametrize(
-    ("columns", "said"),
+    ("columns", "reported"),
     [
         ({"content": ["x"], "n": [1]}, r"a\.parquet has no key 'text', its keys are content, n: set data\.text_key"),
         ({"text": [1, 2]}, r"column 'text' is int64, not string"),
         ({"text": [["x"]]}, r"column 'text' is list"),
     ],
 )
-def test_a_parquet_file_without_texts_is_named(section, tmp_path, columns, said):
+def test_a_parquet_file_without_texts_is_named(section, tmp_path, columns, reported):
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=reported):
         documents(section(f"{tmp_path}/a.parquet"))
 
 
 @pytest.mark.parametrize(
-    ("corpus", "said"),
+    ("corpus", "reported"),
     [
         ("{tmp}/*.text", r"matches no file .*; .*/ holds 00\.txt, 01\.txt, .*\.\.\.\): give a glob"),
         ("{tmp}/none/**/*.txt", r"matches no file .*holds 00\.txt"),
@@ -205,8 +205,8 @@ def test_a_parquet_file_without_texts_is_named(section, tmp_path, columns, said)
         ("hf:a:b:c:d", r"names no dataset"),
     ],
 )
-def test_a_corpus_that_is_not_there_says_what_is(section, texts, corpus, said):
-    with pytest.raises(DataError, match=said):
+def test_a_corpus_that_is_not_there_says_what_is(section, texts, corpus, reported):
+    with pytest.raises(DataError, match=reported):
         open_corpus(section(corpus.format(tmp=texts)))
 
 

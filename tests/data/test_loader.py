@@ -78,7 +78,7 @@ def sampler_of(n_windows):
 
 
 @pytest.mark.parametrize(
-    ("global_batch", "micro_batch", "dp", "mend"),
+    ("global_batch", "micro_batch", "dp", "fix"),
     [
         (10, 4, 2, "use train.global_batch 8 or 16, or train.micro_batch 1 or 5"),
         (16, 6, 2, "use train.global_batch 12 or 24, or train.micro_batch 4 or 8"),
@@ -86,14 +86,14 @@ def sampler_of(n_windows):
         (9, 2, 2, "use train.global_batch 8 or 12"),
     ],
 )
-def test_a_batch_that_does_not_divide_names_what_does(global_batch, micro_batch, dp, mend):
+def test_a_batch_that_does_not_divide_names_what_does(global_batch, micro_batch, dp, fix):
     with pytest.raises(ConfigError) as error:
         micro_batch_count(global_batch, micro_batch, dp)
-    assert str(error.value).endswith(mend)
+    assert str(error.value).endswith(fix)
     assert f"train.global_batch={global_batch} is not divisible by {micro_batch * dp}" in str(error.value)
-    for value in (int(word) for word in mend.partition("or train.micro_batch")[0].split() if word.isdigit()):
+    for value in (int(word) for word in fix.partition("or train.micro_batch")[0].split() if word.isdigit()):
         assert micro_batch_count(value, micro_batch, dp) == value // (micro_batch * dp)
-    for value in (int(word) for word in mend.partition("or train.micro_batch")[2].split() if word.isdigit()):
+    for value in (int(word) for word in fix.partition("or train.micro_batch")[2].split() if word.isdigit()):
         assert micro_batch_count(global_batch, value, dp) == global_batch // (value * dp)
 
 

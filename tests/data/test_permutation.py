@@ -26,14 +26,14 @@ def test_every_number_comes_exactly_once_for_any_key(n, key):
 @pytest.mark.parametrize("n", [5_000_000_007, 2**40 + 1, 2**61])
 def test_numbers_beyond_memory_stay_distinct_and_in_range(n):
     rng = np.random.default_rng(0)
-    asked = np.unique(np.concatenate([rng.integers(0, n, 50_000), [0, n - 1]]))
-    got = Permutation(n, "key")(asked)
+    numbers = np.unique(np.concatenate([rng.integers(0, n, 50_000), [0, n - 1]]))
+    got = Permutation(n, "key")(numbers)
     assert got.min() >= 0
     assert got.max() < n
-    assert len(np.unique(got)) == len(asked)
+    assert len(np.unique(got)) == len(numbers)
 
 
-def test_a_point_does_not_depend_on_the_others_asked_for():
+def test_a_point_does_not_depend_on_the_others():
     permutation = Permutation(1000, "key")
     together = permutation(np.arange(1000))
     assert [int(permutation(np.array([i]))[0]) for i in (0, 17, 999)] == together[[0, 17, 999]].tolist()

@@ -153,11 +153,11 @@ def start(tmp_path, texts, pause=0.0, workers=1):
 
 def test_of_several_processes_one_makes_the_data_and_the_others_wait(tmp_path, texts):
     processes = [start(tmp_path, texts, pause=0.01) for _ in range(3)]
-    said = [process.communicate(timeout=180) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], said
-    assert sorted(out.split()[0] for out, _ in said) == ["built", "found", "found"]
-    assert len({out.partition(" ")[2] for out, _ in said}) == 1
-    assert any("waiting for another process" in err for out, err in said if out.startswith("found"))
+    reported = [process.communicate(timeout=180) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], reported
+    assert sorted(out.split()[0] for out, _ in reported) == ["built", "found", "found"]
+    assert len({out.partition(" ")[2] for out, _ in reported}) == 1
+    assert any("waiting for another process" in err for out, err in reported if out.startswith("found"))
     assert not list((tmp_path / "cache").glob("*.partial-*"))
 
 
@@ -207,17 +207,17 @@ def test_a_script_without_a_main_guard_is_told_so(section, texts, monkeypatch):
 # --- errors
 
 
-def test_too_short_a_corpus_names_the_numbers_and_the_mend(section, texts):
+def test_too_short_a_corpus_names_the_numbers_and_the_fix(section, texts):
     with pytest.raises(DataError) as error:
         prepare(section(f"{texts}/*.txt", seq_len=100_000), VOCAB, False)
-    said = re.search(
+    reported = re.search(
         r"has ([\d,]+) tokens to train on in \d+ documents, fewer than one sequence "
         r"\(data\.seq_len=100000 needs 100,001\): use more text, or data\.seq_len of ([\d,]+) or less",
         str(error.value),
     )
-    assert said, error.value
-    most = int(said[2].replace(",", ""))
-    assert most == int(said[1].replace(",", "")) - 1
+    assert reported, error.value
+    most = int(reported[2].replace(",", ""))
+    assert most == int(reported[1].replace(",", "")) - 1
     with pytest.raises(DataError, match="held out for validation"):  # train is long enough now
         prepare(section(f"{texts}/*.txt", seq_len=most), VOCAB, False)
 
@@ -225,9 +225,9 @@ def test_too_short_a_corpus_names_the_numbers_and_the_mend(section, texts):
 def test_too_small_a_validation_split_names_the_fraction_that_is_enough(section, texts):
     with pytest.raises(DataError, match=r"0 tokens held out for validation, in 0 of its 40 documents") as error:
         prepare(section(f"{texts}/*.txt", validation_fraction=1e-9), VOCAB, False)
-    said = re.search(r"set data\.validation_fraction to ([\d.]+) or more, or use more text$", str(error.value))
-    assert said, error.value
-    data = prepare(section(f"{texts}/*.txt", validation_fraction=float(said[1])), VOCAB, False)
+    reported = re.search(r"set data\.validation_fraction to ([\d.]+) or more, or use more text$", str(error.value))
+    assert reported, error.value
+    data = prepare(section(f"{texts}/*.txt", validation_fraction=float(reported[1])), VOCAB, False)
     assert data.counts.tokens["validation"] > 32
 
 
@@ -260,7 +260,7 @@ def test_a_file_system_without_locks_is_named(section, texts, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "said"),
+    ("tokenizer", "reported"),
     [
         ({"vocab_size": 301}, r"vocab_size=301 is more than the model's vocabulary of 300: leave it out to train 300"),
         ({"vocab_size": 100}, r"vocab_size=100 is too small"),
@@ -272,17 +272,17 @@ def test_a_file_system_without_locks_is_named(section, texts, monkeypatch):
         ),
     ],
 )
-def test_a_tokenizer_that_does_not_fit_is_refused(section, texts, tmp_path, tokenizer, said):
+def test_a_tokenizer_that_does_not_fit_is_refused(section, texts, tmp_path, tokenizer, reported):
     if "path" in tokenizer:
         made = prepare(section(f"{texts}/*.txt", tokenizer={"vocab_size": 290}), VOCAB, False)
         made.tokenizer.save(tmp_path)
         tokenizer = tokenizer | {"path": tokenizer["path"].format(tmp=tmp_path)}
-    model_vocab = 280 if "280" in said else VOCAB
-    with pytest.raises(DataError, match=said):
+    model_vocab = 280 if "280" in reported else VOCAB
+    with pytest.raises(DataError, match=reported):
         prepare(section(f"{texts}/*.txt", tokenizer=tokenizer), model_vocab, False)
 
 
-def test_what_is_wrong_in_a_file_is_said(section, tmp_path):
+def test_what_is_wrong_in_a_file_is_reported(section, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"txt": "two"}\n')
     for workers in (1, 2):
         with pytest.raises(DataError, match=r"a\.jsonl line 2 has no key 'text'"):

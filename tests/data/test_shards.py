@@ -125,7 +125,7 @@ def test_ids_take_two_bytes_where_they_fit(tmp_path, vocab_size, dtype):
     assert meta.open(tmp_path / "a", "train").ids.tolist() == [0, 1, vocab_size - 2, vocab_size - 1]
 
 
-def test_a_token_array_maps_anew_after_pickling(tmp_path):
+def test_a_token_array_maps_again_after_pickling(tmp_path):
     np.arange(100, dtype="<u2").tofile(tmp_path / "a.bin")
     tokens = TokenArray(tmp_path / "a.bin", "<u2", 100)
     assert tokens.read(np.array([3, 0]), 4).tolist() == [[12, 13, 14, 15, 16], [0, 1, 2, 3, 4]]
@@ -206,7 +206,7 @@ def test_a_worker_that_dies_is_an_error_not_a_wait(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "damage", "said"),
+    ("name", "damage", "reported"),
     [
         ("train.bin", lambda data: data[:-2], r"are damaged: train\.bin has [\d,]+ bytes, not"),
         ("validation.bin", None, r"cannot be read: .*validation\.bin"),
@@ -216,14 +216,14 @@ def test_a_worker_that_dies_is_an_error_not_a_wait(tmp_path, monkeypatch):
         ("meta.json", lambda data: data.replace(b'"tokens"', b'"tokenz"'), r"are damaged: meta\.json"),
     ],
 )
-def test_damage_is_named(tmp_path, name, damage, said):
+def test_damage_is_named(tmp_path, name, damage, reported):
     build(tmp_path / "a", Texts(some_texts(30)))
     file = tmp_path / "a" / name
     data = file.read_bytes()
     file.unlink()
     if damage is not None:
         file.write_bytes(damage(data))
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=reported):
         read_meta(tmp_path / "a")
 
 

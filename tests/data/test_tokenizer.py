@@ -58,7 +58,7 @@ def test_a_small_corpus_gives_a_small_vocabulary(tmp_path, section):
     assert train_tokenizer(open_corpus(section(f"{tmp_path}/a.txt")), 4096).vocab_size == 257
 
 
-def test_what_is_wrong_with_the_corpus_is_said_while_training(tmp_path, section):
+def test_what_is_wrong_with_the_corpus_is_reported_while_training(tmp_path, section):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\nnot JSON')
     with pytest.raises(DataError, match=r"a\.jsonl line 2 is not JSON"):
         train_tokenizer(open_corpus(section(f"{tmp_path}/a.jsonl")), 300)
@@ -137,21 +137,21 @@ def test_documents_begin_as_the_tokenizer_begins_them_and_are_never_cut(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("special", "files", "said"),
+    ("special", "files", "reported"),
     [
         ([], {}, r"does not tell which token ends a text \(its special tokens: none\): write .*eos_token"),
         (["<a>"], {"tokenizer_config": {"eos_token": "<z>"}}, r"no token '<z>', which tokenizer_config\.json"),
         (["<a>"], {"config": {"eos_token_id": 9}}, r"has no token 9, which config\.json"),
     ],
 )
-def test_a_tokenizer_without_an_end_is_refused(tmp_path, special, files, said):
+def test_a_tokenizer_without_an_end_is_refused(tmp_path, special, files, reported):
     write_words(tmp_path, *special, **files)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=reported):
         load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "reported"),
     [
         ("none", None, r"there is no tokenizer .*none .*or leave it out to train one"),
         ("tokenizer.model", "", r"holds tokenizer\.model, but no tokenizer\.json: write one with transformers"),
@@ -159,8 +159,8 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path, special, files, said):
         ("tokenizer.json", "{", r"tokenizer\.json is not a tokenizer\.json"),
     ],
 )
-def test_a_missing_or_damaged_tokenizer_is_named(tmp_path, name, content, said):
+def test_a_missing_or_damaged_tokenizer_is_named(tmp_path, name, content, reported):
     if content is not None:
         (tmp_path / name).write_text(content)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=reported):
         load_tokenizer(tmp_path / name if content is None else tmp_path)

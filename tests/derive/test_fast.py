@@ -41,7 +41,7 @@ def test_on_our_own_models_it_is_the_preset(name: str, styles: str) -> None:
         overlaps = {getattr(style, "overlap", "") for style in plan.modules.values()} - {""}
         assert overlaps == {"copy_engine" if styles == "overlap" else "collectives"}
     lies = [
-        {key: (said.placement, said.local_shape) for key, said in plan.parameters(model, 4).items()}
+        {key: (layout.placement, layout.local_shape) for key, layout in plan.parameters(model, 4).items()}
         for plan in (derived, preset)
     ]
     assert lies[0] == lies[1]

@@ -241,7 +241,7 @@ def test_state_that_is_not_laid_out_as_its_parameter_is_normalised(ranks: Ranks,
 # Failures
 
 
-def said_by(work: Callable[[], object]) -> str:
+def error_of(work: Callable[[], object]) -> str:
     try:
         work()
     except CheckpointError as error:
@@ -261,21 +261,21 @@ def full_disk_case(device: str, folder: Path, asynchronous: bool) -> tuple[str, 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with mock.patch.object(os, "fsync", refuse) if dist.get_rank() == 1 else nullcontext():
-        said = said_by(lambda: (checkpoints.save(2, placed.model, placed.optimizer, {}), checkpoints.wait()))
+        reported = error_of(lambda: (checkpoints.save(2, placed.model, placed.optimizer, {}), checkpoints.wait()))
     dist.barrier()
     there = sorted(path.name for path in folder.iterdir())
     dist.barrier()
     checkpoints.save(3, placed.model, placed.optimizer, {})
     checkpoints.wait()
-    return said, there
+    return reported, there
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["synchronous", "asynchronous"])
 def test_a_full_disk_on_one_rank_is_raised_on_all(ranks: Ranks, tmp_path: Path, asynchronous: bool) -> None:
-    for said, there in ranks(4).run(full_disk_case, tmp_path, asynchronous):
-        assert "too full for a checkpoint in" in said
-        assert str(tmp_path) in said
-        assert " bytes), " in said
+    for reported, there in ranks(4).run(full_disk_case, tmp_path, asynchronous):
+        assert "too full for a checkpoint in" in reported
+        assert str(tmp_path) in reported
+        assert " bytes), " in reported
         assert there == ["step-1"]
     assert [(info.step, info.state) for info in Checkpoints(tmp_path).list()] == [(1, "complete"), (3, "complete")]
 
@@ -286,13 +286,13 @@ def narrow_disk_case(device: str, folder: Path, mesh: str, missing: int) -> str:
     train(placed)
     free = sum(tensor.nbytes for tensor in whole_state(placed).values()) - missing
     with mock.patch.object(storage, "_ROOM", 0), mock.patch.object(shutil, "disk_usage", return_value=Mock(free=free)):
-        return said_by(lambda: Checkpoints(folder).save(1, placed.model, placed.optimizer, {}))  # type: ignore[arg-type]
+        return error_of(lambda: Checkpoints(folder).save(1, placed.model, placed.optimizer, {}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("mesh", ["tp4", "replicate2-tp2"])
 def test_a_checkpoint_asks_for_the_room_that_it_takes(ranks: Ranks, tmp_path: Path, mesh: str) -> None:
-    for said in ranks(4).run(narrow_disk_case, tmp_path, mesh, 1):
-        assert "too full" in said
+    for reported in ranks(4).run(narrow_disk_case, tmp_path, mesh, 1):
+        assert "too full" in reported
     assert ranks(4).run(narrow_disk_case, tmp_path, mesh, 0) == [""] * 4
 
 
@@ -302,20 +302,20 @@ def one_rank_case(device: str, folder: Path) -> list[str]:
     model, checkpoints = placed.model, Checkpoints(folder)
     assert model is not None
     odd = dist.get_rank() == 1
-    said = [said_by(lambda: checkpoints.save(1, model, None, {"odd": {1}} if odd else {}))]  # type: ignore[dict-item]
+    reported = [error_of(lambda: checkpoints.save(1, model, None, {"odd": {1}} if odd else {}))]  # type: ignore[dict-item]
     checkpoints.save(1, model, None, {})
     if odd:
         model.layers["0"].added = nn.Linear(2, 2)
-    said.append(said_by(lambda: checkpoints.load(1, model)))
+    reported.append(error_of(lambda: checkpoints.load(1, model)))
     if odd:
         del model.layers["0"].added
         next((folder / "step-1").glob("rank-00002-*")).unlink()
     dist.barrier()
-    said.append(said_by(lambda: checkpoints.load(1, model)))
-    return said
+    reported.append(error_of(lambda: checkpoints.load(1, model)))
+    return reported
 
 
-def test_what_is_wrong_on_one_rank_is_said_on_all(ranks: Ranks, tmp_path: Path) -> None:
+def test_what_is_wrong_on_one_rank_is_reported_on_all(ranks: Ranks, tmp_path: Path) -> None:
     for extra, model, file in ranks(4).run(one_rank_case, tmp_path):
         assert extra.startswith("rank 1: extra['odd'] is not JSON")
         assert "only in the model: layers.0.added.weight float32[2, 2], layers.0.added.bias" in model
@@ -340,9 +340,9 @@ def test_a_rank_killed_while_it_writes_ends_the_save_of_the_others(ranks: Ranks,
         for pipe in group._pipes:
             pipe.send((killed_case, (tmp_path,)))
         assert group._pipes[0].poll(90), "the other rank hangs"
-        ok, said = group._pipes[0].recv()
+        ok, reported = group._pipes[0].recv()
         assert not ok
-        assert "Connection" in said, said
+        assert "Connection" in reported, reported
     finally:
         group.stop()
     assert [(info.step, info.state) for info in Checkpoints(tmp_path).list()] == [(1, "complete"), (2, "unfinished")]

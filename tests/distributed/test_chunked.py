@@ -158,9 +158,9 @@ def no_engine_case(device: str) -> str:
 def test_copy_engines_that_are_not_there_are_an_error(ranks: Ranks) -> None:
     if ranks.device == "cuda":
         pytest.skip("a mesh of CPUs needs gloo")
-    for said in ranks(2).run(no_engine_case):
-        assert "compute on cpu" in said
-        assert "overlap: collectives" in said
+    for reported in ranks(2).run(no_engine_case):
+        assert "compute on cpu" in reported
+        assert "overlap: collectives" in reported
 
 
 @pytest.mark.parametrize("overlap", [True, "copy-engine"])

@@ -131,7 +131,7 @@ def test_gradients_and_parameters_are_those_of_the_unsharded_model(
             assert max(found.values()) < 1e-10, (case, found)
 
 
-def test_a_parameter_that_somebody_else_changes_is_copied_anew(ranks: Ranks) -> None:
+def test_a_parameter_that_somebody_else_changes_is_copied_again(ranks: Ranks) -> None:
     for errors in ranks(2).run(partial(in_fp64, writes=False, says_so=False), ComputeWeights, CASES[:1]):
         (found,) = errors.values()
         assert max(found.values()) < 1e-10, found

@@ -53,7 +53,7 @@ def test_a_failure_on_one_rank_raises_on_every_rank(ranks: Ranks) -> None:
 
 
 @pytest.mark.distributed
-def test_what_all_ranks_find_is_said_once(ranks: Ranks) -> None:
+def test_what_all_ranks_find_is_reported_once(ranks: Ranks) -> None:
     for text in ranks(2).run(chosen, {0: BLOCKED, 1: BLOCKED}, ()):
         assert f"here {BLOCKED}: use" in text
 

@@ -199,9 +199,9 @@ def no_gather_case(device: str) -> str:
 
 @pytest.mark.distributed
 def test_a_fast_column_without_its_gather_raises(ranks: Ranks) -> None:
-    for said in ranks(2).run(no_gather_case):
-        assert "gate_proj" in said
-        assert "fast_gather" in said
+    for reported in ranks(2).run(no_gather_case):
+        assert "gate_proj" in reported
+        assert "fast_gather" in reported
 
 
 @pytest.mark.parametrize(

@@ -206,22 +206,22 @@ def refusals_case(device: str) -> list[str]:
         ((hidden, weight[:2], targets), {"mesh_or_group": mesh, "vocab_size": 1}),
         ((h, w, targets), {"sequence_dim": 1, "implementation": "triton"}),
     ]
-    said = []
+    reported = []
     for args, options in calls:
         with pytest.raises(ConfigError) as error:
             linear_cross_entropy(*args, **options)
-        said.append(str(error.value))
-    return said
+        reported.append(str(error.value))
+    return reported
 
 
 @pytest.mark.distributed
-def test_what_does_not_fit_is_refused_with_the_mend(ranks: Ranks) -> None:
+def test_what_does_not_fit_is_refused_with_the_fix(ranks: Ranks) -> None:
     if ranks.device == "cuda":
         pytest.skip("a GPU is not asked for the values of targets")
     wanted = ["use mean or sum", "targets must be unsharded", "give vocab_size", "torch.chunk", "cast one"]
     wanted += ["classes are 0", "Shard(0)", "use fewer ranks", "cannot be used"]
-    for said in ranks(2).run(refusals_case):
-        for text, want in zip(said, wanted, strict=True):
+    for reported in ranks(2).run(refusals_case):
+        for text, want in zip(reported, wanted, strict=True):
             assert want in text
 
 

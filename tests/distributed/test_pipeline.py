@@ -62,15 +62,15 @@ def absent_case(device: str) -> list[str]:
     plan = Plan.preset("llama")
     wrong = Plan(modules={**plan.modules, "layers.*.self_attn.o_prj": "rowwise"}, loss=plan.loss)
     mesh = Mesh(pp=2).build(device, 2)
-    said = []
+    reported = []
     for stage in split_stages(build("gqa", device), mesh, (1,)):
         for candidate, absent in ((plan, stage.absent), (plan, ()), (wrong, stage.absent)):
             try:
                 candidate.resolve(stage.module, absent)
-                said.append("fits")
+                reported.append("fits")
             except PlanError as error:
-                said.append(str(error))
-    return said
+                reported.append(str(error))
+    return reported
 
 
 def test_only_keys_of_absent_modules_may_match_nothing(ranks: Ranks) -> None:
@@ -147,17 +147,17 @@ def mixed_case(device: str) -> dict[str, Any]:
     first = runner.evaluate(ids, targets)
     loss = runner.forward_backward(ids, targets)
     second = runner.evaluate(ids, targets)
-    said = ""
+    reported = ""
     try:
         runner.forward_backward(ids[:2], targets[:2])
     except ConfigError as error:
-        said = str(error)
+        reported = str(error)
     return {
         "loss": [abs(value.item() / want - 1) for value in (first, loss, second)],
         "hidden": seen["hidden"],
         "params": {param.dtype for param in runner.parameters()},
         "grads": {param.grad.dtype for param in runner.parameters() if param.grad is not None},
-        "refused": said,
+        "refused": reported,
     }
 
 

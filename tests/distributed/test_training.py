@@ -133,15 +133,15 @@ def read_alike_and_apart(device: str) -> list[str]:
 
     group = dist.group.WORLD
     assert group is not None
-    said = []
+    reported = []
     for own in (0, dist.get_rank()):
         ids = torch.arange(8, device=device).reshape(2, 4) + own
         try:
             check_same_batch([(ids, ids + 1)], [group], step=4)
-            said.append("alike")
+            reported.append("alike")
         except DataError as error:
-            said.append(str(error))
-    return said
+            reported.append(str(error))
+    return reported
 
 
 def test_ranks_that_read_different_batches_stop(ranks: Ranks) -> None:

@@ -61,8 +61,8 @@ def test_the_repeated_block_is_a_layer_and_not_one_of_its_experts() -> None:
 def test_plan_as_json_and_as_a_file(capsys: pytest.CaptureFixture[str], tmp_path: object) -> None:
     file = f"{tmp_path}/plan.yaml"
     assert main(["plan", "laptop", "--tp", "2", "--json", "-o", file]) == 0
-    said = json.loads(capsys.readouterr().out)
-    row = next(r for r in said["parameters"] if r["name"] == "layers.3.mlp.down_proj.weight")
+    reported = json.loads(capsys.readouterr().out)
+    row = next(r for r in reported["parameters"] if r["name"] == "layers.3.mlp.down_proj.weight")
     assert row == {
         "name": "layers.3.mlp.down_proj.weight",
         "shape": [128, 384],
@@ -70,7 +70,7 @@ def test_plan_as_json_and_as_a_file(capsys: pytest.CaptureFixture[str], tmp_path
         "local_shape": [128, 192],
         "reason": "input features split",
     }
-    assert {"op", "where", "pass", "bytes"} <= said["collectives"][0].keys()
+    assert {"op", "where", "pass", "bytes"} <= reported["collectives"][0].keys()
     assert Plan.load(file) == Plan.preset("llama")
 
 

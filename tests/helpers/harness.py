@@ -2,7 +2,7 @@
 
 A case is a module-level function `fn(device, *args)`, called on every rank under an initialised default process group
 (gloo on CPUs, NCCL with `--device cuda`). What it returns comes back, one value a rank; what it raises on any rank
-fails the test with that rank's traceback, and the group is started anew for the next case.
+fails the test with that rank's traceback, and the group is started again for the next case.
 """
 
 from __future__ import annotations

@@ -66,12 +66,12 @@ def train(device: str, config: RunConfig, stop_after: int | None = None) -> tupl
     torch._dynamo.reset()  # a test trains more models in one process than a block's forward may be compiled for
     here = torch.device(device, dist.get_rank()) if device == "cuda" else torch.device(device)
     mesh = config.mesh.build(device, dist.get_world_size())
-    asked = 0
+    calls = 0
 
     def stop() -> bool:
-        nonlocal asked
-        asked += 1
-        return stop_after is not None and dist.get_rank() == 1 and asked >= stop_after
+        nonlocal calls
+        calls += 1
+        return stop_after is not None and dist.get_rank() == 1 and calls >= stop_after
 
     text = io.StringIO()
     progress = TrainingProgress(dist.get_rank() == 0, config.train.steps, 1, text)

@@ -160,7 +160,7 @@ def test_one_hardware_queue_does_not_deadlock() -> None:
 
 
 class AtOnce:
-    """A device that does everything when told; a flag that is taken must be put."""
+    """A device that does everything at once; a flag that is taken must be put."""
 
     def __init__(self, flags: dict[Any, int]) -> None:
         self.flags = flags

@@ -101,7 +101,7 @@ def config(**changes: Any) -> RunConfig:
         ({"pipeline": {"schedule": "zero_bubble"}, "train": {"compile": True}}, ["train.compile to false"]),
     ],
 )
-def test_what_cannot_run_is_refused_with_its_mend(changes: dict[str, Any], says: list[str]) -> None:
+def test_what_cannot_run_is_refused_with_its_fix(changes: dict[str, Any], says: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
         check_pipeline(config(**changes), layers=4)
     for text in says:

@@ -54,12 +54,12 @@ def test_a_model_without_a_plan_is_refused() -> None:
         Plan.from_huggingface(build("gpt2"))
 
 
-def test_what_cannot_be_mapped_is_said() -> None:
+def test_what_cannot_be_mapped_is_reported() -> None:
     model = build("phi3")
-    said = {"model.layers.*.self_attn.o_proj": "mla_kv_a_proj", "model.layers.*.mlp.down_proj": "made_up"}
-    modules, unmapped = map_styles(model, said)
+    reported = {"model.layers.*.self_attn.o_proj": "mla_kv_a_proj", "model.layers.*.mlp.down_proj": "made_up"}
+    modules, unmapped = map_styles(model, reported)
     assert not [key for key in modules if "layers" in key]
-    assert unmapped.keys() == said.keys()
+    assert unmapped.keys() == reported.keys()
     assert "made_up: unknown" in unmapped["model.layers.*.mlp.down_proj"]
 
 

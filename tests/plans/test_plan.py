@@ -1,4 +1,4 @@
-"""Plans as data: read, print, match, and refuse what cannot work, with the mend."""
+"""Plans as data: read, print, match, and refuse what cannot work, with the fix."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_a_key_written_twice_is_refused() -> None:
         ({"vocab_size": 63}, 2, "vocab_size=63 is not divisible by tp=2: choose tp from 1, 3"),
     ],
 )
-def test_sizes_that_do_not_divide_name_the_mend(change: dict[str, int], tp: int, message: str) -> None:
+def test_sizes_that_do_not_divide_name_the_fix(change: dict[str, int], tp: int, message: str) -> None:
     with torch.device("meta"):
         model = Llama(replace(TINY, num_key_value_heads=4, **change))
     plan = Plan.preset("llama")

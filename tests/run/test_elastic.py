@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(folder: Path, request: pytest.FixtureRequest) -> list[Record]:
-    """Its figures, from two ranks that nobody has started anew."""
+    """Its figures, from two ranks that nobody has started again."""
     if request.config.getoption("--device") == "cuda":
         pytest.skip("kills are the same on every device, and the runs to compare are on CPUs")
     ranks: Ranks = request.getfixturevalue("ranks")

@@ -1,4 +1,4 @@
-"""The line that says what ran: of what operators noted, of nothing that was only asked for."""
+"""The line that says what ran: from what operators recorded, not from what was only requested."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def test_what_was_asked_for_is_not_executed_paths(training: Any) -> None:
     assert executed_paths(training, 32) == "eager"
 
 
-def test_what_operators_noted_is_said_once(training: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_operators_noted_is_reported_once(training: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executed, "_graphs_compiled", lambda: True)
     for _ in range(2):
         for kind, what in (("columns", 3), ("columns", 2), ("beside", "collectives"), ("loss", "triton")):
             record(kind, what)
     assert recorded("columns") == ["3", "2"]
-    said = executed_paths(training, 32)
-    assert said == ("fused qkv, gate/up, overlapped scatter, linear cross entropy in Triton, compiled blocks")
-    lines = executed_line(said).splitlines()
+    reported = executed_paths(training, 32)
+    assert reported == ("fused qkv, gate/up, overlapped scatter, linear cross entropy in Triton, compiled blocks")
+    lines = executed_line(reported).splitlines()
     assert all(len(line) <= 80 for line in lines)
     assert lines[0].startswith("ran        fused")
 

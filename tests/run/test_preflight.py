@@ -1,4 +1,4 @@
-"""Everything that can be known to be wrong is said before a process starts, with the mend."""
+"""Everything that can be known to be wrong is reported before a process starts, with the fix."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
         ({"train.cuda_graph": True, "train.activation_checkpoint": "full"}, "train.activation_checkpoint to none"),
     ],
 )
-def test_an_impossible_run_names_the_mend(
+def test_an_impossible_run_names_the_fix(
     changes: dict[str, Any], text: str, config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -170,10 +170,10 @@ def test_a_broken_plan_stops_before_the_ranks_start(
 ) -> None:
     run = written(config(**{"plan": "plan.yaml", **DATA}), tmp_path, **change)
     assert main(["train", str(run)]) == 2
-    said = capsys.readouterr().err
-    assert code in said
-    assert f"docs/checks/{code.split()[1]}.md" in said
-    assert "1 error in plan mine for laptop at tp=2, and nothing was started" in said
+    reported = capsys.readouterr().err
+    assert code in reported
+    assert f"docs/checks/{code.split()[1]}.md" in reported
+    assert "1 error in plan mine for laptop at tp=2, and nothing was started" in reported
     assert launched == []
     if change == {"without": "norm"}:  # what is only wrong, and not impossible, starts when asked to
         assert main(["train", str(run), "--check", "False"]) == 0

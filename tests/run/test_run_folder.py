@@ -55,11 +55,11 @@ def test_a_folder_that_does_not_exist_is_free_and_stays_away(tmp_path: Path) -> 
 
 
 def test_another_model_data_or_seed_is_another_run(config: Callable[..., RunConfig]) -> None:
-    former = config()
-    assert changed_keys(former) == []
-    former.run.dir.mkdir()
-    (former.run.dir / CONFIG).write_text(dump_config(former))
-    assert changed_keys(former) == []
+    previous = config()
+    assert changed_keys(previous) == []
+    previous.run.dir.mkdir()
+    (previous.run.dir / CONFIG).write_text(dump_config(previous))
+    assert changed_keys(previous) == []
     assert changed_keys(config(**{"train.lr": 2e-3, "mesh.tp": 1, "data.workers": 3})) == [
         "mesh.tp: 2 -> 1",
         "train.lr: 0.001 -> 0.002",

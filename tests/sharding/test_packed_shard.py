@@ -62,7 +62,7 @@ def gathered_case(device: str, mesh: Mesh) -> tuple[dict[str, str], dict[str, bo
     packed, plain = params["qkv.weight"], params["up.weight"]
     assert packed.grad is not None
     moment = optimizer.state[packed]["exp_avg"]
-    told = {
+    errors = {
         "full_tensor": refusal(packed.full_tensor),  # type: ignore[attr-defined]
         "detached": refusal(packed.detach().full_tensor),  # type: ignore[attr-defined]
         "gradient": refusal(packed.grad.full_tensor),  # type: ignore[attr-defined]
@@ -85,14 +85,14 @@ def gathered_case(device: str, mesh: Mesh) -> tuple[dict[str, str], dict[str, bo
         holds[f"{name} gradient"] = torch.allclose(colrow.full_tensor(got.grad), param.grad, atol=1e-5)
         ours = colrow.full_tensor(optimizer.state[got]["exp_avg"])
         holds[f"{name} moment"] = torch.allclose(ours, other.state[param]["exp_avg"], atol=1e-6)
-    return told, holds
+    return errors, holds
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("mesh", [Mesh(tp=2), Mesh(dp_shard=2, tp=2), Mesh(dp_replicate=2, tp=2)], ids=str)
 def test_only_our_way_gathers_a_packed_parameter(ranks: Ranks, mesh: Mesh) -> None:
-    for told, holds in ranks(mesh.world_size).run(gathered_case, mesh):
-        assert all("colrow.full_tensor" in text for text in told.values()), told
+    for errors, holds in ranks(mesh.world_size).run(gathered_case, mesh):
+        assert all("colrow.full_tensor" in text for text in errors.values()), errors
         assert all(holds.values()), holds
 
 

@@ -45,14 +45,14 @@ def test_without_warmup_the_first_step_has_nearly_the_peak() -> None:
 
 
 @pytest.mark.parametrize(
-    ("more", "mend"),
+    ("more", "fix"),
     [
         ({"warmup_steps": 100}, "use fewer than 100"),
         ({"decay_steps": 10}, "set train.schedule to wsd"),
         ({"schedule": "wsd", "decay_steps": 95}, "use decay_steps up to 90"),
     ],
 )
-def test_what_does_not_fit_names_the_mend(more: dict[str, Any], mend: str) -> None:
-    with pytest.raises(ConfigError, match=mend):
+def test_what_does_not_fit_names_the_fix(more: dict[str, Any], fix: str) -> None:
+    with pytest.raises(ConfigError, match=fix):
         check_schedule(section(**more))
     check_schedule(section())
