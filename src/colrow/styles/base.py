@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, Literal, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter
 from torch import nn
@@ -119,7 +119,9 @@ class Style(ABC):
                 if isinstance(error, PlanError):
                     raise
                 message = f"style {self.name}: option {field.name} cannot be {value!r}"
-                raise PlanError("CR211", "", message, f"give it a value of type {field.type}") from error
+                hint = get_type_hints(type(self))[field.name]
+                one_of = f"use one of {', '.join(get_args(hint))}" if get_origin(hint) is Literal else ""
+                raise PlanError("CR211", "", message, one_of or f"give it a value of type {field.type}") from error
             object.__setattr__(self, field.name, converted)
 
     @abstractmethod

@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from colrow.errors import PlanError, did_you_mean
-from colrow.ops.carriers import OVERLAPS, Overlap, carrier
+from colrow.ops.carriers import Overlap, carrier
 from colrow.ops.float8 import RECIPES
 from colrow.ops.linear_options import CHUNK_ROWS, LinearOptions, option_names
 from colrow.sharding.local_view import replace_forward
@@ -126,13 +126,6 @@ class FastLinear(FlattenedTokens):
     overlap: Overlap = "collectives"
     chunk_rows: int = CHUNK_ROWS
     fp8: str = option(_float8_of, "")
-
-    def check(self, site: Site) -> None:
-        if self.overlap not in OVERLAPS:
-            raise site.wrong_options(
-                f"overlap {self.overlap!r} does not exist",
-                f"use one of {', '.join(OVERLAPS)}{did_you_mean(str(self.overlap), OVERLAPS)}",
-            )
 
     def linear_state(self, mesh: DeviceMesh) -> LinearState:
         """The forward's state; creates the carrier."""
