@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from colrow.dryrun.block_kinds import BlockTraces, trace_blocks
 from colrow.dryrun.calls import (
     GivenInputs,
     Inputs,
@@ -57,8 +58,8 @@ def dry_run(
 ) -> DryRun:
     """Run one forward and backward of a copy of `model` under `plan`, on fake tensors, as the first of `mesh.tp` ranks.
 
-    Of equal blocks, two are run. The model may be on the meta device; it is not changed. An existing process group is
-    left alone.
+    Of the blocks of one kind, two are run ([Note: kinds of blocks]). The model may be on the meta device; it is not
+    changed. An existing process group is left alone.
 
     Args:
         batch_size: sequences on one rank.
@@ -70,6 +71,7 @@ def dry_run(
         PlanError: the plan does not fit the model at this degree.
     """
     request = _Request(model, plan, mesh.tp, batch_size, seq_len, inputs, loss, dtype)
+    request = replace(request, traces=trace_blocks(model, request.fake_inputs, dtype))
     run = _run(request)
     if run.reference_failure is not None and "BF16" in str(run.reference_failure.error):
         request = replace(request, dtype=torch.bfloat16)  # torch's grouped matmuls take no other type
@@ -91,12 +93,19 @@ class _Request:
     inputs: GivenInputs | None
     loss: Loss
     dtype: torch.dtype | None = None
+    traces: BlockTraces = field(default_factory=BlockTraces)
+
+    def fake_inputs(self, model: nn.Module) -> Inputs:
+        """The arguments of a copy of the model, under fake tensors."""
+        given = self.inputs
+        inputs = example_inputs(model, self.batch_size, self.seq_len) if given is None else Inputs.of(given)
+        return inputs.map(lambda x: torch.empty_like(x, device="cpu") if isinstance(x, Tensor) else x)
 
 
 def _run(request: _Request, keep: int = 2) -> DryRun:
     run = DryRun()
     styles = {name: style for name, (_, style) in request.plan.resolve(request.model).items()}
-    reference, sharded = (reduced_copy(request.model, styles, keep) for _ in range(2))
+    reference, sharded = (reduced_copy(request.model, styles, request.traces, keep) for _ in range(2))
     names = {name: sharded.original(name) for name, _ in sharded.model.named_modules()}
     plan = replace(request.plan, modules={new: styles[old] for new, old in names.items() if old in styles})
     with warnings.catch_warnings(), fake_tp_mesh(request.tp) as tp_mesh:
@@ -105,12 +114,7 @@ def _run(request: _Request, keep: int = 2) -> DryRun:
         with fake_tensors():
             for copy in (reference, sharded):
                 materialize_fake(copy.model, request.dtype)
-            inputs = (
-                example_inputs(reference.model, request.batch_size, request.seq_len)
-                if request.inputs is None
-                else Inputs.of(request.inputs)
-            )
-            inputs = inputs.map(lambda x: torch.empty_like(x, device="cpu") if isinstance(x, Tensor) else x)
+            inputs = request.fake_inputs(reference.model)
             _run_unsharded(request, run, reference, inputs)
             if run.reference_failure is None:
                 _run_sharded(request, run, sharded, inputs, plan, tp_mesh)

@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from colrow.sharding.parameter_state import set_states, states_of
+from colrow.sharding.parameter_state import copied_model, set_states, states_of
 from colrow.torch_compat import fake_group_beside, fake_store
 
 
@@ -42,6 +43,16 @@ def fake_tp_mesh(tp: int) -> Iterator[DeviceMesh]:
         yield DeviceMesh.from_group(group, "cpu", mesh=torch.tensor(ranks), mesh_dim_names=("dry_run_beside",))
     finally:
         dist.destroy_process_group(group)
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A deep copy whose parameters and buffers are on the meta device; ties stay, no weight is copied."""
+    memo: dict[int, Any] = {}
+    for param in model.parameters():
+        memo[id(param)] = nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=param.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copied_model(model, memo)
 
 
 def materialize_fake(model: nn.Module, dtype: torch.dtype | None) -> None:

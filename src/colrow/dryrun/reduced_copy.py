@@ -1,7 +1,6 @@
 """A copy of a model on the meta device, with the same widths and only the first blocks of each kind.
 
-The dry run needs no more: of a list of equal blocks, the first two show everything. Blocks are equal when their
-classes, the shapes of their parameters, their plain options and their styles are.
+The dry run needs no more: of the blocks of one kind ([Note: kinds of blocks]), the first two show everything.
 """
 
 from __future__ import annotations
@@ -11,15 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from colrow.dryrun.block_kinds import BlockTraces, block_kind
+from colrow.dryrun.fake_world import meta_copy
 from colrow.models.blocks import block_stacks
-from colrow.sharding.parameter_state import copied_model
 from colrow.styles.base import Style
 
 _KEPT = 2  # of each kind: the second block's input comes from a block, as for all later ones
-_LAYER_NUMBERS = ("idx", "index", "layer_id", "layer_number")  # options that differ between equal blocks
 
 
 @dataclass(frozen=True)
@@ -47,29 +45,19 @@ class ReducedCopy:
         return next((n for block, n in self.repeats.items() if name == block or name.startswith(block + ".")), 1)
 
 
-def meta_copy(model: nn.Module) -> nn.Module:
-    """A deep copy whose parameters and buffers are on the meta device; ties stay, no weight is copied."""
-    memo: dict[int, Any] = {}
-    for param in model.parameters():
-        memo[id(param)] = nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=param.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copied_model(model, memo)
-
-
-def reduced_copy(model: nn.Module, styles: Mapping[str, Style], keep: int = _KEPT) -> ReducedCopy:
-    """`meta_copy` with at most `keep` blocks of each kind in each stack of blocks."""
+def reduced_copy(model: nn.Module, styles: Mapping[str, Style], traces: BlockTraces, keep: int = _KEPT) -> ReducedCopy:
+    """`meta_copy` with at most `keep` blocks of each kind in each regular stack of blocks."""
     model = meta_copy(model)
     original_names: dict[str, str] = {}
     repeats: dict[str, int] = {}
     for stack in block_stacks(model):
         list_name, container = stack.name, stack.container
-        if not list_name:
-            continue  # the model itself is the list, and its callers name its entries
+        if not list_name or list_name in traces.irregular:
+            continue  # without a name the model itself is the list, and its callers name its entries
         blocks = dict(container.named_children())
         groups: dict[Any, list[str]] = defaultdict(list)
         for key, block in blocks.items():
-            groups[_block_key(block, f"{list_name}.{key}", styles)].append(key)
+            groups[block_kind(block, f"{list_name}.{key}", styles, traces)].append(key)
         if all(len(keys) <= keep for keys in groups.values()):
             continue
         kept: dict[str, int] = {}  # key: number of blocks that it stands for
@@ -86,23 +74,3 @@ def reduced_copy(model: nn.Module, styles: Mapping[str, Style], keep: int = _KEP
             if new != key:
                 original_names[f"{list_name}.{new}"] = f"{list_name}.{key}"
     return ReducedCopy(model, original_names, repeats)
-
-
-def _block_key(block: nn.Module, name: str, styles: Mapping[str, Style]) -> tuple[Any, ...]:
-    """What blocks must have in common to be equal for a dry run."""
-    facts: list[Any] = []
-    for inner, module in block.named_modules():
-        plain = tuple(
-            (key, value)
-            for key, value in sorted(module.__dict__.items())
-            if isinstance(value, int | float | str) and not key.startswith("_") and not _is_layer_number(key)
-        )
-        style = styles.get(f"{name}.{inner}" if inner else name)
-        facts.append((inner, type(module), plain, repr(style)))
-    tensors: list[tuple[str, Tensor]] = [*block.named_parameters(), *block.named_buffers()]
-    facts += [(key, tuple(t.shape), t.dtype, t.requires_grad) for key, t in tensors]
-    return tuple(facts)
-
-
-def _is_layer_number(key: str) -> bool:
-    return any(word in key for word in _LAYER_NUMBERS)

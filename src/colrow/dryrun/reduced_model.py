@@ -1,7 +1,8 @@
 """A small model with the modules of a big one, for verify: fewer layers and smaller widths.
 
-Layers shrink to two of each kind, widths to a few multiples of tp. Heads keep the ratio of query to kv heads. A size
-that tp divides becomes one that it divides; a size that it does not divide stays such a size.
+Layers shrink to the first ones, as many as hold every kind and at least two; widths to a few multiples of tp. Heads
+keep the ratio of query to kv heads. A size that tp divides becomes one that it divides; a size that it does not divide
+stays such a size. A model of an unknown family is taken complete, up to `LARGEST`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from typing import Any
 
 from torch import nn
 
-from colrow.dryrun.calls import is_huggingface
+from colrow.dryrun.block_kinds import block_kind, trace_blocks
+from colrow.dryrun.calls import example_inputs, is_huggingface
 from colrow.errors import PlanError
+from colrow.models.blocks import block_stacks
 
 SMALL = 5_000_000
 """A model with at most this number of parameters is verified as it is."""
@@ -48,7 +51,7 @@ def reduced_model(model: nn.Module, tp: int) -> tuple[nn.Module, str | None]:
         small = _shrink_llama(config, tp)
         return type(model)(small), _changes(vars(config), vars(small))
     if is_huggingface(model) and config is not None:
-        small = shrink_huggingface(config, tp)
+        small = shrink_huggingface(config, tp, layers_with_every_kind(model))
         return type(model)(small), _changes(config.to_dict(), small.to_dict())
     if size > LARGEST:
         raise PlanError(
@@ -92,12 +95,24 @@ def _same_divisibility(small: int, big: int, tp: int) -> bool:
     return (small % tp == 0) == (big % tp == 0) and (tp % small == 0) == (tp % big == 0)
 
 
-def shrink_huggingface(config: Any, tp: int) -> Any:
-    """A config of the same family with small sizes."""
+def layers_with_every_kind(model: nn.Module) -> int:
+    """How many of the first layers hold every kind of block ([Note: kinds of blocks]); at least two."""
+    traces = trace_blocks(model, lambda copy: example_inputs(copy, 1, 16))
+    most = 2
+    for stack in block_stacks(model):
+        kinds = [block_kind(block, name, {}, traces) for name, block in stack.named_blocks()]
+        most = max([most, *(kinds.index(kind) + 1 for kind in set(kinds))])
+        if stack.name in traces.irregular:
+            most = max(most, len(kinds))
+    return most
+
+
+def shrink_huggingface(config: Any, tp: int, keep: int = 2) -> Any:
+    """A config of the same family with small sizes and at least `keep` layers."""
     small = copy.deepcopy(config)
     layer_types: Sequence[Any] = getattr(config, "layer_types", None) or ()
     layers = _first(config, LAYERS) or 2
-    keep = min(layers, max([2, *(list(layer_types).index(name) + 1 for name in set(layer_types))]))
+    keep = min(layers, max([keep, *(list(layer_types).index(name) + 1 for name in set(layer_types))]))
     query = _first(config, QUERY_HEADS) or 1
     heads, kv = shrink_heads(query, _first(config, KV_HEADS) or query, tp)
     dim = 8
