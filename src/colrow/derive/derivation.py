@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,6 @@ from colrow.derive.axes import forbid, leaves
 from colrow.derive.blocks import Split, SplitError
 from colrow.derive.choice import Choice
 from colrow.derive.choose import choose, legal_degrees
-from colrow.derive.compress import compress
 from colrow.derive.emit import Emitter
 from colrow.derive.emit_fast import FastEmitter
 from colrow.derive.emit_modules import Emission
@@ -221,7 +220,7 @@ class _Derive:
         exits = [label_of(node) for node in split.borders()[1]] if split else []
         return Derivation(
             tp=self.tp,
-            modules=compress(emission.modules, self.model),
+            modules=_by_pattern(emission.modules, self.model),
             loss=emission.loss,
             sharded=sharded,
             replicated=replicated,
@@ -250,3 +249,21 @@ class _Derive:
                     reasons.append(f"dim {k} ({size}): its class was not chosen")
         text = "; ".join(dict.fromkeys(reasons)) or "a single element"
         return text + ("; gradient summed over tp" if summed else "")
+
+
+def _by_pattern(styles: dict[str, dict[str, Any]], model: nn.Module) -> dict[str, Any]:
+    """Keys with `*` for a number where every module that the pattern matches has the same style."""
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    by_key: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        by_key[with_stars(name)].append(name)
+    out: dict[str, Any] = {}
+    for name in names:
+        if name not in styles:
+            continue
+        key = with_stars(name)
+        peers = by_key[key]
+        same = len(peers) > 1 and all(styles.get(peer) == styles[name] for peer in peers)
+        style = styles[name]
+        out[key if same else name] = style["style"] if len(style) == 1 else style
+    return out

@@ -145,7 +145,7 @@ def _prime_sizes(model: nn.Module, tp: int) -> tuple[int, int]:
 
 
 def default_inputs(model: nn.Module, tp: int) -> Inputs:
-    """What the model takes by [Note: example inputs], on its device: zeros, of sizes that are told apart."""
+    """What the model takes by [Note: example inputs], on its device: zeros, of distinct sizes."""
     batch, seq = _prime_sizes(model, tp)
     device = next(iter(model.parameters())).device
     return example_inputs(model, batch, seq, torch.Generator()).map(lambda x: torch.zeros_like(x, device=device))

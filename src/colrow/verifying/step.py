@@ -60,7 +60,7 @@ AFTER_FORWARD, AFTER_STEP = "after forward", "after a step"
 
 
 def _changed(before: Tensor | None, after: Tensor) -> bool:
-    # a buffer that forward makes, or makes anew in another shape, is a cache: a rank's may be smaller
+    # a buffer that forward makes, or makes again in another shape, is a cache: a rank's may be smaller
     return before is not None and before.shape == after.shape and not torch.equal(before, after)
 
 
