@@ -136,6 +136,51 @@ def test_handlers_of_dtensor_are_its_own_table() -> None:
     assert tc.dtensor_handlers()
 
 
+def test_dtensor_says_how_an_operator_places_its_results(mesh: DeviceMesh) -> None:
+    mm, norm = torch.ops.aten.mm.default, torch.ops.aten.roll.default
+    a, b = (Shard(1), (2, 8), (8, 1), torch.float32), (Shard(0), (8, 4), (4, 1), torch.float32)
+    _, two = tc.tree_flatten(((1, 2), {}))
+    ((placement, shape),) = tc.propagated(mm, [a, b], two, mesh)
+    assert (placement.is_partial(), shape) == (True, (2, 4))
+    with pytest.raises(tc.NoRuleError, match="moves data"):
+        tc.propagated(mm, [a, a[:1] + b[1:]], two, mesh)
+    _, rolled = tc.tree_flatten(((1, [1], [1]), {}))
+    with pytest.raises(tc.NoRuleError):
+        tc.propagated(norm, [a, 1, 1], rolled, mesh)
+    with pytest.raises(tc.NoRuleError, match="handler"):
+        tc.propagated(next(iter(tc.dtensor_handlers())), [a], two, mesh)
+
+
+def test_conversions_of_dtensors_are_watched(mesh: DeviceMesh) -> None:
+    seen = []
+
+    def watch(name: str, function: Any) -> Any:
+        return lambda *args: (seen.append(name), function(*args))[1]
+
+    x = torch.ones(2, 4, requires_grad=True)
+    with tc.watched_conversions(watch):
+        y = DTensor.from_local(x, mesh, [Shard(0)], run_check=False).redistribute(placements=[Replicate()])
+        y.to_local().sum().backward()
+    assert seen[:4] == ["from_local", "redistribute", "to_local", "to_local_backward"]
+    assert seen[-2:] == ["redistribute", "from_local_backward"]
+    before = len(seen)
+    DTensor.from_local(x, mesh, [Shard(0)], run_check=False).to_local()
+    assert len(seen) == before
+
+
+def test_numbers_of_autograd_nodes_tell_which_operator_made_them() -> None:
+    y = torch.ones(2, requires_grad=True) * 2
+    assert tc.forward_number(y.grad_fn) == tc.last_forward_number()
+
+
+def test_hooks_on_gradients_are_listed() -> None:
+    x = torch.ones(2, requires_grad=True)
+    assert tc.gradient_hooks(x) == ([], [])
+    x.register_hook(print)
+    x.register_post_accumulate_grad_hook(print)
+    assert tc.gradient_hooks(x) == ([print], [print])
+
+
 def test_specs_with_a_placement_of_ones_own_are_told_apart(mesh: DeviceMesh) -> None:
     packed = DTensor.from_local(torch.ones(2), mesh, [PackedShard(0, (2, 2))], run_check=False)
     plain = DTensor.from_local(torch.ones(2), mesh, [Shard(0)], run_check=False)

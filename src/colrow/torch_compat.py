@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_flatten as tree_flatten
 from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_unflatten as tree_unflatten
 
 TESTED = ("2.11", "2.13")
 """The releases of torch that the test suite runs on; `pyproject.toml` allows those between."""
@@ -76,6 +78,22 @@ def parameter_hooks(param: Tensor) -> tuple[dict[int, Any], dict[int, Any]]:
 def current_autograd_node() -> Any:
     """The backward node that runs on this thread; None in a forward."""
     return private("torch._C:_current_autograd_node", "to attribute gradients to modules")()
+
+
+def last_forward_number() -> int:
+    """The sequence number of the autograd node that this thread made last: of the operator that is dispatched now."""
+    return int(private("torch.autograd:_get_sequence_nr", "to attribute gradients to source lines")()) - 1
+
+
+def forward_number(node: Any) -> int:
+    """`last_forward_number` at the operator that made this backward node."""
+    return int(node._sequence_nr())
+
+
+def gradient_hooks(param: Tensor) -> tuple[list[Any], list[Any]]:
+    """What `register_hook` and `register_post_accumulate_grad_hook` have registered."""
+    after = getattr(param, "_post_accumulate_grad_hooks", None)
+    return list((param._backward_hooks or {}).values()), list((after or {}).values())
 
 
 def is_higher_order(func: Any) -> bool:
@@ -238,6 +256,76 @@ def watched_to_local_backward(declared: Callable[[Tensor, Any], None]) -> Iterat
         yield
     finally:
         function.backward = staticmethod(backward)
+
+
+class NoRuleError(Exception):
+    """DTensor's sharding propagation does not say that an operator on local tensors is enough."""
+
+
+def propagated(func: Any, leaves: Sequence[Any], tree: Any, mesh: DeviceMesh) -> list[tuple[Any, tuple[int, ...]]]:
+    """By DTensor's rules, the placement of each result of an operator and the shape of a rank's part of it.
+
+    Args:
+        leaves: the flat arguments; for a tensor (placement, shape, stride, dtype) of it unsharded.
+        tree: how the arguments are nested: (args, kwargs).
+
+    Raises:
+        NoRuleError: there is no rule, or it moves data.
+    """
+    package, purpose = "torch.distributed.tensor", "to ask for sharding rules"
+    spec_cls, meta_cls = (private(f"{package}._dtensor_spec:{n}", purpose) for n in ("DTensorSpec", "TensorMeta"))
+    schema_cls, info_cls = (private(f"{package}._op_schema:{n}", purpose) for n in ("OpSchema", "RuntimeSchemaInfo"))
+    rules: Any = private(f"{package}:DTensor._op_dispatcher.sharding_propagator", purpose)
+    shard_shape = private(f"{package}._utils:compute_local_shape_and_global_offset", purpose)
+    if func in dtensor_handlers():
+        raise NoRuleError("DTensor runs it by a handler that communicates")
+
+    def spec_of(placement: Any, shape: Any, stride: Any, dtype: Any) -> Any:
+        return spec_cls(mesh, (placement,), meta_cls(torch.Size(shape), stride, dtype))
+
+    def specs_in(found: Any) -> list[Any]:
+        return [leaf for leaf in tree_leaves(found) if isinstance(leaf, spec_cls)]
+
+    args, kwargs = tree_unflatten([spec_of(*leaf) if isinstance(leaf, tuple) else leaf for leaf in leaves], tree)
+    tables = (rules.op_to_schema_info, getattr(rules, "op_to_schema_info_for_single_dim_strategy", {}))
+    info = next((table[func] for table in tables if func in table), None)
+    if info is None and any(isinstance(arg, list) and specs_in(arg) for arg in args):
+        info = info_cls(needs_pytree=True)
+    try:
+        answer = rules.propagate_op_sharding_non_cached(schema_cls(func, tuple(args), kwargs, schema_info=info))
+    except Exception as error:  # NotImplementedError without a rule; rules raise many kinds
+        raise NoRuleError(f"DTensor has no rule for it ({type(error).__name__})") from error
+    if answer.needs_redistribute:  # also set where a size argument alone is made local
+        wanted = specs_in((answer.redistribute_schema.args_schema, answer.redistribute_schema.kwargs_schema))
+        if [spec.placements[0] for spec in wanted] != [leaf[0] for leaf in leaves if isinstance(leaf, tuple)]:
+            raise NoRuleError("DTensor's rule moves data first")
+    return [
+        (spec.placements[0], tuple(shard_shape(spec.shape, mesh, spec.placements, skip_offset=True)[0]))
+        for spec in specs_in([answer.output_spec])
+    ]
+
+
+@contextmanager
+def watched_conversions(watch: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Within, `watch(NAME, function)` stands for each function by which values enter and leave DTensors, in forward and
+    in backward: `from_local`, `from_local_backward`, `to_local`, `to_local_backward`, `redistribute` (both). Each takes
+    (ctx, tensor, ...) and gives a tensor or a tuple that begins with one."""
+    package, purpose = "torch.distributed.tensor", "to see where values enter and leave DTensors"
+    enter, leave = (private(f"{package}._api:{n}", purpose) for n in ("_FromTorchTensor", "_ToTorchTensor"))
+    change = private(f"{package}._redistribute:Redistribute", purpose)
+    nested = getattr(importlib.import_module(f"{package}._redistribute"), "NestedRedistribute", None)  # since 2.12
+    back = (nested, "forward") if nested else (change, "backward")
+    places = [(enter, "forward", "from_local"), (enter, "backward", "from_local_backward"),
+              (leave, "forward", "to_local"), (leave, "backward", "to_local_backward"),
+              (change, "forward", "redistribute"), (*back, "redistribute")]  # fmt: skip
+    before = [cls.__dict__[method] for cls, method, _ in places]
+    for (cls, method, name), function in zip(places, before, strict=True):
+        setattr(cls, method, staticmethod(watch(name, function.__func__)))
+    try:
+        yield
+    finally:
+        for (cls, method, _), function in zip(places, before, strict=True):
+            setattr(cls, method, function)
 
 
 def implicit_redistribution(frames: Iterator[FrameType]) -> tuple[Any, Any, str]:

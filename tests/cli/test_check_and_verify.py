@@ -52,6 +52,36 @@ def test_check_prints_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     assert "docs/checks/CR202.md" in out
 
 
+NORMED = """
+from torch import nn
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        h = self.up(x)
+        return self.down(h / h.norm(dim=-1, keepdim=True))
+"""
+
+
+def test_check_calls_an_unproven_plan_right_unless_it_is_strict(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "normed.py").write_text(NORMED, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = str(tmp_path / "plan.yaml")
+    Plan({"up": "colwise", "down": "rowwise"}, "replicated", "normed").save(path)
+    args = ["check", "normed:Normed", "--tp", "2", "--plan", path, "--seq-len", "16", "--json"]
+    assert main(args) == 0
+    (finding,) = json.loads(capsys.readouterr().out)["findings"]
+    assert (finding["code"], finding["severity"]) == ("CR414", "warning")
+    assert "linalg_vector_norm on a shard of dim 2 at normed.py:11" in finding["message"]
+    assert main([*args, "--strict"]) == 1
+    assert json.loads(capsys.readouterr().out)["ok"] is False
+
+
 @pytest.mark.parametrize(
     ("args", "text"),
     [

@@ -120,6 +120,14 @@ class SoftmaxMLP(MLP):
         return self.down(self.up(x).softmax(-1))
 
 
+class NormedMLP(MLP):
+    """Divides its features by their norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        return self.down(h / h.norm(dim=-1, keepdim=True))
+
+
 class ScaledLinear(nn.Linear):
     """A linear layer with a scale of its own for each output, kept as a buffer."""
 

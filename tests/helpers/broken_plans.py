@@ -395,6 +395,9 @@ BROKEN: dict[str, Case] = {
     ),
     "sum of equal values": Case("CR409", m.Gpt, lambda: gpt_plan(norm1=SumOfEqual()), "blocks.*.norm1"),
     "sums in bf16": Case("CR411", llama, preset, "tp", {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}),
+    "norm over a part of the features": Case(
+        "CR414", lambda: m.Gpt(mlp=m.NormedMLP), gpt_plan, "blocks.*.mlp", {"mesh": Mesh(tp=2)}
+    ),
     # gradients
     "norm missing": Case(
         "CR501", llama, lambda: preset(drop="layers.*.input_layernorm"), "layers.*.input_layernorm.weight"

@@ -15,6 +15,7 @@ from colrow.checking.finding import CODES, Code, Finding, Severity, finding, fin
 from colrow.checking.gradients import check_gradients
 from colrow.checking.options import check_options
 from colrow.checking.static import check_stages, check_static, fused_suspects
+from colrow.checking.unproven import check_unproven
 from colrow.dryrun.calls import GivenInputs, Loss, default_loss
 from colrow.dryrun.dry_run import dry_run
 from colrow.dryrun.result import DryRun
@@ -43,7 +44,8 @@ def check(
     """What is wrong with `plan` for `model` on `mesh`: errors first, an empty list for a sound plan.
 
     The static layer runs first. When it finds no error, a dry run on fake tensors follows, with the rules on
-    activations, communication and gradients. The model may be on the meta device, and is not changed.
+    activations, communication and gradients. When that finds no error either, every operator on a shard has to be
+    proven (CR414). The model may be on the meta device, and is not changed.
 
     Args:
         batch_size: sequences on one rank.
@@ -69,6 +71,8 @@ def check(
         known = {f.code for f in found} & {"CR302"}  # the static layer names the head, the dry run only the loss
         found += [f for f in _from_run(model, plan, mesh.tp, run) if f.code not in known]
         found += check_options(run, reduce_dtype, compiled)
+        if not _errors(found) and run.reference_failure is None:
+            found += check_unproven(model, plan, mesh, batch_size, seq_len, inputs, loss, param_dtype)
     return sorted(_collapse(found), key=lambda f: f.severity != "error")
 
 

@@ -66,6 +66,7 @@ CODES: dict[str, Code] = {
     "CR411": Code("sums-rounded", "warning", "sums over tp are made in a smaller type than those over the data axes"),
     "CR412": Code("unfinished-input", "error", "the backward of a compiled block raises"),
     "CR413": Code("reduced-part", "error", "wrong numbers, no exception: a softmax or top-k over one rank's shard"),
+    "CR414": Code("unproven", "warning", "nothing proves that the numbers are right"),
     "CR415": Code("buffer-from-shard", "error", "wrong numbers: each rank keeps values of its own in a buffer"),
     # gradients
     "CR501": Code("partial-gradient", "error", "exact loss, wrong gradient: a partial sum is used as the sum"),

@@ -86,6 +86,9 @@ class Style(ABC):
     local: ClassVar[bool] = False
     """The module's own code runs on local tensors. A parameter that it uses behind a reduction of its own has the
     complete gradient on each rank already, and would have it summed."""
+    computes_module: ClassVar[bool] = False
+    """The module computes in the style's own way, not by its class's forward on what it is called with: the style's
+    tests prove that its results are the unsharded module's."""
     gathers_for_children: ClassVar[bool] = False
     """The module's input is gathered once, for the modules inside it."""
     gathers_own_input: ClassVar[bool] = False
@@ -149,6 +152,11 @@ class Style(ABC):
     def parameters(self, site: Site) -> dict[str, ParameterLayout]:
         """What the module's own parameters become; none for styles that touch only activations."""
         return {}
+
+    def output_segments(self, site: Site) -> tuple[tuple[int, int], ...]:
+        """Of a style that `computes_module`: the segments of the output's last dim, each with its size and that on a
+        rank. Empty: the dim is sharded as one, or not at all."""
+        return ()
 
     def local_attributes(self, site: Site) -> dict[str, int]:
         """The values that `attributes` get on a rank. Raises PlanError for a missing or indivisible one."""

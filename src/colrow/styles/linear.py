@@ -20,6 +20,7 @@ from colrow.styles.site import Site
 
 @dataclass(frozen=True, kw_only=True)
 class _TorchLinear(Style):
+    computes_module = True
     input: Placement | None = option(parse_placement)
     output: Placement | None = option(parse_placement)
     use_local_output: bool = True

@@ -72,6 +72,7 @@ class LinearHead(Style):
     """
 
     name = "linear_head"
+    computes_module = True
     on_one_rank = True
     returns_loss = True
     layout: HiddenLayout = option(_layout_of, "sequence")

@@ -41,6 +41,7 @@ class ColumnSegments(Style):
     of those at the positions `kv`, which hold `kv_heads` for `heads` query heads, a rank computes what its query heads
     need."""
 
+    computes_module = True
     sums_gradients = True
     segments: tuple[int, ...] | None = option(integers_of)
     replicated: tuple[int, ...] | None = option(integers_of, previous="whole")
@@ -69,6 +70,10 @@ class ColumnSegments(Style):
 
     def check(self, site: Site) -> None:
         check_specs(site, self.specs(site))
+
+    def output_segments(self, site: Site) -> tuple[tuple[int, int], ...]:
+        spec = self.specs(site)["weight"]
+        return tuple(zip(spec.segments, spec.local_sizes(site.tp), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +110,7 @@ class PackedRowwise(Style):
     over ranks, brought to `output` (`partial` leaves the sum to the enclosing block)."""
 
     name = "packed_rowwise"
+    computes_module = True
     sums_gradients = True
     segments: tuple[int, ...] | None = option(integers_of)
     output: Placement | None = option(parse_placement)

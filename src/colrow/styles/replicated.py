@@ -86,6 +86,7 @@ class KvReplicate(Style):
     """
 
     name = "kv_replicate"
+    computes_module = True
     sums_gradients = True
     gathers_own_input = True
     heads: int | None = None
@@ -122,6 +123,11 @@ class KvReplicate(Style):
             return Colwise(input=self.input).build(site)
         spec = ShardSpec(0, (heads.kv * heads.dim,), kv=(0,), heads=heads.query, kv_heads=heads.kv)
         return _ReplicatedStyle(spec, self.input or Replicate())
+
+    def output_segments(self, site: Site) -> tuple[tuple[int, int], ...]:
+        heads = self.resolve(site)
+        local = heads.kv // site.tp if heads.kv % site.tp == 0 else len(heads.kv_heads_of_rank(site.tp, 0))
+        return ((heads.kv * heads.dim, local * heads.dim),)
 
     def parameters(self, site: Site) -> dict[str, ParameterLayout]:
         heads = self.resolve(site)

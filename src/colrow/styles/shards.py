@@ -9,7 +9,10 @@ which rows a rank has.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -74,6 +77,11 @@ class ShardSpec:
                 out += range(start + rank * (size // tp), start + (rank + 1) * (size // tp))
             start += size
         return out
+
+    def local_sizes(self, tp: int) -> tuple[int, ...]:
+        """How many rows of each segment a rank uses."""
+        starts, rows = [0, *accumulate(self.segments)], self.rows(tp, 0)
+        return tuple(sum(first <= row < end for row in rows) for first, end in pairwise(starts))
 
     def layout(self, param: Tensor, tp: int, reason: str) -> ParameterLayout:
         shape = tuple(param.shape)
@@ -271,6 +279,18 @@ def sum_over_ranks(out: Any, mesh: DeviceMesh, layout: Placement) -> Any:
     if isinstance(out, DTensor):
         out = out.to_local(grad_placements=[Replicate()])
     return _SumOverRanks.apply(out, mesh, layout.dim if isinstance(layout, Shard) else None)
+
+
+@contextmanager
+def watched_sums(watch: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Within, `watch(NAME, function)` stands for the sum over ranks (`sum`) and its backward (`sum_backward`)."""
+    cls: Any = _SumOverRanks
+    forward, backward = cls.forward, cls.backward
+    cls.forward, cls.backward = staticmethod(watch("sum", forward)), staticmethod(watch("sum_backward", backward))
+    try:
+        yield
+    finally:
+        cls.forward, cls.backward = staticmethod(forward), staticmethod(backward)
 
 
 class _SumOverRanks(torch.autograd.Function):

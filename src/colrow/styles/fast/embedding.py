@@ -29,6 +29,7 @@ class FastEmbedding(Style):
     scale)."""
 
     name = "fast_embedding"
+    computes_module = True
     all_tokens: bool = option(lambda value: value, False, previous="whole")
 
     @property

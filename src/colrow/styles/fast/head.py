@@ -24,6 +24,7 @@ class FastHead(FlattenedTokens):
     replicated."""
 
     name = "fast_head"
+    computes_module = True
     gather: bool = False
 
     def check(self, site: Site) -> None:

@@ -123,6 +123,7 @@ class FastLinear(FlattenedTokens):
     sent apart. `fp8: tensorwise` multiplies 8-bit floats (`ops.float8`).
     """
 
+    computes_module = True
     overlap: Overlap = "collectives"
     chunk_rows: int = CHUNK_ROWS
     fp8: str = option(_float8_of, "")

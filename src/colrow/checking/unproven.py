@@ -1,0 +1,43 @@
+"""The last layer: operators of which nothing says that they are right on a shard (CR414).
+
+The other layers know mistakes that people make, and explain them. This one knows what is right, and lists the rest
+([Note: proven operators] in `sharding.shard_rules`). So it finds what nobody thought of, and may list what is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from colrow.checking.finding import Finding, finding
+from colrow.dryrun.calls import GivenInputs, Loss
+from colrow.dryrun.lockstep import unproven_operators
+from colrow.dryrun.paired_runs import Unproven
+from colrow.mesh import Mesh
+from colrow.plans.plan import Plan
+
+FIX = "gather what it needs before it, or leave the layers before it out of the plan; `colrow verify` settles it"
+
+
+def check_unproven(
+    model: nn.Module,
+    plan: Plan,
+    mesh: Mesh,
+    batch_size: int,
+    seq_len: int,
+    inputs: GivenInputs | None,
+    loss: Loss,
+    dtype: torch.dtype | None,
+) -> Iterator[Finding]:
+    """Findings on operators, layouts and gradients; one for each module and kind."""
+    found = unproven_operators(model, plan, mesh.tp, batch_size, seq_len, inputs=inputs, loss=loss, dtype=dtype)
+    for unproven in found:
+        yield finding("CR414", unproven.where or "model", _message(unproven), FIX)
+
+
+def _message(unproven: Unproven) -> str:
+    line = f" at {unproven.line}" if unproven.line else ""
+    dim = "" if unproven.dim is None else f" on a shard of dim {unproven.dim}"
+    return f"{unproven.operator}{dim}{line} is not proven: {unproven.reason}"

@@ -1,0 +1,202 @@
+"""The unsharded and the sharded model beside each other, operator by operator, forward and backward, on fake tensors.
+
+For each local tensor it is known what it is of the unsharded run's (`sharding.local_layout`), and every operator on
+local tensors has to be proven ([Note: proven operators]).
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from colrow.dryrun.calls import GivenInputs, Inputs, Loss, call_model, default_loss, example_inputs, give_targets
+from colrow.dryrun.fake_world import fake_tp_mesh
+from colrow.dryrun.module_tracker import LOSS
+from colrow.dryrun.numbered import NumberedRun, Value
+from colrow.dryrun.paired_runs import ShardedRun, Unproven, UnshardedRun
+from colrow.dryrun.reduced_copy import ReducedCopy, reduced_copy
+from colrow.parallel.loss import logits_of, loss_context
+from colrow.parallel.parallelize import parallelize
+from colrow.plans.plan import Plan
+from colrow.sharding.layout import packed_of
+from colrow.sharding.local_layout import REPLICATED, STYLE, UNKNOWN, layout_of, sharded
+from colrow.styles.base import Style
+from colrow.styles.rank_tensors import RANK_TABLES
+from colrow.styles.site import Site
+from colrow.torch_compat import fake_tensors, gradient_hooks
+
+
+@dataclass(frozen=True)
+class _Request:
+    model: nn.Module
+    plan: Plan
+    tp: int
+    batch_size: int
+    seq_len: int
+    inputs: GivenInputs | None
+    loss: Loss
+    dtype: torch.dtype | None
+
+
+def unproven_operators(
+    model: nn.Module,
+    plan: Plan,
+    tp: int,
+    batch_size: int = 1,
+    seq_len: int = 128,
+    *,
+    inputs: GivenInputs | None = None,
+    loss: Loss = default_loss,
+    dtype: torch.dtype | None = None,
+) -> list[Unproven]:
+    """What nothing proves in one forward and backward of `model` under `plan`; empty where all is proven.
+
+    Arguments are those of `dry_run`. Nothing is said of a model that does not run on fake tensors (`dry_run` says so).
+    """
+    request = _Request(model, plan, tp, batch_size, seq_len, inputs, loss, dtype)
+    found = _walked(request)
+    if isinstance(found, Exception) and "BF16" in str(found):  # torch's grouped matmuls take no other type
+        request = replace(request, dtype=torch.bfloat16)
+        found = _walked(request)
+    if isinstance(found, Exception):
+        return []
+    if not model.training and not _is_own(model):  # a user's code may do something else in training
+        in_training = _walked(request, train=True)
+        found += [] if isinstance(in_training, Exception) else [one for one in in_training if one not in found]
+    return found
+
+
+def _walked(request: _Request, train: bool = False) -> list[Unproven] | Exception:
+    """The findings, or the exception with which the unsharded model fails. `train`: in training mode in any case."""
+    styles = {name: style for name, (_, style) in request.plan.resolve(request.model).items()}
+    keep = 2 if _is_own(request.model) else sys.maxsize
+    copies = [_copied(request.model, styles, keep) for _ in range(2)]
+    unsharded, parallel = (copy.model.train() if train else copy.model for copy in copies)
+    original = copies[1].original
+    names = {name: original(name) for name, _ in parallel.named_modules() if name}
+    resolved = {new: styles[old] for new, old in names.items() if old in styles}
+    plan = replace(request.plan, modules=resolved)
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        mesh = stack.enter_context(fake_tp_mesh(request.tp))
+        segments = {name: style.output_segments(Site(parallel, name, request.tp)) for name, style in resolved.items()}
+        parallelize(parallel, plan, mesh)
+        stack.enter_context(fake_tensors())
+        for model in (unsharded, parallel):
+            _materialize(model, request.dtype)
+        flattened = any(style.token_order == "flattened" for style in styles.values())
+        # of one sequence, a shard of the flattened tokens is a shard of dim 1; else two sequences tell 1 from "any"
+        batch_size = 1 if flattened else max(request.batch_size, 2)
+        given = (
+            example_inputs(unsharded, batch_size, request.seq_len)
+            if request.inputs is None
+            else Inputs.of(request.inputs)
+        ).map(lambda x: torch.empty_like(x, device="cpu") if isinstance(x, Tensor) else x)
+        reference = UnshardedRun(unsharded)
+        try:
+            want, _ = _step(reference, unsharded, given, request.loss, None)
+        except Exception as error:
+            return error
+        run = ShardedRun(parallel, reference, mesh, resolved, segments)
+        try:
+            with run.conversions(), loss_context(plan, mesh):
+                number, layout = _step(run, parallel, given, request.loss, plan)
+        except Exception as error:
+            run.report("model", f"the sharded run raises {type(error).__name__}: {str(error)[:120]}", run.module())
+        else:
+            if plan.loss != "linear" and (number != want or layout not in (REPLICATED, UNKNOWN, STYLE)):
+                run.report("loss", f"it is {layout}, or another value than in the unsharded model", LOSS)
+            _compare_gradients(run, reference, unsharded, parallel)
+    return [replace(found, where=original(found.where)) for found in run.unproven]
+
+
+def _step(run: NumberedRun, model: nn.Module, inputs: Inputs, loss: Loss, plan: Plan | None) -> Value:
+    """A forward and a backward, under a plan or of the unsharded model; the value of the loss."""
+    first: dict[int, str] = {}
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+        number = ("state", first.setdefault(id(tensor), name))
+        packed = packed_of(model, name) if isinstance(tensor, DTensor) else None
+        layout = sharded(packed.dim, packed.segments) if packed else REPLICATED
+        if packed is None and isinstance(tensor, DTensor):
+            layout = layout_of(tensor.placements[0], tuple(tensor.shape)) or STYLE
+        run.set_value(tensor, number, layout)
+    for i, x in enumerate(inputs):
+        if isinstance(x, Tensor):
+            run.set_value(x, ("input", i), REPLICATED)
+    for table in list(RANK_TABLES):
+        run.set_value(table, ("rank table", id(table)), STYLE)
+    with run:
+        if plan is not None and plan.loss == "linear":  # the head returns the loss
+            give_targets(model, plan, inputs)
+            value = logits_of(call_model(model, inputs))
+        else:
+            value = loss(call_model(model, inputs), inputs.given)
+        found = run.value(value)
+        if value.requires_grad:
+            value.backward()
+    return found
+
+
+def _compare_gradients(run: ShardedRun, reference: UnshardedRun, unsharded: nn.Module, parallel: nn.Module) -> None:
+    for (name, want), (_, got) in zip(unsharded.named_parameters(), parallel.named_parameters(), strict=True):
+        if any(map(len, gradient_hooks(want))) and not any(map(len, gradient_hooks(got))):
+            run.report("gradient", "the hook on its gradient is lost when it becomes a DTensor", name)
+        elif want.grad is not None and got.grad is not None:
+            number = run.value(got.grad).number
+            if number not in (None, reference.value(want.grad).number):
+                run.report("gradient", "it is another value than in the unsharded model", name)
+        elif want.grad is not None:
+            run.report("gradient", "it gets none", name)
+
+
+# -- copies
+
+
+def _is_own(model: nn.Module) -> bool:
+    """Whether every module is the project's or torch's: then equal blocks compute the same, and two show everything."""
+    known = ("colrow.models.", "torch.nn.")
+    return all(type(module).__module__.startswith(known) for module in model.modules())
+
+
+def _copied(model: nn.Module, styles: Mapping[str, Style], keep: int) -> ReducedCopy:
+    """`reduced_copy`, with the hooks on parameters' gradients: a deep copy leaves them out."""
+    copy = reduced_copy(model, styles, keep)
+    for name, param in copy.model.named_parameters():
+        _add_hooks(param, model.get_parameter(copy.original(name)))
+    return copy
+
+
+def _add_hooks(param: nn.Parameter, source: Tensor) -> None:
+    during, after = gradient_hooks(source)
+    for hook in during if param.requires_grad else ():
+        param.register_hook(hook)
+    for hook in after if param.requires_grad else ():
+        param.register_post_accumulate_grad_hook(hook)
+
+
+def _materialize(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Fake tensors in place of the model's meta tensors; ties and hooks stay."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    fake = torch.empty_like(tensor.detach(), device="cpu")
+                    fake = fake.to(dtype) if dtype is not None and fake.is_floating_point() else fake
+                    if isinstance(tensor, nn.Parameter):
+                        made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad)
+                        _add_hooks(made[id(tensor)], tensor)
+                    else:
+                        made[id(tensor)] = fake
+                store[name] = made[id(tensor)]

@@ -1,0 +1,230 @@
+"""A run on fake tensors in which every value has a number, so that another run of the model can be laid beside it.
+
+[Note: values by number]
+The unsharded and the sharded run do not make the same operators in the same order: styles, hooks and DTensor add some.
+So an operator of the sharded run is paired with the one of the same name on the same values. Values are numbered in the
+unsharded run; parameters, buffers and inputs have their names as numbers; the results of a paired operator get its
+counterpart's numbers. What changes only where a value lies (a collective, `from_local`, `redistribute`) keeps it. Where
+a style computes a module in a way of its own, numbers are lost, and found again where the module returns.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from colrow.dryrun.module_tracker import LOSS
+from colrow.sharding.local_call import TensorShape
+from colrow.sharding.local_layout import REPLICATED, Layout
+from colrow.sharding.operators import Identity, operator
+from colrow.torch_compat import (
+    TorchDispatchMode,
+    current_autograd_node,
+    forward_number,
+    frames,
+    is_async,
+    is_higher_order,
+    last_forward_number,
+    local_shard,
+    path_in_torch,
+    tree_flatten,
+    tree_leaves,
+)
+
+_COLROW = Path(__file__).parents[1]
+_STYLE_CODE = tuple(str(_COLROW / room) for room in ("styles", "ops", "sharding", "parallel"))
+_PASSED_OVER = (__file__, str(_COLROW / "dryrun" / "paired_runs.py"), str(_COLROW / "dryrun" / "lockstep.py"))
+_VIEWS = ("view", "_unsafe_view", "_reshape_alias")
+
+
+class Value(NamedTuple):
+    """A tensor's number (None: it is none of the unsharded run's values) and layout."""
+
+    number: Hashable
+    layout: Layout
+
+
+class Source(NamedTuple):
+    """Where an operator is called: the module, the user's line, and whether a style's own code called it."""
+
+    module: str
+    line: str
+    in_style: bool
+
+
+class Operation:
+    """An operator that has run: its arguments flat, its inputs' values, its results."""
+
+    def __init__(self, func: Any, args: Any, kwargs: Any, run: NumberedRun) -> None:
+        self.func = func
+        self.name = str(func.name()).partition("::")[2].partition(".")[0]
+        self.name = "view" if self.name in _VIEWS else self.name
+        self.leaves, self.tree = tree_flatten((args, kwargs))
+        self.inputs = [run.value(leaf) if isinstance(leaf, Tensor) else None for leaf in self.leaves]
+        self.shapes = tuple(shape_of(leaf) for leaf in self.leaves)
+        self.results: list[Tensor] = []
+
+    @property
+    def numbers(self) -> list[Any]:
+        return [leaf for leaf, value in zip(self.shapes, self.inputs, strict=True) if value is None]
+
+    @property
+    def values(self) -> list[Value]:
+        return [value for value in self.inputs if value is not None]
+
+    @property
+    def keeps_value(self) -> bool:
+        """Whether its result is its one input: a view of the same shape, a copy."""
+        same = operator(self.name).identity in (Identity.MEMORY, Identity.GRADIENT) or self.name in (
+            "view",
+            "lift_fresh",
+        )
+        if self.func.namespace == "_c10d_functional" and self.name == "wait_tensor":
+            same = True
+        return same and len(self.values) == 1 and self.results[0].shape == self._first.shape
+
+    @property
+    def _first(self) -> Tensor:
+        return next(leaf for leaf in self.leaves if isinstance(leaf, Tensor))
+
+
+class NumberedRun(TorchDispatchMode):
+    """Around a forward and a backward of `model`. Subclasses decide what a number is."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._values: dict[Any, Value] = {}
+        self._alive: dict[int, Any] = {}  # storages: their addresses are keys, and must not be used again
+        self._stack: list[tuple[str, int]] = []
+        self._counts: Counter[Any] = Counter()
+        self._sources: dict[int, Source] = {}  # by the number of the autograd node that the operator made
+        self.inside = 0
+        for name, module in model.named_modules():  # outside the hooks of the styles
+            module.register_forward_pre_hook(self._enter(name), prepend=True, with_kwargs=True)
+            module.register_forward_hook(self._leave)
+
+    # -- values
+
+    def value(self, tensor: Tensor) -> Value:
+        """A tensor that was made before the run and is no parameter, buffer or input: the n-th of its kind there."""
+        key = self._key(tensor)
+        if key not in self._values:
+            kind = (self.module(), tuple(tensor.shape), str(tensor.dtype))
+            self._counts[kind] += 1
+            self._values[key] = Value(("constant", *kind, self._counts[kind]), REPLICATED)
+        return self._values[key]
+
+    def set_value(self, tensor: Tensor, number: Hashable, layout: Layout) -> None:
+        """What the tensor is from now on."""
+        self._values[self._key(tensor)] = Value(number, layout)
+
+    def windows(self, tensor: Tensor) -> Iterator[tuple[Any, Value]]:
+        """All that is known of other windows on the tensor's storage."""
+        own = self._key(tensor)
+        return ((key, value) for key, value in list(self._values.items()) if key[0] == own[0] and key != own)
+
+    def _key(self, tensor: Any) -> Any:
+        tensor = local_shard(tensor) if isinstance(tensor, DTensor) else tensor
+        tensor = tensor.elem if is_async(tensor) else tensor
+        storage = tensor.untyped_storage()
+        self._alive.setdefault(storage._cdata, storage)
+        return storage._cdata, tensor.storage_offset(), *shape_of(tensor)
+
+    # -- places
+
+    def module(self) -> str:
+        """The running module, in backward that of the operator that is differentiated."""
+        node = current_autograd_node()
+        if node is not None:
+            source = self._sources.get(forward_number(node))
+            return source.module if source else LOSS
+        return self._stack[-1][0] if self._stack else LOSS
+
+    def source(self) -> Source:
+        """Where the operator that is dispatched now comes from; in backward, the one that is differentiated."""
+        node, line, in_style = current_autograd_node(), "", False
+        for frame in frames():
+            inside = path_in_torch(frame)
+            if node is not None and inside in ("/autograd/graph.py", "/_tensor.py"):
+                break  # what called backward stands above
+            file = frame.f_code.co_filename
+            if inside is None and file not in _PASSED_OVER and not file.startswith("<"):
+                in_style = file.startswith(_STYLE_CODE)
+                line = f"{Path(file).name}:{frame.f_lineno}"
+                break
+        if node is not None and not line:
+            found = self._sources.get(forward_number(node))
+            line, in_style = (f"backward of {found.line}", found.in_style) if found else (str(node.name()), False)
+        source = Source(self.module(), line, in_style)
+        if node is None:
+            self._sources.setdefault(last_forward_number(), source)
+        return source
+
+    def _enter(self, name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._counts[name] += 1
+            self._stack.append((name, self._counts[name]))
+            self._boundary("input", (args, kwargs))
+
+        return hook
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._boundary("output", output)
+        self._stack.pop()
+
+    def _boundary(self, side: str, tree: Any) -> None:
+        groups = (tree_leaves(leaf.to_tuple() if hasattr(leaf, "to_tuple") else leaf) for leaf in tree_leaves(tree))
+        tensors = [leaf for group in groups for leaf in group if isinstance(leaf, Tensor)]
+        for i, tensor in enumerate(tensors):
+            place = self._stack[-1]
+            self.boundary((*place, side, i), tensor)
+            if tensor.requires_grad and torch.is_grad_enabled():
+                key = (*place, side + " gradient", i)
+                tensor.register_hook(lambda gradient, key=key: self.boundary(key, gradient))
+
+    # -- operators
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.inside or is_higher_order(func):
+            return func(*args, **kwargs)
+        operation = Operation(func, args, kwargs, self)
+        self.inside += 1  # an operator on a DTensor is one: what DTensor does for it is its own affair
+        try:
+            out = func(*args, **kwargs)
+            operation.results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+            if operation.results and operation.keeps_value:
+                self.source()
+                self.set_value(operation.results[0], *operation.values[0])
+            elif operation.results:
+                self.ran(operation, self._pairing_key(operation))
+        finally:
+            self.inside -= 1
+        return out
+
+    def _pairing_key(self, operation: Operation) -> tuple[Any, ...]:
+        numbers = [value.number for value in operation.values]
+        if operation.name in ("add", "add_") and len(numbers) == 2:  # gradients of one value arrive in any order
+            numbers.sort(key=repr)
+        return (operation.name, *numbers) if numbers else (operation.name, self.module())
+
+    def boundary(self, key: tuple[Any, ...], tensor: Tensor) -> None:
+        """A module's input or output, or the gradient of one, at (module, call, side, position)."""
+        raise NotImplementedError
+
+    def ran(self, operation: Operation, key: tuple[Any, ...]) -> None:
+        """An operator has run."""
+        raise NotImplementedError
+
+
+def shape_of(leaf: Any) -> Any:
+    """What can be compared of an argument: of a tensor its shape, of a process group nothing."""
+    if isinstance(leaf, Tensor):
+        return TensorShape(tuple(leaf.shape), tuple(leaf.stride()), leaf.dtype)
+    return None if isinstance(leaf, torch.ScriptObject) else leaf

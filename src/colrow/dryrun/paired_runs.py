@@ -1,0 +1,365 @@
+"""The unsharded run on record, and the run of one rank judged beside it; see [Note: values by number].
+
+A style's own arithmetic is trusted, with the layout that the style states or that its module's output shows. Operators
+on DTensors are DTensor's affair.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from colrow.dryrun.numbered import NumberedRun, Operation, Value, shape_of
+from colrow.sharding.local_call import LocalCall, Shape, TensorShape, UnprovenError
+from colrow.sharding.local_layout import (
+    PARTIAL,
+    REPLICATED,
+    STYLE,
+    UNKNOWN,
+    Kind,
+    Layout,
+    layout_of,
+    repeating,
+    sharded,
+)
+from colrow.sharding.operators import Filling, operator
+from colrow.sharding.shard_rules import proven_layouts
+from colrow.styles.base import Style
+from colrow.styles.shards import watched_sums
+from colrow.torch_compat import current_autograd_node, forward_number, last_forward_number, watched_conversions
+
+
+@dataclass(frozen=True)
+class Unproven:
+    """An operator, a declared layout or a gradient of which nothing says that it is right.
+
+    Attributes:
+        operator: its ATen name, or `layout`, `input`, `output`, `gradient`, `loss`.
+        where: the module's or parameter's name.
+        line: `file.py:12` of the code that called it, or empty.
+        dim: the sharded dim, where one is at fault.
+    """
+
+    operator: str
+    where: str
+    line: str
+    reason: str
+    dim: int | None = None
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """An operator of the unsharded run."""
+
+    leaves: tuple[Any, ...]
+    numbers: tuple[int, ...]
+    results: tuple[Shape, ...]
+
+    @property
+    def plain(self) -> list[Any]:
+        return [leaf for leaf in self.leaves if not isinstance(leaf, TensorShape)]
+
+
+class UnshardedRun(NumberedRun):
+    """Every operator under its name and inputs, and what each module got and gave."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.operations: dict[Any, list[_Recorded]] = defaultdict(list)
+        self.boundaries: dict[Any, tuple[Any, Shape]] = {}
+        self._next = 0
+
+    def ran(self, operation: Operation, key: tuple[Any, ...]) -> None:
+        self.source()
+        numbers = tuple(range(self._next, self._next + len(operation.results)))
+        self._next += len(numbers)
+        for number, result in zip(numbers, operation.results, strict=True):
+            self.set_value(result, number, REPLICATED)
+        shapes = tuple(tuple(result.shape) for result in operation.results)
+        self.operations[key].append(_Recorded(operation.shapes, numbers, shapes))
+
+    def boundary(self, key: tuple[Any, ...], tensor: Tensor) -> None:
+        self.boundaries[key] = self.value(tensor).number, tuple(tensor.shape)
+
+
+class ShardedRun(NumberedRun):
+    """One rank's run; `unproven` lists what nothing allows."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        unsharded: UnshardedRun,
+        mesh: DeviceMesh,
+        styles: Mapping[str, Style],
+        segments: Mapping[str, tuple[tuple[int, int], ...]],
+    ) -> None:
+        super().__init__(model)
+        self.unproven: list[Unproven] = []
+        self._unsharded, self._mesh, self._ranks = unsharded, mesh, mesh.size()
+        self._computed_by_style = {
+            name
+            for name, style in styles.items()
+            if style.computes_module and next(model.get_submodule(name).children(), None) is None
+        }
+        self._segments = segments
+        self._answers: dict[LocalCall, list[Layout] | UnprovenError] = {}
+        self._used: dict[Any, list[_Recorded]] = defaultdict(list)
+        self._first_layouts: dict[int, Layout] = {}  # by autograd node: of the operator's first input
+        self._zeros: set[Any] = set()
+
+    def report(self, operator: str, reason: str, where: str | None = None, dim: int | None = None) -> None:
+        """Something is not proven: here, unless `where` says."""
+        source = self.source()
+        line = source.line if where is None else ""
+        self.unproven.append(Unproven(operator, source.module if where is None else where, line, reason, dim))
+
+    # -- operators
+
+    def ran(self, operation: Operation, key: tuple[Any, ...]) -> None:
+        source = self.source()
+        recorded = self._counterpart(operation, key)
+        numbers = recorded.numbers if recorded else [None] * len(operation.results)
+        layouts = [value.layout for value in operation.values]
+        backward = current_autograd_node() is not None
+        if layouts and not backward:
+            self._first_layouts.setdefault(last_forward_number(), layouts[0])
+        if any(isinstance(x, DTensor) for x in (*operation.leaves, *operation.results)):
+            self._ran_on_dtensors(operation, recorded, numbers)
+            return
+        if (collective := operator(operation.name).collective) and operation.func.namespace == "_c10d_functional":
+            self._collective(operation, collective)
+            return
+        plain = operation.numbers
+        if source.in_style and operation.name == "div" and plain == [self._ranks] and layouts[0] == REPLICATED:
+            # a bias that each rank adds to its term of a sum, or that bias's gradient
+            self.set_value(operation.results[0], operation.values[0].number, PARTIAL)
+            return
+        found = self._layouts(operation, recorded, source, backward)
+        self._note_writes(operation, found)
+        if operator(operation.name).fills is Filling.ZERO:
+            self._zeros.update(numbers)
+        for result, number, layout in zip(operation.results, numbers, found, strict=True):
+            self.set_value(result, number, layout)
+
+    def _layouts(self, operation: Operation, recorded: _Recorded | None, source: Any, backward: bool) -> list[Layout]:
+        layouts = [value.layout for value in operation.values]
+        count = len(operation.results)
+        in_style = source.in_style or source.module in self._computed_by_style
+        if UNKNOWN in layouts:
+            return [UNKNOWN] * count
+        if STYLE in layouts:
+            known = [layout for layout in layouts if layout != STYLE]
+            if not in_style and not backward:
+                self.report(operation.name, "it takes an intermediate result of a style")
+                return [UNKNOWN] * count
+            # the gradient of a style's module meets another gradient of the same value, whose layout is known
+            return known if backward and operation.name in ("add", "add_") and len(known) == 1 else [STYLE] * count
+        try:
+            return self._judged(self._local_call(operation, recorded, backward))
+        except UnprovenError as error:
+            if source.in_style or (in_style and recorded is None):
+                return [STYLE] * count
+            self.unproven.append(Unproven(operation.name, source.module, source.line, str(error), error.dim))
+            return [UNKNOWN] * count
+
+    def _judged(self, call: LocalCall) -> list[Layout]:
+        """Equal blocks ask equal questions."""
+        if call not in self._answers:
+            try:
+                self._answers[call] = proven_layouts(call, self._mesh)
+            except UnprovenError as error:
+                self._answers[call] = error
+        answer = self._answers[call]
+        if isinstance(answer, UnprovenError):
+            raise answer
+        return list(answer)
+
+    def _local_call(self, operation: Operation, recorded: _Recorded | None, backward: bool) -> LocalCall:
+        layouts = tuple(value and value.layout for value in operation.inputs)
+        there = recorded.leaves if recorded else tuple(
+            leaf if layout is None else self._unsharded_shape(leaf, layout)
+            for leaf, layout in zip(operation.shapes, layouts, strict=True)
+        )  # fmt: skip
+        node = current_autograd_node()
+        return LocalCall(
+            operation.func,
+            operation.tree,
+            operation.shapes,
+            there,
+            layouts,
+            tuple(tuple(result.shape) for result in operation.results),
+            recorded.results if recorded else None,
+            self._ranks,
+            frozenset(i for i, value in enumerate(operation.inputs) if value and value.number in self._zeros),
+            self._first_layouts.get(forward_number(node)) if backward else None,
+        )
+
+    def _unsharded_shape(self, local: TensorShape, layout: Layout) -> TensorShape:
+        """As large as the layout says: for operators of the sharded run alone."""
+        if layout.kind is not Kind.SHARDED:
+            return local
+        shape = [n * self._ranks if d == layout.dim else n for d, n in enumerate(local.shape)]
+        return shape_of(torch.empty(shape, dtype=local.dtype, device="meta"))
+
+    def _counterpart(self, operation: Operation, key: tuple[Any, ...]) -> _Recorded | None:
+        """The next operator there on the same values, with equal numbers if there is one; or one that was paired before
+        (a recomputation, or a product that a style makes twice)."""
+        waiting = self._unsharded.operations.get(key) or []
+        candidates = waiting or self._used[key]
+        alike = [recorded for recorded in candidates if recorded.plain == operation.numbers]
+        found = next(iter(alike or candidates), None)
+        if found is None or len(found.numbers) != len(operation.results):
+            return None
+        if waiting:
+            waiting.remove(found)
+            self._used[key].append(found)
+        same = [isinstance(leaf, TensorShape) for leaf in found.leaves] == [
+            value is not None for value in operation.inputs
+        ]
+        return found if same else None
+
+    def _ran_on_dtensors(self, operation: Operation, recorded: _Recorded | None, numbers: Any) -> None:
+        for i, (result, number) in enumerate(zip(operation.results, numbers, strict=True)):
+            if recorded and isinstance(result, DTensor) and recorded.results[i] != tuple(result.shape):
+                self.report(
+                    operation.name, f"its global shape is {list(result.shape)}, unsharded {list(recorded.results[i])}"
+                )
+            self.set_value(result, number, self._of_dtensor(result))
+
+    def _of_dtensor(self, tensor: Tensor) -> Layout:
+        if not isinstance(tensor, DTensor):
+            return REPLICATED
+        return layout_of(tensor.placements[0], tuple(tensor.shape)) or STYLE
+
+    def _collective(self, operation: Operation, collective: str) -> None:
+        """A functional collective in a user's code: the value stays, what a rank has of it changes."""
+        value = operation.values[0]
+        sums = "sum" in [leaf for leaf in operation.leaves if isinstance(leaf, str)]
+        layout = UNKNOWN
+        if value.layout in (STYLE, UNKNOWN):
+            layout = value.layout
+        elif collective == "all_reduce" and sums and value.layout == PARTIAL:
+            layout = REPLICATED
+        elif collective == "reduce_scatter" and sums and value.layout == PARTIAL:
+            layout = sharded(0)
+        elif (collective, value.layout) in (("all_gather", sharded(0)), ("broadcast", REPLICATED)):
+            layout = REPLICATED
+        elif self.source().in_style:
+            layout = STYLE
+        else:
+            self.report(operation.name, f"{collective} of what is {value.layout}")
+        for result in operation.results:
+            self.set_value(result, value.number, layout)
+
+    def _note_writes(self, operation: Operation, found: list[Layout]) -> None:
+        """What is written into a window changes the other windows on its storage, whose layout must stay true."""
+        if not operation.func._schema.is_mutable or not operation.results:
+            return
+        target, before = operation.results[0], operation.values[0] if operation.values else None
+        others = list(self.windows(target))
+        self._zeros.difference_update(value.number for _, value in others)
+        self._zeros.discard(before.number if before else None)
+        if before is None or found[0] in (before.layout, UNKNOWN, STYLE) or not others:
+            return
+        for key, value in others:
+            if value.layout == before.layout and value.number != before.number:
+                self._values[key] = Value(value.number, UNKNOWN)
+                self.report(operation.name, f"it writes what is {found[0]} into a piece of what is {value.layout}")
+                return
+
+    # -- modules and styles
+
+    def boundary(self, key: tuple[Any, ...], tensor: Tensor) -> None:
+        """Numbers that a style's code lost are found again, and values of another number are reported."""
+        if key not in self._unsharded.boundaries:
+            return
+        number, shape = self._unsharded.boundaries[key]
+        known, layout = self.value(tensor)
+        name, _, side, _ = key
+        gradient = side.endswith("gradient")
+        if isinstance(tensor, DTensor) and tuple(tensor.shape) != shape:
+            self.report(side, f"a DTensor of the global shape {list(tensor.shape)}, unsharded {list(shape)}", name)
+        if layout == STYLE:
+            layout = self._shown(key, tuple(tensor.shape), shape)
+        elif known != number and (known is not None or not gradient) and not self._is_made_by_style(name, side):
+            self.report(side, "it is another value than in the unsharded model", name)
+            layout = UNKNOWN
+        self.set_value(tensor, number, layout)
+
+    def _is_made_by_style(self, module: str, side: str) -> bool:
+        return module in self._computed_by_style and side in ("output", "input gradient")
+
+    def _shown(self, key: tuple[Any, ...], here: Shape, there: Shape) -> Layout:
+        """The layout of what a style's arithmetic made, by its shape."""
+        name, _, side, _ = key
+        if len(here) != len(there):
+            return UNKNOWN
+        segments = self._segments.get(name, ()) if side == "output" else ()
+        if segments and (here[-1], there[-1]) == (sum(local for _, local in segments), sum(n for n, _ in segments)):
+            held = tuple(local * self._ranks for _, local in segments)
+            return repeating(len(here) - 1, held, tuple(n for n, _ in segments))
+        differing = [d for d, (a, b) in enumerate(zip(here, there, strict=True)) if a != b]
+        if len(differing) == 1 and here[differing[0]] * self._ranks == there[differing[0]]:
+            return sharded(differing[0])
+        if differing:
+            return UNKNOWN
+        return STYLE if side.endswith("gradient") else REPLICATED
+
+    @contextmanager
+    def conversions(self) -> Iterator[None]:
+        """Watch where values enter and leave DTensors, and the sums of styles: values stay, layouts are declared."""
+
+        def watch(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+            def watched(ctx: Any, tensor: Any, *rest: Any) -> Any:
+                if self.inside or not isinstance(tensor, Tensor):
+                    return function(ctx, tensor, *rest)
+                value = self.value(tensor)
+                self.source()  # the line of the gradient's way back
+                self.inside += 1
+                try:
+                    out = function(ctx, tensor, *rest)
+                finally:
+                    self.inside -= 1
+                first = out[0] if isinstance(out, tuple) else out
+                self.set_value(first, value.number, self._converted(name, ctx, tensor, value.layout, first))
+                return out
+
+            return watched
+
+        with watched_conversions(watch), watched_sums(watch):
+            yield
+
+    def _converted(self, name: str, ctx: Any, tensor: Any, layout: Layout, out: Any) -> Layout:
+        if name in ("from_local", "to_local_backward"):
+            return self._declared(layout, self._of_dtensor(out))
+        if name == "redistribute":
+            return self._of_dtensor(out)
+        if name == "to_local":
+            return layout if layout.kind is Kind.SHARDED else self._of_dtensor(tensor)
+        if name == "from_local_backward":
+            declared = self._of_dtensor(tensor)
+            return REPLICATED if declared == PARTIAL else declared
+        if name == "sum":
+            self._declared(layout, PARTIAL)
+            return REPLICATED if ctx.dim is None else sharded(ctx.dim)
+        return REPLICATED  # the gradient of a sum over ranks, which every rank has
+
+    def _declared(self, layout: Layout, declared: Layout) -> Layout:
+        """The layout of a tensor that is declared to be something: of segments, DTensor knows only the dim."""
+        if layout.kind is Kind.SHARDED and declared.kind is Kind.SHARDED and layout.dim == declared.dim:
+            return layout
+        if layout not in (STYLE, UNKNOWN, declared):
+            self.report(
+                "layout",
+                f"a tensor that is {layout} is declared to be {declared}",
+                dim=layout.dim if layout.dim >= 0 else None,
+            )
+        return declared

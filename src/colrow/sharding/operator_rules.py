@@ -1,0 +1,165 @@
+"""Rules for operators on shards where DTensor's propagation lacks one or is stricter than local arithmetic needs.
+
+Each is named by its operator in `RULES`, takes a call, and gives the layouts of the results, or None where DTensor is
+to be asked; it raises UnprovenError where the call is none that gives shards of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate, pairwise
+
+from colrow.sharding.local_call import LocalCall, UnprovenError
+from colrow.sharding.local_layout import PARTIAL, REPLICATED, Kind, Layout, sharded
+
+
+def _whole_segments(layout: Layout, extent: int, here: tuple[int, int], there: tuple[int, int], ranks: int) -> Layout:
+    """Layout of the rows `there` of a sharded dim, which must be the rows `here` of the local one: segments."""
+    sizes = layout.sizes(extent)
+    bounds = [0, *accumulate(sizes)]
+    inside = there[0] in bounds and there[1] in bounds and here[0] < here[1]
+    if inside and here == (there[0] // ranks, there[1] // ranks):
+        return sharded(layout.dim, sizes[bounds.index(there[0]) : bounds.index(there[1])])
+    raise UnprovenError(
+        f"elements {here[0]} to {here[1]} of a shard are no shard of elements {there[0]} to {there[1]}", layout.dim
+    )
+
+
+def _slice(call: LocalCall) -> list[Layout] | None:
+    """Along the sharded dim: segments, or every step-th element of all."""
+    backward, layout = call.name == "slice_backward", call.tensors[0][0]
+    sizes = call.argument("input_sizes") if backward else (call.here[0].shape, call.there[0].shape)
+    dim = call.argument("dim")[0] % len(sizes[0])
+    if layout.dim != dim:
+        return None
+    source = call.forward if backward and call.forward is not None and call.forward.dim == dim else layout
+    source = sharded(dim) if backward and source is layout and call.forward is None else source
+    local, extent = sizes[0][dim], sizes[1][dim]
+    ranges = [
+        slice(*(call.argument(name)[i] for name in ("start", "end", "step"))).indices(n)
+        for i, n in enumerate((local, extent))
+    ]
+    (first, end, step), (first_there, end_there, step_there) = ranges
+    segments = source.sizes(extent)
+    if step != step_there:
+        raise UnprovenError("a slice with another step than in the unsharded model", dim)
+    if (first, end, end_there) == (first_there, local, extent) and first < step:
+        if any(n // call.ranks % step for n in segments):
+            raise UnprovenError(f"every {step}-th element of a shard whose length {step} does not divide", dim)
+        cut = sharded(dim, tuple(n // step for n in segments))
+    elif step == 1:
+        cut = _whole_segments(source, extent, (first, end), (first_there, end_there), call.ranks)
+    else:
+        raise UnprovenError("a piece of a sharded dim with a step", dim)
+    if backward and cut != layout:
+        raise UnprovenError("the gradient of a slice has another layout than the slice", dim)
+    return [source if backward else cut]
+
+
+def _split(call: LocalCall) -> list[Layout] | None:
+    layout, shape = call.tensors[0]
+    dim = call.argument("dim")[0] % len(shape.shape)
+    if layout.kind is not Kind.SHARDED or call.wanted is None:
+        return None
+    here, there = ([0, *accumulate(s[dim] for s in shapes)] for shapes in (call.results, call.wanted))
+    if layout.dim != dim:
+        return [layout] * len(call.results) if here == there else None
+    pieces = zip(pairwise(here), pairwise(there), strict=True)
+    return [_whole_segments(layout, shape.shape[dim], *piece, call.ranks) for piece in pieces]
+
+
+def _cat(call: LocalCall) -> list[Layout] | None:
+    """Shards put together along their dim are shards of each."""
+    dim = call.argument("dim")[0] % len(call.results[0])
+    if any(layout.dim != dim for layout, _ in call.tensors):
+        return None
+    return [sharded(dim, tuple(n for layout, whole in call.tensors for n in layout.sizes(whole.shape[dim])))]
+
+
+def _attention(call: LocalCall) -> list[Layout]:
+    """All of some heads, or all of some samples. A mask may be the same for all heads."""
+    dims = {layout.dim if layout.kind is Kind.SHARDED else None for layout, whole in call.tensors
+            if len(whole.shape) == 4 and not (layout == REPLICATED and whole.shape[1] == 1)}  # fmt: skip
+    if dims not in ({0}, {1}) or any(layout == PARTIAL for layout, _ in call.tensors):
+        raise UnprovenError(f"attention of {call.layouts_text}", call.sharded_dim)
+    dim = 1 if 1 in dims else 0
+    return [sharded(dim) if len(shape) > 1 else REPLICATED for shape in call.results]
+
+
+def _convolution(call: LocalCall) -> list[Layout]:
+    """By groups of channels, by output channels, or by positions where the kernel is a point.
+
+    Of a split length DTensor exchanges the edges between ranks, which a local convolution does not."""
+    backward = call.name == "convolution_backward"
+    x, w = [layout for layout, _ in call.tensors][backward:][:2]
+    groups, wanted = call.argument("groups")
+    kernel = call.argument("weight")[0].shape[2:]
+    if x == sharded(1) and w == sharded(0) and groups * call.ranks == wanted:
+        return _needed(call, [sharded(1), sharded(0), sharded(0)] if backward else [sharded(1)])
+    if x == REPLICATED and w == sharded(0) and groups == wanted == 1:
+        return _needed(call, [PARTIAL, sharded(0), sharded(0)] if backward else [sharded(1)])
+    pointwise = x.kind is Kind.SHARDED and x.dim > 1 and set(kernel) == {1} and not any(call.argument("padding")[0])
+    batch = x.kind is Kind.SHARDED and x.dim == 0
+    if (pointwise or batch) and w == REPLICATED:
+        return _needed(call, [x, PARTIAL, PARTIAL] if backward else [x])
+    raise UnprovenError(f"convolution of {call.layouts_text}", call.sharded_dim)
+
+
+def _needed(call: LocalCall, layouts: list[Layout]) -> list[Layout]:
+    """Of a backward's gradients, those that were asked for."""
+    if call.name != "convolution_backward":
+        return layouts
+    mask = call.argument("output_mask")[0]
+    return [layout for layout, needed in zip(layouts, mask, strict=True) if needed]
+
+
+def _linear_together(call: LocalCall) -> list[Layout] | None:
+    """Linear in all floating-point arguments together: of terms of a sum, or of zeros, they make a term."""
+    pairs = [
+        (i, layout, there) for i, (layout, there) in enumerate(zip(call.layouts, call.there, strict=True)) if layout
+    ]
+    terms = [layout == PARTIAL or i in call.zeros for i, layout, there in pairs if there.dtype.is_floating_point]
+    others = [layout for _, layout, there in pairs if not there.dtype.is_floating_point]
+    numbers = [leaf for leaf, layout in zip(call.here, call.layouts, strict=True) if layout is None]
+    if call.name.startswith("masked_fill") and numbers != [0]:
+        return None
+    return (
+        [PARTIAL] if all(terms) and PARTIAL in [p[1] for p in pairs] and all(o == REPLICATED for o in others) else None
+    )
+
+
+def _triangle(call: LocalCall) -> list[Layout] | None:
+    """Of batches of matrices: each has its diagonal."""
+    layout, whole = call.tensors[0]
+    return [layout] if layout.kind is Kind.SHARDED and layout.dim < len(whole.shape) - 2 else None
+
+
+def _fill(call: LocalCall) -> list[Layout] | None:
+    base, *values = [layout for layout, _ in call.tensors]
+    return [base] if base.kind is Kind.SHARDED and all(value == REPLICATED for value in values) else None
+
+
+def _write(call: LocalCall) -> list[Layout] | None:
+    """`copy_`: the target becomes what is written, where the shapes agree."""
+    (_, target), (layout, source) = call.tensors[:2]
+    return [layout] if target.shape == source.shape else None
+
+
+Rule = Callable[[LocalCall], "list[Layout] | None"]
+RULES: dict[str, Rule] = {
+    "slice": _slice,
+    "slice_backward": _slice,
+    "split": _split,
+    "split_with_sizes": _split,
+    "cat": _cat,
+    "tril": _triangle,
+    "triu": _triangle,
+    "_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": _attention,
+    "convolution": _convolution,
+    "convolution_backward": _convolution,
+    "fill": _fill,
+    "copy": _write,
+}
+for _name in ("scatter", "scatter_add", "index_put", "_index_put_impl", "index_add", "masked_fill", "where"):
+    RULES[_name] = _linear_together

@@ -1,0 +1,251 @@
+"""Whether an operator on local tensors gives what the operator on unsharded tensors gives: an allow-list.
+
+DTensor's sharding propagation is asked first of all, as it is for DTensors; it knows hundreds of operators. Where the
+operator table says that it lacks a rule, is stricter than local arithmetic needs, or answers for more than the operator
+does, the rules of this file stand beside it. What nothing allows is unproven. `tests/sharding/test_shard_rules.py`
+compares every answer with numbers on random shards.
+
+[Note: proven operators]
+Let f be an operator with its arguments, x the unsharded input, x_r what rank r holds. f is proven at x_r when the
+f_r(x_r) stand in a known relation to f(x): each equals it, they are shards of it, or they are terms of a sum that is
+it. f_r may have other arguments than f where these say a size, and only there: a scale of 1 / x.shape[1] is another
+number on a shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import accumulate, pairwise
+from operator import mul
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
+
+from colrow.sharding.local_call import LocalCall, Shape, TensorShape, UnprovenError
+from colrow.sharding.local_layout import PARTIAL, REPLICATED, Kind, Layout, layout_of, repeating, sharded
+from colrow.sharding.operator_rules import RULES
+from colrow.sharding.operators import Filling
+from colrow.torch_compat import NoRuleError, propagated
+
+
+def proven_layouts(call: LocalCall, mesh: DeviceMesh) -> list[Layout]:
+    """The layout of each result. Raises UnprovenError."""
+    facts, layouts = call.facts, [layout for layout, _ in call.tensors]
+    if any(layout.repeated for layout in layouts):
+        return _of_repeated(call, mesh)
+    all_replicated = all(layout == REPLICATED for layout in layouts)
+    if facts.rule == "constant" and facts.fills not in (Filling.POSITION, Filling.RANDOM):
+        return [_of_equal_elements(call, 0, range(len(call.results[0])))]
+    if _draws(call) and not _is_dropout(call) and not (all_replicated and call.same_results):
+        raise UnprovenError(
+            "each rank draws random numbers of its own shard, which are not one draw of all", call.sharded_dim
+        )
+    if all_replicated:
+        return _of_replicated(call)
+    if (found := _linear_backward(call)) is not None:
+        return found
+    rule = RULES.get(call.name) or RULES.get(call.name.rstrip("_"))
+    if rule is not None and (found := rule(call)) is not None:
+        return found
+    if call.differing and not (call.name in SIZES or call.name.endswith("_like")):
+        here, there = call.differing[0]
+        raise UnprovenError(f"an argument is {here} on the shard and {there} in the unsharded model", call.sharded_dim)
+    return _of_dtensor(call, mesh)
+
+
+SIZES = frozenset(
+    ("view", "reshape", "_unsafe_view", "_reshape_alias", "expand", "repeat", "new_empty_strided", "slice_backward",
+     "select_backward", "embedding_dense_backward")
+)  # fmt: skip
+"""Operators whose integers are sizes of the result: DTensor's rule is asked with the unsharded ones, and must give the
+local shape that this rank computed."""
+
+
+def _draws(call: LocalCall) -> bool:
+    return call.facts.random or torch.Tag.nondeterministic_seeded in call.func.tags
+
+
+def _is_dropout(call: LocalCall) -> bool:
+    """Dropout is right in distribution on a shard where the ranks draw different masks: CR601 is about that. torch tags
+    every attention as random, whatever its dropout is."""
+    return "dropout" in call.name or call.name.startswith(("bernoulli", "_scaled_dot_product", "_efficient_attention"))
+
+
+def _of_equal_elements(call: LocalCall, result: int, dims: Iterable[int]) -> Layout:
+    """Layout of a result whose elements are all equal along `dims`, so that any smaller piece is a shard."""
+    here, there = call.results[result], call.wanted[result] if call.wanted else call.results[result]
+    differing = [d for d, (a, b) in enumerate(zip(here, there, strict=False)) if a != b]
+    if len(here) == len(there) and not differing:
+        return REPLICATED
+    if len(differing) == 1 and differing[0] in dims and here[differing[0]] * call.ranks == there[differing[0]]:
+        return sharded(differing[0])
+    raise UnprovenError(
+        f"it makes {list(here)} where the unsharded model makes {list(there)}", next(iter(differing), None)
+    )
+
+
+def _of_replicated(call: LocalCall) -> list[Layout]:
+    """Equal inputs and equal arguments give equal results on every rank."""
+    if call.same_results and (not call.differing or call.name in ("view", "_unsafe_view")):
+        return [REPLICATED] * len(call.results)
+    if call.name == "expand":
+        source = call.tensors[0][1].shape
+        source = (1,) * (len(call.results[0]) - len(source)) + source
+        return [_of_equal_elements(call, 0, [d for d, extent in enumerate(source) if extent == 1])]
+    here, there = call.differing[0] if call.differing else (list(call.results), list(call.wanted or ()))
+    raise UnprovenError(f"an argument or result is {here} beside a shard and {there} in the unsharded model")
+
+
+def _linear_backward(call: LocalCall) -> list[Layout] | None:
+    """A derivative is linear in the gradient: of a term of a sum it gives a term."""
+    (gradient, *others) = [layout for layout, _ in call.tensors]
+    linear = call.name.endswith(("_backward", "_backward_data")) and gradient == PARTIAL and call.same_results
+    return (
+        [PARTIAL] * len(call.results)
+        if linear and all(o == REPLICATED for o in others) and not call.differing
+        else None
+    )
+
+
+def _of_repeated(call: LocalCall, mesh: DeviceMesh) -> list[Layout]:
+    """By the operator on the tensors with repeated heads, whose shards the ranks hold; see [Note: repeated heads]."""
+    if call.wanted is None:
+        raise UnprovenError("an operator that the unsharded model has not, on repeated heads", call.sharded_dim)
+    first = call.tensors[0][0]
+    if (
+        call.name in ("split", "split_with_sizes", "slice")
+        and call.argument("dim")[0] % len(call.results[0]) == first.dim
+    ):
+        return _pieces_with_repeats(call, first)
+
+    plain = tuple(layout and sharded(layout.dim, layout.segments) if layout and layout.repeated else layout
+                  for layout in call.layouts)  # fmt: skip
+    there = [leaf if not layout or not layout.repeated else _with_extent(leaf, layout.dim, sum(layout.segments))
+             for leaf, layout in zip(call.there, call.layouts, strict=True)]  # fmt: skip
+    complete = replace(call, there=tuple(there), layouts=plain, wanted=None)
+    answers = _with_sizes_repeated(complete, mesh) if call.name in SIZES else proven_layouts(complete, mesh)
+    found = []
+    for layout, here, wanted in zip(answers, call.results, call.wanted, strict=True):
+        if layout.kind is Kind.SHARDED and here[layout.dim] * call.ranks != wanted[layout.dim]:
+            unrepeated = first.repeated if sum(first.repeated) == wanted[layout.dim] else (wanted[layout.dim],)
+            sizes = layout.sizes(here[layout.dim] * call.ranks)
+            if len(unrepeated) != len(sizes):  # a view of heads: each segment has as many fewer
+                unrepeated = tuple(n * wanted[layout.dim] // sum(first.repeated) for n in first.repeated)
+            layout = repeating(layout.dim, sizes, unrepeated)
+        found.append(layout)
+    return found
+
+
+def _with_extent(tensor: TensorShape, dim: int, extent: int) -> TensorShape:
+    shape = (*tensor.shape[:dim], extent, *tensor.shape[dim + 1 :])
+    return TensorShape(shape, contiguous_stride(shape), tensor.dtype)
+
+
+def _with_sizes_repeated(call: LocalCall, mesh: DeviceMesh) -> list[Layout]:
+    """The sizes in the arguments belong to the unsharded result: one of them has to be that of the repeated heads."""
+    shape, answers = call.results[0], []
+    for dim in range(len(shape)):
+        sizes = iter((*shape[:dim], shape[dim] * call.ranks, *shape[dim + 1 :]))
+        leaves = tuple(next(sizes, leaf) if type(leaf) is int else leaf for leaf in call.there)
+        try:
+            found = proven_layouts(replace(call, there=leaves), mesh)
+        except UnprovenError:
+            continue
+        if found[0].dim == dim:
+            answers.append(found)
+    if not answers:
+        raise UnprovenError("no size of the result fits its shard", call.sharded_dim)
+    # one local head fits beside the tokens too, as a part of each: the plain shard is meant
+    return min(answers, key=lambda found: len(found[0].segments))
+
+
+def _pieces_with_repeats(call: LocalCall, layout: Layout) -> list[Layout]:
+    """Along segments of which some have repeated heads: the same segments here and there."""
+    if call.name == "slice":
+        (local, extent) = (leaves[0].shape[layout.dim] for leaves in (call.here, call.there))
+        ranges = [slice(*(call.argument(name)[i] for name in ("start", "end", "step"))).indices(n)
+                  for i, n in enumerate((local, extent))]  # fmt: skip
+        pieces = [((ranges[0][0], ranges[0][1]), (ranges[1][0], ranges[1][1]))]
+    else:
+        here, there = ([0, *accumulate(s[layout.dim] for s in shapes)] for shapes in (call.results, call.wanted or ()))
+        pieces = list(zip(pairwise(here), pairwise(there), strict=True))
+    bounds, bounds_there = [0, *accumulate(layout.segments)], [0, *accumulate(layout.repeated)]
+    found = []
+    for (first, end), (first_there, end_there) in pieces:
+        try:
+            i, j = (bounds.index(n * call.ranks) for n in (first, end))
+            if (bounds_there[i], bounds_there[j]) != (first_there, end_there):
+                raise ValueError
+        except ValueError:
+            raise UnprovenError(f"elements {first} to {end} of a shard with repeated heads", layout.dim) from None
+        found.append(repeating(layout.dim, layout.segments[i:j], layout.repeated[i:j]))
+    return found
+
+
+def contiguous_stride(shape: Shape) -> Shape:
+    """The strides of a contiguous tensor."""
+    return tuple(accumulate((max(n, 1) for n in shape[:0:-1]), mul, initial=1))[::-1] if shape else ()
+
+
+# -- DTensor's rules
+
+
+def _of_dtensor(call: LocalCall, mesh: DeviceMesh) -> list[Layout]:
+    placements = [layout.placement() for layout, _ in call.tensors]
+    segments = {layout.segments for layout, _ in call.tensors if layout.kind is Kind.SHARDED}
+    try:
+        if None in placements:
+            raise UnprovenError(f"DTensor has no name for {call.layouts_text}", call.sharded_dim)
+        return _asked(call, placements, mesh)
+    except UnprovenError:
+        if call.zeros:  # zero is a term of any sum
+            filled = [layout for layout, _ in call.tensors]
+            positions = [i for i, layout in enumerate(call.layouts) if layout is not None]
+            changed = [PARTIAL.placement() if i in call.zeros and layout == REPLICATED else layout.placement()
+                       for i, layout in zip(positions, filled, strict=True)]  # fmt: skip
+            if None not in changed and changed != placements:
+                return _asked(call, changed, mesh)
+        if segments == {()} or len(segments) != 1:
+            raise
+    # DTensor knows few rules for equal segments and none for unequal ones. What it says of a dim sharded as one holds
+    # for segments too, where the dim comes out at its full length (a batch of rows) or is summed over.
+    (cut,) = segments
+    plain = [Shard(layout.dim) if layout.kind is Kind.SHARDED else layout.placement() for layout, _ in call.tensors]
+    layouts = []
+    for layout, shape in zip(_asked(call, plain, mesh), _complete_results(call), strict=True):
+        if layout.kind is Kind.SHARDED and shape[layout.dim] != sum(cut):
+            raise UnprovenError(f"there is no rule for a dim of segments {list(cut)}", layout.dim)
+        layouts.append(sharded(layout.dim, cut) if layout.kind is Kind.SHARDED else layout)
+    return layouts
+
+
+def _asked(call: LocalCall, placements: Sequence[Any], mesh: DeviceMesh) -> list[Layout]:
+    """What DTensor's rule says, if it moves nothing and gives the local shapes that this rank computed."""
+    given = iter(placements)
+    leaves = [
+        leaf if layout is None else (next(given), *leaf) for leaf, layout in zip(call.there, call.layouts, strict=True)
+    ]
+    try:
+        answers = propagated(call.func, leaves, call.tree, mesh)
+    except NoRuleError as error:
+        raise UnprovenError(f"{error}; the tensors are {call.layouts_text}", call.sharded_dim) from None
+    if len(answers) != len(call.results):
+        raise UnprovenError("DTensor's rule gives another number of results", call.sharded_dim)
+    layouts = []
+    for (placement, local), computed, whole in zip(answers, call.results, _complete_results(call), strict=True):
+        layout = layout_of(placement, whole)
+        if layout is None:
+            raise UnprovenError(f"the result is one rank's part of {placement}", call.sharded_dim)
+        if local != computed:
+            raise UnprovenError(
+                f"a shard of the result is {list(local)}, and here it is {list(computed)}", call.sharded_dim
+            )
+        layouts.append(layout)
+    return layouts
+
+
+def _complete_results(call: LocalCall) -> tuple[Shape, ...]:
+    return call.wanted or call.results

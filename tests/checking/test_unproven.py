@@ -1,0 +1,96 @@
+"""CR414: what is not known to be right on a shard is listed; what is right is not."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from checking import broken_models as m
+from checking import unproven_plans
+from checking.broken_plans import SOUND, gpt_plan, llama
+from checking.unproven_plans import RIGHT, WRONG, Case
+from colrow.checking.check import Finding, check
+from colrow.dryrun.lockstep import unproven_operators
+from colrow.mesh import Mesh
+from colrow.plans.plan import Plan
+from colrow.sharding.operator_rules import RULES
+
+
+def found_by(case: Case) -> list[Finding]:
+    return check(case.model().train(case.train), case.plan(), Mesh(tp=2), batch_size=4, seq_len=16)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_plan_is_an_error_or_unproven(name: str) -> None:
+    found = found_by(WRONG[name])
+    assert any(f.severity == "error" or f.code == "CR414" for f in found), [str(f) for f in found]
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_right_plan_is_proven(name: str) -> None:
+    assert [str(f) for f in found_by(RIGHT[name])] == []
+
+
+@pytest.mark.parametrize("loss", ["vocab_parallel", "replicated", "linear"])
+@pytest.mark.parametrize("name", ["llama-fast", "llama-overlap"])
+def test_fast_presets_are_proven(name: str, loss: Any) -> None:
+    for model in ("gqa", "qk_norm_kv3", "bias"):
+        assert unproven_operators(llama(model), Plan.preset(name, loss), 4, 2, 16) == [], model
+
+
+def test_a_finding_names_the_operator_the_dim_and_the_line() -> None:
+    (found,) = found_by(WRONG["features rolled"])
+    line = f"unproven_plans.py:{_line_of('features rolled')}"
+    assert (found.code, found.severity, found.where) == ("CR414", "warning", "blocks.*.mlp")
+    assert found.message.startswith(f"roll on a shard of dim 2 at {line} is not proven: ")
+
+
+def _line_of(text: str) -> int:
+    lines = Path(unproven_plans.__file__).read_text(encoding="utf-8").splitlines()
+    return next(number for number, line in enumerate(lines, 1) if text in line)
+
+
+def test_a_hook_in_a_custom_backward_is_traced_to_its_line() -> None:
+    found = found_by(WRONG["backward normalises"])
+    assert all(".mlp" in f.where and "unproven_plans.py" in f.message for f in found)
+
+
+def test_what_follows_an_unproven_operator_is_not_listed() -> None:
+    found = unproven_operators(WRONG["norm of features"].model(), gpt_plan(), 2, 4, 16)
+    assert [f.operator for f in found] == ["linalg_vector_norm"] * 2
+
+
+@pytest.mark.parametrize("rule", ["slice", "_scaled_dot_product_flash_attention_for_cpu"])
+def test_without_its_rule_a_right_plan_is_unproven(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A negative control: these rules are what proves them."""
+    monkeypatch.delitem(RULES, rule)
+    case = Case(*SOUND["heads"]) if "attention" in rule else RIGHT["every other feature"]
+    names = {f.operator for f in unproven_operators(case.model(), case.plan(), 2, 2, 16)}
+    assert rule in {name.removesuffix("_backward") for name in names}
+
+
+def test_the_model_is_left_alone() -> None:
+    model = WRONG["hook on a gradient"].model()
+    before = copy.deepcopy(model.state_dict())
+    unproven_operators(model, gpt_plan(), 2, 2, 16)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not any(mod._forward_hooks or mod._forward_pre_hooks for mod in model.modules())
+    assert all(param.grad is None for param in model.parameters())
+
+
+class _Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(m.D, m.D)
+
+    def forward(self, x: Any) -> Any:
+        return self.up(x) if x.sum().item() > 0 else x
+
+
+def test_nothing_is_said_of_a_model_that_does_not_run_on_fake_tensors() -> None:
+    assert unproven_operators(_Counting(), Plan({"up": "colwise"}), 2, 2, 16) == []

@@ -1,0 +1,255 @@
+"""Plans that split a dim which the model's code then uses as if it were all of it, and ones that look alike and are
+right. Which is which was settled by two ranks in fp64 against one process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from checking import broken_models as m
+from checking.broken_plans import FUSED_MLP, HEADS, gpt_plan
+from colrow.plans.plan import Plan
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and a plan; `train`: the model is in training mode."""
+
+    model: Callable[[], nn.Module]
+    plan: Callable[[], Plan] = gpt_plan
+    train: bool = False
+
+
+class FeatureMLP(m.MLP):
+    """An MLP with a function of its features between the two linears."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.function(F.gelu(self.up(x))))
+
+
+def features(function: Callable[[Tensor], Tensor], train: bool = False) -> Case:
+    return Case(lambda: m.Gpt(mlp=lambda: FeatureMLP(function)), train=train)
+
+
+class GatedMLP(m.GatedMLP):
+    """Gate and up in one weight, taken apart by a function."""
+
+    def __init__(self, apart: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.apart = apart
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.apart(self.gate_up(x)))
+
+
+def gated(apart: Callable[[Tensor], Tensor]) -> Case:
+    return Case(lambda: m.Gpt(mlp=lambda: GatedMLP(apart)), lambda: gpt_plan(**FUSED_MLP))
+
+
+def halves(h: Tensor) -> Tensor:
+    half = h.shape[-1] // 2
+    return F.silu(h[..., :half]) * h[..., half:]
+
+
+def gumbel(h: Tensor) -> Tensor:
+    return h - 0.1 * torch.empty_like(h).exponential_().log()
+
+
+class OwnAttention(m.HeadCount):
+    """Attention written out, with a change of the scores [B, H, T, T] and of the output [B, H, T, E]."""
+
+    def __init__(self, scores: Callable[[Tensor], Tensor] | None = None, output: Any = None) -> None:
+        super().__init__()
+        self.scores, self.output = scores, output
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (w(x).view(*x.shape[:2], -1, m.E).transpose(1, 2) for w in (self.q, self.k, self.v))
+        s = q @ k.transpose(-1, -2) / math.sqrt(m.E)
+        s = self.scores(s) if self.scores else s
+        causal = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).tril()
+        o = s.masked_fill(~causal, -1e9).softmax(-1) @ v
+        o = self.output(o) if self.output else o
+        return self.out(o.transpose(1, 2).flatten(2))
+
+
+def attention(**changes: Any) -> Case:
+    return Case(lambda: m.Gpt(lambda: OwnAttention(**changes)), lambda: gpt_plan(**HEADS, attn__out="rowwise"))
+
+
+def alibi(s: Tensor) -> Tensor:
+    """Slopes from the number of heads that this rank has."""
+    heads, tokens = s.shape[1], torch.arange(s.shape[-1])
+    slopes = 2.0 ** (-8 / heads * torch.arange(1.0, heads + 1))
+    return s + slopes[:, None, None] * (tokens - tokens[:, None]).float()
+
+
+class Scaled(nn.Module):
+    """A weight that all heads share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(m.E))
+
+    def forward(self, o: Tensor) -> Tensor:
+        return o * self.scale
+
+
+class TokenBlock(m.Block):
+    """A block in which tokens meet: on the residual stream, or behind the first norm."""
+
+    def __init__(self, attention: nn.Module, mlp: nn.Module, stream: Any = None, normed: Any = None) -> None:
+        super().__init__(attention, mlp)
+        self.stream, self.normed = stream, normed
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.stream is not None:
+            x = x + self.stream(x.transpose(1, 2)).transpose(1, 2)
+        h = self.norm1(x)
+        x = x + self.attn(h if self.normed is None else 0.5 * (h + self.normed(h)))
+        return x + self.mlp(self.norm2(x))
+
+
+def tokens(normed: Callable[[Tensor], Tensor]) -> Case:
+    local = {"style": "sequence", "use_local_output": True}
+    return Case(lambda: m.Gpt(block=partial(TokenBlock, normed=normed)), lambda: gpt_plan(sequence=True, norm1=local))
+
+
+def causal_convolution() -> nn.Module:
+    return nn.Sequential(nn.ConstantPad1d((2, 0), 0.0), nn.Conv1d(m.D, m.D, 3, groups=m.D))
+
+
+def on_stream(module: Callable[[], nn.Module], train: bool = False, **plan: Any) -> Case:
+    return Case(
+        lambda: m.Gpt(block=lambda a, b: TokenBlock(a, b, stream=module())), lambda: gpt_plan(**plan), train=train
+    )
+
+
+class NormInTraining(m.MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.gelu(self.up(x))
+        return self.down(h / h.norm(dim=-1, keepdim=True) if self.training else h)
+
+
+class NormalisedGradient(torch.autograd.Function):
+    """The identity, whose backward divides by the norm of all of the gradient that it sees."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] / (1e-6 + gradients[0].norm())
+
+
+class OwnLoop(m.Gpt):
+    """Its own loop shifts the tokens before the fourth block."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for i, block in enumerate(self.blocks):
+            x = block(x + 0.1 * F.pad(x, (0, 0, 1, -1)) if i == 3 else x)
+        return self.head(self.norm(x))
+
+
+class SoftCapped(m.Gpt):
+    def forward(self, ids: Tensor) -> Tensor:
+        return 5 * torch.tanh(super().forward(ids) / 5)
+
+
+class CheckpointedMLP(m.MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(super().forward, x, use_reentrant=False)
+        return y
+
+
+def hooked() -> nn.Module:
+    model = m.Gpt()
+    model.norm.weight.register_hook(lambda gradient: gradient * 0.5)
+    return model
+
+
+def last_block_differs() -> nn.Module:
+    model = m.Gpt(layers=5)
+    for i, block in enumerate(model.blocks):
+        block.mlp = FeatureMLP((lambda h: h.softmax(-1)) if i == 4 else (lambda h: h))
+    return model
+
+
+def block_twice() -> nn.Module:
+    model = m.Gpt(layers=2)
+    first, second = model.blocks
+    model.blocks = nn.ModuleList([first, first, second])
+    return model
+
+
+WRONG = {
+    "norm of features": features(lambda h: h / h.norm(dim=-1, keepdim=True)),
+    "layer norm of features": features(lambda h: F.layer_norm(h, h.shape[-1:])),
+    "largest feature": features(lambda h: h / (1e-3 + h.abs().amax(-1, keepdim=True))),
+    "median feature": features(lambda h: h * (h >= h.quantile(0.5, dim=-1, keepdim=True))),
+    "features rolled": features(lambda h: h.roll(1, -1)),
+    "product of features": features(lambda h: h.sigmoid().cumprod(-1)),
+    "noise": features(gumbel, train=True),
+    "features weighed by position": features(lambda h: h * torch.arange(h.shape[-1], dtype=h.dtype)),
+    "halves by slices": gated(halves),
+    "halves by glu": gated(lambda h: F.glu(h, -1)),
+    "slopes of local heads": attention(scores=alibi),
+    "mean of heads": attention(output=lambda o: o - o.sum(1, keepdim=True) / o.shape[1]),
+    "scale shared by heads": Case(
+        lambda: m.Gpt(lambda: OwnAttention(output=Scaled())), lambda: gpt_plan(**HEADS, attn__out="rowwise")
+    ),
+    "tokens shifted": tokens(lambda h: F.pad(h, (0, 0, 1, -1))),
+    "first token": tokens(lambda h: h[:, :1].expand_as(h)),
+    "causal convolution": on_stream(causal_convolution, sequence=True, stream__1="grad_sum"),
+    "batch norm of tokens": on_stream(lambda: nn.BatchNorm1d(m.D), train=True, sequence=True, stream="grad_sum"),
+    "norm in training alone": Case(lambda: m.Gpt(mlp=NormInTraining), train=True),
+    "backward normalises": features(NormalisedGradient.apply),
+    "hook on a gradient": Case(hooked),
+    "function of the last block": Case(last_block_differs),
+    "shift in the model's loop": Case(lambda: OwnLoop(layers=5), lambda: gpt_plan(sequence=True)),
+    # of the same kinds
+    "features flipped": features(lambda h: h.flip(-1)),
+    "features summed": features(lambda h: h * h.sum(-1, keepdim=True)),
+    "features narrowed": features(lambda h: F.pad(h.narrow(-1, 0, h.shape[-1] // 2), (0, h.shape[-1] // 2))),
+    "kth feature": features(lambda h: h - h.kthvalue(2, dim=-1, keepdim=True).values),
+    "features in fourier space": features(lambda h: torch.fft.fft(h).real),
+    "features normalised by einsum": features(lambda h: h * torch.einsum("btf,btf->bt", h, h)[..., None]),
+    "norm of everything": features(lambda h: h / h.norm()),
+    "noise like the features": features(lambda h: h + torch.randn_like(h), train=True),
+    "features pooled": features(lambda h: h - F.avg_pool1d(h, 3, stride=1, padding=1)),
+    "last token": tokens(lambda h: h[:, -1:].expand_as(h)),
+    "tokens rolled": tokens(lambda h: h.roll(1, 1)),
+    "tokens summed": tokens(lambda h: h.cumsum(1)),
+    "sum over ranks left out": Case(
+        lambda: m.Gpt(mlp=lambda: FeatureMLP(lambda h: h)),
+        lambda: gpt_plan(attn__out={"style": "rowwise", "output": "partial"}),
+    ),
+}
+RIGHT = {
+    "every other feature": gated(lambda h: F.silu(h[..., ::2]) * h[..., 1::2]),
+    "batch norm of all tokens": on_stream(lambda: nn.BatchNorm1d(m.D), train=True),
+    "capped logits": Case(SoftCapped, lambda: gpt_plan("vocab_parallel", sequence=True)),
+    "checkpointed": Case(lambda: m.Gpt(mlp=CheckpointedMLP)),
+    "block used twice": Case(block_twice, lambda: gpt_plan(sequence=True)),
+    # of the same kinds
+    "features clamped": features(lambda h: h.clamp(-1, 1) + torch.ones_like(h) * 0.5),
+    "attention written out": attention(),
+    "scores capped": attention(scores=lambda s: 5 * torch.tanh(s / 5)),
+    "tokens changed alone": tokens(lambda h: h / (1e-3 + h.norm(dim=-1, keepdim=True))),
+    "norm of each head": attention(output=lambda o: F.layer_norm(o, (m.E,))),
+    "causal convolution of all tokens": on_stream(causal_convolution),
+    "dropout of all tokens": on_stream(lambda: nn.Dropout(0.1), train=True),
+}

@@ -1,0 +1,335 @@
+"""Every rule beside DTensor's, on numbers: the ranks' results are what the rule says of the unsharded result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from colrow.dryrun.fake_world import fake_tp_mesh
+from colrow.dryrun.numbered import shape_of
+from colrow.sharding.local_call import LocalCall, UnprovenError
+from colrow.sharding.local_layout import PARTIAL, REPLICATED, STYLE, Kind, Layout, layout_of, repeating, sharded
+from colrow.sharding.operator_rules import RULES
+from colrow.sharding.shard_rules import proven_layouts
+
+aten = torch.ops.aten
+ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu.default
+RANKS = 2
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[DeviceMesh]:
+    with fake_tp_mesh(RANKS) as mesh:
+        yield mesh
+
+
+def parts(whole: Tensor, layout: Layout) -> list[Tensor]:
+    """What each rank holds of a tensor."""
+    if layout.kind is Kind.REPLICATED:
+        return [whole] * RANKS
+    if layout.kind is Kind.PARTIAL:
+        terms = [torch.randn_like(whole) for _ in range(RANKS - 1)]
+        return [*terms, whole - sum(terms)]
+    if layout.repeated:  # each segment's rows, each as often as it is repeated
+        segments = whole.split(list(layout.repeated), layout.dim)
+        pairs = zip(segments, layout.segments, layout.repeated, strict=True)
+        whole = torch.cat([s.repeat_interleave(n // k, layout.dim) for s, n, k in pairs], layout.dim)
+    segments = whole.split(list(layout.sizes(whole.shape[layout.dim])), layout.dim)
+    chunks = [segment.chunk(RANKS, layout.dim) for segment in segments]
+    return [torch.cat([chunk[rank] for chunk in chunks], layout.dim) for rank in range(RANKS)]
+
+
+def agrees(results: list[Tensor], whole: Tensor, layout: Layout) -> bool:
+    """Whether the ranks' results have this relation to the unsharded one."""
+    if layout.kind is Kind.PARTIAL:
+        return torch.allclose(sum(results, torch.zeros(())), whole)
+    return all(torch.allclose(got, want) for got, want in zip(results, parts(whole, layout), strict=True))
+
+
+def answer(
+    mesh: DeviceMesh, func: Any, args: Any, layouts: list[Layout], here: Any = None, **known: Any
+) -> list[Layout]:
+    """The layouts that are proven, after a comparison with numbers.
+
+    Args:
+        args: of the unsharded run.
+        layouts: of each tensor among them.
+        here: arguments that are no tensors, as a rank gives them; those of the unsharded run unless given.
+    """
+    leaves, tree = tree_flatten((args, {}))
+    given = iter(layouts)
+    placed = [next(given) if isinstance(leaf, Tensor) else None for leaf in leaves]
+    held = [parts(leaf, layout) if layout else [leaf] * RANKS for leaf, layout in zip(leaves, placed, strict=True)]
+    if here is not None:
+        plain = iter(tree_flatten(here)[0])
+        held = [h if layout else [next(plain)] * RANKS for h, layout in zip(held, placed, strict=True)]
+
+    def run(flat: list[Any]) -> list[Tensor]:
+        call_args, kwargs = tree_unflatten(flat, tree)
+        return [leaf for leaf in tree_flatten(func(*call_args, **kwargs))[0] if isinstance(leaf, Tensor)]
+
+    whole = run(list(leaves))
+    ranks = [run([h[rank] for h in held]) for rank in range(RANKS)]
+    call = LocalCall(
+        func,
+        tree,
+        tuple(shape_of(h[0]) for h in held),
+        tuple(shape_of(leaf) for leaf in leaves),
+        tuple(placed),
+        tuple(tuple(t.shape) for t in ranks[0]),
+        tuple(tuple(t.shape) for t in whole),
+        RANKS,
+        **known,
+    )
+    found = proven_layouts(call, mesh)
+    for i, (layout, expected) in enumerate(zip(found, whole, strict=True)):
+        assert agrees([results[i] for results in ranks], expected, layout), f"result {i} is not {layout}"
+    return found
+
+
+def x(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+S0, S1, S2 = sharded(0), sharded(1), sharded(2)
+PROVEN: dict[str, tuple[Any, ...]] = {
+    # segments, and every step-th element
+    "slice of a segment": (aten.slice.Tensor, (x(3, 12), 1, 8, 12), [sharded(1, (8, 4))], ([1, 4, 6],), [S1]),
+    "slice of two segments": (
+        aten.slice.Tensor,
+        (x(3, 16), 1, 0, 12),
+        [sharded(1, (8, 4, 4))],
+        ([1, 0, 6],),
+        [sharded(1, (8, 4))],
+    ),
+    "slice with a step": (aten.slice.Tensor, (x(3, 16), 1, 1, 16, 2), [S1], ([1, 1, 8, 2],), [S1]),
+    "slice of another dim": (aten.slice.Tensor, (x(6, 8), 1, 0, 3), [S0], None, [S0]),
+    "split in segments": (
+        aten.split_with_sizes.default,
+        (x(3, 12), [8, 4], 1),
+        [sharded(1, (8, 4))],
+        ([4, 2, 1],),
+        [S1, S1],
+    ),
+    "split in equal segments": (aten.split.Tensor, (x(3, 12), 6, 1), [sharded(1, (6, 6))], ([3, 1],), [S1, S1]),
+    "split of another dim": (aten.split.Tensor, (x(4, 6), 3, 1), [S0], None, [S0, S0]),
+    "slice's gradient": (
+        aten.slice_backward.default,
+        (x(3, 4), [3, 12], 1, 8, 12, 1),
+        [S1],
+        ([3, 6, 1, 4, 6, 1],),
+        [sharded(1, (8, 4))],
+        {"forward": sharded(1, (8, 4))},
+    ),
+    "cat along the shards": (aten.cat.default, ([x(3, 4), x(3, 6)], 1), [S1, S1], None, [sharded(1, (4, 6))]),
+    "cat along another dim": (aten.cat.default, ([x(4, 3), x(4, 5)], 1), [S0, S0], None, [S0]),
+    # whole matrices, heads, groups
+    "triangle of heads": (aten.tril.default, (x(2, 4, 3, 3),), [S1], None, [S1]),
+    "attention by heads": (ATTENTION, (x(2, 4, 3, 8),) * 3, [S1] * 3, None, [S1, S1]),
+    "attention by samples": (ATTENTION, (x(2, 4, 3, 8),) * 3, [S0] * 3, None, [S0, S0]),
+    "convolution by groups": (
+        aten.convolution.default,
+        (x(2, 4, 9), x(4, 1, 3), None, [1], [1], [1], False, [0], 4),
+        [S1, S0],
+        ([None, 1, 1, 1, False, 0, 2],),
+        [S1],
+    ),
+    "convolution by outputs": (
+        aten.convolution.default,
+        (x(2, 4, 9), x(6, 4, 3), None, [1], [1], [1], False, [0], 1),
+        [REPLICATED, S0],
+        None,
+        [S1],
+    ),
+    "convolution by positions": (
+        aten.convolution.default,
+        (x(2, 4, 8), x(6, 4, 1), None, [1], [0], [1], False, [0], 1),
+        [S2, REPLICATED],
+        None,
+        [S2],
+    ),
+    "convolution by samples": (
+        aten.convolution.default,
+        (x(2, 4, 8), x(6, 4, 3), None, [1], [1], [1], False, [0], 1),
+        [S0, REPLICATED],
+        None,
+        [S0],
+    ),
+    "gradient of a convolution by groups": (
+        aten.convolution_backward.default,
+        (x(2, 4, 9), x(2, 4, 9), x(4, 1, 3), [4], [1], [1], [1], False, [0], 4, [True, True, True]),
+        [S1, S1, S0],
+        ([2, 1, 1, 1, False, 0, 2, True, True, True],),
+        [S1, S0, S0],
+    ),
+    "gradient of a convolution by outputs": (
+        aten.convolution_backward.default,
+        (x(2, 6, 9), x(2, 4, 9), x(6, 4, 3), [6], [1], [1], [1], False, [0], 1, [True, True, True]),
+        [S1, REPLICATED, S0],
+        ([3, 1, 1, 1, False, 0, 1, True, True, True],),
+        [PARTIAL, S0, S0],
+    ),
+    "gradient of a convolution by positions": (
+        aten.convolution_backward.default,
+        (x(2, 6, 8), x(2, 4, 8), x(6, 4, 1), [6], [1], [0], [1], False, [0], 1, [True, True, False]),
+        [S2, S2, REPLICATED],
+        None,
+        [S2, PARTIAL],
+    ),
+    # terms of a sum
+    "where of terms": (
+        aten.where.self,
+        (x(3, 4) > 0, x(3, 4), x(3, 5)[:, :4]),
+        [REPLICATED, PARTIAL, PARTIAL],
+        None,
+        [PARTIAL],
+    ),
+    "mask of terms": (aten.masked_fill.Scalar, (x(3, 4), x(3, 4) > 0, 0), [PARTIAL, REPLICATED], None, [PARTIAL]),
+    "scatter of terms": (
+        aten.scatter_add.default,
+        (x(3, 4), 1, torch.tensor([[0, 2]] * 3), x(3, 2)),
+        [PARTIAL, REPLICATED, PARTIAL],
+        None,
+        [PARTIAL],
+    ),
+    "zero and a term": (
+        aten.add.Tensor,
+        (torch.zeros(3, 4), x(3, 4)),
+        [REPLICATED, PARTIAL],
+        None,
+        [PARTIAL],
+        {"zeros": frozenset({0})},
+    ),
+    "gradient of a known function": (
+        aten.gelu_backward.default,
+        (x(3, 4), x(3, 4)),
+        [PARTIAL, REPLICATED],
+        None,
+        [PARTIAL],
+    ),
+    # constants
+    "constant of a shard's size": (aten.full.default, ([3, 8], 2.0), [], ([3, 4, 2.0],), [S1]),
+    "one row for all": (aten.expand.default, (x(3, 1), [3, 8]), [REPLICATED], ([3, 4],), [S1]),
+    "fill": (aten.fill.Tensor, (x(3, 4), torch.tensor(2.0)), [S1, REPLICATED], None, [S1]),
+    "copy": (aten.copy.default, (x(3, 4), x(3, 5)[:, :4]), [S1, S1], None, [S1]),
+    # DTensor's own rules, asked
+    "product over the shards": (aten.mm.default, (x(3, 8), x(8, 5)), [S1, S0], None, [PARTIAL]),
+    "product over equal segments": (
+        aten.mm.default,
+        (x(3, 8), x(8, 5)),
+        [sharded(1, (4, 4)), sharded(0, (4, 4))],
+        None,
+        [PARTIAL],
+    ),
+    "product over unequal segments": (
+        aten.mm.default,
+        (x(3, 8), x(8, 5)),
+        [sharded(1, (2, 6)), sharded(0, (2, 6))],
+        None,
+        [PARTIAL],
+    ),
+    "function of segments": (aten.gelu.default, (x(3, 8),), [sharded(1, (2, 6))], None, [sharded(1, (2, 6))]),
+    "heads by a view": (aten.view.default, (x(3, 8), [3, 4, 2]), [S1], ([3, 2, 2],), [S1]),
+    # repeated heads
+    "view of repeated heads": (
+        aten.view.default,
+        (x(3, 4), [3, 4, 1]),
+        [repeating(1, (8,), (4,))],
+        None,
+        [repeating(1, (8,), (4,))],
+    ),
+    "function of repeated heads": (
+        aten.gelu.default,
+        (x(3, 4),),
+        [repeating(1, (8,), (4,))],
+        None,
+        [repeating(1, (8,), (4,))],
+    ),
+    "split of queries and repeated heads": (
+        aten.split_with_sizes.default,
+        (x(3, 6), [4, 2], 1),
+        [repeating(1, (4, 4), (4, 2))],
+        ([2, 2, 1],),
+        [S1, repeating(1, (4,), (2,))],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROVEN)
+def test_a_rule_holds_for_numbers(name: str, mesh: DeviceMesh) -> None:
+    func, args, layouts, here, expected, *known = PROVEN[name]
+    assert answer(mesh, func, args, layouts, here, **(known[0] if known else {})) == expected
+
+
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "slice of a piece": (aten.slice.Tensor, (x(3, 8), 1, 0, 4), [S1], ([1, 0, 2],)),
+    "slice of a part of a segment": (aten.slice.Tensor, (x(3, 12), 1, 0, 4), [sharded(1, (8, 4))], ([1, 0, 2],)),
+    "slice with a step that does not divide": (aten.slice.Tensor, (x(3, 12), 1, 0, 12, 4), [S1], ([1, 0, 6, 4],)),
+    "split of one piece": (aten.split.Tensor, (x(3, 8), 4, 1), [S1], ([2, 1],)),
+    "triangle of rows": (aten.tril.default, (x(4, 4),), [S0], None),
+    "attention by tokens": (ATTENTION, (x(2, 4, 4, 8),) * 3, [S2] * 3, None),
+    "convolution by positions": (
+        aten.convolution.default,
+        (x(2, 4, 8), x(6, 4, 3), None, [1], [1], [1], False, [0], 1),
+        [S2, REPLICATED],
+        None,
+    ),
+    "mask with a number": (aten.masked_fill.Scalar, (x(3, 4), x(3, 4) > 0, 1), [PARTIAL, REPLICATED], None),
+    "term and an addend": (aten.add.Tensor, (x(3, 4), x(3, 4)), [REPLICATED, PARTIAL], None),
+    "two terms multiplied": (aten.mul.Tensor, (x(3, 4), x(3, 4)), [PARTIAL, PARTIAL], None),
+    "norm": (aten.linalg_vector_norm.default, (x(3, 8), 2, [1]), [S1], None),
+    "largest": (aten.amax.default, (x(3, 8), [1]), [S1], None),
+    "rolled": (aten.roll.default, (x(3, 8), [1], [1]), [S1], None),
+    "softmax": (aten._softmax.default, (x(3, 8), 1, False), [S1], None),
+    "positions": (aten.arange.default, (8,), [], ([4],)),
+    "number of a shard": (aten.div.Tensor, (x(3, 8), 8), [S1], ([4],)),
+    "noise": (aten.normal_functional.default, (x(3, 8),), [S1], None),
+    "looked up in a shard": (aten.embedding.default, (x(8, 3), torch.tensor([1, 2])), [S0, REPLICATED], None),
+    "heads by number": (aten.view.default, (x(3, 8), [3, 4, 2]), [S1], ([3, 4, 1],)),
+    "split inside repeated heads": (
+        aten.split_with_sizes.default,
+        (x(3, 6), [3, 3], 1),
+        [repeating(1, (4, 4), (4, 2))],
+        ([2, 2, 1],),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_wrong_on_shards_is_unproven(name: str, mesh: DeviceMesh) -> None:
+    func, args, layouts, here = REFUSED[name]
+    with pytest.raises(UnprovenError):
+        answer(mesh, func, args, layouts, here)
+
+
+def test_every_rule_has_a_case() -> None:
+    names = {str(case[0].name()).partition("::")[2].partition(".")[0] for case in PROVEN.values()}
+    alike = {
+        "triu": "tril",
+        "scatter": "scatter_add",
+        "index_put": "where",
+        "_index_put_impl": "where",
+        "index_add": "where",
+        "_scaled_dot_product_flash_attention_for_cpu_backward": "_scaled_dot_product_flash_attention_for_cpu",
+    }
+    assert {alike.get(name, name) for name in RULES} <= names
+
+
+def test_the_gradient_of_attention_by_heads(mesh: DeviceMesh) -> None:
+    q, k, v = (x(2, 4, 3, 8) + i for i in range(3))
+    out, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+    args = (x(2, 4, 3, 8) * 2, q, k, v, out, logsumexp, 0.0, True)
+    assert answer(mesh, aten._scaled_dot_product_flash_attention_for_cpu_backward.default, args, [S1] * 6) == [S1] * 3
+
+
+def test_the_names_of_layouts() -> None:
+    for layout in (REPLICATED, PARTIAL, sharded(1), sharded(1, (4, 4))):
+        assert layout_of(layout.placement(), (2, 8)) == layout
+    assert (sharded(1, (2, 6)).placement(), STYLE.placement()) == (None, None)
+    assert str(sharded(1, (2, 6))) == "shard(1) of each of [2, 6]"
