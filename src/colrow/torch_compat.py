@@ -80,20 +80,10 @@ def current_autograd_node() -> Any:
     return private("torch._C:_current_autograd_node", "to attribute gradients to modules")()
 
 
-def last_forward_number() -> int:
-    """The sequence number of the autograd node that this thread made last: of the operator that is dispatched now."""
-    return int(private("torch.autograd:_get_sequence_nr", "to attribute gradients to source lines")()) - 1
-
-
-def forward_number(node: Any) -> int:
-    """`last_forward_number` at the operator that made this backward node."""
-    return int(node._sequence_nr())
-
-
-def gradient_hooks(param: Tensor) -> tuple[list[Any], list[Any]]:
-    """What `register_hook` and `register_post_accumulate_grad_hook` have registered."""
-    after = getattr(param, "_post_accumulate_grad_hooks", None)
-    return list((param._backward_hooks or {}).values()), list((after or {}).values())
+def forward_number(node: Any = None) -> int:
+    """The number by which autograd orders backward nodes; without a node, of the one that this thread made last."""
+    last = private("torch.autograd:_get_sequence_nr", "to attribute gradients to source lines")
+    return int(node._sequence_nr()) if node is not None else int(last()) - 1
 
 
 def is_higher_order(func: Any) -> bool:
@@ -263,11 +253,8 @@ class NoRuleError(Exception):
 
 
 def propagated(func: Any, leaves: Sequence[Any], tree: Any, mesh: DeviceMesh) -> list[tuple[Any, tuple[int, ...]]]:
-    """By DTensor's rules, the placement of each result of an operator and the shape of a rank's part of it.
-
-    Args:
-        leaves: the flat arguments; for a tensor (placement, shape, stride, dtype) of it unsharded.
-        tree: how the arguments are nested: (args, kwargs).
+    """By DTensor's rules, the placement of each result of an operator and the shape of a rank's part of it. `leaves` are
+    the flat (args, kwargs), nested as `tree`; a tensor stands there as (placement, unsharded shape, stride, dtype).
 
     Raises:
         NoRuleError: there is no rule, or it moves data.
@@ -287,8 +274,7 @@ def propagated(func: Any, leaves: Sequence[Any], tree: Any, mesh: DeviceMesh) ->
         return [leaf for leaf in tree_leaves(found) if isinstance(leaf, spec_cls)]
 
     args, kwargs = tree_unflatten([spec_of(*leaf) if isinstance(leaf, tuple) else leaf for leaf in leaves], tree)
-    tables = (rules.op_to_schema_info, getattr(rules, "op_to_schema_info_for_single_dim_strategy", {}))
-    info = next((table[func] for table in tables if func in table), None)
+    info = (rules.op_to_schema_info | getattr(rules, "op_to_schema_info_for_single_dim_strategy", {})).get(func)
     if info is None and any(isinstance(arg, list) and specs_in(arg) for arg in args):
         info = info_cls(needs_pytree=True)
     try:
@@ -307,9 +293,8 @@ def propagated(func: Any, leaves: Sequence[Any], tree: Any, mesh: DeviceMesh) ->
 
 @contextmanager
 def watched_conversions(watch: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Within, `watch(NAME, function)` stands for each function by which values enter and leave DTensors, in forward and
-    in backward: `from_local`, `from_local_backward`, `to_local`, `to_local_backward`, `redistribute` (both). Each takes
-    (ctx, tensor, ...) and gives a tensor or a tuple that begins with one."""
+    """Within, `watch(NAME, function)` stands for each function (ctx, tensor, ...) by which values enter, leave and move
+    in DTensors: `from_local`, `to_local`, each with its `_backward`, and `redistribute` in both directions."""
     package, purpose = "torch.distributed.tensor", "to see where values enter and leave DTensors"
     enter, leave = (private(f"{package}._api:{n}", purpose) for n in ("_FromTorchTensor", "_ToTorchTensor"))
     change = private(f"{package}._redistribute:Redistribute", purpose)
@@ -319,9 +304,9 @@ def watched_conversions(watch: Callable[[str, Callable[..., Any]], Callable[...,
               (leave, "forward", "to_local"), (leave, "backward", "to_local_backward"),
               (change, "forward", "redistribute"), (*back, "redistribute")]  # fmt: skip
     before = [cls.__dict__[method] for cls, method, _ in places]
-    for (cls, method, name), function in zip(places, before, strict=True):
-        setattr(cls, method, staticmethod(watch(name, function.__func__)))
     try:
+        for (cls, method, name), function in zip(places, before, strict=True):
+            setattr(cls, method, staticmethod(watch(name, function.__func__)))
         yield
     finally:
         for (cls, method, _), function in zip(places, before, strict=True):

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from checking import broken_models as m
-from checking import unproven_plans
-from checking.broken_plans import SOUND, gpt_plan, llama
-from checking.unproven_plans import RIGHT, WRONG, Case
 from colrow.checking.check import Finding, check
 from colrow.dryrun.lockstep import unproven_operators
 from colrow.mesh import Mesh
 from colrow.plans.plan import Plan
 from colrow.sharding.operator_rules import RULES
+from helpers import broken_models as m
+from helpers import unproven_plans
+from helpers.broken_plans import SOUND, gpt_plan, llama
+from helpers.unproven_plans import RIGHT, WRONG, Case
 
 
 def found_by(case: Case) -> list[Finding]:
@@ -75,7 +75,7 @@ def test_without_its_rule_a_right_plan_is_unproven(rule: str, monkeypatch: pytes
 
 
 def test_the_model_is_left_alone() -> None:
-    model = WRONG["hook on a gradient"].model()
+    model = RIGHT["hook on a gradient"].model()
     before = copy.deepcopy(model.state_dict())
     unproven_operators(model, gpt_plan(), 2, 2, 16)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -182,6 +182,20 @@ PROVEN: dict[str, tuple[Any, ...]] = {
         None,
         [S2, PARTIAL],
     ),
+    "batch norm in eval mode": (
+        aten.native_batch_norm.default,
+        (x(2, 4, 8), x(4), x(4) + 1, x(4), x(4).abs(), False, 0.1, 1e-5),
+        [S2, *[REPLICATED] * 4],
+        None,
+        [S2, REPLICATED, REPLICATED],
+    ),
+    "gradient of batch norm in eval mode": (
+        aten.native_batch_norm_backward.default,
+        (x(2, 4, 8), x(2, 4, 8), x(4), x(4), x(4).abs(), x(0), x(0), False, 1e-5, [True, True, True]),
+        [S2, S2, *[REPLICATED] * 5],
+        None,
+        [S2, PARTIAL, PARTIAL],
+    ),
     # terms of a sum
     "where of terms": (
         aten.where.self,
@@ -268,6 +282,12 @@ def test_a_rule_holds_for_numbers(name: str, mesh: DeviceMesh) -> None:
 
 
 REFUSED: dict[str, tuple[Any, ...]] = {
+    "batch norm in training": (
+        aten.native_batch_norm.default,
+        (x(2, 4, 8), x(4), x(4), x(4), x(4).abs(), True, 0.1, 1e-5),
+        [S2, *[REPLICATED] * 4],
+        None,
+    ),
     "slice of a piece": (aten.slice.Tensor, (x(3, 8), 1, 0, 4), [S1], ([1, 0, 2],)),
     "slice of a part of a segment": (aten.slice.Tensor, (x(3, 12), 1, 0, 4), [sharded(1, (8, 4))], ([1, 0, 2],)),
     "slice with a step that does not divide": (aten.slice.Tensor, (x(3, 12), 1, 0, 12, 4), [S1], ([1, 0, 6, 4],)),

@@ -8,30 +8,27 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from colrow.dryrun.calls import GivenInputs, Inputs, Loss, call_model, default_loss, example_inputs, give_targets
-from colrow.dryrun.fake_world import fake_tp_mesh
+from colrow.dryrun.fake_world import fake_tp_mesh, materialize_fake
 from colrow.dryrun.module_tracker import LOSS
 from colrow.dryrun.numbered import NumberedRun, Value
 from colrow.dryrun.paired_runs import ShardedRun, Unproven, UnshardedRun
-from colrow.dryrun.reduced_copy import ReducedCopy, reduced_copy
+from colrow.dryrun.reduced_copy import reduced_copy
 from colrow.parallel.loss import logits_of, loss_context
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
 from colrow.sharding.layout import packed_of
 from colrow.sharding.local_layout import REPLICATED, STYLE, UNKNOWN, layout_of, sharded
-from colrow.styles.base import Style
 from colrow.styles.rank_tensors import RANK_TABLES
 from colrow.styles.site import Site
-from colrow.torch_compat import fake_tensors, gradient_hooks
+from colrow.torch_compat import fake_tensors
 
 
 @dataclass(frozen=True)
@@ -64,22 +61,16 @@ def unproven_operators(
     request = _Request(model, plan, tp, batch_size, seq_len, inputs, loss, dtype)
     found = _walked(request)
     if isinstance(found, Exception) and "BF16" in str(found):  # torch's grouped matmuls take no other type
-        request = replace(request, dtype=torch.bfloat16)
-        found = _walked(request)
-    if isinstance(found, Exception):
-        return []
-    if not model.training and not _is_own(model):  # a user's code may do something else in training
-        in_training = _walked(request, train=True)
-        found += [] if isinstance(in_training, Exception) else [one for one in in_training if one not in found]
-    return found
+        found = _walked(replace(request, dtype=torch.bfloat16))
+    return [] if isinstance(found, Exception) else found
 
 
-def _walked(request: _Request, train: bool = False) -> list[Unproven] | Exception:
-    """The findings, or the exception with which the unsharded model fails. `train`: in training mode in any case."""
+def _walked(request: _Request) -> list[Unproven] | Exception:
+    """The findings, or the exception with which the unsharded model fails."""
     styles = {name: style for name, (_, style) in request.plan.resolve(request.model).items()}
     keep = 2 if _is_own(request.model) else sys.maxsize
-    copies = [_copied(request.model, styles, keep) for _ in range(2)]
-    unsharded, parallel = (copy.model.train() if train else copy.model for copy in copies)
+    copies = [reduced_copy(request.model, styles, keep) for _ in range(2)]
+    unsharded, parallel = (copy.model for copy in copies)
     original = copies[1].original
     names = {name: original(name) for name, _ in parallel.named_modules() if name}
     resolved = {new: styles[old] for new, old in names.items() if old in styles}
@@ -92,7 +83,7 @@ def _walked(request: _Request, train: bool = False) -> list[Unproven] | Exceptio
         parallelize(parallel, plan, mesh)
         stack.enter_context(fake_tensors())
         for model in (unsharded, parallel):
-            _materialize(model, request.dtype)
+            materialize_fake(model, request.dtype)
         flattened = any(style.token_order == "flattened" for style in styles.values())
         # of one sequence, a shard of the flattened tokens is a shard of dim 1; else two sequences tell 1 from "any"
         batch_size = 1 if flattened else max(request.batch_size, 2)
@@ -148,9 +139,7 @@ def _step(run: NumberedRun, model: nn.Module, inputs: Inputs, loss: Loss, plan: 
 
 def _compare_gradients(run: ShardedRun, reference: UnshardedRun, unsharded: nn.Module, parallel: nn.Module) -> None:
     for (name, want), (_, got) in zip(unsharded.named_parameters(), parallel.named_parameters(), strict=True):
-        if any(map(len, gradient_hooks(want))) and not any(map(len, gradient_hooks(got))):
-            run.report("gradient", "the hook on its gradient is lost when it becomes a DTensor", name)
-        elif want.grad is not None and got.grad is not None:
+        if want.grad is not None and got.grad is not None:
             number = run.value(got.grad).number
             if number not in (None, reference.value(want.grad).number):
                 run.report("gradient", "it is another value than in the unsharded model", name)
@@ -165,38 +154,3 @@ def _is_own(model: nn.Module) -> bool:
     """Whether every module is the project's or torch's: then equal blocks compute the same, and two show everything."""
     known = ("colrow.models.", "torch.nn.")
     return all(type(module).__module__.startswith(known) for module in model.modules())
-
-
-def _copied(model: nn.Module, styles: Mapping[str, Style], keep: int) -> ReducedCopy:
-    """`reduced_copy`, with the hooks on parameters' gradients: a deep copy leaves them out."""
-    copy = reduced_copy(model, styles, keep)
-    for name, param in copy.model.named_parameters():
-        _add_hooks(param, model.get_parameter(copy.original(name)))
-    return copy
-
-
-def _add_hooks(param: nn.Parameter, source: Tensor) -> None:
-    during, after = gradient_hooks(source)
-    for hook in during if param.requires_grad else ():
-        param.register_hook(hook)
-    for hook in after if param.requires_grad else ():
-        param.register_post_accumulate_grad_hook(hook)
-
-
-def _materialize(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Fake tensors in place of the model's meta tensors; ties and hooks stay."""
-    made: dict[int, Any] = {}
-    for module in model.modules():
-        for store in (module._parameters, module._buffers):
-            for name, tensor in store.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in made:
-                    fake = torch.empty_like(tensor.detach(), device="cpu")
-                    fake = fake.to(dtype) if dtype is not None and fake.is_floating_point() else fake
-                    if isinstance(tensor, nn.Parameter):
-                        made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad)
-                        _add_hooks(made[id(tensor)], tensor)
-                    else:
-                        made[id(tensor)] = fake
-                store[name] = made[id(tensor)]

@@ -30,7 +30,6 @@ from colrow.torch_compat import (
     frames,
     is_async,
     is_higher_order,
-    last_forward_number,
     local_shard,
     path_in_torch,
     tree_flatten,
@@ -163,7 +162,7 @@ class NumberedRun(TorchDispatchMode):
             line, in_style = (f"backward of {found.line}", found.in_style) if found else (str(node.name()), False)
         source = Source(self.module(), line, in_style)
         if node is None:
-            self._sources.setdefault(last_forward_number(), source)
+            self._sources.setdefault(forward_number(), source)
         return source
 
     def _enter(self, name: str) -> Any:

@@ -34,7 +34,7 @@ from colrow.sharding.operators import Filling, operator
 from colrow.sharding.shard_rules import proven_layouts
 from colrow.styles.base import Style
 from colrow.styles.shards import watched_sums
-from colrow.torch_compat import current_autograd_node, forward_number, last_forward_number, watched_conversions
+from colrow.torch_compat import current_autograd_node, forward_number, watched_conversions
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class ShardedRun(NumberedRun):
         layouts = [value.layout for value in operation.values]
         backward = current_autograd_node() is not None
         if layouts and not backward:
-            self._first_layouts.setdefault(last_forward_number(), layouts[0])
+            self._first_layouts.setdefault(forward_number(), layouts[0])
         if any(isinstance(x, DTensor) for x in (*operation.leaves, *operation.results)):
             self._ran_on_dtensors(operation, recorded, numbers)
             return

@@ -105,9 +105,26 @@ def _convolution(call: LocalCall) -> list[Layout]:
     raise UnprovenError(f"convolution of {call.layouts_text}", call.sharded_dim)
 
 
+def _batch_norm(call: LocalCall) -> list[Layout] | None:
+    """In eval mode, an affine function of each channel: by channels, samples or positions."""
+    backward = call.name == "native_batch_norm_backward"
+    if call.argument("train" if backward else "training")[0]:
+        return None
+    x, *others = [layout for layout, _ in call.tensors]
+    others = others[1:] if backward and others[0] == x else others
+    sized = [
+        layout
+        for layout, shape in zip(others, [s for _, s in call.tensors][-len(others) :], strict=True)
+        if shape.shape[0]
+    ]
+    if x.kind is not Kind.SHARDED or x.dim == 1 or any(layout != REPLICATED for layout in sized):
+        return None
+    return _needed(call, [x, PARTIAL, PARTIAL]) if backward else [x, REPLICATED, REPLICATED]
+
+
 def _needed(call: LocalCall, layouts: list[Layout]) -> list[Layout]:
     """Of a backward's gradients, those that were asked for."""
-    if call.name != "convolution_backward":
+    if not call.name.endswith("_backward"):
         return layouts
     mask = call.argument("output_mask")[0]
     return [layout for layout, needed in zip(layouts, mask, strict=True) if needed]
@@ -158,6 +175,8 @@ RULES: dict[str, Rule] = {
     "_scaled_dot_product_flash_attention_for_cpu_backward": _attention,
     "convolution": _convolution,
     "convolution_backward": _convolution,
+    "native_batch_norm": _batch_norm,
+    "native_batch_norm_backward": _batch_norm,
     "fill": _fill,
     "copy": _write,
 }

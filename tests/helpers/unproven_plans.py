@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from checking import broken_models as m
-from checking.broken_plans import FUSED_MLP, HEADS, gpt_plan
 from colrow.plans.plan import Plan
+from helpers import broken_models as m
+from helpers.broken_plans import FUSED_MLP, HEADS, gpt_plan
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,6 @@ WRONG = {
     "batch norm of tokens": on_stream(lambda: nn.BatchNorm1d(m.D), train=True, sequence=True, stream="grad_sum"),
     "norm in training alone": Case(lambda: m.Gpt(mlp=NormInTraining), train=True),
     "backward normalises": features(NormalisedGradient.apply),
-    "hook on a gradient": Case(hooked),
     "function of the last block": Case(last_block_differs),
     "shift in the model's loop": Case(lambda: OwnLoop(layers=5), lambda: gpt_plan(sequence=True)),
     # of the same kinds
@@ -239,6 +238,7 @@ WRONG = {
     ),
 }
 RIGHT = {
+    "hook on a gradient": Case(hooked),  # parallelize keeps it
     "every other feature": gated(lambda h: F.silu(h[..., ::2]) * h[..., 1::2]),
     "batch norm of all tokens": on_stream(lambda: nn.BatchNorm1d(m.D), train=True),
     "capped logits": Case(SoftCapped, lambda: gpt_plan("vocab_parallel", sequence=True)),
