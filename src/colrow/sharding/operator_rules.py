@@ -110,14 +110,9 @@ def _batch_norm(call: LocalCall) -> list[Layout] | None:
     backward = call.name == "native_batch_norm_backward"
     if call.argument("train" if backward else "training")[0]:
         return None
-    x, *others = [layout for layout, _ in call.tensors]
-    others = others[1:] if backward and others[0] == x else others
-    sized = [
-        layout
-        for layout, shape in zip(others, [s for _, s in call.tensors][-len(others) :], strict=True)
-        if shape.shape[0]
-    ]
-    if x.kind is not Kind.SHARDED or x.dim == 1 or any(layout != REPLICATED for layout in sized):
+    layouts = [layout for layout, _ in call.tensors]
+    x, others = layouts[backward], layouts[1 + backward :]
+    if layouts[0] != x or x.kind is not Kind.SHARDED or x.dim == 1 or any(layout != REPLICATED for layout in others):
         return None
     return _needed(call, [x, PARTIAL, PARTIAL]) if backward else [x, REPLICATED, REPLICATED]
 
