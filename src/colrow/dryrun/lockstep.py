@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from colrow.dryrun.block_kinds import BlockTraces
 from colrow.dryrun.calls import GivenInputs, Inputs, Loss, call_model, default_loss, example_inputs, give_targets
 from colrow.dryrun.fake_world import fake_tp_mesh, materialize_fake
 from colrow.dryrun.module_tracker import LOSS
@@ -69,7 +70,7 @@ def _walked(request: _Request) -> list[Unproven] | Exception:
     """The findings, or the exception with which the unsharded model fails."""
     styles = {name: style for name, (_, style) in request.plan.resolve(request.model).items()}
     keep = 2 if _is_own(request.model) else sys.maxsize
-    copies = [reduced_copy(request.model, styles, keep) for _ in range(2)]
+    copies = [reduced_copy(request.model, styles, BlockTraces(), keep) for _ in range(2)]
     unsharded, parallel = (copy.model for copy in copies)
     original = copies[1].original
     names = {name: original(name) for name, _ in parallel.named_modules() if name}
