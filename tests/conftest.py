@@ -27,6 +27,7 @@ LONGEST_FIRST = (
     "derive/test_derive.py",
     "distributed/test_fast_styles.py",
     "distributed/test_checkpoint_meshes.py",
+    "verifying/test_training_conditions.py",
     "distributed/test_compute_weights.py",
     "docs/test_tutorial.py",
 )
