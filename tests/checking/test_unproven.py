@@ -18,6 +18,7 @@ from colrow.sharding.operator_rules import RULES
 from helpers import broken_models as m
 from helpers import unproven_plans
 from helpers.broken_plans import SOUND, gpt_plan, llama
+from helpers.families import FAMILIES, transformers_model
 from helpers.unproven_plans import RIGHT, WRONG, Case
 
 
@@ -41,6 +42,23 @@ def test_a_right_plan_is_proven(name: str) -> None:
 def test_fast_presets_are_proven(name: str, loss: Any) -> None:
     for model in ("gqa", "qk_norm_kv3", "bias"):
         assert unproven_operators(llama(model), Plan.preset(name, loss), 4, 2, 16) == [], model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_derived_plans_are_proven(family: str) -> None:
+    pytest.importorskip("transformers")
+    model = transformers_model(family)
+    assert unproven_operators(model, Plan.derive(model, 2), 2, 2, 16) == []
+
+
+def test_a_derived_plan_of_fast_styles_is_proven() -> None:
+    """Of a model that needs all tokens at its end: a style's hook gathers them before a module's code."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=8, n_positions=64)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    plan = Plan.derive(model, 2, styles="fast")
+    assert "fast_gather_tokens" in {style.name for style in plan.modules.values()}
+    assert unproven_operators(model, plan, 2, 2, 16) == []
 
 
 def test_a_finding_names_the_operator_the_dim_and_the_line() -> None:

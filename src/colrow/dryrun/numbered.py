@@ -106,6 +106,7 @@ class NumberedRun(TorchDispatchMode):
         self.inside = 0
         for name, module in model.named_modules():  # outside the hooks of the styles
             module.register_forward_pre_hook(self._enter(name), prepend=True, with_kwargs=True)
+            module.register_forward_pre_hook(self._arranged, with_kwargs=True)  # inside them
             module.register_forward_hook(self._leave)
 
     # -- values
@@ -173,14 +174,16 @@ class NumberedRun(TorchDispatchMode):
 
         return hook
 
+    def _arranged(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        for i, tensor in enumerate(_tensors((args, kwargs))):
+            self.arranged((*self._stack[-1], "input", i), tensor)
+
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._boundary("output", output)
         self._stack.pop()
 
     def _boundary(self, side: str, tree: Any) -> None:
-        groups = (tree_leaves(leaf.to_tuple() if hasattr(leaf, "to_tuple") else leaf) for leaf in tree_leaves(tree))
-        tensors = [leaf for group in groups for leaf in group if isinstance(leaf, Tensor)]
-        for i, tensor in enumerate(tensors):
+        for i, tensor in enumerate(_tensors(tree)):
             place = self._stack[-1]
             self.boundary((*place, side, i), tensor)
             if tensor.requires_grad and torch.is_grad_enabled():
@@ -217,9 +220,17 @@ class NumberedRun(TorchDispatchMode):
         """A module's input or output, or the gradient of one, at (module, call, side, position)."""
         raise NotImplementedError
 
+    def arranged(self, key: tuple[Any, ...], tensor: Tensor) -> None:
+        """A module's input as the styles hand it to the module's own code."""
+
     def ran(self, operation: Operation, key: tuple[Any, ...]) -> None:
         """An operator has run."""
         raise NotImplementedError
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    groups = (tree_leaves(leaf.to_tuple() if hasattr(leaf, "to_tuple") else leaf) for leaf in tree_leaves(tree))
+    return [leaf for group in groups for leaf in group if isinstance(leaf, Tensor)]
 
 
 def shape_of(leaf: Any) -> Any:

@@ -294,6 +294,11 @@ class ShardedRun(NumberedRun):
             layout = UNKNOWN
         self.set_value(tensor, number, layout)
 
+    def arranged(self, key: tuple[Any, ...], tensor: Tensor) -> None:
+        """What a style's hook has gathered or taken its part of."""
+        if self.value(tensor).layout == STYLE and key[0] not in self._computed_by_style:
+            self.boundary(key, tensor)
+
     def _is_made_by_style(self, module: str, side: str) -> bool:
         return module in self._computed_by_style and side in ("output", "input gradient")
 
