@@ -215,8 +215,8 @@ def _of_dtensor(call: LocalCall, mesh: DeviceMesh) -> list[Layout]:
     (cut,) = segments
     plain = [Shard(layout.dim) if layout.kind is Kind.SHARDED else layout.placement() for layout, _ in call.tensors]
     layouts = []
-    for layout, shape in zip(_asked(call, plain, mesh), _complete_results(call), strict=True):
-        if layout.kind is Kind.SHARDED and shape[layout.dim] != sum(cut):
+    for i, layout in enumerate(_asked(call, plain, mesh)):
+        if layout.kind is Kind.SHARDED and _complete_shape(call, i, layout.dim)[layout.dim] != sum(cut):
             raise UnprovenError(f"there is no rule for a dim of segments {list(cut)}", layout.dim)
         layouts.append(sharded(layout.dim, cut) if layout.kind is Kind.SHARDED else layout)
     return layouts
@@ -235,8 +235,8 @@ def _asked(call: LocalCall, placements: Sequence[Any], mesh: DeviceMesh) -> list
     if len(answers) != len(call.results):
         raise UnprovenError("DTensor's rule gives another number of results", call.sharded_dim)
     layouts = []
-    for (placement, local), computed, whole in zip(answers, call.results, _complete_results(call), strict=True):
-        layout = layout_of(placement, whole)
+    for i, ((placement, local), computed) in enumerate(zip(answers, call.results, strict=True)):
+        layout = layout_of(placement, _complete_shape(call, i, getattr(placement, "dim", None)))
         if layout is None:
             raise UnprovenError(f"the result is one rank's part of {placement}", call.sharded_dim)
         if local != computed:
@@ -247,5 +247,8 @@ def _asked(call: LocalCall, placements: Sequence[Any], mesh: DeviceMesh) -> list
     return layouts
 
 
-def _complete_results(call: LocalCall) -> tuple[Shape, ...]:
-    return call.wanted or call.results
+def _complete_shape(call: LocalCall, result: int, dim: int | None) -> Shape:
+    """The unsharded shape of a result that is sharded along `dim`."""
+    if call.wanted is not None:
+        return call.wanted[result]
+    return tuple(n * call.ranks if d == dim else n for d, n in enumerate(call.results[result]))
