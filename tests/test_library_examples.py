@@ -104,6 +104,7 @@ def test_lightning_fabric(ranks: Ranks) -> None:
         assert losses == pytest.approx(want, rel=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_accelerate(ranks: Ranks) -> None:
     pytest.importorskip("accelerate", reason="accelerate is no dependency: pip install accelerate")
     pytest.importorskip("transformers")

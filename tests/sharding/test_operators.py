@@ -21,7 +21,7 @@ from colrow.dryrun.fake_world import fake_tp_mesh
 from colrow.sharding.operators import OPERATORS, Filling, Identity, Linear, Propagation, operator, plain_name
 
 ROOMS = ("derive", "dryrun", "checking")
-WORDS = {"backward", "count", "cpu", "dim", "fix", "inner", "mode", "norm", "size", "sorted"}
+WORDS = {"backward", "count", "cpu", "dim", "fix", "gradient", "inner", "mode", "norm", "size", "sorted"}
 """Operators' names that stand for something else in these rooms: arguments, keys, findings."""
 aten: Any = torch.ops.aten
 
