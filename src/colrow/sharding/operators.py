@@ -148,7 +148,10 @@ _known(
 _known("native_dropout _fused_dropout", random=True, dtensor=LENIENT)
 _known("contiguous alias", "elementwise", linear=FIRST, moves=True, identity=Identity.MEMORY)
 _known("clone", "elementwise", linear=FIRST, moves=True, identity=Identity.MEMORY, dtensor=STRICT)
-_known("lift_fresh lift_fresh_copy", "elementwise", linear=FIRST, moves=True, identity=Identity.MEMORY, dtensor=MISSING)
+_known("lift_fresh_copy", "elementwise", linear=FIRST, moves=True, identity=Identity.MEMORY, dtensor=MISSING)
+# in no traced graph, so without a rule
+_known("lift_fresh", linear=FIRST, moves=True, identity=Identity.MEMORY)
+_known("_reshape_alias", linear=FIRST, moves=True)
 _known("_assert_tensor_metadata", identity=Identity.MEMORY)
 _known("detach", "elementwise", linear=FIRST, moves=True, identity=Identity.GRADIENT)
 _known("to _to_copy type_as", "elementwise", linear=FIRST, moves=True, identity=Identity.DTYPE)
@@ -199,7 +202,7 @@ _known("_scaled_dot_product_flash_attention_for_cpu", contracts=True, dtensor=ST
 
 # ---------------------------------------------------------------------- views
 
-_known("view reshape _unsafe_view _reshape_alias flatten unflatten", "view", linear=FIRST, moves=True)
+_known("view reshape _unsafe_view flatten unflatten", "view", linear=FIRST, moves=True)
 _known("transpose swapaxes swapdims", "transpose", linear=FIRST, moves=True)
 _known("t numpy_T mT", "t", linear=FIRST, moves=True)
 _known("permute", "permute", linear=FIRST, moves=True)
