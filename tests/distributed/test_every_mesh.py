@@ -98,7 +98,7 @@ Results = Callable[[int, str], list[Result]]
 
 @pytest.fixture(scope="module")
 def results(request: pytest.FixtureRequest, ranks: Ranks) -> Results:
-    """What each rank saw in a case. All cases of a world that this session has run at once; then its ranks end."""
+    """What each rank saw in a case. All cases of a world that are collected run at once; then its ranks end."""
     done: dict[int, list[dict[str, Result]]] = {}
     wanted = collected(request, "world", "name")
 

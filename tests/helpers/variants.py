@@ -21,7 +21,7 @@ def params(values: Iterable[Any], exhaustive: Callable[..., bool]) -> list[Any]:
 
 
 def collected(request: pytest.FixtureRequest, *names: str) -> list[tuple[Any, ...]]:
-    """The values of these parameters in the requesting module's tests that this session runs, each once, in order."""
+    """The values of these parameters in the requesting module's tests that are collected, each once, in order."""
     found: dict[tuple[Any, ...], None] = {}
     for item in request.session.items:
         case = getattr(item, "callspec", None)
