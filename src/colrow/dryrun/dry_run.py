@@ -70,7 +70,7 @@ def dry_run(
     Raises:
         PlanError: the plan does not fit the model at this degree.
     """
-    request = _Request(model, plan, mesh.tp, batch_size, seq_len, inputs, loss, dtype)
+    request = Request(model, plan, mesh.tp, batch_size, seq_len, inputs, loss, dtype)
     request = replace(request, traces=trace_blocks(model, request.fake_inputs, dtype))
     run = _run(request)
     if run.reference_failure is not None and "BF16" in str(run.reference_failure.error):
@@ -82,7 +82,7 @@ def dry_run(
 
 
 @dataclass(frozen=True)
-class _Request:
+class Request:
     """The arguments of `dry_run`."""
 
     model: nn.Module
@@ -102,7 +102,7 @@ class _Request:
         return inputs.map(lambda x: torch.empty_like(x, device="cpu") if isinstance(x, Tensor) else x)
 
 
-def _run(request: _Request, keep: int = 2) -> DryRun:
+def _run(request: Request, keep: int = 2) -> DryRun:
     run = DryRun()
     styles = {name: style for name, (_, style) in request.plan.resolve(request.model).items()}
     reference, sharded = (reduced_copy(request.model, styles, request.traces, keep) for _ in range(2))
@@ -123,7 +123,7 @@ def _run(request: _Request, keep: int = 2) -> DryRun:
     return run
 
 
-def _run_unsharded(request: _Request, run: DryRun, reference: ReducedCopy, inputs: Inputs) -> None:
+def _run_unsharded(request: Request, run: DryRun, reference: ReducedCopy, inputs: Inputs) -> None:
     modules = ModuleTracker(reference.model, reference.original)
     _record_outputs(reference, run.reference_outputs)
     recorder = CallRecorder(modules)
@@ -140,7 +140,7 @@ def _run_unsharded(request: _Request, run: DryRun, reference: ReducedCopy, input
 
 
 def _run_sharded(
-    request: _Request, run: DryRun, sharded: ReducedCopy, inputs: Inputs, plan: Plan, tp_mesh: DeviceMesh
+    request: Request, run: DryRun, sharded: ReducedCopy, inputs: Inputs, plan: Plan, tp_mesh: DeviceMesh
 ) -> None:
     model, original = sharded.model, sharded.original
     params = {id(param): original(name) for name, param in model.named_parameters()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from colrow.dryrun.block_kinds import BlockTraces
 from colrow.dryrun.calls import GivenInputs, Inputs, Loss, call_model, default_loss, example_inputs, give_targets
+from colrow.dryrun.dry_run import Request
 from colrow.dryrun.fake_world import fake_tp_mesh, materialize_fake
 from colrow.dryrun.module_tracker import LOSS
 from colrow.dryrun.numbered import NumberedRun, Value
@@ -30,18 +31,6 @@ from colrow.sharding.local_layout import REPLICATED, STYLE, UNKNOWN, layout_of, 
 from colrow.styles.rank_tensors import RANK_TABLES
 from colrow.styles.site import Site
 from colrow.torch_compat import fake_tensors
-
-
-@dataclass(frozen=True)
-class _Request:
-    model: nn.Module
-    plan: Plan
-    tp: int
-    batch_size: int
-    seq_len: int
-    inputs: GivenInputs | None
-    loss: Loss
-    dtype: torch.dtype | None
 
 
 def unproven_operators(
@@ -59,14 +48,14 @@ def unproven_operators(
 
     Arguments are those of `dry_run`. Nothing is said of a model that does not run on fake tensors (`dry_run` says so).
     """
-    request = _Request(model, plan, tp, batch_size, seq_len, inputs, loss, dtype)
+    request = Request(model, plan, tp, batch_size, seq_len, inputs, loss, dtype)
     found = _walked(request)
     if isinstance(found, Exception) and "BF16" in str(found):  # torch's grouped matmuls take no other type
         found = _walked(replace(request, dtype=torch.bfloat16))
     return [] if isinstance(found, Exception) else found
 
 
-def _walked(request: _Request) -> list[Unproven] | Exception:
+def _walked(request: Request) -> list[Unproven] | Exception:
     """The findings, or the exception with which the unsharded model fails."""
     styles = {name: style for name, (_, style) in request.plan.resolve(request.model).items()}
     keep = 2 if _is_own(request.model) else sys.maxsize
