@@ -1,0 +1,110 @@
+"""torch's private interfaces: the only package that touches them, one wrapper each.
+
+colrow is tested with torch 2.11 and 2.13. A name that another torch has moved raises TorchMovedError, which says what
+is gone and what colrow needs it for; `tests/test_torch_compat.py` calls every wrapper. Nothing here imports colrow.
+"""
+
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from colrow.torch_compat.dtensors import (
+    NoRuleError,
+    StridedShard,
+    dtensor_handlers,
+    frames,
+    implicit_redistribution,
+    inside_dtensor,
+    local_shard,
+    path_in_torch,
+    propagated,
+    replicas_of_fsdp2,
+    tell_specs_apart,
+    watched_conversions,
+    watched_to_local_backward,
+)
+from colrow.torch_compat.groups import (
+    AsyncCollectiveTensor,
+    all_gather,
+    all_reduce,
+    fake_group_beside,
+    fake_store,
+    finished_work,
+    is_async,
+    process_group_named,
+    reduce_scatter,
+)
+from colrow.torch_compat.names import TESTED, TorchMovedError, private
+from colrow.torch_compat.simulated import (
+    fake_tensor_mode,
+    fake_tensors,
+    from_tensors_of_ranks,
+    is_fake,
+    local_tensor_mode,
+    quiet_fake_tensors,
+    tensors_of_ranks,
+)
+from colrow.torch_compat.tensors import (
+    apply_to_tensors,
+    attention_backend,
+    compiled_graph_count,
+    current_autograd_node,
+    foreach,
+    forward_number,
+    is_higher_order,
+    parameter_hooks,
+    raw_stream,
+    scaled_product,
+    symmetric_memory,
+    version,
+)
+
+__all__ = [
+    "TESTED",
+    "AsyncCollectiveTensor",
+    "NoRuleError",
+    "StridedShard",
+    "TorchDispatchMode",
+    "TorchMovedError",
+    "all_gather",
+    "all_reduce",
+    "apply_to_tensors",
+    "attention_backend",
+    "compiled_graph_count",
+    "current_autograd_node",
+    "dtensor_handlers",
+    "fake_group_beside",
+    "fake_store",
+    "fake_tensor_mode",
+    "fake_tensors",
+    "finished_work",
+    "foreach",
+    "forward_number",
+    "frames",
+    "from_tensors_of_ranks",
+    "implicit_redistribution",
+    "inside_dtensor",
+    "is_async",
+    "is_fake",
+    "is_higher_order",
+    "local_shard",
+    "local_tensor_mode",
+    "parameter_hooks",
+    "path_in_torch",
+    "private",
+    "process_group_named",
+    "propagated",
+    "quiet_fake_tensors",
+    "raw_stream",
+    "reduce_scatter",
+    "replicas_of_fsdp2",
+    "scaled_product",
+    "symmetric_memory",
+    "tell_specs_apart",
+    "tensors_of_ranks",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_unflatten",
+    "version",
+    "watched_conversions",
+    "watched_to_local_backward",
+]

@@ -1,0 +1,36 @@
+"""Private names of torch: how each is looked up, and what is said when this torch has moved one."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from typing import Any
+
+import torch
+
+TESTED = ("2.11", "2.13")
+"""The releases of torch that the test suite runs on; `pyproject.toml` allows those between."""
+
+
+class TorchMovedError(ImportError):
+    """This torch has no such private name: install a release that colrow was tested with."""
+
+
+@cache
+def private(path: str, purpose: str) -> Any:
+    """The object at `path`, `package.module:attribute.attribute`.
+
+    Raises:
+        TorchMovedError: this torch has none; the text names it and its purpose here.
+    """
+    module, _, attributes = path.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for name in attributes.split("."):
+            found = getattr(found, name)
+    except (ImportError, AttributeError) as error:
+        raise TorchMovedError(
+            f"torch {torch.__version__} has no {path.replace(':', '.')}, which colrow needs {purpose}: "
+            f"install torch {TESTED[0]} to {TESTED[1]}"
+        ) from error
+    return found

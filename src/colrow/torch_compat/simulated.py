@@ -1,0 +1,85 @@
+"""Tensors without memory, and all ranks in one process."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from colrow.torch_compat.dtensors import StridedShard
+from colrow.torch_compat.names import private
+
+
+@contextmanager
+def quiet_fake_tensors() -> Iterator[None]:
+    """Within, an operation that fails on fake tensors is not logged: callers take the failure as a result."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def fake_tensor_mode(**options: Any) -> Any:
+    """A FakeTensorMode: tensors of shapes, dtypes and devices without memory."""
+    return private("torch._subclasses.fake_tensor:FakeTensorMode", "for the dry run")(**options)
+
+
+def is_fake(tensor: Any) -> bool:
+    """Whether the tensor has a shape and no memory."""
+    return isinstance(tensor, private("torch._subclasses.fake_tensor:FakeTensor", "for the dry run"))
+
+
+@contextmanager
+def fake_tensors() -> Iterator[None]:
+    """A FakeTensorMode in which DTensor works: it computes some offsets with tensors, and needs their values."""
+    unset = private("torch._subclasses.fake_tensor:unset_fake_temporarily", "for the dry run")
+    offsets: Any = StridedShard.__dict__.get("local_shard_size_and_offset")
+
+    def with_values(*args: Any, **kwargs: Any) -> Any:
+        with unset():
+            return offsets(*args, **kwargs)
+
+    if callable(offsets):
+        StridedShard.local_shard_size_and_offset = with_values
+    try:
+        with quiet_fake_tensors(), warnings.catch_warnings(), fake_tensor_mode(allow_non_fake_inputs=True):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if callable(offsets):
+            StridedShard.local_shard_size_and_offset = offsets
+
+
+_LOCAL = "torch.distributed._local_tensor"
+_SIMULATE = "to simulate ranks in one process"
+
+
+@contextmanager
+def local_tensor_mode(ranks: int) -> Iterator[Any]:
+    """torch's LocalTensorMode: each operation runs on the tensors of all ranks, side by side."""
+    mode_cls = private(f"{_LOCAL}:LocalTensorMode", _SIMULATE)
+    entered = private(f"{_LOCAL}:get_local_tensor_mode_list", _SIMULATE)
+    try:
+        with mode_cls(ranks) as mode:
+            yield mode
+    finally:
+        while entered():  # an exception can leave the mode on torch's list
+            entered().pop()
+
+
+def tensors_of_ranks(tensor: Tensor) -> dict[int, Tensor] | None:
+    """Each rank's tensor of a simulated one; None where all ranks hold the same."""
+    return getattr(tensor, "_local_tensors", None)
+
+
+def from_tensors_of_ranks(tensors: dict[int, Tensor]) -> Tensor:
+    """One simulated tensor made of one tensor for each rank."""
+    tensor: Tensor = private(f"{_LOCAL}:LocalTensor", _SIMULATE)(tensors)
+    return tensor

@@ -1,0 +1,74 @@
+"""Private interfaces of tensors, autograd, compiled graphs and CUDA streams."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from colrow.torch_compat.names import private
+
+
+def foreach(name: str, *args: Any, **kwargs: Any) -> Any:
+    """`torch._foreach_{name}`: one launch for a list of tensors. Public lists of tensors exist for no other form."""
+    return private(f"torch:_foreach_{name}", "to update lists of tensors in one launch")(*args, **kwargs)
+
+
+def version(tensor: Tensor) -> int:
+    """How often the tensor was written in place, by torch's count. Fused optimizers do not count."""
+    return int(tensor._version)
+
+
+def parameter_hooks(param: Tensor) -> tuple[dict[int, Any], dict[int, Any]]:
+    """The parameter's own tables of `register_hook` and of `register_post_accumulate_grad_hook`."""
+    return getattr(param, "_backward_hooks", None) or {}, getattr(param, "_post_accumulate_grad_hooks", None) or {}
+
+
+def current_autograd_node() -> Any:
+    """The backward node that runs on this thread; None in a forward."""
+    return private("torch._C:_current_autograd_node", "to attribute gradients to modules")()
+
+
+def forward_number(node: Any = None) -> int:
+    """The number by which autograd orders backward nodes; without a node, of the one that this thread made last."""
+    last = private("torch.autograd:_get_sequence_nr", "to attribute gradients to source lines")
+    return int(node._sequence_nr()) if node is not None else int(last()) - 1
+
+
+def is_higher_order(func: Any) -> bool:
+    """Whether a dispatched function is a higher-order operator, whose arguments are graphs."""
+    return isinstance(func, private("torch._ops:HigherOrderOperator", "to pass over operators that hold graphs"))
+
+
+def apply_to_tensors(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """Replace every parameter and buffer of the model, in place: what `Module.to` is built on."""
+    model._apply(change)
+
+
+def scaled_product(*args: Any, **kwargs: Any) -> Tensor:
+    """A matmul of 8-bit operands with their scales (`torch._scaled_mm`)."""
+    y: Tensor = private("torch:_scaled_mm", "for 8-bit matmuls")(*args, **kwargs)
+    return y
+
+
+def attention_backend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, grouped: bool) -> int:
+    """The number of the SDPBackend that attention of these tensors runs."""
+    choose = private("torch:_fused_sdp_choice", "to say which attention kernel runs")
+    return int(choose(q, k, v, None, 0.0, causal, enable_gqa=grouped))
+
+
+def compiled_graph_count() -> int:
+    """How many graphs torch.compile has made in this process."""
+    return int(private("torch._dynamo.utils:counters", "to say whether blocks were compiled")["stats"]["unique_graphs"])
+
+
+def raw_stream(device_index: int) -> int:
+    """The handle of the device's current CUDA stream, for the driver's own functions."""
+    return int(private("torch._C:_cuda_getCurrentRawStream", "to enqueue copies between GPUs")(device_index))
+
+
+def symmetric_memory() -> Any:
+    """The module by which ranks of one host share GPU memory: `empty`, `rendezvous`."""
+    return importlib.import_module("torch.distributed._symmetric_memory")
