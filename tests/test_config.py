@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from colrow.config import dump_config, load_config, parse_config
+from colrow.cli import main
+from colrow.config import dump_config, load_config, parse_config, read_flags
 from colrow.errors import ConfigError
 from colrow.mesh import Mesh
 
@@ -48,6 +49,78 @@ def test_what_is_wrong_is_named(section: str, change: dict[str, object], message
     tree.setdefault(section, {}).update(change)
     with pytest.raises(ConfigError, match=message):
         parse_config(tree)
+
+
+FAULTS = [
+    (["--train.stepps", "3"], {"train": {"stepps": 3}}, "unknown key train.stepps; did you mean 'steps'?"),
+    (["--trian.steps=3"], {"trian": {"steps": 3}}, "unknown key trian; did you mean 'train'?"),
+    (["--mesh.pt", "2"], {"mesh": {"pt": 2}}, "unknown key mesh.pt; did you mean 'tp'?"),
+    (["--mesh.tp", "2.5"], {"mesh": {"tp": 2.5}}, "mesh.tp: Input should be a valid integer"),
+    (["--mesh", "4"], {"mesh": 4}, "mesh is a section: give its keys"),
+    (["--train.steps", "many"], {"train": {"steps": "many"}}, "train.steps: Input should be a valid integer"),
+    (["--train.lr", ".inf"], {"train": {"lr": float("inf")}}, "finite number"),
+    (["--train.lr", "1e999"], {"train": {"lr": "1e999"}}, "train.lr: Input should be a finite number"),
+    (["--train.betas", "0.9", "x"], {"train": {"betas": [0.9, "x"]}}, "train.betas.1: Input should be a valid number"),
+    (["--check", "maybe"], {"check": "maybe"}, "check: Input should be a valid boolean"),
+    (["--device", "tpu"], {"device": "tpu"}, "device: Input should be 'auto', 'cpu' or 'cuda'"),
+    (["--train.steps", "null"], {"train": {"steps": None}}, "train.steps: Input should be a valid integer"),
+]
+
+
+@pytest.mark.parametrize(("flags", "change", "message"), FAULTS, ids=lambda value: str(value)[:30])
+def test_a_fault_gives_one_line_in_the_file_and_as_a_flag(
+    flags: list[str], change: dict[str, object], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(GOOD))
+    assert main(["train", str(file), *flags]) == 2
+    by_flag = capsys.readouterr().err
+    tree: dict[str, object] = dict(GOOD)
+    for key, value in change.items():
+        tree[key] = {**GOOD.get(key, {}), **value} if isinstance(value, dict) else value
+    file.write_text(yaml.safe_dump(tree))
+    assert main(["train", str(file)]) == 2
+    in_file = capsys.readouterr().err
+    assert message in by_flag
+    assert message in in_file
+    assert len(by_flag.splitlines()) == 1
+    if ".inf" not in flags:  # a number that is not finite is found where it stands: in the file, by its line
+        assert by_flag == in_file
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["3"], "'3' belongs to no flag"),
+        (["-x", "3"], "'-x' belongs to no flag"),
+        (["--train.steps"], "--train.steps has no value"),
+        (["--train.steps", "3", "4"], "takes one value"),
+    ],
+)
+def test_words_that_are_no_flags(flags: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_flags(flags)
+
+
+def test_flags_are_read_as_the_file_is(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(GOOD))
+    flags = [
+        "--run.dir",
+        "2026",
+        "--check",
+        "false",
+        "--train.compile",
+        "True",
+        "--train.grad-clip=1",
+        "--train.grad-clip=None",
+    ]
+    flags += ["--train.betas", "0.8", "0.99", "--loss", "null", "--sample.prompt", "def f(x): # none"]
+    config = load_config(file, read_flags(flags))
+    assert (config.run.dir, config.check, config.train.compile, config.train.grad_clip) == (
+        Path("2026"), False, True, None,
+    )  # fmt: skip
+    assert (config.train.betas, config.loss, config.sample.prompt) == ((0.8, 0.99), None, "def f(x): # none")
 
 
 def test_every_mistake_is_reported_at_once() -> None:

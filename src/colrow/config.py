@@ -5,8 +5,10 @@ What changes results has no hidden default; what changes speed has a good one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -23,10 +25,11 @@ from pydantic import (
 
 from colrow.errors import ConfigError, did_you_mean
 from colrow.mesh import Mesh
+from colrow.yaml_text import read_text, read_yaml
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class RunSection(_Section):
@@ -224,17 +227,66 @@ def load_config(path: Path | str, overrides: dict[str, Any] | None = None) -> Ru
         ConfigError: the file cannot be read, is not YAML, or holds an unknown key or an impossible value.
     """
     path = Path(path)
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read config {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config {path} is not YAML: {error}") from error
+    tree = read_yaml(read_text(path, "config", ConfigError), f"config {path}", ConfigError)
     if not isinstance(tree, dict):
         raise ConfigError(f"config {path} holds no mapping: it needs the keys run, model, data, train")
     for dotted, value in (overrides or {}).items():
         _set(tree, dotted, value)
     return parse_config(tree, str(path))
+
+
+def read_flags(argv: Sequence[str]) -> dict[str, Any]:
+    """`--mesh.tp 4 --train.betas 0.9 0.95` as overrides for `load_config`: values are read as in the YAML file.
+
+    Of a flag that is given twice the last counts, so that a script's command can be extended.
+
+    Raises:
+        ConfigError: a word belongs to no flag, a flag has no value, or has several where its key takes one.
+    """
+    given: dict[str, list[str]] = {}
+    key = ""
+    for word in argv:
+        if word.startswith("--"):
+            name, has_value, value = word[2:].partition("=")
+            key = name.replace("-", "_")
+            given[key] = [value] if has_value else []
+        elif not key:
+            raise ConfigError(f"{word!r} belongs to no flag: write --KEY VALUE, such as --train.steps 20")
+        else:
+            given[key].append(word)
+    return {key: _flag_value(key, words) for key, words in given.items()}
+
+
+def _flag_value(key: str, words: list[str]) -> Any:
+    if not words:
+        raise ConfigError(f"--{key} has no value: write --{key} VALUE")
+    kinds = _kinds_of(key)
+    values = [_value_of(word, kinds) for word in words]
+    if len(values) == 1 and (tuple not in kinds or isinstance(values[0], list) or values[0] is None):
+        return values[0]
+    if kinds and tuple not in kinds:
+        raise ConfigError(f"--{key} takes one value (given: {' '.join(words)}): put text with spaces in quotes")
+    return values
+
+
+def _value_of(word: str, kinds: set[Any]) -> Any:
+    if word in ("None", "null") and (not kinds or type(None) in kinds):
+        return None
+    if kinds & {str, Path, Literal}:  # text stays text: a folder may be called 2026
+        return word
+    return read_yaml(word, f"the value {word!r}", ConfigError)
+
+
+def _kinds_of(key: str) -> set[Any]:
+    """What the annotation of a dotted key allows: `{int, NoneType}`; empty for a key that there is none of."""
+    annotation: Any = RunConfig
+    for part in key.split("."):
+        fields = getattr(annotation, "model_fields", {})
+        if part not in fields:
+            return set()
+        annotation = fields[part].annotation
+    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return {get_origin(option) or option for option in options}
 
 
 def parse_config(tree: dict[str, Any], source: str = "config") -> RunConfig:
@@ -269,5 +321,12 @@ def _describe(item: Any) -> str:
             return f"unknown key {where}{did_you_mean(str(item['loc'][-1]), section.model_fields)}"
         case "missing":
             return f"{where} is missing"
+        case "model_type" | "model_attributes_type":
+            return f"{where} is a section: give its keys, such as {where}.KEY (given: {_short(item['input'])})"
         case _:
-            return f"{where or 'config'}: {item['msg'].removeprefix('Value error, ')} (given: {item['input']!r})"
+            return f"{where or 'config'}: {item['msg'].removeprefix('Value error, ')} (given: {_short(item['input'])})"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

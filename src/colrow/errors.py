@@ -59,7 +59,8 @@ class CheckpointError(ColrowError):
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'steps'?` for the nearest known name, or the list of names when none is near."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    near = [known for known in names if sorted(known) == sorted(name)]  # `pt` for `tp`: too short for a ratio
+    near = near or difflib.get_close_matches(name, names, n=1, cutoff=0.65)
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; known names: {', '.join(names)}" if names else ""

@@ -228,27 +228,6 @@ def test_a_finished_run_says_so(
     assert "is finished: 100 of 100 steps" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("flags", "text"),
-    [
-        (["--train.stepps", "3"], "--train.steps"),
-        (["--train.steps", "many"], "many"),
-        (["--mesh.pt", "3"], "--mesh"),
-    ],
-)
-def test_a_wrong_flag_names_the_nearest(
-    flags: list[str], text: str, config: Callable[..., RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from colrow.config import dump_config
-
-    (tmp_path / "run.yaml").write_text(dump_config(config()))
-    with pytest.raises(SystemExit) as ended:
-        main(["train", str(tmp_path / "run.yaml"), *flags])
-    assert ended.value.code == 2
-    printed = capsys.readouterr()
-    assert text in printed.err + printed.out
-
-
 def test_flags_stand_over_the_file(config: Callable[..., RunConfig], tmp_path: Path) -> None:
     from colrow.cli.train import read_config
     from colrow.config import dump_config

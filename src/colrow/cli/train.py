@@ -15,9 +15,9 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from colrow.config import RunConfig, load_config
+from colrow.config import RunConfig, load_config, read_flags
 from colrow.errors import ColrowError, ConfigError
 
 if TYPE_CHECKING:  # `colrow train --help` need not wait for torch
@@ -50,21 +50,26 @@ def main(argv: list[str]) -> int:
 
 def read_config(argv: list[str]) -> RunConfig:
     """The config of `CONFIG.yaml --key value ...`."""
-    import tyro
-
+    if "-h" in argv or "--help" in argv:
+        _print_keys(argv[0])
     from colrow.run.preflight import resolve
 
-    config = load_config(argv[0])
-    if len(argv) > 1:
-        config = tyro.cli(
-            RunConfig,
-            prog=f"colrow train {argv[0]}",
-            default=config,
-            args=argv[1:],
-            use_underscores=True,
-            config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
-        )
-    return resolve(config)
+    return resolve(load_config(argv[0], read_flags(argv[1:])))
+
+
+def _print_keys(path: str) -> NoReturn:
+    """Print every key with what it means and its value in this file, and exit."""
+    import tyro
+
+    tyro.cli(
+        RunConfig,
+        prog=f"colrow train {path}",
+        default=load_config(path),
+        args=["--help"],
+        use_underscores=True,
+        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+    )
+    raise AssertionError("tyro exits after --help")
 
 
 def _start(argv: list[str]) -> int:

@@ -22,6 +22,7 @@ from colrow.plans.presets import preset_modules
 from colrow.styles.base import ParameterLayout, Style, style_from_data
 from colrow.styles.replicated import LEFT_OUT
 from colrow.styles.site import Site
+from colrow.yaml_text import read_text, read_yaml
 
 if TYPE_CHECKING:
     from colrow.plans.derive_options import Styles
@@ -87,10 +88,7 @@ class Plan:
     @classmethod
     def from_yaml(cls, text: str, source: str = "plan") -> Plan:
         """The plan in a YAML text."""
-        try:
-            tree = yaml.load(text, Loader=_UniqueKeyLoader)
-        except yaml.YAMLError as error:
-            raise PlanError(f"{source} is not YAML: {error}") from error
+        tree = read_yaml(text, source, PlanError)
         if not isinstance(tree, dict) or not isinstance(tree.get("modules"), dict):
             raise PlanError(f"{source} holds no plan: it needs the key modules, a mapping from module names to styles")
         known = {"name", "loss", "modules", "notes"}
@@ -102,11 +100,7 @@ class Plan:
     @classmethod
     def load(cls, path: Path | str) -> Plan:
         """The plan in a YAML file."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise PlanError(f"cannot read plan {path}: {error.strerror}") from error
-        return cls.from_yaml(text, str(path))
+        return cls.from_yaml(read_text(Path(path), "plan", PlanError), str(path))
 
     def to_yaml(self) -> str:
         """YAML that `from_yaml` reads back to an equal plan."""
@@ -215,17 +209,6 @@ class Plan:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.modules)
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML lets a later key replace an earlier one in silence; in a plan that is a mistake."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise PlanError(f"the key {key!r} stands twice in the plan: keep one")
-        return super().construct_mapping(node, deep)
 
 
 class _PlanDumper(yaml.SafeDumper):

@@ -1,0 +1,118 @@
+"""YAML that people write: one reader for configs and plans, which refuses what YAML itself lets pass."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from colrow.errors import ColrowError
+
+_MOST_BYTES = 16 << 20
+_MOST_NODES = 1_000_000
+"""Of the tree after aliases are expanded: the plan of a model with 100,000 modules has 600,000."""
+
+
+def read_text(path: Path, kind: str, error: type[ColrowError]) -> str:
+    """The text of a file.
+
+    Raises:
+        error: the file cannot be read, is larger than 16 MiB, or is not UTF-8.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+    except OSError as reason:
+        raise error(f"cannot read {kind} {path}: {reason.strerror}") from reason
+    if len(data) > _MOST_BYTES:
+        raise error(f"{kind} {path} is larger than {_MOST_BYTES >> 20} MiB: give a {kind} in YAML")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as reason:
+        raise error(f"{kind} {path} is not UTF-8 text (byte {reason.start}): save it as UTF-8") from reason
+
+
+def read_yaml(text: str, source: str, error: type[ColrowError]) -> Any:
+    """The plain values in a YAML text; `source` names it in errors.
+
+    Raises:
+        error: it is not YAML, a key stands twice, a number is not finite, or it is nested or repeated without bounds.
+    """
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _require_bounded(node)
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except RecursionError as reason:
+        raise error(f"{source} is nested too deeply: write it flat") from reason
+    except _Refused as reason:
+        raise error(f"{source}: {reason}") from reason
+    except (yaml.YAMLError, ValueError, TypeError) as reason:  # ValueError: a date such as 2026-02-31
+        raise error(f"{source} is not YAML: {_one_line(reason)}") from reason
+
+
+class _Refused(Exception):
+    """Valid YAML that is a mistake here, or an attack."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML lets a later key replace an earlier one in silence, and reads `.inf`."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        seen = set()
+        for key in keys:
+            if isinstance(key, (list, dict, set)):
+                raise _Refused(f"a key is a {type(key).__name__}: write a name")
+            if key in seen:
+                raise _Refused(f"the key {key!r} stands twice: keep one")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        value = float(super().construct_yaml_float(node))
+        if not math.isfinite(value):
+            raise _Refused(f"line {node.start_mark.line + 1} holds {node.value}: give a finite number")
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
+
+
+def _require_bounded(root: yaml.Node) -> None:
+    """Refuse aliases that contain themselves, or that repeat a few lines a billion times."""
+    sizes: dict[int, int] = {}
+    open_nodes: set[int] = set()
+
+    def size(node: yaml.Node) -> int:
+        if id(node) in open_nodes:
+            raise _Refused(f"the alias in line {node.start_mark.line + 1} contains itself: write the values")
+        if (known := sizes.get(id(node))) is not None:
+            return known
+        open_nodes.add(id(node))
+        total = 1
+        if isinstance(node, yaml.MappingNode):
+            total += sum(size(key) + size(value) for key, value in node.value)
+        elif isinstance(node, yaml.SequenceNode):
+            total += sum(size(value) for value in node.value)
+        open_nodes.discard(id(node))
+        sizes[id(node)] = total
+        return total
+
+    if size(root) > _MOST_NODES:
+        raise _Refused(f"aliases repeat its values more than {_MOST_NODES:,} times: write the values")
+
+
+def _one_line(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None)
+    if problem is None:
+        return " ".join(str(error).split())
+    return f"{problem}{'' if mark is None else f' (line {mark.line + 1}, column {mark.column + 1})'}"
