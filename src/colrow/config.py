@@ -36,7 +36,7 @@ class RunSection(_Section):
     dir: Path
     """The run's folder: resolved config, metrics, checkpoints, export."""
     seed: NonNegativeInt = 0
-    """Of initial weights and batch order."""
+    """Of initial weights, batch order, and the random numbers that the model draws."""
 
 
 class ModelSection(_Section):
@@ -126,7 +126,7 @@ class EvalSection(_Section):
     every: NonNegativeInt = 0
     """Steps between evaluations; the last step is evaluated too. 0 turns evaluation off."""
     batches: PositiveInt = 8
-    """Global batches in one evaluation."""
+    """Global batches in one evaluation; fewer where the validation text has fewer: each sequence counts once."""
 
 
 class CheckpointSection(_Section):

@@ -153,7 +153,7 @@ def _runner(case: Case, model: Llama, plan: Plan, mesh: DeviceMesh) -> Any:
     def prepare(module: nn.Module, blocks: list[nn.Module], absent: frozenset[str] = frozenset()) -> None:
         parallelize(module, plan, mesh, absent=absent)
         if case.checkpoint == "selective":
-            apply_activation_checkpoint(blocks, case.checkpoint)
+            apply_activation_checkpoint(blocks, case.checkpoint, compiled=bool(case.compile))
         if case.compile:
             for block in blocks:
                 compile_forward(block, backend=case.compile)

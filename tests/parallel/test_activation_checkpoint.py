@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,6 +19,7 @@ from colrow.errors import ConfigError
 from colrow.models.blocks import blocks_of
 from colrow.models.llama import Block, LlamaConfig, rope_tables
 from colrow.parallel.activation_checkpoint import MODES, apply_activation_checkpoint
+from colrow.parallel.random_state import Generators
 
 CONFIG = LlamaConfig(
     vocab_size=8,
@@ -70,6 +75,45 @@ def test_what_backward_recomputes() -> None:
     assert selective["mm"] - none["mm"] == 3  # q, v and gate; k, o and up are kept, and down is not needed
     assert full["mm"] - none["mm"] == 6
     assert selective["silu"] - none["silu"] == full["silu"] - none["silu"] == 1
+
+
+class Drawing(nn.Module):
+    """A block that draws from every kind of generator, and skips a branch by one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.owned, self.random, self.numpy = torch.Generator(), random.Random(0), np.random.default_rng(0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        factor = random.random() + np.random.random() + self.random.random() + self.numpy.random()
+        h = self.linear(F.dropout(x, 0.5)) * factor
+        h = h * torch.rand(8, generator=self.owned)
+        return x + (torch.sin(h) if random.random() < 0.5 else h.square())
+
+
+def gradients_of_drawing(mode: Any) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    blocks = [Drawing() for _ in range(6)]
+    apply_activation_checkpoint(blocks, mode)
+    Generators(blocks, "cpu").seed(3)
+    x = y = torch.ones(2, 8, requires_grad=True)
+    for block in blocks:
+        y = block(y)
+    y.sum().backward()
+    y.detach().add_(random.random())  # the next draw is the one after the forward's
+    assert x.grad is not None
+    return [y.detach(), x.grad, *[p.grad for block in blocks for p in block.parameters() if p.grad is not None]]
+
+
+def test_a_recomputation_draws_the_random_numbers_of_its_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    want = gradients_of_drawing("none")
+    for mode in MODES[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients_of_drawing(mode), want, strict=True))
+    # the negative control: a recomputation that leaves them as they are
+    monkeypatch.setattr(Generators, "beyond_torch", lambda self: [])
+    with pytest.raises((torch.utils.checkpoint.CheckpointError, AssertionError)):
+        assert all(torch.equal(a, b) for a, b in zip(gradients_of_drawing("full"), want, strict=True))
 
 
 def test_names_and_copies_stay() -> None:

@@ -14,8 +14,8 @@ state dicts are as before.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from colrow.errors import ConfigError, did_you_mean
+from colrow.parallel.random_state import Generators
 from colrow.styles.base import STYLES
 
 Mode = Literal["none", "selective", "full"]
@@ -42,12 +43,18 @@ _KEPT = {
 _PRODUCTS = {"aten::mm", "aten::addmm"}
 
 
-def apply_activation_checkpoint(blocks: Iterable[nn.Module], mode: Mode) -> None:
+def apply_activation_checkpoint(blocks: Iterable[nn.Module], mode: Mode, *, compiled: bool = False) -> None:
     """Checkpoint each block, in place: after the plan, before data parallelism.
 
     With compile, `selective` goes first, since the graph has to hold what it chooses among, and `full` second: it runs
     the compiled block again (inside a graph, torch 2.13 cannot order what backward needs when attention, an operator
     that may draw random numbers, is recomputed).
+
+    A recomputation draws the random numbers of the forward: torch's checkpoint sees to its global generators, and here
+    the others ([Note: random numbers]) get their state back, but for those in a graph.
+
+    Args:
+        compiled: the blocks will be compiled.
 
     Raises:
         ConfigError: an unknown mode.
@@ -56,12 +63,47 @@ def apply_activation_checkpoint(blocks: Iterable[nn.Module], mode: Mode) -> None
         raise ConfigError(f"unknown activation_checkpoint {mode!r}{did_you_mean(str(mode), MODES)}")
     if mode == "none":
         return
-    context: dict[str, Any] = {"context_fn": _contexts} if mode == "selective" else {}
     for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **context)
+        contexts = _selective_contexts if mode == "selective" else _no_contexts
+        if mode == "full" or not compiled:
+            contexts = partial(_with_same_draws, contexts, Generators([block], "cpu"))
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
 
 
-def _contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+"""Those around a forward and around its recomputation."""
+
+
+def _with_same_draws(contexts: Callable[[], Contexts], generators: Generators) -> Contexts:
+    forward, recomputation = contexts()
+    before: list[Callable[[], None]] = []
+
+    @contextmanager
+    def record() -> Iterator[None]:
+        before[:] = generators.beyond_torch()
+        with forward:
+            yield
+
+    @contextmanager
+    def replay() -> Iterator[None]:
+        after = generators.beyond_torch()
+        for restore in before:
+            restore()
+        try:
+            with recomputation:
+                yield
+        finally:
+            for restore in after:
+                restore()
+
+    return record(), replay()
+
+
+def _no_contexts() -> Contexts:
+    return nullcontext(), nullcontext()
+
+
+def _selective_contexts() -> Contexts:
     matmuls = {False: 0, True: 0}  # seen in forward, in recomputation
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -73,5 +115,5 @@ def _contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any
             keep = name in _KEPT
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
-    contexts: tuple[Any, Any] = create_selective_checkpoint_contexts(policy)
+    contexts: Contexts = create_selective_checkpoint_contexts(policy)
     return contexts

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from colrow.errors import ConfigError, PlanError
 from colrow.parallel.loss import loss_context, tp_degree
 from colrow.parallel.pipeline_stage import Stage, Tie
+from colrow.parallel.random_state import MicroBatchSeeds
 from colrow.plans.plan import Plan
 from colrow.sharding.grad_norm import align_gradients
 from colrow.sharding.layout import local_tensor
@@ -65,13 +66,20 @@ class PipelineRunner:
             `absent=stage.absent`), activation checkpointing, compile, `apply_data_parallel`, memory and weights.
         mesh: has the axes pp and tp.
         loss: the mean loss of one micro-batch; not called where the plan's loss is `linear`, which the head computes.
+        seeds: started before a stage's forward in training, which draws other numbers than another stage's.
 
     Raises:
         ConfigError: the schedule cannot run so many micro-batches or stages (`check_pipeline` says so earlier).
     """
 
     def __init__(
-        self, stages: list[Stage], plan: Plan, mesh: DeviceMesh, loss: LossFunction, options: PipelineOptions
+        self,
+        stages: list[Stage],
+        plan: Plan,
+        mesh: DeviceMesh,
+        loss: LossFunction,
+        options: PipelineOptions,
+        seeds: MicroBatchSeeds | None = None,
     ) -> None:
         self.stages, self.plan, self.mesh, self.loss, self.options = stages, plan, mesh, loss, options
         self.group: dist.ProcessGroup = mesh["pp"].get_group()
@@ -79,7 +87,7 @@ class PipelineRunner:
         index = torch.cuda.current_device() if mesh.device_type == "cuda" else None
         self.device = torch.device(mesh.device_type if index is None else f"cuda:{index}")
         self._head_computes_loss = plan.loss == "linear"
-        self._train: Any = self._schedule(_SCHEDULES[options.schedule], options.micro_batches)
+        self._train: Any = self._schedule(_SCHEDULES[options.schedule], options.micro_batches, seeds)
         self._evaluate: dict[int, Any] = {}  # schedules by their number of micro-batches
         self._copies_are_equal = False
 
@@ -104,7 +112,7 @@ class PipelineRunner:
     @torch.no_grad()
     def evaluate(self, ids: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of the micro-batches in `ids` and `targets` ([n * micro_batch_size, seq_len]), forward alone;
-        a scalar on every stage."""
+        a scalar on every stage. Targets of -100 add nothing, and count in the number that is divided by."""
         count = ids.shape[0] // self.options.micro_batch_size
         self._check_shape(ids, count)
         self._equalize_copies()
@@ -112,7 +120,7 @@ class PipelineRunner:
             # Not the training schedule's stages: their receive buffers require gradients.
             schedule_cls = ScheduleGPipe if len(self.stages) == 1 else ScheduleLoopedBFS
             self._evaluate[count] = self._schedule(schedule_cls, count)
-        return self._run(self._evaluate[count].eval, ids, targets, count)
+        return self._run(self._evaluate[count].eval, ids, targets, count, any_ignored=True)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of this rank's stages, under the names of the model that was split."""
@@ -147,7 +155,9 @@ class PipelineRunner:
             self.copy_tied_weights()
             self._copies_are_equal = True
 
-    def _run(self, step: Callable[..., Any], ids: Tensor, targets: Tensor, count: int) -> Tensor:
+    def _run(
+        self, step: Callable[..., Any], ids: Tensor, targets: Tensor, count: int, *, any_ignored: bool = False
+    ) -> Tensor:
         inputs = (ids.contiguous(),) if self.stages[0].first else ()
         losses: list[Tensor] = []
         outputs = {"target": targets, "losses": losses} if self.stages[-1].last else {}
@@ -158,9 +168,13 @@ class PipelineRunner:
         with loss_context(self.plan, self.mesh):
             step(*inputs, **outputs, return_outputs=False)
         total = torch.zeros((), device=self.device, dtype=_loss_dtype(self.options.dtype))
-        for loss in losses:
+        for loss, chunk in zip(losses, targets.chunk(count), strict=False):  # no losses where the last stage is not
             value = loss.detach()
-            total += value.full_tensor() if isinstance(value, DTensor) else value
+            value = value.full_tensor() if isinstance(value, DTensor) else value
+            if any_ignored and not self._head_computes_loss:
+                counted = (chunk != -100).double().mean()
+                value = torch.where(counted > 0, value * counted, 0.0)  # a mean over no target is NaN
+            total += value
         dist.all_reduce(total, group=self.group)
         return total
 
@@ -194,8 +208,8 @@ class PipelineRunner:
     def _holds(self, index: int) -> bool:
         return any(stage.index == index for stage in self.stages)
 
-    def _schedule(self, schedule_cls: Any, micro_batches: int) -> Any:
-        stages = [self._static_stage(stage) for stage in self.stages]
+    def _schedule(self, schedule_cls: Any, micro_batches: int, seeds: MicroBatchSeeds | None = None) -> Any:
+        stages = [self._static_stage(stage, seeds) for stage in self.stages]
         single = schedule_cls in (ScheduleGPipe, Schedule1F1B)
         if single and len(stages) > 1:
             raise ConfigError(
@@ -212,7 +226,7 @@ class PipelineRunner:
         except ValueError as error:
             raise ConfigError(f"pipeline.schedule={self.options.schedule}: {error}") from error
 
-    def _static_stage(self, stage: Stage) -> PipelineStage:
+    def _static_stage(self, stage: Stage, seeds: MicroBatchSeeds | None) -> PipelineStage:
         config: Any = stage.module.config
         batch_size, seq_len, dtype = self.options.micro_batch_size, self.options.seq_len, self.options.dtype
         shards = tp_degree(self.mesh) if self.plan.sequence_parallel() else 1
@@ -226,6 +240,7 @@ class PipelineRunner:
             self.group,
             receives=_meta((batch_size, seq_len), torch.int64) if stage.first else hidden,
             sends=last if stage.last else hidden,
+            seeds=seeds,
         )
 
     def _check_shape(self, ids: Tensor, count: int) -> None:
@@ -250,11 +265,12 @@ class StaticShapeStage(PipelineStage):
         *,
         receives: Tensor,
         sends: Tensor,
+        seeds: MicroBatchSeeds | None = None,
     ) -> None:
         super().__init__(
             stage.module, stage.index, stage.count, device, input_args=receives, output_args=sends, group=group
         )
-        self._seq_len, self._sends = seq_len, sends
+        self._seq_len, self._sends, self._seeds = seq_len, sends, seeds
 
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
         # Not as an argument of the schedule's step: zero-bubble backward in torch 2.11 treats each one as a tensor.
@@ -267,6 +283,8 @@ class StaticShapeStage(PipelineStage):
         kwargs: dict[str, Any] | None = None,
         save_forward_output: bool = True,
     ) -> Any:
+        if self._seeds:
+            self._seeds.start(fwd_chunk_id, self.stage_index)
         output = super().forward_one_chunk(fwd_chunk_id, args, kwargs, save_forward_output)
         if self.is_last:
             if not self.has_backward:

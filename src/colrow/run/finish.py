@@ -16,6 +16,7 @@ from colrow.models.generate import generate
 from colrow.run.loop import Outcome
 from colrow.run.progress import TrainingProgress
 from colrow.run.run_folder import CHECKPOINTS, EXPORT
+from colrow.train.evaluate import evaluation_mode
 from colrow.train.metrics import FILE, perplexity, read_metrics
 from colrow.train.setup import Training
 from colrow.train.step import SingleStageModel, reshard
@@ -56,16 +57,18 @@ def sample(config: RunConfig, training: Training, tokenizer: Tokenizer) -> str:
     ids = torch.tensor([prompt], device=training.device)
     if training.compiled:
         ids = ids.expand(config.train.micro_batch, -1)
-    sampled = generate(
-        runner.logits,
-        ids,
-        config.sample.tokens,
-        temperature=config.sample.temperature,
-        seed=config.run.seed,
-        pad_multiple=config.data.seq_len if training.compiled else config.mesh.tp,
-        context=config.data.seq_len,
-        eos_id=tokenizer.eos_id,
-    )
+    with evaluation_mode(training.modules, training.device) as generators:
+        generators.seed(config.run.seed)
+        sampled = generate(
+            runner.logits,
+            ids,
+            config.sample.tokens,
+            temperature=config.sample.temperature,
+            seed=config.run.seed,
+            pad_multiple=config.data.seq_len if training.compiled else config.mesh.tp,
+            context=config.data.seq_len,
+            eos_id=tokenizer.eos_id,
+        )
     reshard(training.modules[0])
     return tokenizer.decode(sampled[0].tolist())
 

@@ -236,7 +236,7 @@ class Loop:
     def _evaluate(self, step: int) -> float:
         """Evaluate, and write the step's record with the result."""
         assert self._last_finite is not None
-        val_loss = self._evaluation(self._training.step.forward_backward)
+        val_loss = self._evaluation(self._training.step.forward_backward, self._training.modules)
         if not math.isfinite(val_loss):
             raise self._diverged(step, val_loss, self._last_finite["grad_norm"])
         self._write({**self._last_finite, "val_loss": val_loss, "perplexity": perplexity(val_loss)})

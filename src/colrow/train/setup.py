@@ -36,6 +36,7 @@ from colrow.parallel.initialize import fill_seeded, materialize
 from colrow.parallel.parallelize import parallelize
 from colrow.parallel.pipeline_split import first_layers
 from colrow.parallel.pipeline_stage import Stage, split_stages
+from colrow.parallel.random_state import Generators, MicroBatchSeeds
 from colrow.plans.plan import Plan
 from colrow.train.compile import compile_forward
 from colrow.train.cuda_graph import EAGER_STEPS, GraphedFunction, check_cuda_graph
@@ -98,8 +99,9 @@ def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device, source: So
     stages = split_stages(source.model, mesh, first_layers(config, source.model))
     for stage in stages:
         prepare_stage(stage, config, mesh, device, source, plan, precision)
-    runner = make_runner(stages, config, mesh, device, plan, precision)
-    step = build_step(runner, config, mesh)
+    seeds = micro_batch_seeds(stages, config, mesh, device)
+    runner = make_runner(stages, config, mesh, device, plan, precision, seeds)
+    step = build_step(runner, config, mesh, seeds)
     graphs = enable_cuda_graphs(runner, step, config) if config.train.cuda_graph else ()
     compiled = compiles(config, device)
     return Training(stages, source, plan, mesh, device, precision, compiled, step, parameters, graphs)
@@ -134,7 +136,7 @@ def prepare_stage(
 def wrap_blocks(blocks: Sequence[nn.Module], mode: Mode, *, compiled: bool) -> None:
     """Recomputation and compile of each block, in place; why in this order: [Note: order of wrapping]."""
     if mode == "selective":
-        apply_activation_checkpoint(blocks, mode)
+        apply_activation_checkpoint(blocks, mode, compiled=compiled)
     if compiled:
         for block in blocks:
             compile_forward(block)
@@ -142,15 +144,29 @@ def wrap_blocks(blocks: Sequence[nn.Module], mode: Mode, *, compiled: bool) -> N
         apply_activation_checkpoint(blocks, mode)
 
 
+def micro_batch_seeds(
+    stages: list[Stage], config: RunConfig, mesh: DeviceMesh, device: torch.device
+) -> MicroBatchSeeds:
+    """The random numbers of a run: see [Note: random numbers]."""
+    generators = Generators((stage.module for stage in stages), device)
+    return MicroBatchSeeds(generators, config.run.seed, MeshAxes(mesh).data_rank, config.mesh.dp)
+
+
 def make_runner(
-    stages: list[Stage], config: RunConfig, mesh: DeviceMesh, device: torch.device, plan: Plan, precision: Precision
+    stages: list[Stage],
+    config: RunConfig,
+    mesh: DeviceMesh,
+    device: torch.device,
+    plan: Plan,
+    precision: Precision,
+    seeds: MicroBatchSeeds | None = None,
 ) -> SingleStageModel | PipelinedModel:
     """What runs forward and backward of this rank's prepared stages."""
     train, dtype = config.train, precision.compute_dtype
     if config.mesh.pp == 1:
         (stage,) = stages
         weights = ComputeWeights(stage.module, dtype, graphed=train.cuda_graph) if precision.keeps_copies else None
-        return SingleStageModel(stage.module, plan, mesh, device, weights)
+        return SingleStageModel(stage.module, plan, mesh, device, weights, seeds)
 
     # torch's pipelining imports the compiler: seconds that other meshes need not wait
     from colrow.parallel.pipeline import PipelineOptions, PipelineRunner
@@ -158,10 +174,12 @@ def make_runner(
     options = PipelineOptions(
         config.pipeline.schedule, config.micro_batches, train.micro_batch, config.data.seq_len, dtype=dtype
     )
-    return PipelinedModel(PipelineRunner(stages, plan, mesh, mean_cross_entropy, options), device)
+    return PipelinedModel(PipelineRunner(stages, plan, mesh, mean_cross_entropy, options, seeds), device)
 
 
-def build_step(runner: ForwardBackward, config: RunConfig, mesh: DeviceMesh) -> Step:
+def build_step(
+    runner: ForwardBackward, config: RunConfig, mesh: DeviceMesh, seeds: MicroBatchSeeds | None = None
+) -> Step:
     """The step around `runner`, with the optimizer over its trainable parameters."""
     trainable = [param for param in runner.parameters() if param.requires_grad]
     return Step(
@@ -171,6 +189,7 @@ def build_step(runner: ForwardBackward, config: RunConfig, mesh: DeviceMesh) -> 
         optimizer=build_optimizer(trainable, config.train),
         norm_groups=MeshAxes(mesh).norm_groups(),
         section=config.train,
+        seeds=seeds,
     )
 
 

@@ -25,6 +25,7 @@ from colrow.config import TrainSection
 from colrow.parallel.compute_weights import ComputeWeights
 from colrow.parallel.data_parallel import set_last_micro_batch
 from colrow.parallel.loss import logits_of, loss_context, model_loss
+from colrow.parallel.random_state import MicroBatchSeeds
 from colrow.plans.plan import Plan
 from colrow.sharding.grad_norm import align_gradients, clip_scale, grad_norm
 from colrow.train.attention import preferred_attention
@@ -58,7 +59,7 @@ class ForwardBackward(Protocol):
         """This rank's micro-batches -> their mean loss, a scalar; the same on all stages and tp ranks."""
 
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
-        """The mean loss of micro-batches without gradients, likewise."""
+        """The same without gradients. Targets of -100 add nothing, and count in the number that is divided by."""
 
 
 def mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -80,8 +81,9 @@ class SingleStageModel:
         mesh: DeviceMesh,
         device: torch.device,
         weights: ComputeWeights | None = None,
+        seeds: MicroBatchSeeds | None = None,
     ) -> None:
-        self.weights = weights
+        self.weights, self._seeds = weights, seeds
         self._model, self._plan, self._mesh, self._device = model, plan, mesh, device
         self._run_micro_batch: Callable[[Tensor, Tensor, int], Tensor] = self._forward_backward
 
@@ -101,6 +103,8 @@ class SingleStageModel:
         with self.weights.accumulate(len(batches)) if self.weights else nullcontext():
             for i, (ids, targets) in enumerate(batches):
                 set_last_micro_batch(self._model, i == len(batches) - 1)
+                if self._seeds:
+                    self._seeds.start(i)
                 total += self._run_micro_batch(ids, targets, tokens)
         return total
 
@@ -166,6 +170,7 @@ class Step:
         params: this rank's parameters as the optimizer holds them.
         counted: those whose gradients count in the norm: without copies of another pipeline stage's.
         norm_groups: groups of the axes over which ranks hold different shards of the gradient.
+        seeds: those of `forward_backward`, which are told the step.
     """
 
     forward_backward: ForwardBackward
@@ -174,6 +179,7 @@ class Step:
     optimizer: AdamW
     norm_groups: list[dist.ProcessGroup]
     section: TrainSection
+    seeds: MicroBatchSeeds | None = None
     _run_update: Callable[[], Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -191,6 +197,8 @@ class Step:
             This rank's mean loss, and the norm of all ranks' gradient before clipping: scalars on the device, which
             nothing has waited for.
         """
+        if self.seeds:
+            self.seeds.step = step
         loss = self.forward_backward(batches)
         set_learning_rate(self.optimizer, learning_rate(step, self.section))
         norm = self._run_update()
