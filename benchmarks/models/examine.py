@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.models.tiny import classes, tiny
+from colrow.checking.check import check
 from colrow.derive.derivation import Derivation, derive
 from colrow.derive.trace import Trace, default_inputs, trace
 from colrow.dryrun.calls import default_loss
 from colrow.errors import PlanError
+from colrow.mesh import Mesh
 from colrow.plans.derive_options import DeriveOptions, Styles
+from colrow.plans.plan import Plan
 from colrow.verifying.backends import RankFailure
 from colrow.verifying.comparison import Errors, Reference
 from colrow.verifying.step import Task, reference_step
@@ -105,6 +108,8 @@ def judged(
         "legal": derivation.legal,
         "fp32": narrow(traced),
     }
+    phase(f"checking tp={tp}")
+    row |= {"findings": checked(model, derivation.plan(), tp, inputs)}
     phase(f"proving tp={tp}")
     try:
         proof = parity(model, derivation.plan(), tp, inputs)
@@ -117,6 +122,16 @@ def judged(
         return row | {"verdict": "WRONG", "reason": f"{worst} {gradient:.1e}, loss {proof.loss:.1e}"}
     verdict, reason = judge(derivation, model)
     return row | {"verdict": verdict, "reason": reason}
+
+
+def checked(model: nn.Module, plan: Plan, tp: int, inputs: tuple[Tensor, ...]) -> list[str]:
+    """What the check finds in a plan, in training mode: errors, and CR414 (unproven)."""
+    training = model.training
+    try:
+        found = check(model.train(), plan, Mesh(tp=tp), inputs=inputs)
+    finally:
+        model.train(training)
+    return [f"{f.code} {f.where}: {f.message}" for f in found if f.severity == "error" or f.code == "CR414"]
 
 
 def within(proof: Errors, fp32: bool, model: nn.Module, inputs: tuple[Tensor, ...]) -> bool:

@@ -3,7 +3,7 @@
     python -m benchmarks.models.sweep --tp 2 4 --results sweep.jsonl -o docs/models.md [NAME ...]
 
 Each model runs in a process of its own under a limit of CPU time. What the results file holds already is not run again
-(unless `--again`), so a long sweep goes in pieces (`--budget SECONDS`). A model is
+(unless `--again`), so a long sweep goes in pieces (`--budget SECONDS`); `--jobs` models run at a time. A model is
 
     full          at least two reductions a layer, and most of its matrices split
     partial       something is split; the reason names what is not
@@ -13,6 +13,8 @@ Each model runs in a process of its own under a limit of CPU time. What the resu
     not built     a tiny configuration does not give a model that runs
     refused       the model gets no fast styles, where those were requested (`--styles fast`)
     WRONG         loss or a gradient differs from the unsharded model: must never stand in the table
+
+The check, which runs no numbers, judges each plan too: proven, unproven (CR414), or refused with an error.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -81,6 +84,22 @@ def run_one(model_type: str, degrees: Sequence[int], limit: int, styles: Styles 
     return [row | {"seconds": seconds, "torch": TORCH} for row in rows]
 
 
+def run_all(
+    jobs: Sequence[tuple[str, Sequence[int]]], at_once: int, limit: int, styles: Styles, budget: float
+) -> Iterator[list[Row]]:
+    """The rows of each model, in the order in which they come; no model is started after `budget` seconds."""
+    with ProcessPoolExecutor(at_once, multiprocessing.get_context("fork")) as pool:
+        futures = [pool.submit(run_one, model_type, degrees, limit, styles) for model_type, degrees in jobs]
+        seen: set[Future[list[Row]]] = set()
+        try:
+            for future in as_completed(futures, timeout=None if budget == float("inf") else budget):
+                seen.add(future)
+                yield future.result()
+        except TimeoutError:
+            pool.shutdown(cancel_futures=True)  # waits for those that run
+        yield from (f.result() for f in futures if f not in seen and not f.cancelled())
+
+
 def warm() -> None:
     """Import what every model needs, before the processes split off."""
     import transformers.modeling_utils
@@ -93,6 +112,25 @@ def read(path: Path) -> dict[tuple[str, int], Row]:
     """The rows of a results file by model and degree; the last one of each counts."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return {(row["model"], row["tp"]): row for row in map(json.loads, lines)}
+
+
+def judgement(row: Row) -> str:
+    """What the check says of a plan; empty where there is none."""
+    if "findings" not in row:
+        return ""
+    codes = {finding.partition(" ")[0] for finding in row["findings"]}
+    return "refused by check" if codes - {"CR414"} else "unproven" if codes else "proven by check"
+
+
+def _said(row: Row) -> str:
+    """The judgement for a cell of the table: with the operators that are unproven, or the codes of the errors."""
+    said = judgement(row).partition(" ")[0]
+    if said == "unproven":
+        operators = dict.fromkeys(f.partition(": ")[2].split()[0] for f in row["findings"])
+        said += " " + ", ".join(list(operators)[:4])
+    if said == "refused":
+        said += " " + ", ".join(sorted({f.partition(" ")[0] for f in row["findings"]} - {"CR414"}))
+    return said
 
 
 def table(rows: Sequence[Row], command: str, known: Sequence[str], styles: Styles = "plain") -> str:
@@ -122,6 +160,9 @@ def table(rows: Sequence[Row], command: str, known: Sequence[str], styles: Style
         counts = [sum(r["verdict"] == verdict for r in rows if r["tp"] == tp) for tp in degrees]
         if any(counts) or verdict == "WRONG":
             lines.append(f"| {verdict} | " + " | ".join(map(str, counts)) + " |")
+    for kind in ("proven by check", "unproven", "refused by check"):
+        counts = [sum(judgement(r) == kind for r in rows if r["tp"] == tp) for tp in degrees]
+        lines.append(f"| {kind} | " + " | ".join(map(str, counts)) + " |")
     lines.append("| models | " + " | ".join(str(sum(r["tp"] == tp for r in rows)) for tp in degrees) + " |")
     lines += [
         "",
@@ -130,10 +171,13 @@ def table(rows: Sequence[Row], command: str, known: Sequence[str], styles: Style
         "runs. *untraceable*: `torch.export` cannot trace the model. *not built*: the tiny configuration gives no "
         "model that runs on token ids only. "
         + ("*refused*: the model gets no such styles. " if styles != "plain" else "")
-        + "*WRONG*: a wrong number; it must never stand here.",
+        + "*WRONG*: a wrong number; it must never stand here. *check*: the plan in training mode is *proven*, or some "
+        "operators are *unproven* (CR414), or it is *refused*.",
         "",
-        "| model | " + " | ".join(f"tp {tp}" for tp in degrees) + " | split | sequence shards | worst error | reason |",
-        "|---|" + "---|" * len(degrees) + "---|---|---|---|",
+        "| model | "
+        + " | ".join(f"tp {tp}" for tp in degrees)
+        + " | check | split | sequence shards | worst error | reason |",
+        "|---|" + "---|" * len(degrees) + "---|---|---|---|---|",
     ]
     for model in sorted(by_model):
         found = by_model[model]
@@ -143,9 +187,10 @@ def table(rows: Sequence[Row], command: str, known: Sequence[str], styles: Style
         shards = {True: "yes", False: "no"}.get(first.get("sequence_parallel"), "")  # type: ignore[arg-type]
         errors = [max(r["gradient_error"], r["loss_error"]) for r in found.values() if "gradient_error" in r]
         worst = f"{max(errors):.0e}" + (" (fp32)" if first.get("fp32") else "") if errors else ""
+        check = " / ".join(dict.fromkeys(filter(None, map(_said, found.values()))))
         reasons = dict.fromkeys(r.get("reason", "") for r in found.values())
         reason = " / ".join(r for r in reasons if r).replace("|", "/")
-        lines.append(f"| {model} | {' | '.join(verdicts)} | {share} | {shards} | {worst} | {reason} |")
+        lines.append(f"| {model} | {' | '.join(verdicts)} | {check} | {share} | {shards} | {worst} | {reason} |")
     if missing := [name for name in known if name not in by_model]:
         names = "" if styles != "plain" else f": {', '.join(missing)}"
         lines += ["", f"Not run yet, {len(missing)} of {len(known)}{names}."]
@@ -158,6 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tp", type=int, nargs="+", default=[2])
     parser.add_argument("--styles", choices=("plain", "fast"), default="plain", help="what plans are written in")
     parser.add_argument("--limit", type=int, default=120, help="seconds of CPU for one model")
+    parser.add_argument("--jobs", type=int, default=1, help="models at a time, each on one core")
     parser.add_argument("--budget", type=float, default=float("inf"), help="start no model after so many seconds")
     parser.add_argument("--results", type=Path, help="a file of JSON lines, to continue from and to add to")
     parser.add_argument("--again", action="store_true", help="run what the results hold, too")
@@ -176,17 +222,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if jobs:
         warm()
         print(f"{len(jobs)} models to go, warm after {time.monotonic() - start:.0f} s", flush=True)
-    for position, (model_type, degrees) in enumerate(jobs):
-        if time.monotonic() - start > given.budget:
-            print(f"{len(jobs) - position} models left")
-            break
-        for row in run_one(model_type, degrees, given.limit, given.styles):
-            results[(model_type, row["tp"])] = row
-            reason = row.get("reason", "")[:150]
-            print(f"{model_type:24s} tp {row['tp']} {row['verdict']:12s} {row['seconds']:6.1f} s  {reason}", flush=True)
+    for rows in run_all(jobs, given.jobs, given.limit, given.styles, given.budget):
+        for row in rows:
+            results[(row["model"], row["tp"])] = row
+            model = f"{row['model']:24s} tp {row['tp']}"
+            said = f"{row['verdict']:12s} {judgement(row):16s} {row['seconds']:6.1f} s  {row.get('reason', '')[:150]}"
+            print(f"{model} {said}", flush=True)
             if given.results:
                 with given.results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
+    if left := sum((model_type, tp) not in results for model_type, degrees in jobs for tp in degrees):
+        print(f"{left} rows left")
     tp = " ".join(map(str, given.tp))
     fast = f" --styles {given.styles}" if given.styles != "plain" else ""
     page = "models.md" if given.styles == "plain" else f"models-{given.styles}.md"
