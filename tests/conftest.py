@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,10 @@ LONGEST_FIRST = (
 # Tensors here are tiny: a second thread only spins until it gets the core that the other worker's tests need.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+# Runs sign their folders with a key of the user's: not the one of who runs the tests, and not a new one in a home.
+os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="colrow-tests-config-")
+atexit.register(shutil.rmtree, os.environ["XDG_CONFIG_HOME"], ignore_errors=True)
 
 forkserver()  # it is started once, by whoever needs it first, and then has what was asked for by then
 

@@ -47,7 +47,9 @@ class ModelSection(_Section):
     huggingface: str | None = None
     """A folder with config.json and safetensors."""
     python: str | None = None
-    """`package.module:callable` that returns an nn.Module."""
+    """`package.module:callable` that returns an nn.Module. Importing and calling it runs its code."""
+    trust_code: bool = False
+    """Run the Python code that a `huggingface` folder brings for its model (`auto_map` in config.json)."""
     implementation: Literal["auto", "colrow", "transformers"] = "auto"
     """For `huggingface`: colrow's own Llama, or the class of the transformers library; auto: colrow's where it fits."""
     layers: PositiveInt | None = None
@@ -246,7 +248,10 @@ def read_flags(argv: Sequence[str]) -> dict[str, Any]:
     given: dict[str, list[str]] = {}
     key = ""
     for word in argv:
-        if word.startswith("--"):
+        if word == "--trust-code":  # as for the other verbs
+            given["model.trust_code"] = ["true"]
+            key = ""
+        elif word.startswith("--"):
             name, has_value, value = word[2:].partition("=")
             key = name.replace("-", "_")
             given[key] = [value] if has_value else []

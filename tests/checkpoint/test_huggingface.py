@@ -231,6 +231,10 @@ def test_unusable_folders_are_named(tmp_path: Path) -> None:
     (tmp_path / INDEX).write_text("{}")
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_weights(model, tmp_path)
+    for outside in ("../other.safetensors", "/etc/passwd", "..\\other", "C:other", "a/../../b", ""):
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": outside}}))
+        with pytest.raises(CheckpointError, match="outside its folder: fetch the folder again"):
+            load_weights(model, tmp_path)
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
     with pytest.raises(CheckpointError, match=r"lacks model-00001-of-00002\.safetensors"):
         load_weights(model, tmp_path)

@@ -31,13 +31,13 @@ def old_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_an_old_checkpoint_is_complete_and_exports_the_same_bytes(old_run: Path) -> None:
     (info,) = list_checkpoints(Folder(old_run / "run" / "checkpoints"), checksums=True)
     assert (info.step, info.state, info.reason) == (4, "complete", "")
-    assert export.main([str(old_run / "run"), "-o", str(old_run / "out")]) == 0
+    assert export.main([str(old_run / "run"), "-o", str(old_run / "out"), "--trust-code"]) == 0
     written, stored = (old_run / folder / "model.safetensors" for folder in ("out", "run/export"))
     assert written.read_bytes() == stored.read_bytes()
 
 
 def test_old_optimizer_state_is_loaded(old_run: Path) -> None:
-    model = open_saved(old_run / "run").model.to_empty(device="cpu")
+    model = open_saved(old_run / "run", trust_code=True).model.to_empty(device="cpu")
     params = list(model.parameters())
     optimizer = torch.optim.AdamW([{"params": [p for p in params if (p.ndim > 1) == m]} for m in (True, False)])
     extra = Checkpoints(old_run / "run" / "checkpoints").load(4, model, optimizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from colrow.data.corpus import open_corpus
 from colrow.data.tokenizer import Tokenizer, train_tokenizer
 from colrow.models.llama import Llama, LlamaConfig
 from colrow.parallel.initialize import fill_seeded
+from colrow.run.trust import MARK, mark_as_ours
 from helpers.forked import Commands
 
 CONFIG = LlamaConfig(
@@ -59,7 +61,9 @@ def run(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
         "data": {"corpus": "stdlib", "seq_len": 32},
         "train": {"steps": 2, "global_batch": 2, "micro_batch": 2, "lr": 1e-3},
     }
-    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    text = yaml.safe_dump(tree)
+    (folder / "config.yaml").write_text(text)
+    mark_as_ours(folder, text)
     tokenizer.save(folder)
     checkpoints = Checkpoints(folder / "checkpoints", vocabulary=tokenizer.digest)
     model = build()
@@ -121,7 +125,7 @@ def test_an_empty_prompt_begins_a_text(run: Path, capsys: pytest.CaptureFixture[
     [
         (["export", "{none}", "-o", "{out}"], "is neither a run's folder"),
         (["export", "{run}", "-o", "{out}", "--step", "3"], "no checkpoint of step 3"),
-        (["export", "{run}", "-o", "{run}"], "holds something else (checkpoints, config.yaml)"),
+        (["export", "{run}", "-o", "{run}"], "holds something else (.made-by, checkpoints, config.yaml"),
         (["generate", "{none}", "--prompt", "a"], "is neither a run's folder"),
         (["generate", "{run}", "--prompt", "a", "--top-k", "0"], "top_k=0"),
     ],
@@ -138,7 +142,8 @@ def test_bad_input_is_named(
 def test_a_run_without_a_checkpoint_or_tokenizer_is_named(
     run: Path, tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
+    for name in ("config.yaml", MARK):
+        shutil.copy(run / name, tmp_path)
     assert main(["generate", str(tmp_path), "--prompt", "a"]) == 2
     assert "holds no tokenizer.json" in capsys.readouterr().err
     tokenizer.save(tmp_path)

@@ -96,3 +96,38 @@ def test_what_nobody_computes_names_the_reason(tmp_path: Path) -> None:
         built(str(tmp_path))
     with pytest.raises(ConfigError, match="no model is called 'laptob'"):
         built("laptob")
+
+
+FOREIGN = """
+import pathlib
+pathlib.Path({ran!r}).touch()
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class Config(LlamaConfig):
+    model_type = "foreign"
+
+class Model(LlamaForCausalLM):
+    config_class = Config
+"""
+
+
+def test_code_in_a_model_folder_runs_only_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    folder, ran = tmp_path / "folder", tmp_path / "ran"
+    folder.mkdir()
+    (folder / "code.py").write_text(FOREIGN.format(ran=str(ran)))
+    names = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    config_json(folder, model_type="foreign", architectures=["Model"], auto_map=names, num_hidden_layers=1)
+    with pytest.raises(ConfigError, match=r"Python code of that folder \(code.Model\).*--trust-code"):
+        build_source(parse_model(str(folder)), seed=0)
+    assert not ran.exists()
+    source = build_source(parse_model(str(folder), trust_code=True), seed=0)
+    assert type(source.model).__name__ == "Model"
+    assert ran.exists()
+    config_json(folder, auto_map=names)  # calls itself a Llama: the folder's code is not needed, and not run
+    ran.unlink()
+    assert isinstance(build_source(parse_model(str(folder)), seed=0).model, Llama)
+    assert not ran.exists()
+    trusted = build_source(parse_model(str(folder), trust_code=True), seed=0)
+    assert type(trusted.model).__name__ == "Model"

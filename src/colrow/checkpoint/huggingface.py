@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from torch import nn
@@ -108,9 +108,13 @@ def _files(folder: Path) -> dict[str, Path]:
     if index.exists():
         try:
             tree = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = {str(name): folder / str(file) for name, file in tree.items()}
+            names = {str(name): str(file) for name, file in tree.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index} cannot be read: {as_text(error)}") from error
+        for file in sorted(set(names.values())):
+            if not _stays_inside(file):
+                raise CheckpointError(f"{index} names the file {file!r} outside its folder: fetch the folder again")
+        files = {name: folder / file for name, file in names.items()}
         lost = sorted({file.name for file in files.values() if not file.exists()})
         if lost:
             raise CheckpointError(f"{folder} lacks {first_few(lost)}, which its index names: fetch the folder again")
@@ -124,6 +128,12 @@ def _files(folder: Path) -> dict[str, Path]:
         )
         raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}: {fix}")
     return dict.fromkeys(shapes_in(single), single)
+
+
+def _stays_inside(name: str) -> bool:
+    """Whether a file's name, as an index gives it, names a file inside the index's folder."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and ":" not in path.parts[0]
 
 
 def _require_same_names(folder: Path, files: Iterable[str], needed: Iterable[str], expected: set[str]) -> None:

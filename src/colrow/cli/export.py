@@ -28,6 +28,8 @@ class Flags:
     """Of the written weights; training keeps float32."""
     max_shard_gb: float = 5.0
     """A file holds at most this many gigabytes (10^9 bytes)."""
+    trust_code: bool = False
+    """Run the Python code that the folder of a run made by somebody else names for its model."""
 
 
 def main(argv: list[str]) -> int:
@@ -43,7 +45,7 @@ def main(argv: list[str]) -> int:
     from colrow.parallel.initialize import materialize, shard_evenly
 
     with torchrun_ranks("gloo") as ranks:
-        saved = open_saved(flags.run, flags.step)
+        saved = open_saved(flags.run, flags.step, flags.trust_code)
         config = saved.config
         if ranks > 1:
             shard_evenly(saved.model, init_device_mesh("cpu", (ranks,)))

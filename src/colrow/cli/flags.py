@@ -33,6 +33,8 @@ class PlanFlags:
     inputs: str | None = None
     """package.module:callable that returns example inputs: a tensor, a tuple, or a mapping of keyword arguments. Unless
     given, the model's signature and layers say what it takes."""
+    trust_code: bool = False
+    """Run the Python code that a Hugging Face folder brings for its model."""
     json: bool = False
     """Print JSON instead."""
 
@@ -41,7 +43,7 @@ class PlanFlags:
         from colrow.models.build import build_source, parse_model
 
         self.positive("tp")
-        return build_source(parse_model(self.model), seed=0).model
+        return build_source(parse_model(self.model, self.trust_code), seed=0).model
 
     def load_plan(self, model: nn.Module) -> Plan:
         """The plan for `model`. Raises ConfigError or PlanError as `named_plan` does."""

@@ -34,6 +34,8 @@ class Flags:
     """Of a run's checkpoint; the newest complete one unless given."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """CPUs compute in float32, GPUs in bfloat16."""
+    trust_code: bool = False
+    """Run the Python code that a model's folder, or a run made by somebody else, names for its model."""
 
 
 def main(argv: list[str]) -> int:
@@ -60,7 +62,7 @@ def main(argv: list[str]) -> int:
     if on_gpu:
         torch.cuda.set_device(device)
     with torchrun_ranks("nccl" if on_gpu else "gloo") as ranks:
-        saved = open_saved(flags.source, flags.step)
+        saved = open_saved(flags.source, flags.step, flags.trust_code)
         model = saved.model
         if ranks > 1:
             parallelize(model, Plan.preset("llama"), Mesh(tp=ranks).build(device.type, ranks))

@@ -20,6 +20,7 @@ from colrow.errors import CheckpointError, ConfigError
 from colrow.models.build import Source, build_source
 from colrow.models.llama import LlamaConfig
 from colrow.run.run_folder import CHECKPOINTS, CONFIG, TOKENIZER
+from colrow.run.trust import require_trusted
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,15 @@ class SavedModel:
             self.checkpoints.load(self.step, self.model)
 
 
-def open_saved(path: Path, step: int | None = None) -> SavedModel:
+def open_saved(path: Path, step: int | None = None, trust_code: bool = False) -> SavedModel:
     """The model in a run's folder, at its newest complete checkpoint unless given a step, or in a Hugging Face folder.
 
     Raises:
+        ConfigError: building the model would run code that the folder names and that nobody asked for.
         CheckpointError: the folder is neither, or the run has no such checkpoint.
     """
     if (path / CONFIG).exists():
-        return _run(path, step)
+        return _run(path, step, trust_code)
     if not (path / "config.json").exists():
         raise CheckpointError(
             f"{path} is neither a run's folder ({CONFIG}) nor a Hugging Face folder (config.json): give one of them, "
@@ -81,13 +83,14 @@ def open_saved(path: Path, step: int | None = None) -> SavedModel:
         )
     if step is not None:
         raise CheckpointError(f"{path} is a Hugging Face folder and has no steps: leave --step out")
-    source = build_source(ModelSection(huggingface=str(path)), seed=0)
+    source = build_source(ModelSection(huggingface=str(path), trust_code=trust_code), seed=0)
     context = getattr(getattr(source.model, "config", None), "max_position_embeddings", None)
     return SavedModel(source, load_tokenizer(path), context, path)
 
 
-def _run(path: Path, step: int | None) -> SavedModel:
+def _run(path: Path, step: int | None, trust_code: bool) -> SavedModel:
     config = load_config(path / CONFIG)
+    require_trusted(config, path / CONFIG, trust_code)
     source = build_source(config.model, config.run.seed)
     if not (path / TOKENIZER).exists():
         raise CheckpointError(f"{path} holds no {TOKENIZER}: copy the run's tokenizer there")

@@ -53,8 +53,14 @@ def read_config(argv: list[str]) -> RunConfig:
     if "-h" in argv or "--help" in argv:
         _print_keys(argv[0])
     from colrow.run.preflight import resolve
+    from colrow.run.run_folder import is_of_a_run
+    from colrow.run.trust import require_trusted
 
-    return resolve(load_config(argv[0], read_flags(argv[1:])))
+    flags, file = read_flags(argv[1:]), Path(argv[0])
+    config = load_config(file, flags)
+    if is_of_a_run(file):
+        require_trusted(config, file, flags.get("model.trust_code") is True)
+    return resolve(config)
 
 
 def _print_keys(path: str) -> NoReturn:

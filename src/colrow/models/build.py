@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,7 +82,7 @@ def build_source(section: ModelSection, seed: int) -> Source:
     return Source(_on_meta(config), section.shape, config, "seeded")
 
 
-def parse_model(text: str) -> ModelSection:
+def parse_model(text: str, trust_code: bool = False) -> ModelSection:
     """The section for a MODEL argument: a named shape, a Hugging Face folder or config.json, `package.module:callable`.
 
     Raises:
@@ -90,7 +91,7 @@ def parse_model(text: str) -> ModelSection:
     if text in SHAPES:
         return ModelSection(shape=text)
     if Path(text).exists():
-        return ModelSection(huggingface=text)
+        return ModelSection(huggingface=text, trust_code=trust_code)
     if ":" in text:
         return ModelSection(python=text)
     raise ConfigError(
@@ -100,7 +101,10 @@ def parse_model(text: str) -> ModelSection:
 
 
 def resolve_implementation(section: ModelSection) -> ModelSection:
-    """`section` with `auto` replaced: `transformers` for a folder whose model colrow's Llama does not compute."""
+    """`section` with `auto` replaced: `transformers` for a folder whose model colrow's Llama does not compute.
+
+    A folder with trusted code of its own is built by that code, whatever family it names.
+    """
     if section.implementation != "auto":
         return section
     implementation = "colrow"
@@ -108,6 +112,8 @@ def resolve_implementation(section: ModelSection) -> ModelSection:
         try:
             read_config(section.huggingface)
         except UnsupportedModelError:
+            implementation = "transformers"
+        if section.trust_code and _own_code(Path(section.huggingface)):
             implementation = "transformers"
     return section.model_copy(update={"implementation": implementation})
 
@@ -117,30 +123,63 @@ def _from_huggingface(section: ModelSection, path: Path) -> Source:
         raise ConfigError("model.layers is for a named shape: a Hugging Face folder has weights for all its layers")
     folder = path if path.is_dir() else path.parent
     if resolve_implementation(section).implementation == "transformers":
-        return Source(_of_transformers(path), str(path), None, "folder", folder)
+        return Source(_of_transformers(path, section.trust_code), str(path), None, "folder", folder)
     config = read_config(path)
     return Source(_on_meta(config), str(path), config, "folder", folder)
 
 
-def _of_transformers(path: Path) -> nn.Module:
-    """The class of the transformers library that config.json names, its parameters on the meta device."""
+def _own_code(path: Path) -> str | None:
+    """The file of Python code that config.json names for the model's class or its config's."""
+    file = path / "config.json" if path.is_dir() else path
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        tree = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None  # reported where the config is read
+    named = tree.get("auto_map") if isinstance(tree, dict) else None
+    if not isinstance(named, dict) or not named:
+        return None
+    return str(named.get("AutoModelForCausalLM") or next(iter(named.values())))
+
+
+def _of_transformers(path: Path, trust_code: bool) -> nn.Module:
+    """The class of the transformers library that config.json names, its parameters on the meta device.
+
+    Code of the folder's own runs only if `trust_code`: transformers asks on a terminal unless it is answered here.
+    """
+    try:
+        from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
     except ImportError as error:
         raise ConfigError(
             f"the model in {path} needs the transformers library ({error}): pip install 'colrow[transformers]'"
         ) from error
     if path.is_dir() and not (path / "config.json").exists():
         raise ConfigError(f"{path} holds no config.json: give a Hugging Face folder")
+    code = _own_code(path)
+    if code is not None and not trust_code and _model_type(path) not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"the model in {path} is built by Python code of that folder ({code}), which runs only when asked for: "
+            "read it, then set model.trust_code: true, or --trust-code"
+        )
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_code)
         config.use_cache = False  # for generation; in training the cache is memory for nothing
         with _parameters_on_meta():
-            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:  # transformers raises these for a model that it does not know
-        raise ConfigError(f"transformers cannot build the model in {path}: {error}") from error
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=trust_code
+            )
+    except (
+        Exception
+    ) as error:  # transformers raises many kinds for a model that it does not know; so does code of others
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"transformers cannot build the model in {path}: {reason}") from error
     model.tie_weights()  # type: ignore[operator]
     return model.train()
+
+
+def _model_type(path: Path) -> object:
+    file = path / "config.json" if path.is_dir() else path
+    tree = json.loads(file.read_bytes())
+    return tree.get("model_type") if isinstance(tree, dict) else None
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from colrow.data.disk import NoFileLocksError, atomic_write, try_lock
 from colrow.data.tokenizer import Tokenizer
 from colrow.errors import ConfigError
 from colrow.plans.plan import Plan
+from colrow.run.trust import mark_as_ours
 
 CONFIG, PLAN, TOKENIZER, CHECKPOINTS, EXPORT, LOCK = (
     "config.yaml",
@@ -27,10 +28,15 @@ CONFIG, PLAN, TOKENIZER, CHECKPOINTS, EXPORT, LOCK = (
 
 _FIXED = ("run.seed", "model", "data")
 """What a continued run cannot change: with another model, other text, or another order of it, it is another run."""
-_FREE = ("data.cache", "data.workers", "data.tokenizer.path")
+_FREE = ("model.trust_code", "data.cache", "data.workers", "data.tokenizer.path")
 """Exceptions from _FIXED, without effect on results: the tokenizer's path may change, its hash is checked."""
 _REPORTED = ("plan", "loss", "mesh", "train", "eval")
 """What a run may change, with a printed line for each change."""
+
+
+def is_of_a_run(file: Path) -> bool:
+    """Whether the file is the config.yaml that a run wrote into its folder, not one that a person keeps elsewhere."""
+    return file.name == CONFIG and any((file.parent / name).exists() for name in (PLAN, CHECKPOINTS, LOCK))
 
 
 @contextmanager
@@ -128,7 +134,9 @@ def _digest(text: str) -> str:
 def write_folder(config: RunConfig, plan: Plan, tokenizer: Tokenizer) -> None:
     """Write the resolved config.yaml, plan.yaml and the tokenizer."""
     config.run.dir.mkdir(parents=True, exist_ok=True)
-    atomic_write(config.run.dir / CONFIG, dump_config(config))
+    text = dump_config(config)
+    atomic_write(config.run.dir / CONFIG, text)
+    mark_as_ours(config.run.dir, text)
     atomic_write(config.run.dir / PLAN, plan.to_yaml())
     tokenizer.save(config.run.dir)
 
