@@ -164,6 +164,10 @@ class MeshAxes:
         """The groups whose ranks must read the same batches, where larger than 1."""
         return list(self._groups(axis for axis in AXES if not ROLES[axis].batches))
 
+    def data_groups(self) -> list[dist.ProcessGroup]:
+        """The groups whose ranks read different batches, where larger than 1."""
+        return list(self._groups(axis for axis in AXES if ROLES[axis].batches))
+
     def _groups(self, axes: Iterator[str]) -> Iterator[dist.ProcessGroup]:
         for axis in axes:
             if self.size(axis) > 1:

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from colrow.errors import ConfigError
 from colrow.mesh import MeshAxes
+from colrow.parallel.used_parameters import agree_on_used_parameters
 from colrow.sharding.local_view import PARAMETER_ATTRIBUTES
 from colrow.sharding.parameter_state import ParameterState, refuse_hooks, set_states, states_of
 from colrow.torch_compat import TorchMovedError, replicas_of_fsdp2
@@ -40,7 +41,8 @@ def apply_data_parallel(
     """Wrap each block, then the model, in place: after the plan, checkpointing and compile, before the optimizer.
 
     Parameters keep their names and the attributes that you set on them; each becomes a DTensor on the data axes and tp
-    (on the data axes alone where tp is 1). Gradients are averaged over the data axes.
+    (on the data axes alone where tp is 1). Gradients are averaged over the data axes; a parameter that only some ranks
+    used counts as zero on the others ([Note: used parameters]).
 
     Args:
         model: a model or a pipeline stage, on any device, the meta device too.
@@ -72,6 +74,7 @@ def apply_data_parallel(
         for unit in [*blocks, *([head] if head else []), model]:
             replicate(unit, mesh=mesh["dp_replicate"], mp_policy=policy)
         _keep_attributes(model, states)
+        agree_on_used_parameters(model, blocks, head, axes.data_groups())
         return
 
     data_mesh = mesh["dp_replicate", "dp_shard"] if replicas > 1 else mesh["dp_shard"]
@@ -84,6 +87,7 @@ def apply_data_parallel(
         fully_shard(head, mesh=data_mesh, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=data_mesh, mp_policy=policy, reshard_after_forward=False)
     _keep_attributes(model, states)
+    agree_on_used_parameters(model, blocks, head, axes.data_groups())
     model.__dict__[_KEEP_GATHERED] = not reshard_after_forward
     if shards > 1:
         _prefetch(model, blocks, head)

@@ -22,6 +22,7 @@ from colrow.torch_compat.dtensors import (
     watched_conversions,
     watched_to_local_backward,
 )
+from colrow.torch_compat.fsdp import FsdpUnit, fsdp_units
 from colrow.torch_compat.groups import (
     AsyncCollectiveTensor,
     all_gather,
@@ -61,6 +62,7 @@ from colrow.torch_compat.tensors import (
 __all__ = [
     "TESTED",
     "AsyncCollectiveTensor",
+    "FsdpUnit",
     "NoRuleError",
     "StridedShard",
     "TorchDispatchMode",
@@ -81,6 +83,7 @@ __all__ = [
     "forward_number",
     "frames",
     "from_tensors_of_ranks",
+    "fsdp_units",
     "implicit_redistribution",
     "inside_dtensor",
     "is_async",

@@ -105,7 +105,7 @@ class SingleStageModel:
                 set_last_micro_batch(self._model, i == len(batches) - 1)
                 if self._seeds:
                     self._seeds.start(i)
-                total += self._run_micro_batch(ids, targets, tokens)
+                total = total + self._run_micro_batch(ids, targets, tokens)  # fp64 where the model is
         return total
 
     def _forward_backward(self, ids: Tensor, targets: Tensor, tokens: int) -> Tensor:
@@ -121,7 +121,7 @@ class SingleStageModel:
         with self._use_copies():
             for ids, targets in batches:
                 with loss_context(self._plan, self._mesh), preferred_attention(self._device):
-                    total += _local(model_loss(self._model, self._plan, self._mesh, ids, targets, num_valid=1))
+                    total = total + _local(model_loss(self._model, self._plan, self._mesh, ids, targets, num_valid=1))
                 tokens += targets.numel()
         reshard(self._model)
         return total / max(tokens, 1)

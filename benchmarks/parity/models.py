@@ -1,0 +1,155 @@
+"""Small models whose training step is easy to get wrong on several ranks, each with a plan for tp.
+
+Shapes: ids [B, T]; x [B, T, D]; logits [B, T, V].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from colrow.models.llama import Llama, LlamaConfig
+from colrow.plans.plan import Plan
+
+V, D, LAYERS, EXPERTS = 32, 16, 3, 6
+SIZES = LlamaConfig(
+    vocab_size=V,
+    hidden_size=D,
+    intermediate_size=2 * D,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=D // 4,
+    max_position_embeddings=16,
+)
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(D, 2 * D, bias=False), nn.Linear(2 * D, D, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(F.gelu(self.up(x)))
+        return out
+
+
+class SparseExperts(nn.Module):
+    """The first expert by token; those that no token of the micro-batch chose do not run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(Mlp() for _ in range(EXPERTS))
+        self.gate = nn.Linear(D, EXPERTS, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, index = self.gate(x).softmax(-1).max(-1)
+        y = torch.zeros_like(x)
+        for expert in index.unique().tolist():
+            chosen = index == expert
+            y[chosen] = weight[chosen][:, None] * self.experts[expert](x[chosen])
+        return y
+
+
+class HardExperts(SparseExperts):
+    """One expert for all tokens of a micro-batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.gate(x.mean((0, 1))).softmax(-1)
+        expert = int(weight.argmax())
+        out: Tensor = weight[expert] * self.experts[expert](x)
+        return out
+
+
+class Block(nn.Module):
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(D), mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.mlp(self.norm(x))
+        return out
+
+
+class Model(nn.Module):
+    """Takes the names and the arguments that a pipeline needs of a model."""
+
+    def __init__(self, mlp: Callable[[], nn.Module] = Mlp) -> None:
+        super().__init__()
+        self.config = SIZES
+        self.embed_tokens = nn.Embedding(V, D)
+        self.layers = nn.ModuleList(Block(mlp()) for _ in range(LAYERS))
+        self.norm, self.lm_head = nn.LayerNorm(D), nn.Linear(D, V, bias=False)
+
+    def forward(self, x: Tensor, seq_len: int | None = None) -> Tensor:
+        if self.embed_tokens is not None:
+            x = self.embed_tokens(x)
+        for layer in self.layers:
+            if layer is not None:
+                x = layer(x)
+        return x if self.lm_head is None else self.lm_head(self.norm(x))
+
+
+class LayerDrop(Model):
+    """Leaves layers out: the first, the last, two in a row, all, as the micro-batch says; `unused`
+    never runs."""
+
+    KEPT = ((0, 1, 2), (1, 2), (0, 2), (0, 1), (2,), (0,), ())
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(D, D)
+
+    def forward(self, x: Tensor, seq_len: int | None = None) -> Tensor:
+        kept = self.KEPT[int(x.sum()) % len(self.KEPT)] if self.training else range(LAYERS)
+        x = self.embed_tokens(x)
+        for i in kept:
+            x = self.layers[i](x)
+        logits: Tensor = self.lm_head(self.norm(x))
+        return logits
+
+
+@dataclass(frozen=True)
+class SmallModel:
+    """A row of the table.
+
+    Attributes:
+        plan: styles for tp, by name patterns.
+        pipelines: whether it can be split into stages.
+    """
+
+    build: Callable[[], nn.Module]
+    plan: dict[str, Any] = field(default_factory=dict)
+    loss: Any = "replicated"
+    preset: str | None = None
+    pipelines: bool = False
+
+    def model(self) -> nn.Module:
+        """In fp64, every parameter drawn at random: no weight of one hides a missing factor."""
+        torch.manual_seed(0)
+        model = self.build().double().train()
+        with torch.no_grad():
+            for param in model.parameters():
+                param.copy_(torch.randn(param.shape) * 0.3 + (1.0 if param.ndim == 1 else 0.0))
+        return model
+
+    def plan_of(self) -> Plan:
+        if self.preset is not None:
+            return Plan.preset(self.preset, self.loss)
+        return Plan(self.plan, name="small", loss=self.loss)
+
+
+_COLUMN_ROW = {"layers.*.mlp.up": "colwise", "layers.*.mlp.down": "rowwise"}
+_EXPERTS = {"layers.*.mlp.experts.*.up": "colwise", "layers.*.mlp.experts.*.down": "rowwise"}
+
+MODELS: dict[str, SmallModel] = {
+    "llama": SmallModel(lambda: Llama(SIZES), loss="vocab_parallel", preset="llama", pipelines=True),
+    "sparse": SmallModel(lambda: Model(SparseExperts), _EXPERTS, pipelines=True),
+    "hard": SmallModel(lambda: Model(HardExperts), _EXPERTS, pipelines=True),
+    "layer drop": SmallModel(LayerDrop, _COLUMN_ROW),
+}

@@ -1,0 +1,198 @@
+"""One small model on one mesh beside one process: loss, gradients, five optimizer steps, and a resume between them.
+
+The same four micro-batches make a step everywhere: a data rank runs its share of them, in order; one process runs all.
+The reference is plain torch, with colrow's optimizer groups, schedule and seeds of random numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.parity.models import MODELS, V
+from colrow.checkpoint.distributed import Checkpoints
+from colrow.config import RunConfig, parse_config
+from colrow.mesh import Mesh, MeshAxes
+from colrow.models.build import Source
+from colrow.parallel.random_state import Generators, MicroBatchSeeds
+from colrow.sharding.layout import full_tensor
+from colrow.train import setup
+from colrow.train.optimizer import build_optimizer, set_learning_rate
+from colrow.train.precision import Precision
+from colrow.train.schedule import learning_rate
+from colrow.train.setup import Training
+from colrow.train.step import Batch
+
+STEPS, MICRO_BATCHES, SEQUENCES, SEQ_LEN = 5, 4, 2, 8
+
+
+@dataclass
+class Errors:
+    """Relative errors against one process, the largest of each: max |a - b| / max |b|; inf where only one has it."""
+
+    loss: float = 0.0
+    gradients: float = 0.0
+    parameters: float = 0.0
+    """After all steps."""
+    resumed: float = 0.0
+    """Losses and parameters of a run that was saved and loaded in the middle, against the uninterrupted one."""
+    unused: set[str] = field(default_factory=set)
+    """Parameters whose gradient is None in some step."""
+
+    @property
+    def worst(self) -> float:
+        return max(self.loss, self.gradients, self.parameters)
+
+
+class _Double(Precision):
+    """fp64 throughout."""
+
+    @property
+    def fsdp_param_dtype(self) -> torch.dtype | None:
+        return None
+
+
+@dataclass
+class _Trained:
+    losses: list[float] = field(default_factory=list)
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+
+
+def config_of(mesh: Mesh, **train: Any) -> RunConfig:
+    return parse_config(
+        {
+            "run": {"dir": "unused"},
+            "model": {"python": "benchmarks.parity.models:MODELS"},
+            "data": {"corpus": "stdlib", "seq_len": SEQ_LEN},
+            "mesh": mesh.model_dump(),
+            "train": {
+                "steps": STEPS,
+                "global_batch": MICRO_BATCHES * SEQUENCES,
+                "micro_batch": SEQUENCES,
+                "lr": 1e-2,
+                "grad_clip": 0.5,
+                "compile": False,
+                **train,
+            },
+        }
+    )
+
+
+def micro_batches(step: int) -> list[Batch]:
+    """All of a step: random ids [2, 8] and targets."""
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(0, V, (MICRO_BATCHES, SEQUENCES, SEQ_LEN + 1), generator=generator)
+    return [(x[:, :-1], x[:, 1:]) for x in ids]
+
+
+@functools.cache
+def one_process(name: str) -> _Trained:
+    """Plain torch on one process."""
+    model, config, seen = MODELS[name].model(), config_of(Mesh()), _Trained()
+    named = dict(model.named_parameters())
+    optimizer = build_optimizer(named.values(), config.train)
+    seeds = MicroBatchSeeds(Generators([model], "cpu"), config.run.seed)
+    for step in range(STEPS):
+        total, seeds.step = 0.0, step
+        for number, (ids, targets) in enumerate(micro_batches(step)):
+            seeds.start(number)
+            loss = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten()) / MICRO_BATCHES
+            loss.backward()
+            total += loss.item()
+        seen.losses.append(total)
+        seen.gradients.append({key: p.grad.clone() for key, p in named.items() if p.grad is not None})
+        assert config.train.grad_clip is not None
+        nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip)
+        set_learning_rate(optimizer, learning_rate(step, config.train))
+        optimizer.step()
+        optimizer.zero_grad()
+    seen.parameters = {key: p.detach().clone() for key, p in named.items()}
+    return seen
+
+
+def on_ranks(
+    device: str, name: str, degrees: Mesh, folder: Path | None = None, steps: int = STEPS, **train: Any
+) -> Errors:
+    """The model on a mesh of the default group's ranks; collective.
+
+    Args:
+        folder: where the checkpoint of the middle is written; without one nothing is saved and loaded.
+        steps: the first of those of the reference; all where something is saved.
+        train: further keys of the config's section; with `precision` the model is not fp64.
+    """
+    want, errors = one_process(name), Errors()
+    got = _train(_set_up(device, name, degrees, train), range(steps), folder)
+    errors.loss = max(abs(a / b - 1) for a, b in zip(got.losses, want.losses, strict=False))
+    for a, b in zip(got.gradients, want.gradients, strict=False):
+        errors.gradients = max(errors.gradients, _largest(a, b, got.parameters.keys()))
+        errors.unused |= got.parameters.keys() - a.keys()
+    if steps == STEPS:
+        errors.parameters = _largest(got.parameters, want.parameters, got.parameters.keys())
+    if folder is not None:
+        resumed = _set_up(device, name, degrees, train)
+        Checkpoints(folder, mesh=degrees, tied=resumed.tied).load(STEPS // 2, resumed.modules, resumed.optimizer)
+        again = _train(resumed, range(STEPS // 2, STEPS), None)
+        apart = [abs(a / b - 1) for a, b in zip(again.losses, got.losses[STEPS // 2 :], strict=True)]
+        errors.resumed = max(*apart, _largest(again.parameters, got.parameters, got.parameters.keys()))
+    return errors
+
+
+def _set_up(device: str, name: str, degrees: Mesh, train: dict[str, Any]) -> Training:
+    mesh = degrees.build(device, dist.get_world_size())
+    config, plan = config_of(degrees, **train), MODELS[name].plan_of()
+    source = Source(MODELS[name].model(), name, None, "built")
+    if "precision" in train:
+        source.model.float()
+        return setup.set_up(config, mesh, torch.device(device), source, plan)
+    with mock.patch.object(setup, "choose_precision", lambda *_: _Double(torch.float64, keeps_copies=False)):
+        return setup.set_up(config, mesh, torch.device(device), source, plan)
+
+
+def _train(training: Training, steps: Sequence[int], folder: Path | None) -> _Trained:
+    axes, seen, step = MeshAxes(training.mesh), _Trained(), training.step
+    names = {p: key for module in training.modules for key, p in module.named_parameters()}
+    update = step.optimizer.update
+
+    def capture(gradients: Any, *rest: Any) -> None:
+        seen.gradients.append({names[p]: full_tensor(grad).clone() for p, grad in gradients.items()})
+        update(gradients, *rest)
+
+    step.optimizer.update = capture  # type: ignore[method-assign]
+    dp = axes.size("dp_replicate") * axes.size("dp_shard")
+    for number in steps:
+        mine = micro_batches(number)[axes.data_rank :: dp]  # as data.loader deals them
+        loss, _ = step(number, [(ids.to(training.device), y.to(training.device)) for ids, y in mine])
+        loss = loss.double() * axes.loss_weight
+        dist.all_reduce(loss)
+        seen.losses.append(loss.item())
+        if folder is not None and number + 1 == STEPS // 2:
+            saver = Checkpoints(folder, mesh=Mesh(**_degrees(axes)), tied=training.tied)
+            saver.save(number + 1, training.modules, training.optimizer, {"step": number + 1})
+            saver.wait()
+    seen.parameters = {key: full_tensor(p.detach()).clone() for p, key in names.items()}
+    return seen
+
+
+def _degrees(axes: MeshAxes) -> dict[str, int]:
+    return {axis: axes.size(axis) for axis in ("pp", "dp_replicate", "dp_shard", "tp")}
+
+
+def _largest(got: dict[str, Tensor], want: dict[str, Tensor], here: Set[str]) -> float:
+    """The largest relative error; `here` are the names that this rank's pipeline stages hold."""
+    if got.keys() != want.keys() & here:
+        return float("inf")
+    return max((_relative(got[key].cpu(), want[key].cpu()) for key in got), default=0.0)
+
+
+def _relative(got: Tensor, want: Tensor) -> float:
+    return ((got - want).abs().max() / want.abs().max().clamp_min(1e-300)).item()

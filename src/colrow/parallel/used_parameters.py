@@ -1,0 +1,150 @@
+"""Data ranks whose micro-batches use different parameters: experts that nobody chose, branches, dropped layers.
+
+[Note: used parameters]
+One process leaves `grad` None where no micro-batch of a step used the parameter, and sums what there is elsewhere. Data
+ranks that each see some of the micro-batches must agree on three things, or FSDP2 adds gradients of different
+parameters, replicas drift apart, and gloo aborts:
+
+- Which gradients a unit reduces. Before the reduction a trained parameter without a gradient gets zeros: every rank
+  sends every parameter.
+- Which parameters anybody used. After backward the ranks combine one flag a parameter; `grad` becomes None on all ranks
+  where no rank had one. Only a rank with an unused parameter waits for the flags.
+- In which order the units gather and reduce. A block that a rank does not call is run without its forward, at its place
+  between the others: a scalar goes through FSDP2's hooks and joins the next block's input, so that backward passes
+  here, too, between the reductions of its neighbours.
+
+A block that ranks call unequally often, more than once, is beyond this: the order of gathers would differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from colrow.torch_compat import FsdpUnit, fsdp_units, tree_flatten, tree_unflatten
+
+
+def agree_on_used_parameters(
+    model: nn.Module, blocks: Sequence[nn.Module], head: Sequence[nn.Module], groups: Sequence[dist.ProcessGroup]
+) -> None:
+    """Make the ranks of `groups` reduce the same gradients, whatever each rank's micro-batches use; in place.
+
+    Args:
+        model: wrapped by `apply_data_parallel`.
+        blocks: its units, in the order in which they run.
+        head: the modules of the unit that runs last.
+        groups: those of the data axes that have several ranks; with none only the gradients' dtypes are made equal.
+    """
+    units = fsdp_units(model)
+    UsedParameters(units, groups)
+    if groups:
+        by_module = {unit.module: unit for unit in units}
+        _SkippedBlocks(model, [by_module[block] for block in blocks], head)
+
+
+class UsedParameters:
+    """Collects during a backward which trained parameters have gradients, and drops those that no rank used."""
+
+    def __init__(self, units: Sequence[FsdpUnit], groups: Sequence[dist.ProcessGroup]) -> None:
+        self._units, self._groups = units, groups
+        self._used: dict[FsdpUnit, list[bool]] = {}
+        self._all_used: Tensor | None = None
+        for unit in units:
+            unit.before_reduction(self._complete)
+            unit.after_backward(self._agree)
+
+    def _complete(self, unit: FsdpUnit) -> None:
+        has_grad = [grad is not None for grad in unit.unreduced_gradients(fill=bool(self._groups))]
+        # The first reduction of a backward: what an earlier backward has left in `.grad` is used too.
+        before = self._used.get(unit) or [param.grad is not None for param in unit.parameters()]
+        self._used[unit] = [a or b for a, b in zip(has_grad, before, strict=True)]
+
+    @torch.no_grad()
+    def _agree(self) -> None:
+        if not self._used or not self._groups:  # no unit has reduced: a micro-batch before the last
+            self._used.clear()
+            return
+        params = [param for unit in self._units for param in unit.parameters()]
+        used = [
+            flag for unit in self._units for flag in self._used.get(unit) or [False] * len(unit.parameters())
+        ]
+        self._used.clear()
+        if not params:
+            return
+        flags = self._flags(used, _device(params[0]))
+        for group in self._groups:
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
+        if all(used):
+            return
+        for param, anywhere in zip(params, flags.tolist(), strict=True):
+            if not anywhere:
+                param.grad = None
+
+    def _flags(self, used: list[bool], device: torch.device) -> Tensor:
+        if not all(used):
+            return torch.tensor(used, dtype=torch.int32, device=device)
+        # Ones stay ones: a step that uses everything copies nothing to the device.
+        if self._all_used is None or len(self._all_used) != len(used):
+            self._all_used = torch.ones(len(used), dtype=torch.int32, device=device)
+        return self._all_used
+
+
+class _SkippedBlocks:
+    """Runs blocks without their forward, where this rank's forward has passed them by."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[FsdpUnit], head: Sequence[nn.Module]) -> None:
+        self._blocks = blocks
+        self._next = 0  # the first block whose turn has not come in this forward
+        model.register_forward_pre_hook(self._begin, prepend=True)
+        for index, module in [*((i, unit.module) for i, unit in enumerate(blocks)), *((len(blocks), m) for m in head)]:
+            # prepended, after FSDP2's own hook was: skipped blocks come before this module is gathered
+            module.register_forward_pre_hook(partial(self._reach, index), prepend=True, with_kwargs=True)
+        model.register_forward_hook(self._end, prepend=True)
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        self._next = 0
+
+    def _reach(self, index: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        skipped, self._next = self._blocks[self._next : index], max(self._next, index + 1)
+        return self._run(skipped, (args, kwargs)) if skipped else None
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> Any:
+        skipped, self._next = self._blocks[self._next :], len(self._blocks)
+        return self._run(skipped, output) if skipped else None
+
+    def _run(self, skipped: Sequence[FsdpUnit], tensors: Any) -> Any:
+        """Run `skipped` without their forward, ahead of what reads `tensors`, a tree; returns the tree to read."""
+        leaves, tree = tree_flatten(tensors)
+        floating = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point()]
+        on_path = [i for i in floating if leaves[i].requires_grad] or floating[:1]
+        for unit in skipped:
+            flows = any(leaves[i].requires_grad for i in on_path)
+            device = _device(leaves[on_path[0]]) if on_path else None
+            scalar = torch.zeros((), device=device, requires_grad=flows and torch.is_grad_enabled())
+            passed = unit.run_without_forward(scalar, trained=bool(unit.parameters()) and torch.is_grad_enabled())
+            for i in on_path:
+                leaves[i] = _Join.apply(leaves[i], passed)
+        return tree_unflatten(leaves, tree)
+
+
+class _Join(torch.autograd.Function):
+    """y = x; in backward x gets y's gradient, and `passed`, a scalar, zero: before what made x, for it is younger."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, passed: Tensor) -> Tensor:
+        ctx.dtype, ctx.device = passed.dtype, passed.device
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, torch.zeros((), dtype=ctx.dtype, device=ctx.device)
+
+
+def _device(x: Tensor) -> torch.device:
+    return x.to_local().device if isinstance(x, DTensor) else x.device
