@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from colrow import torch_compat as tc
@@ -240,6 +242,27 @@ def test_files_of_torch_are_told_from_others() -> None:
 
     Probe()(torch.ones(1))
     assert "/nn/modules/module.py" in inside
+
+
+def test_units_of_fsdp2_show_and_fill_their_gradients(mesh: DeviceMesh) -> None:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ModuleDict({"used": nn.Linear(2, 2), "not": nn.Linear(2, 2)}))
+    for module in (model[0], model):
+        fully_shard(module, mesh=mesh)
+    root, first = tc.fsdp_units(model)
+    assert (root.module, first.module) == (model, model[0])
+    assert len(root.parameters()) == 4
+    seen: list[Any] = []
+    root.before_reduction(lambda unit: seen.append([g is not None for g in unit.unreduced_gradients(fill=True)]))
+    root.after_backward(lambda: seen.append("end"))
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        passed = first.run_without_forward(torch.zeros(()), trained=True)
+        return self[1]["used"](x).sum() + passed  # type: ignore[index]
+
+    with mock.patch.object(type(model), "forward", forward):
+        model(torch.ones(1, 2)).backward()
+    assert seen == [[True, True, False, False], "end"]
+    assert all(param.grad is not None for param in root.parameters())
 
 
 def test_replicas_of_fsdp2_exist() -> None:

@@ -154,7 +154,8 @@ def _set_up(device: str, name: str, degrees: Mesh, train: dict[str, Any]) -> Tra
     if "precision" in train:
         source.model.float()
         return setup.set_up(config, mesh, torch.device(device), source, plan)
-    with mock.patch.object(setup, "choose_precision", lambda *_: _Double(torch.float64, keeps_copies=False)):
+    double = _Double(torch.float64, keeps_copies=False)
+    with mock.patch.object(setup, "choose_precision", return_value=double):
         return setup.set_up(config, mesh, torch.device(device), source, plan)
 
 

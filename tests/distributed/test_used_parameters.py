@@ -1,4 +1,4 @@
-"""Data ranks whose micro-batches use different parameters train as one process does: experts, branches, dropped layers."""
+"""Data ranks whose micro-batches use different parameters train as one process does."""
 
 from __future__ import annotations
 

@@ -71,9 +71,7 @@ class UsedParameters:
             self._used.clear()
             return
         params = [param for unit in self._units for param in unit.parameters()]
-        used = [
-            flag for unit in self._units for flag in self._used.get(unit) or [False] * len(unit.parameters())
-        ]
+        used = [flag for unit in self._units for flag in self._used.get(unit) or [False] * len(unit.parameters())]
         self._used.clear()
         if not params:
             return
