@@ -21,8 +21,9 @@ from colrow.plans.plan import Plan
 from colrow.run import preflight
 from colrow.run.finish import finish
 from colrow.run.fresh_store import fresh_store
-from colrow.run.loop import Loop, Outcome, resume
+from colrow.run.loop import Loop, Outcome
 from colrow.run.progress import TrainingProgress
+from colrow.run.resume import resume
 from colrow.run.run_folder import CHECKPOINTS, claimed, write_folder
 from colrow.train.metrics import Metrics
 from colrow.train.setup import Training, set_up
