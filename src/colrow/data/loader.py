@@ -1,7 +1,9 @@
 """Which windows of tokens form a step's batch, and the tensors of them.
 
-A step's global batch is a function of (seed, step) alone. Each data-parallel rank takes its micro-batches from it, so
-another mesh sees the same batches, and a run that goes on needs to know nothing but its step. No randomness has state.
+A step's global batch is a function of (seed, position) alone; a position is the number of windows that the run has
+consumed. Each data-parallel rank takes its micro-batches from the global batch, so another mesh sees the same batches,
+and a run that goes on needs to know nothing but its position: another global batch goes on there too. No randomness
+has state.
 """
 
 from __future__ import annotations
@@ -39,10 +41,10 @@ class BatchOrder:
             raise DataError("there is no complete sequence to read: use more text, or a shorter data.seq_len")
         self.n_windows, self.global_batch, self.seed = n_windows, global_batch, seed
 
-    def indices(self, step: int) -> np.ndarray:
-        """The windows of global batch `step` (from 0): int64 [global_batch]."""
-        assert step >= 0
-        positions = np.arange(step * self.global_batch, (step + 1) * self.global_batch, dtype=np.int64)
+    def indices(self, position: int) -> np.ndarray:
+        """The windows of the global batch that follows the first `position` windows: int64 [global_batch]."""
+        assert position >= 0
+        positions = np.arange(position, position + self.global_batch, dtype=np.int64)
         epochs, windows = np.divmod(positions, self.n_windows)
         if self.seed is None:
             return windows
@@ -72,15 +74,19 @@ class DataAxisSampler:
         self.accumulation = micro_batch_count(order.global_batch, micro_batch, dp_degree)
         self.order, self.dp_rank, self.dp_degree, self.micro_batch = order, dp_rank, dp_degree, micro_batch
 
-    def micro_batches(self, step: int) -> list[np.ndarray]:
-        """The windows of each micro-batch of this rank in `step`: `accumulation` arrays, int64 [micro_batch]."""
+    def micro_batches(self, position: int) -> list[np.ndarray]:
+        """The windows of each micro-batch of this rank from `position` on: `accumulation` arrays, int64 [micro_batch].
+
+        Args:
+            position: windows that all ranks together have consumed before.
+        """
         # [accumulation, dp, micro_batch]: micro-batch i of the global batch is at [i // dp, i % dp]
-        windows = self.order.indices(step).reshape(self.accumulation, self.dp_degree, self.micro_batch)
+        windows = self.order.indices(position).reshape(self.accumulation, self.dp_degree, self.micro_batch)
         return list(windows[:, self.dp_rank])
 
 
 class Loader:
-    """A rank's batches as tensors. The next step's are read in the background while this one's are used.
+    """A rank's batches as tensors. The next global batch is read in the background while this one is used.
 
     Args:
         device: where the tensors go; to a CUDA device they are copied from pinned memory without waiting.
@@ -99,12 +105,14 @@ class Loader:
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
         self._thread = ThreadPoolExecutor(1, "colrow-loader", initializer=self._enter_thread)
 
-    def batches(self, step: int) -> Iterator[Batch]:
-        """This rank's micro-batches of `step`, any step in any order: ids and targets, int64 [micro_batch, seq_len]."""
-        if self._ahead is None or self._ahead[0] != step:
-            self._ahead = (step, self._thread.submit(self._read, step))
+    def batches(self, position: int) -> Iterator[Batch]:
+        """This rank's micro-batches of the global batch at `position`, in any order of positions: ids and targets,
+        int64 [micro_batch, seq_len]."""
+        if self._ahead is None or self._ahead[0] != position:
+            self._ahead = (position, self._thread.submit(self._read, position))
         read = self._ahead[1].result()
-        self._ahead = (step + 1, self._thread.submit(self._read, step + 1))
+        following = position + self._sampler.order.global_batch
+        self._ahead = (following, self._thread.submit(self._read, following))
         for ids, targets in read:
             yield ids.to(self._device, non_blocking=True), targets.to(self._device, non_blocking=True)
 
@@ -124,8 +132,8 @@ class Loader:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
 
-    def _read(self, step: int) -> list[Batch]:
-        return [self._tensors(indices) for indices in self._sampler.micro_batches(step)]
+    def _read(self, position: int) -> list[Batch]:
+        return [self._tensors(indices) for indices in self._sampler.micro_batches(position)]
 
     def _tensors(self, indices: np.ndarray) -> Batch:
         windows = torch.from_numpy(self._tokens.read(indices, self._seq_len))

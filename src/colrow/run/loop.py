@@ -23,6 +23,7 @@ from colrow.run.batch_check import check_same_batch
 from colrow.run.cpu_bound import CpuBoundDetector, hint_line
 from colrow.run.executed import executed_line, executed_paths, steps_until_known
 from colrow.run.progress import TrainingProgress
+from colrow.run.resume import ResumePoint
 from colrow.train.evaluate import Evaluation
 from colrow.train.metrics import Metrics, Record, peak_flops, perplexity
 from colrow.train.schedule import learning_rate
@@ -51,6 +52,8 @@ class _Pending:
     """A step whose results the device may still be computing."""
 
     step: int
+    sequences: int
+    """Consumed since the run's start, this step's included."""
     stats: Tensor
     """[loss over all ranks, gradient norm, number of ranks that ask to stop], fp64."""
     start: DeviceTimestamp
@@ -81,7 +84,7 @@ class DeviceTimestamp:
 
 
 class Loop:
-    """Runs a `Training` from a step to the last one.
+    """Runs a `Training` from where it stands to the last step.
 
     On GPUs the results of a step are read while the next one runs, so that the host never waits for the device; on
     CPUs they are read at once. All ranks read the same sums, so all decide alike: to stop, or that the run diverged.
@@ -114,8 +117,8 @@ class Loop:
         self._step_end = DeviceTimestamp(self._device)
         self._cpu_bound = CpuBoundDetector(steps_until_known(training))
 
-    def run(self, start: int, metrics: Metrics | None) -> Outcome:
-        """Train from `start` completed steps to the last one, a signal, or an error. Collective.
+    def run(self, at: ResumePoint, metrics: Metrics | None) -> Outcome:
+        """Train from `at` to the last step, a signal, or an error. Collective.
 
         Args:
             metrics: on the first rank; None on the others.
@@ -123,20 +126,21 @@ class Loop:
         Raises:
             DivergedError: the loss or the gradient's norm is not finite; nothing of it has been saved.
         """
-        config = self._config
+        config, start, sequences = self._config, at.step, at.sequences
         self._metrics = metrics
         self._step_end = DeviceTimestamp(self._device)
         saved, val_loss, stop = start, None, False
         self._progress.start(start)
         for step in range(start, config.train.steps):
             done = step + 1
-            batches = list(self._loader.batches(step))
+            batches = list(self._loader.batches(sequences))
+            sequences += config.train.global_batch
             if self._checks_batches(step, start):
                 check_same_batch(batches, self._same_batch_groups, step)
             loss, norm = self._training.step(step, batches)
             stats, start_of_step = self._step_stats(loss, norm), self._step_end
             self._step_end = DeviceTimestamp(self._device)
-            self._pending.append(_Pending(done, stats, start_of_step, self._step_end))
+            self._pending.append(_Pending(done, sequences, stats, start_of_step, self._step_end))
             if done == start + steps_until_known(self._training):
                 self._progress.say(executed_line(executed_paths(self._training, config.data.seq_len)))
             evaluates = self._evaluates(done)
@@ -147,7 +151,7 @@ class Loop:
                 val_loss = self._evaluate(done)
             if saves or stop:
                 stop = self._flush_pending(0) or stop
-                self._save(done)
+                self._save(ResumePoint(done, sequences))
                 saved = done
             if stop:
                 break
@@ -204,23 +208,22 @@ class Loop:
             seconds = pending.end.seconds_since(pending.start)
             if lag and self._cpu_bound.add(waited, seconds):
                 self._progress.say(hint_line(self._config))
-            record = self._record(pending.step, loss, norm, seconds)
+            record = self._record(pending, loss, norm, seconds)
             self._last_finite = record
             if hold_last and not self._pending:
                 continue
             self._write(record)
         return stop
 
-    def _record(self, step: int, loss: float, norm: float, seconds: float) -> Record:
+    def _record(self, pending: _Pending, loss: float, norm: float, seconds: float) -> Record:
         config = self._config
-        tokens = config.train.global_batch * config.data.seq_len
-        rate = tokens / seconds
+        rate = config.train.global_batch * config.data.seq_len / seconds
         record: dict[str, Any] = {
-            "step": step,
+            "step": pending.step,
             "loss": loss,
             "grad_norm": norm,
-            "lr": learning_rate(step - 1, config.train),
-            "tokens": step * tokens,
+            "lr": learning_rate(pending.step - 1, config.train),
+            "tokens": pending.sequences * config.data.seq_len,
             "tokens_per_second": round(rate, 1),
         }
         if self._device.type == "cuda":
@@ -248,14 +251,14 @@ class Loop:
             self._metrics.write(record)
         self._progress.step(record)
 
-    def _save(self, step: int) -> None:
-        extra: dict[str, Any] = {"step": step, "corpus": self._data.fingerprint, "seed": self._config.run.seed}
+    def _save(self, at: ResumePoint) -> None:
+        extra = at.to_json(self._config, self._data)
         start = time.perf_counter()
-        self._checkpoints.save(step, self._training.modules, self._training.optimizer, extra)
+        self._checkpoints.save(at.step, self._training.modules, self._training.optimizer, extra)
         waited = time.perf_counter() - start
         self._step_end = DeviceTimestamp(self._device)
         background = ", the rest is in the background" if self._config.checkpoint.asynchronous else ""
-        self._progress.say(f"            saved step-{step}, training waited {waited:.1f} s{background}")
+        self._progress.say(f"            saved step-{at.step}, training waited {waited:.1f} s{background}")
 
     def _diverged(self, step: int, loss: float, norm: float) -> DivergedError:
         good = self._last_finite

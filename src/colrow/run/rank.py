@@ -101,18 +101,20 @@ def train_run(
             vocabulary=data.tokenizer.digest,
             tied=training.tied,
         )
-        start = resume(config, training, data, checkpoints)
-        if start >= config.train.steps:
-            progress.say(finished_line(config, start))
-            return Outcome(start, start, stopped=False)
+        at = resume(config, training, data, checkpoints)
+        if at.step >= config.train.steps:
+            progress.say(finished_line(config, at.step))
+            return Outcome(at.step, at.step, stopped=False)
         if first:
             write_folder(config, training.plan, data.tokenizer)
-        for line in opening_lines(config, training, start):
+        for line in opening_lines(config, training):
             progress.say(line)
+        if at.step:
+            progress.say(f"continues  {at.line(config, data)}")
         loop = Loop(config, training, data, checkpoints, progress, stop_requested)
         stack.callback(loop.close)
-        metrics = stack.enter_context(Metrics(config, start)) if first else None
-        outcome = loop.run(start, metrics)
+        metrics = stack.enter_context(Metrics(config, at.step)) if first else None
+        outcome = loop.run(at, metrics)
         progress.stop()
         if outcome.stopped:
             progress.say(f"stopped    after step {outcome.step} of {config.train.steps}; the state is saved")
@@ -176,7 +178,7 @@ def finished_line(config: RunConfig, step: int) -> str:
     )
 
 
-def opening_lines(config: RunConfig, training: Training, start: int) -> list[str]:
+def opening_lines(config: RunConfig, training: Training) -> list[str]:
     """What is going to run, and what it writes. `run.executed` prints what did run, after the first steps."""
     device = training.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {_threads()} a rank"
@@ -187,7 +189,7 @@ def opening_lines(config: RunConfig, training: Training, start: int) -> list[str
     compute = (
         "fp32" if training.precision.compute_dtype == torch.float32 else "bf16 over fp32 weights and gradient sums"
     )
-    lines = [
+    return [
         f"model      {training.source.name}{computed_by}, {training.parameters:,} parameters",
         f"mesh       {config.mesh}, {where}",
         f"plan       {training.plan.name}, loss {training.plan.loss}",
@@ -196,9 +198,6 @@ def opening_lines(config: RunConfig, training: Training, start: int) -> list[str
         f"writes     {config.run.dir}: config.yaml, plan.yaml, tokenizer.json, metrics.jsonl,",
         "           checkpoints/, loss.png, loss.svg, export/",
     ]
-    if start:
-        lines.append(f"continues  after step {start}")
-    return lines
 
 
 def _threads() -> str:

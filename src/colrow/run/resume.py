@@ -1,34 +1,95 @@
-"""Continuing a run from the newest complete checkpoint of its folder."""
+"""Continuing a run from the newest complete checkpoint of its folder.
+
+[Note: position]
+A checkpoint stores its position in the data: the number of sequences that the run has consumed. With the seed it
+decides every batch that follows, so a run goes on with the next sequence whatever its global batch was and is now.
+Checkpoints of versions that stored none stand at their step × the global batch of the config that trained them.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch.distributed as dist
 
 from colrow.checkpoint.distributed import Checkpoints
-from colrow.config import RunConfig
+from colrow.checkpoint.manifest import JSON
+from colrow.config import RunConfig, load_config
 from colrow.data.prepare import PreparedData
 from colrow.errors import DataError
+from colrow.run.run_folder import CONFIG
+from colrow.train.metrics import FILE, read_metrics
 from colrow.train.setup import Training
 
 
-def resume(config: RunConfig, training: Training, data: PreparedData, checkpoints: Checkpoints) -> int:
-    """Load the newest complete checkpoint of the run's folder, if there is one. Collective. Returns its step, or 0.
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where a run stands."""
+
+    step: int = 0
+    """Optimizer steps that are done."""
+    sequences: int = 0
+    """Sequences of `data.seq_len` tokens consumed since the run's start, over all ranks: see [Note: position]."""
+
+    def to_json(self, config: RunConfig, data: PreparedData) -> dict[str, JSON]:
+        """What a checkpoint stores beside the model and the optimizer."""
+        return {
+            "step": self.step,
+            "corpus": data.fingerprint,
+            "seed": config.run.seed,
+            "sequences": self.sequences,
+            "tokens": self.sequences * config.data.seq_len,
+            "epochs": self.epochs(config, data),
+        }
+
+    def epochs(self, config: RunConfig, data: PreparedData) -> float:
+        """How often the training text has been read."""
+        return self.sequences / data.train.windows(config.data.seq_len)
+
+    def line(self, config: RunConfig, data: PreparedData) -> str:
+        """For people."""
+        tokens = self.sequences * config.data.seq_len
+        return (
+            f"after step {self.step}: {self.sequences:,} sequences, {tokens:,} tokens, "
+            f"{self.epochs(config, data):.2f} epochs"
+        )
+
+
+def resume(config: RunConfig, training: Training, data: PreparedData, checkpoints: Checkpoints) -> ResumePoint:
+    """Load the newest complete checkpoint of the run's folder, if there is one. Collective. Returns where it stands.
 
     Raises:
         CheckpointError: it is of another model or vocabulary.
         DataError: the corpus has changed since it was saved.
     """
-    found: list[int | None] = [None]
+    found: list[ResumePoint | None] = [None]
     if dist.get_rank() == 0:
         latest = checkpoints.latest()
-        found = [None if latest is None else latest.step]
+        # before the load: this rank alone may read the folder's config, which it writes anew when all have loaded
+        found = [None if latest is None else ResumePoint(latest.step, _sequences_of_older(latest.step, config))]
     dist.broadcast_object_list(found, src=0)
-    if found[0] is None:
-        return 0
-    extra = checkpoints.load(found[0], training.modules, training.optimizer)
+    older = found[0]
+    if older is None:
+        return ResumePoint()
+    extra = checkpoints.load(older.step, training.modules, training.optimizer)
     if extra.get("corpus") != data.fingerprint:
         raise DataError(
             f"corpus {config.data.corpus!r} holds other text than when the run in {config.run.dir} began: restore the "
             "previous text, or set run.dir to another folder to start a new run"
         )
-    return found[0]
+    sequences = extra.get("sequences", older.sequences)
+    assert isinstance(sequences, int)
+    return ResumePoint(older.step, sequences)
+
+
+def _sequences_of_older(step: int, config: RunConfig) -> int:
+    """The position of a checkpoint that stores none.
+
+    The step's own record says it (its tokens were counted so). The folder's config alone would not do: a start with
+    another global batch that ended before its first checkpoint has left that config there.
+    """
+    for record in read_metrics(config.run.dir / FILE):
+        if record["step"] == step and "tokens" in record:
+            return int(record["tokens"]) // config.data.seq_len
+    previous = config.run.dir / CONFIG
+    return step * (load_config(previous) if previous.exists() else config).train.global_batch

@@ -82,7 +82,7 @@ class Evaluation:
     def _batches(self, number: int) -> list[Batch]:
         """This rank's micro-batches of a global batch. Of the last one only those that some rank needs, for all run
         equally many; targets of windows beyond the last do not count."""
-        batches = list(self._loader.batches(number))
+        batches = list(self._loader.batches(number * self._global_batch))
         left = self._windows - number * self._global_batch
         if left >= self._global_batch:
             return batches
