@@ -12,17 +12,26 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
+from colrow.checkpoint.distributed import Checkpoints
 from colrow.checkpoint.manifest import JSON
-from colrow.config import RunConfig, dump_config, load_config
+from colrow.config import RunConfig, TrainSection, dump_config, load_config
 from colrow.data.loader import BatchOrder
-from colrow.run.resume import ResumePoint, _sequences_of_older
+from colrow.data.prepare import prepare
+from colrow.run.resume import ResumePoint, _sequences_of_older, resume
+from colrow.sharding.grad_norm import align_gradients
+from colrow.sharding.layout import full_tensor
+from colrow.train.schedule import learning_rate
+from colrow.train.setup import set_up
 from helpers.harness import Ranks
-from helpers.runs import a_run, figures, train, write_text
+from helpers.runs import a_run, figures, model_and_plan, train, write_text
 
 pytestmark = pytest.mark.distributed
 
 SEQ_LEN = 32
+Tensors = dict[str, Tensor]
 
 
 def short(folder: Path, name: str, **train: Any) -> RunConfig:
@@ -99,6 +108,77 @@ def test_the_position_of_a_checkpoint_without_one_survives_a_start_that_saved_no
     assert _sequences_of_older(3, after) == 48  # nothing else is known
     (before.run.dir / "metrics.jsonl").write_text('{"step": 2, "tokens": 256}\n{"step": 3, "tokens": 384}\n')
     assert _sequences_of_older(3, after) == 12
+
+
+CHANGES: list[dict[str, Any]] = [
+    {"weight_decay": 5.0},
+    {"betas": (0.5, 0.6)},
+    {"eps": 1e-2},
+    {"grad_clip": 1e-3},
+    {"grad_clip": None},
+    {"lr": 1e-2},
+    {"schedule": "linear"},
+    {"steps": 9},
+]
+
+
+@torch.no_grad()
+def adamw(weights: Tensors, state: dict[str, Tensors], grads: Tensors, section: TrainSection) -> Tensors:
+    """Step 4 by the formula of Loshchilov & Hutter (2019), in fp64, with the options of `section`."""
+    norm = torch.cat([grad.flatten() for grad in grads.values()]).norm()
+    scale = 1.0 if section.grad_clip is None else (section.grad_clip / norm).clamp(max=1.0)
+    (b1, b2), lr, updated = section.betas, learning_rate(3, section), {}
+    for name, weight in weights.items():
+        mean = b1 * state["exp_avg"][name] + (1 - b1) * scale * grads[name]
+        square = b2 * state["exp_avg_sq"][name] + (1 - b2) * (scale * grads[name]) ** 2
+        decay = section.weight_decay if weight.ndim >= 2 else 0.0
+        moved = mean / (1 - b1**4) / ((square / (1 - b2**4)).sqrt() + section.eps)
+        updated[name] = weight - lr * (decay * weight + moved)
+    return updated
+
+
+def resumed_steps(device: str, folder: Path) -> list[tuple[float, float]]:
+    """For each change: how far the step after the resume is from the formula, with the new options and the old."""
+    old = short(folder, "options", steps=6)
+    mesh, data = old.mesh.build(device, 1), prepare(old.data, 4096, progress=False)
+    ids = torch.randint(0, 300, (4, SEQ_LEN + 1), generator=torch.Generator().manual_seed(5))
+    batches = [(ids[:, :-1], ids[:, 1:])]
+    train(device, short(folder, "options"))
+    found = []
+    for change in CHANGES:
+        config = short(folder, "options", **{"steps": 6} | change)
+        training = set_up(config, mesh, torch.device(device), *model_and_plan(config))
+        checkpoints = Checkpoints(config.run.dir / "checkpoints")
+        assert resume(config, training, data, checkpoints) == ResumePoint(3, 12)
+        named = dict(training.modules[0].named_parameters())
+        weights = {name: full_tensor(param.detach()).double() for name, param in named.items()}
+        state = {
+            key: {name: full_tensor(training.optimizer.state[param][key]).double() for name, param in named.items()}
+            for key in ("exp_avg", "exp_avg_sq")
+        }
+        training.step.forward_backward(batches)
+        align_gradients(named.values())
+        grads = {name: full_tensor(param.grad).double() for name, param in named.items() if param.grad is not None}
+        training.optimizer.zero_grad()
+        training.step(3, batches)
+        before = flat(weights)
+        moved = flat({name: full_tensor(param.detach()).double() for name, param in named.items()}) - before
+        expected = [flat(adamw(weights, state, grads, section)) - before for section in (config.train, old.train)]
+        new, previous = (((moved - other).norm() / moved.norm()).item() for other in expected)
+        found.append((new, previous))
+    return found
+
+
+def flat(tensors: Tensors) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors.values()])
+
+
+def test_new_options_of_the_optimizer_are_used(ranks: Ranks, folder: Path) -> None:
+    """Against the formula, to the rounding of fp32; with the options of the checkpoint the same comparison fails."""
+    (found,) = ranks(1).run(resumed_steps, folder)
+    for change, (new, old) in zip(CHANGES, found, strict=True):
+        assert new < 1e-4, (change, new)
+        assert old > 1e-3, (change, old)
 
 
 STORED = Path(__file__).parents[1] / "checkpoint" / "old_run"

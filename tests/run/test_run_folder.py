@@ -56,16 +56,16 @@ def test_a_folder_that_does_not_exist_is_free_and_stays_away(tmp_path: Path) -> 
 
 def test_another_model_data_or_seed_is_another_run(config: Callable[..., RunConfig]) -> None:
     previous = config()
-    assert changed_keys(previous) == []
+    assert changed_keys(previous, 0) == []
     previous.run.dir.mkdir()
     (previous.run.dir / CONFIG).write_text(dump_config(previous))
-    assert changed_keys(previous) == []
-    assert changed_keys(config(**{"train.lr": 2e-3, "mesh.tp": 1, "data.workers": 3})) == [
+    assert changed_keys(previous, 0) == []
+    assert changed_keys(config(**{"train.lr": 2e-3, "mesh.tp": 1, "data.workers": 3}), 0) == [
         "mesh.tp: 2 -> 1",
         "train.lr: 0.001 -> 0.002",
     ]
     with pytest.raises(ConfigError, match=r"data.seq_len: 32 -> 64.*run.seed: 0 -> 5.*set run.dir to another folder"):
-        changed_keys(config(**{"run.seed": 5, "data.seq_len": 64}))
+        changed_keys(config(**{"run.seed": 5, "data.seq_len": 64}), 0)
 
 
 def test_ranks_read_the_plan_of_their_own_launcher(tmp_path: Path) -> None:
@@ -84,4 +84,4 @@ def test_a_run_of_an_older_version_goes_on(config: Callable[..., RunConfig]) -> 
     run.run.dir.mkdir()
     old = dump_config(config(**{"model.implementation": "colrow"}))
     (run.run.dir / CONFIG).write_text(old)
-    assert changed_keys(run) == []
+    assert changed_keys(run, 0) == []

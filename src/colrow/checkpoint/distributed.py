@@ -144,9 +144,18 @@ class Checkpoints:
         return newest_complete(self.list())
 
     def load(
-        self, info_or_step: CheckpointInfo | int, model: Model, optimizer: Optimizer | None = None
+        self,
+        info_or_step: CheckpointInfo | int,
+        model: Model,
+        optimizer: Optimizer | None = None,
+        *,
+        keep_options: bool = False,
     ) -> dict[str, JSON]:
         """Load a checkpoint into a model, and into an optimizer if given, in place. Collective. Returns `extra`.
+
+        Args:
+            keep_options: the optimizer keeps its own hyperparameters and parameter groups, and gets the state alone;
+                else it gets the hyperparameters (lr, betas, weight decay) of the one that was saved.
 
         All files are read and compared with their checksums before anything is changed; the ranks share this work.
 
@@ -165,7 +174,7 @@ class Checkpoints:
         if optimizer is not None and record is not None:
             names = ranks.together(lambda: optimized_names(optimizer, named))
             require_same_optimized(path, record, ranks.gather(names))
-        pieces = ranks.together(lambda: targets_of(named, index, optimizer, record))
+        pieces = ranks.together(lambda: targets_of(named, index, optimizer, record, keep_options))
         with _quiet():
             try:
                 reader = CheckpointReader(path, index)

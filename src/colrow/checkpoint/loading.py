@@ -29,7 +29,8 @@ from colrow.checkpoint.state import (
     NamedTensor,
     make_optimizer_state,
     optimizer_tensors,
-    restore_record,
+    restore_options,
+    restore_values,
 )
 from colrow.errors import CheckpointError
 
@@ -78,13 +79,20 @@ def read_texts(
 
 @torch.no_grad()
 def targets_of(
-    named: list[NamedTensor], index: Index, optimizer: Optimizer | None, record: OptimizerRecord | None
+    named: list[NamedTensor],
+    index: Index,
+    optimizer: Optimizer | None,
+    record: OptimizerRecord | None,
+    keep_options: bool = False,
 ) -> list[Piece]:
-    """The pieces to fill, in place. The optimizer gets its hyperparameters, and tensors to be filled."""
+    """The pieces to fill, in place. The optimizer gets tensors to be filled, and the record's hyperparameters unless it
+    keeps its own."""
     stored = list(named)
     if optimizer is not None and record is not None:
         make_optimizer_state(optimizer, named, index)
-        restore_record(optimizer, named, record)
+        if not keep_options:
+            restore_options(optimizer, named, record)
+        restore_values(optimizer, named, record)
         stored += optimizer_tensors(optimizer, named)
     return [piece for item in stored for piece in item.pieces()]
 

@@ -151,8 +151,8 @@ def make_optimizer_state(optimizer: Optimizer, named: list[NamedTensor], index: 
                 state[key] = _zeros(owner.name, key, tensor, param, groups[id(param)])
 
 
-def restore_record(optimizer: Optimizer, named: list[NamedTensor], record: OptimizerRecord) -> None:
-    """Put the stored hyperparameters and numbers back.
+def restore_options(optimizer: Optimizer, named: list[NamedTensor], record: OptimizerRecord) -> None:
+    """Put the stored hyperparameters back.
 
     Raises:
         CheckpointError: the groups divide the parameters in another way.
@@ -175,6 +175,10 @@ def restore_record(optimizer: Optimizer, named: list[NamedTensor], record: Optim
                 current.fill_(value)
             else:
                 group[key] = tuple(value) if isinstance(current, tuple) else value  # JSON has no tuples (betas)
+
+
+def restore_values(optimizer: Optimizer, named: list[NamedTensor], record: OptimizerRecord) -> None:
+    """Put the stored numbers of the optimizer's state back, such as step counts that are no tensors."""
     for owner, param in _owners(optimizer, named):
         if owner.name in record.values:
             optimizer.state[param].update(record.values[owner.name])

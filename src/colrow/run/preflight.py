@@ -41,7 +41,7 @@ class Checked:
     plan: Plan
     device_type: str
     changes: list[str]
-    """Keys that changed since the run's previous start, `key: before -> now`."""
+    """What changed since the run's previous start, `key: before -> now`, and what follows from it."""
     newest: CheckpointInfo | None
     """The newest complete checkpoint in the run's folder."""
 
@@ -66,7 +66,8 @@ def check(config: RunConfig, local_ranks: int | None = None, plan: Plan | None =
     device = device_type(config)
     require_devices(config.mesh.world_size if local_ranks is None else local_ranks, device)
     check_cuda_graph(config, device)
-    changes = changed_keys(config)
+    newest = Checkpoints(config.run.dir / CHECKPOINTS, keep=config.checkpoint.keep).latest()
+    changes = changed_keys(config, newest.step if newest else 0)
     source = build_source(config.model, config.run.seed)
     check_model(config, source)
     if plan is None:
@@ -76,7 +77,6 @@ def check(config: RunConfig, local_ranks: int | None = None, plan: Plan | None =
     else:
         plan.check_shapes(source.model, config.mesh.tp)
         check_sequence(config, plan)
-    newest = Checkpoints(config.run.dir / CHECKPOINTS, keep=config.checkpoint.keep).latest()
     return Checked(source, plan, device, changes, newest)
 
 

@@ -66,6 +66,9 @@ def run_rank(
         if first and plan is None:
             warnings += preflight.check_plan_apart(config, checked.plan)  # forks: before this process has threads
         progress = stack.enter_context(TrainingProgress(first, config.train.steps, config.train.log_every))
+        if plan is None:  # else the launcher has printed them
+            for line in checked.changes:
+                progress.say(f"changed    {line}")
         for warning in warnings:
             if warning is not None:
                 progress.say(f"warning    {warning}")

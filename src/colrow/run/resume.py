@@ -71,7 +71,8 @@ def resume(config: RunConfig, training: Training, data: PreparedData, checkpoint
     older = found[0]
     if older is None:
         return ResumePoint()
-    extra = checkpoints.load(older.step, training.modules, training.optimizer)
+    # The config owns the options: weight decay or betas that changed take effect (resume_rules.py).
+    extra = checkpoints.load(older.step, training.modules, training.optimizer, keep_options=True)
     if extra.get("corpus") != data.fingerprint:
         raise DataError(
             f"corpus {config.data.corpus!r} holds other text than when the run in {config.run.dir} began: restore the "

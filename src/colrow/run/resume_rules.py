@@ -43,6 +43,7 @@ RULES: dict[str, Rule] = {
         "another model is another run",
         *("model.shape", "model.huggingface", "model.python", "model.implementation", "model.layers"),
     ),
+    **_rules("used", "a permission", "model.trust_code"),
     **_rules(
         "refused",
         "other text, or another order of it",

@@ -8,13 +8,13 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from colrow.config import RunConfig, dump_config, load_config
 from colrow.data.disk import NoFileLocksError, atomic_write, try_lock
 from colrow.data.tokenizer import Tokenizer
 from colrow.errors import ConfigError
 from colrow.plans.plan import Plan
+from colrow.run.resume_rules import changes_between
 from colrow.run.trust import mark_as_ours
 
 CONFIG, PLAN, TOKENIZER, CHECKPOINTS, EXPORT, LOCK = (
@@ -25,13 +25,6 @@ CONFIG, PLAN, TOKENIZER, CHECKPOINTS, EXPORT, LOCK = (
     "export",
     ".lock",
 )
-
-_FIXED = ("run.seed", "model", "data")
-"""What a continued run cannot change: with another model, other text, or another order of it, it is another run."""
-_FREE = ("model.trust_code", "data.cache", "data.workers", "data.tokenizer.path")
-"""Exceptions from _FIXED, without effect on results: the tokenizer's path may change, its hash is checked."""
-_REPORTED = ("plan", "loss", "mesh", "train", "eval")
-"""What a run may change, with a printed line for each change."""
 
 
 def is_of_a_run(file: Path) -> bool:
@@ -79,25 +72,17 @@ def require_free(folder: Path) -> None:
             pass
 
 
-def changed_keys(config: RunConfig) -> list[str]:
-    """`key: before -> now` for what changed since the folder's previous start and may change.
+def changed_keys(config: RunConfig, step: int) -> list[str]:
+    """`key: before -> now` for what changed since the folder's previous start, and what follows from it.
+
+    Args:
+        step: steps of the newest checkpoint; 0 where there is none.
 
     Raises:
         ConfigError: something changed that makes it another run (model, data, seed); the text names the keys.
     """
     path = config.run.dir / CONFIG
-    if not path.exists():
-        return []
-    before, now = _flat(load_config(path)), _flat(config)
-    differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    lines = {key: f"{key}: {before.get(key)} -> {now.get(key)}" for key in differing}
-    fixed = [lines[key] for key in differing if _within(key, _FIXED) and not _within(key, _FREE)]
-    if fixed:
-        raise ConfigError(
-            f"the run in {config.run.dir} was started with another config ({'; '.join(fixed)}): "
-            "set run.dir to another folder to start a new run, or restore these keys to continue this one"
-        )
-    return [lines[key] for key in differing if _within(key, _REPORTED)]
+    return changes_between(load_config(path), config, step) if path.exists() else []
 
 
 def write_plan(folder: Path, plan: Plan) -> str:
@@ -139,22 +124,3 @@ def write_folder(config: RunConfig, plan: Plan, tokenizer: Tokenizer) -> None:
     mark_as_ours(config.run.dir, text)
     atomic_write(config.run.dir / PLAN, plan.to_yaml())
     tokenizer.save(config.run.dir)
-
-
-def _flat(config: RunConfig) -> dict[str, Any]:
-    """Values by dotted key."""
-    found: dict[str, Any] = {}
-
-    def walk(tree: dict[str, Any], prefix: str) -> None:
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                walk(value, f"{prefix}{key}.")
-            else:
-                found[prefix + key] = value
-
-    walk(config.model_dump(mode="json"), "")
-    return found
-
-
-def _within(key: str, sections: tuple[str, ...]) -> bool:
-    return any(key == section or key.startswith(f"{section}.") for section in sections)
