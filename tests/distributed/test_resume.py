@@ -113,7 +113,7 @@ def test_the_position_of_a_checkpoint_without_one_survives_a_start_that_saved_no
 CHANGES: list[dict[str, Any]] = [
     {"weight_decay": 5.0},
     {"betas": (0.5, 0.6)},
-    {"eps": 1e-2},
+    {"eps": 1e-4},
     {"grad_clip": 1e-3},
     {"grad_clip": None},
     {"lr": 1e-2},
