@@ -104,6 +104,9 @@ class TrainSection(_Section):
     decay_steps: PositiveInt | None = None
     """For `wsd`: steps of the final decay; a tenth of all unless given."""
     weight_decay: NonNegativeFloat = 0.1
+    """Of matrices and embeddings; norms and biases do not decay."""
+    no_decay: tuple[str, ...] = ()
+    """Parameters or modules that do not decay either, such as `*.router.weight`, `embed_tokens`; `*` matches dots."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     grad_clip: PositiveFloat | None = 1.0

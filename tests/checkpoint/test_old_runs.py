@@ -14,6 +14,7 @@ from colrow.cli import export
 from colrow.cli.loading import open_saved
 from colrow.config import load_config
 from colrow.data.prepare import prepare
+from colrow.errors import CheckpointError
 
 STORED = Path(__file__).with_name("old_run")
 EXP_AVG = 3.9482841152946513
@@ -46,6 +47,19 @@ def test_old_optimizer_state_is_loaded(old_run: Path) -> None:
     assert {state["step"].item() for state in optimizer.state.values()} == {4.0}
     total = sum(state["exp_avg"].double().abs().sum().item() for state in optimizer.state.values())
     assert total == pytest.approx(EXP_AVG, rel=1e-12)
+
+
+def test_old_optimizer_state_is_loaded_into_other_groups(old_run: Path) -> None:
+    """What decays is decided anew at each start: state that was saved in two groups goes into one, and back."""
+    model = open_saved(old_run / "run").model.to_empty(device="cpu")
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.3, betas=(0.5, 0.6))
+    checkpoints = Checkpoints(old_run / "run" / "checkpoints")
+    checkpoints.load(4, model, optimizer, keep_options=True)
+    assert [(group["weight_decay"], group["betas"]) for group in optimizer.param_groups] == [(0.3, (0.5, 0.6))]
+    total = sum(state["exp_avg"].double().abs().sum().item() for state in optimizer.state.values())
+    assert total == pytest.approx(EXP_AVG, rel=1e-12)
+    with pytest.raises(CheckpointError, match="joins parameters that had different options"):
+        checkpoints.load(4, model, optimizer)
 
 
 def test_an_old_cache_and_corpus_are_recognized(old_run: Path) -> None:

@@ -167,7 +167,9 @@ def gradients(device: str, name: str, way: str, parts: int) -> dict[str, Tensor]
     weights = None if way == "fsdp" else ComputeWeights(model, dtype)
     runner = SingleStageModel(model, plan, mesh, here, weights)
     named = dict(model.named_parameters())
-    optimizer, out = build_optimizer(model.parameters(), RATE if way == "fsdp" else RATE_AS_TENSOR), {}
+    matrices = {param for param in named.values() if param.ndim >= 2}
+    optimizer = build_optimizer(model.parameters(), RATE if way == "fsdp" else RATE_AS_TENSOR, matrices)
+    out = {}
     for step in range(STEPS):
         out[f"loss {step}"] = runner(micro_batches(device, step, parts))
         holders = {param: weights.grad_holder(param) if weights else param for param in named.values()}

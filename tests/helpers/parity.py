@@ -106,7 +106,9 @@ class Reference:
 
 def optimizer_of(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """The trainer's own, at a rate that five steps show."""
-    return build_optimizer(params, TrainSection(steps=1, global_batch=1, micro_batch=1, lr=1e-2))
+    params = list(params)
+    section = TrainSection(steps=1, global_batch=1, micro_batch=1, lr=1e-2)
+    return build_optimizer(params, section, {param for param in params if param.ndim >= 2})
 
 
 @functools.cache

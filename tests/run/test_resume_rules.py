@@ -29,6 +29,7 @@ OTHER: dict[str, Any] = {
     "loss": "replicated",
     "train.schedule": "wsd",
     "train.decay_steps": 7,
+    "train.no_decay": ("embed_tokens",),
     "train.betas": (0.5, 0.5),
     "train.precision": "fp32",
     "train.fp8": "tensorwise",

@@ -31,6 +31,7 @@ from colrow.styles.heads import heads_of
 from colrow.train.cuda_graph import check_cuda_graph
 from colrow.train.metrics import require_sinks
 from colrow.train.schedule import check_schedule
+from colrow.train.weight_decay import decay_by_name
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def check(config: RunConfig, local_ranks: int | None = None, plan: Plan | None =
     changes = changed_keys(config, newest.step if newest else 0)
     source = build_source(config.model, config.run.seed)
     check_model(config, source)
+    decay_by_name(source.model, config.train)  # raises where a pattern of no_decay matches nothing
     if plan is None:
         plan = choose_plan(config, source.model)
     if config.check:

@@ -185,7 +185,7 @@ def opening_lines(config: RunConfig, training: Training) -> list[str]:
     """What is going to run, and what it writes. `run.executed` prints what did run, after the first steps."""
     device = training.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {_threads()} a rank"
-    train, tokens = config.train, config.train.global_batch * config.data.seq_len
+    train, tokens, counts = config.train, config.train.global_batch * config.data.seq_len, training.counts
     computed_by = ""
     if training.source.weights == "folder" and training.source.config is None:
         computed_by = f" by {type(training.source.model).__name__} of transformers"
@@ -193,10 +193,11 @@ def opening_lines(config: RunConfig, training: Training) -> list[str]:
         "fp32" if training.precision.compute_dtype == torch.float32 else "bf16 over fp32 weights and gradient sums"
     )
     return [
-        f"model      {training.source.name}{computed_by}, {training.parameters:,} parameters",
+        f"model      {training.source.name}{computed_by}, {training.counts.total:,} parameters",
         f"mesh       {config.mesh}, {where}",
         f"plan       {training.plan.name}, loss {training.plan.loss}",
         f"compute    {compute}",
+        f"decay      {train.weight_decay:g} on {counts.decaying:,} of {counts.trained:,} trained parameters",
         f"batch      {train.global_batch} × {config.data.seq_len} = {tokens:,} tokens a step, {train.steps:,} steps",
         f"writes     {config.run.dir}: config.yaml, plan.yaml, tokenizer.json, metrics.jsonl,",
         "           checkpoints/, loss.png, loss.svg, export/",

@@ -1,9 +1,9 @@
-"""AdamW over DTensors: weight decay on matrices only; clipping, update and rounding in one kernel on GPUs."""
+"""AdamW over DTensors: weight decay in groups; clipping, update and rounding in one kernel on GPUs."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -93,17 +93,20 @@ def _update_of(param: nn.Parameter, grad: Tensor, state: Mapping[str, Tensor], c
     )
 
 
-def build_optimizer(params: Iterable[nn.Parameter], section: TrainSection) -> AdamW:
+def build_optimizer(params: Iterable[nn.Parameter], section: TrainSection, decaying: Container[nn.Parameter]) -> AdamW:
     """AdamW (Loshchilov & Hutter 2019) over the trainable ones of `params`, which must be on their final meshes.
 
-    Matrices decay; vectors (norms, biases) do not. A fused or foreach kernel takes tensors of one mesh only, so
-    parameters on different meshes (or on none) are in groups of their own. For a CUDA graph the rate is a tensor.
+    A fused or foreach kernel takes tensors of one mesh only, so parameters on different meshes (or on none) are in
+    groups of their own. For a CUDA graph the rate is a tensor.
+
+    Args:
+        decaying: those of `params` that weight decay applies to (`weight_decay.decay_by_name`).
     """
     params = list(params)
     groups: dict[tuple[bool, Any], list[nn.Parameter]] = defaultdict(list)
     for param in params:
         if param.requires_grad:
-            groups[param.ndim >= 2, param.device_mesh if isinstance(param, DTensor) else None].append(param)
+            groups[param in decaying, param.device_mesh if isinstance(param, DTensor) else None].append(param)
     ordered = sorted(groups.items(), key=lambda item: (not item[0][0], str(item[0][1])))
     return AdamW(
         [

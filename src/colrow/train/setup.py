@@ -18,7 +18,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +43,7 @@ from colrow.train.cuda_graph import EAGER_STEPS, GraphedFunction, check_cuda_gra
 from colrow.train.optimizer import build_optimizer
 from colrow.train.precision import Precision, choose_precision
 from colrow.train.step import ForwardBackward, PipelinedModel, SingleStageModel, Step, mean_cross_entropy
+from colrow.train.weight_decay import ParameterCounts, count_parameters, decay_by_name, decaying_parameters
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,7 @@ class Training:
     precision: Precision
     compiled: bool
     step: Step
-    parameters: int
-    """Number of parameters of the model, over all ranks."""
+    counts: ParameterCounts
     graphs: tuple[GraphedFunction, ...] = ()
     """With `train.cuda_graph`: forward and backward of a micro-batch, and the update."""
 
@@ -95,16 +95,17 @@ def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device, source: So
     check_cuda_graph(config, device.type)
     clear()
     precision = choose_precision(config, device)
-    parameters = sum(param.numel() for param in source.model.parameters())
+    decays = decay_by_name(source.model, config.train)
+    counts = count_parameters(source.model, decays)
     stages = split_stages(source.model, mesh, first_layers(config, source.model))
     for stage in stages:
         prepare_stage(stage, config, mesh, device, source, plan, precision)
     seeds = micro_batch_seeds(stages, config, mesh, device)
     runner = make_runner(stages, config, mesh, device, plan, precision, seeds)
-    step = build_step(runner, config, mesh, seeds)
+    step = build_step(runner, config, mesh, decaying_parameters([stage.module for stage in stages], decays), seeds)
     graphs = enable_cuda_graphs(runner, step, config) if config.train.cuda_graph else ()
     compiled = compiles(config, device)
-    return Training(stages, source, plan, mesh, device, precision, compiled, step, parameters, graphs)
+    return Training(stages, source, plan, mesh, device, precision, compiled, step, counts, graphs)
 
 
 def prepare_stage(
@@ -178,7 +179,11 @@ def make_runner(
 
 
 def build_step(
-    runner: ForwardBackward, config: RunConfig, mesh: DeviceMesh, seeds: MicroBatchSeeds | None = None
+    runner: ForwardBackward,
+    config: RunConfig,
+    mesh: DeviceMesh,
+    decaying: Container[nn.Parameter],
+    seeds: MicroBatchSeeds | None = None,
 ) -> Step:
     """The step around `runner`, with the optimizer over its trainable parameters."""
     trainable = [param for param in runner.parameters() if param.requires_grad]
@@ -186,7 +191,7 @@ def build_step(
         forward_backward=runner,
         params=trainable,
         counted=[param for param in runner.counted_parameters() if param.requires_grad],
-        optimizer=build_optimizer(trainable, config.train),
+        optimizer=build_optimizer(trainable, config.train, decaying),
         norm_groups=MeshAxes(mesh).norm_groups(),
         section=config.train,
         seeds=seeds,
