@@ -207,6 +207,61 @@ def test_a_folder_of_another_model_changes_nothing(tmp_path: Path, change: Any, 
     assert all(param.eq(7.0).all() for param in other.parameters())
 
 
+_NORM, _UP = "model.layers.1.input_layernorm.weight", "model.layers.0.mlp.up_proj.weight"
+
+
+def with_value(name: str, value: float, dtype: torch.dtype = torch.float32) -> Callable[[dict[str, Tensor]], None]:
+    """Put one value into a stored tensor."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[name] = tensors[name].to(dtype)
+        tensors[name].view(-1)[-1] = value
+
+    return change
+
+
+def cast(name: str, dtype: torch.dtype) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[name] = tensors[name].to(dtype)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (cast(_UP, torch.int8), f"types that are not read as they are: {_UP} is I8: .*dequantize"),
+        (cast(_NORM, torch.int64), f"{_NORM} is I64"),
+        (cast(_NORM, torch.bool), f"{_NORM} is BOOL"),
+        (cast(_UP, torch.float8_e4m3fn), f"{_UP} is F8_E4M3"),
+        (with_value(_UP, float("nan")), f"1 values in {_UP} that are NaN or infinite in torch.float32"),
+        (with_value(_NORM, float("inf")), f"1 values in {_NORM} that are NaN or infinite"),
+        (with_value(_UP, 1e300, torch.float64), f"1 values in {_UP} that are NaN or infinite in torch.float32"),
+        (with_value(_UP, float("-inf"), torch.bfloat16), f"1 values in {_UP} that are NaN or infinite"),
+    ],
+)
+def test_weights_that_are_no_finite_floats_are_refused_by_name(
+    tmp_path: Path, change: Callable[[dict[str, Tensor]], None], says: str
+) -> None:
+    model = seeded()
+    export(model, tmp_path, model.config)
+    tensors = load_file(tmp_path / SINGLE)
+    change(tensors)
+    save_file(tensors, tmp_path / SINGLE)
+    with pytest.raises(CheckpointError, match=says):
+        load_weights(materialize(meta(), "cpu"), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_floats_of_other_precision_are_read(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = seeded()
+    export(model, tmp_path, model.config)
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(tmp_path / SINGLE).items()}
+    save_file(tensors, tmp_path / SINGLE)
+    read = dict(from_folder(tmp_path).named_parameters())
+    assert torch.equal(read["layers.0.mlp.up_proj.weight"], tensors[_UP].float())
+
+
 def test_what_a_model_computes_itself_may_be_stored(tmp_path: Path) -> None:
     model = seeded(tie_word_embeddings=True)
     export(model, tmp_path, model.config)

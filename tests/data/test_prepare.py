@@ -13,14 +13,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from colrow.data import digests
 from colrow.data.prepare import prepare
 from colrow.data.progress import PreparationProgress
-from colrow.data.shards import read_meta
+from colrow.data.shards import read_meta, verify
 from colrow.data.tokenizer import load_tokenizer
 from colrow.errors import DataError
 
@@ -95,6 +97,55 @@ def test_damaged_shards_are_made_again(section, texts):
     second = prepare(section(f"{texts}/*.txt"), VOCAB, False)
     assert second.built
     assert (first.folder / "train.bin").read_bytes() == before
+
+
+def flip(path, at=100):
+    """Change one bit, and nothing that a listing of the folder shows but the time."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_shards_with_one_bit_changed_are_reported_and_made_again(section, texts, split, capsys):
+    first = prepare(section(f"{texts}/*.txt"), VOCAB, False)
+    before = (first.folder / f"{split}.bin").read_bytes()
+    flip(first.folder / f"{split}.bin")
+    second = prepare(section(f"{texts}/*.txt"), VOCAB, True)
+    assert second.built
+    shown = " ".join(capsys.readouterr().err.split())
+    assert f"{split}.bin is not what was written; they are made again" in shown
+    assert (first.folder / f"{split}.bin").read_bytes() == before
+
+
+def test_shards_are_read_once_and_compared_by_size_and_time_after(section, texts, monkeypatch):
+    monkeypatch.setattr("colrow.data.digests._SETTLED_SECONDS", -1.0)
+    read = []
+    plain = digests._read
+    monkeypatch.setattr("colrow.data.digests._read", lambda path: read.append(path.name) or plain(path))
+    folder = prepare(section(f"{texts}/*.txt"), VOCAB, False).folder
+    assert sorted(name for name in read if name.endswith(".bin")) == ["train.bin", "validation.bin"]
+    read.clear()
+    assert not prepare(section(f"{texts}/*.txt"), VOCAB, False).built
+    assert read == []
+    os.utime(folder / "train.bin")
+    assert not prepare(section(f"{texts}/*.txt"), VOCAB, False).built
+    assert read == ["train.bin"]
+    flip(folder / "validation.bin")
+    assert prepare(section(f"{texts}/*.txt"), VOCAB, False).built
+
+
+def test_an_id_that_the_vocabulary_lacks_is_named(section, texts, tmp_path):
+    """Of shards whose digests are right: they were written by other means."""
+    data = prepare(section(f"{texts}/*.txt"), VOCAB, False)
+    ids = data.train.ids.copy()
+    ids[7] = data.counts.vocab_size
+    ids.tofile(data.folder / "train.bin")
+    (digest,) = digests.digest_files([data.folder / "train.bin"])
+    meta = replace(data.counts, digests=data.counts.digests | {"train": digest})
+    with pytest.raises(DataError, match=rf"train.bin holds the id {VOCAB} at 7, and the vocabulary has {VOCAB} tokens"):
+        verify(data.folder, meta, tmp_path / "verified")
+    verify(data.folder, replace(meta, vocab_size=VOCAB + 1), tmp_path / "verified")
 
 
 def test_a_finished_cache_may_be_read_only(section, texts, monkeypatch):

@@ -18,7 +18,7 @@ from colrow.checkpoint.loading import first_few
 from colrow.checkpoint.pieces import Piece
 from colrow.checkpoint.ranks import as_text
 from colrow.checkpoint.state import NamedTensor, model_tensors
-from colrow.checkpoint.tensor_file import TensorReader, shapes_in
+from colrow.checkpoint.tensor_file import DTYPES, TensorReader, dtypes_in, shapes_in
 from colrow.errors import CheckpointError
 from colrow.models.huggingface import name_to_huggingface
 from colrow.models.llama import Llama, LlamaConfig
@@ -28,6 +28,7 @@ Model = nn.Module | Sequence[nn.Module]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -37,7 +38,8 @@ def load_weights(model: Model, folder: Path | str) -> None:
     Nothing is changed unless the folder's names and shapes are the model's. A tied head may be there or not.
 
     Raises:
-        CheckpointError: no safetensors, or tensors that are missing, unexpected, of another shape, or damaged.
+        CheckpointError: no safetensors, or tensors that are missing, unexpected, of another shape, or damaged; weights
+            that are no floats, or not finite.
     """
     folder = Path(folder)
     files = _files(folder)
@@ -47,6 +49,7 @@ def load_weights(model: Model, folder: Path | str) -> None:
     needed = {part.name: part.shape for item in named for part in parts[item.name]}
     _require_same_names(folder, files, needed, _expected(model, needed))
     _require_same_shapes(folder, files, needed)
+    _require_floats(folder, files, {part.name: item.tensor.dtype for item in named for part in parts[item.name]})
     by_file: dict[Path, list[Piece]] = {}
     for item in named:
         for piece in in_parts(item.pieces(), parts[item.name]):
@@ -55,7 +58,13 @@ def load_weights(model: Model, folder: Path | str) -> None:
         for file, pieces in by_file.items():
             with TensorReader(file) as reader:
                 for piece in pieces:
-                    piece.data.copy_(reader.read(piece.name, piece.region))
+                    value = reader.read(piece.name, piece.region).to(piece.data.dtype)
+                    if value.is_floating_point() and not (finite := value.isfinite()).all():
+                        raise CheckpointError(
+                            f"{file} holds {int((~finite).sum()):,} values in {piece.name} that are NaN or infinite in "
+                            f"{value.dtype}: fetch the folder again, or repair the weights"
+                        )
+                    piece.data.copy_(value)
 
 
 def named_tensors(model: Model) -> list[NamedTensor]:
@@ -154,6 +163,22 @@ def _require_same_names(folder: Path, files: Iterable[str], needed: Iterable[str
 def _is_derived(name: str, expected: set[str]) -> bool:
     """What some folders store although the model computes it."""
     return name.endswith("rotary_emb.inv_freq") or (name == _HEAD and _EMBEDDING in expected)
+
+
+def _require_floats(folder: Path, files: dict[str, Path], wanted: dict[str, torch.dtype]) -> None:
+    """Raise where a float parameter is stored as another type: an integer of quantized weights is no weight, and fp8
+    means nothing without its scales. Buffers of integers must be stored so."""
+    stored = {file: dtypes_in(file) for file in {files[name] for name in wanted}}
+    wrong = [
+        f"{name} is {stored[files[name]][name]}"
+        for name, dtype in wanted.items()
+        if stored[files[name]][name] not in (_FLOATS if dtype.is_floating_point else {DTYPES[dtype]})
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{folder} holds weights of types that are not read as they are: {first_few(wrong)}: give a folder with "
+            f"weights in {', '.join(sorted(_FLOATS))}; with transformers, model.dequantize() and save_pretrained"
+        )
 
 
 def _require_same_shapes(folder: Path, files: dict[str, Path], needed: dict[str, tuple[int, ...]]) -> None:

@@ -145,6 +145,12 @@ class TensorReader:
             raise CheckpointError(f"{self.path} does not hold {key} as the index says: {error}") from error
 
 
+def dtypes_in(path: Path) -> dict[str, str]:
+    """The dtype of each tensor in a file, by the names of the format (`BF16`), from its header alone."""
+    with TensorReader(path) as reader:
+        return {key: reader.file.get_slice(key).get_dtype() for key in reader.file.keys()}  # noqa: SIM118
+
+
 def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor in a file, from its header alone."""
     with TensorReader(path) as reader:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,11 +33,14 @@ def digest_of(*parts: str | bytes) -> str:
     return digest.hexdigest()
 
 
-def digest_files(paths: Sequence[Path], cache: Path | None = None) -> list[str]:
+def digest_files(
+    paths: Sequence[Path], cache: Path | None = None, inspect: Callable[[Path], None] = lambda path: None
+) -> list[str]:
     """The content digest of each of `paths`, in their order.
 
     Args:
         cache: a JSON file that keeps digests between calls; None reads every file.
+        inspect: called with each file that is read because `cache` lacks it; what it raises keeps all out of `cache`.
 
     Raises:
         DataError: a file cannot be read.
@@ -50,6 +53,7 @@ def digest_files(paths: Sequence[Path], cache: Path | None = None) -> list[str]:
     ]
     with ThreadPoolExecutor(_READERS) as pool:
         for i, digest in zip(stale, pool.map(_read, [paths[i] for i in stale]), strict=True):
+            inspect(paths[i])
             known[names[i]] = [*states[i], digest]
     digests = [str(known[name][-1]) for name in names]
     if cache is not None and stale:

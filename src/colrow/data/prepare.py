@@ -7,8 +7,9 @@
 `tokens-HASH.lock`       held (flock) by the process that builds; the kernel drops it when that process dies
 `tokenizer-HASH.json`    a trained tokenizer, of the corpus's content and the vocabulary size
 `corpus-HASH.json`       digests of the corpus's files (digests.py)
-Whoever finds complete shards uses them and takes no lock. Otherwise it takes the lock, looks again (another process may
-have built them meanwhile), removes what dead builders left, and builds.
+`tokens-HASH.verified`   size, times and digests of the shards when they were compared with meta.json
+Whoever finds complete shards verifies them, unless that has been done, and uses them. Otherwise it takes the lock,
+looks again (another process may have built them meanwhile), removes what dead builders left, and builds.
 """
 
 from __future__ import annotations
@@ -29,7 +30,16 @@ from colrow.data.disk import locked, writing_to
 from colrow.data.documents import Corpus
 from colrow.data.encode import usable_cores
 from colrow.data.progress import PreparationProgress
-from colrow.data.shards import FORMAT, ShardMeta, TokenArray, build_shards, partial_folders, read_meta
+from colrow.data.shards import (
+    FORMAT,
+    SPLITS,
+    ShardMeta,
+    TokenArray,
+    build_shards,
+    partial_folders,
+    read_meta,
+    verify,
+)
 from colrow.data.tokenizer import SAMPLE_CHARS, Tokenizer, load_tokenizer, train_tokenizer
 from colrow.errors import DataError
 
@@ -106,6 +116,7 @@ def prepare(section: DataSection, model_vocab: int, progress: bool) -> PreparedD
                 if meta is None:
                     tokenizer = given or _train_once(corpus, fingerprint, section, model_vocab, shown)
                     meta, built = _build(corpus, tokenizer, folder, fingerprint, section, shown), True
+                    _verify(folder, meta, shown)
         data = PreparedData(
             tokenizer=given or load_tokenizer(folder),
             train=meta.open(folder, "train"),
@@ -164,10 +175,24 @@ def _find(folder: Path, shown: PreparationProgress) -> ShardMeta | None:
     if not folder.exists():
         return None
     try:
-        return read_meta(folder)
+        meta = read_meta(folder)
+        _verify(folder, meta, shown)
+        return meta
     except DataError as error:
         shown.say(f"data: {error}; they are made again")
         return None
+
+
+def _verify(folder: Path, meta: ShardMeta, shown: PreparationProgress) -> None:
+    """`verify`. Of several processes one reads the files, the others wait and read what it has noted."""
+    cache = folder.with_suffix(".verified")
+    if not os.access(folder.parent, os.W_OK):
+        verify(folder, meta, cache)
+        return
+    if not cache.exists() and sum(_size(folder / f"{split}.bin") for split in SPLITS) >= _LARGE_BYTES:
+        shown.stage("verifying the token shards")
+    with locked(folder.with_suffix(".verified.lock")):
+        verify(folder, meta, cache)
 
 
 def _watcher(folder: Path, shown: PreparationProgress) -> Callable[[], None]:

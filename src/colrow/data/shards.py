@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from colrow.data.digests import digest_files
 from colrow.data.disk import atomic_write, writing_to
 from colrow.data.documents import Corpus
 from colrow.data.encode import Encoded, encode_in_order
@@ -113,6 +114,32 @@ def read_meta(folder: Path) -> ShardMeta:
             raise
         raise DataError(f"token shards {folder} are damaged: meta.json: {error}") from error
     return meta
+
+
+def verify(folder: Path, meta: ShardMeta, cache: Path) -> None:
+    """Compare the .bin files with the digests of meta.json, and their ids with the vocabulary.
+
+    Args:
+        cache: remembers the files that were verified, which are not read again while size, times and inode stay.
+
+    Raises:
+        DataError: a file holds other ids than were written, or one that is not below the vocabulary.
+    """
+
+    def require_ids(path: Path) -> None:
+        tokens = meta.open(folder, path.stem)
+        greatest = int(tokens.ids.max()) if len(tokens) else 0
+        if greatest >= meta.vocab_size:
+            place = int(np.argmax(tokens.ids))
+            raise DataError(
+                f"token shards {folder}: {path.name} holds the id {greatest:,} at {place:,}, and the vocabulary has "
+                f"{meta.vocab_size:,} tokens"
+            )
+
+    paths = [folder / f"{split}.bin" for split in SPLITS]
+    for path, digest in zip(paths, digest_files(paths, cache, require_ids), strict=True):
+        if digest != meta.digests[path.stem]:
+            raise DataError(f"token shards {folder} are damaged: {path.name} is not what was written")
 
 
 def partial_folders(folder: Path) -> list[Path]:
