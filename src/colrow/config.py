@@ -54,6 +54,8 @@ class ModelSection(_Section):
     """For `huggingface`: colrow's own Llama, or the class of the transformers library; auto: colrow's where it fits."""
     layers: PositiveInt | None = None
     """Overrides the number of layers of a named shape."""
+    reduced: str | None = None
+    """`package.module:callable` that returns a smaller model with the same layers, to verify the plan on."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSection:
@@ -186,7 +188,10 @@ class RunConfig(_Section):
     loss: Literal["vocab_parallel", "replicated", "linear"] | None = None
     """How a preset or a derived plan computes the loss; vocab_parallel unless given."""
     check: bool = True
-    """Run `colrow check` on the plan before the ranks start, and stop on its errors."""
+    """Stop before the ranks start where `colrow check` finds errors in the plan."""
+    verify: Literal["auto", "always", "never"] = "auto"
+    """Verify the plan on a reduced model before the ranks start, and start only if it is proved; auto: where the check
+    leaves something unproven, or the model is not one of colrow's own."""
     train: TrainSection
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()

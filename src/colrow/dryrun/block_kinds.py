@@ -27,10 +27,12 @@ from torch import Tensor, nn
 from colrow.dryrun.calls import Inputs, call_model
 from colrow.dryrun.fake_world import materialize_fake, meta_copy
 from colrow.models.blocks import block_stacks
+from colrow.plans.patterns import with_stars
 from colrow.sharding.parameter_state import state_of
 from colrow.styles.base import Style
 from colrow.torch_compat import TorchDispatchMode, fake_tensors, tree_leaves
 
+_KNOWN_CODE = ("colrow.models.", "torch.")
 _LAYER_NUMBERS = ("idx", "index", "layer_id", "layer_number")  # attributes that differ between equal blocks
 _OF_TORCH = set(nn.Module().__dict__)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -131,6 +133,35 @@ def block_kind(block: nn.Module, name: str, styles: Mapping[str, Style], traces:
         set_on_it = [state.attributes, *state.gradient_hooks.values(), *state.accumulated_hooks.values()]
         facts.append((key, tuple(tensor.shape), tensor.dtype, tensor.requires_grad, _fact(set_on_it)))
     return tuple(facts)
+
+
+def code_set_on(module: nn.Module) -> list[tuple[str, Any]]:
+    """The code that this one module has beside its class: callable attributes, and hooks, those of parameters too."""
+    attributes = [(key, value) for key, value in module.__dict__.items() if key not in _OF_TORCH]
+    found = [(key, value) for key, value in attributes if callable(value) and not isinstance(value, type)]
+    found += [(key, hook) for key in _HOOKS for hook in module.__dict__[key].values()]
+    for key, param in module._parameters.items():
+        if param is not None:
+            state = state_of(param)
+            found += [(key, hook) for hook in (*state.gradient_hooks.values(), *state.accumulated_hooks.values())]
+    return found
+
+
+def runs_known_code(model: nn.Module) -> bool:
+    """Whether all that runs is the project's or torch's: every class, and every function and hook on a module."""
+    return all(
+        f"{code.__module__}.".startswith(_KNOWN_CODE)
+        for module in model.modules()
+        for code in (type(module), *(value for _, value in code_set_on(module)))
+    )
+
+
+def module_kinds(model: nn.Module) -> set[tuple[str, type, Hashable]]:
+    """The model's modules without their sizes: names with `*` for numbers, classes, and code set on single modules."""
+    return {
+        (with_stars(name), type(module), frozenset((key, _fact(code)) for key, code in code_set_on(module)))
+        for name, module in model.named_modules()
+    }
 
 
 def _is_layer_number(key: str) -> bool:

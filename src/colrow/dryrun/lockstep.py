@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from colrow.dryrun.block_kinds import BlockTraces
+from colrow.dryrun.block_kinds import BlockTraces, runs_known_code
 from colrow.dryrun.calls import GivenInputs, Inputs, Loss, call_model, default_loss, example_inputs, give_targets
 from colrow.dryrun.dry_run import Request
 from colrow.dryrun.fake_world import fake_tp_mesh, materialize_fake
@@ -58,7 +58,8 @@ def unproven_operators(
 def _walked(request: Request) -> list[Unproven] | Exception:
     """The findings, or the exception with which the unsharded model fails."""
     styles = {name: style for name, (_, style) in request.plan.resolve(request.model).items()}
-    keep = 2 if _is_own(request.model) else sys.maxsize
+    # where all code is known, equal blocks compute the same, and two show everything
+    keep = 2 if runs_known_code(request.model) else sys.maxsize
     copies = [reduced_copy(request.model, styles, BlockTraces(), keep) for _ in range(2)]
     unsharded, parallel = (copy.model for copy in copies)
     original = copies[1].original
@@ -135,12 +136,3 @@ def _compare_gradients(run: ShardedRun, reference: UnshardedRun, unsharded: nn.M
                 run.report("gradient", "it is another value than in the unsharded model", name)
         elif want.grad is not None:
             run.report("gradient", "it gets none", name)
-
-
-# -- copies
-
-
-def _is_own(model: nn.Module) -> bool:
-    """Whether every module is the project's or torch's: then equal blocks compute the same, and two show everything."""
-    known = ("colrow.models.", "torch.nn.")
-    return all(type(module).__module__.startswith(known) for module in model.modules())

@@ -2,7 +2,8 @@
 
 Layers shrink to the first ones, as many as hold every kind and at least two; widths to a few multiples of tp. Heads
 keep the ratio of query to kv heads. A size that tp divides becomes one that it divides; a size that it does not divide
-stays such a size. A model of an unknown family is taken complete, up to `LARGEST`.
+stays such a size. A model of an unknown family, or with modules that its class does not build, is taken complete, up
+to `LARGEST`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from colrow.dryrun.block_kinds import block_kind, trace_blocks
+from colrow.dryrun.block_kinds import block_kind, module_kinds, trace_blocks
 from colrow.dryrun.calls import example_inputs, is_huggingface
 from colrow.errors import PlanError
 from colrow.models.blocks import block_stacks
@@ -44,21 +45,32 @@ def reduced_model(model: nn.Module, tp: int) -> tuple[nn.Module, str | None]:
         PlanError: it is too big to be verified as it is, and its family is not known.
     """
     size = sum(param.numel() for param in model.parameters())
-    config = getattr(model, "config", None)
     if size <= SMALL:
         return model, None
-    if type(model).__module__ == "colrow.models.llama" and config is not None:
-        small = _shrink_llama(config, tp)
-        return type(model)(small), _changes(vars(config), vars(small))
-    if is_huggingface(model) and config is not None:
-        small = shrink_huggingface(config, tp, layers_with_every_kind(model))
-        return type(model)(small), _changes(config.to_dict(), small.to_dict())
+    shrunk = _shrunk(model, tp)
+    if shrunk is not None and module_kinds(shrunk[0]) == module_kinds(model):  # else someone changed it once built
+        return shrunk
     if size > LARGEST:
         raise PlanError(
             f"{type(model).__name__} has {size / 1e6:.0f} million parameters, and verify holds {tp + 2} copies in fp64 "
             f"({size * 8 * (tp + 2) / 2**30:.0f} GiB): pass a function that builds a smaller one of the same modules"
         )
     return model, None
+
+
+def _shrunk(model: nn.Module, tp: int) -> tuple[nn.Module, str] | None:
+    """A small model of the same class and the sizes that differ; None where its config cannot be made smaller."""
+    config = getattr(model, "config", None)
+    try:
+        if type(model).__module__ == "colrow.models.llama" and config is not None:
+            small = _shrink_llama(config, tp)
+            return type(model)(small), _changes(vars(config), vars(small))
+        if is_huggingface(model) and config is not None:
+            small = shrink_huggingface(config, tp, layers_with_every_kind(model))
+            return type(model)(small), _changes(config.to_dict(), small.to_dict())
+    except Exception:  # a class of the user's own may be built otherwise, and a family may not allow the sizes
+        return None
+    return None
 
 
 def _shrink_llama(config: Any, tp: int) -> Any:

@@ -218,12 +218,22 @@ def imported(path: str, kind: str) -> Any:
         ) from error
 
 
-def _from_python(path: str, seed: int) -> Source:
+def built(path: str, seed: int) -> nn.Module:
+    """What the user's callable at `package.module:callable` returns.
+
+    Raises:
+        ConfigError: there is none, or it returns no module.
+    """
     build = imported(path, "model")
     torch.manual_seed(seed)
     model = build()
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model {path} returns a {type(model).__name__}: it must return an nn.Module")
+    return model
+
+
+def _from_python(path: str, seed: int) -> Source:
+    model = built(path, seed)
     config = getattr(model, "config", None)
     return Source(model, path, config if isinstance(config, LlamaConfig) else None, "built")
 

@@ -6,13 +6,13 @@ import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from colrow.checking.check import Finding, check_static
-from colrow.checking.check import check as run_check
 from colrow.checkpoint.distributed import Checkpoints
 from colrow.checkpoint.folder import CheckpointInfo
 from colrow.checkpoint.loading import require_same_model, require_same_vocabulary, signature
@@ -21,11 +21,12 @@ from colrow.checkpoint.state import model_tensors
 from colrow.config import RunConfig
 from colrow.data.tokenizer import Tokenizer
 from colrow.errors import ConfigError, PlanError
-from colrow.mesh import Mesh
-from colrow.models.build import Source, build_source, resolve_implementation
+from colrow.models.build import Source, build_source, built, imported, resolve_implementation
 from colrow.parallel.pipeline_split import check_pipeline, require_parts
 from colrow.plans.named import named_plan
 from colrow.plans.plan import Plan
+from colrow.run.decision import decide, errors_found
+from colrow.run.kept_proof import KeptProof, dependencies
 from colrow.run.run_folder import CHECKPOINTS, changed_keys
 from colrow.styles.heads import heads_of
 from colrow.train.cuda_graph import check_cuda_graph
@@ -98,20 +99,42 @@ def choose_plan(config: RunConfig, model: nn.Module) -> Plan:
     return plan.with_fp8(config.train.fp8)
 
 
-def check_plan(config: RunConfig, source: Source, plan: Plan) -> list[str]:
-    """`colrow.check` with the run's batch and sequence length. Returns one line for each warning.
+def check_plan(config: RunConfig, source: Source, plan: Plan, meanwhile: str = "in seconds") -> list[str]:
+    """`decision.decide` with the run's batch, sequence length and folder. Returns one line for each warning.
 
-    Takes a second or two, whatever the model's size: of equal layers two are run, on fake tensors.
+    Takes a second or two, whatever the model's size: of equal layers two are run, on fake tensors. Where it verifies a
+    reduced model, it takes some more, and prints a line before and after; `meanwhile` ends the first.
 
     Raises:
-        PlanError: it finds errors; the text lists them all.
+        PlanError: the plan is refused; the text says why, and what to do.
     """
-    if not config.check or config.mesh.tp == 1:
+    if nothing_to_decide(config):
         return []
     ids = torch.zeros(config.train.micro_batch, config.data.seq_len, dtype=torch.long)
-    found = run_check(source.model, plan, Mesh(tp=config.mesh.tp), *ids.shape, inputs=(ids,))
-    require_sound(config, source, plan, found)
-    return [f"{f.code} {f.slug} at {f.where}: {f.message}; {f.fix} ({f.page})" for f in found]
+    path = config.model.reduced
+    builders = [imported(each, "model") for each in (config.model.python, path) if each is not None]
+    decision = decide(
+        source.model,
+        plan,
+        config.mesh,
+        *ids.shape,
+        inputs=(ids.random_(source.vocab_size, generator=torch.Generator().manual_seed(config.run.seed)),),
+        name=source.name,
+        stop_on_errors=config.check,
+        verify=config.verify,
+        build_reduced=None if path is None else lambda: built(path, config.run.seed),
+        proofs=KeptProof(config.run.dir, cache(lambda: dependencies(config, source.model, plan, *builders))),
+        say=lambda line: print(f"verify     {line}", flush=True),
+        meanwhile=meanwhile,
+    )
+    if not decision.accepted:
+        raise PlanError(decision.refusal)
+    return [f"{f.code} {f.slug} at {f.where}: {f.message}; {f.fix} ({f.page})" for f in decision.findings]
+
+
+def nothing_to_decide(config: RunConfig) -> bool:
+    """Whether no plan is checked or verified."""
+    return config.mesh.tp == 1 or (not config.check and config.verify == "never")
 
 
 def check_plan_apart(config: RunConfig, plan: Plan) -> list[str]:
@@ -120,7 +143,7 @@ def check_plan_apart(config: RunConfig, plan: Plan) -> list[str]:
     The child is forked, which saves seconds of imports, unless this process has threads: a fork has only the calling
     thread, so a backward there would wait forever for autograd's device threads.
     """
-    if not config.check or config.mesh.tp == 1:
+    if nothing_to_decide(config):
         return []
     threads = Path("/proc/self/task")  # Linux; elsewhere the number of native threads is unknown
     is_single_threaded = threads.exists() and len(list(threads.iterdir())) == 1
@@ -131,18 +154,14 @@ def check_plan_apart(config: RunConfig, plan: Plan) -> list[str]:
 
 def _check_in_child(config: RunConfig, plan: str) -> list[str]:
     # a model may hold what cannot be pickled: the child builds its own
-    return check_plan(config, build_source(config.model, config.run.seed), Plan.from_yaml(plan))
+    source = build_source(config.model, config.run.seed)
+    return check_plan(config, source, Plan.from_yaml(plan), meanwhile="while the other ranks wait")
 
 
 def require_sound(config: RunConfig, source: Source, plan: Plan, found: list[Finding]) -> None:
     """Raise a PlanError with every finding when one of them is an error."""
-    errors = sum(finding.severity == "error" for finding in found)
-    if errors:
-        raise PlanError(
-            f"the check found {errors} error{'s' if errors > 1 else ''} in plan {plan.name} for {source.name} at "
-            f"tp={config.mesh.tp}, and nothing was started (`--check False` starts all the same)\n"
-            + "\n".join(line for finding in found for line in finding.lines)
-        )
+    if refusal := errors_found(found, f"plan {plan.name} for {source.name} at tp={config.mesh.tp}"):
+        raise PlanError(refusal)
 
 
 def check_checkpoint(checked: Checked, tokenizer: Tokenizer) -> None:

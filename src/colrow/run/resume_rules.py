@@ -57,7 +57,7 @@ RULES: dict[str, Rule] = {
         *("mesh.pp", "mesh.dp_replicate", "mesh.dp_shard", "mesh.tp"),
     ),
     **_rules("used and printed", "another way to compute the same figures", "plan", "loss"),
-    **_rules("used", "from the next start on", "check"),
+    **_rules("used", "from the next start on", "check", "verify", "model.reduced"),
     **_rules(
         "used and printed",
         "a function of the step: the next step's learning rate, previous and new, is printed where it differs",

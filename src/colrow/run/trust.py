@@ -37,7 +37,9 @@ def require_trusted(config: RunConfig, file: Path, trust_code: bool) -> None:
     Raises:
         ConfigError: the code is named by the folder alone.
     """
-    code = config.model.python or (config.model.huggingface if config.model.trust_code else None)
+    code = (
+        config.model.python or config.model.reduced or (config.model.huggingface if config.model.trust_code else None)
+    )
     if code is None or trust_code or _is_ours(file):
         return
     raise ConfigError(

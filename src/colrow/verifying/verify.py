@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from colrow.dryrun.calls import GivenInputs, Inputs, Loss, default_loss, example_inputs, vocabulary
+from colrow.dryrun.fake_world import replace_parameters
 from colrow.dryrun.reduced_model import reduced_model
 from colrow.errors import PlanError
 from colrow.plans.plan import Plan
@@ -66,7 +67,7 @@ def verify(
         PlanError: the plan does not fit, tp is 1, or the model is too big.
     """
     started = time.monotonic()
-    plan = without_copy_engines(plan)
+    plan = as_cpus_run_it(plan)
     if tp < 2:
         raise PlanError(f"tp={tp} splits nothing: verify needs tp of 2 or more")
     model, reduced = reduced_model(build_model if isinstance(build_model, nn.Module) else build_model(), tp)
@@ -160,14 +161,14 @@ def parity(model: nn.Module, plan: Plan, tp: int, inputs: GivenInputs, loss: Los
     return compare(run_local(replace(task, written_buffers=reference.written), plan), reference, tp)
 
 
-def without_copy_engines(plan: Plan) -> Plan:
-    """The plan as CPUs can run it: the same chunks, however few rows they have, sent by the process group."""
-    modules = {
-        key: replace(style, overlap="point_to_point", chunk_rows=1)  # type: ignore[call-arg]
-        if getattr(style, "overlap", None) == "copy_engine"
-        else style
-        for key, style in plan.modules.items()
-    }
+def as_cpus_run_it(plan: Plan) -> Plan:
+    """The plan without what CPUs have not: the same chunks, however few rows they have, sent by the process group
+    instead of copy engines; and matmuls that round as the unsharded model's do, not to fp8."""
+    modules: dict[str, Any] = dict(plan.modules)
+    for key, style in modules.items():
+        if getattr(style, "overlap", None) == "copy_engine":
+            style = replace(style, overlap="point_to_point", chunk_rows=1)
+        modules[key] = replace(style, fp8="") if getattr(style, "fp8", "") else style
     return replace(plan, modules=modules)
 
 
@@ -253,14 +254,13 @@ def _off_meta(model: nn.Module) -> nn.Module:
         if config is None:
             raise PlanError(f"{type(model).__name__} has buffers on the meta device: build it on the CPU for verify")
         return type(model)(config)
-    made = copied_model(model).to_empty(device="cpu")
-    from colrow.parallel.parallelize import tie, tied_parameters
-
-    tie(made, tied_parameters(model))
-    with torch.no_grad():
-        for param in made.parameters():
-            param.fill_(1.0 if param.ndim == 1 else 0.0)
+    made = copied_model(model)
+    replace_parameters(made, _from_meta)  # a buffer that has values keeps them
     return made
+
+
+def _from_meta(param: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(param, 1.0 if param.ndim == 1 else 0.0, device="cpu") if param.is_meta else param
 
 
 class _Rounding(TorchDispatchMode):

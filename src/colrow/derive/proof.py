@@ -1,0 +1,80 @@
+"""A plan's proof on a reduced model of the same layers: what settles a plan that the check cannot."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from colrow.derive.derivation import derive
+from colrow.dryrun.calls import GivenInputs, Inputs, Loss, default_loss, vocabulary
+from colrow.dryrun.reduced_model import reduced_model
+from colrow.errors import PlanError
+from colrow.plans.derive_options import DeriveOptions, Styles
+from colrow.plans.plan import Plan
+from colrow.verifying.reduced_plan import counts_sizes, plan_for_reduced, same_but_for_sizes
+from colrow.verifying.report import Report
+from colrow.verifying.verify import verify
+
+SEQ_LEN = 64
+"""Most tokens in a sequence: fp64 attention over a run's context would take minutes."""
+
+
+def prove(
+    model: nn.Module,
+    plan: Plan,
+    tp: int,
+    *,
+    reduced: nn.Module | None = None,
+    inputs: GivenInputs | None = None,
+    loss: Loss = default_loss,
+    seq_len: int = SEQ_LEN,
+) -> Report:
+    """`verify` of the plan on `reduced`, or on the reduced model that the model's family gives; the model may be on the
+    meta device.
+
+    Args:
+        seq_len: of the run. At most SEQ_LEN tokens are taken, and all of them where the model does not run on fewer.
+
+    Raises:
+        PlanError: there is no such model, the plan cannot be carried over to it, or it does not run on a CPU.
+    """
+    small, changes = reduced_model(model if reduced is None else reduced, tp)
+    if reduced is not None:
+        changes = f"{type(small).__name__} of model.reduced"
+    fitted = _fitted(plan, model, small, tp)
+    short = seq_len if seq_len <= SEQ_LEN else max(SEQ_LEN // tp, 1) * tp
+    given = None if inputs is None else Inputs.of(inputs)
+    if given is not None and small is not model:
+        given = given.within(vocabulary(small))
+    try:
+        cut = given and given.map(lambda x: x[:2, :short]) if _are_token_ids(given) else given
+        report = verify(small, fitted, tp, inputs=cut, loss=loss, seq_len=short)
+    except PlanError:
+        if short == seq_len:
+            raise
+        report = verify(small, fitted, tp, inputs=given, loss=loss, seq_len=seq_len)
+    return replace(report, reduced=changes)
+
+
+def _are_token_ids(inputs: Inputs | None) -> bool:
+    integers = (torch.int32, torch.int64)
+    return inputs is not None and all(isinstance(x, Tensor) and x.dtype in integers and x.dim() == 2 for x in inputs)
+
+
+def _fitted(plan: Plan, model: nn.Module, small: nn.Module, tp: int) -> Plan:
+    """The plan for the reduced model. Sizes in options cannot be carried over; a derived plan is derived once more."""
+    fitted = plan_for_reduced(plan, model, small)
+    if small is model or not counts_sizes(plan):
+        return fitted
+    names = {style.name for style in plan.modules.values()}
+    styles: tuple[Styles, ...] = ("fast", "overlap") if any(n.startswith("fast_") for n in names) else ("plain",)
+    for kind in styles:
+        try:
+            derived: Plan = derive(small, tp, options=DeriveOptions(styles=kind, loss=plan.loss)).plan(plan.name)
+        except PlanError:
+            continue
+        if same_but_for_sizes(derived, fitted, small):
+            return derived
+    return fitted

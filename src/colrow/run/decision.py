@@ -1,0 +1,183 @@
+"""Whether a plan may train a model: what the check finds, and a proof where the check proves nothing."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import nn
+
+from colrow.checking.check import Finding, check
+from colrow.derive.proof import prove
+from colrow.dryrun.block_kinds import runs_known_code
+from colrow.dryrun.calls import GivenInputs, Loss, default_loss
+from colrow.errors import ColrowError
+from colrow.mesh import Mesh
+from colrow.plans.loss import LOSSES
+from colrow.plans.plan import Plan
+from colrow.plans.presets import PRESETS
+from colrow.verifying.report import Report
+
+Verify = Literal["auto", "always", "never"]
+NOT_PROVEN = ("CR410", "CR414")
+"""Findings that say that the check could not judge."""
+
+
+class Proofs(Protocol):
+    """Where proofs are kept between starts of a run."""
+
+    def find(self, say: Callable[[str], None]) -> bool:
+        """Whether there is a proof that still counts; `say` gets what has changed since it was made."""
+
+    def keep(self, report: Report) -> None:
+        """Keep a proof."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether a plan may train a model.
+
+    Attributes:
+        findings: of the check, errors first.
+        report: of verify; None where it was not run.
+        refusal: why no run may start, and what to do; empty where it may.
+    """
+
+    findings: tuple[Finding, ...]
+    report: Report | None = None
+    refusal: str = ""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether a run may start."""
+        return not self.refusal
+
+
+def decide(
+    model: nn.Module,
+    plan: Plan,
+    mesh: Mesh,
+    batch_size: int = 1,
+    seq_len: int = 512,
+    *,
+    inputs: GivenInputs | None = None,
+    loss: Loss = default_loss,
+    name: str = "",
+    stop_on_errors: bool = True,
+    verify: Verify = "auto",
+    build_reduced: Callable[[], nn.Module] | None = None,
+    proofs: Proofs | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    meanwhile: str = "in seconds",
+) -> Decision:
+    """Decide as `colrow train` does before it starts ranks. No GPU and no process group is needed; none may be there.
+
+    The check's errors refuse the plan. Then, with `verify: auto`, a plan is verified on a reduced model where the check
+    leaves something unproven (CR414, or CR410: it could not run), or the model is not one of the project's own. It is
+    accepted when the verdict is *proved*.
+
+    Args:
+        batch_size, inputs, loss: as `colrow.check` takes them. Of `inputs`, token ids are taken modulo the vocabulary
+            of the reduced model.
+        name: of the model in messages.
+        stop_on_errors: whether the check's errors refuse the plan (`check: false` turns this off).
+        verify: `always` and `never` as well.
+        build_reduced: builds a smaller model of the same layers; unless given, the model's family gives one, or the
+            model is taken as it is.
+        proofs: what was proved before, and where to keep a proof.
+        say: called with a line before a proof that takes seconds, and one with its result.
+        meanwhile: the end of the first line.
+    """
+    name = name or type(model).__name__
+    title = f"plan {plan.name} for {name} at tp={mesh.tp}"
+    if mesh.tp == 1:
+        return Decision(())
+    own = is_own(model)
+    found: list[Finding] = []
+    if stop_on_errors or (own and verify == "auto" and not is_preset(plan)):
+        found = check(model, plan, Mesh(tp=mesh.tp), batch_size, seq_len, inputs=inputs, loss=loss)
+    if stop_on_errors and (refusal := errors_found(found, title)):
+        return Decision(tuple(found), refusal=refusal)
+    unproven = next((f for f in found if f.code in NOT_PROVEN), None)
+    if verify == "never" or (verify == "auto" and own and unproven is None):
+        return Decision(tuple(found))
+    if proofs is not None and proofs.find(say):
+        say(f"plan {plan.name} was proved at tp={mesh.tp} when the run was started before")
+        return Decision(_settled(found))
+    why = f"{unproven.code} at {unproven.where}" if unproven else f"{name} is a model that nobody here has seen"
+    say(f"{'verify: always' if verify == 'always' else why}: a reduced model is verified at tp={mesh.tp}, {meanwhile}")
+    try:
+        reduced = None if build_reduced is None else build_reduced()
+        report = prove(model, plan, mesh.tp, reduced=reduced, inputs=inputs, loss=loss, seq_len=seq_len)
+    except Exception as error:  # whatever stops the proof stops the run, and says what helps
+        text = str(error) if isinstance(error, ColrowError) else f"{type(error).__name__}: {error}"
+        return Decision(tuple(found), refusal=_not_proved(title, f"it could not be verified: {text}", found))
+    if report.verdict == "wrong":
+        return Decision(tuple(found), report, _wrong(title, report, found))
+    if report.verdict == "inconclusive":
+        blind = "verify finds no error, and none in plans broken on purpose either"
+        return Decision(tuple(found), report, _not_proved(title, blind, found))
+    say(f"proved: loss and {report.parameters} gradients are those of one process ({report.seconds:.1f} s)")
+    if proofs is not None:
+        proofs.keep(report)
+    return Decision(_settled(found), report)
+
+
+def is_own(model: nn.Module) -> bool:
+    """Whether the model is one of the project's, with nothing of a user's in it: the project's tests cover it."""
+    return type(model).__module__.startswith("colrow.models.") and runs_known_code(model)
+
+
+def is_preset(plan: Plan) -> bool:
+    """Whether the plan is a shipped one, whatever its loss."""
+    return any(plan.modules == Plan.preset(name, loss).modules for name in PRESETS for loss in LOSSES)
+
+
+def errors_found(found: Sequence[Finding], title: str) -> str:
+    """The text that lists all findings when one of them is an error; else empty."""
+    errors = sum(finding.severity == "error" for finding in found)
+    if not errors:
+        return ""
+    head = f"the check found {errors} error{'s' if errors > 1 else ''} in {title}, and nothing was started"
+    return "\n".join([head, *_lines(found), "(`--check False` leaves the decision to verify)"])
+
+
+def _wrong(title: str, report: Report, found: Sequence[Finding]) -> str:
+    what = f"the sharded model raises {report.failure}"
+    if not report.failure:
+        worst = f" ({report.worst[0].name})" if report.worst else ""
+        buffer = report.max_buffer_rel_err
+        what = (
+            f"relative errors against one process, by verify: loss {report.loss_rel_err:.1e}, gradients "
+            f"{report.max_grad_rel_err:.1e}{worst}" + (f", buffers {buffer:.1e}" if buffer > report.tolerance else "")
+        )
+    fix = "correct the plan, or take plan: derive; `colrow verify` says more"
+    head = f"{title} is wrong, and nothing was started"
+    return "\n".join([head, _row("what", what), _row("why", report.cause), _row("fix", fix), *_lines(found)])
+
+
+def _not_proved(title: str, what: str, found: Sequence[Finding]) -> str:
+    lines = (
+        f"{title} is not proved, and nothing was started",
+        _row("what", what),
+        "  fix   give verify a smaller model with the same layers,",
+        "        model.reduced: package.module:callable,",
+        "        or start without a proof, verify: never",
+    )
+    return "\n".join([*lines, *_lines(found)])
+
+
+def _row(label: str, text: str) -> str:
+    """A line of an error's text, in 80 columns."""
+    indent = " " * 8
+    return textwrap.fill(text, 80, initial_indent=f"  {label:4}  ", subsequent_indent=indent, break_on_hyphens=False)
+
+
+def _settled(found: Sequence[Finding]) -> tuple[Finding, ...]:
+    return tuple(finding for finding in found if finding.code not in NOT_PROVEN)
+
+
+def _lines(found: Sequence[Finding]) -> list[str]:
+    return [line for finding in found for line in finding.lines]

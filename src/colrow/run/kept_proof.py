@@ -1,0 +1,151 @@
+"""The proof of a plan in the run's folder, with what it depends on: a restart does not pay for it again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+import colrow
+from colrow.config import RunConfig
+from colrow.data.disk import atomic_write
+from colrow.errors import ConfigError
+from colrow.plans.plan import Plan
+from colrow.verifying.report import Report
+
+FILE = "proof.json"
+_CHANGED = {
+    "plan": "the plan",
+    "model": "the model or its source",
+    "config": "the config",
+    "torch": "torch",
+    "colrow": "colrow",
+}
+"""What a proof depends on, and what it is called in messages."""
+
+
+@dataclass(frozen=True)
+class KeptProof:
+    """A run's proof.
+
+    Attributes:
+        depends: what the proof of this start depends on; `dependencies` gives it.
+    """
+
+    folder: Path
+    depends: Callable[[], Mapping[str, str]]
+
+    def find(self, say: Callable[[str], None]) -> bool:
+        """Whether the folder holds a proof that still counts. Where it does not, `say` gets what has changed."""
+        try:
+            before = json.loads((self.folder / FILE).read_text(encoding="utf-8"))["depends"]
+        except (OSError, ValueError, TypeError, KeyError):
+            return False
+        now = self.depends()
+        changed = [name for key, name in _CHANGED.items() if before.get(key) != now[key]]
+        if changed:
+            say(f"{' and '.join(changed)} changed since the proof in {self.folder / FILE}")
+        return not changed
+
+    def keep(self, report: Report) -> None:
+        """Write a proof. Raises ConfigError where the folder cannot be written."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            data = {"depends": dict(self.depends()), "report": report.to_data()}
+            atomic_write(self.folder / FILE, json.dumps(data, indent=1))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write to the run's folder {self.folder}: {error.strerror}: set run.dir"
+            ) from error
+
+
+def dependencies(config: RunConfig, model: nn.Module, plan: Plan, *builders: Any) -> dict[str, str]:
+    """Digests of what the proof of a plan depends on.
+
+    Args:
+        builders: the user's callables that build the model, and the reduced one.
+    """
+    keys = {
+        "model": config.model.model_dump(mode="json"),
+        "tp": config.mesh.tp,
+        "loss": config.loss,
+        "seq_len": config.data.seq_len,
+        "micro_batch": config.train.micro_batch,
+    }
+    here = Path(colrow.__file__).parent
+    return {
+        "plan": _digest([plan.to_yaml()]),
+        "model": _digest([*_structure(model), *_sources(model, builders)]),
+        "config": _digest([json.dumps(keys, sort_keys=True)]),
+        "torch": torch.__version__,
+        "colrow": _digest(path.read_text(encoding="utf-8") for path in sorted(here.rglob("*.py"))),
+    }
+
+
+def _digest(texts: Iterable[str]) -> str:
+    found = hashlib.sha256()
+    for text in texts:
+        found.update(text.encode() + b"\0")
+    return found.hexdigest()
+
+
+def _structure(model: nn.Module) -> Iterable[str]:
+    """Modules with their attributes, parameters and buffers: what the builder read from files is in them."""
+    for name, module in model.named_modules():
+        attributes = {key: _plain(value) for key, value in vars(module).items() if not key.startswith("_")}
+        yield f"{name} {type(module).__qualname__} {sorted(attributes.items())}"
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        yield f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.requires_grad}"
+
+
+def _plain(value: Any, depth: int = 4) -> str:
+    """A text of a value that is the same in each process: without addresses."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value)
+    if depth and isinstance(value, list | tuple | set):
+        texts = [_plain(item, depth - 1) for item in value]
+        return f"{type(value).__name__} {sorted(texts) if isinstance(value, set) else texts}"
+    if depth and isinstance(value, Mapping):
+        return f"{sorted((str(key), _plain(item, depth - 1)) for key, item in value.items())}"
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    inside = vars(value) if hasattr(value, "__dict__") and not isinstance(value, nn.Module) else {}
+    return f"{type(value).__qualname__} {_plain(inside, depth - 1) if depth else ''}"
+
+
+def _sources(model: nn.Module, builders: Iterable[Any]) -> Iterable[str]:
+    """The source files of the model's classes and builders, and of the user's modules that these import."""
+    classes = {cls for module in model.modules() for cls in type(module).__mro__}
+    todo = {sys.modules.get(code.__module__) for code in (*classes, *builders) if hasattr(code, "__module__")}
+    seen: dict[str, ModuleType] = {}
+    while todo:
+        module = todo.pop()
+        file = getattr(module, "__file__", None)
+        if module is None or file is None or file in seen or module.__name__.partition(".")[0] in ("torch", "colrow"):
+            continue
+        seen[file] = module
+        if not file.startswith(_INSTALLED):
+            todo |= {_module_of(value) for value in list(vars(module).values())}
+    for file in sorted(seen):
+        yield Path(file).name
+        yield Path(file).read_text(encoding="utf-8", errors="replace") if file.endswith(".py") else ""
+
+
+_INSTALLED = tuple({sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+"""Folders of libraries: of these, only the files that define the model's classes are read."""
+
+
+def _module_of(value: Any) -> ModuleType | None:
+    if isinstance(value, ModuleType):
+        return value
+    name = getattr(value, "__module__", None)
+    return sys.modules.get(name) if isinstance(name, str) else None

@@ -1,0 +1,152 @@
+"""The function by which `colrow train` decides: no wrong plan is accepted, whether the check sees it or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from colrow.mesh import Mesh
+from colrow.plans.plan import Plan
+from colrow.run import decision
+from colrow.run.decision import Decision, decide, is_own, is_preset
+from colrow.verifying.report import Report
+from helpers import broken_models as m
+from helpers.broken_plans import gpt_plan, llama, preset
+from helpers.unproven_plans import FeatureMLP
+
+
+def decided(model: nn.Module, plan: Plan, tp: int = 2, **options: Any) -> Decision:
+    return decide(model, plan, Mesh(tp=tp), 2, 16, **options)
+
+
+def normalised(h: Tensor) -> Tensor:
+    return h / h.norm(dim=-1, keepdim=True)
+
+
+def gpt(function: Callable[[Tensor], Tensor] | None = None) -> m.Gpt:
+    return m.Gpt(mlp=m.MLP if function is None else lambda: FeatureMLP(function), layers=1)
+
+
+def test_a_users_model_starts_when_its_plan_is_proved() -> None:
+    said: list[str] = []
+    seen = decided(gpt(), gpt_plan(), say=said.append, name="mine:build")
+    assert seen.accepted
+    assert seen.report is not None
+    assert seen.report.verdict == "proved"
+    assert said[0] == "mine:build is a model that nobody here has seen: a reduced model is verified at tp=2, in seconds"
+    assert said[1].startswith("proved: loss and 12 gradients are those of one process (")
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_a_wrong_plan_is_refused_with_the_check_or_without(check: bool) -> None:
+    seen = decided(gpt(normalised), gpt_plan(), stop_on_errors=check, name="mine:build")
+    assert not seen.accepted
+    assert seen.report is not None
+    assert seen.report.verdict == "wrong"
+    assert [f.code for f in seen.findings] == (["CR414"] if check else [])
+    assert seen.refusal.startswith("plan gpt for mine:build at tp=2 is wrong, and nothing was started\n  what  ")
+    assert ("linalg_vector_norm on a shard of dim 2 at test_decision.py" in seen.refusal) is check
+    assert max(map(len, seen.refusal.partition("\nwarning")[0].splitlines())) <= 80
+
+
+class Fails:
+    """Stands for the proof: is never to be called."""
+
+    def __call__(self, *args: Any, **options: Any) -> Report:
+        raise AssertionError("verified")
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-fast"])
+def test_the_projects_own_models_do_not_pay_for_a_proof(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decision, "prove", Fails())
+    assert decided(llama(), Plan.preset(name)).accepted
+    assert "AssertionError: verified" in decided(llama(), Plan.preset(name), verify="always").refusal
+    monkeypatch.setattr(decision, "check", Fails())
+    assert decided(llama(), Plan.preset(name), stop_on_errors=False).accepted
+    assert decided(gpt(), gpt_plan(), tp=1).accepted, "nothing is split"
+
+
+def test_an_unproven_operator_in_a_model_of_the_projects_own_is_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decision, "prove", Fails())
+    model = llama()
+    assert is_own(model)
+    assert not is_own(gpt())
+    model.norm.register_forward_hook(lambda module, args, out: out * 2)  # type: ignore[union-attr]
+    assert not is_own(model)
+    unproven = llama()
+    unproven.layers[0].mlp.forward = lambda x: x.roll(1, dims=1)  # type: ignore[union-attr,index]
+    assert not is_own(unproven)
+    assert is_preset(Plan.preset("llama-overlap", "linear"))
+    assert not is_preset(preset(drop="norm"))
+
+
+def test_without_a_proof_only_never_starts() -> None:
+    said: list[str] = []
+    assert decided(gpt(normalised), gpt_plan(), verify="never", say=said.append).accepted
+    assert said == []
+    with torch.device("meta"):
+        huge = nn.Sequential(nn.Embedding(100_000, 4096), nn.Linear(4096, 100_000))
+    seen = decided(huge, Plan({"1": {"style": "colwise", "output": "replicate"}}), say=said.append)
+    assert not seen.accepted
+    assert "Sequential has 819 million parameters" in seen.refusal
+    assert "model.reduced: package.module:callable" in seen.refusal
+    assert "verify: never" in seen.refusal
+
+
+class Alone(nn.Module):
+    """A parameter that nothing can break: a scalar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+def test_what_a_proof_cannot_tell_is_refused() -> None:
+    seen = decided(Alone(), Plan({}), inputs=(torch.randn(2, 4, m.D),))
+    assert seen.report is not None
+    assert seen.report.verdict == "inconclusive"
+    assert "none in plans broken on purpose either" in seen.refusal
+    assert "model.reduced" in seen.refusal
+
+
+class Memory:
+    """Proofs in a list."""
+
+    def __init__(self) -> None:
+        self.kept: list[Report] = []
+
+    def find(self, say: Callable[[str], None]) -> bool:
+        return bool(self.kept)
+
+    def keep(self, report: Report) -> None:
+        self.kept.append(report)
+
+
+def test_a_kept_proof_is_used_and_only_proofs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts = iter(("wrong", "inconclusive", "proved"))
+    made: list[str] = []
+
+    def prove(*args: Any, **options: Any) -> Report:
+        made.append(next(verdicts))
+        return Report(made[-1], 2, "local", 12, 1e-9, None, 0.1)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(decision, "prove", prove)
+    monkeypatch.setattr(decision, "check", lambda *args, **options: [])
+    memory = Memory()
+    accepted = [decided(gpt(), gpt_plan(), proofs=memory).accepted for _ in range(4)]
+    assert accepted == [False, False, True, True]
+    assert made == ["wrong", "inconclusive", "proved"]
+    assert [report.verdict for report in memory.kept] == ["proved"]
+
+
+def test_tokens_that_a_hook_mixes_in_a_model_of_the_projects_own_are_seen() -> None:
+    model = llama()
+    model.layers[0].register_forward_hook(lambda module, args, out: out.roll(1, dims=1))  # type: ignore[union-attr,index]
+    assert not decided(model, Plan.preset("llama")).accepted
