@@ -176,10 +176,12 @@ def check(model: nn.Module, tp: int = 2, x: Tensor | None = None, **options: Any
 STATES = torch.randn(3, 34, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(("kind", "tp"), [("serial", 4), ("parallel", 2), ("shared", 2)])
+@pytest.mark.parametrize(("kind", "tp"), [("serial", 4), ("parallel", 2), ("shared", 2), ("odd vocabulary", 4)])
 def test_a_gpt_with_fused_qkv(kind: str, tp: int) -> None:
-    found, error = check(GPT(parallel=kind == "parallel", shared=kind == "shared"), tp)
+    vocab = 97 if kind == "odd vocabulary" else 96
+    found, error = check(GPT(parallel=kind == "parallel", shared=kind == "shared", vocab=vocab), tp)
     assert error < TOLERANCE
+    assert "tokens.weight" in found.sharded  # the head's too: they are tied
     assert found.share > 0.5
     where = "layers.0" if kind == "shared" else "layers.*"
     qkv = found.modules[f"{where}.attention.qkv"]

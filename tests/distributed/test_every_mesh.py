@@ -33,6 +33,7 @@ PARITY: dict[int, dict[str, Case]] = {
         "tp2-shard2-kv3-accumulate2-keep": Case(TP_SHARD, "kv3-1", micro=2, reshard=False),
         "tp2-shard2-tied-selective": Case(TP_SHARD, "tied-1", checkpoint="selective", steps=5),
         "tp2-shard2-qk_norm-full-accumulate2": Case(TP_SHARD, "qk_norm-1", micro=2, checkpoint="full", steps=5),
+        "tp2-shard2-odd_tied": Case(TP_SHARD, "odd_tied-1", steps=5),
         "tp2-replicate2-accumulate2": Case(TP_REPLICATE, micro=2, steps=5),
         "tp2-replicate2-tied-article": Case(TP_REPLICATE, "tied-1", preset="article", loss="replicated"),
         "replicate2-shard2-tied-accumulate2": Case(Mesh(dp_replicate=2, dp_shard=2), "tied", micro=2, steps=5),

@@ -24,11 +24,12 @@ COMBINATIONS = [(preset, loss, name) for preset in ("llama", "article") for loss
 COMBINATIONS += [("llama-fast", "vocab_parallel", name) for name in NAMES]
 COMBINATIONS += [("llama-fast", "replicated", "gqa"), ("article", "linear", "kv3")]
 COMBINATIONS += [(preset, "linear", name) for preset in ("llama", "llama-fast") for name in ("gqa", "tied")]
+COMBINATIONS += [("llama-fast", "replicated", "odd-1"), ("llama-fast", "linear", "odd_tied-1")]
 
 KEPT = {
     2: [
-        *[("llama", "vocab_parallel", name) for name in NAMES],
-        *[("llama-fast", "vocab_parallel", name) for name in NAMES],
+        *[("llama", "vocab_parallel", name) for name in NAMES if name != "odd-1"],
+        *[("llama-fast", "vocab_parallel", name) for name in NAMES if not name.startswith("odd")],
         ("article", "vocab_parallel", "gqa"),
         ("article", "vocab_parallel", "tied-1"),
         ("article", "vocab_parallel", "qk_norm_kv3-1"),
@@ -49,6 +50,11 @@ KEPT = {
         ("llama-fast", "vocab_parallel", "kv1-1"),
         ("llama-fast", "vocab_parallel", "bias-1"),
         ("llama-fast", "linear", "tied"),
+        ("llama", "vocab_parallel", "odd-1"),
+        ("article", "replicated", "odd_tied-1"),
+        ("llama-fast", "vocab_parallel", "odd_tied-1"),
+        ("llama-fast", "replicated", "odd-1"),
+        ("llama-fast", "linear", "odd_tied-1"),
     ],
 }
 """Without --exhaustive: on two ranks each model under each preset that computes it in its own way, and each loss under

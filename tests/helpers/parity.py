@@ -41,6 +41,8 @@ MODELS: dict[str, LlamaConfig] = {
     "bias": replace(TINY, attention_bias=True, num_key_value_heads=3),
     "qk_norm": replace(TINY, qk_norm=True),
     "qk_norm_kv3": replace(TINY, qk_norm=True, num_key_value_heads=3),
+    "odd": replace(TINY, vocab_size=65),  # 33 + 32 rows, or 17 + 17 + 17 + 14
+    "odd_tied": replace(TINY, vocab_size=65, tie_word_embeddings=True),
 }
 SHALLOW_MODELS = {f"{name}-1": replace(config, num_hidden_layers=1) for name, config in MODELS.items()}
 DEEP_MODELS = {  # for several pipeline stages on a rank

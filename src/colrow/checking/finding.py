@@ -30,7 +30,7 @@ CODES: dict[str, Code] = {
     "CR201": Code("features-do-not-divide", "error", "shards of unequal size: a hang or an abort"),
     "CR202": Code("heads-do-not-divide", "error", "a rank would hold a fraction of a head"),
     "CR203": Code("kv-heads-do-not-divide", "error", "a rank would hold a fraction of a kv head"),
-    "CR204": Code("vocabulary-does-not-divide", "error", "shards of unequal size: a hang or an abort"),
+    "CR204": Code("rank-without-vocabulary", "error", "a rank has no rows to look up, or no logits"),
     "CR205": Code("sequence-does-not-divide", "error", "shards of unequal size: a hang or an abort"),
     "CR206": Code("module-type", "error", "the style does not support this class"),
     "CR207": Code("linear-with-children", "error", "the style would register the children's parameters as its own"),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from colrow.derive.axes import Atom, Dim, atoms_in, find, leaves, size_of
 from colrow.derive.infer import Dims
+from colrow.sharding.layout import chunk_sizes
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class Choice:
         """The extent of the dimension on one rank."""
         size = 1
         for atom in leaves(dim):
-            if atom in self.atoms:
-                size *= atom.size // self.tp
+            if atom in self.atoms:  # of a vocabulary the first rank's: see [Note: uneven vocabulary]
+                size *= chunk_sizes(atom.size, self.tp)[0]
             elif atom in self.groups:
                 local, share = self.query_heads(atom)
                 size *= local // share
@@ -90,7 +91,8 @@ class Choice:
                 local, share = self.query_heads(atom)
                 mine = [(rank * local + j * share) // group for j in range(local // share)]
             elif atom in self.atoms:
-                mine = list(range(rank * size // self.tp, (rank + 1) * size // self.tp))
+                sizes = chunk_sizes(size, self.tp)
+                mine = list(range(sum(sizes[:rank]), sum(sizes[: rank + 1])))
             elif atom.segments:
                 mine, offset = [], 0
                 for segment in atom.segments:

@@ -16,6 +16,7 @@ from torch.fx import Node
 from colrow.derive.axes import Atom, Dim, atoms_in, find, leaves
 from colrow.derive.choice import Choice
 from colrow.derive.infer import AxisInference, is_float, is_lookup, shape_of
+from colrow.sharding.layout import chunk_sizes
 
 
 @dataclass
@@ -26,6 +27,8 @@ class ClassFacts:
     volume: Counter[Atom] = field(default_factory=Counter)
     twice: set[Atom] = field(default_factory=set)
     """Classes that stand in two dimensions of one tensor."""
+    beside_others: set[Atom] = field(default_factory=set)
+    """Classes that are a factor or a segment of a dimension, not all of it."""
 
 
 def class_facts(inference: AxisInference) -> ClassFacts:
@@ -34,7 +37,10 @@ def class_facts(inference: AxisInference) -> ClassFacts:
         for dims in result if isinstance(result, tuple) else (result,):
             seen: Counter[Atom] = Counter()
             for dim in dims or ():
-                for atom in dict.fromkeys(atoms_in(dim)):
+                atoms = dict.fromkeys(atoms_in(dim))
+                if len(leaves(dim)) > 1 or any(atom.segments for atom in leaves(dim)):
+                    facts.beside_others.update(atoms)
+                for atom in atoms:
                     seen[atom] += 1
             for atom, count in seen.items():
                 facts.where[atom].add(node)
@@ -95,6 +101,7 @@ def choose(inference: AxisInference, tp: int, normalised: bool = True, vocabular
     used: set[Node] = set()
     lookups = {a for n in inference.graph.nodes for a in _lookup_rows(inference, n)}
     outputs = _output_classes(inference)
+    rows = {atom.size for atom in lookups}
 
     def free(atom: Atom) -> bool:
         return (
@@ -104,9 +111,14 @@ def choose(inference: AxisInference, tp: int, normalised: bool = True, vocabular
             and not facts.where[atom] & used
         )
 
+    def shards_unevenly(atom: Atom) -> bool:
+        """Rows of an embedding or outputs of a head, and each rank gets some: see [Note: uneven vocabulary]."""
+        is_vocabulary = atom in lookups or (atom in outputs and atom.size in rows)
+        return is_vocabulary and atom not in facts.beside_others and chunk_sizes(atom.size, tp)[-1] > 0
+
     def take(atom: Atom) -> None:
         group = None
-        if atom.size % tp:
+        if atom.size % tp and not shards_unevenly(atom):
             group = head_groups(inference, atom)
             if group is None or atom.size * group.size % tp or not free(group):
                 return
@@ -179,7 +191,7 @@ def _narrow(inference: AxisInference, atom: Atom) -> bool:
 
 def legal_degrees(inference: AxisInference, choice: Choice, limit: int = 1024) -> list[int]:
     """Degrees that divide every chosen class: heads (query heads where kv heads can be repeated), ffn, experts' ffn.
-    The vocabulary does not restrict them: a vocabulary that does not divide is not sharded."""
+    The vocabulary does not restrict them: its shards need not be equal."""
     sizes = []
     for atom in choice.atoms - choice.vocabulary:
         group = head_groups(inference, atom)

@@ -91,6 +91,9 @@ class ModuleEmitter:
             (b for b in self.blocks if not b.leaf and (name == b.module or name.startswith(b.module + "."))), None
         )
         in_local = block is not None and block.module in locals_
+        uneven = {atom for atom in self._atoms(name) & self.choice.atoms if atom.size % self.tp}
+        if uneven and not (isinstance(module, nn.Embedding) or self._multiplies_by_weight(name)):
+            raise SplitError(uneven, f"{name} is neither embedding nor head, whose shards alone need not be equal")
         if name in locals_:
             self._put(name, style="local_block", shards={p: self._shard_spec(name, p) for p in parameters})
         elif name in self.flows.wide:

@@ -154,6 +154,12 @@ def full_tensor(param: Tensor, packed: Packed | None = None) -> Tensor:
     return total
 
 
+def chunk_sizes(extent: int, parts: int) -> list[int]:
+    """How many of `extent` rows each of `parts` ranks holds under `Shard`: the first ranks ceil(extent / parts)."""
+    bounds = (_bounds(extent, parts, index) for index in range(parts))
+    return [end - first for first, end in bounds]
+
+
 def _bounds(extent: int, parts: int, index: int) -> tuple[int, int]:
     """torch.chunk's: every chunk has the first one's size as long as elements last."""
     size = -(-extent // parts)

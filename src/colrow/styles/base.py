@@ -37,7 +37,8 @@ TokenOrder = Literal["", "sequence", "flattened"]
 
 @dataclass(frozen=True)
 class ParameterLayout:
-    """What a parameter becomes over tp: its placement, the shape of a rank's shard, and one line of reason."""
+    """What a parameter becomes over tp: its placement, the shape of a rank's shard (the first rank's, where they
+    differ), and one line of reason."""
 
     placement: Placement
     local_shape: tuple[int, ...]

@@ -12,10 +12,11 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 from torch.distributed.tensor.placement_types import Placement
 
+from colrow.sharding.layout import chunk_sizes
 from colrow.sharding.placements import parse_placement
 from colrow.styles.base import ParameterLayout, Style, option, replicated
 from colrow.styles.heads import check_heads
-from colrow.styles.site import Site
+from colrow.styles.site import Site, split_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +64,19 @@ class Colwise(_TorchLinear):
             return
         if self.output_stays_sharded:
             check_heads(site)
-        site.divide(module.out_features, "CR201", f"out_features={module.out_features}")
+        if self.output_stays_sharded and self.use_local_output:
+            site.divide(module.out_features, "CR201", f"out_features={module.out_features}")
+        else:  # the output is a DTensor, or gathered by one, which knows shards of unequal size
+            site.vocabulary_shards(module.out_features, f"out_features={module.out_features}")
 
     def parameters(self, site: Site) -> dict[str, ParameterLayout]:
         module = site.module
         if isinstance(module, nn.Embedding):
             rows, dim = module.weight.shape
             return {"weight": ParameterLayout(Shard(1), (rows, dim // site.tp), "embedding dimension split")}
+        sizes = chunk_sizes(module.get_parameter("weight").shape[0], site.tp)
         return {
-            name: ParameterLayout(Shard(0), (param.shape[0] // site.tp, *param.shape[1:]), "output features split")
+            name: ParameterLayout(Shard(0), (sizes[0], *param.shape[1:]), split_rows("output features", sizes))
             for name, param in module.named_parameters(recurse=False)
         }
 
@@ -91,7 +96,7 @@ class Rowwise(_TorchLinear):
     def check(self, site: Site) -> None:
         module = site.require(self.name, nn.Linear, nn.Embedding)
         if isinstance(module, nn.Embedding):
-            site.divide(module.num_embeddings, "CR204", f"vocab_size={module.num_embeddings}")
+            site.vocabulary_shards(module.num_embeddings, f"vocab_size={module.num_embeddings}")
         else:
             site.divide(module.in_features, "CR201", f"in_features={module.in_features}")
 
@@ -99,7 +104,8 @@ class Rowwise(_TorchLinear):
         module = site.module
         if isinstance(module, nn.Embedding):
             rows, dim = module.weight.shape
-            return {"weight": ParameterLayout(Shard(0), (rows // site.tp, dim), "vocabulary split")}
+            sizes = chunk_sizes(rows, site.tp)
+            return {"weight": ParameterLayout(Shard(0), (sizes[0], dim), split_rows("vocabulary", sizes))}
         layouts = replicated(module, "bias, added once after the sum")
         assert isinstance(module.weight, nn.Parameter)
         out, features = module.weight.shape

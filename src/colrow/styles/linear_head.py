@@ -22,10 +22,11 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from colrow.errors import PlanError, did_you_mean
 from colrow.ops.collectives import all_gather
 from colrow.ops.linear_cross_entropy import linear_cross_entropy
+from colrow.sharding.layout import chunk_sizes
 from colrow.sharding.local_view import replace_forward
 from colrow.styles.base import ParameterLayout, Style, TokenOrder, option
 from colrow.styles.shards import ShardSpec, place_parameter
-from colrow.styles.site import Site
+from colrow.styles.site import Site, split_rows
 
 HiddenLayout = Literal["sequence", "flattened", "replicated"]
 """Layout of hidden states that are plain tensors: a shard of dimension 1, a shard of all tokens of the micro-batch
@@ -66,8 +67,8 @@ def _layout_of(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearHead(Style):
-    """Head and loss in one: the weight sharded over the vocabulary, in shards that need not be equal; what the module
-    returns is the loss (`model_loss` hands the targets over). `layout` is that of hidden states that are plain tensors:
+    """Head and loss in one: the weight sharded over the vocabulary ([Note: uneven vocabulary]); what the module returns
+    is the loss (`model_loss` hands the targets over). `layout` is that of hidden states that are plain tensors:
     `sequence`, `flattened` or `replicated`. For the other options see `colrow.linear_cross_entropy`.
     """
 
@@ -93,17 +94,15 @@ class LinearHead(Style):
         if module.bias is not None:
             message = "style linear_head is for a head without bias"
             raise PlanError("CR206", site.fqn, message, "use loss vocab_parallel")
-        if (site.tp - 1) * -(-module.out_features // site.tp) >= module.out_features:
-            raise site.wrong_options(
-                f"out_features={module.out_features} leaves one of {site.tp} ranks without rows", "use a smaller tp"
-            )
+        site.vocabulary_shards(module.out_features, f"out_features={module.out_features}")
 
     def build(self, site: Site) -> ParallelStyle:
         return _LinearHeadStyle(self)
 
     def parameters(self, site: Site) -> dict[str, ParameterLayout]:
         rows, dim = site.module.get_parameter("weight").shape
-        return {"weight": ParameterLayout(Shard(0), (-(-rows // site.tp), dim), "vocabulary split")}
+        sizes = chunk_sizes(rows, site.tp)
+        return {"weight": ParameterLayout(Shard(0), (sizes[0], dim), split_rows("vocabulary", sizes))}
 
 
 class _LinearHeadStyle(ParallelStyle):

@@ -1,4 +1,11 @@
-"""Where a style is applied, and whether a size divides there."""
+"""Where a style is applied, and whether a size divides there.
+
+[Note: uneven vocabulary]
+A vocabulary of V rows that tp does not divide is sharded as DTensor does: ceil(V / tp) rows on the first ranks, what is
+left on the last. The parameter stays [V, D]: no row of padding exists that initial values, gradient norm, weight decay,
+checkpoints or exports would have to leave out, and no class that a loss would have to mask. Collectives need shards of
+one size; those that see vocabulary shards are DTensor's, which pad what they send and cut what they receive.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from colrow.errors import PlanError
+from colrow.sharding.layout import chunk_sizes
 
 
 @dataclass(frozen=True)
@@ -44,3 +52,18 @@ class Site:
             choose = f"choose tp from {', '.join(map(str, [1, *legal[:8]]))}" if legal else "choose tp=1"
             raise PlanError(code, self.fqn, f"{what} is not divisible by tp={self.tp}", choose)
         return extent // self.tp
+
+    def vocabulary_shards(self, extent: int, what: str) -> list[int]:
+        """Rows of a vocabulary on each rank ([Note: uneven vocabulary]). Raises a PlanError that names `what` where a
+        rank gets none: DTensor's embedding and loss cannot run on an empty shard."""
+        sizes = chunk_sizes(extent, self.tp)
+        if not sizes[-1]:
+            fits = [d for d in range(2, self.tp) if chunk_sizes(extent, d)[-1]]
+            message = f"{what} in {self.tp} shards of {sizes[0]} rows leaves a rank without rows"
+            raise PlanError("CR204", self.fqn, message, f"choose tp from {', '.join(map(str, [1, *fits][-8:]))}")
+        return sizes
+
+
+def split_rows(what: str, sizes: list[int]) -> str:
+    """The reason of a layout that gives the ranks `sizes` rows: it says where the last rank has fewer."""
+    return f"{what} split" + (f"; the last rank has {sizes[-1]} rows" if sizes[-1] < sizes[0] else "")

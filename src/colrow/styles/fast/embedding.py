@@ -13,6 +13,7 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from colrow.ops.parallel_linear import scatter_sum
+from colrow.sharding.layout import chunk_sizes
 from colrow.sharding.local_view import replace_forward
 from colrow.styles.base import ParameterLayout, Style, TokenOrder, option
 from colrow.styles.fast.linear import FORWARD_STATE, group_name
@@ -68,8 +69,8 @@ class _FastEmbeddingStyle(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, nn.Embedding)
-        mesh, rows = device_mesh, module.num_embeddings // device_mesh.size()
-        first = rank_table(mesh, [[rank * rows] for rank in range(mesh.size())])
+        mesh, sizes = device_mesh, chunk_sizes(module.num_embeddings, device_mesh.size())
+        first = rank_table(mesh, [[rank * sizes[0]] for rank in range(mesh.size())])
         lookup: Any = type(module).forward
         state = EmbeddingState(lookup, mesh, group_name(mesh), first, module.padding_idx, self.all_tokens)
         module.padding_idx = None  # it numbers rows of the complete table; the forward below heeds it

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -29,12 +30,13 @@ class FastHead(FlattenedTokens):
 
     def check(self, site: Site) -> None:
         require_linear(site, self.name)
-        Colwise().check(site)
+        Colwise(use_local_output=False).check(site)
 
     def build(self, site: Site) -> ParallelStyle:
         specs = {name: ShardSpec(0, (param.shape[0],)) for name, param in site.module.named_parameters(recurse=False)}
+        (vocab,) = specs["weight"].segments
         return FastLinearStyle(
-            specs, _head_forward, lambda mesh: FastHeadState(mesh, group_name(mesh), gather=self.gather)
+            specs, _head_forward, lambda mesh: FastHeadState(mesh, group_name(mesh), vocab, gather=self.gather)
         )
 
     def parameters(self, site: Site) -> dict[str, ParameterLayout]:
@@ -47,6 +49,7 @@ class FastHeadState:
 
     mesh: DeviceMesh
     group: str
+    vocab: int
     gather: bool
 
 
@@ -58,5 +61,7 @@ def _head_forward(module: Any, x_BtD: Tensor) -> Tensor:
     y_BTv = column_linear(x_BtD.reshape(B * t, D), [weight], state.group).view(B, t * state.mesh.size(), -1)
     if module.bias is not None:
         y_BTv = y_BTv + module.bias
-    logits = DTensor.from_local(y_BTv, state.mesh, [Shard(2)], run_check=False)
+    shape = torch.Size((B, t * state.mesh.size(), state.vocab))  # not v * n: see [Note: uneven vocabulary]
+    stride = (shape[1] * shape[2], shape[2], 1)
+    logits = DTensor.from_local(y_BTv, state.mesh, [Shard(2)], run_check=False, shape=shape, stride=stride)
     return logits.redistribute(placements=[Replicate()]).to_local() if state.gather else logits
