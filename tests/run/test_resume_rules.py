@@ -27,6 +27,8 @@ OTHER: dict[str, Any] = {
     "data.workers": 2,
     "plan": "llama-fast",
     "loss": "replicated",
+    "verify": "always",
+    "model.reduced": "package:build",
     "train.schedule": "wsd",
     "train.decay_steps": 7,
     "train.no_decay": ("embed_tokens",),
