@@ -13,6 +13,7 @@ from colrow.config import RunConfig
 from colrow.data.loader import BatchOrder, DataAxisSampler, Loader
 from colrow.data.prepare import PreparedData
 from colrow.parallel.random_state import Generators, derive_seed
+from colrow.train.buffers import BufferSnapshot
 from colrow.train.step import Batch, ForwardBackward
 
 IGNORED = -100
@@ -26,8 +27,7 @@ def evaluation_mode(modules: Sequence[nn.Module], device: torch.device) -> Itera
     generators = Generators(modules, device)
     parts = [part for module in modules for part in module.modules()]
     training = [(part, part.training) for part in parts]
-    buffers = [(part, dict(part._buffers)) for part in parts]
-    values = [(b, b.detach().clone()) for _, named in buffers for b in named.values() if b is not None]
+    buffers = BufferSnapshot(modules)
     with generators.preserved():
         for module in modules:
             module.eval()
@@ -36,12 +36,7 @@ def evaluation_mode(modules: Sequence[nn.Module], device: torch.device) -> Itera
         finally:
             for part, trains in training:
                 part.training = trains
-            for part, named in buffers:  # a forward may have put another tensor in a buffer's place
-                part._buffers.clear()
-                part._buffers.update(named)
-            with torch.no_grad():
-                for buffer, value in values:
-                    buffer.copy_(value)
+            buffers.restore()
 
 
 class Evaluation:
