@@ -113,6 +113,8 @@ class TrainSection(_Section):
     eps: PositiveFloat = 1e-8
     grad_clip: PositiveFloat | None = 1.0
     """Largest gradient norm; null turns clipping off."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """When loss or gradient is NaN or infinite: end the run, or leave the step's update out."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Compute precision; auto is bf16 over fp32 master weights on GPUs, fp32 on CPUs."""
     fp8: Literal["tensorwise"] | None = None

@@ -12,7 +12,7 @@ import torch
 
 from colrow.config import ModelSection, RunConfig
 from colrow.mesh import Mesh
-from colrow.run.loop import DivergedError
+from colrow.run.nonfinite import DivergedError
 from colrow.train.metrics import read_metrics
 from helpers.harness import Ranks
 from helpers.runs import a_run, figures, model_and_plan, train, write_text

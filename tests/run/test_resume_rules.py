@@ -33,6 +33,7 @@ OTHER: dict[str, Any] = {
     "train.decay_steps": 7,
     "train.no_decay": ("embed_tokens",),
     "train.betas": (0.5, 0.5),
+    "train.on_nonfinite": "skip",
     "train.precision": "fp32",
     "train.fp8": "tensorwise",
     "train.compile": True,

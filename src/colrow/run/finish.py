@@ -14,6 +14,7 @@ from colrow.config import RunConfig
 from colrow.data.tokenizer import Tokenizer
 from colrow.models.generate import generate
 from colrow.run.loop import Outcome
+from colrow.run.nonfinite import FILE as NONFINITE
 from colrow.run.progress import TrainingProgress
 from colrow.run.run_folder import CHECKPOINTS, EXPORT
 from colrow.train.evaluate import evaluation_mode
@@ -27,6 +28,8 @@ def finish(
 ) -> None:
     """Sample, plot and export; print the results, where they are, and what to do next. Collective."""
     run = config.run.dir
+    if outcome.skipped:
+        progress.say(f"skipped    {outcome.skipped} of {config.train.steps} steps, not finite: {run / NONFINITE}")
     if outcome.val_loss is not None:
         progress.say(f"validation loss {outcome.val_loss:.4f}, perplexity {perplexity(outcome.val_loss):.1f}")
     if config.sample.prompt is not None and config.mesh.pp == 1:

@@ -16,22 +16,18 @@ from colrow.checkpoint.distributed import Checkpoints
 from colrow.config import RunConfig
 from colrow.data.loader import BatchOrder, DataAxisSampler, Loader
 from colrow.data.prepare import PreparedData
-from colrow.errors import ColrowError
 from colrow.mesh import MeshAxes
 from colrow.models.shapes import flops_per_token
 from colrow.run.batch_check import check_same_batch
 from colrow.run.cpu_bound import CpuBoundDetector, hint_line
 from colrow.run.executed import executed_line, executed_paths, steps_until_known
+from colrow.run.nonfinite import NonfiniteSteps
 from colrow.run.progress import TrainingProgress
 from colrow.run.resume import ResumePoint
 from colrow.train.evaluate import Evaluation
 from colrow.train.metrics import Metrics, Record, peak_flops, perplexity
 from colrow.train.schedule import learning_rate
 from colrow.train.setup import Training
-
-
-class DivergedError(ColrowError):
-    """The loss or the gradient is NaN or infinite."""
 
 
 @dataclass
@@ -45,6 +41,8 @@ class Outcome:
     stopped: bool
     """Whether a signal ended it before the last step."""
     val_loss: float | None = None
+    skipped: int = 0
+    """Steps of the run that were not finite and left out."""
 
 
 @dataclass
@@ -113,7 +111,7 @@ class Loop:
         self._same_batch_groups = axes.same_batch_groups()
         self._lag = 1 if self._device.type == "cuda" else 0  # steps whose results are not read yet
         self._pending: list[_Pending] = []
-        self._last_finite: Record | None = None
+        self._last: Record | None = None
         self._step_end = DeviceTimestamp(self._device)
         self._cpu_bound = CpuBoundDetector(steps_until_known(training))
 
@@ -124,10 +122,12 @@ class Loop:
             metrics: on the first rank; None on the others.
 
         Raises:
-            DivergedError: the loss or the gradient's norm is not finite; nothing of it has been saved.
+            DivergedError: the loss or the gradient's norm is not finite, and such steps are not skipped, or too many in
+                a row were; nothing of them has been saved.
         """
         config, start, sequences = self._config, at.step, at.sequences
         self._metrics = metrics
+        self._nonfinite = NonfiniteSteps(config, self._checkpoints, at.skipped, metrics is not None, self._progress.say)
         self._step_end = DeviceTimestamp(self._device)
         saved, val_loss, stop = start, None, False
         self._progress.start(start)
@@ -145,20 +145,20 @@ class Loop:
                 self._progress.say(executed_line(executed_paths(self._training, config.data.seq_len)))
             evaluates = self._evaluates(done)
             saves = self._saves(done)
-            lag = 0 if evaluates or saves else self._lag  # both need this step to be known as finite
+            lag = 0 if evaluates or saves else self._lag  # both need this step's record
             stop = self._flush_pending(lag, hold_last=evaluates) or stop
             if evaluates:
-                val_loss = self._evaluate(done)
+                val_loss = self._evaluate()
             if saves or stop:
                 stop = self._flush_pending(0) or stop
-                self._save(ResumePoint(done, sequences))
+                self._save(ResumePoint(done, sequences, self._nonfinite.skipped))
                 saved = done
             if stop:
                 break
         self._flush_pending(0)
         self._checkpoints.wait()
-        done = self._last_finite["step"] if self._last_finite else start
-        return Outcome(done, saved, stopped=done < config.train.steps, val_loss=val_loss)
+        done = self._last["step"] if self._last else start
+        return Outcome(done, saved, done < config.train.steps, val_loss, self._nonfinite.skipped)
 
     def close(self) -> None:
         """End the background readers."""
@@ -202,14 +202,13 @@ class Loop:
             pending = self._pending.pop(0)
             waited = pending.end.wait()
             loss, norm, stops = pending.stats.tolist()
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise self._diverged(pending.step, loss, norm)
-            stop = stop or stops > 0
             seconds = pending.end.seconds_since(pending.start)
+            record = self._record(pending, loss, norm, seconds)
+            record = self._nonfinite.examine(record, pending.sequences - self._config.train.global_batch)
+            stop = stop or stops > 0
             if lag and self._cpu_bound.add(waited, seconds):
                 self._progress.say(hint_line(self._config))
-            record = self._record(pending, loss, norm, seconds)
-            self._last_finite = record
+            self._last = record
             if hold_last and not self._pending:
                 continue
             self._write(record)
@@ -236,13 +235,13 @@ class Loop:
                     record[name] = round(per_gpu * flops / peak, 4)
         return record
 
-    def _evaluate(self, step: int) -> float:
+    def _evaluate(self) -> float:
         """Evaluate, and write the step's record with the result."""
-        assert self._last_finite is not None
+        assert self._last is not None
         val_loss = self._evaluation(self._training.step.forward_backward, self._training.modules)
         if not math.isfinite(val_loss):
-            raise self._diverged(step, val_loss, self._last_finite["grad_norm"])
-        self._write({**self._last_finite, "val_loss": val_loss, "perplexity": perplexity(val_loss)})
+            raise self._nonfinite.diverged({**self._last, "loss": val_loss})
+        self._write({**self._last, "val_loss": val_loss, "perplexity": perplexity(val_loss)})
         self._step_end = DeviceTimestamp(self._device)  # the next step's rate leaves this time out
         return val_loss
 
@@ -259,13 +258,3 @@ class Loop:
         self._step_end = DeviceTimestamp(self._device)
         background = ", the rest is in the background" if self._config.checkpoint.asynchronous else ""
         self._progress.say(f"            saved step-{at.step}, training waited {waited:.1f} s{background}")
-
-    def _diverged(self, step: int, loss: float, norm: float) -> DivergedError:
-        good = self._last_finite
-        last = f"the last finite loss was {good['loss']:.4f} at step {good['step']}" if good else "no step was finite"
-        kept = self._checkpoints.latest()
-        keeps = f"{kept.path} is kept" if kept else "there is no checkpoint yet"
-        return DivergedError(
-            f"step {step}: loss {loss}, gradient norm {norm}: the run has diverged and stops; {last}; {keeps}. "
-            "Try a lower train.lr, a longer train.warmup_steps, or a smaller train.grad_clip"
-        )

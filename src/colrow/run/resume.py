@@ -30,6 +30,8 @@ class ResumePoint:
     """Optimizer steps that are done."""
     sequences: int = 0
     """Sequences of `data.seq_len` tokens consumed since the run's start, over all ranks: see [Note: position]."""
+    skipped: int = 0
+    """Steps among `step` that were not finite and changed nothing (`train.on_nonfinite: skip`)."""
 
     def to_json(self, config: RunConfig, data: PreparedData) -> dict[str, JSON]:
         """What a checkpoint stores beside the model and the optimizer."""
@@ -40,6 +42,7 @@ class ResumePoint:
             "sequences": self.sequences,
             "tokens": self.sequences * config.data.seq_len,
             "epochs": self.epochs(config, data),
+            "skipped": self.skipped,
         }
 
     def epochs(self, config: RunConfig, data: PreparedData) -> float:
@@ -78,9 +81,10 @@ def resume(config: RunConfig, training: Training, data: PreparedData, checkpoint
             f"corpus {config.data.corpus!r} holds other text than when the run in {config.run.dir} began: restore the "
             "previous text, or set run.dir to another folder to start a new run"
         )
-    sequences = extra.get("sequences", older.sequences)
+    sequences, skipped = extra.get("sequences", older.sequences), extra.get("skipped", 0)
     assert isinstance(sequences, int)
-    return ResumePoint(older.step, sequences)
+    assert isinstance(skipped, int)
+    return ResumePoint(older.step, sequences, skipped)
 
 
 def _sequences_of_older(step: int, config: RunConfig) -> int:

@@ -75,6 +75,7 @@ RULES: dict[str, Rule] = {
         "from the next step on; moments and step counts are the checkpoint's",
         *("train.weight_decay", "train.no_decay", "train.betas", "train.eps", "train.grad_clip"),
     ),
+    **_rules("used and printed", "from the next step on", "train.on_nonfinite"),
     **_rules("used and printed", "other rounding", "train.precision", "train.fp8"),
     **_rules(
         "used and printed",

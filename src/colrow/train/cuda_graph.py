@@ -87,5 +87,10 @@ def check_cuda_graph(config: RunConfig, device_type: str) -> None:
             "train.cuda_graph cannot capture a recomputation, which sets the random numbers' state: set "
             "train.activation_checkpoint to none, or train.cuda_graph to false"
         )
+    if config.train.on_nonfinite == "skip":
+        raise ConfigError(
+            "train.on_nonfinite: skip decides on the host whether a step's update runs, and train.cuda_graph replays "
+            "it without the host: set train.on_nonfinite to stop, or train.cuda_graph to false"
+        )
     if device_type != "cuda":
         raise ConfigError("train.cuda_graph needs a GPU: set it to false for a CPU")

@@ -102,7 +102,8 @@ def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device, source: So
         prepare_stage(stage, config, mesh, device, source, plan, precision)
     seeds = micro_batch_seeds(stages, config, mesh, device)
     runner = make_runner(stages, config, mesh, device, plan, precision, seeds)
-    step = build_step(runner, config, mesh, decaying_parameters([stage.module for stage in stages], decays), seeds)
+    modules = [stage.module for stage in stages]
+    step = build_step(runner, config, mesh, decaying_parameters(modules, decays), seeds, modules)
     graphs = enable_cuda_graphs(runner, step, config) if config.train.cuda_graph else ()
     compiled = compiles(config, device)
     return Training(stages, source, plan, mesh, device, precision, compiled, step, counts, graphs)
@@ -184,6 +185,7 @@ def build_step(
     mesh: DeviceMesh,
     decaying: Container[nn.Parameter],
     seeds: MicroBatchSeeds | None = None,
+    modules: Sequence[nn.Module] = (),
 ) -> Step:
     """The step around `runner`, with the optimizer over its trainable parameters."""
     trainable = [param for param in runner.parameters() if param.requires_grad]
@@ -195,6 +197,7 @@ def build_step(
         norm_groups=MeshAxes(mesh).norm_groups(),
         section=config.train,
         seeds=seeds,
+        modules=modules,
     )
 
 

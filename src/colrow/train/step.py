@@ -8,7 +8,7 @@ data-parallel ranks it is the loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -29,6 +29,7 @@ from colrow.parallel.random_state import MicroBatchSeeds
 from colrow.plans.plan import Plan
 from colrow.sharding.grad_norm import align_gradients, clip_scale, grad_norm
 from colrow.train.attention import preferred_attention
+from colrow.train.buffers import BufferSnapshot
 from colrow.train.cuda_graph import GraphedFunction
 from colrow.train.optimizer import AdamW, set_learning_rate
 from colrow.train.schedule import learning_rate
@@ -171,6 +172,7 @@ class Step:
         counted: those whose gradients count in the norm: without copies of another pipeline stage's.
         norm_groups: groups of the axes over which ranks hold different shards of the gradient.
         seeds: those of `forward_backward`, which are told the step.
+        modules: those that `forward_backward` runs; their buffers are put back where a step is skipped.
     """
 
     forward_backward: ForwardBackward
@@ -180,6 +182,7 @@ class Step:
     norm_groups: list[dist.ProcessGroup]
     section: TrainSection
     seeds: MicroBatchSeeds | None = None
+    modules: Sequence[nn.Module] = ()
     _run_update: Callable[[], Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -193,33 +196,63 @@ class Step:
     def __call__(self, step: int, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
         """Run step `step` (from 0) on this rank's micro-batches. Collective.
 
+        With `on_nonfinite: skip`, a step whose loss or norm is not finite on some rank changes nothing.
+
         Returns:
             This rank's mean loss, and the norm of all ranks' gradient before clipping: scalars on the device, which
-            nothing has waited for.
+            nothing has waited for (`skip` has).
         """
+        skips = self.section.on_nonfinite == "skip"
+        buffers = BufferSnapshot(self.modules if skips else ())  # before a forward writes NaN into them
         if self.seeds:
             self.seeds.step = step
         loss = self.forward_backward(batches)
         set_learning_rate(self.optimizer, learning_rate(step, self.section))
-        norm = self._run_update()
+        norm = self._update_if_finite(loss, buffers) if skips else self._run_update()
         self.optimizer.zero_grad(set_to_none=True)
         if weights := self.forward_backward.weights:
             weights.drop_gradients()
         return loss, norm
 
-    @torch.no_grad()
     def _update(self) -> Tensor:
         """From gradients to new parameters; returns the norm."""
+        holders, norm = self._gradients()
+        self._apply(holders, norm)
+        return norm
+
+    def _update_if_finite(self, loss: Tensor, buffers: BufferSnapshot) -> Tensor:
+        """The same where loss and norm are finite on every rank; else buffers and all else stay as before the step."""
+        holders, norm = self._gradients()
+        if finite_everywhere(loss, norm):
+            self._apply(holders, norm)
+        else:
+            buffers.restore()
+        return norm
+
+    @torch.no_grad()
+    def _gradients(self) -> tuple[dict[nn.Parameter, nn.Parameter], Tensor]:
+        """What holds each parameter's gradient, aligned with the parameter, and the norm."""
         weights = self.forward_backward.weights
         holders = {param: weights.grad_holder(param) if weights else param for param in self.params}
         align_gradients(holders.values())
-        norm = grad_norm([holders[param] for param in self.counted], self.norm_groups)
+        return holders, grad_norm([holders[param] for param in self.counted], self.norm_groups)
+
+    @torch.no_grad()
+    def _apply(self, holders: Mapping[nn.Parameter, nn.Parameter], norm: Tensor) -> None:
+        weights = self.forward_backward.weights
         scale = None if self.section.grad_clip is None else clip_scale(norm, self.section.grad_clip)
         gradients = {param: holder.grad for param, holder in holders.items() if holder.grad is not None}
         self.optimizer.update(gradients, scale, weights.copies if weights else None)
         if weights:
             weights.mark_current(gradients)
-        return norm
+
+
+def finite_everywhere(*values: Tensor) -> bool:
+    """Whether these scalars are finite on every rank, so that all ranks decide alike. Collective over the default
+    group; waits for the device."""
+    bad = (~torch.stack([value.detach().double() for value in values]).isfinite()).any().float()
+    dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+    return not bad.item()
 
 
 def reshard(model: nn.Module) -> None:
