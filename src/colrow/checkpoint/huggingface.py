@@ -118,11 +118,13 @@ def _files(folder: Path) -> dict[str, Path]:
         try:
             tree = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             names = {str(name): str(file) for name, file in tree.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{index} cannot be read: {as_text(error)}") from error
         for file in sorted(set(names.values())):
             if not _stays_inside(file):
-                raise CheckpointError(f"{index} names the file {file!r} outside its folder: fetch the folder again")
+                raise CheckpointError(
+                    f"{index} names the file {file[:80]!r} outside its folder: fetch the folder again"
+                )
         files = {name: folder / file for name, file in names.items()}
         lost = sorted({file.name for file in files.values() if not file.exists()})
         if lost:
@@ -142,6 +144,8 @@ def _files(folder: Path) -> dict[str, Path]:
 def _stays_inside(name: str) -> bool:
     """Whether a file's name, as an index gives it, names a file inside the index's folder."""
     path = PurePosixPath(name.replace("\\", "/"))
+    if not 0 < len(name) < 256 or "\0" in name:
+        return False
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and ":" not in path.parts[0]
 
 

@@ -19,6 +19,8 @@ from colrow.errors import DataError
 FileFormat = Literal["text", "jsonl", "parquet"]
 _PARQUET_ROWS = 1024
 _SCAN_BYTES = 1 << 16
+MOST_LINE_BYTES = 64 << 20
+"""Of a JSON line: it is parsed in memory, at several times its size."""
 
 
 def suffix_of(path: Path) -> str:
@@ -139,10 +141,15 @@ def _bad_byte(path: Path) -> int:
 
 def _read_jsonl(path: Path, text_key: str) -> Iterator[str]:
     with _open_binary(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(MOST_LINE_BYTES + 1), b""), 1):
+            where = f"{path} line {number}"
+            if len(line) > MOST_LINE_BYTES:
+                raise DataError(
+                    f"{where} is longer than {MOST_LINE_BYTES >> 20} MiB: a .jsonl file holds one document in each "
+                    "line; split it"
+                )
             if not line.strip():
                 continue
-            where = f"{path} line {number}"
             try:
                 row = json.loads(line.removeprefix(codecs.BOM_UTF8))
             except (ValueError, RecursionError) as error:

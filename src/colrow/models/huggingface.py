@@ -40,7 +40,7 @@ def read_config(path: Path | str) -> LlamaConfig:
         raise ConfigError(f"{path} holds no config.json: give a Hugging Face folder or its config.json") from error
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file} is not JSON: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{file} holds no mapping: give a Hugging Face folder or its config.json")
@@ -57,26 +57,27 @@ def config_from_huggingface(tree: dict[str, Any], source: str = "config.json") -
             f"{source}: model_type {family!r} is not one that colrow's Llama computes{near}; "
             "for another family set model.implementation to transformers"
         )
-    _refuse_other_arithmetic(tree, family, source)
     try:
-        heads, hidden = int(tree["num_attention_heads"]), int(tree["hidden_size"])
+        _refuse_other_arithmetic(tree, family)
+        rope = _rope(tree)
+        heads, hidden = _size(tree, "num_attention_heads"), _size(tree, "hidden_size")
         return LlamaConfig(
-            vocab_size=int(tree["vocab_size"]),
+            vocab_size=_size(tree, "vocab_size"),
             hidden_size=hidden,
-            intermediate_size=int(tree["intermediate_size"]),
-            num_hidden_layers=int(tree["num_hidden_layers"]),
+            intermediate_size=_size(tree, "intermediate_size"),
+            num_hidden_layers=_size(tree, "num_hidden_layers"),
             num_attention_heads=heads,
-            num_key_value_heads=int(tree.get("num_key_value_heads") or heads),
-            head_dim=int(tree.get("head_dim") or (128 if family == "qwen3" else hidden // heads)),
-            max_position_embeddings=int(tree["max_position_embeddings"]),
-            rope_theta=float(_rope(tree).get("rope_theta", 10_000.0)),
-            rope_scaling=_scaling(_rope(tree), source),
-            rms_norm_eps=float(tree.get("rms_norm_eps", 1e-6)),
+            num_key_value_heads=_size(tree, "num_key_value_heads", heads),
+            head_dim=_size(tree, "head_dim", 128 if family == "qwen3" else hidden // heads),
+            max_position_embeddings=_size(tree, "max_position_embeddings"),
+            rope_theta=_number(rope, "rope_theta", 10_000.0),
+            rope_scaling=_scaling(rope, source),
+            rms_norm_eps=_number(tree, "rms_norm_eps", 1e-6),
             tie_word_embeddings=bool(tree.get("tie_word_embeddings", False)),
             attention_bias=family == "qwen2",
             qk_norm=family == "qwen3",
-            initializer_range=float(tree.get("initializer_range", 0.02)),
-            embedding_range=None if tree.get("embedding_range") is None else float(tree["embedding_range"]),
+            initializer_range=_number(tree, "initializer_range", 0.02),
+            embedding_range=None if tree.get("embedding_range") is None else _number(tree, "embedding_range"),
         )
     except KeyError as error:
         raise UnsupportedModelError(f"{source}: {error.args[0]} is missing") from error
@@ -151,7 +152,25 @@ def stored_name(name: str, tied: bool) -> str:
     return _EMBEDDING if tied and name == _HEAD else name
 
 
-def _refuse_other_arithmetic(tree: dict[str, Any], family: str, source: str) -> None:
+def _size(tree: dict[str, Any], key: str, default: int | None = None) -> int:
+    """A positive whole number. Raises KeyError where it is missing without a default, ConfigError where it is none."""
+    value = tree.get(key) if default is not None else tree[key]
+    if value is None or value == 0:
+        value = default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1 or not 0 < value < 1 << 40:
+        raise ConfigError(f"{key} is {str(tree.get(key, value))[:40]!r}: give a positive whole number")
+    return int(value)
+
+
+def _number(tree: dict[str, Any], key: str, default: float | None = None) -> float:
+    """A finite number. Raises as `_size` does."""
+    value = tree[key] if default is None else tree.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e300:
+        raise ConfigError(f"{key} is {str(value)[:40]!r}: give a finite number")
+    return float(value)
+
+
+def _refuse_other_arithmetic(tree: dict[str, Any], family: str) -> None:
     """Raise for options that change the logits and that colrow's Llama would ignore."""
     wrong = None
     if tree.get("hidden_act", "silu") != "silu":
@@ -164,16 +183,19 @@ def _refuse_other_arithmetic(tree: dict[str, Any], family: str, source: str) -> 
         wrong = f"sliding_window={tree.get('sliding_window')}: only full attention is computed"
     elif "quantization_config" in tree:
         wrong = "quantized weights are not read: give a folder in bfloat16 or float32"
-    elif float(_rope(tree).get("partial_rotary_factor", 1.0)) != 1.0:
+    elif _number(_rope(tree), "partial_rotary_factor", 1.0) != 1.0:
         wrong = "partial_rotary_factor: only a rotation of complete heads is computed"
     if wrong is not None:
-        raise UnsupportedModelError(f"{source}: {wrong}; set model.implementation to transformers to train it as it is")
+        raise UnsupportedModelError(f"{wrong}; set model.implementation to transformers to train it as it is")
 
 
 def _rope(tree: dict[str, Any]) -> dict[str, Any]:
     """`rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` of transformers 4."""
     top = {key: tree[key] for key in ("rope_theta", "partial_rotary_factor") if tree.get(key) is not None}
-    return {**top, **(tree.get("rope_scaling") or tree.get("rope_parameters") or {})}
+    rope = tree.get("rope_scaling") or tree.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ConfigError(f"rope_scaling is {str(rope)[:40]!r}: give a mapping")
+    return {**top, **rope}
 
 
 def _scaling(rope: dict[str, Any], source: str) -> Llama3Scaling | None:
@@ -186,8 +208,8 @@ def _scaling(rope: dict[str, Any], source: str) -> Llama3Scaling | None:
             "set model.implementation to transformers to train it as it is"
         )
     return Llama3Scaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
+        factor=_number(rope, "factor"),
+        low_freq_factor=_number(rope, "low_freq_factor"),
+        high_freq_factor=_number(rope, "high_freq_factor"),
+        original_max_position_embeddings=_size(rope, "original_max_position_embeddings"),
     )
