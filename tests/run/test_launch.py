@@ -165,6 +165,8 @@ def test_a_signal_saves_and_a_killed_rank_ends_the_run(folder: Path, start: Call
 def test_torchrun_starts_ranks_and_shows_the_error_of_the_one_that_failed(start: Callable[..., Run]) -> None:
     run = start("torchrun", "--nproc-per-node", "2", "-m", "colrow", "train", "sick.yaml")
     assert run.end() != 0
+    assert "verify     sick:build is a model that nobody here has seen" in run.text
+    assert "while the other ranks wait\nverify     proved: " in run.text
     assert "tp 2, CPU" in run.text
     assert run.text.count("RuntimeError: this rank is sick") == 1
     assert "onnection" not in run.text
