@@ -99,6 +99,9 @@ class Files:
         with torch.device("meta"):
             llama = Llama(read_config(self.model))
         llama.to_empty(device="cpu")
+        with torch.no_grad():
+            for param in llama.parameters():
+                param.fill_(0.5)
         export(llama, folder / "export", llama.config, None)
         (folder / "export" / "model.safetensors").rename(folder / "export" / "part-1.safetensors")
         self.llama = llama

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import signal
 import sys
 
 from colrow.errors import ColrowError, did_you_mean
@@ -20,8 +22,19 @@ VERBS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb. Exit status: 0 done, 1 the verb's negative result, 2 bad usage or input."""
-    args = sys.argv[1:] if argv is None else argv
+    """Run one verb. Exit status: see `docs/guide/exit-codes.md`."""
+    try:
+        status = _run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 128 + signal.SIGPIPE
+
+
+def _run(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
         print("usage: colrow VERB ...\n")
         for verb, what in VERBS.items():

@@ -157,7 +157,7 @@ def _arm(flags: Flags, arm: str, config: RunConfig) -> dict[str, Any] | None:
             one_rank=flags.one_rank,
         )
         file.write_text(job.model_dump_json(), encoding="utf-8")
-        failure = launch(["-m", "colrow", "bench", JOB, str(file)], ranks, save=False)
+        failure = launch(["-m", "colrow", "bench", JOB, str(file)], ranks, save=False).failure
         if failure is not None:
             print(f"colrow bench: arm {arm} failed: {failure.text.strip()}", file=sys.stderr, flush=True)
             return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import shlex
+import signal
 import sys
 import time
 import traceback
@@ -101,11 +102,10 @@ def _start(argv: list[str]) -> int:
     ranks = config.mesh.world_size
     os.environ.setdefault("OMP_NUM_THREADS", str(preflight.threads_for(ranks)))
     os.environ[PLAN_DIGEST] = write_plan(config.run.dir, checked.plan)
-    failure = launch(["-m", "colrow", "train", *argv], ranks)
-    if failure is None:
-        return 0
-    print(f"colrow train: error: {failure.text.strip()}", file=sys.stderr)
-    return failure.status
+    ended = launch(["-m", "colrow", "train", *argv], ranks)
+    if ended.failure is not None and ended.status != 128 + signal.SIGPIPE:
+        print(f"colrow train: error: {ended.failure.text.strip()}", file=sys.stderr)
+    return ended.status
 
 
 def _rank(argv: list[str]) -> int:
@@ -157,9 +157,10 @@ def reporting_errors(error_file: Path | None) -> Iterator[None]:
         if isinstance(error, SystemExit):
             raise
         when = time.time()
+        is_closed = isinstance(error, BrokenPipeError)  # `colrow train ... | head`: an end without an error
         is_user_error = isinstance(error, ColrowError) or _disk_is_full(error)
-        text = str(error) if is_user_error else traceback.format_exc()
-        status = EXIT_USER_ERROR if is_user_error else 1
+        text = "the output is closed" if is_closed else str(error) if is_user_error else traceback.format_exc()
+        status = 128 + signal.SIGPIPE if is_closed else EXIT_USER_ERROR if is_user_error else 1
         if error_file is None:
             print(f"colrow train: error: {text}", file=sys.stderr)
         else:

@@ -43,16 +43,28 @@ class Failure:
     status: int
 
 
-def launch(command: Sequence[str], ranks: int, *, save: bool = True) -> Failure | None:
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """How a run ended: the first failure, if there was one, and the signal that asked for the end, if one did."""
+
+    failure: Failure | None = None
+    signal: int | None = None
+
+    @property
+    def status(self) -> int:
+        """Exit status for the command: that of a process ended by the signal, although the ranks saved and left."""
+        if self.signal is not None:
+            return 128 + self.signal
+        return 0 if self.failure is None else self.failure.status
+
+
+def launch(command: Sequence[str], ranks: int, *, save: bool = True) -> Ended:
     """Run `python COMMAND...` as `ranks` local ranks, with torchrun's environment, and wait for all of them.
 
     The first SIGINT or SIGTERM is passed on, and the ranks are expected to save and end; the second one kills them.
 
     Args:
         save: whether the ranks have something to save. Without, the first signal kills them.
-
-    Returns:
-        The first failure; None when all ranks succeeded.
 
     Raises:
         KeyboardInterrupt: a signal has killed ranks that had nothing to save.
@@ -68,10 +80,13 @@ def launch(command: Sequence[str], ranks: int, *, save: bool = True) -> Failure 
         if signals.count and not save:
             raise KeyboardInterrupt
         if isinstance(agent.error, ChildFailedError):
-            return first_failure(agent.error.failures)
+            if signals.count > signals.stops:
+                text = "the ranks did not end after the first signal; the second one killed them, and nothing was saved"
+                return Ended(Failure(0, text, 1), signals.last)
+            return Ended(first_failure(agent.error.failures), signals.last)
         if agent.error is not None:
             raise agent.error
-    return None
+        return Ended(signal=signals.last)
 
 
 def first_failure(failures: Mapping[int, ProcessFailure]) -> Failure:
@@ -131,8 +146,9 @@ class _Signals:
     """
 
     def __init__(self, folder: Path, stops: int) -> None:
-        self._folder, self._stops = folder, stops
+        self._folder, self.stops = folder, stops
         self.count = 0
+        self.last: int | None = None
         self._sent: set[tuple[int, bool]] = set()
 
     def __enter__(self) -> _Signals:
@@ -145,12 +161,13 @@ class _Signals:
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
+        self.last = number
 
     def pass_on(self) -> None:
         """Send each rank that has written its process id one SIGTERM, and later one SIGKILL."""
         if not self.count:
             return
-        kill = self.count > self._stops
+        kill = self.count > self.stops
         for file in self._folder.glob(f"*/attempt_*/*/{PID_FILE}"):
             try:
                 pid = int(file.read_text(encoding="ascii"))

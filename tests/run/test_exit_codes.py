@@ -1,0 +1,45 @@
+"""Exit statuses that `docs/guide/exit-codes.md` lists, of the processes that a person starts."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from colrow.cli import main
+from colrow.run.launch import Ended, Failure
+
+
+@pytest.mark.parametrize(
+    ("ended", "status"),
+    [
+        (Ended(), 0),
+        (Ended(Failure(1, "sick", 1)), 1),
+        (Ended(Failure(0, "a wrong config", 2)), 2),
+        (Ended(signal=signal.SIGTERM), 143),
+        (Ended(Failure(1, "lost", 1), signal.SIGINT), 130),
+    ],
+)
+def test_a_run_ends_with_the_status_of_its_cause(ended: Ended, status: int) -> None:
+    assert ended.status == status
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    """With `import torch` forbidden, to be quick: the listing needs none."""
+    code = "import sys; sys.modules['torch'] = None; from colrow.cli import main; sys.exit(main(['--help']))"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.stdout is not None
+    assert child.stderr is not None
+    child.stdout.close()  # before anything is written
+    assert child.stderr.read() == b""
+    assert child.wait() == 128 + signal.SIGPIPE
+
+
+def test_ctrl_c_in_a_verb_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("colrow.cli.checkpoints.main", interrupted)
+    assert main(["checkpoints", "x"]) == 130
