@@ -118,6 +118,15 @@ def test_shards_with_one_bit_changed_are_reported_and_made_again(section, texts,
     assert (first.folder / f"{split}.bin").read_bytes() == before
 
 
+def test_another_tokenizer_beside_the_shards_is_replaced(section, texts, tmp_path):
+    first = prepare(section(f"{texts}/*.txt"), VOCAB, False)
+    other = prepare(section(f"{texts}/*.txt", tokenizer={"vocab_size": 280}), VOCAB, False)
+    shutil.copy(other.folder / "tokenizer.json", first.folder)
+    again = prepare(section(f"{texts}/*.txt"), VOCAB, False)
+    assert again.built
+    assert again.tokenizer.digest == first.tokenizer.digest == load_tokenizer(again.folder).digest
+
+
 def test_shards_are_read_once_and_compared_by_size_and_time_after(section, texts, monkeypatch):
     monkeypatch.setattr("colrow.data.digests._SETTLED_SECONDS", -1.0)
     read = []

@@ -119,7 +119,7 @@ def test_other_batches_are_printed_with_what_follows(tree: Tree) -> None:
     assert changes_between(before, now, 3) == [
         "train.global_batch: 8 -> 16",
         "tokens a step: 256 -> 512; the data go on with the next sequence",
-        "sequences of an evaluation: 16 -> 32; val_loss is of other text",
+        "most sequences of an evaluation: 16 -> 32; val_loss is of other text",
     ]
 
 

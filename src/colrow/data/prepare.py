@@ -109,10 +109,10 @@ def prepare(section: DataSection, model_vocab: int, progress: bool) -> PreparedD
             given.digest if given else f"{_TRAINER} {_vocab_size(section, model_vocab)}",
         ]
         folder = section.cache / f"tokens-{digest_of(*recipe)[:16]}"
-        meta, built = _find(folder, shown), False
+        meta, built = _find(folder, shown, given), False
         if meta is None:
             with locked(folder.with_suffix(".lock"), _watcher(folder, shown)):
-                meta = _find(folder, shown)
+                meta = _find(folder, shown, given)
                 if meta is None:
                     tokenizer = given or _train_once(corpus, fingerprint, section, model_vocab, shown)
                     meta, built = _build(corpus, tokenizer, folder, fingerprint, section, shown), True
@@ -170,13 +170,18 @@ def _fingerprint(corpus: Corpus, section: DataSection, shown: PreparationProgres
         return corpus.fingerprint()
 
 
-def _find(folder: Path, shown: PreparationProgress) -> ShardMeta | None:
-    """The meta of complete shards; None where there are none, or damaged ones, which are reported and built again."""
+def _find(folder: Path, shown: PreparationProgress, given: Tokenizer | None) -> ShardMeta | None:
+    """The meta of complete shards; None where there are none, or damaged ones, which are reported and built again.
+
+    Without a `given` tokenizer the folder's own will be used, so it must be the one that made the shards.
+    """
     if not folder.exists():
         return None
     try:
         meta = read_meta(folder)
         _verify(folder, meta, shown)
+        if given is None and load_tokenizer(folder).digest != meta.tokenizer:
+            raise DataError(f"token shards {folder} are damaged: tokenizer.json is not the one that made them")
         return meta
     except DataError as error:
         shown.say(f"data: {error}; they are made again")

@@ -130,7 +130,7 @@ def _consequences(before: RunConfig, now: RunConfig, step: int) -> Iterator[str]
         yield f"tokens a step: {tokens[0]:,} -> {tokens[1]:,}; the data go on with the next sequence"
     evaluated = [config.eval.batches * config.train.global_batch for config in (before, now)]
     if before.eval.every and now.eval.every and evaluated[0] != evaluated[1]:
-        yield f"sequences of an evaluation: {evaluated[0]:,} -> {evaluated[1]:,}; val_loss is of other text"
+        yield f"most sequences of an evaluation: {evaluated[0]:,} -> {evaluated[1]:,}; val_loss is of other text"
 
 
 def values(config: RunConfig) -> dict[str, Any]:
