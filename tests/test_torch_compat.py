@@ -276,6 +276,13 @@ def test_fake_tensors_have_no_memory() -> None:
     assert not tc.is_fake(torch.ones(1))
 
 
+def test_an_index_that_code_writes_down_is_known_of_a_fake_tensor() -> None:
+    with tc.fake_tensors():
+        assert tc.constant_index(torch.tensor([-2])) == -2
+        assert tc.constant_index(torch.zeros(1, dtype=torch.long)) is None
+    assert tc.constant_index(torch.tensor([1])) is None
+
+
 def test_ranks_are_simulated_side_by_side() -> None:
     dist.init_process_group("fake", store=tc.fake_store(), rank=0, world_size=2)
     try:

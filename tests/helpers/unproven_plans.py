@@ -106,6 +106,57 @@ class Scaled(nn.Module):
         return o * self.scale
 
 
+class OneKvHead(nn.Module):
+    """Multi-query attention; queries, k and v in one weight. `kv`: the places of the k and the v head."""
+
+    def __init__(self, kv: tuple[int, int] = (-2, -1)) -> None:
+        super().__init__()
+        self.qkv, self.out, self.kv = nn.Linear(m.D, m.D + 2 * m.E), nn.Linear(m.D, m.D), kv
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.qkv(x).view(*x.shape[:2], -1, m.E)
+        q, k, v = heads[..., :-2, :], heads[..., [self.kv[0]], :], heads[..., [self.kv[1]], :]
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+def one_kv_head(**options: Any) -> Case:
+    qkv = {"style": "packed_colwise", "segments": [m.D, 2 * m.E], "replicated": [1]}
+    plan = lambda: gpt_plan(attn__qkv=qkv, attn__out="rowwise")  # noqa: E731
+    return Case(lambda: m.Gpt(lambda: OneKvHead(**options)), plan)
+
+
+class SlopedAttention(m.HeadCount):
+    """Attention whose batch and heads are one dim, with slopes that it is given for all of them."""
+
+    def forward(self, x: Tensor, slopes: Tensor | None = None) -> Tensor:
+        q, k, v = (self.heads(w(x)) for w in (self.q, self.k, self.v))
+        B, _, T, _ = q.shape
+        q, k, v = (t.reshape(-1, T, m.E) for t in (q, k, v))
+        s = torch.baddbmm(slopes, q, k.transpose(1, 2))
+        o = torch.bmm(s.softmax(-1), v).view(B, -1, T, m.E)
+        return self.out(o.transpose(1, 2).flatten(2))
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], -1, m.E).transpose(1, 2)
+
+
+class SlopedBlock(m.Block):
+    def forward(self, x: Tensor) -> Tensor:
+        rise = 2.0 ** -torch.arange(1.0, m.H + 1) * torch.arange(x.shape[1])[:, None, None]
+        slopes = rise.permute(2, 1, 0).repeat(x.shape[0], 1, 1).to(x.dtype)  # [B H, 1, T]
+        x = x + self.attn(self.norm1(x), slopes)
+        return x + self.mlp(self.norm2(x))
+
+
+def sloped(outer: int = 1) -> Case:
+    """The plan takes each rank's heads of the slopes; `outer`: wrongly, of so many samples at a time."""
+    block = {"style": "local_block", "input": ["replicate", "none"], "slices": {"1": {"dim": 0, "inner": outer * m.H}}}
+    heads = HEADS | {f"attn__{n}": "packed_colwise" for n in "qkv"}  # the block sums their input's gradient
+    plan = lambda: gpt_plan(**heads, attn=block, attn__out="rowwise")  # noqa: E731
+    return Case(lambda: m.Gpt(SlopedAttention, block=SlopedBlock), plan)
+
+
 class TokenBlock(m.Block):
     """A block in which tokens meet: on the residual stream, or behind the first norm."""
 
@@ -220,6 +271,8 @@ WRONG = {
     "function of the last block": Case(last_block_differs),
     "shift in the model's loop": Case(lambda: OwnLoop(layers=5), lambda: gpt_plan(sequence=True)),
     # of the same kinds
+    "a query head for k": one_kv_head(kv=(0, -1)),
+    "slopes of samples for heads": sloped(outer=2),
     "features flipped": features(lambda h: h.flip(-1)),
     "features summed": features(lambda h: h * h.sum(-1, keepdim=True)),
     "features narrowed": features(lambda h: F.pad(h.narrow(-1, 0, h.shape[-1] // 2), (0, h.shape[-1] // 2))),
@@ -238,6 +291,8 @@ WRONG = {
     ),
 }
 RIGHT = {
+    "one k and v head by index": one_kv_head(),
+    "slopes of a rank's heads": sloped(),
     "hook on a gradient": Case(hooked),  # parallelize keeps it
     "every other feature": gated(lambda h: F.silu(h[..., ::2]) * h[..., 1::2]),
     "batch norm of all tokens": on_stream(lambda: nn.BatchNorm1d(m.D), train=True),

@@ -36,12 +36,15 @@ def parts(whole: Tensor, layout: Layout) -> list[Tensor]:
     if layout.kind is Kind.PARTIAL:
         terms = [torch.randn_like(whole) for _ in range(RANKS - 1)]
         return [*terms, whole - sum(terms)]
-    if layout.repeated:  # each segment's rows, each as often as it is repeated
-        segments = whole.split(list(layout.repeated), layout.dim)
-        pairs = zip(segments, layout.segments, layout.repeated, strict=True)
-        whole = torch.cat([s.repeat_interleave(n // k, layout.dim) for s, n, k in pairs], layout.dim)
-    segments = whole.split(list(layout.sizes(whole.shape[layout.dim])), layout.dim)
-    chunks = [segment.chunk(RANKS, layout.dim) for segment in segments]
+    sizes = layout.sizes(whole.shape[layout.dim])
+    chunks: list[Any] = []
+    segments = whole.split(list(layout.repeated or sizes), layout.dim)
+    for i, (segment, size) in enumerate(zip(segments, sizes, strict=True)):
+        times = size // segment.shape[layout.dim]  # each row as often as it is repeated
+        complete = [segment] * RANKS
+        chunks.append(
+            complete if i in layout.complete else segment.repeat_interleave(times, layout.dim).chunk(RANKS, layout.dim)
+        )
     return [torch.cat([chunk[rank] for chunk in chunks], layout.dim) for rank in range(RANKS)]
 
 
@@ -52,8 +55,34 @@ def agrees(results: list[Tensor], whole: Tensor, layout: Layout) -> bool:
     return all(torch.allclose(got, want) for got, want in zip(results, parts(whole, layout), strict=True))
 
 
+def terms(whole: Tensor, layout: Layout) -> list[Tensor]:
+    """What each rank holds of a gradient: of what all hold completely, a term of the sum."""
+    if not layout.complete:
+        return parts(whole, layout)
+    segments = whole.split(list(layout.repeated), layout.dim)
+    held = [parts(s, PARTIAL if i in layout.complete else sharded(layout.dim)) for i, s in enumerate(segments)]
+    return [torch.cat(pieces, layout.dim) for pieces in zip(*held, strict=True)]
+
+
+def terms_agree(results: list[Tensor], whole: Tensor, layout: Layout) -> bool:
+    """`agrees` of a gradient."""
+    if not layout.complete:
+        return agrees(results, whole, layout)
+    segments = whole.split(list(layout.repeated), layout.dim)
+    held = [result.split([n // RANKS for n in layout.segments], layout.dim) for result in results]
+    layouts = [PARTIAL if i in layout.complete else sharded(layout.dim) for i in range(len(segments))]
+    return all(map(agrees, map(list, zip(*held, strict=True)), segments, layouts))
+
+
 def answer(
-    mesh: DeviceMesh, func: Any, args: Any, layouts: list[Layout], here: Any = None, **known: Any
+    mesh: DeviceMesh,
+    func: Any,
+    args: Any,
+    layouts: list[Layout],
+    here: Any = None,
+    *,
+    gradient: bool = False,
+    **known: Any,
 ) -> list[Layout]:
     """The layouts that are proven, after a comparison with numbers.
 
@@ -61,11 +90,13 @@ def answer(
         args: of the unsharded run.
         layouts: of each tensor among them.
         here: arguments that are no tensors, as a rank gives them; those of the unsharded run unless given.
+        gradient: the tensors are gradients (see `terms`).
     """
     leaves, tree = tree_flatten((args, {}))
     given = iter(layouts)
     placed = [next(given) if isinstance(leaf, Tensor) else None for leaf in leaves]
-    held = [parts(leaf, layout) if layout else [leaf] * RANKS for leaf, layout in zip(leaves, placed, strict=True)]
+    split, same = (terms, terms_agree) if gradient else (parts, agrees)
+    held = [split(leaf, layout) if layout else [leaf] * RANKS for leaf, layout in zip(leaves, placed, strict=True)]
     if here is not None:
         plain = iter(tree_flatten(here)[0])
         held = [h if layout else [next(plain)] * RANKS for h, layout in zip(held, placed, strict=True)]
@@ -89,7 +120,7 @@ def answer(
     )
     found = proven_layouts(call, mesh)
     for i, (layout, expected) in enumerate(zip(found, whole, strict=True)):
-        assert agrees([results[i] for results in ranks], expected, layout), f"result {i} is not {layout}"
+        assert same([results[i] for results in ranks], expected, layout), f"result {i} is not {layout}"
     return found
 
 
@@ -97,7 +128,16 @@ def x(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
+def written(value: int) -> Tensor:
+    """An index as code writes it down: fake tensors know its value."""
+    index = torch.tensor([value])
+    index.constant = index  # type: ignore[attr-defined]
+    return index
+
+
 S0, S1, S2 = sharded(0), sharded(1), sharded(2)
+QUERIES_AND_ALL_KV = repeating(1, (4, 8), (4, 4), (1,))
+"""Four query features, of which a rank has two, and four of the one k and v head, of which it has all."""
 PROVEN: dict[str, tuple[Any, ...]] = {
     # segments, and every step-th element
     "slice of a segment": (aten.slice.Tensor, (x(3, 12), 1, 8, 12), [sharded(1, (8, 4))], ([1, 4, 6],), [S1]),
@@ -250,7 +290,113 @@ PROVEN: dict[str, tuple[Any, ...]] = {
     ),
     "function of segments": (aten.gelu.default, (x(3, 8),), [sharded(1, (2, 6))], None, [sharded(1, (2, 6))]),
     "heads by a view": (aten.view.default, (x(3, 8), [3, 4, 2]), [S1], ([3, 2, 2],), [S1]),
+    # views of segments
+    "segments as heads": (
+        aten.view.default,
+        (x(3, 12), [3, 6, 2]),
+        [sharded(1, (8, 4))],
+        ([3, 3, 2],),
+        [sharded(1, (4, 2))],
+    ),
+    "heads of segments as features": (
+        aten.view.default,
+        (x(3, 6, 2), [3, -1]),
+        [sharded(1, (4, 2))],
+        None,
+        [sharded(1, (8, 4))],
+    ),
+    "heads of segments in a batch": (
+        aten.view.default,
+        (x(3, 6, 2), [18, 2]),
+        [sharded(1, (4, 2))],
+        ([9, 2],),
+        [sharded(0, (4, 2) * 3)],
+    ),
+    "heads out of a batch": (aten.view.default, (x(12, 5), [3, 4, 5]), [sharded(0, (4,) * 3)], ([3, 2, 5],), [S1]),
+    "two dims of segments as one": (
+        aten.view.default,
+        (x(3, 2, 12), [3, 24]),
+        [sharded(2, (4, 8))],
+        ([3, 12],),
+        [sharded(1, (4, 8, 4, 8))],
+    ),
     # repeated heads
+    "slice of a complete segment": (
+        aten.slice.Tensor,
+        (x(3, 8), 1, 5, 7),
+        [QUERIES_AND_ALL_KV],
+        ([1, 3, 5],),
+        [REPLICATED],
+    ),
+    "k and v of a complete segment": (
+        aten.split_with_sizes.default,
+        (x(3, 8), [4, 2, 2], 1),
+        [QUERIES_AND_ALL_KV],
+        ([2, 2, 2, 1],),
+        [S1, REPLICATED, REPLICATED],
+    ),
+    "index into a complete segment": (
+        aten.index.Tensor,
+        (x(3, 8), [None, written(-2)]),
+        [QUERIES_AND_ALL_KV, REPLICATED],
+        None,
+        [REPLICATED],
+    ),
+    "gradient of a slice of the queries": (
+        aten.slice_backward.default,
+        (x(3, 4), [3, 8], 1, 0, -4, 1),
+        [S1],
+        ([3, 6, 1, 0, -4, 1],),
+        [QUERIES_AND_ALL_KV],
+        {"forward": QUERIES_AND_ALL_KV},
+    ),
+    "gradient of a slice of a complete segment": (
+        aten.slice_backward.default,
+        (x(3, 2), [3, 8], 1, 5, 7, 1),
+        [PARTIAL],
+        ([3, 6, 1, 3, 5, 1],),
+        [QUERIES_AND_ALL_KV],
+        {"forward": QUERIES_AND_ALL_KV, "gradient": True},
+    ),
+    "gradient of an index into a complete segment": (
+        aten.index_put.default,
+        (torch.zeros(3, 8), [None, written(-2)], x(3, 1), True),
+        [QUERIES_AND_ALL_KV, REPLICATED, PARTIAL],
+        None,
+        [QUERIES_AND_ALL_KV],
+        {"forward": QUERIES_AND_ALL_KV, "zeros": frozenset({0}), "gradient": True},
+    ),
+    "gradient of a split of queries, k and v": (
+        aten.cat.default,
+        ([x(3, 4), x(3, 2), torch.zeros(3, 2)], 1),
+        [S1, PARTIAL, REPLICATED],
+        None,
+        [QUERIES_AND_ALL_KV],
+        {"forward": QUERIES_AND_ALL_KV, "zeros": frozenset({2}), "gradient": True},
+    ),
+    "zeros for the gradient of a piece": (
+        aten.new_zeros.default,
+        (x(3, 2), [3, 8]),
+        [PARTIAL],
+        ([3, 6],),
+        [QUERIES_AND_ALL_KV],
+        {"forward": QUERIES_AND_ALL_KV, "gradient": True},
+    ),
+    "cat of queries and repeated heads": (
+        aten.cat.default,
+        ([x(3, 4), x(3, 2)], 1),
+        [S1, repeating(1, (4,), (2,))],
+        None,
+        [repeating(1, (4, 4), (4, 2))],
+    ),
+    "cat of heads with repeats along their features": (
+        aten.cat.default,
+        ([x(3, 4, 2), x(3, 4, 3)], 2),
+        [repeating(1, (8,), (4,)), repeating(1, (8,), (4,))],
+        None,
+        [repeating(1, (8,), (4,))],
+    ),
+    "function of a complete segment": (aten.gelu.default, (x(3, 8),), [QUERIES_AND_ALL_KV], None, [QUERIES_AND_ALL_KV]),
     "view of repeated heads": (
         aten.view.default,
         (x(3, 4), [3, 4, 1]),
@@ -312,6 +458,26 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "noise": (aten.normal_functional.default, (x(3, 8),), [S1], None),
     "looked up in a shard": (aten.embedding.default, (x(8, 3), torch.tensor([1, 2])), [S0, REPLICATED], None),
     "heads by number": (aten.view.default, (x(3, 8), [3, 4, 2]), [S1], ([3, 4, 1],)),
+    "segments that are no heads": (aten.view.default, (x(3, 32), [3, 4, 8]), [sharded(1, (20, 12))], ([3, 2, 8],)),
+    "slice inside repeated heads": (
+        aten.slice.Tensor,
+        (x(3, 8), 1, 5, 7),
+        [repeating(1, (4, 8), (4, 4))],
+        ([1, 3, 5],),
+    ),
+    "other places of a complete segment": (aten.slice.Tensor, (x(3, 8), 1, 5, 7), [QUERIES_AND_ALL_KV], ([1, 2, 4],)),
+    "repeated heads with a step": (
+        aten.slice.Tensor,
+        (x(3, 6), 1, 0, 4, 2),
+        [repeating(1, (4, 4), (4, 2))],
+        ([1, 0, 2, 2],),
+    ),
+    "index by other constants": (
+        aten.index.Tensor,
+        (x(3, 8), [None, written(1)]),
+        [QUERIES_AND_ALL_KV, REPLICATED],
+        None,
+    ),
     "split inside repeated heads": (
         aten.split_with_sizes.default,
         (x(3, 6), [3, 3], 1),
@@ -332,6 +498,9 @@ def test_every_rule_has_a_case() -> None:
     names = {str(case[0].name()).partition("::")[2].partition(".")[0] for case in PROVEN.values()}
     alike = {
         "triu": "tril",
+        "reshape": "view",
+        "_unsafe_view": "view",
+        "_reshape_alias": "view",
         "scatter": "scatter_add",
         "index_put": "where",
         "_index_put_impl": "where",

@@ -46,13 +46,15 @@ def unproven_operators(
 ) -> list[Unproven]:
     """What nothing proves in one forward and backward of `model` under `plan`; empty where all is proven.
 
-    Arguments are those of `dry_run`. Nothing is said of a model that does not run on fake tensors (`dry_run` says so).
+    Arguments are those of `dry_run`. Of a model that does not run on fake tensors, that is the one finding.
     """
     request = Request(model, plan, tp, batch_size, seq_len, inputs, loss, dtype)
     found = _walked(request)
     if isinstance(found, Exception) and "BF16" in str(found):  # torch's grouped matmuls take no other type
         found = _walked(replace(request, dtype=torch.bfloat16))
-    return [] if isinstance(found, Exception) else found
+    if isinstance(found, Exception):
+        return [Unproven("model", "", "", f"the unsharded run raises {type(found).__name__}: {str(found)[:120]}")]
+    return found
 
 
 def _walked(request: Request) -> list[Unproven] | Exception:

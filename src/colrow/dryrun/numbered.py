@@ -25,6 +25,7 @@ from colrow.sharding.local_layout import REPLICATED, Layout
 from colrow.sharding.operators import Identity, operator
 from colrow.torch_compat import (
     TorchDispatchMode,
+    constant_index,
     current_autograd_node,
     forward_number,
     frames,
@@ -236,5 +237,5 @@ def _tensors(tree: Any) -> list[Tensor]:
 def shape_of(leaf: Any) -> Any:
     """What can be compared of an argument: of a tensor its shape, of a process group nothing."""
     if isinstance(leaf, Tensor):
-        return TensorShape(tuple(leaf.shape), tuple(leaf.stride()), leaf.dtype)
+        return TensorShape(tuple(leaf.shape), tuple(leaf.stride()), leaf.dtype, constant_index(leaf))
     return None if isinstance(leaf, torch.ScriptObject) else leaf

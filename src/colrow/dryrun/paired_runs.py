@@ -32,7 +32,8 @@ from colrow.sharding.local_layout import (
 )
 from colrow.sharding.operators import Filling, operator
 from colrow.sharding.shard_rules import proven_layouts
-from colrow.styles.base import Style
+from colrow.styles.base import OutputSegment, Style
+from colrow.styles.rank_tensors import HEADS_OF_RANK
 from colrow.styles.shards import watched_sums
 from colrow.torch_compat import current_autograd_node, forward_number, watched_conversions
 
@@ -99,7 +100,7 @@ class ShardedRun(NumberedRun):
         unsharded: UnshardedRun,
         mesh: DeviceMesh,
         styles: Mapping[str, Style],
-        segments: Mapping[str, tuple[tuple[int, int], ...]],
+        segments: Mapping[str, tuple[OutputSegment, ...]],
     ) -> None:
         super().__init__(model)
         self.unproven: list[Unproven] = []
@@ -288,7 +289,8 @@ class ShardedRun(NumberedRun):
         if isinstance(tensor, DTensor) and tuple(tensor.shape) != shape:
             self.report(side, f"a DTensor of the global shape {list(tensor.shape)}, unsharded {list(shape)}", name)
         if layout == STYLE:
-            layout = self._shown(key, tuple(tensor.shape), shape)
+            heads = HEADS_OF_RANK.get(tensor)
+            layout = sharded(*heads) if heads else self._shown(key, tuple(tensor.shape), shape)
         elif known != number and (known is not None or not gradient) and not self._is_made_by_style(name, side):
             self.report(side, "it is another value than in the unsharded model", name)
             layout = UNKNOWN
@@ -308,9 +310,10 @@ class ShardedRun(NumberedRun):
         if len(here) != len(there):
             return UNKNOWN
         segments = self._segments.get(name, ()) if side == "output" else ()
-        if segments and (here[-1], there[-1]) == (sum(local for _, local in segments), sum(n for n, _ in segments)):
-            held = tuple(local * self._ranks for _, local in segments)
-            return repeating(len(here) - 1, held, tuple(n for n, _ in segments))
+        if segments and (here[-1], there[-1]) == (sum(s.local for s in segments), sum(s.size for s in segments)):
+            held = tuple(s.local * self._ranks for s in segments)
+            complete = tuple(i for i, s in enumerate(segments) if s.complete)
+            return repeating(len(here) - 1, held, tuple(s.size for s in segments), complete)
         differing = [d for d, (a, b) in enumerate(zip(here, there, strict=True)) if a != b]
         if len(differing) == 1 and here[differing[0]] * self._ranks == there[differing[0]]:
             return sharded(differing[0])

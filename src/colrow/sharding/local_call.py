@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +14,8 @@ from colrow.sharding.operators import Operator, operator
 from colrow.torch_compat import tree_unflatten
 
 Shape = tuple[int, ...]
+Piece = tuple[tuple[int, int], tuple[int, int]]
+"""First and end of consecutive elements of a dim, on a rank and in the unsharded run."""
 
 
 class UnprovenError(Exception):
@@ -23,11 +27,12 @@ class UnprovenError(Exception):
 
 
 class TensorShape(NamedTuple):
-    """An argument that is a tensor."""
+    """An argument that is a tensor; `constant`: of an index of one element, its value where code wrote it down."""
 
     shape: Shape
     stride: Shape
     dtype: torch.dtype
+    constant: int | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,33 @@ class LocalCall:
             found.append(args[position] if position < len(args) else kwargs.get(name, default))
         return found[0], found[1]
 
+    def pieces(self, dim: int) -> list[Piece] | None:
+        """The pieces of `dim` that a split, a slice or an index by constants takes, or whose gradients it joins;
+        None where it takes them along another dim."""
+        extents = self.here[0].shape, self.there[0].shape
+        if self.name in PIECES_BACKWARD and self.wanted:
+            extents = self.results[0], self.wanted[0]  # in forward it takes from what is the result in backward
+        if self.name in INDEXES:
+            found = [_index_of(self.argument("indices")[i], dim, extents[i][dim]) for i in (0, 1)]
+            return [(found[0], found[1])] if found[0] and found[1] else None
+        if self.name not in ("slice", "slice_backward", "split", "split_with_sizes", "cat"):
+            return None
+        if self.argument("dim")[0] % len(extents[0]) != dim:
+            return None
+        if not self.name.startswith("slice"):
+            parts: list[Sequence[Shape]] = [self.results, self.wanted or ()]
+            if self.name == "cat":
+                parts = [
+                    [leaf.shape for leaf in run if isinstance(leaf, TensorShape)] for run in (self.here, self.there)
+                ]
+            ends = [[0, *accumulate(shape[dim] for shape in shapes)] for shapes in parts]
+            return list(zip(pairwise(ends[0]), pairwise(ends[1]), strict=True))
+        ranges = [slice(*(self.argument(name)[i] for name in ("start", "end", "step"))).indices(extents[i][dim])
+                  for i in (0, 1)]  # fmt: skip
+        if any(step != 1 for _, _, step in ranges):
+            raise UnprovenError("a slice with a step", dim)
+        return [(ranges[0][:2], ranges[1][:2])]
+
     @property
     def sharded_dim(self) -> int | None:
         """The dim along which its first sharded argument is sharded."""
@@ -97,3 +129,17 @@ class LocalCall:
     def layouts_text(self) -> str:
         """The layouts of the tensors, for a message."""
         return ", ".join(str(layout) for layout, _ in self.tensors)
+
+
+INDEXES = ("index", "index_put", "_index_put_impl", "_unsafe_index_put")
+PIECES_BACKWARD = ("slice_backward", "cat", *INDEXES[1:])
+"""Operators that make the gradient of pieces: a split's puts them together, an index's writes one into zeros."""
+
+
+def _index_of(indices: Sequence[Any], dim: int, extent: int) -> tuple[int, int] | None:
+    """First and end of the one element of `dim` that indices take, if it is a constant and they take of no other."""
+    given = [(d, index) for d, index in enumerate(indices) if index is not None]
+    if len(given) != 1 or given[0][0] != dim or given[0][1].constant is None:
+        return None
+    place = given[0][1].constant % extent
+    return place, place + 1

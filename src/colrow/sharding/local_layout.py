@@ -41,6 +41,7 @@ class Layout:
     dim: int = -1
     segments: tuple[int, ...] = ()
     repeated: tuple[int, ...] = ()
+    complete: tuple[int, ...] = ()
 
     def sizes(self, extent: int) -> tuple[int, ...]:
         """The segments of a sharded dim with this extent."""
@@ -75,9 +76,13 @@ def sharded(dim: int, segments: tuple[int, ...] = ()) -> Layout:
     return Layout(Kind.SHARDED, dim, segments if len(segments) > 1 else ())
 
 
-def repeating(dim: int, segments: tuple[int, ...], unrepeated: tuple[int, ...]) -> Layout:
+def repeating(
+    dim: int, segments: tuple[int, ...], unrepeated: tuple[int, ...], complete: tuple[int, ...] = ()
+) -> Layout:
     """The layout of shards along `dim` of segments with heads repeated; see [Note: repeated heads]."""
-    return sharded(dim, segments) if segments == unrepeated else Layout(Kind.SHARDED, dim, segments, unrepeated)
+    if segments == unrepeated:
+        return sharded(dim, segments)
+    return Layout(Kind.SHARDED, dim, segments, unrepeated, complete)
 
 
 def layout_of(placement: Any, shape: tuple[int, ...]) -> Layout | None:

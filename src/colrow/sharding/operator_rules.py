@@ -6,10 +6,11 @@ to be asked; it raises UnprovenError where the call is none that gives shards of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import accumulate, pairwise
+from math import prod
 
-from colrow.sharding.local_call import LocalCall, UnprovenError
+from colrow.sharding.local_call import LocalCall, Shape, UnprovenError
 from colrow.sharding.local_layout import PARTIAL, REPLICATED, Kind, Layout, sharded
 
 
@@ -54,6 +55,55 @@ def _slice(call: LocalCall) -> list[Layout] | None:
     if backward and cut != layout:
         raise UnprovenError("the gradient of a slice has another layout than the slice", dim)
     return [source if backward else cut]
+
+
+def _view(call: LocalCall) -> list[Layout] | None:
+    """Of a dim of segments: DTensor knows only equal ones, and not all views of them.
+
+    The dims of `before` that become some dims of `after` are one run of elements. In it the segments follow one another
+    (once for each index of the dims that stand before the sharded one), and they must do so in the result."""
+    layout, whole = call.tensors[0]
+    before, local = whole.shape, call.results[0]
+    after = call.wanted[0] if call.wanted else _sizes(call, before)
+    if layout.kind is not Kind.SHARDED or not layout.segments or after is None or len(after) != len(local):
+        return None
+    changed = [d for d, (n, full) in enumerate(zip(local, after, strict=True)) if n * call.ranks == full != n]
+    same = sum(n == full for n, full in zip(local, after, strict=True))
+    for dim in changed if same == len(after) - 1 else ():
+        for source, result in _same_elements(before, after):
+            if layout.dim in source and dim in result:
+                outer = prod(before[d] for d in source if d < layout.dim)
+                inner = prod(before[d] for d in source if d > layout.dim)
+                runs = [n * inner for n in layout.segments] * outer
+                times = prod(after[d] for d in result if d < dim)
+                unit = prod(after[d] for d in result if d > dim)
+                own = runs[: len(runs) // times]
+                if own * times == runs and not any(n % (unit * call.ranks) for n in own):
+                    return [sharded(dim, tuple(n // unit for n in own))]
+    return None
+
+
+def _sizes(call: LocalCall, before: Shape) -> Shape | None:
+    """The sizes that a view of the unsharded tensor is given."""
+    given = list(call.argument("shape" if call.name == "reshape" else "size")[1])
+    if -1 in given:
+        given[given.index(-1)] = prod(before) // max(1, -prod(given))
+    return tuple(given) if prod(given) == prod(before) else None
+
+
+def _same_elements(before: Shape, after: Shape) -> Iterator[tuple[range, range]]:
+    """The smallest runs of dims of two shapes that hold the same elements."""
+    first = first_after = i = j = 0
+    while i < len(before) or j < len(after):
+        sizes = prod(before[first:i]), prod(after[first_after:j])
+        if i > first and j > first_after and sizes[0] == sizes[1]:
+            yield range(first, i), range(first_after, j)
+            first, first_after = i, j
+        elif j == len(after) or (i < len(before) and sizes[0] <= sizes[1]):
+            i += 1
+        else:
+            j += 1
+    yield range(first, i), range(first_after, j)
 
 
 def _split(call: LocalCall) -> list[Layout] | None:
@@ -175,5 +225,7 @@ RULES: dict[str, Rule] = {
     "fill": _fill,
     "copy": _write,
 }
+for _name in ("view", "reshape", "_unsafe_view", "_reshape_alias"):
+    RULES[_name] = _view
 for _name in ("scatter", "scatter_add", "index_put", "_index_put_impl", "index_add", "masked_fill", "where"):
     RULES[_name] = _linear_together

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from operator import mul
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
-from colrow.sharding.local_call import LocalCall, Shape, TensorShape, UnprovenError
+from colrow.sharding.local_call import INDEXES, PIECES_BACKWARD, LocalCall, Shape, TensorShape, UnprovenError
 from colrow.sharding.local_layout import PARTIAL, REPLICATED, Kind, Layout, layout_of, repeating, sharded
 from colrow.sharding.operator_rules import RULES
 from colrow.sharding.operators import Filling
@@ -34,11 +34,13 @@ from colrow.torch_compat import NoRuleError, propagated
 def proven_layouts(call: LocalCall, mesh: DeviceMesh) -> list[Layout]:
     """The layout of each result. Raises UnprovenError."""
     facts, layouts = call.facts, [layout for layout, _ in call.tensors]
+    if facts.rule == "constant" and facts.fills not in (Filling.POSITION, Filling.RANDOM):
+        return [_of_equal_elements(call, 0, range(len(call.results[0])))]
+    if call.wanted is not None and (found := _pieces_with_repeats(call)) is not None:
+        return found
     if any(layout.repeated for layout in layouts):
         return _of_repeated(call, mesh)
     all_replicated = all(layout == REPLICATED for layout in layouts)
-    if facts.rule == "constant" and facts.fills not in (Filling.POSITION, Filling.RANDOM):
-        return [_of_equal_elements(call, 0, range(len(call.results[0])))]
     if _draws(call) and not _is_dropout(call) and not (all_replicated and call.same_results):
         raise UnprovenError(
             "each rank draws random numbers of its own shard, which are not one draw of all", call.sharded_dim
@@ -80,6 +82,11 @@ def _of_equal_elements(call: LocalCall, result: int, dims: Iterable[int]) -> Lay
     differing = [d for d, (a, b) in enumerate(zip(here, there, strict=False)) if a != b]
     if len(here) == len(there) and not differing:
         return REPLICATED
+    source = call.forward  # zeros for the gradient of a piece
+    if source and source.repeated and differing == [source.dim]:
+        extents = here[source.dim] * call.ranks, there[source.dim]
+        if extents == (sum(source.segments), sum(source.repeated)):
+            return source
     if len(differing) == 1 and differing[0] in dims and here[differing[0]] * call.ranks == there[differing[0]]:
         return sharded(differing[0])
     raise UnprovenError(
@@ -114,13 +121,6 @@ def _of_repeated(call: LocalCall, mesh: DeviceMesh) -> list[Layout]:
     """By the operator on the tensors with repeated heads, whose shards the ranks hold; see [Note: repeated heads]."""
     if call.wanted is None:
         raise UnprovenError("an operator that the unsharded model has not, on repeated heads", call.sharded_dim)
-    first = call.tensors[0][0]
-    if (
-        call.name in ("split", "split_with_sizes", "slice")
-        and call.argument("dim")[0] % len(call.results[0]) == first.dim
-    ):
-        return _pieces_with_repeats(call, first)
-
     plain = tuple(layout and sharded(layout.dim, layout.segments) if layout and layout.repeated else layout
                   for layout in call.layouts)  # fmt: skip
     there = [leaf if not layout or not layout.repeated else _with_extent(leaf, layout.dim, sum(layout.segments))
@@ -130,13 +130,38 @@ def _of_repeated(call: LocalCall, mesh: DeviceMesh) -> list[Layout]:
     found = []
     for layout, here, wanted in zip(answers, call.results, call.wanted, strict=True):
         if layout.kind is Kind.SHARDED and here[layout.dim] * call.ranks != wanted[layout.dim]:
-            unrepeated = first.repeated if sum(first.repeated) == wanted[layout.dim] else (wanted[layout.dim],)
-            sizes = layout.sizes(here[layout.dim] * call.ranks)
-            if len(unrepeated) != len(sizes):  # a view of heads: each segment has as many fewer
-                unrepeated = tuple(n * wanted[layout.dim] // sum(first.repeated) for n in first.repeated)
-            layout = repeating(layout.dim, sizes, unrepeated)
+            layout = _repeated_as_before(call, layout, here[layout.dim] * call.ranks, wanted[layout.dim])
+        elif layout.kind is not Kind.SHARDED and here != wanted:
+            raise UnprovenError(f"it makes {list(here)} where the unsharded model makes {list(wanted)}")
         found.append(layout)
     return found
+
+
+def _repeated_as_before(call: LocalCall, layout: Layout, held: int, wanted: int) -> Layout:
+    """The layout of a result along a dim whose segments are those of its inputs: the same ones repeated, as often.
+
+    Args:
+        held: the dim's extent with the repeats.
+        wanted: the same in the unsharded run.
+    """
+    inputs = [(each, there.shape) for each, there in call.tensors if each.kind is Kind.SHARDED]
+    joined = call.name == "cat" and call.argument("dim")[0] % len(call.results[0]) == layout.dim
+    if not joined:  # else each input gives segments of its own
+        inputs = [next((each, shape) for each, shape in inputs if each.repeated)]
+    sources = []
+    for each, shape in inputs:
+        sizes = each.sizes(shape[each.dim])
+        sources += [
+            (n, k, i in each.complete) for i, (n, k) in enumerate(zip(sizes, each.repeated or sizes, strict=True))
+        ]
+    sizes = layout.sizes(held)
+    sources *= len(sizes) // len(sources)  # a batch of them, in one dim
+    if len(sizes) == len(sources):
+        unrepeated = tuple(size * k // n for size, (n, k, _) in zip(sizes, sources, strict=True))
+        if sum(unrepeated) == wanted:
+            complete = tuple(i for i, source in enumerate(sources) if source[2])
+            return repeating(layout.dim, sizes, unrepeated, complete)
+    raise UnprovenError("which heads of the result are repeated is not known", layout.dim)
 
 
 def _with_extent(tensor: TensorShape, dim: int, extent: int) -> TensorShape:
@@ -162,27 +187,44 @@ def _with_sizes_repeated(call: LocalCall, mesh: DeviceMesh) -> list[Layout]:
     return min(answers, key=lambda found: len(found[0].segments))
 
 
-def _pieces_with_repeats(call: LocalCall, layout: Layout) -> list[Layout]:
-    """Along segments of which some have repeated heads: the same segments here and there."""
-    if call.name == "slice":
-        (local, extent) = (leaves[0].shape[layout.dim] for leaves in (call.here, call.there))
-        ranges = [slice(*(call.argument(name)[i] for name in ("start", "end", "step"))).indices(n)
-                  for i, n in enumerate((local, extent))]  # fmt: skip
-        pieces = [((ranges[0][0], ranges[0][1]), (ranges[1][0], ranges[1][1]))]
-    else:
-        here, there = ([0, *accumulate(s[layout.dim] for s in shapes)] for shapes in (call.results, call.wanted or ()))
-        pieces = list(zip(pairwise(here), pairwise(there), strict=True))
-    bounds, bounds_there = [0, *accumulate(layout.segments)], [0, *accumulate(layout.repeated)]
-    found = []
-    for (first, end), (first_there, end_there) in pieces:
-        try:
-            i, j = (bounds.index(n * call.ranks) for n in (first, end))
-            if (bounds_there[i], bounds_there[j]) != (first_there, end_there):
-                raise ValueError
-        except ValueError:
-            raise UnprovenError(f"elements {first} to {end} of a shard with repeated heads", layout.dim) from None
-        found.append(repeating(layout.dim, layout.segments[i:j], layout.repeated[i:j]))
-    return found
+def _pieces_with_repeats(call: LocalCall) -> list[Layout] | None:
+    """Along segments of which some have repeated heads: the same segments here and there, or a piece of one that each
+    rank holds completely. The gradient of pieces goes the other way. None: another operator, or along another dim."""
+    backward = call.name in PIECES_BACKWARD
+    layout = call.forward if backward else next((layout for layout, _ in call.tensors), None)
+    pieces = call.pieces(layout.dim) if layout and layout.repeated else None
+    if pieces is None or layout is None:
+        return None
+    found = [_piece_with_repeats(layout, *piece, call.ranks) for piece in pieces]
+    if not backward:
+        return found
+    # of what each rank holds completely, its gradient is one term of the sum over ranks
+    wanted = [PARTIAL if piece == REPLICATED else piece for piece in found]
+    written = [PARTIAL if i in call.zeros and each == REPLICATED else each
+               for i, each in enumerate(call.layouts) if each is not None]  # fmt: skip
+    if call.name != "cat":
+        written = written[-1:]
+    if wanted == written and (call.name not in INDEXES or 0 in call.zeros):
+        return [layout]
+    if call.name == "cat":  # of something else, perhaps
+        return None
+    raise UnprovenError("the gradient of a piece has another layout than the piece", layout.dim)
+
+
+def _piece_with_repeats(layout: Layout, here: tuple[int, int], there: tuple[int, int], ranks: int) -> Layout:
+    """Layout of the elements `here` of a local dim, which are those `there` of the unsharded one."""
+    bounds = [n // ranks for n in (0, *accumulate(layout.segments))]
+    bounds_there = [0, *accumulate(layout.repeated)]
+    for i in layout.complete:
+        ends = (here[0] - bounds[i], here[1] - bounds[i]), (there[0] - bounds_there[i], there[1] - bounds_there[i])
+        if ends[0] == ends[1] and 0 <= ends[0][0] < ends[0][1] <= layout.repeated[i]:
+            return REPLICATED
+    if set(here) <= set(bounds) and here[0] < here[1]:
+        i, j = map(bounds.index, here)
+        if (bounds_there[i], bounds_there[j]) == there:
+            complete = tuple(k - i for k in layout.complete if i <= k < j)
+            return repeating(layout.dim, layout.segments[i:j], layout.repeated[i:j], complete)
+    raise UnprovenError(f"elements {here[0]} to {here[1]} of a shard with repeated heads", layout.dim)
 
 
 def contiguous_stride(shape: Shape) -> Shape:
@@ -226,7 +268,8 @@ def _asked(call: LocalCall, placements: Sequence[Any], mesh: DeviceMesh) -> list
     """What DTensor's rule says, if it moves nothing and gives the local shapes that this rank computed."""
     given = iter(placements)
     leaves = [
-        leaf if layout is None else (next(given), *leaf) for leaf, layout in zip(call.there, call.layouts, strict=True)
+        leaf if layout is None else (next(given), *leaf[:3])
+        for leaf, layout in zip(call.there, call.layouts, strict=True)
     ]
     try:
         answers = propagated(call.func, leaves, call.tree, mesh)

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter
 from torch import nn
@@ -66,6 +66,14 @@ class NegativeControl:
 
     style: str
     change: str
+
+
+class OutputSegment(NamedTuple):
+    """A segment of output features: its size, that on a rank, and whether each rank computes all of it, in order."""
+
+    size: int
+    local: int
+    complete: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,9 +162,9 @@ class Style(ABC):
         """What the module's own parameters become; none for styles that touch only activations."""
         return {}
 
-    def output_segments(self, site: Site) -> tuple[tuple[int, int], ...]:
-        """Of a style that `computes_module`: the segments of the output's last dim, each with its size and that on a
-        rank. Empty: the dim is sharded as one, or not at all."""
+    def output_segments(self, site: Site) -> tuple[OutputSegment, ...]:
+        """Of a style that `computes_module`: the segments of the output's last dim. Empty: the dim is sharded as one,
+        or not at all."""
         return ()
 
     def local_attributes(self, site: Site) -> dict[str, int]:

@@ -11,7 +11,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
 from colrow.sharding.placements import parse_placement
-from colrow.styles.base import ParameterLayout, Style, integers_of, option
+from colrow.styles.base import OutputSegment, ParameterLayout, Style, integers_of, option
 from colrow.styles.shards import ShardedModuleStyle, ShardSpec, check_specs, layouts_of
 from colrow.styles.site import Site
 
@@ -71,9 +71,10 @@ class ColumnSegments(Style):
     def check(self, site: Site) -> None:
         check_specs(site, self.specs(site))
 
-    def output_segments(self, site: Site) -> tuple[tuple[int, int], ...]:
+    def output_segments(self, site: Site) -> tuple[OutputSegment, ...]:
         spec = self.specs(site)["weight"]
-        return tuple(zip(spec.segments, spec.local_sizes(site.tp), strict=True))
+        sizes = zip(spec.segments, spec.local_sizes(site.tp), strict=True)
+        return tuple(OutputSegment(n, local, i in spec.replicated) for i, (n, local) in enumerate(sizes))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,10 @@ RANK_TABLES = WeakTensorKeyDictionary()
 """Live index tensors made by `rank_table`. The dry run simulates one rank and marks them as rank-dependent."""
 
 
+HEADS_OF_RANK = WeakTensorKeyDictionary()
+"""Live results of `rank_heads`: of which dim they are shards, and of which segments of it."""
+
+
 def rank_table(mesh: DeviceMesh, rows: list[list[int]]) -> Tensor:
     """Row `rank` of `rows`, on the mesh's device. Rows are equally long."""
     table = torch.tensor(rows, device=mesh.device_type)
@@ -41,4 +45,6 @@ def rank_heads(x: Tensor, mesh: DeviceMesh, dim: int, inner: int) -> Tensor:
     """This rank's shard of the `inner` heads that are the minor factor of dimension `dim`."""
     ranks = mesh.size()
     own = rank_table(mesh, [list(range(r * inner // ranks, (r + 1) * inner // ranks)) for r in range(ranks)])
-    return x.unflatten(dim, (-1, inner)).index_select(dim + 1, own).flatten(dim, dim + 1)
+    heads = x.unflatten(dim, (-1, inner)).index_select(dim + 1, own).flatten(dim, dim + 1)
+    HEADS_OF_RANK[heads] = dim, (inner,) * (x.shape[dim] // inner)
+    return heads

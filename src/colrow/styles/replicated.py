@@ -11,7 +11,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
 from colrow.sharding.placements import parse_placement
-from colrow.styles.base import NegativeControl, ParameterLayout, Style, option, replicated
+from colrow.styles.base import NegativeControl, OutputSegment, ParameterLayout, Style, option, replicated
 from colrow.styles.heads import Heads, heads_of
 from colrow.styles.linear import Colwise
 from colrow.styles.shards import ShardSpec, shard_parameters
@@ -124,10 +124,10 @@ class KvReplicate(Style):
         spec = ShardSpec(0, (heads.kv * heads.dim,), kv=(0,), heads=heads.query, kv_heads=heads.kv)
         return _ReplicatedStyle(spec, self.input or Replicate())
 
-    def output_segments(self, site: Site) -> tuple[tuple[int, int], ...]:
+    def output_segments(self, site: Site) -> tuple[OutputSegment, ...]:
         heads = self.resolve(site)
         local = heads.kv // site.tp if heads.kv % site.tp == 0 else len(heads.kv_heads_of_rank(site.tp, 0))
-        return ((heads.kv * heads.dim, local * heads.dim),)
+        return (OutputSegment(heads.kv * heads.dim, local * heads.dim, heads.kv == 1),)
 
     def parameters(self, site: Site) -> dict[str, ParameterLayout]:
         heads = self.resolve(site)

@@ -36,6 +36,7 @@ from colrow.torch_compat.groups import (
 )
 from colrow.torch_compat.names import TESTED, TorchMovedError, private
 from colrow.torch_compat.simulated import (
+    constant_index,
     fake_tensor_mode,
     fake_tensors,
     from_tensors_of_ranks,
@@ -72,6 +73,7 @@ __all__ = [
     "apply_to_tensors",
     "attention_backend",
     "compiled_graph_count",
+    "constant_index",
     "current_autograd_node",
     "dtensor_handlers",
     "fake_group_beside",

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from colrow.torch_compat.dtensors import StridedShard
@@ -34,6 +35,15 @@ def fake_tensor_mode(**options: Any) -> Any:
 def is_fake(tensor: Any) -> bool:
     """Whether the tensor has a shape and no memory."""
     return isinstance(tensor, private("torch._subclasses.fake_tensor:FakeTensor", "for the dry run"))
+
+
+def constant_index(tensor: Any) -> int | None:
+    """The value of a fake tensor of one integer that code wrote down (`x[:, [-1]]`); None of any other tensor."""
+    value = getattr(tensor, "constant", None)
+    if value is None or value.dtype != torch.int64 or tuple(value.shape) != (1,):
+        return None
+    with private("torch.utils._mode_utils:no_dispatch", "to read an index that code wrote down")():
+        return int(value.item())
 
 
 @contextmanager
