@@ -96,7 +96,7 @@ class TrainSection(_Section):
     global_batch: PositiveInt
     """Sequences in one optimizer step, over all ranks."""
     micro_batch: PositiveInt
-    """Sequences in one forward pass of a data-parallel rank."""
+    """The most sequences in one forward pass of a data-parallel rank; what fits batch and mesh is taken and printed."""
     lr: PositiveFloat
     """Peak learning rate."""
     min_lr_ratio: float = Field(default=0.1, ge=0.0, le=1.0)

@@ -6,7 +6,7 @@ Neighbouring ranks share the innermost axis, so tp, which communicates in every 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -85,8 +85,12 @@ class Mesh(BaseModel):
         self.require_world_size(world_size)
         return init_device_mesh(device_type, self.degrees, mesh_dim_names=AXES)
 
-    def require_world_size(self, world_size: int) -> None:
-        """Raise a ConfigError that lists the meshes which fit, unless the degrees multiply to `world_size`."""
+    def require_world_size(self, world_size: int, runs: Callable[[Mesh], bool] = lambda mesh: True) -> None:
+        """Raise a ConfigError that lists the meshes which fit, unless the degrees multiply to `world_size`.
+
+        Args:
+            runs: whether the model, its plan and its batch allow a mesh: only such meshes are listed.
+        """
         if self.world_size == world_size:
             return
         fits = [
@@ -95,6 +99,7 @@ class Mesh(BaseModel):
             for n in _divisors(world_size)
             if self.world_size // getattr(self, axis) * n == world_size
         ]
+        fits = [mesh for mesh in fits if runs(mesh)]
         fits.sort(key=lambda mesh: mesh.degrees)
         requested = " × ".join(f"{axis}={n}" for axis, n in zip(AXES, self.degrees, strict=True))
         fix = f"; meshes that fit: {', '.join(map(str, fits[:6]))}" if fits else ""

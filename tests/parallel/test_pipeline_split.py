@@ -13,7 +13,7 @@ from colrow.config import RunConfig, parse_config
 from colrow.errors import ConfigError
 from colrow.models.llama import Llama
 from colrow.models.shapes import SHAPES
-from colrow.parallel.pipeline_split import check_pipeline, first_layers, layer_costs, split_layers
+from colrow.parallel.pipeline_split import check_pipeline, first_layers, fit_micro_batch, layer_costs, split_layers
 
 
 def dearest(costs: list[float], cut: tuple[int, ...]) -> float:
@@ -129,3 +129,38 @@ def test_the_split_is_balanced_unless_given() -> None:
     given = {"stages_per_rank": 2, "schedule": "interleaved_1f1b", "split": [1, 2, 3]}
     assert first_layers(config(pipeline=given), model) == (1, 2, 3)
     assert first_layers(config(mesh={"pp": 1}), model) == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "taken"),
+    [
+        ({}, 2),
+        ({"train": {"micro_batch": 16}}, 4),  # pp 2 needs two micro-batches of a share of 8
+        ({"train": {"micro_batch": 3}}, 2),
+        ({"train": {"micro_batch": 16}, "mesh": {"pp": 1}}, 8),
+        ({"train": {"micro_batch": 16}, "pipeline": {"schedule": "gpipe"}}, 8),
+        ({"train": {"micro_batch": 7, "global_batch": 14}, "mesh": {"pp": 1}}, 7),
+    ],
+)
+def test_the_largest_micro_batch_that_fits_is_taken(changes: dict[str, Any], taken: int) -> None:
+    fitted = fit_micro_batch(config(**changes))
+    assert fitted.train.micro_batch == taken
+    check_pipeline(fitted, layers=4)
+    assert fitted.micro_batches * taken * fitted.mesh.dp == fitted.train.global_batch
+
+
+@pytest.mark.parametrize(
+    ("changes", "values"),
+    [
+        ({"train": {"global_batch": 15}}, [14, 16]),
+        ({"train": {"global_batch": 2}, "mesh": {"pp": 4, "dp_shard": 1}}, [4]),
+        ({"train": {"global_batch": 3}, "mesh": {"pp": 1, "dp_shard": 8}}, [8]),
+    ],
+)
+def test_a_global_batch_that_nothing_fits_names_those_that_something_fits(
+    changes: dict[str, Any], values: list[int]
+) -> None:
+    with pytest.raises(ConfigError, match=f"use train.global_batch {' or '.join(map(str, values))}$"):
+        fit_micro_batch(config(**changes))
+    for value in values:
+        fit_micro_batch(config(**{**changes, "train": {"global_batch": value}}))

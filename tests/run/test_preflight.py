@@ -145,7 +145,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
     from colrow.run import launch
 
     started: list[int] = []
-    monkeypatch.setattr(launch, "launch", lambda command, ranks: started.append(ranks))
+    monkeypatch.setattr(launch, "launch", lambda command, ranks: started.append(ranks) or launch.Ended())
     monkeypatch.setenv("COLROW_PLAN_DIGEST", "")  # put back after the test
     (tmp_path / "a.txt").write_text("\n\n".join(f"{i} and {i * i}." for i in range(3000)))
     monkeypatch.chdir(tmp_path)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from colrow.checking.degrees import with_legal_degrees
 from colrow.checking.finding import Finding, finding, finding_of
 from colrow.dryrun.calls import vocabulary
 from colrow.errors import PlanError
@@ -13,6 +14,7 @@ from colrow.models.blocks import block_stacks
 from colrow.parallel.parallelize import SAME_PLACEMENT, parallel_already, split_ties, tied_parameters
 from colrow.plans.patterns import matching, module_names, names_of_one, nearest
 from colrow.plans.plan import Plan
+from colrow.plans.presets import PRESETS
 from colrow.styles.base import Style
 from colrow.styles.linear import Colwise, Rowwise
 from colrow.styles.site import Site
@@ -28,7 +30,7 @@ def check_static(model: nn.Module, plan: Plan, tp: int, seq_len: int) -> list[Fi
     found = [*names, *_already(model, styles), *_shared(model, plan)]
     if any(f.code == "CR104" for f in found):
         return found
-    found += _sites(model, styles, tp)
+    found += with_legal_degrees(list(_sites(model, styles, tp)), model, styles)
     found += [*_sequence(plan, tp, seq_len), *_head(model, plan, styles), *_trains(model)]
     if not found:
         found += [*_ties(model, plan, tp), *_splits_something(model, plan, tp)]
@@ -54,6 +56,13 @@ FUSED_FIX = (
 def _names(model: nn.Module, plan: Plan) -> Iterator[Finding]:
     """Keys that match nothing, and modules that match twice."""
     names, taken = module_names(model), dict[str, str]()
+    lost = [key for key, style in plan.modules.items() if not style.optional and not matching(key, names)]
+    if lost and plan.name in PRESETS:  # made for another model: one finding, not one for each key
+        message = (
+            f"{len(lost)} of the preset's {len(plan.modules)} keys match no module of the model, such as {lost[0]!r}"
+        )
+        yield finding("CR101", f"plan {plan.name}", message, "use plan: derive, which reads the model itself")
+        return
     for key, style in plan.modules.items():
         matches = matching(key, names)
         if not matches and not style.optional:

@@ -50,10 +50,15 @@ def main(argv: list[str]) -> int:
 
 
 def read_config(argv: list[str]) -> RunConfig:
-    """The config of `CONFIG.yaml --key value ...`."""
+    """The config of `CONFIG.yaml --key value ...`, with all that is chosen for the user filled in."""
+    from colrow.run.preflight import resolve
+
+    return resolve(_requested(argv))
+
+
+def _requested(argv: list[str]) -> RunConfig:
     if "-h" in argv or "--help" in argv:
         _print_keys(argv[0])
-    from colrow.run.preflight import resolve
     from colrow.run.run_folder import is_of_a_run
     from colrow.run.trust import require_trusted
 
@@ -61,7 +66,13 @@ def read_config(argv: list[str]) -> RunConfig:
     config = load_config(file, flags)
     if is_of_a_run(file):
         require_trusted(config, file, flags.get("model.trust_code") is True)
-    return resolve(config)
+    return config
+
+
+def _print_choices(requested: RunConfig, config: RunConfig) -> None:
+    most, taken = requested.train.micro_batch, config.train.micro_batch
+    if taken != most:
+        print(f"chosen     train.micro_batch {taken}: the largest up to {most} that fits {config.mesh}")
 
 
 def _print_keys(path: str) -> NoReturn:
@@ -86,7 +97,9 @@ def _start(argv: list[str]) -> int:
     from colrow.run.rank import finished_line
     from colrow.run.run_folder import require_free, write_plan
 
-    config = read_config(argv)
+    requested = _requested(argv)
+    config = preflight.resolve(requested)
+    _print_choices(requested, config)
     require_free(config.run.dir)
     checked = preflight.check(config)
     if checked.finished(config):
@@ -119,11 +132,13 @@ def _rank(argv: list[str]) -> int:
         from colrow.run.stop import StopRequest
 
         with StopRequest(Path(error_file).parent if error_file else None) as stop:
-            config = read_config(argv)
-            info = rank_info()
+            requested, info = _requested(argv), rank_info()
+            config = preflight.resolve(requested)
             if "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(preflight.threads_for(info.local_world_size))
             digest = os.environ.get(PLAN_DIGEST)
+            if info.rank == 0 and digest is None:
+                _print_choices(requested, config)
             plan = read_plan(config.run.dir, digest) if digest else None
             command = shlex.join(["colrow", "train", *argv])
             run_rank(config, info, command, lambda: stop.requested, plan)

@@ -142,6 +142,31 @@ def check_pipeline(config: RunConfig, layers: int) -> None:
             )
 
 
+def fit_micro_batch(config: RunConfig) -> RunConfig:
+    """`config` with the largest micro-batch of at most `train.micro_batch` that global batch, mesh and schedule allow.
+
+    Raises:
+        ConfigError: no micro-batch fits, whatever its size; the text names the nearest global batches that one fits.
+    """
+    if (size := _largest_fit(config, config.train.global_batch)) is not None:
+        return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": size})})
+    dp, pp, batch = config.mesh.dp, config.mesh.pp, config.train.global_batch
+    over = f"{dp} data-parallel ranks" + (f" and pp={pp} with schedule {config.pipeline.schedule}" if pp > 1 else "")
+    values = [n for n in (*range(batch, 0, -1), *range(batch, batch + 4 * dp * pp + 1)) if _largest_fit(config, n)]
+    near = sorted({next((n for n in values if n < batch), 0), next(n for n in values if n > batch)} - {0})
+    raise ConfigError(
+        f"train.global_batch={batch} cannot be split over {over}: use train.global_batch {' or '.join(map(str, near))}"
+    )
+
+
+def _largest_fit(config: RunConfig, global_batch: int) -> int | None:
+    share, rest = divmod(global_batch, config.mesh.dp)
+    sizes = [] if rest else range(min(config.train.micro_batch, share), 0, -1)
+    pp, schedule = config.mesh.pp, config.pipeline.schedule
+    fits = (n for n in sizes if share % n == 0 and (pp == 1 or _runs(schedule, pp, share // n)))
+    return next(fits, None)
+
+
 def _check_split(config: RunConfig, layers: int) -> None:
     pp, per_rank, stages = config.mesh.pp, config.pipeline.stages_per_rank, stage_count(config)
     if stages > layers:

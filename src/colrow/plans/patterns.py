@@ -51,5 +51,5 @@ def matching(key: str, names: Iterable[str]) -> list[str]:
 def nearest(key: str, names: Iterable[str]) -> str | None:
     """The name that is most like a key which matches none; with `*` for numbers where the key has one."""
     known = {with_stars(name) for name in names if name} if "*" in key else set(filter(None, names))
-    near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.65)
     return near[0] if near else None

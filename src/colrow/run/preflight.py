@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from colrow.checking.check import Finding, check_static
+from colrow.checking.degrees import plan_degrees
 from colrow.checkpoint.distributed import Checkpoints
 from colrow.checkpoint.folder import CheckpointInfo
 from colrow.checkpoint.loading import require_same_model, require_same_vocabulary, signature
@@ -21,10 +22,12 @@ from colrow.checkpoint.state import model_tensors
 from colrow.config import RunConfig
 from colrow.data.tokenizer import Tokenizer
 from colrow.errors import ConfigError, PlanError
+from colrow.mesh import Mesh
 from colrow.models.build import Source, build_source, built, imported, resolve_implementation
-from colrow.parallel.pipeline_split import check_pipeline, require_parts
+from colrow.parallel.pipeline_split import check_pipeline, fit_micro_batch, require_parts
 from colrow.plans.named import named_plan
 from colrow.plans.plan import Plan
+from colrow.plans.presets import PRESETS
 from colrow.run.decision import decide, errors_found
 from colrow.run.kept_proof import KeptProof, dependencies
 from colrow.run.run_folder import CHECKPOINTS, changed_keys
@@ -75,6 +78,7 @@ def check(config: RunConfig, local_ranks: int | None = None, plan: Plan | None =
     decay_by_name(source.model, config.train)  # raises where a pattern of no_decay matches nothing
     if plan is None:
         plan = choose_plan(config, source.model)
+    require_heads(config, source, plan)
     if config.check:
         require_sound(config, source, plan, check_static(source.model, plan, config.mesh.tp, config.data.seq_len))
     else:
@@ -175,7 +179,12 @@ def check_checkpoint(checked: Checked, tokenizer: Tokenizer) -> None:
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """`config` with `model.implementation` resolved, and with the tokenizer of a Hugging Face folder."""
+    """`config` with `model.implementation` resolved, the micro-batch that fits, and a Hugging Face folder's tokenizer.
+
+    Raises:
+        ConfigError: no micro-batch fits the global batch and the mesh.
+    """
+    config = fit_micro_batch(config)
     config = config.model_copy(update={"model": resolve_implementation(config.model)})
     tokenizer = config.data.tokenizer
     if config.model.huggingface is None or tokenizer.path is not None or tokenizer.vocab_size is not None:
@@ -221,13 +230,28 @@ def check_model(config: RunConfig, source: Source) -> None:
         )
     if config.mesh.pp > 1:
         check_pipeline(config, len(require_parts(source.model)))
+
+
+def require_heads(config: RunConfig, source: Source, plan: Plan) -> None:
+    """Raise a ConfigError, with the degrees that the complete plan allows, when tp does not divide a preset's heads."""
     heads = heads_of(source.model)
-    if heads is not None and heads.query % config.mesh.tp and config.plan.startswith("llama"):
-        fits = [n for n in range(1, heads.query + 1) if heads.query % n == 0]
-        raise ConfigError(
-            f"n_heads={heads.query} of {source.name} is not divisible by mesh.tp={config.mesh.tp}: choose tp from "
-            f"{', '.join(map(str, fits))}"
-        )
+    if heads is None or heads.query % config.mesh.tp == 0 or config.plan not in PRESETS:
+        return
+    raise ConfigError(
+        f"n_heads={heads.query} of {source.name} is not divisible by mesh.tp={config.mesh.tp}: choose tp from "
+        f"{', '.join(map(str, plan_degrees(source.model, plan)))}"
+    )
+
+
+def runs_on(mesh: Mesh, config: RunConfig, checked: Checked) -> bool:
+    """Whether the checked model and plan, and the config's batch, run on another mesh."""
+    other = config.model_copy(update={"mesh": mesh})
+    try:
+        check_model(fit_micro_batch(other), checked.source)
+        check_sequence(other, checked.plan)
+        return mesh.tp in plan_degrees(checked.source.model, checked.plan)
+    except (ConfigError, PlanError):
+        return False
 
 
 def check_sequence(config: RunConfig, plan: Plan) -> None:

@@ -62,6 +62,7 @@ def run_rank(
         if first:
             stack.enter_context(claimed(config.run.dir))
         checked = preflight.check(config, info.local_world_size, plan)
+        config.mesh.require_world_size(info.world_size, lambda mesh: preflight.runs_on(mesh, config, checked))
         warnings = [config.mesh.warning_across_hosts(info.local_world_size)]
         if first and plan is None:
             warnings += preflight.check_plan_apart(config, checked.plan)  # forks: before this process has threads

@@ -1,0 +1,54 @@
+"""Which degrees of tensor parallelism all modules of a plan allow: what a fix may say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from colrow.checking.finding import Finding
+from colrow.errors import PlanError
+from colrow.plans.plan import Plan
+from colrow.styles.base import Style
+from colrow.styles.site import Site
+
+_DIVISIBILITY = ("CR201", "CR202", "CR203", "CR204", "CR210")
+"""Codes of findings that another degree can cure."""
+_MOST = 64
+
+
+def legal_degrees(model: nn.Module, styles: Mapping[str, Style]) -> list[int]:
+    """The degrees up to 64 at which no style on its module misses a divisor."""
+    return [tp for tp in range(1, _MOST + 1) if not any(_refuses(model, fqn, styles[fqn], tp) for fqn in styles)]
+
+
+def with_legal_degrees(found: list[Finding], model: nn.Module, styles: Mapping[str, Style]) -> list[Finding]:
+    """The findings with one answer to all of one kind: a degree that one module allows, others may not."""
+    if not any(f.code in _DIVISIBILITY for f in found):
+        return found
+    legal = legal_degrees(model, styles)
+    if len(legal) > 1:
+        fix = f"choose tp from {', '.join(map(str, legal[:9]))}"
+    else:
+        fix = "no tp above 1 fits all modules of this plan: leave modules out of it, or use plan: derive"
+    return [replace(f, fix=_with_alternative(f, fix)) if f.code in _DIVISIBILITY else f for f in found]
+
+
+def _with_alternative(found: Finding, fix: str) -> str:
+    return f"{fix}, or replicate the kv heads with style kv_replicate" if found.code == "CR203" else fix
+
+
+def _refuses(model: nn.Module, fqn: str, style: Style, tp: int) -> bool:
+    if tp == 1:
+        return False
+    try:
+        style.check(Site(model, fqn, tp))
+    except PlanError as error:
+        return error.code in _DIVISIBILITY
+    return False
+
+
+def plan_degrees(model: nn.Module, plan: Plan) -> list[int]:
+    """`legal_degrees` of a plan whose keys match the model. Raises PlanError where they do not."""
+    return legal_degrees(model, {fqn: style for fqn, (_, style) in plan.resolve(model).items()})
