@@ -66,6 +66,41 @@ class HardExperts(SparseExperts):
         return out
 
 
+class RunningExperts(HardExperts):
+    """Its experts keep a moving average, which their output depends on, and a count of their micro-batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(RunningMlp() for _ in range(EXPERTS))
+
+
+class RunningMlp(Mlp):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("usage", torch.zeros(4))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.usage.mul_(0.5).add_(x.abs().mean())
+                self.seen += 1
+        out: Tensor = super().forward(x) * (1 + self.usage.mean())
+        return out
+
+
+class NormalisedMlp(Mlp):
+    """Batch norm over the tokens of a micro-batch; its running statistics are buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch_norm = nn.BatchNorm1d(D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.batch_norm(super().forward(x).flatten(0, 1)).view_as(x)
+        return out
+
+
 class Block(nn.Module):
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
@@ -149,7 +184,10 @@ _EXPERTS = {"layers.*.mlp.experts.*.up": "colwise", "layers.*.mlp.experts.*.down
 
 MODELS: dict[str, SmallModel] = {
     "llama": SmallModel(lambda: Llama(SIZES), loss="vocab_parallel", preset="llama", pipelines=True),
+    "plain": SmallModel(Model, _COLUMN_ROW, pipelines=True),
     "sparse": SmallModel(lambda: Model(SparseExperts), _EXPERTS, pipelines=True),
     "hard": SmallModel(lambda: Model(HardExperts), _EXPERTS, pipelines=True),
+    "running experts": SmallModel(lambda: Model(RunningExperts), _EXPERTS),
+    "batch norm": SmallModel(lambda: Model(NormalisedMlp), _COLUMN_ROW),
     "layer drop": SmallModel(LayerDrop, _COLUMN_ROW),
 }

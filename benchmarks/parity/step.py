@@ -31,6 +31,7 @@ from colrow.train.precision import Precision
 from colrow.train.schedule import learning_rate
 from colrow.train.setup import Training
 from colrow.train.step import Batch
+from colrow.train.weight_decay import decay_by_name, decaying_parameters
 
 STEPS, MICRO_BATCHES, SEQUENCES, SEQ_LEN = 5, 4, 2, 8
 
@@ -43,6 +44,8 @@ class Errors:
     gradients: float = 0.0
     parameters: float = 0.0
     """After all steps."""
+    buffers: float = 0.0
+    """Those that are stored, after each step."""
     resumed: float = 0.0
     """Losses and parameters of a run that was saved and loaded in the middle, against the uninterrupted one."""
     unused: set[str] = field(default_factory=set)
@@ -50,7 +53,7 @@ class Errors:
 
     @property
     def worst(self) -> float:
-        return max(self.loss, self.gradients, self.parameters)
+        return max(self.loss, self.gradients, self.parameters, self.buffers)
 
 
 class _Double(Precision):
@@ -62,13 +65,14 @@ class _Double(Precision):
 
 
 @dataclass
-class _Trained:
+class Trained:
     losses: list[float] = field(default_factory=list)
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    buffers: list[dict[str, Tensor]] = field(default_factory=list)
     parameters: dict[str, Tensor] = field(default_factory=dict)
 
 
-def config_of(mesh: Mesh, **train: Any) -> RunConfig:
+def config_of(mesh: Mesh, **section: Any) -> RunConfig:
     return parse_config(
         {
             "run": {"dir": "unused"},
@@ -82,7 +86,7 @@ def config_of(mesh: Mesh, **train: Any) -> RunConfig:
                 "lr": 1e-2,
                 "grad_clip": 0.5,
                 "compile": False,
-                **train,
+                **section,
             },
         }
     )
@@ -96,19 +100,31 @@ def micro_batches(step: int) -> list[Batch]:
 
 
 @functools.cache
-def one_process(name: str) -> _Trained:
-    """Plain torch on one process."""
-    model, config, seen = MODELS[name].model(), config_of(Mesh()), _Trained()
+def one_process(name: str, data_ranks: int = 1) -> Trained:
+    """Plain torch on one process.
+
+    Args:
+        data_ranks: matters where forward writes buffers. Each data rank's micro-batches start from the step's buffers,
+            and those that ranks wrote become the mean over them.
+    """
+    model, config, seen = MODELS[name].model(), config_of(Mesh()), Trained()
     named = dict(model.named_parameters())
-    optimizer = build_optimizer(named.values(), config.train)
+    decaying = decaying_parameters([model], decay_by_name(model, config.train))
+    optimizer = build_optimizer(named.values(), config.train, decaying)
     seeds = MicroBatchSeeds(Generators([model], "cpu"), config.run.seed)
     for step in range(STEPS):
         total, seeds.step = 0.0, step
-        for number, (ids, targets) in enumerate(micro_batches(step)):
-            seeds.start(number)
-            loss = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten()) / MICRO_BATCHES
-            loss.backward()
-            total += loss.item()
+        before, after = _buffers(model), []
+        for rank in range(data_ranks):
+            _copy(before, model)
+            for number in range(rank, MICRO_BATCHES, data_ranks):
+                ids, targets = micro_batches(step)[number]
+                seeds.start(number)
+                loss = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten()) / MICRO_BATCHES
+                loss.backward()
+                total += loss.item()
+            after.append(_buffers(model))
+        _copy({key: _mean(value, [found[key] for found in after]) for key, value in before.items()}, model)
         seen.losses.append(total)
         seen.gradients.append({key: p.grad.clone() for key, p in named.items() if p.grad is not None})
         assert config.train.grad_clip is not None
@@ -116,42 +132,62 @@ def one_process(name: str) -> _Trained:
         set_learning_rate(optimizer, learning_rate(step, config.train))
         optimizer.step()
         optimizer.zero_grad()
+        seen.buffers.append(_buffers(model))
     seen.parameters = {key: p.detach().clone() for key, p in named.items()}
     return seen
 
 
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    stored = model.state_dict()
+    return {key: full_tensor(value).clone() for key, value in model.named_buffers() if key in stored}
+
+
+def _copy(buffers: dict[str, Tensor], model: nn.Module) -> None:
+    for key, value in buffers.items():
+        model.get_buffer(key).copy_(value)
+
+
+def _mean(before: Tensor, after: Sequence[Tensor]) -> Tensor:
+    """Of what data ranks made of a buffer: the mean (of integers, the maximum) over those that changed it."""
+    changed = [value for value in after if not torch.equal(value, before)] or [before]
+    return torch.stack(changed).mean(0) if before.is_floating_point() else torch.stack(changed).amax(0)
+
+
 def on_ranks(
-    device: str, name: str, degrees: Mesh, folder: Path | None = None, steps: int = STEPS, **train: Any
+    device: str, name: str, degrees: Mesh, folder: Path | None = None, steps: int = STEPS, **section: Any
 ) -> Errors:
     """The model on a mesh of the default group's ranks; collective.
 
     Args:
         folder: where the checkpoint of the middle is written; without one nothing is saved and loaded.
         steps: the first of those of the reference; all where something is saved.
-        train: further keys of the config's section; with `precision` the model is not fp64.
+        section: further keys of the config's `train`; with `precision` the model is not fp64.
     """
-    want, errors = one_process(name), Errors()
-    got = _train(_set_up(device, name, degrees, train), range(steps), folder)
+    want, errors = one_process(name, degrees.dp if _buffers(MODELS[name].model()) else 1), Errors()
+    got = train(set_up(device, name, degrees, **section), range(steps), folder)
     errors.loss = max(abs(a / b - 1) for a, b in zip(got.losses, want.losses, strict=False))
     for a, b in zip(got.gradients, want.gradients, strict=False):
         errors.gradients = max(errors.gradients, _largest(a, b, got.parameters.keys()))
         errors.unused |= got.parameters.keys() - a.keys()
+    for stored, expected in zip(got.buffers, want.buffers, strict=False):
+        errors.buffers = max(errors.buffers, _largest(stored, expected, got.buffers[0].keys()))
     if steps == STEPS:
         errors.parameters = _largest(got.parameters, want.parameters, got.parameters.keys())
     if folder is not None:
-        resumed = _set_up(device, name, degrees, train)
+        resumed = set_up(device, name, degrees, **section)
         Checkpoints(folder, mesh=degrees, tied=resumed.tied).load(STEPS // 2, resumed.modules, resumed.optimizer)
-        again = _train(resumed, range(STEPS // 2, STEPS), None)
+        again = train(resumed, range(STEPS // 2, STEPS))
         apart = [abs(a / b - 1) for a, b in zip(again.losses, got.losses[STEPS // 2 :], strict=True)]
         errors.resumed = max(*apart, _largest(again.parameters, got.parameters, got.parameters.keys()))
     return errors
 
 
-def _set_up(device: str, name: str, degrees: Mesh, train: dict[str, Any]) -> Training:
+def set_up(device: str, name: str, degrees: Mesh, **section: Any) -> Training:
+    """The model of this name, ready to train on a mesh of the default group's ranks; collective."""
     mesh = degrees.build(device, dist.get_world_size())
-    config, plan = config_of(degrees, **train), MODELS[name].plan_of()
+    config, plan = config_of(degrees, **section), MODELS[name].plan_of()
     source = Source(MODELS[name].model(), name, None, "built")
-    if "precision" in train:
+    if "precision" in section:
         source.model.float()
         return setup.set_up(config, mesh, torch.device(device), source, plan)
     double = _Double(torch.float64, keeps_copies=False)
@@ -159,8 +195,9 @@ def _set_up(device: str, name: str, degrees: Mesh, train: dict[str, Any]) -> Tra
         return setup.set_up(config, mesh, torch.device(device), source, plan)
 
 
-def _train(training: Training, steps: Sequence[int], folder: Path | None) -> _Trained:
-    axes, seen, step = MeshAxes(training.mesh), _Trained(), training.step
+def train(training: Training, steps: Sequence[int], folder: Path | None = None) -> Trained:
+    """Run `steps`; with a folder, save in the middle."""
+    axes, seen, step = MeshAxes(training.mesh), Trained(), training.step
     names = {p: key for module in training.modules for key, p in module.named_parameters()}
     update = step.optimizer.update
 
@@ -176,6 +213,7 @@ def _train(training: Training, steps: Sequence[int], folder: Path | None) -> _Tr
         loss = loss.double() * axes.loss_weight
         dist.all_reduce(loss)
         seen.losses.append(loss.item())
+        seen.buffers.append({key: value for module in training.modules for key, value in _buffers(module).items()})
         if folder is not None and number + 1 == STEPS // 2:
             saver = Checkpoints(folder, mesh=Mesh(**_degrees(axes)), tied=training.tied)
             saver.save(number + 1, training.modules, training.optimizer, {"step": number + 1})
@@ -192,7 +230,7 @@ def _largest(got: dict[str, Tensor], want: dict[str, Tensor], here: Set[str]) ->
     """The largest relative error; `here` are the names that this rank's pipeline stages hold."""
     if got.keys() != want.keys() & here:
         return float("inf")
-    return max((_relative(got[key].cpu(), want[key].cpu()) for key in got), default=0.0)
+    return max((_relative(got[key].cpu().double(), want[key].cpu().double()) for key in got), default=0.0)
 
 
 def _relative(got: Tensor, want: Tensor) -> float:

@@ -47,10 +47,12 @@ from colrow.checkpoint.ranks import Ranks, as_text, is_user_error, raise_of_rank
 from colrow.checkpoint.state import (
     NamedTensor,
     Snapshot,
+    buffer_digests,
     model_tensors,
     optimized_names,
     optimizer_record,
     optimizer_tensors,
+    require_equal_buffers,
 )
 from colrow.checkpoint.storage import CheckpointReader, CheckpointWriter
 from colrow.errors import CheckpointError
@@ -106,15 +108,16 @@ class Checkpoints:
         `model` is a module, or the pipeline stages of this rank. `extra` is JSON; the first rank's is stored.
 
         Raises:
-            CheckpointError: on every rank, when any of them cannot write (a full disk), or when `extra` is not JSON;
-                the previous checkpoints stay. Where `asynchronous`, also when the previous save failed: then nothing
-                is saved now. What a background save raises comes at the next `save` or `wait`: call `wait` before
-                the process ends.
+            CheckpointError: on every rank, when any of them cannot write (a full disk), when a buffer is not the same
+                on all ranks, or when `extra` is not JSON; the previous checkpoints stay. Where `asynchronous`, also
+                when the previous save failed: then nothing is saved now. What a background save raises comes at the
+                next `save` or `wait`: call `wait` before the process ends.
         """
         ranks = self._open()
         ranks.together(self.wait)
         # Not on the background thread: it may redistribute optimizer state, over the training's own groups.
         snapshot = ranks.together(lambda: self._capture(ranks, step, model, optimizer, extra))
+        require_equal_buffers(ranks.gather(snapshot.buffers))
         if not self.asynchronous:
             self._write(ranks, snapshot)
             return
@@ -214,6 +217,7 @@ class Checkpoints:
             optimizer=None if optimizer is None else optimizer_record(optimizer, named),
             manifest=manifest,
             extra=text,
+            buffers=buffer_digests(named),
         )
 
     def _write(self, ranks: Ranks, snapshot: Snapshot) -> None:

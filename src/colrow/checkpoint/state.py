@@ -6,6 +6,7 @@ for the optimizer `optimizer.layers.0.mlp.up_proj.weight.exp_avg`. Everything el
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,8 @@ class Snapshot:
     """All of it but the model's signature and the files."""
     extra: str
     """The text of extra.json."""
+    buffers: dict[str, str]
+    """A digest of each buffer that the ranks hold as copies."""
 
 
 def model_tensors(model: nn.Module | Sequence[nn.Module], tied: Mapping[str, str] | None = None) -> list[NamedTensor]:
@@ -70,6 +73,33 @@ def model_tensors(model: nn.Module | Sequence[nn.Module], tied: Mapping[str, str
                 seen.add(id(tensor))
                 named.append(NamedTensor(name, tensor, packed_of(part, full_name)))
     return named
+
+
+def buffer_digests(named: list[NamedTensor]) -> dict[str, str]:
+    """By name, of each buffer that is no DTensor: ranks that hold one are to hold the same values."""
+    return {
+        item.name: hashlib.blake2b(_bytes(item.tensor), digest_size=16).hexdigest()
+        for item in named
+        if not isinstance(item.tensor, nn.Parameter | DTensor)
+    }
+
+
+def require_equal_buffers(digests: Sequence[Mapping[str, str]]) -> None:
+    """Raise a CheckpointError, with the name, where a buffer's digest is not the same on each rank that holds it."""
+    first: dict[str, tuple[int, str]] = {}
+    for rank, found in enumerate(digests):
+        for name, digest in found.items():
+            holder, expected = first.setdefault(name, (rank, digest))
+            if digest != expected:
+                raise CheckpointError(
+                    f"buffer {name} holds other values on rank {rank} than on rank {holder}, and a checkpoint keeps "
+                    "one: make it equal on all ranks before the save (colrow.train.buffers.WrittenBuffers "
+                    "averages over data ranks), or register it with persistent=False"
+                )
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def optimizer_tensors(optimizer: Optimizer, named: list[NamedTensor]) -> list[NamedTensor]:

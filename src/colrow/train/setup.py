@@ -38,6 +38,7 @@ from colrow.parallel.pipeline_split import first_layers
 from colrow.parallel.pipeline_stage import Stage, split_stages
 from colrow.parallel.random_state import Generators, MicroBatchSeeds
 from colrow.plans.plan import Plan
+from colrow.train.buffers import WrittenBuffers
 from colrow.train.compile import compile_forward
 from colrow.train.cuda_graph import EAGER_STEPS, GraphedFunction, check_cuda_graph
 from colrow.train.optimizer import build_optimizer
@@ -104,6 +105,7 @@ def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device, source: So
     runner = make_runner(stages, config, mesh, device, plan, precision, seeds)
     modules = [stage.module for stage in stages]
     step = build_step(runner, config, mesh, decaying_parameters(modules, decays), seeds, modules)
+    step.buffers = WrittenBuffers(modules, MeshAxes(mesh).data_groups())
     graphs = enable_cuda_graphs(runner, step, config) if config.train.cuda_graph else ()
     compiled = compiles(config, device)
     return Training(stages, source, plan, mesh, device, precision, compiled, step, counts, graphs)

@@ -29,7 +29,7 @@ from colrow.parallel.random_state import MicroBatchSeeds
 from colrow.plans.plan import Plan
 from colrow.sharding.grad_norm import align_gradients, clip_scale, grad_norm
 from colrow.train.attention import preferred_attention
-from colrow.train.buffers import BufferSnapshot
+from colrow.train.buffers import BufferSnapshot, WrittenBuffers
 from colrow.train.cuda_graph import GraphedFunction
 from colrow.train.optimizer import AdamW, set_learning_rate
 from colrow.train.schedule import learning_rate
@@ -173,6 +173,7 @@ class Step:
         norm_groups: groups of the axes over which ranks hold different shards of the gradient.
         seeds: those of `forward_backward`, which are told the step.
         modules: those that `forward_backward` runs; their buffers are put back where a step is skipped.
+        buffers: theirs, which data ranks may write differently ([Note: written buffers]).
     """
 
     forward_backward: ForwardBackward
@@ -183,6 +184,7 @@ class Step:
     section: TrainSection
     seeds: MicroBatchSeeds | None = None
     modules: Sequence[nn.Module] = ()
+    buffers: WrittenBuffers | None = None
     _run_update: Callable[[], Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -206,9 +208,13 @@ class Step:
         buffers = BufferSnapshot(self.modules if skips else ())  # before a forward writes NaN into them
         if self.seeds:
             self.seeds.step = step
+        if self.buffers:
+            self.buffers.begin()
         loss = self.forward_backward(batches)
         set_learning_rate(self.optimizer, learning_rate(step, self.section))
         norm = self._update_if_finite(loss, buffers) if skips else self._run_update()
+        if self.buffers:
+            self.buffers.combine()
         self.optimizer.zero_grad(set_to_none=True)
         if weights := self.forward_backward.weights:
             weights.drop_gradients()

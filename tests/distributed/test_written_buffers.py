@@ -1,0 +1,54 @@
+"""Buffers that forward writes: the same on every data rank after each step, and never saved as one rank's value."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from benchmarks.parity.step import Errors, on_ranks
+from colrow.checkpoint.distributed import Checkpoints
+from colrow.errors import CheckpointError
+from colrow.mesh import Mesh
+from colrow.train.step import Step
+from helpers.harness import Ranks
+
+pytestmark = pytest.mark.distributed
+
+
+class Counter(nn.Module):
+    def __init__(self, **values: Any) -> None:
+        super().__init__()
+        for name, value in values.items():
+            self.register_buffer(name, value)
+
+
+def run(device: str, folder: Path) -> tuple[dict[str, Errors], str]:
+    mesh = Mesh(dp_replicate=2, dp_shard=2)
+    found = {
+        "experts": on_ranks(device, "running experts", mesh, folder / "experts"),
+        "batch norm": on_ranks(device, "batch norm", mesh, steps=2),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Step, "buffers", property(lambda _: None, lambda *_: None), raising=False)
+        found["not combined"] = on_ranks(device, "batch norm", mesh, steps=1)
+    rank = dist.get_rank()
+    equal = {"equal": torch.tensor([1, 2]), "none": torch.zeros(0)}
+    Checkpoints(folder / "equal").save(1, Counter(**equal).to(device), None, {})
+    with pytest.raises(CheckpointError) as error:
+        Checkpoints(folder / "other").save(1, Counter(**equal, seen=torch.tensor(rank // 2)).to(device), None, {})
+    return found, str(error.value)
+
+
+def test_data_ranks_agree_on_buffers(ranks: Ranks, tmp_path: Path) -> None:
+    for errors, message in ranks(4).run(run, tmp_path):
+        assert errors["experts"].worst < 1e-10, errors
+        assert errors["experts"].resumed == 0
+        assert errors["batch norm"].worst < 1e-10, errors
+        assert errors["not combined"].buffers > 0.01
+        assert "buffer seen holds other values on rank 2 than on rank 0" in message
+    assert not list((tmp_path / "other").glob("step-*"))
