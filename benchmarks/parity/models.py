@@ -6,7 +6,7 @@ Shapes: ids [B, T]; x [B, T, D]; logits [B, T, V].
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -101,6 +101,12 @@ class NormalisedMlp(Mlp):
         return out
 
 
+class DropoutMlp(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.dropout(F.gelu(self.up(x)), 0.2, self.training)
+        return F.dropout(self.down(hidden), 0.2, self.training)
+
+
 class Block(nn.Module):
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
@@ -128,6 +134,21 @@ class Model(nn.Module):
             if layer is not None:
                 x = layer(x)
         return x if self.lm_head is None else self.lm_head(self.norm(x))
+
+
+class Dropout(Model):
+    """Dropout of the embedding's output, of activations inside blocks, and of what blocks add."""
+
+    def __init__(self) -> None:
+        super().__init__(DropoutMlp)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor, seq_len: int | None = None) -> Tensor:
+        x = self.dropout(self.embed_tokens(x))
+        for layer in self.layers:
+            x = layer(x)
+        logits: Tensor = self.lm_head(self.norm(x))
+        return logits
 
 
 class LayerDrop(Model):
@@ -184,9 +205,16 @@ _EXPERTS = {"layers.*.mlp.experts.*.up": "colwise", "layers.*.mlp.experts.*.down
 
 MODELS: dict[str, SmallModel] = {
     "llama": SmallModel(lambda: Llama(SIZES), loss="vocab_parallel", preset="llama", pipelines=True),
+    "llama, tied, odd vocabulary": SmallModel(
+        lambda: Llama(replace(SIZES, vocab_size=V + 1, tie_word_embeddings=True)),
+        loss="vocab_parallel",
+        preset="llama",
+        pipelines=True,
+    ),
     "plain": SmallModel(Model, _COLUMN_ROW, pipelines=True),
     "sparse": SmallModel(lambda: Model(SparseExperts), _EXPERTS, pipelines=True),
     "hard": SmallModel(lambda: Model(HardExperts), _EXPERTS, pipelines=True),
+    "dropout": SmallModel(Dropout, _COLUMN_ROW),
     "running experts": SmallModel(lambda: Model(RunningExperts), _EXPERTS),
     "batch norm": SmallModel(lambda: Model(NormalisedMlp), _COLUMN_ROW),
     "layer drop": SmallModel(LayerDrop, _COLUMN_ROW),

@@ -108,9 +108,9 @@ def one_process(name: str, data_ranks: int = 1) -> Trained:
             and those that ranks wrote become the mean over them.
     """
     model, config, seen = MODELS[name].model(), config_of(Mesh()), Trained()
-    named = dict(model.named_parameters())
+    named = dict(model.named_parameters(remove_duplicate=False))  # a pipeline stage may hold either name
     decaying = decaying_parameters([model], decay_by_name(model, config.train))
-    optimizer = build_optimizer(named.values(), config.train, decaying)
+    optimizer = build_optimizer(model.parameters(), config.train, decaying)
     seeds = MicroBatchSeeds(Generators([model], "cpu"), config.run.seed)
     for step in range(STEPS):
         total, seeds.step = 0.0, step

@@ -129,6 +129,9 @@ class TrainSection(_Section):
     """Steps between printed lines."""
     check_batch_every: NonNegativeInt = 100
     """Steps between checks that the ranks of a tp or pp group read the same batch; 0: only in the first step."""
+    replay_every: NonNegativeInt = 0
+    """Steps between searches for silent corruption: a step is repeated and compared bit for bit, with the hashes of
+    weights; 0: none."""
 
 
 class EvalSection(_Section):

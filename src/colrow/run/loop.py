@@ -109,6 +109,8 @@ class Loop:
         self._loader = Loader(data.train, config.data.seq_len, sampler, self._device)
         self._evaluation = Evaluation(config, data, axes.data_rank, self._loss_weight, self._device)
         self._same_batch_groups = axes.same_batch_groups()
+        if training.step.corruption:
+            training.step.corruption.report_to(progress.say)
         self._lag = 1 if self._device.type == "cuda" else 0  # steps whose results are not read yet
         self._pending: list[_Pending] = []
         self._last: Record | None = None
@@ -252,6 +254,8 @@ class Loop:
 
     def _save(self, at: ResumePoint) -> None:
         extra = at.to_json(self._config, self._data)
+        if corruption := self._training.step.corruption:
+            corruption.before_save(at.step)
         start = time.perf_counter()
         self._checkpoints.save(at.step, self._training.modules, self._training.optimizer, extra)
         waited = time.perf_counter() - start

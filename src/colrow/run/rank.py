@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -132,6 +133,8 @@ def train_run(
 def process_group(config: RunConfig, info: RankInfo) -> Iterator[tuple[DeviceMesh, torch.device]]:
     """Within: the default process group, NCCL on GPUs and gloo on CPUs. Yields the mesh and this rank's device."""
     device = set_device(preflight.device_type(config), info.local_rank)
+    if config.train.replay_every:  # read when cuBLAS starts; without it, it has no deterministic kernels
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # The store that torchrun's agents keep is the same one after a restart, with the dead ranks' addresses in it.
     store, _, _ = next(rendezvous("env://", info.rank, info.world_size))
     dist.init_process_group(

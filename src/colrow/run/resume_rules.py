@@ -82,7 +82,11 @@ RULES: dict[str, Rule] = {
         "speed and memory",
         *("train.compile", "train.cuda_graph", "train.activation_checkpoint"),
     ),
-    **_rules("used and printed", "what is printed and checked", "train.log_every", "train.check_batch_every"),
+    **_rules(
+        "used and printed",
+        "what is printed and checked",
+        *("train.log_every", "train.check_batch_every", "train.replay_every"),
+    ),
     **_rules("used and printed", "from the next step on", "eval.every"),
     **_rules("used and printed", "other validation losses: the number of sequences is printed", "eval.batches"),
     **_rules(

@@ -92,5 +92,9 @@ def check_cuda_graph(config: RunConfig, device_type: str) -> None:
             "train.on_nonfinite: skip decides on the host whether a step's update runs, and train.cuda_graph replays "
             "it without the host: set train.on_nonfinite to stop, or train.cuda_graph to false"
         )
+    if config.train.replay_every:
+        raise ConfigError(
+            "train.replay_every cannot see into a CUDA graph: set train.replay_every to 0, or train.cuda_graph to false"
+        )
     if device_type != "cuda":
         raise ConfigError("train.cuda_graph needs a GPU: set it to false for a CPU")

@@ -40,9 +40,11 @@ from colrow.parallel.random_state import Generators, MicroBatchSeeds
 from colrow.plans.plan import Plan
 from colrow.train.buffers import WrittenBuffers
 from colrow.train.compile import compile_forward
+from colrow.train.corruption import CorruptionCheck, KeptState
 from colrow.train.cuda_graph import EAGER_STEPS, GraphedFunction, check_cuda_graph
 from colrow.train.optimizer import build_optimizer
 from colrow.train.precision import Precision, choose_precision
+from colrow.train.replay import StepReplay
 from colrow.train.step import ForwardBackward, PipelinedModel, SingleStageModel, Step, mean_cross_entropy
 from colrow.train.weight_decay import ParameterCounts, count_parameters, decay_by_name, decaying_parameters
 
@@ -106,6 +108,8 @@ def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device, source: So
     modules = [stage.module for stage in stages]
     step = build_step(runner, config, mesh, decaying_parameters(modules, decays), seeds, modules)
     step.buffers = WrittenBuffers(modules, MeshAxes(mesh).data_groups())
+    if config.train.replay_every:
+        step.corruption = corruption_check(stages, runner, step, config, mesh, compiled=compiles(config, device))
     graphs = enable_cuda_graphs(runner, step, config) if config.train.cuda_graph else ()
     compiled = compiles(config, device)
     return Training(stages, source, plan, mesh, device, precision, compiled, step, counts, graphs)
@@ -201,6 +205,18 @@ def build_step(
         seeds=seeds,
         modules=modules,
     )
+
+
+def corruption_check(
+    stages: list[Stage], runner: ForwardBackward, step: Step, config: RunConfig, mesh: DeviceMesh, *, compiled: bool
+) -> CorruptionCheck:
+    """What `train.replay_every` asks for."""
+    axes, modules = MeshAxes(mesh), [stage.module for stage in stages]
+    opaque = [block for stage in stages for block in stage.blocks] if compiled else []
+    replay = StepReplay(config.train.replay_every, runner, modules, axes, opaque)
+    named = {name: param for module in modules for name, param in module.named_parameters()}
+    copies = runner.weights.copies if runner.weights else None
+    return CorruptionCheck(replay, KeptState(named, step.optimizer, copies, axes))
 
 
 def enable_cuda_graphs(runner: ForwardBackward, step: Step, config: RunConfig) -> tuple[GraphedFunction, ...]:

@@ -30,6 +30,7 @@ from colrow.plans.plan import Plan
 from colrow.sharding.grad_norm import align_gradients, clip_scale, grad_norm
 from colrow.train.attention import preferred_attention
 from colrow.train.buffers import BufferSnapshot, WrittenBuffers
+from colrow.train.corruption import CorruptionCheck
 from colrow.train.cuda_graph import GraphedFunction
 from colrow.train.optimizer import AdamW, set_learning_rate
 from colrow.train.schedule import learning_rate
@@ -174,6 +175,7 @@ class Step:
         seeds: those of `forward_backward`, which are told the step.
         modules: those that `forward_backward` runs; their buffers are put back where a step is skipped.
         buffers: theirs, which data ranks may write differently ([Note: written buffers]).
+        corruption: with `train.replay_every`.
     """
 
     forward_backward: ForwardBackward
@@ -185,6 +187,7 @@ class Step:
     seeds: MicroBatchSeeds | None = None
     modules: Sequence[nn.Module] = ()
     buffers: WrittenBuffers | None = None
+    corruption: CorruptionCheck | None = None
     _run_update: Callable[[], Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -210,9 +213,15 @@ class Step:
             self.seeds.step = step
         if self.buffers:
             self.buffers.begin()
-        loss = self.forward_backward(batches)
+        if self.corruption:
+            loss = self.corruption.forward_backward(step, batches)
+            self.corruption.before_update(step)
+        else:
+            loss = self.forward_backward(batches)
         set_learning_rate(self.optimizer, learning_rate(step, self.section))
         norm = self._update_if_finite(loss, buffers) if skips else self._run_update()
+        if self.corruption:
+            self.corruption.after_update()
         if self.buffers:
             self.buffers.combine()
         self.optimizer.zero_grad(set_to_none=True)

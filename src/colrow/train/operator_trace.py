@@ -1,0 +1,61 @@
+"""Which operator gives other bits for the same inputs: every operator of a step, with hashes of its tensors.
+
+Left out is memory that nothing has written yet: what an operator overwrites, views, new tensors that are not set, and
+what collectives return before they have finished.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from colrow.torch_compat import TorchDispatchMode, tree_leaves
+from colrow.train.fingerprint import fingerprints, waited_local
+
+Entry = tuple[str, tuple[Any, ...], tuple[int, ...]]
+"""An operator's name, numbers and hashes of what it reads, hashes of what it returns."""
+
+
+class OperatorTrace(TorchDispatchMode):
+    """Collects an entry for each operator that runs within, in forward and in backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries: list[Entry] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        collective = func.namespace in ("c10d", "_c10d_functional")
+        read = () if collective else _hashes(list(_read(func, args, kwargs or {})))
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.entries.append((func.name(), read, () if collective or "empty" in func.name() else _hashes(result)))
+        return result
+
+
+def first_nondeterministic(first: Sequence[Entry], second: Sequence[Entry]) -> str | None:
+    """Of two runs of the same step: the first operator that reads the same and returns other bits; what stands before
+    the first that reads other bits; None where all entries agree."""
+    for (name, read, returned), (other_name, other_read, other_returned) in zip(first, second, strict=False):
+        if name != other_name or read != other_read:
+            return f"what is no operator of torch, before {name}"
+        if returned != other_returned:
+            return name
+    return None
+
+
+def _read(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Any]:
+    for position, declared in enumerate(func._schema.arguments):
+        if declared.alias_info is not None and declared.alias_info.is_write:
+            continue
+        if position < len(args):
+            yield args[position]
+        elif declared.name in kwargs:
+            yield kwargs[declared.name]
+
+
+def _hashes(tree: Any) -> tuple[Any, ...]:
+    leaves = tree_leaves(tree)
+    numbers = tuple(x for x in leaves if isinstance(x, int | float | str))
+    return (*numbers, *fingerprints(waited_local(x) for x in leaves if isinstance(x, Tensor)).tolist())
