@@ -74,7 +74,7 @@ class Colwise(_TorchLinear):
         if isinstance(module, nn.Embedding):
             rows, dim = module.weight.shape
             return {"weight": ParameterLayout(Shard(1), (rows, dim // site.tp), "embedding dimension split")}
-        sizes = chunk_sizes(module.get_parameter("weight").shape[0], site.tp)
+        sizes = chunk_sizes(site.parameter("weight").shape[0], site.tp)
         return {
             name: ParameterLayout(Shard(0), (sizes[0], *param.shape[1:]), split_rows("output features", sizes))
             for name, param in module.named_parameters(recurse=False)
@@ -107,8 +107,7 @@ class Rowwise(_TorchLinear):
             sizes = chunk_sizes(rows, site.tp)
             return {"weight": ParameterLayout(Shard(0), (sizes[0], dim), split_rows("vocabulary", sizes))}
         layouts = replicated(module, "bias, added once after the sum")
-        assert isinstance(module.weight, nn.Parameter)
-        out, features = module.weight.shape
+        out, features = site.parameter("weight").shape
         layouts["weight"] = ParameterLayout(Shard(1), (out, features // site.tp), "input features split")
         return layouts
 

@@ -100,7 +100,7 @@ class LinearHead(Style):
         return _LinearHeadStyle(self)
 
     def parameters(self, site: Site) -> dict[str, ParameterLayout]:
-        rows, dim = site.module.get_parameter("weight").shape
+        rows, dim = site.parameter("weight").shape
         sizes = chunk_sizes(rows, site.tp)
         return {"weight": ParameterLayout(Shard(0), (sizes[0], dim), split_rows("vocabulary", sizes))}
 

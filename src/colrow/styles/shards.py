@@ -190,12 +190,12 @@ def check_specs(site: Site, specs: dict[str, ShardSpec]) -> None:
     """Raise PlanError for the first parameter that cannot be sharded so."""
     for name, spec in specs.items():
         if spec.dim is not None:
-            spec.check(site, name, int(site.module.get_parameter(name).shape[spec.dim]))
+            spec.check(site, name, int(site.parameter(name).shape[spec.dim]))
 
 
 def layouts_of(site: Site, specs: dict[str, ShardSpec], reason: str) -> dict[str, ParameterLayout]:
     """What each parameter becomes."""
-    return {name: spec.layout(site.module.get_parameter(name), site.tp, reason) for name, spec in specs.items()}
+    return {name: spec.layout(site.parameter(name), site.tp, reason) for name, spec in specs.items()}
 
 
 def place_parameter(module: nn.Module, name: str, mesh: DeviceMesh, spec: ShardSpec, source: int | None) -> bool:

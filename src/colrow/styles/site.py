@@ -30,6 +30,14 @@ class Site:
     def module(self) -> nn.Module:
         return self.model.get_submodule(self.fqn)
 
+    def parameter(self, name: str) -> nn.Parameter:
+        """The module's parameter `name`, or that of a module in it, as it is registered: where an earlier call left the
+        module out, its attribute is a local tensor."""
+        owner, _, leaf = name.rpartition(".")
+        param = self.module.get_submodule(owner)._parameters[leaf]
+        assert param is not None, name
+        return param
+
     def require(self, style: str, *module_classes: type[nn.Module]) -> Any:
         """The module. Raises PlanError when it is of none of the classes."""
         if not isinstance(self.module, module_classes):
