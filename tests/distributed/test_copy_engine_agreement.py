@@ -28,7 +28,7 @@ def chosen(device: str, obstacles: dict[int, str], broken: tuple[int, ...]) -> s
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(copy_engine_cuda, "_obstacle", lambda *_: obstacles.get(rank))
         patch.setattr(copy_engine_cuda, "Cuda", driver)
-        patch.setattr(copy_engine_cuda, "_side_streams", lambda *_: [0])
+        patch.setattr(copy_engine_cuda, "_side_stream", lambda *_: 0)
         patch.setattr(copy_engine_cuda, "_symmetric_ring", lambda *_: None)
         patch.setattr(copy_engine_cuda, "_ENGINES", {})
         try:

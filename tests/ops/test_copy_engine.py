@@ -40,14 +40,14 @@ class Stream:
 class Rank:
     """One rank's `Device`. `left_out` names a part of the protocol that is not done."""
 
-    def __init__(self, flags: dict[Any, int], n: int, left_out: str, one_queue: bool) -> None:
+    def __init__(self, flags: dict[Any, int], left_out: str, one_queue: bool) -> None:
         self.flags, self.left_out = flags, left_out
         self.main = Stream()
-        self.sides = [self.main if one_queue else Stream() for _ in range(1, n)]
+        self.side = self.main if one_queue else Stream()
 
     @property
     def streams(self) -> set[Stream]:
-        return {self.main, *self.sides}
+        return {self.main, self.side}
 
     def current(self) -> Stream:
         return self.main
@@ -109,13 +109,13 @@ def play(
     places = [(holder, slot, peer) for holder in range(n) for slot in range(RING) for peer in range(n)]
     flags = {(holder, kind, slot, peer): int(kind == FREE) for holder, slot, peer in places for kind in (FULL, FREE)}
     slots = [torch.zeros(RING, 4 * n * 4, dtype=torch.uint8) for _ in range(n)]
-    ranks = [Rank(flags, n, left_out, one_queue) for _ in range(n)]
+    ranks = [Rank(flags, left_out, one_queue) for _ in range(n)]
     for rank, device in enumerate(ranks):
 
         def ring(nbytes: int, rank: int = rank) -> Ring:
             return Ring(rank, slots, lambda holder, kind, slot, peer: (holder, kind, slot, peer))
 
-        program(rank, n, device, CopyEngine(device, device.sides, ring), together, wrong)
+        program(rank, n, device, CopyEngine(device, device.side, n, ring), together, wrong)
     left = dict.fromkeys(ranks, replays)
     eagerness = {stream: rng.choice([0.02, 1.0, 5.0]) for device in ranks for stream in device.streams}
     while left:
@@ -191,7 +191,7 @@ def one_rank_engine(n: int) -> OneRankEngine:
         flag = copy_engine.one_rank_flags(0, n)
         return Ring(0, [slots] * n, lambda holder, kind, slot, peer: (kind, slot, flag(holder, peer)))
 
-    return OneRankEngine(AtOnce(flags), [None] * (n - 1), ring)
+    return OneRankEngine(AtOnce(flags), None, n, ring)
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])

@@ -72,10 +72,18 @@ class Ring:
 
 
 class CopyEngine(Carrier):
-    """Exchanges by peer copies, a side stream for each peer. `grow(nbytes)` allocates a ring of slots of that size."""
+    """Exchanges by peer copies, one after another on the stream `side`.
 
-    def __init__(self, device: Device, streams: list[Any], grow: Callable[[int], Ring]) -> None:
-        self.device, self.streams, self.size, self._grow = device, streams, len(streams) + 1, grow
+    One copy fills a GPU's links. Copies to all peers at once would all arrive with the last one. In turn, the first
+    arrives in 1/(n - 1) of that time, and is multiplied while the others are under way.
+
+    Args:
+        size: ranks.
+        grow: `grow(nbytes)` allocates a ring of slots of that size.
+    """
+
+    def __init__(self, device: Device, side: Any, size: int, grow: Callable[[int], Ring]) -> None:
+        self.device, self.side, self.size, self._grow = device, side, size, grow
         self.ring = grow(_ALIGNMENT)
         self._turn = 0
         self._views: dict[Hashable, tuple[Tensor, list[Tensor]]] = {}
@@ -90,7 +98,7 @@ class CopyEngine(Carrier):
             views = [slots[self._turn, :nbytes].view(dtype).view(self.size, *shape) for slots in self.ring.slots]
             self._views[key] = views[self.ring.rank], self._targets(views)
         own, targets = self._views[key]
-        return _CopyEngineExchange(self.device, self.streams, self.ring, self._turn, own, targets)
+        return _CopyEngineExchange(self.device, self.side, self.ring, self._turn, own, targets)
 
     def _targets(self, views: list[Tensor]) -> list[Tensor]:
         """Where this rank's chunk goes, by peer; `views` are a slot of each rank, [n, *chunk]."""
@@ -100,17 +108,15 @@ class CopyEngine(Carrier):
 class _CopyEngineExchange(Exchange):
     mark = "colrow::send_copy_engine"
 
-    def __init__(
-        self, device: Device, streams: list[Any], ring: Ring, turn: int, slots: Tensor, targets: list[Tensor]
-    ) -> None:
+    def __init__(self, device: Device, side: Any, ring: Ring, turn: int, slots: Tensor, targets: list[Tensor]) -> None:
         """`targets`: where this rank's chunk goes, by peer."""
         super().__init__(slots, ring.rank)
-        self._device, self._streams, self._ring, self._turn, self._targets = device, streams, ring, turn, targets
+        self._device, self._side, self._ring, self._turn, self._targets = device, side, ring, turn, targets
         self._held: list[Tensor] = []
         self._received = 0
 
     def _send(self, i: int, chunk: Tensor) -> None:
-        peer, side = self.after(i), self._streams[i - 1]
+        peer, side = self.after(i), self._side
         self._device.follow(side, self._device.current())
         self._device.take(side, self._ring.flag(self.rank, FREE, self._turn, peer))
         self._device.copy(side, self._targets[peer], chunk)
@@ -124,11 +130,11 @@ class _CopyEngineExchange(Exchange):
         return self.slots[peer]
 
     def close(self) -> None:
-        assert self._received == len(self._streams), "a chunk was not received"
+        assert self._received == self.size - 1, "a chunk was not received"
         current = self._device.current()
-        for i, side in enumerate(self._streams, start=1):
+        for i in range(1, self.size):
             self._device.put(current, self._ring.flag(self.before(i), FREE, self._turn, self.rank))
-            self._device.follow(current, side)  # the allocator may give a sent chunk's memory to this stream again
+        self._device.follow(current, self._side)  # the allocator may give a sent chunk's memory to this stream again
         self._held.clear()
 
 

@@ -90,7 +90,7 @@ def copy_engine(group: dist.ProcessGroup, device: torch.device) -> CopyEngine:
             raise _ObstacleError(obstacle)
         cuda = Cuda(device)
     engine_class, ring = (OneRankEngine, _local_ring) if isolated else (CopyEngine, _symmetric_ring)
-    engine = engine_class(cuda, _side_streams(device, group.size() - 1), lambda nbytes: ring(group, device, nbytes))
+    engine = engine_class(cuda, _side_stream(device), group.size(), lambda nbytes: ring(group, device, nbytes))
     _ENGINES[name] = group, engine
     return engine
 
@@ -154,9 +154,9 @@ def _obstacle(group: dist.ProcessGroup, device: torch.device, isolated: bool) ->
     return None
 
 
-def _side_streams(device: torch.device, count: int) -> list[int]:
-    # torch hands streams out of a pool that lives as long as the process: their handles stay valid
-    return [torch.cuda.Stream(device, priority=-1).cuda_stream for _ in range(count)]
+def _side_stream(device: torch.device) -> int:
+    # torch hands streams out of a pool that lives as long as the process: the handle stays valid
+    return torch.cuda.Stream(device, priority=-1).cuda_stream
 
 
 def _symmetric_ring(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> Ring:
