@@ -10,7 +10,7 @@ from torch import Tensor
 
 from colrow.config import load_config
 from colrow.errors import ConfigError, PlanError
-from colrow.ops.float8 import float8_reference, quantize, scaled_mm
+from colrow.ops.float8 import float8_reference, quantize, quantize_both, scaled_mm
 from colrow.ops.kernels.rounding import round_reference, round_triton
 from colrow.plans.plan import Plan
 
@@ -78,6 +78,18 @@ def test_the_kernel_rounds_as_the_reference_does(shapes: tuple[tuple[int, int], 
             assert (off > 0).float().mean() < 1e-3
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(64, 128), (272, 48), (16, 400)])
+def test_an_operand_and_its_transpose_are_quantized_in_one_pass(shape: tuple[int, int], device: str) -> None:
+    for source in (torch.bfloat16, torch.float32):
+        x = torch.randn(shape[0], shape[1] + 3, generator=torch.Generator().manual_seed(0)).to(device, source)[:, 2:-1]
+        got = quantize_both(x, "tensorwise", gradient=True)
+        for one, want in zip(got, (quantize([y], "tensorwise", gradient=True) for y in (x, x.t())), strict=True):
+            assert torch.equal(one.values.float(), want.values.float())
+            assert one.values.is_contiguous()
+            assert torch.equal(one.scale, want.scale)
+
+
 def test_parts_of_an_operand_share_its_scale() -> None:
     a, b = operands("cpu", spread=2.0)
     for dim, operand in ((0, a), (1, b.t())):
@@ -122,7 +134,7 @@ def test_a_plan_names_the_recipe_and_is_read_back() -> None:
 
 def test_an_unknown_recipe_names_the_known_one() -> None:
     """`rowwise` was a recipe once, and nothing computes it now."""
-    with pytest.raises(PlanError, match=r"unknown fp8 'rowwise'.*'tensorwise'"):
+    with pytest.raises(PlanError, match=r"unknown fp8 'rowwise'.*tensorwise"):
         Plan({"mlp.down_proj": {"style": "fast_rowwise", "fp8": "rowwise"}})
     with pytest.raises(ConfigError, match=r"train\.fp8: Input should be 'tensorwise'"):
         load_config(Path(__file__).parents[2] / "configs/laptop.yaml", {"train.fp8": "rowwise"})

@@ -46,6 +46,10 @@ for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
     for case in CASES:
         error = worst_error(case, "cpu", dtype, (statistics_triton, loss_triton))
         assert error < tolerance, (case, dtype, error)
+from colrow.ops.kernels.slot_sum import sum_triton
+for shape in ((2, 33, 129), (4, 1, 1), (8, 5000)):
+    slots = torch.randn(shape)
+    assert torch.equal(sum_triton(slots), sum(slots.unbind())), shape
 print("agree")
 """
 

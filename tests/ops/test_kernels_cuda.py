@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from colrow.ops.kernels.slot_sum import sum_slots
 from helpers.kernel_cases import CASES, Case, computed, draw, worst_error
+from helpers.parity import relative
 
 pytestmark = [
     pytest.mark.cuda,
@@ -49,3 +51,13 @@ def test_repeated_runs_are_equal_bit_by_bit() -> None:
         again = computed(case, z, y, 1.0, kernels())
         assert torch.equal(first[0], again[0])
         assert torch.equal(first[1], again[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(2, 4096, 512), (3, 33, 129), (4, 1, 1), (8, 5001)])
+def test_slots_are_added_in_rank_order_and_rounded_once(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    slots = torch.randn(shape, device="cuda").to(dtype)
+    want = sum(slot.to(torch.promote_types(dtype, torch.float32)) for slot in slots).to(dtype)  # type: ignore[union-attr]
+    assert torch.equal(sum_slots(slots), want) or (dtype == torch.float64 and relative(sum_slots(slots), want) < 1e-15)
+    slots[-1] = 0
+    assert not torch.equal(sum_slots(slots), want)

@@ -14,12 +14,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from colrow.ops.collectives import Finish
 from colrow.ops.exchange import Carrier, Exchange
+from colrow.ops.kernels.slot_sum import sum_slots
 from colrow.ops.linear_options import LinearOptions
-from colrow.ops.products import column_product, dgrad_weights, forward_weights, input_gradient, weight_gradient
+from colrow.ops.products import (
+    NARROW,
+    add_weight_gradient,
+    column_product,
+    dgrad_weights,
+    forward_weights,
+    gradient_operands,
+    input_gradient,
+    weight_gradient,
+)
 
 
 def column_forward(x_tD: Tensor, weights: list[Tensor], carrier: Carrier, opts: LinearOptions) -> tuple[Tensor, Tensor]:
@@ -55,17 +66,18 @@ def column_backward(
     if need_dw and not opts.keep_gathered:
         regather = carrier.open((t, D), x.dtype)
         send_to_all(regather, x)
+    dy, dy_FT = gradient_operands(dy_TF, opts.fp8) if need_dx and need_dw else (dy_TF, None)
     if need_dx:  # sends its chunks here, and is awaited after wgrad: the sends overlap with it
         prepared = dgrad_weights(weights, opts.fp8)
         dx_handle = scatter_sum(
-            carrier.open((t, D), dy_TF.dtype), lambda rows, out: input_gradient(dy_TF[rows], prepared, out, opts.fp8)
+            carrier.open((t, D), dy_TF.dtype), lambda rows, out: input_gradient(dy[rows], prepared, out, opts.fp8)
         )
     dw_FD = dy_TF.new_empty(0)
     if need_dw:
         if regather is not None:
             receive_all(regather)
             x = regather.gathered(x)
-        dw_FD = weight_gradient(dy_TF, x, opts.fp8)
+        dw_FD = weight_gradient(dy_TF, x, opts.fp8, dy_FT)
     dx_tD = dy_TF.new_empty(0) if dx_handle is None else dx_handle()
     # closed last: wgrad reads its slots
     if regather is not None:
@@ -89,20 +101,38 @@ def row_backward(
     need_dx: bool,
     need_dw: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dY = all_gather(dy);  dx = dY W;  dW = dY^T x."""
+    """dY = all_gather(dy);  dx = dY W;  dW = dY^T x.
+
+    With few input features dgrad of a chunk is over before the next chunk is here: wgrad is computed by chunks there.
+    """
     dx_Tf = dy_tD.new_empty(x_Tf.shape if need_dx else 0)
     prepared = dgrad_weights([w_Df], opts.fp8) if need_dx else None
+    sum_Df = None
+    if need_dw and x_Tf.shape[1] < NARROW:
+        sum_Df = dy_tD.new_zeros(w_Df.shape, dtype=_wide(dy_tD.dtype))
 
     def multiply(rows: slice, chunk_tD: Tensor) -> None:
+        both = prepared is not None and sum_Df is not None
+        dy, dy_Dt = gradient_operands(chunk_tD, opts.fp8) if both else (chunk_tD, None)
         if prepared is not None:
-            input_gradient(chunk_tD, prepared, dx_Tf[rows], opts.fp8)
+            input_gradient(dy, prepared, dx_Tf[rows], opts.fp8)
+        if sum_Df is not None:
+            add_weight_gradient(sum_Df, chunk_tD, x_Tf[rows], opts.fp8, dy_Dt)
 
     exchange = carrier.open(tuple(dy_tD.shape), dy_tD.dtype)
     send_to_all(exchange, dy_tD)
     receive_each(exchange, dy_tD, multiply)
-    dw_Df = weight_gradient(exchange.gathered(dy_tD), x_Tf, opts.fp8) if need_dw else dy_tD.new_empty(0)
+    if sum_Df is not None:
+        dw_Df = sum_Df.to(dy_tD.dtype)
+    else:
+        dw_Df = weight_gradient(exchange.gathered(dy_tD), x_Tf, opts.fp8) if need_dw else dy_tD.new_empty(0)
     exchange.close()
     return dx_Tf, dw_Df
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums of products are kept in."""
+    return torch.float32 if dtype.itemsize < 4 else dtype
 
 
 def send_to_all(exchange: Exchange, chunk: Tensor) -> None:
@@ -138,8 +168,7 @@ def scatter_sum(exchange: Exchange, compute: Callable[[slice, Tensor], None]) ->
 
     def finish() -> Tensor:
         receive_all(exchange)
-        slots = exchange.slots
-        total = slots[0] + slots[1] if exchange.size == 2 else slots.sum(0)  # equal bits; `+` is a faster kernel
+        total = sum_slots(exchange.slots)
         exchange.close()
         return total
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from colrow.errors import ConfigError
 from colrow.ops.execution_record import record
-from colrow.ops.kernels.rounding import UNAVAILABLE, round_reference, round_triton
+from colrow.ops.kernels.rounding import UNAVAILABLE, round_both_triton, round_reference, round_triton
 from colrow.torch_compat import scaled_product
 
 Float8 = Literal["tensorwise"]
@@ -35,6 +35,9 @@ class Float8Operand:
 
     values: Tensor
     scale: Tensor
+
+    def __getitem__(self, rows: slice) -> Float8Operand:
+        return Float8Operand(self.values[rows], self.scale)
 
 
 def quantize(parts: Sequence[Tensor], recipe: str, *, gradient: bool = False, dim: int = 0) -> Float8Operand:
@@ -54,6 +57,20 @@ def quantize(parts: Sequence[Tensor], recipe: str, *, gradient: bool = False, di
         return Float8Operand(*round_reference(torch.cat(list(parts), dim), dtype))
     require_gpu(parts[0].device)
     return Float8Operand(*round_triton(parts, dtype, dim=dim))
+
+
+def quantize_both(x_MK: Tensor, recipe: str, *, gradient: bool = False) -> tuple[Float8Operand, Float8Operand]:
+    """`quantize` of [M, K] and of its transpose, with one scale. An output's gradient is an operand of both dgrad and
+    wgrad, which sum over its columns and over its rows."""
+    require_sixteen(*x_MK.shape)
+    record("fp8", recipe)
+    dtype = torch.float8_e5m2 if gradient else torch.float8_e4m3fn
+    if not x_MK.is_cuda:
+        values, scale = round_reference(x_MK, dtype)
+        return Float8Operand(values, scale), Float8Operand(values.t().contiguous(), scale)
+    require_gpu(x_MK.device)
+    values, turned, scale = round_both_triton(x_MK, dtype)
+    return Float8Operand(values, scale), Float8Operand(turned, scale)
 
 
 def scaled_mm(a: Float8Operand, b: Float8Operand, out: Tensor, *, gradient: bool = False) -> None:

@@ -28,7 +28,14 @@ from colrow.ops.collectives import (
 )
 from colrow.ops.execution_record import record
 from colrow.ops.linear_options import LinearOptions
-from colrow.ops.products import column_product, dgrad_weights, forward_weights, input_gradient, weight_gradient
+from colrow.ops.products import (
+    column_product,
+    dgrad_weights,
+    forward_weights,
+    gradient_operands,
+    input_gradient,
+    weight_gradient,
+)
 
 if TYPE_CHECKING:
     from torch._library.custom_ops import CustomOpDef
@@ -135,14 +142,15 @@ def _column_backward(
     if regather is not None and not opts.overlaps:
         regather()
     dx_handle = None
+    dy, dy_FT = gradient_operands(dy_TF, opts.fp8) if need_dx and need_dw else (dy_TF, None)
     if need_dx:
         dx_TD = dy_TF.new_empty(dy_TF.shape[0], weights[0].shape[1])
-        input_gradient(dy_TF, dgrad_weights(weights, opts.fp8), dx_TD, opts.fp8)
+        input_gradient(dy, dgrad_weights(weights, opts.fp8), dx_TD, opts.fp8)
         dx_handle = start_reduce_scatter(dx_TD, ranks)
         if not opts.overlaps:
             dx_handle()
     X_TD = x if regather is None else regather()
-    dw_FD = weight_gradient(dy_TF, X_TD, opts.fp8) if need_dw else dy_TF.new_empty(0)
+    dw_FD = weight_gradient(dy_TF, X_TD, opts.fp8, dy_FT) if need_dw else dy_TF.new_empty(0)
     return dy_TF.new_empty(0) if dx_handle is None else dx_handle(), dw_FD
 
 
@@ -212,9 +220,10 @@ def _row_backward(
         return chunked.row_backward(dy_tD, x_Tf, w_Df, carrier, opts, need_dx, need_dw)
     dy_TD = all_gather(dy_tD, group_named(group))
     dx_Tf = x_Tf.new_empty(x_Tf.shape if need_dx else 0)
+    dy, dy_DT = gradient_operands(dy_TD, opts.fp8) if need_dx and need_dw else (dy_TD, None)
     if need_dx:
-        input_gradient(dy_TD, dgrad_weights([w_Df], opts.fp8), dx_Tf, opts.fp8)
-    return dx_Tf, weight_gradient(dy_TD, x_Tf, opts.fp8) if need_dw else dy_tD.new_empty(0)
+        input_gradient(dy, dgrad_weights([w_Df], opts.fp8), dx_Tf, opts.fp8)
+    return dx_Tf, weight_gradient(dy_TD, x_Tf, opts.fp8, dy_DT) if need_dw else dy_tD.new_empty(0)
 
 
 @_row_backward.register_fake

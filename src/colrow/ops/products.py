@@ -2,7 +2,7 @@
 
     forward  Y = X W^T        column_product
     dgrad    dX = dY W        input_gradient
-    wgrad    dW = dY^T X      weight_gradient
+    wgrad    dW = dY^T X      weight_gradient, or add_weight_gradient by chunks of T
 
 Every matmul of `parallel_linear` is one of these; a recipe in `fp8` computes it in 8-bit floats (`ops.float8`). `out`
 may be a slice of the rows of a larger tensor.
@@ -17,7 +17,7 @@ import functools
 import torch
 from torch import Tensor
 
-from colrow.ops.float8 import Float8Operand, quantize, scaled_mm
+from colrow.ops.float8 import Float8Operand, quantize, quantize_both, scaled_mm
 
 NARROW = 2048  # with fewer rows, one weight's matmul does not fill a GPU: siblings are concatenated then
 
@@ -51,24 +51,41 @@ def column_product(x_TD: Tensor, weights: Weights, out: Tensor, fp8: str = "") -
         torch.mm(x_TD, w.t(), out=columns)
 
 
-def input_gradient(dy_TF: Tensor, weights: Weights, out: Tensor, fp8: str = "") -> None:
+def gradient_operands(dy_TF: Tensor, fp8: str = "") -> tuple[Tensor | Float8Operand, Float8Operand | None]:
+    """dY for `input_gradient`, and dY^T for `weight_gradient`, quantized together; without fp8 dY, and None."""
+    return quantize_both(dy_TF, fp8, gradient=True) if fp8 else (dy_TF, None)
+
+
+def input_gradient(dy_TF: Tensor | Float8Operand, weights: Weights, out: Tensor, fp8: str = "") -> None:
     """out [T, D] = dY W."""
     if isinstance(weights, Float8Operand):
-        scaled_mm(quantize([dy_TF], fp8, gradient=True), weights, out, gradient=True)
+        dy = dy_TF if isinstance(dy_TF, Float8Operand) else quantize([dy_TF], fp8, gradient=True)
+        scaled_mm(dy, weights, out, gradient=True)
         return
+    assert isinstance(dy_TF, Tensor)
     first, *others = zip(dy_TF.split([w.shape[0] for w in weights], 1), weights, strict=True)
     torch.mm(*first, out=out)
     for dy, w in others:
         out.addmm_(dy, w)
 
 
-def weight_gradient(dy_TF: Tensor, x_TD: Tensor, fp8: str = "") -> Tensor:
-    """dW [F, D] = dY^T X."""
+def weight_gradient(dy_TF: Tensor, x_TD: Tensor, fp8: str = "", dy_FT: Float8Operand | None = None) -> Tensor:
+    """dW [F, D] = dY^T X. `dy_FT`: the transpose of dY, quantized already."""
     if not fp8:
         return dy_TF.t() @ x_TD
     dw = dy_TF.new_empty(dy_TF.shape[1], x_TD.shape[1])
-    scaled_mm(quantize([dy_TF.t()], fp8, gradient=True), quantize([x_TD.t()], fp8), dw, gradient=True)
+    scaled_mm(dy_FT or quantize([dy_TF.t()], fp8, gradient=True), quantize([x_TD.t()], fp8), dw, gradient=True)
     return dw
+
+
+def add_weight_gradient(
+    out_FD: Tensor, dy_TF: Tensor, x_TD: Tensor, fp8: str = "", dy_FT: Float8Operand | None = None
+) -> None:
+    """out += dY^T X, in out's dtype, which may be wider."""
+    if fp8:
+        out_FD.add_(weight_gradient(dy_TF, x_TD, fp8, dy_FT))
+    else:
+        add_product(out_FD, dy_TF.t(), x_TD)
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:

@@ -42,32 +42,52 @@ def round_triton(parts: Sequence[Tensor], dtype: torch.dtype, *, dim: int = 0) -
     """
     sizes = [part.shape[dim] for part in parts]
     M, K = (sum(sizes), parts[0].shape[1]) if dim == 0 else (parts[0].shape[0], sum(sizes))
-    device = parts[0].device
-    y_MK = torch.empty(M, K, device=device, dtype=dtype)
-    scale = torch.empty((), device=device)
-    peaks = torch.empty(len(parts), device=device)
+    y_MK = torch.empty(M, K, device=parts[0].device, dtype=dtype)
+    scale, peaks = torch.empty((), device=y_MK.device), _peaks(parts)
+    for part, into in zip(parts, y_MK.split(sizes, dim), strict=True):
+        _round(part, into, peaks, scale)
+    return y_MK, scale
+
+
+def round_both_triton(x_MK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """`round_reference` of x and of its transpose, which share the scale: values [M, K], values [K, M], scale."""
+    M, K = x_MK.shape
+    y_MK, y_KM = (torch.empty(shape, device=x_MK.device, dtype=dtype) for shape in ((M, K), (K, M)))
+    scale, peaks = torch.empty((), device=x_MK.device), _peaks([x_MK])
+    _round(x_MK, y_MK, peaks, scale)
+    _round(x_MK.t(), y_KM, peaks, scale)
+    return y_MK, y_KM, scale
+
+
+def _peaks(parts: Sequence[Tensor]) -> Tensor:
+    """max |x| of each part."""
+    peaks = torch.empty(len(parts), device=parts[0].device)
     for part, peak in zip(parts, peaks.unbind(), strict=True):
         torch.linalg.vector_norm(part, torch.inf, dtype=torch.float32, out=peak)
-    for part, into in zip(parts, y_MK.split(sizes, dim), strict=True):
-        m, k = part.shape
-        _round_kernel[(triton.cdiv(m, _ROWS), triton.cdiv(k, _COLUMNS))](
-            part,
-            part.stride(0),
-            part.stride(1),
-            into,
-            into.stride(0),
-            peaks,
-            scale,
-            m,
-            k,
-            PARTS=len(parts),
-            LARGEST=torch.finfo(dtype).max,
-            SMALLEST=SMALLEST,
-            ROWS=_ROWS,
-            COLUMNS=_COLUMNS,
-            num_warps=8,
-        )
-    return y_MK, scale
+    return peaks
+
+
+def _round(x_MK: Tensor, into_MK: Tensor, peaks: Tensor, scale: Tensor) -> None:
+    """Write `into` and the scale, which follows from the largest of `peaks`."""
+    M, K = x_MK.shape
+    _round_kernel[(triton.cdiv(M, _ROWS) * triton.cdiv(K, _COLUMNS),)](
+        x_MK,
+        x_MK.stride(0),
+        x_MK.stride(1),
+        into_MK,
+        into_MK.stride(0),
+        peaks,
+        scale,
+        M,
+        K,
+        PARTS=len(peaks),
+        LARGEST=torch.finfo(into_MK.dtype).max,
+        SMALLEST=SMALLEST,
+        TURNED=x_MK.stride(0) == 1,
+        ROWS=_ROWS,
+        COLUMNS=_COLUMNS,
+        num_warps=8,
+    )
 
 
 if triton is not None:
@@ -86,11 +106,17 @@ if triton is not None:
         PARTS: tl.constexpr,
         LARGEST: tl.constexpr,
         SMALLEST: tl.constexpr,
+        TURNED: tl.constexpr,
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
     ):
-        m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        k = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+        place = tl.num_programs(0) - 1 - tl.program_id(0)  # from the end of x in memory, which the cache still has
+        if TURNED:
+            tile_m, tile_k = place % tl.cdiv(M, ROWS), place // tl.cdiv(M, ROWS)
+        else:
+            tile_m, tile_k = place // tl.cdiv(K, COLUMNS), place % tl.cdiv(K, COLUMNS)
+        m = tile_m.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        k = tile_k.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
         at = m * 0
         peak = tl.load(peaks + at)
         for i in tl.static_range(1, PARTS):
@@ -99,5 +125,4 @@ if triton is not None:
         inside = (m < M)[:, None] & (k < K)[None, :]
         value = tl.load(x + m[:, None] * x_row + k[None, :] * x_column, mask=inside, other=0.0).to(tl.float32)
         tl.store(y + m[:, None] * y_row + k[None, :], (value / s[:, None]).to(y.dtype.element_ty), mask=inside)
-        if tl.program_id(1) == 0:
-            tl.store(scale + at, s, mask=m == 0)
+        tl.store(scale + at, s, mask=(m == 0) & (tile_k == 0))
