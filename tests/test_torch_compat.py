@@ -289,7 +289,11 @@ def test_ranks_are_simulated_side_by_side() -> None:
         with tc.local_tensor_mode(2):
             x = tc.from_tensors_of_ranks({0: torch.ones(2), 1: torch.zeros(2)})
             each = tc.tensors_of_ranks(x + 1)
+            numbered = tc.tensors_of_ranks(tc.per_rank(lambda y, rank: y + rank, x, 0))
         assert each is not None
+        assert numbered is not None
+        assert [numbered[rank].tolist() for rank in (0, 1)] == [[1.0, 1.0], [1.0, 1.0]]
+        assert tc.per_rank(lambda y, rank: y + rank, torch.ones(2), 1).tolist() == [2.0, 2.0]
         assert [each[rank].sum().item() for rank in (0, 1)] == [4.0, 2.0]
     finally:
         dist.destroy_process_group()

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from colrow.checking.check import check as check
+    from colrow.dryrun.random_draws import random_draws as random_draws
     from colrow.mesh import Mesh as Mesh
     from colrow.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
     from colrow.parallel.loss import loss_context as loss_context
     from colrow.parallel.loss import model_loss as model_loss
     from colrow.parallel.parallelize import parallelize as parallelize
+    from colrow.parallel.random_draws import arrange_draws as arrange_draws
     from colrow.plans.plan import Plan as Plan
     from colrow.sharding.layout import full_tensor as full_tensor
     from colrow.verifying.verify import verify as verify
@@ -29,6 +31,8 @@ _PUBLIC = {
     "loss_context": "colrow.parallel.loss",
     "model_loss": "colrow.parallel.loss",
     "parallelize": "colrow.parallel.parallelize",
+    "random_draws": "colrow.dryrun.random_draws",
+    "arrange_draws": "colrow.parallel.random_draws",
 }
 __all__ = sorted(_PUBLIC)
 

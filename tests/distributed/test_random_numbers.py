@@ -1,5 +1,5 @@
 """Runs of models that draw random numbers: a resume draws what the uninterrupted run draws, on every mesh; data ranks
-draw different numbers, tensor-parallel ranks equal ones."""
+draw different numbers, tensor-parallel ranks those of their shards."""
 
 from __future__ import annotations
 
@@ -87,22 +87,28 @@ def test_evaluation_is_in_evaluation_mode(masks: Any, folder: Path, case: str) -
         assert record["val_loss"] == pytest.approx(math.log(drawing_models.VOCAB), rel=1e-6)
 
 
-def test_data_ranks_draw_different_numbers_and_tp_ranks_equal_ones(masks: Any) -> None:
+def test_data_ranks_draw_different_numbers(masks: Any) -> None:
     first, second = (found["dp"] for found in masks)
     assert len(first) == len(second) == 3 * 2  # of a global batch of 8, each rank runs 2 micro-batches of 2
     assert not any(torch.equal(a, b) for a in first for b in second)
-    first, second = (found["tp"] for found in masks)
-    assert len(first) == 3 * 4
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_a_micro_batch_draws_the_same_whichever_rank_runs_it(masks: Any, ranks: Ranks) -> None:
+def test_every_mesh_draws_the_numbers_of_one_process(masks: Any, ranks: Ranks) -> None:
     if ranks.device == "cuda":
-        pytest.skip("the masks of one process are drawn here on a CPU")
-    for mesh in ("dp", "tp"):
-        count = 4 if mesh == "tp" else 2
-        for rank, found in enumerate(masks):
-            for i, mask in enumerate(found[mesh]):
-                number = i % count * (4 // count) + (rank if mesh == "dp" else 0)
-                MicroBatchSeeds(Generators([], "cpu"), seed=0, step=i // count).start(number)
-                assert torch.equal(mask, F.dropout(torch.ones(mask.shape), 0.2))
+        pytest.skip("on GPUs ranks draw for shards from seeds of their own")
+    by_data_rank = [mask for pair in zip(*(found["dp"] for found in masks), strict=True) for mask in pair]
+    gathered = [torch.cat(shards, 1) for shards in zip(*(found["tp"] for found in masks), strict=True)]
+    assert len(gathered) == 3 * 4
+    for i, drawn in enumerate(zip(by_data_rank, gathered, strict=True)):
+        MicroBatchSeeds(Generators([], "cpu"), seed=0, step=i // 4).start(i % 4)
+        want = F.dropout(torch.ones(2, 32, drawing_models.WIDTH), 0.2)
+        assert all(torch.equal(mask, want) for mask in drawn)
+
+
+def test_tensor_parallel_ranks_train_as_data_parallel_ones(masks: Any, folder: Path, ranks: Ranks) -> None:
+    """Dropout on shards of the sequence, of features and of heads is that of the unsharded tensors."""
+    if ranks.device == "cuda":
+        pytest.skip("on GPUs ranks draw for shards from seeds of their own")
+    tp, dp = (figures(folder / f"{case}-whole" / "metrics.jsonl") for case in ("tp", "dp"))
+    for here, there in zip(tp, dp, strict=True):
+        assert here == pytest.approx(there, rel=1e-4)  # fp32

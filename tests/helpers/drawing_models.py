@@ -73,7 +73,8 @@ class Gpt(nn.Module):
         x = self.embed(ids)
         if self.training:
             mask = F.dropout(torch.ones_like(x), self.p)
-            SEEN.append(mask.detach())
+            if type(mask) is Tensor:  # not a dry run's
+                SEEN.append(mask.detach())
             x = x * mask + 0.01 * torch.randn(WIDTH, generator=self.noise).to(x.dtype)
         with torch.no_grad():
             self.usage += 1

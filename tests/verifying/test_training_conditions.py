@@ -63,14 +63,35 @@ class Dropping(m.MLP):
         return super().forward(F.dropout(x, 0.5, self.training))
 
 
-def test_dropout_is_off_and_said() -> None:
+@pytest.mark.parametrize(
+    "backend", ["local", pytest.param("gloo", marks=(pytest.mark.distributed, pytest.mark.exhaustive))]
+)
+@pytest.mark.parametrize("sequence", [False, True])
+def test_dropout_is_that_of_the_unsharded_model(sequence: bool, backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = m.Gpt(lambda: m.Attention("heads", dropout=0.3), Dropping, layers=1)
-    report = judged(model, gpt_plan())
+    report = judged(model, gpt_plan(sequence=sequence), backend)
+    assert report.ok, report
+    assert report.modes == ("train", "eval")
+    assert not report.dropout_off
+    assert report.max_grad_rel_err < 1e-12
+    assert [mod.p for mod in model.modules() if isinstance(mod, nn.Dropout)] == [0.5], "the user's model is as it was"
+    if backend == "local":  # the negative control: each rank draws for its shard alone
+        monkeypatch.setattr("colrow.verifying.step.arrange_draws", lambda *_: None)
+        assert judged(model, gpt_plan(sequence=sequence), backend).verdict == "wrong"
+
+
+class NoisyAndDropping(Dropping):
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.gelu(self.up(x))
+        return self.down(self.drop(h) + 0.0 * torch.rand_like(h))
+
+
+def test_dropout_beside_other_random_numbers_on_a_shard_is_off_and_said() -> None:
+    report = judged(m.Gpt(mlp=NoisyAndDropping, layers=1), gpt_plan())
     assert report.ok, report
     assert report.dropout_off
     assert report.to_data()["dropout_off"] is True
     assert not judged(m.Gpt(layers=1), gpt_plan()).dropout_off
-    assert [mod.p for mod in model.modules() if isinstance(mod, nn.Dropout)] == [0.5], "the user's model is as it was"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

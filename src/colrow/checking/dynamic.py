@@ -31,7 +31,7 @@ def check_dynamic(run: DryRun, plan: Plan, tp: int) -> list[Finding]:
         found = [_failure(run.failure, plan)]
     if run.failure is None:
         found += [*_loss(run, plan), *_communication(run)]
-    return [*found, *_random(run)]
+    return found
 
 
 def _declarations(run: DryRun) -> Iterator[Finding]:
@@ -245,15 +245,6 @@ def _communication(run: DryRun) -> Iterator[Finding]:
             message = f"the same tensor is gathered again ({c.bytes} bytes)"
             yield finding(
                 "CR408", c.where, message, "gather once: prepare_input on the module that holds these linears"
-            )
-
-
-def _random(run: DryRun) -> Iterator[Finding]:
-    for mismatch in run.mismatches:
-        if mismatch.problem == "random_on_shard" and not mismatch.backward:
-            message = "dropout runs on a shard: ranks with equal seeds drop the same positions of different shards"
-            yield finding(
-                "CR601", mismatch.where or "model", message, "set dropout to 0, or seed each tp rank differently here"
             )
 
 

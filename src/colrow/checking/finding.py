@@ -77,7 +77,6 @@ CODES: dict[str, Code] = {
     ),
     "CR505": Code("nothing-trains", "warning", "every parameter is frozen"),
     # random numbers
-    "CR601": Code("dropout-on-shards", "warning", "masks of different shards are not independent"),
 }
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections import defaultdict
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from colrow.dryrun.reduced_copy import reduced_copy
 from colrow.parallel.loss import logits_of, loss_context
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
+from colrow.sharding.draws import Draw
 from colrow.sharding.layout import packed_of
 from colrow.sharding.local_layout import REPLICATED, STYLE, UNKNOWN, layout_of, sharded
 from colrow.styles.rank_tensors import RANK_TABLES
@@ -48,20 +50,41 @@ def unproven_operators(
 
     Arguments are those of `dry_run`. Of a model that does not run on fake tensors, that is the one finding.
     """
-    request = Request(model, plan, tp, batch_size, seq_len, inputs, loss, dtype)
-    found = _walked(request)
-    if isinstance(found, Exception) and "BF16" in str(found):  # torch's grouped matmuls take no other type
-        found = _walked(replace(request, dtype=torch.bfloat16))
+    found = walk(Request(model, plan, tp, batch_size, seq_len, inputs, loss, dtype))
     if isinstance(found, Exception):
         return [Unproven("model", "", "", f"the unsharded run raises {type(found).__name__}: {str(found)[:120]}")]
+    return found.unproven
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What the two runs beside each other have shown.
+
+    Attributes:
+        draws: the dropout masks that each module's own code draws in one of its calls, in order, in forward.
+    """
+
+    unproven: list[Unproven]
+    draws: dict[str, tuple[Draw, ...]]
+
+
+def walk(request: Request, *, all_blocks: bool = False, backward: bool = True) -> Walk | Exception:
+    """Both runs, or the exception with which the unsharded model fails.
+
+    Args:
+        all_blocks: keep every block where all code is known too; else every one is kept anyway.
+        backward: run it too.
+    """
+    # where all code is known, equal blocks compute the same, and two show everything
+    keep = 2 if runs_known_code(request.model) and not all_blocks else sys.maxsize
+    found = _walked(request, keep, backward)
+    if isinstance(found, Exception) and "BF16" in str(found):  # torch's grouped matmuls take no other type
+        found = _walked(replace(request, dtype=torch.bfloat16), keep, backward)
     return found
 
 
-def _walked(request: Request) -> list[Unproven] | Exception:
-    """The findings, or the exception with which the unsharded model fails."""
+def _walked(request: Request, keep: int, backward: bool) -> Walk | Exception:
     styles = {name: style for name, (_, style) in request.plan.resolve(request.model).items()}
-    # where all code is known, equal blocks compute the same, and two show everything
-    keep = 2 if runs_known_code(request.model) else sys.maxsize
     copies = [reduced_copy(request.model, styles, BlockTraces(), keep) for _ in range(2)]
     unsharded, parallel = (copy.model for copy in copies)
     original = copies[1].original
@@ -87,23 +110,42 @@ def _walked(request: Request) -> list[Unproven] | Exception:
         ).map(lambda x: torch.empty_like(x, device="cpu") if isinstance(x, Tensor) else x)
         reference = UnshardedRun(unsharded)
         try:
-            want, _ = _step(reference, unsharded, given, request.loss, None)
+            want, _ = _step(reference, unsharded, given, request.loss, None, backward)
         except Exception as error:
             return error
-        run = ShardedRun(parallel, reference, mesh, resolved, segments)
+        lengths = [x.shape[1] for x in given if isinstance(x, Tensor) and x.ndim > 1]
+        run = ShardedRun(parallel, reference, mesh, resolved, segments, lengths[0] if flattened and lengths else 0)
         try:
             with run.conversions(), loss_context(plan, mesh):
-                number, layout = _step(run, parallel, given, request.loss, plan)
+                number, layout = _step(run, parallel, given, request.loss, plan, backward)
         except Exception as error:
             run.report("model", f"the sharded run raises {type(error).__name__}: {str(error)[:120]}", run.module())
         else:
             if plan.loss != "linear" and (number != want or layout not in (REPLICATED, UNKNOWN, STYLE)):
                 run.report("loss", f"it is {layout}, or another value than in the unsharded model", LOSS)
-            _compare_gradients(run, reference, unsharded, parallel)
-    return [replace(found, where=original(found.where)) for found in run.unproven]
+            if backward:
+                _compare_gradients(run, reference, unsharded, parallel)
+        draws = _draws_of_modules(run)
+    return Walk(
+        [replace(found, where=original(found.where)) for found in run.unproven],
+        {original(name): found for name, found in draws.items()},
+    )
 
 
-def _step(run: NumberedRun, model: nn.Module, inputs: Inputs, loss: Loss, plan: Plan | None) -> Value:
+def _draws_of_modules(run: ShardedRun) -> dict[str, tuple[Draw, ...]]:
+    """By module; where its calls draw for other layouts it is reported, for nothing tells a rank which call runs."""
+    by_module: dict[str, list[tuple[Draw, ...]]] = defaultdict(list)
+    for (name, _), draws in run.draws.items():
+        by_module[name].append(tuple(draws))
+    for name, calls in by_module.items():
+        if len(set(calls)) > 1 and any(draw.layout != REPLICATED for call in calls for draw in call):
+            run.report("dropout", "the module's calls drop elements of tensors with several layouts", name)
+    return {name: calls[0] for name, calls in by_module.items()}
+
+
+def _step(
+    run: NumberedRun, model: nn.Module, inputs: Inputs, loss: Loss, plan: Plan | None, backward: bool = True
+) -> Value:
     """A forward and a backward, under a plan or of the unsharded model; the value of the loss."""
     first: dict[int, str] = {}
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
@@ -125,7 +167,7 @@ def _step(run: NumberedRun, model: nn.Module, inputs: Inputs, loss: Loss, plan: 
         else:
             value = loss(call_model(model, inputs), inputs.given)
         found = run.value(value)
-        if value.requires_grad:
+        if value.requires_grad and backward:
             value.backward()
     return found
 

@@ -235,7 +235,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def shape_of(leaf: Any) -> Any:
-    """What can be compared of an argument: of a tensor its shape, of a process group nothing."""
+    """What can be compared of an argument: of a tensor its shape, of a process group or a generator nothing."""
     if isinstance(leaf, Tensor):
         return TensorShape(tuple(leaf.shape), tuple(leaf.stride()), leaf.dtype, constant_index(leaf))
-    return None if isinstance(leaf, torch.ScriptObject) else leaf
+    return None if isinstance(leaf, torch.ScriptObject | torch.Generator) else leaf

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from colrow.dryrun.module_tracker import LOSS
 from colrow.dryrun.numbered import NumberedRun, Operation, Value, shape_of
+from colrow.sharding.draws import Draw, draws, is_dropout
 from colrow.sharding.local_call import LocalCall, Shape, TensorShape, UnprovenError
 from colrow.sharding.local_layout import (
     PARTIAL,
@@ -35,7 +37,7 @@ from colrow.sharding.shard_rules import proven_layouts
 from colrow.styles.base import OutputSegment, Style
 from colrow.styles.rank_tensors import HEADS_OF_RANK
 from colrow.styles.shards import watched_sums
-from colrow.torch_compat import current_autograd_node, forward_number, watched_conversions
+from colrow.torch_compat import current_autograd_node, forward_number, tree_unflatten, watched_conversions
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,15 @@ class UnshardedRun(NumberedRun):
 
 
 class ShardedRun(NumberedRun):
-    """One rank's run; `unproven` lists what nothing allows."""
+    """One rank's run; `unproven` lists what nothing allows.
+
+    Args:
+        flattened: the length of the sequences whose tokens lie flattened ([Note: flattened tokens]); 0: they do not.
+
+    Attributes:
+        draws: the dropout masks that each call of a module's own code draws in forward, in order, by the module and
+            its n-th call.
+    """
 
     def __init__(
         self,
@@ -101,9 +111,12 @@ class ShardedRun(NumberedRun):
         mesh: DeviceMesh,
         styles: Mapping[str, Style],
         segments: Mapping[str, tuple[OutputSegment, ...]],
+        flattened: int = 0,
     ) -> None:
         super().__init__(model)
+        self._flattened = flattened
         self.unproven: list[Unproven] = []
+        self.draws: dict[tuple[str, int], list[Draw]] = defaultdict(list)
         self._unsharded, self._mesh, self._ranks = unsharded, mesh, mesh.size()
         self._computed_by_style = {
             name
@@ -134,6 +147,7 @@ class ShardedRun(NumberedRun):
             self._first_layouts.setdefault(forward_number(), layouts[0])
         if any(isinstance(x, DTensor) for x in (*operation.leaves, *operation.results)):
             self._ran_on_dtensors(operation, recorded, numbers)
+            self._note_draw(operation, recorded, self.value(operation.results[0]).layout)
             return
         if (collective := operator(operation.name).collective) and operation.func.namespace == "_c10d_functional":
             self._collective(operation, collective)
@@ -145,6 +159,7 @@ class ShardedRun(NumberedRun):
             return
         found = self._layouts(operation, recorded, source, backward)
         self._note_writes(operation, found)
+        self._note_draw(operation, recorded, found[0])
         if operator(operation.name).fills is Filling.ZERO:
             self._zeros.update(numbers)
         for result, number, layout in zip(operation.results, numbers, found, strict=True):
@@ -259,6 +274,19 @@ class ShardedRun(NumberedRun):
             self.report(operation.name, f"{collective} of what is {value.layout}")
         for result in operation.results:
             self.set_value(result, value.number, layout)
+
+    def _note_draw(self, operation: Operation, recorded: _Recorded | None, layout: Layout) -> None:
+        func, arguments = operation.func, tree_unflatten(operation.leaves, operation.tree)
+        if current_autograd_node() is not None or not (is_dropout(func) and draws(func, *arguments)):
+            return
+        flattened = False
+        if self._flattened and layout == sharded(1):
+            shape = recorded.results[0] if recorded else ()
+            flattened = len(shape) == 3 and shape[1] == self._flattened
+            if len(shape) != 3 and shape[1:2] == (self._flattened,):
+                layout = UNKNOWN  # heads, or tokens
+        call = self._stack[-1] if self._stack else (LOSS, 0)
+        self.draws[call].append(Draw(layout, flattened))
 
     def _note_writes(self, operation: Operation, found: list[Layout]) -> None:
         """What is written into a window changes the other windows on its storage, whose layout must stay true."""

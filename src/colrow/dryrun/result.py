@@ -15,7 +15,6 @@ Problem = Literal[
     "equal_as_partial",
     "equal_summed",
     "addend_summed",
-    "random_on_shard",
 ]
 
 
@@ -53,11 +52,11 @@ class Collective:
 
 @dataclass(frozen=True)
 class PlacementMismatch:
-    """A declaration, a sum or a random draw that does not fit its tensor: see [Note: equal and varying] in `values.py`.
+    """A declaration or a sum that does not fit its tensor: see [Note: equal and varying] in `values.py`.
 
     Attributes:
         problem: the first three are declarations; `equal_summed` and `addend_summed` are sums over ranks that count a
-            value tp times; `random_on_shard` is a dropout mask that repeats on every rank.
+            value tp times.
         param: the name of the parameter whose gradient it is; empty for an activation.
         dim: the sharded dim, for `equal_as_shard`.
     """

@@ -43,7 +43,6 @@ class Value:
         has_addend: varying, and an equal term was added on every rank: a sum over ranks would count the term tp times.
         is_zero: zeros, which may be added on every rank.
         is_share: an equal value divided by tp, which may be summed over ranks.
-        shaped_like_shard: no values yet, but the shape of a varying tensor.
         gathered_in: the passes, named by whether they are backward, in which it was all-gathered.
     """
 
@@ -53,7 +52,6 @@ class Value:
     has_addend: bool = False
     is_zero: bool = False
     is_share: bool = False
-    shaped_like_shard: bool = False
     gathered_in: set[bool] = field(default_factory=set)
 
 
@@ -155,11 +153,10 @@ def track_in_flight(values: Values, op: Op, functional: bool) -> None:
 
 
 def track_varying(values: Values, op: Op) -> None:
-    """varying → varying. A result without values of its own is equal, but may have a shard's shape."""
+    """varying → varying. A result without values of its own is equal."""
     if op.is_filled:
         for out in op.outputs:
             values[out].varying = False
-            values[out].shaped_like_shard = bool(op.varying)
         return
     for out in op.outputs if op.varying else ():
         values[out].varying = True
@@ -212,11 +209,6 @@ def track_statistics(values: Values, op: Op) -> None:
             if isinstance(buffer, Tensor):
                 values.storage(buffer).written = True
                 values.storage(buffer).varying |= bool(op.varying)
-
-
-def draws_random_on_shard(values: Values, op: Op) -> bool:
-    """Whether a random mask is drawn for a varying tensor: ranks with equal seeds draw equal masks."""
-    return op.facts.random and (bool(op.varying) or any(values[x].shaped_like_shard for x in op.inputs))
 
 
 def _local(tensor: Tensor) -> Tensor:

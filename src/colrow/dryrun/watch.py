@@ -122,8 +122,6 @@ class Watch(TorchDispatchMode):
         rules.track_addend(self._values, op)
         rules.track_zero(self._values, op)
         rules.track_statistics(self._values, op)
-        if rules.draws_random_on_shard(self._values, op):
-            self._mismatch("random_on_shard")
 
     def _functional(self, op: Op) -> None:
         """A collective that returns a new tensor, as DTensor's do; `wait_tensor` and the like move nothing."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -196,7 +198,7 @@ def opening_lines(config: RunConfig, training: Training) -> list[str]:
     compute = (
         "fp32" if training.precision.compute_dtype == torch.float32 else "bf16 over fp32 weights and gradient sums"
     )
-    return [
+    lines = [
         f"model      {training.source.name}{computed_by}, {training.counts.total:,} parameters",
         f"mesh       {config.mesh}, {where}",
         f"plan       {training.plan.name}, loss {training.plan.loss}",
@@ -206,6 +208,32 @@ def opening_lines(config: RunConfig, training: Training) -> list[str]:
         f"writes     {config.run.dir}: config.yaml, plan.yaml, tokenizer.json, metrics.jsonl,",
         "           checkpoints/, loss.png, loss.svg, export/",
     ]
+    return [*lines, *random_lines(training)]
+
+
+def random_lines(training: Training) -> Iterator[str]:
+    """How modules that draw random numbers for a shard draw them; nothing of models that do not."""
+    draws, tp = training.draws, training.mesh["tp"].size()
+    if draws.on_shards:
+        how = (
+            f"a seed of each tp rank's own for shards, other numbers than with tp 1, in {_patterns(draws.on_shards)}"
+            if training.device.type == "cuda"
+            else f"each tp rank draws its shard of the unsharded tensor's numbers in {_patterns(draws.on_shards)}"
+        )
+        compiled = ", which are not compiled" if training.compiled else ""
+        yield _fill("random", how + compiled)
+    for reason in dict.fromkeys(draws.unknown.values()):
+        where = _patterns([name for name, why in draws.unknown.items() if why == reason])
+        yield _fill("warning", f"the {tp} tp ranks draw equal random numbers for different shards in {where}: {reason}")
+
+
+def _patterns(names: Sequence[str]) -> str:
+    """Modules' names, with * for the number of a layer."""
+    return ", ".join(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) or "the model" for name in names))
+
+
+def _fill(label: str, text: str) -> str:
+    return textwrap.fill(f"{label:<10} {text}", 80, subsequent_indent=" " * 11, break_on_hyphens=False)
 
 
 def _threads() -> str:

@@ -20,10 +20,10 @@ from itertools import accumulate
 from operator import mul
 from typing import Any
 
-import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
+from colrow.sharding.draws import is_dropout, may_draw
 from colrow.sharding.local_call import INDEXES, PIECES_BACKWARD, LocalCall, Shape, TensorShape, UnprovenError
 from colrow.sharding.local_layout import PARTIAL, REPLICATED, Kind, Layout, layout_of, repeating, sharded
 from colrow.sharding.operator_rules import RULES
@@ -39,12 +39,12 @@ def proven_layouts(call: LocalCall, mesh: DeviceMesh) -> list[Layout]:
     if call.wanted is not None and (found := _pieces_with_repeats(call)) is not None:
         return found
     if any(layout.repeated for layout in layouts):
+        if _draws(call):
+            raise UnprovenError("ranks that hold the same head would draw different random numbers for it")
         return _of_repeated(call, mesh)
     all_replicated = all(layout == REPLICATED for layout in layouts)
-    if _draws(call) and not _is_dropout(call) and not (all_replicated and call.same_results):
-        raise UnprovenError(
-            "each rank draws random numbers of its own shard, which are not one draw of all", call.sharded_dim
-        )
+    if _draws(call) and not (all_replicated and call.same_results):
+        return _of_draw(call)
     if all_replicated:
         return _of_replicated(call)
     if (found := _linear_backward(call)) is not None:
@@ -67,13 +67,20 @@ local shape that this rank computed."""
 
 
 def _draws(call: LocalCall) -> bool:
-    return call.facts.random or torch.Tag.nondeterministic_seeded in call.func.tags
+    """torch tags every attention as random, whatever its dropout is."""
+    if is_dropout(call.func) and "attention" in call.name:
+        return False
+    return call.name != "dropout" and (call.facts.random or may_draw(call.func))
 
 
-def _is_dropout(call: LocalCall) -> bool:
-    """Dropout is right in distribution on a shard where the ranks draw different masks: CR601 is about that. torch tags
-    every attention as random, whatever its dropout is."""
-    return "dropout" in call.name or call.name.startswith(("bernoulli", "_scaled_dot_product", "_efficient_attention"))
+def _of_draw(call: LocalCall) -> list[Layout]:
+    """Of a dropout mask each rank draws its shard: see [Note: dropout on shards]."""
+    layout = call.tensors[0][0] if call.tensors else None
+    if is_dropout(call.func) and call.wanted is not None and layout is not None and layout.kind is Kind.SHARDED:
+        return [layout] * len(call.results)
+    raise UnprovenError(
+        "each rank draws random numbers of its own shard, which are not one draw of all", call.sharded_dim
+    )
 
 
 def _of_equal_elements(call: LocalCall, result: int, dims: Iterable[int]) -> Layout:

@@ -42,6 +42,7 @@ from colrow.torch_compat.simulated import (
     from_tensors_of_ranks,
     is_fake,
     local_tensor_mode,
+    per_rank,
     quiet_fake_tensors,
     tensors_of_ranks,
 )
@@ -95,6 +96,7 @@ __all__ = [
     "local_tensor_mode",
     "parameter_hooks",
     "path_in_torch",
+    "per_rank",
     "private",
     "process_group_named",
     "propagated",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,8 +33,9 @@ def fake_tensor_mode(**options: Any) -> Any:
 
 
 def is_fake(tensor: Any) -> bool:
-    """Whether the tensor has a shape and no memory."""
-    return isinstance(tensor, private("torch._subclasses.fake_tensor:FakeTensor", "for the dry run"))
+    """Whether the tensor, or that of a simulated rank, has a shape and no memory."""
+    first = next(iter((tensors_of_ranks(tensor) or {}).values()), tensor)
+    return isinstance(first, private("torch._subclasses.fake_tensor:FakeTensor", "for the dry run"))
 
 
 def constant_index(tensor: Any) -> int | None:
@@ -93,3 +94,16 @@ def from_tensors_of_ranks(tensors: dict[int, Tensor]) -> Tensor:
     """One simulated tensor made of one tensor for each rank."""
     tensor: Tensor = private(f"{_LOCAL}:LocalTensor", _SIMULATE)(tensors)
     return tensor
+
+
+def per_rank(function: Callable[[Tensor, int], Tensor], tensor: Tensor, rank: int) -> Tensor:
+    """function(tensor, rank); where ranks are simulated, that of each rank's tensor and number."""
+    modes = private(f"{_LOCAL}:get_local_tensor_mode_list", _SIMULATE)()
+    tensors = tensors_of_ranks(tensor)
+    if not modes and tensors is None:
+        return function(tensor, rank)
+    if tensors is None:
+        tensors = dict.fromkeys(modes[-1].ranks, tensor)
+    with private(f"{_LOCAL}:maybe_disable_local_tensor_mode", _SIMULATE)():
+        made = {r: function(x, int(r)) for r, x in tensors.items()}
+    return from_tensors_of_ranks(made)

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from colrow.parallel.random_draws import draws_suspended, has_arranged_draws
 from colrow.torch_compat import AsyncCollectiveTensor, is_async
 
 
 def compile_forward(block: nn.Module, backend: str = "inductor") -> None:
     """Compile a block's forward in place. Its name in the model stays, and hooks on the block (FSDP's, a plan's style
-    at block level) run outside the graph; those on modules inside it are traced."""
-    block.forward = torch.compile(block.forward, fullgraph=True, backend=backend)
+    at block level) run outside the graph; those on modules inside it are traced.
+
+    A module whose draws are arranged (`arrange_draws`) stays out of the graph, which is split there."""
+    graph = torch.compile(block.forward, fullgraph=not has_arranged_draws(block), backend=backend)
+    block.forward = partial(_run, graph)
     block.register_forward_pre_hook(_wait_for_inputs, with_kwargs=True)
+
+
+def _run(graph: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with draws_suspended():
+        return graph(*args, **kwargs)
 
 
 def _wait_for_inputs(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -2,12 +2,13 @@
 
 [Note: order of wrapping]
 
-    stages -> plan (tp) -> selective checkpointing -> compile -> full checkpointing -> FSDP2 (dp)
+    stages -> plan (tp) -> random draws -> selective checkpointing -> compile -> full checkpointing -> FSDP2 (dp)
            -> memory -> weights -> optimizer
 
 - Stages first, on the meta device, where a copy of the model costs nothing.
 - The plan next: its styles look for the model's own modules, and what comes later has to repeat (recomputation) or
   trace (compile) the plan's collectives.
+- Draws of random numbers on shards where the shards are known, and before what runs a forward again or traces it.
 - Selective checkpointing before compile: it chooses among operations, so the compiler must trace the choice.
 - Full checkpointing after compile: it runs the compiled block again. Inside a graph, torch 2.13 cannot order what
   backward needs when attention is recomputed.
@@ -19,13 +20,14 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.config import RunConfig
+from colrow.dryrun.random_draws import RandomDraws, model_draws, random_draws
 from colrow.mesh import MeshAxes
 from colrow.models.build import Source
 from colrow.ops.execution_record import clear
@@ -36,12 +38,13 @@ from colrow.parallel.initialize import fill_seeded, materialize
 from colrow.parallel.parallelize import parallelize
 from colrow.parallel.pipeline_split import first_layers
 from colrow.parallel.pipeline_stage import Stage, split_stages
+from colrow.parallel.random_draws import arrange_draws
 from colrow.parallel.random_state import Generators, MicroBatchSeeds
 from colrow.plans.plan import Plan
 from colrow.train.buffers import WrittenBuffers
 from colrow.train.compile import compile_forward
 from colrow.train.corruption import CorruptionCheck, KeptState
-from colrow.train.cuda_graph import EAGER_STEPS, GraphedFunction, check_cuda_graph
+from colrow.train.cuda_graph import EAGER_STEPS, GraphedFunction, check_cuda_graph, check_draws
 from colrow.train.optimizer import build_optimizer
 from colrow.train.precision import Precision, choose_precision
 from colrow.train.replay import StepReplay
@@ -64,6 +67,7 @@ class Training:
     counts: ParameterCounts
     graphs: tuple[GraphedFunction, ...] = ()
     """With `train.cuda_graph`: forward and backward of a micro-batch, and the update."""
+    draws: RandomDraws = field(default_factory=RandomDraws)
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -100,9 +104,11 @@ def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device, source: So
     precision = choose_precision(config, device)
     decays = decay_by_name(source.model, config.train)
     counts = count_parameters(source.model, decays)
+    draws = draws_of(config, source.model, plan)
+    check_draws(config, draws, type(source.model).__name__)
     stages = split_stages(source.model, mesh, first_layers(config, source.model))
     for stage in stages:
-        prepare_stage(stage, config, mesh, device, source, plan, precision)
+        prepare_stage(stage, config, mesh, device, source, plan, precision, draws)
     seeds = micro_batch_seeds(stages, config, mesh, device)
     runner = make_runner(stages, config, mesh, device, plan, precision, seeds)
     modules = [stage.module for stage in stages]
@@ -112,7 +118,15 @@ def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device, source: So
         step.corruption = corruption_check(stages, runner, step, config, mesh, compiled=compiles(config, device))
     graphs = enable_cuda_graphs(runner, step, config) if config.train.cuda_graph else ()
     compiled = compiles(config, device)
-    return Training(stages, source, plan, mesh, device, precision, compiled, step, counts, graphs)
+    return Training(stages, source, plan, mesh, device, precision, compiled, step, counts, graphs, draws)
+
+
+def draws_of(config: RunConfig, model: nn.Module, plan: Plan) -> RandomDraws:
+    """What the model draws in training. Where nobody needs to know, it is not run to find out."""
+    batch, seq_len = config.train.micro_batch, config.data.seq_len
+    if config.mesh.tp > 1:
+        return random_draws(model, plan, config.mesh.tp, batch, seq_len)
+    return RandomDraws(model_draws(model, batch, seq_len) if config.train.cuda_graph else None)
 
 
 def prepare_stage(
@@ -123,11 +137,13 @@ def prepare_stage(
     source: Source,
     plan: Plan,
     precision: Precision,
+    draws: RandomDraws,
 ) -> None:
     """Wrap a stage, in place, and give it its memory and weights."""
     if source.weights == "built":  # they exist already: `parallelize` shards them where they will stay
         materialize(stage.module, device)
     parallelize(stage.module, plan, mesh, absent=stage.absent)
+    arrange_draws(stage.module, draws.modules, mesh, compiled=compiles(config, device))
     wrap_blocks(stage.blocks, config.train.activation_checkpoint, compiled=compiles(config, device))
     if not precision.keeps_copies:
         apply_data_parallel(

@@ -85,6 +85,7 @@ class Reference:
         buffers: each after forward and after the step, by its name and when.
         written: the names of those buffers.
         dropout_off: the model would have dropped something.
+        drew: it drew random numbers.
     """
 
     loss: float
@@ -93,6 +94,7 @@ class Reference:
     buffers: dict[str, Tensor] = field(default_factory=dict)
     written: tuple[str, ...] = ()
     dropout_off: bool = False
+    drew: bool = False
 
     def equals(self, other: Reference) -> bool:
         """Whether every number is the same, bit for bit."""

@@ -1,4 +1,4 @@
-"""Dropout switched off while models are compared: ranks that drop on shards cannot draw the mask of one process."""
+"""Dropout switched off while models are compared, where it is unknown what the masks of shards are shards of."""
 
 from __future__ import annotations
 
@@ -49,8 +49,11 @@ class Dropout(TorchFunctionMode):
 
 
 @contextmanager
-def without_dropout(model: nn.Module) -> Iterator[Dropout]:
-    """Within, neither the model's dropout modules nor its code drop anything."""
+def without_dropout(model: nn.Module, *, off: bool = True) -> Iterator[Dropout]:
+    """Within, neither the model's dropout modules nor its code drop anything, if `off`."""
+    if not off:
+        yield Dropout()
+        return
     with Dropout() as mode:
         for module in model.modules():  # a function of torch may call another that the mode does not see
             if isinstance(module, _MODULES):

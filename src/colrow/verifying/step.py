@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,7 +14,9 @@ from torch.distributed.tensor import DTensor, Replicate
 from colrow.dryrun.calls import GivenInputs, Inputs, Loss, call_model, give_targets, main_tensor
 from colrow.parallel.loss import loss_context
 from colrow.parallel.parallelize import parallelize
+from colrow.parallel.random_draws import arrange_draws
 from colrow.plans.plan import Plan
+from colrow.sharding.draws import Draw
 from colrow.sharding.grad_norm import align_gradients
 from colrow.sharding.layout import packed_of
 from colrow.verifying.comparison import Observed, Reference, Sharded, Shards
@@ -36,6 +38,8 @@ class Task:
     does."""
     written_buffers: tuple[str, ...] = ()
     """Buffers that forward changes (`reference_step` finds them)."""
+    draws: Mapping[str, tuple[Draw, ...]] | None = None
+    """The draws of modules that draw for shards (`arrange_draws`); None: dropout is off."""
 
 
 def reference_step(task: Task, model: nn.Module) -> Reference:
@@ -43,8 +47,10 @@ def reference_step(task: Task, model: nn.Module) -> Reference:
     inputs = Inputs.of(task.inputs)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     torch.manual_seed(task.seed)
-    with without_dropout(model) as dropout:
+    with without_dropout(model, off=task.draws is None) as dropout:
+        state = torch.get_rng_state()
         output = call_model(model, inputs)
+        drew = not torch.equal(torch.get_rng_state(), state)
         written = tuple(name for name, buffer in model.named_buffers() if _changed(before.get(name), buffer))
         after_forward = _copies(model, written)
         loss = task.loss(output, inputs.given)
@@ -53,7 +59,7 @@ def reference_step(task: Task, model: nn.Module) -> Reference:
     _optimizer(model).step()
     parameters = {name: param.detach() for name, param in model.named_parameters()}
     buffers = _at(AFTER_FORWARD, after_forward) | _at(AFTER_STEP, _copies(model, written))
-    return Reference(loss.item(), gradients, parameters, buffers, written, dropout.seen)
+    return Reference(loss.item(), gradients, parameters, buffers, written, dropout.seen, drew)
 
 
 AFTER_FORWARD, AFTER_STEP = "after forward", "after a step"
@@ -85,8 +91,9 @@ def sharded_step(
     """
     inputs = Inputs.of(task.inputs)
     parallelize(model, plan, mesh)
+    arrange_draws(model, task.draws or {}, mesh)
     torch.manual_seed(task.seed)
-    with loss_context(plan, mesh), without_dropout(model):
+    with loss_context(plan, mesh), without_dropout(model, off=task.draws is None):
         give_targets(model, plan, inputs)
         output = call_model(model, inputs)
         buffers = _at(AFTER_FORWARD, _buffers(model, task.written_buffers, shards_of))

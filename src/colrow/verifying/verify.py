@@ -14,6 +14,7 @@ from torch import nn
 
 from colrow.dryrun.calls import GivenInputs, Inputs, Loss, default_loss, example_inputs, vocabulary
 from colrow.dryrun.fake_world import replace_parameters
+from colrow.dryrun.random_draws import random_draws
 from colrow.dryrun.reduced_model import reduced_model
 from colrow.errors import PlanError
 from colrow.plans.plan import Plan
@@ -49,8 +50,9 @@ def verify(
     Both start from the same random weights and get the same batch, in training mode; in evaluation mode too where the
     unsharded model computes something else there. Compared are the loss, every gradient on every rank, every parameter
     after a step of AdamW, and every buffer that forward writes, after it and after the step. Hooks of parameters run.
-    Dropout is off (`Report.dropout_off`); other random numbers are drawn from one seed on all ranks. Then the plan or
-    the weights are changed so that the result must be wrong, to show that the comparison finds it: `Report.verdict`.
+    Random numbers come from one seed, and each rank draws its shard of the unsharded model's; where nothing says what
+    it is a shard of, dropout is off (`Report.dropout_off`). Then the plan or the weights are changed so that the result
+    must be wrong, to show that the comparison finds it: `Report.verdict`.
 
     Args:
         build_model: a function that returns the model, or the model; it may be on the meta device. A big one of a known
@@ -78,6 +80,7 @@ def verify(
         chosen = chosen.within(vocabulary(model))
     chosen = chosen.map(lambda x: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x)
     task, reference, exact = _reference(Task(model, chosen, loss, tp, seed + 2))
+    task, reference = _with_draws(task, reference, plan)
     if tolerance is None:
         tolerance = EXACT if exact else ROUNDED
     modes: tuple[Mode, ...] = ("train",) if task.model.training else ("eval",)
@@ -123,6 +126,17 @@ def verify(
         control=control,
         seconds=time.monotonic() - started,
     )
+
+
+def _with_draws(task: Task, reference: Reference, plan: Plan) -> tuple[Task, Reference]:
+    """The same with dropout on, where it is known which part of the unsharded model's draws each rank needs."""
+    if not (reference.dropout_off or reference.drew):
+        return task, reference
+    found = random_draws(task.model, plan, task.tp, 1, 1, inputs=task.inputs, loss=task.loss)
+    if found.unknown:
+        return task, reference
+    task = replace(task, draws=found.modules)
+    return task, reference_step(task, copied_model(task.model))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,122 @@
+"""Which operators draw random numbers, and how a rank draws the dropout mask of its shard.
+
+[Note: dropout on shards]
+The ranks of a tp group hold equal generators. So what they draw for a tensor that each of them holds is one draw, as in
+one process; for different shards of a tensor it would be the same numbers on each. Instead every rank draws the mask of
+the unsharded tensor, by the same operator, and takes that of its shard: the ranks' masks are then shards of one
+process's, bit for bit, and the generators stay equal. The price is the unsharded mask's memory for a moment. Only
+dropout is drawn so; any other random number on a shard is unproven.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from colrow.sharding.local_layout import REPLICATED, Kind, Layout
+from colrow.torch_compat import per_rank
+
+_ATTENTION = ("scaled_dot_product", "efficient_attention", "flash_attention", "cudnn_attention")
+
+
+class Draw(NamedTuple):
+    """The mask of one dropout in a module's own code.
+
+    With `flattened`, [B, T/n, ...] is a shard of the B * T tokens ([Note: flattened tokens]), not of each sequence.
+    """
+
+    layout: Layout
+    flattened: bool = False
+
+    @property
+    def is_known(self) -> bool:
+        """Whether a rank can tell its part; see [Note: dropout on shards]."""
+        return self.layout == REPLICATED or (
+            self.layout.kind is Kind.SHARDED and not self.layout.repeated and not self.layout.complete
+        )
+
+
+def draws(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether the ATen operator draws random numbers with these arguments. Attention does where it has dropout; torch
+    tags it as random anyway."""
+    if not may_draw(func):
+        return False
+    if _is_attention(func):
+        return bool(_argument(func, args, kwargs, "dropout_p"))
+    return not (_name(func) == "native_dropout" and args[2] is False)
+
+
+@cache
+def may_draw(func: Any) -> bool:
+    """Whether the ATen operator draws random numbers with some arguments."""
+    tagged = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+    return tagged and not _name(func).startswith("_fused_sdp_choice")
+
+
+def is_dropout(func: Any) -> bool:
+    """Whether the operator draws nothing but a dropout mask, or is an attention, which may draw one."""
+    of_one_number = _name(func) == "bernoulli_" and str(func.name()).endswith(".float")
+    return of_one_number or _name(func) == "native_dropout" or _is_attention(func)
+
+
+def draw_shard(func: Any, args: Any, kwargs: Any, draw: Draw, rank: int, ranks: int) -> Any:
+    """The result of `bernoulli_` or `native_dropout` on rank `rank`'s shard; the layout's kind is SHARDED."""
+    assert draw.layout.kind is Kind.SHARDED
+    local: Tensor = args[0]
+    complete = per_rank(lambda x, _: _unsharded_like(x, draw.layout.dim, ranks), local, rank)
+
+    def shard(drawn: Tensor) -> Tensor:
+        return per_rank(lambda x, r: take_shard(x, draw, r, ranks), drawn, rank)
+
+    if _name(func) == "bernoulli_":
+        return local.copy_(shard(func(complete, *args[1:], **kwargs)))
+    factors, kept = func(complete.fill_(1.0), *args[1:], **kwargs)
+    return local * shard(factors), shard(kept).clone()
+
+
+def take_shard(complete: Tensor, draw: Draw, rank: int, ranks: int) -> Tensor:
+    """Rank `rank`'s shard of a tensor, by the layout's dim and segments, or of the flattened tokens."""
+    layout = draw.layout
+    if draw.flattened:
+        tokens = complete.flatten(0, 1).chunk(ranks)[rank]
+        return tokens.view(complete.shape[0], -1, *complete.shape[2:])
+    extent = complete.shape[layout.dim]
+    sizes = [n * extent // sum(layout.sizes(extent)) for n in layout.sizes(extent)]
+    starts = accumulate(sizes[:-1], initial=0)
+    pieces = [
+        complete.narrow(layout.dim, start + size // ranks * rank, size // ranks)
+        for start, size in zip(starts, sizes, strict=True)
+    ]
+    return torch.cat(pieces, layout.dim) if len(pieces) > 1 else pieces[0]
+
+
+def _unsharded_like(local: Tensor, dim: int, ranks: int) -> Tensor:
+    """An unset tensor of the unsharded shape. Its dims lie in memory in the order of the shard's: operators that fill
+    in memory's order draw then as they do in one process."""
+    shape = [n * ranks if d == dim else n for d, n in enumerate(local.shape)]
+    if local.is_contiguous():
+        return torch.empty(shape, dtype=local.dtype, device=local.device)
+    strides = local.stride()
+    order = sorted(range(local.ndim), key=lambda d: -strides[d])
+    made = torch.empty([shape[d] for d in order], dtype=local.dtype, device=local.device)
+    return made.permute([order.index(d) for d in range(local.ndim)])
+
+
+@cache
+def _name(func: Any) -> str:
+    return str(func.name()).partition("::")[2].partition(".")[0]
+
+
+def _is_attention(func: Any) -> bool:
+    return any(part in _name(func) for part in _ATTENTION)
+
+
+def _argument(func: Any, args: Any, kwargs: Any, name: str) -> Any:
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.name == name:
+            return args[position] if position < len(args) else kwargs.get(name, argument.default_value)
+    return None

@@ -1,0 +1,97 @@
+"""Dropout masks of shards: put together they are the mask of the unsharded tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from colrow.sharding.draws import Draw, draw_shard, draws, is_dropout, may_draw, take_shard
+from colrow.sharding.local_layout import PARTIAL, REPLICATED, UNKNOWN, repeating, sharded
+from colrow.torch_compat import TorchDispatchMode
+
+RANKS = 2
+
+
+class OnRank(TorchDispatchMode):
+    """Dropout as rank `rank` draws it; `seen` has the operators that drew."""
+
+    def __init__(self, draw: Draw, rank: int) -> None:
+        super().__init__()
+        self.draw, self.rank = draw, rank
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not draws(func, args, kwargs):
+            return func(*args, **kwargs)
+        self.seen.append(str(func.name()))
+        return draw_shard(func, args, kwargs, self.draw, self.rank, RANKS)
+
+
+OPERATORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "dropout": lambda x: F.dropout(x, 0.3),
+    "dropout in place": lambda x: F.dropout(x.clone(), 0.3, inplace=True),
+    "alpha dropout": lambda x: F.alpha_dropout(x, 0.3, True),
+    "native dropout": lambda x: torch.native_dropout(x, 0.3, True)[0],
+    "a mask of one's own": lambda x: x * torch.empty_like(x).bernoulli_(0.7),
+}
+LAYOUTS = {
+    "features": Draw(sharded(2)),
+    "sequence": Draw(sharded(1)),
+    "two segments": Draw(sharded(2, (8, 4))),
+    "flattened tokens": Draw(sharded(1), flattened=True),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_shards_of_a_mask_are_those_of_the_unsharded_one(name: str, layout: str) -> None:
+    x, draw, operator = torch.rand(3, 4, 12, dtype=torch.float64) + 1, LAYOUTS[layout], OPERATORS[name]
+    torch.manual_seed(5)
+    want = operator(x)
+    after = torch.get_rng_state()
+    for rank in range(RANKS):
+        torch.manual_seed(5)
+        with OnRank(draw, rank) as mode:
+            got = operator(take_shard(x, draw, rank, RANKS).clone())
+        assert len(mode.seen) == 1
+        torch.testing.assert_close(got, take_shard(want, draw, rank, RANKS), rtol=1e-14, atol=0)
+        assert torch.equal(torch.get_rng_state(), after)
+    torch.manual_seed(5)  # the negative control: a rank that draws for its shard alone
+    assert not torch.allclose(operator(take_shard(x, draw, 1, RANKS).clone()), take_shard(want, draw, 1, RANKS))
+
+
+def test_a_transposed_shard_draws_as_the_transposed_tensor() -> None:
+    x = torch.ones(6, 8, 3).transpose(0, 1)
+    torch.manual_seed(5)
+    want = F.dropout(x, 0.5)
+    torch.manual_seed(5)
+    with OnRank(Draw(sharded(1)), 1):
+        assert torch.equal(F.dropout(x[:, 3:], 0.5), want[:, 3:])
+
+
+def test_attention_without_dropout_draws_nothing() -> None:
+    q = torch.rand(1, 2, 4, 8)
+    with OnRank(Draw(sharded(1)), 0) as mode:
+        F.scaled_dot_product_attention(q, q, q)
+        assert mode.seen == []
+        F.scaled_dot_product_attention(q, q, q, dropout_p=0.5)
+    assert mode.seen == ["aten::bernoulli_.float"]
+
+
+def test_noise_is_no_dropout() -> None:
+    aten = torch.ops.aten
+    noise = (aten.rand_like.default, aten.exponential_.default, aten.bernoulli_.Tensor, aten.multinomial.default)
+    assert all(may_draw(func) and not is_dropout(func) for func in noise)
+    assert not may_draw(aten.mul.Tensor)
+
+
+def test_what_is_known_of_a_mask() -> None:
+    assert Draw(REPLICATED).is_known
+    assert Draw(sharded(1)).is_known
+    assert not any(Draw(layout).is_known for layout in (UNKNOWN, PARTIAL, repeating(1, (8,), (4,))))
