@@ -76,25 +76,26 @@ def without_position(self: ResumePoint, config: RunConfig, data: Any) -> dict[st
     return {"step": self.step, "corpus": data.fingerprint, "seed": config.run.seed}
 
 
-def other_batch(device: str, folder: Path, older: bool) -> tuple[list[int], list[int]]:
-    """The windows of 3 steps of 4 and, continued, 2 steps of 8; and of 7 steps of 4."""
-    name = f"older-{older}"
+def other_batch(device: str, folder: Path) -> list[list[int]]:
+    """The windows of 7 steps of 4; of 3 steps of 4 and then 2 steps of 8; the same where no position is stored."""
+    read = [windows_of(device, short(folder, "unbroken", steps=7))[: 7 * 4]]  # one batch more is read ahead
     stored = ResumePoint.to_json
-    if older:
-        ResumePoint.to_json = without_position  # type: ignore[method-assign]
-    first = windows_of(device, short(folder, name))[: 3 * 4]  # one batch more is read ahead
+    for name, to_json in (("newer", stored), ("older", without_position)):
+        ResumePoint.to_json = to_json  # type: ignore[method-assign]
+        first = windows_of(device, short(folder, name))[: 3 * 4]
+        read.append(first + windows_of(device, short(folder, name, steps=5, global_batch=8))[: 2 * 8])
     ResumePoint.to_json = stored  # type: ignore[method-assign]
-    then = windows_of(device, short(folder, name, steps=5, global_batch=8))[: 2 * 8]
-    return first + then, windows_of(device, short(folder, f"{name}-unbroken", steps=7))[: 7 * 4]
+    return read
 
 
-@pytest.mark.parametrize("older", [False, True])
-def test_another_global_batch_reads_on_without_gap_or_repeat(ranks: Ranks, folder: Path, older: bool) -> None:
-    ((read, unbroken),) = ranks(1).run(other_batch, folder, older)
-    assert len(read) == 28
-    assert read == unbroken
-    tokens = [record["tokens"] for record in figures(folder / f"older-{older}" / "metrics.jsonl")]
-    assert tokens == [sequences * SEQ_LEN for sequences in (4, 8, 12, 20, 28)]
+def test_another_global_batch_reads_on_without_gap_or_repeat(ranks: Ranks, folder: Path) -> None:
+    ((unbroken, newer, older),) = ranks(1).run(other_batch, folder)
+    assert len(unbroken) == 28
+    assert newer == unbroken
+    assert older == unbroken
+    for name in ("newer", "older"):
+        tokens = [record["tokens"] for record in figures(folder / name / "metrics.jsonl")]
+        assert tokens == [sequences * SEQ_LEN for sequences in (4, 8, 12, 20, 28)]
 
 
 def test_the_position_of_a_checkpoint_without_one_survives_a_start_that_saved_nothing(tmp_path: Path) -> None:

@@ -62,6 +62,10 @@ UNDECAYED: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
         lambda: holder("Experts", w1=(E, D, 3 * D), w2=(E, 3 * D, D), b1=(E, 3 * D), b2=(E, D)),
         {"b1", "b2"},
     ),
+    "short biases to broadcast": (
+        lambda: holder("Experts", w_up=(E, D, 3 * D), up_b=(E, 1, 3 * D), w_down=(E, 3 * D, D), b_down=(E, 1, D)),
+        {"up_b", "b_down"},
+    ),
     "a linear": (lambda: nn.Linear(D, D), {"bias"}),
     "torch's attention": (
         lambda: nn.MultiheadAttention(D, H, add_bias_kv=True),

@@ -120,6 +120,9 @@ def _is_bias(name: str, owner: nn.Module, param: nn.Parameter) -> bool:
         return True
     if not _SHORT_BIAS.search(leaf):
         return False
-    shapes = [tuple(other.shape) for other in owner.parameters(recurse=False) if other.ndim == param.ndim + 1]
-    outputs = [shape[:dim] + shape[dim + 1 :] for shape in shapes for dim in (len(shape) - 2, len(shape) - 1)]
-    return tuple(param.shape) in outputs
+    shapes = [tuple(other.shape) for other in owner.parameters(recurse=False) if other.ndim >= 2]
+    for shape in shapes:
+        for dim in (len(shape) - 2, len(shape) - 1):  # the weight's input
+            if tuple(param.shape) in (shape[:dim] + shape[dim + 1 :], (*shape[:dim], 1, *shape[dim + 1 :])):
+                return True
+    return False
