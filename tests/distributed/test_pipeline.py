@@ -110,10 +110,11 @@ def communication_case(device: str, reshard: bool, shards: int) -> dict[str, int
 @pytest.mark.parametrize(
     ("reshard", "shards", "want"),
     [
-        # four units: two blocks, norm and head, the root. Only blocks are gathered again for backward.
-        (True, 2, {"gather": 2 * (4 + 2), "scatter": 4, "reduce": 0}),
-        (False, 2, {"gather": 4, "scatter": 4, "reduce": 0}),
-        (True, 1, {"gather": 0, "scatter": 0, "reduce": 4}),
+        # four units: two blocks, norm and head, the root. Only blocks are gathered again for backward. One all-reduce
+        # more than gradients need: a flag for each parameter, whether any rank used it.
+        (True, 2, {"gather": 2 * (4 + 2), "scatter": 4, "reduce": 1}),
+        (False, 2, {"gather": 4, "scatter": 4, "reduce": 1}),
+        (True, 1, {"gather": 0, "scatter": 0, "reduce": 4 + 1}),
     ],
 )
 def test_gradients_cross_the_data_axis_once_a_step(
