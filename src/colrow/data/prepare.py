@@ -109,7 +109,7 @@ def prepare(section: DataSection, model_vocab: int, progress: bool) -> PreparedD
             given.digest if given else f"{_TRAINER} {_vocab_size(section, model_vocab)}",
         ]
         folder = section.cache / f"tokens-{digest_of(*recipe)[:16]}"
-        meta, built = _find(folder, shown, given), False
+        meta, built = _find(folder, shown, given, reports=False), False
         if meta is None:
             with locked(folder.with_suffix(".lock"), _watcher(folder, shown)):
                 meta = _find(folder, shown, given)
@@ -170,7 +170,7 @@ def _fingerprint(corpus: Corpus, section: DataSection, shown: PreparationProgres
         return corpus.fingerprint()
 
 
-def _find(folder: Path, shown: PreparationProgress, given: Tokenizer | None) -> ShardMeta | None:
+def _find(folder: Path, shown: PreparationProgress, given: Tokenizer | None, reports: bool = True) -> ShardMeta | None:
     """The meta of complete shards; None where there are none, or damaged ones, which are reported and built again.
 
     Without a `given` tokenizer the folder's own will be used, so it must be the one that made the shards.
@@ -184,7 +184,8 @@ def _find(folder: Path, shown: PreparationProgress, given: Tokenizer | None) -> 
             raise DataError(f"token shards {folder} are damaged: tokenizer.json is not the one that made them")
         return meta
     except DataError as error:
-        shown.say(f"data: {error}; they are made again")
+        if reports:
+            shown.say(f"data: {error}; they are made again")
         return None
 
 
