@@ -170,6 +170,23 @@ class LayerDrop(Model):
         return logits
 
 
+class EarlyExit(Model):
+    """Leaves out the last layers, as the micro-batch says; its norm and head have other names, so no unit follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ln_f, self.out = self.norm, self.lm_head
+        del self.norm, self.lm_head
+
+    def forward(self, x: Tensor, seq_len: int | None = None) -> Tensor:
+        kept = int(x.sum()) % (LAYERS + 1) if self.training else LAYERS
+        x = self.embed_tokens(x)
+        for layer in self.layers[:kept]:
+            x = layer(x)
+        logits: Tensor = self.out(self.ln_f(x))
+        return logits
+
+
 @dataclass(frozen=True)
 class SmallModel:
     """A row of the table.
@@ -218,4 +235,5 @@ MODELS: dict[str, SmallModel] = {
     "running experts": SmallModel(lambda: Model(RunningExperts), _EXPERTS),
     "batch norm": SmallModel(lambda: Model(NormalisedMlp), _COLUMN_ROW),
     "layer drop": SmallModel(LayerDrop, _COLUMN_ROW),
+    "early exit": SmallModel(EarlyExit, _COLUMN_ROW),
 }

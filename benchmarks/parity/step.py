@@ -100,25 +100,25 @@ def micro_batches(step: int) -> list[Batch]:
 
 
 @functools.cache
-def one_process(name: str, data_ranks: int = 1) -> Trained:
+def one_process(name: str, device: str, data_ranks: int = 1) -> Trained:
     """Plain torch on one process.
 
     Args:
         data_ranks: matters where forward writes buffers. Each data rank's micro-batches start from the step's buffers,
             and those that ranks wrote become the mean over them.
     """
-    model, config, seen = MODELS[name].model(), config_of(Mesh()), Trained()
+    model, config, seen = MODELS[name].model().to(device), config_of(Mesh()), Trained()
     named = dict(model.named_parameters(remove_duplicate=False))  # a pipeline stage may hold either name
     decaying = decaying_parameters([model], decay_by_name(model, config.train))
     optimizer = build_optimizer(model.parameters(), config.train, decaying)
-    seeds = MicroBatchSeeds(Generators([model], "cpu"), config.run.seed)
+    seeds = MicroBatchSeeds(Generators([model], device), config.run.seed)
     for step in range(STEPS):
         total, seeds.step = 0.0, step
         before, after = _buffers(model), []
         for rank in range(data_ranks):
             _copy(before, model)
             for number in range(rank, MICRO_BATCHES, data_ranks):
-                ids, targets = micro_batches(step)[number]
+                ids, targets = (x.to(device) for x in micro_batches(step)[number])
                 seeds.start(number)
                 loss = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten()) / MICRO_BATCHES
                 loss.backward()
@@ -163,7 +163,8 @@ def on_ranks(
         steps: the first of those of the reference; all where something is saved.
         section: further keys of the config's `train`; with `precision` the model is not fp64.
     """
-    want, errors = one_process(name, degrees.dp if _buffers(MODELS[name].model()) else 1), Errors()
+    errors, writes = Errors(), bool(_buffers(MODELS[name].model()))
+    want = one_process(name, device, degrees.dp if writes else 1)
     got = train(set_up(device, name, degrees, **section), range(steps), folder)
     errors.loss = max(abs(a / b - 1) for a, b in zip(got.losses, want.losses, strict=False))
     for a, b in zip(got.gradients, want.gradients, strict=False):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from colrow.mesh import AXES, ROLES, MeshAxes
 from colrow.sharding.layout import local_tensor
 from colrow.train.fingerprint import memory_hashes
-from colrow.train.replay import SilentCorruptionError, StepReplay
+from colrow.train.replay import NondeterministicError, SilentCorruptionError, StepReplay
 
 if TYPE_CHECKING:
     from colrow.train.step import Batch
@@ -108,6 +108,7 @@ class KeptState:
         Raises:
             SilentCorruptionError: on every rank; a rank's state changed since the last call without an update, or
                 replicas hold different weights.
+            NondeterministicError: the state of every rank changed.
         """
         self.compare()
         changed = [name for name, flag in zip(self._names, self._changed.tolist(), strict=True) if flag]
@@ -116,6 +117,11 @@ class KeptState:
         report = _Report(dist.get_rank(), self._place, tuple(changed), dict(zip(names, hashes, strict=True)))
         reports: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(reports, report)
+        if len(reports) > 1 and all(report.changed for report in reports):
+            raise NondeterministicError(
+                f"train.replay_every: weights changed between two updates on every rank ({reports[0].changed[0]}), so "
+                "the model's code writes them, which cannot be told from corruption: set train.replay_every to 0"
+            )
         if any(report.changed for report in reports):
             raise SilentCorruptionError(_changed_text(when, reports))
         for text in _different_replicas(when, reports):
