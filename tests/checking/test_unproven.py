@@ -21,7 +21,7 @@ from helpers import broken_models as m
 from helpers import unproven_plans
 from helpers.broken_plans import SOUND, gpt_plan, llama
 from helpers.families import FAMILIES, transformers_model
-from helpers.unproven_plans import RIGHT, WRONG, Case
+from helpers.unproven_plans import FLATTENS_HEADS, OLD_TORCH, RIGHT, WRONG, Case
 
 
 def found_by(case: Case) -> list[Finding]:
@@ -34,12 +34,18 @@ KEPT = ("qwen3", "llama-tied")
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_plan_is_an_error_or_unproven(name: str) -> None:
     found = found_by(WRONG[name])
-    assert any(f.severity == "error" or f.code == "CR414" for f in found), [str(f) for f in found]
+    # torch 2.11 cannot run `quantile` on fake tensors, and CR410 says so
+    unproven = ("CR414", "CR410") if OLD_TORCH else ("CR414",)
+    assert any(f.severity == "error" or f.code in unproven for f in found), [str(f) for f in found]
 
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_right_plan_is_proven(name: str) -> None:
-    assert [str(f) for f in found_by(RIGHT[name])] == []
+    found = found_by(RIGHT[name])
+    if OLD_TORCH and name in FLATTENS_HEADS:
+        assert {f.code for f in found} == {"CR414"}
+    else:
+        assert [str(f) for f in found] == []
 
 
 @pytest.mark.parametrize("loss", ["vocab_parallel", "replicated", "linear"])
