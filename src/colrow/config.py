@@ -80,6 +80,9 @@ class DataSection(_Section):
     seq_len: PositiveInt
     """Tokens in one sequence."""
     tokenizer: TokenizerSection = TokenizerSection()
+    special_tokens: Literal["text", "encode"] = "text"
+    """What a text that spells a special token, such as `<|im_start|>`, becomes: plain text, or that token. Texts of
+    chats that were rendered before need `encode`."""
     text_key: str = "text"
     """The field of a JSONL line, Parquet row, or dataset row that holds the text."""
     validation_fraction: float = Field(default=0.02, gt=0.0, lt=1.0)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from colrow.checkpoint.distributed import Checkpoints
 from colrow.cli import main
@@ -44,6 +46,26 @@ def build() -> Llama:
     return model
 
 
+class Other(nn.Module):
+    """No Llama: its names match no key of a preset, and its layers read the width of their own weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.config = SimpleNamespace(vocab_size=272)
+        self.wte = nn.Embedding(272, 32)
+        self.norms = nn.ModuleList(nn.LayerNorm(32) for _ in range(2))
+        self.ups = nn.ModuleList(nn.Linear(32, 64) for _ in range(2))
+        self.downs = nn.ModuleList(nn.Linear(64, 32) for _ in range(2))
+        self.out = nn.Linear(32, 272, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = 9 * self.wte(ids)
+        for norm, up, down in zip(self.norms, self.ups, self.downs, strict=True):
+            x = x + down(torch.relu(up(norm(x))))
+        return self.out(x)
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     text = tmp_path_factory.mktemp("corpus") / "small.txt"
@@ -54,17 +76,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "small"
-    folder.mkdir()
-    tree = {
-        "run": {"dir": str(folder)},
-        "model": {"python": "cli.test_export_and_generate:build"},
-        "data": {"corpus": "stdlib", "seq_len": 32},
-        "train": {"steps": 2, "global_batch": 2, "micro_batch": 2, "lr": 1e-3},
-    }
-    text = yaml.safe_dump(tree)
-    (folder / "config.yaml").write_text(text)
-    mark_as_ours(folder, text)
-    tokenizer.save(folder)
+    write_config(folder, "build", tokenizer)
     checkpoints = Checkpoints(folder / "checkpoints", vocabulary=tokenizer.digest)
     model = build()
     checkpoints.save(2, model, None, {})
@@ -72,6 +84,22 @@ def run(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
         model.norm.weight.mul_(2.0)  # type: ignore[union-attr]
     checkpoints.save(4, model, None, {})
     return folder
+
+
+def write_config(folder: Path, model: str, tokenizer: Tokenizer, plan: str = "llama") -> None:
+    """What a run leaves in its folder, but for checkpoints."""
+    folder.mkdir()
+    tree = {
+        "run": {"dir": str(folder)},
+        "model": {"python": f"cli.test_export_and_generate:{model}"},
+        "plan": plan,
+        "data": {"corpus": "stdlib", "seq_len": 32},
+        "train": {"steps": 2, "global_batch": 2, "micro_batch": 2, "lr": 1e-3},
+    }
+    text = yaml.safe_dump(tree)
+    (folder / "config.yaml").write_text(text)
+    mark_as_ours(folder, text)
+    tokenizer.save(folder)
 
 
 def norm_of(folder: Path) -> float:
@@ -164,6 +192,18 @@ def test_two_ranks_share_the_work(
     assert one.keys() == two.keys()
     assert all(torch.equal(one[k], two[k]) for k in one)
     assert torchrun(commands, "generate", str(tmp_path / "two"), "--prompt", PROMPT, "--tokens", "9") == "".join(text)
+
+
+@pytest.mark.distributed
+def test_a_derived_model_is_sampled_by_its_own_plan(
+    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str], commands: Commands
+) -> None:
+    folder = tmp_path / "other"
+    write_config(folder, "Other", tokenizer, "derive")
+    Checkpoints(folder / "checkpoints", vocabulary=tokenizer.digest).save(1, Other(), None, {})
+    arguments = ("generate", str(folder), "--prompt", PROMPT, "--tokens", "9")
+    assert main([*arguments]) == 0
+    assert torchrun(commands, *arguments) == capsys.readouterr().out
 
 
 def torchrun(commands: Commands, *args: str) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
 from colrow.data.corpus import FileCorpus, open_corpus
+from colrow.data.prepare import prepare
 from colrow.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, train_tokenizer
 from colrow.errors import DataError
 
@@ -164,3 +166,50 @@ def test_a_missing_or_damaged_tokenizer_is_named(tmp_path, name, content, report
         (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=reported):
         load_tokenizer(tmp_path / name if content is None else tmp_path)
+
+
+CHAT = "<s> one <sep> two </s>"
+
+
+def test_special_tokens_that_a_text_spells(tmp_path):
+    write_words(tmp_path, "<s>", "</s>", "<sep>", tokenizer_config={"eos_token": "</s>"})
+    as_text, as_tokens = load_tokenizer(tmp_path), load_tokenizer(tmp_path, special=True)
+    (plain,), (special,) = (tokenizer.encode_batch([CHAT]) for tokenizer in (as_text, as_tokens))
+    assert special == [3, 0, 5, 1, 4]  # begun and ended once, by its own tokens
+    assert plain[:1] + plain[-1:] == [3, 4]
+    assert 5 not in plain
+    assert as_tokens.encode("one <sep>") == [3, 0, 5]
+    assert as_tokens.encode_batch(["one"]) == as_text.encode_batch(["one"]) == [[3, 0, 4]]
+    assert [as_text.spells_special(text) for text in (CHAT, "one", "<se", "")] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_option_decides_and_a_line_says_what_was_done(tmp_path, section, capsys, workers):
+    write_words(tmp_path, "<s>", "</s>", "<sep>", tokenizer_config={"eos_token": "</s>"})
+    rows = [{"text": f"one two {'one ' * i}" + ("<sep> two" if i % 4 == 0 else "")} for i in range(20)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    counts = {}
+    for option in ("text", "encode"):
+        config = section(
+            f"{tmp_path}/chats.jsonl",
+            seq_len=4,
+            tokenizer={"path": tmp_path / "tokenizer.json"},
+            special_tokens=option,
+            validation_fraction=0.4,
+            workers=workers,
+        )
+        for _ in range(2):  # made, and found
+            data = prepare(config, 6, progress=True)
+            line = capsys.readouterr().err.replace("\n", " ")
+            done = "became these tokens" if option == "encode" else "were encoded as plain text"
+            assert f"5 documents spell special tokens, which {done} (data.special_tokens: {option}" in line
+        ids = np.concatenate([data.train.ids, data.validation.ids])
+        counts[option] = (int((ids == 5).sum()), len(ids))
+    assert counts["encode"][0] == 5
+    assert counts["text"][0] == 0
+    assert counts["encode"][1] < counts["text"][1]
+
+
+def test_a_corpus_without_special_tokens_says_nothing(corpus, section, texts, capsys):
+    prepare(section(f"{texts}/*.txt"), 300, progress=True)
+    assert "special tokens" not in capsys.readouterr().err

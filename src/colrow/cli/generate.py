@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +22,8 @@ class Flags:
     """A run's folder, or a Hugging Face folder."""
     prompt: str
     """The text to continue; empty for a text from its beginning."""
+    special: bool = False
+    """Encode special tokens that the prompt spells, such as <|im_start|>, as these tokens."""
     tokens: int = 128
     """How many to sample, unless the text ends before."""
     temperature: float = 0.8
@@ -53,7 +55,6 @@ def main(argv: list[str]) -> int:
     from colrow.models.generate import generate
     from colrow.parallel.initialize import materialize
     from colrow.parallel.parallelize import parallelize
-    from colrow.plans.plan import Plan
 
     on_gpu = torch.cuda.is_available() if flags.device == "auto" else flags.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
@@ -64,11 +65,11 @@ def main(argv: list[str]) -> int:
     with torchrun_ranks("nccl" if on_gpu else "gloo") as ranks:
         saved = open_saved(flags.source, flags.step, flags.trust_code)
         model = saved.model
-        if ranks > 1:
-            parallelize(model, Plan.preset("llama"), Mesh(tp=ranks).build(device.type, ranks))
         compute = torch.bfloat16 if on_gpu else torch.float32
         if saved.checkpoints is None:
             model.to(compute)  # weights are cast while they are read; a checkpoint is loaded in its own dtype
+        if ranks > 1:
+            parallelize(model, saved.plan(ranks), Mesh(tp=ranks).build(device.type, ranks))
         materialize(model, device)
         saved.load()
         model.to(compute).eval()
@@ -78,7 +79,8 @@ def main(argv: list[str]) -> int:
             return getattr(out, "logits", out)  # models of transformers return more than logits
 
         # each document of the training text began after another's end
-        prompt = saved.tokenizer.encode(flags.prompt) or [saved.tokenizer.eos_id]
+        tokenizer = replace(saved.tokenizer, special=flags.special)
+        prompt = tokenizer.encode(flags.prompt) or [saved.tokenizer.eos_id]
         ids = generate(
             logits_of,
             torch.tensor([prompt], device=device),

@@ -19,7 +19,11 @@ from colrow.data.tokenizer import Tokenizer, load_tokenizer
 from colrow.errors import CheckpointError, ConfigError
 from colrow.models.build import Source, build_source
 from colrow.models.llama import LlamaConfig
-from colrow.run.run_folder import CHECKPOINTS, CONFIG, TOKENIZER
+from colrow.plans.derive_options import DERIVED, DeriveOptions
+from colrow.plans.named import named_plan
+from colrow.plans.plan import Plan
+from colrow.plans.presets import PRESETS
+from colrow.run.run_folder import CHECKPOINTS, CONFIG, PLAN, TOKENIZER
 from colrow.run.trust import require_trusted
 
 
@@ -29,7 +33,8 @@ class SavedModel:
 
     Args:
         context: tokens of the sequences that it was trained on.
-        checkpoints, step: for a run; for an export, `folder` holds the weights.
+        checkpoints, step, planned: for a run, the last as its config names the plan; for an export, `folder` holds the
+            weights.
     """
 
     source: Source
@@ -38,11 +43,28 @@ class SavedModel:
     folder: Path
     checkpoints: Checkpoints | None = None
     step: int | None = None
+    planned: str | None = None
 
     @property
     def model(self) -> nn.Module:
         """On the meta device, unless the run built it in Python."""
         return self.source.model
+
+    def plan(self, tp: int) -> Plan:
+        """The plan that shares the model between `tp` ranks, with all logits on each rank.
+
+        A run's own, chosen again for this degree; where it is a file whose head computes the loss and no logits, and
+        for an export of a model that no preset is made for, one that is derived.
+
+        Raises:
+            PlanError: no plan splits the model at this degree.
+        """
+        if self.planned is None:
+            return Plan.preset("llama") if self.source.config is not None else _derived(self.model, tp)
+        if self.planned in PRESETS or self.planned in DERIVED:
+            return named_plan(self.planned, self.model, tp, "replicated")
+        plan = named_plan(self.planned, self.model, tp)
+        return plan if plan.loss != "linear" else _derived(self.model, tp)
 
     @property
     def config(self) -> LlamaConfig | dict[str, Any]:
@@ -101,7 +123,14 @@ def _run(path: Path, step: int | None, trust_code: bool) -> SavedModel:
         if newest is None:
             raise CheckpointError(f"{path} has no complete checkpoint: `colrow checkpoints {path}` lists what is there")
         step = newest.step
-    return SavedModel(source, tokenizer, config.data.seq_len, path, checkpoints, step)
+    planned = config.plan
+    if planned not in (*PRESETS, *DERIVED, "huggingface") and not Path(planned).exists():
+        planned = str(path / PLAN)  # the file that it was read from is gone: the run keeps what it resolved to
+    return SavedModel(source, tokenizer, config.data.seq_len, path, checkpoints, step, planned)
+
+
+def _derived(model: nn.Module, tp: int) -> Plan:
+    return Plan.derive(model, tp, options=DeriveOptions(loss="replicated"))
 
 
 @contextmanager

@@ -40,6 +40,8 @@ class Encoded:
     """[documents] float64 in [0, 1), from a hash of the text: held out where the validation fraction is greater"""
     text_bytes: np.ndarray
     """[documents] int64, UTF-8"""
+    special: int
+    """Documents that spell a special token."""
 
 
 def encode(texts: list[str], tokenizer: Tokenizer, dtype: str) -> Encoded:
@@ -54,6 +56,7 @@ def encode(texts: list[str], tokenizer: Tokenizer, dtype: str) -> Encoded:
         # 53 bits: all that a float64 holds exactly, so that a fraction is never rounded up to 1.0
         fractions=(np.frombuffer(hashes, dtype="<u8") >> np.uint64(11)) * 2.0**-53,
         text_bytes=np.array([len(text) for text in raw], dtype=np.int64),
+        special=sum(map(tokenizer.spells_special, texts)),
     )
 
 
@@ -71,7 +74,7 @@ def encode_in_order(chunks: Iterator[list[str]], tokenizer: Tokenizer, dtype: st
         workers,
         mp_context=multiprocessing.get_context("spawn"),  # fork would copy the locks of running threads
         initializer=_start_worker,
-        initargs=(tokenizer.backend.to_str(), tokenizer.eos_id, dtype),
+        initargs=(tokenizer.backend.to_str(), tokenizer.eos_id, tokenizer.special, dtype),
     )
     pending: deque[Future[Encoded]] = deque()
     try:
@@ -99,11 +102,11 @@ _worker: tuple[Tokenizer, str]
 """Of a worker process alone: what _start_worker made."""
 
 
-def _start_worker(backend: str, eos_id: int, dtype: str) -> None:
+def _start_worker(backend: str, eos_id: int, special: bool, dtype: str) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent ends its workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _worker = (Tokenizer(tokenizers.Tokenizer.from_str(backend), eos_id, {}), dtype)
+    _worker = (Tokenizer(tokenizers.Tokenizer.from_str(backend), eos_id, {}, special), dtype)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

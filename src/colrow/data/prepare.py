@@ -107,6 +107,7 @@ def prepare(section: DataSection, model_vocab: int, progress: bool) -> PreparedD
             fingerprint,
             repr(section.validation_fraction),
             given.digest if given else f"{_TRAINER} {_vocab_size(section, model_vocab)}",
+            *([section.special_tokens] if section.special_tokens != "text" else []),
         ]
         folder = section.cache / f"tokens-{digest_of(*recipe)[:16]}"
         meta, built = _find(folder, shown, given, reports=False), False
@@ -118,7 +119,7 @@ def prepare(section: DataSection, model_vocab: int, progress: bool) -> PreparedD
                     meta, built = _build(corpus, tokenizer, folder, fingerprint, section, shown), True
                     _verify(folder, meta, shown)
         data = PreparedData(
-            tokenizer=given or load_tokenizer(folder),
+            tokenizer=given or load_tokenizer(folder, section.special_tokens == "encode"),
             train=meta.open(folder, "train"),
             validation=meta.open(folder, "validation"),
             folder=folder,
@@ -127,6 +128,13 @@ def prepare(section: DataSection, model_vocab: int, progress: bool) -> PreparedD
             built=built,
         )
         shown.say(f"{data.describe()} ({f'made in {time.monotonic() - start:.1f} s' if built else 'found'})")
+        if meta.special:
+            done = "became these tokens" if data.tokenizer.special else "were encoded as plain text"
+            other = "text" if data.tokenizer.special else "encode"
+            shown.say(
+                f"data: {_documents(meta.special)} spell special tokens, which {done} (data.special_tokens: "
+                f"{section.special_tokens}; the other choice is {other})"
+            )
     _require_a_sequence(meta, section)
     return data
 
@@ -146,7 +154,7 @@ def _configured_tokenizer(section: DataSection, model_vocab: int) -> Tokenizer |
             f"data.tokenizer has both path={path} and vocab_size={vocab_size}: "
             f"leave out path to train a tokenizer, or vocab_size to use the one given"
         )
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, section.special_tokens == "encode")
     tokenizer.require_fits(model_vocab, f"tokenizer {path}")
     return tokenizer
 

@@ -85,6 +85,8 @@ class ShardMeta:
     text_bytes: dict[str, int]
     digests: dict[str, str]
     """Of the .bin files."""
+    special: int = 0
+    """Documents that spell a special token; not counted by older versions."""
 
     def open(self, folder: Path, split: str) -> TokenArray:
         return TokenArray(folder / f"{split}.bin", self.dtype, self.tokens[split])
@@ -170,6 +172,7 @@ def build_shards(
     """
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     dtype = dtype_for(tokenizer.vocab_size)
+    special = 0
     progress.stage("tokenizing", corpus.size())
     try:
         with writing_to(folder.parent):
@@ -177,6 +180,7 @@ def build_shards(
             train, validation = (_Writer(partial / f"{split}.bin", dtype) for split in SPLITS)
         with closing(encode_in_order(_chunks(corpus), tokenizer, dtype, workers)) as stream:
             for encoded in stream:
+                special += encoded.special
                 held_out = encoded.fractions < validation_fraction
                 with writing_to(folder.parent):
                     train.add(encoded, ~held_out)
@@ -199,6 +203,7 @@ def build_shards(
                 tokens={"train": train.tokens, "validation": validation.tokens},
                 text_bytes={"train": train.text_bytes, "validation": validation.text_bytes},
                 digests={"train": train.close(), "validation": validation.close()},
+                special=special,
             )
             tokenizer.save(partial)
             atomic_write(partial / "meta.json", json.dumps(asdict(meta), indent=2))

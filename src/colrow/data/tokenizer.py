@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,19 +30,21 @@ _COMMON_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id
 class Tokenizer:
     """A `tokenizers.Tokenizer` with the ids that begin and end a document.
 
-    Text never turns into special tokens: a document that spells `<|endoftext|>` is encoded letter by letter. Long
-    documents are never truncated and short ones never padded, whatever tokenizer.json says.
+    Unless `special`, text never turns into special tokens: a document that spells `<|endoftext|>` is encoded letter by
+    letter. Long documents are never truncated and short ones never padded, whatever tokenizer.json says.
     """
 
     backend: Any
     eos_id: int
     settings: dict[str, Any]
     """The content of tokenizer_config.json; `save` writes it again."""
+    special: bool = False
+    """Whether a special token that a text spells becomes that token."""
 
     def __post_init__(self) -> None:
         self.backend.no_truncation()
         self.backend.no_padding()
-        self.backend.encode_special_tokens = True
+        self.backend.encode_special_tokens = not self.special
 
     @cached_property
     def vocab_size(self) -> int:
@@ -59,18 +62,36 @@ class Tokenizer:
         return []
 
     @cached_property
+    def _special_token(self) -> re.Pattern[str] | None:
+        added = self.backend.get_added_tokens_decoder().values()
+        names = sorted((token.content for token in added if token.special and token.content), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names))) if names else None
+
+    def spells_special(self, text: str) -> bool:
+        """Whether a special token stands in the text."""
+        return self._special_token is not None and self._special_token.search(text) is not None
+
+    @cached_property
     def digest(self) -> str:
         """Hash of all that decides which ids a document becomes."""
         return digest_of(self.backend.to_str(), str(self.eos_id))
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text that goes on, such as a prompt: `prefix` and the text's own."""
-        return self.prefix + list(self.backend.encode(text, add_special_tokens=False).ids)
+        return self._begun(list(self.backend.encode(text, add_special_tokens=False).ids))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of complete documents: `prefix`, the text's own, and `eos_id`."""
+        """The ids of complete documents: `prefix`, the text's own, and `eos_id`; a text that spells these as special
+        tokens gets them once."""
         encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [[*self.prefix, *encoding.ids, self.eos_id] for encoding in encoded]
+        return [self._ended(self._begun(list(encoding.ids))) for encoding in encoded]
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        n = len(self.prefix)
+        return ids if self.special and n and ids[:n] == self.prefix else [*self.prefix, *ids]
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        return ids if self.special and ids and ids[-1] == self.eos_id else [*ids, self.eos_id]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
@@ -138,7 +159,7 @@ def train_tokenizer(corpus: Corpus, vocab_size: int, on_text: Callable[[str], No
     return Tokenizer(backend, 0, {})
 
 
-def load_tokenizer(path: Path | str) -> Tokenizer:
+def load_tokenizer(path: Path | str, special: bool = False) -> Tokenizer:
     """The tokenizer in a tokenizer.json, or in a folder that holds one as Hugging Face folders do.
 
     Documents end with the `eos_token` of tokenizer_config.json, the `eos_token_id` of generation_config.json or
@@ -156,7 +177,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     except Exception as error:  # the library raises plain Exception for whatever it cannot read
         raise DataError(f"{file} is not a tokenizer.json: {error}") from error
     settings = _read_json(file.with_name("tokenizer_config.json"))
-    return Tokenizer(backend, _find_eos(backend, file, settings), settings)
+    return Tokenizer(backend, _find_eos(backend, file, settings), settings, special)
 
 
 def _no_tokenizer(path: Path) -> DataError:

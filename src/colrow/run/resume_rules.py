@@ -47,7 +47,14 @@ RULES: dict[str, Rule] = {
     **_rules(
         "refused",
         "other text, or another order of it",
-        *("data.corpus", "data.seq_len", "data.tokenizer.vocab_size", "data.text_key", "data.validation_fraction"),
+        *(
+            "data.corpus",
+            "data.seq_len",
+            "data.special_tokens",
+            "data.tokenizer.vocab_size",
+            "data.text_key",
+            "data.validation_fraction",
+        ),
     ),
     **_rules("used", "the vocabulary's hash is compared with the checkpoint's", "data.tokenizer.path"),
     **_rules("used", "no effect on results", "data.cache", "data.workers"),
