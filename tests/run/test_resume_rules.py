@@ -23,6 +23,7 @@ OTHER: dict[str, Any] = {
     "data.tokenizer.vocab_size": 300,
     "data.tokenizer.path": "tokenizer.json",
     "data.text_key": "content",
+    "data.special_tokens": "encode",
     "data.cache": "other",
     "data.workers": 2,
     "plan": "llama-fast",
