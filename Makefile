@@ -8,7 +8,7 @@ CONFIG ?= configs/laptop.yaml
 # Each process of a run starts a second sooner where compiled sources are kept.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: train test test-all test-room test-gpus check bench format clean
+.PHONY: train test test-all test-room test-gpus composed check bench format clean
 
 train: $(STAMP)
 	$(BIN)/colrow train $(CONFIG)
@@ -41,6 +41,12 @@ room = $(wildcard tests/$(ROOM) tests/test_$(ROOM).py) $(ROOM_$(ROOM))
 test-room: $(STAMP)
 	test -n "$(ROOM)" -a -n "$(strip $(room))"  # ROOM=styles, or another package or module of src/colrow
 	$(PYTEST) $(room) $(ARGS)
+
+# The check against two ranks, on models composed at random: SEEDS of them, a table on the screen. Exits with 1 where the
+# check misses a wrong plan, or calls too many right ones unproven. For a nightly run: .ci/nightly.
+SEEDS ?= 300
+composed: $(STAMP)
+	PYTHONPATH=src:. $(BIN)/python -m benchmarks.composed.judge --cases $(SEEDS) $(ARGS)
 
 # The tests of several ranks on this host's GPUs, a process for each file: what hangs ends alone, and every result is
 # there as it comes. Tests that need more GPUs than there are, are skipped. FILES="..." takes some of them.

@@ -10,8 +10,24 @@ from collections.abc import Callable, Iterator
 from itertools import accumulate, pairwise
 from math import prod
 
+import torch
+
 from colrow.sharding.local_call import LocalCall, Shape, UnprovenError
 from colrow.sharding.local_layout import PARTIAL, REPLICATED, Kind, Layout, sharded
+from colrow.sharding.operators import OPERATORS, Runs
+from colrow.sharding.rules_along import (
+    along,
+    batch_norm,
+    bucketize,
+    elementwise,
+    group_norm,
+    matrices,
+    needed,
+    renorm,
+    same_view,
+    searchsorted,
+    windows,
+)
 
 
 def _whole_segments(layout: Layout, extent: int, here: tuple[int, int], there: tuple[int, int], ranks: int) -> Layout:
@@ -145,34 +161,14 @@ def _convolution(call: LocalCall) -> list[Layout]:
     groups, wanted = call.argument("groups")
     kernel = call.argument("weight")[0].shape[2:]
     if x == sharded(1) and w == sharded(0) and groups * call.ranks == wanted:
-        return _needed(call, [sharded(1), sharded(0), sharded(0)] if backward else [sharded(1)])
+        return needed(call, [sharded(1), sharded(0), sharded(0)] if backward else [sharded(1)])
     if x == REPLICATED and w == sharded(0) and groups == wanted == 1:
-        return _needed(call, [PARTIAL, sharded(0), sharded(0)] if backward else [sharded(1)])
+        return needed(call, [PARTIAL, sharded(0), sharded(0)] if backward else [sharded(1)])
     pointwise = x.kind is Kind.SHARDED and x.dim > 1 and set(kernel) == {1} and not any(call.argument("padding")[0])
     batch = x.kind is Kind.SHARDED and x.dim == 0
     if (pointwise or batch) and w == REPLICATED:
-        return _needed(call, [x, PARTIAL, PARTIAL] if backward else [x])
+        return needed(call, [x, PARTIAL, PARTIAL] if backward else [x])
     raise UnprovenError(f"convolution of {call.layouts_text}", call.sharded_dim)
-
-
-def _batch_norm(call: LocalCall) -> list[Layout] | None:
-    """In eval mode, an affine function of each channel: by channels, samples or positions."""
-    backward = call.name == "native_batch_norm_backward"
-    if call.argument("train" if backward else "training")[0]:
-        return None
-    layouts = [layout for layout, _ in call.tensors]
-    x, others = layouts[backward], layouts[1 + backward :]
-    if layouts[0] != x or x.kind is not Kind.SHARDED or x.dim == 1 or any(layout != REPLICATED for layout in others):
-        return None
-    return _needed(call, [x, PARTIAL, PARTIAL]) if backward else [x, REPLICATED, REPLICATED]
-
-
-def _needed(call: LocalCall, layouts: list[Layout]) -> list[Layout]:
-    """Of a backward's gradients, those that were asked for."""
-    if not call.name.endswith("_backward"):
-        return layouts
-    mask = call.argument("output_mask")[0]
-    return [layout for layout, needed in zip(layouts, mask, strict=True) if needed]
 
 
 def _linear_together(call: LocalCall) -> list[Layout] | None:
@@ -190,12 +186,6 @@ def _linear_together(call: LocalCall) -> list[Layout] | None:
     )
 
 
-def _triangle(call: LocalCall) -> list[Layout] | None:
-    """Of batches of matrices: each has its diagonal."""
-    layout, whole = call.tensors[0]
-    return [layout] if layout.kind is Kind.SHARDED and layout.dim < len(whole.shape) - 2 else None
-
-
 def _fill(call: LocalCall) -> list[Layout] | None:
     base, *values = [layout for layout, _ in call.tensors]
     return [base] if base.kind is Kind.SHARDED and all(value == REPLICATED for value in values) else None
@@ -207,25 +197,65 @@ def _write(call: LocalCall) -> list[Layout] | None:
     return [layout] if target.shape == source.shape else None
 
 
+def _masked_write(call: LocalCall) -> list[Layout] | None:
+    """`x[mask] = number` with a mask of x's first dims."""
+    if len(call.tensors) != 3:
+        return None
+    (x, into), (mask, where), (value, number) = call.tensors
+    dims = len(where.shape)
+    if (
+        where.dtype != torch.bool
+        or where.shape != into.shape[:dims]
+        or value != REPLICATED
+        or number.shape not in ((), (1,))
+    ):
+        return None
+    same = mask == (x if x.dim < dims else REPLICATED)
+    return [x] if x.kind is Kind.SHARDED and same else None
+
+
 Rule = Callable[[LocalCall], "list[Layout] | None"]
+_BY_DIMS: dict[Runs, Rule] = {
+    Runs.DIMS: along,
+    Runs.WINDOWS: windows,
+    Runs.MATRICES: matrices,
+    Runs.NONE: elementwise,
+}
+
+
+def _either(*rules: Rule) -> Rule:
+    return lambda call: next((found for rule in rules if (found := rule(call)) is not None), None)
+
+
 RULES: dict[str, Rule] = {
+    name: elementwise if facts.runs is None else _BY_DIMS[facts.runs]
+    for name, facts in OPERATORS.items()
+    if facts.runs is not None or facts.rule == "elementwise"
+} | {
     "slice": _slice,
     "slice_backward": _slice,
     "split": _split,
     "split_with_sizes": _split,
     "cat": _cat,
-    "tril": _triangle,
-    "triu": _triangle,
+    **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), _view),
     "_scaled_dot_product_flash_attention_for_cpu": _attention,
     "_scaled_dot_product_flash_attention_for_cpu_backward": _attention,
     "convolution": _convolution,
     "convolution_backward": _convolution,
-    "native_batch_norm": _batch_norm,
-    "native_batch_norm_backward": _batch_norm,
+    "native_batch_norm": batch_norm,
+    "native_batch_norm_backward": batch_norm,
+    "native_group_norm": group_norm,
+    "native_group_norm_backward": group_norm,
+    "renorm": renorm,
+    "searchsorted": searchsorted,
+    "bucketize": bucketize,
+    "as_strided": same_view,
     "fill": _fill,
     "copy": _write,
+    "index_put": _either(_linear_together, _masked_write),
+    "_index_put_impl": _either(_linear_together, _masked_write),
 }
 for _name in ("view", "reshape", "_unsafe_view", "_reshape_alias"):
     RULES[_name] = _view
-for _name in ("scatter", "scatter_add", "index_put", "_index_put_impl", "index_add", "masked_fill", "where"):
-    RULES[_name] = _linear_together
+for _name in ("scatter", "scatter_add", "index_add", "masked_fill", "where"):
+    RULES[_name] = _either(_linear_together, RULES[_name])

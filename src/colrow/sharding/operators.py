@@ -70,6 +70,20 @@ class Propagation(Enum):
     """It answers for a handler that does more than the operator: masks or offsets indices, or seeds ranks apart."""
 
 
+class Runs(Enum):
+    """Along which dims an operator runs. Every index of the other dims it treats alone, so that a shard of one of them
+    gives a shard of the result."""
+
+    DIMS = auto()
+    """Those that its argument `dim`, `dims` or `dimension` names."""
+    WINDOWS = auto()
+    """The last ones, as many as its name says: the 2 of `avg_pool2d`."""
+    MATRICES = auto()
+    """The last two."""
+    NONE = auto()
+    """None: it acts element by element. So does every operator whose rule is `elementwise`."""
+
+
 @dataclass(frozen=True)
 class Operator:
     """The facts of one operator; see [Note: what is known of an operator].
@@ -86,6 +100,7 @@ class Operator:
         addends: positions of tensor operands that are added to the rest; None: none. Of a sum over ranks such a term
             counts once for each rank.
         counts: its integer arguments go into values (a scale, a count that is divided by), not into shapes.
+        runs: along which dims it runs; None: not known, or not by such a rule.
         statistics: positions of the operands that it writes running statistics of the batch into, in training.
         dtensor: where DTensor's propagation is wrong for it; None: its answer can be taken, in the table or not.
         collective: what it does between ranks (all_gather, reduce_scatter, ...); empty: nothing.
@@ -102,6 +117,7 @@ class Operator:
     contracts: bool = False
     addends: tuple[int, ...] | None = None
     counts: bool = False
+    runs: Runs | None = None
     statistics: tuple[int, ...] = ()
     dtensor: Propagation | None = None
     collective: str = ""
@@ -123,6 +139,7 @@ def _known(names: str, rule: str = "", **facts: Any) -> None:
 
 FIRST, TERMS = Linear.FIRST, Linear.TERMS
 MISSING, STRICT, LENIENT = Propagation
+DIMS, WINDOWS, MATRICES, NONE = Runs
 
 _known(
     """reciprocal square sqrt rsqrt abs sign exp exp2 expm1 log log1p log2 cos sin tan erf tanh sigmoid silu gelu relu
@@ -174,22 +191,59 @@ _known("bernoulli", "like", random=True, dtensor=LENIENT)  # its input holds the
 
 # ---------------------------------------------------------------------- along a dim
 
-_known("sum", "sum", linear=FIRST)
-_known("mean", "mean", linear=FIRST)
-_known("amax amin any all prod logsumexp argmax argmin", "reduce")
-_known("softmax _softmax log_softmax _log_softmax _safe_softmax cumprod logcumsumexp", "along")
-_known("cumsum", "along", linear=FIRST)
-_known("flip roll", "reorder", linear=FIRST, moves=True)
-_known("tril triu", "triangle", linear=FIRST, dtensor=STRICT)
+_known("sum", "sum", linear=FIRST, runs=DIMS)
+_known("mean", "mean", linear=FIRST, runs=DIMS)
+_known("amax amin any all prod logsumexp argmax argmin", "reduce", runs=DIMS)
+_known(
+    "softmax _softmax log_softmax _log_softmax _safe_softmax cumprod logcumsumexp",
+    "along",
+    runs=DIMS,
+)
+_known("cumsum", "along", linear=FIRST, runs=DIMS)
+_known("flip roll", "reorder", linear=FIRST, moves=True, runs=DIMS)
+_known("tril triu", "triangle", linear=FIRST, dtensor=STRICT, runs=MATRICES)
 _known("layer_norm rms_norm", "norm")
 _known("constant_pad_nd pad", "pad")
 _known("diff", "diff", linear=FIRST)
-_known("topk sort", "sort")
+_known("topk sort", "sort", runs=DIMS)
 _known("argsort", "argsort")
-_known("max min", "max")
+_known("max min", "max", runs=DIMS)
 _known("histc bincount", "count")
 _known("one_hot", "one_hot")
-_known("var std nll_loss_forward nll_loss2d_forward")
+_known("nll_loss_forward nll_loss2d_forward")
+# in no traced graph, so without a rule
+_known(
+    """nansum var std var_mean std_mean linalg_vector_norm norm median nanmedian mode kthvalue aminmax count_nonzero
+    cummax cummin _softmax_backward_data _log_softmax_backward_data unfold unfold_backward glu glu_backward _fft_r2c
+    _fft_c2r _fft_c2c linalg_cross index_fill""",
+    runs=DIMS,
+)
+_known(
+    """avg_pool1d avg_pool2d avg_pool3d max_pool2d_with_indices max_pool3d_with_indices adaptive_avg_pool1d
+    _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d
+    upsample_nearest2d _upsample_nearest_exact1d _upsample_nearest_exact2d upsample_linear1d upsample_bilinear2d
+    upsample_bicubic2d replication_pad1d replication_pad2d reflection_pad1d reflection_pad2d
+    avg_pool2d_backward avg_pool3d_backward max_pool2d_with_indices_backward max_pool3d_with_indices_backward
+    _adaptive_avg_pool2d_backward _adaptive_avg_pool3d_backward adaptive_max_pool2d_backward
+    adaptive_max_pool3d_backward upsample_nearest1d_backward upsample_nearest2d_backward
+    _upsample_nearest_exact1d_backward _upsample_nearest_exact2d_backward upsample_linear1d_backward
+    upsample_bilinear2d_backward upsample_bicubic2d_backward replication_pad1d_backward replication_pad2d_backward
+    reflection_pad1d_backward reflection_pad2d_backward""",
+    runs=WINDOWS,
+)
+_known(
+    """_cdist_forward _cdist_backward _euclidean_dist linalg_matrix_exp linalg_qr linalg_inv_ex linalg_cholesky_ex
+    _linalg_svd _linalg_solve_ex _linalg_det""",
+    runs=MATRICES,
+)
+_known(
+    """hardswish_backward hardtanh_backward hardsigmoid_backward log_sigmoid_forward log_sigmoid_backward
+    softshrink softshrink_backward hardshrink hardshrink_backward leaky_relu_backward elu_backward
+    threshold_backward gelu_backward silu_backward mish_backward softplus_backward sigmoid_backward tanh_backward
+    logit_backward lgamma digamma erfinv erfc acos asin asinh acosh atanh sinc fmin fmax hypot copysign
+    logaddexp logaddexp2 heaviside nextafter frac i0 special_entr sgn signbit polar complex angle imag""",
+    runs=NONE,
+)
 
 # ---------------------------------------------------------------------- products
 
@@ -230,14 +284,14 @@ _known("select_scatter", "select_scatter", linear=TERMS, moves=True)
 
 _known("embedding", "embedding", dtensor=LENIENT)
 _known("index", "index", linear=FIRST, takes_part=True)
-_known("index_select", "index_select", linear=FIRST, takes_part=True)
-_known("gather", "gather", linear=FIRST)
+_known("index_select", "index_select", linear=FIRST, takes_part=True, runs=DIMS)
+_known("gather", "gather", linear=FIRST, runs=DIMS)
 _known("index_put _unsafe_index_put", "index_put", linear=Linear.WRITTEN, dtensor=STRICT)
-_known("index_add", "index_add", linear=TERMS, dtensor=STRICT)
-_known("index_copy", "index_add")
-_known("scatter", "scatter", linear=Linear.WRITTEN, dtensor=STRICT)
-_known("scatter_add", "scatter", linear=TERMS, dtensor=STRICT)
-_known("scatter_reduce", "scatter")
+_known("index_add", "index_add", linear=TERMS, dtensor=STRICT, runs=DIMS)
+_known("index_copy", "index_add", runs=DIMS)
+_known("scatter", "scatter", linear=Linear.WRITTEN, dtensor=STRICT, runs=DIMS)
+_known("scatter_add", "scatter", linear=TERMS, dtensor=STRICT, runs=DIMS)
+_known("scatter_reduce", "scatter", runs=DIMS)
 
 # ---------------------------------------------------------------------- between ranks
 

@@ -1,0 +1,222 @@
+"""Rules for operators that run along some dims, or none, and treat every index of the other dims alone (`Runs` in
+`operators`): a reduction, a sort, a softmax, a pooling of the last dims, a norm of channels, a function of elements.
+
+DTensor lacks rules for many of them, the more the older it is, and says of `logsumexp` that keeps its dim that another
+dim is sharded.
+"""
+
+from __future__ import annotations
+
+import re
+
+from colrow.sharding.local_call import LocalCall, UnprovenError
+from colrow.sharding.local_layout import PARTIAL, REPLICATED, Kind, Layout, sharded
+
+_NAMES = ("dim", "dims", "dimension")
+
+
+def along(call: LocalCall) -> list[Layout] | None:
+    """Where the shards are of a dim along which it does not run."""
+    layout = _common(call)
+    ndim = len(call.tensors[0][1].shape)
+    name = next((a.name for a in call.func._schema.arguments if a.name in _NAMES), None)
+    if layout is None or name is None or (call.differing and not _differs_in_extent_alone(call, layout)):
+        return None
+    given = call.argument(name)[0]
+    if given is None or given == []:
+        return None
+    counted = len(call.results[0]) if call.name == "unfold_backward" else ndim
+    dims = {d % counted for d in ([given] if isinstance(given, int) else given)}
+    if layout.dim not in dims:
+        return _shards(call, layout, ndim, dims)
+    if call.name in ("any", "all"):  # DTensor calls it a partial sum, of truth values
+        raise UnprovenError(f"{call.name} over a sharded dim", layout.dim)
+    return None
+
+
+def windows(call: LocalCall) -> list[Layout] | None:
+    """Where the shards are of samples or channels; or of a length in which no window reaches into another shard."""
+    layout, there = call.tensors[0]
+    spatial, ndim = re.search(r"([123])d", call.name), len(there.shape)
+    assert spatial is not None
+    if layout.kind is not Kind.SHARDED or any(other != layout for other, _ in call.tensors):
+        return None
+    if layout.dim >= ndim - int(spatial[1]):
+        return _windows_inside(call, layout, ndim)
+    if call.differing and not _differs_in_extent_alone(call, layout):
+        return None
+    return [layout] * len(call.results)
+
+
+def matrices(call: LocalCall) -> list[Layout] | None:
+    """Where the shards are of the dims in front of the matrices."""
+    layout = _common(call)
+    ndim = len(call.tensors[0][1].shape)
+    if layout is None or layout.dim >= ndim - 2 or call.differing:
+        return None
+    return [layout] * len(call.results) if all(len(shape) > layout.dim for shape in call.results) else None
+
+
+def elementwise(call: LocalCall) -> list[Layout] | None:
+    """Of shards that lie side by side, and of what is stretched along the sharded dim."""
+    ndim = max(len(there.shape) for _, there in call.tensors)
+    found: set[tuple[int, int, tuple[int, ...]]] = set()
+    for layout, there in call.tensors:
+        if layout.kind is Kind.SHARDED:
+            found.add((layout.dim - len(there.shape), there.shape[layout.dim], layout.segments))
+        elif layout != REPLICATED:
+            return None
+    if len(found) != 1 or call.differing:
+        return None
+    ((dim, _, segments),) = found
+    beside = [there.shape for layout, there in call.tensors if layout == REPLICATED]
+    if any(len(shape) >= -dim and shape[dim] != 1 for shape in beside):
+        return None
+    return [sharded(dim + ndim, segments) if len(shape) == ndim else REPLICATED for shape in call.results]
+
+
+def _common(call: LocalCall) -> Layout | None:
+    """The layout of the first tensor, where all others have it too, with as many elements along the sharded dim; an
+    index or a number may be replicated."""
+    (layout, first), *others = call.tensors
+    if layout.kind is not Kind.SHARDED:
+        return None
+    for other, there in others:
+        is_index = other == REPLICATED and len(there.shape) <= 1
+        if not is_index and (other != layout or there.shape[layout.dim] != first.shape[layout.dim]):
+            return None
+        if not is_index and len(there.shape) != len(first.shape):
+            return None
+    return layout
+
+
+def _shards(call: LocalCall, layout: Layout, ndim: int, dims: set[int]) -> list[Layout] | None:
+    """The shards' dim in each result, which may lack the dims that were reduced."""
+    extent, found = _local_extent(call), []
+    for i, shape in enumerate(call.results):
+        missing = ndim - len(shape)
+        if missing not in (len(dims), *range(-1, 1)):
+            return None
+        dim = layout.dim - (sum(d < layout.dim for d in dims) if missing > 0 else 0)
+        if shape[dim] != extent or (call.wanted is not None and call.wanted[i][dim] != extent * call.ranks):
+            return None
+        found.append(sharded(dim, layout.segments))
+    return found
+
+
+def _local_extent(call: LocalCall) -> int:
+    position = next(i for i, layout in enumerate(call.layouts) if layout is not None)
+    layout = call.layouts[position]
+    assert layout is not None
+    return int(call.here[position].shape[layout.dim])
+
+
+def _windows_inside(call: LocalCall, layout: Layout, ndim: int) -> list[Layout] | None:
+    """Average pooling whose windows neither overlap nor reach over the end of a shard."""
+    if not call.name.startswith("avg_pool") or layout.segments or call.differing:
+        return None
+    kernel, stride, padding = (call.argument(name)[0] for name in ("kernel_size", "stride", "padding"))
+    i = layout.dim - ndim
+    size, step, edge = (_at(sizes, i) for sizes in (kernel, stride or kernel, padding))
+    x = call.here[call.name.endswith("_backward")]
+    return [layout] * len(call.results) if size == step and edge == 0 and x.shape[layout.dim] % size == 0 else None
+
+
+def _at(sizes: int | list[int], i: int) -> int:
+    return sizes if isinstance(sizes, int) else sizes[i if len(sizes) > 1 else 0]
+
+
+def _differs_in_extent_alone(call: LocalCall, layout: Layout) -> bool:
+    """Whether all that differs is the extent of the sharded dim, in the shape of what the gradient is of."""
+    name = next((a.name for a in call.func._schema.arguments if a.name in ("input_size", "input_sizes")), None)
+    if name is None or len(call.differing) != 1:
+        return False
+    here, there = call.argument(name)
+    changed = [d for d, (a, b) in enumerate(zip(here, there, strict=True)) if a != b]
+    return changed == [layout.dim] and here[layout.dim] * call.ranks == there[layout.dim]
+
+
+# -- norms of channels
+
+
+def batch_norm(call: LocalCall) -> list[Layout] | None:
+    """By channels, each of which has its own statistics; in eval mode, which is an affine function of each channel, by
+    samples or positions too."""
+    backward = call.name == "native_batch_norm_backward"
+    training = call.argument("train" if backward else "training")[0]
+    layouts = [layout for layout, _ in call.tensors]
+    x, others = layouts[backward], layouts[1 + backward :]
+    if layouts[0] != x or x.kind is not Kind.SHARDED:
+        return None
+    if x.dim == 1:
+        of_channels = sharded(0, x.segments)
+        lengths = [there.shape for _, there in call.tensors[1 + backward :]]
+        if any(layout != of_channels for layout, shape in zip(others, lengths, strict=True) if shape != (0,)):
+            return None
+        return needed(call, [x, of_channels, of_channels])
+    if training or any(layout != REPLICATED for layout in others):
+        return None
+    return needed(call, [x, PARTIAL, PARTIAL]) if backward else [x, REPLICATED, REPLICATED]
+
+
+def group_norm(call: LocalCall) -> list[Layout] | None:
+    """By samples."""
+    backward = call.name.endswith("_backward")
+    names = ("N", "C", "HxW", "group")
+    numbers = {name: call.argument(name) for name in names}
+    samples = numbers.pop("N")
+    placed = [(layout, there) for layout, there in call.tensors]
+    x = placed[0][0]
+    statistics = 4 if backward else 1  # gradient, input, mean, rstd; then weights
+    if x != sharded(0) or any(layout != x for layout, _ in placed[:statistics]):
+        return None
+    if any(layout != REPLICATED for layout, _ in placed[statistics:]) or samples[0] * call.ranks != samples[1]:
+        return None
+    if any(here != there for here, there in numbers.values()):
+        return None
+    return needed(call, [x, PARTIAL, PARTIAL]) if backward else [x, x, x]
+
+
+def needed(call: LocalCall, layouts: list[Layout]) -> list[Layout]:
+    """Of a backward's gradients, those that were asked for."""
+    if not call.name.endswith("_backward"):
+        return layouts
+    mask = call.argument("output_mask")[0]
+    return [layout for layout, is_needed in zip(layouts, mask, strict=True) if is_needed]
+
+
+# -- more
+
+
+def renorm(call: LocalCall) -> list[Layout] | None:
+    """Every slice along its dim is scaled by its own norm."""
+    layout, there = call.tensors[0]
+    return (
+        [layout] if layout.kind is Kind.SHARDED and layout.dim == call.argument("dim")[0] % len(there.shape) else None
+    )
+
+
+def searchsorted(call: LocalCall) -> list[Layout] | None:
+    """Rows are searched one by one."""
+    layout = _common(call)
+    if layout is None or layout.dim == len(call.tensors[0][1].shape) - 1 or call.differing:
+        return None
+    return _shards(call, layout, len(call.tensors[0][1].shape), set()) if len(call.tensors) > 1 else None
+
+
+def bucketize(call: LocalCall) -> list[Layout] | None:
+    """Element by element, with the same boundaries on all ranks."""
+    (layout, _), *boundaries = call.tensors
+    return [layout] if layout.kind is Kind.SHARDED and all(b == REPLICATED for b, _ in boundaries) else None
+
+
+def same_view(call: LocalCall) -> list[Layout] | None:
+    """`as_strided_` of all elements, where it changes strides of dims of one element alone."""
+    here = call.here[0]
+    size, stride = call.argument("size")[0], call.argument("stride")[0]
+    is_same = tuple(size) == here.shape and all(
+        n == 1 or a == b for n, a, b in zip(here.shape, here.stride, stride, strict=True)
+    )
+    if not is_same:
+        raise UnprovenError("another window on the memory of a shard", call.sharded_dim)
+    return [call.tensors[0][0]]

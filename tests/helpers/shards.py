@@ -1,0 +1,39 @@
+"""What ranks hold of a tensor by its layout, and whether results on ranks are what a layout says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from colrow.sharding.local_layout import Kind, Layout
+
+RANKS = 2
+
+
+def parts(whole: Tensor, layout: Layout) -> list[Tensor]:
+    """What each rank holds of a tensor."""
+    if layout.kind is Kind.REPLICATED:
+        return [whole] * RANKS
+    if layout.kind is Kind.PARTIAL:
+        terms = [torch.randn_like(whole) for _ in range(RANKS - 1)]
+        return [*terms, whole - sum(terms)]
+    sizes = layout.sizes(whole.shape[layout.dim])
+    chunks: list[Any] = []
+    segments = whole.split(list(layout.repeated or sizes), layout.dim)
+    for i, (segment, size) in enumerate(zip(segments, sizes, strict=True)):
+        times = size // segment.shape[layout.dim]  # each row as often as it is repeated
+        complete = [segment] * RANKS
+        chunks.append(
+            complete if i in layout.complete else segment.repeat_interleave(times, layout.dim).chunk(RANKS, layout.dim)
+        )
+    return [torch.cat([chunk[rank] for chunk in chunks], layout.dim) for rank in range(RANKS)]
+
+
+def agrees(results: list[Tensor], whole: Tensor, layout: Layout) -> bool:
+    """Whether the ranks' results have this relation to the unsharded one."""
+    if layout.kind is Kind.PARTIAL:
+        return torch.allclose(sum(results, torch.zeros(())).to(whole.dtype), whole, equal_nan=True)
+    pairs = zip(results, parts(whole, layout), strict=True)
+    return all(got.shape == want.shape and torch.allclose(got, want, equal_nan=True) for got, want in pairs)
