@@ -34,7 +34,7 @@ FLOORS = [
 ]
 """From the ground: a room imports from itself and from floors below. On the ground floor, files are rooms."""
 
-WAYS_UP = {("plans.plan", "derive.derivation")}
+WAYS_UP = {("plans.plan", "derive.judged")}
 """`Plan.derive` names publicly what `derive` does. The package's `__init__` imports public names at first use."""
 
 LARGEST_FILE = 450

@@ -80,6 +80,10 @@ CODES: dict[str, Code] = {
 }
 
 
+NOT_PROVEN = ("CR410", "CR414")
+"""Findings that say that the check could not judge: a proof settles them."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing that is wrong with a plan for a model.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,10 @@ from colrow.plans.patterns import with_stars
 from colrow.styles.fast.head import FastHead
 from colrow.styles.linear import Colwise
 
+if TYPE_CHECKING:
+    from colrow.derive.judged import Objection
+    from colrow.plans.plan import Plan
+
 
 @dataclass
 class Derivation:
@@ -52,6 +57,8 @@ class Derivation:
     """Operators without a rule, and how often."""
     notes: list[str] = field(default_factory=list)
     """What was given up on the way, and why."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """What the judge refused to see sharded, by its first module, and why."""
     sequence_parallel: bool = False
     share: float = 0.0
     """Share of the parameters' elements that is split."""
@@ -62,7 +69,7 @@ class Derivation:
         """The plan."""
         from colrow.plans.plan import Plan
 
-        return Plan(modules=self.modules, loss=self.loss, name=name, notes=dict(self.replicated))  # type: ignore[arg-type]
+        return Plan(modules=self.modules, loss=self.loss, name=name, notes=self.refused | self.replicated)  # type: ignore[arg-type]
 
 
 def derive(
@@ -72,6 +79,7 @@ def derive(
     inputs: GivenInputs | None = None,
     options: DeriveOptions | None = None,
     traced: Trace | None = None,
+    judge: Callable[[Plan], Objection | None] | None = None,
 ) -> Derivation:
     """A plan for `model` at degree `tp`, from its graph.
 
@@ -81,6 +89,7 @@ def derive(
             divisible by tp, and batch and sequence unlike any dimension of the model.
         options: what the plan may use.
         traced: the trace of `model` on `inputs`, when there is one already (of another degree).
+        judge: what it objects to is given up: first the sequence shards, then the classes of the modules it names.
 
     Raises:
         PlanError: the model cannot be traced, or has sizes that depend on the data, or fast styles are requested
@@ -91,7 +100,7 @@ def derive(
     given = default_inputs(model, tp) if inputs is None else Inputs.of(inputs)
     traced = traced or trace(model, given)
     try:
-        return _Derive(model, tp, given, traced, options).run()
+        return _Derive(model, tp, given, traced, options, judge).run()
     except GuardOnDataDependentSymNode as error:
         name, first_line = type(model).__name__, str(error).partition("\n")[0]
         raise PlanError(
@@ -102,9 +111,16 @@ def derive(
 
 class _Derive:
     def __init__(
-        self, model: nn.Module, tp: int, inputs: tuple[Tensor, ...], traced: Trace, options: DeriveOptions
+        self,
+        model: nn.Module,
+        tp: int,
+        inputs: tuple[Tensor, ...],
+        traced: Trace,
+        options: DeriveOptions,
+        judge: Callable[[Plan], Objection | None] | None,
     ) -> None:
         self.model, self.tp, self.inputs, self.traced, self.options = model, tp, inputs, traced, options
+        self.judge, self.refused = judge, dict[str, str]()
         self.fast = options.styles != "plain"
         self.notes: list[str] = []
         self.inference: AxisInference = infer(traced)
@@ -134,25 +150,58 @@ class _Derive:
         wide = {module_path(n) for n, dims in self.inference.averaged.items() if choice.any_sharded(dims)}
         split = Split.of(Flows(self.inference, choice, wide, self.traced.ties))
         why: list[str] = []
-        found = self._sequence_parallel(split, why) if self.options.sequence_parallel else None
-        if found is None and self.fast:
+        if self.options.sequence_parallel:
+            for found in self._sequence_parallel(split, why):
+                objection = self._objection(found)
+                if objection is None:
+                    return self._noted(found, why)
+                why.append(f"no sequence shards: {objection.why}")
+                if self.fast or not self._is_of_the_stream(split, objection):
+                    raise self._given_up(split, objection)
+        if self.fast:
             raise self._not_fast(why)
-        if found is None:
-            try:
-                found, _ = self._emit(split, None, None)
-            except PlanError as error:
-                raise SplitError(self._suspects(split, str(error)), str(error)) from error
+        found = self._without_stream(split)
+        if (objection := self._objection(found)) is not None:
+            raise self._given_up(split, objection)
+        return self._noted(found, why)
+
+    def _noted(self, found: Derivation, why: list[str]) -> Derivation:
         found.notes = [*why, *found.notes]
         return found
 
-    def _sequence_parallel(self, split: Split, why: list[str]) -> Derivation | None:
-        """With the stream on sequence shards over as much of the model as can be; `why` gets what is in the way."""
+    def _without_stream(self, split: Split) -> Derivation:
+        try:
+            return self._emit(split, None, None)[0]
+        except PlanError as error:
+            raise SplitError(self._suspects(split, str(error)), str(error)) from error
+
+    def _objection(self, found: Derivation) -> Objection | None:
+        return self.judge(found.plan()) if self.judge else None
+
+    def _is_of_the_stream(self, split: Split, objection: Objection) -> bool:
+        """Whether the plan without sequence shards is free of it."""
+        try:
+            without = self._objection(self._without_stream(split))
+        except SplitError:
+            return True
+        return without is None or without.places != objection.places
+
+    def _given_up(self, split: Split, objection: Objection) -> SplitError:
+        self.refused[objection.places[0]] = objection.why
+        atoms: set[Any] = set()
+        for node, name in self.inference.params.items():
+            if objection.concerns(name):
+                atoms |= split.finder.atoms_of({node})
+        return SplitError(atoms, objection.why)
+
+    def _sequence_parallel(self, split: Split, why: list[str]) -> Iterator[Derivation]:
+        """With the stream on sequence shards, over as much of the model as can be first; `why` gets what is in the
+        way."""
         for before_norm in (False, True):
             late = self._stream(split, StreamKind(False, before_norm, self.fast), None, why)
             if late is not None:
                 early = self._stream(split, StreamKind(True, before_norm, self.fast), late[1], why)
-                return (early or late)[0]
-        return None
+                yield from (found for found, _ in filter(None, (early, late)))
 
     def _stream(
         self, split: Split, kind: StreamKind, known: Attributes | None, why: list[str]
@@ -228,6 +277,7 @@ class _Derive:
             reductions=dict(Counter(with_stars(label.module) for label in exits if label.path == "0")),
             unknown=dict(self.inference.unknown),
             notes=list(self.notes),
+            refused=dict(self.refused),
             sequence_parallel=stream is not None,
             share=elements / max(1, total),
             choice=choice,

@@ -64,7 +64,10 @@ class Plan:
 
     @classmethod
     def derive(cls, model: nn.Module, tp: int, *, styles: Styles | None = None, **options: Any) -> Plan:
-        """The plan that the model's own graph gives (for the options see `derive.derivation.derive`).
+        """The plan that the model's own graph gives, checked, and verified where the check leaves something unproven.
+
+        What is wrong is left unsharded, and stands in the plan's notes with the reason. For the options see
+        `derive.derivation.derive`.
 
         Args:
             styles: `plain`, `fast` (local tensors and explicit collectives), or `overlap` (fast, with chunks on the
@@ -73,12 +76,12 @@ class Plan:
         Raises:
             PlanError: the model cannot be traced, or gets no fast styles though they are requested.
         """
-        from colrow.derive.derivation import derive
+        from colrow.derive.judged import derive_judged
         from colrow.plans.derive_options import DeriveOptions
 
         if styles is not None:
             options["options"] = replace(options.get("options") or DeriveOptions(), styles=styles)
-        return derive(model, tp, **options).plan()
+        return derive_judged(model, tp, **options).plan()
 
     @classmethod
     def from_huggingface(cls, model: nn.Module) -> Plan:

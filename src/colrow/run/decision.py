@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 from torch import nn
 
 from colrow.checking.check import Finding, check
+from colrow.checking.finding import NOT_PROVEN
 from colrow.derive.proof import prove
 from colrow.dryrun.block_kinds import runs_known_code
 from colrow.dryrun.calls import GivenInputs, Loss, default_loss
@@ -21,8 +22,6 @@ from colrow.plans.presets import PRESETS
 from colrow.verifying.report import Report
 
 Verify = Literal["auto", "always", "never"]
-NOT_PROVEN = ("CR410", "CR414")
-"""Findings that say that the check could not judge."""
 
 
 class Proofs(Protocol):

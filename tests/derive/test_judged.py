@@ -1,0 +1,118 @@
+"""A derived plan is one that the check does not refuse: what fails is given up, with the reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from colrow.checking.check import check
+from colrow.checking.finding import Finding, finding
+from colrow.derive import judged
+from colrow.derive.derivation import derive
+from colrow.derive.judged import Objection
+from colrow.derive.trace import Trace, default_inputs, trace
+from colrow.errors import PlanError
+from colrow.mesh import Mesh
+from colrow.plans.derive_options import DeriveOptions
+from colrow.plans.plan import Plan
+from colrow.verifying.report import Report
+from helpers import broken_models as m
+from helpers.unproven_plans import FeatureMLP, NormalisedGradient
+
+
+@pytest.fixture(scope="module")
+def traced() -> tuple[nn.Module, Trace]:
+    model = m.Gpt(layers=1)
+    return model, trace(model, default_inputs(model, 2))
+
+
+def sharded_modules(plan: Plan, model: nn.Module) -> set[str]:
+    layouts = plan.parameters(model, 2)
+    return {name.rpartition(".")[0] for name, layout in layouts.items() if layout.placement.is_shard()}
+
+
+def test_the_classes_of_the_modules_at_fault_are_given_up(traced: tuple[nn.Module, Trace]) -> None:
+    model, graph = traced
+
+    def judge(plan: Plan) -> Objection | None:
+        bad = "blocks.0.mlp.up" in sharded_modules(plan, model)
+        return Objection("CR414 at blocks.*.mlp: nobody knows", ("blocks.*.mlp",)) if bad else None
+
+    found = derive(model, 2, traced=graph, judge=judge)
+    assert sharded_modules(found.plan(), model) == {"embed", "head", "blocks.0.attn.qkv", "blocks.0.attn.out"}
+    assert found.sequence_parallel
+    assert found.refused == {"blocks.*.mlp": "CR414 at blocks.*.mlp: nobody knows"}
+    assert found.plan().notes["blocks.*.mlp"] == "CR414 at blocks.*.mlp: nobody knows"
+    assert "nobody knows" in found.replicated["blocks.0.mlp.up.weight"]
+
+
+def test_sequence_shards_are_given_up_first(traced: tuple[nn.Module, Trace]) -> None:
+    model, graph = traced
+    objection = Objection("CR414 at blocks.0: tokens meet", ("blocks.0",))
+    found = derive(model, 2, traced=graph, judge=lambda plan: objection if plan.sequence_parallel() else None)
+    assert not found.sequence_parallel
+    assert "blocks.0.mlp.up" in sharded_modules(found.plan(), model)
+    assert "no sequence shards: CR414 at blocks.0: tokens meet" in found.notes
+
+
+def test_where_all_fails_nothing_is_split(traced: tuple[nn.Module, Trace]) -> None:
+    model, graph = traced
+
+    def judge(plan: Plan) -> Objection | None:
+        return Objection("CR999 at model: no", ("model",)) if plan.modules else None
+
+    assert derive(model, 2, traced=graph, judge=judge).plan().modules == {}
+    with pytest.raises(PlanError, match=r"gets no fast styles.*CR999 at model: no"):
+        derive(model, 2, traced=graph, judge=judge, options=DeriveOptions(styles="fast"))
+
+
+def test_a_place_concerns_what_is_in_it_and_what_holds_it() -> None:
+    objection = Objection("", ("blocks.*.mlp", "norm.weight"))
+    concerned = ("blocks.3.mlp.up.weight", "blocks.0.mlp.scale", "norm.bias")
+    assert all(map(objection.concerns, concerned))
+    assert not any(map(objection.concerns, ("blocks.0.attn.q.weight", "blocks.0.mlp2.up.weight", "head.weight")))
+
+
+def found_by(code: str) -> Finding:
+    return finding(code, "blocks.*.mlp", "it is off", "")
+
+
+@pytest.mark.parametrize(
+    ("codes", "verdict", "why"),
+    [
+        ([], None, None),
+        (["CR408"], None, None),
+        (["CR501", "CR414"], None, "CR501 at blocks.*.mlp: it is off"),
+        (["CR414"], "wrong", "CR414 at blocks.*.mlp: it is off; verify: shifted"),
+        (["CR410"], "wrong", "CR410 at blocks.*.mlp: it is off; verify: shifted"),
+        (["CR414"], "inconclusive", None),
+        (["CR414"], "proved", None),
+        (["CR414"], "impossible", None),
+    ],
+)
+def test_what_is_objected_to(codes: list[str], verdict: Any, why: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prove(*args: Any, **options: Any) -> Report:
+        assert verdict is not None, "no proof is due"
+        if verdict == "impossible":
+            raise PlanError("too large")
+        return Report(verdict, 2, "local", 1, 1e-9, None, 0.0, cause="shifted")
+
+    monkeypatch.setattr(judged, "check", lambda *args, **options: [found_by(code) for code in codes])
+    monkeypatch.setattr(judged, "prove", prove)
+    found = judged.objection(m.Gpt(layers=1), Plan({}), 2)
+    assert (found and found.why) == why
+
+
+@pytest.mark.exhaustive
+def test_what_a_trace_cannot_see_is_found_by_the_proof() -> None:
+    """A custom backward that takes a norm over a shard: the loss is exact."""
+    model = m.Gpt(mlp=lambda: FeatureMLP(NormalisedGradient.apply), layers=1)
+    assert "blocks.0.mlp.up" in sharded_modules(derive(model, 2).plan(), model)
+    plan = Plan.derive(model, 2)
+    assert sharded_modules(plan, model) == {"embed", "head", "blocks.0.attn.qkv", "blocks.0.attn.out"}
+    assert "verify: the loss is exact and some gradients are wrong" in plan.notes["blocks.0.mlp"]
+    assert [f.code for f in check(model, plan, Mesh(tp=2), 2, 16)] == []
+    assert not torch.distributed.is_initialized()
