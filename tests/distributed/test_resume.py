@@ -20,6 +20,7 @@ from colrow.checkpoint.manifest import JSON
 from colrow.config import RunConfig, TrainSection, dump_config, load_config
 from colrow.data.loader import BatchOrder
 from colrow.data.prepare import prepare
+from colrow.errors import ConfigError
 from colrow.run.resume import ResumePoint, _sequences_of_older, resume
 from colrow.sharding.grad_norm import align_gradients
 from colrow.sharding.layout import full_tensor
@@ -168,6 +169,30 @@ def resumed_steps(device: str, folder: Path) -> list[tuple[float, float]]:
         new, previous = (((moved - other).norm() / moved.norm()).item() for other in expected)
         found.append((new, previous))
     return found
+
+
+def other_order(device: str, folder: Path) -> list[str]:
+    """What a start says that has another seed, or sequence length, than a checkpoint beside which no config is left."""
+    old = short(folder, "order", steps=1)
+    train(device, old)
+    mesh, data = old.mesh.build(device, 1), prepare(old.data, 4096, progress=False)
+    says = []
+    for section, changes in (("run", {"seed": 1}), ("data", {"seq_len": 16}), ("train", {"steps": 2})):
+        changed = getattr(old, section).model_copy(update=changes)
+        config = old.model_copy(update={section: changed})
+        training = set_up(config, mesh, torch.device(device), *model_and_plan(config))
+        try:
+            says.append(repr(resume(config, training, data, Checkpoints(config.run.dir / "checkpoints"))))
+        except ConfigError as error:
+            says.append(str(error))
+    return says
+
+
+def test_another_order_of_the_text_is_refused_without_the_folders_config(ranks: Ranks, folder: Path) -> None:
+    ((seed, seq_len, same),) = ranks(1).run(other_order, folder)
+    assert seed.startswith("run.seed is not that of the checkpoints in")
+    assert seq_len.startswith("data.seq_len is not that of the checkpoints in")
+    assert same == "ResumePoint(step=1, sequences=4, skipped=0)"
 
 
 def flat(tensors: Tensors) -> Tensor:

@@ -8,6 +8,7 @@ Checkpoints of versions that stored none stand at their step × the global batch
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from colrow.checkpoint.distributed import Checkpoints
 from colrow.checkpoint.manifest import JSON
 from colrow.config import RunConfig, load_config
 from colrow.data.prepare import PreparedData
-from colrow.errors import DataError
+from colrow.errors import ConfigError, DataError
 from colrow.run.run_folder import CONFIG
 from colrow.train.metrics import FILE, read_metrics
 from colrow.train.setup import Training
@@ -64,6 +65,7 @@ def resume(config: RunConfig, training: Training, data: PreparedData, checkpoint
     Raises:
         CheckpointError: it is of another model or vocabulary.
         DataError: the corpus has changed since it was saved.
+        ConfigError: the seed or the sequence length has.
     """
     found: list[ResumePoint | None] = [None]
     if dist.get_rank() == 0:
@@ -84,7 +86,20 @@ def resume(config: RunConfig, training: Training, data: PreparedData, checkpoint
     sequences, skipped = extra.get("sequences", older.sequences), extra.get("skipped", 0)
     assert isinstance(sequences, int)
     assert isinstance(skipped, int)
-    return ResumePoint(older.step, sequences, skipped)
+    at = ResumePoint(older.step, sequences, skipped)
+    _require_same_order(extra, at, config)
+    return at
+
+
+def _require_same_order(extra: Mapping[str, JSON], at: ResumePoint, config: RunConfig) -> None:
+    """The folder's config.yaml may be gone, by which a start notices these keys; a position means nothing without."""
+    tokens = at.sequences * config.data.seq_len
+    for key, stored, now in (("run.seed", "seed", config.run.seed), ("data.seq_len", "tokens", tokens)):
+        if extra.get(stored, now) != now:
+            raise ConfigError(
+                f"{key} is not that of the checkpoints in {config.run.dir}, so the text would come in another order: "
+                f"restore it, or set run.dir to another folder to start a new run"
+            )
 
 
 def _sequences_of_older(step: int, config: RunConfig) -> int:

@@ -76,7 +76,11 @@ RULES: dict[str, Rule] = {
         "the data go on with the next sequence; tokens a step and sequences of an evaluation are printed",
         "train.global_batch",
     ),
-    **_rules("used and printed", "figures agree to rounding", "train.micro_batch"),
+    **_rules(
+        "used and printed",
+        "figures agree to rounding, but for random numbers and auxiliary losses, which belong to a micro-batch",
+        "train.micro_batch",
+    ),
     **_rules(
         "used and printed",
         "from the next step on; moments and step counts are the checkpoint's",
