@@ -24,7 +24,7 @@ from colrow.config import RunConfig, parse_config
 from colrow.mesh import Mesh, MeshAxes
 from colrow.models.build import Source
 from colrow.parallel.random_state import Generators, MicroBatchSeeds
-from colrow.sharding.layout import full_tensor
+from colrow.sharding.layout import held_regions, local_tensor, packed_of
 from colrow.train import setup
 from colrow.train.optimizer import build_optimizer, set_learning_rate
 from colrow.train.precision import Precision
@@ -47,7 +47,8 @@ class Errors:
     buffers: float = 0.0
     """Those that are stored, after each step."""
     resumed: float = 0.0
-    """Losses and parameters of a run that was saved and loaded in the middle, against the uninterrupted one."""
+    """Of losses, relative, and parameters, absolute, between a run that was saved and loaded in the middle and the
+    uninterrupted one."""
     unused: set[str] = field(default_factory=set)
     """Parameters whose gradient is None in some step."""
 
@@ -64,12 +65,18 @@ class _Double(Precision):
         return None
 
 
+Held = list[tuple[tuple[Any, ...], Tensor]]
+"""What a rank holds of a tensor: regions of the unsharded one, and their values."""
+
+
 @dataclass
 class Trained:
+    """What one process sees, or with `Held` in a tensor's place what a rank sees."""
+
     losses: list[float] = field(default_factory=list)
-    gradients: list[dict[str, Tensor]] = field(default_factory=list)
-    buffers: list[dict[str, Tensor]] = field(default_factory=list)
-    parameters: dict[str, Tensor] = field(default_factory=dict)
+    gradients: list[dict[str, Any]] = field(default_factory=list)
+    buffers: list[dict[str, Any]] = field(default_factory=list)
+    parameters: dict[str, Any] = field(default_factory=dict)
 
 
 def config_of(mesh: Mesh, **section: Any) -> RunConfig:
@@ -139,7 +146,7 @@ def one_process(name: str, device: str, data_ranks: int = 1) -> Trained:
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
     stored = model.state_dict()
-    return {key: full_tensor(value).clone() for key, value in model.named_buffers() if key in stored}
+    return {key: local_tensor(value).clone() for key, value in model.named_buffers() if key in stored}
 
 
 def _copy(buffers: dict[str, Tensor], model: nn.Module) -> None:
@@ -179,7 +186,7 @@ def on_ranks(
         Checkpoints(folder, mesh=degrees, tied=resumed.tied).load(STEPS // 2, resumed.modules, resumed.optimizer)
         again = train(resumed, range(STEPS // 2, STEPS))
         apart = [abs(a / b - 1) for a, b in zip(again.losses, got.losses[STEPS // 2 :], strict=True)]
-        errors.resumed = max(*apart, _largest(again.parameters, got.parameters, got.parameters.keys()))
+        errors.resumed = max(*apart, *(_apart(again.parameters[key], held) for key, held in got.parameters.items()))
     return errors
 
 
@@ -200,10 +207,17 @@ def train(training: Training, steps: Sequence[int], folder: Path | None = None) 
     """Run `steps`; with a folder, save in the middle."""
     axes, seen, step = MeshAxes(training.mesh), Trained(), training.step
     names = {p: key for module in training.modules for key, p in module.named_parameters()}
+    packed = {p: packed_of(module, key) for module in training.modules for key, p in module.named_parameters()}
+
+    def held(param: nn.Parameter, tensor: Tensor) -> Held:
+        local = local_tensor(tensor.detach())
+        regions = held_regions(tensor.detach(), packed[param])
+        return [(region.slices, local[place.slices].cpu().clone()) for region, place in regions.items()]
+
     update = step.optimizer.update
 
     def capture(gradients: Any, *rest: Any) -> None:
-        seen.gradients.append({names[p]: full_tensor(grad).clone() for p, grad in gradients.items()})
+        seen.gradients.append({names[p]: held(p, grad) for p, grad in gradients.items()})
         update(gradients, *rest)
 
     step.optimizer.update = capture  # type: ignore[method-assign]
@@ -214,12 +228,13 @@ def train(training: Training, steps: Sequence[int], folder: Path | None = None) 
         loss = loss.double() * axes.loss_weight
         dist.all_reduce(loss)
         seen.losses.append(loss.item())
-        seen.buffers.append({key: value for module in training.modules for key, value in _buffers(module).items()})
+        buffers = (item for module in training.modules for item in _buffers(module).items())
+        seen.buffers.append({key: [((...,), value.cpu())] for key, value in buffers})
         if folder is not None and number + 1 == STEPS // 2:
             saver = Checkpoints(folder, mesh=Mesh(**_degrees(axes)), tied=training.tied)
             saver.save(number + 1, training.modules, training.optimizer, {"step": number + 1})
             saver.wait()
-    seen.parameters = {key: full_tensor(p.detach()).clone() for p, key in names.items()}
+    seen.parameters = {key: held(p, p) for p, key in names.items()}
     return seen
 
 
@@ -227,12 +242,19 @@ def _degrees(axes: MeshAxes) -> dict[str, int]:
     return {axis: axes.size(axis) for axis in ("pp", "dp_replicate", "dp_shard", "tp")}
 
 
-def _largest(got: dict[str, Tensor], want: dict[str, Tensor], here: Set[str]) -> float:
+def _largest(got: dict[str, Held], want: dict[str, Tensor], here: Set[str]) -> float:
     """The largest relative error; `here` are the names that this rank's pipeline stages hold."""
     if got.keys() != want.keys() & here:
         return float("inf")
-    return max((_relative(got[key].cpu().double(), want[key].cpu().double()) for key in got), default=0.0)
+    return max((_relative(held, want[key].cpu()) for key, held in got.items()), default=0.0)
 
 
-def _relative(got: Tensor, want: Tensor) -> float:
-    return ((got - want).abs().max() / want.abs().max().clamp_min(1e-300)).item()
+def _relative(held: Held, want: Tensor) -> float:
+    scale = want.double().abs().max().clamp_min(1e-300)
+    differences = [(value - want[index]).double().abs().max() for index, value in held if value.numel()]
+    return max(((difference / scale).item() for difference in differences), default=0.0)
+
+
+def _apart(again: Held, held: Held) -> float:
+    """The largest difference of what a rank holds in two runs."""
+    return max(((a - b).abs().max().item() for (_, a), (_, b) in zip(again, held, strict=True) if a.numel()), default=0)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import pytest
@@ -19,10 +20,11 @@ from colrow.mesh import Mesh
 from colrow.sharding.layout import local_tensor
 from colrow.train.setup import Training
 from helpers.harness import Ranks
+from helpers.variants import collected, params
 
 pytestmark = pytest.mark.distributed
 
-TP, REPLICAS, SHARDS = Mesh(dp_replicate=2, tp=2), Mesh(dp_replicate=4), Mesh(dp_shard=4)
+STEADY = "kernel with a deterministic one beside it"
 
 
 @torch.library.custom_op("colrow_tests::unsteady", mutates_args=())
@@ -103,31 +105,61 @@ def layer(training: Training, name: str) -> nn.Module:
     return training.modules[0].get_submodule(f"layers.1.{name}")
 
 
-# 4 micro-batches of a data rank's share; step 2 is the first that is repeated
-SABOTAGE: dict[str, tuple[Mesh, Callable[[Training], None]]] = {
-    "activation": (SHARDS, lambda t: flipped_output(layer(t, "mlp.up"), rank=2, call=2)),
-    "activation, tp": (TP, lambda t: flipped_output(layer(t, "mlp.up"), rank=3, call=5)),
-    "gradient": (REPLICAS, lambda t: flipped_gradient(layer(t, "mlp.up"), rank=1, call=1)),
-    "weight": (SHARDS, lambda t: flipped_after_update(t, 1, weight, inside=False)),
-    "moment, tp": (TP, lambda t: flipped_after_update(t, 0, moment, inside=False)),
-    "update": (REPLICAS, lambda t: flipped_after_update(t, 3, weight, inside=True)),
-    "update of one of two": (TP, lambda t: flipped_after_update(t, 1, weight, inside=True)),
-    "model that writes its weights": (TP, lambda t: flipped_after_update(t, None, weight, inside=False)),
-    "kernel": (TP, lambda t: unsteady_output(layer(t, "norm"), steady=False)),
-    "kernel with a twin": (TP, lambda t: unsteady_output(layer(t, "norm"), steady=True)),
-}
-TEXTS = {
-    "activation": "step 2 was repeated from the same state, and on rank 2 one of 5 runs has other bits, first in the "
-    "output of layers.1.mlp.up",
-    "activation, tp": "on rank 3 one of 5 runs has other bits, first in the output of layers.1.mlp.up",
-    "gradient": "on rank 1 one of 5 runs has other bits, first in the gradient of",
-    "weight": "found in step 2, memory changed between two updates on rank 1: layers.1.mlp.up.weight. ",
-    "moment, tp": "memory changed between two updates on rank 0: layers.1.mlp.up.weight (exp_avg). ",
-    "update": "replicas hold different values of layers.1.mlp.up.weight: rank 3 against 3 others",
-    "update of one of two": "layers.1.mlp.up.weight: [1] against [3] (ranks), and none has a majority",
-    "model that writes its weights": "weights changed between two updates on every rank (layers.1.mlp.up.weight)",
-    "kernel": "colrow_tests::unsteady",
-    "kernel with a twin": "",
+TP, REPLICAS, SHARDS = Mesh(tp=2), Mesh(dp_replicate=2), Mesh(dp_shard=2)
+# Step 2 is the first that is repeated. A run of a step has four calls with tp alone, two on two data ranks.
+SABOTAGE: dict[int, dict[str, tuple[Mesh, Callable[[Training], None], str]]] = {
+    2: {
+        "activation": (
+            SHARDS,
+            lambda t: flipped_output(layer(t, "mlp.up"), rank=1, call=2),
+            "step 2 was repeated from the same state, and on rank 1 one of 5 runs has other bits, first in the output "
+            "of layers.1.mlp.up",
+        ),
+        "activation, tp": (
+            TP,
+            lambda t: flipped_output(layer(t, "mlp.up"), rank=1, call=9),
+            "on rank 1 one of 5 runs has other bits, first in the output of layers.1.mlp.up",
+        ),
+        "gradient": (
+            REPLICAS,
+            lambda t: flipped_gradient(layer(t, "mlp.up"), rank=1, call=2),
+            "on rank 1 one of 5 runs has other bits, first in the gradient of",
+        ),
+        "weight": (
+            SHARDS,
+            lambda t: flipped_after_update(t, 1, weight, inside=False),
+            "found in step 2, memory changed between two updates on rank 1: layers.1.mlp.up.weight. ",
+        ),
+        "moment, tp": (
+            TP,
+            lambda t: flipped_after_update(t, 0, moment, inside=False),
+            "memory changed between two updates on rank 0: layers.1.mlp.up.weight (exp_avg). ",
+        ),
+        "update of one of two": (
+            REPLICAS,
+            lambda t: flipped_after_update(t, 1, weight, inside=True),
+            "layers.1.mlp.up.weight: [0] against [1] (ranks), and none has a majority",
+        ),
+        "model that writes its weights": (
+            TP,
+            lambda t: flipped_after_update(t, None, weight, inside=False),
+            "weights changed between two updates on every rank (layers.1.mlp.up.weight)",
+        ),
+        "kernel": (REPLICAS, lambda t: unsteady_output(layer(t, "norm"), steady=False), "colrow_tests::unsteady"),
+        STEADY: (TP, lambda t: unsteady_output(layer(t, "norm"), steady=True), ""),
+    },
+    4: {
+        "update": (
+            Mesh(dp_replicate=4),
+            lambda t: flipped_after_update(t, 3, weight, inside=True),
+            "replicas hold different values of layers.1.mlp.up.weight: rank 3 against 3 others",
+        ),
+        "activation of a tp group": (
+            Mesh(dp_replicate=2, tp=2),
+            lambda t: flipped_output(layer(t, "mlp.up"), rank=3, call=5),
+            "on rank 3 one of 5 runs has other bits, first in the output of layers.1.mlp.up",
+        ),
+    },
 }
 
 
@@ -139,12 +171,13 @@ def kernels_as_before() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def run(device: str) -> dict[str, Any]:
-    """Whatever went wrong, by case; of the last, the lines; of a healthy run its errors."""
+def run(device: str, world: int, names: Sequence[str]) -> dict[str, Any]:
+    """What the error of each of these cases says; the lines that were printed; the errors of a healthy run."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # as a run's ranks have it
     found: dict[str, Any] = {}
     lines: list[str] = []
-    for name, (mesh, sabotage) in SABOTAGE.items():
+    for name in names:
+        mesh, sabotage, _ = SABOTAGE[world][name]
         training = set_up(device, "plain", mesh, replay_every=2)
         assert training.step.corruption is not None
         training.step.corruption.report_to(lines.append)
@@ -155,27 +188,41 @@ def run(device: str) -> dict[str, Any]:
                 found[name] = ""
             except ColrowError as error:
                 found[name] = str(error)
-    found["healthy"] = on_ranks(device, "sparse", Mesh(dp_replicate=2, dp_shard=2), steps=3, replay_every=1)
-    found["lines"] = lines
-    return found
+    return found | {
+        "lines": lines,
+        "healthy": on_ranks(device, "sparse", Mesh(dp_shard=world), steps=2, replay_every=1),
+    }
 
 
 @pytest.fixture(scope="module")
-def found(ranks: Ranks) -> list[dict[str, Any]]:
-    return ranks(4).run(run)
+def found(request: pytest.FixtureRequest, ranks: Ranks) -> Callable[[int], list[dict[str, Any]]]:
+    wanted = collected(request, "world", "name")
+
+    def get(world: int) -> list[dict[str, Any]]:
+        return ranks(world).run(run, world, [name for at, name in wanted if at == world])
+
+    return cache(get)
 
 
-@pytest.mark.parametrize("name", SABOTAGE)
-def test_what_is_wrong_is_named_on_every_rank(found: list[dict[str, Any]], name: str) -> None:
-    for rank in found:
-        assert TEXTS[name] in rank[name]
+Found = Callable[[int], list[dict[str, Any]]]
+CASES = [(world, name) for world, cases in SABOTAGE.items() for name in cases]
 
 
-def test_deterministic_kernels_are_switched_on_where_they_help(found: list[dict[str, Any]]) -> None:
-    for rank in found:
+VARIANTS = {"activation", "moment, tp", "model that writes its weights"}
+
+
+@pytest.mark.parametrize(("world", "name"), params(CASES, lambda world, name: world > 2 or name in VARIANTS))
+def test_what_is_wrong_is_named_on_every_rank(found: Found, world: int, name: str) -> None:
+    for rank in found(world):
+        assert SABOTAGE[world][name][2] in rank[name]
+
+
+def test_deterministic_kernels_are_switched_on_where_they_help(found: Found) -> None:
+    for rank in found(2):
+        assert rank[STEADY] == ""
         assert rank["lines"] == ["replay     step 2 ran twice with other bits: deterministic kernels are on from here"]
 
 
-def test_a_healthy_step_that_is_repeated_equals_one_process(found: list[dict[str, Any]]) -> None:
-    for rank in found:
+def test_a_healthy_step_that_is_repeated_equals_one_process(found: Found) -> None:
+    for rank in found(2):
         assert rank["healthy"].worst < 1e-10

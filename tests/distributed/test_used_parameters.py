@@ -37,7 +37,7 @@ CASES: dict[int, dict[str, tuple[str, Mesh]]] = {
         "drop-tp2-shard2": ("layer drop", Mesh(dp_shard=2, tp=2)),
     },
 }
-VARIANTS = {"sparse-tp2-shard2", "hard-tp2-replicate2"}
+VARIANTS = {"sparse-tp2-shard2", "hard-tp2-replicate2", "hard-shard4", "drop-replicate2-shard2"}
 LOW_PRECISION, CONTROL = "bf16", "not agreed"
 Results = Callable[[int, str], list[Errors]]
 
@@ -84,6 +84,7 @@ def test_gradients_and_steps_equal_one_process(results: Results, world: int, nam
         assert errors.unused  # else the case proves nothing
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("world", "name"), [(4, LOW_PRECISION)])
 def test_micro_batches_of_other_experts_are_summed_in_fp32(results: Results, world: int, name: str) -> None:
     for errors in results(world, name):

@@ -58,4 +58,6 @@ def _read(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[An
 def _hashes(tree: Any) -> tuple[Any, ...]:
     leaves = tree_leaves(tree)
     numbers = tuple(x for x in leaves if isinstance(x, int | float | str))
-    return (*numbers, *fingerprints(waited_local(x) for x in leaves if isinstance(x, Tensor)).tolist())
+    tensors = [waited_local(x) for x in leaves if isinstance(x, Tensor)]
+    # FSDP2 frees the storage of gathered parameters, of which an operator may still ask the shape
+    return (*numbers, *fingerprints(x for x in tensors if x.untyped_storage().size()).tolist())
