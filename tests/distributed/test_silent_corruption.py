@@ -88,6 +88,17 @@ def flipped_after_update(
     setattr(target, name, changed)
 
 
+def flipped_between_calls(training: Training, rank: int, call: int) -> None:
+    """A bit of a weight, before the model's `call`th call."""
+    calls, kept = itertools.count(), weight(training)
+
+    def hook(module: nn.Module, args: Any) -> None:
+        if next(calls) == call and dist.get_rank() == rank:
+            flip(kept)
+
+    training.modules[0].register_forward_pre_hook(hook)
+
+
 def weight(training: Training) -> Tensor:
     return training.modules[0].get_parameter("layers.1.mlp.up.weight")
 
@@ -129,6 +140,11 @@ SABOTAGE: dict[int, dict[str, tuple[Mesh, Callable[[Training], None], str]]] = {
             SHARDS,
             lambda t: flipped_after_update(t, 1, weight, inside=False),
             "found in step 2, memory changed between two updates on rank 1: layers.1.mlp.up.weight. ",
+        ),
+        "weight, between two runs": (
+            SHARDS,
+            lambda t: flipped_between_calls(t, rank=1, call=5),
+            "memory changed between two updates on rank 1: layers.1.mlp.up.weight. ",
         ),
         "moment, tp": (
             TP,
@@ -208,7 +224,7 @@ Found = Callable[[int], list[dict[str, Any]]]
 CASES = [(world, name) for world, cases in SABOTAGE.items() for name in cases]
 
 
-VARIANTS = {"activation", "moment, tp", "model that writes its weights"}
+VARIANTS = {"activation", "weight", "moment, tp", "model that writes its weights"}
 
 
 @pytest.mark.parametrize(("world", "name"), params(CASES, lambda world, name: world > 2 or name in VARIANTS))

@@ -47,7 +47,7 @@ class CorruptionCheck:
 
     def forward_backward(self, step: int, batches: Sequence[Batch]) -> Tensor:
         """`StepReplay.__call__`."""
-        return self._replay(step, batches)
+        return self._replay(step, batches, lambda: self._kept.require_intact(f"in step {step + 1}"))
 
     def before_update(self, step: int) -> None:
         if self._replay.due(step):

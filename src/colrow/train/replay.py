@@ -107,8 +107,11 @@ class StepReplay:
         """Whether step `step` (from 0) is repeated."""
         return (step + 1) % self._every == 0
 
-    def __call__(self, step: int, batches: Sequence[Batch]) -> Tensor:
+    def __call__(self, step: int, batches: Sequence[Batch], require_same_weights: Callable[[], None]) -> Tensor:
         """This rank's mean loss; gradients are left as by one run. Collective.
+
+        Args:
+            require_same_weights: called on every rank where runs differ on any; raises where weights have changed.
 
         Raises:
             SilentCorruptionError: on every rank, where one rank's runs differ once.
@@ -121,6 +124,7 @@ class StepReplay:
         loss, second = replayed()
         if not self._anywhere(first != second):
             return loss
+        require_same_weights()  # else every rank that gathers them would be named
         traces = [first, second, *(replayed()[1] for _ in range(RUNS - 2))]
         reports: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(reports, self._report(traces))
