@@ -147,6 +147,13 @@ PROVEN: dict[str, tuple[Any, ...]] = {
     # whole matrices, heads, groups
     "triangle of heads": (aten.tril.default, (x(2, 4, 3, 3),), [S1], None, [S1]),
     "attention by heads": (ATTENTION, (x(2, 4, 3, 8),) * 3, [S1] * 3, None, [S1, S1]),
+    "attention by segments of heads": (
+        ATTENTION,
+        (x(2, 4, 3, 8),) * 3,
+        [sharded(1, (2, 2))] * 3,
+        None,
+        [sharded(1, (2, 2))] * 2,
+    ),
     "attention by samples": (ATTENTION, (x(2, 4, 3, 8),) * 3, [S0] * 3, None, [S0, S0]),
     "convolution by groups": (
         aten.convolution.default,
@@ -273,6 +280,22 @@ PROVEN: dict[str, tuple[Any, ...]] = {
         None,
         [PARTIAL],
     ),
+    "gather of terms": (
+        aten.gather.default,
+        (x(3, 4), 1, torch.tensor([[0, 2]] * 3)),
+        [PARTIAL, REPLICATED],
+        None,
+        [PARTIAL],
+    ),
+    "running sum of terms": (aten.cumsum.default, (x(3, 4), 1), [PARTIAL], None, [PARTIAL]),
+    "terms turned round": (aten.flip.default, (x(3, 4), [1]), [PARTIAL], None, [PARTIAL]),
+    "chosen rows of terms": (
+        aten.index_select.default,
+        (x(3, 4), 0, torch.tensor([2, 0])),
+        [PARTIAL, REPLICATED],
+        None,
+        [PARTIAL],
+    ),
     "zero and a term": (
         aten.add.Tensor,
         (torch.zeros(3, 4), x(3, 4)),
@@ -311,7 +334,20 @@ PROVEN: dict[str, tuple[Any, ...]] = {
     ),
     "function of segments": (aten.gelu.default, (x(3, 8),), [sharded(1, (2, 6))], None, [sharded(1, (2, 6))]),
     "heads by a view": (aten.view.default, (x(3, 8), [3, 4, 2]), [S1], ([3, 2, 2],), [S1]),
+    "product with a term": (aten.mul.Tensor, (x(3, 4), x(3, 1)), [REPLICATED, PARTIAL], None, [PARTIAL]),
+    "zeros of any segments": (
+        aten.baddbmm.default,
+        (torch.zeros(12, 2, 2), x(12, 2, 3), x(12, 3, 2)),
+        [S0, sharded(0, (4, 4, 4)), sharded(0, (4, 4, 4))],
+        None,
+        [sharded(0, (4, 4, 4))],
+        {"zeros": frozenset({0})},
+    ),
+    "repeat along the shards": (aten.repeat.default, (x(3, 4), [2, 1, 3]), [S1], None, [sharded(2, (4, 4, 4))]),
+    "repeat along another dim": (aten.repeat.default, (x(3, 4), [1, 3]), [S0], None, [S0]),
     # views of segments
+    "heads into a batch": (aten.view.default, (x(3, 4, 5), [12, 5]), [S1], ([6, 5],), [sharded(0, (4, 4, 4))]),
+    "dim of size one": (aten.view.default, (x(3, 4, 5), [3, 1, 4, 5]), [S1], ([3, 1, 2, 5],), [S2]),
     "segments as heads": (
         aten.view.default,
         (x(3, 12), [3, 6, 2]),
@@ -470,6 +506,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "slice with a step that does not divide": (aten.slice.Tensor, (x(3, 12), 1, 0, 12, 4), [S1], ([1, 0, 6, 4],)),
     "split of one piece": (aten.split.Tensor, (x(3, 8), 4, 1), [S1], ([2, 1],)),
     "triangle of rows": (aten.tril.default, (x(4, 4),), [S0], None),
+    "attention of other heads": (ATTENTION, (x(2, 4, 3, 8),) * 3, [S1, sharded(1, (2, 2)), sharded(1, (2, 2))], None),
     "attention by tokens": (ATTENTION, (x(2, 4, 4, 8),) * 3, [S2] * 3, None),
     "convolution by positions": (
         aten.convolution.default,
@@ -490,6 +527,12 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "looked up in a shard": (aten.embedding.default, (x(8, 3), torch.tensor([1, 2])), [S0, REPLICATED], None),
     "heads by number": (aten.view.default, (x(3, 8), [3, 4, 2]), [S1], ([3, 4, 1],)),
     "segments that are no heads": (aten.view.default, (x(3, 32), [3, 4, 8]), [sharded(1, (20, 12))], ([3, 2, 8],)),
+    "number of anything but zeros": (
+        aten.baddbmm.default,
+        (x(12, 2, 2), x(12, 2, 3), x(12, 3, 2)),
+        [S0, sharded(0, (4, 4, 4)), sharded(0, (4, 4, 4))],
+        None,
+    ),
     "slice inside repeated heads": (
         aten.slice.Tensor,
         (x(3, 8), 1, 5, 7),

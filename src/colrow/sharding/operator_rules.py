@@ -7,6 +7,7 @@ to be asked; it raises UnprovenError where the call is none that gives shards of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from itertools import accumulate, pairwise
 from math import prod
 
@@ -74,14 +75,14 @@ def _slice(call: LocalCall) -> list[Layout] | None:
 
 
 def _view(call: LocalCall) -> list[Layout] | None:
-    """Of a dim of segments: DTensor knows only equal ones, and not all views of them.
+    """DTensor knows only equal segments, and not all views of them; in torch 2.11 few of a dim that is sharded as one.
 
     The dims of `before` that become some dims of `after` are one run of elements. In it the segments follow one another
     (once for each index of the dims that stand before the sharded one), and they must do so in the result."""
     layout, whole = call.tensors[0]
     before, local = whole.shape, call.results[0]
     after = call.wanted[0] if call.wanted else _sizes(call, before)
-    if layout.kind is not Kind.SHARDED or not layout.segments or after is None or len(after) != len(local):
+    if layout.kind is not Kind.SHARDED or after is None or len(after) != len(local):
         return None
     changed = [d for d, (n, full) in enumerate(zip(local, after, strict=True)) if n * call.ranks == full != n]
     same = sum(n == full for n, full in zip(local, after, strict=True))
@@ -90,13 +91,23 @@ def _view(call: LocalCall) -> list[Layout] | None:
             if layout.dim in source and dim in result:
                 outer = prod(before[d] for d in source if d < layout.dim)
                 inner = prod(before[d] for d in source if d > layout.dim)
-                runs = [n * inner for n in layout.segments] * outer
+                runs = [n * inner for n in layout.sizes(before[layout.dim])] * outer
                 times = prod(after[d] for d in result if d < dim)
                 unit = prod(after[d] for d in result if d > dim)
                 own = runs[: len(runs) // times]
                 if own * times == runs and not any(n % (unit * call.ranks) for n in own):
                     return [sharded(dim, tuple(n // unit for n in own))]
     return None
+
+
+def _repeat(call: LocalCall) -> list[Layout] | None:
+    """Along the sharded dim: the same segments, so many times."""
+    layout, whole = call.tensors[0]
+    times = call.argument("repeats")[1]
+    if layout.kind is not Kind.SHARDED or call.differing:
+        return None
+    dim = layout.dim + len(times) - len(whole.shape)
+    return [sharded(dim, layout.sizes(whole.shape[layout.dim]) * times[dim])]
 
 
 def _sizes(call: LocalCall, before: Shape) -> Shape | None:
@@ -143,13 +154,19 @@ def _cat(call: LocalCall) -> list[Layout] | None:
 
 
 def _attention(call: LocalCall) -> list[Layout]:
-    """All of some heads, or all of some samples. A mask may be the same for all heads."""
-    dims = {layout.dim if layout.kind is Kind.SHARDED else None for layout, whole in call.tensors
-            if len(whole.shape) == 4 and not (layout == REPLICATED and whole.shape[1] == 1)}  # fmt: skip
+    """All of some heads, or all of some samples, the same ones of each tensor. A mask may be the same for all heads."""
+    tensors = [(layout, whole.shape) for layout, whole in call.tensors
+               if len(whole.shape) == 4 and not (layout == REPLICATED and whole.shape[1] == 1)]  # fmt: skip
+    dims = {layout.dim if layout.kind is Kind.SHARDED else None for layout, _ in tensors}
     if dims not in ({0}, {1}) or any(layout == PARTIAL for layout, _ in call.tensors):
         raise UnprovenError(f"attention of {call.layouts_text}", call.sharded_dim)
     dim = 1 if 1 in dims else 0
-    return [sharded(dim) if len(shape) > 1 else REPLICATED for shape in call.results]
+    shares = {tuple(Fraction(n, shape[dim]) for n in layout.sizes(shape[dim])) for layout, shape in tensors}
+    if len(shares) > 1:
+        raise UnprovenError(f"attention of {call.layouts_text}", dim)
+    (share,) = shares
+    return [sharded(dim, tuple(int(part * shape[dim] * call.ranks) for part in share)) if len(shape) > 1 else REPLICATED
+            for shape in call.results]  # fmt: skip
 
 
 def _convolution(call: LocalCall) -> list[Layout]:
@@ -250,6 +267,7 @@ RULES: dict[str, Rule] = {
     "searchsorted": searchsorted,
     "bucketize": bucketize,
     "as_strided": same_view,
+    "repeat": _repeat,
     "fill": _fill,
     "copy": _write,
     "index_put": _either(_linear_together, _masked_write),

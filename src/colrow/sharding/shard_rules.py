@@ -27,7 +27,7 @@ from colrow.sharding.draws import is_dropout, may_draw
 from colrow.sharding.local_call import INDEXES, PIECES_BACKWARD, LocalCall, Shape, TensorShape, UnprovenError
 from colrow.sharding.local_layout import PARTIAL, REPLICATED, Kind, Layout, layout_of, repeating, sharded
 from colrow.sharding.operator_rules import RULES
-from colrow.sharding.operators import Filling
+from colrow.sharding.operators import Filling, Linear
 from colrow.torch_compat import NoRuleError, propagated
 
 
@@ -55,7 +55,7 @@ def proven_layouts(call: LocalCall, mesh: DeviceMesh) -> list[Layout]:
     if call.differing and not (call.name in SIZES or call.name.endswith("_like")):
         here, there = call.differing[0]
         raise UnprovenError(f"an argument is {here} on the shard and {there} in the unsharded model", call.sharded_dim)
-    return _of_dtensor(call, mesh)
+    return _linear_in_one(call) or _of_dtensor(call, mesh)
 
 
 SIZES = frozenset(
@@ -122,6 +122,18 @@ def _linear_backward(call: LocalCall) -> list[Layout] | None:
         if linear and all(o == REPLICATED for o in others) and not call.differing
         else None
     )
+
+
+def _linear_in_one(call: LocalCall) -> list[Layout] | None:
+    """What is linear in its first operand, or in each while the other is given, makes a term of a term: a gather by
+    indices that all ranks have, a product with a factor that all ranks have."""
+    facts, layouts = call.facts, [layout for layout, _ in call.tensors]
+    if facts.linear is Linear.EACH:
+        layouts.sort(key=lambda layout: layout != PARTIAL)
+    linear = facts.linear in (Linear.FIRST, Linear.EACH) and not facts.random and facts.identity is None
+    if linear and not call.differing and call.same_results and layouts[0] == PARTIAL:
+        return [PARTIAL] * len(call.results) if all(other == REPLICATED for other in layouts[1:]) else None
+    return None
 
 
 def _of_repeated(call: LocalCall, mesh: DeviceMesh) -> list[Layout]:
@@ -250,13 +262,12 @@ def _of_dtensor(call: LocalCall, mesh: DeviceMesh) -> list[Layout]:
             raise UnprovenError(f"DTensor has no name for {call.layouts_text}", call.sharded_dim)
         return _asked(call, placements, mesh)
     except UnprovenError:
-        if call.zeros:  # zero is a term of any sum
-            filled = [layout for layout, _ in call.tensors]
-            positions = [i for i, layout in enumerate(call.layouts) if layout is not None]
-            changed = [PARTIAL.placement() if i in call.zeros and layout == REPLICATED else layout.placement()
-                       for i, layout in zip(positions, filled, strict=True)]  # fmt: skip
-            if None not in changed and changed != placements:
-                return _asked(call, changed, mesh)
+        if call.zeros:
+            changed = [_of_zeros(call, layout) if i in call.zeros else layout
+                       for i, layout in enumerate(call.layouts) if layout is not None]  # fmt: skip
+            placed = [layout.placement() for layout in changed]
+            if None not in placed and placed != placements:
+                return _asked(call, placed, mesh)
         if segments == {()} or len(segments) != 1:
             raise
     # DTensor knows few rules for equal segments and none for unequal ones. What it says of a dim sharded as one holds
@@ -269,6 +280,14 @@ def _of_dtensor(call: LocalCall, mesh: DeviceMesh) -> list[Layout]:
             raise UnprovenError(f"there is no rule for a dim of segments {list(cut)}", layout.dim)
         layouts.append(sharded(layout.dim, cut) if layout.kind is Kind.SHARDED else layout)
     return layouts
+
+
+def _of_zeros(call: LocalCall, layout: Layout) -> Layout:
+    """Zero is a term of any sum, and a shard of zeros is one of any segments."""
+    if layout == REPLICATED:
+        return PARTIAL
+    others = [each for i, each in enumerate(call.layouts) if each and each.kind is Kind.SHARDED and i not in call.zeros]
+    return next((each for each in others if each.dim == layout.dim and not each.repeated), layout)
 
 
 def _asked(call: LocalCall, placements: Sequence[Any], mesh: DeviceMesh) -> list[Layout]:
