@@ -19,16 +19,6 @@ from helpers import broken_models as m
 from helpers.broken_plans import FUSED_MLP, HEADS, gpt_plan
 
 OLD_TORCH = torch.__version__.startswith("2.11.")
-FLATTENS_HEADS = (
-    "attention written out",
-    "scores capped",
-    "norm of each head",
-    "one k and v head by index",
-    "slopes of a rank's heads",
-    "dropout on heads",
-)
-"""Right plans, one of `broken_plans` among them, that stay unproven on torch 2.11: DTensor has no rule there for a
-sharded dim that is flattened behind another one, as matmul does with batch and heads of [B, H, T, E]."""
 
 
 @dataclass(frozen=True)
