@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.composed.truth import truths
 from benchmarks.models.examine import build
 from colrow.checking.check import Finding, check
 from colrow.derive.derivation import derive
@@ -21,6 +23,7 @@ from helpers import broken_models as m
 from helpers import unproven_plans
 from helpers.broken_plans import SOUND, gpt_plan, llama
 from helpers.families import FAMILIES, transformers_model
+from helpers.harness import Ranks
 from helpers.unproven_plans import OLD_TORCH, RIGHT, WRONG, Case
 
 
@@ -77,6 +80,35 @@ def test_a_derived_plan_of_fast_styles_is_proven() -> None:
     plan = Plan.derive(model, 2, styles="fast")
     assert "fast_gather_tokens" in {style.name for style in plan.modules.values()}
     assert unproven_operators(model, plan, 2, 2, 16) == []
+
+
+@dataclass(frozen=True)
+class InMode:
+    """A case with its model in its mode."""
+
+    case: Case
+
+    def model(self) -> nn.Module:
+        return self.case.model().train(self.case.train)
+
+    def plan(self) -> Plan:
+        return self.case.plan()
+
+
+def verdicts(device: str) -> dict[str, str]:
+    """What each case is, by the ranks of this group."""
+    ids = torch.randint(0, m.V, (2, 8), generator=torch.Generator().manual_seed(0))
+    cases = WRONG | RIGHT
+    found = truths(device, [(InMode(case), ids) for case in cases.values()])
+    return {name: truth.verdict for name, truth in zip(cases, found, strict=True)}
+
+
+@pytest.mark.distributed
+@pytest.mark.exhaustive
+def test_the_labels_are_what_two_ranks_compute(ranks: Ranks) -> None:
+    found = ranks(2).run(verdicts)[0]
+    assert {name for name, verdict in found.items() if verdict == "right"} == RIGHT.keys()
+    assert {name for name, verdict in found.items() if verdict == "wrong"} == WRONG.keys()
 
 
 def test_a_finding_names_the_operator_the_dim_and_the_line() -> None:

@@ -1,5 +1,5 @@
 """Plans that split a dim which the model's code then uses as if it were all of it, and ones that look alike and are
-right. 27 of them were settled by two ranks in fp64 against one process; the other 20 are right or wrong by reading."""
+right: as two ranks in fp64 against one process say (`test_the_labels_are_what_two_ranks_compute`)."""
 
 from __future__ import annotations
 
@@ -287,6 +287,16 @@ WRONG = {
     "last token": tokens(lambda h: h[:, -1:].expand_as(h)),
     "tokens rolled": tokens(lambda h: h.roll(1, 1)),
     "tokens summed": tokens(lambda h: h.cumsum(1)),
+    "noise on a DTensor": Case(
+        lambda: m.Gpt(block=partial(TokenBlock, normed=lambda h: h + torch.randn_like(h))),
+        lambda: gpt_plan(sequence=True),
+        train=True,
+    ),
+    "slopes drawn on a DTensor": Case(
+        lambda: m.Gpt(block=partial(TokenBlock, normed=lambda h: F.rrelu(h, training=True))),
+        lambda: gpt_plan(sequence=True),
+        train=True,
+    ),
     "sum over ranks left out": Case(
         lambda: m.Gpt(mlp=lambda: FeatureMLP(lambda h: h)),
         lambda: gpt_plan(attn__out={"style": "rowwise", "output": "partial"}),

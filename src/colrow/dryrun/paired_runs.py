@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from colrow.dryrun.module_tracker import LOSS
 from colrow.dryrun.numbered import NumberedRun, Operation, Value, shape_of
-from colrow.sharding.draws import Draw, draws, is_dropout
+from colrow.sharding.draws import Draw, draws, is_dropout, may_draw
 from colrow.sharding.local_call import LocalCall, Shape, TensorShape, UnprovenError
 from colrow.sharding.local_layout import (
     PARTIAL,
@@ -147,6 +147,10 @@ class ShardedRun(NumberedRun):
             self._first_layouts.setdefault(forward_number(), layouts[0])
         if any(isinstance(x, DTensor) for x in (*operation.leaves, *operation.results)):
             self._ran_on_dtensors(operation, recorded, numbers)
+            shards = [layout.dim for layout in layouts if layout.kind is Kind.SHARDED]
+            if shards and may_draw(operation.func) and not is_dropout(operation.func):
+                # DTensor seeds ranks apart, or not at all: neither gives the numbers of one process
+                self.report(operation.name, "each rank draws random numbers for its shard of a DTensor", dim=shards[0])
             self._note_draw(operation, recorded, self.value(operation.results[0]).layout)
             return
         if (collective := operator(operation.name).collective) and operation.func.namespace == "_c10d_functional":

@@ -1,0 +1,49 @@
+"""A sample of the composed models (`benchmarks/composed`): the check against two ranks in fp64; `make composed` runs
+more."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.composed.compose import compose
+from benchmarks.composed.judge import Counts, Row, ids_of, judged
+from benchmarks.composed.truth import Truth, truths
+from helpers.harness import Ranks
+
+SEEDS = range(40)
+
+
+@pytest.fixture(scope="module")
+def rows(ranks: Ranks) -> list[Row]:
+    cases = [compose(seed) for seed in SEEDS]
+    found: list[Truth] = ranks(2).run(truths, [(case, ids_of(case)) for case in cases])[0]
+    pairs = zip(cases, found, strict=True)
+    return [judged(case, truth, ask=False) for case, truth in pairs if truth.verdict in ("right", "wrong")]
+
+
+@pytest.mark.distributed
+def test_the_check_finds_the_wrong_plans_and_passes_the_right_ones(rows: list[Row]) -> None:
+    counts = Counts.of(rows)
+    assert counts.wrong >= 10
+    assert counts.right >= 15
+    assert [row.case for row in rows if row.truth.verdict == "wrong" and not row.found] == []
+    assert [row.case for row in rows if row.truth.verdict == "right" and row.errors] == []
+    assert counts.right_unproven <= 1
+
+
+@pytest.mark.distributed
+def test_a_run_starts_with_right_plans_alone(rows: list[Row]) -> None:
+    """By the function with which `colrow train` decides: one plan of each kind that the check does not settle."""
+    wrong = next(row for row in rows if row.truth.verdict == "wrong" and not row.errors)
+    right = next(row for row in rows if row.truth.verdict == "right" and not row.unproven)
+    for row, accepted in ((wrong, False), (right, True)):
+        case = compose(int(row.case.partition(":")[0]))
+        assert judged(case, row.truth).accepted == accepted, row.case
+
+
+@pytest.mark.distributed
+def test_a_check_without_the_last_layer_misses_wrong_plans(rows: list[Row], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A negative control."""
+    monkeypatch.setattr("colrow.checking.check.check_unproven", lambda *args: [])
+    row = next(row for row in rows if row.truth.verdict == "wrong" and not row.errors)
+    assert not judged(compose(int(row.case.partition(":")[0])), row.truth, ask=False).found
