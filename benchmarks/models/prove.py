@@ -22,7 +22,8 @@ from colrow.derive.choose import choose
 from colrow.derive.infer import AxisInference, argument, facts_of, is_lookup, op_name
 from colrow.derive.table import infer
 from colrow.derive.trace import Trace, default_inputs, is_boundary, trace
-from colrow.dryrun.calls import call_model, main_tensor
+from colrow.dryrun.calls import call_model
+from colrow.parallel.outputs import main_tensor
 
 
 class Sabotage(Enum):

@@ -138,11 +138,13 @@ class BlockFinder:
         own = set(outputs)
         deferred = deferred or any(self.owners[n] == module for n in reductions)
         exits = set() if deferred else self.ends(reductions) - own
+        interior = set(self.interior(module)) | own
+        leaving = self._leaving(interior, own)
         types = dict.fromkeys(differentiable, SpmdType.REPLICATED)  # all gathered; a residual among them is released
         for _ in range(len(differentiable) + 1):
             given = dict(self._outside(module))
             given.update({b: (self.flows.constant_type(b) if b in self.flows.constant else types[b]) for b in inputs})
-            flow = self.flows.run([*self.interior(module), *outputs], set(), exits, given)
+            flow = self.flows.run([*self.interior(module), *outputs], set(), exits, given, leaving)
             if not flow.clashes:
                 break
             loose = self._to_release(flow, types)
@@ -156,12 +158,17 @@ class BlockFinder:
             leaves_sharded = flow.types[b] is SpmdType.SHARDED and self.flows.is_sharded(b)
             if flow.types[b] in (SpmdType.REPLICATED, SpmdType.SHARDED) and not leaves_sharded:
                 return None
-        interior = set(self.interior(module)) | own
         for node in (n for n in (interior - own) & self.flows.live if self.flows.is_activation(n)):
-            if any(u not in interior and u.op != "output" for u in node.users):
+            past = any(u not in interior and u.op != "output" for u in node.users)
+            if past and (node not in leaving or flow.types[node] is not SpmdType.INVARIANT):
                 return None  # it leaves past the block's boundary
         entries = {b for b, spmd_type in types.items() if spmd_type is SpmdType.REPLICATED and b in self.flows.live}
         return Block(module, entries, deferred, False, flow)
+
+    def _leaving(self, interior: set[Node], own: set[Node]) -> set[Node]:
+        """Outputs of the block, or of modules inside it, that auxiliary losses alone use, outside of it."""
+        found = {n for n in interior & self.flows.live - self.flows.for_main if is_boundary(n)}
+        return {n for n in found if label_of(n).direction == "out" and (n in own or not interior & n.users.keys())}
 
     def _outside(self, module: str) -> dict[Node, SpmdType]:
         """Parameters and constants that the interior uses from outside."""
@@ -258,8 +265,9 @@ class BlockFinder:
             SplitError: types clash somewhere; the classes at that place must not be sharded.
         """
         entries, exits = self.borders(blocks)
+        leaving = set().union(*(b.flow.left for b in blocks))
         flow = self.flows.run(
-            [n for n in self.nodes if n in self.flows.live or n in self.inference.params], entries, exits, {}
+            [n for n in self.nodes if n in self.flows.live or n in self.inference.params], entries, exits, {}, leaving
         )
         for node, why in flow.clashes:
             raise SplitError(

@@ -15,6 +15,7 @@ from colrow.derive.trace import label_of
 from colrow.styles.activations import PrepareInput
 from colrow.styles.local_block import LocalShards
 from colrow.styles.packed import PackedColwise
+from colrow.styles.replicated import LEFT_OUT
 
 NORM = re.compile(r"norm", re.IGNORECASE)
 
@@ -31,6 +32,7 @@ class Emitter(ModuleEmitter):
             self._block(block, block.module in locals_)
         self._unsharded_parameters()
         self._never_summed_twice()
+        self._used_outside()
         if self.stream is not None:
             self._stream(self.stream)
         self._scales()
@@ -191,6 +193,17 @@ class Emitter(ModuleEmitter):
             raise SplitError(
                 atoms or set(self.choice.atoms), f"{name} is used behind the reduction of {owner}, which would sum it"
             )
+
+    def _used_outside(self) -> None:
+        """Outputs that auxiliary losses use, outside of the block that sums the gradients of what they come from."""
+        for node in sorted(self.flow.left, key=lambda n: self.finder.order[n]):
+            label = label_of(node)
+            if not label.path.isdigit():
+                raise SplitError(
+                    self.finder.atoms_of(self.flow.left), f"output {label.path} of {label.module} is nested"
+                )
+            style = self.out.modules.setdefault(label.module, {"style": LEFT_OUT.name})
+            style.setdefault("used_outside", []).append(int(label.path))
 
     def _added_to_sum(self, name: str) -> bool:
         node = next(n for n, f in self.flows.inference.params.items() if f == name)

@@ -12,7 +12,8 @@ Each tensor x has a type over the tp ranks, which says what its value and its gr
     CONSTANT     not differentiable: it has no gradient
 
 A plan turns INVARIANT into REPLICATED at the entry of a block (its backward sums the gradient, once) and PARTIAL into
-INVARIANT at its reduction. Where types clash, nothing is guessed: the axis class is given up.
+INVARIANT at its reduction. A REPLICATED output that auxiliary losses alone use (router logits) becomes INVARIANT: each
+rank passes back 1/tp of its gradient. Where types clash, nothing is guessed: the axis class is given up.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ class Flow:
     clashes: list[tuple[Node, str]] = field(default_factory=list)
     summed: set[str] = field(default_factory=set)
     """Unsharded parameters whose gradients are partial sums: they meet values that differ between ranks."""
+    left: set[Node] = field(default_factory=set)
+    """Outputs of modules that were REPLICATED, and are INVARIANT outside the block."""
     same: set[str] = field(default_factory=set)
     """Unsharded parameters whose gradients are equal on all ranks: summed, they would count tp times."""
 
@@ -70,7 +73,11 @@ class Flows:
         for node in inference.graph.nodes:
             if is_boundary(node):
                 self.path[node] = label_of(node).module
-        self.live = self._live()
+        main, *losses = next(n for n in inference.graph.nodes if n.op == "output").all_input_nodes
+        self.for_main = ancestors([main])
+        """Nodes that the main output depends on."""
+        self.live = self.for_main | ancestors(losses)
+        """Nodes that some output depends on."""
         self.given = self._given()
         self.constant = self._constants()
         self.owners = {fqn: fqn.rpartition(".")[0] for fqn in inference.params.values()}
@@ -81,18 +88,6 @@ class Flows:
         self.params_of = self._params_of()
 
     # ------------------------------------------------------------------ facts about nodes
-
-    def _live(self) -> set[Node]:
-        """Nodes that the output depends on."""
-        out = next(n for n in self.inference.graph.nodes if n.op == "output")
-        found: set[Node] = set()
-        todo = list(out.all_input_nodes)
-        while todo:
-            node = todo.pop()
-            if node not in found:
-                found.add(node)
-                todo += node.all_input_nodes
-        return found
 
     def _given(self) -> set[Node]:
         """Nodes that depend on the caller's inputs."""
@@ -153,13 +148,21 @@ class Flows:
 
     # ------------------------------------------------------------------ the analysis
 
-    def run(self, nodes: Iterable[Node], entries: set[Node], exits: set[Node], given: dict[Node, SpmdType]) -> Flow:
+    def run(
+        self,
+        nodes: Iterable[Node],
+        entries: set[Node],
+        exits: set[Node],
+        given: dict[Node, SpmdType],
+        leaving: set[Node],
+    ) -> Flow:
         """Types of `nodes` in order.
 
         Args:
             entries: boundaries where INVARIANT becomes REPLICATED.
             exits: boundaries where PARTIAL becomes INVARIANT.
             given: types known from outside.
+            leaving: boundaries where REPLICATED becomes INVARIANT.
         """
         flow = Flow(dict(given))
         for node in nodes:
@@ -170,6 +173,9 @@ class Flows:
                 spmd_type = SpmdType.REPLICATED
             elif node in exits and spmd_type is SpmdType.PARTIAL:
                 spmd_type = SpmdType.INVARIANT
+            elif node in leaving and spmd_type is SpmdType.REPLICATED:
+                spmd_type = SpmdType.INVARIANT
+                flow.left.add(node)
             flow.types[node] = spmd_type
         return flow
 
@@ -263,3 +269,15 @@ class Flows:
     def _index_like(self, node: Node) -> bool:
         value = node.meta.get("val")
         return isinstance(value, torch.Tensor) and not value.is_floating_point()
+
+
+def ancestors(nodes: Iterable[Node]) -> set[Node]:
+    """The nodes, and all that they depend on."""
+    found: set[Node] = set()
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += node.all_input_nodes
+    return found

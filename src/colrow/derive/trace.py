@@ -19,8 +19,9 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from colrow.derive.outside import watching_reads
-from colrow.dryrun.calls import Inputs, call_model, example_inputs, main_tensor
+from colrow.dryrun.calls import Inputs, call_model, example_inputs
 from colrow.errors import PlanError
+from colrow.parallel.outputs import auxiliary_losses, main_tensor
 from colrow.torch_compat import quiet_fake_tensors
 
 _LIBRARY = torch.library.Library("colrow_plan", "DEF")
@@ -92,7 +93,7 @@ class Trace:
         return list(self.program.graph.nodes)
 
     def output(self) -> Node:
-        """The node that the model returns."""
+        """The node that the model returns; the first of several."""
         out = next(n for n in self.nodes if n.op == "output").args[0]
         while isinstance(out, (tuple, list)):
             out = out[0]
@@ -122,14 +123,16 @@ def strip(name: str) -> str:
 
 
 class _Called(nn.Module):
-    """The model as `dryrun.calls` calls it: one tensor comes out."""
+    """The model as `dryrun.calls` calls it: its main output, and the losses that it returns beside it."""
 
     def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__()
         self.m, self.names = model, names
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return main_tensor(call_model(self.m, Inputs(inputs).named(self.names)))
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        output = call_model(self.m, Inputs(inputs).named(self.names))
+        main, losses = main_tensor(output), auxiliary_losses(output)
+        return (main, *losses.values()) if losses else main
 
 
 def _prime_sizes(model: nn.Module, tp: int) -> tuple[int, int]:
@@ -255,8 +258,10 @@ def markers(model: nn.Module, rescale: Rescale | None = None) -> Iterator[Calls]
                 return type(out)(mark(v, "out", name, str(i)) for i, v in enumerate(out))
             return out
 
+        # transformers records router logits by hooks that it adds in a model's first call: they get the marked tensors
+        first = all(hook.__module__.startswith("transformers.") for hook in module._forward_hooks.values())
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after))
+        handles.append(module.register_forward_hook(after, prepend=first))
 
     for name, module in model.named_modules():
         if name and any(True for _ in module.parameters()):

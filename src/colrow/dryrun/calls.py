@@ -10,9 +10,8 @@ needs more than one argument, or has none of these, is refused: a guess would ju
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from colrow.errors import PlanError
+from colrow.parallel.outputs import auxiliary_losses, main_tensor
 from colrow.plans.plan import Plan
 from colrow.styles.linear_head import PendingTargets, expect_targets
 
@@ -140,33 +140,6 @@ def call_model(model: nn.Module, inputs: GivenInputs) -> Any:
     return model(*inputs, **kwargs)
 
 
-def main_tensor(output: Any) -> Tensor:
-    """A model's logits where it gives some, else the first tensor of its output.
-
-    Raises:
-        PlanError: there is no tensor in it.
-    """
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
-    tensor = next(_tensors(output), None)
-    if tensor is None:
-        raise PlanError(f"the model returns no tensor, but {type(output).__name__}: wrap it in one that does")
-    return tensor
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors in tuples, lists, mappings and dataclasses, in order."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        yield from (tensor for value in output.values() for tensor in _tensors(value))
-    elif isinstance(output, tuple | list):
-        yield from (tensor for value in output for tensor in _tensors(value))
-    elif dataclasses.is_dataclass(output):
-        yield from (tensor for field in dataclasses.fields(output) for tensor in _tensors(getattr(output, field.name)))
-
-
 def token_ids(inputs: Any) -> Tensor | None:
     """The token ids [B, T] of the inputs: the first argument, or the one of such a name, if it is an integer tensor."""
     values = inputs
@@ -184,9 +157,8 @@ def default_loss(output: Any, inputs: Any) -> Tensor:
     """
     main = main_tensor(output)
     loss = _main_loss(main, token_ids(inputs))
-    for extra in _tensors(output):
-        if extra is not main and extra.dim() == 0 and extra.requires_grad:
-            loss = _complete(loss) + _complete(extra)
+    for extra in auxiliary_losses(output).values():
+        loss = _complete(loss) + _complete(extra)
     return loss
 
 

@@ -26,7 +26,6 @@ from colrow.dryrun.calls import (
     default_loss,
     example_inputs,
     give_targets,
-    main_tensor,
 )
 from colrow.dryrun.fake_world import fake_tp_mesh, materialize_fake
 from colrow.dryrun.module_tracker import LOSS, ModuleTracker
@@ -37,6 +36,7 @@ from colrow.dryrun.watch import Watch
 from colrow.mesh import Mesh
 from colrow.models.blocks import block_stacks
 from colrow.parallel.loss import logits_of, loss_context
+from colrow.parallel.outputs import main_tensor
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
 from colrow.sharding.layout import PACKED

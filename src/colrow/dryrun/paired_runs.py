@@ -123,6 +123,9 @@ class ShardedRun(NumberedRun):
             for name, style in styles.items()
             if style.computes_module and next(model.get_submodule(name).children(), None) is None
         }
+        self._used_outside = {(name, "output", i) for name, style in styles.items() for i in style.used_outside or ()}
+        self._left_blocks: set[Any] = set()  # the numbers of these outputs
+        self._gradients_from_outside: set[tuple[Any, ...]] = set()
         self._segments = segments
         self._answers: dict[LocalCall, list[Layout] | UnprovenError] = {}
         self._used: dict[Any, list[_Recorded]] = defaultdict(list)
@@ -157,10 +160,13 @@ class ShardedRun(NumberedRun):
             self._collective(operation, collective)
             return
         plain = operation.numbers
-        if source.in_style and operation.name == "div" and plain == [self._ranks] and layouts[0] == REPLICATED:
-            # a bias that each rank adds to its term of a sum, or that bias's gradient
-            self.set_value(operation.results[0], operation.values[0].number, PARTIAL)
-            return
+        if source.in_style and operation.name == "div" and plain == [self._ranks]:
+            # a bias that each rank adds to its term of a sum, or that bias's gradient; or that of an output used outside
+            if layouts[0] == REPLICATED:
+                self.set_value(operation.results[0], operation.values[0].number, PARTIAL)
+                return
+            if backward and layouts[0] == PARTIAL:
+                self.report("used_outside", "the gradient of an output that is used outside is a partial sum already")
         found = self._layouts(operation, recorded, source, backward)
         self._note_writes(operation, found)
         self._note_draw(operation, recorded, found[0])
@@ -316,8 +322,14 @@ class ShardedRun(NumberedRun):
             return
         number, shape = self._unsharded.boundaries[key]
         known, layout = self.value(tensor)
-        name, _, side, _ = key
+        name, _, side, position = key
         gradient = side.endswith("gradient")
+        if key in self._gradients_from_outside:
+            return  # unsharded, the same tensor gets the gradient from inside the block too
+        if (name, side, position) in self._used_outside:
+            self._left_blocks.add(number)
+        if number in self._left_blocks and not gradient:
+            self._gradients_from_outside.add((*key[:2], f"{side} gradient", position))
         if isinstance(tensor, DTensor) and tuple(tensor.shape) != shape:
             self.report(side, f"a DTensor of the global shape {list(tensor.shape)}, unsharded {list(shape)}", name)
         if layout == STYLE:

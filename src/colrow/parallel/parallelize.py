@@ -20,6 +20,7 @@ from colrow.sharding.layout import local_tensor, mark_packed
 from colrow.sharding.local_view import remove_views
 from colrow.sharding.parameter_state import set_states, states_of
 from colrow.styles.base import ParameterLayout, Style, set_attribute
+from colrow.styles.rank_tensors import divide_gradients
 from colrow.styles.replicated import LEFT_OUT
 from colrow.styles.site import Site
 
@@ -95,6 +96,8 @@ def parallelize(
             parallelize_module(module, tp_mesh, style.build(site), src_data_rank=src_data_rank)
             for key, value in attributes.items():
                 set_attribute(module, key, value, tp)
+            if style.used_outside:
+                divide_gradients(module, style.used_outside, tp)
             module.__dict__[STYLED] = style.name
         if any(not isinstance(param, DTensor) for param in module.parameters(recurse=False)):
             if fqn not in resolved:

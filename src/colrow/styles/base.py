@@ -60,6 +60,11 @@ def option(convert: Callable[[Any], Any], default: Any = None, *, previous: str 
     return dataclasses.field(default=default, metadata={"convert": convert, "previous": previous})
 
 
+def integers_of(value: Any) -> tuple[int, ...] | None:
+    """The option of several numbers."""
+    return None if value is None else tuple(int(n) for n in value)
+
+
 @dataclass(frozen=True)
 class NegativeControl:
     """A style that computes the same loss with wrong gradients: `verify` puts it in a sound one's place."""
@@ -111,6 +116,10 @@ class Style(ABC):
 
     optional: bool = False
     """The plan's key may match nothing (an option of the architecture, such as q/k norms)."""
+    used_outside: tuple[int, ...] | None = option(integers_of)
+    """Numbers of the outputs (0: the only one) that code outside of the block around the module uses, such as router
+    logits for an auxiliary loss. Each rank gets their complete gradient there, and the block sums over ranks: so a rank
+    passes 1/tp of it back."""
     attributes: dict[str, Any] | None = None
     """Attributes of the module that hold a size of which a rank has less (`num_heads`, `config.num_attention_heads`):
     `/tp` divides the value by tp, a number replaces it. A config is copied for the module."""
@@ -292,11 +301,6 @@ def names_of(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list | tuple):
         raise TypeError("several names are a list")
     return tuple(value)
-
-
-def integers_of(value: Any) -> tuple[int, ...] | None:
-    """The option of several numbers."""
-    return None if value is None else tuple(int(n) for n in value)
 
 
 def _plain(value: Any) -> Any:

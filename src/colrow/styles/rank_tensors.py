@@ -9,8 +9,11 @@ The wrong one of the two leaves the loss exact, and the gradient partial or tp t
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -39,6 +42,35 @@ def summed(param: DTensor) -> Tensor:
 def same_on_all_ranks(param: DTensor) -> Tensor:
     """A replicated parameter used alike on every rank, or this rank's shard of a sharded one."""
     return param.to_local()
+
+
+class DividedGradient(torch.autograd.Function):
+    """y = x, equal on all ranks;  dx = dy / tp: a rank's term, where dy is complete on each rank and dx will be summed.
+
+    Behind it stands what every rank computes alike outside of a block, from a value inside it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: int) -> Tensor:
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (dy,) = gradients
+        return dy / ctx.ranks, None
+
+
+def divide_gradients(module: nn.Module, outputs: Collection[int], ranks: int) -> None:
+    """Let the outputs of these numbers leave the module through `DividedGradient`; 0 is the only one."""
+
+    def after(_: nn.Module, __: Any, out: Any) -> Any:
+        if isinstance(out, Tensor):
+            return DividedGradient.apply(out, ranks)
+        return type(out)(DividedGradient.apply(o, ranks) if i in outputs else o for i, o in enumerate(out))
+
+    # transformers records router logits by hooks that it adds in a model's first call, which may have been before
+    module.register_forward_hook(after, prepend=True)
 
 
 def rank_heads(x: Tensor, mesh: DeviceMesh, dim: int, inner: int) -> Tensor:

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from colrow.dryrun.calls import is_huggingface
 from colrow.dryrun.simulated import simulated_ranks
 from colrow.errors import ColrowError, PlanError
 from colrow.plans.plan import Plan
@@ -117,6 +119,15 @@ def _main_left_out(payload: bytes) -> Iterator[None]:
             setattr(main, name, value)
 
 
+def _initialise_class(model: nn.Module) -> None:
+    """Let a class of transformers register what it records in forward (router logits): it does so when it is built, for
+    the process, and pickle builds nothing."""
+    if is_huggingface(model):
+        config: Any = model.config
+        with torch.device("meta"):
+            type(model)(config)
+
+
 def _gloo_rank(rank: int, tp: int, port: int, payload: bytes, queue: Any) -> None:
     torch.set_num_threads(1)
     timeout = timedelta(seconds=60)
@@ -124,6 +135,7 @@ def _gloo_rank(rank: int, tp: int, port: int, payload: bytes, queue: Any) -> Non
     dist.init_process_group("gloo", store=store, rank=rank, world_size=tp, timeout=timeout)
     try:
         task, plan, states = pickle.loads(payload)
+        _initialise_class(task.model)
         set_states(task.model, states)
         mesh = init_device_mesh("cpu", (tp,), mesh_dim_names=("verify",))
         observed = sharded_step(task, task.model, plan, mesh, lambda tensor: {rank: tensor})

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from colrow.dryrun.calls import GivenInputs, Inputs, Loss, call_model, give_targets, main_tensor
+from colrow.dryrun.calls import GivenInputs, Inputs, Loss, call_model, give_targets
 from colrow.parallel.loss import loss_context
+from colrow.parallel.outputs import main_tensor
 from colrow.parallel.parallelize import parallelize
 from colrow.parallel.random_draws import arrange_draws
 from colrow.plans.plan import Plan
