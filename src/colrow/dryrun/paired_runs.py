@@ -161,7 +161,7 @@ class ShardedRun(NumberedRun):
             return
         plain = operation.numbers
         if source.in_style and operation.name == "div" and plain == [self._ranks]:
-            # a bias that each rank adds to its term of a sum, or that bias's gradient; or that of an output used outside
+            # a bias that each rank adds to its term of a sum, or that bias's gradient; that of an output used outside
             if layouts[0] == REPLICATED:
                 self.set_value(operation.results[0], operation.values[0].number, PARTIAL)
                 return
