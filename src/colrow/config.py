@@ -114,6 +114,8 @@ class TrainSection(_Section):
     """Parameters or modules that do not decay either, such as `*.router.weight`, `embed_tokens`; `*` matches dots."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
+    auxiliary_losses: dict[str, float] | None = None
+    """Weights of losses that the model returns beside its logits, by name; those of its own loss unless given."""
     grad_clip: PositiveFloat | None = 1.0
     """Largest gradient norm; null turns clipping off."""
     on_nonfinite: Literal["stop", "skip"] = "stop"

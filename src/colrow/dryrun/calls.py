@@ -155,8 +155,15 @@ def default_loss(output: Any, inputs: Any) -> Tensor:
 
     The weights differ from element to element: behind a norm, a mean or a square has a zero gradient.
     """
-    main = main_tensor(output)
-    loss = _main_loss(main, token_ids(inputs))
+    return _with_auxiliary(_main_loss(main_tensor(output), token_ids(inputs)), output)
+
+
+def head_loss(output: Any) -> Tensor:
+    """`default_loss` of a model whose head has computed the cross entropy (`loss: linear`)."""
+    return _with_auxiliary(main_tensor(output), output)
+
+
+def _with_auxiliary(loss: Tensor, output: Any) -> Tensor:
     for extra in auxiliary_losses(output).values():
         loss = _complete(loss) + _complete(extra)
     return loss

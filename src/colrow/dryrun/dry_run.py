@@ -26,6 +26,7 @@ from colrow.dryrun.calls import (
     default_loss,
     example_inputs,
     give_targets,
+    head_loss,
 )
 from colrow.dryrun.fake_world import fake_tp_mesh, materialize_fake
 from colrow.dryrun.module_tracker import LOSS, ModuleTracker
@@ -35,7 +36,7 @@ from colrow.dryrun.result import Collective, DryRun, Failure, Output
 from colrow.dryrun.watch import Watch
 from colrow.mesh import Mesh
 from colrow.models.blocks import block_stacks
-from colrow.parallel.loss import logits_of, loss_context
+from colrow.parallel.loss import loss_context
 from colrow.parallel.outputs import main_tensor
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
@@ -157,7 +158,7 @@ def _run_sharded(
             with recorder:
                 if plan.loss == "linear":  # the head returns the loss, and there are no logits
                     give_targets(model, plan, inputs)
-                    loss = logits_of(call_model(model, inputs))
+                    loss = head_loss(call_model(model, inputs))
                 else:
                     output = call_model(model, inputs)
                     run.logits = _output(main_tensor(output))

@@ -17,14 +17,23 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from colrow.dryrun.block_kinds import BlockTraces, runs_known_code
-from colrow.dryrun.calls import GivenInputs, Inputs, Loss, call_model, default_loss, example_inputs, give_targets
+from colrow.dryrun.calls import (
+    GivenInputs,
+    Inputs,
+    Loss,
+    call_model,
+    default_loss,
+    example_inputs,
+    give_targets,
+    head_loss,
+)
 from colrow.dryrun.dry_run import Request
 from colrow.dryrun.fake_world import fake_tp_mesh, materialize_fake
 from colrow.dryrun.module_tracker import LOSS
 from colrow.dryrun.numbered import NumberedRun, Value
 from colrow.dryrun.paired_runs import ShardedRun, Unproven, UnshardedRun
 from colrow.dryrun.reduced_copy import reduced_copy
-from colrow.parallel.loss import logits_of, loss_context
+from colrow.parallel.loss import loss_context
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
 from colrow.sharding.draws import Draw
@@ -163,7 +172,7 @@ def _step(
     with run:
         if plan is not None and plan.loss == "linear":  # the head returns the loss
             give_targets(model, plan, inputs)
-            value = logits_of(call_model(model, inputs))
+            value = head_loss(call_model(model, inputs))
         else:
             value = loss(call_model(model, inputs), inputs.given)
         found = run.value(value)

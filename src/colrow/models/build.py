@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +32,8 @@ class Source:
         name: for messages.
         config: of colrow's own Llama; None for other models.
         weights: `seeded` from run.seed, read from a Hugging Face `folder`, or already there as `built`.
+        auxiliary: the losses that the model returns beside its logits and that are trained, with their weights
+            (`objective.auxiliary_weights`).
     """
 
     model: nn.Module
@@ -39,6 +41,7 @@ class Source:
     config: LlamaConfig | None
     weights: Weights
     folder: Path | None = None
+    auxiliary: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def exported_config(self) -> LlamaConfig | dict[str, Any] | None:

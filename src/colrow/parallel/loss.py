@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import loss_parallel
 
 from colrow.mesh import Mesh
+from colrow.parallel.outputs import main_tensor
 from colrow.parallel.parallelize import tp_axis
 from colrow.plans.plan import Plan
 from colrow.styles.linear_head import PendingTargets, expect_targets
@@ -58,32 +59,43 @@ def model_loss(
     """The cross entropy of `model(ids)` as the plan computes it; its backward belongs into the same `loss_context`.
 
     Args:
-        model: parallelised by `plan`. Its output is logits, or has them as `logits` (transformers).
+        model: parallelised by `plan`. Its output is logits, or has them as `logits` (transformers) or its first tensor.
         ids: [B, T]; targets: [B, T] class numbers, the same on each rank of a tp group.
         num_valid: what the sum over targets is divided by; the number of targets that count, unless given.
 
     Returns:
-        A scalar in fp32 (fp64 for fp64 models); the mean over the targets that count.
+        A scalar in fp32 (fp64 for fp64 models); the mean over the targets that count. Losses that the model returns
+        beside its logits are not in it.
 
     Raises:
         PlanError: the loss is `linear` and no module has style linear_head.
     """
+    return loss_and_output(model, plan, mesh, ids, targets, num_valid=num_valid, ignore_index=ignore_index)[0]
+
+
+def loss_and_output(
+    model: nn.Module,
+    plan: Plan,
+    mesh: Mesh | DeviceMesh,
+    ids: Tensor,
+    targets: Tensor,
+    *,
+    num_valid: int | float | Tensor | None = None,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Any]:
+    """`model_loss`, and what the model returned, other losses among it."""
     if plan.loss == "linear":
         expect_targets(model, [PendingTargets(targets, num_valid, ignore_index)])
-        return logits_of(model(ids))
-    logits = logits_of(model(ids)).flatten(0, 1)
+        output = model(ids)
+        return main_tensor(output), output
+    output = model(ids)
+    logits = main_tensor(output).flatten(0, 1)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     with loss_context(plan, mesh):
         if num_valid is None:
-            return F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index)
+            return F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index), output
         total = F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction="sum")
-        return total / num_valid
-
-
-def logits_of(output: Any) -> Tensor:
-    """A model's logits: its output, or the output's `logits` (transformers)."""
-    logits: Tensor = output if isinstance(output, Tensor) else output.logits
-    return logits
+        return total / num_valid, output
 
 
 def tp_degree(mesh: Mesh | DeviceMesh) -> int:

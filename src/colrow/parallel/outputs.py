@@ -41,8 +41,8 @@ def auxiliary_losses(output: Any) -> dict[str, Tensor]:
 
 
 def named_tensors(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors in tuples, lists, mappings and dataclasses, in order, each with its field, key or number; those of
-    nested ones are joined by dots."""
+    """The tensors in tuples, lists, mappings and dataclasses, in order, each with its field or key, or `output_1` for
+    the second of a tuple; those of nested ones are joined by dots."""
     if isinstance(output, Tensor):
         yield name, output
         return
@@ -50,7 +50,7 @@ def named_tensors(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     if isinstance(output, Mapping):
         items = list(output.items())
     elif isinstance(output, tuple | list):
-        keys = getattr(output, "_fields", range(len(output)))  # of a named tuple
+        keys = getattr(output, "_fields", [f"output_{i}" for i in range(len(output))])  # of a named tuple
         items = list(zip(keys, output, strict=True))
     elif dataclasses.is_dataclass(output):
         items = [(field.name, getattr(output, field.name)) for field in dataclasses.fields(output)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ class _Pending:
     sequences: int
     """Consumed since the run's start, this step's included."""
     stats: Tensor
-    """[loss over all ranks, gradient norm, number of ranks that ask to stop], fp64."""
+    """[loss over all ranks, gradient norm, number of ranks that ask to stop, auxiliary losses over all ranks], fp64."""
     start: DeviceTimestamp
     end: DeviceTimestamp
 
@@ -140,6 +140,8 @@ class Loop:
             if self._checks_batches(step, start):
                 check_same_batch(batches, self._same_batch_groups, step)
             loss, norm = self._training.step(step, batches)
+            if step == start and (untrained := self._training.step.forward_backward.untrained):
+                self._progress.say(untrained_line(untrained))
             stats, start_of_step = self._step_stats(loss, norm), self._step_end
             self._step_end = DeviceTimestamp(self._device)
             self._pending.append(_Pending(done, sequences, stats, start_of_step, self._step_end))
@@ -182,13 +184,15 @@ class Loop:
         return bool(self._same_batch_groups) and (step == start or (every > 0 and step % every == 0))
 
     def _step_stats(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """[loss over all ranks, norm, how many ranks ask to stop], on the device; one small all-reduce."""
+        """[loss over all ranks, norm, how many ranks ask to stop, auxiliary losses over all ranks], on the device; one
+        small all-reduce."""
         wants_stop = torch.full((), float(self._stop_requested()), device=self._device, dtype=torch.float64)
-        summed = torch.stack([loss.double() * self._loss_weight, wants_stop])
+        losses = [loss, *self._training.step.forward_backward.auxiliary.values()]
+        summed = torch.stack([*(each.double() * self._loss_weight for each in losses), wants_stop])
         dist.all_reduce(summed)
-        stats = torch.stack([summed[0], norm.detach().double(), summed[1]])
+        stats = torch.stack([summed[0], norm.detach().double(), summed[-1], *summed[1:-1]])
         if self._device.type == "cuda":
-            host = torch.empty(3, dtype=torch.float64, pin_memory=True)
+            host = torch.empty(len(stats), dtype=torch.float64, pin_memory=True)
             host.copy_(stats, non_blocking=True)  # complete when the step's end timestamp is
             return host
         return stats
@@ -203,9 +207,11 @@ class Loop:
         for _ in range(len(self._pending) - lag):
             pending = self._pending.pop(0)
             waited = pending.end.wait()
-            loss, norm, stops = pending.stats.tolist()
+            loss, norm, stops, *auxiliary = pending.stats.tolist()
             seconds = pending.end.seconds_since(pending.start)
             record = self._record(pending, loss, norm, seconds)
+            for name, value in zip(self._training.source.auxiliary, auxiliary, strict=True):
+                record[f"auxiliary_{name}" if name in record else name] = value
             record = self._nonfinite.examine(record, pending.sequences - self._config.train.global_batch)
             stop = stop or stops > 0
             if lag and self._cpu_bound.add(waited, seconds):
@@ -262,3 +268,12 @@ class Loop:
         self._step_end = DeviceTimestamp(self._device)
         background = ", the rest is in the background" if self._config.checkpoint.asynchronous else ""
         self._progress.say(f"            saved step-{at.step}, training waited {waited:.1f} s{background}")
+
+
+def untrained_line(names: Sequence[str]) -> str:
+    """What to print of losses that a model returns and a run does not train."""
+    first = names[0]
+    return (
+        f"warning    the model returns {', '.join(names)} beside its logits, not trained:\n"
+        f"           set train.auxiliary_losses to weights, such as {{{first}: 0.01}}"
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from colrow.run.run_folder import CHECKPOINTS, changed_keys
 from colrow.styles.heads import heads_of
 from colrow.train.cuda_graph import check_cuda_graph
 from colrow.train.metrics import require_sinks
+from colrow.train.objective import auxiliary_weights
 from colrow.train.schedule import check_schedule
 from colrow.train.weight_decay import decay_by_name
 
@@ -76,6 +77,12 @@ def check(config: RunConfig, local_ranks: int | None = None, plan: Plan | None =
     source = build_source(config.model, config.run.seed)
     check_model(config, source)
     decay_by_name(source.model, config.train)  # raises where a pattern of no_decay matches nothing
+    source = replace(source, auxiliary=auxiliary_weights(source, config.train.auxiliary_losses))
+    if source.auxiliary and config.mesh.pp > 1:
+        raise ConfigError(
+            f"{source.name} returns losses that are trained ({', '.join(source.auxiliary)}), which a pipeline does not "
+            "pass on: set mesh.pp to 1, or train.auxiliary_losses to {}"
+        )
     if plan is None:
         plan = choose_plan(config, source.model)
     require_heads(config, source, plan)

@@ -198,10 +198,15 @@ def opening_lines(config: RunConfig, training: Training) -> list[str]:
     compute = (
         "fp32" if training.precision.compute_dtype == torch.float32 else "bf16 over fp32 weights and gradient sums"
     )
+    auxiliary = training.source.auxiliary.items()
     lines = [
         f"model      {training.source.name}{computed_by}, {training.counts.total:,} parameters",
         f"mesh       {config.mesh}, {where}",
         f"plan       {training.plan.name}, loss {training.plan.loss}",
+        *(
+            [f"objective  cross entropy{''.join(f' + {weight:g} {name}' for name, weight in auxiliary)}"]
+            * bool(auxiliary)
+        ),
         f"compute    {compute}",
         f"decay      {train.weight_decay:g} on {counts.decaying:,} of {counts.trained:,} trained parameters",
         f"batch      {train.global_batch} × {config.data.seq_len} = {tokens:,} tokens a step, {train.steps:,} steps",

@@ -87,6 +87,7 @@ RULES: dict[str, Rule] = {
         *("train.weight_decay", "train.no_decay", "train.betas", "train.eps", "train.grad_clip"),
     ),
     **_rules("used and printed", "from the next step on", "train.on_nonfinite"),
+    **_rules("used and printed", "another objective, from the next step on", "train.auxiliary_losses"),
     **_rules("used and printed", "other rounding", "train.precision", "train.fp8"),
     **_rules(
         "used and printed",
@@ -154,7 +155,7 @@ def values(config: RunConfig) -> dict[str, Any]:
 
     def walk(tree: dict[str, Any], prefix: str) -> None:
         for key, value in tree.items():
-            if isinstance(value, dict):
+            if isinstance(value, dict) and prefix + key not in RULES:
                 walk(value, f"{prefix}{key}.")
             else:
                 found[prefix + key] = value

@@ -2,7 +2,8 @@
 
 metrics.jsonl has one object for each step, counted from 1: `step`, `loss`, `grad_norm`, `lr`, `tokens` (since the
 run's start), `tokens_per_second` (over all ranks), on GPUs `memory_gib` (allocator's peak of a rank), `mfu_causal` and
-`mfu_full`; the steps that are evaluated also have `val_loss` and `perplexity`. With `train.on_nonfinite: skip` each has
+`mfu_full`; the steps that are evaluated also have `val_loss` and `perplexity`. Each auxiliary loss stands by its name,
+unweighted: `loss` holds them weighted, `val_loss` is the cross entropy alone. With `train.on_nonfinite: skip` each has
 `skipped`, the number of steps skipped so far, and a skipped step has `position`: the sequences before its batch.
 """
 

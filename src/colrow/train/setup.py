@@ -19,7 +19,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -110,7 +110,7 @@ def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device, source: So
     for stage in stages:
         prepare_stage(stage, config, mesh, device, source, plan, precision, draws)
     seeds = micro_batch_seeds(stages, config, mesh, device)
-    runner = make_runner(stages, config, mesh, device, plan, precision, seeds)
+    runner = make_runner(stages, config, mesh, device, plan, precision, seeds, source.auxiliary)
     modules = [stage.module for stage in stages]
     step = build_step(runner, config, mesh, decaying_parameters(modules, decays), seeds, modules)
     step.buffers = WrittenBuffers(modules, MeshAxes(mesh).data_groups())
@@ -184,13 +184,14 @@ def make_runner(
     plan: Plan,
     precision: Precision,
     seeds: MicroBatchSeeds | None = None,
+    auxiliary: Mapping[str, float] | None = None,
 ) -> SingleStageModel | PipelinedModel:
-    """What runs forward and backward of this rank's prepared stages."""
+    """What runs forward and backward of this rank's prepared stages; `auxiliary` losses have no pipeline."""
     train, dtype = config.train, precision.compute_dtype
     if config.mesh.pp == 1:
         (stage,) = stages
         weights = ComputeWeights(stage.module, dtype, graphed=train.cuda_graph) if precision.keeps_copies else None
-        return SingleStageModel(stage.module, plan, mesh, device, weights, seeds)
+        return SingleStageModel(stage.module, plan, mesh, device, weights, seeds, auxiliary)
 
     # torch's pipelining imports the compiler: seconds that other meshes need not wait
     from colrow.parallel.pipeline import PipelineOptions, PipelineRunner

@@ -3,7 +3,8 @@
 [Note: normalisation] The loss of a step is the mean over all tokens of the global batch. A rank divides the sum over
 its own tokens by their number, and data parallelism averages the gradients over ranks; since every rank has equally
 many tokens, that is the global mean. A rank returns its own mean: averaged over the
-data-parallel ranks it is the loss.
+data-parallel ranks it is the loss. An auxiliary loss that the model returns is one of a micro-batch (a router's balance
+is no sum over tokens): each counts by its share of the tokens, so that they are averaged.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -22,9 +23,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from colrow.config import TrainSection
+from colrow.errors import ConfigError
 from colrow.parallel.compute_weights import ComputeWeights
 from colrow.parallel.data_parallel import set_last_micro_batch
-from colrow.parallel.loss import logits_of, loss_context, model_loss
+from colrow.parallel.loss import loss_and_output, loss_context, model_loss
+from colrow.parallel.outputs import auxiliary_losses, main_tensor, named_tensors
 from colrow.parallel.random_state import MicroBatchSeeds
 from colrow.plans.plan import Plan
 from colrow.sharding.grad_norm import align_gradients, clip_scale, grad_norm
@@ -51,6 +54,15 @@ class ForwardBackward(Protocol):
 
     weights: ComputeWeights | None
 
+    @property
+    def auxiliary(self) -> dict[str, Tensor]:
+        """The auxiliary losses in the last step's loss, unweighted, by name: the rank's means, which nothing has waited
+        for."""
+
+    @property
+    def untrained(self) -> tuple[str, ...]:
+        """Losses that the model has returned and that are not in the loss."""
+
     def parameters(self) -> Iterable[nn.Parameter]:
         """This rank's parameters."""
 
@@ -74,6 +86,9 @@ class SingleStageModel:
     """Forward and backward of a model without a pipeline.
 
     Gradients of all micro-batches but the last stay on their rank; the last one reduces the sum.
+
+    Args:
+        auxiliary: weights of losses that the model returns beside its logits, by name.
     """
 
     def __init__(
@@ -84,8 +99,12 @@ class SingleStageModel:
         device: torch.device,
         weights: ComputeWeights | None = None,
         seeds: MicroBatchSeeds | None = None,
+        auxiliary: Mapping[str, float] | None = None,
     ) -> None:
         self.weights, self._seeds = weights, seeds
+        self._auxiliary_weights = dict(auxiliary or {})
+        self.auxiliary: dict[str, Tensor] = {}
+        self.untrained: tuple[str, ...] = ()
         self._model, self._plan, self._mesh, self._device = model, plan, mesh, device
         self._run_micro_batch: Callable[[Tensor, Tensor, int], Tensor] = self._forward_backward
 
@@ -108,14 +127,37 @@ class SingleStageModel:
                 if self._seeds:
                     self._seeds.start(i)
                 total = total + self._run_micro_batch(ids, targets, tokens)  # fp64 where the model is
-        return total
+        if not self._auxiliary_weights:
+            return total
+        self.auxiliary = dict(zip(self._auxiliary_weights, total[1:].unbind(), strict=True))
+        return total[0]
 
     def _forward_backward(self, ids: Tensor, targets: Tensor, tokens: int) -> Tensor:
-        """One micro-batch: its sum of losses over `tokens`, those of all micro-batches, so that the sums add up."""
+        """One micro-batch: its sum of losses over `tokens`, those of all micro-batches, so that the sums add up; with
+        auxiliary losses [1 + their number], likewise."""
         with loss_context(self._plan, self._mesh), preferred_attention(self._device):
-            loss = model_loss(self._model, self._plan, self._mesh, ids, targets, num_valid=tokens)
+            loss, output = loss_and_output(self._model, self._plan, self._mesh, ids, targets, num_valid=tokens)
+            self.untrained = tuple(sorted(auxiliary_losses(output).keys() - self._auxiliary_weights.keys()))
+            if not self._auxiliary_weights:
+                loss.backward()
+                return _local(loss.detach())
+            share, loss = targets.numel() / tokens, _local(loss)
+            auxiliary = [share * _local(value).to(loss.dtype) for value in self._auxiliary_losses(output)]
+            for weight, value in zip(self._auxiliary_weights.values(), auxiliary, strict=True):
+                loss = loss + weight * value
             loss.backward()
-        return _local(loss.detach())
+        return torch.stack([loss, *auxiliary]).detach()
+
+    def _auxiliary_losses(self, output: Any) -> list[Tensor]:
+        """The weighted losses of an output. Raises ConfigError where it lacks one."""
+        scalars = {name: tensor for name, tensor in named_tensors(output) if tensor.dim() == 0}
+        for name in self._auxiliary_weights:
+            if name not in scalars:
+                raise ConfigError(
+                    f"train.auxiliary_losses has a weight for {name}, and {type(self._model).__name__} returns no such "
+                    f"scalar: it returns {', '.join(scalars) or 'none'}"
+                )
+        return [scalars[name] for name in self._auxiliary_weights]
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
@@ -132,7 +174,7 @@ class SingleStageModel:
     def logits(self, ids: Tensor) -> Tensor:
         """[B, T] -> [B, T, V]."""
         with self._use_copies():
-            return logits_of(self._model(ids))
+            return main_tensor(self._model(ids))
 
     def _use_copies(self) -> AbstractContextManager[None]:
         return self.weights.use_copies() if self.weights else nullcontext()
@@ -142,9 +184,11 @@ class PipelinedModel:
     """Forward and backward of this rank's pipeline stages. Every stage knows the loss."""
 
     weights: ComputeWeights | None = None
+    untrained: tuple[str, ...] = ()
 
     def __init__(self, runner: PipelineRunner, device: torch.device) -> None:
         self._runner, self._device = runner, device
+        self.auxiliary: dict[str, Tensor] = {}
 
     def parameters(self) -> Iterable[nn.Parameter]:
         return self._runner.parameters()

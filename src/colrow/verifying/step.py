@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from colrow.dryrun.calls import GivenInputs, Inputs, Loss, call_model, give_targets
+from colrow.dryrun.calls import GivenInputs, Inputs, Loss, call_model, give_targets, head_loss
 from colrow.parallel.loss import loss_context
-from colrow.parallel.outputs import main_tensor
 from colrow.parallel.parallelize import parallelize
 from colrow.parallel.random_draws import arrange_draws
 from colrow.plans.plan import Plan
@@ -98,7 +97,7 @@ def sharded_step(
         give_targets(model, plan, inputs)
         output = call_model(model, inputs)
         buffers = _at(AFTER_FORWARD, _buffers(model, task.written_buffers, shards_of))
-        loss = main_tensor(output) if plan.loss == "linear" else task.loss(output, inputs.given)
+        loss = head_loss(output) if plan.loss == "linear" else task.loss(output, inputs.given)
         loss.backward()
     align_gradients(model.parameters())
     observed = Observed(losses={rank: value.item() for rank, value in shards_of(_local(loss)).items()})

@@ -1,0 +1,81 @@
+"""A model's own objective: what its loss is beside the cross entropy of its logits.
+
+[Note: objective]
+A class of transformers computes its loss where it gets `labels`: next-token cross entropy plus weighted losses that it
+also returns (`aux_loss` of its routers, where the config switches `output_router_logits` on). A run gives no labels: it
+computes the cross entropy itself, sharded, and adds the returned losses by the same weights. The weights are not looked
+up under the names that configs give them: on a reduced model with labels they are d loss / d returned loss. What the
+loss holds beyond that is an option that a run does not train.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from colrow.dryrun.calls import call_model, is_huggingface, vocabulary
+from colrow.dryrun.reduced_model import reduced_model
+from colrow.errors import ConfigError
+from colrow.models.build import Source
+from colrow.parallel.outputs import auxiliary_losses, main_tensor
+from colrow.sharding.parameter_state import copied_model
+
+_TOLERANCE = 1e-3
+"""Of the rest beside the loss: reduced models compute in fp32, some parts in bf16."""
+
+
+def auxiliary_weights(source: Source, given: Mapping[str, float] | None) -> dict[str, float]:
+    """The weight of each loss that the model returns beside its logits: those `given` (`train.auxiliary_losses`), or
+    those by which the model's own loss adds them. Takes a fraction of a second.
+
+    Raises:
+        ConfigError: the model's own loss is another one than next-token cross entropy plus the losses that it returns.
+    """
+    if given is not None:
+        return dict(given)
+    if source.config is not None or "labels" not in inspect.signature(source.model.forward).parameters:
+        return {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            model = _small(source.model)
+            ids = torch.randint(0, vocabulary(model) or 2, (2, 16))
+            output = call_model(model, {"input_ids": ids, "labels": ids})
+        except Exception:  # it does not run on a CPU, say: what it returns and a run does not train is named then
+            return {}
+    loss = getattr(output, "loss", None)
+    if not isinstance(loss, Tensor) or not loss.requires_grad:
+        return {}
+    return _weights(source.name, loss, main_tensor(output), auxiliary_losses(output), ids)
+
+
+def _small(model: nn.Module) -> nn.Module:
+    """A small model of the same options, with values, on the CPU; the model itself is left alone."""
+    small, reduced = reduced_model(model, 2)
+    if reduced is None and is_huggingface(small) and any(param.is_meta for param in small.parameters()):
+        return type(small)(small.config).train(model.training)
+    return (copied_model(small) if small is model else small).train(model.training)
+
+
+def _weights(name: str, loss: Tensor, logits: Tensor, returned: dict[str, Tensor], ids: Tensor) -> dict[str, float]:
+    losses = {key: tensor for key, tensor in returned.items() if tensor is not loss}
+    gradients = torch.autograd.grad(loss, list(losses.values()), allow_unused=True) if losses else ()
+    weights = {
+        key: float(f"{gradient.item():.7g}")  # the config's number: fp32 has it to 7 digits
+        for key, gradient in zip(losses, gradients, strict=True)
+        if gradient is not None
+    }
+    explained = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()).item()
+    explained += sum(weight * losses[key].item() for key, weight in weights.items())
+    if not abs(loss.item() - explained) <= _TOLERANCE * abs(loss.item()):
+        terms = "".join(f" + {weight:g} {key}" for key, weight in weights.items())
+        raise ConfigError(
+            f"the loss of {name} with labels is another one than a run trains: on random tokens {loss.item():.4f}, and "
+            f"next-token cross entropy{terms} is {explained:.4f}. An option of its config changes the loss: switch it "
+            "off, or set train.auxiliary_losses to the returned losses and weights to train ({} for none)"
+        )
+    return weights
