@@ -256,7 +256,7 @@ class BlockFinder:
         deferred = [b.module for b in blocks if b.deferred]
         reducing = [name for name in self.owners.values() if not any(_within(name, module) for module in deferred)]
         exits = {b for module in (*deferred, *reducing) for b in self.outputs(module)}
-        return entries, exits
+        return entries, exits.difference(*(b.flow.left for b in blocks))
 
     def complete_graph(self, blocks: list[Block]) -> Flow:
         """The flow of the entire graph with these blocks: the proof that they fit together.
