@@ -33,6 +33,7 @@ OTHER: dict[str, Any] = {
     "train.schedule": "wsd",
     "train.decay_steps": 7,
     "train.no_decay": ("embed_tokens",),
+    "train.auxiliary_losses": {"aux_loss": 0.1},
     "train.betas": (0.5, 0.5),
     "train.on_nonfinite": "skip",
     "train.precision": "fp32",
