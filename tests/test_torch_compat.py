@@ -283,6 +283,11 @@ def test_an_index_that_code_writes_down_is_known_of_a_fake_tensor() -> None:
     assert tc.constant_index(torch.tensor([1])) is None
 
 
+def test_dtensors_are_seeded_on_gpus_alone(mesh: DeviceMesh) -> None:
+    with pytest.warns(UserWarning, match="may not have complete support on cpu"):
+        tc.seed_dtensors(0, mesh)
+
+
 def test_ranks_are_simulated_side_by_side() -> None:
     dist.init_process_group("fake", store=tc.fake_store(), rank=0, world_size=2)
     try:

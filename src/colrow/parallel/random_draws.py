@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from colrow.mesh import Mesh
 from colrow.parallel.parallelize import tp_axis
 from colrow.parallel.random_state import derive_seed
 from colrow.sharding.draws import Draw, draw_shard, draws, is_dropout, may_draw
-from colrow.sharding.local_layout import Kind
+from colrow.sharding.local_layout import REPLICATED, Kind
 from colrow.torch_compat import TorchDispatchMode, is_async, is_fake, tree_leaves
 
 ARRANGED = "_colrow_arranged_draws"
@@ -30,7 +30,11 @@ class DrawsChangedError(ColrowError):
 
 
 def arrange_draws(
-    model: nn.Module, modules: Mapping[str, tuple[Draw, ...]], mesh: Mesh | DeviceMesh, *, compiled: bool = False
+    model: nn.Module,
+    modules: Mapping[str, tuple[Draw, ...]],
+    mesh: Mesh | DeviceMesh,
+    *,
+    compiled: Iterable[nn.Module] = (),
 ) -> None:
     """Let each rank draw its shard of the unsharded tensor's dropout masks, in place; see [Note: dropout on shards].
 
@@ -40,15 +44,30 @@ def arrange_draws(
     Args:
         modules: the masks that each module's own code draws in a call (`dryrun.random_draws`); modules that the model
             lacks are passed over.
-        compiled: blocks will be compiled. The modules that draw stay out of the graphs.
+        compiled: blocks that will be compiled. Modules in them that draw for shards stay out of the graphs.
     """
     tp_mesh = tp_axis(mesh)
     present = dict(model.named_modules())
+    in_graphs = {part for block in compiled for part in block.modules() if part is not block}
+    blocks = {name for name, module in present.items() if any(module is block for block in compiled)}
     for name, drawn in modules.items():
-        if (module := present.get(name)) is not None:
+        if (module := present.get(name)) is not None and _is_needed(name, modules, blocks):
             run: Any = partial(_forward, name, drawn, tp_mesh.get_local_rank(), tp_mesh.size(), module.forward)
-            module.forward = torch.compiler.disable(run) if compiled else run
+            module.forward = torch.compiler.disable(run) if module in in_graphs else run
             module.__dict__[ARRANGED] = True
+
+
+def _is_needed(name: str, modules: Mapping[str, tuple[Draw, ...]], blocks: set[str]) -> bool:
+    """Whether the module draws for a shard, or one does whose forward calls it: their draws would be taken for one's.
+    Not counted is a module around a block's graph, in which no draw of its own is made."""
+    around = {outer for block in blocks if _is_inside(name, block) for outer in modules if _is_inside(block, outer)}
+    calling = [outer for outer in modules if _is_inside(name, outer) and outer not in around - blocks]
+    return any(draw.layout != REPLICATED for outer in calling for draw in modules[outer])
+
+
+def _is_inside(name: str, outer: str) -> bool:
+    """Also where they are one."""
+    return not outer or name == outer or name.startswith(outer + ".")
 
 
 def has_arranged_draws(module: nn.Module) -> bool:
@@ -59,8 +78,14 @@ def has_arranged_draws(module: nn.Module) -> bool:
 def _forward(
     name: str, drawn: tuple[Draw, ...], rank: int, ranks: int, forward: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    with _calls(_Call(name, iter(drawn)), rank, ranks):
-        return forward(*args, **kwargs)
+    mode = _ShardedDraws(_Call(name, iter(drawn)), rank, ranks)
+    running = _RUNNING.modes
+    running.append(mode)
+    try:
+        with mode:
+            return forward(*args, **kwargs)
+    finally:
+        running.pop()
 
 
 class _Call:
@@ -80,64 +105,49 @@ class _Call:
 
 
 class _Running(threading.local):
-    """Autograd recomputes forwards on threads of its own."""
+    """The modes that are on, the innermost last. Autograd recomputes forwards on threads of its own."""
 
-    mode: _ShardedDraws | None = None
+    def __init__(self) -> None:
+        self.modes: list[_ShardedDraws] = []
 
 
 _RUNNING = _Running()
 
 
 @contextmanager
-def _calls(call: _Call, rank: int, ranks: int) -> Iterator[None]:
-    """Within, draws belong to `call`, and those of modules that it calls to theirs."""
-    if _RUNNING.mode is not None:
-        _RUNNING.mode.calls.append(call)
-        try:
-            yield
-        finally:
-            _RUNNING.mode.calls.pop()
-        return
-    _RUNNING.mode = mode = _ShardedDraws(call, rank, ranks)
-    try:
-        with mode:
-            yield
-    finally:
-        _RUNNING.mode = None
-
-
-@contextmanager
 def draws_suspended() -> Iterator[None]:
     """Within, no module's draws are arranged but those of modules that are called there. Around a compiled block: torch
     runs none under a TorchDispatchMode."""
-    mode = _RUNNING.mode
-    if mode is None:
-        yield
-        return
-    mode.__exit__(None, None, None)
-    _RUNNING.mode = None
+    modes, _RUNNING.modes = _RUNNING.modes, []
+    for mode in reversed(modes):
+        mode.__exit__(None, None, None)
     try:
         yield
     finally:
-        _RUNNING.mode = mode
-        mode.__enter__()
+        _RUNNING.modes = modes
+        for mode in modes:
+            mode.__enter__()
 
 
 class _ShardedDraws(TorchDispatchMode):
+    """On in one call of a module. A module that it calls has its own, above this one and above that of a recomputation,
+    so that forward and recomputation run the same operators; then this one rests."""
+
     def __init__(self, call: _Call, rank: int, ranks: int) -> None:
         super().__init__()
-        self.calls, self._rank, self._ranks = [call], rank, ranks
+        self._call, self._rank, self._ranks = call, rank, ranks
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not may_draw(func) or not is_dropout(func) or not draws(func, args, kwargs):
+        resting = _RUNNING.modes[-1:] != [self]
+        if resting or not may_draw(func) or not is_dropout(func) or not draws(func, args, kwargs):
             return func(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if any(isinstance(x, DTensor) or is_async(x) for x in tensors):
             return NotImplemented  # it comes again, on local tensors
         if any(x.is_meta or is_fake(x) for x in tensors):
             return func(*args, **kwargs)  # DTensor asks for the result's shape
-        draw = self.calls[-1].next()
+        draw = self._call.next()
         if draw.layout.kind is not Kind.SHARDED:
             return func(*args, **kwargs)
         if any(x.is_cuda for x in tensors):

@@ -74,6 +74,12 @@ def watched_to_local_backward(declared: Callable[[Tensor, Any], None]) -> Iterat
         function.backward = staticmethod(backward)
 
 
+def seed_dtensors(seed: int, mesh: DeviceMesh) -> None:
+    """Seed this rank's GPU, and let DTensor draw from there. By itself torch broadcasts rank 0's state to the default
+    group at DTensor's first draw: data ranks get one state, and a pipeline stage that draws nothing never comes."""
+    private("torch.distributed.tensor._random:manual_seed", "to seed DTensor's random operators")(seed, mesh)
+
+
 class NoRuleError(Exception):
     """DTensor's sharding propagation does not say that an operator on local tensors is enough."""
 

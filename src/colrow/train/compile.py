@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from colrow.parallel.random_draws import draws_suspended, has_arranged_draws
+from colrow.parallel.random_draws import ARRANGED, draws_suspended, has_arranged_draws
 from colrow.torch_compat import AsyncCollectiveTensor, is_async
 
 
@@ -17,7 +17,10 @@ def compile_forward(block: nn.Module, backend: str = "inductor") -> None:
     """Compile a block's forward in place. Its name in the model stays, and hooks on the block (FSDP's, a plan's style
     at block level) run outside the graph; those on modules inside it are traced.
 
-    A module whose draws are arranged (`arrange_draws`) stays out of the graph, which is split there."""
+    A module whose draws are arranged (`arrange_draws`) stays out of the graph, which is split there; a block whose own
+    draws are is not compiled."""
+    if ARRANGED in block.__dict__:
+        return
     graph = torch.compile(block.forward, fullgraph=not has_arranged_draws(block), backend=backend)
     block.forward = partial(_run, graph)
     block.register_forward_pre_hook(_wait_for_inputs, with_kwargs=True)

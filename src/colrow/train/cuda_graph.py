@@ -101,7 +101,7 @@ def check_cuda_graph(config: RunConfig, device_type: str) -> None:
         raise ConfigError("train.cuda_graph needs a GPU: set it to false for a CPU")
 
 
-def check_draws(config: RunConfig, draws: RandomDraws, model: str) -> None:
+def check_draws(config: RunConfig, draws: RandomDraws, model: str, *, compiled: bool) -> None:
     """Raise a ConfigError where what the model draws in training cannot go with a way to run its blocks."""
     train = config.train
     if train.cuda_graph and draws.any:
@@ -109,7 +109,7 @@ def check_draws(config: RunConfig, draws: RandomDraws, model: str) -> None:
             f"train.cuda_graph does not run a model that draws random numbers, as {model} does in training (dropout): "
             "set its dropout to 0, or train.cuda_graph to false"
         )
-    if train.activation_checkpoint == "selective" and train.compile is not False and draws.on_shards:
+    if train.activation_checkpoint == "selective" and compiled and draws.on_shards:
         raise ConfigError(
             f"train.activation_checkpoint: selective compiles blocks in one graph, and {draws.on_shards[0]} draws "
             "random numbers for its shard outside of graphs: set train.activation_checkpoint to full, or train.compile "

@@ -41,6 +41,7 @@ from colrow.parallel.pipeline_stage import Stage, split_stages
 from colrow.parallel.random_draws import arrange_draws
 from colrow.parallel.random_state import Generators, MicroBatchSeeds
 from colrow.plans.plan import Plan
+from colrow.torch_compat import seed_dtensors
 from colrow.train.buffers import WrittenBuffers
 from colrow.train.compile import compile_forward
 from colrow.train.corruption import CorruptionCheck, KeptState
@@ -105,7 +106,7 @@ def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device, source: So
     decays = decay_by_name(source.model, config.train)
     counts = count_parameters(source.model, decays)
     draws = draws_of(config, source.model, plan)
-    check_draws(config, draws, type(source.model).__name__)
+    check_draws(config, draws, type(source.model).__name__, compiled=compiles(config, device))
     stages = split_stages(source.model, mesh, first_layers(config, source.model))
     for stage in stages:
         prepare_stage(stage, config, mesh, device, source, plan, precision, draws)
@@ -143,7 +144,7 @@ def prepare_stage(
     if source.weights == "built":  # they exist already: `parallelize` shards them where they will stay
         materialize(stage.module, device)
     parallelize(stage.module, plan, mesh, absent=stage.absent)
-    arrange_draws(stage.module, draws.modules, mesh, compiled=compiles(config, device))
+    arrange_draws(stage.module, draws.modules, mesh, compiled=stage.blocks if compiles(config, device) else ())
     wrap_blocks(stage.blocks, config.train.activation_checkpoint, compiled=compiles(config, device))
     if not precision.keeps_copies:
         apply_data_parallel(
@@ -172,6 +173,8 @@ def micro_batch_seeds(
     stages: list[Stage], config: RunConfig, mesh: DeviceMesh, device: torch.device
 ) -> MicroBatchSeeds:
     """The random numbers of a run: see [Note: random numbers]."""
+    if device.type == "cuda":
+        seed_dtensors(config.run.seed, mesh["tp"])
     generators = Generators((stage.module for stage in stages), device)
     return MicroBatchSeeds(generators, config.run.seed, MeshAxes(mesh).data_rank, config.mesh.dp)
 
