@@ -17,6 +17,7 @@ from colrow.parallel.random_state import Generators, MicroBatchSeeds
 from helpers import drawing_models
 from helpers.harness import Ranks
 from helpers.runs import a_run, figures, train, write_text
+from helpers.unproven_plans import OLD_TORCH
 
 pytestmark = pytest.mark.distributed
 
@@ -107,6 +108,8 @@ def test_every_mesh_draws_the_numbers_of_one_process(masks: Any, ranks: Ranks) -
 
 def test_tensor_parallel_ranks_train_as_data_parallel_ones(masks: Any, folder: Path, ranks: Ranks) -> None:
     """Dropout on shards of the sequence, of features and of heads is that of the unsharded tensors."""
+    if OLD_TORCH:
+        pytest.skip("torch 2.11 cannot follow the heads through attention written out")
     if ranks.device == "cuda":
         pytest.skip("on GPUs ranks draw for shards from seeds of their own")
     tp, dp = (figures(folder / f"{case}-whole" / "metrics.jsonl") for case in ("tp", "dp"))
