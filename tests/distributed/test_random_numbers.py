@@ -21,8 +21,24 @@ from helpers.unproven_plans import OLD_TORCH
 
 pytestmark = pytest.mark.distributed
 
+GPT = """
+name: gpt
+loss: vocab_parallel
+modules:
+  embed: {style: rowwise, input: replicate, output: shard(1)}
+  blocks.*.norm1: sequence
+  blocks.*.attn: {style: prepare_input, input: [shard(1)], desired: [replicate]}
+  blocks.*.attn.[qkv]: colwise
+  blocks.*.attn.o: {style: rowwise, output: shard(1)}
+  blocks.*.norm2: sequence
+  blocks.*.mlp: {style: prepare_input, input: [shard(1)], desired: [replicate]}
+  blocks.*.mlp.up: colwise
+  blocks.*.mlp.down: {style: rowwise, output: shard(1)}
+  norm: sequence
+  head: {style: colwise, input: shard(1), use_local_output: false}
+"""
 MESHES: dict[str, dict[str, Any]] = {
-    "tp": {"mesh": {"tp": 2}, "plan": "derive"},
+    "tp": {"mesh": {"tp": 2}, "plan": "gpt.yaml"},
     "dp": {"mesh": {"dp_shard": 2}, "plan": "none.yaml"},
     "pp": {"mesh": {"pp": 2}, "plan": "llama", "model": {"python": "helpers.drawing_models:llama"}},
 }
@@ -32,6 +48,7 @@ MESHES: dict[str, dict[str, Any]] = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("random")
     write_text(folder)
+    (folder / "gpt.yaml").write_text(GPT, encoding="utf-8")
     (folder / "none.yaml").write_text("{name: none, loss: replicated, modules: {}}\n", encoding="utf-8")
     return folder
 
