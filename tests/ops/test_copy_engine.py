@@ -61,21 +61,28 @@ class Rank:
         for half in (slice(0, 2), slice(2, 4)):
             stream.give(lambda half=half: target[half].copy_(source[half]))  # type: ignore[misc]
 
-    def put(self, stream: Stream, flag: Any) -> None:
-        stream.give(lambda: self.flags.update({flag: 1}))
+    def put(self, stream: Stream, *flags: Any) -> None:
+        for flag in flags:
+            stream.give(lambda flag=flag: self.flags.update({flag: 1}))  # type: ignore[misc]
 
-    def take(self, stream: Stream, flag: Any) -> None:
-        kind = {FULL: "full is taken", FREE: "free is taken"}[flag[1]]
-        if self.left_out != kind:
-            stream.give(lambda: self.flags.update({flag: 0}), lambda: self.flags[flag] == 1)
+    def take(self, stream: Stream, *flags: Any) -> None:
+        for flag in flags:
+            kind = {FULL: "full is taken", FREE: "free is taken"}[flag[1]]
+            if self.left_out != kind:
+                stream.give(
+                    lambda flag=flag: self.flags.update({flag: 0}),  # type: ignore[misc]
+                    lambda flag=flag: self.flags[flag] == 1,  # type: ignore[misc]
+                )
 
 
 def program(rank: int, n: int, device: Rank, engine: CopyEngine, together: int, wrong: list[str]) -> None:
-    """Exchanges one after the other, `together` of them open at a time; each chunk's number says whose it is."""
+    """Exchanges one after the other, `together` of them open at a time; each chunk's number says whose it is.
+
+    Every other one is a gather: one chunk for all ranks, received together."""
     main = device.main
 
     def number(exchange: int, sender: int, receiver: int) -> float:
-        return 100.0 * exchange + 10 * sender + receiver
+        return 100.0 * exchange + 10 * sender + (9 if exchange % 2 else receiver)
 
     def look(slot: Tensor, want: float) -> None:
         if not (slot == want).all():
@@ -86,14 +93,18 @@ def program(rank: int, n: int, device: Rank, engine: CopyEngine, together: int, 
         for k in range(start, start + together):
             exchange, chunks = engine.open(SHAPE, torch.float32), []
             for i in range(1, n):
-                chunk, value = torch.full(SHAPE, -1.0), number(k, rank, exchange.after(i))
-                main.give(lambda chunk=chunk, value=value: chunk.fill_(value))  # type: ignore[misc]
+                if i == 1 or k % 2 == 0:
+                    chunk, value = torch.full(SHAPE, -1.0), number(k, rank, exchange.after(i))
+                    main.give(lambda chunk=chunk, value=value: chunk.fill_(value))  # type: ignore[misc]
+                    chunks.append(chunk)
                 exchange.send(i, chunk)
-                chunks.append(chunk)
             opened.append((k, exchange, chunks))
         for k, exchange, chunks in opened:
+            if k % 2:
+                exchange.receive_all()
             for i in range(1, n):
-                slot, value = exchange.receive(i), number(k, exchange.before(i), rank)
+                slot = exchange.slots[exchange.before(i)] if k % 2 else exchange.receive(i)
+                value = number(k, exchange.before(i), rank)
                 main.give(lambda slot=slot, value=value: look(slot, value))  # type: ignore[misc]
             main.give(lambda exchange=exchange: exchange.own.fill_(-3.0))  # type: ignore[misc]
             exchange.close()
@@ -172,13 +183,15 @@ class AtOnce:
     def copy(self, stream: Any, target: Tensor, source: Tensor) -> None:
         target.copy_(source)
 
-    def put(self, stream: Any, flag: Any) -> None:
-        assert not self.flags[flag], "put twice"
-        self.flags[flag] = 1
+    def put(self, stream: Any, *flags: Any) -> None:
+        for flag in flags:
+            assert not self.flags[flag], "put twice"
+            self.flags[flag] = 1
 
-    def take(self, stream: Any, flag: Any) -> None:
-        assert self.flags[flag], "nobody puts it: on a GPU this stream would wait for ever"
-        self.flags[flag] = 0
+    def take(self, stream: Any, *flags: Any) -> None:
+        for flag in flags:
+            assert self.flags[flag], "nobody puts it: on a GPU this stream would wait for ever"
+            self.flags[flag] = 0
 
 
 def one_rank_engine(n: int) -> OneRankEngine:

@@ -75,7 +75,7 @@ def column_backward(
     dw_FD = dy_TF.new_empty(0)
     if need_dw:
         if regather is not None:
-            receive_all(regather)
+            regather.receive_all()
             x = regather.gathered(x)
         dw_FD = weight_gradient(dy_TF, x, opts.fp8, dy_FT)
     dx_tD = dy_TF.new_empty(0) if dx_handle is None else dx_handle()
@@ -150,11 +150,6 @@ def receive_each(exchange: Exchange, own: Tensor, use: Callable[[slice, Tensor],
         use(slice(source * t, (source + 1) * t), exchange.receive(i))
 
 
-def receive_all(exchange: Exchange) -> None:
-    for i in range(1, exchange.size):
-        exchange.receive(i)
-
-
 def scatter_sum(exchange: Exchange, compute: Callable[[slice, Tensor], None]) -> Finish:
     """A reduce-scatter of rows that `compute(rows, out)` writes. Returns a function that waits for this rank's sum."""
     own = exchange.own
@@ -167,7 +162,7 @@ def scatter_sum(exchange: Exchange, compute: Callable[[slice, Tensor], None]) ->
     compute(slice(exchange.rank * t, (exchange.rank + 1) * t), own)
 
     def finish() -> Tensor:
-        receive_all(exchange)
+        exchange.receive_all()
         total = sum_slots(exchange.slots)
         exchange.close()
         return total

@@ -46,11 +46,11 @@ class Device(Protocol):
     def copy(self, stream: Any, target: Tensor, source: Tensor) -> None:
         """Both contiguous, of one shape and dtype."""
 
-    def put(self, stream: Any, flag: Any) -> None:
-        """Write 1, after everything before it."""
+    def put(self, stream: Any, *flags: Any) -> None:
+        """Write 1 into each, after everything before it."""
 
-    def take(self, stream: Any, flag: Any) -> None:
-        """Wait until the flag is 1, and write 0."""
+    def take(self, stream: Any, *flags: Any) -> None:
+        """Wait until each is 1, and write 0."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,8 @@ class _CopyEngineExchange(Exchange):
 
     def _send(self, i: int, chunk: Tensor) -> None:
         peer, side = self.after(i), self._side
-        self._device.follow(side, self._device.current())
+        if not (self._held and self._held[-1] is chunk):  # else it waits for the chunk already
+            self._device.follow(side, self._device.current())
         self._device.take(side, self._ring.flag(self.rank, FREE, self._turn, peer))
         self._device.copy(side, self._targets[peer], chunk)
         self._device.put(side, self._ring.flag(peer, FULL, self._turn, self.rank))
@@ -129,11 +130,17 @@ class _CopyEngineExchange(Exchange):
         self._received += 1
         return self.slots[peer]
 
+    def receive_all(self) -> None:
+        steps = range(1, self.size)
+        flags = [self._ring.flag(self.rank, FULL, self._turn, self.before(i)) for i in steps]
+        self._device.take(self._device.current(), *flags)
+        self._received += len(flags)
+
     def close(self) -> None:
         assert self._received == self.size - 1, "a chunk was not received"
         current = self._device.current()
-        for i in range(1, self.size):
-            self._device.put(current, self._ring.flag(self.before(i), FREE, self._turn, self.rank))
+        steps = range(1, self.size)
+        self._device.put(current, *(self._ring.flag(self.before(i), FREE, self._turn, self.rank) for i in steps))
         self._device.follow(current, self._side)  # the allocator may give a sent chunk's memory to this stream again
         self._held.clear()
 

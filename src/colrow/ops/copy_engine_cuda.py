@@ -7,7 +7,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -18,17 +18,32 @@ from colrow.ops.copy_engine import FREE, FULL, RING, CopyEngine, OneRankEngine, 
 from colrow.torch_compat import raw_stream, symmetric_memory
 
 
+class _MemoryOperation(ctypes.Structure):
+    """CUstreamBatchMemOpParams: a wait for a 32-bit value, or a write of one."""
+
+    _fields_: ClassVar = [
+        ("operation", ctypes.c_uint),
+        ("address", ctypes.c_uint64),
+        ("value", ctypes.c_uint64),
+        ("flags", ctypes.c_uint),
+        ("unused", ctypes.c_uint64 * 2),
+    ]
+
+
+_WAIT, _WRITE = 1, 2  # CU_STREAM_MEM_OP_WAIT_VALUE_32, CU_STREAM_MEM_OP_WRITE_VALUE_32
+_UNTIL_EQUAL = 1  # CU_STREAM_WAIT_VALUE_EQ
+
+
 class Cuda:
     """`Device` on CUDA, by the driver's functions: through torch's, a send takes ten times as much CPU time."""
 
-    _UNTIL_EQUAL = 1  # CU_STREAM_WAIT_VALUE_EQ
     _UNTIMED = 2  # CU_EVENT_DISABLE_TIMING
 
     def __init__(self, device: torch.device) -> None:
         driver = ctypes.CDLL("libcuda.so.1")
         pointer, number, flags = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint
-        self._wait = _function(driver.cuStreamWaitValue32_v2, pointer, number, ctypes.c_uint32, flags)
-        self._write = _function(driver.cuStreamWriteValue32_v2, pointer, number, ctypes.c_uint32, flags)
+        self._operate = _function(driver.cuStreamBatchMemOp_v2, pointer, flags, pointer, flags)
+        self._batches: dict[tuple[str, tuple[int, ...]], ctypes.Array[_MemoryOperation]] = {}
         self._copy = _function(driver.cuMemcpyDtoDAsync_v2, number, number, ctypes.c_size_t, pointer)
         self._record = _function(driver.cuEventRecord, pointer, pointer)
         self._wait_event = _function(driver.cuStreamWaitEvent, pointer, pointer, flags)
@@ -53,12 +68,21 @@ class Cuda:
         assert source.nbytes == target.nbytes, "the chunk and its slot differ in size"
         self._checked(self._copy(target.data_ptr(), source.data_ptr(), source.nbytes, stream))
 
-    def put(self, stream: int, flag: int) -> None:
-        self._checked(self._write(stream, flag, 1, 0))
+    def put(self, stream: int, *flags: int) -> None:
+        self._enqueue(stream, "put", flags)
 
-    def take(self, stream: int, flag: int) -> None:
-        self._checked(self._wait(stream, flag, 1, self._UNTIL_EQUAL))
-        self._checked(self._write(stream, flag, 0, 0))
+    def take(self, stream: int, *flags: int) -> None:
+        self._enqueue(stream, "take", flags)
+
+    def _enqueue(self, stream: int, what: str, flags: tuple[int, ...]) -> None:
+        # the driver copies the batch; made once for the same flags, since that takes more CPU time than the call
+        if (batch := self._batches.get((what, flags))) is None:
+            put = [_MemoryOperation(_WRITE, flag, 1) for flag in flags]
+            take = [_MemoryOperation(_WAIT, flag, 1, _UNTIL_EQUAL) for flag in flags]
+            take += [_MemoryOperation(_WRITE, flag, 0) for flag in flags]
+            operations = put if what == "put" else take
+            batch = self._batches[what, flags] = (_MemoryOperation * len(operations))(*operations)
+        self._checked(self._operate(stream, len(batch), batch, 0))
 
     @staticmethod
     def _checked(status: int) -> None:

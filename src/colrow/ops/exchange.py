@@ -63,6 +63,11 @@ class Exchange(ABC):
     def receive(self, i: int) -> Tensor:
         """The chunk of step i, after that step's `send`. On a GPU the current stream waits, and not the CPU."""
 
+    def receive_all(self) -> None:
+        """Every chunk of which none was received yet: the complete `slots`, but for this rank's own."""
+        for i in range(1, self.size):
+            self.receive(i)
+
     def gathered(self, own: Tensor) -> Tensor:
         """[n t, ...]: the result of a gather of `own` [t, ...], once all was received. Overwritten after `close`."""
         self.own.copy_(own)
