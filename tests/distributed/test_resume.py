@@ -143,7 +143,7 @@ def resumed_steps(device: str, folder: Path) -> list[tuple[float, float]]:
     """For each change: how far the step after the resume is from the formula, with the new options and the old."""
     old = short(folder, "options", steps=6)
     mesh, data = old.mesh.build(device, 1), prepare(old.data, 4096, progress=False)
-    ids = torch.randint(0, 300, (4, SEQ_LEN + 1), generator=torch.Generator().manual_seed(5))
+    ids = torch.randint(0, 300, (4, SEQ_LEN + 1), generator=torch.Generator().manual_seed(5)).to(device)
     batches = [(ids[:, :-1], ids[:, 1:])]
     train(device, short(folder, "options"))
     found = []
