@@ -66,6 +66,14 @@ class HardExperts(SparseExperts):
         return out
 
 
+class BalancedExperts(SparseExperts):
+    """Keeps its router's logits [B, T, experts], for a loss on them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.router = self.gate(x)
+        return super().forward(x)
+
+
 class RunningExperts(HardExperts):
     """Its experts keep a moving average, which their output depends on, and a count of their micro-batches."""
 
@@ -151,6 +159,25 @@ class Dropout(Model):
         return logits
 
 
+@dataclass
+class Output:
+    logits: Tensor
+    balance: Tensor
+    """A loss: the squares of each expert's mean share, which are no sum over tokens."""
+
+
+class Balanced(Model):
+    """Experts with an auxiliary loss."""
+
+    def __init__(self) -> None:
+        super().__init__(BalancedExperts)
+
+    def forward(self, x: Tensor, seq_len: int | None = None) -> Output:  # type: ignore[override]
+        logits = super().forward(x)
+        shares = [layer.mlp.router.softmax(-1).mean((0, 1)) for layer in self.layers]
+        return Output(logits, torch.stack(shares).square().sum())
+
+
 class LayerDrop(Model):
     """Leaves layers out: the first, the last, two in a row, all, as the micro-batch says; `unused`
     never runs."""
@@ -193,6 +220,7 @@ class SmallModel:
 
     Attributes:
         plan: styles for tp, by name patterns.
+        auxiliary: the weights of losses in its output.
         pipelines: whether it can be split into stages.
     """
 
@@ -200,6 +228,7 @@ class SmallModel:
     plan: dict[str, Any] = field(default_factory=dict)
     loss: Any = "replicated"
     preset: str | None = None
+    auxiliary: dict[str, float] = field(default_factory=dict)
     pipelines: bool = False
 
     def model(self) -> nn.Module:
@@ -230,6 +259,7 @@ MODELS: dict[str, SmallModel] = {
     ),
     "plain": SmallModel(Model, _COLUMN_ROW, pipelines=True),
     "sparse": SmallModel(lambda: Model(SparseExperts), _EXPERTS, pipelines=True),
+    "sparse, auxiliary loss": SmallModel(Balanced, _EXPERTS, auxiliary={"balance": 0.5}),
     "hard": SmallModel(lambda: Model(HardExperts), _EXPERTS, pipelines=True),
     "dropout": SmallModel(Dropout, _COLUMN_ROW),
     "running experts": SmallModel(lambda: Model(RunningExperts), _EXPERTS),

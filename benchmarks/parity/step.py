@@ -127,7 +127,7 @@ def one_process(name: str, device: str, data_ranks: int = 1) -> Trained:
             for number in range(rank, MICRO_BATCHES, data_ranks):
                 ids, targets = (x.to(device) for x in micro_batches(step)[number])
                 seeds.start(number)
-                loss = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten()) / MICRO_BATCHES
+                loss = _loss(model(ids), targets, MODELS[name].auxiliary) / MICRO_BATCHES
                 loss.backward()
                 total += loss.item()
             after.append(_buffers(model))
@@ -142,6 +142,13 @@ def one_process(name: str, device: str, data_ranks: int = 1) -> Trained:
         seen.buffers.append(_buffers(model))
     seen.parameters = {key: p.detach().clone() for key, p in named.items()}
     return seen
+
+
+def _loss(output: Any, targets: Tensor, auxiliary: dict[str, float]) -> Tensor:
+    """Of a micro-batch: cross entropy, and the losses of the output by their weights."""
+    logits = output if isinstance(output, Tensor) else output.logits
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    return loss + sum(weight * getattr(output, key) for key, weight in auxiliary.items())
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -194,7 +201,7 @@ def set_up(device: str, name: str, degrees: Mesh, **section: Any) -> Training:
     """The model of this name, ready to train on a mesh of the default group's ranks; collective."""
     mesh = degrees.build(device, dist.get_world_size())
     config, plan = config_of(degrees, **section), MODELS[name].plan_of()
-    source = Source(MODELS[name].model(), name, None, "built")
+    source = Source(MODELS[name].model(), name, None, "built", auxiliary=MODELS[name].auxiliary)
     if "precision" in section:
         source.model.float()
         return setup.set_up(config, mesh, torch.device(device), source, plan)
