@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Llama 3 8B on four GPUs of one host: benchmarks/four_gpus.sh [meshes] [derived] [saves]; all of them unless named.
-# On 4 H200 they take 7, 4 and 5 minutes. tp 2 x dp_replicate 2 needs 95 GiB of a GPU, a checkpoint 90 GiB of the disk.
+# Llama 3 8B on four GPUs of one host: benchmarks/four_gpus.sh [meshes] [derived] [saves] [speed]; all of them unless named.
+# On 4 H200 they take 7, 4, 5 and 2 minutes. tp 2 x dp_replicate 2 needs 95 GiB of a GPU, a checkpoint 90 GiB of the disk.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH}
@@ -29,6 +29,13 @@ saves() { # the lines "training waited" tell the pause of each kind of save
     done
 }
 
-for part in "${@:-meshes derived saves}"; do
+speed() { # what stands beside torchtitan (benchmarks/torchtitan_llama.py) in docs/guide/performance.md
+    bench=("$python" -m colrow bench --shape llama3-8b --seq-len 8192 --steps 8)
+    "${bench[@]}" --tp 4 --micro-batch 2 -o "$out/tp4.json" --arms overlap
+    "${bench[@]}" --tp 2 --dp-shard 2 --micro-batch 2 -o "$out/tp2-dp_shard2.json" --arms overlap:fsdp.reshard_after_forward=false
+    "${bench[@]}" --layers 16 --tp 4 --micro-batch 4 -o "$out/tp4-fp8.json" --arms overlap:train.fp8=tensorwise
+}
+
+for part in "${@:-meshes derived saves speed}"; do
     for name in $part; do "$name"; done
 done
