@@ -18,6 +18,7 @@ from colrow.derive.choose import choose, legal_degrees
 from colrow.derive.emit import Emitter
 from colrow.derive.emit_fast import FastEmitter
 from colrow.derive.emit_modules import Emission
+from colrow.derive.failure import ADVICE, Place, TraceError, has_unknown_size
 from colrow.derive.flow import Flows
 from colrow.derive.infer import AxisInference, shape_of
 from colrow.derive.local import Attributes, LocalCheck
@@ -102,10 +103,11 @@ def derive(
     try:
         return _Derive(model, tp, given, traced, options, judge).run()
     except GuardOnDataDependentSymNode as error:
-        name, first_line = type(model).__name__, str(error).partition("\n")[0]
-        raise PlanError(
-            f"{name} has sizes that depend on the data, and a plan needs fixed ones ({first_line}): write the plan "
-            "by hand, or take a variant of the model whose sizes are fixed (experts computed for all tokens)"
+        first = next((n for n in traced.nodes if n.op == "call_function" and has_unknown_size(n)), None)
+        place = Place.at(model, module_path(first) if first is not None else "")
+        raise TraceError(
+            f"{type(model).__name__} cannot be derived: {place} has sizes that depend on the data: {ADVICE}",
+            place.module,
         ) from error
 
 
@@ -173,7 +175,8 @@ class _Derive:
         try:
             return self._emit(split, None, None)[0]
         except PlanError as error:
-            raise SplitError(self._suspects(split, str(error)), str(error)) from error
+            module = error.module if isinstance(error, TraceError) else None
+            raise SplitError(self._suspects(split, module), str(error)) from error
 
     def _objection(self, found: Derivation) -> Objection | None:
         return self.judge(found.plan()) if self.judge else None
@@ -222,16 +225,19 @@ class _Derive:
             f"model to the other: {reason}: use plan derive, whose styles are plain"
         )
 
-    def _suspects(self, split: Split, why: str) -> set[Any]:
-        """Classes whose weights lie in the module that the message names; all that are no vocabulary otherwise."""
-        modules = {name for name, _ in self.model.named_modules()}
-        named = [p for p in why.replace(",", " ").split() if "." in p or p in modules]
-        choice, found = split.flows.choice, set()
-        for node, name in self.inference.params.items():
-            owner = name.rpartition(".")[0]
-            if any(owner == p or owner.startswith(p + ".") or p.startswith(owner + ".") for p in named):
-                found |= split.finder.atoms_of({node})
-        return found - choice.vocabulary or (choice.atoms | set(choice.groups)) - choice.vocabulary or set(choice.atoms)
+    def _suspects(self, split: Split, module: str | None) -> set[Any]:
+        """Classes whose weights lie in the module that fails and in those at its place in other layers, or in the
+        smallest module around it that has some; all that are no vocabulary where no module is known."""
+        choice = split.flows.choice
+        while module:
+            found, scope = set[Any](), f"{with_stars(module)}."
+            for node, name in self.inference.params.items():
+                if with_stars(name).startswith(scope):
+                    found |= split.finder.atoms_of({node})
+            if found:
+                return found - choice.vocabulary or found
+            module = module.rpartition(".")[0]
+        return (choice.atoms | set(choice.groups)) - choice.vocabulary or set(choice.atoms)
 
     def _emit(self, split: Split, stream: Stream | None, known: Attributes | None) -> tuple[Derivation, Attributes]:
         emission = self._emission(self.model, self.traced, split, stream)

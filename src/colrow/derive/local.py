@@ -21,11 +21,13 @@ from torch.fx import Node
 from colrow.derive.axes import find, leaves, size_of
 from colrow.derive.choice import Choice
 from colrow.derive.emit_modules import Emission
+from colrow.derive.failure import Misfit, TraceError, does_not_fit
 from colrow.derive.flow import Flows
 from colrow.derive.infer import facts_of, op_name, shape_of
 from colrow.derive.reads import record_reads
 from colrow.derive.sequence import Stream
 from colrow.derive.trace import (
+    Label,
     Rescale,
     Trace,
     is_boundary,
@@ -110,28 +112,35 @@ class LocalCheck:
 
     # ------------------------------------------------------------------ comparing
 
-    def mismatch(self, attributes: Attributes) -> str | None:
+    def mismatch(self, attributes: Attributes) -> Misfit | None:
         """Why a rank's trace is not the global one with local extents; None when it is."""
+        model = self.local_model(attributes)
         try:
-            local = trace(self.local_model(attributes), self.inputs, self.rescale())
-        except PlanError as error:
-            return f"the trace on local shapes fails: {error}"
+            local = trace(model, self.inputs, self.rescale())
+        except TraceError as error:
+            return does_not_fit(model, error.__cause__ or error)
         ours = [n for n in self.traced.nodes if _computes(n)]
         theirs = [n for n in local.nodes if _computes(n)]
         for mine, its in zip(ours, theirs, strict=False):
             where = self.flows.path[mine] or "the model"
-            if _same_view(mine) != _same_view(its):
-                return f"{where} runs {op_name(its)} on a rank where the unsharded model runs {op_name(mine)}"
-            extents = self.local_extents(mine)
-            value = its.meta.get("val")
-            if extents is not None and isinstance(value, Tensor) and list(value.shape) != extents:
-                return f"{op_name(mine)} in {where} gives {list(value.shape)} on a rank, not {extents}"
-            if extents is not None and extents != shape_of(mine) and self._same_on_all(mine, its):
-                return f"{op_name(mine)} in {where} {ALIKE}"
-            if _numbers(mine) != _numbers(its):
-                return f"{op_name(mine)} in {where} computes with {_numbers(its)} on a rank, not {_numbers(mine)}"
+            why = self._difference(mine, its, where)
+            if why is not None:
+                return Misfit(why, self.flows.path[mine])
         if len(ours) != len(theirs):
-            return f"a rank runs {len(theirs)} operations, the unsharded model {len(ours)}"
+            return Misfit(f"a rank runs {len(theirs)} operations, the unsharded model {len(ours)}", None)
+        return None
+
+    def _difference(self, mine: Node, its: Node, where: str) -> str | None:
+        if _same_view(mine) != _same_view(its):
+            return f"{where} runs {op_name(its)} on a rank where the unsharded model runs {op_name(mine)}"
+        extents = self.local_extents(mine)
+        value = its.meta.get("val")
+        if extents is not None and isinstance(value, Tensor) and list(value.shape) != extents:
+            return f"{op_name(mine)} in {where} gives {list(value.shape)} on a rank, not {extents}"
+        if extents is not None and extents != shape_of(mine) and self._same_on_all(mine, its):
+            return f"{op_name(mine)} in {where} {ALIKE}"
+        if _numbers(mine) != _numbers(its):
+            return f"{op_name(mine)} in {where} computes with {_numbers(its)} on a rank, not {_numbers(mine)}"
         return None
 
     def _same_on_all(self, mine: Node, its: Node) -> bool:
@@ -147,7 +156,7 @@ class LocalCheck:
         mine_of, its_of = mine.args[0], its.args[0]
         return isinstance(mine_of, Node) and isinstance(its_of, Node) and shape_of(mine_of) == shape_of(its_of)
 
-    def quick(self, attributes: Attributes) -> str | None:
+    def quick(self, attributes: Attributes) -> Misfit | None:
         """The same question at module boundaries only, without export: an error or a wrong extent."""
         if self.runs_fake is False:
             return None
@@ -162,7 +171,9 @@ class LocalCheck:
             self.model, {id(t): t for t in itertools.chain(self.model.parameters(), self.model.buffers())}
         )
 
-    def _quick(self, model: nn.Module, rescale: Rescale | None, expected: dict[Node, list[int] | None]) -> str | None:
+    def _quick(
+        self, model: nn.Module, rescale: Rescale | None, expected: dict[Node, list[int] | None]
+    ) -> Misfit | None:
         model.eval()
         mode = fake_tensor_mode(allow_non_fake_inputs=True)
         inputs = Inputs.of(self.inputs).map(mode.from_tensor)
@@ -170,14 +181,16 @@ class LocalCheck:
             with quiet_fake_tensors(), markers(model, rescale) as calls, torch.no_grad(), mode:
                 call_model(model, inputs)
         except Exception as error:
-            return f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+            return does_not_fit(model, error)
         wanted: dict[str, list[list[int] | None]] = {}
         for node in expected:
             wanted.setdefault(str(label_of(node)), []).append(self._before(node))
         for label, shape in calls.shapes:
             extents = wanted[label].pop(0) if wanted.get(label) else None
             if extents is not None and list(shape) != extents:
-                return f"{label} is {list(shape)}, not {extents}"
+                at = Label.parse(label)
+                what = "input" if at.direction == "in" else "output"
+                return Misfit(f"{at.module} has an {what} of {list(shape)} on a rank, not {extents}", at.module)
         return None
 
     def _before(self, node: Node) -> list[int] | None:
@@ -196,16 +209,16 @@ class LocalCheck:
         """The smallest set of integer attributes that makes a rank's trace right; only `known` is tried if given.
 
         Raises:
-            PlanError: no set does; the text is what is wrong without any.
+            TraceError: no set does; the text is what is wrong without any.
         """
         if known is not None:
             why = self.quick(known) or self.mismatch(known)
             if why is not None:
-                raise PlanError(why)
+                raise TraceError(why.why, why.module)
             return known
         candidates: dict[tuple[str, str], dict[str, Any]] | None = None
         groups: list[tuple[str, str]] = []
-        first: str | None = None
+        first: Misfit | None = None
         size = 0
         while size <= min(len(groups), 4):
             for chosen in itertools.combinations(groups, size):
@@ -217,13 +230,13 @@ class LocalCheck:
                 why = self.quick(attributes) or self.mismatch(attributes)
                 if why is None:
                     return attributes
-                telling = why.startswith("in|") or ALIKE in why
+                telling = " has an input of " in why.why or ALIKE in why.why
                 first = why if first is None or (candidates is not None and telling) else first
             if candidates is None:
                 candidates = self.candidates()
                 groups = sorted(candidates, key=lambda key: (not LIKELY.search(key[1]), key))
             size += 1
-        raise PlanError(first or "nothing to compare")
+        raise TraceError(first.why, first.module) if first else PlanError("nothing to compare")
 
     def candidates(self) -> dict[tuple[str, str], dict[str, Any]]:
         """Attributes that a block's forward reads and that hold a size of which a rank has less:

@@ -8,6 +8,7 @@ graph is, and the trace on local shapes (see local.py) changes extents there as 
 from __future__ import annotations
 
 import contextlib
+import io
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from colrow.derive.failure import cannot_trace
 from colrow.derive.outside import watching_reads
 from colrow.dryrun.calls import Inputs, call_model, example_inputs
 from colrow.errors import PlanError
@@ -158,7 +160,8 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...], rescale: Rescale | None 
     """Export `model` in evaluation mode; it is left as it was.
 
     Raises:
-        PlanError: torch.export cannot trace the model; the text says why.
+        TraceError: torch.export cannot trace the model; the text names the module and says why, and the error is
+            raised from torch's.
     """
     inputs = Inputs.of(inputs)
     wrapper = _Called(model, inputs.names)
@@ -170,14 +173,12 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...], rescale: Rescale | None 
             markers(model, rescale) as calls,
             watching_reads(model) as outside,
             warnings.catch_warnings(),
+            contextlib.redirect_stderr(io.StringIO()),  # where export fails it prints the graph so far
         ):
             warnings.simplefilter("ignore")
             program = torch.export.export(wrapper, tuple(inputs), strict=False).run_decompositions({})
     except Exception as error:
-        first = str(error).strip().splitlines() or [""]
-        raise PlanError(
-            f"torch.export cannot trace {type(model).__name__}: {type(error).__name__}: {first[0][:200]}"
-        ) from error
+        raise cannot_trace(model, error) from error
     finally:
         for module, mode in training.items():
             module.training = mode

@@ -17,14 +17,17 @@ from colrow.torch_compat.names import private
 
 @contextmanager
 def quiet_fake_tensors() -> Iterator[None]:
-    """Within, an operation that fails on fake tensors is not logged: callers take the failure as a result."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    """Within, an operation that fails on fake tensors, or in an export, is not logged: callers take the failure as a
+    result."""
+    names = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
+    levels = [(logger, logger.level) for logger in map(logging.getLogger, names)]
+    for logger, _ in levels:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels:
+            logger.setLevel(level)
 
 
 def fake_tensor_mode(**options: Any) -> Any:

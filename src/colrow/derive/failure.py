@@ -1,0 +1,109 @@
+"""Where a model's code fails when it is traced, and why, in words that name a module."""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from colrow.errors import PlanError
+
+HERE, TORCH = Path(__file__).parents[1], Path(torch.__file__).parent
+ADVICE = "write the plan by hand, or take a variant of the model whose sizes and branches do not depend on the data"
+
+
+class TraceError(PlanError):
+    """Code of a module cannot be traced; `module` is its name, '' for the model itself, None where it is unknown."""
+
+    def __init__(self, message: str, module: str | None = None) -> None:
+        super().__init__(message)
+        self.module = module
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """How a rank's trace differs from the unsharded one, and the module where it does; None where no module is
+    known."""
+
+    why: str
+    module: str | None
+
+
+@dataclass(frozen=True)
+class Place:
+    """The innermost module that ran when an error was raised, and the line of the model's code."""
+
+    module: str
+    class_name: str
+    line: str
+
+    @classmethod
+    def of(cls, model: nn.Module, error: BaseException) -> Place:
+        names = {id(module): name for name, module in reversed(list(model.named_modules()))}
+        found, line = "", ""
+        for frame, number in _frames(error):
+            found = names.get(id(frame.f_locals.get("self")), found)
+            path = Path(frame.f_code.co_filename)
+            if HERE not in path.parents and TORCH not in path.parents and path.is_file():
+                line = f"{path.name}:{number}"
+        return cls.at(model, found, line)
+
+    @classmethod
+    def at(cls, model: nn.Module, module: str, line: str = "") -> Place:
+        return cls(module, type(model.get_submodule(module)).__name__, line)
+
+    def __str__(self) -> str:
+        return f"{self.module} ({self.class_name})" if self.module else self.class_name
+
+
+def _frames(error: BaseException) -> list[tuple[FrameType, int]]:
+    """Frames of an error and their lines, the outermost first; export raises some errors again as others, whose own
+    frames end above the model's."""
+    chain: list[BaseException] = []
+    at: BaseException | None = error
+    while at is not None and at not in chain:
+        chain.append(at)
+        at = at.__cause__ or at.__context__
+    return [frame for each in chain for frame in traceback.walk_tb(each.__traceback__)]
+
+
+def cannot_trace(model: nn.Module, error: Exception) -> TraceError:
+    """torch.export's failure on `model`, in one line."""
+    place = Place.of(model, error)
+    at = f" at {place.line}" if place.line else ""
+    if isinstance(error, PlanError):
+        cause = f"{place}: {error}"
+    elif (by_values := _depends_on_values(error)) is not None:
+        cause = f"{place} {by_values}{at}: {ADVICE}"
+    else:
+        text = (str(error).strip().splitlines() or [""])[0][:160]
+        cause = f"{place} fails{at} ({type(error).__name__}: {text}): {ADVICE}"
+    return TraceError(f"torch.export cannot trace {type(model).__name__}: {cause}", place.module)
+
+
+def does_not_fit(model: nn.Module, error: BaseException) -> Misfit:
+    """What fails on a rank's shapes and not on the unsharded ones."""
+    place = Place.of(model, error)
+    if isinstance(error, PlanError):
+        return Misfit(f"{place} does not run on a rank's shapes: {error}", place.module)
+    where = f"a size at {place.line} does not fit them" if place.line else "a size in its code does not fit them"
+    return Misfit(f"{place} does not run on a rank's shapes: {where}", place.module)
+
+
+def has_unknown_size(node: Node) -> bool:
+    """Whether the node makes a tensor of which some extent is known only when the data is."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and not all(isinstance(extent, int) for extent in value.shape)
+
+
+def _depends_on_values(error: Exception) -> str | None:
+    text = f"{type(error).__name__}: {error}".lower()
+    if not any(word in text for word in ("data-dependent", "datadependent", "dynamicoutputshape")):
+        return None
+    sizes = ("integer", "dynamicoutputshape", "nonzero", "unique")
+    return f"{'has sizes that depend' if any(w in text for w in sizes) else 'branches'} on the data"

@@ -1,0 +1,164 @@
+"""One module whose code cannot be traced, or not on a rank's shapes, is left unsharded: the others are split."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from colrow.derive import derivation
+from colrow.derive.derivation import derive
+from colrow.derive.failure import ADVICE, TraceError
+from colrow.verifying.verify import parity
+
+TOLERANCE = 1e-9
+D, HEADS = 32, 4
+IDS = torch.randint(0, 96, (2, 10), generator=torch.Generator().manual_seed(0))
+
+
+class MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+class ByWidth(nn.Module):
+    """Heads of C // heads features with C read from the input, the full width in the last view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.heads, self.width = nn.Linear(D, 3 * D), nn.Linear(D, D), HEADS, D
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (
+            y.view(B, T, self.heads, C // self.heads).transpose(1, 2) for y in self.qkv(x).split(self.width, dim=2)
+        )
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).contiguous().view(B, T, C))
+
+
+class Separate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(D, D, bias=False) for _ in range(4))
+
+    def heads(self, x: Tensor) -> list[Tensor]:
+        B, T, _ = x.shape
+        return [linear(x).view(B, T, HEADS, -1).transpose(1, 2) for linear in (self.q, self.k, self.v)]
+
+
+class MinusOneLast(Separate):
+    """The -1 takes up the split: heads of half the features, which the rotary table does not fit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("angle", torch.arange(64)[:, None] * torch.exp(-torch.arange(D // HEADS // 2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        sin, cos = self.angle[: x.shape[1]].sin(), self.angle[: x.shape[1]].cos()
+
+        def turn(t: Tensor) -> Tensor:
+            a, b = t.chunk(2, -1)
+            return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+        q, k, v = self.heads(x)
+        y = F.scaled_dot_product_attention(turn(q), turn(k), v, is_causal=True)
+        return self.out(y.transpose(1, 2).reshape(x.shape))
+
+
+class ByHand(Separate):
+    """Scores by matmul with a table for positions, a mask, and the full width in the last view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Embedding(64, HEADS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        places = torch.arange(x.shape[1], device=x.device)
+        bias = self.positions((places[:, None] - places).abs()).permute(2, 0, 1)
+        scores = q @ k.transpose(-1, -2) / (D // HEADS) ** 0.5 + bias
+        scores = scores.masked_fill(places[:, None] < places, float("-inf")).softmax(-1)
+        return self.out((scores @ v).transpose(1, 2).reshape(*x.shape[:2], D))
+
+
+class Block(nn.Module):
+    def __init__(self, attention: type[nn.Module]) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.mlp = nn.LayerNorm(D), attention(), nn.LayerNorm(D), MLP()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Language(nn.Module):
+    def __init__(self, attention: type[nn.Module]) -> None:
+        super().__init__()
+        self.embed, self.blocks = nn.Embedding(96, D), nn.ModuleList(Block(attention) for _ in range(2))
+        self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, 96, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+MLPS = {f"blocks.{i}.mlp.{name}" for i in (0, 1) for name in ("up.weight", "up.bias", "down.weight")}
+
+
+@pytest.mark.parametrize("attention", [ByWidth, MinusOneLast, ByHand])
+def test_attention_that_fails_on_a_rank_leaves_mlps_and_vocabulary_split(attention: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = Language(attention).double()
+    found = derive(model, 2, inputs=(IDS,))
+    assert set(found.sharded) >= MLPS | {"embed.weight", "head.weight"}
+    for name, why in found.replicated.items():
+        if ".attn." in name and "positions" not in name and "bias" not in name:
+            assert f"blocks.0.attn ({attention.__name__}) does not run on a rank's shapes" in why, name
+            assert "test_failing_modules.py:" in why
+            assert not any(raw in why for raw in ("Error", "unpack", "invalid for input"))
+    assert parity(model, found.plan(), 2, (IDS,)).worst < TOLERANCE
+
+
+def test_without_the_module_every_class_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    suspects = derivation._Derive._suspects
+    monkeypatch.setattr(derivation._Derive, "_suspects", lambda self, split, module: suspects(self, split, None))
+    found = derive(Language(ByWidth), 2, inputs=(IDS,))
+    assert set(found.sharded) == {"embed.weight", "head.weight"}
+
+
+class Asks(nn.Module):
+    """A branch on the values of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = MLP()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.mlp(x)
+        return y if not (x > 9).any() else y.masked_fill(x > 9, 0.0)
+
+
+def test_what_cannot_be_traced_is_named_in_one_line(capfd: pytest.CaptureFixture[str], caplog: Any) -> None:
+    with caplog.at_level(logging.WARNING), pytest.raises(TraceError) as raised:
+        derive(Language(Asks), 2, inputs=(IDS,))
+    text = str(raised.value)
+    assert "blocks.0.attn (Asks) branches on the data at test_failing_modules.py:" in text
+    assert text.endswith(ADVICE)
+    assert "\n" not in text
+    assert "GuardOn" not in text
+    assert raised.value.module == "blocks.0.attn"
+    assert capfd.readouterr().err == ""
+    assert not caplog.records
+    assert str(pickle.loads(pickle.dumps(raised.value))) == text
