@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 from colrow.errors import ColrowError
 
 _MOST_BYTES = 16 << 20
+_MOST_BRACKETS = 100
 _MOST_NODES = 1_000_000
 """Of the tree after aliases are expanded: the plan of a model with 100,000 modules has 600,000."""
 
@@ -40,6 +42,8 @@ def read_yaml(text: str, source: str, error: type[ColrowError]) -> Any:
     Raises:
         error: it is not YAML, a key stands twice, a number is not finite, or it is nested or repeated without bounds.
     """
+    if _bracket_depth(text) > _MOST_BRACKETS:  # PyYAML needs more than a second to run out of stack
+        raise error(f"{source} is nested too deeply: write it flat")
     try:
         loader = _Loader(text)
         try:
@@ -56,6 +60,15 @@ def read_yaml(text: str, source: str, error: type[ColrowError]) -> Any:
         raise error(f"{source}: {reason}") from reason
     except (yaml.YAMLError, ValueError, TypeError) as reason:  # ValueError: a date such as 2026-02-31
         raise error(f"{source} is not YAML: {_one_line(reason)}") from reason
+
+
+def _bracket_depth(text: str) -> int:
+    """The most brackets open at once; those in quotes count too, so the limit is far above what people write."""
+    depth = deepest = 0
+    for found in re.finditer(r"[\[\]{}]", text):
+        depth = depth + 1 if found[0] in "[{" else max(depth - 1, 0)
+        deepest = max(deepest, depth)
+    return deepest
 
 
 class _Refused(Exception):
