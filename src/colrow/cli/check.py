@@ -11,8 +11,9 @@ from rich.console import Console
 
 from colrow.checking.check import Finding, check
 from colrow.cli.flags import PlanFlags, default_seq_len, parse
-from colrow.cli.text import wrapped
+from colrow.cli.text import show_share, wrapped
 from colrow.mesh import Mesh
+from colrow.plans.split_share import SplitShare
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ def main(argv: list[str]) -> int:
         print()
     else:
         show(findings, f"plan {plan.name} for {flags.model} at tp={flags.tp}", Console(highlight=False))
+        if not any(finding.severity == "error" for finding in findings):
+            show_share(SplitShare.of(model, plan, flags.tp), Console(highlight=False))
     return 0 if ok else 1
 
 

@@ -15,10 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from colrow.cli.flags import PlanFlags, default_seq_len, parse
+from colrow.cli.text import show_share
 from colrow.dryrun.picture import in_units, write_page
 from colrow.dryrun.report import ParameterRow, PlanReport, report
 from colrow.dryrun.result import Collective, Output
 from colrow.plans.patterns import with_stars
+from colrow.plans.split_share import SplitShare
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,14 @@ def main(argv: list[str]) -> int:
         json.dump(shown.to_data(), sys.stdout, indent=1)
         print()
         return 0
-    show(shown, Console(highlight=False))
+    show(shown, SplitShare.of(model, plan, flags.tp), Console(highlight=False))
     for what, path in (("plan", flags.output), ("page", flags.html)):
         if path is not None:
             print(f"{what} written to {path}")
     return 0
 
 
-def show(shown: PlanReport, console: Console) -> None:
+def show(shown: PlanReport, share: SplitShare, console: Console) -> None:
     """The report for a terminal."""
     console.print(
         f"plan [bold]{shown.plan.name}[/] at tp={shown.tp}, loss {shown.plan.loss}, "
@@ -67,6 +69,7 @@ def show(shown: PlanReport, console: Console) -> None:
     console.print(_parameters(shown.parameters))
     total, local = sum(r.bytes for r in shown.parameters), sum(r.local_bytes for r in shown.parameters)
     console.print(f"parameters: {in_units(total)} in total, {in_units(local)} on each rank")
+    show_share(share, console)
     if shown.path:
         console.print(f"\none block, {shown.block} (× {shown.blocks}); ▼ forward, ▲ backward")
         for line in _drawing(shown):

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import textwrap
 
+from rich.console import Console
+
+from colrow.plans.split_share import SplitShare
+
 
 def wrapped(line: str, width: int, indent: int = 2) -> str:
     """`line` broken between words at `width` columns; what follows is indented. A name or path is never broken."""
@@ -15,3 +19,11 @@ def wrapped(line: str, width: int, indent: int = 2) -> str:
         break_long_words=False,
         break_on_hyphens=False,
     )
+
+
+def show_share(share: SplitShare, console: Console) -> None:
+    """How much a plan splits, and the largest reasons for the rest."""
+    style = "bold yellow" if share.is_small else None
+    console.print(("warning: " if share.is_small else "") + share.summary(), style=style, markup=False, soft_wrap=True)
+    for line in share.reasons():
+        console.print(wrapped(f"  {line}", console.width), markup=False, soft_wrap=True)

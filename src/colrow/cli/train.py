@@ -110,6 +110,8 @@ def _start(argv: list[str]) -> int:
         print(f"changed    {line}")
     for line in preflight.check_plan(config, checked.source, checked.plan):
         print(f"warning    {line}")
+    for line in preflight.split_lines(config, checked):
+        print(line)
     data = prepare(config.data, checked.source.vocab_size, progress=True)
     preflight.check_checkpoint(checked, data.tokenizer)
     ranks = config.mesh.world_size

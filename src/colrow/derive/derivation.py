@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -30,12 +31,15 @@ from colrow.errors import PlanError
 from colrow.ops.carriers import Overlap
 from colrow.plans.derive_options import DeriveOptions
 from colrow.plans.patterns import with_stars
+from colrow.plans.split_share import USEFUL
 from colrow.styles.fast.head import FastHead
 from colrow.styles.linear import Colwise
 
 if TYPE_CHECKING:
     from colrow.derive.judged import Objection
     from colrow.plans.plan import Plan
+
+_log = logging.getLogger("colrow")
 
 
 @dataclass
@@ -71,6 +75,12 @@ class Derivation:
         from colrow.plans.plan import Plan
 
         return Plan(modules=self.modules, loss=self.loss, name=name, notes=self.refused | self.replicated)  # type: ignore[arg-type]
+
+    def warn_of_small_share(self, name: str) -> None:
+        """Log a warning where most of the model is left unsharded: such a plan saves little."""
+        if self.tp > 1 and self.share < USEFUL:
+            why = "; ".join(self.notes[:3]) or "the plan's notes say why"
+            _log.warning("a derived plan splits only %.0f%% of %s over tp=%d: %s", 100 * self.share, name, self.tp, why)
 
 
 def derive(
@@ -303,6 +313,7 @@ class _Derive:
                     reasons.append(f"dim {k} ({size}): not divisible by {self.tp}")
                 else:
                     reasons.append(f"dim {k} ({size}): its class was not chosen")
+        reasons.sort(key=lambda why: why.partition(": ")[2] not in self.notes)  # what was given up says most
         text = "; ".join(dict.fromkeys(reasons)) or "a single element"
         return text + ("; gradient summed over tp" if summed else "")
 

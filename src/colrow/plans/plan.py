@@ -66,7 +66,8 @@ class Plan:
     def derive(cls, model: nn.Module, tp: int, *, styles: Styles | None = None, **options: Any) -> Plan:
         """The plan that the model's own graph gives, checked, and verified where the check leaves something unproven.
 
-        What is wrong is left unsharded, and stands in the plan's notes with the reason. For the options see
+        What is wrong is left unsharded, and stands in the plan's notes with the reason. Where less than 60% of the
+        parameters are split, the logger `colrow` warns of it. For the options see
         `derive.derivation.derive`.
 
         Args:
@@ -81,7 +82,9 @@ class Plan:
 
         if styles is not None:
             options["options"] = replace(options.get("options") or DeriveOptions(), styles=styles)
-        return derive_judged(model, tp, **options).plan()
+        found = derive_judged(model, tp, **options)
+        found.warn_of_small_share(type(model).__name__)
+        return found.plan()
 
     @classmethod
     def from_huggingface(cls, model: nn.Module) -> Plan:

@@ -28,6 +28,7 @@ from colrow.parallel.pipeline_split import check_pipeline, fit_micro_batch, requ
 from colrow.plans.named import named_plan
 from colrow.plans.plan import Plan
 from colrow.plans.presets import PRESETS
+from colrow.plans.split_share import SplitShare
 from colrow.run.decision import decide, errors_found
 from colrow.run.kept_proof import KeptProof, dependencies
 from colrow.run.run_folder import CHECKPOINTS, changed_keys
@@ -141,6 +142,16 @@ def check_plan(config: RunConfig, source: Source, plan: Plan, meanwhile: str = "
     if not decision.accepted:
         raise PlanError(decision.refusal)
     return [f"{f.code} {f.slug} at {f.where}: {f.message}; {f.fix} ({f.page})" for f in decision.findings]
+
+
+def split_lines(config: RunConfig, checked: Checked) -> list[str]:
+    """What is printed of how much the plan splits: a warning, with the largest reasons, where that is little."""
+    if config.mesh.tp == 1:
+        return []
+    share = SplitShare.of(checked.source.model, checked.plan, config.mesh.tp)
+    if not share.is_small:
+        return [f"split      {share.summary()}"]
+    return [f"warning    {share.summary()}", *(f"           {line}" for line in share.reasons())]
 
 
 def nothing_to_decide(config: RunConfig) -> bool:

@@ -73,6 +73,8 @@ def run_rank(
         if plan is None:  # else the launcher has printed them
             for line in checked.changes:
                 progress.say(f"changed    {line}")
+            for line in preflight.split_lines(config, checked):
+                progress.say(line)
         for warning in warnings:
             if warning is not None:
                 progress.say(f"warning    {warning}")

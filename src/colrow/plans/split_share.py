@@ -1,0 +1,72 @@
+"""How much of a model a plan splits, and why not more."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import nn
+
+from colrow.plans.patterns import with_stars
+from colrow.plans.plan import Plan
+
+USEFUL = 0.6
+"""A smaller share is a warning: most of the model takes as much memory and time on each rank as without tp."""
+_DIM = re.compile(r"dim \d+ \(\d+\): ")
+_NUMBER = re.compile(r"\.\d+\b")
+
+
+@dataclass(frozen=True)
+class SplitShare:
+    """The share of a model's parameters that a plan splits over tp, and the reasons for the rest.
+
+    Attributes:
+        split: elements that are split, over all elements.
+        rest: the largest reasons first: the share that is replicated for it, one of its parameters, the reason.
+    """
+
+    tp: int
+    split: float
+    rest: tuple[tuple[float, str, str], ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, plan: Plan, tp: int) -> SplitShare:
+        """Raises PlanError where the plan does not fit the model at this degree."""
+        layouts = plan.parameters(model, tp)
+        total, split = 0, 0
+        by_reason: Counter[str] = Counter()
+        example: dict[str, str] = {}
+        for name, param in model.named_parameters():
+            total += param.numel()
+            if layouts[name].local_shape != tuple(param.shape):
+                split += param.numel()
+                continue
+            reason = _first_reason(plan.notes.get(name) or layouts[name].reason)
+            by_reason[reason] += param.numel()
+            example.setdefault(reason, with_stars(name))
+        rest = tuple((count / max(total, 1), example[why], why) for why, count in by_reason.most_common())
+        return cls(tp, split / max(total, 1), rest)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it is worth a warning."""
+        return self.tp > 1 and self.split < USEFUL
+
+    def summary(self) -> str:
+        """One line: the share."""
+        share = f"{self.split:.0%} of the parameters are split over tp={self.tp}"
+        if not self.is_small:
+            return share
+        if not self.split:
+            return f"{share}: nothing is saved"
+        return f"only {share}: each rank holds and computes the rest as without tp"
+
+    def reasons(self) -> list[str]:
+        """One line for each of the three largest reasons for the rest."""
+        return [f"{part:.0%} replicated, {name} first: {why}" for part, name, why in self.rest[:3] if part >= 0.01]
+
+
+def _first_reason(text: str) -> str:
+    """The reason of the first dimension, alike for all layers."""
+    return _NUMBER.sub(".*", _DIM.sub("", text).split("; ")[0])

@@ -1,0 +1,75 @@
+"""How much of a model a plan splits is said, with the largest reasons for the rest."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from rich.console import Console
+from torch import Tensor, nn
+
+from colrow.cli.text import show_share
+from colrow.plans.plan import Plan
+from colrow.plans.split_share import SplitShare
+
+
+class Layered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(16, 32), "down": nn.Linear(32, 16)}) for _ in (0, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer["down"](layer["up"](x))
+        return x
+
+
+BOTH = {"layers.*.up": "colwise", "layers.*.down": "rowwise"}
+UP = 16 * 32 + 32
+ALL = UP + 32 * 16 + 16
+
+
+def test_the_share_counts_elements_of_parameters() -> None:
+    share = SplitShare.of(Layered(), Plan(modules=BOTH), 2)
+    assert share.split == (ALL - 16) / ALL
+    assert not share.is_small
+    assert share.summary() == "99% of the parameters are split over tp=2"
+
+
+def test_little_is_a_warning_with_one_line_for_all_layers() -> None:
+    notes = {
+        "layers.0.down.weight": "dim 1 (4): layers.0.down (Linear) does not run; dim 0 (16): normalised over",
+        "layers.1.down.weight": "dim 1 (4): layers.0.down (Linear) does not run",
+    }
+    plan = Plan(modules={"layers.*.up": {"style": "colwise", "output": "replicate"}}, notes=notes)
+    share = SplitShare.of(Layered(), plan, 2)
+    assert share.split == UP / ALL
+    assert share.is_small
+    assert share.reasons()[0] == "48% replicated, layers.*.down.weight first: layers.*.down (Linear) does not run"
+    assert sum(part for part, _, _ in share.rest) == pytest.approx(1 - share.split)
+
+
+def test_nothing_never_passes_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
+    share = SplitShare.of(Layered(), Plan(modules={}), 2)
+    assert share.summary() == "0% of the parameters are split over tp=2: nothing is saved"
+    show_share(share, Console(highlight=False, width=80))
+    assert capsys.readouterr().out.startswith("warning: 0% of the parameters")
+    assert not SplitShare.of(Layered(), Plan(modules={}), 1).is_small
+
+
+class Scaled(nn.Module):
+    """Nothing that could be split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.norm(ids[..., None].float().expand(-1, -1, 16))
+
+
+def test_derive_warns_of_it(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "colrow"):
+        assert Plan.derive(Scaled(), 2).modules == {}
+    (record,) = (r for r in caplog.records if r.name == "colrow")
+    assert record.getMessage().startswith("a derived plan splits only 0% of Scaled over tp=2: ")
