@@ -10,7 +10,7 @@ from torch import nn
 
 from colrow.checking.check import check
 from colrow.checking.finding import Finding, finding
-from colrow.derive import judged
+from colrow.derive import derivation, judged
 from colrow.derive.derivation import derive
 from colrow.derive.judged import Objection
 from colrow.derive.trace import Trace, default_inputs, trace
@@ -67,6 +67,21 @@ def test_where_all_fails_nothing_is_split(traced: tuple[nn.Module, Trace]) -> No
     assert derive(model, 2, traced=graph, judge=judge).plan().modules == {}
     with pytest.raises(PlanError, match=r"gets no fast styles.*CR999 at model: no"):
         derive(model, 2, traced=graph, judge=judge, options=DeriveOptions(styles="fast"))
+
+
+def test_many_that_fail_one_after_another_end_in_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = m.Gpt(layers=1), list[int]()
+
+    def judge(plan: Plan) -> Objection | None:
+        bad = sorted(sharded_modules(plan, model))
+        seen.append(len(bad))
+        return Objection(f"CR414 at {bad[0]}: no", (bad[0],)) if bad else None
+
+    monkeypatch.setattr(derivation, "ATTEMPTS", 1)
+    found = derive(model, 2, judge=judge, options=DeriveOptions(sequence_parallel=False))
+    assert found.plan().modules == {}
+    assert len(seen) == 2
+    assert seen[0] > seen[1] > 0
 
 
 def test_a_place_concerns_what_is_in_it_and_what_holds_it() -> None:

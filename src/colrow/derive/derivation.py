@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from colrow.plans.plan import Plan
 
 _log = logging.getLogger("colrow")
+ATTEMPTS = 16
+"""After as many plans that fail, all that is left is given up."""
 
 
 @dataclass
@@ -138,7 +141,7 @@ class _Derive:
         self.inference: AxisInference = infer(traced)
 
     def run(self) -> Derivation:
-        for _ in range(12):
+        for attempt in itertools.count():
             choice = choose(self.inference, self.tp, normalised=self.options.wide_norms)
             if not choice.atoms and not choice.groups:
                 if self.fast:
@@ -147,8 +150,9 @@ class _Derive:
             try:
                 return self._attempt(choice)
             except SplitError as error:
-                self._give_up(choice, error)
-        raise AssertionError("each round gives up at least one class")
+                # each attempt costs a trace: a model where this many modules fail, one after another, stays unsharded
+                self._give_up(choice, error if attempt < ATTEMPTS else SplitError(set(), error.why))
+        raise AssertionError("each attempt gives up at least one class")
 
     def _give_up(self, choice: Choice, error: SplitError) -> None:
         atoms = [a for a in error.atoms if a in choice.atoms or a in choice.groups] or [*choice.atoms, *choice.groups]
