@@ -71,7 +71,7 @@ def truth(case: Judged, ids: Tensor, mesh: DeviceMesh) -> Truth:
     scale = max([g.abs().max().item() for g in want.values()] or [1.0])
     for name, param in parallel.named_parameters():
         got = None if param.grad is None else colrow.full_tensor(param.grad)
-        errors[name] = _error(got, want.get(name), 1e-6 * scale)
+        errors[name] = _error(got, want.get(name), max(1e-6 * scale, 1e-300))
     for name, buffer in parallel.named_buffers():
         errors[name] = _error(buffer, buffers.get(name), 1e-300)
     worst = max(errors, key=lambda name: errors[name])
