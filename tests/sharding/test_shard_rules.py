@@ -239,6 +239,14 @@ PROVEN: dict[str, tuple[Any, ...]] = {
         ([1, 4, 8, 2, True, True, True],),
         [S0, PARTIAL, PARTIAL],
     ),
+    "gate and values": (aten.glu.default, (x(3, 16), 1), [sharded(1, (8, 8))], None, [S1]),
+    "gradient of gate and values": (
+        aten.glu_backward.default,
+        (x(3, 8), x(3, 16), 1),
+        [S1, sharded(1, (8, 8))],
+        None,
+        [sharded(1, (8, 8))],
+    ),
     # rows one by one
     "slices renormed": (aten.renorm.default, (x(3, 4), 2, 1, 0.5), [S1], None, [S1]),
     "rows searched": (aten.searchsorted.Tensor, (x(4, 5).sort().values, x(4, 3)), [S0, S0], None, [S0]),
@@ -485,6 +493,7 @@ def test_a_rule_holds_for_numbers(name: str, mesh: DeviceMesh) -> None:
 
 
 REFUSED: dict[str, tuple[Any, ...]] = {
+    "gate and values as one": (aten.glu.default, (x(3, 16), 1), [S1], None),
     "any over the shards": (aten.any.dim, (x(3, 8) > 0.5, 1), [S1], None),
     "pooled over edges": (aten.avg_pool2d.default, (x(2, 4, 8, 8), [3, 3], [1, 1], [1, 1]), [S2], None),
     "channels in groups": (

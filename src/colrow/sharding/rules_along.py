@@ -188,6 +188,20 @@ def needed(call: LocalCall, layouts: list[Layout]) -> list[Layout]:
 # -- more
 
 
+def glu(call: LocalCall) -> list[Layout] | None:
+    """Of a gate and its values in one dim, where each half is sharded alike; else along another dim."""
+    backward = call.name == "glu_backward"
+    layout, there = call.tensors[backward]
+    half = len(layout.segments) // 2
+    first = layout.segments[:half]
+    of_half = sharded(layout.dim, first)
+    if layout.dim != call.argument("dim")[0] % len(there.shape) or layout.repeated:
+        return along(call)
+    if not first or first != layout.segments[half:] or (backward and call.tensors[0][0] != of_half):
+        return None
+    return [layout if backward else of_half]
+
+
 def renorm(call: LocalCall) -> list[Layout] | None:
     """Every slice along its dim is scaled by its own norm."""
     layout, there = call.tensors[0]
