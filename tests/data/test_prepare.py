@@ -193,6 +193,7 @@ if __name__ == "__main__":
     shards._CHUNK_CHARS = 3000
     section = SimpleNamespace(
         corpus=sys.argv[1], cache=Path(sys.argv[2]), seq_len=32, validation_fraction=0.2, text_key="text",
+        special_tokens="text",
         workers=WORKERS, tokenizer=SimpleNamespace(path=None, vocab_size=None))
     data = room.prepare(section, 300, True)
     print("built" if data.built else "found", data.counts.digests)
