@@ -58,6 +58,7 @@ def test_sequence_shards_are_given_up_first(traced: tuple[nn.Module, Trace]) -> 
     assert "no sequence shards: CR414 at blocks.0: tokens meet" in found.notes
 
 
+@pytest.mark.exhaustive
 def test_where_all_fails_nothing_is_split(traced: tuple[nn.Module, Trace]) -> None:
     model, graph = traced
 
@@ -69,6 +70,7 @@ def test_where_all_fails_nothing_is_split(traced: tuple[nn.Module, Trace]) -> No
         derive(model, 2, traced=graph, judge=judge, options=DeriveOptions(styles="fast"))
 
 
+@pytest.mark.exhaustive
 def test_many_that_fail_one_after_another_end_in_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = m.Gpt(layers=1), list[int]()
 

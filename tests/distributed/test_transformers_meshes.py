@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from colrow.config import RunConfig
+from colrow.derive.derivation import derive
 from colrow.derive.trace import default_inputs, trace
 from colrow.mesh import Mesh, MeshAxes
-from colrow.plans.plan import Plan
 from helpers.families import transformers_model
 from helpers.harness import Ranks
 from helpers.parity import relative
@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         inputs = default_inputs(model, 4)
         traced = trace(model, inputs)
         for tp in {mesh.tp for mesh in MESHES.values()}:  # here, once: a rank would take seconds for each
-            Plan.derive(model, tp, inputs=inputs, traced=traced).save(folder / f"{name}-tp{tp}.yaml")
+            derive(model, tp, inputs=inputs, traced=traced).plan().save(folder / f"{name}-tp{tp}.yaml")
     return folder
 
 

@@ -97,6 +97,15 @@ def _answer(connection: socket.socket) -> NoReturn:
     os.environ.update(environment)
     sys.executable = f"{path}/python"
     tempfile.tempdir = None  # TMPDIR may have changed
+    this, exit_now = os.getpid(), os._exit
+
+    def exit_with(status: int) -> NoReturn:
+        if os.getpid() == this:  # not of a process that this one has forked
+            stream.write(f"{status}\n")
+            stream.flush()
+        exit_now(status)
+
+    os._exit = exit_with
     status = 1
     try:
         _run(name, args)
@@ -111,8 +120,6 @@ def _answer(connection: socket.socket) -> NoReturn:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    stream.write(f"{status}\n")
-    stream.flush()
     os._exit(status)
 
 

@@ -31,6 +31,7 @@ def undisturbed(folder: Path, request: pytest.FixtureRequest) -> list[Record]:
     return figures(folder / "undisturbed")
 
 
+@pytest.mark.exhaustive
 def test_two_agents_bring_a_killed_worker_back_without_a_gap_or_a_repeated_step(
     folder: Path, undisturbed: list[Record], commands: Commands
 ) -> None:

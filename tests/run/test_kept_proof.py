@@ -157,6 +157,7 @@ def test_the_model_itself_counts_whatever_file_its_sizes_come_from(folder: Path)
     assert not KeptProof(folder / "run", lambda: before | {"colrow": "another"}).find(print)
 
 
+@pytest.mark.exhaustive
 def test_the_first_rank_proves_in_a_child_and_finds_the_proof_again(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

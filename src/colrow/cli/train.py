@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     if argv[0].startswith("-"):
         raise ConfigError(f"the config file comes first: colrow train CONFIG.yaml {' '.join(argv)}")
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return _rank(argv)
+        _rank(argv)
     try:
         return _start(argv)
     except KeyboardInterrupt:  # before the ranks were started: the data that is prepared stays in the cache
@@ -123,7 +123,7 @@ def _start(argv: list[str]) -> int:
     return ended.status
 
 
-def _rank(argv: list[str]) -> int:
+def _rank(argv: list[str]) -> NoReturn:
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     with reporting_errors(Path(error_file) if error_file else None):
         import torch
@@ -144,7 +144,10 @@ def _rank(argv: list[str]) -> int:
             plan = read_plan(config.run.dir, digest) if digest else None
             command = shlex.join(["colrow", "train", *argv])
             run_rank(config, info, command, lambda: stop.requested, plan)
-    return 0
+    # A thread of torch that still runs at the interpreter's end can abort the process, after all is saved and said.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def rank_info() -> RankInfo:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,5 +106,5 @@ def _depends_on_values(error: Exception) -> str | None:
     text = f"{type(error).__name__}: {error}".lower()
     if not any(word in text for word in ("data-dependent", "datadependent", "dynamicoutputshape")):
         return None
-    sizes = ("integer", "dynamicoutputshape", "nonzero", "unique")
-    return f"{'has sizes that depend' if any(w in text for w in sizes) else 'branches'} on the data"
+    sizes = re.search("integer|dynamicoutputshape|nonzero|unique", text)
+    return f"{'has sizes that depend' if sizes else 'branches'} on the data"
