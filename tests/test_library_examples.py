@@ -119,6 +119,7 @@ def test_accelerate(ranks: Ranks) -> None:
         assert losses == pytest.approx(want, rel=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_the_trainer_of_transformers(ranks: Ranks, tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="the Trainer needs accelerate: pip install accelerate")
     example = load("trainer")

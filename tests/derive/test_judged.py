@@ -49,6 +49,7 @@ def test_the_classes_of_the_modules_at_fault_are_given_up(traced: tuple[nn.Modul
     assert "nobody knows" in found.replicated["blocks.0.mlp.up.weight"]
 
 
+@pytest.mark.exhaustive
 def test_sequence_shards_are_given_up_first(traced: tuple[nn.Module, Trace]) -> None:
     model, graph = traced
     objection = Objection("CR414 at blocks.0: tokens meet", ("blocks.0",))

@@ -17,6 +17,7 @@ from colrow.verifying.report import Report
 from helpers import broken_models as m
 from helpers.broken_plans import gpt_plan, llama, preset
 from helpers.unproven_plans import FeatureMLP
+from helpers.variants import params
 
 
 def decided(model: nn.Module, plan: Plan, tp: int = 2, **options: Any) -> Decision:
@@ -41,7 +42,7 @@ def test_a_users_model_starts_when_its_plan_is_proved() -> None:
     assert said[1].startswith("proved: loss and 12 gradients are those of one process (")
 
 
-@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("check", params([True, False], lambda check: check))
 def test_a_wrong_plan_is_refused_with_the_check_or_without(check: bool) -> None:
     seen = decided(gpt(normalised), gpt_plan(), stop_on_errors=check, name="mine:build")
     assert not seen.accepted
@@ -60,7 +61,7 @@ class Fails:
         raise AssertionError("verified")
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-fast"])
+@pytest.mark.parametrize("name", params(["llama", "llama-fast"], lambda name: name == "llama-fast"))
 def test_the_projects_own_models_do_not_pay_for_a_proof(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decision, "prove", Fails())
     assert decided(llama(), Plan.preset(name)).accepted
