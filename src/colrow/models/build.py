@@ -116,7 +116,7 @@ def resolve_implementation(section: ModelSection) -> ModelSection:
             read_config(section.huggingface)
         except UnsupportedModelError:
             implementation = "transformers"
-        if section.trust_code and _own_code(Path(section.huggingface)):
+        if section.trust_code and _own_code(_config_tree(Path(section.huggingface))):
             implementation = "transformers"
     return section.model_copy(update={"implementation": implementation})
 
@@ -131,14 +131,19 @@ def _from_huggingface(section: ModelSection, path: Path) -> Source:
     return Source(_on_meta(config), str(path), config, "folder", folder)
 
 
-def _own_code(path: Path) -> str | None:
-    """The file of Python code that config.json names for the model's class or its config's."""
+def _config_tree(path: Path) -> dict[str, Any]:
+    """What config.json holds; nothing where it cannot be read, which is reported where the config is."""
     file = path / "config.json" if path.is_dir() else path
     try:
         tree = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
-        return None  # reported where the config is read
-    named = tree.get("auto_map") if isinstance(tree, dict) else None
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def _own_code(tree: dict[str, Any]) -> str | None:
+    """The file of Python code that a config.json names for the model's class or its config's."""
+    named = tree.get("auto_map")
     if not isinstance(named, dict) or not named:
         return None
     return str(named.get("AutoModelForCausalLM") or next(iter(named.values())))
@@ -157,8 +162,9 @@ def _of_transformers(path: Path, trust_code: bool) -> nn.Module:
         ) from error
     if path.is_dir() and not (path / "config.json").exists():
         raise ConfigError(f"{path} holds no config.json: give a Hugging Face folder")
-    code = _own_code(path)
-    if code is not None and not trust_code and _model_type(path) not in CONFIG_MAPPING:
+    tree = _config_tree(path)
+    code = _own_code(tree)
+    if code is not None and not trust_code and tree.get("model_type") not in CONFIG_MAPPING:
         raise ConfigError(
             f"the model in {path} is built by Python code of that folder ({code}), which runs only when asked for: "
             "read it, then set model.trust_code: true, or --trust-code"
@@ -177,12 +183,6 @@ def _of_transformers(path: Path, trust_code: bool) -> nn.Module:
         raise ConfigError(f"transformers cannot build the model in {path}: {reason}") from error
     model.tie_weights()  # type: ignore[operator]
     return model.train()
-
-
-def _model_type(path: Path) -> object:
-    file = path / "config.json" if path.is_dir() else path
-    tree = json.loads(file.read_bytes())
-    return tree.get("model_type") if isinstance(tree, dict) else None
 
 
 @contextmanager
