@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from colrow.mesh import Mesh
-from colrow.plans.plan import Plan
+from colrow.plans.plan import Plan, is_preset
 from colrow.run import decision
-from colrow.run.decision import Decision, decide, is_own, is_preset
+from colrow.run.decision import Decision, decide, is_own
 from colrow.verifying.report import Report
 from helpers import broken_models as m
 from helpers.broken_plans import gpt_plan, llama, preset

@@ -13,7 +13,7 @@ from colrow.errors import PlanError
 from colrow.models.blocks import block_stacks
 from colrow.parallel.parallelize import SAME_PLACEMENT, parallel_already, split_ties, tied_parameters
 from colrow.plans.patterns import matching, module_names, names_of_one, nearest
-from colrow.plans.plan import Plan
+from colrow.plans.plan import Plan, is_preset
 from colrow.plans.presets import PRESETS
 from colrow.styles.base import Style
 from colrow.styles.linear import Colwise, Rowwise
@@ -57,7 +57,7 @@ def _names(model: nn.Module, plan: Plan) -> Iterator[Finding]:
     """Keys that match nothing, and modules that match twice."""
     names, taken = module_names(model), dict[str, str]()
     lost = [key for key, style in plan.modules.items() if not style.optional and not matching(key, names)]
-    if lost and _is_preset(plan):  # made for another model: one finding, not one for each key
+    if lost and plan.name in PRESETS and is_preset(plan):  # made for another model: one finding, not one for each key
         message = (
             f"{len(lost)} of the preset's {len(plan.modules)} keys match no module of the model, such as {lost[0]!r}"
         )
@@ -74,11 +74,6 @@ def _names(model: nn.Module, plan: Plan) -> Iterator[Finding]:
             message = f"module {again[0]} matches two keys, {taken[again[0]]!r} and {key!r}"
             yield finding("CR102", again[0], message, "keep one of the two keys")
         taken |= dict.fromkeys(matches, key)
-
-
-def _is_preset(plan: Plan) -> bool:
-    """Whether the plan is a preset as shipped, not one that a user has changed."""
-    return plan.name in PRESETS and plan.modules == Plan.preset(plan.name, plan.loss).modules
 
 
 def _resolve(model: nn.Module, plan: Plan) -> dict[str, Style]:

@@ -18,7 +18,7 @@ from colrow.ops.float8 import Float8
 from colrow.plans.huggingface import huggingface_modules
 from colrow.plans.loss import LOSSES, Loss
 from colrow.plans.patterns import matches, matching, module_names, names_of_one, nearest
-from colrow.plans.presets import preset_modules
+from colrow.plans.presets import PRESETS, preset_modules
 from colrow.styles.base import ParameterLayout, Style, style_from_data
 from colrow.styles.replicated import LEFT_OUT
 from colrow.styles.site import Site
@@ -215,6 +215,11 @@ class Plan:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.modules)
+
+
+def is_preset(plan: Plan) -> bool:
+    """Whether the plan has the styles of a shipped one, whatever its name and its loss."""
+    return any(plan.modules == Plan.preset(name, loss).modules for name in PRESETS for loss in LOSSES)
 
 
 class _PlanDumper(yaml.SafeDumper):

@@ -16,9 +16,7 @@ from colrow.dryrun.block_kinds import runs_known_code
 from colrow.dryrun.calls import GivenInputs, Loss, default_loss
 from colrow.errors import ColrowError
 from colrow.mesh import Mesh
-from colrow.plans.loss import LOSSES
-from colrow.plans.plan import Plan
-from colrow.plans.presets import PRESETS
+from colrow.plans.plan import Plan, is_preset
 from colrow.verifying.report import Report
 
 Verify = Literal["auto", "always", "never"]
@@ -127,11 +125,6 @@ def decide(
 def is_own(model: nn.Module) -> bool:
     """Whether the model is one of the project's, with nothing of a user's in it: the project's tests cover it."""
     return type(model).__module__.startswith("colrow.models.") and runs_known_code(model)
-
-
-def is_preset(plan: Plan) -> bool:
-    """Whether the plan is a shipped one, whatever its loss."""
-    return any(plan.modules == Plan.preset(name, loss).modules for name in PRESETS for loss in LOSSES)
 
 
 def errors_found(found: Sequence[Finding], title: str) -> str:
