@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from colrow.checkpoint.distributed import Checkpoints
 from colrow.config import RunConfig
 from colrow.data.prepare import PreparedData, prepare
 from colrow.models.build import Source
+from colrow.plans.patterns import with_stars
 from colrow.plans.plan import Plan
 from colrow.run import preflight
 from colrow.run.finish import finish
@@ -236,7 +236,7 @@ def random_lines(training: Training) -> Iterator[str]:
 
 def _patterns(names: Sequence[str]) -> str:
     """Modules' names, with * for the number of a layer."""
-    return ", ".join(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) or "the model" for name in names))
+    return ", ".join(dict.fromkeys(with_stars(name) or "the model" for name in names))
 
 
 def _fill(label: str, text: str) -> str:
