@@ -19,6 +19,7 @@ from colrow.mesh import Mesh
 from colrow.models.llama import Llama
 from colrow.models.shapes import SHAPES
 from colrow.plans.plan import Plan
+from colrow.run.decision import decide
 from colrow.verifying.report import Report
 from colrow.verifying.verify import verify
 from helpers import broken_models as m
@@ -243,3 +244,26 @@ def test_no_other_process_can_take_the_port_of_the_ranks(monkeypatch: pytest.Mon
     monkeypatch.setattr(process, "start", start_if_taken)
     assert verify(m.Gpt(layers=1), gpt_plan(), 2, backend="gloo").ok
     assert ports
+
+
+def asking_for_ranks(base: type[nn.Module]) -> nn.Module:
+    """A model of a class that cannot be pickled, whose forward asks for real ranks."""
+
+    class AsksForRanks(base):  # type: ignore[misc, valid-type]
+        def forward(self, *args: Any) -> Any:
+            if any(isinstance(p, torch.distributed.tensor.DTensor) for p in self.parameters()):
+                assert torch.distributed.get_backend() == "gloo"
+            return super().forward(*args)
+
+    return AsksForRanks(replace(MODELS["gqa"], num_hidden_layers=1))
+
+
+def test_a_plan_for_which_no_ranks_can_be_had_is_inconclusive() -> None:
+    report = verify(asking_for_ranks(Llama), preset(), 2)
+    assert (report.verdict, report.control) == ("inconclusive", None)
+    assert "AsksForRanks" in report.failure
+    assert "simulated ranks" in report.failure
+    decision = decide(asking_for_ranks(Llama), preset(), Mesh(tp=2), 2, 16, verify="always", stop_on_errors=False)
+    assert not decision.accepted
+    assert "is not proved" in decision.refusal
+    assert "could not be verified" in decision.refusal

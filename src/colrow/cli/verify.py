@@ -61,7 +61,7 @@ def show(report: Report, reduced: str | None, title: str, console: Console) -> N
     if reduced is not None:
         lines.append(f"reduced model with the same modules: {reduced}")
     if report.failure:
-        lines.append(f"the sharded model raises: {report.failure}")
+        lines.append(f"{'the sharded model raises' if report.verdict == 'wrong' else 'no ranks'}: {report.failure}")
     else:
         lines += [
             f"  loss       {report.loss_rel_err:.1e} relative error",
@@ -80,11 +80,12 @@ def show(report: Report, reduced: str | None, title: str, console: Console) -> N
         lines.append(f"negative control: {report.control.change}")
         found = "found" if report.control.caught else "NOT found"
         lines.append(f"  {found}, error {report.control.rel_err:.1e}")
-    elif not report.failure:
+    elif report.verdict == "inconclusive" and not report.failure:
         lines.append("negative control: no change was found that makes this model wrong")
     for line in lines:
         console.print(wrapped(line, console.width), markup=False, soft_wrap=True)
-    console.print(_VERDICTS[report.verdict])
+    no_ranks = report.failure and report.verdict == "inconclusive"
+    console.print("[yellow]inconclusive: nothing was compared[/]" if no_ranks else _VERDICTS[report.verdict])
 
 
 def _finite(value: Any) -> Any:

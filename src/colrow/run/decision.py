@@ -115,7 +115,8 @@ def decide(
         return Decision(tuple(found), report, _wrong(title, report, found))
     if report.verdict == "inconclusive":
         blind = "verify finds no error, and none in plans broken on purpose either"
-        return Decision(tuple(found), report, _not_proved(title, blind, found))
+        why = f"it could not be verified: {report.failure}" if report.failure else blind
+        return Decision(tuple(found), report, _not_proved(title, why, found))
     say(f"proved: loss and {report.parameters} gradients are those of one process ({report.seconds:.1f} s)")
     if proofs is not None:
         proofs.keep(report)

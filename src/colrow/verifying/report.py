@@ -38,7 +38,8 @@ class Report:
     Attributes:
         verdict: `proved`: all errors are within the tolerance, and the comparison found the error of a negative
             control. `wrong`: an error is above the tolerance, or the sharded model raised. `inconclusive`: all errors
-            are within the tolerance, but no change that was tried made the model wrong, so the comparison may be blind.
+            are within the tolerance, but no change that was tried made the model wrong, so the comparison may be blind;
+            or ranks could be neither simulated nor started.
         parameters: how many parameters were compared.
         reduced: the sizes in which the verified model is smaller, or None when it was taken as it is.
         loss_rel_err, max_grad_rel_err, max_step_rel_err: of the loss, of any gradient, and of any parameter after one
@@ -48,8 +49,8 @@ class Report:
         dropout_off: the model has dropout, which was off.
         worst: the parameters with the largest errors of their gradients, largest first.
         cause: the usual reason for such a pattern of errors; empty without errors.
-        failure: the exception of the sharded model, if it raised.
-        control: the last negative control that was tried, or None without one.
+        failure: the exception of the sharded model, if it raised; why no ranks could be had.
+        control: the last negative control that was tried; None without one, or where the verdict is `wrong`.
     """
 
     verdict: Verdict

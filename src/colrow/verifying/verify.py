@@ -97,20 +97,22 @@ def verify(
                     seen = max(
                         seen, _compare(in_eval[0], plan, in_eval[1], tolerance, backend), key=lambda s: s.errors.worst
                     )
-    except RankFailure as error:
+    except (RankFailure, _NoRanksError) as error:
+        ran = isinstance(error, RankFailure)
         return report(
-            verdict="wrong",
+            verdict="wrong" if ran else "inconclusive",
             backend="gloo" if backend == "auto" else backend,
-            cause="the sharded model raises: `colrow check` names the module",
+            cause="the sharded model raises: `colrow check` names the module" if ran else "",
             failure=str(error).strip(),
             modes=modes,
             seconds=time.monotonic() - started,
         )
     errors = seen.errors
-    control = negative_control(task, plan, reference, tolerance, run_local if seen.backend == "local" else run_gloo)
-    verdict: Verdict = "proved" if control is not None and control.caught else "inconclusive"
-    if errors.worst > tolerance:
-        verdict = "wrong"
+    verdict: Verdict = "wrong"
+    control = None
+    if errors.worst <= tolerance:
+        control = negative_control(task, plan, reference, tolerance, run_local if seen.backend == "local" else run_gloo)
+        verdict = "proved" if control is not None and control.caught else "inconclusive"
     worst = sorted(errors.gradients, key=lambda name: -errors.gradients[name])[:5]
     return report(
         verdict=verdict,
@@ -137,6 +139,10 @@ def _with_draws(task: Task, reference: Reference, plan: Plan) -> tuple[Task, Ref
         return task, reference
     task = replace(task, draws=found.modules)
     return task, reference_step(task, copied_model(task.model))
+
+
+class _NoRanksError(Exception):
+    """Ranks could be neither simulated nor started, so nothing is known of the plan."""
 
 
 @dataclass(frozen=True)
@@ -233,17 +239,21 @@ def _observe(
                 "backend local needs torch's LocalTensorMode, no process group, and a loss on logits: use backend gloo"
             )
         return "gloo", run_gloo(task, plan)
+    observed, failure = None, ""
     try:
         observed = run_local(task, plan)
         if backend == "local" or compare(observed, reference, task.tp).worst <= tolerance:
             return "local", observed
-    except RankFailure:
+    except RankFailure as error:
         if backend == "local":
             raise
+        failure = str(error)
     try:
         return "gloo", run_gloo(task, plan)
-    except PlanError:  # cannot be pickled for other processes: keep the simulation's result
-        return "local", run_local(task, plan)
+    except PlanError as error:  # it cannot be pickled for other processes
+        if observed is None:
+            raise _NoRanksError(f"in simulated ranks the model raises {failure}; real ranks: {error}") from error
+        return "local", observed
 
 
 def _prepare(model: nn.Module, seed: int) -> nn.Module:
