@@ -159,6 +159,13 @@ class CheckpointSection(_Section):
     """Write a Hugging Face folder, `export/`, at the end of the run."""
 
 
+class DeriveSection(_Section):
+    keep_whole: tuple[str, ...] = ()
+    """Modules or parameters that a derived plan leaves unsharded, such as 'blocks.*.attn'."""
+    split: tuple[str, ...] = ()
+    """Modules or parameters whose matrices a derived plan must split; where one cannot be, the run does not start."""
+
+
 class PipelineSection(_Section):
     schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble"] = "1f1b"
     split: tuple[int, ...] | None = None
@@ -195,6 +202,7 @@ class RunConfig(_Section):
     mesh: Mesh = Mesh()
     plan: str = "llama"
     """A preset's name, `huggingface`, `derive`, `derive-fast`, `derive-overlap`, or a file."""
+    derive: DeriveSection = DeriveSection()
     loss: Literal["vocab_parallel", "replicated", "linear"] | None = None
     """How a preset or a derived plan computes the loss; vocab_parallel unless given."""
     check: bool = True

@@ -88,6 +88,7 @@ def test_check_calls_an_unproven_plan_right_unless_it_is_strict(
         (["check", "lama", "--tp", "2"], "no model is called 'lama'"),
         (["check", "laptop", "--tp", "0"], "--tp 0: use 1 or more"),
         (["check", "laptop", "--tp", "2", "--plan", "nowhere.yaml"], "no preset and no file 'nowhere.yaml'"),
+        (["check", "laptop", "--tp", "2", "--keep-whole", "lm_head"], "keep_whole and split are requests to a derived"),
         (["verify", "laptop", "--tp", "1"], "verify needs tp of 2 or more"),
     ],
 )

@@ -239,6 +239,7 @@ BROKEN: dict[str, Case] = {
     ),
     "parallel already": Case("CR104", parallel_already, preset, "norm"),
     "empty plan": Case("CR105", llama, lambda: Plan({}, name="empty"), "plan empty"),
+    "changed model": Case("CR106", lambda: llama("tied"), lambda: preset().made_for(llama()), "plan llama"),
     # sizes
     "ffn": Case("CR201", lambda: llama(intermediate_size=90), preset, "layers.*.mlp.gate_proj"),
     "ffn, row": Case("CR201", lambda: llama(intermediate_size=90), lambda: Plan({"layers.*.mlp.down_proj": "rowwise"})),

@@ -41,6 +41,8 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
             {"plan": "lama"},
             r"choose from .*llama.*, huggingface, derive, derive-fast, derive-overlap, or give the path",
         ),
+        ({"derive.split": ["lm_head"]}, "requests to a derived plan, and plan is llama: take derive or"),
+        ({"plan": "derive", "derive.keep_whole": ["model.*.head"]}, r"keep_whole: 'model.\*.head' matches no"),
         ({"plan": "none.yaml"}, "no file 'none.yaml'"),
         ({"model.shape": "laptob"}, "did you mean 'laptop'"),
         ({"model": {"python": "no.such:thing"}}, "No module named 'no'"),

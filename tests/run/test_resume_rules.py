@@ -27,6 +27,8 @@ OTHER: dict[str, Any] = {
     "data.cache": "other",
     "data.workers": 2,
     "plan": "llama-fast",
+    "derive.keep_whole": ("embed_tokens",),
+    "derive.split": ("lm_head",),
     "loss": "replicated",
     "verify": "always",
     "model.reduced": "package:build",

@@ -26,6 +26,7 @@ CODES: dict[str, Code] = {
     "CR103": Code("shared-module", "error", "one module has two names, and the plan gives them different styles"),
     "CR104": Code("already-parallel", "error", "a module is parallelised once"),
     "CR105": Code("nothing-split", "warning", "every rank holds and computes everything"),
+    "CR106": Code("model-changed", "warning", "the plan may miss what is new, or split what should not be split"),
     # sizes: can each tensor be split?
     "CR201": Code("features-do-not-divide", "error", "shards of unequal size: a hang or an abort"),
     "CR202": Code("heads-do-not-divide", "error", "a rank would hold a fraction of a head"),

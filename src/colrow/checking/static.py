@@ -34,7 +34,7 @@ def check_static(model: nn.Module, plan: Plan, tp: int, seq_len: int) -> list[Fi
     found += [*_sequence(plan, tp, seq_len), *_head(model, plan, styles), *_trains(model)]
     if not found:
         found += [*_ties(model, plan, tp), *_splits_something(model, plan, tp)]
-    return found
+    return found + list(_changed(model, plan))
 
 
 def fused_suspects(model: nn.Module, plan: Plan) -> list[Finding]:
@@ -214,6 +214,14 @@ def _splits_something(model: nn.Module, plan: Plan, tp: int) -> Iterator[Finding
     if tp > 1 and all(layout.placement.is_replicate() for layout in plan.parameters(model, tp).values()):
         message = f"no parameter is split over tp={tp}: each rank holds and computes the complete model"
         yield finding("CR105", f"plan {plan.name}", message, "use another plan, or tp=1")
+
+
+def _changed(model: nn.Module, plan: Plan) -> Iterator[Finding]:
+    """A model that is not the one that the plan was made for."""
+    if plan.fingerprint is not None and (differences := plan.fingerprint.differences(model)):
+        message = f"the model is not the one that the plan was made for: {'; '.join(differences)}"
+        fix = "derive or write the plan again, or take its key fingerprint out of the file"
+        yield finding("CR106", f"plan {plan.name}", message, fix)
 
 
 def _trains(model: nn.Module) -> Iterator[Finding]:

@@ -30,6 +30,10 @@ class PlanFlags:
     """A preset's name, huggingface, derive, derive-fast, derive-overlap, or a file."""
     loss: str | None = None
     """For a preset: vocab_parallel, replicated or linear."""
+    keep_whole: tuple[str, ...] = ()
+    """For a derived plan: modules or parameters that stay unsharded, such as 'blocks.*.attn'."""
+    split: tuple[str, ...] = ()
+    """For a derived plan: modules or parameters whose matrices must be split."""
     inputs: str | None = None
     """package.module:callable that returns example inputs: a tensor, a tuple, or a mapping of keyword arguments. Unless
     given, the model's signature and layers say what it takes."""
@@ -49,7 +53,9 @@ class PlanFlags:
         """The plan for `model`. Raises ConfigError or PlanError as `named_plan` does."""
         from colrow.plans.named import named_plan
 
-        return named_plan(self.plan, model, self.tp, self.loss, self.load_inputs())
+        return named_plan(
+            self.plan, model, self.tp, self.loss, self.load_inputs(), keep_whole=self.keep_whole, split=self.split
+        )
 
     def load_inputs(self) -> Inputs | None:
         """The inputs that the user's callable returns. Raises ConfigError where there is none, or it returns none."""

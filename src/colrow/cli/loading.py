@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from colrow.checkpoint.distributed import Checkpoints
 from colrow.checkpoint.huggingface import load_weights
-from colrow.config import ModelSection, load_config
+from colrow.config import DeriveSection, ModelSection, load_config
 from colrow.data.tokenizer import Tokenizer, load_tokenizer
 from colrow.errors import CheckpointError, ConfigError
 from colrow.models.build import Source, build_source
@@ -44,6 +44,7 @@ class SavedModel:
     checkpoints: Checkpoints | None = None
     step: int | None = None
     planned: str | None = None
+    requests: DeriveSection = field(default_factory=DeriveSection)
 
     @property
     def model(self) -> nn.Module:
@@ -62,7 +63,8 @@ class SavedModel:
         if self.planned is None:
             return Plan.preset("llama") if self.source.config is not None else _derived(self.model, tp)
         if self.planned in PRESETS or self.planned in DERIVED:
-            return named_plan(self.planned, self.model, tp, "replicated")
+            keep_whole, split = self.requests.keep_whole, self.requests.split
+            return named_plan(self.planned, self.model, tp, "replicated", keep_whole=keep_whole, split=split)
         plan = named_plan(self.planned, self.model, tp)
         return plan if plan.loss != "linear" else _derived(self.model, tp)
 
@@ -126,7 +128,7 @@ def _run(path: Path, step: int | None, trust_code: bool) -> SavedModel:
     planned = config.plan
     if planned not in (*PRESETS, *DERIVED, "huggingface") and not Path(planned).exists():
         planned = str(path / PLAN)  # the file that it was read from is gone: the run keeps what it resolved to
-    return SavedModel(source, tokenizer, config.data.seq_len, path, checkpoints, step, planned)
+    return SavedModel(source, tokenizer, config.data.seq_len, path, checkpoints, step, planned, config.derive)
 
 
 def _derived(model: nn.Module, tp: int) -> Plan:

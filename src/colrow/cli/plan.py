@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     seq_len = flags.seq_len or default_seq_len(model, flags.tp, 8192)
     shown = report(model, plan, flags.tp, flags.batch_size, seq_len, inputs=flags.load_inputs())
     if flags.output is not None:
-        plan.save(flags.output)
+        plan.made_for(model).save(flags.output)
     if flags.html is not None:
         write_page(shown, flags.model, flags.html)
     if flags.json:

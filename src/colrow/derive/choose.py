@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter, defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from torch.fx import Node
@@ -94,8 +95,14 @@ def _preceded(dim: Dim, group: Atom, kv: Atom, before: Dim) -> bool:
     return True
 
 
-def choose(inference: AxisInference, tp: int, normalised: bool = True, vocabulary: bool = True) -> Choice:
-    """The classes to shard at degree `tp`."""
+def choose(
+    inference: AxisInference,
+    tp: int,
+    normalised: bool = True,
+    vocabulary: bool = True,
+    preferred: Collection[Atom] = (),
+) -> Choice:
+    """The classes to shard at degree `tp`; the preferred ones before larger ones."""
     facts = class_facts(inference)
     choice = Choice(tp)
     used: set[Node] = set()
@@ -132,7 +139,7 @@ def choose(inference: AxisInference, tp: int, normalised: bool = True, vocabular
 
     positions = {a for n in inference.graph.nodes if not _by_token(inference, n) for a in _lookup_rows(inference, n)}
     # kv heads before the query heads inside one of their groups: in a fused weight they hold equally much
-    ranked = sorted(facts.volume, key=lambda a: (-facts.volume[a], -len(facts.where[a])))
+    ranked = sorted(facts.volume, key=lambda a: (a not in preferred, -facts.volume[a], -len(facts.where[a])))
     first = [a for a in ranked if a.normalised is None and (vocabulary or a not in lookups | outputs)]
     for atom in first:
         if free(atom):

@@ -24,6 +24,7 @@ from colrow.derive.failure import ADVICE, Place, TraceError, has_unknown_size
 from colrow.derive.flow import Flows
 from colrow.derive.infer import AxisInference, shape_of
 from colrow.derive.local import Attributes, LocalCheck
+from colrow.derive.requests import Requests
 from colrow.derive.sequence import NoStreamError, Stream, StreamKind, find_stream
 from colrow.derive.table import infer
 from colrow.derive.trace import Trace, default_inputs, label_of, module_path, trace
@@ -107,14 +108,15 @@ def derive(
 
     Raises:
         PlanError: the model cannot be traced, or has sizes that depend on the data, or fast styles are requested
-            and do not fit; the text says why.
+            and do not fit, or `options.split` cannot be split; the text says why.
     """
     options = options or DeriveOptions()
     options.check()
+    requests = Requests.of(model, options)
     given = default_inputs(model, tp) if inputs is None else Inputs.of(inputs)
     traced = traced or trace(model, given)
     try:
-        return _Derive(model, tp, given, traced, options, judge).run()
+        found = _Derive(model, tp, given, traced, options, judge, requests).run()
     except GuardOnDataDependentSymNode as error:
         first = next((n for n in traced.nodes if n.op == "call_function" and has_unknown_size(n)), None)
         place = Place.at(model, module_path(first) if first is not None else "")
@@ -122,6 +124,8 @@ def derive(
             f"{type(model).__name__} cannot be derived: {place} has sizes that depend on the data: {ADVICE}",
             place.module,
         ) from error
+    requests.require(found.sharded, found.replicated, tp)
+    return found
 
 
 class _Derive:
@@ -133,16 +137,24 @@ class _Derive:
         traced: Trace,
         options: DeriveOptions,
         judge: Callable[[Plan], Objection | None] | None,
+        requests: Requests,
     ) -> None:
         self.model, self.tp, self.inputs, self.traced, self.options = model, tp, inputs, traced, options
         self.judge, self.refused = judge, dict[str, str]()
         self.fast = options.styles != "plain"
         self.notes: list[str] = []
         self.inference: AxisInference = infer(traced)
+        self.requests = requests
+        self.notes += requests.keep(self.inference)
 
     def run(self) -> Derivation:
         for attempt in itertools.count():
-            choice = choose(self.inference, self.tp, normalised=self.options.wide_norms)
+            choice = choose(
+                self.inference,
+                self.tp,
+                normalised=self.options.wide_norms,
+                preferred=self.requests.preferred(self.inference),
+            )
             if not choice.atoms and not choice.groups:
                 if self.fast:
                     raise self._not_fast([*self.notes, "nothing can be split"])

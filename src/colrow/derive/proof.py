@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import torch
@@ -12,6 +13,7 @@ from colrow.dryrun.calls import GivenInputs, Inputs, Loss, default_loss, vocabul
 from colrow.dryrun.reduced_model import reduced_model
 from colrow.errors import PlanError
 from colrow.plans.derive_options import DeriveOptions, Styles
+from colrow.plans.patterns import with_stars
 from colrow.plans.plan import Plan
 from colrow.verifying.reduced_plan import counts_sizes, plan_for_reduced, same_but_for_sizes
 from colrow.verifying.report import Report
@@ -70,11 +72,19 @@ def _fitted(plan: Plan, model: nn.Module, small: nn.Module, tp: int) -> Plan:
         return fitted
     names = {style.name for style in plan.modules.values()}
     styles: tuple[Styles, ...] = ("fast", "overlap") if any(n.startswith("fast_") for n in names) else ("plain",)
-    for kind in styles:
+    for kind, kept in itertools.product(styles, ((), _unsharded_matrices(plan, model, small, tp))):
         try:
-            derived: Plan = derive(small, tp, options=DeriveOptions(styles=kind, loss=plan.loss)).plan(plan.name)
+            options = DeriveOptions(styles=kind, loss=plan.loss, keep_whole=kept)
+            derived: Plan = derive(small, tp, options=options).plan(plan.name)
         except PlanError:
             continue
         if same_but_for_sizes(derived, fitted, small):
             return derived
     return fitted
+
+
+def _unsharded_matrices(plan: Plan, model: nn.Module, small: nn.Module, tp: int) -> tuple[str, ...]:
+    """Matrices of the reduced model that the plan leaves unsharded in the model: a user may have wanted that."""
+    layouts = plan.parameters(model, tp)
+    unsharded = {with_stars(name) for name, layout in layouts.items() if layout.placement.is_replicate()}
+    return tuple(name for name, param in small.named_parameters() if param.dim() > 1 and with_stars(name) in unsharded)

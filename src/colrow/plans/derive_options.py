@@ -26,6 +26,10 @@ class DeriveOptions:
     """`plain` (torch's and their like), `fast`, or `overlap` (fast, with chunks on the copy engines)."""
     wide_norms: bool = True
     """Split heads even where a norm spans all of them (OLMo2), at a small reduction in that norm."""
+    keep_whole: tuple[str, ...] = ()
+    """Modules or parameters that stay unsharded, as a plan's keys name them (`blocks.*.attn`)."""
+    split: tuple[str, ...] = ()
+    """Modules or parameters whose matrices must be split; where one cannot be, derive raises with the reason."""
 
     def check(self) -> None:
         """Raise PlanError for what is unknown, or does not fit together."""

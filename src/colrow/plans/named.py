@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,27 +15,42 @@ from colrow.plans.plan import Plan
 from colrow.plans.presets import PRESETS
 
 
-def named_plan(name: str, model: nn.Module, tp: int, loss: str | None = None, inputs: Any = None) -> Plan:
+def named_plan(
+    name: str,
+    model: nn.Module,
+    tp: int,
+    loss: str | None = None,
+    inputs: Any = None,
+    keep_whole: Sequence[str] = (),
+    split: Sequence[str] = (),
+) -> Plan:
     """The plan of this name: a preset, `huggingface`, `derive`, `derive-fast`, `derive-overlap`, or a file.
 
     Args:
         tp: the degree that a derived plan is for.
         inputs: example inputs, on which a plan is derived.
         loss: how a preset or a derived plan computes the loss, `vocab_parallel` unless given; another declares its own.
+        keep_whole, split: what a derived plan must leave unsharded, and what it must split.
 
     Raises:
-        ConfigError: there is no such preset or file, no such loss, or the plan's own loss is another one.
+        ConfigError: there is no such preset or file, no such loss, or the plan's own loss is another one; or a plan
+            that is not derived has requests.
         PlanError: the model states no plan, or gets none of the styles requested, or the file holds none.
     """
     if loss is not None and loss not in LOSSES:
         raise ConfigError(f"unknown loss {loss!r}{did_you_mean(loss, LOSSES)}")
+    if name not in DERIVED and (keep_whole or split):
+        raise ConfigError(
+            f"keep_whole and split are requests to a derived plan, and plan is {name}: take {' or '.join(DERIVED)}, or "
+            "write in a plan's file what is split"
+        )
     if name in PRESETS:
         return Plan.preset(name, cast(Any, loss) or "vocab_parallel")
     if name == "huggingface":
         plan = Plan.from_huggingface(model)
     elif name in DERIVED:
         options = DeriveOptions(styles=DERIVED[name], loss=cast(Any, loss) or "vocab_parallel")
-        plan = Plan.derive(model, tp=tp, options=options, inputs=inputs)
+        plan = Plan.derive(model, tp=tp, options=options, inputs=inputs, keep_whole=keep_whole, split=split)
     elif Path(name).exists():
         plan = Plan.load(name)
     else:

@@ -5,7 +5,7 @@ A plan is data. It can be read, printed, compared and saved, and it is the only 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from torch import nn
 
 from colrow.errors import PlanError, did_you_mean
 from colrow.ops.float8 import Float8
+from colrow.plans.fingerprint import Fingerprint
 from colrow.plans.huggingface import huggingface_modules
 from colrow.plans.loss import LOSSES, Loss
 from colrow.plans.patterns import matches, matching, module_names, names_of_one, nearest
@@ -41,6 +42,8 @@ class Plan:
         loss: `vocab_parallel` (on logits that stay sharded over the vocabulary), `replicated` (on all logits), or
             `linear` (head and loss in one, no rank holds all logits; call `colrow.model_loss`).
         name: what to call the plan in messages.
+        notes: parameters or modules to the reason why they are not split.
+        fingerprint: of the model that the plan was made for, if it is known: the check notices another one.
 
     Raises:
         PlanError: an unknown style, option, placement or loss; the message names the nearest that exists.
@@ -50,6 +53,7 @@ class Plan:
     loss: Loss = "replicated"
     name: str = "plan"
     notes: Mapping[str, str] = field(default_factory=dict, compare=False)
+    fingerprint: Fingerprint | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
@@ -63,7 +67,16 @@ class Plan:
         return cls(modules=preset_modules(name, loss), loss=loss, name=name)
 
     @classmethod
-    def derive(cls, model: nn.Module, tp: int, *, styles: Styles | None = None, **options: Any) -> Plan:
+    def derive(
+        cls,
+        model: nn.Module,
+        tp: int,
+        *,
+        styles: Styles | None = None,
+        keep_whole: Sequence[str] = (),
+        split: Sequence[str] = (),
+        **options: Any,
+    ) -> Plan:
         """The plan that the model's own graph gives, checked, and verified where the check leaves something unproven.
 
         What is wrong is left unsharded, and stands in the plan's notes with the reason. Where less than 60% of the
@@ -72,19 +85,24 @@ class Plan:
 
         Args:
             styles: `plain`, `fast` (local tensors and explicit collectives), or `overlap` (fast, with chunks on the
-                copy engines); another name for the option of DeriveOptions.
+                copy engines).
+            keep_whole: modules or parameters that stay unsharded, as a plan's keys name them: `["blocks.*.attn"]`.
+                What is split by the same heads or features stays unsharded with them.
+            split: modules or parameters whose matrices must be split. These three are options of DeriveOptions too.
 
         Raises:
-            PlanError: the model cannot be traced, or gets no fast styles though they are requested.
+            PlanError: the model cannot be traced, or gets no fast styles though they are requested, or something in
+                `split` cannot be split; the text names the parameter and the reason.
         """
         from colrow.derive.judged import derive_judged
         from colrow.plans.derive_options import DeriveOptions
 
-        if styles is not None:
-            options["options"] = replace(options.get("options") or DeriveOptions(), styles=styles)
-        found = derive_judged(model, tp, **options)
+        chosen: DeriveOptions = options.pop("options", None) or DeriveOptions()
+        keep_whole, split = (*chosen.keep_whole, *keep_whole), (*chosen.split, *split)
+        chosen = replace(chosen, styles=styles or chosen.styles, keep_whole=keep_whole, split=split)
+        found = derive_judged(model, tp, options=chosen, **options)
         found.warn_of_small_share(type(model).__name__)
-        return found.plan()
+        return found.plan().made_for(model)
 
     @classmethod
     def from_huggingface(cls, model: nn.Module) -> Plan:
@@ -97,10 +115,12 @@ class Plan:
         tree = read_yaml(text, source, PlanError)
         if not isinstance(tree, dict) or not isinstance(tree.get("modules"), dict):
             raise PlanError(f"{source} holds no plan: it needs the key modules, a mapping from module names to styles")
-        known = {"name", "loss", "modules", "notes"}
+        known = {"name", "loss", "modules", "notes", "fingerprint"}
         for key in tree:
             if key not in known:
                 raise PlanError(f"{source}: unknown key {key!r}{did_you_mean(str(key), known)}")
+        if "fingerprint" in tree:
+            tree["fingerprint"] = Fingerprint.from_data(tree["fingerprint"], source)
         return cls(**{"name": source, **tree})
 
     @classmethod
@@ -114,11 +134,17 @@ class Plan:
         tree["modules"] = {key: style.to_data() for key, style in self.modules.items()}
         if self.notes:
             tree["notes"] = dict(self.notes)
+        if self.fingerprint is not None:
+            tree["fingerprint"] = self.fingerprint.to_data()
         return yaml.dump(tree, Dumper=_PlanDumper, sort_keys=False, width=120)
 
     def save(self, path: Path | str) -> None:
         """Write the plan as YAML."""
         Path(path).write_text(self.to_yaml(), encoding="utf-8")
+
+    def made_for(self, model: nn.Module) -> Plan:
+        """The plan with the model's fingerprint, by which the check notices that the model has changed."""
+        return replace(self, fingerprint=Fingerprint.of(model))
 
     def with_fp8(self, recipe: Float8) -> Plan:
         """The plan with fp8 matmuls in all styles that have the option. Raises PlanError where none has."""

@@ -7,7 +7,7 @@ import json
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -83,7 +83,7 @@ def dependencies(config: RunConfig, model: nn.Module, plan: Plan, *builders: Any
     }
     here = Path(colrow.__file__).parent
     return {
-        "plan": _digest([plan.to_yaml()]),
+        "plan": _digest([replace(plan, fingerprint=None).to_yaml()]),  # the model counts by itself
         "model": _digest([*_structure(model), *_sources(model, builders)]),
         "config": _digest([json.dumps(keys, sort_keys=True)]),
         "torch": torch.__version__,

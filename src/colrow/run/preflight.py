@@ -101,7 +101,10 @@ def choose_plan(config: RunConfig, model: nn.Module) -> Plan:
     Raises:
         ConfigError, PlanError: there is no such plan, or none of its styles can compute in fp8.
     """
-    plan = named_plan(config.plan, model, config.mesh.tp, config.loss)
+    requests = config.derive
+    plan = named_plan(
+        config.plan, model, config.mesh.tp, config.loss, keep_whole=requests.keep_whole, split=requests.split
+    )
     if config.train.fp8 is None:
         return plan
     if config.mesh.tp == 1:

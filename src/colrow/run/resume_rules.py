@@ -64,6 +64,7 @@ RULES: dict[str, Rule] = {
         *("mesh.pp", "mesh.dp_replicate", "mesh.dp_shard", "mesh.tp"),
     ),
     **_rules("used and printed", "another way to compute the same figures", "plan", "loss"),
+    **_rules("used and printed", "another derived plan", "derive.keep_whole", "derive.split"),
     **_rules("used", "from the next start on", "check", "verify", "model.reduced"),
     **_rules(
         "used and printed",
