@@ -30,6 +30,8 @@ def finish(
     run = config.run.dir
     if outcome.skipped:
         progress.say(f"skipped    {outcome.skipped} of {config.train.steps} steps, not finite: {run / NONFINITE}")
+    if outcome.jumped:
+        progress.say(f"jumped     {outcome.jumped} steps: {run / NONFINITE}")
     if outcome.val_loss is not None:
         progress.say(f"validation loss {outcome.val_loss:.4f}, perplexity {perplexity(outcome.val_loss):.1f}")
     if config.sample.prompt is not None and config.mesh.pp == 1:

@@ -43,6 +43,8 @@ class Outcome:
     val_loss: float | None = None
     skipped: int = 0
     """Steps of the run that were not finite and left out."""
+    jumped: int = 0
+    """Steps since this start whose loss or gradient norm jumped."""
 
 
 @dataclass
@@ -162,7 +164,9 @@ class Loop:
         self._flush_pending(0)
         self._checkpoints.wait()
         done = self._last["step"] if self._last else start
-        return Outcome(done, saved, done < config.train.steps, val_loss, self._nonfinite.skipped)
+        return Outcome(
+            done, saved, done < config.train.steps, val_loss, self._nonfinite.skipped, self._nonfinite.jumped
+        )
 
     def close(self) -> None:
         """End the background readers."""

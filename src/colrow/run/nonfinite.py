@@ -1,6 +1,7 @@
-"""Steps whose loss or gradient is NaN or infinite: what is kept of them, and when they end the run.
+"""Steps whose loss or gradient is NaN or infinite, or jumps: what is kept of them, and when they end the run.
 
-`train/step.py` leaves such a step's update out where `train.on_nonfinite` is skip; here is its record.
+`train/step.py` leaves the update of a step that is not finite out where `train.on_nonfinite` is skip; here is its
+record. A jump (jumps.py) is recorded alone: clipping has bounded its update.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from colrow.checkpoint.distributed import Checkpoints
 from colrow.config import RunConfig
 from colrow.errors import ColrowError
+from colrow.run.jumps import Jumps
 from colrow.train.metrics import Record
 
 FILE = "nonfinite.jsonl"
@@ -19,6 +21,9 @@ FILE = "nonfinite.jsonl"
 
 MOST_IN_A_ROW = 10
 """Skipped steps that end the run: their batches differ, so it is the weights that give no finite loss any more."""
+
+MOST_LINES = 10
+"""Jumps that are printed; the file has all."""
 
 _KEPT = ("step", "loss", "grad_norm", "lr", "tokens", "position")
 
@@ -28,7 +33,7 @@ class DivergedError(ColrowError):
 
 
 class NonfiniteSteps:
-    """Looks at each step's record, and keeps those that are not finite.
+    """Looks at each step's record, and keeps those that are not finite, or jump.
 
     Args:
         skipped: steps that the run has skipped so far.
@@ -37,6 +42,7 @@ class NonfiniteSteps:
 
     Attributes:
         skipped: steps that the run has skipped, those before a resume included.
+        jumped: jumps since this start.
         last_finite: the newest record of a finite step; None before the first.
     """
 
@@ -45,11 +51,13 @@ class NonfiniteSteps:
     ) -> None:
         self._config, self._checkpoints, self._writes, self._say = config, checkpoints, writes, say
         self._in_a_row = 0
-        self.skipped = skipped
+        self._jumps = Jumps()
+        self.skipped, self.jumped = skipped, 0
         self.last_finite: Record | None = None
 
     def examine(self, record: Record, position: int) -> Record:
-        """The record to write: with `skipped` in a run that skips, and with `position` where the step was.
+        """The record to write: with `skipped` in a run that skips, with `position` where the step was not finite or
+        jumped, and then with `jump`, what jumped.
 
         Args:
             position: sequences that were consumed before the step's batch.
@@ -60,6 +68,8 @@ class NonfiniteSteps:
         skips = self._config.train.on_nonfinite == "skip"
         if math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"]):
             self._in_a_row, self.last_finite = 0, record
+            if what := self._jumps.examine(record):
+                record = self._jumped(record | {"position": position, "jump": what})
             return record | {"skipped": self.skipped} if skips else record
         record = record | {"position": position}
         self._in_a_row += 1
@@ -71,6 +81,17 @@ class NonfiniteSteps:
         self.skipped += 1
         self._say(f"skipped    {_figures(record)}: the batch after {position:,} sequences")
         return record | {"skipped": self.skipped}
+
+    def _jumped(self, record: Record) -> Record:
+        self.jumped += 1
+        if self._writes:
+            self._keep(record, "jump")
+        if self.jumped <= MOST_LINES:
+            self._say(
+                f"jump       step {record['step']}: {record['jump']};\n"
+                f"           its batch is the one after {record['position']:,} sequences"
+            )
+        return record
 
     def diverged(self, record: Record) -> DivergedError:
         """The error that ends the run at a step."""

@@ -4,7 +4,8 @@ metrics.jsonl has one object for each step, counted from 1: `step`, `loss`, `gra
 run's start), `tokens_per_second` (over all ranks), on GPUs `memory_gib` (allocator's peak of a rank), `mfu_causal` and
 `mfu_full`; the steps that are evaluated also have `val_loss` and `perplexity`. Each auxiliary loss stands by its name,
 unweighted: `loss` holds them weighted, `val_loss` is the cross entropy alone. With `train.on_nonfinite: skip` each has
-`skipped`, the number of steps skipped so far, and a skipped step has `position`: the sequences before its batch.
+`skipped`, the number of steps skipped so far. A skipped step has `position`, the sequences before its batch; a step
+that jumps has it too, and `jump`, a text of what jumped.
 """
 
 from __future__ import annotations
