@@ -18,7 +18,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -186,11 +186,13 @@ def judge(cases: Sequence[Case], workers: int, decide: bool = True) -> list[Row]
     """The rows of cases, by so many processes."""
     pairs = [(case, ids_of(case)) for case in cases]
     groups = max(1, workers // 2)
-    with multiprocessing.get_context("spawn").Pool(workers, initializer=_quiet) as pool:
+    # not a Pool, whose daemonic workers may not start the ranks of a proof
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_quiet) as pool:
         with ThreadPoolExecutor(groups) as threads:
             found = list(threads.map(on_two_ranks, [pairs[i::groups] for i in range(groups)]))
         truths = {case.name: t for i in range(groups) for (case, _), t in zip(pairs[i::groups], found[i], strict=True)}
-        return pool.starmap(judged, [(case, truths[case.name], decide) for case in cases], chunksize=1)
+        asked = [pool.submit(judged, case, truths[case.name], decide) for case in cases]
+        return [each.result() for each in asked]
 
 
 def _quiet() -> None:

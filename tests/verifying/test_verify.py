@@ -267,3 +267,19 @@ def test_a_plan_for_which_no_ranks_can_be_had_is_inconclusive() -> None:
     assert not decision.accepted
     assert "is not proved" in decision.refusal
     assert "could not be verified" in decision.refusal
+
+
+def _verify_here(queue: Any) -> None:
+    try:
+        queue.put(verify(build(), preset(), 2, backend="gloo"))
+    except Exception as error:
+        queue.put(str(error))
+
+
+def test_where_no_processes_may_be_started_the_error_says_so() -> None:
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=_verify_here, args=(queue,), daemon=True)
+    process.start()
+    assert "daemonic processes are not allowed to have children" in queue.get(timeout=120)
+    process.join()

@@ -85,6 +85,8 @@ def run_gloo(task: Task, plan: Plan, timeout: float = TIMEOUT) -> Observed:
             answers += 1
     finally:
         for process in ranks:
+            if process.pid is None:  # it could not be started, as in a daemonic process
+                continue
             if process.is_alive() and answers < task.tp:
                 process.kill()
             process.join()
