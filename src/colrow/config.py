@@ -166,6 +166,11 @@ class DeriveSection(_Section):
     """Modules or parameters whose matrices a derived plan must split; where one cannot be, the run does not start."""
 
 
+class ExportSection(_Section):
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of an export's weights; unless given, that of the Hugging Face folder that the weights came from, or float32."""
+
+
 class PipelineSection(_Section):
     schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble"] = "1f1b"
     split: tuple[int, ...] | None = None
@@ -213,6 +218,7 @@ class RunConfig(_Section):
     train: TrainSection
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    export: ExportSection = ExportSection()
     pipeline: PipelineSection = PipelineSection()
     fsdp: FsdpSection = FsdpSection()
     log: LogSection = LogSection()

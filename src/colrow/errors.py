@@ -56,6 +56,10 @@ class CheckpointError(ColrowError):
     """A checkpoint is missing, damaged, or of another model."""
 
 
+class ExportError(CheckpointError):
+    """The Hugging Face format cannot hold a model: what would be written is not what its config.json describes."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'steps'?` for the nearest known name, or the list of names when none is near."""
     names = sorted(known)

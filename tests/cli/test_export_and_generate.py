@@ -185,7 +185,7 @@ def test_two_ranks_share_the_work(
 ) -> None:
     assert main(["export", str(run), "-o", str(tmp_path / "one")]) == 0
     assert main(["generate", str(tmp_path / "one"), "--prompt", PROMPT, "--tokens", "9"]) == 0
-    text = capsys.readouterr().out.splitlines(keepends=True)[1:]
+    text = capsys.readouterr().out.splitlines(keepends=True)[2:]
     printed = torchrun(commands, "export", str(run), "-o", str(tmp_path / "two"))
     assert printed.count("exported") == 1
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))

@@ -45,6 +45,7 @@ OTHER: dict[str, Any] = {
     "pipeline.schedule": "gpipe",
     "pipeline.split": (1,),
     "fsdp.reshard_after_forward": False,
+    "export.dtype": "bfloat16",
     "log.wandb_project": "other",
     "sample.prompt": "class ",
     "device": "cuda",

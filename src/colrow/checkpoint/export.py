@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from colrow.checkpoint.carried import GENERATION, Carried, token_ids
 from colrow.checkpoint.conversions import in_parts, parts_for
 from colrow.checkpoint.folder import flush
 from colrow.checkpoint.gather import Gather, GlobalTensor, catalogue
@@ -22,8 +25,9 @@ from colrow.checkpoint.loading import first_few
 from colrow.checkpoint.manifest import write_text
 from colrow.checkpoint.pieces import Piece
 from colrow.checkpoint.ranks import Ranks
-from colrow.checkpoint.tensor_file import Entry, into_files, write_tensors
-from colrow.errors import CheckpointError
+from colrow.checkpoint.read_back import ReadBack, Reader, StoredTensor, reader_of
+from colrow.checkpoint.tensor_file import DTYPES, Entry, dtypes_in, into_files, shapes_in, write_tensors
+from colrow.errors import CheckpointError, ExportError
 from colrow.models.huggingface import config_to_huggingface
 from colrow.models.llama import LlamaConfig
 
@@ -36,10 +40,11 @@ _EXPORT_FILES = (
     "model*.safetensors",
     INDEX,
     "*token*.json",
-    "chat_template*",
+    "*chat_template*",
     "vocab.json",
     "merges.txt",
 )
+"""What may be there of a previous export; carried files too, where they are still the same."""
 
 
 class SavableTokenizer(Protocol):
@@ -75,40 +80,95 @@ def export(
     dtype: torch.dtype = torch.float32,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     group: dist.ProcessGroup | None = None,
-) -> None:
+    carried: Carried | None = None,
+    imports: bool = False,
+) -> ReadBack | None:
     """Write a Hugging Face folder that `transformers` loads. Collective over `group`, all ranks unless given.
 
     Names are those that transformers itself writes: a matrix for each expert, say, of which the model holds a stack.
     Each rank writes a share of the files into one folder that all ranks see, and holds at most one gathered tensor at
-    a time. The folder gets its name when it is complete; a previous export of that name is replaced.
+    a time. The folder is read back, and gets its name when it is complete; a previous export of that name is replaced.
 
     Args:
         config: or the mapping of a config.json, for a model of the transformers library.
         dtype: of the written weights.
         max_shard_bytes: a file holds at most this much, unless a single tensor is larger.
+        carried: the folders that weights and tokenizer came from, whose other files go into the export as they are.
+        imports: import transformers to read the export back; else it does where transformers is imported already, and
+            where colrow's own Llama is not the model ([Note: who reads]).
+
+    Returns:
+        What reading back found, on the first rank; None on the others.
 
     Raises:
+        ExportError: on every rank, before weights are written: config.json does not describe this model.
         CheckpointError: on every rank, when the folder holds something else, or any rank cannot write.
         ConfigError: no class of transformers has the model's combination of options.
     """
-    folder = Path(folder).absolute()
+    folder, carried = Path(folder).absolute(), carried or Carried()
     tree = config_to_huggingface(config, dtype) if isinstance(config, LlamaConfig) else dict(config)
-    tree |= {"dtype": str(dtype).removeprefix("torch."), **_text_ends(tokenizer)}
+    own = token_ids(carried.config("config.json")) if carried.owns_token_ids else {}
+    tree |= {"dtype": str(dtype).removeprefix("torch."), **_text_ends(tokenizer), **own}
     ranks = Ranks.open(group, private=False)
     pieces = ranks.together(lambda: _pieces(model))
     tensors = catalogue(ranks, pieces, dtype)
     files = split_files(tensors, max_shard_bytes)
     shares = share_files(files, ranks.size)
     unfinished = folder.parent / f".{folder.name}.unfinished"
-    # Hidden until it is complete, and beside the target: a rename does not cross file systems.
-    ranks.together(lambda: _start(folder, unfinished) if ranks.first else None)
+
+    def start() -> Reader | str:
+        _start(folder, unfinished, carried)
+        _write_texts(unfinished, tree, tokenizer, carried)
+        planned = {name: StoredTensor(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        try:
+            reader = reader_of(unfinished, imports=imports, trust_code=carried.code)
+            reader.compare(planned, dtype).require_equal(first_module(model))
+        except ExportError as error:
+            return str(error)
+        return reader
+
+    def finish(reader: Reader) -> ReadBack:
+        read_back = reader.compare(_stored(unfinished), dtype)
+        read_back.require_equal(first_module(model))
+        _finish(unfinished, folder)
+        return read_back
+
     try:
+        # Hidden until it is complete, and beside the target: a rename does not cross file systems.
+        reader = ranks.together(lambda: start() if ranks.first else None)
+        if refusal := ranks.gather(reader if isinstance(reader, str) else None)[0]:
+            raise ExportError(refusal)
         ranks.together(lambda: _require_seen(unfinished))
         ranks.together(lambda: write_share(unfinished, ranks, pieces, tensors, shares))
-        ranks.together(lambda: _finish(unfinished, folder, tree, tokenizer, files) if ranks.first else None)
+        ranks.together(lambda: _write_index(unfinished, files) if ranks.first else None)
+        return ranks.together(lambda: finish(reader) if isinstance(reader, Reader) else None)
     finally:
         if ranks.first:
             shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def require_exportable(model: nn.Module, config: LlamaConfig | dict[str, Any], code: Path | None = None) -> None:
+    """Raise what `export` would raise of the complete model and its config, before a run pays for it. Writes nothing.
+
+    Args:
+        code: the folder of the Python files that the config names, which run.
+
+    Raises:
+        ExportError: config.json does not describe this model.
+        ConfigError: no class of transformers has the model's combination of options.
+    """
+    if isinstance(config, LlamaConfig):
+        config = config_to_huggingface(config, torch.float32)
+    carried = Carried(model=code, code=code is not None)
+    with TemporaryDirectory() as name:
+        _write_texts(Path(name), config, None, carried)
+        reader = reader_of(Path(name), trust_code=carried.code)
+        stored = {p.name: StoredTensor(p.shape, _written(p.data.dtype)) for p in _pieces(model)}
+        reader.compare(stored, torch.float32).require_equal(model)
+
+
+def _written(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.is_floating_point else dtype
 
 
 def _pieces(model: Model) -> list[Piece]:
@@ -177,11 +237,18 @@ def _text_ends(tokenizer: SavableTokenizer | None) -> dict[str, Any]:
     return dict(zip(_TEXT_ENDS, (first, tokenizer.eos_id), strict=True))
 
 
-def _start(folder: Path, unfinished: Path) -> None:
+def _start(folder: Path, unfinished: Path, carried: Carried) -> None:
     """Make the folder to write into, when what is there may be replaced."""
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file: give a folder to export to")
-    others = [path.name for path in folder.glob("*") if not any(path.match(known) for known in _EXPORT_FILES)]
+    if folder.exists() and folder.resolve() in (path.resolve() for path in (carried.model, carried.tokenizer) if path):
+        raise CheckpointError(f"{folder} is the folder that the model or its tokenizer came from: give another one")
+    known = {name.partition("/")[0] for name, file in carried.files().items() if _is_copy(folder / name, file)}
+    others = [
+        path.name
+        for path in folder.glob("*")
+        if path.name not in known and not any(path.match(pattern) for pattern in _EXPORT_FILES)
+    ]
     if others:
         raise CheckpointError(
             f"{folder} holds something else ({first_few(sorted(others))}): give a new or an empty folder"
@@ -190,23 +257,50 @@ def _start(folder: Path, unfinished: Path) -> None:
     unfinished.mkdir(parents=True)
 
 
+def _is_copy(path: Path, of: Path) -> bool:
+    return path.is_file() and filecmp.cmp(path, of, shallow=False)
+
+
 def _require_seen(unfinished: Path) -> None:
     if not unfinished.is_dir():
         raise CheckpointError(f"this rank's host does not see {unfinished}: export to a folder that all hosts share")
 
 
-def _finish(
-    unfinished: Path, folder: Path, tree: dict[str, Any], tokenizer: SavableTokenizer | None, files: Sequence[ShardFile]
-) -> None:
-    """Write index, configs and tokenizer, and give the folder its name; a previous export moves away first."""
+def _write_texts(unfinished: Path, tree: dict[str, Any], tokenizer: SavableTokenizer | None, carried: Carried) -> None:
+    """Write configs and tokenizer; what is carried over goes in as it is, but for token ids of another tokenizer."""
+    if tokenizer is not None:
+        tokenizer.save(unfinished)
+    carried.copy_to(unfinished)
+    _write_json(unfinished / "config.json", tree)
+    if not (unfinished / GENERATION).exists():
+        generation = carried.config(GENERATION)
+        others = {key: value for key, value in generation.items() if not key.endswith("_token_id")}
+        _write_json(unfinished / GENERATION, {**others, **{k: tree[k] for k in tree if k in _TEXT_ENDS}})
+
+
+def _write_index(unfinished: Path, files: Sequence[ShardFile]) -> None:
     if len(files) > 1:
         weight_map = {name: file.name for file in files for name in file.tensors}
         total = {"metadata": {"total_size": sum(file.bytes for file in files)}, "weight_map": weight_map}
         _write_json(unfinished / INDEX, total)
-    _write_json(unfinished / "config.json", tree)
-    _write_json(unfinished / "generation_config.json", {k: tree[k] for k in tree if k in _TEXT_ENDS})
-    if tokenizer is not None:
-        tokenizer.save(unfinished)
+
+
+def _stored(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors in a folder's files, by the files' own headers."""
+    found = {}
+    by_name = {name: dtype for dtype, name in DTYPES.items()}
+    for file in sorted(folder.glob("*.safetensors")):
+        types = dtypes_in(file)
+        found.update({name: StoredTensor(shape, by_name[types[name]]) for name, shape in shapes_in(file).items()})
+    return found
+
+
+def first_module(model: Model) -> nn.Module:
+    return model if isinstance(model, nn.Module) else model[0]
+
+
+def _finish(unfinished: Path, folder: Path) -> None:
+    """Give the folder its name; a previous export moves away first."""
     flush(unfinished)
     previous = folder.parent / f".{folder.name}.former"
     shutil.rmtree(previous, ignore_errors=True)

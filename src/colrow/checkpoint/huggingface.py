@@ -6,8 +6,10 @@ Each rank reads its shard of a tensor from the file and nothing else.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -47,7 +49,7 @@ def load_weights(model: Model, folder: Path | str) -> None:
     known = parts_in(model, shapes_of(named, but=files), files) if isinstance(model, nn.Module) else {}
     parts = parts_of(named, known)
     needed = {part.name: part.shape for item in named for part in parts[item.name]}
-    _require_same_names(folder, files, needed, _expected(model, needed))
+    _require_same_names(folder, *names_that_differ(model, files, needed))
     _require_same_shapes(folder, files, needed)
     _require_floats(folder, files, {part.name: item.tensor.dtype for item in named for part in parts[item.name]})
     by_file: dict[Path, list[Piece]] = {}
@@ -100,6 +102,28 @@ def _ties(model: Model) -> dict[str, str] | None:
     return ties if isinstance(ties, dict) else None
 
 
+def names_that_differ(model: Model, stored: Iterable[str], needed: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Names that the model needs and a folder has not, and names in the folder that belong to no model's tensor."""
+    there, expected = set(stored), _expected(model, needed)
+    missing = [name for name in needed if name not in there]
+    return missing, sorted(name for name in there - expected if not _is_derived(name, expected))
+
+
+def stored_dtype(folder: Path | str) -> torch.dtype | None:
+    """The floating-point dtype that most elements of a folder's weights are stored in; None where there are none.
+
+    Raises:
+        CheckpointError: the folder's files cannot be read.
+    """
+    elements: Counter[str] = Counter()
+    for file in sorted(set(_files(Path(folder)).values())):
+        types = dtypes_in(file)
+        for name, shape in shapes_in(file).items():
+            elements[types[name]] += prod(shape)
+    floats = [name for name, _ in elements.most_common() if name in _FLOATS]
+    return next((dtype for dtype, name in DTYPES.items() if floats and name == floats[0]), None)
+
+
 def _expected(model: Model, needed: Iterable[str]) -> set[str]:
     """The names of the complete model: a pipeline stage holds some, and the others are not unexpected in the folder."""
     names = {*needed, *(_ties(model) or ())}
@@ -149,10 +173,7 @@ def _stays_inside(name: str) -> bool:
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and ":" not in path.parts[0]
 
 
-def _require_same_names(folder: Path, files: Iterable[str], needed: Iterable[str], expected: set[str]) -> None:
-    there = set(files)
-    missing = [name for name in needed if name not in there]
-    unexpected = sorted(name for name in there - expected if not _is_derived(name, expected))
+def _require_same_names(folder: Path, missing: list[str], unexpected: list[str]) -> None:
     if not missing and not unexpected:
         return
     wrong = [

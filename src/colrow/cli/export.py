@@ -24,8 +24,9 @@ class Flags:
     """The folder to write; a previous export is replaced."""
     step: int | None = None
     """Of the checkpoint; the newest complete one unless given."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the written weights; training keeps float32."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the written weights; unless given the run's export.dtype, or that of the folder that its weights came from, or
+    float32."""
     max_shard_gb: float = 5.0
     """A file holds at most this many gigabytes (10^9 bytes)."""
     trust_code: bool = False
@@ -35,8 +36,6 @@ class Flags:
 def main(argv: list[str]) -> int:
     """Exit 0; 2 for bad usage or input."""
     flags = parse(Flags, "export", argv)
-    import torch
-    import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
     from colrow.checkpoint.export import export
@@ -51,16 +50,21 @@ def main(argv: list[str]) -> int:
             shard_evenly(saved.model, init_device_mesh("cpu", (ranks,)))
         materialize(saved.model, "cpu")
         saved.load()
-        export(
+        dtype = saved.carried.dtype(flags.dtype or saved.dtype)
+        read_back = export(
             saved.model,
             flags.output,
             config,
             saved.tokenizer,
-            dtype=getattr(torch, flags.dtype),
+            dtype=dtype,
             max_shard_bytes=int(flags.max_shard_gb * 1e9),
+            carried=saved.carried,
+            imports=True,
         )
-        if ranks == 1 or dist.get_rank() == 0:
+        if read_back is not None:
             size = sum(file.stat().st_size for file in flags.output.iterdir())
             at = "" if saved.step is None else f", step {saved.step}"
-            print(f"exported {flags.run}{at} -> {flags.output} ({in_words(size)}, {flags.dtype})")
+            in_dtype = str(dtype).removeprefix("torch.")
+            print(f"exported {flags.run}{at} -> {flags.output} ({in_words(size)}, {in_dtype})")
+            print(f"{'for transformers: ' if read_back.is_for_transformers else ''}{read_back}")
     return 0

@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from colrow.checkpoint.carried import Carried
 from colrow.checkpoint.distributed import Checkpoints
 from colrow.checkpoint.huggingface import load_weights
 from colrow.config import DeriveSection, ModelSection, load_config
@@ -33,18 +34,22 @@ class SavedModel:
 
     Args:
         context: tokens of the sequences that it was trained on.
+        carried: what an export of it takes over.
         checkpoints, step, planned: for a run, the last as its config names the plan; for an export, `folder` holds the
             weights.
+        dtype: of exports, as the run's config requests it.
     """
 
     source: Source
     tokenizer: Tokenizer
     context: int | None
     folder: Path
+    carried: Carried
     checkpoints: Checkpoints | None = None
     step: int | None = None
     planned: str | None = None
     requests: DeriveSection = field(default_factory=DeriveSection)
+    dtype: str | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -109,7 +114,9 @@ def open_saved(path: Path, step: int | None = None, trust_code: bool = False) ->
         raise CheckpointError(f"{path} is a Hugging Face folder and has no steps: leave --step out")
     source = build_source(ModelSection(huggingface=str(path), trust_code=trust_code), seed=0)
     context = getattr(getattr(source.model, "config", None), "max_position_embeddings", None)
-    return SavedModel(source, load_tokenizer(path), context, path)
+    tokenizer = load_tokenizer(path)
+    carried = Carried.of(path, path, tokenizer, trust_code)
+    return SavedModel(source, tokenizer, context, path, carried)
 
 
 def _run(path: Path, step: int | None, trust_code: bool) -> SavedModel:
@@ -128,7 +135,19 @@ def _run(path: Path, step: int | None, trust_code: bool) -> SavedModel:
     planned = config.plan
     if planned not in (*PRESETS, *DERIVED, "huggingface") and not Path(planned).exists():
         planned = str(path / PLAN)  # the file that it was read from is gone: the run keeps what it resolved to
-    return SavedModel(source, tokenizer, config.data.seq_len, path, checkpoints, step, planned, config.derive)
+    carried = Carried.of(source.folder, config.data.tokenizer.path, tokenizer, config.model.trust_code)
+    return SavedModel(
+        source=source,
+        tokenizer=tokenizer,
+        context=config.data.seq_len,
+        folder=path,
+        carried=carried,
+        checkpoints=checkpoints,
+        step=step,
+        planned=planned,
+        requests=config.derive,
+        dtype=config.export.dtype,
+    )
 
 
 def _derived(model: nn.Module, tp: int) -> Plan:

@@ -110,7 +110,7 @@ def _start(argv: list[str]) -> int:
         print(f"changed    {line}")
     for line in preflight.check_plan(config, checked.source, checked.plan):
         print(f"warning    {line}")
-    for line in preflight.split_lines(config, checked):
+    for line in (*preflight.split_lines(config, checked), *preflight.export_lines(config, checked.source)):
         print(line)
     data = prepare(config.data, checked.source.vocab_size, progress=True)
     preflight.check_checkpoint(checked, data.tokenizer)

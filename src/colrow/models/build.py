@@ -50,7 +50,14 @@ class Source:
         if isinstance(config, LlamaConfig):
             return config
         to_dict = getattr(config, "to_dict", None)
-        return None if to_dict is None else dict(to_dict())
+        if to_dict is None:
+            return None
+        tree = dict(to_dict())
+        if theirs := _class_of_transformers(self.model):
+            tree["architectures"] = [theirs]
+        if self.folder is not None:  # turned off for training, see `_of_transformers`
+            tree["use_cache"] = _config_tree(self.folder).get("use_cache", True)
+        return tree
 
     @property
     def vocab_size(self) -> int:
@@ -172,7 +179,7 @@ def _of_transformers(path: Path, trust_code: bool) -> nn.Module:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_code)
         config.use_cache = False  # for generation; in training the cache is memory for nothing
-        with _parameters_on_meta():
+        with parameters_on_meta():
             model: nn.Module = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=trust_code
             )
@@ -185,8 +192,14 @@ def _of_transformers(path: Path, trust_code: bool) -> nn.Module:
     return model.train()
 
 
+def _class_of_transformers(model: nn.Module) -> str | None:
+    """The class that transformers computes the model with; FSDP2 and users make subclasses of it."""
+    theirs = (cls for cls in type(model).__mro__ if cls.__module__.startswith("transformers.models."))
+    return next((cls.__name__ for cls in theirs), None)
+
+
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """Within, parameters lose their memory as they are registered. Buffers keep theirs: nothing would fill them."""
     register = nn.Module.register_parameter
 

@@ -9,13 +9,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from colrow.checkpoint.carried import Carried
 from colrow.checkpoint.export import export
 from colrow.config import RunConfig
 from colrow.data.tokenizer import Tokenizer
+from colrow.errors import ConfigError, ExportError
 from colrow.models.generate import generate
 from colrow.run.loop import Outcome
 from colrow.run.nonfinite import FILE as NONFINITE
-from colrow.run.progress import TrainingProgress
+from colrow.run.progress import TrainingProgress, labelled
 from colrow.run.run_folder import CHECKPOINTS, EXPORT
 from colrow.train.evaluate import evaluation_mode
 from colrow.train.metrics import FILE, perplexity, read_metrics
@@ -40,14 +42,29 @@ def finish(
     if progress.shown:
         progress.say(f"loss curve {plot_loss(run)}")
     progress.say(f"checkpoint {run / CHECKPOINTS}/step-{outcome.saved}" if outcome.saved else "checkpoint none")
-    model_config = training.source.exported_config
-    if config.checkpoint.export and model_config is not None:
-        export(training.modules, run / EXPORT, model_config, tokenizer)
-        progress.say(f"export     {run / EXPORT}, for transformers")
+    for line in write_export(config, training, tokenizer):
+        progress.say(line)
     progress.say(f"memory     {peak_memory(training.device)}")
     if outcome.saved:
         progress.say(f'next       colrow generate {run} --prompt "{config.sample.prompt or "Once"}"')
         progress.say(f"           colrow export {run} -o DIR")
+
+
+def write_export(config: RunConfig, training: Training, tokenizer: Tokenizer) -> list[str]:
+    """Write `export/`, where the run is to have one. What to print of it. Collective."""
+    source, folder = training.source, config.run.dir / EXPORT
+    model_config = source.exported_config
+    if not config.checkpoint.export or model_config is None:
+        return []
+    carried = Carried.of(source.folder, config.data.tokenizer.path, tokenizer, config.model.trust_code)
+    dtype = carried.dtype(config.export.dtype)
+    try:
+        found = export(training.modules, folder, model_config, tokenizer, dtype=dtype, carried=carried)
+    except (ExportError, ConfigError) as error:  # as `preflight.export_lines` has warned
+        return [labelled("export", f"none: {error}")]
+    if found is None:
+        return []
+    return [f"export     {folder}{', for transformers' * found.is_for_transformers}", labelled("", str(found))]
 
 
 def sample(config: RunConfig, training: Training, tokenizer: Tokenizer) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from typing import TextIO
 
 import rich.progress
@@ -10,6 +11,12 @@ from rich.console import Console
 
 from colrow.data.progress import ProgressBar
 from colrow.train.metrics import Record
+
+
+def labelled(label: str, text: str) -> str:
+    """A printed line of a run, `label      text`, broken between words at 80 columns."""
+    line = f"{label:<10} {text}"
+    return textwrap.fill(line, 80, subsequent_indent=" " * 11, break_on_hyphens=False, break_long_words=False)
 
 
 class TrainingProgress(ProgressBar):

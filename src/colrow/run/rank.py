@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from colrow.run import preflight
 from colrow.run.finish import finish
 from colrow.run.fresh_store import fresh_store
 from colrow.run.loop import Loop, Outcome
-from colrow.run.progress import TrainingProgress
+from colrow.run.progress import TrainingProgress, labelled
 from colrow.run.resume import resume
 from colrow.run.run_folder import CHECKPOINTS, claimed, write_folder
 from colrow.train.metrics import Metrics
@@ -69,11 +68,12 @@ def run_rank(
         warnings = [config.mesh.warning_across_hosts(info.local_world_size)]
         if first and plan is None:
             warnings += preflight.check_plan_apart(config, checked.plan)  # forks: before this process has threads
+        exports = preflight.export_lines(config, checked.source) if first and plan is None else []
         progress = stack.enter_context(TrainingProgress(first, config.train.steps, config.train.log_every))
         if plan is None:  # else the launcher has printed them
             for line in checked.changes:
                 progress.say(f"changed    {line}")
-            for line in preflight.split_lines(config, checked):
+            for line in (*preflight.split_lines(config, checked), *exports):
                 progress.say(line)
         for warning in warnings:
             if warning is not None:
@@ -228,19 +228,17 @@ def random_lines(training: Training) -> Iterator[str]:
             else f"each tp rank draws its shard of the unsharded tensor's numbers in {_patterns(draws.on_shards)}"
         )
         compiled = ", which are not compiled" if training.compiled else ""
-        yield _fill("random", how + compiled)
+        yield labelled("random", how + compiled)
     for reason in dict.fromkeys(draws.unknown.values()):
         where = _patterns([name for name, why in draws.unknown.items() if why == reason])
-        yield _fill("warning", f"the {tp} tp ranks draw equal random numbers for different shards in {where}: {reason}")
+        yield labelled(
+            "warning", f"the {tp} tp ranks draw equal random numbers for different shards in {where}: {reason}"
+        )
 
 
 def _patterns(names: Sequence[str]) -> str:
     """Modules' names, with * for the number of a layer."""
     return ", ".join(dict.fromkeys(with_stars(name) or "the model" for name in names))
-
-
-def _fill(label: str, text: str) -> str:
-    return textwrap.fill(f"{label:<10} {text}", 80, subsequent_indent=" " * 11, break_on_hyphens=False)
 
 
 def _threads() -> str:

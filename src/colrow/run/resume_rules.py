@@ -106,6 +106,7 @@ RULES: dict[str, Rule] = {
         "used",
         "from the next step on",
         *("checkpoint.every", "checkpoint.last", "checkpoint.keep", "checkpoint.asynchronous", "checkpoint.export"),
+        "export.dtype",
     ),
     **_rules("used", "speed and memory", "pipeline.schedule", "pipeline.split", "pipeline.stages_per_rank"),
     **_rules("used", "speed and memory", "fsdp.reshard_after_forward"),
