@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import pickle
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -302,6 +303,30 @@ def test_ranks_are_simulated_side_by_side() -> None:
         assert [each[rank].sum().item() for rank in (0, 1)] == [4.0, 2.0]
     finally:
         dist.destroy_process_group()
+
+
+def test_the_flight_recorder() -> None:
+    tc.record_collectives()
+    assert tc.collective_counts() == {}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for _ in range(3):
+            dist.all_reduce(torch.ones(2))
+        group = max(tc.collective_counts(), key=int)
+        assert tc.collective_counts()[group] == (3, 3)
+        last = tc.recorded_collectives()[-1]
+        assert (last["profiling_name"], last["collective_seq_id"], last["input_sizes"]) == ("gloo:all_reduce", 3, [[2]])
+        assert pickle.loads(tc.flight_record())["entries"][-1]["collective_seq_id"] == 3
+    finally:
+        dist.destroy_process_group()
+
+
+def test_compilation_is_announced() -> None:
+    seen: list[str] = []
+    with tc.around_compilation(lambda: seen.append("start"), lambda: seen.append("end")):
+        torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
+    torch.compile(lambda x: x + 2, backend="eager")(torch.ones(2))
+    assert seen == ["start", "end"]
 
 
 @pytest.mark.cuda

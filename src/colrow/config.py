@@ -93,6 +93,22 @@ class DataSection(_Section):
     """Processes that tokenize; one per core unless given."""
 
 
+class HangLimits(_Section):
+    """Seconds that a phase of a run may take without a sign of life from a rank."""
+
+    start: PositiveFloat = 1800.0
+    """Until the first step: imports, the plan's proof, joining the other ranks, weights."""
+    tokenization: PositiveFloat = 86_400.0
+    compilation: PositiveFloat = 1800.0
+    """By torch.compile, in any step."""
+    capture: PositiveFloat = 600.0
+    """The steps until CUDA graphs are captured."""
+    evaluation: PositiveFloat = 1800.0
+    saving: PositiveFloat = 1800.0
+    export: PositiveFloat = 1800.0
+    """The end of a run: sample, plot, and export."""
+
+
 class TrainSection(_Section):
     steps: PositiveInt
     """Optimizer steps."""
@@ -137,6 +153,10 @@ class TrainSection(_Section):
     replay_every: NonNegativeInt = 0
     """Steps between searches for silent corruption: a step is repeated and compared bit for bit, with the hashes of
     weights; 0: none."""
+    hang_timeout: PositiveFloat | None = 120.0
+    """Seconds without a sign of life from a rank after which the run is ended, and the rank is named; null: never."""
+    hang_limits: HangLimits = HangLimits()
+    """The same for phases that take longer."""
 
 
 class EvalSection(_Section):

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -93,6 +93,7 @@ def _print_keys(path: str) -> NoReturn:
 def _start(argv: list[str]) -> int:
     from colrow.data.prepare import prepare
     from colrow.run import preflight
+    from colrow.run.hang_guard import LauncherGuard
     from colrow.run.launch import launch
     from colrow.run.rank import finished_line
     from colrow.run.run_folder import require_free, write_plan
@@ -117,18 +118,24 @@ def _start(argv: list[str]) -> int:
     ranks = config.mesh.world_size
     os.environ.setdefault("OMP_NUM_THREADS", str(preflight.threads_for(ranks)))
     os.environ[PLAN_DIGEST] = write_plan(config.run.dir, checked.plan)
-    ended = launch(["-m", "colrow", "train", *argv], ranks)
+    guard = LauncherGuard(config.train, config.run.dir, ranks)
+    ended = launch(["-m", "colrow", "train", *argv], ranks, guard=guard)
     if ended.failure is not None and ended.status != 128 + signal.SIGPIPE:
         print(f"colrow train: error: {ended.failure.text.strip()}", file=sys.stderr)
     return ended.status
 
 
 def _rank(argv: list[str]) -> NoReturn:
+    from colrow.run.heartbeat import end_with_launcher
+
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file:  # torchrun's agent, here or in a launcher of its own, has started this process and waits for it
+        end_with_launcher()
     with reporting_errors(Path(error_file) if error_file else None):
         import torch
 
         from colrow.run import preflight
+        from colrow.run.hang_guard import RankGuard
         from colrow.run.rank import run_rank
         from colrow.run.run_folder import read_plan
         from colrow.run.stop import StopRequest
@@ -136,6 +143,12 @@ def _rank(argv: list[str]) -> NoReturn:
         with StopRequest(Path(error_file).parent if error_file else None) as stop:
             requested, info = _requested(argv), rank_info()
             config = preflight.resolve(requested)
+            folder = Path(error_file).parent if error_file else None
+            guard = RankGuard(
+                *(config.train, config.run.dir, info.rank, info.world_size, folder),
+                asked_to_end=lambda: stop.requested,
+                give_up=_hang_reporter(Path(error_file) if error_file else None),
+            )
             if "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(preflight.threads_for(info.local_world_size))
             digest = os.environ.get(PLAN_DIGEST)
@@ -143,7 +156,8 @@ def _rank(argv: list[str]) -> NoReturn:
                 _print_choices(requested, config)
             plan = read_plan(config.run.dir, digest) if digest else None
             command = shlex.join(["colrow", "train", *argv])
-            run_rank(config, info, command, lambda: stop.requested, plan)
+            with guard:
+                run_rank(config, info, command, lambda: stop.requested, plan, guard)
     # A thread of torch that still runs at the interpreter's end can abort the process, after all is saved and said.
     sys.stdout.flush()
     sys.stderr.flush()
@@ -191,6 +205,19 @@ def reporting_errors(error_file: Path | None) -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _hang_reporter(error_file: Path | None) -> Callable[[str, float], None]:
+    """What says that the run hangs: in the launcher's error file, or on stderr without one."""
+    from colrow.run.launch import write_error
+
+    def say(text: str, seconds: float) -> None:
+        if error_file is None:
+            print(f"colrow train: error: {text}", file=sys.stderr, flush=True)
+        else:  # dated back, for torchrun shows the earliest of several failures: the ranks that end for this one
+            write_error(error_file, text, time.time() - seconds, 1)
+
+    return say
 
 
 def _disk_is_full(error: BaseException) -> bool:

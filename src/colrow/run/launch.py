@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,11 +28,14 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from colrow.data.disk import atomic_write
+from colrow.run.hang_guard import LauncherGuard
 from colrow.run.stop import PID_FILE, SIGNALS
 
 EXIT_USER_ERROR = 2
 """Exit status of an error that a user can fix: its text says everything, and no traceback is shown."""
 _POLL_SECONDS = 0.1
+_KILLED_SECONDS = 15.0
+"""How long ranks that were killed have to go: one that a driver holds does not, and its launcher ends without it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +62,14 @@ class Ended:
         return 0 if self.failure is None else self.failure.status
 
 
-def launch(command: Sequence[str], ranks: int, *, save: bool = True) -> Ended:
+def launch(command: Sequence[str], ranks: int, *, save: bool = True, guard: LauncherGuard | None = None) -> Ended:
     """Run `python COMMAND...` as `ranks` local ranks, with torchrun's environment, and wait for all of them.
 
     The first SIGINT or SIGTERM is passed on, and the ranks are expected to save and end; the second one kills them.
 
     Args:
         save: whether the ranks have something to save. Without, the first signal kills them.
+        guard: ends ranks that hang, and those that hang after the first signal.
 
     Raises:
         KeyboardInterrupt: a signal has killed ranks that had nothing to save.
@@ -74,15 +79,23 @@ def launch(command: Sequence[str], ranks: int, *, save: bool = True) -> Ended:
         signals = _Signals(Path(folder), stops=1 if save else 0)
         with signals:
             agent.start()
-            while agent.is_alive():
+            killed, where = None, ""
+            while agent.is_alive() and (killed is None or time.monotonic() - killed < _KILLED_SECONDS):
                 agent.join(_POLL_SECONDS)
+                if guard is not None and signals.count > signals.stops:
+                    where = where or guard.describe()  # before the ranks are killed
                 signals.pass_on()
+                if guard is not None and killed is None:
+                    guard.look(Path(folder), signals.since)
+                    killed = None if guard.hang is None else time.monotonic()
         if signals.count and not save:
             raise KeyboardInterrupt
+        if guard is not None and guard.hang is not None:
+            return Ended(Failure(guard.hang.ranks[0], guard.text(signals.last), 1), signals.last)
         if isinstance(agent.error, ChildFailedError):
             if signals.count > signals.stops:
                 text = "the ranks did not end after the first signal; the second one killed them, and nothing was saved"
-                return Ended(Failure(0, text, 1), signals.last)
+                return Ended(Failure(0, f"{text}\n{where}".strip(), 1), signals.last)
             return Ended(first_failure(agent.error.failures), signals.last)
         if agent.error is not None:
             raise agent.error
@@ -149,6 +162,8 @@ class _Signals:
         self._folder, self.stops = folder, stops
         self.count = 0
         self.last: int | None = None
+        self.since: float | None = None
+        """When the first one came, in `time.monotonic()`."""
         self._sent: set[tuple[int, bool]] = set()
 
     def __enter__(self) -> _Signals:
@@ -162,6 +177,7 @@ class _Signals:
     def _take(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
         self.last = number
+        self.since = self.since or time.monotonic()
 
     def pass_on(self) -> None:
         """Send each rank that has written its process id one SIGTERM, and later one SIGKILL."""

@@ -21,6 +21,8 @@ from colrow.models.shapes import flops_per_token
 from colrow.run.batch_check import check_same_batch
 from colrow.run.cpu_bound import CpuBoundDetector, hint_line
 from colrow.run.executed import executed_line, executed_paths, steps_until_known
+from colrow.run.hang import TRAINING
+from colrow.run.heartbeat import Heartbeat, compilations
 from colrow.run.nonfinite import NonfiniteSteps
 from colrow.run.progress import TrainingProgress
 from colrow.run.resume import ResumePoint
@@ -91,6 +93,7 @@ class Loop:
 
     Args:
         stop_requested: called once a step on each rank; when any rank returns True, all stop.
+        heartbeat: told what this rank does, for those who watch whether it hangs.
     """
 
     def __init__(
@@ -101,9 +104,10 @@ class Loop:
         checkpoints: Checkpoints,
         progress: TrainingProgress,
         stop_requested: Callable[[], bool] = lambda: False,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
         self._config, self._training, self._checkpoints, self._progress = config, training, checkpoints, progress
-        self._data, self._stop_requested = data, stop_requested
+        self._data, self._stop_requested, self._heartbeat = data, stop_requested, heartbeat or Heartbeat()
         axes, self._device = MeshAxes(training.mesh), training.device
         self._loss_weight = axes.loss_weight
         order = BatchOrder(data.train.windows(config.data.seq_len), config.train.global_batch, config.run.seed)
@@ -137,11 +141,13 @@ class Loop:
         self._progress.start(start)
         for step in range(start, config.train.steps):
             done = step + 1
+            self._heartbeat.enter("capture" if self._captures(step - start) else TRAINING)
             batches = list(self._loader.batches(sequences))
             sequences += config.train.global_batch
             if self._checks_batches(step, start):
                 check_same_batch(batches, self._same_batch_groups, step)
-            loss, norm = self._training.step(step, batches)
+            with compilations(self._heartbeat):
+                loss, norm = self._training.step(step, batches)
             if step == start and (untrained := self._training.step.forward_backward.untrained):
                 self._progress.say(untrained_line(untrained))
             stats, start_of_step = self._step_stats(loss, norm), self._step_end
@@ -154,15 +160,19 @@ class Loop:
             lag = 0 if evaluates or saves else self._lag  # both need this step's record
             stop = self._flush_pending(lag, hold_last=evaluates) or stop
             if evaluates:
-                val_loss = self._evaluate()
+                with self._heartbeat.during("evaluation"):
+                    val_loss = self._evaluate()
             if saves or stop:
                 stop = self._flush_pending(0) or stop
-                self._save(ResumePoint(done, sequences, self._nonfinite.skipped))
+                with self._heartbeat.during("saving"):
+                    self._save(ResumePoint(done, sequences, self._nonfinite.skipped))
                 saved = done
+            self._heartbeat.beat(done)
             if stop:
                 break
         self._flush_pending(0)
-        self._checkpoints.wait()
+        with self._heartbeat.during("saving"):
+            self._checkpoints.wait()
         done = self._last["step"] if self._last else start
         return Outcome(
             done, saved, done < config.train.steps, val_loss, self._nonfinite.skipped, self._nonfinite.jumped
@@ -182,6 +192,10 @@ class Loop:
         if done == self._config.train.steps:
             return last
         return every > 0 and done % every == 0
+
+    def _captures(self, steps: int) -> bool:
+        """Whether CUDA graphs are not all captured after so many steps of this start."""
+        return bool(self._training.graphs) and steps < steps_until_known(self._training)
 
     def _checks_batches(self, step: int, start: int) -> bool:
         every = self._config.train.check_batch_every

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from colrow.checkpoint.distributed import Checkpoints
@@ -23,10 +24,13 @@ from colrow.plans.plan import Plan
 from colrow.run import preflight
 from colrow.run.finish import finish
 from colrow.run.fresh_store import fresh_store
+from colrow.run.hang_guard import RankGuard
+from colrow.run.heartbeat import Heartbeat
 from colrow.run.loop import Loop, Outcome
 from colrow.run.progress import TrainingProgress, labelled
 from colrow.run.resume import resume
 from colrow.run.run_folder import CHECKPOINTS, claimed, write_folder
+from colrow.torch_compat import record_collectives
 from colrow.train.metrics import Metrics
 from colrow.train.setup import Training, set_up
 
@@ -50,6 +54,7 @@ def run_rank(
     command: str,
     stop_requested: Callable[[], bool],
     plan: Plan | None = None,
+    guard: RankGuard | None = None,
 ) -> Outcome:
     """Join the other ranks and train. The first rank holds the lock of the run's folder. Collective.
 
@@ -57,7 +62,9 @@ def run_rank(
         command: the command that started the run, to print as the one that continues it.
         stop_requested: whether this rank was asked to save and stop.
         plan: the plan that the launcher resolved and checked. Without, each rank resolves it and the first checks it.
+        guard: reports what this rank does, to the launcher or to the other ranks.
     """
+    heartbeat = guard.heartbeat if guard is not None else Heartbeat()
     config.mesh.require_world_size(info.world_size)
     first = info.rank == 0
     with ExitStack() as stack:
@@ -78,9 +85,13 @@ def run_rank(
         for warning in warnings:
             if warning is not None:
                 progress.say(f"warning    {warning}")
-        data = prepare(config.data, checked.source.vocab_size, progress=False)
-        mesh, device = stack.enter_context(process_group(config, info))
-        return train_run(config, checked.source, checked.plan, data, mesh, device, progress, command, stop_requested)
+        with heartbeat.during("tokenization"):
+            data = prepare(config.data, checked.source.vocab_size, progress=False)
+        # a launcher of the project's own, which has chosen the plan, watches; torchrun does not
+        watching = guard.join if guard is not None and plan is None else None
+        mesh, device = stack.enter_context(process_group(config, info, watching))
+        train = (config, checked.source, checked.plan, data, mesh, device, progress)
+        return train_run(*train, command, stop_requested, heartbeat)
 
 
 def train_run(
@@ -93,12 +104,13 @@ def train_run(
     progress: TrainingProgress,
     command: str = "",
     stop_requested: Callable[[], bool] = lambda: False,
+    heartbeat: Heartbeat | None = None,
 ) -> Outcome:
     """Set up, continue from the newest checkpoint, train, and finish. The first rank writes metrics and files.
 
     Collective over the mesh, which spans the default group. For `source` and `plan` see `set_up`.
     """
-    first = dist.get_rank() == 0
+    first, heartbeat = dist.get_rank() == 0, heartbeat or Heartbeat()
     with ExitStack() as stack:
         training = set_up(config, mesh, device, source, plan)
         stack.callback(training.close)
@@ -120,7 +132,7 @@ def train_run(
             progress.say(line)
         if at.step:
             progress.say(f"continues  {at.line(config, data)}")
-        loop = Loop(config, training, data, checkpoints, progress, stop_requested)
+        loop = Loop(config, training, data, checkpoints, progress, stop_requested, heartbeat)
         stack.callback(loop.close)
         metrics = stack.enter_context(Metrics(config, at.step)) if first else None
         outcome = loop.run(at, metrics)
@@ -129,21 +141,32 @@ def train_run(
             progress.say(f"stopped    after step {outcome.step} of {config.train.steps}; the state is saved")
             progress.say(f"continue   {command}")
         else:
-            finish(config, training, data.tokenizer, outcome, progress)
+            with heartbeat.during("export"):
+                finish(config, training, data.tokenizer, outcome, progress)
         return outcome
 
 
 @contextmanager
-def process_group(config: RunConfig, info: RankInfo) -> Iterator[tuple[DeviceMesh, torch.device]]:
-    """Within: the default process group, NCCL on GPUs and gloo on CPUs. Yields the mesh and this rank's device."""
+def process_group(
+    config: RunConfig, info: RankInfo, watching: Callable[[Store], None] | None = None
+) -> Iterator[tuple[DeviceMesh, torch.device]]:
+    """Within: the default process group, NCCL on GPUs and gloo on CPUs. Yields the mesh and this rank's device.
+
+    Args:
+        watching: gets the store of the ranks of this start.
+    """
     device = set_device(preflight.device_type(config), info.local_rank)
     if config.train.replay_every:  # read when cuBLAS starts; without it, it has no deterministic kernels
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    record_collectives()
     # The store that torchrun's agents keep is the same one after a restart, with the dead ranks' addresses in it.
     store, _, _ = next(rendezvous("env://", info.rank, info.world_size))
+    store = fresh_store(store, info.rank, info.world_size)
+    if watching is not None:
+        watching(store)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=fresh_store(store, info.rank, info.world_size),
+        store=store,
         rank=info.rank,
         world_size=info.world_size,
         # makes NCCL connect now, and subgroups reuse the connections

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from colrow.config import RunConfig
+from colrow.config import HangLimits, RunConfig
 from colrow.errors import ConfigError
 from colrow.train.schedule import learning_rate
 
@@ -99,6 +99,11 @@ RULES: dict[str, Rule] = {
         "used and printed",
         "what is printed and checked",
         *("train.log_every", "train.check_batch_every", "train.replay_every"),
+    ),
+    **_rules(
+        "used",
+        "when a run that hangs is ended",
+        *("train.hang_timeout", *(f"train.hang_limits.{phase}" for phase in HangLimits.model_fields)),
     ),
     **_rules("used and printed", "from the next step on", "eval.every"),
     **_rules("used and printed", "other validation losses: the number of sequences is printed", "eval.batches"),

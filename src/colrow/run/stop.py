@@ -60,10 +60,12 @@ class StopRequest:
     def _watch(self, wakeups: socket.socket) -> None:
         while True:
             try:
-                if not wakeups.recv(16):
-                    return
+                numbers = wakeups.recv(16)
             except OSError:
                 return
+            if not numbers:
+                return
+            self.requested = self.requested or any(number in SIGNALS for number in numbers)
             if self._folder is not None and another_rank_failed(self._folder):
                 os._exit(1)  # the main thread may never return from its collective
 

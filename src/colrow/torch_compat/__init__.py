@@ -23,6 +23,13 @@ from colrow.torch_compat.dtensors import (
     watched_conversions,
     watched_to_local_backward,
 )
+from colrow.torch_compat.flight import (
+    around_compilation,
+    collective_counts,
+    flight_record,
+    record_collectives,
+    recorded_collectives,
+)
 from colrow.torch_compat.fsdp import FsdpUnit, fsdp_units
 from colrow.torch_compat.groups import (
     AsyncCollectiveTensor,
@@ -73,7 +80,9 @@ __all__ = [
     "all_gather",
     "all_reduce",
     "apply_to_tensors",
+    "around_compilation",
     "attention_backend",
+    "collective_counts",
     "compiled_graph_count",
     "constant_index",
     "current_autograd_node",
@@ -83,6 +92,7 @@ __all__ = [
     "fake_tensor_mode",
     "fake_tensors",
     "finished_work",
+    "flight_record",
     "foreach",
     "forward_number",
     "frames",
@@ -103,6 +113,8 @@ __all__ = [
     "propagated",
     "quiet_fake_tensors",
     "raw_stream",
+    "record_collectives",
+    "recorded_collectives",
     "reduce_scatter",
     "replicas_of_fsdp2",
     "scaled_product",
