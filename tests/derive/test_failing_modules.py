@@ -32,7 +32,7 @@ class MLP(nn.Module):
 
 
 class ByWidth(nn.Module):
-    """Heads of C // heads features with C read from the input, the full width in the last view."""
+    """It states how wide its products are."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,9 +40,9 @@ class ByWidth(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
-        q, k, v = (
-            y.view(B, T, self.heads, C // self.heads).transpose(1, 2) for y in self.qkv(x).split(self.width, dim=2)
-        )
+        y = self.qkv(x)
+        assert y.shape[-1] == 3 * C
+        q, k, v = (part.view(B, T, self.heads, C // self.heads).transpose(1, 2) for part in y.split(self.width, dim=2))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(y.transpose(1, 2).contiguous().view(B, T, C))
 
@@ -54,7 +54,10 @@ class Separate(nn.Module):
 
     def heads(self, x: Tensor) -> list[Tensor]:
         B, T, _ = x.shape
-        return [linear(x).view(B, T, HEADS, -1).transpose(1, 2) for linear in (self.q, self.k, self.v)]
+        products = [linear(x) for linear in (self.q, self.k, self.v)]
+        if any(y.shape != x.shape for y in products):
+            raise ValueError("not enough values to unpack")
+        return [y.view(B, T, HEADS, -1).transpose(1, 2) for y in products]
 
 
 class MinusOneLast(Separate):

@@ -23,7 +23,7 @@ from colrow.derive.emit_modules import Emission
 from colrow.derive.failure import ADVICE, Place, TraceError, has_unknown_size
 from colrow.derive.flow import Flows
 from colrow.derive.infer import AxisInference, shape_of
-from colrow.derive.local import Attributes, LocalCheck
+from colrow.derive.local import LocalCheck, Repairs
 from colrow.derive.requests import Requests
 from colrow.derive.sequence import NoStreamError, Stream, StreamKind, find_stream
 from colrow.derive.table import infer
@@ -233,8 +233,8 @@ class _Derive:
                 yield from (found for found, _ in filter(None, (early, late)))
 
     def _stream(
-        self, split: Split, kind: StreamKind, known: Attributes | None, why: list[str]
-    ) -> tuple[Derivation, Attributes] | None:
+        self, split: Split, kind: StreamKind, known: Repairs | None, why: list[str]
+    ) -> tuple[Derivation, Repairs] | None:
         """The derivation with the stream on sequence shards; None, and the reason in `why`, where there is none."""
         try:
             return self._emit(split, find_stream(self.traced, split, kind), known)
@@ -265,11 +265,10 @@ class _Derive:
             module = module.rpartition(".")[0]
         return (choice.atoms | set(choice.groups)) - choice.vocabulary or set(choice.atoms)
 
-    def _emit(self, split: Split, stream: Stream | None, known: Attributes | None) -> tuple[Derivation, Attributes]:
+    def _emit(self, split: Split, stream: Stream | None, known: Repairs | None) -> tuple[Derivation, Repairs]:
         emission = self._emission(self.model, self.traced, split, stream)
-        attributes = LocalCheck(self.model, self.traced, split.flows, emission, stream, self.inputs).repair(known)
-        for name, values in attributes.items():
-            emission.modules.setdefault(name, {"style": "replicate"})["attributes"] = values
+        repairs = LocalCheck(self.model, self.traced, split.flows, emission, stream, self.inputs).repair(known)
+        repairs.write_to(emission.modules)
         if self.options.loss == "replicated" and emission.loss == "vocab_parallel":
             for name, style in emission.modules.items():
                 if emission.style(name) is Colwise and style.get("use_local_output") is False:
@@ -278,7 +277,7 @@ class _Derive:
                 if emission.style(name) is FastHead:
                     style["gather"] = True
             emission.loss = "replicated"
-        return self._result(split.flows.choice, split, stream, emission), attributes
+        return self._result(split.flows.choice, split, stream, emission), repairs
 
     def _emission(self, *given: Any) -> Emission:
         if not self.fast:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from colrow.derive.axes import Atom, Dim, forbid, size_of
-from colrow.sharding.operators import NOTHING_KNOWN, Operator, operator, plain_name
+from colrow.sharding.operators import NOTHING_KNOWN, Identity, Operator, operator, plain_name
 
 Dims = list[Dim]
 Result = Dims | tuple[Dims | None, ...] | None
@@ -48,6 +48,16 @@ def op_name(node: Node) -> str:
 def facts_of(node: Node) -> Operator:
     """What the operator table knows of the node's operator; of one that is not in the table, or no call, nothing."""
     return operator(op_name(node)) if node.op == "call_function" else NOTHING_KNOWN
+
+
+def computes(node: Node) -> bool:
+    """Whether a reshape copies depends on extents that are 1, so copies are no difference between two traces."""
+    return node.op == "call_function" and facts_of(node).identity is not Identity.MEMORY
+
+
+def computation(node: Node) -> str:
+    """The operator's name, one for all views."""
+    return "view" if facts_of(node).rule == "view" else op_name(node)
 
 
 def is_lookup(node: Node) -> bool:

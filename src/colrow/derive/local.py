@@ -12,6 +12,7 @@ import contextlib
 import copy
 import itertools
 import re
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,9 +24,10 @@ from colrow.derive.choice import Choice
 from colrow.derive.emit_modules import Emission
 from colrow.derive.failure import Misfit, TraceError, does_not_fit
 from colrow.derive.flow import Flows
-from colrow.derive.infer import facts_of, op_name, shape_of
+from colrow.derive.infer import computation, computes, facts_of, op_name, shape_of
 from colrow.derive.reads import record_reads
 from colrow.derive.sequence import Stream
+from colrow.derive.sizes import Rules, find_sizes
 from colrow.derive.trace import (
     Label,
     Rescale,
@@ -37,14 +39,29 @@ from colrow.derive.trace import (
 )
 from colrow.dryrun.calls import Inputs, call_model
 from colrow.errors import PlanError
-from colrow.sharding.operators import Filling, Identity
+from colrow.sharding.operators import Filling
 from colrow.styles.base import set_attribute
+from colrow.styles.local_sizes import write_local_sizes
 from colrow.styles.packed import is_transposed
 from colrow.torch_compat import fake_tensor_mode, quiet_fake_tensors
 
 LIKELY = re.compile("head|group|split")
 Attributes = dict[str, dict[str, Any]]
 """Module name to attribute name to `/tp` or a number."""
+
+
+@dataclass(frozen=True)
+class Repairs:
+    """What makes the model's code right on a rank's shapes."""
+
+    attributes: Attributes = field(default_factory=dict)
+    sizes: Rules = field(default_factory=dict)
+
+    def write_to(self, modules: dict[str, dict[str, Any]]) -> None:
+        """Into the styles of a plan."""
+        for option, values in (("attributes", self.attributes), ("sizes", self.sizes)):
+            for name, value in values.items():
+                modules.setdefault(name, {"style": "replicate"})[option] = value
 
 
 class LocalCheck:
@@ -87,7 +104,7 @@ class LocalCheck:
 
     # ------------------------------------------------------------------ the copy
 
-    def local_model(self, attributes: Attributes) -> nn.Module:
+    def local_model(self, repairs: Repairs) -> nn.Module:
         """The model with a rank's shapes; parameters that are not sharded are shared with the original."""
         memo = {id(t): t for t in itertools.chain(self.model.parameters(), self.model.buffers())}
         clone = copy.deepcopy(self.model, memo)
@@ -101,10 +118,12 @@ class LocalCheck:
             for each in names:
                 parent, _, last = each.rpartition(".")
                 clone.get_submodule(parent)._parameters[last] = new
-        for name, values in attributes.items():
+        for name, values in repairs.attributes.items():
             module = clone.get_submodule(name)
             for key, value in values.items():
                 set_attribute(module, key, value, self.choice.tp)
+        for name, sizes in repairs.sizes.items():
+            write_local_sizes(clone.get_submodule(name), sizes, self.choice.tp)
         return clone
 
     def rescale(self) -> Rescale:
@@ -112,15 +131,15 @@ class LocalCheck:
 
     # ------------------------------------------------------------------ comparing
 
-    def mismatch(self, attributes: Attributes) -> Misfit | None:
+    def mismatch(self, repairs: Repairs) -> Misfit | None:
         """Why a rank's trace is not the global one with local extents; None when it is."""
-        model = self.local_model(attributes)
+        model = self.local_model(repairs)
         try:
             local = trace(model, self.inputs, self.rescale())
         except TraceError as error:
             return does_not_fit(model, error.__cause__ or error)
-        ours = [n for n in self.traced.nodes if _computes(n)]
-        theirs = [n for n in local.nodes if _computes(n)]
+        ours = [n for n in self.traced.nodes if computes(n)]
+        theirs = [n for n in local.nodes if computes(n)]
         for mine, its in zip(ours, theirs, strict=False):
             where = self.flows.path[mine] or "the model"
             why = self._difference(mine, its, where)
@@ -131,7 +150,7 @@ class LocalCheck:
         return None
 
     def _difference(self, mine: Node, its: Node, where: str) -> str | None:
-        if _same_view(mine) != _same_view(its):
+        if computation(mine) != computation(its):
             return f"{where} runs {op_name(its)} on a rank where the unsharded model runs {op_name(mine)}"
         extents = self.local_extents(mine)
         value = its.meta.get("val")
@@ -156,11 +175,11 @@ class LocalCheck:
         mine_of, its_of = mine.args[0], its.args[0]
         return isinstance(mine_of, Node) and isinstance(its_of, Node) and shape_of(mine_of) == shape_of(its_of)
 
-    def quick(self, attributes: Attributes) -> Misfit | None:
+    def quick(self, repairs: Repairs) -> Misfit | None:
         """The same question at module boundaries only, without export: an error or a wrong extent."""
         if self.runs_fake is False:
             return None
-        found = self._quick(self.local_model(attributes), self.rescale(), self.expected)
+        found = self._quick(self.local_model(repairs), self.rescale(), self.expected)
         if found is not None and self.runs_fake is None:
             self.runs_fake = self._quick(self.local_copy(), None, {}) is None
             return found if self.runs_fake else None
@@ -203,13 +222,14 @@ class LocalCheck:
         extents[scale[0]] = extents[scale[0]] * scale[2] // scale[1]
         return extents
 
-    # ------------------------------------------------------------------ attributes
+    # ------------------------------------------------------------------ attributes, and sizes in code
 
-    def repair(self, known: Attributes | None = None) -> Attributes:
-        """The smallest set of integer attributes that makes a rank's trace right; only `known` is tried if given.
+    def repair(self, known: Repairs | None = None) -> Repairs:
+        """The smallest set of integer attributes that makes a rank's trace right, or where none does, the sizes in code
+        that do; only `known` is tried if given.
 
         Raises:
-            TraceError: no set does; the text is what is wrong without any.
+            TraceError: nothing does; the text is what is wrong without any.
         """
         if known is not None:
             why = self.quick(known) or self.mismatch(known)
@@ -227,16 +247,41 @@ class LocalCheck:
                     assert candidates is not None
                     for name, value in candidates[key].items():
                         attributes.setdefault(name, {})[key[1]] = value
-                why = self.quick(attributes) or self.mismatch(attributes)
+                repairs = Repairs(attributes)
+                why = self.quick(repairs) or self.mismatch(repairs)
                 if why is None:
-                    return attributes
+                    return repairs
                 telling = " has an input of " in why.why or ALIKE in why.why
                 first = why if first is None or (candidates is not None and telling) else first
             if candidates is None:
                 candidates = self.candidates()
                 groups = sorted(candidates, key=lambda key: (not LIKELY.search(key[1]), key))
             size += 1
+        if (with_sizes := self.with_sizes()) is not None:
+            return with_sizes
         raise TraceError(first.why, first.module) if first else PlanError("nothing to compare")
+
+    def with_sizes(self) -> Repairs | None:
+        """Sizes in code that make a rank's trace right; None where there are none."""
+        tried: Rules | None = {}
+        for literal in (False, True):
+            sizes = find_sizes(
+                self.model,
+                self.traced,
+                self.flows.inference,
+                self.local_model(Repairs(self.emission.attributes)),
+                self.local_extents,
+                self.inputs,
+                self.rescale(),
+                self.choice.tp,
+                literal,
+            )
+            if sizes and sizes != tried:
+                repairs = Repairs(self.emission.attributes, sizes)
+                if self.mismatch(repairs) is None:
+                    return repairs
+            tried = sizes
+        return None
 
     def candidates(self) -> dict[tuple[str, str], dict[str, Any]]:
         """Attributes that a block's forward reads and that hold a size of which a rank has less:
@@ -286,15 +331,6 @@ class LocalCheck:
 
 
 ALIKE = "would give every rank the same part of a constant"
-
-
-def _computes(node: Node) -> bool:
-    """Whether a reshape copies depends on extents that are 1, so copies are no difference."""
-    return node.op == "call_function" and facts_of(node).identity is not Identity.MEMORY
-
-
-def _same_view(node: Node) -> str:
-    return "view" if facts_of(node).rule == "view" else op_name(node)
 
 
 def _numbers(node: Node) -> list[float]:

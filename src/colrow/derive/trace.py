@@ -89,6 +89,8 @@ class Trace:
     """How many results each module returns: 0 for a single tensor."""
     outside: frozenset[str] = frozenset()
     """Parameters that code of other modules reads too, whether the value is used or not."""
+    sized: dict[str, Node] | None = None
+    """The results of calls that write sizes, by their labels; None until `sizes.find_sizes` looks."""
 
     @property
     def nodes(self) -> list[Node]:
@@ -156,8 +158,13 @@ def default_inputs(model: nn.Module, tp: int) -> Inputs:
     return example_inputs(model, batch, seq, torch.Generator()).map(lambda x: torch.zeros_like(x, device=device))
 
 
-def trace(model: nn.Module, inputs: tuple[Tensor, ...], rescale: Rescale | None = None) -> Trace:
-    """Export `model` in evaluation mode; it is left as it was.
+def trace(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    rescale: Rescale | None = None,
+    within: contextlib.AbstractContextManager[None] | None = None,
+) -> Trace:
+    """Export `model` in evaluation mode, inside of `within`; it is left as it was.
 
     Raises:
         TraceError: torch.export cannot trace the model; the text names the module and says why, and the error is
@@ -172,6 +179,7 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...], rescale: Rescale | None 
             quiet_fake_tensors(),
             markers(model, rescale) as calls,
             watching_reads(model) as outside,
+            within or contextlib.nullcontext(),
             warnings.catch_warnings(),
             contextlib.redirect_stderr(io.StringIO()),  # where export fails it prints the graph so far
         ):

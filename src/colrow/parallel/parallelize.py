@@ -20,6 +20,7 @@ from colrow.sharding.layout import local_tensor, mark_packed
 from colrow.sharding.local_view import remove_views
 from colrow.sharding.parameter_state import set_states, states_of
 from colrow.styles.base import ParameterLayout, Style, set_attribute
+from colrow.styles.local_sizes import write_local_sizes
 from colrow.styles.rank_tensors import divide_gradients
 from colrow.styles.replicated import LEFT_OUT
 from colrow.styles.site import Site
@@ -96,6 +97,8 @@ def parallelize(
             parallelize_module(module, tp_mesh, style.build(site), src_data_rank=src_data_rank)
             for key, value in attributes.items():
                 set_attribute(module, key, value, tp)
+            if style.sizes:
+                write_local_sizes(module, style.sizes, tp)
             if style.used_outside:
                 divide_gradients(module, style.used_outside, tp)
             module.__dict__[STYLED] = style.name

@@ -25,6 +25,7 @@ from torch.distributed.tensor.placement_types import Placement
 from colrow.errors import PlanError, did_you_mean
 from colrow.sharding.layout import Packed
 from colrow.sharding.placements import format_placement, parse_placement
+from colrow.styles.local_sizes import rules_of
 from colrow.styles.site import Site
 
 STYLES: dict[str, type[Style]] = {}
@@ -123,6 +124,9 @@ class Style(ABC):
     attributes: dict[str, Any] | None = None
     """Attributes of the module that hold a size of which a rank has less (`num_heads`, `config.num_attention_heads`):
     `/tp` divides the value by tp, a number replaces it. A config is copied for the module."""
+    sizes: dict[str, str] | None = option(rules_of)
+    """Sizes that the module's code writes of which a rank has less, such as `view(*, *, 4, *)`: `*, *, /tp, *`. See
+    [Note: sizes in code]."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

@@ -14,7 +14,7 @@ from colrow.models.blocks import block_stacks
 from colrow.plans.plan import Plan
 from colrow.styles.base import Style
 
-_SIZES = {"segments", "heads", "kv_heads", "head_dim", "attributes"}
+_SIZES = {"segments", "heads", "kv_heads", "head_dim", "attributes", "sizes"}
 """Options that count features or heads of a module."""
 
 

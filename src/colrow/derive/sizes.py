@@ -1,0 +1,206 @@
+"""Find the sizes that a model's code writes and of which a rank has less: the option `sizes` of styles.
+
+The unsharded model is traced once more with a marker behind every call that writes sizes, which says what each call's
+result is in the graph, and so which extents a rank has of it. Then the model is traced on a rank's shapes: a call that
+would give other extents writes a rank's, and becomes a rule. Whether the rules do what the plan says, the trace on
+local shapes decides, as for attributes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.overrides import TorchFunctionMode
+
+from colrow.derive.axes import atoms_in
+from colrow.derive.failure import TraceError
+from colrow.derive.infer import AxisInference, computation, computes
+from colrow.derive.trace import Label, Rescale, Trace, is_boundary, label_of, trace
+from colrow.styles.local_sizes import ANY, CALLS, SizeRule, Sizes, sizes_written, with_sizes
+
+Rules = dict[str, dict[str, str]]
+"""Module name to the rules of its code."""
+SIZED = "sized"
+"""The direction of markers behind calls that write sizes."""
+
+
+class _Calls(TorchFunctionMode):
+    """Counts the calls that write sizes, module by module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running: list[str] = []
+        self.count: Counter[str] = Counter()
+
+    def next_label(self) -> str | None:
+        """Of a call that is being made; None outside of modules."""
+        if not self.running:
+            return None
+        name = self.running[-1]
+        self.count[name] += 1
+        return str(Label(SIZED, name, str(self.count[name])))
+
+    @contextlib.contextmanager
+    def within(self, model: nn.Module) -> Iterator[None]:
+        handles = []
+        for name, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(lambda *_, name=name: self.running.append(name)))
+            handles.append(module.register_forward_hook(lambda *_: _nothing(self.running.pop()), always_call=True))
+        try:
+            with self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _nothing(_: Any) -> None:
+    return None
+
+
+class _Marked(_Calls):
+    """Marks the first result of each call."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func in CALLS and sizes_written(func, args, kwargs) is not None and (label := self.next_label()):
+            if isinstance(out, Tensor):
+                return torch.ops.colrow_plan.boundary(out, label, -1, 1, 1)
+            return type(out)((torch.ops.colrow_plan.boundary(out[0], label, -1, 1, 1), *out[1:]))
+        return out
+
+
+class _Solved(_Calls):
+    """Makes each call give the extents that a rank has, and keeps the rules."""
+
+    def __init__(self, expected: dict[str, tuple[list[int], list[bool]]], tp: int, literal: bool) -> None:
+        super().__init__()
+        self.expected, self.tp, self.literal = expected, tp, literal
+        self.rules: dict[str, set[SizeRule]] = defaultdict(set)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        written = sizes_written(func, args, kwargs) if func in CALLS else None
+        label = self.next_label() if written is not None else None
+        if written is None or label not in self.expected:
+            return func(*args, **kwargs)
+        extents, varying = self.expected[label]
+        wanted = _wanted(CALLS[func].name, written, extents, args, kwargs)
+        if wanted is None or wanted == written:
+            return func(*args, **kwargs)
+        names = [_change(old, new, self.tp) for old, new in zip(written, wanted, strict=True)]
+        parts = varying if len(varying) == len(written) else [False] * len(written)
+        keys: list[int | str] = [
+            ANY if varies or (name == ANY and not self.literal) else old
+            for old, name, varies in zip(written, names, parts, strict=True)
+        ]
+        self.rules[self.running[-1]].add(SizeRule(CALLS[func].name, tuple(keys), tuple(names)))
+        return with_sizes(func, args, kwargs, wanted)
+
+    def found(self) -> Rules | None:
+        """The rules; None where one call is to write different sizes in two places."""
+        out: Rules = {}
+        for name, rules in self.rules.items():
+            out[name] = dict(
+                rule.to_text() for rule in sorted(rules, key=lambda rule: (rule.written.count(ANY), str(rule)))
+            )
+            if len(out[name]) < len(rules):
+                return None
+        return out
+
+
+def _wanted(name: str, written: Sizes, extents: list[int], args: Any, kwargs: Any) -> Sizes | None:
+    """What a rank writes to get a result of these extents; None where that cannot be said."""
+    if not all(type(n) is int for n in written):
+        return None
+    if name == "split":
+        dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
+        # pieces of unequal sizes: only the first one's is known, and the others are split as it is
+        first = extents[dim]
+        if len(written) == 1:
+            return (first,)
+        return tuple(n * first // written[0] for n in written) if _divides(written, first) else None
+    if name == "unflatten":
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+        start = dim if dim >= 0 else len(extents) - len(written) + 1 + dim
+        extents = extents[start : start + len(written)]
+    if name == "repeat":
+        before = [1] * (len(extents) - args[0].dim()) + list(args[0].shape)
+        extents = [n // old for n, old in zip(extents, before, strict=True)]
+    if len(written) != len(extents):
+        return None
+    return tuple(old if old == -1 else n for old, n in zip(written, extents, strict=True))
+
+
+def _divides(sizes: Sizes, first: int) -> bool:
+    return bool(sizes[0]) and all(n * first % sizes[0] == 0 for n in sizes)
+
+
+def _change(old: int, new: int, tp: int) -> int | str:
+    if old == new:
+        return ANY
+    return "/tp" if new * tp == old else "*tp" if old * tp == new else new
+
+
+def find_sizes(
+    model: nn.Module,
+    traced: Trace,
+    inference: AxisInference,
+    local: nn.Module,
+    extents: Any,
+    inputs: Any,
+    rescale: Rescale,
+    tp: int,
+    literal: bool,
+) -> Rules | None:
+    """The rules under which `local`, the model with a rank's shapes, has these extents of each node.
+
+    Args:
+        extents: a node of `traced` to its extents on a rank, or None.
+        literal: the sizes that a rank writes too stand in the rules, and not any.
+
+    Returns:
+        None where the calls of the two traces cannot be told apart by what they write.
+    """
+    if traced.sized is None:
+        traced.sized = _sized(model, traced, inputs)
+    expected = {}
+    for label, node in traced.sized.items():
+        dims = inference.dims.get(node)
+        if isinstance(dims, list) and (local_extents := extents(node)) is not None:
+            varying = [any((a.forbidden or "").startswith("input ") for a in atoms_in(dim)) for dim in dims]
+            expected[label] = local_extents, varying
+    solved = _Solved(expected, tp, literal)
+    with contextlib.suppress(TraceError):
+        trace(local, inputs, rescale, solved.within(local))
+    rules = solved.found()
+    return None if rules is None or "" in rules else rules
+
+
+def _sized(model: nn.Module, traced: Trace, inputs: Any) -> dict[str, Node]:
+    """The node of `traced` that each call which writes sizes gives."""
+    marked = trace(model, inputs, within=_Marked().within(model))
+    own = [n for n in marked.nodes if computes(n) and not _is_mark(n)]
+    its_own = [n for n in traced.nodes if computes(n)]
+    if [computation(n) for n in own] != [computation(n) for n in its_own]:
+        return {}
+    counterpart = dict(zip(own, its_own, strict=True))
+    out = {}
+    for node in filter(_is_mark, marked.nodes):
+        source = node.args[0]
+        while isinstance(source, Node) and source not in counterpart and source.op == "call_function":
+            source = source.args[0]  # another mark, or a copy
+        if source in counterpart:
+            out[str(label_of(node))] = counterpart[source]  # type: ignore[index]
+    return out
+
+
+def _is_mark(node: Any) -> bool:
+    return isinstance(node, Node) and is_boundary(node) and label_of(node).direction == SIZED

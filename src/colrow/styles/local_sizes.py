@@ -1,0 +1,197 @@
+"""The option `sizes`: sizes in a module's code that are those of the unsharded model, made a rank's.
+
+[Note: sizes in code]
+Code writes sizes: `x.view(B, T, 4, -1)`, `y.reshape(B, T, C)` with C read from an input that every rank has completely,
+`qkv.split(64, -1)`. On a rank's shards they are wrong, and no attribute of the module holds them. A rule says which
+calls of a module's own forward write such sizes, by function and by what is written, and what a rank writes:
+
+    {"view(*, *, 4, *)": "*, *, /tp, *", "split(64)": "/tp"}
+
+`*` on the left is any size, on the right what is written; `/tp` divides what is written by tp, `*tp` multiplies it; a
+number takes its place. Of several rules that match a call the first counts; calls that match none are left alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
+
+from colrow.errors import PlanError
+from colrow.sharding.local_view import replace_forward
+
+Sizes = tuple[Any, ...]
+ANY = "*"
+_RULES = "_colrow_sizes"  # module attribute: (rules, tp)
+
+
+@dataclass(frozen=True)
+class SizeCall:
+    """How a function is given sizes: as its positional arguments from number `first` on, or as one argument there.
+
+    Attributes:
+        keyword: the name of that argument.
+        single: it may be a number alone, which stands for each of several results (the size of `split`).
+    """
+
+    name: str
+    first: int
+    keyword: str
+    single: bool = False
+
+
+def _calls() -> dict[Any, SizeCall]:
+    found: dict[Any, SizeCall] = {}
+    for name, first, keyword, single in (
+        ("view", 1, "size", False),
+        ("reshape", 1, "shape", False),
+        ("expand", 1, "size", False),
+        ("broadcast_to", 1, "size", False),
+        ("repeat", 1, "repeats", False),
+        ("unflatten", 2, "sizes", False),
+        ("split", 1, "split_size", True),
+        ("new_zeros", 1, "size", False),
+        ("new_ones", 1, "size", False),
+        ("new_empty", 1, "size", False),
+        ("new_full", 1, "size", False),
+        ("zeros", 0, "size", False),
+        ("ones", 0, "size", False),
+        ("empty", 0, "size", False),
+        ("full", 0, "size", False),
+    ):
+        for owner in (torch, Tensor):
+            if (function := getattr(owner, name, None)) is not None:
+                found[function] = SizeCall(name, first, keyword, single)
+    return found
+
+
+CALLS = _calls()
+
+
+def sizes_written(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Sizes | None:
+    """The sizes that a call writes; None where it writes none, or acts on a DTensor, which has global ones."""
+    call = CALLS.get(function)
+    if call is None or any(isinstance(x, DTensor) for x in args):
+        return None
+    given = kwargs.get(call.keyword, args[call.first] if len(args) > call.first else None)
+    if isinstance(given, (tuple, list)):
+        return tuple(given)
+    if call.single or call.keyword in kwargs:
+        return None if given is None else (given,)
+    rest = tuple(args[call.first :])
+    return rest if rest and all(isinstance(n, (int, torch.SymInt)) for n in rest) else None
+
+
+def with_sizes(function: Any, args: Sequence[Any], kwargs: dict[str, Any], sizes: Sizes) -> Any:
+    """The call with other sizes."""
+    call = CALLS[function]
+    if function is Tensor.unflatten:  # its own code calls super(), which torch.compile follows in a method call alone
+        function, args, first = args[0].unflatten, args[1:], call.first - 1
+    else:
+        first = call.first
+    if call.keyword in kwargs:
+        old = kwargs[call.keyword]
+        return function(*args, **{**kwargs, call.keyword: sizes if isinstance(old, (tuple, list)) else sizes[0]})
+    if isinstance(args[first], (tuple, list)):
+        return function(*args[:first], list(sizes), *args[first + 1 :], **kwargs)
+    return function(*args[:first], *sizes, *args[first + len(sizes) :], **kwargs)
+
+
+@dataclass(frozen=True)
+class SizeRule:
+    """Which sizes a call writes, and what a rank writes in their places."""
+
+    function: str
+    written: tuple[int | str, ...]
+    local: tuple[int | str, ...]
+
+    @classmethod
+    def parse(cls, call: str, local: str) -> SizeRule:
+        """Raises PlanError for a text that is no rule."""
+        function, opened, rest = call.partition("(")
+        if not opened or not rest.endswith(")"):
+            raise PlanError(f"sizes: {call!r} is no call such as 'view(*, *, 4, *)'")
+        written, becomes = _tokens(rest[:-1]), _tokens(local)
+        known = {call.name for call in CALLS.values()}
+        if function not in known or len(written) != len(becomes):
+            raise PlanError(f"sizes: {call!r}: {local!r} does not fit one of {', '.join(sorted(known))}")
+        return cls(function, written, becomes)
+
+    def to_text(self) -> tuple[str, str]:
+        """The key and the value that a plan holds."""
+        return f"{self.function}({', '.join(map(str, self.written))})", ", ".join(map(str, self.local))
+
+    def matches(self, function: str, written: Sizes) -> bool:
+        return (
+            function == self.function
+            and len(written) == len(self.written)
+            and all(mine in (ANY, its) for mine, its in zip(self.written, written, strict=True))
+        )
+
+    def apply(self, written: Sizes, tp: int) -> Sizes:
+        return tuple(_local(mine, size, tp) for mine, size in zip(self.local, written, strict=True))
+
+
+def _tokens(text: str) -> tuple[int | str, ...]:
+    return tuple(part if part in (ANY, "/tp", "*tp") else int(part) for part in text.split(", "))
+
+
+def _local(rule: int | str, size: Any, tp: int) -> Any:
+    match rule:
+        case "*":
+            return size
+        case "/tp":
+            return size // tp
+        case "*tp":
+            return size * tp
+    return rule
+
+
+def rules_of(value: Any) -> dict[str, str] | None:
+    """The option `sizes`, each of whose entries is a rule."""
+    if value is None:
+        return None
+    for call, local in value.items():
+        SizeRule.parse(call, local)
+    return {str(call): str(local) for call, local in value.items()}
+
+
+class LocalSizes(TorchFunctionMode):
+    """Calls within write a rank's sizes."""
+
+    def __init__(self, rules: Sequence[SizeRule], tp: int) -> None:
+        super().__init__()
+        self.rules, self.tp = rules, tp
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        call = CALLS.get(func)
+        if call is not None and (written := sizes_written(func, args, kwargs)) is not None:
+            for rule in self.rules:
+                if rule.matches(call.name, written):
+                    return with_sizes(func, args, kwargs, rule.apply(written, self.tp))
+        return func(*args, **kwargs)
+
+
+def write_local_sizes(module: nn.Module, sizes: dict[str, str], tp: int) -> None:
+    """Let the module's forward write a rank's sizes: see [Note: sizes in code]."""
+    rules = tuple(SizeRule.parse(*item) for item in sizes.items())
+    module.__dict__[_RULES] = rules, tp
+    cls: Any = type(module)
+    replace_forward(module, _forward_of(cls))
+
+
+@functools.cache  # one function for equal modules: see `replace_forward`
+def _forward_of(cls: Any) -> Callable[..., Any]:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        rules, tp = getattr(self, _RULES)
+        with LocalSizes(rules, tp):
+            return cls.forward(self, *args, **kwargs)
+
+    return forward

@@ -1,0 +1,138 @@
+"""Attention whose code writes the unsharded model's sizes is split by heads: loss and gradients on real ranks."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from colrow.checking.check import check
+from colrow.derive.derivation import derive
+from colrow.errors import PlanError
+from colrow.mesh import Mesh
+from colrow.parallel.loss import loss_context, model_loss
+from colrow.parallel.parallelize import parallelize
+from colrow.plans.derive_options import DeriveOptions
+from colrow.plans.plan import Plan
+from colrow.sharding.layout import full_tensor, packed_of
+from colrow.styles.local_sizes import LocalSizes, SizeRule, write_local_sizes
+from colrow.verifying.verify import parity
+from helpers.attentions import HEADS, KINDS, VOCAB, ByWidth, FromExtents, Merged, Written, language
+from helpers.harness import Ranks
+from helpers.parity import cross_entropy, relative, tp_mesh
+from helpers.variants import params
+
+TOLERANCE = 1e-9
+IDS = torch.randint(0, VOCAB, (2, 17), generator=torch.Generator().manual_seed(0))
+ALL = (*KINDS, Written)
+
+
+@functools.cache
+def derived(tp: int, *kinds: type[nn.Module]) -> Plan:
+    options = DeriveOptions(sequence_parallel=kinds is ALL)
+    found = derive(language(*kinds), tp, inputs=(IDS[:, :-1],), options=options)
+    whole = {name for name in found.replicated if "norm" not in name and not name.endswith("bias")}
+    assert not (
+        whole if tp <= 2 else {n for n in whole if ".attn.k." not in n and ".attn.v." not in n}
+    )  # 2 kv heads over 4 ranks
+    return found.plan()
+
+
+def train_case(device: str, kinds: tuple[type[nn.Module], ...], plan: str) -> dict[str, float]:
+    """Relative errors of loss and gradients against one process; empty where a rank's code fails."""
+    one, model, parallel = language(*kinds).to(device), language(*kinds).to(device), Plan.from_yaml(plan)
+    ids, targets = IDS[:, :-1].to(device), IDS[:, 1:].to(device)
+    want = cross_entropy(one(ids), targets)
+    want.backward()
+    mesh = tp_mesh(device, dist.get_world_size())
+    parallelize(model, parallel, mesh)
+    with loss_context(parallel, mesh):
+        loss = model_loss(model, parallel, mesh, ids, targets)
+        loss.backward()
+    errors = {"loss": relative(full_tensor(loss.detach()), want.detach())}
+    for name, param in model.named_parameters():
+        got, expected = param.grad, one.get_parameter(name).grad
+        assert got is not None
+        assert expected is not None
+        if not name.endswith(("k.bias",)):  # softmax does not see it: its gradient is rounding
+            errors[name] = relative(full_tensor(got, packed_of(model, name)), expected)
+    return errors
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("tp", "kinds"), params([(2, (ByWidth, Merged)), (2, ALL), (4, ALL)], lambda _, kinds: kinds is ALL)
+)
+def test_every_kind_is_split_and_trains_as_one_process_does(ranks: Ranks, tp: int, kinds: Any) -> None:
+    for errors in ranks(tp).run(train_case, kinds, derived(tp, *kinds).to_yaml()):
+        assert len(errors) > 12 * len(kinds)
+        assert max(errors.values()) < TOLERANCE, {k: v for k, v in errors.items() if v >= TOLERANCE}
+
+
+@pytest.mark.distributed
+def test_without_the_rules_numbers_are_wrong_and_said_to_be(ranks: Ranks) -> None:
+    plan, model = derived(2, FromExtents), language(FromExtents)
+    assert parity(model, plan, 2, (IDS[:, :-1],)).worst < TOLERANCE
+    bare = replace(plan, modules={key: replace(style, sizes=None) for key, style in plan.modules.items()})
+    assert bare != plan
+    found = check(model, bare, Mesh(tp=2), inputs=(IDS[:, :-1],))
+    assert any(f.severity == "error" for f in found) or parity(model, bare, 2, (IDS[:, :-1],)).worst > 1e-3
+    for errors in ranks(2).run(train_case, (FromExtents,), bare.to_yaml()):
+        assert max(errors.values()) > 1e-3
+
+
+class Views(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        a = x.view(2, HEADS, -1)
+        b, c = torch.split(x, 8, dim=1)
+        return a, torch.reshape(x, (2, 16)), b, c, x.unflatten(1, (HEADS, 4)), x.new_zeros(2, HEADS)
+
+
+RULES = {
+    "view(*, 4, *)": "*, /tp, *",
+    "reshape(2, 16)": "*, 8",
+    "split(8)": "/tp",
+    "unflatten(4, 4)": "/tp, *",
+    "new_zeros(*, 4)": "*, *tp",
+}
+
+
+def test_rules_change_what_their_calls_write() -> None:
+    module = Views()
+    write_local_sizes(module, RULES, 2)
+    assert [tuple(y.shape) for y in module(torch.ones(2, 8))] == [(2, 2, 4), (2, 8), (2, 4), (2, 4), (2, 2, 4), (2, 8)]
+    assert torch.ones(2, 16).view(2, 4, -1).shape == (2, 4, 4), "only in the module's forward"
+
+
+def test_rules_are_compiled_without_a_graph_break() -> None:
+    module = Views()
+    write_local_sizes(module, RULES, 2)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    assert [y.shape for y in compiled(torch.ones(2, 8))] == [y.shape for y in module(torch.ones(2, 8))]
+
+
+def test_calls_without_a_rule_are_left_alone() -> None:
+    with LocalSizes((SizeRule.parse("view(*, 4)", "*, /tp"),), 2):
+        assert torch.ones(2, 4).view(4, 4).shape == (4, 2)
+        assert torch.ones(2, 8).reshape(4, 4).shape == (4, 4)
+        assert torch.ones(4, 2, 2).view(-1, 2, 4).shape == (2, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "local"), [("view", "*"), ("stretch(*)", "*"), ("view(*, 4)", "*"), ("view(*, x)", "*, *")]
+)
+def test_a_rule_that_cannot_be_read_is_refused(call: str, local: str) -> None:
+    with pytest.raises(PlanError, match="sizes"):
+        Plan({"blocks": {"style": "replicate", "sizes": {call: local}}})
+
+
+def test_a_plan_keeps_its_rules(tmp_path: Any) -> None:
+    plan = derived(2, FromExtents)
+    plan.save(tmp_path / "plan.yaml")
+    assert Plan.load(tmp_path / "plan.yaml") == plan
+    assert plan.modules["blocks.0.attn"].sizes == {"reshape(*, *, 4, 4)": "*, *, /tp, *tp"}

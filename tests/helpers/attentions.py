@@ -1,0 +1,154 @@
+"""Attention as people write it, in one model: sizes in code, kv heads by hand, tables, views of merged dimensions."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+D, HEADS, KV, VOCAB = 32, 4, 2, 80
+HEAD_DIM = D // HEADS
+
+
+class Fused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
+
+
+class Separate(nn.Module):
+    kv_heads = HEADS
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.out = nn.Linear(D, D), nn.Linear(D, D)
+        self.k, self.v = (nn.Linear(D, self.kv_heads * HEAD_DIM) for _ in range(2))
+
+
+class ByWidth(Fused):
+    """Pieces by the width; heads of C // HEADS features with C read from the input; the full width in the last view."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (y.view(B, T, HEADS, C // HEADS).transpose(1, 2) for y in self.qkv(x).split(D, dim=2))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).contiguous().view(B, T, C))
+
+
+class FromExtents(Fused):
+    """As einops does it: a head's width from the extent of what is viewed, which a rank's shards halve."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        def heads(y: Tensor) -> Tensor:
+            return y.reshape(*y.shape[:2], HEADS, y.shape[2] // HEADS).permute(0, 2, 1, 3)
+
+        q, k, v = map(heads, self.qkv(x).chunk(3, -1))
+        y = (q @ k.transpose(-1, -2) * HEAD_DIM**-0.5).softmax(-1) @ v
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class MinusOneLast(Separate):
+    """The -1 takes up the split: fewer features for as many heads, which nothing downstream notices."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (linear(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for linear in (self.q, self.k, self.v))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
+
+
+class Grouped(Separate):
+    """kv heads expanded by hand."""
+
+    kv_heads = KV
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q(x).view(B, T, HEADS, HEAD_DIM).transpose(1, 2)
+        k, v = (linear(x).view(B, T, KV, HEAD_DIM).transpose(1, 2) for linear in (self.k, self.v))
+        k, v = (y[:, :, None].expand(B, KV, HEADS // KV, T, HEAD_DIM).reshape(q.shape) for y in (k, v))
+        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, D))
+
+
+class Merged(Separate):
+    """Batch and heads as one dimension, tokens first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1)
+        T, B, C = x.shape
+        q, k, v = (linear(x).contiguous().view(T, B * HEADS, -1).transpose(0, 1) for linear in (self.q, self.k, self.v))
+        scores = torch.bmm(q, k.transpose(1, 2)).view(B, HEADS, T, T).softmax(-1)
+        y = torch.bmm(scores.view(B * HEADS, T, T), v).transpose(0, 1).contiguous().view(T, B, C)
+        return self.out(y).transpose(0, 1)
+
+
+class Biased(Fused):
+    """A table of positions for each head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(HEADS, 127) * 0.5)
+        self.register_buffer("places", torch.arange(64)[:, None] - torch.arange(64) + 63)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, T, 3, HEADS, C // HEADS).permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(-1, -2) * HEAD_DIM**-0.5 + self.table[:, self.places[:T, :T]]
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(D, 3 * D), nn.Linear(3 * D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, attention: type[nn.Module]) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.mlp = nn.LayerNorm(D), attention(), nn.LayerNorm(D), MLP()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Written(nn.Module):
+    """A layer written out in one forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.attn, self.mlp = nn.LayerNorm(D), nn.LayerNorm(D), Separate(), MLP()
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        y = self.norm1(x)
+        q, k, v = (f(y).view(B, T, HEADS, -1).transpose(1, 2) for f in (self.attn.q, self.attn.k, self.attn.v))
+        x = x + self.attn.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, C))
+        return x + self.mlp.down(F.gelu(self.mlp.up(self.norm2(x))))
+
+
+KINDS: tuple[type[nn.Module], ...] = (ByWidth, FromExtents, MinusOneLast, Grouped, Merged, Biased)
+
+
+class Language(nn.Module):
+    """A block with each kind of attention, and one written out."""
+
+    def __init__(self, *kinds: type[nn.Module]) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, D)
+        self.blocks = nn.ModuleList(Written() if kind is Written else Block(kind) for kind in kinds)
+        self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, VOCAB, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def language(*kinds: type[nn.Module], dtype: torch.dtype = torch.float64) -> Language:
+    """The model in evaluation mode, its parameters drawn by seed."""
+    torch.manual_seed(0)
+    return Language(*kinds).to(dtype)
