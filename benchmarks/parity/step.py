@@ -23,11 +23,11 @@ from colrow.checkpoint.distributed import Checkpoints
 from colrow.config import RunConfig, parse_config
 from colrow.mesh import Mesh, MeshAxes
 from colrow.models.build import Source
+from colrow.parallel.precision import Precision
 from colrow.parallel.random_state import Generators, MicroBatchSeeds
 from colrow.sharding.layout import held_regions, local_tensor, packed_of
 from colrow.train import setup
 from colrow.train.optimizer import build_optimizer, set_learning_rate
-from colrow.train.precision import Precision
 from colrow.train.schedule import learning_rate
 from colrow.train.setup import Training
 from colrow.train.step import Batch

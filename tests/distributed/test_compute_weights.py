@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from colrow.config import TrainSection
+from colrow.parallel.compile import compile_forward
 from colrow.parallel.compute_weights import ComputeWeights
 from colrow.parallel.data_parallel import apply_data_parallel
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
 from colrow.sharding.grad_norm import align_gradients
 from colrow.sharding.layout import full_tensor
-from colrow.train.compile import compile_forward
 from colrow.train.optimizer import build_optimizer
 from colrow.train.step import SingleStageModel
 from helpers.harness import Ranks

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from colrow.models.llama import Llama
+from colrow.parallel.compile import compile_forward
 from colrow.parallel.loss import model_loss
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
 from colrow.sharding.grad_norm import align_gradients
 from colrow.sharding.layout import full_tensor
-from colrow.train.compile import compile_forward
 from helpers.harness import Ranks
 from helpers.parity import TINY, batch, tp_mesh
 

@@ -104,8 +104,8 @@ def compiled_and_eager(device: str, folder: Path) -> list[tuple[float, float]]:
     """Loss and gradient norm of one step, with blocks compiled and not, with activations recomputed or not."""
     import torch.distributed as dist
 
+    from colrow.parallel.compile import compile_forward
     from colrow.train import setup
-    from colrow.train.compile import compile_forward
 
     here = torch.device(device, dist.get_rank()) if device == "cuda" else torch.device(device)
     ids = torch.randint(0, 4096, (2, 33), generator=torch.Generator().manual_seed(3)).to(here)

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from colrow.mesh import Mesh, MeshAxes
 from colrow.models.llama import Llama
 from colrow.parallel.activation_checkpoint import apply_activation_checkpoint
+from colrow.parallel.compile import compile_forward
 from colrow.parallel.data_parallel import apply_data_parallel, set_last_micro_batch
 from colrow.parallel.loss import loss_context, model_loss
 from colrow.parallel.parallelize import parallelize
@@ -24,7 +25,6 @@ from colrow.parallel.pipeline_stage import Stage, split_stages
 from colrow.plans.plan import Plan
 from colrow.sharding.grad_norm import align_gradients, clip_gradients, grad_norm
 from colrow.sharding.layout import full_tensor, packed_of
-from colrow.train.compile import compile_forward
 from helpers.parity import batch, build, cross_entropy, optimizer_of, relative, train_reference
 
 GLOBAL_BATCH, MAX_NORM = 8, 0.5

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from colrow.parallel.activation_checkpoint import MODES, apply_activation_checkpoint
+from colrow.parallel.compile import compile_forward
 from colrow.parallel.random_draws import DrawsChangedError, arrange_draws
 from colrow.sharding.draws import Draw
 from colrow.sharding.local_layout import REPLICATED, sharded
 from colrow.torch_compat import compiled_graph_count, fake_store
-from colrow.train.compile import compile_forward
 
 ROWS, COLUMNS = Draw(sharded(0)), Draw(sharded(1))
 

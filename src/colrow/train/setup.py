@@ -32,22 +32,22 @@ from colrow.mesh import MeshAxes
 from colrow.models.build import Source
 from colrow.ops.execution_record import clear
 from colrow.parallel.activation_checkpoint import Mode, apply_activation_checkpoint
+from colrow.parallel.compile import compile_forward
 from colrow.parallel.compute_weights import ComputeWeights
 from colrow.parallel.data_parallel import apply_data_parallel
 from colrow.parallel.initialize import fill_seeded, materialize
 from colrow.parallel.parallelize import parallelize
 from colrow.parallel.pipeline_split import first_layers
 from colrow.parallel.pipeline_stage import Stage, split_stages
+from colrow.parallel.precision import Precision, choose_precision
 from colrow.parallel.random_draws import arrange_draws
 from colrow.parallel.random_state import Generators, MicroBatchSeeds
 from colrow.plans.plan import Plan
 from colrow.torch_compat import seed_dtensors
 from colrow.train.buffers import WrittenBuffers
-from colrow.train.compile import compile_forward
 from colrow.train.corruption import CorruptionCheck, KeptState
 from colrow.train.cuda_graph import EAGER_STEPS, GraphedFunction, check_cuda_graph, check_draws
 from colrow.train.optimizer import build_optimizer
-from colrow.train.precision import Precision, choose_precision
 from colrow.train.replay import StepReplay
 from colrow.train.step import ForwardBackward, PipelinedModel, SingleStageModel, Step, mean_cross_entropy
 from colrow.train.weight_decay import ParameterCounts, count_parameters, decay_by_name, decaying_parameters
