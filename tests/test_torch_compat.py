@@ -172,6 +172,28 @@ def test_conversions_of_dtensors_are_watched(mesh: DeviceMesh) -> None:
     assert len(seen) == before
 
 
+def test_the_propagation_of_shapes_is_seen(mesh: DeviceMesh) -> None:
+    seen: list[str] = []
+    with tc.watched_propagation(lambda: seen.append("started"), lambda: seen.append("ended")):
+        DTensor.from_local(torch.ones(3, 7), mesh, [Shard(0)]).sin()
+    assert seen[:1] == ["started"]
+    assert seen.count("started") == seen.count("ended")
+
+
+def test_a_mode_sees_the_operators_of_a_compiled_graph() -> None:
+    seen: list[str] = []
+
+    class Names(tc.CompilableMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Names():
+        torch.compile(lambda x: x.sin() + 1, backend="aot_eager", fullgraph=True)(torch.ones(3))
+    torch.compiler.reset()
+    assert [name for name in seen if "sin" in name or "add" in name] == ["aten.sin.default", "aten.add.Tensor"]
+
+
 def test_numbers_of_autograd_nodes_tell_which_operator_made_them() -> None:
     y = torch.ones(2, requires_grad=True) * 2
     assert tc.forward_number(y.grad_fn) == tc.forward_number()

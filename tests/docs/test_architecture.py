@@ -37,7 +37,7 @@ def test_the_floors_are_those_of_the_imports() -> None:
     on_page = re.findall(r"^\| (\d+) \| (.*?) \|", TEXT, re.M)
     stated = {room: int(floor) for floor, names in on_page for room in re.findall(r"`(\w+)(?:/|\.py)`", names)}
     assert stated == {room: i + 1 for i, rooms in enumerate(FLOORS) for room in rooms if room in stated}
-    assert set.union(*FLOORS) - stated.keys() == {"forecasting", "__main__"}
+    assert set.union(*FLOORS) - stated.keys() == {"__main__"}
 
 
 def test_the_ways_are_short() -> None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from colrow.errors import ConfigError
+from colrow.ops import gpu_shapes
 from colrow.ops.collectives import all_gather, group_of, reduce_scatter
 from colrow.ops.execution_record import record
 from colrow.ops.kernels import cross_entropy as kernels
@@ -88,7 +90,7 @@ def linear_cross_entropy(
             "use mean or sum"
         )
     if chunk is None:
-        chunk = 4096 if hidden.device.type == "cuda" else 1024
+        chunk = 4096 if hidden.device.type == "cuda" or gpu_shapes.is_as_on_gpu() else 1024
     if chunk < 1 or not 0.0 <= label_smoothing <= 1.0:
         raise ConfigError(f"chunk={chunk}, label_smoothing={label_smoothing}: chunk is positive, smoothing in [0, 1]")
     if isinstance(weight, DTensor) and mesh_or_group is None:
@@ -130,6 +132,15 @@ class _Plan:
     gradients: bool
 
 
+def _functions(plan: _Plan) -> tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., None]]:
+    """Those that compute a chunk's statistics, its loss and gradient, and the sum of weight gradients."""
+    if gpu_shapes.is_as_on_gpu():
+        return gpu_shapes.statistics_shape, gpu_shapes.loss_shape, gpu_shapes.add_product_shape
+    if plan.triton:
+        return kernels.statistics_triton, kernels.loss_triton, add_product
+    return kernels.statistics_reference, kernels.loss_reference, add_product
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h_tD: Tensor, w_vD: Tensor, y_T: Tensor, scale: Tensor, plan: _Plan) -> Tensor:
@@ -141,8 +152,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=scale.dtype, device=H_TD.device)
         dH_TD = torch.empty_like(H_TD) if need_dh else None
         dW_vD = torch.zeros(w_vD.shape, dtype=scale.dtype, device=w_vD.device) if need_dw else None
-        statistics = kernels.statistics_triton if plan.triton else kernels.statistics_reference
-        loss_and_gradient = kernels.loss_triton if plan.triton else kernels.loss_reference
+        statistics, loss_and_gradient, add_to = _functions(plan)
         for start in range(0, T, plan.chunk):
             x_CD, y_C = H_TD[start : start + plan.chunk], y_T[start : start + plan.chunk]
             z_Cv = x_CD @ w_vD.t()
@@ -154,7 +164,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dH_TD is not None:
                 torch.mm(z_Cv, w_vD, out=dH_TD[start : start + plan.chunk])
             if dW_vD is not None:
-                add_product(dW_vD, z_Cv.t(), x_CD)
+                add_to(dW_vD, z_Cv.t(), x_CD)
         if dH_TD is not None and group is not None:
             if plan.gather:
                 dH_TD = reduce_scatter(dH_TD, group)

@@ -21,6 +21,7 @@ from colrow.torch_compat.dtensors import (
     seed_dtensors,
     tell_specs_apart,
     watched_conversions,
+    watched_propagation,
     watched_to_local_backward,
 )
 from colrow.torch_compat.flight import (
@@ -55,6 +56,7 @@ from colrow.torch_compat.simulated import (
     tensors_of_ranks,
 )
 from colrow.torch_compat.tensors import (
+    CompilableMode,
     apply_to_tensors,
     attention_backend,
     compiled_graph_count,
@@ -72,6 +74,7 @@ from colrow.torch_compat.tensors import (
 __all__ = [
     "TESTED",
     "AsyncCollectiveTensor",
+    "CompilableMode",
     "FsdpUnit",
     "NoRuleError",
     "StridedShard",
@@ -127,5 +130,6 @@ __all__ = [
     "tree_unflatten",
     "version",
     "watched_conversions",
+    "watched_propagation",
     "watched_to_local_backward",
 ]

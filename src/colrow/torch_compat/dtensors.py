@@ -191,3 +191,31 @@ def replicas_of_fsdp2() -> Callable[..., Any]:
     path = "torch.distributed._composable.replicate_with_fsdp:replicate"
     replicate: Callable[..., Any] = private(path, "for mesh.dp_replicate")
     return replicate
+
+
+@contextmanager
+def watched_propagation(started: Callable[[], None], ended: Callable[[], None]) -> Iterator[None]:
+    """Within, `started` and `ended` are called around DTensor's propagation of shapes and placements, which runs
+    operators on fake tensors of the unsharded sizes: no rank allocates those."""
+    path = "torch.distributed.tensor._sharding_prop:ShardingPropagator"
+    propagator = private(path, "to tell tensors of the unsharded sizes from a rank's")
+    names = ("_propagate_tensor_meta_non_cached", "propagate_op_sharding_non_cached")
+    before = {name: getattr(propagator, name) for name in names}
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            started()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                ended()
+
+        return run
+
+    try:
+        for name, function in before.items():
+            setattr(propagator, name, watched(function))
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(propagator, name, function)

@@ -7,8 +7,21 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from colrow.torch_compat.names import private
+
+
+class CompilableMode(TorchDispatchMode):
+    """A dispatch mode in which torch.compile works: it sees the operators of a compiled graph, not the compiler's."""
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        return True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
 
 
 def foreach(name: str, *args: Any, **kwargs: Any) -> Any:

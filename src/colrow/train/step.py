@@ -139,10 +139,12 @@ class SingleStageModel:
             loss, output = loss_and_output(self._model, self._plan, self._mesh, ids, targets, num_valid=tokens)
             self.untrained = tuple(sorted(auxiliary_losses(output).keys() - self._auxiliary_weights.keys()))
             if not self._auxiliary_weights:
+                del output  # logits that backward does not need: 1 GiB at 16k tokens, V = 128k, tp 4
                 loss.backward()
                 return _local(loss.detach())
             share, loss = targets.numel() / tokens, _local(loss)
             auxiliary = [share * _local(value).to(loss.dtype) for value in self._auxiliary_losses(output)]
+            del output
             for weight, value in zip(self._auxiliary_weights.values(), auxiliary, strict=True):
                 loss = loss + weight * value
             loss.backward()

@@ -1,0 +1,1 @@
+"""What a mesh will cost, before a GPU is used: memory of a rank, time of a step, tokens/s."""

@@ -1,0 +1,254 @@
+"""Peak memory of a rank: the walk of one micro-batch, put together for all layers, stages, micro-batches and data axes.
+
+[Note: who holds gradients and weights]
+bytes a parameter: master 4, two moments 8, where the compute dtype is lower a copy to compute with 2. Then
+- tp alone, one micro-batch: gradients 2, made in backward, and passed on as they are (`ComputeWeights`).
+- tp alone, several micro-batches: their sums 4, from the first backward to the step's end.
+- FSDP2, one micro-batch: a unit's gradients become fp32 shards, 4 / dp_shard, when its backward ends; the buffer that
+  is reduced, 4 bytes a parameter of the unit, lives until the next unit's is.
+- FSDP2, several micro-batches: sums are not reduced until the last, 4 bytes a parameter of the tp rank.
+- FSDP2 with resharding: of the gathered weights those of the running unit and of the prefetched one, and of root and
+  head; without: all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from math import ceil
+
+import torch
+
+from colrow.forecasting.storages import Segment
+from colrow.forecasting.walk import HEAD, ROOT, UnitParameters, Walk
+from colrow.mesh import Mesh
+
+GIB = 2**30
+WORKSPACES = 96 * 2**20
+"""Of cuBLAS, 32 MiB a stream, and of attention's backward; inside the allocator."""
+CONTEXT = 2.7 * GIB
+"""What the driver shows beside the allocator: CUDA's context, loaded kernels, NCCL's buffers (2.7 GiB on 2 and 4 H200,
+torch 2.11)."""
+RING_SLOTS = 2  # of `ops.copy_engine`, in symmetric memory, which the allocator does not count
+FRAGMENTATION = 0.08
+"""What the allocator reserves beyond its peak, as a share of what comes and goes in a step; more where FSDP2's streams
+hold blocks (`FRAGMENTATION_OF_FSDP`). Fitted to benchmarks/results."""
+FRAGMENTATION_OF_FSDP = 0.22
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What memory depends on, beside the walk.
+
+    Attributes:
+        micro_batches: of a data-parallel rank in a step.
+        stages: layers of each pipeline stage, by rank of pp; one entry without a pipeline.
+        schedule: of the pipeline.
+        copies: the model computes with `ComputeWeights`; else with the parameters, or by FSDP2's mixed precision.
+        copy_engine: the plan sends chunks by copy engines.
+    """
+
+    mesh: Mesh
+    micro_batches: int = 1
+    stages: tuple[int, ...] = ()
+    schedule: str = "1f1b"
+    copies: bool = True
+    reshard: bool = True
+    cuda_graph: bool = False
+    copy_engine: bool = False
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak, by part."""
+
+    weights: float = 0.0
+    masters: float = 0.0
+    optimizer: float = 0.0
+    gradients: float = 0.0
+    activations: float = 0.0
+    buffers: float = 0.0
+    graphs: float = 0.0
+    reserve: float = 0.0
+    rest: float = 0.0
+    """On the device beside the allocator."""
+
+    @property
+    def allocated(self) -> float:
+        """As `torch.cuda.max_memory_allocated` has it: what a CUDA graph holds is in a pool of its own."""
+        static = self.weights + self.masters + self.optimizer + WORKSPACES
+        return static if self.graphs else static + self.gradients + self.activations + self.buffers
+
+    @property
+    def device(self) -> float:
+        """As the driver shows it."""
+        return WORKSPACES + sum(getattr(self, part.name) for part in fields(self))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The layers of a pipeline rank: names of blocks of the walk, one for each layer."""
+
+    layers: tuple[str, ...]
+    first: bool
+    last: bool
+    in_flight: int
+
+
+def peak_memory(walk: Walk, setting: Setting) -> Memory:
+    """Of the rank that needs most."""
+    return max((_StagePeak(walk, setting, stage).peak() for stage in stages_of(walk, setting)), key=lambda m: m.device)
+
+
+def stages_of(walk: Walk, setting: Setting) -> Iterator[Stage]:
+    """The pipeline's ranks, from the first; one without a pipeline."""
+    layers = [name for name in walk.order for _ in range(walk.repeats[name])]
+    counts = setting.stages or (len(layers),)
+    first, pp = 0, len(counts)
+    for i, count in enumerate(counts):
+        held = setting.micro_batches if setting.schedule == "gpipe" else min(setting.micro_batches, pp - i)
+        yield Stage(tuple(layers[first : first + count]), i == 0, i == pp - 1, held if pp > 1 else 1)
+        first += count
+
+
+@dataclass
+class _Segments:
+    """The walk's segments by place."""
+
+    walk: Walk
+    forward: dict[str, Segment] = field(default_factory=dict)
+    backward: dict[str, Segment] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for segment in self.walk.segments:
+            if segment.block:
+                (self.backward if segment.backward else self.forward)[segment.block] = segment
+
+    @property
+    def before(self) -> Sequence[Segment]:
+        return self.walk.segments[: self._index(backward=False)]
+
+    @property
+    def between(self) -> Sequence[Segment]:
+        """From the last block's forward to its backward: head and loss."""
+        blocks = [i for i, s in enumerate(self.walk.segments) if s.block and not s.backward]
+        start = blocks[-1] + 1 if blocks else 0
+        return self.walk.segments[start : self._index(backward=True)]
+
+    @property
+    def after(self) -> Sequence[Segment]:
+        blocks = [i for i, s in enumerate(self.walk.segments) if s.block]
+        return self.walk.segments[blocks[-1] + 1 :] if blocks else []
+
+    def _index(self, backward: bool) -> int:
+        found = (i for i, s in enumerate(self.walk.segments) if s.block and s.backward == backward)
+        return next(found, len(self.walk.segments))
+
+
+class _StagePeak:
+    """Follows a stage's step and keeps the largest sum."""
+
+    def __init__(self, walk: Walk, setting: Setting, stage: Stage) -> None:
+        self._walk, self._setting, self._stage = walk, setting, stage
+        self._at = _Segments(walk)
+        self._low = walk.cell.dtype.itemsize
+        self._wide = max(4, self._low)
+        names = [
+            *([ROOT] if stage.first or HEAD not in walk.units else []),
+            *stage.layers,
+            *([HEAD] if stage.last else []),
+        ]
+        self._units = [walk.units[name] for name in names]
+        self._peak = Memory()
+        self._live = 0.0
+        self._done: list[UnitParameters] = []
+        """Units whose backward has ended."""
+
+    def peak(self) -> Memory:
+        if self._stage.in_flight > 1:
+            self._live += (self._stage.in_flight - 1) * self._kept_of_a_micro_batch()
+        at, stage = self._at, self._stage
+        if stage.first:
+            self._run(at.before, [self._walk.units[ROOT]])
+        else:
+            self._live += 2 * self._walk.boundary  # received, and its gradient to send
+        for name in stage.layers:
+            self._run([at.forward[name]], [self._walk.units[name]])
+        if stage.last:
+            self._run(at.between, [self._walk.units[HEAD]])
+            self._done.append(self._walk.units[HEAD])
+        for name in reversed(stage.layers):
+            self._run([at.backward[name]], [self._walk.units[name]], backward=True)
+            self._done.append(self._walk.units[name])
+        if stage.first:
+            self._run(at.after, [self._walk.units[ROOT]], backward=True)
+        return self._with_device(self._peak)
+
+    def _kept_of_a_micro_batch(self) -> float:
+        before = sum(s.change.activations for s in self._at.before) if self._stage.first else self._walk.boundary
+        return before + sum(self._at.forward[name].change.activations for name in self._stage.layers)
+
+    def _run(self, segments: Sequence[Segment], units: list[UnitParameters], backward: bool = False) -> None:
+        own = 0
+        for segment in segments:
+            self._take(self._live + segment.rise.activations, own + segment.rise.gradients, units, backward)
+            own += segment.change.gradients
+            self._live += segment.change.activations
+
+    def _take(self, activations: float, own: float, units: list[UnitParameters], backward: bool) -> None:
+        """Compare with the peak so far. `own`: the running unit's gradients, in the compute dtype."""
+        setting, low, wide = self._setting, self._low, self._wide
+        shards = setting.mesh.dp_shard
+        trained = sum(unit.trained_count for unit in self._units)
+        complete = sum(unit.count for unit in self._units)
+        several = setting.micro_batches > 1
+        buffers = 0.0
+        if setting.copies or not self._fsdp:
+            weights = low * complete if setting.copies else 0.0
+            done = sum(unit.trained_count for unit in self._done)
+            gradients = wide * trained if several else low * done + own
+        else:
+            weights = low * (self._gathered(units) if setting.reshard else complete)
+            if setting.reshard and shards > 1:
+                buffers += low * max(unit.count for unit in units)  # the next unit's, before it is copied out
+            if several:
+                gradients = wide * trained + own
+            else:
+                gradients = wide * sum(_shard(unit.trained, shards) for unit in self._done) + own
+            if backward and self._done and shards * setting.mesh.dp_replicate > 1:
+                buffers += wide * self._done[-1].trained_count
+        memory = Memory(
+            weights=weights,
+            masters=wide * sum(_shard(unit.numels, shards) for unit in self._units),
+            optimizer=2 * wide * sum(_shard(unit.trained, shards) for unit in self._units),
+            gradients=gradients,
+            activations=activations,
+            buffers=buffers,
+        )
+        if memory.allocated > self._peak.allocated:
+            self._peak = memory
+
+    @property
+    def _fsdp(self) -> bool:
+        mesh = self._setting.mesh
+        return mesh.dp > 1 or self._walk.cell.dtype != torch.float32
+
+    def _gathered(self, units: list[UnitParameters]) -> int:
+        """Parameters that FSDP2 holds unsharded: the running unit's, and root and head, which stay."""
+        held = {id(unit): unit for unit in (*units, self._walk.units[ROOT], self._walk.units[HEAD])}
+        return sum(unit.count for unit in held.values() if any(unit is own for own in self._units))
+
+    def _with_device(self, memory: Memory) -> Memory:
+        setting = self._setting
+        comes_and_goes = memory.gradients + memory.activations + memory.buffers
+        share = FRAGMENTATION_OF_FSDP if setting.mesh.dp > 1 else FRAGMENTATION
+        rings = RING_SLOTS * self._walk.boundary * setting.mesh.tp if setting.copy_engine else 0
+        memory = replace(memory, reserve=share * comes_and_goes, rest=CONTEXT + rings)
+        if not setting.cuda_graph:
+            return memory
+        return replace(memory, gradients=0.0, activations=0.0, buffers=0.0, graphs=comes_and_goes)
+
+
+def _shard(numels: Sequence[tuple[int, int]], shards: int) -> int:
+    """Elements on a rank: FSDP2 pads dim 0 to a multiple of the shards."""
+    return sum(numel // rows * ceil(rows / shards) if rows else numel for numel, rows in numels)

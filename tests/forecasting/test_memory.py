@@ -1,0 +1,155 @@
+"""The forecast of a rank's memory: extrapolated from two blocks, by parts, and beside what was measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from colrow.forecasting.memory import GIB, WORKSPACES, Setting, peak_memory
+from colrow.forecasting.walk import HEAD, ROOT, Cell, Walk, walk
+from colrow.mesh import Mesh
+from colrow.models.llama import Llama, LlamaConfig
+from colrow.models.shapes import SHAPES
+from colrow.plans.plan import Plan
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+CONFIG = LlamaConfig(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=192,
+    num_hidden_layers=5,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=256,
+    rope_theta=1_000.0,
+)
+EAGER = Cell(tp=2, micro_batch=2, seq_len=128, compiled=False)
+
+
+def meta(config: LlamaConfig = CONFIG, kind: type[Llama] = Llama) -> Llama:
+    with torch.device("meta"):
+        return kind(config)
+
+
+@pytest.fixture(scope="module")
+def walked() -> Walk:
+    return walk(meta(), Plan.preset("llama"), EAGER)
+
+
+@pytest.mark.parametrize(
+    ("plan", "loss", "recompute"), [("llama", "vocab_parallel", "none"), ("llama-fast", "linear", "full")]
+)
+def test_two_blocks_tell_the_peak_of_five(plan: Any, loss: Any, recompute: Any) -> None:
+    cell = replace(EAGER, recompute=recompute)
+    two, five = (walk(meta(), Plan.preset(plan, loss), cell, keep=keep) for keep in (2, 5))
+    assert sum(two.repeats.values()) == sum(five.repeats.values()) == 5
+    setting = Setting(mesh=Mesh(tp=2))
+    assert peak_memory(two, setting).allocated == pytest.approx(peak_memory(five, setting).allocated, rel=1e-3)
+    fewer = replace(two, repeats=dict.fromkeys(two.order, 1))
+    assert (
+        peak_memory(fewer, setting).allocated
+        < 0.8 * peak_memory(five, setting).allocated - 0.8 * WORKSPACES + WORKSPACES
+    )
+
+
+def test_only_what_a_rank_allocates_is_counted(walked: Walk) -> None:
+    """No view of a parameter, and no tensor of the unsharded size, by which DTensor propagates shapes."""
+    tokens, D = EAGER.micro_batch * EAGER.seq_len, CONFIG.hidden_size
+    first = walked.segments[0].change.activations
+    rope = 2 * EAGER.seq_len * CONFIG.head_dim // 2 * 2  # cos and sin
+    positions = 8 * EAGER.seq_len
+    ids = 2 * 8 * tokens
+    embedded = tokens * D * 2 // EAGER.tp
+    assert first <= embedded + rope + positions + ids + 4096
+    assert walked.boundary == embedded
+
+
+class KeepsFp32Logits(Llama):
+    """Keeps an fp32 copy of the logits until backward, as a loss that casts them does."""
+
+    def forward(self, x: Tensor, positions: Tensor | None = None, *, seq_len: int | None = None) -> Tensor:
+        logits = super().forward(x, positions, seq_len=seq_len)
+        return logits + 0 * logits.float().exp().to(logits.dtype)
+
+
+def test_an_fp32_copy_of_the_logits_moves_the_forecast_by_its_bytes() -> None:
+    config = replace(CONFIG, vocab_size=8192)
+    cell = replace(EAGER, tp=1)
+    plain, copied = (
+        peak_memory(walk(meta(config, kind), Plan.preset("llama", "replicated"), cell), Setting(mesh=Mesh()))
+        for kind in (Llama, KeepsFp32Logits)
+    )
+    more = copied.allocated - plain.allocated
+    assert more == pytest.approx(4 * cell.micro_batch * cell.seq_len * config.vocab_size, rel=0.01)
+
+
+def parameters(walked: Walk) -> int:
+    layers = sum(walked.units[name].count * walked.repeats[name] for name in walked.order)
+    return layers + walked.units[ROOT].count + walked.units[HEAD].count
+
+
+def test_states_are_counted_where_they_lie(walked: Walk) -> None:
+    own = parameters(walked)
+    alone = peak_memory(walked, Setting(mesh=Mesh(tp=2)))
+    assert (alone.masters, alone.optimizer, alone.weights) == (4 * own, 8 * own, 2 * own)
+    sharded = peak_memory(walked, Setting(mesh=Mesh(tp=2, dp_shard=4), copies=False))
+    assert (sharded.masters, sharded.optimizer) == (own, 2 * own)
+    assert sharded.weights < own  # a block, embedding and head, in bf16
+    kept = peak_memory(walked, Setting(mesh=Mesh(tp=2, dp_shard=4), copies=False, reshard=False))
+    assert kept.weights == 2 * own
+    summed = peak_memory(walked, Setting(mesh=Mesh(tp=2, dp_shard=4), copies=False, micro_batches=2))
+    assert summed.gradients >= 4 * own  # not reduced before the last micro-batch
+
+
+def test_frozen_weights_have_neither_gradients_nor_moments() -> None:
+    model = meta()
+    model.layers.requires_grad_(False)
+    frozen = walk(model, Plan.preset("llama"), EAGER)
+    memory = peak_memory(frozen, Setting(mesh=Mesh(tp=2)))
+    trained = frozen.units[ROOT].count + frozen.units[HEAD].count
+    assert memory.optimizer == 8 * trained
+    assert memory.masters == 4 * parameters(frozen)
+
+
+def test_a_pipeline_holds_micro_batches_in_flight(walked: Walk) -> None:
+    def stage(micro_batches: int, schedule: str = "1f1b") -> float:
+        setting = Setting(
+            mesh=Mesh(tp=2, pp=2),
+            micro_batches=micro_batches,
+            stages=(3, 2),
+            schedule=schedule,
+            copies=False,
+            reshard=False,
+        )
+        return peak_memory(walked, setting).activations
+
+    layer = walked.segments[3].change.activations
+    assert stage(8) == stage(4)  # 1f1b: never more than the stages
+    assert stage(8, "gpipe") - stage(4, "gpipe") == pytest.approx(4 * 3 * layer, rel=0.2)
+
+
+MEASURED = [
+    ("2026-11-26-4xh200-llama3-8b-tp4-derived.json", "overlap"),
+    ("2026-11-26-4xh200-llama3-8b-tp4-derived.json", "plain"),
+]
+
+
+@pytest.mark.parametrize(("file", "arm"), [MEASURED[0], pytest.param(*MEASURED[1], marks=pytest.mark.exhaustive)])
+def test_compiled_blocks_take_the_memory_that_was_measured(file: str, arm: str) -> None:
+    """All rows stand in docs/guide/forecast.md, by `python -m benchmarks.forecast`."""
+    results = json.loads((RESULTS / file).read_text(encoding="utf-8"))["results"]
+    row = next(row for row in results if row["arm"] == arm)
+    config = replace(SHAPES[row["model"]], num_hidden_layers=2)
+    cell = Cell(row["mesh"]["tp"], row["micro_batch"], row["seq_len"])
+    seen = walk(meta(config), Plan.preset(row["plan"], row["loss"]), cell)
+    seen = replace(seen, repeats={seen.order[0]: 1, seen.order[1]: SHAPES[row["model"]].num_hidden_layers - 1})
+    memory = peak_memory(seen, Setting(mesh=Mesh(**row["mesh"]), copy_engine=arm == "overlap"))
+    assert memory.allocated / GIB == pytest.approx(row["peak_allocated_gib"], rel=0.01)
+    assert memory.device / GIB == pytest.approx(row["device_used_gib"], rel=0.03)
