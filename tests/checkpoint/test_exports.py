@@ -263,7 +263,7 @@ class Adapted(nn.Module):
 
 
 def test_a_model_in_a_wrapper_is_refused_and_named_before_the_first_step(tmp_path: Path) -> None:
-    from colrow.run.preflight import export_lines
+    from colrow.run.outputs import export_warning
 
     model = Adapted()
     says = r"hold this Adapted.*LlamaForCausalLM.*12 missing \(.*14 unexpected \(base_model.*merge_and_unload"
@@ -271,13 +271,13 @@ def test_a_model_in_a_wrapper_is_refused_and_named_before_the_first_step(tmp_pat
         export(model, tmp_path / "out", model.config.to_dict())
     assert list(tmp_path.iterdir()) == []
     config = a_run(tmp_path, "run")
-    (line,) = export_lines(config, Source(model, "adapted", None, "built"))
+    (line,) = export_warning(config, Source(model, "adapted", None, "built"))
     says = "warning there will be no export: the Hugging Face format cannot hold this Adapted"
     assert " ".join(line.split()).startswith(says)
     assert max(map(len, line.splitlines())) <= 80
     inner = model.base_model["model"]
     inner.model.layers[0].self_attn.q_proj = inner.model.layers[0].self_attn.q_proj.base_layer
-    assert export_lines(config, Source(inner, "inner", None, "built")) == []  # type: ignore[arg-type]
+    assert export_warning(config, Source(inner, "inner", None, "built")) == []  # type: ignore[arg-type]
 
 
 def test_without_transformers_the_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

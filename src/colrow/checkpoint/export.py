@@ -6,11 +6,11 @@ import filecmp
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from colrow.checkpoint.manifest import write_text
 from colrow.checkpoint.pieces import Piece
 from colrow.checkpoint.ranks import Ranks
 from colrow.checkpoint.read_back import ReadBack, Reader, StoredTensor, reader_of
+from colrow.checkpoint.space import DiskUse
 from colrow.checkpoint.tensor_file import DTYPES, Entry, dtypes_in, into_files, shapes_in, write_tensors
 from colrow.errors import CheckpointError, ExportError
 from colrow.models.huggingface import config_to_huggingface
@@ -33,6 +34,9 @@ from colrow.models.llama import LlamaConfig
 
 MAX_SHARD_BYTES = 5 * 10**9
 
+T = TypeVar("T")
+
+_AGAIN = "write the export with `colrow export RUN -o DIR`, here or on another disk"
 _TEXT_ENDS = ("bos_token_id", "eos_token_id")
 _EXPORT_FILES = (
     "config.json",
@@ -115,9 +119,14 @@ def export(
     files = split_files(tensors, max_shard_bytes)
     shares = share_files(files, ranks.size)
     unfinished = folder.parent / f".{folder.name}.unfinished"
+    disk = DiskUse("an export", folder.parent, sum(file.bytes for file in files), folder.parent / "checkpoints", _AGAIN)
+
+    def together(work: Callable[[], T]) -> T:
+        return ranks.together(lambda: disk.naming_a_full_one(work))
 
     def start() -> Reader | str:
         _start(folder, unfinished, carried)
+        disk.require_free()
         _write_texts(unfinished, tree, tokenizer, carried)
         planned = {name: StoredTensor(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
         try:
@@ -128,6 +137,7 @@ def export(
         return reader
 
     def finish(reader: Reader) -> ReadBack:
+        _write_index(unfinished, files)
         read_back = reader.compare(_stored(unfinished), dtype)
         read_back.require_equal(first_module(model))
         _finish(unfinished, folder)
@@ -135,13 +145,12 @@ def export(
 
     try:
         # Hidden until it is complete, and beside the target: a rename does not cross file systems.
-        reader = ranks.together(lambda: start() if ranks.first else None)
+        reader = together(lambda: start() if ranks.first else None)
         if refusal := ranks.gather(reader if isinstance(reader, str) else None)[0]:
             raise ExportError(refusal)
-        ranks.together(lambda: _require_seen(unfinished))
-        ranks.together(lambda: write_share(unfinished, ranks, pieces, tensors, shares))
-        ranks.together(lambda: _write_index(unfinished, files) if ranks.first else None)
-        return ranks.together(lambda: finish(reader) if isinstance(reader, Reader) else None)
+        together(lambda: _require_seen(unfinished))
+        together(lambda: write_share(unfinished, ranks, pieces, tensors, shares))
+        return together(lambda: finish(reader) if isinstance(reader, Reader) else None)
     finally:
         if ranks.first:
             shutil.rmtree(unfinished, ignore_errors=True)

@@ -12,9 +12,7 @@ previous checkpoint is untouched until then.
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -26,7 +24,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from colrow.checkpoint.folder import Folder, in_words
+from colrow.checkpoint.folder import Folder
 from colrow.checkpoint.manifest import (
     EXTRA,
     INDEX,
@@ -38,6 +36,7 @@ from colrow.checkpoint.manifest import (
     write_manifest,
     write_text,
 )
+from colrow.checkpoint.space import DISK_FULL, RESUME, DiskUse
 from colrow.checkpoint.state import OPTIMIZER_PREFIX
 from colrow.checkpoint.tensor_file import Entry, TensorReader, in_threads, into_files, write_tensors
 from colrow.errors import CheckpointError
@@ -47,8 +46,6 @@ T = TypeVar("T")
 
 FILE_BYTES = 1 << 30  # a rank's tensors go to files of about this size, each written and checked by one thread
 _ROOM = 1 << 20  # for the JSON files, which are written last
-
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _OneCheckpoint:
@@ -87,11 +84,9 @@ class CheckpointWriter(_OneCheckpoint, StorageWriter):
         needed = _ROOM + sum(_bytes_of(item) for plan in plans for item in plan.items)
         try:
             self.folder.begin(self.step)
-            free = shutil.disk_usage(self.folder.root).free
+            _use(self.folder.root, needed).require_free()
         except OSError as error:
             raise _disk_error(self.folder.root, needed, error) from error
-        if free < needed:
-            raise CheckpointError(_too_full(self.folder.root, needed, free))
         return [replace(plan, storage_data=(f"rank-{rank:05d}", needed)) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -220,18 +215,10 @@ def _signature(index: Index) -> dict[str, TensorRecord]:
 
 
 def _disk_error(root: Path, needed: int, error: OSError) -> CheckpointError:
-    if error.errno not in _DISK_FULL:
+    if error.errno not in DISK_FULL:
         return CheckpointError(f"cannot write the checkpoint to {root}: {error.strerror} ({error.filename or root})")
-    try:
-        free = shutil.disk_usage(root).free
-    except OSError:
-        free = 0
-    return CheckpointError(f"{_too_full(root, needed, free)} ({error.strerror})")
+    return _use(root, needed).too_full(error.strerror or "")
 
 
-def _too_full(root: Path, needed: int, free: int) -> str:
-    return (
-        f"the disk is too full for a checkpoint in {root}: it needs {in_words(needed)} ({needed} bytes), "
-        f"{in_words(free)} are free; the previous checkpoints are kept: free some space, set checkpoint.keep lower, "
-        "or move the run's folder"
-    )
+def _use(root: Path, needed: int) -> DiskUse:
+    return DiskUse("a checkpoint", root, needed, root, RESUME)

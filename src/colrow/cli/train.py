@@ -95,6 +95,7 @@ def _start(argv: list[str]) -> int:
     from colrow.run import preflight
     from colrow.run.hang_guard import LauncherGuard
     from colrow.run.launch import launch
+    from colrow.run.outputs import output_lines
     from colrow.run.rank import finished_line
     from colrow.run.run_folder import require_free, write_plan
 
@@ -111,7 +112,7 @@ def _start(argv: list[str]) -> int:
         print(f"changed    {line}")
     for line in preflight.check_plan(config, checked.source, checked.plan):
         print(f"warning    {line}")
-    for line in (*preflight.split_lines(config, checked), *preflight.export_lines(config, checked.source)):
+    for line in (*preflight.split_lines(config, checked), *output_lines(config, checked.source)):
         print(line)
     data = prepare(config.data, checked.source.vocab_size, progress=True)
     preflight.check_checkpoint(checked, data.tokenizer)
@@ -194,6 +195,8 @@ def reporting_errors(error_file: Path | None) -> Iterator[None]:
         is_closed = isinstance(error, BrokenPipeError)  # `colrow train ... | head`: an end without an error
         is_user_error = isinstance(error, ColrowError) or _disk_is_full(error)
         text = "the output is closed" if is_closed else str(error) if is_user_error else traceback.format_exc()
+        if _disk_is_full(error):
+            text += ": free some space, then start the same command again; it continues from the newest checkpoint"
         status = 128 + signal.SIGPIPE if is_closed else EXIT_USER_ERROR if is_user_error else 1
         if error_file is None:
             print(f"colrow train: error: {text}", file=sys.stderr)

@@ -60,7 +60,7 @@ def write_export(config: RunConfig, training: Training, tokenizer: Tokenizer) ->
     dtype = carried.dtype(config.export.dtype)
     try:
         found = export(training.modules, folder, model_config, tokenizer, dtype=dtype, carried=carried)
-    except (ExportError, ConfigError) as error:  # as `preflight.export_lines` has warned
+    except (ExportError, ConfigError) as error:  # as `outputs.export_warning` has warned
         return [labelled("export", f"none: {error}")]
     if found is None:
         return []

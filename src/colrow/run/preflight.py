@@ -15,17 +15,15 @@ from torch import nn
 from colrow.checking.check import Finding, check_static
 from colrow.checking.degrees import plan_degrees
 from colrow.checkpoint.distributed import Checkpoints
-from colrow.checkpoint.export import require_exportable
 from colrow.checkpoint.folder import CheckpointInfo
 from colrow.checkpoint.loading import require_same_model, require_same_vocabulary, signature
 from colrow.checkpoint.manifest import read_manifest
 from colrow.checkpoint.state import model_tensors
 from colrow.config import RunConfig
 from colrow.data.tokenizer import Tokenizer
-from colrow.errors import ConfigError, ExportError, PlanError
+from colrow.errors import ConfigError, PlanError
 from colrow.mesh import Mesh
 from colrow.models.build import Source, build_source, built, imported, resolve_implementation
-from colrow.models.llama import Llama
 from colrow.parallel.pipeline_split import check_pipeline, fit_micro_batch, require_parts
 from colrow.plans.named import named_plan
 from colrow.plans.plan import Plan
@@ -33,7 +31,6 @@ from colrow.plans.presets import PRESETS
 from colrow.plans.split_share import SplitShare
 from colrow.run.decision import decide, errors_found
 from colrow.run.kept_proof import KeptProof, dependencies
-from colrow.run.progress import labelled
 from colrow.run.run_folder import CHECKPOINTS, changed_keys
 from colrow.styles.heads import heads_of
 from colrow.train.cuda_graph import check_cuda_graph
@@ -158,18 +155,6 @@ def split_lines(config: RunConfig, checked: Checked) -> list[str]:
     if not share.is_small:
         return [f"split      {share.summary()}"]
     return [f"warning    {share.summary()}", *(f"           {line}" for line in share.reasons())]
-
-
-def export_lines(config: RunConfig, source: Source) -> list[str]:
-    """A warning where the run cannot write the export that it is to end with: after training it would be late."""
-    model_config = source.exported_config
-    if not config.checkpoint.export or model_config is None or type(source.model) is Llama:
-        return []
-    try:
-        require_exportable(source.model, model_config, source.folder if config.model.trust_code else None)
-    except (ConfigError, ExportError) as error:
-        return [labelled("warning", f"there will be no export: {error}")]
-    return []
 
 
 def nothing_to_decide(config: RunConfig) -> bool:

@@ -27,6 +27,7 @@ from colrow.run.fresh_store import fresh_store
 from colrow.run.hang_guard import RankGuard
 from colrow.run.heartbeat import Heartbeat
 from colrow.run.loop import Loop, Outcome
+from colrow.run.outputs import output_lines
 from colrow.run.progress import TrainingProgress, labelled
 from colrow.run.resume import resume
 from colrow.run.run_folder import CHECKPOINTS, claimed, write_folder
@@ -75,12 +76,12 @@ def run_rank(
         warnings = [config.mesh.warning_across_hosts(info.local_world_size)]
         if first and plan is None:
             warnings += preflight.check_plan_apart(config, checked.plan)  # forks: before this process has threads
-        exports = preflight.export_lines(config, checked.source) if first and plan is None else []
+        outputs = output_lines(config, checked.source) if first and plan is None else []
         progress = stack.enter_context(TrainingProgress(first, config.train.steps, config.train.log_every))
         if plan is None:  # else the launcher has printed them
             for line in checked.changes:
                 progress.say(f"changed    {line}")
-            for line in (*preflight.split_lines(config, checked), *exports):
+            for line in (*preflight.split_lines(config, checked), *outputs):
                 progress.say(line)
         for warning in warnings:
             if warning is not None:

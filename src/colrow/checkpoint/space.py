@@ -1,0 +1,149 @@
+"""Space on the disk: what a run's checkpoints and export will take, and what to say when a disk is full."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from colrow.checkpoint.folder import Folder, in_words, list_checkpoints
+from colrow.checkpoint.state import model_tensors
+from colrow.errors import CheckpointError
+
+T = TypeVar("T")
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_JSON_BYTES = 2048
+"""Of index, records and headers, for a tensor and its moments: about 1 KiB; more than enough beside small tensors."""
+
+
+def checkpoint_bytes(model: nn.Module) -> int:
+    """What a checkpoint of the model takes with AdamW's state: two moments of each trained parameter, and a count."""
+    total = 1 << 16
+    for item in model_tensors(model):
+        moments = 2 * item.tensor.nbytes + 4 if item.tensor.requires_grad else 0
+        total += item.tensor.nbytes + moments + _JSON_BYTES
+    return total
+
+
+def export_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """What an export of the model in `dtype` takes."""
+    sizes = [
+        item.tensor.numel() * (dtype if item.tensor.is_floating_point() else item.tensor.dtype).itemsize
+        for item in model_tensors(model)
+    ]
+    return sum(sizes) + (1 << 20)
+
+
+@dataclass(frozen=True)
+class RunSpace:
+    """What a run will write into its folder, in bytes.
+
+    Args:
+        checkpoints: how many there are at most at a time, the one that is being written included.
+        present: how many of them are there already.
+        export: 0 where none is written.
+    """
+
+    checkpoint: int
+    checkpoints: int
+    present: int
+    export: int
+
+    @property
+    def needed(self) -> int:
+        return max(0, self.checkpoints - self.present) * self.checkpoint + self.export
+
+    def __str__(self) -> str:
+        several = "checkpoint" if self.checkpoints == 1 else "checkpoints"
+        parts = [f"{self.checkpoints} {several} of {in_words(self.checkpoint)}"]
+        if self.present:
+            parts[0] += f" ({min(self.present, self.checkpoints)} there)"
+        if self.export:
+            parts.append(f"an export of {in_words(self.export)}")
+        return " and ".join(parts)
+
+    def require_free(self, folder: Path) -> str:
+        """A line that says what is needed and what is free.
+
+        Raises:
+            CheckpointError: less is free than the run will write.
+        """
+        free = free_in(folder)
+        if free < self.needed:
+            raise CheckpointError(
+                f"the disk of {folder} is too small for this run: {self} need {in_words(self.needed)}, and "
+                f"{in_words(free)} are free: free {in_words(self.needed - free)}, set checkpoint.keep lower, "
+                "checkpoint.export to false, or run.dir to another disk"
+            )
+        return f"{self}: {in_words(self.needed)} of {in_words(free)} free"
+
+
+def free_in(folder: Path) -> int:
+    """Free bytes of the disk on which the folder is or will be; 0 where that cannot be found out."""
+    folder = folder.absolute()
+    there = next((path for path in (folder, *folder.parents) if path.exists()), Path("/"))
+    try:
+        return shutil.disk_usage(there).free
+    except OSError:
+        return 0
+
+
+RESUME = "start the same command again: the run continues from its newest checkpoint"
+
+
+@dataclass(frozen=True)
+class DiskUse:
+    """What is about to be written.
+
+    Args:
+        what: `a checkpoint`, for messages.
+        needed: bytes.
+        checkpoints: the run's folder of them: those that a continued run does not need are named on a full disk.
+        then: what to do when there is space again.
+    """
+
+    what: str
+    root: Path
+    needed: int
+    checkpoints: Path
+    then: str
+
+    def require_free(self) -> None:
+        """Raise `too_full` where less is free than is needed."""
+        if free_in(self.root) < self.needed:
+            raise self.too_full()
+
+    def too_full(self, reason: str = "") -> CheckpointError:
+        """The error for a full disk; `reason` is what the operating system says."""
+        return CheckpointError(
+            f"the disk is too full for {self.what} in {self.root}: it needs {in_words(self.needed)} ({self.needed} "
+            f"bytes), {in_words(free_in(self.root))} are free{f' ({reason})' if reason else ''}; "
+            f"{_what_to_free(self.checkpoints)}, then {self.then}"
+        )
+
+    def naming_a_full_one(self, work: Callable[[], T]) -> T:
+        """`work()`; an OSError that says that the disk is full becomes `too_full`."""
+        try:
+            return work()
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            raise self.too_full(error.strerror or "") from error
+
+
+def _what_to_free(checkpoints: Path) -> str:
+    """Which checkpoint is kept, and which of the others a continued run does not need."""
+    complete = [info for info in list_checkpoints(Folder(checkpoints)) if info.state == "complete"]
+    if not complete:
+        return "free some space"
+    *older, newest = complete
+    kept = f"step-{newest.step} is complete and kept: free some space"
+    named = ", ".join(f"{info.path.name} ({in_words(info.bytes)})" for info in older[:4])
+    return f"{kept}, such as the older {named}, or set checkpoint.keep lower" if older else kept

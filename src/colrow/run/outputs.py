@@ -1,0 +1,54 @@
+"""What a run will leave: whether its model can be exported, and whether the disk has room for it all. Found out before
+the first step, for after the last one it would be late."""
+
+from __future__ import annotations
+
+from colrow.checkpoint.carried import Carried
+from colrow.checkpoint.distributed import Checkpoints
+from colrow.checkpoint.export import require_exportable
+from colrow.checkpoint.space import RunSpace, checkpoint_bytes, export_bytes
+from colrow.config import RunConfig
+from colrow.errors import ConfigError, ExportError
+from colrow.models.build import Source
+from colrow.models.llama import Llama
+from colrow.run.progress import labelled
+from colrow.run.run_folder import CHECKPOINTS
+
+
+def output_lines(config: RunConfig, source: Source) -> list[str]:
+    """What to print of the run's outputs: why there will be no export, and the space that is needed and free.
+
+    Raises:
+        CheckpointError: the disk is too small.
+    """
+    warning = export_warning(config, source)
+    exports = config.checkpoint.export and source.exported_config is not None and not warning
+    needed = space_of(config, source, exports).require_free(config.run.dir)
+    return [*warning, labelled("disk", needed)]
+
+
+def export_warning(config: RunConfig, source: Source) -> list[str]:
+    """Why the run cannot write the export that it is to end with; empty where it can, or is to write none."""
+    model_config = source.exported_config
+    if not config.checkpoint.export or model_config is None or type(source.model) is Llama:
+        return []
+    try:
+        require_exportable(source.model, model_config, source.folder if config.model.trust_code else None)
+    except (ConfigError, ExportError) as error:
+        return [labelled("warning", f"there will be no export: {error}")]
+    return []
+
+
+def space_of(config: RunConfig, source: Source, exports: bool) -> RunSpace:
+    """What the run will write into its folder: the checkpoints that it keeps and the one being saved, and an export."""
+    saves = int(config.checkpoint.last)
+    if config.checkpoint.every:
+        saves += (config.train.steps - 1) // config.checkpoint.every
+    complete = [info for info in Checkpoints(config.run.dir / CHECKPOINTS).list() if info.state == "complete"]
+    dtype = Carried(model=source.folder).dtype(config.export.dtype)
+    return RunSpace(
+        checkpoint=checkpoint_bytes(source.model),
+        checkpoints=min(config.checkpoint.keep + 1, max(1, saves)),  # 1: a stop saves too
+        present=len(complete),
+        export=export_bytes(source.model, dtype) if exports else 0,
+    )

@@ -1,0 +1,146 @@
+"""The space that a run's outputs need is known before its first step, and a full disk later says what to free."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from colrow.checkpoint import export as export_module
+from colrow.checkpoint.distributed import Checkpoints
+from colrow.checkpoint.export import export
+from colrow.checkpoint.folder import in_words
+from colrow.checkpoint.space import checkpoint_bytes, export_bytes, free_in
+from colrow.cli import main
+from colrow.config import dump_config
+from colrow.errors import CheckpointError
+from colrow.models.build import build_source
+from colrow.models.llama import Llama
+from colrow.run.outputs import output_lines, space_of
+from helpers.llamas import seeded
+from helpers.runs import a_run, write_text
+
+
+def trained(frozen: bool = False) -> tuple[Llama, torch.optim.Optimizer]:
+    """A model of 0.4 MB with its optimizer's state."""
+    model = seeded(vocab_size=512, hidden_size=96)
+    for param in model.layers.parameters() if frozen else ():
+        param.requires_grad_(False)
+    optimizer = torch.optim.AdamW(param for param in model.parameters() if param.requires_grad)
+    model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["all", "some frozen"])
+def test_what_is_asked_for_is_what_is_written(tmp_path: Path, frozen: bool) -> None:
+    model, optimizer = trained(frozen)
+    Checkpoints(tmp_path / "checkpoints").save(1, model, optimizer, {})
+    tensors = sum(p.nbytes * (3 if p.requires_grad else 1) for p in model.parameters())
+    assert tensors < size(tmp_path / "checkpoints") <= checkpoint_bytes(model) < tensors + 200_000
+    for dtype in (torch.float32, torch.bfloat16):
+        export(model, tmp_path / "out", model.config, dtype=dtype)
+        assert size(tmp_path / "out") <= export_bytes(model, dtype) < size(tmp_path / "out") + (1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("section", "count"),
+    [
+        ({"every": 1}, 3),
+        ({"every": 1, "keep": 9}, 6),
+        ({"every": 2, "keep": 4}, 3),
+        ({"every": 0}, 1),
+        ({"every": 0, "last": False}, 1),
+    ],
+)
+def test_the_checkpoints_that_are_kept_and_the_one_being_saved(
+    tmp_path: Path, section: dict[str, int], count: int
+) -> None:
+    config = a_run(tmp_path, "run", checkpoint=section)
+    assert space_of(config, build_source(config.model, 0), False).checkpoints == count
+
+
+def disk_of(free: int) -> Callable[[object], SimpleNamespace]:
+    return lambda path: SimpleNamespace(free=free)
+
+
+def test_a_small_disk_is_refused_before_anything_is_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_text(tmp_path)
+    config = a_run(tmp_path, "run", checkpoint={"every": 2})
+    source = build_source(config.model, 0)
+    space = space_of(config, source, True)
+    assert space.needed == 3 * space.checkpoint + space.export
+    assert space.checkpoint > 12 * sum(param.numel() for param in source.model.parameters())
+    (tmp_path / "run.yaml").write_text(dump_config(config))
+    monkeypatch.setattr(shutil, "disk_usage", disk_of(space.needed - 1))
+    assert main(["train", str(tmp_path / "run.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert f"is too small for this run: {space} need {in_words(space.needed)}" in error
+    assert str(space).startswith("3 checkpoints of 14.3 MiB and an export of 5.")
+    assert "set checkpoint.keep lower" in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(shutil, "disk_usage", disk_of(space.needed))
+    (line,) = output_lines(config, source)
+    assert " ".join(line.split()) == f"disk {space}: {in_words(space.needed)} of {in_words(space.needed)} free"
+
+
+def test_checkpoints_that_are_there_need_no_more_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = a_run(tmp_path, "run", checkpoint={"every": 2})
+    source = build_source(config.model, 0)
+    one = space_of(config, source, False).checkpoint
+    saved = Checkpoints(config.run.dir / "checkpoints")
+    for step in (2, 4):
+        saved.save(step, *trained(), {})
+    space = space_of(config, source, False)
+    assert space.needed == one
+    assert "3 checkpoints of 14.3 MiB (2 there)" in str(space)
+    monkeypatch.setattr(shutil, "disk_usage", disk_of(one - 1))
+    with pytest.raises(CheckpointError, match="too small for this run"):
+        space.require_free(config.run.dir)
+
+
+def test_the_free_space_is_that_of_the_disk_that_will_be_used(tmp_path: Path) -> None:
+    assert abs(free_in(tmp_path / "not" / "there" / "yet") - shutil.disk_usage(tmp_path).free) < 1 << 30
+
+
+def test_a_disk_that_fills_later_names_what_is_kept_and_what_could_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    state = trained()
+    for step in (2, 4):
+        checkpoints.save(step, *state, {})
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(CheckpointError) as caught:
+            checkpoints.save(6, *state, {})
+    text = str(caught.value)
+    assert "(No space left on device); step-4 is complete and kept: free some space, such as the older step-2 (" in text
+    assert text.endswith("then start the same command again: the run continues from its newest checkpoint")
+    monkeypatch.setattr(export_module, "write_tensors", full)
+    with pytest.raises(CheckpointError) as caught:
+        export(state[0], tmp_path / "export", state[0].config)
+    assert "too full for an export" in str(caught.value)
+    assert str(caught.value).endswith("then write the export with `colrow export RUN -o DIR`, here or on another disk")
+    monkeypatch.setattr(shutil, "disk_usage", disk_of(1000))
+    with pytest.raises(CheckpointError, match="too full for an export"):
+        export(state[0], tmp_path / "export", state[0].config)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+    assert [info.state for info in checkpoints.list(checksums=True)] == ["complete"] * 2
