@@ -38,7 +38,7 @@ class Row:
 
     Attributes:
         codes: of the findings that make it an error or unproven.
-        accepted: whether a run would start; None where that was not asked.
+        accepted: whether a run would start; None where that was not asked, as of a model in evaluation mode.
         refusal: why not, where the check alone does not say so.
     """
 
@@ -75,7 +75,9 @@ def judged(case: Case, truth: Truth, ask: bool = True) -> Row:
             tuple(f"{f.code} {f.where}: {f.message}" for f in found if which(f))
             for which in (lambda f: f.severity == "error", lambda f: f.code == "CR414")
         )
-        decision = decide(case.model(), case.plan(), Mesh(tp=TP), *shape) if ask and not errors else None
+        # a run trains in training mode: what is right in evaluation mode may be wrong there
+        asks = ask and case.train and not errors
+        decision = decide(case.model(), case.plan(), Mesh(tp=TP), *shape) if asks else None
     accepted = False if errors else decision.accepted if decision else None
     why = decision.refusal if decision else ""
     return Row(case.name, case.suspect, truth, errors, unproven, accepted, why, time.monotonic() - started)

@@ -26,6 +26,10 @@ def on_ranks(ranks: Ranks, cases: list[Case]) -> list[tuple[Case, Truth]]:
     return list(zip(cases, found, strict=True))
 
 
+def case_of(row: Row) -> Case:
+    return compose(int(row.case.partition(":")[0]))
+
+
 @pytest.mark.distributed
 def test_the_check_finds_the_wrong_plans_and_passes_the_right_ones(rows: list[Row], ranks: Ranks) -> None:
     counts = Counts.of(rows)
@@ -34,7 +38,7 @@ def test_the_check_finds_the_wrong_plans_and_passes_the_right_ones(rows: list[Ro
     missed = [row for row in rows if row.truth.verdict == "wrong" and not row.found]
     # Two ranks once called a right plan of seed 19 wrong, on one machine and never again (docs/log.md): so they are
     # asked twice, and a plan that they call wrong once is a warning.
-    again = on_ranks(ranks, [compose(int(row.case.partition(":")[0])) for row in missed])
+    again = on_ranks(ranks, [case_of(row) for row in missed])
     for row, (_, second) in zip(missed, again, strict=True):
         warnings.warn(f"{row.case}: wrong by {row.truth}, then {second}", stacklevel=1)
     assert [case.name for case, second in again if second.verdict == "wrong"] == []
@@ -46,11 +50,11 @@ def test_the_check_finds_the_wrong_plans_and_passes_the_right_ones(rows: list[Ro
 @pytest.mark.distributed
 def test_a_run_starts_with_right_plans_alone(rows: list[Row]) -> None:
     """By the function with which `colrow train` decides: one plan of each kind that the check does not settle."""
-    wrong = next(row for row in rows if row.truth.verdict == "wrong" and not row.errors)
-    right = next(row for row in rows if row.truth.verdict == "right" and not row.unproven)
+    trained = [row for row in rows if case_of(row).train]
+    wrong = next(row for row in trained if row.truth.verdict == "wrong" and not row.errors)
+    right = next(row for row in trained if row.truth.verdict == "right" and not row.unproven)
     for row, accepted in ((wrong, False), (right, True)):
-        case = compose(int(row.case.partition(":")[0]))
-        assert judged(case, row.truth).accepted == accepted, row.case
+        assert judged(case_of(row), row.truth).accepted == accepted, row.case
 
 
 @pytest.mark.distributed
@@ -58,4 +62,4 @@ def test_a_check_without_the_last_layer_misses_wrong_plans(rows: list[Row], monk
     """A negative control."""
     monkeypatch.setattr("colrow.checking.check.check_unproven", lambda *args: [])
     row = next(row for row in rows if row.truth.verdict == "wrong" and not row.errors)
-    assert not judged(compose(int(row.case.partition(":")[0])), row.truth, ask=False).found
+    assert not judged(case_of(row), row.truth, ask=False).found

@@ -96,7 +96,7 @@ def run_gloo(task: Task, plan: Plan, timeout: float = TIMEOUT) -> Observed:
 def _pickle(task: Task, plan: Plan) -> bytes:
     try:
         return pickle.dumps((task, plan, states_of(task.model)))  # torch pickles no hooks
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
+    except (pickle.PicklingError, AttributeError, TypeError, RuntimeError) as error:  # the last: parametrized modules
         raise PlanError(
             f"backend gloo sends the model, the plan and the loss to other processes, and cannot ({error}): define "
             "them at the top of a module"
