@@ -232,7 +232,7 @@ def test_the_gradient_of_to_local_is_seen(mesh: DeviceMesh) -> None:
 
 
 def test_a_redistribution_unasked_for_names_its_operator(mesh: DeviceMesh) -> None:
-    found = []
+    found, on_global_shapes = [], set()
 
     class Watch(tc.TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -240,6 +240,8 @@ def test_a_redistribution_unasked_for_names_its_operator(mesh: DeviceMesh) -> No
                 return NotImplemented
             if "all_gather" in func.name():
                 found.append((*tc.implicit_redistribution(tc.frames()), tc.inside_dtensor(tc.frames())))
+            if func is torch.ops.aten.mm.default and tc.finds_output_shape(tc.frames()):
+                on_global_shapes.add(tuple(args[0].shape))
             return func(*args, **(kwargs or {}))
 
     a = DTensor.from_local(torch.ones(2, 4), mesh, [Shard(1)], run_check=False)
@@ -248,6 +250,7 @@ def test_a_redistribution_unasked_for_names_its_operator(mesh: DeviceMesh) -> No
     with Watch():
         torch.softmax(a, -1), a @ b
     assert bias.shape == (4, 4)
+    assert on_global_shapes == {(2, 8)}
     before, after, operator, inside = found[0]
     assert (tuple(before), tuple(after)) == ((Shard(1),), (Replicate(),))
     assert "softmax" in operator

@@ -31,7 +31,9 @@ def broken(folder: Path) -> Path:
 
 def test_check_says_yes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "laptop", "--tp", "2", "--plan", "llama", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"ok": True, "findings": []}
+    found = json.loads(capsys.readouterr().out)
+    assert {key: found[key] for key in ("ok", "findings")} == {"ok": True, "findings": []}
+    assert (found["split"]["parameters"] > 0.9, found["split"]["flops"]) == (True, 1.0)
 
 
 def test_check_says_no(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

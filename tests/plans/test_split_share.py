@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import tempfile
+from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from colrow.cli import main
 from colrow.cli.text import show_share
 from colrow.plans.plan import Plan
 from colrow.plans.split_share import SplitShare
@@ -34,6 +39,38 @@ def test_the_share_counts_elements_of_parameters() -> None:
     assert share.split == (ALL - 16) / ALL
     assert not share.is_small
     assert share.summary() == "99% of the parameters are split over tp=2"
+
+
+def test_operations_count_beside_parameters() -> None:
+    share = SplitShare.of(Layered(), Plan(modules=BOTH), 2, flops=0.5)
+    assert share.summary() == (
+        "only 99% of the parameters and 50% of the FLOPs are split over tp=2: each rank holds and computes the rest as "
+        "without tp"
+    )
+    assert share.to_data()["flops"] == 0.5
+    assert not SplitShare.of(Layered(), Plan(modules=BOTH), 2, flops=0.9).is_small
+
+
+def test_json_has_the_shares_and_the_three_largest_reasons(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    module = "test_split_share:Layered"
+    inputs = ["--inputs", "test_split_share:features", "--plan", "plan.yaml", "--tp", "2", "--json"]
+    monkeypatch.chdir(Path(tempfile.mkdtemp()))
+    Plan(modules={"layers.*.up": {"style": "colwise", "output": "replicate"}}).save("plan.yaml")
+    for verb in ("plan", "check"):
+        assert main([verb, module, *inputs]) == 0
+        split = json.loads(capsys.readouterr().out)["split"]
+        assert split["parameters"] == UP / ALL
+        assert split["flops"] == 0.5
+        (reason,) = split["reasons"]
+        assert reason["parameter"] == "layers.*.down.weight"
+        assert reason["share"] == 1 - UP / ALL
+
+
+def features() -> Tensor:
+    return torch.zeros(2, 8, 16)
 
 
 def test_little_is_a_warning_with_one_line_for_all_layers() -> None:
@@ -73,3 +110,15 @@ def test_derive_warns_of_it(caplog: pytest.LogCaptureFixture) -> None:
         assert Plan.derive(Scaled(), 2).modules == {}
     (record,) = (r for r in caplog.records if r.name == "colrow")
     assert record.getMessage().startswith("a derived plan splits only 0% of Scaled over tp=2: ")
+
+
+def test_a_models_own_plan_for_its_head_alone_is_not_silent(caplog: pytest.LogCaptureFixture) -> None:
+    model = Layered()
+    model.tp_plan = {"layers.0.up": "colwise"}  # type: ignore[assignment]
+    with caplog.at_level(logging.WARNING, "colrow"):
+        Plan.from_huggingface(model)
+    assert "Layered states for itself names modules with 25% of the parameters (layers.0.up): the rest" in caplog.text
+    caplog.clear()
+    model.tp_plan = {"layers.*.up": "colwise", "layers.*.down": "rowwise"}  # type: ignore[assignment]
+    Plan.from_huggingface(model)
+    assert caplog.text == ""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from colrow.checking.check import Findings
 from colrow.mesh import Mesh
 from colrow.plans.plan import Plan, is_preset
 from colrow.run import decision
@@ -139,7 +140,7 @@ def test_a_kept_proof_is_used_and_only_proofs_are_kept(monkeypatch: pytest.Monke
         return Report(made[-1], 2, "local", 12, 1e-9, None, 0.1)  # type: ignore[arg-type]
 
     monkeypatch.setattr(decision, "prove", prove)
-    monkeypatch.setattr(decision, "check", lambda *args, **options: [])
+    monkeypatch.setattr(decision, "check", lambda *args, **options: Findings())
     memory = Memory()
     accepted = [decided(gpt(), gpt_plan(), proofs=memory).accepted for _ in range(4)]
     assert accepted == [False, False, True, True]

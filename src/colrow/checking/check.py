@@ -28,6 +28,16 @@ from colrow.plans.plan import Plan
 __all__ = ["CODES", "Code", "Finding", "Severity", "check", "check_dynamic", "check_gradients", "check_static"]
 
 
+class Findings(list[Finding]):
+    """Findings, errors first.
+
+    Attributes:
+        flops_split: the share of the forward's floating-point operations that the plan splits, where a dry run saw it.
+    """
+
+    flops_split: float | None = None
+
+
 def check(
     model: nn.Module,
     plan: Plan,
@@ -40,7 +50,7 @@ def check(
     param_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
     compiled: bool = False,
-) -> list[Finding]:
+) -> Findings:
     """What is wrong with `plan` for `model` on `mesh`: errors first, an empty list for a sound plan.
 
     The static layer runs first. When it finds no error, a dry run on fake tensors follows, with the rules on
@@ -58,6 +68,7 @@ def check(
         compiled: each block will be compiled with `torch.compile`.
     """
     found = check_static(model, plan, mesh.tp, seq_len) + check_stages(model, mesh.pp)
+    flops_split = None
     if is_parallel(model):
         if not _errors(found):
             message = "modules of the model are parallelised already, and a dry run begins with a plain model"
@@ -67,13 +78,20 @@ def check(
             run = dry_run(model, plan, mesh, batch_size, seq_len, inputs=inputs, loss=loss, dtype=param_dtype)
         except PlanError as error:
             found.append(finding_of(error, f"plan {plan.name}"))
-            return sorted(_collapse(found), key=lambda f: f.severity != "error")
+            return _ordered(found)
+        flops_split = run.flops_split(mesh.tp)
         known = {f.code for f in found} & {"CR302"}  # the static layer names the head, the dry run only the loss
         found += [f for f in _from_run(model, plan, mesh.tp, run) if f.code not in known]
         found += check_options(run, reduce_dtype, compiled)
         if not _errors(found) and run.reference_failure is None:
             found += check_unproven(model, plan, mesh, batch_size, seq_len, inputs, loss, param_dtype)
-    return sorted(_collapse(found), key=lambda f: f.severity != "error")
+    return _ordered(found, flops_split)
+
+
+def _ordered(found: list[Finding], flops_split: float | None = None) -> Findings:
+    ordered = Findings(sorted(_collapse(found), key=lambda f: f.severity != "error"))
+    ordered.flops_split = flops_split
+    return ordered
 
 
 def _from_run(model: nn.Module, plan: Plan, tp: int, run: DryRun) -> list[Finding]:

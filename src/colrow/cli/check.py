@@ -39,13 +39,16 @@ def main(argv: list[str]) -> int:
         model, plan, Mesh(tp=flags.tp), batch_size=flags.batch_size, seq_len=seq_len, inputs=flags.load_inputs()
     )
     ok = not any(finding.severity == "error" or (flags.strict and finding.code == "CR414") for finding in findings)
+    errors = any(finding.severity == "error" for finding in findings)
+    share = None if errors else SplitShare.of(model, plan, flags.tp, findings.flops_split)
     if flags.json:
-        json.dump({"ok": ok, "findings": [finding.to_data() for finding in findings]}, sys.stdout, indent=1)
+        data = {"ok": ok, "findings": [finding.to_data() for finding in findings]}
+        json.dump(data | {"split": share and share.to_data()}, sys.stdout, indent=1)
         print()
     else:
         show(findings, f"plan {plan.name} for {flags.model} at tp={flags.tp}", Console(highlight=False))
-        if not any(finding.severity == "error" for finding in findings):
-            show_share(SplitShare.of(model, plan, flags.tp), Console(highlight=False))
+        if share is not None:
+            show_share(share, Console(highlight=False))
     return 0 if ok else 1
 
 

@@ -49,11 +49,12 @@ def main(argv: list[str]) -> int:
         plan.made_for(model).save(flags.output)
     if flags.html is not None:
         write_page(shown, flags.model, flags.html)
+    share = SplitShare.of(model, plan, flags.tp, shown.run.flops_split(flags.tp))
     if flags.json:
-        json.dump(shown.to_data(), sys.stdout, indent=1)
+        json.dump(shown.to_data() | {"split": share.to_data()}, sys.stdout, indent=1)
         print()
         return 0
-    show(shown, SplitShare.of(model, plan, flags.tp), Console(highlight=False))
+    show(shown, share, Console(highlight=False))
     for what, path in (("plan", flags.output), ("page", flags.html)):
         if path is not None:
             print(f"{what} written to {path}")

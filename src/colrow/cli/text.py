@@ -24,6 +24,7 @@ def wrapped(line: str, width: int, indent: int = 2) -> str:
 def show_share(share: SplitShare, console: Console) -> None:
     """How much a plan splits, and the largest reasons for the rest."""
     style = "bold yellow" if share.is_small else None
-    console.print(("warning: " if share.is_small else "") + share.summary(), style=style, markup=False, soft_wrap=True)
+    line = ("warning: " if share.is_small else "") + share.summary()
+    console.print(wrapped(line, console.width), style=style, markup=False, soft_wrap=True)
     for line in share.reasons():
         console.print(wrapped(f"  {line}", console.width), markup=False, soft_wrap=True)

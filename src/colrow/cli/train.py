@@ -111,8 +111,8 @@ def _start(argv: list[str]) -> int:
     for line in checked.changes:
         print(f"changed    {line}")
     for line in preflight.check_plan(config, checked.source, checked.plan):
-        print(f"warning    {line}")
-    for line in (*preflight.split_lines(config, checked), *output_lines(config, checked.source)):
+        print(line)
+    for line in output_lines(config, checked.source):
         print(line)
     data = prepare(config.data, checked.source.vocab_size, progress=True)
     preflight.check_checkpoint(checked, data.tokenizer)

@@ -33,13 +33,12 @@ from colrow.errors import PlanError
 from colrow.ops.carriers import Overlap
 from colrow.plans.derive_options import DeriveOptions
 from colrow.plans.patterns import with_stars
-from colrow.plans.split_share import USEFUL
+from colrow.plans.plan import USEFUL, Plan
 from colrow.styles.fast.head import FastHead
 from colrow.styles.linear import Colwise
 
 if TYPE_CHECKING:
     from colrow.derive.judged import Objection
-    from colrow.plans.plan import Plan
 
 _log = logging.getLogger("colrow")
 ATTEMPTS = 16
@@ -76,8 +75,6 @@ class Derivation:
 
     def plan(self, name: str = "derived") -> Any:
         """The plan."""
-        from colrow.plans.plan import Plan
-
         return Plan(modules=self.modules, loss=self.loss, name=name, notes=self.refused | self.replicated)  # type: ignore[arg-type]
 
     def warn_of_small_share(self, name: str) -> None:

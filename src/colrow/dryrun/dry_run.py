@@ -29,6 +29,7 @@ from colrow.dryrun.calls import (
     head_loss,
 )
 from colrow.dryrun.fake_world import fake_tp_mesh, materialize_fake
+from colrow.dryrun.flops import FlopCounter
 from colrow.dryrun.module_tracker import LOSS, ModuleTracker
 from colrow.dryrun.recorded_calls import CallRecorder
 from colrow.dryrun.reduced_copy import ReducedCopy, reduced_copy
@@ -127,9 +128,9 @@ def _run(request: Request, keep: int = 2) -> DryRun:
 def _run_unsharded(request: Request, run: DryRun, reference: ReducedCopy, inputs: Inputs) -> None:
     modules = ModuleTracker(reference.model, reference.original)
     _record_outputs(reference, run.reference_outputs)
-    recorder = CallRecorder(modules)
+    recorder, counter = CallRecorder(modules), FlopCounter(modules)
     try:
-        with recorder:
+        with recorder, counter:
             output = call_model(reference.model, inputs)
         run.reference_logits = _output(main_tensor(output))
         loss = request.loss(output, inputs.given)
@@ -138,6 +139,7 @@ def _run_unsharded(request: Request, run: DryRun, reference: ReducedCopy, inputs
     except Exception as error:
         run.reference_failure = Failure(error, modules.innermost(), backward=False)
     run.reference_calls = dict(recorder.calls)
+    run.reference_flops = _total(counter.by_module, reference)
 
 
 def _run_sharded(
@@ -174,8 +176,18 @@ def _run_sharded(
             run.outputs.pop(original(name), None)
     run.calls = dict(recorder.calls)
     run.mismatches = watch.mismatches
+    run.flops = _total(watch.flops, sharded)
     run.unmatched_log_softmaxes = watch.unmatched_log_softmaxes
     run.collectives = [replace(c, times=sharded.count(c.where)) for c in watch.collectives]
+
+
+def _total(flops: Mapping[str, int], copy: ReducedCopy) -> int:
+    """Of the complete model: a kept block stands for several."""
+    times = {copy.original(block): count for block, count in copy.repeats.items()}
+    inside = (
+        (n, next((t for b, t in times.items() if f"{where}.".startswith(f"{b}.")), 1)) for where, n in flops.items()
+    )
+    return sum(n * repeats for n, repeats in inside)
 
 
 def _written(watch: Watch, model: nn.Module, before: Mapping[str, tuple[Tensor, int]]) -> Iterator[str]:

@@ -100,6 +100,7 @@ class DryRun:
         logits, reference_logits: the model's output, sharded and not.
         unmatched_log_softmaxes: log-softmaxes of sharded logits that no cross entropy took.
         varying_buffers: buffers into which forward wrote values that differ between ranks.
+        flops, reference_flops: of matrix products, convolutions and attentions in forward, on one rank and unsharded.
         async_inputs: blocks whose input is the result of a collective, with nothing but views between.
     """
 
@@ -117,3 +118,12 @@ class DryRun:
     unmatched_log_softmaxes: int = 0
     async_inputs: list[str] = field(default_factory=list)
     varying_buffers: list[str] = field(default_factory=list)
+    flops: int = 0
+    reference_flops: int = 0
+
+    def flops_split(self, tp: int) -> float | None:
+        """The share of the forward's floating-point operations that is split over tp; None where it is not known."""
+        if self.failure is not None or not self.reference_flops or tp == 1:
+            return None
+        left = self.flops / self.reference_flops  # (1 - share) + share / tp
+        return min(1.0, max(0.0, (1 - left) / (1 - 1 / tp)))

@@ -5,6 +5,7 @@ What a tensor is, and what a declaration means, is defined in [Note: equal and v
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from colrow.dryrun import values as rules
+from colrow.dryrun.flops import flops_of
 from colrow.dryrun.module_tracker import ModuleTracker
 from colrow.dryrun.result import Collective, Pass, PlacementMismatch, Problem
 from colrow.dryrun.values import Op, Values
@@ -22,6 +24,7 @@ from colrow.sharding.operators import EQUAL_AFTER
 from colrow.torch_compat import (
     TorchDispatchMode,
     current_autograd_node,
+    finds_output_shape,
     frames,
     implicit_redistribution,
     is_async,
@@ -39,6 +42,7 @@ class Watch(TorchDispatchMode):
         collectives: in order. `cause` is the change of placement, where DTensor knows it.
         mismatches: in order; a wrong declaration is listed once, what follows is taken as declared.
         unmatched_log_softmaxes: log-softmaxes of DTensors less the cross entropies that took one.
+        flops: of forward, by module.
     """
 
     def __init__(self, modules: ModuleTracker, tp: int, params: Mapping[int, str]) -> None:
@@ -49,6 +53,7 @@ class Watch(TorchDispatchMode):
         self.collectives: list[Collective] = []
         self.mismatches: list[PlacementMismatch] = []
         self.unmatched_log_softmaxes = 0
+        self.flops: Counter[str] = Counter()
 
     # -- what a tensor is ------------------------------------------------------------------------------------------
 
@@ -91,6 +96,8 @@ class Watch(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if is_higher_order(func):
             return out
+        if not self._modules.in_backward() and (flops := flops_of(func, args, kwargs or {}, out)):
+            self.flops[self._modules.current()] += 0 if finds_output_shape(frames()) else flops
         op = Op(
             name=func.name().partition("::")[2].partition(".")[0],
             namespace=func.namespace,

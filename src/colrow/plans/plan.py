@@ -5,6 +5,7 @@ A plan is data. It can be read, printed, compared and saved, and it is the only 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,10 @@ from colrow.yaml_text import read_text, read_yaml
 if TYPE_CHECKING:
     from colrow.plans.derive_options import Styles
 
+_log = logging.getLogger("colrow")
+USEFUL = 0.6
+"""A smaller share of the parameters split is a warning: most of the model takes as much memory and time on each rank as
+without tp."""
 Resolved = Mapping[str, tuple[str, Style]]
 """Fully qualified module name to the key of the plan that matches it, and the style."""
 
@@ -106,8 +111,16 @@ class Plan:
 
     @classmethod
     def from_huggingface(cls, model: nn.Module) -> Plan:
-        """The plan that a Hugging Face model states for itself (see `plans.huggingface`)."""
-        return cls(modules=huggingface_modules(model), loss="replicated", name=f"huggingface:{type(model).__name__}")
+        """The plan that a Hugging Face model states for itself (see `plans.huggingface`). Where it names few of the
+        model's parameters, the logger `colrow` warns of it."""
+        plan = cls(modules=huggingface_modules(model), loss="replicated", name=f"huggingface:{type(model).__name__}")
+        if (share := plan.named_share(model)) < USEFUL:
+            _log.warning(
+                "the plan that %s states for itself names modules with %.0f%% of the parameters (%s): the rest stays "
+                "unsharded; Plan.derive may split more",
+                *(type(model).__name__, 100 * share, ", ".join(plan.modules) or "no module"),
+            )
+        return plan
 
     @classmethod
     def from_yaml(cls, text: str, source: str = "plan") -> Plan:
@@ -234,6 +247,12 @@ class Plan:
             own = style.parameters(site) or LEFT_OUT.parameters(site)
             layouts |= {f"{fqn}.{name}" if fqn else name: layout for name, layout in own.items()}
         return layouts
+
+    def named_share(self, model: nn.Module) -> float:
+        """The share of the model's parameters that lie in modules to which the plan gives a style."""
+        named = set(self.resolve(model))
+        sizes = {name: param.numel() for name, param in model.named_parameters()}
+        return sum(n for name, n in sizes.items() if name.rpartition(".")[0] in named) / max(1, sum(sizes.values()))
 
     def sequence_parallel(self) -> bool:
         """Whether activations between blocks are shards of the tokens, so that tp must divide the sequence length."""

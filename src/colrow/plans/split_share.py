@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from colrow.plans.patterns import with_stars
-from colrow.plans.plan import Plan
+from colrow.plans.plan import USEFUL, Plan
 
-USEFUL = 0.6
-"""A smaller share is a warning: most of the model takes as much memory and time on each rank as without tp."""
 _DIM = re.compile(r"dim \d+ \(\d+\): ")
 _NUMBER = re.compile(r"\.\d+\b")
 
@@ -24,14 +23,16 @@ class SplitShare:
     Attributes:
         split: elements that are split, over all elements.
         rest: the largest reasons first: the share that is replicated for it, one of its parameters, the reason.
+        flops: the share of the floating-point operations of forward that is split; None where no dry run told it.
     """
 
     tp: int
     split: float
     rest: tuple[tuple[float, str, str], ...]
+    flops: float | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, plan: Plan, tp: int) -> SplitShare:
+    def of(cls, model: nn.Module, plan: Plan, tp: int, flops: float | None = None) -> SplitShare:
         """Raises PlanError where the plan does not fit the model at this degree."""
         layouts = plan.parameters(model, tp)
         total, split = 0, 0
@@ -46,16 +47,17 @@ class SplitShare:
             by_reason[reason] += param.numel()
             example.setdefault(reason, with_stars(name))
         rest = tuple((count / max(total, 1), example[why], why) for why, count in by_reason.most_common())
-        return cls(tp, split / max(total, 1), rest)
+        return cls(tp, split / max(total, 1), rest, flops)
 
     @property
     def is_small(self) -> bool:
         """Whether it is worth a warning."""
-        return self.tp > 1 and self.split < USEFUL
+        return self.tp > 1 and min(self.split, 1.0 if self.flops is None else self.flops) < USEFUL
 
     def summary(self) -> str:
-        """One line: the share."""
-        share = f"{self.split:.0%} of the parameters are split over tp={self.tp}"
+        """One line: the shares."""
+        flops = "" if self.flops is None else f" and {self.flops:.0%} of the FLOPs"
+        share = f"{self.split:.0%} of the parameters{flops} are split over tp={self.tp}"
         if not self.is_small:
             return share
         if not self.split:
@@ -65,6 +67,11 @@ class SplitShare:
     def reasons(self) -> list[str]:
         """One line for each of the three largest reasons for the rest."""
         return [f"{part:.0%} replicated, {name} first: {why}" for part, name, why in self.rest[:3] if part >= 0.01]
+
+    def to_data(self) -> dict[str, Any]:
+        """What `colrow plan --json` and `colrow check --json` print: shares between 0 and 1."""
+        reasons = [{"share": part, "parameter": name, "reason": why} for part, name, why in self.rest[:3]]
+        return {"parameters": self.split, "flops": self.flops, "reasons": reasons}
 
 
 def _first_reason(text: str) -> str:

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 
 from torch import nn
 
-from colrow.checking.check import Finding, check
+from colrow.checking.check import Finding, Findings, check
 from colrow.checking.finding import NOT_PROVEN
 from colrow.derive.proof import prove
 from colrow.dryrun.block_kinds import runs_known_code
@@ -40,11 +40,13 @@ class Decision:
         findings: of the check, errors first.
         report: of verify; None where it was not run.
         refusal: why no run may start, and what to do; empty where it may.
+        flops_split: the share of the forward's floating-point operations that the plan splits, where the check ran.
     """
 
     findings: tuple[Finding, ...]
     report: Report | None = None
     refusal: str = ""
+    flops_split: float | None = None
 
     @property
     def accepted(self) -> bool:
@@ -92,17 +94,17 @@ def decide(
     if mesh.tp == 1:
         return Decision(())
     own = is_own(model)
-    found: list[Finding] = []
+    found = Findings()
     if stop_on_errors or (own and verify == "auto" and not is_preset(plan)):
         found = check(model, plan, Mesh(tp=mesh.tp), batch_size, seq_len, inputs=inputs, loss=loss)
     if stop_on_errors and (refusal := errors_found(found, title)):
         return Decision(tuple(found), refusal=refusal)
     unproven = next((f for f in found if f.code in NOT_PROVEN), None)
     if verify == "never" or (verify == "auto" and own and unproven is None):
-        return Decision(tuple(found))
+        return Decision(tuple(found), flops_split=found.flops_split)
     if proofs is not None and proofs.find(say):
         say(f"plan {plan.name} was proved at tp={mesh.tp} when the run was started before")
-        return Decision(_settled(found))
+        return Decision(_settled(found), flops_split=found.flops_split)
     why = f"{unproven.code} at {unproven.where}" if unproven else f"{name} is a model that nobody here has seen"
     say(f"{'verify: always' if verify == 'always' else why}: a reduced model is verified at tp={mesh.tp}, {meanwhile}")
     try:
@@ -120,7 +122,7 @@ def decide(
     say(f"proved: loss and {report.parameters} gradients are those of one process ({report.seconds:.1f} s)")
     if proofs is not None:
         proofs.keep(report)
-    return Decision(_settled(found), report)
+    return Decision(_settled(found), report, flops_split=found.flops_split)
 
 
 def is_own(model: nn.Module) -> bool:

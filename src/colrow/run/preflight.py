@@ -115,7 +115,8 @@ def choose_plan(config: RunConfig, model: nn.Module) -> Plan:
 
 
 def check_plan(config: RunConfig, source: Source, plan: Plan, meanwhile: str = "in seconds") -> list[str]:
-    """`decision.decide` with the run's batch, sequence length and folder. Returns one line for each warning.
+    """`decision.decide` with the run's batch, sequence length and folder. Returns what is printed: a line for each
+    warning, and how much the plan splits.
 
     Takes a second or two, whatever the model's size: of equal layers two are run, on fake tensors. Where it verifies a
     reduced model, it takes some more, and prints a line before and after; `meanwhile` ends the first.
@@ -124,7 +125,7 @@ def check_plan(config: RunConfig, source: Source, plan: Plan, meanwhile: str = "
         PlanError: the plan is refused; the text says why, and what to do.
     """
     if nothing_to_decide(config):
-        return []
+        return split_lines(config, source, plan)
     ids = torch.zeros(config.train.micro_batch, config.data.seq_len, dtype=torch.long)
     path = config.model.reduced
     builders = [imported(each, "model") for each in (config.model.python, path) if each is not None]
@@ -144,14 +145,17 @@ def check_plan(config: RunConfig, source: Source, plan: Plan, meanwhile: str = "
     )
     if not decision.accepted:
         raise PlanError(decision.refusal)
-    return [f"{f.code} {f.slug} at {f.where}: {f.message}; {f.fix} ({f.page})" for f in decision.findings]
+    warnings = [
+        f"warning    {f.code} {f.slug} at {f.where}: {f.message}; {f.fix} ({f.page})" for f in decision.findings
+    ]
+    return warnings + split_lines(config, source, plan, decision.flops_split)
 
 
-def split_lines(config: RunConfig, checked: Checked) -> list[str]:
+def split_lines(config: RunConfig, source: Source, plan: Plan, flops: float | None = None) -> list[str]:
     """What is printed of how much the plan splits: a warning, with the largest reasons, where that is little."""
     if config.mesh.tp == 1:
         return []
-    share = SplitShare.of(checked.source.model, checked.plan, config.mesh.tp)
+    share = SplitShare.of(source.model, plan, config.mesh.tp, flops)
     if not share.is_small:
         return [f"split      {share.summary()}"]
     return [f"warning    {share.summary()}", *(f"           {line}" for line in share.reasons())]
@@ -169,7 +173,7 @@ def check_plan_apart(config: RunConfig, plan: Plan) -> list[str]:
     thread, so a backward there would wait forever for autograd's device threads.
     """
     if nothing_to_decide(config):
-        return []
+        return split_lines(config, build_source(config.model, config.run.seed), plan)
     threads = Path("/proc/self/task")  # Linux; elsewhere the number of native threads is unknown
     is_single_threaded = threads.exists() and len(list(threads.iterdir())) == 1
     context = multiprocessing.get_context("fork" if is_single_threaded else "spawn")

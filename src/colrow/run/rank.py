@@ -73,19 +73,18 @@ def run_rank(
             stack.enter_context(claimed(config.run.dir))
         checked = preflight.check(config, info.local_world_size, plan)
         config.mesh.require_world_size(info.world_size, lambda mesh: preflight.runs_on(mesh, config, checked))
-        warnings = [config.mesh.warning_across_hosts(info.local_world_size)]
+        warning, lines = config.mesh.warning_across_hosts(info.local_world_size), list[str]()
         if first and plan is None:
-            warnings += preflight.check_plan_apart(config, checked.plan)  # forks: before this process has threads
-        outputs = output_lines(config, checked.source) if first and plan is None else []
+            lines = preflight.check_plan_apart(config, checked.plan)  # forks: before this process has threads
+            lines += output_lines(config, checked.source)
         progress = stack.enter_context(TrainingProgress(first, config.train.steps, config.train.log_every))
         if plan is None:  # else the launcher has printed them
             for line in checked.changes:
                 progress.say(f"changed    {line}")
-            for line in (*preflight.split_lines(config, checked), *outputs):
-                progress.say(line)
-        for warning in warnings:
-            if warning is not None:
-                progress.say(f"warning    {warning}")
+        for line in lines:
+            progress.say(line)
+        if warning is not None:
+            progress.say(f"warning    {warning}")
         with heartbeat.during("tokenization"):
             data = prepare(config.data, checked.source.vocab_size, progress=False)
         # a launcher of the project's own, which has chosen the plan, watches; torchrun does not

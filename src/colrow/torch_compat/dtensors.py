@@ -163,6 +163,11 @@ def implicit_redistribution(frames: Iterator[FrameType]) -> tuple[Any, Any, str]
     return before, after, operator
 
 
+def finds_output_shape(frames: Iterator[FrameType]) -> bool:
+    """Whether these frames run an operator on global shapes alone, by which DTensor finds those of its output."""
+    return any(frame.f_code.co_name.startswith("_propagate_tensor_meta") for frame in frames)
+
+
 def inside_dtensor(frames: Iterator[FrameType]) -> bool:
     """Whether one of these frames is DTensor's own code."""
     return any("/distributed/tensor/_" in frame.f_code.co_filename.replace("\\", "/") for frame in frames)

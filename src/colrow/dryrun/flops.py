@@ -1,0 +1,45 @@
+"""Floating-point operations of matrix products, convolutions and attentions, from the shapes of a call."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from torch.utils.flop_counter import flop_registry
+
+from colrow.dryrun.module_tracker import ModuleTracker
+from colrow.torch_compat import TorchDispatchMode, is_higher_order
+
+
+def flops_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> int:
+    """Of one call of an operator, 2 for a multiplication and an addition; 0 for what is no such operation."""
+    name = func.name().partition(".")[0]
+    if name in ("colrow::column_forward", "colrow::row_forward"):
+        # [t, in] and weights [out, in]: columns see the gathered tokens, as their output has; rows have them in x
+        tokens = out[0].shape[0] if name == "colrow::column_forward" else args[0].shape[0]
+        weights = args[1] if isinstance(args[1], list) else [args[1]]
+        return int(2 * tokens * sum(w.numel() for w in weights))
+    if name.startswith("aten::_scaled_dot_product") and not name.endswith("_backward"):
+        q, k, v = args[:3]  # [B, heads, T, E]
+        return int(2 * q.shape[:-1].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1]))
+    if name == "aten::_grouped_mm":
+        return int(2 * out.numel() * args[0].shape[-1])
+    formula = flop_registry.get(getattr(func, "overloadpacket", None))
+    return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
+
+
+class FlopCounter(TorchDispatchMode):
+    """Counts, by module, what a model's forward computes."""
+
+    def __init__(self, modules: ModuleTracker) -> None:
+        super().__init__()
+        self._modules = modules
+        self.by_module: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if not is_higher_order(func):
+            self.by_module[self._modules.current()] += flops_of(func, args, kwargs, out)
+        return out
