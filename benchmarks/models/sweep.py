@@ -21,19 +21,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import resource
-import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from multiprocessing.connection import Connection
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from benchmarks.models.apart import run_all
 from benchmarks.models.examine import Row, examine
 from benchmarks.models.tiny import causal_models
 from colrow.derive.derivation import derive
@@ -41,63 +38,6 @@ from colrow.plans.derive_options import Styles
 
 TORCH = torch.__version__.partition("+")[0]
 VERDICTS = ("full", "partial", "unsharded", "fails", "untraceable", "not built", "refused", "WRONG")
-
-
-def _child(model_type: str, degrees: Sequence[int], limit: int, to: Connection, styles: Styles) -> None:
-    torch.set_num_threads(1)
-    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
-    for row in examine(model_type, degrees, lambda text: to.send(text), styles):
-        to.send(row)
-    to.send(None)
-
-
-def run_one(model_type: str, degrees: Sequence[int], limit: int, styles: Styles = "plain") -> list[Row]:
-    """One model in a process of its own, `limit` seconds of CPU at most; a row for each degree."""
-    context = multiprocessing.get_context("fork")  # what is imported here need not be imported again
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(model_type, degrees, limit, theirs, styles), daemon=True)
-    start = time.monotonic()
-    process.start()
-    theirs.close()
-    rows: list[Row] = []
-    phase, why = "starting", ""
-    while True:
-        try:
-            message = ours.recv()
-        except EOFError:
-            process.join()
-            late = process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
-            why = f"no result within {limit} s of CPU" if late else f"the process ended with {process.exitcode}"
-            why = f"{why}, while {phase}"
-            break
-        if message is None:
-            break
-        if isinstance(message, str):
-            phase = message
-        else:
-            rows.append(message)
-    process.join()
-    verdict = {"starting": "not built", "building": "not built", "tracing": "untraceable"}.get(phase, "fails")
-    done = {row["tp"] for row in rows}
-    rows += [{"model": model_type, "tp": tp, "verdict": verdict, "reason": why} for tp in degrees if tp not in done]
-    seconds = round(time.monotonic() - start, 1)
-    return [row | {"seconds": seconds, "torch": TORCH} for row in rows]
-
-
-def run_all(
-    jobs: Sequence[tuple[str, Sequence[int]]], at_once: int, limit: int, styles: Styles, budget: float
-) -> Iterator[list[Row]]:
-    """The rows of each model, in the order in which they come; no model is started after `budget` seconds."""
-    with ProcessPoolExecutor(at_once, multiprocessing.get_context("fork")) as pool:
-        futures = [pool.submit(run_one, model_type, degrees, limit, styles) for model_type, degrees in jobs]
-        seen: set[Future[list[Row]]] = set()
-        try:
-            for future in as_completed(futures, timeout=None if budget == float("inf") else budget):
-                seen.add(future)
-                yield future.result()
-        except TimeoutError:
-            pool.shutdown(cancel_futures=True)  # waits for those that run
-        yield from (f.result() for f in futures if f not in seen and not f.cancelled())
 
 
 def warm() -> None:
@@ -222,7 +162,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if jobs:
         warm()
         print(f"{len(jobs)} models to go, warm after {time.monotonic() - start:.0f} s", flush=True)
-    for rows in run_all(jobs, given.jobs, given.limit, given.styles, given.budget):
+    judge = partial(examine, styles=given.styles)
+    for rows in run_all(jobs, judge, at_once=given.jobs, limit=given.limit, budget=given.budget):
+        rows = [row | {"torch": TORCH} for row in rows]
         for row in rows:
             results[(row["model"], row["tp"])] = row
             model = f"{row['model']:24s} tp {row['tp']}"
