@@ -25,7 +25,8 @@ from colrow.derive.flow import Flows
 from colrow.derive.infer import AxisInference, shape_of
 from colrow.derive.local import LocalCheck, Repairs
 from colrow.derive.requests import Requests
-from colrow.derive.sequence import NoStreamError, Stream, StreamKind, find_stream
+from colrow.derive.sequence import Stream, find_stream
+from colrow.derive.stream_ends import NoStreamError, StreamKind
 from colrow.derive.table import infer
 from colrow.derive.trace import Trace, default_inputs, label_of, module_path, trace
 from colrow.dryrun.calls import GivenInputs, Inputs

@@ -1,0 +1,104 @@
+"""Where the residual stream begins and ends to live on shards of the tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from colrow.derive.blocks import BlockFinder, Split
+from colrow.derive.flow import Flows
+from colrow.derive.infer import is_float, shape_of
+from colrow.derive.trace import Trace, is_boundary, label_of
+
+
+@dataclass(frozen=True)
+class StreamKind:
+    """From where to where the stream is sharded, and along what.
+
+    Attributes:
+        starts_at_embedding: the embedding's reduction gives shards; else the first layer's input is split.
+        ends_before_norm: it is gathered before the last norm, and the head takes gathered activations; else the head
+            gathers.
+        flattened_tokens: shards of [batch * sequence], not of each sequence.
+    """
+
+    starts_at_embedding: bool
+    ends_before_norm: bool
+    flattened_tokens: bool
+
+
+class NoStreamError(Exception):
+    """The stream cannot be sharded along the sequence; the text says why."""
+
+
+def find_ends(traced: Trace, split: Split, kind: StreamKind) -> tuple[set[Node], set[Node], set[Node], set[Node]]:
+    """Where the stream starts and finishes, and the entries and exits of blocks that lie between."""
+    flows, finder = split.flows, split.finder
+    entries, exits = split.borders()
+    lookups = {b for b in exits if finder.is_lookup(b)}
+    if kind.starts_at_embedding:
+        if not lookups:
+            raise NoStreamError("the embedding is not split, so nothing reduces at the start of the stream")
+        start = set()
+    else:
+        start = _first_layer(flows, finder, entries)
+    if kind.ends_before_norm:
+        entries = entries - finder.head_entries()
+        finish = _last_norm(traced, flows, finder, entries, exits)
+    else:
+        finish = _finish(traced, flows, entries, exits)
+    return start, finish, entries, exits if kind.starts_at_embedding else exits - lookups
+
+
+def _first_layer(flows: Flows, finder: BlockFinder, entries: set[Node]) -> set[Node]:
+    """The activations that enter the parent of the first block."""
+    ordered = sorted((e for e in entries), key=lambda n: finder.order[n])
+    if not ordered:
+        raise NoStreamError("nothing is split")
+    name = label_of(ordered[0]).module
+    while name:
+        name = name.rpartition(".")[0]
+        found = {
+            b for b in finder.inputs(name) if b not in flows.constant and b in flows.live and len(shape_of(b)) >= 3
+        }
+        if found:
+            return found
+    raise NoStreamError("no module stands around the first layer")
+
+
+def _last_norm(traced: Trace, flows: Flows, finder: BlockFinder, entries: set[Node], exits: set[Node]) -> set[Node]:
+    """The input of the first module with parameters after the last block."""
+    last = max((finder.order[n] for n in exits | entries), default=0)
+    for node in traced.nodes:
+        if (
+            finder.order[node] > last
+            and is_boundary(node)
+            and node in flows.live
+            and label_of(node).direction == "in"
+            and is_float(node)
+        ):
+            return {node}
+    raise NoStreamError("no module stands after the last block")
+
+
+def _finish(traced: Trace, flows: Flows, entries: set[Node], exits: set[Node]) -> set[Node]:
+    """Where the stream must be gathered for a module that is not split: the input of the last module with a
+    matrix, when that module is not an entry itself."""
+    inside = {label_of(e).module for e in entries} | {label_of(e).module for e in exits}
+    last = None
+    for node in traced.nodes:
+        if is_boundary(node) and node in flows.live and label_of(node).direction == "in" and is_float(node):
+            name = label_of(node).module
+            if not any(name == m or name.startswith(m + ".") or m.startswith(name + ".") for m in inside):
+                matrices = [
+                    n
+                    for n, f in flows.inference.params.items()
+                    if f.rpartition(".")[0] == name and len(shape_of(n)) == 2
+                ]
+                if matrices and len(shape_of(node)) >= 3:
+                    last = node
+    entered = [n for n in traced.nodes if n in entries or n in exits]
+    if last is None or (entered and traced.nodes.index(entered[-1]) > traced.nodes.index(last)):
+        return set()
+    return {last}
