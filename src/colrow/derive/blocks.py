@@ -42,7 +42,10 @@ class SplitError(Exception):
 class BlockFinder:
     """Blocks of a choice."""
 
-    def __init__(self, flows: Flows) -> None:
+    def __init__(self, flows: Flows, column_blocks: bool = False) -> None:
+        self.column_blocks = column_blocks
+        """Gather for the module around column products, where their row product lies outside of it (BERT's attention):
+        under flattened tokens that module's own code must see all tokens."""
         self.flows, self.inference, self.choice = flows, flows.inference, flows.choice
         self.nodes = list(self.inference.graph.nodes)
         self.boundaries: dict[str, list[Node]] = {}
@@ -114,6 +117,12 @@ class BlockFinder:
 
     def outputs(self, module: str) -> list[Node]:
         return [b for b in self.boundaries.get(module, []) if label_of(b).direction == "out"]
+
+    def around(self, module: str) -> str:
+        """The innermost module at or around this name whose inputs are marked; '' for the model."""
+        while module and module not in self.boundaries:
+            module = module.rpartition(".")[0]
+        return module
 
     def is_lookup(self, boundary: Node) -> bool:
         """Whether the boundary's module looks up rows of a sharded table."""
@@ -202,7 +211,10 @@ class BlockFinder:
         for module, reductions in components.items():
             if any(_within(module, b.module) for b in blocks.values() if not b.leaf):
                 continue
-            block = self._widest_block(module, components) or self.separate_columns(module, reductions)
+            block = self._widest_block(module, components)
+            if block is None and self.column_blocks:
+                block = self._around_columns(module, reductions)
+            block = block or self.separate_columns(module, reductions)
             if block.leaf:
                 old = blocks.get((block.module, True))
                 block.entries |= old.entries if old else set()
@@ -225,6 +237,13 @@ class BlockFinder:
             if best is None and module.count(".") - where.count(".") > 2:
                 break
         return best
+
+    def _around_columns(self, module: str, reductions: list[Node]) -> Block | None:
+        """The block at the innermost module inside `module` that holds all column products: shards leave it."""
+        region = set().union(*(self.region(n) for n in reductions))
+        parents = [self.flows.path[node].split(".")[:-1] for node in self.columns(region)]
+        where = ".".join(_common(parents))
+        return self.attempt(where, [], False) if _within(where, module) and where != module else None
 
     def separate_columns(self, module: str, reductions: list[Node]) -> Block:
         """Each column product is entered on its own; whoever else makes shards has no entry."""
@@ -328,9 +347,9 @@ class Split:
     flow: Flow
 
     @classmethod
-    def of(cls, flows: Flows) -> Split:
+    def of(cls, flows: Flows, column_blocks: bool = False) -> Split:
         """Raises SplitError where a component has no sound block, or the blocks do not fit together."""
-        finder = BlockFinder(flows)
+        finder = BlockFinder(flows, column_blocks)
         blocks = finder.find()
         return cls(finder, blocks, finder.complete_graph(blocks))
 

@@ -174,7 +174,7 @@ class _Derive:
 
     def _attempt(self, choice: Choice) -> Derivation:
         wide = {module_path(n) for n, dims in self.inference.averaged.items() if choice.any_sharded(dims)}
-        split = Split.of(Flows(self.inference, choice, wide, self.traced.ties))
+        split = Split.of(Flows(self.inference, choice, wide, self.traced.ties), column_blocks=self.fast)
         why: list[str] = []
         if self.options.sequence_parallel:
             for found in self._sequence_parallel(split, why):
@@ -184,9 +184,9 @@ class _Derive:
                 why.append(f"no sequence shards: {objection.why}")
                 if self.fast or not self._is_of_the_stream(split, objection):
                     raise self._given_up(split, objection)
+        found = self._without_stream(split)  # raises where no style fits the split: then less is split, fast or plain
         if self.fast:
             raise self._not_fast(why)
-        found = self._without_stream(split)
         if (objection := self._objection(found)) is not None:
             raise self._given_up(split, objection)
         return self._noted(found, why)
@@ -278,7 +278,7 @@ class _Derive:
         return self._result(split.flows.choice, split, stream, emission), repairs
 
     def _emission(self, *given: Any) -> Emission:
-        if not self.fast:
+        if not self.fast or given[-1] is None:  # fast styles work on a stream
             return Emitter(*given).run()
         overlap: Overlap = "copy_engine" if self.options.styles == "overlap" else "collectives"
         return FastEmitter(*given, overlap=overlap, linear_loss=self.options.loss == "linear").run()

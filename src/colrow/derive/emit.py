@@ -213,8 +213,8 @@ class Emitter(ModuleEmitter):
 
     def _stream(self, stream: Stream) -> None:
         for node, before, after in [
-            *((n, "replicate", "shard(1)") for n in stream.start),
-            *((n, "shard(1)", "replicate") for n in stream.finish),
+            *((n, "replicate", "shard(1)") for n in stream.ends.start),
+            *((n, "shard(1)", "replicate") for n in stream.ends.finish),
         ]:
             label = label_of(node)
             taken = label.module in self.out.modules and self.out.style(label.module) is not PrepareInput
@@ -237,8 +237,9 @@ class Emitter(ModuleEmitter):
         tp = self.tp
         if self.stream is not None:
             heads = self.finder.head_entries() if self.stream.kind.ends_before_norm else set()
-            gathers = (self.entries - heads) | self.stream.finish
-            scatters = {n for n in self.exits if self.early or not self.finder.is_lookup(n)} | self.stream.start
+            ends = self.stream.ends
+            gathers = (self.entries - heads) | ends.finish | ends.leave
+            scatters = {n for n in self.exits if self.early or not self.finder.is_lookup(n)} | ends.start | ends.rejoin
             for node in gathers | scatters:
                 axis = 0 if len(shape_of(node)) == 2 else 1
                 self.out.scales[str(label_of(node))] = (axis, tp, 1) if node in gathers else (axis, 1, tp)

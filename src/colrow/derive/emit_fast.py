@@ -6,6 +6,7 @@ other block gets a fast_block. Tokens are flattened between blocks, so that all 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch.fx import Node
@@ -205,13 +206,23 @@ class FastEmitter(Emitter):
                 raise SplitError(set(), f"{name} reduces inside of a block, which no fast style does")
 
     def _stream(self, stream: Stream) -> None:
-        for style_cls, nodes in ((FastShardTokens, stream.start), (FastGatherTokens, stream.finish)):
-            for node in sorted(nodes, key=lambda n: self.finder.order[n]):
+        ends = stream.ends
+        for style_cls, nodes in ((FastShardTokens, ends.start), (FastGatherTokens, ends.finish | ends.leave)):
+            for node in self._ordered(nodes):
                 name, key = label_of(node).module, self._key(node)
                 if name in self.out.modules and self.out.style(name) is not style_cls:
                     raise SplitError(set(), f"{name}, where the tokens' order changes, has a style already")
                 arguments = [*self.out.modules.get(name, {}).get("arguments", []), key]
-                self._put(name, style=style_cls.name, arguments=arguments)
+                self._put(name, style=style_cls.name, arguments=list(dict.fromkeys(arguments)))
+        for node in self._ordered(ends.rejoin):
+            name, path = label_of(node).module, label_of(node).path
+            if not path.isdigit():
+                raise SplitError(set(), f"output {path} of {name} is nested")
+            numbers = [*self.out.modules[name].get("outputs", []), int(path)]
+            self._put(name, outputs=sorted(set(numbers)))
         for options in self.out.modules.values():
             if options.get("arguments") == [0]:
                 del options["arguments"]
+
+    def _ordered(self, nodes: Iterable[Node]) -> list[Node]:
+        return sorted(nodes, key=lambda node: self.finder.order[node])

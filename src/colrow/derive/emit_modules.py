@@ -46,7 +46,7 @@ class ModuleEmitter:
         self.choice: Choice = self.flows.choice
         self.tp = self.choice.tp
         self.inside = "shard(1)" if stream is not None else "replicate"
-        self.early = stream is not None and not stream.start
+        self.early = stream is not None and not stream.ends.start
         self.out = Emission()
         self.dims = {name: self.flows.inference.of(node) for node, name in self.flows.inference.params.items()}
         self.owned: dict[str, list[str]] = defaultdict(list)

@@ -11,15 +11,16 @@ of. Then what is left must not depend on the sequences either, and may view both
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 
 from torch.fx import Node
 
 from colrow.derive.axes import Atom, Dim, leaves
 from colrow.derive.blocks import Split
-from colrow.derive.flow import Flows
+from colrow.derive.flow import Flows, SpmdType
 from colrow.derive.infer import AxisInference, Dims, is_float, shape_of
-from colrow.derive.stream_ends import NoStreamError, StreamKind, find_ends
+from colrow.derive.stream_ends import Ends, NoStreamError, StreamKind, find_ends
 from colrow.derive.table import infer
 from colrow.derive.trace import Trace, label_of
 
@@ -29,10 +30,7 @@ class Stream:
     """The part of the graph that runs on shards of the sequence (dimension 1)."""
 
     kind: StreamKind
-    start: set[Node]
-    """Boundaries at which gathered activations are split; empty when the embedding's reduction starts the stream."""
-    finish: set[Node]
-    """Boundaries at which the stream is gathered for a module that every rank runs alike."""
+    ends: Ends
     nodes: set[Node] = field(default_factory=set)
     """Nodes that hold a shard of the sequence."""
     axis: dict[Node, int] = field(default_factory=dict)
@@ -63,55 +61,92 @@ class Graph:
 def find_stream(traced: Trace, split: Split, kind: StreamKind) -> Stream:
     """The residual stream on shards of the tokens, between the blocks.
 
+    Where tokens are flattened, modules of which nothing is split and that look at more than one token (a convolution,
+    attention that stays unsharded) may lie between: every rank runs them alike on all tokens.
+
     Raises:
-        NoStreamError: some operation on the way looks at more than one token.
+        NoStreamError: some other operation on the way looks at more than one token.
     """
-    flows = split.flows
-    start, finish, entries, exits = find_ends(traced, split, kind)
-    inference, tokens, batches = infer_between(traced, start, finish, entries, exits, kind)
+    first: NoStreamError | None = None
+    for ends in find_ends(traced, split, kind):
+        try:
+            return stream_between(traced, split.flows, ends, kind)
+        except NoStreamError as error:
+            first = first or error
+        with suppress(NoStreamError):
+            if kind.flattened_tokens and (around := around_mixing_modules(traced, split, ends, kind)) is not None:
+                return stream_between(traced, split.flows, around, kind)
+    assert first is not None
+    raise first
+
+
+def stream_between(traced: Trace, flows: Flows, ends: Ends, kind: StreamKind) -> Stream:
+    """The stream between these ends. Raises NoStreamError where it may not be on shards of the tokens."""
+    inference, sides = infer_between(traced, ends, kind)
+    tokens: set[Atom] = set()
+    batches: set[Atom] = set()
+    for side in sides:
+        if side.outside:
+            if (why := side.why_not(kind)) is not None:
+                raise NoStreamError(f"at {label_of(side.border).module or 'the model'}: {why}")
+            tokens.add(leaves(side.dim)[-1])
+            batches.update(leaves(side.dim)[:-1])
     graph = Graph(traced, flows, inference, batches, dims_with_tokens(traced, inference, tokens))
-    stream = Stream(kind, start, finish)
-    for node, _, position in graph.token_dims:
-        stream.nodes.add(node)
-        stream.axis[node] = position
-    stream.summed = parameters_of(stream.nodes - finish - entries, flows)
+    stream = stream_of(graph, ends, kind)
     for check in CHECKS[kind.flattened_tokens]:
-        if (why := check(stream, graph)) is not None:
+        for _, why in check(stream, graph):
             raise NoStreamError(why)
     return stream
 
 
-def infer_between(
-    traced: Trace, start: set[Node], finish: set[Node], entries: set[Node], exits: set[Node], kind: StreamKind
-) -> tuple[AxisInference, set[Atom], set[Atom]]:
-    """The axes of the graph with its blocks cut out: at each border begin fresh ones. With the atoms of the tokens and,
-    where these are flattened, of the batch."""
-    outside: dict[Node, Dim] = {}  # the tokens' dimension at each border, on the stream's side
+def stream_of(graph: Graph, ends: Ends, kind: StreamKind) -> Stream:
+    stream = Stream(kind, ends)
+    for node, _, position in graph.token_dims:
+        stream.nodes.add(node)
+        stream.axis[node] = position
+    stream.summed = parameters_of(stream.nodes - ends.finish - ends.entries - ends.leave, graph.flows)
+    return stream
+
+
+@dataclass(frozen=True)
+class Side:
+    """The tokens' dimension on one side of a border."""
+
+    border: Node
+    dim: Dim
+    outside: bool
+    """The side of the stream."""
+
+    def why_not(self, kind: StreamKind) -> str | None:
+        """Why it cannot be sharded, or None."""
+        atoms = leaves(self.dim)
+        why = next((a.forbidden for a in reversed(atoms) if a.forbidden is not None), None)
+        return why or (None if len(atoms) == 1 + kind.flattened_tokens else "the sequence is gone")
+
+
+def infer_between(traced: Trace, ends: Ends, kind: StreamKind) -> tuple[AxisInference, list[Side]]:
+    """The axes of the graph with its blocks cut out: at each border begin fresh ones. With the tokens' dimensions on
+    the stream's side of each border, and on both sides of modules that are run on all tokens."""
+    sides: list[Side] = []
+    outward, borders, alike = ends.outward, ends.all, ends.leave | ends.rejoin
 
     def border(node: Node, inference: AxisInference) -> Dims | None:
-        if node not in entries | exits | start | finish:
+        if node not in borders:
             return None
         source = node.args[0]
         assert isinstance(source, Node)
         shape = shape_of(node)
         fresh = inference.fresh(shape)
-        dims = fresh if node in start or node in exits else inference.of(source)
-        if (tokens := _token_dim(dims, shape, traced, kind)) is None:
+        if (tokens := _token_dim(fresh if node in outward else inference.of(source), shape, traced, kind)) is None:
             raise NoStreamError(f"{label_of(node).module} exchanges {shape}, not [batch, sequence, features]")
-        outside[node] = tokens
+        sides.append(Side(node, tokens, outside=True))
+        if node in alike:
+            within = _token_dim(inference.of(source) if node in outward else fresh, shape, traced, kind)
+            assert within is not None
+            sides.append(Side(node, within, outside=False))
         return fresh
 
-    inference = infer(traced, fresh_at=border, free_inputs=True)
-    tokens: set[Atom] = set()
-    batches: set[Atom] = set()
-    for node, dim in outside.items():
-        atoms = leaves(dim)
-        why = next((a.forbidden for a in reversed(atoms) if a.forbidden is not None), None)
-        if len(atoms) != 1 + kind.flattened_tokens or why:
-            raise NoStreamError(f"at {label_of(node).module or 'the model'}: {why or 'the sequence is gone'}")
-        tokens.add(atoms[-1])
-        batches.update(atoms[:-1])
-    return inference, tokens, batches
+    return infer(traced, fresh_at=border, free_inputs=True), sides
 
 
 def _token_dim(dims: Dims, shape: list[int], traced: Trace, kind: StreamKind) -> Dim | None:
@@ -123,7 +158,7 @@ def _token_dim(dims: Dims, shape: list[int], traced: Trace, kind: StreamKind) ->
         return None
     if not kind.flattened_tokens:
         return dims[1]
-    return [*dims[0], *dims[1]] if len(dims) == 3 and shape[0] == traced.batch else None
+    return [*dims[0], *dims[1]] if shape[0] == traced.batch else None
 
 
 def dims_with_tokens(traced: Trace, inference: AxisInference, tokens: set[Atom]) -> list[tuple[Node, Dims, int]]:
@@ -143,29 +178,102 @@ def parameters_of(nodes: set[Node], flows: Flows) -> set[str]:
     return set().union(*(flows.params_of.get(operand, set()) for node in nodes for operand in node.all_input_nodes))
 
 
+# ---------------------------------------------------------------------- modules that look at more than one token
+
+
+def around_mixing_modules(traced: Trace, split: Split, ends: Ends, kind: StreamKind) -> Ends | None:
+    """The ends with the outermost modules around which the stream must be gathered; None where there is none.
+
+    All modules of which nothing is split are cut out first, each at its own borders: so it shows in whose own code, not
+    in that of modules inside it, the tokens meet.
+    """
+    unsplit = unsplit_modules(traced, split, ends, kind)
+    ins = {name: borders[0] for name, borders in unsplit.items()}
+    outs = {name: borders[1] for name, borders in unsplit.items()}
+    probe = replace(ends, leave=frozenset().union(*ins.values()), rejoin=frozenset().union(*outs.values()))
+    inference, sides = infer_between(traced, probe, kind)
+    mixing: set[str] = set()
+    tokens: set[Atom] = set()
+    batches: set[Atom] = set()
+    for side in sides:
+        if side.why_not(kind) is None:
+            tokens.add(leaves(side.dim)[-1])
+            batches.update(leaves(side.dim)[:-1])
+        else:
+            name = label_of(side.border).module
+            mixing.add(split.finder.around(name.rpartition(".")[0]) if side.outside else name)
+    graph = Graph(traced, split.flows, inference, batches, dims_with_tokens(traced, inference, tokens))
+    stream = stream_of(graph, probe, kind)
+    for check in CHECKS[kind.flattened_tokens]:
+        mixing |= {split.finder.around(split.flows.path[node]) for node, _ in check(stream, graph) if node is not None}
+    mixing &= unsplit.keys()
+    outermost = [m for m in mixing if not any(m.startswith(f"{other}.") for other in mixing)]
+    if not outermost:
+        return None
+    return replace(
+        ends,
+        leave=frozenset().union(*(ins[name] for name in outermost)),
+        rejoin=frozenset().union(*(outs[name] for name in outermost)),
+    )
+
+
+def unsplit_modules(
+    traced: Trace, split: Split, ends: Ends, kind: StreamKind
+) -> dict[str, tuple[frozenset[Node], frozenset[Node]]]:
+    """Modules between the ends of which nothing is split: where tokens enter and where they leave."""
+    finder, types, live = split.finder, split.flow.types, split.flows.live
+    behind, todo = set[Node](), [*ends.start, *ends.exits]
+    while todo:
+        for user in todo.pop().users:
+            if user not in behind and user not in ends.finish:
+                behind.add(user)
+                todo.append(user)
+    cut = {label_of(node).module for node in ends.all}
+    alike = (SpmdType.INVARIANT, SpmdType.PARAMETER, SpmdType.CONSTANT)
+
+    def of_tokens(nodes: list[Node]) -> frozenset[Node]:
+        return frozenset(
+            node
+            for node in nodes
+            if node in live
+            and node in behind
+            and is_float(node)
+            and types.get(node) is SpmdType.INVARIANT
+            and _token_dim([[] for _ in shape_of(node)], shape_of(node), traced, kind) is not None
+        )
+
+    found = {}
+    for name in finder.boundaries:
+        if any(module == name or module.startswith(f"{name}.") for module in cut):
+            continue
+        borders = of_tokens(finder.inputs(name)), of_tokens(finder.outputs(name))
+        if all(borders) and all(types.get(node) in alike for node in finder.interior(name) if node in live):
+            found[name] = borders
+    return found
+
+
 # ---------------------------------------------------------------------- checks: each returns why there is no stream
 
-Check = Callable[[Stream, Graph], str | None]
+Check = Callable[[Stream, Graph], Iterator[tuple[Node | None, str]]]
+"""At which nodes there is no stream, and why."""
 
 
-def tokens_are_dimension_one(stream: Stream, graph: Graph) -> str | None:
+def tokens_are_dimension_one(stream: Stream, graph: Graph) -> Iterator[tuple[Node, str]]:
     for node, _, position in graph.token_dims:
         if position != 1 and node in graph.flows.live:
-            return f"the sequence is not dimension 1 in {graph.module(node)}"
-    return None
+            yield node, f"the sequence is not dimension 1 in {graph.module(node)}"
 
 
-def tokens_are_flattened(stream: Stream, graph: Graph) -> str | None:
+def tokens_are_flattened(stream: Stream, graph: Graph) -> Iterator[tuple[Node, str]]:
     """[batch, sequence, ...], or viewed as one dimension [batch * sequence, ...]: a shard is a run of tokens."""
     for node, dims, position in graph.token_dims:
         *before, _ = leaves(dims[position])
         batch = leaves(dims[0]) if position == 1 and not before else before if position == 0 else []
         if (len(batch) != 1 or batch[0] not in graph.batches) and node in graph.flows.live:
-            return f"the sequence is not dimension 1 in {graph.module(node)}"
-    return None
+            yield node, f"the sequence is not dimension 1 in {graph.module(node)}"
 
 
-def no_value_of_a_sequence(stream: Stream, graph: Graph) -> str | None:
+def no_value_of_a_sequence(stream: Stream, graph: Graph) -> Iterator[tuple[Node, str]]:
     """A rank's flattened tokens may be of several sequences."""
     for node in graph.live(stream.nodes):
         for operand in node.all_input_nodes:
@@ -173,36 +281,34 @@ def no_value_of_a_sequence(stream: Stream, graph: Graph) -> str | None:
             if operand in stream.nodes or not isinstance(dims, list):
                 continue
             if any(a in graph.batches for dim in dims for a in leaves(dim)):
-                return f"the stream meets a value of each sequence in {graph.module(node)}"
-    return None
+                yield node, f"the stream meets a value of each sequence in {graph.module(node)}"
 
 
-def no_input_of_every_token(stream: Stream, graph: Graph) -> str | None:
+def no_input_of_every_token(stream: Stream, graph: Graph) -> Iterator[tuple[Node, str]]:
     """Inputs and constants hold all tokens, and nothing splits them."""
     for node in stream.nodes:
         constant = node in graph.flows.constant and node in graph.flows.live and is_float(node)
         if node.op == "placeholder" or constant:
-            return f"the stream meets {node.name}, which is not split along the sequence"
-    return None
+            yield node, f"the stream meets {node.name}, which is not split along the sequence"
 
 
-def no_position_or_mask(stream: Stream, graph: Graph) -> str | None:
+def no_position_or_mask(stream: Stream, graph: Graph) -> Iterator[tuple[Node, str]]:
     for node in graph.live(graph.flows.constant & stream.nodes):
-        return f"a mask or position meets the stream in {graph.module(node)}"
-    return None
+        yield node, f"a mask or position meets the stream in {graph.module(node)}"
 
 
-def output_is_gathered(stream: Stream, graph: Graph) -> str | None:
-    return "the caller gets activations split along the sequence" if graph.traced.output() in stream.nodes else None
+def output_is_gathered(stream: Stream, graph: Graph) -> Iterator[tuple[None, str]]:
+    if graph.traced.output() in stream.nodes:
+        yield None, "the caller gets activations split along the sequence"
 
 
-def parameters_on_one_side_only(stream: Stream, graph: Graph) -> str | None:
+def parameters_on_one_side_only(stream: Stream, graph: Graph) -> Iterator[tuple[None, str]]:
     """One used on a rank's tokens and on all of them gets a gradient that is neither a partial sum nor complete."""
     flows = graph.flows
     rest = {n for n in graph.traced.nodes if n not in stream.nodes and n not in flows.params_of and n in flows.live}
     unsharded = {name for node, name in flows.inference.params.items() if not flows.is_sharded(node)}
-    both = stream.summed & parameters_of(rest, flows) & unsharded
-    return f"{min(both)} is used inside and outside the stream" if both else None
+    if both := stream.summed & parameters_of(rest, flows) & unsharded:
+        yield None, f"{min(both)} is used inside and outside the stream"
 
 
 _COMMON: tuple[Check, ...] = (

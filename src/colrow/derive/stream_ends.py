@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -32,39 +33,73 @@ class NoStreamError(Exception):
     """The stream cannot be sharded along the sequence; the text says why."""
 
 
-def find_ends(traced: Trace, split: Split, kind: StreamKind) -> tuple[set[Node], set[Node], set[Node], set[Node]]:
-    """Where the stream starts and finishes, and the entries and exits of blocks that lie between."""
+@dataclass(frozen=True)
+class Ends:
+    """Boundaries where the layout of the tokens changes."""
+
+    start: frozenset[Node]
+    """Gathered activations are split here; none when the embedding's reduction starts the stream."""
+    finish: frozenset[Node]
+    """The stream is gathered here, for a module that every rank runs alike."""
+    entries: frozenset[Node]
+    """A block begins, and gathers."""
+    exits: frozenset[Node]
+    """A block's sum is reduced to this rank's tokens."""
+    leave: frozenset[Node] = frozenset()
+    """Inputs of a module between the ends that every rank runs alike on all tokens: gathered here."""
+    rejoin: frozenset[Node] = frozenset()
+    """Outputs of such a module: each rank goes on with its own tokens."""
+
+    @property
+    def outward(self) -> frozenset[Node]:
+        """Where the stream continues behind the boundary; at all others it ends before it."""
+        return self.start | self.exits | self.rejoin
+
+    @property
+    def all(self) -> frozenset[Node]:
+        return self.outward | self.finish | self.entries | self.leave
+
+
+def find_ends(traced: Trace, split: Split, kind: StreamKind) -> Iterator[Ends]:
+    """Where the stream may start and finish, and the borders of blocks between.
+
+    A stream of flattened tokens that starts at a layer may start further out too: the residual may bypass the module
+    around the first block.
+    """
     flows, finder = split.flows, split.finder
     entries, exits = split.borders()
     lookups = {b for b in exits if finder.is_lookup(b)}
-    if kind.starts_at_embedding:
-        if not lookups:
-            raise NoStreamError("the embedding is not split, so nothing reduces at the start of the stream")
-        start = set()
-    else:
-        start = _first_layer(flows, finder, entries)
+    if kind.starts_at_embedding and not lookups:
+        raise NoStreamError("the embedding is not split, so nothing reduces at the start of the stream")
+    starts = iter([set[Node]()]) if kind.starts_at_embedding else _first_layers(flows, finder, entries)
     if kind.ends_before_norm:
         entries = entries - finder.head_entries()
         finish = _last_norm(traced, flows, finder, entries, exits)
     else:
         finish = _finish(traced, flows, entries, exits)
-    return start, finish, entries, exits if kind.starts_at_embedding else exits - lookups
+    exits = exits if kind.starts_at_embedding else exits - lookups
+    for start in starts:
+        yield Ends(frozenset(start), frozenset(finish), frozenset(entries), frozenset(exits))
+        if not kind.flattened_tokens:
+            return
 
 
-def _first_layer(flows: Flows, finder: BlockFinder, entries: set[Node]) -> set[Node]:
-    """The activations that enter the parent of the first block."""
+def _first_layers(flows: Flows, finder: BlockFinder, entries: set[Node]) -> Iterator[set[Node]]:
+    """The activations that enter the parent of the first block, then those that enter the modules around it."""
     ordered = sorted((e for e in entries), key=lambda n: finder.order[n])
     if not ordered:
         raise NoStreamError("nothing is split")
-    name = label_of(ordered[0]).module
+    name, none = label_of(ordered[0]).module, True
     while name:
         name = name.rpartition(".")[0]
         found = {
             b for b in finder.inputs(name) if b not in flows.constant and b in flows.live and len(shape_of(b)) >= 3
         }
         if found:
-            return found
-    raise NoStreamError("no module stands around the first layer")
+            none = False
+            yield found
+    if none:
+        raise NoStreamError("no module stands around the first layer")
 
 
 def _last_norm(traced: Trace, flows: Flows, finder: BlockFinder, entries: set[Node], exits: set[Node]) -> set[Node]:

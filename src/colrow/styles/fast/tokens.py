@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from colrow.errors import PlanError
 from colrow.ops.tokens import all_tokens, local_tokens
-from colrow.styles.base import option
+from colrow.styles.base import integers_of, option
 from colrow.styles.fast.linear import FlattenedTokens, argument_at, group_name, with_argument
 from colrow.styles.rank_tensors import rank_table
 from colrow.styles.site import Site
@@ -30,9 +30,11 @@ def keys_of(value: Any) -> Keys:
 
 
 def over_tokens(change: Callable[[Tensor, str], Tensor], x: Tensor, group: str) -> Tensor:
-    """[..., T, D], flattened to tokens, changed, and viewed as before with as many more or fewer tokens."""
-    y = change(x.flatten(0, -2), group)
-    return y.view(*x.shape[:-2], x.shape[-2] * y.shape[0] // x[..., 0].numel(), x.shape[-1])
+    """[T, D] or [B, T, ...], flattened to tokens, changed, and viewed as before with as many more or fewer tokens."""
+    if x.dim() == 2:
+        return change(x, group)
+    y = change(x.flatten(0, 1), group)
+    return y.view(x.shape[0], -1, *x.shape[2:])
 
 
 def tensor_argument(fqn: str, style: str, args: Any, kwargs: Any, key: int | str) -> Tensor:
@@ -63,6 +65,7 @@ class _TokenHook(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         style, group, fqn = self.style, group_name(device_mesh), self.fqn
+        outputs = style.outputs or () if isinstance(style, FastGatherTokens) else ()
         rank = rank_table(device_mesh, [[number] for number in range(device_mesh.size())])
 
         def change(x: Tensor, group: str) -> Tensor:
@@ -74,7 +77,17 @@ class _TokenHook(ParallelStyle):
                 args, kwargs = with_argument(args, kwargs, key, over_tokens(change, x, group))
             return args, kwargs
 
+        def own(x: Tensor, group: str) -> Tensor:
+            return local_tokens(x, rank, group)
+
+        def after(_: nn.Module, __: Any, out: Any) -> Any:
+            if isinstance(out, Tensor):
+                return over_tokens(own, out, group)
+            return type(out)(over_tokens(own, o, group) if i in outputs else o for i, o in enumerate(out))
+
         module.register_forward_pre_hook(before, with_kwargs=True)
+        if outputs:
+            module.register_forward_hook(after)
         return module
 
 
@@ -91,10 +104,12 @@ class FastShardTokens(_TokenArguments):
 
 @dataclass(frozen=True, kw_only=True)
 class FastGatherTokens(_TokenArguments):
-    """Arguments that are this rank's tokens are gathered, for a module that every rank runs alike."""
+    """Arguments that are this rank's tokens are gathered, for a module that every rank runs alike. `outputs` are the
+    numbers of those of its outputs of which each rank keeps its own tokens: a module in the midst of the stream."""
 
     name = "fast_gather_tokens"
     previous_names = ("fast_whole",)
+    outputs: tuple[int, ...] | None = option(integers_of)
 
     def change(self, x: Tensor, rank: Tensor, group: str) -> Tensor:
         return all_tokens(x, rank, group)
