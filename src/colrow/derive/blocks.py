@@ -208,12 +208,17 @@ class BlockFinder:
         """
         components = self.components()
         blocks: dict[tuple[str, bool], Block] = {}
+        inner: dict[str, Block] = {}
         for module, reductions in components.items():
             if any(_within(module, b.module) for b in blocks.values() if not b.leaf):
                 continue
             block = self._widest_block(module, components)
             if block is None and self.column_blocks:
-                block = self._around_columns(module, reductions)
+                around = [self._around_columns(module, node) for node in reductions]
+                inner |= {b.module: b for b in around if b is not None}
+                reductions = [node for node, b in zip(reductions, around, strict=True) if b is None]
+                if not reductions:
+                    continue
             block = block or self.separate_columns(module, reductions)
             if block.leaf:
                 old = blocks.get((block.module, True))
@@ -221,7 +226,14 @@ class BlockFinder:
             else:
                 blocks = {key: b for key, b in blocks.items() if not b.module.startswith(f"{block.module}.")}
             blocks[block.module, block.leaf] = block
-        return list(blocks.values())
+        for block in blocks.values():
+            if block.leaf:
+                block.entries = {e for e in block.entries if not any(_within(label_of(e).module, m) for m in inner)}
+        outer = [b for b in blocks.values() if not b.leaf]
+        return [
+            *(b for b in blocks.values() if b.entries or not b.leaf),
+            *(b for b in inner.values() if not any(_within(b.module, other.module) for other in outer)),
+        ]
 
     def _widest_block(self, module: str, components: dict[str, list[Node]]) -> Block | None:
         """The first sound block at `module` or at most two levels around it, widened as long as it stays sound."""
@@ -238,10 +250,10 @@ class BlockFinder:
                 break
         return best
 
-    def _around_columns(self, module: str, reductions: list[Node]) -> Block | None:
-        """The block at the innermost module inside `module` that holds all column products: shards leave it."""
-        region = set().union(*(self.region(n) for n in reductions))
-        parents = [self.flows.path[node].split(".")[:-1] for node in self.columns(region)]
+    def _around_columns(self, module: str, reduction: Node) -> Block | None:
+        """The block at the innermost module inside `module` that holds the column products of this reduction: shards
+        leave it."""
+        parents = [self.flows.path[node].split(".")[:-1] for node in self.columns(self.region(reduction))]
         where = ".".join(_common(parents))
         return self.attempt(where, [], False) if _within(where, module) and where != module else None
 

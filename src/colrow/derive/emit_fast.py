@@ -1,7 +1,9 @@
 """Write a choice with its blocks as fast styles (see `styles.fast.linear`).
 
 A block whose input goes into column products and nowhere else gets a fast_gather, and its columns one product; any
-other block gets a fast_block. Tokens are flattened between blocks, so that all of a plan is of these styles.
+other block gets a fast_block. Where one module's output is the input of several such blocks (attention and MLP side by
+side), that module gathers once for all of them. Tokens are flattened between blocks, so that all of a plan is of these
+styles.
 """
 
 from __future__ import annotations
@@ -16,14 +18,16 @@ from colrow.derive.blocks import Block, SplitError
 from colrow.derive.emit import Emitter
 from colrow.derive.emit_modules import Emission
 from colrow.derive.flow import SpmdType
-from colrow.derive.infer import facts_of, op_name
+from colrow.derive.infer import facts_of, op_name, shape_of
 from colrow.derive.sequence import Stream
 from colrow.derive.trace import label_of
 from colrow.ops.carriers import Overlap
+from colrow.styles.base import Style
 from colrow.styles.fast.linear import is_linear
-from colrow.styles.fast.tokens import FastGatherTokens, FastShardTokens
+from colrow.styles.fast.tokens import FastGatherTokens, FastShardTokens, FastShardTokensGradSum
 from colrow.styles.local_block import LocalShards
 from colrow.styles.packed import is_transposed
+from colrow.styles.replicated import GradSum
 
 
 class FastEmitter(Emitter):
@@ -38,6 +42,8 @@ class FastEmitter(Emitter):
         self.overlap = {} if overlap == "collectives" else {"overlap": overlap}
         self.gathered: dict[str, list[str]] = {}
         """Columns by the module that gathers for them."""
+        self.shared: dict[Node, list[str]] = {}
+        """Columns by the output that is gathered once for all who take it: that of a norm before several blocks."""
         self.single_columns = {label_of(entry).module for b in self.blocks if b.leaf for entry in b.entries}
 
     def run(self) -> Emission:
@@ -45,7 +51,39 @@ class FastEmitter(Emitter):
         for block in self.blocks:
             if not block.leaf and (columns := self._columns(block)):
                 self.gathered[block.module] = columns
+        for block in self.blocks:
+            for entry in block.entries:
+                self._share(entry)
+        for columns in self.shared.values():
+            self.single_columns -= set(columns)
         return super().run()
+
+    def _share(self, entry: Node) -> None:
+        """Note the output that enters here, where it goes into several blocks' columns and nowhere else."""
+        (output,) = entry.all_input_nodes
+        if output in self.shared or op_name(output) != "boundary" or not self._is_own_output(output):
+            return
+        around = label_of(output).module.rpartition(".")[0]
+        columns: list[str] = []
+        for user in output.users:
+            name = label_of(user).module if op_name(user) == "boundary" else ""
+            if user not in self.entries or not (name in self.gathered or name in self.single_columns):
+                return
+            columns += [f"{name}.{column}" for column in self.gathered[name]] if name in self.gathered else [name]
+        alike = len({name.rpartition(".")[2] for name in columns}) == len(columns)
+        if len(output.users) > 1 and alike and all(name.startswith(f"{around}." if around else "") for name in columns):
+            self.shared[output] = columns
+
+    def _is_own_output(self, output: Node) -> bool:
+        """Whether a module returns this tensor alone, made of a rank's tokens by code that no style replaces."""
+        label, ends = label_of(output), self.stream.ends
+        return (
+            (label.direction, label.path) == ("out", "0")
+            and not self.traced.results.get(label.module)
+            and output in self.stream.nodes
+            and output not in ends.all
+            and not any(label_of(end).module == label.module for end in ends.all)
+        )
 
     # ------------------------------------------------------------------ blocks
 
@@ -89,8 +127,9 @@ class FastEmitter(Emitter):
         return block.module in self.gathered
 
     def _block(self, block: Block, local: bool) -> None:
+        shared = {user for output in self.shared for user in output.users}
         if block.leaf:
-            for entry in block.entries:
+            for entry in block.entries - shared:
                 name = label_of(entry).module
                 if label_of(entry).path != "0" or not self.out.style(name).gathers_own_input:
                     raise SplitError(
@@ -99,10 +138,13 @@ class FastEmitter(Emitter):
             return
         if block.module in self.gathered:
             (entry,) = block.entries
-            self._put(block.module, style="fast_gather", columns=self.gathered[block.module])
-            if self._key(entry) not in (0, "hidden_states"):
-                self._put(block.module, argument=self._key(entry))
-            self._put(block.module, **self.overlap)
+            if entry in shared:
+                self._put(block.module, style="fast_block")  # on all tokens, which come gathered
+            else:
+                self._put(block.module, style="fast_gather", columns=self.gathered[block.module])
+                if self._key(entry) not in (0, "hidden_states"):
+                    self._put(block.module, argument=self._key(entry))
+                self._put(block.module, **self.overlap)
             for name in (f"{block.module}.{column}" for column in self.gathered[block.module]):
                 if self._unsharded_column(name):
                     features = self._module(name).out_features
@@ -135,6 +177,7 @@ class FastEmitter(Emitter):
 
     def _column(self, name: str, dim: Dim, in_local: bool) -> None:
         gathered = any(name == f"{m}.{column}" for m, columns in self.gathered.items() for column in columns)
+        gathered = gathered or any(name in columns for columns in self.shared.values())
         if not gathered and name not in self.single_columns:
             super()._column(name, dim, True)  # on gathered tokens, inside a fast_block
             return
@@ -200,20 +243,35 @@ class FastEmitter(Emitter):
         self._put(owner, style="grad_sum")
 
     def _unsharded_parameters(self) -> None:
+        for output, columns in self.shared.items():
+            around, _, name = label_of(output).module.rpartition(".")
+            inside = [column.removeprefix(f"{around}.") for column in columns]
+            self._put(f"{around}.{name}".lstrip("."), style="fast_gather_output", columns=inside, **self.overlap)
         super()._unsharded_parameters()
         for name, style in self.out.modules.items():
             if self.out.style(name) is LocalShards and style.get("output") not in (None, "partial"):
                 raise SplitError(set(), f"{name} reduces inside of a block, which no fast style does")
 
+    def _scales(self) -> None:
+        super()._scales()
+        for output in self.shared:
+            axis = 0 if len(shape_of(output)) == 2 else 1
+            self.out.scales[str(label_of(output))] = (axis, self.tp, 1)
+            for entry in output.users:
+                self.out.scales.pop(str(label_of(entry)), None)
+
     def _stream(self, stream: Stream) -> None:
         ends = stream.ends
-        for style_cls, nodes in ((FastShardTokens, ends.start), (FastGatherTokens, ends.finish | ends.leave)):
-            for node in self._ordered(nodes):
-                name, key = label_of(node).module, self._key(node)
-                if name in self.out.modules and self.out.style(name) is not style_cls:
-                    raise SplitError(set(), f"{name}, where the tokens' order changes, has a style already")
-                arguments = [*self.out.modules.get(name, {}).get("arguments", []), key]
-                self._put(name, style=style_cls.name, arguments=list(dict.fromkeys(arguments)))
+        changes: list[tuple[Node, type[Style]]] = [(node, FastShardTokens) for node in self._ordered(ends.start)]
+        changes += [(node, FastGatherTokens) for node in self._ordered(ends.finish | ends.leave)]
+        for node, style_cls in changes:
+            name, key = label_of(node).module, self._key(node)
+            if style_cls is FastShardTokens and self.out.style(name) in (GradSum, FastShardTokensGradSum):
+                style_cls = FastShardTokensGradSum
+            elif name in self.out.modules and self.out.style(name) is not style_cls:
+                raise SplitError(set(), f"{name}, where the tokens' order changes, has a style already")
+            arguments = [*self.out.modules.get(name, {}).get("arguments", []), key]
+            self._put(name, style=style_cls.name, arguments=list(dict.fromkeys(arguments)))
         for node in self._ordered(ends.rejoin):
             name, path = label_of(node).module, label_of(node).path
             if not path.isdigit():

@@ -69,15 +69,18 @@ def find_stream(traced: Trace, split: Split, kind: StreamKind) -> Stream:
     """
     first: NoStreamError | None = None
     for ends in find_ends(traced, split, kind):
-        try:
-            return stream_between(traced, split.flows, ends, kind)
-        except NoStreamError as error:
-            first = first or error
-        with suppress(NoStreamError):
-            if kind.flattened_tokens and (around := around_mixing_modules(traced, split, ends, kind)) is not None:
-                return stream_between(traced, split.flows, around, kind)
+        for attempt in (as_it_is, around_mixing_modules, with_side_inputs):
+            try:
+                if attempt is as_it_is or kind.flattened_tokens:
+                    return attempt(traced, split, ends, kind)
+            except NoStreamError as error:
+                first = first or error
     assert first is not None
     raise first
+
+
+def as_it_is(traced: Trace, split: Split, ends: Ends, kind: StreamKind) -> Stream:
+    return stream_between(traced, split.flows, ends, kind)
 
 
 def stream_between(traced: Trace, flows: Flows, ends: Ends, kind: StreamKind) -> Stream:
@@ -181,8 +184,8 @@ def parameters_of(nodes: set[Node], flows: Flows) -> set[str]:
 # ---------------------------------------------------------------------- modules that look at more than one token
 
 
-def around_mixing_modules(traced: Trace, split: Split, ends: Ends, kind: StreamKind) -> Ends | None:
-    """The ends with the outermost modules around which the stream must be gathered; None where there is none.
+def around_mixing_modules(traced: Trace, split: Split, ends: Ends, kind: StreamKind) -> Stream:
+    """The stream, gathered around the outermost unsplit modules that look at more than one token.
 
     All modules of which nothing is split are cut out first, each at its own borders: so it shows in whose own code, not
     in that of modules inside it, the tokens meet.
@@ -209,11 +212,47 @@ def around_mixing_modules(traced: Trace, split: Split, ends: Ends, kind: StreamK
     mixing &= unsplit.keys()
     outermost = [m for m in mixing if not any(m.startswith(f"{other}.") for other in mixing)]
     if not outermost:
-        return None
-    return replace(
-        ends,
-        leave=frozenset().union(*(ins[name] for name in outermost)),
-        rejoin=frozenset().union(*(outs[name] for name in outermost)),
+        raise NoStreamError("no unsplit module looks at more than one token")
+    leave = frozenset[Node]().union(*(ins[name] for name in outermost))
+    rejoin = frozenset[Node]().union(*(outs[name] for name in outermost))
+    return stream_between(traced, split.flows, replace(ends, leave=leave, rejoin=rejoin), kind)
+
+
+def with_side_inputs(traced: Trace, split: Split, ends: Ends, kind: StreamKind) -> Stream:
+    """The stream, where modules on it split what they take from before its start (embeddings of each layer)."""
+    behind, sides = behind_start(ends), set[Node]()
+    for name in split.finder.boundaries:
+        inputs = of_tokens(split.finder.inputs(name), traced, split, kind)
+        if inputs & (behind | ends.start):
+            sides |= inputs - behind - ends.all
+    if not sides:
+        raise NoStreamError("no module on the stream takes anything from before its start")
+    wider = replace(ends, start=ends.start | sides)
+    with suppress(NoStreamError):
+        return as_it_is(traced, split, wider, kind)
+    return around_mixing_modules(traced, split, wider, kind)
+
+
+def behind_start(ends: Ends) -> frozenset[Node]:
+    """What depends on the stream."""
+    behind, todo = set[Node](), [*ends.start, *ends.exits]
+    while todo:
+        for user in todo.pop().users:
+            if user not in behind and user not in ends.finish:
+                behind.add(user)
+                todo.append(user)
+    return frozenset(behind)
+
+
+def of_tokens(boundaries: list[Node], traced: Trace, split: Split, kind: StreamKind) -> frozenset[Node]:
+    """Those where activations of all tokens pass that are equal on all ranks."""
+    return frozenset(
+        node
+        for node in boundaries
+        if node in split.flows.live
+        and is_float(node)
+        and split.flow.types.get(node) is SpmdType.INVARIANT
+        and _token_dim([[] for _ in shape_of(node)], shape_of(node), traced, kind) is not None
     )
 
 
@@ -222,33 +261,17 @@ def unsplit_modules(
 ) -> dict[str, tuple[frozenset[Node], frozenset[Node]]]:
     """Modules between the ends of which nothing is split: where tokens enter and where they leave."""
     finder, types, live = split.finder, split.flow.types, split.flows.live
-    behind, todo = set[Node](), [*ends.start, *ends.exits]
-    while todo:
-        for user in todo.pop().users:
-            if user not in behind and user not in ends.finish:
-                behind.add(user)
-                todo.append(user)
+    behind = behind_start(ends)
     cut = {label_of(node).module for node in ends.all}
     alike = (SpmdType.INVARIANT, SpmdType.PARAMETER, SpmdType.CONSTANT)
-
-    def of_tokens(nodes: list[Node]) -> frozenset[Node]:
-        return frozenset(
-            node
-            for node in nodes
-            if node in live
-            and node in behind
-            and is_float(node)
-            and types.get(node) is SpmdType.INVARIANT
-            and _token_dim([[] for _ in shape_of(node)], shape_of(node), traced, kind) is not None
-        )
-
     found = {}
     for name in finder.boundaries:
         if any(module == name or module.startswith(f"{name}.") for module in cut):
             continue
-        borders = of_tokens(finder.inputs(name)), of_tokens(finder.outputs(name))
-        if all(borders) and all(types.get(node) in alike for node in finder.interior(name) if node in live):
-            found[name] = borders
+        enter = of_tokens(finder.inputs(name), traced, split, kind) & behind
+        leave = of_tokens(finder.outputs(name), traced, split, kind) & behind
+        if enter and leave and all(types.get(node) in alike for node in finder.interior(name) if node in live):
+            found[name] = enter, leave
     return found
 
 

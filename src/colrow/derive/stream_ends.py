@@ -98,8 +98,23 @@ def _first_layers(flows: Flows, finder: BlockFinder, entries: set[Node]) -> Iter
         if found:
             none = False
             yield found
-    if none:
+    if none and (first := _behind_lookup(flows, finder)) is not None:
+        yield {first}
+    elif none:
         raise NoStreamError("no module stands around the first layer")
+
+
+def _behind_lookup(flows: Flows, finder: BlockFinder) -> Node | None:
+    """Where activations of the embedding first enter a module, in a model of which the vocabulary alone is split."""
+    lookups = {b for b in finder.borders([])[1] if finder.is_lookup(b)}
+    behind: set[Node] = set()
+    for node in finder.nodes:
+        if behind.intersection(node.all_input_nodes) or lookups.intersection(node.all_input_nodes):
+            behind.add(node)
+            enters = is_boundary(node) and label_of(node).direction == "in" and len(shape_of(node)) >= 3
+            if enters and node in flows.live and is_float(node):
+                return node
+    return None
 
 
 def _last_norm(traced: Trace, flows: Flows, finder: BlockFinder, entries: set[Node], exits: set[Node]) -> set[Node]:

@@ -10,6 +10,7 @@ siblings together.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,22 +59,25 @@ class FastGather(FastLinear):
     keep_gathered: bool = True
 
     def check(self, site: Site) -> None:
-        inside = dict(site.module.named_modules())
-        for column in self.columns:
-            if column not in inside or not is_linear(inside[column]):
-                raise site.wrong_options(f"fast_gather names {column!r}, which is no linear child of it", "correct it")
-        if not self.columns:
-            raise site.wrong_options(
-                "style fast_gather needs the option columns", "name its projections, such as [gate_proj, up_proj]"
-            )
-        if len({leaf_name(column) for column in self.columns}) < len(self.columns):
-            raise site.wrong_options(
-                "fast_gather names two columns that are called alike", "give these the style fast_column"
-            )
+        check_columns(site, self.name, self.columns, site.module)
         super().check(site)
 
     def build(self, site: Site) -> ParallelStyle:
         return _GatherHook(self, site.fqn)
+
+
+def check_columns(site: Site, style: str, columns: tuple[str, ...], around: nn.Module) -> None:
+    """Raise PlanError where `columns` are not linears inside the module `around`, each with a name of its own."""
+    inside = dict(around.named_modules())
+    for column in columns:
+        if column not in inside or not is_linear(inside[column]):
+            raise site.wrong_options(f"{style} names {column!r}, which is no linear child of it", "correct it")
+    if not columns:
+        raise site.wrong_options(
+            f"style {style} needs the option columns", "name its projections, such as [gate_proj, up_proj]"
+        )
+    if len({leaf_name(column) for column in columns}) < len(columns):
+        raise site.wrong_options(f"{style} names two columns that are called alike", "give these the style fast_column")
 
 
 @dataclass(frozen=True)
@@ -93,10 +97,11 @@ class SiblingGather:
         if not isinstance(x_BtD, Tensor):
             message = f"fast_gather finds no tensor as argument {key!r}"
             raise PlanError("CR211", self.fqn, message, "set the option argument to its number or name")
-        return with_argument(args, kwargs, key, self.outputs(module, x_BtD))
+        columns = [module.get_submodule(name) for name in self.columns]
+        return with_argument(args, kwargs, key, self.outputs(columns, x_BtD))
 
-    def outputs(self, module: nn.Module, x_BtD: Tensor) -> SiblingOutputs:
-        weights = [weight_out_in(module.get_submodule(name)) for name in self.columns]
+    def outputs(self, columns: Sequence[nn.Module], x_BtD: Tensor) -> SiblingOutputs:
+        weights = [weight_out_in(column) for column in columns]
         y_BTF = gathered_linear(x_BtD, weights, self.state)
         shards = y_BTF.split([w.shape[0] for w in weights], -1)
         outputs = dict(zip(map(leaf_name, self.columns), shards, strict=True))

@@ -15,9 +15,10 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from colrow.errors import PlanError
 from colrow.ops.tokens import all_tokens, local_tokens
-from colrow.styles.base import integers_of, option
+from colrow.styles.base import ParameterLayout, integers_of, option, replicated
 from colrow.styles.fast.linear import FlattenedTokens, argument_at, group_name, with_argument
 from colrow.styles.rank_tensors import rank_table
+from colrow.styles.shards import ShardSpec, shard_parameters
 from colrow.styles.site import Site
 
 Keys = tuple[int | str, ...]
@@ -60,10 +61,11 @@ class _TokenArguments(FlattenedTokens):
 
 
 class _TokenHook(ParallelStyle):
-    def __init__(self, style: _TokenArguments, fqn: str) -> None:
-        self.style, self.fqn = style, fqn
+    def __init__(self, style: _TokenArguments, fqn: str, specs: dict[str, ShardSpec] | None = None) -> None:
+        self.style, self.fqn, self.specs = style, fqn, specs or {}
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        shard_parameters(module, device_mesh, self.specs, self.src_data_rank)
         style, group, fqn = self.style, group_name(device_mesh), self.fqn
         outputs = style.outputs or () if isinstance(style, FastGatherTokens) else ()
         rank = rank_table(device_mesh, [[number] for number in range(device_mesh.size())])
@@ -100,6 +102,22 @@ class FastShardTokens(_TokenArguments):
 
     def change(self, x: Tensor, rank: Tensor, group: str) -> Tensor:
         return local_tokens(x, rank, group)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastShardTokensGradSum(FastShardTokens):
+    """`fast_shard_tokens` for a module that uses parameters of its own on this rank's tokens: they are replicated, and
+    their gradients summed over tp."""
+
+    name = "fast_shard_tokens_grad_sum"
+    sums_gradients = True
+
+    def build(self, site: Site) -> ParallelStyle:
+        names = [name for name, _ in site.module.named_parameters(recurse=False)]
+        return _TokenHook(self, site.fqn, dict.fromkeys(names, ShardSpec()))
+
+    def parameters(self, site: Site) -> dict[str, ParameterLayout]:
+        return replicated(site.module, "used on this rank's tokens; gradients summed over tp")
 
 
 @dataclass(frozen=True, kw_only=True)
