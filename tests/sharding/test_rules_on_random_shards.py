@@ -180,6 +180,7 @@ MORE: dict[str, Along] = {
     "split sizes": lambda x, d: torch.cat(x.split([x.shape[d] // 2, x.shape[d] - x.shape[d] // 2], d), d),
     "attention": lambda x, d: F.scaled_dot_product_attention(*[x if x.ndim == 4 else x.unsqueeze(1)] * 3).view(x.shape),
     "group_norm": lambda x, d: F.group_norm(x, 2),
+    "prelu": lambda x, d: F.prelu(x, x.detach().new_full((1,), 0.3).requires_grad_()),
     "cdist": lambda x, d: torch.cdist(x, x + 0.3),
     "euclidean cdist": lambda x, d: torch.cdist(x, x + 0.3, compute_mode="use_mm_for_euclid_dist"),
     "matrix_exp": lambda x, d: torch.linalg.matrix_exp(square(x) / 50),

@@ -239,6 +239,20 @@ PROVEN: dict[str, tuple[Any, ...]] = {
         ([1, 4, 8, 2, True, True, True],),
         [S0, PARTIAL, PARTIAL],
     ),
+    "group norm of heads in the batch": (
+        aten.native_group_norm.default,
+        (x(4, 4, 8), x(4), x(4) + 1, 4, 4, 8, 2, 1e-5),
+        [sharded(0, (2, 2)), REPLICATED, REPLICATED],
+        ([2, 4, 8, 2, 1e-5],),
+        [sharded(0, (2, 2))] * 3,
+    ),
+    "gradient of a slope for all channels": (
+        aten._prelu_kernel_backward.default,
+        (x(2, 4, 8), x(2, 4, 8), x(1, 1, 1)),
+        [S1, S1, REPLICATED],
+        None,
+        [S1, S1],
+    ),
     "gate and values": (aten.glu.default, (x(3, 16), 1), [sharded(1, (8, 8))], None, [S1]),
     "gradient of gate and values": (
         aten.glu_backward.default,
@@ -501,6 +515,12 @@ REFUSED: dict[str, tuple[Any, ...]] = {
         (x(2, 4, 8), None, None, 2, 4, 8, 2, 1e-5),
         [S1],
         ([None, None, 2, 2, 8, 2, 1e-5],),
+    ),
+    "slopes of all channels on some": (
+        aten._prelu_kernel_backward.default,
+        (x(2, 4, 8), x(2, 4, 8), x(1, 4, 1)),
+        [S1, S1, REPLICATED],
+        None,
     ),
     "rows searched in pieces": (aten.searchsorted.Tensor, (x(4, 6).sort().values, x(4, 6)), [S1, S1], None),
     "slices renormed over them": (aten.renorm.default, (x(3, 4), 2, 0, 0.5), [S1], None),

@@ -239,6 +239,7 @@ _known(
 _known(
     """hardswish_backward hardtanh_backward hardsigmoid_backward log_sigmoid_forward log_sigmoid_backward
     softshrink softshrink_backward hardshrink hardshrink_backward leaky_relu_backward elu_backward
+    _prelu_kernel _prelu_kernel_backward
     threshold_backward gelu_backward silu_backward mish_backward softplus_backward sigmoid_backward tanh_backward
     logit_backward lgamma digamma erfinv erfc acos asin asinh acosh atanh sinc fmin fmax hypot copysign
     logaddexp logaddexp2 heaviside nextafter frac i0 special_entr sgn signbit polar complex angle imag""",

@@ -168,7 +168,7 @@ def group_norm(call: LocalCall) -> list[Layout] | None:
     placed = [(layout, there) for layout, there in call.tensors]
     x = placed[0][0]
     statistics = 4 if backward else 1  # gradient, input, mean, rstd; then weights
-    if x != sharded(0) or any(layout != x for layout, _ in placed[:statistics]):
+    if x.kind is not Kind.SHARDED or x.dim != 0 or x.repeated or any(layout != x for layout, _ in placed[:statistics]):
         return None
     if any(layout != REPLICATED for layout, _ in placed[statistics:]) or samples[0] * call.ranks != samples[1]:
         return None
