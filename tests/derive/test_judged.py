@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from colrow.checking.check import check
+from colrow.checking.check import Findings, check
 from colrow.checking.finding import Finding, finding
 from colrow.derive import derivation, judged
 from colrow.derive.derivation import derive
@@ -118,10 +118,12 @@ def test_what_is_objected_to(codes: list[str], verdict: Any, why: str | None, mo
             raise PlanError("too large")
         return Report(verdict, 2, "local", 1, 1e-9, None, 0.0, cause="shifted")
 
-    monkeypatch.setattr(judged, "check", lambda *args, **options: [found_by(code) for code in codes])
+    monkeypatch.setattr(judged, "check", lambda *args, **options: Findings(found_by(code) for code in codes))
     monkeypatch.setattr(judged, "prove", prove)
-    found = judged.objection(m.Gpt(layers=1), Plan({}), 2)
-    assert (found and found.why) == why
+    found = judged.judgement(m.Gpt(layers=1), Plan({}), 2)
+    assert (found.objection and found.objection.why) == why
+    assert [f.code for f in found.findings] == codes
+    assert (found.report and found.report.verdict) == (None if verdict == "impossible" else verdict)
 
 
 @pytest.mark.exhaustive

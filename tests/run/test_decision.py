@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from colrow.checking.check import Findings
+from colrow.derive.judged import Judgement
 from colrow.mesh import Mesh
 from colrow.plans.plan import Plan, is_preset
 from colrow.run import decision
@@ -146,6 +147,21 @@ def test_a_kept_proof_is_used_and_only_proofs_are_kept(monkeypatch: pytest.Monke
     assert accepted == [False, False, True, True]
     assert made == ["wrong", "inconclusive", "proved"]
     assert [report.verdict for report in memory.kept] == ["proved"]
+
+
+def test_what_a_derivation_has_proved_is_not_proved_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: Any, **options: Any) -> Any:
+        raise AssertionError("judged already")
+
+    monkeypatch.setattr(decision, "check", never)
+    monkeypatch.setattr(decision, "prove", never)
+    memory = Memory()
+    report = Report("proved", 2, "local", 12, 1e-9, None, 0.1)
+    judgement = Judgement(None, Findings(), report)
+    assert decided(gpt(), gpt_plan(), proofs=memory, judgement=judgement).report is report
+    assert memory.kept == [report]
+    assert not decided(gpt(), gpt_plan(), judgement=judgement, verify="always").accepted  # `never` was called
+    assert not decided(gpt(), gpt_plan(), judgement=Judgement(None, Findings())).accepted
 
 
 def test_tokens_that_a_hook_mixes_in_a_model_of_the_projects_own_are_seen() -> None:

@@ -10,16 +10,18 @@ from typing import Any
 import pytest
 import torch
 
+from colrow.checking.check import check
 from colrow.checkpoint.distributed import Checkpoints
 from colrow.cli import main
 from colrow.config import RunConfig, load_config
 from colrow.data.prepare import prepare
+from colrow.derive import judged
 from colrow.errors import CheckpointError, ColrowError, ConfigError, PlanError
 from colrow.models.huggingface import config_to_huggingface
 from colrow.models.llama import Llama
 from colrow.models.shapes import shape
 from colrow.plans.plan import Plan
-from colrow.run import preflight
+from colrow.run import decision, preflight
 from colrow.run.run_folder import CHECKPOINTS
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -147,7 +149,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
     from colrow.run import launch
 
     started: list[int] = []
-    monkeypatch.setattr(launch, "launch", lambda command, ranks: started.append(ranks) or launch.Ended())
+    monkeypatch.setattr(launch, "launch", lambda command, ranks, **_: started.append(ranks) or launch.Ended())
     monkeypatch.setenv("COLROW_PLAN_DIGEST", "")  # put back after the test
     (tmp_path / "a.txt").write_text("\n\n".join(f"{i} and {i * i}." for i in range(3000)))
     monkeypatch.chdir(tmp_path)
@@ -193,6 +195,24 @@ def test_warnings_are_a_line_each_and_the_ranks_start(
     assert "CR302 whole-logits at lm_head: " in warnings[0]
     assert "docs/checks/CR302.md" in warnings[0]
     assert launched == [2]
+
+
+def test_a_derived_plan_is_checked_once(config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[tuple[int, int]] = []
+
+    def counted(model: Any, plan: Any, mesh: Any, batch_size: int, seq_len: int, **options: Any) -> Any:
+        checked.append((batch_size, seq_len))
+        return check(model, plan, mesh, batch_size, seq_len, **options)
+
+    monkeypatch.setattr(judged, "check", counted)
+    monkeypatch.setattr(decision, "check", counted)
+    run = config(**{"plan": "derive", "model.layers": 1})
+    found = preflight.check(run)
+    lines = preflight.check_plan(run, found.source, found.plan, found.judgement)
+    assert checked == [(run.train.micro_batch, run.data.seq_len)]
+    assert lines == ["split      100% of the parameters and 100% of the FLOPs are split over tp=2"]
+    preflight.check_plan(run, found.source, found.plan)
+    assert len(checked) == 2
 
 
 def test_the_first_rank_checks_the_plan_where_no_launcher_did(config: Callable[..., RunConfig], tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
@@ -53,9 +54,9 @@ class PlanFlags:
         """The plan for `model`. Raises ConfigError or PlanError as `named_plan` does."""
         from colrow.plans.named import named_plan
 
-        return named_plan(
-            self.plan, model, self.tp, self.loss, self.load_inputs(), keep_whole=self.keep_whole, split=self.split
-        )
+        requests: dict[str, Any] = {"keep_whole": self.keep_whole, "split": self.split}
+        inputs = self.load_inputs()
+        return named_plan(self.plan, model, self.tp, self.loss, inputs, **requests, say=_progress_line)
 
     def load_inputs(self) -> Inputs | None:
         """The inputs that the user's callable returns. Raises ConfigError where there is none, or it returns none."""
@@ -78,6 +79,10 @@ class PlanFlags:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: use 1 or more")
+
+
+def _progress_line(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # stdout has what is asked for, and JSON
 
 
 def default_seq_len(model: nn.Module, tp: int, most: int) -> int:

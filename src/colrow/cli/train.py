@@ -110,7 +110,7 @@ def _start(argv: list[str]) -> int:
         return 0
     for line in checked.changes:
         print(f"changed    {line}")
-    for line in preflight.check_plan(config, checked.source, checked.plan):
+    for line in preflight.check_plan(config, checked.source, checked.plan, checked.judgement):
         print(line)
     for line in output_lines(config, checked.source):
         print(line)

@@ -39,7 +39,7 @@ from colrow.styles.fast.head import FastHead
 from colrow.styles.linear import Colwise
 
 if TYPE_CHECKING:
-    from colrow.derive.judged import Objection
+    from colrow.derive.judged import Judgement, Objection
 
 _log = logging.getLogger("colrow")
 ATTEMPTS = 16
@@ -73,6 +73,8 @@ class Derivation:
     """Share of the parameters' elements that is split."""
     choice: Choice | None = None
     trace: Trace | None = None
+    judgement: Judgement | None = None
+    """What check and verify say of the plan, where these judged it."""
 
     def plan(self, name: str = "derived") -> Any:
         """The plan."""

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from colrow.checking.check import Finding, check
+from colrow.checking.check import Finding, Findings, check
 from colrow.checking.finding import NOT_PROVEN
 from colrow.derive.derivation import Derivation, derive
+from colrow.derive.progress import Progress
 from colrow.derive.proof import prove
 from colrow.dryrun.calls import GivenInputs, Loss, default_loss
 from colrow.errors import PlanError
 from colrow.mesh import Mesh
 from colrow.plans.patterns import with_stars
 from colrow.plans.plan import Plan
+from colrow.verifying.report import Report
 
 
 @dataclass(frozen=True)
@@ -32,44 +35,91 @@ class Objection:
         return any(owner.startswith(place) or place.startswith(owner) for place in places)
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """What check and verify say of a plan.
+
+    Attributes:
+        objection: why it is given up; None where it is not.
+        findings: of the check.
+        report: of verify; None where it was not run, or could not be.
+    """
+
+    objection: Objection | None
+    findings: Findings
+    report: Report | None = None
+
+
 def derive_judged(
-    model: nn.Module, tp: int, *, inputs: GivenInputs | None = None, loss: Loss = default_loss, **options: Any
+    model: nn.Module,
+    tp: int,
+    *,
+    inputs: GivenInputs | None = None,
+    loss: Loss = default_loss,
+    batch_size: int = 2,
+    seq_len: int | None = None,
+    say: Callable[[str], None] | None = None,
+    **options: Any,
 ) -> Derivation:
     """`derive` of a plan that the check does not refuse. What fails is given up: first the sequence shards, then the
-    classes of the modules at fault; `Derivation.refused` has the reasons.
+    classes of the modules at fault; `Derivation.refused` has the reasons, and `Derivation.judgement` what was found in
+    the plan in the end.
 
     Args:
+        batch_size, seq_len: that the check runs, where no inputs are given.
+        say: called with a line when this takes longer than `progress.FIRST` seconds, and then now and again.
         options: of `derive`.
     """
-    known: dict[str, Objection | None] = {}
+    known: dict[str, Judgement] = {}
+    seq_len = max(16 // tp, 1) * tp if seq_len is None else seq_len
 
     def judge(plan: Plan) -> Objection | None:
-        text = plan.to_yaml()
-        if text not in known:
-            known[text] = objection(model, plan, tp, inputs, loss)
-        return known[text]
+        key = _key(plan)
+        if key not in known:
+            progress.at("checking a plan")
+            known[key] = judgement(model, plan, tp, inputs, loss, batch_size, seq_len, progress)
+            progress.at("tracing")
+        return known[key].objection
 
-    return derive(model, tp, inputs=inputs, judge=judge, **options)
+    with Progress(f"deriving a plan for {type(model).__name__}", say) as progress:
+        progress.at("tracing")
+        found = derive(model, tp, inputs=inputs, judge=judge, **options)
+    found.judgement = known.get(_key(found.plan()))
+    return found
 
 
-def objection(
-    model: nn.Module, plan: Plan, tp: int, inputs: GivenInputs | None = None, loss: Loss = default_loss
-) -> Objection | None:
-    """Errors of the check, or what it leaves unproven and verify finds wrong; None where there is neither."""
-    found = check(model, plan, Mesh(tp=tp), 2, max(16 // tp, 1) * tp, inputs=inputs, loss=loss)
+def _key(plan: Plan) -> str:
+    return replace(plan, notes={}).to_yaml()
+
+
+def judgement(
+    model: nn.Module,
+    plan: Plan,
+    tp: int,
+    inputs: GivenInputs | None = None,
+    loss: Loss = default_loss,
+    batch_size: int = 2,
+    seq_len: int = 16,
+    progress: Progress | None = None,
+) -> Judgement:
+    """Objects to errors of the check, and to what it leaves unproven and verify finds wrong."""
+    found = check(model, plan, Mesh(tp=tp), batch_size, seq_len, inputs=inputs, loss=loss)
     errors = [f for f in found if f.severity == "error"]
     if errors:
-        return _objection(errors, errors[0].message)
+        return Judgement(_objection(errors, errors[0].message), found)
     unproven = [f for f in found if f.code in NOT_PROVEN]
     if not unproven:
-        return None
+        return Judgement(None, found)
+    if progress is not None:
+        progress.at("verifying a plan")
     try:
         report = prove(model, plan, tp, inputs=inputs, loss=loss)
     except PlanError:  # too large, or it runs on no CPU: the plan stays unproven, and the check says so
-        return None
+        return Judgement(None, found)
     if report.verdict != "wrong":
-        return None
-    return _objection(unproven, f"{unproven[0].message}; verify: {report.failure or report.cause}")
+        return Judgement(None, found, report)
+    why = f"{unproven[0].message}; verify: {report.failure or report.cause}"
+    return Judgement(_objection(unproven, why), found, report)
 
 
 def _objection(found: list[Finding], message: str) -> Objection:

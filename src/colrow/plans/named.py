@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ def named_plan(
     inputs: Any = None,
     keep_whole: Sequence[str] = (),
     split: Sequence[str] = (),
+    say: Callable[[str], None] | None = None,
 ) -> Plan:
     """The plan of this name: a preset, `huggingface`, `derive`, `derive-fast`, `derive-overlap`, or a file.
 
@@ -31,6 +32,7 @@ def named_plan(
         inputs: example inputs, on which a plan is derived.
         loss: how a preset or a derived plan computes the loss, `vocab_parallel` unless given; another declares its own.
         keep_whole, split: what a derived plan must leave unsharded, and what it must split.
+        say: called with a line where a derivation takes long.
 
     Raises:
         ConfigError: there is no such preset or file, no such loss, or the plan's own loss is another one; or a plan
@@ -49,8 +51,8 @@ def named_plan(
     if name == "huggingface":
         plan = Plan.from_huggingface(model)
     elif name in DERIVED:
-        options = DeriveOptions(styles=DERIVED[name], loss=cast(Any, loss) or "vocab_parallel")
-        plan = Plan.derive(model, tp=tp, options=options, inputs=inputs, keep_whole=keep_whole, split=split)
+        options = derive_options(name, loss, keep_whole, split)
+        plan = Plan.derive(model, tp=tp, options=options, inputs=inputs, say=say)
     elif Path(name).exists():
         plan = Plan.load(name)
     else:
@@ -64,3 +66,15 @@ def named_plan(
             "belongs to: leave loss out, or change both in the plan's file"
         )
     return plan
+
+
+def derive_options(
+    name: str, loss: str | None = None, keep_whole: Sequence[str] = (), split: Sequence[str] = ()
+) -> DeriveOptions:
+    """The options that the name of a derived plan stands for, with what a user requests."""
+    return DeriveOptions(
+        styles=DERIVED[name],
+        loss=cast(Any, loss) or "vocab_parallel",
+        keep_whole=tuple(keep_whole),
+        split=tuple(split),
+    )

@@ -11,6 +11,7 @@ from torch import nn
 
 from colrow.checking.check import Finding, Findings, check
 from colrow.checking.finding import NOT_PROVEN
+from colrow.derive.judged import Judgement
 from colrow.derive.proof import prove
 from colrow.dryrun.block_kinds import runs_known_code
 from colrow.dryrun.calls import GivenInputs, Loss, default_loss
@@ -70,6 +71,7 @@ def decide(
     proofs: Proofs | None = None,
     say: Callable[[str], None] = lambda line: None,
     meanwhile: str = "in seconds",
+    judgement: Judgement | None = None,
 ) -> Decision:
     """Decide as `colrow train` does before it starts ranks. No GPU and no process group is needed; none may be there.
 
@@ -88,6 +90,8 @@ def decide(
         proofs: what was proved before, and where to keep a proof.
         say: called with a line before a proof that takes seconds, and one with its result.
         meanwhile: the end of the first line.
+        judgement: what the plan's derivation found at this batch and sequence length: it is not looked for again. A
+            plan that was proved then is proved, unless `verify` is `always` or `build_reduced` is given.
     """
     name = name or type(model).__name__
     title = f"plan {plan.name} for {name} at tp={mesh.tp}"
@@ -96,7 +100,10 @@ def decide(
     own = is_own(model)
     found = Findings()
     if stop_on_errors or (own and verify == "auto" and not is_preset(plan)):
-        found = check(model, plan, Mesh(tp=mesh.tp), batch_size, seq_len, inputs=inputs, loss=loss)
+        if judgement is not None:
+            found = judgement.findings
+        else:
+            found = check(model, plan, Mesh(tp=mesh.tp), batch_size, seq_len, inputs=inputs, loss=loss)
     if stop_on_errors and (refusal := errors_found(found, title)):
         return Decision(tuple(found), refusal=refusal)
     unproven = next((f for f in found if f.code in NOT_PROVEN), None)
@@ -105,6 +112,12 @@ def decide(
     if proofs is not None and proofs.find(say):
         say(f"plan {plan.name} was proved at tp={mesh.tp} when the run was started before")
         return Decision(_settled(found), flops_split=found.flops_split)
+    report = judgement.report if judgement is not None and verify == "auto" and build_reduced is None else None
+    if report is not None and report.verdict == "proved":
+        say(f"proved when the plan was derived: loss and {report.parameters} gradients are those of one process")
+        if proofs is not None:
+            proofs.keep(report)
+        return Decision(_settled(found), report, flops_split=found.flops_split)
     why = f"{unproven.code} at {unproven.where}" if unproven else f"{name} is a model that nobody here has seen"
     say(f"{'verify: always' if verify == 'always' else why}: a reduced model is verified at tp={mesh.tp}, {meanwhile}")
     try:

@@ -21,11 +21,13 @@ from colrow.checkpoint.manifest import read_manifest
 from colrow.checkpoint.state import model_tensors
 from colrow.config import RunConfig
 from colrow.data.tokenizer import Tokenizer
+from colrow.derive.judged import Judgement, derive_judged
 from colrow.errors import ConfigError, PlanError
 from colrow.mesh import Mesh
 from colrow.models.build import Source, build_source, built, imported, resolve_implementation
 from colrow.parallel.pipeline_split import check_pipeline, fit_micro_batch, require_parts
-from colrow.plans.named import named_plan
+from colrow.plans.derive_options import DERIVED
+from colrow.plans.named import derive_options, named_plan
 from colrow.plans.plan import Plan
 from colrow.plans.presets import PRESETS
 from colrow.plans.split_share import SplitShare
@@ -51,6 +53,8 @@ class Checked:
     """What changed since the run's previous start, `key: before -> now`, and what follows from it."""
     newest: CheckpointInfo | None
     """The newest complete checkpoint in the run's folder."""
+    judgement: Judgement | None = None
+    """What check and verify said of a plan that was derived here, at the run's batch and sequence length."""
 
     def finished(self, config: RunConfig) -> bool:
         """Whether all steps are done."""
@@ -84,15 +88,16 @@ def check(config: RunConfig, local_ranks: int | None = None, plan: Plan | None =
             f"{source.name} returns losses that are trained ({', '.join(source.auxiliary)}), which a pipeline does not "
             "pass on: set mesh.pp to 1, or train.auxiliary_losses to {}"
         )
+    judgement = None
     if plan is None:
-        plan = choose_plan(config, source.model)
+        plan, judgement = _judged_plan(config, source.model)
     require_heads(config, source, plan)
     if config.check:
         require_sound(config, source, plan, check_static(source.model, plan, config.mesh.tp, config.data.seq_len))
     else:
         plan.check_shapes(source.model, config.mesh.tp)
         check_sequence(config, plan)
-    return Checked(source, plan, device, changes, newest)
+    return Checked(source, plan, device, changes, newest, judgement)
 
 
 def choose_plan(config: RunConfig, model: nn.Module) -> Plan:
@@ -101,25 +106,48 @@ def choose_plan(config: RunConfig, model: nn.Module) -> Plan:
     Raises:
         ConfigError, PlanError: there is no such plan, or none of its styles can compute in fp8.
     """
-    requests = config.derive
-    plan = named_plan(
-        config.plan, model, config.mesh.tp, config.loss, keep_whole=requests.keep_whole, split=requests.split
-    )
+    return _judged_plan(config, model)[0]
+
+
+def _judged_plan(config: RunConfig, model: nn.Module) -> tuple[Plan, Judgement | None]:
+    """`choose_plan`, and what a derivation found of its plan: the check need not run again before the ranks start."""
+    requests, judgement = config.derive, None
+    if config.plan in DERIVED:
+        found = derive_judged(
+            model,
+            config.mesh.tp,
+            options=derive_options(config.plan, config.loss, requests.keep_whole, requests.split),
+            batch_size=config.train.micro_batch,
+            seq_len=config.data.seq_len,
+            say=lambda line: print(f"plan       {line}", flush=True),
+        )
+        plan, judgement = found.plan().made_for(model), found.judgement
+    else:
+        plan = named_plan(
+            config.plan, model, config.mesh.tp, config.loss, keep_whole=requests.keep_whole, split=requests.split
+        )
     if config.train.fp8 is None:
-        return plan
+        return plan, judgement
     if config.mesh.tp == 1:
         raise ConfigError(
             "train.fp8 applies to the matmuls that tp splits, and mesh.tp is 1: raise it, or leave fp8 out"
         )
-    return plan.with_fp8(config.train.fp8)
+    return plan.with_fp8(config.train.fp8), None
 
 
-def check_plan(config: RunConfig, source: Source, plan: Plan, meanwhile: str = "in seconds") -> list[str]:
+def check_plan(
+    config: RunConfig,
+    source: Source,
+    plan: Plan,
+    judgement: Judgement | None = None,
+    meanwhile: str = "in seconds",
+) -> list[str]:
     """`decision.decide` with the run's batch, sequence length and folder. Returns what is printed: a line for each
     warning, and how much the plan splits.
 
     Takes a second or two, whatever the model's size: of equal layers two are run, on fake tensors. Where it verifies a
-    reduced model, it takes some more, and prints a line before and after; `meanwhile` ends the first.
+    reduced model, it takes some more, and prints a line before and after; `meanwhile` ends the first. What a
+    derivation has judged already is not judged again.
 
     Raises:
         PlanError: the plan is refused; the text says why, and what to do.
@@ -142,6 +170,7 @@ def check_plan(config: RunConfig, source: Source, plan: Plan, meanwhile: str = "
         proofs=KeptProof(config.run.dir, cache(lambda: dependencies(config, source.model, plan, *builders))),
         say=lambda line: print(f"verify     {line}", flush=True),
         meanwhile=meanwhile,
+        judgement=judgement,
     )
     if not decision.accepted:
         raise PlanError(decision.refusal)
@@ -166,7 +195,7 @@ def nothing_to_decide(config: RunConfig) -> bool:
     return config.mesh.tp == 1 or (not config.check and config.verify == "never")
 
 
-def check_plan_apart(config: RunConfig, plan: Plan) -> list[str]:
+def check_plan_apart(config: RunConfig, plan: Plan, judgement: Judgement | None = None) -> list[str]:
     """`check_plan` in a child process: the process groups that it makes leave no trace in this rank.
 
     The child is forked, which saves seconds of imports, unless this process has threads: a fork has only the calling
@@ -178,13 +207,13 @@ def check_plan_apart(config: RunConfig, plan: Plan) -> list[str]:
     is_single_threaded = threads.exists() and len(list(threads.iterdir())) == 1
     context = multiprocessing.get_context("fork" if is_single_threaded else "spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_check_in_child, config, plan.to_yaml()).result()
+        return pool.submit(_check_in_child, config, plan.to_yaml(), judgement).result()
 
 
-def _check_in_child(config: RunConfig, plan: str) -> list[str]:
+def _check_in_child(config: RunConfig, plan: str, judgement: Judgement | None) -> list[str]:
     # a model may hold what cannot be pickled: the child builds its own
     source = build_source(config.model, config.run.seed)
-    return check_plan(config, source, Plan.from_yaml(plan), meanwhile="while the other ranks wait")
+    return check_plan(config, source, Plan.from_yaml(plan), judgement, meanwhile="while the other ranks wait")
 
 
 def require_sound(config: RunConfig, source: Source, plan: Plan, found: list[Finding]) -> None:

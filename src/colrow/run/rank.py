@@ -75,7 +75,8 @@ def run_rank(
         config.mesh.require_world_size(info.world_size, lambda mesh: preflight.runs_on(mesh, config, checked))
         warning, lines = config.mesh.warning_across_hosts(info.local_world_size), list[str]()
         if first and plan is None:
-            lines = preflight.check_plan_apart(config, checked.plan)  # forks: before this process has threads
+            # forks: before this process has threads
+            lines = preflight.check_plan_apart(config, checked.plan, checked.judgement)
             lines += output_lines(config, checked.source)
         progress = stack.enter_context(TrainingProgress(first, config.train.steps, config.train.log_every))
         if plan is None:  # else the launcher has printed them
