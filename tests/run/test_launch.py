@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
-from colrow.run.stop import PID_FILE
 from colrow.train.metrics import read_metrics
 from helpers.forked import Commands
 from helpers.runs import write_text
+from helpers.started import Run, write_config
 
 pytestmark = pytest.mark.distributed
-PATIENCE = 240.0
 
 SICK = """
 import os
@@ -58,41 +54,6 @@ def build():
 """
 
 
-class Run:
-    """A started command and what it has printed."""
-
-    def __init__(self, folder: Path, environment: dict[str, str], *command: str) -> None:
-        self._folder = folder
-        self._out = (folder / f"out-{time.monotonic_ns()}.log").open("w+", encoding="utf-8")
-        self.process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=self._out, stderr=subprocess.STDOUT
-        )
-
-    @property
-    def text(self) -> str:
-        return Path(self._out.name).read_text(encoding="utf-8")
-
-    def wait_for(self, pattern: str) -> None:
-        end = time.monotonic() + PATIENCE
-        while not re.search(pattern, self.text, re.MULTILINE):
-            assert self.process.poll() is None, self.text
-            assert time.monotonic() < end, f"{pattern!r} did not come:\n{self.text}"
-            time.sleep(0.1)
-
-    def end(self) -> int:
-        return self.process.wait(PATIENCE)
-
-    def ranks(self) -> list[int]:
-        """Process ids of the ranks, in order."""
-        files = sorted(self._folder.glob(f"colrow-*/*/attempt_*/*/{PID_FILE}"))
-        return [int(file.read_text(encoding="ascii")) for file in files]
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self._out.close()
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     write_text(tmp_path)
@@ -100,22 +61,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "counted.py").write_text(COUNTED, encoding="utf-8")
     models = {"tiny": {"shape": "laptop", "layers": 1}, "sick": {"python": "sick:build"}}
     for name, model in (models | {"counted": {"python": "counted:build"}}).items():
-        config = {
-            "run": {"dir": f"runs/{name}"},
-            "model": model,
-            "data": {
-                "corpus": "*.txt",
-                "seq_len": 32,
-                "tokenizer": {"vocab_size": 300},
-                "validation_fraction": 0.2,
-                "cache": "cache",
-                "workers": 1,
-            },
-            "mesh": {"tp": 2},
-            "train": {"steps": 100_000, "global_batch": 2, "micro_batch": 2, "lr": 1e-4},
-            "device": "cpu",
-        }
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+        write_config(tmp_path, name, model)
     return tmp_path
 
 
