@@ -41,8 +41,8 @@ class Run:
         return self.process.wait(PATIENCE)
 
     def ranks(self) -> list[int]:
-        """Process ids of the ranks, in order."""
-        files = sorted(self._folder.glob(f"colrow-*/*/attempt_*/*/{PID_FILE}"))
+        """Process ids of the ranks, in order; TMPDIR is the folder."""
+        files = sorted(self._folder.glob(f"*/*/attempt_*/*/{PID_FILE}"))
         return [int(file.read_text(encoding="ascii")) for file in files]
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from colrow.config import TrainSection
 from colrow.run.hang import Hang, HangWatch, awaited, limits_of
 from colrow.run.hang_guard import LauncherGuard
 from colrow.run.hang_record import FOLDER, write_for_silent
-from colrow.run.heartbeat import ENDED, REPORT_FILE, Report, last_collective
+from colrow.run.heartbeat import ENDED, REPORT_FILE, Heartbeat, Report, Reporter, last_collective
 
 LIMITS = limits_of(TrainSection(steps=1, global_batch=1, micro_batch=1, lr=1.0, hang_timeout=100.0))
 
@@ -238,3 +238,21 @@ def _runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except FileNotFoundError:
         return False
+
+
+def test_a_rank_reports_at_once_that_it_is_in_another_phase(tmp_path: Path) -> None:
+    """An hour would be the interval: a rank that is stopped then must not have the previous phase's limit."""
+    heartbeat = Heartbeat()
+    with Reporter(heartbeat, 3, 3600.0, tmp_path):
+        for phase in ("training", "saving"):
+            heartbeat.enter(phase)
+            end = time.monotonic() + 10
+            while _phase(tmp_path) != phase and time.monotonic() < end:
+                time.sleep(0.01)
+            assert _phase(tmp_path) == phase
+    assert _phase(tmp_path) == ENDED
+
+
+def _phase(folder: Path) -> str:
+    file = folder / REPORT_FILE
+    return Report.from_json(file.read_bytes()).phase if file.exists() else ""

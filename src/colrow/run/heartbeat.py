@@ -47,6 +47,8 @@ class Heartbeat:
     phase: str = "start"
     step: int = 0
     beats: int = 0
+    changed: threading.Event = field(default_factory=threading.Event)
+    """Set when the phase changes: a report at once, for the phase decides which limit counts."""
 
     def beat(self, step: int) -> None:
         """The main thread has ended a step."""
@@ -55,8 +57,11 @@ class Heartbeat:
 
     def enter(self, phase: str) -> None:
         """The main thread begins something that has a limit of its own."""
+        is_other = phase != self.phase
         self.phase = phase
         self.beats += 1
+        if is_other:
+            self.changed.set()
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
@@ -159,25 +164,28 @@ class Reporter(threading.Thread):
         self._host, self._tick, self._still = socket.gethostname(), 0, 0
         self._previous: object = None
         self._collective = ""
-        self._is_over = threading.Event()
+        self._is_over = False
 
     def __enter__(self) -> Reporter:
         self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._is_over.set()
+        self._is_over = True
+        self._heartbeat.changed.set()
         self.join()
         self._heartbeat.enter(ENDED)
         self._send(self.report())
 
     def run(self) -> None:
         while True:
+            self._heartbeat.changed.clear()
+            if self._is_over:  # looked at after the clear, which may have undone the set of the end
+                return
             report = self.report()
             self._send(report)
             self._after(report)
-            if self._is_over.wait(self._interval):
-                return
+            self._heartbeat.changed.wait(self._interval)
 
     def report(self) -> Report:
         """The rank as it is now."""

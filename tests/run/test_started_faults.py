@@ -1,0 +1,129 @@
+"""Runs that hang or lose their launcher, as a person starts them: what ends, when, and what is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from helpers.forked import Commands
+from helpers.runs import write_text
+from helpers.started import Run, write_config
+
+pytestmark = pytest.mark.distributed
+TRAIN = ("colrow", "train", "tiny.yaml")
+TORCHRUN = ("torchrun", "--nproc-per-node", "2", "-m", *TRAIN)
+
+
+@pytest.fixture
+def start(tmp_path: Path, commands: Commands) -> Iterator[Callable[..., Run]]:
+    write_text(tmp_path)
+    write_config(tmp_path, "tiny", {"shape": "laptop", "layers": 1})
+    runs: list[Run] = []
+
+    def begin(*command: str, hang_timeout: float = 120.0) -> Run:
+        environment = commands.environment(TMPDIR=str(tmp_path))
+        flags = ["--train.hang_timeout", str(hang_timeout), "--train.log_every", "1000", "--check", "false"]
+        runs.append(Run(tmp_path, environment, *command, *flags))
+        runs[-1].wait_for("^step +1/")
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        run.close()
+
+
+def writers(folder: Path) -> list[str]:
+    """Who wrote the record of each rank, once all that belongs to one is there."""
+    hang = folder / "runs/tiny/hang"
+    ranks = [json.loads((hang / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    for each in ranks:
+        assert {"collective_seq_id", "profiling_name", "input_sizes"} <= each["collectives"][-1].keys()
+    assert {path.name for path in (hang / "flight_recorder").iterdir()} == {"rank_0", "rank_1"}
+    assert "loop.py" in (hang / "rank-0.stacks.txt").read_text()
+    return [each["written_by"] for each in ranks]
+
+
+def test_a_stopped_rank_is_named_within_the_timeout(tmp_path: Path, start: Callable[..., Run]) -> None:
+    run = start(*TRAIN, hang_timeout=6.0)
+    ranks = run.ranks()
+    os.kill(ranks[1], signal.SIGSTOP)
+    stopped = time.monotonic()
+    assert run.end() == 1
+    assert time.monotonic() - stopped < 12  # some seconds for a busy machine
+    assert "error: rank 1 hangs in training: no sign of life for " in run.text
+    text = " ".join(run.text.split())  # lines are folded at 80 columns
+    assert f"process {ranks[1]} is stopped (SIGSTOP), last collective all_" in text
+    assert "steps done, waits in all_" in text
+    assert writers(tmp_path) == ["the rank", "the launcher"]
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+
+
+@pytest.mark.exhaustive
+def test_torchruns_ranks_name_the_one_that_hangs(tmp_path: Path, start: Callable[..., Run]) -> None:
+    run = start(*TORCHRUN, hang_timeout=6.0)
+    os.kill(run.ranks()[1], signal.SIGSTOP)
+    stopped = time.monotonic()
+    assert run.end() == 1
+    assert time.monotonic() - stopped < 20
+    root_cause = run.text.partition("Root Cause")[2]
+    assert "rank 1 hangs in training" in root_cause
+    assert writers(tmp_path) == ["the rank", "rank 0"]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("command", [TRAIN, TORCHRUN], ids=["colrow", "torchrun"])
+def test_sigterm_ends_a_hung_run_and_is_named(start: Callable[..., Run], command: tuple[str, ...]) -> None:
+    run = start(*command)
+    ranks = run.ranks()
+    os.kill(ranks[0], signal.SIGSTOP)
+    time.sleep(1.0)
+    run.process.send_signal(signal.SIGTERM)
+    asked = time.monotonic()
+    status = run.end()
+    assert time.monotonic() - asked < 30
+    assert status == (143 if command is TRAIN else 1), run.text
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    if command is TRAIN:
+        assert "SIGTERM came, and the run could not save:\nrank 0 hangs in training" in run.text
+        assert "out of memory" not in run.text
+
+
+@pytest.mark.exhaustive
+def test_a_second_ctrl_c_ends_a_hung_run_and_says_where_it_was(start: Callable[..., Run]) -> None:
+    run = start(*TRAIN)
+    os.kill(run.ranks()[1], signal.SIGSTOP)
+    time.sleep(1.0)
+    run.process.send_signal(signal.SIGINT)
+    time.sleep(1.0)
+    run.process.send_signal(signal.SIGINT)
+    asked = time.monotonic()
+    assert run.end() == 130
+    assert time.monotonic() - asked < 15
+    assert "the second one killed them, and nothing was saved\nrank 0: training" in run.text
+    assert "is stopped (SIGSTOP)" in run.text
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("command", [TRAIN, TORCHRUN], ids=["colrow", "torchrun"])
+def test_ranks_end_with_a_killed_launcher_though_one_is_stopped(
+    tmp_path: Path, start: Callable[..., Run], command: tuple[str, ...]
+) -> None:
+    """With real processes: a forked command's parent is not who started it."""
+    first = command[1:] if command is not TRAIN else ()
+    module = ("torch.distributed.run", *first) if first else ("colrow", *TRAIN[1:])
+    os.environ.pop("PYTHON_EXEC", None)
+    run = start(sys.executable, "-m", *module)
+    ranks = run.ranks()
+    os.kill(ranks[1], signal.SIGSTOP)
+    run.process.kill()
+    end = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
