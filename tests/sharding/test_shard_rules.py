@@ -516,12 +516,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
         [S1],
         ([None, None, 2, 2, 8, 2, 1e-5],),
     ),
-    "slopes of all channels on some": (
-        aten._prelu_kernel_backward.default,
-        (x(2, 4, 8), x(2, 4, 8), x(1, 4, 1)),
-        [S1, S1, REPLICATED],
-        None,
-    ),
     "rows searched in pieces": (aten.searchsorted.Tensor, (x(4, 6).sort().values, x(4, 6)), [S1, S1], None),
     "slices renormed over them": (aten.renorm.default, (x(3, 4), 2, 0, 0.5), [S1], None),
     "batch norm in training": (
