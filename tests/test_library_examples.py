@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +20,7 @@ from helpers.harness import Ranks
 
 pytestmark = pytest.mark.distributed
 EXAMPLES = Path(__file__).parents[1] / "examples" / "library"
+BEYOND_TOKENS = EXAMPLES.parent / "beyond_tokens"
 STEPS = 4
 
 
@@ -133,3 +137,58 @@ def test_the_trainer_of_transformers(ranks: Ranks, tmp_path: Path) -> None:
     want = alone(example.build_model(), batches, 3e-3, 1.0, decay=0.0)
     for losses in ranks(2).run(trainer, tmp_path):
         assert losses == pytest.approx(want, rel=1e-3)  # the Trainer logs four digits
+
+
+def beyond_tokens(device: str, name: str) -> list[float]:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    with in_fp64(name) as example:
+        mesh = init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("tp",))
+        return list(example.run(mesh, STEPS))
+
+
+@contextmanager
+def in_fp64(name: str) -> Iterator[ModuleType]:
+    """The example, whose model is built in fp64: rounding is then no reason for a difference."""
+    sys.path.insert(0, str(BEYOND_TOKENS))  # where torchrun starts it, and `import loop` finds its neighbour
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield importlib.import_module(name)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        sys.path.remove(str(BEYOND_TOKENS))
+
+
+@pytest.mark.parametrize(
+    "name", ["image", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("audio", "diffusion"))]
+)
+def test_what_is_no_language_model(name: str, ranks: Ranks) -> None:
+    with in_fp64(name) as example:
+
+        def want(seed: int) -> list[float]:
+            model = example.build()
+            if seed:
+                torch.manual_seed(seed)
+                model.blocks[0].mlp.up.reset_parameters()
+            return loop_on_one_device(model, example.batch, example.loss_of)
+
+        expected, other = want(0), want(1)
+    for losses in ranks(2).run(beyond_tokens, name):
+        assert losses == pytest.approx(expected, rel=1e-12)
+        assert losses != pytest.approx(other, rel=1e-12)  # the negative control: other weights of one layer
+
+
+def loop_on_one_device(
+    model: nn.Module, batch: Callable[[int], Any], loss_of: Callable[[Any, Any], Tensor]
+) -> list[float]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for step in range(STEPS):
+        loss = loss_of(model, batch(step))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
