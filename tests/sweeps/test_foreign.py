@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,11 @@ from torch import Tensor, nn
 from benchmarks.models.foreign import judge
 from benchmarks.models.foreign.__main__ import read, table
 from benchmarks.models.foreign.registry import GROUPS, models_of
+from colrow.checking.check import Findings
 from colrow.checking.finding import Finding
+from colrow.derive.judged import Judgement
 from colrow.dryrun.calls import Inputs
+from colrow.plans.plan import Plan
 
 PINS = Path(judge.__file__).parent
 
@@ -72,14 +76,16 @@ def test_a_judge_says_useful_and_how_much() -> None:
 
 
 def test_a_finding_and_an_exception_are_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = [Finding("CR501", "error", "up", "off", "")]
-    monkeypatch.setattr(judge, "check", lambda *args, **options: wrong)
+    wrong = Findings([Finding("CR501", "error", "up", "off", "")])
+    plan = Plan(modules={"up": "colwise", "down": "rowwise"})
+    found = SimpleNamespace(plan=lambda: plan, judgement=Judgement(None, wrong))
+    monkeypatch.setattr(judge, "derive_judged", lambda *args, **options: found)
     assert judged()["verdict"] == "WRONG"
 
     def fails(*args: Any, **options: Any) -> None:
         raise IndexError("tuple")
 
-    monkeypatch.setattr(judge.Plan, "derive", fails)
+    monkeypatch.setattr(judge, "derive_judged", fails)
     row = judged()
     assert (row["verdict"], row["reason"]) == ("fails", "IndexError: tuple")
 

@@ -32,10 +32,9 @@ from torch import nn
 
 from benchmarks.models.apart import Row, run_all
 from benchmarks.models.foreign.registry import GROUPS, models_of
-from colrow.checking.check import check
+from colrow.derive.judged import derive_judged
 from colrow.dryrun.calls import Inputs
 from colrow.errors import ColrowError
-from colrow.mesh import Mesh
 from colrow.plans.plan import Plan
 from colrow.plans.split_share import SplitShare
 from colrow.verifying.verify import verify
@@ -68,12 +67,14 @@ def judged(model: nn.Module, inputs: Inputs, tp: int) -> Row:
     start = time.process_time()
     row: Row = {}
     try:
-        plan = Plan.derive(model, tp, inputs=inputs)
+        found = derive_judged(model, tp, inputs=inputs)
+        plan: Plan = found.plan()
         row["seconds"] = round(time.process_time() - start, 1)
         share = SplitShare.of(model, plan, tp)
         row |= {"share": round(share.split, 3), "attention": attention_split(model, plan, tp)}
         row["reason"] = "; ".join(why for _, _, why in share.rest[:1]) if share.split < 0.9 else ""
-        errors = [f for f in check(model, plan, Mesh(tp=tp), 2, inputs=inputs) if f.severity == "error"]
+        findings = found.judgement.findings if found.judgement is not None else ()
+        errors = [f for f in findings if f.severity == "error"]
         if errors:
             return row | {"verdict": "WRONG", "reason": str(errors[0])}
         if not share.split:
