@@ -15,6 +15,7 @@ from torch.fx import Node
 from colrow.derive.axes import leaves
 from colrow.derive.choice import Choice
 from colrow.derive.infer import AxisInference, Dims, facts_of, number, op_name, shape_of
+from colrow.derive.rules_channels import channel_groups, channels_of
 from colrow.derive.rules_pieces import Piece, index_piece, sibling_pieces, slice_piece, split_pieces
 
 
@@ -88,10 +89,20 @@ def slice_(call: Call) -> list[Any]:
     source, dim, piece, step = slice_piece(call.node)
     if not call.choice.sharded(call.source()[dim]):
         return call.args
+    if step != 1:
+        return [call.args[0], dim, piece[0], shape_of(source)[dim], step]
     if piece[1] == shape_of(source)[dim]:
         return call.args[:1]
     start = call.start(source, dim, piece)
     return [call.args[0], dim, start, start + call.choice.local_size(call.dims[dim]), step]
+
+
+@localizes("conv", "group_norm")
+def groups(call: Call) -> list[Any]:
+    count = channel_groups(call.node, call.choice.local_size(channels_of(call.inference, call.node)))
+    where = facts_of(call.node).groups
+    assert where is not None
+    return [*call.args[:where], count, *call.args[where + 1 :]] if len(call.args) > where else call.args
 
 
 @localizes("index")

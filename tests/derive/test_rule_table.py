@@ -91,11 +91,11 @@ def test_every_rule_has_a_case() -> None:
     assert cases(2, 4).keys() == {op.name for op in OPERATORS.values() if op.rule}
 
 
-@pytest.mark.parametrize("name", ["linear", "mm", "addmm", "grouped_mm_fallback", "embedding"])
+@pytest.mark.parametrize("name", ["linear", "mm", "addmm", "einsum", "conv2d", "grouped_mm_fallback", "embedding"])
 def test_a_product_without_its_reduction_is_wrong(name: str) -> None:
     assert Outcome(cases(2, 8)[name], 2, Sabotage.DROPPED).error > 1e-3
 
 
-@pytest.mark.parametrize("name", ["chunk", "slice", "split_with_sizes", "cat"])
+@pytest.mark.parametrize("name", ["chunk", "glu", "slice", "split_with_sizes", "cat"])
 def test_contiguous_shards_of_pieces_are_wrong(name: str) -> None:
     assert Outcome(cases(2, 8)[name], 2, Sabotage.CONTIGUOUS).error > 1e-3

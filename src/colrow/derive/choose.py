@@ -16,7 +16,8 @@ from torch.fx import Node
 
 from colrow.derive.axes import Atom, Dim, atoms_in, find, leaves
 from colrow.derive.choice import Choice
-from colrow.derive.infer import AxisInference, is_float, is_lookup, shape_of
+from colrow.derive.infer import AxisInference, facts_of, is_float, is_lookup, shape_of
+from colrow.derive.trace import is_boundary
 from colrow.sharding.layout import chunk_sizes
 
 
@@ -141,6 +142,8 @@ def choose(
     # kv heads before the query heads inside one of their groups: in a fused weight they hold equally much
     ranked = sorted(facts.volume, key=lambda a: (a not in preferred, -facts.volume[a], -len(facts.where[a])))
     first = [a for a in ranked if a.normalised is None and (vocabulary or a not in lookups | outputs)]
+    residual = residual_classes(inference)
+    first.sort(key=lambda a: (a not in preferred, a in residual))
     for atom in first:
         if free(atom):
             take(atom)
@@ -148,6 +151,38 @@ def choose(
         if atom.normalised is not None and free(atom) and atom.size % tp == 0 and _narrow(inference, atom):
             take(atom)
     return choice
+
+
+def residual_classes(inference: AxisInference) -> set[Atom]:
+    """Classes of the residual stream, of every x + f(x) where f contracts. Without a norm over it nothing else tells
+    such a class from others, and it holds the most: all that reads or writes the stream. It is taken last: each of the
+    products between would need a reduction."""
+    found: set[Atom] = set()
+    # for each node the operands of sums that it depends on, and those that it depends on through a contraction
+    reached: dict[Node, set[Node]] = {}
+    products: dict[Node, set[Node]] = {}
+    sums = [n for n in inference.graph.nodes if facts_of(n).addends == (0, 1) and len(n.all_input_nodes) == 2]
+    terms = {_source(i) for n in sums for i in n.all_input_nodes if i not in inference.from_params}
+    for node in inference.graph.nodes:
+        reached[node] = set().union(*(reached[i] for i in node.all_input_nodes))
+        products[node] = set().union(*(products[i] for i in node.all_input_nodes))
+        if node in inference.contracted:
+            products[node] |= reached[node]
+        if node in terms:
+            reached[node].add(node)
+        if node in sums:
+            one, other = (_source(i) for i in node.all_input_nodes)
+            dims = inference.dims.get(node)
+            if (one in products[other] or other in products[one]) and isinstance(dims, list):
+                found |= {a for dim in dims for a in atoms_in(dim)}
+    return found
+
+
+def _source(node: Node) -> Node:
+    """What the node is, before markers and copies."""
+    while node.op == "call_function" and (facts_of(node).identity or is_boundary(node)) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _lookup_rows(inference: AxisInference, node: Node) -> list[Atom]:

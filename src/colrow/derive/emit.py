@@ -30,6 +30,7 @@ class Emitter(ModuleEmitter):
             self._shards(name, locals_)
         for block in self.blocks:
             self._block(block, block.module in locals_)
+        self._groups()
         self._unsharded_parameters()
         self._never_summed_twice()
         self._used_outside()
@@ -115,10 +116,10 @@ class Emitter(ModuleEmitter):
             if label_of(entry).path != "0" or not style_cls.gathers_own_input:
                 raise SplitError(
                     self.finder.atoms_of({*entry.users}),
-                    f"{name} gets its input outside any block; only colwise, packed_colwise and kv_replicate can "
-                    "gather their own input",
+                    f"{name} gets its input outside any block; only colwise, packed_colwise, kv_replicate and "
+                    "local_shards can gather their own input",
                 )
-            if self.stream is not None or style_cls is PackedColwise:
+            if self.stream is not None or style_cls in (PackedColwise, LocalShards):
                 self._put(name, input=self.inside)
 
     def _gathered_arguments(self, block: Block) -> tuple[list[str], dict[str, str]]:

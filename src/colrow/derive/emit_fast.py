@@ -123,6 +123,9 @@ class FastEmitter(Emitter):
         """Whether every rank computes all of this product, and uses it in its own way: k and v of a single head."""
         return self._is_linear(name) and f"{name}.weight" in self.flow.summed and name not in self.owned
 
+    def _can_stand_alone(self, name: str) -> bool:
+        return False
+
     def _plain(self, block: Block) -> bool:
         return block.module in self.gathered
 

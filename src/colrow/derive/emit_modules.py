@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from colrow.derive.axes import Atom, Dim, find, leaves
 from colrow.derive.blocks import Block, Split, SplitError
 from colrow.derive.choice import Choice
+from colrow.derive.infer import argument, facts_of
+from colrow.derive.rules_channels import channels_of
 from colrow.derive.sequence import Stream
 from colrow.derive.trace import Scale, Trace, module_path
 from colrow.styles.base import STYLES, Style
@@ -102,13 +105,29 @@ class ModuleEmitter:
             self._embedding(name)
         elif self._multiplies_by_weight(name):
             self._product(name, in_local, block)
-        elif in_local:
+        elif in_local or self._can_stand_alone(name):
             self._put(name, style="local_shards", shards={p: self._shard_spec(name, p) for p in parameters})
         else:
             raise SplitError(
                 self.finder.atoms_of(set(self.flows.inference.params)) & self._atoms(name),
                 f"{name} is not in a block that runs on local tensors",
             )
+
+    def _can_stand_alone(self, name: str) -> bool:
+        """Whether the module takes one activation and no other code reads what it holds: it may lie outside a block,
+        between column products that hand over local tensors."""
+        return isinstance(self._module(name), (_ConvNd, nn.GroupNorm))
+
+    def _groups(self) -> None:
+        """A rank has fewer groups of channels: `groups` of a convolution, `num_groups` of a norm."""
+        for node in self.flows.inference.graph.nodes:
+            where = facts_of(node).groups
+            if where is None or not self.choice.sharded(channels_of(self.flows.inference, node)):
+                continue
+            module = self._module(self.flows.path[node])
+            for key in ("groups", "num_groups"):
+                if getattr(module, key, None) == argument(node, where, "groups", 1) > 1:
+                    self.out.attributes.setdefault(self.flows.path[node], {})[key] = "/tp"
 
     def _multiplies_by_weight(self, name: str) -> bool:
         """Whether the module holds a sharded matrix, a bias at most beside it, and is of a type that multiplies by it.

@@ -77,6 +77,13 @@ def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
+def named_argument(node: Node, name: str, default: Any = None) -> Any:
+    """An argument by the name that the operator's schema gives it: `dim` stands at 1 in `sum` and at 2 in `norm`."""
+    schema: Any = getattr(node.target, "_schema", None)
+    names = [a.name for a in schema.arguments] if schema else []
+    return argument(node, names.index(name), name, default) if name in names else default
+
+
 def number(node: Node, index: int, name: str, default: int | None = None) -> int:
     """An integer argument; NoRuleError where the graph computes it, or the call leaves it out."""
     value = argument(node, index, name)

@@ -24,8 +24,9 @@ from colrow.derive.choice import Choice
 from colrow.derive.emit_modules import Emission
 from colrow.derive.failure import Misfit, TraceError, does_not_fit
 from colrow.derive.flow import Flows
-from colrow.derive.infer import computation, computes, facts_of, op_name, shape_of
+from colrow.derive.infer import argument, computation, computes, facts_of, op_name, shape_of
 from colrow.derive.reads import record_reads
+from colrow.derive.rules_channels import channel_groups, channels_of
 from colrow.derive.sequence import Stream
 from colrow.derive.sizes import Rules, find_sizes
 from colrow.derive.trace import (
@@ -158,6 +159,10 @@ class LocalCheck:
             return f"{op_name(mine)} in {where} gives {list(value.shape)} on a rank, not {extents}"
         if extents is not None and extents != shape_of(mine) and self._same_on_all(mine, its):
             return f"{op_name(mine)} in {where} {ALIKE}"
+        if (position := facts_of(mine).groups) is not None:
+            groups = channel_groups(mine, self.visible.local_size(channels_of(self.flows.inference, mine)))
+            if (local := argument(its, position, "groups", 1)) != groups:
+                return f"{op_name(mine)} in {where} has {local} groups on a rank, not {groups}"
         if _numbers(mine) != _numbers(its):
             return f"{op_name(mine)} in {where} computes with {_numbers(its)} on a rank, not {_numbers(mine)}"
         return None

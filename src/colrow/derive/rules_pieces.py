@@ -95,13 +95,24 @@ def piece_of(inference: AxisInference, dim: Dim, piece: Piece, pieces: list[Piec
     return inference.fresh([piece[1]], f"split unequally at {why}")[0]
 
 
+def interleaved(inference: AxisInference, dim: Dim, piece: Piece, step: int) -> Dim:
+    """Every `step`-th element of a dimension, as gate and up stand in one weight of gpt-oss: [index, step], where the
+    position inside a step is not sharded. Other pieces with a step: the axis is forbidden."""
+    start, length = piece
+    parts = regroup([dim], [length, step]) if start < step and length * step == size_of(dim) else None
+    if parts is None:
+        forbid(dim, "sliced with a step")
+        return inference.fresh([length], "sliced with a step")[0]
+    forbid(parts[1], "index of interleaved pieces")
+    return parts[0]
+
+
 @rule("slice")
 def slice_(inference: AxisInference, node: Node) -> Result:
     source, dim, piece, step = slice_piece(node)
     dims = list(inference.of(source))
     if step != 1:
-        forbid(dims[dim], "sliced with a step")
-        dims[dim] = inference.fresh([piece[1]], "sliced with a step")[0]
+        dims[dim] = interleaved(inference, dims[dim], piece, step)
         return dims
     if piece[1] != shape_of(source)[dim]:
         dims[dim] = piece_of(inference, dims[dim], piece, sibling_pieces(inference, source, dim), node.name)
@@ -128,6 +139,26 @@ def split_pieces(node: Node) -> tuple[int, list[Piece]]:
         pieces.append((start, int(part.shape[dim])))
         start += int(part.shape[dim])
     return dim, pieces
+
+
+@rule("glu")
+def glu(inference: AxisInference, node: Node) -> Result:
+    """The first half of a dimension times a sigmoid of the second."""
+    dims = list(inference.of(node.args[0]))
+    where = number(node, 1, "dim", -1) % len(dims)
+    half = size_of(dims[where]) // 2
+    dims[where] = piece_of(inference, dims[where], (0, half), [(0, half), (half, half)], node.name)
+    return dims
+
+
+@rule("unfold")
+def unfold(inference: AxisInference, node: Node) -> Result:
+    """Windows along a dimension, which stand last."""
+    dims, shape = list(inference.of(node.args[0])), shape_of(node)
+    where = number(node, 1, "dimension") % len(dims)
+    forbid(dims[where], "windows are taken of it")
+    dims[where], window = inference.fresh([shape[where], shape[-1]], "windows are taken of it")
+    return [*dims, window]
 
 
 @rule("split")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.fx import Node
 
 from colrow.derive.axes import Dim, forbid, mark_normalised, unify, unify_dims
-from colrow.derive.infer import AxisInference, Dims, NoRuleError, Result, argument, number, op_name, rule, shape_of
+from colrow.derive.infer import AxisInference, Dims, Result, argument, named_argument, number, op_name, rule, shape_of
 
 
 def broadcast(inference: AxisInference, shape: list[int], tensors: list[tuple[Dims, list[int]]], why: str) -> Dims:
@@ -39,8 +39,8 @@ def like(inference: AxisInference, node: Node) -> Result:
     return inference.of(node.args[0])
 
 
-def reduced_dims(node: Node, rank: int, name: str = "dim") -> set[int]:
-    given = argument(node, 1, name)
+def reduced_dims(node: Node, rank: int) -> set[int]:
+    given = named_argument(node, "dim")
     if given is None or given == []:
         return set(range(rank))
     return {int(i) % rank for i in ([given] if isinstance(given, int) else given)}
@@ -87,7 +87,7 @@ def reduce(inference: AxisInference, node: Node) -> Result:
     gone = reduced_dims(node, len(dims))
     for i in gone:
         forbid(dims[i], f"reduced by {op_name(node)}")
-    return _without(dims, gone, bool(argument(node, 2, "keepdim", False)))
+    return _without(dims, gone, bool(named_argument(node, "keepdim", False)))
 
 
 @rule("along")
@@ -135,8 +135,6 @@ def norm(inference: AxisInference, node: Node) -> Result:
 
 @rule("pad")
 def pad(inference: AxisInference, node: Node) -> Result:
-    if op_name(node) == "pad" and argument(node, 2, "mode", "constant") != "constant":
-        raise NoRuleError("pad")
     source = node.args[0]
     assert isinstance(source, Node)
     dims, amounts = list(inference.of(source)), list(node.args[1])  # type: ignore[arg-type]

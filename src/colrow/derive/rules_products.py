@@ -21,7 +21,7 @@ from colrow.derive.rules_pieces import index_piece, piece_of, sibling_pieces
 from colrow.derive.rules_pointwise import broadcast, elementwise
 
 
-def _weighted(inference: AxisInference, node: Node, dim: Dim, *operands: object) -> None:
+def weighted(inference: AxisInference, node: Node, dim: Dim, *operands: object) -> None:
     """A contraction with a parameter may be sharded; one of two activations (head_dim of q k^T) may not: the partial
     sums would have to be reduced before the softmax."""
     inference.contract(node, dim)
@@ -33,7 +33,7 @@ def _weighted(inference: AxisInference, node: Node, dim: Dim, *operands: object)
 def linear(inference: AxisInference, node: Node) -> Result:
     x, w = inference.of(node.args[0]), inference.of(node.args[1])
     unify(x[-1], w[-1], node.name)
-    _weighted(inference, node, w[-1], node.args[0], node.args[1])
+    weighted(inference, node, w[-1], node.args[0], node.args[1])
     if len(w) == 1:
         return x[:-1]
     bias = argument(node, 2, "bias")
@@ -47,8 +47,10 @@ def _product(inference: AxisInference, node: Node, a: Node, b: Node) -> Dims:
     if len(x) < 2 or len(y) < 2:
         raise NoRuleError("product with a vector")
     unify(x[-1], y[-2], node.name)
-    _weighted(inference, node, x[-1], a, b)
-    if a not in inference.from_params and b not in inference.from_params:
+    weighted(inference, node, x[-1], a, b)
+    # a product of a matrix and a vector has no scores: a state-space model's channels times what each state gives
+    are_matrices = bool(leaves(x[-2]) and leaves(y[-1]))
+    if are_matrices and a not in inference.from_params and b not in inference.from_params:
         forbid(x[-2], "only the batch axes of a product of two activations are sharded")
         forbid(y[-1], "only the batch axes of a product of two activations are sharded")
     batch = shape_of(node)[:-2]
@@ -84,7 +86,7 @@ def grouped_mm(inference: AxisInference, node: Node) -> Result:
     if len(dx) != 2 or len(dw) != 3:
         raise NoRuleError("grouped product of other ranks")
     unify(dx[1], dw[1], node.name)
-    _weighted(inference, node, dw[1], x, w)
+    weighted(inference, node, dw[1], x, w)
     forbid(dw[0], "expert axis: expert parallelism is not a part of tensor parallelism")
     forbid(dx[0], "rows sorted by expert")
     if isinstance(offsets, Node):

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from colrow.derive import rules_pieces, rules_pointwise, rules_products, rules_views
+from colrow.derive import rules_channels, rules_einsum, rules_pieces, rules_pointwise, rules_products, rules_views
 from colrow.derive.infer import RULES, AxisInference
 from colrow.derive.trace import Trace
 
-__all__ = ["RULES", "infer", "rules_pieces", "rules_pointwise", "rules_products", "rules_views"]
+__all__ = [
+    "RULES",
+    "infer",
+    "rules_channels",
+    "rules_einsum",
+    "rules_pieces",
+    "rules_pointwise",
+    "rules_products",
+    "rules_views",
+]
 
 
 def infer(traced: Trace, **options: Any) -> AxisInference:

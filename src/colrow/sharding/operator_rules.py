@@ -171,21 +171,36 @@ def _attention(call: LocalCall) -> list[Layout]:
 
 
 def _convolution(call: LocalCall) -> list[Layout]:
-    """By groups of channels, by output channels, or by positions where the kernel is a point.
+    """By groups of channels, by output channels, by input channels (a partial sum), by samples, or by positions where
+    the kernel is a point.
 
     Of a split length DTensor exchanges the edges between ranks, which a local convolution does not."""
     backward = call.name == "convolution_backward"
-    x, w = [layout for layout, _ in call.tensors][backward:][:2]
+    layouts = [layout for layout, _ in call.tensors]
+    gradient = layouts[0] if backward else None
+    x, w, *bias = layouts[backward:]
     groups, wanted = call.argument("groups")
     kernel = call.argument("weight")[0].shape[2:]
-    if x == sharded(1) and w == sharded(0) and groups * call.ranks == wanted:
-        return needed(call, [sharded(1), sharded(0), sharded(0)] if backward else [sharded(1)])
-    if x == REPLICATED and w == sharded(0) and groups == wanted == 1:
-        return needed(call, [PARTIAL, sharded(0), sharded(0)] if backward else [sharded(1)])
+    # dims of output and input channels in the weight; the kernel of a transposed convolution is [in, out, ...]
+    out, into = (1, 0) if call.argument("transposed")[0] else (0, 1)
+
+    def found(y: Layout, dx: Layout, dw: Layout, db: Layout) -> list[Layout]:
+        if backward and gradient != (REPLICATED if y == PARTIAL else y):  # of a sum each rank has all of the gradient
+            raise UnprovenError(f"convolution of {call.layouts_text}", call.sharded_dim)
+        return needed(call, [dx, dw, db] if backward else [y])
+
+    if x == sharded(1) and w == sharded(0) and groups * call.ranks == wanted and bias in ([], [sharded(0)]):
+        return found(sharded(1), sharded(1), sharded(0), sharded(0))
+    if groups == wanted == 1:
+        of_outputs = sharded(0, w.segments)
+        if x == REPLICATED and w == sharded(out, w.segments) and bias in ([], [of_outputs]):
+            return found(sharded(1, w.segments), PARTIAL, w, of_outputs)
+        if x == sharded(1, x.segments) and w == sharded(into, x.segments) and bias in ([], [PARTIAL]):
+            return found(PARTIAL, x, w, REPLICATED)
     pointwise = x.kind is Kind.SHARDED and x.dim > 1 and set(kernel) == {1} and not any(call.argument("padding")[0])
     batch = x.kind is Kind.SHARDED and x.dim == 0
-    if (pointwise or batch) and w == REPLICATED:
-        return needed(call, [x, PARTIAL, PARTIAL] if backward else [x])
+    if (pointwise or batch) and w == REPLICATED and bias in ([], [REPLICATED]):
+        return found(x, x, PARTIAL, PARTIAL)
     raise UnprovenError(f"convolution of {call.layouts_text}", call.sharded_dim)
 
 

@@ -99,6 +99,7 @@ class Operator:
         contracts: it sums products over a dim.
         addends: positions of tensor operands that are added to the rest; None: none. Of a sum over ranks such a term
             counts once for each rank.
+        groups: position of its argument that counts groups of channels: on shards of channels there are fewer.
         counts: its integer arguments go into values (a scale, a count that is divided by), not into shapes.
         runs: along which dims it runs; None: not known, or not by such a rule.
         statistics: positions of the operands that it writes running statistics of the batch into, in training.
@@ -116,6 +117,7 @@ class Operator:
     takes_part: bool = False
     contracts: bool = False
     addends: tuple[int, ...] | None = None
+    groups: int | None = None
     counts: bool = False
     runs: Runs | None = None
     statistics: tuple[int, ...] = ()
@@ -157,11 +159,6 @@ _known("mul", "elementwise", linear=Linear.EACH, counts=True)
 _known("div", "elementwise", linear=Linear.NUMERATOR, counts=True)
 _known("neg", "elementwise", linear=FIRST)
 _known("dropout", "elementwise", linear=FIRST, random=True, dtensor=LENIENT)
-_known(
-    "native_batch_norm _native_batch_norm_legit _batch_norm_with_update cudnn_batch_norm",
-    statistics=(3, 4),
-    dtensor=MISSING,
-)
 _known("native_dropout _fused_dropout", random=True, dtensor=LENIENT)
 _known("contiguous alias", "elementwise", linear=FIRST, moves=True, identity=Identity.MEMORY)
 _known("clone", "elementwise", linear=FIRST, moves=True, identity=Identity.MEMORY, dtensor=STRICT)
@@ -211,18 +208,27 @@ _known("max min", "max", runs=DIMS)
 _known("histc bincount", "count")
 _known("one_hot", "one_hot")
 _known("nll_loss_forward nll_loss2d_forward")
+_known("var std linalg_vector_norm norm", "reduce", runs=DIMS)
+_known("glu", "glu", runs=DIMS)
+_known("unfold", "unfold", linear=FIRST, runs=DIMS)
 # in no traced graph, so without a rule
 _known(
-    """nansum var std var_mean std_mean linalg_vector_norm norm median nanmedian mode kthvalue aminmax count_nonzero
-    cummax cummin _softmax_backward_data _log_softmax_backward_data unfold unfold_backward glu glu_backward _fft_r2c
+    """nansum var_mean std_mean median nanmedian mode kthvalue aminmax count_nonzero
+    cummax cummin _softmax_backward_data _log_softmax_backward_data unfold_backward glu_backward _fft_r2c
     _fft_c2r _fft_c2c linalg_cross index_fill""",
     runs=DIMS,
 )
 _known(
-    """avg_pool1d avg_pool2d avg_pool3d max_pool2d_with_indices max_pool3d_with_indices adaptive_avg_pool1d
-    _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d
+    """avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d
     upsample_nearest2d _upsample_nearest_exact1d _upsample_nearest_exact2d upsample_linear1d upsample_bilinear2d
-    upsample_bicubic2d replication_pad1d replication_pad2d reflection_pad1d reflection_pad2d
+    upsample_bicubic2d replication_pad1d replication_pad2d reflection_pad1d reflection_pad2d""",
+    "windows",
+    runs=WINDOWS,
+)
+# composed of others where they run, so named in traced graphs alone
+_known("max_pool1d max_pool2d max_pool3d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d", "windows")
+_known(
+    """max_pool2d_with_indices max_pool3d_with_indices _adaptive_avg_pool2d _adaptive_avg_pool3d
     avg_pool2d_backward avg_pool3d_backward max_pool2d_with_indices_backward max_pool3d_with_indices_backward
     _adaptive_avg_pool2d_backward _adaptive_avg_pool3d_backward adaptive_max_pool2d_backward
     adaptive_max_pool3d_backward upsample_nearest1d_backward upsample_nearest2d_backward
@@ -246,11 +252,31 @@ _known(
     runs=NONE,
 )
 
+# ---------------------------------------------------------------------- channels
+
+_known(
+    "_native_batch_norm_legit_no_training batch_norm",
+    "batch_norm",
+)
+_known(
+    "native_batch_norm _native_batch_norm_legit _batch_norm_with_update cudnn_batch_norm",
+    statistics=(3, 4),
+    dtensor=MISSING,
+)
+_known("group_norm", "group_norm", groups=1)
+_known("im2col", "im2col", linear=FIRST)
+_known("_weight_norm", "weight_norm")
+_known("lstm gru rnn_tanh rnn_relu", "recurrent")
+
 # ---------------------------------------------------------------------- products
 
 _known("linear", "linear", contracts=True, addends=(2,))
 _known("addmm baddbmm", "addmm", contracts=True, addends=(0,))
 _known("matmul mm bmm", "matmul", contracts=True)
+_known("einsum", "einsum", contracts=True)
+_known("outer", "outer")
+_known("conv1d conv2d conv3d", "conv", contracts=True, addends=(2,), groups=6)
+_known("conv_transpose1d conv_transpose2d conv_transpose3d", "conv", contracts=True, addends=(2,), groups=6)
 _known("_grouped_mm grouped_mm_fallback", "grouped_mm", contracts=True)
 _known("scaled_dot_product_attention", "attention", contracts=True)
 _known("_scaled_dot_product_flash_attention_for_cpu", contracts=True, dtensor=STRICT)

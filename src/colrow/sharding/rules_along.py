@@ -160,21 +160,24 @@ def batch_norm(call: LocalCall) -> list[Layout] | None:
 
 
 def group_norm(call: LocalCall) -> list[Layout] | None:
-    """By samples."""
+    """By samples, or by whole groups of channels."""
     backward = call.name.endswith("_backward")
-    names = ("N", "C", "HxW", "group")
-    numbers = {name: call.argument(name) for name in names}
-    samples = numbers.pop("N")
-    placed = [(layout, there) for layout, there in call.tensors]
-    x = placed[0][0]
+    numbers = {name: call.argument(name) for name in ("N", "C", "HxW", "group")}
+    layouts = [layout for layout, _ in call.tensors]
     statistics = 4 if backward else 1  # gradient, input, mean, rstd; then weights
-    if x.kind is not Kind.SHARDED or x.dim != 0 or x.repeated or any(layout != x for layout, _ in placed[:statistics]):
+    x, weights = layouts[0], layouts[statistics:]
+    whole_groups = x == sharded(1)
+    if x.kind is not Kind.SHARDED or x.repeated or not (x.dim == 0 or whole_groups):
         return None
-    if any(layout != REPLICATED for layout, _ in placed[statistics:]) or samples[0] * call.ranks != samples[1]:
+    if any(layout != x for layout in layouts[1:statistics]):
         return None
-    if any(here != there for here, there in numbers.values()):
+    fewer = ("C", "group") if whole_groups else ("N",)
+    if any(layout != (sharded(0) if whole_groups else REPLICATED) for layout in weights):
         return None
-    return needed(call, [x, PARTIAL, PARTIAL]) if backward else [x, x, x]
+    if any(here * (call.ranks if name in fewer else 1) != there for name, (here, there) in numbers.items()):
+        return None
+    of_weights = sharded(0) if whole_groups else PARTIAL
+    return needed(call, [x, of_weights, of_weights]) if backward else [x, x, x]
 
 
 def needed(call: LocalCall, layouts: list[Layout]) -> list[Layout]:

@@ -36,10 +36,12 @@ class LocalShards(Style):
 
     A parameter left out is replicated with its gradient summed; one that is added to a partial sum is
     `{scaled: true}`. `output` (default `partial`: left to the enclosing block) says what the output becomes when the
-    module ends in a sum over ranks.
+    module ends in a sum over ranks. `input` is the layout of the first argument outside, of a module that no block
+    around it hands a local tensor: a convolution whose output channels are sharded.
     """
 
     name = "local_shards"
+    gathers_own_input = True
     sums_gradients = True
     local = True
     shards: dict[str, Any] | None = option(shards_of)
