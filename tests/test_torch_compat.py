@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.overrides import TorchFunctionMode
 
 from colrow import torch_compat as tc
 from colrow.sharding.packed_shard import PackedShard
@@ -344,6 +345,24 @@ def test_the_flight_recorder() -> None:
         assert pickle.loads(tc.flight_record())["entries"][-1]["collective_seq_id"] == 3
     finally:
         dist.destroy_process_group()
+
+
+def test_a_function_mode_sees_the_calls_of_torchs_attention() -> None:
+    seen: list[Any] = []
+
+    class Seen(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    torch.manual_seed(0)
+    module, x = torch.nn.MultiheadAttention(8, 2), torch.randn(3, 1, 8)
+    weights = module.in_proj_weight, module.in_proj_bias, None, None, False, 0.0
+    given = (x, x, x, 8, 2, *weights, module.out_proj.weight, module.out_proj.bias)
+    with Seen():
+        out, _ = tc.open_attention()(*given, need_weights=False)
+    assert torch.Tensor.view in seen
+    torch.testing.assert_close(out, module(x, x, x, need_weights=False)[0])
 
 
 def test_compilation_is_announced() -> None:

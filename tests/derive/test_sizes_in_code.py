@@ -22,14 +22,14 @@ from colrow.plans.plan import Plan
 from colrow.sharding.layout import full_tensor, packed_of
 from colrow.styles.local_sizes import LocalSizes, SizeRule, write_local_sizes
 from colrow.verifying.verify import parity
-from helpers.attentions import HEADS, KINDS, VOCAB, ByWidth, FromExtents, Merged, Written, language
+from helpers.attentions import HEADS, KINDS, VOCAB, FromExtents, Merged, TorchsOwn, Written, language
 from helpers.harness import Ranks
 from helpers.parity import cross_entropy, relative, tp_mesh
 from helpers.variants import params
 
 TOLERANCE = 1e-9
 IDS = torch.randint(0, VOCAB, (2, 17), generator=torch.Generator().manual_seed(0))
-ALL = (*KINDS, Written)
+ALL = (*KINDS, Written, nn.TransformerEncoderLayer)
 
 
 @functools.cache
@@ -66,7 +66,7 @@ def train_case(device: str, kinds: tuple[type[nn.Module], ...], plan: str) -> di
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("tp", "kinds"), params([(2, (ByWidth, Merged)), (2, ALL), (4, ALL)], lambda _, kinds: kinds is ALL)
+    ("tp", "kinds"), params([(2, (Merged, TorchsOwn)), (2, ALL), (4, ALL)], lambda _, kinds: kinds is ALL)
 )
 def test_every_kind_is_split_and_trains_as_one_process_does(ranks: Ranks, tp: int, kinds: Any) -> None:
     for errors in ranks(tp).run(train_case, kinds, derived(tp, *kinds).to_yaml()):

@@ -95,6 +95,32 @@ class Biased(Fused):
         return self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, C))
 
 
+class TorchsOwn(nn.Module):
+    """q, k and v in one parameter without a module of its own; weights that nobody uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(D, HEADS, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+        return self.inner(x, x, x, attn_mask=mask)[0]
+
+
+class Functional(Fused):
+    """A function gets the weights, as in torchvision's Swin: the products' modules are never called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return attend(x, self.qkv.weight, self.qkv.bias, self.out.weight, self.out.bias, HEADS)
+
+
+def attend(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor, heads: int) -> Tensor:
+    B, T, C = x.shape
+    q, k, v = F.linear(x, w_in, b_in).reshape(B, T, 3, heads, C // heads).permute(2, 0, 3, 1, 4)
+    scores = q.matmul(k.transpose(-2, -1)) * (C // heads) ** -0.5
+    return F.linear(scores.softmax(-1).matmul(v).transpose(1, 2).reshape(B, T, C), w_out, b_out)
+
+
 class MLP(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -129,7 +155,22 @@ class Written(nn.Module):
         return x + self.mlp.down(F.gelu(self.mlp.up(self.norm2(x))))
 
 
-KINDS: tuple[type[nn.Module], ...] = (ByWidth, FromExtents, MinusOneLast, Grouped, Merged, Biased)
+KINDS: tuple[type[nn.Module], ...] = (
+    ByWidth,
+    FromExtents,
+    MinusOneLast,
+    Grouped,
+    Merged,
+    Biased,
+    TorchsOwn,
+    Functional,
+)
+
+
+def _block(kind: type[nn.Module]) -> nn.Module:
+    if kind is nn.TransformerEncoderLayer:
+        return nn.TransformerEncoderLayer(D, HEADS, 3 * D, dropout=0.0, batch_first=True)
+    return Written() if kind is Written else Block(kind)
 
 
 class Language(nn.Module):
@@ -138,7 +179,7 @@ class Language(nn.Module):
     def __init__(self, *kinds: type[nn.Module]) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, D)
-        self.blocks = nn.ModuleList(Written() if kind is Written else Block(kind) for kind in kinds)
+        self.blocks = nn.ModuleList(_block(kind) for kind in kinds)
         self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, VOCAB, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -71,7 +71,8 @@ class BlockFinder:
                 }
                 path = self.flows.path[node]  # of tied weights the one that is used here
                 here = any(path in self.flows.sharers[n] for n in weights)
-                owners[node] = path if here else next((self.flows.owners[n] for n in sorted(weights)), path)
+                called = (self.flows.owners[n] for n in sorted(weights) if self.flows.owners[n] in self.boundaries)
+                owners[node] = path if here else next(called, path)
         return owners
 
     def components(self) -> dict[str, list[Node]]:

@@ -103,7 +103,7 @@ class ModuleEmitter:
             self._put(name, style="sharded_norm")
         elif isinstance(module, nn.Embedding):
             self._embedding(name)
-        elif self._multiplies_by_weight(name):
+        elif self._multiplies_by_weight(name) and (name in self.flows.called or not in_local):
             self._product(name, in_local, block)
         elif in_local or self._can_stand_alone(name):
             self._put(name, style="local_shards", shards={p: self._shard_spec(name, p) for p in parameters})

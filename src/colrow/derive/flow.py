@@ -81,6 +81,8 @@ class Flows:
         self.given = self._given()
         self.constant = self._constants()
         self.owners = {fqn: fqn.rpartition(".")[0] for fqn in inference.params.values()}
+        self.called = {self.path[node] for node in inference.graph.nodes if is_boundary(node)}
+        """Modules that are called: of others, code of another module takes the parameters."""
         self.sharers = {fqn: {owner} for fqn, owner in self.owners.items()}
         """All modules that hold a parameter under some name."""
         for other, first in (ties or {}).items():
@@ -259,9 +261,11 @@ class Flows:
                 return False
 
     def _owned_bias(self, node: Node, operand: Node, spmd_type: SpmdType) -> bool:
-        """The bias of the very module whose product is the partial sum: it is added at 1/tp on each rank."""
-        names = self.params_of.get(operand, set())
-        return spmd_type is SpmdType.PARAMETER and all(self.path[node] in self.sharers[n] for n in names)
+        """The bias of the very module whose product is the partial sum, or of one that is not called and whose weight
+        this module multiplies by: it is added at 1/tp on each rank."""
+        names, path = self.params_of.get(operand, set()), self.path[node]
+        mine = [path in self.sharers[n] or (self.owners[n] not in self.called and path) for n in names]
+        return spmd_type is SpmdType.PARAMETER and all(mine)
 
     def _zeros(self, node: object) -> bool:
         return isinstance(node, Node) and facts_of(node).fills in (Filling.ZERO, Filling.UNSET)

@@ -262,13 +262,17 @@ class LocalCheck:
                 candidates = self.candidates()
                 groups = sorted(candidates, key=lambda key: (not LIKELY.search(key[1]), key))
             size += 1
-        if (with_sizes := self.with_sizes()) is not None:
+        with_sizes = self.with_sizes(first)
+        if isinstance(with_sizes, Repairs):
             return with_sizes
+        first = with_sizes or first
         raise TraceError(first.why, first.module) if first else PlanError("nothing to compare")
 
-    def with_sizes(self) -> Repairs | None:
-        """Sizes in code that make a rank's trace right; None where there are none."""
+    def with_sizes(self, first: Misfit | None) -> Repairs | Misfit | None:
+        """Sizes in code that make a rank's trace right, or what is wrong behind them; None where they change nothing
+        in the module that does not fit `first`."""
         tried: Rules | None = {}
+        last: Misfit | None = None
         for literal in (False, True):
             sizes = find_sizes(
                 self.model,
@@ -278,15 +282,23 @@ class LocalCheck:
                 self.local_extents,
                 self.inputs,
                 self.rescale(),
+                self.counts,
                 self.choice.tp,
                 literal,
             )
             if sizes and sizes != tried:
                 repairs = Repairs(self.emission.attributes, sizes)
-                if self.mismatch(repairs) is None:
+                if (why := self.mismatch(repairs)) is None:
                     return repairs
+                last = why if first is not None and first.module in sizes else last
             tried = sizes
-        return None
+        return last
+
+    def counts(self, module: str) -> set[int]:
+        """The sizes of the classes that are sharded in the parameters of a module and those inside it."""
+        params = self.flows.inference.params
+        dims = [d for n, f in params.items() if f.startswith(f"{module}.") for d in self.flows.inference.of(n)]
+        return {atom.size for atom in self.visible.chosen(dims)}
 
     def candidates(self) -> dict[tuple[str, str], dict[str, Any]]:
         """Attributes that a block's forward reads and that hold a size of which a rank has less:

@@ -9,28 +9,29 @@ local shapes decides, as for attributes.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
-from torch.overrides import TorchFunctionMode
 
 from colrow.derive.axes import atoms_in
 from colrow.derive.failure import TraceError
 from colrow.derive.infer import AxisInference, computation, computes
 from colrow.derive.trace import Label, Rescale, Trace, is_boundary, label_of, trace
-from colrow.styles.local_sizes import ANY, CALLS, SizeRule, Sizes, sizes_written, with_sizes
+from colrow.styles.local_sizes import ANY, CALLS, CodeMode, SizeRule, Sizes, sizes_written, with_sizes
 
 Rules = dict[str, dict[str, str]]
 """Module name to the rules of its code."""
+Counts = Callable[[str], set[int]]
 SIZED = "sized"
 """The direction of markers behind calls that write sizes."""
 
 
-class _Calls(TorchFunctionMode):
+class _Calls(CodeMode):
     """Counts the calls that write sizes, module by module."""
 
     def __init__(self) -> None:
@@ -67,8 +68,7 @@ def _nothing(_: Any) -> None:
 class _Marked(_Calls):
     """Marks the first result of each call."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
         if func in CALLS and sizes_written(func, args, kwargs) is not None and (label := self.next_label()):
             if isinstance(out, Tensor):
@@ -80,19 +80,24 @@ class _Marked(_Calls):
 class _Solved(_Calls):
     """Makes each call give the extents that a rank has, and keeps the rules."""
 
-    def __init__(self, expected: dict[str, tuple[list[int], list[bool]]], tp: int, literal: bool) -> None:
+    def __init__(
+        self, expected: dict[str, tuple[list[int], list[bool]]], counts: Counts, tp: int, literal: bool
+    ) -> None:
         super().__init__()
-        self.expected, self.tp, self.literal = expected, tp, literal
+        self.expected, self.counts, self.tp, self.literal = expected, counts, tp, literal
         self.rules: dict[str, set[SizeRule]] = defaultdict(set)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         written = sizes_written(func, args, kwargs) if func in CALLS else None
         label = self.next_label() if written is not None else None
-        if written is None or label not in self.expected:
+        if written is None or label is None:
             return func(*args, **kwargs)
-        extents, varying = self.expected[label]
-        wanted = _wanted(CALLS[func].name, written, extents, args, kwargs)
+        if label in self.expected:
+            extents, varying = self.expected[label]
+            wanted = _wanted(CALLS[func].name, written, extents, args, kwargs)
+        else:
+            wanted = self._fitting(func, args, written)
+            varying = [old == new for old, new in zip(written, wanted or written, strict=True)]
         if wanted is None or wanted == written:
             return func(*args, **kwargs)
         names = [_change(old, new, self.tp) for old, new in zip(written, wanted, strict=True)]
@@ -103,6 +108,15 @@ class _Solved(_Calls):
         ]
         self.rules[self.running[-1]].add(SizeRule(CALLS[func].name, tuple(keys), tuple(names)))
         return with_sizes(func, args, kwargs, wanted)
+
+    def _fitting(self, func: Any, args: Any, written: Sizes) -> Sizes | None:
+        """Of a view whose result nothing uses, so that it is not in the graph: one count of heads or features divided,
+        if the tensor's elements fit so and not as they are written."""
+        if CALLS[func].name not in ("view", "reshape") or math.prod(written) == args[0].numel():
+            return None
+        counts = self.counts(self.running[-1])
+        found = [k for k, n in enumerate(written) if n in counts and math.prod(written) == args[0].numel() * self.tp]
+        return tuple(n // self.tp if k == found[0] else n for k, n in enumerate(written)) if len(found) == 1 else None
 
     def found(self) -> Rules | None:
         """The rules; None where one call is to write different sizes in two places."""
@@ -157,6 +171,7 @@ def find_sizes(
     extents: Any,
     inputs: Any,
     rescale: Rescale,
+    counts: Counts,
     tp: int,
     literal: bool,
 ) -> Rules | None:
@@ -164,6 +179,7 @@ def find_sizes(
 
     Args:
         extents: a node of `traced` to its extents on a rank, or None.
+        counts: sizes of the classes that are sharded in a module's parameters, by its name.
         literal: the sizes that a rank writes too stand in the rules, and not any.
 
     Returns:
@@ -177,7 +193,7 @@ def find_sizes(
         if isinstance(dims, list) and (local_extents := extents(node)) is not None:
             varying = [any((a.forbidden or "").startswith("input ") for a in atoms_in(dim)) for dim in dims]
             expected[label] = local_extents, varying
-    solved = _Solved(expected, tp, literal)
+    solved = _Solved(expected, counts, tp, literal)
     with contextlib.suppress(TraceError):
         trace(local, inputs, rescale, solved.within(local))
     rules = solved.found()

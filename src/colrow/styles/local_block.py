@@ -121,14 +121,18 @@ class _LocalBlockHooks(ParallelStyle):
         layouts.update(style.input_kwargs or {})
         slices, outputs = style.slices or {}, style.output or ()
 
-        def arrange(key: int | str, value: Any) -> Any:
-            if layouts.get(key) is not None:
-                value = local_input(value, mesh, layouts[key], gather=True)
+        def arrange(key: int | str, value: Any, gathered: dict[tuple[int, Placement], Any]) -> Any:
+            if (layout := layouts.get(key)) is not None:
+                if (id(value), layout) not in gathered:  # one tensor that is query, key and value is gathered once
+                    gathered[id(value), layout] = local_input(value, mesh, layout, gather=True)
+                value = gathered[id(value), layout]
             heads = slices.get(str(key))
             return value if heads is None or not isinstance(value, Tensor) else rank_heads(value, mesh, **heads)
 
         def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
-            return tuple(arrange(i, a) for i, a in enumerate(args)), {k: arrange(k, v) for k, v in kwargs.items()}
+            gathered: dict[tuple[int, Placement], Any] = {}
+            placed = tuple(arrange(i, a, gathered) for i, a in enumerate(args))
+            return placed, {k: arrange(k, v, gathered) for k, v in kwargs.items()}
 
         def after(_: nn.Module, args: Any, out: Any) -> Any:
             if isinstance(out, Tensor):

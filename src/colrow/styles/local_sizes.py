@@ -21,10 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import multi_head_attention_forward
 from torch.overrides import TorchFunctionMode
 
 from colrow.errors import PlanError
 from colrow.sharding.local_view import replace_forward
+from colrow.torch_compat import open_attention
 
 Sizes = tuple[Any, ...]
 ANY = "*"
@@ -72,6 +74,28 @@ def _calls() -> dict[Any, SizeCall]:
 
 
 CALLS = _calls()
+_ATTENTION = open_attention()
+
+
+class CodeMode(TorchFunctionMode):
+    """A function mode that sees the calls of torch's own attention too (of nn.MultiheadAttention)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is multi_head_attention_forward:
+            return self.attention(*args, **kwargs)
+        return self.call(func, args, kwargs)
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Of one tensor three times it would make one product: a block may have gathered each, so there are three."""
+        value = value.view_as(value) if value is key else value
+        key = key.view_as(key) if key is query else key
+        with self:
+            return _ATTENTION(query, key, value, *args, **kwargs)
+
+    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What stands in the place of `func(*args, **kwargs)`."""
+        raise NotImplementedError
 
 
 def sizes_written(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Sizes | None:
@@ -162,15 +186,18 @@ def rules_of(value: Any) -> dict[str, str] | None:
     return {str(call): str(local) for call, local in value.items()}
 
 
-class LocalSizes(TorchFunctionMode):
+class LocalSizes(CodeMode):
     """Calls within write a rank's sizes."""
 
     def __init__(self, rules: Sequence[SizeRule], tp: int) -> None:
         super().__init__()
         self.rules, self.tp = rules, tp
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def attention(self, *args: Any, **kwargs: Any) -> Any:
+        # A rank has the weights of its own heads, and their mean is not the mean of all: it gives none.
+        return super().attention(*args, **kwargs)[0], None
+
+    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         call = CALLS.get(func)
         if call is not None and (written := sizes_written(func, args, kwargs)) is not None:
             for rule in self.rules:

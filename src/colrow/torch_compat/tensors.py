@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from colrow.torch_compat.names import private
@@ -70,6 +72,20 @@ def attention_backend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, grouped:
     """The number of the SDPBackend that attention of these tensors runs."""
     choose = private("torch:_fused_sdp_choice", "to say which attention kernel runs")
     return int(choose(q, k, v, None, 0.0, causal, enable_gqa=grouped))
+
+
+def open_attention() -> Callable[..., Any]:
+    """`F.multi_head_attention_forward` as code like any other: a function mode sees the calls that it makes.
+
+    torch hands the function to a mode as one call, and hands it over once more when the mode runs it in itself.
+    """
+    function: Any = functional.multi_head_attention_forward
+    names = dict(vars(functional))
+    private("torch.nn.functional:has_torch_function", "to follow the code of nn.MultiheadAttention")
+    names["has_torch_function"] = lambda _: False
+    copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 def compiled_graph_count() -> int:
