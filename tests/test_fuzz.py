@@ -112,11 +112,17 @@ class Files:
         self.checkpoints.save(1, llama, None, {"step": 1})
 
     def config(self) -> tuple[bytes, Callable[[Path], object]]:
-        return dump_config(load_config(CONFIGS / "laptop.yaml")).encode(), load_config
+        def read(path: Path) -> None:
+            config = load_config(path)
+            path.write_text(dump_config(config))
+            assert load_config(path) == config
+
+        return dump_config(load_config(CONFIGS / "laptop.yaml")).encode(), read
 
     def plan(self) -> tuple[bytes, Callable[[Path], object]]:
         def read(path: Path) -> None:
             plan = Plan.load(path)
+            assert Plan.from_yaml(plan.to_yaml()).modules == plan.modules
             plan.check_shapes(self.llama, 2)
 
         return Plan.preset("llama-fast").to_yaml().encode(), read
@@ -141,7 +147,8 @@ class Files:
             file.write_bytes(path.read_bytes())
             try:
                 self.checkpoints.list(checksums=True)
-                self.checkpoints.load(1, self.llama)
+                assert self.checkpoints.load(1, self.llama) == {"step": 1}
+                assert all(param.eq(0.5).all() for param in self.llama.parameters())  # never a wrong success
             finally:
                 file.write_bytes(good)
 

@@ -46,6 +46,7 @@ def test_two_agents_bring_a_killed_worker_back_without_a_gap_or_a_repeated_step(
     assert differences(undisturbed, figures(folder / "elastic")) == []
 
 
+@pytest.mark.exhaustive  # test_killed_runs.py kills a run in its saves too, at places and not at moments
 def test_killed_at_random_moments_the_metrics_are_equal_bit_for_bit(
     folder: Path, undisturbed: list[Record], commands: Commands
 ) -> None:

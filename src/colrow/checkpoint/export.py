@@ -250,6 +250,9 @@ def _start(folder: Path, unfinished: Path, carried: Carried) -> None:
     """Make the folder to write into, when what is there may be replaced."""
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file: give a folder to export to")
+    previous = _previous(folder)
+    if previous.exists() and not folder.exists():
+        os.rename(previous, folder)  # `_finish` was killed between its two renames
     if folder.exists() and folder.resolve() in (path.resolve() for path in (carried.model, carried.tokenizer) if path):
         raise CheckpointError(f"{folder} is the folder that the model or its tokenizer came from: give another one")
     known = {name.partition("/")[0] for name, file in carried.files().items() if _is_copy(folder / name, file)}
@@ -308,10 +311,15 @@ def first_module(model: Model) -> nn.Module:
     return model if isinstance(model, nn.Module) else model[0]
 
 
+def _previous(folder: Path) -> Path:
+    """Where an export is while its successor gets the name."""
+    return folder.parent / f".{folder.name}.former"
+
+
 def _finish(unfinished: Path, folder: Path) -> None:
     """Give the folder its name; a previous export moves away first."""
     flush(unfinished)
-    previous = folder.parent / f".{folder.name}.former"
+    previous = _previous(folder)
     shutil.rmtree(previous, ignore_errors=True)
     # A folder cannot be replaced by one rename. A kill between these two leaves both exports, under hidden names.
     if folder.exists():

@@ -30,7 +30,7 @@ from colrow.run.loop import Loop, Outcome
 from colrow.run.outputs import output_lines
 from colrow.run.progress import TrainingProgress, labelled
 from colrow.run.resume import resume
-from colrow.run.run_folder import CHECKPOINTS, claimed, write_folder
+from colrow.run.run_folder import CHECKPOINTS, EXPORT, claimed, write_folder
 from colrow.torch_compat import record_collectives
 from colrow.train.metrics import Metrics
 from colrow.train.setup import Training, set_up
@@ -206,8 +206,10 @@ def keep_freed_memory() -> bool:
 def finished_line(config: RunConfig, step: int) -> str:
     """What to print when a run that has all its steps is started again."""
     run = config.run.dir
+    lost = config.checkpoint.export and not (run / EXPORT).exists()
+    export = f"Its export is not there: `colrow export {run} -o {run / EXPORT}` writes it.\n" if lost else ""
     return (
-        f"the run in {run} is finished: {step} of {config.train.steps} steps.\n"
+        f"the run in {run} is finished: {step} of {config.train.steps} steps.\n{export}"
         f"Sample it with `colrow generate {run} --prompt TEXT`; to train on, raise train.steps;\n"
         "to start again, set run.dir to another folder."
     )
