@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from colrow.derive import derivation
 from colrow.derive.derivation import derive
 from colrow.derive.failure import ADVICE, TraceError
+from colrow.derive.trace import trace
 from colrow.verifying.verify import parity
+from helpers import attentions
+from helpers.harness import Ranks
 from helpers.variants import params
 
 TOLERANCE = 1e-9
@@ -154,15 +157,56 @@ class Asks(nn.Module):
         return y if not (x > 9).any() else y.masked_fill(x > 9, 0.0)
 
 
-def test_what_cannot_be_traced_is_named_in_one_line(capfd: pytest.CaptureFixture[str], caplog: Any) -> None:
+def test_what_cannot_be_traced_is_named_in_one_line_and_left_unsharded(
+    capfd: pytest.CaptureFixture[str], caplog: Any
+) -> None:
+    model = Language(Asks).double()
     with caplog.at_level(logging.WARNING), pytest.raises(TraceError) as raised:
-        derive(Language(Asks), 2, inputs=(IDS,))
+        trace(model, (IDS,))
     text = str(raised.value)
     assert "blocks.0.attn (Asks) branches on the data at test_failing_modules.py:" in text
     assert text.endswith(ADVICE)
     assert "\n" not in text
     assert "GuardOn" not in text
     assert raised.value.module == "blocks.0.attn"
+    assert str(pickle.loads(pickle.dumps(raised.value))) == text
+    with caplog.at_level(logging.WARNING):
+        found = derive(model, 2, inputs=(IDS,))
     assert capfd.readouterr().err == ""
     assert not caplog.records
-    assert str(pickle.loads(pickle.dumps(raised.value))) == text
+    assert set(found.sharded) == MLPS | {"embed.weight", "head.weight"}
+    assert found.replicated["blocks.1.attn.mlp.up.weight"] == text.partition(": ")[2]
+    assert text.partition(": ")[2] in found.notes
+    assert not any("opaque" in why for why in found.replicated.values())
+    assert parity(model, found.plan(), 2, (IDS,)).worst < TOLERANCE
+
+
+@pytest.mark.distributed
+@pytest.mark.exhaustive
+def test_experts_chosen_by_the_data_stay_unsharded_and_train_as_one_process_does(ranks: Ranks) -> None:
+    kinds, batch = (attentions.Routed, attentions.ByWidth), torch.cat([IDS, IDS], -1)[:, :17] % attentions.VOCAB
+    found = derive(attentions.language(*kinds), 2, inputs=(batch[:, :-1],))
+    assert {"blocks.1.attn.qkv.weight", "blocks.0.mlp.up.weight"} <= set(found.sharded)
+    assert "blocks.0.attn (Routed) has sizes that depend on the data" in found.replicated["blocks.0.attn.gate.weight"]
+    for errors in ranks(2).run(attentions.train_case, kinds, batch, found.plan().to_yaml()):
+        assert max(errors.values()) < TOLERANCE, {k: v for k, v in errors.items() if v >= TOLERANCE}
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.asks = Asks()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.asks(ids) if ids.max() > 3 else ids
+
+
+def test_a_model_whose_own_code_cannot_be_traced_is_refused() -> None:
+    with pytest.raises(TraceError, match="Outer branches on the data"):
+        derive(Outer(), 2, inputs=(torch.ones(2, 10, D),))
+
+
+def test_at_tp_1_nothing_is_traced() -> None:
+    found = derive(Outer(), 1, inputs=(torch.ones(2, 10, D),))
+    assert not found.modules
+    assert set(found.replicated) == {name for name, _ in Outer().named_parameters()}

@@ -8,23 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from colrow.checking.check import check
 from colrow.derive.derivation import derive
 from colrow.errors import PlanError
 from colrow.mesh import Mesh
-from colrow.parallel.loss import loss_context, model_loss
-from colrow.parallel.parallelize import parallelize
 from colrow.plans.derive_options import DeriveOptions
 from colrow.plans.plan import Plan
-from colrow.sharding.layout import full_tensor, packed_of
 from colrow.styles.local_sizes import LocalSizes, SizeRule, write_local_sizes
 from colrow.verifying.verify import parity
-from helpers.attentions import HEADS, KINDS, VOCAB, FromExtents, Merged, TorchsOwn, Written, language
+from helpers.attentions import HEADS, KINDS, VOCAB, FromExtents, Merged, TorchsOwn, Written, language, train_case
 from helpers.harness import Ranks
-from helpers.parity import cross_entropy, relative, tp_mesh
 from helpers.variants import params
 
 TOLERANCE = 1e-9
@@ -43,33 +38,12 @@ def derived(tp: int, *kinds: type[nn.Module]) -> Plan:
     return found.plan()
 
 
-def train_case(device: str, kinds: tuple[type[nn.Module], ...], plan: str) -> dict[str, float]:
-    """Relative errors of loss and gradients against one process; empty where a rank's code fails."""
-    one, model, parallel = language(*kinds).to(device), language(*kinds).to(device), Plan.from_yaml(plan)
-    ids, targets = IDS[:, :-1].to(device), IDS[:, 1:].to(device)
-    want = cross_entropy(one(ids), targets)
-    want.backward()
-    mesh = tp_mesh(device, dist.get_world_size())
-    parallelize(model, parallel, mesh)
-    with loss_context(parallel, mesh):
-        loss = model_loss(model, parallel, mesh, ids, targets)
-        loss.backward()
-    errors = {"loss": relative(full_tensor(loss.detach()), want.detach())}
-    for name, param in model.named_parameters():
-        got, expected = param.grad, one.get_parameter(name).grad
-        assert got is not None
-        assert expected is not None
-        if not name.endswith(("k.bias",)):  # softmax does not see it: its gradient is rounding
-            errors[name] = relative(full_tensor(got, packed_of(model, name)), expected)
-    return errors
-
-
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("tp", "kinds"), params([(2, (Merged, TorchsOwn)), (2, ALL), (4, ALL)], lambda _, kinds: kinds is ALL)
 )
 def test_every_kind_is_split_and_trains_as_one_process_does(ranks: Ranks, tp: int, kinds: Any) -> None:
-    for errors in ranks(tp).run(train_case, kinds, derived(tp, *kinds).to_yaml()):
+    for errors in ranks(tp).run(train_case, kinds, IDS, derived(tp, *kinds).to_yaml()):
         assert len(errors) > 12 * len(kinds)
         assert max(errors.values()) < TOLERANCE, {k: v for k, v in errors.items() if v >= TOLERANCE}
 
@@ -82,7 +56,7 @@ def test_without_the_rules_numbers_are_wrong_and_said_to_be(ranks: Ranks) -> Non
     assert bare != plan
     found = check(model, bare, Mesh(tp=2), inputs=(IDS[:, :-1],))
     assert any(f.severity == "error" for f in found) or parity(model, bare, 2, (IDS[:, :-1],)).worst > 1e-3
-    for errors in ranks(2).run(train_case, (FromExtents,), bare.to_yaml()):
+    for errors in ranks(2).run(train_case, (FromExtents,), IDS, bare.to_yaml()):
         assert max(errors.values()) > 1e-3
 
 

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from colrow.parallel.loss import loss_context, model_loss
+from colrow.parallel.parallelize import parallelize
+from colrow.plans.plan import Plan
+from colrow.sharding.layout import full_tensor, packed_of
+from helpers.parity import cross_entropy, relative, tp_mesh
 
 D, HEADS, KV, VOCAB = 32, 4, 2, 80
 HEAD_DIM = D // HEADS
@@ -155,6 +162,23 @@ class Written(nn.Module):
         return x + self.mlp.down(F.gelu(self.mlp.up(self.norm2(x))))
 
 
+class Routed(nn.Module):
+    """Experts chosen by the data: how many tokens each gets, and which run, is known only then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(D, 4), nn.ModuleList(MLP() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
+        weight, chosen = self.gate(tokens).softmax(-1).max(-1)
+        out = torch.zeros_like(tokens)
+        for number in chosen.unique():
+            rows = (chosen == number).nonzero().squeeze(-1)
+            out = out.index_add(0, rows, self.experts[int(number)](tokens[rows]) * weight[rows, None])
+        return out.view_as(x)
+
+
 KINDS: tuple[type[nn.Module], ...] = (
     ByWidth,
     FromExtents,
@@ -193,3 +217,28 @@ def language(*kinds: type[nn.Module], dtype: torch.dtype = torch.float64) -> Lan
     """The model in evaluation mode, its parameters drawn by seed."""
     torch.manual_seed(0)
     return Language(*kinds).to(dtype)
+
+
+def train_case(device: str, kinds: tuple[type[nn.Module], ...], batch: Tensor, plan: str) -> dict[str, float]:
+    """Relative errors of loss and gradients of a rank against one process.
+
+    Args:
+        batch: token ids [sequences, tokens + 1].
+    """
+    one, model, parallel = language(*kinds).to(device), language(*kinds).to(device), Plan.from_yaml(plan)
+    ids, targets = batch[:, :-1].to(device), batch[:, 1:].to(device)
+    want = cross_entropy(one(ids), targets)
+    want.backward()
+    mesh = tp_mesh(device, dist.get_world_size())
+    parallelize(model, parallel, mesh)
+    with loss_context(parallel, mesh):
+        loss = model_loss(model, parallel, mesh, ids, targets)
+        loss.backward()
+    errors = {"loss": relative(full_tensor(loss.detach()), want.detach())}
+    for name, param in model.named_parameters():
+        got, expected = param.grad, one.get_parameter(name).grad
+        assert got is not None
+        assert expected is not None
+        if not name.endswith(("k.bias",)):  # softmax does not see it: its gradient is rounding
+            errors[name] = relative(full_tensor(got, packed_of(model, name)), expected)
+    return errors

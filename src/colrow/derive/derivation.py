@@ -22,8 +22,9 @@ from colrow.derive.emit_fast import FastEmitter
 from colrow.derive.emit_modules import Emission
 from colrow.derive.failure import ADVICE, Place, TraceError, has_unknown_size
 from colrow.derive.flow import Flows
-from colrow.derive.infer import AxisInference, shape_of
+from colrow.derive.infer import OPAQUE, AxisInference, shape_of
 from colrow.derive.local import LocalCheck, Repairs
+from colrow.derive.opaque import NOTHING_OPAQUE, opaque_modules
 from colrow.derive.requests import Requests
 from colrow.derive.sequence import Stream, find_stream
 from colrow.derive.stream_ends import NoStreamError, StreamKind
@@ -113,18 +114,31 @@ def derive(
     options = options or DeriveOptions()
     options.check()
     requests = Requests.of(model, options)
+    if tp == 1 and options.styles == "plain":
+        names = [name for name, _ in model.named_parameters()]
+        return Derivation(1, {}, options.loss, [], dict.fromkeys(names, "tp is 1"), [1], {}, {})
     given = default_inputs(model, tp) if inputs is None else Inputs.of(inputs)
-    traced = traced or trace(model, given)
-    try:
-        found = _Derive(model, tp, given, traced, options, judge, requests).run()
-    except GuardOnDataDependentSymNode as error:
-        first = next((n for n in traced.nodes if n.op == "call_function" and has_unknown_size(n)), None)
-        place = Place.at(model, module_path(first) if first is not None else "")
-        raise TraceError(
-            f"{type(model).__name__} cannot be derived: {place} has sizes that depend on the data: {ADVICE}",
-            place.module,
-        ) from error
+    opaque = NOTHING_OPAQUE
+    while True:
+        try:
+            traced = traced or trace(model, given, opaque=opaque)
+            found = _Derive(model, tp, given, traced, options, judge, requests).run()
+            break
+        except TraceError as error:
+            opaque, traced = opaque_modules(model, given, error, opaque), None
+        except GuardOnDataDependentSymNode as error:
+            assert traced is not None
+            opaque, traced = opaque_modules(model, given, _unknown_size(model, traced, error), opaque), None
     requests.require(found.sharded, found.replicated, tp)
+    return found
+
+
+def _unknown_size(model: nn.Module, traced: Trace, error: Exception) -> TraceError:
+    first = next((n for n in traced.nodes if n.op == "call_function" and has_unknown_size(n)), None)
+    place = Place.at(model, module_path(first) if first is not None else "")
+    why = f"{type(model).__name__} cannot be derived: {place} has sizes that depend on the data: {ADVICE}"
+    found = TraceError(why, place.module)
+    found.__cause__ = error
     return found
 
 
@@ -145,7 +159,7 @@ class _Derive:
         self.notes: list[str] = []
         self.inference: AxisInference = infer(traced)
         self.requests = requests
-        self.notes += requests.keep(self.inference)
+        self.notes += [*dict.fromkeys(traced.opaque.reasons.values()), *requests.keep(self.inference)]
 
     def run(self) -> Derivation:
         for attempt in itertools.count():
@@ -296,7 +310,8 @@ class _Derive:
                 sharded.append(name)
                 elements += count
             else:
-                replicated[name] = self._why_replicated(dims, name in summed)
+                why = self.traced.opaque.reason_of(name)
+                replicated[name] = why or self._why_replicated(dims, name in summed)
         exits = [label_of(node) for node in split.borders()[1]] if split else []
         return Derivation(
             tp=self.tp,
@@ -306,7 +321,7 @@ class _Derive:
             replicated=replicated,
             legal=legal_degrees(self.inference, choice),
             reductions=dict(Counter(with_stars(label.module) for label in exits if label.path == "0")),
-            unknown=dict(self.inference.unknown),
+            unknown={name: n for name, n in self.inference.unknown.items() if name != OPAQUE},
             notes=list(self.notes),
             refused=dict(self.refused),
             sequence_parallel=stream is not None,

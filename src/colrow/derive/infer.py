@@ -24,6 +24,10 @@ RULES: dict[str, Rule] = {}
 """By the names that `sharding.operators` gives them: operators that propagate a sharded dim alike have one rule."""
 
 
+OPAQUE = "opaque"
+"""The operator that stands for a module which cannot be traced (see opaque.py)."""
+
+
 class NoRuleError(Exception):
     """An operator, or this use of it, is outside the table."""
 
@@ -208,8 +212,8 @@ class AxisInference:
             dims = self.dims[node]
             for part in dims if isinstance(dims, tuple) else (dims,):
                 for dim in part or ():
-                    forbid(dim, f"no rule for {name}")
-        why = f"made by {name}, which has no rule"
+                    forbid(dim, f"no rule for {name}" if name != OPAQUE else "a module that cannot be traced uses it")
+        why = f"made by {name}, which has no rule" if name != OPAQUE else "made by a module that cannot be traced"
         if isinstance(value, Tensor):
             return self.fresh(value.shape, why)
         if isinstance(value, (tuple, list)):

@@ -136,7 +136,7 @@ class LocalCheck:
         """Why a rank's trace is not the global one with local extents; None when it is."""
         model = self.local_model(repairs)
         try:
-            local = trace(model, self.inputs, self.rescale())
+            local = trace(model, self.inputs, self.rescale(), opaque=self.traced.opaque)
         except TraceError as error:
             return does_not_fit(model, error.__cause__ or error)
         ours = [n for n in self.traced.nodes if computes(n)]
@@ -202,7 +202,8 @@ class LocalCheck:
         mode = fake_tensor_mode(allow_non_fake_inputs=True)
         inputs = Inputs.of(self.inputs).map(mode.from_tensor)
         try:
-            with quiet_fake_tensors(), markers(model, rescale) as calls, torch.no_grad(), mode:
+            opaque = self.traced.opaque.within(model)
+            with quiet_fake_tensors(), markers(model, rescale) as calls, torch.no_grad(), opaque, mode:
                 call_model(model, inputs)
         except Exception as error:
             return does_not_fit(model, error)
@@ -342,7 +343,8 @@ class LocalCheck:
             ):
                 record_reads(name, module, found)
         mode = fake_tensor_mode(allow_non_fake_inputs=True)
-        with quiet_fake_tensors(), torch.no_grad(), mode, contextlib.suppress(Exception):
+        opaque = self.traced.opaque.within(model)
+        with quiet_fake_tensors(), torch.no_grad(), opaque, mode, contextlib.suppress(Exception):
             call_model(model.eval(), Inputs.of(self.inputs).map(mode.from_tensor))
         return [(name, key, value) for (name, key), value in found.items()]
 

@@ -195,14 +195,14 @@ def find_sizes(
             expected[label] = local_extents, varying
     solved = _Solved(expected, counts, tp, literal)
     with contextlib.suppress(TraceError):
-        trace(local, inputs, rescale, solved.within(local))
+        trace(local, inputs, rescale, solved.within(local), traced.opaque)
     rules = solved.found()
     return None if rules is None or "" in rules else rules
 
 
 def _sized(model: nn.Module, traced: Trace, inputs: Any) -> dict[str, Node]:
     """The node of `traced` that each call which writes sizes gives."""
-    marked = trace(model, inputs, within=_Marked().within(model))
+    marked = trace(model, inputs, within=_Marked().within(model), opaque=traced.opaque)
     own = [n for n in marked.nodes if computes(n) and not _is_mark(n)]
     its_own = [n for n in traced.nodes if computes(n)]
     if [computation(n) for n in own] != [computation(n) for n in its_own]:

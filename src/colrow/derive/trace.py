@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from colrow.derive.failure import cannot_trace
+from colrow.derive.opaque import NOTHING_OPAQUE, Opaque
 from colrow.derive.outside import watching_reads
 from colrow.dryrun.calls import Inputs, call_model, example_inputs
 from colrow.errors import PlanError
@@ -89,6 +90,8 @@ class Trace:
     """How many results each module returns: 0 for a single tensor."""
     outside: frozenset[str] = frozenset()
     """Parameters that code of other modules reads too, whether the value is used or not."""
+    opaque: Opaque = NOTHING_OPAQUE
+    """The modules that could not be traced."""
     sized: dict[str, Node] | None = None
     """The results of calls that write sizes, by their labels; None until `sizes.find_sizes` looks."""
 
@@ -163,8 +166,12 @@ def trace(
     inputs: tuple[Tensor, ...],
     rescale: Rescale | None = None,
     within: contextlib.AbstractContextManager[None] | None = None,
+    opaque: Opaque = NOTHING_OPAQUE,
 ) -> Trace:
     """Export `model` in evaluation mode, inside of `within`; it is left as it was.
+
+    Args:
+        opaque: modules that are not looked into.
 
     Raises:
         TraceError: torch.export cannot trace the model; the text names the module and says why, and the error is
@@ -180,6 +187,7 @@ def trace(
             markers(model, rescale) as calls,
             watching_reads(model) as outside,
             within or contextlib.nullcontext(),
+            opaque.within(model),
             warnings.catch_warnings(),
             contextlib.redirect_stderr(io.StringIO()),  # where export fails it prints the graph so far
         ):
@@ -223,6 +231,7 @@ def trace(
         calls.positional,
         calls.results,
         frozenset(outside),
+        opaque=opaque,
     )
 
 
