@@ -217,6 +217,19 @@ class OwnLoop(m.Gpt):
         return self.head(self.norm(x))
 
 
+class PartDoubled(m.Gpt):
+    """Writes into a part of its logits, of a DTensor's sharded or other dim."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits = super().forward(ids) * 1.0
+        logits.narrow(self.dim, 1, logits.shape[self.dim] - 1).mul_(2)
+        return logits
+
+
 class SoftCapped(m.Gpt):
     def forward(self, ids: Tensor) -> Tensor:
         return 5 * torch.tanh(super().forward(ids) / 5)
@@ -297,6 +310,7 @@ WRONG = {
         lambda: gpt_plan(sequence=True),
         train=True,
     ),
+    "a part of the logits written": Case(lambda: PartDoubled(2), lambda: gpt_plan("vocab_parallel")),
     "sum over ranks left out": Case(
         lambda: m.Gpt(mlp=lambda: FeatureMLP(lambda h: h)),
         lambda: gpt_plan(attn__out={"style": "rowwise", "output": "partial"}),
@@ -308,6 +322,7 @@ RIGHT = {
     "hook on a gradient": Case(hooked),  # parallelize keeps it
     "every other feature": gated(lambda h: F.silu(h[..., ::2]) * h[..., 1::2]),
     "batch norm of all tokens": on_stream(lambda: nn.BatchNorm1d(m.D), train=True),
+    "logits of a part of the tokens written": Case(lambda: PartDoubled(1), lambda: gpt_plan("vocab_parallel")),
     "capped logits": Case(SoftCapped, lambda: gpt_plan("vocab_parallel", sequence=True)),
     "checkpointed": Case(lambda: m.Gpt(mlp=CheckpointedMLP)),
     "block used twice": Case(block_twice, lambda: gpt_plan(sequence=True)),

@@ -185,6 +185,7 @@ def _compare_gradients(run: ShardedRun, reference: UnshardedRun, unsharded: nn.M
     for (name, want), (_, got) in zip(unsharded.named_parameters(), parallel.named_parameters(), strict=True):
         if want.grad is not None and got.grad is not None:
             number = run.value(got.grad).number
+            run.read(number)
             if number not in (None, reference.value(want.grad).number):
                 run.report("gradient", "it is another value than in the unsharded model", name)
         elif want.grad is not None:

@@ -130,6 +130,12 @@ class NumberedRun(TorchDispatchMode):
         own = self._key(tensor)
         return ((key, value) for key, value in list(self._values.items()) if key[0] == own[0] and key != own)
 
+    def written(self, operation: Operation) -> frozenset[Any]:
+        """The numbers of the other tensors in the memory that the operator writes into."""
+        if not (operation.func._schema.is_mutable and operation.results):
+            return frozenset()
+        return frozenset(value.number for _, value in self.windows(operation.results[0]))
+
     def _key(self, tensor: Any) -> Any:
         tensor = local_shard(tensor) if isinstance(tensor, DTensor) else tensor
         tensor = tensor.elem if is_async(tensor) else tensor

@@ -60,11 +60,16 @@ class Unproven:
 
 @dataclass(frozen=True)
 class _Recorded:
-    """An operator of the unsharded run."""
+    """An operator of the unsharded run.
+
+    Attributes:
+        written: of one that writes into its input, the numbers of the other tensors in that memory.
+    """
 
     leaves: tuple[Any, ...]
     numbers: tuple[int, ...]
     results: tuple[Shape, ...]
+    written: frozenset[Any]
 
     @property
     def plain(self) -> list[Any]:
@@ -87,7 +92,7 @@ class UnshardedRun(NumberedRun):
         for number, result in zip(numbers, operation.results, strict=True):
             self.set_value(result, number, REPLICATED)
         shapes = tuple(tuple(result.shape) for result in operation.results)
-        self.operations[key].append(_Recorded(operation.shapes, numbers, shapes))
+        self.operations[key].append(_Recorded(operation.shapes, numbers, shapes, self.written(operation)))
 
     def boundary(self, key: tuple[Any, ...], tensor: Tensor) -> None:
         self.boundaries[key] = self.value(tensor).number, tuple(tensor.shape)
@@ -131,6 +136,7 @@ class ShardedRun(NumberedRun):
         self._used: dict[Any, list[_Recorded]] = defaultdict(list)
         self._first_layouts: dict[int, Layout] = {}  # by autograd node: of the operator's first input
         self._zeros: set[Any] = set()
+        self._differing: dict[Any, str] = {}  # numbers of tensors that a write has reached in one run alone
 
     def report(self, operator: str, reason: str, where: str | None = None, dim: int | None = None) -> None:
         """Something is not proven: here, unless `where` says."""
@@ -142,8 +148,14 @@ class ShardedRun(NumberedRun):
 
     def ran(self, operation: Operation, key: tuple[Any, ...]) -> None:
         source = self.source()
+        self._note_reads(operation)
         recorded = self._counterpart(operation, key)
         numbers = recorded.numbers if recorded else [None] * len(operation.results)
+        for number in numbers:
+            self._differing.pop(number, None)
+        if recorded and operation.func._schema.is_mutable:
+            differing = (recorded.written ^ self.written(operation)) - {None}
+            self._differing.update(dict.fromkeys(differing, operation.name))
         layouts = [value.layout for value in operation.values]
         backward = current_autograd_node() is not None
         if layouts and not backward:
@@ -297,6 +309,17 @@ class ShardedRun(NumberedRun):
                 layout = UNKNOWN  # heads, or tokens
         call = self._stack[-1] if self._stack else (LOSS, 0)
         self.draws[call].append(Draw(layout, flattened))
+
+    def _note_reads(self, operation: Operation) -> None:
+        """A view of a shard may be a copy: DTensor gathers a dim of which a part is taken. What is written into it does
+        not reach the tensor that it was taken from, which matters once that is read."""
+        for value in operation.values:
+            self.read(value.number)
+
+    def read(self, number: Any) -> None:
+        """A value is used."""
+        if (writer := self._differing.pop(number, None)) is not None:
+            self.report(writer, "it writes into other memory than in the unsharded model, and what it misses is read")
 
     def _note_writes(self, operation: Operation, found: list[Layout]) -> None:
         """What is written into a window changes the other windows on its storage, whose layout must stay true."""
