@@ -35,19 +35,19 @@ def build():
 """
 
 COUNTED = """
-from colrow.derive import derivation
+from colrow.derive import judged
 from colrow.models.llama import Llama
 from colrow.models.shapes import shape
 from dataclasses import replace
 
-derive = derivation.derive
+derive = judged.derive
 
 def counted(*args, **options):
     with open("derived.txt", "a") as file:
         file.write("once\\n")
     return derive(*args, **options)
 
-derivation.derive = counted
+judged.derive = counted
 
 def build():
     return Llama(replace(shape("laptop"), num_hidden_layers=1))

@@ -20,7 +20,7 @@ def flops_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -
         tokens = out[0].shape[0] if name == "colrow::column_forward" else args[0].shape[0]
         weights = args[1] if isinstance(args[1], list) else [args[1]]
         return int(2 * tokens * sum(w.numel() for w in weights))
-    if name.startswith("aten::_scaled_dot_product") and not name.endswith("_backward"):
+    if name.startswith("aten::_scaled_dot_product") and "backward" not in name:
         q, k, v = args[:3]  # [B, heads, T, E]
         return int(2 * q.shape[:-1].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1]))
     if name == "aten::_grouped_mm":
