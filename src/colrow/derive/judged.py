@@ -106,7 +106,7 @@ def judgement(
     found = check(model, plan, Mesh(tp=tp), batch_size, seq_len, inputs=inputs, loss=loss)
     errors = [f for f in found if f.severity == "error"]
     if errors:
-        return Judgement(_objection(errors, errors[0].message), found)
+        return Judgement(_objection(errors, _cause(errors[0])), found)
     unproven = [f for f in found if f.code in NOT_PROVEN]
     if not unproven:
         return Judgement(None, found)
@@ -118,8 +118,24 @@ def judgement(
         return Judgement(None, found)
     if report.verdict != "wrong":
         return Judgement(None, found, report)
-    why = f"{unproven[0].message}; verify: {report.failure or report.cause}"
+    cause = "the sharded model raises an error" if report.failure else report.cause
+    why = f"{_cause(unproven[0])}; verify: {cause}"
     return Judgement(_objection(unproven, why), found, report)
+
+
+_CAUSES = {
+    "CR306": "the loss cannot be computed on split logits",
+    "CR401": "its code fails on the shards that enter it",
+    "CR402": "a plain tensor meets a DTensor in it",
+    "CR403": "it is called with keyword arguments, which its style does not get",
+    "CR404": "DTensor has no rule for an operation in it",
+    "CR410": "the check cannot run it",
+}
+"""Of findings whose message quotes an exception, which is no reason to a reader of the plan; the check shows it."""
+
+
+def _cause(found: Finding) -> str:
+    return _CAUSES.get(found.code, found.message)
 
 
 def _objection(found: list[Finding], message: str) -> Objection:

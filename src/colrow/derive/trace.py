@@ -185,14 +185,15 @@ def trace(
         with (
             quiet_fake_tensors(),
             markers(model, rescale) as calls,
-            watching_reads(model) as outside,
             within or contextlib.nullcontext(),
             opaque.within(model),
             warnings.catch_warnings(),
             contextlib.redirect_stderr(io.StringIO()),  # where export fails it prints the graph so far
         ):
             warnings.simplefilter("ignore")
-            program = torch.export.export(wrapper, tuple(inputs), strict=False).run_decompositions({})
+            with watching_reads(model) as outside:  # of the model's code alone: each call costs
+                exported = torch.export.export(wrapper, tuple(inputs), strict=False)
+            program = exported.run_decompositions({})
     except Exception as error:
         raise cannot_trace(model, error) from error
     finally:
