@@ -81,7 +81,8 @@ def sasrec() -> Built:
             self.inner = SASRec(features, max_len=17, dropout_rate=0.0, num_blocks=2, num_heads=4)
 
         def forward(self, seq: torch.Tensor, pos: torch.Tensor, neg: torch.Tensor) -> torch.Tensor:
-            return torch.stack(self.inner({"seq": seq, "pos": pos, "neg": neg}), -1)
+            liked, other = self.inner({"seq": seq, "pos": pos, "neg": neg})
+            return liked - other
 
     return Named(), tuple(torch.randint(1, 256, (3, 17)) for _ in names)
 

@@ -50,7 +50,8 @@ class Colwise(_TorchLinear):
     gathers_own_input = True
 
     def build(self, site: Site) -> ParallelStyle:
-        cls = _ColwiseEmbedding if isinstance(site.module, nn.Embedding) else ColwiseParallel
+        local = self.output_stays_sharded and self.use_local_output
+        cls = _WritableColwise if local or isinstance(site.module, nn.Embedding) else ColwiseParallel
         return cls(**self.layouts())
 
     @property
@@ -113,10 +114,12 @@ class Rowwise(_TorchLinear):
 
 
 def _make_writable(_: nn.Module, __: Any, out: Any) -> Any:
-    """An embedding's local output as a tensor that a model may change in place (`x *= scale`), without a copy.
+    """A local output as a tensor that a model may change in place (`x *= scale`, `nn.ReLU(inplace=True)`), without a
+    copy.
 
     What a DTensor hands over is a view made inside an autograd Function, and autograd refuses in-place writes to it.
-    Backward keeps no looked-up row, so writing into it is safe. `_unsafe_view` waits for a collective still in flight.
+    Backward keeps neither looked-up rows nor a linear layer's output, so writing into them is safe. `_unsafe_view`
+    waits for a collective still in flight: of columns that stay sharded there is none.
     """
     local = isinstance(out, Tensor) and not isinstance(out, DTensor)
     return torch.ops.aten._unsafe_view.default(out, out.shape) if local else out
@@ -129,7 +132,7 @@ class _RowwiseEmbedding(RowwiseParallel):
         return module
 
 
-class _ColwiseEmbedding(ColwiseParallel):
+class _WritableColwise(ColwiseParallel):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         module = super()._apply(module, device_mesh)
         module.register_forward_hook(_make_writable)
