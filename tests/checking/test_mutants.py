@@ -70,7 +70,7 @@ def llama(tp: int) -> Judge:
     return Judge(build(LLAMA, "cpu"), batch("cpu")[:1], tp)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-fast"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("llama-fast", marks=pytest.mark.exhaustive)])
 def test_what_is_broken_at_random_gets_an_error(name: str) -> None:
     judge, plan = llama(2), Plan.preset(name)
     assert (judge.truth(plan), judge.refused(plan)) == ("right", False)

@@ -72,6 +72,7 @@ def test_plans_of_models_that_cut_their_heads_in_other_ways_are_proven(model_typ
     assert unproven_operators(model, derive(model, 2, inputs=inputs).plan(), 2, inputs=inputs) == []
 
 
+@pytest.mark.exhaustive
 def test_a_derived_plan_of_fast_styles_is_proven() -> None:
     """Of a model that needs all tokens at its end: a style's hook gathers them before a module's code."""
     transformers = pytest.importorskip("transformers")

@@ -41,6 +41,7 @@ def far(want: list[Record], got: list[Record]) -> float:
     return max(abs(a - b) / abs(a) for a, b in pairs)
 
 
+@pytest.mark.exhaustive
 def test_the_curve_is_the_same_on_every_mesh_and_another_with_another_seed(ranks: Ranks, tmp_path: Path) -> None:
     write_text(tmp_path)
     alone, other = config_of(tmp_path, Mesh()), config_of(tmp_path, Mesh(), seed=1)
