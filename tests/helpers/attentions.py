@@ -162,6 +162,20 @@ class Written(nn.Module):
         return x + self.mlp.down(F.gelu(self.mlp.up(self.norm2(x))))
 
 
+class Parallel(nn.Module):
+    """Attention and MLP beside each other, with one product into both and one out of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.into, self.out = nn.LayerNorm(D), nn.Linear(D, 6 * D), nn.Linear(4 * D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v, y = self.into(self.norm(x)).split([D, D, D, 3 * D], -1)
+        q, k, v = (part.unflatten(-1, (HEADS, HEAD_DIM)).transpose(1, 2) for part in (q, k, v))
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        return x + self.out(torch.cat([attended, F.gelu(y)], -1))
+
+
 class Routed(nn.Module):
     """Experts chosen by the data: how many tokens each gets, and which run, is known only then."""
 
@@ -194,7 +208,7 @@ KINDS: tuple[type[nn.Module], ...] = (
 def _block(kind: type[nn.Module]) -> nn.Module:
     if kind is nn.TransformerEncoderLayer:
         return nn.TransformerEncoderLayer(D, HEADS, 3 * D, dropout=0.0, batch_first=True)
-    return Written() if kind is Written else Block(kind)
+    return kind() if kind in (Written, Parallel) else Block(kind)
 
 
 class Language(nn.Module):

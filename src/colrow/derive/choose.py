@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from colrow.derive.axes import Atom, Dim, atoms_in, find, leaves
 from colrow.derive.choice import Choice
-from colrow.derive.infer import AxisInference, facts_of, is_float, is_lookup, shape_of
+from colrow.derive.infer import AxisInference, Result, facts_of, is_float, is_lookup, shape_of
 from colrow.derive.trace import is_boundary
 from colrow.sharding.layout import chunk_sizes
 
@@ -106,7 +106,8 @@ def choose(
     """The classes to shard at degree `tp`; the preferred ones before larger ones."""
     facts = class_facts(inference)
     choice = Choice(tp)
-    used: set[Node] = set()
+    used: dict[Node, set[Atom]] = defaultdict(set)
+    """Tensors with a class that is taken, and which."""
     lookups = {a for n in inference.graph.nodes for a in _lookup_rows(inference, n)}
     outputs = _output_classes(inference)
     rows = {atom.size for atom in lookups}
@@ -116,13 +117,19 @@ def choose(
             atom.forbidden is None
             and atom not in positions
             and atom not in facts.twice
-            and not facts.where[atom] & used
+            and all(
+                _in_other_segments(inference.dims[node], atom, used[node]) for node in facts.where[atom] & used.keys()
+            )
         )
 
     def shards_unevenly(atom: Atom) -> bool:
         """Rows of an embedding or outputs of a head, and each rank gets some: see [Note: uneven vocabulary]."""
         is_vocabulary = atom in lookups or (atom in outputs and atom.size in rows)
         return is_vocabulary and atom not in facts.beside_others and chunk_sizes(atom.size, tp)[-1] > 0
+
+    def mark(atom: Atom) -> None:
+        for node in facts.where[atom]:
+            used[node].add(atom)
 
     def take(atom: Atom) -> None:
         group = None
@@ -131,12 +138,12 @@ def choose(
             if group is None or atom.size * group.size % tp or not free(group):
                 return
             choice.groups[atom] = group
-            used.update(facts.where[group])
+            mark(group)
         else:
             choice.atoms.add(atom)
             if atom in lookups or atom in outputs:
                 choice.vocabulary.add(atom)
-        used.update(facts.where[atom])
+        mark(atom)
 
     positions = {a for n in inference.graph.nodes if not _by_token(inference, n) for a in _lookup_rows(inference, n)}
     # kv heads before the query heads inside one of their groups: in a fused weight they hold equally much
@@ -183,6 +190,23 @@ def _source(node: Node) -> Node:
     while node.op == "call_function" and (facts_of(node).identity or is_boundary(node)) and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
+
+
+def _in_other_segments(result: Result, atom: Atom, taken: set[Atom]) -> bool:
+    """Whether a class and those taken stand in different segments of one dimension wherever they meet: a fused weight
+    of attention and MLP is split by heads in one part and by features in the other."""
+    for dims in result if isinstance(result, tuple) else (result,):
+        for other in taken:
+            places = [dim for dim in dims or () if {atom, other} & {*atoms_in(dim)}]
+            met = {a for dim in places for a in atoms_in(dim)} >= {atom, other}
+            if met and (len(places) > 1 or not any(_apart(leaf, atom, other) for leaf in leaves(places[0]))):
+                return False
+    return True
+
+
+def _apart(leaf: Atom, one: Atom, other: Atom) -> bool:
+    inside = [{*atoms_in(segment)} & {one, other} for segment in leaf.segments or ()]
+    return {one} in inside and {other} in inside and {one, other} not in inside
 
 
 def _lookup_rows(inference: AxisInference, node: Node) -> list[Atom]:

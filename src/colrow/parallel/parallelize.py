@@ -91,6 +91,8 @@ def parallelize(
             _undo_left_out(module)  # of an earlier call; all of them before the first style sees a parameter
     for fqn, module in named:
         site = Site(model, fqn, tp)
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # made of a padding mask in evaluation: no style knows nested tensors
         if fqn in resolved:
             style = resolved[fqn][1]
             attributes = style.local_attributes(site)
