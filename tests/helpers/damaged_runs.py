@@ -48,7 +48,7 @@ def old_times(folder: Path) -> None:
 def cut(name: str, chance: random.Random) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         size = (folder / name).stat().st_size
-        # The records of steps before the checkpoint exist nowhere else: of those the last line alone is torn.
+        # Records of steps up to the checkpoint exist nowhere else: the last line, of the step after it, is torn.
         os.truncate(folder / name, size - 9 if name.endswith("metrics.jsonl") else chance.randrange(max(size, 1)))
 
     return damage
@@ -68,7 +68,7 @@ def main(root: Path) -> None:
     want = figures(folder / "run")
     shutil.rmtree(folder)
     shutil.copytree(pristine, folder)
-    start(root, folder / "run.yaml", [], Fault("update", "update", nth=7), 1)
+    start(root, folder / "run.yaml", [], Fault("update", "update", nth=8), 1)
     shutil.rmtree(pristine)
     shutil.copytree(folder, pristine)  # steps 2, 4 and 6 were saved, two of them are kept
     names = sorted(str(path.relative_to(pristine)) for path in pristine.rglob("*") if path.is_file())

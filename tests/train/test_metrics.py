@@ -2,15 +2,19 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from colrow.config import LogSection, RunConfig
 from colrow.errors import ConfigError
 from colrow.run.finish import plot_loss
+from colrow.run.loop import Loop
 from colrow.run.progress import TrainingProgress, step_line
 from colrow.train import metrics
 from colrow.train.metrics import Metrics, peak_flops, perplexity, read_metrics, truncate
@@ -39,6 +43,23 @@ def test_a_resumed_run_neither_repeats_nor_misses_a_step(config: Callable[..., R
     with Metrics(run, 5) as second:
         second.write(record(6, val_loss=1.0))
     assert read_metrics(run.run.dir / "metrics.jsonl") == [record(s) for s in range(1, 6)] + [record(6, val_loss=1.0)]
+
+
+def test_records_are_on_the_disk_before_the_checkpoint_of_their_step(
+    config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, done = config(), []
+    run.run.dir.mkdir()
+    loop = Loop.__new__(Loop)
+    loop._config, loop._data, loop._device = run, SimpleNamespace(), torch.device("cpu")  # type: ignore[assignment]
+    loop._training = SimpleNamespace(step=SimpleNamespace(corruption=None), modules=[], optimizer=None)  # type: ignore[assignment]
+    loop._progress = SimpleNamespace(say=lambda line: None)  # type: ignore[assignment]
+    loop._checkpoints = SimpleNamespace(save=lambda *args: done.append("saved"))  # type: ignore[assignment]
+    with Metrics(run, 0) as loop._metrics:
+        number = loop._metrics._file.fileno()
+        monkeypatch.setattr(os, "fsync", lambda handle: done.append("synced" if handle == number else "other"))
+        loop._save(SimpleNamespace(step=1, to_json=lambda *args: {}))  # type: ignore[arg-type]
+    assert done == ["synced", "saved"]
 
 
 def test_truncating_keeps_what_a_checkpoint_holds(tmp_path: Path) -> None:

@@ -280,6 +280,8 @@ class Loop:
         extra = at.to_json(self._config, self._data)
         if corruption := self._training.step.corruption:
             corruption.before_save(at.step)
+        if self._metrics is not None:
+            self._metrics.sync()
         start = time.perf_counter()
         self._checkpoints.save(at.step, self._training.modules, self._training.optimizer, extra)
         waited = time.perf_counter() - start

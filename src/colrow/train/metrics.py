@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -75,6 +76,10 @@ class Metrics:
         self._file.flush()
         for sink in self._sinks:
             sink.write(record)
+
+    def sync(self) -> None:
+        """Have the records on the disk, before a checkpoint is that makes them the only ones of their steps."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
