@@ -157,8 +157,8 @@ def faults(long: bool, chance: random.Random) -> list[Fault]:
         Fault("export", "write", HIDDEN + r"/model.*safetensors$"),
         Fault("export", "write", HIDDEN + r"/config\.json$"),
         Fault("export", "write", HIDDEN + r"/tokenizer"),
-        Fault("export", "rename", HIDDEN + "$"),
-        Fault("export", "renamed", r"/export$"),
+        Fault("export", "renamed", HIDDEN + "$"),
+        Fault("export", "renamed", r"/export$"),  # between the two renames: the previous export has a hidden name
     ]
     if not long:
         return [tokenization[1], save[2], save[6], update[1], save[12], export[0]]
