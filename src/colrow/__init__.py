@@ -1,4 +1,4 @@
-"""colrow: tensor-parallel training for PyTorch. Plan, check, verify, train, keep."""
+"""colrow: tensor-parallel training for PyTorch. Plan, check, verify, forecast, train, keep."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from colrow.checking.check import check as check
     from colrow.dryrun.random_draws import random_draws as random_draws
+    from colrow.forecasting.forecast import forecast as forecast
     from colrow.mesh import Mesh as Mesh
     from colrow.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
     from colrow.parallel.loss import loss_context as loss_context
@@ -25,6 +26,7 @@ _PUBLIC = {
     "Mesh": "colrow.mesh",
     "check": "colrow.checking.check",
     "verify": "colrow.verifying.verify",
+    "forecast": "colrow.forecasting.forecast",
     "Plan": "colrow.plans.plan",
     "linear_cross_entropy": "colrow.ops.linear_cross_entropy",
     "full_tensor": "colrow.sharding.layout",

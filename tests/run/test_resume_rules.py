@@ -31,6 +31,7 @@ OTHER: dict[str, Any] = {
     "derive.split": ("lm_head",),
     "loss": "replicated",
     "verify": "always",
+    "forecast": "warn",
     "model.reduced": "package:build",
     "train.schedule": "wsd",
     "train.decay_steps": 7,

@@ -13,11 +13,12 @@ import torch
 
 from colrow.config import LogSection, RunConfig
 from colrow.errors import ConfigError
+from colrow.forecasting.devices import peak_flops
 from colrow.run.finish import plot_loss
 from colrow.run.loop import Loop
 from colrow.run.progress import TrainingProgress, step_line
 from colrow.train import metrics
-from colrow.train.metrics import Metrics, peak_flops, perplexity, read_metrics, truncate
+from colrow.train.metrics import Metrics, perplexity, read_metrics, truncate
 
 
 def record(step: int, **more: float) -> dict[str, float]:

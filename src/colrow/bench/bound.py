@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from colrow.forecasting.devices import of_device
 from colrow.mesh import Mesh
 from colrow.models.llama import LlamaConfig
 from colrow.models.shapes import flops_per_token
-from colrow.train.metrics import of_device
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from colrow.bench.one_rank import fake_group
 from colrow.bench.trace import StepTrace, read_trace
 from colrow.config import RunConfig
 from colrow.errors import ConfigError
+from colrow.forecasting.devices import peak_flops
 from colrow.mesh import MeshAxes
 from colrow.models.build import build_source
 from colrow.models.shapes import flops_per_token
@@ -33,7 +34,6 @@ from colrow.run import preflight
 from colrow.run.executed import executed_paths
 from colrow.run.rank import RankInfo, process_group, set_device
 from colrow.train.cuda_graph import EAGER_STEPS
-from colrow.train.metrics import peak_flops
 from colrow.train.setup import Training, set_up
 from colrow.train.step import Batch
 

@@ -13,11 +13,13 @@ VERBS = {
     "train": "start or continue a run",
     "plan": "show a plan: each parameter, each collective of a layer",
     "check": "find what is wrong with a plan, without a GPU",
+    "forecast": "what each mesh will cost in memory and time, without a GPU",
     "verify": "prove on a CPU that the sharded model computes the same numbers",
     "checkpoints": "list a run's checkpoints and their state",
     "export": "write a run's weights as a Hugging Face folder",
     "generate": "sample text from a run or an export",
     "bench": "measure plans beside each other",
+    "calibrate": "measure a host for its forecasts",
 }
 
 

@@ -93,6 +93,7 @@ def _print_keys(path: str) -> NoReturn:
 def _start(argv: list[str]) -> int:
     from colrow.data.prepare import prepare
     from colrow.run import preflight
+    from colrow.run.forecast_line import forecast_lines
     from colrow.run.hang_guard import LauncherGuard
     from colrow.run.launch import launch
     from colrow.run.outputs import output_lines
@@ -113,6 +114,8 @@ def _start(argv: list[str]) -> int:
     for line in preflight.check_plan(config, checked.source, checked.plan, checked.judgement):
         print(line)
     for line in output_lines(config, checked.source):
+        print(line)
+    for line in forecast_lines(config, checked.source.model, checked.plan):
         print(line)
     data = prepare(config.data, checked.source.vocab_size, progress=True)
     preflight.check_checkpoint(checked, data.tokenizer)

@@ -66,11 +66,12 @@ class UnitParameters:
 
     Attributes:
         numels: of each parameter, local to the rank, with the length of its dim 0.
-        trained: of those that get a gradient.
+        trained: of those that get a gradient; partial: elements of those whose gradient is a partial sum over tp.
     """
 
     numels: tuple[tuple[int, int], ...]
     trained: tuple[tuple[int, int], ...]
+    partial: tuple[int, ...] = ()
 
     @property
     def count(self) -> int:
@@ -216,7 +217,9 @@ def _unit(params: list[nn.Parameter]) -> UnitParameters:
         local = [local_tensor(param.detach()) for param in chosen]
         return tuple((t.numel(), t.shape[0] if t.dim() else 1) for t in local)
 
-    return UnitParameters(sizes(params), sizes([param for param in params if param.requires_grad]))
+    partial = [param for param in params if isinstance(param.grad, DTensor) and param.grad.placements[0].is_partial()]
+    trained = [param for param in params if param.requires_grad]
+    return UnitParameters(sizes(params), sizes(trained), tuple(numel for numel, _ in sizes(partial)))
 
 
 def _fake(inputs: Inputs) -> Inputs:

@@ -16,6 +16,7 @@ from colrow.checkpoint.distributed import Checkpoints
 from colrow.config import RunConfig
 from colrow.data.loader import BatchOrder, DataAxisSampler, Loader
 from colrow.data.prepare import PreparedData
+from colrow.forecasting.devices import peak_flops
 from colrow.mesh import MeshAxes
 from colrow.models.shapes import flops_per_token
 from colrow.run.batch_check import check_same_batch
@@ -27,7 +28,7 @@ from colrow.run.nonfinite import NonfiniteSteps
 from colrow.run.progress import TrainingProgress
 from colrow.run.resume import ResumePoint
 from colrow.train.evaluate import Evaluation
-from colrow.train.metrics import Metrics, Record, peak_flops, perplexity
+from colrow.train.metrics import Metrics, Record, perplexity
 from colrow.train.schedule import learning_rate
 from colrow.train.setup import Training
 

@@ -65,7 +65,7 @@ RULES: dict[str, Rule] = {
     ),
     **_rules("used and printed", "another way to compute the same figures", "plan", "loss"),
     **_rules("used and printed", "another derived plan", "derive.keep_whole", "derive.split"),
-    **_rules("used", "from the next start on", "check", "verify", "model.reduced"),
+    **_rules("used", "from the next start on", "check", "verify", "forecast", "model.reduced"),
     **_rules(
         "used and printed",
         "a function of the step: the next step's learning rate, previous and new, is printed where it differs",

@@ -14,21 +14,16 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from colrow.config import LogSection, RunConfig
 from colrow.data.disk import atomic_write
 from colrow.errors import ConfigError
 
 Record = dict[str, Any]
-T = TypeVar("T")
 FILE = "metrics.jsonl"
-
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12}
-"""Dense bf16 FLOP/s by a substring of the GPU's name (data sheets of the SXM forms)."""
 
 
 def perplexity(loss: float) -> float:
@@ -37,16 +32,6 @@ def perplexity(loss: float) -> float:
         return math.exp(loss)
     except OverflowError:
         return math.inf
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of the GPU of this name; None when the table lacks it: then there is no MFU."""
-    return of_device(PEAK_FLOPS, device_name)
-
-
-def of_device(table: Mapping[str, T], device_name: str) -> T | None:
-    """The entry whose key is in the GPU's name; None when there is none."""
-    return next((entry for key, entry in table.items() if key in device_name), None)
 
 
 class Sink(Protocol):

@@ -1,0 +1,84 @@
+"""`colrow calibrate -o TABLE`: measure this host's GPUs and links for `colrow forecast --table TABLE`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from colrow.cli.flags import parse
+from colrow.errors import ConfigError
+
+JOB = "--job"
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Measure matmuls, attention, memory, the update and all-gathers on this host; some minutes."""
+
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Write the table to this file."""
+    gpus: int | None = None
+    """Ranks, one a GPU; all of this host's GPUs unless given."""
+    device: str = "cuda"
+    """cuda, or cpu to see that it works."""
+    small: bool = False
+    """Sizes that take a second and measure nothing of use."""
+
+
+def main(argv: list[str]) -> int:
+    """Exit 0; 1 when a rank failed; 2 for bad usage."""
+    if argv and argv[0] == JOB:
+        return _rank(Path(argv[1]), argv[2], argv[3] == "small")
+    flags = parse(Flags, "calibrate", argv)
+    import torch
+
+    if flags.device not in ("cuda", "cpu"):
+        raise ConfigError(f"--device {flags.device}: use cuda, or cpu")
+    found = torch.cuda.device_count() if flags.device == "cuda" else 2
+    if not found:
+        raise ConfigError("no GPU is visible: run it on the host that the forecast is for, or with --device cpu")
+    ranks = found if flags.gpus is None else flags.gpus
+    if not 1 <= ranks <= max(found, 8 if flags.device == "cpu" else 0):
+        raise ConfigError(f"--gpus {ranks}: this host has {found}")
+    from colrow.run.launch import launch
+
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "table.json"
+        size = "small" if flags.small else "full"
+        failure = launch(["-m", "colrow", "calibrate", JOB, str(result), flags.device, size], ranks, save=False).failure
+        if failure is not None:
+            print(f"colrow calibrate: error: {failure.text.strip()}", file=sys.stderr)
+            return 1
+        table = json.loads(result.read_text(encoding="utf-8"))
+    flags.output.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    print(f"{table['source']}; table written to {flags.output}")
+    return 0
+
+
+def _rank(result: Path, device_type: str, small: bool) -> int:
+    """One rank, under the launcher."""
+    import torch
+    import torch.distributed as dist
+
+    from colrow.cli.train import rank_info, reporting_errors
+    from colrow.forecasting.calibrate import SMALL, Sizes, calibrate
+
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    with reporting_errors(Path(error_file) if error_file else None):
+        info = rank_info()
+        device = torch.device(device_type, info.local_rank) if device_type == "cuda" else torch.device("cpu")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        table = calibrate(device, SMALL if small else Sizes())
+        if info.rank == 0:
+            result.write_text(json.dumps(table), encoding="utf-8")
+        dist.destroy_process_group()
+    return 0

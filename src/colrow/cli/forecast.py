@@ -1,0 +1,190 @@
+"""`colrow forecast CONFIG`: what each mesh will cost in memory and time, before a GPU is used."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table as Grid
+
+from colrow.cli.flags import parse
+from colrow.config import RunConfig, load_config
+from colrow.errors import ConfigError
+
+if TYPE_CHECKING:  # a wrong flag need not wait for torch
+    from colrow.forecasting.choices import Choices, Table
+    from colrow.forecasting.forecast import Row
+
+_DISK = 1.7e9
+"""bytes/s that the ranks of a host wrote together (docs/guide/performance.md)."""
+_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Forecast memory, step time and tokens/s of every mesh that a config's plan and sizes allow."""
+
+    config: tyro.conf.Positional[Path]
+    """A run's config, whose corpus is not read and whose mesh is not used."""
+    gpus: int | None = None
+    """GPUs of all hosts together; as many as the config's mesh has unless given."""
+    gpu: str = "h100-sxm"
+    """h100-sxm, h100-pcie, h200, h800, b200, a100-80gb, a100-40gb, l40s."""
+    hosts: int = 1
+    """Hosts that the GPUs are spread over."""
+    table: Path | None = None
+    """Rates that `colrow calibrate` wrote; those shipped with colrow, or the data sheet's, unless given."""
+    longest: bool = False
+    """The longest sequence and the largest micro-batch that fit on each mesh."""
+    json: bool = False
+    """Print JSON instead."""
+    html: Path | None = None
+    """Write an HTML page with bars of memory and of time to this file."""
+
+
+def main(argv: list[str]) -> int:
+    """Exit 0; 1 where no mesh fits; 2 for bad usage."""
+    flags = parse(Flags, "forecast", argv)
+    for name in ("gpus", "hosts"):
+        if (value := getattr(flags, name)) is not None and value < 1:
+            raise ConfigError(f"--{name} {value}: give 1 or more")
+    config = load_config(flags.config)
+    choices = _choices(flags, config)
+    if flags.longest:
+        return _show_longest(choices, flags)
+    table = choices.table()
+    if not table.rows:
+        reasons = "\n".join(f"  {mesh}: {why}" for mesh, why in table.left_out[:4])
+        raise ConfigError(f"no mesh of these GPUs can run the config:\n{reasons}")
+    if flags.html is not None:
+        from colrow.forecasting.page import write_page
+
+        write_page(table, str(flags.config), flags.html)
+    if flags.json:
+        json.dump({"rows": [row.to_data() for row in table.rows], "chosen": table.chosen}, sys.stdout, indent=1)
+        print()
+    else:
+        show(table, config, Console(highlight=False))
+        if flags.html is not None:
+            print(f"page written to {flags.html}")
+    return 0 if table.chosen is not None else 1
+
+
+def _choices(flags: Flags, config: RunConfig) -> Choices:
+    from colrow.forecasting.choices import Choices
+    from colrow.forecasting.devices import device_named
+    from colrow.models.build import build_source
+
+    device = device_named(flags.gpu, flags.table)
+    model = build_source(config.model, config.run.seed).model
+    return Choices(config, model, device, flags.gpus or config.mesh.world_size, flags.hosts)
+
+
+def show(table: Table, config: RunConfig, console: Console) -> None:
+    """The table, the parts of the chosen row, and what the run would take."""
+    first = table.rows[0]
+    gib = 2**30
+    console.print(
+        f"{first.mesh.world_size} × {first.device.name}, {first.device.memory / gib:.0f} GiB each; global batch "
+        f"{config.train.global_batch} × {config.data.seq_len} tokens"
+    )
+    console.print(f"rates: {first.device.source}; band ± {first.device.band:.0%}\n", soft_wrap=True)
+    console.print(_grid(table.rows[:_SHOWN]))
+    if (more := len(table.rows) - _SHOWN) > 0:
+        console.print(f"{more} more rows: --json prints all")
+    for mesh, why in table.left_out[:3]:
+        console.print(f"left out: {mesh}: {why}", soft_wrap=True)
+    if table.chosen is None:
+        console.print("\nnothing fits: take more GPUs, shorter sequences, or a smaller model")
+        return
+    console.print(f"\nchosen: {first.mesh}, plan {_plan(first)}, {_choice(first)}", soft_wrap=True)
+    band = first.time.band / first.time.seconds * first.tokens_per_second_per_gpu
+    console.print(
+        f"  {first.tokens_per_second_per_gpu:,.0f} ± {band:,.0f} tokens/s per GPU, limited by {first.bottleneck}"
+    )
+    memory = {part.name: getattr(first.memory, part.name) / gib for part in fields(first.memory)}
+    console.print(f"  memory {_parts(memory, 'GiB')}", soft_wrap=True)
+    console.print(f"  time   {_parts({k: s * 1e3 for k, s in first.time.parts.items()}, 'ms')}", soft_wrap=True)
+    for row in table.rows[1:3]:
+        if row.fits:
+            console.print(f"  {row.mesh}, {_plan(row)}, loses {_why(first, row)}", soft_wrap=True)
+    console.print(_totals(first, config), soft_wrap=True)
+
+
+def _grid(rows: list[Row]) -> Grid:
+    grid = Grid(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
+    for title in ("mesh", "plan", "batch", "recompute", "GiB", "step ms", "tok/s", "MFU"):
+        left = title in ("mesh", "plan", "recompute")
+        grid.add_column(title, justify="left" if left else "right", no_wrap=True)
+    for row in rows:
+        options, speed = row.options, ["does not fit", "", ""]
+        if row.fits:
+            mfu = f"{row.mfu:.0%}" if row.mfu else ""
+            speed = [f"{row.time.seconds * 1e3:,.0f}", f"{row.tokens_per_second_per_gpu:,.0f}", mfu]
+        batch = f"{options.micro_batches}×{options.micro_batch}"
+        grid.add_row(str(row.mesh), _plan(row), batch, options.recompute, f"{row.memory.device / 2**30:.1f}", *speed)
+    return grid
+
+
+def _show_longest(choices: Choices, flags: Flags) -> int:
+    from colrow.errors import PlanError
+
+    found: list[dict[str, Any]] = []
+    for mesh in choices.meshes():
+        try:
+            longest = choices.longest(mesh)
+        except (ConfigError, PlanError):
+            continue
+        recompute = longest.row.options.recompute
+        found.append({
+            "mesh": mesh.model_dump(), "plan": _plan(longest.row), "activation_checkpoint": recompute,
+            "seq_len": longest.seq_len, "micro_batch": longest.micro_batch,
+        })  # fmt: skip
+        if not flags.json:
+            print(f"{mesh!s:32} {_plan(longest.row):14} {longest.row.options.recompute:10} "
+                  f"longest sequence {longest.seq_len:>9,}   largest micro-batch {longest.micro_batch:>4}")  # fmt: skip
+    if flags.json:
+        json.dump({"rows": found}, sys.stdout, indent=1)
+        print()
+    return 0 if any(entry["seq_len"] for entry in found) else 1
+
+
+def _plan(row: Row) -> str:
+    return row.plan + (" graph" if row.options.cuda_graph else "")
+
+
+def _choice(row: Row) -> str:
+    options = row.options
+    return f"train.micro_batch {options.micro_batch}, train.activation_checkpoint {options.recompute}"
+
+
+def _parts(parts: dict[str, float], unit: str) -> str:
+    shown = sorted(((name, value) for name, value in parts.items() if value >= 0.05), key=lambda item: -item[1])
+    return ", ".join(f"{name} {value:.1f}" for name, value in shown) + f" {unit}"
+
+
+def _why(best: Row, row: Row) -> str:
+    """By which part of the step a row loses most, a token."""
+    share = best.tokens_per_second_per_gpu / row.tokens_per_second_per_gpu - 1
+    names = {*best.time.parts, *row.time.parts}
+
+    def rate(of: Row, name: str) -> float:
+        return of.time.parts.get(name, 0.0) / of.time.seconds / of.tokens_per_second_per_gpu
+
+    worst = max(names, key=lambda name: rate(row, name) - rate(best, name))
+    return f"{share:.0%} by {worst}: {row.time.parts.get(worst, 0.0) * 1e3:.0f} ms"
+
+
+def _totals(row: Row, config: RunConfig) -> str:
+    tokens = config.train.steps * config.train.global_batch * config.data.seq_len
+    seconds = tokens / (row.tokens_per_second_per_gpu * row.mesh.world_size)
+    states = (row.memory.masters + row.memory.optimizer) * row.mesh.tp * row.mesh.dp_shard * row.mesh.pp
+    return (
+        f"  {tokens:,} tokens: {seconds / 86400:.2f} days, {seconds / 3600 * row.mesh.world_size:,.1f} GPU-hours; a "
+        f"checkpoint {states / 2**30:.0f} GiB, {states / _DISK:.0f} s on a disk of {_DISK / 1e9:.1f} GB/s"
+    )

@@ -1,0 +1,186 @@
+"""The cells that a config allows on a number of GPUs, the best of each mesh, and how long a sequence fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from colrow.checking.degrees import plan_degrees
+from colrow.config import RunConfig
+from colrow.errors import ConfigError, PlanError
+from colrow.forecasting.devices import Device
+from colrow.forecasting.forecast import MARGIN, Forecaster, Options, Row
+from colrow.mesh import Mesh
+from colrow.parallel.pipeline_split import check_pipeline, fit_micro_batch, require_parts
+from colrow.plans.named import named_plan
+from colrow.plans.plan import Plan
+from colrow.plans.presets import FAST, PRESETS
+
+_RECOMPUTE = ("none", "selective", "full")
+_STEP = 256  # tokens: lengths that `longest` tries are multiples of it
+
+
+@dataclass(frozen=True)
+class Table:
+    """The best cell of each mesh.
+
+    Attributes:
+        rows: those that fit first, by tokens/s.
+        left_out: meshes that cannot run, with the reason.
+    """
+
+    rows: list[Row]
+    left_out: list[tuple[Mesh, str]]
+
+    @property
+    def chosen(self) -> int | None:
+        """The row to take; None where nothing fits."""
+        return 0 if self.rows and self.rows[0].fits else None
+
+
+@dataclass(frozen=True)
+class Longest:
+    """What fits on a mesh: tokens of one sequence, and sequences of the config's length in a micro-batch."""
+
+    row: Row
+    seq_len: int
+    micro_batch: int
+
+
+class Choices:
+    """The cells of a config's model.
+
+    Args:
+        config: its mesh is not used.
+        model: of the config, on the meta device.
+    """
+
+    def __init__(self, config: RunConfig, model: nn.Module, device: Device, gpus: int, hosts: int = 1) -> None:
+        if gpus % hosts:
+            raise ConfigError(f"--gpus {gpus} is not divisible by --hosts {hosts}: give the number of all hosts' GPUs")
+        self._config, self._model, self._gpus, self._per_host = config, model, gpus, gpus // hosts
+        self._forecaster = Forecaster(model, device, self._per_host)
+        self._plans: dict[tuple[str, int], Plan] = {}
+
+    def table(self) -> Table:
+        """Every mesh of the GPUs, each with its best plan, recomputation and micro-batch."""
+        rows, left_out = [], []
+        for mesh in self.meshes():
+            try:
+                rows.append(self.best(mesh))
+            except (ConfigError, PlanError) as error:
+                left_out.append((mesh, str(error).partition("\n")[0]))
+        rows.sort(key=lambda row: (not row.fits, -row.tokens_per_second_per_gpu if row.fits else row.memory.device))
+        return Table(rows, left_out)
+
+    def meshes(self) -> Iterator[Mesh]:
+        """All meshes whose tp the plan allows and stays inside a host."""
+        degrees = plan_degrees(self._model, self._plan(self._config.plan, 1))
+        for tp in (n for n in _divisors(self._gpus) if n in degrees and n <= self._per_host):
+            for pp in _divisors(self._gpus // tp):
+                for shard in _divisors(self._gpus // tp // pp):
+                    yield Mesh(pp=pp, dp_replicate=self._gpus // tp // pp // shard, dp_shard=shard, tp=tp)
+
+    def best(self, mesh: Mesh) -> Row:
+        """The fastest cell of a mesh that fits; the smallest where none does.
+
+        Raises:
+            ConfigError, PlanError: the config cannot run on the mesh.
+        """
+        config = self._on(mesh)
+        smallest: Row | None = None
+        for recompute in _RECOMPUTE[_RECOMPUTE.index(config.train.activation_checkpoint) :]:
+            rows = [row for name in self._plan_names(mesh) for row in self._rows(config, name, recompute)]
+            if fitting := [row for row in rows if row.fits]:
+                return max(fitting, key=lambda row: row.tokens_per_second_per_gpu)
+            smallest = min([*rows, *([smallest] if smallest else [])], key=lambda row: row.memory.device)
+        assert smallest is not None
+        return smallest
+
+    def longest(self, mesh: Mesh) -> Longest:
+        """Memory is nearly linear in the tokens of a micro-batch: two walks give a guess, a third one proves it."""
+        config = self._on(mesh)
+        row = self.best(mesh)
+        plan, tp = self._plan(row.plan, mesh.tp), mesh.tp
+        unit = _STEP * tp if plan.sequence_parallel() else _STEP
+        one = replace(row.options, micro_batch=1, micro_batches=1 if mesh.pp == 1 else max(mesh.pp, 1))
+        limit = getattr(getattr(self._model, "config", None), "max_position_embeddings", 0) or 2**20
+        length = self._largest(plan, mesh, one, "seq_len", min(unit * 4, limit), unit, limit)
+        batch = self._largest(plan, mesh, replace(one, seq_len=config.data.seq_len), "micro_batch", 1, 1, 4096)
+        return Longest(row, length, batch)
+
+    def _largest(self, plan: Plan, mesh: Mesh, options: Options, name: str, start: int, unit: int, limit: int) -> int:
+        """The largest value of an option that fits, a multiple of `unit`; 0 where none does."""
+
+        def row(value: int) -> Row:
+            changed = replace(options, seq_len=value) if name == "seq_len" else replace(options, micro_batch=value)
+            return self._forecaster.row(plan, mesh, changed)
+
+        first, second = row(start), row(2 * start)
+        if not first.fits:
+            return 0
+        slope = (second.memory.device - first.memory.device) / start
+        value = start
+        for _ in range(3):
+            room = row(value).free - (first.device.memory - _usable(first))
+            value = min(limit, max(start, int((value + room / slope) // unit * unit)))
+            if row(value).fits and (value == limit or not row(value + unit).fits):
+                return value
+        while value > start and not row(value).fits:
+            value -= unit
+        return value
+
+    def _rows(self, config: RunConfig, name: str, recompute: str) -> Iterator[Row]:
+        mesh = config.mesh
+        plan = self._plan(name, mesh.tp)
+        if plan.sequence_parallel() and config.data.seq_len % mesh.tp:
+            raise PlanError(f"seq_len={config.data.seq_len} is not divisible by tp={mesh.tp}")
+        options = replace(options_of(config), recompute=recompute)  # type: ignore[arg-type]
+        row = self._forecaster.row(plan, mesh, options)
+        yield row
+        if mesh.tp_alone and row.time.parts["cpu"] > 0 and options.compiled and not options.cuda_graph:
+            yield self._forecaster.row(plan, mesh, replace(options, cuda_graph=True))
+
+    def _plan_names(self, mesh: Mesh) -> Sequence[str]:
+        name = self._config.plan
+        return [name, "llama-overlap"] if name in PRESETS and name not in FAST and mesh.tp > 1 else [name]
+
+    def _plan(self, name: str, tp: int) -> Plan:
+        if (name, tp) not in self._plans:
+            loss = "linear" if name in FAST and name != self._config.plan else self._config.loss
+            self._plans[name, tp] = named_plan(name, self._model, tp, loss)
+        return self._plans[name, tp]
+
+    def _on(self, mesh: Mesh) -> RunConfig:
+        config = fit_micro_batch(self._config.model_copy(update={"mesh": mesh}))
+        if mesh.pp > 1:
+            check_pipeline(config.model_copy(update={"device": "cpu"}), len(require_parts(self._model)))
+        return config
+
+
+def options_of(config: RunConfig) -> Options:
+    """How a config's step is run, on GPUs."""
+    train, pipeline = config.train, config.pipeline
+    return Options(
+        train.micro_batch,
+        config.micro_batches,
+        config.data.seq_len,
+        train.activation_checkpoint,
+        compiled=train.compile is not False,
+        cuda_graph=train.cuda_graph and config.mesh.tp_alone,
+        reshard=config.fsdp.reshard_after_forward,
+        schedule=pipeline.schedule,
+        split=pipeline.split,
+        dtype=torch.float32 if train.precision == "fp32" else torch.bfloat16,
+    )
+
+
+def _usable(row: Row) -> float:
+    return (1 - MARGIN) * row.device.memory
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

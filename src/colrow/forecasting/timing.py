@@ -1,0 +1,209 @@
+"""The time of a step by parts, from what a rank computes and sends and from a device's rates.
+
+    products       FLOPs / rate, and the bytes of operands / memory's rate, of each matmul
+    attention      causal FLOPs / rate, forward and backward
+    pointwise      bytes / rate: in compiled blocks each chain of operators as one pass
+    optimizer      bytes of the update / rate
+    AXIS           exposed time of the collectives of tp, dp_shard, dp_replicate, pp
+    bubble         a pipeline's ranks waiting for each other
+    gaps           between kernels
+    cpu            what the CPU takes longer to launch than the GPU to run
+
+[Note: exposed]
+Collectives of tp are exposed unless a style sends chunks beside matmuls; a copy engine hides what has matmuls beside
+it, more at tp 2 than above. FSDP2 gathers and reduces beside compute: exposed are the first gather, the last reduction,
+and what is longer than the compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from colrow.forecasting.devices import Device, Points, Rates, seconds_of
+from colrow.forecasting.memory import Setting, Stage, stages_of
+from colrow.forecasting.traffic import Traffic, stage_work, traffic_of
+from colrow.forecasting.walk import HEAD, ROOT, Walk
+from colrow.forecasting.work import Product, Work
+from colrow.mesh import AXES
+from colrow.plans.plan import Plan
+
+EXPOSED = {"none": 1.0, "point_to_point": 0.5, "collectives": 0.9}
+"""Share of tp's collectives of fast styles that nothing hides, by what overlaps them. Measured on 2 and 4 H200."""
+EXPOSED_OF_COPY_ENGINE = {2: 0.06, 4: 0.3}
+_ENDS = 2 / 64  # of FSDP2's collectives: the first and the last of some 32 units in two directions
+UPDATE_BYTES = 32  # a parameter: master, moments and gradient read, the gradient for its norm; master, moments written
+COPIES_OF_FSDP = 24  # a parameter: into and out of FSDP2's buffers, casts; measured on 4 H200
+OPERANDS = 15e12  # bytes/s of a matmul's operands beside its FLOPs; tells small matmuls from large ones
+CPU_OF_OVERLAP = {"none": 1.0, "collectives": 1.9, "point_to_point": 2.5, "copy_engine": 2.5}
+"""Of the CPU's time for a kernel of a plain compiled block: fast styles run more Python a kernel. Seen with H200."""
+FP8_SHARE = 0.9  # of the matmuls of a fast plan; the head's stay in bf16
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step, by part; `band` to either side."""
+
+    parts: Mapping[str, float]
+    band: float
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def bottleneck(self) -> str:
+        """The largest part that another mesh, plan or micro-batch could change, in words."""
+        waits = {name: seconds for name, seconds in self.parts.items() if name in (*AXES, "bubble", "cpu")}
+        worst = max(waits, key=lambda name: waits[name], default="")
+        if worst and waits[worst] > 0.08 * self.seconds:
+            return _WORDS[worst]
+        if self.parts["pointwise"] + self.parts["optimizer"] > 0.35 * self.seconds:
+            return "memory traffic of pointwise kernels and optimizer"
+        return "compute"
+
+
+_WORDS = {
+    "tp": "exposed collectives of tp",
+    "dp_shard": "exposed gathers and reductions of dp_shard",
+    "dp_replicate": "exposed reductions of dp_replicate",
+    "pp": "sends between pipeline stages",
+    "bubble": "the pipeline's bubble",
+    "cpu": "the CPU, which launches kernels slower than the GPU runs them",
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The devices and how many of them a host has."""
+
+    device: Device
+    per_host: int
+
+    def link(self, setting: Setting, axis: str) -> Points:
+        """Of groups along an axis: inside a host, or the network where a group spans hosts."""
+        inner = 1
+        for name in reversed(AXES):
+            size = getattr(setting.mesh, name)
+            if name == axis:
+                rates = self.device.rates
+                if inner * size > self.per_host and rates.network:
+                    return rates.network
+                return _nearest(rates.links, size)
+            inner *= size
+        raise AssertionError(axis)
+
+
+@dataclass(frozen=True)
+class Program:
+    """How the step is run.
+
+    Attributes:
+        overlap: of the plan's fast styles; `none` for plain ones.
+        fp8: matmuls of fast styles run in fp8.
+    """
+
+    overlap: str = "none"
+    fp8: bool = False
+    compiled: bool = True
+    cuda_graph: bool = False
+
+    @classmethod
+    def of(cls, plan: Plan, *, compiled: bool, cuda_graph: bool) -> Program:
+        overlaps = {overlap for style in plan.modules.values() if (overlap := getattr(style, "overlap", None))}
+        order = ("copy_engine", "point_to_point", "collectives")
+        overlap = next((name for name in order if name in overlaps), "none")
+        fp8 = any(getattr(style, "fp8", None) for style in plan.modules.values())
+        return cls(overlap, fp8, compiled, cuda_graph)
+
+
+def step_time(walk: Walk, setting: Setting, program: Program, machine: Machine) -> StepTime:
+    """Of the slowest pipeline rank, with the bubble of the others."""
+    stages = list(stages_of(walk, setting))
+    times = [_rank_time(walk, setting, stage, program, machine) for stage in stages]
+    slowest = max(times, key=lambda parts: sum(parts.values()))
+    pp, m = len(stages), setting.micro_batches
+    if pp > 1:
+        once = slowest["optimizer"] + slowest.get("dp_shard", 0.0) + slowest.get("dp_replicate", 0.0)
+        slowest["bubble"] = (pp - 1) / m * (sum(slowest.values()) - once)
+    seconds = sum(slowest.values())
+    return StepTime(slowest, machine.device.band * seconds)
+
+
+def _rank_time(walk: Walk, setting: Setting, stage: Stage, program: Program, machine: Machine) -> dict[str, float]:
+    rates, m = machine.device.rates, setting.micro_batches
+    inside, outside = stage_work(walk, stage)
+    parts = {name: m * seconds for name, seconds in compute_parts(inside, outside, walk, program, rates).items()}
+    if (program.overlap in ("copy_engine", "point_to_point") and walk.cell.tp > 1) or setting.mesh.dp_shard > 1:
+        parts["products"] *= 1 + rates.overlap_slowdown
+    units = sum(walk.units[name].trained_count for name in (*stage.layers, *_ends(walk, stage)))
+    update = UPDATE_BYTES + (0 if setting.copies else COPIES_OF_FSDP)
+    parts["optimizer"] = update * units / setting.mesh.dp_shard / rates.optimizer
+    compute = sum(parts.values()) - parts["optimizer"]
+    sent: dict[str, float] = {}
+    for traffic in traffic_of(walk, setting, stage):
+        seconds = traffic.calls * call_seconds(traffic, setting, machine)
+        sent[traffic.axis] = sent.get(traffic.axis, 0.0) + seconds
+    for axis, seconds in sent.items():
+        parts[axis] = exposed(axis, seconds, compute, setting, program)
+    parts["gaps"] = rates.gaps * sum(parts.values())
+    cpu = m * cpu_seconds(inside, outside, program, rates)
+    parts["cpu"] = 0.0 if program.cuda_graph else max(0.0, cpu - sum(parts.values()))
+    return parts
+
+
+def _ends(walk: Walk, stage: Stage) -> list[str]:
+    return [name for name, held in ((ROOT, stage.first), (HEAD, stage.last)) if held]
+
+
+def compute_parts(inside: Work, outside: Work, walk: Walk, program: Program, rates: Rates) -> dict[str, float]:
+    """Seconds of one micro-batch: `inside` and `outside` of blocks."""
+    products = inside.products + outside.products
+    flops = float(sum(products.values()))
+    low = FP8_SHARE * sum(inside.products.values()) if program.fp8 else 0.0
+    rate = rates.fused if program.overlap == "none" else rates.fused_fast
+    fused = inside.fused_bytes / rate if program.compiled else inside.bytes / rates.memory
+    forward, backward = inside.attention_forward, inside.attention_backward
+    return {
+        "products": (flops - low) / rates.matmul + low / rates.matmul_fp8 + operand_bytes(products, walk) / OPERANDS,
+        "attention": forward / rates.attention_forward + backward / rates.attention_backward,
+        "pointwise": fused + outside.bytes / (rates.outside if program.compiled else rates.memory),
+    }
+
+
+def operand_bytes(products: Mapping[Product, int], walk: Walk) -> float:
+    """Read and written by these matmuls."""
+    total = 0.0
+    for (rows, inner, columns), flops in products.items():
+        if volume := rows * inner * columns:
+            total += flops / (2 * volume) * (rows * inner + inner * columns + rows * columns)
+    return total * walk.cell.dtype.itemsize
+
+
+def cpu_seconds(inside: Work, outside: Work, program: Program, rates: Rates) -> float:
+    """Of the CPU for one micro-batch."""
+    if not program.compiled:
+        return rates.operator * (inside.operators + outside.operators)
+    return rates.kernel * CPU_OF_OVERLAP[program.overlap] * (inside.kernels + outside.kernels)
+
+
+def call_seconds(traffic: Traffic, setting: Setting, machine: Machine) -> float:
+    """Of one collective alone."""
+    n = getattr(setting.mesh, traffic.axis)
+    share = {"all_reduce": 2 * (n - 1) / n, "send": 1.0, "broadcast": 1.0}.get(traffic.kind, (n - 1) / n)
+    return seconds_of(machine.link(setting, traffic.axis), share * traffic.bytes)
+
+
+def exposed(axis: str, seconds: float, compute: float, setting: Setting, program: Program) -> float:
+    """Seconds of an axis's collectives beside which nothing runs: see [Note: exposed]."""
+    if axis == "tp":
+        if program.overlap == "copy_engine":
+            return seconds * EXPOSED_OF_COPY_ENGINE[2 if setting.mesh.tp == 2 else 4]
+        return seconds * EXPOSED[program.overlap]
+    if axis == "pp":
+        return seconds / 2  # the other half runs beside another micro-batch
+    return max(seconds * _ENDS, seconds - 0.9 * compute)
+
+
+def _nearest(links: Mapping[int, Points], size: int) -> Points:
+    return links[min(links, key=lambda n: (abs(n - size), n))] if links else ()

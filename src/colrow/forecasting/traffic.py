@@ -1,0 +1,95 @@
+"""Every collective of a step by axis: those of tp as a walk saw them, those of FSDP2 and pipelines by their rules.
+
+[Note: FSDP2's traffic]
+A unit's parameters are gathered in one all-gather of the compute dtype, of which each parameter is padded on dim 0 to a
+multiple of the shards; its gradients leave in one reduce-scatter of fp32, and over replicas in an all-reduce of that
+shard. With resharding a block is gathered twice a micro-batch; root and head once; without, all once a step. Gradients
+leave in the last micro-batch. Before that FSDP2 sums what is partial over tp, such as those of norms.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from math import ceil
+
+from colrow.forecasting.memory import Setting, Stage
+from colrow.forecasting.walk import HEAD, ROOT, Walk
+from colrow.forecasting.work import Work
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """A kind of collective on one axis: all its calls of one size in a step of a rank.
+
+    Attributes:
+        kind: all_gather, reduce_scatter, all_reduce, all_to_all, broadcast, or send between stages.
+        bytes: of the larger side, of one call.
+        in_block: a block's own, so that other work can run beside it; else at the ends of a step.
+    """
+
+    axis: str
+    kind: str
+    bytes: int
+    calls: int
+
+
+def traffic_of(walk: Walk, setting: Setting, stage: Stage) -> list[Traffic]:
+    """Of forward and backward of all micro-batches on this pipeline rank."""
+    found: Counter[tuple[str, str, int]] = Counter()
+    for work in stage_work(walk, stage) if walk.cell.tp > 1 else ():
+        for (kind, nbytes), number in work.collectives.items():
+            found["tp", kind, nbytes] += number * setting.micro_batches
+    if setting.mesh.dp > 1:
+        found.update(_of_data_axes(walk, setting, stage))
+    ways = (not stage.first) + (not stage.last)
+    if ways:
+        found["pp", "send", walk.boundary] += 2 * ways * setting.micro_batches
+    return [Traffic(*key, number) for key, number in found.items()]
+
+
+def stage_work(walk: Walk, stage: Stage) -> tuple[Work, Work]:
+    """What one micro-batch computes and sends on this pipeline rank: in blocks, and outside of them."""
+    inside, outside = Work(), Work()
+    times = Counter(stage.layers)
+    ends = {False: stage.first, True: stage.last}
+    for i, segment in enumerate(walk.segments):
+        if segment.block:
+            inside.add(segment.work, times[segment.block])
+        elif ends[_is_head(walk, i)]:
+            outside.add(segment.work)
+    return inside, outside
+
+
+def _is_head(walk: Walk, index: int) -> bool:
+    """Whether a segment outside of blocks lies between the last block's forward and its backward."""
+    blocks = [i for i, s in enumerate(walk.segments) if s.block]
+    forward = [i for i in blocks if not walk.segments[i].backward]
+    return bool(forward) and forward[-1] < index < min((i for i in blocks if i > forward[-1]), default=index + 1)
+
+
+def _of_data_axes(walk: Walk, setting: Setting, stage: Stage) -> Counter[tuple[str, str, int]]:
+    found: Counter[tuple[str, str, int]] = Counter()
+    shards, replicas = setting.mesh.dp_shard, setting.mesh.dp_replicate
+    low = walk.cell.dtype.itemsize
+    wide = max(4, low)
+    ends = ([ROOT] if stage.first else []) + ([HEAD] if stage.last else [])
+    for name in (*ends, *stage.layers):
+        unit = walk.units[name]
+        if not unit.count:
+            continue
+        for numel in unit.partial:
+            found["tp", "all_reduce", low * numel] += 1
+        if shards > 1:
+            reshards = setting.reshard and name not in (ROOT, HEAD)
+            gathers = setting.micro_batches * (2 if reshards else 1) if setting.reshard else 1
+            found["dp_shard", "all_gather", low * _padded(unit.numels, shards)] += gathers
+            if unit.trained:
+                found["dp_shard", "reduce_scatter", wide * _padded(unit.trained, shards)] += 1
+        if replicas > 1 and unit.trained:
+            found["dp_replicate", "all_reduce", wide * _padded(unit.trained, shards) // shards] += 1
+    return found
+
+
+def _padded(numels: tuple[tuple[int, int], ...], shards: int) -> int:
+    return sum(numel // rows * ceil(rows / shards) * shards for numel, rows in numels)

@@ -1,0 +1,43 @@
+"""`calibrate` on two gloo ranks: a table with every rate, equal on the ranks, which the forecast reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from colrow.errors import ConfigError
+from colrow.forecasting.calibrate import SMALL, calibrate
+from colrow.forecasting.devices import device_named
+from helpers.harness import Ranks
+
+pytestmark = pytest.mark.distributed
+
+
+def measure(device: str) -> dict[str, Any]:
+    return calibrate(torch.device(device), SMALL)
+
+
+@pytest.mark.exhaustive
+def test_ranks_agree_on_a_table_that_the_forecast_reads(ranks: Ranks, tmp_path: Path) -> None:
+    first, second = ranks(2).run(measure)
+    assert first == second
+    rates = first["rates"]
+    assert all(value > 0 for key, value in rates.items() if key != "links")
+    assert [size for size, _ in rates["links"]["2"]] == list(SMALL.messages)
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(first), encoding="utf-8")
+    device = device_named("h100-sxm", path)
+    assert device.rates.matmul == rates["matmul"]
+    assert device.rates.links[2][0][1] == rates["links"]["2"][0][1]
+    assert device.source.startswith("calibrated: 2 × ")
+
+
+def test_a_file_without_rates_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    path.write_text("{}", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"holds no table of rates: write one with `colrow calibrate"):
+        device_named("h100-sxm", path)

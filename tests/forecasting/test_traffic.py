@@ -1,0 +1,129 @@
+"""Bytes and number of every collective of a step, forecast without ranks, are those of real ranks: exactly."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from colrow.forecasting.memory import Setting, stages_of
+from colrow.forecasting.traffic import traffic_of
+from colrow.forecasting.walk import Cell, walk
+from colrow.mesh import AXES, Mesh
+from colrow.ops.parallel_linear import OPERATORS
+from colrow.parallel.data_parallel import apply_data_parallel, set_last_micro_batch
+from colrow.parallel.loss import loss_context, model_loss
+from colrow.parallel.parallelize import parallelize
+from colrow.plans.plan import Plan
+from colrow.sharding.operators import operator
+from colrow.torch_compat import TorchDispatchMode, is_async, process_group_named, tree_leaves
+from helpers.harness import Ranks
+from helpers.llamas import meta, seeded
+
+pytestmark = pytest.mark.distributed
+SIZES = {"vocab_size": 66, "num_hidden_layers": 3}
+BATCH, SEQ = 2, 16
+Counts = Counter[tuple[str, str, int]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A mesh of four ranks, and how a step runs on it."""
+
+    mesh: Mesh
+    plan: Any = "llama"
+    loss: Any = "vocab_parallel"
+    micro_batches: int = 1
+    reshard: bool = True
+    tied: bool = False
+
+
+CASES = {
+    "tp4": Case(Mesh(tp=4), micro_batches=2),
+    "tp2-shard2": Case(Mesh(tp=2, dp_shard=2), micro_batches=2),
+    "tp2-replicate2-fast": Case(Mesh(tp=2, dp_replicate=2), "llama-fast", "linear"),
+    "shard4-keep": Case(Mesh(dp_shard=4), micro_batches=2, reshard=False),
+    "replicate2-shard2-tied": Case(Mesh(dp_replicate=2, dp_shard=2), tied=True),
+}
+
+
+class Collectives(TorchDispatchMode):
+    """Counts (axis, kind, bytes of the larger side) of what this rank sends, inside colrow's operators too."""
+
+    def __init__(self, axes: dict[tuple[int, ...], str]) -> None:
+        super().__init__()
+        self._axes, self.seen = axes, Counts()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if any(isinstance(leaf, DTensor) or is_async(leaf) for leaf in leaves):
+            return NotImplemented  # it comes again, on local tensors
+        if (implementation := OPERATORS.get(func.name().partition(".")[0])) is not None:
+            with self:  # its collectives are inside
+                return implementation(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        name = func.name().partition("::")[2].partition(".")[0]
+        if func.namespace in ("c10d", "_c10d_functional") and (kind := operator(name).collective):
+            group = next(_group_name(arg) for arg in args if _group_name(arg))
+            sizes = [x.numel() * x.element_size() for x in tree_leaves((args, out)) if isinstance(x, Tensor)]
+            members = tuple(dist.get_process_group_ranks(process_group_named(group)))
+            if len(members) > 1:
+                self.seen[self._axes[members], kind, max(sizes)] += 1
+        return out
+
+
+def _group_name(arg: Any) -> str:
+    if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()):
+        return str(dist.ProcessGroup.unbox(arg).group_name)
+    return arg if isinstance(arg, str) and arg not in ("sum", "avg", "max") else ""
+
+
+def count(device: str, cases: dict[str, Case]) -> dict[str, Counts]:
+    return {name: _count(device, case) for name, case in cases.items()}
+
+
+def _count(device: str, case: Case) -> Counts:
+    mesh = case.mesh.build(device, dist.get_world_size())
+    model = seeded(device, tie_word_embeddings=case.tied, **SIZES)
+    plan = Plan.preset(case.plan, case.loss)
+    parallelize(model, plan, mesh)
+    apply_data_parallel(model, mesh, model.layers, param_dtype=None, reshard_after_forward=case.reshard)
+    ids = torch.zeros(BATCH, SEQ, dtype=torch.long, device=device)
+    axes = {
+        tuple(dist.get_process_group_ranks(mesh[axis].get_group())): axis
+        for axis in AXES
+        if getattr(case.mesh, axis) > 1
+    }
+    with Collectives(axes) as counted:
+        for i in range(case.micro_batches):
+            set_last_micro_batch(model, i == case.micro_batches - 1)
+            with loss_context(plan, mesh):
+                model_loss(model, plan, mesh, ids, ids, num_valid=ids.numel()).backward()
+    return counted.seen
+
+
+def forecast(case: Case) -> Counts:
+    cell = Cell(case.mesh.tp, BATCH, SEQ, compiled=False, dtype=torch.float32)
+    walked = walk(meta(tie_word_embeddings=case.tied, **SIZES), Plan.preset(case.plan, case.loss), cell)
+    setting = Setting(case.mesh, case.micro_batches, copies=False, reshard=case.reshard)
+    (stage,) = stages_of(walked, setting)
+    return Counts({(t.axis, t.kind, t.bytes): t.calls for t in traffic_of(walked, setting, stage)})
+
+
+@pytest.mark.exhaustive
+def test_collectives_of_five_meshes_are_those_of_ranks(ranks: Ranks) -> None:
+    seen = ranks(4).run(count, CASES)[0]
+    assert {name: forecast(case) for name, case in CASES.items()} == seen
+
+
+def test_another_micro_batch_is_seen() -> None:
+    """The negative control: a forecast of another step has other counts."""
+    case = CASES["tp2-shard2"]
+    more = Case(case.mesh, micro_batches=3)
+    assert forecast(case) != forecast(more)
