@@ -25,7 +25,6 @@ from helpers.attentions import (
     VOCAB,
     D,
     FromExtents,
-    Merged,
     Parallel,
     TorchsOwn,
     Written,
@@ -55,7 +54,7 @@ def derived(tp: int, *kinds: type[nn.Module]) -> Plan:
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("tp", "kinds"),
-    params([(2, (Merged, TorchsOwn)), (2, ALL), (4, ALL), (4, (Parallel,))], lambda tp, kinds: tp == 4 or kinds is ALL),
+    params([(2, (TorchsOwn,)), (2, ALL), (4, ALL), (4, (Parallel,))], lambda tp, kinds: tp == 4 or kinds is ALL),
 )
 def test_every_kind_is_split_and_trains_as_one_process_does(ranks: Ranks, tp: int, kinds: Any) -> None:
     for errors in ranks(tp).run(train_case, kinds, IDS, derived(tp, *kinds).to_yaml()):
