@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,9 +100,14 @@ def differences(want: list[Record], got: list[Record]) -> list[str]:
 
 
 class Agents:
-    """torchrun agents on this machine, which share two ranks, and what they have printed. `python` runs the ranks."""
+    """torchrun agents on this machine, and what they have printed.
 
-    def __init__(self, folder: Path, config: Path, agents: int, python: str, *flags: str) -> None:
+    Args:
+        ranks: how many each agent starts.
+        python: what runs the ranks.
+    """
+
+    def __init__(self, folder: Path, config: Path, ranks: Sequence[int], python: str, *flags: str) -> None:
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(SOURCES), *sys.path])}
         env["PYTHON_EXEC"] = python  # torchrun's name for it
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_ERROR_FILE"):
@@ -110,14 +115,20 @@ class Agents:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(agents)]
-        command += ["--nproc-per-node", str(2 // agents), "--max-restarts", "1000", "--monitor-interval", "0.1"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(len(ranks))]
+        command += ["--max-restarts", "1000", "--monitor-interval", "0.1"]
         command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]
-        command += ["-m", "colrow", "train", str(config), *flags]
+        train = ["-m", "colrow", "train", str(config), *flags]
         self._log = (folder / f"agents-{time.monotonic_ns()}.log").open("w", encoding="utf-8")
         self.processes = [
-            subprocess.Popen(command, cwd=folder, env=env, stdout=self._log, stderr=subprocess.STDOUT)
-            for _ in range(agents)
+            subprocess.Popen(
+                [*command, "--nproc-per-node", str(each), *train],
+                cwd=folder,
+                env=env,
+                stdout=self._log,
+                stderr=subprocess.STDOUT,
+            )
+            for each in ranks
         ]
 
     @property
@@ -201,7 +212,8 @@ class Chaos:
 
     def _start(self, asynchronous: bool) -> None:
         flags = ("--checkpoint.asynchronous", str(asynchronous))
-        self._agents = Agents(self._config.parent, self._config, self._count, self._python, *flags)
+        ranks = (2 // self._count,) * self._count
+        self._agents = Agents(self._config.parent, self._config, ranks, self._python, *flags)
 
     def _kill(self, asynchronous: bool, everything: bool) -> Kill:
         assert self._agents is not None
@@ -295,7 +307,7 @@ def main() -> None:
     folder = options.folder or Path(tempfile.mkdtemp(prefix="colrow-chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
     steps = 5 * options.kills + 12
-    undisturbed = Agents(folder, write_run(folder, "undisturbed", steps), 1, sys.executable)
+    undisturbed = Agents(folder, write_run(folder, "undisturbed", steps), (2,), sys.executable)
     try:
         statuses = undisturbed.end()
         if any(statuses):

@@ -102,6 +102,9 @@ def test_a_signal_saves_and_a_killed_rank_ends_the_run(folder: Path, start: Call
     assert time.monotonic() - killed < 20
     assert run.text.count("error") == 1
     assert "killed by SIGKILL" in run.text
+    assert [line for line in run.text.splitlines() if line.startswith("begins ")] == []
+    log = next((folder / "runs/tiny/logs").glob("*.log")).read_text()
+    assert f"rank 0| step {step + 3}" in " ".join(log.split())
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
     records = read_metrics(folder / "runs/tiny/metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, len(records) + 1))

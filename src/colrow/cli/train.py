@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -22,6 +22,7 @@ from colrow.config import RunConfig, load_config, read_flags
 from colrow.errors import ColrowError, ConfigError
 
 if TYPE_CHECKING:  # `colrow train --help` need not wait for torch
+    from colrow.run.host_log import HostLog
     from colrow.run.rank import RankInfo
 
 PLAN_DIGEST = "COLROW_PLAN_DIGEST"
@@ -95,6 +96,7 @@ def _start(argv: list[str]) -> int:
     from colrow.run import preflight
     from colrow.run.forecast_line import forecast_lines
     from colrow.run.hang_guard import LauncherGuard
+    from colrow.run.host_log import last_lines
     from colrow.run.launch import launch
     from colrow.run.outputs import output_lines
     from colrow.run.rank import finished_line
@@ -125,7 +127,10 @@ def _start(argv: list[str]) -> int:
     guard = LauncherGuard(config.train, config.run.dir, ranks)
     ended = launch(["-m", "colrow", "train", *argv], ranks, guard=guard)
     if ended.failure is not None and ended.status != 128 + signal.SIGPIPE:
-        print(f"colrow train: error: {ended.failure.text.strip()}", file=sys.stderr)
+        text = ended.failure.text.strip()
+        if ended.failure.is_silent and (lines := last_lines(config.run.dir, ended.failure.rank)):
+            text += "\n" + "\n".join(["its last lines:", *lines])
+        print(f"colrow train: error: {text}", file=sys.stderr)
     return ended.status
 
 
@@ -135,23 +140,26 @@ def _rank(argv: list[str]) -> NoReturn:
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file:  # torchrun's agent, here or in a launcher of its own, has started this process and waits for it
         end_with_launcher()
-    with reporting_errors(Path(error_file) if error_file else None):
+    with reporting_errors(Path(error_file) if error_file else None) as ending:
         import torch
 
         from colrow.run import preflight
         from colrow.run.hang_guard import RankGuard
+        from colrow.run.host_log import HostLog
         from colrow.run.rank import run_rank
         from colrow.run.run_folder import read_plan
         from colrow.run.stop import StopRequest
 
-        with StopRequest(Path(error_file).parent if error_file else None) as stop:
-            requested, info = _requested(argv), rank_info()
-            config = preflight.resolve(requested)
-            folder = Path(error_file).parent if error_file else None
+        requested, info = _requested(argv), rank_info()
+        config = preflight.resolve(requested)
+        ending.log = HostLog(config.run.dir, info.rank)
+        ending.log.copy_stderr()
+        folder = Path(error_file).parent if error_file else None
+        with StopRequest(folder) as stop:
             guard = RankGuard(
                 *(config.train, config.run.dir, info.rank, info.world_size, folder),
                 asked_to_end=lambda: stop.requested,
-                give_up=_hang_reporter(Path(error_file) if error_file else None),
+                give_up=lambda text, seconds: _report_hang(text, time.time() - seconds, error_file, ending.log),
             )
             if "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(preflight.threads_for(info.local_world_size))
@@ -161,11 +169,10 @@ def _rank(argv: list[str]) -> NoReturn:
             plan = read_plan(config.run.dir, digest) if digest else None
             command = shlex.join(["colrow", "train", *argv])
             with guard:
-                run_rank(config, info, command, lambda: stop.requested, plan, guard)
+                run_rank(config, info, command, lambda: stop.requested, plan, guard, ending.log.write)
+            ending.log.write("ended")
     # A thread of torch that still runs at the interpreter's end can abort the process, after all is saved and said.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    ending.exit(0)
 
 
 def rank_info() -> RankInfo:
@@ -181,16 +188,31 @@ def rank_info() -> RankInfo:
     )
 
 
+class Ending:
+    """How this process ends. `log`: its host's, once the run's folder is known."""
+
+    log: HostLog | None = None
+
+    def exit(self, status: int) -> NoReturn:
+        """End at once, with all that was written where it belongs."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if self.log is not None:
+            self.log.close()
+        os._exit(status)
+
+
 @contextmanager
-def reporting_errors(error_file: Path | None) -> Iterator[None]:
+def reporting_errors(error_file: Path | None) -> Iterator[Ending]:
     """On an error, end this process at once, with the text in the launcher's error file, or on stderr without one.
 
     os._exit, because a normal exit would destroy the process group, and so wait for ranks that are gone.
     """
     from colrow.run.launch import EXIT_USER_ERROR, write_error
 
+    ending = Ending()
     try:
-        yield
+        yield ending
     except BaseException as error:
         if isinstance(error, SystemExit):
             raise
@@ -201,29 +223,56 @@ def reporting_errors(error_file: Path | None) -> Iterator[None]:
         if _disk_is_full(error):
             text += ": free some space, then start the same command again; it continues from the newest checkpoint"
         status = 128 + signal.SIGPIPE if is_closed else EXIT_USER_ERROR if is_user_error else 1
+        if error_file is not None and not is_user_error and "onnection" in text:
+            # Lost connections follow from another rank's failure: let that rank write its error, and be the first.
+            end = time.monotonic() + 2.0
+            if ending.log is not None and (cause := _cause_elsewhere(ending.log.run, when, end)):
+                print(
+                    f"colrow train: {cause}", file=sys.stderr, flush=True
+                )  # now: torchrun may end this rank meanwhile
+                text += f"\n{cause}"
+            time.sleep(max(0.0, end - time.monotonic()))
+        if ending.log is not None:
+            ending.log.write_failure(when, text)
         if error_file is None:
             print(f"colrow train: error: {text}", file=sys.stderr)
         else:
-            if not is_user_error and "onnection" in text:
-                # Lost connections follow from another rank's failure: let that rank write its error, and be the first.
-                time.sleep(2.0)
             write_error(error_file, text, when, status)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        ending.exit(status)
 
 
-def _hang_reporter(error_file: Path | None) -> Callable[[str, float], None]:
-    """What says that the run hangs: in the launcher's error file, or on stderr without one."""
+def _cause_elsewhere(run: Path, when: float, end: float) -> str:
+    """What a rank of another agent's, whose error torchrun does not show here, has said of its failure, as soon as it
+    has; empty where none has until `end`, in `time.monotonic()`."""
+    from colrow.run.host_log import failed_rank, last_lines
+
+    info = rank_info()
+    first = info.rank - info.local_rank
+    while time.monotonic() < end:
+        failed = failed_rank(run, when - 10.0)
+        if failed is not None:
+            rank, host = failed
+            if first <= rank < first + info.local_world_size:
+                return ""
+            return f"rank {rank} on {host} failed first; its last lines:\n" + "\n".join(last_lines(run, rank))
+        time.sleep(0.1)
+    return ""
+
+
+def _report_hang(text: str, when: float, error_file: str | None, log: HostLog | None) -> None:
+    """Say that the run hangs: in the host's log and the launcher's error file, or on stderr without one.
+
+    Args:
+        when: it began. torchrun shows the earliest of several failures, and the other ranks end for this one.
+    """
     from colrow.run.launch import write_error
 
-    def say(text: str, seconds: float) -> None:
-        if error_file is None:
-            print(f"colrow train: error: {text}", file=sys.stderr, flush=True)
-        else:  # dated back, for torchrun shows the earliest of several failures: the ranks that end for this one
-            write_error(error_file, text, time.time() - seconds, 1)
-
-    return say
+    if log is not None:
+        log.write_failure(when, text)
+    if error_file is None:
+        print(f"colrow train: error: {text}", file=sys.stderr, flush=True)
+    else:
+        write_error(Path(error_file), text, when, 1)
 
 
 def _disk_is_full(error: BaseException) -> bool:

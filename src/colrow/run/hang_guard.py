@@ -91,7 +91,7 @@ def _reports(launched: Path) -> Iterator[tuple[Path, Report]]:
 def answer_request(rank_folder: Path, report: Report) -> None:
     """Write this rank's record where its launcher asks for it."""
     request = rank_folder / REQUEST_FILE
-    with suppress(OSError):
+    with suppress(OSError, ValueError, RuntimeError):  # the group may be gone in this moment
         if request.exists():
             folder = Path(request.read_text(encoding="utf-8"))
             request.unlink()

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -225,7 +225,9 @@ def _counts() -> dict[str, list[int]]:
         return {}
     from colrow.torch_compat import collective_counts
 
-    return {group: list(counts) for group, counts in collective_counts().items()}
+    with suppress(ValueError, RuntimeError):  # the main thread is just destroying the group
+        return {group: list(counts) for group, counts in collective_counts().items()}
+    return {}
 
 
 def _entries() -> list[dict[str, Any]]:
@@ -233,7 +235,9 @@ def _entries() -> list[dict[str, Any]]:
         return []
     from colrow.torch_compat import recorded_collectives
 
-    return recorded_collectives()
+    with suppress(ValueError, RuntimeError):
+        return recorded_collectives()
+    return []
 
 
 def last_collective(entries: list[dict[str, Any]]) -> str:

@@ -40,11 +40,16 @@ _KILLED_SECONDS = 15.0
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """The failure that ended a run: the rank that failed, the text, and the exit status for the command."""
+    """The failure that ended a run: the rank that failed, the text, and the exit status for the command.
+
+    Attributes:
+        is_silent: the rank left no message.
+    """
 
     rank: int
     text: str
     status: int
+    is_silent: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,8 +222,8 @@ def _describe(rank: int, failure: ProcessFailure) -> Failure:
     if failure.exitcode < 0:
         name = failure.signal_name()
         cause = " (the kernel may have run out of memory)" if name == "SIGKILL" else ""
-        return Failure(rank, f"rank {rank} was killed by {name}{cause}", 1)
-    return Failure(rank, f"rank {rank} ended with status {failure.exitcode} and left no message", 1)
+        return Failure(rank, f"rank {rank} was killed by {name}{cause}", 1, is_silent=True)
+    return Failure(rank, f"rank {rank} ended with status {failure.exitcode} and left no message", 1, is_silent=True)
 
 
 def write_error(file: Path, text: str, when: float, status: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import textwrap
+from collections.abc import Callable
 from typing import TextIO
 
 import rich.progress
@@ -26,14 +27,27 @@ class TrainingProgress(ProgressBar):
         shown: whether this is the rank that prints.
         steps: of the complete run.
         log_every: steps between lines.
+        log: gets the lines that are shown, too.
     """
 
-    def __init__(self, shown: bool, steps: int, log_every: int, file: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        shown: bool,
+        steps: int,
+        log_every: int,
+        file: TextIO | None = None,
+        log: Callable[[str], None] = lambda _: None,
+    ) -> None:
         super().__init__(shown, Console(file=file or sys.stdout, highlight=False))
-        self._steps, self._log_every = steps, log_every
+        self._steps, self._log_every, self._log = steps, log_every, log
 
     def __enter__(self) -> TrainingProgress:
         return self
+
+    def say(self, text: str) -> None:
+        if self.shown:
+            self._log(text)
+        super().say(text)
 
     def start(self, step: int) -> None:
         """Begin to show steps, after `step` of them."""

@@ -56,6 +56,7 @@ def run_rank(
     stop_requested: Callable[[], bool],
     plan: Plan | None = None,
     guard: RankGuard | None = None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> Outcome:
     """Join the other ranks and train. The first rank holds the lock of the run's folder. Collective.
 
@@ -64,6 +65,7 @@ def run_rank(
         stop_requested: whether this rank was asked to save and stop.
         plan: the plan that the launcher resolved and checked. Without, each rank resolves it and the first checks it.
         guard: reports what this rank does, to the launcher or to the other ranks.
+        log: gets the lines that the first rank prints.
     """
     heartbeat = guard.heartbeat if guard is not None else Heartbeat()
     config.mesh.require_world_size(info.world_size)
@@ -78,7 +80,7 @@ def run_rank(
             # forks: before this process has threads
             lines = preflight.check_plan_apart(config, checked.plan, checked.judgement)
             lines += output_lines(config, checked.source)
-        progress = stack.enter_context(TrainingProgress(first, config.train.steps, config.train.log_every))
+        progress = stack.enter_context(TrainingProgress(first, config.train.steps, config.train.log_every, log=log))
         if plan is None:  # else the launcher has printed them
             for line in checked.changes:
                 progress.say(f"changed    {line}")
