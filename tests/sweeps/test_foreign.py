@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -98,9 +99,20 @@ def test_the_table_counts_verdicts(tmp_path: Path) -> None:
     ]
     path = tmp_path / "results.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in [first | {"verdict": "WRONG"}, *rows]), encoding="utf-8")
-    text = table(list(read(path).values()), "command", "with torch")
+    text = table(list(read(path).values()), "command", "with torch", ["a/B", "a/C"])
+    assert "Not run yet, 1 of 2: a/C." in text
     assert "1 models of 1 packages" in text
     assert "| useful | 1 | 0 |" in text
     assert "| WRONG | 0 | 0 |" in text
     assert "| attention split | 1 of 1 | 0 of 1 |" in text
     assert "| vision | a | B | useful | little | 97% / 20% | 90% / 10% | 1.5 | heads / 2 |" in text
+
+
+def test_the_page_holds_models_that_are_here_and_nothing_wrong() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "models-foreign.md").read_text(encoding="utf-8")
+    assert re.search(r"^\| WRONG \| 0( \| 0)* \|$", text, re.M)
+    known = {(each.package, each.name) for group in GROUPS for each in models_of(group)}
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    listed = {(row[1], row[2]) for row in cells if len(row) > 6 and row[0] != "field"}
+    assert len(listed) >= 40
+    assert listed <= known

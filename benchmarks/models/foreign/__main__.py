@@ -34,8 +34,8 @@ def read(path: Path | None) -> dict[tuple[str, int], Row]:
     return {(row["model"], row["tp"]): row for row in map(json.loads, lines)}
 
 
-def table(rows: Sequence[Row], command: str, versions: str) -> str:
-    """Markdown: the counts of each verdict at each degree, and one line a model."""
+def table(rows: Sequence[Row], command: str, versions: str, known: Sequence[str] = ()) -> str:
+    """Markdown: the counts of each verdict at each degree, one line a model, and which of `known` have no row yet."""
     degrees = sorted({row["tp"] for row in rows})
     by_model: dict[str, dict[int, Row]] = {}
     for row in rows:
@@ -85,6 +85,8 @@ def table(rows: Sequence[Row], command: str, versions: str) -> str:
         cells = [first["field"], first["package"], first["name"], verdicts, *shares]
         cells += [str(first.get("seconds", "")), _short(reason)]
         lines.append("| " + " | ".join(cells) + " |")
+    if missing := [key for key in known if key not in by_model]:
+        lines += ["", f"Not run yet, {len(missing)} of {len(known)}: {', '.join(missing)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -133,7 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"python -m benchmarks.models.foreign --tp {degrees} --results foreign.jsonl -o docs/models-foreign.md"
         )
         versions = f"with torch {torch.__version__.partition('+')[0]} and transformers {transformers.__version__}"
-        given.output.write_text(table(list(results.values()), command, versions), encoding="utf-8")
+        known = [each.key for group in GROUPS for each in models_of(group)]
+        given.output.write_text(table(list(results.values()), command, versions, known), encoding="utf-8")
     return 1 if any(row["verdict"] == "WRONG" for row in results.values()) else 0
 
 
