@@ -83,6 +83,24 @@ class Letters(nn.Module):
         return torch.einsum("bhqe,hec->bcq", values, self.out).view(x.shape)
 
 
+class Experts(nn.Module):
+    """Each position has the weights of one of two experts, gate and values side by side in one of them, as in
+    gpt-oss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.up_bias = nn.Parameter(torch.randn(2, C, 4 * C) * 0.3), nn.Parameter(torch.randn(2, 4 * C))
+        self.down, self.down_bias = nn.Parameter(torch.randn(2, 2 * C, C) * 0.3), nn.Parameter(torch.randn(2, C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(2).transpose(1, 2).reshape(-1, C)
+        expert = (rows.sum(-1) > 0).long()
+        y = torch.einsum("nc,ncf->nf", rows, self.up[expert]) + self.up_bias[expert]
+        y = F.silu(y[..., ::2]) * y[..., 1::2]
+        y = torch.einsum("nf,nfc->nc", y, self.down[expert]) + self.down_bias[expert]
+        return y.view(x.shape[0], -1, C).transpose(1, 2).reshape(x.shape)
+
+
 class Net(nn.Module):
     """Blocks between a patch embedding and a head."""
 
@@ -105,6 +123,7 @@ SPLIT = {
     Mixer: {"expand.weight", "expand.bias", "norm.weight", "norm.bias", "depthwise.weight", "project.weight"},
     Residual: {"conv1.weight", "conv1.bias", "norm2.weight", "norm2.bias", "conv2.weight", "time.weight"},
     Gated: {"both.weight", "both.bias", "back.weight"},
+    Experts: {"up", "up_bias", "down"},
     Letters: {"q", "k", "v", "out", "scale"},
 }
 
@@ -121,7 +140,9 @@ def sharded_of(block: type[nn.Module], tp: int) -> tuple[set[str], float]:
 
 @pytest.mark.parametrize(
     ("block", "tp"),
-    params([(block, tp) for block in SPLIT for tp in (2, 4)], lambda block, tp: tp > 2 or block is not Mixer),
+    params(
+        [(block, tp) for block in SPLIT for tp in (2, 4)], lambda block, tp: tp > 2 or block not in (Mixer, Experts)
+    ),
 )
 def test_a_block_is_split_and_computes_the_same(block: type[nn.Module], tp: int) -> None:
     sharded, worst = sharded_of(block, tp)

@@ -242,9 +242,9 @@ class _Derive:
         way."""
         for before_norm in (False, True):
             late = self._stream(split, StreamKind(False, before_norm, self.fast), None, why)
-            if late is not None:
-                early = self._stream(split, StreamKind(True, before_norm, self.fast), late[1], why)
-                yield from (found for found, _ in filter(None, (early, late)))
+            # an encoder and a decoder start at two places: the first layer alone is not enough, their embedding may be
+            early = self._stream(split, StreamKind(True, before_norm, self.fast), late[1] if late else None, why)
+            yield from (found for found, _ in filter(None, (early, late)))
 
     def _stream(
         self, split: Split, kind: StreamKind, known: Repairs | None, why: list[str]

@@ -13,7 +13,7 @@ from colrow.derive.infer import op_name, shape_of
 from colrow.derive.sequence import Stream
 from colrow.derive.trace import label_of
 from colrow.styles.activations import PrepareInput
-from colrow.styles.local_block import LocalShards
+from colrow.styles.local_block import BlockShards, LocalShards
 from colrow.styles.packed import PackedColwise
 from colrow.styles.replicated import LEFT_OUT
 
@@ -159,8 +159,8 @@ class Emitter(ModuleEmitter):
                 continue
             owner = name.rpartition(".")[0]
             style_cls = self.out.style(owner)
-            if style_cls is LocalShards and self._added_to_sum(name):
-                self.out.modules[owner]["shards"][name.rpartition(".")[2]] = {"scaled": True}
+            if issubclass(style_cls, (LocalShards, BlockShards)) and self._added_to_sum(name):
+                self.out.modules[owner].setdefault("shards", {})[name.rpartition(".")[2]] = {"scaled": True}
             if style_cls.sums_gradients:
                 continue
             if owner in self.out.modules:
@@ -207,8 +207,14 @@ class Emitter(ModuleEmitter):
             style.setdefault("used_outside", []).append(int(label.path))
 
     def _added_to_sum(self, name: str) -> bool:
-        node = next(n for n, f in self.flows.inference.params.items() if f == name)
-        return any(self.flow.types.get(user) is SpmdType.PARTIAL for user in node.users)
+        todo = [n for n, f in self.flows.inference.params.items() if f == name]
+        while todo:
+            for user in todo.pop().users:
+                if self.flow.types.get(user) is SpmdType.PARTIAL:
+                    return True
+                if user in self.flows.params_of:  # rows of it, or a view
+                    todo.append(user)
+        return False
 
     # ------------------------------------------------------------------ the stream
 

@@ -123,9 +123,10 @@ class Flows:
         for node in self.inference.graph.nodes:
             if node in self.inference.params:
                 found[node] = {self.inference.params[node]}
-            elif node.op == "call_function" and node not in self.constant and node not in self.given:
+            elif node.op == "call_function" and node not in self.constant:
                 inputs = [i for i in node.all_input_nodes if i not in self.constant]
-                if inputs and all(i in found for i in inputs):
+                given = node in self.given and node not in self.inference.rows
+                if inputs and not given and all(i in found for i in inputs):
                     found[node] = set().union(*(found[i] for i in inputs))
         return found
 
@@ -193,7 +194,7 @@ class Flows:
             return SpmdType.SHARDED  # style sharded_norm sums the statistics inside the module
         types = set(incoming.values()) - {SpmdType.CONSTANT, SpmdType.PARAMETER}
         if not types and not self.is_reduction(node):
-            return SpmdType.INVARIANT if node in self.given else SpmdType.PARAMETER
+            return SpmdType.INVARIANT if node in self.given and node not in self.params_of else SpmdType.PARAMETER
         spmd_type = self._result_type(node, incoming, types, flow)
         for operand in (i for i, its in incoming.items() if its is SpmdType.PARAMETER):
             names = flow.same if spmd_type is SpmdType.INVARIANT else flow.summed

@@ -128,6 +128,9 @@ class AxisInference:
         self.params: dict[Node, str] = {}
         self.from_params: set[Node] = set()
         """Nodes that depend on parameters only."""
+        self.rows: set[Node] = set()
+        """Rows of a parameter that an index picks (an expert's weight), and views of them: made of parameters alone,
+        though the caller's inputs decide which."""
         self._inputs = set(inputs)
         self._fresh_at = fresh_at
         self._free_inputs = free_inputs
@@ -181,6 +184,8 @@ class AxisInference:
         incoming = [n for n in node.all_input_nodes if self.dims.get(n) is not None]
         if incoming and all(n in self.from_params for n in incoming):
             self.from_params.add(node)
+        elif self._picks_rows(node):
+            self.rows.add(node)
         if self._fresh_at is not None and (dims := self._fresh_at(node, self)) is not None:
             self.dims[node] = dims
             return
@@ -193,6 +198,15 @@ class AxisInference:
         except (NoRuleError, KeyError, IndexError, ValueError):  # not TypeError, AttributeError: a rule with a bug
             result = self._give_up(name, value, incoming)
         self.dims[node] = result
+
+    def _picks_rows(self, node: Node) -> bool:
+        facts, first = facts_of(node), node.args[0] if node.args else None
+        picks = facts.rule in ("index", "index_select", "gather") and first in self.from_params
+        return picks or (facts.moves and first in self.rows and len(node.all_input_nodes) == 1)
+
+    def is_weight(self, node: object) -> bool:
+        """Whether the node is made of parameters alone, or of rows of them."""
+        return node in self.from_params or node in self.rows
 
     def _require_shape(self, result: Result, value: Any, name: str) -> None:
         """A rule must reproduce the shape of its node; otherwise it does not cover this use."""

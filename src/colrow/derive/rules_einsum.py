@@ -75,7 +75,7 @@ def _only_batches_of_activations(
         for other, letters in zip(nodes[i + 1 :], operands[i + 1 :], strict=True):
             mine, its = set(operands[i]), set(letters)
             own = [{c for c in a - b if dims[c]} for a, b in ((mine, its), (its, mine))]
-            are_activations = one not in inference.from_params and other not in inference.from_params
+            are_activations = not inference.is_weight(one) and not inference.is_weight(other)
             if are_activations and mine & its & gone and all(own):
                 for letter in set.union(*own):
                     forbid(dims[letter], "only the batch axes of a product of two activations are sharded")

@@ -25,7 +25,7 @@ def weighted(inference: AxisInference, node: Node, dim: Dim, *operands: object) 
     """A contraction with a parameter may be sharded; one of two activations (head_dim of q k^T) may not: the partial
     sums would have to be reduced before the softmax."""
     inference.contract(node, dim)
-    if not any(operand in inference.from_params for operand in operands):
+    if not any(inference.is_weight(operand) for operand in operands):
         forbid(dim, "contracted between two activations")
 
 
@@ -50,7 +50,7 @@ def _product(inference: AxisInference, node: Node, a: Node, b: Node) -> Dims:
     weighted(inference, node, x[-1], a, b)
     # a product of a matrix and a vector has no scores: a state-space model's channels times what each state gives
     are_matrices = bool(leaves(x[-2]) and leaves(y[-1]))
-    if are_matrices and a not in inference.from_params and b not in inference.from_params:
+    if are_matrices and not inference.is_weight(a) and not inference.is_weight(b):
         forbid(x[-2], "only the batch axes of a product of two activations are sharded")
         forbid(y[-1], "only the batch axes of a product of two activations are sharded")
     batch = shape_of(node)[:-2]

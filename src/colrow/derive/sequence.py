@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from torch.fx import Node
 
-from colrow.derive.axes import Atom, Dim, leaves
+from colrow.derive.axes import Atom, Dim, leaves, size_of
 from colrow.derive.blocks import Split
 from colrow.derive.flow import Flows, SpmdType
 from colrow.derive.infer import AxisInference, Dims, is_float, shape_of
@@ -86,6 +86,10 @@ def as_it_is(traced: Trace, split: Split, ends: Ends, kind: StreamKind) -> Strea
 def stream_between(traced: Trace, flows: Flows, ends: Ends, kind: StreamKind) -> Stream:
     """The stream between these ends. Raises NoStreamError where it may not be on shards of the tokens."""
     inference, sides = infer_between(traced, ends, kind)
+    for side in sides:
+        if (count := size_of(side.dim)) % flows.choice.tp:
+            module = label_of(side.border).module or "the model"
+            raise NoStreamError(f"{count} tokens at {module}, which tp={flows.choice.tp} does not divide")
     tokens: set[Atom] = set()
     batches: set[Atom] = set()
     for side in sides:
@@ -157,7 +161,10 @@ def _token_dim(dims: Dims, shape: list[int], traced: Trace, kind: StreamKind) ->
     flattened; None in another shape."""
     if kind.flattened_tokens and len(dims) == 2:
         return dims[0] if shape[0] == traced.batch * traced.seq else None
-    if len(dims) < 3 or shape[1] != traced.seq:
+    if len(dims) < 3:
+        return None
+    # behind a patch embedding there are other tokens than in the input, and a decoder has other ones than its encoder
+    if shape[1] != traced.seq and (kind.flattened_tokens or len(dims) > 3 or shape[1] == traced.batch):
         return None
     if not kind.flattened_tokens:
         return dims[1]

@@ -191,7 +191,10 @@ def track_zero(values: Values, op: Op) -> None:
 
 
 def track_share(values: Values, op: Op, tp: int) -> None:
-    """equal / tp, or equal * (1 / tp), is a share."""
+    """equal / tp, or equal * (1 / tp), is a share, and so are views and rows of one."""
+    if op.facts.linear is Linear.FIRST and not op.varying and op.inputs and values[op.inputs[0]].is_share:
+        for out in op.outputs:
+            values[out].is_share = True
     if op.name not in ("div", "mul") or op.varying:
         return
     factor = op.args[1] if len(op.args) > 1 else None
