@@ -4,7 +4,8 @@
 A unit's parameters are gathered in one all-gather of the compute dtype, of which each parameter is padded on dim 0 to a
 multiple of the shards; its gradients leave in one reduce-scatter of fp32, and over replicas in an all-reduce of that
 shard. With resharding a block is gathered twice a micro-batch; root and head once; without, all once a step. Gradients
-leave in the last micro-batch. Before that FSDP2 sums what is partial over tp, such as those of norms.
+leave in the last micro-batch. Before that FSDP2 sums what is partial over tp, such as those of norms. Once a step the
+data ranks agree on the parameters that were used, by a flag each ([Note: used parameters]).
 """
 
 from __future__ import annotations
@@ -88,6 +89,10 @@ def _of_data_axes(walk: Walk, setting: Setting, stage: Stage) -> Counter[tuple[s
                 found["dp_shard", "reduce_scatter", wide * _padded(unit.trained, shards)] += 1
         if replicas > 1 and unit.trained:
             found["dp_replicate", "all_reduce", wide * _padded(unit.trained, shards) // shards] += 1
+    flags = 4 * sum(len(walk.units[name].trained) for name in (*ends, *stage.layers))
+    for axis in ("dp_replicate", "dp_shard"):
+        if getattr(setting.mesh, axis) > 1:
+            found[axis, "all_reduce", flags] += 1
     return found
 
 
