@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import pickle
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -338,7 +339,9 @@ def test_the_flight_recorder() -> None:
     try:
         for _ in range(3):
             dist.all_reduce(torch.ones(2))
-        group = max(tc.collective_counts(), key=int)
+        group, end = max(tc.collective_counts(), key=int), time.monotonic() + 20
+        while tc.collective_counts()[group] != (3, 3) and time.monotonic() < end:
+            time.sleep(0.01)  # an end is recorded by a thread of its own
         assert tc.collective_counts()[group] == (3, 3)
         last = tc.recorded_collectives()[-1]
         assert (last["profiling_name"], last["collective_seq_id"], last["input_sizes"]) == ("gloo:all_reduce", 3, [[2]])

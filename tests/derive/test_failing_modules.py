@@ -138,6 +138,7 @@ def test_attention_that_fails_on_a_rank_leaves_mlps_and_vocabulary_split(attenti
     assert parity(model, found.plan(), 2, (IDS,)).worst < TOLERANCE
 
 
+@pytest.mark.exhaustive
 def test_without_the_module_every_class_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     suspects = derivation._Derive._suspects
     monkeypatch.setattr(derivation._Derive, "_suspects", lambda self, split, module: suspects(self, split, None))

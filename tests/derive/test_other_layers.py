@@ -150,6 +150,7 @@ def test_a_block_is_split_and_computes_the_same(block: type[nn.Module], tp: int)
     assert worst < TOLERANCE
 
 
+@pytest.mark.exhaustive
 def test_a_group_norm_with_all_groups_on_a_rank_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every shape fits, but a rank's groups would be half as large. The negative control takes it as it is."""
     monkeypatch.setattr(ModuleEmitter, "_groups", lambda self: None)

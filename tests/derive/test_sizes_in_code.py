@@ -62,6 +62,7 @@ def test_every_kind_is_split_and_trains_as_one_process_does(ranks: Ranks, tp: in
         assert max(errors.values()) < TOLERANCE, {k: v for k, v in errors.items() if v >= TOLERANCE}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.distributed
 def test_without_the_rules_numbers_are_wrong_and_said_to_be(ranks: Ranks) -> None:
     plan, model = derived(2, FromExtents), language(FromExtents)

@@ -208,6 +208,7 @@ def test_in_bf16_the_gradients_are_those_of_fsdp(ranks: Ranks, name: str) -> Non
         assert found["lm_head.weight" if name == "gqa-1" else "embed_tokens.weight"] > 1e-4
 
 
+@pytest.mark.exhaustive
 def test_compiled_blocks_compute_with_the_copies(ranks: Ranks) -> None:
     for found in ranks(2).run(differences, "gqa-1", "compiled"):
         assert max(found.values()) <= 2**-6, found

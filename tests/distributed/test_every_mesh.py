@@ -67,6 +67,11 @@ COMPILED: dict[int, dict[str, Case]] = {
     }
 }
 VARIANTS = {
+    "tp2-shard2-qk_norm-full-accumulate2",
+    "pp2-tp2-gpipe-kv3",
+    "pp2-tp2-fast-linear-tied",
+    "tp2-replicate2-accumulate2",
+    "compiled-tp2-shard2-full",
     "tp2-shard2-kv3-accumulate2-keep",
     "tp2-replicate2-tied-article",
     "pp2-tp2-1f1b-selective-article",

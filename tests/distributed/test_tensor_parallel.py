@@ -43,17 +43,12 @@ KEPT = {
     4: [
         ("llama", "vocab_parallel", "gqa"),
         ("llama", "replicated", "kv3-1"),
-        ("llama", "vocab_parallel", "qk_norm_kv3-1"),
         ("article", "vocab_parallel", "kv1-1"),
         ("article", "replicated", "tied-1"),
         ("article", "linear", "kv3"),
         ("llama-fast", "vocab_parallel", "kv1-1"),
-        ("llama-fast", "vocab_parallel", "bias-1"),
         ("llama-fast", "linear", "tied"),
         ("llama", "vocab_parallel", "odd-1"),
-        ("article", "replicated", "odd_tied-1"),
-        ("llama-fast", "vocab_parallel", "odd_tied-1"),
-        ("llama-fast", "replicated", "odd-1"),
         ("llama-fast", "linear", "odd_tied-1"),
     ],
 }

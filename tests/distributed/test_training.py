@@ -202,6 +202,7 @@ def from_a_folder(device: str, folder: Path) -> None:
         train(device, config.model_copy(update={"model": model, "plan": plan, "data": data, "train": section}))
 
 
+@pytest.mark.exhaustive
 def test_a_folder_is_trained_alike_by_both_implementations(ranks: Ranks, folder: Path) -> None:
     pytest.importorskip("transformers")
     ranks(2).run(from_a_folder, folder)

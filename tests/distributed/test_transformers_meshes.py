@@ -113,6 +113,7 @@ def move_over_meshes(device: str, folder: Path) -> None:
             train(device, run_of(folder, name, mesh, f"{name}-moved"), stop_after)
 
 
+@pytest.mark.exhaustive
 def test_a_run_moves_from_mesh_to_mesh_and_is_exported(ranks: Ranks, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -48,6 +49,7 @@ def load(folder: Path, code: str) -> ModuleType:
     file = folder / "written.py"
     file.write_text(code, encoding="utf-8")
     _Source.of.cache_clear()
+    shutil.rmtree(folder / "__pycache__", ignore_errors=True)  # two texts of one second and size have one .pyc
     spec = importlib.util.spec_from_file_location("written", file)
     assert spec is not None
     assert spec.loader is not None

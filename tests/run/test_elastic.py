@@ -57,6 +57,7 @@ def test_killed_at_random_moments_the_metrics_are_equal_bit_for_bit(
     assert differences(undisturbed, figures(folder / "chaos")) == []
 
 
+@pytest.mark.exhaustive
 def test_a_gap_a_repeated_step_and_a_changed_bit_would_be_seen(undisturbed: list[Record]) -> None:
     """The negative control of the comparison."""
     changed = {**undisturbed[5], "loss": undisturbed[5]["loss"] * (1 + 2**-52)}

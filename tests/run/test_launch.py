@@ -121,6 +121,7 @@ def test_torchrun_starts_ranks_and_shows_the_error_of_the_one_that_failed(start:
     assert "onnection" not in run.text
 
 
+@pytest.mark.exhaustive
 def test_a_plan_is_derived_once_and_the_ranks_read_it(folder: Path, start: Callable[..., Run]) -> None:
     flags = ["--plan", "derive", "--train.steps", "1", "--checkpoint.last", "False", "--sample.prompt", "None"]
     run = start(sys.executable, "-m", "colrow", "train", "counted.yaml", *flags, "--checkpoint.export", "False")

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from colrow.derive.axes import Atom, Dim, find, leaves
 from colrow.derive.blocks import Block, Split, SplitError
@@ -23,6 +22,10 @@ from colrow.styles.packed import is_transposed
 from colrow.styles.replicated import LEFT_OUT
 
 NORM = re.compile(r"norm", re.IGNORECASE)
+_CHANNELS = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    nn.GroupNorm,
+)
 
 
 @dataclass
@@ -116,7 +119,7 @@ class ModuleEmitter:
     def _can_stand_alone(self, name: str) -> bool:
         """Whether the module takes one activation and no other code reads what it holds: it may lie outside a block,
         between column products that hand over local tensors."""
-        return isinstance(self._module(name), (_ConvNd, nn.GroupNorm))
+        return isinstance(self._module(name), _CHANNELS)
 
     def _groups(self) -> None:
         """A rank has fewer groups of channels: `groups` of a convolution, `num_groups` of a norm."""
