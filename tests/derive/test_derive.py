@@ -193,6 +193,7 @@ def test_a_gpt_with_fused_qkv(kind: str, tp: int) -> None:
     assert "places.weight" in found.replicated
 
 
+@pytest.mark.exhaustive
 def test_a_weight_that_is_read_in_vain_stays_a_plain_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     found, error = check(Peeking(), sequence_parallel=False)
     assert error < TOLERANCE
@@ -224,6 +225,7 @@ def test_a_packed_layer_outside_of_a_block_sums_its_input_gradient() -> None:
     assert parity(model, Plan(modules=modules), 2, (STATES,)).worst > 1e-3
 
 
+@pytest.mark.exhaustive
 def test_slopes_that_each_rank_would_make_alike_keep_the_heads_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     found, error = check(Sloped(), x=STATES)
     assert error < TOLERANCE

@@ -115,6 +115,7 @@ def test_a_family_runs_on_fast_styles(kind: str, tp: int, sizes: dict[str, Any],
         assert per_layer(dry_run(model, plan, Mesh(tp=tp), 2, 4 * tp), layer) == FEWEST
 
 
+@pytest.mark.exhaustive
 def test_gradients_summed_at_the_second_columns_and_at_the_gather_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("colrow.styles.fast.column.mark_grads_summed_at_entry", lambda block: None)
     model, inputs, traced = family("deepseek_v3", 2, **LATENT)

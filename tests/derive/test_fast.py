@@ -32,7 +32,9 @@ def own(name: str) -> Llama:
         return Llama(SHALLOW_MODELS[f"{name}-1"])
 
 
-@pytest.mark.parametrize(("styles", "name"), [("fast", "kv1"), ("overlap", "qk_norm_kv3")])
+@pytest.mark.parametrize(
+    ("styles", "name"), [("fast", "kv1"), pytest.param("overlap", "qk_norm_kv3", marks=pytest.mark.exhaustive)]
+)
 def test_on_our_own_models_it_is_the_preset(name: str, styles: str) -> None:
     """The same parameters in the same places, and the same collectives in the same order."""
     model = own(name)

@@ -135,6 +135,7 @@ def test_a_mesh_trains_what_one_process_trains(ranks: Ranks, world: int, name: s
         assert max(errors.values()) < TOLERANCE, {k: v for k, v in errors.items() if v >= TOLERANCE}
 
 
+@pytest.mark.exhaustive
 def test_a_derived_plan_is_proved_and_one_without_the_mark_is_found_wrong() -> None:
     model, plan = build(), Plan.from_yaml(derived(2))
     ids = micro_batches(0, 1)[0][0]

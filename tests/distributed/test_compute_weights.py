@@ -255,6 +255,7 @@ def runs(device: str, folder: Path) -> None:
         setup.check_cuda_graph, step.GraphedFunction = kept
 
 
+@pytest.mark.exhaustive
 def test_a_run_evaluates_saves_and_continues_with_copies(ranks: Ranks, tmp_path: Path) -> None:
     write_text(tmp_path)
     ranks(2).run(runs, tmp_path)

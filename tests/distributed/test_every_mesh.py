@@ -67,6 +67,8 @@ COMPILED: dict[int, dict[str, Case]] = {
     }
 }
 VARIANTS = {
+    "tp2-shard2-tied-selective",
+    "pp2-tp2-1f1b-tied",
     "tp2-shard2-qk_norm-full-accumulate2",
     "pp2-tp2-gpipe-kv3",
     "pp2-tp2-fast-linear-tied",

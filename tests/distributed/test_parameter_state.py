@@ -161,7 +161,7 @@ def lost(grad: Tensor) -> Tensor:
     return grad * float(dist.is_initialized())
 
 
-@pytest.mark.parametrize("backend", ["local", "gloo"])
+@pytest.mark.parametrize("backend", ["local", pytest.param("gloo", marks=pytest.mark.exhaustive)])
 @pytest.mark.distributed
 def test_verify_runs_hooks(backend: Any) -> None:
     """Right with hooks that a rank runs as one process does; wrong with one that does not."""

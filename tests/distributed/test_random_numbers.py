@@ -20,7 +20,7 @@ from helpers.runs import a_run, figures, train, write_text
 from helpers.unproven_plans import OLD_TORCH
 from helpers.variants import params
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.exhaustive]
 
 GPT = """
 name: gpt

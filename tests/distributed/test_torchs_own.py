@@ -172,6 +172,7 @@ def test_a_stack_under_fsdp(ranks: Ranks, width: int, reshard: bool, checkpoint:
         assert max(errors.values()) < TOLERANCE, errors
 
 
+@pytest.mark.exhaustive
 def test_a_transformer_under_fsdp(ranks: Ranks) -> None:
     for errors, placed in ranks(RANKS).run(fsdp_transformer_case):
         assert max(errors.values()) < TOLERANCE, errors

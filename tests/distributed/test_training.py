@@ -151,6 +151,7 @@ def test_ranks_that_read_different_batches_stop(ranks: Ranks) -> None:
         assert "read different batches" in apart
 
 
+@pytest.mark.exhaustive
 def test_compiled_blocks_give_the_eager_loss_and_gradient(ranks: Ranks, folder: Path) -> None:
     for eager, *others in ranks(2).run(compiled_and_eager, folder):
         for other in others:
@@ -176,6 +177,7 @@ def on_every_mesh(device: str, folder: Path) -> None:
                 train(device, config.model_copy(update=changes))
 
 
+@pytest.mark.exhaustive
 def test_every_mesh_trains_alike_and_continues_the_others_runs(ranks: Ranks, folder: Path) -> None:
     ranks(2).run(on_every_mesh, folder)
     want, *others = [figures(folder / f"mesh-{i}" / "metrics.jsonl") for i in range(len(MESHES))]

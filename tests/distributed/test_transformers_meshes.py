@@ -18,7 +18,7 @@ from helpers.parity import relative
 from helpers.runs import a_run, figures, model_and_plan, train, write_text
 
 pytest.importorskip("transformers")
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.exhaustive]
 
 SHARD, REPLICATE, TP4 = Mesh(dp_shard=2, tp=2), Mesh(dp_replicate=2, tp=2), Mesh(tp=4)
 MESHES = {"tp2-shard2": SHARD, "tp2-replicate2": REPLICATE, "tp4": TP4}

@@ -141,6 +141,7 @@ MEASURED = [
 ]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("file", "arm"), [MEASURED[0], pytest.param(*MEASURED[1], marks=pytest.mark.exhaustive)])
 def test_compiled_blocks_take_the_memory_that_was_measured(file: str, arm: str) -> None:
     """All rows stand in docs/guide/forecast.md, by `python -m benchmarks.forecast`."""

@@ -111,6 +111,7 @@ def test_a_signal_saves_and_a_killed_rank_ends_the_run(folder: Path, start: Call
     assert len(records) >= step + 3
 
 
+@pytest.mark.exhaustive
 def test_torchrun_starts_ranks_and_shows_the_error_of_the_one_that_failed(start: Callable[..., Run]) -> None:
     run = start("torchrun", "--nproc-per-node", "2", "-m", "colrow", "train", "sick.yaml")
     assert run.end() != 0

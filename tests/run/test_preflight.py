@@ -215,6 +215,7 @@ def test_a_derived_plan_is_checked_once(config: Callable[..., RunConfig], monkey
     assert len(checked) == 2
 
 
+@pytest.mark.exhaustive
 def test_the_first_rank_checks_the_plan_where_no_launcher_did(config: Callable[..., RunConfig], tmp_path: Path) -> None:
     written(config(), tmp_path, without="norm")
     with pytest.raises(PlanError, match=r"error CR501 partial-gradient at norm\.weight"):

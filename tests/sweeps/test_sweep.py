@@ -24,6 +24,7 @@ def columns(text: str, model_type: str) -> tuple[str, str, str, str]:
     return cells[1], cells[-4], cells[-3], cells[-1]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("model_type", "styles"),
     params([("gpt2", "fast"), ("bert", "fast"), ("roformer", "plain")], exhaustive=lambda name, _: name != "bert"),
