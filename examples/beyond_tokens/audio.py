@@ -14,17 +14,6 @@ from torch.distributed.device_mesh import DeviceMesh
 BANDS, WIDTH, HEADS, LETTERS, BATCH, FRAMES = 20, 32, 4, 28, 4, 48
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1, self.attention = nn.LayerNorm(WIDTH), loop.Attention(WIDTH, HEADS)
-        self.norm2, self.mlp = nn.LayerNorm(WIDTH), loop.Mlp(WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
 class Recogniser(nn.Module):
     """A spectrogram [B, BANDS, FRAMES] to log-probabilities of letters [B, FRAMES / 2, LETTERS]; letter 0 is CTC's
     blank."""
@@ -33,7 +22,7 @@ class Recogniser(nn.Module):
         super().__init__()
         self.first = nn.Conv1d(BANDS, WIDTH, kernel_size=3, padding=1)
         self.second = nn.Conv1d(WIDTH, WIDTH, kernel_size=3, stride=2, padding=1)
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.blocks = nn.ModuleList(loop.Block(WIDTH, HEADS) for _ in range(2))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, LETTERS)
 
     def forward(self, spectrogram: Tensor) -> Tensor:

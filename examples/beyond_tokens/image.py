@@ -17,17 +17,6 @@ from torch.distributed.device_mesh import DeviceMesh
 WIDTH, HEADS, CLASSES, BATCH = 32, 4, 10, 6
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1, self.attention = nn.LayerNorm(WIDTH), loop.Attention(WIDTH, HEADS)
-        self.norm2, self.mlp = nn.LayerNorm(WIDTH), loop.Mlp(WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
 class VisionTransformer(nn.Module):
     """Pixels [B, 3, 32, 32] to logits [B, CLASSES]."""
 
@@ -36,7 +25,7 @@ class VisionTransformer(nn.Module):
         self.patches = nn.Conv2d(3, WIDTH, kernel_size=8, stride=8)
         self.first = nn.Parameter(torch.randn(1, 1, WIDTH) * 0.02)
         self.positions = nn.Parameter(torch.randn(1, 17, WIDTH) * 0.02)
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.blocks = nn.ModuleList(loop.Block(WIDTH, HEADS) for _ in range(2))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, CLASSES)
 
     def forward(self, pixels: Tensor) -> Tensor:

@@ -44,6 +44,19 @@ class Mlp(nn.Module):
         return self.down(F.gelu(self.up(x)))
 
 
+class Block(nn.Module):
+    """Attention and MLP on a residual stream, each behind a norm."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads)
+        self.norm2, self.mlp = nn.LayerNorm(width), Mlp(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
 def derived_once(model: nn.Module, mesh: DeviceMesh, inputs: Batch) -> colrow.Plan:
     """A plan for the mesh's tp axis, derived by the first rank: the others wait for it. Its loss is `replicated`: every
     rank gets the complete output, so any loss can follow."""
