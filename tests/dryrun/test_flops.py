@@ -62,6 +62,8 @@ def test_fast_styles_compute_what_plain_ones_do_and_gathered_heads_are_not_split
     plain, fast, gathered = (run(llama(), Plan.preset(name), 2) for name in ("llama", "llama-fast", "article"))
     assert plain.flops_split(2) == pytest.approx(1.0)
     assert fast.flops == plain.flops
+    linear = run(llama(), Plan.preset("llama-fast", "linear"), 2)  # its gradients are computed in forward
+    assert linear.flops == plain.flops
     assert (gathered.flops_split(2) or 0) < 1
 
 

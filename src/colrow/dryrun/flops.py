@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import Any
 
 from torch.utils.flop_counter import flop_registry
 
 from colrow.dryrun.module_tracker import ModuleTracker
+from colrow.ops.linear_cross_entropy import chunk_gradients
 from colrow.torch_compat import TorchDispatchMode, is_higher_order
 
 
@@ -27,6 +29,11 @@ def flops_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -
         return int(2 * out.numel() * args[0].shape[-1])
     formula = flop_registry.get(getattr(func, "overloadpacket", None))
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
+
+
+def computes_gradients(frames: Iterator[FrameType]) -> bool:
+    """Whether these frames are of a head and loss in one, which computes its gradients in forward."""
+    return any(frame.f_code is chunk_gradients.__code__ for frame in frames)
 
 
 class FlopCounter(TorchDispatchMode):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from colrow.dryrun import values as rules
-from colrow.dryrun.flops import flops_of
+from colrow.dryrun.flops import computes_gradients, flops_of
 from colrow.dryrun.module_tracker import ModuleTracker
 from colrow.dryrun.result import Collective, Pass, PlacementMismatch, Problem
 from colrow.dryrun.values import Op, Values
@@ -97,7 +97,8 @@ class Watch(TorchDispatchMode):
         if is_higher_order(func):
             return out
         if not self._modules.in_backward() and (flops := flops_of(func, args, kwargs or {}, out)):
-            self.flops[self._modules.current()] += 0 if finds_output_shape(frames()) else flops
+            counts = not (finds_output_shape(frames()) or computes_gradients(frames()))
+            self.flops[self._modules.current()] += flops if counts else 0
         op = Op(
             name=func.name().partition("::")[2].partition(".")[0],
             namespace=func.namespace,

@@ -141,6 +141,17 @@ def _functions(plan: _Plan) -> tuple[Callable[..., Tensor], Callable[..., Tensor
     return kernels.statistics_reference, kernels.loss_reference, add_product
 
 
+def chunk_gradients(
+    dZ_Cv: Tensor, x_CD: Tensor, w_vD: Tensor, dH_CD: Tensor | None, dW_vD: Tensor | None, add_to: Callable[..., None]
+) -> None:
+    """Write dH = dZ W, and add dZ^T X to dW, where they are asked for. By this function the dry run tells these
+    products from those of forward, in which they run."""
+    if dH_CD is not None:
+        torch.mm(dZ_Cv, w_vD, out=dH_CD)
+    if dW_vD is not None:
+        add_to(dW_vD, dZ_Cv.t(), x_CD)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h_tD: Tensor, w_vD: Tensor, y_T: Tensor, scale: Tensor, plan: _Plan) -> Tensor:
@@ -161,10 +172,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 stats_nKC = all_gather(stats_nKC, group)
             # from here on z_Cv holds d loss / d logits
             loss += loss_and_gradient(z_Cv, y_C, stats_nKC, scale, plan.terms, need_dh or need_dw).sum()
-            if dH_TD is not None:
-                torch.mm(z_Cv, w_vD, out=dH_TD[start : start + plan.chunk])
-            if dW_vD is not None:
-                add_to(dW_vD, z_Cv.t(), x_CD)
+            chunk_gradients(
+                z_Cv, x_CD, w_vD, None if dH_TD is None else dH_TD[start : start + plan.chunk], dW_vD, add_to
+            )
         if dH_TD is not None and group is not None:
             if plan.gather:
                 dH_TD = reduce_scatter(dH_TD, group)
