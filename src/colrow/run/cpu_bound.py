@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import textwrap
-
 from colrow.config import RunConfig
 from colrow.errors import ConfigError
+from colrow.run.progress import labelled
 from colrow.train.cuda_graph import check_cuda_graph
 
 STEPS = 10
@@ -43,8 +42,7 @@ def hint_line(config: RunConfig) -> str:
     fixes = ["a larger train.micro_batch"]
     if not config.train.cuda_graph and _can_be_captured(config):
         fixes.insert(0, "train.cuda_graph: true")
-    hint = f"hint       GPU idle between kernels (CPU-bound): try {' or '.join(fixes)}"
-    return textwrap.fill(hint, 80, subsequent_indent=" " * 11, break_on_hyphens=False)
+    return labelled("hint", f"GPU idle between kernels (CPU-bound): try {' or '.join(fixes)}")
 
 
 def _can_be_captured(config: RunConfig) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import textwrap
-
 import torch.distributed as dist
 from torch.distributed.tensor import Replicate
 
 from colrow.mesh import MeshAxes
 from colrow.ops.execution_record import recorded
 from colrow.plans.plan import Plan
+from colrow.run.progress import labelled
 from colrow.torch_compat import compiled_graph_count
 from colrow.train.attention import attention_kernel
 from colrow.train.cuda_graph import EAGER_STEPS
@@ -57,7 +56,7 @@ def executed_paths(training: Training, seq_len: int) -> str:
 
 def executed_line(paths: str) -> str:
     """The line, or two, within 80 columns."""
-    return textwrap.fill(f"ran        {paths}", 80, subsequent_indent=" " * 11, break_on_hyphens=False)
+    return labelled("ran", paths)
 
 
 def _fused(training: Training, counts: list[str]) -> list[str]:
