@@ -104,13 +104,18 @@ class Rowwise(_TorchLinear):
     def parameters(self, site: Site) -> dict[str, ParameterLayout]:
         module = site.module
         if isinstance(module, nn.Embedding):
-            rows, dim = module.weight.shape
-            sizes = chunk_sizes(rows, site.tp)
-            return {"weight": ParameterLayout(Shard(0), (sizes[0], dim), split_rows("vocabulary", sizes))}
+            return vocabulary_layout(site)
         layouts = replicated(module, "bias, added once after the sum")
         out, features = site.parameter("weight").shape
         layouts["weight"] = ParameterLayout(Shard(1), (out, features // site.tp), "input features split")
         return layouts
+
+
+def vocabulary_layout(site: Site) -> dict[str, ParameterLayout]:
+    """The layout of a weight [V, D] that is sharded over the vocabulary."""
+    rows, dim = site.parameter("weight").shape
+    sizes = chunk_sizes(rows, site.tp)
+    return {"weight": ParameterLayout(Shard(0), (sizes[0], dim), split_rows("vocabulary", sizes))}
 
 
 def _make_writable(_: nn.Module, __: Any, out: Any) -> Any:

@@ -22,11 +22,11 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from colrow.errors import PlanError, did_you_mean
 from colrow.ops.collectives import all_gather
 from colrow.ops.linear_cross_entropy import linear_cross_entropy
-from colrow.sharding.layout import chunk_sizes
 from colrow.sharding.local_view import replace_forward
 from colrow.styles.base import ParameterLayout, Style, TokenOrder, option
+from colrow.styles.linear import vocabulary_layout
 from colrow.styles.shards import ShardSpec, place_parameter
-from colrow.styles.site import Site, split_rows
+from colrow.styles.site import Site
 
 HiddenLayout = Literal["sequence", "flattened", "replicated"]
 """Layout of hidden states that are plain tensors: a shard of dimension 1, a shard of all tokens of the micro-batch
@@ -100,9 +100,7 @@ class LinearHead(Style):
         return _LinearHeadStyle(self)
 
     def parameters(self, site: Site) -> dict[str, ParameterLayout]:
-        rows, dim = site.parameter("weight").shape
-        sizes = chunk_sizes(rows, site.tp)
-        return {"weight": ParameterLayout(Shard(0), (sizes[0], dim), split_rows("vocabulary", sizes))}
+        return vocabulary_layout(site)
 
 
 class _LinearHeadStyle(ParallelStyle):

@@ -12,13 +12,12 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
 from colrow.sharding.placements import parse_placement
-from colrow.styles.base import ParameterLayout, Style, named_placements_of, option, placements_of
+from colrow.styles.base import named_placements_of, option, placements_of
 from colrow.styles.rank_tensors import rank_heads
 from colrow.styles.shards import (
     ShardedModuleStyle,
+    ShardedParameters,
     ShardSpec,
-    check_specs,
-    layouts_of,
     local_input,
     mark_grads_summed_at_entry,
     shard_parameters,
@@ -30,7 +29,7 @@ from colrow.styles.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalShards(Style):
+class LocalShards(ShardedParameters):
     """Any module whose own parameters are sharded as `shards` says: name to dim, or to {dim, segments, replicated}. Its
     forward runs on the shards. For stacked experts: `{gate_up_proj: {dim: 1, segments: [F, F]}, down_proj: 2}`.
 
@@ -44,6 +43,7 @@ class LocalShards(Style):
     gathers_own_input = True
     sums_gradients = True
     local = True
+    layout_reason = "split over tp; the module runs on its shard"
     shards: dict[str, Any] | None = option(shards_of)
     input: Placement | None = option(parse_placement)
     output: Placement | None = option(parse_placement)
@@ -51,17 +51,11 @@ class LocalShards(Style):
     def specs(self, site: Site) -> dict[str, ShardSpec]:
         return specs_of(site, self.name, self.shards or {})
 
-    def check(self, site: Site) -> None:
-        check_specs(site, self.specs(site))
-
     def build(self, site: Site) -> ParallelStyle:
         return ShardedModuleStyle(self.specs(site), self.input, self.output, partial=self.output is not None)
 
-    def parameters(self, site: Site) -> dict[str, ParameterLayout]:
-        return layouts_of(site, self.specs(site), "split over tp; the module runs on its shard")
 
-
-class BlockShards(Style):
+class BlockShards(ShardedParameters):
     """What styles of blocks do with two of their options. `shards`, of the block's own parameters, is that of style
     local_shards. `slices` takes this rank's heads of a constant argument: `{alibi: {dim: 0, inner: 32}}` views dim 0 as
     [-1, 32] and keeps this rank's shard of the 32."""
@@ -69,20 +63,17 @@ class BlockShards(Style):
     sums_gradients = True
     local = True
     gathers_for_children = True
+    layout_reason = "used on this rank's shard"
     slices: dict[str, Any] | None
     shards: dict[str, Any] | None
 
     def specs(self, site: Site) -> dict[str, ShardSpec]:
-        """How each of the block's own parameters is held."""
         return specs_of(site, self.name, self.shards or {})
 
     def check(self, site: Site) -> None:
-        check_specs(site, self.specs(site))
+        super().check(site)
         for name, heads in (self.slices or {}).items():
             site.divide(int(heads["inner"]), "CR201", f"{heads['inner']} parts of argument {name}")
-
-    def parameters(self, site: Site) -> dict[str, ParameterLayout]:
-        return layouts_of(site, self.specs(site), "used on this rank's shard")
 
 
 @dataclass(frozen=True, kw_only=True)

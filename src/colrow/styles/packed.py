@@ -11,8 +11,8 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
 from colrow.sharding.placements import parse_placement
-from colrow.styles.base import OutputSegment, ParameterLayout, Style, integers_of, option
-from colrow.styles.shards import ShardedModuleStyle, ShardSpec, check_specs, layouts_of
+from colrow.styles.base import OutputSegment, integers_of, option
+from colrow.styles.shards import ShardedModuleStyle, ShardedParameters, ShardSpec
 from colrow.styles.site import Site
 
 
@@ -35,7 +35,7 @@ def _out_and_in_dims(site: Site, style: str) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ColumnSegments(Style):
+class ColumnSegments(ShardedParameters):
     """The options of styles that shard output features: as one, or as `segments` one after another, each sharded over
     tp. Those at the positions `replicated` are computed by every rank (the one k and v head of multi-query attention);
     of those at the positions `kv`, which hold `kv_heads` for `heads` query heads, a rank computes what its query heads
@@ -50,7 +50,6 @@ class ColumnSegments(Style):
     kv_heads: int | None = None
 
     def specs(self, site: Site) -> dict[str, ShardSpec]:
-        """How each parameter is held."""
         out, _ = _out_and_in_dims(site, self.name)
         parameters = site.module._parameters
         assert parameters["weight"] is not None
@@ -68,9 +67,6 @@ class ColumnSegments(Style):
             for name, dim in dims.items()
         }
 
-    def check(self, site: Site) -> None:
-        check_specs(site, self.specs(site))
-
     def output_segments(self, site: Site) -> tuple[OutputSegment, ...]:
         spec = self.specs(site)["weight"]
         sizes = zip(spec.segments, spec.local_sizes(site.tp), strict=True)
@@ -87,13 +83,11 @@ class PackedColwise(ColumnSegments):
 
     name = "packed_colwise"
     gathers_own_input = True
+    layout_reason = "output features split, segment by segment"
     input: Placement | None = option(parse_placement)
 
     def build(self, site: Site) -> ParallelStyle:
         return ShardedModuleStyle(self.specs(site), self.input, None, partial=False, outside=Replicate())
-
-    def parameters(self, site: Site) -> dict[str, ParameterLayout]:
-        return layouts_of(site, self.specs(site), "output features split, segment by segment")
 
 
 def row_specs(site: Site, style: str, segments: tuple[int, ...] | None, bias: ShardSpec) -> dict[str, ShardSpec]:
@@ -106,13 +100,14 @@ def row_specs(site: Site, style: str, segments: tuple[int, ...] | None, bias: Sh
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedRowwise(Style):
+class PackedRowwise(ShardedParameters):
     """Linear or Conv1D whose input features are `segments` one after another, each sharded over tp; the output is a sum
     over ranks, brought to `output` (`partial` leaves the sum to the enclosing block)."""
 
     name = "packed_rowwise"
     computes_module = True
     sums_gradients = True
+    layout_reason = "input features split, segment by segment"
     segments: tuple[int, ...] | None = option(integers_of)
     output: Placement | None = option(parse_placement)
 
@@ -120,11 +115,5 @@ class PackedRowwise(Style):
         # Each rank adds the bias before the sum over ranks, so each adds 1/tp of it.
         return row_specs(site, self.name, self.segments, bias=ShardSpec(scaled=True))
 
-    def check(self, site: Site) -> None:
-        check_specs(site, self.specs(site))
-
     def build(self, site: Site) -> ParallelStyle:
         return ShardedModuleStyle(self.specs(site), None, self.output or Replicate(), partial=True)
-
-    def parameters(self, site: Site) -> dict[str, ParameterLayout]:
-        return layouts_of(site, self.specs(site), "input features split, segment by segment")

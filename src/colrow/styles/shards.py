@@ -9,11 +9,12 @@ which rows a rank has.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from colrow.errors import PlanError
 from colrow.sharding.layout import Packed
 from colrow.sharding.local_view import View, view_parameters
 from colrow.sharding.packed_shard import PackedShard
-from colrow.styles.base import ParameterLayout
+from colrow.styles.base import ParameterLayout, Style
 from colrow.styles.heads import Heads
 from colrow.styles.rank_tensors import rank_table, same_on_all_ranks, summed
 from colrow.styles.site import Site
@@ -186,16 +187,26 @@ def specs_of(site: Site, style: str, shards: dict[str, Any]) -> dict[str, ShardS
     return specs
 
 
-def check_specs(site: Site, specs: dict[str, ShardSpec]) -> None:
-    """Raise PlanError for the first parameter that cannot be sharded so."""
-    for name, spec in specs.items():
-        if spec.dim is not None:
-            spec.check(site, name, int(site.parameter(name).shape[spec.dim]))
+class ShardedParameters(Style):
+    """A style that holds each of its module's own parameters by a `ShardSpec`."""
 
+    layout_reason: ClassVar[str]
+    """Of a sharded parameter's layout."""
 
-def layouts_of(site: Site, specs: dict[str, ShardSpec], reason: str) -> dict[str, ParameterLayout]:
-    """What each parameter becomes."""
-    return {name: spec.layout(site.parameter(name), site.tp, reason) for name, spec in specs.items()}
+    @abstractmethod
+    def specs(self, site: Site) -> dict[str, ShardSpec]:
+        """How each parameter is held."""
+
+    def check(self, site: Site) -> None:
+        for name, spec in self.specs(site).items():
+            if spec.dim is not None:
+                spec.check(site, name, int(site.parameter(name).shape[spec.dim]))
+
+    def parameters(self, site: Site) -> dict[str, ParameterLayout]:
+        return {
+            name: spec.layout(site.parameter(name), site.tp, self.layout_reason)
+            for name, spec in self.specs(site).items()
+        }
 
 
 def place_parameter(module: nn.Module, name: str, mesh: DeviceMesh, spec: ShardSpec, source: int | None) -> bool:

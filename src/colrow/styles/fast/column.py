@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from colrow.errors import PlanError
 from colrow.ops.parallel_linear import column_linear
-from colrow.styles.base import ParameterLayout, names_of, option
+from colrow.styles.base import names_of, option
 from colrow.styles.fast.linear import (
     FORWARD_STATE,
     FastLinear,
@@ -36,7 +36,7 @@ from colrow.styles.fast.linear import (
 from colrow.styles.linear import Colwise
 from colrow.styles.packed import ColumnSegments
 from colrow.styles.replicated import KvReplicate
-from colrow.styles.shards import layouts_of, mark_grads_summed_at_entry
+from colrow.styles.shards import mark_grads_summed_at_entry
 from colrow.styles.site import Site
 
 
@@ -60,7 +60,6 @@ class FastGather(FastLinear):
 
     def check(self, site: Site) -> None:
         check_columns(site, self.name, self.columns, site.module)
-        super().check(site)
 
     def build(self, site: Site) -> ParallelStyle:
         return _GatherHook(self, site.fqn)
@@ -189,14 +188,13 @@ def _sibling_forward(module: Any, x: Any) -> Tensor:
 class FastColumns(ColumnSegments):
     """What fast column styles have in common; for the options see `packed.ColumnSegments`."""
 
+    layout_reason = "output features split"
+
     def check(self, site: Site) -> None:
         require_linear(site, self.name)
         if self.segments is None and isinstance(site.module, nn.Linear):
             Colwise().check(site)
         super().check(site)
-
-    def parameters(self, site: Site) -> dict[str, ParameterLayout]:
-        return layouts_of(site, self.specs(site), "output features split")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,10 +232,6 @@ class FastColumn(FastLinear, FastColumns):
     name = "fast_column"
     gathers_own_input = True
     keep_gathered: bool = True
-
-    def check(self, site: Site) -> None:
-        FastLinear.check(self, site)
-        FastColumns.check(self, site)
 
     def build(self, site: Site) -> ParallelStyle:
         return FastLinearStyle(self.specs(site), _column_forward, self.linear_state)

@@ -17,7 +17,7 @@ from colrow.sharding.layout import chunk_sizes
 from colrow.sharding.local_view import replace_forward
 from colrow.styles.base import ParameterLayout, Style, TokenOrder, option
 from colrow.styles.fast.linear import FORWARD_STATE, group_name
-from colrow.styles.linear import Rowwise
+from colrow.styles.linear import Rowwise, vocabulary_layout
 from colrow.styles.rank_tensors import rank_table
 from colrow.styles.shards import ShardSpec, shard_parameters, sum_over_ranks
 from colrow.styles.site import Site
@@ -47,7 +47,7 @@ class FastEmbedding(Style):
         return _FastEmbeddingStyle(self.all_tokens)
 
     def parameters(self, site: Site) -> dict[str, ParameterLayout]:
-        return Rowwise().parameters(site)
+        return vocabulary_layout(site)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from colrow.ops.parallel_linear import row_linear
-from colrow.styles.base import ParameterLayout, integers_of, option
+from colrow.styles.base import integers_of, option
 from colrow.styles.fast.linear import (
     FORWARD_STATE,
     FastLinear,
@@ -20,12 +20,12 @@ from colrow.styles.fast.linear import (
 )
 from colrow.styles.linear import Rowwise
 from colrow.styles.packed import row_specs
-from colrow.styles.shards import ShardSpec, check_specs, layouts_of
+from colrow.styles.shards import ShardedParameters, ShardSpec
 from colrow.styles.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
-class FastRowwise(FastLinear):
+class FastRowwise(FastLinear, ShardedParameters):
     """A linear whose input features are sharded, as one or as `segments` one after another; its output is this rank's
     shard of the flattened tokens. For the other options see `FastLinear`."""
 
@@ -33,10 +33,10 @@ class FastRowwise(FastLinear):
     sums_gradients = True
     operator = "row_forward"
     saved_operators = frozenset({"colrow::row_forward"})  # a matmul and its reduce-scatter in one
+    layout_reason = "input features split"
     segments: tuple[int, ...] | None = option(integers_of)
 
     def specs(self, site: Site) -> dict[str, ShardSpec]:
-        """How each parameter is held."""
         # The bias is added after the sum, by each rank to its own tokens: replicated, with its gradient summed.
         return row_specs(site, self.name, self.segments, bias=ShardSpec())
 
@@ -44,14 +44,10 @@ class FastRowwise(FastLinear):
         require_linear(site, self.name)
         if self.segments is None and isinstance(site.module, nn.Linear):
             Rowwise().check(site)
-        check_specs(site, self.specs(site))
         super().check(site)
 
     def build(self, site: Site) -> ParallelStyle:
         return FastLinearStyle(self.specs(site), _row_forward, self.linear_state)
-
-    def parameters(self, site: Site) -> dict[str, ParameterLayout]:
-        return layouts_of(site, self.specs(site), "input features split")
 
 
 def _row_forward(module: Any, x_BTf: Tensor) -> Tensor:

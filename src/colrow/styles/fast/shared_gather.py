@@ -39,7 +39,6 @@ class FastGatherOutput(FastLinear):
 
     def check(self, site: Site) -> None:
         check_columns(site, self.name, self.columns, _around(site))
-        super().check(site)
 
     def build(self, site: Site) -> ParallelStyle:
         return _GatherOutputHook(self, site)
