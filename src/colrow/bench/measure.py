@@ -28,7 +28,7 @@ from colrow.forecasting.devices import peak_flops
 from colrow.mesh import MeshAxes
 from colrow.models.build import build_source
 from colrow.models.shapes import flops_per_token
-from colrow.ops.kernels import cross_entropy
+from colrow.ops.kernels.optional_triton import UNAVAILABLE
 from colrow.plans.plan import Plan
 from colrow.run import preflight
 from colrow.run.executed import executed_paths
@@ -269,7 +269,7 @@ def missing_paths(plan: Plan, trace: StepTrace, tp: int, *, cuda_graph: bool = F
     if wants_fp8 and on_device and not trace.operators.get("aten::_scaled_mm"):
         missing.append("fp8 (operator aten::_scaled_mm)")
     if plan.loss == "linear" and on_device and not any("_loss_kernel" in name for name in trace.names):
-        missing.append(f"the loss's Triton kernels ({cross_entropy.UNAVAILABLE or 'no such kernel ran'})")
+        missing.append(f"the loss's Triton kernels ({UNAVAILABLE or 'no such kernel ran'})")
     return missing
 
 

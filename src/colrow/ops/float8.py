@@ -19,7 +19,8 @@ from torch import Tensor
 
 from colrow.errors import ConfigError
 from colrow.ops.execution_record import record
-from colrow.ops.kernels.rounding import UNAVAILABLE, round_both_triton, round_reference, round_triton
+from colrow.ops.kernels.optional_triton import UNAVAILABLE
+from colrow.ops.kernels.rounding import round_both_triton, round_reference, round_triton
 from colrow.torch_compat import scaled_product
 
 Float8 = Literal["tensorwise"]

@@ -37,6 +37,7 @@ from colrow.ops.collectives import all_gather, group_of, reduce_scatter
 from colrow.ops.execution_record import record
 from colrow.ops.kernels import cross_entropy as kernels
 from colrow.ops.kernels.cross_entropy import LossTerms
+from colrow.ops.kernels.optional_triton import UNAVAILABLE
 from colrow.ops.products import add_product
 
 Implementation = Literal["auto", "triton", "torch"]
@@ -277,13 +278,13 @@ def _refuse_unknown_classes(y_T: Tensor, vocab_size: int, ignore_index: int) -> 
 
 
 def _use_triton(implementation: Implementation, device: torch.device) -> bool:
-    if implementation == "triton" and (reason := kernels.UNAVAILABLE or _not_on_a_gpu(device)):
+    if implementation == "triton" and (reason := UNAVAILABLE or _not_on_a_gpu(device)):
         raise ConfigError(f"implementation='triton' cannot be used: {reason}")
     if implementation != "auto":
         return implementation == "triton"
-    if device.type == "cuda" and kernels.UNAVAILABLE:
-        _warn_once(kernels.UNAVAILABLE)
-    return device.type == "cuda" and not kernels.UNAVAILABLE
+    if device.type == "cuda" and UNAVAILABLE:
+        _warn_once(UNAVAILABLE)
+    return device.type == "cuda" and not UNAVAILABLE
 
 
 def _not_on_a_gpu(device: torch.device) -> str:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from colrow.config import TrainSection
-from colrow.ops.kernels.adamw import UNAVAILABLE, FusedAdamW, ParamUpdate
+from colrow.ops.kernels.adamw import FusedAdamW, ParamUpdate
+from colrow.ops.kernels.optional_triton import UNAVAILABLE
 from colrow.sharding.layout import local_tensor
 from colrow.torch_compat import foreach
 

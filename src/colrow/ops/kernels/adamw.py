@@ -21,14 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-triton: Any
-try:
-    import triton  # type: ignore[no-redef, unused-ignore]
-    import triton.language as tl
-
-    UNAVAILABLE = ""
-except ImportError as error:
-    triton, UNAVAILABLE = None, str(error)
+from colrow.ops.kernels.optional_triton import tl, triton
 
 _BLOCK = 1024
 _CHUNK = 4 * _BLOCK

@@ -22,15 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-STATISTICS = 4
-triton: Any
-try:
-    import triton  # type: ignore[no-redef, unused-ignore]
-    import triton.language as tl
+from colrow.ops.kernels.optional_triton import tl, triton
 
-    UNAVAILABLE = ""
-except ImportError as error:
-    triton, UNAVAILABLE = None, str(error)
+STATISTICS = 4
 
 
 @dataclass(frozen=True)

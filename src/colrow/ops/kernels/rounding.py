@@ -10,19 +10,11 @@ Legend: x is [M, K], and so is each of its parts in one of the dims. y is row-ma
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-triton: Any
-try:
-    import triton  # type: ignore[no-redef, unused-ignore]
-    import triton.language as tl
-
-    UNAVAILABLE = ""
-except ImportError as error:
-    triton, UNAVAILABLE = None, str(error)
+from colrow.ops.kernels.optional_triton import tl, triton
 
 SMALLEST = torch.finfo(torch.float32).tiny  # a scale of zero (x is all zeros) would give 0 / 0
 _ROWS, _COLUMNS = 64, 128

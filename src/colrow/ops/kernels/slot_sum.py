@@ -5,18 +5,10 @@ y = slots[0] + ... + slots[n - 1], in fp32 for low precision, and rounded once
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-triton: Any
-try:
-    import triton  # type: ignore[no-redef, unused-ignore]
-    import triton.language as tl
-
-except ImportError:
-    triton = None
+from colrow.ops.kernels.optional_triton import tl, triton
 
 _BLOCK = 4096
 
