@@ -167,17 +167,16 @@ def _arm(flags: Flags, arm: str, config: RunConfig) -> dict[str, Any] | None:
 
 def _rank(path: Path) -> int:
     """One rank of one arm, under the launcher."""
-    from colrow.cli.train import rank_info, reporting_errors
+    from colrow.cli.ranks import rank_folder, rank_info, reporting_errors
 
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    with reporting_errors(Path(error_file) if error_file else None):
+    with reporting_errors():
         from colrow.bench.measure import Job, measure
         from colrow.run.stop import StopRequest
 
         job, info = Job.model_validate_json(path.read_text(encoding="utf-8")), rank_info()
         if job.one_rank:
             info = replace(info, world_size=job.config.mesh.world_size)
-        with StopRequest(Path(error_file).parent if error_file else None):  # ends this rank when another is lost
+        with StopRequest(rank_folder()):  # ends this rank when another is lost
             result = measure(job, info)
         if info.rank == 0:
             (path.parent / RESULT).write_text(json.dumps(result), encoding="utf-8")

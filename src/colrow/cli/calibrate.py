@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -67,11 +66,10 @@ def _rank(result: Path, device_type: str, small: bool) -> int:
     import torch
     import torch.distributed as dist
 
-    from colrow.cli.train import rank_info, reporting_errors
+    from colrow.cli.ranks import rank_info, reporting_errors
     from colrow.forecasting.calibrate import SMALL, Sizes, calibrate
 
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    with reporting_errors(Path(error_file) if error_file else None):
+    with reporting_errors():
         info = rank_info()
         device = torch.device(device_type, info.local_rank) if device_type == "cuda" else torch.device("cpu")
         if device.type == "cuda":

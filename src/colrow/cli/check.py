@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -11,7 +9,7 @@ from rich.console import Console
 
 from colrow.checking.check import Finding, check
 from colrow.cli.flags import PlanFlags, default_seq_len, parse
-from colrow.cli.text import show_share, wrapped
+from colrow.cli.text import print_json, show_share, wrapped
 from colrow.mesh import Mesh
 from colrow.plans.split_share import SplitShare
 
@@ -43,8 +41,7 @@ def main(argv: list[str]) -> int:
     share = None if errors else SplitShare.of(model, plan, flags.tp, findings.flops_split)
     if flags.json:
         data = {"ok": ok, "findings": [finding.to_data() for finding in findings]}
-        json.dump(data | {"split": share and share.to_data()}, sys.stdout, indent=1)
-        print()
+        print_json(data | {"split": share and share.to_data()})
     else:
         show(findings, f"plan {plan.name} for {flags.model} at tp={flags.tp}", Console(highlight=False))
         if share is not None:

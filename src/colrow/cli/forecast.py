@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +11,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from colrow.cli.flags import parse
+from colrow.cli.text import print_json
 from colrow.config import RunConfig, load_config
 from colrow.errors import ConfigError
 
@@ -66,8 +65,7 @@ def main(argv: list[str]) -> int:
 
         write_page(table, str(flags.config), flags.html)
     if flags.json:
-        json.dump({"rows": [row.to_data() for row in table.rows], "chosen": table.chosen}, sys.stdout, indent=1)
-        print()
+        print_json({"rows": [row.to_data() for row in table.rows], "chosen": table.chosen})
     else:
         show(table, config, Console(highlight=False))
         if flags.html is not None:
@@ -149,8 +147,7 @@ def _show_longest(choices: Choices, flags: Flags) -> int:
             print(f"{mesh!s:32} {_plan(longest.row):14} {longest.row.options.recompute:10} "
                   f"longest sequence {longest.seq_len:>9,}   largest micro-batch {longest.micro_batch:>4}")  # fmt: skip
     if flags.json:
-        json.dump({"rows": found}, sys.stdout, indent=1)
-        print()
+        print_json({"rows": found})
     return 0 if any(entry["seq_len"] for entry in found) else 1
 
 

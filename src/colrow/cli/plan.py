@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from colrow.cli.flags import PlanFlags, default_seq_len, parse
-from colrow.cli.text import show_share
+from colrow.cli.text import print_json, show_share
 from colrow.dryrun.picture import in_units, write_page
 from colrow.dryrun.report import ParameterRow, PlanReport, report
 from colrow.dryrun.result import Collective, Output
@@ -51,8 +49,7 @@ def main(argv: list[str]) -> int:
         write_page(shown, flags.model, flags.html)
     share = SplitShare.of(model, plan, flags.tp, shown.run.flops_split(flags.tp))
     if flags.json:
-        json.dump(shown.to_data() | {"split": share.to_data()}, sys.stdout, indent=1)
-        print()
+        print_json(shown.to_data() | {"split": share.to_data()})
         return 0
     show(shown, share, Console(highlight=False))
     for what, path in (("plan", flags.output), ("page", flags.html)):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import textwrap
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+if TYPE_CHECKING:  # a wrong flag need not wait for torch
+    from rich.console import Console
 
-from colrow.plans.split_share import SplitShare
+    from colrow.plans.split_share import SplitShare
 
 
 def wrapped(line: str, width: int, indent: int = 2) -> str:
@@ -19,6 +23,12 @@ def wrapped(line: str, width: int, indent: int = 2) -> str:
         break_long_words=False,
         break_on_hyphens=False,
     )
+
+
+def print_json(data: Any) -> None:
+    """What a verb prints with `--json`."""
+    json.dump(data, sys.stdout, indent=1)
+    print()
 
 
 def show_share(share: SplitShare, console: Console) -> None:

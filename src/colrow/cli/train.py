@@ -6,24 +6,17 @@ torchrun's launcher with as many local ranks as the mesh has.
 
 from __future__ import annotations
 
-import errno
 import os
 import shlex
 import signal
 import sys
 import time
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
+from colrow.cli.ranks import rank_folder, rank_info, reporting_errors
 from colrow.config import RunConfig, load_config, read_flags
-from colrow.errors import ColrowError, ConfigError
-
-if TYPE_CHECKING:  # `colrow train --help` need not wait for torch
-    from colrow.run.host_log import HostLog
-    from colrow.run.rank import RankInfo
+from colrow.errors import ConfigError
 
 PLAN_DIGEST = "COLROW_PLAN_DIGEST"
 """SHA-256 of the run folder's plan.yaml, for ranks whose launcher resolved and checked the plan; torchrun does not."""
@@ -137,10 +130,10 @@ def _start(argv: list[str]) -> int:
 def _rank(argv: list[str]) -> NoReturn:
     from colrow.run.heartbeat import end_with_launcher
 
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if error_file:  # torchrun's agent, here or in a launcher of its own, has started this process and waits for it
+    folder = rank_folder()
+    if folder is not None:  # torchrun's agent, here or in a launcher of its own, has started this process and waits
         end_with_launcher()
-    with reporting_errors(Path(error_file) if error_file else None) as ending:
+    with reporting_errors() as ending:
         import torch
 
         from colrow.run import preflight
@@ -154,12 +147,12 @@ def _rank(argv: list[str]) -> NoReturn:
         config = preflight.resolve(requested)
         ending.log = HostLog(config.run.dir, info.rank)
         ending.log.copy_stderr()
-        folder = Path(error_file).parent if error_file else None
         with StopRequest(folder) as stop:
             guard = RankGuard(
                 *(config.train, config.run.dir, info.rank, info.world_size, folder),
                 asked_to_end=lambda: stop.requested,
-                give_up=lambda text, seconds: _report_hang(text, time.time() - seconds, error_file, ending.log),
+                # the earliest of several failures is the one that torchrun shows, and the other ranks end for this one
+                give_up=lambda text, seconds: ending.report(text, time.time() - seconds, 1),
             )
             if "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(preflight.threads_for(info.local_world_size))
@@ -173,107 +166,3 @@ def _rank(argv: list[str]) -> NoReturn:
             ending.log.write("ended")
     # A thread of torch that still runs at the interpreter's end can abort the process, after all is saved and said.
     ending.exit(0)
-
-
-def rank_info() -> RankInfo:
-    """What torchrun's environment variables say of this process."""
-    from colrow.run.rank import RankInfo
-
-    world_size = int(os.environ["WORLD_SIZE"])
-    return RankInfo(
-        rank=int(os.environ["RANK"]),
-        local_rank=int(os.environ.get("LOCAL_RANK", os.environ["RANK"])),
-        world_size=world_size,
-        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
-    )
-
-
-class Ending:
-    """How this process ends. `log`: its host's, once the run's folder is known."""
-
-    log: HostLog | None = None
-
-    def exit(self, status: int) -> NoReturn:
-        """End at once, with all that was written where it belongs."""
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if self.log is not None:
-            self.log.close()
-        os._exit(status)
-
-
-@contextmanager
-def reporting_errors(error_file: Path | None) -> Iterator[Ending]:
-    """On an error, end this process at once, with the text in the launcher's error file, or on stderr without one.
-
-    os._exit, because a normal exit would destroy the process group, and so wait for ranks that are gone.
-    """
-    from colrow.run.launch import EXIT_USER_ERROR, write_error
-
-    ending = Ending()
-    try:
-        yield ending
-    except BaseException as error:
-        if isinstance(error, SystemExit):
-            raise
-        when = time.time()
-        is_closed = isinstance(error, BrokenPipeError)  # `colrow train ... | head`: an end without an error
-        is_user_error = isinstance(error, ColrowError) or _disk_is_full(error)
-        text = "the output is closed" if is_closed else str(error) if is_user_error else traceback.format_exc()
-        if _disk_is_full(error):
-            text += ": free some space, then start the same command again; it continues from the newest checkpoint"
-        status = 128 + signal.SIGPIPE if is_closed else EXIT_USER_ERROR if is_user_error else 1
-        if error_file is not None and not is_user_error and "onnection" in text:
-            # Lost connections follow from another rank's failure: let that rank write its error, and be the first.
-            end = time.monotonic() + 2.0
-            if ending.log is not None and (cause := _cause_elsewhere(ending.log.run, when, end)):
-                print(
-                    f"colrow train: {cause}", file=sys.stderr, flush=True
-                )  # now: torchrun may end this rank meanwhile
-                text += f"\n{cause}"
-            time.sleep(max(0.0, end - time.monotonic()))
-        if ending.log is not None:
-            ending.log.write_failure(when, text)
-        if error_file is None:
-            print(f"colrow train: error: {text}", file=sys.stderr)
-        else:
-            write_error(error_file, text, when, status)
-        ending.exit(status)
-
-
-def _cause_elsewhere(run: Path, when: float, end: float) -> str:
-    """What a rank of another agent's, whose error torchrun does not show here, has said of its failure, as soon as it
-    has; empty where none has until `end`, in `time.monotonic()`."""
-    from colrow.run.host_log import failed_rank, last_lines
-
-    info = rank_info()
-    first = info.rank - info.local_rank
-    while time.monotonic() < end:
-        failed = failed_rank(run, when - 10.0)
-        if failed is not None:
-            rank, host = failed
-            if first <= rank < first + info.local_world_size:
-                return ""
-            return f"rank {rank} on {host} failed first; its last lines:\n" + "\n".join(last_lines(run, rank))
-        time.sleep(0.1)
-    return ""
-
-
-def _report_hang(text: str, when: float, error_file: str | None, log: HostLog | None) -> None:
-    """Say that the run hangs: in the host's log and the launcher's error file, or on stderr without one.
-
-    Args:
-        when: it began. torchrun shows the earliest of several failures, and the other ranks end for this one.
-    """
-    from colrow.run.launch import write_error
-
-    if log is not None:
-        log.write_failure(when, text)
-    if error_file is None:
-        print(f"colrow train: error: {text}", file=sys.stderr, flush=True)
-    else:
-        write_error(Path(error_file), text, when, 1)
-
-
-def _disk_is_full(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

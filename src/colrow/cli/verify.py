@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing
-import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from rich.console import Console
 
 from colrow.cli.flags import PlanFlags, parse
-from colrow.cli.text import wrapped
+from colrow.cli.text import print_json, wrapped
 from colrow.verifying.report import Report, Verdict
 from colrow.verifying.verify import verify
 
@@ -46,8 +44,7 @@ def main(argv: list[str]) -> int:
     plan = flags.load_plan(model)
     report = verify(model, plan, flags.tp, backend=flags.backend, inputs=inputs)
     if flags.json:
-        json.dump(_finite(report.to_data() | {"twin": reduced}), sys.stdout, indent=1)
-        print()
+        print_json(_finite(report.to_data() | {"twin": reduced}))
     else:
         show(report, reduced, f"plan {plan.name} for {flags.model} at tp={flags.tp}", Console(highlight=False))
     return EXIT_STATUS[report.verdict]

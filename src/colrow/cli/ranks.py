@@ -1,0 +1,127 @@
+"""What a process is that a launcher has started as a rank, and how it ends: for all verbs that start ranks."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from colrow.errors import ColrowError
+
+if TYPE_CHECKING:  # `colrow train --help` need not wait for torch
+    from colrow.run.host_log import HostLog
+    from colrow.run.rank import RankInfo
+
+
+def rank_folder() -> Path | None:
+    """The folder that the launcher gave this rank; None without a launcher."""
+    file = _error_file()
+    return None if file is None else file.parent
+
+
+def _error_file() -> Path | None:
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(path) if path else None
+
+
+def rank_info() -> RankInfo:
+    """What torchrun's environment variables say of this process."""
+    from colrow.run.rank import RankInfo
+
+    world_size = int(os.environ["WORLD_SIZE"])
+    return RankInfo(
+        rank=int(os.environ["RANK"]),
+        local_rank=int(os.environ.get("LOCAL_RANK", os.environ["RANK"])),
+        world_size=world_size,
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+    )
+
+
+class Ending:
+    """How this process ends. `log`: its host's, once the run's folder is known."""
+
+    log: HostLog | None = None
+
+    def report(self, text: str, when: float, status: int) -> None:
+        """Say that this process fails: in the host's log and the launcher's error file, or on stderr without one.
+
+        Args:
+            when: seconds of the epoch.
+        """
+        from colrow.run.launch import write_error
+
+        if self.log is not None:
+            self.log.write_failure(when, text)
+        if (file := _error_file()) is None:
+            print(f"colrow train: error: {text}", file=sys.stderr, flush=True)
+        else:
+            write_error(file, text, when, status)
+
+    def exit(self, status: int) -> NoReturn:
+        """End at once, with all that was written where it belongs."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if self.log is not None:
+            self.log.close()
+        os._exit(status)
+
+
+@contextmanager
+def reporting_errors() -> Iterator[Ending]:
+    """On an error, end this process at once, with the text in the launcher's error file, or on stderr without one.
+
+    os._exit, because a normal exit would destroy the process group, and so wait for ranks that are gone.
+    """
+    from colrow.run.launch import EXIT_USER_ERROR
+
+    ending = Ending()
+    try:
+        yield ending
+    except BaseException as error:
+        if isinstance(error, SystemExit):
+            raise
+        when = time.time()
+        is_closed = isinstance(error, BrokenPipeError)  # `colrow train ... | head`: an end without an error
+        is_user_error = isinstance(error, ColrowError) or _disk_is_full(error)
+        text = "the output is closed" if is_closed else str(error) if is_user_error else traceback.format_exc()
+        if _disk_is_full(error):
+            text += ": free some space, then start the same command again; it continues from the newest checkpoint"
+        status = 128 + signal.SIGPIPE if is_closed else EXIT_USER_ERROR if is_user_error else 1
+        if _error_file() is not None and not is_user_error and "onnection" in text:
+            # Lost connections follow from another rank's failure: let that rank write its error, and be the first.
+            end = time.monotonic() + 2.0
+            if ending.log is not None and (cause := _cause_elsewhere(ending.log.run, when, end)):
+                print(f"colrow train: {cause}", file=sys.stderr, flush=True)  # now: torchrun may end this rank soon
+                text += f"\n{cause}"
+            time.sleep(max(0.0, end - time.monotonic()))
+        ending.report(text, when, status)
+        ending.exit(status)
+
+
+def _cause_elsewhere(run: Path, when: float, end: float) -> str:
+    """What a rank of another agent's, whose error torchrun does not show here, has said of its failure, as soon as it
+    has; empty where none has until `end`, in `time.monotonic()`."""
+    from colrow.run.host_log import failed_rank, last_lines
+
+    info = rank_info()
+    first = info.rank - info.local_rank
+    while time.monotonic() < end:
+        failed = failed_rank(run, when - 10.0)
+        if failed is not None:
+            rank, host = failed
+            if first <= rank < first + info.local_world_size:
+                return ""
+            return f"rank {rank} on {host} failed first; its last lines:\n" + "\n".join(last_lines(run, rank))
+        time.sleep(0.1)
+    return ""
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
