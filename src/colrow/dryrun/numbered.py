@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from colrow.dryrun.module_tracker import LOSS
 from colrow.sharding.local_call import TensorShape
 from colrow.sharding.local_layout import REPLICATED, Layout
-from colrow.sharding.operators import Identity, operator
+from colrow.sharding.operators import Identity, operator, operator_name
 from colrow.torch_compat import (
     TorchDispatchMode,
     constant_index,
@@ -63,8 +63,8 @@ class Operation:
 
     def __init__(self, func: Any, args: Any, kwargs: Any, run: NumberedRun) -> None:
         self.func = func
-        self.name = str(func.name()).partition("::")[2].partition(".")[0]
-        self.name = "view" if self.name in _VIEWS else self.name
+        name = operator_name(func)
+        self.name = "view" if name in _VIEWS else name
         self.leaves, self.tree = tree_flatten((args, kwargs))
         self.inputs = [run.value(leaf) if isinstance(leaf, Tensor) else None for leaf in self.leaves]
         self.shapes = tuple(shape_of(leaf) for leaf in self.leaves)

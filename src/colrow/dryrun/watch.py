@@ -20,7 +20,7 @@ from colrow.dryrun.module_tracker import ModuleTracker
 from colrow.dryrun.result import Collective, Pass, PlacementMismatch, Problem
 from colrow.dryrun.values import Op, Values
 from colrow.ops.parallel_linear import traffic
-from colrow.sharding.operators import EQUAL_AFTER
+from colrow.sharding.operators import EQUAL_AFTER, operator_name
 from colrow.torch_compat import (
     TorchDispatchMode,
     current_autograd_node,
@@ -100,7 +100,7 @@ class Watch(TorchDispatchMode):
             counts = not (finds_output_shape(frames()) or computes_gradients(frames()))
             self.flops[self._modules.current()] += flops if counts else 0
         op = Op(
-            name=func.name().partition("::")[2].partition(".")[0],
+            name=operator_name(func),
             namespace=func.namespace,
             args=args,
             inputs=inputs,

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from colrow.ops.parallel_linear import OPERATORS, traffic
-from colrow.sharding.operators import operator
+from colrow.sharding.operators import operator, operator_name
 
 Product = tuple[int, int, int]
 """(tokens, width in, width out) of a matmul."""
@@ -79,7 +79,7 @@ class WorkCounter:
         view, which launches nothing."""
         keys = {x.untyped_storage()._cdata for x in inputs}
         made = [x for x in outputs if x.untyped_storage()._cdata not in keys]
-        namespace, name = func.namespace, func.name().partition("::")[2].partition(".")[0]
+        namespace, name = func.namespace, operator_name(func)
         work = self._work
         collectives = self._collectives(namespace, name, args, inputs, outputs)
         work.collectives.update(collectives)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from colrow.sharding.local_layout import REPLICATED, Kind, Layout
+from colrow.sharding.operators import argument_of, operator_name
 from colrow.torch_compat import per_rank
 
 _ATTENTION = ("scaled_dot_product", "efficient_attention", "flash_attention", "cudnn_attention")
@@ -46,21 +47,21 @@ def draws(func: Any, args: Any, kwargs: Any) -> bool:
     if not may_draw(func):
         return False
     if _is_attention(func):
-        return bool(_argument(func, args, kwargs, "dropout_p"))
-    return not (_name(func) == "native_dropout" and args[2] is False)
+        return bool(argument_of(func, "dropout_p", args, kwargs))
+    return not (operator_name(func) == "native_dropout" and args[2] is False)
 
 
 @cache
 def may_draw(func: Any) -> bool:
     """Whether the ATen operator draws random numbers with some arguments."""
     tagged = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
-    return tagged and not _name(func).startswith("_fused_sdp_choice")
+    return tagged and not operator_name(func).startswith("_fused_sdp_choice")
 
 
 def is_dropout(func: Any) -> bool:
     """Whether the operator draws nothing but a dropout mask, or is an attention, which may draw one."""
-    of_one_number = _name(func) == "bernoulli_" and str(func.name()).endswith(".float")
-    return of_one_number or _name(func) == "native_dropout" or _is_attention(func)
+    of_one_number = operator_name(func) == "bernoulli_" and str(func.name()).endswith(".float")
+    return of_one_number or operator_name(func) == "native_dropout" or _is_attention(func)
 
 
 def draw_shard(func: Any, args: Any, kwargs: Any, draw: Draw, rank: int, ranks: int) -> Any:
@@ -72,7 +73,7 @@ def draw_shard(func: Any, args: Any, kwargs: Any, draw: Draw, rank: int, ranks: 
     def shard(drawn: Tensor) -> Tensor:
         return per_rank(lambda x, r: take_shard(x, draw, r, ranks), drawn, rank)
 
-    if _name(func) == "bernoulli_":
+    if operator_name(func) == "bernoulli_":
         return local.copy_(shard(func(complete, *args[1:], **kwargs)))
     factors, kept = func(complete.fill_(1.0), *args[1:], **kwargs)
     return local * shard(factors), shard(kept).clone()
@@ -106,17 +107,5 @@ def _unsharded_like(local: Tensor, dim: int, ranks: int) -> Tensor:
     return made.permute([order.index(d) for d in range(local.ndim)])
 
 
-@cache
-def _name(func: Any) -> str:
-    return str(func.name()).partition("::")[2].partition(".")[0]
-
-
 def _is_attention(func: Any) -> bool:
-    return any(part in _name(func) for part in _ATTENTION)
-
-
-def _argument(func: Any, args: Any, kwargs: Any, name: str) -> Any:
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.name == name:
-            return args[position] if position < len(args) else kwargs.get(name, argument.default_value)
-    return None
+    return any(part in operator_name(func) for part in _ATTENTION)

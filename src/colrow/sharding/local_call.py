@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from colrow.sharding.local_layout import Kind, Layout
-from colrow.sharding.operators import Operator, operator
+from colrow.sharding.operators import Operator, argument_of, operator, operator_name
 from colrow.torch_compat import tree_unflatten
 
 Shape = tuple[int, ...]
@@ -61,7 +61,7 @@ class LocalCall:
 
     @property
     def name(self) -> str:
-        return str(self.func.name()).partition("::")[2].partition(".")[0]
+        return operator_name(self.func)
 
     @property
     def facts(self) -> Operator:
@@ -84,14 +84,10 @@ class LocalCall:
 
     def argument(self, name: str) -> tuple[Any, Any]:
         """The argument of this name in the operator's schema, here and there."""
-        declared = self.func._schema.arguments
-        position = next(i for i, argument in enumerate(declared) if argument.name == name)
-        found = []
-        for leaves in (self.here, self.there):
-            args, kwargs = tree_unflatten(list(leaves), self.tree)
-            default = declared[position].default_value
-            found.append(args[position] if position < len(args) else kwargs.get(name, default))
-        return found[0], found[1]
+        here, there = (
+            argument_of(self.func, name, *tree_unflatten(list(leaves), self.tree)) for leaves in (self.here, self.there)
+        )
+        return here, there
 
     def pieces(self, dim: int) -> list[Piece] | None:
         """The pieces of `dim` that a split, a slice or an index by constants takes, or whose gradients it joins;
@@ -114,11 +110,16 @@ class LocalCall:
                 ]
             ends = [[0, *accumulate(shape[dim] for shape in shapes)] for shapes in parts]
             return list(zip(pairwise(ends[0]), pairwise(ends[1]), strict=True))
-        ranges = [slice(*(self.argument(name)[i] for name in ("start", "end", "step"))).indices(extents[i][dim])
-                  for i in (0, 1)]  # fmt: skip
+        ranges = self.slices(extents[0][dim], extents[1][dim])
         if any(step != 1 for _, _, step in ranges):
             raise UnprovenError("a slice with a step", dim)
         return [(ranges[0][:2], ranges[1][:2])]
+
+    def slices(self, here: int, there: int) -> list[tuple[int, int, int]]:
+        """First, end and step of what a `slice` takes of a dim of these extents, on this rank and in the unsharded
+        run."""
+        names = ("start", "end", "step")
+        return [slice(*(self.argument(name)[i] for name in names)).indices(n) for i, n in enumerate((here, there))]
 
     @property
     def sharded_dim(self) -> int | None:

@@ -54,11 +54,7 @@ def _slice(call: LocalCall) -> list[Layout] | None:
     source = call.forward if backward and call.forward is not None and call.forward.dim == dim else layout
     source = sharded(dim) if backward and source is layout and call.forward is None else source
     local, extent = sizes[0][dim], sizes[1][dim]
-    ranges = [
-        slice(*(call.argument(name)[i] for name in ("start", "end", "step"))).indices(n)
-        for i, n in enumerate((local, extent))
-    ]
-    (first, end, step), (first_there, end_there, step_there) = ranges
+    (first, end, step), (first_there, end_there, step_there) = call.slices(local, extent)
     segments = source.sizes(extent)
     if step != step_there:
         raise UnprovenError("a slice with another step than in the unsharded model", dim)
@@ -291,7 +287,5 @@ RULES: dict[str, Rule] = {
     "index_put": _either(_linear_together, _masked_write),
     "_index_put_impl": _either(_linear_together, _masked_write),
 }
-for _name in ("view", "reshape", "_unsafe_view", "_reshape_alias"):
-    RULES[_name] = _view
 for _name in ("scatter", "scatter_add", "index_add", "masked_fill", "where"):
     RULES[_name] = _either(_linear_together, RULES[_name])

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import cache
 from typing import Any
 
 
@@ -335,6 +336,20 @@ NOTHING_KNOWN = Operator("")
 def operator(name: str) -> Operator:
     """The facts of an operator by its ATen name, in place or not; none of one that is not in the table."""
     return OPERATORS.get(plain_name(name), NOTHING_KNOWN)
+
+
+@cache
+def operator_name(func: Any) -> str:
+    """`add_` of `aten.add_.Tensor`: the operator's name without its namespace and its overload."""
+    return str(func.name()).partition("::")[2].partition(".")[0]
+
+
+def argument_of(func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """The argument of this name in the operator's schema, or its default; None where the schema has none."""
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.name == name:
+            return args[position] if position < len(args) else kwargs.get(name, argument.default_value)
+    return None
 
 
 def plain_name(name: str) -> str:
