@@ -14,6 +14,7 @@ import torch
 from colrow.checkpoint.huggingface import stored_dtype
 from colrow.data.tokenizer import Tokenizer, load_tokenizer
 from colrow.errors import DataError
+from colrow.models.huggingface import json_mapping
 
 GENERATION, _SETTINGS = "generation_config.json", "tokenizer_config.json"
 _TOKENIZER = (
@@ -106,11 +107,7 @@ class Carried:
 
     def config(self, name: str) -> dict[str, Any]:
         """The mapping in one of the model's JSON files; an empty one where there is none."""
-        try:
-            tree = json.loads((self.model / name).read_bytes()) if self.model is not None else None
-        except (OSError, ValueError, RecursionError):
-            tree = None
-        return tree if isinstance(tree, dict) else {}
+        return {} if self.model is None else json_mapping(self.model / name)
 
 
 def token_ids(tree: dict[str, Any]) -> dict[str, Any]:

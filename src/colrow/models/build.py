@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from torch import nn
 
 from colrow.config import ModelSection
 from colrow.errors import ConfigError
-from colrow.models.huggingface import UnsupportedModelError, read_config
+from colrow.models.huggingface import UnsupportedModelError, json_mapping, read_config
 from colrow.models.llama import Llama, LlamaConfig
 from colrow.models.shapes import SHAPES, shape
 
@@ -140,12 +139,7 @@ def _from_huggingface(section: ModelSection, path: Path) -> Source:
 
 def _config_tree(path: Path) -> dict[str, Any]:
     """What config.json holds; nothing where it cannot be read, which is reported where the config is."""
-    file = path / "config.json" if path.is_dir() else path
-    try:
-        tree = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return tree if isinstance(tree, dict) else {}
+    return json_mapping(path / "config.json" if path.is_dir() else path)
 
 
 def _own_code(tree: dict[str, Any]) -> str | None:

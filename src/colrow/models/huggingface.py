@@ -47,6 +47,15 @@ def read_config(path: Path | str) -> LlamaConfig:
     return config_from_huggingface(tree, str(file))
 
 
+def json_mapping(file: Path) -> dict[str, Any]:
+    """The mapping in a JSON file; an empty one where there is none, or it cannot be read."""
+    try:
+        tree = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
 def config_from_huggingface(tree: dict[str, Any], source: str = "config.json") -> LlamaConfig:
     """The config in the mapping that a config.json holds. Raises ConfigError as `read_config` does."""
     family = tree.get("model_type")
@@ -71,7 +80,7 @@ def config_from_huggingface(tree: dict[str, Any], source: str = "config.json") -
             head_dim=_size(tree, "head_dim", 128 if family == "qwen3" else hidden // heads),
             max_position_embeddings=_size(tree, "max_position_embeddings"),
             rope_theta=_number(rope, "rope_theta", 10_000.0),
-            rope_scaling=_scaling(rope, source),
+            rope_scaling=_scaling(rope),
             rms_norm_eps=_number(tree, "rms_norm_eps", 1e-6),
             tie_word_embeddings=bool(tree.get("tie_word_embeddings", False)),
             attention_bias=family == "qwen2",
@@ -198,7 +207,7 @@ def _rope(tree: dict[str, Any]) -> dict[str, Any]:
     return {**top, **rope}
 
 
-def _scaling(rope: dict[str, Any], source: str) -> Llama3Scaling | None:
+def _scaling(rope: dict[str, Any]) -> Llama3Scaling | None:
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type == "default":
         return None
