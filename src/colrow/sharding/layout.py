@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from colrow.sharding.packed_shard import PackedShard
-from colrow.torch_compat import StridedShard, local_shard
+from colrow.torch_compat import StridedShard, is_async, local_shard
 
 PACKED = "_colrow_packed"  # module attribute: {parameter name: Packed}
 
@@ -79,6 +79,12 @@ def local_tensor(tensor: Tensor) -> Tensor:
         return tensor
     # to_local() is an autograd function: without grad it is time spent for nothing, for each parameter in each step
     return tensor.to_local() if torch.is_grad_enabled() else local_shard(tensor)
+
+
+def waited_local(tensor: Tensor) -> Tensor:
+    """This rank's shard, detached, after the collective that makes it."""
+    local = local_tensor(tensor.detach())
+    return local.trigger_wait() if is_async(local) else local  # type: ignore[attr-defined]
 
 
 def held_regions(param: Tensor, packed: Packed | None = None) -> dict[Region, Region]:

@@ -7,9 +7,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from colrow.sharding.layout import local_tensor
-from colrow.torch_compat import is_async
-
 _CHUNK = 1 << 22  # elements: bounds the int64 copies at 64 MiB
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -19,12 +16,6 @@ def fingerprints(tensors: Iterable[Tensor]) -> Tensor:
     """One int64 hash a tensor, [n], on their device; local tensors, of any dtype and shape."""
     found = [_fingerprint(tensor) for tensor in tensors]
     return torch.stack(found) if found else torch.zeros(0, dtype=torch.int64)
-
-
-def waited_local(x: Tensor) -> Tensor:
-    """This rank's part of `x`, whose collective has finished."""
-    x = local_tensor(x.detach())
-    return x.trigger_wait() if is_async(x) else x  # type: ignore[attr-defined]
 
 
 def _fingerprint(tensor: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
+from colrow.sharding.layout import waited_local
 from colrow.torch_compat import TorchDispatchMode, tree_leaves
-from colrow.train.fingerprint import fingerprints, waited_local
+from colrow.train.fingerprint import fingerprints
 
 Entry = tuple[str, tuple[Any, ...], tuple[int, ...]]
 """An operator's name, numbers and hashes of what it reads, hashes of what it returns."""

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from colrow.errors import ColrowError
 from colrow.mesh import MeshAxes
+from colrow.sharding.layout import waited_local
 from colrow.torch_compat import FsdpUnit, fsdp_units, tree_leaves
 from colrow.train.buffers import BufferSnapshot
-from colrow.train.fingerprint import fingerprints, waited_local
+from colrow.train.fingerprint import fingerprints
 from colrow.train.operator_trace import OperatorTrace, first_nondeterministic
 
 if TYPE_CHECKING:

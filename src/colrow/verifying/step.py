@@ -18,7 +18,7 @@ from colrow.parallel.random_draws import arrange_draws
 from colrow.plans.plan import Plan
 from colrow.sharding.draws import Draw
 from colrow.sharding.grad_norm import align_gradients
-from colrow.sharding.layout import packed_of
+from colrow.sharding.layout import packed_of, waited_local
 from colrow.verifying.comparison import Observed, Reference, Sharded, Shards
 from colrow.verifying.dropout import without_dropout
 
@@ -100,7 +100,7 @@ def sharded_step(
         loss = head_loss(output) if plan.loss == "linear" else task.loss(output, inputs.given)
         loss.backward()
     align_gradients(model.parameters())
-    observed = Observed(losses={rank: value.item() for rank, value in shards_of(_local(loss)).items()})
+    observed = Observed(losses={rank: value.item() for rank, value in shards_of(waited_local(loss)).items()})
     observed.buffers = buffers | _at(AFTER_STEP, _buffers(model, task.written_buffers, shards_of))
     for name, param in model.named_parameters():
         if param.grad is not None:
@@ -122,7 +122,7 @@ def _buffers(model: nn.Module, names: Iterable[str], shards_of: Callable[[Tensor
     for name in names:
         buffer = model.get_buffer(name)
         placements = tuple(buffer.placements) if isinstance(buffer, DTensor) else (Replicate(),)
-        values = {rank: value.clone() for rank, value in shards_of(_local(buffer)).items()}
+        values = {rank: value.clone() for rank, value in shards_of(waited_local(buffer)).items()}
         found[name] = Sharded(tuple(buffer.shape), placements, None, values)
     return found
 
@@ -130,11 +130,5 @@ def _buffers(model: nn.Module, names: Iterable[str], shards_of: Callable[[Tensor
 def _sharded(model: nn.Module, name: str, tensor: Tensor, shards_of: Callable[[Tensor], Shards]) -> Sharded:
     tensor = tensor.detach()
     assert isinstance(tensor, DTensor)
-    values = {rank: value.clone() for rank, value in shards_of(_local(tensor)).items()}
+    values = {rank: value.clone() for rank, value in shards_of(waited_local(tensor)).items()}
     return Sharded(tuple(tensor.shape), tuple(tensor.placements), packed_of(model, name), values)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.wait() if type(local).__name__ == "AsyncCollectiveTensor" else local  # type: ignore[attr-defined]
