@@ -25,9 +25,9 @@ from colrow.checkpoint.loading import first_few
 from colrow.checkpoint.manifest import write_text
 from colrow.checkpoint.pieces import Piece
 from colrow.checkpoint.ranks import Ranks
-from colrow.checkpoint.read_back import ReadBack, Reader, StoredTensor, reader_of
+from colrow.checkpoint.read_back import ReadBack, Reader, TensorSpec, reader_of
 from colrow.checkpoint.space import DiskUse
-from colrow.checkpoint.tensor_file import DTYPES, Entry, dtypes_in, into_files, shapes_in, write_tensors
+from colrow.checkpoint.tensor_file import DTYPES, Entry, headers_in, into_files, write_tensors
 from colrow.errors import CheckpointError, ExportError
 from colrow.models.huggingface import config_to_huggingface
 from colrow.models.llama import LlamaConfig
@@ -128,7 +128,7 @@ def export(
         _start(folder, unfinished, carried)
         disk.require_free()
         _write_texts(unfinished, tree, tokenizer, carried)
-        planned = {name: StoredTensor(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        planned = {name: TensorSpec(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
         try:
             reader = reader_of(unfinished, imports=imports, trust_code=carried.code)
             reader.compare(planned, dtype).require_equal(first_module(model))
@@ -172,7 +172,7 @@ def require_exportable(model: nn.Module, config: LlamaConfig | dict[str, Any], c
     with TemporaryDirectory() as name:
         _write_texts(Path(name), config, None, carried)
         reader = reader_of(Path(name), trust_code=carried.code)
-        stored = {p.name: StoredTensor(p.shape, _written(p.data.dtype)) for p in _pieces(model)}
+        stored = {p.name: TensorSpec(p.shape, _written(p.data.dtype)) for p in _pieces(model)}
         reader.compare(stored, torch.float32).require_equal(model)
 
 
@@ -297,13 +297,12 @@ def _write_index(unfinished: Path, files: Sequence[ShardFile]) -> None:
         _write_json(unfinished / INDEX, total)
 
 
-def _stored(folder: Path) -> dict[str, StoredTensor]:
+def _stored(folder: Path) -> dict[str, TensorSpec]:
     """The tensors in a folder's files, by the files' own headers."""
     found = {}
     by_name = {name: dtype for dtype, name in DTYPES.items()}
     for file in sorted(folder.glob("*.safetensors")):
-        types = dtypes_in(file)
-        found.update({name: StoredTensor(shape, by_name[types[name]]) for name, shape in shapes_in(file).items()})
+        found.update({name: TensorSpec(shape, by_name[dtype]) for name, (shape, dtype) in headers_in(file).items()})
     return found
 
 

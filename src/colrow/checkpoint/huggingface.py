@@ -20,7 +20,7 @@ from colrow.checkpoint.loading import first_few
 from colrow.checkpoint.pieces import Piece
 from colrow.checkpoint.ranks import as_text
 from colrow.checkpoint.state import NamedTensor, model_tensors
-from colrow.checkpoint.tensor_file import DTYPES, TensorReader, dtypes_in, shapes_in
+from colrow.checkpoint.tensor_file import DTYPES, TensorHeader, TensorReader, headers_in
 from colrow.errors import CheckpointError
 from colrow.models.huggingface import name_to_huggingface
 from colrow.models.llama import Llama, LlamaConfig
@@ -50,8 +50,10 @@ def load_weights(model: Model, folder: Path | str) -> None:
     parts = parts_of(named, known)
     needed = {part.name: part.shape for item in named for part in parts[item.name]}
     _require_same_names(folder, *names_that_differ(model, files, needed))
-    _require_same_shapes(folder, files, needed)
-    _require_floats(folder, files, {part.name: item.tensor.dtype for item in named for part in parts[item.name]})
+    headers = {file: headers_in(file) for file in {files[name] for name in needed}}
+    _require_same_shapes(folder, files, headers, needed)
+    stored = {name: headers[files[name]][name].dtype for name in needed}
+    _require_floats(folder, stored, {part.name: item.tensor.dtype for item in named for part in parts[item.name]})
     by_file: dict[Path, list[Piece]] = {}
     for item in named:
         for piece in in_parts(item.pieces(), parts[item.name]):
@@ -117,9 +119,8 @@ def stored_dtype(folder: Path | str) -> torch.dtype | None:
     """
     elements: Counter[str] = Counter()
     for file in sorted(set(_files(Path(folder)).values())):
-        types = dtypes_in(file)
-        for name, shape in shapes_in(file).items():
-            elements[types[name]] += prod(shape)
+        for shape, dtype in headers_in(file).values():
+            elements[dtype] += prod(shape)
     floats = [name for name, _ in elements.most_common() if name in _FLOATS]
     return next((dtype for dtype, name in DTYPES.items() if floats and name == floats[0]), None)
 
@@ -162,7 +163,7 @@ def _files(folder: Path) -> dict[str, Path]:
             else "give a Hugging Face folder, or another source of weights"
         )
         raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}: {fix}")
-    return dict.fromkeys(shapes_in(single), single)
+    return dict.fromkeys(headers_in(single), single)
 
 
 def _stays_inside(name: str) -> bool:
@@ -190,14 +191,13 @@ def _is_derived(name: str, expected: set[str]) -> bool:
     return name.endswith("rotary_emb.inv_freq") or (name == _HEAD and _EMBEDDING in expected)
 
 
-def _require_floats(folder: Path, files: dict[str, Path], wanted: dict[str, torch.dtype]) -> None:
+def _require_floats(folder: Path, stored: dict[str, str], wanted: dict[str, torch.dtype]) -> None:
     """Raise where a float parameter is stored as another type: an integer of quantized weights is no weight, and fp8
     means nothing without its scales. Buffers of integers must be stored so."""
-    stored = {file: dtypes_in(file) for file in {files[name] for name in wanted}}
     wrong = [
-        f"{name} is {stored[files[name]][name]}"
+        f"{name} is {stored[name]}"
         for name, dtype in wanted.items()
-        if stored[files[name]][name] not in (_FLOATS if dtype.is_floating_point else {DTYPES[dtype]})
+        if stored[name] not in (_FLOATS if dtype.is_floating_point else {DTYPES[dtype]})
     ]
     if wrong:
         raise CheckpointError(
@@ -206,14 +206,15 @@ def _require_floats(folder: Path, files: dict[str, Path], wanted: dict[str, torc
         )
 
 
-def _require_same_shapes(folder: Path, files: dict[str, Path], needed: dict[str, tuple[int, ...]]) -> None:
+def _require_same_shapes(
+    folder: Path, files: dict[str, Path], headers: dict[Path, dict[str, TensorHeader]], needed: Shapes
+) -> None:
     wrong = []
-    shapes = {file: shapes_in(file) for file in {files[name] for name in needed}}
     for name, shape in needed.items():
-        there = shapes[files[name]]
-        if name not in there:
+        there = headers[files[name]].get(name)
+        if there is None:
             raise CheckpointError(f"{files[name]} lacks {name}, which the index says it holds: fetch the folder again")
-        if there[name] != shape:
-            wrong.append(f"{name} is {list(there[name])}, the model's {list(shape)}")
+        if there.shape != shape:
+            wrong.append(f"{name} is {list(there.shape)}, the model's {list(shape)}")
     if wrong:
         raise CheckpointError(f"{folder} holds a model of other sizes: {first_few(wrong)}")

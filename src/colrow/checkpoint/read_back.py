@@ -29,8 +29,8 @@ from colrow.models.llama import Llama
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """Shape and dtype of a tensor in a file."""
+class TensorSpec:
+    """Shape and dtype of a tensor, in a file or as it should be there."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -96,7 +96,7 @@ class Reader:
     name: str | None = None
     library: str | None = None
 
-    def compare(self, stored: Mapping[str, StoredTensor], dtype: torch.dtype) -> ReadBack:
+    def compare(self, stored: Mapping[str, TensorSpec], dtype: torch.dtype) -> ReadBack:
         """What of the tensors is not the model's; `dtype` is what floating-point weights are to be stored in.
 
         Raises:
@@ -110,7 +110,7 @@ class Reader:
         for item in named:
             want_dtype = dtype if item.tensor.dtype.is_floating_point else item.tensor.dtype
             for part in parts[item.name]:
-                needed[part.name] = want = StoredTensor(part.shape, want_dtype)
+                needed[part.name] = want = TensorSpec(part.shape, want_dtype)
                 there = stored.get(part.name, want)
                 if there != want:
                     different.append(f"{part.name} is {_in_words(there)}, not {_in_words(want)}")
@@ -166,5 +166,5 @@ def _of_transformers(folder: Path, trust_code: bool) -> Reader:
     return Reader(model, type(model).__name__, f"transformers {transformers.__version__}")
 
 
-def _in_words(tensor: StoredTensor) -> str:
+def _in_words(tensor: TensorSpec) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -145,16 +145,18 @@ class TensorReader:
             raise CheckpointError(f"{self.path} does not hold {key} as the index says: {error}") from error
 
 
-def dtypes_in(path: Path) -> dict[str, str]:
-    """The dtype of each tensor in a file, by the names of the format (`BF16`), from its header alone."""
-    with TensorReader(path) as reader:
-        return {key: reader.file.get_slice(key).get_dtype() for key in reader.file.keys()}  # noqa: SIM118
+class TensorHeader(NamedTuple):
+    """What a file's header says of a tensor; the dtype by its name in the format (`BF16`)."""
+
+    shape: tuple[int, ...]
+    dtype: str
 
 
-def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor in a file, from its header alone."""
+def headers_in(path: Path) -> dict[str, TensorHeader]:
+    """Each tensor in a file, from its header alone."""
     with TensorReader(path) as reader:
-        return {key: tuple(reader.file.get_slice(key).get_shape()) for key in reader.file.keys()}  # noqa: SIM118
+        slices = {key: reader.file.get_slice(key) for key in reader.file.keys()}  # noqa: SIM118
+        return {key: TensorHeader(tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
 
 
 def into_files(items: Iterable[T], bytes_of: Callable[[T], int], max_bytes: int) -> list[list[T]]:
