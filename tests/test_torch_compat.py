@@ -105,7 +105,7 @@ def test_compiled_graphs_are_counted() -> None:
 
 def test_a_group_is_found_by_its_name(mesh: DeviceMesh) -> None:
     group = mesh.get_group()
-    assert tc.process_group_named(group.group_name) is group
+    assert tc.group_named(group.group_name) is group
 
 
 def test_a_fake_group_stands_beside_another(mesh: DeviceMesh) -> None:

@@ -22,7 +22,7 @@ from colrow.parallel.loss import loss_context, model_loss
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
 from colrow.sharding.operators import operator
-from colrow.torch_compat import TorchDispatchMode, is_async, process_group_named, tree_leaves
+from colrow.torch_compat import TorchDispatchMode, group_named, is_async, tree_leaves
 from helpers.harness import Ranks
 from helpers.llamas import meta, seeded
 
@@ -72,7 +72,7 @@ class Collectives(TorchDispatchMode):
         if func.namespace in ("c10d", "_c10d_functional") and (kind := operator(name).collective):
             group = next(_group_name(arg) for arg in args if _group_name(arg))
             sizes = [x.numel() * x.element_size() for x in tree_leaves((args, out)) if isinstance(x, Tensor)]
-            members = tuple(dist.get_process_group_ranks(process_group_named(group)))
+            members = tuple(dist.get_process_group_ranks(group_named(group)))
             if len(members) > 1:
                 self.seen[self._axes[members], kind, max(sizes)] += 1
         return out

@@ -40,7 +40,7 @@ def test_what_was_asked_for_is_not_executed_paths(training: Any) -> None:
 
 
 def test_what_operators_noted_is_reported_once(training: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executed, "_graphs_compiled", lambda: True)
+    monkeypatch.setattr(executed, "compiled_graph_count", lambda: 1)
     for _ in range(2):
         for kind, what in (("columns", 3), ("columns", 2), ("beside", "collectives"), ("loss", "triton")):
             record(kind, what)
@@ -53,7 +53,7 @@ def test_what_operators_noted_is_reported_once(training: Any, monkeypatch: pytes
 
 
 def test_blocks_that_nothing_compiled_are_eager(training: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executed, "_graphs_compiled", lambda: False)
+    monkeypatch.setattr(executed, "compiled_graph_count", lambda: 0)
     assert executed_paths(training, 32) == "eager"
 
 

@@ -27,7 +27,7 @@ from colrow.errors import ConfigError
 from colrow.forecasting.devices import peak_flops
 from colrow.mesh import MeshAxes
 from colrow.models.build import build_source
-from colrow.models.shapes import flops_per_token
+from colrow.models.shapes import mfu
 from colrow.ops.kernels.optional_triton import UNAVAILABLE
 from colrow.plans.plan import Plan
 from colrow.run import preflight
@@ -223,9 +223,9 @@ def _result(
     shape = training.source.config
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     peak = peak_flops(device_name)
-    for name, causal in (("mfu_causal", True), ("mfu_full", False)):
-        flops = None if shape is None else flops_per_token(shape, config.data.seq_len, causal=causal)
-        result[name] = None if flops is None or peak is None else rate * flops / peak
+    result |= {"mfu_causal": None, "mfu_full": None}
+    if shape is not None and peak is not None:
+        result |= mfu(shape, config.data.seq_len, rate, peak)
     best_case = None if shape is None else bound(shape, config.mesh, config.data.seq_len, tokens, device_name)
     result["bound_ms"] = None if best_case is None else best_case.hidden
     result["bound_exposed_ms"] = None if best_case is None else best_case.exposed

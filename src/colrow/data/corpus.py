@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from colrow.data.digests import digest_files, digest_of
-from colrow.data.documents import Corpus, up_to
+from colrow.data.documents import Corpus, counted, up_to
 from colrow.data.files import format_of, import_parquet, read_file, suffix_of
 from colrow.data.hub import open_dataset
 from colrow.errors import DataError
@@ -51,7 +51,7 @@ class FileCorpus(Corpus):
         self._section_chars = min(max(self._bytes // _SECTIONS, _MIN_SECTION_CHARS), _MAX_SECTION_CHARS)
 
     def describe(self) -> str:
-        return f"{self.pattern} ({_count(len(self.paths), 'file')}, {_megabytes(self._bytes)})"
+        return f"{self.pattern} ({counted(len(self.paths), 'file')}, {_megabytes(self._bytes)})"
 
     def fingerprint(self) -> str:
         digests = digest_files(self.paths, self.digest_cache)
@@ -108,8 +108,8 @@ class StdlibCorpus(Corpus):
 
     def describe(self) -> str:
         return (
-            f"stdlib (Python {platform.python_version()}: {_count(len(self._paths), 'source')}, "
-            f"{_count(len(self._topics), 'help text')}, {_megabytes(self.size())})"
+            f"stdlib (Python {platform.python_version()}: {counted(len(self._paths), 'source')}, "
+            f"{counted(len(self._topics), 'help text')}, {_megabytes(self.size())})"
         )
 
     def fingerprint(self) -> str:
@@ -191,7 +191,3 @@ def _read_source(path: Path) -> str:
 
 def _megabytes(n: int) -> str:
     return f"{n / 1e6:,.1f} MB" if n >= 100_000 else f"{n:,} bytes"
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"

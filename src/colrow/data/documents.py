@@ -57,6 +57,11 @@ class Corpus(ABC):
         return up_to(limit, iter(self))
 
 
+def counted(n: int, noun: str) -> str:
+    """`1 file`, `1,234 files`."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 def up_to(limit: int, texts: Iterator[str]) -> Iterator[str]:
     """The first of `texts`, of `limit` characters or more in all."""
     taken = 0

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from colrow.data.corpus import open_corpus
 from colrow.data.digests import digest_of
 from colrow.data.disk import locked, writing_to
-from colrow.data.documents import Corpus
+from colrow.data.documents import Corpus, counted
 from colrow.data.encode import usable_cores
 from colrow.data.progress import PreparationProgress
 from colrow.data.shards import (
@@ -132,7 +132,7 @@ def prepare(section: DataSection, model_vocab: int, progress: bool) -> PreparedD
             done = "became these tokens" if data.tokenizer.special else "were encoded as plain text"
             other = "text" if data.tokenizer.special else "encode"
             shown.say(
-                f"data: {_documents(meta.special)} spell special tokens, which {done} (data.special_tokens: "
+                f"data: {counted(meta.special, 'document')} spell special tokens, which {done} (data.special_tokens: "
                 f"{section.special_tokens}; the other choice is {other})"
             )
     _require_a_sequence(meta, section)
@@ -281,13 +281,13 @@ def _require_a_sequence(meta: ShardMeta, section: DataSection) -> None:
         if train > 2:
             fixes.append(f"data.seq_len of {train - 1:,} or less")
         raise DataError(
-            f"corpus {meta.source} has {train:,} tokens to train on in {_documents(meta.documents['train'])}, "
+            f"corpus {meta.source} has {train:,} tokens to train on in {counted(meta.documents['train'], 'document')}, "
             f"{required}: {', or '.join(fixes)}"
         )
     if validation < need:
         raise DataError(
             f"corpus {meta.source} has {validation:,} tokens held out for validation, in "
-            f"{meta.documents['validation']:,} of its {_documents(sum(meta.documents.values()))}, {required}: "
+            f"{meta.documents['validation']:,} of its {counted(sum(meta.documents.values()), 'document')}, {required}: "
             f"{_hold_out_more(meta, need)}"
         )
 
@@ -300,7 +300,3 @@ def _hold_out_more(meta: ShardMeta, need: int) -> str:
     if fraction <= 0.5:
         return f"set data.validation_fraction to {fraction:g} or more, or use more text"
     return "use more text, or a shorter data.seq_len; a document is held out as a unit or not at all"
-
-
-def _documents(n: int) -> str:
-    return f"{n:,} document{'' if n == 1 else 's'}"

@@ -121,6 +121,14 @@ def flops_per_token(config: LlamaConfig, seq_len: int, *, causal: bool) -> int:
     return 6 * _without_embedding(config) + attention
 
 
+def mfu(config: LlamaConfig, seq_len: int, tokens_per_second: float, peak: float) -> dict[str, float]:
+    """A GPU's model FLOPs utilization: the share of its `peak` FLOP/s, by either count of attention's FLOPs."""
+    return {
+        name: tokens_per_second * flops_per_token(config, seq_len, causal=causal) / peak
+        for name, causal in (("mfu_causal", True), ("mfu_full", False))
+    }
+
+
 def _without_embedding(config: LlamaConfig) -> int:
     D, E = config.hidden_size, config.head_dim
     q, kv = config.num_attention_heads * E, config.num_key_value_heads * E

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from colrow.errors import ConfigError
-from colrow.ops.collectives import group_named
 from colrow.ops.copy_engine_cuda import copy_engine
 from colrow.ops.exchange import Carrier, Exchange
+from colrow.torch_compat import group_named
 
 Overlap = Literal["none", "collectives", "point_to_point", "copy_engine"]
 """What runs at the same time as matmuls: nothing; backward's collectives, each as one; or chunks of every collective,

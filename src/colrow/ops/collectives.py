@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.errors import ConfigError
-from colrow.torch_compat import process_group_named
 
 Finish = Callable[[], Tensor]
 
@@ -62,11 +61,6 @@ def group_of(mesh_or_group: DeviceMesh | dist.ProcessGroup) -> dist.ProcessGroup
     if mesh_or_group.ndim == 1:
         return mesh_or_group.get_group()
     raise ConfigError(f"the mesh has axes {names or mesh_or_group.ndim}: pass the tensor-parallel one, mesh['tp']")
-
-
-def group_named(name: str) -> dist.ProcessGroup:
-    """The group behind `group.group_name`: operators that torch.compile sees take the name."""
-    return process_group_named(name)
 
 
 def _finish(work: dist.Work | None, out: Tensor, held: Tensor) -> Finish:

@@ -21,7 +21,6 @@ from torch import Tensor
 from colrow.ops import chunked
 from colrow.ops.collectives import (
     all_gather,
-    group_named,
     reduce_scatter,
     start_all_gather,
     start_reduce_scatter,
@@ -36,6 +35,7 @@ from colrow.ops.products import (
     input_gradient,
     weight_gradient,
 )
+from colrow.torch_compat import group_named
 
 if TYPE_CHECKING:
     from torch._library.custom_ops import CustomOpDef

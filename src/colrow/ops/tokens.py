@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from colrow.ops.collectives import all_gather, group_named
+from colrow.ops.collectives import all_gather
 from colrow.ops.parallel_linear import operator
+from colrow.torch_compat import group_named
 
 
 def local_tokens(x_TD: Tensor, rank: Tensor, group: str) -> Tensor:

@@ -200,15 +200,13 @@ class Plan:
             found |= dict.fromkeys(group, given[0]) if given else {}
         return {name: found[name] for name in names if name in found}
 
-    def check_shapes(
-        self, model: nn.Module, tp: int, absent: Iterable[str] = (), *, resolved: Resolved | None = None
-    ) -> None:
+    def check_shapes(self, model: nn.Module, tp: int, *, resolved: Resolved | None = None) -> None:
         """Raise PlanError, with the fix, for the first module whose style cannot work at this degree.
 
         Args:
             resolved: what `resolve` gave, where the caller has it.
         """
-        resolved = self.resolve(model, absent) if resolved is None else resolved
+        resolved = self.resolve(model) if resolved is None else resolved
         for fqn, (_, style) in resolved.items():
             style.check(Site(model, fqn, tp))
             style.local_attributes(Site(model, fqn, tp))
@@ -228,15 +226,13 @@ class Plan:
                 "flattened), or in none",
             )
 
-    def parameters(
-        self, model: nn.Module, tp: int, absent: Iterable[str] = (), *, resolved: Resolved | None = None
-    ) -> dict[str, ParameterLayout]:
+    def parameters(self, model: nn.Module, tp: int, *, resolved: Resolved | None = None) -> dict[str, ParameterLayout]:
         """What each parameter of the model becomes over tp, by fully qualified name; no process group is needed.
 
         Args:
             resolved: what `resolve` gave, where the caller has it.
         """
-        resolved = self.resolve(model, absent) if resolved is None else resolved
+        resolved = self.resolve(model) if resolved is None else resolved
         layouts: dict[str, ParameterLayout] = {}
         for fqn, module in model.named_modules():
             if not any(True for _ in module.named_parameters(recurse=False)):

@@ -48,7 +48,7 @@ def executed_paths(training: Training, seq_len: int) -> str:
     parts += [OVERLAPS[what] for what in executed.get("beside", [])]
     parts += [f"fp8 {what}" for what in executed.get("fp8", [])]
     parts += [f"linear cross entropy{' in Triton' if what == 'triton' else ''}" for what in executed.get("loss", [])]
-    parts.append("compiled blocks" if training.compiled and _graphs_compiled() else "eager")
+    parts.append("compiled blocks" if training.compiled and compiled_graph_count() else "eager")
     if training.graphs and all(graph.captured for graph in training.graphs):
         parts.append("CUDA graphs")
     return ", ".join(parts)
@@ -68,10 +68,6 @@ def _fused(training: Training, counts: list[str]) -> list[str]:
             short = [name.rpartition(".")[2].removesuffix("_proj") for name in columns]
             names.append(("" if all(len(name) == 1 for name in short) else "/").join(short))
     return list(dict.fromkeys(names))
-
-
-def _graphs_compiled() -> bool:
-    return compiled_graph_count() > 0
 
 
 def _attention(training: Training, seq_len: int) -> str | None:

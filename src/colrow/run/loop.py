@@ -18,7 +18,7 @@ from colrow.data.loader import BatchOrder, DataAxisSampler, Loader
 from colrow.data.prepare import PreparedData
 from colrow.forecasting.devices import peak_flops
 from colrow.mesh import MeshAxes
-from colrow.models.shapes import flops_per_token
+from colrow.models.shapes import mfu
 from colrow.run.batch_check import check_same_batch
 from colrow.run.cpu_bound import CpuBoundDetector, hint_line
 from colrow.run.executed import executed_line, executed_paths, steps_until_known
@@ -256,10 +256,8 @@ class Loop:
             record["memory_gib"] = round(torch.cuda.max_memory_allocated(self._device) / 2**30, 3)
             peak, shape = peak_flops(torch.cuda.get_device_name(self._device)), self._training.source.config
             if peak is not None and shape is not None:
-                per_gpu = rate / config.mesh.world_size
-                for name, causal in (("mfu_causal", True), ("mfu_full", False)):
-                    flops = flops_per_token(shape, config.data.seq_len, causal=causal)
-                    record[name] = round(per_gpu * flops / peak, 4)
+                shares = mfu(shape, config.data.seq_len, rate / config.mesh.world_size, peak)
+                record |= {name: round(share, 4) for name, share in shares.items()}
         return record
 
     def _evaluate(self) -> float:

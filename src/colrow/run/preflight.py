@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -20,6 +19,7 @@ from colrow.checkpoint.loading import require_same_model, require_same_vocabular
 from colrow.checkpoint.manifest import read_manifest
 from colrow.checkpoint.state import model_tensors
 from colrow.config import RunConfig
+from colrow.data.encode import usable_cores
 from colrow.data.tokenizer import Tokenizer
 from colrow.derive.judged import Judgement, derive_judged
 from colrow.errors import ConfigError, PlanError
@@ -321,5 +321,4 @@ def check_sequence(config: RunConfig, plan: Plan) -> None:
 
 def threads_for(ranks: int) -> int:
     """CPU threads for each of `ranks` ranks on this host."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // ranks)
+    return max(1, usable_cores() // ranks)

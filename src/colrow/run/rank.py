@@ -228,22 +228,20 @@ def opening_lines(config: RunConfig, training: Training) -> list[str]:
     compute = (
         "fp32" if training.precision.compute_dtype == torch.float32 else "bf16 over fp32 weights and gradient sums"
     )
-    auxiliary = training.source.auxiliary.items()
-    lines = [
+    losses = "".join(f" + {weight:g} {name}" for name, weight in training.source.auxiliary.items())
+    objective = [f"objective  cross entropy{losses}"] if losses else []
+    return [
         f"model      {training.source.name}{computed_by}, {training.counts.total:,} parameters",
         f"mesh       {config.mesh}, {where}",
         f"plan       {training.plan.name}, loss {training.plan.loss}",
-        *(
-            [f"objective  cross entropy{''.join(f' + {weight:g} {name}' for name, weight in auxiliary)}"]
-            * bool(auxiliary)
-        ),
+        *objective,
         f"compute    {compute}",
         f"decay      {train.weight_decay:g} on {counts.decaying:,} of {counts.trained:,} trained parameters",
         f"batch      {train.global_batch} × {config.data.seq_len} = {tokens:,} tokens a step, {train.steps:,} steps",
         f"writes     {config.run.dir}: config.yaml, plan.yaml, tokenizer.json, metrics.jsonl,",
         "           checkpoints/, loss.png, loss.svg, export/",
+        *random_lines(training),
     ]
-    return [*lines, *random_lines(training)]
 
 
 def random_lines(training: Training) -> Iterator[str]:

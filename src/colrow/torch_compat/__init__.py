@@ -40,8 +40,8 @@ from colrow.torch_compat.groups import (
     fake_group_beside,
     fake_store,
     finished_work,
+    group_named,
     is_async,
-    process_group_named,
     reduce_scatter,
 )
 from colrow.torch_compat.names import TESTED, TorchMovedError, private

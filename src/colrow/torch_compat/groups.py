@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from colrow.torch_compat.names import TorchMovedError, private
 
 
-def process_group_named(name: str) -> dist.ProcessGroup:
+def group_named(name: str) -> dist.ProcessGroup:
     """The group behind `group.group_name`: operators that torch.compile sees take names."""
     resolve = private("torch.distributed.distributed_c10d:_resolve_process_group", "to find a group by its name")
     group: dist.ProcessGroup = resolve(name)

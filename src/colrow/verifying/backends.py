@@ -24,7 +24,7 @@ from colrow.sharding.parameter_state import copied_model, set_states, states_of
 from colrow.verifying.comparison import Observed
 from colrow.verifying.step import Task, sharded_step
 
-TIMEOUT = 300.0
+_TIMEOUT = 300.0  # seconds in which all ranks must have answered
 
 
 class RankFailure(Exception):
@@ -49,7 +49,7 @@ def run_local(task: Task, plan: Plan) -> Observed:
         raise RankFailure(f"{type(error).__name__}: {error}") from error
 
 
-def run_gloo(task: Task, plan: Plan, timeout: float = TIMEOUT) -> Observed:
+def run_gloo(task: Task, plan: Plan) -> Observed:
     """The sharded step in tp processes of this machine. The model and plan are pickled.
 
     Raises:
@@ -65,7 +65,7 @@ def run_gloo(task: Task, plan: Plan, timeout: float = TIMEOUT) -> Observed:
         context.Process(target=_gloo_rank, args=(rank, task.tp, store.port, payload, queue), daemon=True)
         for rank in range(task.tp)
     ]
-    observed, answers, end = Observed(), 0, time.monotonic() + timeout
+    observed, answers, end = Observed(), 0, time.monotonic() + _TIMEOUT
     try:
         with _main_left_out(payload):
             for process in ranks:
@@ -76,7 +76,7 @@ def run_gloo(task: Task, plan: Plan, timeout: float = TIMEOUT) -> Observed:
             except Exception as error:
                 dead = [i for i, process in enumerate(ranks) if process.exitcode not in (None, 0)]
                 if dead or time.monotonic() > end:
-                    what = f"ranks {dead} died" if dead else f"the ranks gave no answer within {timeout:.0f} s"
+                    what = f"ranks {dead} died" if dead else f"the ranks gave no answer within {_TIMEOUT:.0f} s"
                     raise RankFailure(what) from error
                 continue
             if not ok:
