@@ -23,9 +23,9 @@ from colrow.parallel.pipeline import PipelineOptions, PipelineRunner
 from colrow.parallel.pipeline_split import layer_costs, split_layers
 from colrow.parallel.pipeline_stage import Stage, split_stages
 from colrow.plans.plan import Plan
-from colrow.sharding.grad_norm import align_gradients, clip_gradients, grad_norm
+from colrow.sharding.grad_norm import align_gradients, grad_norm
 from colrow.sharding.layout import full_tensor, packed_of
-from helpers.parity import batch, build, cross_entropy, optimizer_of, relative, train_reference
+from helpers.parity import batch, build, clip_gradients, cross_entropy, optimizer_of, relative, train_reference
 
 GLOBAL_BATCH, MAX_NORM = 8, 0.5
 

@@ -19,8 +19,8 @@ from colrow.models.llama import Llama, LlamaConfig
 from colrow.parallel.loss import loss_context, model_loss
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
-from colrow.sharding.grad_norm import align_gradients, clip_gradients, grad_norm
-from colrow.sharding.layout import full_tensor, packed_of
+from colrow.sharding.grad_norm import align_gradients, clip_scale, grad_norm
+from colrow.sharding.layout import full_tensor, local_tensor, packed_of
 from colrow.train.optimizer import build_optimizer
 
 TINY = LlamaConfig(
@@ -135,6 +135,14 @@ def train_reference(name: str, device: str, steps: int, size: int, max_norm: flo
         optimizer.zero_grad()
     parameters = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
     return Reference(losses, norms, gradients, parameters, model)
+
+
+@torch.no_grad()
+def clip_gradients(params: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
+    """Scale every gradient by max_norm / norm where the norm is larger, as an update does."""
+    for param in params:
+        if param.grad is not None:
+            local_tensor(param.grad).mul_(clip_scale(norm, max_norm))
 
 
 def _present(grad: Tensor | None) -> Tensor:

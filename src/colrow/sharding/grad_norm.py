@@ -1,4 +1,4 @@
-"""The gradient norm, every parameter counted once, and clipping by it.
+"""The gradient norm, every parameter counted once, and the factor that clips to it.
 
 Parameters may lie on several meshes (tp alone, dp_shard × tp, stages of a pipeline). A rank counts its local shard of
 a gradient; of ranks that hold copies only the first counts. All-reduces over the axes whose ranks hold different
@@ -90,16 +90,8 @@ def grad_norm(params: Iterable[nn.Parameter], groups: Iterable[dist.ProcessGroup
     return total.sqrt()
 
 
-@torch.no_grad()
-def clip_gradients(params: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
-    """Scale every gradient by max_norm / norm where the norm is larger. The norm stays on its device: no wait."""
-    grads = [local_tensor(param.grad) for param in params if param.grad is not None]
-    if grads:
-        foreach("mul_", grads, clip_scale(norm, max_norm).to(grads[0].dtype))
-
-
 def clip_scale(norm: Tensor, max_norm: float) -> Tensor:
-    """The factor of `clip_gradients`, for an optimizer that multiplies by it: a scalar, at most 1."""
+    """The factor of all gradients, a scalar of at most 1. The norm stays on its device: no wait."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
