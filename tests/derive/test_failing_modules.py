@@ -18,20 +18,12 @@ from colrow.derive.trace import trace
 from colrow.verifying.verify import parity
 from helpers import attentions
 from helpers.harness import Ranks
+from helpers.layers import MLP, Block
 from helpers.variants import params
 
 TOLERANCE = 1e-9
 D, HEADS = 32, 4
 IDS = torch.randint(0, 96, (2, 10), generator=torch.Generator().manual_seed(0))
-
-
-class MLP(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)))
 
 
 class ByWidth(nn.Module):
@@ -98,20 +90,10 @@ class ByHand(Separate):
         return self.out((scores @ v).transpose(1, 2).reshape(*x.shape[:2], D))
 
 
-class Block(nn.Module):
-    def __init__(self, attention: type[nn.Module]) -> None:
-        super().__init__()
-        self.norm1, self.attn, self.norm2, self.mlp = nn.LayerNorm(D), attention(), nn.LayerNorm(D), MLP()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
 class Language(nn.Module):
     def __init__(self, attention: type[nn.Module]) -> None:
         super().__init__()
-        self.embed, self.blocks = nn.Embedding(96, D), nn.ModuleList(Block(attention) for _ in range(2))
+        self.embed, self.blocks = nn.Embedding(96, D), nn.ModuleList(Block(D, attention(), MLP(D)) for _ in range(2))
         self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, 96, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -151,7 +133,7 @@ class Asks(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.mlp = MLP()
+        self.mlp = MLP(D)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.mlp(x)

@@ -28,21 +28,13 @@ from colrow.sharding.grad_norm import align_gradients
 from colrow.verifying.verify import parity
 from helpers.collectives import per_layer
 from helpers.harness import Ranks
+from helpers.layers import MLP
 from helpers.parity import relative, tp_mesh, whole
 from helpers.variants import params
 
 FAST = DeriveOptions(styles="fast")
 D, HEADS = 32, 4
 X = torch.randn(3, 40, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-
-
-class MLP(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(D, 2 * D), nn.Linear(2 * D, D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)))
 
 
 class Heads(nn.Module):
@@ -87,7 +79,7 @@ class Mixing(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.past, self.norm, self.mlp = Past(), nn.LayerNorm(D), MLP()
+        self.past, self.norm, self.mlp = Past(), nn.LayerNorm(D), MLP(D, times=2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.past(x)[0]
@@ -121,7 +113,7 @@ class Streams(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.read, self.write = nn.Parameter(torch.rand(4, 1)), nn.Parameter(torch.rand(4, 1))
-        self.norm, self.mlp = nn.LayerNorm(D), MLP()
+        self.norm, self.mlp = nn.LayerNorm(D), MLP(D, times=2)
 
     def forward(self, x: Tensor) -> Tensor:
         mixed = (x * self.read).sum(2)
@@ -133,7 +125,12 @@ class Parallel(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.attention, self.mlp, self.dropout = nn.LayerNorm(D), Attention(), MLP(), nn.Dropout(0.1)
+        self.norm, self.attention, self.mlp, self.dropout = (
+            nn.LayerNorm(D),
+            Attention(),
+            MLP(D, times=2),
+            nn.Dropout(0.1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
@@ -260,7 +257,7 @@ def test_gradients_of_a_module_that_gathers_its_output_must_be_summed(monkeypatc
 )
 def test_a_gather_of_an_output_names_its_columns(columns: list[str], text: str) -> None:
     model = built("Parallel")
-    model.layers[0].other = MLP().double()  # type: ignore[union-attr, index]
+    model.layers[0].other = MLP(D, times=2).double()  # type: ignore[union-attr, index]
     plan = Plan(modules={"layers.0.norm": {"style": "fast_gather_output", "columns": columns}})
     with pytest.raises(PlanError, match=text):
         plan.check_shapes(model, 2)

@@ -10,19 +10,11 @@ from torch import Tensor, nn
 
 from colrow.derive.derivation import Derivation, derive
 from colrow.verifying.verify import parity
+from helpers.layers import MLP
 
 TOLERANCE = 1e-9
 D, VOCAB = 16, 48
 IMAGES = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-
-
-class MLP(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)))
 
 
 class Attention(nn.Module):
@@ -40,7 +32,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.norm1, self.norm2, self.mix, self.mlp = nn.LayerNorm(D), nn.LayerNorm(D), Attention(), MLP()
+        self.norm1, self.norm2, self.mix, self.mlp = nn.LayerNorm(D), nn.LayerNorm(D), Attention(), MLP(D)
 
     def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
         y = self.norm1(x)

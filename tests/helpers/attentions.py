@@ -11,6 +11,7 @@ from colrow.parallel.loss import loss_context, model_loss
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
 from colrow.sharding.layout import full_tensor, packed_of
+from helpers.layers import MLP, Block
 from helpers.parity import cross_entropy, relative, tp_mesh
 
 D, HEADS, KV, VOCAB = 32, 4, 2, 80
@@ -128,31 +129,12 @@ def attend(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor, 
     return F.linear(scores.softmax(-1).matmul(v).transpose(1, 2).reshape(B, T, C), w_out, b_out)
 
 
-class MLP(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(D, 3 * D), nn.Linear(3 * D, D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)))
-
-
-class Block(nn.Module):
-    def __init__(self, attention: type[nn.Module]) -> None:
-        super().__init__()
-        self.norm1, self.attn, self.norm2, self.mlp = nn.LayerNorm(D), attention(), nn.LayerNorm(D), MLP()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
 class Written(nn.Module):
     """A layer written out in one forward."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm1, self.norm2, self.attn, self.mlp = nn.LayerNorm(D), nn.LayerNorm(D), Separate(), MLP()
+        self.norm1, self.norm2, self.attn, self.mlp = nn.LayerNorm(D), nn.LayerNorm(D), Separate(), MLP(D, times=3)
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
@@ -181,7 +163,7 @@ class Routed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gate, self.experts = nn.Linear(D, 4), nn.ModuleList(MLP() for _ in range(4))
+        self.gate, self.experts = nn.Linear(D, 4), nn.ModuleList(MLP(D, times=3) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
@@ -208,7 +190,7 @@ KINDS: tuple[type[nn.Module], ...] = (
 def _block(kind: type[nn.Module]) -> nn.Module:
     if kind is nn.TransformerEncoderLayer:
         return nn.TransformerEncoderLayer(D, HEADS, 3 * D, dropout=0.0, batch_first=True)
-    return kind() if kind in (Written, Parallel) else Block(kind)
+    return kind() if kind in (Written, Parallel) else Block(D, kind(), MLP(D, times=3))
 
 
 class Language(nn.Module):

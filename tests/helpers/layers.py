@@ -1,0 +1,29 @@
+"""Layers that several tests' models are made of."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class MLP(nn.Module):
+    """From `width` features to `times` as many and back: down(gelu(up(x)))."""
+
+    def __init__(self, width: int, times: int = 4) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, times * width), nn.Linear(times * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each after a norm and added to its input."""
+
+    def __init__(self, width: int, attention: nn.Module, mlp: nn.Module) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.mlp = nn.LayerNorm(width), attention, nn.LayerNorm(width), mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
