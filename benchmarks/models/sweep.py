@@ -32,6 +32,7 @@ from torch import nn
 
 from benchmarks.models.apart import run_all
 from benchmarks.models.examine import Row, examine
+from benchmarks.models.results import by_model, read, verdict_counts
 from benchmarks.models.tiny import causal_models
 from colrow.derive.derivation import derive
 from colrow.plans.derive_options import Styles
@@ -46,12 +47,6 @@ def warm() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     derive(nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32)), 2, inputs=(torch.zeros(3, 34, 32),))
-
-
-def read(path: Path) -> dict[tuple[str, int], Row]:
-    """The rows of a results file by model and degree; the last one of each counts."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return {(row["model"], row["tp"]): row for row in map(json.loads, lines)}
 
 
 def judgement(row: Row) -> str:
@@ -78,9 +73,7 @@ def table(rows: Sequence[Row], command: str, known: Sequence[str], styles: Style
     import transformers
 
     degrees = sorted({row["tp"] for row in rows})
-    by_model: dict[str, dict[int, Row]] = {}
-    for row in rows:
-        by_model.setdefault(row["model"], {})[row["tp"]] = row
+    models = by_model(rows)
     torches = " and ".join(sorted({row.get("torch", TORCH) for row in rows}))
     lines = [
         "# Models that a derived plan" + (f" of {styles} styles" if styles != "plain" else "") + " was proved on",
@@ -93,13 +86,8 @@ def table(rows: Sequence[Row], command: str, known: Sequence[str], styles: Style
         "",
         f"    {command}",
         "",
-        "| | " + " | ".join(f"tp {tp}" for tp in degrees) + " |",
-        "|---|" + "---|" * len(degrees),
+        *verdict_counts(rows, degrees, VERDICTS),
     ]
-    for verdict in VERDICTS:
-        counts = [sum(r["verdict"] == verdict for r in rows if r["tp"] == tp) for tp in degrees]
-        if any(counts) or verdict == "WRONG":
-            lines.append(f"| {verdict} | " + " | ".join(map(str, counts)) + " |")
     for kind in ("proven by check", "unproven", "refused by check"):
         counts = [sum(judgement(r) == kind for r in rows if r["tp"] == tp) for tp in degrees]
         lines.append(f"| {kind} | " + " | ".join(map(str, counts)) + " |")
@@ -119,8 +107,8 @@ def table(rows: Sequence[Row], command: str, known: Sequence[str], styles: Style
         + " | check | split | sequence shards | worst error | reason |",
         "|---|" + "---|" * len(degrees) + "---|---|---|---|---|",
     ]
-    for model in sorted(by_model):
-        found = by_model[model]
+    for model in sorted(models):
+        found = models[model]
         verdicts = [found[tp]["verdict"] if tp in found else "" for tp in degrees]
         first = found[min(found)]
         share = f"{first['share']:.0%}" if "share" in first else ""
@@ -131,7 +119,7 @@ def table(rows: Sequence[Row], command: str, known: Sequence[str], styles: Style
         reasons = dict.fromkeys(r.get("reason", "") for r in found.values())
         reason = " / ".join(r for r in reasons if r).replace("|", "/")
         lines.append(f"| {model} | {' | '.join(verdicts)} | {check} | {share} | {shards} | {worst} | {reason} |")
-    if missing := [name for name in known if name not in by_model]:
+    if missing := [name for name in known if name not in models]:
         names = "" if styles != "plain" else f": {', '.join(missing)}"
         lines += ["", f"Not run yet, {len(missing)} of {len(known)}{names}."]
     return "\n".join(lines) + "\n"
@@ -152,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = causal_models()
     if unknown := [m for m in given.models if m not in known]:
         parser.error(f"no causal language model is called {', '.join(unknown)}")
-    results = read(given.results) if given.results else {}
+    results = read(given.results)
     jobs = [
         (model_type, degrees)
         for model_type in given.models or known

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.models.foreign import judge
-from benchmarks.models.foreign.__main__ import read, table
+from benchmarks.models.foreign.__main__ import table
 from benchmarks.models.foreign.registry import GROUPS, models_of
+from benchmarks.models.results import read
 from colrow.checking.check import Findings
 from colrow.checking.finding import Finding
 from colrow.derive.judged import Judgement

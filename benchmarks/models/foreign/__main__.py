@@ -22,41 +22,29 @@ from pathlib import Path
 from benchmarks.models.apart import Row
 from benchmarks.models.foreign.environments import python_of
 from benchmarks.models.foreign.registry import GROUPS, models_of
+from benchmarks.models.results import by_model, read, verdict_counts
 
 VERDICTS = ("useful", "little", "nothing", "unproven", "refused", "not built", "fails", "WRONG")
 ROOT = Path(__file__).parents[3]
 LONGEST = 170
 
 
-def read(path: Path | None) -> dict[tuple[str, int], Row]:
-    """The rows of a results file by model and degree; the last one of each counts."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path is not None and path.exists() else []
-    return {(row["model"], row["tp"]): row for row in map(json.loads, lines)}
-
-
 def table(rows: Sequence[Row], command: str, versions: str, known: Sequence[str] = ()) -> str:
     """Markdown: the counts of each verdict at each degree, one line a model, and which of `known` have no row yet."""
     degrees = sorted({row["tp"] for row in rows})
-    by_model: dict[str, dict[int, Row]] = {}
-    for row in rows:
-        by_model.setdefault(row["model"], {})[row["tp"]] = row
+    models = by_model(rows)
     packages = {row["package"] for row in rows}
     lines = [
         "# Derived plans for models of other packages",
         "",
-        f"{len(by_model)} models of {len(packages)} packages, of two layers and a width of about 64, with random "
+        f"{len(models)} models of {len(packages)} packages, of two layers and a width of about 64, with random "
         f"weights, {versions}, on a CPU. `Plan.derive` gives a plan, `check` judges it, and `verify` compares loss, "
         "every gradient and a step on simulated ranks with one process, in fp64. The table is made by",
         "",
         f"    {command}",
         "",
-        "| | " + " | ".join(f"tp {tp}" for tp in degrees) + " |",
-        "|---|" + "---|" * len(degrees),
+        *verdict_counts(rows, degrees, VERDICTS),
     ]
-    for verdict in VERDICTS:
-        counts = [sum(r["verdict"] == verdict for r in rows if r["tp"] == tp) for tp in degrees]
-        if any(counts) or verdict == "WRONG":
-            lines.append(f"| {verdict} | " + " | ".join(map(str, counts)) + " |")
     attention = []
     for tp in degrees:
         shares = [r["attention"] for r in rows if r["tp"] == tp and r.get("attention") is not None]
@@ -77,7 +65,7 @@ def table(rows: Sequence[Row], command: str, versions: str, known: Sequence[str]
         + " | share | attention | seconds | reason |",
         "|---|---|---|" + "---|" * len(degrees) + "---|---|---|---|",
     ]
-    for found in sorted(by_model.values(), key=lambda found: next((r["field"], r["model"]) for r in found.values())):
+    for found in sorted(models.values(), key=lambda found: next((r["field"], r["model"]) for r in found.values())):
         first = found[min(found)]
         verdicts = " | ".join(found[tp]["verdict"] if tp in found else "" for tp in degrees)
         shares = [" / ".join(_percent(found[tp].get(key)) for tp in sorted(found)) for key in ("share", "attention")]
@@ -85,7 +73,7 @@ def table(rows: Sequence[Row], command: str, versions: str, known: Sequence[str]
         cells = [first["field"], first["package"], first["name"], verdicts, *shares]
         cells += [str(first.get("seconds", "")), _short(reason)]
         lines.append("| " + " | ".join(cells) + " |")
-    if missing := [key for key in known if key not in by_model]:
+    if missing := [key for key in known if key not in models]:
         lines += ["", f"Not run yet, {len(missing)} of {len(known)}: {', '.join(missing)}."]
     return "\n".join(lines) + "\n"
 
