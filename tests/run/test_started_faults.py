@@ -1,4 +1,7 @@
-"""Runs that hang or lose their launcher, as a person starts them: what ends, when, and what is said."""
+"""Runs that hang or lose their launcher, as a person starts them: what ends, when, and what is said.
+
+With `--device cuda` their ranks are on GPUs, under NCCL.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +25,16 @@ TORCHRUN = ("torchrun", "--nproc-per-node", "2", "-m", *TRAIN)
 
 
 @pytest.fixture
-def start(tmp_path: Path, commands: Commands) -> Iterator[Callable[..., Run]]:
+def start(tmp_path: Path, commands: Commands, request: pytest.FixtureRequest) -> Iterator[Callable[..., Run]]:
     write_text(tmp_path)
     write_config(tmp_path, "tiny", {"shape": "laptop", "layers": 1})
+    device = request.config.getoption("--device")
     runs: list[Run] = []
 
     def begin(*command: str, hang_timeout: float = 120.0) -> Run:
         environment = commands.environment(TMPDIR=str(tmp_path))
         flags = ["--train.hang_timeout", str(hang_timeout), "--train.log_every", "1000", "--check", "false"]
+        flags += ["--device", device]
         runs.append(Run(tmp_path, environment, *command, *flags))
         runs[-1].wait_for("^step +1/")
         return runs[-1]
