@@ -23,7 +23,7 @@ class SplitShare:
     Attributes:
         split: elements that are split, over all elements.
         rest: the largest reasons first: the share that is replicated for it, one of its parameters, the reason.
-        flops: the share of the floating-point operations of forward that is split; None where no dry run told it.
+        flops: the share of the floating-point operations of forward that is split; None where no dry run counted them.
     """
 
     tp: int

@@ -94,7 +94,7 @@ class Loop:
 
     Args:
         stop_requested: called once a step on each rank; when any rank returns True, all stop.
-        heartbeat: told what this rank does, for those who watch whether it hangs.
+        heartbeat: gets what this rank does, for those who watch whether it hangs.
     """
 
     def __init__(

@@ -218,7 +218,7 @@ class Step:
         params: this rank's parameters as the optimizer holds them.
         counted: those whose gradients count in the norm: without copies of another pipeline stage's.
         norm_groups: groups of the axes over which ranks hold different shards of the gradient.
-        seeds: those of `forward_backward`, which are told the step.
+        seeds: those of `forward_backward`; they get the number of the step.
         modules: those that `forward_backward` runs; their buffers are put back where a step is skipped.
         buffers: theirs, which data ranks may write differently ([Note: written buffers]).
         corruption: with `train.replay_every`.
