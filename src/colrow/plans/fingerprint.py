@@ -45,8 +45,8 @@ class Fingerprint:
         return cls(
             len(params),
             sum(param.numel() for param in params.values()),
-            _digest(shapes),
-            {name: _digest(sources) for name, sources in sorted(classes.items())},
+            digest_of_texts(shapes)[:16],
+            {name: digest_of_texts(sources)[:16] for name, sources in sorted(classes.items())},
         )
 
     @classmethod
@@ -83,11 +83,12 @@ class Fingerprint:
         return found
 
 
-def _digest(texts: Iterable[str]) -> str:
+def digest_of_texts(texts: Iterable[str]) -> str:
+    """SHA-256 of texts, in hex."""
     found = hashlib.sha256()
     for text in texts:
         found.update(text.encode() + b"\0")
-    return found.hexdigest()[:16]
+    return found.hexdigest()
 
 
 def _sources(module_class: type) -> Iterator[str]:

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,13 +154,8 @@ class Reporter(threading.Thread):
         after: Callable[[Report], None] = lambda _: None,
     ) -> None:
         super().__init__(name="heartbeat", daemon=True)
-        self._heartbeat, self._rank, self._interval, self._folder, self._after = (
-            heartbeat,
-            rank,
-            interval,
-            folder,
-            after,
-        )
+        self._heartbeat, self._rank, self._interval = heartbeat, rank, interval
+        self._folder, self._after = folder, after
         self._host, self._tick, self._still = socket.gethostname(), 0, 0
         self._previous: object = None
         self._collective = ""
@@ -207,7 +202,7 @@ class Reporter(threading.Thread):
             self._collective = ""
         elif self._still == 2:  # once for each wait: it takes 0.1 s
             self._collective = last_collective(_entries())
-        return Report(**{**asdict(report), "collective": self._collective})
+        return replace(report, collective=self._collective)
 
     def _send(self, report: Report) -> None:
         if self._folder is None:

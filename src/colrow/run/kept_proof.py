@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import sysconfig
@@ -19,6 +18,7 @@ import colrow
 from colrow.config import RunConfig
 from colrow.data.disk import atomic_write
 from colrow.errors import ConfigError
+from colrow.plans.fingerprint import digest_of_texts
 from colrow.plans.plan import Plan
 from colrow.verifying.report import Report
 
@@ -83,19 +83,12 @@ def dependencies(config: RunConfig, model: nn.Module, plan: Plan, *builders: Any
     }
     here = Path(colrow.__file__).parent
     return {
-        "plan": _digest([replace(plan, fingerprint=None).to_yaml()]),  # the model counts by itself
-        "model": _digest([*_structure(model), *_sources(model, builders)]),
-        "config": _digest([json.dumps(keys, sort_keys=True)]),
+        "plan": digest_of_texts([replace(plan, fingerprint=None).to_yaml()]),  # the model counts by itself
+        "model": digest_of_texts([*_structure(model), *_sources(model, builders)]),
+        "config": digest_of_texts([json.dumps(keys, sort_keys=True)]),
         "torch": torch.__version__,
-        "colrow": _digest(path.read_text(encoding="utf-8") for path in sorted(here.rglob("*.py"))),
+        "colrow": digest_of_texts(path.read_text(encoding="utf-8") for path in sorted(here.rglob("*.py"))),
     }
-
-
-def _digest(texts: Iterable[str]) -> str:
-    found = hashlib.sha256()
-    for text in texts:
-        found.update(text.encode() + b"\0")
-    return found.hexdigest()
 
 
 def _structure(model: nn.Module) -> Iterable[str]:
