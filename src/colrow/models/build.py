@@ -18,6 +18,7 @@ from colrow.errors import ConfigError
 from colrow.models.huggingface import UnsupportedModelError, json_mapping, read_config
 from colrow.models.llama import Llama, LlamaConfig
 from colrow.models.shapes import SHAPES, shape
+from colrow.torch_compat import replaced
 
 Weights = Literal["seeded", "folder", "built"]
 
@@ -202,11 +203,8 @@ def parameters_on_meta() -> Iterator[None]:
             param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
         register(module, name, param)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
-    try:
+    with replaced(nn.Module, register_parameter=register_on_meta):
         yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def imported(path: str, kind: str) -> Any:

@@ -31,7 +31,7 @@ from colrow.styles.base import ParameterLayout, Style
 from colrow.styles.heads import Heads
 from colrow.styles.rank_tensors import rank_table, same_on_all_ranks, summed
 from colrow.styles.site import Site
-from colrow.torch_compat import all_gather, all_reduce, reduce_scatter
+from colrow.torch_compat import all_gather, all_reduce, reduce_scatter, replaced
 
 
 @dataclass(frozen=True)
@@ -295,13 +295,9 @@ def sum_over_ranks(out: Any, mesh: DeviceMesh, layout: Placement) -> Any:
 @contextmanager
 def watched_sums(watch: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
     """Within, `watch(NAME, function)` stands for the sum over ranks (`sum`) and its backward (`sum_backward`)."""
-    cls: Any = _SumOverRanks
-    forward, backward = cls.forward, cls.backward
-    cls.forward, cls.backward = staticmethod(watch("sum", forward)), staticmethod(watch("sum_backward", backward))
-    try:
+    forward, backward = watch("sum", _SumOverRanks.forward), watch("sum_backward", _SumOverRanks.backward)
+    with replaced(_SumOverRanks, forward=staticmethod(forward), backward=staticmethod(backward)):
         yield
-    finally:
-        cls.forward, cls.backward = staticmethod(forward), staticmethod(backward)
 
 
 class _SumOverRanks(torch.autograd.Function):

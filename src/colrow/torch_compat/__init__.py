@@ -44,7 +44,7 @@ from colrow.torch_compat.groups import (
     is_async,
     reduce_scatter,
 )
-from colrow.torch_compat.names import TESTED, TorchMovedError, private
+from colrow.torch_compat.names import TESTED, TorchMovedError, private, replaced
 from colrow.torch_compat.simulated import (
     constant_index,
     fake_tensor_mode,

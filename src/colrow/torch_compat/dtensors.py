@@ -6,7 +6,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
-from colrow.torch_compat.names import private
+from colrow.torch_compat.names import private, replaced
 
 StridedShard: Any = private(
     "torch.distributed.tensor.placement_types:_StridedShard", "to read shards that FSDP2 took of a tensor-parallel one"
@@ -67,11 +67,8 @@ def watched_to_local_backward(declared: Callable[[Tensor, Any], None]) -> Iterat
         declared(grad, given[0].placements)
         return given
 
-    function.backward = staticmethod(watched)
-    try:
+    with replaced(function, backward=staticmethod(watched)):
         yield
-    finally:
-        function.backward = staticmethod(backward)
 
 
 def seed_dtensors(seed: int, mesh: DeviceMesh) -> None:
@@ -135,14 +132,11 @@ def watched_conversions(watch: Callable[[str, Callable[..., Any]], Callable[...,
     places = [(enter, "forward", "from_local"), (enter, "backward", "from_local_backward"),
               (leave, "forward", "to_local"), (leave, "backward", "to_local_backward"),
               (change, "forward", "redistribute"), (*back, "redistribute")]  # fmt: skip
-    before = [cls.__dict__[method] for cls, method, _ in places]
-    try:
-        for (cls, method, name), function in zip(places, before, strict=True):
-            setattr(cls, method, staticmethod(watch(name, function.__func__)))
+    with ExitStack() as stack:
+        for cls, method, name in places:
+            function = vars(cls)[method].__func__
+            stack.enter_context(replaced(cls, **{method: staticmethod(watch(name, function))}))
         yield
-    finally:
-        for (cls, method, _), function in zip(places, before, strict=True):
-            setattr(cls, method, function)
 
 
 def implicit_redistribution(frames: Iterator[FrameType]) -> tuple[Any, Any, str]:
@@ -205,7 +199,6 @@ def watched_propagation(started: Callable[[], None], ended: Callable[[], None]) 
     path = "torch.distributed.tensor._sharding_prop:ShardingPropagator"
     propagator = private(path, "to tell tensors of the unsharded sizes from a rank's")
     names = ("_propagate_tensor_meta_non_cached", "propagate_op_sharding_non_cached")
-    before = {name: getattr(propagator, name) for name in names}
 
     def watched(function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -217,10 +210,5 @@ def watched_propagation(started: Callable[[], None], ended: Callable[[], None]) 
 
         return run
 
-    try:
-        for name, function in before.items():
-            setattr(propagator, name, watched(function))
+    with replaced(propagator, **{name: watched(getattr(propagator, name)) for name in names}):
         yield
-    finally:
-        for name, function in before.items():
-            setattr(propagator, name, function)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from colrow.torch_compat.dtensors import StridedShard
-from colrow.torch_compat.names import private
+from colrow.torch_compat.names import private, replaced
 
 
 @contextmanager
@@ -60,15 +60,15 @@ def fake_tensors() -> Iterator[None]:
         with unset():
             return offsets(*args, **kwargs)
 
-    if callable(offsets):
-        StridedShard.local_shard_size_and_offset = with_values
-    try:
-        with quiet_fake_tensors(), warnings.catch_warnings(), fake_tensor_mode(allow_non_fake_inputs=True):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        if callable(offsets):
-            StridedShard.local_shard_size_and_offset = offsets
+    changed = {"local_shard_size_and_offset": with_values} if callable(offsets) else {}
+    with (
+        replaced(StridedShard, **changed),
+        quiet_fake_tensors(),
+        warnings.catch_warnings(),
+        fake_tensor_mode(allow_non_fake_inputs=True),
+    ):
+        warnings.simplefilter("ignore")
+        yield
 
 
 _LOCAL = "torch.distributed._local_tensor"
