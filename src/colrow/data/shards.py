@@ -177,15 +177,15 @@ def build_shards(
     try:
         with writing_to(folder.parent):
             partial.mkdir(parents=True)
-            train, validation = (_Writer(partial / f"{split}.bin", dtype) for split in SPLITS)
+            writers = {split: _Writer(partial / f"{split}.bin", dtype) for split in SPLITS}
         with closing(encode_in_order(_chunks(corpus), tokenizer, dtype, workers)) as stream:
             for encoded in stream:
                 special += encoded.special
                 held_out = encoded.fractions < validation_fraction
                 with writing_to(folder.parent):
-                    train.add(encoded, ~held_out)
-                    validation.add(encoded, held_out)
-                tokens = train.tokens + validation.tokens
+                    writers["train"].add(encoded, ~held_out)
+                    writers["validation"].add(encoded, held_out)
+                tokens = sum(writer.tokens for writer in writers.values())
                 progress.advance(int(encoded.text_bytes.sum()), f"{tokens / 1e6:,.1f}M tokens")
         if corpus.fingerprint() != fingerprint:
             raise DataError(f"corpus {corpus.describe()} has changed while it was read: start again when it is at rest")
@@ -199,10 +199,10 @@ def build_shards(
                 corpus=fingerprint,
                 source=corpus.describe(),
                 validation_fraction=validation_fraction,
-                documents={"train": train.documents, "validation": validation.documents},
-                tokens={"train": train.tokens, "validation": validation.tokens},
-                text_bytes={"train": train.text_bytes, "validation": validation.text_bytes},
-                digests={"train": train.close(), "validation": validation.close()},
+                documents={split: writer.documents for split, writer in writers.items()},
+                tokens={split: writer.tokens for split, writer in writers.items()},
+                text_bytes={split: writer.text_bytes for split, writer in writers.items()},
+                digests={split: writer.close() for split, writer in writers.items()},
                 special=special,
             )
             tokenizer.save(partial)
