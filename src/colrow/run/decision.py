@@ -115,24 +115,19 @@ def decide(
     report = judgement.report if judgement is not None and verify == "auto" and build_reduced is None else None
     if report is not None and report.verdict == "proved":
         say(f"proved when the plan was derived: loss and {report.parameters} gradients are those of one process")
-        if proofs is not None:
-            proofs.keep(report)
-        return Decision(_settled(found), report, flops_split=found.flops_split)
-    why = f"{unproven.code} at {unproven.where}" if unproven else f"{name} is a model that nobody here has seen"
-    say(f"{'verify: always' if verify == 'always' else why}: a reduced model is verified at tp={mesh.tp}, {meanwhile}")
-    try:
-        reduced = None if build_reduced is None else build_reduced()
-        report = prove(model, plan, mesh.tp, reduced=reduced, inputs=inputs, loss=loss, seq_len=seq_len)
-    except Exception as error:  # whatever stops the proof stops the run, and says what helps
-        text = str(error) if isinstance(error, ColrowError) else f"{type(error).__name__}: {error}"
-        return Decision(tuple(found), refusal=_not_proved(title, f"it could not be verified: {text}", found))
-    if report.verdict == "wrong":
-        return Decision(tuple(found), report, _wrong(title, report, found))
-    if report.verdict == "inconclusive":
-        blind = "verify finds no error, and none in plans broken on purpose either"
-        why = f"it could not be verified: {report.failure}" if report.failure else blind
-        return Decision(tuple(found), report, _not_proved(title, why, found))
-    say(f"proved: loss and {report.parameters} gradients are those of one process ({report.seconds:.1f} s)")
+    else:
+        why = f"{unproven.code} at {unproven.where}" if unproven else f"{name} is a model that nobody here has seen"
+        why = "verify: always" if verify == "always" else why
+        say(f"{why}: a reduced model is verified at tp={mesh.tp}, {meanwhile}")
+        try:
+            reduced = None if build_reduced is None else build_reduced()
+            report = prove(model, plan, mesh.tp, reduced=reduced, inputs=inputs, loss=loss, seq_len=seq_len)
+        except Exception as error:  # whatever stops the proof stops the run, and says what helps
+            text = str(error) if isinstance(error, ColrowError) else f"{type(error).__name__}: {error}"
+            return Decision(tuple(found), refusal=_not_proved(title, f"it could not be verified: {text}", found))
+        if refusal := _refusal(title, report, found):
+            return Decision(tuple(found), report, refusal)
+        say(f"proved: loss and {report.parameters} gradients are those of one process ({report.seconds:.1f} s)")
     if proofs is not None:
         proofs.keep(report)
     return Decision(_settled(found), report, flops_split=found.flops_split)
@@ -150,6 +145,16 @@ def errors_found(found: Sequence[Finding], title: str) -> str:
         return ""
     head = f"the check found {errors} error{'s' if errors > 1 else ''} in {title}, and nothing was started"
     return "\n".join([head, *_lines(found), "(`--check False` leaves the decision to verify)"])
+
+
+def _refusal(title: str, report: Report, found: Sequence[Finding]) -> str:
+    """Why a verified plan may not train; empty where it is proved."""
+    if report.verdict == "wrong":
+        return _wrong(title, report, found)
+    if report.verdict == "inconclusive":
+        blind = "verify finds no error, and none in plans broken on purpose either"
+        return _not_proved(title, f"it could not be verified: {report.failure}" if report.failure else blind, found)
+    return ""
 
 
 def _wrong(title: str, report: Report, found: Sequence[Finding]) -> str:
