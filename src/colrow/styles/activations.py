@@ -120,10 +120,7 @@ class PrepareOutput(Style):
         )
 
     def check(self, site: Site) -> None:
-        if self.output is None or self.desired is None:
-            raise site.wrong_options(
-                "an option of style prepare_output is missing", "give it both 'output' and 'desired'"
-            )
+        _require_both(site, self.name, "output", self.output, "desired", self.desired)
         _check_lengths(site, "output", self.output, "desired", self.desired)
 
 
@@ -158,10 +155,7 @@ class PrepareInputOutput(_PrepareInput):
         )
 
     def check(self, site: Site) -> None:
-        if self.output is None or self.desired_output is None:
-            raise site.wrong_options(
-                "an option of style prepare_input_output is missing", "give it both 'output' and 'desired_output'"
-            )
+        _require_both(site, self.name, "output", self.output, "desired_output", self.desired_output)
         super().check(site)
         _check_lengths(site, "output", self.output, "desired_output", self.desired_output)
 
@@ -173,6 +167,11 @@ def _torch_inputs(style: Any) -> dict[str, Any]:
         "input_kwargs": style.input_kwarg_layouts or None,
         "desired_kwargs": style.desired_input_kwarg_layouts or None,
     }
+
+
+def _require_both(site: Site, style: str, option: str, given: Any, other: str, desired: Any) -> None:
+    if given is None or desired is None:
+        raise site.wrong_options(f"an option of style {style} is missing", f"give it both {option!r} and {other!r}")
 
 
 def _check_lengths(site: Site, option: str, given: Any, other: str, desired: Any) -> None:

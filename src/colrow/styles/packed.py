@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -54,18 +55,9 @@ class ColumnSegments(ShardedParameters):
         parameters = site.module._parameters
         assert parameters["weight"] is not None
         segments = self.segments or (int(parameters["weight"].shape[out]),)
-        dims = {"weight": out, "bias": 0} if parameters.get("bias") is not None else {"weight": out}
-        return {
-            name: ShardSpec(
-                dim,
-                segments,
-                self.replicated or (),
-                kv=self.kv or (),
-                heads=self.heads or 0,
-                kv_heads=self.kv_heads or 0,
-            )
-            for name, dim in dims.items()
-        }
+        kv, heads, kv_heads = self.kv or (), self.heads or 0, self.kv_heads or 0
+        weight = ShardSpec(out, segments, self.replicated or (), kv=kv, heads=heads, kv_heads=kv_heads)
+        return _with_bias(parameters, weight, replace(weight, dim=0))
 
     def output_segments(self, site: Site) -> tuple[OutputSegment, ...]:
         spec = self.specs(site)["weight"]
@@ -95,8 +87,12 @@ def row_specs(site: Site, style: str, segments: tuple[int, ...] | None, bias: Sh
     _, into = _out_and_in_dims(site, style)
     parameters = site.module._parameters
     assert parameters["weight"] is not None
-    specs = {"weight": ShardSpec(into, segments or (int(parameters["weight"].shape[into]),))}
-    return specs if parameters.get("bias") is None else {**specs, "bias": bias}
+    weight = ShardSpec(into, segments or (int(parameters["weight"].shape[into]),))
+    return _with_bias(parameters, weight, bias)
+
+
+def _with_bias(parameters: Mapping[str, Any], weight: ShardSpec, bias: ShardSpec) -> dict[str, ShardSpec]:
+    return {"weight": weight} if parameters.get("bias") is None else {"weight": weight, "bias": bias}
 
 
 @dataclass(frozen=True, kw_only=True)
