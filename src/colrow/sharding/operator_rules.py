@@ -32,7 +32,7 @@ from colrow.sharding.rules_along import (
 )
 
 
-def _whole_segments(layout: Layout, extent: int, here: tuple[int, int], there: tuple[int, int], ranks: int) -> Layout:
+def _segments_between(layout: Layout, extent: int, here: tuple[int, int], there: tuple[int, int], ranks: int) -> Layout:
     """Layout of the rows `there` of a sharded dim, which must be the rows `here` of the local one: segments."""
     sizes = layout.sizes(extent)
     bounds = [0, *accumulate(sizes)]
@@ -51,8 +51,11 @@ def _slice(call: LocalCall) -> list[Layout] | None:
     dim = call.argument("dim")[0] % len(sizes[0])
     if layout.dim != dim:
         return None
-    source = call.forward if backward and call.forward is not None and call.forward.dim == dim else layout
-    source = sharded(dim) if backward and source is layout and call.forward is None else source
+    source = layout  # of what is sliced; backward has the slice's gradient, and the layout that forward saw
+    if backward and call.forward is None:
+        source = sharded(dim)
+    elif backward and call.forward is not None and call.forward.dim == dim:
+        source = call.forward
     local, extent = sizes[0][dim], sizes[1][dim]
     (first, end, step), (first_there, end_there, step_there) = call.slices(local, extent)
     segments = source.sizes(extent)
@@ -63,7 +66,7 @@ def _slice(call: LocalCall) -> list[Layout] | None:
             raise UnprovenError(f"every {step}-th element of a shard whose length {step} does not divide", dim)
         cut = sharded(dim, tuple(n // step for n in segments))
     elif step == 1:
-        cut = _whole_segments(source, extent, (first, end), (first_there, end_there), call.ranks)
+        cut = _segments_between(source, extent, (first, end), (first_there, end_there), call.ranks)
     else:
         raise UnprovenError("a piece of a sharded dim with a step", dim)
     if backward and cut != layout:
@@ -76,18 +79,18 @@ def _view(call: LocalCall) -> list[Layout] | None:
 
     The dims of `before` that become some dims of `after` are one run of elements. In it the segments follow one another
     (once for each index of the dims that stand before the sharded one), and they must do so in the result."""
-    layout, whole = call.tensors[0]
-    before, local = whole.shape, call.results[0]
+    layout, source = call.tensors[0]
+    before, local = source.shape, call.results[0]
     after = call.wanted[0] if call.wanted else _sizes(call, before)
     if layout.kind is not Kind.SHARDED or after is None or len(after) != len(local):
         return None
     changed = [d for d, (n, full) in enumerate(zip(local, after, strict=True)) if n * call.ranks == full != n]
     same = sum(n == full for n, full in zip(local, after, strict=True))
     for dim in changed if same == len(after) - 1 else ():
-        for source, result in _same_elements(before, after):
-            if layout.dim in source and dim in result:
-                outer = prod(before[d] for d in source if d < layout.dim)
-                inner = prod(before[d] for d in source if d > layout.dim)
+        for merged, result in _same_elements(before, after):
+            if layout.dim in merged and dim in result:
+                outer = prod(before[d] for d in merged if d < layout.dim)
+                inner = prod(before[d] for d in merged if d > layout.dim)
                 runs = [n * inner for n in layout.sizes(before[layout.dim])] * outer
                 times = prod(after[d] for d in result if d < dim)
                 unit = prod(after[d] for d in result if d > dim)
@@ -99,12 +102,12 @@ def _view(call: LocalCall) -> list[Layout] | None:
 
 def _repeat(call: LocalCall) -> list[Layout] | None:
     """Along the sharded dim: the same segments, so many times."""
-    layout, whole = call.tensors[0]
+    layout, source = call.tensors[0]
     times = call.argument("repeats")[1]
     if layout.kind is not Kind.SHARDED or call.differing:
         return None
-    dim = layout.dim + len(times) - len(whole.shape)
-    return [sharded(dim, layout.sizes(whole.shape[layout.dim]) * times[dim])]
+    dim = layout.dim + len(times) - len(source.shape)
+    return [sharded(dim, layout.sizes(source.shape[layout.dim]) * times[dim])]
 
 
 def _sizes(call: LocalCall, before: Shape) -> Shape | None:
@@ -139,7 +142,7 @@ def _split(call: LocalCall) -> list[Layout] | None:
     if layout.dim != dim:
         return [layout] * len(call.results) if here == there else None
     pieces = zip(pairwise(here), pairwise(there), strict=True)
-    return [_whole_segments(layout, shape.shape[dim], *piece, call.ranks) for piece in pieces]
+    return [_segments_between(layout, shape.shape[dim], *piece, call.ranks) for piece in pieces]
 
 
 def _cat(call: LocalCall) -> list[Layout] | None:
@@ -147,13 +150,16 @@ def _cat(call: LocalCall) -> list[Layout] | None:
     dim = call.argument("dim")[0] % len(call.results[0])
     if any(layout.dim != dim for layout, _ in call.tensors):
         return None
-    return [sharded(dim, tuple(n for layout, whole in call.tensors for n in layout.sizes(whole.shape[dim])))]
+    return [sharded(dim, tuple(n for layout, there in call.tensors for n in layout.sizes(there.shape[dim])))]
 
 
 def _attention(call: LocalCall) -> list[Layout]:
     """All of some heads, or all of some samples, the same ones of each tensor. A mask may be the same for all heads."""
-    tensors = [(layout, whole.shape) for layout, whole in call.tensors
-               if len(whole.shape) == 4 and not (layout == REPLICATED and whole.shape[1] == 1)]  # fmt: skip
+    tensors = [
+        (layout, there.shape)
+        for layout, there in call.tensors
+        if len(there.shape) == 4 and not (layout == REPLICATED and there.shape[1] == 1)
+    ]
     dims = {layout.dim if layout.kind is Kind.SHARDED else None for layout, _ in tensors}
     if dims not in ({0}, {1}) or any(layout == PARTIAL for layout, _ in call.tensors):
         raise UnprovenError(f"attention of {call.layouts_text}", call.sharded_dim)

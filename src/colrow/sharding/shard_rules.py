@@ -260,14 +260,14 @@ def _of_dtensor(call: LocalCall, mesh: DeviceMesh) -> list[Layout]:
     try:
         if None in placements:
             raise UnprovenError(f"DTensor has no name for {call.layouts_text}", call.sharded_dim)
-        return _asked(call, placements, mesh)
+        return _propagate(call, placements, mesh)
     except UnprovenError:
         if call.zeros:
             changed = [_of_zeros(call, layout) if i in call.zeros else layout
                        for i, layout in enumerate(call.layouts) if layout is not None]  # fmt: skip
             placed = [layout.placement() for layout in changed]
             if None not in placed and placed != placements:
-                return _asked(call, placed, mesh)
+                return _propagate(call, placed, mesh)
         if segments == {()} or len(segments) != 1:
             raise
     # DTensor knows few rules for equal segments and none for unequal ones. What it says of a dim sharded as one holds
@@ -275,7 +275,7 @@ def _of_dtensor(call: LocalCall, mesh: DeviceMesh) -> list[Layout]:
     (cut,) = segments
     plain = [Shard(layout.dim) if layout.kind is Kind.SHARDED else layout.placement() for layout, _ in call.tensors]
     layouts = []
-    for i, layout in enumerate(_asked(call, plain, mesh)):
+    for i, layout in enumerate(_propagate(call, plain, mesh)):
         if layout.kind is Kind.SHARDED and _complete_shape(call, i, layout.dim)[layout.dim] != sum(cut):
             raise UnprovenError(f"there is no rule for a dim of segments {list(cut)}", layout.dim)
         layouts.append(sharded(layout.dim, cut) if layout.kind is Kind.SHARDED else layout)
@@ -290,7 +290,7 @@ def _of_zeros(call: LocalCall, layout: Layout) -> Layout:
     return next((each for each in others if each.dim == layout.dim and not each.repeated), layout)
 
 
-def _asked(call: LocalCall, placements: Sequence[Any], mesh: DeviceMesh) -> list[Layout]:
+def _propagate(call: LocalCall, placements: Sequence[Any], mesh: DeviceMesh) -> list[Layout]:
     """What DTensor's rule says, if it moves nothing and gives the local shapes that this rank computed."""
     given = iter(placements)
     leaves = [
