@@ -85,15 +85,7 @@ def measure(job: Job, info: RankInfo) -> dict[str, Any]:
         axes = MeshAxes(mesh)
         batches = random_batches(config, training.source.vocab_size, axes.data_rank, device)
         losses: list[Tensor] = []
-        captured: dict[str, int] = {}
-        for step in range(job.warmup):
-            batch = next(batches)
-            if training.graphs and step == EAGER_STEPS:
-                with _profiling([ProfilerActivity.CPU]) as traces:
-                    losses.append(training.step(step, batch)[0])
-                captured = traces[0].operators
-            else:
-                losses.append(training.step(step, batch)[0])
+        captured = _warm_up(training, batches, job, losses)
         _synchronise(device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -139,6 +131,20 @@ def random_batches(config: RunConfig, vocab: int, data_rank: int, device: torch.
         rows = rows.to(device)
         yield [(row[:, :-1].contiguous(), row[:, 1:].contiguous()) for row in rows]
         step += 1
+
+
+def _warm_up(training: Training, batches: Iterator[list[Batch]], job: Job, losses: list[Tensor]) -> dict[str, int]:
+    """The steps before the clock starts. Returns the operators of the one that captures CUDA graphs."""
+    captured: dict[str, int] = {}
+    for step in range(job.warmup):
+        batch = next(batches)
+        if training.graphs and step == EAGER_STEPS:
+            with _profiling([ProfilerActivity.CPU]) as traces:
+                losses.append(training.step(step, batch)[0])
+            captured = traces[0].operators
+        else:
+            losses.append(training.step(step, batch)[0])
+    return captured
 
 
 def _timed(training: Training, batches: Iterator[list[Batch]], job: Job, losses: list[Tensor]) -> list[float]:
