@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import pickle
+import queue
 import sys
 import time
 from collections.abc import Iterator
@@ -59,21 +60,21 @@ def run_gloo(task: Task, plan: Plan) -> Observed:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     methods = mp.get_all_start_methods()  # a fork of this process would copy the locks of running threads
     context: Any = mp.get_context("forkserver" if "forkserver" in methods else "spawn")
-    queue = context.Queue()
+    answers = context.Queue()
     payload = _pickle(task, plan)
     ranks = [
-        context.Process(target=_gloo_rank, args=(rank, task.tp, store.port, payload, queue), daemon=True)
+        context.Process(target=_gloo_rank, args=(rank, task.tp, store.port, payload, answers), daemon=True)
         for rank in range(task.tp)
     ]
-    observed, answers, end = Observed(), 0, time.monotonic() + _TIMEOUT
+    observed, answered, end = Observed(), 0, time.monotonic() + _TIMEOUT
     try:
         with _main_left_out(payload):
             for process in ranks:
                 process.start()
-        while answers < task.tp:
+        while answered < task.tp:
             try:
-                rank, ok, value = queue.get(timeout=0.5)
-            except Exception as error:
+                rank, ok, value = answers.get(timeout=0.5)
+            except queue.Empty as error:
                 dead = [i for i, process in enumerate(ranks) if process.exitcode not in (None, 0)]
                 if dead or time.monotonic() > end:
                     what = f"ranks {dead} died" if dead else f"the ranks gave no answer within {_TIMEOUT:.0f} s"
@@ -82,12 +83,12 @@ def run_gloo(task: Task, plan: Plan) -> Observed:
             if not ok:
                 raise RankFailure(f"rank {rank}: {value}")
             observed.merge(pickle.loads(value))
-            answers += 1
+            answered += 1
     finally:
         for process in ranks:
             if process.pid is None:  # it could not be started, as in a daemonic process
                 continue
-            if process.is_alive() and answers < task.tp:
+            if process.is_alive() and answered < task.tp:
                 process.kill()
             process.join()
     return observed
@@ -130,7 +131,7 @@ def _initialise_class(model: nn.Module) -> None:
             type(model)(config)
 
 
-def _gloo_rank(rank: int, tp: int, port: int, payload: bytes, queue: Any) -> None:
+def _gloo_rank(rank: int, tp: int, port: int, payload: bytes, answers: Any) -> None:
     torch.set_num_threads(1)
     timeout = timedelta(seconds=60)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
@@ -141,9 +142,9 @@ def _gloo_rank(rank: int, tp: int, port: int, payload: bytes, queue: Any) -> Non
         set_states(task.model, states)
         mesh = init_device_mesh("cpu", (tp,), mesh_dim_names=("verify",))
         observed = sharded_step(task, task.model, plan, mesh, lambda tensor: {rank: tensor})
-        queue.put((rank, True, pickle.dumps(observed)))
+        answers.put((rank, True, pickle.dumps(observed)))
     except Exception as error:
-        queue.put((rank, False, f"{type(error).__name__}: {error}"))
-    queue.close()
-    queue.join_thread()
+        answers.put((rank, False, f"{type(error).__name__}: {error}"))
+    answers.close()
+    answers.join_thread()
     dist.destroy_process_group()
