@@ -149,7 +149,11 @@ def _rank(argv: list[str]) -> NoReturn:
         ending.log.copy_stderr()
         with StopRequest(folder) as stop:
             guard = RankGuard(
-                *(config.train, config.run.dir, info.rank, info.world_size, folder),
+                config.train,
+                config.run.dir,
+                info.rank,
+                info.world_size,
+                folder,
                 asked_to_end=lambda: stop.requested,
                 # the earliest of several failures is the one that torchrun shows, and the other ranks end for this one
                 give_up=lambda text, seconds: ending.report(text, time.time() - seconds, 1),

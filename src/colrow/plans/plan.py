@@ -118,7 +118,9 @@ class Plan:
             _log.warning(
                 "the plan that %s states for itself names modules with %.0f%% of the parameters (%s): the rest stays "
                 "unsharded; Plan.derive may split more",
-                *(type(model).__name__, 100 * share, ", ".join(plan.modules) or "no module"),
+                type(model).__name__,
+                100 * share,
+                ", ".join(plan.modules) or "no module",
             )
         return plan
 

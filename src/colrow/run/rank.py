@@ -93,8 +93,9 @@ def run_rank(
         # a launcher of the project's own, which has chosen the plan, watches; torchrun does not
         watching = guard.join if guard is not None and plan is None else None
         mesh, device = stack.enter_context(process_group(config, info, watching))
-        train = (config, checked.source, checked.plan, data, mesh, device, progress)
-        return train_run(*train, command, stop_requested, heartbeat)
+        return train_run(
+            config, checked.source, checked.plan, data, mesh, device, progress, command, stop_requested, heartbeat
+        )
 
 
 def train_run(
