@@ -322,6 +322,7 @@ def _flag_value(key: str, words: list[str]) -> Any:
         raise ConfigError(f"--{key} has no value: write --{key} VALUE")
     kinds = _kinds_of(key)
     values = [_value_of(word, kinds) for word in words]
+    # one word of a key that takes several is a list of one, unless it is written as a list or as null
     if len(values) == 1 and (tuple not in kinds or isinstance(values[0], list) or values[0] is None):
         return values[0]
     if kinds and tuple not in kinds:

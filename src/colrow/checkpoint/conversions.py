@@ -146,6 +146,7 @@ class _Transforms:
             reverse = converter.reverse_transform()
             stored, pattern = reverse.rename_source_key(name)
             if pattern is not None:
+                # transformers writes the first pattern into the name: the other tensors have their own in its place
                 names = [
                     self._renamed(stored.replace(reverse.target_patterns[0], p, 1)) for p in reverse.target_patterns
                 ]

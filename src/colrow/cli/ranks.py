@@ -88,12 +88,15 @@ def reporting_errors() -> Iterator[Ending]:
         if isinstance(error, SystemExit):
             raise
         when = time.time()
-        is_closed = isinstance(error, BrokenPipeError)  # `colrow train ... | head`: an end without an error
         is_user_error = isinstance(error, ColrowError) or _disk_is_full(error)
-        text = "the output is closed" if is_closed else str(error) if is_user_error else traceback.format_exc()
+        if isinstance(error, BrokenPipeError):  # `colrow train ... | head`: an end without an error
+            text, status = "the output is closed", 128 + signal.SIGPIPE
+        elif is_user_error:
+            text, status = str(error), EXIT_USER_ERROR
+        else:
+            text, status = traceback.format_exc(), 1
         if _disk_is_full(error):
             text += ": free some space, then start the same command again; it continues from the newest checkpoint"
-        status = 128 + signal.SIGPIPE if is_closed else EXIT_USER_ERROR if is_user_error else 1
         if _error_file() is not None and not is_user_error and "onnection" in text:
             # Lost connections follow from another rank's failure: let that rank write its error, and be the first.
             end = time.monotonic() + 2.0

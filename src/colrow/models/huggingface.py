@@ -108,7 +108,11 @@ def config_to_huggingface(config: LlamaConfig, dtype: torch.dtype) -> dict[str, 
             "attention_bias and qk_norm together are no Hugging Face model that has no bias on o_proj: "
             "a model with one of them can be exported"
         )
-    family = "qwen2" if config.attention_bias else "qwen3" if config.qk_norm else "llama"
+    family = "llama"
+    if config.attention_bias:
+        family = "qwen2"
+    elif config.qk_norm:
+        family = "qwen3"
     scaling = None
     if config.rope_scaling is not None:
         scaling = {"rope_type": "llama3", **asdict(config.rope_scaling)}

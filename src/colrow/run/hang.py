@@ -186,7 +186,7 @@ class HangWatch:
             return None
         slowest = min(running.values(), key=lambda seen: seen.progress)
         since = self.now - slowest.progress
-        judged = max(running.values(), key=self._limit)
+        judged = max(running.values(), key=self._limit)  # the largest limit counts: the others may wait for that rank
         limit = self._limit(judged)
         early = min(_EARLY_SHARE * limit, _EARLY_SECONDS)
         if self.now - max(slowest.progress, *(seen.phase for seen in running.values())) > limit - early:

@@ -34,6 +34,7 @@ from colrow.torch_compat import NoRuleError, propagated
 def proven_layouts(call: LocalCall, mesh: DeviceMesh) -> list[Layout]:
     """The layout of each result. Raises UnprovenError."""
     facts, layouts = call.facts, [layout for layout, _ in call.tensors]
+    # All elements are equal: any smaller tensor is a shard of the larger one.
     if facts.rule == "constant" and facts.fills not in (Filling.POSITION, Filling.RANDOM):
         return [_of_equal_elements(call, 0, range(len(call.results[0])))]
     if call.wanted is not None and (found := _pieces_with_repeats(call)) is not None:
@@ -49,6 +50,7 @@ def proven_layouts(call: LocalCall, mesh: DeviceMesh) -> list[Layout]:
         return _of_replicated(call)
     if (found := _linear_backward(call)) is not None:
         return found
+    # Ours before DTensor's: each stands where DTensor has no rule or moves data, or is wrong for local tensors.
     rule = RULES.get(call.name) or RULES.get(call.name.rstrip("_"))
     if rule is not None and (found := rule(call)) is not None:
         return found

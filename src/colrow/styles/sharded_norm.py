@@ -45,6 +45,7 @@ class _ShardedNormStyle(ParallelStyle):
 
         def before(_: nn.Module, args: Any) -> Any:
             x = args[0]
+            # of a DTensor that is sharded along the normed dim, DTensor's own rule all-reduces the mean
             if not isinstance(x, DTensor):
                 x = DTensor.from_local(x, device_mesh, [Shard(x.ndim - 1)], run_check=False)
             return (x, *args[1:])

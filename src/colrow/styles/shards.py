@@ -288,6 +288,7 @@ def local_input(x: Any, mesh: DeviceMesh, layout: Placement | None, gather: bool
 def sum_over_ranks(out: Any, mesh: DeviceMesh, layout: Placement) -> Any:
     """The sum over ranks of `out`, in `layout`: replicated, or a shard of one dimension."""
     if isinstance(out, DTensor):
+        # _SumOverRanks returns the complete gradient of a term on every rank: no redistribution may sum it again
         out = out.to_local(grad_placements=[Replicate()])
     return _SumOverRanks.apply(out, mesh, layout.dim if isinstance(layout, Shard) else None)
 

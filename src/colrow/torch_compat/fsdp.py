@@ -21,7 +21,7 @@ class FsdpUnit:
         self.module, self._state = module, state
         # torch 2.11 keeps one group, 2.13 a list; a unit without parameters of its own has none
         groups = getattr(state, "_fsdp_param_groups", None)
-        self._group = (groups[0] if groups else None) if groups is not None else state._fsdp_param_group
+        self._group = state._fsdp_param_group if groups is None else next(iter(groups), None)
 
     def parameters(self) -> list[nn.Parameter]:
         """The sharded parameters that are trained, always in the same order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf, isnan
 
 import torch
 from torch import Tensor
@@ -32,8 +33,8 @@ class Sharded:
                 got, want = shard[place.slices], complete[region.slices]
                 if got.dtype != want.dtype or not got.is_floating_point():  # buffers that count
                     got, want = got.double(), want.double()
-                difference = (got - want).abs().max().item() if got.shape == want.shape else float("inf")
-                worst = max(worst, difference if difference == difference else float("inf"))
+                difference = (got - want).abs().max().item() if got.shape == want.shape else inf
+                worst = max(worst, inf if isnan(difference) else difference)
         return worst / scale
 
     def disagreement(self) -> bool:
@@ -135,7 +136,7 @@ def compare(observed: Observed, reference: Reference, tp: int) -> Errors:
     for name in reference.gradients.keys() | observed.gradients.keys():
         want, got = reference.gradients.get(name), observed.gradients.get(name)
         if want is None or got is None:
-            gradients[name] = float("inf")
+            gradients[name] = inf
         else:
             gradients[name] = got.error(want, tp, reference.size(name))
     parameters = {
@@ -148,4 +149,4 @@ def compare(observed: Observed, reference: Reference, tp: int) -> Errors:
     }
     losses = observed.losses.values()
     loss = max(abs(value - reference.loss) for value in losses) / max(abs(reference.loss), 1e-300)
-    return Errors(loss if loss == loss else float("inf"), gradients, parameters, buffers)
+    return Errors(inf if isnan(loss) else loss, gradients, parameters, buffers)

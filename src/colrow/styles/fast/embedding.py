@@ -89,8 +89,8 @@ def _embedding_forward(module: Any, ids_BT: Tensor) -> Tensor:
     state: EmbeddingState = getattr(module, FORWARD_STATE)
     index = ids_BT - state.first_row
     own = (index >= 0) & (index < module.weight.shape[0])
-    rows = state.lookup(module, torch.where(own, index, 0))
-    if state.padding is not None:
+    rows = state.lookup(module, torch.where(own, index, 0))  # any row, for another rank's tokens: zeroed below
+    if state.padding is not None:  # that row gets no gradient, as in nn.Embedding
         rows = torch.where((ids_BT == state.padding)[..., None], rows.detach(), rows)
     rows = torch.where(own[..., None], rows, 0.0)
     if state.all_tokens:
