@@ -16,13 +16,13 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 from colrow.bench.arms import ARMS, arm_config
 from colrow.bench.measure import Job, measure, missing_paths, one_rank
 from colrow.bench.report import merged
-from colrow.bench.trace import StepTrace, from_events
 from colrow.cli.bench import Flags, base_config
 from colrow.config import RunConfig
 from colrow.errors import ConfigError
 from colrow.ops.collectives import all_gather, reduce_scatter
 from colrow.plans.plan import Plan
 from colrow.run.rank import RankInfo
+from colrow.train.step_trace import StepTrace, from_events
 from helpers.forked import Commands
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +16,10 @@ import torch.distributed as dist
 from pydantic import BaseModel
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity
 
 from colrow.bench.bound import bound
 from colrow.bench.one_rank import fake_group
-from colrow.bench.trace import StepTrace, read_trace
 from colrow.config import RunConfig
 from colrow.errors import ConfigError
 from colrow.forecasting.devices import peak_flops
@@ -36,6 +34,7 @@ from colrow.run.rank import RankInfo, process_group, set_device
 from colrow.train.cuda_graph import EAGER_STEPS
 from colrow.train.setup import Training, set_up
 from colrow.train.step import Batch
+from colrow.train.step_trace import StepTrace, profiling
 
 GIB = 2**30
 SETTLING_STEPS = 2  # first timed steps, left out of the median: allocator and clocks still settle
@@ -139,7 +138,7 @@ def _warm_up(training: Training, batches: Iterator[list[Batch]], job: Job, losse
     for step in range(job.warmup):
         batch = next(batches)
         if training.graphs and step == EAGER_STEPS:
-            with _profiling([ProfilerActivity.CPU]) as traces:
+            with profiling([ProfilerActivity.CPU]) as traces:
                 losses.append(training.step(step, batch)[0])
             captured = traces[0].operators
         else:
@@ -177,24 +176,11 @@ def _profiled(training: Training, batch: list[Batch], job: Job, rank: int, devic
         return None
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     kept = job.trace / f"{job.arm.replace(':', '-').replace('=', '-')}.json" if job.trace else None
-    with _profiling(activities, kept) as traces:
+    with profiling(activities, kept) as traces:
         training.step(step, batch)
         _synchronise_here(device)
     _synchronise(device)
     return traces[0]
-
-
-@contextmanager
-def _profiling(activities: list[ProfilerActivity], kept: Path | None = None) -> Iterator[list[StepTrace]]:
-    """Profile the block. After it, the list holds its trace; the trace's file is left at `kept`."""
-    traces: list[StepTrace] = []
-    with profile(activities=activities) as profiler:
-        yield traces
-    with tempfile.TemporaryDirectory() as folder:
-        path = kept or Path(folder) / "trace.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(path))
-        traces.append(read_trace(path))
 
 
 def _result(

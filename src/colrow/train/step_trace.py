@@ -7,11 +7,15 @@ they have a category of their own there, which is left out.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from torch.profiler import ProfilerActivity, profile
 
 _ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 _KINDS = (  # the first that matches
@@ -65,6 +69,19 @@ class StepTrace:
     def to_data(self) -> dict[str, Any]:
         """For JSON; `names`, of all kernels, are left out."""
         return {**{key: value for key, value in asdict(self).items() if key != "names"}, "idle": self.idle}
+
+
+@contextmanager
+def profiling(activities: list[ProfilerActivity], kept: Path | None = None) -> Iterator[list[StepTrace]]:
+    """Profile the block. After it, the list holds its trace; the trace's file is left at `kept`."""
+    traces: list[StepTrace] = []
+    with profile(activities=activities) as profiler:
+        yield traces
+    with tempfile.TemporaryDirectory() as folder:
+        path = kept or Path(folder) / "trace.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(path))
+        traces.append(read_trace(path))
 
 
 def read_trace(path: Path) -> StepTrace:
