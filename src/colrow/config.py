@@ -235,9 +235,9 @@ class RunConfig(_Section):
     verify: Literal["auto", "always", "never"] = "auto"
     """Verify the plan on a reduced model before the ranks start, and start only if it is proved; auto: where the check
     leaves something unproven, or the model is not one of colrow's own."""
-    forecast: Literal["off", "warn", "stop"] = "off"
-    """On GPUs, print what a step will take and cost before the ranks start; where it will not fit, warn or stop. Some
-    seconds of one core."""
+    forecast: Literal["off", "warn", "stop"] = "stop"
+    """On GPUs, print what a step will take and cost before the ranks start, and after twenty steps how far off that
+    was; where a rank cannot fit, warn or stop."""
     train: TrainSection
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()

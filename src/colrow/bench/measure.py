@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.profiler import ProfilerActivity
 
-from colrow.bench.bound import bound
 from colrow.bench.one_rank import fake_group
 from colrow.config import RunConfig
 from colrow.errors import ConfigError
@@ -218,10 +217,6 @@ def _result(
     result |= {"mfu_causal": None, "mfu_full": None}
     if shape is not None and peak is not None:
         result |= mfu(shape, config.data.seq_len, rate, peak)
-    best_case = None if shape is None else bound(shape, config.mesh, config.data.seq_len, tokens, device_name)
-    result["bound_ms"] = None if best_case is None else best_case.hidden
-    result["bound_exposed_ms"] = None if best_case is None else best_case.exposed
-    result["fraction_of_bound"] = None if best_case is None else best_case.hidden / (step * 1e3)
     return result
 
 

@@ -55,7 +55,7 @@ def table(results: list[Result]) -> Table:
         "tok/s/GPU",
         "×",
         "MFU causal/full",
-        "of bound",
+        "of forecast",
         "GiB alloc/reserved/device",
         "exposed",
         "idle",
@@ -70,7 +70,7 @@ def table(results: list[Result]) -> Table:
             f"{result['tokens_per_second_per_gpu']:,.0f}",
             f"{result['tokens_per_second_per_gpu'] / first:.2f}",
             _in_one_cell(result, ("mfu_causal", "mfu_full"), lambda share: f"{share:.1%}"),
-            _in_one_cell(result, ("fraction_of_bound",), lambda share: f"{share:.0%}"),
+            f"{result['step_ms'] / result['forecast_ms']:.0%}" if result.get("forecast_ms") else "-",
             _in_one_cell(
                 result, ("peak_allocated_gib", "peak_reserved_gib", "device_used_gib"), lambda gib: f"{gib:.1f}"
             ),
@@ -104,17 +104,17 @@ def show(results: list[Result], environment: dict[str, Any], console: Console) -
         console.print(f"{result['arm']}: plan {result['plan']}, loss {result['loss']}, {result['compute']}")
         console.print(f"  ran {result['ran']}{launches}", highlight=False)
         if result["one_rank"] and (exposed := _with_exposed(result)) is not None:
-            console.print(f"  with none of tp's collectives hidden: {exposed:,.0f} tok/s/GPU")
+            console.print(f"  with the collectives that the forecast says are exposed: {exposed:,.0f} tok/s/GPU")
         console.print(
             f"  {f'ms by kind: {kinds}; ' if kinds else ''}{calls or 'no calls of colrow operators'}", highlight=False
         )
 
 
 def _with_exposed(result: Result) -> float | None:
-    """Tokens/s per GPU if nothing hid tp's collectives; None where the links have no rate."""
-    if result["bound_exposed_ms"] is None:
+    """Tokens/s per GPU with the collectives that the forecast says nothing hides; None without a forecast."""
+    sent = result.get("forecast_exposed_ms")
+    if sent is None:
         return None
-    sent = result["bound_exposed_ms"] - result["bound_ms"]
     return float(result["tokens_per_second_per_gpu"] * result["step_ms"] / (result["step_ms"] + sent))
 
 

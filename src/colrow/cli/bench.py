@@ -140,6 +140,7 @@ def _run(flags: Flags, configs: dict[str, RunConfig]) -> int:
 
 def _arm(flags: Flags, arm: str, config: RunConfig) -> dict[str, Any] | None:
     """The results of one arm; None, with the reason on stderr, when it failed."""
+    from colrow.bench.beside_forecast import forecast_data
     from colrow.bench.measure import Job
     from colrow.run import preflight
     from colrow.run.launch import launch
@@ -162,7 +163,7 @@ def _arm(flags: Flags, arm: str, config: RunConfig) -> dict[str, Any] | None:
             print(f"colrow bench: arm {arm} failed: {failure.text.strip()}", file=sys.stderr, flush=True)
             return None
         measured: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-        return measured
+        return measured | forecast_data(config)
 
 
 def _rank(path: Path) -> int:

@@ -87,7 +87,7 @@ def _print_keys(path: str) -> NoReturn:
 def _start(argv: list[str]) -> int:
     from colrow.data.prepare import prepare
     from colrow.run import preflight
-    from colrow.run.forecast_line import forecast_lines
+    from colrow.run.forecast_line import forecast_run, gpus_here, keep_forecast
     from colrow.run.hang_guard import LauncherGuard
     from colrow.run.host_log import last_lines
     from colrow.run.launch import launch
@@ -110,13 +110,15 @@ def _start(argv: list[str]) -> int:
         print(line)
     for line in output_lines(config, checked.source):
         print(line)
-    for line in forecast_lines(config, checked.source.model, checked.plan):
+    forecast, lines = forecast_run(config, checked.source.model, checked.plan, gpus_here(config))
+    for line in lines:
         print(line)
     data = prepare(config.data, checked.source.vocab_size, progress=True)
     preflight.check_checkpoint(checked, data.tokenizer)
     ranks = config.mesh.world_size
     os.environ.setdefault("OMP_NUM_THREADS", str(preflight.threads_for(ranks)))
     os.environ[PLAN_DIGEST] = write_plan(config.run.dir, checked.plan)
+    keep_forecast(config, forecast)
     guard = LauncherGuard(config.train, config.run.dir, ranks)
     ended = launch(["-m", "colrow", "train", *argv], ranks, guard=guard)
     if ended.failure is not None and ended.status != 128 + signal.SIGPIPE:

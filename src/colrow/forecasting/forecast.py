@@ -74,6 +74,12 @@ class Row:
         return self.memory.device <= (1 - MARGIN) * self.device.memory
 
     @property
+    def cannot_fit(self) -> bool:
+        """Whether it runs out of memory even if the forecast is too high by `MARGIN`: what the allocator keeps in
+        reserve it gives back before that."""
+        return (1 - MARGIN) * (self.memory.device - self.memory.reserve) > self.device.memory
+
+    @property
     def free(self) -> float:
         """Bytes of the device that are left; negative where it does not fit."""
         return self.device.memory - self.memory.device

@@ -1,57 +1,157 @@
-"""`forecast: warn | stop`: what a step will take and cost, before the ranks start; refused where it cannot fit."""
+"""A run's forecast: printed before the ranks start, refused where it cannot fit, and compared with the run.
+
+Only on GPUs. It takes some seconds of one core, so it is kept as forecast.json in the run's folder, under a digest of
+all that it depends on: a continued or restarted run does not compute it again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import nn
 
+import colrow
 from colrow.config import RunConfig
-from colrow.errors import ConfigError, PlanError
+from colrow.data.disk import atomic_write
+from colrow.errors import ConfigError
 from colrow.forecasting.choices import options_of
 from colrow.forecasting.devices import Device, device_named, name_of
-from colrow.forecasting.forecast import MARGIN, Forecaster, Options
+from colrow.forecasting.forecast import Forecaster, Options
 from colrow.forecasting.memory import GIB
 from colrow.plans.plan import Plan
+from colrow.run.progress import labelled
+
+FILE = "forecast.json"
+Gpus = tuple[Device, int] | str | None
+"""What `gpus_here` found."""
 
 
-def forecast_lines(config: RunConfig, model: nn.Module, plan: Plan) -> list[str]:
-    """What to print, with this host's GPUs; nothing without GPUs, or with `forecast: off`.
+@dataclass(frozen=True)
+class Forecast:
+    """What a run should see.
+
+    Attributes:
+        key: digest of what it depends on.
+        band: half of the band around tokens/s, as a share.
+        fits: with the allocator's reserve and 3% of the device left.
+        cannot_fit: not even without the reserve, and if the forecast is 3% too high.
+        fix: where it does not fit, the nearest setting that does, as keys to set.
+    """
+
+    key: str
+    tokens_per_second_per_gpu: float
+    band: float
+    allocated_gib: float
+    device_gib: float
+    limit_gib: float
+    parts_ms: Mapping[str, float]
+    bottleneck: str
+    fits: bool = True
+    cannot_fit: bool = False
+    fix: str = ""
+
+    def lines(self, config: RunConfig) -> list[str]:
+        """What to print.
+
+        Raises:
+            ConfigError: with `forecast: stop`, a rank cannot fit.
+        """
+        memory, rate = f"{self.device_gib:.3g} GiB of {self.limit_gib:.3g}", self.tokens_per_second_per_gpu
+        line = f"forecast   {memory}, {rate:,.0f} ± {rate * self.band:,.0f} tokens/s per GPU"
+        if self.fits:
+            return [line]
+        if not self.cannot_fit:
+            return [line, labelled("warning", f"forecast: little memory is left: if it runs out, {self.fix}")]
+        text = f"forecast: a rank needs {memory}: {self.fix}; `colrow forecast` compares meshes"
+        if config.forecast == "stop":
+            raise ConfigError(f"{text}; forecast: warn starts all the same")
+        return [labelled("warning", text)]
+
+
+def forecast_run(config: RunConfig, model: nn.Module, plan: Plan, gpus: Gpus) -> tuple[Forecast | None, list[str]]:
+    """The forecast of the run on these GPUs, the one in its folder where that is of the same run, and what to print.
 
     Raises:
-        ConfigError: with `forecast: stop`, a rank needs more memory than a GPU has, even if the forecast is too high by
-            its margin; the text names the nearest setting that fits.
+        ConfigError: with `forecast: stop`, a rank cannot fit; the text names the nearest setting that does.
+    """
+    if gpus is None or isinstance(gpus, str):
+        return None, [f"forecast   none: no rates are known of {gpus}"] * (gpus is not None)
+    found = kept_forecast(config, model, plan, gpus)
+    if found is None:
+        try:
+            found = forecast_on(*gpus, config, model, plan)
+        except Exception as error:  # a model that cannot be walked must not keep a run from starting
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            return None, [labelled("forecast", f"none: {reason}")]
+    return found, found.lines(config)
+
+
+def keep_forecast(config: RunConfig, forecast: Forecast | None) -> None:
+    """Write it into the run's folder, which exists."""
+    if forecast is not None:
+        atomic_write(config.run.dir / FILE, json.dumps(asdict(forecast), indent=1) + "\n")
+
+
+def gpus_here(config: RunConfig) -> Gpus:
+    """This host's GPUs, and their number; the name of those without rates; None where nothing is forecast.
+
+    Reads properties of the driver: a context on a GPU would take half a GiB of it for as long as the launcher lives.
     """
     if config.forecast == "off" or config.device == "cpu" or not torch.cuda.is_available():
-        return []
-    name = torch.cuda.get_device_name()
-    known = name_of(name)
+        return None
+    found = torch.cuda.get_device_properties(0)
+    known = name_of(found.name)
     if known is None:
-        return [f"forecast   none: no rates are known of {name}"]
-    device = replace(device_named(known), memory=float(torch.cuda.mem_get_info()[1]))
-    return lines_on(device, torch.cuda.device_count(), config, model, plan)
+        return str(found.name)
+    return replace(device_named(known), memory=float(found.total_memory)), torch.cuda.device_count()
 
 
-def lines_on(device: Device, per_host: int, config: RunConfig, model: nn.Module, plan: Plan) -> list[str]:
-    """`forecast_lines` on given GPUs, `per_host` of them on a host."""
-    forecaster = Forecaster(model, device, per_host)
-    options = options_of(config)
+def kept_forecast(config: RunConfig, model: nn.Module, plan: Plan, gpus: Gpus) -> Forecast | None:
+    """The forecast in the run's folder, where it is one of this run on these GPUs."""
+    if gpus is None or isinstance(gpus, str):
+        return None
     try:
-        row = forecaster.row(plan, config.mesh, options)
-    except (ConfigError, PlanError) as error:
-        return [f"forecast   none: {error}"]
-    memory = f"{row.memory.device / GIB:.3g} GiB of {device.memory / GIB:.3g}"
-    if (1 - MARGIN) * row.memory.device <= device.memory:
-        rate = row.tokens_per_second_per_gpu
-        return [f"forecast   {memory}, {rate:,.0f} ± {rate * device.band:,.0f} tokens/s per GPU"]
-    nearest = next((words for words, other in _smaller(options) if forecaster.row(plan, config.mesh, other).fits), None)
-    fix = f"use {nearest}" if nearest else "use more GPUs, shorter sequences, or a smaller model"
-    text = f"forecast: a rank needs {memory}: {fix}; `colrow forecast` compares meshes"
-    if config.forecast == "stop":
-        raise ConfigError(f"{text}; forecast: warn starts all the same")
-    return [f"warning    {text}"]
+        kept = Forecast(**json.loads((config.run.dir / FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+    return kept if kept.key == _key(*gpus, config, model, plan) else None
+
+
+def forecast_on(device: Device, per_host: int, config: RunConfig, model: nn.Module, plan: Plan) -> Forecast:
+    """Of the run on given GPUs, `per_host` of them on a host. Raises as `Forecaster.row` does."""
+    forecaster, options = Forecaster(model, device, per_host), options_of(config)
+    row = forecaster.row(plan, config.mesh, options)
+    fix = ""
+    if not row.fits:
+        smaller = (words for words, other in _smaller(options) if forecaster.row(plan, config.mesh, other).fits)
+        fix = f"use {next(smaller, 'more GPUs, shorter sequences, or a smaller model')}"
+    return Forecast(
+        key=_key(device, per_host, config, model, plan),
+        tokens_per_second_per_gpu=row.tokens_per_second_per_gpu,
+        band=row.time.band / row.time.seconds,
+        allocated_gib=row.memory.allocated / GIB,
+        device_gib=row.memory.device / GIB,
+        limit_gib=device.memory / GIB,
+        parts_ms={name: seconds * 1e3 for name, seconds in row.time.parts.items()},
+        bottleneck=row.bottleneck,
+        fits=row.fits,
+        cannot_fit=row.cannot_fit,
+        fix=fix,
+    )
+
+
+def _key(device: Device, per_host: int, config: RunConfig, model: nn.Module, plan: Plan) -> str:
+    params = [
+        (name, tuple(p.shape), str(p.dtype), p.requires_grad)
+        for name, p in model.named_parameters(remove_duplicate=False)
+    ]
+    of_model = (repr(model), repr(getattr(model, "config", None)), params)
+    run = (repr(options_of(config)), repr(config.mesh), plan.to_yaml(), repr(device), per_host)
+    return hashlib.sha256(repr((colrow.__version__, torch.__version__, of_model, run)).encode()).hexdigest()
 
 
 def _smaller(options: Options) -> Iterator[tuple[str, Options]]:

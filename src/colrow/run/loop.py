@@ -20,11 +20,12 @@ from colrow.forecasting.devices import peak_flops
 from colrow.mesh import MeshAxes
 from colrow.models.shapes import mfu
 from colrow.run.batch_check import check_same_batch
-from colrow.run.cpu_bound import CpuBoundDetector, hint_line
 from colrow.run.executed import executed_line, executed_paths, steps_until_known
+from colrow.run.forecast_line import Forecast
 from colrow.run.hang import TRAINING
 from colrow.run.heartbeat import Heartbeat, compilations
 from colrow.run.nonfinite import NonfiniteSteps
+from colrow.run.pace import Pace
 from colrow.run.progress import TrainingProgress
 from colrow.run.resume import ResumePoint
 from colrow.train.evaluate import Evaluation
@@ -95,6 +96,7 @@ class Loop:
     Args:
         stop_requested: called once a step on each rank; when any rank returns True, all stop.
         heartbeat: gets what this rank does, for those who watch whether it hangs.
+        forecast: what the run should see, on the rank that prints.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class Loop:
         progress: TrainingProgress,
         stop_requested: Callable[[], bool] = lambda: False,
         heartbeat: Heartbeat | None = None,
+        forecast: Forecast | None = None,
     ) -> None:
         self._config, self._training, self._checkpoints, self._progress = config, training, checkpoints, progress
         self._data, self._stop_requested, self._heartbeat = data, stop_requested, heartbeat or Heartbeat()
@@ -122,7 +125,7 @@ class Loop:
         self._pending: list[_Pending] = []
         self._last: Record | None = None
         self._step_end = DeviceTimestamp(self._device)
-        self._cpu_bound = CpuBoundDetector(steps_until_known(training))
+        self._pace = Pace(config, steps_until_known(training), forecast, progress.say)
 
     def run(self, at: ResumePoint, metrics: Metrics | None) -> Outcome:
         """Train from `at` to the last step, a signal, or an error. Collective.
@@ -147,7 +150,7 @@ class Loop:
             sequences += config.train.global_batch
             if self._checks_batches(step, start):
                 check_same_batch(batches, self._same_batch_groups, step)
-            with compilations(self._heartbeat):
+            with compilations(self._heartbeat), self._pace.tracing():
                 loss, norm = self._training.step(step, batches)
             if step == start and (untrained := self._training.step.forward_backward.untrained):
                 self._progress.say(untrained_line(untrained))
@@ -233,8 +236,8 @@ class Loop:
                 record[f"auxiliary_{name}" if name in record else name] = value
             record = self._nonfinite.examine(record, pending.sequences - self._config.train.global_batch)
             stop = stop or stops > 0
-            if lag and self._cpu_bound.add(waited, seconds):
-                self._progress.say(hint_line(self._config))
+            if self._device.type == "cuda":
+                self._pace.add(seconds, waited if lag else None, record["memory_gib"])
             self._last = record
             if hold_last and not self._pending:
                 continue

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -32,6 +34,7 @@ from colrow.plans.plan import Plan
 from colrow.plans.presets import PRESETS
 from colrow.plans.split_share import SplitShare
 from colrow.run.decision import decide, errors_found
+from colrow.run.forecast_line import Forecast, Gpus, forecast_run, gpus_here, keep_forecast
 from colrow.run.kept_proof import KeptProof, dependencies
 from colrow.run.run_folder import CHECKPOINTS, changed_keys
 from colrow.styles.heads import heads_of
@@ -40,6 +43,8 @@ from colrow.train.metrics import require_sinks
 from colrow.train.objective import auxiliary_weights
 from colrow.train.schedule import check_schedule
 from colrow.train.weight_decay import decay_by_name
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -203,11 +208,30 @@ def check_plan_apart(config: RunConfig, plan: Plan, judgement: Judgement | None 
     """
     if nothing_to_decide(config):
         return split_lines(config, build_source(config.model, config.run.seed), plan)
+    return _in_child(_check_in_child, config, plan.to_yaml(), judgement)
+
+
+def forecast_apart(config: RunConfig, plan: Plan) -> list[str]:
+    """`forecast_run` of a rank without a launcher of colrow's, in a child process as `check_plan_apart`; kept for the
+    comparison with the run. Returns what is printed."""
+    gpus = gpus_here(config)
+    if gpus is None:
+        return []
+    found, lines = _in_child(_forecast_in_child, config, plan.to_yaml(), gpus)
+    keep_forecast(config, found)
+    return lines
+
+
+def _in_child(call: Callable[..., T], *args: Any) -> T:
     threads = Path("/proc/self/task")  # Linux; elsewhere the number of native threads is unknown
     is_single_threaded = threads.exists() and len(list(threads.iterdir())) == 1
     context = multiprocessing.get_context("fork" if is_single_threaded else "spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_check_in_child, config, plan.to_yaml(), judgement).result()
+        return pool.submit(call, *args).result()
+
+
+def _forecast_in_child(config: RunConfig, plan: str, gpus: Gpus) -> tuple[Forecast | None, list[str]]:
+    return forecast_run(config, build_source(config.model, config.run.seed).model, Plan.from_yaml(plan), gpus)
 
 
 def _check_in_child(config: RunConfig, plan: str, judgement: Judgement | None) -> list[str]:

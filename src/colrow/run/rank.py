@@ -23,6 +23,7 @@ from colrow.plans.patterns import with_stars
 from colrow.plans.plan import Plan
 from colrow.run import preflight
 from colrow.run.finish import finish
+from colrow.run.forecast_line import Forecast, gpus_here, kept_forecast
 from colrow.run.fresh_store import fresh_store
 from colrow.run.hang_guard import RankGuard
 from colrow.run.heartbeat import Heartbeat
@@ -80,6 +81,7 @@ def run_rank(
             # forks: before this process has threads
             lines = preflight.check_plan_apart(config, checked.plan, checked.judgement)
             lines += output_lines(config, checked.source)
+            lines += preflight.forecast_apart(config, checked.plan)
         progress = stack.enter_context(TrainingProgress(first, config.train.steps, config.train.log_every, log=log))
         if plan is None:  # else the launcher has printed them
             for line in checked.changes:
@@ -88,13 +90,25 @@ def run_rank(
             progress.say(line)
         if warning is not None:
             progress.say(f"warning    {warning}")
+        gpus = gpus_here(config) if first else None
+        forecast = kept_forecast(config, checked.source.model, checked.plan, gpus)
         with heartbeat.during("tokenization"):
             data = prepare(config.data, checked.source.vocab_size, progress=False)
         # a launcher of the project's own, which has chosen the plan, watches; torchrun does not
         watching = guard.join if guard is not None and plan is None else None
         mesh, device = stack.enter_context(process_group(config, info, watching))
         return train_run(
-            config, checked.source, checked.plan, data, mesh, device, progress, command, stop_requested, heartbeat
+            config,
+            checked.source,
+            checked.plan,
+            data,
+            mesh,
+            device,
+            progress,
+            command,
+            stop_requested,
+            heartbeat,
+            forecast,
         )
 
 
@@ -109,6 +123,7 @@ def train_run(
     command: str = "",
     stop_requested: Callable[[], bool] = lambda: False,
     heartbeat: Heartbeat | None = None,
+    forecast: Forecast | None = None,
 ) -> Outcome:
     """Set up, continue from the newest checkpoint, train, and finish. The first rank writes metrics and files.
 
@@ -136,7 +151,7 @@ def train_run(
             progress.say(line)
         if at.step:
             progress.say(f"continues  {at.line(config, data)}")
-        loop = Loop(config, training, data, checkpoints, progress, stop_requested, heartbeat)
+        loop = Loop(config, training, data, checkpoints, progress, stop_requested, heartbeat, forecast)
         stack.callback(loop.close)
         metrics = stack.enter_context(Metrics(config, at.step)) if first else None
         outcome = loop.run(at, metrics)
