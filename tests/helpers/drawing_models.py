@@ -75,7 +75,7 @@ class Gpt(nn.Module):
             mask = F.dropout(torch.ones_like(x), self.p)
             if type(mask) is Tensor:  # not a dry run's
                 SEEN.append(mask.detach())
-            x = x * mask + 0.01 * torch.randn(WIDTH, generator=self.noise).to(x.dtype)
+            x = x * mask + 0.01 * torch.randn(WIDTH, generator=self.noise).to(x)
         with torch.no_grad():
             self.usage += 1
         for block in self.blocks:

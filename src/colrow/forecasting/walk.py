@@ -256,7 +256,7 @@ class _FusedNorm(torch.autograd.Function):
         x, weight, _ = ctx.saved_tensors
         if weight is None:
             return grad * x, None
-        return grad * x, (grad * x).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return grad * x, (grad * x).sum(tuple(range(x.dim() - 1))) if ctx.needs_input_grad[1] else None
 
 
 @contextmanager
