@@ -71,7 +71,7 @@ def reference(count: int, weights: dict[str, float] = WEIGHTS) -> tuple[list[dic
 
 
 def whole(tensor: Tensor) -> Tensor:
-    return full_tensor(tensor.detach()) if isinstance(tensor, DTensor) else tensor.detach()
+    return (full_tensor(tensor.detach()) if isinstance(tensor, DTensor) else tensor.detach()).cpu()
 
 
 def train_case(device: str, mesh: Mesh, plan: str, form: str = "mapping") -> dict[str, float]:

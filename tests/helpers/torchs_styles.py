@@ -20,6 +20,7 @@ from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
 from colrow.sharding.grad_norm import align_gradients
 from colrow.sharding.layout import full_tensor
+from colrow.torch_compat import seed_dtensors
 from helpers.parity import relative, tp_mesh
 from helpers.torchs_models import MLP, RMSNorm, Stack, Sum, built, collectives, drawn
 
@@ -186,6 +187,8 @@ def norm_case(device: str, name: str, dim: int) -> tuple[dict[str, float], int, 
 
 def dropout_case(device: str) -> tuple[int, bool, bool]:
     mesh = tp_mesh(device, RANKS)["tp"]
+    if device == "cuda":
+        seed_dtensors(0, mesh)  # as a run does
     model = parallelize(nn.Dropout(0.5), Plan({"": "sequence"}), mesh)
     x = distribute_tensor(torch.ones(20, 8, 12, device=device), mesh, [Shard(1)]).requires_grad_()
     with CommDebugMode() as seen:
