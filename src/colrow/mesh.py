@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, PositiveInt
@@ -43,7 +44,8 @@ AXES = tuple(ROLES)
 
 
 class Mesh(BaseModel):
-    """The degree of each axis. `Mesh(tp=4)` is four ranks that share every sharded matrix."""
+    """The degree of each axis, and who runs the data axes. `Mesh(tp=4)` is four ranks that share every sharded
+    matrix."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -51,6 +53,8 @@ class Mesh(BaseModel):
     dp_replicate: PositiveInt = 1
     dp_shard: PositiveInt = 1
     tp: PositiveInt = 1
+    data_engine: Literal["fsdp2", "flat"] = "fsdp2"
+    """What shards, gathers and reduces over the data axes: torch's FSDP2, or flat shards with a one-pass update."""
 
     @property
     def degrees(self) -> tuple[int, ...]:

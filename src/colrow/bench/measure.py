@@ -25,7 +25,9 @@ from colrow.forecasting.devices import peak_flops
 from colrow.mesh import MeshAxes
 from colrow.models.build import build_source
 from colrow.models.shapes import mfu
+from colrow.ops.execution_record import recorded
 from colrow.ops.kernels.optional_triton import UNAVAILABLE
+from colrow.parallel.flat_weights import runs_flat
 from colrow.plans.plan import Plan
 from colrow.run import preflight
 from colrow.run.executed import executed_paths
@@ -97,7 +99,7 @@ def measure(job: Job, info: RankInfo) -> dict[str, Any]:
             assert trace is not None
             if training.graphs:  # a replay launches kernels and calls no operator: take those of the capture
                 trace = replace(trace, operators=captured)
-            shared[0] = {**result, "trace": trace.to_data(), **_problem(training, trace)}
+            shared[0] = {**result, "trace": trace.to_data(), **_problem(config, training, trace)}
         shared_device = device if device.type == "cuda" else None
         dist.broadcast_object_list(shared, device=shared_device)
         result = shared[0]
@@ -232,9 +234,11 @@ def _memory(device: torch.device) -> dict[str, float]:
     return {"peak_allocated_gib": allocated, "peak_reserved_gib": reserved, "device_used_gib": device_used}
 
 
-def _problem(training: Training, trace: StepTrace) -> dict[str, str]:
-    """The fast paths that the plan requests and the profiled step did not run, as an error's text."""
+def _problem(config: RunConfig, training: Training, trace: StepTrace) -> dict[str, str]:
+    """The fast paths that plan and config request and the profiled step did not run, as an error's text."""
     missing = missing_paths(training.plan, trace, MeshAxes(training.mesh).size("tp"), cuda_graph=bool(training.graphs))
+    if runs_flat(config) and not recorded("data"):
+        missing.append("mesh.data_engine: flat (no gradient was exchanged)")
     return {"problem": f"requested and not run: {', '.join(missing)}"} if missing else {}
 
 

@@ -274,7 +274,7 @@ def _mesh_of(named: list[NamedTensor], ranks: int) -> Mesh | None:
         if isinstance(item.tensor, DTensor):
             device_mesh = item.tensor.device_mesh
             degrees.update(zip(device_mesh.mesh_dim_names or (), device_mesh.shape, strict=False))
-    mesh = Mesh(**{axis: n for axis, n in degrees.items() if axis in AXES})
+    mesh = Mesh.model_validate({axis: n for axis, n in degrees.items() if axis in AXES})
     return mesh if mesh.world_size == ranks else None
 
 

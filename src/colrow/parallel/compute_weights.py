@@ -12,7 +12,7 @@ gradient that is a partial sum over tp (a norm's) goes to fp32 all the same: `al
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -20,17 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from colrow.parallel.weight_copies import WeightCopies
 from colrow.sharding.layout import local_tensor
 from colrow.sharding.parameter_state import refuse_hooks, state_of
-from colrow.torch_compat import foreach, version
+from colrow.torch_compat import foreach
 
 
-class ComputeWeights:
-    """Copies in `dtype` of all parameters of `model`, whose tensors must be their final ones.
-
-    The optimizer and checkpoints see the parameters alone. What they write is copied at the next `use_copies` or
-    `accumulate`: stale copies are found by tensor version counters. torch's fused optimizers do not bump them: do not
-    use those here. Code that writes a parameter and its copy calls `mark_current(params)`.
+class ComputeWeights(WeightCopies):
+    """Copies in `dtype` of all parameters of `model`, which keep the gradients.
 
     Args:
         graphed: a CUDA graph runs each micro-batch, so all micro-batches run the same kernels: sums start from zeros,
@@ -38,45 +35,22 @@ class ComputeWeights:
 
     Raises:
         ConfigError: a parameter has a hook, which would run on the copy's gradient or not at all.
-
-    Attributes:
-        copies: by parameter.
     """
+
+    copies: dict[nn.Parameter, nn.Parameter]
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, dtype: torch.dtype, *, graphed: bool = False) -> None:
         refuse_hooks(model, "compute precision without FSDP2")
-        self._owners = [
-            (module, name, param)
-            for module in model.modules()
-            for name, param in module._parameters.items()
-            if param is not None
-        ]
+        super().__init__(model)
         self.copies = {param: self._copy_of(param, dtype) for param in model.parameters()}  # a tied one once
         self._graphed = graphed
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._has_sum: set[nn.Parameter] = set()  # whose entry of `_sums` holds this step's gradients
         self._keep_on_copies = self._always_add = False
-        self._version_at_copy: dict[nn.Parameter, tuple[int, int, int]] = {}
-
-    @contextmanager
-    def use_copies(self) -> Iterator[None]:
-        """Within, the model computes with copies of the current parameters."""
-        with torch.no_grad():
-            stale = [param for param in self.copies if self._version_at_copy.get(param) != _version(param)]
-            if stale:
-                copies, params = [self.copies[param] for param in stale], stale
-                foreach("copy_", [local_tensor(t) for t in copies], [local_tensor(t) for t in params])
-                self.mark_current(stale)
-        self._place(self.copies)
-        try:
-            yield
-        finally:
-            self._place({})
 
     @contextmanager
     def accumulate(self, micro_batches: int) -> Iterator[None]:
-        """`use_copies`; afterwards `grad_holder` has the sum over the backwards within, until `drop_gradients`."""
         self._keep_on_copies = micro_batches == 1
         self._always_add = self._graphed and not self._keep_on_copies
         self._has_sum.clear()
@@ -88,23 +62,16 @@ class ComputeWeights:
             param.grad = self._sums[param]
 
     def grad_holder(self, param: nn.Parameter) -> nn.Parameter:
-        """The tensor whose `.grad` is the gradient of `param`: its copy where that kept it, else `param` itself."""
+        """Its copy where that kept the gradient, else `param` itself."""
         copy = self.copies[param]
         return param if copy.grad is None else copy
 
     def drop_gradients(self) -> None:
-        """Free the gradients that copies keep; `zero_grad` of the optimizer frees those of the parameters."""
         for copy in self.copies.values():
             copy.grad = None
 
-    @torch.no_grad()
-    def mark_current(self, params: Iterable[nn.Parameter]) -> None:
-        """Declare that the copies of `params` hold the parameters' values already."""
-        self._version_at_copy.update((param, _version(param)) for param in params)
-
-    def _place(self, replacements: Mapping[nn.Parameter, nn.Parameter]) -> None:
-        for module, name, param in self._owners:
-            module._parameters[name] = replacements.get(param, param)
+    def _placed(self) -> Mapping[nn.Parameter, nn.Parameter]:
+        return self.copies
 
     def _copy_of(self, param: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
         copy = nn.Parameter(param.detach().to(dtype, copy=True), requires_grad=param.requires_grad)
@@ -134,16 +101,6 @@ class ComputeWeights:
         else:
             self._has_sum.add(param)
             total.copy_(local_tensor(grad))
-
-
-def _version(param: nn.Parameter) -> tuple[int, int, int]:
-    """Changes when an operation writes into the parameter, or when its memory is exchanged.
-
-    Operations on a DTensor bump the DTensor's counter, operations on its local tensor that one's; fused kernels bump
-    none.
-    """
-    local = local_tensor(param)
-    return local.data_ptr(), version(local), version(param)
 
 
 def _empty_like(grad: Tensor, dtype: torch.dtype) -> Tensor:

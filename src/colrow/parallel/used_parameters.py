@@ -76,11 +76,8 @@ class UsedParameters:
         if not params:
             return
         flags = self._flags(used, _device(params[0]))
-        for group in self._groups:
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
-        if all(used):
-            return
-        for param, anywhere in zip(params, flags.tolist(), strict=True):
+        found = flags_anywhere(flags, self._groups, wait=not all(used))
+        for param, anywhere in zip(params, found or used, strict=True):
             if not anywhere:
                 param.grad = None
 
@@ -91,6 +88,17 @@ class UsedParameters:
         if self._all_used is None or len(self._all_used) != len(used):
             self._all_used = torch.ones(len(used), dtype=torch.int32, device=device)
         return self._all_used
+
+
+def flags_anywhere(flags: Tensor, groups: Sequence[dist.ProcessGroup], *, wait: bool) -> list[int] | None:
+    """The largest flag of any rank for each parameter; None without `wait`, for ranks that know it. Collective.
+
+    Args:
+        flags: int32, by parameter; changed.
+    """
+    for group in groups:
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
+    return flags.tolist() if wait else None
 
 
 class _SkippedBlocks:

@@ -34,7 +34,7 @@ def executed_paths(training: Training, seq_len: int) -> str:
     Collective. Operators note themselves as they run, graphs know whether they were captured, and torch counts the
     blocks that it compiled; attention's kernel is what torch selects for these sizes.
     """
-    local = [[what, value] for what in ("columns", "beside", "fp8", "loss") for value in recorded(what)]
+    local = [[what, value] for what in ("columns", "beside", "fp8", "loss", "data") for value in recorded(what)]
     everywhere: list[list[list[str]] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, local)
     executed: dict[str, list[str]] = {}
@@ -48,6 +48,7 @@ def executed_paths(training: Training, seq_len: int) -> str:
     parts += [OVERLAPS[what] for what in executed.get("beside", [])]
     parts += [f"fp8 {what}" for what in executed.get("fp8", [])]
     parts += [f"linear cross entropy{' in Triton' if what == 'triton' else ''}" for what in executed.get("loss", [])]
+    parts += executed.get("data", [])
     parts.append("compiled blocks" if training.compiled and compiled_graph_count() else "eager")
     if training.graphs and all(graph.captured for graph in training.graphs):
         parts.append("CUDA graphs")

@@ -27,6 +27,7 @@ from colrow.derive.judged import Judgement, derive_judged
 from colrow.errors import ConfigError, PlanError
 from colrow.mesh import Mesh
 from colrow.models.build import Source, build_source, built, imported, resolve_implementation
+from colrow.parallel.flat_weights import check_data_engine
 from colrow.parallel.pipeline_split import check_pipeline, fit_micro_batch, require_parts
 from colrow.plans.derive_options import DERIVED
 from colrow.plans.named import derive_options, named_plan
@@ -82,6 +83,7 @@ def check(config: RunConfig, local_ranks: int | None = None, plan: Plan | None =
     device = device_type(config)
     require_devices(config.mesh.world_size if local_ranks is None else local_ranks, device)
     check_cuda_graph(config, device)
+    check_data_engine(config)
     newest = Checkpoints(config.run.dir / CHECKPOINTS, keep=config.checkpoint.keep).latest()
     changes = changed_keys(config, newest.step if newest else 0)
     source = build_source(config.model, config.run.seed)

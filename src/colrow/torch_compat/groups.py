@@ -37,6 +37,12 @@ def fake_group_beside(name: str, ranks: Sequence[int], timeout: timedelta) -> di
     return group
 
 
+def gather_into(outputs: list[Tensor], inputs: list[Tensor], group: dist.ProcessGroup) -> Any:
+    """All-gather each input into its output, [n t, ...] of [t, ...], in one collective; returns its handle. Public
+    functions gather one tensor, or concatenate several first."""
+    return group.allgather_into_tensor_coalesced(outputs, inputs)
+
+
 def finished_work() -> Any:
     """The handle of a collective that is done."""
     purpose = "for collectives of a rank that is measured alone"

@@ -18,7 +18,7 @@ from colrow.torch_compat import foreach
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW, with an update that also clips and writes the low-precision copies of `ComputeWeights`.
+    """torch's AdamW, with an update that also clips and writes the low-precision copies of `WeightCopies`.
 
     Its state is torch's: checkpoints of one load into the other.
     """

@@ -12,7 +12,8 @@
 - Selective checkpointing before compile: it chooses among operations, so the compiler must trace the choice.
 - Full checkpointing after compile: it runs the compiled block again. Inside a graph, torch 2.13 cannot order what
   backward needs when attention is recomputed.
-- FSDP2 outside both: its hooks gather a block's parameters before the forward that is compiled or run again.
+- FSDP2 outside both: its hooks gather a block's parameters before the forward that is compiled or run again. Those of
+  `mesh.data_engine: flat` are set last, on the final memory.
 - Memory when every parameter has its final placements, so that no rank ever holds the unsharded model; then weights,
   each rank its own shards; then the optimizer, which takes the parameters' placements for its state.
 """
@@ -35,6 +36,8 @@ from colrow.parallel.activation_checkpoint import Mode, apply_activation_checkpo
 from colrow.parallel.compile import compile_forward
 from colrow.parallel.compute_weights import ComputeWeights
 from colrow.parallel.data_parallel import apply_data_parallel
+from colrow.parallel.data_shards import shard_over_data
+from colrow.parallel.flat_weights import FlatWeights, check_data_engine, runs_flat
 from colrow.parallel.initialize import fill_seeded, materialize
 from colrow.parallel.parallelize import parallelize
 from colrow.parallel.pipeline_split import first_layers
@@ -42,6 +45,7 @@ from colrow.parallel.pipeline_stage import Stage, split_stages
 from colrow.parallel.precision import Precision, choose_precision
 from colrow.parallel.random_draws import arrange_draws
 from colrow.parallel.random_state import Generators, MicroBatchSeeds
+from colrow.parallel.weight_copies import WeightCopies
 from colrow.plans.plan import Plan
 from colrow.torch_compat import seed_dtensors
 from colrow.train.buffers import WrittenBuffers
@@ -101,6 +105,7 @@ def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device, source: So
         ConfigError, PlanError: something does not fit; `preflight.check` finds the same without processes.
     """
     check_cuda_graph(config, device.type)
+    check_data_engine(config)
     clear()
     precision = choose_precision(config, device)
     decays = decay_by_name(source.model, config.train)
@@ -146,7 +151,9 @@ def prepare_stage(
     parallelize(stage.module, plan, mesh, absent=stage.absent)
     arrange_draws(stage.module, draws.modules, mesh, compiled=stage.blocks if compiles(config, device) else ())
     wrap_blocks(stage.blocks, config.train.activation_checkpoint, compiled=compiles(config, device))
-    if not precision.keeps_copies:
+    if runs_flat(config):
+        shard_over_data(stage.module, mesh)
+    elif not precision.keeps_copies:
         apply_data_parallel(
             stage.module,
             mesh,
@@ -193,7 +200,11 @@ def make_runner(
     train, dtype = config.train, precision.compute_dtype
     if config.mesh.pp == 1:
         (stage,) = stages
-        weights = ComputeWeights(stage.module, dtype, graphed=train.cuda_graph) if precision.keeps_copies else None
+        weights: WeightCopies | None = None
+        if runs_flat(config):
+            weights = FlatWeights(stage.module, mesh, stage.blocks, dtype, config.fsdp.reshard_after_forward)
+        elif precision.keeps_copies:
+            weights = ComputeWeights(stage.module, dtype, graphed=train.cuda_graph)
         return SingleStageModel(stage.module, plan, mesh, device, weights, seeds, auxiliary)
 
     # torch's pipelining imports the compiler: seconds that other meshes need not wait

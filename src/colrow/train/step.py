@@ -24,11 +24,11 @@ from torch.distributed.tensor import DTensor
 
 from colrow.config import TrainSection
 from colrow.errors import ConfigError
-from colrow.parallel.compute_weights import ComputeWeights
 from colrow.parallel.data_parallel import set_last_micro_batch
 from colrow.parallel.loss import loss_and_output, loss_context, model_loss
 from colrow.parallel.outputs import auxiliary_losses, main_tensor, named_tensors
 from colrow.parallel.random_state import MicroBatchSeeds
+from colrow.parallel.weight_copies import WeightCopies
 from colrow.plans.plan import Plan
 from colrow.sharding.grad_norm import align_gradients, clip_scale, grad_norm
 from colrow.train.attention import preferred_attention
@@ -52,7 +52,7 @@ class ForwardBackward(Protocol):
         weights: the copies that the model computes with, where there are some ([Note: precision]).
     """
 
-    weights: ComputeWeights | None
+    weights: WeightCopies | None
 
     @property
     def auxiliary(self) -> dict[str, Tensor]:
@@ -97,7 +97,7 @@ class SingleStageModel:
         plan: Plan,
         mesh: DeviceMesh,
         device: torch.device,
-        weights: ComputeWeights | None = None,
+        weights: WeightCopies | None = None,
         seeds: MicroBatchSeeds | None = None,
         auxiliary: Mapping[str, float] | None = None,
     ) -> None:
@@ -185,7 +185,7 @@ class SingleStageModel:
 class PipelinedModel:
     """Forward and backward of this rank's pipeline stages. Every stage knows the loss."""
 
-    weights: ComputeWeights | None = None
+    weights: WeightCopies | None = None
     untrained: tuple[str, ...] = ()
 
     def __init__(self, runner: PipelineRunner, device: torch.device) -> None:

@@ -1,0 +1,304 @@
+"""One unit of the flat data engine: its shards, gathered weights and gradients, each in one piece of memory.
+
+[Note: flat memory]
+A unit is what is gathered and reduced as one (see [Note: FSDP2 units]). Of parameter p with rows of r elements each of
+W data ranks holds c rows, and the last ones fewer. Three pieces of memory hold ranges of all parameters, one after the
+other, so that no collective needs a copy before or after it:
+
+    shard     c r elements of p      in the compute dtype: what the rank sends to be gathered
+    buffer    W c r elements of p    the ranks' shards in order: the parameter, and at its end unused rows
+    gradient  c r elements of p      in the parameters' dtype
+
+A gather is one collective of many ranges. The parameters that the model computes with are views of the buffer that
+never move. Blocks take turns with two buffers: a block is gathered while its neighbour runs. Where a buffer belongs to
+one unit alone, the shard lies in it, at the rank's own rows.
+
+[Note: reduction by exchange]
+A gradient stays where autograd put it. Each rank sends every other the rows that this one holds, in the compute dtype,
+and sums what it gets in the parameters' dtype, in one pass. The sum of bf16 terms is that of a reduce-scatter in fp32,
+with half the bytes; replicas then average the fp32 sums by all-reduce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
+
+from colrow.ops.execution_record import record
+from colrow.ops.kernels.slot_sum import add_slots
+from colrow.parallel.data_shards import Unsharded
+from colrow.sharding.layout import chunk_sizes, local_tensor
+from colrow.sharding.parameter_state import state_of
+from colrow.torch_compat import foreach, gather_into, is_async
+
+_ALIGNMENT = 128  # elements, of a parameter's range
+
+
+class Buffer:
+    """Memory that units use in turn.
+
+    Attributes:
+        holds: the unit whose parameters are there, or on their way.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.holds: FlatUnit | None = None
+        self.work: Any = None
+        self._memory: Tensor | None = None
+
+    def memory(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """All of it, after the last unit has said its size."""
+        if self._memory is None:
+            self._memory = torch.zeros(self.size, dtype=dtype, device=device)
+        return self._memory
+
+    def wait(self) -> None:
+        """Until the gather has ended: on a GPU the current stream waits, and not the CPU."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+
+
+@dataclass
+class DataGroups:
+    """The groups of the data axes; None for one rank."""
+
+    shard: dist.ProcessGroup | None
+    replicate: dist.ProcessGroup | None
+
+    @property
+    def shards(self) -> int:
+        return 1 if self.shard is None else self.shard.size()
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.shard is None else self.shard.rank()
+
+
+@dataclass(eq=False)
+class FlatParameter:
+    """A parameter of a unit.
+
+    Attributes:
+        param: the optimizer's, a DTensor.
+        size: c r of [Note: flat memory], elements.
+        at: where its range begins in shard and gradient; in a buffer it is W times that.
+        full: what the model computes with.
+        copy: this rank's part of it, in the shard.
+        kept: 0 where no micro-batch of the step has used it, 1 where some has, 2 where its gradient is a partial sum
+            over tp.
+    """
+
+    param: nn.Parameter
+    unsharded: Unsharded
+    shards: int
+    at: int
+    full: nn.Parameter = field(init=False)
+    copy: Tensor = field(init=False)
+    kept: int = 0
+    gradients: dict[int, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        local = self.unsharded.local
+        self.size = local.numel()
+        if self.shards > 1:
+            self.size = chunk_sizes(local[0], self.shards)[0] * local[1:].numel()
+
+    def part(self, local: Tensor, rank: int) -> Tensor:
+        """The rows of `local`, a contiguous tensor of the unsharded shape, that data rank `rank` holds; flat."""
+        return local.view(-1)[rank * self.size : (rank + 1) * self.size]
+
+
+class FlatUnit:
+    """The parameters of `owners`, gathered and reduced together.
+
+    Args:
+        params: each once, with its shape before the data axes.
+        buffer: that holds them gathered.
+        own: whether the buffer is this unit's alone.
+        dtype: what the model computes in.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[tuple[nn.Parameter, Unsharded]],
+        groups: DataGroups,
+        buffer: Buffer,
+        dtype: torch.dtype,
+        *,
+        own: bool,
+    ) -> None:
+        self.groups, self.buffer, self._own, self._dtype = groups, buffer, own, dtype
+        self.params: list[FlatParameter] = []
+        end = 0
+        for param, unsharded in params:
+            self.params.append(FlatParameter(param, unsharded, groups.shards, end))
+            end += -(-self.params[-1].size // _ALIGNMENT) * _ALIGNMENT
+        self._size = end
+        self.trained = [each for each in self.params if each.param.requires_grad]
+        buffer.size = max(buffer.size, groups.shards * end)
+        self._exchange: tuple[list[Any], list[Tensor], Tensor] | None = None
+        self._reduction: Any = None
+        self._has_sum = False
+        self.reduced = False
+        """In the running backward."""
+
+    @torch.no_grad()
+    def allocate(self) -> None:
+        """Make all that the unit computes with, when all units of its buffer have said their sizes."""
+        if not self.params:
+            return
+        device = local_tensor(self.params[0].param).device
+        wide = self.params[0].param.dtype
+        shards, rank = self.groups.shards, self.groups.rank
+        memory = self.buffer.memory(self._dtype, device)
+        shard = None if self._own else torch.zeros(self._size, dtype=self._dtype, device=device)
+        self._gradient = torch.empty(self._size, dtype=wide, device=device)
+        self._sums = [_at(self._gradient, each.at, torch.Size([each.size])) for each in self.trained]
+        self._sent: list[Tensor] = []
+        self._gathered: list[Tensor] = []
+        for each in self.params:
+            local = each.unsharded.local
+            first, held = shards * each.at, local_tensor(each.param)
+            full = _at(memory, first, local)
+            each.full = nn.Parameter(each.unsharded.wrapped(full), requires_grad=each.param.requires_grad)
+            each.full.__dict__.update(state_of(each.param).attributes)
+            source, start = (memory, first + rank * each.size) if shard is None else (shard, each.at)
+            each.copy = _at(source, start, held.shape)
+            self._sent.append(_at(source, start, torch.Size([each.size])))
+            self._gathered.append(_at(memory, first, torch.Size([shards * each.size])))
+        self._bytes = self._gradient.untyped_storage().nbytes()
+        self._gradient.untyped_storage().resize_(0)
+
+    def gather(self) -> None:
+        """Start to gather, unless the buffer holds the unit."""
+        if self.buffer.holds is self or not self.params:
+            return
+        self.buffer.wait()
+        self.buffer.holds = self
+        if self.groups.shard is not None:
+            self.buffer.work = gather_into(self._gathered, self._sent, self.groups.shard)
+
+    def wait_for_gather(self) -> None:
+        if self.params:
+            assert self.buffer.holds is self, "another unit has taken the buffer"
+            self.buffer.wait()
+
+    @torch.no_grad()
+    def send_gradients(self) -> None:
+        """Take the gradients of a backward, and start their exchange; a parameter without one counts as zero."""
+        self.reduced = True
+        if not self.trained:
+            return
+        grads = [self._taken(each) for each in self.trained]
+        if self.groups.shard is None:
+            self._exchange = [], grads, self._gradient
+            return
+        group, rank, shards = self.groups.shard, self.groups.rank, self.groups.shards
+        slots = torch.empty(shards, self._size, dtype=grads[0].dtype, device=grads[0].device)
+        operations: list[dist.P2POp] = []
+        for step in range(1, shards):
+            to, source = (rank + step) % shards, (rank - step) % shards
+            for each, grad in zip(self.trained, grads, strict=True):
+                if (part := each.part(grad, to)).numel():
+                    operations.append(dist.P2POp(dist.isend, part, group=group, group_peer=to))
+            operations += [
+                dist.P2POp(dist.irecv, own, group=group, group_peer=source) for own in self._parts(slots[source])
+            ]
+        works = dist.batch_isend_irecv(operations) if operations else []
+        own = [each.part(grad, rank) for each, grad in zip(self.trained, grads, strict=True)]
+        foreach("copy_", list(self._parts(slots[rank])), [part for part in own if part.numel()])
+        self._exchange = works, grads, slots
+        record("data", "flat shards")
+
+    @torch.no_grad()
+    def sum_gradients(self, *, last: bool) -> None:
+        """Add what was exchanged to the step's sum; after the `last` micro-batch replicas start to average it."""
+        if self._exchange is None:
+            return
+        (works, grads, slots), self._exchange = self._exchange, None
+        for work in works:
+            work.wait()
+        if not self._has_sum:
+            self._gradient.untyped_storage().resize_(self._bytes)
+        if self.groups.shard is None:
+            foreach("add_" if self._has_sum else "copy_", self._sums, [grad.view(-1) for grad in grads])
+        else:
+            add_slots(slots, self._gradient, 1 / self.groups.shards, add=self._has_sum)
+        self._has_sum = True
+        if last and self.groups.replicate is not None:
+            op = dist.ReduceOp.AVG if dist.get_backend(self.groups.replicate) == "nccl" else dist.ReduceOp.SUM
+            self._reduction = dist.all_reduce(self._gradient, op, self.groups.replicate, async_op=True)
+            record("data", "flat replicas")
+
+    @torch.no_grad()
+    def finish_step(self) -> None:
+        """Wait for the replicas."""
+        if self._reduction is not None:
+            self._reduction.wait()
+            self._reduction = None
+            assert self.groups.replicate is not None
+            if dist.get_backend(self.groups.replicate) != "nccl":
+                self._gradient /= self.groups.replicate.size()
+
+    def give_gradients(self) -> None:
+        """Let each used parameter have its gradient."""
+        for each in self.trained:
+            each.param.grad = self._gradient_of(each) if each.kept else None
+
+    def drop_gradients(self) -> None:
+        """Free the memory of the step's gradients."""
+        for each in self.trained:
+            each.kept = 0
+            each.param.grad = None
+        if self._has_sum:
+            self._gradient.untyped_storage().resize_(0)
+            self._has_sum = False
+
+    def _parts(self, slot: Tensor) -> list[Tensor]:
+        """The ranges of this rank's rows in a slot; none where it has no rows."""
+        sizes = [(each.at, each.copy.numel()) for each in self.trained]
+        return [slot[at : at + size] for at, size in sizes if size]
+
+    def _taken(self, each: FlatParameter) -> Tensor:
+        """The local gradient of the parameter that the model computed with, contiguous; it is no longer there."""
+        grad, each.full.grad = each.full.grad, None
+        if grad is None:
+            return torch.zeros(each.unsharded.local, dtype=self._dtype, device=each.copy.device)
+        each.kept = max(each.kept, 1)
+        if isinstance(grad, DTensor) and tuple(grad.placements) != each.unsharded.placements:
+            (got,), (want,) = grad.placements, each.unsharded.placements
+            if got.is_partial() and want.is_replicate():  # `align_gradients` sums it over tp, once a step
+                each.kept = 2
+            else:
+                grad = grad.redistribute(placements=each.unsharded.placements)
+        local = local_tensor(grad)
+        local = local.trigger_wait() if is_async(local) else local  # type: ignore[attr-defined]
+        return local.contiguous()
+
+    def _gradient_of(self, each: FlatParameter) -> Tensor:
+        """A view of the summed gradients, in the parameter's placements; the same object in every step."""
+        if each.kept not in each.gradients:
+            param = each.param
+            assert isinstance(param, DTensor)
+            placements = [*param.placements[:-1], Partial()] if each.kept == 2 else param.placements
+            local = _at(self._gradient, each.at, local_tensor(param).shape)
+            each.gradients[each.kept] = DTensor.from_local(
+                local, param.device_mesh, placements, run_check=False, shape=param.shape, stride=param.stride()
+            )
+        return each.gradients[each.kept]
+
+
+def _at(memory: Tensor, start: int, shape: torch.Size) -> Tensor:
+    """A contiguous tensor of `shape` in `memory`, with a version counter of its own: a gather into it does not count as
+    a change of what autograd has saved."""
+    made = torch.empty(0, dtype=memory.dtype, device=memory.device)
+    strides = torch.empty(shape, device="meta").stride()
+    return made.set_(memory.untyped_storage(), start, shape, strides)

@@ -1,0 +1,280 @@
+"""The flat data engine: what FSDP2 does on the data axes, with one pass for the update and no copies.
+
+[Note: flat engine]
+Parameters are the DTensors that FSDP2 would make (`data_shards`); the model computes with gathered copies in the
+compute dtype (`flat_unit`), and the optimizer's kernel writes the next shard of these itself. The order of collectives
+is fixed, whatever a rank's micro-batch uses, so ranks cannot differ in it:
+
+    forward    unit k + 1 is gathered while k runs: root, blocks, head
+    backward   at block k: block k - 1 is gathered, and the gradients of k + 1 are sent, while k runs
+
+A block that a rank passes by is gathered and reduced all the same, when a later one is reached. No stream but the
+current one and the process groups' own is used: a gather waits for what was enqueued before it, and so for the last
+reader of its buffer; what is exchanged is freed after the current stream has waited for it.
+
+Every micro-batch reduces: what is kept between them is a shard in the parameters' dtype. Replicas average after the
+last. At the end of a step the ranks combine one flag a parameter ([Note: used parameters]).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from colrow.config import RunConfig
+from colrow.errors import ConfigError
+from colrow.mesh import MeshAxes
+from colrow.parallel.data_parallel import head_unit
+from colrow.parallel.data_shards import Unsharded, unsharded_of
+from colrow.parallel.flat_unit import Buffer, DataGroups, FlatParameter, FlatUnit
+from colrow.parallel.used_parameters import flags_anywhere
+from colrow.parallel.weight_copies import WeightCopies
+from colrow.sharding.layout import local_tensor
+from colrow.torch_compat import tree_leaves
+
+_ADVICE = "set mesh.data_engine: fsdp2"
+
+
+def runs_flat(config: RunConfig) -> bool:
+    """Whether the run's data axes are those of this engine."""
+    return config.mesh.data_engine == "flat" and config.mesh.dp > 1
+
+
+def check_data_engine(config: RunConfig) -> None:
+    """Raise a ConfigError where `mesh.data_engine: flat` is set and cannot work."""
+    if not runs_flat(config):
+        return
+    if config.mesh.pp > 1:
+        raise ConfigError(
+            f"mesh.data_engine: flat has no pipelines, and mesh.pp is {config.mesh.pp}: set mesh.pp to 1, or {_ADVICE}"
+        )
+    if config.train.replay_every:
+        raise ConfigError(
+            "train.replay_every sees gradients before their reduction by FSDP2 alone: set train.replay_every to 0, or "
+            f"{_ADVICE}"
+        )
+
+
+class FlatWeights(WeightCopies):
+    """The data axes of a model whose parameters `shard_over_data` has sharded, when they are in their final memory.
+
+    Args:
+        mesh: has the axes dp_replicate and dp_shard, and may have tp.
+        blocks: modules whose parameters are gathered together, in the order in which they run.
+        dtype: what the model computes in.
+        reshard_after_forward: blocks share two buffers, and are gathered once more for backward; else all stay
+            gathered for the step. Unless given, where dp_shard > 1.
+
+    Raises:
+        ConfigError: blocks share a parameter, or parameters differ in dtype.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: nn.Module,
+        mesh: DeviceMesh,
+        blocks: Sequence[nn.Module],
+        dtype: torch.dtype,
+        reshard_after_forward: bool | None = None,
+    ) -> None:
+        super().__init__(model)
+        axes = MeshAxes(mesh)
+        groups = [mesh[axis].get_group() if axes.size(axis) > 1 else None for axis in ("dp_shard", "dp_replicate")]
+        self._groups, self._data_groups = DataGroups(*groups), axes.data_groups()
+        self._blocks = list(blocks)
+        self._root, self._head, self._units = self._make_units(model, dtype, reshard_after_forward is not False)
+        for unit in self._units:
+            unit.allocate()
+        params = [each for unit in self._units for each in unit.params]
+        self.copies = {each.param: each.copy for each in params}
+        self._full = {each.param: each.full for each in params}
+        self._active = self._training = self._pending = False
+        self._reached = self._backward = 0  # indices in `_units`: gathered by this forward; whose backward has begun
+        self._micro_batches = self._micro_batch = 0
+        self._flags: dict[tuple[int, ...], Tensor] = {}
+        self._watch(model)
+
+    @contextmanager
+    def use_copies(self) -> Iterator[None]:
+        for unit in self._units:  # the parameters may have changed; every rank gathers anew, or none
+            unit.buffer.wait()
+            unit.buffer.holds = None
+        self._active = True
+        try:
+            with super().use_copies():
+                yield
+        finally:
+            self._active = False
+
+    @contextmanager
+    def accumulate(self, micro_batches: int) -> Iterator[None]:
+        self._micro_batches, self._micro_batch, self._training = micro_batches, 0, True
+        try:
+            with self.use_copies():
+                yield
+                self._end_backward()
+        finally:
+            self._training = False
+        for unit in self._units:
+            unit.finish_step()
+        self._agree()
+        for unit in self._units:
+            unit.give_gradients()
+
+    def grad_holder(self, param: nn.Parameter) -> nn.Parameter:
+        return param
+
+    def drop_gradients(self) -> None:
+        for unit in self._units:
+            unit.drop_gradients()
+
+    def _placed(self) -> Mapping[nn.Parameter, nn.Parameter]:
+        return self._full
+
+    def _make_units(
+        self, model: nn.Module, dtype: torch.dtype, reshard: bool
+    ) -> tuple[FlatUnit, FlatUnit | None, list[FlatUnit]]:
+        """The root, the head, and all in the order in which they run."""
+        head = head_unit(model, self._blocks)
+        self._head_modules = head
+        alone = not reshard or self._groups.shards == 1
+        shared = [Buffer(), Buffer()]
+        taken: dict[nn.Parameter, None] = {}
+
+        def made(modules: Sequence[nn.Module], buffer: Buffer, own: bool) -> FlatUnit:
+            found: dict[nn.Parameter, Unsharded] = {}
+            for module in (part for owner in modules for part in owner.modules()):
+                for name, param in module._parameters.items():
+                    if param is not None and param not in taken:
+                        found.setdefault(param, unsharded_of(module, name))
+            taken.update(dict.fromkeys(found))
+            for param in found:
+                if not param.is_floating_point() or param.dtype != next(iter(found)).dtype:
+                    raise ConfigError(
+                        f"the parameters of {type(modules[0]).__name__} differ in dtype ({param.dtype} and "
+                        f"{next(iter(found)).dtype}), and are gathered as one: make them equal, or {_ADVICE}"
+                    )
+            return FlatUnit(list(found.items()), self._groups, buffer, dtype, own=own)
+
+        blocks = [made([block], Buffer() if alone else shared[i % 2], alone) for i, block in enumerate(self._blocks)]
+        last = [made(head, Buffer(), True)] if head else []
+        root = made([model], Buffer(), True)
+        return root, last[0] if last else None, [root, *blocks, *last]
+
+    def _watch(self, model: nn.Module) -> None:
+        model.register_forward_pre_hook(self._begin_forward, prepend=True)
+        for index, block in enumerate(self._blocks, start=1):
+            block.register_forward_pre_hook(partial(self._before_block, index), prepend=True)
+            block.register_forward_hook(partial(self._after_block, index))
+        for module in self._head_modules:
+            module.register_forward_pre_hook(self._before_head, prepend=True)
+        model.register_forward_hook(self._end_forward)
+        for index, unit in enumerate(self._units):
+            for each in unit.trained:
+                each.full.register_post_accumulate_grad_hook(partial(self._receive, index, each))
+
+    def _begin_forward(self, module: nn.Module, args: Any) -> None:
+        if not self._active:
+            return
+        self._end_backward()
+        self._reached, self._backward = -1, len(self._blocks) + 1
+        self._pending = self._training and torch.is_grad_enabled()
+        if self._pending:
+            self._micro_batch += 1
+            for unit in self._units:
+                unit.reduced = False
+        self._forward_to(0)
+
+    def _before_block(self, index: int, module: nn.Module, args: Any) -> None:
+        if not self._active:
+            return
+        if index <= self._reached:
+            raise ConfigError(
+                f"block {index - 1} ({type(module).__name__}) runs twice in a forward, or after a later one, and "
+                f"mesh.data_engine: flat gathers each once, in order: {_ADVICE}"
+            )
+        self._forward_to(index)
+
+    def _before_head(self, module: nn.Module, args: Any) -> None:
+        if self._active:
+            self._forward_to(len(self._units) - 1)
+
+    def _end_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._active:
+            self._forward_to(len(self._units) - 1)
+
+    def _forward_to(self, index: int) -> None:
+        """Gather every unit up to this one, in order, and start with the next."""
+        for at in range(self._reached + 1, index + 1):
+            self._units[at].gather()
+            self._units[at].wait_for_gather()
+            if at + 1 < len(self._units):
+                self._units[at + 1].gather()
+        self._reached = max(self._reached, index)
+
+    def _after_block(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
+        if self._pending and self._active:
+            for leaf in tree_leaves(output):
+                if isinstance(leaf, Tensor) and leaf.requires_grad:
+                    leaf.register_hook(partial(self._before_backward, index))
+
+    def _before_backward(self, index: int, grad: Tensor) -> None:
+        self._backward_to(index)
+
+    def _backward_to(self, index: int) -> None:
+        """Begin the backward of every block down to this one, in order."""
+        for at in range(self._backward - 1, index - 1, -1):
+            self._backward = at
+            self._sum(at + 2)
+            self._units[at].gather()
+            self._units[at].wait_for_gather()
+            if at > 1:
+                self._units[at - 1].gather()
+            self._send(at + 1)
+
+    def _end_backward(self) -> None:
+        """Reduce what the backward of this micro-batch has left."""
+        if not self._pending:
+            return
+        self._backward_to(1)
+        for at in (2, 1):
+            self._sum(at)
+            self._send(at - 1)
+        self._sum(0)
+        self._pending = False
+
+    def _send(self, at: int) -> None:
+        if at < len(self._units):
+            self._units[at].send_gradients()
+
+    def _sum(self, at: int) -> None:
+        if at < len(self._units):
+            self._units[at].sum_gradients(last=self._micro_batch == self._micro_batches)
+
+    def _receive(self, index: int, each: FlatParameter, full: Tensor) -> None:
+        if self._units[index].reduced or 0 < index < self._backward:
+            where = f"block {index - 1}" if 0 < index <= len(self._blocks) else "a module beside the blocks"
+            raise ConfigError(
+                f"a gradient of {where} came when those of its unit were reduced already, or not from its output: "
+                f"mesh.data_engine: flat knows one order of blocks. Return what the loss needs, or {_ADVICE}"
+            )
+
+    def _agree(self) -> None:
+        """Let every rank know what any data rank has used."""
+        params = [each for unit in self._units for each in unit.trained]
+        if not params:
+            return
+        device = local_tensor(params[0].param).device
+        own = tuple(each.kept for each in params)
+        if own not in self._flags:
+            self._flags[own] = torch.tensor(own, dtype=torch.int32, device=device)
+        found = flags_anywhere(self._flags[own].clone(), self._data_groups, wait=not all(own))
+        for each, kept in zip(params, found or own, strict=True):
+            each.kept = kept

@@ -1,0 +1,89 @@
+"""Low-precision copies of a model's parameters: which are stale, and tensors that stand in the parameters' places."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from colrow.sharding.layout import local_tensor
+from colrow.torch_compat import foreach, version
+
+
+class WeightCopies:
+    """What the model computes with in the place of its parameters, whose tensors must be their final ones.
+
+    The optimizer and checkpoints see the parameters alone. What they write is copied at the next `use_copies` or
+    `accumulate`: stale copies are found by tensor version counters. torch's fused optimizers do not bump them: do not
+    use those here. Code that writes a parameter and its copy calls `mark_current(params)`.
+
+    Attributes:
+        copies: by parameter, of its local tensor's shape.
+    """
+
+    copies: Mapping[nn.Parameter, Tensor]
+
+    def __init__(self, model: nn.Module) -> None:
+        self._owners = [
+            (module, name, param)
+            for module in model.modules()
+            for name, param in module._parameters.items()
+            if param is not None
+        ]
+        self._version_at_copy: dict[nn.Parameter, tuple[int, int, int]] = {}
+
+    @contextmanager
+    def use_copies(self) -> Iterator[None]:
+        """Within, the model computes with copies of the current parameters."""
+        self._refresh()
+        self._place(self._placed())
+        try:
+            yield
+        finally:
+            self._place({})
+
+    def accumulate(self, micro_batches: int) -> AbstractContextManager[None]:
+        """`use_copies`; afterwards `grad_holder` has the sum over the backwards within, until `drop_gradients`."""
+        raise NotImplementedError
+
+    def grad_holder(self, param: nn.Parameter) -> nn.Parameter:
+        """The tensor whose `.grad` is the gradient of `param`."""
+        raise NotImplementedError
+
+    def drop_gradients(self) -> None:
+        """Free the gradients that stand beside the parameters; `zero_grad` of the optimizer frees those of the
+        parameters."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def mark_current(self, params: Iterable[nn.Parameter]) -> None:
+        """Declare that the copies of `params` hold the parameters' values already."""
+        self._version_at_copy.update((param, _version(param)) for param in params)
+
+    def _placed(self) -> Mapping[nn.Parameter, nn.Parameter]:
+        """What stands in the place of each parameter."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        stale = [param for param in self.copies if self._version_at_copy.get(param) != _version(param)]
+        if stale:
+            copies = [self.copies[param] for param in stale]
+            foreach("copy_", [local_tensor(t) for t in copies], [local_tensor(t) for t in stale])
+            self.mark_current(stale)
+
+    def _place(self, replacements: Mapping[nn.Parameter, nn.Parameter]) -> None:
+        for module, name, param in self._owners:
+            module._parameters[name] = replacements.get(param, param)
+
+
+def _version(param: nn.Parameter) -> tuple[int, int, int]:
+    """Changes when an operation writes into the parameter, or when its memory is exchanged.
+
+    Operations on a DTensor bump the DTensor's counter, operations on its local tensor that one's; fused kernels bump
+    none.
+    """
+    local = local_tensor(param)
+    return local.data_ptr(), version(local), version(param)

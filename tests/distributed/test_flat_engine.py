@@ -1,0 +1,322 @@
+"""`mesh.data_engine: flat` trains as one process does, and as FSDP2; what it cannot do it refuses."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from benchmarks.parity import step as parity
+from benchmarks.parity.models import MODELS, SIZES, SmallModel
+from benchmarks.parity.step import STEPS, config_of, on_ranks, set_up, train
+from colrow.checkpoint.distributed import Checkpoints
+from colrow.config import FsdpSection
+from colrow.errors import ConfigError
+from colrow.mesh import Mesh
+from colrow.models.llama import Llama
+from colrow.parallel import flat_unit, flat_weights
+from colrow.parallel.flat_unit import FlatUnit
+from colrow.parallel.flat_weights import FlatWeights, check_data_engine
+from helpers.harness import Ranks
+from helpers.variants import collected, params
+
+TOLERANCE = 1e-10
+pytestmark = pytest.mark.distributed
+
+FAST = {"llama-fast": SmallModel(lambda: Llama(SIZES), loss="linear", preset="llama-fast")}
+
+
+def flat(**degrees: int) -> Mesh:
+    return Mesh(**degrees, data_engine="flat")  # type: ignore[arg-type]
+
+
+Case = tuple[str, Mesh, dict[str, Any]]
+CASES: dict[int, dict[str, Case]] = {
+    2: {
+        "shard2": ("llama", flat(dp_shard=2), {}),
+        "replicate2": ("llama", flat(dp_replicate=2), {}),
+        "shard2-tied-odd": ("llama, tied, odd vocabulary", flat(dp_shard=2), {}),
+        "shard2-sparse": ("sparse", flat(dp_shard=2), {}),
+        "replicate2-hard": ("hard", flat(dp_replicate=2), {}),
+        "shard2-drop": ("layer drop", flat(dp_shard=2), {}),
+        "replicate2-exit": ("early exit", flat(dp_replicate=2), {}),
+        "shard2-auxiliary": ("sparse, auxiliary loss", flat(dp_shard=2), {}),
+        "shard2-batch-norm": ("batch norm", flat(dp_shard=2), {}),
+        "shard2-dropout": ("dropout", flat(dp_shard=2), {}),
+        "shard2-full": ("llama", flat(dp_shard=2), {"activation_checkpoint": "full"}),
+        "shard2-selective": ("llama", flat(dp_shard=2), {"activation_checkpoint": "selective"}),
+        "shard2-compiled": ("llama", flat(dp_shard=2), {"compile": True}),
+        "shard2-compiled-full": ("llama", flat(dp_shard=2), {"compile": True, "activation_checkpoint": "full"}),
+        "shard2-unclipped": ("llama", flat(dp_shard=2), {"grad_clip": None}),
+        "shard2-skip": ("llama", flat(dp_shard=2), {"on_nonfinite": "skip"}),
+    },
+    4: {
+        "tp2-shard2": ("llama", flat(dp_shard=2, tp=2), {}),
+        "replicate2-shard2": ("llama", flat(dp_replicate=2, dp_shard=2), {}),
+        "tp2-replicate2": ("llama", flat(dp_replicate=2, tp=2), {}),
+        "shard4": ("llama", flat(dp_shard=4), {}),
+        "tp2-shard2-fast": ("llama-fast", flat(dp_shard=2, tp=2), {}),
+        "tp2-shard2-tied-odd": ("llama, tied, odd vocabulary", flat(dp_shard=2, tp=2), {}),
+        "tp2-shard2-full": ("llama", flat(dp_shard=2, tp=2), {"activation_checkpoint": "full"}),
+        "tp2-shard2-compiled": ("llama-fast", flat(dp_shard=2, tp=2), {"compile": True}),
+        "shard4-hard": ("hard", flat(dp_shard=4), {}),
+        "tp2-replicate2-hard": ("hard", flat(dp_replicate=2, tp=2), {}),
+        "replicate2-shard2-drop": ("layer drop", flat(dp_replicate=2, dp_shard=2), {}),
+        "tp2-shard2-sparse": ("sparse", flat(dp_shard=2, tp=2), {}),
+    },
+}
+KEPT = {"shard2", "tp2-shard2-fast"}
+
+Seen = tuple[float, float]
+"""The largest errors against one process, and of a run that was continued."""
+Results = Callable[[int, str], list[Any]]
+
+
+def errors_of(device: str, name: str, mesh: Mesh, section: dict[str, Any], folder: Path | None) -> Seen:
+    with mock.patch.dict(MODELS, FAST):
+        compiled = mock.patch.object(parity.setup, "compile_forward", lambda block: block.compile(backend="aot_eager"))
+        with compiled if section.get("compile") else ExitStack():
+            errors = on_ranks(device, name, mesh, folder, **section)
+    return errors.worst, errors.resumed
+
+
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """The collectives of the engine, by name."""
+    found: Counter[str] = Counter()
+
+    def watched(name: str, function: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            found[name] += 1
+            return function(*args, **kwargs)
+
+        return run
+
+    with ExitStack() as stack:
+        for owner, name in ((flat_unit, "gather_into"), (dist, "batch_isend_irecv")):
+            stack.enter_context(mock.patch.object(owner, name, watched(name, getattr(owner, name))))
+        yield found
+
+
+def collectives(device: str, degrees: dict[str, int], reshard: bool | None) -> dict[str, int]:
+    """Of one step of two micro-batches on two ranks; the model has three blocks, a root and a head."""
+    mesh = flat(**degrees)
+    config = config_of(mesh).model_copy(update={"fsdp": FsdpSection(reshard_after_forward=reshard)})
+    with mock.patch.object(parity, "config_of", return_value=config):
+        training = set_up(device, "llama", mesh)
+    assert isinstance(training.step.forward_backward.weights, FlatWeights)
+    with counted() as found:
+        train(training, [0])
+    return dict(found)
+
+
+def continued(device: str, folder: Path) -> float:
+    """A run of FSDP2 that the flat engine continues, and the reverse, beside one that goes on; with equal names, meshes
+    and placements of the parameters."""
+    worst = 0.0
+    for first, second in ((Mesh(dp_shard=2), flat(dp_shard=2)), (flat(dp_shard=2), Mesh(dp_shard=2))):
+        saved, resumed = set_up(device, "llama", first), set_up(device, "llama", second)
+        described = [
+            {
+                name: (p.placements, p.device_mesh, p.stride(), p.shape)
+                for name, p in training.modules[0].named_parameters()
+            }
+            for training in (saved, resumed)
+        ]
+        assert described[0] == described[1]
+        want = train(saved, range(STEPS), folder / first.data_engine)
+        Checkpoints(folder / first.data_engine, mesh=second).load(STEPS // 2, resumed.modules, resumed.optimizer)
+        got = train(resumed, range(STEPS // 2, STEPS))
+        for name, held in want.parameters.items():
+            assert [where for where, _ in held] == [where for where, _ in got.parameters[name]]
+            worst = max(
+                [
+                    worst,
+                    *((a - b).abs().max().item() for (_, a), (_, b) in zip(held, got.parameters[name], strict=True)),
+                ]
+            )
+    return worst
+
+
+def low_precision(device: str) -> dict[str, float]:
+    """bf16 compute: gradients of the first step, flat beside FSDP2, and their dtypes."""
+    found = [
+        train(set_up(device, "llama", mesh, precision="bf16"), [0]) for mesh in (Mesh(dp_shard=2), flat(dp_shard=2))
+    ]
+    apart = {}
+    for name, held in found[0].gradients[0].items():
+        for (_, a), (_, b) in zip(held, found[1].gradients[0][name], strict=True):
+            assert a.dtype == b.dtype == torch.float32
+            apart[name] = ((a - b).abs().max() / a.abs().max()).item() if a.numel() else 0.0
+    return apart
+
+
+def evaluated(device: str) -> float:
+    """A loss without gradients between steps, beside FSDP2's, and that steps go on from the same state."""
+    losses = []
+    for mesh in (Mesh(dp_shard=2), flat(dp_shard=2)):
+        training = set_up(device, "llama", mesh)
+        batches = [(ids.to(device), y.to(device)) for ids, y in parity.micro_batches(7)[:2]]
+        values = []
+        for number in range(2):
+            train(training, [number])
+            values.append(training.step.forward_backward.evaluate(batches).item())
+        losses.append(values)
+    return max(abs(a / b - 1) for a, b in zip(*losses, strict=True))
+
+
+def sabotaged(device: str, what: str) -> float:
+    """The largest error of gradients, with a part left out."""
+    gather = FlatUnit.gather
+
+    def only_in_forward(unit: FlatUnit) -> None:
+        if unit.buffer.holds is None or not torch._C._current_graph_task_id() >= 0:
+            gather(unit)
+        else:
+            unit.buffer.holds = unit
+
+    def not_summed(slots: Any, total: Any, scale: float, *, add: bool) -> None:
+        total.copy_(slots[dist.get_rank()])
+
+    left_out = {
+        "exchange": mock.patch.object(flat_unit, "add_slots", not_summed),
+        "gather in backward": mock.patch.object(FlatUnit, "gather", only_in_forward),
+        "average": mock.patch.object(flat_unit, "add_slots", lambda s, t, _, add: t.copy_(s.sum(0))),
+    }
+    with left_out[what]:
+        return on_ranks(device, "llama", flat(dp_shard=2), steps=1).gradients
+
+
+def refused(device: str) -> list[str]:
+    """The texts of what a step refuses."""
+    texts = []
+    training = set_up(device, "plain", flat(dp_shard=2))
+    model: Any = training.modules[0]
+    first, second, *_ = model.layers
+    second.register_forward_hook(lambda module, args, output: first(output))
+    try:
+        train(training, [0])
+    except ConfigError as error:
+        texts.append(str(error))
+
+    training = set_up(device, "plain", flat(dp_shard=2))
+    model = training.modules[0]
+    kept: list[Any] = []
+    model.layers[0].mlp.register_forward_hook(lambda module, args, output: kept.append(output.square().mean()))
+    model.register_forward_hook(lambda module, args, output: output + 0 * output + kept.pop())
+    for block in model.layers[1:]:
+        block.register_forward_hook(lambda module, args, output: output.detach().requires_grad_())
+    try:
+        train(training, [0])
+    except ConfigError as error:
+        texts.append(str(error))
+    return texts
+
+
+def run(device: str, world: int, names: list[str], folder: Path) -> dict[str, Any]:
+    """The cases of `world` ranks."""
+    found: dict[str, Any] = {}
+    for name in names:
+        if name in CASES[world]:
+            model, mesh, section = CASES[world][name]
+            found[name] = errors_of(device, model, mesh, section, folder / name if name in KEPT else None)
+        else:
+            function, *args = OTHERS[name]
+            found[name] = function(device, *[folder / name if arg is Path else arg for arg in args])
+    return found
+
+
+OTHERS: dict[str, tuple[Any, ...]] = {
+    "collectives": (collectives, {"dp_shard": 2}, None),
+    "collectives kept": (collectives, {"dp_shard": 2}, False),
+    "continued": (continued, Path),
+    "bf16": (low_precision,),
+    "evaluated": (evaluated,),
+    "refused": (refused,),
+    **{f"without {what}": (sabotaged, what) for what in ("exchange", "gather in backward", "average")},
+}
+LONGER = {"collectives kept", "evaluated", "without average", "without exchange"}
+
+
+@pytest.fixture(scope="module")
+def results(request: pytest.FixtureRequest, ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    done: dict[int, list[dict[str, Any]]] = {}
+    wanted = collected(request, "world", "name")
+
+    def get(world: int, name: str) -> list[Any]:
+        if world not in done:
+            names = [key for at, key in wanted if at == world]
+            done[world] = ranks(world).run(run, world, names, tmp_path_factory.mktemp("saved"))
+            ranks(world).stop()
+        return [rank[name] for rank in done[world]]
+
+    return get
+
+
+def pairs(names: Any) -> list[Any]:
+    found = [(world, name) for world in CASES for name in CASES[world]] if names is CASES else [(2, n) for n in names]
+    return params(found, lambda _, name: name not in KEPT if names is CASES else name in LONGER)
+
+
+@pytest.mark.parametrize(("world", "name"), pairs(CASES))
+def test_steps_equal_one_process(results: Results, world: int, name: str) -> None:
+    for worst, resumed in results(world, name):
+        assert worst < TOLERANCE
+        assert resumed == 0
+
+
+@pytest.mark.parametrize(("world", "name"), pairs(["collectives", "collectives kept"]))
+def test_collectives_are_as_few_as_units(results: Results, world: int, name: str) -> None:
+    for found in results(world, name):
+        # two micro-batches; backward has two of three blocks in their buffers still, the next forward the first two
+        gathers = 5 if name.endswith("kept") else (5 + 1) + (1 + 1)
+        assert found == {"gather_into": gathers, "batch_isend_irecv": 2 * 5}
+
+
+@pytest.mark.parametrize(("world", "name"), pairs(["continued"]))
+def test_each_engine_continues_the_others_run(results: Results, world: int, name: str) -> None:
+    assert max(results(world, name)) < TOLERANCE
+
+
+@pytest.mark.parametrize(("world", "name"), pairs(["evaluated"]))
+def test_evaluation_sees_the_weights_of_now(results: Results, world: int, name: str) -> None:
+    assert max(results(world, name)) < TOLERANCE
+
+
+@pytest.mark.parametrize(("world", "name"), pairs(["bf16"]))
+def test_low_precision_terms_are_summed_in_fp32(results: Results, world: int, name: str) -> None:
+    for apart in results(world, name):
+        assert max(apart.values()) < 1e-6, apart
+
+
+@pytest.mark.parametrize(("world", "name"), pairs([name for name in OTHERS if name.startswith("without")]))
+def test_a_part_left_out_is_seen(results: Results, world: int, name: str) -> None:
+    assert max(results(world, name)) > 0.01
+
+
+@pytest.mark.parametrize(("world", "name"), pairs(["refused"]))
+def test_an_order_that_it_does_not_know_is_refused(results: Results, world: int, name: str) -> None:
+    for texts in results(world, name):
+        assert "runs twice in a forward" in texts[0]
+        assert "not from its output" in texts[1]
+        assert all("mesh.data_engine: fsdp2" in text for text in texts)
+
+
+def test_what_the_engine_has_not_is_refused_by_name() -> None:
+    for mesh, section, words in (
+        (flat(pp=2, dp_shard=2), {}, "mesh.pp is 2"),
+        (flat(dp_shard=2), {"replay_every": 5}, "train.replay_every"),
+    ):
+        with pytest.raises(ConfigError, match=words) as error:
+            check_data_engine(config_of(mesh, **section))
+        assert "mesh.data_engine: fsdp2" in str(error.value)
+    check_data_engine(config_of(Mesh(pp=2, dp_shard=2)))
+    check_data_engine(config_of(flat(tp=2), replay_every=5))
+    assert not flat_weights.runs_flat(config_of(flat(tp=2)))
