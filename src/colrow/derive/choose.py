@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from torch.fx import Node
@@ -33,8 +33,10 @@ class ClassFacts:
     """Classes that are a factor or a segment of a dimension, not all of it."""
 
 
-def class_facts(inference: AxisInference) -> ClassFacts:
-    facts = ClassFacts()
+def class_facts(
+    inference: AxisInference, volume: Callable[[Mapping[str, int]], int] = lambda volumes: sum(volumes.values())
+) -> ClassFacts:
+    facts, volumes = ClassFacts(), defaultdict[Atom, Counter[str]](Counter)
     for node, result in inference.dims.items():
         for dims in result if isinstance(result, tuple) else (result,):
             seen: Counter[Atom] = Counter()
@@ -49,7 +51,8 @@ def class_facts(inference: AxisInference) -> ClassFacts:
                 if count > 1:
                     facts.twice.add(atom)
                 if node in inference.params:
-                    facts.volume[atom] += math.prod(shape_of(node))
+                    volumes[atom][inference.params[node]] += math.prod(shape_of(node))
+    facts.volume.update({atom: volume(by_parameter) for atom, by_parameter in volumes.items()})
     return facts
 
 
@@ -102,9 +105,11 @@ def choose(
     normalised: bool = True,
     vocabulary: bool = True,
     preferred: Collection[Atom] = (),
+    volume: Callable[[Mapping[str, int]], int] = lambda volumes: sum(volumes.values()),
 ) -> Choice:
-    """The classes to shard at degree `tp`; the preferred ones before larger ones."""
-    facts = class_facts(inference)
+    """The classes to shard at degree `tp`; the preferred ones before larger ones, whose size is `volume` of what they
+    have in each parameter."""
+    facts = class_facts(inference, volume)
     choice = Choice(tp)
     used: dict[Node, set[Atom]] = defaultdict(set)
     """Tensors with a class that is taken, and which."""

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
@@ -22,9 +21,10 @@ from colrow.derive.emit_fast import FastEmitter
 from colrow.derive.emit_modules import Emission
 from colrow.derive.failure import ADVICE, Place, TraceError, has_unknown_size
 from colrow.derive.flow import Flows
-from colrow.derive.infer import OPAQUE, AxisInference, shape_of
+from colrow.derive.infer import OPAQUE, AxisInference
 from colrow.derive.local import LocalCheck, Repairs
 from colrow.derive.opaque import NOTHING_OPAQUE, opaque_modules
+from colrow.derive.representatives import NotAlikeError, Representatives
 from colrow.derive.requests import Requests
 from colrow.derive.sequence import Stream, find_stream
 from colrow.derive.stream_ends import NoStreamError, StreamKind
@@ -118,19 +118,35 @@ def derive(
         names = [name for name, _ in model.named_parameters()]
         return Derivation(1, {}, options.loss, [], dict.fromkeys(names, "tp is 1"), [1], {}, {})
     given = default_inputs(model, tp) if inputs is None else Inputs.of(inputs)
-    opaque = NOTHING_OPAQUE
+    exported = Representatives(model, model) if traced else Representatives.of(model, given, requests)
+    try:
+        found = _derive(exported, tp, given, options, traced, judge, requests)
+    except NotAlikeError:
+        found = _derive(Representatives(model, model), tp, given, options, None, judge, requests)
+    requests.require(found.sharded, found.replicated, tp)
+    return found
+
+
+def _derive(
+    exported: Representatives,
+    tp: int,
+    given: Inputs,
+    options: DeriveOptions,
+    traced: Trace | None,
+    judge: Callable[[Plan], Objection | None] | None,
+    requests: Requests,
+) -> Derivation:
+    """Modules that cannot be traced are found one after another, each by an export that fails."""
+    model, opaque = exported.model, NOTHING_OPAQUE
     while True:
         try:
             traced = traced or trace(model, given, opaque=opaque)
-            found = _Derive(model, tp, given, traced, options, judge, requests).run()
-            break
+            return _Derive(exported, tp, given, traced, options, judge, requests).run()
         except TraceError as error:
             opaque, traced = opaque_modules(model, given, error, opaque), None
         except GuardOnDataDependentSymNode as error:
             assert traced is not None
             opaque, traced = opaque_modules(model, given, _unknown_size(model, traced, error), opaque), None
-    requests.require(found.sharded, found.replicated, tp)
-    return found
 
 
 def _unknown_size(model: nn.Module, traced: Trace, error: Exception) -> TraceError:
@@ -145,7 +161,7 @@ def _unknown_size(model: nn.Module, traced: Trace, error: Exception) -> TraceErr
 class _Derive:
     def __init__(
         self,
-        model: nn.Module,
+        exported: Representatives,
         tp: int,
         inputs: tuple[Tensor, ...],
         traced: Trace,
@@ -153,7 +169,8 @@ class _Derive:
         judge: Callable[[Plan], Objection | None] | None,
         requests: Requests,
     ) -> None:
-        self.model, self.tp, self.inputs, self.traced, self.options = model, tp, inputs, traced, options
+        self.exported, self.model = exported, exported.model
+        self.tp, self.inputs, self.traced, self.options = tp, inputs, traced, options
         self.judge, self.refused = judge, dict[str, str]()
         self.fast = options.styles != "plain"
         self.notes: list[str] = []
@@ -168,7 +185,10 @@ class _Derive:
                 self.tp,
                 normalised=self.options.wide_norms,
                 preferred=self.requests.preferred(self.inference),
+                volume=self.exported.volume,
             )
+            for names in self._names_of_each(choice):
+                self.exported.require_separate(names)
             if not choice.atoms and not choice.groups:
                 if self.fast:
                     raise self._not_fast([*self.notes, "nothing can be split"])
@@ -301,26 +321,38 @@ class _Derive:
 
     def _result(self, choice: Choice, split: Split | None, stream: Stream | None, emission: Emission) -> Derivation:
         summed = (split.flow.summed if split else set()) | (stream.summed if stream else set())
-        sharded, replicated, elements, total = [], {}, 0, 0
+        whole: dict[str, str | None] = {}
+        """Each exported parameter, by its first name, to the reason why it is not sharded; None where it is."""
         for node, name in self.inference.params.items():
             dims = self.inference.of(node)
-            count = int(torch.Size(shape_of(node)).numel())
-            total += count
-            if choice.any_sharded(dims):
+            why = self.traced.opaque.reason_of(name) or self._why_replicated(dims, name in summed)
+            whole[name] = None if choice.any_sharded(dims) else why
+        sharded, replicated, elements, total = [], {}, 0, 0
+        for name, param in self.exported.complete.named_parameters():
+            own = self.exported.name(name)
+            own = self.traced.ties.get(own, own)
+            if own not in whole:
+                continue  # the model's forward does not use it
+            total += param.numel()
+            if (reason := whole[own]) is None:
                 sharded.append(name)
-                elements += count
+                elements += param.numel()
             else:
-                why = self.traced.opaque.reason_of(name)
-                replicated[name] = why or self._why_replicated(dims, name in summed)
+                replicated[name] = reason
         exits = [label_of(node) for node in split.borders()[1]] if split else []
+        reductions = Counter[str]()
+        for label in exits:
+            if label.path == "0":
+                reductions[with_stars(label.module)] += self.exported.count(label.module)
+        names = [name for name, _ in self.exported.complete.named_modules(remove_duplicate=False) if name]
         return Derivation(
             tp=self.tp,
-            modules=_by_pattern(emission.modules, self.model),
+            modules=_by_pattern(self.exported.spread(emission.modules, names), names),
             loss=emission.loss,
             sharded=sharded,
             replicated=replicated,
             legal=legal_degrees(self.inference, choice),
-            reductions=dict(Counter(with_stars(label.module) for label in exits if label.path == "0")),
+            reductions=dict(reductions),
             unknown={name: n for name, n in self.inference.unknown.items() if name != OPAQUE},
             notes=list(self.notes),
             refused=dict(self.refused),
@@ -329,6 +361,14 @@ class _Derive:
             choice=choice,
             trace=self.traced,
         )
+
+    def _names_of_each(self, choice: Choice) -> Iterator[set[str]]:
+        """The parameters in which each chosen class stands."""
+        found = defaultdict[Any, set[str]](set)
+        for node, name in self.inference.params.items():
+            for atom in choice.chosen(self.inference.of(node)):
+                found[atom].add(name)
+        return iter(found.values())
 
     def _why_replicated(self, dims: list[Any], summed: bool) -> str:
         reasons = []
@@ -348,9 +388,8 @@ class _Derive:
         return text + ("; gradient summed over tp" if summed else "")
 
 
-def _by_pattern(styles: dict[str, dict[str, Any]], model: nn.Module) -> dict[str, Any]:
-    """Keys with `*` for a number where every module that the pattern matches has the same style."""
-    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+def _by_pattern(styles: dict[str, dict[str, Any]], names: list[str]) -> dict[str, Any]:
+    """Keys with `*` for a number where every module of the model that the pattern matches has the same style."""
     by_key: dict[str, list[str]] = defaultdict(list)
     for name in names:
         by_key[with_stars(name)].append(name)

@@ -7,8 +7,9 @@ Two blocks are of one kind when nothing tells them apart:
 - what they run: the operators of their forward, with shapes and integers. So a layer that does something else by its
   number (`layer_idx % 4`) or by a global table is of another kind.
 
-A stack is irregular when the model's own code does something else between two blocks than between others, or does not
-run each once, in order: without some of its blocks the others would stand at other indices. It is kept complete.
+A stack is irregular when the model's own code does something else between two blocks than between others, gives them
+the results of other blocks than the ones just before (a U-Net's skips), or does not run each once, in order: without
+some of its blocks the others would stand at other indices. It is kept complete.
 """
 
 from __future__ import annotations
@@ -87,18 +88,27 @@ class _Recorder(TorchDispatchMode):
         """The blocks in the order in which they ran, each with what ran since the block before."""
         self._between: list[Hashable] = []
         self._inside: list[str] = []
+        self._results: dict[int, tuple[Tensor, int]] = {}
+        """What blocks gave, by identity, each with the number of blocks that had run; held so that none is reused."""
 
     def watch(self, name: str, block: nn.Module) -> None:
-        def enter(_: nn.Module, args: Any) -> None:
-            self.calls.append((name, tuple(self._between)))
+        def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+            since = tuple(self._blocks_since(leaf) for leaf in tree_leaves((args, kwargs)))
+            self.calls.append((name, (*self._between, since)))
             self._between.clear()
             self._inside.append(name)
 
         def leave(_: nn.Module, args: Any, out: Any) -> None:
             self._inside.pop()
+            self._results |= {id(x): (x, len(self.calls)) for x in tree_leaves(out) if isinstance(x, Tensor)}
 
-        block.register_forward_pre_hook(enter, prepend=True)
+        block.register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
         block.register_forward_hook(leave)
+
+    def _blocks_since(self, leaf: Any) -> int | None:
+        """How many blocks have run since the one that gave this value; None where none did."""
+        found = self._results.get(id(leaf))
+        return None if found is None else len(self.calls) - found[1]
 
     def irregular(self, stack: str, keys: list[str]) -> bool:
         prefix = stack + "."
@@ -109,7 +119,10 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         ran = (str(func), *(_argument(leaf) for leaf in tree_leaves((args, kwargs))))
-        (self.runs[self._inside[-1]] if self._inside else self._between).append(ran)
+        if self._inside:
+            self.runs[self._inside[-1]].append(ran)
+        else:
+            self._between.append((ran, tuple(self._blocks_since(leaf) for leaf in tree_leaves((args, kwargs)))))
         return out
 
 
