@@ -17,11 +17,11 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from colrow.errors import PlanError
 from colrow.parallel.outputs import auxiliary_losses, main_tensor
 from colrow.plans.plan import Plan
+from colrow.sharding.layout import full_tensor
 from colrow.styles.linear_head import PendingTargets, expect_targets
 
 GivenInputs: TypeAlias = "Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]"
@@ -165,20 +165,16 @@ def head_loss(output: Any) -> Tensor:
 
 def _with_auxiliary(loss: Tensor, output: Any) -> Tensor:
     for extra in auxiliary_losses(output).values():
-        loss = _complete(loss) + _complete(extra)
+        loss = full_tensor(loss) + full_tensor(extra)
     return loss
 
 
 def _main_loss(output: Tensor, ids: Tensor | None) -> Tensor:
     if ids is not None and output.ndim == 3:
         return F.cross_entropy(output.flatten(0, 1), ids.roll(-1, dims=1).flatten())
-    output = _complete(output)
+    output = full_tensor(output)
     weights = torch.arange(output.numel(), dtype=output.dtype, device=output.device).cos().view(output.shape)
     return (output * weights).sum() / output.numel() ** 0.5
-
-
-def _complete(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def give_targets(model: nn.Module, plan: Plan, inputs: Any) -> None:

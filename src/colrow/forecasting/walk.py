@@ -35,7 +35,7 @@ from colrow.parallel.loss import loss_and_output, loss_context
 from colrow.parallel.outputs import auxiliary_losses
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
-from colrow.sharding.layout import local_tensor
+from colrow.sharding.layout import full_tensor, local_tensor
 from colrow.torch_compat import fake_tensors, tree_leaves, watched_propagation
 
 ROOT, HEAD = "", "head"
@@ -160,12 +160,8 @@ def _loss(model: nn.Module, plan: Plan, mesh: DeviceMesh, inputs: Inputs) -> Ten
         return default_loss(call_model(model, inputs), inputs.given)
     loss, output = loss_and_output(model, plan, mesh, ids, torch.zeros_like(ids), num_valid=ids.numel())
     for auxiliary in auxiliary_losses(output).values():
-        loss = _complete(loss) + _complete(auxiliary).to(loss.dtype)
+        loss = full_tensor(loss) + full_tensor(auxiliary).to(loss.dtype)
     return loss
-
-
-def _complete(value: Tensor) -> Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _wrap(blocks: list[nn.Module], cell: Cell) -> None:

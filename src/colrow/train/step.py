@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from colrow.config import TrainSection
 from colrow.errors import ConfigError
@@ -31,6 +30,7 @@ from colrow.parallel.random_state import MicroBatchSeeds
 from colrow.parallel.weight_copies import WeightCopies
 from colrow.plans.plan import Plan
 from colrow.sharding.grad_norm import align_gradients, clip_scale, grad_norm
+from colrow.sharding.layout import full_tensor
 from colrow.train.attention import preferred_attention
 from colrow.train.buffers import BufferSnapshot, WrittenBuffers
 from colrow.train.corruption import CorruptionCheck
@@ -141,9 +141,9 @@ class SingleStageModel:
             if not self._auxiliary_weights:
                 del output  # logits that backward does not need: 1 GiB at 16k tokens, V = 128k, tp 4
                 loss.backward()
-                return _local(loss.detach())
-            share, loss = targets.numel() / tokens, _local(loss)
-            auxiliary = [share * _local(value).to(loss.dtype) for value in self._auxiliary_losses(output)]
+                return full_tensor(loss.detach())
+            share, loss = targets.numel() / tokens, full_tensor(loss)
+            auxiliary = [share * full_tensor(value).to(loss.dtype) for value in self._auxiliary_losses(output)]
             del output
             for weight, value in zip(self._auxiliary_weights.values(), auxiliary, strict=True):
                 loss = loss + weight * value
@@ -167,7 +167,8 @@ class SingleStageModel:
         with self._use_copies():
             for ids, targets in batches:
                 with loss_context(self._plan, self._mesh), preferred_attention(self._device):
-                    total = total + _local(model_loss(self._model, self._plan, self._mesh, ids, targets, num_valid=1))
+                    loss = model_loss(self._model, self._plan, self._mesh, ids, targets, num_valid=1)
+                    total = total + full_tensor(loss)
                 tokens += targets.numel()
         reshard(self._model)
         return total / max(tokens, 1)
@@ -321,10 +322,6 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def _local(loss: Tensor) -> Tensor:
-    return loss.full_tensor() if isinstance(loss, DTensor) else loss
 
 
 def _joined(batches: Sequence[Batch]) -> Batch:
