@@ -18,7 +18,7 @@ from torch import nn
 
 from colrow.checkpoint.carried import GENERATION, Carried, token_ids
 from colrow.checkpoint.conversions import in_parts, parts_for
-from colrow.checkpoint.folder import flush
+from colrow.checkpoint.folder import replace_folder
 from colrow.checkpoint.gather import Gather, GlobalTensor, catalogue
 from colrow.checkpoint.huggingface import INDEX, SINGLE, Model, named_tensors, parts_of, shapes_of
 from colrow.checkpoint.loading import first_few
@@ -140,7 +140,7 @@ def export(
         _write_index(unfinished, files)
         read_back = reader.compare(_stored(unfinished), dtype)
         read_back.require_equal(first_module(model))
-        _finish(unfinished, folder)
+        replace_folder(unfinished, folder, _previous(folder))
         return read_back
 
     try:
@@ -252,7 +252,7 @@ def _start(folder: Path, unfinished: Path, carried: Carried) -> None:
         raise CheckpointError(f"{folder} is a file: give a folder to export to")
     previous = _previous(folder)
     if previous.exists() and not folder.exists():
-        os.rename(previous, folder)  # `_finish` was killed between its two renames
+        os.rename(previous, folder)  # `replace_folder` was killed between its two renames
     if folder.exists() and folder.resolve() in (path.resolve() for path in (carried.model, carried.tokenizer) if path):
         raise CheckpointError(f"{folder} is the folder that the model or its tokenizer came from: give another one")
     known = {name.partition("/")[0] for name, file in carried.files().items() if _is_copy(folder / name, file)}
@@ -313,24 +313,6 @@ def first_module(model: Model) -> nn.Module:
 def _previous(folder: Path) -> Path:
     """Where an export is while its successor gets the name."""
     return folder.parent / f".{folder.name}.former"
-
-
-def _finish(unfinished: Path, folder: Path) -> None:
-    """Give the folder its name; a previous export moves away first."""
-    flush(unfinished)
-    previous = _previous(folder)
-    shutil.rmtree(previous, ignore_errors=True)
-    # A folder cannot be replaced by one rename. A kill between these two leaves both exports, under hidden names.
-    if folder.exists():
-        os.rename(folder, previous)
-    try:
-        os.rename(unfinished, folder)
-    except OSError:
-        if previous.exists():
-            os.rename(previous, folder)
-        raise
-    flush(folder.parent)
-    shutil.rmtree(previous, ignore_errors=True)
 
 
 def _write_json(path: Path, tree: dict[str, Any]) -> None:

@@ -81,13 +81,7 @@ class Folder:
 
     def commit(self, step: int) -> None:
         """Give the written checkpoint its name. Its files are on the disk already."""
-        written, final, previous = self.unfinished(step), self.final(step), self.root / f"step-{step}.former"
-        flush(written)  # the names of its files, before the folder gets its own
-        if final.exists():  # no single rename replaces a folder: between the two, `.former` is complete
-            os.rename(final, previous)
-        os.rename(written, final)
-        flush(self.root)
-        _remove(previous)
+        replace_folder(self.unfinished(step), self.final(step), self.root / f"step-{step}.former")
 
     def discard(self, step: int) -> None:
         """Remove what a failed save wrote, to give its space back."""
@@ -176,6 +170,26 @@ def prune(folder: Folder, keep: int, current: int) -> None:
                 folder.remove(slots[info.path])
             except OSError as error:
                 warnings.warn(f"cannot remove the old checkpoint {info.path}: {error}", stacklevel=2)
+
+
+def replace_folder(written: Path, final: Path, previous: Path) -> None:
+    """Give a complete folder its name, in place of a folder that has it. Its files are on the disk already.
+
+    No single rename replaces a folder: the one that is there moves to `previous` first, and is complete under that name
+    for whoever is killed between the two renames.
+    """
+    flush(written)  # the names of its files, before the folder gets its own
+    if final.exists():
+        _remove(previous)
+        os.rename(final, previous)
+    try:
+        os.rename(written, final)
+    except OSError:
+        if previous.exists():
+            os.rename(previous, final)
+        raise
+    flush(final.parent)
+    _remove(previous)
 
 
 def flush(folder: Path) -> None:
