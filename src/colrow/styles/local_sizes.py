@@ -152,6 +152,7 @@ class SizeRule:
         return f"{self.function}({', '.join(map(str, self.written))})", ", ".join(map(str, self.local))
 
     def matches(self, function: str, written: Sizes) -> bool:
+        """Whether the rule is for a call of `function` that writes these sizes."""
         return (
             function == self.function
             and len(written) == len(self.written)
@@ -159,6 +160,7 @@ class SizeRule:
         )
 
     def apply(self, written: Sizes, tp: int) -> Sizes:
+        """What a rank writes in place of the sizes."""
         return tuple(_local(mine, size, tp) for mine, size in zip(self.local, written, strict=True))
 
 

@@ -85,6 +85,7 @@ class ShardSpec:
         return tuple(sum(first <= row < end for row in rows) for first, end in pairwise(starts))
 
     def layout(self, param: Tensor, tp: int, reason: str) -> ParameterLayout:
+        """What the parameter becomes over tp; `reason` is that of a sharded one."""
         shape = tuple(param.shape)
         if self.dim is None:
             return ParameterLayout(
@@ -99,6 +100,7 @@ class ShardSpec:
         return ParameterLayout(Shard(self.dim), local, reason, packed)
 
     def check(self, site: Site, name: str, extent: int) -> None:
+        """Raise PlanError where the segments do not make up a dim of `extent`, or tp does not divide one of them."""
         if sum(self.segments) != extent:
             raise site.wrong_options(
                 f"{name}: segments {list(self.segments)} sum to {sum(self.segments)}, but dim {self.dim} has {extent}",

@@ -101,6 +101,7 @@ class FusedAdamW:
 def adamw_reference(
     update: ParamUpdate, lr: Tensor, scale: Tensor, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> None:
+    """The update in plain torch, in place: the equations at the top of this file."""
     wide = update.param.dtype
     grad, lr, step = update.grad.to(wide) * scale.to(wide), lr.to(wide), update.step.to(torch.float64)
     update.exp_avg.lerp_(grad, 1 - betas[0])

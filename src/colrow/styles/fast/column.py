@@ -89,6 +89,7 @@ class SiblingGather:
     state: LinearState
 
     def pre_hook(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """The arguments of the module around the siblings, with their outputs in place of the input."""
         key = self.argument
         if key is None:  # transformers' layers call self_attn with keyword arguments only
             key = 0 if args else "hidden_states"
@@ -100,6 +101,7 @@ class SiblingGather:
         return with_argument(args, kwargs, key, self.outputs(columns, x_BtD))
 
     def outputs(self, columns: Sequence[nn.Module], x_BtD: Tensor) -> SiblingOutputs:
+        """This rank's tokens [B, t, D] -> of each column this rank's output features [B, T, f], without biases."""
         weights = [weight_out_in(column) for column in columns]
         y_BTF = gathered_linear(x_BtD, weights, self.state)
         shards = y_BTF.split([w.shape[0] for w in weights], -1)
