@@ -18,7 +18,7 @@ from colrow.derive.trace import trace
 from colrow.verifying.verify import parity
 from helpers import attentions
 from helpers.harness import Ranks
-from helpers.layers import MLP, Block
+from helpers.layers import MLP, Block, Language
 from helpers.variants import params
 
 TOLERANCE = 1e-9
@@ -90,17 +90,8 @@ class ByHand(Separate):
         return self.out((scores @ v).transpose(1, 2).reshape(*x.shape[:2], D))
 
 
-class Language(nn.Module):
-    def __init__(self, attention: type[nn.Module]) -> None:
-        super().__init__()
-        self.embed, self.blocks = nn.Embedding(96, D), nn.ModuleList(Block(D, attention(), MLP(D)) for _ in range(2))
-        self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, 96, bias=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
+def language(attention: type[nn.Module]) -> Language:
+    return Language(D, 96, (Block(D, attention(), MLP(D)) for _ in range(2)))
 
 
 MLPS = {f"blocks.{i}.mlp.{name}" for i in (0, 1) for name in ("up.weight", "up.bias", "down.weight")}
@@ -109,7 +100,7 @@ MLPS = {f"blocks.{i}.mlp.{name}" for i in (0, 1) for name in ("up.weight", "up.b
 @pytest.mark.parametrize("attention", params([ByWidth, MinusOneLast, ByHand], lambda cls: cls is not ByWidth))
 def test_attention_that_fails_on_a_rank_leaves_mlps_and_vocabulary_split(attention: type[nn.Module]) -> None:
     torch.manual_seed(0)
-    model = Language(attention).double()
+    model = language(attention).double()
     found = derive(model, 2, inputs=(IDS,))
     assert set(found.sharded) >= MLPS | {"embed.weight", "head.weight"}
     for name, why in found.replicated.items():
@@ -124,7 +115,7 @@ def test_attention_that_fails_on_a_rank_leaves_mlps_and_vocabulary_split(attenti
 def test_without_the_module_every_class_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     suspects = derivation._Derive._suspects
     monkeypatch.setattr(derivation._Derive, "_suspects", lambda self, split, module: suspects(self, split, None))
-    found = derive(Language(ByWidth), 2, inputs=(IDS,))
+    found = derive(language(ByWidth), 2, inputs=(IDS,))
     assert set(found.sharded) == {"embed.weight", "head.weight"}
 
 
@@ -143,7 +134,7 @@ class Asks(nn.Module):
 def test_what_cannot_be_traced_is_named_in_one_line_and_left_unsharded(
     capfd: pytest.CaptureFixture[str], caplog: Any
 ) -> None:
-    model = Language(Asks).double()
+    model = language(Asks).double()
     with caplog.at_level(logging.WARNING), pytest.raises(TraceError) as raised:
         trace(model, (IDS,))
     text = str(raised.value)

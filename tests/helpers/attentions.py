@@ -11,7 +11,7 @@ from colrow.parallel.loss import loss_context, model_loss
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
 from colrow.sharding.layout import full_tensor, packed_of
-from helpers.layers import MLP, Block
+from helpers.layers import MLP, Block, Language
 from helpers.parity import cross_entropy, relative, tp_mesh
 
 D, HEADS, KV, VOCAB = 32, 4, 2, 80
@@ -193,26 +193,10 @@ def _block(kind: type[nn.Module]) -> nn.Module:
     return kind() if kind in (Written, Parallel) else Block(D, kind(), MLP(D, times=3))
 
 
-class Language(nn.Module):
-    """A block with each kind of attention, and one written out."""
-
-    def __init__(self, *kinds: type[nn.Module]) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(VOCAB, D)
-        self.blocks = nn.ModuleList(_block(kind) for kind in kinds)
-        self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, VOCAB, bias=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
-
-
 def language(*kinds: type[nn.Module], dtype: torch.dtype = torch.float64) -> Language:
-    """The model in evaluation mode, its parameters drawn by seed."""
+    """A block with each kind of attention, its parameters drawn by seed."""
     torch.manual_seed(0)
-    return Language(*kinds).to(dtype)
+    return Language(D, VOCAB, (_block(kind) for kind in kinds)).to(dtype)
 
 
 def train_case(device: str, kinds: tuple[type[nn.Module], ...], batch: Tensor, plan: str) -> dict[str, float]:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from helpers.layers import Language
+
 V, D, H, E = 64, 32, 8, 4
 
 
@@ -215,8 +217,8 @@ class AdapterBlock(Block):
         return x + self.mlp(h) + self.b(self.a(h))
 
 
-class Gpt(nn.Module):
-    """A decoder of `layers` blocks: token ids [B, T] to logits [B, T, V]."""
+class Gpt(Language):
+    """A decoder of `layers` blocks."""
 
     def __init__(
         self,
@@ -226,15 +228,6 @@ class Gpt(nn.Module):
         tied: bool = False,
         block: Any = Block,
     ) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(V, D)
-        self.blocks = nn.ModuleList(block(attention(), mlp()) for _ in range(layers))
-        self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, V, bias=False)
+        super().__init__(D, V, (block(attention(), mlp()) for _ in range(layers)))
         if tied:
             self.head.weight = self.embed.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -27,3 +29,18 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
+
+
+class Language(nn.Module):
+    """Token ids [B, T] through blocks to logits [B, T, vocab]."""
+
+    def __init__(self, width: int, vocab: int, blocks: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.embed, self.blocks = nn.Embedding(vocab, width), nn.ModuleList(blocks)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocab, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
