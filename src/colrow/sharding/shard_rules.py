@@ -258,20 +258,22 @@ def contiguous_stride(shape: Shape) -> Shape:
 
 def _of_dtensor(call: LocalCall, mesh: DeviceMesh) -> list[Layout]:
     placements = [layout.placement() for layout, _ in call.tensors]
-    segments = {layout.segments for layout, _ in call.tensors if layout.kind is Kind.SHARDED}
     try:
         if None in placements:
             raise UnprovenError(f"DTensor has no name for {call.layouts_text}", call.sharded_dim)
         return _propagate(call, placements, mesh)
-    except UnprovenError:
-        if call.zeros:
-            changed = [_of_zeros(call, layout) if i in call.zeros else layout
-                       for i, layout in enumerate(call.layouts) if layout is not None]  # fmt: skip
-            placed = [layout.placement() for layout in changed]
-            if None not in placed and placed != placements:
-                return _propagate(call, placed, mesh)
-        if segments == {()} or len(segments) != 1:
-            raise
+    except UnprovenError as error:
+        unproven = error
+    with_zeros = [
+        (_of_zeros(call, layout) if i in call.zeros else layout).placement()
+        for i, layout in enumerate(call.layouts)
+        if layout is not None
+    ]
+    if None not in with_zeros and with_zeros != placements:
+        return _propagate(call, with_zeros, mesh)
+    segments = {layout.segments for layout, _ in call.tensors if layout.kind is Kind.SHARDED}
+    if segments == {()} or len(segments) != 1:
+        raise unproven
     # DTensor knows few rules for equal segments and none for unequal ones. What it says of a dim sharded as one holds
     # for segments too, where the dim comes out at its full length (a batch of rows) or is summed over.
     (cut,) = segments
