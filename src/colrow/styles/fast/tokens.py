@@ -52,6 +52,10 @@ class _TokenArguments(FlattenedTokens):
 
     arguments: Keys = option(keys_of, (0,))
 
+    def kept_outputs(self) -> tuple[int, ...]:
+        """Numbers of the module's outputs of which each rank keeps its own tokens."""
+        return ()
+
     @abstractmethod
     def change(self, x: Tensor, rank: Tensor, group: str) -> Tensor:
         """The tokens [T, D] or [t, D], changed; `rank` holds this rank's number in the group."""
@@ -67,7 +71,7 @@ class _TokenHook(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         shard_parameters(module, device_mesh, self.specs, self.src_data_rank)
         style, group, fqn = self.style, group_name(device_mesh), self.fqn
-        outputs = style.outputs or () if isinstance(style, FastGatherTokens) else ()
+        outputs = style.kept_outputs()
         rank = rank_table(device_mesh, [[number] for number in range(device_mesh.size())])
 
         def change(x: Tensor, group: str) -> Tensor:
@@ -128,6 +132,9 @@ class FastGatherTokens(_TokenArguments):
     name = "fast_gather_tokens"
     previous_names = ("fast_whole",)
     outputs: tuple[int, ...] | None = option(integers_of)
+
+    def kept_outputs(self) -> tuple[int, ...]:
+        return self.outputs or ()
 
     def change(self, x: Tensor, rank: Tensor, group: str) -> Tensor:
         return all_tokens(x, rank, group)
