@@ -129,14 +129,20 @@ def prepare(section: DataSection, model_vocab: int, progress: bool) -> PreparedD
         )
         shown.say(f"{data.describe()} ({f'made in {time.monotonic() - start:.1f} s' if built else 'found'})")
         if meta.special:
-            done = "became these tokens" if data.tokenizer.special else "were encoded as plain text"
-            other = "text" if data.tokenizer.special else "encode"
-            shown.say(
-                f"data: {counted(meta.special, 'document')} spell special tokens, which {done} (data.special_tokens: "
-                f"{section.special_tokens}; the other choice is {other})"
-            )
+            shown.say(_special_line(meta.special, section))
     _require_a_sequence(meta, section)
     return data
+
+
+def _special_line(documents: int, section: DataSection) -> str:
+    """What became of texts that spell special tokens."""
+    done, other = "were encoded as plain text", "encode"
+    if section.special_tokens == "encode":
+        done, other = "became these tokens", "text"
+    return (
+        f"data: {counted(documents, 'document')} spell special tokens, which {done} (data.special_tokens: "
+        f"{section.special_tokens}; the other choice is {other})"
+    )
 
 
 def _configured_tokenizer(section: DataSection, model_vocab: int) -> Tokenizer | None:
