@@ -16,7 +16,7 @@ from colrow.cli import main
 from colrow.config import RunConfig, parse_config
 from colrow.models.build import build_source, imported
 from colrow.plans.plan import Plan
-from colrow.run import decision, preflight
+from colrow.run import decision, plan_check, preflight
 from colrow.run.kept_proof import FILE, KeptProof, dependencies
 from colrow.verifying.report import Report, Verdict
 from helpers.broken_plans import gpt_plan
@@ -162,10 +162,10 @@ def test_the_first_rank_proves_in_a_child_and_finds_the_proof_again(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = parse_config(yaml.safe_load((folder / "run.yaml").read_text()) | {"check": False})
-    preflight.check_plan_apart(config, gpt_plan())
+    plan_check.check_plan_apart(config, gpt_plan())
     assert "is verified at tp=2, while the other ranks wait" in (printed := capfd.readouterr().out)
     assert "proved: loss and 12 gradients" in printed
-    preflight.check_plan_apart(config, gpt_plan())
+    plan_check.check_plan_apart(config, gpt_plan())
     assert "was proved" in (printed := capfd.readouterr().out)
     assert "is verified" not in printed
     assert not torch.distributed.is_initialized()

@@ -21,7 +21,7 @@ from colrow.models.huggingface import config_to_huggingface
 from colrow.models.llama import Llama
 from colrow.models.shapes import shape
 from colrow.plans.plan import Plan
-from colrow.run import decision, preflight
+from colrow.run import decision, plan_check, preflight
 from colrow.run.run_folder import CHECKPOINTS
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -208,10 +208,10 @@ def test_a_derived_plan_is_checked_once(config: Callable[..., RunConfig], monkey
     monkeypatch.setattr(decision, "check", counted)
     run = config(**{"plan": "derive", "model.layers": 1})
     found = preflight.check(run)
-    lines = preflight.check_plan(run, found.source, found.plan, found.judgement)
+    lines = plan_check.check_plan(run, found.source, found.plan, found.judgement)
     assert checked == [(run.train.micro_batch, run.data.seq_len)]
     assert lines == ["split      100% of the parameters and 100% of the FLOPs are split over tp=2"]
-    preflight.check_plan(run, found.source, found.plan)
+    plan_check.check_plan(run, found.source, found.plan)
     assert len(checked) == 2
 
 
@@ -219,7 +219,7 @@ def test_a_derived_plan_is_checked_once(config: Callable[..., RunConfig], monkey
 def test_the_first_rank_checks_the_plan_where_no_launcher_did(config: Callable[..., RunConfig], tmp_path: Path) -> None:
     written(config(), tmp_path, without="norm")
     with pytest.raises(PlanError, match=r"error CR501 partial-gradient at norm\.weight"):
-        preflight.check_plan_apart(config(), Plan.load(tmp_path / "plan.yaml"))
+        plan_check.check_plan_apart(config(), Plan.load(tmp_path / "plan.yaml"))
     assert not torch.distributed.is_initialized()
 
 

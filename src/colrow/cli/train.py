@@ -86,7 +86,7 @@ def _print_keys(path: str) -> NoReturn:
 
 def _start(argv: list[str]) -> int:
     from colrow.data.prepare import prepare
-    from colrow.run import preflight
+    from colrow.run import plan_check, preflight
     from colrow.run.forecast_line import forecast_run, gpus_here, keep_forecast
     from colrow.run.hang_guard import LauncherGuard
     from colrow.run.host_log import last_lines
@@ -106,7 +106,7 @@ def _start(argv: list[str]) -> int:
         return 0
     for line in checked.changes:
         print(f"changed    {line}")
-    for line in preflight.check_plan(config, checked.source, checked.plan, checked.judgement):
+    for line in plan_check.check_plan(config, checked.source, checked.plan, checked.judgement):
         print(line)
     for line in output_lines(config, checked.source):
         print(line)

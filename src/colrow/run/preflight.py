@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -26,17 +21,14 @@ from colrow.data.tokenizer import Tokenizer
 from colrow.derive.judged import Judgement, derive_judged
 from colrow.errors import ConfigError, PlanError
 from colrow.mesh import Mesh
-from colrow.models.build import Source, build_source, built, imported, resolve_implementation
+from colrow.models.build import Source, build_source, resolve_implementation
 from colrow.parallel.flat_weights import check_data_engine
 from colrow.parallel.pipeline_split import check_pipeline, fit_micro_batch, require_parts
 from colrow.plans.derive_options import DERIVED
 from colrow.plans.named import derive_options, named_plan
 from colrow.plans.plan import Plan
 from colrow.plans.presets import PRESETS
-from colrow.plans.split_share import SplitShare
-from colrow.run.decision import decide, errors_found
-from colrow.run.forecast_line import Forecast, Gpus, forecast_run, gpus_here, keep_forecast
-from colrow.run.kept_proof import KeptProof, dependencies
+from colrow.run.decision import errors_found
 from colrow.run.run_folder import CHECKPOINTS, changed_keys
 from colrow.styles.heads import heads_of
 from colrow.train.cuda_graph import check_cuda_graph
@@ -44,8 +36,6 @@ from colrow.train.metrics import require_sinks
 from colrow.train.objective import auxiliary_weights
 from colrow.train.schedule import check_schedule
 from colrow.train.weight_decay import decay_by_name
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -140,106 +130,6 @@ def _judged_plan(config: RunConfig, model: nn.Module) -> tuple[Plan, Judgement |
             "train.fp8 applies to the matmuls that tp splits, and mesh.tp is 1: raise it, or leave fp8 out"
         )
     return plan.with_fp8(config.train.fp8), None
-
-
-def check_plan(
-    config: RunConfig,
-    source: Source,
-    plan: Plan,
-    judgement: Judgement | None = None,
-    meanwhile: str = "in seconds",
-) -> list[str]:
-    """`decision.decide` with the run's batch, sequence length and folder. Returns what is printed: a line for each
-    warning, and how much the plan splits.
-
-    Takes a second or two, whatever the model's size: of equal layers two are run, on fake tensors. Where it verifies a
-    reduced model, it takes some more, and prints a line before and after; `meanwhile` ends the first. What a
-    derivation has judged already is not judged again.
-
-    Raises:
-        PlanError: the plan is refused; the text says why, and what to do.
-    """
-    if nothing_to_decide(config):
-        return split_lines(config, source, plan)
-    ids = torch.zeros(config.train.micro_batch, config.data.seq_len, dtype=torch.long)
-    path = config.model.reduced
-    builders = [imported(each, "model") for each in (config.model.python, path) if each is not None]
-    decision = decide(
-        source.model,
-        plan,
-        config.mesh,
-        *ids.shape,
-        inputs=(ids.random_(source.vocab_size, generator=torch.Generator().manual_seed(config.run.seed)),),
-        name=source.name,
-        stop_on_errors=config.check,
-        verify=config.verify,
-        build_reduced=None if path is None else lambda: built(path, config.run.seed),
-        proofs=KeptProof(config.run.dir, cache(lambda: dependencies(config, source.model, plan, *builders))),
-        say=lambda line: print(f"verify     {line}", flush=True),
-        meanwhile=meanwhile,
-        judgement=judgement,
-    )
-    if not decision.accepted:
-        raise PlanError(decision.refusal)
-    warnings = [
-        f"warning    {f.code} {f.slug} at {f.where}: {f.message}; {f.fix} ({f.page})" for f in decision.findings
-    ]
-    return warnings + split_lines(config, source, plan, decision.flops_split)
-
-
-def split_lines(config: RunConfig, source: Source, plan: Plan, flops: float | None = None) -> list[str]:
-    """What is printed of how much the plan splits: a warning, with the largest reasons, where that is little."""
-    if config.mesh.tp == 1:
-        return []
-    share = SplitShare.of(source.model, plan, config.mesh.tp, flops)
-    if not share.is_small:
-        return [f"split      {share.summary()}"]
-    return [f"warning    {share.summary()}", *(f"           {line}" for line in share.reasons())]
-
-
-def nothing_to_decide(config: RunConfig) -> bool:
-    """Whether no plan is checked or verified."""
-    return config.mesh.tp == 1 or (not config.check and config.verify == "never")
-
-
-def check_plan_apart(config: RunConfig, plan: Plan, judgement: Judgement | None = None) -> list[str]:
-    """`check_plan` in a child process: the process groups that it makes leave no trace in this rank.
-
-    The child is forked, which saves seconds of imports, unless this process has threads: a fork has only the calling
-    thread, so a backward there would wait forever for autograd's device threads.
-    """
-    if nothing_to_decide(config):
-        return split_lines(config, build_source(config.model, config.run.seed), plan)
-    return _in_child(_check_in_child, config, plan.to_yaml(), judgement)
-
-
-def forecast_apart(config: RunConfig, plan: Plan) -> list[str]:
-    """`forecast_run` of a rank without a launcher of colrow's, in a child process as `check_plan_apart`; kept for the
-    comparison with the run. Returns what is printed."""
-    gpus = gpus_here(config)
-    if gpus is None:
-        return []
-    found, lines = _in_child(_forecast_in_child, config, plan.to_yaml(), gpus)
-    keep_forecast(config, found)
-    return lines
-
-
-def _in_child(call: Callable[..., T], *args: Any) -> T:
-    threads = Path("/proc/self/task")  # Linux; elsewhere the number of native threads is unknown
-    is_single_threaded = threads.exists() and len(list(threads.iterdir())) == 1
-    context = multiprocessing.get_context("fork" if is_single_threaded else "spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(call, *args).result()
-
-
-def _forecast_in_child(config: RunConfig, plan: str, gpus: Gpus) -> tuple[Forecast | None, list[str]]:
-    return forecast_run(config, build_source(config.model, config.run.seed).model, Plan.from_yaml(plan), gpus)
-
-
-def _check_in_child(config: RunConfig, plan: str, judgement: Judgement | None) -> list[str]:
-    # a model may hold what cannot be pickled: the child builds its own
-    source = build_source(config.model, config.run.seed)
-    return check_plan(config, source, Plan.from_yaml(plan), judgement, meanwhile="while the other ranks wait")
 
 
 def require_sound(config: RunConfig, source: Source, plan: Plan, found: list[Finding]) -> None:

@@ -21,7 +21,7 @@ from colrow.data.prepare import PreparedData, prepare
 from colrow.models.build import Source
 from colrow.plans.patterns import with_stars
 from colrow.plans.plan import Plan
-from colrow.run import preflight
+from colrow.run import plan_check, preflight
 from colrow.run.finish import finish
 from colrow.run.forecast_line import Forecast, gpus_here, kept_forecast
 from colrow.run.fresh_store import fresh_store
@@ -79,9 +79,9 @@ def run_rank(
         warning, lines = config.mesh.warning_across_hosts(info.local_world_size), list[str]()
         if first and plan is None:
             # forks: before this process has threads
-            lines = preflight.check_plan_apart(config, checked.plan, checked.judgement)
+            lines = plan_check.check_plan_apart(config, checked.plan, checked.judgement)
             lines += output_lines(config, checked.source)
-            lines += preflight.forecast_apart(config, checked.plan)
+            lines += plan_check.forecast_apart(config, checked.plan)
         progress = stack.enter_context(TrainingProgress(first, config.train.steps, config.train.log_every, log=log))
         if plan is None:  # else the launcher has printed them
             for line in checked.changes:
