@@ -41,19 +41,11 @@ from colrow.checkpoint.loading import (
     targets_of,
 )
 from colrow.checkpoint.manifest import JSON, Manifest, as_json
+from colrow.checkpoint.optimizer_state import optimized_names, optimizer_record, optimizer_tensors
 from colrow.checkpoint.pieces import Staging
 from colrow.checkpoint.planner import PieceLoadPlanner, PieceSavePlanner
 from colrow.checkpoint.ranks import Ranks, as_text, is_user_error, raise_of_ranks
-from colrow.checkpoint.state import (
-    NamedTensor,
-    Snapshot,
-    buffer_digests,
-    model_tensors,
-    optimized_names,
-    optimizer_record,
-    optimizer_tensors,
-    require_equal_buffers,
-)
+from colrow.checkpoint.state import NamedTensor, Snapshot, buffer_digests, model_tensors, require_equal_buffers
 from colrow.checkpoint.storage import CheckpointReader, CheckpointWriter
 from colrow.errors import CheckpointError
 from colrow.mesh import AXES, Mesh

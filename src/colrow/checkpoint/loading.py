@@ -24,14 +24,14 @@ from colrow.checkpoint.manifest import (
     read_record,
     unlisted,
 )
-from colrow.checkpoint.pieces import Piece
-from colrow.checkpoint.state import (
-    NamedTensor,
+from colrow.checkpoint.optimizer_state import (
     make_optimizer_state,
     optimizer_tensors,
     restore_options,
     restore_values,
 )
+from colrow.checkpoint.pieces import Piece
+from colrow.checkpoint.state import NamedTensor
 from colrow.errors import CheckpointError
 
 _SHOWN = 4  # items of a list in a message

@@ -39,8 +39,8 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from colrow.checkpoint.manifest import OptimizerRecord
+from colrow.checkpoint.optimizer_state import merge_records
 from colrow.checkpoint.pieces import Piece
-from colrow.checkpoint.state import merge_records
 from colrow.errors import CheckpointError
 from colrow.sharding.layout import Region
 
