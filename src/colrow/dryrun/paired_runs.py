@@ -35,8 +35,8 @@ from colrow.sharding.local_layout import (
 from colrow.sharding.operators import Filling, operator
 from colrow.sharding.shard_rules import proven_layouts
 from colrow.styles.base import OutputSegment, Style
+from colrow.styles.local_module import watched_sums
 from colrow.styles.rank_tensors import HEADS_OF_RANK
-from colrow.styles.shards import watched_sums
 from colrow.torch_compat import current_autograd_node, forward_number, tree_unflatten, watched_conversions
 
 

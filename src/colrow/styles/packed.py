@@ -13,7 +13,8 @@ from torch.distributed.tensor.placement_types import Placement
 
 from colrow.sharding.placements import parse_placement
 from colrow.styles.base import OutputSegment, integers_of, option
-from colrow.styles.shards import ShardedModuleStyle, ShardedParameters, ShardSpec
+from colrow.styles.local_module import ShardedModuleStyle
+from colrow.styles.shards import ShardedParameters, ShardSpec
 from colrow.styles.site import Site
 
 

@@ -1,4 +1,4 @@
-"""How a parameter is sharded segment by segment, and how activations enter and leave a module that runs on its shards.
+"""How a parameter is sharded segment by segment.
 
 [Note: segments]
 A fused weight is a concatenation of segments along one dimension (q, k and v; gate and up). Sharded as one, a rank
@@ -10,8 +10,6 @@ which rows a rank has.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, ClassVar
@@ -19,11 +17,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ParallelStyle
-from torch.distributed.tensor.placement_types import Placement
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from colrow.errors import PlanError
 from colrow.sharding.layout import Packed
 from colrow.sharding.local_view import View, view_parameters
 from colrow.sharding.packed_shard import PackedShard
@@ -31,7 +26,6 @@ from colrow.styles.base import ParameterLayout, Style
 from colrow.styles.heads import Heads
 from colrow.styles.rank_tensors import rank_table, same_on_all_ranks, summed
 from colrow.styles.site import Site
-from colrow.torch_compat import all_gather, all_reduce, reduce_scatter, replaced
 
 
 @dataclass(frozen=True)
@@ -226,106 +220,3 @@ def shard_parameters(module: nn.Module, mesh: DeviceMesh, specs: dict[str, Shard
     """Shard the module's parameters by their specs, and let its forward see this rank's shards."""
     placed = [name for name, spec in specs.items() if place_parameter(module, name, mesh, spec, source)]
     view_parameters(module, {name: specs[name].view(mesh) for name in placed})
-
-
-GRADS_SUMMED_AT_ENTRY = "_colrow_grads_summed_at_entry"
-"""Marks the modules of a block that hands them local tensors and sums these tensors' gradients where it gathers them:
-a style inside that gathered its own input would sum them a second time."""
-
-
-def mark_grads_summed_at_entry(block: nn.Module) -> None:
-    """Set the mark on a block and every module inside it."""
-    for module in block.modules():
-        setattr(module, GRADS_SUMMED_AT_ENTRY, True)
-
-
-class ShardedModuleStyle(ParallelStyle):
-    """Shards the parameters, and redistributes the first input and the output to the requested layouts.
-
-    Args:
-        partial: the output is a sum over ranks, and the input this rank's shard of the last dimension; else the input
-            is gathered.
-        outside: the layout of the input where the plan gives none and no block around the module gathers it.
-    """
-
-    def __init__(
-        self,
-        specs: dict[str, ShardSpec],
-        input: Placement | None,
-        output: Placement | None,
-        partial: bool,
-        outside: Placement | None = None,
-    ) -> None:
-        self.specs, self.input, self.output, self.partial = specs, input, output, partial
-        self.outside = outside
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        mesh, partial, output = device_mesh, self.partial, self.output
-        shard_parameters(module, mesh, self.specs, self.src_data_rank)
-        input = self.input
-        if input is None and not getattr(module, GRADS_SUMMED_AT_ENTRY, False):
-            input = self.outside
-
-        def before(_: nn.Module, args: Any) -> Any:
-            return (local_input(args[0], mesh, input, gather=not partial), *args[1:])
-
-        module.register_forward_pre_hook(before)
-        if partial and output is not None and not output.is_partial():
-            module.register_forward_hook(lambda _, __, out: sum_over_ranks(out, mesh, output))
-        return module
-
-
-def local_input(x: Any, mesh: DeviceMesh, layout: Placement | None, gather: bool) -> Any:
-    """`x` as a local tensor. `gather`: complete, its gradient a sum over ranks; otherwise this rank's shard of the
-    last dimension. A plain tensor without a layout is left as it is."""
-    if not isinstance(x, DTensor):
-        if layout is None or not isinstance(x, Tensor):
-            return x
-        x = DTensor.from_local(x, mesh, [layout], run_check=False)
-    if gather:
-        return x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
-    return x.redistribute(placements=[Shard(x.ndim - 1)]).to_local()
-
-
-def sum_over_ranks(out: Any, mesh: DeviceMesh, layout: Placement) -> Any:
-    """The sum over ranks of `out`, in `layout`: replicated, or a shard of one dimension."""
-    if isinstance(out, DTensor):
-        # _SumOverRanks returns the complete gradient of a term on every rank: no redistribution may sum it again
-        out = out.to_local(grad_placements=[Replicate()])
-    return _SumOverRanks.apply(out, mesh, layout.dim if isinstance(layout, Shard) else None)
-
-
-@contextmanager
-def watched_sums(watch: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Within, `watch(NAME, function)` stands for the sum over ranks (`sum`) and its backward (`sum_backward`)."""
-    forward, backward = watch("sum", _SumOverRanks.forward), watch("sum_backward", _SumOverRanks.backward)
-    with replaced(_SumOverRanks, forward=staticmethod(forward), backward=staticmethod(backward)):
-        yield
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """y = sum over ranks of x, replicated or a shard of one dimension.
-
-    forward   y = all_reduce(x)      or  reduce_scatter(x)
-    backward  dx = dy                or  all_gather(dy)
-
-    The result is a tensor of its own, so that a model may add to it in place.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh, dim: int | None) -> Tensor:
-        ctx.mesh, ctx.dim = mesh, dim
-        if dim is None:
-            return all_reduce(x, mesh)
-        if x.shape[dim] % mesh.size():
-            raise PlanError(
-                f"extent {x.shape[dim]} of dim {dim} is not divisible by tp={mesh.size()}: pad the sequence"
-            )
-        return reduce_scatter(x, dim, mesh)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (dy,) = gradients
-        if ctx.dim is not None:
-            dy = all_gather(dy, ctx.dim, ctx.mesh)
-        return dy, None, None

@@ -34,9 +34,9 @@ from colrow.styles.fast.linear import (
     with_argument,
 )
 from colrow.styles.linear import Colwise
+from colrow.styles.local_module import mark_grads_summed_at_entry
 from colrow.styles.packed import ColumnSegments
 from colrow.styles.replicated import KvReplicate
-from colrow.styles.shards import mark_grads_summed_at_entry
 from colrow.styles.site import Site
 
 
