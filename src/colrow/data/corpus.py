@@ -87,9 +87,10 @@ class FileCorpus(Corpus):
 class StdlibCorpus(Corpus):
     """The sources of the running Python's standard library, without tests and IDLE, and the help texts of pydoc."""
 
+    # pydoc_data holds the help texts as source: they are read as texts
     _LEFT_OUT = frozenset(
         {"test", "tests", "idle_test", "idlelib", "site-packages", "dist-packages", "__pycache__", "pydoc_data"}
-    )  # pydoc_data holds the help texts as source: they are read as texts
+    )
 
     def __init__(self) -> None:
         super().__init__()

@@ -178,9 +178,7 @@ def _of_transformers(path: Path, trust_code: bool) -> nn.Module:
             model: nn.Module = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=trust_code
             )
-    except (
-        Exception
-    ) as error:  # transformers raises many kinds for a model that it does not know; so does code of others
+    except Exception as error:  # transformers, and code of others, raises many kinds for a model that it does not know
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"transformers cannot build the model in {path}: {reason}") from error
     model.tie_weights()  # type: ignore[operator]

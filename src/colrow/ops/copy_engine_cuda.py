@@ -59,9 +59,8 @@ class Cuda:
 
     def follow(self, stream: int, leader: int) -> None:
         self._checked(self._record(self._event, leader))
-        self._checked(
-            self._wait_event(stream, self._event, 0)
-        )  # waits for the record above; recording the event again does not change that
+        # waits for the record above, whatever the event records afterwards
+        self._checked(self._wait_event(stream, self._event, 0))
 
     def copy(self, stream: int, target: Tensor, source: Tensor) -> None:
         assert source.is_contiguous(), "a copy engine copies contiguous memory"

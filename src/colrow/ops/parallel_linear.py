@@ -180,12 +180,7 @@ def _differentiate_column(ctx: Any, dy_TF: Tensor | None, _: Any) -> Any:
         dy_TF.contiguous(), x, weights, ctx.group, ctx.options, need_dx, need_dw
     )
     dws = list(dw_FD.split([w.shape[0] for w in weights], 0)) if need_dw else [None] * len(weights)
-    return (
-        dx_tD if need_dx else None,
-        dws,
-        None,
-        None,
-    )  # one gradient for each argument; the group and options have none
+    return dx_tD if need_dx else None, dws, None, None  # the group and the options have no gradient
 
 
 torch.library.register_autograd("colrow::column_forward", _differentiate_column, setup_context=_save_column)

@@ -145,9 +145,8 @@ class _Agent(threading.Thread):
 
     def run(self) -> None:
         for name in ("multiprocessing.api", "agent.server.api", "agent.server.local_elastic_agent"):
-            logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(
-                logging.CRITICAL
-            )  # the command prints the failure once
+            # the command prints the failure, once
+            logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
         try:
             self._launch(*self._command)
         except BaseException as error:

@@ -22,10 +22,8 @@ _KINDS = (  # the first that matches
     ("communication", ("nccl", "memcpy ptop")),
     ("loss", ("_statistics_kernel", "_loss_kernel")),
     ("product", ("triton_tem",)),  # a template of the compiler's for a product
-    (
-        "compiled pointwise",
-        ("triton_",),
-    ),  # before attention: such names list the operations around which they are fused
+    # before attention: names of compiled kernels list the operations that they fuse
+    ("compiled pointwise", ("triton_",)),
     ("attention", ("fmha", "flash", "sdpa", "attention")),
     ("product", ("gemm", "nvjet", "cutlass", "splitk")),
     ("optimizer", ("adam", "multi_tensor")),
