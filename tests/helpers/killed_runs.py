@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,6 +34,7 @@ from colrow.cli import main as colrow
 from colrow.train.optimizer import AdamW
 from helpers.chaos import differences, figures, write_run
 from helpers.harness import PRELOADED
+from helpers.killable import KillableFile, kill
 
 RANKS = 2
 SLOWEST = 120.0
@@ -83,11 +85,6 @@ class Fault:
         AdamW.update = update  # type: ignore[method-assign, assignment]
 
 
-def kill() -> NoReturn:
-    os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError("killed")
-
-
 def _watched_rename(rename: Callable[..., None], reached: Callable[[str, str], bool]) -> Callable[..., None]:
     def watched(source: Any, target: Any, **options: Any) -> None:
         if reached("rename", str(source)):
@@ -104,30 +101,9 @@ def _watch_writes(reached: Callable[[str, str], bool]) -> None:
 
     def watched(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
         file = opened(path, mode, *args, **options)
-        return _Watched(file, str(path), reached) if set(mode) & set("wxa") else file
+        return KillableFile(file, partial(reached, "write", str(path))) if set(mode) & set("wxa") else file
 
     Path.open = watched  # type: ignore[method-assign, assignment]
-
-
-class _Watched:
-    def __init__(self, file: Any, name: str, reached: Callable[[str, str], bool]) -> None:
-        self._file, self._name, self._reached = file, name, reached
-
-    def __enter__(self) -> _Watched:
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        self._file.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-    def write(self, data: Any) -> Any:
-        if self._reached("write", self._name):
-            self._file.write(data[: len(data) // 2])
-            self._file.flush()
-            kill()
-        return self._file.write(data)
 
 
 DATA, MANIFEST = r"step-\d+\.unfinished/rank-.*safetensors$", r"step-\d+\.unfinished/manifest\.json$"

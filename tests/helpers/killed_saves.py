@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import nn
 
 from colrow.checkpoint.distributed import Checkpoints
 from colrow.checkpoint.folder import Folder
+from helpers.killable import KillableFile, kill
 
 
 def made(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -44,11 +44,10 @@ class Killer:
         for name in ("fsync", "rename", "unlink", "rmdir", "mkdir"):
             setattr(os, name, self.wrap(getattr(os, name)))
         opened = Path.open
-        killer = self
 
         def open_killable(path: Path, *args: Any, **kwargs: Any) -> Any:
             file = opened(path, *args, **kwargs)
-            return KillableFile(file, killer) if "x" in str(args) else file
+            return KillableFile(file, self.reached) if "x" in str(args) else file
 
         Path.open = open_killable  # type: ignore[method-assign, assignment]
 
@@ -59,31 +58,6 @@ class Killer:
             return change(*args, **kwargs)
 
         return call
-
-
-class KillableFile:
-    def __init__(self, file: Any, killer: Killer) -> None:
-        self.file, self.killer = file, killer
-
-    def __enter__(self) -> KillableFile:
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        self.file.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
-
-    def write(self, data: Any) -> int:
-        if self.killer.reached():
-            self.file.write(data[: len(data) // 2])
-            self.file.flush()
-            kill()
-        return int(self.file.write(data))
-
-
-def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def look(folder: Path, seeds: dict[int, set[int]]) -> dict[str, Any]:
