@@ -15,7 +15,7 @@ import torch
 from colrow.checkpoint import export as export_module
 from colrow.checkpoint.distributed import Checkpoints
 from colrow.checkpoint.export import export
-from colrow.checkpoint.folder import in_words
+from colrow.checkpoint.folder import format_bytes
 from colrow.checkpoint.space import checkpoint_bytes, export_bytes, free_in
 from colrow.cli import main
 from colrow.config import dump_config
@@ -87,14 +87,14 @@ def test_a_small_disk_is_refused_before_anything_is_prepared(
     monkeypatch.setattr(shutil, "disk_usage", disk_of(space.needed - 1))
     assert main(["train", str(tmp_path / "run.yaml")]) == 2
     error = capsys.readouterr().err
-    assert f"is too small for this run: {space} need {in_words(space.needed)}" in error
+    assert f"is too small for this run: {space} need {format_bytes(space.needed)}" in error
     assert str(space).startswith("3 checkpoints of 14.3 MiB and an export of 5.")
     assert "set checkpoint.keep lower" in error
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "cache").exists()
     monkeypatch.setattr(shutil, "disk_usage", disk_of(space.needed))
     (line,) = output_lines(config, source)
-    assert " ".join(line.split()) == f"disk {space}: {in_words(space.needed)} of {in_words(space.needed)} free"
+    assert " ".join(line.split()) == f"disk {space}: {format_bytes(space.needed)} of {format_bytes(space.needed)} free"
 
 
 def test_checkpoints_that_are_there_need_no_more_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

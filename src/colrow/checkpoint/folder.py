@@ -204,7 +204,7 @@ def flush(folder: Path) -> None:
         os.close(handle)
 
 
-def in_words(count: int) -> str:
+def format_bytes(count: int) -> str:
     """A number of bytes for people: `1.5 GiB`."""
     size, units = float(count), ["bytes", "KiB", "MiB", "GiB", "TiB"]
     while size >= 1024 and len(units) > 1:

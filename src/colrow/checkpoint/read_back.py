@@ -35,6 +35,9 @@ class TensorSpec:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
+
 
 @dataclass(frozen=True)
 class ReadBack:
@@ -113,7 +116,7 @@ class Reader:
                 needed[part.name] = want = TensorSpec(part.shape, want_dtype)
                 there = stored.get(part.name, want)
                 if there != want:
-                    different.append(f"{part.name} is {_in_words(there)}, not {_in_words(want)}")
+                    different.append(f"{part.name} is {there}, not {want}")
         missing, unexpected = names_that_differ(self.model, stored, needed)
         return ReadBack(self.name, self.library, len(stored), missing, unexpected, different)
 
@@ -164,7 +167,3 @@ def _of_transformers(folder: Path, trust_code: bool) -> Reader:
         raise ExportError(f"transformers cannot build what the export's config.json describes: {reason}") from error
     model.tie_weights()
     return Reader(model, type(model).__name__, f"transformers {transformers.__version__}")
-
-
-def _in_words(tensor: TensorSpec) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

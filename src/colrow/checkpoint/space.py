@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from colrow.checkpoint.folder import Folder, in_words, list_checkpoints
+from colrow.checkpoint.folder import Folder, format_bytes, list_checkpoints
 from colrow.checkpoint.state import model_tensors
 from colrow.errors import CheckpointError
 
@@ -62,11 +62,11 @@ class RunSpace:
 
     def __str__(self) -> str:
         several = "checkpoint" if self.checkpoints == 1 else "checkpoints"
-        parts = [f"{self.checkpoints} {several} of {in_words(self.checkpoint)}"]
+        parts = [f"{self.checkpoints} {several} of {format_bytes(self.checkpoint)}"]
         if self.present:
             parts[0] += f" ({min(self.present, self.checkpoints)} there)"
         if self.export:
-            parts.append(f"an export of {in_words(self.export)}")
+            parts.append(f"an export of {format_bytes(self.export)}")
         return " and ".join(parts)
 
     def require_free(self, folder: Path) -> str:
@@ -78,11 +78,11 @@ class RunSpace:
         free = free_in(folder)
         if free < self.needed:
             raise CheckpointError(
-                f"the disk of {folder} is too small for this run: {self} need {in_words(self.needed)}, and "
-                f"{in_words(free)} are free: free {in_words(self.needed - free)}, set checkpoint.keep lower, "
+                f"the disk of {folder} is too small for this run: {self} need {format_bytes(self.needed)}, and "
+                f"{format_bytes(free)} are free: free {format_bytes(self.needed - free)}, set checkpoint.keep lower, "
                 "checkpoint.export to false, or run.dir to another disk"
             )
-        return f"{self}: {in_words(self.needed)} of {in_words(free)} free"
+        return f"{self}: {format_bytes(self.needed)} of {format_bytes(free)} free"
 
 
 def free_in(folder: Path) -> int:
@@ -123,8 +123,8 @@ class DiskUse:
     def too_full(self, reason: str = "") -> CheckpointError:
         """The error for a full disk; `reason` is what the operating system says."""
         return CheckpointError(
-            f"the disk is too full for {self.what} in {self.root}: it needs {in_words(self.needed)} ({self.needed} "
-            f"bytes), {in_words(free_in(self.root))} are free{f' ({reason})' if reason else ''}; "
+            f"the disk is too full for {self.what} in {self.root}: it needs {format_bytes(self.needed)} ({self.needed} "
+            f"bytes), {format_bytes(free_in(self.root))} are free{f' ({reason})' if reason else ''}; "
             f"{_what_to_free(self.checkpoints)}, then {self.then}"
         )
 
@@ -145,5 +145,5 @@ def _what_to_free(checkpoints: Path) -> str:
         return "free some space"
     *older, newest = complete
     kept = f"step-{newest.step} is complete and kept: free some space"
-    named = ", ".join(f"{info.path.name} ({in_words(info.bytes)})" for info in older[:4])
+    named = ", ".join(f"{info.path.name} ({format_bytes(info.bytes)})" for info in older[:4])
     return f"{kept}, such as the older {named}, or set checkpoint.keep lower" if older else kept

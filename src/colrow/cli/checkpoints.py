@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from colrow.checkpoint.folder import CheckpointInfo, Folder, in_words, list_checkpoints, newest_complete
+from colrow.checkpoint.folder import CheckpointInfo, Folder, format_bytes, list_checkpoints, newest_complete
 from colrow.errors import CheckpointError
 
 _STYLES = {"complete": "green", "unfinished": "yellow", "damaged": "red"}
@@ -59,7 +59,7 @@ def _show(infos: list[CheckpointInfo]) -> None:
         mesh = "" if info.mesh is None else str(info.mesh)
         saved = info.saved.replace("T", " ").removesuffix("+00:00")
         state = f"[{_STYLES[info.state]}]{info.state}[/]"
-        table.add_row(str(info.step), mesh, in_words(info.bytes), saved, state)
+        table.add_row(str(info.step), mesh, format_bytes(info.bytes), saved, state)
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     for info in infos:

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     from torch.distributed.device_mesh import init_device_mesh
 
     from colrow.checkpoint.export import export
-    from colrow.checkpoint.folder import in_words
+    from colrow.checkpoint.folder import format_bytes
     from colrow.cli.loading import open_saved, torchrun_ranks
     from colrow.parallel.initialize import materialize, shard_evenly
 
@@ -65,6 +65,6 @@ def main(argv: list[str]) -> int:
             size = sum(file.stat().st_size for file in flags.output.iterdir())
             at = "" if saved.step is None else f", step {saved.step}"
             in_dtype = str(dtype).removeprefix("torch.")
-            print(f"exported {flags.run}{at} -> {flags.output} ({in_words(size)}, {in_dtype})")
+            print(f"exported {flags.run}{at} -> {flags.output} ({format_bytes(size)}, {in_dtype})")
             print(f"{'for transformers: ' if read_back.is_for_transformers else ''}{read_back}")
     return 0
