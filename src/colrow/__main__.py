@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import io
 import sys
 
 from colrow.cli import main
@@ -15,6 +17,10 @@ def run() -> None:
     start goes into collections, and most of the end into the last ones.
     """
     gc.set_threshold(100_000, 20, 100)
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding does not have is no error
+        if isinstance(stream, io.TextIOWrapper):
+            with contextlib.suppress(OSError):  # one that cannot be flushed
+                stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
     finally:

@@ -5,6 +5,7 @@ What changes results has no hidden default; what changes speed has a good one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
@@ -303,25 +304,28 @@ def read_flags(argv: Sequence[str]) -> dict[str, Any]:
     given: dict[str, list[str]] = {}
     key = ""
     for word in argv:
-        if word == "--trust-code":  # as for the other verbs
-            given["model.trust_code"] = ["true"]
-            key = ""
-        elif word.startswith("--"):
+        if is_flag(word):
             name, has_value, value = word[2:].partition("=")
             key = name.replace("-", "_")
+            key = _TRUST if key == "trust_code" else key  # as for the other verbs
             given[key] = [value] if has_value else []
         elif not key:
-            raise ConfigError(f"{word!r} belongs to no flag: write --KEY VALUE, such as --train.steps 20")
+            raise ConfigError(f"{_short(word)} belongs to no flag: write --KEY VALUE")
         else:
             given[key].append(word)
     return {key: _flag_value(key, words) for key, words in given.items()}
 
 
+_TRUST = "model.trust_code"
+
+
 def _flag_value(key: str, words: list[str]) -> Any:
+    if not words and key == _TRUST:
+        return True
     if not words:
-        raise ConfigError(f"--{key} has no value: write --{key} VALUE")
+        raise ConfigError(f"--{key[:24]} has no value: write --KEY VALUE")
     kinds = _kinds_of(key)
-    values = [_value_of(word, kinds) for word in words]
+    values = [flag_value(word, kinds, f"--{key}") for word in words]
     # one word of a key that takes several is a list of one, unless it is written as a list or as null
     if len(values) == 1 and (tuple not in kinds or isinstance(values[0], list) or values[0] is None):
         return values[0]
@@ -330,12 +334,25 @@ def _flag_value(key: str, words: list[str]) -> Any:
     return values
 
 
-def _value_of(word: str, kinds: set[Any]) -> Any:
+def is_flag(word: str) -> bool:
+    """Whether a word of a command names a flag: `--prompt "-- a list"` and `--seed -1` have values."""
+    return re.match(r"--[^\W\d][\w.-]*(=|$)", word) is not None
+
+
+def flag_value(word: str, kinds: set[Any], flag: str) -> Any:
+    """The value of a flag that a word of a command stands for, read as in the YAML file.
+
+    Args:
+        kinds: as `kinds_of` gives them.
+
+    Raises:
+        ConfigError: it is not YAML, or a number that is not finite.
+    """
     if word in ("None", "null") and (not kinds or type(None) in kinds):
         return None
     if kinds & {str, Path, Literal}:  # text stays text: a folder may be called 2026
         return word
-    return read_yaml(word, f"the value {word!r}", ConfigError)
+    return read_yaml(word, f"{flag} {_short(word)}", ConfigError)
 
 
 def _kinds_of(key: str) -> set[Any]:
@@ -346,6 +363,11 @@ def _kinds_of(key: str) -> set[Any]:
         if part not in fields:
             return set()
         annotation = fields[part].annotation
+    return kinds_of(annotation)
+
+
+def kinds_of(annotation: Any) -> set[Any]:
+    """The types that an annotation allows, without their arguments: `{int, NoneType}`, `{tuple}`, `{Literal}`."""
     options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     return {get_origin(option) or option for option in options}
 
@@ -385,9 +407,15 @@ def _describe(item: Any) -> str:
         case "model_type" | "model_attributes_type":
             return f"{where} is a section: give its keys, such as {where}.KEY (given: {_short(item['input'])})"
         case _:
-            return f"{where or 'config'}: {item['msg'].removeprefix('Value error, ')} (given: {_short(item['input'])})"
+            return f"{where or 'config'}: {describe_value(item)}"
+
+
+def describe_value(item: Any) -> str:
+    """What pydantic finds wrong with a value, and the value."""
+    message = re.sub(", (unable to|got a number).*", "", item["msg"].removeprefix("Value error, "))
+    return f"{message} (given: {_short(item['input'])})"
 
 
 def _short(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -64,7 +64,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'steps'?` for the nearest known name, or the list of names when none is near."""
     names = sorted(known)
     near = [known for known in names if sorted(known) == sorted(name)]  # `pt` for `tp`: too short for a ratio
-    near = near or difflib.get_close_matches(name, names, n=1, cutoff=0.65)
+    near = near or [known for known in difflib.get_close_matches(name, names, cutoff=0.65) if _is_close(name, known)]
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; known names: {', '.join(names)}" if names else ""
+
+
+def _is_close(name: str, known: str) -> bool:
+    """Whether few characters differ: a ratio alone takes `bogus` for `gpus`."""
+    longest = max(len(name), len(known))
+    same = sum(block.size for block in difflib.SequenceMatcher(None, name, known).get_matching_blocks())
+    return longest - same <= max(1, longest // 3)

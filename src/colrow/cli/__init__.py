@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 
+from colrow.cli.ranks import is_rank, reporting_errors, user_error
 from colrow.errors import ColrowError, did_you_mean
 
 VERBS = {
@@ -45,11 +46,19 @@ def _run(args: list[str]) -> int:
         return 0 if args else 2
     verb, rest = args[0], args[1:]
     if verb not in VERBS:
-        print(f"colrow: unknown verb {verb!r}{did_you_mean(verb, VERBS)}", file=sys.stderr)
+        near = did_you_mean(verb, VERBS)
+        print(
+            f"colrow: unknown verb {verb!r}{near if '?' in near else ': `colrow --help` lists them'}", file=sys.stderr
+        )
         return 2
-    module = importlib.import_module(f"colrow.cli.{verb}")
     try:
+        module = importlib.import_module(f"colrow.cli.{verb}")
+        if is_rank():
+            with reporting_errors(verb):
+                return int(module.main(rest))
         return int(module.main(rest))
-    except ColrowError as error:
-        print(f"colrow {verb}: error: {error}", file=sys.stderr)
+    except (ColrowError, OSError) as error:
+        if isinstance(error, BrokenPipeError) or (text := user_error(error)) is None:
+            raise
+        print(f"colrow {verb}: error: {text}", file=sys.stderr)
         return 2

@@ -109,11 +109,10 @@ def base_config(flags: Flags) -> RunConfig:
 
 
 def _run(flags: Flags, configs: dict[str, RunConfig]) -> int:
-    from rich.console import Console
-
     from colrow.bench import report
+    from colrow.cli.text import Terminal
 
-    console, environment = Console(highlight=False, soft_wrap=True, width=132), report.environment()
+    console, environment = Terminal(highlight=False, soft_wrap=True, width=132), report.environment()
     rounds: list[list[dict[str, Any]]] = []
     failed = stopped = False
     try:
@@ -170,7 +169,7 @@ def _rank(path: Path) -> int:
     """One rank of one arm, under the launcher."""
     from colrow.cli.ranks import rank_folder, rank_info, reporting_errors
 
-    with reporting_errors():
+    with reporting_errors("bench"):
         from colrow.bench.measure import Job, measure
         from colrow.run.stop import StopRequest
 

@@ -69,7 +69,7 @@ def _rank(result: Path, device_type: str, small: bool) -> int:
     from colrow.cli.ranks import rank_info, reporting_errors
     from colrow.forecasting.calibrate import SMALL, Sizes, calibrate
 
-    with reporting_errors():
+    with reporting_errors("calibrate"):
         info = rank_info()
         device = torch.device(device_type, info.local_rank) if device_type == "cuda" else torch.device("cpu")
         if device.type == "cuda":

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from colrow.checking.check import Finding, check
 from colrow.cli.flags import PlanFlags, default_seq_len, parse
-from colrow.cli.text import print_json, show_share, wrapped
+from colrow.cli.text import Terminal, print_json, show_share, wrapped
 from colrow.mesh import Mesh
 from colrow.plans.split_share import SplitShare
 
@@ -43,9 +43,9 @@ def main(argv: list[str]) -> int:
         data = {"ok": ok, "findings": [finding.to_data() for finding in findings]}
         print_json(data | {"split": share and share.to_data()})
     else:
-        show(findings, f"plan {plan.name} for {flags.model} at tp={flags.tp}", Console(highlight=False))
+        show(findings, f"plan {plan.name} for {flags.model} at tp={flags.tp}", Terminal(highlight=False))
         if share is not None:
-            show_share(share, Console(highlight=False))
+            show_share(share, Terminal(highlight=False))
     return 0 if ok else 1
 
 

@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
+import tyro
 from rich.table import Table
 
 from colrow.checkpoint.folder import CheckpointInfo, Folder, format_bytes, list_checkpoints, newest_complete
+from colrow.cli.flags import parse
+from colrow.cli.text import Terminal
 from colrow.errors import CheckpointError
 
 _STYLES = {"complete": "green", "unfinished": "yellow", "damaged": "red"}
 
 
+@dataclass(frozen=True)
+class Flags:
+    """List a run's checkpoints and their state."""
+
+    run: tyro.conf.Positional[Path]
+    """A run's folder, or its folder of checkpoints."""
+    checksums: bool = False
+    """Read every file and compare it with its checksum."""
+    json: bool = False
+    """Print JSON instead."""
+
+
 def main(argv: list[str]) -> int:
     """Exit status: 0, or 1 when a checkpoint is damaged."""
-    parser = argparse.ArgumentParser(prog="colrow checkpoints", description="List a run's checkpoints.")
-    parser.add_argument("run", type=Path, help="a run's folder, or its folder of checkpoints")
-    parser.add_argument("--checksums", action="store_true", help="read every file and compare it with its checksum")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    args = parser.parse_args(argv)
-    infos = list_checkpoints(Folder(checkpoints_of(args.run)), args.checksums)
-    if args.json:
+    flags = parse(Flags, "checkpoints", argv)
+    infos = list_checkpoints(Folder(checkpoints_of(flags.run)), flags.checksums)
+    if flags.json:
         print(json.dumps([as_tree(info) for info in infos], indent=2))
     elif infos:
         _show(infos)
     else:
-        print(f"no checkpoints in {args.run}")
+        print(f"no checkpoints in {flags.run}")
     return 1 if any(info.state == "damaged" for info in infos) else 0
 
 
@@ -60,7 +70,7 @@ def _show(infos: list[CheckpointInfo]) -> None:
         saved = info.saved.replace("T", " ").removesuffix("+00:00")
         state = f"[{_STYLES[info.state]}]{info.state}[/]"
         table.add_row(str(info.step), mesh, format_bytes(info.bytes), saved, state)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Terminal(highlight=False, soft_wrap=True)
     console.print(table)
     for info in infos:
         if info.reason:

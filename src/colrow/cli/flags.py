@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import tyro
+from pydantic import Field, TypeAdapter, ValidationError
 
-from colrow.errors import ConfigError
+from colrow.config import describe_value, flag_value, is_flag, kinds_of
+from colrow.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:  # a wrong flag need not wait for torch
     from torch import nn
@@ -17,6 +21,9 @@ if TYPE_CHECKING:  # a wrong flag need not wait for torch
     from colrow.plans.plan import Plan
 
 T = TypeVar("T")
+
+_POSITIONAL = get_args(tyro.conf.Positional[str])[1]
+_BOOLEANS = ("true", "false", "yes", "no", "on", "off")
 
 
 @dataclass(frozen=True)
@@ -92,5 +99,113 @@ def default_seq_len(model: nn.Module, tp: int, most: int) -> int:
 
 
 def parse(flags: type[T], verb: str, argv: list[str]) -> T:
-    """The flags in argv. Prints help and exits 0 for --help; names what is wrong and exits 2 for bad usage."""
-    return tyro.cli(flags, prog=f"colrow {verb}", args=argv)
+    """The flags in argv: values are read and validated as those of a config are. Prints help and exits 0 for --help.
+
+    Raises:
+        ConfigError: what is wrong, in one line.
+    """
+    if "-h" in argv or "--help" in argv:
+        tyro.cli(flags, prog=f"colrow {verb}", args=["--help"])
+    hints = get_type_hints(flags, include_extras=True)
+    fields = {field.name: _Field.of(field, hints[field.name]) for field in dataclasses.fields(cast(Any, flags))}
+    words = _words_of(fields, argv)
+    values: dict[str, Any] = {}
+    for name, field in fields.items():
+        if name in words:
+            values[name] = field.value(words[name])
+        elif field.is_required:
+            raise ConfigError(f"{field.shown} is missing: see --help")
+    return flags(**values)
+
+
+@dataclass(frozen=True)
+class _Field:
+    """A flag, or a word of the command that has no flag.
+
+    Args:
+        shown: as the user writes it: `--seq-len`, or `MODEL`.
+        aliases: further spellings: `-o`.
+    """
+
+    shown: str
+    annotation: Any
+    kinds: frozenset[Any]
+    is_positional: bool
+    is_required: bool
+    aliases: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(field: dataclasses.Field[Any], annotation: Any) -> _Field:
+        extras: Sequence[Any] = ()
+        if get_origin(annotation) is Annotated:
+            annotation, *extras = get_args(annotation)
+        is_positional = _POSITIONAL in extras
+        return _Field(
+            shown=field.name.upper() if is_positional else f"--{field.name.replace('_', '-')}",
+            annotation=annotation,
+            kinds=frozenset(kinds_of(annotation)),
+            is_positional=is_positional,
+            is_required=field.default is MISSING and field.default_factory is MISSING,
+            aliases=tuple(alias for extra in extras for alias in getattr(extra, "aliases", None) or ()),
+        )
+
+    def value(self, words: list[str]) -> Any:
+        """The value that the words spell. Raises ConfigError."""
+        if not words:
+            raise ConfigError(f"{self.shown} has no value: write {self.shown} VALUE")
+        values = [flag_value(word, set(self.kinds), self.shown) for word in words]
+        try:
+            return _validator(self.annotation).validate_python(values if tuple in self.kinds else values[0])
+        except ValidationError as error:
+            raise ConfigError(f"{self.shown}: {describe_value(error.errors()[0])}") from error
+
+
+def _validator(annotation: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(Annotated[annotation, Field(allow_inf_nan=False)] if annotation is float else annotation)
+
+
+def _words_of(fields: dict[str, _Field], argv: list[str]) -> dict[str, list[str]]:
+    """The words that belong to each field; of a flag that is given twice the last counts."""
+    by_flag = {flag: name for name, field in fields.items() for flag in (field.shown, *field.aliases)}
+    free = [name for name, field in fields.items() if field.is_positional]
+    words: dict[str, list[str]] = {}
+    at = 0
+    while at < len(argv):
+        word, at = argv[at], at + 1
+        flag, has_value, value = word.partition("=")
+        flag = flag.replace("_", "-")
+        negated = by_flag.get(flag.replace("--no-", "--", 1), "") if flag.startswith("--no-") else ""
+        if negated and fields[negated].kinds == {bool} and not has_value:
+            words[negated] = ["false"]
+        elif flag in by_flag and not fields[by_flag[flag]].is_positional:
+            field = fields[by_flag[flag]]
+            found = [value] if has_value else _values_after(argv[at:], field, by_flag)
+            at += 0 if has_value else len(found)
+            words[by_flag[flag]] = found or ["true"] * (field.kinds == {bool})
+        elif is_flag(word) or (word.startswith("-") and not word[1:2].isdigit() and len(word) > 1):
+            known = [field.shown for field in fields.values() if not field.is_positional]
+            raise ConfigError(f"unknown flag {_short(flag)}{_meant(flag, known)}")
+        elif free:
+            words[free.pop(0)] = [word]
+        else:
+            raise ConfigError(f"{_short(word)!r} belongs to no flag: see --help")
+    return words
+
+
+def _values_after(words: list[str], field: _Field, by_flag: dict[str, str]) -> list[str]:
+    """The words behind a flag that are its values: one; any number for a tuple; none for a boolean, or its spelling."""
+    count = next((i for i, word in enumerate(words) if is_flag(word) or word in by_flag), len(words))
+    if field.kinds == {bool}:
+        return [word for word in words[:1] if word.lower() in _BOOLEANS]
+    return words[: count if tuple in field.kinds else min(count, 1)]
+
+
+def _meant(flag: str, known: list[str]) -> str:
+    """`; did you mean '--tp'?`, or where the flags are listed."""
+    name = flag.lstrip("-").rpartition(".")[2]  # `--mesh.tp` of a config is `--tp` here
+    near = did_you_mean(name, [each.lstrip("-") for each in known])
+    return near.replace("'", "'--", 1) if "did you mean" in near else ": see --help"
+
+
+def _short(word: str) -> str:
+    return word if len(word) <= 24 else f"{word[:21]}..."

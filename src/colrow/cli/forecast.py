@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from colrow.cli.flags import parse
-from colrow.cli.text import print_json
+from colrow.cli.text import Terminal, print_json
 from colrow.config import RunConfig, load_config
 from colrow.errors import ConfigError
 
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     if flags.json:
         print_json({"rows": [row.to_data() for row in table.rows], "chosen": table.chosen})
     else:
-        show(table, config, Console(highlight=False))
+        show(table, config, Terminal(highlight=False))
         if flags.html is not None:
             print(f"page written to {flags.html}")
     return 0 if table.chosen is not None else 1

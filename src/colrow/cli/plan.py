@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from colrow.cli.flags import PlanFlags, default_seq_len, parse
-from colrow.cli.text import print_json, show_share
+from colrow.cli.text import Terminal, print_json, show_share
 from colrow.dryrun.picture import in_units, write_page
 from colrow.dryrun.report import ParameterRow, PlanReport, report
 from colrow.dryrun.result import Collective, Output
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     if flags.json:
         print_json(shown.to_data() | {"split": share.to_data()})
         return 0
-    show(shown, share, Console(highlight=False))
+    show(shown, share, Terminal(highlight=False))
     for what, path in (("plan", flags.output), ("page", flags.html)):
         if path is not None:
             print(f"{what} written to {path}")

@@ -1,4 +1,4 @@
-"""What a process is that a launcher has started as a rank, and how it ends: for all verbs that start ranks."""
+"""What a process is that a launcher has started as a rank, and how it ends: for all verbs."""
 
 from __future__ import annotations
 
@@ -44,10 +44,53 @@ def rank_info() -> RankInfo:
     )
 
 
+def is_rank() -> bool:
+    """Whether torchrun, or a launcher of colrow's, has started this process."""
+    return "RANK" in os.environ and _error_file() is not None
+
+
+def user_error(error: BaseException) -> str | None:
+    """What to print of an error that its reader can correct: one of colrow's, or of a file or a disk. Else None."""
+    if isinstance(error, ColrowError):
+        return str(error)
+    if not isinstance(error, OSError) or error.errno not in _FILE_ERRORS:
+        return None
+    names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    return f"{names or 'a file'}: {error.strerror}{_FILE_ERRORS[error.errno]}"
+
+
+_PERMISSIONS = ": see who owns it and who may write there"
+_FULL = ": free some space, then start the same command again"
+_FILE_ERRORS = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EFBIG: ": the file system or `ulimit -f` bounds the size of a file",
+    errno.EACCES: _PERMISSIONS,
+    errno.EPERM: _PERMISSIONS,
+    errno.EROFS: ": give a folder on another disk",
+    errno.ENOENT: ": give a path that exists",
+    errno.ENOTDIR: ": one of its folders is a file",
+    errno.EISDIR: ": give a file",
+    errno.ENAMETOOLONG: "",
+    errno.ELOOP: "",
+    errno.EMFILE: ": raise `ulimit -n`",
+    errno.ENFILE: "",
+    errno.EIO: ": the disk is damaged",
+    errno.ESTALE: ": the network's disk has lost it",
+}
+"""What to do about each error of the operating system that is none of colrow's."""
+
+_FIRST_SECONDS = 3.0
+"""For an error that each rank finds, such as a wrong config: the host's first rank says it."""
+
+
 class Ending:
     """How this process ends. `log`: its host's, once the run's folder is known."""
 
     log: HostLog | None = None
+
+    def __init__(self, verb: str) -> None:
+        self._verb = verb
 
     def report(self, text: str, when: float, status: int) -> None:
         """Say that this process fails: in the host's log and the launcher's error file, or on stderr without one.
@@ -60,7 +103,7 @@ class Ending:
         if self.log is not None:
             self.log.write_failure(when, text)
         if (file := _error_file()) is None:
-            print(f"colrow train: error: {text}", file=sys.stderr, flush=True)
+            print(f"colrow {self._verb}: error: {text}", file=sys.stderr, flush=True)
         else:
             write_error(file, text, when, status)
 
@@ -74,36 +117,36 @@ class Ending:
 
 
 @contextmanager
-def reporting_errors() -> Iterator[Ending]:
+def reporting_errors(verb: str = "train") -> Iterator[Ending]:
     """On an error, end this process at once, with the text in the launcher's error file, or on stderr without one.
 
     os._exit, because a normal exit would destroy the process group, and so wait for ranks that are gone.
     """
     from colrow.run.launch import EXIT_USER_ERROR
 
-    ending = Ending()
+    ending = Ending(verb)
     try:
         yield ending
     except BaseException as error:
         if isinstance(error, SystemExit):
             raise
         when = time.time()
-        is_user_error = isinstance(error, ColrowError) or _disk_is_full(error)
+        what = user_error(error)
         if isinstance(error, BrokenPipeError):  # `colrow train ... | head`: an end without an error
             text, status = "the output is closed", 128 + signal.SIGPIPE
-        elif is_user_error:
-            text, status = str(error), EXIT_USER_ERROR
+        elif what is not None:
+            text, status = what, EXIT_USER_ERROR
         else:
             text, status = traceback.format_exc(), 1
-        if _disk_is_full(error):
-            text += ": free some space, then start the same command again; it continues from the newest checkpoint"
-        if _error_file() is not None and not is_user_error and "onnection" in text:
+        if _error_file() is not None and what is None and "onnection" in text:
             # Lost connections follow from another rank's failure: let that rank write its error, and be the first.
             end = time.monotonic() + 2.0
             if ending.log is not None and (cause := _cause_elsewhere(ending.log.run, when, end)):
                 print(f"colrow train: {cause}", file=sys.stderr, flush=True)  # now: torchrun may end this rank soon
                 text += f"\n{cause}"
             time.sleep(max(0.0, end - time.monotonic()))
+        if what is not None and is_rank() and os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(_FIRST_SECONDS)  # torchrun ends this rank meanwhile: it shows the text of each rank's error
         ending.report(text, when, status)
         ending.exit(status)
 
@@ -124,7 +167,3 @@ def _cause_elsewhere(run: Path, when: float, end: float) -> str:
             return f"rank {rank} on {host} failed first; its last lines:\n" + "\n".join(last_lines(run, rank))
         time.sleep(0.1)
     return ""
-
-
-def _disk_is_full(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rich.console import Console
 
 if TYPE_CHECKING:  # a wrong flag need not wait for torch
-    from rich.console import Console
-
     from colrow.plans.split_share import SplitShare
+
+
+class Terminal(Console):
+    """What a verb prints to."""
+
+    def on_broken_pipe(self) -> NoReturn:
+        """Let the command end as it does for `print`. rich would exit with 1, which means findings."""
+        raise BrokenPipeError
 
 
 def wrapped(line: str, width: int, indent: int = 2) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from colrow.cli.flags import PlanFlags, parse
-from colrow.cli.text import print_json, wrapped
+from colrow.cli.text import Terminal, print_json, wrapped
 from colrow.verifying.report import Report, Verdict
 from colrow.verifying.verify import verify
 
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     if flags.json:
         print_json(_finite(report.to_data() | {"twin": reduced}))
     else:
-        show(report, reduced, f"plan {plan.name} for {flags.model} at tp={flags.tp}", Console(highlight=False))
+        show(report, reduced, f"plan {plan.name} for {flags.model} at tp={flags.tp}", Terminal(highlight=False))
     return EXIT_STATUS[report.verdict]
 
 
