@@ -86,6 +86,13 @@ def test_higher_order_operators_are_told_from_others() -> None:
     assert not tc.is_higher_order(torch.ops.aten.add.Tensor)
 
 
+def test_tensors_under_vmap_are_told_apart() -> None:
+    seen = []
+    torch.vmap(lambda x: seen.append(tc.is_transformed(x)) or x)(torch.ones(2))
+    assert seen == [True]
+    assert not tc.is_transformed(torch.ones(2))
+
+
 def test_tensors_of_a_model_are_replaced() -> None:
     model = nn.Linear(2, 2)
     tc.apply_to_tensors(model, lambda t: t.double())

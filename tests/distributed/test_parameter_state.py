@@ -176,3 +176,14 @@ def test_verify_runs_hooks(backend: Any) -> None:
 
 def test_check_runs_hooks_and_finds_no_error_in_them() -> None:
     assert [str(f) for f in check(hooked(), Plan(PLAN), Mesh(tp=2), seq_len=16)] == []
+
+
+def test_a_model_that_holds_a_tensor_of_a_graph_is_checked() -> None:
+    """`copy.deepcopy` refuses one: what a forward left in an attribute, and the weight of weight_norm."""
+    model = Scaled()
+    model.kept = {"loss": [model.up(torch.ones(1, model.up.in_features)).sum()]}
+    assert [str(f) for f in check(model, Plan(PLAN), Mesh(tp=2), seq_len=16)] == []
+    assert copied_model(model).kept["loss"][0].grad_fn is None
+    assert model.kept["loss"][0].grad_fn is not None
+    with pytest.raises(RuntimeError, match="deepcopy"):  # the negative control
+        copy.deepcopy(model)

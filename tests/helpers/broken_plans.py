@@ -212,6 +212,14 @@ class Case:
         return self.folding if folds and self.folding else self.code
 
 
+def computed_weight(layer: nn.Linear) -> nn.Linear:
+    """As torch.nn.utils.weight_norm leaves it."""
+    raw = layer.weight
+    del layer.weight
+    layer.raw, layer.weight = raw, raw / raw.norm()  # type: ignore[assignment]
+    return layer
+
+
 LOCAL_HEAD = {"style": "colwise", "input": "shard(1)"}
 BROKEN: dict[str, Case] = {
     # names
@@ -262,6 +270,18 @@ BROKEN: dict[str, Case] = {
     "colwise on a norm": Case("CR206", llama, lambda: preset(input_layernorm="colwise"), "layers.*.input_layernorm"),
     "packed_colwise on embedding": Case("CR206", llama, lambda: preset(embed_tokens="packed_colwise"), "embed_tokens"),
     "kv_replicate on embedding": Case("CR206", llama, lambda: preset(embed_tokens="kv_replicate"), "embed_tokens"),
+    "weight norm": Case(
+        "CR206",
+        lambda: m.Gpt(mlp=lambda: nn.Sequential(computed_weight(nn.Linear(m.D, m.D)))),
+        lambda: gpt_plan(mlp__up=None, mlp__down=None, mlp__0="colwise"),
+        "blocks.*.mlp.0",
+    ),
+    "weight norm, packed": Case(
+        "CR206",
+        lambda: m.Gpt(mlp=lambda: nn.Sequential(computed_weight(nn.Linear(m.D, m.D)))),
+        lambda: gpt_plan(mlp__up=None, mlp__down=None, mlp__0="packed_rowwise"),
+        "blocks.*.mlp.0",
+    ),
     "adapter inside": Case(
         "CR207",
         lambda: m.Gpt(mlp=lambda: nn.Sequential(m.LoraLinear(m.D, m.D))),

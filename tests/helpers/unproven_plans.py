@@ -261,6 +261,19 @@ def block_twice() -> nn.Module:
     return model
 
 
+def mapped_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of one head, mapped over heads and samples."""
+    head = lambda q, k, v: (q @ k.T / math.sqrt(m.E)).softmax(-1) @ v  # noqa: E731
+    out: Tensor = torch.vmap(torch.vmap(head))(q, k, v)
+    return out
+
+
+class MappedAttention(m.HeadCount):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (w(x).view(*x.shape[:2], -1, m.E).transpose(1, 2) for w in (self.q, self.k, self.v))
+        return self.out(mapped_heads(q, k, v).transpose(1, 2).flatten(2))
+
+
 WRONG = {
     "norm of features": features(lambda h: h / h.norm(dim=-1, keepdim=True)),
     "layer norm of features": features(lambda h: F.layer_norm(h, h.shape[-1:])),
@@ -269,6 +282,7 @@ WRONG = {
     "features rolled": features(lambda h: h.roll(1, -1)),
     "product of features": features(lambda h: h.sigmoid().cumprod(-1)),
     "noise": features(gumbel, train=True),
+    "softmax of features under vmap": features(torch.vmap(lambda h: h.softmax(-1))),
     "features weighed by position": features(lambda h: h * torch.arange(h.shape[-1], dtype=h.dtype)),
     "halves by slices": gated(halves),
     "halves by glu": gated(lambda h: F.glu(h, -1)),
@@ -329,6 +343,7 @@ RIGHT = {
     # of the same kinds
     "features clamped": features(lambda h: h.clamp(-1, 1) + torch.ones_like(h) * 0.5),
     "attention written out": attention(),
+    "heads under vmap": Case(lambda: m.Gpt(MappedAttention), lambda: gpt_plan(**HEADS, attn__out="rowwise")),
     "scores capped": attention(scores=lambda s: 5 * torch.tanh(s / 5)),
     "tokens changed alone": tokens(lambda h: h / (1e-3 + h.norm(dim=-1, keepdim=True))),
     "norm of each head": attention(output=lambda o: F.layer_norm(o, (m.E,))),

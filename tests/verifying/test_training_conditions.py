@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from colrow.errors import PlanError
 from colrow.mesh import Mesh
 from colrow.plans.plan import Plan
 from colrow.verifying.report import Report
+from colrow.verifying.step import Task
 from colrow.verifying.verify import verify
 from helpers import broken_models as m
 from helpers.broken_plans import gpt_plan
@@ -109,6 +111,33 @@ def test_buffers_are_compared(block: Any, backend: Any) -> None:
     if block is m.AveragingBlock:  # nothing else is wrong
         assert wrong.max_grad_rel_err < 1e-12
         assert "average" in wrong.cause
+
+
+class KeptScale(m.MLP):
+    """Divides its features by their size in the forward before, or by the number of forwards."""
+
+    def __init__(self, counts: bool) -> None:
+        super().__init__()
+        self.counts, self.kept = counts, 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.gelu(self.up(x))
+        y: Tensor = self.down(h / self.kept)
+        self.kept = self.kept + 1 if self.counts else 0.5 + h.detach().abs().mean()
+        return y
+
+
+def test_what_an_attribute_keeps_for_the_next_forward_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert judged(m.Gpt(mlp=lambda: KeptScale(counts=True), layers=1), gpt_plan()).ok
+    of_a_shard = m.Gpt(mlp=lambda: KeptScale(counts=False), layers=1)
+    wrong = judged(of_a_shard, gpt_plan())
+    assert wrong.verdict == "wrong"
+    assert wrong.next_loss_rel_err > 1e-6
+    assert wrong.max_step_rel_err < 1e-12
+    assert "attribute" in wrong.cause
+    # the negative control: one step does not show it
+    monkeypatch.setattr("colrow.verifying.verify.Task", partial(Task, next_forward=False))
+    assert judged(of_a_shard, gpt_plan()).ok
 
 
 class Noisy(m.MLP):

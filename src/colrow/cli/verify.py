@@ -64,6 +64,7 @@ def show(report: Report, reduced: str | None, title: str, console: Console) -> N
             f"  loss       {report.loss_rel_err:.1e} relative error",
             f"  gradients  {report.max_grad_rel_err:.1e} at most" + (f", {worst[0].name}" if worst else ""),
             f"  one step   {report.max_step_rel_err:.1e} at most, of any parameter",
+            f"  next loss  {report.next_loss_rel_err:.1e} relative error",
             *([f"  buffers    {report.max_buffer_rel_err:.1e} at most"] if report.max_buffer_rel_err else []),
             f"  tolerance  {report.tolerance:.0e}",
             f"  compared   in {' and in '.join(report.modes)} mode{', dropout off' if report.dropout_off else ''}",

@@ -41,6 +41,7 @@ from colrow.derive.trace import (
 from colrow.dryrun.calls import Inputs, call_model
 from colrow.errors import PlanError
 from colrow.sharding.operators import Filling
+from colrow.sharding.parameter_state import detached_attributes
 from colrow.styles.base import set_attribute
 from colrow.styles.local_sizes import write_local_sizes
 from colrow.styles.packed import is_transposed
@@ -107,8 +108,7 @@ class LocalCheck:
 
     def local_model(self, repairs: Repairs) -> nn.Module:
         """The model with a rank's shapes; parameters that are not sharded are shared with the original."""
-        memo = {id(t): t for t in itertools.chain(self.model.parameters(), self.model.buffers())}
-        clone = copy.deepcopy(self.model, memo)
+        clone = self.local_copy()
         for node, name in self.flows.inference.params.items():
             dims = self.flows.inference.of(node)
             if not self.visible.any_sharded(dims):
@@ -191,9 +191,9 @@ class LocalCheck:
         return found
 
     def local_copy(self) -> nn.Module:
-        return copy.deepcopy(
-            self.model, {id(t): t for t in itertools.chain(self.model.parameters(), self.model.buffers())}
-        )
+        """A copy that shares the parameters and buffers."""
+        shared = {id(t): t for t in itertools.chain(self.model.parameters(), self.model.buffers())}
+        return copy.deepcopy(self.model, {**detached_attributes(self.model), **shared})
 
     def _quick(
         self, model: nn.Module, rescale: Rescale | None, expected: dict[Node, list[int] | None]

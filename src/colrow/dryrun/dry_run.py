@@ -44,7 +44,7 @@ from colrow.plans.plan import Plan
 from colrow.sharding.layout import PACKED
 from colrow.styles.base import Style
 from colrow.styles.rank_tensors import RANK_TABLES
-from colrow.torch_compat import fake_tensors, version
+from colrow.torch_compat import fake_tensors, is_transformed, version
 
 
 def dry_run(
@@ -239,8 +239,8 @@ def _record_async_inputs(copy: ReducedCopy, names: list[str], in_flight: Callabl
 
     def hook(name: str) -> Any:
         def record(module: nn.Module, args: Any, kwargs: Any) -> None:
-            tensors = [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)]
-            if name not in names and any(leaf.requires_grad and in_flight(leaf) for leaf in tensors):
+            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and not is_transformed(x)]
+            if name not in names and any(x.requires_grad and in_flight(x) for x in tensors):
                 names.append(name)
 
         return record

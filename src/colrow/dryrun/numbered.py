@@ -31,6 +31,7 @@ from colrow.torch_compat import (
     frames,
     is_async,
     is_higher_order,
+    is_transformed,
     local_shard,
     path_in_torch,
     tree_flatten,
@@ -237,7 +238,7 @@ class NumberedRun(TorchDispatchMode):
 
 def _tensors(tree: Any) -> list[Tensor]:
     groups = (tree_leaves(leaf.to_tuple() if hasattr(leaf, "to_tuple") else leaf) for leaf in tree_leaves(tree))
-    return [leaf for group in groups for leaf in group if isinstance(leaf, Tensor)]
+    return [leaf for group in groups for leaf in group if isinstance(leaf, Tensor) and not is_transformed(leaf)]
 
 
 def shape_of(leaf: Any) -> Any:

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from colrow.dryrun.module_tracker import ModuleTracker
-from colrow.torch_compat import frames, path_in_torch, tree_leaves
+from colrow.torch_compat import frames, is_transformed, path_in_torch, tree_leaves
 
 _RESHAPE = {Tensor.view: "view", Tensor.reshape: "reshape", torch.reshape: "reshape", Tensor.unflatten: "unflatten",
             torch.unflatten: "unflatten"}  # fmt: skip
@@ -85,6 +85,8 @@ class CallRecorder(TorchFunctionMode):
     def _record(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         source: Any = args[0] if args else kwargs.get("input", kwargs.get("query"))
         if self._modules.in_backward() or not _called_by_model() or not isinstance(source, Tensor):
+            return
+        if is_transformed(source):  # its shapes lack the mapped dims; `lockstep` sees the operators themselves
             return
         name = _WATCHED[func]
         results = tuple(tuple(leaf.shape) for leaf in tree_leaves(out) if isinstance(leaf, Tensor))

@@ -161,10 +161,12 @@ def _wrong(title: str, report: Report, found: Sequence[Finding]) -> str:
     what = f"the sharded model raises {report.failure}"
     if not report.failure:
         worst = f" ({report.worst[0].name})" if report.worst else ""
-        buffer = report.max_buffer_rel_err
+        buffer, after = report.max_buffer_rel_err, report.next_loss_rel_err
         what = (
             f"relative errors against one process, by verify: loss {report.loss_rel_err:.1e}, gradients "
-            f"{report.max_grad_rel_err:.1e}{worst}" + (f", buffers {buffer:.1e}" if buffer > report.tolerance else "")
+            f"{report.max_grad_rel_err:.1e}{worst}"
+            + (f", buffers {buffer:.1e}" if buffer > report.tolerance else "")
+            + (f", loss after a step {after:.1e}" if after > report.tolerance else "")
         )
     fix = "correct the plan, or take plan: derive; `colrow verify` says more"
     head = f"{title} is wrong, and nothing was started"

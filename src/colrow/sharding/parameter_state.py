@@ -26,7 +26,7 @@ from torch.distributed.tensor.placement_types import Placement
 from colrow.errors import ConfigError
 from colrow.sharding.layout import full_tensor
 from colrow.sharding.local_view import PARAMETER_ATTRIBUTES
-from colrow.torch_compat import local_shard, parameter_hooks
+from colrow.torch_compat import local_shard, parameter_hooks, tree_leaves
 
 Hook = Callable[..., Any]
 Hooks = Mapping[int, Hook]
@@ -105,10 +105,17 @@ def kept_states(model: nn.Module) -> Iterator[None]:
     set_states(model, states)
 
 
+def detached_attributes(model: nn.Module) -> dict[int, Any]:
+    """A memo for `copy.deepcopy`, which refuses tensors of a graph: those that a forward left in an attribute, or that
+    `torch.nn.utils.weight_norm` put there."""
+    found = (value for module in model.modules() for value in tree_leaves(dict(vars(module))))
+    return {id(x): x.detach().clone() for x in found if isinstance(x, Tensor) and x.grad_fn is not None}
+
+
 def copied_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """`copy.deepcopy` that keeps the parameters' hooks and attributes."""
     states = states_of(model)
-    made = copy.deepcopy(model, memo)
+    made = copy.deepcopy(model, {**detached_attributes(model), **(memo or {})})
     set_states(made, states)
     return made
 

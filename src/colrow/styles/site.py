@@ -32,18 +32,29 @@ class Site:
 
     def parameter(self, name: str) -> nn.Parameter:
         """The module's parameter `name`, or that of a module in it, as it is registered: where an earlier call left the
-        module out, its attribute is a local tensor."""
+        module out, its attribute is a local tensor.
+
+        Raises:
+            PlanError: there is none.
+        """
         owner, _, leaf = name.rpartition(".")
-        param = self.module.get_submodule(owner)._parameters[leaf]
-        assert param is not None, name
+        module = self.module.get_submodule(owner)
+        param = module._parameters.get(leaf)
+        if param is None:
+            message = f"{name} of this {type(module).__name__} is no parameter: it is computed (weight_norm, prune)"
+            fix = "torch.nn.utils.remove_weight_norm or prune.remove makes it one; or leave the module out of the plan"
+            raise PlanError("CR206", self.fqn, message, fix)
         return param
 
     def require(self, style: str, *module_classes: type[nn.Module]) -> Any:
-        """The module. Raises PlanError when it is of none of the classes."""
-        if not isinstance(self.module, module_classes):
+        """The module. Raises PlanError when it is of none of the classes, or has no parameter `weight`."""
+        module = self.module
+        if not isinstance(module, module_classes):
             names = " or ".join(f"nn.{cls.__name__}" for cls in module_classes)
-            raise self.wrong_class(f"style {style} is for {names}, not for {type(self.module).__name__}")
-        return self.module
+            raise self.wrong_class(f"style {style} is for {names}, not for {type(module).__name__}")
+        if next(module.children(), None) is None:
+            self.parameter("weight")
+        return module
 
     def wrong_class(self, message: str) -> PlanError:
         """The error of a style on a module that it is not made for."""

@@ -57,6 +57,12 @@ def is_higher_order(func: Any) -> bool:
     return isinstance(func, private("torch._ops:HigherOrderOperator", "to pass over operators that hold graphs"))
 
 
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether `torch.vmap` or `torch.func.grad` holds the tensor: it has no memory, and modes see what it wraps."""
+    wraps = private("torch._C._functorch:is_functorch_wrapped_tensor", "to follow code under torch.vmap")
+    return bool(wraps(tensor))
+
+
 def apply_to_tensors(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
     """Replace every parameter and buffer of the model, in place: what `Module.to` is built on."""
     model._apply(change)

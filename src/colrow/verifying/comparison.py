@@ -55,9 +55,14 @@ class Sharded:
 
 @dataclass
 class Observed:
-    """One forward, backward and optimizer step of the sharded model, on all ranks that were run."""
+    """One forward, backward and optimizer step of the sharded model, on all ranks that were run.
+
+    Attributes:
+        next_losses: of another forward after the step; empty where that was not run.
+    """
 
     losses: dict[int, float] = field(default_factory=dict)
+    next_losses: dict[int, float] = field(default_factory=dict)
     gradients: dict[str, Sharded] = field(default_factory=dict)
     parameters: dict[str, Sharded] = field(default_factory=dict)
     buffers: dict[str, Sharded] = field(default_factory=dict)
@@ -69,6 +74,7 @@ class Observed:
     def merge(self, other: Observed) -> None:
         """Add another rank's observations."""
         self.losses |= other.losses
+        self.next_losses |= other.next_losses
         kinds = ((self.gradients, other.gradients), (self.parameters, other.parameters), (self.buffers, other.buffers))
         for mine, theirs in kinds:
             for name, sharded in theirs.items():
@@ -87,6 +93,7 @@ class Reference:
         written: the names of those buffers.
         dropout_off: the model would have dropped something.
         drew: it drew random numbers.
+        next_loss: of another forward after the step.
     """
 
     loss: float
@@ -96,6 +103,7 @@ class Reference:
     written: tuple[str, ...] = ()
     dropout_off: bool = False
     drew: bool = False
+    next_loss: float = 0.0
 
     def equals(self, other: Reference) -> bool:
         """Whether every number is the same, bit for bit."""
@@ -124,10 +132,13 @@ class Errors:
     gradients: dict[str, float]
     parameters: dict[str, float]
     buffers: dict[str, float] = field(default_factory=dict)
+    next_loss: float = 0.0
 
     @property
     def worst(self) -> float:
-        return max([self.loss, *self.gradients.values(), *self.parameters.values(), *self.buffers.values()])
+        return max(
+            [self.loss, self.next_loss, *self.gradients.values(), *self.parameters.values(), *self.buffers.values()]
+        )
 
 
 def compare(observed: Observed, reference: Reference, tp: int) -> Errors:
@@ -147,6 +158,10 @@ def compare(observed: Observed, reference: Reference, tp: int) -> Errors:
         name: observed.buffers[name].error(want, tp, max(want.abs().max().item(), 1e-300))
         for name, want in reference.buffers.items()
     }
-    losses = observed.losses.values()
-    loss = max(abs(value - reference.loss) for value in losses) / max(abs(reference.loss), 1e-300)
-    return Errors(inf if isnan(loss) else loss, gradients, parameters, buffers)
+    loss = _error_of_loss(observed.losses, reference.loss)
+    return Errors(loss, gradients, parameters, buffers, _error_of_loss(observed.next_losses, reference.next_loss))
+
+
+def _error_of_loss(losses: dict[int, float], want: float) -> float:
+    error = max((abs(value - want) for value in losses.values()), default=0.0) / max(abs(want), 1e-300)
+    return inf if isnan(error) else error

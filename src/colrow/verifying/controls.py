@@ -39,6 +39,7 @@ def negative_control(
     A change with which the sharded model raises is passed over: it shows nothing about the comparison.
     """
     last: Control | None = None
+    task = replace(task, next_forward=False)
     for change, changed_task, changed_plan in _cases(task, plan):
         try:
             error = compare(run(changed_task, changed_plan), reference, task.tp).worst

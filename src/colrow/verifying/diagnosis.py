@@ -12,6 +12,11 @@ def likely_cause(errors: Errors, observed: Observed, reference: Reference, limit
     buffers = [name for name, error in errors.buffers.items() if error > limit]
     if buffers and max([errors.loss, *errors.gradients.values()]) <= limit:
         return f"loss and gradients are exact, and each rank writes the buffer {buffers[0]} from its own shard"
+    if max([errors.loss, *errors.gradients.values(), *errors.parameters.values(), *errors.buffers.values()]) <= limit:
+        return (
+            "a step is exact and the next forward is not: a module keeps a value of its rank's shard in an attribute, "
+            "and uses it in the next forward"
+        )
     bad = {name: error for name, error in errors.gradients.items() if error > limit}
     missing = [name for name in bad if name not in observed.gradients]
     if missing:

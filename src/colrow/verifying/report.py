@@ -45,6 +45,7 @@ class Report:
         loss_rel_err, max_grad_rel_err, max_step_rel_err: of the loss, of any gradient, and of any parameter after one
             optimizer step; infinite when the sharded model raised.
         max_buffer_rel_err: of any buffer that forward writes, after forward and after the step.
+        next_loss_rel_err: of the loss of another forward after the step.
         modes: in which the models were compared: train, and eval where the unsharded model computes something else.
         dropout_off: the model has dropout, which was off.
         worst: the parameters with the largest errors of their gradients, largest first.
@@ -64,6 +65,7 @@ class Report:
     max_grad_rel_err: float = inf
     max_step_rel_err: float = inf
     max_buffer_rel_err: float = inf
+    next_loss_rel_err: float = inf
     modes: tuple[Mode, ...] = ("train",)
     dropout_off: bool = False
     worst: tuple[Worst, ...] = ()
@@ -85,6 +87,7 @@ class Report:
             "max_grad_rel_err": self.max_grad_rel_err,
             "max_step_rel_err": self.max_step_rel_err,
             "max_buffer_rel_err": self.max_buffer_rel_err,
+            "next_loss_rel_err": self.next_loss_rel_err,
             "modes": list(self.modes),
             "dropout_off": self.dropout_off,
             "parameters": self.parameters,

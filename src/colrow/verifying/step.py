@@ -1,10 +1,11 @@
-"""One step: forward, loss, backward, gradients redistributed to their parameters' placements, AdamW."""
+"""One step: forward, loss, backward, gradients redistributed to their parameters' placements, AdamW; and the next
+forward."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,8 @@ class Task:
     """Buffers that forward changes (`reference_step` finds them)."""
     draws: Mapping[str, tuple[Draw, ...]] | None = None
     """The draws of modules that draw for shards (`arrange_draws`); None: dropout is off."""
+    next_forward: bool = True
+    """Run another forward after the step: what a module keeps in an attribute reaches that one first."""
 
 
 def reference_step(task: Task, model: nn.Module) -> Reference:
@@ -59,7 +62,12 @@ def reference_step(task: Task, model: nn.Module) -> Reference:
     _optimizer(model).step()
     parameters = {name: param.detach() for name, param in model.named_parameters()}
     buffers = _at(AFTER_FORWARD, after_forward) | _at(AFTER_STEP, _copies(model, written))
-    return Reference(loss.item(), gradients, parameters, buffers, written, dropout.seen, drew)
+    found = Reference(loss.item(), gradients, parameters, buffers, written, dropout.seen, drew)
+    if task.next_forward:
+        torch.manual_seed(task.seed + 1)
+        with without_dropout(model, off=task.draws is None):
+            found.next_loss = task.loss(call_model(model, inputs), inputs.given).item()
+    return found
 
 
 AFTER_FORWARD, AFTER_STEP = "after forward", "after a step"
@@ -89,15 +97,13 @@ def sharded_step(
 
     `shards_of` returns a local tensor's value on each rank that runs in this process.
     """
-    inputs = Inputs.of(task.inputs)
     parallelize(model, plan, mesh)
     arrange_draws(model, task.draws or {}, mesh)
     torch.manual_seed(task.seed)
     with loss_context(plan, mesh), without_dropout(model, off=task.draws is None):
-        give_targets(model, plan, inputs)
-        output = call_model(model, inputs)
+        output = _forward(task, model, plan)
         buffers = _at(AFTER_FORWARD, _buffers(model, task.written_buffers, shards_of))
-        loss = head_loss(output) if plan.loss == "linear" else task.loss(output, inputs.given)
+        loss = _loss(task, output, plan)
         loss.backward()
     align_gradients(model.parameters())
     observed = Observed(losses={rank: value.item() for rank, value in shards_of(waited_local(loss)).items()})
@@ -108,7 +114,22 @@ def sharded_step(
     _optimizer(model).step()
     for name, param in model.named_parameters():
         observed.parameters[name] = _sharded(model, name, param, shards_of)
+    if task.next_forward:
+        torch.manual_seed(task.seed + 1)
+        with loss_context(plan, mesh), without_dropout(model, off=task.draws is None):
+            loss = _loss(task, _forward(task, model, plan), plan)
+        observed.next_losses = {rank: value.item() for rank, value in shards_of(waited_local(loss)).items()}
     return observed
+
+
+def _forward(task: Task, model: nn.Module, plan: Plan) -> Any:
+    inputs = Inputs.of(task.inputs)
+    give_targets(model, plan, inputs)
+    return call_model(model, inputs)
+
+
+def _loss(task: Task, output: Any, plan: Plan) -> Tensor:
+    return head_loss(output) if plan.loss == "linear" else task.loss(output, Inputs.of(task.inputs).given)
 
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:

@@ -49,7 +49,8 @@ def verify(
 
     Both start from the same random weights and get the same batch, in training mode; in evaluation mode too where the
     unsharded model computes something else there. Compared are the loss, every gradient on every rank, every parameter
-    after a step of AdamW, and every buffer that forward writes, after it and after the step. Hooks of parameters run.
+    after a step of AdamW, every buffer that forward writes, after it and after the step, and the loss of the next
+    forward. Hooks of parameters run.
     Random numbers come from one seed, and each rank draws its shard of the unsharded model's; where nothing says what
     it is a shard of, dropout is off (`Report.dropout_off`). Then the plan or the weights are changed so that the result
     must be wrong, to show that the comparison finds it: `Report.verdict`.
@@ -121,6 +122,7 @@ def verify(
         max_grad_rel_err=max(errors.gradients.values(), default=0.0),
         max_step_rel_err=max(errors.parameters.values(), default=0.0),
         max_buffer_rel_err=max(errors.buffers.values(), default=0.0),
+        next_loss_rel_err=errors.next_loss,
         modes=modes,
         dropout_off=reference.dropout_off,
         worst=tuple(Worst(name, errors.gradients[name], seen.observed.ranks_differ(name)) for name in worst),
@@ -176,7 +178,7 @@ def parity(model: nn.Module, plan: Plan, tp: int, inputs: GivenInputs, loss: Los
         PlanError: the plan does not fit, or ranks cannot be simulated here.
         RankFailure: the sharded model raises.
     """
-    task = Task(copied_model(model).eval(), inputs, loss, tp)
+    task = Task(copied_model(model).eval(), inputs, loss, tp, next_forward=False)
     reference = reference_step(task, copied_model(task.model))
     return compare(run_local(replace(task, written_buffers=reference.written), plan), reference, tp)
 
