@@ -203,6 +203,8 @@ class PipelineSection(_Section):
 class FsdpSection(_Section):
     reshard_after_forward: bool | None = None
     """Free gathered parameters after a block's forward; unless given, if dp_shard > 1 and pp is 1."""
+    gather: Literal["collectives", "copy_engine"] = "collectives"
+    """With mesh.data_engine: flat: who gathers shards, the process group, or the copy engines of one host's GPUs."""
 
 
 class LogSection(_Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,7 +22,9 @@ from colrow.config import FsdpSection
 from colrow.errors import ConfigError
 from colrow.mesh import Mesh
 from colrow.models.llama import Llama
-from colrow.parallel import flat_unit, flat_weights
+from colrow.ops.copy_engine_cuda import PeerMemory
+from colrow.parallel import flat_gather, flat_unit, flat_weights
+from colrow.parallel.flat_gather import PeerGathers
 from colrow.parallel.flat_unit import FlatUnit
 from colrow.parallel.flat_weights import FlatWeights, check_data_engine
 from helpers.harness import Ranks
@@ -100,7 +103,7 @@ def counted() -> Iterator[Counter[str]]:
         return run
 
     with ExitStack() as stack:
-        for owner, name in ((flat_unit, "gather_into"), (dist, "batch_isend_irecv")):
+        for owner, name in ((flat_gather, "gather_into"), (dist, "batch_isend_irecv")):
             stack.enter_context(mock.patch.object(owner, name, watched(name, getattr(owner, name))))
         yield found
 
@@ -194,6 +197,43 @@ def sabotaged(device: str, what: str) -> float:
         return on_ranks(device, "llama", flat(dp_shard=2), steps=1).gradients
 
 
+class Host:
+    """Stands for a GPU: copies take effect at once."""
+
+    def current(self) -> int:
+        return 0
+
+    def follow(self, stream: int, leader: int) -> None:
+        pass
+
+    def copy(self, stream: int, target: torch.Tensor, source: torch.Tensor) -> None:
+        target.copy_(source)
+
+
+def by_peers(device: str, degrees: dict[str, int], *, meets: bool) -> float:
+    """The largest error of two steps with gathers by copy engines; on CPUs a rank sees the others' memory as it was
+    when they met last."""
+
+    def memory(group: dist.ProcessGroup, device: torch.device, nbytes: int, wanted: Any) -> Any:
+        parts = [torch.zeros(nbytes, dtype=torch.uint8) for _ in range(group.size())]
+        return PeerMemory(parts, Host(), 1)  # type: ignore[arg-type]
+
+    def meet(gathers: PeerGathers) -> None:
+        parts = gathers._memory.parts
+        found = [torch.empty_like(part) for part in parts]
+        dist.all_gather(found, parts[gathers._group.rank()], group=gathers._group)
+        for part, value in zip(parts, found, strict=True):
+            part.copy_(value)
+
+    config = config_of(flat(**degrees)).model_copy(update={"fsdp": FsdpSection(gather="copy_engine")})
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(parity, "config_of", return_value=config))
+        if device == "cpu":
+            stack.enter_context(mock.patch.object(flat_gather, "peer_memory", memory))
+            stack.enter_context(mock.patch.object(PeerGathers, "meet", meet if meets else lambda _: None))
+        return on_ranks(device, "llama, tied, odd vocabulary", flat(**degrees), steps=2).worst
+
+
 def refused(device: str) -> list[str]:
     """The texts of what a step refuses."""
     texts = []
@@ -240,9 +280,11 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "bf16": (low_precision,),
     "evaluated": (evaluated,),
     "refused": (refused,),
+    "peers": (partial(by_peers, meets=True), {"dp_shard": 2}),
+    "without meetings": (partial(by_peers, meets=False), {"dp_shard": 2}),
     **{f"without {what}": (sabotaged, what) for what in ("exchange", "gather in backward", "average")},
 }
-LONGER = {"collectives kept", "evaluated", "without average", "without exchange"}
+LONGER = {"without meetings", "collectives kept", "evaluated", "without average", "without exchange"}
 
 
 @pytest.fixture(scope="module")
@@ -285,6 +327,11 @@ def test_each_engine_continues_the_others_run(results: Results, world: int, name
     assert max(results(world, name)) < TOLERANCE
 
 
+@pytest.mark.parametrize(("world", "name"), pairs(["peers"]))
+def test_copy_engines_gather_what_collectives_do(results: Results, world: int, name: str) -> None:
+    assert max(results(world, name)) < TOLERANCE
+
+
 @pytest.mark.parametrize(("world", "name"), pairs(["evaluated"]))
 def test_evaluation_sees_the_weights_of_now(results: Results, world: int, name: str) -> None:
     assert max(results(world, name)) < TOLERANCE
@@ -296,8 +343,10 @@ def test_low_precision_terms_are_summed_in_fp32(results: Results, world: int, na
         assert max(apart.values()) < 1e-6, apart
 
 
-@pytest.mark.parametrize(("world", "name"), pairs([name for name in OTHERS if name.startswith("without")]))
-def test_a_part_left_out_is_seen(results: Results, world: int, name: str) -> None:
+@pytest.mark.parametrize(("world", "name"), pairs([name for name in OTHERS if name.startswith("without ")]))
+def test_a_part_left_out_is_seen(results: Results, ranks: Ranks, world: int, name: str) -> None:
+    if ranks.device == "cuda" and name == "without meetings":
+        pytest.skip("memory that shows what was there at the last meeting is simulated on CPUs")
     assert max(results(world, name)) > 0.01
 
 
@@ -317,6 +366,9 @@ def test_what_the_engine_has_not_is_refused_by_name() -> None:
         with pytest.raises(ConfigError, match=words) as error:
             check_data_engine(config_of(mesh, **section))
         assert "mesh.data_engine: fsdp2" in str(error.value)
+    alone = config_of(Mesh(dp_shard=2)).model_copy(update={"fsdp": FsdpSection(gather="copy_engine")})
+    with pytest.raises(ConfigError, match=r"set mesh\.data_engine to flat"):
+        check_data_engine(alone)
     check_data_engine(config_of(Mesh(pp=2, dp_shard=2)))
     check_data_engine(config_of(flat(tp=2), replay_every=5))
     assert not flat_weights.runs_flat(config_of(flat(tp=2)))

@@ -14,6 +14,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from colrow.mesh import Mesh
+
 Result = dict[str, Any]
 
 
@@ -85,7 +87,7 @@ def show(results: list[Result], environment: dict[str, Any], console: Console) -
     if not results:
         return
     first = results[0]
-    mesh = " × ".join(f"{axis} {n}" for axis, n in first["mesh"].items() if n > 1) or "1 process"
+    mesh = Mesh.model_validate(first["mesh"])
     console.print(
         f"{first['model']}, mesh {mesh}, seq {first['seq_len']}, micro-batch {first['micro_batch']}, "
         f"{first['tokens_per_step']:,} tokens a step"

@@ -6,8 +6,9 @@ import ctypes
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -94,6 +95,15 @@ def _function(function: Any, *arguments: Any) -> Any:
     return function
 
 
+class Wanted(NamedTuple):
+    """Words of an error: what needs copy engines, and what to do without."""
+
+    what: str
+    advice: str
+
+
+_CHUNKS = Wanted("overlap: copy_engine", "use overlap: collectives (preset llama-fast), or point_to_point")
+
 _ENGINES: dict[str, tuple[dist.ProcessGroup, CopyEngine]] = {}
 
 
@@ -122,8 +132,46 @@ class _ObstacleError(Exception):
     """Copy engines cannot be used, as far as this rank sees."""
 
 
+@dataclass(frozen=True)
+class PeerMemory:
+    """Memory of each rank of a group, mapped here, and what reads it.
+
+    Attributes:
+        parts: uint8, by rank; this rank's too.
+        side: a stream for copies.
+    """
+
+    parts: list[Tensor]
+    device: Cuda
+    side: int
+
+
+def peer_memory(group: dist.ProcessGroup, device: torch.device, nbytes: int, wanted: Wanted) -> PeerMemory:
+    """New memory of `nbytes`, the same on all ranks, that every rank of the group can read. Collective. What one rank
+    writes another reads after a collective of both.
+
+    Raises:
+        ConfigError: as `copy_engine`, in the words of `wanted`.
+    """
+    isolated = dist.get_backend(group) == "fake"
+    with _all_or_none(group, wanted):
+        if (obstacle := _obstacle(group, device, isolated)) is not None:
+            raise _ObstacleError(obstacle)
+        cuda = Cuda(device)
+    if isolated:
+        own = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        return PeerMemory([own] * group.size(), cuda, _side_stream(device))
+    memory = symmetric_memory()
+    with _all_or_none(group, wanted):
+        own = memory.empty(nbytes, dtype=torch.uint8, device=device)
+    with _all_or_none(group, wanted):
+        handle = memory.rendezvous(own, group)
+        parts = [own if q == group.rank() else handle.get_buffer(q, own.shape, own.dtype) for q in range(group.size())]
+    return PeerMemory(parts, cuda, _side_stream(device))
+
+
 @contextmanager
-def _all_or_none(group: dist.ProcessGroup) -> Iterator[None]:
+def _all_or_none(group: dist.ProcessGroup, wanted: Wanted = _CHUNKS) -> Iterator[None]:
     """Collective: the body succeeds on every rank, or every rank raises what was found on those where it does not.
 
     Otherwise a rank that succeeds would wait for ever in the next collective for one that has raised.
@@ -147,8 +195,7 @@ def _all_or_none(group: dist.ProcessGroup) -> Iterator[None]:
     else:
         what = "; ".join(f"rank {rank} finds: {text}" for rank, text in by_rank.items())
     raise ConfigError(
-        f"overlap: copy_engine needs GPUs of one host that reach each other's memory; here {what}: use overlap: "
-        "collectives (preset llama-fast), or point_to_point"
+        f"{wanted.what} needs GPUs of one host that reach each other's memory; here {what}: {wanted.advice}"
     ) from cause
 
 

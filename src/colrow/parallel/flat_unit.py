@@ -33,9 +33,10 @@ from torch.distributed.tensor import DTensor, Partial
 from colrow.ops.execution_record import record
 from colrow.ops.kernels.slot_sum import add_slots
 from colrow.parallel.data_shards import Unsharded
+from colrow.parallel.flat_gather import Gathers
 from colrow.sharding.layout import chunk_sizes, local_tensor
 from colrow.sharding.parameter_state import state_of
-from colrow.torch_compat import foreach, gather_into, is_async
+from colrow.torch_compat import foreach, is_async
 
 _ALIGNMENT = 128  # elements, of a parameter's range
 
@@ -51,6 +52,7 @@ class Buffer:
         self.size = 0
         self.holds: FlatUnit | None = None
         self.work: Any = None
+        """The handle of a gather that nothing has waited for."""
         self._memory: Tensor | None = None
 
     def memory(self, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -66,7 +68,7 @@ class Buffer:
             self.work = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataGroups:
     """The groups of the data axes; None for one rank."""
 
@@ -150,30 +152,44 @@ class FlatUnit:
         self.reduced = False
         """In the running backward."""
 
+    @property
+    def size(self) -> int:
+        """Elements of its shard."""
+        return self._size
+
     @torch.no_grad()
-    def allocate(self) -> None:
-        """Make all that the unit computes with, when all units of its buffer have said their sizes."""
+    def allocate(self, gathers: Gathers | None) -> None:
+        """Make all that the unit computes with, when all units of its buffer have said their sizes.
+
+        Args:
+            gathers: None where nothing is sharded.
+        """
         if not self.params:
             return
         device = local_tensor(self.params[0].param).device
         wide = self.params[0].param.dtype
         shards, rank = self.groups.shards, self.groups.rank
         memory = self.buffer.memory(self._dtype, device)
-        shard = None if self._own else torch.zeros(self._size, dtype=self._dtype, device=device)
+        shard = None if gathers is None else gathers.shard(self._size)
+        if shard is None and not self._own:
+            shard = torch.zeros(self._size, dtype=self._dtype, device=device)
         self._gradient = torch.empty(self._size, dtype=wide, device=device)
         self._sums = [_at(self._gradient, each.at, torch.Size([each.size])) for each in self.trained]
-        self._sent: list[Tensor] = []
-        self._gathered: list[Tensor] = []
+        sent: list[Tensor] = []
+        gathered: list[Tensor] = []
         for each in self.params:
             local = each.unsharded.local
             first, held = shards * each.at, local_tensor(each.param)
             full = _at(memory, first, local)
             each.full = nn.Parameter(each.unsharded.wrapped(full), requires_grad=each.param.requires_grad)
             each.full.__dict__.update(state_of(each.param).attributes)
-            source, start = (memory, first + rank * each.size) if shard is None else (shard, each.at)
+            source, start = memory, first + rank * each.size
+            if shard is not None:
+                source, start = shard, int(shard.storage_offset()) + each.at
             each.copy = _at(source, start, held.shape)
-            self._sent.append(_at(source, start, torch.Size([each.size])))
-            self._gathered.append(_at(memory, first, torch.Size([shards * each.size])))
+            sent.append(_at(source, start, torch.Size([each.size])))
+            gathered.append(_at(memory, first, torch.Size([shards * each.size])))
+        self._start_gather = None if gathers is None else gathers.prepare(gathered, sent)
         self._bytes = self._gradient.untyped_storage().nbytes()
         self._gradient.untyped_storage().resize_(0)
 
@@ -183,8 +199,8 @@ class FlatUnit:
             return
         self.buffer.wait()
         self.buffer.holds = self
-        if self.groups.shard is not None:
-            self.buffer.work = gather_into(self._gathered, self._sent, self.groups.shard)
+        if self._start_gather is not None:
+            self.buffer.work = self._start_gather()
 
     def wait_for_gather(self) -> None:
         if self.params:

@@ -32,6 +32,7 @@ from colrow.errors import ConfigError
 from colrow.mesh import MeshAxes
 from colrow.parallel.data_parallel import head_unit
 from colrow.parallel.data_shards import Unsharded, unsharded_of
+from colrow.parallel.flat_gather import CollectiveGathers, GatherCarrier, Gathers, PeerGathers
 from colrow.parallel.flat_unit import Buffer, DataGroups, FlatParameter, FlatUnit
 from colrow.parallel.used_parameters import flags_anywhere
 from colrow.parallel.weight_copies import WeightCopies
@@ -47,8 +48,13 @@ def runs_flat(config: RunConfig) -> bool:
 
 
 def check_data_engine(config: RunConfig) -> None:
-    """Raise a ConfigError where `mesh.data_engine: flat` is set and cannot work."""
+    """Raise a ConfigError where `mesh.data_engine: flat` is set and cannot work, or `fsdp.gather` without it."""
     if not runs_flat(config):
+        if config.fsdp.gather != "collectives":
+            raise ConfigError(
+                f"fsdp.gather: {config.fsdp.gather} is for mesh.data_engine: flat and a mesh with data axes (here "
+                f"{config.mesh}): set mesh.data_engine to flat, or fsdp.gather to collectives"
+            )
         return
     if config.mesh.pp > 1:
         raise ConfigError(
@@ -70,9 +76,10 @@ class FlatWeights(WeightCopies):
         dtype: what the model computes in.
         reshard_after_forward: blocks share two buffers, and are gathered once more for backward; else all stay
             gathered for the step. Unless given, where dp_shard > 1.
+        gather: who carries gathers.
 
     Raises:
-        ConfigError: blocks share a parameter, or parameters differ in dtype.
+        ConfigError: blocks share a parameter, parameters differ in dtype, or there are no copy engines for `gather`.
     """
 
     @torch.no_grad()
@@ -83,6 +90,7 @@ class FlatWeights(WeightCopies):
         blocks: Sequence[nn.Module],
         dtype: torch.dtype,
         reshard_after_forward: bool | None = None,
+        gather: GatherCarrier = "collectives",
     ) -> None:
         super().__init__(model)
         axes = MeshAxes(mesh)
@@ -90,8 +98,9 @@ class FlatWeights(WeightCopies):
         self._groups, self._data_groups = DataGroups(*groups), axes.data_groups()
         self._blocks = list(blocks)
         self._root, self._head, self._units = self._make_units(model, dtype, reshard_after_forward is not False)
+        self._gathers = self._make_gathers(gather, dtype)
         for unit in self._units:
-            unit.allocate()
+            unit.allocate(self._gathers)
         params = [each for unit in self._units for each in unit.params]
         self.copies = {each.param: each.copy for each in params}
         self._full = {each.param: each.full for each in params}
@@ -104,12 +113,13 @@ class FlatWeights(WeightCopies):
     @contextmanager
     def use_copies(self) -> Iterator[None]:
         for unit in self._units:  # the parameters may have changed; every rank gathers anew, or none
-            unit.buffer.wait()
             unit.buffer.holds = None
         self._active = True
         try:
             with super().use_copies():
+                self._meet()
                 yield
+                self._meet()
         finally:
             self._active = False
 
@@ -137,6 +147,22 @@ class FlatWeights(WeightCopies):
 
     def _placed(self) -> Mapping[nn.Parameter, nn.Parameter]:
         return self._full
+
+    def _meet(self) -> None:
+        """Let no rank write a shard that another reads, or read one that another writes."""
+        for unit in self._units:
+            unit.buffer.wait()
+        if self._gathers is not None:
+            self._gathers.meet()
+
+    def _make_gathers(self, carrier: GatherCarrier, dtype: torch.dtype) -> Gathers | None:
+        group = self._groups.shard
+        if group is None:
+            return None
+        if carrier == "collectives":
+            return CollectiveGathers(group)
+        device = next(local_tensor(each.param).device for unit in self._units for each in unit.params)
+        return PeerGathers(group, device, dtype, [unit.size for unit in self._units if unit.params])
 
     def _make_units(
         self, model: nn.Module, dtype: torch.dtype, reshard: bool

@@ -202,7 +202,10 @@ def make_runner(
         (stage,) = stages
         weights: WeightCopies | None = None
         if runs_flat(config):
-            weights = FlatWeights(stage.module, mesh, stage.blocks, dtype, config.fsdp.reshard_after_forward)
+            fsdp = config.fsdp
+            weights = FlatWeights(
+                stage.module, mesh, stage.blocks, dtype, fsdp.reshard_after_forward, gather=fsdp.gather
+            )
         elif precision.keeps_copies:
             weights = ComputeWeights(stage.module, dtype, graphed=train.cuda_graph)
         return SingleStageModel(stage.module, plan, mesh, device, weights, seeds, auxiliary)

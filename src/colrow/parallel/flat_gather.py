@@ -1,0 +1,104 @@
+"""Who carries the gathers of the flat data engine: process groups, or copy engines that read the peers' shards.
+
+[Note: gathers by copy engines]
+All shards of a rank lie in memory that the peers see. A gather is copies on a side stream, without a kernel: each rank
+reads the others' rows itself, and no handshake is needed, since shards change once a step:
+
+    the update writes the shards; all ranks meet; gathers; all ranks meet; the update ...
+
+The meetings are all-reduces of one number on the compute stream, which waits for every gather before it reads.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from colrow.ops.copy_engine_cuda import PeerMemory, Wanted, peer_memory
+from colrow.ops.execution_record import record
+from colrow.torch_compat import gather_into
+
+GatherCarrier = Literal["collectives", "copy_engine"]
+_WANTED = Wanted("fsdp.gather: copy_engine", "set fsdp.gather: collectives")
+
+
+class Gathers(ABC):
+    """Carries the gathers of all units."""
+
+    @abstractmethod
+    def shard(self, size: int) -> Tensor | None:
+        """Memory for a unit's shard of `size` elements; None where it may lie anywhere."""
+
+    @abstractmethod
+    def prepare(self, outputs: list[Tensor], inputs: list[Tensor]) -> Callable[[], Any]:
+        """What starts a gather of each input of `shard` into its output, [n t] of [t], and returns a handle with
+        `wait()`: then the current stream waits, and not the CPU."""
+
+    def meet(self) -> None:
+        """Collective: between a write of any rank's shard and a gather."""
+
+
+class CollectiveGathers(Gathers):
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+
+    def shard(self, size: int) -> Tensor | None:
+        return None
+
+    def prepare(self, outputs: list[Tensor], inputs: list[Tensor]) -> Callable[[], Any]:
+        return lambda: gather_into(outputs, inputs, self._group)
+
+
+class PeerGathers(Gathers):
+    """By copy engines ([Note: gathers by copy engines]).
+
+    Args:
+        sizes: elements of each unit's shard, in the order of the calls of `shard`.
+
+    Raises:
+        ConfigError: the ranks are not GPUs of one host that reach each other's memory.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup, device: torch.device, dtype: torch.dtype, sizes: Sequence[int]
+    ) -> None:
+        self._group = group
+        self._memory: PeerMemory = peer_memory(group, device, sum(sizes) * dtype.itemsize, _WANTED)
+        self._parts = [part.view(dtype) for part in self._memory.parts]
+        self._own = self._parts[group.rank()].zero_()
+        self._used = 0
+        self._one = torch.ones((), device=device)
+
+    def shard(self, size: int) -> Tensor | None:
+        self._used += size
+        return self._own[self._used - size : self._used]
+
+    def prepare(self, outputs: list[Tensor], inputs: list[Tensor]) -> Callable[[], Any]:
+        n, rank, copies = self._group.size(), self._group.rank(), []
+        for step in range(n):  # in no step do two ranks read from the same one
+            peer = (rank + step) % n
+            for output, own in zip(outputs, inputs, strict=True):
+                at, size = own.storage_offset() - self._own.storage_offset(), own.numel()
+                copies.append((output[peer * size : (peer + 1) * size], self._parts[peer][at : at + size]))
+        return lambda: self._gather(copies)
+
+    def meet(self) -> None:
+        dist.all_reduce(self._one, dist.ReduceOp.MAX, self._group)
+
+    def wait(self) -> None:
+        """For every gather that was started."""
+        device = self._memory.device
+        device.follow(device.current(), self._memory.side)
+
+    def _gather(self, copies: Sequence[tuple[Tensor, Tensor]]) -> PeerGathers:
+        device, side = self._memory.device, self._memory.side
+        device.follow(side, device.current())  # the last reader of the outputs is done
+        for target, source in copies:
+            device.copy(side, target, source)
+        record("data", "gathers on copy engines")
+        return self
