@@ -9,6 +9,8 @@ bytes a parameter: master 4, two moments 8, where the compute dtype is lower a c
 - FSDP2, several micro-batches: sums are not reduced until the last, 4 bytes a parameter of the tp rank.
 - FSDP2 with resharding: of the gathered weights those of the running unit and of the prefetched one, and of root and
   head; without: all of them.
+- `mesh.data_engine: flat`: a copy of 2 / dp_shard beside two blocks' gathered weights, root and head; gradients are
+  fp32 shards at once, of all micro-batches, and what ranks exchange takes 2 bytes a parameter of the unit.
 """
 
 from __future__ import annotations
@@ -205,8 +207,14 @@ class _StagePeak:
         buffers = 0.0
         if setting.copies or not self._fsdp:
             weights = low * complete if setting.copies else 0.0
-            done = sum(unit.trained_count for unit in self._done)
-            gradients = wide * trained if several else low * done + own
+            kept = sum(unit.trained_count for unit in self._done)
+            gradients = wide * trained if several else low * kept + own
+        elif setting.mesh.data_engine == "flat":
+            weights = low * self._flat_weights()
+            done = self._units if several else self._done
+            gradients = wide * sum(_shard(unit.trained, shards) for unit in done) + own
+            if backward and self._done and shards > 1:
+                buffers += low * self._done[-1].trained_count  # the rows that the ranks sent
         else:
             weights = low * (self._gathered(units) if setting.reshard else complete)
             if setting.reshard and shards > 1:
@@ -237,6 +245,17 @@ class _StagePeak:
         """Parameters that FSDP2 holds unsharded: the running unit's, and root and head, which stay."""
         held = {id(unit): unit for unit in (*units, self._walk.units[ROOT], self._walk.units[HEAD])}
         return sum(unit.count for unit in held.values() if any(unit is own for own in self._units))
+
+    def _flat_weights(self) -> int:
+        """Elements of the flat engine's shards and buffers; the shards of root and head lie in their buffers."""
+        shards = self._setting.mesh.dp_shard
+        complete = sum(unit.count for unit in self._units)
+        if not self._setting.reshard or shards == 1:
+            return complete
+        blocks = [self._walk.units[name] for name in self._stage.layers]
+        turns = 2 * max((unit.count for unit in blocks), default=0)
+        ends = complete - sum(unit.count for unit in blocks)
+        return ends + turns + sum(_shard(unit.numels, shards) for unit in blocks)
 
     def _with_device(self, memory: Memory) -> Memory:
         setting = self._setting
