@@ -23,7 +23,9 @@ from colrow.errors import ConfigError
 from colrow.mesh import Mesh
 from colrow.models.llama import Llama
 from colrow.ops.copy_engine_cuda import PeerMemory
+from colrow.ops.kernels.slot_sum import add_received
 from colrow.parallel import flat_gather, flat_unit, flat_weights
+from colrow.parallel.compile import compile_forward
 from colrow.parallel.flat_gather import PeerGathers
 from colrow.parallel.flat_unit import FlatUnit
 from colrow.parallel.flat_weights import FlatWeights, check_data_engine
@@ -57,7 +59,6 @@ CASES: dict[int, dict[str, Case]] = {
         "shard2-selective": ("llama", flat(dp_shard=2), {"activation_checkpoint": "selective"}),
         "shard2-compiled": ("llama", flat(dp_shard=2), {"compile": True}),
         "shard2-compiled-full": ("llama", flat(dp_shard=2), {"compile": True, "activation_checkpoint": "full"}),
-        "shard2-unclipped": ("llama", flat(dp_shard=2), {"grad_clip": None}),
         "shard2-skip": ("llama", flat(dp_shard=2), {"on_nonfinite": "skip"}),
     },
     4: {
@@ -84,7 +85,7 @@ Results = Callable[[int, str], list[Any]]
 
 def errors_of(device: str, name: str, mesh: Mesh, section: dict[str, Any], folder: Path | None) -> Seen:
     with mock.patch.dict(MODELS, FAST):
-        compiled = mock.patch.object(parity.setup, "compile_forward", lambda block: block.compile(backend="aot_eager"))
+        compiled = mock.patch.object(parity.setup, "compile_forward", partial(compile_forward, backend="aot_eager"))
         with compiled if section.get("compile") else ExitStack():
             errors = on_ranks(device, name, mesh, folder, **section)
     return errors.worst, errors.resumed
@@ -185,13 +186,16 @@ def sabotaged(device: str, what: str) -> float:
         else:
             unit.buffer.holds = unit
 
-    def not_summed(slots: Any, total: Any, scale: float, *, add: bool) -> None:
-        total.copy_(slots[dist.get_rank()])
+    def without_others(own: Any, received: Any, total: Any, scale: float, *, add: bool) -> None:
+        total.copy_(own)
+
+    def unscaled(own: Any, received: Any, total: Any, scale: float, *, add: bool) -> None:
+        add_received(own, received, total, 1.0, add=add)
 
     left_out = {
-        "exchange": mock.patch.object(flat_unit, "add_slots", not_summed),
+        "exchange": mock.patch.object(flat_unit, "add_received", without_others),
         "gather in backward": mock.patch.object(FlatUnit, "gather", only_in_forward),
-        "average": mock.patch.object(flat_unit, "add_slots", lambda s, t, _, add: t.copy_(s.sum(0))),
+        "average": mock.patch.object(flat_unit, "add_received", unscaled),
     }
     with left_out[what]:
         return on_ranks(device, "llama", flat(dp_shard=2), steps=1).gradients

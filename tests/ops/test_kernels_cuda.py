@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from colrow.ops.kernels.slot_sum import sum_slots
+from colrow.ops.kernels.slot_sum import add_received, sum_slots
 from helpers.kernel_cases import CASES, Case, computed, draw, worst_error
 from helpers.parity import relative
 
@@ -62,3 +62,16 @@ def test_slots_are_added_in_rank_order_and_rounded_once(shape: tuple[int, ...], 
     assert torch.equal(sum_slots(slots), want) or (dtype == torch.float64 and relative(sum_slots(slots), want) < 1e-15)
     slots[-1] = 0
     assert not torch.equal(sum_slots(slots), want)
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize(("others", "size"), [(1, 4096 * 512), (2, 33 * 129), (7, 5001), (1, 1)])
+def test_received_rows_are_added_in_fp32(others: int, size: int, add: bool) -> None:
+    own = torch.randn(size, device="cuda").bfloat16()
+    received = torch.randn(others, size + 129, device="cuda").bfloat16()[:, 1 : size + 1]
+    total = torch.randn(size, device="cuda")
+    want = (own.double() + received.double().sum(0)) / (others + 1) + add * total.double()
+    add_received(own, received, total, 1 / (others + 1), add=add)
+    assert relative(total.double(), want) < 1e-6
+    add_received(own, received, total, 1.0, add=False)
+    assert relative(total.double(), want) > 1e-3

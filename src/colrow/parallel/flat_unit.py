@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
 from colrow.ops.execution_record import record
-from colrow.ops.kernels.slot_sum import add_slots
+from colrow.ops.kernels.slot_sum import add_received
 from colrow.parallel.data_shards import Unsharded
 from colrow.parallel.flat_gather import Gathers
 from colrow.sharding.layout import chunk_sizes, local_tensor
@@ -117,6 +117,10 @@ class FlatParameter:
         """The rows of `local`, a contiguous tensor of the unsharded shape, that data rank `rank` holds; flat."""
         return local.view(-1)[rank * self.size : (rank + 1) * self.size]
 
+    def held(self, shards: Tensor) -> Tensor:
+        """This rank's rows in one or several shards of the unit, [..., size]; flat."""
+        return shards[..., self.at : self.at + self.copy.numel()]
+
 
 class FlatUnit:
     """The parameters of `owners`, gathered and reduced together.
@@ -146,7 +150,8 @@ class FlatUnit:
         self._size = end
         self.trained = [each for each in self.params if each.param.requires_grad]
         buffer.size = max(buffer.size, groups.shards * end)
-        self._exchange: tuple[list[Any], list[Tensor], Tensor] | None = None
+        self._exchange: tuple[list[Any], list[Tensor], Tensor | None] | None = None
+        """What was started: handles, this rank's gradients, and the rows that it gets [W - 1, size]."""
         self._reduction: Any = None
         self._has_sum = False
         self.reduced = False
@@ -215,10 +220,10 @@ class FlatUnit:
             return
         grads = [self._taken(each) for each in self.trained]
         if self.groups.shard is None:
-            self._exchange = [], grads, self._gradient
+            self._exchange = [], grads, None
             return
         group, rank, shards = self.groups.shard, self.groups.rank, self.groups.shards
-        slots = torch.empty(shards, self._size, dtype=grads[0].dtype, device=grads[0].device)
+        received = torch.empty(shards - 1, self._size, dtype=grads[0].dtype, device=grads[0].device)
         operations: list[dist.P2POp] = []
         for step in range(1, shards):
             to, source = (rank + step) % shards, (rank - step) % shards
@@ -226,12 +231,12 @@ class FlatUnit:
                 if (part := each.part(grad, to)).numel():
                     operations.append(dist.P2POp(dist.isend, part, group=group, group_peer=to))
             operations += [
-                dist.P2POp(dist.irecv, own, group=group, group_peer=source) for own in self._parts(slots[source])
+                dist.P2POp(dist.irecv, rows, group=group, group_peer=source)
+                for each in self.trained
+                if (rows := each.held(received[step - 1])).numel()
             ]
         works = dist.batch_isend_irecv(operations) if operations else []
-        own = [each.part(grad, rank) for each, grad in zip(self.trained, grads, strict=True)]
-        foreach("copy_", list(self._parts(slots[rank])), [part for part in own if part.numel()])
-        self._exchange = works, grads, slots
+        self._exchange = works, grads, received
         record("data", "flat shards")
 
     @torch.no_grad()
@@ -239,15 +244,17 @@ class FlatUnit:
         """Add what was exchanged to the step's sum; after the `last` micro-batch replicas start to average it."""
         if self._exchange is None:
             return
-        (works, grads, slots), self._exchange = self._exchange, None
+        (works, grads, received), self._exchange = self._exchange, None
         for work in works:
             work.wait()
         if not self._has_sum:
             self._gradient.untyped_storage().resize_(self._bytes)
-        if self.groups.shard is None:
+        if received is None:
             foreach("add_" if self._has_sum else "copy_", self._sums, [grad.view(-1) for grad in grads])
         else:
-            add_slots(slots, self._gradient, 1 / self.groups.shards, add=self._has_sum)
+            for each, grad in zip(self.trained, grads, strict=True):
+                own, total = each.part(grad, self.groups.rank), each.held(self._gradient)
+                add_received(own, each.held(received), total, 1 / self.groups.shards, add=self._has_sum)
         self._has_sum = True
         if last and self.groups.replicate is not None:
             op = dist.ReduceOp.AVG if dist.get_backend(self.groups.replicate) == "nccl" else dist.ReduceOp.SUM
@@ -277,11 +284,6 @@ class FlatUnit:
         if self._has_sum:
             self._gradient.untyped_storage().resize_(0)
             self._has_sum = False
-
-    def _parts(self, slot: Tensor) -> list[Tensor]:
-        """The ranges of this rank's rows in a slot; none where it has no rows."""
-        sizes = [(each.at, each.copy.numel()) for each in self.trained]
-        return [slot[at : at + size] for at, size in sizes if size]
 
     def _taken(self, each: FlatParameter) -> Tensor:
         """The local gradient of the parameter that the model computed with, contiguous; it is no longer there."""

@@ -1,7 +1,7 @@
 """The sum of the chunks that a rank got from the others, in one pass.
 
 y = slots[0] + ... + slots[n - 1], in fp32 for low precision, and rounded once
-y = s (slots[0] + ... + slots[n - 1]) [+ y], into a wider tensor
+y = s (own + received[0] + ... + received[n - 2]) [+ y], into a wider tensor
 """
 
 from __future__ import annotations
@@ -29,16 +29,24 @@ def sum_triton(slots: Tensor) -> Tensor:
     return total
 
 
-def add_slots(slots: Tensor, total: Tensor, scale: float, *, add: bool) -> None:
-    """Write into `total` [...], or add to it, `scale` times the sum of `slots` [n, ...], in the dtype of `total`."""
-    if triton is None or not slots.is_cuda or total.dtype == torch.float64:
-        summed = slots.sum(0, dtype=total.dtype).mul_(scale)
+def add_received(own: Tensor, received: Tensor, total: Tensor, scale: float, *, add: bool) -> None:
+    """Write into `total` [t], or add to it, `scale` times the sum of `own` [t] and `received` [n - 1, t], whose rows
+    are contiguous, in the dtype of `total`."""
+    if triton is None or not own.is_cuda or total.dtype == torch.float64:
+        summed = (received.sum(0, dtype=total.dtype) + own).mul_(scale)
         total.add_(summed) if add else total.copy_(summed)
         return
+    assert received.stride(1) == 1, "the kernel reads rows"
+    if total.numel():
+        add_triton(own, received, total, scale, add=add)
+
+
+def add_triton(own: Tensor, received: Tensor, total: Tensor, scale: float, *, add: bool) -> None:
     assert total.dtype == torch.float32, "the kernel computes in fp32"
-    size = total.numel()
-    grid = (triton.cdiv(size, _BLOCK),)
-    _scaled_kernel[grid](slots, total, size, scale, RANKS=slots.shape[0], ADD=add, BLOCK=_BLOCK, num_warps=8)
+    others, size = received.shape
+    _received_kernel[(triton.cdiv(size, _BLOCK),)](
+        own, received, total, size, received.stride(0), scale, OTHERS=others, ADD=add, BLOCK=_BLOCK, num_warps=8
+    )
 
 
 if triton is not None:
@@ -57,16 +65,16 @@ if triton is not None:
         tl.store(total + at, value.to(total.dtype.element_ty), mask=inside)
 
     @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-    def _scaled_kernel(  # type: ignore[no-untyped-def]
-        slots, total, size, scale, RANKS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr
+    def _received_kernel(  # type: ignore[no-untyped-def]
+        own, received, total, size, stride, scale, OTHERS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr
     ):
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = at < size
-        chunk = slots + at
-        value = tl.load(chunk, mask=inside, other=0.0).to(tl.float32)
-        for _ in tl.static_range(1, RANKS):
-            chunk += size
-            value += tl.load(chunk, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(own + at, mask=inside, other=0.0).to(tl.float32)
+        row = received + at
+        for _ in tl.static_range(OTHERS):
+            value += tl.load(row, mask=inside, other=0.0).to(tl.float32)
+            row += stride
         value *= scale
         if ADD:
             value += tl.load(total + at, mask=inside, other=0.0)
