@@ -103,16 +103,18 @@ class _LocalBlockHooks(ParallelStyle):
         layouts.update(style.input_kwargs or {})
         slices, outputs = style.slices or {}, style.output or ()
 
-        def arrange(key: int | str, value: Any, gathered: dict[tuple[int, Placement], Any]) -> Any:
+        def arrange(key: int | str, value: Any, gathered: list[tuple[Any, Placement, Any]]) -> Any:
             if (layout := layouts.get(key)) is not None:
-                if (id(value), layout) not in gathered:  # one tensor that is query, key and value is gathered once
-                    gathered[id(value), layout] = local_input(value, mesh, layout, gather=True)
-                value = gathered[id(value), layout]
+                # one tensor that is query, key and value is gathered once; a graph of torch 2.11 has no id() of tensors
+                done = [local for given, to, local in gathered if given is value and to == layout]
+                local = done[0] if done else local_input(value, mesh, layout, gather=True)
+                gathered.append((value, layout, local))
+                value = local
             heads = slices.get(str(key))
             return value if heads is None or not isinstance(value, Tensor) else rank_heads(value, mesh, **heads)
 
         def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
-            gathered: dict[tuple[int, Placement], Any] = {}
+            gathered: list[tuple[Any, Placement, Any]] = []
             placed = tuple(arrange(i, a, gathered) for i, a in enumerate(args))
             return placed, {k: arrange(k, v, gathered) for k, v in kwargs.items()}
 

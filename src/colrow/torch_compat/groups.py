@@ -84,8 +84,11 @@ def all_reduce(x: Tensor, mesh: DeviceMesh) -> Tensor:
 
 def all_gather(x: Tensor, dim: int, mesh: DeviceMesh) -> Tensor:
     """The shards of all ranks, one after the other along `dim`."""
-    y: Tensor = _wait(_all_gather(x.contiguous(), dim, mesh))
-    return y
+    y: Tensor = _wait(_all_gather(x.contiguous(), 0, mesh))
+    dim, ranks = dim % x.dim(), mesh.size()  # placed along `dim` here: torch 2.11 does so by a function no graph may call
+    if all(size == 1 for size in x.shape[:dim]):
+        return y.view(*x.shape[:dim], ranks * x.shape[dim], *x.shape[dim + 1 :])
+    return torch.cat(y.chunk(ranks), dim)
 
 
 def reduce_scatter(x: Tensor, dim: int, mesh: DeviceMesh) -> Tensor:
