@@ -4,6 +4,7 @@
     attention      causal FLOPs / rate, forward and backward
     pointwise      bytes / rate: in compiled blocks each chain of operators as one pass
     optimizer      bytes of the update / rate
+    copies         between FSDP2's buffers and parameters
     AXIS           exposed time of the collectives of tp, dp_shard, dp_replicate, pp
     bubble         a pipeline's ranks waiting for each other
     gaps           between kernels
@@ -31,9 +32,10 @@ from colrow.plans.plan import Plan
 EXPOSED = {"none": 1.0, "point_to_point": 0.5, "collectives": 0.9}
 """Share of tp's collectives of fast styles that nothing hides, by what overlaps them. Measured on 2 and 4 H200."""
 EXPOSED_OF_COPY_ENGINE = {2: 0.06, 4: 0.3}
-_ENDS = 2 / 64  # of FSDP2's collectives: the first and the last of some 32 units in two directions
 UPDATE_BYTES = 32  # a parameter: master, moments and gradient read, the gradient for its norm; master, moments written
-COPIES_OF_FSDP = 24  # a parameter: into and out of FSDP2's buffers, casts; measured on 4 H200
+COPIES_OF_FSDP = 24  # a parameter of the shard: casts; measured on 4 H200
+GATHERED_COPIES_OF_FSDP = 18  # a gathered parameter: out of and into FSDP2's buffers, in both directions
+SLOWED_BY_NCCL = 0.1  # of the hidden seconds of data axes, by which matmuls beside NCCL's kernels take longer
 OPERANDS = 15e12  # bytes/s of a matmul's operands beside its FLOPs; tells small matmuls from large ones
 CPU_OF_OVERLAP = {"none": 1.0, "collectives": 1.9, "point_to_point": 2.5, "copy_engine": 2.5}
 """Of the CPU's time for a kernel of a plain compiled block: fast styles run more Python a kernel. Seen with H200."""
@@ -139,13 +141,17 @@ def _rank_time(walk: Walk, setting: Setting, stage: Stage, program: Program, mac
     units = sum(walk.units[name].trained_count for name in (*stage.layers, *_ends(walk, stage)))
     update = UPDATE_BYTES + (0 if setting.copies else COPIES_OF_FSDP)
     parts["optimizer"] = update * units / setting.mesh.dp_shard / rates.optimizer
-    compute = sum(parts.values()) - parts["optimizer"]
+    if setting.mesh.dp > 1:
+        parts["copies"] = GATHERED_COPIES_OF_FSDP * units / rates.memory
+    compute = sum(parts.values()) - parts["optimizer"] - parts.get("copies", 0.0)
     sent: dict[str, float] = {}
     for traffic in traffic_of(walk, setting, stage):
         seconds = traffic.calls * call_seconds(traffic, setting, machine)
         sent[traffic.axis] = sent.get(traffic.axis, 0.0) + seconds
     for axis, seconds in sent.items():
-        parts[axis] = exposed(axis, seconds, compute, setting, program)
+        parts[axis] = exposed(axis, seconds, compute, setting, program, len(stage.layers))
+        if axis in ("dp_shard", "dp_replicate"):
+            parts["products"] += SLOWED_BY_NCCL * (seconds - parts[axis])
     parts["gaps"] = rates.gaps * sum(parts.values())
     cpu = m * cpu_seconds(inside, outside, program, rates)
     parts["cpu"] = 0.0 if program.cuda_graph else max(0.0, cpu - sum(parts.values()))
@@ -194,7 +200,7 @@ def call_seconds(traffic: Traffic, setting: Setting, machine: Machine) -> float:
     return seconds_of(machine.link(setting, traffic.axis), share * traffic.bytes)
 
 
-def exposed(axis: str, seconds: float, compute: float, setting: Setting, program: Program) -> float:
+def exposed(axis: str, seconds: float, compute: float, setting: Setting, program: Program, layers: int) -> float:
     """Seconds of an axis's collectives beside which nothing runs: see [Note: exposed]."""
     if axis == "tp":
         if program.overlap == "copy_engine":
@@ -202,7 +208,8 @@ def exposed(axis: str, seconds: float, compute: float, setting: Setting, program
         return seconds * EXPOSED[program.overlap]
     if axis == "pp":
         return seconds / 2  # the other half runs beside another micro-batch
-    return max(seconds * _ENDS, seconds - 0.9 * compute)
+    ends = 1 / (layers + 2)  # the first and the last of all gathers and reductions, head and root among them
+    return max(seconds * ends, seconds - 0.9 * compute)
 
 
 def _nearest(links: Mapping[int, Points], size: int) -> Points:
