@@ -105,6 +105,8 @@ CELLS = (
     Cell(EIGHT, "tp2-dp_shard2", "overlap", 2),
     Cell(EIGHT, "dp_shard4", "linear", 1),
     Cell(EIGHT, "pp2-tp2", "overlap", 1, 4),
+    Cell("8k flat", "tp2-dp_shard2", "overlap", 2, changes=":mesh.data_engine=flat"),
+    Cell("8k flat", "dp_shard4", "linear", 1, changes=":mesh.data_engine=flat"),
     Cell(LONG, "tp4", "overlap", 2, seq_len=32768),
     Cell(LONG, "tp2-dp_shard2", "overlap", 1, seq_len=32768),
     Cell(FULL, "tp4", "overlap", 4, recompute="full"),

@@ -97,6 +97,8 @@ def test_a_fast_path_that_did_not_run_is_seen(left_out: str | None) -> None:
     operators = {name: n for name, n in RAN.items() if name != left_out}
     missing = missing_paths(Plan.preset("llama-fast", "linear"), trace_of(operators), 2)
     assert bool(missing) == (left_out is not None), missing
+    elsewhere = missing_paths(Plan.preset("llama-fast", "linear"), trace_of(operators), 2, loss=False)
+    assert bool(elsewhere) == (left_out not in (None, "linear_cross_entropy")), elsewhere  # a pipeline's first stage
 
 
 @pytest.mark.parametrize("sent", [None, "colrow::send_point_to_point", "colrow::send_copy_engine"])

@@ -236,14 +236,16 @@ def _memory(device: torch.device) -> dict[str, float]:
 
 def _problem(config: RunConfig, training: Training, trace: StepTrace) -> dict[str, str]:
     """The fast paths that plan and config request and the profiled step did not run, as an error's text."""
-    missing = missing_paths(training.plan, trace, MeshAxes(training.mesh).size("tp"), cuda_graph=bool(training.graphs))
+    tp, graphed = MeshAxes(training.mesh).size("tp"), bool(training.graphs)
+    missing = missing_paths(training.plan, trace, tp, cuda_graph=graphed, loss=config.mesh.pp == 1)
     if runs_flat(config) and not recorded("data"):
         missing.append("mesh.data_engine: flat (no gradient was exchanged)")
     return {"problem": f"requested and not run: {', '.join(missing)}"} if missing else {}
 
 
-def missing_paths(plan: Plan, trace: StepTrace, tp: int, *, cuda_graph: bool = False) -> list[str]:
-    """The fast paths of `plan`, and CUDA graphs, that a step's trace does not show."""
+def missing_paths(plan: Plan, trace: StepTrace, tp: int, *, cuda_graph: bool = False, loss: bool = True) -> list[str]:
+    """The fast paths of `plan`, and CUDA graphs, that a step's trace does not show. `loss`: whether the traced rank
+    computes it; a pipeline's first stage does not."""
     missing = ["train.cuda_graph (no cudaGraphLaunch)"] if cuda_graph and not trace.graph_launches else []
     operators = {style.operator: style.name for style in plan.modules.values() if style.operator} if tp > 1 else {}
     for operator, name in operators.items():
@@ -253,13 +255,13 @@ def missing_paths(plan: Plan, trace: StepTrace, tp: int, *, cuda_graph: bool = F
         requested = any(getattr(style, "overlap", None) == overlap for style in plan.modules.values())
         if requested and not trace.operators.get(f"colrow::send_{overlap}"):
             missing.append(f"overlap: {overlap} (no chunk was sent: tokens / tp below the styles' chunk_rows?)")
-    if plan.loss == "linear" and not trace.operators.get("linear_cross_entropy"):
+    if loss and plan.loss == "linear" and not trace.operators.get("linear_cross_entropy"):
         missing.append("linear cross entropy")
     on_device = trace.kernels > 0
     wants_fp8 = tp > 1 and any(getattr(style, "fp8", "") for style in plan.modules.values())
     if wants_fp8 and on_device and not trace.operators.get("aten::_scaled_mm"):
         missing.append("fp8 (operator aten::_scaled_mm)")
-    if plan.loss == "linear" and on_device and not any("_loss_kernel" in name for name in trace.names):
+    if loss and plan.loss == "linear" and on_device and not any("_loss_kernel" in name for name in trace.names):
         missing.append(f"the loss's Triton kernels ({UNAVAILABLE or 'no such kernel ran'})")
     return missing
 

@@ -85,7 +85,8 @@ def all_reduce(x: Tensor, mesh: DeviceMesh) -> Tensor:
 def all_gather(x: Tensor, dim: int, mesh: DeviceMesh) -> Tensor:
     """The shards of all ranks, one after the other along `dim`."""
     y: Tensor = _wait(_all_gather(x.contiguous(), 0, mesh))
-    dim, ranks = dim % x.dim(), mesh.size()  # placed along `dim` here: torch 2.11 does so by a function no graph may call
+    dim, ranks = dim % x.dim(), mesh.size()
+    # placed along `dim` here: torch 2.11 does that in a function that it keeps out of graphs
     if all(size == 1 for size in x.shape[:dim]):
         return y.view(*x.shape[:dim], ranks * x.shape[dim], *x.shape[dim + 1 :])
     return torch.cat(y.chunk(ranks), dim)
