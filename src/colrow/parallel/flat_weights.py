@@ -33,7 +33,7 @@ from colrow.mesh import MeshAxes
 from colrow.parallel.data_parallel import head_unit
 from colrow.parallel.data_shards import Unsharded, unsharded_of
 from colrow.parallel.flat_gather import CollectiveGathers, GatherCarrier, Gathers, PeerGathers
-from colrow.parallel.flat_unit import Buffer, DataGroups, FlatParameter, FlatUnit
+from colrow.parallel.flat_unit import Buffer, DataGroups, FlatUnit
 from colrow.parallel.used_parameters import flags_anywhere
 from colrow.parallel.weight_copies import WeightCopies
 from colrow.sharding.layout import local_tensor
@@ -97,7 +97,8 @@ class FlatWeights(WeightCopies):
         groups = [mesh[axis].get_group() if axes.size(axis) > 1 else None for axis in ("dp_shard", "dp_replicate")]
         self._groups, self._data_groups = DataGroups(*groups), axes.data_groups()
         self._blocks = list(blocks)
-        self._root, self._head, self._units = self._make_units(model, dtype, reshard_after_forward is not False)
+        self._head = head_unit(model, self._blocks)
+        self._units = self._make_units(model, dtype, reshard_after_forward is not False)
         self._gathers = self._make_gathers(gather, dtype)
         for unit in self._units:
             unit.allocate(self._gathers)
@@ -107,7 +108,7 @@ class FlatWeights(WeightCopies):
         self._active = self._training = self._pending = False
         self._reached = self._backward = 0  # indices in `_units`: gathered by this forward; whose backward has begun
         self._micro_batches = self._micro_batch = 0
-        self._flags: dict[tuple[int, ...], Tensor] = {}
+        self._all_used: dict[tuple[int, ...], Tensor] = {}  # flags of steps that used every parameter
         self._watch(model)
 
     @contextmanager
@@ -164,12 +165,8 @@ class FlatWeights(WeightCopies):
         device = next(local_tensor(each.param).device for unit in self._units for each in unit.params)
         return PeerGathers(group, device, dtype, [unit.size for unit in self._units if unit.params])
 
-    def _make_units(
-        self, model: nn.Module, dtype: torch.dtype, reshard: bool
-    ) -> tuple[FlatUnit, FlatUnit | None, list[FlatUnit]]:
-        """The root, the head, and all in the order in which they run."""
-        head = head_unit(model, self._blocks)
-        self._head_modules = head
+    def _make_units(self, model: nn.Module, dtype: torch.dtype, reshard: bool) -> list[FlatUnit]:
+        """In the order in which they run: root, blocks, head."""
         alone = not reshard or self._groups.shards == 1
         shared = [Buffer(), Buffer()]
         taken: dict[nn.Parameter, None] = {}
@@ -190,21 +187,20 @@ class FlatWeights(WeightCopies):
             return FlatUnit(list(found.items()), self._groups, buffer, dtype, own=own)
 
         blocks = [made([block], Buffer() if alone else shared[i % 2], alone) for i, block in enumerate(self._blocks)]
-        last = [made(head, Buffer(), True)] if head else []
-        root = made([model], Buffer(), True)
-        return root, last[0] if last else None, [root, *blocks, *last]
+        last = [made(self._head, Buffer(), True)] if self._head else []
+        return [made([model], Buffer(), True), *blocks, *last]  # the root has what is left
 
     def _watch(self, model: nn.Module) -> None:
         model.register_forward_pre_hook(self._begin_forward, prepend=True)
         for index, block in enumerate(self._blocks, start=1):
             block.register_forward_pre_hook(partial(self._before_block, index), prepend=True)
             block.register_forward_hook(partial(self._after_block, index))
-        for module in self._head_modules:
+        for module in self._head:
             module.register_forward_pre_hook(self._before_head, prepend=True)
         model.register_forward_hook(self._end_forward)
         for index, unit in enumerate(self._units):
             for each in unit.trained:
-                each.full.register_post_accumulate_grad_hook(partial(self._receive, index, each))
+                each.full.register_post_accumulate_grad_hook(partial(self._receive, index))
 
     def _begin_forward(self, module: nn.Module, args: Any) -> None:
         if not self._active:
@@ -270,10 +266,10 @@ class FlatWeights(WeightCopies):
         if not self._pending:
             return
         self._backward_to(1)
-        for at in (2, 1):
+        for at in (1, 0):
+            self._send(at)
+        for at in (2, 1, 0):
             self._sum(at)
-            self._send(at - 1)
-        self._sum(0)
         self._pending = False
 
     def _send(self, at: int) -> None:
@@ -284,7 +280,7 @@ class FlatWeights(WeightCopies):
         if at < len(self._units):
             self._units[at].sum_gradients(last=self._micro_batch == self._micro_batches)
 
-    def _receive(self, index: int, each: FlatParameter, full: Tensor) -> None:
+    def _receive(self, index: int, full: Tensor) -> None:
         if self._units[index].reduced or 0 < index < self._backward:
             where = f"block {index - 1}" if 0 < index <= len(self._blocks) else "a module beside the blocks"
             raise ConfigError(
@@ -299,8 +295,12 @@ class FlatWeights(WeightCopies):
             return
         device = local_tensor(params[0].param).device
         own = tuple(each.kept for each in params)
-        if own not in self._flags:
-            self._flags[own] = torch.tensor(own, dtype=torch.int32, device=device)
-        found = flags_anywhere(self._flags[own].clone(), self._data_groups, wait=not all(own))
+        if own in self._all_used:  # nothing is copied to the device
+            flags = self._all_used[own]
+        else:
+            flags = torch.tensor(own, dtype=torch.int32, device=device)
+            if all(own):
+                self._all_used[own] = flags
+        found = flags_anywhere(flags.clone(), self._data_groups, wait=not all(own))
         for each, kept in zip(params, found or own, strict=True):
             each.kept = kept
