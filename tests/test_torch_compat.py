@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -162,6 +163,20 @@ def test_dtensor_says_how_an_operator_places_its_results(mesh: DeviceMesh) -> No
         tc.propagated(norm, [a, 1, 1], rolled, mesh)
     with pytest.raises(tc.NoRuleError, match="handler"):
         tc.propagated(next(iter(tc.dtensor_handlers())), [a], two, mesh)
+
+
+def test_shardings_are_forgotten(mesh: DeviceMesh) -> None:
+    """The mask of an embedding whose sum was never formed."""
+    weight = DTensor.from_local(torch.ones(4, 2), mesh, [Shard(0)], run_check=False)
+    embedded = lambda *ids: F.embedding(  # noqa: E731
+        DTensor.from_local(torch.tensor(ids), mesh, [Replicate()], run_check=False), weight
+    )
+    embedded(0, 1)
+    with pytest.raises(RuntimeError, match="MaskBuffer"):
+        embedded(1, 7)
+    tc.forget_shardings()
+    embedded(1, 7)
+    tc.forget_shardings()
 
 
 def test_conversions_of_dtensors_are_watched(mesh: DeviceMesh) -> None:

@@ -14,6 +14,7 @@ from colrow.checking.options import COMPILED_BLOCKS_WAIT
 from colrow.mesh import Mesh
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
+from colrow.torch_compat import forget_shardings
 from helpers import broken_models as m
 from helpers.broken_plans import BROKEN, SOUND, gpt_plan, handed_on, llama, preset
 from helpers.parity import MODELS
@@ -115,6 +116,20 @@ def test_the_check_leaves_the_model_alone() -> None:
     assert all(torch.equal(param, before[name][1]) for name, param in model.named_parameters())
     assert not any(mod._forward_hooks or mod._forward_pre_hooks for mod in model.modules())
     assert not torch.distributed.is_initialized()
+
+
+def test_a_failed_check_leaves_the_next_one_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DTensor keeps the mask of an embedding whose sum over ranks an exception has prevented."""
+    left = gpt_plan(embed={"style": "rowwise", "input": "replicate", "output": "partial"})
+    right = gpt_plan(embed={"style": "rowwise", "input": "replicate"})
+    model = m.Gpt(layers=1)
+    assert codes(check(model, left, Mesh(tp=2), 2, 16)) == {"CR401"}
+    assert codes(check(model, right, Mesh(tp=2), 2, 16)) == set()
+    for module in ("dry_run", "lockstep"):  # the negative control
+        monkeypatch.setattr(f"colrow.dryrun.{module}.forget_shardings", lambda: None)
+    check(model, left, Mesh(tp=2), 2, 16)
+    assert codes(check(model, right, Mesh(tp=2), 2, 16)) == {"CR401"}
+    forget_shardings()
 
 
 def test_every_code_has_a_case_and_a_page() -> None:

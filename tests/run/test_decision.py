@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from colrow.checking.check import Findings
@@ -54,6 +55,44 @@ def test_a_wrong_plan_is_refused_with_the_check_or_without(check: bool) -> None:
     assert seen.refusal.startswith("plan gpt for mine:build at tp=2 is wrong, and nothing was started\n  what  ")
     assert ("linalg_vector_norm on a shard of dim 2 at test_decision.py" in seen.refusal) is check
     assert max(map(len, seen.refusal.partition("\nwarning")[0].splitlines())) <= 80
+
+
+class FromLength(m.MLP):
+    """Rolls its features where it gets more than 64 tokens, or multiplies them by the unit matrix at any length."""
+
+    def __init__(self, rolls: bool) -> None:
+        super().__init__()
+        self.rolls = rolls
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.gelu(self.up(x))
+        if not self.rolls:
+            return self.down(h @ torch.eye(h.shape[-1], dtype=h.dtype))
+        return self.down(h.roll(1, -1) if h.shape[1] > 64 else h)
+
+
+@pytest.mark.parametrize(("rolls", "lengths"), [(True, [64, 96]), (False, [64])])
+def test_what_runs_on_long_sequences_alone_is_verified_on_them(
+    rolls: bool, lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verified = []
+
+    def verify(*args: Any, seq_len: int, **options: Any) -> Report:
+        verified.append(seq_len)
+        return Report("proved", 2, "local", 12, 1e-9, None, 0.0)
+
+    monkeypatch.setattr("colrow.derive.proof.verify", verify)
+    model = m.Gpt(mlp=lambda: FromLength(rolls), layers=1)
+    assert [f.code for f in decide(model, gpt_plan(), Mesh(tp=2), 2, 96).findings] == []
+    assert verified == lengths
+
+
+@pytest.mark.exhaustive
+@pytest.mark.distributed
+def test_what_is_wrong_on_long_sequences_alone_is_refused() -> None:
+    model = m.Gpt(mlp=lambda: FromLength(rolls=True), layers=1)
+    assert decide(model, gpt_plan(), Mesh(tp=2), 2, 96).report.verdict == "wrong"  # type: ignore[union-attr]
+    assert decide(model, gpt_plan(), Mesh(tp=2), 2, 64).accepted
 
 
 class Fails:

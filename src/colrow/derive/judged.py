@@ -12,7 +12,7 @@ from colrow.checking.check import Finding, Findings, check
 from colrow.checking.finding import NOT_PROVEN
 from colrow.derive.derivation import Derivation, derive
 from colrow.derive.progress import Progress
-from colrow.derive.proof import prove
+from colrow.derive.proof import SEQ_LEN, prove
 from colrow.dryrun.calls import GivenInputs, Loss, default_loss
 from colrow.errors import PlanError
 from colrow.mesh import Mesh
@@ -113,7 +113,16 @@ def judgement(
     if progress is not None:
         progress.at("verifying a plan")
     try:
-        report = prove(model, plan, tp, inputs=inputs, loss=loss)
+        report = prove(
+            model,
+            plan,
+            tp,
+            inputs=inputs,
+            loss=loss,
+            batch_size=batch_size,
+            seq_len=max(seq_len, SEQ_LEN),
+            unproven=any(f.code == "CR414" for f in unproven),
+        )
     except PlanError:  # too large, or it runs on no CPU: the plan stays unproven, and the check says so
         return Judgement(None, found)
     if report.verdict != "wrong":

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from colrow.derive.derivation import derive
 from colrow.dryrun.calls import GivenInputs, Inputs, Loss, default_loss, vocabulary
+from colrow.dryrun.lockstep import unproven_operators
 from colrow.dryrun.reduced_model import reduced_model
 from colrow.errors import PlanError
 from colrow.plans.derive_options import DeriveOptions, Styles
@@ -19,8 +20,8 @@ from colrow.verifying.reduced_plan import counts_sizes, plan_for_reduced, same_b
 from colrow.verifying.report import Report
 from colrow.verifying.verify import verify
 
-SEQ_LEN = 64
-"""Most tokens in a sequence: fp64 attention over a run's context would take minutes."""
+SEQ_LEN, BATCH_SIZE = 64, 4
+"""Most tokens in a sequence, and most sequences: fp64 attention over a run's context would take minutes."""
 
 
 def prove(
@@ -31,13 +32,18 @@ def prove(
     reduced: nn.Module | None = None,
     inputs: GivenInputs | None = None,
     loss: Loss = default_loss,
+    batch_size: int = 2,
     seq_len: int = SEQ_LEN,
+    unproven: bool = False,
 ) -> Report:
     """`verify` of the plan on `reduced`, or on the reduced model that the model's family gives; the model may be on the
     meta device.
 
     Args:
-        seq_len: of the run. At most SEQ_LEN tokens are taken, and all of them where the model does not run on fewer.
+        batch_size, seq_len: of the run. At most BATCH_SIZE sequences of SEQ_LEN tokens are taken, and all tokens where
+            the model does not run on fewer.
+        unproven: whether check has left operators unproven at the run's sizes. Where some of them do not run on so few
+            tokens, a proof on these says nothing of them: all tokens are taken.
 
     Raises:
         PlanError: there is no such model, the plan cannot be carried over to it, or it does not run on a CPU.
@@ -47,22 +53,38 @@ def prove(
         changes = f"{type(small).__name__} of model.reduced"
     fitted = _fitted(plan, model, small, tp)
     short = seq_len if seq_len <= SEQ_LEN else max(SEQ_LEN // tp, 1) * tp
+    few = min(max(batch_size, 2), BATCH_SIZE)  # one sequence cannot tell a dim of samples from none
     given = None if inputs is None else Inputs.of(inputs)
     if given is not None and small is not model:
         given = given.within(vocabulary(small))
+
+    def proved(length: int) -> Report:
+        cut = given.map(lambda x: x[:few, :length]) if given and _are_token_ids(given) else given
+        return verify(small, fitted, tp, inputs=cut, loss=loss, batch_size=few, seq_len=length)
+
+    def unproven_at(of: nn.Module, by: Plan, sequences: int, length: int) -> set[tuple[str, str]]:
+        cut = given.map(lambda x: x[:sequences, :length]) if given and _are_token_ids(given) else given
+        found = unproven_operators(of, by, tp, sequences, length, inputs=cut, loss=loss)
+        return {(each.operator, each.line) for each in found}
+
     try:
-        cut = given and given.map(lambda x: x[:2, :short]) if _are_token_ids(given) else given
-        report = verify(small, fitted, tp, inputs=cut, loss=loss, seq_len=short)
+        report = proved(short)
     except PlanError:
         if short == seq_len:
             raise
-        report = verify(small, fitted, tp, inputs=given, loss=loss, seq_len=seq_len)
+        report = proved(seq_len)
+        short = seq_len
+    if unproven and report.ok and (few < batch_size or short < seq_len):
+        wanted = unproven_at(model, plan, batch_size, seq_len)
+        if wanted - unproven_at(small, fitted, few, short):
+            few = batch_size
+            report = proved(seq_len)
     return replace(report, reduced=changes)
 
 
-def _are_token_ids(inputs: Inputs | None) -> bool:
+def _are_token_ids(inputs: Inputs) -> bool:
     integers = (torch.int32, torch.int64)
-    return inputs is not None and all(isinstance(x, Tensor) and x.dtype in integers and x.dim() == 2 for x in inputs)
+    return all(isinstance(x, Tensor) and x.dtype in integers and x.dim() == 2 for x in inputs)
 
 
 def _fitted(plan: Plan, model: nn.Module, small: nn.Module, tp: int) -> Plan:

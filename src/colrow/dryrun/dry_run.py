@@ -44,7 +44,7 @@ from colrow.plans.plan import Plan
 from colrow.sharding.layout import PACKED
 from colrow.styles.base import Style
 from colrow.styles.rank_tensors import RANK_TABLES
-from colrow.torch_compat import fake_tensors, is_transformed, version
+from colrow.torch_compat import fake_tensors, forget_shardings, is_transformed, version
 
 
 def dry_run(
@@ -171,6 +171,7 @@ def _run_sharded(
                 loss.backward()
     except Exception as error:
         run.failure = Failure(error, "" if backward else modules.innermost(), backward)
+        forget_shardings()
     if plan.loss == "linear":  # the head's output is the loss: nothing to compare with the reference's logits
         for name in [name for name, style in plan.modules.items() if style.returns_loss]:
             run.outputs.pop(original(name), None)

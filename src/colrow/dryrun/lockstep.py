@@ -41,7 +41,7 @@ from colrow.sharding.layout import packed_of
 from colrow.sharding.local_layout import REPLICATED, STYLE, UNKNOWN, layout_of, sharded
 from colrow.styles.rank_tensors import RANK_TABLES
 from colrow.styles.site import Site
-from colrow.torch_compat import fake_tensors
+from colrow.torch_compat import fake_tensors, forget_shardings
 
 
 def unproven_operators(
@@ -129,6 +129,7 @@ def _walked(request: Request, keep: int, backward: bool) -> Walk | Exception:
                 number, layout = _step(run, parallel, given, request.loss, plan, backward)
         except Exception as error:
             run.report("model", f"the sharded run raises {type(error).__name__}: {str(error)[:120]}", run.module())
+            forget_shardings()
         else:
             if plan.loss != "linear" and (number != want or layout not in (REPLICATED, UNKNOWN, STYLE)):
                 run.report("loss", f"it is {layout}, or another value than in the unsharded model", LOSS)

@@ -19,6 +19,7 @@ from colrow.ops.parallel_linear import OPERATORS
 from colrow.torch_compat import (
     TorchDispatchMode,
     fake_store,
+    forget_shardings,
     from_tensors_of_ranks,
     local_tensor_mode,
     tensors_of_ranks,
@@ -75,5 +76,8 @@ def simulated_ranks(tp: int) -> Iterator[Simulation]:
         with local_tensor_mode(tp) as mode, _Inside():
             # a name of its own: DTensor's caches would return these groups for a real mesh of the same name
             yield Simulation(init_device_mesh("cpu", (tp,), mesh_dim_names=("simulated",)), mode)
+    except BaseException:
+        forget_shardings()
+        raise
     finally:
         dist.destroy_process_group()

@@ -121,7 +121,17 @@ def decide(
         say(f"{why}: a reduced model is verified at tp={mesh.tp}, {meanwhile}")
         try:
             reduced = None if build_reduced is None else build_reduced()
-            report = prove(model, plan, mesh.tp, reduced=reduced, inputs=inputs, loss=loss, seq_len=seq_len)
+            report = prove(
+                model,
+                plan,
+                mesh.tp,
+                reduced=reduced,
+                inputs=inputs,
+                loss=loss,
+                batch_size=batch_size,
+                seq_len=seq_len,
+                unproven=any(f.code == "CR414" for f in found),
+            )
         except Exception as error:  # whatever stops the proof stops the run, and says what helps
             text = str(error) if isinstance(error, ColrowError) else f"{type(error).__name__}: {error}"
             return Decision(tuple(found), refusal=_not_proved(title, f"it could not be verified: {text}", found))

@@ -37,6 +37,15 @@ def tell_specs_apart(placement_class: type) -> None:
     spec.__eq__ = lambda a, b: equal(a, b) and same_classes(a, b)
 
 
+def forget_shardings() -> None:
+    """Empty DTensor's caches of what it has worked out.
+
+    An embedding sharded by vocabulary gives a sum with a mask, which lies in the cached answer until the sum is formed.
+    Where an exception came first, the next run of that embedding meets the old mask, and raises.
+    """
+    private("torch.distributed.tensor.debug:_clear_sharding_prop_cache", "to leave nothing of a run that failed")()
+
+
 def local_shard(tensor: DTensor) -> Tensor:
     """The tensor that this rank holds, out of autograd's sight: `to_local` costs twenty times as much on the CPU."""
     local: Tensor = tensor._local_tensor
