@@ -148,13 +148,16 @@ class Measured:
         units = sum(seen.units[name].trained_count * n for name, n in seen.repeats.items())
         return UPDATE_BYTES * (units + seen.units[ROOT].trained_count + seen.units[HEAD].trained_count)
 
+    def operators(self) -> int:
+        return sum(work.operators for work in self.work())
+
     def cpu_rate(self) -> float:
         """Seconds of a step for each kernel of a plain compiled block, or for each eager operator."""
-        work = self.work()
-        number = sum(
-            w.kernels * CPU_OF_OVERLAP[self.program.overlap] if self.cell.compiled else w.operators for w in work
-        )
-        return self.step_ms / 1e3 / number
+        inside, outside = self.work()
+        if not self.cell.compiled:
+            return self.step_ms / 1e3 / (inside.operators + outside.operators)
+        launched = device_named("h200").rates.launch * outside.kernels
+        return (self.step_ms / 1e3 - launched) / (inside.kernels * CPU_OF_OVERLAP[self.program.overlap])
 
     def bus(self, seconds: float) -> float:
         """bytes/s that a rank sends along tp, if its collectives take so long."""
@@ -264,7 +267,10 @@ def fit(measured: list[Measured]) -> Rates:
     )
     rounded = [row for row in traced if row.fp8]
     rates = replace(rates, matmul_fp8=_median(row.fp8_rate(rates) for row in rounded) or rates.matmul_fp8)
-    return replace(rates, gaps=_gaps(measured, rates))
+    # a stream that waits for a peer's copy counts as idle, and so does one that waits for fp8's scales
+    ahead = [row for row in traced if row.trace["idle"] < 0.15 * row.step_ms and not row.fp8]
+    ahead = [row for row in ahead if row.program.overlap != "copy_engine"]
+    return replace(rates, gap=_median(row.trace["idle"] / 1e3 / row.operators() for row in ahead))
 
 
 def _pointwise_rates(plain: list[Measured], rates: Rates) -> dict[str, float]:
@@ -290,23 +296,12 @@ def _links(measured: list[Measured], rates: Rates) -> dict[int, Points]:
         bus = _median(row.bus(row.kind("communication")) for row in rows if row.trace)
         if not bus:
             silent = replace(
-                device_named("h200"), rates=replace(rates, links={n: ((1.0, 1e-12), (1e12, 1e-12))}, gaps=0.0)
+                device_named("h200"), rates=replace(rates, links={n: ((1.0, 1e-12), (1e12, 1e-12))}, gap=0.0)
             )
             bus = _median(row.bus(row.step_ms / 1e3 - row.time(silent).seconds) for row in rows)
         if bus:
             links[n] = tuple((float(size), LATENCY + size / bus) for size in LINK_SIZES)
     return links
-
-
-def _gaps(measured: list[Measured], rates: Rates) -> float:
-    """What is left of a step that the CPU does not bound."""
-    device = replace(device_named("h200"), rates=replace(rates, gaps=0.0))
-    left = []
-    for row in measured:
-        time = row.time(device)
-        if time.parts["cpu"] == 0.0 and row.trace:
-            left.append(row.step_ms / 1e3 / time.seconds - 1)
-    return max(0.0, statistics.median(left))
 
 
 def main() -> None:

@@ -7,8 +7,9 @@ takes another. A device without a table gets its data sheet's figures times what
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from itertools import pairwise
 from math import exp, log
@@ -46,8 +47,9 @@ class Rates:
             leave its chains (`work.Work.fused_bytes`), of which kernels read many twice, and fused_fast of fast styles,
             which also sum and copy chunks; outside: of operators around compiled blocks, such as the loss.
         optimizer: bytes/s of the update.
-        kernel: seconds of the CPU for each kernel that a compiled block launches; operator: for each eager operator.
-        gaps: time in which no kernel runs though the CPU is ahead, as a share of the rest.
+        kernel: seconds of the CPU for each kernel that a compiled block launches; operator: for each eager operator;
+            launch: for each kernel around compiled blocks, such as those of a loss by chunks.
+        gap: seconds between two operators in which no kernel runs though the CPU is ahead, in CUDA graphs too.
         links: points by the number of ranks inside a host; network: between hosts.
         overlap_slowdown: how much longer matmuls take while other streams copy.
     """
@@ -66,7 +68,8 @@ class Rates:
     links: Mapping[int, Points] = field(default_factory=dict)
     network: Points = ()
     overlap_slowdown: float = 0.05
-    gaps: float = 0.04
+    launch: float = 10e-6
+    gap: float = 2.5e-6
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ _SHEETS = {
     "a100-40gb": _Sheet(39.4, 312e12, 1.55e12, 300e9, 25e9),
     "l40s": _Sheet(44.5, 362e12, 0.86e12, 32e9, 25e9),
 }
+CPU = "cpu"
 UNCALIBRATED = 0.4
 """Half of the band around a device without a table."""
 
@@ -128,6 +132,13 @@ def device_named(name: str, table: Path | None = None) -> Device:
     if shipped.is_file():
         return _from_table(name, sheet, json.loads(shipped.read_text(encoding="utf-8")))
     return Device(name, sheet.gib * 2**30, sheet.flops, _rates_of(sheet), UNCALIBRATED, "data sheet, not calibrated")
+
+
+def this_cpu() -> Device:
+    """This host's CPU as one device, to compare micro-batches: rates of a few cores, and the memory that is free."""
+    sheet = _Sheet(0.0, 2e11, 2e10, 2e9)
+    memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+    return Device(CPU, memory, sheet.flops, replace(_rates_of(sheet), operator=20e-6), UNCALIBRATED, "no rates of CPUs")
 
 
 def name_of(device_name: str) -> str | None:
@@ -165,7 +176,8 @@ def _rates_of(sheet: _Sheet) -> Rates:
 
 def _from_table(name: str, sheet: _Sheet, table: Mapping[str, Any]) -> Device:
     rates = _rates_of(sheet)
-    known = {key: value for key, value in table["rates"].items() if key not in ("links", "network", "launch")}
+    numbers = {each.name for each in fields(Rates)} - {"links", "network"}
+    known = {key: value for key, value in table["rates"].items() if key in numbers}
     rates = replace(rates, **known)
     if links := table["rates"].get("links"):
         rates = replace(rates, links={int(n): _points(points) for n, points in links.items()})

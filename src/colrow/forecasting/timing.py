@@ -7,7 +7,7 @@
     copies         between FSDP2's buffers and parameters
     AXIS           exposed time of the collectives of tp, dp_shard, dp_replicate, pp
     bubble         a pipeline's ranks waiting for each other
-    gaps           between kernels
+    gaps           between kernels, even of a CUDA graph: a few microseconds an operator
     cpu            what the CPU takes longer to launch than the GPU to run
 
 [Note: exposed]
@@ -37,8 +37,9 @@ COPIES_OF_FSDP = 24  # a parameter of the shard: casts; measured on 4 H200
 GATHERED_COPIES_OF_FSDP = 18  # a gathered parameter: out of and into FSDP2's buffers, in both directions
 SLOWED_BY_NCCL = 0.1  # of the hidden seconds of data axes, by which matmuls beside NCCL's kernels take longer
 OPERANDS = 15e12  # bytes/s of a matmul's operands beside its FLOPs; tells small matmuls from large ones
-CPU_OF_OVERLAP = {"none": 1.0, "collectives": 1.9, "point_to_point": 2.5, "copy_engine": 2.5}
-"""Of the CPU's time for a kernel of a plain compiled block: fast styles run more Python a kernel. Seen with H200."""
+CPU_OF_OVERLAP = {"none": 1.0, "collectives": 2.24, "point_to_point": 3.2, "copy_engine": 3.2}
+"""Of the CPU's time for a kernel of a plain compiled block: fast styles run more Python a kernel. Fitted on hosts of
+H200, from the half of the small models' rows that gives rates."""
 FP8_SHARE = 0.9  # of the matmuls of a fast plan; the head's stay in bf16
 
 
@@ -152,7 +153,7 @@ def _rank_time(walk: Walk, setting: Setting, stage: Stage, program: Program, mac
         parts[axis] = exposed(axis, seconds, compute, setting, program, len(stage.layers))
         if axis in ("dp_shard", "dp_replicate"):
             parts["products"] += SLOWED_BY_NCCL * (seconds - parts[axis])
-    parts["gaps"] = rates.gaps * sum(parts.values())
+    parts["gaps"] = m * rates.gap * (inside.operators + outside.operators)
     cpu = m * cpu_seconds(inside, outside, program, rates)
     parts["cpu"] = 0.0 if program.cuda_graph else max(0.0, cpu - sum(parts.values()))
     return parts
@@ -190,7 +191,7 @@ def cpu_seconds(inside: Work, outside: Work, program: Program, rates: Rates) -> 
     """Of the CPU for one micro-batch."""
     if not program.compiled:
         return rates.operator * (inside.operators + outside.operators)
-    return rates.kernel * CPU_OF_OVERLAP[program.overlap] * (inside.kernels + outside.kernels)
+    return rates.kernel * CPU_OF_OVERLAP[program.overlap] * inside.kernels + rates.launch * outside.kernels
 
 
 def call_seconds(traffic: Traffic, setting: Setting, machine: Machine) -> float:
