@@ -58,8 +58,18 @@ def test_the_terminal_says_which_mesh_and_why_in_80_columns(config: Path, capsys
     out = capsys.readouterr().out
     assert "rates: data sheet, not calibrated; band ± 40%" in out
     assert "chosen: 1 process, plan llama" in out
-    table = out.partition("mesh")[2].partition("chosen")[0]
-    assert max(map(len, table.splitlines())) <= 80
+    assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.exhaustive
+def test_every_line_of_many_meshes_and_of_the_longest_fits_80_columns(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flags in ([], ["--longest"]):
+        assert colrow.cli.main(["forecast", str(config), "--gpus", "8", "--gpu", "h200", *flags]) == 0
+        out = capsys.readouterr().out
+        assert max(map(len, out.splitlines())) <= 80
+        assert out.count("\n") >= 10
 
 
 def test_an_unknown_gpu_names_the_nearest(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -44,6 +45,10 @@ def test_plan_prints_placements_and_one_block(
     out = capsys.readouterr().out
     assert "layers.*.self_attn.k_proj.weight          64 × 128    shard(0)   32 × 128" in out
     assert "▼ all-gather 128 KiB  shard(1) → replicate  ▲ reduce-scatter 128 KiB" in out
+    time = " ".join(out.partition("\ntime ")[2].partition("tokens/s")[0].split())
+    total, parts = re.fullmatch(r"([\d.]+) ± [\d.]+ ms: (.*) ms [\d,]+", time).groups()  # type: ignore[union-attr]
+    assert sum(float(part.split()[-1]) for part in parts.split(",")) == pytest.approx(float(total), abs=0.5)
+    assert re.search(r"\nmemory [\d.]+ GiB of 79: rest 2.7", out)
     assert max(len(line) for line in out.splitlines()) <= 80
 
 
@@ -60,7 +65,7 @@ def test_the_repeated_block_is_a_layer_and_not_one_of_its_experts() -> None:
 
 def test_plan_as_json_and_as_a_file(capsys: pytest.CaptureFixture[str], tmp_path: object) -> None:
     file = f"{tmp_path}/plan.yaml"
-    assert main(["plan", "laptop", "--tp", "2", "--json", "-o", file]) == 0
+    assert main(["plan", "laptop", "--tp", "2", "--json", "--gpu", "none", "-o", file]) == 0
     reported = json.loads(capsys.readouterr().out)
     row = next(r for r in reported["parameters"] if r["name"] == "layers.3.mlp.down_proj.weight")
     assert row == {
@@ -71,6 +76,7 @@ def test_plan_as_json_and_as_a_file(capsys: pytest.CaptureFixture[str], tmp_path
         "reason": "input features split",
     }
     assert {"op", "where", "pass", "bytes"} <= reported["collectives"][0].keys()
+    assert reported["forecast"] is None
     assert Plan.load(file) == Plan.preset("llama")
 
 
@@ -78,6 +84,7 @@ def test_plan_as_json_and_as_a_file(capsys: pytest.CaptureFixture[str], tmp_path
     ("args", "message"),
     [
         (["laptpo", "--tp", "2"], "no model is called 'laptpo'"),
+        (["laptop", "--tp", "2", "--gpu", "h2oo"], "unknown GPU 'h2oo'; did you mean 'h200'?"),
         (["laptop", "--tp", "3"], "n_heads=8 is not divisible by tp=3: choose tp from 1, 2, 4, 8"),
         (["laptop", "--tp", "2", "--plan", "nowhere.yaml"], "there is no preset and no file 'nowhere.yaml'"),
     ],

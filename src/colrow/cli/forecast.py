@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from colrow.cli.flags import parse
-from colrow.cli.text import Terminal, print_json
+from colrow.cli.text import Terminal, memory_parts, parts_text, print_json, time_parts, wrapped
 from colrow.config import RunConfig, load_config
 from colrow.errors import ConfigError
 
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     for name in ("gpus", "hosts"):
         if (value := getattr(flags, name)) is not None and value < 1:
             raise ConfigError(f"--{name} {value}: give 1 or more")
-    config = load_config(flags.config)
+    config = load_config(flags.config, auto=True)
     choices = _choices(flags, config)
     if flags.longest:
         return _show_longest(choices, flags)
@@ -85,47 +85,57 @@ def _choices(flags: Flags, config: RunConfig) -> Choices:
 
 def show(table: Table, config: RunConfig, console: Console) -> None:
     """The table, the parts of the chosen row, and what the run would take."""
+    from colrow.forecasting.choices import loss_to
+
+    def line(text: str, indent: int = 2) -> None:
+        console.print(wrapped(text, console.width, indent), soft_wrap=True)
+
     first = table.rows[0]
     gib = 2**30
     console.print(
         f"{first.mesh.world_size} × {first.device.name}, {first.device.memory / gib:.0f} GiB each; global batch "
         f"{config.train.global_batch} × {config.data.seq_len} tokens"
     )
-    console.print(f"rates: {first.device.source}; band ± {first.device.band:.0%}\n", soft_wrap=True)
+    line(f"rates: {first.device.source}; band ± {first.device.band:.0%}")
+    console.print()
     console.print(_grid(table.rows[:_SHOWN]))
     if (more := len(table.rows) - _SHOWN) > 0:
         console.print(f"{more} more rows: --json prints all")
     for mesh, why in table.left_out[:3]:
-        console.print(f"left out: {mesh}: {why}", soft_wrap=True)
+        line(f"left out: {mesh}: {why}")
     if table.chosen is None:
         console.print("\nnothing fits: take more GPUs, shorter sequences, or a smaller model")
         return
-    console.print(f"\nchosen: {first.mesh}, plan {_plan(first)}, {_choice(first)}", soft_wrap=True)
+    console.print()
+    line(f"chosen: {first.mesh}, plan {_plan(first)}, {_choice(first)}")
     band = first.time.band / first.time.seconds * first.tokens_per_second_per_gpu
-    console.print(
-        f"  {first.tokens_per_second_per_gpu:,.0f} ± {band:,.0f} tokens/s per GPU, limited by {first.bottleneck}"
-    )
-    memory = {part.name: getattr(first.memory, part.name) / gib for part in fields(first.memory)}
-    console.print(f"  memory {_parts(memory, 'GiB')}", soft_wrap=True)
-    console.print(f"  time   {_parts({k: s * 1e3 for k, s in first.time.parts.items()}, 'ms')}", soft_wrap=True)
+    line(f"  {first.tokens_per_second_per_gpu:,.0f} ± {band:,.0f} tokens/s per GPU, limited by {first.bottleneck}")
+    line(f"  memory {parts_text(memory_parts(first), 'GiB')}", 7)
+    line(f"  time   {parts_text(time_parts(first), 'ms')}", 7)
     for row in table.rows[1:3]:
         if row.fits:
-            console.print(f"  {row.mesh}, {_plan(row)}, loses {_why(first, row)}", soft_wrap=True)
-    console.print(_totals(first, config), soft_wrap=True)
+            line(f"  {row.mesh}, {_plan(row)}, loses {loss_to(first, row)}")
+    line(_totals(first, config))
 
 
 def _grid(rows: list[Row]) -> Grid:
-    grid = Grid(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
-    for title in ("mesh", "plan", "batch", "recompute", "GiB", "step ms", "tok/s", "MFU"):
-        left = title in ("mesh", "plan", "recompute")
-        grid.add_column(title, justify="left" if left else "right", no_wrap=True)
+    grid = _empty_grid("plan", "batch", "recompute", "GiB", "step ms", "tok/s", "MFU")
     for row in rows:
-        options, speed = row.options, ["does not fit", "", ""]
+        options, speed = row.options, ["no", "fit", ""]
         if row.fits:
             mfu = f"{row.mfu:.0%}" if row.mfu else ""
             speed = [f"{row.time.seconds * 1e3:,.0f}", f"{row.tokens_per_second_per_gpu:,.0f}", mfu]
         batch = f"{options.micro_batches}×{options.micro_batch}"
-        grid.add_row(str(row.mesh), _plan(row), batch, options.recompute, f"{row.memory.device / 2**30:.1f}", *speed)
+        gib = f"{row.memory.device / 2**30:.1f}"
+        grid.add_row(*map(str, row.mesh.degrees), _plan(row), batch, options.recompute, gib, *speed)
+    return grid
+
+
+def _empty_grid(*titles: str) -> Grid:
+    """A column for each axis of the mesh, in the order of `Mesh.degrees`, and these; 80 columns wide."""
+    grid = Grid(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for title in ("pp", "repl", "shard", "tp", *titles):
+        grid.add_column(title, justify="left" if title in ("plan", "recompute") else "right", no_wrap=title != "plan")
     return grid
 
 
@@ -133,21 +143,20 @@ def _show_longest(choices: Choices, flags: Flags) -> int:
     from colrow.errors import PlanError
 
     found: list[dict[str, Any]] = []
+    grid = _empty_grid("plan", "recompute", "longest sequence", "largest micro-batch")
     for mesh in choices.meshes():
         try:
             longest = choices.longest(mesh)
         except (ConfigError, PlanError):
             continue
-        recompute = longest.row.options.recompute
-        found.append({
-            "mesh": mesh.model_dump(), "plan": _plan(longest.row), "activation_checkpoint": recompute,
-            "seq_len": longest.seq_len, "micro_batch": longest.micro_batch,
-        })  # fmt: skip
-        if not flags.json:
-            print(f"{mesh!s:32} {_plan(longest.row):14} {longest.row.options.recompute:10} "
-                  f"longest sequence {longest.seq_len:>9,}   largest micro-batch {longest.micro_batch:>4}")  # fmt: skip
+        plan, recompute = _plan(longest.row), longest.row.options.recompute
+        values = {"seq_len": longest.seq_len, "micro_batch": longest.micro_batch}
+        found.append({"mesh": mesh.model_dump(), "plan": plan, "activation_checkpoint": recompute, **values})
+        grid.add_row(*map(str, mesh.degrees), plan, recompute, f"{longest.seq_len:,}", str(longest.micro_batch))
     if flags.json:
         print_json({"rows": found})
+    else:
+        Terminal(highlight=False).print(grid)
     return 0 if any(entry["seq_len"] for entry in found) else 1
 
 
@@ -158,23 +167,6 @@ def _plan(row: Row) -> str:
 def _choice(row: Row) -> str:
     options = row.options
     return f"train.micro_batch {options.micro_batch}, train.activation_checkpoint {options.recompute}"
-
-
-def _parts(parts: dict[str, float], unit: str) -> str:
-    shown = sorted(((name, value) for name, value in parts.items() if value >= 0.05), key=lambda item: -item[1])
-    return ", ".join(f"{name} {value:.1f}" for name, value in shown) + f" {unit}"
-
-
-def _why(best: Row, row: Row) -> str:
-    """By which part of the step a row loses most, a token."""
-    share = best.tokens_per_second_per_gpu / row.tokens_per_second_per_gpu - 1
-    names = {*best.time.parts, *row.time.parts}
-
-    def rate(of: Row, name: str) -> float:
-        return of.time.parts.get(name, 0.0) / of.time.seconds / of.tokens_per_second_per_gpu
-
-    worst = max(names, key=lambda name: rate(row, name) - rate(best, name))
-    return f"{share:.0%} by {worst}: {row.time.parts.get(worst, 0.0) * 1e3:.0f} ms"
 
 
 def _totals(row: Row, config: RunConfig) -> str:

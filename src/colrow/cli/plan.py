@@ -11,13 +11,19 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from colrow.cli.flags import PlanFlags, default_seq_len, parse
-from colrow.cli.text import Terminal, print_json, show_share
+from colrow.cli.text import Terminal, memory_parts, parts_text, print_json, show_share, time_parts, wrapped
 from colrow.dryrun.picture import in_units, write_page
 from colrow.dryrun.report import ParameterRow, PlanReport, report
 from colrow.dryrun.result import Collective, Output
+from colrow.forecasting.devices import Device, device_named
+from colrow.forecasting.forecast import Forecaster, Options, Row
+from colrow.forecasting.memory import GIB
+from colrow.mesh import Mesh
 from colrow.plans.patterns import with_stars
+from colrow.plans.plan import Plan
 from colrow.plans.split_share import SplitShare
 
 
@@ -26,11 +32,13 @@ class Flags(PlanFlags):
     """Show a plan: each parameter with placement and local shape, each collective of a layer."""
 
     batch_size: int = 1
-    """Sequences on a rank, for the bytes of collectives."""
+    """Sequences on a rank, for the bytes of collectives and the forecast."""
     seq_len: int | None = None
     """Tokens in a sequence; by default the model's context, at most 8192."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Write the plan to this file."""
+    gpu: str = "h100-sxm"
+    """GPU of the forecast of a step's memory and time, as for `colrow forecast`; none leaves it out."""
     html: Path | None = None
     """Write an HTML page with the same picture, the tables and the reasons to this file."""
 
@@ -40,6 +48,7 @@ def main(argv: list[str]) -> int:
     flags = parse(Flags, "plan", argv)
     flags.positive("batch_size", "seq_len")
     model = flags.load_model()
+    device = None if flags.gpu == "none" else device_named(flags.gpu)
     plan = flags.load_plan(model)
     seq_len = flags.seq_len or default_seq_len(model, flags.tp, 8192)
     shown = report(model, plan, flags.tp, flags.batch_size, seq_len, inputs=flags.load_inputs())
@@ -48,14 +57,44 @@ def main(argv: list[str]) -> int:
     if flags.html is not None:
         write_page(shown, flags.model, flags.html)
     share = SplitShare.of(model, plan, flags.tp, shown.run.flops_split(flags.tp))
+    row = None if device is None else _forecast(model, plan, flags.tp, device, flags.batch_size, seq_len)
     if flags.json:
-        print_json(shown.to_data() | {"split": share.to_data()})
+        forecast = row.to_data() if isinstance(row, Row) else row
+        print_json(shown.to_data() | {"split": share.to_data(), "forecast": forecast})
         return 0
-    show(shown, share, Terminal(highlight=False))
+    console = Terminal(highlight=False)
+    show(shown, share, console)
+    if row is not None:
+        _show_forecast(row, console)
     for what, path in (("plan", flags.output), ("page", flags.html)):
         if path is not None:
             print(f"{what} written to {path}")
     return 0
+
+
+def _forecast(model: nn.Module, plan: Plan, tp: int, device: Device, batch_size: int, seq_len: int) -> Row | str:
+    """A step of one micro-batch on a mesh of tp alone; where there is no forecast of the model, the reason."""
+    try:
+        return Forecaster(model, device).row(plan, Mesh(tp=tp), Options(batch_size, seq_len=seq_len))
+    except Exception as error:  # what a plan does to the model can be shown all the same
+        return str(error).partition("\n")[0] or type(error).__name__
+
+
+def _show_forecast(row: Row | str, console: Console) -> None:
+    if isinstance(row, str):
+        console.print()
+        console.print(wrapped(f"no forecast: {row}", console.width), soft_wrap=True)
+        return
+    device, memory, time = row.device, row.memory, row.time
+    lines = (
+        f"a step of one micro-batch on {row.mesh} of {device.name}, compiled bf16 (rates: {device.source}):",
+        f"memory {memory.device / GIB:.1f} GiB of {device.memory / GIB:.0f}: {parts_text(memory_parts(row), 'GiB')}",
+        f"time {time.seconds * 1e3:.1f} ± {time.band * 1e3:.1f} ms: {parts_text(time_parts(row), 'ms')}",
+        f"{row.tokens_per_second_per_gpu:,.0f} tokens/s per GPU, limited by {row.bottleneck}",
+    )
+    console.print()
+    for line in lines:
+        console.print(wrapped(line, console.width), soft_wrap=True)
 
 
 def show(shown: PlanReport, share: SplitShare, console: Console) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 
 if TYPE_CHECKING:  # a wrong flag need not wait for torch
+    from colrow.forecasting.forecast import Row
     from colrow.plans.split_share import SplitShare
 
 
@@ -37,6 +39,22 @@ def print_json(data: Any) -> None:
     """What a verb prints with `--json`."""
     json.dump(data, sys.stdout, indent=1)
     print()
+
+
+def memory_parts(row: Row) -> dict[str, float]:
+    """GiB of a rank, by part."""
+    return {part.name: getattr(row.memory, part.name) / 2**30 for part in fields(row.memory)}
+
+
+def time_parts(row: Row) -> dict[str, float]:
+    """Milliseconds of a step, by part."""
+    return {name: seconds * 1e3 for name, seconds in row.time.parts.items()}
+
+
+def parts_text(parts: dict[str, float], unit: str) -> str:
+    """The parts of a forecast, the largest first, without those that are nearly nothing."""
+    shown = sorted(((name, value) for name, value in parts.items() if value >= 0.05), key=lambda item: -item[1])
+    return ", ".join(f"{name} {value:.1f}" for name, value in shown) + f" {unit}"
 
 
 def show_share(share: SplitShare, console: Console) -> None:
