@@ -16,10 +16,12 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    PrivateAttr,
     ValidationError,
     model_validator,
 )
@@ -27,6 +29,10 @@ from pydantic import (
 from colrow.errors import ConfigError, did_you_mean
 from colrow.mesh import Mesh
 from colrow.yaml_text import read_text, read_yaml
+
+AUTO = "auto"
+AUTO_KEYS = ("mesh", "train.micro_batch")
+"""Keys whose value `auto` is replaced before a run starts, by what the forecast says is fastest."""
 
 
 class _Section(BaseModel):
@@ -116,7 +122,8 @@ class TrainSection(_Section):
     global_batch: PositiveInt
     """Sequences in one optimizer step, over all ranks."""
     micro_batch: PositiveInt
-    """The most sequences in one forward pass of a data-parallel rank; what fits batch and mesh is taken and printed."""
+    """The most sequences in one forward pass of a data-parallel rank; what fits batch and mesh is taken and printed.
+    `auto`: chosen by the forecast."""
     lr: PositiveFloat
     """Peak learning rate."""
     min_lr_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
@@ -228,6 +235,7 @@ class RunConfig(_Section):
     model: ModelSection
     data: DataSection
     mesh: Mesh = Mesh()
+    """How the ranks are arranged, on each axis; `auto`: this host's GPUs, as the forecast says is fastest."""
     plan: str = "llama"
     """A preset's name, `huggingface`, `derive`, `derive-fast`, `derive-overlap`, or a file."""
     derive: DeriveSection = DeriveSection()
@@ -250,6 +258,41 @@ class RunConfig(_Section):
     log: LogSection = LogSection()
     sample: SampleSection = SampleSection()
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    _auto: frozenset[str] = PrivateAttr(default=frozenset())
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _note_auto(cls, tree: Any, validate: ModelWrapValidatorHandler[RunConfig]) -> RunConfig:
+        """Note the keys that say `auto`, and let the rest see one process and one sequence in their place."""
+        auto = set()
+        if isinstance(tree, dict) and tree.get("mesh") == AUTO:
+            auto.add("mesh")
+            tree = {**tree, "mesh": {}}
+        if isinstance(tree, dict) and isinstance(train := tree.get("train"), dict) and train.get("micro_batch") == AUTO:
+            auto.add("train.micro_batch")
+            tree = {**tree, "train": {**train, "micro_batch": 1}}
+        config = validate(tree)
+        config._auto = config._auto | auto
+        return config
+
+    @property
+    def auto(self) -> frozenset[str]:
+        """The keys of `AUTO_KEYS` that are still to be chosen: until then they have values that mean nothing."""
+        return self._auto
+
+    def with_chosen(self, mesh: Mesh, micro_batch: int) -> RunConfig:
+        """With these in the place of `auto`; what was given stays."""
+        size = micro_batch if "train.micro_batch" in self.auto else self.train.micro_batch
+        train = self.train.model_copy(update={"micro_batch": size})
+        chosen = self.model_copy(update={"mesh": mesh if "mesh" in self.auto else self.mesh, "train": train})
+        chosen._auto = frozenset()
+        return chosen
+
+    def require_chosen(self) -> None:
+        """Raise a ConfigError where a key still says `auto`."""
+        if self.auto:
+            keys = " and ".join(f"{key}: {AUTO}" for key in AUTO_KEYS if key in self.auto)
+            raise ConfigError(f"{keys} is for `colrow train` and `colrow forecast`: give a value here")
 
     @property
     def micro_batches(self) -> int:
@@ -280,8 +323,11 @@ def micro_batch_count(global_batch: int, micro_batch: int, dp: int) -> int:
     )
 
 
-def load_config(path: Path | str, overrides: dict[str, Any] | None = None) -> RunConfig:
+def load_config(path: Path | str, overrides: dict[str, Any] | None = None, *, auto: bool = False) -> RunConfig:
     """The config in a YAML file, with `overrides` (`{"mesh.tp": 4}`) put over it.
+
+    Args:
+        auto: the caller chooses what says `auto`.
 
     Raises:
         ConfigError: the file cannot be read, is not YAML, or holds an unknown key or an impossible value.
@@ -292,7 +338,10 @@ def load_config(path: Path | str, overrides: dict[str, Any] | None = None) -> Ru
         raise ConfigError(f"config {path} holds no mapping: it needs the keys run, model, data, train")
     for dotted, value in (overrides or {}).items():
         _set(tree, dotted, value)
-    return parse_config(tree, str(path))
+    config = parse_config(tree, str(path))
+    if not auto:
+        config.require_chosen()
+    return config
 
 
 def read_flags(argv: Sequence[str]) -> dict[str, Any]:
@@ -310,6 +359,7 @@ def read_flags(argv: Sequence[str]) -> dict[str, Any]:
             name, has_value, value = word[2:].partition("=")
             key = name.replace("-", "_")
             key = _TRUST if key == "trust_code" else key  # as for the other verbs
+            given.pop(key, None)  # takes its place at the end: of --mesh.tp 4 and --mesh auto the last counts too
             given[key] = [value] if has_value else []
         elif not key:
             raise ConfigError(f"{_short(word)} belongs to no flag: write --KEY VALUE")
@@ -390,6 +440,8 @@ def dump_config(config: RunConfig) -> str:
 def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     for key in parents:
+        if tree.get(key) == AUTO and key in AUTO_KEYS:
+            tree[key] = {}
         tree = tree.setdefault(key, {})
         if not isinstance(tree, dict):
             raise ConfigError(f"{dotted}: {key} is a value, not a section")
@@ -407,15 +459,18 @@ def _describe(item: Any) -> str:
         case "missing":
             return f"{where} is missing"
         case "model_type" | "model_attributes_type":
-            return f"{where} is a section: give its keys, such as {where}.KEY (given: {_short(item['input'])})"
+            auto = f", or {AUTO}" if where in AUTO_KEYS else ""
+            return f"{where} is a section: give its keys, such as {where}.KEY{auto} (given: {_short(item['input'])})"
         case _:
-            return f"{where or 'config'}: {describe_value(item)}"
+            auto = f", or {AUTO}" if where in AUTO_KEYS else ""
+            auto = f"; mesh: {AUTO} chooses all axes" if where.startswith("mesh.") and item["input"] == AUTO else auto
+            return f"{where or 'config'}: {describe_value(item, auto)}"
 
 
-def describe_value(item: Any) -> str:
-    """What pydantic finds wrong with a value, and the value."""
+def describe_value(item: Any, more: str = "") -> str:
+    """What pydantic finds wrong with a value, what else there is to say, and the value."""
     message = re.sub(", (unable to|got a number).*", "", item["msg"].removeprefix("Value error, "))
-    return f"{message} (given: {_short(item['input'])})"
+    return f"{message}{more} (given: {_short(item['input'])})"
 
 
 def _short(value: Any) -> str:

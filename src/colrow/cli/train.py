@@ -47,7 +47,9 @@ def read_config(argv: list[str]) -> RunConfig:
     """The config of `CONFIG.yaml --key value ...`, with all that is chosen for the user filled in."""
     from colrow.run.preflight import resolve
 
-    return resolve(_requested(argv))
+    requested = _requested(argv)
+    requested.require_chosen()
+    return resolve(requested)
 
 
 def _requested(argv: list[str]) -> RunConfig:
@@ -57,7 +59,7 @@ def _requested(argv: list[str]) -> RunConfig:
     from colrow.run.trust import require_trusted
 
     flags, file = read_flags(argv[1:]), Path(argv[0])
-    config = load_config(file, flags)
+    config = load_config(file, flags, auto=True)
     if is_of_a_run(file):
         require_trusted(config, file, flags.get("model.trust_code") is True)
     return config
@@ -87,6 +89,7 @@ def _print_keys(path: str) -> NoReturn:
 def _start(argv: list[str]) -> int:
     from colrow.data.prepare import prepare
     from colrow.run import plan_check, preflight
+    from colrow.run.auto import choose
     from colrow.run.forecast_line import forecast_run, gpus_here, keep_forecast
     from colrow.run.hang_guard import LauncherGuard
     from colrow.run.host_log import last_lines
@@ -95,8 +98,11 @@ def _start(argv: list[str]) -> int:
     from colrow.run.rank import finished_line
     from colrow.run.run_folder import require_free, write_plan
 
-    requested = _requested(argv)
+    choice = choose(_requested(argv))
+    requested = choice.config
     config = preflight.resolve(requested)
+    for line in choice.lines:
+        print(line)
     _print_choices(requested, config)
     require_free(config.run.dir)
     checked = preflight.check(config)
@@ -120,7 +126,7 @@ def _start(argv: list[str]) -> int:
     os.environ[PLAN_DIGEST] = write_plan(config.run.dir, checked.plan)
     keep_forecast(config, forecast)
     guard = LauncherGuard(config.train, config.run.dir, ranks)
-    ended = launch(["-m", "colrow", "train", *argv], ranks, guard=guard)
+    ended = launch(["-m", "colrow", "train", *argv, *choice.flags], ranks, guard=guard)
     if ended.failure is not None and ended.status != 128 + signal.SIGPIPE:
         text = ended.failure.text.strip()
         if ended.failure.is_silent and (lines := last_lines(config.run.dir, ended.failure.rank)):
@@ -139,13 +145,15 @@ def _rank(argv: list[str]) -> NoReturn:
         import torch
 
         from colrow.run import preflight
+        from colrow.run.auto import choose
         from colrow.run.hang_guard import RankGuard
         from colrow.run.host_log import HostLog
         from colrow.run.rank import run_rank
         from colrow.run.run_folder import read_plan
         from colrow.run.stop import StopRequest
 
-        requested, info = _requested(argv), rank_info()
+        choice, info = choose(_requested(argv), in_launcher=False), rank_info()
+        requested = choice.config
         config = preflight.resolve(requested)
         ending.log = HostLog(config.run.dir, info.rank)
         ending.log.copy_stderr()

@@ -11,7 +11,7 @@ from torch import nn
 from colrow.checking.degrees import plan_degrees
 from colrow.config import RunConfig
 from colrow.errors import ConfigError, PlanError
-from colrow.forecasting.devices import Device
+from colrow.forecasting.devices import CPU, Device
 from colrow.forecasting.forecast import MARGIN, Forecaster, Options, Row
 from colrow.mesh import Mesh
 from colrow.parallel.pipeline_split import check_pipeline, fit_micro_batch, require_parts
@@ -20,6 +20,7 @@ from colrow.plans.plan import Plan
 from colrow.plans.presets import FAST, PRESETS
 
 _RECOMPUTE = ("none", "selective", "full")
+_WORTH = 1.01  # a larger micro-batch must be faster by this factor
 _STEP = 256  # tokens: lengths that `longest` tries are multiples of it
 
 
@@ -51,17 +52,28 @@ class Longest:
 
 
 class Choices:
-    """The cells of a config's model.
+    """The cells of a config's model. Where its micro-batch is `auto`, each that the global batch allows.
 
     Args:
         config: its mesh is not used.
         model: of the config, on the meta device.
+        as_given: plan, recomputation and CUDA graph are the config's.
     """
 
-    def __init__(self, config: RunConfig, model: nn.Module, device: Device, gpus: int, hosts: int = 1) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        model: nn.Module,
+        device: Device,
+        gpus: int,
+        hosts: int = 1,
+        *,
+        as_given: bool = False,
+    ) -> None:
         if gpus % hosts:
             raise ConfigError(f"--gpus {gpus} is not divisible by --hosts {hosts}: give the number of all hosts' GPUs")
         self._config, self._model, self._gpus, self._per_host = config, model, gpus, gpus // hosts
+        self._as_given = as_given
         self._forecaster = Forecaster(model, device, self._per_host)
         self._plans: dict[tuple[str, int], Plan] = {}
 
@@ -90,13 +102,20 @@ class Choices:
         Raises:
             ConfigError, PlanError: the config cannot run on the mesh.
         """
-        config = self._on(mesh)
+        configs = list(self._sizes(mesh))
+        given = configs[0].train.activation_checkpoint
         smallest: Row | None = None
-        for recompute in _RECOMPUTE[_RECOMPUTE.index(config.train.activation_checkpoint) :]:
-            rows = [row for name in self._plan_names(mesh) for row in self._rows(config, name, recompute)]
-            if fitting := [row for row in rows if row.fits]:
-                return max(fitting, key=lambda row: row.tokens_per_second_per_gpu)
-            smallest = min([*rows, *([smallest] if smallest else [])], key=lambda row: row.memory.device)
+        for recompute in (given,) if self._as_given else _RECOMPUTE[_RECOMPUTE.index(given) :]:
+            best: Row | None = None
+            for config in configs:
+                rows = [row for name in self._plan_names(mesh) for row in self._rows(config, name, recompute)]
+                smallest = min([*rows, *([smallest] if smallest else [])], key=lambda row: row.memory.device)
+                fitting = max((row for row in rows if row.fits), key=_rate, default=None)
+                if fitting is None or (best is not None and _rate(fitting) < _WORTH * _rate(best)):
+                    break  # nor will a larger one
+                best = fitting
+            if best is not None:
+                return best
         assert smallest is not None
         return smallest
 
@@ -138,14 +157,18 @@ class Choices:
         plan = self._plan(name, mesh.tp)
         if plan.sequence_parallel() and config.data.seq_len % mesh.tp:
             raise PlanError(f"seq_len={config.data.seq_len} is not divisible by tp={mesh.tp}")
-        options = replace(options_of(config), recompute=recompute)  # type: ignore[arg-type]
+        options = replace(options_of(config, on_gpus=self._forecaster.device.name != CPU), recompute=recompute)  # type: ignore[arg-type]
         row = self._forecaster.row(plan, mesh, options)
         yield row
+        if self._as_given:
+            return
         if mesh.tp_alone and row.time.parts["cpu"] > 0 and options.compiled and not options.cuda_graph:
             yield self._forecaster.row(plan, mesh, replace(options, cuda_graph=True))
 
     def _plan_names(self, mesh: Mesh) -> Sequence[str]:
         name = self._config.plan
+        if self._as_given:
+            return [name]
         return [name, "llama-overlap"] if name in PRESETS and name not in FAST and mesh.tp > 1 else [name]
 
     def _plan(self, name: str, tp: int) -> Plan:
@@ -154,27 +177,59 @@ class Choices:
             self._plans[name, tp] = named_plan(name, self._model, tp, loss)
         return self._plans[name, tp]
 
-    def _on(self, mesh: Mesh) -> RunConfig:
-        config = fit_micro_batch(self._config.model_copy(update={"mesh": mesh}))
+    def _sizes(self, mesh: Mesh) -> Iterator[RunConfig]:
+        """The config on the mesh; with `train.micro_batch: auto` with each micro-batch, the smallest first, each
+        at least half as large again as the one before."""
+        if "train.micro_batch" not in self._config.auto:
+            yield self._on(mesh)
+            return
+        share, last = max(1, self._config.train.global_batch // mesh.dp), 0
+        for size in _divisors(share):
+            config = self._on(mesh, size)  # raises where not even one sequence fits the batch
+            if config.train.micro_batch == size and size >= 1.5 * last:
+                last = size
+                yield config
+
+    def _on(self, mesh: Mesh, micro_batch: int | None = None) -> RunConfig:
+        train = self._config.train
+        if micro_batch is not None:
+            train = train.model_copy(update={"micro_batch": micro_batch})
+        config = fit_micro_batch(self._config.model_copy(update={"mesh": mesh, "train": train}))
         if mesh.pp > 1:
             check_pipeline(config.model_copy(update={"device": "cpu"}), len(require_parts(self._model)))
         return config
 
 
-def options_of(config: RunConfig) -> Options:
-    """How a config's step is run, on GPUs."""
+def loss_to(best: Row, row: Row) -> str:
+    """By which part of the step a row is slower than the best, a token: `5% by tp: 38 ms`."""
+    share = _rate(best) / _rate(row) - 1
+    names = {*best.time.parts, *row.time.parts}
+
+    def per_token(of: Row, name: str) -> float:
+        return of.time.parts.get(name, 0.0) / of.time.seconds / _rate(of)
+
+    worst = max(names, key=lambda name: per_token(row, name) - per_token(best, name))
+    return f"{share:.0%} by {worst}: {row.time.parts.get(worst, 0.0) * 1e3:.0f} ms"
+
+
+def _rate(row: Row) -> float:
+    return row.tokens_per_second_per_gpu
+
+
+def options_of(config: RunConfig, *, on_gpus: bool = True) -> Options:
+    """How a config's step is run."""
     train, pipeline = config.train, config.pipeline
     return Options(
         train.micro_batch,
         config.micro_batches,
         config.data.seq_len,
         train.activation_checkpoint,
-        compiled=train.compile is not False,
+        compiled=on_gpus if train.compile is None else train.compile,
         cuda_graph=train.cuda_graph and config.mesh.tp_alone,
         reshard=config.fsdp.reshard_after_forward,
         schedule=pipeline.schedule,
         split=pipeline.split,
-        dtype=torch.float32 if train.precision == "fp32" else torch.bfloat16,
+        dtype=torch.bfloat16 if train.precision == "bf16" or (on_gpus and train.precision == "auto") else torch.float32,
     )
 
 
