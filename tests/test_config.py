@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from colrow.cli import main
-from colrow.config import dump_config, load_config, parse_config, read_flags
+from colrow.cli.config_flags import read_flags
+from colrow.config import dump_config, load_config, parse_config
 from colrow.errors import ConfigError
 from colrow.mesh import Mesh
 
@@ -38,7 +39,7 @@ def test_overrides_go_over_the_file(tmp_path: Path) -> None:
     ("section", "change", "message"),
     [
         ("train", {"stepz": 3}, "unknown key train.stepz; did you mean 'steps'"),
-        ("mesh", {"tensor": 2}, "unknown key mesh.tensor; known names: dp_replicate, dp_shard, pp, tp"),
+        ("mesh", {"tensor": 2}, "unknown key mesh.tensor; known names: data_engine, dp_replicate, dp_shard, pp, tp"),
         ("mesh", {"tp": 0}, "mesh.tp: Input should be greater than 0"),
         ("model", {"huggingface": "DIR"}, "give exactly one of shape, huggingface, python"),
         ("train", {"lr": "fast"}, "train.lr: Input should be a valid number"),

@@ -22,7 +22,8 @@ from colrow.checkpoint.distributed import Checkpoints
 from colrow.checkpoint.export import export
 from colrow.checkpoint.huggingface import load_weights
 from colrow.cli import main
-from colrow.config import DataSection, dump_config, load_config, read_flags
+from colrow.cli.config_flags import read_flags
+from colrow.config import DataSection, dump_config, load_config
 from colrow.data.corpus import open_corpus
 from colrow.data.tokenizer import load_tokenizer, train_tokenizer
 from colrow.errors import ColrowError

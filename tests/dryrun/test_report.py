@@ -84,7 +84,7 @@ def test_plan_as_json_and_as_a_file(capsys: pytest.CaptureFixture[str], tmp_path
     ("args", "message"),
     [
         (["laptpo", "--tp", "2"], "no model is called 'laptpo'"),
-        (["laptop", "--tp", "2", "--gpu", "h2oo"], "unknown GPU 'h2oo'; did you mean 'h200'?"),
+        (["laptop", "--tp", "2", "--gpu", "h20"], "unknown GPU 'h20'; did you mean 'h200'?"),
         (["laptop", "--tp", "3"], "n_heads=8 is not divisible by tp=3: choose tp from 1, 2, 4, 8"),
         (["laptop", "--tp", "2", "--plan", "nowhere.yaml"], "there is no preset and no file 'nowhere.yaml'"),
     ],

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from colrow.config import RunConfig, dump_config, load_config, parse_config, read_flags
+from colrow.cli.config_flags import read_flags
+from colrow.config import RunConfig, dump_config, load_config, parse_config
 from colrow.errors import ConfigError
 from colrow.forecasting.choices import Choices
 from colrow.forecasting.devices import Device, device_named
@@ -132,6 +133,7 @@ def test_bad_uses_are_one_line(requested: dict[str, Any], tmp_path: Path) -> Non
 @pytest.mark.exhaustive
 def test_a_run_on_a_cpu_chooses_writes_and_keeps(requested: dict[str, Any], tmp_path: Path, commands: Commands) -> None:
     requested["run"]["dir"] = str(tmp_path / "run")
+    requested["data"]["validation_fraction"] = 0.3
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(requested), encoding="utf-8")
     environment = commands.environment()

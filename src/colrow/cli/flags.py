@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_args, get_o
 import tyro
 from pydantic import Field, TypeAdapter, ValidationError
 
-from colrow.config import describe_value, flag_value, is_flag, kinds_of
+from colrow.cli.config_flags import flag_value, is_flag, kinds_of
+from colrow.config import describe_value
 from colrow.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:  # a wrong flag need not wait for torch

@@ -14,8 +14,9 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+from colrow.cli.config_flags import read_flags
 from colrow.cli.ranks import rank_folder, rank_info, reporting_errors
-from colrow.config import RunConfig, load_config, read_flags
+from colrow.config import RunConfig, load_config
 from colrow.errors import ConfigError
 
 PLAN_DIGEST = "COLROW_PLAN_DIGEST"

@@ -57,13 +57,13 @@ def choose(config: RunConfig, *, in_launcher: bool = True) -> Choice:
         )
     device, gpus = _devices(config, keys)
     model = resolve_implementation(config.model)
-    config = config.model_copy(update={"model": model})
+    seen = config.model_copy(update={"model": model})
     source = build_source(model, config.run.seed)
     ranks = gpus if "mesh" in config.auto else config.mesh.world_size
-    choices = Choices(config, source.model, device, ranks, as_given=True)
+    choices = Choices(seen, source.model, device, ranks, as_given=True)
     table = choices.table() if "mesh" in config.auto else Table([choices.best(config.mesh)], [])
     if table.chosen is None:
-        raise ConfigError(f"{keys}: {_nothing_fits(table, Choices(config, source.model, device, ranks))}")
+        raise ConfigError(f"{keys}: {_nothing_fits(table, Choices(seen, source.model, device, ranks))}")
     best = table.rows[table.chosen]
     chosen = config.with_chosen(best.mesh, best.options.micro_batch)
     return Choice(chosen, tuple(_choice_lines(config, chosen, table)), _flags(config, chosen))

@@ -1,0 +1,93 @@
+"""Words of a command as values: flags of `colrow train`, which are the keys of its config, and of the other verbs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from colrow.config import RunConfig, shortened
+from colrow.errors import ConfigError
+from colrow.yaml_text import read_yaml
+
+
+def read_flags(argv: Sequence[str]) -> dict[str, Any]:
+    """`--mesh.tp 4 --train.betas 0.9 0.95` as overrides for `load_config`: values are read as in the YAML file.
+
+    Of a flag that is given twice the last counts, so that a script's command can be extended.
+
+    Raises:
+        ConfigError: a word belongs to no flag, a flag has no value, or has several where its key takes one.
+    """
+    given: dict[str, list[str]] = {}
+    key = ""
+    for word in argv:
+        if is_flag(word):
+            name, has_value, value = word[2:].partition("=")
+            key = name.replace("-", "_")
+            key = _TRUST if key == "trust_code" else key  # as for the other verbs
+            given.pop(key, None)  # takes its place at the end: of --mesh.tp 4 and --mesh auto the last counts too
+            given[key] = [value] if has_value else []
+        elif not key:
+            raise ConfigError(f"{shortened(word)} belongs to no flag: write --KEY VALUE")
+        else:
+            given[key].append(word)
+    return {key: _flag_value(key, words) for key, words in given.items()}
+
+
+_TRUST = "model.trust_code"
+
+
+def _flag_value(key: str, words: list[str]) -> Any:
+    if not words and key == _TRUST:
+        return True
+    if not words:
+        raise ConfigError(f"--{key[:24]} has no value: write --KEY VALUE")
+    kinds = _kinds_of(key)
+    values = [flag_value(word, kinds, f"--{key}") for word in words]
+    # one word of a key that takes several is a list of one, unless it is written as a list or as null
+    if len(values) == 1 and (tuple not in kinds or isinstance(values[0], list) or values[0] is None):
+        return values[0]
+    if kinds and tuple not in kinds:
+        raise ConfigError(f"--{key} takes one value (given: {' '.join(words)}): put text with spaces in quotes")
+    return values
+
+
+def is_flag(word: str) -> bool:
+    """Whether a word of a command names a flag: `--prompt "-- a list"` and `--seed -1` have values."""
+    return re.match(r"--[^\W\d][\w.-]*(=|$)", word) is not None
+
+
+def flag_value(word: str, kinds: set[Any], flag: str) -> Any:
+    """The value of a flag that a word of a command stands for, read as in the YAML file.
+
+    Args:
+        kinds: as `kinds_of` gives them.
+
+    Raises:
+        ConfigError: it is not YAML, or a number that is not finite.
+    """
+    if word in ("None", "null") and (not kinds or type(None) in kinds):
+        return None
+    if kinds & {str, Path, Literal}:  # text stays text: a folder may be called 2026
+        return word
+    return read_yaml(word, f"{flag} {shortened(word)}", ConfigError)
+
+
+def _kinds_of(key: str) -> set[Any]:
+    """What the annotation of a dotted key allows: `{int, NoneType}`; empty for a key that there is none of."""
+    annotation: Any = RunConfig
+    for part in key.split("."):
+        fields = getattr(annotation, "model_fields", {})
+        if part not in fields:
+            return set()
+        annotation = fields[part].annotation
+    return kinds_of(annotation)
+
+
+def kinds_of(annotation: Any) -> set[Any]:
+    """The types that an annotation allows, without their arguments: `{int, NoneType}`, `{tuple}`, `{Literal}`."""
+    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return {get_origin(option) or option for option in options}
