@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from benchmarks.parity import step as parity
 from benchmarks.parity.models import MODELS, SIZES, D, Model, SmallModel
@@ -100,7 +101,8 @@ CASES: dict[int, dict[str, Case]] = {
         "tp2-shard2-sparse": ("sparse", flat(dp_shard=2, tp=2), {}),
     },
 }
-KEPT = {"shard2", "tp2-shard2-fast"}
+KEPT = {"shard2"}
+RESUMED = {"tp2-shard2-fast", "replicate2-shard2"}
 
 Seen = tuple[float, float]
 """The largest errors against one process, and of a run that was continued."""
@@ -146,19 +148,10 @@ def collectives(device: str, degrees: dict[str, int], reshard: bool | None) -> d
 
 
 def continued(device: str, folder: Path) -> float:
-    """A run of FSDP2 that the flat engine continues, and the reverse, beside one that goes on; with equal names, meshes
-    and placements of the parameters."""
+    """A run of FSDP2 that the flat engine continues, and the reverse, beside one that goes on."""
     worst = 0.0
     for first, second in ((Mesh(dp_shard=2), flat(dp_shard=2)), (flat(dp_shard=2), Mesh(dp_shard=2))):
         saved, resumed = set_up(device, "llama", first), set_up(device, "llama", second)
-        described = [
-            {
-                name: (p.placements, p.device_mesh, p.stride(), p.shape)
-                for name, p in training.modules[0].named_parameters()
-            }
-            for training in (saved, resumed)
-        ]
-        assert described[0] == described[1]
         want = train(saved, range(STEPS), folder / first.data_engine)
         Checkpoints(folder / first.data_engine, mesh=second).load(STEPS // 2, resumed.modules, resumed.optimizer)
         got = train(resumed, range(STEPS // 2, STEPS))
@@ -174,10 +167,16 @@ def continued(device: str, folder: Path) -> float:
 
 
 def low_precision(device: str) -> dict[str, float]:
-    """bf16 compute: gradients of the first step, flat beside FSDP2, and their dtypes."""
-    found = [
-        train(set_up(device, "llama", mesh, precision="bf16"), [0]) for mesh in (Mesh(dp_shard=2), flat(dp_shard=2))
-    ]
+    """bf16 compute: gradients of the first step, flat beside FSDP2; parameters of equal meshes and placements."""
+    trainings = [set_up(device, "llama", mesh, precision="bf16") for mesh in (Mesh(dp_shard=2), flat(dp_shard=2))]
+    named = [dict(training.modules[0].named_parameters()) for training in trainings]
+    assert named[0].keys() == named[1].keys()
+    for ours, theirs in zip(named[1].values(), named[0].values(), strict=True):
+        assert isinstance(ours, DTensor)
+        assert isinstance(theirs, DTensor)
+        assert (ours.placements, ours.device_mesh) == (theirs.placements, theirs.device_mesh)
+        assert (ours.shape, ours.stride()) == (theirs.shape, theirs.stride())
+    found = [train(training, [0]) for training in trainings]
     apart = {}
     for name, held in found[0].gradients[0].items():
         for (_, a), (_, b) in zip(held, found[1].gradients[0][name], strict=True):
@@ -294,7 +293,7 @@ def run(device: str, world: int, names: list[str], folder: Path) -> dict[str, An
     for name in names:
         if name in CASES[world]:
             model, mesh, section = CASES[world][name]
-            found[name] = errors_of(device, model, mesh, section, folder / name if name in KEPT else None)
+            found[name] = errors_of(device, model, mesh, section, folder / name if name in RESUMED else None)
         else:
             function, *args = OTHERS[name]
             found[name] = function(device, *[folder / name if arg is Path else arg for arg in args])
@@ -312,7 +311,7 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "without meetings": (partial(by_peers, meets=False), {"dp_shard": 2}),
     **{f"without {what}": (sabotaged, what) for what in ("exchange", "gather in backward", "average")},
 }
-LONGER = {"without meetings", "collectives kept", "evaluated", "without average", "without exchange"}
+LONGER = {"continued", "without meetings", "collectives kept", "evaluated", "without average", "without exchange"}
 
 
 @pytest.fixture(scope="module")
