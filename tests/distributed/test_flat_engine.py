@@ -30,6 +30,7 @@ from colrow.parallel.compile import compile_forward
 from colrow.parallel.flat_gather import PeerGathers
 from colrow.parallel.flat_unit import FlatUnit
 from colrow.parallel.flat_weights import FlatWeights, check_data_engine
+from colrow.train.setup import Training
 from helpers.harness import Ranks
 from helpers.variants import collected, params
 
@@ -135,12 +136,16 @@ def counted() -> Iterator[Counter[str]]:
         yield found
 
 
-def collectives(device: str, degrees: dict[str, int], reshard: bool | None) -> dict[str, int]:
-    """Of one step of two micro-batches on two ranks; the model has three blocks, a root and a head."""
-    mesh = flat(**degrees)
-    config = config_of(mesh).model_copy(update={"fsdp": FsdpSection(reshard_after_forward=reshard)})
-    with mock.patch.object(parity, "config_of", return_value=config):
-        training = set_up(device, "llama", mesh)
+def set_up_with(device: str, fsdp: FsdpSection) -> Training:
+    """llama, of three blocks, a root and a head, on two shards."""
+    mesh = flat(dp_shard=2)
+    with mock.patch.object(parity, "config_of", return_value=config_of(mesh).model_copy(update={"fsdp": fsdp})):
+        return set_up(device, "llama", mesh)
+
+
+def collectives(device: str, reshard: bool | None) -> dict[str, int]:
+    """Of one step of two micro-batches on two ranks."""
+    training = set_up_with(device, FsdpSection(reshard_after_forward=reshard))
     assert isinstance(training.step.forward_backward.weights, FlatWeights)
     with counted() as found:
         train(training, [0])
@@ -183,6 +188,17 @@ def low_precision(device: str) -> dict[str, float]:
             assert a.dtype == b.dtype == torch.float32
             apart[name] = ((a - b).abs().max() / a.abs().max()).item() if a.numel() else 0.0
     return apart
+
+
+def cast_for_each_gather(device: str) -> float:
+    """Parameters after some steps without shards in the compute dtype, beside a run that keeps them."""
+    kept, cast = (train(set_up_with(device, FsdpSection(keep_shards=keep)), range(3)) for keep in (True, False))
+    pairs = [
+        (a, b)
+        for name, held in kept.parameters.items()
+        for (_, a), (_, b) in zip(held, cast.parameters[name], strict=True)
+    ]
+    return max((a - b).abs().max().item() for a, b in pairs if a.numel())
 
 
 def evaluated(device: str) -> float:
@@ -301,8 +317,9 @@ def run(device: str, world: int, names: list[str], folder: Path) -> dict[str, An
 
 
 OTHERS: dict[str, tuple[Any, ...]] = {
-    "collectives": (collectives, {"dp_shard": 2}, None),
-    "collectives kept": (collectives, {"dp_shard": 2}, False),
+    "collectives": (collectives, None),
+    "collectives kept": (collectives, False),
+    "cast": (cast_for_each_gather,),
     "continued": (continued, Path),
     "bf16": (low_precision,),
     "evaluated": (evaluated,),
@@ -311,7 +328,15 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "without meetings": (partial(by_peers, meets=False), {"dp_shard": 2}),
     **{f"without {what}": (sabotaged, what) for what in ("exchange", "gather in backward", "average")},
 }
-LONGER = {"continued", "without meetings", "collectives kept", "evaluated", "without average", "without exchange"}
+LONGER = {
+    "cast",
+    "continued",
+    "without meetings",
+    "collectives kept",
+    "evaluated",
+    "without average",
+    "without exchange",
+}
 
 
 @pytest.fixture(scope="module")
@@ -359,6 +384,11 @@ def test_copy_engines_gather_what_collectives_do(results: Results, world: int, n
     assert max(results(world, name)) < TOLERANCE
 
 
+@pytest.mark.parametrize(("world", "name"), pairs(["cast"]))
+def test_shards_that_are_not_kept_are_cast(results: Results, world: int, name: str) -> None:
+    assert max(results(world, name)) < TOLERANCE
+
+
 @pytest.mark.parametrize(("world", "name"), pairs(["evaluated"]))
 def test_evaluation_sees_the_weights_of_now(results: Results, world: int, name: str) -> None:
     assert max(results(world, name)) < TOLERANCE
@@ -397,6 +427,11 @@ def test_what_the_engine_has_not_is_refused_by_name() -> None:
     alone = config_of(Mesh(dp_shard=2)).model_copy(update={"fsdp": FsdpSection(gather="copy_engine")})
     with pytest.raises(ConfigError, match=r"set mesh\.data_engine to flat"):
         check_data_engine(alone)
+    unkept = config_of(flat(dp_shard=2)).model_copy(
+        update={"fsdp": FsdpSection(gather="copy_engine", keep_shards=False)}
+    )
+    with pytest.raises(ConfigError, match=r"set fsdp\.keep_shards to true"):
+        check_data_engine(unkept)
     check_data_engine(config_of(Mesh(pp=2, dp_shard=2)))
     check_data_engine(config_of(flat(tp=2), replay_every=5))
     assert not flat_weights.runs_flat(config_of(flat(tp=2)))

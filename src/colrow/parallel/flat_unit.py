@@ -11,7 +11,8 @@ other, so that no collective needs a copy before or after it:
 
 A gather is one collective of many ranges. The parameters that the model computes with are views of the buffer that
 never move. Blocks take turns with two buffers: a block is gathered while its neighbour runs. Where a buffer belongs to
-one unit alone, the shard lies in it, at the rank's own rows.
+one unit alone, the shard lies in it, at the rank's own rows; and where no shard is kept, it is cast to there for each
+gather.
 
 [Note: reduction by exchange]
 A gradient stays where autograd put it. Each rank sends every other the rows that this one holds, in the compute dtype,
@@ -129,6 +130,7 @@ class FlatUnit:
         params: each once, with its shape before the data axes.
         buffer: that holds them gathered.
         own: whether the buffer is this unit's alone.
+        keep: keep a shard in the compute dtype; else a unit that shares its buffer casts its parameters at each gather.
         dtype: what the model computes in.
     """
 
@@ -140,8 +142,11 @@ class FlatUnit:
         dtype: torch.dtype,
         *,
         own: bool,
+        keep: bool,
     ) -> None:
-        self.groups, self.buffer, self._own, self._dtype = groups, buffer, own, dtype
+        self.groups, self.buffer, self._dtype = groups, buffer, dtype
+        self.casts = not own and not keep
+        self._in_buffer = own or self.casts
         self.params: list[FlatParameter] = []
         end = 0
         for param, unsharded in params:
@@ -176,7 +181,7 @@ class FlatUnit:
         shards, rank = self.groups.shards, self.groups.rank
         memory = self.buffer.memory(self._dtype, device)
         shard = None if gathers is None else gathers.shard(self._size)
-        if shard is None and not self._own:
+        if shard is None and not self._in_buffer:
             shard = torch.zeros(self._size, dtype=self._dtype, device=device)
         self._gradient = torch.empty(self._size, dtype=wide, device=device)
         self._sums = [_at(self._gradient, each.at, torch.Size([each.size])) for each in self.trained]
@@ -198,12 +203,15 @@ class FlatUnit:
         self._bytes = self._gradient.untyped_storage().nbytes()
         self._gradient.untyped_storage().resize_(0)
 
+    @torch.no_grad()
     def gather(self) -> None:
         """Start to gather, unless the buffer holds the unit."""
         if self.buffer.holds is self or not self.params:
             return
         self.buffer.wait()
         self.buffer.holds = self
+        if self.casts:
+            foreach("copy_", [each.copy for each in self.params], [local_tensor(each.param) for each in self.params])
         if self._start_gather is not None:
             self.buffer.work = self._start_gather()
 

@@ -56,6 +56,11 @@ def check_data_engine(config: RunConfig) -> None:
                 f"{config.mesh}): set mesh.data_engine to flat, or fsdp.gather to collectives"
             )
         return
+    if config.fsdp.gather == "copy_engine" and not config.fsdp.keep_shards:
+        raise ConfigError(
+            "fsdp.gather: copy_engine reads the shards that ranks keep: set fsdp.keep_shards to true, or fsdp.gather "
+            "to collectives"
+        )
     if config.mesh.pp > 1:
         raise ConfigError(
             f"mesh.data_engine: flat has no pipelines, and mesh.pp is {config.mesh.pp}: set mesh.pp to 1, or {_ADVICE}"
@@ -77,6 +82,7 @@ class FlatWeights(WeightCopies):
         reshard_after_forward: blocks share two buffers, and are gathered once more for backward; else all stay
             gathered for the step. Unless given, where dp_shard > 1.
         gather: who carries gathers.
+        keep_shards: keep the blocks' shards in `dtype` too; else they are cast for each gather.
 
     Raises:
         ConfigError: blocks share a parameter, parameters differ in dtype, or there are no copy engines for `gather`.
@@ -91,6 +97,7 @@ class FlatWeights(WeightCopies):
         dtype: torch.dtype,
         reshard_after_forward: bool | None = None,
         gather: GatherCarrier = "collectives",
+        keep_shards: bool = True,
     ) -> None:
         super().__init__(model)
         axes = MeshAxes(mesh)
@@ -98,12 +105,12 @@ class FlatWeights(WeightCopies):
         self._groups, self._data_groups = DataGroups(*groups), axes.data_groups()
         self._blocks = list(blocks)
         self._head = head_unit(model, self._blocks)
-        self._units = self._make_units(model, dtype, reshard_after_forward is not False)
+        self._units = self._make_units(model, dtype, reshard_after_forward is not False, keep_shards)
         self._gathers = self._make_gathers(gather, dtype)
         for unit in self._units:
             unit.allocate(self._gathers)
         params = [each for unit in self._units for each in unit.params]
-        self.copies = {each.param: each.copy for each in params}
+        self.copies = {each.param: each.copy for unit in self._units if not unit.casts for each in unit.params}
         self._full = {each.param: each.full for each in params}
         self._active = self._training = self._pending = False
         self._reached = self._backward = 0  # indices in `_units`: gathered by this forward; whose backward has begun
@@ -165,7 +172,7 @@ class FlatWeights(WeightCopies):
         device = next(local_tensor(each.param).device for unit in self._units for each in unit.params)
         return PeerGathers(group, device, dtype, [unit.size for unit in self._units if unit.params])
 
-    def _make_units(self, model: nn.Module, dtype: torch.dtype, reshard: bool) -> list[FlatUnit]:
+    def _make_units(self, model: nn.Module, dtype: torch.dtype, reshard: bool, keep: bool) -> list[FlatUnit]:
         """In the order in which they run: root, blocks, head."""
         alone = not reshard or self._groups.shards == 1
         shared = [Buffer(), Buffer()]
@@ -184,7 +191,7 @@ class FlatWeights(WeightCopies):
                         f"the parameters of {type(modules[0]).__name__} differ in dtype ({param.dtype} and "
                         f"{next(iter(found)).dtype}), and are gathered as one: make them equal, or {_ADVICE}"
                     )
-            return FlatUnit(list(found.items()), self._groups, buffer, dtype, own=own)
+            return FlatUnit(list(found.items()), self._groups, buffer, dtype, own=own, keep=keep)
 
         blocks = [made([block], Buffer() if alone else shared[i % 2], alone) for i, block in enumerate(self._blocks)]
         last = [made(self._head, Buffer(), True)] if self._head else []

@@ -204,7 +204,13 @@ def make_runner(
         if runs_flat(config):
             fsdp = config.fsdp
             weights = FlatWeights(
-                stage.module, mesh, stage.blocks, dtype, fsdp.reshard_after_forward, gather=fsdp.gather
+                stage.module,
+                mesh,
+                stage.blocks,
+                dtype,
+                fsdp.reshard_after_forward,
+                gather=fsdp.gather,
+                keep_shards=fsdp.keep_shards,
             )
         elif precision.keeps_copies:
             weights = ComputeWeights(stage.module, dtype, graphed=train.cuda_graph)
