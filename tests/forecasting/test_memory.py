@@ -108,6 +108,17 @@ def test_states_are_counted_where_they_lie(walked: Walk) -> None:
     assert summed.gradients >= 4 * own  # not reduced before the last micro-batch
 
 
+def test_the_flat_engine_keeps_low_precision_shards_and_reduces_each_micro_batch(walked: Walk) -> None:
+    own, mesh = parameters(walked), Mesh(tp=2, dp_shard=4, data_engine="flat")
+    ends = walked.units[ROOT].count + walked.units[HEAD].count
+    block = max(walked.units[name].count for name in walked.order)
+    flat = peak_memory(walked, Setting(mesh=mesh, copies=False))
+    assert (flat.masters, flat.optimizer) == (own, 2 * own)
+    assert flat.weights == 2 * (ends + 2 * block) + 2 * (own - ends) / 4
+    assert peak_memory(walked, Setting(mesh=mesh, copies=False, reshard=False)).weights == 2 * own
+    assert own <= peak_memory(walked, Setting(mesh=mesh, copies=False, micro_batches=2)).gradients < 4 * own
+
+
 def test_frozen_weights_have_neither_gradients_nor_moments() -> None:
     model = meta()
     model.layers.requires_grad_(False)
