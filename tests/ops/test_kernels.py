@@ -46,7 +46,7 @@ for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
     for case in CASES:
         error = worst_error(case, "cpu", dtype, (statistics_triton, loss_triton))
         assert error < tolerance, (case, dtype, error)
-from colrow.ops.kernels.slot_sum import add_received, add_triton, sum_triton
+from colrow.ops.kernels.slot_sum import add_received, add_triton, square_terms, sum_triton
 for shape in ((2, 33, 129), (4, 1, 1), (8, 5000)):
     slots = torch.randn(shape)
     assert torch.equal(sum_triton(slots), sum(slots.unbind())), shape
@@ -54,9 +54,11 @@ for others, size, add in ((1, 5000, False), (3, 129, True), (1, 4096, True)):
     own, received = torch.randn(size).bfloat16(), torch.randn(others, size + 7).bfloat16()[:, :size]
     got, want = torch.randn(size), torch.zeros(size)
     want.copy_(got)
-    add_triton(own, received, got, 1 / (others + 1), add=add)
+    squares = torch.full((square_terms(size),), torch.nan)
+    add_triton(own, received, got, 1 / (others + 1), add=add, squares=squares)
     add_received(own, received, want, 1 / (others + 1), add=add)
     assert (got - want).abs().max() < 1e-6, (others, size, add)
+    assert abs(squares.sum() / want.square().sum() - 1) < 1e-6, (others, size, add)
 print("agree")
 """
 

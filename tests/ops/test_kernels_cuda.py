@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from colrow.ops.kernels.slot_sum import add_received, sum_slots
+from colrow.ops.kernels.slot_sum import add_received, square_terms, sum_slots
 from helpers.kernel_cases import CASES, Case, computed, draw, worst_error
 from helpers.parity import relative
 
@@ -71,7 +71,9 @@ def test_received_rows_are_added_in_fp32(others: int, size: int, add: bool) -> N
     received = torch.randn(others, size + 129, device="cuda").bfloat16()[:, 1 : size + 1]
     total = torch.randn(size, device="cuda")
     want = (own.double() + received.double().sum(0)) / (others + 1) + add * total.double()
-    add_received(own, received, total, 1 / (others + 1), add=add)
+    squares = torch.full((square_terms(size),), torch.nan, device="cuda")
+    add_received(own, received, total, 1 / (others + 1), add=add, squares=squares)
+    assert abs(squares.double().sum() / want.square().sum() - 1) < 1e-5
     assert relative(total.double(), want) < 1e-6
     add_received(own, received, total, 1.0, add=False)
     assert relative(total.double(), want) > 1e-3

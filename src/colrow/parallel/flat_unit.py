@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
 from colrow.ops.execution_record import record
-from colrow.ops.kernels.slot_sum import add_received
+from colrow.ops.kernels.slot_sum import add_received, square_terms
 from colrow.parallel.data_shards import Unsharded
 from colrow.parallel.flat_gather import Gathers
 from colrow.sharding.layout import chunk_sizes, local_tensor
@@ -200,6 +200,8 @@ class FlatUnit:
             sent.append(_at(source, start, torch.Size([each.size])))
             gathered.append(_at(memory, first, torch.Size([shards * each.size])))
         self._start_gather = None if gathers is None else gathers.prepare(gathered, sent)
+        terms = [square_terms(each.copy.numel()) for each in self.trained]
+        self._squares = torch.zeros(sum(terms), dtype=wide, device=device).split(terms)
         self._bytes = self._gradient.untyped_storage().nbytes()
         self._gradient.untyped_storage().resize_(0)
 
@@ -260,9 +262,11 @@ class FlatUnit:
         if received is None:
             foreach("add_" if self._has_sum else "copy_", self._sums, [grad.view(-1) for grad in grads])
         else:
-            for each, grad in zip(self.trained, grads, strict=True):
-                own, total = each.part(grad, self.groups.rank), each.held(self._gradient)
-                add_received(own, each.held(received), total, 1 / self.groups.shards, add=self._has_sum)
+            for each, grad, squares in zip(self.trained, grads, self._squares, strict=True):
+                own, total, scale = each.part(grad, self.groups.rank), each.held(self._gradient), 1 / self.groups.shards
+                add_received(
+                    own, each.held(received), total, scale, add=self._has_sum, squares=squares if last else None
+                )
         self._has_sum = True
         if last and self.groups.replicate is not None:
             op = dist.ReduceOp.AVG if dist.get_backend(self.groups.replicate) == "nccl" else dist.ReduceOp.SUM
@@ -283,6 +287,13 @@ class FlatUnit:
         """Let each used parameter have its gradient."""
         for each in self.trained:
             each.param.grad = self._gradient_of(each) if each.kept else None
+
+    def squares(self) -> dict[nn.Parameter, Tensor]:
+        """Terms of the sum of the squares of this rank's gradients, where they are known and final."""
+        if not self.trained or self.groups.shard is None or self.groups.replicate is not None:
+            return {}
+        known = zip(self.trained, self._squares, strict=True)
+        return {each.param: terms for each, terms in known if each.kept == 1}
 
     def drop_gradients(self) -> None:
         """Free the memory of the step's gradients."""

@@ -149,6 +149,9 @@ class FlatWeights(WeightCopies):
     def grad_holder(self, param: nn.Parameter) -> nn.Parameter:
         return param
 
+    def squares(self) -> dict[nn.Parameter, Tensor]:
+        return {param: terms for unit in self._units for param, terms in unit.squares().items()}
+
     def drop_gradients(self) -> None:
         for unit in self._units:
             unit.drop_gradients()

@@ -52,6 +52,10 @@ class WeightCopies:
         """The tensor whose `.grad` is the gradient of `param`."""
         raise NotImplementedError
 
+    def squares(self) -> dict[nn.Parameter, Tensor]:
+        """Of gradients whose squares were summed on the way: terms of the sum over this rank's shard."""
+        return {}
+
     def drop_gradients(self) -> None:
         """Free the gradients that stand beside the parameters; `zero_grad` of the optimizer frees those of the
         parameters."""

@@ -8,7 +8,7 @@ shards give the norm of one process.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -59,19 +59,25 @@ def align_gradients(params: Iterable[nn.Parameter]) -> None:
 
 
 @torch.no_grad()
-def grad_norm(params: Iterable[nn.Parameter], groups: Iterable[dist.ProcessGroup] = ()) -> Tensor:
+def grad_norm(
+    params: Iterable[nn.Parameter],
+    groups: Iterable[dist.ProcessGroup] = (),
+    squares: Mapping[nn.Parameter, Tensor] | None = None,
+) -> Tensor:
     """The 2-norm of all gradients, as one process would have it.
 
     Args:
         params: this rank's parameters, without copies of another pipeline stage's (`counted_parameters`);
             `align_gradients` has been called on them.
         groups: the groups of the axes over which ranks hold different shards (`MeshAxes.norm_groups`).
+        squares: of some of `params`: terms whose sum is that of the squares of the local gradient.
 
     Returns:
         A scalar on the gradients' device, the same on all ranks. fp32, or fp64 for fp64 gradients.
     """
     with_grad = [param for param in params if param.grad is not None]
-    shards = [local_tensor(param.grad) for param in with_grad if param.grad is not None and _counts_here(param)]
+    counted, squares = [param for param in with_grad if _counts_here(param)], squares or {}
+    shards = [local_tensor(param.grad) for param in counted if param.grad is not None and param not in squares]
     device, dtype = _norm_device_and_dtype(with_grad)
     total = torch.zeros((), device=device, dtype=dtype)
     if shards:
@@ -85,6 +91,8 @@ def grad_norm(params: Iterable[nn.Parameter], groups: Iterable[dist.ProcessGroup
                 by_dtype[shard.dtype].append(shard)
             norms = [norm for same in by_dtype.values() for norm in foreach("norm", same, 2, dtype=dtype)]
             total = torch.stack(norms).square().sum()
+    if known := [squares[param] for param in counted if param in squares]:
+        total = total + torch.cat(known).sum()
     for group in groups:
         dist.all_reduce(total, group=group)
     return total.sqrt()

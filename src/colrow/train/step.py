@@ -297,7 +297,8 @@ class Step:
         weights = self.forward_backward.weights
         holders = {param: weights.grad_holder(param) if weights else param for param in self.params}
         align_gradients(holders.values())
-        return holders, grad_norm([holders[param] for param in self.counted], self.norm_groups)
+        counted, squares = [holders[param] for param in self.counted], weights.squares() if weights else None
+        return holders, grad_norm(counted, self.norm_groups, squares)
 
     @torch.no_grad()
     def _apply(self, holders: Mapping[nn.Parameter, nn.Parameter], norm: Tensor) -> None:

@@ -29,23 +29,50 @@ def sum_triton(slots: Tensor) -> Tensor:
     return total
 
 
-def add_received(own: Tensor, received: Tensor, total: Tensor, scale: float, *, add: bool) -> None:
+def add_received(
+    own: Tensor, received: Tensor, total: Tensor, scale: float, *, add: bool, squares: Tensor | None = None
+) -> None:
     """Write into `total` [t], or add to it, `scale` times the sum of `own` [t] and `received` [n - 1, t], whose rows
-    are contiguous, in the dtype of `total`."""
+    are contiguous, in the dtype of `total`.
+
+    Args:
+        squares: [square_terms(t)], of total's dtype: gets terms whose sum is that of the squares of the new `total`.
+    """
     if triton is None or not own.is_cuda or total.dtype == torch.float64:
         summed = (received.sum(0, dtype=total.dtype) + own).mul_(scale)
         total.add_(summed) if add else total.copy_(summed)
+        if squares is not None and len(squares):
+            squares.zero_()
+            squares[0] = total.square().sum()
         return
     assert received.stride(1) == 1, "the kernel reads rows"
     if total.numel():
-        add_triton(own, received, total, scale, add=add)
+        add_triton(own, received, total, scale, add=add, squares=squares)
 
 
-def add_triton(own: Tensor, received: Tensor, total: Tensor, scale: float, *, add: bool) -> None:
+def square_terms(size: int) -> int:
+    """Terms of `add_received`'s sum of squares."""
+    return -(-size // _BLOCK)
+
+
+def add_triton(
+    own: Tensor, received: Tensor, total: Tensor, scale: float, *, add: bool, squares: Tensor | None = None
+) -> None:
     assert total.dtype == torch.float32, "the kernel computes in fp32"
     others, size = received.shape
-    _received_kernel[(triton.cdiv(size, _BLOCK),)](
-        own, received, total, size, received.stride(0), scale, OTHERS=others, ADD=add, BLOCK=_BLOCK, num_warps=8
+    _received_kernel[(square_terms(size),)](
+        own,
+        received,
+        total,
+        total if squares is None else squares,
+        size,
+        received.stride(0),
+        scale,
+        OTHERS=others,
+        ADD=add,
+        SQUARES=squares is not None,
+        BLOCK=_BLOCK,
+        num_warps=8,
     )
 
 
@@ -66,7 +93,17 @@ if triton is not None:
 
     @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
     def _received_kernel(  # type: ignore[no-untyped-def]
-        own, received, total, size, stride, scale, OTHERS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr
+        own,
+        received,
+        total,
+        squares,
+        size,
+        stride,
+        scale,
+        OTHERS: tl.constexpr,
+        ADD: tl.constexpr,
+        SQUARES: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = at < size
@@ -79,3 +116,5 @@ if triton is not None:
         if ADD:
             value += tl.load(total + at, mask=inside, other=0.0)
         tl.store(total + at, value, mask=inside)
+        if SQUARES:
+            tl.store(squares + tl.program_id(0), tl.sum(value * value))
