@@ -109,7 +109,7 @@ def export(
         CheckpointError: on every rank, when the folder holds something else, or any rank cannot write.
         ConfigError: no class of transformers has the model's combination of options.
     """
-    folder, carried = Path(folder).absolute(), carried or Carried()
+    carried = carried or Carried()
     tree = config_to_huggingface(config, dtype) if isinstance(config, LlamaConfig) else dict(config)
     own = token_ids(carried.config("config.json")) if carried.owns_token_ids else {}
     tree |= {"dtype": str(dtype).removeprefix("torch."), **_text_ends(tokenizer), **own}
@@ -117,43 +117,63 @@ def export(
     pieces = ranks.together(lambda: _pieces(model))
     tensors = catalogue(ranks, pieces, dtype)
     files = split_files(tensors, max_shard_bytes)
-    shares = share_files(files, ranks.size)
-    unfinished = folder.parent / f".{folder.name}.unfinished"
-    disk = DiskUse("an export", folder.parent, sum(file.bytes for file in files), folder.parent / "checkpoints", _AGAIN)
+    made = _Export(Path(folder).absolute(), first_module(model), files, dtype, carried)
 
     def together(work: Callable[[], T]) -> T:
-        return ranks.together(lambda: disk.naming_a_full_one(work))
+        return ranks.together(lambda: made.disk.naming_a_full_one(work))
 
-    def start() -> Reader | str:
-        _start(folder, unfinished, carried)
-        disk.require_free()
-        _write_texts(unfinished, tree, tokenizer, carried)
-        planned = {name: TensorSpec(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    try:
+        reader = together(lambda: made.begin(tree, tokenizer, imports=imports) if ranks.first else None)
+        if refusal := ranks.gather(reader if isinstance(reader, str) else None)[0]:
+            raise ExportError(refusal)
+        together(lambda: _require_seen(made.unfinished))
+        together(lambda: write_share(made.unfinished, ranks, pieces, tensors, share_files(files, ranks.size)))
+        return together(lambda: made.finish(reader) if isinstance(reader, Reader) else None)
+    finally:
+        if ranks.first:
+            shutil.rmtree(made.unfinished, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Export:
+    """The folder of one export, which the first rank makes."""
+
+    folder: Path
+    model: nn.Module
+    files: Sequence[ShardFile]
+    dtype: torch.dtype
+    carried: Carried
+
+    @property
+    def unfinished(self) -> Path:
+        """Hidden until it is complete, and beside the target: a rename does not cross file systems."""
+        return self.folder.parent / f".{self.folder.name}.unfinished"
+
+    @property
+    def disk(self) -> DiskUse:
+        needed = sum(file.bytes for file in self.files)
+        return DiskUse("an export", self.folder.parent, needed, self.folder.parent / "checkpoints", _AGAIN)
+
+    def begin(self, tree: dict[str, Any], tokenizer: SavableTokenizer | None, *, imports: bool) -> Reader | str:
+        """Write all but the weights. Who will read them back, or why config.json does not describe them."""
+        _start(self.folder, self.unfinished, self.carried)
+        self.disk.require_free()
+        _write_texts(self.unfinished, tree, tokenizer, self.carried)
+        planned = {name: TensorSpec(t.shape, t.dtype) for file in self.files for name, t in file.tensors.items()}
         try:
-            reader = reader_of(unfinished, imports=imports, trust_code=carried.code)
-            reader.compare(planned, dtype).require_equal(first_module(model))
+            reader = reader_of(self.unfinished, imports=imports, trust_code=self.carried.code)
+            reader.compare(planned, self.dtype).require_equal(self.model)
         except ExportError as error:
             return str(error)
         return reader
 
-    def finish(reader: Reader) -> ReadBack:
-        _write_index(unfinished, files)
-        read_back = reader.compare(_stored(unfinished), dtype)
-        read_back.require_equal(first_module(model))
-        replace_folder(unfinished, folder, _previous(folder))
+    def finish(self, reader: Reader) -> ReadBack:
+        """Read the weights' files back, and give the folder its name."""
+        _write_index(self.unfinished, self.files)
+        read_back = reader.compare(_stored(self.unfinished), self.dtype)
+        read_back.require_equal(self.model)
+        replace_folder(self.unfinished, self.folder, _previous(self.folder))
         return read_back
-
-    try:
-        # Hidden until it is complete, and beside the target: a rename does not cross file systems.
-        reader = together(lambda: start() if ranks.first else None)
-        if refusal := ranks.gather(reader if isinstance(reader, str) else None)[0]:
-            raise ExportError(refusal)
-        together(lambda: _require_seen(unfinished))
-        together(lambda: write_share(unfinished, ranks, pieces, tensors, shares))
-        return together(lambda: finish(reader) if isinstance(reader, Reader) else None)
-    finally:
-        if ranks.first:
-            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def require_exportable(model: nn.Module, config: LlamaConfig | dict[str, Any], code: Path | None = None) -> None:
