@@ -75,10 +75,11 @@ def grad_norm(
     Returns:
         A scalar on the gradients' device, the same on all ranks. fp32, or fp64 for fp64 gradients.
     """
+    params = list(params)
     with_grad = [param for param in params if param.grad is not None]
     counted, squares = [param for param in with_grad if _counts_here(param)], squares or {}
     shards = [local_tensor(param.grad) for param in counted if param.grad is not None and param not in squares]
-    device, dtype = _norm_device_and_dtype(with_grad)
+    device, dtype = _norm_device_and_dtype(with_grad or params)
     total = torch.zeros((), device=device, dtype=dtype)
     if shards:
         if device.type == "cpu":
@@ -120,5 +121,5 @@ def _counts_here(param: nn.Parameter) -> bool:
 def _norm_device_and_dtype(params: list[nn.Parameter]) -> tuple[torch.device, torch.dtype]:
     if not params:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32
-    grad = local_tensor(params[0])
-    return grad.device, torch.float64 if grad.dtype == torch.float64 else torch.float32
+    first = local_tensor(params[0])
+    return first.device, torch.float64 if first.dtype == torch.float64 else torch.float32
