@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.models.tiny import classes, tiny
 from colrow.checkpoint import export as export_module
-from colrow.checkpoint import read_back
+from colrow.checkpoint import read_back, weight_files
 from colrow.checkpoint.carried import Carried
 from colrow.checkpoint.export import export, require_exportable
 from colrow.checkpoint.huggingface import SINGLE, stored_dtype
@@ -210,7 +210,7 @@ def test_an_export_that_reads_back_as_another_model_is_none(tmp_path: Path, monk
     model, out = seeded(), tmp_path / "out"
     export(model, out, model.config)
     before = (out / SINGLE).read_bytes()
-    write = export_module.write_tensors
+    write = weight_files.write_tensors
 
     def write_one_less(path: Path, entries: list[Any], metadata: dict[str, str]) -> Any:
         result = write(path, entries, metadata)
@@ -219,7 +219,7 @@ def test_an_export_that_reads_back_as_another_model_is_none(tmp_path: Path, monk
         save_file(tensors, path)
         return result
 
-    monkeypatch.setattr(export_module, "write_tensors", write_one_less)
+    monkeypatch.setattr(weight_files, "write_tensors", write_one_less)
     with pytest.raises(CheckpointError, match=r"tensors are 1 missing \(model\.norm\.weight\): read"):
         export(model, out, model.config)
     assert (out / SINGLE).read_bytes() == before

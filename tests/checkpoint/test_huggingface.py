@@ -15,7 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from colrow.checkpoint import export as export_module
+from colrow.checkpoint import weight_files
 from colrow.checkpoint.export import export
 from colrow.checkpoint.huggingface import INDEX, SINGLE, load_weights
 from colrow.errors import CheckpointError
@@ -167,7 +167,7 @@ def test_a_full_disk_leaves_the_previous_export(tmp_path: Path, monkeypatch: pyt
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(export_module, "write_tensors", full)
+    monkeypatch.setattr(weight_files, "write_tensors", full)
     with torch.no_grad():
         model.norm.weight.zero_()  # type: ignore[union-attr]
     with pytest.raises(CheckpointError, match="No space left on device"):
@@ -363,7 +363,7 @@ def failing_case(device: str, folder: Path) -> str:
     """The disk of rank 1 is full after its first file."""
     model = sharded(device, Mesh(tp=2), {})
     load_weights(model, folder / "in")
-    write, written = export_module.write_tensors, []
+    write, written = weight_files.write_tensors, []
 
     def full(path: Path, *args: Any) -> Any:
         if dist.get_rank() == 1 and written:
@@ -371,13 +371,13 @@ def failing_case(device: str, folder: Path) -> str:
         written.append(path)
         return write(path, *args)
 
-    export_module.write_tensors = full
+    weight_files.write_tensors = full
     try:
         export(model, folder / "out", model.config, max_shard_bytes=4000)
     except CheckpointError as error:
         return str(error)
     finally:
-        export_module.write_tensors = write
+        weight_files.write_tensors = write
     return ""
 
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from colrow.checkpoint import export as export_module
+from colrow.checkpoint import weight_files
 from colrow.checkpoint.distributed import Checkpoints
 from colrow.checkpoint.export import export
 from colrow.checkpoint.folder import format_bytes
@@ -134,7 +134,7 @@ def test_a_disk_that_fills_later_names_what_is_kept_and_what_could_go(
     text = str(caught.value)
     assert "(No space left on device); step-4 is complete and kept: free some space, such as the older step-2 (" in text
     assert text.endswith("then start the same command again: the run continues from its newest checkpoint")
-    monkeypatch.setattr(export_module, "write_tensors", full)
+    monkeypatch.setattr(weight_files, "write_tensors", full)
     with pytest.raises(CheckpointError) as caught:
         export(state[0], tmp_path / "export", state[0].config)
     assert "too full for an export" in str(caught.value)
