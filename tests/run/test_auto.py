@@ -146,7 +146,8 @@ def test_a_run_on_a_cpu_chooses_writes_and_keeps(requested: dict[str, Any], tmp_
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 4000, encoding="utf-8")
+    text = "".join(f"def f{i}(x):\n    return x * {i * i}\n" for i in range(8000))
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     assert "chosen     mesh 1 process, train.micro_batch" in train("2")
     written: RunConfig = load_config(tmp_path / "run" / "config.yaml")
     assert "when the run was" in train("3")
