@@ -127,3 +127,16 @@ def test_another_micro_batch_is_seen() -> None:
     case = CASES["tp2-shard2"]
     more = Case(case.mesh, micro_batches=3)
     assert forecast(case) != forecast(more)
+
+
+def test_the_flat_engine_exchanges_gradients_in_every_micro_batch() -> None:
+    flat, other = (
+        forecast(Case(Mesh(dp_shard=2, data_engine=engine), micro_batches=3))  # type: ignore[arg-type]
+        for engine in ("flat", "fsdp2")
+    )
+    exchanged = {key: calls for key, calls in flat.items() if key[1] == "all_to_all"}
+    reduced = {key: calls for key, calls in other.items() if key[1] == "reduce_scatter"}
+    assert {(axis, size): calls for (axis, _, size), calls in exchanged.items()} == {
+        (axis, size): 3 * calls for (axis, _, size), calls in reduced.items()
+    }
+    assert reduced

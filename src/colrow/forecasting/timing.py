@@ -34,6 +34,7 @@ EXPOSED = {"none": 1.0, "point_to_point": 0.5, "collectives": 0.9}
 EXPOSED_OF_COPY_ENGINE = {2: 0.06, 4: 0.3}
 UPDATE_BYTES = 32  # a parameter: master, moments and gradient read, the gradient for its norm; master, moments written
 COPIES_OF_FSDP = 24  # a parameter of the shard: casts; measured on 4 H200
+SUMS_OF_FLAT = 8  # the same with the flat engine: rows of two ranks read, fp32 sums written; counted, not measured
 GATHERED_COPIES_OF_FSDP = 18  # a gathered parameter: out of and into FSDP2's buffers, in both directions
 SLOWED_BY_NCCL = 0.1  # of the hidden seconds of data axes, by which matmuls beside NCCL's kernels take longer
 OPERANDS = 15e12  # bytes/s of a matmul's operands beside its FLOPs; tells small matmuls from large ones
@@ -140,9 +141,10 @@ def _rank_time(walk: Walk, setting: Setting, stage: Stage, program: Program, mac
     if (program.overlap in ("copy_engine", "point_to_point") and walk.cell.tp > 1) or setting.mesh.dp_shard > 1:
         parts["products"] *= 1 + rates.overlap_slowdown
     units = sum(walk.units[name].trained_count for name in (*stage.layers, *_ends(walk, stage)))
-    update = UPDATE_BYTES + (0 if setting.copies else COPIES_OF_FSDP)
+    flat = setting.mesh.dp > 1 and setting.mesh.data_engine == "flat"
+    update = UPDATE_BYTES + (SUMS_OF_FLAT if flat else 0 if setting.copies else COPIES_OF_FSDP)
     parts["optimizer"] = update * units / setting.mesh.dp_shard / rates.optimizer
-    if setting.mesh.dp > 1:
+    if setting.mesh.dp > 1 and not flat:
         parts["copies"] = GATHERED_COPIES_OF_FSDP * units / rates.memory
     compute = sum(parts.values()) - parts["optimizer"] - parts.get("copies", 0.0)
     sent: dict[str, float] = {}

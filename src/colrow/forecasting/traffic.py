@@ -6,6 +6,8 @@ multiple of the shards; its gradients leave in one reduce-scatter of fp32, and o
 shard. With resharding a block is gathered twice a micro-batch; root and head once; without, all once a step. Gradients
 leave in the last micro-batch. Before that FSDP2 sums what is partial over tp, such as those of norms. Once a step the
 data ranks agree on the parameters that were used, by a flag each ([Note: used parameters]).
+
+With `mesh.data_engine: flat` the ranks exchange gradients in the compute dtype, in every micro-batch.
 """
 
 from __future__ import annotations
@@ -85,7 +87,9 @@ def _of_data_axes(walk: Walk, setting: Setting, stage: Stage) -> Counter[tuple[s
             reshards = setting.reshard and name not in (ROOT, HEAD)
             gathers = setting.micro_batches * (2 if reshards else 1) if setting.reshard else 1
             found["dp_shard", "all_gather", low * _padded(unit.numels, shards)] += gathers
-            if unit.trained:
+            if unit.trained and setting.mesh.data_engine == "flat":
+                found["dp_shard", "all_to_all", low * _padded(unit.trained, shards)] += setting.micro_batches
+            elif unit.trained:
                 found["dp_shard", "reduce_scatter", wide * _padded(unit.trained, shards)] += 1
         if replicas > 1 and unit.trained:
             found["dp_replicate", "all_reduce", wide * _padded(unit.trained, shards) // shards] += 1
