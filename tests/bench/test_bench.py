@@ -21,7 +21,7 @@ from colrow.config import RunConfig
 from colrow.errors import ConfigError
 from colrow.ops.collectives import all_gather, reduce_scatter
 from colrow.plans.plan import Plan
-from colrow.run.rank import RankInfo
+from colrow.run.process_group import RankInfo
 from colrow.train.step_trace import StepTrace, from_events
 from helpers.forked import Commands
 

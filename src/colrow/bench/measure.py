@@ -31,7 +31,7 @@ from colrow.parallel.flat_weights import runs_flat
 from colrow.plans.plan import Plan
 from colrow.run import preflight
 from colrow.run.executed import executed_paths
-from colrow.run.rank import RankInfo, process_group, set_device
+from colrow.run.process_group import RankInfo, process_group, set_device
 from colrow.train.cuda_graph import EAGER_STEPS
 from colrow.train.setup import Training, set_up
 from colrow.train.step import Batch

@@ -17,7 +17,7 @@ from colrow.errors import ColrowError
 
 if TYPE_CHECKING:  # `colrow train --help` need not wait for torch
     from colrow.run.host_log import HostLog
-    from colrow.run.rank import RankInfo
+    from colrow.run.process_group import RankInfo
 
 
 def rank_folder() -> Path | None:
@@ -33,7 +33,7 @@ def _error_file() -> Path | None:
 
 def rank_info() -> RankInfo:
     """What torchrun's environment variables say of this process."""
-    from colrow.run.rank import RankInfo
+    from colrow.run.process_group import RankInfo
 
     world_size = int(os.environ["WORLD_SIZE"])
     return RankInfo(
