@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from colrow.cli.flags import parse
+from colrow.errors import ConfigError
+
+if TYPE_CHECKING:  # a wrong flag need not wait for torch
+    import torch
+
+    from colrow.cli.loading import SavedModel
 
 
 @dataclass(frozen=True)
@@ -43,44 +49,25 @@ class Flags:
 def main(argv: list[str]) -> int:
     """Exit 0; 2 for bad usage or input."""
     flags = parse(Flags, "generate", argv)
-    import os
-
     import torch
     import torch.distributed as dist
     from torch import Tensor
 
     from colrow.cli.loading import open_saved, torchrun_ranks
-    from colrow.errors import ConfigError
-    from colrow.mesh import Mesh
     from colrow.models.generate import generate
-    from colrow.parallel.initialize import materialize
-    from colrow.parallel.parallelize import parallelize
 
-    on_gpu = torch.cuda.is_available() if flags.device == "auto" else flags.device == "cuda"
-    if on_gpu and not torch.cuda.is_available():
-        raise ConfigError("device cuda is requested, and torch sees no GPU here: leave --device out")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    with torchrun_ranks("nccl" if on_gpu else "gloo") as ranks:
+    device = _device(flags.device)
+    with torchrun_ranks("nccl" if device.type == "cuda" else "gloo") as ranks:
         saved = open_saved(flags.source, flags.step, flags.trust_code)
-        model = saved.model
-        compute = torch.bfloat16 if on_gpu else torch.float32
-        if saved.checkpoints is None:
-            model.to(compute)  # weights are cast while they are read; a checkpoint is loaded in its own dtype
-        if ranks > 1:
-            parallelize(model, saved.plan(ranks), Mesh(tp=ranks).build(device.type, ranks))
-        materialize(model, device)
-        saved.load()
-        model.to(compute).eval()
+        _load(saved, ranks, device)
+        model, tokenizer = saved.model.eval(), saved.tokenizer
 
         def logits_of(ids: Tensor) -> Tensor:
             out = model(ids)
             return getattr(out, "logits", out)  # models of transformers return more than logits
 
         # each document of the training text began after another's end
-        tokenizer = replace(saved.tokenizer, special=flags.special)
-        prompt = tokenizer.encode(flags.prompt) or [saved.tokenizer.eos_id]
+        prompt = replace(tokenizer, special=flags.special).encode(flags.prompt) or [tokenizer.eos_id]
         ids = generate(
             logits_of,
             torch.tensor([prompt], device=device),
@@ -89,9 +76,43 @@ def main(argv: list[str]) -> int:
             top_k=flags.top_k,
             seed=flags.seed,
             pad_multiple=ranks,
-            eos_id=saved.tokenizer.eos_id,
+            eos_id=tokenizer.eos_id,
             context=saved.context,
         )
         if ranks == 1 or dist.get_rank() == 0:
-            print(saved.tokenizer.decode(ids[0].tolist()))
+            print(tokenizer.decode(ids[0].tolist()))
     return 0
+
+
+def _device(requested: str) -> torch.device:
+    """This rank's device, made current. Raises ConfigError where a GPU is requested and there is none."""
+    import os
+
+    import torch
+
+    visible = torch.cuda.is_available()
+    if requested == "cuda" and not visible:
+        raise ConfigError("device cuda is requested, and torch sees no GPU here: leave --device out")
+    if requested == "cpu" or not visible:
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _load(saved: SavedModel, ranks: int, device: torch.device) -> None:
+    """Split the model over the ranks, and give it its stored weights in the dtype that it computes in."""
+    import torch
+
+    from colrow.mesh import Mesh
+    from colrow.parallel.initialize import materialize
+    from colrow.parallel.parallelize import parallelize
+
+    model, compute = saved.model, torch.bfloat16 if device.type == "cuda" else torch.float32
+    if saved.checkpoints is None:
+        model.to(compute)  # weights are cast while they are read; a checkpoint is loaded in its own dtype
+    if ranks > 1:
+        parallelize(model, saved.plan(ranks), Mesh(tp=ranks).build(device.type, ranks))
+    materialize(model, device)
+    saved.load()
+    model.to(compute)
