@@ -15,15 +15,8 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.placement_types import Placement
 
 from colrow.errors import PlanError
-from colrow.styles.base import (
-    NegativeControl,
-    ParameterLayout,
-    Style,
-    named_placements_of,
-    option,
-    placements_of,
-    replicated,
-)
+from colrow.styles.base import NegativeControl, ParameterLayout, Style, replicated
+from colrow.styles.options import named_placements_of, option, placements_of
 from colrow.styles.site import Site
 
 Placements = tuple[Placement | None, ...]

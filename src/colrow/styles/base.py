@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -24,8 +23,8 @@ from torch.distributed.tensor.placement_types import Placement
 
 from colrow.errors import PlanError, did_you_mean
 from colrow.sharding.layout import Packed
-from colrow.sharding.placements import format_placement, parse_placement
 from colrow.styles.local_sizes import rules_of
+from colrow.styles.options import integers_of, option, plain
 from colrow.styles.site import Site
 
 STYLES: dict[str, type[Style]] = {}
@@ -49,21 +48,6 @@ class ParameterLayout:
     def __str__(self) -> str:
         """Which rows a rank holds, as text: equal exactly where two layouts give each rank the same ones."""
         return f"{self.placement} of each of {list(self.packed.segments)}" if self.packed else str(self.placement)
-
-
-def option(convert: Callable[[Any], Any], default: Any = None, *, previous: str | None = None) -> Any:
-    """An option of a style.
-
-    Args:
-        convert: makes the value out of what a plan file holds.
-        previous: the option's name in plans of earlier releases: read for ever, never written.
-    """
-    return dataclasses.field(default=default, metadata={"convert": convert, "previous": previous})
-
-
-def integers_of(value: Any) -> tuple[int, ...] | None:
-    """The option of several numbers."""
-    return None if value is None else tuple(int(n) for n in value)
 
 
 @dataclass(frozen=True)
@@ -197,7 +181,7 @@ class Style(ABC):
     def options(self) -> dict[str, Any]:
         """The options that differ from their defaults, as plain values."""
         return {
-            field.name: _plain(value)
+            field.name: plain(value)
             for field in dataclasses.fields(self)
             if (value := getattr(self, field.name)) != field.default
         }
@@ -282,36 +266,3 @@ def set_attribute(module: nn.Module, key: str, value: int | str, tp: int) -> Non
         object.__setattr__(owner, part, own)
         owner = own
     object.__setattr__(owner, leaf, getattr(owner, leaf) // tp if value == "/tp" else value)
-
-
-def placements_of(value: Any) -> tuple[Placement | None, ...] | None:
-    """The option of several tensors' placements; a single one stands for one tensor."""
-    if value is None:
-        return None
-    return tuple(parse_placement(item) for item in (value if isinstance(value, tuple | list) else (value,)))
-
-
-def named_placements_of(value: Any) -> dict[str, Placement | None] | None:
-    """The option of keyword arguments' placements."""
-    if value is None:
-        return None
-    if not isinstance(value, dict):
-        raise PlanError(f"keyword layouts are a mapping from argument to placement, not {value!r}")
-    return {str(key): parse_placement(item) for key, item in value.items()}
-
-
-def names_of(value: Any) -> tuple[str, ...]:
-    """The option of several names."""
-    if not isinstance(value, list | tuple):
-        raise TypeError("several names are a list")
-    return tuple(value)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Placement):
-        return format_placement(value)
-    if isinstance(value, tuple | list):
-        return ["none" if item is None else _plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return value

@@ -14,8 +14,9 @@ from torch.distributed.tensor.placement_types import Placement
 
 from colrow.sharding.layout import chunk_sizes
 from colrow.sharding.placements import parse_placement
-from colrow.styles.base import ParameterLayout, Style, option, replicated
+from colrow.styles.base import ParameterLayout, Style, replicated
 from colrow.styles.heads import check_heads
+from colrow.styles.options import option
 from colrow.styles.site import Site, split_rows
 
 

@@ -23,8 +23,9 @@ from colrow.errors import PlanError, did_you_mean
 from colrow.ops.collectives import all_gather
 from colrow.ops.linear_cross_entropy import linear_cross_entropy
 from colrow.sharding.local_view import replace_forward
-from colrow.styles.base import ParameterLayout, Style, TokenOrder, option
+from colrow.styles.base import ParameterLayout, Style, TokenOrder
 from colrow.styles.linear import vocabulary_layout
+from colrow.styles.options import option
 from colrow.styles.shards import ShardSpec, place_parameter
 from colrow.styles.site import Site
 

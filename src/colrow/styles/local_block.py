@@ -12,8 +12,8 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
 from colrow.sharding.placements import parse_placement
-from colrow.styles.base import named_placements_of, option, placements_of
 from colrow.styles.local_module import ShardedModuleStyle, local_input, mark_grads_summed_at_entry, sum_over_ranks
+from colrow.styles.options import named_placements_of, option, placements_of
 from colrow.styles.rank_tensors import rank_heads
 from colrow.styles.shards import ShardedParameters, ShardSpec, shard_parameters, shards_of, specs_of
 from colrow.styles.site import Site

@@ -12,8 +12,9 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
 from colrow.sharding.placements import parse_placement
-from colrow.styles.base import OutputSegment, integers_of, option
+from colrow.styles.base import OutputSegment
 from colrow.styles.local_module import ShardedModuleStyle
+from colrow.styles.options import integers_of, option
 from colrow.styles.shards import ShardedParameters, ShardSpec
 from colrow.styles.site import Site
 

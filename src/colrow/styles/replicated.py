@@ -11,9 +11,10 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
 from colrow.sharding.placements import parse_placement
-from colrow.styles.base import NegativeControl, OutputSegment, ParameterLayout, Style, option, replicated
+from colrow.styles.base import NegativeControl, OutputSegment, ParameterLayout, Style, replicated
 from colrow.styles.heads import Heads, heads_of
 from colrow.styles.linear import Colwise
+from colrow.styles.options import option
 from colrow.styles.shards import ShardSpec, shard_parameters
 from colrow.styles.site import Site
 

@@ -13,11 +13,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from colrow.ops.parallel_linear import gather, scatter_sum
-from colrow.styles.base import option
 from colrow.styles.fast.linear import FlattenedTokens, argument_at, group_name, with_argument
 from colrow.styles.fast.tokens import Keys, keys_of, over_tokens, tensor_argument
 from colrow.styles.local_block import BlockShards
 from colrow.styles.local_module import mark_grads_summed_at_entry
+from colrow.styles.options import option
 from colrow.styles.rank_tensors import rank_heads
 from colrow.styles.shards import shard_parameters, shards_of
 from colrow.styles.site import Site

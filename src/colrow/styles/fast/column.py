@@ -21,7 +21,6 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from colrow.errors import PlanError
 from colrow.ops.parallel_linear import column_linear
-from colrow.styles.base import names_of, option
 from colrow.styles.fast.linear import (
     FORWARD_STATE,
     FastLinear,
@@ -35,6 +34,7 @@ from colrow.styles.fast.linear import (
 )
 from colrow.styles.linear import Colwise
 from colrow.styles.local_module import mark_grads_summed_at_entry
+from colrow.styles.options import names_of, option
 from colrow.styles.packed import ColumnSegments
 from colrow.styles.replicated import KvReplicate
 from colrow.styles.site import Site

@@ -15,10 +15,11 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from colrow.ops.parallel_linear import scatter_sum
 from colrow.sharding.layout import chunk_sizes
 from colrow.sharding.local_view import replace_forward
-from colrow.styles.base import ParameterLayout, Style, TokenOrder, option
+from colrow.styles.base import ParameterLayout, Style, TokenOrder
 from colrow.styles.fast.linear import FORWARD_STATE, group_name
 from colrow.styles.linear import Rowwise, vocabulary_layout
 from colrow.styles.local_module import sum_over_ranks
+from colrow.styles.options import option
 from colrow.styles.rank_tensors import rank_table
 from colrow.styles.shards import ShardSpec, shard_parameters
 from colrow.styles.site import Site

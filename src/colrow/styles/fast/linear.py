@@ -29,7 +29,8 @@ from colrow.ops.carriers import Overlap, carrier
 from colrow.ops.float8 import RECIPES
 from colrow.ops.linear_options import CHUNK_ROWS, LinearOptions, option_names
 from colrow.sharding.local_view import replace_forward
-from colrow.styles.base import Style, TokenOrder, option
+from colrow.styles.base import Style, TokenOrder
+from colrow.styles.options import option
 from colrow.styles.packed import is_transposed
 from colrow.styles.shards import ShardSpec, shard_parameters
 from colrow.styles.site import Site

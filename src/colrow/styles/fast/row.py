@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from colrow.ops.parallel_linear import row_linear
-from colrow.styles.base import integers_of, option
 from colrow.styles.fast.linear import (
     FORWARD_STATE,
     FastLinear,
@@ -19,6 +18,7 @@ from colrow.styles.fast.linear import (
     weight_out_in,
 )
 from colrow.styles.linear import Rowwise
+from colrow.styles.options import integers_of, option
 from colrow.styles.packed import row_specs
 from colrow.styles.shards import ShardedParameters, ShardSpec
 from colrow.styles.site import Site

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from colrow.styles.base import ParameterLayout, names_of, option, replicated
+from colrow.styles.base import ParameterLayout, replicated
 from colrow.styles.fast.column import SiblingGather, SiblingOutputs, check_columns
 from colrow.styles.fast.linear import FastLinear
+from colrow.styles.options import names_of, option
 from colrow.styles.shards import ShardSpec, shard_parameters
 from colrow.styles.site import Site
 

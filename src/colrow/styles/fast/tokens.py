@@ -15,8 +15,9 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from colrow.errors import PlanError
 from colrow.ops.tokens import all_tokens, local_tokens
-from colrow.styles.base import ParameterLayout, integers_of, option, replicated
+from colrow.styles.base import ParameterLayout, replicated
 from colrow.styles.fast.linear import FlattenedTokens, argument_at, group_name, with_argument
+from colrow.styles.options import integers_of, option
 from colrow.styles.rank_tensors import rank_table
 from colrow.styles.shards import ShardSpec, shard_parameters
 from colrow.styles.site import Site
