@@ -303,7 +303,7 @@ def test_units_of_fsdp2_show_and_fill_their_gradients(mesh: DeviceMesh) -> None:
     assert len(root.parameters()) == 4
     seen: list[Any] = []
     root.before_reduction(lambda unit: seen.append([g is not None for g in unit.unreduced_gradients(fill=True)]))
-    root.after_backward(lambda: seen.append("end"))
+    root.at_end_of_backward(lambda: (seen.append("before the end"), root.reduce_if_left()), lambda: seen.append("end"))
 
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         passed = first.run_without_forward(torch.zeros(()), trained=True)
@@ -311,7 +311,7 @@ def test_units_of_fsdp2_show_and_fill_their_gradients(mesh: DeviceMesh) -> None:
 
     with mock.patch.object(type(model), "forward", forward):
         model(torch.ones(1, 2)).backward()
-    assert seen == [[True, True, False, False], "end"]
+    assert seen == ["before the end", [True, True, False, False], "end"]  # the root's input has no gradient
     assert all(param.grad is not None for param in root.parameters())
 
 

@@ -214,6 +214,23 @@ class EarlyExit(Model):
         return logits
 
 
+class FrozenInput(Model):
+    """Detaches what its first layer gets, as the micro-batch says: then the embedding is not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(D, D)
+
+    def forward(self, x: Tensor, seq_len: int | None = None) -> Tensor:
+        detaches = int(x.sum()) % 2 == 0
+        x = self.embed_tokens(x)
+        x = x.detach() if detaches else x
+        for layer in self.layers:
+            x = layer(x)
+        logits: Tensor = self.lm_head(self.norm(x))
+        return logits
+
+
 @dataclass(frozen=True)
 class SmallModel:
     """A row of the table.
@@ -266,4 +283,5 @@ MODELS: dict[str, SmallModel] = {
     "batch norm": SmallModel(lambda: Model(NormalisedMlp), _COLUMN_ROW),
     "layer drop": SmallModel(LayerDrop, _COLUMN_ROW),
     "early exit": SmallModel(EarlyExit, _COLUMN_ROW),
+    "frozen input": SmallModel(FrozenInput, _COLUMN_ROW),
 }

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from torch import nn
 
 from colrow.errors import ConfigError
 from colrow.models.llama import Llama
-from colrow.parallel.data_parallel import head_unit
+from colrow.parallel.data_parallel import head_unit, refuse_scalars
 from helpers.parity import TINY
 
 
@@ -36,3 +37,11 @@ def test_blocks_that_share_a_parameter_are_refused() -> None:
     second.mlp = first.mlp
     with pytest.raises(ConfigError, match=r"block 1 shares its parameter mlp\.\w+_proj\.weight"):
         head_unit(model, [first, second])
+
+
+def test_parameters_without_dims_are_refused_by_name() -> None:
+    model = Llama(TINY)
+    refuse_scalars(model)
+    model.norm.gain = nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(ConfigError, match=r"^norm\.gain: .*torch\.ones\(1\)"):
+        refuse_scalars(model)

@@ -55,14 +55,15 @@ def apply_data_parallel(
             every micro-batch.
 
     Raises:
-        ConfigError: blocks share a parameter, a parameter has a hook, or torch has no replicas for tensor-parallel
-            models.
+        ConfigError: blocks share a parameter, a parameter is a scalar or has a hook, or torch has no replicas for
+            tensor-parallel models.
     """
     axes = MeshAxes(mesh)
     replicas, shards = axes.size("dp_replicate"), axes.size("dp_shard")
     if replicas * shards == 1 and param_dtype is None:
         return
     refuse_hooks(model, "FSDP2 (data parallelism, or compute precision)")
+    refuse_scalars(model)
     states = states_of(model)
     blocks = list(blocks)
     head = head_unit(model, blocks)
@@ -91,6 +92,16 @@ def apply_data_parallel(
     model.__dict__[_KEEP_GATHERED] = not reshard_after_forward
     if shards > 1:
         _prefetch(model, blocks, head)
+
+
+def refuse_scalars(model: nn.Module) -> None:
+    """Raises ConfigError where a parameter has no dim, which FSDP2 cannot shard."""
+    scalars = [name for name, param in model.named_parameters() if param.ndim == 0]
+    if scalars:
+        raise ConfigError(
+            f"{', '.join(scalars[:4])}: a parameter without dims, which FSDP2 (data parallelism, or compute precision) "
+            "cannot shard: make it one of one element, torch.ones(1)"
+        )
 
 
 def set_last_micro_batch(model: nn.Module, last: bool) -> None:

@@ -11,9 +11,11 @@ parameters, replicas drift apart, and gloo aborts:
   where no rank had one. Only a rank with an unused parameter waits for the flags.
 - In which order the units gather and reduce. A block that a rank does not call is run without its forward, at its place
   between the others: a scalar goes through FSDP2's hooks and joins the next block's input, so that backward passes
-  here, too, between the reductions of its neighbours.
+  here, too, between the reductions of its neighbours. Where a
+  rank detaches what enters the first block, backward does not pass that: it reduces at the end, and then the root.
 
-A block that ranks call unequally often, more than once, is beyond this: the order of gathers would differ.
+A block that ranks call unequally often, more than once, is beyond this: the order of gathers would differ. So is one
+that some ranks detach from the blocks before it, or run under `torch.no_grad`: their backward gathers fewer blocks.
 """
 
 from __future__ import annotations
@@ -57,13 +59,18 @@ class UsedParameters:
         self._all_used: Tensor | None = None
         for unit in units:
             unit.before_reduction(self._complete)
-            unit.after_backward(self._agree)
+            unit.at_end_of_backward(self._reduce_left, self._agree)
 
     def _complete(self, unit: FsdpUnit) -> None:
         has_grad = [grad is not None for grad in unit.unreduced_gradients(fill=bool(self._groups))]
         # The first reduction of a backward: what an earlier backward has left in `.grad` is used too.
         before = self._used.get(unit) or [param.grad is not None for param in unit.parameters()]
         self._used[unit] = [a or b for a, b in zip(has_grad, before, strict=True)]
+
+    def _reduce_left(self) -> None:
+        # FSDP2 begins with the root, which comes last on a rank whose backward has passed every unit.
+        for unit in reversed(self._units) if self._groups else ():
+            unit.reduce_if_left()
 
     @torch.no_grad()
     def _agree(self) -> None:

@@ -41,15 +41,21 @@ class FsdpUnit:
 
         group.post_backward = hooked
 
-    def after_backward(self, hook: Callable[[], None]) -> None:
-        """Call `hook` at the end of each backward that begins in this unit, or of a pipeline's."""
+    def at_end_of_backward(self, before: Callable[[], None], after: Callable[[], None]) -> None:
+        """Call both around FSDP2's end of each backward that begins in this unit, or of a pipeline's."""
         end = self._state._root_post_backward_final_callback
 
         def hooked() -> None:
+            before()
             end()
-            hook()
+            after()
 
         self._state._root_post_backward_final_callback = hooked
+
+    def reduce_if_left(self) -> None:
+        """At the end of a backward that has not reached this unit's input; FSDP2's own end does it in another order."""
+        if self._group is not None and self._group._training_state.name != "POST_BACKWARD":
+            self._group.post_backward()
 
     def unreduced_gradients(self, *, fill: bool) -> list[Tensor | None]:
         """Before a reduction: this rank's gradient of each of `parameters`, None for those that have none.
