@@ -62,6 +62,11 @@ class Mesh(BaseModel):
         return tuple(getattr(self, axis) for axis in AXES)
 
     @property
+    def by_axis(self) -> dict[str, int]:
+        """The degree of each axis, by name."""
+        return dict(zip(AXES, self.degrees, strict=True))
+
+    @property
     def world_size(self) -> int:
         """Number of ranks."""
         return prod(self.degrees)

@@ -172,7 +172,7 @@ def write_text(path: Path, text: str) -> FileRecord:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json`, which contains a checksum of itself."""
-    body = manifest.model_dump(mode="json")
+    body = manifest.model_dump(mode="json", exclude={"mesh": {"data_engine"}})  # files are the same under each engine
     write_text(folder / MANIFEST, json.dumps({"crc32": _checksum(body), "manifest": body}, indent=1) + "\n")
 
 

@@ -55,7 +55,7 @@ def as_tree(info: CheckpointInfo) -> dict[str, object]:
     return {
         "step": info.step,
         "path": str(info.path),
-        "mesh": None if info.mesh is None else info.mesh.model_dump(),
+        "mesh": None if info.mesh is None else info.mesh.by_axis,
         "bytes": info.bytes,
         "saved": info.saved or None,
         "state": info.state,

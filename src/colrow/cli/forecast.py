@@ -151,7 +151,7 @@ def _show_longest(choices: Choices, flags: Flags) -> int:
             continue
         plan, recompute = _plan(longest.row), longest.row.options.recompute
         values = {"seq_len": longest.seq_len, "micro_batch": longest.micro_batch}
-        found.append({"mesh": mesh.model_dump(), "plan": plan, "activation_checkpoint": recompute, **values})
+        found.append({"mesh": mesh.by_axis, "plan": plan, "activation_checkpoint": recompute, **values})
         grid.add_row(*map(str, mesh.degrees), plan, recompute, f"{longest.seq_len:,}", str(longest.micro_batch))
     if flags.json:
         print_json({"rows": found})

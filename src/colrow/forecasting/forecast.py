@@ -93,7 +93,7 @@ class Row:
     def to_data(self) -> dict[str, Any]:
         """The row as `colrow forecast --json` prints it."""
         return {
-            "mesh": self.mesh.model_dump(),
+            "mesh": self.mesh.by_axis,
             "plan": self.plan + (" graph" if self.options.cuda_graph else ""),
             "micro_batch": self.options.micro_batch,
             "activation_checkpoint": self.options.recompute,
