@@ -19,14 +19,14 @@ aten: Any = torch.ops.aten
 Case = tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]
 
 UNARY = """
-    neg reciprocal square sqrt rsqrt abs sign exp exp2 expm1 log log1p log2 cos sin tan erf tanh sigmoid silu gelu relu
-    relu6 leaky_relu elu celu selu softplus mish hardtanh hardswish hardsigmoid log_sigmoid logit clone contiguous
-    detach alias lift_fresh_copy floor ceil round trunc isnan isinf isfinite nan_to_num atan sinh cosh logical_not
-    zeros_like ones_like empty_like rand_like randn_like bernoulli
+    neg negative reciprocal square sqrt rsqrt abs sign exp exp2 expm1 log log1p log2 cos sin tan erf tanh sigmoid silu
+    gelu relu relu6 leaky_relu elu celu selu softplus mish hardtanh hardswish hardsigmoid log_sigmoid logit clone
+    contiguous detach alias lift_fresh_copy floor ceil round trunc isnan isinf isfinite nan_to_num atan sinh cosh
+    logical_not zeros_like ones_like empty_like rand_like randn_like bernoulli
 """.split()  # noqa: SIM905
 BINARY = """
-    add sub rsub mul div maximum minimum pow remainder fmod floor_divide copy atan2 xlogy ge le lt gt eq ne not_equal
-    logical_and logical_or logical_xor type_as
+    add sub subtract rsub mul multiply div divide true_divide maximum minimum pow remainder fmod floor_divide copy atan2
+    xlogy ge le lt gt eq ne not_equal logical_and logical_or logical_xor type_as
 """.split()  # noqa: SIM905
 BITS = "bitwise_and bitwise_or bitwise_xor __and__ __or__ __xor__".split()  # noqa: SIM905
 RANDOM = (

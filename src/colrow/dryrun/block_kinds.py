@@ -72,8 +72,10 @@ def trace_blocks(
             inputs = make_inputs(copy)
             with recorder:
                 call_model(copy, inputs)
-    except Exception:  # the dry run itself reports it
-        return BlockTraces()
+    except Exception as error:
+        if dtype is None and "BF16" in str(error):  # torch's grouped matmuls take no other type
+            return trace_blocks(model, make_inputs, torch.bfloat16)
+        return BlockTraces()  # the dry run itself reports it
     irregular = frozenset(stack.name for stack in stacks if recorder.irregular(stack.name, list(stack.blocks)))
     return BlockTraces({name: tuple(runs) for name, runs in recorder.runs.items()}, irregular)
 

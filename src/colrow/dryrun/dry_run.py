@@ -194,6 +194,8 @@ def _total(flops: Mapping[str, int], copy: ReducedCopy) -> int:
 def _written(watch: Watch, model: nn.Module, before: Mapping[str, tuple[Tensor, int]]) -> Iterator[str]:
     """Buffers that forward has written, in place or by assignment, with values that differ between ranks."""
     for name, buffer in model.named_buffers():
+        if buffer.layout is not torch.strided:
+            continue  # a sparse table has no storage to watch
         same = name in before and buffer is before[name][0] and version(buffer) == before[name][1]
         if (not same or watch.written(buffer)) and watch.varies(buffer):
             yield name

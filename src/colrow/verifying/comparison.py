@@ -119,9 +119,9 @@ class Reference:
         return max([g.abs().max().item() for g in self.gradients.values()] or [1.0])
 
     def size(self, name: str) -> float:
-        """The size that errors of this gradient are relative to. Below a millionth of the largest gradient it would be
-        rounding noise, as for a key's bias before softmax."""
-        return max(self.gradients[name].abs().max().item(), 1e-6 * self.scale, 1e-300)
+        """The size that errors of this gradient are relative to. Below 1e-5 of the largest gradient it would be
+        rounding noise: a key's bias before softmax, a convolution's before a batch norm (1e-15 of it was seen)."""
+        return max(self.gradients[name].abs().max().item(), 1e-5 * self.scale, 1e-300)
 
 
 @dataclass

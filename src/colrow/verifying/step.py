@@ -75,7 +75,9 @@ AFTER_FORWARD, AFTER_STEP = "after forward", "after a step"
 
 def _changed(before: Tensor | None, after: Tensor) -> bool:
     # a buffer that forward makes, or makes again in another shape, is a cache: a rank's may be smaller
-    return before is not None and before.shape == after.shape and not torch.equal(before, after)
+    if before is None or after.layout is not torch.strided:  # a sparse table
+        return False
+    return before.shape == after.shape and not torch.equal(before, after)
 
 
 def _copies(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
