@@ -10,6 +10,14 @@ from pathlib import Path
 import torch
 
 PINS = Path(__file__).parent
+# PyPI has torchvision for CUDA only: without CUDA its operators are missing, and its import fails where it gives them
+# shapes. No model here calls them.
+_OPERATORS = """import torch
+_library = torch.library.Library("torchvision", "FRAGMENT")
+for _name in ("nms", "qnms"):
+    if not hasattr(torch.ops.torchvision, _name):
+        _library.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
 
 
 def python_of(group: str, root: Path) -> Path:
@@ -33,6 +41,8 @@ def python_of(group: str, root: Path) -> Path:
     subprocess.run([*install, "-r", str(PINS / f"{group}.txt")], check=True)
     for library in Path(own).glob("torchaudio/lib/*.so") if torch.version.cuda is None else ():
         library.unlink()  # built for CUDA; without the file torchaudio runs in Python alone
+    for module in Path(own).glob("torchvision/_meta_registrations.py") if torch.version.cuda is None else ():
+        module.write_text(_OPERATORS + module.read_text(encoding="utf-8"), encoding="utf-8")
     mark.write_text(pins, encoding="utf-8")
     return python
 

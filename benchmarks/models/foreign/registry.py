@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 GROUPS = ("vision", "audio", "diffusion", "language", "recommenders", "science")
@@ -31,18 +30,6 @@ class Foreign:
         return f"{self.package}/{self.name}"
 
 
-_LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
-
-
-def _declare_operators() -> None:
-    """PyPI has torchvision for CUDA only: without CUDA its operators are missing, and its import fails where it gives
-    them shapes. No model here calls them."""
-    if torch.version.cuda is None:
-        for name in ("nms", "qnms"):
-            if not hasattr(torch.ops.torchvision, name):
-                _LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-
 _MODELS: dict[str, list[Foreign]] = {group: [] for group in GROUPS}
 
 
@@ -59,6 +46,5 @@ def model(package: str, name: str, field: str | None = None) -> Callable[[Any], 
 
 def models_of(group: str) -> list[Foreign]:
     """The models of a group. Builders import their packages when they are called."""
-    _declare_operators()
     importlib.import_module(f"benchmarks.models.foreign.{group}")
     return _MODELS[group]

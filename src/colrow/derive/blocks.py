@@ -163,6 +163,8 @@ class BlockFinder:
             types[loose] = SpmdType.INVARIANT
         else:
             return None
+        if any(self.flows.owners[name] == module for name in flow.same - flow.summed):
+            return None  # its own parameter (a layer's scale) is used behind the reduction: the block lies inside
         for b in self.flows.live & own:
             # a shard may leave when only sharded operations use it (a row product in a sibling module)
             leaves_sharded = flow.types[b] is SpmdType.SHARDED and self.flows.is_sharded(b)
@@ -220,6 +222,8 @@ class BlockFinder:
                 reductions = [node for node, b in zip(reductions, around, strict=True) if b is None]
                 if not reductions:
                     continue
+            if block is None:
+                inner |= {b.module: b for b in self._around_meetings(reductions)}
             block = block or self.separate_columns(module, reductions)
             if block.leaf:
                 old = blocks.get((block.module, True))
@@ -257,6 +261,16 @@ class BlockFinder:
         parents = [self.flows.path[node].split(".")[:-1] for node in self.columns(self.region(reduction))]
         where = ".".join(_common(parents))
         return self.attempt(where, [], False) if _within(where, module) and where != module else None
+
+    def _around_meetings(self, reductions: list[Node]) -> list[Block]:
+        """Blocks at the modules whose own code makes shards out of two activations (queries and their angles), which
+        no column product can gather; shards leave them."""
+        found = []
+        for node in self.columns(set().union(*(self.region(n) for n in reductions))):
+            met = [i for i in node.all_input_nodes if self.inference.is_weight(i) and self.flows.is_sharded(i)]
+            block = None if met or not self.flows.path[node] else self.attempt(self.flows.path[node], [], False)
+            found += [block] if block is not None else []
+        return found
 
     def separate_columns(self, module: str, reductions: list[Node]) -> Block:
         """Each column product is entered on its own; whoever else makes shards has no entry."""
@@ -303,7 +317,10 @@ class BlockFinder:
         )
         for node, why in flow.clashes:
             raise SplitError(
-                self.atoms_of({node, *node.all_input_nodes}) or self._summed(node, flow) or set(self.choice.atoms),
+                self.atoms_of({node, *node.all_input_nodes})
+                or self._summed(node, flow)
+                or self._around(node)
+                or set(self.choice.atoms),
                 f"{why} ({op_name(node)} in {self.flows.path[node] or 'the model'})",
             )
         both = flow.same & flow.summed
@@ -316,6 +333,15 @@ class BlockFinder:
             if flow.types.get(node) is SpmdType.SHARDED and not self.atoms_of({node}) <= self.choice.vocabulary:
                 raise SplitError(self.atoms_of({node}), "the caller gets this axis")
         return flow
+
+    def _around(self, node: Node) -> set[Atom]:
+        """Classes in the smallest module around this node that has some."""
+        module = self.flows.path[node]
+        while module:
+            if found := self.atoms_of(set(self.interior(module))) - self.choice.vocabulary:
+                return found
+            module = module.rpartition(".")[0]
+        return set()
 
     def _summed(self, node: Node, flow: Flow) -> set[Atom]:
         """Classes whose contraction left the sums over ranks that reach this node."""
@@ -345,7 +371,8 @@ class BlockFinder:
             if any(not self.flows.is_sharded(i) and i not in self.flows.constant for i in node.all_input_nodes):
                 name = self.flows.path[node]
                 ins = [b for b in self.inputs(name) if is_float(b)]
-                if not ins:
+                names = set().union(*(self.flows.params_of.get(i, set()) for i in node.all_input_nodes))
+                if not ins or not any(name in self.flows.sharers[n] for n in names):
                     raise SplitError(self.atoms_of({node}) & self.choice.vocabulary, "no module makes the logits")
                 out |= set(ins)
         return out

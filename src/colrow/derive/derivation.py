@@ -287,8 +287,13 @@ class _Derive:
 
     def _suspects(self, split: Split, module: str | None) -> set[Any]:
         """Classes whose weights lie in the module that fails and in those at its place in other layers, or in the
-        smallest module around it that has some; all that are no vocabulary where no module is known."""
+        smallest module around it that has some; for the model's own code, those that it meets; all that are no
+        vocabulary where no module is known."""
         choice = split.flows.choice
+        if module == "":
+            own = {n for n, path in split.flows.path.items() if path == "" and n.op == "call_function"}
+            if met := split.finder.atoms_of(own) - choice.vocabulary:
+                return met
         while module:
             found, scope = set[Any](), f"{with_stars(module)}."
             for node, name in self.inference.params.items():

@@ -9,7 +9,7 @@ from colrow.derive.axes import leaves
 from colrow.derive.blocks import Block, SplitError
 from colrow.derive.emit_modules import Emission, ModuleEmitter
 from colrow.derive.flow import SpmdType
-from colrow.derive.infer import op_name, shape_of
+from colrow.derive.infer import facts_of, op_name, shape_of
 from colrow.derive.sequence import Stream
 from colrow.derive.trace import label_of
 from colrow.styles.activations import PrepareInput
@@ -48,6 +48,8 @@ class Emitter(ModuleEmitter):
         if any(True for _ in self._module(block.module).parameters(recurse=False)):
             return False
         for entry in block.entries:
+            if "." in label_of(entry).path:
+                return False
             for user in entry.users:
                 if op_name(user) == "_assert_tensor_metadata":
                     continue
@@ -66,14 +68,11 @@ class Emitter(ModuleEmitter):
     def _slices(self, block: Block) -> dict[str, dict[str, int]]:
         """Constant arguments of which a rank uses its heads' part."""
         out = {}
+        others = [other.module for other in self.blocks if not other.leaf and other is not block]
         for b in self.finder.inputs(block.module):
             label = label_of(b)
-            if b not in self.flows.constant or not self.flows.is_sharded(b):
+            if b not in self.flows.constant or not self.flows.is_sharded(b) or self.flows.made_in(b, others):
                 continue
-            if "." in label.path:
-                raise SplitError(
-                    self.finder.atoms_of({b}), f"argument {label.path} of {block.module} would have to be sliced"
-                )
             for k, dim in enumerate(self.flows.inference.of(b)):
                 if self.choice.sharded(dim):
                     atoms = leaves(dim)
@@ -115,7 +114,7 @@ class Emitter(ModuleEmitter):
             style_cls = self.out.style(name)
             if label_of(entry).path != "0" or not style_cls.gathers_own_input:
                 raise SplitError(
-                    self.finder.atoms_of({*entry.users}),
+                    self.finder.atoms_of({*entry.users}) or self.finder.atoms_of({*self.finder.interior(name)}),
                     f"{name} gets its input outside any block; only colwise, packed_colwise, kv_replicate and "
                     "local_shards can gather their own input",
                 )
@@ -123,18 +122,14 @@ class Emitter(ModuleEmitter):
                 self._put(name, input=self.inside)
 
     def _gathered_arguments(self, block: Block) -> tuple[list[str], dict[str, str]]:
-        """The layouts of the block's positional and named arguments; `none` for those that are not its entries."""
+        """The layouts of the block's positional and named arguments; `none` for those that are not its entries. One
+        inside of a tuple is named by its path."""
         positional: list[str] = ["none"] * self.traced.positional.get(block.module, 0)
         named: dict[str, str] = {}
         for entry in block.entries:
             path = label_of(entry).path
             if path.isdigit():
                 positional[int(path)] = self.inside
-            elif "." in path:
-                raise SplitError(
-                    self.finder.atoms_of(self.finder.region(entry)) or self.choice.atoms,
-                    f"argument {path} of {block.module} is nested",
-                )
             else:
                 named[path] = self.inside
         return positional, named
@@ -207,12 +202,16 @@ class Emitter(ModuleEmitter):
             style.setdefault("used_outside", []).append(int(label.path))
 
     def _added_to_sum(self, name: str) -> bool:
+        """Whether the parameter, rows of it or a view, is a term of a sum that is not reduced yet. A factor is none."""
         todo = [n for n, f in self.flows.inference.params.items() if f == name]
         while todo:
-            for user in todo.pop().users:
+            node = todo.pop()
+            for user in node.users:
                 if self.flow.types.get(user) is SpmdType.PARTIAL:
-                    return True
-                if user in self.flows.params_of:  # rows of it, or a view
+                    terms = facts_of(user).addends or ()
+                    if any(i < len(user.args) and user.args[i] is node for i in terms):
+                        return True
+                elif user in self.flows.params_of:
                     todo.append(user)
         return False
 

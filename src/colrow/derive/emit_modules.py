@@ -15,7 +15,7 @@ from colrow.derive.choice import Choice
 from colrow.derive.infer import argument, facts_of
 from colrow.derive.rules_channels import channels_of
 from colrow.derive.sequence import Stream
-from colrow.derive.trace import Scale, Trace, module_path
+from colrow.derive.trace import Scale, Trace, label_of, module_path
 from colrow.styles.base import STYLES, Style
 from colrow.styles.fast.linear import is_linear
 from colrow.styles.packed import is_transposed
@@ -56,10 +56,13 @@ class ModuleEmitter:
         self.out = Emission()
         self.dims = {name: self.flows.inference.of(node) for node, name in self.flows.inference.params.items()}
         self.owned: dict[str, list[str]] = defaultdict(list)
+        modules = {name for name, _ in model.named_modules()}  # a module with two names gets its styles by the first
         for name in self.dims:
             if self.choice.any_sharded(self.dims[name]):
                 for owner in {name, *(o for o, first in traced.ties.items() if first == name)}:
-                    self.owned[owner.rpartition(".")[0]].append(owner.rpartition(".")[2])
+                    module, _, parameter = owner.rpartition(".")
+                    if module in modules:
+                        self.owned[module].append(parameter)
         self.entries, self.exits = split.borders()
 
     # ------------------------------------------------------------------ modules with shards
@@ -89,8 +92,8 @@ class ModuleEmitter:
         """The style of a module with sharded parameters; `locals_` are the blocks that run on local tensors.
 
         What the module is decides, from the special to the general: the block itself, a norm over a sharded axis, an
-        embedding, a product; anything else has no style that splits it, and must lie in a block that runs on local
-        tensors, where its forward sees shards.
+        embedding whose rows are split, a product; anything else has no style that splits it, and must lie in a block
+        that runs on local tensors, where its forward sees shards, or take one activation and hold what it reads.
         """
         module, parameters = self._module(name), self.owned[name]
         block = next(
@@ -104,10 +107,12 @@ class ModuleEmitter:
             self._put(name, style="local_block", shards={p: self._shard_spec(name, p) for p in parameters})
         elif name in self.flows.wide:
             self._put(name, style="sharded_norm")
-        elif isinstance(module, nn.Embedding):
+        elif isinstance(module, nn.Embedding) and self._dim_of(name, "weight")[0] == 0:
             self._embedding(name)
         elif self._multiplies_by_weight(name) and (name in self.flows.called or not in_local):
             self._product(name, in_local, block)
+        elif outputs := self._atoms(name) & self.choice.vocabulary:
+            raise SplitError(outputs, f"{name} makes the model's output and is no linear layer")
         elif in_local or self._can_stand_alone(name):
             self._put(name, style="local_shards", shards={p: self._shard_spec(name, p) for p in parameters})
         else:
@@ -118,8 +123,15 @@ class ModuleEmitter:
 
     def _can_stand_alone(self, name: str) -> bool:
         """Whether the module takes one activation and no other code reads what it holds: it may lie outside a block,
-        between column products that hand over local tensors."""
-        return isinstance(self._module(name), _CHANNELS)
+        between column products that hand over local tensors. A linear layer that is no nn.Linear, a gate's weights."""
+        module, inputs = self._module(name), self.finder.inputs(name)
+        if isinstance(module, _CHANNELS):
+            return True
+        own = {node for node, full in self.flows.inference.params.items() if self.flows.owners[full] == name}
+        readers = {self.flows.path[user] for node in own for user in node.users}
+        shared = any(self.flows.sharers[self.flows.inference.params[node]] != {name} for node in own)
+        takes_one = [label_of(b).path for b in inputs] == ["0"]
+        return next(module.children(), None) is None and takes_one and readers <= {name} and not shared
 
     def _groups(self) -> None:
         """A rank has fewer groups of channels: `groups` of a convolution, `num_groups` of a norm."""

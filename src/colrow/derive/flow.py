@@ -149,6 +149,20 @@ class Flows:
             return False
         return module == "" or path == module or path.startswith(module + ".")
 
+    def made_in(self, node: Node, modules: Iterable[str]) -> bool:
+        """Whether a constant was made by code inside of these modules, with the heads that a rank has there (T5's zero
+        bias of a cross-attention, which the next layer gets)."""
+        todo, seen = [node], set[Node]()
+        while todo:
+            at = todo.pop()
+            if at in seen or at not in self.constant or not self.is_sharded(at):
+                continue
+            if not is_boundary(at) and any(self.inside(at, module) for module in modules):
+                return True
+            seen.add(at)
+            todo += at.all_input_nodes
+        return False
+
     # ------------------------------------------------------------------ the analysis
 
     def run(
@@ -185,11 +199,12 @@ class Flows:
     def _type(self, node: Node, flow: Flow) -> SpmdType:
         if node in self.constant and node not in self.inference.params:
             return self.constant_type(node)
-        if node in self.inference.from_params:
+        incoming = {i: flow.types.get(i, SpmdType.CONSTANT) for i in node.all_input_nodes}
+        # behind a block's entry what is made of parameters alone (a Perceiver's latents) is as any activation is
+        if node in self.inference.from_params and SpmdType.REPLICATED not in incoming.values():
             return SpmdType.SHARDED if self.is_sharded(node) else SpmdType.PARAMETER
         if node.op in ("placeholder", "get_attr"):
             return SpmdType.INVARIANT
-        incoming = {i: flow.types.get(i, SpmdType.CONSTANT) for i in node.all_input_nodes}
         if self.path[node] in self.wide and SpmdType.SHARDED in incoming.values():
             return SpmdType.SHARDED  # style sharded_norm sums the statistics inside the module
         types = set(incoming.values()) - {SpmdType.CONSTANT, SpmdType.PARAMETER}

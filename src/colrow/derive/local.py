@@ -88,8 +88,9 @@ class LocalCheck:
         dims = self.flows.inference.dims.get(node)
         if not isinstance(dims, list):
             return None
-        if node in self.flows.constant and not any(
-            self.flows.path[node] == b or self.flows.path[node].startswith(b + ".") for b in self.blocks
+        if node in self.flows.constant and not (
+            any(self.flows.path[node] == b or self.flows.path[node].startswith(b + ".") for b in self.blocks)
+            or self.flows.made_in(node, self.blocks)
         ):
             return shape_of(node)
         shape = self.visible.local_shape(dims)

@@ -92,8 +92,7 @@ class Rowwise(_TorchLinear):
     sums_gradients = True
 
     def build(self, site: Site) -> ParallelStyle:
-        cls = _RowwiseEmbedding if isinstance(site.module, nn.Embedding) else RowwiseParallel
-        return cls(**self.layouts())
+        return _WritableRowwise(**self.layouts())
 
     def check(self, site: Site) -> None:
         module = site.require(self.name, nn.Linear, nn.Embedding)
@@ -125,13 +124,13 @@ def _make_writable(_: nn.Module, __: Any, out: Any) -> Any:
 
     What a DTensor hands over is a view made inside an autograd Function, and autograd refuses in-place writes to it.
     Backward keeps neither looked-up rows nor a linear layer's output, so writing into them is safe. `_unsafe_view`
-    waits for a collective still in flight: of columns that stay sharded there is none.
+    waits for a collective still in flight, as the first use of the output would.
     """
     local = isinstance(out, Tensor) and not isinstance(out, DTensor)
     return torch.ops.aten._unsafe_view.default(out, out.shape) if local else out
 
 
-class _RowwiseEmbedding(RowwiseParallel):
+class _WritableRowwise(RowwiseParallel):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         module = super()._apply(module, device_mesh)
         module.register_forward_hook(_make_writable)

@@ -73,7 +73,8 @@ class LocalBlock(BlockShards):
 
     `input` and `input_kwargs` give the outside layout of the activations that the block uses in its own way on each
     rank: they are gathered where sharded, and their gradients summed over ranks, once. `none` leaves an argument as it
-    is. `output` gives what each output that is a sum over ranks becomes; `none` for an output that is summed already.
+    is. A tensor inside of a tuple, a list or a dict is named by its path in `input_kwargs`: `rotary.0`. `output` gives
+    what each output that is a sum over ranks becomes; `none` for an output that is summed already.
     For `slices` and `shards` see `BlockShards`.
 
     Inside, parameters that are replicated need the style `grad_sum`.
@@ -102,8 +103,14 @@ class _LocalBlockHooks(ParallelStyle):
         layouts.update(enumerate(style.input or ()))
         layouts.update(style.input_kwargs or {})
         slices, outputs = style.slices or {}, style.output or ()
+        keys = [str(key) for key in (*layouts, *slices)]
+        nested = {key[:i] for key in keys for i, letter in enumerate(key) if letter == "."}
 
         def arrange(key: int | str, value: Any, gathered: list[tuple[Any, Placement, Any]]) -> Any:
+            if str(key) in nested and type(value) in (tuple, list):
+                return type(value)(arrange(f"{key}.{i}", item, gathered) for i, item in enumerate(value))
+            if str(key) in nested and type(value) is dict:
+                return {name: arrange(f"{key}.{name}", item, gathered) for name, item in value.items()}
             if (layout := layouts.get(key)) is not None:
                 # one tensor that is query, key and value is gathered once; a graph of torch 2.11 has no id() of tensors
                 done = [local for given, to, local in gathered if given is value and to == layout]

@@ -1,0 +1,152 @@
+"""Train models of the table for 20 steps on two real ranks under their derived plans, beside one process.
+
+    ENVIRONMENT/bin/python -m benchmarks.models.foreign.trained GROUP KEY [KEY ...]
+
+Prints a line of JSON for each model, precision and kind of styles: the largest relative difference of a loss. Batches
+are new in each step. Dropout is on: each rank draws its shard of what one process draws. In fp64 losses must agree to
+1e-12, in fp32 to 1e-6.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from benchmarks.models.foreign.registry import GROUPS, models_of
+from colrow.dryrun.calls import Inputs, call_model, default_loss
+from colrow.dryrun.random_draws import random_draws
+from colrow.errors import PlanError
+from colrow.parallel.loss import loss_context
+from colrow.parallel.parallelize import parallelize
+from colrow.parallel.random_draws import arrange_draws
+from colrow.plans.plan import Plan
+from colrow.sharding.grad_norm import align_gradients
+from colrow.sharding.layout import waited_local
+
+STEPS, TP = 20, 2
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
+
+
+def built(group: str, key: str, dtype: torch.dtype) -> tuple[nn.Module, Inputs]:
+    torch.manual_seed(0)
+    model, given = next(each for each in models_of(group) if each.key == key).build()
+    return model.to(dtype).train(), Inputs.of(given).map(lambda x: _cast(x, dtype))
+
+
+def _cast(x: Any, dtype: torch.dtype) -> Any:
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def batch(inputs: Inputs, step: int) -> Inputs:
+    """Inputs of the same shapes: floating-point ones drawn anew, integers turned along their last dimension."""
+    generator = torch.Generator().manual_seed(step)
+
+    def drawn(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        if x.is_floating_point():
+            return torch.randn(x.shape, dtype=x.dtype, generator=generator)
+        return x.roll(step, dims=-1) if x.dim() > 1 else x
+
+    return inputs.map(drawn)
+
+
+def losses(model: nn.Module, inputs: Inputs, plan: Plan | None, mesh: Any) -> list[float]:
+    """The losses of the steps; the weights are changed. AdamW's eps is far above rounding."""
+    trainable = [param for param in model.parameters() if param.requires_grad]
+    optimizer, found = torch.optim.AdamW(trainable, lr=1e-3, eps=1e-3, foreach=False), []
+    for step in range(STEPS):
+        torch.manual_seed(step)
+        given = batch(inputs, step)
+        optimizer.zero_grad()
+        if plan is None:
+            loss = default_loss(call_model(model, given), given.given)
+            loss.backward()
+        else:
+            with loss_context(plan, mesh):
+                loss = default_loss(call_model(model, given), given.given)
+                loss.backward()
+            align_gradients(model.parameters())
+        optimizer.step()
+        found.append(float(waited_local(loss.detach())))
+    return found
+
+
+def rank(number: int, group: str, key: str, dtype: torch.dtype, plan: str, store: str, answers: Any) -> None:
+    """One of the ranks; rank 0 answers with the losses."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=TP)
+    mesh = init_device_mesh("cpu", (TP,), mesh_dim_names=("tp",))
+    model, inputs = built(group, key, dtype)
+    made = Plan.from_yaml(plan)
+    draws = random_draws(model, made, TP, 1, 1, inputs=inputs, loss=default_loss).modules
+    parallelize(model, made, mesh)
+    arrange_draws(model, draws, mesh)
+    found = losses(model, inputs, made, mesh)
+    if number == 0:
+        answers.put(found)
+    dist.destroy_process_group()
+
+
+def compared(group: str, key: str, dtype: torch.dtype, styles: str) -> dict[str, Any]:
+    """A row: the worst relative difference of a loss, or why there is no plan."""
+    row: dict[str, Any] = {"model": key, "styles": styles, "dtype": str(dtype).removeprefix("torch.")}
+    model, inputs = built(group, key, dtype)
+    dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+    try:
+        plan = Plan.derive(model, TP, inputs=inputs, styles=styles)  # type: ignore[arg-type]
+    except PlanError as error:
+        return row | {"refused": str(error)[:200]}
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        args = (group, key, dtype, plan.to_yaml(), f"{folder}/store", answers)
+        ranks = [context.Process(target=rank, args=(number, *args)) for number in range(TP)]
+        for process in ranks:
+            process.start()
+        alone = losses(model, inputs, None, None)
+        for process in ranks:
+            process.join(200)
+        if any(process.exitcode != 0 for process in ranks):
+            return row | {"failed": [process.exitcode for process in ranks]}
+    split = answers.get(timeout=10)
+    worst = max(abs(a - b) / max(abs(a), 1e-12) for a, b in zip(alone, split, strict=True))
+    return row | {
+        "dropout": dropout,
+        "first": alone[0],
+        "last": alone[-1],
+        "worst": worst,
+        "ok": worst < TOLERANCE[dtype],
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.models.foreign.trained")
+    parser.add_argument("group", choices=GROUPS)
+    parser.add_argument("models", nargs="+", help="as PACKAGE/NAME")
+    parser.add_argument("--styles", nargs="+", default=["plain", "fast"])
+    parser.add_argument("--dtypes", nargs="+", default=["float64", "float32"])
+    given = parser.parse_args(argv)
+    logging.disable(logging.WARNING)
+    good = True
+    for key in given.models:
+        for styles in given.styles:
+            for dtype in given.dtypes:
+                row = compared(given.group, key, getattr(torch, dtype), styles)
+                good &= row.get("ok", "refused" in row)
+                print(json.dumps(row), flush=True)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,339 @@
+"""Ways in which models of other packages are written: what is split of each, and parity in fp64 on two ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from colrow.checking.check import check
+from colrow.derive.blocks import BlockFinder
+from colrow.derive.derivation import derive
+from colrow.derive.flow import Flows
+from colrow.derive.reads import record_reads
+from colrow.dryrun.calls import default_loss
+from colrow.mesh import Mesh
+from colrow.verifying.verify import parity
+from helpers.variants import params
+
+TOLERANCE = 1e-9
+D, HEADS, T = 16, 4, 6
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+X = torch.randn(2, T, D, dtype=torch.float64, generator=generator())
+
+
+class Attention(nn.Module):
+    """Queries of one tensor, keys and values of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(D, D) for _ in range(4))
+        self.heads = HEADS
+
+    def forward(self, x: Tensor, context: Tensor, turns: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        def heads(y: Tensor) -> Tensor:
+            return y.reshape(y.shape[0], y.shape[1], self.heads, -1).transpose(1, 2)
+
+        q, k, v = heads(self.q(x)), heads(self.k(context)), heads(self.v(context))
+        if turns is not None:
+            cos, sin = turns
+            q, k = q * cos + q.flip(-1) * sin, k * cos + k.flip(-1) * sin
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.o(y.transpose(1, 2).reshape(x.shape[0], x.shape[1], -1))
+
+
+class Mlp(nn.Module):
+    def __init__(self, *, inplace: bool = False) -> None:
+        super().__init__()
+        self.up, self.down, self.act = nn.Linear(D, 4 * D), nn.Linear(4 * D, D), nn.ReLU(inplace=inplace)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.down(self.act(self.up(x))))
+
+
+class Latents(nn.Module):
+    """The queries are parameters (Perceiver), and so is what the norm in the block normalises."""
+
+    class Cross(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.attention = nn.LayerNorm(D), Attention()
+
+        def forward(self, x: Tensor, context: Tensor) -> Tensor:
+            return self.attention(self.norm(x), context)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latents, self.cross = nn.Parameter(torch.randn(4, D)), self.Cross()
+        self.head = nn.Linear(D, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        latents = self.latents.expand(x.shape[0], -1, -1)
+        return self.head((latents + self.cross(latents, x)).mean(1))
+
+
+class LayerScale(nn.Module):
+    """A factor for each feature around a module (CaiT)."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.scale = inner, nn.Parameter(torch.rand(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * self.scale
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.head = LayerScale(Mlp()), nn.Linear(D, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.block(x))
+
+
+class Rotary(nn.Module):
+    """Angles that have a gradient, handed over as a tuple (Flux)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.speed, self.attention, self.head = nn.Linear(1, D // HEADS), Attention(), nn.Linear(D, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = self.speed(x.new_ones(x.shape[1], 1).cumsum(0))
+        return self.head(x + self.attention(x, x, turns=(angles.cos(), angles.sin())))
+
+
+class InPlace(nn.Module):
+    """Activations that write into the output of column and of row products (deepctr)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp, self.head = Mlp(inplace=True), nn.Linear(D, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.mlp(x))
+
+
+class ConvolutionOut(nn.Module):
+    """A U-Net's end: the channels of the last convolution are the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.mlp, self.norm = nn.Linear(D, D), Mlp(), nn.GroupNorm(2, D)
+        self.last = nn.Conv1d(D, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(F.silu(self.norm((x + self.mlp(x)).transpose(1, 2))))
+
+
+class BareHead(nn.Module):
+    """Logits as a product with the embedding's weight in the code of a module that holds other things too (Whisper)."""
+
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.mlp = nn.Embedding(20, D), Mlp()
+
+        def forward(self, ids: Tensor, x: Tensor) -> Tensor:
+            y = self.embed(ids) + x.mean(1, keepdim=True)
+            return (y + self.mlp(y)) @ self.embed.weight.T
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.decoder = Mlp(), self.Decoder()
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        return self.decoder(ids, x + self.encode(x))
+
+
+class HeadBias(nn.Module):
+    """A table of biases [buckets, heads] as an embedding, which is split by heads; a cross-attention without one makes
+    zeros of a rank's heads, and hands them to the next (T5)."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.heads = Attention(), HEADS
+
+        def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+            a, n = self.attention, x.shape[1]
+            q, k, v = (f(x).view(x.shape[0], n, self.heads, -1).transpose(1, 2) for f in (a.q, a.k, a.v))
+            y = ((q @ k.transpose(-1, -2)) + bias).softmax(-1) @ v
+            return a.o(y.transpose(1, 2).reshape(x.shape[0], n, -1))
+
+    class WithTable(Layer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(T, HEADS)
+
+        def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+            n = torch.arange(x.shape[1])
+            return super().forward(x, self.table((n[:, None] - n[None]).abs()).permute(2, 0, 1)[None])
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = self.WithTable(), nn.Linear(D, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.layer(x))
+
+
+class TwoNames(nn.Module):
+    """A module that another one holds too, without calling it (Performer)."""
+
+    class Holder(nn.Module):
+        def __init__(self, held: nn.Module) -> None:
+            super().__init__()
+            self.instance = held
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = Mlp()
+        self.holder, self.head = self.Holder(self.mlp), nn.Linear(D, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.mlp(x))
+
+
+class OwnLinear(nn.Module):
+    """Linear layers that are no nn.Linear, one with a factor behind its product (TabM)."""
+
+    class Times(nn.Module):
+        def __init__(self, inputs: int, outputs: int, *, scaled: bool) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(outputs, inputs) / 4), nn.Parameter(torch.randn(outputs))
+            self.scale = nn.Parameter(torch.rand(outputs)) if scaled else None
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x @ self.weight.T
+            return (y if self.scale is None else y * self.scale) + self.bias
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = self.Times(D, 4 * D, scaled=False), self.Times(4 * D, D, scaled=True)
+        self.head = nn.Linear(D, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.down(F.gelu(self.up(x))))
+
+
+class PackedConvolution(nn.Module):
+    """Queries, keys and values that meet again before a depthwise convolution, and are split apart after it
+    (Qwen3-Next): the check must not take a rank's parts for mixed ones."""
+
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.o = (nn.Linear(D, D) for _ in range(4))
+            self.conv, self.heads = nn.Conv1d(3 * D, 3 * D, 3, padding=1, groups=3 * D), HEADS
+
+        def forward(self, x: Tensor) -> Tensor:
+            parts = torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1).transpose(1, 2)
+            mixed = self.conv(parts).transpose(1, 2)
+            q, k, v = torch.split(mixed, [mixed.shape[-1] // 3] * 3, dim=-1)
+            return self.o(q * k.sigmoid() + v)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixer, self.head = self.Mixer(), nn.Linear(D, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.mixer(x))
+
+
+SPLIT: dict[Callable[[], nn.Module], set[str]] = {
+    Latents: {"cross.attention.q.weight", "cross.attention.o.weight"},
+    Scaled: {"block.inner.up.weight", "block.inner.down.weight"},
+    Rotary: {"attention.q.weight", "attention.o.weight"},
+    InPlace: {"mlp.up.weight", "mlp.down.weight"},
+    ConvolutionOut: {"mlp.up.weight", "mlp.down.weight"},
+    HeadBias: {"layer.table.weight", "layer.attention.q.weight", "layer.attention.o.weight"},
+    TwoNames: {"mlp.up.weight", "mlp.down.weight"},
+    OwnLinear: {"up.weight", "down.weight"},
+    PackedConvolution: {"mixer.q.weight", "mixer.conv.weight", "mixer.o.weight"},
+    BareHead: {"encode.up.weight", "encode.down.weight", "decoder.mlp.up.weight", "decoder.mlp.down.weight"},
+}
+
+
+def derived(build: Callable[[], nn.Module]) -> tuple[set[str], list[str], float]:
+    """What is split, the check's errors, and the worst error of loss and gradients on two ranks."""
+    torch.manual_seed(0)
+    model = build().double()
+    ids = torch.randint(0, 20, (2, 5), generator=generator())
+    inputs = (X, ids) if build is BareHead else (X,)
+    found = derive(model, 2, inputs=inputs)
+    findings = check(model, found.plan(), Mesh(tp=2), inputs=inputs)
+    errors = [str(f) for f in findings if f.severity == "error"]
+    return set(found.sharded), errors, parity(model, found.plan(), 2, inputs).worst if not errors else 1.0
+
+
+@pytest.mark.parametrize("build", params(SPLIT, exhaustive=lambda build: build is not Rotary))
+def test_it_is_split_and_computes_the_same(build: Callable[[], nn.Module]) -> None:
+    sharded, errors, worst = derived(build)
+    assert errors == []
+    assert sharded >= SPLIT[build]
+    assert worst < TOLERANCE
+
+
+@pytest.mark.exhaustive
+def test_a_norm_of_latents_without_its_sum_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Flows.run
+
+    def without_sums(self: Flows, *given: object) -> object:
+        flow = run(self, *given)  # type: ignore[arg-type]
+        flow.summed = {name for name in flow.summed if "norm" not in name}
+        return flow
+
+    monkeypatch.setattr(Flows, "run", without_sums)
+    _, errors, _ = derived(Latents)
+    assert any("CR501" in error for error in errors)
+
+
+@pytest.mark.exhaustive
+def test_a_block_around_a_layers_scale_is_no_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    attempt = BlockFinder.attempt
+    tried: list[str] = []
+
+    def watched(self: BlockFinder, module: str, *given: object) -> object:
+        found = attempt(self, module, *given)  # type: ignore[arg-type]
+        tried.extend([module] if found is None else [])
+        return found
+
+    monkeypatch.setattr(BlockFinder, "attempt", watched)
+    derived(Scaled)
+    assert "block" in tried
+
+
+def test_a_number_that_is_computed_is_not_taken_for_an_attribute() -> None:
+    class Strided(nn.Linear):
+        @property
+        def stride(self) -> int:
+            return 8
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)[..., :: self.stride] * self.in_features
+
+    module, found = Strided(16, 16), dict[tuple[str, str], int]()
+    record_reads("it", module, found)
+    module(X.float())
+    assert ("it", "in_features") in found
+    assert ("it", "stride") not in found
+
+
+def test_a_decoder_of_another_length_has_no_next_token_loss() -> None:
+    logits = torch.randn(2, 3, 20, generator=generator())
+    other, same = torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, 3, dtype=torch.long)
+    assert default_loss(logits, (same,)).item() == pytest.approx(
+        F.cross_entropy(logits.flatten(0, 1), same.flatten()).item()
+    )
+    assert default_loss(logits, (other,)).item() == default_loss(logits, (X,)).item()
