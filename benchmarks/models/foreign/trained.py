@@ -3,8 +3,8 @@
     ENVIRONMENT/bin/python -m benchmarks.models.foreign.trained GROUP KEY [KEY ...]
 
 Prints a line of JSON for each model, precision and kind of styles: the largest relative difference of a loss. Batches
-are new in each step. Dropout is on: each rank draws its shard of what one process draws. In fp64 losses must agree to
-1e-12, in fp32 to 1e-6.
+are new in each step. Dropout modules have a probability of 0.1, and each rank draws its shard of what one process
+draws; it is off where that is not known. In fp64 losses must agree to 1e-12, in fp32 to 1e-6.
 """
 
 from __future__ import annotations
@@ -33,13 +33,16 @@ from colrow.plans.plan import Plan
 from colrow.sharding.grad_norm import align_gradients
 from colrow.sharding.layout import waited_local
 
-STEPS, TP = 20, 2
+STEPS, TP, DROPOUT = 20, 2, 0.1
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 
-def built(group: str, key: str, dtype: torch.dtype) -> tuple[nn.Module, Inputs]:
+def built(group: str, key: str, dtype: torch.dtype, dropout: float) -> tuple[nn.Module, Inputs]:
     torch.manual_seed(0)
     model, given = next(each for each in models_of(group) if each.key == key).build()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
     return model.to(dtype).train(), Inputs.of(given).map(lambda x: _cast(x, dtype))
 
 
@@ -82,12 +85,14 @@ def losses(model: nn.Module, inputs: Inputs, plan: Plan | None, mesh: Any) -> li
     return found
 
 
-def rank(number: int, group: str, key: str, dtype: torch.dtype, plan: str, store: str, answers: Any) -> None:
+def rank(
+    number: int, group: str, key: str, dtype: torch.dtype, dropout: float, plan: str, store: str, answers: Any
+) -> None:
     """One of the ranks; rank 0 answers with the losses."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=TP)
     mesh = init_device_mesh("cpu", (TP,), mesh_dim_names=("tp",))
-    model, inputs = built(group, key, dtype)
+    model, inputs = built(group, key, dtype, dropout)
     made = Plan.from_yaml(plan)
     draws = random_draws(model, made, TP, 1, 1, inputs=inputs, loss=default_loss).modules
     parallelize(model, made, mesh)
@@ -101,16 +106,19 @@ def rank(number: int, group: str, key: str, dtype: torch.dtype, plan: str, store
 def compared(group: str, key: str, dtype: torch.dtype, styles: str) -> dict[str, Any]:
     """A row: the worst relative difference of a loss, or why there is no plan."""
     row: dict[str, Any] = {"model": key, "styles": styles, "dtype": str(dtype).removeprefix("torch.")}
-    model, inputs = built(group, key, dtype)
-    dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+    model, inputs = built(group, key, dtype, DROPOUT)
     try:
         plan = Plan.derive(model, TP, inputs=inputs, styles=styles)  # type: ignore[arg-type]
     except PlanError as error:
         return row | {"refused": str(error)[:200]}
+    has = any(isinstance(module, nn.Dropout) for module in model.modules())
+    known = not random_draws(model, plan, TP, 1, 1, inputs=inputs, loss=default_loss).unknown
+    dropout = DROPOUT if has and known else 0.0
+    model, inputs = built(group, key, dtype, dropout)
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        args = (group, key, dtype, plan.to_yaml(), f"{folder}/store", answers)
+        args = (group, key, dtype, dropout, plan.to_yaml(), f"{folder}/store", answers)
         ranks = [context.Process(target=rank, args=(number, *args)) for number in range(TP)]
         for process in ranks:
             process.start()
