@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from benchmarks.models.tiny import classes, tiny
 from colrow.checking.check import check
 from colrow.derive.derivation import Derivation, derive
+from colrow.derive.judged import judgement
 from colrow.derive.trace import Trace, default_inputs, trace
 from colrow.dryrun.calls import default_loss
 from colrow.errors import PlanError
@@ -96,7 +97,13 @@ def judged(
     """The verdict at one degree, from a proof on simulated ranks."""
     phase(f"deriving tp={tp}")
     try:
-        derivation = derive(model, tp, inputs=inputs, traced=traced, options=DeriveOptions(styles=styles))
+        derivation = derive(
+            *(model, tp),
+            inputs=inputs,
+            traced=traced,
+            options=DeriveOptions(styles=styles),
+            judge=lambda plan: judgement(model, plan, tp, inputs).objection,
+        )
     except PlanError as error:
         if styles != "plain":
             return {"verdict": "refused", "reason": str(error).partition("end of a model to the other: ")[2][:220]}

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
+from benchmarks.models.foreign.trained import losses
 from colrow.checking.check import check
 from colrow.derive.blocks import BlockFinder
 from colrow.derive.derivation import derive
 from colrow.derive.flow import Flows
 from colrow.derive.reads import record_reads
-from colrow.dryrun.calls import default_loss
+from colrow.dryrun.calls import Inputs, default_loss
 from colrow.mesh import Mesh
+from colrow.parallel.parallelize import parallelize
+from colrow.plans.plan import Plan
 from colrow.verifying.verify import parity
+from helpers.harness import Ranks
 from helpers.variants import params
 
 TOLERANCE = 1e-9
@@ -312,6 +318,31 @@ def test_a_block_around_a_layers_scale_is_no_block(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(BlockFinder, "attempt", watched)
     derived(Scaled)
     assert "block" in tried
+
+
+def twenty_steps(device: str, name: str, plan: str) -> list[float]:
+    """The losses of a model by its class's name, on this rank."""
+    torch.manual_seed(0)
+    model, made = globals()[name]().double().train(), Plan.from_yaml(plan)
+    mesh = init_device_mesh(device, (2,), mesh_dim_names=("tp",))
+    parallelize(model, made, mesh)
+    return losses(model, Inputs.of((X,)), made, mesh)
+
+
+@pytest.mark.distributed
+@pytest.mark.exhaustive
+def test_two_of_them_train_twenty_steps_as_one_process_does(ranks: Ranks) -> None:
+    for build in (Latents, HeadBias):
+        torch.manual_seed(0)
+        model = build().double().train()
+        plan = derive(model, 2, inputs=(X,)).plan()
+        alone = losses(model, Inputs.of((X,)), None, None)
+        for found in ranks(2).run(twenty_steps, build.__name__, plan.to_yaml()):
+            assert found == pytest.approx(alone, rel=1e-12)
+        if build is Latents:
+            styles = {key: style for key, style in plan.modules.items() if key != "cross.norm"}
+            for found in ranks(2).run(twenty_steps, build.__name__, replace(plan, modules=styles).to_yaml()):
+                assert found != pytest.approx(alone, rel=1e-6)
 
 
 def test_a_number_that_is_computed_is_not_taken_for_an_attribute() -> None:

@@ -163,8 +163,8 @@ class BlockFinder:
             types[loose] = SpmdType.INVARIANT
         else:
             return None
-        if any(self.flows.owners[name] == module for name in flow.same - flow.summed):
-            return None  # its own parameter (a layer's scale) is used behind the reduction: the block lies inside
+        if self._uses_behind(module, flow):
+            return None
         for b in self.flows.live & own:
             # a shard may leave when only sharded operations use it (a row product in a sibling module)
             leaves_sharded = flow.types[b] is SpmdType.SHARDED and self.flows.is_sharded(b)
@@ -176,6 +176,11 @@ class BlockFinder:
                 return None  # it leaves past the block's boundary
         entries = {b for b, spmd_type in types.items() if spmd_type is SpmdType.REPLICATED and b in self.flows.live}
         return Block(module, entries, deferred, False, flow)
+
+    def _uses_behind(self, module: str, flow: Flow) -> bool:
+        """Whether a parameter of the module's own (a layer's scale) is used behind the reduction: the block lies inside
+        of it, for a block sums the gradients of its parameters."""
+        return any(self.flows.owners[name] == module for name in flow.same - flow.summed)
 
     def _leaving(self, interior: set[Node], own: set[Node]) -> set[Node]:
         """Outputs of the block, or of modules inside it, that auxiliary losses alone use, outside of it."""
