@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,9 @@ def test_rows_of_every_mesh_as_json_and_as_a_page(
     assert text.count('class="bar"') == 2 * len(shown["rows"])
     assert "prefers-color-scheme: dark" in text
     assert "http" not in text
+    for keys in re.findall(r'<div class="keys">(.*?)</div>', text):
+        colours = re.findall(r"#[0-9a-f]{6}", keys)
+        assert len(set(colours)) == len(colours) == keys.count("<span>")
 
 
 def test_the_terminal_says_which_mesh_and_why_in_80_columns(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

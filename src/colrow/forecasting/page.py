@@ -22,7 +22,11 @@ _COLOURS = (
     "#e08a3c",
     "#4cb7a5",
     "#b0b8c4",
+    "#7a5195",
+    "#b5651d",
+    "#d9a6c2",
 )
+"""One for each part: a step has up to twelve."""
 _STYLE = """
 :root { --ink: #1c2430; --soft: #5b6675; --line: #d5dbe3; --paper: #ffffff; --limit: #c02626 }
 @media (prefers-color-scheme: dark) {
@@ -73,7 +77,7 @@ def _per_token(row: Row) -> dict[str, float]:
 
 def _bars(rows: list[Row], parts: Mapping[int, Mapping[str, float]], limit: float | None, unit: str) -> str:
     names = list(dict.fromkeys(name for row in rows for name, value in parts[id(row)].items() if value > 0))
-    colours = dict(zip(names, _COLOURS * 2, strict=False))
+    colours = dict(zip(names, _COLOURS, strict=False))
     widest = max([limit or 0.0, *(sum(parts[id(row)].values()) for row in rows)], default=1.0) or 1.0
     keys = "".join(f'<span><i style="background:{colours[name]}"></i>{escape(name)}</span>' for name in names)
     lines = [f'<div class="keys">{keys}</div>']
@@ -84,12 +88,14 @@ def _bars(rows: list[Row], parts: Mapping[int, Mapping[str, float]], limit: floa
             for name, value in parts[id(row)].items()
             if value > 0
         )
-        mark = "" if limit is None else f'<u class="limit" style="left:{100 * limit / widest:.2f}%"></u>'
+        mark = "" if limit is None else f'<u class="limit" style="left:calc({100 * limit / widest:.2f}% - 2px)"></u>'
         total = sum(parts[id(row)].values())
+        graph = ", CUDA graph" if row.options.cuda_graph else ""
+        how = f"{row.plan}{graph}, micro-batch {row.options.micro_batch}, recompute {row.options.recompute}"
         speed = f"{row.tokens_per_second_per_gpu:,.0f} tokens/s" if row.fits else "does not fit"
         lines.append(
             f'<div class="row{"" if row.fits else " no"}"><div class="name"><b>{escape(str(row.mesh))}</b>'
-            f"<span>{escape(row.plan)}, {row.options.recompute}, {total:.1f} {unit}, {speed}</span>"
+            f"<span>{escape(how)}, {total:.1f} {unit}, {speed}</span>"
             f'</div><div class="bar">{filled}{mark}</div></div>'
         )
     return "\n".join(lines)
