@@ -263,7 +263,8 @@ class Adapted(nn.Module):
 
 
 def test_a_model_in_a_wrapper_is_refused_and_named_before_the_first_step(tmp_path: Path) -> None:
-    from colrow.run.outputs import export_warning
+    from colrow.run.outputs import export_warning, will_export
+    from colrow.run.rank import finished_line
 
     model = Adapted()
     says = r"hold this Adapted.*LlamaForCausalLM.*12 missing \(.*14 unexpected \(base_model.*merge_and_unload"
@@ -277,7 +278,13 @@ def test_a_model_in_a_wrapper_is_refused_and_named_before_the_first_step(tmp_pat
     assert max(map(len, line.splitlines())) <= 80
     inner = model.base_model["model"]
     inner.model.layers[0].self_attn.q_proj = inner.model.layers[0].self_attn.q_proj.base_layer
-    assert export_warning(config, Source(inner, "inner", None, "built")) == []  # type: ignore[arg-type]
+    good = Source(inner, "inner", None, "built")  # type: ignore[arg-type]
+    assert export_warning(config, good) == []
+    no_export = a_run(tmp_path, "run", checkpoint={"export": False})
+    adapted = Source(model, "adapted", None, "built")
+    for runs, source, exports in ((config, good, True), (config, adapted, False), (no_export, good, False)):
+        assert will_export(runs, source) is exports
+        assert ("colrow export" in finished_line(runs, 6, will_export(runs, source))) is exports
 
 
 def test_without_transformers_the_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

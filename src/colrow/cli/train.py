@@ -95,7 +95,7 @@ def _start(argv: list[str]) -> int:
     from colrow.run.hang_guard import LauncherGuard
     from colrow.run.host_log import last_lines
     from colrow.run.launch import launch
-    from colrow.run.outputs import output_lines
+    from colrow.run.outputs import output_lines, will_export
     from colrow.run.rank import finished_line
     from colrow.run.run_folder import require_free, write_plan
 
@@ -109,7 +109,7 @@ def _start(argv: list[str]) -> int:
     checked = preflight.check(config)
     if checked.finished(config):
         assert checked.newest is not None
-        print(finished_line(config, checked.newest.step))
+        print(finished_line(config, checked.newest.step, will_export(config, checked.source)))
         return 0
     for line in checked.changes:
         print(f"changed    {line}")

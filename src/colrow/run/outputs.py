@@ -22,9 +22,18 @@ def output_lines(config: RunConfig, source: Source) -> list[str]:
         CheckpointError: the disk is too small.
     """
     warning = export_warning(config, source)
-    exports = config.checkpoint.export and source.exported_config is not None and not warning
+    exports = _requested(config, source) and not warning
     needed = space_of(config, source, exports).require_free(config.run.dir)
     return [*warning, labelled("disk", needed)]
+
+
+def will_export(config: RunConfig, source: Source) -> bool:
+    """Whether the run is to end with an export, and can write it."""
+    return _requested(config, source) and not export_warning(config, source)
+
+
+def _requested(config: RunConfig, source: Source) -> bool:
+    return config.checkpoint.export and source.exported_config is not None
 
 
 def export_warning(config: RunConfig, source: Source) -> list[str]:

@@ -21,7 +21,7 @@ from colrow.run.forecast_line import Forecast, gpus_here, kept_forecast
 from colrow.run.hang_guard import RankGuard
 from colrow.run.heartbeat import Heartbeat
 from colrow.run.loop import Loop, Outcome
-from colrow.run.outputs import output_lines
+from colrow.run.outputs import output_lines, will_export
 from colrow.run.process_group import RankInfo, process_group
 from colrow.run.progress import TrainingProgress, labelled
 from colrow.run.resume import resume
@@ -110,6 +110,7 @@ def train_run(
     Collective over the mesh, which spans the default group. For `source` and `plan` see `set_up`.
     """
     first, heartbeat = dist.get_rank() == 0, heartbeat or Heartbeat()
+    exports = first and will_export(config, source)  # of the unsharded model
     with ExitStack() as stack:
         training = set_up(config, mesh, device, source, plan)
         stack.callback(training.close)
@@ -123,11 +124,11 @@ def train_run(
         )
         at = resume(config, training, data, checkpoints)
         if at.step >= config.train.steps:
-            progress.say(finished_line(config, at.step))
+            progress.say(finished_line(config, at.step, exports))
             return Outcome(at.step, at.step, stopped=False)
         if first:
             write_folder(config, training.plan, data.tokenizer)
-        for line in opening_lines(config, training):
+        for line in opening_lines(config, training, exports):
             progress.say(line)
         if at.step:
             progress.say(f"continues  {at.line(config, data)}")
@@ -145,10 +146,10 @@ def train_run(
         return outcome
 
 
-def finished_line(config: RunConfig, step: int) -> str:
-    """What to print when a run that has all its steps is started again."""
+def finished_line(config: RunConfig, step: int, exports: bool) -> str:
+    """What to print when a run that has all its steps is started again; `exports`: whether it writes an export."""
     run = config.run.dir
-    lost = config.checkpoint.export and not (run / EXPORT).exists()
+    lost = exports and not (run / EXPORT).exists()
     export = f"Its export is not there: `colrow export {run} -o {run / EXPORT}` writes it.\n" if lost else ""
     return (
         f"the run in {run} is finished: {step} of {config.train.steps} steps.\n{export}"
@@ -157,7 +158,7 @@ def finished_line(config: RunConfig, step: int) -> str:
     )
 
 
-def opening_lines(config: RunConfig, training: Training) -> list[str]:
+def opening_lines(config: RunConfig, training: Training, exports: bool) -> list[str]:
     """What is going to run, and what it writes. `run.executed` prints what did run, after the first steps."""
     device = training.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {_threads()} a rank"
@@ -179,7 +180,7 @@ def opening_lines(config: RunConfig, training: Training) -> list[str]:
         f"decay      {train.weight_decay:g} on {counts.decaying:,} of {counts.trained:,} trained parameters",
         f"batch      {train.global_batch} × {config.data.seq_len} = {tokens:,} tokens a step, {train.steps:,} steps",
         f"writes     {config.run.dir}: config.yaml, plan.yaml, tokenizer.json, metrics.jsonl,",
-        "           checkpoints/, loss.png, loss.svg, export/",
+        f"           checkpoints/, loss.png, loss.svg{', export/' * exports}",
         *random_lines(training),
     ]
 
