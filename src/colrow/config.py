@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -16,9 +16,7 @@ from pydantic import (
     Field,
     ModelWrapValidatorHandler,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     PrivateAttr,
     ValidationError,
     model_validator,
@@ -27,6 +25,10 @@ from pydantic import (
 from colrow.errors import ConfigError, did_you_mean
 from colrow.mesh import Mesh
 from colrow.yaml_text import read_text, read_yaml
+
+# torch, numpy and the files of a run hold 64 bits
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
+PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]
 
 AUTO = "auto"
 AUTO_KEYS = ("mesh", "train.micro_batch")
@@ -57,7 +59,7 @@ class ModelSection(_Section):
     """Run the Python code that a `huggingface` folder brings for its model (`auto_map` in config.json)."""
     implementation: Literal["auto", "colrow", "transformers"] = "auto"
     """For `huggingface`: colrow's own Llama, or the class of the transformers library; auto: colrow's where it fits."""
-    layers: PositiveInt | None = None
+    layers: Annotated[int, Field(gt=0, le=10_000)] | None = None
     """Overrides the number of layers of a named shape."""
     reduced: str | None = None
     """`package.module:callable` that returns a smaller model with the same layers, to verify the plan on."""
@@ -114,6 +116,9 @@ class HangLimits(_Section):
     """The end of a run: sample, plot, and export."""
 
 
+_Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
 class TrainSection(_Section):
     steps: PositiveInt
     """Optimizer steps."""
@@ -134,7 +139,7 @@ class TrainSection(_Section):
     """Of matrices and embeddings; norms and biases do not decay."""
     no_decay: tuple[str, ...] = ()
     """Parameters or modules that do not decay either, such as `*.router.weight`, `embed_tokens`; `*` matches dots."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[_Beta, _Beta] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     auxiliary_losses: dict[str, float] | None = None
     """Weights of losses that the model returns beside its logits, by name; those of its own loss unless given."""

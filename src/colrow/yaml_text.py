@@ -23,6 +23,8 @@ def read_text(path: Path, kind: str, error: type[ColrowError]) -> str:
     Raises:
         error: the file cannot be read, is larger than 16 MiB, or is not UTF-8.
     """
+    if path.is_fifo():
+        raise error(f"{kind} {path} is a pipe, and each rank reads it again: write it into a file")
     try:
         with path.open("rb") as file:
             data = file.read(_MOST_BYTES + 1)

@@ -103,6 +103,15 @@ def test_arguments_out_of_range_are_refused(change: dict[str, Any], says: str) -
         generate(tiny(), **({"ids": PROMPT, "tokens": 1} | change))
 
 
+def test_logits_that_are_not_finite_are_refused() -> None:
+    for bad, temperature in ((torch.nan, 0.0), (torch.inf, 0.8)):
+        with pytest.raises(ConfigError, match="logits are not finite"):
+            generate(lambda ids, bad=bad: torch.full((*ids.shape, 5), bad), torch.ones(1, 1, dtype=torch.long), 1,
+                     temperature=temperature)  # fmt: skip
+    with pytest.raises(ConfigError, match="too small for these logits"):
+        generate(lambda ids: torch.eye(5)[ids], torch.ones(1, 1, dtype=torch.long), 1, temperature=1e-45)
+
+
 def sharded_case(device: str, loss: Any) -> list[list[int]]:
     model = loud().to(device)
     parallelize(model, Plan.preset("llama", loss), Mesh(tp=2).build(device, dist.get_world_size()))

@@ -80,6 +80,8 @@ def is_user_error(error: BaseException) -> bool:
 
 def as_text(error: BaseException) -> str:
     """An error's text; with its class, unless the text was written for users."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
     return str(error) if isinstance(error, ColrowError) else f"{type(error).__name__}: {error}"
 
 

@@ -85,14 +85,19 @@ class RunSpace:
         return f"{self}: {format_bytes(self.needed)} of {format_bytes(free)} free"
 
 
+_UNKNOWN = 1 << 62
+
+
 def free_in(folder: Path) -> int:
-    """Free bytes of the disk on which the folder is or will be; 0 where that cannot be found out."""
+    """Free bytes of the disk on which the folder is or will be; without a bound where there is no disk or it says none,
+    as below /proc: writing will say what is wrong."""
     folder = folder.absolute()
     there = next((path for path in (folder, *folder.parents) if path.exists()), Path("/"))
     try:
-        return shutil.disk_usage(there).free
+        usage = shutil.disk_usage(there)
     except OSError:
-        return 0
+        return _UNKNOWN
+    return usage.free if usage.free or usage.total else _UNKNOWN
 
 
 RESUME = "start the same command again: the run continues from its newest checkpoint"

@@ -68,7 +68,9 @@ def main(argv: list[str]) -> int:
     if flags.steps < 1 or flags.warmup < 1 or flags.rounds < 1:
         raise ConfigError("--steps, --warmup and --rounds are at least 1")
     from colrow.bench.arms import arm_config
+    from colrow.cli.text import require_writable
 
+    require_writable(flags.output)
     base = base_config(flags)
     configs = {arm: arm_config(base, arm) for arm in flags.arms}
     if len({config.mesh.world_size for config in configs.values()}) > 1:
@@ -95,6 +97,9 @@ def base_config(flags: Flags) -> RunConfig:
         if getattr(flags, axis) is not None:
             mesh[axis] = getattr(flags, axis)
     if flags.shape is not None:
+        from colrow.models.shapes import shape
+
+        shape(flags.shape)  # raises for one that is not known, before the arms start
         tree["model"] = {"shape": flags.shape}
     for section, key in (("model", "layers"), ("data", "seq_len"), ("train", "micro_batch")):
         if getattr(flags, key) is not None:

@@ -38,6 +38,9 @@ def main(argv: list[str]) -> int:
     flags = parse(Flags, "calibrate", argv)
     import torch
 
+    from colrow.cli.text import require_writable, writing
+
+    require_writable(flags.output)
     if flags.device not in ("cuda", "cpu"):
         raise ConfigError(f"--device {flags.device}: use cuda, or cpu")
     found = torch.cuda.device_count() if flags.device == "cuda" else 2
@@ -56,7 +59,8 @@ def main(argv: list[str]) -> int:
             print(f"colrow calibrate: error: {failure.text.strip()}", file=sys.stderr)
             return 1
         table = json.loads(result.read_text(encoding="utf-8"))
-    flags.output.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    with writing(flags.output):
+        flags.output.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     print(f"{table['source']}; table written to {flags.output}")
     return 0
 

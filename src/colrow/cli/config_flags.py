@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from colrow.config import RunConfig, shortened
 from colrow.errors import ConfigError
@@ -69,6 +69,8 @@ def flag_value(word: str, kinds: set[Any], flag: str) -> Any:
     Raises:
         ConfigError: it is not YAML, or a number that is not finite.
     """
+    if kinds & {str, Literal} and any("\ud800" <= char <= "\udfff" for char in word):  # bytes of the command's
+        raise ConfigError(f"{flag}: its text is not UTF-8")
     if word in ("None", "null") and (not kinds or type(None) in kinds):
         return None
     if kinds & {str, Path, Literal}:  # text stays text: a folder may be called 2026
@@ -89,5 +91,8 @@ def _kinds_of(key: str) -> set[Any]:
 
 def kinds_of(annotation: Any) -> set[Any]:
     """The types that an annotation allows, without their arguments: `{int, NoneType}`, `{tuple}`, `{Literal}`."""
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
     options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    options = tuple(get_args(option)[0] if get_origin(option) is Annotated else option for option in options)
     return {get_origin(option) or option for option in options}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from pydantic import Field
 
 from colrow.cli.flags import parse
 
@@ -27,7 +28,7 @@ class Flags:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of the written weights; unless given the run's export.dtype, or that of the folder that its weights came from, or
     float32."""
-    max_shard_gb: float = 5.0
+    max_shard_gb: Annotated[float, Field(gt=0.0, le=1e9)] = 5.0
     """A file holds at most this many gigabytes (10^9 bytes)."""
     trust_code: bool = False
     """Run the Python code that the folder of a run made by somebody else names for its model."""

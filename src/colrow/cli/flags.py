@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
@@ -71,10 +70,12 @@ class PlanFlags:
         if self.inputs is None:
             return None
         from colrow.dryrun.calls import Inputs
-        from colrow.models.build import imported
+        from colrow.models.build import imported_callable
 
-        given = imported(self.inputs, "inputs")()
+        given = imported_callable(self.inputs, "inputs")()
         try:
+            if isinstance(given, str):
+                raise TypeError
             return Inputs.of(given)
         except TypeError as error:
             raise ConfigError(
@@ -130,6 +131,7 @@ class _Field:
 
     shown: str
     annotation: Any
+    """With what bounds it: `Annotated[float, Field(gt=0)]`."""
     kinds: frozenset[Any]
     is_positional: bool
     is_required: bool
@@ -137,9 +139,7 @@ class _Field:
 
     @staticmethod
     def of(field: dataclasses.Field[Any], annotation: Any) -> _Field:
-        extras: Sequence[Any] = ()
-        if get_origin(annotation) is Annotated:
-            annotation, *extras = get_args(annotation)
+        extras = get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
         is_positional = _POSITIONAL in extras
         return _Field(
             shown=field.name.upper() if is_positional else f"--{field.name.replace('_', '-')}",
@@ -156,13 +156,15 @@ class _Field:
             raise ConfigError(f"{self.shown} has no value: write {self.shown} VALUE")
         values = [flag_value(word, set(self.kinds), self.shown) for word in words]
         try:
-            return _validator(self.annotation).validate_python(values if tuple in self.kinds else values[0])
+            return _validator(self.annotation, self.kinds).validate_python(values if tuple in self.kinds else values[0])
         except ValidationError as error:
             raise ConfigError(f"{self.shown}: {describe_value(error.errors()[0])}") from error
 
 
-def _validator(annotation: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(Annotated[annotation, Field(allow_inf_nan=False)] if annotation is float else annotation)
+def _validator(annotation: Any, kinds: frozenset[Any]) -> TypeAdapter[Any]:
+    if float in kinds:
+        return TypeAdapter(Annotated[annotation, Field(allow_inf_nan=False)])
+    return TypeAdapter(Annotated[annotation, Field(lt=2**63)] if int in kinds else annotation)  # as torch's integers
 
 
 def _words_of(fields: dict[str, _Field], argv: list[str]) -> dict[str, list[str]]:

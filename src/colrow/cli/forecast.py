@@ -11,7 +11,16 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from colrow.cli.flags import parse
-from colrow.cli.text import Terminal, memory_parts, parts_text, print_json, time_parts, wrapped
+from colrow.cli.text import (
+    Terminal,
+    memory_parts,
+    parts_text,
+    print_json,
+    require_writable,
+    time_parts,
+    wrapped,
+    writing,
+)
 from colrow.config import RunConfig, load_config
 from colrow.errors import ConfigError
 
@@ -22,6 +31,8 @@ if TYPE_CHECKING:  # a wrong flag need not wait for torch
 _DISK = 1.7e9
 """bytes/s that the ranks of a host wrote together (docs/guide/performance.md)."""
 _SHOWN = 12
+_MOST_GPUS = 100_000
+"""Each way to write it as a product is a row."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,9 @@ def main(argv: list[str]) -> int:
     for name in ("gpus", "hosts"):
         if (value := getattr(flags, name)) is not None and value < 1:
             raise ConfigError(f"--{name} {value}: give 1 or more")
+    if (flags.gpus or 0) > _MOST_GPUS:
+        raise ConfigError(f"--gpus {flags.gpus}: give at most {_MOST_GPUS:,}")
+    require_writable(flags.html)
     config = load_config(flags.config, auto=True)
     choices = _choices(flags, config)
     if flags.longest:
@@ -63,7 +77,8 @@ def main(argv: list[str]) -> int:
     if flags.html is not None:
         from colrow.forecasting.page import write_page
 
-        write_page(table, str(flags.config), flags.html)
+        with writing(flags.html):
+            write_page(table, str(flags.config), flags.html)
     if flags.json:
         print_json({"rows": [row.to_data() for row in table.rows], "chosen": table.chosen})
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from torch import nn
 from colrow.checkpoint.carried import Carried
 from colrow.checkpoint.distributed import Checkpoints
 from colrow.checkpoint.huggingface import load_weights
+from colrow.cli.ranks import world_size_here
 from colrow.config import DeriveSection, ModelSection, load_config
 from colrow.data.tokenizer import Tokenizer, load_tokenizer
 from colrow.errors import CheckpointError, ConfigError
@@ -157,7 +157,7 @@ def _derived(model: nn.Module, tp: int) -> Plan:
 @contextmanager
 def torchrun_ranks(backend: str) -> Iterator[int]:
     """Join the default process group under torchrun. Yields the number of ranks, 1 without torchrun."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    world_size = world_size_here()
     if world_size == 1:
         yield 1
         return

@@ -14,7 +14,17 @@ from rich.table import Table
 from torch import nn
 
 from colrow.cli.flags import PlanFlags, default_seq_len, parse
-from colrow.cli.text import Terminal, memory_parts, parts_text, print_json, show_share, time_parts, wrapped
+from colrow.cli.text import (
+    Terminal,
+    memory_parts,
+    parts_text,
+    print_json,
+    require_writable,
+    show_share,
+    time_parts,
+    wrapped,
+    writing,
+)
 from colrow.dryrun.picture import in_units, write_page
 from colrow.dryrun.report import ParameterRow, PlanReport, report
 from colrow.dryrun.result import Collective, Output
@@ -47,15 +57,18 @@ def main(argv: list[str]) -> int:
     """Exit 0; 2 for bad usage."""
     flags = parse(Flags, "plan", argv)
     flags.positive("batch_size", "seq_len")
+    require_writable(flags.output, flags.html)
     model = flags.load_model()
     device = None if flags.gpu == "none" else device_named(flags.gpu)
     plan = flags.load_plan(model)
     seq_len = flags.seq_len or default_seq_len(model, flags.tp, 8192)
     shown = report(model, plan, flags.tp, flags.batch_size, seq_len, inputs=flags.load_inputs())
     if flags.output is not None:
-        plan.made_for(model).save(flags.output)
+        with writing(flags.output):
+            plan.made_for(model).save(flags.output)
     if flags.html is not None:
-        write_page(shown, flags.model, flags.html)
+        with writing(flags.html):
+            write_page(shown, flags.model, flags.html)
     share = SplitShare.of(model, plan, flags.tp, shown.run.flops_split(flags.tp))
     row = None if device is None else _forecast(model, plan, flags.tp, device, flags.batch_size, seq_len)
     if flags.json:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from colrow.errors import ColrowError
+from colrow.errors import ColrowError, ConfigError
 
 if TYPE_CHECKING:  # `colrow train --help` need not wait for torch
     from colrow.run.host_log import HostLog
@@ -32,16 +32,48 @@ def _error_file() -> Path | None:
 
 
 def rank_info() -> RankInfo:
-    """What torchrun's environment variables say of this process."""
+    """What torchrun's environment variables say of this process.
+
+    Raises:
+        ConfigError: they are not torchrun's.
+    """
     from colrow.run.process_group import RankInfo
 
-    world_size = int(os.environ["WORLD_SIZE"])
+    world_size = world_size_here()
+    rank = _number("RANK")
     return RankInfo(
-        rank=int(os.environ["RANK"]),
-        local_rank=int(os.environ.get("LOCAL_RANK", os.environ["RANK"])),
+        rank=rank,
+        local_rank=_number("LOCAL_RANK", rank),
         world_size=world_size,
-        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+        local_world_size=_number("LOCAL_WORLD_SIZE", world_size),
     )
+
+
+def world_size_here() -> int:
+    """The number of ranks that torchrun has started; 1 where it has started none.
+
+    Raises:
+        ConfigError: the environment variables are not torchrun's: left over, or set by hand.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return 1
+    size = _number("WORLD_SIZE")
+    if size < 1 or not 0 <= _number("RANK") < size:
+        raise ConfigError(f"RANK={os.environ['RANK']} and WORLD_SIZE={size} of the environment do not fit: {_UNSET}")
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing and size > 1:
+        raise ConfigError(f"RANK and WORLD_SIZE are set in the environment, {missing[0]} is not: {_UNSET}")
+    return size
+
+
+def _number(name: str, default: int | None = None) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise ConfigError(f"{name}={text[:24]!r} of the environment is no number: {_UNSET}")
+    return int(text)
+
+
+_UNSET = "start by torchrun, or unset them"
 
 
 def is_rank() -> bool:

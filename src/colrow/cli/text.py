@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
+
+from colrow.errors import ConfigError
 
 if TYPE_CHECKING:  # a wrong flag need not wait for torch
     from colrow.forecasting.forecast import Row
@@ -33,6 +39,33 @@ def wrapped(line: str, width: int, indent: int = 2) -> str:
         break_long_words=False,
         break_on_hyphens=False,
     )
+
+
+def require_writable(*paths: Path | None) -> None:
+    """Refuse files that cannot be written, before the work whose result they are to hold.
+
+    Raises:
+        ConfigError: one is a folder, or its folder is missing or read-only.
+    """
+    for path in paths:
+        if path is None:
+            continue
+        if path.is_dir():
+            raise ConfigError(f"{path} is a folder: give a file")
+        if not path.parent.is_dir():
+            raise ConfigError(f"the folder of {path} is not there: make {path.parent}")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ConfigError(f"{path} cannot be written: give another file")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file in errors of the operating system that name none, as those of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def print_json(data: Any) -> None:

@@ -140,6 +140,10 @@ def open_corpus(section: DataSection, digest_cache: Path | None = None) -> Corpu
     if not paths:
         raise _no_file(section.corpus, pattern)
     for path in paths:
+        if path.exists() and not path.is_file():
+            raise DataError(
+                f"corpus {section.corpus!r} matches {path}, which is a device or a pipe: write its text into a file"
+            )
         if suffix_of(path) == ".json":
             raise DataError(
                 f"corpus {section.corpus!r} matches {path}: a .json file is no stream of documents; "

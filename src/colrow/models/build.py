@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -224,18 +225,42 @@ def imported(path: str, kind: str) -> Any:
         ) from error
 
 
+def imported_callable(path: str, kind: str) -> Callable[[], Any]:
+    """`imported`, of what can be called without arguments.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = imported(path, kind)
+    if not callable(found):
+        raise ConfigError(f"{kind} {path} is a {type(found).__name__}: name a callable")
+    if (missing := _missing_arguments(found)) is not None:
+        raise ConfigError(f"{kind} {path} cannot be called without arguments: {missing}")
+    return found
+
+
 def built(path: str, seed: int) -> nn.Module:
     """What the user's callable at `package.module:callable` returns.
 
     Raises:
         ConfigError: there is none, or it returns no module.
     """
-    build = imported(path, "model")
+    build = imported_callable(path, "model")
     torch.manual_seed(seed)
     model = build()
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model {path} returns a {type(model).__name__}: it must return an nn.Module")
     return model
+
+
+def _missing_arguments(build: Callable[..., object]) -> str | None:
+    try:
+        inspect.signature(build).bind()
+    except TypeError as error:
+        return str(error)
+    except ValueError:  # a callable written in C may have no signature
+        return None
+    return None
 
 
 def _from_python(path: str, seed: int) -> Source:
@@ -245,5 +270,8 @@ def _from_python(path: str, seed: int) -> Source:
 
 
 def _on_meta(config: LlamaConfig) -> Llama:
-    with torch.device("meta"):
-        return Llama(config)
+    try:
+        with torch.device("meta"):
+            return Llama(config)
+    except RuntimeError as error:  # torch counts a tensor's bytes in 64 bits
+        raise ConfigError(f"the model's sizes are too large: {str(error).splitlines()[0]}") from error

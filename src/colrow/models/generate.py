@@ -37,7 +37,7 @@ def generate(
         context: S is at most this, the last ids counting (rounded down to `pad_multiple`).
 
     Raises:
-        ConfigError: an empty prompt, or an argument out of range.
+        ConfigError: an empty prompt, an argument out of range, or logits that are not finite.
     """
     _check(ids, tokens, temperature, top_k, pad_multiple, context)
     window = None if context is None else context // pad_multiple * pad_multiple
@@ -63,12 +63,16 @@ def _pad(ids: Tensor, multiple: int) -> Tensor:
 
 
 def _draw(logits_BV: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
+    if logits_BV.isnan().any() or logits_BV.isposinf().any():
+        raise ConfigError("the model's logits are not finite: its weights are damaged or diverged; take an older step")
     if temperature == 0.0:
         return logits_BV.argmax(-1)
     if top_k is not None and top_k < logits_BV.shape[-1]:
         least = logits_BV.topk(top_k, dim=-1).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < least, -torch.inf)
     probabilities = torch.softmax(logits_BV / temperature, dim=-1)
+    if probabilities.isnan().any():
+        raise ConfigError(f"temperature={temperature} is too small for these logits: use 0 for the likeliest token")
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 

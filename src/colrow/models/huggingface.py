@@ -34,6 +34,8 @@ def read_config(path: Path | str) -> LlamaConfig:
     """
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
+    if file.is_fifo():  # reading would wait for a writer
+        raise ConfigError(f"{file} is a pipe: give a file")
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -79,9 +81,9 @@ def config_from_huggingface(tree: dict[str, Any], source: str = "config.json") -
             num_key_value_heads=_size(tree, "num_key_value_heads", heads),
             head_dim=_size(tree, "head_dim", 128 if family == "qwen3" else hidden // heads),
             max_position_embeddings=_size(tree, "max_position_embeddings"),
-            rope_theta=_number(rope, "rope_theta", 10_000.0),
+            rope_theta=_positive(rope, "rope_theta", 10_000.0),
             rope_scaling=_scaling(rope),
-            rms_norm_eps=_number(tree, "rms_norm_eps", 1e-6),
+            rms_norm_eps=_positive(tree, "rms_norm_eps", 1e-6),
             tie_word_embeddings=bool(tree.get("tie_word_embeddings", False)),
             attention_bias=family == "qwen2",
             qk_norm=family == "qwen3",
@@ -165,6 +167,10 @@ def stored_name(name: str, tied: bool) -> str:
     return _EMBEDDING if tied and name == _HEAD else name
 
 
+_MOST_LAYERS = 10_000
+"""As for `model.layers`: each is built, in milliseconds."""
+
+
 def _size(tree: dict[str, Any], key: str, default: int | None = None) -> int:
     """A positive whole number. Raises KeyError where it is missing without a default, ConfigError where it is none."""
     value = tree.get(key) if default is not None else tree[key]
@@ -172,6 +178,8 @@ def _size(tree: dict[str, Any], key: str, default: int | None = None) -> int:
         value = default
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1 or not 0 < value < 1 << 40:
         raise ConfigError(f"{key} is {str(tree.get(key, value))[:40]!r}: give a positive whole number")
+    if key == "num_hidden_layers" and value > _MOST_LAYERS:
+        raise ConfigError(f"{key} is {value}: no model has more than {_MOST_LAYERS:,} layers")
     return int(value)
 
 
@@ -181,6 +189,14 @@ def _number(tree: dict[str, Any], key: str, default: float | None = None) -> flo
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e300:
         raise ConfigError(f"{key} is {str(value)[:40]!r}: give a finite number")
     return float(value)
+
+
+def _positive(tree: dict[str, Any], key: str, default: float) -> float:
+    """A finite number above 0. Raises as `_size` does."""
+    value = _number(tree, key, default)
+    if value <= 0:
+        raise ConfigError(f"{key} is {value:g}: give a number above 0")
+    return value
 
 
 def _refuse_other_arithmetic(tree: dict[str, Any], family: str) -> None:

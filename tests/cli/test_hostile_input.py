@@ -1,0 +1,135 @@
+"""Values that a tired or hostile user brings: each is one line and exit status 2, without a traceback or a wait."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from colrow.cli import main
+from colrow.models.huggingface import config_to_huggingface
+from colrow.models.shapes import shape
+
+CONFIG = """run: {dir: run}
+model: {shape: laptop, layers: 1}
+data: {corpus: "*.txt", seq_len: 32, tokenizer: {vocab_size: 300}, cache: cache, workers: 1}
+train: {steps: 2, global_batch: 4, micro_batch: 2, lr: 1.0e-3}
+device: cpu
+"""
+PYTHON = "--model.shape null --model.layers null --model.python"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    (tmp_path / "text.txt").write_text("\n\n".join(f"row {i} times {i % 97} is {i * 31 % 89}." for i in range(3000)))
+    return tmp_path
+
+
+def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of an error."""
+    assert main(argv) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"colrow {argv[0]}: error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--model.layers 100000000", "model.layers: Input should be less than or equal to 10000"),
+        ("--train.steps 99999999999999999999999", "train.steps: Input should be less than 9223372036854775808"),
+        ("--run.seed 9223372036854775808", "run.seed: Input should be less than 9223372036854775808"),
+        ("--train.betas 0.9 1.0", "train.betas.1: Input should be less than 1"),
+        ("--data.corpus /dev/zero", "matches /dev/zero, which is a device or a pipe"),
+        ("--run.dir /proc/none", "cannot write to the run's folder /proc/none"),
+        ("--run.dir c.yaml", "cannot write to the run's folder c.yaml"),
+        ("--data.cache c.yaml", "cannot write to the cache folder c.yaml"),
+        (f"{PYTHON} os:system", "model os:system cannot be called without arguments"),
+        (f"{PYTHON} os:path", "model os:path is a module: name a callable"),
+        (f"{PYTHON} os:getcwd", "returns a str: it must return an nn.Module"),
+    ],
+)
+def test_a_config_that_cannot_run(flags: str, says: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert says in refused(["train", "c.yaml", *flags.split()], capsys)
+
+
+def test_pipes_are_not_waited_for(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each rank reads a config again; a pipe is empty then, and without a writer it is waited for."""
+    os.mkfifo("pipe")
+    assert "config pipe is a pipe" in refused(["train", "pipe"], capsys)
+    assert "plan pipe is a pipe" in refused(["check", "laptop", "--tp", "2", "--plan", "pipe"], capsys)
+    (folder / "model").mkdir()
+    os.mkfifo("model/config.json")
+    assert "model/config.json is a pipe" in refused(["check", "model", "--tp", "2"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"hidden_size": 2**39, "head_dim": 2**36}, "the model's sizes are too large"),
+        ({"num_hidden_layers": 10**8}, "no model has more than 10,000 layers"),
+        ({"rope_theta": -1}, "rope_theta is -1: give a number above 0"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps is 0: give a number above 0"),
+    ],
+)
+def test_sizes_that_no_model_has(
+    change: dict[str, float], says: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = config_to_huggingface(shape("laptop"), torch.float32)
+    for key in ("rope_parameters", "rope_scaling"):
+        tree.pop(key, None)
+    (folder / "config.json").write_text(json.dumps(tree | change))
+    assert says in refused(["check", str(folder), "--tp", "2"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("plan laptop --tp 2 -o .", ". is a folder: give a file"),
+        ("plan laptop --tp 2 --html no/page.html", "the folder of no/page.html is not there: make no"),
+        ("plan laptop --tp 2 -o /dev/full", "/dev/full: No space left on device: free some space"),
+        ("bench c.yaml --output no/out.json", "the folder of no/out.json is not there"),
+        ("bench --shape laptob", "unknown shape 'laptob'; did you mean 'laptop'?"),
+        ("calibrate --device cpu -o no/table.json", "the folder of no/table.json is not there"),
+        ("forecast c.yaml --gpus 999999999999", "--gpus 999999999999: give at most 100,000"),
+        ("check laptop --tp 99999999999999999999", "--tp: Input should be less than 9223372036854775808"),
+        ("check laptop --tp 2 --inputs os:path", "inputs os:path is a module: name a callable"),
+        ("check laptop --tp 2 --inputs os:system", "inputs os:system cannot be called without arguments"),
+        ("check laptop --tp 2 --inputs os:getcwd", "--inputs os:getcwd returns a str"),
+        ("export run -o out --max-shard-gb 1e300", "--max-shard-gb: Input should be less than or equal to"),
+        ("export run -o out --max-shard-gb 0", "--max-shard-gb: Input should be greater than 0"),
+    ],
+)
+def test_a_verb_says_what_is_wrong_before_its_work(
+    command: str, says: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert says in refused(command.split(), capsys)
+
+
+def test_text_that_is_not_utf8_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--prompt: its text is not UTF-8" in refused(["generate", "run", "--prompt", "\udcff"], capsys)
+    assert "--sample.prompt: its text is not UTF-8" in refused(["train", "c.yaml", "--sample.prompt", "\udcff"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"RANK": "a", "WORLD_SIZE": "2"}, "RANK='a' of the environment is no number"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 and WORLD_SIZE=2 of the environment do not fit"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not: start by torchrun, or unset them"),
+    ],
+)
+def test_variables_that_torchrun_did_not_set(
+    variables: dict[str, str], says: str, folder: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    for name in ("TORCHELASTIC_ERROR_FILE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert says in refused(["generate", "run", "--prompt", "a"], capsys)
