@@ -359,7 +359,10 @@ def test_the_flight_recorder() -> None:
     assert tc.collective_counts() == {}
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        for _ in range(3):
+        outputs = [torch.zeros(2), torch.zeros(1, 3)]
+        tc.gather_into(outputs, [torch.ones(2), torch.ones(1, 3)], dist.group.WORLD).wait()
+        assert all(bool(x.all()) for x in outputs)
+        for _ in range(2):
             dist.all_reduce(torch.ones(2))
         group, end = max(tc.collective_counts(), key=int), time.monotonic() + 20
         while tc.collective_counts()[group] != (3, 3) and time.monotonic() < end:
