@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.models.foreign import judge
-from benchmarks.models.foreign.__main__ import table
+from benchmarks.models.foreign.__main__ import table, trained_table
 from benchmarks.models.foreign.registry import GROUPS, models_of
 from benchmarks.models.results import read
 from colrow.checking.check import Findings
@@ -117,3 +117,11 @@ def test_the_page_holds_models_that_are_here_and_nothing_wrong() -> None:
     listed = {(row[1], row[2]) for row in cells if len(row) > 6 and row[0] != "field"}
     assert len(listed) >= 40
     assert listed <= known
+
+
+def test_models_that_were_trained_stand_in_a_table_of_their_own() -> None:
+    good = {"dtype": "float64", "dropout": 0.1, "first": 1.5, "last": 1.25, "worst": 2e-15, "ok": True}
+    rows = [{"model": "a/A", "styles": "plain"} | good, {"model": "b/B", "styles": "fast", "refused": "no stream"}]
+    text = trained_table(rows)
+    assert "| a/A | plain | float64 | 0.1 | 1.5, 1.25 | 2e-15 |" in text
+    assert "| b/B | fast |  |  |  | refused: no stream |" in text

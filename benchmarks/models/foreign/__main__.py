@@ -78,6 +78,31 @@ def table(rows: Sequence[Row], command: str, versions: str, known: Sequence[str]
     return "\n".join(lines) + "\n"
 
 
+def trained_table(rows: Sequence[Row]) -> str:
+    """Markdown: what `trained.py` printed, one line a model, kind of styles and precision."""
+    lines = [
+        "",
+        "## Trained for 20 steps",
+        "",
+        "Two real ranks (gloo, tp 2) beside one process, AdamW, a new batch in each step, dropout of 0.1 where a model "
+        "has it: the largest difference of a loss, relative to the largest loss. Made by "
+        "`python -m benchmarks.models.foreign.trained`.",
+        "",
+        "| model | styles | precision | dropout | first and last loss | largest difference |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        said = [row["model"], row["styles"], row.get("dtype", "")]
+        if "refused" in row:
+            said += ["", "", f"refused: {_short(row['refused'])}"]
+        elif "failed" in row:
+            said += ["", "", "a rank failed"]
+        else:
+            said += [str(row["dropout"] or "off"), f"{row['first']:.6g}, {row['last']:.6g}", f"{row['worst']:.0e}"]
+        lines.append(f"| {' | '.join(said)} |")
+    return "\n".join(lines) + "\n"
+
+
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{share:.0%}"
 
@@ -97,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, help="a file of JSON lines, to continue from and to add to")
     parser.add_argument("--again", action="store_true", help="run what the results hold, too")
     parser.add_argument("--budget", type=float, default=float("inf"), help="start no model after so many seconds")
+    parser.add_argument("--trained", type=Path, help="lines of `trained.py`, for a table behind the first")
     parser.add_argument("-o", "--output", type=Path, help="where the markdown table goes")
     given = parser.parse_args(argv)
     if unknown := set(given.groups) - set(GROUPS):
@@ -124,7 +150,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         versions = f"with torch {torch.__version__.partition('+')[0]} and transformers {transformers.__version__}"
         known = [each.key for group in GROUPS for each in models_of(group)]
-        given.output.write_text(table(list(results.values()), command, versions, known), encoding="utf-8")
+        text = table(list(results.values()), command, versions, known)
+        if given.trained:
+            text += trained_table([json.loads(line) for line in given.trained.read_text(encoding="utf-8").splitlines()])
+        given.output.write_text(text, encoding="utf-8")
     return 1 if any(row["verdict"] == "WRONG" for row in results.values()) else 0
 
 

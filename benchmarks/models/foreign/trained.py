@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks.models.foreign.registry import GROUPS, models_of
 from colrow.dryrun.calls import Inputs, call_model, default_loss
-from colrow.dryrun.random_draws import random_draws
+from colrow.dryrun.random_draws import model_draws, random_draws
 from colrow.errors import PlanError
 from colrow.parallel.loss import loss_context
 from colrow.parallel.parallelize import parallelize
@@ -34,6 +34,7 @@ from colrow.parallel.random_draws import arrange_draws
 from colrow.plans.plan import Plan
 from colrow.sharding.grad_norm import align_gradients
 from colrow.sharding.layout import waited_local
+from colrow.verifying.dropout import without_dropout
 
 STEPS, TP, DROPOUT = 20, 2, 0.1
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -66,8 +67,13 @@ def batch(inputs: Inputs, step: int) -> Inputs:
     return inputs.map(drawn)
 
 
-def losses(model: nn.Module, inputs: Inputs, plan: Plan | None, mesh: Any) -> list[float]:
+def losses(model: nn.Module, inputs: Inputs, plan: Plan | None, mesh: Any, *, dropout: bool = True) -> list[float]:
     """The losses of the steps; the weights are changed. AdamW's eps is far above rounding."""
+    with without_dropout(model, off=not dropout):
+        return _losses(model, inputs, plan, mesh)
+
+
+def _losses(model: nn.Module, inputs: Inputs, plan: Plan | None, mesh: Any) -> list[float]:
     trainable = [param for param in model.parameters() if param.requires_grad]
     optimizer, found = torch.optim.AdamW(trainable, lr=1e-3, eps=1e-3, foreach=False), []
     for step in range(STEPS):
@@ -97,7 +103,7 @@ def rank(number: int, group: str, key: str, dropout: float, plan: str, store: st
         draws = random_draws(model, made, TP, 1, 1, inputs=inputs, loss=default_loss).modules
         parallelize(model, made, mesh)
         arrange_draws(model, draws, mesh)
-        found = losses(model, inputs, made, mesh)
+        found = losses(model, inputs, made, mesh, dropout=dropout > 0)
         if number == 0:
             answers.put(found)
     dist.destroy_process_group()
@@ -112,7 +118,7 @@ def compared(group: str, key: str, styles: str) -> Iterator[dict[str, Any]]:
     except PlanError as error:
         yield row | {"refused": str(error)[:200]}
         return
-    has = any(isinstance(module, nn.Dropout) for module in model.modules())
+    has = model_draws(model, 1, 1, inputs=inputs) is not False  # by modules, or by functions with a probability
     known = not random_draws(model, plan, TP, 1, 1, inputs=inputs, loss=default_loss).unknown
     dropout = DROPOUT if has and known else 0.0
     context = multiprocessing.get_context("fork")
@@ -123,7 +129,7 @@ def compared(group: str, key: str, styles: str) -> Iterator[dict[str, Any]]:
         for process in ranks:
             process.start()
         for dtype, tolerance in TOLERANCE.items():
-            alone = losses(*built(group, key, dtype, dropout), None, None)
+            alone = losses(*built(group, key, dtype, dropout), None, None, dropout=dropout > 0)
             try:
                 split = answers.get(timeout=200)
             except queue.Empty:
