@@ -274,6 +274,11 @@ class MappedAttention(m.HeadCount):
         return self.out(mapped_heads(q, k, v).transpose(1, 2).flatten(2))
 
 
+def turned_pairs(h: Tensor) -> Tensor:
+    """Pairs as complex numbers, times a Python one."""
+    return torch.view_as_real(torch.view_as_complex(h.unflatten(-1, (-1, 2)).contiguous()) * 1j).flatten(-2)
+
+
 WRONG = {
     "norm of features": features(lambda h: h / h.norm(dim=-1, keepdim=True)),
     "layer norm of features": features(lambda h: F.layer_norm(h, h.shape[-1:])),
@@ -345,6 +350,7 @@ RIGHT = {
     "attention written out": attention(),
     "heads under vmap": Case(lambda: m.Gpt(MappedAttention), lambda: gpt_plan(**HEADS, attn__out="rowwise")),
     "scores capped": attention(scores=lambda s: 5 * torch.tanh(s / 5)),
+    "pairs of features turned": Case(lambda: m.Gpt(block=partial(TokenBlock, normed=turned_pairs))),
     "tokens changed alone": tokens(lambda h: h / (1e-3 + h.norm(dim=-1, keepdim=True))),
     "norm of each head": attention(output=lambda o: F.layer_norm(o, (m.E,))),
     "causal convolution of all tokens": on_stream(causal_convolution),

@@ -198,9 +198,9 @@ def track_share(values: Values, op: Op, tp: int) -> None:
     if op.name not in ("div", "mul") or op.varying:
         return
     factor = op.args[1] if len(op.args) > 1 else None
-    if factor is None or isinstance(factor, Tensor):
+    if not isinstance(factor, int | float):  # a tensor, or a complex number
         return
-    if abs(float(factor) - (tp if op.name == "div" else 1 / tp)) < 1e-9:
+    if abs(factor - (tp if op.name == "div" else 1 / tp)) < 1e-9:
         for out in op.outputs:
             values[out].is_share = True
 

@@ -83,7 +83,7 @@ def _sharded(param: nn.Parameter, mesh: DeviceMesh, axes: MeshAxes, name: str) -
     local, shards = local_tensor(param.detach()), axes.size("dp_shard")
     advice = f"set it apart as a buffer, or set mesh.data_engine: fsdp2 (mesh.dp_shard is {shards})"
     if shards > 1 and local.dim() == 0:
-        raise ConfigError(f"parameter {name} is a scalar, which data ranks cannot shard: make it [1], or {advice}")
+        raise ConfigError(f"parameter {name} is a scalar, which data ranks cannot shard: make it [1], or a buffer")
     if not local.is_contiguous():
         raise ConfigError(f"parameter {name} has gaps in memory: make it contiguous, or {advice}")
     tp_mesh, tp_placements = (param.device_mesh, param.placements) if isinstance(param, DTensor) else (None, ())
