@@ -108,6 +108,16 @@ def test_states_are_counted_where_they_lie(walked: Walk) -> None:
     assert summed.gradients >= 4 * own  # not reduced before the last micro-batch
 
 
+def test_sums_over_micro_batches_have_the_size_of_the_gradients(walked: Walk) -> None:
+    """DTensor's gradient of an embedding that is split by rows is that of the complete table."""
+    root, table = walked.units[ROOT], CONFIG.vocab_size * CONFIG.hidden_size
+    assert (root.trained_count, root.gradient_count) == (table // 2, table)
+    several = peak_memory(walked, Setting(mesh=Mesh(tp=2), micro_batches=2))
+    assert several.gradients == 4 * (parameters(walked) + table // 2)
+    fast = walk(meta(), Plan.preset("llama-fast", "linear"), EAGER).units[ROOT]
+    assert fast.gradient_count == fast.trained_count == table // 2
+
+
 def test_the_flat_engine_keeps_low_precision_shards_and_reduces_each_micro_batch(walked: Walk) -> None:
     own, mesh = parameters(walked), Mesh(tp=2, dp_shard=4, data_engine="flat")
     ends = walked.units[ROOT].count + walked.units[HEAD].count

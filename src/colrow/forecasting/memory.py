@@ -201,14 +201,14 @@ class _StagePeak:
         """Compare with the peak so far. `own`: the running unit's gradients, in the compute dtype."""
         setting, low, wide = self._setting, self._low, self._wide
         shards = setting.mesh.dp_shard
-        trained = sum(unit.trained_count for unit in self._units)
+        summed = sum(unit.gradient_count for unit in self._units)
         complete = sum(unit.count for unit in self._units)
         several = setting.micro_batches > 1
         buffers = 0.0
         if setting.copies or not self._fsdp:
             weights = low * complete if setting.copies else 0.0
             kept = sum(unit.trained_count for unit in self._done)
-            gradients = wide * trained if several else low * kept + own
+            gradients = wide * summed if several else low * kept + own
         elif setting.mesh.data_engine == "flat":
             weights = low * self._flat_weights()
             done = self._units if several else self._done
@@ -220,7 +220,7 @@ class _StagePeak:
             if setting.reshard and shards > 1:
                 buffers += low * max(unit.count for unit in units)  # the next unit's, before it is copied out
             if several:
-                gradients = wide * trained + own
+                gradients = wide * summed + own
             else:
                 gradients = wide * sum(_shard(unit.trained, shards) for unit in self._done) + own
             if backward and self._done and shards * setting.mesh.dp_replicate > 1:

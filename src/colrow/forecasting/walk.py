@@ -67,11 +67,14 @@ class UnitParameters:
     Attributes:
         numels: of each parameter, local to the rank, with the length of its dim 0.
         trained: of those that get a gradient; partial: elements of those whose gradient is a partial sum over tp.
+        gradient_count: elements of the gradients on the rank: DTensor gives an embedding that is split by rows the
+            gradient of the complete table.
     """
 
     numels: tuple[tuple[int, int], ...]
     trained: tuple[tuple[int, int], ...]
     partial: tuple[int, ...] = ()
+    gradient_count: int = 0
 
     @property
     def count(self) -> int:
@@ -215,7 +218,8 @@ def _unit(params: list[nn.Parameter]) -> UnitParameters:
 
     partial = [param for param in params if isinstance(param.grad, DTensor) and param.grad.placements[0].is_partial()]
     trained = [param for param in params if param.requires_grad]
-    return UnitParameters(sizes(params), sizes(trained), tuple(numel for numel, _ in sizes(partial)))
+    gradients = sum(local_tensor(param if param.grad is None else param.grad).numel() for param in trained)
+    return UnitParameters(sizes(params), sizes(trained), tuple(numel for numel, _ in sizes(partial)), gradients)
 
 
 def _fake(inputs: Inputs) -> Inputs:
