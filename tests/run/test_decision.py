@@ -71,19 +71,19 @@ class FromLength(m.MLP):
         return self.down(h.roll(1, -1) if h.shape[1] > 64 else h)
 
 
-@pytest.mark.parametrize(("rolls", "lengths"), [(True, [64, 96]), (False, [64])])
+@pytest.mark.parametrize(("rolls", "lengths"), [(True, [(1, 64), (1, 96)]), (False, [(1, 64)])])
 def test_what_runs_on_long_sequences_alone_is_verified_on_them(
-    rolls: bool, lengths: list[int], monkeypatch: pytest.MonkeyPatch
+    rolls: bool, lengths: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verified = []
 
-    def verify(*args: Any, seq_len: int, **options: Any) -> Report:
-        verified.append(seq_len)
+    def verify(*args: Any, batch_size: int, seq_len: int, **options: Any) -> Report:
+        verified.append((batch_size, seq_len))
         return Report("proved", 2, "local", 12, 1e-9, None, 0.0)
 
     monkeypatch.setattr("colrow.derive.proof.verify", verify)
     model = m.Gpt(mlp=lambda: FromLength(rolls), layers=1)
-    assert [f.code for f in decide(model, gpt_plan(), Mesh(tp=2), 2, 96).findings] == []
+    assert decide(model, gpt_plan(), Mesh(tp=2), 1, 96).findings == ()
     assert verified == lengths
 
 

@@ -53,7 +53,7 @@ def prove(
         changes = f"{type(small).__name__} of model.reduced"
     fitted = _fitted(plan, model, small, tp)
     short = seq_len if seq_len <= SEQ_LEN else max(SEQ_LEN // tp, 1) * tp
-    few = min(max(batch_size, 2), BATCH_SIZE)  # one sequence cannot tell a dim of samples from none
+    few = min(batch_size, BATCH_SIZE)
     given = None if inputs is None else Inputs.of(inputs)
     if given is not None and small is not model:
         given = given.within(vocabulary(small))
