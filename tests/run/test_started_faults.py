@@ -70,6 +70,53 @@ def test_a_stopped_rank_is_named_within_the_timeout(tmp_path: Path, start: Calla
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 
+STOPS = """
+import os
+import signal
+import time
+from dataclasses import replace
+
+from colrow.models.llama import Llama
+from colrow.models.shapes import shape
+
+
+def stop() -> None:
+    time.sleep(1.0)  # the report of the phase is a thread's
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def build() -> Llama:
+    model = Llama(replace(shape("laptop"), num_hidden_layers=1))
+    if os.environ.get("RANK") == "1":
+        model.register_forward_pre_hook(lambda module, args: None if module.training else stop())
+    return model
+
+
+def build_saving() -> Llama:
+    if os.environ.get("RANK") == "1":
+        fsync = os.fsync
+        os.fsync = lambda fd: stop() if "checkpoints" in os.readlink(f"/proc/self/fd/{fd}") else fsync(fd)
+    return Llama(replace(shape("laptop"), num_hidden_layers=1))
+"""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("phase", "build"), [("evaluation", "build"), ("saving", "build_saving")])
+def test_a_rank_that_stops_in_another_phase_is_named_by_its_limit(
+    phase: str, build: str, tmp_path: Path, start: Callable[..., Run]
+) -> None:
+    """The rank stops itself in the forward of an evaluation, or when it flushes a data file of a checkpoint."""
+    (tmp_path / "stops.py").write_text(STOPS)
+    model = f"--model.shape null --model.layers null --model.python stops:{build} --verify never"
+    run = start(*TRAIN, *model.split(), "--eval.every", "3", "--checkpoint.every", "4" if phase == "saving" else "0",
+                f"--train.hang_limits.{phase}", "6")  # fmt: skip
+    begun = time.monotonic()
+    assert run.end() == 1
+    assert time.monotonic() - begun < 40  # far below train.hang_timeout
+    assert f"error: rank 1 hangs in {phase}: no sign of life for " in run.text
+    assert f"raise train.hang_limits.{phase} where the run is only slow" in " ".join(run.text.split())
+
+
 @pytest.mark.exhaustive
 def test_torchruns_ranks_name_the_one_that_hangs(tmp_path: Path, start: Callable[..., Run]) -> None:
     run = start(*TORCHRUN, hang_timeout=6.0)
