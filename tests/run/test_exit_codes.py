@@ -10,6 +10,7 @@ import pytest
 
 from colrow.cli import main
 from colrow.run.launch import Ended, Failure
+from colrow.verifying.backends import _interrupts_blocked
 
 
 @pytest.mark.parametrize(
@@ -43,3 +44,33 @@ def test_ctrl_c_in_a_verb_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("colrow.cli.checkpoints.main", interrupted)
     assert main(["checkpoints", "x"]) == 130
+
+
+def test_ctrl_c_that_a_library_swallows_is_130_too() -> None:
+    code = """
+import os, signal, sys
+sys.modules["torch"] = None
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it
+import colrow.__main__ as command
+
+def swallowing():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:
+        return 0
+
+command.main = swallowing
+command.run()
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 130
+
+
+def test_processes_of_verify_start_without_ctrl_c() -> None:
+    show = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+
+    def is_blocked() -> str:
+        return subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, timeout=60).stdout.strip()
+
+    with _interrupts_blocked():
+        within = is_blocked()
+    assert (within, is_blocked()) == ("True", "False")
