@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor, Partial, Shard
 
+from colrow.bench import beside_forecast
 from colrow.bench.arms import ARMS, arm_config
+from colrow.bench.beside_forecast import forecast_data
 from colrow.bench.measure import Job, measure, missing_paths, one_rank
 from colrow.bench.report import merged
 from colrow.cli.bench import Flags, base_config
 from colrow.config import RunConfig
 from colrow.errors import ConfigError
+from colrow.forecasting.devices import device_named
 from colrow.ops.collectives import all_gather, reduce_scatter
 from colrow.plans.plan import Plan
 from colrow.run.process_group import RankInfo
@@ -193,3 +197,14 @@ def test_the_command_measures_two_ranks_and_keeps_it_when_stopped(tmp_path: Path
     assert result["tokens_per_second_per_gpu"] == pytest.approx(64 / result["step_ms"] * 1e3 / 2)
     assert result["trace"]["operators"]["colrow::row_forward"] == 2
     assert result["loss_first"] == pytest.approx(8.3, abs=0.5)  # log 4096, and what the logits differ by at the start
+
+
+@pytest.mark.exhaustive
+def test_an_arm_stands_beside_its_forecast(config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    small = config(**{"train.compile": False})
+    assert set(forecast_data(small).values()) == {None}  # a CPU
+    monkeypatch.setattr(beside_forecast, "gpus_here", lambda _: (device_named("h200"), 8))
+    found = forecast_data(config(**{"train.compile": False, "train.micro_batch": 2}))
+    assert found["forecast_ms"] > found["forecast_exposed_ms"] > 0
+    assert found["forecast_allocated_gib"] > 0
+    assert set(forecast_data(config(plan="derive")).values()) == {None}

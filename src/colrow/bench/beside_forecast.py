@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 from colrow.config import RunConfig
@@ -17,6 +18,13 @@ from colrow.run.forecast_line import forecast_on, gpus_here
 def forecast_data(config: RunConfig) -> dict[str, Any]:
     """Milliseconds of a step, GiB allocated, and milliseconds of exposed collectives; None without GPUs of known rates,
     and for plans that are derived, which takes longer than the measurement."""
+    return _forecast_data(config.model_dump_json())
+
+
+@cache
+def _forecast_data(text: str) -> dict[str, Any]:
+    """Of a config as JSON: once for all rounds of an arm."""
+    config = RunConfig.model_validate_json(text)
     gpus = gpus_here(config)
     row = None
     if config.plan not in DERIVED and gpus is not None and not isinstance(gpus, str):
