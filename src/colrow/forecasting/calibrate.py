@@ -17,6 +17,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from colrow.forecasting.work import SHORT_ATTENTION
+
 BAND = 0.12
 """Half of the band around a calibrated step: what rates fitted on half of benchmarks/results missed the other half by,
 in nine rows of ten."""
@@ -73,7 +75,7 @@ def calibrate(device: torch.device, sizes: Sizes) -> dict[str, Any]:
 def _attention(device: torch.device, dtype: torch.dtype, clock: _Clock, sizes: Sizes) -> dict[str, float]:
     shape = (1, sizes.heads, sizes.tokens, 128)
     q, k, v = (torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(3))
-    flops = 4.0 * sizes.heads * sizes.tokens**2 * 128 * (1 + 128 / sizes.tokens) / 2
+    flops = 4.0 * sizes.heads * sizes.tokens**2 * 128 * (1 + SHORT_ATTENTION / sizes.tokens) / 2
 
     def forward() -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)

@@ -31,9 +31,9 @@ from colrow.plans.plan import Plan
 
 EXPOSED = {"none": 1.0, "point_to_point": 0.5, "collectives": 0.9}
 """Share of tp's collectives of fast styles that nothing hides, by what overlaps them. Measured on 2 and 4 H200."""
-EXPOSED_OF_COPY_ENGINE = {2: 0.06, 4: 0.3}
+EXPOSED_OF_COPY_ENGINE = {2: 0.06, 4: 0.22}
 UPDATE_BYTES = 32  # a parameter: master, moments and gradient read, the gradient for its norm; master, moments written
-COPIES_OF_FSDP = 24  # a parameter of the shard: casts; measured on 4 H200
+COPIES_OF_FSDP = 38  # a parameter of the shard: casts; measured on 4 H200
 SUMS_OF_FLAT = 8  # the same with the flat engine: rows of two ranks read, fp32 sums written; counted, not measured
 GATHERED_COPIES_OF_FSDP = 18  # a gathered parameter: out of and into FSDP2's buffers, in both directions
 SLOWED_BY_NCCL = 0.1  # of the hidden seconds of data axes, by which matmuls beside NCCL's kernels take longer
@@ -211,7 +211,7 @@ def exposed(axis: str, seconds: float, compute: float, setting: Setting, program
         return seconds * EXPOSED[program.overlap]
     if axis == "pp":
         return seconds / 2  # the other half runs beside another micro-batch
-    ends = 1 / (layers + 2)  # the first and the last of all gathers and reductions, head and root among them
+    ends = 2 / (layers + 2)  # the first gather and the last reductions, of those of layers, head and root
     return max(seconds * ends, seconds - 0.9 * compute)
 
 
