@@ -64,10 +64,11 @@ class Pace:
         return len(without) > 0 and sum(without) >= _WITHOUT_WAIT * len(without)
 
     def _compare(self, allocated_gib: float) -> None:
+        slow = True
         if (forecast := self._forecast) is not None:
             self._say(compared_line(self._config, forecast, statistics.median(self._seconds), allocated_gib))
-            self._wants_trace = self._rate() < (1 - forecast.band) * forecast.tokens_per_second_per_gpu
-        if self._cpu_bound:
+            slow = self._wants_trace = self._rate() < (1 - forecast.band) * forecast.tokens_per_second_per_gpu
+        if slow and self._cpu_bound:  # a step of more kernels than the driver queues looks so at full speed too
             self._wants_trace = False
             self._say(cpu_bound_line(self._config))
 
