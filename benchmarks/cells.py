@@ -6,8 +6,8 @@
     python -m benchmarks.cells measure -o measured.json --budget 400
     python -m benchmarks.cells report forecast.json calibrated-forecast.json measured.json -o results.json
 
-Cells are Llama 3 8B's width with 16 layers, unless their name says more, on four GPUs; the most valuable come first.
-`--small` tries all of it on a CPU.
+Cells are Llama 3 8B's width with 16 layers, unless their name says more; the most valuable come first. Those of four
+GPUs are numbers 0 to 21, the rest take two. `--small` tries all of it on a CPU.
 """
 
 from __future__ import annotations
@@ -123,6 +123,13 @@ CELLS = (
     Cell("32 layers", "tp2-dp_shard2", "overlap", 2, layers=32),
     Cell("32 layers", "tp4", "overlap", 2, layers=32),
     Cell("8k selective", "tp4", "overlap", 4, recompute="selective"),
+    Cell("two GPUs, 8k", "tp2", "overlap", 2),
+    Cell("two GPUs, 8k", "dp_shard2", "linear", 1),
+    Cell("two GPUs, 8k flat", "dp_shard2", "linear", 1, changes=":mesh.data_engine=flat"),
+    Cell("two GPUs, experts", "dp_shard2", "config", 1, model="mixture", changes=":plan=derive"),
+    Cell("two GPUs, 32k", "tp2", "overlap", 1, seq_len=32768),
+    Cell("two GPUs, 32k", "dp_shard2", "linear", 1, seq_len=32768, recompute="full"),
+    Cell("two GPUs, 8k recomputed", "tp2", "overlap", 2, recompute="full"),
 )
 
 
@@ -138,10 +145,12 @@ def mixture() -> nn.Module:
     with torch.device("meta"):
         model = Qwen3MoeForCausalLM(config)
     model = model.to_empty(device="cpu")
-    torch.manual_seed(0)
+    drawn = 0.02 * torch.randn(1_000_003, generator=torch.Generator().manual_seed(0))  # to draw all takes half a minute
     with torch.no_grad():
         for name, param in model.named_parameters():
-            param.fill_(1.0) if "norm" in name else param.normal_(0.0, 0.02)
+            count = param.numel()
+            values = drawn.repeat(count // drawn.numel() + 1)[:count].view_as(param)
+            param.copy_(torch.ones_like(param) if "norm" in name else values)
         model.model.rotary_emb.__init__(config)  # its buffers were empty
     return model
 
@@ -217,13 +226,12 @@ def measure(cell: Cell, limit: float, small: bool) -> dict[str, Any]:
             return entry | {"failure": text[-1500:]}
         result = json.loads(output.read_text(encoding="utf-8"))
         row = result["results"][0]
-    kept = (
-        "plan", "loss", "compiled", "mesh", "tokens_per_step", "step_ms", "step_ms_best", "steps_ms", "ran",
-        "tokens_per_second_per_gpu", "peak_allocated_gib", "peak_reserved_gib", "device_used_gib",
-    )  # fmt: skip
     trace = row.get("trace") or {}
-    entry |= {key: row[key] for key in kept if key in row}
-    entry["trace"] = {key: trace[key] for key in ("span", "busy", "communication", "exposed", "kinds") if key in trace}
+    row["trace"] = {
+        key: trace[key] for key in ("span", "busy", "idle", "communication", "exposed", "kinds") if key in trace
+    }
+    recomputed = f":train.activation_checkpoint={cell.recompute}" if cell.recompute != "none" else ""
+    entry |= row | {"of": cell.group, "arm": cell.arm + cell.changes + recomputed}
     return entry | {"environment": result["environment"]}
 
 
@@ -232,15 +240,18 @@ def report(options: argparse.Namespace) -> None:
     *files, measured = (json.loads(Path(file).read_text(encoding="utf-8")) for file in options.files)
     seen = {row["name"]: row for row in measured["cells"]}
     groups = {cell.name: cell.group for cell in CELLS}
-    data: dict[str, Any] = {"cells": measured["cells"], "forecasts": files, "choices": []}
+    rows = [{k: v for k, v in row.items() if k != "environment"} for row in measured["cells"]]
+    environment = next((row["environment"] for row in measured["cells"] if "environment" in row), {})
+    data: dict[str, Any] = {"environment": environment, "forecasts": files, "choices": []}
+    data["results"] = [row for row in rows if "step_ms" in row]
     for file in files:
-        rows = {row["name"]: row for row in file["cells"]}
+        wanted_of = {row["name"]: row for row in file["cells"]}
         print(f"\n{file['rates']}\n")
         print("| cell | tokens/s per GPU | forecast | error | allocated GiB | forecast | error |")
         print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
         errors, memories = [], []
         for name, row in seen.items():
-            there = rows.get(name, {})
+            there = wanted_of.get(name, {})
             if "step_ms" not in row or "step_ms" not in there:
                 print(f"| {name} | {_reason(row)} | {_reason(there)} | | | | |")
                 continue
@@ -258,11 +269,11 @@ def report(options: argparse.Namespace) -> None:
             both = {
                 n: r
                 for n, r in seen.items()
-                if groups.get(n) == group and "step_ms" in r and "step_ms" in rows.get(n, {})
+                if groups.get(n) == group and "step_ms" in r and "step_ms" in wanted_of.get(n, {})
             }
             if len(both) < 2:
                 continue
-            chosen = max(both, key=lambda n: rows[n]["tokens_per_second_per_gpu"])
+            chosen = max(both, key=lambda n: wanted_of[n]["tokens_per_second_per_gpu"])
             best = max(both, key=lambda n: both[n]["tokens_per_second_per_gpu"])
             loss = 1 - both[chosen]["tokens_per_second_per_gpu"] / both[best]["tokens_per_second_per_gpu"]
             data["choices"].append(
@@ -294,7 +305,7 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     of_forecast, of_measure, of_report = (verbs.add_parser(name) for name in ("forecast", "measure", "report"))
     for verb in (of_forecast, of_measure):
-        verb.add_argument("--first", type=int, default=len(CELLS), help="so many cells")
+        verb.add_argument("--cells", type=int, nargs="+", default=range(len(CELLS)), help="their numbers, from 0")
         verb.add_argument("--small", action="store_true", help="a tiny model, on the CPU")
         verb.add_argument("-o", "--output", type=Path, required=True)
     of_forecast.add_argument("--gpu", default="h200")
@@ -307,7 +318,7 @@ def main() -> None:
     of_report.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
     if options.verb != "report":
-        options.cells = CELLS[: options.first]
+        options.cells = [CELLS[number] for number in options.cells]
     {"forecast": forecast_all, "measure": measure_all, "report": report}[options.verb](options)
 
 
