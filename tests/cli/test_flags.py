@@ -96,6 +96,8 @@ def test_an_error_that_all_ranks_find_is_printed_once(
     waited: list[float] = []
     monkeypatch.setattr(time, "sleep", waited.append)
     monkeypatch.setattr(os, "_exit", sys.exit)
+    with_launcher: list[bool] = []
+    monkeypatch.setattr("colrow.run.heartbeat.end_with_launcher", lambda: with_launcher.append(True))
     with pytest.raises(SystemExit) as ended:
         main(["generate", "run", "--promt", "a"])
     assert ended.value.code == 2
@@ -103,6 +105,7 @@ def test_an_error_that_all_ranks_find_is_printed_once(
     message = json.loads((tmp_path / "error.json").read_text())["message"]["message"]
     assert message == "unknown flag --promt; did you mean '--prompt'?"
     assert len(waited) == rank
+    assert with_launcher == [True]  # whatever the verb: no rank lives on when its launcher is killed
 
 
 @pytest.mark.parametrize(

@@ -70,8 +70,9 @@ def _rank(result: Path, device_type: str, small: bool) -> int:
     import torch
     import torch.distributed as dist
 
-    from colrow.cli.ranks import rank_info, reporting_errors
+    from colrow.cli.ranks import rank_folder, rank_info, reporting_errors
     from colrow.forecasting.calibrate import SMALL, Sizes, calibrate
+    from colrow.run.stop import StopRequest
 
     with reporting_errors("calibrate"):
         info = rank_info()
@@ -79,7 +80,8 @@ def _rank(result: Path, device_type: str, small: bool) -> int:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        table = calibrate(device, SMALL if small else Sizes())
+        with StopRequest(rank_folder()):  # by whose file the launcher kills this rank on Ctrl-C
+            table = calibrate(device, SMALL if small else Sizes())
         if info.rank == 0:
             result.write_text(json.dumps(table), encoding="utf-8")
         dist.destroy_process_group()

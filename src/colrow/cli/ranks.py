@@ -151,11 +151,16 @@ class Ending:
 @contextmanager
 def reporting_errors(verb: str = "train") -> Iterator[Ending]:
     """On an error, end this process at once, with the text in the launcher's error file, or on stderr without one.
+    It ends with its launcher, too.
 
     os._exit, because a normal exit would destroy the process group, and so wait for ranks that are gone.
     """
     from colrow.run.launch import EXIT_USER_ERROR
 
+    if _error_file() is not None:  # torchrun's agent, here or in a launcher of its own, has started this process
+        from colrow.run.heartbeat import end_with_launcher
+
+        end_with_launcher()
     ending = Ending(verb)
     try:
         yield ending

@@ -137,11 +137,7 @@ def _start(argv: list[str]) -> int:
 
 
 def _rank(argv: list[str]) -> NoReturn:
-    from colrow.run.heartbeat import end_with_launcher
-
     folder = rank_folder()
-    if folder is not None:  # torchrun's agent, here or in a launcher of its own, has started this process and waits
-        end_with_launcher()
     with reporting_errors() as ending:
         import torch
 
