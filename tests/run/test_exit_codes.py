@@ -74,3 +74,7 @@ def test_processes_of_verify_start_without_ctrl_c() -> None:
     with _interrupts_blocked():
         within = is_blocked()
     assert (within, is_blocked()) == ("True", "False")
+    done = []
+    with pytest.raises(KeyboardInterrupt), _interrupts_blocked():
+        done.append(signal.raise_signal(signal.SIGINT))
+    assert done == [None]  # it came when the block had ended

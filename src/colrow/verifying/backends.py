@@ -7,6 +7,7 @@ import pickle
 import queue
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,16 +100,22 @@ def run_gloo(task: Task, plan: Plan) -> Observed:
 def _interrupts_blocked() -> Iterator[None]:
     """Processes that start within know no Ctrl-C: this one gets it, and ends them. Their tracebacks would say nothing.
 
-    Blocked, not ignored: one that comes meanwhile waits until the processes have started.
+    One that comes meanwhile waits until they have started: a process that is half started could not be ended.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
+    came: list[int] = []
+    # the mask is what processes inherit; a signal may still come through another thread of this process
+    handler = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _pickle(task: Task, plan: Plan) -> bytes:
