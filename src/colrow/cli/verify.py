@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     plan = flags.load_plan(model)
     report = verify(model, plan, flags.tp, backend=flags.backend, inputs=inputs)
     if flags.json:
-        print_json(_finite(report.to_data() | {"twin": reduced}))
+        print_json(_finite(report.to_data() | {"reduced": reduced}))
     else:
         show(report, reduced, f"plan {plan.name} for {flags.model} at tp={flags.tp}", Terminal(highlight=False))
     return EXIT_STATUS[report.verdict]

@@ -98,5 +98,5 @@ class Report:
             "cause": self.cause,
             "failure": self.failure,
             "control": None if self.control is None else vars(self.control),
-            "twin": self.reduced,
+            "reduced": self.reduced,
         }
