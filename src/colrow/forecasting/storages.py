@@ -159,6 +159,7 @@ class LiveStorages(CompilableMode):
 
     def _freed(self, key: int, nbytes: int) -> None:
         self._bytes.pop(key, None)
+        self.counter.forget(key)
         if self._pending.pop(key, None) is not None:
             return
         if key in self._gradients:

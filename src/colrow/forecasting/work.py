@@ -74,6 +74,11 @@ class WorkCounter:
         self._work = work
         self._read.clear()  # no kernel is fused over the ends of a block
 
+    def forget(self, key: int) -> None:
+        """This storage is freed: the next one at its address is another tensor."""
+        self._fused.pop(key, None)
+        self._read.discard(key)
+
     def add(
         self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], inputs: list[Tensor], outputs: list[Tensor]
     ) -> bool:
