@@ -85,7 +85,7 @@ def trained_table(rows: Sequence[Row]) -> str:
         "## Trained for 20 steps",
         "",
         "Two real ranks (gloo, tp 2) beside one process, AdamW, a new batch in each step, dropout of 0.1 where a model "
-        "has it: the largest difference of a loss, relative to the largest loss. Made by "
+        "has it: the largest relative difference of a loss. Made by "
         "`python -m benchmarks.models.foreign.trained`.",
         "",
         "| model | styles | precision | dropout | first and last loss | largest difference |",
