@@ -203,7 +203,7 @@ def _result(
         "compute": str(training.precision.compute_dtype).removeprefix("torch."),
         "model": training.source.name,
         "layers": config.model.layers,
-        "mesh": config.mesh.by_axis,
+        "mesh": config.mesh.model_dump(),
         "seq_len": config.data.seq_len,
         "micro_batch": config.train.micro_batch,
         "tokens_per_step": tokens,
