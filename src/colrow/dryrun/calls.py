@@ -170,7 +170,9 @@ def _with_auxiliary(loss: Tensor, output: Any) -> Tensor:
 
 
 def _main_loss(output: Tensor, ids: Tensor | None) -> Tensor:
-    if ids is not None and output.ndim == 3 and ids.shape == output.shape[:2]:  # a decoder's logits may be fewer
+    # A decoder has a length of its own. Logits of a multiple of the tokens are a shard taken for all tokens: the cross
+    # entropy refuses them, so that nothing behind that mistake is reported as a second one.
+    if ids is not None and output.ndim == 3 and output.shape[1] % ids.shape[1] == 0:
         return F.cross_entropy(output.flatten(0, 1), ids.roll(-1, dims=1).flatten())
     output = full_tensor(output)
     weights = torch.arange(output.numel(), dtype=output.dtype, device=output.device).cos().view(output.shape)
