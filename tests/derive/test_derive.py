@@ -20,6 +20,7 @@ from colrow.errors import PlanError
 from colrow.plans.plan import Plan
 from colrow.verifying.backends import RankFailure
 from colrow.verifying.verify import parity
+from helpers.variants import params
 
 TOLERANCE = 1e-9
 
@@ -177,7 +178,13 @@ def check(model: nn.Module, tp: int = 2, x: Tensor | None = None, **options: Any
 STATES = torch.randn(3, 34, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(("kind", "tp"), [("serial", 4), ("parallel", 2), ("shared", 2), ("odd vocabulary", 4)])
+@pytest.mark.parametrize(
+    ("kind", "tp"),
+    params(
+        [("serial", 4), ("parallel", 2), ("shared", 2), ("odd vocabulary", 4)],
+        exhaustive=lambda kind, tp: kind in ("parallel", "shared"),
+    ),
+)
 def test_a_gpt_with_fused_qkv(kind: str, tp: int) -> None:
     vocab = 97 if kind == "odd vocabulary" else 96
     found, error = check(GPT(parallel=kind == "parallel", shared=kind == "shared", vocab=vocab), tp)
