@@ -18,11 +18,11 @@ from colrow.checkpoint.export import export
 from colrow.checkpoint.folder import format_bytes
 from colrow.checkpoint.space import checkpoint_bytes, export_bytes, free_in
 from colrow.cli import main
-from colrow.config import dump_config
+from colrow.config import ModelSection, dump_config
 from colrow.errors import CheckpointError
 from colrow.models.build import build_source
 from colrow.models.llama import Llama
-from colrow.run.outputs import output_lines, space_of
+from colrow.run.outputs import output_lines, space_of, will_export
 from helpers.llamas import seeded
 from helpers.runs import a_run, write_text
 
@@ -144,3 +144,34 @@ def test_a_disk_that_fills_later_names_what_is_kept_and_what_could_go(
         export(state[0], tmp_path / "export", state[0].config)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
     assert [info.state for info in checkpoints.list(checksums=True)] == ["complete"] * 2
+
+
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.mark.parametrize(("family", "options"), [("Qwen3", {"head_dim": 8}), ("Mixtral", {"num_local_experts": 4})])
+def test_the_export_of_a_model_without_memory_is_compared_before_the_run(
+    tmp_path: Path, family: str, options: dict[str, int]
+) -> None:
+    """As a run compares it: the launcher and the ranks hold transformers' models on the meta device."""
+    transformers = pytest.importorskip("transformers")
+    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**SIZES, **options))
+    model.save_pretrained(tmp_path / "folder")
+    section = ModelSection(huggingface=str(tmp_path / "folder"), implementation="transformers")
+    config = a_run(tmp_path, "run").model_copy(update={"model": section})
+    source = build_source(section, seed=0)
+    assert all(param.is_meta for param in source.model.parameters())
+    assert will_export(config, source)
+    (line,) = output_lines(config, source)
+    assert "an export of" in " ".join(line.split())
+    del source.model.model.layers[-1]
+    assert not will_export(config, source)
+    warning, _ = output_lines(config, source)
+    assert "there will be no export" in " ".join(warning.split())

@@ -179,7 +179,7 @@ def require_exportable(model: nn.Module, config: LlamaConfig | dict[str, Any], c
     with TemporaryDirectory() as name:
         _write_texts(Path(name), config, None, carried)
         reader = reader_of(Path(name), trust_code=carried.code)
-        stored = {p.name: TensorSpec(p.shape, _written(p.data.dtype)) for p in _pieces(model)}
+        stored = {p.name: TensorSpec(p.shape, _written(p.data.dtype)) for p in _pieces(model, planned=True)}
         reader.compare(stored, torch.float32).require_equal(model)
 
 
@@ -187,10 +187,10 @@ def _written(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.is_floating_point else dtype
 
 
-def _pieces(model: Model) -> list[Piece]:
+def _pieces(model: Model, *, planned: bool = False) -> list[Piece]:
     named = named_tensors(model)
     parts = parts_of(named, parts_for(model, shapes_of(named)) if isinstance(model, nn.Module) else {})
-    return [piece for item in named for piece in in_parts(item.pieces(), parts[item.name])]
+    return [piece for item in named for piece in in_parts(item.pieces(planned=planned), parts[item.name])]
 
 
 def _text_ends(tokenizer: SavableTokenizer | None) -> dict[str, Any]:

@@ -28,11 +28,15 @@ class Piece:
     """Whether this rank writes it, of all that hold the same region on the tensor's mesh."""
 
 
-def pieces_of(name: str, tensor: Tensor, packed: Packed | None = None) -> list[Piece]:
-    """What this rank holds of a plain tensor, or of a DTensor on any mesh; nothing where it is not on the mesh."""
+def pieces_of(name: str, tensor: Tensor, packed: Packed | None = None, *, planned: bool = False) -> list[Piece]:
+    """What this rank holds of a plain tensor, or of a DTensor on any mesh; nothing where it is not on the mesh.
+
+    Args:
+        planned: their names, shapes and dtypes alone are of interest, so the tensor may be on the meta device.
+    """
     tensor = tensor.detach()
     local = local_tensor(tensor)
-    if local.is_meta:
+    if local.is_meta and not planned:
         raise CheckpointError(f"{name} is on the meta device: give the model memory before it is saved or loaded")
     if local.dtype not in DTYPES:
         raise CheckpointError(f"{name} has the dtype {local.dtype}, which a checkpoint cannot hold")

@@ -31,8 +31,8 @@ class NamedTensor:
     tensor: Tensor
     packed: Packed | None
 
-    def pieces(self) -> list[Piece]:
-        return pieces_of(self.name, self.tensor, self.packed)
+    def pieces(self, *, planned: bool = False) -> list[Piece]:
+        return pieces_of(self.name, self.tensor, self.packed, planned=planned)
 
 
 @dataclass(frozen=True)
