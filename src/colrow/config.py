@@ -301,6 +301,11 @@ class RunConfig(_Section):
             raise ConfigError(f"{keys} is for `colrow train` and `colrow forecast`: give a value here")
 
     @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a global batch."""
+        return self.train.global_batch * self.data.seq_len
+
+    @property
     def micro_batches(self) -> int:
         """Micro-batches of each data-parallel rank in a step. Raises ConfigError as `micro_batch_count` does."""
         return micro_batch_count(self.train.global_batch, self.train.micro_batch, self.mesh.dp)

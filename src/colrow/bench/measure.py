@@ -31,6 +31,7 @@ from colrow.parallel.flat_weights import runs_flat
 from colrow.plans.plan import Plan
 from colrow.run import preflight
 from colrow.run.executed import executed_paths
+from colrow.run.pace import rate
 from colrow.run.process_group import RankInfo, process_group, set_device
 from colrow.train.cuda_graph import EAGER_STEPS
 from colrow.train.setup import Training, set_up
@@ -188,12 +189,12 @@ def _result(
     job: Job, training: Training, seconds: list[float], memory: dict[str, float], device: torch.device
 ) -> dict[str, Any]:
     config = job.config
-    tokens = config.train.global_batch * config.data.seq_len
+    tokens = config.tokens_per_step
     kept = sorted(seconds[SETTLING_STEPS:] or seconds)
     median = torch.tensor([statistics.median(kept), kept[0]], device=device)
     dist.all_reduce(median, op=dist.ReduceOp.MAX)
     step, best = median.tolist()
-    rate = tokens / step / config.mesh.world_size
+    found = rate(config, step)
     result: dict[str, Any] = {
         "arm": job.arm,
         "plan": training.plan.name,
@@ -210,7 +211,7 @@ def _result(
         "step_ms": step * 1e3,
         "step_ms_best": best * 1e3,
         "steps_ms": [round(s * 1e3, 3) for s in seconds],
-        "tokens_per_second_per_gpu": rate,
+        "tokens_per_second_per_gpu": found,
         **memory,
     }
     shape = training.source.config
@@ -218,7 +219,7 @@ def _result(
     peak = peak_flops(device_name)
     result |= {"mfu_causal": None, "mfu_full": None}
     if shape is not None and peak is not None:
-        result |= mfu(shape, config.data.seq_len, rate, peak)
+        result |= mfu(shape, config.data.seq_len, found, peak)
     return result
 
 

@@ -185,7 +185,7 @@ def _choice(row: Row) -> str:
 
 
 def _totals(row: Row, config: RunConfig) -> str:
-    tokens = config.train.steps * config.train.global_batch * config.data.seq_len
+    tokens = config.train.steps * config.tokens_per_step
     seconds = tokens / (row.tokens_per_second_per_gpu * row.mesh.world_size)
     states = (row.memory.masters + row.memory.optimizer) * row.mesh.tp * row.mesh.dp_shard * row.mesh.pp
     return (

@@ -61,7 +61,7 @@ class Forecast:
             ConfigError: with `forecast: stop`, a rank cannot fit.
         """
         memory, rate = f"{self.device_gib:.3g} GiB of {self.limit_gib:.3g}", self.tokens_per_second_per_gpu
-        line = f"forecast   {memory}, {rate:,.0f} ± {rate * self.band:,.0f} tokens/s per GPU"
+        line = labelled("forecast", f"{memory}, {rate:,.0f} ± {rate * self.band:,.0f} tokens/s per GPU")
         if self.fits:
             return [line]
         if not self.cannot_fit:
@@ -79,7 +79,7 @@ def forecast_run(config: RunConfig, model: nn.Module, plan: Plan, gpus: Gpus) ->
         ConfigError: with `forecast: stop`, a rank cannot fit; the text names the nearest setting that does.
     """
     if gpus is None or isinstance(gpus, str):
-        return None, [f"forecast   none: no rates are known of {gpus}"] * (gpus is not None)
+        return None, [labelled("forecast", f"none: no rates are known of {gpus}")] * (gpus is not None)
     found = kept_forecast(config, model, plan, gpus)
     if found is None:
         try:

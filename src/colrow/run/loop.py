@@ -246,7 +246,7 @@ class Loop:
 
     def _record(self, pending: _Pending, loss: float, norm: float, seconds: float) -> Record:
         config = self._config
-        rate = config.train.global_batch * config.data.seq_len / seconds
+        rate = config.tokens_per_step / seconds
         record: dict[str, Any] = {
             "step": pending.step,
             "loss": loss,

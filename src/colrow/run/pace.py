@@ -66,14 +66,12 @@ class Pace:
     def _compare(self, allocated_gib: float) -> None:
         slow = True
         if (forecast := self._forecast) is not None:
-            self._say(compared_line(self._config, forecast, statistics.median(self._seconds), allocated_gib))
-            slow = self._wants_trace = self._rate() < (1 - forecast.band) * forecast.tokens_per_second_per_gpu
+            found = rate(self._config, statistics.median(self._seconds))
+            self._say(compared_line(forecast, found, allocated_gib))
+            slow = self._wants_trace = found < (1 - forecast.band) * forecast.tokens_per_second_per_gpu
         if slow and self._cpu_bound:  # a step of more kernels than the driver queues looks so at full speed too
             self._wants_trace = False
             self._say(cpu_bound_line(self._config))
-
-    def _rate(self) -> float:
-        return rate(self._config, statistics.median(self._seconds))
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
@@ -92,12 +90,11 @@ class Pace:
 
 def rate(config: RunConfig, seconds: float) -> float:
     """Tokens/s per GPU of steps of these seconds."""
-    return config.train.global_batch * config.data.seq_len / seconds / config.mesh.world_size
+    return config.tokens_per_step / seconds / config.mesh.world_size
 
 
-def compared_line(config: RunConfig, forecast: Forecast, seconds: float, allocated_gib: float) -> str:
-    """`after 20 steps 9,120 tokens/s per GPU (-3.1%), 52.9 GiB allocated (+0.2%)`."""
-    found = rate(config, seconds)
+def compared_line(forecast: Forecast, found: float, allocated_gib: float) -> str:
+    """`after 20 steps 9,120 tokens/s per GPU (-3.1%), 52.9 GiB allocated (+0.2%)`; `found`: tokens/s per GPU."""
     faster, larger = found / forecast.tokens_per_second_per_gpu - 1, allocated_gib / forecast.allocated_gib - 1
     return labelled(
         "forecast",

@@ -162,7 +162,7 @@ def opening_lines(config: RunConfig, training: Training, exports: bool) -> list[
     """What is going to run, and what it writes. `run.executed` prints what did run, after the first steps."""
     device = training.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {_threads()} a rank"
-    train, tokens, counts = config.train, config.train.global_batch * config.data.seq_len, training.counts
+    train, tokens, counts = config.train, config.tokens_per_step, training.counts
     computed_by = ""
     if training.source.weights == "folder" and training.source.config is None:
         computed_by = f" by {type(training.source.model).__name__} of transformers"

@@ -148,7 +148,7 @@ def _consequences(before: RunConfig, now: RunConfig, step: int) -> Iterator[str]
         rates = [f"{learning_rate(step, config.train):.3g}" for config in (before, now)]
         if rates[0] != rates[1]:
             yield f"learning rate of step {step + 1}: {rates[0]} -> {rates[1]}"
-    tokens = [config.train.global_batch * config.data.seq_len for config in (before, now)]
+    tokens = [config.tokens_per_step for config in (before, now)]
     if tokens[0] != tokens[1]:
         yield f"tokens a step: {tokens[0]:,} -> {tokens[1]:,}; the data go on with the next sequence"
     evaluated = [config.eval.batches * config.train.global_batch for config in (before, now)]
