@@ -35,9 +35,9 @@ from colrow.ops.execution_record import record
 from colrow.ops.kernels.slot_sum import add_received, square_terms
 from colrow.parallel.data_shards import Unsharded
 from colrow.parallel.flat_gather import Gathers
-from colrow.sharding.layout import chunk_sizes, local_tensor
+from colrow.sharding.layout import chunk_sizes, local_tensor, waited_local
 from colrow.sharding.parameter_state import state_of
-from colrow.torch_compat import foreach, is_async
+from colrow.torch_compat import foreach
 
 _ALIGNMENT = 128  # elements, of a parameter's range
 
@@ -316,9 +316,7 @@ class FlatUnit:
                 each.kept = 2
             else:
                 grad = grad.redistribute(placements=each.unsharded.placements)
-        local = local_tensor(grad)
-        local = local.trigger_wait() if is_async(local) else local  # type: ignore[attr-defined]
-        return local.contiguous()
+        return waited_local(grad).contiguous()
 
     def _gradient_of(self, each: FlatParameter) -> Tensor:
         """A view of the summed gradients, in the parameter's placements; the same object in every step."""

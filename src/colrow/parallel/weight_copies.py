@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 
@@ -12,7 +13,7 @@ from colrow.sharding.layout import local_tensor
 from colrow.torch_compat import foreach, version
 
 
-class WeightCopies:
+class WeightCopies(ABC):
     """What the model computes with in the place of its parameters, whose tensors must be their final ones.
 
     The optimizer and checkpoints see the parameters alone. What they write is copied at the next `use_copies` or
@@ -44,31 +45,31 @@ class WeightCopies:
         finally:
             self._place({})
 
+    @abstractmethod
     def accumulate(self, micro_batches: int) -> AbstractContextManager[None]:
         """`use_copies`; afterwards `grad_holder` has the sum over the backwards within, until `drop_gradients`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def grad_holder(self, param: nn.Parameter) -> nn.Parameter:
         """The tensor whose `.grad` is the gradient of `param`."""
-        raise NotImplementedError
 
     def squares(self) -> dict[nn.Parameter, Tensor]:
         """Of gradients whose squares were summed on the way: terms of the sum over this rank's shard."""
         return {}
 
+    @abstractmethod
     def drop_gradients(self) -> None:
         """Free the gradients that stand beside the parameters; `zero_grad` of the optimizer frees those of the
         parameters."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def mark_current(self, params: Iterable[nn.Parameter]) -> None:
         """Declare that the copies of `params` hold the parameters' values already."""
         self._version_at_copy.update((param, _version(param)) for param in params)
 
+    @abstractmethod
     def _placed(self) -> Mapping[nn.Parameter, nn.Parameter]:
         """What stands in the place of each parameter."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def _refresh(self) -> None:

@@ -135,10 +135,13 @@ class Errors:
     next_loss: float = 0.0
 
     @property
+    def of_step(self) -> float:
+        """The largest of the step, the next forward left out."""
+        return max([self.loss, *self.gradients.values(), *self.parameters.values(), *self.buffers.values()])
+
+    @property
     def worst(self) -> float:
-        return max(
-            [self.loss, self.next_loss, *self.gradients.values(), *self.parameters.values(), *self.buffers.values()]
-        )
+        return max(self.of_step, self.next_loss)
 
 
 def compare(observed: Observed, reference: Reference, tp: int) -> Errors:

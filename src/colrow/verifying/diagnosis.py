@@ -12,7 +12,7 @@ def likely_cause(errors: Errors, observed: Observed, reference: Reference, limit
     buffers = [name for name, error in errors.buffers.items() if error > limit]
     if buffers and max([errors.loss, *errors.gradients.values()]) <= limit:
         return f"loss and gradients are exact, and each rank writes the buffer {buffers[0]} from its own shard"
-    if max([errors.loss, *errors.gradients.values(), *errors.parameters.values(), *errors.buffers.values()]) <= limit:
+    if errors.of_step <= limit:
         return (
             "a step is exact and the next forward is not: a module keeps a value of its rank's shard in an attribute, "
             "and uses it in the next forward"
