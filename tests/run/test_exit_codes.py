@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -65,6 +66,15 @@ command.run()
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 130
 
 
+@pytest.fixture
+def heeding_ctrl_c() -> Iterator[None]:
+    """As in a terminal: a shell starts what runs in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeding_ctrl_c")
 def test_processes_of_verify_start_without_ctrl_c() -> None:
     show = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
 
