@@ -15,10 +15,10 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from colrow.errors import ConfigError, PlanError
 from colrow.mesh import Mesh
-from colrow.plans.plan import Plan
+from colrow.plans.plan import Plan, Resolved
 from colrow.sharding.layout import local_tensor, mark_packed
 from colrow.sharding.local_view import remove_views
-from colrow.sharding.parameter_state import set_states, states_of
+from colrow.sharding.parameter_state import ParameterState, set_states, states_of
 from colrow.styles.base import ParameterLayout, Style, set_attribute
 from colrow.styles.local_sizes import write_local_sizes
 from colrow.styles.rank_tensors import divide_gradients
@@ -66,53 +66,20 @@ def parallelize(
     plan.check_shapes(model, tp, resolved=resolved)
     layouts = plan.parameters(model, tp, resolved=resolved)
     if tp == 1:
-        for fqn, (_, style) in resolved.items():
-            if style.on_one_rank:
-                site = Site(model, fqn, tp)
-                style.build(site)._apply(site.module, tp_mesh)
+        _style_on_one_rank(model, resolved, tp_mesh)
         return model
     if not plan.modules:
         message = f"CR105: plan {plan.name} is empty: every rank holds and computes the complete model"
         warnings.warn(message, stacklevel=2)
-
+    # a style replaces parameters by DTensors: what the old objects carried is kept here and set on the new ones
     ties, states = tied_parameters(model), states_of(model)
-    for name, state in states.items():
-        if state.hook_names and name in layouts and layouts[name].packed is not None:
-            message = f"it has the hook {', '.join(state.hook_names)}, and each of its segments is sharded on its own"
-            raise PlanError("CR211", name, message, "hook a module's output, or leave the module out of the plan")
     trainable = {name: param.requires_grad for name, param in model.named_parameters(remove_duplicate=False)}
-    for names, different in split_ties(model, layouts):
-        message = f"tied weights get different placements ({different})"
-        raise PlanError("CR304", names[0], message, SAME_PLACEMENT)
-
-    named = list(model.named_modules())
-    for fqn, module in named:
-        if fqn in resolved:
-            _undo_left_out(module)  # of an earlier call; all of them before the first style sees a parameter
-    for fqn, module in named:
-        site = Site(model, fqn, tp)
-        if isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False  # made of a padding mask in evaluation: no style knows nested tensors
-        if fqn in resolved:
-            style = resolved[fqn][1]
-            attributes = style.local_attributes(site)
-            parallelize_module(module, tp_mesh, style.build(site), src_data_rank=src_data_rank)
-            for key, value in attributes.items():
-                set_attribute(module, key, value, tp)
-            if style.sizes:
-                write_local_sizes(module, style.sizes, tp)
-            if style.used_outside:
-                divide_gradients(module, style.used_outside, tp)
-            module.__dict__[STYLED] = style.name
-        if any(not isinstance(param, DTensor) for param in module.parameters(recurse=False)):
-            if fqn not in resolved:
-                module.__dict__[LEFT_OUT_MARK] = True
-            parallelize_module(module, tp_mesh, LEFT_OUT.build(site), src_data_rank=src_data_rank)
+    _require_placeable(model, layouts, states)
+    _style_modules(model, resolved, tp_mesh, src_data_rank)
     for fqn, layout in layouts.items():
-        if layout.packed is not None and fqn.rpartition(".")[0] in resolved:
-            parent, _, name = fqn.rpartition(".")
+        parent, _, name = fqn.rpartition(".")
+        if layout.packed is not None and parent in resolved:
             mark_packed(model.get_submodule(parent), name, layout.packed)
-
     tie(model, ties)
     for name, param in model.named_parameters(remove_duplicate=False):
         param.requires_grad_(trainable[name])
@@ -120,6 +87,61 @@ def parallelize(
     if src_data_rank is not None:
         _sync_replicas(model, tp_mesh, src_data_rank)
     return model
+
+
+def _style_on_one_rank(model: nn.Module, resolved: Resolved, tp_mesh: DeviceMesh) -> None:
+    """At tp 1 nothing is split; only styles that save something there too are applied."""
+    for fqn, (_, style) in resolved.items():
+        if style.on_one_rank:
+            site = Site(model, fqn, 1)
+            style.build(site)._apply(site.module, tp_mesh)
+
+
+def _require_placeable(
+    model: nn.Module, layouts: Mapping[str, ParameterLayout], states: Mapping[str, ParameterState]
+) -> None:
+    """Refuse hooks that would see segments, and ties that would be torn.
+
+    Raises:
+        PlanError: CR211 or CR304.
+    """
+    for name, state in states.items():
+        if state.hook_names and name in layouts and layouts[name].packed is not None:
+            message = f"it has the hook {', '.join(state.hook_names)}, and each of its segments is sharded on its own"
+            raise PlanError("CR211", name, message, "hook a module's output, or leave the module out of the plan")
+    for names, different in split_ties(model, layouts):
+        message = f"tied weights get different placements ({different})"
+        raise PlanError("CR304", names[0], message, SAME_PLACEMENT)
+
+
+def _style_modules(model: nn.Module, resolved: Resolved, tp_mesh: DeviceMesh, src_data_rank: int | None) -> None:
+    """Apply each named module's style, and replicate the parameters of the others."""
+    named = list(model.named_modules())
+    for fqn, module in named:
+        if fqn in resolved:
+            _undo_left_out(module)  # of an earlier call; all of them before the first style sees a parameter
+    for fqn, module in named:
+        site = Site(model, fqn, tp_mesh.size())
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # made of a padding mask in evaluation: no style knows nested tensors
+        if fqn in resolved:
+            _apply_style(module, resolved[fqn][1], site, tp_mesh, src_data_rank)
+        if any(not isinstance(param, DTensor) for param in module.parameters(recurse=False)):
+            if fqn not in resolved:
+                module.__dict__[LEFT_OUT_MARK] = True
+            parallelize_module(module, tp_mesh, LEFT_OUT.build(site), src_data_rank=src_data_rank)
+
+
+def _apply_style(module: nn.Module, style: Style, site: Site, tp_mesh: DeviceMesh, src_data_rank: int | None) -> None:
+    attributes = style.local_attributes(site)  # read before the style changes the module
+    parallelize_module(module, tp_mesh, style.build(site), src_data_rank=src_data_rank)
+    for key, value in attributes.items():
+        set_attribute(module, key, value, site.tp)
+    if style.sizes:
+        write_local_sizes(module, style.sizes, site.tp)
+    if style.used_outside:
+        divide_gradients(module, style.used_outside, site.tp)
+    module.__dict__[STYLED] = style.name
 
 
 def is_parallel(model: nn.Module) -> bool:

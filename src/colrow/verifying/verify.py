@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -75,29 +75,21 @@ def verify(
         raise PlanError(f"tp={tp} splits nothing: verify needs tp of 2 or more")
     model, reduced = reduced_model(build_model if isinstance(build_model, nn.Module) else build_model(), tp)
     model = _prepare(model, seed)
-    torch.manual_seed(seed + 1)
-    chosen = example_inputs(model, batch_size, seq_len or -(-16 // tp) * tp) if inputs is None else Inputs.of(inputs)
-    if reduced is not None and inputs is not None:
-        chosen = chosen.within(vocabulary(model))
-    chosen = chosen.map(lambda x: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x)
+    chosen = _inputs(model, inputs, batch_size, seq_len or -(-16 // tp) * tp, seed + 1, reduced=reduced is not None)
     task, reference, exact = _reference(Task(model, chosen, loss, tp, seed + 2))
     task, reference = _with_draws(task, reference, plan)
     if tolerance is None:
         tolerance = EXACT if exact else ROUNDED
-    modes: tuple[Mode, ...] = ("train",) if task.model.training else ("eval",)
+
+    modes, compared = list[Mode](), list[_Comparison]()
     report = partial(Report, tp=tp, parameters=len(reference.parameters), tolerance=tolerance, reduced=reduced)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "CR105")  # an empty plan splits nothing, which a report shows
             warnings.simplefilter("ignore", FutureWarning)  # torch's on its own names: a user cannot act on them
-            seen = _compare(task, plan, reference, tolerance, backend)
-            in_eval = _in_eval(task, reference) if task.model.training else None
-            if in_eval is not None:
-                modes = ("train", "eval")
-                if seen.errors.worst <= tolerance:
-                    seen = max(
-                        seen, _compare(in_eval[0], plan, in_eval[1], tolerance, backend), key=lambda s: s.errors.worst
-                    )
+            for mode, in_mode, unsharded in _modes(task, reference):
+                modes.append(mode)
+                compared.append(_compare(in_mode, plan, unsharded, tolerance, backend))
     except (RankFailure, _NoRanksError) as error:
         ran = isinstance(error, RankFailure)
         return report(
@@ -105,31 +97,35 @@ def verify(
             backend="gloo" if backend == "auto" else backend,
             cause="the sharded model raises: `colrow check` names the module" if ran else "",
             failure=str(error).strip(),
-            modes=modes,
+            modes=tuple(modes),
             seconds=time.monotonic() - started,
         )
-    errors = seen.errors
+    seen = max(compared, key=lambda comparison: comparison.errors.worst)
     verdict: Verdict = "wrong"
     control = None
-    if errors.worst <= tolerance:
+    if seen.errors.worst <= tolerance:
         control = negative_control(task, plan, reference, tolerance, run_local if seen.backend == "local" else run_gloo)
         verdict = "proved" if control is not None and control.caught else "inconclusive"
-    worst = sorted(errors.gradients, key=lambda name: -errors.gradients[name])[:5]
     return report(
         verdict=verdict,
         backend=seen.backend,
-        loss_rel_err=errors.loss,
-        max_grad_rel_err=max(errors.gradients.values(), default=0.0),
-        max_step_rel_err=max(errors.parameters.values(), default=0.0),
-        max_buffer_rel_err=max(errors.buffers.values(), default=0.0),
-        next_loss_rel_err=errors.next_loss,
-        modes=modes,
+        modes=tuple(modes),
         dropout_off=reference.dropout_off,
-        worst=tuple(Worst(name, errors.gradients[name], seen.observed.ranks_differ(name)) for name in worst),
-        cause=likely_cause(errors, seen.observed, seen.reference, tolerance, tp),
         control=control,
+        **seen.fields(tolerance, tp),
         seconds=time.monotonic() - started,
     )
+
+
+def _inputs(
+    model: nn.Module, given: GivenInputs | None, batch_size: int, seq_len: int, seed: int, *, reduced: bool
+) -> Inputs:
+    """The example arguments, floats in fp64; where nobody gave any, what the model takes."""
+    torch.manual_seed(seed)
+    chosen = example_inputs(model, batch_size, seq_len) if given is None else Inputs.of(given)
+    if reduced and given is not None:
+        chosen = chosen.within(vocabulary(model))
+    return chosen.map(lambda x: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x)
 
 
 def _with_draws(task: Task, reference: Reference, plan: Plan) -> tuple[Task, Reference]:
@@ -154,21 +150,39 @@ class _Comparison:
     reference: Reference
     errors: Errors
 
+    def fields(self, tolerance: float, tp: int) -> dict[str, Any]:
+        """The errors, and where they are largest, as fields of a report."""
+        errors, observed = self.errors, self.observed
+        worst = sorted(errors.gradients, key=lambda name: -errors.gradients[name])[:5]
+        return {
+            "loss_rel_err": errors.loss,
+            "max_grad_rel_err": max(errors.gradients.values(), default=0.0),
+            "max_step_rel_err": max(errors.parameters.values(), default=0.0),
+            "max_buffer_rel_err": max(errors.buffers.values(), default=0.0),
+            "next_loss_rel_err": errors.next_loss,
+            "worst": tuple(Worst(name, errors.gradients[name], observed.ranks_differ(name)) for name in worst),
+            "cause": likely_cause(errors, observed, self.reference, tolerance, tp),
+        }
+
 
 def _compare(task: Task, plan: Plan, reference: Reference, tolerance: float, backend: Backend) -> _Comparison:
     used, observed = _observe(task, plan, reference, tolerance, backend)
     return _Comparison(used, observed, reference, compare(observed, reference, task.tp))
 
 
-def _in_eval(task: Task, reference: Reference) -> tuple[Task, Reference] | None:
-    """The step in evaluation mode; None where the unsharded model computes there what it does in training, bit for
-    bit, or computes no loss."""
+def _modes(task: Task, reference: Reference) -> Iterator[tuple[Mode, Task, Reference]]:
+    """The modes to compare: the model's own; then evaluation, unless the unsharded model computes there what it does
+    in training, bit for bit, or computes no loss."""
+    yield "train" if task.model.training else "eval", task, reference
+    if not task.model.training:
+        return
     in_eval = replace(task, model=copied_model(task.model).eval())
     try:
         found = reference_step(in_eval, copied_model(in_eval.model))
     except Exception:  # in evaluation it may return no loss, or want other arguments: training alone is compared
-        return None
-    return None if found.equals(reference) else (replace(in_eval, written_buffers=found.written), found)
+        return
+    if not found.equals(reference):
+        yield "eval", replace(in_eval, written_buffers=found.written), found
 
 
 def parity(model: nn.Module, plan: Plan, tp: int, inputs: GivenInputs, loss: Loss = default_loss) -> Errors:
