@@ -53,3 +53,25 @@ def test_a_merge_key_and_a_few_aliases_are_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"unknown key x"):
         load_config(file)
     assert read_yaml(file.read_text(), "text", ConfigError)["y"] == {"a": 1, "b": 3}
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("a: {b: [{c: 1, c: 2}]}\n", "c"),
+        ("a: {yes: 1, true: 2}\n", "True"),
+        ("a: {<<: {b: 1, b: 2}}\n", "b"),
+        ("a: {<<: [{b: 1}, {c: {d: 1, d: 2}}]}\n", "d"),
+        ("a: &a {b: 1}\nc: &c {b: 2}\nd:\n  <<: *a\n  <<: *c\n", "<<"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused_at_any_depth_and_in_what_is_merged(text: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"text: the key '?{key}'? stands twice"):
+        read_yaml(text, "text", ConfigError)
+
+
+def test_a_key_that_overrides_a_merged_one_stands_once() -> None:
+    """Also where the mapping is merged itself before it is read: PyYAML then has both of its values in it."""
+    text = "deep: {base: &base {<<: {a: 1, b: 2}, a: 3}}\nother: {<<: *base, b: 4}\n"
+    tree = read_yaml(text, "text", ConfigError)
+    assert tree == {"deep": {"base": {"a": 3, "b": 2}}, "other": {"a": 3, "b": 4}}

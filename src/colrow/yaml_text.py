@@ -13,6 +13,7 @@ from colrow.errors import ColrowError
 
 _MOST_BYTES = 16 << 20
 _MOST_BRACKETS = 100
+_MERGE = "tag:yaml.org,2002:merge"
 _MOST_NODES = 1_000_000
 """Of the tree after aliases are expanded: the plan of a model with 100,000 modules has 600,000."""
 
@@ -53,6 +54,7 @@ def read_yaml(text: str, source: str, error: type[ColrowError]) -> Any:
             if node is None:
                 return None
             _require_bounded(node)
+            _require_single_keys(node, loader)
             return loader.construct_document(node)
         finally:
             loader.dispose()
@@ -78,18 +80,7 @@ class _Refused(Exception):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML lets a later key replace an earlier one in silence, and reads `.inf`."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        seen = set()
-        for key in keys:
-            if isinstance(key, (list, dict, set)):
-                raise _Refused(f"a key is a {type(key).__name__}: write a name")
-            if key in seen:
-                raise _Refused(f"the key {key!r} stands twice: keep one")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+    """YAML reads `.inf`."""
 
     def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
         value = float(super().construct_yaml_float(node))
@@ -123,6 +114,32 @@ def _require_bounded(root: yaml.Node) -> None:
 
     if size(root) > _MOST_NODES:
         raise _Refused(f"aliases repeat its values more than {_MOST_NODES:,} times: write the values")
+
+
+def _require_single_keys(root: yaml.Node, loader: _Loader) -> None:
+    """Refuse keys that stand twice, of which YAML lets the later one replace the earlier in silence.
+
+    Before any mapping is constructed: that puts the keys of a merge (`<<: *base`) beside those which override them.
+    """
+    nodes, visited = [root], set[int]()
+    while nodes:
+        node = nodes.pop()
+        if id(node) in visited:
+            continue
+        visited.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            seen = set()
+            for key_node, value in node.value:
+                key = "<<" if key_node.tag == _MERGE else loader.construct_object(key_node, deep=True)
+                if isinstance(key, (list, dict, set)):
+                    raise _Refused(f"a key is a {type(key).__name__}: write a name")
+                if key in seen:
+                    fix = "merge a list, <<: [*first, *second]" if key == "<<" else "keep one"
+                    raise _Refused(f"the key {key!r} stands twice: {fix}")
+                seen.add(key)
+                nodes.append(value)
+        elif isinstance(node, yaml.SequenceNode):
+            nodes.extend(node.value)
 
 
 def _one_line(error: Exception) -> str:
