@@ -37,6 +37,12 @@ def inside(name: str, child: nn.Module) -> nn.Module:
     return parent
 
 
+def marked() -> nn.Module:
+    module = holder("Mixer", A_log=(D, H), x_proj=(D, H))
+    module.A_log._no_weight_decay = True  # type: ignore[union-attr]
+    return module
+
+
 EXPERTS = {"gate_up": (E, D, 2 * D), "down": (E, D, D)}
 
 UNDECAYED: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
@@ -50,6 +56,15 @@ UNDECAYED: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
         {"k_norms.0.gamma"},
     ),
     "a norm's gain in attention": (lambda: holder("Attention", q_norm=(H, D), k_scale=(H, 1)), {"q_norm", "k_scale"}),
+    "norms of experts": (
+        lambda: holder("Experts", **EXPERTS, ln_weight=(E, D), post_rms=(E, D), scales=(E, D)),
+        {"ln_weight", "post_rms", "scales"},
+    ),
+    "vectors to broadcast": (
+        lambda: holder("Attention", time_mix=(1, 1, D), temperature=(H, 1, 1), out=(D, D)),
+        {"time_mix", "temperature"},
+    ),
+    "what the author marked": (marked, {"A_log"}),
     "gains in a list": (
         lambda: inside("norms", nn.ParameterList([torch.zeros(H, D), torch.zeros(H, D)])),
         {"norms.0", "norms.1"},
@@ -91,6 +106,9 @@ DECAYED: dict[str, Callable[[], nn.Module]] = {
     "a head that normalises its rows": lambda: holder("NormHead", weight=(D, D)),
     "a linear in an adaptive norm": lambda: inside("norm1", nn.Linear(D, 2 * D, bias=False)),
     "convolution": lambda: nn.Conv1d(D, D, 4, groups=D, bias=False),
+    "a convolution of one channel": lambda: nn.Conv1d(1, 1, 4, bias=False),
+    "low-rank factors of rank 1": lambda: holder("Lora", lora_A=(1, D), lora_B=(D, 1)),
+    "scales that are computed": lambda: holder("Adaptive", scale_proj=(D, D), lnx=(D, D)),
     "a single output": lambda: nn.Linear(D, 1, bias=False),
 }
 

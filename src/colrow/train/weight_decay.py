@@ -22,8 +22,8 @@ _NORM_CLASS = re.compile(r"(norm|normalization|rms|^ln)(\d+d?|gated|layer|fp32|f
 """LayerNorm, LlamaRMSNorm, LayerNorm2d, RMSNormGated; not NormHead, which is a matrix."""
 _NORM_NAME = re.compile(r"(^|_)(\w*norm|rms|ln)(_?(\d+|[a-z]))?$")
 """A module called q_norm, input_layernorm, norm1, ln_f, norm_q."""
-_GAIN = re.compile(r"norm|(^|_)(scale|gain|gamma|beta|ln)$")
-"""A parameter that a module applies as a norm by itself: q_norm, k_norm_weight, q_scale."""
+_GAIN = re.compile(r"norm|(^|_)(scales?|gains?|gamma|beta)$|(^|_)(ln|rms)(_|$)")
+"""A parameter that a module applies as a norm by itself: q_norm, k_norm_weight, q_scale, ln_weight."""
 _SHORT_BIAS = re.compile(r"^b\d*$|^b_|_b\d*$")
 _MATRICES = (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -40,7 +40,8 @@ class ParameterCounts:
 def decay_by_name(model: nn.Module, section: TrainSection) -> dict[str, bool]:
     """Whether each parameter decays, under each of its names. Frozen parameters do not.
 
-    Matrices and embeddings decay; vectors, norms and biases do not; nor what `section.no_decay` names.
+    Matrices and embeddings decay; vectors, norms and biases do not; nor what `section.no_decay` names, or the model's
+    author has marked with `_no_weight_decay`, as Mamba's A_log and D.
 
     Args:
         model: unsharded and not wrapped; it may be on the meta device.
@@ -51,7 +52,8 @@ def decay_by_name(model: nn.Module, section: TrainSection) -> dict[str, bool]:
     names: dict[int, list[str]] = {}
     decays: dict[int, bool] = {}
     for name, owner, param in _owned(model):
-        is_matrix = param.ndim >= 2 and not _is_norm(name, owner) and not _is_bias(name, owner, param)
+        vector = _is_vector(owner, param) or getattr(param, "_no_weight_decay", False)
+        is_matrix = not vector and not _is_norm(name, owner) and not _is_bias(name, owner, param)
         names.setdefault(id(param), []).append(name)
         # a tied parameter has one owner a name: it decays unless one of them says norm or bias
         decays[id(param)] = decays.get(id(param), True) and is_matrix and param.requires_grad
@@ -105,6 +107,12 @@ def _last_words(name: str) -> list[str]:
     return [part for part in reversed(name.lower().split(".")) if not part.isdigit()]
 
 
+def _is_vector(owner: nn.Module, param: nn.Parameter) -> bool:
+    """One dim, or a shape to broadcast such as [1, 1, D] and [H, 1, 1]. [1, D] may be a product with one output."""
+    dims = [size for size in param.shape if size > 1]
+    return param.ndim < 2 or (param.ndim > 2 and len(dims) < 2 and not isinstance(owner, _MATRICES))
+
+
 def _is_norm(name: str, owner: nn.Module) -> bool:
     if isinstance(owner, _MATRICES):
         return False
@@ -120,7 +128,7 @@ def _is_bias(name: str, owner: nn.Module, param: nn.Parameter) -> bool:
         return True
     if not _SHORT_BIAS.search(leaf):
         return False
-    shapes = [tuple(other.shape) for other in owner.parameters(recurse=False) if other.ndim >= 2]
+    shapes = [tuple(other.shape) for other in owner.parameters(recurse=False) if other.ndim >= 2 and other is not param]
     for shape in shapes:
         for dim in (len(shape) - 2, len(shape) - 1):  # the weight's input
             if tuple(param.shape) in (shape[:dim] + shape[dim + 1 :], (*shape[:dim], 1, *shape[dim + 1 :])):
