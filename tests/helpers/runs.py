@@ -76,5 +76,14 @@ def train(device: str, config: RunConfig, stop_after: int | None = None) -> tupl
     text = io.StringIO()
     progress = TrainingProgress(dist.get_rank() == 0, config.train.steps, 1, text)
     data = prepare(config.data, 4096, progress=False)
-    outcome = train_run(config, *model_and_plan(config), data, mesh, here, progress, "colrow train tiny.yaml", stop)
+    outcome = train_run(
+        config,
+        *model_and_plan(config),
+        data,
+        mesh,
+        here,
+        progress,
+        command="colrow train tiny.yaml",
+        stop_requested=stop,
+    )
     return outcome.step, outcome.stopped, text.getvalue()

@@ -173,7 +173,7 @@ def _rank(argv: list[str]) -> NoReturn:
             plan = read_plan(config.run.dir, digest) if digest else None
             command = shlex.join(["colrow", "train", *argv])
             with guard:
-                run_rank(config, info, command, lambda: stop.requested, plan, guard, ending.log.write)
+                run_rank(config, info, command, lambda: stop.requested, plan=plan, guard=guard, log=ending.log.write)
             ending.log.write("ended")
     # A thread of torch that still runs at the interpreter's end can abort the process, after all is saved and said.
     ending.exit(0)

@@ -199,41 +199,49 @@ def trace(
     finally:
         for module, mode in training.items():
             module.training = mode
-    signature = program.graph_signature
-    state = dict(model.named_parameters(remove_duplicate=False))
-    parameters = {ph: strip(fqn) for ph, fqn in signature.inputs_to_parameters.items()}
-    used = {n.name for n in program.graph.nodes if n.op == "placeholder" and n.users}
-    first_name = {id(p): fqn for fqn, p in model.named_parameters()}
-    parameters = {ph: first_name[id(state[fqn])] for ph, fqn in parameters.items()}
-    ties = {fqn: first_name[id(p)] for fqn, p in state.items() if first_name[id(p)] != fqn}
-    constants = dict(program.constants)
-    values: dict[str, Tensor] = {}
-    for placeholder, name in signature.inputs_to_lifted_tensor_constants.items():
-        if isinstance(constants.get(name), Tensor):
-            values[placeholder] = constants[name]
-    buffers = dict(model.named_buffers(remove_duplicate=False))
-    for placeholder, name in signature.inputs_to_buffers.items():
-        value = buffers.get(strip(name), constants.get(name))
-        if isinstance(value, Tensor):
-            values[placeholder] = value
-    for node in program.graph.nodes:
-        if node.op == "get_attr" and isinstance(found := getattr(program.graph_module, str(node.target), None), Tensor):
-            constants[str(node.target)] = found
+    parameters, ties = _parameters_of(model, program)
+    constants, values = _constants_of(model, program)
     lead = next((x for x in inputs if x.dim() >= 2), inputs[0])
     return Trace(
         program,
-        int(lead.shape[0]),
-        int(lead.shape[1]) if lead.dim() > 1 else 1,
-        {ph: fqn for ph, fqn in parameters.items() if ph in used},
-        {**constants, **values},
-        tuple(str(n) for n in signature.user_inputs),
-        ties,
-        values,
-        calls.positional,
-        calls.results,
-        frozenset(outside),
+        batch=int(lead.shape[0]),
+        seq=int(lead.shape[1]) if lead.dim() > 1 else 1,
+        parameters=parameters,
+        constants=constants,
+        inputs=tuple(str(n) for n in program.graph_signature.user_inputs),
+        ties=ties,
+        values=values,
+        positional=calls.positional,
+        results=calls.results,
+        outside=frozenset(outside),
         opaque=opaque,
     )
+
+
+def _parameters_of(model: nn.Module, program: ExportedProgram) -> tuple[dict[str, str], dict[str, str]]:
+    """The parameter of each placeholder that is used, and the first names of tied ones: `Trace.parameters` and
+    `Trace.ties`."""
+    state = dict(model.named_parameters(remove_duplicate=False))
+    first_name = {id(param): name for name, param in model.named_parameters()}
+    used = {n.name for n in program.graph.nodes if n.op == "placeholder" and n.users}
+    placeholders = program.graph_signature.inputs_to_parameters
+    parameters = {ph: first_name[id(state[strip(name)])] for ph, name in placeholders.items() if ph in used}
+    ties = {name: first_name[id(param)] for name, param in state.items() if first_name[id(param)] != name}
+    return parameters, ties
+
+
+def _constants_of(model: nn.Module, program: ExportedProgram) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """`Trace.constants` and, of these, the ones that are placeholders: `Trace.values`."""
+    signature, constants = program.graph_signature, dict(program.constants)
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    found = {ph: constants.get(name) for ph, name in signature.inputs_to_lifted_tensor_constants.items()}
+    for placeholder, name in signature.inputs_to_buffers.items():
+        found[placeholder] = buffers.get(strip(name), constants.get(name))
+    values = {placeholder: value for placeholder, value in found.items() if isinstance(value, Tensor)}
+    for node in program.graph.nodes:
+        if node.op == "get_attr" and isinstance(value := getattr(program.graph_module, str(node.target), None), Tensor):
+            constants[str(node.target)] = value
+    return {**constants, **values}, values
 
 
 @dataclass

@@ -35,6 +35,7 @@ def run_rank(
     info: RankInfo,
     command: str,
     stop_requested: Callable[[], bool],
+    *,
     plan: Plan | None = None,
     guard: RankGuard | None = None,
     log: Callable[[str], None] = lambda _: None,
@@ -85,10 +86,10 @@ def run_rank(
             mesh,
             device,
             progress,
-            command,
-            stop_requested,
-            heartbeat,
-            forecast,
+            command=command,
+            stop_requested=stop_requested,
+            heartbeat=heartbeat,
+            forecast=forecast,
         )
 
 
@@ -100,6 +101,7 @@ def train_run(
     mesh: DeviceMesh,
     device: torch.device,
     progress: TrainingProgress,
+    *,
     command: str = "",
     stop_requested: Callable[[], bool] = lambda: False,
     heartbeat: Heartbeat | None = None,
