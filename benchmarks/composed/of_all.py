@@ -126,9 +126,10 @@ RANDOM: dict[str, Whole] = {
     "gumbel_softmax": lambda x: F.gumbel_softmax(x, dim=-1) * 4,
     "rrelu": lambda x: F.rrelu(x, training=True),
     "poisson": lambda x: x * torch.poisson(torch.ones_like(x)),
-    "multinomial": lambda x: x + 0.1 * torch.multinomial(x.softmax(-1).flatten(0, -2), 1).view(*x.shape[:-1], 1),
+    # factors: a layer norm would take an added number away, and of no sample nothing would be left
+    "multinomial": lambda x: x * (1 + torch.multinomial(x.softmax(-1).flatten(0, -2), 1).view(*x.shape[:-1], 1).sin()),
     "stochastic depth": lambda x: x * (torch.rand(()) > -1).to(x.dtype) * (0.5 + torch.rand((), dtype=x.dtype)),
-    "sample dropped": lambda x: x * (torch.rand(x.shape[0], *[1] * (x.ndim - 1), dtype=x.dtype) > 0.3),
+    "sample dropped": lambda x: x * (0.1 + (torch.rand(x.shape[0], *[1] * (x.ndim - 1), dtype=x.dtype) > 0.3)),
 }
 
 DROPOUT: dict[str, Whole] = {

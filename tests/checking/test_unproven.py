@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.composed.truth import truths
 from benchmarks.models.examine import build
@@ -132,6 +132,23 @@ def test_a_hook_in_a_custom_backward_is_traced_to_its_line() -> None:
 def test_what_follows_an_unproven_operator_is_not_listed() -> None:
     found = unproven_operators(WRONG["norm of features"].model(), gpt_plan(), 2, 4, 16)
     assert [f.operator for f in found] == ["linalg_vector_norm"] * 2
+
+
+class _Keeping(nn.Module):
+    """Scales by what it has kept of the forward before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = torch.ones(())
+
+    def forward(self, h: Tensor) -> Tensor:
+        scale, self.kept = self.kept, h.detach().norm()
+        return h * scale
+
+
+def test_what_is_kept_for_the_next_forward_is_unproven() -> None:
+    case = unproven_plans.features(_Keeping())
+    assert {f.operator for f in unproven_operators(case.model(), gpt_plan(), 2, 4, 16)} == {"linalg_vector_norm"}
 
 
 @pytest.mark.parametrize("rule", ["slice", "_scaled_dot_product_flash_attention_for_cpu"])

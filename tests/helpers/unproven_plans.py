@@ -274,6 +274,11 @@ class MappedAttention(m.HeadCount):
         return self.out(mapped_heads(q, k, v).transpose(1, 2).flatten(2))
 
 
+def each_row(h: Tensor) -> Tensor:
+    """Rows of [T, F, B], each divided by its own norm: vmap takes a row's first element for its dtype alone."""
+    return torch.vmap(lambda row: row / (1 + row.norm()))(h.flatten(0, 1)).view(h.shape)
+
+
 def turned_pairs(h: Tensor) -> Tensor:
     """Pairs as complex numbers, times a Python one."""
     return torch.view_as_real(torch.view_as_complex(h.unflatten(-1, (-1, 2)).contiguous()) * 1j).flatten(-2)
@@ -355,4 +360,6 @@ RIGHT = {
     "norm of each head": attention(output=lambda o: F.layer_norm(o, (m.E,))),
     "causal convolution of all tokens": on_stream(causal_convolution),
     "dropout of all tokens": on_stream(lambda: nn.Dropout(0.1), train=True),
+    "a norm of the features that nothing reads": features(lambda h: (h.detach().norm(), h)[1]),
+    "samples and features in one dim, under vmap": features(lambda h: each_row(h.movedim(0, -1)).movedim(-1, 0)),
 }

@@ -14,7 +14,7 @@ from torch import nn
 from colrow.checking.finding import Finding, finding
 from colrow.dryrun.calls import GivenInputs, Loss
 from colrow.dryrun.lockstep import unproven_operators
-from colrow.dryrun.paired_runs import Unproven
+from colrow.dryrun.unproven import Unproven
 from colrow.mesh import Mesh
 from colrow.plans.plan import Plan
 

@@ -31,8 +31,9 @@ from colrow.dryrun.dry_run import Request
 from colrow.dryrun.fake_world import fake_tp_mesh, materialize_fake
 from colrow.dryrun.module_tracker import LOSS
 from colrow.dryrun.numbered import NumberedRun, Value
-from colrow.dryrun.paired_runs import ShardedRun, Unproven, UnshardedRun
+from colrow.dryrun.paired_runs import ShardedRun, UnshardedRun
 from colrow.dryrun.reduced_copy import reduced_copy
+from colrow.dryrun.unproven import Unproven
 from colrow.parallel.loss import loss_context
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
@@ -135,9 +136,10 @@ def _walked(request: Request, keep: int, backward: bool) -> Walk | Exception:
                 run.report("loss", f"it is {layout}, or another value than in the unsharded model", LOSS)
             if backward:
                 _compare_gradients(run, reference, unsharded, parallel)
+            run.reports.add_kept()
         draws = _draws_of_modules(run)
     return Walk(
-        [replace(found, where=original(found.where)) for found in run.unproven],
+        [replace(found, where=original(found.where)) for found in run.reports.found],
         {original(name): found for name, found in draws.items()},
     )
 

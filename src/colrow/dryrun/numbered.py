@@ -202,7 +202,7 @@ class NumberedRun(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.inside or is_higher_order(func):
+        if self.inside or is_higher_order(func) or func.namespace == "prim":  # prim.device reads no elements
             return func(*args, **kwargs)
         operation = Operation(func, args, kwargs, self)
         self.inside += 1  # an operator on a DTensor is one: what DTensor does for it is its own affair

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from colrow.dryrun.module_tracker import LOSS
 from colrow.dryrun.numbered import NumberedRun, Operation, Value, shape_of
+from colrow.dryrun.unproven import Reports, Unproven
 from colrow.sharding.draws import Draw, draws, is_dropout, may_draw
 from colrow.sharding.local_call import LocalCall, Shape, TensorShape, UnprovenError
 from colrow.sharding.local_layout import (
@@ -38,24 +39,6 @@ from colrow.styles.base import OutputSegment, Style
 from colrow.styles.local_module import watched_sums
 from colrow.styles.rank_tensors import HEADS_OF_RANK
 from colrow.torch_compat import current_autograd_node, forward_number, tree_unflatten, watched_conversions
-
-
-@dataclass(frozen=True)
-class Unproven:
-    """An operator, a declared layout or a gradient of which nothing says that it is right.
-
-    Attributes:
-        operator: its ATen name, or `layout`, `input`, `output`, `gradient`, `loss`.
-        where: the module's or parameter's name.
-        line: `file.py:12` of the code that called it, or empty.
-        dim: the sharded dim, where one is at fault.
-    """
-
-    operator: str
-    where: str
-    line: str
-    reason: str
-    dim: int | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +82,7 @@ class UnshardedRun(NumberedRun):
 
 
 class ShardedRun(NumberedRun):
-    """One rank's run; `unproven` lists what nothing allows.
+    """One rank's run; `reports` has what nothing allows.
 
     Args:
         flattened: the length of the sequences whose tokens lie flattened ([Note: flattened tokens]); 0: they do not.
@@ -120,7 +103,7 @@ class ShardedRun(NumberedRun):
     ) -> None:
         super().__init__(model)
         self._flattened = flattened
-        self.unproven: list[Unproven] = []
+        self.reports = Reports()
         self.draws: dict[tuple[str, int], list[Draw]] = defaultdict(list)
         self._unsharded, self._mesh, self._ranks = unsharded, mesh, mesh.size()
         self._computed_by_style = {
@@ -142,7 +125,7 @@ class ShardedRun(NumberedRun):
         """Something is not proven: here, unless `where` says."""
         source = self.source()
         line = source.line if where is None else ""
-        self.unproven.append(Unproven(operator, source.module if where is None else where, line, reason, dim))
+        self.reports.found.append(Unproven(operator, source.module if where is None else where, line, reason, dim))
 
     # -- operators
 
@@ -205,8 +188,17 @@ class ShardedRun(NumberedRun):
         except UnprovenError as error:
             if source.in_style or (in_style and recorded is None):
                 return [STYLE] * count
-            self.unproven.append(Unproven(operation.name, source.module, source.line, str(error), error.dim))
+            found = Unproven(operation.name, source.module, source.line, str(error), error.dim)
+            if operation.func._schema.is_mutable or may_draw(operation.func):  # what is drawn later depends on it
+                self.reports.found.append(found)
+            else:
+                self.reports.add_when_read(found, {self._key(result): result for result in operation.results})
             return [UNKNOWN] * count
+
+    def value(self, tensor: Tensor) -> Value:
+        """What a tensor is that something reads."""
+        self.reports.read(self._key(tensor))
+        return super().value(tensor)
 
     def _judged(self, call: LocalCall) -> list[Layout]:
         """Equal blocks ask equal questions."""
@@ -214,10 +206,11 @@ class ShardedRun(NumberedRun):
             try:
                 self._answers[call] = proven_layouts(call, self._mesh)
             except UnprovenError as error:
-                self._answers[call] = error
+                # another one, without the frames of this, which would keep tensors alive
+                self._answers[call] = UnprovenError(str(error), error.dim)
         answer = self._answers[call]
         if isinstance(answer, UnprovenError):
-            raise answer
+            raise UnprovenError(str(answer), answer.dim)
         return list(answer)
 
     def _local_call(self, operation: Operation, recorded: _Recorded | None, backward: bool) -> LocalCall:
