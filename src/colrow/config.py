@@ -215,6 +215,8 @@ class FsdpSection(_Section):
     """Free gathered parameters after a block's forward; unless given, if dp_shard > 1 and pp is 1."""
     gather: Literal["collectives", "copy_engine"] = "collectives"
     """With mesh.data_engine: flat: who gathers shards, the process group, or the copy engines of one host's GPUs."""
+    exchange: Literal["collectives", "copy_engine"] = "collectives"
+    """With mesh.data_engine: flat: who exchanges gradients between shards, likewise."""
     keep_shards: bool = True
     """With mesh.data_engine: flat: keep a rank's shards of blocks in the compute dtype too; else they are cast for each
     gather: 2 bytes a parameter less, sharded, and more time."""

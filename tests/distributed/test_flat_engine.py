@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,9 +24,11 @@ from colrow.config import FsdpSection
 from colrow.errors import ConfigError
 from colrow.mesh import Mesh
 from colrow.models.llama import Llama
+from colrow.ops.copy_engine import FREE, RING, CopyEngine, Ring
 from colrow.ops.copy_engine_cuda import PeerMemory
+from colrow.ops.execution_record import recorded
 from colrow.ops.kernels.slot_sum import add_received
-from colrow.parallel import flat_gather, flat_unit, flat_weights
+from colrow.parallel import flat_exchange, flat_gather, flat_unit, flat_weights
 from colrow.parallel.compile import compile_forward
 from colrow.parallel.flat_gather import PeerGathers
 from colrow.parallel.flat_unit import FlatUnit
@@ -83,12 +86,20 @@ CASES: dict[int, dict[str, Case]] = {
         "shard2-selective": ("llama", flat(dp_shard=2), {"activation_checkpoint": "selective"}),
         "shard2-compiled": ("llama", flat(dp_shard=2), {"compile": True}),
         "shard2-compiled-full": ("llama", flat(dp_shard=2), {"compile": True, "activation_checkpoint": "full"}),
+        "shard2-fast": ("llama-fast", flat(dp_shard=2), {}),
+        "shard2-fast-full": ("llama-fast", flat(dp_shard=2), {"activation_checkpoint": "full"}),
+        "shard2-fast-selective": ("llama-fast", flat(dp_shard=2), {"activation_checkpoint": "selective"}),
+        "shard2-fast-compiled": ("llama-fast", flat(dp_shard=2), {"compile": True}),
+        "shard2-fast-fsdp2": ("llama-fast", Mesh(dp_shard=2), {}),
+        "replicate2-fast": ("llama-fast", flat(dp_replicate=2), {}),
         "shard2-skip": ("llama", flat(dp_shard=2), {"on_nonfinite": "skip"}),
     },
     4: {
         "tp2-shard2": ("llama", flat(dp_shard=2, tp=2), {}),
         "replicate2-shard2": ("llama", flat(dp_replicate=2, dp_shard=2), {}),
         "tp2-replicate2": ("llama", flat(dp_replicate=2, tp=2), {}),
+        "shard4-fast": ("llama-fast", flat(dp_shard=4), {}),
+        "replicate2-shard2-fast-fsdp2": ("llama-fast", Mesh(dp_replicate=2, dp_shard=2), {}),
         "shard4": ("llama", flat(dp_shard=4), {}),
         "tp2-shard2-fast": ("llama-fast", flat(dp_shard=2, tp=2), {}),
         "tp2-shard2-tied-odd": ("llama, tied, odd vocabulary", flat(dp_shard=2, tp=2), {}),
@@ -243,7 +254,10 @@ def sabotaged(device: str, what: str) -> float:
 
 
 class Host:
-    """Stands for a GPU: copies take effect at once."""
+    """Stands for a GPU: copies and flags take effect at once, and a taken flag is waited for."""
+
+    def __init__(self, left_out: str = "") -> None:
+        self.left_out = left_out
 
     def current(self) -> int:
         return 0
@@ -252,7 +266,58 @@ class Host:
         pass
 
     def copy(self, stream: int, target: torch.Tensor, source: torch.Tensor) -> None:
-        target.copy_(source)
+        if self.left_out != "copy":
+            target.copy_(source)
+
+    def put(self, stream: int, *flags: torch.Tensor) -> None:
+        for flag in flags:
+            flag.fill_(1)
+
+    def take(self, stream: int, *flags: torch.Tensor) -> None:
+        end = time.monotonic() + 60
+        for flag in flags:
+            while not flag.item() and self.left_out != "waits":
+                assert time.monotonic() < end, "a flag is never put"
+                time.sleep(0)
+            flag.zero_()
+
+
+def mapped_engine(folder: Path, left_out: str, group: dist.ProcessGroup, *_: Any) -> CopyEngine:
+    """A copy engine whose slots and flags are files that all ranks of a host map."""
+    rings = 0
+
+    def grow(nbytes: int) -> Ring:
+        nonlocal rings
+        rings += 1
+        n, rank = group.size(), group.rank()
+        dist.barrier(group)
+        slots = [shared(folder / f"{rings}-slots-{q}", RING * nbytes, torch.uint8).view(RING, -1) for q in range(n)]
+        flags = [shared(folder / f"{rings}-flags-{q}", 2 * RING * n, torch.int32).view(2, RING, n) for q in range(n)]
+        flags[rank][FREE] = 1
+        dist.barrier(group)
+        return Ring(rank, slots, lambda owner, which, slot, peer: flags[owner][which, slot, peer])  # type: ignore[arg-type, return-value]
+
+    return CopyEngine(Host(left_out), 1, group.size(), grow)  # type: ignore[arg-type]
+
+
+def shared(path: Path, size: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_file(str(path), shared=True, size=size, dtype=dtype)
+
+
+def exchanged_by_peers(device: str, degrees: dict[str, int], folder: Path, left_out: str = "") -> float:
+    """The largest error of two steps with exchanges by copy engines."""
+    config = config_of(flat(**degrees)).model_copy(update={"fsdp": FsdpSection(exchange="copy_engine")})
+    shown: list[Any] = [str(folder)]
+    dist.broadcast_object_list(shown, device=torch.device(device))
+    Path(shown[0]).mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(parity, "config_of", return_value=config))
+        if device == "cpu":
+            engine = partial(mapped_engine, Path(shown[0]), left_out)
+            stack.enter_context(mock.patch.object(flat_exchange, "copy_engine", engine))
+        worst = on_ranks(device, "llama, tied, odd vocabulary", flat(**degrees), steps=2).worst
+    assert "exchanges on copy engines" in recorded("data")
+    return worst
 
 
 def by_peers(device: str, degrees: dict[str, int], *, meets: bool) -> float:
@@ -328,6 +393,9 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "refused": (refused,),
     "peers": (partial(by_peers, meets=True), {"dp_shard": 2}),
     "without meetings": (partial(by_peers, meets=False), {"dp_shard": 2}),
+    "peers exchange": (exchanged_by_peers, {"dp_shard": 2}, Path),
+    "four peers exchange": (exchanged_by_peers, {"dp_shard": 4}, Path),
+    "without copies": (partial(exchanged_by_peers, left_out="copy"), {"dp_shard": 2}, Path),
     **{f"without {what}": (sabotaged, what) for what in ("exchange", "gather in backward", "average", "norm")},
 }
 LONGER = {
@@ -339,6 +407,7 @@ LONGER = {
     "evaluated",
     "without average",
     "without exchange",
+    "without copies",
 }
 
 
@@ -387,6 +456,13 @@ def test_copy_engines_gather_what_collectives_do(results: Results, world: int, n
     assert max(results(world, name)) < TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("world", "name"), [*pairs(["peers exchange"]), *params([(4, "four peers exchange")], lambda *_: True)]
+)
+def test_copy_engines_exchange_what_collectives_do(results: Results, world: int, name: str) -> None:
+    assert max(results(world, name)) < TOLERANCE
+
+
 @pytest.mark.parametrize(("world", "name"), pairs(["cast"]))
 def test_shards_that_are_not_kept_are_cast(results: Results, world: int, name: str) -> None:
     assert max(results(world, name)) < TOLERANCE
@@ -406,7 +482,7 @@ def test_low_precision_terms_are_summed_in_fp32(results: Results, ranks: Ranks, 
 
 @pytest.mark.parametrize(("world", "name"), pairs([name for name in OTHERS if name.startswith("without ")]))
 def test_a_part_left_out_is_seen(results: Results, ranks: Ranks, world: int, name: str) -> None:
-    if ranks.device == "cuda" and name == "without meetings":
+    if ranks.device == "cuda" and name in ("without meetings", "without copies"):
         pytest.skip("memory that shows what was there at the last meeting is simulated on CPUs")
     assert max(results(world, name)) > (1e-5 if name == "without norm" else 0.01)  # AdamW forgives a wrong scale
 

@@ -195,6 +195,8 @@ STARTS = [("colrow", "llama"), ("transformers", "huggingface"), ("transformers",
 
 def from_a_folder(device: str, folder: Path) -> None:
     """Two steps from the export of a run, with this project's Llama and with the class of transformers."""
+    if not (folder / "whole" / "export").exists():  # of an earlier test, where that has run
+        train(device, tiny(folder, "whole"))
     for implementation, plan in STARTS:
         config = tiny(folder, f"from-{implementation}-{plan}", steps=2, warmup_steps=0)
         model = ModelSection(huggingface=str(folder / "whole" / "export"), implementation=implementation)

@@ -237,18 +237,22 @@ def _memory(device: torch.device) -> dict[str, float]:
 
 def _problem(config: RunConfig, training: Training, trace: StepTrace) -> dict[str, str]:
     """The fast paths that plan and config request and the profiled step did not run, as an error's text."""
-    tp, graphed = MeshAxes(training.mesh).size("tp"), bool(training.graphs)
-    missing = missing_paths(training.plan, trace, tp, cuda_graph=graphed, loss=config.mesh.pp == 1)
+    axes, graphed = MeshAxes(training.mesh), bool(training.graphs)
+    tp, data_axes = axes.size("tp"), bool(axes.data_groups())
+    missing = missing_paths(training.plan, trace, tp, data_axes=data_axes, cuda_graph=graphed, loss=config.mesh.pp == 1)
     if runs_flat(config) and not recorded("data"):
         missing.append("mesh.data_engine: flat (no gradient was exchanged)")
     return {"problem": f"requested and not run: {', '.join(missing)}"} if missing else {}
 
 
-def missing_paths(plan: Plan, trace: StepTrace, tp: int, *, cuda_graph: bool = False, loss: bool = True) -> list[str]:
+def missing_paths(
+    plan: Plan, trace: StepTrace, tp: int, *, data_axes: bool = False, cuda_graph: bool = False, loss: bool = True
+) -> list[str]:
     """The fast paths of `plan`, and CUDA graphs, that a step's trace does not show. `loss`: whether the traced rank
     computes it; a pipeline's first stage does not."""
+    applied = [style for style in plan.modules.values() if style.applies(tp, data_axes=data_axes)]
     missing = ["train.cuda_graph (no cudaGraphLaunch)"] if cuda_graph and not trace.graph_launches else []
-    operators = {style.operator: style.name for style in plan.modules.values() if style.operator} if tp > 1 else {}
+    operators = {style.operator: style.name for style in applied if style.operator}
     for operator, name in operators.items():
         if not trace.operators.get(f"colrow::{operator}"):
             missing.append(f"style {name} (operator colrow::{operator})")
@@ -259,7 +263,7 @@ def missing_paths(plan: Plan, trace: StepTrace, tp: int, *, cuda_graph: bool = F
     if loss and plan.loss == "linear" and not trace.operators.get("linear_cross_entropy"):
         missing.append("linear cross entropy")
     on_device = trace.kernels > 0
-    wants_fp8 = tp > 1 and any(getattr(style, "fp8", "") for style in plan.modules.values())
+    wants_fp8 = any(getattr(style, "fp8", "") for style in applied)
     if wants_fp8 and on_device and not trace.operators.get("aten::_scaled_mm"):
         missing.append("fp8 (operator aten::_scaled_mm)")
     if loss and plan.loss == "linear" and on_device and not any("_loss_kernel" in name for name in trace.names):

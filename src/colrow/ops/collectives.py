@@ -22,7 +22,9 @@ _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.re
 
 
 def start_all_gather(x: Tensor, group: dist.ProcessGroup) -> Finish:
-    """[t, ...] on each of n ranks -> [n t, ...], rank 0's shard first."""
+    """[t, ...] on each of n ranks -> [n t, ...], rank 0's shard first; `x` itself where n is 1."""
+    if group.size() == 1:
+        return lambda: x
     x = x.contiguous()  # NCCL and gloo read one block of memory
     out = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
     work = _all_gather_single(out, x, group=group, async_op=True)
@@ -30,7 +32,10 @@ def start_all_gather(x: Tensor, group: dist.ProcessGroup) -> Finish:
 
 
 def start_reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Finish:
-    """[n t, ...] on each of n ranks -> the sum over ranks of this rank's [t, ...]. `x` must not change meanwhile."""
+    """[n t, ...] on each of n ranks -> the sum over ranks of this rank's [t, ...]; `x` itself where n is 1. `x` must
+    not change meanwhile."""
+    if group.size() == 1:
+        return lambda: x
     x = x.contiguous()
     out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
     work = _reduce_scatter_single(out, x, group=group, async_op=True)

@@ -90,15 +90,24 @@ class CopyEngine(Carrier):
 
     def open(self, shape: tuple[int, ...], dtype: torch.dtype) -> Exchange:
         nbytes = self.size * torch.Size(shape).numel() * dtype.itemsize
-        if nbytes > self.ring.bytes:  # all ranks open equal exchanges, so all allocate the larger ring here
-            self.ring, self._views = self._grow(-(-nbytes // _ALIGNMENT) * _ALIGNMENT), {}
-        self._turn = (self._turn + 1) % RING
-        key = (self._turn, shape, dtype)  # making the views takes more CPU time than a send
+        turn = self.next_turn(nbytes)
+        key = (turn, shape, dtype)  # making the views takes more CPU time than a send
         if key not in self._views:
-            views = [slots[self._turn, :nbytes].view(dtype).view(self.size, *shape) for slots in self.ring.slots]
+            views = [slots[turn, :nbytes].view(dtype).view(self.size, *shape) for slots in self.ring.slots]
             self._views[key] = views[self.ring.rank], self._targets(views)
         own, targets = self._views[key]
-        return _CopyEngineExchange(self.device, self.side, self.ring, self._turn, own, targets)
+        return _CopyEngineExchange(self.device, self.side, self.ring, turn, own, targets)
+
+    def next_turn(self, nbytes: int) -> int:
+        """The slot of the exchange that begins, of at least `nbytes`."""
+        self.reserve(nbytes)
+        self._turn = (self._turn + 1) % RING
+        return self._turn
+
+    def reserve(self, nbytes: int) -> None:
+        """Make slots of at least this size. Collective where they are smaller: all ranks open equal exchanges."""
+        if nbytes > self.ring.bytes:
+            self.ring, self._views = self._grow(-(-nbytes // _ALIGNMENT) * _ALIGNMENT), {}
 
     def _targets(self, views: list[Tensor]) -> list[Tensor]:
         """Where this rank's chunk goes, by peer; `views` are a slot of each rank, [n, *chunk]."""

@@ -107,7 +107,7 @@ _CHUNKS = Wanted("overlap: copy_engine", "use overlap: collectives (preset llama
 _ENGINES: dict[str, tuple[dist.ProcessGroup, CopyEngine]] = {}
 
 
-def copy_engine(group: dist.ProcessGroup, device: torch.device) -> CopyEngine:
+def copy_engine(group: dist.ProcessGroup, device: torch.device, wanted: Wanted = _CHUNKS) -> CopyEngine:
     """The group's engine. Collective at the first call: all ranks get one, or all raise the same error.
 
     Raises:
@@ -118,7 +118,7 @@ def copy_engine(group: dist.ProcessGroup, device: torch.device) -> CopyEngine:
     if known is not None and known[0] is group:
         return known[1]
     isolated = dist.get_backend(group) == "fake"  # one rank measured without peers
-    with _all_or_none(group):
+    with _all_or_none(group, wanted):
         if (obstacle := _obstacle(group, device, isolated)) is not None:
             raise _ObstacleError(obstacle)
         cuda = Cuda(device)

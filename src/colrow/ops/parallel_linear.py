@@ -132,7 +132,8 @@ def _column_backward(
     """
     opts, ranks = LinearOptions.parse(options), group_named(group)
     carrier = opts.carrier(dy_TF.shape[0] // ranks.size(), group, dy_TF.device)
-    record("beside", opts.overlap if carrier is not None or not opts.overlaps else "collectives")
+    if ranks.size() > 1:
+        record("beside", opts.overlap if carrier is not None or not opts.overlaps else "collectives")
     if carrier is not None:
         return chunked.column_backward(dy_TF, x.contiguous(), weights, carrier, opts, need_dx, need_dw)
 

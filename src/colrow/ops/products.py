@@ -36,10 +36,27 @@ def dgrad_weights(weights: list[Tensor], fp8: str = "") -> Weights:
 
 
 def _joined(weights: list[Tensor]) -> list[Tensor]:
-    """Concatenated if some are narrow; as they are if each is large: the copy would cost more than it saves."""
-    if len(weights) == 1 or min(w.shape[0] for w in weights) >= NARROW:
+    """As one where they lie one after the other in memory (the flat engine gathers them so); else concatenated if some
+    are narrow, and as they are if each is large: the copy would cost more than it saves."""
+    if len(weights) == 1:
+        return weights
+    if _adjacent(weights):
+        first = weights[0]
+        return [first.as_strided((sum(w.shape[0] for w in weights), first.shape[1]), first.stride())]
+    if min(w.shape[0] for w in weights) >= NARROW:
         return weights
     return [torch.cat(weights)]
+
+
+def _adjacent(weights: list[Tensor]) -> bool:
+    """Whether each weight begins where the one before it ends."""
+    memory = {w.untyped_storage().data_ptr() for w in weights}
+    ends = [w.storage_offset() + w.numel() for w in weights]
+    return (
+        len(memory) == 1
+        and all(w.is_contiguous() and w.dtype == weights[0].dtype for w in weights)
+        and ends[:-1] == [w.storage_offset() for w in weights[1:]]
+    )
 
 
 def column_product(x_TD: Tensor, weights: Weights, out: Tensor, fp8: str = "") -> None:

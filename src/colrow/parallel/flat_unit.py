@@ -15,9 +15,9 @@ one unit alone, the shard lies in it, at the rank's own rows; and where no shard
 gather.
 
 [Note: reduction by exchange]
-A gradient stays where autograd put it. Each rank sends every other the rows that this one holds, in the compute dtype,
-and sums what it gets in the parameters' dtype, in one pass. The sum of bf16 terms is that of a reduce-scatter in fp32,
-with half the bytes; replicas then average the fp32 sums by all-reduce.
+A gradient stays where autograd put it. Each rank sends every other the rows that this one holds, in the compute dtype
+(`flat_exchange`), and sums what it gets in the parameters' dtype, in one pass. The sum of bf16 terms is that of a
+reduce-scatter in fp32, with half the bytes; replicas then average the fp32 sums by all-reduce.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from torch.distributed.tensor import DTensor, Partial
 from colrow.ops.execution_record import record
 from colrow.ops.kernels.slot_sum import add_received, square_terms
 from colrow.parallel.data_shards import Unsharded
+from colrow.parallel.flat_exchange import Exchange, Exchanges, Ranges
 from colrow.parallel.flat_gather import Gathers
 from colrow.sharding.layout import chunk_sizes, local_tensor, waited_local
 from colrow.sharding.parameter_state import state_of
@@ -155,8 +156,8 @@ class FlatUnit:
         self._size = end
         self.trained = [each for each in self.params if each.param.requires_grad]
         buffer.size = max(buffer.size, groups.shards * end)
-        self._exchange: tuple[list[Any], list[Tensor], Tensor | None] | None = None
-        """What was started: handles, this rank's gradients, and the rows that it gets [W - 1, size]."""
+        self._exchange: tuple[Exchange | None, list[Tensor]] | None = None
+        """What was started, and this rank's gradients."""
         self._reduction: Any = None
         self._has_sum = False
         self.reduced = False
@@ -168,12 +169,13 @@ class FlatUnit:
         return self._size
 
     @torch.no_grad()
-    def allocate(self, gathers: Gathers | None) -> None:
+    def allocate(self, gathers: Gathers | None, exchanges: Exchanges | None) -> None:
         """Make all that the unit computes with, when all units of its buffer have said their sizes.
 
         Args:
-            gathers: None where nothing is sharded.
+            gathers, exchanges: None where nothing is sharded.
         """
+        self._exchanges = exchanges
         if not self.params:
             return
         device = local_tensor(self.params[0].param).device
@@ -229,24 +231,16 @@ class FlatUnit:
         if not self.trained:
             return
         grads = [self._taken(each) for each in self.trained]
-        if self.groups.shard is None:
-            self._exchange = [], grads, None
+        if self._exchanges is None:
+            self._exchange = None, grads
             return
-        group, rank, shards = self.groups.shard, self.groups.rank, self.groups.shards
-        received = torch.empty(shards - 1, self._size, dtype=grads[0].dtype, device=grads[0].device)
-        operations: list[dist.P2POp] = []
-        for step in range(1, shards):
-            to, source = (rank + step) % shards, (rank - step) % shards
-            for each, grad in zip(self.trained, grads, strict=True):
-                if (part := each.part(grad, to)).numel():
-                    operations.append(dist.P2POp(dist.isend, part, group=group, group_peer=to))
-            operations += [
-                dist.P2POp(dist.irecv, rows, group=group, group_peer=source)
-                for each in self.trained
-                if (rows := each.held(received[step - 1])).numel()
-            ]
-        works = dist.batch_isend_irecv(operations) if operations else []
-        self._exchange = works, grads, received
+
+        def parts(rank: int) -> list[tuple[int, Tensor]]:
+            rows = [(each.at, each.part(grad, rank)) for each, grad in zip(self.trained, grads, strict=True)]
+            return [(at, part) for at, part in rows if part.numel()]
+
+        own = [(each.at, size) for each in self.trained if (size := each.copy.numel())]
+        self._exchange = self._exchanges.start(Ranges(self._size, parts, own), grads[0]), grads
         record("data", "flat shards")
 
     @torch.no_grad()
@@ -254,9 +248,8 @@ class FlatUnit:
         """Add what was exchanged to the step's sum; after the `last` micro-batch replicas start to average it."""
         if self._exchange is None:
             return
-        (works, grads, received), self._exchange = self._exchange, None
-        for work in works:
-            work.wait()
+        (exchange, grads), self._exchange = self._exchange, None
+        received = None if exchange is None else exchange.received()
         if not self._has_sum:
             self._gradient.untyped_storage().resize_(self._bytes)
         if received is None:
@@ -267,6 +260,8 @@ class FlatUnit:
                 add_received(
                     own, each.held(received), total, scale, add=self._has_sum, squares=squares if last else None
                 )
+        if exchange is not None:
+            exchange.close()
         self._has_sum = True
         if last and self.groups.replicate is not None:
             op = dist.ReduceOp.AVG if dist.get_backend(self.groups.replicate) == "nccl" else dist.ReduceOp.SUM

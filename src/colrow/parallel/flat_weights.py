@@ -32,6 +32,7 @@ from colrow.errors import ConfigError
 from colrow.mesh import MeshAxes
 from colrow.parallel.data_parallel import head_unit
 from colrow.parallel.data_shards import Unsharded, unsharded_of
+from colrow.parallel.flat_exchange import CollectiveExchanges, ExchangeCarrier, Exchanges, PeerExchanges
 from colrow.parallel.flat_gather import CollectiveGathers, GatherCarrier, Gathers, PeerGathers
 from colrow.parallel.flat_unit import Buffer, DataGroups, FlatUnit
 from colrow.parallel.used_parameters import flags_anywhere
@@ -48,13 +49,14 @@ def runs_flat(config: RunConfig) -> bool:
 
 
 def check_data_engine(config: RunConfig) -> None:
-    """Raise a ConfigError where `mesh.data_engine: flat` is set and cannot work, or `fsdp.gather` without it."""
+    """Raise a ConfigError where `mesh.data_engine: flat` is set and cannot work, or carriers of it without it."""
     if not runs_flat(config):
-        if config.fsdp.gather != "collectives":
-            raise ConfigError(
-                f"fsdp.gather: {config.fsdp.gather} is for mesh.data_engine: flat and a mesh with data axes (here "
-                f"{config.mesh}): set mesh.data_engine to flat, or fsdp.gather to collectives"
-            )
+        for key in ("gather", "exchange"):
+            if (carrier := getattr(config.fsdp, key)) != "collectives":
+                raise ConfigError(
+                    f"fsdp.{key}: {carrier} is for mesh.data_engine: flat and a mesh with data axes (here "
+                    f"{config.mesh}): set mesh.data_engine to flat, or fsdp.{key} to collectives"
+                )
         return
     if config.fsdp.gather == "copy_engine" and not config.fsdp.keep_shards:
         raise ConfigError(
@@ -81,7 +83,7 @@ class FlatWeights(WeightCopies):
         dtype: what the model computes in.
         reshard_after_forward: blocks share two buffers, and are gathered once more for backward; else all stay
             gathered for the step. Unless given, where dp_shard > 1.
-        gather: who carries gathers.
+        gather, exchange: who carries gathers, and exchanges of gradients.
         keep_shards: keep the blocks' shards in `dtype` too; else they are cast for each gather.
 
     Raises:
@@ -98,6 +100,7 @@ class FlatWeights(WeightCopies):
         reshard_after_forward: bool | None = None,
         gather: GatherCarrier = "collectives",
         keep_shards: bool = True,
+        exchange: ExchangeCarrier = "collectives",
     ) -> None:
         super().__init__(model)
         axes = MeshAxes(mesh)
@@ -107,8 +110,9 @@ class FlatWeights(WeightCopies):
         self._head = head_unit(model, self._blocks)
         self._units = self._make_units(model, dtype, reshard_after_forward is not False, keep_shards)
         self._gathers = self._make_gathers(gather, dtype)
+        exchanges = self._make_exchanges(exchange, dtype)
         for unit in self._units:
-            unit.allocate(self._gathers)
+            unit.allocate(self._gathers, exchanges)
         params = [each for unit in self._units for each in unit.params]
         self.copies = {each.param: each.copy for unit in self._units if not unit.casts for each in unit.params}
         self._full = {each.param: each.full for each in params}
@@ -172,8 +176,19 @@ class FlatWeights(WeightCopies):
             return None
         if carrier == "collectives":
             return CollectiveGathers(group)
-        device = next(local_tensor(each.param).device for unit in self._units for each in unit.params)
-        return PeerGathers(group, device, dtype, [unit.size for unit in self._units if unit.params])
+        return PeerGathers(group, self._device, dtype, [unit.size for unit in self._units if unit.params])
+
+    def _make_exchanges(self, carrier: ExchangeCarrier, dtype: torch.dtype) -> Exchanges | None:
+        group = self._groups.shard
+        if group is None:
+            return None
+        if carrier == "collectives":
+            return CollectiveExchanges(group)
+        return PeerExchanges(group, self._device, max(unit.size for unit in self._units) * dtype.itemsize)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(local_tensor(each.param).device for unit in self._units for each in unit.params)
 
     def _make_units(self, model: nn.Module, dtype: torch.dtype, reshard: bool, keep: bool) -> list[FlatUnit]:
         """In the order in which they run: root, blocks, head."""
@@ -276,9 +291,10 @@ class FlatWeights(WeightCopies):
         if not self._pending:
             return
         self._backward_to(1)
+        self._sum(2)
         for at in (1, 0):
             self._send(at)
-        for at in (2, 1, 0):
+        for at in (1, 0):
             self._sum(at)
         self._pending = False
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 from colrow.errors import ConfigError, PlanError
-from colrow.mesh import Mesh
+from colrow.mesh import Mesh, MeshAxes
 from colrow.plans.plan import Plan, Resolved
 from colrow.sharding.layout import local_tensor, mark_packed
 from colrow.sharding.local_view import remove_views
@@ -66,7 +66,8 @@ def parallelize(
     plan.check_shapes(model, tp, resolved=resolved)
     layouts = plan.parameters(model, tp, resolved=resolved)
     if tp == 1:
-        _style_on_one_rank(model, resolved, tp_mesh)
+        data_axes = isinstance(mesh, DeviceMesh) and bool(MeshAxes(mesh).data_groups())
+        _style_on_one_rank(model, resolved, tp_mesh, data_axes=data_axes)
         return model
     if not plan.modules:
         message = f"CR105: plan {plan.name} is empty: every rank holds and computes the complete model"
@@ -89,10 +90,10 @@ def parallelize(
     return model
 
 
-def _style_on_one_rank(model: nn.Module, resolved: Resolved, tp_mesh: DeviceMesh) -> None:
+def _style_on_one_rank(model: nn.Module, resolved: Resolved, tp_mesh: DeviceMesh, *, data_axes: bool) -> None:
     """At tp 1 nothing is split; only styles that save something there too are applied."""
     for fqn, (_, style) in resolved.items():
-        if style.on_one_rank:
+        if style.applies(1, data_axes=data_axes):
             site = Site(model, fqn, 1)
             style.build(site)._apply(site.module, tp_mesh)
 

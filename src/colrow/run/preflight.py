@@ -128,9 +128,9 @@ def _judged_plan(config: RunConfig, model: nn.Module) -> tuple[Plan, Judgement |
         )
     if config.train.fp8 is None:
         return plan, judgement
-    if config.mesh.tp == 1:
+    if config.mesh.tp == 1 and config.mesh.dp == 1:
         raise ConfigError(
-            "train.fp8 applies to the matmuls that tp splits, and mesh.tp is 1: raise it, or leave fp8 out"
+            f"train.fp8 is for meshes with tp or data axes, and the mesh is {config.mesh}: add ranks, or leave fp8 out"
         )
     return plan.with_fp8(config.train.fp8), None
 

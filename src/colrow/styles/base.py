@@ -78,6 +78,9 @@ class Style(ABC):
     on_one_rank: ClassVar[bool] = False
     """The style changes what the module computes, and so applies where tp is 1 too. `verify` compares with the module
     without its style: it cannot prove one that changes the result."""
+    on_data_axes: ClassVar[bool] = False
+    """The style has a faster way to compute the same on one rank of tp too: it applies there where a data axis has
+    several ranks."""
     returns_loss: ClassVar[bool] = False
     """The module returns the loss: the plan's loss has to be `linear`."""
     sums_gradients: ClassVar[bool] = False
@@ -151,6 +154,10 @@ class Style(ABC):
         values += [item for value in values if isinstance(value, tuple) for item in value]
         shards = any(isinstance(value, Shard) and value.dim == 1 for value in values)
         return "sequence" if shards or getattr(self, "sequence_dim", 0) == 1 else ""
+
+    def applies(self, tp: int, *, data_axes: bool) -> bool:
+        """Whether the style changes how a module runs at this degree, where a data axis has several ranks or none."""
+        return tp > 1 or self.on_one_rank or (data_axes and self.on_data_axes)
 
     def check(self, site: Site) -> None:
         """Raise PlanError, with the fix, when the style cannot work on this module at this degree."""

@@ -211,6 +211,7 @@ def make_runner(
                 fsdp.reshard_after_forward,
                 gather=fsdp.gather,
                 keep_shards=fsdp.keep_shards,
+                exchange=fsdp.exchange,
             )
         elif precision.keeps_copies:
             weights = ComputeWeights(stage.module, dtype, graphed=train.cuda_graph)

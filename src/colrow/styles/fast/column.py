@@ -52,6 +52,7 @@ class FastGather(FastLinear):
     `FastLinear`."""
 
     name = "fast_gather"
+    on_data_axes = True  # one matmul for all columns
     gathers_for_children = True
     operator = "column_forward"
     columns: tuple[str, ...] = option(names_of, ())
@@ -205,6 +206,7 @@ class FastColwise(FastColumns):
     see `packed.ColumnSegments`."""
 
     name = "fast_colwise"
+    on_data_axes = True
 
     def build(self, site: Site) -> ParallelStyle:
         state = SiblingState(leaf_name(site.fqn))
@@ -217,6 +219,7 @@ class FastKvReplicate(KvReplicate):
 
     name = "fast_kv_replicate"
     gathers_own_input = False
+    on_data_axes = True
 
     def build(self, site: Site) -> ParallelStyle:
         heads = self.resolve(site)

@@ -61,7 +61,8 @@ class FastLinearStyle(ParallelStyle):
         self.specs, self.forward, self.state = specs, forward, state
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        shard_parameters(module, device_mesh, self.specs, self.src_data_rank)
+        if device_mesh.size() > 1:  # on one rank parameters stay plain tensors
+            shard_parameters(module, device_mesh, self.specs, self.src_data_rank)
         module.__dict__[FORWARD_STATE] = self.state(device_mesh)
         replace_forward(module, self.forward)
         return module
@@ -129,10 +130,16 @@ class FastLinear(FlattenedTokens):
     chunk_rows: int = CHUNK_ROWS
     fp8: str = option(_float8_of, "")
 
+    def applies(self, tp: int, *, data_axes: bool) -> bool:
+        return super().applies(tp, data_axes=data_axes) or (data_axes and bool(self.fp8))
+
     def linear_state(self, mesh: DeviceMesh) -> LinearState:
         """The forward's state; creates the carrier."""
-        create_carrier(mesh, self.overlap)
         options = {name: getattr(self, name) for name in option_names() if hasattr(self, name)}
+        if mesh.size() == 1:
+            options |= {"overlap": "none", "keep_gathered": False}  # nothing is gathered that could be kept
+        else:
+            create_carrier(mesh, self.overlap)
         return LinearState(group_name(mesh), mesh.size(), LinearOptions(**options))
 
 

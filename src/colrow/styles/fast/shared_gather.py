@@ -32,6 +32,7 @@ class FastGatherOutput(FastLinear):
     """
 
     name = "fast_gather_output"
+    on_data_axes = True
     computes_module = False  # its own forward runs, on this rank's tokens
     sums_gradients = True
     operator = "column_forward"
@@ -57,8 +58,9 @@ class _GatherOutputHook(ParallelStyle):
         self.style, self.fqn, self.around = style, site.fqn, _around(site)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        names = [name for name, _ in module.named_parameters(recurse=False)]
-        shard_parameters(module, device_mesh, dict.fromkeys(names, ShardSpec()), self.src_data_rank)
+        if device_mesh.size() > 1:  # on one rank parameters stay plain tensors
+            names = [name for name, _ in module.named_parameters(recurse=False)]
+            shard_parameters(module, device_mesh, dict.fromkeys(names, ShardSpec()), self.src_data_rank)
         module.__dict__[COLUMNS] = tuple(self.around.get_submodule(column) for column in self.style.columns)
         gather = SiblingGather(self.fqn, self.style.columns, None, self.style.linear_state(device_mesh))
 
