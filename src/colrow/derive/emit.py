@@ -31,6 +31,7 @@ class Emitter(ModuleEmitter):
         for block in self.blocks:
             self._block(block, block.module in locals_)
         self._groups()
+        self._buffers()
         self._unsharded_parameters()
         self._never_summed_twice()
         self._used_outside()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.fx import Node
 
 from colrow.derive.axes import Atom, Dim, find, leaves
 from colrow.derive.blocks import Block, Split, SplitError
@@ -18,6 +19,7 @@ from colrow.derive.sequence import Stream
 from colrow.derive.trace import Scale, Trace, label_of, module_path
 from colrow.styles.base import STYLES, Style
 from colrow.styles.fast.linear import is_linear
+from colrow.styles.local_block import BlockShards, LocalShards
 from colrow.styles.packed import is_transposed
 from colrow.styles.replicated import LEFT_OUT
 
@@ -37,6 +39,8 @@ class Emission:
     loss: str = "replicated"
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Attributes that are certain to need a local value."""
+    buffers: dict[str, Node] = field(default_factory=dict)
+    """Buffers of which a rank uses some rows, by name, and their nodes."""
 
     def style(self, name: str) -> type[Style]:
         """The class of a module's style; that of modules left out of the plan where it has none."""
@@ -63,6 +67,11 @@ class ModuleEmitter:
                     module, _, parameter = owner.rpartition(".")
                     if module in modules:
                         self.owned[module].append(parameter)
+        self.buffers = {
+            traced.buffers[node.name]: node
+            for node in self.flows.inference.graph.nodes
+            if node.name in traced.buffers and self.flows.is_sharded(node)
+        }
         self.entries, self.exits = split.borders()
 
     # ------------------------------------------------------------------ modules with shards
@@ -120,6 +129,17 @@ class ModuleEmitter:
                 self.finder.atoms_of(set(self.flows.inference.params)) & self._atoms(name),
                 f"{name} is not in a block that runs on local tensors",
             )
+
+    def _buffers(self) -> None:
+        """Of a module that runs on its shards and alone reads its buffer, a rank uses the rows that go with them."""
+        for name, node in self.buffers.items():
+            owner, _, buffer = name.rpartition(".")
+            if all(self.flows.path[user] == owner for user in node.users) and issubclass(
+                self.out.style(owner), (LocalShards, BlockShards)
+            ):
+                self.dims[name] = self.flows.inference.of(node)
+                self.out.modules[owner].setdefault("shards", {})[buffer] = self._shard_spec(owner, buffer)
+                self.out.buffers[name] = node
 
     def _can_stand_alone(self, name: str) -> bool:
         """Whether the module takes one activation and no other code reads what it holds: it may lie outside a block,

@@ -77,6 +77,7 @@ class LocalCheck:
         self.choice: Choice = flows.choice
         self.visible = Choice(self.choice.tp, self.choice.atoms - self.choice.vocabulary, self.choice.groups)
         self.blocks = [name for name in emission.modules if emission.style(name).gathers_for_children]
+        self.blocks += [name.rpartition(".")[0] for name in emission.buffers]
         self.runs_fake: bool | None = None
         """Whether the model runs on fake tensors outside of export; unknown until something fails."""
         self.expected: dict[Node, list[int] | None] = {}
@@ -120,6 +121,10 @@ class LocalCheck:
             for each in names:
                 parent, _, last = each.rpartition(".")
                 clone.get_submodule(parent)._parameters[last] = new
+        for name, node in self.emission.buffers.items():
+            owner, _, last = name.rpartition(".")
+            shape = self.visible.local_shape(self.flows.inference.of(node))
+            clone.get_submodule(owner)._buffers[last] = clone.get_buffer(name).new_empty(shape)
         for name, values in repairs.attributes.items():
             module = clone.get_submodule(name)
             for key, value in values.items():

@@ -127,14 +127,11 @@ def group_norm(inference: AxisInference, node: Node) -> Result:
 
 @rule("batch_norm")
 def batch_norm(inference: AxisInference, node: Node) -> Result:
-    """Each channel has statistics of its own; weight, bias, running mean and variance run along the channels. Running
-    statistics that are buffers stay on every rank, so there the channels do too."""
+    """Each channel has statistics of its own; weight, bias, running mean and variance run along the channels."""
     x = inference.of(node.args[0])
     for given in node.args[1:5]:
         if isinstance(given, Node):
             unify(inference.of(given)[0], x[1], node.name)
-            if given.op == "placeholder" and given not in inference.params:
-                forbid(x[1], "the running statistics of a batch norm are buffers, which no style splits")
     forbid(x[0], "normalised over")
     for dim in x[2:]:
         forbid(dim, "normalised over")

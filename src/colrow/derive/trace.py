@@ -82,6 +82,8 @@ class Trace:
     inputs: tuple[str, ...]
     ties: dict[str, str]
     """A tied parameter's other names to its first one, which stands for all of them here."""
+    buffers: dict[str, str] = field(default_factory=dict)
+    """Placeholder name to the buffer's name in the model."""
     values: dict[str, Tensor] = field(default_factory=dict)
     """Buffers and lifted constants by placeholder name."""
     positional: dict[str, int] = field(default_factory=dict)
@@ -210,6 +212,7 @@ def trace(
         constants=constants,
         inputs=tuple(str(n) for n in program.graph_signature.user_inputs),
         ties=ties,
+        buffers={ph: strip(n) for ph, n in program.graph_signature.inputs_to_buffers.items()},
         values=values,
         positional=calls.positional,
         results=calls.results,

@@ -40,7 +40,8 @@ from colrow.torch_compat import (
 
 _COLROW = Path(__file__).parents[1]
 _STYLE_CODE = tuple(str(_COLROW / room) for room in ("styles", "ops", "sharding", "parallel"))
-_PASSED_OVER = (__file__, str(_COLROW / "dryrun" / "paired_runs.py"), str(_COLROW / "dryrun" / "lockstep.py"))
+_DRYRUN, _COMPAT = _COLROW / "dryrun", _COLROW / "torch_compat"
+_PASSED_OVER = (__file__, *map(str, (_DRYRUN / "paired_runs.py", _DRYRUN / "lockstep.py", _COMPAT / "groups.py")))
 _VIEWS = ("view", "_unsafe_view", "_reshape_alias")
 
 

@@ -37,7 +37,7 @@ from colrow.sharding.operators import Filling, operator
 from colrow.sharding.shard_rules import proven_layouts
 from colrow.styles.base import OutputSegment, Style
 from colrow.styles.local_module import watched_sums
-from colrow.styles.rank_tensors import HEADS_OF_RANK
+from colrow.styles.rank_tensors import HEADS_OF_RANK, RANK_TABLES
 from colrow.torch_compat import current_autograd_node, forward_number, tree_unflatten, watched_conversions
 
 
@@ -151,6 +151,10 @@ class ShardedRun(NumberedRun):
                 self.report(operation.name, "each rank draws random numbers for its shard of a DTensor", dim=shards[0])
             self._note_draw(operation, recorded, self.value(operation.results[0]).layout)
             return
+        if operation.name == "index_select" and source.in_style and (segments := self._segments_of_table(operation)):
+            layout = sharded(operation.leaves[1], segments)
+            self.set_value(operation.results[0], operation.values[0].number, layout)
+            return
         if (collective := operator(operation.name).collective) and operation.func.namespace == "_c10d_functional":
             self._collective(operation, collective)
             return
@@ -169,6 +173,11 @@ class ShardedRun(NumberedRun):
             self._zeros.update(numbers)
         for result, number, layout in zip(operation.results, numbers, found, strict=True):
             self.set_value(result, number, layout)
+
+    def _segments_of_table(self, operation: Operation) -> tuple[int, ...]:
+        """Of a rank's rows of what every rank has, which a style takes: the segments that they are shards of."""
+        table = operation.leaves[2]
+        return RANK_TABLES.get(table) or () if operation.values[0].layout == REPLICATED else ()
 
     def _layouts(self, operation: Operation, recorded: _Recorded | None, source: Any, backward: bool) -> list[Layout]:
         layouts = [value.layout for value in operation.values]

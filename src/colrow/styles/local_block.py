@@ -12,6 +12,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
 from colrow.sharding.placements import parse_placement
+from colrow.styles.local_buffers import view_buffers
 from colrow.styles.local_module import ShardedModuleStyle, local_input, mark_grads_summed_at_entry, sum_over_ranks
 from colrow.styles.options import named_placements_of, option, placements_of
 from colrow.styles.rank_tensors import rank_heads
@@ -24,6 +25,7 @@ class LocalShards(ShardedParameters):
     """Any module whose own parameters are sharded as `shards` says: name to dim, or to {dim, segments, replicated}. Its
     forward runs on the shards. For stacked experts: `{gate_up_proj: {dim: 1, segments: [F, F]}, down_proj: 2}`.
 
+    A buffer that is named stays on every rank, and forward sees its rows of it: `{running_mean: 0}` of a batch norm.
     A parameter left out is replicated with its gradient summed; one that is added to a partial sum is
     `{scaled: true}`. `output` (default `partial`: left to the enclosing block) says what the output becomes when the
     module ends in a sum over ranks. `input` is the layout of the first argument outside, of a module that no block
@@ -98,6 +100,7 @@ class _LocalBlockHooks(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         style, mesh = self.style, device_mesh
         shard_parameters(module, mesh, self.specs, self.src_data_rank)
+        view_buffers(module, mesh, self.specs)
         mark_grads_summed_at_entry(module)
         layouts: dict[int | str, Placement | None] = {}
         layouts.update(enumerate(style.input or ()))

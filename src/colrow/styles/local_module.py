@@ -14,6 +14,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
 from colrow.errors import PlanError
+from colrow.styles.local_buffers import view_buffers
 from colrow.styles.shards import ShardSpec, shard_parameters
 from colrow.torch_compat import all_gather, all_reduce, reduce_scatter, replaced
 
@@ -51,6 +52,7 @@ class ShardedModuleStyle(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         mesh, partial, output = device_mesh, self.partial, self.output
         shard_parameters(module, mesh, self.specs, self.src_data_rank)
+        view_buffers(module, mesh, self.specs)
         input = self.input
         if input is None and not getattr(module, GRADS_SUMMED_AT_ENTRY, False):
             input = self.outside

@@ -19,18 +19,20 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 RANK_TABLES = WeakTensorKeyDictionary()
-"""Live index tensors made by `rank_table`. The dry run simulates one rank and marks them as rank-dependent."""
+"""Live index tensors made by `rank_table`, and the segments of a dim of which they are a rank's rows, where they are
+shards. The dry run simulates one rank and marks them as rank-dependent."""
 
 
 HEADS_OF_RANK = WeakTensorKeyDictionary()
 """Live results of `rank_heads`: of which dim they are shards, and of which segments of it."""
 
 
-def rank_table(mesh: DeviceMesh, rows: list[list[int]]) -> Tensor:
-    """Row `rank` of `rows`, on the mesh's device. Rows are equally long."""
+def rank_table(mesh: DeviceMesh, rows: list[list[int]], segments: tuple[int, ...] = ()) -> Tensor:
+    """Row `rank` of `rows`, on the mesh's device. Rows are equally long. `segments`: they are the ranks' shards of a
+    dim that is these segments one after another."""
     table = torch.tensor(rows, device=mesh.device_type)
     own = distribute_tensor(table, mesh, [Shard(0)], src_data_rank=None).to_local()[0]
-    RANK_TABLES[own] = True
+    RANK_TABLES[own] = segments
     return own
 
 

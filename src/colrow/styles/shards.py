@@ -154,13 +154,15 @@ def shards_of(value: Any) -> dict[str, Any] | None:
 
 
 def specs_of(site: Site, style: str, shards: dict[str, Any]) -> dict[str, ShardSpec]:
-    """The spec of each of the module's own parameters, from what a plan declares for some of them."""
+    """The spec of each of the module's own parameters, from what a plan declares for some of them; and of its buffers
+    that the plan declares."""
     specs = {}
-    own = dict(site.module.named_parameters(recurse=False))
+    own: dict[str, Tensor] = dict(site.module.named_parameters(recurse=False))
+    own |= {name: buffer for name, buffer in site.module.named_buffers(recurse=False) if name in shards}
     for name in shards:
         if name not in own:
             raise site.wrong_options(
-                f"the module has no parameter {name!r}", f"{style} can split {', '.join(own) or 'nothing'}"
+                f"the module has no parameter or buffer {name!r}", f"{style} can split {', '.join(own) or 'nothing'}"
             )
     for name, param in own.items():
         declared = shards.get(name)
@@ -191,17 +193,20 @@ class ShardedParameters(Style):
 
     @abstractmethod
     def specs(self, site: Site) -> dict[str, ShardSpec]:
-        """How each parameter is held."""
+        """How each parameter is held, and which rows of some buffers a rank uses."""
 
     def check(self, site: Site) -> None:
         for name, spec in self.specs(site).items():
             if spec.dim is not None:
-                spec.check(site, name, int(site.parameter(name).shape[spec.dim]))
+                tensor = site.module._buffers.get(name)
+                tensor = site.parameter(name) if tensor is None else tensor
+                spec.check(site, name, int(tensor.shape[spec.dim]))
 
     def parameters(self, site: Site) -> dict[str, ParameterLayout]:
         return {
             name: spec.layout(site.parameter(name), site.tp, self.layout_reason)
             for name, spec in self.specs(site).items()
+            if name in site.module._parameters
         }
 
 
@@ -217,6 +222,8 @@ def place_parameter(module: nn.Module, name: str, mesh: DeviceMesh, spec: ShardS
 
 
 def shard_parameters(module: nn.Module, mesh: DeviceMesh, specs: dict[str, ShardSpec], source: int | None) -> None:
-    """Shard the module's parameters by their specs, and let its forward see this rank's shards."""
-    placed = [name for name, spec in specs.items() if place_parameter(module, name, mesh, spec, source)]
+    """Shard the module's parameters by their specs, and let its forward see this rank's shards. Buffers are left to
+    `local_buffers`."""
+    own = {name: spec for name, spec in specs.items() if name in module._parameters}
+    placed = [name for name, spec in own.items() if place_parameter(module, name, mesh, spec, source)]
     view_parameters(module, {name: specs[name].view(mesh) for name in placed})

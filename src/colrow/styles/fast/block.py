@@ -16,6 +16,7 @@ from colrow.ops.parallel_linear import gather, scatter_sum
 from colrow.styles.fast.linear import FlattenedTokens, argument_at, group_name, with_argument
 from colrow.styles.fast.tokens import Keys, keys_of, over_tokens, tensor_argument
 from colrow.styles.local_block import BlockShards
+from colrow.styles.local_buffers import view_buffers
 from colrow.styles.local_module import mark_grads_summed_at_entry
 from colrow.styles.options import option
 from colrow.styles.rank_tensors import rank_heads
@@ -48,6 +49,7 @@ class _FastBlockHooks(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         style, mesh, group, fqn = self.style, device_mesh, group_name(device_mesh), self.fqn
         shard_parameters(module, mesh, self.specs, self.src_data_rank)
+        view_buffers(module, mesh, self.specs)
         mark_grads_summed_at_entry(module)
 
         def before(_: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -1,0 +1,108 @@
+"""Buffers as a module that runs on its shards sees them: the rows that go with its features.
+
+A buffer stays a complete, equal tensor on every rank: checkpoints, exports and data ranks know no other kind. The
+module's forward reads the rank's rows of it. Where forward wrote into these (a batch norm its running statistics), the
+rows of all ranks are gathered into the buffer: one small all-gather a forward in training.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from colrow.styles.rank_tensors import rank_table
+from colrow.styles.shards import ShardSpec
+from colrow.torch_compat import all_gather, version
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+"""What they write into their running statistics, torch does not count."""
+_SEEN = "_colrow_seen_buffers"  # module attribute: {buffer name: _Seen}, of the last forward
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """This rank's rows of a buffer, and how often they had been written when forward began."""
+
+    rows: Tensor
+    version: int
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Which rows of a buffer's `dim` a rank uses, and where each row of the buffer stands among those of all ranks."""
+
+    dim: int
+    own: Tensor
+    places: Tensor | None
+
+    @classmethod
+    def of(cls, spec: ShardSpec, mesh: DeviceMesh) -> _Rows:
+        assert spec.dim is not None
+        tp = mesh.size()
+        rows = [spec.rows(tp, rank) for rank in range(tp)]
+        order = [row for each in rows for row in each]
+        places = None
+        if order != sorted(order):
+            places = torch.tensor([order.index(row) for row in range(len(order))], device=mesh.device_type)
+        return cls(spec.dim, rank_table(mesh, rows, spec.segments), places)
+
+    def select(self, buffer: Tensor) -> Tensor:
+        return buffer.index_select(self.dim, self.own)
+
+    def write(self, rows: Tensor, buffer: Tensor, mesh: DeviceMesh) -> None:
+        complete = all_gather(rows, self.dim, mesh)
+        buffer.copy_(complete if self.places is None else complete.index_select(self.dim, self.places))
+
+
+def view_buffers(module: nn.Module, mesh: DeviceMesh, specs: dict[str, ShardSpec]) -> None:
+    """Let the module's forward see this rank's rows of each buffer that has a spec, and write into them."""
+    tables = {name: _Rows.of(spec, mesh) for name, spec in specs.items() if name in module._buffers}
+    if not tables:
+        return
+    writes = isinstance(module, _BATCH_NORMS)
+    cls: Any = type(module)
+    module.__class__ = _subclass(cls, tuple(sorted(tables)))
+
+    def before(_: nn.Module, __: Any) -> None:
+        seen = {}
+        with torch.no_grad():
+            for name, rows in tables.items():
+                buffer = module._buffers[name]
+                if buffer is not None:
+                    own = rows.select(buffer)
+                    seen[name] = _Seen(own, version(own) if module.training else 0)
+        module.__dict__[_SEEN] = seen
+
+    def after(_: nn.Module, __: Any, ___: Any) -> None:
+        for name, seen in module.__dict__.pop(_SEEN).items():
+            if module.training and (writes or version(seen.rows) != seen.version):
+                buffer = module._buffers[name]
+                assert buffer is not None
+                with torch.no_grad():
+                    tables[name].write(seen.rows, buffer, mesh)
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after)
+
+
+@functools.cache  # one subclass for equal modules, as in sharding.local_view
+def _subclass(cls: Any, names: tuple[str, ...]) -> Any:
+    body: dict[str, object] = {name: _property(name) for name in names}
+    body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls,), body)
+
+
+def _property(name: str) -> property:
+    def read(module: nn.Module) -> Tensor | None:
+        seen = module.__dict__.get(_SEEN, {}).get(name)
+        return module._buffers[name] if seen is None else seen.rows
+
+    def write(module: nn.Module, value: Tensor | None) -> None:
+        module._buffers[name] = value
+
+    return property(read, write)
