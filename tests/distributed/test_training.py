@@ -37,6 +37,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def whole(ranks: Ranks, folder: Path) -> Path:
+    """The folder of a finished run. Where another test has trained it, this start finds nothing left to do."""
+    ranks(2).run(train, tiny(folder, "whole"))
+    return folder / "whole"
+
+
 def stop_and_continue(device: str, folder: Path) -> list[Any]:
     whole = train(device, tiny(folder, "whole"))
     parts = tiny(folder, "parts")
@@ -69,23 +76,19 @@ def test_a_stopped_run_continues_bit_for_bit(ranks: Ranks, folder: Path) -> None
     assert figures(folder / "parts" / "metrics.jsonl") == want
 
 
-def test_another_seed_gives_other_figures(ranks: Ranks, folder: Path) -> None:
+def test_another_seed_gives_other_figures(ranks: Ranks, folder: Path, whole: Path) -> None:
     """The negative control of the comparison above."""
     config = tiny(folder, "seed", steps=1, warmup_steps=0)
     ranks(2).run(train, config.model_copy(update={"run": config.run.model_copy(update={"seed": 1})}))
-    assert (
-        figures(folder / "seed" / "metrics.jsonl")[0]["loss"] != figures(folder / "whole" / "metrics.jsonl")[0]["loss"]
-    )
+    assert figures(folder / "seed" / "metrics.jsonl")[0]["loss"] != figures(whole / "metrics.jsonl")[0]["loss"]
 
 
-def test_a_finished_run_leaves_all_its_files(ranks: Ranks, folder: Path) -> None:
-    ranks(2).run(train, tiny(folder, "whole"))
-    run = folder / "whole"
-    names = {path.name for path in run.iterdir()}
+def test_a_finished_run_leaves_all_its_files(whole: Path) -> None:
+    names = {path.name for path in whole.iterdir()}
     assert names >= {"config.yaml", "plan.yaml", "tokenizer.json", "metrics.jsonl", "loss.png", "loss.svg"}
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-4", "step-6"}
-    assert (run / "export" / "config.json").exists()
-    last = read_metrics(run / "metrics.jsonl")[-1]
+    assert {path.name for path in (whole / "checkpoints").iterdir()} == {"step-4", "step-6"}
+    assert (whole / "export" / "config.json").exists()
+    last = read_metrics(whole / "metrics.jsonl")[-1]
     assert last["tokens"] == 6 * 4 * 32
     assert last["perplexity"] == pytest.approx(math.exp(last["val_loss"]))
 
@@ -207,11 +210,11 @@ def from_a_folder(device: str, folder: Path) -> None:
 
 
 @pytest.mark.exhaustive
-def test_a_folder_is_trained_alike_by_both_implementations(ranks: Ranks, folder: Path) -> None:
+def test_a_folder_is_trained_alike_by_both_implementations(ranks: Ranks, folder: Path, whole: Path) -> None:
     pytest.importorskip("transformers")
     ranks(2).run(from_a_folder, folder)
     want, *others = [figures(folder / f"from-{i}-{plan}" / "metrics.jsonl") for i, plan in STARTS]
-    start = figures(folder / "whole" / "metrics.jsonl")
+    start = figures(whole / "metrics.jsonl")
     assert want[0]["loss"] < start[0]["loss"] - 0.5  # it begins where the run has ended
     for other in others:
         assert other[0] == pytest.approx(want[0], rel=1e-4)
