@@ -8,8 +8,10 @@ too. Of a buffer that any data rank wrote, where the ranks' values differ:
     integer, bool    the maximum over them
 
 A rank's own micro-batches write in order, as in one process. So a checkpoint, an evaluation and the next step see the
-same buffers on each data rank. Buffers that are not stored (`persistent=False`) are each rank's own. Ranks of a tp
-group read the same batch: a buffer that depends on a rank's shard of it is an error that check finds (CR415).
+same buffers on each data rank. A stored buffer must have its shape from the start: a checkpoint that holds one which
+forward has made, or made larger, could not be loaded. Buffers that are not stored (`persistent=False`) are each rank's
+own. Ranks of a tp group read the same batch: a buffer that depends on a rank's shard of it is an error that check finds
+(CR415).
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from colrow.sharding.layout import local_tensor
+from colrow.errors import ConfigError
+from colrow.sharding.layout import local_tensor, unwrapped_name
 
 
 class BufferSnapshot:
@@ -54,6 +57,8 @@ class WrittenBuffers:
         self._groups = groups
         owners = [(owner, name) for module in modules for owner in module.modules() for name in _persistent(owner)]
         self._owners = owners if groups else []
+        self._modules, self._shapes = modules, _stored_shapes(modules)
+        self._looked = False  # whether a step has shown that forward leaves the shapes alone
         self._before: list[Tensor] = []
 
     def begin(self) -> None:
@@ -62,7 +67,13 @@ class WrittenBuffers:
 
     @torch.no_grad()
     def combine(self) -> None:
-        """After a step's last backward. Collective over the data axes; waits for the device if there are buffers."""
+        """After a step's last backward. Collective over the data axes; waits for the device if there are buffers.
+
+        Raises:
+            ConfigError: in the first step, where forward has made a stored buffer, or changed its shape.
+        """
+        if not self._looked:
+            self._require_shapes()
         if not self._owners:
             return
         buffers = self._buffers()
@@ -78,6 +89,16 @@ class WrittenBuffers:
             combined = self._combined(dtype, items).split([buffer.numel() for buffer, _, _ in items])
             for (buffer, _, _), value in zip(items, combined, strict=True):
                 buffer.copy_(value.view_as(buffer))
+
+    def _require_shapes(self) -> None:
+        self._looked = True
+        for name, shape in _stored_shapes(self._modules).items():
+            if (before := self._shapes.get(name)) != shape:
+                raise ConfigError(
+                    f"forward gives the buffer {name} the shape {list(shape)}, and the model was built with "
+                    f"{'none' if before is None else list(before)}: a checkpoint that holds it could not be loaded. "
+                    "Register it with this shape when the model is built, or with persistent=False"
+                )
 
     def _combined(self, dtype: torch.dtype, items: Sequence[tuple[Tensor, Tensor, int]]) -> Tensor:
         """The values of all `items` in one tensor: (buffer, 1 where this rank wrote it, how many ranks did)."""
@@ -101,6 +122,15 @@ class WrittenBuffers:
     def _buffers(self) -> list[Tensor]:
         found = [local_tensor(owner.get_buffer(name)) for owner, name in self._owners]
         return [torch.view_as_real(buffer) if buffer.is_complex() else buffer for buffer in found]
+
+
+def _stored_shapes(modules: Iterable[nn.Module]) -> dict[str, torch.Size]:
+    return {
+        unwrapped_name(f"{owner_name}.{name}".lstrip(".")): owner.get_buffer(name).shape
+        for module in modules
+        for owner_name, owner in module.named_modules()
+        for name in _persistent(owner)
+    }
 
 
 def _persistent(module: nn.Module) -> list[str]:

@@ -47,10 +47,11 @@ from colrow.parallel.random_draws import arrange_draws
 from colrow.parallel.random_state import Generators, MicroBatchSeeds
 from colrow.parallel.weight_copies import WeightCopies
 from colrow.plans.plan import Plan
-from colrow.torch_compat import seed_dtensors
+from colrow.torch_compat import fsdp_units, seed_dtensors
 from colrow.train.buffers import WrittenBuffers
 from colrow.train.corruption import CorruptionCheck, KeptState
 from colrow.train.cuda_graph import EAGER_STEPS, GraphedFunction, check_cuda_graph, check_draws
+from colrow.train.forward_writes import refuse_forward_writes
 from colrow.train.optimizer import build_optimizer
 from colrow.train.replay import StepReplay
 from colrow.train.step import ForwardBackward, PipelinedModel, SingleStageModel, Step, mean_cross_entropy
@@ -118,6 +119,9 @@ def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device, source: So
     seeds = micro_batch_seeds(stages, config, mesh, device)
     runner = make_runner(stages, config, mesh, device, plan, precision, seeds, source.auxiliary)
     modules = [stage.module for stage in stages]
+    if runner.weights is not None or any(fsdp_units(module) for module in modules):
+        for stage in stages:
+            refuse_forward_writes(stage.module, stage.blocks)
     step = build_step(runner, config, mesh, decaying_parameters(modules, decays), seeds, modules)
     step.buffers = WrittenBuffers(modules, MeshAxes(mesh).data_groups())
     if config.train.replay_every:
