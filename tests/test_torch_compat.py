@@ -315,6 +315,23 @@ def test_units_of_fsdp2_show_and_fill_their_gradients(mesh: DeviceMesh) -> None:
     assert all(param.grad is not None for param in root.parameters())
 
 
+def test_a_unit_of_fsdp2_of_which_one_module_ran_ends_its_forward(mesh: DeviceMesh) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    fully_shard([model[0], model[1]], mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh)
+    reduced: list[tc.FsdpUnit] = []
+    for each in tc.fsdp_units(model):  # backward ends in the one in which it began
+        each.at_end_of_backward(lambda: None, lambda: None)
+    unit = next(unit for unit in tc.fsdp_units(model) if unit.parameters())
+    unit.before_reduction(reduced.append)
+    forward = mock.patch.object(type(model), "forward", lambda self, x: unit.finish_forward(self[1](x)))
+    for _ in range(2):  # in torch 2.11 the second forward would gather nothing, and each backward reduce twice
+        with forward:
+            model(torch.ones(1, 2, requires_grad=True)).sum().backward()
+    assert reduced == [unit, unit]
+    assert model[1].weight.grad is not None
+
+
 def test_replicas_of_fsdp2_exist() -> None:
     assert callable(tc.replicas_of_fsdp2())
 

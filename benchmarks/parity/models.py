@@ -231,6 +231,24 @@ class FrozenInput(Model):
         return logits
 
 
+class TwoHeads(Model):
+    """Ends in norm and head, in the head alone, or in another head, as the micro-batch says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other_head = nn.Linear(D, V, bias=False)
+
+    def forward(self, x: Tensor, seq_len: int | None = None) -> Tensor:
+        way = int(x.sum()) % 3
+        x = self.embed_tokens(x)
+        for layer in self.layers:
+            x = layer(x)
+        if way == 0:
+            x = self.norm(x)
+        logits: Tensor = self.other_head(x) if way == 2 else self.lm_head(x)
+        return logits
+
+
 @dataclass(frozen=True)
 class SmallModel:
     """A row of the table.
@@ -284,4 +302,5 @@ MODELS: dict[str, SmallModel] = {
     "layer drop": SmallModel(LayerDrop, _COLUMN_ROW),
     "early exit": SmallModel(EarlyExit, _COLUMN_ROW),
     "frozen input": SmallModel(FrozenInput, _COLUMN_ROW),
+    "two heads": SmallModel(TwoHeads, _COLUMN_ROW),
 }

@@ -35,6 +35,7 @@ CASES: dict[int, dict[str, tuple[str, Mesh]]] = {
         "hard-pp2-shard2": ("hard", Mesh(pp=2, dp_shard=2)),
         "drop-replicate2-shard2": ("layer drop", Mesh(dp_replicate=2, dp_shard=2)),
         "drop-tp2-shard2": ("layer drop", Mesh(dp_shard=2, tp=2)),
+        "heads-shard4": ("two heads", Mesh(dp_shard=4)),  # a rank that calls no head, or one module of it
         "input-shard4": ("frozen input", Mesh(dp_shard=4)),  # gloo aborts where the root reduces before the first block
     },
 }

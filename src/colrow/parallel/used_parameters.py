@@ -9,10 +9,11 @@ parameters, replicas drift apart, and gloo aborts:
   sends every parameter.
 - Which parameters anybody used. After backward the ranks combine one flag a parameter; `grad` becomes None on all ranks
   where no rank had one. Only a rank with an unused parameter waits for the flags.
-- In which order the units gather and reduce. A block that a rank does not call is run without its forward, at its place
-  between the others: a scalar goes through FSDP2's hooks and joins the next block's input, so that backward passes
-  here, too, between the reductions of its neighbours. Where a
-  rank detaches what enters the first block, backward does not pass that: it reduces at the end, and then the root.
+- In which order the units gather and reduce. A block, or head, that a rank does not call is run without its forward,
+  at its place between the others: a scalar goes through FSDP2's hooks and joins the next block's input, so that
+  backward passes here, too, between the reductions of its neighbours. Of a head of which a rank calls one module the
+  forward ends as if it had called all. Where a rank detaches what enters the first block, backward does not pass that:
+  it reduces at the end, and then the root.
 
 A block that ranks call unequally often, more than once, is beyond this: the order of gathers would differ. So is one
 that some ranks detach from the blocks before it, or run under `torch.no_grad`: their backward gathers fewer blocks.
@@ -40,14 +41,15 @@ def agree_on_used_parameters(
     Args:
         model: wrapped by `apply_data_parallel`.
         blocks: its units, in the order in which they run.
-        head: the modules of the unit that runs last.
+        head: the modules of the unit that runs last; empty where there is none.
         groups: those of the data axes that have several ranks; with none only the gradients' dtypes are made equal.
     """
     units = fsdp_units(model)
     UsedParameters(units, groups)
     if groups:
         by_module = {unit.module: unit for unit in units}
-        _SkippedBlocks(model, [by_module[block] for block in blocks], head)
+        called = [[block] for block in blocks] + ([list(head)] if head else [])
+        _SkippedUnits(model, [(by_module[modules[0]], modules) for modules in called])
 
 
 class UsedParameters:
@@ -108,28 +110,35 @@ def flags_anywhere(flags: Tensor, groups: Sequence[dist.ProcessGroup], *, wait: 
     return flags.tolist() if wait else None
 
 
-class _SkippedBlocks:
-    """Runs blocks without their forward, where this rank's forward has passed them by."""
+class _SkippedUnits:
+    """Runs blocks and the head without their forward, where this rank's forward has passed them by.
 
-    def __init__(self, model: nn.Module, blocks: Sequence[FsdpUnit], head: Sequence[nn.Module]) -> None:
-        self._blocks = blocks
-        self._next = 0  # the first block whose turn has not come in this forward
+    Args:
+        units: in the order in which they run, each with its modules, the first of which to be called gathers it.
+    """
+
+    def __init__(self, model: nn.Module, units: Sequence[tuple[FsdpUnit, Sequence[nn.Module]]]) -> None:
+        self._units = [unit for unit, _ in units]
+        self._next = 0  # the first unit whose turn has not come in this forward
         model.register_forward_pre_hook(self._begin, prepend=True)
-        for index, module in [*((i, unit.module) for i, unit in enumerate(blocks)), *((len(blocks), m) for m in head)]:
-            # prepended, after FSDP2's own hook was: skipped blocks come before this module is gathered
-            module.register_forward_pre_hook(partial(self._reach, index), prepend=True, with_kwargs=True)
+        for index, (_, modules) in enumerate(units):
+            for module in modules:
+                # prepended, after FSDP2's own hook was: skipped units come before this module is gathered
+                module.register_forward_pre_hook(partial(self._reach, index), prepend=True, with_kwargs=True)
         model.register_forward_hook(self._end, prepend=True)
 
     def _begin(self, module: nn.Module, args: Any) -> None:
         self._next = 0
 
     def _reach(self, index: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        skipped, self._next = self._blocks[self._next : index], max(self._next, index + 1)
+        skipped, self._next = self._units[self._next : index], max(self._next, index + 1)
         return self._run(skipped, (args, kwargs)) if skipped else None
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> Any:
-        skipped, self._next = self._blocks[self._next :], len(self._blocks)
-        return self._run(skipped, output) if skipped else None
+        for unit in self._units:
+            output = unit.finish_forward(output)
+        skipped, self._next = self._units[self._next :], len(self._units)
+        return self._run(skipped, output) if skipped else output
 
     def _run(self, skipped: Sequence[FsdpUnit], tensors: Any) -> Any:
         """Run `skipped` without their forward, ahead of what reads `tensors`, a tree; returns the tree to read."""

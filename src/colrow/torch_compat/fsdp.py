@@ -46,6 +46,9 @@ class FsdpUnit:
         end = self._state._root_post_backward_final_callback
 
         def hooked() -> None:
+            # torch 2.11 lists a unit once a module of it, and would reduce its gradients as often
+            states = self._state._state_ctx.all_states
+            states[:] = dict.fromkeys(states)
             before()
             end()
             after()
@@ -93,6 +96,19 @@ class FsdpUnit:
         y = args[0] + torch.zeros((), dtype=args[0].dtype, device=x.device, requires_grad=trained)
         out: Tensor = self._state._post_forward(self.module, args, y)
         return out
+
+    def finish_forward(self, output: Any) -> Any:
+        """Before the root's forward ends: do what follows on the last of this unit's modules, where it has called only
+        some. torch 2.13 does it behind the root, in another order than where all were called, 2.11 not at all.
+
+        Returns:
+            `output`, at whose gradient the backward of this unit begins.
+        """
+        left = self._state._modules_to_run_forward
+        if not left:
+            return output
+        left.clear()
+        return self._state._post_forward(self.module, (), output)
 
     def _trainable(self) -> list[Any]:
         params = self._group.fsdp_params if self._group is not None else []
