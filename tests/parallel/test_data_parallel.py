@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from colrow.errors import ConfigError
+from colrow.mesh import Mesh
 from colrow.models.llama import Llama
-from colrow.parallel.data_parallel import head_unit, refuse_scalars
+from colrow.parallel.data_parallel import apply_data_parallel, head_unit, refuse_scalars
+from colrow.torch_compat import fake_store, fsdp_units
 from helpers.parity import TINY
 
 
@@ -45,3 +49,18 @@ def test_parameters_without_dims_are_refused_by_name() -> None:
     model.norm.gain = nn.Parameter(torch.tensor(1.0))
     with pytest.raises(ConfigError, match=r"^norm\.gain: .*torch\.ones\(1\)"):
         refuse_scalars(model)
+
+
+def test_a_head_whose_norm_is_in_an_inner_module_is_one_unit_of_data_ranks() -> None:
+    """As in transformers' models, where the head's first module is not the first of the model's."""
+    inner = nn.Module()
+    inner.embed_tokens, inner.layers, inner.norm = nn.Embedding(4, 4), nn.ModuleList([nn.Linear(4, 4)]), nn.LayerNorm(4)
+    model = nn.Sequential(OrderedDict(model=inner, lm_head=nn.Linear(4, 4)))
+    assert head_unit(model, list(inner.layers)) == [model.lm_head, inner.norm]
+    dist.init_process_group("fake", store=fake_store(), rank=0, world_size=2)
+    try:
+        mesh = Mesh(dp_shard=2).build("cpu", 2)
+        apply_data_parallel(model, mesh, inner.layers, param_dtype=None)
+        assert [len(unit.parameters()) for unit in fsdp_units(model)] == [1, 2, 4]
+    finally:
+        dist.destroy_process_group()

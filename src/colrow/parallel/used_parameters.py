@@ -49,7 +49,8 @@ def agree_on_used_parameters(
     if groups:
         by_module = {unit.module: unit for unit in units}
         called = [[block] for block in blocks] + ([list(head)] if head else [])
-        _SkippedUnits(model, [(by_module[modules[0]], modules) for modules in called])
+        # a unit of several modules is known by one of them
+        _SkippedUnits(model, [(next(by_module[m] for m in modules if m in by_module), modules) for modules in called])
 
 
 class UsedParameters:
