@@ -291,7 +291,7 @@ WRONG = {
     "median feature": features(lambda h: h * (h >= h.quantile(0.5, dim=-1, keepdim=True))),
     "features rolled": features(lambda h: h.roll(1, -1)),
     "product of features": features(lambda h: h.sigmoid().cumprod(-1)),
-    "noise": features(gumbel, train=True),
+    "noise": features(lambda h: h * torch.bernoulli(h.sigmoid()), train=True),
     "softmax of features under vmap": features(torch.vmap(lambda h: h.softmax(-1))),
     "features weighed by position": features(lambda h: h * torch.arange(h.shape[-1], dtype=h.dtype)),
     "halves by slices": gated(halves),
@@ -319,13 +319,13 @@ WRONG = {
     "features in fourier space": features(lambda h: torch.fft.fft(h).real),
     "features normalised by einsum": features(lambda h: h * torch.einsum("btf,btf->bt", h, h)[..., None]),
     "norm of everything": features(lambda h: h / h.norm()),
-    "noise like the features": features(lambda h: h + torch.randn_like(h), train=True),
+    "slopes drawn for features": features(lambda h: F.rrelu(h, training=True), train=True),
     "features pooled": features(lambda h: h - F.avg_pool1d(h, 3, stride=1, padding=1)),
     "last token": tokens(lambda h: h[:, -1:].expand_as(h)),
     "tokens rolled": tokens(lambda h: h.roll(1, 1)),
     "tokens summed": tokens(lambda h: h.cumsum(1)),
-    "noise on a DTensor": Case(
-        lambda: m.Gpt(block=partial(TokenBlock, normed=lambda h: h + torch.randn_like(h))),
+    "draws by a DTensor": Case(
+        lambda: m.Gpt(block=partial(TokenBlock, normed=lambda h: h * torch.bernoulli(h.sigmoid()))),
         lambda: gpt_plan(sequence=True),
         train=True,
     ),
@@ -341,6 +341,8 @@ WRONG = {
     ),
 }
 RIGHT = {
+    "gumbel noise": features(gumbel, train=True),
+    "a mask by size": features(lambda h: h * (torch.rand(h.shape) > 0.2), train=True),
     "one k and v head by index": one_kv_head(),
     "slopes of a rank's heads": sloped(),
     "hook on a gradient": Case(hooked),  # parallelize keeps it

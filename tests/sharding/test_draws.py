@@ -1,4 +1,4 @@
-"""Dropout masks of shards: put together they are the mask of the unsharded tensor."""
+"""Random numbers of shards: put together they are those of the unsharded tensor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from colrow.sharding.draws import Draw, draw_shard, draws, is_dropout, may_draw, take_shard
+from colrow.sharding.draws import Draw, draw_shard, draws, draws_by_element, may_draw, take_shard
 from colrow.sharding.local_layout import PARTIAL, REPLICATED, UNKNOWN, repeating, sharded
 from colrow.torch_compat import TorchDispatchMode
 
@@ -33,12 +33,20 @@ class OnRank(TorchDispatchMode):
         return draw_shard(func, args, kwargs, self.draw, self.rank, RANKS)
 
 
+GENERATOR = torch.Generator()
 OPERATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "dropout": lambda x: F.dropout(x, 0.3),
     "dropout in place": lambda x: F.dropout(x.clone(), 0.3, inplace=True),
     "alpha dropout": lambda x: F.alpha_dropout(x, 0.3, True),
     "native dropout": lambda x: torch.native_dropout(x, 0.3, True)[0],
     "a mask of one's own": lambda x: x * torch.empty_like(x).bernoulli_(0.7),
+    "noise": lambda x: x + torch.randn_like(x),
+    "a mask by threshold": lambda x: x * (torch.rand_like(x) > 0.3),
+    "noise by size": lambda x: x + torch.randn(x.shape, dtype=x.dtype),
+    "a mask by size": lambda x: x * (torch.rand(*x.shape, generator=GENERATOR.manual_seed(3)) > 0.3),
+    "jitter": lambda x: x * torch.empty_like(x).uniform_(0.9, 1.1),
+    "noise in place": lambda x: x + torch.empty_like(x).normal_(0.0, 0.1),
+    "gumbel noise": lambda x: x - torch.empty_like(x).exponential_().log(),
 }
 LAYOUTS = {
     "features": Draw(sharded(2)),
@@ -84,10 +92,10 @@ def test_attention_without_dropout_draws_nothing() -> None:
     assert mode.seen == ["aten::bernoulli_.float"]
 
 
-def test_noise_is_no_dropout() -> None:
+def test_numbers_that_depend_on_elements_are_not_drawn_by_element() -> None:
     aten = torch.ops.aten
-    noise = (aten.rand_like.default, aten.exponential_.default, aten.bernoulli_.Tensor, aten.multinomial.default)
-    assert all(may_draw(func) and not is_dropout(func) for func in noise)
+    others = (aten.bernoulli_.Tensor, aten.bernoulli.default, aten.multinomial.default, aten.randperm.default)
+    assert all(may_draw(func) and not draws_by_element(func) for func in others)
     assert not may_draw(aten.mul.Tensor)
 
 

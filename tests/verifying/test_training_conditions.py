@@ -87,7 +87,7 @@ def test_dropout_is_that_of_the_unsharded_model(sequence: bool, backend: Any, mo
 class NoisyAndDropping(Dropping):
     def forward(self, x: Tensor) -> Tensor:
         h = F.gelu(self.up(x))
-        return self.down(self.drop(h) + 0.0 * torch.rand_like(h))
+        return self.down(self.drop(h) + 0.0 * torch.bernoulli(h.sigmoid()))
 
 
 def test_dropout_beside_other_random_numbers_on_a_shard_is_off_and_said() -> None:
@@ -141,20 +141,20 @@ def test_what_an_attribute_keeps_for_the_next_forward_is_compared(monkeypatch: p
 
 
 class Noisy(m.MLP):
-    """Adds noise in training, to a shard or to the complete input."""
+    """Adds noise in training, to the complete input and to a shard, or draws a mask by a shard's values."""
 
-    def __init__(self, inside: bool) -> None:
+    def __init__(self, by_values: bool) -> None:
         super().__init__()
-        self.inside = inside
+        self.by_values = by_values
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x if self.inside else x + 0.1 * torch.empty_like(x).exponential_()
-        h = F.gelu(self.up(x))
-        return self.down(h + 0.1 * torch.empty_like(h).exponential_() if self.inside else h)
+        h = F.gelu(self.up(x + 0.1 * torch.empty_like(x).exponential_()))
+        noisy = h * torch.bernoulli(h.sigmoid()) if self.by_values else h + 0.1 * torch.empty_like(h).exponential_()
+        return self.down(noisy)
 
 
 @pytest.mark.distributed
-def test_random_numbers_are_those_of_one_process_where_ranks_draw_alike() -> None:
+def test_random_numbers_are_those_of_one_process_unless_they_depend_on_a_shards_values() -> None:
     assert judged(m.Gpt(mlp=lambda: Noisy(False), layers=1), gpt_plan(), "gloo").ok
     assert judged(m.Gpt(mlp=lambda: Noisy(True), layers=1), gpt_plan(), "gloo").verdict == "wrong"
 

@@ -71,7 +71,7 @@ class Walk:
     """What the two runs beside each other have shown.
 
     Attributes:
-        draws: the dropout masks that each module's own code draws in one of its calls, in order, in forward.
+        draws: what each module's own code draws by element in one of its calls, in order, in forward.
     """
 
     unproven: list[Unproven]

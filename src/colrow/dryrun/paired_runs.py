@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from colrow.dryrun.module_tracker import LOSS
 from colrow.dryrun.numbered import NumberedRun, Operation, Value, shape_of
 from colrow.dryrun.unproven import Reports, Unproven
-from colrow.sharding.draws import Draw, draws, is_dropout, may_draw
+from colrow.sharding.draws import NOISE, Draw, draws, draws_by_element, may_draw
 from colrow.sharding.local_call import LocalCall, Shape, TensorShape, UnprovenError
 from colrow.sharding.local_layout import (
     PARTIAL,
@@ -88,7 +88,7 @@ class ShardedRun(NumberedRun):
         flattened: the length of the sequences whose tokens lie flattened ([Note: flattened tokens]); 0: they do not.
 
     Attributes:
-        draws: the dropout masks that each call of a module's own code draws in forward, in order, by the module and
+        draws: what each call of a module's own code draws by element in forward, in order, by the module and
             its n-th call.
     """
 
@@ -146,7 +146,7 @@ class ShardedRun(NumberedRun):
         if any(isinstance(x, DTensor) for x in (*operation.leaves, *operation.results)):
             self._ran_on_dtensors(operation, recorded, numbers)
             shards = [layout.dim for layout in layouts if layout.kind is Kind.SHARDED]
-            if shards and may_draw(operation.func) and not is_dropout(operation.func):
+            if shards and may_draw(operation.func) and not draws_by_element(operation.func):
                 # DTensor seeds ranks apart, or not at all: neither gives the numbers of one process
                 self.report(operation.name, "each rank draws random numbers for its shard of a DTensor", dim=shards[0])
             self._note_draw(operation, recorded, self.value(operation.results[0]).layout)
@@ -193,6 +193,9 @@ class ShardedRun(NumberedRun):
             # the gradient of a style's module meets another gradient of the same value, whose layout is known
             return known if backward and operation.name in ("add", "add_") and len(known) == 1 else [STYLE] * count
         try:
+            drawn = operation.name in NOISE and tuple(operation.results[0].shape)
+            if backward and drawn and not (recorded and recorded.results[0] == drawn):
+                raise UnprovenError("it draws random numbers in backward, where each rank draws for its shard alone")
             return self._judged(self._local_call(operation, recorded, backward))
         except UnprovenError as error:
             if source.in_style or (in_style and recorded is None):
@@ -301,7 +304,7 @@ class ShardedRun(NumberedRun):
 
     def _note_draw(self, operation: Operation, recorded: _Recorded | None, layout: Layout) -> None:
         func, arguments = operation.func, tree_unflatten(operation.leaves, operation.tree)
-        if current_autograd_node() is not None or not (is_dropout(func) and draws(func, *arguments)):
+        if current_autograd_node() is not None or not (draws_by_element(func) and draws(func, *arguments)):
             return
         flattened = False
         if self._flattened and layout == sharded(1):

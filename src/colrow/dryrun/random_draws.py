@@ -28,8 +28,7 @@ class RandomDraws:
 
     Attributes:
         any: it draws anything; None: unknown.
-        modules: the dropout masks that each module's own code draws in one call, in order; empty where none is of a
-            shard.
+        modules: what each module's own code draws by element in one call, in order; empty where none is for a shard.
         unknown: modules that draw for a shard of which nothing says what it is a shard of, and why.
     """
 

@@ -1,4 +1,4 @@
-"""Modules whose own code drops elements of a shard: each rank draws its shard of the unsharded tensor's mask."""
+"""Modules whose own code draws random numbers for a shard: each rank draws its shard of the unsharded tensor's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from colrow.errors import ColrowError
 from colrow.mesh import Mesh
 from colrow.parallel.parallelize import tp_axis
 from colrow.parallel.random_state import derive_seed
-from colrow.sharding.draws import Draw, draw_shard, draws, is_dropout, may_draw
+from colrow.sharding.draws import Draw, draw_shard, draws, draws_by_element, may_draw
 from colrow.sharding.local_layout import REPLICATED, Kind
 from colrow.torch_compat import TorchDispatchMode, is_async, is_fake, tree_leaves
 
@@ -36,13 +36,13 @@ def arrange_draws(
     *,
     compiled: Iterable[nn.Module] = (),
 ) -> None:
-    """Let each rank draw its shard of the unsharded tensor's dropout masks, in place; see [Note: dropout on shards].
+    """Let each rank draw its shard of the unsharded tensor's random numbers; see [Note: random numbers on shards].
 
-    On a GPU each rank has a seed of its own for its shard instead: equal in distribution to one process's mask, and
-    another one. Call it after `parallelize`, and before recomputation and compilation.
+    On a GPU each rank has a seed of its own for its shard instead: equal in distribution to one process's numbers, and
+    others. Call it after `parallelize`, and before recomputation and compilation.
 
     Args:
-        modules: the masks that each module's own code draws in a call (`dryrun.random_draws`); modules that the model
+        modules: what each module's own code draws by element in a call (`dryrun.random_draws`); modules that the model
             lacks are passed over.
         compiled: blocks that will be compiled. Modules in them that draw for shards stay out of the graphs.
     """
@@ -89,7 +89,7 @@ def _forward(
 
 
 class _Call:
-    """A call of a module, and the masks that its own code has still to draw."""
+    """A call of a module, and what its own code has still to draw."""
 
     def __init__(self, name: str, left: Iterator[Draw]) -> None:
         self._name, self._left = name, left
@@ -97,9 +97,9 @@ class _Call:
     def next(self) -> Draw:
         if (draw := next(self._left, None)) is None:
             raise DrawsChangedError(
-                f"module {self._name or 'model'} drops elements of more tensors than in the dry run, so this rank's "
-                "shards of their masks are unknown: let it drop the same ones in every forward, or leave the module "
-                "out of the plan"
+                f"module {self._name or 'model'} draws random numbers for more tensors than in the dry run, so this "
+                "rank's shards of them are unknown: let it draw the same in every forward, or leave the module out of "
+                "the plan"
             )
         return draw
 
@@ -140,7 +140,7 @@ class _ShardedDraws(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         resting = _RUNNING.modes[-1:] != [self]
-        if resting or not may_draw(func) or not is_dropout(func) or not draws(func, args, kwargs):
+        if resting or not may_draw(func) or not draws_by_element(func) or not draws(func, args, kwargs):
             return func(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if any(isinstance(x, DTensor) or is_async(x) for x in tensors):
@@ -150,7 +150,8 @@ class _ShardedDraws(TorchDispatchMode):
         draw = self._call.next()
         if draw.layout.kind is not Kind.SHARDED:
             return func(*args, **kwargs)
-        if any(x.is_cuda for x in tensors):
+        on_gpu = any(x.is_cuda for x in tensors) or torch.device(kwargs.get("device") or "cpu").type == "cuda"
+        if on_gpu and kwargs.get("generator") is None:  # a model's own generator is equal on all ranks
             with _own_seed(self._rank):
                 return func(*args, **kwargs)
         return draw_shard(func, args, kwargs, draw, self._rank, self._ranks)

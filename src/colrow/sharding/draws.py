@@ -1,11 +1,12 @@
-"""Which operators draw random numbers, and how a rank draws the dropout mask of its shard.
+"""Which operators draw random numbers, and how a rank draws those of its shard.
 
-[Note: dropout on shards]
+[Note: random numbers on shards]
 The ranks of a tp group hold equal generators. So what they draw for a tensor that each of them holds is one draw, as in
-one process; for different shards of a tensor it would be the same numbers on each. Instead every rank draws the mask of
-the unsharded tensor, by the same operator, and takes that of its shard: the ranks' masks are then shards of one
-process's, bit for bit, and the generators stay equal. The price is the unsharded mask's memory for a moment. Only
-dropout is drawn so; any other random number on a shard is unproven.
+one process; for different shards of a tensor it would be the same numbers on each. Instead every rank draws for
+the unsharded tensor, by the same operator, and takes what falls on its shard: the ranks' numbers are then shards of one
+process's, bit for bit, and the generators stay equal. The price is the unsharded tensor's memory for a moment. So are
+drawn dropout masks, uniform and normal noise: one number an element, whatever the tensor holds. Any other random number
+on a shard (`multinomial`, probabilities by element) is unproven.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from colrow.sharding.local_layout import REPLICATED, Kind, Layout
 from colrow.sharding.operators import argument_of, operator_name
 from colrow.torch_compat import per_rank
 
+_BY_SIZE = frozenset({"rand", "randn"})
+NOISE = _BY_SIZE | {"rand_like", "randn_like", "uniform_", "normal_", "exponential_"}
+"""Operators that draw by element and are no dropout."""
 _ATTENTION = ("scaled_dot_product", "efficient_attention", "flash_attention", "cudnn_attention")
 
 
 class Draw(NamedTuple):
-    """The mask of one dropout in a module's own code.
+    """What one operator draws in a module's own code.
 
     With `flattened`, [B, T/n, ...] is a shard of the B * T tokens ([Note: flattened tokens]), not of each sequence.
     """
@@ -35,7 +39,7 @@ class Draw(NamedTuple):
 
     @property
     def is_known(self) -> bool:
-        """Whether a rank can tell its part; see [Note: dropout on shards]."""
+        """Whether a rank can tell its part; see [Note: random numbers on shards]."""
         return self.layout == REPLICATED or (
             self.layout.kind is Kind.SHARDED and not self.layout.repeated and not self.layout.complete
         )
@@ -58,25 +62,30 @@ def may_draw(func: Any) -> bool:
     return tagged and not operator_name(func).startswith("_fused_sdp_choice")
 
 
-def is_dropout(func: Any) -> bool:
-    """Whether the operator draws nothing but a dropout mask, or is an attention, which may draw one."""
+def draws_by_element(func: Any) -> bool:
+    """Whether the operator draws one number for each element, whatever the elements are, so that a rank can draw those
+    of its shard; or is an attention, which may draw a mask."""
     of_one_number = operator_name(func) == "bernoulli_" and str(func.name()).endswith(".float")
-    return of_one_number or operator_name(func) == "native_dropout" or _is_attention(func)
+    return of_one_number or operator_name(func) in NOISE | {"native_dropout"} or _is_attention(func)
 
 
 def draw_shard(func: Any, args: Any, kwargs: Any, draw: Draw, rank: int, ranks: int) -> Any:
-    """The result of `bernoulli_` or `native_dropout` on rank `rank`'s shard; the layout's kind is SHARDED."""
+    """The result of an operator that draws by element on rank `rank`'s shard; the layout's kind is SHARDED."""
     assert draw.layout.kind is Kind.SHARDED
-    local: Tensor = args[0]
-    complete = per_rank(lambda x, _: _unsharded_like(x, draw.layout.dim, ranks), local, rank)
 
     def shard(drawn: Tensor) -> Tensor:
-        return per_rank(lambda x, r: take_shard(x, draw, r, ranks), drawn, rank)
+        return per_rank(lambda x, r: take_shard(x, draw, r, ranks).clone(), drawn, rank)
 
-    if operator_name(func) == "bernoulli_":
-        return local.copy_(shard(func(complete, *args[1:], **kwargs)))
-    factors, kept = func(complete.fill_(1.0), *args[1:], **kwargs)
-    return local * shard(factors), shard(kept).clone()
+    if operator_name(func) in _BY_SIZE:
+        size = [n * ranks if d == draw.layout.dim else n for d, n in enumerate(args[0])]
+        return shard(func(size, *args[1:], **kwargs))
+    local: Tensor = args[0]
+    complete = per_rank(lambda x, _: _unsharded_like(x, draw.layout.dim, ranks), local, rank)
+    if operator_name(func) == "native_dropout":
+        factors, kept = func(complete.fill_(1.0), *args[1:], **kwargs)
+        return local * shard(factors), shard(kept)
+    drawn = shard(func(complete, *args[1:], **kwargs))
+    return local.copy_(drawn) if operator_name(func).endswith("_") else drawn
 
 
 def take_shard(complete: Tensor, draw: Draw, rank: int, ranks: int) -> Tensor:

@@ -23,7 +23,7 @@ from typing import Any
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
-from colrow.sharding.draws import is_dropout, may_draw
+from colrow.sharding.draws import draws_by_element, may_draw
 from colrow.sharding.local_call import INDEXES, PIECES_BACKWARD, LocalCall, Shape, TensorShape, UnprovenError
 from colrow.sharding.local_layout import PARTIAL, REPLICATED, Kind, Layout, layout_of, repeating, sharded
 from colrow.sharding.operator_rules import RULES
@@ -70,16 +70,17 @@ local shape that this rank computed."""
 
 def _draws(call: LocalCall) -> bool:
     """torch tags every attention as random, whatever its dropout is."""
-    if is_dropout(call.func) and "attention" in call.name:
+    if draws_by_element(call.func) and "attention" in call.name:
         return False
     return call.name != "dropout" and (call.facts.random or may_draw(call.func))
 
 
 def _of_draw(call: LocalCall) -> list[Layout]:
-    """Of a dropout mask each rank draws its shard: see [Note: dropout on shards]."""
-    layout = call.tensors[0][0] if call.tensors else None
-    if is_dropout(call.func) and call.wanted is not None and layout is not None and layout.kind is Kind.SHARDED:
-        return [layout] * len(call.results)
+    """Each rank draws its shard: see [Note: random numbers on shards]."""
+    if draws_by_element(call.func) and call.wanted is not None:
+        layout = call.tensors[0][0] if call.tensors else _of_equal_elements(call, 0, range(len(call.results[0])))
+        if layout.kind is Kind.SHARDED:
+            return [layout] * len(call.results)
     raise UnprovenError(
         "each rank draws random numbers of its own shard, which are not one draw of all", call.sharded_dim
     )
