@@ -7,12 +7,13 @@ none, each column product is prepared on its own.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 
 from torch.fx import Node
 
 from colrow.derive.axes import Atom
-from colrow.derive.flow import Flow, Flows, SpmdType
+from colrow.derive.flow import Flow, Flows, SpmdType, ancestors
 from colrow.derive.infer import is_float, is_lookup, op_name
 from colrow.derive.trace import is_boundary, label_of
 
@@ -43,6 +44,10 @@ class BlockFinder:
     """Blocks of a choice."""
 
     def __init__(self, flows: Flows, column_blocks: bool = False) -> None:
+        self.inner: set[Node] = set()
+        """See `use_inner_sums`."""
+        self.from_inner: set[Node] = set()
+        """Unsharded activations that are made of inner sums alone."""
         self.column_blocks = column_blocks
         """Gather for the module around column products, where their row product lies outside of it (BERT's attention):
         under flattened tokens that module's own code must see all tokens."""
@@ -107,8 +112,34 @@ class BlockFinder:
             if self.flows.is_activation(node)
             and not is_boundary(node)
             and not self.flows.is_reduction(node)
-            and any(self.flows.is_activation(i) and not self.flows.is_sharded(i) for i in node.all_input_nodes)
+            and any(
+                self.flows.is_activation(i) and not self.flows.is_sharded(i) and i not in self.from_inner
+                for i in node.all_input_nodes
+            )
         }
+
+    # ------------------------------------------------------------------ sums inside of a block
+
+    def use_inner_sums(self) -> bool:
+        """Take sums that a region makes of its own shards, and meets with them again, for REPLICATED values: the step,
+        input and output of a state-space model, made of all channels and used by each. False: there are none."""
+        regions = {node: self.region(node) for node in self.owners if not is_lookup(node)}
+        shards = {node: {n for n in region if self.flows.is_activation(n)} for node, region in regions.items()}
+        for end, region in shards.items():
+            behind = ancestors(region)
+            for other in shards:
+                if other is not end and other in behind and shards[other] & region - {other}:
+                    self.inner |= set(self.outputs(self.owners[other]))
+        self.from_inner |= self.inner
+        for node in self.nodes:
+            if node.op == "call_function" and self.flows.is_activation(node) and not self.flows.is_sharded(node):
+                made_of = [i for i in node.all_input_nodes if self.flows.is_activation(i)]
+                if made_of and all(i in self.from_inner for i in made_of):
+                    self.from_inner.add(node)
+        return bool(self.inner)
+
+    def has_inner_sum(self, module: str) -> bool:
+        return any(b in self.inner for b in self.outputs(module))
 
     # ------------------------------------------------------------------ blocks
 
@@ -147,14 +178,14 @@ class BlockFinder:
             return None
         own = set(outputs)
         deferred = deferred or any(self.owners[n] == module for n in reductions)
-        exits = set() if deferred else self.ends(reductions) - own
+        exits = self.inner - own if deferred else self.ends(reductions) - own
         interior = set(self.interior(module)) | own
         leaving = self._leaving(interior, own)
         types = dict.fromkeys(differentiable, SpmdType.REPLICATED)  # all gathered; a residual among them is released
         for _ in range(len(differentiable) + 1):
             given = dict(self._outside(module))
             given.update({b: (self.flows.constant_type(b) if b in self.flows.constant else types[b]) for b in inputs})
-            flow = self.flows.run([*self.interior(module), *outputs], set(), exits, given, leaving)
+            flow = self.flows.run([*self.interior(module), *outputs], self.inner, exits, given, leaving)
             if not flow.clashes:
                 break
             loose = self._to_release(flow, types)
@@ -303,10 +334,10 @@ class BlockFinder:
 
     def borders(self, blocks: list[Block]) -> tuple[set[Node], set[Node]]:
         """All boundaries where the stream enters blocks, and all where a sum over ranks is reduced."""
-        entries = set().union(*(b.entries for b in blocks), self.head_entries())
+        entries = set().union(*(b.entries for b in blocks), self.head_entries(), self.inner)
         deferred = [b.module for b in blocks if b.deferred]
         reducing = [name for name in self.owners.values() if not any(_within(name, module) for module in deferred)]
-        exits = {b for module in (*deferred, *reducing) for b in self.outputs(module)}
+        exits = {b for module in (*deferred, *reducing) for b in self.outputs(module)} | self.inner
         return entries, exits.difference(*(b.flow.left for b in blocks))
 
     def complete_graph(self, blocks: list[Block]) -> Flow:
@@ -395,6 +426,17 @@ class Split:
     def of(cls, flows: Flows, column_blocks: bool = False) -> Split:
         """Raises SplitError where a component has no sound block, or the blocks do not fit together."""
         finder = BlockFinder(flows, column_blocks)
+        try:
+            return cls._found(finder)
+        except SplitError as error:
+            if column_blocks or not finder.use_inner_sums():
+                raise
+            with contextlib.suppress(SplitError):
+                return cls._found(finder)
+            raise error from None
+
+    @classmethod
+    def _found(cls, finder: BlockFinder) -> Split:
         blocks = finder.find()
         return cls(finder, blocks, finder.complete_graph(blocks))
 

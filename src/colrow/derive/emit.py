@@ -169,6 +169,8 @@ class Emitter(ModuleEmitter):
             if self.out.style(owner) is LocalShards and owner in self.finder.owners.values():
                 deferred = any(b.deferred and (owner + ".").startswith(b.module + ".") for b in self.blocks)
                 self._put(owner, output="partial" if deferred else self.inside)
+                if self.finder.has_inner_sum(owner):
+                    self._put(owner, output="replicate", used_inside=True)
 
     def _summed(self, owner: str, stream: bool) -> None:
         module = self._module(owner)
@@ -245,8 +247,12 @@ class Emitter(ModuleEmitter):
         if self.stream is not None:
             heads = self.finder.head_entries() if self.stream.kind.ends_before_norm else set()
             ends = self.stream.ends
-            gathers = (self.entries - heads) | ends.finish | ends.leave
-            scatters = {n for n in self.exits if self.early or not self.finder.is_lookup(n)} | ends.start | ends.rejoin
+            gathers = (self.entries - heads - self.finder.inner) | ends.finish | ends.leave
+            scatters = (
+                {n for n in self.exits - self.finder.inner if self.early or not self.finder.is_lookup(n)}
+                | ends.start
+                | ends.rejoin
+            )
             for node in gathers | scatters:
                 axis = 0 if len(shape_of(node)) == 2 else 1
                 self.out.scales[str(label_of(node))] = (axis, tp, 1) if node in gathers else (axis, 1, tp)

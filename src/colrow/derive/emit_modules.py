@@ -122,7 +122,7 @@ class ModuleEmitter:
             self._product(name, in_local, block)
         elif outputs := self._atoms(name) & self.choice.vocabulary:
             raise SplitError(outputs, f"{name} makes the model's output and is no linear layer")
-        elif in_local or self._can_stand_alone(name):
+        elif in_local or self._can_stand_alone(name) or self._reads_its_own(name):
             self._put(name, style="local_shards", shards={p: self._shard_spec(name, p) for p in parameters})
         else:
             raise SplitError(
@@ -147,11 +147,16 @@ class ModuleEmitter:
         module, inputs = self._module(name), self.finder.inputs(name)
         if isinstance(module, _CHANNELS):
             return True
+        takes_one = [label_of(b).path for b in inputs] == ["0"]
+        return next(module.children(), None) is None and takes_one and self._reads_its_own(name)
+
+    def _reads_its_own(self, name: str) -> bool:
+        """Whether no other code reads what the module holds. Then its forward may see shards of it, between products
+        that hand over local tensors, though its input is the stream's: a state-space block with its residual."""
         own = {node for node, full in self.flows.inference.params.items() if self.flows.owners[full] == name}
         readers = {self.flows.path[user] for node in own for user in node.users}
         shared = any(self.flows.sharers[self.flows.inference.params[node]] != {name} for node in own)
-        takes_one = [label_of(b).path for b in inputs] == ["0"]
-        return next(module.children(), None) is None and takes_one and readers <= {name} and not shared
+        return name in self.flows.called and readers <= {name} and not shared
 
     def _groups(self) -> None:
         """A rank has fewer groups of channels: `groups` of a convolution, `num_groups` of a norm."""
@@ -247,10 +252,13 @@ class ModuleEmitter:
             self._put(name, style="kv_replicate", heads=kv.size * group, kv_heads=kv.size, head_dim=rest)
             return
         spec = self._shard_spec(name, "weight")
-        if isinstance(spec, int) and not in_local and self._is_linear(name):
+        of_inner_sum = not in_local and any(b in self.finder.from_inner for b in self.finder.inputs(name))
+        if isinstance(spec, int) and not in_local and not of_inner_sum and self._is_linear(name):
             self._put(name, style="colwise")
         else:
             self._put(name, style="packed_colwise")
+            if of_inner_sum:
+                self._put(name, used_inside=True)
             if is_transposed(self._module(name)):  # transformers' Conv1D views its output with its attribute nf
                 even = isinstance(spec, int) or not {"replicated", "kv"} & spec.keys()
                 self.out.attributes[name] = {"nf": "/tp" if even else self.choice.local_size(dim)}
@@ -259,14 +267,17 @@ class ModuleEmitter:
 
     def _row(self, name: str, dim: Dim, in_local: bool, block: Block | None) -> None:
         spec = self._shard_spec(name, "weight")
-        deferred = block is not None and block.deferred
+        inner = self.finder.has_inner_sum(name)
+        deferred = block is not None and block.deferred and not inner
         if isinstance(spec, dict) and {"replicated", "kv"} & spec.keys():
             raise SplitError(self._atoms(name), f"{name} takes a part of its input unsharded")
-        if isinstance(spec, int) and not deferred and self._is_linear(name):
+        if isinstance(spec, int) and not deferred and not inner and self._is_linear(name):
             self._put(name, style="rowwise")
             if self.stream is not None:
                 self._put(name, output=self.inside)
             return
         self._put(name, style="packed_rowwise", output="partial" if deferred else self.inside)
+        if inner:
+            self._put(name, output="replicate", used_inside=True)
         if isinstance(spec, dict):
             self._put(name, segments=spec["segments"])

@@ -177,7 +177,7 @@ class Flows:
 
         Args:
             entries: boundaries where INVARIANT becomes REPLICATED.
-            exits: boundaries where PARTIAL becomes INVARIANT.
+            exits: boundaries where PARTIAL becomes INVARIANT; of those that are entries too, REPLICATED.
             given: types known from outside.
             leaving: boundaries where REPLICATED becomes INVARIANT.
         """
@@ -186,10 +186,10 @@ class Flows:
             if node in flow.types or node.op == "output" or op_name(node) == "_assert_tensor_metadata":
                 continue
             spmd_type = self._type(node, flow)
+            if node in exits and spmd_type is SpmdType.PARTIAL:
+                spmd_type = SpmdType.INVARIANT
             if node in entries and spmd_type in (SpmdType.INVARIANT, SpmdType.PARAMETER):
                 spmd_type = SpmdType.REPLICATED
-            elif node in exits and spmd_type is SpmdType.PARTIAL:
-                spmd_type = SpmdType.INVARIANT
             elif node in leaving and spmd_type is SpmdType.REPLICATED:
                 spmd_type = SpmdType.INVARIANT
                 flow.left.add(node)

@@ -77,7 +77,8 @@ class LocalCheck:
         self.choice: Choice = flows.choice
         self.visible = Choice(self.choice.tp, self.choice.atoms - self.choice.vocabulary, self.choice.groups)
         self.blocks = [name for name in emission.modules if emission.style(name).gathers_for_children]
-        self.blocks += [name.rpartition(".")[0] for name in emission.buffers]
+        self.local_code = {name for name in emission.modules if emission.style(name).local}
+        """Modules whose own code runs on shards, the modules inside of them left out."""
         self.runs_fake: bool | None = None
         """Whether the model runs on fake tensors outside of export; unknown until something fails."""
         self.expected: dict[Node, list[int] | None] = {}
@@ -90,7 +91,8 @@ class LocalCheck:
         if not isinstance(dims, list):
             return None
         if node in self.flows.constant and not (
-            any(self.flows.path[node] == b or self.flows.path[node].startswith(b + ".") for b in self.blocks)
+            self.flows.path[node] in self.local_code
+            or any(self.flows.path[node] == b or self.flows.path[node].startswith(b + ".") for b in self.blocks)
             or self.flows.made_in(node, self.blocks)
         ):
             return shape_of(node)

@@ -29,7 +29,8 @@ class LocalShards(ShardedParameters):
     A parameter left out is replicated with its gradient summed; one that is added to a partial sum is
     `{scaled: true}`. `output` (default `partial`: left to the enclosing block) says what the output becomes when the
     module ends in a sum over ranks. `input` is the layout of the first argument outside, of a module that no block
-    around it hands a local tensor: a convolution whose output channels are sharded.
+    around it hands a local tensor: a convolution whose output channels are sharded. `used_inside` is that of style
+    packed_rowwise.
     """
 
     name = "local_shards"
@@ -40,12 +41,14 @@ class LocalShards(ShardedParameters):
     shards: dict[str, Any] | None = option(shards_of)
     input: Placement | None = option(parse_placement)
     output: Placement | None = option(parse_placement)
+    used_inside: bool = False
 
     def specs(self, site: Site) -> dict[str, ShardSpec]:
         return specs_of(site, self.name, self.shards or {})
 
     def build(self, site: Site) -> ParallelStyle:
-        return ShardedModuleStyle(self.specs(site), self.input, self.output, partial=self.output is not None)
+        partial, inside = self.output is not None, self.used_inside
+        return ShardedModuleStyle(self.specs(site), self.input, self.output, partial=partial, used_inside=inside)
 
 
 class BlockShards(ShardedParameters):

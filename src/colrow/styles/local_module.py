@@ -36,6 +36,7 @@ class ShardedModuleStyle(ParallelStyle):
         partial: the output is a sum over ranks, and the input this rank's shard of the last dimension; else the input
             is gathered.
         outside: the layout of the input where the plan gives none and no block around the module gathers it.
+        used_inside: each rank uses the sum in its own way, so that the gradient is summed over ranks, too.
     """
 
     def __init__(
@@ -45,9 +46,10 @@ class ShardedModuleStyle(ParallelStyle):
         output: Placement | None,
         partial: bool,
         outside: Placement | None = None,
+        used_inside: bool = False,
     ) -> None:
         self.specs, self.input, self.output, self.partial = specs, input, output, partial
-        self.outside = outside
+        self.outside, self.used_inside = outside, used_inside
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         mesh, partial, output = device_mesh, self.partial, self.output
@@ -63,6 +65,8 @@ class ShardedModuleStyle(ParallelStyle):
         module.register_forward_pre_hook(before)
         if partial and output is not None and not output.is_partial():
             module.register_forward_hook(lambda _, __, out: sum_over_ranks(out, mesh, output))
+            if self.used_inside:
+                module.register_forward_hook(lambda _, __, out: local_input(out, mesh, output, gather=True))
         return module
 
 

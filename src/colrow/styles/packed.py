@@ -72,16 +72,18 @@ class PackedColwise(ColumnSegments):
     """Linear or Conv1D whose output features are `segments` one after another; see `ColumnSegments`.
 
     `input` is the layout of x outside. Unless given, x comes as the enclosing `local_block` hands it over; without a
-    block it is replicated.
+    block it is replicated. `used_inside`: x is made of a sum that has this option, too: that sums its gradient.
     """
 
     name = "packed_colwise"
     gathers_own_input = True
     layout_reason = "output features split, segment by segment"
     input: Placement | None = option(parse_placement)
+    used_inside: bool = False
 
     def build(self, site: Site) -> ParallelStyle:
-        return ShardedModuleStyle(self.specs(site), self.input, None, partial=False, outside=Replicate())
+        outside = None if self.used_inside else Replicate()
+        return ShardedModuleStyle(self.specs(site), self.input, None, partial=False, outside=outside)
 
 
 def row_specs(site: Site, style: str, segments: tuple[int, ...] | None, bias: ShardSpec) -> dict[str, ShardSpec]:
@@ -100,7 +102,8 @@ def _with_bias(parameters: Mapping[str, Any], weight: ShardSpec, bias: ShardSpec
 @dataclass(frozen=True, kw_only=True)
 class PackedRowwise(ShardedParameters):
     """Linear or Conv1D whose input features are `segments` one after another, each sharded over tp; the output is a sum
-    over ranks, brought to `output` (`partial` leaves the sum to the enclosing block)."""
+    over ranks, brought to `output` (`partial` leaves the sum to the enclosing block). `used_inside`: each rank uses the
+    sum with its own shards, as the steps of a state-space model, and gives back a term of its gradient."""
 
     name = "packed_rowwise"
     computes_module = True
@@ -108,10 +111,13 @@ class PackedRowwise(ShardedParameters):
     layout_reason = "input features split, segment by segment"
     segments: tuple[int, ...] | None = option(integers_of)
     output: Placement | None = option(parse_placement)
+    used_inside: bool = False
 
     def specs(self, site: Site) -> dict[str, ShardSpec]:
         # Each rank adds the bias before the sum over ranks, so each adds 1/tp of it.
         return row_specs(site, self.name, self.segments, bias=ShardSpec(scaled=True))
 
     def build(self, site: Site) -> ParallelStyle:
-        return ShardedModuleStyle(self.specs(site), None, self.output or Replicate(), partial=True)
+        return ShardedModuleStyle(
+            self.specs(site), None, self.output or Replicate(), partial=True, used_inside=self.used_inside
+        )
