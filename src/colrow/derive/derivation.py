@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from colrow.derive.axes import forbid, leaves
-from colrow.derive.blocks import Split, SplitError
+from colrow.derive.blocks import SplitError
 from colrow.derive.choice import Choice
 from colrow.derive.choose import choose, legal_degrees
 from colrow.derive.emit import Emitter
@@ -27,6 +27,7 @@ from colrow.derive.opaque import NOTHING_OPAQUE, opaque_modules
 from colrow.derive.representatives import NotAlikeError, Representatives
 from colrow.derive.requests import Requests
 from colrow.derive.sequence import Stream, find_stream
+from colrow.derive.split import Split
 from colrow.derive.stream_ends import NoStreamError, StreamKind
 from colrow.derive.table import infer
 from colrow.derive.trace import Trace, default_inputs, label_of, module_path, trace

@@ -11,11 +11,12 @@ from torch import nn
 from torch.fx import Node
 
 from colrow.derive.axes import Atom, Dim, find, leaves
-from colrow.derive.blocks import Block, Split, SplitError
+from colrow.derive.blocks import Block, SplitError
 from colrow.derive.choice import Choice
 from colrow.derive.infer import argument, facts_of
 from colrow.derive.rules_channels import channels_of
 from colrow.derive.sequence import Stream
+from colrow.derive.split import Split
 from colrow.derive.trace import Scale, Trace, label_of, module_path
 from colrow.styles.base import STYLES, Style
 from colrow.styles.fast.linear import is_linear

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field, replace
 from torch.fx import Node
 
 from colrow.derive.axes import Atom, Dim, leaves, size_of
-from colrow.derive.blocks import Split
 from colrow.derive.flow import Flows, SpmdType
 from colrow.derive.infer import AxisInference, Dims, is_float, shape_of
+from colrow.derive.split import Split
 from colrow.derive.stream_ends import Ends, NoStreamError, StreamKind, find_ends
 from colrow.derive.table import infer
 from colrow.derive.trace import Trace, label_of

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from colrow.derive.blocks import BlockFinder, Split
+from colrow.derive.blocks import BlockFinder
 from colrow.derive.flow import Flows
 from colrow.derive.infer import is_float, shape_of
+from colrow.derive.split import Split
 from colrow.derive.trace import Trace, is_boundary, label_of
 
 
