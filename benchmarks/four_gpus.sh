@@ -29,11 +29,12 @@ saves() { # the lines "training waited" tell the pause of each kind of save
     done
 }
 
-speed() { # what stands beside torchtitan (benchmarks/torchtitan_llama.py) in docs/guide/performance.md
+speed() { # what stands beside torchtitan in docs/guide/performance.md; TORCHTITAN=DIR, a checkout, measures it in the same call
+    peer=${TORCHTITAN:+torchtitan:$TORCHTITAN}
     bench=("$python" -m colrow bench --shape llama3-8b --seq-len 8192 --steps 8)
-    "${bench[@]}" --tp 4 --micro-batch 2 -o "$out/tp4.json" --arms overlap
-    "${bench[@]}" --tp 2 --dp-shard 2 --micro-batch 2 -o "$out/tp2-dp_shard2.json" --arms overlap:fsdp.reshard_after_forward=false
-    "${bench[@]}" --layers 16 --tp 4 --micro-batch 4 -o "$out/tp4-fp8.json" --arms overlap:train.fp8=tensorwise
+    "${bench[@]}" --tp 4 --micro-batch 2 -o "$out/tp4.json" --arms $peer overlap
+    "${bench[@]}" --tp 2 --dp-shard 2 --micro-batch 2 -o "$out/tp2-dp_shard2.json" --arms $peer overlap:fsdp.reshard_after_forward=false
+    "${bench[@]}" --layers 16 --tp 4 --micro-batch 4 -o "$out/tp4-fp8.json" --arms $peer overlap:train.fp8=tensorwise
 }
 
 for part in "${@:-meshes derived saves speed}"; do

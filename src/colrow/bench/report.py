@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from colrow.errors import ConfigError
 from colrow.mesh import Mesh
 
 Result = dict[str, Any]
@@ -118,6 +119,34 @@ def _with_exposed(result: Result) -> float | None:
     if sent is None:
         return None
     return float(result["tokens_per_second_per_gpu"] * result["step_ms"] / (result["step_ms"] + sent))
+
+
+def read(path: Path) -> tuple[list[Result], dict[str, Any]]:
+    """The results of a file, and what they were measured on.
+
+    Raises:
+        ConfigError: it is no file that `write` wrote.
+    """
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        return tree["results"], tree["environment"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{path} holds no results of colrow bench ({error}): give a file of -o") from error
+
+
+def show_beside(path: Path, environment: dict[str, Any], console: Console) -> None:
+    """Print the rates of an earlier file, and a warning where they cannot be compared with this call's."""
+    results, earlier = read(path)
+    console.print(f"\n{path}: {earlier.get('device')}, torch {earlier.get('torch')}, {earlier.get('date')}")
+    for result in results:
+        work = f"{result.get('model')}, {Mesh.model_validate(result['mesh'])}, seq {result.get('seq_len')}"
+        console.print(f"  {result['arm']}: {result['tokens_per_second_per_gpu']:,.0f} tok/s/GPU ({work})")
+    for key, what in (("device", "card"), ("torch", "torch")):
+        if earlier.get(key) != environment.get(key):
+            console.print(
+                f"warning: {path.name} is of another {what}, {earlier.get(key)}, and this call of "
+                f"{environment.get(key)}: ratios between them say nothing about the code"
+            )
 
 
 def write(results: list[Result], rounds: list[list[Result]], environment: dict[str, Any], path: Path) -> None:

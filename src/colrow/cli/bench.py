@@ -31,7 +31,7 @@ class Flags:
     """A run's config, whose data is not read. The flags below override it, or replace it."""
     arms: tuple[str, ...] = ("article", "plain", "linear", "fast")
     """article, plain, linear, fast, overlap, graph, overlap-graph, fp8, config; each may be followed by changes:
-    fast:train.compile=false"""
+    fast:train.compile=false. torchtitan:DIR runs the trainer of a checkout of torchtitan"""
     shape: str | None = None
     """A named shape."""
     layers: int | None = None
@@ -58,6 +58,8 @@ class Flags:
     """Write JSON to this file."""
     trace: Path | None = None
     """Keep each arm's profiler trace in this folder."""
+    beside: tuple[Path, ...] = ()
+    """Earlier results, to print below; says where they are of another card."""
 
 
 def main(argv: list[str]) -> int:
@@ -68,11 +70,17 @@ def main(argv: list[str]) -> int:
     if flags.steps < 1 or flags.warmup < 1 or flags.rounds < 1:
         raise ConfigError("--steps, --warmup and --rounds are at least 1")
     from colrow.bench.arms import arm_config
+    from colrow.bench.peers import check_peer, is_peer
+    from colrow.bench.report import read
     from colrow.cli.text import require_writable
 
     require_writable(flags.output)
     base = base_config(flags)
-    configs = {arm: arm_config(base, arm) for arm in flags.arms}
+    configs = {arm: base if is_peer(arm) else arm_config(base, arm) for arm in flags.arms}
+    for arm in filter(is_peer, configs):
+        check_peer(arm, base)
+    for path in flags.beside:
+        read(path)  # raises for a file that is none, before the arms start
     if len({config.mesh.world_size for config in configs.values()}) > 1:
         raise ConfigError("the arms need different numbers of ranks: compare them in calls of their own")
     return _run(flags, configs)
@@ -137,6 +145,8 @@ def _run(flags: Flags, configs: dict[str, RunConfig]) -> int:
         stopped = True
         print("colrow bench: stopped; results of the arms before:", file=sys.stderr, flush=True)
     report.show(report.merged(rounds), environment, console)
+    for path in flags.beside:
+        report.show_beside(path, environment, console)
     if flags.output is not None and any(rounds):
         console.print(f"written to {flags.output}")
     return 130 if stopped else int(failed)
@@ -146,9 +156,12 @@ def _arm(flags: Flags, arm: str, config: RunConfig) -> dict[str, Any] | None:
     """The results of one arm; None, with the reason on stderr, when it failed."""
     from colrow.bench.beside_forecast import forecast_data
     from colrow.bench.measure import Job
+    from colrow.bench.peers import is_peer
     from colrow.run import preflight
     from colrow.run.launch import launch
 
+    if is_peer(arm):
+        return _peer(arm, config)
     ranks = 1 if flags.one_rank else config.mesh.world_size
     os.environ.setdefault("OMP_NUM_THREADS", str(preflight.threads_for(ranks)))
     with tempfile.TemporaryDirectory(prefix="colrow-bench-") as folder:
@@ -168,6 +181,20 @@ def _arm(flags: Flags, arm: str, config: RunConfig) -> dict[str, Any] | None:
             return None
         measured: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
         return measured | forecast_data(config)
+
+
+def _peer(arm: str, config: RunConfig) -> dict[str, Any] | None:
+    """`_arm` of another package."""
+    from colrow.bench.peers import measure_peer
+    from colrow.bench.report import environment
+    from colrow.forecasting.devices import peak_flops
+
+    device = environment()["device"]
+    try:
+        return measure_peer(arm, config, device, peak_flops(device))
+    except ConfigError as error:
+        print(f"colrow bench: {error}", file=sys.stderr, flush=True)
+        return None
 
 
 def _rank(path: Path) -> int:
