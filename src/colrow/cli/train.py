@@ -18,6 +18,7 @@ from colrow.cli.config_flags import read_flags
 from colrow.cli.ranks import rank_folder, rank_info, reporting_errors
 from colrow.config import RunConfig, load_config
 from colrow.errors import ConfigError
+from colrow.run import startup
 
 PLAN_DIGEST = "COLROW_PLAN_DIGEST"
 """SHA-256 of the run folder's plan.yaml, for ranks whose launcher resolved and checked the plan; torchrun does not."""
@@ -88,6 +89,7 @@ def _print_keys(path: str) -> NoReturn:
 
 
 def _start(argv: list[str]) -> int:
+    startup.begin()
     from colrow.data.prepare import prepare
     from colrow.run import plan_check, preflight
     from colrow.run.auto import choose
@@ -99,6 +101,7 @@ def _start(argv: list[str]) -> int:
     from colrow.run.rank import finished_line
     from colrow.run.run_folder import require_free, write_plan
 
+    startup.mark("imports")
     choice = choose(_requested(argv))
     requested = choice.config
     config = preflight.resolve(requested)
@@ -111,22 +114,27 @@ def _start(argv: list[str]) -> int:
         assert checked.newest is not None
         print(finished_line(config, checked.newest.step, will_export(config, checked.source)))
         return 0
+    startup.mark("model and plan")
     for line in checked.changes:
         print(f"changed    {line}")
     for line in plan_check.check_plan(config, checked.source, checked.plan, checked.judgement):
         print(line)
     for line in output_lines(config, checked.source):
         print(line)
+    startup.mark("check")
     forecast, lines = forecast_run(config, checked.source.model, checked.plan, gpus_here(config))
     for line in lines:
         print(line)
+    startup.mark("forecast")
     data = prepare(config.data, checked.source.vocab_size, progress=True)
     preflight.check_checkpoint(checked, data.tokenizer)
+    startup.mark("data")
     ranks = config.mesh.world_size
     os.environ.setdefault("OMP_NUM_THREADS", str(preflight.threads_for(ranks)))
     os.environ[PLAN_DIGEST] = write_plan(config.run.dir, checked.plan)
     keep_forecast(config, forecast)
     guard = LauncherGuard(config.train, config.run.dir, ranks)
+    startup.hand_over()
     ended = launch(["-m", "colrow", "train", *argv, *choice.flags], ranks, guard=guard)
     if ended.failure is not None and ended.status != 128 + signal.SIGPIPE:
         text = ended.failure.text.strip()
@@ -137,6 +145,7 @@ def _start(argv: list[str]) -> int:
 
 
 def _rank(argv: list[str]) -> NoReturn:
+    startup.begin()
     folder = rank_folder()
     with reporting_errors() as ending:
         import torch
@@ -149,6 +158,7 @@ def _rank(argv: list[str]) -> NoReturn:
         from colrow.run.run_folder import read_plan
         from colrow.run.stop import StopRequest
 
+        startup.mark("imports of ranks")
         choice, info = choose(_requested(argv), in_launcher=False), rank_info()
         requested = choice.config
         config = preflight.resolve(requested)

@@ -24,6 +24,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from colrow.run import startup
+
 if TYPE_CHECKING:
     from colrow.config import TrainSection
 
@@ -83,7 +85,16 @@ def compilations(heartbeat: Heartbeat) -> Iterator[None]:
     from colrow.torch_compat import around_compilation
 
     phase = heartbeat.phase
-    with around_compilation(lambda: heartbeat.enter("compilation"), lambda: heartbeat.enter(phase)):
+
+    def begin() -> None:
+        startup.mark("steps")
+        heartbeat.enter("compilation")
+
+    def end() -> None:
+        startup.mark("compile")
+        heartbeat.enter(phase)
+
+    with around_compilation(begin, end):
         yield
 
 

@@ -19,6 +19,7 @@ from colrow.data.prepare import PreparedData
 from colrow.forecasting.devices import peak_flops
 from colrow.mesh import MeshAxes
 from colrow.models.shapes import mfu
+from colrow.run import startup
 from colrow.run.batch_check import check_same_batch
 from colrow.run.executed import executed_line, executed_paths, steps_until_known
 from colrow.run.forecast_line import Forecast
@@ -26,7 +27,7 @@ from colrow.run.hang import TRAINING
 from colrow.run.heartbeat import Heartbeat, compilations
 from colrow.run.nonfinite import NonfiniteSteps
 from colrow.run.pace import Pace
-from colrow.run.progress import TrainingProgress
+from colrow.run.progress import TrainingProgress, labelled
 from colrow.run.resume import ResumePoint
 from colrow.train.evaluate import Evaluation
 from colrow.train.metrics import Metrics, Record, perplexity
@@ -141,6 +142,7 @@ class Loop:
         self._metrics = metrics
         self._nonfinite = NonfiniteSteps(config, self._checkpoints, at.skipped, metrics is not None, self._progress.say)
         self._step_end = DeviceTimestamp(self._device)
+        self._known_at = start + max(2, steps_until_known(self._training))
         saved, val_loss, stop = start, None, False
         self._progress.start(start)
         for step in range(start, config.train.steps):
@@ -275,6 +277,8 @@ class Loop:
 
     def _write(self, record: Record) -> None:
         if self._metrics is not None:
+            if record["step"] >= self._known_at and (text := startup.finish(self._config.run.dir)):
+                self._progress.say(labelled("started", text))
             self._metrics.write(record)
         self._progress.step(record)
 

@@ -15,7 +15,7 @@ from colrow.data.prepare import PreparedData, prepare
 from colrow.models.build import Source
 from colrow.plans.patterns import with_stars
 from colrow.plans.plan import Plan
-from colrow.run import plan_check, preflight
+from colrow.run import plan_check, preflight, startup
 from colrow.run.finish import finish
 from colrow.run.forecast_line import Forecast, gpus_here, kept_forecast
 from colrow.run.hang_guard import RankGuard
@@ -73,11 +73,14 @@ def run_rank(
             progress.say(f"warning    {warning}")
         gpus = gpus_here(config) if first else None
         forecast = kept_forecast(config, checked.source.model, checked.plan, gpus)
+        startup.mark("model and plan")
         with heartbeat.during("tokenization"):
             data = prepare(config.data, checked.source.vocab_size, progress=False)
         # a launcher of the project's own, which has chosen the plan, watches; torchrun does not
         watching = guard.join if guard is not None and plan is None else None
+        startup.mark("data")
         mesh, device = stack.enter_context(process_group(config, info, watching))
+        startup.mark("process group")
         return train_run(
             config,
             checked.source,
@@ -116,6 +119,7 @@ def train_run(
     with ExitStack() as stack:
         training = set_up(config, mesh, device, source, plan)
         stack.callback(training.close)
+        startup.mark("weights")
         checkpoints = Checkpoints(
             config.run.dir / CHECKPOINTS,
             keep=config.checkpoint.keep,
@@ -125,6 +129,7 @@ def train_run(
             tied=training.tied,
         )
         at = resume(config, training, data, checkpoints)
+        startup.mark("checkpoint")
         if at.step >= config.train.steps:
             progress.say(finished_line(config, at.step, exports))
             return Outcome(at.step, at.step, stopped=False)
