@@ -18,6 +18,9 @@ from colrow.ops.kernels.optional_triton import tl, triton
 
 SMALLEST = torch.finfo(torch.float32).tiny  # a scale of zero (x is all zeros) would give 0 / 0
 _ROWS, _COLUMNS = 64, 128
+_BLOCK = 4096
+_CHUNK = 8 * _BLOCK
+"""Elements of which a program finds the largest."""
 
 
 def round_reference(x_MK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -52,10 +55,16 @@ def round_both_triton(x_MK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor,
 
 
 def _peaks(parts: Sequence[Tensor]) -> Tensor:
-    """max |x| of each part."""
-    peaks = torch.empty(len(parts), device=parts[0].device)
+    """max |x| of each part; NaN where a part holds one."""
+    peaks = torch.zeros(len(parts), device=parts[0].device)
     for part, peak in zip(parts, peaks.unbind(), strict=True):
-        torch.linalg.vector_norm(part, torch.inf, dtype=torch.float32, out=peak)
+        if part.is_contiguous() or part.t().is_contiguous():  # the order does not matter
+            size = part.numel()
+            _peak_kernel[(triton.cdiv(size, _CHUNK),)](
+                part, peak.view(torch.int32), size, CHUNK=_CHUNK, BLOCK=_BLOCK, num_warps=8
+            )
+        else:
+            torch.linalg.vector_norm(part, torch.inf, dtype=torch.float32, out=peak)
     return peaks
 
 
@@ -83,6 +92,19 @@ def _round(x_MK: Tensor, into_MK: Tensor, peaks: Tensor, scale: Tensor) -> None:
 
 
 if triton is not None:
+
+    @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+    def _peak_kernel(  # type: ignore[no-untyped-def]
+        x, peak, size, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+    ):
+        start = tl.program_id(0).to(tl.int64) * CHUNK
+        largest = tl.zeros((BLOCK,), tl.int32)
+        for offset in range(0, CHUNK, BLOCK):
+            at = start + offset + tl.arange(0, BLOCK)
+            value = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
+            # bits of floats that are not negative are ordered as they are, and those of NaN are the largest
+            largest = tl.maximum(largest, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+        tl.atomic_max(peak, tl.max(largest, 0))
 
     @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
     def _round_kernel(  # type: ignore[no-untyped-def]
