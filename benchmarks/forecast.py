@@ -180,12 +180,14 @@ def _walked(model: str, plan: str, loss: str, cell: Cell) -> Walk:
 
 
 def rows() -> Iterator[Measured]:
-    """Of every file of Llama on GPUs; derived plans, whose steps are those of the presets, are left out."""
+    """Of every file of Llama on H200; derived plans, whose steps are those of the presets, are left out."""
     for path in sorted(RESULTS.glob("*.json")):
         data = json.loads(path.read_text(encoding="utf-8"))
         environment = data.get("environment", data)
         stamp = f"{path.name} {environment.get('commit')}"
         older = any(mark in stamp for mark in OLDER)
+        if "H200" not in str(environment.get("device") or "H200"):  # the rates are those of one card
+            continue
         for row in data.get("results", []):
             if row["plan"] != "derived":
                 yield _of_bench(path.stem, row, older)

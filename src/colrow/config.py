@@ -153,8 +153,9 @@ class TrainSection(_Section):
     """Run the matmuls of a plan's fast styles in fp8, with one scale a tensor: changes results, needs Ada or Hopper."""
     compile: bool | None = None
     """Compile each block with torch.compile; unless given, on GPUs only."""
-    cuda_graph: bool = False
-    """Replay forward, backward and update as CUDA graphs, for CPU-bound steps; only on a mesh of tp alone."""
+    cuda_graph: bool | Literal["auto"] = False
+    """Replay forward, backward and update as CUDA graphs, for CPU-bound steps; only on a mesh of tp alone. `auto`:
+    where that works, and the fourth step finds that the GPU waits for the CPU."""
     activation_checkpoint: Literal["none", "selective", "full"] = "none"
     """What backward recomputes instead of keeping: selective: cheap operations and half the matmuls; full: all."""
     log_every: PositiveInt = 1

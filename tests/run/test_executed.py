@@ -12,6 +12,7 @@ from colrow.ops.execution_record import clear, record, recorded
 from colrow.plans.plan import Plan
 from colrow.run import executed
 from colrow.run.executed import executed_line, executed_paths, steps_until_known
+from colrow.train.cuda_graph import EAGER_STEPS
 from helpers.parity import SHALLOW_MODELS
 
 
@@ -28,7 +29,12 @@ def training(monkeypatch: pytest.MonkeyPatch) -> Any:
     plan = Plan.preset("llama-fast", "linear").with_fp8("tensorwise")
     shape = SHALLOW_MODELS["gqa-1"]
     yield SimpleNamespace(
-        plan=plan, compiled=True, graphs=(), device=torch.device("cpu"), source=SimpleNamespace(config=shape)
+        plan=plan,
+        compiled=True,
+        graphs=(),
+        eager_steps=EAGER_STEPS,
+        device=torch.device("cpu"),
+        source=SimpleNamespace(config=shape),
     )
     clear()
 

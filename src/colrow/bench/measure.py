@@ -33,7 +33,7 @@ from colrow.run import preflight
 from colrow.run.executed import executed_paths
 from colrow.run.pace import rate
 from colrow.run.process_group import RankInfo, process_group, set_device
-from colrow.train.cuda_graph import EAGER_STEPS
+from colrow.train.cuda_graph import EAGER_STEPS, MEASURED_STEPS
 from colrow.train.setup import Training, set_up
 from colrow.train.step import Batch
 from colrow.train.step_trace import StepTrace, profiling
@@ -69,10 +69,11 @@ def measure(job: Job, info: RankInfo) -> dict[str, Any]:
         ConfigError: something does not fit; or a fast path was requested and the profiled step did not run it.
     """
     config = job.config
-    if config.train.cuda_graph and job.warmup <= EAGER_STEPS:
+    eager = MEASURED_STEPS if config.train.cuda_graph == "auto" else EAGER_STEPS
+    if config.train.cuda_graph and job.warmup <= eager:
         raise ConfigError(
-            f"arm {job.arm}: train.cuda_graph captures in step {EAGER_STEPS + 1}, and --warmup is {job.warmup}: use "
-            f"--warmup {EAGER_STEPS + 1} or more"
+            f"arm {job.arm}: train.cuda_graph captures in step {eager + 1}, and --warmup is {job.warmup}: use "
+            f"--warmup {eager + 1} or more"
         )
     if job.one_rank and config.mesh.pp > 1:
         raise ConfigError(
@@ -98,7 +99,7 @@ def measure(job: Job, info: RankInfo) -> dict[str, Any]:
         shared: list[Any] = [None]
         if info.rank == 0:
             assert trace is not None
-            if training.graphs:  # a replay launches kernels and calls no operator: take those of the capture
+            if training.captured:  # a replay launches kernels and calls no operator: take those of the capture
                 trace = replace(trace, operators=captured)
             shared[0] = {**result, "trace": trace.to_data(), **_problem(config, training, trace)}
         shared_device = device if device.type == "cuda" else None
@@ -139,7 +140,7 @@ def _warm_up(training: Training, batches: Iterator[list[Batch]], job: Job, losse
     captured: dict[str, int] = {}
     for step in range(job.warmup):
         batch = next(batches)
-        if training.graphs and step == EAGER_STEPS:
+        if training.graphs and step == training.eager_steps:
             with profiling([ProfilerActivity.CPU]) as traces:
                 losses.append(training.step(step, batch)[0])
             captured = traces[0].operators
@@ -200,7 +201,7 @@ def _result(
         "plan": training.plan.name,
         "loss": training.plan.loss,
         "compiled": training.compiled,
-        "cuda_graph": bool(training.graphs),
+        "cuda_graph": training.captured,
         "compute": str(training.precision.compute_dtype).removeprefix("torch."),
         "model": training.source.name,
         "layers": config.model.layers,
@@ -237,7 +238,7 @@ def _memory(device: torch.device) -> dict[str, float]:
 
 def _problem(config: RunConfig, training: Training, trace: StepTrace) -> dict[str, str]:
     """The fast paths that plan and config request and the profiled step did not run, as an error's text."""
-    axes, graphed = MeshAxes(training.mesh), bool(training.graphs)
+    axes, graphed = MeshAxes(training.mesh), training.captured or config.train.cuda_graph is True
     tp, data_axes = axes.size("tp"), bool(axes.data_groups())
     missing = missing_paths(training.plan, trace, tp, data_axes=data_axes, cuda_graph=graphed, loss=config.mesh.pp == 1)
     if runs_flat(config) and not recorded("data"):

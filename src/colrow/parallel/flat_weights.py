@@ -8,8 +8,9 @@ is fixed, whatever a rank's micro-batch uses, so ranks cannot differ in it:
     forward    unit k + 1 is gathered while k runs: root, blocks, head
     backward   at block k: block k - 1 is gathered, and the gradients of k + 1 are sent, while k runs
 
-A block that a rank passes by is gathered and reduced all the same, when a later one is reached. No stream but the
-current one and the process groups' own is used: a gather waits for what was enqueued before it, and so for the last
+The update writes root and the first two blocks before all others, and their gathers run beside the rest of it
+(`start_next`). A block that a rank passes by is gathered and reduced all the same, when a later one is reached.
+Carriers alone use streams beside the current one: a gather waits for what was enqueued before it, and so for the last
 reader of its buffer; what is exchanged is freed after the current stream has waited for it.
 
 Every micro-batch reduces: what is kept between them is a shard in the parameters' dtype. Replicas average after the
@@ -116,7 +117,8 @@ class FlatWeights(WeightCopies):
         params = [each for unit in self._units for each in unit.params]
         self.copies = {each.param: each.copy for unit in self._units if not unit.casts for each in unit.params}
         self._full = {each.param: each.full for each in params}
-        self._active = self._training = self._pending = False
+        self._first = frozenset(each.param for unit in self._early_units for each in unit.params)
+        self._active = self._training = self._pending = self._started = False
         self._reached = self._backward = 0  # indices in `_units`: gathered by this forward; whose backward has begun
         self._micro_batches = self._micro_batch = 0
         self._all_used: dict[tuple[int, ...], Tensor] = {}  # flags of steps that used every parameter
@@ -124,8 +126,11 @@ class FlatWeights(WeightCopies):
 
     @contextmanager
     def use_copies(self) -> Iterator[None]:
+        kept = self._started and not any(self._is_stale(param) for param in self._first)
+        self._started = False
         for unit in self._units:  # the parameters may have changed; every rank gathers anew, or none
-            unit.buffer.holds = None
+            if not kept or unit.buffer.holds not in self._early_units:
+                unit.buffer.holds = None
         self._active = True
         try:
             with super().use_copies():
@@ -155,6 +160,24 @@ class FlatWeights(WeightCopies):
 
     def squares(self) -> dict[nn.Parameter, Tensor]:
         return {param: terms for unit in self._units for param, terms in unit.squares().items()}
+
+    def first_read(self) -> frozenset[nn.Parameter]:
+        return self._first
+
+    def start_next(self) -> None:
+        if self._gathers is None:
+            return
+        self.mark_current(self._first)
+        self._gathers.meet()
+        for unit in self._early_units:
+            unit.buffer.holds = None
+            unit.gather()
+        self._started = True
+
+    @property
+    def _early_units(self) -> list[FlatUnit]:
+        """Those that the next forward reads first, each with a buffer of its own."""
+        return self._units[:3] if self._groups.shards > 1 else []
 
     def drop_gradients(self) -> None:
         for unit in self._units:

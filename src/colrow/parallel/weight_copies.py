@@ -57,6 +57,13 @@ class WeightCopies(ABC):
         """Of gradients whose squares were summed on the way: terms of the sum over this rank's shard."""
         return {}
 
+    def first_read(self) -> frozenset[nn.Parameter]:
+        """Parameters that an update does well to write first: `start_next` then works beside the rest of it."""
+        return frozenset()
+
+    def start_next(self) -> None:
+        """Called in every update, when it has written those of `first_read`."""
+
     @abstractmethod
     def drop_gradients(self) -> None:
         """Free the gradients that stand beside the parameters; `zero_grad` of the optimizer frees those of the
@@ -71,9 +78,12 @@ class WeightCopies(ABC):
     def _placed(self) -> Mapping[nn.Parameter, nn.Parameter]:
         """What stands in the place of each parameter."""
 
+    def _is_stale(self, param: nn.Parameter) -> bool:
+        return self._version_at_copy.get(param) != _version(param)
+
     @torch.no_grad()
     def _refresh(self) -> None:
-        stale = [param for param in self.copies if self._version_at_copy.get(param) != _version(param)]
+        stale = [param for param in self.copies if self._is_stale(param)]
         if stale:
             copies = [self.copies[param] for param in stale]
             foreach("copy_", [local_tensor(t) for t in copies], [local_tensor(t) for t in stale])

@@ -11,7 +11,6 @@ from colrow.plans.plan import Plan
 from colrow.run.progress import labelled
 from colrow.torch_compat import compiled_graph_count
 from colrow.train.attention import attention_kernel
-from colrow.train.cuda_graph import EAGER_STEPS
 from colrow.train.setup import Training
 
 OVERLAPS = {
@@ -25,7 +24,7 @@ OVERLAPS = {
 
 def steps_until_known(training: Training) -> int:
     """Steps after which everything has run once: compilation, and the capture of CUDA graphs."""
-    return EAGER_STEPS + 1 if training.graphs else 1
+    return training.eager_steps + 1 if training.graphs else 1
 
 
 def executed_paths(training: Training, seq_len: int) -> str:

@@ -10,9 +10,12 @@ training like the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from colrow.config import RunConfig
@@ -21,6 +24,10 @@ from colrow.errors import ConfigError
 
 EAGER_STEPS = 2
 """Steps before the one that captures."""
+MEASURED_STEPS = 4
+"""The same with `train.cuda_graph: auto`: the last of them is measured, when all is compiled."""
+_TAIL = 0.1
+"""Of a step that begins on an idle GPU: where the GPU is done this share of it after the CPU, it has waited for it."""
 
 
 class GraphedFunction:
@@ -34,8 +41,11 @@ class GraphedFunction:
         self._function, self._eager_calls = function, eager_calls
         self._stream = torch.cuda.Stream()
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._declined = False
 
     def __call__(self, *args: Tensor | int) -> Tensor:
+        if self._declined:
+            return self._function(*args)
         if self._eager_calls > 0:
             self._eager_calls -= 1
             self._stream.wait_stream(torch.cuda.current_stream())
@@ -54,6 +64,10 @@ class GraphedFunction:
                 assert static == arg, f"captured for {static}, called with {arg}"
         self._graph.replay()
         return self._static_result.clone()
+
+    def decline(self) -> None:
+        """Never capture."""
+        self._declined = True
 
     @property
     def captured(self) -> bool:
@@ -74,9 +88,61 @@ class GraphedFunction:
         self._graph = graph
 
 
+class GraphChoice:
+    """`train.cuda_graph: auto`: declines the graphs where the GPU does not wait for the CPU, on all ranks alike.
+
+    The host runs ahead of a GPU that is busy, until the driver's queue is full, so neither's time alone tells which one
+    is the slower. One step begins on an idle GPU, and is waited for: if the GPU is done as soon as the CPU has enqueued
+    the last kernel, it has waited for it.
+    """
+
+    def __init__(self, graphs: Sequence[GraphedFunction], device: torch.device, steps: int = MEASURED_STEPS) -> None:
+        self._graphs, self._device, self._left = graphs, device, steps
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        """Around each step; collective over the default group in the measured one."""
+        self._left -= 1
+        if self._left != 0:
+            yield
+            return
+        torch.cuda.synchronize(self._device)
+        start = time.perf_counter()
+        yield
+        enqueued = time.perf_counter()
+        torch.cuda.synchronize(self._device)
+        waits = gpu_waits(enqueued - start, time.perf_counter() - start)
+        anywhere = torch.tensor(float(waits), device=self._device)
+        dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
+        if not anywhere.item():
+            for graph in self._graphs:
+                graph.decline()
+
+
+def gpu_waits(enqueued: float, done: float) -> bool:
+    """Whether a step on an idle GPU was paced by the CPU: the seconds until its last kernel was enqueued, and done."""
+    return done - enqueued < _TAIL * done
+
+
+def with_graph_chosen(config: RunConfig, draws: RandomDraws, device_type: str) -> RunConfig:
+    """The config with true or false in the place of `train.cuda_graph: auto`: whether the run can be captured."""
+    if config.train.cuda_graph != "auto":
+        return config
+
+    def changed(value: bool) -> RunConfig:
+        return config.model_copy(update={"train": config.train.model_copy(update={"cuda_graph": value})})
+
+    try:
+        check_cuda_graph(changed(True), device_type)
+    except ConfigError:
+        return changed(False)
+    low = config.train.precision != "fp32"  # else copies of the weights would only be for the graph
+    return changed(low and not draws.any)
+
+
 def check_cuda_graph(config: RunConfig, device_type: str) -> None:
-    """Raise a ConfigError where `train.cuda_graph` is set and cannot work."""
-    if not config.train.cuda_graph:
+    """Raise a ConfigError where `train.cuda_graph` is true and cannot work."""
+    if config.train.cuda_graph is not True:
         return
     if not config.mesh.tp_alone:
         raise ConfigError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ class AdamW(torch.optim.AdamW):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._kernels: dict[int, FusedAdamW] = defaultdict(FusedAdamW)  # by group
+        self._kernels: dict[tuple[int, int], FusedAdamW] = defaultdict(FusedAdamW)  # by group and part of an update
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -37,6 +37,8 @@ class AdamW(torch.optim.AdamW):
         gradients: Mapping[nn.Parameter, Tensor],
         scale: Tensor | None = None,
         copies: Mapping[nn.Parameter, Tensor] | None = None,
+        first: Container[nn.Parameter] = (),
+        between: Callable[[], None] | None = None,
     ) -> None:
         """One step.
 
@@ -44,27 +46,47 @@ class AdamW(torch.optim.AdamW):
             gradients: by the parameter that they change, in its placements; in its dtype or a lower one.
             scale: a scalar tensor on their device, by which all gradients are multiplied first.
             copies: by parameter: tensors that get the new value too, rounded to their dtype.
+            first: parameters to update before all others.
+            between: called after them, with copies.
         """
         if not gradients:
+            if between is not None:
+                between()
             return
         device = local_tensor(next(iter(gradients))).device
         if copies is None and (device.type != "cuda" or UNAVAILABLE):
             self._update_by_torch(gradients, scale)
             return
         factor = torch.ones((), device=device) if scale is None else scale
+        if between is not None:
+            self._update_some({p: grad for p, grad in gradients.items() if p in first}, factor, copies, 1)
+            between()
+            gradients = {p: grad for p, grad in gradients.items() if p not in first}
+        self._update_some(gradients, factor, copies, 0)
+
+    def _update_some(
+        self,
+        gradients: Mapping[nn.Parameter, Tensor],
+        scale: Tensor,
+        copies: Mapping[nn.Parameter, Tensor] | None,
+        part: int,
+    ) -> None:
+        """Of an update: the parameters of a part, whose kernels keep their tables."""
         for number, group in enumerate(self.param_groups):
             params = [param for param in group["params"] if param in gradients]
+            if not params:
+                continue
             states = [self._state_of(param) for param in params]
-            if states:  # on the device and before the kernel, which reads the counts for the bias correction
-                foreach("add_", [state["step"] for state in states], 1)
+            # on the device and before the kernel, which reads the counts for the bias correction
+            foreach("add_", [state["step"] for state in states], 1)
             lr = group["lr"]
-            rate = lr if isinstance(lr, Tensor) else torch.full((), lr, device=device, dtype=torch.float64)
+            rate = lr if isinstance(lr, Tensor) else torch.full((), lr, device=scale.device, dtype=torch.float64)
             updates = [
                 _update_of(param, gradients[param], state, copies.get(param) if copies else None)
                 for param, state in zip(params, states, strict=True)
             ]
             betas, eps, decay = group["betas"], group["eps"], group["weight_decay"]
-            self._kernels[number](updates, rate, factor, betas=betas, eps=eps, weight_decay=decay)
+            self._kernels[number, part](updates, rate, scale, betas=betas, eps=eps, weight_decay=decay)
 
     def _update_by_torch(self, gradients: Mapping[nn.Parameter, Tensor], scale: Tensor | None) -> None:
         grads = [local_tensor(grad) for grad in gradients.values()]

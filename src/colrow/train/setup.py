@@ -50,7 +50,15 @@ from colrow.plans.plan import Plan
 from colrow.torch_compat import fsdp_units, seed_dtensors
 from colrow.train.buffers import WrittenBuffers
 from colrow.train.corruption import CorruptionCheck, KeptState
-from colrow.train.cuda_graph import EAGER_STEPS, GraphedFunction, check_cuda_graph, check_draws
+from colrow.train.cuda_graph import (
+    EAGER_STEPS,
+    MEASURED_STEPS,
+    GraphChoice,
+    GraphedFunction,
+    check_cuda_graph,
+    check_draws,
+    with_graph_chosen,
+)
 from colrow.train.forward_writes import refuse_forward_writes
 from colrow.train.optimizer import build_optimizer
 from colrow.train.replay import StepReplay
@@ -74,6 +82,13 @@ class Training:
     graphs: tuple[GraphedFunction, ...] = ()
     """With `train.cuda_graph`: forward and backward of a micro-batch, and the update."""
     draws: RandomDraws = field(default_factory=RandomDraws)
+    eager_steps: int = EAGER_STEPS
+    """Steps before the one that captures `graphs`, or does not."""
+
+    @property
+    def captured(self) -> bool:
+        """Whether steps are replayed."""
+        return bool(self.graphs) and all(graph.captured for graph in self.graphs)
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -108,10 +123,11 @@ def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device, source: So
     check_cuda_graph(config, device.type)
     check_data_engine(config)
     clear()
+    draws, chooses = draws_of(config, source.model, plan), config.train.cuda_graph == "auto"
+    config = with_graph_chosen(config, draws, device.type)
     precision = choose_precision(config, device)
     decays = decay_by_name(source.model, config.train)
     counts = count_parameters(source.model, decays)
-    draws = draws_of(config, source.model, plan)
     check_draws(config, draws, type(source.model).__name__, compiled=compiles(config, device))
     stages = split_stages(source.model, mesh, first_layers(config, source.model))
     for stage in stages:
@@ -126,9 +142,12 @@ def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device, source: So
     step.buffers = WrittenBuffers(modules, MeshAxes(mesh).data_groups())
     if config.train.replay_every:
         step.corruption = corruption_check(stages, runner, step, config, mesh, compiled=compiles(config, device))
-    graphs = enable_cuda_graphs(runner, step, config) if config.train.cuda_graph else ()
+    eager_steps = MEASURED_STEPS if chooses else EAGER_STEPS
+    graphs = enable_cuda_graphs(runner, step, config, eager_steps) if config.train.cuda_graph else ()
+    if graphs and chooses:
+        step.graph_choice = GraphChoice(graphs, device)
     compiled = compiles(config, device)
-    return Training(stages, source, plan, mesh, device, precision, compiled, step, counts, graphs, draws)
+    return Training(stages, source, plan, mesh, device, precision, compiled, step, counts, graphs, draws, eager_steps)
 
 
 def draws_of(config: RunConfig, model: nn.Module, plan: Plan) -> RandomDraws:
@@ -218,7 +237,7 @@ def make_runner(
                 exchange=fsdp.exchange,
             )
         elif precision.keeps_copies:
-            weights = ComputeWeights(stage.module, dtype, graphed=train.cuda_graph)
+            weights = ComputeWeights(stage.module, dtype, graphed=train.cuda_graph is True)
         return SingleStageModel(stage.module, plan, mesh, device, weights, seeds, auxiliary)
 
     # torch's pipelining imports the compiler: seconds that other meshes need not wait
@@ -264,10 +283,12 @@ def corruption_check(
     return CorruptionCheck(replay, KeptState(named, step.optimizer, copies, axes))
 
 
-def enable_cuda_graphs(runner: ForwardBackward, step: Step, config: RunConfig) -> tuple[GraphedFunction, ...]:
+def enable_cuda_graphs(
+    runner: ForwardBackward, step: Step, config: RunConfig, eager_steps: int
+) -> tuple[GraphedFunction, ...]:
     """Replay two CUDA graphs in each step after the first ones: see [Note: captured]."""
     assert isinstance(runner, SingleStageModel), "check_cuda_graph allows tp alone"
-    return runner.enable_cuda_graph(EAGER_STEPS * config.micro_batches), step.enable_cuda_graph(EAGER_STEPS)
+    return runner.enable_cuda_graph(eager_steps * config.micro_batches), step.enable_cuda_graph(eager_steps)
 
 
 def compiles(config: RunConfig, device: torch.device) -> bool:

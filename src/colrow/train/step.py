@@ -34,7 +34,7 @@ from colrow.sharding.layout import full_tensor
 from colrow.train.attention import preferred_attention
 from colrow.train.buffers import BufferSnapshot, WrittenBuffers
 from colrow.train.corruption import CorruptionCheck
-from colrow.train.cuda_graph import GraphedFunction
+from colrow.train.cuda_graph import GraphChoice, GraphedFunction
 from colrow.train.optimizer import AdamW, set_learning_rate
 from colrow.train.schedule import learning_rate
 
@@ -223,6 +223,7 @@ class Step:
         modules: those that `forward_backward` runs; their buffers are put back where a step is skipped.
         buffers: theirs, which data ranks may write differently ([Note: written buffers]).
         corruption: with `train.replay_every`.
+        graph_choice: with `train.cuda_graph: auto`.
     """
 
     forward_backward: ForwardBackward
@@ -235,6 +236,7 @@ class Step:
     modules: Sequence[nn.Module] = ()
     buffers: WrittenBuffers | None = None
     corruption: CorruptionCheck | None = None
+    graph_choice: GraphChoice | None = None
     _run_update: Callable[[], Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -254,6 +256,10 @@ class Step:
             This rank's mean loss, and the norm of all ranks' gradient before clipping: scalars on the device, which
             nothing has waited for (`skip` has).
         """
+        with self.graph_choice.around() if self.graph_choice else nullcontext():
+            return self._run(step, batches)
+
+    def _run(self, step: int, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
         skips = self.section.on_nonfinite == "skip"
         buffers = BufferSnapshot(self.modules if skips else ())  # before a forward writes NaN into them
         if self.seeds:
@@ -305,9 +311,11 @@ class Step:
         weights = self.forward_backward.weights
         scale = None if self.section.grad_clip is None else clip_scale(norm, self.section.grad_clip)
         gradients = {param: holder.grad for param, holder in holders.items() if holder.grad is not None}
-        self.optimizer.update(gradients, scale, weights.copies if weights else None)
         if weights:
+            self.optimizer.update(gradients, scale, weights.copies, weights.first_read(), weights.start_next)
             weights.mark_current(gradients)
+        else:
+            self.optimizer.update(gradients, scale)
 
 
 def finite_everywhere(*values: Tensor) -> bool:
