@@ -173,7 +173,8 @@ def _wrap(blocks: list[nn.Module], cell: Cell) -> None:
         apply_activation_checkpoint(blocks, "selective", compiled=cell.compiled)
     if cell.compiled:
         for block in blocks:
-            compile_forward(block, backend=_PARTITIONED)
+            # sizes are numbers here: a second trace with symbols for them fails in DTensor ("unhashable SymInt")
+            compile_forward(block, backend=_PARTITIONED, dynamic=False)
     if cell.recompute == "full":
         apply_activation_checkpoint(blocks, "full")
 

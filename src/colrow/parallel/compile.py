@@ -13,15 +13,19 @@ from colrow.parallel.random_draws import ARRANGED, draws_suspended, has_arranged
 from colrow.torch_compat import AsyncCollectiveTensor, is_async
 
 
-def compile_forward(block: nn.Module, backend: str = "inductor") -> None:
+def compile_forward(block: nn.Module, backend: str = "inductor", dynamic: bool | None = None) -> None:
     """Compile a block's forward in place. Its name in the model stays, and hooks on the block (FSDP's, a plan's style
     at block level) run outside the graph; those on modules inside it are traced.
 
     A module whose draws are arranged (`arrange_draws`) stays out of the graph, which is split there; a block whose own
-    draws are is not compiled."""
+    draws are is not compiled.
+
+    Args:
+        backend, dynamic: of torch.compile.
+    """
     if ARRANGED in block.__dict__:
         return
-    graph = torch.compile(block.forward, fullgraph=not has_arranged_draws(block), backend=backend)
+    graph = torch.compile(block.forward, fullgraph=not has_arranged_draws(block), backend=backend, dynamic=dynamic)
     block.forward = partial(_run, graph)
     block.register_forward_pre_hook(_wait_for_inputs, with_kwargs=True)
 
