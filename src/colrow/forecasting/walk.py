@@ -9,9 +9,10 @@ Data axes and pipelines are added by `memory.py` and `traffic.py`, which know th
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -129,7 +130,7 @@ def walk(model: nn.Module, plan: Plan, cell: Cell, traces: BlockTraces | None = 
     copy = reduced_copy(model, styles, block_traces(model, cell) if traces is None else traces, keep)
     names = {name: copy.original(name) for name, _ in copy.model.named_modules()}
     reduced = replace(plan, modules={new: styles[old] for new, old in names.items() if old in styles})
-    with warnings.catch_warnings(), fake_tp_mesh(cell.tp) as mesh, _quiet_compiler(cell.compiled):
+    with warnings.catch_warnings(), fake_tp_mesh(cell.tp) as mesh, _quiet_compiler(cell.compiled), _without_gpus():
         warnings.simplefilter("ignore")
         return _run(copy, parallelize(copy.model, reduced, mesh), reduced, mesh, cell)
 
@@ -149,7 +150,7 @@ def _run(copy: ReducedCopy, model: nn.Module, plan: Plan, mesh: DeviceMesh, cell
         for param in model.parameters():
             if param.requires_grad:
                 param.register_post_accumulate_grad_hook(lambda p: storages.mark_gradient(local_tensor(p.grad)))
-        with as_on_gpu(), _fused_norms(), watched_propagation(storages.suspend, storages.resume):
+        with as_on_gpu(), _fused_norms(), _one_document(), watched_propagation(storages.suspend, storages.resume):
             with storages, loss_context(plan, mesh):
                 _loss(model, plan, mesh, inputs).backward()
     repeats = {name: copy.count(name) for name in blocks}
@@ -243,6 +244,36 @@ def _quiet_compiler(compiled: bool) -> Iterator[None]:
             torch.compiler.reset()
 
 
+@contextmanager
+def _without_gpus() -> Iterator[None]:
+    """The compiler saves the random state of a GPU that it sees. That makes a context, which holds half a GiB of the
+    GPU while this process lives, and which torch refuses where it happens inside a checkpointed forward."""
+    with _replaced(torch.cuda, "is_available", lambda: False):
+        yield
+
+
+@contextmanager
+def _one_document() -> Iterator[None]:
+    """transformers asks the positions whether a row holds several documents, which fake tensors cannot say, and then
+    builds a mask. Training gives it whole rows: there is no mask, and attention is causal."""
+    masks = sys.modules.get("transformers.masking_utils")
+    with nullcontext() if masks is None else _replaced(masks, "find_packed_sequence_indices", lambda *_, **__: None):
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, function: Any) -> Iterator[None]:
+    before = getattr(owner, name, None)
+    if before is None:
+        yield
+        return
+    setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
 class _FusedNorm(torch.autograd.Function):
     """What a GPU's kernel for an RMS norm allocates: the output and one number a row. On CPUs torch composes the norm
     of operators that keep fp32 copies. The values are not those of a norm."""
@@ -270,9 +301,5 @@ def _fused_norms() -> Iterator[None]:
         normed: Tensor = _FusedNorm.apply(x, weight)
         return normed
 
-    functional: Any = F
-    functional.rms_norm = rms_norm
-    try:
+    with _replaced(F, "rms_norm", rms_norm):
         yield
-    finally:
-        functional.rms_norm = composed
