@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from colrow.derive.axes import Atom, Dim, atoms_in, find, leaves, size_of
@@ -129,3 +129,22 @@ def _join(segments: list[Segment]) -> list[Segment]:
         else:
             out.append(segment)
     return out
+
+
+def why_unsharded(dims: Dims, tp: int, notes: Collection[str], summed: bool) -> str:
+    """Why a parameter of these dimensions is not sharded, in one line; what `notes` give up says most."""
+    reasons = []
+    for k, dim in enumerate(dims):
+        for atom in leaves(dim):
+            size = atom.size
+            if atom.forbidden:
+                reasons.append(f"dim {k} ({size}): {atom.forbidden}")
+            elif atom.normalised:
+                reasons.append(f"dim {k} ({size}): {atom.normalised}")
+            elif size % tp:
+                reasons.append(f"dim {k} ({size}): not divisible by {tp}")
+            else:
+                reasons.append(f"dim {k} ({size}): its class was not chosen")
+    reasons.sort(key=lambda why: why.partition(": ")[2] not in notes)  # what was given up says most
+    text = "; ".join(dict.fromkeys(reasons)) or "a single element"
+    return text + ("; gradient summed over tp" if summed else "")

@@ -6,21 +6,22 @@ import itertools
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from colrow.derive.axes import forbid, leaves
+from colrow.derive.axes import forbid
 from colrow.derive.blocks import SplitError
-from colrow.derive.choice import Choice
+from colrow.derive.choice import Choice, why_unsharded
 from colrow.derive.choose import choose, legal_degrees
 from colrow.derive.emit import Emitter
 from colrow.derive.emit_fast import FastEmitter
 from colrow.derive.emit_modules import Emission
 from colrow.derive.failure import ADVICE, Place, TraceError, has_unknown_size
 from colrow.derive.flow import Flows
+from colrow.derive.gathered import Layers, Standing, accepted_layers, gathered_layers
 from colrow.derive.infer import OPAQUE, AxisInference
 from colrow.derive.local import LocalCheck, Repairs
 from colrow.derive.opaque import NOTHING_OPAQUE, opaque_modules
@@ -35,7 +36,7 @@ from colrow.dryrun.calls import GivenInputs, Inputs
 from colrow.errors import PlanError
 from colrow.ops.carriers import Overlap
 from colrow.plans.derive_options import DeriveOptions
-from colrow.plans.patterns import with_stars
+from colrow.plans.patterns import by_pattern, with_stars
 from colrow.plans.plan import USEFUL, Plan
 from colrow.styles.fast.head import FastHead
 from colrow.styles.linear import Colwise
@@ -75,6 +76,8 @@ class Derivation:
     """Share of the parameters' elements that is split."""
     choice: Choice | None = None
     trace: Trace | None = None
+    made: Any = field(default=None, repr=False)
+    """The split, the stream and the emission that this was made of; None where nothing was traced."""
     judgement: Judgement | None = None
     """What check and verify say of the plan, where these judged it."""
 
@@ -144,10 +147,41 @@ def _derive(
             traced = traced or trace(model, given, opaque=opaque)
             return _Derive(exported, tp, given, traced, options, judge, requests).run()
         except TraceError as error:
-            opaque, traced = opaque_modules(model, given, error, opaque), None
+            try:
+                opaque, traced = opaque_modules(model, given, error, opaque), None
+            except TraceError:
+                if (
+                    judge is None
+                    or options.styles != "plain"
+                    or not (found := _untraced(exported, tp, judge, requests))
+                ):
+                    raise
+                found.notes.append(str(error))
+                return found
         except GuardOnDataDependentSymNode as error:
             assert traced is not None
             opaque, traced = opaque_modules(model, given, _unknown_size(model, traced, error), opaque), None
+
+
+def _untraced(
+    exported: Representatives, tp: int, judge: Callable[[Plan], Objection | None], requests: Requests
+) -> Derivation | None:
+    """Of a model that cannot be traced: its layers with gathered outputs, which ask nothing of the code around them."""
+    model = exported.complete
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+
+    def found(layers: Layers) -> Derivation:
+        split = {id(p) for name in layers for p in model.get_submodule(name)._parameters.values()}
+        params = dict(model.named_parameters())
+        sharded = [name for name, param in params.items() if id(param) in split]
+        why = "the model cannot be traced"
+        left = {name: why for name, param in params.items() if id(param) not in split}
+        share = sum(params[name].numel() for name in sharded) / max(1, sum(p.numel() for p in params.values()))
+        return Derivation(tp, by_pattern(layers, names), "replicated", sharded, left, [1, tp], {}, {}, share=share)
+
+    layers = gathered_layers(model, tp, lambda _: True, (), requests.kept)
+    layers = accepted_layers(layers, lambda layers: judge(found(layers).plan()))
+    return found(layers) if layers else None
 
 
 def _unknown_size(model: nn.Module, traced: Trace, error: Exception) -> TraceError:
@@ -180,6 +214,26 @@ class _Derive:
         self.notes += [*dict.fromkeys(traced.opaque.reasons.values()), *requests.keep(self.inference)]
 
     def run(self) -> Derivation:
+        found = self._found()
+        if self.judge is None or self.fast or found.share >= USEFUL:
+            return found
+        return self._with_gathered_outputs(found)
+
+    def _with_gathered_outputs(self, found: Derivation) -> Derivation:
+        """A plan that splits little, and more layers of which the output is gathered, where the judge allows it."""
+        choice, (split, stream, emission) = found.choice, found.made
+        assert choice is not None
+
+        def extended(layers: Layers) -> Derivation:
+            more = replace(emission, modules=emission.modules | layers, gathered=frozenset(layers))
+            return self._result(choice, split, stream, more)
+
+        stands = Standing(self.traced, split, stream)
+        layers = gathered_layers(self.model, self.tp, stands, emission.modules, self.requests.kept)
+        layers = accepted_layers(layers, lambda layers: self._objection(extended(layers)))
+        return extended(layers) if layers else found
+
+    def _found(self) -> Derivation:
         for attempt in itertools.count():
             choice = choose(
                 self.inference,
@@ -331,8 +385,9 @@ class _Derive:
         """Each exported parameter, by its first name, to the reason why it is not sharded; None where it is."""
         for node, name in self.inference.params.items():
             dims = self.inference.of(node)
-            why = self.traced.opaque.reason_of(name) or self._why_replicated(dims, name in summed)
-            whole[name] = None if choice.any_sharded(dims) else why
+            why = self.traced.opaque.reason_of(name) or why_unsharded(dims, self.tp, self.notes, name in summed)
+            is_split = choice.any_sharded(dims) or name.rpartition(".")[0] in emission.gathered
+            whole[name] = None if is_split else why
         sharded, replicated, elements, total = [], {}, 0, 0
         for name, param in self.exported.complete.named_parameters():
             own = self.exported.name(name)
@@ -353,7 +408,7 @@ class _Derive:
         names = [name for name, _ in self.exported.complete.named_modules(remove_duplicate=False) if name]
         return Derivation(
             tp=self.tp,
-            modules=_by_pattern(self.exported.spread(emission.modules, names), names),
+            modules=by_pattern(self.exported.spread(emission.modules, names), names),
             loss=emission.loss,
             sharded=sharded,
             replicated=replicated,
@@ -366,6 +421,7 @@ class _Derive:
             share=elements / max(1, total),
             choice=choice,
             trace=self.traced,
+            made=(split, stream, emission),
         )
 
     def _names_of_each(self, choice: Choice) -> Iterator[set[str]]:
@@ -375,37 +431,3 @@ class _Derive:
             for atom in choice.chosen(self.inference.of(node)):
                 found[atom].add(name)
         return iter(found.values())
-
-    def _why_replicated(self, dims: list[Any], summed: bool) -> str:
-        reasons = []
-        for k, dim in enumerate(dims):
-            for atom in leaves(dim):
-                size = atom.size
-                if atom.forbidden:
-                    reasons.append(f"dim {k} ({size}): {atom.forbidden}")
-                elif atom.normalised:
-                    reasons.append(f"dim {k} ({size}): {atom.normalised}")
-                elif size % self.tp:
-                    reasons.append(f"dim {k} ({size}): not divisible by {self.tp}")
-                else:
-                    reasons.append(f"dim {k} ({size}): its class was not chosen")
-        reasons.sort(key=lambda why: why.partition(": ")[2] not in self.notes)  # what was given up says most
-        text = "; ".join(dict.fromkeys(reasons)) or "a single element"
-        return text + ("; gradient summed over tp" if summed else "")
-
-
-def _by_pattern(styles: dict[str, dict[str, Any]], names: list[str]) -> dict[str, Any]:
-    """Keys with `*` for a number where every module of the model that the pattern matches has the same style."""
-    by_key: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        by_key[with_stars(name)].append(name)
-    out: dict[str, Any] = {}
-    for name in names:
-        if name not in styles:
-            continue
-        key = with_stars(name)
-        peers = by_key[key]
-        same = len(peers) > 1 and all(styles.get(peer) == styles[name] for peer in peers)
-        style = styles[name]
-        out[key if same else name] = style["style"] if len(style) == 1 else style
-    return out

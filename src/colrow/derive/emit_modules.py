@@ -40,6 +40,8 @@ class Emission:
     loss: str = "replicated"
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Attributes that are certain to need a local value."""
+    gathered: frozenset[str] = frozenset()
+    """Layers whose output is gathered: [Note: gathered outputs]."""
     buffers: dict[str, Node] = field(default_factory=dict)
     """Buffers of which a rank uses some rows, by name, and their nodes."""
 

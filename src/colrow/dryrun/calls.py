@@ -173,6 +173,7 @@ def _main_loss(output: Tensor, ids: Tensor | None) -> Tensor:
     # A decoder has a length of its own. Logits of a multiple of the tokens are a shard taken for all tokens: the cross
     # entropy refuses them, so that nothing behind that mistake is reported as a second one.
     if ids is not None and output.ndim == 3 and output.shape[1] % ids.shape[1] == 0:
+        ids = ids % output.shape[-1]  # of a tagger there are fewer classes than ids
         return F.cross_entropy(output.flatten(0, 1), ids.roll(-1, dims=1).flatten())
     output = full_tensor(output)
     weights = torch.arange(output.numel(), dtype=output.dtype, device=output.device).cos().view(output.shape)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+from collections import defaultdict
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -53,3 +55,20 @@ def nearest(key: str, names: Iterable[str]) -> str | None:
     known = {with_stars(name) for name in names if name} if "*" in key else set(filter(None, names))
     near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.65)
     return near[0] if near else None
+
+
+def by_pattern(styles: dict[str, dict[str, Any]], names: list[str]) -> dict[str, Any]:
+    """Keys with `*` for a number where every module of the model that the pattern matches has the same style."""
+    by_key: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        by_key[with_stars(name)].append(name)
+    out: dict[str, Any] = {}
+    for name in names:
+        if name not in styles:
+            continue
+        key = with_stars(name)
+        peers = by_key[key]
+        same = len(peers) > 1 and all(styles.get(peer) == styles[name] for peer in peers)
+        style = styles[name]
+        out[key if same else name] = style["style"] if len(style) == 1 else style
+    return out

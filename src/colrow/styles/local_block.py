@@ -30,7 +30,7 @@ class LocalShards(ShardedParameters):
     `{scaled: true}`. `output` (default `partial`: left to the enclosing block) says what the output becomes when the
     module ends in a sum over ranks. `input` is the layout of the first argument outside, of a module that no block
     around it hands a local tensor: a convolution whose output channels are sharded. `used_inside` is that of style
-    packed_rowwise.
+    packed_rowwise. `gather`: the output is a shard of this dim, and is gathered ([Note: gathered outputs]).
     """
 
     name = "local_shards"
@@ -42,13 +42,16 @@ class LocalShards(ShardedParameters):
     input: Placement | None = option(parse_placement)
     output: Placement | None = option(parse_placement)
     used_inside: bool = False
+    gather: int | None = None
 
     def specs(self, site: Site) -> dict[str, ShardSpec]:
         return specs_of(site, self.name, self.shards or {})
 
     def build(self, site: Site) -> ParallelStyle:
         partial, inside = self.output is not None, self.used_inside
-        return ShardedModuleStyle(self.specs(site), self.input, self.output, partial=partial, used_inside=inside)
+        return ShardedModuleStyle(
+            self.specs(site), self.input, self.output, partial=partial, used_inside=inside, gather=self.gather
+        )
 
 
 class BlockShards(ShardedParameters):

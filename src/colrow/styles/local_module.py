@@ -36,6 +36,7 @@ class ShardedModuleStyle(ParallelStyle):
         partial: the output is a sum over ranks, and the input this rank's shard of the last dimension; else the input
             is gathered.
         outside: the layout of the input where the plan gives none and no block around the module gathers it.
+        gather: the output is a shard of this dim, and is gathered.
         used_inside: each rank uses the sum in its own way, so that the gradient is summed over ranks, too.
     """
 
@@ -47,9 +48,10 @@ class ShardedModuleStyle(ParallelStyle):
         partial: bool,
         outside: Placement | None = None,
         used_inside: bool = False,
+        gather: int | None = None,
     ) -> None:
         self.specs, self.input, self.output, self.partial = specs, input, output, partial
-        self.outside, self.used_inside = outside, used_inside
+        self.outside, self.used_inside, self.gather = outside, used_inside, gather
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         mesh, partial, output = device_mesh, self.partial, self.output
@@ -60,9 +62,11 @@ class ShardedModuleStyle(ParallelStyle):
             input = self.outside
 
         def before(_: nn.Module, args: Any) -> Any:
-            return (local_input(args[0], mesh, input, gather=not partial), *args[1:])
+            return (local_input(args[0], mesh, input, gather=not partial), *args[1:]) if args else None
 
         module.register_forward_pre_hook(before)
+        if (dim := self.gather) is not None:
+            module.register_forward_hook(lambda _, __, out: gathered_output(out, mesh, dim))
         if partial and output is not None and not output.is_partial():
             module.register_forward_hook(lambda _, __, out: sum_over_ranks(out, mesh, output))
             if self.used_inside:
@@ -80,6 +84,13 @@ def local_input(x: Any, mesh: DeviceMesh, layout: Placement | None, gather: bool
     if gather:
         return x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
     return x.redistribute(placements=[Shard(x.ndim - 1)]).to_local()
+
+
+def gathered_output(out: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
+    """The complete output, of which `out` is this rank's shard of `dim`; its gradient is the same on all ranks."""
+    shards = DTensor.from_local(out, mesh, [Shard(dim % out.ndim)], run_check=False)
+    out = shards.redistribute(placements=[Replicate()]).to_local()
+    return torch.ops.aten._unsafe_view.default(out, out.shape)  # what a model may write into: see styles.linear
 
 
 def sum_over_ranks(out: Any, mesh: DeviceMesh, layout: Placement) -> Any:

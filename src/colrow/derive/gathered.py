@@ -1,0 +1,159 @@
+"""Layers whose output is gathered: what is split where nothing behind a layer works on shards.
+
+[Note: gathered outputs]
+A layer that stands in the stream, on equal activations on all ranks, can be split by its output features if its output
+is gathered: an all-gather in forward, and in backward a sum of its input's gradient. What comes behind sees what it did
+before, whatever it is: a norm over all channels, code that no trace looks into, a branch on the data. It costs more
+than a block between two collectives, so it is taken only for a model of which a plan would split little, and for layers
+of some size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.utils.weight_norm import WeightNorm
+
+from colrow.derive.flow import SpmdType
+from colrow.derive.trace import Trace, is_boundary, label_of
+
+if TYPE_CHECKING:
+    from colrow.derive.judged import Objection
+    from colrow.derive.sequence import Stream
+    from colrow.derive.split import Split
+
+Layers = dict[str, dict[str, Any]]
+"""The styles of layers, and of what they hold, by name."""
+LEAST = 0.01
+"""Of the model's parameters: a smaller layer is not worth two collectives."""
+
+ATTEMPTS = 4
+"""After as many objections, the outputs stay as they are."""
+
+_KINDS: dict[Any, tuple[dict[str, int], int]] = {
+    nn.Linear: ({"weight": 0, "bias": 0}, -1),
+    nn.Embedding: ({"weight": 1}, -1),
+    nn.EmbeddingBag: ({"weight": 1}, -1),
+    nn.Conv1d: ({"weight": 0, "bias": 0}, -2),
+    nn.Conv2d: ({"weight": 0, "bias": 0}, -3),
+    nn.Conv3d: ({"weight": 0, "bias": 0}, -4),
+    nn.ConvTranspose1d: ({"weight": 1, "bias": 0}, -2),
+    nn.ConvTranspose2d: ({"weight": 1, "bias": 0}, -3),
+    nn.ConvTranspose3d: ({"weight": 1, "bias": 0}, -4),
+}
+"""By class: the dim of its output features in each parameter, and in its output."""
+
+
+_LINEAR, _EMPTY = re.compile("Linear$"), torch.empty(0)
+_WEIGHT_NORM = "parametrizations.weight"
+
+
+def gathered_styles(module: nn.Module, tp: int) -> dict[str, dict[str, Any]]:
+    """The styles that split the layer by its output features and gather its output, by the name of a module in it (''
+    is the layer); empty where nothing does."""
+    kind = next((kind for kind in _KINDS if isinstance(module, kind) and type(module).forward is kind.forward), None)
+    if kind is None and _LINEAR.search(type(module).__name__) and getattr(module, "weight", _EMPTY).dim() == 2:
+        kind = nn.Linear  # of a library of its own: whether it is one, the judge sees
+    if kind is None or getattr(module, "groups", 1) != 1:
+        return {}
+    if getattr(module, "max_norm", None) is not None or getattr(module, "sparse", False):
+        return {}  # what looks at all features of a row
+    dims, gather = _KINDS[kind]
+    found: dict[str, dict[str, Any]] = {}
+    shards: dict[str, dict[str, int]] = {"": {name: dims[name] for name in module._parameters if name in dims}}
+    norms: list[Any] = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, WeightNorm)]
+    if _WEIGHT_NORM in dict(module.named_modules()):
+        norms += module.get_submodule(_WEIGHT_NORM).children()
+        shards[_WEIGHT_NORM] = {"original0": 0, "original1": 0}
+    elif norms:
+        shards[""] |= {"weight_g": 0, "weight_v": 0}
+    if norms and (dims["weight"] != 0 or any(getattr(norm, "dim", None) != 0 for norm in norms)):
+        return {}  # each output feature has to have a norm of its own
+    for name, by_parameter in shards.items():
+        own = {n: p for n, p in module.get_submodule(name)._parameters.items() if p is not None}
+        if not own.keys() <= by_parameter.keys() or any(p.shape[by_parameter[n]] % tp for n, p in own.items()):
+            return {}
+        found[name] = {"style": "local_shards", "shards": {n: by_parameter[n] for n in own}}
+    found[""]["gather"] = gather
+    if kind not in (nn.Embedding, nn.EmbeddingBag):
+        found[""]["input"] = "replicate"
+    return found
+
+
+def gathered_layers(
+    model: nn.Module, tp: int, stands: Callable[[str], bool], taken: Collection[str], kept: Collection[str]
+) -> Layers:
+    """The styles of the layers whose output can be gathered.
+
+    Args:
+        stands: whether the module of this name gets, and gives, what is equal on all ranks.
+        taken: modules that have a style already.
+        kept: parameters that stay unsharded.
+    """
+    holders = Counter(id(param) for module in model.modules() for param in module._parameters.values())
+    total = sum(param.numel() for param in model.parameters())
+    found: Layers = {}
+    for name, module in model.named_modules():
+        params = list(module.parameters())
+        large = sum(param.numel() for param in params) >= LEAST * total
+        if not large or name in taken or any(holders[id(param)] > 1 for param in params):
+            continue
+        if any(f"{name}.{parameter}" in kept for parameter, _ in module.named_parameters()):
+            continue
+        around = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(around, nn.MultiheadAttention) or not stands(name):
+            continue  # torch's attention reads the weight of its layer, and does not call it
+        found |= {f"{name}.{inner}" if inner else name: style for inner, style in gathered_styles(module, tp).items()}
+    return found
+
+
+class Standing:
+    """Which modules of a traced model get, and give, what is equal on all ranks, with gradients that are."""
+
+    def __init__(self, traced: Trace, split: Split | None, stream: Stream | None) -> None:
+        self.traced, self.split, self.stream = traced, split, stream
+        self.opaque = [name for name in traced.opaque.reasons if self._is_between_equals(name)]
+
+    def __call__(self, name: str) -> bool:
+        if any(name.startswith(f"{outer}.") for outer in self.opaque):
+            return True
+        reads_weight = any(f"{name}.{parameter}" in self.traced.outside for parameter in ("weight", "bias"))
+        calls_once = self.traced.positional.get(name) == 1 or self.traced.positional.get(name) == 2
+        return calls_once and not reads_weight and self._is_between_equals(name)
+
+    def _is_between_equals(self, module: str) -> bool:
+        boundaries = list(self._boundaries(module))
+        if not {label_of(node).direction for node in boundaries} >= {"out"}:
+            return False
+        if self.split is None:
+            return True
+        types, nodes = self.split.flow.types, self.stream.nodes if self.stream is not None else ()
+        return all(
+            node not in nodes
+            and (
+                types.get(node) is SpmdType.INVARIANT
+                or (label_of(node).direction == "in" and node in self.split.flows.constant)
+            )
+            for node in boundaries
+        )
+
+    def _boundaries(self, module: str) -> Iterator[Any]:
+        return (node for node in self.traced.nodes if is_boundary(node) and label_of(node).module == module)
+
+
+def accepted_layers(layers: Layers, judge: Callable[[Layers], Objection | None]) -> Layers:
+    """The layers that the judge leaves: those that it objects to are left out, and it is asked again."""
+    for _ in range(ATTEMPTS):
+        objection = judge(layers) if layers else None
+        if objection is None:
+            return layers
+        kept = {name: style for name, style in layers.items() if not objection.concerns(f"{name}.weight")}
+        if len(kept) == len(layers):
+            break
+        layers = kept
+    return {}

@@ -1,0 +1,88 @@
+"""Layers whose output is gathered: what is split where nothing behind a layer works on shards."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from colrow.derive.derivation import derive
+from colrow.derive.failure import TraceError
+from colrow.plans.derive_options import DeriveOptions
+from colrow.verifying.verify import parity
+
+IDS = (torch.randint(0, 32, (3, 4), generator=torch.Generator().manual_seed(0)),)
+
+
+class Branching(nn.Module):
+    """It cannot be traced, and normalises over the features of each layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(32, 8)
+        self.mix, self.old = nn.Linear(8, 12), nn.utils.weight_norm(nn.Conv1d(1, 6, 3, padding=1))
+        self.new = nn.utils.parametrizations.weight_norm(nn.Conv1d(6, 6, 1))
+        self.up, self.out = nn.ConvTranspose1d(6, 4, 2, 2), nn.Linear(24, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = F.normalize(self.mix(F.normalize(self.bag(ids))))
+        if x.sum() > 100:
+            x = x * 2
+        x = F.normalize(self.new(F.normalize(self.old(x[:, None]))))
+        return self.out(self.up(x).relu_().mean(1))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_model_that_cannot_be_traced_is_split_by_layers() -> None:
+    torch.manual_seed(0)
+    model = Branching().double()
+    with pytest.raises(TraceError, match="branches on the data"):
+        derive(model, 2, inputs=IDS)
+    kept = DeriveOptions(keep_whole=["mix"])
+    found = derive(model, 2, inputs=IDS, options=kept, judge=lambda _: None)
+    assert "mix.weight" in found.replicated
+    assert {"bag.weight", "old.weight_v", "new.parametrizations.weight.original1", "up.weight"} <= {*found.sharded}
+    assert "out.weight" in found.replicated  # five outputs
+    plan = found.plan()
+    assert parity(model, plan, 2, IDS).worst < 1e-9
+    broken = replace(plan, modules=plan.modules | {"up": replace(plan.modules["up"], input=None)})
+    errors = parity(model, broken, 2, IDS)
+    assert errors.loss < 1e-9
+    assert errors.gradients["bag.weight"] > 1e-3
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + F.normalize(self.second(F.normalize(self.first(x), dim=1)), dim=1)
+        return x / x.std()
+
+
+def test_layers_are_gathered_only_where_a_plan_would_split_little() -> None:
+    torch.manual_seed(0)
+    model, images = Normed().double(), (torch.randn(2, 3, 2, 2, dtype=torch.float64),)
+    assert derive(model, 2, inputs=images).share < 0.6
+    found = derive(model, 2, inputs=images, judge=lambda _: None)
+    assert found.share == 1
+    assert parity(model, found.plan(), 2, images).worst < 1e-9
+    mlp = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.LayerNorm(6))
+    plan = derive(mlp, 2, inputs=(torch.randn(3, 4),), judge=lambda _: None).plan()
+    assert not any(getattr(style, "gather", None) for style in plan.modules.values())
+
+
+def test_an_objection_leaves_the_layer_out() -> None:
+    from colrow.derive.judged import Objection
+
+    def judge(plan: object) -> Objection | None:
+        return Objection("no", ("first",)) if "first" in plan.modules else None  # type: ignore[attr-defined]
+
+    model, images = Normed(), (torch.randn(2, 3, 2, 2),)
+    found = derive(model, 2, inputs=images, judge=judge)
+    assert {"first.weight", "first.bias"} == {*found.replicated}
