@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
@@ -35,12 +36,28 @@ AUTO_KEYS = ("mesh", "train.micro_batch")
 """Keys whose value `auto` is replaced before a run starts, by what the forecast says is fastest."""
 
 
+def _path(value: Any) -> Any:
+    """A path as a person writes it. Raises ValueError for one that names nothing, or that no folder is called."""
+    if isinstance(value, Path):
+        return value
+    if not isinstance(value, str):
+        raise ValueError("Input should be a path: put it in quotes")
+    if not value.strip():
+        raise ValueError("Input is empty: give a path, or . for the current folder")
+    if not value.isprintable():
+        raise ValueError("Input holds characters that no path should have")
+    return Path(value).expanduser()
+
+
+FolderPath = Annotated[Path, BeforeValidator(_path)]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class RunSection(_Section):
-    dir: Path
+    dir: FolderPath
     """The run's folder: resolved config, metrics, checkpoints, export."""
     seed: NonNegativeInt = 0
     """Of initial weights, batch order, and the random numbers that the model draws."""
@@ -77,7 +94,7 @@ class TokenizerSection(_Section):
 
     vocab_size: PositiveInt | None = None
     """Size of the vocabulary to train; the model's unless given."""
-    path: Path | None = None
+    path: FolderPath | None = None
     """An existing tokenizer to use."""
 
 
@@ -94,9 +111,9 @@ class DataSection(_Section):
     """The field of a JSONL line, Parquet row, or dataset row that holds the text."""
     validation_fraction: float = Field(default=0.02, gt=0.0, lt=1.0)
     """Fraction of the documents that is held out."""
-    cache: Path = Path(".cache/colrow")
+    cache: FolderPath = Path(".cache/colrow")
     """Folder of tokenizers and token shards, shared by runs."""
-    workers: PositiveInt | None = None
+    workers: Annotated[int, Field(gt=0, le=4096)] | None = None
     """Processes that tokenize; one per core unless given."""
 
 
@@ -122,7 +139,7 @@ _Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 class TrainSection(_Section):
     steps: PositiveInt
     """Optimizer steps."""
-    global_batch: PositiveInt
+    global_batch: Annotated[int, Field(gt=0, le=10_000_000)]
     """Sequences in one optimizer step, over all ranks."""
     micro_batch: PositiveInt
     """The most sequences in one forward pass of a data-parallel rank; what fits batch and mesh is taken and printed.

@@ -12,7 +12,7 @@ from math import prod
 from typing import Literal
 
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from colrow.errors import ConfigError
@@ -43,6 +43,9 @@ ROLES = {
 AXES = tuple(ROLES)
 
 
+_MOST_RANKS = 1_000_000
+
+
 class Mesh(BaseModel):
     """The degree of each axis, and who runs the data axes. `Mesh(tp=4)` is four ranks that share every sharded
     matrix."""
@@ -55,6 +58,12 @@ class Mesh(BaseModel):
     tp: PositiveInt = 1
     data_engine: Literal["fsdp2", "flat"] = "fsdp2"
     """What shards, gathers and reduces over the data axes: torch's FSDP2, or flat shards with a one-pass update."""
+
+    @model_validator(mode="after")
+    def _exists(self) -> Mesh:
+        if self.world_size > _MOST_RANKS:
+            raise ValueError(f"it has {self.world_size:,} ranks, and no cluster more than {_MOST_RANKS:,}")
+        return self
 
     @property
     def degrees(self) -> tuple[int, ...]:

@@ -39,6 +39,12 @@ def read_text(path: Path, kind: str, error: type[ColrowError]) -> str:
         raise error(f"{kind} {path} is not UTF-8 text (byte {reason.start}): save it as UTF-8") from reason
 
 
+def refuse_pipe(path: Path, error: type[ColrowError]) -> None:
+    """Raise `error` for a pipe: reading one waits for a writer, perhaps forever."""
+    if path.is_fifo():
+        raise error(f"{path} is a pipe: give a file")
+
+
 def read_yaml(text: str, source: str, error: type[ColrowError]) -> Any:
     """The plain values in a YAML text; `source` names it in errors.
 
@@ -80,16 +86,38 @@ class _Refused(Exception):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML reads `.inf`."""
+    """YAML reads `.inf`, and takes `010` for 8 and `1:30` for 90."""
 
     def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
         value = float(super().construct_yaml_float(node))
+        if ":" in node.value:
+            raise _misread(node, value)
         if not math.isfinite(value):
             raise _Refused(f"line {node.start_mark.line + 1} holds {node.value}: give a finite number")
         return value
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if (digits := len(node.value)) > _MOST_DIGITS:
+            raise _Refused(f"line {node.start_mark.line + 1} holds a number of {digits:,} digits: give a smaller one")
+        value = int(super().construct_yaml_int(node))
+        if ":" in node.value or re.match(r"[+-]?0[\d_]*[1-9]", node.value):
+            raise _misread(node, value)
+        return value
+
+
+def _misread(node: yaml.ScalarNode, value: float) -> _Refused:
+    """Of `010`, which YAML 1.1 reads in base 8, and `1:30`, which it reads in base 60."""
+    return _Refused(
+        f"line {node.start_mark.line + 1} holds {node.value}, which YAML reads as {value}: write {value}, or put it in "
+        "quotes"
+    )
+
+
+_MOST_DIGITS = 4000
+"""Python itself refuses more than 4,300, for reading them takes long."""
 
 _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def _require_bounded(root: yaml.Node) -> None:

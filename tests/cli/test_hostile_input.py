@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from colrow.cli import main
+from colrow.config import DataSection, parse_config
+from colrow.data.corpus import open_corpus
+from colrow.data.tokenizer import load_tokenizer, train_tokenizer
+from colrow.errors import ConfigError, DataError
 from colrow.models.huggingface import config_to_huggingface
 from colrow.models.shapes import shape
+from colrow.parallel.pipeline_split import fit_micro_batch
 
 CONFIG = """run: {dir: run}
 model: {shape: laptop, layers: 1}
@@ -46,6 +55,19 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("--run.seed 9223372036854775808", "run.seed: Input should be less than 9223372036854775808"),
         ("--train.betas 0.9 1.0", "train.betas.1: Input should be less than 1"),
         ("--data.corpus /dev/zero", "matches /dev/zero, which is a device or a pipe"),
+        ("--train.steps 010", "line 1 holds 010, which YAML reads as 8: write 8, or put it in quotes"),
+        ("--train.steps 1:30", "line 1 holds 1:30, which YAML reads as 90"),
+        ("--train.lr 1:30.5", "line 1 holds 1:30.5, which YAML reads as 90.5"),
+        (f"--train.steps {'9' * 5000}", "holds a number of 5,000 digits"),
+        (
+            "--mesh.dp_shard 9000000000000000000 --mesh.dp_replicate 9000000000000000000",
+            "no cluster more than 1,000,000",
+        ),
+        ("--train.global_batch 9000000000000000000", "train.global_batch: Input should be less than or equal to"),
+        ("--run.dir=", "run.dir: Input is empty: give a path, or . for the current folder"),
+        ("--data.cache=", "data.cache: Input is empty"),
+        ("--run.dir a\0b", "run.dir: Input holds characters that no path should have"),
+        ("--run.dir a\udcffb", "run.dir: Input holds characters that no path should have"),
         ("--run.dir /proc/none", "cannot write to the run's folder /proc/none"),
         ("--run.dir c.yaml", "cannot write to the run's folder c.yaml"),
         ("--data.cache c.yaml", "cannot write to the cache folder c.yaml"),
@@ -56,6 +78,48 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 )
 def test_a_config_that_cannot_run(flags: str, says: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert says in refused(["train", "c.yaml", *flags.split()], capsys)
+
+
+def test_the_nearest_batches_are_found_at_once() -> None:
+    """Of a prime that no mesh divides, among ten million."""
+    for mesh, near in (("{dp_shard: 3}", "9999990 or 9999993"), ("{pp: 4, dp_shard: 3}", "9999990 or 9999993")):
+        batch = CONFIG.replace("global_batch: 4", "global_batch: 9999991").replace(
+            "micro_batch: 2", "micro_batch: 9999991"
+        )
+        config = parse_config(yaml.safe_load(f"{batch}mesh: {mesh}"))
+        start = time.process_time()
+        with pytest.raises(ConfigError, match=f"use train.global_batch {near}$"):
+            fit_micro_batch(config)
+        assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"])
+def test_a_pipe_in_a_models_folder_is_not_waited_for(
+    name: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(shape("laptop"), num_hidden_layers=1, vocab_size=300)
+    (folder / "m").mkdir()
+    write_tokenizer(folder / "m")
+    (folder / "m/config.json").write_text(json.dumps(config_to_huggingface(config, torch.float32)))
+    (folder / "m" / name).unlink(missing_ok=True)
+    os.mkfifo(folder / "m" / name)
+    assert f"m/{name} is a pipe: give a file" in refused(["generate", "m", "--prompt", "a"], capsys)
+
+
+def test_a_vocabulary_with_an_id_beyond_all_is_refused(folder: Path) -> None:
+    tree = write_tokenizer(folder)
+    tree["model"]["vocab"]["zzz"] = 2**31
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+    with pytest.raises(DataError, match="has a token of id 2,147,483,648, and no vocabulary more than 10,000,000"):
+        load_tokenizer(folder)
+
+
+def write_tokenizer(folder: Path) -> dict[str, Any]:
+    """A tokenizer.json of the folder's text; what it holds."""
+    corpus = open_corpus(DataSection(corpus="text.txt", seq_len=32))
+    train_tokenizer(corpus, 300).save(folder)
+    tree: dict[str, Any] = json.loads((folder / "tokenizer.json").read_text())
+    return tree
 
 
 def test_pipes_are_not_waited_for(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,6 +139,7 @@ def test_pipes_are_not_waited_for(folder: Path, capsys: pytest.CaptureFixture[st
         ({"num_hidden_layers": 10**8}, "no model has more than 10,000 layers"),
         ({"rope_theta": -1}, "rope_theta is -1: give a number above 0"),
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0: give a number above 0"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is '0': give a positive whole number"),
     ],
 )
 def test_sizes_that_no_model_has(

@@ -1,7 +1,7 @@
 """Kill a run of two ranks inside what it does to the disk and to its weights, start it again each time, and compare its
 metrics with those of a run that nobody disturbed. Prints JSON.
 
-    python tests/helpers/killed_runs.py FOLDER short|long [SEED]
+    python tests/helpers/killed_runs.py FOLDER short|1|...|5 [SEED]
 
 A fault is aimed at a place in the code, not at a moment: the n-th write to a file, a rename, an update. It kills the
 process there, a write or an update being half done; the other rank is killed too, as when a host loses power. Run by
@@ -19,6 +19,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -108,11 +109,15 @@ def _watch_writes(reached: Callable[[str, str], bool]) -> None:
 
 DATA, MANIFEST = r"step-\d+\.unfinished/rank-.*safetensors$", r"step-\d+\.unfinished/manifest\.json$"
 UNFINISHED, REMOVED, CHECKPOINT = r"step-\d+\.unfinished$", r"step-\d+\.removed$", r"checkpoints/step-\d+$"
-HIDDEN = r"\.export\.unfinished"
+HIDDEN, REPLACED = r"\.export\.unfinished", r"/export$"
 
 
-def faults(long: bool, chance: random.Random) -> list[Fault]:
-    """40 faults, or the 6 of the short form; tokenization comes first, the export last."""
+PIECES = 5
+"""Of the 40 faults: each piece is a run of its own, that is killed eight times."""
+
+
+def faults(form: str, seed: int = 0) -> list[Fault]:
+    """The 6 faults of the form `short`, or the 8 of a piece, `1` to `5`; tokenization comes first, the export last."""
     tokenization = [
         Fault("tokenization", "write", r"tokenizer-.*\.json"),
         Fault("tokenization", "write", r"tokens-.*/train\.bin$"),
@@ -128,19 +133,21 @@ def faults(long: bool, chance: random.Random) -> list[Fault]:
         Fault("save", "renamed", CHECKPOINT),
     ]
     update = [Fault("update", "update", nth=nth) for nth in (1, 2, 3, 4, 5)]
-    anywhere = [Fault("anywhere", "alarm", seconds=chance.uniform(0.001, 0.3)) for _ in range(10)]
+    chance = random.Random(seed)
+    anywhere = [Fault("anywhere", "alarm", seconds=chance.uniform(0.001, 0.3)) for _ in range(2 * PIECES)]
     export = [
         Fault("export", "write", HIDDEN + r"/model.*safetensors$"),
         Fault("export", "write", HIDDEN + r"/config\.json$"),
         Fault("export", "write", HIDDEN + r"/tokenizer"),
         Fault("export", "renamed", HIDDEN + "$"),
-        Fault("export", "renamed", r"/export$"),  # between the two renames: the previous export has a hidden name
+        Fault("export", "renamed", REPLACED),  # between the two renames: the previous export has a hidden name
     ]
-    if not long:
+    if form == "short":
         return [tokenization[1], save[2], save[6], update[1], save[12], export[0]]
-    middle = save + update + anywhere
-    chance.shuffle(middle)
-    return [*tokenization, *middle, *export]
+    own = slice(int(form) - 1, None, PIECES)
+    middle = save[own] + update[own] + anywhere[own]
+    random.Random(f"{seed} {form}").shuffle(middle)
+    return [*tokenization[own], *middle, *export[own]]
 
 
 def start(folder: Path, config: Path, flags: list[str], fault: Fault | None, victim: int | None) -> list[int]:
@@ -179,8 +186,10 @@ def _run(folder: Path, number: int, argv: list[str], fault: Fault | None) -> NoR
         fault.install()
     try:
         os._exit(colrow(argv))
-    finally:
-        os._exit(99)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    os._exit(99)
 
 
 def _ended(processes: list[int]) -> list[int]:
@@ -209,10 +218,9 @@ def state_of(run: Path) -> dict[str, Any]:
     return {"states": sorted({info.state for info in infos}), "newest": newest, "metrics": records}
 
 
-def main(folder: Path, long: bool, seed: int) -> None:
-    chance = random.Random(seed)
-    planned = faults(long, chance)
-    steps = 2 * len(planned) if long else 12
+def main(folder: Path, form: str, seed: int) -> None:
+    planned = faults(form, seed)
+    steps = 12 if form == "short" else 60
     undisturbed, config = (write_run(folder, name, steps) for name in ("undisturbed", "killed"))
     for path in (undisturbed, config):
         tree = yaml.safe_load(path.read_text())
@@ -226,6 +234,8 @@ def main(folder: Path, long: bool, seed: int) -> None:
     for number, fault in enumerate(planned):
         flags = ["--checkpoint.asynchronous", str(number % 2 == 1)]
         victim = None if fault.group == "tokenization" or "rank-" not in fault.pattern else number % RANKS
+        if fault.pattern == REPLACED:
+            start(folder, config, [], None, None)  # whose end writes the export to be replaced
         before = state_of(run)["metrics"] == steps
         statuses = exported(folder, run, fault) if before else start(folder, config, flags, fault, victim)
         signals = [os.WTERMSIG(status) for status in statuses if os.WIFSIGNALED(status)]
@@ -233,10 +243,10 @@ def main(folder: Path, long: bool, seed: int) -> None:
         results.append({**asdict(fault), "signals": signals, **state_of(run), "log": log})
     statuses = [*start(folder, config, [], None, None), *exported(folder, run, None)]
     text = (folder / "log-0.txt").read_text()
-    weights = [(path / "export" / "model.safetensors").read_bytes() for path in (folder / "undisturbed", run)]
+    exports = [path / "export" / "model.safetensors" for path in (folder / "undisturbed", run)]
     left = sorted(path.name for path in run.iterdir())
     found = differences(figures(folder / "undisturbed"), figures(run))
-    same = weights[0] == weights[1]
+    same = all(path.exists() for path in exports) and exports[0].read_bytes() == exports[1].read_bytes()
     print(
         json.dumps(
             {"kills": results, "statuses": statuses, "text": text, "differences": found, "export": same, "left": left}
@@ -248,4 +258,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for name in PRELOADED:  # here, and not again in each process
         importlib.import_module(name)
-    main(Path(sys.argv[1]), sys.argv[2] == "long", int(sys.argv[3]) if len(sys.argv) > 3 else 0)
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else 0)

@@ -3,7 +3,6 @@ this project reads, or not at all, and does not write."""
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +96,7 @@ class Carried:
         """Copy the files, byte for byte, over those that a tokenizer has written of itself."""
         for name, file in self.files().items():
             data = file.read_bytes()
-            if name == _SETTINGS and not json.loads(data).get("eos_token"):
+            if name == _SETTINGS and not json_mapping(file).get("eos_token"):
                 continue  # what is there says which token ends a text: the folder says it in another file
             (folder / name).parent.mkdir(exist_ok=True)
             with (folder / name).open("wb") as copy:

@@ -24,6 +24,7 @@ from colrow.checkpoint.tensor_file import DTYPES, TensorHeader, TensorReader, he
 from colrow.errors import CheckpointError
 from colrow.models.huggingface import name_to_huggingface
 from colrow.models.llama import Llama, LlamaConfig
+from colrow.yaml_text import refuse_pipe
 
 Model = nn.Module | Sequence[nn.Module]
 """A model, or the pipeline stages of this rank."""
@@ -140,6 +141,7 @@ def _files(folder: Path) -> dict[str, Path]:
     """Which file holds which tensor."""
     index, single = folder / INDEX, folder / SINGLE
     if index.exists():
+        refuse_pipe(index, CheckpointError)
         try:
             tree = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             names = {str(name): str(file) for name, file in tree.items()}

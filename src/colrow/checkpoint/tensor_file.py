@@ -21,6 +21,7 @@ from torch import Tensor
 
 from colrow.errors import CheckpointError
 from colrow.sharding.layout import Region
+from colrow.yaml_text import refuse_pipe
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -125,6 +126,7 @@ class TensorReader:
         self.path = path
 
     def __enter__(self) -> TensorReader:
+        refuse_pipe(self.path, CheckpointError)
         try:
             self.file = safe_open(self.path, framework="pt", device="cpu")
             self.file.__enter__()

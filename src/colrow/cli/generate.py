@@ -68,6 +68,12 @@ def main(argv: list[str]) -> int:
 
         # each document of the training text began after another's end
         prompt = replace(tokenizer, special=flags.special).encode(flags.prompt) or [tokenizer.eos_id]
+        size = getattr(getattr(model, "config", None), "vocab_size", None)
+        if isinstance(size, int) and max(prompt) >= size:
+            raise ConfigError(
+                f"the prompt has token {max(prompt):,}, and the model's vocabulary is {size:,}: is the tokenizer in "
+                f"{flags.source} the model's?"
+            )
         ids = generate(
             logits_of,
             torch.tensor([prompt], device=device),

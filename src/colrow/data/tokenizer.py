@@ -17,10 +17,13 @@ from colrow.data.digests import digest_of
 from colrow.data.disk import atomic_write
 from colrow.data.documents import Corpus
 from colrow.errors import DataError
+from colrow.yaml_text import refuse_pipe
 
 END_OF_TEXT = "<|endoftext|>"
 _MIN_VOCAB = 257
 """256 bytes and the end-of-text token."""
+_LAST_ID = 10_000_000
+"""`tokenizers` looks at each id from 0 on where it writes a tokenizer down."""
 SAMPLE_CHARS = 1 << 26
 """A vocabulary is trained on this much of the corpus: counts of frequent pairs change little beyond it."""
 _COMMON_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>", "[EOS]", "[SEP]")
@@ -172,10 +175,13 @@ def load_tokenizer(path: Path | str, special: bool = False) -> Tokenizer:
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.exists():
         raise _no_tokenizer(path)
+    refuse_pipe(file, DataError)
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception for whatever it cannot read
         raise DataError(f"{file} is not a tokenizer.json: {error}") from error
+    if (last := max(backend.get_vocab(with_added_tokens=True).values(), default=0)) > _LAST_ID:
+        raise DataError(f"{file} has a token of id {last:,}, and no vocabulary more than {_LAST_ID:,}: is it damaged?")
     settings = _read_json(file.with_name("tokenizer_config.json"))
     return Tokenizer(backend, _find_eos(backend, file, settings), settings, special)
 
@@ -225,6 +231,7 @@ def _find_eos(backend: Any, file: Path, settings: dict[str, Any]) -> int:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
+    refuse_pipe(path, DataError)
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -11,6 +11,7 @@ import torch
 
 from colrow.errors import ConfigError, did_you_mean
 from colrow.models.llama import Llama3Scaling, LlamaConfig
+from colrow.yaml_text import refuse_pipe
 
 FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 """model_type -> the first part of the class's name; what can be written. Mistral is read, and written as Llama."""
@@ -34,8 +35,7 @@ def read_config(path: Path | str) -> LlamaConfig:
     """
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
-    if file.is_fifo():  # reading would wait for a writer
-        raise ConfigError(f"{file} is a pipe: give a file")
+    refuse_pipe(file, ConfigError)
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -51,6 +51,8 @@ def read_config(path: Path | str) -> LlamaConfig:
 
 def json_mapping(file: Path) -> dict[str, Any]:
     """The mapping in a JSON file; an empty one where there is none, or it cannot be read."""
+    if file.is_fifo():
+        return {}
     try:
         tree = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -174,7 +176,7 @@ _MOST_LAYERS = 10_000
 def _size(tree: dict[str, Any], key: str, default: int | None = None) -> int:
     """A positive whole number. Raises KeyError where it is missing without a default, ConfigError where it is none."""
     value = tree.get(key) if default is not None else tree[key]
-    if value is None or value == 0:
+    if value is None:
         value = default
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1 or not 0 < value < 1 << 40:
         raise ConfigError(f"{key} is {str(tree.get(key, value))[:40]!r}: give a positive whole number")

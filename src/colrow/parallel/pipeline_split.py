@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, count
 from math import inf
 from typing import Any
 
@@ -152,8 +152,9 @@ def fit_micro_batch(config: RunConfig) -> RunConfig:
         return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": size})})
     dp, pp, batch = config.mesh.dp, config.mesh.pp, config.train.global_batch
     over = f"{dp} data-parallel ranks" + (f" and pp={pp} with schedule {config.pipeline.schedule}" if pp > 1 else "")
-    values = [n for n in (*range(batch, 0, -1), *range(batch, batch + 4 * dp * pp + 1)) if _largest_fit(config, n)]
-    near = sorted({next((n for n in values if n < batch), 0), next(n for n in values if n > batch)} - {0})
+    shares = range((batch - 1) // dp, 0, -1), count(batch // dp + 1)
+    found = [next((n * dp for n in each if _largest_fit(config, n * dp)), None) for each in shares]
+    near = [n for n in found if n is not None]
     raise ConfigError(
         f"train.global_batch={batch} cannot be split over {over}: use train.global_batch {' or '.join(map(str, near))}"
     )
@@ -161,8 +162,9 @@ def fit_micro_batch(config: RunConfig) -> RunConfig:
 
 def _largest_fit(config: RunConfig, global_batch: int) -> int | None:
     share, rest = divmod(global_batch, config.mesh.dp)
-    sizes = [] if rest else range(min(config.train.micro_batch, share), 0, -1)
     pp, schedule = config.mesh.pp, config.pipeline.schedule
+    most = share if schedule == "gpipe" else share // pp  # of a pipeline each stage needs a micro-batch
+    sizes = [] if rest else range(min(config.train.micro_batch, most), 0, -1)
     fits = (n for n in sizes if share % n == 0 and (pp == 1 or _runs(schedule, pp, share // n)))
     return next(fits, None)
 
