@@ -18,6 +18,7 @@ from colrow.errors import ConfigError
 from colrow.mesh import Mesh, MeshAxes
 from colrow.models.build import Source
 from colrow.parallel.data_parallel import apply_data_parallel
+from colrow.parallel.outputs import untrained_losses
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
 from colrow.sharding.layout import full_tensor
@@ -171,3 +172,15 @@ def test_a_loss_that_is_not_trained_is_named(monkeypatch: pytest.MonkeyPatch) ->
         ConfigError, match="a weight for aux, and Balanced returns no such scalar: it returns balance, r"
     ):
         missing(batches)
+
+
+def test_losses_by_layer_are_named_too() -> None:
+    scalar, by_layer = torch.ones((), requires_grad=True), torch.ones(3, requires_grad=True)
+    output = {
+        "logits": by_layer[None],
+        "balance": scalar,
+        "router_losses": by_layer,
+        "states": (by_layer * 2, scalar * 2),
+    }
+    assert untrained_losses(output, {"balance": 1.0}) == ("router_losses", "states.output_1")
+    assert untrained_losses({"logits": by_layer[None], "router_losses": by_layer.detach()}, {}) == ()

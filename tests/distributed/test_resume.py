@@ -114,6 +114,7 @@ def test_the_position_of_a_checkpoint_without_one_survives_a_start_that_saved_no
 
 CHANGES: list[dict[str, Any]] = [
     {"weight_decay": 5.0},
+    {"weight_decay": 5.0, "no_decay": ("embed_tokens",)},
     {"betas": (0.5, 0.6)},
     {"eps": 1e-4},
     {"grad_clip": 1e-3},
@@ -133,7 +134,8 @@ def adamw(weights: Tensors, state: dict[str, Tensors], grads: Tensors, section: 
     for name, weight in weights.items():
         mean = b1 * state["exp_avg"][name] + (1 - b1) * scale * grads[name]
         square = b2 * state["exp_avg_sq"][name] + (1 - b2) * (scale * grads[name]) ** 2
-        decay = section.weight_decay if weight.ndim >= 2 else 0.0
+        decays = weight.ndim >= 2 and not name.startswith(section.no_decay)
+        decay = section.weight_decay if decays else 0.0
         moved = mean / (1 - b1**4) / ((square / (1 - b2**4)).sqrt() + section.eps)
         updated[name] = weight - lr * (decay * weight + moved)
     return updated

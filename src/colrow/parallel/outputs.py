@@ -7,7 +7,7 @@ has one answer, for training, derive, check and verify.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -38,6 +38,17 @@ def auxiliary_losses(output: Any) -> dict[str, Tensor]:
         for name, tensor in named_tensors(output)
         if tensor is not main and tensor.dim() == 0 and tensor.requires_grad
     }
+
+
+def untrained_losses(output: Any, trained: Container[str]) -> tuple[str, ...]:
+    """Sorted names of losses in the output that are not `trained`: scalars, and tensors called losses, as of layers."""
+    main = main_tensor(output)
+    losses = (
+        name
+        for name, tensor in named_tensors(output)
+        if tensor is not main and tensor.requires_grad and (tensor.dim() == 0 or "loss" in name.lower())
+    )
+    return tuple(sorted(name for name in losses if name not in trained))
 
 
 def named_tensors(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -25,7 +25,7 @@ from colrow.config import TrainSection
 from colrow.errors import ConfigError
 from colrow.parallel.data_parallel import set_last_micro_batch
 from colrow.parallel.loss import loss_and_output, loss_context, model_loss
-from colrow.parallel.outputs import auxiliary_losses, main_tensor, named_tensors
+from colrow.parallel.outputs import main_tensor, named_tensors, untrained_losses
 from colrow.parallel.random_state import MicroBatchSeeds
 from colrow.parallel.weight_copies import WeightCopies
 from colrow.plans.plan import Plan
@@ -137,7 +137,7 @@ class SingleStageModel:
         auxiliary losses [1 + their number], likewise."""
         with loss_context(self._plan, self._mesh), preferred_attention(self._device):
             loss, output = loss_and_output(self._model, self._plan, self._mesh, ids, targets, num_valid=tokens)
-            self.untrained = tuple(sorted(auxiliary_losses(output).keys() - self._auxiliary_weights.keys()))
+            self.untrained = untrained_losses(output, self._auxiliary_weights)
             if not self._auxiliary_weights:
                 del output  # logits that backward does not need: 1 GiB at 16k tokens, V = 128k, tp 4
                 loss.backward()
