@@ -332,6 +332,28 @@ def test_a_unit_of_fsdp2_of_which_one_module_ran_ends_its_forward(mesh: DeviceMe
     assert model[1].weight.grad is not None
 
 
+def test_a_unit_of_fsdp2_takes_part_in_a_backward_that_does_not_reach_its_output(mesh: DeviceMesh) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    for module in (model[0], model):
+        fully_shard(module, mesh=mesh)
+    _, first = tc.fsdp_units(model)
+    reduced: list[tc.FsdpUnit] = []
+    first.before_reduction(reduced.append)
+
+    def forward(self: nn.Sequential, x: Tensor) -> Tensor:
+        hidden = self[0](x).detach()
+        passed = first.run_backward_alone(torch.zeros((), requires_grad=True), trained=True)
+        return self[1](hidden) + passed
+
+    with mock.patch.object(type(model), "forward", forward):
+        output = model(torch.ones(1, 2))
+        assert not reduced
+        output.sum().backward()
+    assert reduced == [first]
+    assert model[0].weight.grad is None
+    assert model[1].weight.grad is not None
+
+
 def test_replicas_of_fsdp2_exist() -> None:
     assert callable(tc.replicas_of_fsdp2())
 

@@ -231,6 +231,21 @@ class FrozenInput(Model):
         return logits
 
 
+class Detached(Model):
+    """Leaves out its second layer or runs it without gradients, detaches what its last layer or its norm gets, as the
+    micro-batch says."""
+
+    def forward(self, x: Tensor, seq_len: int | None = None) -> Tensor:
+        way = (int(x.sum()) + 1) % 5  # all five in the first steps, and a step without the first
+        first, second, last = self.layers
+        x = first(self.embed_tokens(x))
+        with torch.set_grad_enabled(way != 1):
+            x = x if way == 4 else second(x)
+        x = last(x.detach() if way in (2, 4) else x)
+        logits: Tensor = self.lm_head(self.norm(x.detach() if way == 3 else x))
+        return logits
+
+
 class TwoHeads(Model):
     """Ends in norm and head, in the head alone, or in another head, as the micro-batch says."""
 
@@ -302,5 +317,6 @@ MODELS: dict[str, SmallModel] = {
     "layer drop": SmallModel(LayerDrop, _COLUMN_ROW),
     "early exit": SmallModel(EarlyExit, _COLUMN_ROW),
     "frozen input": SmallModel(FrozenInput, _COLUMN_ROW),
+    "detached": SmallModel(Detached, _COLUMN_ROW),
     "two heads": SmallModel(TwoHeads, _COLUMN_ROW),
 }

@@ -13,10 +13,11 @@ parameters, replicas drift apart, and gloo aborts:
   at its place between the others: a scalar goes through FSDP2's hooks and joins the next block's input, so that
   backward passes here, too, between the reductions of its neighbours. Of a head of which a rank calls one module the
   forward ends as if it had called all. Where a rank detaches what enters the first block, backward does not pass that:
-  it reduces at the end, and then the root.
+  it reduces at the end, and then the root. Where it detaches what enters a later one, or computes it under
+  `torch.no_grad`, a scalar through the hooks of the blocks before joins it.
 
 A block that ranks call unequally often, more than once, is beyond this: the order of gathers would differ. So is one
-that some ranks detach from the blocks before it, or run under `torch.no_grad`: their backward gathers fewer blocks.
+whose output alone some ranks detach, or run under `torch.no_grad`, beside a path that is not: nothing tells that.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from colrow.torch_compat import FsdpUnit, fsdp_units, tree_flatten, tree_unflatten
+from colrow.torch_compat import FsdpUnit, fsdp_units, tree_flatten, tree_leaves, tree_unflatten
 
 
 def agree_on_used_parameters(
@@ -112,7 +113,8 @@ def flags_anywhere(flags: Tensor, groups: Sequence[dist.ProcessGroup], *, wait: 
 
 
 class _SkippedUnits:
-    """Runs blocks and the head without their forward, where this rank's forward has passed them by.
+    """Lets every backward pass all units in one order: those that this rank's forward has passed by run without it, and
+    those whose output it has detached get their part of the backward by the next unit's input.
 
     Args:
         units: in the order in which they run, each with its modules, the first of which to be called gathers it.
@@ -121,6 +123,9 @@ class _SkippedUnits:
     def __init__(self, model: nn.Module, units: Sequence[tuple[FsdpUnit, Sequence[nn.Module]]]) -> None:
         self._units = [unit for unit, _ in units]
         self._next = 0  # the first unit whose turn has not come in this forward
+        self._reached: list[
+            tuple[FsdpUnit, bool]
+        ] = []  # behind the last detached input; whether its own had a gradient
         model.register_forward_pre_hook(self._begin, prepend=True)
         for index, (_, modules) in enumerate(units):
             for module in modules:
@@ -129,28 +134,44 @@ class _SkippedUnits:
         model.register_forward_hook(self._end, prepend=True)
 
     def _begin(self, module: nn.Module, args: Any) -> None:
-        self._next = 0
+        self._next, self._reached = 0, []
 
     def _reach(self, index: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        skipped, self._next = self._units[self._next : index], max(self._next, index + 1)
-        return self._run(skipped, (args, kwargs)) if skipped else None
+        if index < self._next:
+            return None
+        skipped, self._next = self._units[self._next : index], index + 1
+        tensors = args, kwargs
+        flows = [x.requires_grad for x in tree_leaves(tensors) if isinstance(x, Tensor) and x.is_floating_point()]
+        detached: list[tuple[FsdpUnit, bool]] = []
+        if flows and not any(flows) and torch.is_grad_enabled():
+            detached, self._reached = self._reached, []
+        self._reached += [(unit, any(flows)) for unit in [*skipped, self._units[index]]]
+        return self._run(detached, skipped, tensors) if detached or skipped else None
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> Any:
         for unit in self._units:
             output = unit.finish_forward(output)
         skipped, self._next = self._units[self._next :], len(self._units)
-        return self._run(skipped, output) if skipped else output
+        return self._run([], skipped, output) if skipped else output
 
-    def _run(self, skipped: Sequence[FsdpUnit], tensors: Any) -> Any:
-        """Run `skipped` without their forward, ahead of what reads `tensors`, a tree; returns the tree to read."""
+    def _run(self, detached: Sequence[tuple[FsdpUnit, bool]], skipped: Sequence[FsdpUnit], tensors: Any) -> Any:
+        """Run the units' parts that are missing ahead of what reads `tensors`, a tree; returns the tree to read."""
         leaves, tree = tree_flatten(tensors)
         floating = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point()]
         on_path = [i for i in floating if leaves[i].requires_grad] or floating[:1]
+        device = _device(leaves[on_path[0]]) if on_path else None
+
+        def scalar(flows: bool) -> Tensor:
+            flows = flows or any(leaves[i].requires_grad for i in on_path)
+            return torch.zeros((), device=device, requires_grad=flows and torch.is_grad_enabled())
+
+        for unit, flowed in detached:
+            passed = unit.run_backward_alone(scalar(flowed), trained=bool(unit.parameters()))
+            for i in on_path:
+                leaves[i] = _Join.apply(leaves[i], passed)
         for unit in skipped:
-            flows = any(leaves[i].requires_grad for i in on_path)
-            device = _device(leaves[on_path[0]]) if on_path else None
-            scalar = torch.zeros((), device=device, requires_grad=flows and torch.is_grad_enabled())
-            passed = unit.run_without_forward(scalar, trained=bool(unit.parameters()) and torch.is_grad_enabled())
+            trained = bool(unit.parameters()) and torch.is_grad_enabled()
+            passed = unit.run_without_forward(scalar(False), trained=trained)
             for i in on_path:
                 leaves[i] = _Join.apply(leaves[i], passed)
         return tree_unflatten(leaves, tree)

@@ -97,6 +97,20 @@ class FsdpUnit:
         out: Tensor = self._state._post_forward(self.module, args, y)
         return out
 
+    def run_backward_alone(self, x: Tensor, *, trained: bool) -> Tensor:
+        """Gather and reduce this unit in a backward that will not reach its output; `x` passes unchanged between them.
+
+        Args:
+            x: a scalar.
+            trained: whether the output requires a gradient although `x` does not, as that of trained parameters would.
+        """
+        if self._group is None:
+            return x
+        (y,), _ = self._group._register_post_backward_hook((x,), {})
+        y = y + torch.zeros((), dtype=x.dtype, device=x.device, requires_grad=trained)
+        out: Tensor = self._state._register_pre_backward_hook(y)
+        return out
+
     def finish_forward(self, output: Any) -> Any:
         """Before the root's forward ends: do what follows on the last of this unit's modules, where it has called only
         some. torch 2.13 does it behind the root, in another order than where all were called, 2.11 not at all.
