@@ -21,7 +21,7 @@ from torch.fx import Node
 from colrow.derive.axes import atoms_in
 from colrow.derive.failure import TraceError
 from colrow.derive.infer import AxisInference, computation, computes
-from colrow.derive.trace import Label, Rescale, Trace, is_boundary, label_of, trace
+from colrow.derive.trace import Label, Rescale, Trace, is_boundary, label_of, run_traced, trace
 from colrow.styles.local_sizes import ANY, CALLS, CodeMode, SizeRule, Sizes, sizes_written, with_sizes
 
 Rules = dict[str, dict[str, str]]
@@ -195,7 +195,7 @@ def find_sizes(
             expected[label] = local_extents, varying
     solved = _Solved(expected, counts, tp, literal)
     with contextlib.suppress(TraceError):
-        trace(local, inputs, rescale, solved.within(local), traced.opaque)
+        run_traced(local, inputs, rescale, solved.within(local), traced.opaque)
     rules = solved.found()
     return None if rules is None or "" in rules else rules
 

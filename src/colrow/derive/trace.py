@@ -163,6 +163,51 @@ def default_inputs(model: nn.Module, tp: int) -> Inputs:
     return example_inputs(model, batch, seq, torch.Generator()).map(lambda x: torch.zeros_like(x, device=device))
 
 
+@contextlib.contextmanager
+def _exported(
+    model: nn.Module,
+    inputs: Inputs,
+    rescale: Rescale | None,
+    within: contextlib.AbstractContextManager[None] | None,
+    opaque: Opaque,
+) -> Iterator[tuple[ExportedProgram, Calls, set[str]]]:
+    """The model as torch.export gives it, what the markers saw, and the parameters that other modules read."""
+    wrapper = _Called(model, inputs.names)
+    training = {m: m.training for m in model.modules()}
+    wrapper.eval()
+    try:
+        with (
+            quiet_fake_tensors(),
+            markers(model, rescale) as calls,
+            within or contextlib.nullcontext(),
+            opaque.within(model),
+            warnings.catch_warnings(),
+            contextlib.redirect_stderr(io.StringIO()),  # where export fails it prints the graph so far
+        ):
+            warnings.simplefilter("ignore")
+            with watching_reads(model) as outside:  # of the model's code alone: each call costs
+                exported = torch.export.export(wrapper, tuple(inputs), strict=False)
+            yield exported, calls, outside
+    except Exception as error:
+        raise cannot_trace(model, error) from error
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def run_traced(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    rescale: Rescale | None,
+    within: contextlib.AbstractContextManager[None],
+    opaque: Opaque,
+) -> None:
+    """Run the model's code as `trace` does, for what `within` sees of it: without the graph, which takes the longer
+    half. Raises as `trace`."""
+    with _exported(model, Inputs.of(inputs), rescale, within, opaque):
+        pass
+
+
 def trace(
     model: nn.Module,
     inputs: tuple[Tensor, ...],
@@ -180,27 +225,8 @@ def trace(
             raised from torch's.
     """
     inputs = Inputs.of(inputs)
-    wrapper = _Called(model, inputs.names)
-    training = {m: m.training for m in model.modules()}
-    wrapper.eval()
-    try:
-        with (
-            quiet_fake_tensors(),
-            markers(model, rescale) as calls,
-            within or contextlib.nullcontext(),
-            opaque.within(model),
-            warnings.catch_warnings(),
-            contextlib.redirect_stderr(io.StringIO()),  # where export fails it prints the graph so far
-        ):
-            warnings.simplefilter("ignore")
-            with watching_reads(model) as outside:  # of the model's code alone: each call costs
-                exported = torch.export.export(wrapper, tuple(inputs), strict=False)
-            program = exported.run_decompositions({})
-    except Exception as error:
-        raise cannot_trace(model, error) from error
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with _exported(model, inputs, rescale, within, opaque) as (exported, calls, outside):
+        program = exported.run_decompositions({})
     parameters, ties = _parameters_of(model, program)
     constants, values = _constants_of(model, program)
     lead = next((x for x in inputs if x.dim() >= 2), inputs[0])
