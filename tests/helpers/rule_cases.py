@@ -448,6 +448,12 @@ def _lookups(w: int) -> dict[str, Case]:
 
     return {
         "embedding": (lambda x, a, b: aten.embedding(a, (x[..., 0].sigmoid() * w).long()) @ b.T, ((w, w), (4, w))),
+        "embedding_bag": (
+            lambda x, a, b: (
+                aten.embedding_bag(a, (x[..., 0].sigmoid() * 4).long().flatten(), torch.tensor([0, 5, 9]))[0] @ b.T
+            ),
+            ((4, w), (4, w)),
+        ),
         "index": (lambda x, a: aten.index(_y(x, a), [None, rows()]), one),
         "index_select": (lambda x, a: aten.index_select(_y(x, a), 1, rows()), one),
         "index_put": (put(aten.index_put), one),

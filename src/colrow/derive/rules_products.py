@@ -142,6 +142,19 @@ def embedding(inference: AxisInference, node: Node) -> Result:
     return [*ids, w[1]]
 
 
+@rule("embedding_bag")
+def embedding_bag(inference: AxisInference, node: Node) -> Result:
+    """Rows of w [V, D], summed, averaged or maximised over the bags [B, D]: each feature by itself."""
+    w, value = inference.of(node.args[0]), node.meta["val"]
+    forbid(w[0], "rows are reduced over a bag")
+    for given in node.all_input_nodes[1:]:
+        for dim in inference.of(given):
+            forbid(dim, "bags are reduced along it")
+    shapes = [[int(n) for n in v.shape] for v in value]
+    out = [*inference.fresh(shapes[0][:1], "bags are counted along it"), w[1]]
+    return tuple(out if shape == shapes[0] else inference.fresh(shape) for shape in shapes)
+
+
 @rule("index")
 def index(inference: AxisInference, node: Node) -> Result:
     """x[i]: dimensions that are indexed must not be sharded, unless the index is a known piece of a tiled axis."""

@@ -312,6 +312,7 @@ _known("select_scatter", "select_scatter", linear=TERMS, moves=True)
 # ---------------------------------------------------------------------- lookups and writes by index
 
 _known("embedding", "embedding", dtensor=LENIENT)
+_known("embedding_bag", "embedding_bag")
 _known("index", "index", linear=FIRST, takes_part=True)
 _known("index_select", "index_select", linear=FIRST, takes_part=True, runs=DIMS)
 _known("gather", "gather", linear=FIRST, runs=DIMS)
