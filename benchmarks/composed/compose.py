@@ -52,6 +52,8 @@ class Split:
     loss: Loss = "replicated"
     embedding: str = ""
     head: bool = True
+    fast: bool = False
+    """By the fast styles: each rank has a shard of the flattened tokens, on local tensors."""
 
     def dim(self, place: str) -> int | None:
         """The sharded dim of local tensors at a place."""
@@ -88,6 +90,42 @@ class Case:
 
 def plan_modules(made: Architecture, split: Split) -> dict[str, Any]:
     """The keys of the plan."""
+    modules = _fast_modules(made, split) if split.fast else _plain_modules(made, split)
+    for (layer, place), steps in made.steps.items():
+        for i, step in enumerate(steps):
+            if step.group == "module" and step.style is not None:
+                modules |= _styled(layer, place, i, step)
+    return modules
+
+
+def _fast_modules(made: Architecture, split: Split) -> dict[str, Any]:
+    """As `llama-fast` does."""
+    s = made.sizes
+    modules: dict[str, Any] = dict.fromkeys(("blocks.*.norm1", "blocks.*.norm2", "norm"), "grad_sum")
+    modules["embed"] = "fast_embedding"
+    modules["head"] = "fast_head" if split.loss == "vocab_parallel" else {"style": "fast_head", "gather": True}
+    if "attention" in made.sublayers:
+        columns = ["q", "k", "v"] if made.attention == "separate" else ["qkv"]
+        in_one = made.attention not in ("separate", "by heads")
+        style = {"style": "fast_colwise", "segments": [s.features] * 3} if in_one else "fast_colwise"
+        modules["blocks.*.attn"] = {"style": "fast_gather", "columns": columns}
+        modules |= {f"blocks.*.attn.{n}": style for n in columns} | {"blocks.*.attn.out": "fast_rowwise"}
+    if "mlp" in made.sublayers:
+        columns = {"plain": ["up"], "gated": ["gate", "up"]}.get(made.mlp, ["gate_up"])
+        in_one = made.mlp not in ("plain", "gated", "interleaved", "by pairs")
+        segments = {"segments": [s.hidden] * 2} if in_one else {}
+        if split.mlp == "block":
+            modules["blocks.*.mlp"] = {"style": "fast_block", "gather": [0], "scatter": [0]}
+            modules |= {f"blocks.*.mlp.{n}": {"style": "packed_colwise", **segments} for n in columns}
+            modules["blocks.*.mlp.down"] = {"style": "packed_rowwise", "output": "partial"}
+        else:
+            modules["blocks.*.mlp"] = {"style": "fast_gather", "columns": columns}
+            modules |= {f"blocks.*.mlp.{n}": {"style": "fast_colwise", **segments} for n in columns}
+            modules["blocks.*.mlp.down"] = "fast_rowwise"
+    return modules
+
+
+def _plain_modules(made: Architecture, split: Split) -> dict[str, Any]:
     s, sequence = made.sizes, split.sequence
     inside, outside = ("shard(1)", "shard(1)") if sequence else ("replicate", "replicate")
     row = {"style": "rowwise", "output": "shard(1)"} if sequence else "rowwise"
@@ -146,10 +184,6 @@ def plan_modules(made: Architecture, split: Split) -> dict[str, Any]:
         modules["head"] = {**modules["head"], "input": "shard(1)"}
     if made.tied and not sequence:
         modules["embed"] = {"style": "rowwise", "input": "replicate"}
-    for (layer, place), steps in made.steps.items():
-        for i, step in enumerate(steps):
-            if step.group == "module" and step.style is not None:
-                modules |= _styled(layer, place, i, step)
     return modules
 
 
@@ -181,10 +215,13 @@ def random_split(rng: random.Random) -> Split:
     )
 
 
-def compose(seed: int) -> Case:
-    """The case of a seed."""
-    rng = random.Random(f"composed {seed}")
+def compose(seed: int, *, fast: bool = False) -> Case:
+    """The case of a seed; `fast`: of another list, whose plans are of the fast styles."""
+    rng = random.Random(f"fast {seed}" if fast else f"composed {seed}")
     split = random_split(rng)
+    if fast:
+        split = replace(split, fast=True, sequence=True, local_norms=True, attention="column", embedding="")
+        split = replace(split, mlp="block" if split.mlp == "block" else "column", head=True)
     sizes = rng.choice(SIZES)
     made = Architecture(
         sizes,
@@ -199,6 +236,8 @@ def compose(seed: int) -> Case:
         tied=rng.random() < 0.15,
         wrapped=rng.random() < 0.3,
     )
+    if fast:  # a table for both is refused
+        made = replace(made, tied=False)
     if made.attention == "separate" and rng.random() < 0.3:
         made = replace(made, kv_heads=sizes.heads // 2)
     suspect, plain = "", False

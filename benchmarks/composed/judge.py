@@ -1,6 +1,7 @@
 """Hold the check against the truth on composed models, and write a table.
 
     python -m benchmarks.composed.judge --cases 300 -o table.md        # seeds 0 to 299
+    python -m benchmarks.composed.judge --fast --cases 100             # plans of the fast styles
     python -m benchmarks.composed.judge --cases 40 --check-alone       # in a minute, without the proofs before a run
     python -m benchmarks.composed.judge --singles scores -v            # every step alone whose text holds `scores`
 
@@ -158,6 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=300, help="how many")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--fast", action="store_true", help="plans of the fast styles")
     parser.add_argument("--singles", nargs="?", const="", help="steps alone, those whose text holds this")
     parser.add_argument("--every", type=int, default=1, help="of the steps alone, every n-th")
     parser.add_argument("--check-alone", action="store_true", help="do not ask whether a run would start")
@@ -168,7 +170,7 @@ def main() -> None:
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
     if options.singles is None:
-        cases = [compose(seed) for seed in range(options.first, options.first + options.cases)]
+        cases = [compose(seed, fast=options.fast) for seed in range(options.first, options.first + options.cases)]
     else:
         cases = [case for case in singles() if options.singles in case.name][:: options.every]
     rows = judge(cases, options.workers, not options.check_alone)

@@ -204,10 +204,15 @@ def judge(derivation: Derivation, model: nn.Module) -> tuple[str, str]:
         if n in used and p.dim() >= 2 and any(c.isdigit() for c in n.split("."))
     }
     split = sum(size for name, size in matrices.items() if name in set(derivation.sharded))
-    layers = len({".".join(n.split(".")[: [c.isdigit() for c in n.split(".")].index(True) + 1]) for n in matrices}) or 1
+    parts: dict[str, set[str]] = {}  # by layer: which of its modules hold matrices
+    for name in matrices:
+        path = name.split(".")
+        end = [c.isdigit() for c in path].index(True) + 1
+        parts.setdefault(".".join(path[:end]), set()).add(path[end])
     inner = sum(count for name, count in derivation.reductions.items() if "*" in name)
     share = split / max(1, sum(matrices.values()))
-    if share >= 0.7 and inner >= 2 * layers:
+    # attention and MLP have one reduction each; a layer of a single mixer has one
+    if share >= 0.7 and inner >= max(1, sum(min(2, len(found)) for found in parts.values())):
         return "full", ""
     reasons = [n for n in derivation.notes if not n.startswith("no sequence shards")]
     if not reasons:
@@ -215,7 +220,7 @@ def judge(derivation: Derivation, model: nn.Module) -> tuple[str, str]:
         reasons = [f"{n}: {derivation.replicated[n]}" for n in largest]
     if derivation.unknown:
         reasons.insert(1, "no rule for " + ", ".join(sorted(derivation.unknown)[:4]))
-    reason = "; ".join(dict.fromkeys(reasons[:2])) or f"{inner} reductions in {layers} layers"
+    reason = "; ".join(dict.fromkeys(reasons[:2])) or f"{inner} reductions in {len(parts)} layers"
     return ("partial" if derivation.sharded else "unsharded"), reason[:220]
 
 

@@ -5,7 +5,7 @@
 Each model runs in a process of its own under a limit of CPU time. What the results file holds already is not run again
 (unless `--again`), so a long sweep goes in pieces (`--budget SECONDS`); `--jobs` models run at a time. A model is
 
-    full          at least two reductions a layer, and most of its matrices split
+    full          two reductions a layer (one, where a layer is a single mixer), and most of its matrices split
     partial       something is split; the reason names what is not
     unsharded     nothing is split; the reason says why
     fails         the plan raises when it runs (never a wrong number)
@@ -94,7 +94,8 @@ def table(rows: Sequence[Row], command: str, known: Sequence[str], styles: Style
     lines.append("| models | " + " | ".join(str(sum(r["tp"] == tp for r in rows)) for tp in degrees) + " |")
     lines += [
         "",
-        "*full*: attention and MLP of every layer are split, two reductions a layer. *partial*: something is split, "
+        "*full*: attention and MLP of every layer are split, two reductions a layer (one, where a layer is a single "
+        "mixer). *partial*: something is split, "
         "and the reason names what is not. *unsharded*: nothing is. *fails*: the plan stops with an error when it "
         "runs. *untraceable*: `torch.export` cannot trace the model. *not built*: the tiny configuration gives no "
         "model that runs on token ids only. "

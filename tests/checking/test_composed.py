@@ -12,22 +12,18 @@ from benchmarks.composed.judge import Counts, Row, ids_of, judged
 from benchmarks.composed.truth import Truth, truths
 from helpers.harness import Ranks
 
-SEEDS = range(40)
+CASES = {case.name: case for case in [*map(compose, range(34)), *(compose(seed, fast=True) for seed in range(6))]}
 
 
 @pytest.fixture(scope="module")
 def rows(ranks: Ranks) -> list[Row]:
-    found = on_ranks(ranks, [compose(seed) for seed in SEEDS])
+    found = on_ranks(ranks, list(CASES.values()))
     return [judged(case, truth, ask=False) for case, truth in found if truth.verdict in ("right", "wrong")]
 
 
 def on_ranks(ranks: Ranks, cases: list[Case]) -> list[tuple[Case, Truth]]:
     found: list[Truth] = ranks(2).run(truths, [(case, ids_of(case)) for case in cases])[0]
     return list(zip(cases, found, strict=True))
-
-
-def case_of(row: Row) -> Case:
-    return compose(int(row.case.partition(":")[0]))
 
 
 @pytest.mark.distributed
@@ -38,7 +34,7 @@ def test_the_check_finds_the_wrong_plans_and_passes_the_right_ones(rows: list[Ro
     missed = [row for row in rows if row.truth.verdict == "wrong" and not row.found]
     # Two ranks once called a right plan of seed 19 wrong, on one machine and never again (docs/log.md): so they are
     # asked twice, and a plan that they call wrong once is a warning.
-    again = on_ranks(ranks, [case_of(row) for row in missed])
+    again = on_ranks(ranks, [CASES[row.case] for row in missed])
     for row, (_, second) in zip(missed, again, strict=True):
         warnings.warn(f"{row.case}: wrong by {row.truth}, then {second}", stacklevel=1)
     assert [case.name for case, second in again if second.verdict == "wrong"] == []
@@ -50,11 +46,11 @@ def test_the_check_finds_the_wrong_plans_and_passes_the_right_ones(rows: list[Ro
 @pytest.mark.distributed
 def test_a_run_starts_with_right_plans_alone(rows: list[Row]) -> None:
     """By the function with which `colrow train` decides: one plan of each kind that the check does not settle."""
-    trained = [row for row in rows if case_of(row).train]
+    trained = [row for row in rows if CASES[row.case].train]
     wrong = next(row for row in trained if row.truth.verdict == "wrong" and not row.errors)
     right = next(row for row in trained if row.truth.verdict == "right" and not row.unproven)
     for row, accepted in ((wrong, False), (right, True)):
-        assert judged(case_of(row), row.truth).accepted == accepted, row.case
+        assert judged(CASES[row.case], row.truth).accepted == accepted, row.case
 
 
 @pytest.mark.distributed
@@ -62,4 +58,4 @@ def test_a_check_without_the_last_layer_misses_wrong_plans(rows: list[Row], monk
     """A negative control."""
     monkeypatch.setattr("colrow.checking.check.check_unproven", lambda *args: [])
     row = next(row for row in rows if row.truth.verdict == "wrong" and not row.errors)
-    assert not judged(case_of(row), row.truth, ask=False).found
+    assert not judged(CASES[row.case], row.truth, ask=False).found

@@ -179,6 +179,21 @@ def tokens(normed: Callable[[Tensor], Tensor]) -> Case:
     return Case(lambda: m.Gpt(block=partial(TokenBlock, normed=normed)), lambda: gpt_plan(sequence=True, norm1=local))
 
 
+def fast_plan() -> Plan:
+    """As `llama-fast` splits: each rank has a shard of the flattened tokens."""
+    modules: dict[str, Any] = dict.fromkeys(("blocks.*.norm1", "blocks.*.norm2", "norm"), "grad_sum")
+    modules |= {"embed": "fast_embedding", "head": {"style": "fast_head", "gather": True}}
+    for module, columns, row in (("attn", ["q", "k", "v"], "out"), ("mlp", ["up"], "down")):
+        modules[f"blocks.*.{module}"] = {"style": "fast_gather", "columns": columns}
+        modules |= {f"blocks.*.{module}.{name}": "fast_colwise" for name in columns}
+        modules[f"blocks.*.{module}.{row}"] = "fast_rowwise"
+    return Plan(modules=modules, loss="replicated", name="fast")
+
+
+def flattened(normed: Callable[[Tensor], Tensor]) -> Case:
+    return Case(lambda: m.Gpt(OwnAttention, block=partial(TokenBlock, normed=normed)), fast_plan)
+
+
 def causal_convolution() -> nn.Module:
     return nn.Sequential(nn.ConstantPad1d((2, 0), 0.0), nn.Conv1d(m.D, m.D, 3, groups=m.D))
 
@@ -335,6 +350,9 @@ WRONG = {
         train=True,
     ),
     "a part of the logits written": Case(lambda: PartDoubled(2), lambda: gpt_plan("vocab_parallel")),
+    "samples compared, of flattened tokens": flattened(lambda h: h - h.mean(0, keepdim=True)),
+    "samples in another order, of flattened tokens": flattened(lambda h: h.flip(0)),
+    "tokens shifted, of flattened ones": flattened(lambda h: F.pad(h, (0, 0, 1, -1))),
     "sum over ranks left out": Case(
         lambda: m.Gpt(mlp=lambda: FeatureMLP(lambda h: h)),
         lambda: gpt_plan(attn__out={"style": "rowwise", "output": "partial"}),
@@ -359,6 +377,7 @@ RIGHT = {
     "scores capped": attention(scores=lambda s: 5 * torch.tanh(s / 5)),
     "pairs of features turned": Case(lambda: m.Gpt(block=partial(TokenBlock, normed=turned_pairs))),
     "tokens changed alone": tokens(lambda h: h / (1e-3 + h.norm(dim=-1, keepdim=True))),
+    "flattened tokens changed alone": flattened(lambda h: h / (1e-3 + h.norm(dim=-1, keepdim=True))),
     "norm of each head": attention(output=lambda o: F.layer_norm(o, (m.E,))),
     "causal convolution of all tokens": on_stream(causal_convolution),
     "dropout of all tokens": on_stream(lambda: nn.Dropout(0.1), train=True),

@@ -162,6 +162,13 @@ PROVEN: dict[str, tuple[Any, ...]] = {
         ([None, 1, 1, 1, False, 0, 2],),
         [S1],
     ),
+    "convolution by groups in segments": (
+        aten.convolution.default,
+        (x(2, 12, 9), x(18, 2, 3), x(18), [1], [1], [1], False, [0], 6),
+        [sharded(1, (8, 4)), sharded(0, (12, 6)), sharded(0, (12, 6))],
+        ([1, 1, 1, False, 0, 3],),
+        [sharded(1, (12, 6))],
+    ),
     "convolution by outputs": (
         aten.convolution.default,
         (x(2, 4, 9), x(6, 4, 3), None, [1], [1], [1], False, [0], 1),
@@ -217,6 +224,13 @@ PROVEN: dict[str, tuple[Any, ...]] = {
         [S1, S1, S0],
         ([2, 1, 1, 1, False, 0, 2, True, True, True],),
         [S1, S0, S0],
+    ),
+    "gradient of a convolution by groups in segments": (
+        aten.convolution_backward.default,
+        (x(2, 18, 9), x(2, 12, 9), x(18, 2, 3), [18], [1], [1], [1], False, [0], 6, [True, True, True]),
+        [sharded(1, (12, 6)), sharded(1, (8, 4)), sharded(0, (12, 6))],
+        ([9, 1, 1, 1, False, 0, 3, True, True, True],),
+        [sharded(1, (8, 4)), sharded(0, (12, 6)), sharded(0, (12, 6))],
     ),
     "gradient of a convolution by outputs": (
         aten.convolution_backward.default,
@@ -598,6 +612,18 @@ REFUSED: dict[str, tuple[Any, ...]] = {
         (x(2, 8, 9), x(6, 8, 3), None, [1], [1], [1], False, [0], 1),
         [sharded(1, (4, 4)), S1],
         None,
+    ),
+    "convolution by groups in other segments": (
+        aten.convolution.default,
+        (x(2, 12, 9), x(18, 2, 3), None, [1], [1], [1], False, [0], 6),
+        [sharded(1, (8, 4)), sharded(0, (6, 12))],
+        ([None, 1, 1, 1, False, 0, 3],),
+    ),
+    "convolution by groups of which a segment has half": (
+        aten.convolution.default,
+        (x(2, 12, 9), x(12, 2, 3), None, [1], [1], [1], False, [0], 6),
+        [sharded(1, (10, 2)), sharded(0, (10, 2))],
+        ([None, 1, 1, 1, False, 0, 3],),
     ),
     "gradient of a convolution that is a sum": (
         aten.convolution_backward.default,

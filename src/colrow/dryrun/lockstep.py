@@ -40,6 +40,7 @@ from colrow.plans.plan import Plan
 from colrow.sharding.draws import Draw
 from colrow.sharding.layout import packed_of
 from colrow.sharding.local_layout import REPLICATED, STYLE, UNKNOWN, layout_of, sharded
+from colrow.styles.fast.unflatten import complete_sequences, views_complete_sequences
 from colrow.styles.rank_tensors import RANK_TABLES
 from colrow.styles.site import Site
 from colrow.torch_compat import fake_tensors, forget_shardings
@@ -60,10 +61,33 @@ def unproven_operators(
 
     Arguments are those of `dry_run`. Of a model that does not run on fake tensors, that is the one finding.
     """
-    found = walk(Request(model, plan, tp, batch_size, seq_len, inputs, loss, dtype))
+    request = Request(model, plan, tp, batch_size, seq_len, inputs, loss, dtype)
+    found = walk(request)
     if isinstance(found, Exception):
         return [Unproven("model", "", "", f"the unsharded run raises {type(found).__name__}: {str(found)[:120]}")]
-    return found.unproven
+    if not _flattens_tokens(request) or runs_known_code(model):
+        return found.unproven
+    # a user's code between blocks with flattened tokens: see [Note: two views of flattened tokens]
+    with complete_sequences():
+        again = walk(_of_sequences_for_all(request))
+    more = again.unproven if isinstance(again, Walk) else []
+    listed = {(each.operator, each.where, each.line) for each in found.unproven}
+    return found.unproven + [each for each in more if (each.operator, each.where, each.line) not in listed]
+
+
+def _flattens_tokens(request: Request) -> bool:
+    return any(style.token_order == "flattened" for _, style in request.plan.resolve(request.model).values())
+
+
+def _of_sequences_for_all(request: Request) -> Request:
+    """With two sequences for each rank: of one, a dim of one element would stretch."""
+    if request.inputs is None:
+        return replace(request, batch_size=2 * request.tp)
+    inputs = Inputs.of(request.inputs)
+    batches = {x.shape[0] for x in inputs if isinstance(x, Tensor) and x.dim()}
+    times = 1 if all(n % (2 * request.tp) == 0 for n in batches) else 2 * request.tp
+    longer = inputs.map(lambda x: x.repeat_interleave(times, 0) if isinstance(x, Tensor) and x.dim() else x)
+    return replace(request, inputs=longer)
 
 
 @dataclass(frozen=True)
@@ -87,13 +111,17 @@ def walk(request: Request, *, all_blocks: bool = False, backward: bool = True) -
     """
     # where all code is known, equal blocks compute the same, and two show everything
     keep = 2 if runs_known_code(request.model) and not all_blocks else sys.maxsize
-    found = _walked(request, keep, backward)
+    # of one sequence, a shard of the flattened tokens is a shard of dim 1; else two sequences tell 1 from "any"
+    one = _flattens_tokens(request) and not views_complete_sequences()
+    found = _walked(request, keep, backward, 1 if one else 2)
+    if isinstance(found, Exception) and one:  # a batch norm does not take one element
+        found = _walked(request, keep, backward, 2)
     if isinstance(found, Exception) and "BF16" in str(found):  # torch's grouped matmuls take no other type
-        found = _walked(replace(request, dtype=torch.bfloat16), keep, backward)
+        found = _walked(replace(request, dtype=torch.bfloat16), keep, backward, 1 if one else 2)
     return found
 
 
-def _walked(request: Request, keep: int, backward: bool) -> Walk | Exception:
+def _walked(request: Request, keep: int, backward: bool, sequences: int) -> Walk | Exception:
     styles = {name: style for name, (_, style) in request.plan.resolve(request.model).items()}
     copies = [reduced_copy(request.model, styles, BlockTraces(), keep) for _ in range(2)]
     unsharded, parallel = (copy.model for copy in copies)
@@ -110,9 +138,8 @@ def _walked(request: Request, keep: int, backward: bool) -> Walk | Exception:
         stack.enter_context(fake_tensors())
         for model in (unsharded, parallel):
             materialize_fake(model, request.dtype)
-        flattened = any(style.token_order == "flattened" for style in styles.values())
-        # of one sequence, a shard of the flattened tokens is a shard of dim 1; else two sequences tell 1 from "any"
-        batch_size = 1 if flattened else max(request.batch_size, 2)
+        flattened = _flattens_tokens(request) and not views_complete_sequences()
+        batch_size = 1 if sequences == 1 else max(request.batch_size, sequences)
         given = (
             example_inputs(unsharded, batch_size, request.seq_len)
             if request.inputs is None
@@ -124,7 +151,10 @@ def _walked(request: Request, keep: int, backward: bool) -> Walk | Exception:
         except Exception as error:
             return error
         lengths = [x.shape[1] for x in given if isinstance(x, Tensor) and x.ndim > 1]
-        run = ShardedRun(parallel, reference, mesh, resolved, segments, lengths[0] if flattened and lengths else 0)
+        batches = [x.shape[0] for x in given if isinstance(x, Tensor) and x.ndim]
+        counted = (batches[0] // request.tp, batches[0]) if views_complete_sequences() and batches else (0, 0)
+        length = lengths[0] if flattened and lengths else 0
+        run = ShardedRun(parallel, reference, mesh, resolved, segments, length, counted)
         try:
             with run.conversions(), loss_context(plan, mesh):
                 number, layout = _step(run, parallel, given, request.loss, plan, backward)

@@ -86,6 +86,7 @@ class ShardedRun(NumberedRun):
 
     Args:
         flattened: the length of the sequences whose tokens lie flattened ([Note: flattened tokens]); 0: they do not.
+        sequences: of a rank and of all, in the second view of [Note: two views of flattened tokens].
 
     Attributes:
         draws: what each call of a module's own code draws by element in forward, in order, by the module and
@@ -100,9 +101,10 @@ class ShardedRun(NumberedRun):
         styles: Mapping[str, Style],
         segments: Mapping[str, tuple[OutputSegment, ...]],
         flattened: int = 0,
+        sequences: tuple[int, int] = (0, 0),
     ) -> None:
         super().__init__(model)
-        self._flattened = flattened
+        self._flattened, self._sequences = flattened, sequences
         self.reports = Reports()
         self.draws: dict[tuple[str, int], list[Draw]] = defaultdict(list)
         self._unsharded, self._mesh, self._ranks = unsharded, mesh, mesh.size()
@@ -231,6 +233,9 @@ class ShardedRun(NumberedRun):
             leaf if layout is None else self._unsharded_shape(leaf, layout)
             for leaf, layout in zip(operation.shapes, layouts, strict=True)
         )  # fmt: skip
+        if operator(operation.name).counts:  # on real ranks a tensor's size counts all sequences
+            both = zip(operation.shapes, there, strict=True)
+            there = tuple(here if (here, leaf) == self._sequences else leaf for here, leaf in both)
         node = current_autograd_node()
         return LocalCall(
             operation.func,

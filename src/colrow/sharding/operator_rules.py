@@ -191,8 +191,10 @@ def _convolution(call: LocalCall) -> list[Layout]:
             raise UnprovenError(f"convolution of {call.layouts_text}", call.sharded_dim)
         return needed(call, [dx, dw, db] if backward else [y])
 
-    if x == sharded(1) and w == sharded(0) and groups * call.ranks == wanted and bias in ([], [sharded(0)]):
-        return found(sharded(1), sharded(1), sharded(0), sharded(0))
+    of_groups = sharded(0, w.segments)
+    by_groups = x == sharded(1, x.segments) and w == of_groups and groups * call.ranks == wanted
+    if by_groups and bias in ([], [of_groups]) and _are_whole_groups(call, x, w, wanted):
+        return found(sharded(1, w.segments), x, w, of_groups)
     if groups == wanted == 1:
         of_outputs = sharded(0, w.segments)
         if x == REPLICATED and w == sharded(out, w.segments) and bias in ([], [of_outputs]):
@@ -204,6 +206,20 @@ def _convolution(call: LocalCall) -> list[Layout]:
     if (pointwise or batch) and w == REPLICATED and bias in ([], [REPLICATED]):
         return found(x, x, PARTIAL, PARTIAL)
     raise UnprovenError(f"convolution of {call.layouts_text}", call.sharded_dim)
+
+
+def _are_whole_groups(call: LocalCall, x: Layout, w: Layout, groups: int) -> bool:
+    """Whether segments of channels are whole groups, of which each rank has the same ones of input and weight."""
+    if not x.segments and not w.segments:
+        return True
+    weight = call.argument("weight")[1].shape
+    channels = weight[1] * groups, weight[0]  # in and out, of a convolution that is not transposed
+    counts = [
+        [Fraction(n * groups, total) for n in layout.sizes(total)]
+        for layout, total in zip((x, w), channels, strict=True)
+    ]
+    whole = all((count / call.ranks).denominator == 1 for count in counts[0])
+    return not call.argument("transposed")[0] and counts[0] == counts[1] and whole
 
 
 def _linear_together(call: LocalCall) -> list[Layout] | None:

@@ -24,6 +24,7 @@ from colrow.ops.collectives import all_gather
 from colrow.ops.linear_cross_entropy import linear_cross_entropy
 from colrow.sharding.local_view import replace_forward
 from colrow.styles.base import ParameterLayout, Style, TokenOrder
+from colrow.styles.fast.unflatten import unflatten_tokens
 from colrow.styles.linear import vocabulary_layout
 from colrow.styles.options import option
 from colrow.styles.shards import ShardSpec, place_parameter
@@ -183,8 +184,7 @@ def _logits(x: Tensor, weight: Tensor, state: HeadState) -> Tensor:
     assert isinstance(weight, DTensor)
     if not isinstance(x, DTensor):
         if state.style.layout == "flattened":
-            B, t, D = x.shape
-            x = all_gather(x.reshape(B * t, D), state.mesh.get_group()).view(B, -1, D)
+            x = unflatten_tokens(all_gather(x.flatten(0, 1), state.mesh.get_group()), x)
         placement = Shard(1) if state.style.layout == "sequence" else Replicate()
         x = DTensor.from_local(x, state.mesh, [placement], run_check=False)
     logits = F.linear(x.redistribute(placements=[Replicate()]), weight)

@@ -32,6 +32,7 @@ from colrow.styles.fast.linear import (
     weight_out_in,
     with_argument,
 )
+from colrow.styles.fast.unflatten import unflatten_tokens
 from colrow.styles.linear import Colwise
 from colrow.styles.local_module import mark_grads_summed_at_entry
 from colrow.styles.options import names_of, option
@@ -166,7 +167,7 @@ class SiblingOutputs:
 def gathered_linear(x_BtD: Tensor, weights: list[Tensor], state: LinearState) -> Tensor:
     """[B, t, D] on each rank -> [B, T, F]: the all-gather and the matmuls with all weights, without biases."""
     y_NF = column_linear(x_BtD.flatten(0, -2), weights, state.group, state.options)
-    return y_NF.view(*x_BtD.shape[:-2], x_BtD.shape[-2] * state.ranks, -1)
+    return unflatten_tokens(y_NF, x_BtD)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from colrow.sharding.layout import chunk_sizes
 from colrow.sharding.local_view import replace_forward
 from colrow.styles.base import ParameterLayout, Style, TokenOrder
 from colrow.styles.fast.linear import FORWARD_STATE, group_name
+from colrow.styles.fast.unflatten import unflatten_tokens
 from colrow.styles.linear import Rowwise, vocabulary_layout
 from colrow.styles.local_module import sum_over_ranks
 from colrow.styles.options import option
@@ -98,4 +99,4 @@ def _embedding_forward(module: Any, ids_BT: Tensor) -> Tensor:
     if state.all_tokens:
         return sum_over_ranks(rows, state.mesh, Replicate())
     B, T, D = rows.shape
-    return scatter_sum(rows.view(B * T, D), state.group).view(B, -1, D)
+    return unflatten_tokens(scatter_sum(rows.view(B * T, D), state.group), rows)

@@ -14,6 +14,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from colrow.ops.parallel_linear import column_linear
 from colrow.styles.base import ParameterLayout
 from colrow.styles.fast.linear import FORWARD_STATE, FastLinearStyle, FlattenedTokens, group_name, require_linear
+from colrow.styles.fast.unflatten import unflatten_tokens
 from colrow.styles.linear import Colwise
 from colrow.styles.shards import ShardSpec
 from colrow.styles.site import Site
@@ -56,12 +57,11 @@ class FastHeadState:
 def _head_forward(module: Any, x_BtD: Tensor) -> Tensor:
     """The forward of a fast head: logits [B, T, V], sharded over the vocabulary as a DTensor, or on each rank."""
     state: FastHeadState = getattr(module, FORWARD_STATE)
-    B, t, D = x_BtD.shape
     weight: Tensor = module.weight
-    y_BTv = column_linear(x_BtD.reshape(B * t, D), [weight], state.group).view(B, t * state.mesh.size(), -1)
+    y_BTv = unflatten_tokens(column_linear(x_BtD.flatten(0, 1), [weight], state.group), x_BtD)
     if module.bias is not None:
         y_BTv = y_BTv + module.bias
-    shape = torch.Size((B, t * state.mesh.size(), state.vocab))  # not v * n: see [Note: uneven vocabulary]
+    shape = torch.Size((*y_BTv.shape[:2], state.vocab))  # not v * n: see [Note: uneven vocabulary]
     stride = (shape[1] * shape[2], shape[2], 1)
     logits = DTensor.from_local(y_BTv, state.mesh, [Shard(2)], run_check=False, shape=shape, stride=stride)
     return logits.redistribute(placements=[Replicate()]).to_local() if state.gather else logits

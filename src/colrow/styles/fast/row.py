@@ -17,6 +17,7 @@ from colrow.styles.fast.linear import (
     require_linear,
     weight_out_in,
 )
+from colrow.styles.fast.unflatten import unflatten_tokens
 from colrow.styles.linear import Rowwise
 from colrow.styles.options import integers_of, option
 from colrow.styles.packed import row_specs
@@ -54,6 +55,6 @@ def _row_forward(module: Any, x_BTf: Tensor) -> Tensor:
     """The forward of a fast_rowwise: all tokens, this rank's features [B, T, f] -> this rank's tokens [B, t, D]."""
     state: LinearState = getattr(module, FORWARD_STATE)
     y_tD = row_linear(x_BTf.flatten(0, -2), weight_out_in(module), state.group, state.options)
-    y_BtD = y_tD.view(*x_BTf.shape[:-2], x_BTf.shape[-2] // state.ranks, -1)
+    y_BtD = unflatten_tokens(y_tD, x_BTf)
     bias = module.bias
     return y_BtD if bias is None else y_BtD + bias

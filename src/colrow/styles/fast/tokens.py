@@ -17,6 +17,7 @@ from colrow.errors import PlanError
 from colrow.ops.tokens import all_tokens, local_tokens
 from colrow.styles.base import ParameterLayout, replicated
 from colrow.styles.fast.linear import FlattenedTokens, argument_at, group_name, with_argument
+from colrow.styles.fast.unflatten import unflatten_tokens
 from colrow.styles.options import integers_of, option
 from colrow.styles.rank_tensors import rank_table
 from colrow.styles.shards import ShardSpec, shard_parameters
@@ -33,10 +34,8 @@ def keys_of(value: Any) -> Keys:
 
 def over_tokens(change: Callable[[Tensor, str], Tensor], x: Tensor, group: str) -> Tensor:
     """[T, D] or [B, T, ...], flattened to tokens, changed, and viewed as before with as many more or fewer tokens."""
-    if x.dim() == 2:
-        return change(x, group)
-    y = change(x.flatten(0, 1), group)
-    return y.view(x.shape[0], -1, *x.shape[2:])
+    y = change(x if x.dim() == 2 else x.flatten(0, 1), group)
+    return unflatten_tokens(y, x)
 
 
 def tensor_argument(fqn: str, style: str, args: Any, kwargs: Any, key: int | str) -> Tensor:
