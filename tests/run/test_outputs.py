@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from colrow.checkpoint import weight_files
 from colrow.checkpoint.distributed import Checkpoints
 from colrow.checkpoint.export import export
 from colrow.checkpoint.folder import format_bytes
-from colrow.checkpoint.space import checkpoint_bytes, export_bytes, free_in
+from colrow.checkpoint.space import checkpoint_bytes, export_bytes, free_in, naming_a_full_disk
 from colrow.cli import main
-from colrow.config import ModelSection, dump_config
+from colrow.config import ModelSection, RunConfig, dump_config
+from colrow.data.tokenizer import Tokenizer
 from colrow.errors import CheckpointError
 from colrow.models.build import build_source
 from colrow.models.llama import Llama
+from colrow.plans.plan import Plan
+from colrow.run.finish import plot_loss
+from colrow.run.nonfinite import NonfiniteSteps
 from colrow.run.outputs import output_lines, space_of, will_export
+from colrow.run.run_folder import write_folder, write_plan
+from colrow.train.metrics import Metrics, read_metrics
 from helpers.llamas import seeded
 from helpers.runs import a_run, write_text
 
@@ -144,6 +154,93 @@ def test_a_disk_that_fills_later_names_what_is_kept_and_what_could_go(
         export(state[0], tmp_path / "export", state[0].config)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
     assert [info.state for info in checkpoints.list(checksums=True)] == ["complete"] * 2
+
+
+class Full:
+    """An open file on a full disk; as the operating system's, its error names no file."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def __enter__(self) -> Full:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self._file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, data: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def fill_the_disk(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """For these files alone, if they are named."""
+    opened = Path.open
+
+    def open_full(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
+        file = opened(path, mode, *args, **options)
+        return Full(file) if set(mode) & set("wxa") and (not names or path.name in names) else file
+
+    monkeypatch.setattr(Path, "open", open_full)
+    monkeypatch.setattr(Figure, "savefig", lambda *args, **options: Full(None).write(""))
+
+
+def write_record(config: RunConfig) -> None:
+    step = len(read_metrics(config.run.dir / "metrics.jsonl"))
+    with Metrics(config, step) as metrics:
+        metrics.write({"step": step + 1, "loss": 1.0})
+
+
+WRITERS: dict[str, Callable[[RunConfig], object]] = {
+    "config.yaml": lambda config: write_folder(config, Plan.preset("llama"), cast(Tokenizer, None)),
+    ".lock": lambda config: write_plan(config.run.dir, Plan.preset("llama")),
+    "metrics.jsonl": write_record,
+    "nonfinite.jsonl": lambda config: NonfiniteSteps(config, Checkpoints(config.run.dir), 0, True, print).examine(
+        {"step": 5, "loss": math.nan, "grad_norm": 1.0, "lr": 1.0, "tokens": 1}, 0
+    ),
+    "loss.png": lambda config: plot_loss(config.run.dir),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_disk_that_is_full_for_any_file_of_a_run_names_it_and_what_could_go(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what the file held is there."""
+    config = a_run(tmp_path, "run", train={"on_nonfinite": "skip"})
+    checkpoints = Checkpoints(config.run.dir / "checkpoints")
+    for step in (2, 4):
+        checkpoints.save(step, *trained(), {})
+    write_record(config)
+    file = config.run.dir / name
+    file.touch()
+    before = file.read_bytes()
+    with monkeypatch.context() as patch:
+        fill_the_disk(patch, *[name] * (name == "metrics.jsonl"))  # not its copy of the records that count
+        with pytest.raises(CheckpointError) as caught, naming_a_full_disk(config.run.dir):
+            WRITERS[name](config)
+    text = str(caught.value)
+    assert text.startswith(f"{file}: No space left on device; step-4 is complete and kept: free some space, such as")
+    assert text.endswith("then start the same command again: the run continues from its newest checkpoint")
+    assert file.read_bytes() == before
+
+
+def test_what_a_command_has_written_before_stays_where_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, link = tmp_path / "plan.yaml", tmp_path / "link.yaml"
+    link.symlink_to(file)
+    Plan.preset("llama").save(link)
+    before = file.read_text()
+    with monkeypatch.context() as patch:
+        fill_the_disk(patch)
+        with pytest.raises(OSError, match=re.escape(f"No space left on device: '{file}'")):
+            Plan.preset("article").save(link)
+    assert (link.is_symlink(), file.read_text(), len(list(tmp_path.iterdir()))) == (True, before, 2)
+    Plan.preset("article").save(link)
+    assert (link.is_symlink(), file.read_text() == before) == (True, False)
 
 
 SIZES = {

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from colrow.data.disk import write_result
 from colrow.errors import ConfigError
 from colrow.mesh import Mesh
 
@@ -153,7 +154,7 @@ def write(results: list[Result], rounds: list[list[Result]], environment: dict[s
     """Write everything as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tree = {"environment": environment, "results": results, "rounds": rounds if len(rounds) > 1 else []}
-    path.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    write_result(path, json.dumps(tree, indent=1) + "\n")
 
 
 def _in_one_cell(result: Result, keys: tuple[str, ...], form: Any) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -141,6 +142,18 @@ class DiskUse:
             if error.errno not in DISK_FULL:
                 raise
             raise self.too_full(error.strerror or "") from error
+
+
+@contextmanager
+def naming_a_full_disk(run: Path) -> Iterator[None]:
+    """Within, a file of a run's that finds the disk full is a CheckpointError that says what could go."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        free, file = _what_to_free(run / "checkpoints"), error.filename or f"a file of {run}"
+        raise CheckpointError(f"{file}: {error.strerror}; {free}, then {RESUME}") from error
 
 
 def _what_to_free(checkpoints: Path) -> str:

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     flags = parse(Flags, "calibrate", argv)
     import torch
 
-    from colrow.cli.text import require_writable, writing
+    from colrow.cli.text import require_writable
 
     require_writable(flags.output)
     if flags.device not in ("cuda", "cpu"):
@@ -49,6 +49,7 @@ def main(argv: list[str]) -> int:
     ranks = found if flags.gpus is None else flags.gpus
     if not 1 <= ranks <= max(found, 8 if flags.device == "cpu" else 0):
         raise ConfigError(f"--gpus {ranks}: this host has {found}")
+    from colrow.data.disk import write_result
     from colrow.run.launch import launch
 
     with tempfile.TemporaryDirectory() as folder:
@@ -59,8 +60,7 @@ def main(argv: list[str]) -> int:
             print(f"colrow calibrate: error: {failure.text.strip()}", file=sys.stderr)
             return 1
         table = json.loads(result.read_text(encoding="utf-8"))
-    with writing(flags.output):
-        flags.output.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    write_result(flags.output, json.dumps(table, indent=1) + "\n")
     print(f"{table['source']}; table written to {flags.output}")
     return 0
 

@@ -19,7 +19,6 @@ from colrow.cli.text import (
     require_writable,
     time_parts,
     wrapped,
-    writing,
 )
 from colrow.config import RunConfig, load_config
 from colrow.errors import ConfigError
@@ -77,8 +76,7 @@ def main(argv: list[str]) -> int:
     if flags.html is not None:
         from colrow.forecasting.page import write_page
 
-        with writing(flags.html):
-            write_page(table, str(flags.config), flags.html)
+        write_page(table, str(flags.config), flags.html)
     if flags.json:
         print_json({"rows": [row.to_data() for row in table.rows], "chosen": table.chosen})
     else:

@@ -23,7 +23,6 @@ from colrow.cli.text import (
     show_share,
     time_parts,
     wrapped,
-    writing,
 )
 from colrow.dryrun.picture import in_units, write_page
 from colrow.dryrun.report import ParameterRow, PlanReport, report
@@ -64,11 +63,9 @@ def main(argv: list[str]) -> int:
     seq_len = flags.seq_len or default_seq_len(model, flags.tp, 8192)
     shown = report(model, plan, flags.tp, flags.batch_size, seq_len, inputs=flags.load_inputs())
     if flags.output is not None:
-        with writing(flags.output):
-            plan.made_for(model).save(flags.output)
+        plan.made_for(model).save(flags.output)
     if flags.html is not None:
-        with writing(flags.html):
-            write_page(shown, flags.model, flags.html)
+        write_page(shown, flags.model, flags.html)
     share = SplitShare.of(model, plan, flags.tp, shown.run.flops_split(flags.tp))
     row = None if device is None else _forecast(model, plan, flags.tp, device, flags.batch_size, seq_len)
     if flags.json:

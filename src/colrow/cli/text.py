@@ -6,8 +6,6 @@ import json
 import os
 import sys
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -56,16 +54,6 @@ def require_writable(*paths: Path | None) -> None:
             raise ConfigError(f"the folder of {path} is not there: make {path.parent}")
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise ConfigError(f"{path} cannot be written: give another file")
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Name the file in errors of the operating system that name none, as those of a full disk."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
 
 
 def print_json(data: Any) -> None:

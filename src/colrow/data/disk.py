@@ -21,11 +21,21 @@ class NoFileLocksError(OSError):
     """The file system has no locks, as some network file systems."""
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file in errors of the operating system that name none, as those of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def atomic_write(path: Path, text: str) -> None:
     """Write `text` under a temporary name, flush, rename: a reader sees the previous file or the new one."""
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        with writing(path), partial.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())  # before the rename: after a power cut the name must not point to an empty file
@@ -33,6 +43,16 @@ def atomic_write(path: Path, text: str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_result(path: Path, text: str) -> None:
+    """Write what a command was asked to write: where it fails, as on a full disk, a previous file is still there."""
+    target = path.resolve()  # through a link: its name stays one
+    if target.exists() and not target.is_file():  # /dev/stdout
+        with writing(path):
+            path.write_text(text, encoding="utf-8")
+    else:
+        atomic_write(target, text)
 
 
 def try_lock(file: TextIO) -> bool:

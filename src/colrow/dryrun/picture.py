@@ -5,6 +5,7 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
+from colrow.data.disk import write_result
 from colrow.dryrun.report import ParameterRow, PathStep, PlanReport
 from colrow.dryrun.result import Collective
 from colrow.plans.patterns import with_stars
@@ -39,7 +40,7 @@ td.why { white-space: normal; font-family: system-ui, sans-serif; color: var(--s
 
 def write_page(shown: PlanReport, model: str, path: Path) -> None:
     """Write the page. It loads nothing from anywhere."""
-    path.write_text(page(shown, model), encoding="utf-8")
+    write_result(path, page(shown, model))
 
 
 def page(shown: PlanReport, model: str) -> str:

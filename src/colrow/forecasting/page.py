@@ -7,6 +7,7 @@ from dataclasses import fields
 from html import escape
 from pathlib import Path
 
+from colrow.data.disk import write_result
 from colrow.forecasting.choices import Table
 from colrow.forecasting.forecast import Row
 from colrow.forecasting.memory import GIB
@@ -46,7 +47,7 @@ h1 { font-size: 22px; margin: 0 } h2 { font-size: 17px; margin: 28px 0 4px } p {
 
 def write_page(table: Table, title: str, path: Path) -> None:
     """Write the page. It loads nothing from anywhere."""
-    path.write_text(page(table, title), encoding="utf-8")
+    write_result(path, page(table, title))
 
 
 def page(table: Table, title: str) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from torch import nn
 
+from colrow.data.disk import write_result
 from colrow.errors import PlanError, did_you_mean
 from colrow.ops.float8 import Float8
 from colrow.plans.fingerprint import Fingerprint
@@ -155,7 +156,7 @@ class Plan:
 
     def save(self, path: Path | str) -> None:
         """Write the plan as YAML."""
-        Path(path).write_text(self.to_yaml(), encoding="utf-8")
+        write_result(Path(path), self.to_yaml())
 
     def made_for(self, model: nn.Module) -> Plan:
         """The plan with the model's fingerprint, by which the check notices that the model has changed."""

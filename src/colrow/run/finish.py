@@ -12,6 +12,7 @@ import torch.distributed as dist
 from colrow.checkpoint.carried import Carried
 from colrow.checkpoint.export import export
 from colrow.config import RunConfig
+from colrow.data.disk import writing
 from colrow.data.tokenizer import Tokenizer
 from colrow.errors import ConfigError, ExportError
 from colrow.models.generate import generate
@@ -130,7 +131,8 @@ def plot_loss(run: Path) -> str:
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     for name in ("loss.png", "loss.svg"):
-        figure.savefig(run / name, dpi=150)
+        with writing(run / name):
+            figure.savefig(run / name, dpi=150)
     return f"{run / 'loss.png'}, {run / 'loss.svg'}"
 
 

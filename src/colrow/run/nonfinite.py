@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from colrow.checkpoint.distributed import Checkpoints
 from colrow.config import RunConfig
+from colrow.data.disk import writing
 from colrow.errors import ColrowError
 from colrow.run.jumps import Jumps
 from colrow.train.metrics import Record
@@ -110,7 +111,8 @@ class NonfiniteSteps:
     def _keep(self, record: Record, action: str) -> None:
         """NaN and infinite values stand in the file as Python's json writes them."""
         entry = {key: record[key] for key in _KEPT} | {"action": action}
-        with (self._config.run.dir / FILE).open("a", encoding="utf-8") as file:
+        path = self._config.run.dir / FILE
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.checkpoint.distributed import Checkpoints
+from colrow.checkpoint.space import naming_a_full_disk
 from colrow.config import RunConfig
 from colrow.data.prepare import PreparedData, prepare
 from colrow.models.build import Source
@@ -117,6 +118,7 @@ def train_run(
     first, heartbeat = dist.get_rank() == 0, heartbeat or Heartbeat()
     exports = first and will_export(config, source)  # of the unsharded model
     with ExitStack() as stack:
+        stack.enter_context(naming_a_full_disk(config.run.dir))
         training = set_up(config, mesh, device, source, plan)
         stack.callback(training.close)
         startup.mark("weights")

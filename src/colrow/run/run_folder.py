@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from colrow.config import RunConfig, dump_config, load_config
-from colrow.data.disk import NoFileLocksError, atomic_write, try_lock
+from colrow.data.disk import NoFileLocksError, atomic_write, try_lock, writing
 from colrow.data.tokenizer import Tokenizer
 from colrow.errors import ConfigError
 from colrow.plans.plan import Plan
@@ -59,9 +59,10 @@ def claimed(folder: Path) -> Iterator[None]:
                 f"the run's folder {folder} is in use by another run{f' ({holder})' if holder else ''}: "
                 "wait for it, stop it, or set run.dir to another folder"
             )
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        with writing(folder / LOCK):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
         yield
 
 

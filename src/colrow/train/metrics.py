@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from colrow.config import LogSection, RunConfig
-from colrow.data.disk import atomic_write
+from colrow.data.disk import atomic_write, writing
 from colrow.errors import ConfigError
 
 Record = dict[str, Any]
@@ -57,17 +57,20 @@ class Metrics:
 
     def write(self, record: Record) -> None:
         """Add one record; it is in the file when this returns."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with writing(self.path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
         for sink in self._sinks:
             sink.write(record)
 
     def sync(self) -> None:
         """Have the records on the disk, before a checkpoint is that makes them the only ones of their steps."""
-        os.fsync(self._file.fileno())
+        with writing(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with writing(self.path):
+            self._file.close()
         for sink in self._sinks:
             sink.close()
 
