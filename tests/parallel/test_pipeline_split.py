@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import random
+import re
 from itertools import combinations
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from colrow.config import RunConfig, parse_config
 from colrow.errors import ConfigError
@@ -106,6 +109,43 @@ def test_what_cannot_run_is_refused_with_its_fix(changes: dict[str, Any], says: 
         check_pipeline(config(**changes), layers=4)
     for text in says:
         assert text in str(error.value)
+
+
+SPELLED = re.compile(r"(?:set|use|and) (mesh\.pp|pipeline\.\w+) (?:to )?(\w+)")
+
+
+def refusal(tree: dict[str, Any], layers: int) -> str:
+    try:
+        check_pipeline(fit_micro_batch(config(**tree)), layers)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_every_fix_that_is_printed_works() -> None:
+    """Of pipelines at random, with one wrong number or more."""
+    draw, tried = random.Random(0), 0
+    for _ in range(400):
+        layers = draw.choice([1, 2, 4, 5, 8])
+        tree: dict[str, Any] = {
+            "mesh": {"pp": draw.choice([2, 3, 4, 6]), "dp_shard": draw.choice([1, 2])},
+            "train": {"global_batch": draw.choice([8, 12, 24]), "micro_batch": draw.choice([1, 2, 8])},
+            "pipeline": {
+                "schedule": draw.choice(["1f1b", "gpipe", "interleaved_1f1b", "zero_bubble"]),
+                "stages_per_rank": draw.choice([1, 1, 2, 3]),
+            },
+        }
+        text = refusal(tree, layers)
+        for fix in text.rpartition(": ")[2].split(", or ") if text and "global_batch" not in text else ():
+            changed = copy.deepcopy(tree)
+            spelled = SPELLED.findall(fix)
+            assert spelled, text
+            for key, value in spelled:
+                section, _, name = key.partition(".")
+                changed[section][name] = yaml.safe_load(value)
+            assert refusal(changed, layers) == "", text
+            tried += 1
+    assert tried > 150
 
 
 @pytest.mark.parametrize(

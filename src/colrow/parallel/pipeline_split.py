@@ -6,8 +6,8 @@ with the first layer and the head with the last, so the balance counts their cos
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from itertools import accumulate, count
 from math import inf
 from typing import Any
@@ -112,6 +112,10 @@ def require_parts(model: nn.Module) -> nn.ModuleList:
 
 def check_pipeline(config: RunConfig, layers: int) -> None:
     """Raise ConfigError, with the fix, when the pipeline of this config cannot run on a model of `layers` layers."""
+    _check(config, layers, partial(_advice, config, layers))
+
+
+def _check(config: RunConfig, layers: int, advice: Callable[..., str]) -> None:
     pp, pipeline = config.mesh.pp, config.pipeline
     if pp == 1:
         return
@@ -119,14 +123,15 @@ def check_pipeline(config: RunConfig, layers: int) -> None:
     if pipeline.stages_per_rank > 1 and not looped:
         raise ConfigError(
             f"pipeline.schedule={pipeline.schedule} runs one stage on each rank, and stages_per_rank is "
-            f"{pipeline.stages_per_rank}: use schedule interleaved_1f1b, or stages_per_rank 1"
+            f"{pipeline.stages_per_rank}: "
+            + advice({"pipeline.schedule": "interleaved_1f1b"}, {"pipeline.stages_per_rank": 1})
         )
     if pipeline.stages_per_rank == 1 and pipeline.schedule == "interleaved_1f1b":
         raise ConfigError(
-            "pipeline.schedule=interleaved_1f1b needs several stages on each rank: set pipeline.stages_per_rank to 2, "
-            "or use schedule 1f1b"
+            "pipeline.schedule=interleaved_1f1b needs several stages on each rank: "
+            + advice({"pipeline.stages_per_rank": 2}, {"pipeline.schedule": "1f1b"})
         )
-    _check_split(config, layers)
+    _check_split(config, layers, advice)
     _check_micro_batches(config)
     if pipeline.schedule == "zero_bubble":
         if config.train.activation_checkpoint == "selective":
@@ -169,11 +174,43 @@ def _largest_fit(config: RunConfig, global_batch: int) -> int | None:
     return next(fits, None)
 
 
-def _check_split(config: RunConfig, layers: int) -> None:
+_ONE_STAGE = {"pipeline.schedule": "1f1b", "pipeline.stages_per_rank": 1}
+
+
+def _advice(config: RunConfig, layers: int, *changes: dict[str, Any]) -> str:
+    """Which of the changes make the pipeline run, each tried; where none does, the first of larger ones that does."""
+    larger: list[dict[str, Any]] = [_ONE_STAGE, {**_ONE_STAGE, "pipeline.split": None}]
+    larger += [{**change, "mesh.pp": n} for n in range(config.mesh.pp - 1, 0, -1) for change in ({}, *larger)]
+    working = [change for change in changes if _runs_with(config, layers, change)]
+    working = working or [next(change for change in larger if _runs_with(config, layers, change))]
+    return ", or ".join(_as_text(change, config.pipeline.split is None) for change in working)
+
+
+def _as_text(change: dict[str, Any], may_be_less: bool) -> str:
+    """`set pipeline.schedule to 1f1b and pipeline.stages_per_rank to 1`."""
+    if may_be_less and change.keys() == {"mesh.pp"} and change["mesh.pp"] > 1:
+        return f"use mesh.pp {change['mesh.pp']} or less"
+    values = {key: "null" if value is None else value for key, value in change.items()}
+    return "set " + " and ".join(f"{key} to {value}" for key, value in values.items())
+
+
+def _runs_with(config: RunConfig, layers: int, change: dict[str, Any]) -> bool:
+    for key, value in change.items():
+        section, _, name = key.partition(".")
+        changed = getattr(config, section).model_copy(update={name: value})
+        config = config.model_copy(update={section: changed})
+    try:
+        _check(fit_micro_batch(config), layers, lambda *changes: "")
+    except ConfigError:
+        return False
+    return True
+
+
+def _check_split(config: RunConfig, layers: int, advice: Callable[..., str]) -> None:
     pp, per_rank, stages = config.mesh.pp, config.pipeline.stages_per_rank, stage_count(config)
     if stages > layers:
-        fits = [n for n in range(1, layers + 1) if n * per_rank <= layers]
-        fix = f"use mesh.pp {fits[-1]} or less" if fits else f"use pipeline.stages_per_rank {layers // pp or 1} or less"
+        fewer = [{"mesh.pp": n} for n in range(layers // per_rank, 0, -1)]
+        fix = advice(*[change for change in fewer if _runs_with(config, layers, change)][:1])
         raise ConfigError(
             f"mesh.pp={pp}{f' × stages_per_rank={per_rank}' if per_rank > 1 else ''} makes {stages} pipeline stages, "
             f"more than the model's {layers} layers: {fix}"
