@@ -10,10 +10,12 @@ import pytest
 from rich.console import Console
 
 from colrow.bench import peers, report
+from colrow.bench.measure import Job
 from colrow.bench.peers import check_peer, is_peer, measure_peer, windows_of
 from colrow.cli.bench import Flags, base_config
-from colrow.config import RunConfig
+from colrow.config import ModelSection, RunConfig
 from colrow.errors import ConfigError
+from colrow.mesh import Mesh
 
 LINES = [
     "[rank0]:[titan] step:  1  loss: 12.2  grad_norm:  3.1  memory: 58.40GiB(73%)  tps: 1,000  tflops: 9  mfu: 1%",
@@ -57,7 +59,8 @@ def test_a_peers_row_has_its_best_window_after_the_first(checkout: Path, monkeyp
     arm = f"torchtitan:{checkout}"
     assert is_peer(arm)
     assert not is_peer("fast:train.compile=false")
-    row = measure_peer(arm, base(), "NVIDIA H100 80GB HBM3", 989e12)
+    job = Job(arm=arm, config=base(), warmup=1, steps=1)
+    row = measure_peer(job, "NVIDIA H100 80GB HBM3", 989e12)
     assert row["tokens_per_second_per_gpu"] == 17_137
     assert row["step_ms"] == pytest.approx(8192 / 17_137 * 1e3)
     assert row["peak_reserved_gib"] == 58.44
@@ -68,7 +71,7 @@ def test_a_peers_row_has_its_best_window_after_the_first(checkout: Path, monkeyp
     assert "17,137" in console.export_text()
     monkeypatch.setattr(peers, "_output_of", lambda *_: ["ModuleNotFoundError: No module named 'tyro'"])
     with pytest.raises(ConfigError, match="No module named 'tyro'"):
-        measure_peer(arm, base(), "CPU", None)
+        measure_peer(job, "CPU", None)
 
 
 def test_results_of_another_card_are_warned_of(tmp_path: Path) -> None:
@@ -84,3 +87,24 @@ def test_results_of_another_card_are_warned_of(tmp_path: Path) -> None:
     path.write_text("{}")
     with pytest.raises(ConfigError, match="holds no results"):
         report.read(path)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.distributed
+def test_transformers_own_tensor_parallelism_is_an_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.Qwen3Config(vocab_size=64, num_key_value_heads=2, head_dim=8, **sizes)
+    transformers.Qwen3ForCausalLM(config).save_pretrained(tmp_path / "tiny")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    flags = {"shape": "laptop", "layers": None, "dp_shard": None, "tp": 2, "seq_len": 16, "device": "cpu"}
+    of_folder = base(**flags).model_copy(update={"model": ModelSection(huggingface=str(tmp_path / "tiny"))})
+    row = measure_peer(Job(arm="transformers", config=of_folder, warmup=2, steps=3), "CPU", None)
+    assert len(row["steps_ms"]) == 3
+    assert row["tokens_per_second_per_gpu"] == pytest.approx(16 / 2 / row["step_ms"] * 1e3)
+    assert row["loss_last"] != row["loss_first"]
+    assert "parameters sharded by its own plan" in row["ran"]
+    with pytest.raises(ConfigError, match=r"model\.huggingface is a folder"):
+        check_peer("transformers", base())
+    with pytest.raises(ConfigError, match="tp alone"):
+        check_peer("transformers", of_folder.model_copy(update={"mesh": Mesh(dp_shard=2)}))

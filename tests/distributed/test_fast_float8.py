@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
+from colrow.mesh import Mesh
 from colrow.models.llama import Llama
 from colrow.parallel.compile import compile_forward
 from colrow.parallel.loss import model_loss
@@ -22,10 +24,10 @@ pytestmark = pytest.mark.distributed
 CONFIG = replace(TINY, hidden_size=64, intermediate_size=128, num_attention_heads=4, head_dim=16)
 
 
-def step(device: str, plan: Plan, backend: str | None = None) -> dict[str, Tensor]:
-    """The loss and the gradients of one micro-batch in fp32."""
+def step(device: str, plan: Plan, backend: str | None = None, mesh: DeviceMesh | None = None) -> dict[str, Tensor]:
+    """The loss and the gradients of one micro-batch in fp32, on two ranks of tp unless a mesh is given."""
     torch.manual_seed(0)
-    mesh = tp_mesh(device, 2)
+    mesh = mesh or tp_mesh(device, 2)
     model = parallelize(Llama(CONFIG).to(device), plan, mesh)
     if backend:
         for block in model.layers:
@@ -43,6 +45,9 @@ def errors(device: str) -> dict[str, dict[str, float]]:
     want = step(device, plan)
     plan_fp8 = plan.with_fp8("tensorwise")
     ways = {"eager": step(device, plan_fp8), "compiled": step(device, plan_fp8, "aot_eager")}
+    data_axis = Mesh(dp_shard=2).build(device, 2)
+    ways["without tp"] = step(device, plan_fp8, mesh=data_axis)
+    ways["without tp, compiled"] = step(device, plan_fp8, "aot_eager", mesh=data_axis)
     return {
         way: {name: ((got[name] - want[name]).norm() / want[name].norm()).item() for name in want}
         for way, got in ways.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -91,8 +91,10 @@ def measure(job: Job, info: RankInfo) -> dict[str, Any]:
         _synchronise(device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        seconds = _timed(training, batches, job, losses)
-        memory = _memory(device)
+        seconds = timed_steps(
+            lambda number, batch: losses.append(training.step(number, batch)[0]), batches, job, device
+        )
+        memory = memory_peaks(device)
         trace = _profiled(training, next(batches), job, info.rank, device)
         result = _result(job, training, seconds, memory, device)
         result |= {"ran": executed_paths(training, config.data.seq_len), "one_rank": job.one_rank}
@@ -149,22 +151,24 @@ def _warm_up(training: Training, batches: Iterator[list[Batch]], job: Job, losse
     return captured
 
 
-def _timed(training: Training, batches: Iterator[list[Batch]], job: Job, losses: list[Tensor]) -> list[float]:
-    """Seconds of each step. On a GPU its own events are read: the host runs ahead of it, as in training."""
-    device = training.device
+def timed_steps(
+    run: Callable[[int, list[Batch]], None], batches: Iterator[list[Batch]], job: Job, device: torch.device
+) -> list[float]:
+    """Seconds of each step that `run` takes. On a GPU its own events are read: the host runs ahead of it, as in
+    training."""
     ready = [next(batches) for _ in range(job.steps)]  # now, so that no timed step draws and copies them
     _synchronise(device)
     if device.type != "cuda":
         ends = [time.perf_counter()]
         for i, batch in enumerate(ready):
-            losses.append(training.step(job.warmup + i, batch)[0])
+            run(job.warmup + i, batch)
             dist.barrier()
             ends.append(time.perf_counter())
         return [b - a for a, b in pairwise(ends)]
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(job.steps + 1)]
     marks[0].record()
     for i, batch in enumerate(ready):
-        losses.append(training.step(job.warmup + i, batch)[0])
+        run(job.warmup + i, batch)
         marks[i + 1].record()
     _synchronise(device)
     return [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)]
@@ -224,7 +228,7 @@ def _result(
     return result
 
 
-def _memory(device: torch.device) -> dict[str, float]:
+def memory_peaks(device: torch.device) -> dict[str, float]:
     """GiB of the rank that needs most: the allocator's peaks since the warm-up, and the device memory in use."""
     if device.type != "cuda":
         return {}

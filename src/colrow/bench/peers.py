@@ -1,12 +1,13 @@
-"""Arms that are another package's training: `torchtitan:DIR`, where DIR is a checkout of pytorch/torchtitan.
+"""Arms that are another package's training, in processes of its own, with the config's model, mesh and batch.
 
-Its own trainer runs in processes of its own, with the config's model, mesh and batch, compiled, without recomputation,
-bf16 over fp32 weights. What it prints is read: tokens/s over windows of steps, the best of those after the first, and
-the memory that its allocator has reserved.
+`torchtitan:DIR`, a checkout of pytorch/torchtitan: its trainer, compiled, without recomputation, bf16 over fp32
+weights. What it prints is read: tokens/s over windows of steps, the best of those after the first, and the memory that
+its allocator has reserved. `transformers`: a Hugging Face folder's class (`transformers_peer`).
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -15,12 +16,16 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from colrow.bench.measure import Job
+from colrow.bench.transformers_peer import MODULE, check_transformers
 from colrow.config import RunConfig
 from colrow.errors import ConfigError
 from colrow.models.shapes import mfu, shape
+from colrow.run.launch import launch
 
 FLAVOURS = {"llama3.2-1b": "1B", "llama3-8b": "8B", "llama3-70b": "70B"}
 """torchtitan's names of this project's shapes."""
@@ -31,16 +36,15 @@ _COLOURS = re.compile("\x1b\\[[0-9;]*m")
 
 
 def is_peer(arm: str) -> bool:
-    return arm.partition(":")[0] == "torchtitan"
+    return arm.partition(":")[0] in ("torchtitan", "transformers")
 
 
-def check_peer(arm: str, config: RunConfig) -> Path:
-    """The folder of a peer's arm.
-
-    Raises:
-        ConfigError: torchtitan is not there, or has no such model or mesh.
-    """
-    folder = Path(arm.partition(":")[2]).expanduser().resolve()
+def check_peer(arm: str, config: RunConfig) -> None:
+    """Raise a ConfigError where the peer is not there, or has no such model or mesh."""
+    if arm.partition(":")[0] == "transformers":
+        check_transformers(config)
+        return
+    folder = _checkout(arm)
     if not (folder / "torchtitan" / "train.py").exists():
         raise ConfigError(
             f"arm {arm}: no torchtitan in {folder}: give a checkout of pytorch/torchtitan, torchtitan:DIR (main of "
@@ -51,10 +55,9 @@ def check_peer(arm: str, config: RunConfig) -> Path:
         raise ConfigError(f"arm {arm}: torchtitan has no model of shape {config.model.shape}: use --shape, of {known}")
     if config.mesh.pp > 1 or config.micro_batches > 1:
         raise ConfigError(f"arm {arm}: pipelines and accumulation are not passed on: use pp 1 and --accumulate 1")
-    return folder
 
 
-def measure_peer(arm: str, config: RunConfig, device: str, peak: float | None) -> dict[str, Any]:
+def measure_peer(job: Job, device: str, peak: float | None) -> dict[str, Any]:
     """A row of results.
 
     Args:
@@ -64,7 +67,12 @@ def measure_peer(arm: str, config: RunConfig, device: str, peak: float | None) -
     Raises:
         ConfigError: it failed; the text is the end of what it printed.
     """
-    folder, mesh = check_peer(arm, config), config.mesh
+    check_peer(job.arm, job.config)
+    return _transformers(job) if job.arm.partition(":")[0] == "transformers" else _torchtitan(job, device, peak)
+
+
+def _torchtitan(job: Job, device: str, peak: float | None) -> dict[str, Any]:
+    config, folder, mesh = job.config, _checkout(job.arm), job.config.mesh
     with tempfile.TemporaryDirectory(prefix="colrow-peer-") as data:
         (Path(data) / "data.jsonl").write_text(random_text(), encoding="utf-8")
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(mesh.world_size)]
@@ -83,37 +91,69 @@ def measure_peer(arm: str, config: RunConfig, device: str, peak: float | None) -
         lines = _output_of(command, folder, environment)
     windows = windows_of(lines)
     if len(windows) < 2:
-        raise ConfigError(f"arm {arm} failed: {' | '.join(line.strip() for line in lines[-6:])}")
+        raise ConfigError(f"arm {job.arm} failed: {' | '.join(line.strip() for line in lines[-6:])}")
     reserved, rate = max(gib for gib, _ in windows), max(rate for _, rate in windows[1:])
     tokens = config.tokens_per_step / mesh.world_size
     assert config.model.shape is not None
     size = shape(config.model.shape)
     size = replace(size, num_hidden_layers=config.model.layers or size.num_hidden_layers)
-    shares = {"mfu_causal": None, "mfu_full": None} if peak is None else mfu(size, config.data.seq_len, rate, peak)
+    seconds = [tokens / rate for _, rate in windows]
+    return _row(job, tokens / rate, min(seconds), seconds, True) | {
+        "model": config.model.shape,
+        "peak_reserved_gib": reserved,
+        "ran": f"torchtitan {commit_of(folder)}, compiled, no recomputation, on {device}",
+        **({} if peak is None else mfu(size, config.data.seq_len, rate, peak)),
+    }
+
+
+def _transformers(job: Job) -> dict[str, Any]:
+    ranks = job.config.mesh.world_size
+    with tempfile.TemporaryDirectory(prefix="colrow-peer-") as folder:
+        files = [Path(folder) / name for name in ("job.json", "result.json")]
+        files[0].write_text(job.model_dump_json(), encoding="utf-8")
+        failure = launch(["-m", MODULE, *map(str, files)], ranks, save=False).failure
+        if failure is not None:
+            raise ConfigError(f"arm {job.arm} failed: {failure.text.strip()}")
+        found = json.loads(files[1].read_text(encoding="utf-8"))
+    on_gpu = "peak_reserved_gib" in found
+    (middle, best), (first, last) = found["seconds"], found["losses"]
+    return _row(job, middle, best, found["steps"], on_gpu) | {
+        "loss_first": first,
+        "loss_last": last,
+        "ran": f"transformers {version('transformers')}, {found['sharded']} parameters sharded by its own plan",
+        **{key: value for key, value in found.items() if key.endswith("_gib")},
+    }
+
+
+def _row(job: Job, seconds: float, best: float, steps: list[float], on_gpu: bool) -> dict[str, Any]:
+    config = job.config
     return {
-        "arm": arm.partition(":")[0],
+        "arm": job.arm.partition(":")[0],
         "plan": "its own",
         "loss": "its own",
-        "compiled": True,
+        "compiled": on_gpu,
         "cuda_graph": False,
-        "compute": "bfloat16",
-        "model": config.model.shape,
+        "compute": "bfloat16" if on_gpu else "float32",
+        "model": Path(str(config.model.huggingface)).name,
         "layers": config.model.layers,
-        "mesh": mesh.model_dump(),
+        "mesh": config.mesh.model_dump(),
         "seq_len": config.data.seq_len,
         "micro_batch": config.train.micro_batch,
         "tokens_per_step": config.tokens_per_step,
-        "step_ms": tokens / rate * 1e3,
-        "step_ms_best": tokens / rate * 1e3,
-        "steps_ms": [tokens / rate * 1e3 for _, rate in windows],
-        "tokens_per_second_per_gpu": rate,
+        "step_ms": seconds * 1e3,
+        "step_ms_best": best * 1e3,
+        "steps_ms": [round(each * 1e3, 3) for each in steps],
+        "tokens_per_second_per_gpu": config.tokens_per_step / config.mesh.world_size / seconds,
         "peak_allocated_gib": None,
-        "peak_reserved_gib": reserved,
-        **shares,
-        "ran": f"torchtitan {commit_of(folder)}, compiled, no recomputation, on {device}",
+        "mfu_causal": None,
+        "mfu_full": None,
         "one_rank": False,
         "trace": {"exposed": None, "idle": None, "kinds": {}, "operators": {}, "collectives": {}, "graph_launches": 0},
     }
+
+
+def _checkout(arm: str) -> Path:
+    return Path(arm.partition(":")[2]).expanduser().resolve()
 
 
 def windows_of(lines: list[str]) -> list[tuple[float, float]]:

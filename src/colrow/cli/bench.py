@@ -12,13 +12,16 @@ import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from colrow.cli.flags import parse
 from colrow.config import RunConfig, load_config, parse_config
 from colrow.errors import ConfigError
+
+if TYPE_CHECKING:
+    from colrow.bench.measure import Job
 
 JOB, RESULT = "--job", "result.json"
 
@@ -31,7 +34,7 @@ class Flags:
     """A run's config, whose data is not read. The flags below override it, or replace it."""
     arms: tuple[str, ...] = ("article", "plain", "linear", "fast")
     """article, plain, linear, fast, overlap, graph, overlap-graph, fp8, config; each may be followed by changes:
-    fast:train.compile=false. torchtitan:DIR runs the trainer of a checkout of torchtitan"""
+    fast:train.compile=false. Peers: torchtitan:DIR, a checkout of it; transformers, its own tp"""
     shape: str | None = None
     """A named shape."""
     layers: int | None = None
@@ -161,7 +164,7 @@ def _arm(flags: Flags, arm: str, config: RunConfig) -> dict[str, Any] | None:
     from colrow.run.launch import launch
 
     if is_peer(arm):
-        return _peer(arm, config)
+        return _peer(Job(arm=arm, config=config, warmup=flags.warmup, steps=flags.steps))
     ranks = 1 if flags.one_rank else config.mesh.world_size
     os.environ.setdefault("OMP_NUM_THREADS", str(preflight.threads_for(ranks)))
     with tempfile.TemporaryDirectory(prefix="colrow-bench-") as folder:
@@ -183,7 +186,7 @@ def _arm(flags: Flags, arm: str, config: RunConfig) -> dict[str, Any] | None:
         return measured | forecast_data(config)
 
 
-def _peer(arm: str, config: RunConfig) -> dict[str, Any] | None:
+def _peer(job: Job) -> dict[str, Any] | None:
     """`_arm` of another package."""
     from colrow.bench.peers import measure_peer
     from colrow.bench.report import environment
@@ -191,7 +194,7 @@ def _peer(arm: str, config: RunConfig) -> dict[str, Any] | None:
 
     device = environment()["device"]
     try:
-        return measure_peer(arm, config, device, peak_flops(device))
+        return measure_peer(job, device, peak_flops(device))
     except ConfigError as error:
         print(f"colrow bench: {error}", file=sys.stderr, flush=True)
         return None
