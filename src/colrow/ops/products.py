@@ -16,7 +16,7 @@ import functools
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from colrow.ops.float8 import Float8Operand, quantize, quantize_both, scaled_mm
 
@@ -51,6 +51,8 @@ def _joined(weights: list[Tensor]) -> list[Tensor]:
 
 def _adjacent(weights: list[Tensor]) -> bool:
     """Whether each weight begins where the one before it ends, in the same memory."""
+    if any(type(w) is not Tensor and type(w) is not nn.Parameter for w in weights):  # simulated ranks have no memory
+        return False
     if any(a.data_ptr() + a.nbytes != b.data_ptr() for a, b in pairwise(weights)):  # mostly, and cheap to see
         return False
     memory = weights[0].untyped_storage().data_ptr()
