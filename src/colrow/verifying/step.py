@@ -4,6 +4,7 @@ forward."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from colrow.sharding.draws import Draw
 from colrow.sharding.grad_norm import align_gradients
 from colrow.sharding.layout import packed_of, waited_local
 from colrow.verifying.comparison import Observed, Reference, Sharded, Shards
+from colrow.verifying.double_casts import DoubleCasts
 from colrow.verifying.dropout import without_dropout
 
 T = TypeVar("T")
@@ -41,6 +43,8 @@ class Task:
     """Buffers that forward changes (`reference_step` finds them)."""
     draws: Mapping[str, tuple[Draw, ...]] | None = None
     """The draws of modules that draw for shards (`arrange_draws`); None: dropout is off."""
+    double_casts: bool = False
+    """Where the model's code casts to fp32, it gets fp64."""
     next_forward: bool = True
     """Run another forward after the step: what a module keeps in an attribute reaches that one first."""
 
@@ -52,7 +56,7 @@ def reference_step(task: Task, model: nn.Module) -> Reference:
     torch.manual_seed(task.seed)
     with without_dropout(model, off=task.draws is None) as dropout:
         state = torch.get_rng_state()
-        output = call_model(model, inputs)
+        output = _call(task, model)
         drew = not torch.equal(torch.get_rng_state(), state)
         written = tuple(name for name, buffer in model.named_buffers() if _changed(before.get(name), buffer))
         after_forward = _copies(model, written)
@@ -66,7 +70,7 @@ def reference_step(task: Task, model: nn.Module) -> Reference:
     if task.next_forward:
         torch.manual_seed(task.seed + 1)
         with without_dropout(model, off=task.draws is None):
-            found.next_loss = task.loss(call_model(model, inputs), inputs.given).item()
+            found.next_loss = task.loss(_call(task, model), inputs.given).item()
     return found
 
 
@@ -125,9 +129,13 @@ def sharded_step(
 
 
 def _forward(task: Task, model: nn.Module, plan: Plan) -> Any:
-    inputs = Inputs.of(task.inputs)
-    give_targets(model, plan, inputs)
-    return call_model(model, inputs)
+    give_targets(model, plan, Inputs.of(task.inputs))
+    return _call(task, model)
+
+
+def _call(task: Task, model: nn.Module) -> Any:
+    with DoubleCasts() if task.double_casts else nullcontext():
+        return call_model(model, Inputs.of(task.inputs))
 
 
 def _loss(task: Task, output: Any, plan: Plan) -> Tensor:

@@ -211,20 +211,23 @@ def as_cpus_run_it(plan: Plan) -> Plan:
 def _reference(task: Task) -> tuple[Task, Reference, bool]:
     """The task, its unsharded step, and whether that is exact to fp64.
 
-    Some operations have no fp64, such as the grouped matmuls of experts: then everything runs in fp32.
+    Code that casts its inputs to fp32 is run with casts to fp64. Some operations have no fp64, such as the grouped
+    matmuls of experts: then everything runs in fp32.
 
     Raises:
         PlanError: the model itself does not run.
     """
-    rounding = _Rounding()
-    try:
-        with rounding:
-            reference = reference_step(task, copied_model(task.model))
-        return replace(task, written_buffers=reference.written), reference, not rounding.seen
-    except PlanError:
-        raise
-    except Exception:
-        single = replace(task, model=copied_model(task.model).float(), inputs=Inputs.of(task.inputs).map(_to_fp32))
+    for double_casts in (False, True):
+        wanted, rounding = replace(task, double_casts=double_casts), _Rounding()
+        try:
+            with rounding:
+                reference = reference_step(wanted, copied_model(task.model))
+            return replace(wanted, written_buffers=reference.written), reference, not rounding.seen
+        except PlanError:
+            raise
+        except Exception:
+            continue
+    single = replace(task, model=copied_model(task.model).float(), inputs=Inputs.of(task.inputs).map(_to_fp32))
     try:
         reference = reference_step(single, copied_model(single.model))
         return replace(single, written_buffers=reference.written), reference, False
