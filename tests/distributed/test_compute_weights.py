@@ -17,7 +17,7 @@ from colrow.parallel.data_parallel import apply_data_parallel
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
 from colrow.sharding.grad_norm import align_gradients
-from colrow.sharding.layout import full_tensor
+from colrow.sharding.layout import full_tensor, local_tensor
 from colrow.train.optimizer import build_optimizer
 from colrow.train.step import SingleStageModel
 from helpers.harness import Ranks
@@ -95,6 +95,10 @@ def in_fp64(
                 or not writes
             )
             holders = {param: weights.grad_holder(param) for param in params}
+            kept = [
+                local_tensor(p.grad).numel() - local_tensor(p.detach()).numel() for p in params if p.grad is not None
+            ]
+            found["elements of sums beyond the shards"] = float(sum(kept))
             align_gradients(holders.values())
             gradients = {param: holder.grad for param, holder in holders.items() if holder.grad is not None}
             for key, param in model.named_parameters():

@@ -88,6 +88,7 @@ class ComputeWeights(WeightCopies):
         if self._keep_on_copies and not partial_over_tp:
             return
         copy.grad = None  # in the hook: of all low-precision gradients only one is alive at a time
+        grad = _own_part(grad, param)
         if param not in self._sums:
             self._sums[param] = _empty_like(grad, param.dtype)
             if self._always_add:
@@ -101,6 +102,17 @@ class ComputeWeights(WeightCopies):
         else:
             self._has_sum.add(param)
             total.copy_(local_tensor(grad))
+
+
+def _own_part(grad: Tensor, param: nn.Parameter) -> Tensor:
+    """The rank's shard of a gradient that every rank has complete: DTensor gives that to an embedding split by rows.
+    Its fp32 sum would be as large as the table; the slice needs no communication."""
+    if not (isinstance(grad, DTensor) and isinstance(param, DTensor)) or grad.placements == param.placements:
+        return grad
+    pairs = zip(grad.placements, param.placements, strict=True)
+    if all(got == want or got.is_replicate() for got, want in pairs):
+        return grad.redistribute(placements=param.placements)
+    return grad
 
 
 def _empty_like(grad: Tensor, dtype: torch.dtype) -> Tensor:
