@@ -2,6 +2,7 @@
 
     python -m benchmarks.forecast                                # the tables of docs/guide/forecast.md, to the screen
     python -m benchmarks.forecast --table src/colrow/forecasting/tables/h200.json    # and write the fitted rates
+    python -m benchmarks.forecast --gpu h100-sxm --calibrated FILE --table ...       # keep what colrow calibrate wrote
 
 A row of the present program is one that was measured after its optimizer's update became one kernel (2026-11-23,
 0ab5939). Of these, every second one of each kind (mesh, plan) gives rates, part by part from its trace; the others
@@ -54,6 +55,9 @@ OLDER = ("2026-11-22", "b0c34f1", "a97a009", "4a0b930", "d4185cd")
 _POINTWISE = ("compiled pointwise", "other", "copy", "loss")
 LINK_SIZES = (2**16, 2**20, 2**24, 2**27, 2**30)
 LATENCY = 20e-6
+LAUNCH = 10e-6
+MEASURED_ON = {"h200": "H200", "h100-sxm": "H100"}
+"""By `--gpu`, what stands in a results file's device."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,7 @@ class Measured:
         inside, outside = self.work()
         if not self.cell.compiled:
             return self.step_ms / 1e3 / (inside.operators + outside.operators)
-        launched = device_named("h200").rates.launch * outside.kernels
+        launched = LAUNCH * outside.kernels
         return (self.step_ms / 1e3 - launched) / (inside.kernels * CPU_OF_OVERLAP[self.program.overlap])
 
     def bus(self, seconds: float) -> float:
@@ -179,15 +183,15 @@ def _walked(model: str, plan: str, loss: str, cell: Cell) -> Walk:
     return walk(built, Plan.preset(plan, loss), cell, BlockTraces())  # type: ignore[arg-type]
 
 
-def rows() -> Iterator[Measured]:
-    """Of every file of Llama on H200; derived plans, whose steps are those of the presets, are left out."""
+def rows(gpu: str = "h200") -> Iterator[Measured]:
+    """Of every file of Llama on such GPUs; derived plans, whose steps are those of the presets, are left out."""
     for path in sorted(RESULTS.glob("*.json")):
         data = json.loads(path.read_text(encoding="utf-8"))
         environment = data.get("environment", data)
+        if MEASURED_ON[gpu] not in f"{environment.get('device')} {environment.get('hardware')} {path.name.upper()}":
+            continue
         stamp = f"{path.name} {environment.get('commit')}"
         older = any(mark in stamp for mark in OLDER)
-        if "H200" not in str(environment.get("device") or "H200"):  # the rates are those of one card
-            continue
         for row in data.get("results", []):
             if row["plan"] != "derived":
                 yield _of_bench(path.stem, row, older)
@@ -239,10 +243,10 @@ def _of_run(file: str, name: str, run: dict[str, Any]) -> Measured:
 # -- rates ---------------------------------------------------------------------------------------------------------
 
 
-def fit(measured: list[Measured]) -> Rates:
-    """Each rate as the median over the rows that show it."""
+def fit(measured: list[Measured], base: Rates | None = None) -> Rates:
+    """Each rate as the median over the rows that show it; those that none shows as in `base`."""
     traced = [row for row in measured if row.trace.get("kinds")]
-    rates = device_named("h200").rates
+    rates = device_named("h200").rates if base is None else base
     memory = _median(row.pointwise_bytes() / row.kind(*_POINTWISE) for row in traced if not row.cell.compiled)
     rates = replace(rates, memory=memory or rates.memory)
     bf16 = [row for row in traced if not row.fp8 and row.cell.compiled and row.mesh.dp == 1]
@@ -309,12 +313,19 @@ def _links(measured: list[Measured], rates: Rates) -> dict[int, Points]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", type=Path, help="write the fitted rates to this file")
+    parser.add_argument("--gpu", choices=tuple(MEASURED_ON), default="h200")
+    parser.add_argument("--calibrated", type=Path, help="what colrow calibrate wrote: its rates are kept")
     options = parser.parse_args()
-    measured = list(rows())
+    measured = list(rows(options.gpu))
     present = [row for row in measured if not row.older]
-    training, test = halves(present)
-    rates = fit(training)
-    device = replace(device_named("h200"), rates=rates)
+    # beside the edge of memory the allocator gives back its reserve in each step, which no rate knows
+    training, test = halves([row for row in present if not row.name.startswith("memory's edge")])
+    base = device_named(options.gpu, options.calibrated)
+    rates = fit(training, base.rates)
+    if options.calibrated is not None:
+        known = json.loads(options.calibrated.read_text(encoding="utf-8"))["rates"]
+        rates = replace(rates, **{key: getattr(base.rates, key) for key in known})
+    device = replace(base, rates=rates)
     print(memory_table(present))
     errors = [abs(row.time(device).seconds * 1e3 / row.step_ms - 1) for row in test]
     for title, chosen in (
@@ -325,7 +336,7 @@ def main() -> None:
         print(f"\n{title}:\n\n{time_table(chosen, device)}")
     print(f"\ntest: median {statistics.median(errors):.1%}, largest {max(errors):.1%}")
     if options.table is not None:
-        write_table(options.table, rates, errors)
+        write_table(options.table, rates, errors, base.source if options.calibrated else "")
 
 
 def halves(measured: list[Measured]) -> tuple[list[Measured], list[Measured]]:
@@ -381,10 +392,13 @@ def time_table(measured: list[Measured], device: Device) -> str:
     return "\n".join(lines)
 
 
-def write_table(path: Path, rates: Rates, errors: list[float]) -> None:
+def write_table(path: Path, rates: Rates, errors: list[float], calibrated: str) -> None:
     ranked = sorted(errors)
+    source = "fitted on every second row of benchmarks/results, 2 and 4 x H200, torch 2.11, NV18; not calibrated"
+    if calibrated:
+        source = f"{calibrated}; what that leaves out fitted on every second row of benchmarks/results"
     table = {
-        "source": "fitted on every second row of benchmarks/results, 2 and 4 x H200, torch 2.11, NV18; not calibrated",
+        "source": source,
         "band": round(ranked[int(0.9 * len(ranked))], 3),
         "rates": {key: value for key, value in vars(rates).items() if key != "network"},
     }
