@@ -10,6 +10,7 @@ import torch
 from colrow.dryrun.block_kinds import BlockTraces
 from colrow.forecasting import walk as walking
 from colrow.forecasting.walk import Cell, Walk, walk
+from colrow.forecasting.work import NARROW_HEADS
 from colrow.plans.plan import Plan
 
 TOKENS, HEADS, HEAD = 128, 8, 32
@@ -71,5 +72,5 @@ def test_a_row_of_one_document_has_causal_attention(monkeypatch: pytest.MonkeyPa
     causal = attention(of_qwen3(cell))
     monkeypatch.setattr(walking, "_one_document", lambda: walking.nullcontext())
     masked: Any = attention(of_qwen3(cell))
-    assert masked == pytest.approx((128 / HEAD) ** 0.75)
+    assert masked == pytest.approx((128 / HEAD) ** NARROW_HEADS)
     assert causal != pytest.approx(masked)

@@ -22,7 +22,11 @@ from torch.utils.flop_counter import flop_registry
 from colrow.ops.parallel_linear import OPERATORS, traffic
 from colrow.sharding.operators import operator, operator_name
 
-SHORT_ATTENTION = 1365  # keys more than the causal half, for which attention's time stands; fitted: 8,192 and 32,768
+SHORT_ATTENTION = 800
+"""Keys more than the causal half, for which attention's time stands: 540 to 880 on H100 from 1,024 to 32,768 tokens,
+1,365 on H200 from 8,192 to 32,768."""
+NARROW_HEADS = 0.33  # a head of 64 numbers takes 1.25 times as long a FLOP as one of 128, on both
+GROUPED = 1.33  # experts' matmuls take longer than one matmul of their FLOPs: 32 experts on H100 and on H200
 
 Product = tuple[int, int, int]
 """(tokens, width in, width out) of a matmul."""
@@ -153,14 +157,19 @@ def _flops(
         q, k = inputs[1:3] if backward else inputs[:2]
         B, H, Q, E = q.shape
         causal = True in [a for a in (*args, *kwargs.values()) if isinstance(a, bool)]
-        # kernels are slower for short sequences (a third at 4,096 against 32,768) and for narrow heads (64 against 128)
+        # kernels are slower for short sequences and for narrow heads
         share = (1 + SHORT_ATTENTION / Q) / 2 if causal else 1.0
-        forward = 4.0 * B * H * Q * k.shape[2] * E * share * max(1.0, (128 / E) ** 0.75)
+        forward = 4.0 * B * H * Q * k.shape[2] * E * share * max(1.0, (128 / E) ** NARROW_HEADS)
         return [
             ("attention_backward" if backward else "attention_forward", (0, 0, 0), forward * (2.5 if backward else 1))
         ]
     if func.namespace == "colrow" and f"colrow::{name}" in OPERATORS:
         return _own_products(name, args, outputs)
+    if name in ("_grouped_mm", "grouped_mm_fallback"):
+        a, b = inputs[:2]  # tokens of all groups in a row, or one matrix a group
+        rows, inner, columns = a.shape[-2], a.shape[-1], b.shape[-1]
+        groups = b.shape[0] if a.dim() == b.dim() == 3 else 1
+        return [("product", (rows, inner, columns), 2.0 * GROUPED * groups * rows * inner * columns)]
     packet = getattr(func, "overloadpacket", None)
     if packet in flop_registry and inputs and outputs:
         flops = float(flop_registry[packet](*args, **kwargs, out_val=outputs[0]))
