@@ -108,12 +108,14 @@ def test_states_are_counted_where_they_lie(walked: Walk) -> None:
     assert summed.gradients >= 4 * own  # not reduced before the last micro-batch
 
 
-def test_sums_over_micro_batches_have_the_size_of_the_gradients(walked: Walk) -> None:
-    """DTensor's gradient of an embedding that is split by rows is that of the complete table."""
+def test_fsdp_sums_over_micro_batches_have_the_size_of_the_gradients(walked: Walk) -> None:
+    """DTensor's gradient of an embedding that is split by rows is that of the complete table; copies sum their part."""
     root, table = walked.units[ROOT], CONFIG.vocab_size * CONFIG.hidden_size
     assert (root.trained_count, root.gradient_count) == (table // 2, table)
-    several = peak_memory(walked, Setting(mesh=Mesh(tp=2), micro_batches=2))
-    assert several.gradients == 4 * (parameters(walked) + table // 2)
+    several = Setting(mesh=Mesh(tp=2), micro_batches=2)
+    copies, fsdp = (peak_memory(walked, replace(several, copies=copies)).gradients for copies in (True, False))
+    assert fsdp - copies == 4 * table // 2
+    assert 0 <= copies - 4 * parameters(walked) <= 2 * root.gradient_count  # and the running unit's, in bf16
     fast = walk(meta(), Plan.preset("llama-fast", "linear"), EAGER).units[ROOT]
     assert fast.gradient_count == fast.trained_count == table // 2
 
@@ -137,6 +139,23 @@ def test_frozen_weights_have_neither_gradients_nor_moments() -> None:
     trained = frozen.units[ROOT].count + frozen.units[HEAD].count
     assert memory.optimizer == 8 * trained
     assert memory.masters == 4 * parameters(frozen)
+
+
+def test_a_stage_that_runs_all_forwards_first_never_holds_them_beside_all_sums(walked: Walk) -> None:
+    stages = Setting(mesh=Mesh(pp=2), micro_batches=2, stages=(3, 2), copies=False)
+    two, four = (peak_memory(walked, replace(stages, micro_batches=n)) for n in (2, 4))
+    assert two.gradients + two.activations < four.gradients + four.activations
+
+
+def test_pools_of_fsdps_streams_are_kept_and_not_needed(walked: Walk) -> None:
+    setting = Setting(mesh=Mesh(tp=2, dp_shard=2), copies=False)
+    alone, sharded = (peak_memory(walked, each) for each in (Setting(mesh=Mesh(tp=2)), setting))
+    assert alone.needed == alone.device
+    assert sharded.reserve > 4 * parameters(walked) / 2  # reduced gradients, on a stream of their own
+    assert sharded.needed < sharded.device
+    full = sharded.on(sharded.needed)
+    assert full.device == pytest.approx(sharded.needed)
+    assert sharded.on(2 * sharded.device) == sharded
 
 
 def test_a_pipeline_holds_micro_batches_in_flight(walked: Walk) -> None:

@@ -85,7 +85,7 @@ class Choices:
                 rows.append(self.best(mesh))
             except (ConfigError, PlanError) as error:
                 left_out.append((mesh, str(error).partition("\n")[0]))
-        rows.sort(key=lambda row: (not row.fits, -row.tokens_per_second_per_gpu if row.fits else row.memory.device))
+        rows.sort(key=lambda row: (not row.fits, -row.tokens_per_second_per_gpu if row.fits else row.memory.needed))
         return Table(rows, left_out)
 
     def meshes(self) -> Iterator[Mesh]:
@@ -109,7 +109,7 @@ class Choices:
             best: Row | None = None
             for config in configs:
                 rows = [row for name in self._plan_names(mesh) for row in self._rows(config, name, recompute)]
-                smallest = min([*rows, *([smallest] if smallest else [])], key=lambda row: row.memory.device)
+                smallest = min([*rows, *([smallest] if smallest else [])], key=lambda row: row.memory.needed)
                 fitting = max((row for row in rows if row.fits), key=_rate, default=None)
                 if fitting is None or (best is not None and _rate(fitting) < _WORTH * _rate(best)):
                     break  # nor will a larger one
@@ -141,7 +141,7 @@ class Choices:
         first, second = row(start), row(2 * start)
         if not first.fits:
             return 0
-        slope = (second.memory.device - first.memory.device) / start
+        slope = (second.memory.needed - first.memory.needed) / start
         value = start
         for _ in range(3):
             room = row(value).free - (first.device.memory - _usable(first))

@@ -71,7 +71,7 @@ class Row:
 
     @property
     def fits(self) -> bool:
-        return self.memory.device <= (1 - MARGIN) * self.device.memory
+        return self.memory.needed <= (1 - MARGIN) * self.device.memory
 
     @property
     def cannot_fit(self) -> bool:
@@ -81,13 +81,13 @@ class Row:
 
     @property
     def free(self) -> float:
-        """Bytes of the device that are left; negative where it does not fit."""
-        return self.device.memory - self.memory.device
+        """Bytes of the device that nothing needs; negative where it does not fit."""
+        return self.device.memory - self.memory.needed
 
     @property
     def bottleneck(self) -> str:
         if not self.fits:
-            return f"memory: {self.memory.device / GIB:.1f} of {self.device.memory / GIB:.1f} GiB"
+            return f"memory: {self.memory.needed / GIB:.1f} of {self.device.memory / GIB:.1f} GiB"
         return self.time.bottleneck
 
     def to_data(self) -> dict[str, Any]:
@@ -160,7 +160,8 @@ class Forecaster:
         ))  # fmt: skip
         program = Program.of(plan, compiled=options.compiled, cuda_graph=options.cuda_graph)
         setting = self._setting(walked, mesh, options, program)
-        memory, time = peak_memory(walked, setting), step_time(walked, setting, program, self._machine)
+        memory = peak_memory(walked, setting).on(self.device.memory)
+        time = step_time(walked, setting, program, self._machine)
         tokens = options.micro_batch * options.micro_batches * options.seq_len * mesh.dp
         rate = tokens / time.seconds / mesh.world_size
         return Row(mesh, plan.name, options, memory, time, rate, self._mfu(rate, options.seq_len), self.device)

@@ -11,6 +11,12 @@ bytes a parameter: master 4, two moments 8, where the compute dtype is lower a c
   head; without: all of them.
 - `mesh.data_engine: flat`: a copy of 2 / dp_shard beside two blocks' gathered weights, root and head; gradients are
   fp32 shards at once, of all micro-batches, and what ranks exchange takes 2 bytes a parameter of the unit.
+
+[Note: pools]
+CUDA's allocator keeps what a stream has freed for that stream. FSDP2 makes reduced gradients on one of its own, and
+gathers on another: their largest sums stay reserved when the compute stream has its peak, and the other way round.
+When memory runs out the allocator gives back what is free, and the step takes longer (by 7 and 11% in two runs that
+needed 86 and 90% of an H100): so the pools count for what the driver shows, and not for whether a cell fits.
 """
 
 from __future__ import annotations
@@ -33,9 +39,12 @@ CONTEXT = 2.7 * GIB
 torch 2.11)."""
 RING_SLOTS = 2  # of `ops.copy_engine`, in symmetric memory, which the allocator does not count
 FRAGMENTATION = 0.08
-"""What the allocator reserves beyond its peak, as a share of what comes and goes in a step; more where FSDP2's streams
-hold blocks (`FRAGMENTATION_OF_FSDP`). Fitted to benchmarks/results."""
-FRAGMENTATION_OF_FSDP = 0.22
+"""What a stream's pool holds beyond its peak, as a share of what comes and goes in a step; more where blocks are
+recomputed, of which a live one is large beside what is kept. Fitted to benchmarks/results."""
+FRAGMENTATION_OF_RECOMPUTATION = 0.3
+FLAT_RESERVE = 12
+"""The same of `mesh.data_engine: flat`, in gathered sizes of its largest unit. Fitted to four rows, which it misses by
+-4 to +9% of what the driver shows; no rule is known."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,16 @@ class Memory:
         """As the driver shows it."""
         return WORKSPACES + sum(getattr(self, part.name) for part in fields(self))
 
+    @property
+    def needed(self) -> float:
+        """Without what the allocator gives back when memory runs out ([Note: pools])."""
+        comes_and_goes = self.gradients + self.activations + self.buffers + self.graphs
+        return self.device - self.reserve + min(self.reserve, FRAGMENTATION * comes_and_goes)
+
+    def on(self, nbytes: float) -> Memory:
+        """On a device of that size: the reserve ends where the device does."""
+        return replace(self, reserve=self.reserve - max(0.0, self.device - max(self.needed, nbytes)))
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -99,7 +118,21 @@ class Stage:
 
 def peak_memory(walk: Walk, setting: Setting) -> Memory:
     """Of the rank that needs most."""
-    return max((_StagePeak(walk, setting, stage).peak() for stage in stages_of(walk, setting)), key=lambda m: m.device)
+    stages = stages_of(walk, setting)
+    peaks = (_StagePeak(walk, setting, *each).peak() for stage in stages for each in _times(stage, setting))
+    return max(peaks, key=lambda memory: memory.device)
+
+
+def _times(stage: Stage, setting: Setting) -> Iterator[tuple[Stage, bool]]:
+    """When a step can have its peak: micro-batches in flight, and whether their sums of gradients are there.
+
+    A stage whose forwards all come before its first backward never holds all micro-batches and the sums at once.
+    """
+    if 1 < stage.in_flight == setting.micro_batches:
+        yield stage, False
+        yield replace(stage, in_flight=1), True
+    else:
+        yield stage, setting.micro_batches > 1
 
 
 def stages_of(walk: Walk, setting: Setting) -> Iterator[Stage]:
@@ -148,10 +181,10 @@ class _Segments:
 
 
 class _StagePeak:
-    """Follows a stage's step and keeps the largest sum."""
+    """Follows a micro-batch of a stage and keeps the largest sum. `summed`: sums over micro-batches are complete."""
 
-    def __init__(self, walk: Walk, setting: Setting, stage: Stage) -> None:
-        self._walk, self._setting, self._stage = walk, setting, stage
+    def __init__(self, walk: Walk, setting: Setting, stage: Stage, summed: bool) -> None:
+        self._walk, self._setting, self._stage, self._summed = walk, setting, stage, summed
         self._at = _Segments(walk)
         self._low = walk.cell.dtype.itemsize
         self._wide = max(4, self._low)
@@ -162,6 +195,8 @@ class _StagePeak:
         ]
         self._units = [walk.units[name] for name in names]
         self._peak = Memory()
+        self._compute = 0.0
+        """Peak of the compute stream's pool."""
         self._live = 0.0
         self._done: list[UnitParameters] = []
         """Units whose backward has ended."""
@@ -201,14 +236,14 @@ class _StagePeak:
         """Compare with the peak so far. `own`: the running unit's gradients, in the compute dtype."""
         setting, low, wide = self._setting, self._low, self._wide
         shards = setting.mesh.dp_shard
-        summed = sum(unit.gradient_count for unit in self._units)
+        with_sums = self._units if self._summed else self._done
         complete = sum(unit.count for unit in self._units)
         several = setting.micro_batches > 1
-        buffers = 0.0
+        buffers = elsewhere = 0.0
         if setting.copies or not self._fsdp:
             weights = low * complete if setting.copies else 0.0
             kept = sum(unit.trained_count for unit in self._done)
-            gradients = wide * summed if several else low * kept + own
+            gradients = (wide * sum(unit.trained_count for unit in with_sums) if several else low * kept) + own
         elif setting.mesh.data_engine == "flat":
             weights = low * self._flat_weights()
             done = self._units if several else self._done
@@ -218,11 +253,13 @@ class _StagePeak:
         else:
             weights = low * (self._gathered(units) if setting.reshard else complete)
             if setting.reshard and shards > 1:
-                buffers += low * max(unit.count for unit in units)  # the next unit's, before it is copied out
+                elsewhere = low * max(unit.count for unit in units)
+                buffers += elsewhere  # the next unit's, before it is copied out
             if several:
-                gradients = wide * summed + own
+                gradients = wide * sum(unit.gradient_count for unit in with_sums) + own
             else:
-                gradients = wide * sum(_shard(unit.trained, shards) for unit in self._done) + own
+                reduced = wide * sum(_shard(unit.trained, shards) for unit in self._done)
+                gradients, elsewhere = reduced + own, elsewhere + reduced
             if backward and self._done and shards * setting.mesh.dp_replicate > 1:
                 buffers += wide * self._done[-1].trained_count
         memory = Memory(
@@ -233,6 +270,7 @@ class _StagePeak:
             activations=activations,
             buffers=buffers,
         )
+        self._compute = max(self._compute, memory.allocated - elsewhere)
         if memory.allocated > self._peak.allocated:
             self._peak = memory
 
@@ -260,12 +298,27 @@ class _StagePeak:
     def _with_device(self, memory: Memory) -> Memory:
         setting = self._setting
         comes_and_goes = memory.gradients + memory.activations + memory.buffers
-        share = FRAGMENTATION_OF_FSDP if setting.mesh.dp > 1 else FRAGMENTATION
         rings = RING_SLOTS * self._walk.boundary * setting.mesh.tp if setting.copy_engine else 0
-        memory = replace(memory, reserve=share * comes_and_goes, rest=CONTEXT + rings)
+        memory = replace(memory, reserve=self._reserve(memory, comes_and_goes), rest=CONTEXT + rings)
         if not setting.cuda_graph:
             return memory
         return replace(memory, gradients=0.0, activations=0.0, buffers=0.0, graphs=comes_and_goes)
+
+    def _reserve(self, memory: Memory, comes_and_goes: float) -> float:
+        """What the allocator keeps beyond the peak: see [Note: pools]."""
+        setting, low, wide = self._setting, self._low, self._wide
+        recomputed = self._walk.cell.recompute == "full"
+        kept = (FRAGMENTATION_OF_RECOMPUTATION if recomputed else FRAGMENTATION) * comes_and_goes
+        if setting.copies or not self._fsdp:
+            return kept
+        shards, (largest, *others) = setting.mesh.dp_shard, sorted((unit.count for unit in self._units), reverse=True)
+        if setting.mesh.data_engine == "flat" and setting.mesh.dp > 1:
+            return kept + FLAT_RESERVE * low * largest
+        pools = wide * sum(_shard(unit.trained, shards) for unit in self._units)
+        if shards > 1:  # two gathered units, and what the rank sends of them
+            pools += low * (largest + sum(others[:1])) * (1 + 1 / shards)
+        before = wide * largest / 2  # room for the gradients of the largest unit before they are reduced
+        return kept + before + max(0.0, self._compute + pools - memory.allocated)
 
 
 def _shard(numels: Sequence[tuple[int, int]], shards: int) -> int:
