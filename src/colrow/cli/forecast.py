@@ -187,6 +187,13 @@ def _totals(row: Row, config: RunConfig) -> str:
     seconds = tokens / (row.tokens_per_second_per_gpu * row.mesh.world_size)
     states = (row.memory.masters + row.memory.optimizer) * row.mesh.tp * row.mesh.dp_shard * row.mesh.pp
     return (
-        f"  {tokens:,} tokens: {seconds / 86400:.2f} days, {seconds / 3600 * row.mesh.world_size:,.1f} GPU-hours; a "
+        f"  {tokens:,} tokens: {_duration(seconds)}, {seconds / 3600 * row.mesh.world_size:,.1f} GPU-hours; a "
         f"checkpoint {states / 2**30:.0f} GiB, {states / _DISK:.0f} s on a disk of {_DISK / 1e9:.1f} GB/s"
     )
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds / 60:.0f} minutes"

@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import textwrap
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -64,7 +63,7 @@ def print_json(data: Any) -> None:
 
 def memory_parts(row: Row) -> dict[str, float]:
     """GiB of a rank, by part."""
-    return {part.name: getattr(row.memory, part.name) / 2**30 for part in fields(row.memory)}
+    return {name: nbytes / 2**30 for name, nbytes in row.memory.by_part.items()}
 
 
 def time_parts(row: Row) -> dict[str, float]:

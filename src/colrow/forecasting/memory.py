@@ -96,6 +96,12 @@ class Memory:
         return WORKSPACES + sum(getattr(self, part.name) for part in fields(self))
 
     @property
+    def by_part(self) -> dict[str, float]:
+        """`device` by the parts' names for people."""
+        parts = {part.name: getattr(self, part.name) for part in fields(self)}
+        return {**parts, "CUDA and NCCL": parts.pop("rest") + WORKSPACES}
+
+    @property
     def needed(self) -> float:
         """Without what the allocator gives back when memory runs out ([Note: pools])."""
         comes_and_goes = self.gradients + self.activations + self.buffers + self.graphs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from html import escape
 from pathlib import Path
 
@@ -54,7 +53,7 @@ def page(table: Table, title: str) -> str:
     """The page as text."""
     first = table.rows[0]
     limit = first.device.memory / GIB
-    memory = {id(row): {p.name: getattr(row.memory, p.name) / GIB for p in fields(row.memory)} for row in table.rows}
+    memory = {id(row): {name: size / GIB for name, size in row.memory.by_part.items()} for row in table.rows}
     fitting = [row for row in table.rows if row.fits]
     rates = {id(row): _per_token(row) for row in fitting}
     return "\n".join([
