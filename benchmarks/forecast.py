@@ -2,7 +2,7 @@
 
     python -m benchmarks.forecast                                # the tables of docs/guide/forecast.md, to the screen
     python -m benchmarks.forecast --table src/colrow/forecasting/tables/h200.json    # and write the fitted rates
-    python -m benchmarks.forecast --gpu h100-sxm --calibrated FILE --table ...       # keep what colrow calibrate wrote
+    python -m benchmarks.forecast --gpu h100-sxm --calibrated FILE --table ...     # beside what colrow calibrate wrote
 
 A row of the present program is one that was measured after its optimizer's update became one kernel (2026-11-23,
 0ab5939). Of these, every second one of each kind (mesh, plan) gives rates, part by part from its trace; the others
@@ -56,6 +56,8 @@ _POINTWISE = ("compiled pointwise", "other", "copy", "loss")
 LINK_SIZES = (2**16, 2**20, 2**24, 2**27, 2**30)
 LATENCY = 20e-6
 LAUNCH = 10e-6
+EDGE = "memory's edge"
+"""Rows where the allocator gives back its reserve in each step, which takes time that no rate knows."""
 MEASURED_ON = {"h200": "H200", "h100-sxm": "H100"}
 """By `--gpu`, what stands in a results file's device."""
 
@@ -248,10 +250,24 @@ def _of_run(file: str, name: str, run: dict[str, Any]) -> Measured:
 # -- rates ---------------------------------------------------------------------------------------------------------
 
 
-def fit(measured: list[Measured], base: Rates | None = None) -> Rates:
-    """Each rate as the median over the rows that show it; those that none shows as in `base`."""
+def fit_beside(measured: list[Measured], calibrated: Rates) -> Rates:
+    """What a calibration does not measure. Where FSDP2 copies, pointwise kernels show nothing of compiled blocks."""
+    traced = [row for row in measured if row.trace.get("kinds") and row.cell.compiled and not row.fp8]
+    fast = [row for row in traced if row.program.overlap == "copy_engine"]
+    plain = [row for row in traced if row.program.overlap == "none"]
+    bare = [row for row in plain if row.mesh.tp_alone or row.mesh.data_engine == "flat"]
+    return replace(
+        calibrated,
+        fused=_median(row.fused_rate(calibrated) for row in bare) or calibrated.fused,
+        fused_fast=_median(row.fused_rate(calibrated) for row in fast) or calibrated.fused_fast,
+        gap=_median(row.trace["idle"] / 1e3 / row.operators() for row in plain) or calibrated.gap,
+    )
+
+
+def fit(measured: list[Measured]) -> Rates:
+    """Each rate as the median over the rows that show it."""
     traced = [row for row in measured if row.trace.get("kinds")]
-    rates = device_named("h200").rates if base is None else base
+    rates = device_named("h200").rates
     memory = _median(row.pointwise_bytes() / row.kind(*_POINTWISE) for row in traced if not row.cell.compiled)
     rates = replace(rates, memory=memory or rates.memory)
     bf16 = [row for row in traced if not row.fp8 and row.cell.compiled and row.mesh.dp == 1]
@@ -323,13 +339,9 @@ def main() -> None:
     options = parser.parse_args()
     measured = list(rows(options.gpu))
     present = [row for row in measured if not row.older]
-    # beside the edge of memory the allocator gives back its reserve in each step, which no rate knows
-    training, test = halves([row for row in present if not row.name.startswith("memory's edge")])
+    training, test = halves([row for row in present if not row.name.startswith(EDGE)])
     base = device_named(options.gpu, options.calibrated)
-    rates = fit(training, base.rates)
-    if options.calibrated is not None:
-        known = json.loads(options.calibrated.read_text(encoding="utf-8"))["rates"]
-        rates = replace(rates, **{key: getattr(base.rates, key) for key in known})
+    rates = fit(training) if options.calibrated is None else fit_beside(training, base.rates)
     device = replace(base, rates=rates)
     print(memory_table(present))
     errors = [abs(row.time(device).seconds * 1e3 / row.step_ms - 1) for row in test]
@@ -360,11 +372,14 @@ def memory_table(measured: list[Measured]) -> str:
     lines.append("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     errors = []
     for row in measured:
-        assert row.allocated is not None
+        if row.allocated is None:
+            continue
         memory = row.memory()
         errors.append(memory.allocated / GIB / row.allocated - 1)
         cells = [row.file, row.name, str(row.mesh), f"{row.allocated:.2f}", f"{memory.allocated / GIB:.2f}"]
         cells += [f"{errors[-1]:+.1%}"]
+        if row.name.startswith(EDGE):
+            row = replace(row, device=None)
         device = "" if row.device is None else f"{row.device:.2f}"
         off = "" if row.device is None else f"{memory.device / GIB / row.device - 1:+.1%}"
         lines.append("| " + " | ".join([*cells, device, f"{memory.device / GIB:.2f}", off]) + " |")

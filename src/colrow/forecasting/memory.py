@@ -99,7 +99,8 @@ class Memory:
     def by_part(self) -> dict[str, float]:
         """`device` by the parts' names for people."""
         parts = {part.name: getattr(self, part.name) for part in fields(self)}
-        return {**parts, "CUDA and NCCL": parts.pop("rest") + WORKSPACES}
+        beside = parts.pop("rest") + WORKSPACES
+        return parts | {"CUDA and NCCL": beside}
 
     @property
     def needed(self) -> float:
