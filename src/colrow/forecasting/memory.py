@@ -321,7 +321,7 @@ class _StagePeak:
         shards, (largest, *others) = setting.mesh.dp_shard, sorted((unit.count for unit in self._units), reverse=True)
         if setting.mesh.data_engine == "flat" and setting.mesh.dp > 1:
             return kept + FLAT_RESERVE * low * largest
-        pools = wide * sum(_shard(unit.trained, shards) for unit in self._units)
+        pools: float = wide * sum(_shard(unit.trained, shards) for unit in self._units)
         if shards > 1:  # two gathered units, and what the rank sends of them
             pools += low * (largest + sum(others[:1])) * (1 + 1 / shards)
         before = wide * largest / 2  # room for the gradients of the largest unit before they are reduced
