@@ -99,25 +99,33 @@ def differences(want: list[Record], got: list[Record]) -> list[str]:
     ]
 
 
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+    return port
+
+
 class Agents:
     """torchrun agents on this machine, and what they have printed.
 
     Args:
         ranks: how many each agent starts.
         python: what runs the ranks.
+        port: where they meet; a free one unless given.
     """
 
-    def __init__(self, folder: Path, config: Path, ranks: Sequence[int], python: str, *flags: str) -> None:
+    def __init__(
+        self, folder: Path, config: Path, ranks: Sequence[int], python: str, *flags: str, port: int | None = None
+    ) -> None:
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(SOURCES), *sys.path])}
         env["PYTHON_EXEC"] = python  # torchrun's name for it
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_ERROR_FILE"):
             env.pop(name, None)
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+        self.port = port or free_port()
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(len(ranks))]
         command += ["--max-restarts", "1000", "--monitor-interval", "0.1"]
-        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]
+        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{self.port}", "--local-addr", "127.0.0.1"]
         train = ["-m", "colrow", "train", str(config), *flags]
         self._log = (folder / f"agents-{time.monotonic_ns()}.log").open("w", encoding="utf-8")
         self.processes = [

@@ -47,8 +47,8 @@ def start(tmp_path: Path, commands: Commands) -> Iterator[Callable[..., Agents]]
     (tmp_path / "mine.py").write_text(MODEL, encoding="utf-8")
     started: list[Agents] = []
 
-    def begin(config: Path, ranks: tuple[int, ...], *flags: str) -> Agents:
-        started.append(Agents(tmp_path, config, ranks, f"{commands.path}/python", *flags))
+    def begin(config: Path, ranks: tuple[int, ...], *flags: str, port: int | None = None) -> Agents:
+        started.append(Agents(tmp_path, config, ranks, f"{commands.path}/python", *flags, port=port))
         return started[-1]
 
     yield begin

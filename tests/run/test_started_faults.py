@@ -21,6 +21,8 @@ from helpers.started import Run, write_config
 
 pytestmark = pytest.mark.distributed
 TRAIN = ("colrow", "train", "tiny.yaml")
+STEP = "^step +1/"
+"""What a run prints after its first step."""
 TORCHRUN = ("torchrun", "--nproc-per-node", "2", "-m", *TRAIN)
 
 
@@ -31,12 +33,12 @@ def start(tmp_path: Path, commands: Commands, request: pytest.FixtureRequest) ->
     device = request.config.getoption("--device")
     runs: list[Run] = []
 
-    def begin(*command: str, hang_timeout: float = 120.0) -> Run:
+    def begin(*command: str, hang_timeout: float = 120.0, until: str = STEP) -> Run:
         environment = commands.environment(TMPDIR=str(tmp_path))
         flags = ["--train.hang_timeout", str(hang_timeout), "--train.log_every", "1000", "--check", "false"]
         flags += ["--device", device]
         runs.append(Run(tmp_path, environment, *command, *flags))
-        runs[-1].wait_for("^step +1/")
+        runs[-1].wait_for(until)
         return runs[-1]
 
     yield begin
@@ -109,22 +111,52 @@ def build_saving() -> Llama:
         fsync = os.fsync
         os.fsync = lambda fd: stop() if "checkpoints" in os.readlink(f"/proc/self/fd/{fd}") else fsync(fd)
     return Llama(replace(shape("laptop"), num_hidden_layers=1))
+
+
+def build_capturing() -> Llama:
+    from colrow.run.loop import Loop  # CUDA graphs are captured on GPUs alone: the loop is told that they are
+
+    Loop._captures = lambda loop, steps: steps >= 2
+    model = Llama(replace(shape("laptop"), num_hidden_layers=1))
+    if os.environ.get("RANK") == "1":
+        steps = []
+        model.register_forward_pre_hook(lambda module, args: steps.append(1) or (stop() if len(steps) == 4 else None))
+    return model
+
+
+def build_tokenizing() -> Llama:
+    if os.environ.get("RANK") == "1":
+        import colrow.data.prepare
+
+        colrow.data.prepare.open_corpus = lambda *args: stop()
+    return Llama(replace(shape("laptop"), num_hidden_layers=1))
 """
 
 
+def stopping(build: str) -> list[str]:
+    """Flags of a run whose rank 1 stops itself where the function says."""
+    return f"--model.shape null --model.layers null --model.python stops:{build} --verify never".split()
+
+
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(("phase", "build"), [("evaluation", "build"), ("saving", "build_saving")])
+@pytest.mark.parametrize(
+    ("phase", "build", "flags"),
+    [
+        ("evaluation", "build", "--eval.every 3"),
+        ("saving", "build_saving", "--checkpoint.every 4"),
+        ("capture", "build_capturing", ""),
+    ],
+)
 def test_a_rank_that_stops_in_another_phase_is_named_by_its_limit(
-    phase: str, build: str, tmp_path: Path, start: Callable[..., Run]
+    phase: str, build: str, flags: str, tmp_path: Path, start: Callable[..., Run]
 ) -> None:
-    """The rank stops itself in the forward of an evaluation, or when it flushes a data file of a checkpoint."""
+    """The rank stops itself in the forward of an evaluation, when it flushes a data file of a checkpoint, or in a step
+    that would capture a CUDA graph."""
     (tmp_path / "stops.py").write_text(STOPS)
-    model = f"--model.shape null --model.layers null --model.python stops:{build} --verify never"
-    run = start(*TRAIN, *model.split(), "--eval.every", "3", "--checkpoint.every", "4" if phase == "saving" else "0",
-                f"--train.hang_limits.{phase}", "6")  # fmt: skip
+    run = start(*TRAIN, *stopping(build), *flags.split(), f"--train.hang_limits.{phase}", "6")
     begun = time.monotonic()
     assert run.end() == 1
-    assert time.monotonic() - begun < 40  # far below train.hang_timeout
+    assert time.monotonic() - begun < 100  # below train.hang_timeout
     assert f"error: rank 1 hangs in {phase}: no sign of life for " in run.text
     assert f"raise train.hang_limits.{phase} where the run is only slow" in " ".join(run.text.split())
 
@@ -139,6 +171,19 @@ def test_torchruns_ranks_name_the_one_that_hangs(tmp_path: Path, start: Callable
     root_cause = run.text.partition("Root Cause")[2]
     assert "rank 1 hangs in training" in root_cause
     assert writers(tmp_path) == ["the rank", "rank 0"]
+
+
+@pytest.mark.exhaustive
+def test_torchruns_ranks_name_the_one_that_hangs_in_tokenization(tmp_path: Path, start: Callable[..., Run]) -> None:
+    """They watch each other from before it: the other rank has its tokens, and waits."""
+    (tmp_path / "stops.py").write_text(STOPS)
+    limits = ("--train.hang_limits.tokenization", "10", "--train.hang_limits.start", "9")
+    run = start(*TORCHRUN, *stopping("build_tokenizing"), *limits, until="^disk ")
+    assert run.end() == 1
+    root_cause = run.text.partition("Root Cause")[2]
+    assert "rank 1 hangs in tokenization: no sign of life for " in root_cause
+    assert "rank 0: start, 0 steps done" in root_cause
+    assert "raise train.hang_limits.tokenization where the run is only slow" in " ".join(root_cause.split())
 
 
 @pytest.mark.exhaustive

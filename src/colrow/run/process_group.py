@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -34,27 +34,29 @@ class RankInfo:
     local_world_size: int
 
 
+def join_store(info: RankInfo) -> Store:
+    """A store that the ranks of this start use, and nobody else. Collective."""
+    # The store that torchrun's agents keep is the same one after a restart, with the dead ranks' addresses in it.
+    store, _, _ = next(rendezvous("env://", info.rank, info.world_size))
+    return fresh_store(store, info.rank, info.world_size)
+
+
 @contextmanager
 def process_group(
-    config: RunConfig, info: RankInfo, watching: Callable[[Store], None] | None = None
+    config: RunConfig, info: RankInfo, store: Store | None = None
 ) -> Iterator[tuple[DeviceMesh, torch.device]]:
     """Within: the default process group, NCCL on GPUs and gloo on CPUs. Yields the mesh and this rank's device.
 
     Args:
-        watching: gets the store of the ranks of this start.
+        store: of `join_store`, where the ranks have joined it already.
     """
     device = set_device(preflight.device_type(config), info.local_rank)
     if config.train.replay_every:  # read when cuBLAS starts; without it, it has no deterministic kernels
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     record_collectives()
-    # The store that torchrun's agents keep is the same one after a restart, with the dead ranks' addresses in it.
-    store, _, _ = next(rendezvous("env://", info.rank, info.world_size))
-    store = fresh_store(store, info.rank, info.world_size)
-    if watching is not None:
-        watching(store)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=store,
+        store=store or join_store(info),
         rank=info.rank,
         world_size=info.world_size,
         # makes NCCL connect now, and subgroups reuse the connections

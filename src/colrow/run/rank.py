@@ -23,7 +23,7 @@ from colrow.run.hang_guard import RankGuard
 from colrow.run.heartbeat import Heartbeat
 from colrow.run.loop import Loop, Outcome
 from colrow.run.outputs import output_lines, will_export
-from colrow.run.process_group import RankInfo, process_group
+from colrow.run.process_group import RankInfo, join_store, process_group
 from colrow.run.progress import TrainingProgress, labelled
 from colrow.run.resume import resume
 from colrow.run.run_folder import CHECKPOINTS, EXPORT, claimed, write_folder
@@ -75,12 +75,14 @@ def run_rank(
         gpus = gpus_here(config) if first else None
         forecast = kept_forecast(config, checked.source.model, checked.plan, gpus)
         startup.mark("model and plan")
+        store = join_store(info)
+        if guard is not None and plan is None:  # a launcher of colrow's, which has chosen the plan, watches itself
+            guard.join(store)
+        startup.mark("process group")
         with heartbeat.during("tokenization"):
             data = prepare(config.data, checked.source.vocab_size, progress=False)
-        # a launcher of the project's own, which has chosen the plan, watches; torchrun does not
-        watching = guard.join if guard is not None and plan is None else None
         startup.mark("data")
-        mesh, device = stack.enter_context(process_group(config, info, watching))
+        mesh, device = stack.enter_context(process_group(config, info, store))
         startup.mark("process group")
         return train_run(
             config,
