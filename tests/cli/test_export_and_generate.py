@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -64,6 +65,28 @@ class Other(nn.Module):
         for norm, up, down in zip(self.norms, self.ups, self.downs, strict=True):
             x = x + down(torch.relu(up(norm(x))))
         return self.out(x)
+
+
+class Pair(Other):
+    """Logits first, as many models return them."""
+
+    def forward(self, ids: Tensor) -> Any:
+        return super().forward(ids), torch.zeros(())
+
+
+class Named(Other):
+    def forward(self, ids: Tensor) -> Any:
+        return {"hidden": torch.zeros(3), "logits": super().forward(ids)}
+
+
+class Flattened(Other):
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids).flatten(0, 1)
+
+
+class Pooled(Other):
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids).mean(1)
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +227,22 @@ def test_a_derived_model_is_sampled_by_its_own_plan(
     arguments = ("generate", str(folder), "--prompt", PROMPT, "--tokens", "9")
     assert main([*arguments]) == 0
     assert torchrun(commands, *arguments) == capsys.readouterr().out
+
+
+def test_whatever_a_model_returns_beside_its_logits_it_is_sampled(
+    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = {}
+    for build in (Other, Pair, Named, Flattened, Pooled):
+        folder = tmp_path / build.__name__
+        write_config(folder, build.__name__, tokenizer, "derive")
+        Checkpoints(folder / "checkpoints", vocabulary=tokenizer.digest).save(1, build(), None, {})
+        status = main(["generate", str(folder), "--prompt", PROMPT, "--tokens", "9"])
+        texts[build] = (status, *capsys.readouterr())
+    assert texts[Other][0] == 0
+    assert texts[Pair] == texts[Named] == texts[Flattened] == texts[Other]
+    assert texts[Pooled][0] == 2
+    assert "which are no logits of each token: only a model of next tokens can be sampled" in texts[Pooled][2]
 
 
 def torchrun(commands: Commands, *args: str) -> str:

@@ -51,20 +51,16 @@ def main(argv: list[str]) -> int:
     flags = parse(Flags, "generate", argv)
     import torch
     import torch.distributed as dist
-    from torch import Tensor
 
     from colrow.cli.loading import open_saved, torchrun_ranks
     from colrow.models.generate import generate
+    from colrow.parallel.outputs import main_tensor
 
     device = _device(flags.device)
     with torchrun_ranks("nccl" if device.type == "cuda" else "gloo") as ranks:
         saved = open_saved(flags.source, flags.step, flags.trust_code)
         _load(saved, ranks, device)
         model, tokenizer = saved.model.eval(), saved.tokenizer
-
-        def logits_of(ids: Tensor) -> Tensor:
-            out = model(ids)
-            return getattr(out, "logits", out)  # models of transformers return more than logits
 
         # each document of the training text began after another's end
         prompt = replace(tokenizer, special=flags.special).encode(flags.prompt) or [tokenizer.eos_id]
@@ -75,7 +71,7 @@ def main(argv: list[str]) -> int:
                 f"{flags.source} the model's?"
             )
         ids = generate(
-            logits_of,
+            lambda ids: main_tensor(model(ids)),  # as in training: a model may return more than logits
             torch.tensor([prompt], device=device),
             flags.tokens,
             temperature=flags.temperature,

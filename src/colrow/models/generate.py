@@ -29,7 +29,8 @@ def generate(
     The ranks of a sharded model all call this, with equal arguments, and draw equal ids.
 
     Args:
-        logits_of: ids [B, S] -> logits [B, S, V], a tensor or a DTensor. Causal, for ids are padded on the right.
+        logits_of: ids [B, S] -> logits [B, S, V] or [B * S, V], a tensor or a DTensor. Causal, for ids are padded on
+            the right.
         temperature: 0 takes the likeliest token.
         top_k: sample from the k likeliest tokens only.
         pad_multiple: S is a multiple of it (sequence parallelism splits S over tp).
@@ -37,7 +38,7 @@ def generate(
         context: S is at most this, the last ids counting (rounded down to `pad_multiple`).
 
     Raises:
-        ConfigError: an empty prompt, an argument out of range, or logits that are not finite.
+        ConfigError: an empty prompt, an argument out of range, or logits that are not finite or not of each token.
     """
     _check(ids, tokens, temperature, top_k, pad_multiple, context)
     window = None if context is None else context // pad_multiple * pad_multiple
@@ -46,7 +47,7 @@ def generate(
     for _ in range(tokens):
         seen = ids if window is None else ids[:, -window:]
         length = seen.shape[1]
-        row = logits_of(_pad(seen, pad_multiple))[:, length - 1]
+        row = _by_sequence(logits_of(padded := _pad(seen, pad_multiple)), padded)[:, length - 1]
         row = row.full_tensor() if isinstance(row, DTensor) else row
         drawn = _draw(row.float().cpu(), temperature, top_k, generator).to(ids.device)
         if eos_id is not None:
@@ -56,6 +57,16 @@ def generate(
         if ended.all():
             break
     return ids
+
+
+def _by_sequence(logits: Tensor, ids: Tensor) -> Tensor:
+    """[B, S, V], also of flattened tokens."""
+    if logits.shape[:-1].numel() != ids.numel() or logits.ndim not in (2, 3):
+        raise ConfigError(
+            f"the model returns {list(logits.shape)} for ids of {list(ids.shape)}, which are no logits of each token: "
+            "only a model of next tokens can be sampled"
+        )
+    return logits.view(*ids.shape, -1)
 
 
 def _pad(ids: Tensor, multiple: int) -> Tensor:
