@@ -31,6 +31,8 @@ def read_text(path: Path, kind: str, error: type[ColrowError]) -> str:
             data = file.read(_MOST_BYTES + 1)
     except OSError as reason:
         raise error(f"cannot read {kind} {path}: {reason.strerror}") from reason
+    except ValueError as reason:  # a NUL in its name
+        raise error(f"cannot read {kind} {str(path)!r}: {reason}") from reason
     if len(data) > _MOST_BYTES:
         raise error(f"{kind} {path} is larger than {_MOST_BYTES >> 20} MiB: give a {kind} in YAML")
     try:

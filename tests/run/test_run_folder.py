@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -85,3 +86,27 @@ def test_a_run_of_an_older_version_goes_on(config: Callable[..., RunConfig]) -> 
     old = dump_config(config(**{"model.implementation": "colrow"}))
     (run.run.dir / CONFIG).write_text(old)
     assert changed_keys(run, 0) == []
+
+
+def test_a_folder_that_cannot_be_made_is_found_before_data_are_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link to a folder is as good as the folder."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    require_free(tmp_path / "link")
+    (tmp_path / "nowhere").symlink_to("none")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    for name, text in (
+        ("nowhere", "is a link to none, which is not there: make that folder"),
+        ("loop", "is a link to loop, which is not there"),
+        ("file/run", "file cannot be written: set run.dir"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            require_free(tmp_path / name)
+    require_free(tmp_path / "new")
+    monkeypatch.setattr(os, "access", lambda *args: False)  # root may write everywhere
+    with pytest.raises(ConfigError, match=f"run/new: {tmp_path} cannot be written: set run.dir"):
+        require_free(tmp_path / "run/new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "loop", "nowhere", "real"]

@@ -67,10 +67,18 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def require_free(folder: Path) -> None:
-    """Raise a ConfigError when another run uses the folder."""
+    """Raise a ConfigError when another run uses the folder, or it cannot be made: before data are prepared for it."""
     if folder.exists():
         with claimed(folder):
             pass
+        return
+    if folder.is_symlink():
+        raise ConfigError(
+            f"run.dir {folder} is a link to {os.readlink(folder)}, which is not there: make that folder, or set run.dir"
+        )
+    there = next(path for path in folder.absolute().parents if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"cannot write to the run's folder {folder}: {there} cannot be written: set run.dir")
 
 
 def changed_keys(config: RunConfig, step: int) -> list[str]:
