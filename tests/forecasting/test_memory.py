@@ -194,3 +194,9 @@ def test_compiled_blocks_take_the_memory_that_was_measured(file: str, arm: str) 
     memory = peak_memory(seen, Setting(mesh=Mesh(**row["mesh"]), copy_engine=arm == "overlap"))
     assert memory.allocated / GIB == pytest.approx(row["peak_allocated_gib"], rel=0.01)
     assert memory.device / GIB == pytest.approx(row["device_used_gib"], rel=0.03)
+
+
+@pytest.mark.exhaustive
+def test_a_walk_prints_nothing_of_the_compiler(capfd: pytest.CaptureFixture[str]) -> None:
+    walk(meta(), Plan.preset("llama"), replace(EAGER, compiled=True, recompute="selective"))
+    assert capfd.readouterr() == ("", "")

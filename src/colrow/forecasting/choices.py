@@ -141,7 +141,12 @@ class Choices:
         first, second = row(start), row(2 * start)
         if not first.fits:
             return 0
+        while second.fits and second.memory.needed <= first.memory.needed and 2 * start < limit:
+            start *= 2  # the peak of so few tokens is elsewhere, such as in a large table's gradient
+            first, second = second, row(2 * start)
         slope = (second.memory.needed - first.memory.needed) / start
+        if slope <= 0:
+            return limit if row(limit).fits else start
         value = start
         for _ in range(3):
             room = row(value).free - (first.device.memory - _usable(first))

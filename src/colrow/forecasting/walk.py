@@ -230,16 +230,15 @@ def _fake(inputs: Inputs) -> Inputs:
 
 @contextmanager
 def _quiet_compiler(compiled: bool) -> Iterator[None]:
-    """The compiler's graphs of fake tensors are dropped afterwards: a training in this process compiles its own."""
-    loggers = [logging.getLogger(name) for name in ("torch._dynamo", "torch._functorch")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    """The compiler's graphs of fake tensors are dropped afterwards: a training in this process compiles its own.
+
+    Its warnings are about this walk, not the run; loggers of torch's modules have levels of their own."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)
         if compiled:
             torch.compiler.reset()
 

@@ -1,0 +1,39 @@
+"""The search for the longest sequence that fits, on made-up memory."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from colrow.forecasting.choices import Choices
+from colrow.forecasting.forecast import MARGIN, Options
+from colrow.mesh import Mesh
+
+GPU, UNIT, LIMIT = 80.0, 256, 131_072
+
+
+def longest(needed: Any) -> int:
+    """By `Choices`, where a step of so many tokens needs so much memory."""
+
+    def row(plan: Any, mesh: Mesh, options: Options) -> Any:
+        memory = SimpleNamespace(needed=needed(options.seq_len))
+        fits = memory.needed <= (1 - MARGIN) * GPU
+        return SimpleNamespace(memory=memory, fits=fits, free=GPU - memory.needed, device=SimpleNamespace(memory=GPU))
+
+    choices: Any = object.__new__(Choices)
+    choices._forecaster = SimpleNamespace(row=row)
+    return int(choices._largest(None, Mesh(), Options(), "seq_len", 4 * UNIT, UNIT, LIMIT))
+
+
+@pytest.mark.parametrize("floor", [0.0, 20.0, 60.0])
+def test_a_peak_that_few_tokens_do_not_move_is_passed(floor: float) -> None:
+    found = longest(lambda tokens: max(floor, 10 + tokens / 1000))
+    room = (1 - MARGIN) * GPU
+    assert 10 + found / 1000 <= room < 10 + (found + UNIT) / 1000
+
+
+def test_a_model_whose_memory_does_not_grow_fits_to_its_limit() -> None:
+    assert longest(lambda tokens: 20.0) == LIMIT
+    assert longest(lambda tokens: 90.0) == 0
