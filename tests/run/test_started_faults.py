@@ -21,8 +21,8 @@ from helpers.started import Run, write_config
 
 pytestmark = pytest.mark.distributed
 TRAIN = ("colrow", "train", "tiny.yaml")
-STEP = "^step +1/"
-"""What a run prints after its first step."""
+STEP, STARTED = "^step +1/", "^batch +"
+"""What a run prints after its first step, and before it."""
 TORCHRUN = ("torchrun", "--nproc-per-node", "2", "-m", *TRAIN)
 
 
@@ -113,6 +113,14 @@ def build_saving() -> Llama:
     return Llama(replace(shape("laptop"), num_hidden_layers=1))
 
 
+def build_compiling() -> Llama:
+    if os.environ.get("RANK") == "1":
+        import torch._inductor.compile_fx as inductor
+
+        inductor.compile_fx = lambda *args, **options: stop()
+    return Llama(replace(shape("laptop"), num_hidden_layers=1))
+
+
 def build_capturing() -> Llama:
     from colrow.run.loop import Loop  # CUDA graphs are captured on GPUs alone: the loop is told that they are
 
@@ -144,16 +152,23 @@ def stopping(build: str) -> list[str]:
     [
         ("evaluation", "build", "--eval.every 3"),
         ("saving", "build_saving", "--checkpoint.every 4"),
+        ("compilation", "build_compiling", "--train.compile true"),
         ("capture", "build_capturing", ""),
     ],
 )
 def test_a_rank_that_stops_in_another_phase_is_named_by_its_limit(
     phase: str, build: str, flags: str, tmp_path: Path, start: Callable[..., Run]
 ) -> None:
-    """The rank stops itself in the forward of an evaluation, when it flushes a data file of a checkpoint, or in a step
-    that would capture a CUDA graph."""
+    """The rank stops itself in the forward of an evaluation, when it flushes a data file of a checkpoint, when a block
+    is compiled, or in a step that would capture a CUDA graph."""
     (tmp_path / "stops.py").write_text(STOPS)
-    run = start(*TRAIN, *stopping(build), *flags.split(), f"--train.hang_limits.{phase}", "6")
+    limit, until, hang_timeout = "6", STEP, 120.0
+    if (
+        phase == "compilation"
+    ):  # of the other rank too, which takes longer; training's limit would count when it is done
+        limit, until, hang_timeout = "40", STARTED, 20.0
+    command = (*TRAIN, *stopping(build), *flags.split(), f"--train.hang_limits.{phase}", limit)
+    run = start(*command, hang_timeout=hang_timeout, until=until)
     begun = time.monotonic()
     assert run.end() == 1
     assert time.monotonic() - begun < 100  # below train.hang_timeout
