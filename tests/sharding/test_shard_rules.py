@@ -225,6 +225,8 @@ PROVEN: dict[str, tuple[Any, ...]] = {
         ([2, 1, 1, 1, False, 0, 2, True, True, True],),
         [S1, S0, S0],
     ),
+    "padding of another dim": (aten.constant_pad_nd.default, (x(2, 4, 3), [1, 2, 0, 0], 1.0), [S1], None, [S1]),
+    "cropping of another dim": (aten.constant_pad_nd.default, (x(3, 4, 8), [0, 0, -1, -1]), [S2], None, [S2]),
     "gradient of a convolution by groups in segments": (
         aten.convolution_backward.default,
         (x(2, 18, 9), x(2, 12, 9), x(18, 2, 3), [18], [1], [1], [1], False, [0], 6, [True, True, True]),
@@ -613,6 +615,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
         [sharded(1, (4, 4)), S1],
         None,
     ),
+    "padding of the sharded dim": (aten.constant_pad_nd.default, (x(2, 4, 3), [0, 0, 1, 1], 0.0), [S1], None),
     "convolution by groups in other segments": (
         aten.convolution.default,
         (x(2, 12, 9), x(18, 2, 3), None, [1], [1], [1], False, [0], 6),

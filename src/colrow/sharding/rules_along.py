@@ -213,6 +213,14 @@ def renorm(call: LocalCall) -> list[Layout] | None:
     )
 
 
+def pad(call: LocalCall) -> list[Layout] | None:
+    """Along other dims than the sharded one, with one number or (of a gradient) without some elements."""
+    layout, there = call.tensors[0]
+    amounts = call.argument("pad")[0]  # of the last dim's two ends, then of the one before
+    padded = {len(there.shape) - 1 - i // 2 for i, amount in enumerate(amounts) if amount}
+    return [layout] if layout.kind is Kind.SHARDED and layout.dim not in padded and not call.differing else None
+
+
 def searchsorted(call: LocalCall) -> list[Layout] | None:
     """Rows are searched one by one."""
     layout = _common(call)
