@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from benchmarks.composed.truth import truths
 from benchmarks.models.examine import build
@@ -132,6 +134,16 @@ def test_a_hook_in_a_custom_backward_is_traced_to_its_line() -> None:
 def test_what_follows_an_unproven_operator_is_not_listed() -> None:
     found = unproven_operators(WRONG["norm of features"].model(), gpt_plan(), 2, 4, 16)
     assert [f.operator for f in found] == ["linalg_vector_norm"] * 2
+
+
+@pytest.mark.parametrize("weigh", [lambda i: 1, lambda i: i + 1], ids=["alike", "by their number"])
+def test_blocks_of_a_shard_are_left_to_verify(weigh: Callable[[int], int]) -> None:
+    """Used alike they are right, by their number they are not; neither are they fused parts (CR208)."""
+
+    def in_blocks(h: Tensor) -> Tensor:
+        return torch.cat([F.normalize(t, dim=-1) * weigh(i) for i, t in enumerate(h.split(8, -1))], -1)
+
+    assert {f.code for f in found_by(unproven_plans.features(in_blocks))} == {"CR414"}
 
 
 class _Keeping(nn.Module):
