@@ -22,11 +22,14 @@ from colrow.verifying.verify import parity
 from helpers.attentions import (
     HEADS,
     KINDS,
+    OF_PACKAGES,
     VOCAB,
     D,
     FromExtents,
     Parallel,
+    Sliced,
     TorchsOwn,
+    Windowed,
     Written,
     language,
     train_case,
@@ -45,6 +48,7 @@ def derived(tp: int, *kinds: type[nn.Module]) -> Plan:
     options = DeriveOptions(sequence_parallel=kinds is ALL)
     found = derive(language(*kinds), tp, inputs=(IDS[:, :-1],), options=options)
     whole = {name for name in found.replicated if "norm" not in name and not name.endswith("bias")}
+    whole -= {name for name in whole if name.endswith("context.weight")}  # makes what attention takes in
     assert not (
         whole if tp <= 2 else {n for n in whole if ".attn.k." not in n and ".attn.v." not in n}
     )  # 2 kv heads over 4 ranks
@@ -54,12 +58,31 @@ def derived(tp: int, *kinds: type[nn.Module]) -> Plan:
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("tp", "kinds"),
-    params([(2, (TorchsOwn,)), (2, ALL), (4, ALL), (4, (Parallel,))], lambda tp, kinds: tp == 4 or kinds is ALL),
+    params(
+        [(2, (TorchsOwn,)), (2, ALL), (4, ALL), (4, (Parallel,)), (2, OF_PACKAGES), (4, OF_PACKAGES)],
+        lambda tp, kinds: tp == 4 or len(kinds) > 1,
+    ),
 )
 def test_every_kind_is_split_and_trains_as_one_process_does(ranks: Ranks, tp: int, kinds: Any) -> None:
     for errors in ranks(tp).run(train_case, kinds, IDS, derived(tp, *kinds).to_yaml()):
         assert len(errors) > 8 * len(kinds)
         assert max(errors.values()) < TOLERANCE, {k: v for k, v in errors.items() if v >= TOLERANCE}
+
+
+@pytest.mark.parametrize("kind", params([Sliced, Windowed], lambda kind: kind is Windowed))
+def test_slices_and_views_of_unsharded_tensors_keep_their_sizes_or_get_a_ranks(kind: type[nn.Module]) -> None:
+    plan, model = derived(2, kind), language(kind)
+    sizes = plan.modules["blocks.0.attn"].sizes
+    assert sizes
+    assert parity(model, plan, 2, (IDS[:, :-1],)).worst < TOLERANCE
+    for call in (call for call, local in sizes.items() if "/tp" in local):
+        rest = {other: local for other, local in sizes.items() if other != call}
+        bare = replace(plan.modules["blocks.0.attn"], sizes=rest)
+        less = replace(plan, modules={**plan.modules, "blocks.0.attn": bare})
+        try:
+            assert parity(model, less, 2, (IDS[:, :-1],)).worst > 1e-3, call
+        except RuntimeError as error:
+            assert "size" in str(error) or "shape" in str(error)
 
 
 @pytest.mark.exhaustive
@@ -115,7 +138,9 @@ class Views(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         a = x.view(2, HEADS, -1)
         b, c = torch.split(x, 8, dim=1)
-        return a, torch.reshape(x, (2, 16)), b, c, x.unflatten(1, (HEADS, 4)), x.new_zeros(2, HEADS)
+        d, e = x[:, 4:8], x[..., -4:]
+        whole = x.new_ones(2, 16).view(2, 16)
+        return a, torch.reshape(x, (2, 16)), b, c, x.unflatten(1, (HEADS, 4)), x.new_zeros(2, HEADS), d, e, whole
 
 
 RULES = {
@@ -124,13 +149,18 @@ RULES = {
     "split(8)": "/tp",
     "unflatten(4, 4)": "/tp, *",
     "new_zeros(*, 4)": "*, *tp",
+    "getitem(*, *, 4, 8)": "*, *, /tp, /tp",
+    "getitem(-4, *)": "/tp, *",
+    "view(2, 16)": "*, /tp",
 }
 
 
 def test_rules_change_what_their_calls_write() -> None:
     module = Views()
     write_local_sizes(module, RULES, 2)
-    assert [tuple(y.shape) for y in module(torch.ones(2, 8))] == [(2, 2, 4), (2, 8), (2, 4), (2, 4), (2, 2, 4), (2, 8)]
+    assert [tuple(y.shape) for y in module(torch.ones(2, 8))] == [
+        *[(2, 2, 4), (2, 8), (2, 4), (2, 4), (2, 2, 4), (2, 8), (2, 2), (2, 2), (2, 16)]
+    ]
     assert torch.ones(2, 16).view(2, 4, -1).shape == (2, 4, 4), "only in the module's forward"
 
 

@@ -129,6 +129,69 @@ def attend(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor, 
     return F.linear(scores.softmax(-1).matmul(v).transpose(1, 2).reshape(B, T, C), w_out, b_out)
 
 
+class Sliced(Fused):
+    """q, k and v by slices of one product; the width in the first view and the last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        y = self.qkv(x.reshape(B, T, C))
+        q, k, v = y[:, :, :D], y[..., D : 2 * D], y.narrow(-1, 2 * D, D)
+        q, k, v = (part.reshape(B, T, HEADS, C // HEADS).transpose(1, 2) for part in (q, k, v))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, C))
+
+
+class Windowed(Fused):
+    """Windows that are shifted, their mask written in place, and a table [places, heads] that is indexed and permuted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.shift = 4, 2
+        self.table = nn.Parameter(torch.randn(2 * self.width - 1, HEADS) * 0.5)
+        places = torch.arange(self.width)
+        self.register_buffer("places", places[:, None] - places + self.width - 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        width, shift = self.width, self.shift
+        y = x.roll(-shift, 1).view(B, -1, width, C).reshape(-1, width, C)
+        q, k, v = self.qkv(y).reshape(y.shape[0], width, 3, HEADS, C // HEADS).permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(-1, -2) * HEAD_DIM**-0.5
+        scores = scores + self.table[self.places.view(-1)].view(width, width, -1).permute(2, 0, 1)
+        zones = x.new_zeros(T)
+        zones[-width:-shift], zones[-shift:] = 1, 2
+        zones = zones.view(-1, width)
+        mask = zones.unsqueeze(1) - zones.unsqueeze(2)
+        scores = scores.view(B, -1, HEADS, width, width) + mask.masked_fill(mask != 0, -100.0)[:, None]
+        y = (scores.view(-1, HEADS, width, width).softmax(-1) @ v).transpose(1, 2).reshape(y.shape[0], width, C)
+        return self.out(y).view(B, T, C).roll(shift, 1)
+
+
+class OtherWidths(nn.Module):
+    """torch's attention with keys and values of other widths, each with a weight of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.context = nn.Linear(D, 24)
+        self.inner = nn.MultiheadAttention(D, HEADS, kdim=24, vdim=24, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.context(x)
+        return self.inner(x, y, y, need_weights=False)[0]
+
+
+class NormedWide(Separate):
+    """Norms over all heads of queries and keys, which the shards of one rank do not hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_norm, self.k_norm = nn.LayerNorm(D), nn.LayerNorm(D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q_norm(self.q(x)), self.k_norm(self.k(x)), self.v(x)
+        q, k, v = (y.unflatten(-1, (HEADS, HEAD_DIM)).transpose(1, 2) for y in (q, k, v))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
 class Written(nn.Module):
     """A layer written out in one forward."""
 
@@ -185,6 +248,9 @@ KINDS: tuple[type[nn.Module], ...] = (
     TorchsOwn,
     Functional,
 )
+
+
+OF_PACKAGES: tuple[type[nn.Module], ...] = (Sliced, Windowed, OtherWidths, NormedWide)
 
 
 def _block(kind: type[nn.Module]) -> nn.Module:

@@ -24,9 +24,10 @@ from colrow.derive.choice import Choice
 from colrow.derive.emit_modules import Emission
 from colrow.derive.failure import Misfit, TraceError, does_not_fit
 from colrow.derive.flow import Flows
-from colrow.derive.infer import argument, computation, computes, facts_of, op_name, shape_of
+from colrow.derive.infer import NoRuleError, argument, computation, computes, facts_of, op_name, shape_of
 from colrow.derive.reads import record_reads
 from colrow.derive.rules_channels import channel_groups, channels_of
+from colrow.derive.rules_pieces import slice_piece
 from colrow.derive.sequence import Stream
 from colrow.derive.sizes import Rules, find_sizes
 from colrow.derive.trace import (
@@ -101,6 +102,18 @@ class LocalCheck:
             shape[self.stream.axis.get(node, 1)] //= self.choice.tp
         return shape
 
+    def piece(self, node: Node) -> tuple[tuple[int, int, int], tuple[int, int]] | None:
+        """What a slice takes of a sharded dim, (start, length, extent), to its start and length on the first rank."""
+        try:
+            source, dim, (start, length), step = slice_piece(node)
+            sharded = self.flows.inference.of(source)[dim]
+        except NoRuleError:
+            return None
+        if step != 1 or not self.visible.sharded(sharded):
+            return None
+        before = [sum(i < bound for i in self.visible.indices(sharded, 0)) for bound in (start, start + length)]
+        return (start, length, size_of(sharded)), (before[0], before[1] - before[0])
+
     def _outer(self, node: Node) -> bool:
         """Nodes of the stream, except a boundary at which it is gathered."""
         if not is_boundary(node):
@@ -127,6 +140,10 @@ class LocalCheck:
             owner, _, last = name.rpartition(".")
             shape = self.visible.local_shape(self.flows.inference.of(node))
             clone.get_submodule(owner)._buffers[last] = clone.get_buffer(name).new_empty(shape)
+        for name in self.flows.wide:  # DTensor's own rule runs them on the complete dim
+            module = clone.get_submodule(name)
+            if len(getattr(module, "normalized_shape", ())) == 1:
+                module.normalized_shape = tuple(module.weight.shape)  # type: ignore[assignment,union-attr]
         for name, values in repairs.attributes.items():
             module = clone.get_submodule(name)
             for key, value in values.items():
@@ -289,6 +306,7 @@ class LocalCheck:
                 self.flows.inference,
                 self.local_model(Repairs(self.emission.attributes)),
                 self.local_extents,
+                self.piece,
                 self.inputs,
                 self.rescale(),
                 self.counts,
@@ -342,7 +360,9 @@ class LocalCheck:
         found: dict[tuple[str, str], int] = {}
         model = self.local_copy()
         for name, module in model.named_modules():
-            parents = any(o.startswith(name + ".") and o.count(".") - name.count(".") <= 2 for o in owners)
+            # a module without parameters may hold the heads for those beside it: einops' layers do
+            scope = name if next(module.parameters(), None) is not None else name.rpartition(".")[0]
+            parents = any(o.startswith(f"{scope}.") and o.count(".") - scope.count(".") <= 2 for o in owners)
             if (
                 name
                 and (parents or name in owners)

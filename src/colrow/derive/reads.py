@@ -38,6 +38,10 @@ def record_reads(name: str, module: nn.Module, found: dict[tuple[str, str], int]
             note(key, value)
         return value
 
+    lengths = vars(module).get("axes_lengths")
+    if isinstance(lengths, dict):  # of einops' layers
+        for axis, length in lengths.items():
+            note(f"axes_lengths.{axis}", length)
     base = type(module)
     recording_cls = type(base.__name__, (base,), {"__getattribute__": read})
     if "config" in vars(module):

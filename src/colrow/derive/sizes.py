@@ -12,6 +12,7 @@ import contextlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,9 +21,9 @@ from torch.fx import Node
 
 from colrow.derive.axes import atoms_in
 from colrow.derive.failure import TraceError
-from colrow.derive.infer import AxisInference, computation, computes
+from colrow.derive.infer import AxisInference, computation, computes, facts_of, op_name
 from colrow.derive.trace import Label, Rescale, Trace, is_boundary, label_of, run_traced, trace
-from colrow.styles.local_sizes import ANY, CALLS, CodeMode, SizeRule, Sizes, sizes_written, with_sizes
+from colrow.styles.local_sizes import ANY, CALLS, CodeMode, SizeRule, Sizes, fits, sizes_written, with_sizes
 
 Rules = dict[str, dict[str, str]]
 """Module name to the rules of its code."""
@@ -38,6 +39,11 @@ class _Calls(CodeMode):
         super().__init__()
         self.running: list[str] = []
         self.count: Counter[str] = Counter()
+        self.torchs_own: set[str] = set()
+
+    @property
+    def separates(self) -> bool:  # type: ignore[override]
+        return bool(self.running) and self.running[-1] in self.torchs_own
 
     def next_label(self) -> str | None:
         """Of a call that is being made; None outside of modules."""
@@ -51,6 +57,8 @@ class _Calls(CodeMode):
     def within(self, model: nn.Module) -> Iterator[None]:
         handles = []
         for name, module in model.named_modules():
+            if isinstance(module, nn.MultiheadAttention):
+                self.torchs_own.add(name)
             handles.append(module.register_forward_pre_hook(lambda *_, name=name: self.running.append(name)))
             handles.append(module.register_forward_hook(lambda *_: _nothing(self.running.pop()), always_call=True))
         try:
@@ -80,12 +88,12 @@ class _Marked(_Calls):
 class _Solved(_Calls):
     """Makes each call give the extents that a rank has, and keeps the rules."""
 
-    def __init__(
-        self, expected: dict[str, tuple[list[int], list[bool]]], counts: Counts, tp: int, literal: bool
-    ) -> None:
+    def __init__(self, expected: dict[str, _Expected], counts: Counts, tp: int, literal: bool) -> None:
         super().__init__()
         self.expected, self.counts, self.tp, self.literal = expected, counts, tp, literal
         self.rules: dict[str, set[SizeRule]] = defaultdict(set)
+        self.unchanged: dict[str, dict[SizeRule, Sizes]] = defaultdict(dict)
+        """Calls that write the same on a rank, and what they write."""
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         written = sizes_written(func, args, kwargs) if func in CALLS else None
@@ -93,17 +101,25 @@ class _Solved(_Calls):
         if written is None or label is None:
             return func(*args, **kwargs)
         if label in self.expected:
-            extents, varying = self.expected[label]
-            wanted = _wanted(CALLS[func].name, written, extents, args, kwargs)
+            expected = self.expected[label]
+            varying = expected.varying
+            if CALLS[func].name in ("getitem", "narrow"):
+                wanted, varying = expected.bounds(CALLS[func].name, written), []
+            else:
+                wanted = _wanted(CALLS[func].name, written, expected.extents, args, kwargs)
         else:
             wanted = self._fitting(func, args, written)
             varying = [old == new for old, new in zip(written, wanted or written, strict=True)]
         if wanted is None or wanted == written:
+            if wanted is not None and not fits(func, args, written):
+                same = tuple(ANY if n is None else n for n in written)
+                self.unchanged[self.running[-1]][SizeRule(CALLS[func].name, same, (ANY,) * len(same))] = written
             return func(*args, **kwargs)
         names = [_change(old, new, self.tp) for old, new in zip(written, wanted, strict=True)]
         parts = varying if len(varying) == len(written) else [False] * len(written)
         keys: list[int | str] = [
-            ANY if varies or (name == ANY and not self.literal) else old
+            # -1 and a bound that changes stand so in the code, whatever the inputs are
+            ANY if old is None or (old != -1 and (varies or (name == ANY and not self.literal))) else old
             for old, name, varies in zip(written, names, parts, strict=True)
         ]
         self.rules[self.running[-1]].add(SizeRule(CALLS[func].name, tuple(keys), tuple(names)))
@@ -122,12 +138,46 @@ class _Solved(_Calls):
         """The rules; None where one call is to write different sizes in two places."""
         out: Rules = {}
         for name, rules in self.rules.items():
+            for same, written in self.unchanged[name].items():
+                if any(rule.matches(same.function, written) for rule in rules):
+                    rules = rules | {same}
             out[name] = dict(
                 rule.to_text() for rule in sorted(rules, key=lambda rule: (rule.written.count(ANY), str(rule)))
             )
             if len(out[name]) < len(rules):
                 return None
         return out
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """What a rank has of the result of a call that writes sizes.
+
+    Attributes:
+        extents: of the result.
+        varying: which of them the inputs decide.
+        pieces: what a slice takes (start, length, extent of the dim) to the start and the length on a rank.
+    """
+
+    extents: list[int]
+    varying: list[bool]
+    pieces: dict[tuple[int, int, int], tuple[int, int]]
+
+    def bounds(self, name: str, written: Sizes) -> Sizes | None:
+        """A rank's bounds of a slice; None where no piece is known that has these."""
+        out: list[Any] = []
+        for start, stop in zip(written[::2], written[1::2], strict=True):
+            if name == "narrow":
+                stop = start + stop if start >= 0 or start + stop < 0 else None
+            for (first, length, extent), (mine, count) in self.pieces.items():
+                begins = first == (start or 0) or (start is not None and first == start + extent)
+                if begins and stop in (None, first + length, first + length - extent):
+                    here = None if start is None else mine if start >= 0 else start * mine // first
+                    out += [here, count if name == "narrow" else stop and (mine + count)]
+                    break
+            else:
+                out += [start, stop if name == "getitem" else stop - start]
+        return tuple(out)
 
 
 def _wanted(name: str, written: Sizes, extents: list[int], args: Any, kwargs: Any) -> Sizes | None:
@@ -169,6 +219,7 @@ def find_sizes(
     inference: AxisInference,
     local: nn.Module,
     extents: Any,
+    piece: Any,
     inputs: Any,
     rescale: Rescale,
     counts: Counts,
@@ -179,6 +230,7 @@ def find_sizes(
 
     Args:
         extents: a node of `traced` to its extents on a rank, or None.
+        piece: a node of `traced` that is a slice to what it takes of which extent, and to what it takes on a rank.
         counts: sizes of the classes that are sharded in a module's parameters, by its name.
         literal: the sizes that a rank writes too stand in the rules, and not any.
 
@@ -187,12 +239,12 @@ def find_sizes(
     """
     if traced.sized is None:
         traced.sized = _sized(model, traced, inputs)
-    expected = {}
+    expected: dict[str, _Expected] = {}
     for label, node in traced.sized.items():
         dims = inference.dims.get(node)
         if isinstance(dims, list) and (local_extents := extents(node)) is not None:
             varying = [any((a.forbidden or "").startswith("input ") for a in atoms_in(dim)) for dim in dims]
-            expected[label] = local_extents, varying
+            expected[label] = _Expected(local_extents, varying, dict(_pieces(node, piece)))
     solved = _Solved(expected, counts, tp, literal)
     with contextlib.suppress(TraceError):
         run_traced(local, inputs, rescale, solved.within(local), traced.opaque)
@@ -200,14 +252,22 @@ def find_sizes(
     return None if rules is None or "" in rules else rules
 
 
+def _pieces(node: Node, piece: Any) -> Iterator[Any]:
+    """What the slices take that one call makes, the last of which is `node`."""
+    at: Any = node
+    while isinstance(at, Node) and facts_of(at).moves and at.op == "call_function":
+        if op_name(at) == "slice" and (found := piece(at)) is not None:
+            yield found
+        elif op_name(at) != "slice" and at is not node:
+            return
+        at = at.args[0]
+
+
 def _sized(model: nn.Module, traced: Trace, inputs: Any) -> dict[str, Node]:
     """The node of `traced` that each call which writes sizes gives."""
     marked = trace(model, inputs, within=_Marked().within(model), opaque=traced.opaque)
     own = [n for n in marked.nodes if computes(n) and not _is_mark(n)]
-    its_own = [n for n in traced.nodes if computes(n)]
-    if [computation(n) for n in own] != [computation(n) for n in its_own]:
-        return {}
-    counterpart = dict(zip(own, its_own, strict=True))
+    counterpart = _counterparts(own, [n for n in traced.nodes if computes(n)])
     out = {}
     for node in filter(_is_mark, marked.nodes):
         source = node.args[0]
@@ -216,6 +276,31 @@ def _sized(model: nn.Module, traced: Trace, inputs: Any) -> dict[str, Node]:
         if source in counterpart:
             out[str(label_of(node))] = counterpart[source]  # type: ignore[index]
     return out
+
+
+def _counterparts(own: list[Node], others: list[Node]) -> dict[Node, Node]:
+    """The nodes of a trace to those of another one, up to where they differ. Behind writes in place torch.export takes
+    views again, more of them where no mark stands between: a view without a counterpart is passed over."""
+    found: dict[Node, Node] = {}
+    at = 0
+    for node in own:
+        to = at
+        while to < len(others) and _differ(node, others[to]) and facts_of(others[to]).moves:
+            to += 1
+        if to < len(others) and not _differ(node, others[to]):
+            found[node], at = others[to], to + 1
+        elif not facts_of(node).moves:
+            break
+    return found
+
+
+def _differ(node: Node, other: Node) -> bool:
+    return computation(node) != computation(other) or _shape(node) != _shape(other)
+
+
+def _shape(node: Node) -> list[int] | None:
+    value = node.meta.get("val")
+    return list(value.shape) if isinstance(value, Tensor) else None
 
 
 def _is_mark(node: Any) -> bool:

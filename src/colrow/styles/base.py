@@ -177,7 +177,7 @@ class Style(ABC):
         for key, value in (self.attributes or {}).items():
             old: Any = site.module
             for part in key.split("."):
-                old = getattr(old, part, None)
+                old = old.get(part) if isinstance(old, dict) else getattr(old, part, None)
             if type(old) is not int:
                 raise site.wrong_options(
                     f"the module has no integer attribute {key!r}", "correct the option attributes"
@@ -265,9 +265,15 @@ def replicated(module: nn.Module, reason: str) -> dict[str, ParameterLayout]:
 
 
 def set_attribute(module: nn.Module, key: str, value: int | str, tp: int) -> None:
-    """Give an integer attribute its local value; `config.NAME` changes a copy of the config that only `module` sees."""
+    """Give an integer attribute its local value; `config.NAME` changes a copy of the config that only `module` sees,
+    `axes_lengths.NAME` an axis of an einops layer."""
     owner: Any = module
     *path, leaf = key.split(".")
+    if path == ["axes_lengths"]:
+        lengths: dict[str, int] = vars(module)["axes_lengths"]
+        own = {**lengths, leaf: lengths[leaf] // tp if value == "/tp" else int(value)}
+        vars(module).update(axes_lengths=own, _axes_lengths=tuple(own.items()))  # its forward reads the second
+        return
     for part in path:
         own = copy.copy(getattr(owner, part))
         object.__setattr__(owner, part, own)

@@ -8,12 +8,18 @@ calls of a module's own forward write such sizes, by function and by what is wri
     {"view(*, *, 4, *)": "*, *, /tp, *", "split(64)": "/tp"}
 
 `*` on the left is any size, on the right what is written; `/tp` divides what is written by tp, `*tp` multiplies it; a
-number takes its place. Of several rules that match a call the first counts; calls that match none are left alone.
+number takes its place. Of several rules that match a call the first counts; calls that match none are left alone, and so
+are views that fit their tensor as they are written and not by the rule: of a tensor that every rank has completely.
+
+The sizes of a slice are its bounds, a start and a stop for each `:`; `*` stands for one that is left out:
+
+    {"getitem(*, *, *, *, 32, 64)": "*, *, *, *, /tp, /tp"}        y[:, :, 32:64]
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +64,7 @@ def _calls() -> dict[Any, SizeCall]:
         ("repeat", 1, "repeats", False),
         ("unflatten", 2, "sizes", False),
         ("split", 1, "split_size", True),
+        ("narrow", 2, "start", False),
         ("new_zeros", 1, "size", False),
         ("new_ones", 1, "size", False),
         ("new_empty", 1, "size", False),
@@ -70,6 +77,7 @@ def _calls() -> dict[Any, SizeCall]:
         for owner in (torch, Tensor):
             if (function := getattr(owner, name, None)) is not None:
                 found[function] = SizeCall(name, first, keyword, single)
+    found[Tensor.__getitem__] = SizeCall("getitem", 1, "")
     return found
 
 
@@ -80,6 +88,9 @@ _ATTENTION = open_attention()
 class CodeMode(TorchFunctionMode):
     """A function mode that sees the calls of torch's own attention too (of nn.MultiheadAttention)."""
 
+    separates = True
+    """Whether query, key and value are three tensors although one is given: see `attention`."""
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is multi_head_attention_forward:
@@ -87,9 +98,11 @@ class CodeMode(TorchFunctionMode):
         return self.call(func, args, kwargs)
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Of one tensor three times it would make one product: a block may have gathered each, so there are three."""
-        value = value.view_as(value) if value is key else value
-        key = key.view_as(key) if key is query else key
+        """Of one tensor three times it would make one product. The block nn.MultiheadAttention may have gathered each,
+        so there are three; code that calls the function has the one tensor on a rank too."""
+        if self.separates:
+            value = value.view_as(value) if value is key else value
+            key = key.view_as(key) if key is query else key
         with self:
             return _ATTENTION(query, key, value, *args, **kwargs)
 
@@ -103,6 +116,9 @@ def sizes_written(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) ->
     call = CALLS.get(function)
     if call is None or any(isinstance(x, DTensor) for x in args):
         return None
+    if call.name == "getitem":
+        bounds = tuple(bound for each in _slices(args[1]) for bound in (each.start, each.stop))
+        return bounds if any(isinstance(bound, (int, torch.SymInt)) for bound in bounds) else None
     given = kwargs.get(call.keyword, args[call.first] if len(args) > call.first else None)
     if isinstance(given, (tuple, list)):
         return tuple(given)
@@ -112,9 +128,28 @@ def sizes_written(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) ->
     return rest if rest and all(isinstance(n, (int, torch.SymInt)) for n in rest) else None
 
 
+def _slices(index: Any) -> list[slice]:
+    return [each for each in (index if isinstance(index, tuple) else (index,)) if isinstance(each, slice)]
+
+
+def _with_bounds(index: Any, bounds: Sizes) -> Any:
+    if isinstance(index, slice):
+        return slice(*bounds, index.step)
+    given = iter(bounds)
+    return tuple(slice(next(given), next(given), x.step) if isinstance(x, slice) else x for x in index)
+
+
+def fits(function: Any, args: Sequence[Any], written: Sizes) -> bool:
+    """Whether a view to these sizes is one of the tensor as it is."""
+    name = CALLS[function].name
+    return name in ("view", "reshape") and -1 not in written and math.prod(written) == args[0].numel()
+
+
 def with_sizes(function: Any, args: Sequence[Any], kwargs: dict[str, Any], sizes: Sizes) -> Any:
     """The call with other sizes."""
     call = CALLS[function]
+    if call.name == "getitem":
+        return function(args[0], _with_bounds(args[1], sizes))
     if function is Tensor.unflatten:  # its own code calls super(), which torch.compile follows in a method call alone
         function, args, first = args[0].unflatten, args[1:], call.first - 1
     else:
@@ -191,9 +226,9 @@ def rules_of(value: Any) -> dict[str, str] | None:
 class LocalSizes(CodeMode):
     """Calls within write a rank's sizes."""
 
-    def __init__(self, rules: Sequence[SizeRule], tp: int) -> None:
+    def __init__(self, rules: Sequence[SizeRule], tp: int, separates: bool = True) -> None:
         super().__init__()
-        self.rules, self.tp = rules, tp
+        self.rules, self.tp, self.separates = rules, tp, separates
 
     def attention(self, *args: Any, **kwargs: Any) -> Any:
         # A rank has the weights of its own heads, and their mean is not the mean of all: it gives none.
@@ -204,7 +239,10 @@ class LocalSizes(CodeMode):
         if call is not None and (written := sizes_written(func, args, kwargs)) is not None:
             for rule in self.rules:
                 if rule.matches(call.name, written):
-                    return with_sizes(func, args, kwargs, rule.apply(written, self.tp))
+                    local = rule.apply(written, self.tp)
+                    if fits(func, args, written) and not fits(func, args, local):
+                        continue  # a tensor that every rank has completely
+                    return with_sizes(func, args, kwargs, local)
         return func(*args, **kwargs)
 
 
@@ -220,7 +258,7 @@ def write_local_sizes(module: nn.Module, sizes: dict[str, str], tp: int) -> None
 def _forward_of(cls: Any) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         rules, tp = getattr(self, _RULES)
-        with LocalSizes(rules, tp):
+        with LocalSizes(rules, tp, issubclass(cls, nn.MultiheadAttention)):
             return cls.forward(self, *args, **kwargs)
 
     return forward

@@ -80,15 +80,22 @@ def attention_backend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, grouped:
     return int(choose(q, k, v, None, 0.0, causal, enable_gqa=grouped))
 
 
+def _three_products(q: Any, k: Any, v: Any, w_q: Any, w_k: Any, w_v: Any, *biases: Any) -> tuple[Any, ...]:
+    given = zip((q, k, v), (w_q, w_k, w_v), biases or (None, None, None), strict=True)
+    return tuple(functional.linear(x, weight, bias) for x, weight, bias in given)
+
+
 def open_attention() -> Callable[..., Any]:
     """`F.multi_head_attention_forward` as code like any other: a function mode sees the calls that it makes.
 
-    torch hands the function to a mode as one call, and hands it over once more when the mode runs it in itself.
+    torch hands the function to a mode as one call, and hands it over once more when the mode runs it in itself. Its
+    products of query, key and value assert that weights are square, which a rank's are not.
     """
     function: Any = functional.multi_head_attention_forward
     names = dict(vars(functional))
     private("torch.nn.functional:has_torch_function", "to follow the code of nn.MultiheadAttention")
     names["has_torch_function"] = lambda _: False
+    names["_in_projection"] = _three_products
     copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
