@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from colrow.derive.axes import Dim, forbid, unify
 from colrow.derive.infer import AxisInference, NoRuleError, Result, rule, shape_of
-from colrow.derive.rules_products import weighted
+from colrow.derive.rules_products import forbid_own, weighted
 
 _EQUATION = re.compile(r"(?P<operands>[A-Za-z.,]+)(?:->(?P<result>[A-Za-z.]*))?")
 
@@ -70,15 +70,15 @@ def _only_batches_of_activations(
     inference: AxisInference, nodes: list[Node], operands: list[list[str]], dims: dict[str, Dim], gone: set[str]
 ) -> None:
     """As of a matrix product: of two activations that are contracted, each with a dim of its own (queries and keys),
-    only what both have may be sharded. A state with a vector keeps its own dims."""
+    only what both have may be sharded, and heads beside tokens. A state with a vector keeps its own dims."""
     for i, one in enumerate(nodes):
         for other, letters in zip(nodes[i + 1 :], operands[i + 1 :], strict=True):
             mine, its = set(operands[i]), set(letters)
             own = [{c for c in a - b if dims[c]} for a, b in ((mine, its), (its, mine))]
             are_activations = not inference.is_weight(one) and not inference.is_weight(other)
             if are_activations and mine & its & gone and all(own):
-                for letter in set.union(*own):
-                    forbid(dims[letter], "only the batch axes of a product of two activations are sharded")
+                for letters_of_one in own:
+                    forbid_own([dims[letter] for letter in letters_of_one])
 
 
 @rule("outer")

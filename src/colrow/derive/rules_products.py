@@ -29,6 +29,15 @@ def weighted(inference: AxisInference, node: Node, dim: Dim, *operands: object) 
         forbid(dim, "contracted between two activations")
 
 
+def forbid_own(dims: list[Dim]) -> None:
+    """Of a product of two activations only the batch axes are sharded, not those that one of them has alone. But heads
+    beside tokens are as a batch is: those of queries that share one head of keys, [heads, T, D] times [S, D]."""
+    atoms = [atom for dim in dims for atom in leaves(dim)]
+    beside_tokens = any((atom.forbidden or "").startswith("input ") for atom in atoms)
+    for atom in atoms if len(atoms) == 1 or not beside_tokens else ():
+        forbid([atom], "only the batch axes of a product of two activations are sharded")
+
+
 @rule("linear")
 def linear(inference: AxisInference, node: Node) -> Result:
     x, w = inference.of(node.args[0]), inference.of(node.args[1])
@@ -51,8 +60,8 @@ def _product(inference: AxisInference, node: Node, a: Node, b: Node) -> Dims:
     # a product of a matrix and a vector has no scores: a state-space model's channels times what each state gives
     are_matrices = bool(leaves(x[-2]) and leaves(y[-1]))
     if are_matrices and not inference.is_weight(a) and not inference.is_weight(b):
-        forbid(x[-2], "only the batch axes of a product of two activations are sharded")
-        forbid(y[-1], "only the batch axes of a product of two activations are sharded")
+        forbid_own([x[-2]])
+        forbid_own([y[-1]])
     batch = shape_of(node)[:-2]
     lead = broadcast(inference, batch, [(x[:-2], shape_of(a)[:-2]), (y[:-2], shape_of(b)[:-2])], node.name)
     return [*lead, x[-2], y[-1]]

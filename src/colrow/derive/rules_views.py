@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch.fx import Node
@@ -62,10 +63,37 @@ def squeeze(inference: AxisInference, node: Node) -> Result:
 
 @rule("view")
 def view(inference: AxisInference, node: Node) -> Result:
-    out = regroup(inference.of(node.args[0]), shape_of(node))
-    if out is None:
-        raise NoRuleError("view across factors")
+    """Factors over the new extents. Where an extent cuts through a factor, the dims that it is made of are forbidden, and
+    those before and behind them stay: the shift of relative positions, [heads, T, 1 + S] to [heads, 1 + S, T]."""
+    source = node.args[0]
+    assert isinstance(source, Node)
+    dims, old, new = inference.of(source), shape_of(source), shape_of(node)
+    if 0 in old:
+        raise NoRuleError("view of nothing")
+    out: list[Dim] = []
+    for before, after in _stretches(old, new):
+        found = regroup(dims[before], new[after])
+        if found is None:
+            for dim in dims[before]:
+                forbid(dim, "a view cuts through it")
+            found = inference.fresh(new[after], "a view cuts through it")
+        out += found
     return out
+
+
+def _stretches(old: list[int], new: list[int]) -> list[tuple[slice, slice]]:
+    """The shortest runs of dims that hold equally many elements in both shapes, in order."""
+    found, first, second = [], 0, 0
+    while first < len(old) or second < len(new):
+        i, j = min(first + 1, len(old)), min(second + 1, len(new))
+        while math.prod(old[first:i]) != math.prod(new[second:j]):
+            if math.prod(old[first:i]) < math.prod(new[second:j]):
+                i += 1
+            else:
+                j += 1
+        found.append((slice(first, i), slice(second, j)))
+        first, second = i, j
+    return found
 
 
 @rule("expand")
