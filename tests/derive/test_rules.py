@@ -293,6 +293,33 @@ def test_a_view_across_factors_is_refused() -> None:
     assert regroup([[Atom(7)], [Atom(5)]], [5, 7]) is None
 
 
+def shifted(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Scores of relative positions: one zero more for each query, and a view that gives each a place later."""
+    y = (x @ a.T).unflatten(-1, (4, 2)).transpose(1, 2)
+    scores = y @ y.mT
+    scores = torch.cat([torch.zeros_like(scores[..., :1]), scores], -1).view(3, 4, 6, 5)[:, :, 1:]
+    return (scores.softmax(-1) @ y).transpose(1, 2).flatten(2) @ b.T
+
+
+def of_one_key_head(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    q = (x @ a.T).unflatten(-1, (4, 2))
+    scores = torch.einsum("bihd,bjd->bhij", q, x[..., :2]).softmax(-1)
+    return torch.einsum("bhij,bjd->bihd", scores, x[..., :2]).flatten(2) @ b.T
+
+
+@pytest.mark.parametrize("attention", [shifted, of_one_key_head])
+def test_heads_stay_beside_a_view_of_the_scores_and_with_one_head_of_keys(attention: Any) -> None:
+    op, x = Op(attention, (8, 8), (8, 8)), torch.randn(3, 5, 8, dtype=torch.float64)
+    traced = trace(op, (x,))
+    inference = infer(traced)
+    assert not inference.unknown
+    weight = next(node for node, name in inference.params.items() if name == "weights.0")
+    heads, width = leaves(inference.of(weight)[0])
+    assert heads.forbidden is None
+    assert width.forbidden is not None
+    assert worst_error(op, x, 2)[0] < TOLERANCE
+
+
 def test_misaligned_dimensions_stay_whole() -> None:
     one, other = [Atom(6)], [Atom(4), Atom(5)]
     unify(one, other, "test")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from colrow.parallel.parallelize import parallelize
 from colrow.plans.derive_options import DeriveOptions
 from colrow.plans.plan import Plan
 from colrow.styles.local_sizes import LocalSizes, SizeRule, write_local_sizes
+from colrow.verifying.backends import RankFailure
 from colrow.verifying.verify import parity
 from helpers.attentions import (
     HEADS,
@@ -79,10 +81,8 @@ def test_slices_and_views_of_unsharded_tensors_keep_their_sizes_or_get_a_ranks(k
         rest = {other: local for other, local in sizes.items() if other != call}
         bare = replace(plan.modules["blocks.0.attn"], sizes=rest)
         less = replace(plan, modules={**plan.modules, "blocks.0.attn": bare})
-        try:
+        with contextlib.suppress(RankFailure):  # shapes do not fit
             assert parity(model, less, 2, (IDS[:, :-1],)).worst > 1e-3, call
-        except RuntimeError as error:
-            assert "size" in str(error) or "shape" in str(error)
 
 
 @pytest.mark.exhaustive

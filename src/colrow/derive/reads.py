@@ -34,7 +34,7 @@ def record_reads(name: str, module: nn.Module, found: dict[tuple[str, str], int]
     def read(self: nn.Module, key: str) -> Any:
         value = base.__getattribute__(self, key)
         computed = isinstance(getattr(base, key, None), property)  # nothing can be put in its place
-        if type(value) is int and not key.startswith("_") and not computed:
+        if type(value) is int and not key.startswith("__") and not computed:
             note(key, value)
         return value
 

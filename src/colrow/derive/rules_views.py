@@ -63,8 +63,8 @@ def squeeze(inference: AxisInference, node: Node) -> Result:
 
 @rule("view")
 def view(inference: AxisInference, node: Node) -> Result:
-    """Factors over the new extents. Where an extent cuts through a factor, the dims that it is made of are forbidden, and
-    those before and behind them stay: the shift of relative positions, [heads, T, 1 + S] to [heads, 1 + S, T]."""
+    """Factors over the new extents. Where an extent cuts through a factor, the dims that it is made of are forbidden,
+    and those before and behind them stay: the shift of relative positions, [heads, T, 1 + S] to [heads, 1 + S, T]."""
     source = node.args[0]
     assert isinstance(source, Node)
     dims, old, new = inference.of(source), shape_of(source), shape_of(node)

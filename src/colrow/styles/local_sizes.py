@@ -8,8 +8,8 @@ calls of a module's own forward write such sizes, by function and by what is wri
     {"view(*, *, 4, *)": "*, *, /tp, *", "split(64)": "/tp"}
 
 `*` on the left is any size, on the right what is written; `/tp` divides what is written by tp, `*tp` multiplies it; a
-number takes its place. Of several rules that match a call the first counts; calls that match none are left alone, and so
-are views that fit their tensor as they are written and not by the rule: of a tensor that every rank has completely.
+number takes its place. Of several rules that match a call the first counts; calls that match none are left alone,
+and so are views that fit their tensor as written and not by the rule: of a tensor that every rank has completely.
 
 The sizes of a slice are its bounds, a start and a stop for each `:`; `*` stands for one that is left out:
 
