@@ -48,6 +48,8 @@ class Emitter(ModuleEmitter):
             return False
         if any(True for _ in self._module(block.module).parameters(recurse=False)):
             return False
+        if any(name.rpartition(".")[0] == block.module for name in self.buffers):
+            return False
         for entry in block.entries:
             if "." in label_of(entry).path:
                 return False

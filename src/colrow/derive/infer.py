@@ -60,8 +60,8 @@ def computes(node: Node) -> bool:
 
 
 def computation(node: Node) -> str:
-    """The operator's name, one for all views."""
-    return "view" if facts_of(node).rule == "view" else op_name(node)
+    """The operator's name, one for all views: of one head einops makes another view than of several."""
+    return "view" if facts_of(node).rule in ("view", "unsqueeze", "squeeze") else op_name(node)
 
 
 def is_lookup(node: Node) -> bool:

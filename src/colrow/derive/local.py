@@ -114,6 +114,11 @@ class LocalCheck:
         before = [sum(i < bound for i in self.visible.indices(sharded, 0)) for bound in (start, start + length)]
         return (start, length, size_of(sharded)), (before[0], before[1] - before[0])
 
+    def parts(self, node: Node) -> list[list[int]]:
+        """The extents of all results of the operator that gives the node as one of them."""
+        dims = self.flows.inference.dims.get(node.args[0]) if op_name(node) == "getitem" else None  # type: ignore[arg-type]
+        return [self.visible.local_shape(each or []) for each in dims] if isinstance(dims, tuple) else []
+
     def _outer(self, node: Node) -> bool:
         """Nodes of the stream, except a boundary at which it is gathered."""
         if not is_boundary(node):
@@ -180,6 +185,10 @@ class LocalCheck:
             return f"{where} runs {op_name(its)} on a rank where the unsharded model runs {op_name(mine)}"
         extents = self.local_extents(mine)
         value = its.meta.get("val")
+        if mine in self.flows.constant and isinstance(value, Tensor):  # outside of blocks it may have either
+            dims = self.flows.inference.dims.get(mine)
+            if isinstance(dims, list) and list(value.shape) == self.visible.local_shape(dims):
+                extents = list(value.shape)
         if extents is not None and isinstance(value, Tensor) and list(value.shape) != extents:
             return f"{op_name(mine)} in {where} gives {list(value.shape)} on a rank, not {extents}"
         if extents is not None and extents != shape_of(mine) and self._same_on_all(mine, its):
@@ -307,6 +316,7 @@ class LocalCheck:
                 self.local_model(Repairs(self.emission.attributes)),
                 self.local_extents,
                 self.piece,
+                self.parts,
                 self.inputs,
                 self.rescale(),
                 self.counts,

@@ -106,7 +106,7 @@ class _Solved(_Calls):
             if CALLS[func].name in ("getitem", "narrow"):
                 wanted, varying = expected.bounds(CALLS[func].name, written), []
             else:
-                wanted = _wanted(CALLS[func].name, written, expected.extents, args, kwargs)
+                wanted = _wanted(CALLS[func].name, written, expected, args, kwargs)
         else:
             wanted = self._fitting(func, args, written)
             varying = [old == new for old, new in zip(written, wanted or written, strict=True)]
@@ -157,11 +157,13 @@ class _Expected:
         extents: of the result.
         varying: which of them the inputs decide.
         pieces: what a slice takes (start, length, extent of the dim) to the start and the length on a rank.
+        parts: the extents of all results, where the call has several.
     """
 
     extents: list[int]
     varying: list[bool]
     pieces: dict[tuple[int, int, int], tuple[int, int]]
+    parts: list[list[int]]
 
     def bounds(self, name: str, written: Sizes) -> Sizes | None:
         """A rank's bounds of a slice; None where no piece is known that has these."""
@@ -180,17 +182,16 @@ class _Expected:
         return tuple(out)
 
 
-def _wanted(name: str, written: Sizes, extents: list[int], args: Any, kwargs: Any) -> Sizes | None:
-    """What a rank writes to get a result of these extents; None where that cannot be said."""
+def _wanted(name: str, written: Sizes, expected: _Expected, args: Any, kwargs: Any) -> Sizes | None:
+    """What a rank writes to get the expected result; None where that cannot be said."""
+    extents = expected.extents
     if not all(type(n) is int for n in written):
         return None
     if name == "split":
         dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
-        # pieces of unequal sizes: only the first one's is known, and the others are split as it is
-        first = extents[dim]
         if len(written) == 1:
-            return (first,)
-        return tuple(n * first // written[0] for n in written) if _divides(written, first) else None
+            return (extents[dim],)
+        return tuple(part[dim] for part in expected.parts) if len(expected.parts) == len(written) else None
     if name == "unflatten":
         dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
         start = dim if dim >= 0 else len(extents) - len(written) + 1 + dim
@@ -201,10 +202,6 @@ def _wanted(name: str, written: Sizes, extents: list[int], args: Any, kwargs: An
     if len(written) != len(extents):
         return None
     return tuple(old if old == -1 else n for old, n in zip(written, extents, strict=True))
-
-
-def _divides(sizes: Sizes, first: int) -> bool:
-    return bool(sizes[0]) and all(n * first % sizes[0] == 0 for n in sizes)
 
 
 def _change(old: int, new: int, tp: int) -> int | str:
@@ -220,6 +217,7 @@ def find_sizes(
     local: nn.Module,
     extents: Any,
     piece: Any,
+    parts: Any,
     inputs: Any,
     rescale: Rescale,
     counts: Counts,
@@ -231,6 +229,7 @@ def find_sizes(
     Args:
         extents: a node of `traced` to its extents on a rank, or None.
         piece: a node of `traced` that is a slice to what it takes of which extent, and to what it takes on a rank.
+        parts: one of several results to the extents of all on a rank; no extents of another node.
         counts: sizes of the classes that are sharded in a module's parameters, by its name.
         literal: the sizes that a rank writes too stand in the rules, and not any.
 
@@ -244,7 +243,7 @@ def find_sizes(
         dims = inference.dims.get(node)
         if isinstance(dims, list) and (local_extents := extents(node)) is not None:
             varying = [any((a.forbidden or "").startswith("input ") for a in atoms_in(dim)) for dim in dims]
-            expected[label] = _Expected(local_extents, varying, dict(_pieces(node, piece)))
+            expected[label] = _Expected(local_extents, varying, dict(_pieces(node, piece)), parts(node))
     solved = _Solved(expected, counts, tp, literal)
     with contextlib.suppress(TraceError):
         run_traced(local, inputs, rescale, solved.within(local), traced.opaque)
