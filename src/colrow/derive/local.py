@@ -146,9 +146,9 @@ class LocalCheck:
             shape = self.visible.local_shape(self.flows.inference.of(node))
             clone.get_submodule(owner)._buffers[last] = clone.get_buffer(name).new_empty(shape)
         for name in self.flows.wide:  # DTensor's own rule runs them on the complete dim
-            module = clone.get_submodule(name)
-            if len(getattr(module, "normalized_shape", ())) == 1:
-                module.normalized_shape = tuple(module.weight.shape)  # type: ignore[assignment,union-attr]
+            norm: Any = clone.get_submodule(name)
+            if len(getattr(norm, "normalized_shape", ())) == 1 and norm.weight is not None:
+                norm.normalized_shape = tuple(norm.weight.shape)
         for name, values in repairs.attributes.items():
             module = clone.get_submodule(name)
             for key, value in values.items():

@@ -134,7 +134,8 @@ def _slices(index: Any) -> list[slice]:
 
 def _with_bounds(index: Any, bounds: Sizes) -> Any:
     if isinstance(index, slice):
-        return slice(*bounds, index.step)
+        start, stop = bounds
+        return slice(start, stop, index.step)
     given = iter(bounds)
     return tuple(slice(next(given), next(given), x.step) if isinstance(x, slice) else x for x in index)
 
