@@ -9,7 +9,7 @@ import yaml
 
 from colrow.cli import main
 from colrow.cli.config_flags import read_flags
-from colrow.config import dump_config, load_config, parse_config
+from colrow.config import RunConfig, dump_config, load_config, parse_config
 from colrow.errors import ConfigError
 from colrow.mesh import Mesh
 
@@ -144,3 +144,16 @@ def test_a_file_that_is_no_config(tmp_path: Path, text: str | None, message: str
 def test_a_mesh_that_does_not_fit_names_those_that_do() -> None:
     with pytest.raises(ConfigError, match="meshes that fit: dp_shard 4 × tp 2"):
         Mesh(tp=2, dp_shard=3).require_world_size(8)
+
+
+def test_a_config_comes_back_from_its_json() -> None:
+    """As the jobs of a benchmark and the forecasts of arms take it."""
+    tree = {
+        "run": {"dir": "~/runs"},
+        "model": {"shape": "laptop"},
+        "data": {"corpus": "stdlib", "seq_len": 8},
+        "train": {"steps": 1, "global_batch": 1, "micro_batch": 1, "lr": 1e-3},
+    }
+    config = parse_config(tree)
+    assert config.run.dir == Path("~/runs").expanduser()
+    assert RunConfig.model_validate_json(config.model_dump_json()) == config

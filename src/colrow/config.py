@@ -46,7 +46,7 @@ def _path(value: Any) -> Any:
         raise ValueError("Input is empty: give a path, or . for the current folder")
     if not value.isprintable():
         raise ValueError("Input holds characters that no path should have")
-    return Path(value).expanduser()
+    return str(Path(value).expanduser())  # in JSON, as the jobs of a benchmark are, only text becomes a path
 
 
 FolderPath = Annotated[Path, BeforeValidator(_path)]
