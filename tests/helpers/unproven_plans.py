@@ -245,6 +245,11 @@ class PartDoubled(m.Gpt):
         return logits
 
 
+class SummedLogits(m.Gpt):
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids).cumsum(-1) / 8
+
+
 class SoftCapped(m.Gpt):
     def forward(self, ids: Tensor) -> Tensor:
         return 5 * torch.tanh(super().forward(ids) / 5)
@@ -353,6 +358,7 @@ WRONG = {
     "samples compared, of flattened tokens": flattened(lambda h: h - h.mean(0, keepdim=True)),
     "samples in another order, of flattened tokens": flattened(lambda h: h.flip(0)),
     "tokens shifted, of flattened ones": flattened(lambda h: F.pad(h, (0, 0, 1, -1))),
+    "a cumulative sum of the logits": Case(SummedLogits, lambda: gpt_plan("vocab_parallel")),
     "sum over ranks left out": Case(
         lambda: m.Gpt(mlp=lambda: FeatureMLP(lambda h: h)),
         lambda: gpt_plan(attn__out={"style": "rowwise", "output": "partial"}),

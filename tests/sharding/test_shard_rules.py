@@ -615,6 +615,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
         [sharded(1, (4, 4)), S1],
         None,
     ),
+    "cumulative sum of the last dim": (aten.cumsum.default, (x(3, 8), -1), [S1], None),
     "padding of the sharded dim": (aten.constant_pad_nd.default, (x(2, 4, 3), [0, 0, 1, 1], 0.0), [S1], None),
     "convolution by groups in other segments": (
         aten.convolution.default,

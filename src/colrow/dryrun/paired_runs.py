@@ -33,7 +33,7 @@ from colrow.sharding.local_layout import (
     repeating,
     sharded,
 )
-from colrow.sharding.operators import Filling, operator
+from colrow.sharding.operators import CUMULATIVE, Filling, argument_of, operator
 from colrow.sharding.shard_rules import proven_layouts
 from colrow.styles.base import OutputSegment, Style
 from colrow.styles.local_module import watched_sums
@@ -85,8 +85,8 @@ class ShardedRun(NumberedRun):
     """One rank's run; `reports` has what nothing allows.
 
     Args:
-        flattened: the length of the sequences whose tokens lie flattened ([Note: flattened tokens]); 0: they do not.
-        sequences: of a rank and of all, in the second view of [Note: two views of flattened tokens].
+        flattened: the length of sequences whose tokens lie flattened, or 0; see [Note: two views of flattened tokens].
+        sequences: in the second view of that note, how many a rank has and how many all.
 
     Attributes:
         draws: what each call of a module's own code draws by element in forward, in order, by the module and
@@ -234,8 +234,7 @@ class ShardedRun(NumberedRun):
             for leaf, layout in zip(operation.shapes, layouts, strict=True)
         )  # fmt: skip
         if operator(operation.name).counts:  # on real ranks a tensor's size counts all sequences
-            both = zip(operation.shapes, there, strict=True)
-            there = tuple(here if (here, leaf) == self._sequences else leaf for here, leaf in both)
+            there = tuple(h if (h, t) == self._sequences else t for h, t in zip(operation.shapes, there, strict=True))
         node = current_autograd_node()
         return LocalCall(
             operation.func,
@@ -281,11 +280,13 @@ class ShardedRun(NumberedRun):
                     operation.name, f"its global shape is {list(result.shape)}, unsharded {list(recorded.results[i])}"
                 )
             self.set_value(result, number, self._of_dtensor(result))
+        if operation.name in CUMULATIVE and (found := self.value(operation.results[0]).layout).kind is Kind.SHARDED:
+            dim = argument_of(operation.func, "dim", *tree_unflatten(operation.leaves, operation.tree))
+            if dim % operation.results[0].ndim == found.dim:  # DTensor's rule takes -1 for another dim than the last
+                self.report(operation.name, "DTensor runs it on each shard alone", dim=found.dim)
 
-    def _of_dtensor(self, tensor: Tensor) -> Layout:
-        if not isinstance(tensor, DTensor):
-            return REPLICATED
-        return layout_of(tensor.placements[0], tuple(tensor.shape)) or STYLE
+    def _of_dtensor(self, x: Tensor) -> Layout:
+        return (layout_of(x.placements[0], tuple(x.shape)) or STYLE) if isinstance(x, DTensor) else REPLICATED
 
     def _collective(self, operation: Operation, collective: str) -> None:
         """A functional collective in a user's code: the value stays, what a rank has of it changes."""
@@ -430,8 +431,7 @@ class ShardedRun(NumberedRun):
         if name == "to_local":
             return layout if layout.kind is Kind.SHARDED else self._of_dtensor(tensor)
         if name == "from_local_backward":
-            declared = self._of_dtensor(tensor)
-            return REPLICATED if declared == PARTIAL else declared
+            return REPLICATED if (declared := self._of_dtensor(tensor)) == PARTIAL else declared
         if name == "sum":
             self._declared(layout, PARTIAL)
             return REPLICATED if ctx.dim is None else sharded(ctx.dim)

@@ -332,6 +332,8 @@ _known("all_to_all_single shard_dim_alltoall", collective="all_to_all")
 _known("broadcast", collective="broadcast")
 
 
+CUMULATIVE = frozenset(("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin"))
+"""Operators of which every element depends on those before it along their `dim`."""
 NOTHING_KNOWN = Operator("")
 
 

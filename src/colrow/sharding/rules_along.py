@@ -29,7 +29,8 @@ def along(call: LocalCall) -> list[Layout] | None:
     dims = {d % counted for d in ([given] if isinstance(given, int) else given)}
     if layout.dim not in dims:
         return _shards(call, layout, ndim, dims)
-    if call.name in ("any", "all"):  # DTensor calls it a partial sum, of truth values
+    # DTensor calls the first two partial sums, of truth values; of others it takes -1 for another dim than the last
+    if call.name in ("any", "all") or call.facts.rule == "along":
         raise UnprovenError(f"{call.name} over a sharded dim", layout.dim)
     return None
 
