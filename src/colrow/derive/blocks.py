@@ -266,10 +266,16 @@ class BlockFinder:
             else:
                 blocks = {key: b for key, b in blocks.items() if not b.module.startswith(f"{block.module}.")}
             blocks[block.module, block.leaf] = block
+        outer = [b for b in blocks.values() if not b.leaf]
         for block in blocks.values():
             if block.leaf:
-                block.entries = {e for e in block.entries if not any(_within(label_of(e).module, m) for m in inner)}
-        outer = [b for b in blocks.values() if not b.leaf]
+                block.entries = {
+                    e
+                    for e in block.entries
+                    if not any(_within(label_of(e).module, m) for m in inner)
+                    # another block has gathered it: values of its heads that a later layer mixes in (iTransformer)
+                    and not any(b.flow.types.get(e) is SpmdType.REPLICATED for b in outer)
+                }
         return [
             *(b for b in blocks.values() if b.entries or not b.leaf),
             *(b for b in inner.values() if not any(_within(b.module, other.module) for other in outer)),
