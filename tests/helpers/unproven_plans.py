@@ -389,5 +389,5 @@ RIGHT = {
     "dropout of all tokens": on_stream(lambda: nn.Dropout(0.1), train=True),
     "a norm of the features that nothing reads": features(lambda h: (h.detach().norm(), h)[1]),
 }
-if not OLD_TORCH:  # whose DTensor lacks a rule that this takes
+if not OLD_TORCH:  # where the sharded dry run raises an IndexError, so that it is unproven
     RIGHT["samples and features in one dim, under vmap"] = features(lambda h: each_row(h.movedim(0, -1)).movedim(-1, 0))
