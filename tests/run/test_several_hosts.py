@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from colrow.config import load_config
 from colrow.train.metrics import read_metrics
 from helpers.chaos import Agents, differences, figures, write_run
 from helpers.forked import Commands
+from helpers.harness import Ranks
+from helpers.runs import train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.exhaustive]
 STEPS = 18
@@ -111,6 +114,27 @@ def test_an_agent_is_killed_and_both_start_again_with_a_data_rank_fewer_and_with
     log = (run / "logs" / f"{socket.gethostname()}.log").read_text(encoding="utf-8")
     assert {f"rank {rank}| begins" in log for rank in range(3)} == {True}
     assert log.count("rank 2| begins") == 3
+
+
+def test_both_agents_start_again_with_the_same_ranks_right_after_one_was_killed(
+    tmp_path: Path, start: Callable[..., Agents], ranks: Ranks
+) -> None:
+    """By the same command, on the same port, as soon as the other agent has ended by SIGTERM."""
+    config, run = config_of(tmp_path, "hosts", {"dp_shard": 3}), tmp_path / "hosts"
+    undisturbed = config_of(tmp_path, "undisturbed", {"dp_shard": 3})
+    ranks(3).run(train, load_config(undisturbed, {"train.steps": 150}))
+    flags = ("--verify", "never", "--train.steps", "150")  # enough, while both are ended
+    agents = start(config, (2, 1), *flags)
+    agents.wait_for(lambda: step_of(run) >= 4, "step 4")
+    first, second = agents.processes
+    second.kill()
+    second.wait()
+    first.terminate()
+    first.wait(60)
+    agents = start(config, (2, 1), *flags, port=agents.port)
+    assert agents.end() == [0, 0], agents.text
+    assert "continues  after step" in agents.text
+    assert differences(figures(tmp_path / "undisturbed"), figures(run)) == []
 
 
 def test_the_failure_of_another_hosts_rank_is_shown_on_this_one(tmp_path: Path, start: Callable[..., Agents]) -> None:
