@@ -48,7 +48,7 @@ def test_plan_prints_placements_and_one_block(
     time = " ".join(out.partition("\ntime ")[2].partition("tokens/s")[0].split())
     total, parts = re.fullmatch(r"([\d.]+) ± [\d.]+ ms: (.*) ms [\d,]+", time).groups()  # type: ignore[union-attr]
     assert sum(float(part.split()[-1]) for part in parts.split(",")) == pytest.approx(float(total), abs=0.5)
-    assert re.search(r"\nmemory [\d.]+ GiB of 79: rest 2.7", out)
+    assert re.search(r"\nmemory [\d.]+ GiB of 79: CUDA and NCCL 2\.8", out)
     assert max(len(line) for line in out.splitlines()) <= 80
 
 

@@ -52,7 +52,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
         ({"model": {"python": "pathlib:Path"}}, "it must return an nn.Module"),
         ({"device": "cuda"}, "use --device cpu"),
         ({"train.fp8": "tensorwise"}, "plan llama has no style with the option fp8"),
-        ({"train.fp8": "tensorwise", "mesh.tp": 1}, "mesh.tp is 1"),
+        ({"train.fp8": "tensorwise", "mesh.tp": 1}, "the mesh is 1 process: add ranks, or leave fp8 out"),
         ({"train.cuda_graph": True}, "train.cuda_graph needs a GPU"),
         ({"train.cuda_graph": True, "mesh.dp_shard": 2}, "train.cuda_graph works with mesh.tp alone"),
         ({"train.cuda_graph": True, "mesh.pp": 2}, "train.cuda_graph works with mesh.tp alone"),

@@ -48,6 +48,7 @@ OTHER: dict[str, Any] = {
     "mesh.data_engine": "flat",
     "fsdp.reshard_after_forward": False,
     "fsdp.gather": "copy_engine",
+    "fsdp.exchange": "copy_engine",
     "export.dtype": "bfloat16",
     "log.wandb_project": "other",
     "sample.prompt": "class ",
