@@ -69,6 +69,15 @@ def test_an_impossible_run_names_the_fix(
         preflight.check(config(**changes))
 
 
+def test_state_that_no_checkpoint_keeps_is_named_before_the_run(
+    config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preflight.check(config())
+    monkeypatch.setattr(Llama, "get_extra_state", lambda self: {"calls": 3})
+    with pytest.raises(CheckpointError, match=r"^the model \(Llama\) has an extra state"):
+        preflight.check(config())
+
+
 def test_more_ranks_than_gpus_names_meshes(config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

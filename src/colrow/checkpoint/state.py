@@ -55,9 +55,13 @@ def model_tensors(model: nn.Module | Sequence[nn.Module], tied: Mapping[str, str
 
     A tensor with several names comes once, under its first. `tied` maps names that are another's copy (an output
     embedding on the last stage) to the name they are stored by: then both are loaded, and one is saved.
+
+    Raises:
+        CheckpointError: a module has state that is in no tensor, or a name is the optimizer's.
     """
     named, seen = [], set()
     for part in [model] if isinstance(model, nn.Module) else model:
+        require_storable(part)
         for full_name, tensor in part.state_dict(keep_vars=True).items():  # FSDP's hooks reshard its parameters here
             name = unwrapped_name(full_name)
             name = (tied or {}).get(name, name)
@@ -69,6 +73,16 @@ def model_tensors(model: nn.Module | Sequence[nn.Module], tied: Mapping[str, str
                 seen.add(id(tensor))
                 named.append(NamedTensor(name, tensor, packed_of(part, full_name)))
     return named
+
+
+def require_storable(model: nn.Module) -> None:
+    """Raise a CheckpointError, with the name, for a module whose state is not all in parameters and buffers."""
+    for name, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise CheckpointError(
+                f"{unwrapped_name(name) or 'the model'} ({type(module).__name__}) has an extra state "
+                "(get_extra_state), and a checkpoint keeps parameters and buffers alone: register it as a buffer"
+            )
 
 
 def buffer_digests(named: list[NamedTensor]) -> dict[str, str]:

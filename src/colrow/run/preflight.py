@@ -14,7 +14,7 @@ from colrow.checkpoint.distributed import Checkpoints
 from colrow.checkpoint.folder import CheckpointInfo
 from colrow.checkpoint.loading import require_same_model, require_same_vocabulary, signature
 from colrow.checkpoint.manifest import read_manifest
-from colrow.checkpoint.state import model_tensors
+from colrow.checkpoint.state import model_tensors, require_storable
 from colrow.config import RunConfig
 from colrow.data.encode import usable_cores
 from colrow.data.tokenizer import Tokenizer
@@ -79,6 +79,7 @@ def check(config: RunConfig, local_ranks: int | None = None, plan: Plan | None =
     changes = changed_keys(config, newest.step if newest else 0)
     source = build_source(config.model, config.run.seed)
     check_model(config, source)
+    require_storable(source.model)
     decay_by_name(source.model, config.train)  # raises where a pattern of no_decay matches nothing
     source = replace(source, auxiliary=auxiliary_weights(source, config.train.auxiliary_losses))
     if source.auxiliary and config.mesh.pp > 1:
