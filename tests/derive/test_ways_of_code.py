@@ -257,6 +257,38 @@ class PackedConvolution(nn.Module):
         return self.head(x + self.mixer(x))
 
 
+class ValueResidual(nn.Module):
+    """A later layer mixes the first one's values, of its heads, into its own (iTransformer): the gradient of what both
+    read was summed over the ranks twice."""
+
+    class Layer(nn.Module):
+        def __init__(self, *, first: bool) -> None:
+            super().__init__()
+            self.norm, self.qkv, self.o = nn.LayerNorm(D), nn.Linear(D, 3 * D), nn.Linear(D, D)
+            self.mix, self.heads = None if first else nn.Linear(D, HEADS), HEADS
+
+        def forward(self, x: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
+            x = self.norm(x)
+            q, k, own = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+            v = own
+            if self.mix is not None and first is not None:
+                share = self.mix(x).sigmoid().transpose(1, 2).unsqueeze(-1)
+                v = own * share + first * (1 - share)
+            return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)), own
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(self.Layer(first=i == 0) for i in range(2))
+        self.head = nn.Linear(D, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first: Tensor | None = None
+        for layer in self.layers:
+            out, own = layer(x, first)
+            x, first = x + out, own if first is None else first
+        return self.head(x)
+
+
 SPLIT: dict[Callable[[], nn.Module], set[str]] = {
     Latents: {"cross.attention.q.weight", "cross.attention.o.weight"},
     Scaled: {"block.inner.up.weight", "block.inner.down.weight"},
@@ -267,6 +299,7 @@ SPLIT: dict[Callable[[], nn.Module], set[str]] = {
     TwoNames: {"mlp.up.weight", "mlp.down.weight"},
     OwnLinear: {"up.weight", "down.weight"},
     PackedConvolution: {"mixer.q.weight", "mixer.conv.weight", "mixer.o.weight"},
+    ValueResidual: {"layers.0.qkv.weight", "layers.1.qkv.weight", "layers.1.mix.weight", "layers.1.o.weight"},
     BareHead: {"encode.up.weight", "encode.down.weight", "decoder.mlp.up.weight", "decoder.mlp.down.weight"},
 }
 
@@ -283,7 +316,7 @@ def derived(build: Callable[[], nn.Module]) -> tuple[set[str], list[str], float]
     return set(found.sharded), errors, parity(model, found.plan(), 2, inputs).worst if not errors else 1.0
 
 
-@pytest.mark.parametrize("build", params(SPLIT, exhaustive=lambda build: build is not Rotary))
+@pytest.mark.parametrize("build", params(SPLIT, exhaustive=lambda build: build not in (Rotary, ValueResidual)))
 def test_it_is_split_and_computes_the_same(build: Callable[[], nn.Module]) -> None:
     sharded, errors, worst = derived(build)
     assert errors == []
