@@ -70,7 +70,8 @@ SCALES = [
 
 
 def devices() -> dict[str, Device]:
-    """`h100`: of the published runs, with 96 GB of HBM2e, 2.4 TB/s, at 500 W; its rates are a data sheet's."""
+    """`h100`: of the published runs, with 96 GB of HBM2e, 2.4 TB/s, at 500 W; its rates are
+    those calibrated on cards of 700 W, with that memory's."""
     h100 = device_named("h100-sxm")
     share = 2.4 / 3.35
     slower = {
