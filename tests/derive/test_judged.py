@@ -129,11 +129,13 @@ def test_what_is_objected_to(codes: list[str], verdict: Any, why: str | None, mo
 
 @pytest.mark.exhaustive
 def test_what_a_trace_cannot_see_is_found_by_the_proof() -> None:
-    """A custom backward that takes a norm over a shard: the loss is exact."""
+    """A custom backward that takes a norm over a shard: the loss is exact. It gets all features, gathered."""
     model = m.Gpt(mlp=lambda: FeatureMLP(NormalisedGradient.apply), layers=1)
     assert "blocks.0.mlp.up" in sharded_modules(derive(model, 2).plan(), model)
     plan = Plan.derive(model, 2)
-    assert sharded_modules(plan, model) == {"embed", "head", "blocks.0.attn.qkv", "blocks.0.attn.out"}
+    gathered = {"blocks.0.mlp.up", "blocks.0.mlp.down"}
+    assert sharded_modules(plan, model) == {"embed", "head", "blocks.0.attn.qkv", "blocks.0.attn.out"} | gathered
+    assert all(getattr(style, "gather", False) for key, style in plan.modules.items() if ".mlp." in key)
     assert "verify: the loss is exact and some gradients are wrong" in plan.notes["blocks.0.mlp"]
     assert [f.code for f in check(model, plan, Mesh(tp=2), 2, 16)] == []
     assert not torch.distributed.is_initialized()

@@ -245,12 +245,17 @@ def trial(name: str, seed: int, mesh: DeviceMesh) -> set[str]:
     elif made.shape == x.shape and shape[s] >= 6 and rng.random() < 0.25:
         first = rng.randrange(1, shape[s] // 2) * 2
         layout = sharded(s, (first, shape[s] - first))
-    return walk(lambda t: function(t * 1.0), x, gradient, layout, mesh)
+    try:
+        return walk(lambda t: function(t * 1.0), x, gradient, layout, mesh)
+    except IndexError:  # an index that a rank's shard has not: it does not run, and nothing is proven of it
+        return set()
 
 
-NEVER_DISPATCHED = """_conj _euclidean_dist _index_put_impl _reshape_alias adaptive_avg_pool1d as_strided avg_pool1d
-boundary contiguous dropout imag isfinite lift_fresh_copy log_sigmoid log_softmax not_equal real relu6 reshape selu
-softmax special_entr square to type_as"""
+NEVER_DISPATCHED = """\
+__and__ __or__ __xor__ _conj _euclidean_dist _index_put_impl _linalg_svd _reshape_alias adaptive_avg_pool1d
+alias as_strided avg_pool1d boundary contiguous divide dropout imag isfinite lift_fresh_copy log_sigmoid
+log_softmax multiply negative not_equal real relu6 repeat reshape selu softmax special_entr square subtract to
+true_divide type_as"""
 """Operators of the table that torch runs by others, or only in its own tracing, or rarely."""
 SOME = [name for i, name in enumerate(functions()) if i % 8 == 0]
 

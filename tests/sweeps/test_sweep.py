@@ -29,7 +29,6 @@ def columns(text: str, model_type: str) -> tuple[str, str, str, str]:
     ("model_type", "styles"),
     params([("gpt2", "fast"), ("bert", "fast"), ("roformer", "plain")], exhaustive=lambda name, _: name != "bert"),
 )
-@pytest.mark.filterwarnings("ignore:CR105")  # roformer's plan is empty, as the table says
 def test_the_sweep_gives_what_the_table_says(model_type: str, styles: Styles) -> None:
     rows = list(examine(model_type, [2], styles=styles))
     found = columns(table(rows, "", [], styles), model_type)
