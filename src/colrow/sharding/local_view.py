@@ -14,7 +14,7 @@ is one term of a sum, `to_local()` that all ranks hold the same one.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -46,13 +46,18 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     module.__class__ = _subclass(cls, (), forward)
 
 
-@functools.cache  # one subclass for equal modules: see above
+def subclass_in_its_place(cls: Any, body: Mapping[str, object]) -> Any:
+    """A subclass that has the class's name, module and docstring. Cache it for equal modules: see above."""
+    own = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls,), {**body, **own})
+
+
+@functools.cache
 def _subclass(cls: Any, names: tuple[str, ...], forward: Callable[..., Any] | None) -> Any:
     body: dict[str, object] = {name: _property(name) for name in names}
     if forward is not None:
         body["forward"] = forward
-    body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (cls,), body)
+    return subclass_in_its_place(cls, body)
 
 
 def _property(name: str) -> property:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from colrow.sharding.local_view import subclass_in_its_place
 from colrow.styles.rank_tensors import rank_table
 from colrow.styles.shards import ShardSpec
 from colrow.torch_compat import all_gather, version
@@ -92,9 +93,7 @@ def view_buffers(module: nn.Module, mesh: DeviceMesh, specs: dict[str, ShardSpec
 
 @functools.cache  # one subclass for equal modules, as in sharding.local_view
 def _subclass(cls: Any, names: tuple[str, ...]) -> Any:
-    body: dict[str, object] = {name: _property(name) for name in names}
-    body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (cls,), body)
+    return subclass_in_its_place(cls, {name: _property(name) for name in names})
 
 
 def _property(name: str) -> property:
