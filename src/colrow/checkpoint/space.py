@@ -136,24 +136,30 @@ class DiskUse:
 
     def naming_a_full_one(self, work: Callable[[], T]) -> T:
         """`work()`; an OSError that says that the disk is full becomes `too_full`."""
-        try:
+        with _full_disk_as(lambda error: self.too_full(error.strerror or "")):
             return work()
-        except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            raise self.too_full(error.strerror or "") from error
 
 
 @contextmanager
 def naming_a_full_disk(run: Path) -> Iterator[None]:
     """Within, a file of a run's that finds the disk full is a CheckpointError that says what could go."""
+
+    def too_full(error: OSError) -> CheckpointError:
+        free, file = _what_to_free(run / "checkpoints"), error.filename or f"a file of {run}"
+        return CheckpointError(f"{file}: {error.strerror}; {free}, then {RESUME}")
+
+    with _full_disk_as(too_full):
+        yield
+
+
+@contextmanager
+def _full_disk_as(refusal: Callable[[OSError], CheckpointError]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        free, file = _what_to_free(run / "checkpoints"), error.filename or f"a file of {run}"
-        raise CheckpointError(f"{file}: {error.strerror}; {free}, then {RESUME}") from error
+        raise refusal(error) from error
 
 
 def _what_to_free(checkpoints: Path) -> str:
