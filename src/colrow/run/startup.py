@@ -11,6 +11,8 @@ import os
 import time
 from pathlib import Path
 
+from colrow.data.disk import atomic_write
+
 VARIABLE = "COLROW_STARTUP"
 FILE = "startup.json"
 
@@ -51,6 +53,6 @@ def finish(folder: Path) -> str | None:
     _last, total = None, sum(_parts.values())
     rounded = {part: round(seconds, 2) for part, seconds in _parts.items()}
     text = json.dumps({"seconds": round(total, 2), "parts": rounded}, indent=1)
-    (folder / FILE).write_text(text + "\n", encoding="utf-8")
+    atomic_write(folder / FILE, text + "\n")
     shown = ", ".join(f"{part} {seconds:.1f}" for part, seconds in _parts.items() if seconds >= 0.05)
     return f"{total:.1f} s from the command to here: {shown}"
