@@ -11,12 +11,13 @@ of some size.
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.fx import Node
 from torch.nn.utils.weight_norm import WeightNorm
 
 from colrow.derive.flow import SpmdType
@@ -117,18 +118,21 @@ class Standing:
 
     def __init__(self, traced: Trace, split: Split | None, stream: Stream | None) -> None:
         self.traced, self.split, self.stream = traced, split, stream
+        self.boundaries: dict[str, list[Node]] = defaultdict(list)
+        for node in filter(is_boundary, traced.nodes):
+            self.boundaries[label_of(node).module].append(node)
         self.opaque = [name for name in traced.opaque.reasons if self._is_between_equals(name)]
 
     def __call__(self, name: str) -> bool:
         if any(name.startswith(f"{outer}.") for outer in self.opaque):
             return True
         reads_weight = any(f"{name}.{parameter}" in self.traced.outside for parameter in ("weight", "bias"))
-        calls_once = self.traced.positional.get(name) == 1 or self.traced.positional.get(name) == 2
+        calls_once = self.traced.positional.get(name) in (1, 2)
         return calls_once and not reads_weight and self._is_between_equals(name)
 
     def _is_between_equals(self, module: str) -> bool:
-        boundaries = list(self._boundaries(module))
-        if not {label_of(node).direction for node in boundaries} >= {"out"}:
+        boundaries = self.boundaries[module]
+        if not any(label_of(node).direction == "out" for node in boundaries):
             return False
         if self.split is None:
             return True
@@ -141,9 +145,6 @@ class Standing:
             )
             for node in boundaries
         )
-
-    def _boundaries(self, module: str) -> Iterator[Any]:
-        return (node for node in self.traced.nodes if is_boundary(node) and label_of(node).module == module)
 
 
 def accepted_layers(layers: Layers, judge: Callable[[Layers], Objection | None]) -> Layers:
