@@ -29,10 +29,13 @@ def refuse_forward_writes(model: nn.Module, blocks: Iterable[nn.Module]) -> None
     for module in [*blocks, *(module for module in names if module not in inside)]:
         owners = list(module.modules()) if module in inside else [module]
         params = [
-            (owner, leaf) for owner in owners for leaf in owner._parameters if owner._parameters[leaf] is not None
+            (names[owner], owner, leaf)
+            for owner in owners
+            for leaf, param in owner._parameters.items()
+            if param is not None
         ]
         if params:
-            _FirstForward(module, [(names[owner], owner, leaf) for owner, leaf in params])
+            _FirstForward(module, params)
 
 
 class _FirstForward:
