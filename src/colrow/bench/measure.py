@@ -194,12 +194,7 @@ def _result(
     job: Job, training: Training, seconds: list[float], memory: dict[str, float], device: torch.device
 ) -> dict[str, Any]:
     config = job.config
-    tokens = config.tokens_per_step
-    kept = sorted(seconds[SETTLING_STEPS:] or seconds)
-    median = torch.tensor([statistics.median(kept), kept[0]], device=device)
-    dist.all_reduce(median, op=dist.ReduceOp.MAX)
-    step, best = median.tolist()
-    found = rate(config, step)
+    timing = timing_fields(config, *of_slowest_rank(seconds, device), seconds)
     result: dict[str, Any] = {
         "arm": job.arm,
         "plan": training.plan.name,
@@ -208,15 +203,7 @@ def _result(
         "cuda_graph": training.captured,
         "compute": str(training.precision.compute_dtype).removeprefix("torch."),
         "model": training.source.name,
-        "layers": config.model.layers,
-        "mesh": config.mesh.model_dump(),
-        "seq_len": config.data.seq_len,
-        "micro_batch": config.train.micro_batch,
-        "tokens_per_step": tokens,
-        "step_ms": step * 1e3,
-        "step_ms_best": best * 1e3,
-        "steps_ms": [round(s * 1e3, 3) for s in seconds],
-        "tokens_per_second_per_gpu": found,
+        **timing,
         **memory,
     }
     shape = training.source.config
@@ -224,8 +211,32 @@ def _result(
     peak = peak_flops(device_name)
     result |= {"mfu_causal": None, "mfu_full": None}
     if shape is not None and peak is not None:
-        result |= mfu(shape, config.data.seq_len, found, peak)
+        result |= mfu(shape, config.data.seq_len, timing["tokens_per_second_per_gpu"], peak)
     return result
+
+
+def of_slowest_rank(seconds: list[float], device: torch.device) -> tuple[float, float]:
+    """The median and the shortest of the steps' seconds, of the rank that has the longest. Collective."""
+    kept = sorted(seconds[SETTLING_STEPS:] or seconds)
+    slowest = torch.tensor([statistics.median(kept), kept[0]], device=device)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    median, best = slowest.tolist()
+    return median, best
+
+
+def timing_fields(config: RunConfig, seconds: float, best: float, steps: list[float]) -> dict[str, Any]:
+    """What every row of results says of the work and its time; `steps`: seconds of each."""
+    return {
+        "layers": config.model.layers,
+        "mesh": config.mesh.model_dump(),
+        "seq_len": config.data.seq_len,
+        "micro_batch": config.train.micro_batch,
+        "tokens_per_step": config.tokens_per_step,
+        "step_ms": seconds * 1e3,
+        "step_ms_best": best * 1e3,
+        "steps_ms": [round(each * 1e3, 3) for each in steps],
+        "tokens_per_second_per_gpu": rate(config, seconds),
+    }
 
 
 def memory_peaks(device: torch.device) -> dict[str, float]:

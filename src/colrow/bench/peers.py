@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from colrow.bench.measure import Job
+from colrow.bench.measure import Job, timing_fields
 from colrow.bench.transformers_peer import MODULE, check_transformers
 from colrow.config import RunConfig
 from colrow.errors import ConfigError
@@ -135,15 +135,7 @@ def _row(job: Job, seconds: float, best: float, steps: list[float], on_gpu: bool
         "cuda_graph": False,
         "compute": "bfloat16" if on_gpu else "float32",
         "model": Path(str(config.model.huggingface)).name,
-        "layers": config.model.layers,
-        "mesh": config.mesh.model_dump(),
-        "seq_len": config.data.seq_len,
-        "micro_batch": config.train.micro_batch,
-        "tokens_per_step": config.tokens_per_step,
-        "step_ms": seconds * 1e3,
-        "step_ms_best": best * 1e3,
-        "steps_ms": [round(each * 1e3, 3) for each in steps],
-        "tokens_per_second_per_gpu": config.tokens_per_step / config.mesh.world_size / seconds,
+        **timing_fields(config, seconds, best, steps),
         "peak_allocated_gib": None,
         "mfu_causal": None,
         "mfu_full": None,

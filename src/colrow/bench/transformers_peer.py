@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import sdpa_kernel
 
-from colrow.bench.measure import SETTLING_STEPS, Job, memory_peaks, random_batches, timed_steps
+from colrow.bench.measure import Job, memory_peaks, of_slowest_rank, random_batches, timed_steps
 from colrow.config import RunConfig
 from colrow.errors import ConfigError
 from colrow.run import preflight
@@ -68,11 +67,8 @@ def measured(job: Job) -> dict[str, Any]:
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     seconds = timed_steps(lambda number, batch: losses.append(step(batch[0][0])), batches, job, device)
-    kept = sorted(seconds[SETTLING_STEPS:] or seconds)
-    slowest = torch.tensor([statistics.median(kept), kept[0]], device=device)
-    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     found = {
-        "seconds": slowest.tolist(),
+        "seconds": of_slowest_rank(seconds, device),
         "steps": seconds,
         "losses": [losses[0].item(), losses[-1].item()],
         "sharded": split,
