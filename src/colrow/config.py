@@ -49,7 +49,7 @@ def _path(value: Any) -> Any:
     return str(Path(value).expanduser())  # in JSON, as the jobs of a benchmark are, only text becomes a path
 
 
-FolderPath = Annotated[Path, BeforeValidator(_path)]
+GivenPath = Annotated[Path, BeforeValidator(_path)]
 
 
 class _Section(BaseModel):
@@ -57,7 +57,7 @@ class _Section(BaseModel):
 
 
 class RunSection(_Section):
-    dir: FolderPath
+    dir: GivenPath
     """The run's folder: resolved config, metrics, checkpoints, export."""
     seed: NonNegativeInt = 0
     """Of initial weights, batch order, and the random numbers that the model draws."""
@@ -94,7 +94,7 @@ class TokenizerSection(_Section):
 
     vocab_size: PositiveInt | None = None
     """Size of the vocabulary to train; the model's unless given."""
-    path: FolderPath | None = None
+    path: GivenPath | None = None
     """An existing tokenizer to use."""
 
 
@@ -111,7 +111,7 @@ class DataSection(_Section):
     """The field of a JSONL line, Parquet row, or dataset row that holds the text."""
     validation_fraction: float = Field(default=0.02, gt=0.0, lt=1.0)
     """Fraction of the documents that is held out."""
-    cache: FolderPath = Path(".cache/colrow")
+    cache: GivenPath = Path(".cache/colrow")
     """Folder of tokenizers and token shards, shared by runs."""
     workers: Annotated[int, Field(gt=0, le=4096)] | None = None
     """Processes that tokenize; one per core unless given."""
