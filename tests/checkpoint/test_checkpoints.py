@@ -305,28 +305,6 @@ def test_a_model_on_the_meta_device_is_refused(saved: Checkpoints) -> None:
         saved.load(2, model)
 
 
-class Counted(nn.Linear):
-    """Has state that is in no parameter or buffer, as a tensor: it would be stored, and lost at loading."""
-
-    calls = 0
-
-    def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.calls)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        self.calls = int(state)
-
-
-def test_state_outside_of_parameters_and_buffers_is_refused(tmp_path: Path) -> None:
-    model, optimizer = made(0, steps=1)
-    model.layers[1] = Counted(4, 4)
-    with pytest.raises(CheckpointError, match=r"^layers\.1 \(Counted\) has an extra state .*: register it as a buffer"):
-        Checkpoints(tmp_path).save(1, model, optimizer, {})
-    model.layers[1].register_buffer("counted", torch.zeros(()))  # a control: a buffer is kept
-    model.layers[1].__class__ = nn.Linear
-    Checkpoints(tmp_path).save(1, model, torch.optim.AdamW(model.parameters()), {})
-
-
 # Damage
 
 

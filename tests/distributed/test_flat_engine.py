@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,7 +23,6 @@ from colrow.config import FsdpSection
 from colrow.errors import ConfigError
 from colrow.mesh import Mesh
 from colrow.models.llama import Llama
-from colrow.ops.copy_engine import FREE, RING, CopyEngine, Ring
 from colrow.ops.copy_engine_cuda import PeerMemory
 from colrow.ops.execution_record import recorded
 from colrow.ops.kernels.slot_sum import add_received
@@ -35,6 +33,7 @@ from colrow.parallel.flat_unit import FlatUnit
 from colrow.parallel.flat_weights import FlatWeights, check_data_engine
 from colrow.train.setup import Training
 from helpers.harness import Ranks
+from helpers.mapped_engine import Host, mapped_engine
 from helpers.variants import collected, params
 
 TOLERANCE = 1e-10
@@ -251,57 +250,6 @@ def sabotaged(device: str, what: str) -> float:
     }
     with left_out[what]:
         return on_ranks(device, "llama", flat(dp_shard=2), steps=STEPS if what == "norm" else 1).worst
-
-
-class Host:
-    """Stands for a GPU: copies and flags take effect at once, and a taken flag is waited for."""
-
-    def __init__(self, left_out: str = "") -> None:
-        self.left_out = left_out
-
-    def current(self) -> int:
-        return 0
-
-    def follow(self, stream: int, leader: int) -> None:
-        pass
-
-    def copy(self, stream: int, target: torch.Tensor, source: torch.Tensor) -> None:
-        if self.left_out != "copy":
-            target.copy_(source)
-
-    def put(self, stream: int, *flags: torch.Tensor) -> None:
-        for flag in flags:
-            flag.fill_(1)
-
-    def take(self, stream: int, *flags: torch.Tensor) -> None:
-        end = time.monotonic() + 60
-        for flag in flags:
-            while not flag.item() and self.left_out != "waits":
-                assert time.monotonic() < end, "a flag is never put"
-                time.sleep(0)
-            flag.zero_()
-
-
-def mapped_engine(folder: Path, left_out: str, group: dist.ProcessGroup, *_: Any) -> CopyEngine:
-    """A copy engine whose slots and flags are files that all ranks of a host map."""
-    rings = 0
-
-    def grow(nbytes: int) -> Ring:
-        nonlocal rings
-        rings += 1
-        n, rank = group.size(), group.rank()
-        dist.barrier(group)
-        slots = [shared(folder / f"{rings}-slots-{q}", RING * nbytes, torch.uint8).view(RING, -1) for q in range(n)]
-        flags = [shared(folder / f"{rings}-flags-{q}", 2 * RING * n, torch.int32).view(2, RING, n) for q in range(n)]
-        flags[rank][FREE] = 1
-        dist.barrier(group)
-        return Ring(rank, slots, lambda owner, which, slot, peer: flags[owner][which, slot, peer])  # type: ignore[arg-type, return-value]
-
-    return CopyEngine(Host(left_out), 1, group.size(), grow)  # type: ignore[arg-type]
-
-
-def shared(path: Path, size: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.from_file(str(path), shared=True, size=size, dtype=dtype)
 
 
 def exchanged_by_peers(device: str, degrees: dict[str, int], folder: Path, left_out: str = "") -> float:
