@@ -15,7 +15,7 @@ from colrow.derive.judged import Judgement
 from colrow.mesh import Mesh
 from colrow.plans.plan import Plan, is_preset
 from colrow.run import decision
-from colrow.run.decision import Decision, decide, is_own
+from colrow.run.decision import Decision, Start, decide, is_own
 from colrow.verifying.report import Report
 from helpers import broken_models as m
 from helpers.broken_plans import gpt_plan, llama, preset
@@ -24,7 +24,8 @@ from helpers.variants import params
 
 
 def decided(model: nn.Module, plan: Plan, tp: int = 2, **options: Any) -> Decision:
-    return decide(model, plan, Mesh(tp=tp), 2, 16, **options)
+    start = {key: options.pop(key) for key in ("judgement", "proofs", "say") if key in options}
+    return decide(model, plan, Mesh(tp=tp), 2, 16, start=Start(**start), **options)
 
 
 def normalised(h: Tensor) -> Tensor:

@@ -55,6 +55,24 @@ class Decision:
         return not self.refusal
 
 
+@dataclass(frozen=True)
+class Start:
+    """What one start of a run brings beside the model and its plan.
+
+    Attributes:
+        judgement: what the plan's derivation found at this batch and sequence length: it is not looked for again. A
+            plan that was proved then is proved, unless `verify` is `always` or `build_reduced` is given.
+        proofs: what was proved before, and where to keep a proof.
+        say: called with a line before a proof that takes seconds, and one with its result.
+        meanwhile: the end of the first line.
+    """
+
+    judgement: Judgement | None = None
+    proofs: Proofs | None = None
+    say: Callable[[str], None] = lambda line: None
+    meanwhile: str = "in seconds"
+
+
 def decide(
     model: nn.Module,
     plan: Plan,
@@ -68,10 +86,7 @@ def decide(
     stop_on_errors: bool = True,
     verify: Verify = "auto",
     build_reduced: Callable[[], nn.Module] | None = None,
-    proofs: Proofs | None = None,
-    say: Callable[[str], None] = lambda line: None,
-    meanwhile: str = "in seconds",
-    judgement: Judgement | None = None,
+    start: Start = Start(),
 ) -> Decision:
     """Decide as `colrow train` does before it starts ranks. No GPU and no process group is needed; none may be there.
 
@@ -87,60 +102,85 @@ def decide(
         verify: `always` and `never` as well.
         build_reduced: builds a smaller model of the same layers; unless given, the model's family gives one, or the
             model is taken as it is.
-        proofs: what was proved before, and where to keep a proof.
-        say: called with a line before a proof that takes seconds, and one with its result.
-        meanwhile: the end of the first line.
-        judgement: what the plan's derivation found at this batch and sequence length: it is not looked for again. A
-            plan that was proved then is proved, unless `verify` is `always` or `build_reduced` is given.
     """
-    name = name or type(model).__name__
-    title = f"plan {plan.name} for {name} at tp={mesh.tp}"
     if mesh.tp == 1:
         return Decision(())
-    own = is_own(model)
-    found = Findings()
+    case = _Case(model, plan, mesh.tp, name or type(model).__name__, batch_size, seq_len, inputs, loss)
+    own, found = is_own(model), Findings()
+    # With `check: false` too it says whether an operator is unproven. In our presets on our models none is.
     if stop_on_errors or (own and verify == "auto" and not is_preset(plan)):
-        if judgement is not None:
-            found = judgement.findings
-        else:
-            found = check(model, plan, Mesh(tp=mesh.tp), batch_size, seq_len, inputs=inputs, loss=loss)
-    if stop_on_errors and (refusal := errors_found(found, title)):
+        found = case.check() if start.judgement is None else start.judgement.findings
+    if stop_on_errors and (refusal := errors_found(found, case.title)):
         return Decision(tuple(found), refusal=refusal)
     unproven = next((f for f in found if f.code in NOT_PROVEN), None)
     if verify == "never" or (verify == "auto" and own and unproven is None):
         return Decision(tuple(found), flops_split=found.flops_split)
-    if proofs is not None and proofs.find(say):
-        say(f"plan {plan.name} was proved at tp={mesh.tp} when the run was started before")
+    if start.proofs is not None and start.proofs.find(start.say):
+        start.say(f"plan {plan.name} was proved at tp={mesh.tp} when the run was started before")
         return Decision(_settled(found), flops_split=found.flops_split)
-    report = judgement.report if judgement is not None and verify == "auto" and build_reduced is None else None
+    report = start.judgement.report if start.judgement and verify == "auto" and build_reduced is None else None
     if report is not None and report.verdict == "proved":
-        say(f"proved when the plan was derived: loss and {report.parameters} gradients are those of one process")
+        start.say(f"proved when the plan was derived: loss and {report.parameters} gradients are those of one process")
+        decision = Decision(_settled(found), report, flops_split=found.flops_split)
     else:
-        why = f"{unproven.code} at {unproven.where}" if unproven else f"{name} is a model that nobody here has seen"
+        why = (
+            f"{unproven.code} at {unproven.where}" if unproven else f"{case.name} is a model that nobody here has seen"
+        )
         why = "verify: always" if verify == "always" else why
-        say(f"{why}: a reduced model is verified at tp={mesh.tp}, {meanwhile}")
-        try:
-            reduced = None if build_reduced is None else build_reduced()
-            report = prove(
-                model,
-                plan,
-                mesh.tp,
-                reduced=reduced,
-                inputs=inputs,
-                loss=loss,
-                batch_size=batch_size,
-                seq_len=seq_len,
-                unproven=any(f.code == "CR414" for f in found),
-            )
-        except Exception as error:  # whatever stops the proof stops the run, and says what helps
-            text = str(error) if isinstance(error, ColrowError) else f"{type(error).__name__}: {error}"
-            return Decision(tuple(found), refusal=_not_proved(title, f"it could not be verified: {text}", found))
-        if refusal := _refusal(title, report, found):
-            return Decision(tuple(found), report, refusal)
-        say(f"proved: loss and {report.parameters} gradients are those of one process ({report.seconds:.1f} s)")
-    if proofs is not None:
-        proofs.keep(report)
+        start.say(f"{why}: a reduced model is verified at tp={mesh.tp}, {start.meanwhile}")
+        decision = _proved(case, found, build_reduced, start.say)
+    if start.proofs is not None and decision.accepted and decision.report is not None:
+        start.proofs.keep(decision.report)
+    return decision
+
+
+def _proved(
+    case: _Case, found: Findings, build_reduced: Callable[[], nn.Module] | None, say: Callable[[str], None]
+) -> Decision:
+    try:
+        report = case.prove(build_reduced, found)
+    except Exception as error:  # whatever stops the proof stops the run, and says what helps
+        text = str(error) if isinstance(error, ColrowError) else f"{type(error).__name__}: {error}"
+        return Decision(tuple(found), refusal=_not_proved(case.title, f"it could not be verified: {text}", found))
+    if refusal := _refusal(case.title, report, found):
+        return Decision(tuple(found), report, refusal)
+    say(f"proved: loss and {report.parameters} gradients are those of one process ({report.seconds:.1f} s)")
     return Decision(_settled(found), report, flops_split=found.flops_split)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A plan for a model, and the batch that it is checked and verified with."""
+
+    model: nn.Module
+    plan: Plan
+    tp: int
+    name: str
+    batch_size: int
+    seq_len: int
+    inputs: GivenInputs | None
+    loss: Loss
+
+    @property
+    def title(self) -> str:
+        return f"plan {self.plan.name} for {self.name} at tp={self.tp}"
+
+    def check(self) -> Findings:
+        batch = self.batch_size, self.seq_len
+        return check(self.model, self.plan, Mesh(tp=self.tp), *batch, inputs=self.inputs, loss=self.loss)
+
+    def prove(self, build_reduced: Callable[[], nn.Module] | None, found: Findings) -> Report:
+        return prove(
+            self.model,
+            self.plan,
+            self.tp,
+            reduced=None if build_reduced is None else build_reduced(),
+            inputs=self.inputs,
+            loss=self.loss,
+            batch_size=self.batch_size,
+            seq_len=self.seq_len,
+            unproven=any(f.code == "CR414" for f in found),
+        )
 
 
 def is_own(model: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from colrow.errors import PlanError
 from colrow.models.build import Source, build_source, built, imported
 from colrow.plans.plan import Plan
 from colrow.plans.split_share import SplitShare
-from colrow.run.decision import decide
+from colrow.run.decision import Start, decide
 from colrow.run.forecast_line import Forecast, Gpus, forecast_run, gpus_here, keep_forecast
 from colrow.run.kept_proof import KeptProof, dependencies
 
@@ -56,10 +56,12 @@ def check_plan(
         stop_on_errors=config.check,
         verify=config.verify,
         build_reduced=None if path is None else lambda: built(path, config.run.seed),
-        proofs=KeptProof(config.run.dir, cache(lambda: dependencies(config, source.model, plan, *builders))),
-        say=lambda line: print(f"verify     {line}", flush=True),
-        meanwhile=meanwhile,
-        judgement=judgement,
+        start=Start(
+            judgement,
+            proofs=KeptProof(config.run.dir, cache(lambda: dependencies(config, source.model, plan, *builders))),
+            say=lambda line: print(f"verify     {line}", flush=True),
+            meanwhile=meanwhile,
+        ),
     )
     if not decision.accepted:
         raise PlanError(decision.refusal)
