@@ -187,6 +187,11 @@ class TrainSection(_Section):
     hang_limits: HangLimits = HangLimits()
     """The same for phases that take longer."""
 
+    @property
+    def is_graphed(self) -> bool:
+        """Whether CUDA graphs are certain. `auto` is not: `cuda_graph.with_graph_chosen` replaces it at set-up."""
+        return self.cuda_graph is True
+
 
 class EvalSection(_Section):
     every: NonNegativeInt = 0

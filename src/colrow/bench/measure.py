@@ -253,7 +253,7 @@ def memory_peaks(device: torch.device) -> dict[str, float]:
 
 def _problem(config: RunConfig, training: Training, trace: StepTrace) -> dict[str, str]:
     """The fast paths that plan and config request and the profiled step did not run, as an error's text."""
-    axes, graphed = MeshAxes(training.mesh), training.captured or config.train.cuda_graph is True
+    axes, graphed = MeshAxes(training.mesh), training.captured or config.train.is_graphed
     tp, data_axes = axes.size("tp"), bool(axes.data_groups())
     missing = missing_paths(training.plan, trace, tp, data_axes=data_axes, cuda_graph=graphed, loss=config.mesh.pp == 1)
     if runs_flat(config) and not recorded("data"):

@@ -230,7 +230,7 @@ def options_of(config: RunConfig, *, on_gpus: bool = True) -> Options:
         config.data.seq_len,
         train.activation_checkpoint,
         compiled=on_gpus if train.compile is None else train.compile,
-        cuda_graph=train.cuda_graph is True and config.mesh.tp_alone,
+        cuda_graph=train.is_graphed and config.mesh.tp_alone,
         reshard=config.fsdp.reshard_after_forward,
         schedule=pipeline.schedule,
         split=pipeline.split,

@@ -142,7 +142,7 @@ def with_graph_chosen(config: RunConfig, draws: RandomDraws, device_type: str) -
 
 def check_cuda_graph(config: RunConfig, device_type: str) -> None:
     """Raise a ConfigError where `train.cuda_graph` is true and cannot work."""
-    if config.train.cuda_graph is not True:
+    if not config.train.is_graphed:
         return
     if not config.mesh.tp_alone:
         raise ConfigError(

@@ -136,11 +136,11 @@ def build_optimizer(params: Iterable[nn.Parameter], section: TrainSection, decay
             {"params": members, "weight_decay": section.weight_decay if decays else 0.0}
             for (decays, _), members in ordered
         ],
-        lr=torch.tensor(section.lr, device=params[0].device) if section.cuda_graph is True else section.lr,
+        lr=torch.tensor(section.lr, device=params[0].device) if section.is_graphed else section.lr,
         betas=section.betas,
         eps=section.eps,
         fused=True,
-        capturable=section.cuda_graph is True,
+        capturable=section.is_graphed,
     )
 
 

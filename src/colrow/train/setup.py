@@ -237,7 +237,7 @@ def make_runner(
                 exchange=fsdp.exchange,
             )
         elif precision.keeps_copies:
-            weights = ComputeWeights(stage.module, dtype, graphed=train.cuda_graph is True)
+            weights = ComputeWeights(stage.module, dtype, graphed=train.is_graphed)
         return SingleStageModel(stage.module, plan, mesh, device, weights, seeds, auxiliary)
 
     # torch's pipelining imports the compiler: seconds that other meshes need not wait
