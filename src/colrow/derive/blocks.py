@@ -330,12 +330,7 @@ class BlockFinder:
 
     def atoms_of(self, nodes: set[Node]) -> set[Atom]:
         """Chosen classes that stand in these nodes."""
-        out: set[Atom] = set()
-        for node in nodes:
-            dims = self.inference.dims.get(node)
-            for part in dims if isinstance(dims, tuple) else (dims,):
-                out |= self.choice.chosen(part or ())
-        return out
+        return {atom for node in nodes for dims in self.inference.tensors(node) for atom in self.choice.chosen(dims)}
 
     def borders(self, blocks: list[Block]) -> tuple[set[Node], set[Node]]:
         """All boundaries where the stream enters blocks, and all where a sum over ranks is reduced."""

@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from colrow.derive.axes import Atom, Dim, atoms_in, find, leaves
 from colrow.derive.choice import Choice
-from colrow.derive.infer import AxisInference, Result, facts_of, is_float, is_lookup, shape_of
+from colrow.derive.infer import AxisInference, Dims, facts_of, is_float, is_lookup, shape_of
 from colrow.derive.trace import is_boundary
 from colrow.sharding.layout import chunk_sizes
 
@@ -37,18 +37,14 @@ def class_facts(
     inference: AxisInference, volume: Callable[[Mapping[str, int]], int] = lambda volumes: sum(volumes.values())
 ) -> ClassFacts:
     facts, volumes = ClassFacts(), defaultdict[Atom, Counter[str]](Counter)
-    for node, result in inference.dims.items():
-        for dims in result if isinstance(result, tuple) else (result,):
-            seen: Counter[Atom] = Counter()
-            for dim in dims or ():
-                atoms = dict.fromkeys(atoms_in(dim))
+    for node in inference.dims:
+        for dims in inference.tensors(node):
+            for dim in dims:
                 if len(leaves(dim)) > 1 or any(atom.segments for atom in leaves(dim)):
-                    facts.beside_others.update(atoms)
-                for atom in atoms:
-                    seen[atom] += 1
-            for atom, count in seen.items():
+                    facts.beside_others.update(atoms_in(dim))
+            for atom, dims_with_it in Counter(a for dim in dims for a in dict.fromkeys(atoms_in(dim))).items():
                 facts.where[atom].add(node)
-                if count > 1:
+                if dims_with_it > 1:
                     facts.twice.add(atom)
                 if node in inference.params:
                     volumes[atom][inference.params[node]] += math.prod(shape_of(node))
@@ -58,21 +54,16 @@ def class_facts(
 
 def head_groups(inference: AxisInference, kv: Atom) -> Atom | None:
     """The atom that directly follows `kv` wherever it stands in a dimension with it, if that is one free atom."""
-    found: set[Atom] = set()
-    for result in inference.dims.values():
-        for dims in result if isinstance(result, tuple) else (result,):
-            for dim in dims or ():
-                found |= _followers(dim, kv)
+    tensors = [dims for node in inference.dims for dims in inference.tensors(node)]
+    found = {atom for dims in tensors for dim in dims for atom in _followers(dim, kv)}
     free = {atom for atom in found if atom.forbidden is None and atom.segments is None}
     if len(free) != 1:
         return None
     (group,) = free
-    for result in inference.dims.values():
-        for dims in result if isinstance(result, tuple) else (result,):
-            for number, dim in enumerate(dims or ()):
-                assert dims is not None
-                if not _preceded(dim, group, kv, dims[number - 1] if number else []):
-                    return None
+    for dims in tensors:
+        # the kv heads may stand in the dim before: [batch, kv heads, heads of a group, head_dim]
+        if not all(_preceded(dim, group, kv, before) for before, dim in itertools.pairwise([[], *dims])):
+            return None
     return group
 
 
@@ -109,60 +100,70 @@ def choose(
 ) -> Choice:
     """The classes to shard at degree `tp`; the preferred ones before larger ones, whose size is `volume` of what they
     have in each parameter."""
-    facts = class_facts(inference, volume)
-    choice = Choice(tp)
-    used: dict[Node, set[Atom]] = defaultdict(set)
-    """Tensors with a class that is taken, and which."""
-    lookups = {a for n in inference.graph.nodes for a in _lookup_rows(inference, n)}
-    outputs = _output_classes(inference)
-    rows = {atom.size for atom in lookups}
-
-    def free(atom: Atom) -> bool:
-        return (
-            atom.forbidden is None
-            and atom not in positions
-            and atom not in facts.twice
-            and all(
-                _in_other_segments(inference.dims[node], atom, used[node]) for node in facts.where[atom] & used.keys()
-            )
-        )
-
-    def shards_unevenly(atom: Atom) -> bool:
-        """Rows of an embedding or outputs of a head, and each rank gets some: see [Note: uneven vocabulary]."""
-        is_vocabulary = atom in lookups or (atom in outputs and atom.size in rows)
-        return is_vocabulary and atom not in facts.beside_others and chunk_sizes(atom.size, tp)[-1] > 0
-
-    def mark(atom: Atom) -> None:
-        for node in facts.where[atom]:
-            used[node].add(atom)
-
-    def take(atom: Atom) -> None:
-        group = None
-        if atom.size % tp and not shards_unevenly(atom):
-            group = head_groups(inference, atom)
-            if group is None or atom.size * group.size % tp or not free(group):
-                return
-            choice.groups[atom] = group
-            mark(group)
-        else:
-            choice.atoms.add(atom)
-            if atom in lookups or atom in outputs:
-                choice.vocabulary.add(atom)
-        mark(atom)
-
-    positions = {a for n in inference.graph.nodes if not _by_token(inference, n) for a in _lookup_rows(inference, n)}
+    search = _Search(inference, tp, class_facts(inference, volume))
+    facts, vocabularies = search.facts, search.lookups | search.outputs
     # kv heads before the query heads inside one of their groups: in a fused weight they hold equally much
     ranked = sorted(facts.volume, key=lambda a: (a not in preferred, -facts.volume[a], -len(facts.where[a])))
-    first = [a for a in ranked if a.normalised is None and (vocabulary or a not in lookups | outputs)]
+    first = [a for a in ranked if a.normalised is None and (vocabulary or a not in vocabularies)]
     residual = residual_classes(inference)
     first.sort(key=lambda a: (a not in preferred, a in residual))
     for atom in first:
-        if free(atom):
-            take(atom)
+        if search.is_free(atom):
+            search.take(atom)
     for atom in ranked if normalised else ():
-        if atom.normalised is not None and free(atom) and atom.size % tp == 0 and _narrow(inference, atom):
-            take(atom)
-    return choice
+        if atom.normalised is not None and search.is_free(atom) and atom.size % tp == 0 and _narrow(inference, atom):
+            search.take(atom)
+    return search.choice
+
+
+class _Search:
+    """What is chosen so far, and whether a class may still be."""
+
+    def __init__(self, inference: AxisInference, tp: int, facts: ClassFacts) -> None:
+        self.inference, self.tp, self.facts = inference, tp, facts
+        self.choice = Choice(tp)
+        self.lookups: set[Atom] = set()
+        """Rows of tables that indices pick, as those of an embedding."""
+        self.positions: set[Atom] = set()
+        """Those of tables that the caller's inputs do not index."""
+        for node in inference.graph.nodes:
+            rows = _lookup_rows(inference, node)
+            self.lookups.update(rows)
+            if rows and not _by_token(inference, node):
+                self.positions.update(rows)
+        self.outputs = _output_classes(inference)
+        self._chosen_in: dict[Node, set[Atom]] = defaultdict(set)
+
+    def is_free(self, atom: Atom) -> bool:
+        """Whether nothing forbids the class, and no tensor would be sharded twice."""
+        if atom.forbidden is not None or atom in self.positions or atom in self.facts.twice:
+            return False
+        shared = self.facts.where[atom] & self._chosen_in.keys()
+        return all(_in_other_segments(self.inference.tensors(node), atom, self._chosen_in[node]) for node in shared)
+
+    def take(self, atom: Atom) -> None:
+        """Choose the class, or kv heads that tp does not divide with the query heads of each, where that goes."""
+        if atom.size % self.tp and not self._shards_unevenly(atom):
+            group = head_groups(self.inference, atom)
+            if group is None or atom.size * group.size % self.tp or not self.is_free(group):
+                return
+            self.choice.groups[atom] = group
+            self._mark(group)
+        else:
+            self.choice.atoms.add(atom)
+            if atom in self.lookups or atom in self.outputs:
+                self.choice.vocabulary.add(atom)
+        self._mark(atom)
+
+    def _mark(self, atom: Atom) -> None:
+        for node in self.facts.where[atom]:
+            self._chosen_in[node].add(atom)
+
+    def _shards_unevenly(self, atom: Atom) -> bool:
+        """Rows of an embedding or outputs of a head, and each rank gets some: see [Note: uneven vocabulary]."""
+        sizes = {row.size for row in self.lookups}
+        is_vocabulary = atom in self.lookups or (atom in self.outputs and atom.size in sizes)
+        return is_vocabulary and atom not in self.facts.beside_others and chunk_sizes(atom.size, self.tp)[-1] > 0
 
 
 def residual_classes(inference: AxisInference) -> set[Atom]:
@@ -197,12 +198,12 @@ def _source(node: Node) -> Node:
     return node
 
 
-def _in_other_segments(result: Result, atom: Atom, taken: set[Atom]) -> bool:
+def _in_other_segments(tensors: list[Dims], atom: Atom, taken: set[Atom]) -> bool:
     """Whether a class and those taken stand in different segments of one dimension wherever they meet: a fused weight
     of attention and MLP is split by heads in one part and by features in the other."""
-    for dims in result if isinstance(result, tuple) else (result,):
+    for dims in tensors:
         for other in taken:
-            places = [dim for dim in dims or () if {atom, other} & {*atoms_in(dim)}]
+            places = [dim for dim in dims if {atom, other} & {*atoms_in(dim)}]
             met = {a for dim in places for a in atoms_in(dim)} >= {atom, other}
             if met and (len(places) > 1 or not any(_apart(leaf, atom, other) for leaf in leaves(places[0]))):
                 return False

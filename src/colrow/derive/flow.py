@@ -131,9 +131,7 @@ class Flows:
         return found
 
     def is_sharded(self, node: Node) -> bool:
-        dims = self.inference.dims.get(node)
-        parts = dims if isinstance(dims, tuple) else (dims,)
-        return any(self.choice.any_sharded(part) for part in parts if part)
+        return any(self.choice.any_sharded(dims) for dims in self.inference.tensors(node))
 
     def is_activation(self, node: Node) -> bool:
         """Whether the node depends on the inputs, and gradients flow through it."""

@@ -6,6 +6,7 @@ contraction gives a partial sum), and which operators had no rule.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -146,6 +147,11 @@ class AxisInference:
             raise NoRuleError("an argument is not a tensor")
         return dims
 
+    def tensors(self, node: Node) -> list[Dims]:
+        """The dimensions of each tensor that the node gives: of several for a split, of none for a size."""
+        dims = self.dims.get(node)
+        return [part for part in (dims if isinstance(dims, tuple) else (dims,)) if part is not None]
+
     def fresh(self, shape: Sequence[int], why: str | None = None) -> Dims:
         return [[Atom(int(extent), why)] if int(extent) != 1 else [] for extent in shape]
 
@@ -223,10 +229,8 @@ class AxisInference:
     def _give_up(self, name: str, value: Any, incoming: list[Node]) -> Result:
         self.unknown[name] += 1
         for node in incoming:
-            dims = self.dims[node]
-            for part in dims if isinstance(dims, tuple) else (dims,):
-                for dim in part or ():
-                    forbid(dim, f"no rule for {name}" if name != OPAQUE else "a module that cannot be traced uses it")
+            for dim in itertools.chain(*self.tensors(node)):
+                forbid(dim, f"no rule for {name}" if name != OPAQUE else "a module that cannot be traced uses it")
         why = f"made by {name}, which has no rule" if name != OPAQUE else "made by a module that cannot be traced"
         if isinstance(value, Tensor):
             return self.fresh(value.shape, why)

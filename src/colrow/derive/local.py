@@ -342,13 +342,11 @@ class LocalCheck:
         (class, attribute) to module name to local value."""
         sizes: dict[int, Any] = {}
         for node in self.traced.nodes:
-            dims = self.flows.inference.dims.get(node)
-            for part in dims if isinstance(dims, tuple) else (dims,):
-                for dim in part or ():
-                    for piece in [[atom] for atom in leaves(dim)] + [dim]:
-                        if self.visible.sharded(piece):
-                            size, local = size_of(piece), self.visible.local_size(piece)
-                            sizes.setdefault(size, "/tp" if local * self.choice.tp == size else local)
+            for dim in itertools.chain(*self.flows.inference.tensors(node)):
+                for piece in [[atom] for atom in leaves(dim)] + [dim]:
+                    if self.visible.sharded(piece):
+                        size, local = size_of(piece), self.visible.local_size(piece)
+                        sizes.setdefault(size, "/tp" if local * self.choice.tp == size else local)
         for kv, group in self.visible.groups.items():
             local, share = self.visible.query_heads(kv)
             sizes[kv.size], sizes[find(group).size] = local // share, share

@@ -175,11 +175,10 @@ def dims_with_tokens(traced: Trace, inference: AxisInference, tokens: set[Atom])
     """Each tensor that holds a token axis: its node, its dimensions, and the position of that one."""
     found = []
     for node in traced.nodes:
-        dims = inference.dims.get(node)
-        for part in dims if isinstance(dims, tuple) else (dims,):
-            for position, dim in enumerate(part or ()):
+        for dims in inference.tensors(node):
+            for position, dim in enumerate(dims):
                 if any(a in tokens for a in leaves(dim)):
-                    found.append((node, part or [], position))
+                    found.append((node, dims, position))
     return found
 
 
