@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -12,32 +13,49 @@ from colrow.config import RunConfig, shortened
 from colrow.errors import ConfigError
 from colrow.yaml_text import read_yaml
 
+Takes = Callable[[list[str], str], bool]
+"""Whether the next word belongs to a flag too, by the words that it has."""
+
+
+def group_words(argv: Sequence[str], start: Callable[[str], tuple[str, list[str], Takes]]) -> dict[str, list[str]]:
+    """The words of a command, by what they belong to. Of a flag that is given twice the last counts, so that a script's
+    command can be extended; it counts at its own place: of `--mesh.tp 4` and `--mesh auto` the last one does too.
+
+    Args:
+        start: of a word that belongs to nothing before it: its name, the words that it brings, and what it takes.
+    """
+    given: dict[str, list[str]] = {}
+    rest = deque(argv)
+    while rest:
+        name, words, takes = start(rest.popleft())
+        while rest and takes(words, rest[0]):
+            words.append(rest.popleft())
+        given.pop(name, None)
+        given[name] = words
+    return given
+
 
 def read_flags(argv: Sequence[str]) -> dict[str, Any]:
     """`--mesh.tp 4 --train.betas 0.9 0.95` as overrides for `load_config`: values are read as in the YAML file.
 
-    Of a flag that is given twice the last counts, so that a script's command can be extended.
-
     Raises:
         ConfigError: a word belongs to no flag, a flag has no value, or has several where its key takes one.
     """
-    given: dict[str, list[str]] = {}
-    key = ""
-    for word in argv:
-        if is_flag(word):
-            name, has_value, value = word[2:].partition("=")
-            key = name.replace("-", "_")
-            key = _TRUST if key == "trust_code" else key  # as for the other verbs
-            given.pop(key, None)  # takes its place at the end: of --mesh.tp 4 and --mesh auto the last counts too
-            given[key] = [value] if has_value else []
-        elif not key:
-            raise ConfigError(f"{shortened(word)} belongs to no flag: write --KEY VALUE")
-        else:
-            given[key].append(word)
+    given = group_words(argv, _key_of)
     return {key: _flag_value(key, words) for key, words in given.items()}
 
 
 _TRUST = "model.trust_code"
+
+
+def _key_of(word: str) -> tuple[str, list[str], Takes]:
+    if not is_flag(word):
+        raise ConfigError(f"{shortened(word)} belongs to no flag: write --KEY VALUE")
+    name, has_value, value = word[2:].partition("=")
+    key = name.replace("-", "_")
+    key = _TRUST if key == "trust_code" else key  # as for the other verbs
+    # all words up to the next flag: of surplus ones the error says what they follow
+    return key, [value] if has_value else [], lambda words, word: not is_flag(word)
 
 
 def _flag_value(key: str, words: list[str]) -> Any:
@@ -60,7 +78,7 @@ def is_flag(word: str) -> bool:
     return re.match(r"--[^\W\d][\w.-]*(=|$)", word) is not None
 
 
-def flag_value(word: str, kinds: set[Any], flag: str) -> Any:
+def flag_value(word: str, kinds: Set[Any], flag: str) -> Any:
     """The value of a flag that a word of a command stands for, read as in the YAML file.
 
     Args:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_args, get_o
 import tyro
 from pydantic import Field, TypeAdapter, ValidationError
 
-from colrow.cli.config_flags import flag_value, is_flag, kinds_of
+from colrow.cli.config_flags import Takes, flag_value, group_words, is_flag, kinds_of
 from colrow.config import describe_value
 from colrow.errors import ConfigError, did_you_mean
 
@@ -110,7 +110,7 @@ def parse(flags: type[T], verb: str, argv: list[str]) -> T:
         tyro.cli(flags, prog=f"colrow {verb}", args=["--help"])
     hints = get_type_hints(flags, include_extras=True)
     fields = {field.name: _Field.of(field, hints[field.name]) for field in dataclasses.fields(cast(Any, flags))}
-    words = _words_of(fields, argv)
+    words = group_words(argv, _Flags(fields).start)
     values: dict[str, Any] = {}
     for name, field in fields.items():
         if name in words:
@@ -137,6 +137,10 @@ class _Field:
     is_required: bool
     aliases: tuple[str, ...] = ()
 
+    @property
+    def is_switch(self) -> bool:
+        return self.kinds == {bool}
+
     @staticmethod
     def of(field: dataclasses.Field[Any], annotation: Any) -> _Field:
         extras = get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
@@ -152,9 +156,11 @@ class _Field:
 
     def value(self, words: list[str]) -> Any:
         """The value that the words spell. Raises ConfigError."""
+        if not words and self.is_switch:
+            words = ["true"]
         if not words:
             raise ConfigError(f"{self.shown} has no value: write {self.shown} VALUE")
-        values = [flag_value(word, set(self.kinds), self.shown) for word in words]
+        values = [flag_value(word, self.kinds, self.shown) for word in words]
         try:
             return _validator(self.annotation, self.kinds).validate_python(values if tuple in self.kinds else values[0])
         except ValidationError as error:
@@ -167,40 +173,39 @@ def _validator(annotation: Any, kinds: frozenset[Any]) -> TypeAdapter[Any]:
     return TypeAdapter(Annotated[annotation, Field(lt=2**63)] if int in kinds else annotation)  # as torch's integers
 
 
-def _words_of(fields: dict[str, _Field], argv: list[str]) -> dict[str, list[str]]:
-    """The words that belong to each field; of a flag that is given twice the last counts."""
-    by_flag = {flag: name for name, field in fields.items() for flag in (field.shown, *field.aliases)}
-    free = [name for name, field in fields.items() if field.is_positional]
-    words: dict[str, list[str]] = {}
-    at = 0
-    while at < len(argv):
-        word, at = argv[at], at + 1
+class _Flags:
+    """The flags of a verb, and the words that need none, as `group_words` asks for them."""
+
+    def __init__(self, fields: dict[str, _Field]) -> None:
+        self.fields = fields
+        named = [(name, field) for name, field in fields.items() if not field.is_positional]
+        self.known = [field.shown for _, field in named]
+        self.by_flag = {flag: name for name, field in named for flag in (field.shown, *field.aliases)}
+        self.positional = [name for name, field in fields.items() if field.is_positional]
+
+    def start(self, word: str) -> tuple[str, list[str], Takes]:
         flag, has_value, value = word.partition("=")
         flag = flag.replace("_", "-")
-        negated = by_flag.get(flag.replace("--no-", "--", 1), "") if flag.startswith("--no-") else ""
-        if negated and fields[negated].kinds == {bool} and not has_value:
-            words[negated] = ["false"]
-        elif flag in by_flag and not fields[by_flag[flag]].is_positional:
-            field = fields[by_flag[flag]]
-            found = [value] if has_value else _values_after(argv[at:], field, by_flag)
-            at += 0 if has_value else len(found)
-            words[by_flag[flag]] = found or ["true"] * (field.kinds == {bool})
-        elif is_flag(word) or (word.startswith("-") and not word[1:2].isdigit() and len(word) > 1):
-            known = [field.shown for field in fields.values() if not field.is_positional]
-            raise ConfigError(f"unknown flag {_short(flag)}{_meant(flag, known)}")
-        elif free:
-            words[free.pop(0)] = [word]
-        else:
+        negated = self.by_flag.get(flag.replace("--no-", "--", 1)) if flag.startswith("--no-") else None
+        if negated and self.fields[negated].is_switch and not has_value:
+            return negated, ["false"], _nothing
+        if name := self.by_flag.get(flag):
+            return (name, [value], _nothing) if has_value else (name, [], self._takes(self.fields[name]))
+        if is_flag(word) or (word.startswith("-") and not word[1:2].isdigit() and len(word) > 1):
+            raise ConfigError(f"unknown flag {_short(flag)}{_meant(flag, self.known)}")
+        if not self.positional:
             raise ConfigError(f"{_short(word)!r} belongs to no flag: see --help")
-    return words
+        return self.positional.pop(0), [word], _nothing
+
+    def _takes(self, field: _Field) -> Takes:
+        if field.is_switch:
+            return lambda words, word: not words and word.lower() in _BOOLEANS
+        several = tuple in field.kinds
+        return lambda words, word: (several or not words) and not is_flag(word) and word not in self.by_flag
 
 
-def _values_after(words: list[str], field: _Field, by_flag: dict[str, str]) -> list[str]:
-    """The words behind a flag that are its values: one; any number for a tuple; none for a boolean, or its spelling."""
-    count = next((i for i, word in enumerate(words) if is_flag(word) or word in by_flag), len(words))
-    if field.kinds == {bool}:
-        return [word for word in words[:1] if word.lower() in _BOOLEANS]
-    return words[: count if tuple in field.kinds else min(count, 1)]
+def _nothing(words: list[str], word: str) -> bool:
+    return False
 
 
 def _meant(flag: str, known: list[str]) -> str:
