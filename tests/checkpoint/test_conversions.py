@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from benchmarks.models.tiny import classes, tiny
 from colrow.checkpoint.conversions import Part, _regions, in_parts, parts_for, parts_in
 from colrow.checkpoint.export import export
-from colrow.checkpoint.huggingface import SINGLE, load_weights
+from colrow.checkpoint.huggingface import load_weights
 from colrow.checkpoint.pieces import Piece
+from colrow.checkpoint.stored_files import SINGLE
 from colrow.errors import CheckpointError
 from colrow.sharding.layout import Region
 

@@ -19,8 +19,9 @@ from colrow.checkpoint import export as export_module
 from colrow.checkpoint import read_back, weight_files
 from colrow.checkpoint.carried import Carried
 from colrow.checkpoint.export import export, require_exportable
-from colrow.checkpoint.huggingface import SINGLE, stored_dtype
+from colrow.checkpoint.huggingface import stored_dtype
 from colrow.checkpoint.read_back import reader_of
+from colrow.checkpoint.stored_files import SINGLE
 from colrow.cli import main
 from colrow.config import DataSection
 from colrow.data.corpus import open_corpus

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from colrow.checkpoint import weight_files
 from colrow.checkpoint.export import export
-from colrow.checkpoint.huggingface import INDEX, SINGLE, load_weights
+from colrow.checkpoint.huggingface import load_weights
+from colrow.checkpoint.stored_files import INDEX, SINGLE
 from colrow.errors import CheckpointError
 from colrow.mesh import Mesh
 from colrow.models.huggingface import read_config

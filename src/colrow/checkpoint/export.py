@@ -20,13 +20,14 @@ from colrow.checkpoint.carried import GENERATION, Carried, token_ids
 from colrow.checkpoint.conversions import in_parts, parts_for
 from colrow.checkpoint.folder import replace_folder
 from colrow.checkpoint.gather import catalogue
-from colrow.checkpoint.huggingface import INDEX, Model, named_tensors, parts_of, shapes_of
+from colrow.checkpoint.huggingface import Model, named_tensors, parts_of, shapes_of
 from colrow.checkpoint.loading import first_few
 from colrow.checkpoint.manifest import write_text
 from colrow.checkpoint.pieces import Piece
 from colrow.checkpoint.ranks import Ranks
 from colrow.checkpoint.read_back import ReadBack, Reader, TensorSpec, reader_of
 from colrow.checkpoint.space import DiskUse
+from colrow.checkpoint.stored_files import INDEX
 from colrow.checkpoint.tensor_file import DTYPES, headers_in
 from colrow.checkpoint.weight_files import MAX_SHARD_BYTES, ShardFile, share_files, split_files, write_share
 from colrow.errors import CheckpointError, ExportError

@@ -5,12 +5,11 @@ Each rank reads its shard of a tensor from the file and nothing else.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
 from math import prod
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -18,19 +17,16 @@ from torch import nn
 from colrow.checkpoint.conversions import Part, Shapes, as_is, in_parts, parts_in
 from colrow.checkpoint.loading import first_few
 from colrow.checkpoint.pieces import Piece
-from colrow.checkpoint.ranks import as_text
 from colrow.checkpoint.state import NamedTensor, model_tensors
+from colrow.checkpoint.stored_files import files_in
 from colrow.checkpoint.tensor_file import DTYPES, TensorHeader, TensorReader, headers_in
 from colrow.errors import CheckpointError
 from colrow.models.huggingface import name_to_huggingface
 from colrow.models.llama import Llama, LlamaConfig
-from colrow.yaml_text import refuse_pipe
 
 Model = nn.Module | Sequence[nn.Module]
 """A model, or the pipeline stages of this rank."""
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -45,7 +41,7 @@ def load_weights(model: Model, folder: Path | str) -> None:
             that are no floats, or not finite.
     """
     folder = Path(folder)
-    files = _files(folder)
+    files = files_in(folder)
     named = named_tensors(model)
     known = parts_in(model, shapes_of(named, but=files), files) if isinstance(model, nn.Module) else {}
     parts = parts_of(named, known)
@@ -119,7 +115,7 @@ def stored_dtype(folder: Path | str) -> torch.dtype | None:
         CheckpointError: the folder's files cannot be read.
     """
     elements: Counter[str] = Counter()
-    for file in sorted(set(_files(Path(folder)).values())):
+    for file in sorted(set(files_in(Path(folder)).values())):
         for shape, dtype in headers_in(file).values():
             elements[dtype] += prod(shape)
     floats = [name for name, _ in elements.most_common() if name in _FLOATS]
@@ -135,45 +131,6 @@ def _expected(model: Model, needed: Iterable[str]) -> set[str]:
             with torch.device("meta"):
                 names |= {name_to_huggingface(name) for name in Llama(config).state_dict()}
     return names
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """Which file holds which tensor."""
-    index, single = folder / INDEX, folder / SINGLE
-    if index.exists():
-        refuse_pipe(index, CheckpointError)
-        try:
-            tree = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = {str(name): str(file) for name, file in tree.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{index} cannot be read: {as_text(error)}") from error
-        for file in sorted(set(names.values())):
-            if not _stays_inside(file):
-                raise CheckpointError(
-                    f"{index} names the file {file[:80]!r} outside its folder: fetch the folder again"
-                )
-        files = {name: folder / file for name, file in names.items()}
-        lost = sorted({file.name for file in files.values() if not file.exists()})
-        if lost:
-            raise CheckpointError(f"{folder} lacks {first_few(lost)}, which its index names: fetch the folder again")
-        return files
-    if not single.exists():
-        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
-        fix = (
-            "its weights are pickled, which could run code: save them with save_pretrained of transformers"
-            if pickled
-            else "give a Hugging Face folder, or another source of weights"
-        )
-        raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}: {fix}")
-    return dict.fromkeys(headers_in(single), single)
-
-
-def _stays_inside(name: str) -> bool:
-    """Whether a file's name, as an index gives it, names a file inside the index's folder."""
-    path = PurePosixPath(name.replace("\\", "/"))
-    if not 0 < len(name) < 256 or "\0" in name:
-        return False
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and ":" not in path.parts[0]
 
 
 def _require_same_names(folder: Path, missing: list[str], unexpected: list[str]) -> None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from colrow.checkpoint.gather import Gather, GlobalTensor
-from colrow.checkpoint.huggingface import SINGLE
 from colrow.checkpoint.pieces import Piece
 from colrow.checkpoint.ranks import Ranks
+from colrow.checkpoint.stored_files import SINGLE
 from colrow.checkpoint.tensor_file import Entry, into_files, write_tensors
 from colrow.errors import CheckpointError
 
