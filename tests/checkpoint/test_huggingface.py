@@ -17,7 +17,7 @@ from torch import Tensor
 
 from colrow.checkpoint import weight_files
 from colrow.checkpoint.export import export
-from colrow.checkpoint.huggingface import load_weights
+from colrow.checkpoint.huggingface import load_weights, require_weights
 from colrow.checkpoint.stored_files import INDEX, SINGLE
 from colrow.errors import CheckpointError
 from colrow.mesh import Mesh
@@ -278,12 +278,33 @@ def test_unusable_folders_are_named(tmp_path: Path) -> None:
     model = seeded()
     with pytest.raises(CheckpointError, match=r"holds neither model\.safetensors nor"):
         load_weights(model, tmp_path)
-    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match="pickled, which could run code"):
+    for name, says in (
+        ("adapter_model.safetensors", "it holds an adapter alone: merge it"),
+        ("model.gguf", "its weights are GGUF"),
+        ("consolidated.safetensors", "rename a single one to model.safetensors"),
+        ("pytorch_model.bin", "pickled, which could run code"),
+    ):
+        (tmp_path / name).write_bytes(b"x")
+        with pytest.raises(CheckpointError, match=says):
+            load_weights(model, tmp_path)
+        (tmp_path / name).unlink()
+    for content, says in (
+        (b"nothing of the kind", "is not a safetensors file: .*fetch it again"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS: run `git lfs pull`"),
+        (b"PK\x03\x04archive/data.pkl", "it is pickled, which could run code"),
+    ):
+        (tmp_path / SINGLE).write_bytes(content)
+        with pytest.raises(CheckpointError, match=says):
+            load_weights(model, tmp_path)
+    (tmp_path / SINGLE).unlink()
+    (tmp_path / SINGLE).mkdir()
+    with pytest.raises(CheckpointError, match="it is a folder: fetch it again"):
         load_weights(model, tmp_path)
-    (tmp_path / SINGLE).write_bytes(b"nothing of the kind")
-    with pytest.raises(CheckpointError, match="is not a safetensors file"):
+    (tmp_path / SINGLE).rmdir()
+    (tmp_path / SINGLE).symlink_to(tmp_path / SINGLE)
+    with pytest.raises(CheckpointError, match="a link that leads nowhere: fetch the folder again"):
         load_weights(model, tmp_path)
+    (tmp_path / SINGLE).unlink()
     (tmp_path / INDEX).write_text("{}")
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_weights(model, tmp_path)
@@ -294,6 +315,85 @@ def test_unusable_folders_are_named(tmp_path: Path) -> None:
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
     with pytest.raises(CheckpointError, match=r"lacks model-00001-of-00002\.safetensors"):
         load_weights(model, tmp_path)
+
+
+def in_two_files(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]:
+    """Split a folder's single file into two, the second with two tensors. What each holds, and the index's map."""
+    first = load_file(folder / SINGLE)
+    (folder / SINGLE).unlink()
+    second = {name: first.pop(name) for name in (_UP, _NORM)}
+    where = dict.fromkeys(first, "model-00001-of-00002.safetensors")
+    return first, second, where | dict.fromkeys(second, "model-00002-of-00002.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("", ""),
+        ("in both", rf"00002-of-00002.safetensors and model-00001-of-00002.safetensors in .* both hold {_UP}"),
+        ("elsewhere", f"lacks {_UP}, which the index says it holds"),
+        ("not named", f"missing {_UP}"),
+        (
+            "a third file",
+            "holds model-00003-of-00003.safetensors beside the files that .* names: remove what is not meant",
+        ),
+        ("a single file", "holds model.safetensors beside the files that .* names: remove what is not meant"),
+    ],
+)
+def test_an_index_says_which_file_holds_a_tensor_and_no_other_does(tmp_path: Path, fault: str, says: str) -> None:
+    """transformers takes the single file before an index, and the last of two files with one tensor."""
+    model = seeded()
+    export(model, tmp_path, model.config)
+    single = (tmp_path / SINGLE).read_bytes()
+    first, second, where = in_two_files(tmp_path)
+    if fault == "in both":
+        first[_UP] = second[_UP] + 1
+    if fault == "elsewhere":
+        where[_UP] = "model-00001-of-00002.safetensors"
+    if fault == "not named":
+        del where[_UP]
+    if fault == "a third file":
+        save_file({_UP: second[_UP]}, tmp_path / "model-00003-of-00003.safetensors")
+    if fault == "a single file":
+        (tmp_path / SINGLE).write_bytes(single)
+    save_file(first, tmp_path / "model-00001-of-00002.safetensors")
+    save_file(second, tmp_path / "model-00002-of-00002.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": where}))
+    if fault:
+        with pytest.raises(CheckpointError, match=says):
+            require_weights(meta(), tmp_path)
+    else:
+        read = from_folder(tmp_path)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), read.parameters(), strict=True))
+
+
+def test_a_head_that_is_tied_and_stored_is_the_embedding(tmp_path: Path) -> None:
+    model = seeded(tie_word_embeddings=True)
+    export(model, tmp_path, model.config)
+    tensors = load_file(tmp_path / SINGLE)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["lm_head.weight"][-1, -1] += 1
+    save_file(tensors, tmp_path / SINGLE)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight with other values than model\.embed_tok"):
+        from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        (UP.replace("weight", "qweight"), "its weights are quantized"),
+        (f"{UP}_scale_inv", "its weights are quantized"),
+        (f"base_model.model.{UP}", "its names are those of peft"),
+    ],
+)
+def test_names_that_tell_what_a_folder_is(tmp_path: Path, name: str, says: str) -> None:
+    model = seeded()
+    export(model, tmp_path, model.config)
+    tensors = load_file(tmp_path / SINGLE)
+    tensors[name] = tensors.pop(UP)
+    save_file(tensors, tmp_path / SINGLE)
+    with pytest.raises(CheckpointError, match=says):
+        require_weights(meta(), tmp_path)
 
 
 def sharded(device: str, mesh: Mesh, options: dict[str, Any]) -> Llama:

@@ -127,6 +127,40 @@ def test_another_tokenizer_beside_the_shards_is_replaced(section, texts, tmp_pat
     assert again.tokenizer.digest == first.tokenizer.digest == load_tokenizer(again.folder).digest
 
 
+@pytest.mark.parametrize("way", ["in place", "another file"])
+def test_a_bit_changed_behind_the_clock_is_found(section, texts, way, monkeypatch):
+    """Size and time of the file as they were: its status change time and its inode are compared, too."""
+    monkeypatch.setattr("colrow.data.digests._SETTLED_SECONDS", -1.0)
+    file = prepare(section(f"{texts}/*.txt"), VOCAB, False).folder / "train.bin"
+    before, stat = file.read_bytes(), file.stat()
+    other = file if way == "in place" else file.with_name("other")
+    other.write_bytes(before)
+    flip(other)
+    os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    other.rename(file)
+    assert prepare(section(f"{texts}/*.txt"), VOCAB, False).built
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("what", ["train.bin", "validation.bin", "meta.json", "tokenizer.json"])
+def test_what_is_no_file_in_a_shards_folder_is_replaced(section, texts, what):
+    file = prepare(section(f"{texts}/*.txt"), VOCAB, False).folder / what
+    for make in (os.mkfifo, os.mkdir, lambda path: os.symlink(path, path), lambda path: path.touch()):
+        file.unlink()
+        make(file)
+        assert prepare(section(f"{texts}/*.txt"), VOCAB, False).built
+
+
+@pytest.mark.parametrize("content", [b"[1]", b'{"%s": 5}', b"[" * 100_000, b"\xff\xfe"])
+def test_a_list_of_verified_shards_that_is_damaged_is_not_used(section, texts, content):
+    data = prepare(section(f"{texts}/*.txt"), VOCAB, False)
+    name = os.fsencode(os.path.abspath(data.folder / "train.bin"))
+    data.folder.with_suffix(".verified").write_bytes(content.replace(b"%s", name))
+    assert not prepare(section(f"{texts}/*.txt"), VOCAB, False).built
+    flip(data.folder / "train.bin")
+    assert prepare(section(f"{texts}/*.txt"), VOCAB, False).built
+
+
 def test_shards_are_read_once_and_compared_by_size_and_time_after(section, texts, monkeypatch):
     monkeypatch.setattr("colrow.data.digests._SETTLED_SECONDS", -1.0)
     read = []

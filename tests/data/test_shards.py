@@ -212,7 +212,8 @@ def test_a_worker_that_dies_is_an_error_not_a_wait(tmp_path, monkeypatch):
         ("validation.bin", None, r"cannot be read: .*validation\.bin"),
         ("meta.json", None, r"cannot be read: .*meta\.json"),
         ("meta.json", lambda data: data[:40], r"are damaged: meta\.json"),
-        ("meta.json", lambda data: data.replace(b'"format": 1', b'"format": 0'), r"have format 0, not 1"),
+        ("meta.json", lambda data: b"[" * 100_000, r"are damaged: meta\.json"),
+        ("meta.json", lambda data: b'{"format": 0}', r"have format 0, not 1"),
         ("meta.json", lambda data: data.replace(b'"tokens"', b'"tokenz"'), r"are damaged: meta\.json"),
     ],
 )
@@ -227,8 +228,43 @@ def test_damage_is_named(tmp_path, name, damage, reported):
         read_meta(tmp_path / "a")
 
 
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"dtype": "<u4"},
+        {"vocab_size": 10**9},
+        {"tokens": {"train": 1, "validation": 1}},
+        {"documents": {}},
+        {"text_bytes": 0},
+        {"digests": None},
+        {"eos_id": 7},
+        {"corpus": "x"},
+        {"new": 1},
+    ],
+)
+def test_an_edited_meta_is_found(tmp_path, edit):
+    build(tmp_path / "a", Texts(some_texts(30)))
+    file = tmp_path / "a" / "meta.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | edit))
+    with pytest.raises(DataError, match=r"meta\.json is not what was written"):
+        read_meta(tmp_path / "a")
+
+
+def test_ids_of_another_width_than_the_vocabularys_are_found_without_a_digest(tmp_path):
+    build(tmp_path / "a", Texts(some_texts(30)))
+    file = tmp_path / "a" / "meta.json"
+    tree = json.loads(file.read_text())
+    del tree["digest"]
+    tokens = {split: count // 2 for split, count in tree["tokens"].items()}
+    file.write_text(json.dumps(tree | {"dtype": "<u4", "tokens": tokens}))
+    with pytest.raises(DataError, match=r"are no <u4"):
+        read_meta(tmp_path / "a")
+
+
 def test_meta_of_an_older_version_is_read(tmp_path):
     meta = build(tmp_path / "a", Texts(some_texts(30)))
     file = tmp_path / "a" / "meta.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"first_held_out": [[0.01, 120], [0.03, 96]]}))
+    tree = json.loads(file.read_text())
+    del tree["digest"]
+    file.write_text(json.dumps(tree | {"first_held_out": [[0.01, 120], [0.03, 96]]}))
     assert read_meta(tmp_path / "a") == meta

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from colrow.checkpoint.conversions import Part, Shapes, as_is, in_parts, parts_in
 from colrow.checkpoint.loading import first_few
@@ -28,6 +28,8 @@ Model = nn.Module | Sequence[nn.Module]
 """A model, or the pipeline stages of this rank."""
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_QUANTIZED = (".qweight", ".qzeros", ".scales", ".absmax", ".SCB", "_scale", "_scale_inv", "_packed", "_blocks")
+"""What the names of quantized weights' companions end with."""
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -37,8 +39,46 @@ def load_weights(model: Model, folder: Path | str) -> None:
     Nothing is changed unless the folder's names and shapes are the model's. A tied head may be there or not.
 
     Raises:
-        CheckpointError: no safetensors, or tensors that are missing, unexpected, of another shape, or damaged; weights
-            that are no floats, or not finite.
+        CheckpointError: as `require_weights`; weights that are not finite, or a tied head that is not the embedding.
+    """
+    stored = require_weights(model, folder)
+    by_file: dict[Path, list[Piece]] = {}
+    for item in stored.named:
+        for piece in in_parts(item.pieces(), stored.parts[item.name]):
+            by_file.setdefault(stored.files[piece.name], []).append(piece)
+    with torch.no_grad():  # all checks are done: from here on parameters change
+        for file, pieces in by_file.items():
+            with TensorReader(file) as reader:
+                for piece in pieces:
+                    read = reader.read(piece.name, piece.region)
+                    for double in stored.doubles.get(piece.name, []):
+                        _require_same(read, piece, stored.files[double], double)
+                    value = read.to(piece.data.dtype)
+                    if value.is_floating_point() and not (finite := value.isfinite()).all():
+                        raise CheckpointError(
+                            f"{file} holds {int((~finite).sum()):,} values in {piece.name} that are NaN or infinite in "
+                            f"{value.dtype}: fetch the folder again, or repair the weights"
+                        )
+                    piece.data.copy_(value)
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """A folder's tensors for the tensors of a model."""
+
+    files: dict[str, Path]
+    named: list[NamedTensor]
+    parts: dict[str, list[Part]]
+    doubles: dict[str, list[str]]
+    """Further names under which a folder stores a tied tensor."""
+
+
+def require_weights(model: Model, folder: Path | str) -> StoredWeights:
+    """What a folder stores for a model, which may be on the meta device: only headers are read.
+
+    Raises:
+        CheckpointError: no safetensors, or tensors that are missing, unexpected, in two files, of another shape or
+            type, or damaged.
     """
     folder = Path(folder)
     files = files_in(folder)
@@ -47,25 +87,26 @@ def load_weights(model: Model, folder: Path | str) -> None:
     parts = parts_of(named, known)
     needed = {part.name: part.shape for item in named for part in parts[item.name]}
     _require_same_names(folder, *names_that_differ(model, files, needed))
-    headers = {file: headers_in(file) for file in {files[name] for name in needed}}
-    _require_same_shapes(folder, files, headers, needed)
+    doubles: dict[str, list[str]] = {}
+    for double, name in (_ties(model) or ({_HEAD: _EMBEDDING} if _is_tied(model) else {})).items():
+        if double in files and name in needed and double != name:
+            doubles.setdefault(name, []).append(double)
+    shapes = needed | {double: needed[name] for name, found in doubles.items() for double in found}
+    headers = {file: headers_in(file) for file in {files[name] for name in shapes}}
+    _require_same_shapes(folder, files, headers, shapes)
     stored = {name: headers[files[name]][name].dtype for name in needed}
     _require_floats(folder, stored, {part.name: item.tensor.dtype for item in named for part in parts[item.name]})
-    by_file: dict[Path, list[Piece]] = {}
-    for item in named:
-        for piece in in_parts(item.pieces(), parts[item.name]):
-            by_file.setdefault(files[piece.name], []).append(piece)
-    with torch.no_grad():  # all checks are done: from here on parameters change
-        for file, pieces in by_file.items():
-            with TensorReader(file) as reader:
-                for piece in pieces:
-                    value = reader.read(piece.name, piece.region).to(piece.data.dtype)
-                    if value.is_floating_point() and not (finite := value.isfinite()).all():
-                        raise CheckpointError(
-                            f"{file} holds {int((~finite).sum()):,} values in {piece.name} that are NaN or infinite in "
-                            f"{value.dtype}: fetch the folder again, or repair the weights"
-                        )
-                    piece.data.copy_(value)
+    return StoredWeights(files, named, parts, doubles)
+
+
+def _require_same(value: Tensor, piece: Piece, file: Path, double: str) -> None:
+    with TensorReader(file) as reader:
+        other = reader.read(double, piece.region)
+    if not torch.equal(other.to(value.dtype), value):
+        raise CheckpointError(
+            f"{file} holds {double} with other values than {piece.name}, and config.json ties them: set "
+            "tie_word_embeddings to false there, or remove the one that is not meant"
+        )
 
 
 def named_tensors(model: Model) -> list[NamedTensor]:
@@ -140,6 +181,10 @@ def _require_same_names(folder: Path, missing: list[str], unexpected: list[str])
         f"{what} {first_few(names)}" for what, names in (("missing", missing), ("unexpected", unexpected)) if names
     ]
     fix = "is its config.json the model's?"
+    if any(name.endswith(_QUANTIZED) for name in unexpected):
+        fix = "its weights are quantized: with transformers, model.dequantize() and save_pretrained"
+    if any(name.startswith("base_model.") for name in unexpected):
+        fix = "its names are those of peft: merge_and_unload of peft, then save_pretrained"
     if missing == [_HEAD]:
         fix = "set tie_word_embeddings, for the folder has no head of its own"
     raise CheckpointError(f"{folder} does not hold this model: {'; '.join(wrong)}: {fix}")
@@ -171,9 +216,16 @@ def _require_same_shapes(
     wrong = []
     for name, shape in needed.items():
         there = headers[files[name]].get(name)
+        twice = [file.name for file, header in headers.items() if name in header and file != files[name]]
+        if there is not None and twice:
+            raise CheckpointError(
+                f"{files[name].name} and {twice[0]} in {folder} both hold {name}: fetch the folder again"
+            )
         if there is None:
             raise CheckpointError(f"{files[name]} lacks {name}, which the index says it holds: fetch the folder again")
         if there.shape != shape:
             wrong.append(f"{name} is {list(there.shape)}, the model's {list(shape)}")
     if wrong:
-        raise CheckpointError(f"{folder} holds a model of other sizes: {first_few(wrong)}")
+        raise CheckpointError(
+            f"{folder} holds a model of other sizes: {first_few(wrong)}: is its config.json the model's?"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path, PurePosixPath
 
 from colrow.checkpoint.loading import first_few
@@ -15,35 +16,59 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+_OTHER_FORMATS = {
+    "adapter_model.*": "it holds an adapter alone: merge it into its model (merge_and_unload of peft) and save that",
+    "*.bin": "its weights are pickled, which could run code: save them with save_pretrained of transformers",
+    "*.pt*": "its weights are pickled, which could run code: save them with save_pretrained of transformers",
+    "*.gguf": "its weights are GGUF: save them with save_pretrained of transformers",
+    "*.safetensors": f"its files have other names: rename a single one to {SINGLE}, if its tensors have the names of "
+    "transformers",
+}
+
+
 def files_in(folder: Path) -> dict[str, Path]:
-    """Which file holds which tensor."""
+    """Which file holds which tensor.
+
+    Raises:
+        CheckpointError: no safetensors, an index that is damaged or names files that are not there or elsewhere, or
+            files beside those that it names, of which nobody can say which are meant.
+    """
     index, single = folder / INDEX, folder / SINGLE
+    for path in (index, single):
+        if path.is_symlink() and not path.exists():
+            raise CheckpointError(f"{path} is a link that leads nowhere: fetch the folder again")
     if index.exists():
-        refuse_pipe(index, CheckpointError)
-        try:
-            tree = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = {str(name): str(file) for name, file in tree.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{index} cannot be read: {as_text(error)}") from error
-        for file in sorted(set(names.values())):
-            if not _stays_inside(file):
-                raise CheckpointError(
-                    f"{index} names the file {file[:80]!r} outside its folder: fetch the folder again"
-                )
-        files = {name: folder / file for name, file in names.items()}
-        lost = sorted({file.name for file in files.values() if not file.exists()})
+        files = {name: folder / file for name, file in _read_index(index).items()}
+        named = {file.name for file in files.values()}
+        lost = sorted(name for name in named if not (folder / name).exists())
         if lost:
             raise CheckpointError(f"{folder} lacks {first_few(lost)}, which its index names: fetch the folder again")
+        extra = sorted(p.name for p in folder.iterdir() if p.name == SINGLE or _SHARD.fullmatch(p.name))
+        if left := [name for name in extra if name not in named]:
+            raise CheckpointError(
+                f"{folder} holds {first_few(left)} beside the files that {INDEX} names: remove what is not meant, "
+                "or fetch the folder again"
+            )
         return files
     if not single.exists():
-        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
-        fix = (
-            "its weights are pickled, which could run code: save them with save_pretrained of transformers"
-            if pickled
-            else "give a Hugging Face folder, or another source of weights"
-        )
+        fix = next((fix for kind, fix in _OTHER_FORMATS.items() if any(folder.glob(kind))), None)
+        fix = fix or "give a Hugging Face folder, or another source of weights"
         raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}: {fix}")
     return dict.fromkeys(headers_in(single), single)
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    refuse_pipe(index, CheckpointError)
+    try:
+        tree = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = {str(name): str(file) for name, file in tree.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index} cannot be read: {as_text(error)}: fetch the folder again") from error
+    for file in sorted(set(names.values())):
+        if not _stays_inside(file):
+            raise CheckpointError(f"{index} names the file {file[:80]!r} outside its folder: fetch the folder again")
+    return names
 
 
 def _stays_inside(name: str) -> bool:

@@ -6,6 +6,7 @@ time, and the checksum is computed on the way. Reading goes through `safetensors
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import zlib
@@ -131,7 +132,9 @@ class TensorReader:
             self.file = safe_open(self.path, framework="pt", device="cpu")
             self.file.__enter__()
         except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{self.path} is not a safetensors file: {error}") from error
+            raise CheckpointError(
+                f"{self.path} is not a safetensors file: {_what_instead(self.path, error)}"
+            ) from error
         return self
 
     def __exit__(self, *args: object) -> None:
@@ -145,6 +148,20 @@ class TensorReader:
             return self.file.get_slice(key)[region.slices]
         except (SafetensorError, IndexError, ValueError) as error:
             raise CheckpointError(f"{self.path} does not hold {key} as the index says: {error}") from error
+
+
+def _what_instead(path: Path, error: Exception) -> str:
+    """What is wrong with a file that cannot be opened as tensors, and what to do."""
+    if path.is_dir():
+        return "it is a folder: fetch it again"
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        start = file.read(64)
+        if start.startswith((b"PK", b"\x80")):
+            return "it is pickled, which could run code: save the model with save_pretrained of transformers"
+        if start.startswith(b"version https://git-lfs"):
+            return "it is a pointer of Git LFS: run `git lfs pull` in its folder"
+    reason = str(error).removeprefix("Error while deserializing header: ")
+    return f"{reason}: fetch it again"
 
 
 class TensorHeader(NamedTuple):

@@ -88,9 +88,9 @@ def _load(cache: Path | None) -> dict[str, list]:
         return {}
     try:
         tree = json.loads(cache.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none yet, or damaged: the files themselves are read
+    except (OSError, ValueError, RecursionError):  # none yet, or damaged: the files themselves are read
         return {}
-    return tree if isinstance(tree, dict) else {}
+    return {k: v for k, v in tree.items() if isinstance(v, list)} if isinstance(tree, dict) else {}
 
 
 def _store(cache: Path, digests: dict[str, list]) -> None:

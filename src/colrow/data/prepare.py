@@ -194,7 +194,8 @@ def _find(folder: Path, shown: PreparationProgress, given: Tokenizer | None, rep
     try:
         meta = read_meta(folder)
         _verify(folder, meta, shown)
-        if given is None and load_tokenizer(folder).digest != meta.tokenizer:
+        tokenizer = given or load_tokenizer(folder)
+        if (tokenizer.digest, tokenizer.vocab_size) != (meta.tokenizer, meta.vocab_size):
             raise DataError(f"token shards {folder} are damaged: tokenizer.json is not the one that made them")
         return meta
     except DataError as error:

@@ -15,17 +15,18 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from colrow.data.digests import digest_files
+from colrow.data.digests import digest_files, digest_of
 from colrow.data.disk import atomic_write, writing_to
 from colrow.data.documents import Corpus
 from colrow.data.encode import Encoded, encode_in_order
 from colrow.data.progress import PreparationProgress
 from colrow.data.tokenizer import Tokenizer
 from colrow.errors import DataError
+from colrow.yaml_text import refuse_pipe
 
 FORMAT = 1
 SPLITS = ("train", "validation")
@@ -98,12 +99,18 @@ def read_meta(folder: Path) -> ShardMeta:
     Raises:
         DataError: it is missing or of another format, or a .bin file is not of the size that it states.
     """
+    refuse_pipe(folder / "meta.json", DataError)
     try:
         tree = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if tree["format"] != FORMAT:
             raise DataError(f"token shards {folder} have format {tree['format']}, not {FORMAT}")
+        digest = tree.pop("digest", None)  # older versions wrote none
+        if digest is not None and digest != _digest(tree):
+            raise DataError(f"token shards {folder} are damaged: meta.json is not what was written")
         tree.pop("first_held_out", None)  # written by older versions, which computed an advice from it
         meta = ShardMeta(**tree)
+        if meta.dtype != dtype_for(meta.vocab_size):
+            raise DataError(f"token shards {folder} are damaged: ids of {meta.vocab_size} tokens are no {meta.dtype}")
         for split in SPLITS:
             size = (folder / f"{split}.bin").stat().st_size
             expected = meta.tokens[split] * np.dtype(meta.dtype).itemsize
@@ -111,11 +118,16 @@ def read_meta(folder: Path) -> ShardMeta:
                 raise DataError(f"token shards {folder} are damaged: {split}.bin has {size:,} bytes, not {expected:,}")
     except OSError as error:
         raise DataError(f"token shards {folder} cannot be read: {error}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"token shards {folder} are damaged: meta.json: {error}") from error
     return meta
+
+
+def _digest(tree: dict[str, Any]) -> str:
+    """Of what a meta.json says."""
+    return digest_of(json.dumps(tree, sort_keys=True))
 
 
 def verify(folder: Path, meta: ShardMeta, cache: Path) -> None:
@@ -206,7 +218,8 @@ def build_shards(
                 special=special,
             )
             tokenizer.save(partial)
-            atomic_write(partial / "meta.json", json.dumps(asdict(meta), indent=2))
+            tree = asdict(meta)
+            atomic_write(partial / "meta.json", json.dumps(tree | {"digest": _digest(tree)}, indent=2))
             partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

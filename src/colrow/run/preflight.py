@@ -12,6 +12,7 @@ from colrow.checking.check import Finding, check_static
 from colrow.checking.degrees import plan_degrees
 from colrow.checkpoint.distributed import Checkpoints
 from colrow.checkpoint.folder import CheckpointInfo
+from colrow.checkpoint.huggingface import require_weights
 from colrow.checkpoint.loading import require_same_model, require_same_vocabulary, signature
 from colrow.checkpoint.manifest import read_manifest
 from colrow.checkpoint.state import model_tensors, require_storable
@@ -79,6 +80,8 @@ def check(config: RunConfig, local_ranks: int | None = None, plan: Plan | None =
     changes = changed_keys(config, newest.step if newest else 0)
     source = build_source(config.model, config.run.seed)
     check_model(config, source)
+    if source.weights == "folder" and source.folder is not None:
+        require_weights(source.model, source.folder)
     require_storable(source.model)
     decay_by_name(source.model, config.train)  # raises where a pattern of no_decay matches nothing
     source = replace(source, auxiliary=auxiliary_weights(source, config.train.auxiliary_losses))
