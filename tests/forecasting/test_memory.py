@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from colrow.forecasting.memory import GIB, WORKSPACES, Setting, peak_memory
+from colrow.forecasting.memory import GIB, WORKSPACES, Setting, _StagePeak, peak_memory, stages_of
+from colrow.forecasting.storages import LiveStorages
 from colrow.forecasting.walk import HEAD, ROOT, Cell, Walk, walk
 from colrow.mesh import Mesh
 from colrow.models.llama import Llama, LlamaConfig
 from colrow.models.shapes import SHAPES
 from colrow.plans.plan import Plan
+from colrow.torch_compat import fake_tensors
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 CONFIG = LlamaConfig(
@@ -69,6 +71,52 @@ def test_only_what_a_rank_allocates_is_counted(walked: Walk) -> None:
     embedded = tokens * D * 2 // EAGER.tp
     assert first <= embedded + rope + positions + ids + 4096
     assert walked.boundary == embedded
+
+
+def test_a_fused_kernel_holds_what_it_reads_until_it_has_written() -> None:
+    """Only an output of the size of an input that nothing else reads takes its place; slices put together do not."""
+    n = 64
+    unit = 4 * n * n
+
+    def peak(step: Any, *, fused: bool = True) -> float:
+        with fake_tensors():
+            x = torch.empty(n, n)
+            storages = LiveStorages([x], fused=fused)
+            with storages:
+                storages.begin("block", backward=False)
+                step(x)
+            return storages.finish()[-1].peak.total / unit
+
+    def joined(x: Tensor) -> None:
+        both = torch.cat([(x @ x).neg(), (x @ x).neg()])
+        both @ x
+
+    def in_place(x: Tensor) -> None:
+        y = (x @ x).neg()
+        y @ x
+
+    def read_once_more(x: Tensor) -> None:
+        y = x @ x
+        z, w = y.neg(), y.exp()
+        del y
+        z @ x
+        w @ x
+
+    assert peak(joined) == 2 + 2
+    assert peak(in_place) == 1 + 1  # the output, and what the second product makes
+    assert peak(in_place, fused=False) == 1 + 1
+    assert peak(read_once_more) == 2 + 1
+    assert peak(read_once_more, fused=False) == 3
+
+
+def test_fsdp_frees_the_head_when_its_backward_has_ended(walked: Walk) -> None:
+    setting = Setting(mesh=Mesh(tp=2, dp_shard=2), copies=False)
+    stage = _StagePeak(walked, setting, next(stages_of(walked, setting)), summed=False)
+    block, head = (walked.units[name] for name in (walked.order[0], HEAD))
+    assert head.count
+    before = stage._gathered([block])
+    stage._done.append(head)
+    assert stage._gathered([block]) == before - head.count
 
 
 class KeepsFp32Logits(Llama):

@@ -8,7 +8,7 @@ bytes a parameter: master 4, two moments 8, where the compute dtype is lower a c
   is reduced, 4 bytes a parameter of the unit, lives until the next unit's is.
 - FSDP2, several micro-batches: sums are not reduced until the last, 4 bytes a parameter of the tp rank.
 - FSDP2 with resharding: of the gathered weights those of the running unit and of the prefetched one, and of root and
-  head; without: all of them.
+  head until their backward has ended; without: all of them.
 - `mesh.data_engine: flat`: a copy of 2 / dp_shard beside two blocks' gathered weights, root and head; gradients are
   fp32 shards at once, of all micro-batches, and what ranks exchange takes 2 bytes a parameter of the unit.
 
@@ -287,8 +287,10 @@ class _StagePeak:
         return mesh.dp > 1 or self._walk.cell.dtype != torch.float32
 
     def _gathered(self, units: list[UnitParameters]) -> int:
-        """Parameters that FSDP2 holds unsharded: the running unit's, and root and head, which stay."""
-        held = {id(unit): unit for unit in (*units, self._walk.units[ROOT], self._walk.units[HEAD])}
+        """Parameters that FSDP2 holds unsharded: the running unit's, and root and head until their backward ends."""
+        done = {id(unit) for unit in self._done}
+        ends = [unit for unit in (self._walk.units[ROOT], self._walk.units[HEAD]) if id(unit) not in done]
+        held = {id(unit): unit for unit in (*units, *ends)}
         return sum(unit.count for unit in held.values() if any(unit is own for own in self._units))
 
     def _flat_weights(self) -> int:
