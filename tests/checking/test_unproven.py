@@ -74,20 +74,20 @@ def test_plans_of_models_that_cut_their_heads_in_other_ways_are_proven(model_typ
     assert unproven_operators(model, derive(model, 2, inputs=inputs).plan(), 2, inputs=inputs) == []
 
 
+FAST_DERIVED = {
+    "OPT": {"ffn_dim": 64, "num_hidden_layers": 2, "max_position_embeddings": 64, "word_embed_proj_dim": 32},
+    "GPT2": {"num_hidden_layers": 2, "max_position_embeddings": 64, "tie_word_embeddings": True},
+}
+
+
 @pytest.mark.exhaustive
-def test_a_derived_plan_of_fast_styles_is_proven() -> None:
-    """Of a model whose table of positions has all of a sequence's tokens."""
+@pytest.mark.parametrize("family", FAST_DERIVED)
+def test_a_derived_plan_of_fast_styles_is_proven(family: str) -> None:
+    """Of models whose table of positions has all of a sequence's tokens; GPT-2 writes the tokens' number too."""
     transformers = pytest.importorskip("transformers")
-    config = transformers.OPTConfig(
-        vocab_size=96,
-        hidden_size=32,
-        ffn_dim=64,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        max_position_embeddings=64,
-        word_embed_proj_dim=32,
-    )
-    model = transformers.OPTForCausalLM(config).eval()
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_attention_heads": 8}
+    config = getattr(transformers, f"{family}Config")(**sizes, **FAST_DERIVED[family])
+    model = getattr(transformers, "GPT2LMHeadModel" if family == "GPT2" else "OPTForCausalLM")(config).eval()
     plan = Plan.derive(model, 2, styles="fast")
     assert {"fast_colwise", "fast_shard_tokens"} <= {style.name for style in plan.modules.values()}
     assert unproven_operators(model, plan, 2, 2, 16) == []

@@ -179,9 +179,9 @@ def tokens(normed: Callable[[Tensor], Tensor]) -> Case:
     return Case(lambda: m.Gpt(block=partial(TokenBlock, normed=normed)), lambda: gpt_plan(sequence=True, norm1=local))
 
 
-def fast_plan() -> Plan:
+def fast_plan(**more: Any) -> Plan:
     """As `llama-fast` splits: each rank has a shard of the flattened tokens."""
-    modules: dict[str, Any] = dict.fromkeys(("blocks.*.norm1", "blocks.*.norm2", "norm"), "grad_sum")
+    modules: dict[str, Any] = dict.fromkeys(("blocks.*.norm1", "blocks.*.norm2", "norm"), "grad_sum") | more
     modules |= {"embed": "fast_embedding", "head": {"style": "fast_head", "gather": True}}
     for module, columns, row in (("attn", ["q", "k", "v"], "out"), ("mlp", ["up"], "down")):
         modules[f"blocks.*.{module}"] = {"style": "fast_gather", "columns": columns}
@@ -190,8 +190,30 @@ def fast_plan() -> Plan:
     return Plan(modules=modules, loss="replicated", name="fast")
 
 
-def flattened(normed: Callable[[Tensor], Tensor]) -> Case:
-    return Case(lambda: m.Gpt(OwnAttention, block=partial(TokenBlock, normed=normed)), fast_plan)
+def flattened(normed: Callable[[Tensor], Tensor], train: bool = False) -> Case:
+    return Case(lambda: m.Gpt(OwnAttention, block=partial(TokenBlock, normed=normed)), fast_plan, train)
+
+
+class WrittenSizes(m.Gpt):
+    """Writes the sizes of the tokens, which a rule makes a rank's, and the number of sequences."""
+
+    def __init__(self) -> None:
+        super().__init__(OwnAttention)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x).view(-1, ids.shape[1], m.D).view(ids.shape[0], -1, m.D)
+        return self.head(self.norm(x))
+
+
+def viewed(function: Callable[[Tensor], Tensor]) -> Case:
+    """Features in eight groups, whose number the code writes and a rule makes a rank's."""
+    groups = {"style": "replicate", "sizes": {"view(*, *, 8, *)": "*, *, /tp, *"}}
+    return Case(
+        lambda: m.Gpt(mlp=lambda: FeatureMLP(lambda h: function(h.view(*h.shape[:2], 8, -1)).flatten(2))),
+        lambda: gpt_plan(mlp=groups),
+    )
 
 
 def causal_convolution() -> nn.Module:
@@ -338,6 +360,7 @@ WRONG = {
     "kth feature": features(lambda h: h - h.kthvalue(2, dim=-1, keepdim=True).values),
     "features in fourier space": features(lambda h: torch.fft.fft(h).real),
     "features normalised by einsum": features(lambda h: h * torch.einsum("btf,btf->bt", h, h)[..., None]),
+    "norm of all groups of features, in code with sizes": viewed(lambda h: h / h.norm(dim=(-2, -1), keepdim=True)),
     "norm of everything": features(lambda h: h / h.norm()),
     "slopes drawn for features": features(lambda h: F.rrelu(h, training=True), train=True),
     "features pooled": features(lambda h: h - F.avg_pool1d(h, 3, stride=1, padding=1)),
@@ -384,6 +407,13 @@ RIGHT = {
     "pairs of features turned": Case(lambda: m.Gpt(block=partial(TokenBlock, normed=turned_pairs))),
     "tokens changed alone": tokens(lambda h: h / (1e-3 + h.norm(dim=-1, keepdim=True))),
     "flattened tokens changed alone": flattened(lambda h: h / (1e-3 + h.norm(dim=-1, keepdim=True))),
+    "channels of flattened tokens dropped": flattened(
+        lambda h: F.dropout2d(h.unsqueeze(-1), 0.3).view(h.shape), train=True
+    ),
+    "sizes of flattened tokens": Case(
+        WrittenSizes, lambda: fast_plan(**{"": {"style": "replicate", "sizes": {"view(-1, *, *)": "*, /tp, *"}}})
+    ),
+    "norm of each group of features, in code with sizes": viewed(lambda h: h / h.norm(dim=-1, keepdim=True)),
     "norm of each head": attention(output=lambda o: F.layer_norm(o, (m.E,))),
     "causal convolution of all tokens": on_stream(causal_convolution),
     "dropout of all tokens": on_stream(lambda: nn.Dropout(0.1), train=True),

@@ -33,6 +33,7 @@ from colrow.dryrun.module_tracker import LOSS
 from colrow.dryrun.numbered import NumberedRun, Value
 from colrow.dryrun.paired_runs import ShardedRun, UnshardedRun
 from colrow.dryrun.reduced_copy import reduced_copy
+from colrow.dryrun.sequence_sizes import sizes_of_sequences
 from colrow.dryrun.unproven import Unproven
 from colrow.parallel.loss import loss_context
 from colrow.parallel.parallelize import parallelize
@@ -44,6 +45,9 @@ from colrow.styles.fast.unflatten import complete_sequences, views_complete_sequ
 from colrow.styles.rank_tensors import RANK_TABLES
 from colrow.styles.site import Site
 from colrow.torch_compat import fake_tensors, forget_shardings
+
+ModuleDraws = dict[str, tuple[Draw, ...]]
+"""By a module's name, what its own code draws in a call."""
 
 
 def unproven_operators(
@@ -70,9 +74,40 @@ def unproven_operators(
     # a user's code between blocks with flattened tokens: see [Note: two views of flattened tokens]
     with complete_sequences():
         again = walk(_of_sequences_for_all(request))
-    more = again.unproven if isinstance(again, Walk) else []
+    if isinstance(again, Exception):
+        return found.unproven
     listed = {(each.operator, each.where, each.line) for each in found.unproven}
-    return found.unproven + [each for each in more if (each.operator, each.where, each.line) not in listed]
+    more = [each for each in again.unproven if (each.operator, each.where, each.line) not in listed]
+    draws = _told_apart(found.draws, again.draws).items()
+    unknown = [name for name, drawn in draws if not all(draw.is_known for draw in drawn)]
+    text = "nothing says whether it drops tokens or heads: each rank draws random numbers of its own"
+    return found.unproven + more + [Unproven("dropout", name, "", text) for name in unknown]
+
+
+def draws_by_module(request: Request) -> Walk | Exception:
+    """What a forward draws, in every block."""
+    found = walk(request, all_blocks=True, backward=False)
+    if isinstance(found, Exception) or all(draw.is_known for drawn in found.draws.values() for draw in drawn):
+        return found
+    if not _flattens_tokens(request):
+        return found
+    with complete_sequences():
+        again = walk(_of_sequences_for_all(request), all_blocks=True, backward=False)
+    return found if isinstance(again, Exception) else replace(found, draws=_told_apart(found.draws, again.draws))
+
+
+def _told_apart(first: ModuleDraws, second: ModuleDraws) -> ModuleDraws:
+    """The draws of the first view of flattened tokens. What may be tokens or heads there is a shard of dim 0 in the
+    second view where it is tokens, and of dim 1 where it is heads."""
+    known = {sharded(0): Draw(sharded(1), flattened=True), sharded(1): Draw(sharded(1))}
+    found = {}
+    for name, drawn in first.items():
+        others = second.get(name, ())
+        if len(others) == len(drawn):
+            pairs = zip(drawn, others, strict=True)
+            drawn = tuple(draw if draw.is_known else known.get(other.layout, draw) for draw, other in pairs)
+        found[name] = drawn
+    return found
 
 
 def _flattens_tokens(request: Request) -> bool:
@@ -99,7 +134,7 @@ class Walk:
     """
 
     unproven: list[Unproven]
-    draws: dict[str, tuple[Draw, ...]]
+    draws: ModuleDraws
 
 
 def walk(request: Request, *, all_blocks: bool = False, backward: bool = True) -> Walk | Exception:
@@ -126,7 +161,7 @@ def _walked(request: Request, keep: int, backward: bool, sequences: int) -> Walk
     copies = [reduced_copy(request.model, styles, BlockTraces(), keep) for _ in range(2)]
     unsharded, parallel = (copy.model for copy in copies)
     original = copies[1].original
-    names = {name: original(name) for name, _ in parallel.named_modules() if name}
+    names = {name: original(name) for name, _ in parallel.named_modules()}
     resolved = {new: styles[old] for new, old in names.items() if old in styles}
     plan = replace(request.plan, modules=resolved)
     with ExitStack() as stack:
@@ -156,6 +191,8 @@ def _walked(request: Request, keep: int, backward: bool, sequences: int) -> Walk
         length = lengths[0] if flattened and lengths else 0
         run = ShardedRun(parallel, reference, mesh, resolved, segments, length, counted)
         try:
+            if counted[0] and lengths:
+                stack.enter_context(sizes_of_sequences(run, counted, lengths[0]))
             with run.conversions(), loss_context(plan, mesh):
                 number, layout = _step(run, parallel, given, request.loss, plan, backward)
         except Exception as error:

@@ -41,7 +41,10 @@ from colrow.torch_compat import (
 _COLROW = Path(__file__).parents[1]
 _STYLE_CODE = tuple(str(_COLROW / room) for room in ("styles", "ops", "sharding", "parallel"))
 _DRYRUN, _COMPAT = _COLROW / "dryrun", _COLROW / "torch_compat"
-_PASSED_OVER = (__file__, *map(str, (_DRYRUN / "paired_runs.py", _DRYRUN / "lockstep.py", _COMPAT / "groups.py")))
+_PASSED_OVER = (
+    *(__file__, *map(str, (_DRYRUN / "paired_runs.py", _DRYRUN / "lockstep.py", _DRYRUN / "sequence_sizes.py"))),
+    *map(str, (_COMPAT / "groups.py", _COLROW / "styles" / "local_sizes.py")),  # around calls of the model's own code
+)
 _VIEWS = ("view", "_unsafe_view", "_reshape_alias")
 
 
@@ -126,6 +129,10 @@ class NumberedRun(TorchDispatchMode):
     def set_value(self, tensor: Tensor, number: Hashable, layout: Layout) -> None:
         """What the tensor is from now on."""
         self._values[self._key(tensor)] = Value(number, layout)
+
+    def known(self, tensor: Tensor) -> Value | None:
+        """What the tensor is, asked by nothing that computes with it."""
+        return None if is_transformed(tensor) else self._values.get(self._key(tensor))
 
     def windows(self, tensor: Tensor) -> Iterator[tuple[Any, Value]]:
         """All that is known of other windows on the tensor's storage."""

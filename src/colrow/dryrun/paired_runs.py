@@ -315,9 +315,9 @@ class ShardedRun(NumberedRun):
         flattened = False
         if self._flattened and layout == sharded(1):
             shape = recorded.results[0] if recorded else ()
-            flattened = len(shape) == 3 and shape[1] == self._flattened
-            if len(shape) != 3 and shape[1:2] == (self._flattened,):
-                layout = UNKNOWN  # heads, or tokens
+            flattened = shape[1:2] == (self._flattened,)
+            if flattened and len(shape) > 3:
+                layout = UNKNOWN  # heads, or tokens: the other view tells
         call = self._stack[-1] if self._stack else (LOSS, 0)
         self.draws[call].append(Draw(layout, flattened))
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from colrow.dryrun.calls import GivenInputs, Inputs, Loss, call_model, default_loss, example_inputs
 from colrow.dryrun.dry_run import Request
 from colrow.dryrun.fake_world import materialize_fake, meta_copy
-from colrow.dryrun.lockstep import walk
+from colrow.dryrun.lockstep import draws_by_module
 from colrow.plans.plan import Plan
 from colrow.sharding.draws import Draw, draws
 from colrow.sharding.local_layout import REPLICATED
@@ -84,7 +84,7 @@ def random_draws(
     request = Request(model, plan, tp, batch_size, seq_len, inputs, loss, dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = walk(request, all_blocks=True, backward=False)
+        found = draws_by_module(request)
     if isinstance(found, Exception):
         return RandomDraws(drew, unknown={"": f"it does not run on tensors without values ({_first_line(found)})"})
     unknown = {

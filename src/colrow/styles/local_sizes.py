@@ -32,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 
 from colrow.errors import PlanError
 from colrow.sharding.local_view import replace_forward
+from colrow.styles.fast.unflatten import holds_complete_sequences
 from colrow.torch_compat import open_attention
 
 Sizes = tuple[Any, ...]
@@ -238,7 +239,8 @@ class LocalSizes(CodeMode):
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         call = CALLS.get(func)
         if call is not None and (written := sizes_written(func, args, kwargs)) is not None:
-            for rule in self.rules:
+            holds_sequences = isinstance(args[0], Tensor) and holds_complete_sequences(args[0])
+            for rule in () if holds_sequences else self.rules:
                 if rule.matches(call.name, written):
                     local = rule.apply(written, self.tp)
                     if fits(func, args, written) and not fits(func, args, local):

@@ -7,12 +7,14 @@ in two walks: in one a rank's tokens are taken for a shard of dim 1, in the othe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 _view = {"complete sequences": False}
+_holders: list[Callable[[Tensor], bool]] = []
 
 
 def unflatten_tokens(y_ND: Tensor, like: Tensor) -> Tensor:
@@ -21,9 +23,12 @@ def unflatten_tokens(y_ND: Tensor, like: Tensor) -> Tensor:
     flattened = like.dim() - y_ND.dim() + 1
     if flattened == 1:
         return y_ND
+    sizes = [*like.shape[: flattened - 1], -1]
     if _view["complete sequences"]:
-        return y_ND.view(-1, *like.shape[1:flattened], *y_ND.shape[1:])
-    return y_ND.view(*like.shape[: flattened - 1], -1, *y_ND.shape[1:])
+        sizes = [-1, *like.shape[1:flattened]]
+    # not Tensor.view: where a module around this one has rules for sizes in its code, they would change these
+    view: Tensor = torch.ops.aten.view.default(y_ND, [*sizes, *y_ND.shape[1:]])
+    return view
 
 
 def views_complete_sequences() -> bool:
@@ -40,3 +45,18 @@ def complete_sequences() -> Iterator[None]:
         yield
     finally:
         _view["complete sequences"] = False
+
+
+def holds_complete_sequences(x: Tensor) -> bool:
+    """Whether a tensor is a rank's complete sequences in that view: the sizes of one are those of the unsharded run."""
+    return any(holds(x) for holds in _holders)
+
+
+@contextmanager
+def complete_sequences_in(holds: Callable[[Tensor], bool]) -> Iterator[None]:
+    """Within, `holds` answers `holds_complete_sequences`."""
+    _holders.append(holds)
+    try:
+        yield
+    finally:
+        _holders.remove(holds)
