@@ -108,31 +108,9 @@ class _LocalBlockHooks(ParallelStyle):
         shard_parameters(module, mesh, self.specs, self.src_data_rank)
         view_buffers(module, mesh, self.specs)
         mark_grads_summed_at_entry(module)
-        layouts: dict[int | str, Placement | None] = {}
-        layouts.update(enumerate(style.input or ()))
-        layouts.update(style.input_kwargs or {})
-        slices, outputs = style.slices or {}, style.output or ()
-        keys = [str(key) for key in (*layouts, *slices)]
-        nested = {key[:i] for key in keys for i, letter in enumerate(key) if letter == "."}
-
-        def arrange(key: int | str, value: Any, gathered: list[tuple[Any, Placement, Any]]) -> Any:
-            if str(key) in nested and type(value) in (tuple, list):
-                return type(value)(arrange(f"{key}.{i}", item, gathered) for i, item in enumerate(value))
-            if str(key) in nested and type(value) is dict:
-                return {name: arrange(f"{key}.{name}", item, gathered) for name, item in value.items()}
-            if (layout := layouts.get(key)) is not None:
-                # one tensor that is query, key and value is gathered once; a graph of torch 2.11 has no id() of tensors
-                done = [local for given, to, local in gathered if given is value and to == layout]
-                local = done[0] if done else local_input(value, mesh, layout, gather=True)
-                gathered.append((value, layout, local))
-                value = local
-            heads = slices.get(str(key))
-            return value if heads is None or not isinstance(value, Tensor) else rank_heads(value, mesh, **heads)
-
-        def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
-            gathered: list[tuple[Any, Placement, Any]] = []
-            placed = tuple(arrange(i, a, gathered) for i, a in enumerate(args))
-            return placed, {k: arrange(k, v, gathered) for k, v in kwargs.items()}
+        layouts = {str(i): layout for i, layout in enumerate(style.input or ())} | (style.input_kwargs or {})
+        inputs = _BlockInputs(mesh, layouts, style.slices or {})
+        outputs = style.output or ()
 
         def after(_: nn.Module, args: Any, out: Any) -> Any:
             if isinstance(out, Tensor):
@@ -140,7 +118,46 @@ class _LocalBlockHooks(ParallelStyle):
             reduced = [o if to is None else sum_over_ranks(o, mesh, to) for o, to in zip(out, outputs, strict=False)]
             return type(out)([*reduced, *out[len(reduced) :]])
 
-        module.register_forward_pre_hook(before, with_kwargs=True)
+        module.register_forward_pre_hook(inputs.pre_hook, with_kwargs=True)
         if any(layout is not None for layout in outputs):
             module.register_forward_hook(after)
         return module
+
+
+class _BlockInputs:
+    """The arguments of a block's forward, as its code uses them: local tensors, this rank's heads of a constant.
+
+    Args:
+        layouts: by an argument's position or name, or by its path in a tuple, a list or a dict (`rotary.0`).
+        slices: arguments of `rank_heads`, in the same way.
+    """
+
+    def __init__(
+        self, mesh: DeviceMesh, layouts: dict[str, Placement | None], slices: dict[str, dict[str, int]]
+    ) -> None:
+        self.mesh, self.layouts, self.slices = mesh, layouts, slices
+        keys = [*layouts, *slices]
+        self._nested = {key[:i] for key in keys for i, letter in enumerate(key) if letter == "."}
+
+    def pre_hook(self, _: nn.Module, args: Any, kwargs: Any) -> Any:
+        gathered: list[tuple[Any, Placement, Any]] = []
+        placed = tuple(self._placed(str(i), arg, gathered) for i, arg in enumerate(args))
+        return placed, {key: self._placed(key, value, gathered) for key, value in kwargs.items()}
+
+    def _placed(self, key: str, value: Any, gathered: list[tuple[Any, Placement, Any]]) -> Any:
+        if key in self._nested and type(value) in (tuple, list):
+            return type(value)(self._placed(f"{key}.{i}", item, gathered) for i, item in enumerate(value))
+        if key in self._nested and type(value) is dict:
+            return {name: self._placed(f"{key}.{name}", item, gathered) for name, item in value.items()}
+        if (layout := self.layouts.get(key)) is not None:
+            value = self._gathered_once(value, layout, gathered)
+        heads = self.slices.get(key)
+        return value if heads is None or not isinstance(value, Tensor) else rank_heads(value, self.mesh, **heads)
+
+    def _gathered_once(self, value: Any, layout: Placement, gathered: list[tuple[Any, Placement, Any]]) -> Any:
+        """One tensor that is query, key and value has one gather, and so one sum of its gradient."""
+        # no dict by id(): a graph of torch 2.11 has no id() of tensors
+        done = [local for given, to, local in gathered if given is value and to == layout]
+        local = done[0] if done else local_input(value, self.mesh, layout, gather=True)
+        gathered.append((value, layout, local))
+        return local
