@@ -184,39 +184,20 @@ def build_shards(
     """
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     dtype = dtype_for(tokenizer.vocab_size)
-    special = 0
     progress.stage("tokenizing", corpus.size())
     try:
         with writing_to(folder.parent):
             partial.mkdir(parents=True)
-            writers = {split: _Writer(partial / f"{split}.bin", dtype) for split in SPLITS}
+            splits = _SplitWriters(partial, dtype, validation_fraction)
         with closing(encode_in_order(_chunks(corpus), tokenizer, dtype, workers)) as stream:
             for encoded in stream:
-                special += encoded.special
-                held_out = encoded.fractions < validation_fraction
                 with writing_to(folder.parent):
-                    writers["train"].add(encoded, ~held_out)
-                    writers["validation"].add(encoded, held_out)
-                tokens = sum(writer.tokens for writer in writers.values())
-                progress.advance(int(encoded.text_bytes.sum()), f"{tokens / 1e6:,.1f}M tokens")
+                    splits.add(encoded)
+                progress.advance(int(encoded.text_bytes.sum()), f"{splits.tokens / 1e6:,.1f}M tokens")
         if corpus.fingerprint() != fingerprint:
             raise DataError(f"corpus {corpus.describe()} has changed while it was read: start again when it is at rest")
         with writing_to(folder.parent):
-            meta = ShardMeta(
-                format=FORMAT,
-                dtype=dtype,
-                vocab_size=tokenizer.vocab_size,
-                eos_id=tokenizer.eos_id,
-                tokenizer=tokenizer.digest,
-                corpus=fingerprint,
-                source=corpus.describe(),
-                validation_fraction=validation_fraction,
-                documents={split: writer.documents for split, writer in writers.items()},
-                tokens={split: writer.tokens for split, writer in writers.items()},
-                text_bytes={split: writer.text_bytes for split, writer in writers.items()},
-                digests={split: writer.close() for split, writer in writers.items()},
-                special=special,
-            )
+            meta = splits.close(corpus, fingerprint, tokenizer)
             tokenizer.save(partial)
             tree = asdict(meta)
             atomic_write(partial / "meta.json", json.dumps(tree | {"digest": _digest(tree)}, indent=2))
@@ -229,6 +210,42 @@ def build_shards(
 def dtype_for(vocab_size: int) -> str:
     """The narrowest type that holds every id below `vocab_size`."""
     return "<u2" if vocab_size <= 1 << 16 else "<u4"
+
+
+class _SplitWriters:
+    """The files of both splits while they grow."""
+
+    def __init__(self, folder: Path, dtype: str, validation_fraction: float) -> None:
+        self._writers = {split: _Writer(folder / f"{split}.bin", dtype) for split in SPLITS}
+        self._dtype, self._validation_fraction, self._special = dtype, validation_fraction, 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(writer.tokens for writer in self._writers.values())
+
+    def add(self, encoded: Encoded) -> None:
+        held_out = encoded.fractions < self._validation_fraction
+        self._writers["train"].add(encoded, ~held_out)
+        self._writers["validation"].add(encoded, held_out)
+        self._special += encoded.special
+
+    def close(self, corpus: Corpus, fingerprint: str, tokenizer: Tokenizer) -> ShardMeta:
+        writers = self._writers.items()
+        return ShardMeta(
+            format=FORMAT,
+            dtype=self._dtype,
+            vocab_size=tokenizer.vocab_size,
+            eos_id=tokenizer.eos_id,
+            tokenizer=tokenizer.digest,
+            corpus=fingerprint,
+            source=corpus.describe(),
+            validation_fraction=self._validation_fraction,
+            documents={split: writer.documents for split, writer in writers},
+            tokens={split: writer.tokens for split, writer in writers},
+            text_bytes={split: writer.text_bytes for split, writer in writers},
+            digests={split: writer.close() for split, writer in writers},
+            special=self._special,
+        )
 
 
 class _Writer:

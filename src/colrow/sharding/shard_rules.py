@@ -32,28 +32,23 @@ from colrow.torch_compat import NoRuleError, propagated
 
 
 def proven_layouts(call: LocalCall, mesh: DeviceMesh) -> list[Layout]:
-    """The layout of each result. Raises UnprovenError."""
-    facts, layouts = call.facts, [layout for layout, _ in call.tensors]
-    # All elements are equal: any smaller tensor is a shard of the larger one.
-    if facts.rule == "constant" and facts.fills not in (Filling.POSITION, Filling.RANDOM):
+    """The layout of each result, by the first rule that covers the call. Raises UnprovenError."""
+    if call.facts.rule == "constant" and call.facts.fills not in (Filling.POSITION, Filling.RANDOM):
+        # All elements are equal: any smaller tensor is a shard of the larger one.
         return [_of_equal_elements(call, 0, range(len(call.results[0])))]
-    if call.wanted is not None and (found := _pieces_with_repeats(call)) is not None:
+    if (found := _pieces_with_repeats(call)) is not None:
         return found
-    if any(layout.repeated for layout in layouts):
-        if _draws(call):
-            raise UnprovenError("ranks that hold the same head would draw different random numbers for it")
+    if any(layout.repeated for layout, _ in call.tensors):
         return _of_repeated(call, mesh)
-    all_replicated = all(layout == REPLICATED for layout in layouts)
+    all_replicated = all(layout == REPLICATED for layout, _ in call.tensors)
     if _draws(call) and not (all_replicated and call.same_results):
         return _of_draw(call)
     if all_replicated:
         return _of_replicated(call)
-    if (found := _linear_backward(call)) is not None:
-        return found
     # Ours before DTensor's: each stands where DTensor has no rule or moves data, or is wrong for local tensors.
-    rule = RULES.get(call.name) or RULES.get(call.name.rstrip("_"))
-    if rule is not None and (found := rule(call)) is not None:
-        return found
+    for rule in (_linear_backward, RULES.get(call.name) or RULES.get(call.name.rstrip("_"))):
+        if rule is not None and (found := rule(call)) is not None:
+            return found
     if call.differing and not (call.name in SIZES or call.name.endswith("_like")):
         here, there = call.differing[0]
         raise UnprovenError(f"an argument is {here} on the shard and {there} in the unsharded model", call.sharded_dim)
@@ -141,6 +136,8 @@ def _linear_in_one(call: LocalCall) -> list[Layout] | None:
 
 def _of_repeated(call: LocalCall, mesh: DeviceMesh) -> list[Layout]:
     """By the operator on the tensors with repeated heads, whose shards the ranks hold; see [Note: repeated heads]."""
+    if _draws(call):
+        raise UnprovenError("ranks that hold the same head would draw different random numbers for it")
     if call.wanted is None:
         raise UnprovenError("an operator that the unsharded model has not, on repeated heads", call.sharded_dim)
     plain = tuple(layout and sharded(layout.dim, layout.segments) if layout and layout.repeated else layout
@@ -212,6 +209,8 @@ def _with_sizes_repeated(call: LocalCall, mesh: DeviceMesh) -> list[Layout]:
 def _pieces_with_repeats(call: LocalCall) -> list[Layout] | None:
     """Along segments of which some have repeated heads: the same segments here and there, or a piece of one that each
     rank holds completely. The gradient of pieces goes the other way. None: another operator, or along another dim."""
+    if call.wanted is None:
+        return None
     backward = call.name in PIECES_BACKWARD
     layout = call.forward if backward else next((layout for layout, _ in call.tensors), None)
     pieces = call.pieces(layout.dim) if layout and layout.repeated else None
