@@ -7,7 +7,8 @@
     python -m benchmarks.cells report forecast.json calibrated-forecast.json measured.json -o results.json
 
 Cells are Llama 3 8B's width with 16 layers, unless their name says more; the most valuable come first. Those of four
-GPUs are numbers 0 to 21, the rest take two. A group's cells train the same tokens in a step, so that they compete.
+GPUs are numbers 0 to 21 and 69, 70; those of eight come after them; the rest take two. A group's cells train the same
+tokens in a step, so that they compete.
 `--small` tries all of it on a CPU.
 """
 
@@ -141,6 +142,30 @@ TWO_GPUS = (
     Cell("8 layers, 1k", "dp_replicate2", "linear", 8, 1, 1024, 8),
     *(Cell("memory's edge, 16 layers", "dp_shard2", "linear", 1, 1, seq_len) for seq_len in EDGES),
 )
+FLAT = ":mesh.data_engine=flat:fsdp.gather=copy_engine:fsdp.exchange=copy_engine"
+EIGHT_GPUS = (
+    Cell("eight GPUs, 8k", "tp8", "overlap", 8),
+    Cell("eight GPUs, 8k", "tp4-dp_shard2", "overlap", 4),
+    Cell("eight GPUs, 8k", "tp2-dp_shard4", "overlap", 2),
+    Cell("eight GPUs, 8k", "dp_shard8", "linear", 1),
+    Cell("eight GPUs, 8k flat", "tp4-dp_shard2", "overlap", 4, changes=FLAT),
+    Cell("eight GPUs, 8k flat", "tp2-dp_shard4", "overlap", 2, changes=FLAT),
+    Cell("eight GPUs, 8k flat", "dp_shard8", "linear", 1, changes=FLAT),
+    Cell("eight GPUs, 8k recomputed", "tp8", "overlap", 8, recompute="full"),
+    Cell("eight GPUs, 8k recomputed", "tp4-dp_shard2", "overlap", 4, recompute="full"),
+    Cell("eight GPUs, 8k recomputed", "tp2-dp_shard4", "overlap", 2, recompute="full"),
+    Cell("eight GPUs, 32k recomputed", "tp8", "overlap", 4, 1, 32768, recompute="full"),
+    Cell("eight GPUs, 32k recomputed", "tp4-dp_shard2", "overlap", 2, 1, 32768, recompute="full"),
+    Cell("eight GPUs, 32k recomputed", "tp2-dp_shard4", "overlap", 1, 1, 32768, recompute="full"),
+    Cell("eight GPUs, 32k", "tp8", "overlap", 4, 1, 32768),
+    Cell("eight GPUs, 32k", "tp4-dp_shard2", "overlap", 2, 1, 32768),
+    Cell("eight GPUs, 32k", "tp2-dp_shard4", "overlap", 1, 1, 32768),
+    Cell("eight GPUs, 32 layers", "tp8", "overlap", 4, layers=32),
+    Cell("eight GPUs, 32 layers", "tp4-dp_shard2", "overlap", 2, layers=32),
+    Cell("eight GPUs, 32 layers", "tp2-dp_shard4", "overlap", 1, layers=32),
+    Cell("eight GPUs, experts", "dp_shard8", "config", 1, model="mixture", changes=":plan=derive"),
+    Cell("eight GPUs, 8k", "pp2-tp4", "overlap", 2, 4),
+)
 EIGHT, LONG, FULL = "8k", "32k", "8k recomputed"
 CELLS = (
     Cell(EIGHT, "tp4", "overlap", 4),
@@ -173,6 +198,9 @@ CELLS = (
     Cell("two GPUs, 32k", "dp_shard2", "linear", 1, seq_len=32768, recompute="full"),
     Cell("two GPUs, 8k recomputed", "tp2", "overlap", 2, recompute="full"),
     *TWO_GPUS,
+    Cell("8k flat", "tp2-dp_shard2", "overlap", 2, changes=FLAT),
+    Cell("8k flat", "dp_shard4", "linear", 1, changes=FLAT),
+    *EIGHT_GPUS,
 )
 # fmt: on
 
@@ -234,7 +262,7 @@ def forecast_all(options: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     source = device_named(options.gpu, options.table).source
     with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
-        jobs = [pool.submit(forecast, cell, options.gpu, options.table, 4, options.small) for cell in options.cells]
+        jobs = [pool.submit(forecast, cell, options.gpu, options.table, 8, options.small) for cell in options.cells]
         for job in jobs:
             rows.append(job.result())
             _write(options.output, {"rates": source, "cells": rows})
