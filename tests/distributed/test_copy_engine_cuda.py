@@ -43,7 +43,7 @@ def run(inputs: list[Tensor], overlap: Overlap, delay: Callable[[], None] = lamb
     x, w, dY, xf, wf, dy = inputs
     out = [*ops.column_forward(x, [w], group, options)[:1]]
     delay()
-    out.append(ops.row_forward(xf, wf, group, options))
+    out.append(ops.row_forward(xf, wf, group, options)[0])
     delay()
     out += ops.row_backward(dy, xf, wf, group, options, True, True)
     delay()

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.mesh import Mesh
 from colrow.models.llama import Llama
+from colrow.parallel.activation_checkpoint import Mode, apply_activation_checkpoint
 from colrow.parallel.compile import compile_forward
 from colrow.parallel.loss import model_loss
 from colrow.parallel.parallelize import parallelize
@@ -24,11 +25,14 @@ pytestmark = pytest.mark.distributed
 CONFIG = replace(TINY, hidden_size=64, intermediate_size=128, num_attention_heads=4, head_dim=16)
 
 
-def step(device: str, plan: Plan, backend: str | None = None, mesh: DeviceMesh | None = None) -> dict[str, Tensor]:
+def step(
+    device: str, plan: Plan, backend: str | None = None, mesh: DeviceMesh | None = None, recompute: Mode = "none"
+) -> dict[str, Tensor]:
     """The loss and the gradients of one micro-batch in fp32, on two ranks of tp unless a mesh is given."""
     torch.manual_seed(0)
     mesh = mesh or tp_mesh(device, 2)
     model = parallelize(Llama(CONFIG).to(device), plan, mesh)
+    apply_activation_checkpoint(model.layers, recompute)
     if backend:
         for block in model.layers:
             compile_forward(block, backend)
@@ -37,6 +41,14 @@ def step(device: str, plan: Plan, backend: str | None = None, mesh: DeviceMesh |
     align_gradients(model.parameters())
     found = {name: full_tensor(param.grad) for name, param in model.named_parameters() if param.grad is not None}
     return {"loss": loss.detach(), **found}
+
+
+def recomputed(device: str) -> dict[str, bool]:
+    """Whether loss and gradients are bit for bit those of a step that keeps what it computes."""
+    plan = Plan.preset("llama-fast", "linear").with_fp8("tensorwise")
+    want, modes = step(device, plan), ("selective", "full")
+    found: dict[Mode, dict[str, Tensor]] = {mode: step(device, plan, recompute=mode) for mode in modes}
+    return {mode: all(torch.equal(got[name], want[name]) for name in want) for mode, got in found.items()}
 
 
 def errors(device: str) -> dict[str, dict[str, float]]:
@@ -61,3 +73,7 @@ def test_loss_and_gradients_are_near_those_of_fp32(ranks: Ranks) -> None:
             assert max(found.values()) < 0.2, (way, found)
             inside = {name: error for name, error in found.items() if "proj" in name}
             assert min(inside.values()) > 5e-3, f"{way}: these products have not been rounded: {inside}"
+
+
+def test_recomputation_rounds_alike(ranks: Ranks) -> None:
+    assert ranks(2).run(recomputed) == [{"selective": True, "full": True}] * 2

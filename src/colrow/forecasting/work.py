@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from colrow.ops.parallel_linear import OPERATORS, traffic
 from colrow.sharding.operators import operator, operator_name
+from colrow.torch_compat import group_named
 
 SHORT_ATTENTION = 800
 """Keys more than the causal half, for which attention's time stands: 540 to 880 on H100 from 1,024 to 32,768 tokens,
@@ -204,8 +205,8 @@ def _own_products(name: str, args: Any, outputs: list[Tensor]) -> list[tuple[str
             x, w = args[:2]
             return [product(x.shape[0], w.shape[1], w.shape[0])]
         case "row_backward":
-            dy, x, w = args[:3]
-            T = x.shape[0]
+            dy, _, w, group = args[:4]
+            T = dy.shape[0] * group_named(group).size()
             return [product(T, w.shape[0], w.shape[1]), product(w.shape[0], T, w.shape[1])]
     return []
 

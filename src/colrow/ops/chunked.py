@@ -23,24 +23,22 @@ from colrow.ops.kernels.slot_sum import sum_slots
 from colrow.ops.linear_options import LinearOptions
 from colrow.ops.products import (
     NARROW,
-    add_weight_gradient,
+    add_product,
     column_product,
-    dgrad_weights,
-    forward_weights,
-    gradient_operands,
     input_gradient,
+    joined_weights,
     weight_gradient,
 )
 
 
 def column_forward(x_tD: Tensor, weights: list[Tensor], carrier: Carrier, opts: LinearOptions) -> tuple[Tensor, Tensor]:
     """X = all_gather(x);  Y = X W^T. Returns Y_TF, and X_TD if it is kept."""
-    prepared, (t, D) = forward_weights(weights, opts.fp8), x_tD.shape
+    prepared, (t, D) = joined_weights(weights), x_tD.shape
     y_TF = x_tD.new_empty(t * carrier.size, sum(w.shape[0] for w in weights))
     X_TD = x_tD.new_empty(t * carrier.size if opts.keep_gathered else 0, D)
 
     def multiply(rows: slice, chunk_tD: Tensor) -> None:
-        column_product(chunk_tD, prepared, y_TF[rows], opts.fp8)
+        column_product(chunk_tD, prepared, y_TF[rows])
         if opts.keep_gathered:
             X_TD[rows].copy_(chunk_tD)  # a later exchange overwrites the slot
 
@@ -66,18 +64,17 @@ def column_backward(
     if need_dw and not opts.keep_gathered:
         regather = carrier.open((t, D), x.dtype)
         send_to_all(regather, x)
-    dy, dy_FT = gradient_operands(dy_TF, opts.fp8) if need_dx and need_dw else (dy_TF, None)
     if need_dx:  # sends its chunks here, and is awaited after wgrad: the sends overlap with it
-        prepared = dgrad_weights(weights, opts.fp8)
+        prepared = joined_weights(weights)
         dx_handle = scatter_sum(
-            carrier.open((t, D), dy_TF.dtype), lambda rows, out: input_gradient(dy[rows], prepared, out, opts.fp8)
+            carrier.open((t, D), dy_TF.dtype), lambda rows, out: input_gradient(dy_TF[rows], prepared, out)
         )
     dw_FD = dy_TF.new_empty(0)
     if need_dw:
         if regather is not None:
             regather.receive_all()
             x = regather.gathered(x)
-        dw_FD = weight_gradient(dy_TF, x, opts.fp8, dy_FT)
+        dw_FD = weight_gradient(dy_TF, x)
     dx_tD = dy_TF.new_empty(0) if dx_handle is None else dx_handle()
     # closed last: wgrad reads its slots
     if regather is not None:
@@ -85,11 +82,10 @@ def column_backward(
     return dx_tD, dw_FD
 
 
-def row_forward(x_Tf: Tensor, w_Df: Tensor, carrier: Carrier, opts: LinearOptions) -> Tensor:
+def row_forward(x_Tf: Tensor, w_Df: Tensor, carrier: Carrier) -> Tensor:
     """y = reduce_scatter(x W^T)."""
-    prepared = forward_weights([w_Df], opts.fp8)
     exchange = carrier.open((x_Tf.shape[0] // carrier.size, w_Df.shape[0]), x_Tf.dtype)
-    return scatter_sum(exchange, lambda rows, out: column_product(x_Tf[rows], prepared, out, opts.fp8))()
+    return scatter_sum(exchange, lambda rows, out: column_product(x_Tf[rows], [w_Df], out))()
 
 
 def row_backward(
@@ -97,7 +93,6 @@ def row_backward(
     x_Tf: Tensor,
     w_Df: Tensor,
     carrier: Carrier,
-    opts: LinearOptions,
     need_dx: bool,
     need_dw: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -106,18 +101,15 @@ def row_backward(
     With few input features dgrad of a chunk is over before the next chunk is here: wgrad is computed by chunks there.
     """
     dx_Tf = dy_tD.new_empty(x_Tf.shape if need_dx else 0)
-    prepared = dgrad_weights([w_Df], opts.fp8) if need_dx else None
     sum_Df = None
     if need_dw and x_Tf.shape[1] < NARROW:
         sum_Df = dy_tD.new_zeros(w_Df.shape, dtype=_wide(dy_tD.dtype))
 
     def multiply(rows: slice, chunk_tD: Tensor) -> None:
-        both = prepared is not None and sum_Df is not None
-        dy, dy_Dt = gradient_operands(chunk_tD, opts.fp8) if both else (chunk_tD, None)
-        if prepared is not None:
-            input_gradient(dy, prepared, dx_Tf[rows], opts.fp8)
+        if need_dx:
+            input_gradient(chunk_tD, [w_Df], dx_Tf[rows])
         if sum_Df is not None:
-            add_weight_gradient(sum_Df, chunk_tD, x_Tf[rows], opts.fp8, dy_Dt)
+            add_product(sum_Df, chunk_tD.t(), x_Tf[rows])
 
     exchange = carrier.open(tuple(dy_tD.shape), dy_tD.dtype)
     send_to_all(exchange, dy_tD)
@@ -125,7 +117,7 @@ def row_backward(
     if sum_Df is not None:
         dw_Df = sum_Df.to(dy_tD.dtype)
     else:
-        dw_Df = weight_gradient(exchange.gathered(dy_tD), x_Tf, opts.fp8) if need_dw else dy_tD.new_empty(0)
+        dw_Df = weight_gradient(exchange.gathered(dy_tD), x_Tf) if need_dw else dy_tD.new_empty(0)
     exchange.close()
     return dx_Tf, dw_Df
 

@@ -1,10 +1,11 @@
 """Matmuls of 8-bit floats: operands scaled into the type's range and rounded, sums in fp32.
 
-    y = (round(a / s) round(b / r)) s r        s, r = max |.| / the dtype's largest number, computed in each call
+    y = (round(a / s) round(b / r)) s r        s, r: max |.| / the dtype's largest number, up to a power of two
 
-The recipe `tensorwise`: one scale for each operand. Weights and activations are e4m3 (three bits of mantissa, up to
-448). Gradients are e5m2 (two bits, up to 57344): with one scale for all of them they need range more than precision. A
-rank's scale of a weight depends on its local shard only, so nothing is communicated.
+The recipe `tensorwise`: one scale for each operand, found in each call. Weights and activations are e4m3 (three bits
+of mantissa, up to 448). Gradients are e5m2 (two bits, up to 57344): with one scale for all of them they need range
+more than precision. A rank rounds what it holds by its own scale, so nothing is communicated for it: the scale travels
+with the numbers, and chunks of several ranks are joined under the largest of their scales.
 """
 
 from __future__ import annotations
@@ -20,18 +21,19 @@ from torch import Tensor
 from colrow.errors import ConfigError
 from colrow.ops.execution_record import record
 from colrow.ops.kernels.optional_triton import UNAVAILABLE
-from colrow.ops.kernels.rounding import round_both_triton, round_reference, round_triton
+from colrow.ops.kernels.rounding import peak_of, round_reference, round_triton, scale_reference
 from colrow.torch_compat import scaled_product
 
 Float8 = Literal["tensorwise"]
 RECIPES: tuple[Float8, ...] = ("tensorwise",)
+ACTIVATION, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
 
 
 @dataclass(frozen=True)
 class Float8Operand:
     """A quantized operand of a matmul, in the layout that the hardware reads: the summed dim is contiguous.
 
-    values [M, K] for the left operand [M, K] or the right one [K, M]; scale [].
+    values [M, K] for the left operand [M, K] or the right one [K, M]; scale [], fp32.
     """
 
     values: Tensor
@@ -41,37 +43,118 @@ class Float8Operand:
         return Float8Operand(self.values[rows], self.scale)
 
 
-def quantize(parts: Sequence[Tensor], recipe: str, *, gradient: bool = False, dim: int = 0) -> Float8Operand:
-    """Quantize [M, K], given as the tensors that concatenated along `dim` make it.
+# [Note: packed operands]
+# An operand in one piece of memory, which one message sends and one tensor keeps: bytes [M + 1, K]. The last row
+# begins with the scale; what is kept for backward has the scale of its linear's weight behind it, so that nobody looks
+# for the weight's largest value again.
+
+
+def packed_shape(M: int, K: int) -> tuple[int, int]:
+    return M + 1, K
+
+
+def packed(M: int, K: int, device: torch.device) -> Tensor:
+    """Memory of an operand [M, K], see the note."""
+    return torch.empty(packed_shape(M, K), dtype=torch.uint8, device=device)
+
+
+def unpacked(memory: Tensor, dtype: torch.dtype) -> Float8Operand:
+    return Float8Operand(memory[:-1].view(dtype), memory[-1, :4].view(torch.float32)[0])
+
+
+def weight_scale(memory: Tensor) -> Tensor:
+    """[]: the place of a second scale."""
+    return memory[-1, 4:8].view(torch.float32)[0]
+
+
+def quantize(
+    parts: Sequence[Tensor], *, gradient: bool = False, dim: int = 0, scale: Tensor | None = None
+) -> Float8Operand:
+    """Quantize [M, K], given as the tensors that concatenated along `dim` make it; column-major ones are transposed on
+    the way.
 
     Args:
         gradient: whether it is a gradient, which takes another dtype (see above).
+        scale: that of an earlier call with the same numbers, which is not looked for then.
 
     Raises:
         ConfigError: a size that 16 does not divide, or a GPU without 8-bit matmuls.
     """
-    for part in parts:
-        require_sixteen(*part.shape)
-    record("fp8", recipe)
-    dtype = torch.float8_e5m2 if gradient else torch.float8_e4m3fn
-    if not parts[0].is_cuda:
-        return Float8Operand(*round_reference(torch.cat(list(parts), dim), dtype))
-    require_gpu(parts[0].device)
-    return Float8Operand(*round_triton(parts, dtype, dim=dim))
+    sizes = [part.shape[dim] for part in parts]
+    M, K = (sum(sizes), parts[0].shape[1]) if dim == 0 else (parts[0].shape[0], sum(sizes))
+    require(parts)
+    out = unpacked(packed(M, K, parts[0].device), GRADIENT if gradient else ACTIVATION)
+    peaks = peak_of(list(parts)) if scale is None else scale.view(1)
+    for part, into in zip(parts, out.values.split(sizes, dim), strict=True):
+        _round(part, peaks, out.scale, rows=into, given=scale is not None)
+    return out
 
 
-def quantize_both(x_MK: Tensor, recipe: str, *, gradient: bool = False) -> tuple[Float8Operand, Float8Operand]:
-    """`quantize` of [M, K] and of its transpose, with one scale. An output's gradient is an operand of both dgrad and
-    wgrad, which sum over its columns and over its rows."""
-    require_sixteen(*x_MK.shape)
-    record("fp8", recipe)
-    dtype = torch.float8_e5m2 if gradient else torch.float8_e4m3fn
-    if not x_MK.is_cuda:
-        values, scale = round_reference(x_MK, dtype)
-        return Float8Operand(values, scale), Float8Operand(values.t().contiguous(), scale)
-    require_gpu(x_MK.device)
-    values, turned, scale = round_both_triton(x_MK, dtype)
-    return Float8Operand(values, scale), Float8Operand(turned, scale)
+def quantize_packed(x_MK: Tensor, *, gradient: bool = False) -> Tensor:
+    """`quantize`, as the memory that is sent."""
+    require([x_MK])
+    M, K = x_MK.shape
+    memory = packed(M, K, x_MK.device)
+    out = unpacked(memory, GRADIENT if gradient else ACTIVATION)
+    _round(x_MK, peak_of([x_MK]), out.scale, rows=out.values)
+    return memory
+
+
+def quantize_both(x_MK: Tensor, *, gradient: bool = False) -> tuple[Float8Operand, Tensor]:
+    """`quantize` of [M, K], and of its transpose as packed memory [K, M], with one scale: an operand of two matmuls,
+    of which one sums over its columns and the other over its rows."""
+    require([x_MK])
+    (M, K), dtype = x_MK.shape, GRADIENT if gradient else ACTIVATION
+    memory = packed(K, M, x_MK.device)
+    turned = unpacked(memory, dtype)
+    rows = torch.empty(M, K, dtype=dtype, device=x_MK.device)
+    _round(x_MK, peak_of([x_MK]), turned.scale, rows=rows, turned=turned.values)
+    return Float8Operand(rows, turned.scale), memory
+
+
+def joined(chunks: Sequence[Tensor], *, gradient: bool = False) -> tuple[Float8Operand, Tensor]:
+    """Packed chunks [t, K] of [M, K], one after the other, under the largest of their scales: [M, K], and its transpose
+    as packed memory [K, M]."""
+    rows, memory = _joined(chunks, gradient, rows=True)
+    assert rows is not None
+    return rows, memory
+
+
+def joined_transpose(chunks: Sequence[Tensor], *, gradient: bool = False) -> Tensor:
+    """The transpose that `joined` returns, alone."""
+    return _joined(chunks, gradient, rows=False)[1]
+
+
+def _joined(chunks: Sequence[Tensor], gradient: bool, rows: bool) -> tuple[Float8Operand | None, Tensor]:
+    dtype = GRADIENT if gradient else ACTIVATION
+    parts = [unpacked(chunk, dtype) for chunk in chunks]
+    (t, K), device = parts[0].values.shape, chunks[0].device
+    M = t * len(parts)
+    memory, out = packed(K, M, device), torch.empty(M, K, dtype=dtype, device=device) if rows else None
+    turned, scales = unpacked(memory, dtype), torch.stack([part.scale for part in parts])
+    for q, part in enumerate(parts):
+        mine = slice(q * t, (q + 1) * t)
+        into = None if out is None else out[mine]
+        _round(part.values, scales, turned.scale, of=part.scale, rows=into, turned=turned.values[:, mine], given=True)
+    return None if out is None else Float8Operand(out, turned.scale), memory
+
+
+def _round(
+    x_MK: Tensor,
+    peaks: Tensor,
+    scale: Tensor,
+    *,
+    of: Tensor | None = None,
+    rows: Tensor | None = None,
+    turned: Tensor | None = None,
+    given: bool = False,
+) -> None:
+    if x_MK.is_cuda:
+        round_triton(x_MK, peaks, scale, of, rows, turned, given=given)
+        return
+    dtype = (rows if rows is not None else turned).dtype  # type: ignore[union-attr]
+    scale.copy_(peaks.amax() if given else scale_reference(peaks, dtype))
+    round_reference(x_MK, scale, of, rows, turned)
 
 
 def scaled_mm(a: Float8Operand, b: Float8Operand, out: Tensor, *, gradient: bool = False) -> None:
@@ -98,14 +181,17 @@ def float8_reference(a_MK: Tensor, b_KN: Tensor, s: Tensor, r: Tensor) -> Tensor
     return (a_MK.float() * s) @ (b_KN.float() * r)
 
 
-def require_sixteen(*sizes: int) -> None:
-    """Raise a ConfigError unless 16, the granularity of 8-bit matmuls, divides all sizes."""
-    for size in sizes:
+def require(parts: Sequence[Tensor]) -> None:
+    """Raise a ConfigError unless 16, the granularity of 8-bit matmuls, divides all sizes and the device has these."""
+    for size in (size for part in parts for size in part.shape):
         if size % 16:
             raise ConfigError(
                 f"an fp8 matmul has a side of {size}, which 16 does not divide (tokens of a micro-batch, or features "
                 "on a rank): choose micro_batch × seq_len and tp so that it does, or leave fp8 out"
             )
+    record("fp8", "tensorwise")
+    if parts[0].is_cuda:
+        require_gpu(parts[0].device)
 
 
 @functools.cache

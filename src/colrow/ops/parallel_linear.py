@@ -12,13 +12,14 @@ f this rank's input features, n ranks. Weights are [out, in] as in nn.Linear. x 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from colrow.ops import chunked
+from colrow.ops import chunked, float8_linear
 from colrow.ops.collectives import (
     all_gather,
     reduce_scatter,
@@ -26,13 +27,12 @@ from colrow.ops.collectives import (
     start_reduce_scatter,
 )
 from colrow.ops.execution_record import record
+from colrow.ops.float8 import packed_shape
 from colrow.ops.linear_options import LinearOptions
 from colrow.ops.products import (
     column_product,
-    dgrad_weights,
-    forward_weights,
-    gradient_operands,
     input_gradient,
+    joined_weights,
     weight_gradient,
 )
 from colrow.torch_compat import group_named
@@ -67,7 +67,7 @@ def row_linear(x_Tf: Tensor, w_Df: Tensor, group: str, options: LinearOptions = 
     With `overlap: collectives` nothing overlaps here: each collective waits for the matmul before it, or the matmul
     after it waits for the collective.
     """
-    y_tD: Tensor = torch.ops.colrow.row_forward(x_Tf, w_Df, group, options.text)
+    y_tD: Tensor = torch.ops.colrow.row_forward(x_Tf, w_Df, group, options.text)[0]
     return y_tD
 
 
@@ -99,23 +99,29 @@ def operator(name: str, schema: str) -> Callable[[Callable[..., Any]], CustomOpD
 
 @operator("column_forward", "(Tensor x_tD, Tensor[] weights, str group, str options) -> (Tensor, Tensor)")
 def _column_forward(x_tD: Tensor, weights: list[Tensor], group: str, options: str) -> tuple[Tensor, Tensor]:
-    """X = all_gather(x);  Y = X W^T. Returns Y_TF, and X_TD if it is kept."""
-    opts = LinearOptions.parse(options)
+    """X = all_gather(x);  Y = X W^T. Returns Y_TF, and X_TD if it is kept; with fp8 what `float8_linear` keeps."""
+    opts, ranks = LinearOptions.parse(options), group_named(group)
     record("columns", len(weights))
-    if (carrier := opts.carrier(x_tD.shape[0], group, x_tD.device)) is not None:
+    carrier = opts.carrier(x_tD.shape[0], group, x_tD.device)
+    if opts.fp8:
+        return float8_linear.column_forward(x_tD, weights, ranks, carrier, opts)
+    if carrier is not None:
         return chunked.column_forward(x_tD.contiguous(), weights, carrier, opts)
-    X_TD = all_gather(x_tD, group_named(group))
+    X_TD = all_gather(x_tD, ranks)
     y_TF = X_TD.new_empty(X_TD.shape[0], sum(w.shape[0] for w in weights))
-    column_product(X_TD, forward_weights(weights, opts.fp8), y_TF, opts.fp8)
+    column_product(X_TD, joined_weights(weights), y_TF)
     # an output may not alias an input or stay undefined: what is not kept is an empty tensor
     return y_TF, X_TD if opts.keep_gathered else X_TD.new_empty(0)
 
 
 @_column_forward.register_fake
 def _(x_tD: Tensor, weights: list[Tensor], group: str, options: str) -> tuple[Tensor, Tensor]:
-    T, D = x_tD.shape[0] * group_named(group).size(), x_tD.shape[1]
-    X_TD = x_tD.new_empty(T, D) if LinearOptions.parse(options).keep_gathered else x_tD.new_empty(0)
-    return x_tD.new_empty(T, sum(w.shape[0] for w in weights)), X_TD
+    (t, D), n, opts = x_tD.shape, group_named(group).size(), LinearOptions.parse(options)
+    if opts.fp8:
+        kept = x_tD.new_empty(float8_linear.kept_by_column(t, D, opts, n), dtype=torch.uint8)
+    else:
+        kept = x_tD.new_empty(t * n, D) if opts.keep_gathered else x_tD.new_empty(0)
+    return x_tD.new_empty(t * n, sum(w.shape[0] for w in weights)), kept
 
 
 @operator(
@@ -128,12 +134,15 @@ def _column_backward(
 ) -> tuple[Tensor, Tensor]:
     """dx = reduce_scatter(dY W);  dW = dY^T X, while the reduce-scatter runs.
 
-    x is X_TD if forward kept the gathered input, else x_tD: then it is gathered again, while dY W is computed.
+    x is X_TD if forward kept the gathered input, else x_tD: then it is gathered again, while dY W is computed. With fp8
+    it is what forward kept.
     """
     opts, ranks = LinearOptions.parse(options), group_named(group)
     carrier = opts.carrier(dy_TF.shape[0] // ranks.size(), group, dy_TF.device)
     if ranks.size() > 1:
         record("beside", opts.overlap if carrier is not None or not opts.overlaps else "collectives")
+    if opts.fp8:
+        return float8_linear.column_backward(dy_TF, x, weights, ranks, carrier, opts, need_dx, need_dw)
     if carrier is not None:
         return chunked.column_backward(dy_TF, x.contiguous(), weights, carrier, opts, need_dx, need_dw)
 
@@ -143,15 +152,14 @@ def _column_backward(
     if regather is not None and not opts.overlaps:
         regather()
     dx_handle = None
-    dy, dy_FT = gradient_operands(dy_TF, opts.fp8) if need_dx and need_dw else (dy_TF, None)
     if need_dx:
         dx_TD = dy_TF.new_empty(dy_TF.shape[0], weights[0].shape[1])
-        input_gradient(dy, dgrad_weights(weights, opts.fp8), dx_TD, opts.fp8)
+        input_gradient(dy_TF, joined_weights(weights), dx_TD)
         dx_handle = start_reduce_scatter(dx_TD, ranks)
         if not opts.overlaps:
             dx_handle()
     X_TD = x if regather is None else regather()
-    dw_FD = weight_gradient(dy_TF, X_TD, opts.fp8, dy_FT) if need_dw else dy_TF.new_empty(0)
+    dw_FD = weight_gradient(dy_TF, X_TD) if need_dw else dy_TF.new_empty(0)
     return dy_TF.new_empty(0) if dx_handle is None else dx_handle(), dw_FD
 
 
@@ -166,9 +174,10 @@ def _(
 
 def _save_column(ctx: Any, inputs: Any, output: Any) -> None:
     x_tD, weights, ctx.group, ctx.options = inputs
-    _, X_TD = output
+    _, kept = output
     ctx.set_materialize_grads(False)  # else autograd fills a gradient of X, which nothing uses, with zeros
-    ctx.save_for_backward(X_TD if LinearOptions.parse(ctx.options).keep_gathered else x_tD, *weights)
+    opts = LinearOptions.parse(ctx.options)
+    ctx.save_for_backward(kept if opts.keep_gathered or opts.fp8 else x_tD, *weights)
 
 
 def _differentiate_column(ctx: Any, dy_TF: Tensor | None, _: Any) -> Any:
@@ -187,60 +196,70 @@ def _differentiate_column(ctx: Any, dy_TF: Tensor | None, _: Any) -> Any:
 torch.library.register_autograd("colrow::column_forward", _differentiate_column, setup_context=_save_column)
 
 
-@operator("row_forward", "(Tensor x_Tf, Tensor w_Df, str group, str options) -> Tensor")
-def _row_forward(x_Tf: Tensor, w_Df: Tensor, group: str, options: str) -> Tensor:
-    """y = reduce_scatter(x W^T)."""
+@operator("row_forward", "(Tensor x_Tf, Tensor w_Df, str group, str options) -> (Tensor, Tensor)")
+def _row_forward(x_Tf: Tensor, w_Df: Tensor, group: str, options: str) -> tuple[Tensor, Tensor]:
+    """y = reduce_scatter(x W^T). Returns y_tD, and with fp8 what `float8_linear` keeps."""
     opts, ranks = LinearOptions.parse(options), group_named(group)
-    if (carrier := opts.carrier(x_Tf.shape[0] // ranks.size(), group, x_Tf.device)) is not None:
-        return chunked.row_forward(x_Tf, w_Df, carrier, opts)
+    carrier = opts.carrier(x_Tf.shape[0] // ranks.size(), group, x_Tf.device)
+    if opts.fp8:
+        return float8_linear.row_forward(x_Tf, w_Df, ranks, carrier)
+    if carrier is not None:
+        return chunked.row_forward(x_Tf, w_Df, carrier), x_Tf.new_empty(0)
     y_TD = x_Tf.new_empty(x_Tf.shape[0], w_Df.shape[0])
-    column_product(x_Tf, forward_weights([w_Df], opts.fp8), y_TD, opts.fp8)
-    return reduce_scatter(y_TD, ranks)
+    column_product(x_Tf, [w_Df], y_TD)
+    return reduce_scatter(y_TD, ranks), x_Tf.new_empty(0)
 
 
 @_row_forward.register_fake
-def _(x_Tf: Tensor, w_Df: Tensor, group: str, options: str) -> Tensor:
-    return x_Tf.new_empty(x_Tf.shape[0] // group_named(group).size(), w_Df.shape[0])
+def _(x_Tf: Tensor, w_Df: Tensor, group: str, options: str) -> tuple[Tensor, Tensor]:
+    T, f = x_Tf.shape
+    fp8 = LinearOptions.parse(options).fp8
+    kept = x_Tf.new_empty(packed_shape(f, T), dtype=torch.uint8) if fp8 else x_Tf.new_empty(0)
+    return x_Tf.new_empty(T // group_named(group).size(), w_Df.shape[0]), kept
 
 
 @operator(
     "row_backward",
-    "(Tensor dy_tD, Tensor x_Tf, Tensor w_Df, str group, str options, bool need_dx, bool need_dw) -> (Tensor, Tensor)",
+    "(Tensor dy_tD, Tensor x, Tensor w_Df, str group, str options, bool need_dx, bool need_dw) -> (Tensor, Tensor)",
 )
 def _row_backward(
-    dy_tD: Tensor, x_Tf: Tensor, w_Df: Tensor, group: str, options: str, need_dx: bool, need_dw: bool
+    dy_tD: Tensor, x: Tensor, w_Df: Tensor, group: str, options: str, need_dx: bool, need_dw: bool
 ) -> tuple[Tensor, Tensor]:
-    """dY = all_gather(dy);  dx = dY W;  dW = dY^T x."""
-    opts = LinearOptions.parse(options)
-    if (carrier := opts.carrier(dy_tD.shape[0], group, dy_tD.device)) is not None:
-        return chunked.row_backward(dy_tD, x_Tf, w_Df, carrier, opts, need_dx, need_dw)
-    dy_TD = all_gather(dy_tD, group_named(group))
-    dx_Tf = x_Tf.new_empty(x_Tf.shape if need_dx else 0)
-    dy, dy_DT = gradient_operands(dy_TD, opts.fp8) if need_dx and need_dw else (dy_TD, None)
+    """dY = all_gather(dy);  dx = dY W;  dW = dY^T x. x is x_Tf; with fp8 it is what forward kept."""
+    opts, ranks = LinearOptions.parse(options), group_named(group)
+    carrier = opts.carrier(dy_tD.shape[0], group, dy_tD.device)
+    if opts.fp8:
+        return float8_linear.row_backward(dy_tD, x, w_Df, ranks, carrier, need_dx, need_dw)
+    if carrier is not None:
+        return chunked.row_backward(dy_tD, x, w_Df, carrier, need_dx, need_dw)
+    dy_TD = all_gather(dy_tD, ranks)
+    dx_Tf = x.new_empty(x.shape if need_dx else 0)
     if need_dx:
-        input_gradient(dy, dgrad_weights([w_Df], opts.fp8), dx_Tf, opts.fp8)
-    return dx_Tf, weight_gradient(dy_TD, x_Tf, opts.fp8, dy_DT) if need_dw else dy_tD.new_empty(0)
+        input_gradient(dy_TD, [w_Df], dx_Tf)
+    return dx_Tf, weight_gradient(dy_TD, x) if need_dw else dy_tD.new_empty(0)
 
 
 @_row_backward.register_fake
 def _(
-    dy_tD: Tensor, x_Tf: Tensor, w_Df: Tensor, group: str, options: str, need_dx: bool, need_dw: bool
+    dy_tD: Tensor, x: Tensor, w_Df: Tensor, group: str, options: str, need_dx: bool, need_dw: bool
 ) -> tuple[Tensor, Tensor]:
-    dx_Tf = x_Tf.new_empty(x_Tf.shape) if need_dx else dy_tD.new_empty(0)
+    T = dy_tD.shape[0] * group_named(group).size()
+    dx_Tf = dy_tD.new_empty(T, w_Df.shape[1]) if need_dx else dy_tD.new_empty(0)
     return dx_Tf, w_Df.new_empty(w_Df.shape) if need_dw else dy_tD.new_empty(0)
 
 
 def _save_row(ctx: Any, inputs: Any, output: Any) -> None:
     x_Tf, w_Df, ctx.group, ctx.options = inputs
-    ctx.save_for_backward(x_Tf, w_Df)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1] if LinearOptions.parse(ctx.options).fp8 else x_Tf, w_Df)
 
 
-def _differentiate_row(ctx: Any, dy_tD: Tensor) -> Any:
-    x_Tf, w_Df = ctx.saved_tensors
+def _differentiate_row(ctx: Any, dy_tD: Tensor | None, _: Any) -> Any:
+    x, w_Df = ctx.saved_tensors
+    if dy_tD is None:
+        return None, None, None, None
     need_dx, need_dw = ctx.needs_input_grad[:2]
-    dx_Tf, dw_Df = torch.ops.colrow.row_backward(
-        dy_tD.contiguous(), x_Tf, w_Df, ctx.group, ctx.options, need_dx, need_dw
-    )
+    dx_Tf, dw_Df = torch.ops.colrow.row_backward(dy_tD.contiguous(), x, w_Df, ctx.group, ctx.options, need_dx, need_dw)
     return dx_Tf if need_dx else None, dw_Df if need_dw else None, None, None
 
 
@@ -291,15 +310,21 @@ def traffic(operator: str, args: tuple[Any, ...], outputs: list[Tensor]) -> list
     arguments = inspect.signature(implementation).bind(*args).arguments
     ranks = group_named(arguments["group"]).size()
 
+    opts = LinearOptions.parse(arguments.get("options", DEFAULTS.text))
+
     def event(collective: str, shard: Tensor) -> tuple[str, Tensor, int]:
         return collective, shard, shard.numel() * shard.element_size() * ranks
 
+    def gathered(shard: Tensor) -> tuple[str, Tensor, int]:
+        packed = math.prod(packed_shape(*shard.shape)) * ranks
+        return ("all_gather", shard, packed) if opts.fp8 else event("all_gather", shard)
+
     match operator:
         case "column_forward":
-            return [event("all_gather", arguments["x_tD"])]
+            return [gathered(arguments["x_tD"])]
         case "column_backward":
             events = []
-            if arguments["need_dw"] and not LinearOptions.parse(arguments["options"]).keep_gathered:
+            if arguments["need_dw"] and not opts.keep_gathered:
                 events.append(event("all_gather", arguments["x"]))
             if arguments["need_dx"]:
                 events.append(event("reduce_scatter", outputs[0]))
@@ -307,7 +332,7 @@ def traffic(operator: str, args: tuple[Any, ...], outputs: list[Tensor]) -> list
         case "row_forward" | "scatter_sum":
             return [event("reduce_scatter", outputs[0])]
         case "row_backward":
-            return [event("all_gather", arguments["dy_tD"])]
+            return [gathered(arguments["dy_tD"])]
         case "gather" | "all_tokens":
             return [event("all_gather", arguments["x_tD"])]
     return []

@@ -2,10 +2,10 @@
 
     forward  Y = X W^T        column_product
     dgrad    dX = dY W        input_gradient
-    wgrad    dW = dY^T X      weight_gradient, or add_weight_gradient by chunks of T
+    wgrad    dW = dY^T X      weight_gradient, or add_product by chunks of T
 
-Every matmul of `parallel_linear` is one of these; a recipe in `fp8` computes it in 8-bit floats (`ops.float8`). `out`
-may be a slice of the rows of a larger tensor.
+Every matmul of `parallel_linear` is one of these, but for those in 8-bit floats (`ops.float8`). `out` may be a slice of
+the rows of a larger tensor.
 
 Legend: T tokens, D input features, F output features of all siblings together. Weights are [out, in] as in nn.Linear.
 """
@@ -18,27 +18,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from colrow.ops.float8 import Float8Operand, quantize, quantize_both, scaled_mm
-
 NARROW = 2048  # with fewer rows, one weight's matmul does not fill a GPU: siblings are concatenated then
 
-Weights = list[Tensor] | Float8Operand
 
-
-def forward_weights(weights: list[Tensor], fp8: str = "") -> Weights:
-    """The siblings' weights as `column_product` takes them: concatenated or quantized once for all chunks."""
-    return quantize(weights, fp8) if fp8 else _joined(weights)
-
-
-def dgrad_weights(weights: list[Tensor], fp8: str = "") -> Weights:
-    """The siblings' weights as `input_gradient` takes them."""
-    # 8-bit matmuls read both operands along the summed dim, here F: the weights are quantized as [D, F]
-    return quantize([w.t() for w in weights], fp8, dim=1) if fp8 else _joined(weights)
-
-
-def _joined(weights: list[Tensor]) -> list[Tensor]:
-    """As one where they lie one after the other in memory (the flat engine gathers them so); else concatenated if some
-    are narrow, and as they are if each is large: the copy would cost more than it saves."""
+def joined_weights(weights: list[Tensor]) -> list[Tensor]:
+    """The siblings' weights as matmuls take them: as one where they lie one after the other in memory (the flat engine
+    gathers them so); else concatenated if some are narrow, and as they are if each is large: the copy would cost more
+    than it saves."""
     if len(weights) == 1:
         return weights
     if _adjacent(weights):
@@ -59,50 +45,23 @@ def _adjacent(weights: list[Tensor]) -> bool:
     return all(w.untyped_storage().data_ptr() == memory and w.is_contiguous() for w in weights)
 
 
-def column_product(x_TD: Tensor, weights: Weights, out: Tensor, fp8: str = "") -> None:
+def column_product(x_TD: Tensor, weights: list[Tensor], out: Tensor) -> None:
     """out [T, F] = x W^T, the siblings' outputs beside each other."""
-    if isinstance(weights, Float8Operand):
-        scaled_mm(quantize([x_TD], fp8), weights, out)
-        return
     for w, columns in zip(weights, out.split([w.shape[0] for w in weights], 1), strict=True):
         torch.mm(x_TD, w.t(), out=columns)
 
 
-def gradient_operands(dy_TF: Tensor, fp8: str = "") -> tuple[Tensor | Float8Operand, Float8Operand | None]:
-    """dY for `input_gradient`, and dY^T for `weight_gradient`, quantized together; without fp8 dY, and None."""
-    return quantize_both(dy_TF, fp8, gradient=True) if fp8 else (dy_TF, None)
-
-
-def input_gradient(dy_TF: Tensor | Float8Operand, weights: Weights, out: Tensor, fp8: str = "") -> None:
+def input_gradient(dy_TF: Tensor, weights: list[Tensor], out: Tensor) -> None:
     """out [T, D] = dY W."""
-    if isinstance(weights, Float8Operand):
-        dy = dy_TF if isinstance(dy_TF, Float8Operand) else quantize([dy_TF], fp8, gradient=True)
-        scaled_mm(dy, weights, out, gradient=True)
-        return
-    assert isinstance(dy_TF, Tensor)
     first, *others = zip(dy_TF.split([w.shape[0] for w in weights], 1), weights, strict=True)
     torch.mm(*first, out=out)
     for dy, w in others:
         out.addmm_(dy, w)
 
 
-def weight_gradient(dy_TF: Tensor, x_TD: Tensor, fp8: str = "", dy_FT: Float8Operand | None = None) -> Tensor:
-    """dW [F, D] = dY^T X. `dy_FT`: the transpose of dY, quantized already."""
-    if not fp8:
-        return dy_TF.t() @ x_TD
-    dw = dy_TF.new_empty(dy_TF.shape[1], x_TD.shape[1])
-    scaled_mm(dy_FT or quantize([dy_TF.t()], fp8, gradient=True), quantize([x_TD.t()], fp8), dw, gradient=True)
-    return dw
-
-
-def add_weight_gradient(
-    out_FD: Tensor, dy_TF: Tensor, x_TD: Tensor, fp8: str = "", dy_FT: Float8Operand | None = None
-) -> None:
-    """out += dY^T X, in out's dtype, which may be wider."""
-    if fp8:
-        out_FD.add_(weight_gradient(dy_TF, x_TD, fp8, dy_FT))
-    else:
-        add_product(out_FD, dy_TF.t(), x_TD)
+def weight_gradient(dy_TF: Tensor, x_TD: Tensor) -> Tensor:
+    """dW [F, D] = dY^T X."""
+    return dy_TF.t() @ x_TD
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:

@@ -1,15 +1,17 @@
-"""Quantization to 8-bit floats: a kernel for tensors of either memory order, and its reference in plain torch.
+"""Rounding to 8-bit floats: a kernel for tensors of either memory order, and its reference in plain torch.
 
-    s = max |x| / the dtype's largest number;   y = round(x / s)
+    s = max |x| / the dtype's largest number, rounded up to a power of two;   y = round(x / s)
 
-x may be given as several tensors, which concatenated make it: they share one scale.
+A power of two divides and multiplies exactly, so y of one scale becomes y of a larger one by a second rounding that
+only the smallest numbers of the dtype notice: chunks that ranks rounded apart are joined so.
 
-Legend: x is [M, K], and so is each of its parts in one of the dims. y is row-major.
+Legend: x is [M, K], of any dtype. `rows` is y [M, K], `turned` its transpose [K, M]; each is row-major, or a slice of
+the rows or columns of such a tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 
 import torch
 from torch import Tensor
@@ -17,45 +19,23 @@ from torch import Tensor
 from colrow.ops.kernels.optional_triton import tl, triton
 
 SMALLEST = torch.finfo(torch.float32).tiny  # a scale of zero (x is all zeros) would give 0 / 0
+_MANTISSA = 0x7FFFFF
 _ROWS, _COLUMNS = 64, 128
+_BOTH = 128
+"""The sides of a tile that is written in both orders: 128 bytes of either."""
 _BLOCK = 4096
 _CHUNK = 8 * _BLOCK
 """Elements of which a program finds the largest."""
 
 
-def round_reference(x_MK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """[M, K] -> the same in 8 bits, contiguous, and the scale by which it was divided: fp32, []."""
-    x = x_MK.float()
-    scale = (x.abs().amax() / torch.finfo(dtype).max).clamp(min=SMALLEST)
-    return (x / scale).to(dtype).contiguous(), scale
+def peak_of(parts: list[Tensor]) -> Tensor:
+    """max |x| of each part, fp32 [parts]; NaN where a part holds one."""
+    if not parts[0].is_cuda:
+        return torch.stack([part.float().abs().amax() for part in parts])
+    return peak_triton(parts)
 
 
-def round_triton(parts: Sequence[Tensor], dtype: torch.dtype, *, dim: int = 0) -> tuple[Tensor, Tensor]:
-    """`round_reference` of the parts concatenated along `dim`, without the copy that concatenation takes.
-
-    Each part is read twice, once for the maximum. A column-major part is transposed on the way.
-    """
-    sizes = [part.shape[dim] for part in parts]
-    M, K = (sum(sizes), parts[0].shape[1]) if dim == 0 else (parts[0].shape[0], sum(sizes))
-    y_MK = torch.empty(M, K, device=parts[0].device, dtype=dtype)
-    scale, peaks = torch.empty((), device=y_MK.device), _peaks(parts)
-    for part, into in zip(parts, y_MK.split(sizes, dim), strict=True):
-        _round(part, into, peaks, scale)
-    return y_MK, scale
-
-
-def round_both_triton(x_MK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """`round_reference` of x and of its transpose, which share the scale: values [M, K], values [K, M], scale."""
-    M, K = x_MK.shape
-    y_MK, y_KM = (torch.empty(shape, device=x_MK.device, dtype=dtype) for shape in ((M, K), (K, M)))
-    scale, peaks = torch.empty((), device=x_MK.device), _peaks([x_MK])
-    _round(x_MK, y_MK, peaks, scale)
-    _round(x_MK.t(), y_KM, peaks, scale)
-    return y_MK, y_KM, scale
-
-
-def _peaks(parts: Sequence[Tensor]) -> Tensor:
-    """max |x| of each part; NaN where a part holds one."""
+def peak_triton(parts: list[Tensor]) -> Tensor:
     peaks = torch.zeros(len(parts), device=parts[0].device)
     for part, peak in zip(parts, peaks.unbind(), strict=True):
         if part.is_contiguous() or part.t().is_contiguous():  # the order does not matter
@@ -68,27 +48,83 @@ def _peaks(parts: Sequence[Tensor]) -> Tensor:
     return peaks
 
 
-def _round(x_MK: Tensor, into_MK: Tensor, peaks: Tensor, scale: Tensor) -> None:
-    """Write `into` and the scale, which follows from the largest of `peaks`."""
+def scale_reference(peaks: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale of [parts] largest values: fp32, []. In bits, since a division would round beside a power of two."""
+    mantissa, exponent = _largest(dtype)
+    up = ((peaks.amax().view(torch.int32) + (_MANTISSA - mantissa)) & ~_MANTISSA).view(torch.float32)
+    scale = (up * 2.0**-exponent).clamp(min=SMALLEST)
+    return torch.where(peaks.amax() < torch.inf, scale, peaks.amax())
+
+
+def _largest(dtype: torch.dtype) -> tuple[int, int]:
+    """The dtype's largest number: its mantissa in fp32's bits, and its exponent."""
+    half, exponent = math.frexp(torch.finfo(dtype).max)
+    return int((2 * half - 1) * (_MANTISSA + 1)), exponent - 1
+
+
+def round_reference(x_MK: Tensor, scale: Tensor, of: Tensor | None, rows: Tensor | None, turned: Tensor | None) -> None:
+    """Write y into `rows` and its transpose into `turned`.
+
+    Args:
+        of: the scale of x, whose numbers stand for `of` times themselves; none for numbers as they are.
+    """
+    y = x_MK.float() * ((1.0 if of is None else of) / scale)
+    for into, value in ((rows, y), (turned, y.t())):
+        if into is not None:
+            into.copy_(value.to(into.dtype))
+
+
+def round_triton(
+    x_MK: Tensor,
+    peaks: Tensor,
+    scale: Tensor,
+    of: Tensor | None,
+    rows: Tensor | None,
+    turned: Tensor | None,
+    *,
+    given: bool = False,
+) -> None:
+    """`round_reference`, and the scale, which it writes. x is read once for both orders where tiles divide it.
+
+    Args:
+        peaks: the largest values that the scale follows from; with `given` the scales, of which it is the largest.
+    """
     M, K = x_MK.shape
-    _round_kernel[(triton.cdiv(M, _ROWS) * triton.cdiv(K, _COLUMNS),)](
-        x_MK,
-        x_MK.stride(0),
-        x_MK.stride(1),
-        into_MK,
-        into_MK.stride(0),
-        peaks,
-        scale,
-        M,
-        K,
-        PARTS=len(peaks),
-        LARGEST=torch.finfo(into_MK.dtype).max,
-        SMALLEST=SMALLEST,
-        TURNED=x_MK.stride(0) == 1,
-        ROWS=_ROWS,
-        COLUMNS=_COLUMNS,
-        num_warps=8,
-    )
+    orders: list[tuple[Tensor, Tensor, Tensor | None]]
+    if rows is not None and turned is not None and M % _BOTH == K % _BOTH == 0 and x_MK.stride(1) == 1:
+        grid, tile, orders = (M // _BOTH) * (K // _BOTH), (_BOTH, _BOTH), [(x_MK, rows, turned)]
+    else:
+        grid, tile = 0, (_ROWS if x_MK.itemsize > 1 else _BOTH, _COLUMNS)  # a tile's column is 128 bytes of x
+        orders = [(x_MK, rows, None)] if rows is not None else []
+        orders += [(x_MK.t(), turned, None)] if turned is not None else []
+    mantissa, exponent = _largest((rows if rows is not None else turned).dtype)  # type: ignore[union-attr]
+    for x, into, across in orders:
+        m, k = x.shape
+        _round_kernel[(grid or triton.cdiv(m, tile[0]) * triton.cdiv(k, tile[1]),)](
+            x,
+            x.stride(0),
+            x.stride(1),
+            into,
+            into.stride(0),
+            into if across is None else across,
+            0 if across is None else across.stride(0),
+            peaks,
+            scale,
+            scale if of is None else of,
+            m,
+            k,
+            PARTS=len(peaks),
+            CARRY=_MANTISSA - mantissa,
+            SHIFT=2.0**-exponent,
+            SMALLEST=SMALLEST,
+            GIVEN=given,
+            SCALED=of is not None,
+            BOTH=across is not None,
+            TURNED=x.stride(0) == 1,
+            ROWS=tile[0],
+            COLUMNS=tile[1],
+            num_warps=8,
+        )
 
 
 if triton is not None:
@@ -113,13 +149,20 @@ if triton is not None:
         x_column,
         y,
         y_row,
+        across,
+        across_row,
         peaks,
         scale,
+        of,
         M,
         K,
         PARTS: tl.constexpr,
-        LARGEST: tl.constexpr,
+        CARRY: tl.constexpr,
+        SHIFT: tl.constexpr,
         SMALLEST: tl.constexpr,
+        GIVEN: tl.constexpr,
+        SCALED: tl.constexpr,
+        BOTH: tl.constexpr,
         TURNED: tl.constexpr,
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
@@ -131,12 +174,23 @@ if triton is not None:
             tile_m, tile_k = place // tl.cdiv(K, COLUMNS), place % tl.cdiv(K, COLUMNS)
         m = tile_m.to(tl.int64) * ROWS + tl.arange(0, ROWS)
         k = tile_k.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-        at = m * 0
-        peak = tl.load(peaks + at)
+        s = tl.load(peaks)
         for i in tl.static_range(1, PARTS):
-            peak = tl.maximum(peak, tl.load(peaks + i + at))
-        s = tl.maximum(peak / LARGEST, SMALLEST)
-        inside = (m < M)[:, None] & (k < K)[None, :]
-        value = tl.load(x + m[:, None] * x_row + k[None, :] * x_column, mask=inside, other=0.0).to(tl.float32)
-        tl.store(y + m[:, None] * y_row + k[None, :], (value / s[:, None]).to(y.dtype.element_ty), mask=inside)
-        tl.store(scale + at, s, mask=(m == 0) & (tile_k == 0))
+            s = tl.maximum(s, tl.load(peaks + i), propagate_nan=tl.PropagateNan.ALL)
+        if not GIVEN:
+            up = ((s.to(tl.int32, bitcast=True) + CARRY) & 0x7F800000).to(tl.float32, bitcast=True)
+            s = tl.where(s < float("inf"), tl.maximum(up * SHIFT, SMALLEST), s)
+        factor = 1.0 / s
+        if SCALED:
+            factor *= tl.load(of)
+        if BOTH:
+            value = tl.load(x + m[:, None] * x_row + k[None, :] * x_column).to(tl.float32)
+            rounded = (value * factor).to(y.dtype.element_ty)
+            tl.store(y + m[:, None] * y_row + k[None, :], rounded)
+            tl.store(across + k[:, None] * across_row + m[None, :], tl.trans(rounded))
+        else:
+            inside = (m < M)[:, None] & (k < K)[None, :]
+            value = tl.load(x + m[:, None] * x_row + k[None, :] * x_column, mask=inside, other=0.0).to(tl.float32)
+            tl.store(y + m[:, None] * y_row + k[None, :], (value * factor).to(y.dtype.element_ty), mask=inside)
+        if place == 0:
+            tl.store(scale, s)

@@ -1,0 +1,205 @@
+"""The operators of `parallel_linear` with matmuls of 8-bit floats, in chunks or not.
+
+A gather sends 8-bit numbers with their scale, half the bytes: an activation or its gradient is rounded once, by the
+rank that has it, and the transpose that wgrad sums over is made of the rounded numbers. Backward keeps that transpose
+in place of the input, and the weight's scale. Reduce-scatters send what products give, in the input's dtype.
+
+    column  forward   Q = all_gather(round(x));  Y = Q W^T           kept: Q^T, or round(x) where it is gathered again
+            backward  dx = reduce_scatter(dY W);  dW = dY^T Q        dY and its transpose are rounded in one pass
+    row     forward   y = reduce_scatter(round(x) W^T)               kept: round(x)^T
+            backward  G = all_gather(round(dy));  dx = G W;  dW = G^T round(x)
+
+Legend: as in `parallel_linear`; `kept` and `memory` are packed ([Note: packed operands] in `ops.float8`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.distributed as dist
+from torch import Tensor
+
+from colrow.ops.chunked import scatter_sum, send_to_all
+from colrow.ops.collectives import Finish, start_all_gather, start_reduce_scatter
+from colrow.ops.exchange import Carrier, Exchange
+from colrow.ops.execution_record import record
+from colrow.ops.float8 import (
+    ACTIVATION,
+    GRADIENT,
+    Float8Operand,
+    joined,
+    joined_transpose,
+    packed_shape,
+    quantize,
+    quantize_both,
+    quantize_packed,
+    scaled_mm,
+    unpacked,
+    weight_scale,
+)
+from colrow.ops.linear_options import LinearOptions
+
+
+def keeps_transpose(opts: LinearOptions, n: int) -> bool:
+    """Whether a column keeps the gathered input's transpose. One rank has nothing to gather again."""
+    return opts.keep_gathered or n == 1
+
+
+def kept_by_column(t: int, D: int, opts: LinearOptions, n: int) -> tuple[int, int]:
+    """The shape of what its forward keeps."""
+    return packed_shape(D, t * n) if keeps_transpose(opts, n) else packed_shape(t, D)
+
+
+def column_forward(
+    x_tD: Tensor, weights: list[Tensor], ranks: dist.ProcessGroup, carrier: Carrier | None, opts: LinearOptions
+) -> tuple[Tensor, Tensor]:
+    """Y_TF, and what backward needs."""
+    n = ranks.size()
+    y_TF = x_tD.new_empty(x_tD.shape[0] * n, sum(w.shape[0] for w in weights))
+    turn = keeps_transpose(opts, n)
+    kept, w = _gathered_product(x_tD, lambda: quantize(weights), y_TF, ranks, carrier, turn=turn)
+    weight_scale(kept).copy_(w.scale)
+    return y_TF, kept
+
+
+def column_backward(
+    dy_TF: Tensor,
+    kept: Tensor,
+    weights: list[Tensor],
+    ranks: dist.ProcessGroup,
+    carrier: Carrier | None,
+    opts: LinearOptions,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor, Tensor]:
+    """dx = reduce_scatter(dY W), finished after dW = dY^T Q."""
+    F, D, n = dy_TF.shape[1], weights[0].shape[1], ranks.size()
+    exchange = regather = finish = None
+    if need_dw and not keeps_transpose(opts, n):
+        if carrier is not None:
+            exchange = _send(kept, carrier)
+        else:
+            regather = start_all_gather(kept, ranks)
+            if not opts.overlaps:
+                regather()
+    dy, dy_FT = quantize_both(dy_TF, gradient=True)
+    if need_dx:
+        w_DF = quantize([w.t() for w in weights], dim=1, scale=weight_scale(kept))
+        finish = _scattered_product(dy, w_DF, dy_TF.new_empty(0), ranks, carrier, gradient=True)
+        if not opts.overlaps:
+            finish()
+    dw_FD = dy_TF.new_empty(F if need_dw else 0, D)
+    if need_dw:
+        turned = kept
+        if exchange is not None:
+            exchange.receive_all()
+            turned = joined_transpose(_chunks(exchange, kept))
+        elif regather is not None:
+            turned = joined_transpose(regather().chunk(n))
+        scaled_mm(unpacked(dy_FT, GRADIENT), unpacked(turned, ACTIVATION), dw_FD, gradient=True)
+    dx_tD = dy_TF.new_empty(0) if finish is None else finish()
+    if exchange is not None:
+        exchange.close()
+    return dx_tD, dw_FD
+
+
+def row_forward(x_Tf: Tensor, w_Df: Tensor, ranks: dist.ProcessGroup, carrier: Carrier | None) -> tuple[Tensor, Tensor]:
+    """y_tD, and what backward needs."""
+    x, kept = quantize_both(x_Tf)
+    w = quantize([w_Df])
+    weight_scale(kept).copy_(w.scale)
+    return _scattered_product(x, w, x_Tf.new_empty(0), ranks, carrier)(), kept
+
+
+def row_backward(
+    dy_tD: Tensor,
+    kept: Tensor,
+    w_Df: Tensor,
+    ranks: dist.ProcessGroup,
+    carrier: Carrier | None,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor, Tensor]:
+    """dx = G W;  dW = G^T round(x)."""
+    (t, D), f = dy_tD.shape, w_Df.shape[1]
+    dx_Tf = dy_tD.new_empty(t * ranks.size() if need_dx else 0, f)
+    dw_Df = dy_tD.new_empty(D if need_dw else 0, f)
+
+    def weight() -> Float8Operand:
+        return quantize([w_Df.t()], scale=weight_scale(kept))
+
+    turned, _ = _gathered_product(dy_tD, weight, dx_Tf if need_dx else None, ranks, carrier, gradient=True)
+    if need_dw:
+        scaled_mm(unpacked(turned, GRADIENT), unpacked(kept, ACTIVATION), dw_Df, gradient=True)
+    return dx_Tf, dw_Df
+
+
+def _gathered_product(
+    x_tK: Tensor,
+    weight: Callable[[], Float8Operand],
+    out_TN: Tensor | None,
+    ranks: dist.ProcessGroup,
+    carrier: Carrier | None,
+    *,
+    gradient: bool = False,
+    turn: bool = True,
+) -> tuple[Tensor, Float8Operand]:
+    """out = all_gather(round(x)) W. Returns the gathered numbers' transpose, or this rank's numbers without `turn`, as
+    packed memory; and the weight, which is quantized while the first numbers are under way."""
+    t, n, dtype = x_tK.shape[0], ranks.size(), GRADIENT if gradient else ACTIVATION
+
+    def multiply(x: Float8Operand, w: Float8Operand, out: Tensor | None) -> None:
+        if out is not None:
+            scaled_mm(x, w, out, gradient=gradient)
+
+    if n == 1:
+        x, memory = quantize_both(x_tK, gradient=gradient)
+        multiply(x, w := weight(), out_TN)
+        return memory, w
+    record("fp8", "gathers")
+    own = quantize_packed(x_tK, gradient=gradient)
+    if carrier is None:
+        finish = start_all_gather(own, ranks)
+        w = weight()
+        x, memory = joined(finish().chunk(n), gradient=gradient)
+        multiply(x, w, out_TN)
+        return memory if turn else own, w
+    exchange = _send(own, carrier)
+    w = weight()
+    for i in range(n):
+        q, chunk = (exchange.before(i), exchange.receive(i)) if i else (exchange.rank, own)
+        multiply(unpacked(chunk, dtype), w, None if out_TN is None else out_TN[q * t : (q + 1) * t])
+    memory = joined_transpose(_chunks(exchange, own), gradient=gradient) if turn else own
+    exchange.close()
+    return memory, w
+
+
+def _scattered_product(
+    x: Float8Operand,
+    w: Float8Operand,
+    like: Tensor,
+    ranks: dist.ProcessGroup,
+    carrier: Carrier | None,
+    *,
+    gradient: bool = False,
+) -> Finish:
+    """Start reduce_scatter(x W), computed in the dtype of `like`. Returns a function that waits for this rank's sum."""
+    T, N = x.values.shape[0], w.values.shape[0]
+    if carrier is not None:
+        exchange = carrier.open((T // ranks.size(), N), like.dtype)
+        return scatter_sum(exchange, lambda rows, out: scaled_mm(x[rows], w, out, gradient=gradient))
+    out_TN = like.new_empty(T, N)
+    scaled_mm(x, w, out_TN, gradient=gradient)
+    return start_reduce_scatter(out_TN, ranks)
+
+
+def _send(memory: Tensor, carrier: Carrier) -> Exchange:
+    """Start an exchange in which every rank gets every rank's memory."""
+    exchange = carrier.open(tuple(memory.shape), memory.dtype)
+    send_to_all(exchange, memory)
+    return exchange
+
+
+def _chunks(exchange: Exchange, own: Tensor) -> list[Tensor]:
+    """Every rank's memory, by rank."""
+    return [own if q == exchange.rank else slot for q, slot in enumerate(exchange.slots)]

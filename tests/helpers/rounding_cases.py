@@ -1,0 +1,111 @@
+"""Rounding to 8 bits on ragged shapes and both memory orders, against float64: the nearest number of the dtype by a
+table of all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from colrow.ops.float8 import ACTIVATION, GRADIENT
+from colrow.ops.kernels.rounding import peak_of, round_reference, scale_reference
+
+Rounding = Callable[[Tensor, Tensor | None, bool], tuple[Tensor, Tensor, Tensor]]
+"""(x, scale of x, gradient) -> rows, turned, scale."""
+SHAPES = [(1, 1), (33, 257), (272, 48), (16, 400), (64, 128), (128, 256), (256, 128), (384, 384)]
+
+
+def nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of finite numbers within the dtype's range: ties to the even one."""
+    table = torch.arange(256, dtype=torch.uint8, device=x.device).view(dtype).double()
+    positive = table[:128][table[:128].isfinite()]  # ascending, as their bits are
+    size = x.double().abs().contiguous()
+    above = torch.searchsorted(positive, size).clamp(max=len(positive) - 1)
+    below = (above - 1).clamp(min=0)
+    up, down = positive[above] - size, size - positive[below]
+    even = torch.where(above % 2 == 0, above, below)
+    index = torch.where(up < down, above, torch.where(down < up, below, even))
+    return positive[index] * torch.where(x < 0, -1.0, 1.0)
+
+
+def scale_in_float64(peak: float, dtype: torch.dtype) -> float:
+    """That of zeros is the smallest."""
+    mantissa, exponent = math.frexp(peak / torch.finfo(dtype).max)
+    power = math.ldexp(1.0, exponent - 1 if mantissa == 0.5 else exponent) if peak else 0.0
+    return max(power, torch.finfo(torch.float32).tiny)
+
+
+def inputs(device: str) -> Iterator[tuple[Tensor, bool]]:
+    """Row-major and column-major, views of larger tensors, the largest value at a power of two among them."""
+    generator = torch.Generator().manual_seed(0)
+    for m, k in SHAPES:
+        for source in (torch.bfloat16, torch.float32):
+            for turned in (False, True):
+                around = torch.randn((k, m + 32) if turned else (m, k + 32), generator=generator)
+                around = (around * 10.0 ** (4 * torch.rand(around.shape, generator=generator) - 3)).to(source)
+                x = around.to(device)[:, 16:-16]
+                if turned:
+                    x = x.t()
+                for gradient in (False, True):
+                    yield x, gradient
+    top = torch.full((128, 128), torch.finfo(ACTIVATION).max)
+    for factor in (1.0, 1.0 - 2.0**-20, 1.0 + 2.0**-20, 0.0):
+        yield (top * factor).to(device), False
+
+
+def check(round_: Rounding, device: str) -> int:
+    """Assert that a rounding is that of float64, in both orders; once more under a larger scale. The cases it took."""
+    count = 0
+    for x, gradient in inputs(device):
+        dtype = GRADIENT if gradient else ACTIVATION
+        rows, turned, scale = round_(x, None, gradient)
+        s = scale_in_float64(x.double().abs().max().item(), dtype)
+        assert scale.item() == s, (x.shape, x.dtype, gradient, scale, s)
+        want = nearest(x.double() / s, dtype)
+        assert torch.equal(rows.double(), want), (x.shape, x.dtype, x.stride(), gradient)
+        assert torch.equal(turned.double(), want.t()), (x.shape, x.dtype, x.stride(), gradient)
+        again, across, larger = round_(rows, 4 * scale, gradient)  # numbers of a fourth of the common scale
+        assert larger.item() == 4 * s
+        assert torch.equal(again.double(), nearest(want / 4, dtype)), x.shape
+        assert torch.equal(across.double(), again.double().t()), x.shape
+        count += 1
+    return count
+
+
+def by_reference(x: Tensor, largest: Tensor | None, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    rows, turned = _empty(x, gradient)
+    scale = scale_reference(peak_of([x]), rows.dtype) if largest is None else largest
+    round_reference(x, scale, None if largest is None else largest / 4, rows, turned)
+    return rows, turned, scale
+
+
+def by_kernel(
+    x: Tensor, largest: Tensor | None, gradient: bool, values: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With `values` in the place of x, once the largest of x is found."""
+    from colrow.ops.kernels.rounding import peak_triton, round_triton
+
+    rows, turned = _empty(x, gradient)
+    scale, of = torch.full((), torch.nan, device=x.device), None if largest is None else largest / 4
+    peaks = peak_triton([x]) if largest is None or of is None else torch.stack([of, largest])
+    round_triton(x if values is None else values, peaks, scale, of, rows, turned, given=largest is not None)
+    return rows, turned, scale
+
+
+def by_interpreted_kernel(x: Tensor, largest: Tensor | None, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """With numbers that need no rounding, which Triton's interpreter gets wrong: 1.97 becomes 1, not 2."""
+    ratio = by_reference(x, None, gradient)[2].double() if largest is None else 4.0
+    values = nearest(x.double() / ratio, GRADIENT if gradient else ACTIVATION) * ratio
+    ordered = values if x.stride(1) == 1 else values.t().contiguous().t()
+    return by_kernel(x, largest, gradient, ordered.to(torch.float32))
+
+
+def _empty(x: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+    """Both orders, all NaN, of which the turned one is a slice of the columns of a larger one."""
+    M, K = x.shape
+    dtype = GRADIENT if gradient else ACTIVATION
+    rows = torch.full((M, K), 255, dtype=torch.uint8, device=x.device)
+    turned = torch.full((K, M + 32), 255, dtype=torch.uint8, device=x.device)
+    return rows.view(dtype), turned[:, 16:-16].view(dtype)
