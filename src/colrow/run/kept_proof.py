@@ -18,6 +18,7 @@ import colrow
 from colrow.config import RunConfig
 from colrow.data.disk import atomic_write
 from colrow.errors import ConfigError
+from colrow.models.build import imported
 from colrow.plans.fingerprint import digest_of_texts
 from colrow.plans.plan import Plan
 from colrow.verifying.report import Report
@@ -68,10 +69,11 @@ class KeptProof:
             ) from error
 
 
-def dependencies(config: RunConfig, model: nn.Module, plan: Plan, *builders: Any) -> dict[str, str]:
+def dependencies(config: RunConfig, model: nn.Module, plan: Plan | None, *builders: Any) -> dict[str, str]:
     """Digests of what the proof of a plan depends on.
 
     Args:
+        plan: none for what the derivation of a plan depends on: the config's keys for it take its place.
         builders: the user's callables that build the model, and the reduced one.
     """
     keys = {
@@ -82,13 +84,21 @@ def dependencies(config: RunConfig, model: nn.Module, plan: Plan, *builders: Any
         "micro_batch": config.train.micro_batch,
     }
     here = Path(colrow.__file__).parent
+    # the model counts by itself
+    text = repr((config.plan, config.derive)) if plan is None else replace(plan, fingerprint=None).to_yaml()
     return {
-        "plan": digest_of_texts([replace(plan, fingerprint=None).to_yaml()]),  # the model counts by itself
+        "plan": digest_of_texts([text]),
         "model": digest_of_texts([*_structure(model), *_sources(model, builders)]),
         "config": digest_of_texts([json.dumps(keys, sort_keys=True)]),
         "torch": torch.__version__,
         "colrow": digest_of_texts(path.read_text(encoding="utf-8") for path in sorted(here.rglob("*.py"))),
     }
+
+
+def builders_of(config: RunConfig) -> list[Any]:
+    """The user's callables that build the model, and the reduced one."""
+    paths = (config.model.python, config.model.reduced)
+    return [imported(path, "model") for path in paths if path is not None]
 
 
 def _structure(model: nn.Module) -> Iterable[str]:

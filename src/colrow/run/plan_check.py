@@ -14,12 +14,13 @@ import torch
 from colrow.config import RunConfig
 from colrow.derive.judged import Judgement
 from colrow.errors import PlanError
-from colrow.models.build import Source, build_source, built, imported
+from colrow.models.build import Source, build_source, built
 from colrow.plans.plan import Plan
 from colrow.plans.split_share import SplitShare
 from colrow.run.decision import Start, decide
 from colrow.run.forecast_line import Forecast, Gpus, forecast_run, gpus_here, keep_forecast
-from colrow.run.kept_proof import KeptProof, dependencies
+from colrow.run.kept_proof import KeptProof, builders_of, dependencies
+from colrow.run.kept_start import KeptStart
 
 T = TypeVar("T")
 
@@ -45,7 +46,16 @@ def check_plan(
         return split_lines(config, source, plan)
     ids = torch.zeros(config.train.micro_batch, config.data.seq_len, dtype=torch.long)
     path = config.model.reduced
-    builders = [imported(each, "model") for each in (config.model.python, path) if each is not None]
+    depends = cache(lambda: dependencies(config, source.model, plan, *builders_of(config)))
+    how = repr((config.check, config.verify, config.run.seed))
+    kept, said = KeptStart(config.run.dir, "check", lambda: {**depends(), "how": how}), list[str]()
+    if judgement is None and (lines := kept.find()) is not None:
+        return ["check      as at the last start: nothing that it depends on has changed", *lines]
+
+    def say(line: str) -> None:
+        said.append(line)
+        print(f"verify     {line}", flush=True)
+
     decision = decide(
         source.model,
         plan,
@@ -58,8 +68,8 @@ def check_plan(
         build_reduced=None if path is None else lambda: built(path, config.run.seed),
         start=Start(
             judgement,
-            proofs=KeptProof(config.run.dir, cache(lambda: dependencies(config, source.model, plan, *builders))),
-            say=lambda line: print(f"verify     {line}", flush=True),
+            proofs=KeptProof(config.run.dir, depends),
+            say=say,
             meanwhile=meanwhile,
         ),
     )
@@ -68,7 +78,10 @@ def check_plan(
     warnings = [
         f"warning    {f.code} {f.slug} at {f.where}: {f.message}; {f.fix} ({f.page})" for f in decision.findings
     ]
-    return warnings + split_lines(config, source, plan, decision.flops_split)
+    lines = warnings + split_lines(config, source, plan, decision.flops_split)
+    if not said:  # else the proof counts, which has a file of its own
+        kept.keep(lines)
+    return lines
 
 
 def split_lines(config: RunConfig, source: Source, plan: Plan, flops: float | None = None) -> list[str]:

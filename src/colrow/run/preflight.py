@@ -31,6 +31,8 @@ from colrow.plans.named import derive_options, named_plan
 from colrow.plans.plan import Plan
 from colrow.plans.presets import PRESETS
 from colrow.run.decision import errors_found
+from colrow.run.kept_proof import builders_of, dependencies
+from colrow.run.kept_start import FILE, KeptStart
 from colrow.run.run_folder import CHECKPOINTS, changed_keys
 from colrow.styles.heads import heads_of
 from colrow.train.cuda_graph import check_cuda_graph
@@ -94,7 +96,7 @@ def check(config: RunConfig, local_ranks: int | None = None, plan: Plan | None =
         refuse_scalars(source.model)
     judgement = None
     if plan is None:
-        plan, judgement = _judged_plan(config, source.model)
+        plan, judgement = _judged_plan(config, source.model, keep=True)
     require_heads(config, source, plan)
     if config.check:
         require_sound(config, source, plan, check_static(source.model, plan, config.mesh.tp, config.data.seq_len))
@@ -113,10 +115,17 @@ def choose_plan(config: RunConfig, model: nn.Module) -> Plan:
     return _judged_plan(config, model)[0]
 
 
-def _judged_plan(config: RunConfig, model: nn.Module) -> tuple[Plan, Judgement | None]:
-    """`choose_plan`, and what a derivation found of its plan: the check need not run again before the ranks start."""
+def _judged_plan(config: RunConfig, model: nn.Module, *, keep: bool = False) -> tuple[Plan, Judgement | None]:
+    """`choose_plan`, and what a derivation found of its plan: the check need not run again before the ranks start.
+
+    Args:
+        keep: leave a derived plan in the run's folder, for the next start.
+    """
     requests, judgement = config.derive, None
-    if config.plan in DERIVED:
+    if config.plan in DERIVED and (text := kept_plan(config, model).find()) is not None:
+        print("plan       derived at an earlier start: nothing that it depends on has changed", flush=True)
+        plan = Plan.from_yaml(text, FILE)
+    elif config.plan in DERIVED:
         found = derive_judged(
             model,
             config.mesh.tp,
@@ -126,6 +135,8 @@ def _judged_plan(config: RunConfig, model: nn.Module) -> tuple[Plan, Judgement |
             say=lambda line: print(f"plan       {line}", flush=True),
         )
         plan, judgement = found.plan().made_for(model), found.judgement
+        if keep:
+            kept_plan(config, model).keep(plan.to_yaml())
     else:
         plan = named_plan(
             config.plan, model, config.mesh.tp, config.loss, keep_whole=requests.keep_whole, split=requests.split
@@ -137,6 +148,11 @@ def _judged_plan(config: RunConfig, model: nn.Module) -> tuple[Plan, Judgement |
             f"train.fp8 is for meshes with tp or data axes, and the mesh is {config.mesh}: add ranks, or leave fp8 out"
         )
     return plan.with_fp8(config.train.fp8), None
+
+
+def kept_plan(config: RunConfig, model: nn.Module) -> KeptStart:
+    """The place of a derived plan, as it is before `train.fp8`."""
+    return KeptStart(config.run.dir, "plan", lambda: dependencies(config, model, None, *builders_of(config)))
 
 
 def require_sound(config: RunConfig, source: Source, plan: Plan, found: list[Finding]) -> None:
