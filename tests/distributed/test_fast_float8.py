@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from colrow.sharding.grad_norm import align_gradients
 from colrow.sharding.layout import full_tensor
 from helpers.harness import Ranks
 from helpers.parity import TINY, batch, tp_mesh
+from helpers.runs import a_run, train, write_text
 
 pytestmark = pytest.mark.distributed
 CONFIG = replace(TINY, hidden_size=64, intermediate_size=128, num_attention_heads=4, head_dim=16)
@@ -77,3 +79,21 @@ def test_loss_and_gradients_are_near_those_of_fp32(ranks: Ranks) -> None:
 
 def test_recomputation_rounds_alike(ranks: Ranks) -> None:
     assert ranks(2).run(recomputed) == [{"selective": True, "full": True}] * 2
+
+
+def test_a_run_samples_prompts_of_any_length_and_is_exported(ranks: Ranks, tmp_path: Path) -> None:
+    """16 does not divide the prompt: it is padded, and the run's end is not an error about it."""
+    write_text(tmp_path)
+    train_keys = {"steps": 3, "fp8": "tensorwise", "compile": False, "warmup_steps": 1}
+    config = a_run(
+        tmp_path,
+        "fp8",
+        mesh={"tp": 2},
+        plan="llama-fast",
+        loss="linear",
+        train=train_keys,
+        sample={"prompt": "row 7", "tokens": 3},
+    )
+    for step, _, text in ranks(2).run(train, config):
+        assert step == 3
+        assert not text or ("sample     row 7" in text and "export     " in text), text

@@ -82,7 +82,7 @@ def quantize(
     """
     sizes = [part.shape[dim] for part in parts]
     M, K = (sum(sizes), parts[0].shape[1]) if dim == 0 else (parts[0].shape[0], sum(sizes))
-    require(parts)
+    require(parts[0].device, M, K)
     out = unpacked(packed(M, K, parts[0].device), GRADIENT if gradient else ACTIVATION)
     peaks = peak_of(list(parts)) if scale is None else scale.view(1)
     for part, into in zip(parts, out.values.split(sizes, dim), strict=True):
@@ -91,9 +91,9 @@ def quantize(
 
 
 def quantize_packed(x_MK: Tensor, *, gradient: bool = False) -> Tensor:
-    """`quantize`, as the memory that is sent."""
-    require([x_MK])
+    """`quantize`, as the memory that is sent: a chunk, whose rows 16 need not divide as long as it does all of them."""
     M, K = x_MK.shape
+    require(x_MK.device, K)
     memory = packed(M, K, x_MK.device)
     out = unpacked(memory, GRADIENT if gradient else ACTIVATION)
     _round(x_MK, peak_of([x_MK]), out.scale, rows=out.values)
@@ -103,8 +103,8 @@ def quantize_packed(x_MK: Tensor, *, gradient: bool = False) -> Tensor:
 def quantize_both(x_MK: Tensor, *, gradient: bool = False) -> tuple[Float8Operand, Tensor]:
     """`quantize` of [M, K], and of its transpose as packed memory [K, M], with one scale: an operand of two matmuls,
     of which one sums over its columns and the other over its rows."""
-    require([x_MK])
     (M, K), dtype = x_MK.shape, GRADIENT if gradient else ACTIVATION
+    require(x_MK.device, M, K)
     memory = packed(K, M, x_MK.device)
     turned = unpacked(memory, dtype)
     rows = torch.empty(M, K, dtype=dtype, device=x_MK.device)
@@ -129,7 +129,7 @@ def _joined(chunks: Sequence[Tensor], gradient: bool, rows: bool) -> tuple[Float
     dtype = GRADIENT if gradient else ACTIVATION
     parts = [unpacked(chunk, dtype) for chunk in chunks]
     (t, K), device = parts[0].values.shape, chunks[0].device
-    M = t * len(parts)
+    require(device, M := t * len(parts), K)
     memory, out = packed(K, M, device), torch.empty(M, K, dtype=dtype, device=device) if rows else None
     turned, scales = unpacked(memory, dtype), torch.stack([part.scale for part in parts])
     for q, part in enumerate(parts):
@@ -181,17 +181,17 @@ def float8_reference(a_MK: Tensor, b_KN: Tensor, s: Tensor, r: Tensor) -> Tensor
     return (a_MK.float() * s) @ (b_KN.float() * r)
 
 
-def require(parts: Sequence[Tensor]) -> None:
+def require(device: torch.device, *sizes: int) -> None:
     """Raise a ConfigError unless 16, the granularity of 8-bit matmuls, divides all sizes and the device has these."""
-    for size in (size for part in parts for size in part.shape):
+    for size in sizes:
         if size % 16:
             raise ConfigError(
                 f"an fp8 matmul has a side of {size}, which 16 does not divide (tokens of a micro-batch, or features "
                 "on a rank): choose micro_batch × seq_len and tp so that it does, or leave fp8 out"
             )
     record("fp8", "tensorwise")
-    if parts[0].is_cuda:
-        require_gpu(parts[0].device)
+    if device.type == "cuda":
+        require_gpu(device)
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from pathlib import Path
@@ -80,6 +81,8 @@ def sample(config: RunConfig, training: Training, tokenizer: Tokenizer) -> str:
     ids = torch.tensor([prompt], device=training.device)
     if training.compiled:
         ids = ids.expand(config.train.micro_batch, -1)
+    # 8-bit matmuls take tokens by 16
+    multiple = config.mesh.tp if config.train.fp8 is None else math.lcm(config.mesh.tp, 16)
     with evaluation_mode(training.modules, training.device) as generators:
         generators.seed(config.run.seed)
         sampled = generate(
@@ -88,7 +91,7 @@ def sample(config: RunConfig, training: Training, tokenizer: Tokenizer) -> str:
             config.sample.tokens,
             temperature=config.sample.temperature,
             seed=config.run.seed,
-            pad_multiple=config.data.seq_len if training.compiled else config.mesh.tp,
+            pad_multiple=config.data.seq_len if training.compiled else multiple,
             context=config.data.seq_len,
             eos_id=tokenizer.eos_id,
         )
