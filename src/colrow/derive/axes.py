@@ -102,7 +102,7 @@ def unify(one: Sequence[Atom], other: Sequence[Atom], why: str) -> None:
     first, second = leaves(one), leaves(other)
     while first or second:
         if not first or not second:
-            return forbid(first + second, f"misaligned at {why}")
+            return forbid(first + second, f"sizes that do not line up: {why}")
         a, b = first[0], second[0]
         if a is b:
             first.pop(0)
@@ -112,7 +112,7 @@ def unify(one: Sequence[Atom], other: Sequence[Atom], why: str) -> None:
             second.pop(0)
             _merge(a, b, why)
         elif a.segments or b.segments:
-            return forbid(first + second, f"concatenation meets a view at {why}")
+            return forbid(first + second, f"a view cuts a concatenation: {why}")
         elif a.size > b.size and a.size % b.size == 0:
             split(a, [b.size, a.size // b.size])
             first, second = leaves(first), leaves(second)
@@ -120,7 +120,7 @@ def unify(one: Sequence[Atom], other: Sequence[Atom], why: str) -> None:
             split(b, [a.size, b.size // a.size])
             first, second = leaves(first), leaves(second)
         else:
-            return forbid(first + second, f"misaligned at {why}")
+            return forbid(first + second, f"sizes that do not line up: {why}")
     return None
 
 
@@ -146,8 +146,8 @@ def _merge(a: Atom, b: Atom, why: str) -> None:
     pairs: list[tuple[Dim, Dim]] = []
     if a.segments and b.segments:
         if [size_of(s) for s in a.segments] != [size_of(s) for s in b.segments]:
-            forbid([a], f"two different concatenations meet at {why}")
-            forbid([b], f"two different concatenations meet at {why}")
+            forbid([a], f"two different concatenations meet: {why}")
+            forbid([b], f"two different concatenations meet: {why}")
             return
         pairs = list(zip(a.segments, b.segments, strict=True))
     reason, soft = a.forbidden or b.forbidden, a.normalised or b.normalised

@@ -144,8 +144,8 @@ def why_unsharded(dims: Dims, tp: int, notes: Collection[str], summed: bool) -> 
             elif size % tp:
                 reasons.append(f"dim {k} ({size}): not divisible by {tp}")
             else:
-                reasons.append(f"dim {k} ({size}): its class was not chosen")
+                reasons.append(f"dim {k} ({size}): another dim is split in its place")
     # what was given up says most, and least that a part of a dim only tells q, k and v, or value and gate, apart
-    reasons.sort(key=lambda why: (why.partition(": ")[2] not in notes, ": index of " in why))
+    reasons.sort(key=lambda why: (why.partition(": ")[2] not in notes, ": it counts " in why))
     text = "; ".join(dict.fromkeys(reasons)) or "a single element"
     return text + ("; gradient summed over tp" if summed else "")

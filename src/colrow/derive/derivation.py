@@ -22,7 +22,7 @@ from colrow.derive.emit_modules import Emission
 from colrow.derive.failure import ADVICE, Place, TraceError, has_unknown_size
 from colrow.derive.flow import Flows
 from colrow.derive.gathered import Layers, Standing, accepted_layers, gathered_layers
-from colrow.derive.infer import OPAQUE, AxisInference
+from colrow.derive.infer import OPAQUE, AxisInference, module_path
 from colrow.derive.local import LocalCheck, Repairs
 from colrow.derive.opaque import NOTHING_OPAQUE, opaque_modules
 from colrow.derive.representatives import NotAlikeError, Representatives
@@ -31,7 +31,7 @@ from colrow.derive.sequence import Stream, find_stream
 from colrow.derive.split import Split
 from colrow.derive.stream_ends import NoStreamError, StreamKind
 from colrow.derive.table import infer
-from colrow.derive.trace import Trace, default_inputs, label_of, module_path, trace
+from colrow.derive.trace import Trace, default_inputs, label_of, trace
 from colrow.dryrun.calls import GivenInputs, Inputs
 from colrow.errors import PlanError
 from colrow.ops.carriers import Overlap

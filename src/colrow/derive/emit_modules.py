@@ -13,11 +13,11 @@ from torch.fx import Node
 from colrow.derive.axes import Atom, Dim, find, leaves
 from colrow.derive.blocks import Block, SplitError
 from colrow.derive.choice import Choice
-from colrow.derive.infer import argument, facts_of
+from colrow.derive.infer import argument, facts_of, module_path
 from colrow.derive.rules_channels import channels_of
 from colrow.derive.sequence import Stream
 from colrow.derive.split import Split
-from colrow.derive.trace import Scale, Trace, label_of, module_path
+from colrow.derive.trace import Scale, Trace, label_of
 from colrow.styles.base import STYLES, Style
 from colrow.styles.fast.linear import is_linear
 from colrow.styles.local_block import BlockShards, LocalShards
@@ -118,6 +118,7 @@ class ModuleEmitter:
         if name in locals_:
             self._put(name, style="local_block", shards={p: self._shard_spec(name, p) for p in parameters})
         elif name in self.flows.wide:
+            self._require_last_dim(name)
             self._put(name, style="sharded_norm")
         elif isinstance(module, nn.Embedding) and self._dim_of(name, "weight")[0] == 0:
             self._embedding(name)
@@ -132,6 +133,13 @@ class ModuleEmitter:
                 self.finder.atoms_of(set(self.flows.inference.params)) & self._atoms(name),
                 f"{name} is not in a block that runs on local tensors",
             )
+
+    def _require_last_dim(self, name: str) -> None:
+        """Raise SplitError for a norm that transposes its input: style sharded_norm takes the last dim for sharded."""
+        for boundary in self.finder.inputs(name):
+            dims = self.flows.inference.dims.get(boundary)
+            if isinstance(dims, list) and any(self.choice.sharded(dim) for dim in dims[:-1]):
+                raise SplitError(self._atoms(name), f"{name} normalises over another dim of its input than the last")
 
     def _buffers(self) -> None:
         """Of a module that runs on its shards and alone reads its buffer, a rank uses the rows that go with them."""

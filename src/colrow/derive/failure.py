@@ -18,6 +18,9 @@ HERE, TORCH = Path(__file__).parents[1], Path(torch.__file__).parent
 ADVICE = "write the plan by hand, or take a variant of the model whose sizes and branches do not depend on the data"
 
 
+ALIKE = "would give every rank the same part of a constant"
+
+
 class TraceError(PlanError):
     """Code of a module cannot be traced; `module` is its name, '' for the model itself, None where it is unknown."""
 
@@ -33,6 +36,11 @@ class Misfit:
 
     why: str
     module: str | None
+
+    @property
+    def tells_more(self) -> bool:
+        """Whether it says what a rank computes, and not only that its code fails."""
+        return " has an input of " in self.why or ALIKE in self.why
 
 
 @dataclass(frozen=True)

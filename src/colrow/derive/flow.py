@@ -26,8 +26,8 @@ import torch
 from torch.fx import Node
 
 from colrow.derive.choice import Choice
-from colrow.derive.infer import AxisInference, facts_of, op_name
-from colrow.derive.trace import is_boundary, label_of, module_path
+from colrow.derive.infer import AxisInference, facts_of, module_path, op_name
+from colrow.derive.trace import is_boundary, label_of
 from colrow.sharding.operators import Filling, Linear
 
 

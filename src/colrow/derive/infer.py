@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from colrow.derive.axes import Atom, Dim, forbid, size_of
+from colrow.plans.patterns import with_stars
 from colrow.sharding.operators import NOTHING_KNOWN, Identity, Operator, operator, plain_name
 
 Dims = list[Dim]
@@ -63,6 +64,19 @@ def computes(node: Node) -> bool:
 def computation(node: Node) -> str:
     """The operator's name, one for all views: of one head einops makes another view than of several."""
     return "view" if facts_of(node).rule in ("view", "unsqueeze", "squeeze") else op_name(node)
+
+
+def module_path(node: Node) -> str:
+    """The name of the innermost module whose forward made this node; '' for the model itself."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [str(entry[0]) for entry in stack.values()]
+    return strip(paths[-1]) if paths else ""
+
+
+def strip(name: str) -> str:
+    """A name inside the tracing wrapper to the name inside the model."""
+    name = name.split("@")[0]
+    return name[2:] if name.startswith("m.") else "" if name == "m" else name
 
 
 def is_lookup(node: Node) -> bool:
@@ -135,7 +149,10 @@ class AxisInference:
         self._inputs = set(inputs)
         self._fresh_at = fresh_at
         self._free_inputs = free_inputs
+        self._node: Node | None = None
+        """The one whose rule runs."""
         for node in graph.nodes:
+            self._node = node
             self._visit(node, parameters)
 
     # ------------------------------------------------------------------ what rules use
@@ -154,6 +171,11 @@ class AxisInference:
 
     def fresh(self, shape: Sequence[int], why: str | None = None) -> Dims:
         return [[Atom(int(extent), why)] if int(extent) != 1 else [] for extent in shape]
+
+    def at(self, why: str) -> str:
+        """A reason with the module whose code gives it."""
+        module = with_stars(module_path(self._node)) if self._node is not None else ""
+        return f"{why} in {module}" if module else why
 
     def contract(self, node: Node, dim: Dim) -> None:
         """`node` sums over `dim`: sharded, each rank holds a partial sum."""
@@ -230,8 +252,8 @@ class AxisInference:
         self.unknown[name] += 1
         for node in incoming:
             for dim in itertools.chain(*self.tensors(node)):
-                forbid(dim, f"no rule for {name}" if name != OPAQUE else "a module that cannot be traced uses it")
-        why = f"made by {name}, which has no rule" if name != OPAQUE else "made by a module that cannot be traced"
+                forbid(dim, self.at(f"no rule for {name}" if name != OPAQUE else "an untraceable module uses it"))
+        why = self.at(f"made by {name}, which has no rule" if name != OPAQUE else "made by an untraceable module")
         if isinstance(value, Tensor):
             return self.fresh(value.shape, why)
         if isinstance(value, (tuple, list)):

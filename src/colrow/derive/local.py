@@ -8,24 +8,24 @@ the ones that fix it become a part of the plan.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.fx import Node
 
+from colrow.derive.attributes import Attributes, AttributeSearch, Group
 from colrow.derive.axes import find, leaves, size_of
 from colrow.derive.choice import Choice
 from colrow.derive.emit_modules import Emission
-from colrow.derive.failure import Misfit, TraceError, does_not_fit
+from colrow.derive.failure import ALIKE, Misfit, TraceError, does_not_fit
 from colrow.derive.flow import Flows
 from colrow.derive.infer import NoRuleError, argument, computation, computes, facts_of, op_name, shape_of
-from colrow.derive.reads import record_reads
+from colrow.derive.reads import reads
 from colrow.derive.rules_channels import channel_groups, channels_of
 from colrow.derive.rules_pieces import slice_piece
 from colrow.derive.sequence import Stream
@@ -34,23 +34,19 @@ from colrow.derive.trace import (
     Label,
     Rescale,
     Trace,
+    decomposed,
+    export,
     is_boundary,
     label_of,
     markers,
-    trace,
 )
+from colrow.derive.undecomposed import computing_nodes
 from colrow.dryrun.calls import Inputs, call_model
-from colrow.errors import PlanError
 from colrow.sharding.operators import Filling
 from colrow.sharding.parameter_state import detached_attributes
 from colrow.styles.base import set_attribute
 from colrow.styles.local_sizes import write_local_sizes
-from colrow.styles.packed import is_transposed
 from colrow.torch_compat import fake_tensor_mode, quiet_fake_tensors
-
-LIKELY = re.compile("head|group|split")
-Attributes = dict[str, dict[str, Any]]
-"""Module name to attribute name to `/tp` or a number."""
 
 
 @dataclass(frozen=True)
@@ -166,11 +162,13 @@ class LocalCheck:
         """Why a rank's trace is not the global one with local extents; None when it is."""
         model = self.local_model(repairs)
         try:
-            local = trace(model, self.inputs, self.rescale(), opaque=self.traced.opaque)
+            exported = export(model, self.inputs, self.rescale(), None, self.traced.opaque)
+            if self._is_alike(exported):
+                return None
+            theirs = [n for n in decomposed(exported).graph.nodes if computes(n)]
         except TraceError as error:
             return does_not_fit(model, error.__cause__ or error)
         ours = [n for n in self.traced.nodes if computes(n)]
-        theirs = [n for n in local.nodes if computes(n)]
         for mine, its in zip(ours, theirs, strict=False):
             where = self.flows.path[mine] or "the model"
             why = self._difference(mine, its, where)
@@ -180,9 +178,38 @@ class LocalCheck:
             return Misfit(f"a rank runs {len(theirs)} operations, the unsharded model {len(ours)}", None)
         return None
 
+    def _is_alike(self, exported: ExportedProgram) -> bool:
+        """Whether a rank's graph before decompositions is right. Where that cannot be said of it, the decomposed graph
+        says it: see [Note: undecomposed graphs]."""
+        known, theirs = self.traced.undecomposed, computing_nodes(exported)
+        if len(theirs) != len(known.nodes) or not known.shows(self._differs, self._needs_itself):
+            return False
+        for mine, its in zip(known.nodes, theirs, strict=True):
+            if computation(mine) != computation(its) or _numbers(mine) != _numbers(its):
+                return False
+            if (result := known.result.get(mine)) is not None and self._value_difference(result, its, "") is not None:
+                return False
+        return True
+
+    def _differs(self, node: Node) -> bool:
+        extents = self.local_extents(node)
+        return extents is not None and extents != shape_of(node)
+
+    def _needs_itself(self, node: Node) -> bool:
+        facts = facts_of(node)
+        of_positions = facts.fills is Filling.POSITION or facts.takes_part
+        return facts.groups is not None or bool(_numbers(node)) or (of_positions and node in self.flows.constant)
+
     def _difference(self, mine: Node, its: Node, where: str) -> str | None:
         if computation(mine) != computation(its):
             return f"{where} runs {op_name(its)} on a rank where the unsharded model runs {op_name(mine)}"
+        if (why := self._value_difference(mine, its, where)) is not None:
+            return why
+        if _numbers(mine) != _numbers(its):
+            return f"{op_name(mine)} in {where} computes with {_numbers(its)} on a rank, not {_numbers(mine)}"
+        return None
+
+    def _value_difference(self, mine: Node, its: Node, where: str) -> str | None:
         extents = self.local_extents(mine)
         value = its.meta.get("val")
         if mine in self.flows.constant and isinstance(value, Tensor):  # outside of blocks it may have either
@@ -190,15 +217,16 @@ class LocalCheck:
             if isinstance(dims, list) and list(value.shape) == self.visible.local_shape(dims):
                 extents = list(value.shape)
         if extents is not None and isinstance(value, Tensor) and list(value.shape) != extents:
-            return f"{op_name(mine)} in {where} gives {list(value.shape)} on a rank, not {extents}"
+            what = f"{op_name(mine)} in {where}"
+            if is_boundary(mine):
+                what = f"the {'input' if label_of(mine).direction == 'in' else 'output'} of {where}"
+            return f"{what} has the shape {list(value.shape)} on a rank, not {extents}"
         if extents is not None and extents != shape_of(mine) and self._same_on_all(mine, its):
             return f"{op_name(mine)} in {where} {ALIKE}"
         if (position := facts_of(mine).groups) is not None:
             groups = channel_groups(mine, self.visible.local_size(channels_of(self.flows.inference, mine)))
             if (local := argument(its, position, "groups", 1)) != groups:
                 return f"{op_name(mine)} in {where} has {local} groups on a rank, not {groups}"
-        if _numbers(mine) != _numbers(its):
-            return f"{op_name(mine)} in {where} computes with {_numbers(its)} on a rank, not {_numbers(mine)}"
         return None
 
     def _same_on_all(self, mine: Node, its: Node) -> bool:
@@ -276,32 +304,19 @@ class LocalCheck:
             if why is not None:
                 raise TraceError(why.why, why.module)
             return known
-        candidates: dict[tuple[str, str], dict[str, Any]] | None = None
-        groups: list[tuple[str, str]] = []
-        first: Misfit | None = None
-        size = 0
-        while size <= min(len(groups), 4):
-            for chosen in itertools.combinations(groups, size):
-                attributes: Attributes = {name: dict(values) for name, values in self.emission.attributes.items()}
-                for key in chosen:
-                    assert candidates is not None
-                    for name, value in candidates[key].items():
-                        attributes.setdefault(name, {})[key[1]] = value
-                repairs = Repairs(attributes)
-                why = self.quick(repairs) or self.mismatch(repairs)
-                if why is None:
-                    return repairs
-                telling = " has an input of " in why.why or ALIKE in why.why
-                first = why if first is None or (candidates is not None and telling) else first
-            if candidates is None:
-                candidates = self.candidates()
-                groups = sorted(candidates, key=lambda key: (not LIKELY.search(key[1]), key))
-            size += 1
-        with_sizes = self.with_sizes(first)
+        search = AttributeSearch(
+            self.model,
+            self.emission.attributes,
+            lambda found: self.quick(Repairs(found)) or self.mismatch(Repairs(found)),
+        )
+        if (attributes := search.found(self.candidates)) is not None:
+            return Repairs(attributes)
+        with_sizes = self.with_sizes(search.first)
         if isinstance(with_sizes, Repairs):
             return with_sizes
-        first = with_sizes or first
-        raise TraceError(first.why, first.module) if first else PlanError("nothing to compare")
+        first = with_sizes or search.first
+        assert first is not None
+        raise TraceError(first.why, first.module)
 
     def with_sizes(self, first: Misfit | None) -> Repairs | Misfit | None:
         """Sizes in code that make a rank's trace right, or what is wrong behind them; None where they change nothing
@@ -337,7 +352,7 @@ class LocalCheck:
         dims = [d for n, f in params.items() if f.startswith(f"{module}.") for d in self.flows.inference.of(n)]
         return {atom.size for atom in self.visible.chosen(dims)}
 
-    def candidates(self) -> dict[tuple[str, str], dict[str, Any]]:
+    def candidates(self) -> dict[Group, dict[str, Any]]:
         """Attributes that a block's forward reads and that hold a size of which a rank has less:
         (class, attribute) to module name to local value."""
         sizes: dict[int, Any] = {}
@@ -351,41 +366,26 @@ class LocalCheck:
             local, share = self.visible.query_heads(kv)
             sizes[kv.size], sizes[find(group).size] = local // share, share
             sizes[kv.size * find(group).size] = "/tp"
-        found: dict[tuple[str, str], dict[str, Any]] = {}
-        for name, key, value in self.reads():
-            if value in sizes and key.rpartition(".")[2] != "head_dim":
-                class_name = type(self.model.get_submodule(name)).__name__
-                found.setdefault((class_name, key), {})[name] = sizes[value]
-        return found
-
-    def reads(self) -> list[tuple[str, str, int]]:
-        """Module, attribute and value of each integer that a module with sharded weights under it reads in forward."""
+        found: dict[Group, dict[str, Any]] = {}
         owners = {
             f.rpartition(".")[0]
             for n, f in self.flows.inference.params.items()
             if self.visible.any_sharded(self.flows.inference.of(n))
         }
-        found: dict[tuple[str, str], int] = {}
-        model = self.local_copy()
-        for name, module in model.named_modules():
-            # a module without parameters may hold the heads for those beside it: einops' layers do
-            scope = name if next(module.parameters(), None) is not None else name.rpartition(".")[0]
-            parents = any(o.startswith(f"{scope}.") and o.count(".") - scope.count(".") <= 2 for o in owners)
-            if (
-                name
-                and (parents or name in owners)
-                and not isinstance(module, (nn.Linear, nn.ModuleList))
-                and not is_transposed(module)
-            ):
-                record_reads(name, module, found)
+        for name, key, value in reads(self.local_copy(), owners, self._run):
+            if value in sizes and key.rpartition(".")[2] != "head_dim":
+                class_name = type(self.model.get_submodule(name)).__name__
+                found.setdefault((class_name, key), {})[name] = sizes[value]
+        return found
+
+    def _run(self, model: nn.Module) -> None:
+        """A copy of the model, with the unsharded sizes."""
+        if self.runs_fake is False:  # on fake tensors some of its modules would not run
+            export(model, self.inputs, None, None, self.traced.opaque)
+            return
         mode = fake_tensor_mode(allow_non_fake_inputs=True)
-        opaque = self.traced.opaque.within(model)
-        with quiet_fake_tensors(), torch.no_grad(), opaque, mode, contextlib.suppress(Exception):
+        with quiet_fake_tensors(), torch.no_grad(), self.traced.opaque.within(model), mode:
             call_model(model.eval(), Inputs.of(self.inputs).map(mode.from_tensor))
-        return [(name, key, value) for (name, key), value in found.items()]
-
-
-ALIKE = "would give every rank the same part of a constant"
 
 
 def _numbers(node: Node) -> list[float]:

@@ -2,9 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import nn
+
+from colrow.styles.packed import is_transposed
+
+
+def reads(model: nn.Module, owners: Collection[str], run: Callable[[nn.Module], None]) -> list[tuple[str, str, int]]:
+    """Module, attribute and value of each integer that a module reads in forward which is one of the owners of sharded
+    weights, or holds some.
+
+    Args:
+        model: a copy, to be thrown away.
+        run: calls it.
+    """
+    found: dict[tuple[str, str], int] = {}
+    for name, module in model.named_modules():
+        # a module without parameters may hold the heads for those beside it: einops' layers do
+        scope = name if next(module.parameters(), None) is not None else name.rpartition(".")[0]
+        parents = any(o.startswith(f"{scope}.") and o.count(".") - scope.count(".") <= 2 for o in owners)
+        if (
+            name
+            and (parents or name in owners)
+            and not isinstance(module, (nn.Linear, nn.ModuleList))
+            and not is_transposed(module)
+        ):
+            record_reads(name, module, found)
+    with contextlib.suppress(Exception):
+        run(model)
+    return [(name, key, value) for (name, key), value in found.items()]
 
 
 class _Reads:

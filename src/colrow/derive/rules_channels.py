@@ -60,22 +60,22 @@ def convolution(inference: AxisInference, node: Node) -> Result:
     c, groups = _channel(node, source), int(argument(node, 6, "groups", 1))
     into, outof = (w[0], w[1]) if transposed else (w[1], w[0])
     if groups == 1:
-        unify(x[c], into, node.name)
+        unify(x[c], into, inference.at(op_name(node)))
         weighted(inference, node, into, source, kernel)
         out: Dim = outof
     else:
         (group, inputs), (its, rest) = _grouped(x[c], groups), _grouped(w[0], groups)
-        unify(group, its, node.name)
-        unify(inputs, rest if transposed else w[1], node.name)
+        unify(group, its, inference.at(op_name(node)))
+        unify(inputs, rest if transposed else w[1], inference.at(op_name(node)))
         outputs = w[1] if transposed else rest
         for inside in (inputs, outputs):
-            forbid(inside, "channels of one group of a convolution")
+            forbid(inside, inference.at("channels of one group of a convolution"))
         out = [*group, *outputs]
     bias = argument(node, 2, "bias")
     if bias is not None:
-        unify(inference.of(bias)[0], out, node.name)
+        unify(inference.of(bias)[0], out, inference.at(op_name(node)))
     for dim in w[2:]:
-        forbid(dim, "a convolution's window")
+        forbid(dim, inference.at("a convolution's window"))
     point = all(n == 1 for n in extents(kernel)[2:]) and shape[c + 1 :] == extents(source)[c + 1 :]
     return [*x[:c], out, *(x[c + 1 :] if point else _moved(inference, x, shape, c + 1, "a convolution runs along it"))]
 
@@ -115,13 +115,13 @@ def group_norm(inference: AxisInference, node: Node) -> Result:
     """Each group of channels is normalised by itself, over all positions: whole groups may be sharded."""
     x = inference.of(node.args[0])
     groups, channels = _grouped(x[1], number(node, 1, "num_groups"))
-    forbid(channels, "normalised over, with the others of its group")
+    forbid(channels, inference.at("normalised over, with the others of its group"))
     for dim in x[2:]:
-        forbid(dim, "normalised over")
+        forbid(dim, inference.at("normalised over"))
     for position, name in ((2, "weight"), (3, "bias")):
         given = argument(node, position, name)
         if isinstance(given, Node):
-            unify(inference.of(given)[0], [*groups, *channels], node.name)
+            unify(inference.of(given)[0], [*groups, *channels], inference.at(op_name(node)))
     return x
 
 
@@ -131,10 +131,10 @@ def batch_norm(inference: AxisInference, node: Node) -> Result:
     x = inference.of(node.args[0])
     for given in node.args[1:5]:
         if isinstance(given, Node):
-            unify(inference.of(given)[0], x[1], node.name)
-    forbid(x[0], "normalised over")
+            unify(inference.of(given)[0], x[1], inference.at(op_name(node)))
+    forbid(x[0], inference.at("normalised over"))
     for dim in x[2:]:
-        forbid(dim, "normalised over")
+        forbid(dim, inference.at("normalised over"))
     value = node.meta["val"]
     if not isinstance(value, (tuple, list)):
         return x
@@ -149,9 +149,9 @@ def weight_norm(inference: AxisInference, node: Node) -> Result:
     kept = number(node, 2, "dim", 0)
     for k, dim in enumerate(v):
         if kept < 0 or k != kept:
-            forbid(dim, "normalised over by a weight norm")
+            forbid(dim, inference.at("normalised over by a weight norm"))
     if kept >= 0:
-        unify(g[kept], v[kept], node.name)
+        unify(g[kept], v[kept], inference.at(op_name(node)))
     return v
 
 

@@ -7,7 +7,7 @@ import re
 from torch.fx import Node
 
 from colrow.derive.axes import Dim, forbid, unify
-from colrow.derive.infer import AxisInference, NoRuleError, Result, rule, shape_of
+from colrow.derive.infer import AxisInference, NoRuleError, Result, op_name, rule, shape_of
 from colrow.derive.rules_products import forbid_own, weighted
 
 _EQUATION = re.compile(r"(?P<operands>[A-Za-z.,]+)(?:->(?P<result>[A-Za-z.]*))?")
@@ -53,7 +53,7 @@ def einsum(inference: AxisInference, node: Node) -> Result:
             if extent == 1:  # broadcast, or nothing to shard
                 dims.setdefault(letter, [])
             elif dims.get(letter):
-                unify(dims[letter], dim, node.name)
+                unify(dims[letter], dim, inference.at(op_name(node)))
             else:
                 dims[letter] = dim
     gone = [letter for letter in dims if letter not in result]
@@ -61,7 +61,7 @@ def einsum(inference: AxisInference, node: Node) -> Result:
         if len(holders[letter]) > 1:
             weighted(inference, node, dims[letter], *holders[letter])
         else:
-            forbid(dims[letter], "summed over")
+            forbid(dims[letter], inference.at("summed over"))
     _only_batches_of_activations(inference, nodes, operands, dims, set(gone))
     return [dims[letter] for letter in result]
 
@@ -78,7 +78,7 @@ def _only_batches_of_activations(
             are_activations = not inference.is_weight(one) and not inference.is_weight(other)
             if are_activations and mine & its & gone and all(own):
                 for letters_of_one in own:
-                    forbid_own([dims[letter] for letter in letters_of_one])
+                    forbid_own(inference, [dims[letter] for letter in letters_of_one])
 
 
 @rule("outer")

@@ -75,15 +75,15 @@ def piece_of(inference: AxisInference, dim: Dim, piece: Piece, pieces: list[Piec
             break
         offset += length
     if offset != size_of(dim) or piece not in pieces:
-        forbid(dim, f"sliced in part at {why}")
+        forbid(dim, inference.at(f"sliced in part at {why}"))
         return inference.fresh([piece[1]], f"sliced in part at {why}")[0]
     sizes = [length for _, length in pieces]
     if len(set(sizes)) == 1:
         parts = regroup([dim], [len(sizes), sizes[0]])
         if parts is None:
-            forbid(dim, f"split across factors at {why}")
+            forbid(dim, inference.at(f"split across factors at {why}"))
             return inference.fresh([piece[1]], f"split across factors at {why}")[0]
-        forbid(parts[0], "index of equal pieces")
+        forbid(parts[0], inference.at("it counts equal pieces"))
         return parts[1]
     atoms = leaves(dim)
     if len(atoms) == 1 and not atoms[0].segments:
@@ -91,7 +91,7 @@ def piece_of(inference: AxisInference, dim: Dim, piece: Piece, pieces: list[Piec
     if len(atoms) == 1 and [size_of(s) for s in atoms[0].segments or ()] == sizes:
         assert atoms[0].segments is not None
         return atoms[0].segments[pieces.index(piece)]
-    forbid(dim, f"split unequally at {why}")
+    forbid(dim, inference.at(f"split unequally at {why}"))
     return inference.fresh([piece[1]], f"split unequally at {why}")[0]
 
 
@@ -101,9 +101,9 @@ def interleaved(inference: AxisInference, dim: Dim, piece: Piece, step: int) -> 
     start, length = piece
     parts = regroup([dim], [length, step]) if start < step and length * step == size_of(dim) else None
     if parts is None:
-        forbid(dim, "sliced with a step")
+        forbid(dim, inference.at("sliced with a step"))
         return inference.fresh([length], "sliced with a step")[0]
-    forbid(parts[1], "index of interleaved pieces")
+    forbid(parts[1], inference.at("it counts interleaved pieces"))
     return parts[0]
 
 
@@ -115,7 +115,9 @@ def slice_(inference: AxisInference, node: Node) -> Result:
         dims[dim] = interleaved(inference, dims[dim], piece, step)
         return dims
     if piece[1] != shape_of(source)[dim]:
-        dims[dim] = piece_of(inference, dims[dim], piece, sibling_pieces(inference, source, dim), node.name)
+        dims[dim] = piece_of(
+            inference, dims[dim], piece, sibling_pieces(inference, source, dim), inference.at(op_name(node))
+        )
     return dims
 
 
@@ -124,7 +126,7 @@ def narrow(inference: AxisInference, node: Node) -> Result:
     dims = list(inference.of(node.args[0]))
     where = number(node, 1, "dim") % len(dims)
     if shape_of(node)[where] != size_of(dims[where]):
-        forbid(dims[where], "sliced in part")
+        forbid(dims[where], inference.at("sliced in part"))
         dims[where] = inference.fresh([shape_of(node)[where]], "sliced in part")[0]
     return dims
 
@@ -147,7 +149,7 @@ def glu(inference: AxisInference, node: Node) -> Result:
     dims = list(inference.of(node.args[0]))
     where = number(node, 1, "dim", -1) % len(dims)
     half = size_of(dims[where]) // 2
-    dims[where] = piece_of(inference, dims[where], (0, half), [(0, half), (half, half)], node.name)
+    dims[where] = piece_of(inference, dims[where], (0, half), [(0, half), (half, half)], inference.at(op_name(node)))
     return dims
 
 
@@ -156,7 +158,7 @@ def unfold(inference: AxisInference, node: Node) -> Result:
     """Windows along a dimension, which stand last."""
     dims, shape = list(inference.of(node.args[0])), shape_of(node)
     where = number(node, 1, "dimension") % len(dims)
-    forbid(dims[where], "windows are taken of it")
+    forbid(dims[where], inference.at("windows are taken of it"))
     dims[where], window = inference.fresh([shape[where], shape[-1]], "windows are taken of it")
     return [*dims, window]
 
@@ -168,6 +170,6 @@ def split(inference: AxisInference, node: Node) -> Result:
     for piece in pieces:
         dims = list(inference.of(node.args[0]))
         if len(pieces) > 1:
-            dims[dim] = piece_of(inference, dims[dim], piece, pieces, node.name)
+            dims[dim] = piece_of(inference, dims[dim], piece, pieces, inference.at(op_name(node)))
         out.append(dims)
     return tuple(out)

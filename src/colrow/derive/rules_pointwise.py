@@ -26,7 +26,7 @@ def broadcast(inference: AxisInference, shape: list[int], tensors: list[tuple[Di
 def elementwise(inference: AxisInference, node: Node) -> Result:
     tensors = [n for n in node.all_input_nodes if isinstance(inference.dims.get(n), list)]
     shape = shape_of(node)
-    return broadcast(inference, shape, [(inference.of(n), shape_of(n)) for n in tensors], node.name)
+    return broadcast(inference, shape, [(inference.of(n), shape_of(n)) for n in tensors], inference.at(op_name(node)))
 
 
 @rule("constant")
@@ -62,7 +62,7 @@ def summed(inference: AxisInference, node: Node) -> Result:
     dims = inference.of(node.args[0])
     gone = reduced_dims(node, len(dims))
     for i in gone:
-        forbid(dims[i], "summed over")
+        forbid(dims[i], inference.at("summed over"))
     return _without(dims, gone, bool(argument(node, 2, "keepdim", False)))
 
 
@@ -74,10 +74,10 @@ def mean(inference: AxisInference, node: Node) -> Result:
     keep = bool(argument(node, 2, "keepdim", False))
     if gone == {len(dims) - 1} and keep:
         inference.average(node, dims[-1])
-        mark_normalised(dims[-1], "normalised over")
+        mark_normalised(dims[-1], inference.at("normalised over"))
     else:
         for i in gone:
-            forbid(dims[i], "averaged over")
+            forbid(dims[i], inference.at("averaged over"))
     return _without(dims, gone, keep)
 
 
@@ -86,14 +86,14 @@ def reduce(inference: AxisInference, node: Node) -> Result:
     dims = inference.of(node.args[0])
     gone = reduced_dims(node, len(dims))
     for i in gone:
-        forbid(dims[i], f"reduced by {op_name(node)}")
+        forbid(dims[i], inference.at(f"reduced by {op_name(node)}"))
     return _without(dims, gone, bool(named_argument(node, "keepdim", False)))
 
 
 @rule("along")
 def along(inference: AxisInference, node: Node) -> Result:
     dims = inference.of(node.args[0])
-    forbid(dims[number(node, 1, "dim")], f"{op_name(node).strip('_')} runs along it")
+    forbid(dims[number(node, 1, "dim")], inference.at(f"{op_name(node).strip('_')} runs along it"))
     return dims
 
 
@@ -102,7 +102,7 @@ def reorder(inference: AxisInference, node: Node) -> Result:
     dims = inference.of(node.args[0])
     where = argument(node, 1 if op_name(node) == "flip" else 2, "dims", ())
     for i in [where] if isinstance(where, int) else where or range(len(dims)):
-        forbid(dims[i], f"reordered by {op_name(node)}")
+        forbid(dims[i], inference.at(f"reordered by {op_name(node)}"))
     return dims
 
 
@@ -110,7 +110,7 @@ def reorder(inference: AxisInference, node: Node) -> Result:
 def triangle(inference: AxisInference, node: Node) -> Result:
     dims = inference.of(node.args[0])
     for dim in dims[-2:]:
-        forbid(dim, "triangular mask")
+        forbid(dim, inference.at("triangular mask"))
     return dims
 
 
@@ -123,13 +123,13 @@ def norm(inference: AxisInference, node: Node) -> Result:
     for position in (2, 3) if op_name(node) == "layer_norm" else (2,):
         given = argument(node, position, "weight" if position == 2 else "bias")
         if isinstance(given, Node):
-            unify_dims(over, inference.of(given), node.name)
+            unify_dims(over, inference.of(given), inference.at(op_name(node)))
     if len(over) == 1:
         inference.average(node, over[0])
-        mark_normalised(over[0], "normalised over")
+        mark_normalised(over[0], inference.at("normalised over"))
     else:
         for dim in over:
-            forbid(dim, "normalised over")
+            forbid(dim, inference.at("normalised over"))
     return dims
 
 
@@ -141,7 +141,7 @@ def pad(inference: AxisInference, node: Node) -> Result:
     out = shape_of(node)
     for k in range(len(amounts) // 2):
         if amounts[2 * k] or amounts[2 * k + 1]:
-            forbid(dims[-1 - k], "padded")
+            forbid(dims[-1 - k], inference.at("padded"))
             dims[-1 - k] = inference.fresh([out[-1 - k]], "padded")[0]
     return dims
 
@@ -150,6 +150,6 @@ def pad(inference: AxisInference, node: Node) -> Result:
 def diff(inference: AxisInference, node: Node) -> Result:
     dims = list(inference.of(node.args[0]))
     where = number(node, 2, "dim", -1)
-    forbid(dims[where], "differences run along it")
+    forbid(dims[where], inference.at("differences run along it"))
     dims[where] = inference.fresh([shape_of(node)[where]], "differences run along it")[0]
     return dims

@@ -26,28 +26,28 @@ def weighted(inference: AxisInference, node: Node, dim: Dim, *operands: object) 
     sums would have to be reduced before the softmax."""
     inference.contract(node, dim)
     if not any(inference.is_weight(operand) for operand in operands):
-        forbid(dim, "contracted between two activations")
+        forbid(dim, inference.at("summed over by a product of two activations"))
 
 
-def forbid_own(dims: list[Dim]) -> None:
+def forbid_own(inference: AxisInference, dims: list[Dim]) -> None:
     """Of a product of two activations only the batch axes are sharded, not those that one of them has alone. But heads
     beside tokens are as a batch is: those of queries that share one head of keys, [heads, T, D] times [S, D]."""
     atoms = [atom for dim in dims for atom in leaves(dim)]
     beside_tokens = any((atom.forbidden or "").startswith("input ") for atom in atoms)
     for atom in atoms if len(atoms) == 1 or not beside_tokens else ():
-        forbid([atom], "only the batch axes of a product of two activations are sharded")
+        forbid([atom], inference.at("only the batch axes of a product of two activations are sharded"))
 
 
 @rule("linear")
 def linear(inference: AxisInference, node: Node) -> Result:
     x, w = inference.of(node.args[0]), inference.of(node.args[1])
-    unify(x[-1], w[-1], node.name)
+    unify(x[-1], w[-1], inference.at(op_name(node)))
     weighted(inference, node, w[-1], node.args[0], node.args[1])
     if len(w) == 1:
         return x[:-1]
     bias = argument(node, 2, "bias")
     if bias is not None:
-        unify(inference.of(bias)[0], w[0], node.name)
+        unify(inference.of(bias)[0], w[0], inference.at(op_name(node)))
     return [*x[:-1], w[0]]
 
 
@@ -55,15 +55,17 @@ def _product(inference: AxisInference, node: Node, a: Node, b: Node) -> Dims:
     x, y = inference.of(a), inference.of(b)
     if len(x) < 2 or len(y) < 2:
         raise NoRuleError("product with a vector")
-    unify(x[-1], y[-2], node.name)
+    unify(x[-1], y[-2], inference.at(op_name(node)))
     weighted(inference, node, x[-1], a, b)
     # a product of a matrix and a vector has no scores: a state-space model's channels times what each state gives
     are_matrices = bool(leaves(x[-2]) and leaves(y[-1]))
     if are_matrices and not inference.is_weight(a) and not inference.is_weight(b):
-        forbid_own([x[-2]])
-        forbid_own([y[-1]])
+        forbid_own(inference, [x[-2]])
+        forbid_own(inference, [y[-1]])
     batch = shape_of(node)[:-2]
-    lead = broadcast(inference, batch, [(x[:-2], shape_of(a)[:-2]), (y[:-2], shape_of(b)[:-2])], node.name)
+    lead = broadcast(
+        inference, batch, [(x[:-2], shape_of(a)[:-2]), (y[:-2], shape_of(b)[:-2])], inference.at(op_name(node))
+    )
     return [*lead, x[-2], y[-1]]
 
 
@@ -84,7 +86,9 @@ def addmm(inference: AxisInference, node: Node) -> Result:
     assert isinstance(b, Node)
     out = _product(inference, node, a, b)
     shape = shape_of(node)
-    return broadcast(inference, shape, [(out, shape), (inference.of(bias), shape_of(bias))], node.name)
+    return broadcast(
+        inference, shape, [(out, shape), (inference.of(bias), shape_of(bias))], inference.at(op_name(node))
+    )
 
 
 @rule("grouped_mm")
@@ -94,12 +98,12 @@ def grouped_mm(inference: AxisInference, node: Node) -> Result:
     dx, dw = inference.of(x), inference.of(w)
     if len(dx) != 2 or len(dw) != 3:
         raise NoRuleError("grouped product of other ranks")
-    unify(dx[1], dw[1], node.name)
+    unify(dx[1], dw[1], inference.at(op_name(node)))
     weighted(inference, node, dw[1], x, w)
-    forbid(dw[0], "expert axis: expert parallelism is not a part of tensor parallelism")
-    forbid(dx[0], "rows sorted by expert")
+    forbid(dw[0], inference.at("expert axis: expert parallelism is not a part of tensor parallelism"))
+    forbid(dx[0], inference.at("rows sorted by expert"))
     if isinstance(offsets, Node):
-        forbid(inference.of(offsets)[0], "offsets of the experts")
+        forbid(inference.of(offsets)[0], inference.at("offsets of the experts"))
     return [dx[0], dw[2]]
 
 
@@ -113,30 +117,30 @@ def attention(inference: AxisInference, node: Node) -> Result:
     q, k, v = inference.of(query), inference.of(key), inference.of(value)
     if len(q) != 4:
         raise NoRuleError("attention without a head dimension")
-    unify(k[1], v[1], node.name)
+    unify(k[1], v[1], inference.at(op_name(node)))
     if shape_of(key)[0] != 1 and shape_of(query)[0] != 1:
-        unify(q[0], k[0], node.name)
-    unify(k[0], v[0], node.name)
+        unify(q[0], k[0], inference.at(op_name(node)))
+    unify(k[0], v[0], inference.at(op_name(node)))
     query_heads, kv_heads = shape_of(query)[1], shape_of(key)[1]
     if query_heads == kv_heads:
-        unify(q[1], k[1], node.name)
+        unify(q[1], k[1], inference.at(op_name(node)))
     elif kv_heads > 1:
         parts = regroup([q[1]], [kv_heads, query_heads // kv_heads])
         if parts is None:
             raise NoRuleError("query heads that are no multiple of the key heads")
-        unify(parts[0], k[1], node.name)
-    unify(q[3], k[3], node.name)
-    forbid(q[3], "contracted between two activations")
-    unify(k[2], v[2], node.name)
-    forbid(v[3], "head_dim of the values: splitting it would leave the scores unsharded")
-    forbid(k[2], "softmax runs along it")
-    forbid(q[2], "sequence axis under a causal mask")
+        unify(parts[0], k[1], inference.at(op_name(node)))
+    unify(q[3], k[3], inference.at(op_name(node)))
+    forbid(q[3], inference.at("summed over by a product of two activations"))
+    unify(k[2], v[2], inference.at(op_name(node)))
+    forbid(v[3], inference.at("head_dim of the values: splitting it would leave the scores unsharded"))
+    forbid(k[2], inference.at("softmax runs along it"))
+    forbid(q[2], inference.at("sequence axis under a causal mask"))
     mask = argument(node, 3, "attn_mask")
     if isinstance(mask, Node):
         extents, dims = shape_of(mask), inference.of(mask)
         for j, mine in zip(range(1, len(extents) + 1), [k[2], q[2], q[1], q[0]], strict=False):
             if extents[-j] != 1:
-                unify(dims[-j], mine, node.name)
+                unify(dims[-j], mine, inference.at(op_name(node)))
     return [q[0], q[1], q[2], v[3]]
 
 
@@ -155,10 +159,10 @@ def embedding(inference: AxisInference, node: Node) -> Result:
 def embedding_bag(inference: AxisInference, node: Node) -> Result:
     """Rows of w [V, D], summed, averaged or maximised over the bags [B, D]: each feature by itself."""
     w, value = inference.of(node.args[0]), node.meta["val"]
-    forbid(w[0], "rows are reduced over a bag")
+    forbid(w[0], inference.at("rows are reduced over a bag"))
     for given in node.all_input_nodes[1:]:
         for dim in inference.of(given):
-            forbid(dim, "bags are reduced along it")
+            forbid(dim, inference.at("bags are reduced along it"))
     shapes = [[int(n) for n in v.shape] for v in value]
     out = [*inference.fresh(shapes[0][:1], "bags are counted along it"), w[1]]
     return tuple(out if shape == shapes[0] else inference.fresh(shape) for shape in shapes)
@@ -174,26 +178,28 @@ def index(inference: AxisInference, node: Node) -> Result:
     piece = index_piece(inference, node)
     if piece is not None:
         _, where, part = piece
-        dims[where] = piece_of(inference, dims[where], part, sibling_pieces(inference, source, where), node.name)
+        dims[where] = piece_of(
+            inference, dims[where], part, sibling_pieces(inference, source, where), inference.at(op_name(node))
+        )
         return dims
     given = [i for i, x in enumerate(indices) if x is not None]
     if not given or given != list(range(given[0], given[-1] + 1)):
         raise NoRuleError("index with gaps")
     for i in given:
-        forbid(dims[i], "indexed")
+        forbid(dims[i], inference.at("indexed"))
     tensors = [x for x in indices if isinstance(x, Node)]
     if len(tensors) != len(given) or any(x.meta["val"].dtype.itemsize == 1 or is_float(x) for x in tensors):
         raise NoRuleError("index with a mask")
     rank = max(len(shape_of(x)) for x in tensors)
     shape = shape_of(node)[given[0] : given[0] + rank]
-    picked = broadcast(inference, shape, [(inference.of(x), shape_of(x)) for x in tensors], node.name)
+    picked = broadcast(inference, shape, [(inference.of(x), shape_of(x)) for x in tensors], inference.at(op_name(node)))
     return [*dims[: given[0]], *picked, *dims[given[-1] + 1 :]]
 
 
 @rule("index_select")
 def index_select(inference: AxisInference, node: Node) -> Result:
     dims, where = list(inference.of(node.args[0])), number(node, 1, "dim")
-    forbid(dims[where], "indexed")
+    forbid(dims[where], inference.at("indexed"))
     dims[where] = inference.of(argument(node, 2, "index"))[0]
     return dims
 
@@ -206,19 +212,25 @@ def index_put(inference: AxisInference, node: Node) -> Result:
     if any(x is None for x in indices):
         raise NoRuleError("index_put with gaps")
     for dim in base[: len(indices)]:
-        forbid(dim, "written by index")
+        forbid(dim, inference.at("written at an index"))
     for dim in values[: len(values) - (len(base) - len(indices))]:
-        forbid(dim, "written by index")
+        forbid(dim, inference.at("written at an index"))
     for k in range(1, len(base) - len(indices) + 1):
         if leaves(values[-k]):
-            unify(base[-k], values[-k], node.name)
+            unify(base[-k], values[-k], inference.at(op_name(node)))
     return base
 
 
 @rule("index_add")
 def index_add(inference: AxisInference, node: Node) -> Result:
     base, source = inference.of(node.args[0]), inference.of(node.args[3])
-    unify_dims(base, source, node.name, number(node, 1, "dim") % len(base), "written by index")
+    unify_dims(
+        base,
+        source,
+        inference.at(op_name(node)),
+        number(node, 1, "dim") % len(base),
+        inference.at("written at an index"),
+    )
     return base
 
 
@@ -231,7 +243,7 @@ def _aligned_by_index(inference: AxisInference, node: Node, other: Node, why: st
     where = number(node, 1, "dim") % len(dims)
     for k, (mine, its) in enumerate(zip(dims, inference.of(other), strict=True)):
         apart = k == where or shape_of(base)[k] != shape_of(other)[k]
-        unify_dims([mine], [its], node.name, 0 if apart else None, why)
+        unify_dims([mine], [its], inference.at(op_name(node)), 0 if apart else None, why)
 
 
 @rule("gather")
@@ -246,7 +258,7 @@ def gather(inference: AxisInference, node: Node) -> Result:
 def scatter(inference: AxisInference, node: Node) -> Result:
     """Index and, but for a single number, values."""
     for other in (a for a in node.args[2:4] if isinstance(a, Node)):
-        _aligned_by_index(inference, node, other, "written by index")
+        _aligned_by_index(inference, node, other, "written at an index")
     return inference.of(node.args[0])
 
 
@@ -255,7 +267,7 @@ def order(inference: AxisInference, node: Node) -> Result:
     dims = list(inference.of(node.args[0]))
     position = 2 if op_name(node) == "topk" else 1
     where = number(node, position, "dim", -1)
-    forbid(dims[where], "sorted")
+    forbid(dims[where], inference.at("sorted"))
     dims[where] = inference.fresh([int(node.meta["val"][0].shape[where])], "sorted")[0]
     return tuple(list(dims) for _ in node.meta["val"])
 
@@ -264,7 +276,7 @@ def order(inference: AxisInference, node: Node) -> Result:
 def argsort(inference: AxisInference, node: Node) -> Result:
     dims = inference.of(node.args[0])
     given = [a for a in (*node.args[1:], *node.kwargs.values()) if isinstance(a, int) and not isinstance(a, bool)]
-    forbid(dims[given[0] if given else -1], "sorted")
+    forbid(dims[given[0] if given else -1], inference.at("sorted"))
     return dims
 
 
@@ -275,13 +287,13 @@ def max_along(inference: AxisInference, node: Node) -> Result:
     where = argument(node, 1, "dim")
     if where is None:
         for dim in dims:
-            forbid(dim, "reduced")
+            forbid(dim, inference.at("reduced"))
         return []
     if isinstance(where, Node):
         return elementwise(inference, node)
     if not isinstance(where, int):
         raise NoRuleError("max over several dimensions")
-    forbid(dims[where], "reduced")
+    forbid(dims[where], inference.at("reduced"))
     if argument(node, 2, "keepdim", False):
         dims[where] = []
     else:
@@ -297,5 +309,5 @@ def one_hot(inference: AxisInference, node: Node) -> Result:
 @rule("count")
 def count(inference: AxisInference, node: Node) -> Result:
     for dim in inference.of(node.args[0]):
-        forbid(dim, "counted")
+        forbid(dim, inference.at("counted"))
     return inference.fresh(shape_of(node), "counted")

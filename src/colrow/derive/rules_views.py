@@ -8,7 +8,7 @@ from typing import Any
 from torch.fx import Node
 
 from colrow.derive.axes import Atom, Dim, forbid, regroup, size_of, unify, unify_dims
-from colrow.derive.infer import AxisInference, NoRuleError, Result, argument, number, rule, shape_of
+from colrow.derive.infer import AxisInference, NoRuleError, Result, argument, number, op_name, rule, shape_of
 
 
 @rule("transpose")
@@ -75,7 +75,7 @@ def view(inference: AxisInference, node: Node) -> Result:
         found = regroup(dims[before], new[after])
         if found is None:
             for dim in dims[before]:
-                forbid(dim, "a view cuts through it")
+                forbid(dim, inference.at("a view cuts through it"))
             found = inference.fresh(new[after], "a view cuts through it")
         out += found
     return out
@@ -140,14 +140,14 @@ def getitem(inference: AxisInference, node: Node) -> Result:
 @rule("select")
 def select(inference: AxisInference, node: Node) -> Result:
     dims = list(inference.of(node.args[0]))
-    forbid(dims.pop(number(node, 1, "dim")), "one element is selected")
+    forbid(dims.pop(number(node, 1, "dim")), inference.at("single elements are selected"))
     return dims
 
 
 @rule("unbind")
 def unbind(inference: AxisInference, node: Node) -> Result:
     dims = list(inference.of(node.args[0]))
-    forbid(dims.pop(number(node, 1, "dim", 0)), "unbound")
+    forbid(dims.pop(number(node, 1, "dim", 0)), inference.at("its elements are taken apart"))
     return tuple(list(dims) for _ in node.meta["val"])
 
 
@@ -164,13 +164,13 @@ def cat(inference: AxisInference, node: Node) -> Result:
     for x in tensors[1:]:
         for k in range(rank):
             if k != where:
-                unify(out[k], inference.of(x)[k], node.name)
+                unify(out[k], inference.of(x)[k], inference.at(op_name(node)))
     if len(tensors) == 1:
         return out
     joined = [inference.of(x)[where] for x in tensors]
     if len(set(extents)) == 1:
         for dim in joined[1:]:
-            unify(joined[0], dim, node.name)
+            unify(joined[0], dim, inference.at(op_name(node)))
         out[where] = [Atom(len(tensors), "index of a concatenation"), *joined[0]]
     else:
         atom = Atom(sum(extents))
@@ -185,7 +185,7 @@ def stack(inference: AxisInference, node: Node) -> Result:
     where = number(node, 1, "dim", 0) % len(shape_of(node))
     out = list(inference.of(tensors[0]))
     for x in tensors[1:]:
-        unify_dims(out, inference.of(x), node.name)
+        unify_dims(out, inference.of(x), inference.at(op_name(node)))
     out.insert(where, [Atom(len(tensors), "index of a stack")])
     return out
 
@@ -196,7 +196,9 @@ def slice_scatter(inference: AxisInference, node: Node) -> Result:
     base, source = list(inference.of(node.args[0])), inference.of(node.args[1])
     where = number(node, 2, "dim", 0) % len(base)
     partly = size_of(base[where]) != size_of(source[where])
-    unify_dims(base, source, node.name, where if partly else None, "overwritten in part")
+    unify_dims(
+        base, source, inference.at(op_name(node)), where if partly else None, inference.at("overwritten in part")
+    )
     return base
 
 
@@ -204,15 +206,15 @@ def slice_scatter(inference: AxisInference, node: Node) -> Result:
 def select_scatter(inference: AxisInference, node: Node) -> Result:
     base, source = list(inference.of(node.args[0])), list(inference.of(node.args[1]))
     where = number(node, 2, "dim") % len(base)
-    forbid(base[where], "overwritten in part")
-    unify_dims(base[:where] + base[where + 1 :], source, node.name)
+    forbid(base[where], inference.at("overwritten in part"))
+    unify_dims(base[:where] + base[where + 1 :], source, inference.at(op_name(node)))
     return base
 
 
 @rule("view_as_complex")
 def view_as_complex(inference: AxisInference, node: Node) -> Result:
     dims = inference.of(node.args[0])
-    forbid(dims[-1], "real and imaginary part")
+    forbid(dims[-1], inference.at("real and imaginary part"))
     return dims[:-1]
 
 

@@ -21,8 +21,9 @@ from torch.fx import Node
 
 from colrow.derive.axes import atoms_in
 from colrow.derive.failure import TraceError
-from colrow.derive.infer import AxisInference, computation, computes, facts_of, op_name
-from colrow.derive.trace import Label, Rescale, Trace, is_boundary, label_of, run_traced, trace
+from colrow.derive.infer import AxisInference, computation, facts_of, op_name
+from colrow.derive.trace import Label, Rescale, Trace, export, is_boundary, label_of
+from colrow.derive.undecomposed import computing_nodes
 from colrow.styles.local_sizes import ANY, CALLS, CodeMode, SizeRule, Sizes, fits, sizes_written, with_sizes
 
 Rules = dict[str, dict[str, str]]
@@ -246,7 +247,7 @@ def find_sizes(
             expected[label] = _Expected(local_extents, varying, dict(_pieces(node, piece)), parts(node))
     solved = _Solved(expected, counts, tp, literal)
     with contextlib.suppress(TraceError):
-        run_traced(local, inputs, rescale, solved.within(local), traced.opaque)
+        export(local, inputs, rescale, solved.within(local), traced.opaque)
     rules = solved.found()
     return None if rules is None or "" in rules else rules
 
@@ -264,16 +265,16 @@ def _pieces(node: Node, piece: Any) -> Iterator[Any]:
 
 def _sized(model: nn.Module, traced: Trace, inputs: Any) -> dict[str, Node]:
     """The node of `traced` that each call which writes sizes gives."""
-    marked = trace(model, inputs, within=_Marked().within(model), opaque=traced.opaque)
-    own = [n for n in marked.nodes if computes(n) and not _is_mark(n)]
-    counterpart = _counterparts(own, [n for n in traced.nodes if computes(n)])
+    marked = computing_nodes(export(model, inputs, None, _Marked().within(model), traced.opaque))
+    known = traced.undecomposed
+    counterpart = _counterparts([n for n in marked if not _is_mark(n)], known.nodes)
     out = {}
-    for node in filter(_is_mark, marked.nodes):
+    for node in filter(_is_mark, marked):
         source = node.args[0]
         while isinstance(source, Node) and source not in counterpart and source.op == "call_function":
             source = source.args[0]  # another mark, or a copy
-        if source in counterpart:
-            out[str(label_of(node))] = counterpart[source]  # type: ignore[index]
+        if isinstance(source, Node) and source in counterpart and (found := known.result.get(counterpart[source])):
+            out[str(label_of(node))] = found
     return out
 
 

@@ -20,8 +20,10 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from colrow.derive.failure import cannot_trace
+from colrow.derive.infer import strip
 from colrow.derive.opaque import NOTHING_OPAQUE, Opaque
 from colrow.derive.outside import watching_reads
+from colrow.derive.undecomposed import NOT_KEPT, Undecomposed
 from colrow.dryrun.calls import Inputs, call_model, example_inputs
 from colrow.errors import PlanError
 from colrow.parallel.outputs import auxiliary_losses, main_tensor
@@ -94,6 +96,7 @@ class Trace:
     """Parameters that code of other modules reads too, whether the value is used or not."""
     opaque: Opaque = NOTHING_OPAQUE
     """The modules that could not be traced."""
+    undecomposed: Undecomposed = NOT_KEPT
     sized: dict[str, Node] | None = None
     """The results of calls that write sizes, by their labels; None until `sizes.find_sizes` looks."""
 
@@ -116,19 +119,6 @@ def is_boundary(node: Node) -> bool:
 
 def label_of(node: Node) -> Label:
     return Label.parse(str(node.args[1]))
-
-
-def module_path(node: Node) -> str:
-    """The name of the innermost module whose forward made this node; '' for the model itself."""
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [str(entry[0]) for entry in stack.values()]
-    return strip(paths[-1]) if paths else ""
-
-
-def strip(name: str) -> str:
-    """A name inside the tracing wrapper to the name inside the model."""
-    name = name.split("@")[0]
-    return name[2:] if name.startswith("m.") else "" if name == "m" else name
 
 
 class _Called(nn.Module):
@@ -195,17 +185,24 @@ def _exported(
             module.training = mode
 
 
-def run_traced(
+def export(
     model: nn.Module,
     inputs: tuple[Tensor, ...],
     rescale: Rescale | None,
-    within: contextlib.AbstractContextManager[None],
+    within: contextlib.AbstractContextManager[None] | None,
     opaque: Opaque,
-) -> None:
-    """Run the model's code as `trace` does, for what `within` sees of it: without the graph, which takes the longer
-    half. Raises as `trace`."""
-    with _exported(model, Inputs.of(inputs), rescale, within, opaque):
-        pass
+) -> ExportedProgram:
+    """Run the model's code as `trace` does, without decompositions, which take the longer half: see [Note: undecomposed
+    graphs]. Raises as `trace`."""
+    with _exported(model, Inputs.of(inputs), rescale, within, opaque) as (exported, _, _):
+        return exported
+
+
+def decomposed(exported: ExportedProgram) -> ExportedProgram:
+    """With the regions that have no gradients inlined, and without writes in place."""
+    with quiet_fake_tensors(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return exported.run_decompositions({})
 
 
 def trace(
@@ -226,7 +223,8 @@ def trace(
     """
     inputs = Inputs.of(inputs)
     with _exported(model, inputs, rescale, within, opaque) as (exported, calls, outside):
-        program = exported.run_decompositions({})
+        program = decomposed(exported)
+        undecomposed = Undecomposed.of(exported, program)
     parameters, ties = _parameters_of(model, program)
     constants, values = _constants_of(model, program)
     lead = next((x for x in inputs if x.dim() >= 2), inputs[0])
@@ -244,6 +242,7 @@ def trace(
         results=calls.results,
         outside=frozenset(outside),
         opaque=opaque,
+        undecomposed=undecomposed,
     )
 
 

@@ -1,0 +1,105 @@
+"""The graph as torch.export gives it, before decompositions: what a rank's trace is compared with first.
+
+[Note: undecomposed graphs]
+Decompositions inline the regions without gradients, make writes in place functional, and take composite operators
+apart; they need as long as the export itself. Rules need them, so the unsharded model's graph has them. A rank's trace
+asks less: the same operators with a rank's extents, and that shows before decompositions too, wherever the operator
+that a decomposed node comes from (`from_node`) gives that node's result itself. Where it does not, the rank's graph is
+decomposed as well.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Graph, GraphModule, Node
+
+from colrow.derive.infer import computes, facts_of, op_name
+
+
+def computing_nodes(program: ExportedProgram) -> list[Node]:
+    """The operators of a graph that was not decomposed, in the order in which they run; those of regions without
+    gradients stand where the region does."""
+    return [node for node in _nodes(program.graph) if computes(node)]
+
+
+def _nodes(graph: Graph) -> Iterator[Node]:
+    regions = set[Node]()
+    for node in graph.nodes:
+        inner = [g for n in node.args if (g := _region(n)) is not None] if node.op == "call_function" else []
+        if inner:
+            regions.add(node)
+            for region in inner:
+                yield from _nodes(region.graph)
+        elif not (op_name(node) == "getitem" and node.args[0] in regions):
+            yield node
+
+
+def _region(node: object) -> GraphModule | None:
+    if not isinstance(node, Node) or node.op != "get_attr":
+        return None
+    found = getattr(node.graph.owning_module, str(node.target), None)
+    return found if isinstance(found, GraphModule) else None
+
+
+@dataclass(frozen=True)
+class Undecomposed:
+    """The operators before decompositions.
+
+    Attributes:
+        nodes: what computes, in order.
+        result: each operator whose result a decomposed node has, to that node.
+        parts: the decomposed nodes of each.
+    """
+
+    nodes: list[Node]
+    result: dict[Node, Node]
+    parts: dict[Node, list[Node]]
+
+    @classmethod
+    def of(cls, exported: ExportedProgram, decomposed: ExportedProgram) -> Undecomposed:
+        nodes = computing_nodes(exported)
+        by_name = {node.name: node for node in exported.graph.nodes}
+        parts = defaultdict[Node, list[Node]](list)
+        for node in decomposed.graph.nodes:
+            sources = node.meta.get("from_node") if node.op == "call_function" else None
+            if sources and (source := by_name.get(sources[0].name)) is not None:
+                parts[source].append(node)
+        result = {}
+        for node in by_name.values():
+            ours = parts.get(node, [])
+            if op_name(node) == "getitem":  # of one of several results it says what made them all
+                ours = [p for p in parts.get(node.args[0], ()) if op_name(p) == "getitem" and p.args[1] == node.args[1]]
+            if same := [part for part in ours if _shape(part) == _shape(node) is not None]:
+                result[node] = same[-1]
+        return cls(nodes, result, dict(parts))
+
+    def shows(self, differs: Callable[[Node], bool], needs_itself: Callable[[Node], bool]) -> bool:
+        """Whether the comparison before decompositions says as much as the one behind them.
+
+        Args:
+            differs: whether a decomposed node has other extents on a rank.
+            needs_itself: whether such a node has to be compared itself, and not only the result of its operator.
+        """
+        shown = {part for source, parts in self.parts.items() if source in self.result for part in parts}
+        shown |= {*self.result.values()}
+        same = {part for source, part in self.result.items() if op_name(source) == op_name(part)}
+        return all(
+            node in (same if needs_itself(node) else shown)
+            for parts in self.parts.values()
+            for node in parts
+            # views taken again behind a write in place are no results; their extents are their operands'
+            if computes(node) and (not facts_of(node).moves or needs_itself(node)) and differs(node)
+        )
+
+
+NOT_KEPT = Undecomposed([], {}, {})
+
+
+def _shape(node: Node) -> list[int] | None:
+    value = node.meta.get("val")
+    return list(value.shape) if isinstance(value, Tensor) else None

@@ -1,0 +1,86 @@
+"""What a derivation tries on a rank: few exports, none decomposed, and none that is believed blindly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import colrow.derive.local
+from colrow.derive.attributes import Attributes, AttributeSearch
+from colrow.derive.derivation import Derivation, derive
+from colrow.derive.failure import Misfit
+
+X = torch.randn(3, 34, 8)
+
+
+class Mixer(nn.Module):
+    """Views, pieces of equal and unequal sizes, a write in place and a region without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.o, self.heads = nn.Linear(8, 48), nn.Linear(16, 8), 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.inner(x).chunk(3, -1)
+        q, k, v = (t.reshape(*x.shape[:2], self.heads, 4).transpose(1, 2) for t in (q, k, v))
+        with torch.no_grad():
+            angle = torch.arange(x.shape[1], dtype=x.dtype)[:, None].cos()
+        scores = q * angle @ k.transpose(-1, -2)
+        scores += 1
+        return x + self.o((scores.softmax(-1) @ v).transpose(1, 2).reshape(*x.shape[:2], -1))
+
+
+class ByItsWidth(nn.Module):
+    """Divides by the width of what a rank has: nothing raises there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x).relu()
+        return x + self.down(hidden / hidden.shape[-1])
+
+
+def derived(model: nn.Module) -> Derivation:
+    return derive(nn.Sequential(model, nn.LayerNorm(8)), 2, inputs=(X,))
+
+
+def test_a_ranks_graph_is_compared_before_decompositions(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    decomposed = colrow.derive.local.decomposed
+    monkeypatch.setattr(colrow.derive.local, "decomposed", lambda graph: calls.append(graph) or decomposed(graph))
+    found = derived(Mixer())
+    assert {"0.inner.weight", "0.o.weight"} <= set(found.sharded)
+    assert not calls
+
+
+def test_a_number_that_a_rank_computes_otherwise_shows_before_decompositions() -> None:
+    found = derived(ByItsWidth())
+    assert not found.sharded
+    assert any("computes with [16] on a rank, not [32]" in note for note in found.notes), found.notes
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.experts = nn.Linear(2, 2), nn.Linear(2, 2)
+
+
+NEEDED = {"key_dim", "value_dim", "heads"}
+
+
+def test_attributes_that_are_needed_together_are_found_in_few_exports() -> None:
+    tried: list[Attributes] = []
+
+    def misfit(attributes: Attributes) -> Misfit | None:
+        tried.append(attributes)
+        fits = attributes.get("attn", {}).keys() >= NEEDED and not attributes.get("experts")
+        return None if fits else Misfit("attn does not fit", "attn")
+
+    names = [*NEEDED, "window"]
+    candidates = {("Attention", name): {"attn": "/tp"} for name in names} | {("Experts", "count"): {"experts": "/tp"}}
+    search = AttributeSearch(Layer(), {}, misfit)
+    assert search.found(lambda: candidates) == {"attn": dict.fromkeys(NEEDED, "/tp")}
+    assert len(tried) <= 11  # 26 sets of up to four of the five
