@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import pickle
 import time
 from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -24,9 +22,6 @@ from torch.overrides import TorchFunctionMode
 from colrow import torch_compat as tc
 from colrow.sharding.packed_shard import PackedShard
 
-COMPAT = Path(tc.__file__).parent
-SRC = COMPAT.parent
-
 
 @pytest.fixture
 def mesh() -> Iterator[DeviceMesh]:
@@ -41,23 +36,6 @@ def test_a_missing_name_says_what_it_was_for() -> None:
         tc.private("torch:_gone.deeper", "for a test")
     with pytest.raises(tc.TorchMovedError, match=r"has no torch\.gone\.name"):
         tc.private("torch.gone:name", "for a test")
-
-
-def test_every_private_path_of_this_torch_exists() -> None:
-    literals = [
-        node.args[0].value
-        for path in COMPAT.glob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Name)
-        and node.func.id == "private"
-        and isinstance(node.args[0], ast.Constant)
-    ]
-    needs_cuda = "torch._C:_cuda_getCurrentRawStream"
-    assert len(literals) > 12
-    for path in literals:
-        if path != needs_cuda or torch.cuda.is_available():
-            tc.private(path, "for this test")
 
 
 def test_foreach_changes_a_list_of_tensors() -> None:
@@ -455,40 +433,3 @@ def test_names_that_need_a_gpu() -> None:
     a = torch.ones(16, 16, device="cuda").to(torch.float8_e4m3fn)
     one = torch.ones((), device="cuda")
     assert tc.scaled_product(a, a.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)[0, 0] == 16
-
-
-PRIVATE = ("_c10d", "distributed_c10d", "_op_dispatcher", "_local_tensor", "_StridedShard", "_subclasses", "_internal",
-           "f_locals", "_pytree", "_python_dispatch", "_functional_collectives", "_symmetric_memory")  # fmt: skip
-
-
-def _run_time_nodes(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes but those that only a type checker reads."""
-    for node in ast.iter_child_nodes(tree):
-        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
-            yield node
-            yield from _run_time_nodes(node)
-
-
-def _private_uses(path: Path) -> list[str]:
-    """Attributes of torch and imports from it whose name begins with an underscore; operators of aten are public."""
-    found = []
-    for node in _run_time_nodes(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "torch":
-            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
-            found += [f"{path.name}:{node.lineno} {name}" for name in names if name.startswith("_")]
-        elif isinstance(node, ast.Import):
-            names = [part for alias in node.names if alias.name.startswith("torch") for part in alias.name.split(".")]
-            found += [f"{path.name}:{node.lineno} {name}" for name in names if name.startswith("_")]
-        elif isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
-            dotted = ast.unparse(node)
-            if dotted.startswith(("torch._", "torch.distributed._")) or node.attr in PRIVATE:
-                found.append(f"{path.name}:{node.lineno} {dotted}")
-    return found
-
-
-def test_no_other_file_touches_private_names(tmp_path: Path) -> None:
-    ours = [path for path in sorted(SRC.rglob("*.py")) if COMPAT not in path.parents]
-    assert [use for path in ours for use in _private_uses(path)] == []
-    control = tmp_path / "control.py"
-    control.write_text("import torch\nfrom torch._ops import OpOverload\nx = torch._foreach_mul_\n")
-    assert len(_private_uses(control)) == 2

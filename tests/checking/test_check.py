@@ -16,8 +16,9 @@ from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
 from colrow.torch_compat import forget_shardings
 from helpers import broken_models as m
-from helpers.broken_plans import BROKEN, SOUND, gpt_plan, handed_on, llama, preset
+from helpers.broken_plans import BROKEN, gpt_plan, handed_on, llama, preset
 from helpers.parity import MODELS
+from helpers.sound_plans import SOUND
 
 PAGES = Path(__file__).parents[2] / "docs" / "checks"
 

@@ -23,9 +23,10 @@ from colrow.plans.plan import Plan
 from colrow.sharding.operator_rules import RULES
 from helpers import broken_models as m
 from helpers import unproven_plans
-from helpers.broken_plans import SOUND, gpt_plan, llama
+from helpers.broken_plans import gpt_plan, llama
 from helpers.families import FAMILIES, transformers_model
 from helpers.harness import Ranks
+from helpers.sound_plans import SOUND
 from helpers.unproven_plans import OLD_TORCH, RIGHT, WRONG, Case
 
 

@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
+from torch.distributed.tensor.parallel import RowwiseParallel
 
 from colrow.checking.options import COMPILED_BLOCKS_WAIT
 from colrow.mesh import Mesh
 from colrow.models.llama import Llama
 from colrow.plans.plan import Plan
 from helpers import broken_models as m
+from helpers.broken_styles import BiasOnEveryRank, ColumnWithoutReduce, Detach, SumOfEqual, TakenAsEqual
 from helpers.parity import MODELS
 
 GATHER = {"style": "prepare_input", "input": ["shard(1)"], "desired": ["replicate"]}
@@ -68,75 +69,6 @@ def gpt_plan(loss: Any = "replicated", sequence: bool = False, **styles: Any) ->
 
 HEADS = {"attn__qkv": None} | {f"attn__{n}": "colwise" for n in "qkv"}
 FUSED_MLP = {"mlp__up": None, "mlp__gate_up": "colwise"}
-
-
-class BiasOnEveryRank(ParallelStyle):
-    """A row linear of a user's own: each rank adds the bias to its part, and the parts are summed."""
-
-    def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
-        import torch.distributed._functional_collectives as funcol
-
-        bias = module.bias
-        RowwiseParallel()._apply(module, device_mesh)
-        module.register_parameter("bias", nn.Parameter(bias.detach().clone()))
-
-        def forward(x: Any) -> Tensor:
-            x = x.to_local() if isinstance(x, DTensor) else x
-            b = module.bias.to_local() if isinstance(module.bias, DTensor) else module.bias
-            return funcol.all_reduce(F.linear(x, module.weight.to_local()) + b, "sum", device_mesh)
-
-        module.forward = forward  # type: ignore[method-assign]
-        module._forward_pre_hooks.clear()
-        module._forward_hooks.clear()
-        return module
-
-
-class SumOfEqual(ParallelStyle):
-    """Sums over ranks what is equal on all of them."""
-
-    def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
-        import torch.distributed._functional_collectives as funcol
-
-        module.register_forward_hook(lambda m, args, out: funcol.all_reduce(out, "sum", device_mesh))
-        return module
-
-
-class Detach(ParallelStyle):
-    """Cuts the gradient of a module's parameters off."""
-
-    def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
-        placed = {n: distribute_tensor(p.detach(), device_mesh, [Replicate()]) for n, p in module.named_parameters()}
-        for name, value in placed.items():
-            module.register_parameter(name, nn.Parameter(value))
-
-        def forward(x: Tensor) -> Tensor:
-            weight, bias = (module._parameters[name].detach().to_local() for name in ("weight", "bias"))
-            return F.layer_norm(x, (m.D,), weight, bias)
-
-        module.forward = forward  # type: ignore[method-assign]
-        return module
-
-
-class TakenAsEqual(ParallelStyle):
-    """Hands a replicated activation out as a local tensor without a word on its gradient."""
-
-    def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
-        def hook(module: nn.Module, args: Any) -> Any:
-            x = DTensor.from_local(args[0], device_mesh, [Shard(1)], run_check=False)
-            return (x.redistribute(placements=[Replicate()]).to_local(), *args[1:])
-
-        module.register_forward_pre_hook(hook)
-        return module
-
-
-class ColumnWithoutReduce(ParallelStyle):
-    """A column linear on local tensors that forgets the sum over ranks of its input's gradient."""
-
-    def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
-        weight = distribute_tensor(module.get_parameter("weight").detach(), device_mesh, [Shard(0)])
-        module.register_parameter("weight", nn.Parameter(weight))
-        module.forward = lambda x: F.linear(x, module.weight.to_local())  # type: ignore[assignment,operator,method-assign]
-        return module
 
 
 def entropy_loss(logits: Tensor, inputs: tuple[Any, ...]) -> Tensor:
@@ -479,74 +411,3 @@ def handed_on() -> Plan:
 
 if not COMPILED_BLOCKS_WAIT:
     BROKEN["compiled block after a collective"] = Case("CR412", m.Gpt, handed_on, "blocks.0", {"compiled": True})
-
-OWN_HEADS = HEADS | {"attn__out": "rowwise"}
-
-
-class LocalHeads(m.HeadCount):
-    """The same attention, with views that hold for any number of heads."""
-
-    def heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], -1, m.E).transpose(1, 2)
-
-
-SOUND: dict[str, tuple[Callable[[], nn.Module], Callable[[], Plan]]] = {
-    "an MLP in one block": (llama, lambda: preset(**block_mlp())),
-    "heads": (m.Gpt, gpt_plan),
-    "shared module, keyed by its first name": (shared_blocks, gpt_plan),
-    "shared module, keyed by its second name": (shared_blocks, second_name_plan),
-    "shared module, keyed by both names": (shared_blocks, lambda: shared_plan("colwise")),
-    "moving average of complete tokens": (lambda: m.Gpt(block=m.AveragingBlock), gpt_plan),
-    "batch norm of complete tokens": (lambda: m.Gpt(block=m.BatchNormBlock), gpt_plan),
-    "batch norm of sequence shards in eval mode": (
-        lambda: m.Gpt(block=m.BatchNormBlock).eval(),
-        lambda: gpt_plan(sequence=True, bn="grad_sum"),
-    ),
-    "vocab parallel": (m.Gpt, lambda: gpt_plan("vocab_parallel")),
-    "sequence": (m.Gpt, lambda: gpt_plan(sequence=True)),
-    "sequence, vocab parallel": (m.Gpt, lambda: gpt_plan("vocab_parallel", sequence=True)),
-    "tied": (lambda: m.Gpt(tied=True), lambda: gpt_plan("vocab_parallel", sequence=True)),
-    "biases": (lambda: m.Gpt(lambda: m.Attention("heads", bias=True), lambda: m.MLP(bias=True)), gpt_plan),
-    "biases, sequence": (
-        lambda: m.Gpt(lambda: m.Attention("heads", bias=True), lambda: m.MLP(bias=True)),
-        lambda: gpt_plan(sequence=True),
-    ),
-    "views for any number of heads": (lambda: m.Gpt(LocalHeads), lambda: gpt_plan(**OWN_HEADS)),
-    "head left whole": (m.Gpt, lambda: gpt_plan(head=None)),
-    "attention left whole": (lambda: m.Gpt(m.HeadCount), lambda: gpt_plan(attn__qkv=None, attn__out=None)),
-    "fused weight left whole": (
-        lambda: m.Gpt(lambda: m.Attention("parts")),
-        lambda: gpt_plan(attn__qkv=None, attn__out=None),
-    ),
-    "fused qkv, each part split": (
-        lambda: m.Gpt(lambda: m.Attention("parts")),
-        lambda: gpt_plan(attn__qkv={"style": "packed_colwise", "segments": [m.D] * 3, "input": "replicate"}),
-    ),
-    "fused gate and up, each part split": (
-        lambda: m.Gpt(mlp=m.GatedMLP),
-        lambda: gpt_plan(
-            mlp__up=None, mlp__gate_up={"style": "packed_colwise", "segments": [2 * m.D] * 2, "input": "replicate"}
-        ),
-    ),
-    "scale summed over ranks": (
-        lambda: m.Gpt(mlp=m.LatentNormMLP),
-        lambda: gpt_plan(mlp__scale="grad_sum"),
-    ),
-    "norms that say replicate": (m.Gpt, lambda: gpt_plan(norm1="replicate", norm2="replicate", norm="replicate")),
-    "dropout on whole activations": (
-        lambda: m.Gpt(mlp=lambda: nn.Sequential(nn.Linear(m.D, m.D), nn.Dropout(0.1))),
-        lambda: gpt_plan(mlp__up=None, mlp__down=None),
-    ),
-    "dropout on features": (lambda: m.Gpt(mlp=lambda: m.MLP(dropout=0.1)), gpt_plan),
-    "dropout on heads": (lambda: m.Gpt(lambda: m.Attention("heads", dropout=0.1)), gpt_plan),
-    "some layers frozen": (lambda: _freeze(m.Gpt(), "blocks.0"), lambda: gpt_plan(sequence=True)),
-    "one layer": (lambda: m.Gpt(layers=1), lambda: gpt_plan(sequence=True)),
-    "seven layers": (lambda: m.Gpt(layers=7), lambda: gpt_plan(sequence=True)),
-    "embedding dimension split": (m.Gpt, lambda: gpt_plan(embed={"style": "colwise", "output": "replicate"})),
-    "torch's own styles": (m.Gpt, lambda: gpt_plan(mlp__up=ColwiseParallel(), mlp__down=RowwiseParallel())),
-}
-
-
-def _freeze(model: nn.Module, name: str) -> nn.Module:
-    model.get_submodule(name).requires_grad_(False)
-    return model

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 SIZES = {
     "vocab_size": 96,
@@ -59,3 +61,8 @@ def save_transformers(name: str, folder: Path, **options: Any) -> Any:
 
 def token_ids(length: int = 40) -> torch.Tensor:
     return torch.randint(0, SIZES["vocab_size"], (2, length), generator=torch.Generator().manual_seed(1))
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """All tensors of the folder's safetensors files, by name."""
+    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
