@@ -15,6 +15,7 @@ from colrow.derive.axes import Atom
 from colrow.derive.flow import Flow, Flows, SpmdType, ancestors
 from colrow.derive.infer import is_float, is_lookup, op_name
 from colrow.derive.trace import is_boundary, label_of
+from colrow.plans.patterns import is_within
 
 
 @dataclass
@@ -175,37 +176,56 @@ class BlockFinder:
         differentiable = [b for b in inputs if b not in self.flows.constant]
         if not differentiable or not outputs:
             return None
-        own = set(outputs)
+        own, interior = set(outputs), set(self.interior(module)) | set(outputs)
         deferred = deferred or any(self.owners[n] == module for n in reductions)
         exits = self.inner - own if deferred else self.ends(reductions) - own
-        interior = set(self.interior(module)) | own
         leaving = self._leaving(interior, own)
-        types = dict.fromkeys(differentiable, SpmdType.REPLICATED)  # all gathered; a residual among them is released
-        for _ in range(len(differentiable) + 1):
-            given = dict(self._outside(module))
-            given.update({b: (self.flows.constant_type(b) if b in self.flows.constant else types[b]) for b in inputs})
-            flow = self.flows.run([*self.interior(module), *outputs], self.inner, exits, given, leaving)
+        found = self._flow_inside(module, inputs, exits, leaving)
+        if found is None:
+            return None
+        flow, types = found
+        if self._uses_behind(module, flow) or self._ends_varying(own, flow):
+            return None
+        if self._leaves_past(interior, own, leaving, flow):
+            return None
+        entries = {b for b, spmd_type in types.items() if spmd_type is SpmdType.REPLICATED and b in self.flows.live}
+        return Block(module, entries, deferred, False, flow)
+
+    def _flow_inside(
+        self, module: str, inputs: list[Node], exits: set[Node], leaving: set[Node]
+    ) -> tuple[Flow, dict[Node, SpmdType]] | None:
+        """The flow without clashes, and the types of the inputs with gradients: first all are gathered, then those that
+        clash (a residual among them) are released, one after another."""
+        constants = {b: self.flows.constant_type(b) for b in inputs if b in self.flows.constant}
+        types = dict.fromkeys((b for b in inputs if b not in self.flows.constant), SpmdType.REPLICATED)
+        for _ in range(len(types) + 1):
+            given = {**self._outside(module), **constants, **types}
+            flow = self.flows.run([*self.interior(module), *self.outputs(module)], self.inner, exits, given, leaving)
             if not flow.clashes:
-                break
+                return flow, types
             loose = self._to_release(flow, types)
             if loose is None:
                 return None
             types[loose] = SpmdType.INVARIANT
-        else:
-            return None
-        if self._uses_behind(module, flow):
-            return None
-        for b in self.flows.live & own:
-            # a shard may leave when only sharded operations use it (a row product in a sibling module)
-            leaves_sharded = flow.types[b] is SpmdType.SHARDED and self.flows.is_sharded(b)
-            if flow.types[b] in (SpmdType.REPLICATED, SpmdType.SHARDED) and not leaves_sharded:
-                return None
-        for node in (n for n in (interior - own) & self.flows.live if self.flows.is_activation(n)):
-            past = any(u not in interior and u.op != "output" for u in node.users)
-            if past and (node not in leaving or flow.types[node] is not SpmdType.INVARIANT):
-                return None  # it leaves past the block's boundary
-        entries = {b for b, spmd_type in types.items() if spmd_type is SpmdType.REPLICATED and b in self.flows.live}
-        return Block(module, entries, deferred, False, flow)
+        return None
+
+    def _ends_varying(self, own: set[Node], flow: Flow) -> bool:
+        """Whether an output differs between ranks. A shard may leave where only sharded operations use it: a row
+        product in a sibling module."""
+        ends = self.flows.live & own
+        return any(
+            flow.types[b] is SpmdType.REPLICATED or (flow.types[b] is SpmdType.SHARDED and not self.flows.is_sharded(b))
+            for b in ends
+        )
+
+    def _leaves_past(self, interior: set[Node], own: set[Node], leaving: set[Node], flow: Flow) -> bool:
+        """Whether an activation is used outside without passing the block's boundary."""
+        return any(
+            any(user not in interior and user.op != "output" for user in node.users)
+            and (node not in leaving or flow.types[node] is not SpmdType.INVARIANT)
+            for node in (interior - own) & self.flows.live
+            if self.flows.is_activation(node)
+        )
 
     def _uses_behind(self, module: str, flow: Flow) -> bool:
         """Whether a parameter of the module's own (a layer's scale) is used behind the reduction: the block lies inside
@@ -248,7 +268,7 @@ class BlockFinder:
         blocks: dict[tuple[str, bool], Block] = {}
         inner: dict[str, Block] = {}
         for module, reductions in components.items():
-            if any(_within(module, b.module) for b in blocks.values() if not b.leaf):
+            if any(is_within(module, b.module) for b in blocks.values() if not b.leaf):
                 continue
             block = self._widest_block(module, components)
             if block is None and self.column_blocks:
@@ -272,20 +292,20 @@ class BlockFinder:
                 block.entries = {
                     e
                     for e in block.entries
-                    if not any(_within(label_of(e).module, m) for m in inner)
+                    if not any(is_within(label_of(e).module, m) for m in inner)
                     # another block has gathered it: values of its heads that a later layer mixes in (iTransformer)
                     and not any(b.flow.types.get(e) is SpmdType.REPLICATED for b in outer)
                 }
         return [
             *(b for b in blocks.values() if b.entries or not b.leaf),
-            *(b for b in inner.values() if not any(_within(b.module, other.module) for other in outer)),
+            *(b for b in inner.values() if not any(is_within(b.module, other.module) for other in outer)),
         ]
 
     def _widest_block(self, module: str, components: dict[str, list[Node]]) -> Block | None:
         """The first sound block at `module` or at most two levels around it, widened as long as it stays sound."""
         best, where = None, module
         while where:
-            within = [n for m, ns in components.items() if _within(m, where) for n in ns]
+            within = [n for m, ns in components.items() if is_within(m, where) for n in ns]
             # the sums of several weights are left open first: one reduction at the block's end in place of many
             several = len({self.owners[n] for n in within}) > 1 or (best is not None and best.deferred)
             block = self.attempt(where, within, several) or self.attempt(where, within, not several)
@@ -301,7 +321,7 @@ class BlockFinder:
         leave it."""
         parents = [self.flows.path[node].split(".")[:-1] for node in self.columns(self.region(reduction))]
         where = ".".join(_common(parents))
-        return self.attempt(where, [], False) if _within(where, module) and where != module else None
+        return self.attempt(where, [], False) if is_within(where, module) and where != module else None
 
     def _around_meetings(self, reductions: list[Node]) -> list[Block]:
         """Blocks at the modules whose own code makes shards out of two activations (queries and their angles), which
@@ -336,7 +356,7 @@ class BlockFinder:
         """All boundaries where the stream enters blocks, and all where a sum over ranks is reduced."""
         entries = set().union(*(b.entries for b in blocks), self.head_entries(), self.inner)
         deferred = [b.module for b in blocks if b.deferred]
-        reducing = [name for name in self.owners.values() if not any(_within(name, module) for module in deferred)]
+        reducing = [name for name in self.owners.values() if not any(is_within(name, module) for module in deferred)]
         exits = {b for module in (*deferred, *reducing) for b in self.outputs(module)} | self.inner
         return entries, exits.difference(*(b.flow.left for b in blocks))
 
@@ -412,10 +432,6 @@ class BlockFinder:
                     raise SplitError(self.atoms_of({node}) & self.choice.vocabulary, "no module makes the logits")
                 out |= set(ins)
         return out
-
-
-def _within(module: str, other: str) -> bool:
-    return module == other or module.startswith(f"{other}.")
 
 
 def _common(paths: list[list[str]]) -> list[str]:

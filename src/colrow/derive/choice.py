@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -80,29 +81,34 @@ class Choice:
         atoms = leaves(dim)
         out, position = [0], 0
         while position < len(atoms):
-            atom = atoms[position]
-            following = atoms[position + 1] if position + 1 < len(atoms) else None
-            size = atom.size
-            if atom in self.groups and following is not None and find(self.groups[atom]) is following:
-                size, position = atom.size * following.size, position + 1
-                mine = list(range(rank * size // self.tp, (rank + 1) * size // self.tp))
-            elif atom in self.groups:
-                group = find(self.groups[atom]).size
-                local, share = self.query_heads(atom)
-                mine = [(rank * local + j * share) // group for j in range(local // share)]
-            elif atom in self.atoms:
-                sizes = chunk_sizes(size, self.tp)
-                mine = list(range(sum(sizes[:rank]), sum(sizes[: rank + 1])))
-            elif atom.segments:
-                mine, offset = [], 0
-                for segment in atom.segments:
-                    mine += [offset + i for i in self.indices(segment, rank)]
-                    offset += size_of(segment)
+            atom, following = atoms[position], atoms[position + 1 : position + 2]
+            if atom in self.groups and following == [find(self.groups[atom])]:
+                # kv heads times the query heads of each: split as one dim
+                size = atom.size * following[0].size
+                own = list(range(rank * size // self.tp, (rank + 1) * size // self.tp))
+                position += 1
             else:
-                mine = list(range(self.local_size([atom])))
-            out = [i * size + j for i in out for j in mine]
+                size, own = atom.size, self._indices_of(atom, rank)
+            out = [i * size + j for i in out for j in own]
             position += 1
         return out
+
+    def _indices_of(self, atom: Atom, rank: int) -> list[int]:
+        if atom in self.groups:  # the kv heads that the rank's query heads need
+            group = find(self.groups[atom]).size
+            local, share = self.query_heads(atom)
+            return [(rank * local + j * share) // group for j in range(local // share)]
+        if atom in self.atoms:
+            sizes = chunk_sizes(atom.size, self.tp)
+            return list(range(sum(sizes[:rank]), sum(sizes[: rank + 1])))
+        if atom.segments:
+            starts = itertools.accumulate((size_of(segment) for segment in atom.segments), initial=0)
+            return [
+                start + i
+                for start, segment in zip(starts, atom.segments, strict=False)
+                for i in self.indices(segment, rank)
+            ]
+        return list(range(self.local_size([atom])))
 
     def segments(self, dim: Dim) -> list[Segment]:
         """The dimension as a concatenation: [(q, sharded), (k, sharded), (v, sharded)] for a fused qkv."""

@@ -380,29 +380,21 @@ class _Derive:
         return FastEmitter(*given, overlap=overlap, linear_loss=self.options.loss == "linear").run()
 
     def _result(self, choice: Choice, split: Split | None, stream: Stream | None, emission: Emission) -> Derivation:
-        summed = (split.flow.summed if split else set()) | (stream.summed if stream else set())
-        whole: dict[str, str | None] = {}
-        """Each exported parameter, by its first name, to the reason why it is not sharded; None where it is."""
-        for node, name in self.inference.params.items():
-            dims = self.inference.of(node)
-            why = self.traced.opaque.reason_of(name) or why_unsharded(dims, self.tp, self.notes, name in summed)
-            is_split = choice.any_sharded(dims) or name.rpartition(".")[0] in emission.gathered
-            whole[name] = None if is_split else why
+        reasons = self._reasons(choice, split, stream, emission)
         sharded, replicated, elements, total = [], {}, 0, 0
         for name, param in self.exported.complete.named_parameters():
             own = self.exported.name(name)
             own = self.traced.ties.get(own, own)
-            if own not in whole:
+            if own not in reasons:
                 continue  # the model's forward does not use it
             total += param.numel()
-            if (reason := whole[own]) is None:
+            if (reason := reasons[own]) is None:
                 sharded.append(name)
                 elements += param.numel()
             else:
                 replicated[name] = reason
-        exits = [label_of(node) for node in split.borders()[1]] if split else []
         reductions = Counter[str]()
-        for label in exits:
+        for label in (label_of(node) for node in split.borders()[1]) if split else ():
             if label.path == "0":
                 reductions[with_stars(label.module)] += self.exported.count(label.module)
         names = [name for name, _ in self.exported.complete.named_modules(remove_duplicate=False) if name]
@@ -423,6 +415,21 @@ class _Derive:
             trace=self.traced,
             made=(split, stream, emission),
         )
+
+    def _reasons(
+        self, choice: Choice, split: Split | None, stream: Stream | None, emission: Emission
+    ) -> dict[str, str | None]:
+        """Each exported parameter, by its first name, to the reason why it is not sharded; None where it is."""
+        summed = (split.flow.summed if split else set()) | (stream.summed if stream else set())
+        found: dict[str, str | None] = {}
+        for node, name in self.inference.params.items():
+            dims = self.inference.of(node)
+            if choice.any_sharded(dims) or name.rpartition(".")[0] in emission.gathered:
+                found[name] = None
+            else:
+                why = self.traced.opaque.reason_of(name)
+                found[name] = why or why_unsharded(dims, self.tp, self.notes, name in summed)
+        return found
 
     def _names_of_each(self, choice: Choice) -> Iterator[set[str]]:
         """The parameters in which each chosen class stands."""

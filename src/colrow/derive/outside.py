@@ -7,8 +7,9 @@ and a style that leaves a DTensor in the module makes it fail beside plain tenso
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,43 +22,50 @@ def watching_reads(model: nn.Module) -> Iterator[set[str]]:
 
     What stands in the parameters' places during an export counts as they do.
     """
-    found: set[str] = set()
-    running: list[str] = []
-    owners: dict[int, set[str]] = {}
-    first: dict[int, str] = {}
-
-    class Watch(TorchFunctionMode):
-        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if running:
-                for value in (*args, *(kwargs or {}).values()):
-                    if isinstance(value, Tensor) and not owners.get(id(value), {""}) & {*running, ""}:
-                        found.add(first[id(value)])
-            return function(*args, **(kwargs or {}))
-
-    def entering(name: str) -> Callable[..., None]:
-        def enter(*_: Any) -> None:
-            if not running:
-                owners.clear()
-                first.clear()
-                owned = defaultdict(set)
-                for full, param in model.named_parameters(remove_duplicate=False):
-                    owned[id(param)].add(full.rpartition(".")[0])
-                    first.setdefault(id(param), full)
-                owners.update(owned)
-            running.append(name)
-
-        return enter
-
-    def leave(*_: Any) -> None:
-        running.pop()
-
+    watch = _Watch(model)
     handles = []
     for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(entering(name or ".")))
-        handles.append(module.register_forward_hook(leave, always_call=True))
+        handles.append(module.register_forward_pre_hook(partial(watch.enter, name or ".")))
+        handles.append(module.register_forward_hook(watch.leave, always_call=True))
     try:
-        with Watch():
-            yield found
+        with watch:
+            yield watch.found
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Watch(TorchFunctionMode):
+    """Sees each tensor that a function of torch takes, and which modules run then."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+        self._model = model
+        self._running: list[str] = []
+        self._owners: dict[int, set[str]] = {}
+        self._first_name: dict[int, str] = {}
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._running:
+            for value in (*args, *(kwargs or {}).values()):
+                # "" owns the model's own parameters: the model runs while anything does
+                if isinstance(value, Tensor) and not self._owners.get(id(value), {""}) & {*self._running, ""}:
+                    self.found.add(self._first_name[id(value)])
+        return function(*args, **(kwargs or {}))
+
+    def enter(self, name: str, *_: Any) -> None:
+        if not self._running:  # an export has put other tensors in the parameters' places since the last forward
+            self._read_owners()
+        self._running.append(name)
+
+    def leave(self, *_: Any) -> None:
+        self._running.pop()
+
+    def _read_owners(self) -> None:
+        owners = defaultdict[int, set[str]](set)
+        self._first_name = {}
+        for full, param in self._model.named_parameters(remove_duplicate=False):
+            owners[id(param)].add(full.rpartition(".")[0])
+            self._first_name.setdefault(id(param), full)
+        self._owners = dict(owners)

@@ -58,25 +58,26 @@ def prove(
     if given is not None and small is not model:
         given = given.within(vocabulary(small))
 
+    def batch(sequences: int, length: int) -> Inputs | None:
+        return given.map(lambda x: x[:sequences, :length]) if given and _are_token_ids(given) else given
+
     def proved(length: int) -> Report:
-        cut = given.map(lambda x: x[:few, :length]) if given and _are_token_ids(given) else given
-        return verify(small, fitted, tp, inputs=cut, loss=loss, batch_size=few, seq_len=length)
+        return verify(small, fitted, tp, inputs=batch(few, length), loss=loss, batch_size=few, seq_len=length)
 
     def unproven_at(of: nn.Module, by: Plan, sequences: int, length: int) -> set[tuple[str, str]]:
-        cut = given.map(lambda x: x[:sequences, :length]) if given and _are_token_ids(given) else given
-        found = unproven_operators(of, by, tp, sequences, length, inputs=cut, loss=loss)
+        found = unproven_operators(of, by, tp, sequences, length, inputs=batch(sequences, length), loss=loss)
         return {(each.operator, each.line) for each in found}
 
     try:
         report = proved(short)
-    except PlanError:
+    except PlanError:  # the model may need the run's length: a table of positions that it adds, for one
         if short == seq_len:
             raise
-        report = proved(seq_len)
         short = seq_len
+        report = proved(short)
     if unproven and report.ok and (few < batch_size or short < seq_len):
-        wanted = unproven_at(model, plan, batch_size, seq_len)
-        if wanted - unproven_at(small, fitted, few, short):
+        missed = unproven_at(model, plan, batch_size, seq_len) - unproven_at(small, fitted, few, short)
+        if missed:
             few = batch_size
             report = proved(seq_len)
     return replace(report, reduced=changes)

@@ -284,45 +284,50 @@ class Calls:
 @contextlib.contextmanager
 def markers(model: nn.Module, rescale: Rescale | None = None) -> Iterator[Calls]:
     """Mark the tensors that enter and leave every module that holds parameters."""
-    handles = []
-    calls = Calls()
-
-    def mark(value: Any, direction: str, name: str, path: str) -> Any:
-        if isinstance(value, Tensor):
-            label = str(Label(direction, name, path))
-            dim, mul, div = (rescale(label) if rescale else None) or (-1, 1, 1)
-            calls.shapes.append((label, tuple(value.shape)))
-            return torch.ops.colrow_plan.boundary(value, label, dim, mul, div)
-        if type(value) in (tuple, list):
-            return type(value)(mark(v, direction, name, f"{path}.{i}") for i, v in enumerate(value))
-        if type(value) is dict:
-            return {k: mark(v, direction, name, f"{path}.{k}") for k, v in value.items()}
-        return value
-
-    def hooks(name: str, module: nn.Module) -> None:
-        def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
-            calls.positional[name] = len(args)
-            marked = tuple(mark(a, "in", name, str(i)) for i, a in enumerate(args))
-            return marked, {k: mark(v, "in", name, k) for k, v in kwargs.items()}
-
-        def after(_: nn.Module, args: Any, out: Any) -> Any:
-            if isinstance(out, Tensor):
-                return mark(out, "out", name, "0")
-            if type(out) in (tuple, list):
-                calls.results[name] = len(out)
-                return type(out)(mark(v, "out", name, str(i)) for i, v in enumerate(out))
-            return out
-
-        # transformers records router logits by hooks that it adds in a model's first call: they get the marked tensors
-        first = all(hook.__module__.startswith("transformers.") for hook in module._forward_hooks.values())
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after, prepend=first))
-
+    calls, handles = Calls(), []
     for name, module in model.named_modules():
         if name and any(True for _ in module.parameters()):
-            hooks(name, module)
+            marker = _Marker(name, calls, rescale)
+            # transformers records router logits by hooks that it adds in a model's first call: they get marked tensors
+            first = all(hook.__module__.startswith("transformers.") for hook in module._forward_hooks.values())
+            handles.append(module.register_forward_pre_hook(marker.before, with_kwargs=True))
+            handles.append(module.register_forward_hook(marker.after, prepend=first))
     try:
         yield calls
     finally:
         for handle in handles:
             handle.remove()
+
+
+@dataclass(frozen=True)
+class _Marker:
+    """Marks what one module gets and returns, and notes how it is called."""
+
+    name: str
+    calls: Calls
+    rescale: Rescale | None
+
+    def before(self, _: nn.Module, args: Any, kwargs: Any) -> Any:
+        self.calls.positional[self.name] = len(args)
+        marked = tuple(self._mark(arg, "in", str(i)) for i, arg in enumerate(args))
+        return marked, {key: self._mark(value, "in", key) for key, value in kwargs.items()}
+
+    def after(self, _: nn.Module, args: Any, out: Any) -> Any:
+        if isinstance(out, Tensor):
+            return self._mark(out, "out", "0")
+        if type(out) in (tuple, list):
+            self.calls.results[self.name] = len(out)
+            return type(out)(self._mark(value, "out", str(i)) for i, value in enumerate(out))
+        return out
+
+    def _mark(self, value: Any, direction: str, path: str) -> Any:
+        if isinstance(value, Tensor):
+            label = str(Label(direction, self.name, path))
+            dim, mul, div = (self.rescale(label) if self.rescale else None) or (-1, 1, 1)
+            self.calls.shapes.append((label, tuple(value.shape)))
+            return torch.ops.colrow_plan.boundary(value, label, dim, mul, div)
+        if type(value) in (tuple, list):
+            return type(value)(self._mark(item, direction, f"{path}.{i}") for i, item in enumerate(value))
+        if type(value) is dict:
+            return {key: self._mark(item, direction, f"{path}.{key}") for key, item in value.items()}
+        return value

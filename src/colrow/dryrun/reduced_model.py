@@ -9,7 +9,7 @@ to `LARGEST`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -128,37 +128,25 @@ def shrink_huggingface(config: Any, tp: int, keep: int = 2) -> Any:
     query = _first(config, QUERY_HEADS) or 1
     heads, kv = shrink_heads(query, _first(config, KV_HEADS) or query, tp)
     dim = 8
-    width = shrink_width(_first(config, WIDTH) or heads * dim, tp, heads * dim)
     _set(small, LAYERS, keep)
     if layer_types:
         small.layer_types = list(layer_types)[:keep]
     _set(small, QUERY_HEADS, heads)
     _set(small, KV_HEADS, kv)
-    _set(small, WIDTH, width)
-    for name in (*FFN_WIDTH, *EXPERT_WIDTH):
-        extent = getattr(config, name, None)
-        if isinstance(extent, int):
-            setattr(small, name, shrink_width(extent, tp, 12 * tp))
+    _set(small, WIDTH, shrink_width(_first(config, WIDTH) or heads * dim, tp, heads * dim))
+    _resize(config, small, (*FFN_WIDTH, *EXPERT_WIDTH), lambda extent: shrink_width(extent, tp, 12 * tp))
     _set(small, POSITIONS, 128)
-    for name in EXPERTS:
-        if isinstance(getattr(config, name, None), int):
-            setattr(small, name, min(4, getattr(config, name)))
-    for name in HEAD_DIM:
-        if isinstance(getattr(config, name, None), int):
-            setattr(small, name, dim)
+    _resize(config, small, EXPERTS, lambda count: min(4, count))
+    _set(small, HEAD_DIM, dim)
     for name, extent in _LOW_RANK.items():
-        if isinstance(getattr(config, name, None), int):
-            setattr(small, name, extent)
-    for name in ("sliding_window", "first_k_dense_replace"):
-        extent = getattr(config, name, None)
-        if isinstance(extent, int):
-            setattr(small, name, min(extent, 8 if name == "sliding_window" else 1))
+        _set(small, (name,), extent)
+    _resize(config, small, ("sliding_window",), lambda extent: min(extent, 8))
+    _resize(config, small, ("first_k_dense_replace",), lambda layers: min(layers, 1))
     vocab = shrink_width(int(config.vocab_size), tp, 32 * tp)
     small.vocab_size = vocab
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        token = getattr(small, name, None)
-        if isinstance(token, int) and token >= vocab:
-            setattr(small, name, 0)
+    _resize(
+        config, small, ("pad_token_id", "bos_token_id", "eos_token_id"), lambda token: token if token < vocab else 0
+    )
     return small
 
 
@@ -170,6 +158,12 @@ def _set(config: Any, names: Sequence[str], value: int) -> None:
     for name in names:
         if isinstance(getattr(config, name, None), int):
             setattr(config, name, value)
+
+
+def _resize(config: Any, small: Any, names: Sequence[str], size: Callable[[int], int]) -> None:
+    for name in names:
+        if isinstance(given := getattr(config, name, None), int):
+            setattr(small, name, size(given))
 
 
 def _changes(before: dict[str, Any], after: dict[str, Any]) -> str:

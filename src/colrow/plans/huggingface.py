@@ -88,13 +88,8 @@ def map_styles(model: nn.Module, stated: Mapping[str, str]) -> tuple[dict[str, A
             _expert(model, key, parameters[key], name, experts, unmapped)
         elif key not in patterns and key not in names:
             continue  # a module that this configuration does not have
-        elif STYLES[name] is not None:
-            style = dict(STYLES[name] or {})
-            if style["style"].startswith("packed_"):
-                module = model.get_submodule(next(n for n in names if with_stars(n) == key or n == key))
-                extent = _packed_extent(module, style["style"])
-                style["segments"] = [extent // 2, extent // 2]
-            out[key] = style
+        elif (options := STYLES[name]) is not None:
+            out[key] = _with_segments(model, key, options)
     for key, shards in experts.items():
         # forward(hidden_states, top_k_index, top_k_weights): the routing weights meet partial sums
         layouts = ["replicate", "none", "replicate"]
@@ -121,10 +116,15 @@ def _expert(
     )
 
 
-def _packed_extent(module: nn.Module, style: str) -> int:
+def _with_segments(model: nn.Module, key: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a style; of a packed one with its two segments, gate and up, which transformers cuts in halves."""
+    if not options["style"].startswith("packed_"):
+        return dict(options)
+    module = next(m for name, m in model.named_modules(remove_duplicate=False) if key in (name, with_stars(name)))
     weight: Any = module._parameters["weight"]
     out, into = (1, 0) if is_transposed(module) else (0, 1)
-    return int(weight.shape[out if style == "packed_colwise" else into])
+    half = int(weight.shape[out if options["style"] == "packed_colwise" else into]) // 2
+    return {**options, "segments": [half, half]}
 
 
 def _tie(model: nn.Module, out: dict[str, dict[str, Any]]) -> None:

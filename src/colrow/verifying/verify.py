@@ -81,15 +81,10 @@ def verify(
     if tolerance is None:
         tolerance = EXACT if exact else ROUNDED
 
-    modes, compared = list[Mode](), list[_Comparison]()
     report = partial(Report, tp=tp, parameters=len(reference.parameters), tolerance=tolerance, reduced=reduced)
+    modes = list[Mode]()
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "CR105")  # an empty plan splits nothing, which a report shows
-            warnings.simplefilter("ignore", FutureWarning)  # torch's on its own names: a user cannot act on them
-            for mode, in_mode, unsharded in _modes(task, reference):
-                modes.append(mode)
-                compared.append(_compare(in_mode, plan, unsharded, tolerance, backend))
+        seen = _worst_mode(task, plan, reference, tolerance, backend, modes)
     except (RankFailure, _NoRanksError) as error:
         ran = isinstance(error, RankFailure)
         return report(
@@ -100,7 +95,6 @@ def verify(
             modes=tuple(modes),
             seconds=time.monotonic() - started,
         )
-    seen = max(compared, key=lambda comparison: comparison.errors.worst)
     verdict: Verdict = "wrong"
     control = None
     if seen.errors.worst <= tolerance:
@@ -115,6 +109,20 @@ def verify(
         **seen.fields(tolerance, tp),
         seconds=time.monotonic() - started,
     )
+
+
+def _worst_mode(
+    task: Task, plan: Plan, reference: Reference, tolerance: float, backend: Backend, modes: list[Mode]
+) -> _Comparison:
+    """The comparison with the largest error of all modes. `modes` gets each one that was started."""
+    compared = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "CR105")  # an empty plan splits nothing, which a report shows
+        warnings.simplefilter("ignore", FutureWarning)  # torch's on its own names: a user cannot act on them
+        for mode, in_mode, unsharded in _modes(task, reference):
+            modes.append(mode)
+            compared.append(_compare(in_mode, plan, unsharded, tolerance, backend))
+    return max(compared, key=lambda comparison: comparison.errors.worst)
 
 
 def _inputs(
