@@ -114,7 +114,7 @@ class Mesh(BaseModel):
         fits = [
             self.model_copy(update={axis: n})
             for axis in AXES
-            for n in _divisors(world_size)
+            for n in divisors(world_size)
             if self.world_size // getattr(self, axis) * n == world_size
         ]
         fits = [mesh for mesh in fits if runs(mesh)]
@@ -130,7 +130,7 @@ class Mesh(BaseModel):
         """The warning when a tp group would span hosts of `local_world_size` ranks each; None when none does."""
         if self.tp == 1 or self.world_size <= local_world_size or local_world_size % self.tp == 0:
             return None
-        fits = max(d for d in _divisors(local_world_size) if self.tp % d == 0)
+        fits = max(d for d in divisors(local_world_size) if self.tp % d == 0)
         return (
             f"tp={self.tp} spans hosts of {local_world_size} ranks: every layer's all-gathers and reduce-scatters then "
             "wait for the network between hosts, many times slower than the links inside one; "
@@ -138,7 +138,8 @@ class Mesh(BaseModel):
         )
 
 
-def _divisors(n: int) -> list[int]:
+def divisors(n: int) -> list[int]:
+    """The numbers that divide `n`, in order."""
     return [d for d in range(1, n + 1) if n % d == 0]
 
 

@@ -28,6 +28,7 @@ from torch.fx import Node
 from colrow.derive.choice import Choice
 from colrow.derive.infer import AxisInference, facts_of, module_path, op_name
 from colrow.derive.trace import is_boundary, label_of
+from colrow.plans.patterns import is_within
 from colrow.sharding.operators import Filling, Linear
 
 
@@ -145,7 +146,7 @@ class Flows:
         path = self.path[node]
         if is_boundary(node) and path == module:
             return False
-        return module == "" or path == module or path.startswith(module + ".")
+        return module == "" or is_within(path, module)
 
     def made_in(self, node: Node, modules: Iterable[str]) -> bool:
         """Whether a constant was made by code inside of these modules, with the heads that a rank has there (T5's zero

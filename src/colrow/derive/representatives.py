@@ -25,7 +25,7 @@ from colrow.derive.requests import Requests
 from colrow.dryrun.block_kinds import BlockTraces, block_kind, trace_blocks
 from colrow.dryrun.calls import Inputs
 from colrow.models.blocks import BlockStack, block_stacks
-from colrow.plans.patterns import with_stars
+from colrow.plans.patterns import is_within, with_stars
 from colrow.sharding.parameter_state import copied_model
 
 _KEPT = 3
@@ -71,9 +71,11 @@ class Representatives:
         large = [names for names in kinds if len(names) > _KEPT]
         if not large:
             return everything
+        # the first and the last keep their places: the stream may enter and leave them in another way
         stands = {name: names[1] for names in large for name in names[2:-1]}
         copy = _without(model, stacks, stands)
         kept = {name: ran for name, ran in traces.runs.items() if name not in stands}
+        # a model may count its blocks: then the kept ones run otherwise without the others
         if copy is None or _traces(copy, inputs).runs != kept:
             return everything
         return cls(model, copy, stands, tuple(Kind((names[0], names[1], names[-1]), len(names)) for names in large))
@@ -87,14 +89,14 @@ class Representatives:
 
     def count(self, name: str) -> int:
         """How many modules of the complete model one of the exported stands for."""
-        return 1 + sum(_inside(name, second) for second in self.stands.values())
+        return 1 + sum(is_within(name, second) for second in self.stands.values())
 
     def volume(self, volumes: Mapping[str, int]) -> int:
         """The complete model's parameters in a class, from those of the exported parameters by their names: a class
         that joins the blocks of a kind has as many in those that are left out."""
         total = sum(volumes.values())
         for kind in self.kinds:
-            by_block = [sum(n for name, n in volumes.items() if _inside(name, block)) for block in kind.kept]
+            by_block = [sum(n for name, n in volumes.items() if is_within(name, block)) for block in kind.kept]
             if all(by_block):
                 total += by_block[1] * (kind.count - _KEPT)
         return total
@@ -102,7 +104,7 @@ class Representatives:
     def require_separate(self, names: Collection[str]) -> None:
         """Raise NotAlikeError where a class that these parameters share joins some blocks of a kind and not all."""
         for kind in self.kinds:
-            joined = sum(any(_inside(name, block) for name in names) for block in kind.kept)
+            joined = sum(any(is_within(name, block) for name in names) for block in kind.kept)
             if joined not in (0, 1, _KEPT):
                 raise NotAlikeError
 
@@ -114,15 +116,11 @@ class Representatives:
         """
         for kind in self.kinds:
             first, second, last = (
-                {n.removeprefix(b): s for n, s in styles.items() if _inside(n, b)} for b in kind.kept
+                {n.removeprefix(b): s for n, s in styles.items() if is_within(n, b)} for b in kind.kept
             )
             if second not in (first, last):
                 raise NotAlikeError
         return {name: styles[own] for name in names if (own := self.name(name)) in styles}
-
-
-def _inside(name: str, block: str) -> bool:
-    return name == block or name.startswith(f"{block}.")
 
 
 def _traces(model: nn.Module, inputs: Inputs) -> BlockTraces:
@@ -148,7 +146,7 @@ def _kinds(model: nn.Module, stack: BlockStack, traces: BlockTraces, requests: R
         facts: list[Hashable] = []
         for inner, param in block.named_parameters(remove_duplicate=False):
             first, *_ = all_names = names[id(param)]
-            others = frozenset(with_stars(name) for name in all_names if not _inside(name, block_name))
+            others = frozenset(with_stars(name) for name in all_names if not is_within(name, block_name))
             facts.append((inner, others, requests.kept.get(first), requests.split.get(first)))
         groups[block_kind(block, block_name, {}, traces), tuple(facts)].append(block_name)
     yield from groups.values()
@@ -164,6 +162,7 @@ def _without(model: nn.Module, stacks: list[BlockStack], left_out: Collection[st
     for stack in stacks:
         container = copy.get_submodule(stack.name)
         if isinstance(container, nn.ModuleList):
+            # blocks keep their keys, so that parameters keep their names; ModuleList would want 0, 1, 2
             container.__class__ = type(type(container).__name__, (_WithGaps, type(container)), {})
         for key in stack.blocks:
             if f"{stack.name}.{key}" in left_out:

@@ -23,6 +23,7 @@ from colrow.derive.split import Split
 from colrow.derive.stream_ends import Ends, NoStreamError, StreamKind, find_ends
 from colrow.derive.table import infer
 from colrow.derive.trace import Trace, label_of
+from colrow.plans.patterns import is_within
 
 
 @dataclass
@@ -69,6 +70,7 @@ def find_stream(traced: Trace, split: Split, kind: StreamKind) -> Stream:
     """
     first: NoStreamError | None = None
     for ends in find_ends(traced, split, kind):
+        # in order of cost: each module in between, or input beside the stream, takes a gather and a split
         for attempt in (as_it_is, around_mixing_modules, with_side_inputs):
             try:
                 if attempt is as_it_is or kind.flattened_tokens:
@@ -272,7 +274,7 @@ def unsplit_modules(
     alike = (SpmdType.INVARIANT, SpmdType.PARAMETER, SpmdType.CONSTANT)
     found = {}
     for name in finder.boundaries:
-        if any(module == name or module.startswith(f"{name}.") for module in cut):
+        if any(is_within(module, name) for module in cut):
             continue
         enter = of_tokens(finder.inputs(name), traced, split, kind) & behind
         leave = of_tokens(finder.outputs(name), traced, split, kind) & behind

@@ -12,6 +12,7 @@ from colrow.derive.flow import Flows
 from colrow.derive.infer import is_float, shape_of
 from colrow.derive.split import Split
 from colrow.derive.trace import Trace, is_boundary, label_of
+from colrow.plans.patterns import is_within
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,9 @@ def _finish(traced: Trace, flows: Flows, entries: set[Node], exits: set[Node]) -
     last = None
     for node in traced.nodes:
         if is_boundary(node) and node in flows.live and label_of(node).direction == "in" and is_float(node):
+            # a module that is neither in a block nor around one
             name = label_of(node).module
-            if not any(name == m or name.startswith(m + ".") or m.startswith(name + ".") for m in inside):
+            if not any(is_within(name, m) or is_within(m, name) for m in inside):
                 matrices = [
                     n
                     for n, f in flows.inference.params.items()

@@ -15,6 +15,7 @@ from torch import nn
 from colrow.dryrun.block_kinds import BlockTraces, block_kind
 from colrow.dryrun.fake_world import meta_copy
 from colrow.models.blocks import block_stacks
+from colrow.plans.patterns import is_within
 from colrow.styles.base import Style
 
 _KEPT = 2  # of each kind: the second block's input comes from a block, as for all later ones
@@ -36,13 +37,13 @@ class ReducedCopy:
     def original(self, name: str) -> str:
         """The original's name of a module or parameter of the copy."""
         for new, old in self.original_names.items():
-            if name == new or name.startswith(new + "."):
+            if is_within(name, new):
                 return old + name[len(new) :]
         return name
 
     def count(self, name: str) -> int:
         """How many modules of the original this module of the copy stands for."""
-        return next((n for block, n in self.repeats.items() if name == block or name.startswith(block + ".")), 1)
+        return next((n for block, n in self.repeats.items() if is_within(name, block)), 1)
 
 
 def reduced_copy(model: nn.Module, styles: Mapping[str, Style], traces: BlockTraces, keep: int = _KEPT) -> ReducedCopy:

@@ -15,6 +15,7 @@ from colrow.dryrun.dry_run import dry_run
 from colrow.dryrun.result import Collective, DryRun, Output
 from colrow.mesh import Mesh
 from colrow.models.blocks import block_stacks
+from colrow.plans.patterns import is_within
 from colrow.plans.plan import Plan
 from colrow.sharding.placements import format_placement
 
@@ -153,7 +154,7 @@ def _path(model: nn.Module, plan: Plan, run: DryRun, rows: list[ParameterRow], b
     own: dict[str, list[ParameterRow]] = {}
     for row in rows:
         own.setdefault(row.name.rpartition(".")[0], []).append(row)
-    inside = [name for name, _ in model.named_modules() if name == block or name.startswith(block + ".")]
+    inside = [name for name, _ in model.named_modules() if is_within(name, block)]
     steps = []
     for name in inside:
         if name != block and name not in styles and name not in own:

@@ -13,7 +13,7 @@ from colrow.config import RunConfig
 from colrow.errors import ConfigError, PlanError
 from colrow.forecasting.devices import CPU, Device
 from colrow.forecasting.forecast import MARGIN, Forecaster, Options, Row
-from colrow.mesh import Mesh
+from colrow.mesh import Mesh, divisors
 from colrow.parallel.pipeline_split import check_pipeline, fit_micro_batch, require_parts
 from colrow.plans.named import named_plan
 from colrow.plans.plan import Plan
@@ -91,9 +91,9 @@ class Choices:
     def meshes(self) -> Iterator[Mesh]:
         """All meshes whose tp the plan allows and stays inside a host."""
         degrees = plan_degrees(self._model, self._plan(self._config.plan, 1))
-        for tp in (n for n in _divisors(self._gpus) if n in degrees and n <= self._per_host):
-            for pp in _divisors(self._gpus // tp):
-                for shard in _divisors(self._gpus // tp // pp):
+        for tp in (n for n in divisors(self._gpus) if n in degrees and n <= self._per_host):
+            for pp in divisors(self._gpus // tp):
+                for shard in divisors(self._gpus // tp // pp):
                     yield Mesh(pp=pp, dp_replicate=self._gpus // tp // pp // shard, dp_shard=shard, tp=tp)
 
     def best(self, mesh: Mesh) -> Row:
@@ -189,7 +189,7 @@ class Choices:
             yield self._on(mesh)
             return
         share, last = max(1, self._config.train.global_batch // mesh.dp), 0
-        for size in _divisors(share):
+        for size in divisors(share):
             config = self._on(mesh, size)  # raises where not even one sequence fits the batch
             if config.train.micro_batch == size and size >= 1.5 * last:
                 last = size
@@ -240,7 +240,3 @@ def options_of(config: RunConfig, *, on_gpus: bool = True) -> Options:
 
 def _usable(row: Row) -> float:
     return (1 - MARGIN) * row.device.memory
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]

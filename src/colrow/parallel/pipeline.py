@@ -20,6 +20,7 @@ from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble
 from torch.distributed.tensor import DTensor
 
 from colrow.errors import ConfigError, PlanError
+from colrow.ops.kernels.cross_entropy import wide
 from colrow.parallel.loss import loss_context, tp_degree
 from colrow.parallel.pipeline_stage import Stage, Tie
 from colrow.parallel.random_state import MicroBatchSeeds
@@ -167,7 +168,7 @@ class PipelineRunner:
             expect_targets(self.stages[-1].module, pending)
         with loss_context(self.plan, self.mesh):
             step(*inputs, **outputs, return_outputs=False)
-        total = torch.zeros((), device=self.device, dtype=_loss_dtype(self.options.dtype))
+        total = torch.zeros((), device=self.device, dtype=wide(self.options.dtype))
         for loss, chunk in zip(losses, targets.chunk(count), strict=False):  # no losses where the last stage is not
             value = loss.detach()
             value = value.full_tensor() if isinstance(value, DTensor) else value
@@ -232,7 +233,7 @@ class PipelineRunner:
         shards = tp_degree(self.mesh) if self.plan.sequence_parallel() else 1
         hidden = _meta((batch_size, seq_len // shards, config.hidden_size), dtype)
         logits = _meta((batch_size, seq_len, config.vocab_size), dtype)
-        last = _meta((), _loss_dtype(dtype)) if self._head_computes_loss else logits
+        last = _meta((), wide(dtype)) if self._head_computes_loss else logits
         return StaticShapeStage(
             stage,
             seq_len,
@@ -301,7 +302,3 @@ class StaticShapeStage(PipelineStage):
 
 def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
-
-
-def _loss_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

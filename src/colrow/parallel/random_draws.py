@@ -17,6 +17,7 @@ from colrow.errors import ColrowError
 from colrow.mesh import Mesh
 from colrow.parallel.parallelize import tp_axis
 from colrow.parallel.random_state import derive_seed
+from colrow.plans.patterns import is_within
 from colrow.sharding.draws import Draw, draw_shard, draws, draws_by_element, may_draw
 from colrow.sharding.local_layout import REPLICATED, Kind
 from colrow.torch_compat import TorchDispatchMode, is_async, is_fake, tree_leaves
@@ -67,7 +68,7 @@ def _is_needed(name: str, modules: Mapping[str, tuple[Draw, ...]], blocks: set[s
 
 def _is_inside(name: str, outer: str) -> bool:
     """Also where they are one."""
-    return not outer or name == outer or name.startswith(outer + ".")
+    return not outer or is_within(name, outer)
 
 
 def has_arranged_draws(module: nn.Module) -> bool:

@@ -16,6 +16,11 @@ def with_stars(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
+def is_within(name: str, module: str) -> bool:
+    """Whether a module or parameter is the module of this name or lies inside it. Not of the model, `""`."""
+    return name == module or name.startswith(f"{module}.")
+
+
 def matches(key: str, name: str) -> bool:
     """Whether a plan's key names this module. `""` names the model itself.
 
