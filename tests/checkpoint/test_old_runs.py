@@ -50,7 +50,7 @@ def test_old_optimizer_state_is_loaded(old_run: Path) -> None:
 
 
 def test_old_optimizer_state_is_loaded_into_other_groups(old_run: Path) -> None:
-    """What decays is decided anew at each start: state that was saved in two groups goes into one, and back."""
+    """What decays is decided again at each start: state that was saved in two groups goes into one, and back."""
     model = open_saved(old_run / "run", trust_code=True).model.to_empty(device="cpu")
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.3, betas=(0.5, 0.6))
     checkpoints = Checkpoints(old_run / "run" / "checkpoints")

@@ -1,4 +1,4 @@
-"""Plans that Hugging Face models state for themselves: mapped, mended, refused with a reason."""
+"""Plans that Hugging Face models state for themselves: mapped, corrected, refused with a reason."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def loss_of(output: Any, inputs: Any) -> Tensor:
 
 
 def batch(inputs: Inputs, step: int) -> Inputs:
-    """Inputs of the same shapes: floating-point ones drawn anew, integers turned along their last dimension."""
+    """Inputs of the same shapes: floating-point ones drawn again, integers turned along their last dimension."""
     generator = torch.Generator().manual_seed(step)
 
     def drawn(x: Any) -> Any:

@@ -58,7 +58,7 @@ class ReadBack:
 
     @property
     def is_for_transformers(self) -> bool:
-        """Whether it may be said that transformers loads the export."""
+        """Whether transformers is known to load the export."""
         return self.reader is not None and (self.library is not None or is_installed())
 
     def __str__(self) -> str:

@@ -189,7 +189,7 @@ def reporting_errors(verb: str = "train") -> Iterator[Ending]:
 
 
 def _cause_elsewhere(run: Path, when: float, end: float) -> str:
-    """What a rank of another agent's, whose error torchrun does not show here, has said of its failure, as soon as it
+    """The failure that a rank of another agent, whose error torchrun does not show here, has reported, as soon as it
     has; empty where none has until `end`, in `time.monotonic()`."""
     from colrow.run.host_log import failed_rank, last_lines
 

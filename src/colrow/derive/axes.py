@@ -112,6 +112,7 @@ def unify(one: Sequence[Atom], other: Sequence[Atom], why: str) -> None:
             second.pop(0)
             _merge(a, b, why)
         elif a.segments or b.segments:
+            # a factor of the other dim would end inside a segment
             return forbid(first + second, f"a view cuts a concatenation: {why}")
         elif a.size > b.size and a.size % b.size == 0:
             split(a, [b.size, a.size // b.size])
@@ -184,6 +185,7 @@ def regroup(dims: Sequence[Sequence[Atom]], shape: Sequence[int]) -> list[Dim] |
                 current.append(head)
                 todo, rest = leaves(tail) + leaves(todo), 1
             else:
+                # 6 into an extent of 4: 2 of this factor, the other 2 of what follows
                 common = math.gcd(atom.size, rest)
                 if common == 1:
                     return None

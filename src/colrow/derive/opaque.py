@@ -27,6 +27,7 @@ LIBRARY.define("opaque(Tensor[] xs, Tensor[] params, SymInt[] shape, ScalarType 
 
 
 def _opaque(xs: list[Tensor], params: list[Tensor], shape: list[int], dtype: torch.dtype) -> Tensor:
+    # takes all inputs and parameters, so that the graph shows what the result depends on
     return (xs or params)[0].new_empty(shape, dtype=dtype)
 
 
@@ -62,6 +63,7 @@ class Opaque:
         modules = {name: model.get_submodule(name) for name in self.reasons}
         own = {name: module.__dict__.get("forward") for name, module in modules.items()}
         for name, module in modules.items():
+            # An instance's attribute shadows its class's forward. One that a library has set is put back at the end.
             module.__dict__["forward"] = _forward_of(module, self.results.get(name))
         try:
             yield

@@ -55,6 +55,7 @@ def _product(inference: AxisInference, node: Node, a: Node, b: Node) -> Dims:
     x, y = inference.of(a), inference.of(b)
     if len(x) < 2 or len(y) < 2:
         raise NoRuleError("product with a vector")
+    # [..., M, K] times [..., K, N]
     unify(x[-1], y[-2], inference.at(op_name(node)))
     weighted(inference, node, x[-1], a, b)
     # a product of a matrix and a vector has no scores: a state-space model's channels times what each state gives
@@ -125,6 +126,7 @@ def attention(inference: AxisInference, node: Node) -> Result:
     if query_heads == kv_heads:
         unify(q[1], k[1], inference.at(op_name(node)))
     elif kv_heads > 1:
+        # query head h reads kv head h // group: the kv heads are the major factor
         parts = regroup([q[1]], [kv_heads, query_heads // kv_heads])
         if parts is None:
             raise NoRuleError("query heads that are no multiple of the key heads")
@@ -138,6 +140,7 @@ def attention(inference: AxisInference, node: Node) -> Result:
     mask = argument(node, 3, "attn_mask")
     if isinstance(mask, Node):
         extents, dims = shape_of(mask), inference.of(mask)
+        # from the last dim, as broadcasting does: a mask may lack leading dims
         for j, mine in zip(range(1, len(extents) + 1), [k[2], q[2], q[1], q[0]], strict=False):
             if extents[-j] != 1:
                 unify(dims[-j], mine, inference.at(op_name(node)))
@@ -184,6 +187,7 @@ def index(inference: AxisInference, node: Node) -> Result:
         return dims
     given = [i for i, x in enumerate(indices) if x is not None]
     if not given or given != list(range(given[0], given[-1] + 1)):
+        # torch moves what is picked to the front then
         raise NoRuleError("index with gaps")
     for i in given:
         forbid(dims[i], inference.at("indexed"))

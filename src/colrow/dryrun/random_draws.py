@@ -62,6 +62,7 @@ def model_draws(
             with seen:
                 call_model(copy, given.map(lambda x: torch.empty_like(x, device="cpu") if _is_tensor(x) else x))
     except Exception:
+        # code that needs values does not run to its end here; what it drew before counts
         return True if seen.drew else None
     return seen.drew
 

@@ -254,7 +254,7 @@ def _without_gpus() -> Iterator[None]:
 @contextmanager
 def _one_document() -> Iterator[None]:
     """transformers asks the positions whether a row holds several documents, which fake tensors cannot say, and then
-    builds a mask. Training gives it whole rows: there is no mask, and attention is causal."""
+    builds a mask. Training gives it one document a row: there is no mask, and attention is causal."""
     masks = sys.modules.get("transformers.masking_utils")
     with nullcontext() if masks is None else _replaced(masks, "find_packed_sequence_indices", lambda *_, **__: None):
         yield

@@ -58,7 +58,7 @@ class Buffer:
         self._memory: Tensor | None = None
 
     def memory(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """All of it, after the last unit has said its size."""
+        """All of it, once the sizes of all its units are known."""
         if self._memory is None:
             self._memory = torch.zeros(self.size, dtype=dtype, device=device)
         return self._memory
@@ -170,7 +170,7 @@ class FlatUnit:
 
     @torch.no_grad()
     def allocate(self, gathers: Gathers | None, exchanges: Exchanges | None) -> None:
-        """Make all that the unit computes with, when all units of its buffer have said their sizes.
+        """Make all that the unit computes with, when the sizes of all units of its buffer are known.
 
         Args:
             gathers, exchanges: None where nothing is sharded.
@@ -204,6 +204,7 @@ class FlatUnit:
         self._start_gather = None if gathers is None else gathers.prepare(gathered, sent)
         terms = [square_terms(each.copy.numel()) for each in self.trained]
         self._squares = torch.zeros(sum(terms), dtype=wide, device=device).split(terms)
+        # Views of the gradient are made once; between steps its storage has no bytes, and the views stay.
         self._bytes = self._gradient.untyped_storage().nbytes()
         self._gradient.untyped_storage().resize_(0)
 
@@ -215,6 +216,7 @@ class FlatUnit:
         self.buffer.wait()
         self.buffer.holds = self
         if self.casts:
+            # no shard in the compute dtype is kept: cast into this rank's place of the buffer
             foreach("copy_", [each.copy for each in self.params], [local_tensor(each.param) for each in self.params])
         if self._start_gather is not None:
             self.buffer.work = self._start_gather()
@@ -264,6 +266,7 @@ class FlatUnit:
             exchange.close()
         self._has_sum = True
         if last and self.groups.replicate is not None:
+            # gloo has no AVG: `finish_step` divides
             op = dist.ReduceOp.AVG if dist.get_backend(self.groups.replicate) == "nccl" else dist.ReduceOp.SUM
             self._reduction = dist.all_reduce(self._gradient, op, self.groups.replicate, async_op=True)
             record("data", "flat replicas")
@@ -303,6 +306,7 @@ class FlatUnit:
         """The local gradient of the parameter that the model computed with, contiguous; it is no longer there."""
         grad, each.full.grad = each.full.grad, None
         if grad is None:
+            # the other ranks wait for these rows, also of a parameter that this micro-batch did not use
             return torch.zeros(each.unsharded.local, dtype=self._dtype, device=each.copy.device)
         each.kept = max(each.kept, 1)
         if isinstance(grad, DTensor) and tuple(grad.placements) != each.unsharded.placements:

@@ -128,7 +128,7 @@ class FlatWeights(WeightCopies):
     def use_copies(self) -> Iterator[None]:
         kept = self._started and not any(self._is_stale(param) for param in self._first)
         self._started = False
-        for unit in self._units:  # the parameters may have changed; every rank gathers anew, or none
+        for unit in self._units:  # the parameters may have changed; every rank gathers again, or none
             if not kept or unit.buffer.holds not in self._early_units:
                 unit.buffer.holds = None
         self._active = True

@@ -97,6 +97,7 @@ def split_stages(model: nn.Module, mesh: DeviceMesh, first_layers: tuple[int, ..
     ties = _ties(model, bounds)
     all_names = {name for name, _ in model.named_modules(remove_duplicate=False)}
     stages = []
+    # stage s on rank s mod pp, as torch's interleaved schedules expect
     for index in range(axes.rank("pp"), count, pp):
         with _only(model, range(bounds[index], bounds[index + 1]), index == 0, index == count - 1):
             module = copied_model(model)

@@ -64,6 +64,7 @@ class Plan:
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise PlanError(f"unknown loss {self.loss!r}{did_you_mean(str(self.loss), LOSSES)}")
+        # names and mappings become styles once: whoever holds a plan holds styles
         styles = {str(key): style_from_data(value, str(key)) for key, value in self.modules.items()}
         object.__setattr__(self, "modules", styles)
 

@@ -4,7 +4,7 @@
 All ranks meet in collectives, so one that stands still stops the others within a step. The run hangs when the rank that
 beat the longest time ago did so longer ago than its limit: `train.hang_timeout` in training, more in the phases that
 take long by nature (`train.hang_limits`). A rank that waits for another's evaluation or compilation does nothing
-wrong, so the largest limit of all ranks counts, and time runs anew when a rank enters another phase. A step that was
+wrong, so the largest limit of all ranks counts, and time starts again when a rank enters another phase. A step that was
 slow before may be so again: three times the longest silence that ended by itself is allowed.
 
 After a signal that asks for the end, less will do: a rank whose reports have stopped, or a run of which no rank beats,

@@ -122,7 +122,7 @@ def last_lines(run: Path, rank: int) -> list[str]:
 
 
 def failed_rank(run: Path, since: float) -> tuple[int, str] | None:
-    """The rank that has failed first, and its host; None where none has said so since a time, in seconds of the epoch.
+    """The rank that has failed first, and its host; None where none has since a time, in seconds of the epoch.
 
     Times are of the hosts' own clocks.
     """

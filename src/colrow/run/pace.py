@@ -75,7 +75,7 @@ class Pace:
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
-        """Around a step: where the run is slower than its band, one step is profiled, and what differs is said."""
+        """Around a step: where the run is slower than its band, one step is profiled, and the difference is printed."""
         if not self._wants_trace:
             yield
             return

@@ -54,7 +54,7 @@ class Checked:
     newest: CheckpointInfo | None
     """The newest complete checkpoint in the run's folder."""
     judgement: Judgement | None = None
-    """What check and verify said of a plan that was derived here, at the run's batch and sequence length."""
+    """What check and verify found in a plan that was derived here, at the run's batch and sequence length."""
 
     def finished(self, config: RunConfig) -> bool:
         """Whether all steps are done."""

@@ -70,7 +70,7 @@ def resume(config: RunConfig, training: Training, data: PreparedData, checkpoint
     found: list[ResumePoint | None] = [None]
     if dist.get_rank() == 0:
         latest = checkpoints.latest()
-        # before the load: this rank alone may read the folder's config, which it writes anew when all have loaded
+        # before the load: this rank alone may read the folder's config, which it writes again when all have loaded
         found = [None if latest is None else ResumePoint(latest.step, _sequences_of_older(latest.step, config))]
     dist.broadcast_object_list(found, src=0)
     older = found[0]

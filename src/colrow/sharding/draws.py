@@ -65,6 +65,7 @@ def may_draw(func: Any) -> bool:
 def draws_by_element(func: Any) -> bool:
     """Whether the operator draws one number for each element, whatever the elements are, so that a rank can draw those
     of its shard; or is an attention, which may draw a mask."""
+    # by a tensor of probabilities it would need those of the other ranks
     of_one_number = operator_name(func) == "bernoulli_" and str(func.name()).endswith(".float")
     return of_one_number or operator_name(func) in NOISE | {"native_dropout"} or _is_attention(func)
 
@@ -80,8 +81,10 @@ def draw_shard(func: Any, args: Any, kwargs: Any, draw: Draw, rank: int, ranks: 
         size = [n * ranks if d == draw.layout.dim else n for d, n in enumerate(args[0])]
         return shard(func(size, *args[1:], **kwargs))
     local: Tensor = args[0]
+    # Each rank draws all numbers and keeps its part: n times the work, and the numbers of one process.
     complete = per_rank(lambda x, _: _unsharded_like(x, draw.layout.dim, ranks), local, rank)
     if operator_name(func) == "native_dropout":
+        # dropout of ones: the factors, 0 or 1 / (1 - p), without the unsharded activations
         factors, kept = func(complete.fill_(1.0), *args[1:], **kwargs)
         return local * shard(factors), shard(kept)
     drawn = shard(func(complete, *args[1:], **kwargs))
@@ -95,6 +98,7 @@ def take_shard(complete: Tensor, draw: Draw, rank: int, ranks: int) -> Tensor:
         tokens = complete.flatten(0, 1).chunk(ranks)[rank]
         return tokens.view(complete.shape[0], -1, *complete.shape[2:])
     extent = complete.shape[layout.dim]
+    # recorded at another extent, perhaps: segments keep their proportions
     sizes = [n * extent // sum(layout.sizes(extent)) for n in layout.sizes(extent)]
     starts = accumulate(sizes[:-1], initial=0)
     pieces = [

@@ -1,4 +1,4 @@
-"""Private names of torch: how each is looked up, and what is said when this torch has moved one."""
+"""Private names of torch: how each is looked up, and the error when this torch has moved one."""
 
 from __future__ import annotations
 

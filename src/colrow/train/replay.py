@@ -126,9 +126,11 @@ class StepReplay:
         if not self._anywhere(first != second):
             return loss
         require_same_weights()  # else every rank that gathers them would be named
+        # more runs show which of the two was the unusual one
         traces = [first, second, *(replayed()[1] for _ in range(RUNS - 2))]
         reports: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(reports, self._report(traces))
+        # a fault of the hardware strikes one run; code that is not deterministic differs more often
         if all(report.distinct <= 1 for report in reports):
             raise SilentCorruptionError(_corruption_text(step, reports))
         return self._with_deterministic_kernels(step, replayed)
@@ -170,6 +172,7 @@ class StepReplay:
                 holders = {param: self._holder(param) for param in self._names}
                 phase = Phase.REDUCED if self._units else Phase.GRADIENT
                 self._record(phase, {self._names[param]: holder.grad for param, holder in holders.items()})
+            # one copy to the host for all
             hashes = torch.stack([value for _, _, value in trace]).tolist()
             return loss, [(phase, name, value) for (phase, name, _), value in zip(trace, hashes, strict=True)]
 
@@ -224,6 +227,7 @@ class StepReplay:
         if unusual:
             position, (phase, name, _) = _first_difference(usual, unusual[0])
             stage = self._axes.rank("pp")
+            # backward runs from the last stage to the first
             order, where = (int(phase), -stage if phase > Phase.LOSS else stage, position), _described(phase, name)
         return _Report(dist.get_rank(), self._axes.data_rank, len(unusual), order, where)
 
@@ -250,7 +254,9 @@ def _described(phase: Phase, name: str) -> str:
 
 def _corruption_text(step: int, reports: Sequence[_Report]) -> str:
     differing = [report for report in reports if report.distinct]
+    # A reduction spreads a wrong gradient to all ranks of its group: what a rank computed before it names the rank.
     own = [report for report in differing if report.order[0] < Phase.REDUCED] or differing
+    # ranks that read the same batches pass a fault on: the first of them to differ has it
     firsts = [min(r.order for r in own if r.data_rank == group) for group in sorted({r.data_rank for r in own})]
     named = [r for r in own if r.order in firsts]
     ranks = ", ".join(str(r.rank) for r in named)

@@ -34,6 +34,7 @@ class Sharded:
                 if got.dtype != want.dtype or not got.is_floating_point():  # buffers that count
                     got, want = got.double(), want.double()
                 difference = (got - want).abs().max().item() if got.shape == want.shape else inf
+                # max() drops a nan that comes second
                 worst = max(worst, inf if isnan(difference) else difference)
         return worst / scale
 
@@ -42,6 +43,7 @@ class Sharded:
         if not all(placement.is_replicate() for placement in self.placements):
             return False
         first, *others = self.shards.values()
+        # fp64 sums in another order differ by 1e-15; a missing reduction by the size of a term
         limit = 1e-12 * first.abs().max().item()
         return any((other - first).abs().max().item() > limit for other in others)
 
@@ -50,6 +52,7 @@ class Sharded:
         if not all(placement.is_replicate() for placement in self.placements):
             return 0.0
         copy = self.shards[min(self.shards)]
+        # the r that minimises |copy - r complete|^2: tp where a reduction was done twice
         return ((copy * complete).sum() / complete.square().sum().clamp_min(1e-300)).item()
 
 
@@ -150,6 +153,7 @@ def compare(observed: Observed, reference: Reference, tp: int) -> Errors:
     for name in reference.gradients.keys() | observed.gradients.keys():
         want, got = reference.gradients.get(name), observed.gradients.get(name)
         if want is None or got is None:
+            # one of the models has no gradient: a weight is frozen, or cut off
             gradients[name] = inf
         else:
             gradients[name] = got.error(want, tp, reference.size(name))
