@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from colrow.checking.check import check
 from colrow.mesh import Mesh
 from colrow.models.llama import Llama
 from colrow.parallel.activation_checkpoint import Mode, apply_activation_checkpoint
@@ -77,6 +78,17 @@ def test_loss_and_gradients_are_near_those_of_fp32(ranks: Ranks) -> None:
             assert min(inside.values()) > 5e-3, f"{way}: these products have not been rounded: {inside}"
 
 
+@pytest.mark.parametrize(("seq_len", "refused"), [(32, False), (20, True)])
+def test_tokens_that_16_does_not_divide_are_found_before_a_run(seq_len: int, refused: bool) -> None:
+    with torch.device("meta"):
+        model = Llama(CONFIG)
+    plan = Plan.preset("llama-fast", "linear").with_fp8("tensorwise")
+    errors = [f for f in check(model, plan, Mesh(tp=2), batch_size=1, seq_len=seq_len) if f.severity == "error"]
+    assert bool(errors) is refused, errors
+    assert not refused or "an fp8 matmul has a side of 20" in errors[0].message
+
+
+@pytest.mark.exhaustive
 def test_recomputation_rounds_alike(ranks: Ranks) -> None:
     assert ranks(2).run(recomputed) == [{"selective": True, "full": True}] * 2
 

@@ -182,16 +182,21 @@ def float8_reference(a_MK: Tensor, b_KN: Tensor, s: Tensor, r: Tensor) -> Tensor
 
 
 def require(device: torch.device, *sizes: int) -> None:
-    """Raise a ConfigError unless 16, the granularity of 8-bit matmuls, divides all sizes and the device has these."""
+    """Raise a ConfigError unless 16 divides all sizes and the device has 8-bit matmuls."""
+    require_sixteen(*sizes)
+    record("fp8", "tensorwise")
+    if device.type == "cuda":
+        require_gpu(device)
+
+
+def require_sixteen(*sizes: int) -> None:
+    """Raise a ConfigError unless 16, the granularity of 8-bit matmuls, divides all sizes."""
     for size in sizes:
         if size % 16:
             raise ConfigError(
                 f"an fp8 matmul has a side of {size}, which 16 does not divide (tokens of a micro-batch, or features "
                 "on a rank): choose micro_batch × seq_len and tp so that it does, or leave fp8 out"
             )
-    record("fp8", "tensorwise")
-    if device.type == "cuda":
-        require_gpu(device)
 
 
 @functools.cache

@@ -27,7 +27,7 @@ from colrow.ops.collectives import (
     start_reduce_scatter,
 )
 from colrow.ops.execution_record import record
-from colrow.ops.float8 import packed_shape
+from colrow.ops.float8 import packed_shape, require_sixteen
 from colrow.ops.linear_options import LinearOptions
 from colrow.ops.products import (
     column_product,
@@ -118,6 +118,7 @@ def _column_forward(x_tD: Tensor, weights: list[Tensor], group: str, options: st
 def _(x_tD: Tensor, weights: list[Tensor], group: str, options: str) -> tuple[Tensor, Tensor]:
     (t, D), n, opts = x_tD.shape, group_named(group).size(), LinearOptions.parse(options)
     if opts.fp8:
+        require_sixteen(t * n, D, sum(w.shape[0] for w in weights))  # a dry run finds it before a rank does
         kept = x_tD.new_empty(float8_linear.kept_by_column(t, D, opts, n), dtype=torch.uint8)
     else:
         kept = x_tD.new_empty(t * n, D) if opts.keep_gathered else x_tD.new_empty(0)
@@ -213,8 +214,10 @@ def _row_forward(x_Tf: Tensor, w_Df: Tensor, group: str, options: str) -> tuple[
 @_row_forward.register_fake
 def _(x_Tf: Tensor, w_Df: Tensor, group: str, options: str) -> tuple[Tensor, Tensor]:
     T, f = x_Tf.shape
-    fp8 = LinearOptions.parse(options).fp8
-    kept = x_Tf.new_empty(packed_shape(f, T), dtype=torch.uint8) if fp8 else x_Tf.new_empty(0)
+    kept = x_Tf.new_empty(0)
+    if LinearOptions.parse(options).fp8:
+        require_sixteen(T, f, w_Df.shape[0])
+        kept = x_Tf.new_empty(packed_shape(f, T), dtype=torch.uint8)
     return x_Tf.new_empty(T // group_named(group).size(), w_Df.shape[0]), kept
 
 
