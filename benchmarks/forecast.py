@@ -3,6 +3,7 @@
     python -m benchmarks.forecast                                # the tables of docs/guide/forecast.md, to the screen
     python -m benchmarks.forecast --table src/colrow/forecasting/tables/h200.json    # and write the fitted rates
     python -m benchmarks.forecast --gpu h100-sxm --calibrated FILE --table ...     # beside what colrow calibrate wrote
+    python -m benchmarks.forecast --base FILE --table ...     # links of more GPUs than rows show from what it wrote
 
 A row of the present program is one that was measured after its optimizer's update became one kernel (2026-11-23,
 0ab5939). Of these, every second one of each kind (mesh, plan) gives rates, part by part from its trace; the others
@@ -22,20 +23,21 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from colrow.dryrun.block_kinds import BlockTraces
 from colrow.forecasting.devices import Device, Points, Rates, device_named
 from colrow.forecasting.memory import GIB, Memory, Setting, peak_memory, stages_of
 from colrow.forecasting.timing import (
-    CPU_OF_OVERLAP,
     FP8_SHARE,
+    NORM_BYTES,
     OPERANDS,
+    SUMS_OF_FLAT,
     UPDATE_BYTES,
     Machine,
     Program,
     StepTime,
+    fused_seconds,
     operand_bytes,
     step_time,
 )
@@ -56,6 +58,7 @@ _POINTWISE = ("compiled pointwise", "other", "copy", "loss")
 LINK_SIZES = (2**16, 2**20, 2**24, 2**27, 2**30)
 LATENCY = 20e-6
 LAUNCH = 10e-6
+CPU_BOUND = 0.25  # idle time as a share of the step
 EDGE = "memory's edge"
 """Rows where the allocator gives back its reserve in each step, which takes time that no rate knows."""
 MEASURED_ON = {"h200": "H200", "h100-sxm": "H100"}
@@ -83,6 +86,8 @@ class Measured:
     device: float | None
     step_ms: float
     trace: dict[str, Any]
+    gather: str = "collectives"
+    exchange: str = "collectives"
 
     @property
     def setting(self) -> Setting:
@@ -99,13 +104,15 @@ class Measured:
             copies=self.mesh.tp_alone,
             reshard=self.reshard and self.mesh.pp == 1,
             cuda_graph=self.cuda_graph,
-            copy_engine=FAST.get(self.plan) == "copy_engine",
+            copy_engine=FAST.get(self.plan) == "copy_engine" and self.mesh.tp > 1,
+            gather=self.gather,
+            exchange=self.exchange,
         )
 
     @property
     def program(self) -> Program:
-        overlap = FAST.get(self.plan, "none")
-        return Program(overlap, self.fp8, self.cell.compiled, self.cuda_graph)
+        overlap = FAST.get(self.plan, "none") if self.mesh.tp > 1 else "none"
+        return Program(overlap, self.fp8, self.cell.compiled, self.cuda_graph, self.loss == "linear")
 
     def walk(self) -> Walk:
         seen = _walked(self.model, self.plan, self.loss, self.cell)
@@ -125,15 +132,20 @@ class Measured:
         """Seconds of the trace in kernels of these kinds."""
         return sum(self.trace["kinds"].get(kind, 0.0) for kind in kinds) / 1e3
 
-    def matmul_rate(self) -> float:
+    def product_flops(self) -> float:
+        """Of matmuls; more where copies beside them make them longer."""
+        slowed = 1 + (Rates.overlap_slowdown if self.program.overlap == "copy_engine" else 0.0)
+        return slowed * sum(float(sum(work.products.values())) for work in self.work())
+
+    def product_seconds(self) -> float:
+        """Of matmuls, by their FLOPs alone."""
         inside, outside = self.work()
-        products = inside.products + outside.products
-        return sum(products.values()) / (self.kind("product") - operand_bytes(products, self.walk()) / OPERANDS)
+        return self.kind("product") - operand_bytes(inside.products + outside.products, self.walk()) / OPERANDS
 
     def fp8_rate(self, rates: Rates) -> float:
         """Of the matmuls in blocks, with the kernels that round for them."""
         inside, outside = self.work()
-        rounding = self.kind(*_POINTWISE) - inside.fused_bytes / rates.fused_fast - outside.bytes / rates.outside
+        rounding = self.kind(*_POINTWISE) - fused_seconds(inside, self.program, rates) - self.around(rates)
         low = FP8_SHARE * sum(inside.products.values())
         products = inside.products + outside.products
         rest = (sum(products.values()) - low) / rates.matmul + operand_bytes(products, self.walk()) / OPERANDS
@@ -145,9 +157,22 @@ class Measured:
     def pointwise_bytes(self) -> float:
         return sum(work.bytes for work in self.work())
 
+    def around(self, rates: Rates) -> float:
+        """Seconds of pointwise operators around blocks, by the rates."""
+        return self.work()[1].bytes / (rates.outside_linear if self.program.linear_loss else rates.outside)
+
     def fused_rate(self, rates: Rates) -> float:
-        inside, outside = self.work()
-        return inside.fused_bytes / (self.kind(*_POINTWISE) - outside.bytes / rates.outside)
+        """With the kernels that sum and copy chunks, where chunks are sent."""
+        inside = self.work()[0].fused_bytes
+        if self.program.overlap != "copy_engine":
+            return inside / self.kind("compiled pointwise")
+        return inside / (self.kind(*_POINTWISE) - self.around(rates))
+
+    def outside_rate(self, rates: Rates) -> float:
+        """Of a plain plan: all but compiled blocks, without the norm of gradients, or the flat engine's sums."""
+        per_parameter = SUMS_OF_FLAT if self.setting.flat else NORM_BYTES / 2
+        of_gradients = per_parameter / UPDATE_BYTES * self.update_bytes() / self.mesh.dp_shard / rates.optimizer
+        return self.work()[1].bytes / (self.kind("other", "copy", "loss") - of_gradients)
 
     def update_bytes(self) -> float:
         seen = self.walk()
@@ -158,12 +183,25 @@ class Measured:
         return sum(work.operators for work in self.work())
 
     def cpu_rate(self) -> float:
-        """Seconds of a step for each kernel of a plain compiled block, or for each eager operator."""
+        """Seconds of a step for each kernel of a compiled block, or for each eager operator."""
         inside, outside = self.work()
         if not self.cell.compiled:
             return self.step_ms / 1e3 / (inside.operators + outside.operators)
-        launched = LAUNCH * outside.kernels
-        return (self.step_ms / 1e3 - launched) / (inside.kernels * CPU_OF_OVERLAP[self.program.overlap])
+        return (self.step_ms / 1e3 - LAUNCH * outside.kernels) / inside.kernels
+
+    @property
+    def is_cpu_bound(self) -> bool:
+        """A stream that waits for fp8's scales counts as idle too."""
+        return self.trace.get("idle", 0.0) > CPU_BOUND * self.step_ms and not self.cuda_graph and not self.fp8
+
+    def peer_rate(self) -> float:
+        """bytes/s of gathers and exchanges by copy engines, with the few numbers that NCCL sends beside them."""
+        stage = next(iter(stages_of(self.walk(), self.setting)))
+        carried = [
+            t for t in traffic_of(self.walk(), self.setting, stage) if self.setting.by_copy_engine(t.axis, t.kind)
+        ]
+        sent = sum(t.calls * t.bytes for t in carried) * (1 - 1 / self.mesh.dp_shard)
+        return sent / self.kind("communication")
 
     def bus(self, seconds: float) -> float:
         """bytes/s that a rank sends along tp, if its collectives take so long."""
@@ -186,8 +224,7 @@ def _walked(model: str, plan: str, loss: str, cell: Cell) -> Walk:
 
 
 def rows(gpu: str = "h200") -> Iterator[Measured]:
-    """Of every file of Llama on such GPUs; derived plans, whose steps are those of the presets, are left out, and so is
-    what the forecast does not know yet: fast styles at tp 1, and gradients that copy engines exchange."""
+    """Of every file of Llama on such GPUs; derived plans, whose steps are those of the presets, are left out."""
     for path in sorted(RESULTS.glob("*.json")):
         data = json.loads(path.read_text(encoding="utf-8"))
         environment = data.get("environment", data)
@@ -196,15 +233,11 @@ def rows(gpu: str = "h200") -> Iterator[Measured]:
         stamp = f"{path.name} {environment.get('commit')}"
         older = any(mark in stamp for mark in OLDER)
         for row in data.get("results", []):
-            if row["plan"] in PRESETS and not _unknown(row):
+            if row["plan"] in PRESETS:
                 yield _of_bench(path.stem, row, older)
         for name, run in data.get("runs", {}).items():
             if "peak_gib" in run:
                 yield _of_run(path.stem, name, run)
-
-
-def _unknown(row: dict[str, Any]) -> bool:
-    return "exchange=copy_engine" in row["arm"] or (row["plan"] in FAST and row["mesh"].get("tp", 1) == 1)
 
 
 def _of_bench(file: str, row: dict[str, Any], older: bool) -> Measured:
@@ -229,6 +262,7 @@ def _of_bench(file: str, row: dict[str, Any], older: bool) -> Measured:
         row.get("device_used_gib"),
         row["step_ms"],
         row.get("trace") or {},
+        *("copy_engine" if f"fsdp.{key}=copy_engine" in arm else "collectives" for key in ("gather", "exchange")),
     )
 
 
@@ -250,63 +284,71 @@ def _of_run(file: str, name: str, run: dict[str, Any]) -> Measured:
 # -- rates ---------------------------------------------------------------------------------------------------------
 
 
-def fit_beside(measured: list[Measured], calibrated: Rates) -> Rates:
-    """What a calibration does not measure. Where FSDP2 copies, pointwise kernels show nothing of compiled blocks."""
-    traced = [row for row in measured if row.trace.get("kinds") and row.cell.compiled and not row.fp8]
-    fast = [row for row in traced if row.program.overlap == "copy_engine"]
-    plain = [row for row in traced if row.program.overlap == "none"]
-    bare = [row for row in plain if row.mesh.tp_alone or row.mesh.data_engine == "flat"]
-    return replace(
-        calibrated,
-        fused=_median(row.fused_rate(calibrated) for row in bare) or calibrated.fused,
-        fused_fast=_median(row.fused_rate(calibrated) for row in fast) or calibrated.fused_fast,
-        gap=_median(row.trace["idle"] / 1e3 / row.operators() for row in plain) or calibrated.gap,
-    )
+def fit(measured: list[Measured], base: Rates, *, calibrated: bool = False) -> Rates:
+    """Each rate over the rows that show it; what no row shows is that of `base`.
 
-
-def fit(measured: list[Measured]) -> Rates:
-    """Each rate as the median over the rows that show it."""
+    Args:
+        calibrated: `base` is a calibration of the cards that were measured: what it measures is kept.
+    """
     traced = [row for row in measured if row.trace.get("kinds")]
-    rates = device_named("h200").rates
+    bf16 = [row for row in traced if not row.fp8 and row.cell.compiled]
+    alone = [row for row in bf16 if row.mesh.dp == 1 and row.mesh.pp == 1]
+    fast = [row for row in alone if row.program.overlap != "none"]
+    plain = [row for row in bf16 if row.program.overlap == "none" and row.gather == "collectives"]
+    bare = [row for row in plain if row.mesh.tp_alone or row.setting.flat]
     memory = _median(row.pointwise_bytes() / row.kind(*_POINTWISE) for row in traced if not row.cell.compiled)
-    rates = replace(rates, memory=memory or rates.memory)
-    bf16 = [row for row in traced if not row.fp8 and row.cell.compiled and row.mesh.dp == 1]
-    plain, fast = ([row for row in bf16 if (row.program.overlap == "none") == want] for want in (True, False))
-    overlapped = _median(row.matmul_rate() for row in fast if row.program.overlap == "copy_engine")
-    matmul = _median(row.matmul_rate() for row in bf16 if row.program.overlap != "copy_engine") or overlapped
-    attention = _median(row.attention_flops() / row.kind("attention") for row in traced)
     rates = replace(
-        rates,
-        matmul=matmul,
-        overlap_slowdown=max(0.0, matmul / overlapped - 1),
-        attention_forward=1.15 * attention,  # of its 3.5 shares one is forward's, which runs at the higher rate
-        attention_backward=0.95 * attention,
-        **_pointwise_rates(plain, rates),
-        optimizer=_median(row.update_bytes() / row.kind("optimizer") for row in traced if row.setting.copies),
+        base,
+        memory=memory or base.memory,
+        overlap_slowdown=Rates.overlap_slowdown,
+        fused=_median(row.fused_rate(base) for row in plain) or base.fused,
+        **({} if calibrated else _calibrated_rates(traced, alone)),
+        **_cpu_rates(measured),
+        **_peer_copy(measured),
     )
-    rates = replace(rates, fused_fast=_median(row.fused_rate(rates) for row in fast))
-    bound = [row for row in traced if row.trace["idle"] > 0.3 * row.step_ms and not row.cuda_graph]
-    rates = replace(
-        rates,
-        kernel=_median(row.cpu_rate() for row in bound if row.cell.compiled) or rates.kernel,
-        operator=_median(row.cpu_rate() for row in bound if not row.cell.compiled) or rates.operator,
-        links={**rates.links, **_links(measured, rates)},
-    )
+    for name, linear in (("outside", False), ("outside_linear", True)):
+        rate = _median(row.outside_rate(rates) for row in bare if row.program.linear_loss == linear)
+        rates = replace(rates, **{name: rate or getattr(base, name)})
+    for name, overlap in (("fused_fast", "collectives"), ("fused_chunked", "copy_engine")):
+        rate = _median(row.fused_rate(rates) for row in fast if row.program.overlap == overlap)
+        rates = replace(rates, **{name: rate or getattr(base, name)})
     rounded = [row for row in traced if row.fp8]
     rates = replace(rates, matmul_fp8=_median(row.fp8_rate(rates) for row in rounded) or rates.matmul_fp8)
     # a stream that waits for a peer's copy counts as idle, and so does one that waits for fp8's scales
-    ahead = [row for row in traced if row.trace["idle"] < 0.15 * row.step_ms and not row.fp8]
-    ahead = [row for row in ahead if row.program.overlap != "copy_engine"]
-    return replace(rates, gap=_median(row.trace["idle"] / 1e3 / row.operators() for row in ahead))
+    ahead = [row for row in alone if row.program.overlap != "copy_engine" and row.trace["idle"] < 0.15 * row.step_ms]
+    rates = replace(rates, gap=_median(row.trace["idle"] / 1e3 / row.operators() for row in ahead) or base.gap)
+    return rates if calibrated else replace(rates, links={**base.links, **_links(measured)})
 
 
-def _pointwise_rates(plain: list[Measured], rates: Rates) -> dict[str, float]:
-    """Seconds = a x fused bytes in blocks + b x bytes outside of them, by least squares of the relative errors."""
-    seconds = [row.kind(*_POINTWISE) for row in plain]
-    works = [row.work() for row in plain]
-    matrix = [[inside.fused_bytes / s, outside.bytes / s] for (inside, outside), s in zip(works, seconds, strict=True)]
-    a, b = np.linalg.lstsq(np.array(matrix), np.ones(len(plain)), rcond=None)[0] if len(plain) > 1 else (0.0, 0.0)
-    return {"fused": 1 / a, "outside": 1 / b} if min(a, b) > 0 else {}
+def _calibrated_rates(traced: list[Measured], alone: list[Measured]) -> dict[str, Any]:
+    """What `colrow calibrate` measures too."""
+    flops = sum(row.product_flops() for row in alone)
+    attention = sum(row.attention_flops() for row in traced) / sum(row.kind("attention") for row in traced)
+    return {
+        "matmul": flops / sum(row.product_seconds() for row in alone),
+        "attention_forward": 1.15 * attention,  # of its 3.5 shares one is forward's, which runs at the higher rate
+        "attention_backward": 0.95 * attention,
+        "optimizer": _median(row.update_bytes() / row.kind("optimizer") for row in traced if row.setting.copies),
+    }
+
+
+def _cpu_rates(measured: list[Measured]) -> dict[str, float]:
+    """Of the rows whose pace the CPU sets."""
+    bound = [row for row in measured if row.is_cpu_bound]
+    names = {"none": "kernel", "collectives": "kernel_fast", "copy_engine": "kernel_chunked"}
+    compiled = {
+        name: _median(row.cpu_rate() for row in bound if row.cell.compiled and row.program.overlap == overlap)
+        for overlap, name in names.items()
+    }
+    found = {**compiled, "operator": _median(row.cpu_rate() for row in bound if not row.cell.compiled)}
+    return {name: rate for name, rate in found.items() if rate}
+
+
+def _peer_copy(measured: list[Measured]) -> dict[str, float]:
+    """Of the rows whose data axis sends by copy engines alone."""
+    rows = [row for row in measured if row.gather == row.exchange == "copy_engine" and row.mesh.tp == 1 and row.trace]
+    rate = _median(row.peer_rate() for row in rows)
+    return {"peer_copy": rate} if rate else {}
 
 
 def _median(values: Iterable[float]) -> float:
@@ -314,21 +356,12 @@ def _median(values: Iterable[float]) -> float:
     return statistics.median(found) if found else 0.0
 
 
-def _links(measured: list[Measured], rates: Rates) -> dict[int, Points]:
-    """By the ranks of tp, from the collectives' kernels; where no trace shows them, from what is left of the step."""
-    links = {}
-    plain = [row for row in measured if row.program.overlap == "none" and row.cell.compiled and row.mesh.pp == 1]
-    for n in {row.mesh.tp for row in plain}:
-        rows = [row for row in plain if row.mesh.tp == n and row.mesh.dp == 1]
-        bus = _median(row.bus(row.kind("communication")) for row in rows if row.trace)
-        if not bus:
-            silent = replace(
-                device_named("h200"), rates=replace(rates, links={n: ((1.0, 1e-12), (1e12, 1e-12))}, gap=0.0)
-            )
-            bus = _median(row.bus(row.step_ms / 1e3 - row.time(silent).seconds) for row in rows)
-        if bus:
-            links[n] = tuple((float(size), LATENCY + size / bus) for size in LINK_SIZES)
-    return links
+def _links(measured: list[Measured]) -> dict[int, Points]:
+    """By the ranks of tp, from the collectives' kernels."""
+    plain = [row for row in measured if row.program.overlap == "none" and row.cell.compiled and row.trace]
+    alone = [row for row in plain if row.mesh.tp_alone and row.mesh.tp > 1]
+    found = {n: _median(row.bus(row.kind("communication")) for row in alone if row.mesh.tp == n) for n in (2, 4, 8)}
+    return {n: tuple((float(size), LATENCY + size / bus) for size in LINK_SIZES) for n, bus in found.items() if bus}
 
 
 def main() -> None:
@@ -336,12 +369,13 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="write the fitted rates to this file")
     parser.add_argument("--gpu", choices=tuple(MEASURED_ON), default="h200")
     parser.add_argument("--calibrated", type=Path, help="what colrow calibrate wrote: its rates are kept")
+    parser.add_argument("--base", type=Path, help="the same of other cards of the kind: only what no row shows is kept")
     options = parser.parse_args()
     measured = list(rows(options.gpu))
     present = [row for row in measured if not row.older]
     training, test = halves([row for row in present if not row.name.startswith(EDGE)])
-    base = device_named(options.gpu, options.calibrated)
-    rates = fit(training) if options.calibrated is None else fit_beside(training, base.rates)
+    base = device_named(options.gpu, options.calibrated or options.base)
+    rates = fit(training, base.rates, calibrated=options.calibrated is not None)
     device = replace(base, rates=rates)
     print(memory_table(present))
     errors = [abs(row.time(device).seconds * 1e3 / row.step_ms - 1) for row in test]
@@ -353,15 +387,16 @@ def main() -> None:
         print(f"\n{title}:\n\n{time_table(chosen, device)}")
     print(f"\ntest: median {statistics.median(errors):.1%}, largest {max(errors):.1%}")
     if options.table is not None:
-        write_table(options.table, rates, errors, base.source if options.calibrated else "")
+        write_table(options.table, rates, errors, base, calibrated=options.calibrated is not None)
 
 
 def halves(measured: list[Measured]) -> tuple[list[Measured], list[Measured]]:
-    """Every second row of each kind: mesh, plan, compiled or not, fp8 or not."""
+    """Every second row of each kind: mesh, plan, compiled or not, fp8 or not, who exchanges gradients, and whether the
+    CPU sets its pace."""
     seen: Counter[Any] = Counter()
     sides: tuple[list[Measured], list[Measured]] = [], []
     for row in measured:
-        kind = (row.mesh, row.plan, row.cell.compiled, row.fp8)
+        kind = (row.mesh, row.plan, row.cell.compiled, row.fp8, row.exchange, row.is_cpu_bound)
         sides[seen[kind] % 2].append(row)
         seen[kind] += 1
     return sides
@@ -412,11 +447,11 @@ def time_table(measured: list[Measured], device: Device) -> str:
     return "\n".join(lines)
 
 
-def write_table(path: Path, rates: Rates, errors: list[float], calibrated: str) -> None:
+def write_table(path: Path, rates: Rates, errors: list[float], base: Device, *, calibrated: bool) -> None:
     ranked = sorted(errors)
-    source = "fitted on every second row of benchmarks/results, 2 and 4 x H200, torch 2.11, NV18; not calibrated"
-    if calibrated:
-        source = f"{calibrated}; what that leaves out fitted on every second row of benchmarks/results"
+    begun = base.source.partition(";")[0]
+    fitted = "fitted on every second row of benchmarks/results"
+    source = f"{begun}; what that leaves out {fitted}" if calibrated else f"{fitted}; what no row shows is {begun}"
     table = {
         "source": source,
         "band": round(ranked[int(0.9 * len(ranked))], 3),

@@ -14,9 +14,17 @@ import colrow.cli
 from colrow.forecasting.devices import device_named, name_of, seconds_of
 from colrow.mesh import AXES
 
-FIELDS = {"mesh", "plan", "micro_batch", "activation_checkpoint", "fits", "bottleneck"} | {
-    *("allocated_gib", "device_gib", "parts_gib", "step_ms", "band_ms", "parts_ms", "tokens_per_second_per_gpu")
-}
+FIELDS = {
+    "mesh",
+    "plan",
+    "data_engine",
+    "gather",
+    "exchange",
+    "micro_batch",
+    "activation_checkpoint",
+    "fits",
+    "bottleneck",
+} | {*("allocated_gib", "device_gib", "parts_gib", "step_ms", "band_ms", "parts_ms", "tokens_per_second_per_gpu")}
 
 
 @pytest.fixture
@@ -46,6 +54,7 @@ def test_rows_of_every_mesh_as_json_and_as_a_page(
     for row in shown["rows"]:
         assert sum(row["parts_ms"].values()) == pytest.approx(row["step_ms"])
         assert 0 < row["allocated_gib"] < row["device_gib"]
+        assert row["plan"].endswith(" flat") == (row["data_engine"] == "flat")
     rates = [row["tokens_per_second_per_gpu"] for row in shown["rows"] if row["fits"]]
     assert shown["chosen"] == 0
     assert rates == sorted(rates, reverse=True)

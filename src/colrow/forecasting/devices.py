@@ -44,13 +44,16 @@ class Rates:
         matmul: FLOP/s of large bf16 matmuls; matmul_fp8 of those in fp8, their rounding included.
         attention_forward, attention_backward: FLOP/s by the causal count.
         memory: bytes/s of pointwise operators run one by one; fused: of a compiled block's, by the bytes that enter and
-            leave its chains (`work.Work.fused_bytes`), of which kernels read many twice, and fused_fast of fast styles,
-            which also sum and copy chunks; outside: of operators around compiled blocks, such as the loss.
+            leave its chains (`work.Work.fused_bytes`), of which kernels read many twice; fused_fast: of fast styles;
+            fused_chunked: of those that also sum and copy chunks; outside: of operators around compiled blocks, such
+            as the loss; outside_linear: where it is computed by chunks with the head.
         optimizer: bytes/s of the update.
-        kernel: seconds of the CPU for each kernel that a compiled block launches; operator: for each eager operator;
+        kernel: seconds of the CPU for each kernel that a compiled block launches; kernel_fast, kernel_chunked: the same
+            of fast styles and of those that send chunks, which run more Python; operator: for each eager operator;
             launch: for each kernel around compiled blocks, such as those of a loss by chunks.
         gap: seconds between two operators in which no kernel runs though the CPU is ahead, in CUDA graphs too.
         links: points by the number of ranks inside a host; network: between hosts.
+        peer_copy: bytes/s that a GPU's copy engines read from its peers, or write to them; 0 where they cannot.
         overlap_slowdown: how much longer matmuls take while other streams copy.
     """
 
@@ -61,13 +64,18 @@ class Rates:
     memory: float
     fused: float
     fused_fast: float
+    fused_chunked: float
     outside: float
+    outside_linear: float
     optimizer: float
     kernel: float
+    kernel_fast: float
+    kernel_chunked: float
     operator: float
     links: Mapping[int, Points] = field(default_factory=dict)
     network: Points = ()
-    overlap_slowdown: float = 0.05
+    peer_copy: float = 0.0
+    overlap_slowdown: float = 0.025
     launch: float = 10e-6
     gap: float = 2.5e-6
 
@@ -113,6 +121,7 @@ _SHEETS = {
     "l40s": _Sheet(44.5, 362e12, 0.86e12, 32e9, 25e9),
 }
 CPU = "cpu"
+_NVLINK = 150e9  # bytes/s in one direction: less is PCIe, over which not every host's GPUs reach each other
 UNCALIBRATED = 0.4
 """Half of the band around a device without a table."""
 
@@ -161,13 +170,18 @@ def _rates_of(sheet: _Sheet) -> Rates:
         attention_forward=0.64 * sheet.flops,
         attention_backward=0.53 * sheet.flops,
         memory=0.61 * sheet.memory,
-        fused=0.56 * sheet.memory,
-        fused_fast=0.18 * sheet.memory,
-        outside=0.83 * sheet.memory,
-        optimizer=0.84 * sheet.memory,
-        kernel=109e-6,
+        fused=0.62 * sheet.memory,
+        fused_fast=0.33 * sheet.memory,
+        fused_chunked=0.2 * sheet.memory,
+        outside=0.7 * sheet.memory,
+        outside_linear=0.25 * sheet.memory,
+        optimizer=0.73 * sheet.memory,
+        kernel=115e-6,
+        kernel_fast=260e-6,
+        kernel_chunked=310e-6,
         operator=110e-6,
         links=dict.fromkeys((2, 4, 8), points),
+        peer_copy=0.7 * sheet.link if sheet.link >= _NVLINK else 0.0,
         network=tuple(
             (float(size), 40e-6 + size / (0.8 * sheet.network)) for size in (2**16, 2**20, 2**24, 2**27, 2**30)
         ),

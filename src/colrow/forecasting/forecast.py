@@ -34,6 +34,7 @@ class Options:
         recompute: `train.activation_checkpoint`.
         compiled: blocks are compiled, as on GPUs.
         reshard: `fsdp.reshard_after_forward`.
+        gather, exchange: `fsdp.gather` and `fsdp.exchange`, of the flat data engine.
         schedule, split: of a pipeline, as `pipeline.schedule` and `pipeline.split`.
     """
 
@@ -44,6 +45,8 @@ class Options:
     compiled: bool = True
     cuda_graph: bool = False
     reshard: bool | None = None
+    gather: str = "collectives"
+    exchange: str = "collectives"
     schedule: str = "1f1b"
     split: tuple[int, ...] | None = None
     dtype: torch.dtype = torch.bfloat16
@@ -85,6 +88,16 @@ class Row:
         return self.device.memory - self.memory.needed
 
     @property
+    def is_flat(self) -> bool:
+        """Whether its data axes are those of the flat engine."""
+        return self.mesh.data_engine == "flat" and self.mesh.dp > 1
+
+    @property
+    def style(self) -> str:
+        """The plan, and in words what else makes a step of it: `llama flat`, `llama-overlap graph`."""
+        return self.plan + " graph" * self.options.cuda_graph + " flat" * self.is_flat
+
+    @property
     def bottleneck(self) -> str:
         if not self.fits:
             return f"memory: {self.memory.needed / GIB:.1f} of {self.device.memory / GIB:.1f} GiB"
@@ -94,7 +107,10 @@ class Row:
         """The row as `colrow forecast --json` prints it."""
         return {
             "mesh": self.mesh.by_axis,
-            "plan": self.plan + (" graph" if self.options.cuda_graph else ""),
+            "plan": self.style,
+            "data_engine": self.mesh.data_engine,
+            "gather": self.options.gather,
+            "exchange": self.options.exchange,
             "micro_batch": self.options.micro_batch,
             "activation_checkpoint": self.options.recompute,
             "allocated_gib": self.memory.allocated / GIB,
@@ -130,7 +146,8 @@ def forecast(
         batch_size: sequences of a micro-batch on a data-parallel rank.
         micro_batches: of them in an optimizer step.
         gpu: `h100-sxm`, `h200`, ...: see `devices.py`.
-        options: more of `Options`: recompute, compiled, cuda_graph, reshard, schedule, split, dtype.
+        options: more of `Options`: recompute, compiled, cuda_graph, reshard,
+            gather, exchange, schedule, split, dtype.
 
     Raises:
         PlanError: the plan does not fit the model or the degree.
@@ -155,9 +172,7 @@ class Forecaster:
 
     def row(self, plan: Plan, mesh: Mesh, options: Options) -> Row:
         """The forecast of a cell. Raises as `forecast` does."""
-        walked = self._walk(plan, Cell(
-            mesh.tp, options.micro_batch, options.seq_len, options.recompute, options.compiled, options.dtype
-        ))  # fmt: skip
+        walked = self._walk(plan, mesh, options)
         program = Program.of(plan, compiled=options.compiled, cuda_graph=options.cuda_graph)
         setting = self._setting(walked, mesh, options, program)
         memory = peak_memory(walked, setting).on(self.device.memory)
@@ -166,7 +181,13 @@ class Forecaster:
         rate = tokens / time.seconds / mesh.world_size
         return Row(mesh, plan.name, options, memory, time, rate, self._mfu(rate, options.seq_len), self.device)
 
-    def _walk(self, plan: Plan, cell: Cell) -> Walk:
+    def runs_blocks_in_order(self, plan: Plan, mesh: Mesh, options: Options) -> bool:
+        """Whether each block runs once, in the order of the modules, as the flat data engine wants it."""
+        walked = self._walk(plan, mesh, options)
+        return list(walked.order) == list(walked.repeats)
+
+    def _walk(self, plan: Plan, mesh: Mesh, options: Options) -> Walk:
+        cell = Cell(mesh.tp, options.micro_batch, options.seq_len, options.recompute, options.compiled, options.dtype)
         key = (plan.name, plan.loss, repr(plan.modules), cell)
         if key not in self._walks:
             if self._traces is None:
@@ -195,7 +216,9 @@ class Forecaster:
             copies=options.cuda_graph or (low and mesh.tp_alone),
             reshard=reshard,
             cuda_graph=options.cuda_graph,
-            copy_engine=program.overlap == "copy_engine",
+            copy_engine=program.overlap == "copy_engine" and mesh.tp > 1,
+            gather=options.gather,
+            exchange=options.exchange,
         )
 
     def _mfu(self, rate: float, seq_len: int) -> float | None:

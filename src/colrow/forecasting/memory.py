@@ -10,7 +10,9 @@ bytes a parameter: master 4, two moments 8, where the compute dtype is lower a c
 - FSDP2 with resharding: of the gathered weights those of the running unit and of the prefetched one, and of root and
   head until their backward has ended; without: all of them.
 - `mesh.data_engine: flat`: a copy of 2 / dp_shard beside two blocks' gathered weights, root and head; gradients are
-  fp32 shards at once, of all micro-batches, and what ranks exchange takes 2 bytes a parameter of the unit.
+  fp32 shards at once, of all micro-batches; a unit's gradients, 2 bytes a parameter, and what the rank gets of other
+  ranks' stay until the next unit's backward ends. With copy engines the shards of all units, and two slots for what the
+  rank gets, lie in memory that peers see, which the allocator does not count.
 
 [Note: pools]
 CUDA's allocator keeps what a stream has freed for that stream. FSDP2 makes reduced gradients on one of its own, and
@@ -44,7 +46,7 @@ recomputed, of which a live one is large beside what is kept. Fitted to benchmar
 FRAGMENTATION_OF_RECOMPUTATION = 0.3
 FLAT_RESERVE = 12
 """The same of `mesh.data_engine: flat`, in gathered sizes of its largest unit. Fitted to four rows, which it misses by
--4 to +9% of what the driver shows; no rule is known."""
+-4 to +9% of what the driver shows; no rule is known. With exchanges by copy engines there is none."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Setting:
         schedule: of the pipeline.
         copies: the model computes with `ComputeWeights`; else with the parameters, or by FSDP2's mixed precision.
         copy_engine: the plan sends chunks by copy engines.
+        gather, exchange: who carries those of the flat data engine, as `fsdp.gather` and `fsdp.exchange`.
     """
 
     mesh: Mesh
@@ -67,6 +70,18 @@ class Setting:
     reshard: bool = True
     cuda_graph: bool = False
     copy_engine: bool = False
+    gather: str = "collectives"
+    exchange: str = "collectives"
+
+    @property
+    def flat(self) -> bool:
+        """Whether the data axes are those of the flat engine."""
+        return self.mesh.data_engine == "flat" and self.mesh.dp > 1
+
+    def by_copy_engine(self, axis: str, kind: str) -> bool:
+        """Whether copy engines carry this kind of collective of an axis: of the flat engine alone."""
+        carrier = {"all_gather": self.gather, "all_to_all": self.exchange}.get(kind)
+        return self.flat and axis == "dp_shard" and carrier == "copy_engine"
 
 
 @dataclass(frozen=True)
@@ -251,12 +266,13 @@ class _StagePeak:
             weights = low * complete if setting.copies else 0.0
             kept = sum(unit.trained_count for unit in self._done)
             gradients = (wide * sum(unit.trained_count for unit in with_sums) if several else low * kept) + own
-        elif setting.mesh.data_engine == "flat":
+        elif setting.flat:
             weights = low * self._flat_weights()
             done = self._units if several else self._done
             gradients = wide * sum(_shard(unit.trained, shards) for unit in done) + own
             if backward and self._done and shards > 1:
-                buffers += low * self._done[-1].trained_count  # the rows that the ranks sent
+                rows = 0.0 if setting.by_copy_engine("dp_shard", "all_to_all") else 1 - 1 / shards
+                buffers += low * self._done[-1].trained_count * (1 + rows)
         else:
             weights = low * (self._gathered(units) if setting.reshard else complete)
             if setting.reshard and shards > 1:
@@ -302,13 +318,25 @@ class _StagePeak:
         blocks = [self._walk.units[name] for name in self._stage.layers]
         turns = 2 * max((unit.count for unit in blocks), default=0)
         ends = complete - sum(unit.count for unit in blocks)
-        return ends + turns + sum(_shard(unit.numels, shards) for unit in blocks)
+        kept = blocks if self._setting.gather == "collectives" else []
+        return ends + turns + sum(_shard(unit.numels, shards) for unit in kept)
+
+    def _peer_memory(self) -> float:
+        """Bytes of symmetric memory, beside the allocator."""
+        setting, low = self._setting, self._low
+        shards = [_shard(unit.numels, setting.mesh.dp_shard) for unit in self._units]
+        slots = RING_SLOTS * self._walk.boundary * setting.mesh.tp if setting.copy_engine else 0
+        if setting.flat and setting.mesh.dp_shard > 1:
+            slots += low * sum(shards) if setting.gather == "copy_engine" else 0
+            if setting.exchange == "copy_engine":
+                slots += RING_SLOTS * low * (setting.mesh.dp_shard - 1) * max(shards)
+        return slots
 
     def _with_device(self, memory: Memory) -> Memory:
         setting = self._setting
         comes_and_goes = memory.gradients + memory.activations + memory.buffers
-        rings = RING_SLOTS * self._walk.boundary * setting.mesh.tp if setting.copy_engine else 0
-        memory = replace(memory, reserve=self._reserve(memory, comes_and_goes), rest=CONTEXT + rings)
+        reserve = self._reserve(memory, comes_and_goes)
+        memory = replace(memory, reserve=reserve, rest=CONTEXT + self._peer_memory())
         if not setting.cuda_graph:
             return memory
         return replace(memory, gradients=0.0, activations=0.0, buffers=0.0, graphs=comes_and_goes)
@@ -321,8 +349,8 @@ class _StagePeak:
         if setting.copies or not self._fsdp:
             return kept
         shards, (largest, *others) = setting.mesh.dp_shard, sorted((unit.count for unit in self._units), reverse=True)
-        if setting.mesh.data_engine == "flat" and setting.mesh.dp > 1:
-            return kept + FLAT_RESERVE * low * largest
+        if setting.flat:
+            return kept + (FLAT_RESERVE * low * largest if setting.exchange == "collectives" else 0.0)
         pools: float = wide * sum(_shard(unit.trained, shards) for unit in self._units)
         if shards > 1:  # two gathered units, and what the rank sends of them
             pools += low * (largest + sum(others[:1])) * (1 + 1 / shards)

@@ -4,7 +4,7 @@
     attention      causal FLOPs / rate, forward and backward
     pointwise      bytes / rate: in compiled blocks each chain of operators as one pass
     optimizer      bytes of the update / rate
-    copies         between FSDP2's buffers and parameters
+    copies         of FSDP2, between its buffers, parameters and gradients
     AXIS           exposed time of the collectives of tp, dp_shard, dp_replicate, pp
     bubble         a pipeline's ranks waiting for each other
     gaps           between kernels, even of a CUDA graph: a few microseconds an operator
@@ -18,8 +18,9 @@ and what is longer than the compute.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from colrow.forecasting.devices import Device, Points, Rates, seconds_of
 from colrow.forecasting.memory import Setting, Stage, stages_of
@@ -32,15 +33,18 @@ from colrow.plans.plan import Plan
 EXPOSED = {"none": 1.0, "point_to_point": 0.5, "collectives": 0.9}
 """Share of tp's collectives of fast styles that nothing hides, by what overlaps them. Measured on 2 and 4 H200."""
 EXPOSED_OF_COPY_ENGINE = {2: 0.06, 4: 0.22}
-UPDATE_BYTES = 32  # a parameter: master, moments and gradient read, the gradient for its norm; master, moments written
-COPIES_OF_FSDP = 38  # a parameter of the shard: casts; measured on 4 H200
-SUMS_OF_FLAT = 8  # the same with the flat engine: rows of two ranks read, fp32 sums written; counted, not measured
-GATHERED_COPIES_OF_FSDP = 18  # a gathered parameter: out of and into FSDP2's buffers, in both directions
+UPDATE_BYTES = 28  # a parameter: master and moments read and written, the gradient read
+NORM_BYTES = 4  # a parameter: the gradient, once more; the flat engine's sums square what they write
+CASTS_OF_FSDP = 17  # a parameter of the shard, for each gather, beside the update: fp32 to the compute dtype
+SUMS_OF_FLAT = 8  # a parameter of the shard: rows of two ranks read, fp32 sums written
+SHARD_COPIES_OF_FSDP = (
+    3  # a gathered parameter, for each gather and reduction: into and out of buffers; most are hidden
+)
+COPIES_OF_FSDP = 31  # without shards: casts of parameters and gradients, which nothing hides
 SLOWED_BY_NCCL = 0.1  # of the hidden seconds of data axes, by which matmuls beside NCCL's kernels take longer
 OPERANDS = 15e12  # bytes/s of a matmul's operands beside its FLOPs; tells small matmuls from large ones
-CPU_OF_OVERLAP = {"none": 1.0, "collectives": 2.24, "point_to_point": 3.2, "copy_engine": 3.2}
-"""Of the CPU's time for a kernel of a plain compiled block: fast styles run more Python a kernel. Fitted on hosts of
-H200, from the half of the small models' rows that gives rates."""
+CPU_BAND = 0.15
+"""Half of the band where the CPU sets the pace: two hosts of one kind took 78 and 85 ms for the same step."""
 FP8_SHARE = 0.9  # of the matmuls of a fast plan; the head's stay in bf16
 
 
@@ -105,12 +109,14 @@ class Program:
     Attributes:
         overlap: of the plan's fast styles; `none` for plain ones.
         fp8: matmuls of fast styles run in fp8.
+        linear_loss: the loss is computed by chunks with the head.
     """
 
     overlap: str = "none"
     fp8: bool = False
     compiled: bool = True
     cuda_graph: bool = False
+    linear_loss: bool = False
 
     @classmethod
     def of(cls, plan: Plan, *, compiled: bool, cuda_graph: bool) -> Program:
@@ -118,11 +124,13 @@ class Program:
         order = ("copy_engine", "point_to_point", "collectives")
         overlap = next((name for name in order if name in overlaps), "none")
         fp8 = any(getattr(style, "fp8", None) for style in plan.modules.values())
-        return cls(overlap, fp8, compiled, cuda_graph)
+        return cls(overlap, fp8, compiled, cuda_graph, plan.loss == "linear")
 
 
 def step_time(walk: Walk, setting: Setting, program: Program, machine: Machine) -> StepTime:
     """Of the slowest pipeline rank, with the bubble of the others."""
+    if walk.cell.tp == 1:
+        program = replace(program, overlap="none")  # fast styles have nothing to send, and no chunks
     stages = list(stages_of(walk, setting))
     times = [_rank_time(walk, setting, stage, program, machine) for stage in stages]
     slowest = max(times, key=lambda parts: sum(parts.values()))
@@ -130,8 +138,8 @@ def step_time(walk: Walk, setting: Setting, program: Program, machine: Machine) 
     if pp > 1:
         once = slowest["optimizer"] + slowest.get("dp_shard", 0.0) + slowest.get("dp_replicate", 0.0)
         slowest["bubble"] = (pp - 1) / m * (sum(slowest.values()) - once)
-    seconds = sum(slowest.values())
-    return StepTime(slowest, machine.device.band * seconds)
+    band = max(machine.device.band, CPU_BAND) if slowest["cpu"] > 0 else machine.device.band
+    return StepTime(slowest, band * sum(slowest.values()))
 
 
 def _rank_time(walk: Walk, setting: Setting, stage: Stage, program: Program, machine: Machine) -> dict[str, float]:
@@ -140,25 +148,39 @@ def _rank_time(walk: Walk, setting: Setting, stage: Stage, program: Program, mac
     parts = {name: m * seconds for name, seconds in compute_parts(inside, outside, walk, program, rates).items()}
     if (program.overlap in ("copy_engine", "point_to_point") and walk.cell.tp > 1) or setting.mesh.dp_shard > 1:
         parts["products"] *= 1 + rates.overlap_slowdown
-    units = sum(walk.units[name].trained_count for name in (*stage.layers, *_ends(walk, stage)))
-    flat = setting.mesh.dp > 1 and setting.mesh.data_engine == "flat"
-    update = UPDATE_BYTES + (SUMS_OF_FLAT if flat else 0 if setting.copies else COPIES_OF_FSDP)
-    parts["optimizer"] = update * units / setting.mesh.dp_shard / rates.optimizer
-    if setting.mesh.dp > 1 and not flat:
-        parts["copies"] = GATHERED_COPIES_OF_FSDP * units / rates.memory
-    compute = sum(parts.values()) - parts["optimizer"] - parts.get("copies", 0.0)
-    sent: dict[str, float] = {}
+    compute = sum(parts.values())
+    parts |= _update_parts(walk, setting, stage, rates)
+    sent: defaultdict[str, float] = defaultdict(float)
+    by_nccl: defaultdict[str, float] = defaultdict(float)
     for traffic in traffic_of(walk, setting, stage):
         seconds = traffic.calls * call_seconds(traffic, setting, machine)
-        sent[traffic.axis] = sent.get(traffic.axis, 0.0) + seconds
+        sent[traffic.axis] += seconds
+        if not setting.by_copy_engine(traffic.axis, traffic.kind):
+            by_nccl[traffic.axis] += seconds
     for axis, seconds in sent.items():
         parts[axis] = exposed(axis, seconds, compute, setting, program, len(stage.layers))
         if axis in ("dp_shard", "dp_replicate"):
-            parts["products"] += SLOWED_BY_NCCL * (seconds - parts[axis])
+            parts["products"] += SLOWED_BY_NCCL * max(0.0, by_nccl[axis] - parts[axis])
     parts["gaps"] = m * rates.gap * (inside.operators + outside.operators)
     cpu = m * cpu_seconds(inside, outside, program, rates)
     parts["cpu"] = 0.0 if program.cuda_graph else max(0.0, cpu - sum(parts.values()))
     return parts
+
+
+def _update_parts(walk: Walk, setting: Setting, stage: Stage, rates: Rates) -> dict[str, float]:
+    """Seconds of the update, and of what FSDP2 copies and casts."""
+    units = sum(walk.units[name].trained_count for name in (*stage.layers, *_ends(walk, stage)))
+    shards = setting.mesh.dp_shard
+    if setting.flat:
+        return {"optimizer": (UPDATE_BYTES + SUMS_OF_FLAT) * units / shards / rates.optimizer}
+    update, parts = UPDATE_BYTES + (NORM_BYTES / 2 if setting.copies else NORM_BYTES), {}  # copies: of bf16
+    if shards > 1:
+        gathers = 2 * setting.micro_batches if setting.reshard else 1
+        update += CASTS_OF_FSDP * gathers
+        parts["copies"] = SHARD_COPIES_OF_FSDP * (gathers + 1) * units / rates.outside
+    elif not setting.copies and (setting.mesh.dp > 1 or walk.cell.dtype.itemsize < 4):
+        parts["copies"] = COPIES_OF_FSDP * units / rates.outside
+    return {"optimizer": update * units / shards / rates.optimizer, **parts}
 
 
 def _ends(walk: Walk, stage: Stage) -> list[str]:
@@ -170,14 +192,20 @@ def compute_parts(inside: Work, outside: Work, walk: Walk, program: Program, rat
     products = inside.products + outside.products
     flops = float(sum(products.values()))
     low = FP8_SHARE * sum(inside.products.values()) if program.fp8 else 0.0
-    rate = rates.fused if program.overlap == "none" else rates.fused_fast
-    fused = inside.fused_bytes / rate if program.compiled else inside.bytes / rates.memory
+    fused = fused_seconds(inside, program, rates) if program.compiled else inside.bytes / rates.memory
+    around = rates.outside_linear if program.linear_loss else rates.outside
     forward, backward = inside.attention_forward, inside.attention_backward
     return {
         "products": (flops - low) / rates.matmul + low / rates.matmul_fp8 + operand_bytes(products, walk) / OPERANDS,
         "attention": forward / rates.attention_forward + backward / rates.attention_backward,
-        "pointwise": fused + outside.bytes / (rates.outside if program.compiled else rates.memory),
+        "pointwise": fused + outside.bytes / (around if program.compiled else rates.memory),
     }
+
+
+def fused_seconds(inside: Work, program: Program, rates: Rates) -> float:
+    """Of the pointwise kernels of compiled blocks."""
+    by_overlap = {"none": rates.fused, "collectives": rates.fused_fast}
+    return inside.fused_bytes / by_overlap.get(program.overlap, rates.fused_chunked)
 
 
 def operand_bytes(products: Mapping[Product, int], walk: Walk) -> float:
@@ -193,12 +221,20 @@ def cpu_seconds(inside: Work, outside: Work, program: Program, rates: Rates) -> 
     """Of the CPU for one micro-batch."""
     if not program.compiled:
         return rates.operator * (inside.operators + outside.operators)
-    return rates.kernel * CPU_OF_OVERLAP[program.overlap] * inside.kernels + rates.launch * outside.kernels
+    return kernel_seconds(program, rates) * inside.kernels + rates.launch * outside.kernels
+
+
+def kernel_seconds(program: Program, rates: Rates) -> float:
+    """Of the CPU for a kernel of a compiled block."""
+    by_overlap = {"none": rates.kernel, "collectives": rates.kernel_fast}
+    return by_overlap.get(program.overlap, rates.kernel_chunked)
 
 
 def call_seconds(traffic: Traffic, setting: Setting, machine: Machine) -> float:
     """Of one collective alone."""
     n = getattr(setting.mesh, traffic.axis)
+    if setting.by_copy_engine(traffic.axis, traffic.kind):
+        return (n - 1) / n * traffic.bytes / machine.device.rates.peer_copy
     share = {"all_reduce": 2 * (n - 1) / n, "send": 1.0, "broadcast": 1.0}.get(traffic.kind, (n - 1) / n)
     return seconds_of(machine.link(setting, traffic.axis), share * traffic.bytes)
 
