@@ -266,7 +266,8 @@ class RunConfig(_Section):
     model: ModelSection
     data: DataSection
     mesh: Mesh = Mesh()
-    """How the ranks are arranged, on each axis; `auto`: this host's GPUs, as the forecast says is fastest."""
+    """How the ranks are arranged, on each axis; `auto`: this host's GPUs and the data engine with its carriers, as the
+    forecast says is fastest."""
     plan: str = "llama"
     """A preset's name, `huggingface`, `derive`, `derive-fast`, `derive-overlap`, or a file."""
     derive: DeriveSection = DeriveSection()
@@ -311,11 +312,14 @@ class RunConfig(_Section):
         """The keys of `AUTO_KEYS` that are still to be chosen: until then they have values that mean nothing."""
         return self._auto
 
-    def with_chosen(self, mesh: Mesh, micro_batch: int) -> RunConfig:
-        """With these in the place of `auto`; what was given stays."""
-        size = micro_batch if "train.micro_batch" in self.auto else self.train.micro_batch
-        train = self.train.model_copy(update={"micro_batch": size})
-        chosen = self.model_copy(update={"mesh": mesh if "mesh" in self.auto else self.mesh, "train": train})
+    def with_chosen(self, mesh: Mesh, micro_batch: int, gather: str, exchange: str) -> RunConfig:
+        """With these in the place of `auto`; what was given stays. The carriers belong to the mesh's data engine."""
+        values: dict[str, Any] = {}
+        if "train.micro_batch" in self.auto:
+            values["train"] = self.train.model_copy(update={"micro_batch": micro_batch})
+        if "mesh" in self.auto:
+            values |= {"mesh": mesh, "fsdp": self.fsdp.model_copy(update={"gather": gather, "exchange": exchange})}
+        chosen = self.model_copy(update=values)
         chosen._auto = frozenset()
         return chosen
 

@@ -22,6 +22,9 @@ from colrow.run.auto import choose
 from helpers.forked import Commands
 
 H200 = device_named("h200")
+SLOW = dict.fromkeys((2, 4), ((1.0, 1e-3), (1e9, 10.0)))
+BY_COPIES = replace(H200, rates=replace(H200.rates, links=SLOW))
+"""Only copy engines send fast."""
 
 
 @pytest.fixture
@@ -47,19 +50,22 @@ FLAGS: list[list[str]] = [
 def test_what_says_auto_is_chosen_and_the_ranks_see_it(
     requested: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    on(monkeypatch, H200, 2)
+    on(monkeypatch, BY_COPIES, 2)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(requested), encoding="utf-8")
     config = load_config(path, auto=True)
     assert config.auto == {"mesh", "train.micro_batch"}
     choice = choose(config)
     assert not choice.config.auto
-    assert choice.config.mesh.world_size == 2
+    assert choice.config.mesh == Mesh(dp_shard=2, data_engine="flat")
+    assert choice.config.fsdp.gather == choice.config.fsdp.exchange == "copy_engine"
     for flags in FLAGS:
         assert load_config(path, read_flags(flags), auto=True) == config
         assert load_config(path, read_flags([*flags, *choice.flags])) == choice.config
     text = " ".join(" ".join(choice.lines).split())
-    assert text.startswith(f"chosen mesh {choice.config.mesh}, train.micro_batch {choice.config.train.micro_batch}: ")
+    engine = "mesh.data_engine flat, fsdp.gather copy_engine, fsdp.exchange copy_engine"
+    size = choice.config.train.micro_batch
+    assert text.startswith(f"chosen mesh {choice.config.mesh}, {engine}, train.micro_batch {size}: ")
     assert text.count(" loses ") == 3
     assert max(len(line) for lines in choice.lines for line in lines.splitlines()) <= 80
     nothing = choose(choice.config)
@@ -70,8 +76,7 @@ def test_what_says_auto_is_chosen_and_the_ranks_see_it(
 def test_the_fastest_that_fits_is_chosen(requested: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """What cannot send fast is not split; what has no memory takes fewer sequences: other devices, other choices."""
     config = parse_config(requested)
-    slow = dict.fromkeys((2, 4), ((1.0, 1.0), (1000000000.0, 10.0)))
-    on(monkeypatch, replace(H200, rates=replace(H200.rates, links=slow)), 2)
+    on(monkeypatch, BY_COPIES, 2)
     assert choose(config).config.mesh.tp == 1
     large = choose(config).config.train.micro_batch
     assert large > 1  # the CPU's cost of an operator is spread over more
@@ -90,6 +95,27 @@ def test_the_fastest_that_fits_is_chosen(requested: dict[str, Any], monkeypatch:
 
 
 @pytest.mark.exhaustive
+def test_the_flat_engine_is_chosen_where_it_can_run(requested: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(device: Device = BY_COPIES, gpus: int = 2, **changes: Any) -> RunConfig:
+        on(monkeypatch, device, gpus)
+        return choose(parse_config({**requested, **changes})).config
+
+    train = requested["train"] | {"micro_batch": 1}
+    assert chosen(train=train).fsdp.gather == "copy_engine"
+    apart = replace(BY_COPIES, rates=replace(BY_COPIES.rates, peer_copy=0.0))
+    assert chosen(apart, train=train).fsdp.gather == "collectives"
+    assert chosen(train=train | {"replay_every": 5}).mesh.data_engine == "fsdp2"
+    given = chosen(train=train, fsdp={"gather": "copy_engine"})  # no other mesh can run it
+    assert (given.mesh.data_engine, given.fsdp.gather) == ("flat", "copy_engine")
+    monkeypatch.setattr(Choices, "_model_can_be_flat", False)
+    assert chosen(train=train).mesh.data_engine == "fsdp2"
+    monkeypatch.undo()
+    by_hand = chosen(mesh={"dp_shard": 2, "data_engine": "flat"})
+    assert (by_hand.mesh.data_engine, by_hand.fsdp.gather) == ("flat", "collectives")
+    assert chosen(mesh={"dp_shard": 2}).mesh.data_engine == "fsdp2"
+
+
+@pytest.mark.exhaustive
 def test_what_is_given_stays(requested: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     on(monkeypatch, H200, 2)
     given = parse_config({**requested, "mesh": {"tp": 2}})
@@ -103,7 +129,7 @@ def test_what_is_given_stays(requested: dict[str, Any], monkeypatch: pytest.Monk
 def test_a_continued_run_keeps_what_was_chosen(requested: dict[str, Any], tmp_path: Path) -> None:
     requested["run"]["dir"] = str(tmp_path)
     config = parse_config(requested)
-    before = config.with_chosen(Mesh(tp=2, dp_shard=2), 1)
+    before = config.with_chosen(Mesh(tp=2, dp_shard=2, data_engine="flat"), 1, "copy_engine", "collectives")
     (tmp_path / "config.yaml").write_text(dump_config(before), encoding="utf-8")
     for in_launcher in (True, False):
         kept = choose(config, in_launcher=in_launcher)

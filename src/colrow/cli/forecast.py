@@ -120,14 +120,14 @@ def show(table: Table, config: RunConfig, console: Console) -> None:
         console.print("\nnothing fits: take more GPUs, shorter sequences, or a smaller model")
         return
     console.print()
-    line(f"chosen: {first.mesh}, plan {_plan(first)}, {_choice(first)}")
+    line(f"chosen: {first.mesh}, plan {first.style.removesuffix(' flat')}, {_choice(first)}")
     band = first.time.band / first.time.seconds * first.tokens_per_second_per_gpu
     line(f"  {first.tokens_per_second_per_gpu:,.0f} ± {band:,.0f} tokens/s per GPU, limited by {first.bottleneck}")
     line(f"  memory {parts_text(memory_parts(first), 'GiB')}", 7)
     line(f"  time   {parts_text(time_parts(first), 'ms')}", 7)
     for row in table.rows[1:3]:
         if row.fits:
-            line(f"  {row.mesh}, {_plan(row)}, loses {loss_to(first, row)}")
+            line(f"  {row.mesh}, {row.style}, loses {loss_to(first, row)}")
     line(_totals(first, config))
 
 
@@ -140,7 +140,7 @@ def _grid(rows: list[Row]) -> Grid:
             speed = [f"{row.time.seconds * 1e3:,.0f}", f"{row.tokens_per_second_per_gpu:,.0f}", mfu]
         batch = f"{options.micro_batches}×{options.micro_batch}"
         gib = f"{row.memory.device / 2**30:.1f}"
-        grid.add_row(*map(str, row.mesh.degrees), _plan(row), batch, options.recompute, gib, *speed)
+        grid.add_row(*map(str, row.mesh.degrees), row.style, batch, options.recompute, gib, *speed)
     return grid
 
 
@@ -162,7 +162,7 @@ def _show_longest(choices: Choices, flags: Flags) -> int:
             longest = choices.longest(mesh)
         except (ConfigError, PlanError):
             continue
-        plan, recompute = _plan(longest.row), longest.row.options.recompute
+        plan, recompute = longest.row.style, longest.row.options.recompute
         values = {"seq_len": longest.seq_len, "micro_batch": longest.micro_batch}
         found.append({"mesh": mesh.by_axis, "plan": plan, "activation_checkpoint": recompute, **values})
         grid.add_row(*map(str, mesh.degrees), plan, recompute, f"{longest.seq_len:,}", str(longest.micro_batch))
@@ -173,13 +173,11 @@ def _show_longest(choices: Choices, flags: Flags) -> int:
     return 0 if any(entry["seq_len"] for entry in found) else 1
 
 
-def _plan(row: Row) -> str:
-    return row.plan + (" graph" if row.options.cuda_graph else "")
-
-
 def _choice(row: Row) -> str:
-    options = row.options
-    return f"train.micro_batch {options.micro_batch}, train.activation_checkpoint {options.recompute}"
+    options, engine = row.options, ""
+    if row.is_flat:
+        engine = f"mesh.data_engine flat, fsdp.gather {options.gather}, fsdp.exchange {options.exchange}, "
+    return f"{engine}train.micro_batch {options.micro_batch}, train.activation_checkpoint {options.recompute}"
 
 
 def _totals(row: Row, config: RunConfig) -> str:

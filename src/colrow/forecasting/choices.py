@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -14,10 +15,14 @@ from colrow.errors import ConfigError, PlanError
 from colrow.forecasting.devices import CPU, Device
 from colrow.forecasting.forecast import MARGIN, Forecaster, Options, Row
 from colrow.mesh import Mesh, divisors
+from colrow.models.blocks import block_stacks
+from colrow.parallel.data_parallel import head_unit
+from colrow.parallel.flat_weights import check_data_engine, runs_flat
 from colrow.parallel.pipeline_split import check_pipeline, fit_micro_batch, require_parts
 from colrow.plans.named import named_plan
 from colrow.plans.plan import Plan
 from colrow.plans.presets import FAST, PRESETS
+from colrow.sharding.parameter_state import refuse_hooks
 
 _RECOMPUTE = ("none", "selective", "full")
 _WORTH = 1.01  # a larger micro-batch must be faster by this factor
@@ -57,7 +62,7 @@ class Choices:
     Args:
         config: its mesh is not used.
         model: of the config, on the meta device.
-        as_given: plan, recomputation and CUDA graph are the config's.
+        as_given: plan, recomputation and CUDA graph are the config's, and the data engine, but with `mesh: auto`.
     """
 
     def __init__(
@@ -74,11 +79,12 @@ class Choices:
             raise ConfigError(f"--gpus {gpus} is not divisible by --hosts {hosts}: give the number of all hosts' GPUs")
         self._config, self._model, self._gpus, self._per_host = config, model, gpus, gpus // hosts
         self._as_given = as_given
+        self._engine_is_given = as_given and "mesh" not in config.auto
         self._forecaster = Forecaster(model, device, self._per_host)
         self._plans: dict[tuple[str, int], Plan] = {}
 
     def table(self) -> Table:
-        """Every mesh of the GPUs, each with its best plan, recomputation and micro-batch."""
+        """Every mesh of the GPUs, each with its best plan, data engine, recomputation and micro-batch."""
         rows, left_out = [], []
         for mesh in self.meshes():
             try:
@@ -108,7 +114,12 @@ class Choices:
         for recompute in (given,) if self._as_given else _RECOMPUTE[_RECOMPUTE.index(given) :]:
             best: Row | None = None
             for config in configs:
-                rows = [row for name in self._plan_names(mesh) for row in self._rows(config, name, recompute)]
+                rows = [
+                    row
+                    for each in self._engines(config)
+                    for name in self._plan_names(mesh)
+                    for row in self._rows(each, name, recompute)
+                ]
                 smallest = min([*rows, *([smallest] if smallest else [])], key=lambda row: row.memory.needed)
                 fitting = max((row for row in rows if row.fits), key=_rate, default=None)
                 if fitting is None or (best is not None and _rate(fitting) < _WORTH * _rate(best)):
@@ -123,6 +134,7 @@ class Choices:
         """Memory is nearly linear in the tokens of a micro-batch: two walks give a guess, a third one proves it."""
         config = self._on(mesh)
         row = self.best(mesh)
+        mesh = row.mesh  # with its data engine
         plan, tp = self._plan(row.plan, mesh.tp), mesh.tp
         unit = _STEP * tp if plan.sequence_parallel() else _STEP
         one = replace(row.options, micro_batch=1, micro_batches=1 if mesh.pp == 1 else max(mesh.pp, 1))
@@ -164,11 +176,54 @@ class Choices:
             raise PlanError(f"seq_len={config.data.seq_len} is not divisible by tp={mesh.tp}")
         options = replace(options_of(config, on_gpus=self._forecaster.device.name != CPU), recompute=recompute)  # type: ignore[arg-type]
         row = self._forecaster.row(plan, mesh, options)
+        if row.is_flat and not self._engine_is_given and not self._forecaster.runs_blocks_in_order(plan, mesh, options):
+            return
         yield row
         if self._as_given:
             return
         if mesh.tp_alone and row.time.parts["cpu"] > 0 and options.compiled and not options.cuda_graph:
             yield self._forecaster.row(plan, mesh, replace(options, cuda_graph=True))
+
+    def _engines(self, config: RunConfig) -> list[RunConfig]:
+        """The config with each data engine that can run it, FSDP2's first; its own alone where that is given.
+
+        Raises:
+            ConfigError: none can.
+        """
+        candidates = [config]
+        if not self._engine_is_given and config.mesh.dp > 1 and self._model_can_be_flat:
+            candidates.append(self._on_flat(config))
+        found, obstacle = [], None
+        for candidate in candidates:
+            try:
+                check_data_engine(candidate)
+            except ConfigError as error:
+                obstacle = obstacle or error
+            else:
+                found.append(candidate)
+        if not found and obstacle is not None:
+            raise obstacle
+        return found
+
+    def _on_flat(self, config: RunConfig) -> RunConfig:
+        """By copy engines where the ranks of dp_shard are GPUs of one host that reach each other's memory."""
+        mesh, fsdp = config.mesh.model_copy(update={"data_engine": "flat"}), config.fsdp
+        one_host = mesh.tp * mesh.dp_shard <= self._per_host and self._forecaster.device.rates.peer_copy > 0
+        if one_host and mesh.dp_shard > 1 and fsdp.keep_shards:
+            fsdp = fsdp.model_copy(update={"gather": "copy_engine", "exchange": "copy_engine"})
+        return config.model_copy(update={"mesh": mesh, "fsdp": fsdp})
+
+    @cached_property
+    def _model_can_be_flat(self) -> bool:
+        """Whether the flat engine takes the model, as far as its parameters show: `FlatWeights` has the rules."""
+        params, stacks = list(self._model.parameters()), block_stacks(self._model)
+        try:
+            refuse_hooks(self._model, "mesh.data_engine: flat")
+            head_unit(self._model, [block for stack in stacks for block in stack.blocks.values()])
+        except ConfigError:
+            return False
+        alike = len({param.dtype for param in params}) == 1
+        return alike and all(x.is_floating_point() and x.dim() > 0 and x.is_contiguous() for x in params)
 
     def _plan_names(self, mesh: Mesh) -> Sequence[str]:
         name = self._config.plan
@@ -223,7 +278,7 @@ def _rate(row: Row) -> float:
 
 def options_of(config: RunConfig, *, on_gpus: bool = True) -> Options:
     """How a config's step is run."""
-    train, pipeline = config.train, config.pipeline
+    train, pipeline, flat = config.train, config.pipeline, runs_flat(config)
     return Options(
         train.micro_batch,
         config.micro_batches,
@@ -232,6 +287,8 @@ def options_of(config: RunConfig, *, on_gpus: bool = True) -> Options:
         compiled=on_gpus if train.compile is None else train.compile,
         cuda_graph=train.is_graphed and config.mesh.tp_alone,
         reshard=config.fsdp.reshard_after_forward,
+        gather=config.fsdp.gather if flat else "collectives",
+        exchange=config.fsdp.exchange if flat else "collectives",
         schedule=pipeline.schedule,
         split=pipeline.split,
         dtype=torch.bfloat16 if train.precision == "bf16" or (on_gpus and train.precision == "auto") else torch.float32,

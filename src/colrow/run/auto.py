@@ -18,6 +18,7 @@ from colrow.forecasting.forecast import Row
 from colrow.forecasting.memory import GIB
 from colrow.mesh import AXES
 from colrow.models.build import build_source, resolve_implementation
+from colrow.parallel.flat_weights import runs_flat
 from colrow.run.forecast_line import gpus_here
 from colrow.run.progress import labelled
 from colrow.run.run_folder import CONFIG
@@ -37,7 +38,7 @@ class Choice:
 def choose(config: RunConfig, *, in_launcher: bool = True) -> Choice:
     """Put a value in the place of every `auto`: that of the run's folder, else what the forecast says is fastest.
 
-    Plan, recomputation and everything else are as given.
+    Plan, recomputation and everything else are as given; the data engine and its carriers come with the mesh.
 
     Raises:
         ConfigError: nothing fits, the GPU has no rates, or there is no launcher to choose for all ranks.
@@ -47,7 +48,7 @@ def choose(config: RunConfig, *, in_launcher: bool = True) -> Choice:
     keys = " and ".join(f"{key}: {AUTO}" for key in AUTO_KEYS if key in config.auto)
     if (path := config.run.dir / CONFIG).exists():
         before = load_config(path)
-        chosen = config.with_chosen(before.mesh, before.train.micro_batch)
+        chosen = config.with_chosen(before.mesh, before.train.micro_batch, before.fsdp.gather, before.fsdp.exchange)
         line = labelled("chosen", f"{_words(config, chosen)}, when the run was started ({path})")
         return Choice(chosen, (line,), _flags(config, chosen))
     if not in_launcher:
@@ -65,7 +66,7 @@ def choose(config: RunConfig, *, in_launcher: bool = True) -> Choice:
     if table.chosen is None:
         raise ConfigError(f"{keys}: {_nothing_fits(table, Choices(seen, source.model, device, ranks))}")
     best = table.rows[table.chosen]
-    chosen = config.with_chosen(best.mesh, best.options.micro_batch)
+    chosen = config.with_chosen(best.mesh, best.options.micro_batch, best.options.gather, best.options.exchange)
     return Choice(chosen, tuple(_choice_lines(config, chosen, table)), _flags(config, chosen))
 
 
@@ -101,7 +102,9 @@ def _choice_lines(config: RunConfig, chosen: RunConfig, table: Table) -> list[st
     lines = [labelled("chosen", f"{_words(config, chosen)}: {_speed(best)}")]
     for row in others[:_SHOWN]:
         why = f"loses {loss_to(best, row)}" if row.fits else f"does not fit: {row.memory.device / GIB:.3g} GiB"
-        lines.append(labelled("", f"{row.mesh} with micro-batch {row.options.micro_batch} {why}"))
+        lines.append(
+            labelled("", f"{row.mesh}{' flat' * row.is_flat} with micro-batch {row.options.micro_batch} {why}")
+        )
     return lines
 
 
@@ -113,14 +116,25 @@ def _speed(row: Row) -> str:
 
 
 def _words(config: RunConfig, chosen: RunConfig) -> str:
-    values = {"mesh": f"mesh {chosen.mesh}", "train.micro_batch": f"train.micro_batch {chosen.train.micro_batch}"}
+    engine = "".join(f", {key} {value}" for key, value in _engine(chosen).items()) if runs_flat(chosen) else ""
+    values = {
+        "mesh": f"mesh {chosen.mesh}{engine}",
+        "train.micro_batch": f"train.micro_batch {chosen.train.micro_batch}",
+    }
     return ", ".join(text for key, text in values.items() if key in config.auto)
+
+
+def _engine(chosen: RunConfig) -> dict[str, str]:
+    """What the mesh's choice sets beside its axes, by key."""
+    fsdp = chosen.fsdp
+    return {"mesh.data_engine": chosen.mesh.data_engine, "fsdp.gather": fsdp.gather, "fsdp.exchange": fsdp.exchange}
 
 
 def _flags(config: RunConfig, chosen: RunConfig) -> tuple[str, ...]:
     flags: list[str] = []
     if "mesh" in config.auto:
-        flags += [word for axis in AXES for word in (f"--mesh.{axis}", str(getattr(chosen.mesh, axis)))]
+        values = {f"mesh.{axis}": getattr(chosen.mesh, axis) for axis in AXES} | _engine(chosen)
+        flags += [word for key, value in values.items() for word in (f"--{key}", str(value))]
     if "train.micro_batch" in config.auto:
         flags += ["--train.micro_batch", str(chosen.train.micro_batch)]
     return tuple(flags)
