@@ -145,6 +145,9 @@ def test_the_model_itself_counts_whatever_file_its_sizes_come_from(folder: Path)
     before = dependencies(config, model, gpt_plan(), builder)
     assert dependencies(config, model, gpt_plan(), builder) == before, "nothing random"
     assert dependencies(config, build_source(config.model, 1).model, gpt_plan(), builder) == before, "no values"
+    sys.modules["mine_layers"].__version__ = "2"  # type: ignore[attr-defined]
+    assert dependencies(config, model, gpt_plan(), builder) != before, "another version of the package"
+    del sys.modules["mine_layers"].__version__
     model.blocks[0].scale = 2.0  # type: ignore[index,union-attr,assignment]
     assert {key for key, value in dependencies(config, model, gpt_plan(), builder).items() if value != before[key]} == {
         "model"

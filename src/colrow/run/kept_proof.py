@@ -88,7 +88,7 @@ def dependencies(config: RunConfig, model: nn.Module, plan: Plan | None, *builde
     text = repr((config.plan, config.derive)) if plan is None else replace(plan, fingerprint=None).to_yaml()
     return {
         "plan": digest_of_texts([text]),
-        "model": digest_of_texts([*_structure(model), *_sources(model, builders)]),
+        "model": digest_of_texts([*_structure(model), *_versions(model), *_sources(model, builders)]),
         "config": digest_of_texts([json.dumps(keys, sort_keys=True)]),
         "torch": torch.__version__,
         "colrow": digest_of_texts(path.read_text(encoding="utf-8") for path in sorted(here.rglob("*.py"))),
@@ -108,6 +108,13 @@ def _structure(model: nn.Module) -> Iterable[str]:
         yield f"{name} {type(module).__qualname__} {sorted(attributes.items())}"
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         yield f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.requires_grad}"
+
+
+def _versions(model: nn.Module) -> Iterable[str]:
+    """Of the packages that define the model's classes: of a library not every file that they use is read."""
+    names = {cls.__module__.partition(".")[0] for module in model.modules() for cls in type(module).__mro__}
+    for name in sorted(names - {"torch"}):
+        yield f"{name} {getattr(sys.modules.get(name), '__version__', '')}"
 
 
 def _plain(value: Any, depth: int = 4) -> str:
