@@ -31,10 +31,11 @@ from colrow.dryrun.dry_run import Request
 from colrow.dryrun.fake_world import fake_tp_mesh, materialize_fake
 from colrow.dryrun.module_tracker import LOSS
 from colrow.dryrun.numbered import NumberedRun, Value
-from colrow.dryrun.paired_runs import ShardedRun, UnshardedRun
+from colrow.dryrun.paired_runs import ShardedRun
 from colrow.dryrun.reduced_copy import reduced_copy
 from colrow.dryrun.sequence_sizes import sizes_of_sequences
 from colrow.dryrun.unproven import Unproven
+from colrow.dryrun.unsharded_run import UnshardedRun
 from colrow.parallel.loss import loss_context
 from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan

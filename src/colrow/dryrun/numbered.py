@@ -42,7 +42,10 @@ _COLROW = Path(__file__).parents[1]
 _STYLE_CODE = tuple(str(_COLROW / room) for room in ("styles", "ops", "sharding", "parallel"))
 _DRYRUN, _COMPAT = _COLROW / "dryrun", _COLROW / "torch_compat"
 _PASSED_OVER = (
-    *(__file__, *map(str, (_DRYRUN / "paired_runs.py", _DRYRUN / "lockstep.py", _DRYRUN / "sequence_sizes.py"))),
+    *(
+        __file__,
+        *(str(_DRYRUN / f"{name}.py") for name in ("paired_runs", "unsharded_run", "lockstep", "sequence_sizes")),
+    ),
     *map(str, (_COMPAT / "groups.py", _COLROW / "styles" / "local_sizes.py")),  # around calls of the model's own code
 )
 _VIEWS = ("view", "_unsafe_view", "_reshape_alias")

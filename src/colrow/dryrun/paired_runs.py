@@ -1,4 +1,4 @@
-"""The unsharded run on record, and the run of one rank judged beside it; see [Note: values by number].
+"""The run of one rank, judged beside the unsharded run on record (`unsharded_run`); see [Note: values by number].
 
 A style's own arithmetic is trusted, with the layout that the style states or that its module's output shows. Operators
 on DTensors are DTensor's affair.
@@ -7,9 +7,8 @@ on DTensors are DTensor's affair.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from colrow.dryrun.module_tracker import LOSS
 from colrow.dryrun.numbered import NumberedRun, Operation, Value, shape_of
 from colrow.dryrun.unproven import Reports, Unproven
+from colrow.dryrun.unsharded_run import Recorded, UnshardedRun
 from colrow.sharding.draws import NOISE, Draw, draws, draws_by_element, may_draw
 from colrow.sharding.local_call import LocalCall, Shape, TensorShape, UnprovenError
 from colrow.sharding.local_layout import (
@@ -39,46 +39,6 @@ from colrow.styles.base import OutputSegment, Style
 from colrow.styles.local_module import watched_sums
 from colrow.styles.rank_tensors import HEADS_OF_RANK, RANK_TABLES
 from colrow.torch_compat import current_autograd_node, forward_number, tree_unflatten, watched_conversions
-
-
-@dataclass(frozen=True)
-class _Recorded:
-    """An operator of the unsharded run.
-
-    Attributes:
-        written: of one that writes into its input, the numbers of the other tensors in that memory.
-    """
-
-    leaves: tuple[Any, ...]
-    numbers: tuple[int, ...]
-    results: tuple[Shape, ...]
-    written: frozenset[Any]
-
-    @property
-    def plain(self) -> list[Any]:
-        return [leaf for leaf in self.leaves if not isinstance(leaf, TensorShape)]
-
-
-class UnshardedRun(NumberedRun):
-    """Every operator under its name and inputs, and what each module got and gave."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        self.operations: dict[Any, list[_Recorded]] = defaultdict(list)
-        self.boundaries: dict[Any, tuple[Any, Shape]] = {}
-        self._next = 0
-
-    def ran(self, operation: Operation, key: tuple[Any, ...]) -> None:
-        self.source()
-        numbers = tuple(range(self._next, self._next + len(operation.results)))
-        self._next += len(numbers)
-        for number, result in zip(numbers, operation.results, strict=True):
-            self.set_value(result, number, REPLICATED)
-        shapes = tuple(tuple(result.shape) for result in operation.results)
-        self.operations[key].append(_Recorded(operation.shapes, numbers, shapes, self.written(operation)))
-
-    def boundary(self, key: tuple[Any, ...], tensor: Tensor) -> None:
-        self.boundaries[key] = self.value(tensor).number, tuple(tensor.shape)
 
 
 class ShardedRun(NumberedRun):
@@ -118,7 +78,7 @@ class ShardedRun(NumberedRun):
         self._gradients_from_outside: set[tuple[Any, ...]] = set()
         self._segments = segments
         self._answers: dict[LocalCall, list[Layout] | UnprovenError] = {}
-        self._used: dict[Any, list[_Recorded]] = defaultdict(list)
+        self._used: dict[Any, list[Recorded]] = defaultdict(list)
         self._first_layouts: dict[int, Layout] = {}  # by autograd node: of the operator's first input
         self._zeros: set[Any] = set()
         self._differing: dict[Any, str] = {}  # numbers of tensors that a write has reached in one run alone
@@ -136,52 +96,55 @@ class ShardedRun(NumberedRun):
         self._note_reads(operation)
         recorded = self._counterpart(operation, key)
         numbers = recorded.numbers if recorded else [None] * len(operation.results)
+        self._note_differing(operation, recorded, numbers)
+        backward = current_autograd_node() is not None
+        if operation.values and not backward:
+            self._first_layouts.setdefault(forward_number(), operation.values[0].layout)
+        if any(isinstance(x, DTensor) for x in (*operation.leaves, *operation.results)):
+            self._ran_on_dtensors(operation, recorded, numbers)
+            self._note_draw(operation, recorded, self.value(operation.results[0]).layout)
+        elif source.in_style and self._ran_in_style(operation, backward):
+            return
+        elif (collective := operator(operation.name).collective) and operation.func.namespace == "_c10d_functional":
+            self._collective(operation, collective)
+        else:
+            found = self._layouts(operation, recorded, source, backward)
+            self._note_writes(operation, found)
+            self._note_draw(operation, recorded, found[0])
+            if operator(operation.name).fills is Filling.ZERO:
+                self._zeros.update(numbers)
+            for result, number, layout in zip(operation.results, numbers, found, strict=True):
+                self.set_value(result, number, layout)
+
+    def _note_differing(self, operation: Operation, recorded: Recorded | None, numbers: Sequence[Any]) -> None:
+        """What shares the memory that is written here and not in the unsharded run, or there and not here."""
         for number in numbers:
             self._differing.pop(number, None)
         if recorded and operation.func._schema.is_mutable:
             differing = (recorded.written ^ self.written(operation)) - {None}
             self._differing.update(dict.fromkeys(differing, operation.name))
-        layouts = [value.layout for value in operation.values]
-        backward = current_autograd_node() is not None
-        if layouts and not backward:
-            self._first_layouts.setdefault(forward_number(), layouts[0])
-        if any(isinstance(x, DTensor) for x in (*operation.leaves, *operation.results)):
-            self._ran_on_dtensors(operation, recorded, numbers)
-            shards = [layout.dim for layout in layouts if layout.kind is Kind.SHARDED]
-            if shards and may_draw(operation.func) and not draws_by_element(operation.func):
-                # DTensor seeds ranks apart, or not at all: neither gives the numbers of one process
-                self.report(operation.name, "each rank draws random numbers for its shard of a DTensor", dim=shards[0])
-            self._note_draw(operation, recorded, self.value(operation.results[0]).layout)
-            return
-        if operation.name == "index_select" and source.in_style and (segments := self._segments_of_table(operation)):
+
+    def _ran_in_style(self, operation: Operation, backward: bool) -> bool:
+        """Whether it is an operator of a style's own code whose layout only the style knows."""
+        if operation.name == "index_select" and (segments := self._segments_of_table(operation)):
             layout = sharded(operation.leaves[1], segments)
             self.set_value(operation.results[0], operation.values[0].number, layout)
-            return
-        if (collective := operator(operation.name).collective) and operation.func.namespace == "_c10d_functional":
-            self._collective(operation, collective)
-            return
-        plain = operation.numbers
-        if source.in_style and operation.name == "div" and plain == [self._ranks]:
+            return True
+        if operation.name == "div" and operation.numbers == [self._ranks]:
             # a bias that each rank adds to its term of a sum, or that bias's gradient; that of an output used outside
-            if layouts[0] == REPLICATED:
+            if operation.values[0].layout == REPLICATED:
                 self.set_value(operation.results[0], operation.values[0].number, PARTIAL)
-                return
-            if backward and layouts[0] == PARTIAL:
+                return True
+            if backward and operation.values[0].layout == PARTIAL:
                 self.report("used_outside", "the gradient of an output that is used outside is a partial sum already")
-        found = self._layouts(operation, recorded, source, backward)
-        self._note_writes(operation, found)
-        self._note_draw(operation, recorded, found[0])
-        if operator(operation.name).fills is Filling.ZERO:
-            self._zeros.update(numbers)
-        for result, number, layout in zip(operation.results, numbers, found, strict=True):
-            self.set_value(result, number, layout)
+        return False
 
     def _segments_of_table(self, operation: Operation) -> tuple[int, ...]:
         """Of a rank's rows of what every rank has, which a style takes: the segments that they are shards of."""
         table = operation.leaves[2]
         return RANK_TABLES.get(table) or () if operation.values[0].layout == REPLICATED else ()
 
-    def _layouts(self, operation: Operation, recorded: _Recorded | None, source: Any, backward: bool) -> list[Layout]:
+    def _layouts(self, operation: Operation, recorded: Recorded | None, source: Any, backward: bool) -> list[Layout]:
         layouts = [value.layout for value in operation.values]
         count = len(operation.results)
         in_style = source.in_style or source.module in self._computed_by_style
@@ -227,7 +190,7 @@ class ShardedRun(NumberedRun):
             raise UnprovenError(str(answer), answer.dim)
         return list(answer)
 
-    def _local_call(self, operation: Operation, recorded: _Recorded | None, backward: bool) -> LocalCall:
+    def _local_call(self, operation: Operation, recorded: Recorded | None, backward: bool) -> LocalCall:
         layouts = tuple(value and value.layout for value in operation.inputs)
         there = recorded.leaves if recorded else tuple(
             leaf if layout is None else self._unsharded_shape(leaf, layout)
@@ -256,7 +219,7 @@ class ShardedRun(NumberedRun):
         shape = [n * self._ranks if d == layout.dim else n for d, n in enumerate(local.shape)]
         return shape_of(torch.empty(shape, dtype=local.dtype, device="meta"))
 
-    def _counterpart(self, operation: Operation, key: tuple[Any, ...]) -> _Recorded | None:
+    def _counterpart(self, operation: Operation, key: tuple[Any, ...]) -> Recorded | None:
         """The next operator there on the same values, with equal numbers if there is one; or one that was paired before
         (a recomputation, or a product that a style makes twice)."""
         waiting = self._unsharded.operations.get(key) or []
@@ -273,7 +236,7 @@ class ShardedRun(NumberedRun):
         ]
         return found if same else None
 
-    def _ran_on_dtensors(self, operation: Operation, recorded: _Recorded | None, numbers: Any) -> None:
+    def _ran_on_dtensors(self, operation: Operation, recorded: Recorded | None, numbers: Any) -> None:
         for i, (result, number) in enumerate(zip(operation.results, numbers, strict=True)):
             if recorded and isinstance(result, DTensor) and recorded.results[i] != tuple(result.shape):
                 self.report(
@@ -284,6 +247,10 @@ class ShardedRun(NumberedRun):
             dim = argument_of(operation.func, "dim", *tree_unflatten(operation.leaves, operation.tree))
             if dim % operation.results[0].ndim == found.dim:  # DTensor's rule takes -1 for another dim than the last
                 self.report(operation.name, "DTensor runs it on each shard alone", dim=found.dim)
+        shards = [value.layout.dim for value in operation.values if value.layout.kind is Kind.SHARDED]
+        if shards and may_draw(operation.func) and not draws_by_element(operation.func):
+            # DTensor seeds ranks apart, or not at all: neither gives the numbers of one process
+            self.report(operation.name, "each rank draws random numbers for its shard of a DTensor", dim=shards[0])
 
     def _of_dtensor(self, x: Tensor) -> Layout:
         return (layout_of(x.placements[0], tuple(x.shape)) or STYLE) if isinstance(x, DTensor) else REPLICATED
@@ -308,7 +275,7 @@ class ShardedRun(NumberedRun):
         for result in operation.results:
             self.set_value(result, value.number, layout)
 
-    def _note_draw(self, operation: Operation, recorded: _Recorded | None, layout: Layout) -> None:
+    def _note_draw(self, operation: Operation, recorded: Recorded | None, layout: Layout) -> None:
         func, arguments = operation.func, tree_unflatten(operation.leaves, operation.tree)
         if current_autograd_node() is not None or not (draws_by_element(func) and draws(func, *arguments)):
             return
