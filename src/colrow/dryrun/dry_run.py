@@ -40,6 +40,7 @@ from colrow.models.blocks import block_stacks
 from colrow.parallel.loss import loss_context
 from colrow.parallel.outputs import main_tensor
 from colrow.parallel.parallelize import parallelize
+from colrow.plans.patterns import is_within
 from colrow.plans.plan import Plan
 from colrow.sharding.layout import PACKED
 from colrow.styles.base import Style
@@ -158,13 +159,7 @@ def _run_sharded(
     try:
         with watch, watch.declarations(), loss_context(plan, tp_mesh):
             with recorder:
-                if plan.loss == "linear":  # the head returns the loss, and there are no logits
-                    give_targets(model, plan, inputs)
-                    loss = head_loss(call_model(model, inputs))
-                else:
-                    output = call_model(model, inputs)
-                    run.logits = _output(main_tensor(output))
-                    loss = request.loss(output, inputs.given)
+                loss = _loss(request, run, model, inputs, plan)
             run.varying_buffers = [original(name) for name in _written(watch, model, before)]
             if loss.requires_grad:
                 backward = True
@@ -182,12 +177,19 @@ def _run_sharded(
     run.collectives = [replace(c, times=sharded.count(c.where)) for c in watch.collectives]
 
 
+def _loss(request: Request, run: DryRun, model: nn.Module, inputs: Inputs, plan: Plan) -> Tensor:
+    if plan.loss == "linear":  # the head returns the loss, and there are no logits
+        give_targets(model, plan, inputs)
+        return head_loss(call_model(model, inputs))
+    output = call_model(model, inputs)
+    run.logits = _output(main_tensor(output))
+    return request.loss(output, inputs.given)
+
+
 def _total(flops: Mapping[str, int], copy: ReducedCopy) -> int:
     """Of the complete model: a kept block stands for several."""
     times = {copy.original(block): count for block, count in copy.repeats.items()}
-    inside = (
-        (n, next((t for b, t in times.items() if f"{where}.".startswith(f"{b}.")), 1)) for where, n in flops.items()
-    )
+    inside = ((n, next((t for b, t in times.items() if is_within(where, b)), 1)) for where, n in flops.items())
     return sum(n * repeats for n, repeats in inside)
 
 

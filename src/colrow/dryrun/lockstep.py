@@ -33,7 +33,6 @@ from colrow.dryrun.module_tracker import LOSS
 from colrow.dryrun.numbered import NumberedRun, Value
 from colrow.dryrun.paired_runs import ShardedRun
 from colrow.dryrun.reduced_copy import reduced_copy
-from colrow.dryrun.sequence_sizes import sizes_of_sequences
 from colrow.dryrun.unproven import Unproven
 from colrow.dryrun.unsharded_run import UnshardedRun
 from colrow.parallel.loss import loss_context
@@ -162,7 +161,7 @@ def _walked(request: Request, keep: int, backward: bool, sequences: int) -> Walk
     copies = [reduced_copy(request.model, styles, BlockTraces(), keep) for _ in range(2)]
     unsharded, parallel = (copy.model for copy in copies)
     original = copies[1].original
-    names = {name: original(name) for name, _ in parallel.named_modules()}
+    names = {name: original(name) for name, _ in parallel.named_modules() if name}
     resolved = {new: styles[old] for new, old in names.items() if old in styles}
     plan = replace(request.plan, modules=resolved)
     with ExitStack() as stack:
@@ -174,31 +173,19 @@ def _walked(request: Request, keep: int, backward: bool, sequences: int) -> Walk
         stack.enter_context(fake_tensors())
         for model in (unsharded, parallel):
             materialize_fake(model, request.dtype)
-        flattened = _flattens_tokens(request) and not views_complete_sequences()
-        batch_size = 1 if sequences == 1 else max(request.batch_size, sequences)
-        given = (
-            example_inputs(unsharded, batch_size, request.seq_len)
-            if request.inputs is None
-            else Inputs.of(request.inputs)
-        ).map(lambda x: torch.empty_like(x, device="cpu") if isinstance(x, Tensor) else x)
+        given = _inputs(request, unsharded, sequences)
         reference = UnshardedRun(unsharded)
         try:
             want, _ = _step(reference, unsharded, given, request.loss, None, backward)
         except Exception as error:
             return error
-        lengths = [x.shape[1] for x in given if isinstance(x, Tensor) and x.ndim > 1]
-        batches = [x.shape[0] for x in given if isinstance(x, Tensor) and x.ndim]
-        counted = (batches[0] // request.tp, batches[0]) if views_complete_sequences() and batches else (0, 0)
-        length = lengths[0] if flattened and lengths else 0
-        run = ShardedRun(parallel, reference, mesh, resolved, segments, length, counted)
+        run = ShardedRun(parallel, reference, mesh, resolved, segments, *_counts_of_tokens(request, given))
         try:
-            if counted[0] and lengths:
-                stack.enter_context(sizes_of_sequences(run, counted, lengths[0]))
             with run.conversions(), loss_context(plan, mesh):
                 number, layout = _step(run, parallel, given, request.loss, plan, backward)
         except Exception as error:
             run.report("model", f"the sharded run raises {type(error).__name__}: {str(error)[:120]}", run.module())
-            forget_shardings()
+            forget_shardings()  # of a run that ended early an embedding's mask would stay in DTensor's cache
         else:
             if plan.loss != "linear" and (number != want or layout not in (REPLICATED, UNKNOWN, STYLE)):
                 run.report("loss", f"it is {layout}, or another value than in the unsharded model", LOSS)
@@ -210,6 +197,25 @@ def _walked(request: Request, keep: int, backward: bool, sequences: int) -> Walk
         [replace(found, where=original(found.where)) for found in run.reports.found],
         {original(name): found for name, found in draws.items()},
     )
+
+
+def _inputs(request: Request, model: nn.Module, sequences: int) -> Inputs:
+    """Fake ones, of at least so many sequences where nobody gave any, or of one."""
+    batch_size = 1 if sequences == 1 else max(request.batch_size, sequences)
+    given = request.inputs
+    inputs = example_inputs(model, batch_size, request.seq_len) if given is None else Inputs.of(given)
+    return inputs.map(lambda x: torch.empty_like(x, device="cpu") if isinstance(x, Tensor) else x)
+
+
+def _counts_of_tokens(request: Request, inputs: Inputs) -> tuple[int, tuple[int, int]]:
+    """Tokens of a sequence where shards are of flattened tokens, else 0; sequences on a rank and in the unsharded run
+    where complete sequences are viewed, else zeros."""
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    lengths = [x.shape[1] for x in tensors if x.ndim > 1]
+    batches = [x.shape[0] for x in tensors if x.ndim]
+    if views_complete_sequences():
+        return 0, (batches[0] // request.tp, batches[0]) if batches else (0, 0)
+    return lengths[0] if _flattens_tokens(request) and lengths else 0, (0, 0)
 
 
 def _draws_of_modules(run: ShardedRun) -> dict[str, tuple[Draw, ...]]:

@@ -65,30 +65,40 @@ def view_buffers(module: nn.Module, mesh: DeviceMesh, specs: dict[str, ShardSpec
     tables = {name: _Rows.of(spec, mesh) for name, spec in specs.items() if name in module._buffers}
     if not tables:
         return
-    writes = isinstance(module, _BATCH_NORMS)
+    rows = _BufferRows(tables, mesh, isinstance(module, _BATCH_NORMS))
     cls: Any = type(module)
     module.__class__ = _subclass(cls, tuple(sorted(tables)))
+    module.register_forward_pre_hook(rows.before)
+    module.register_forward_hook(rows.after)
 
-    def before(_: nn.Module, __: Any) -> None:
+
+class _BufferRows:
+    """The hooks around a forward that sees rows of buffers, and may write them.
+
+    Args:
+        writes: forward writes them in a way that no version counts, as a batch norm's kernel.
+    """
+
+    def __init__(self, tables: dict[str, _Rows], mesh: DeviceMesh, writes: bool) -> None:
+        self.tables, self.mesh, self.writes = tables, mesh, writes
+
+    def before(self, module: nn.Module, _: Any) -> None:
         seen = {}
         with torch.no_grad():
-            for name, rows in tables.items():
+            for name, rows in self.tables.items():
                 buffer = module._buffers[name]
                 if buffer is not None:
                     own = rows.select(buffer)
                     seen[name] = _Seen(own, version(own) if module.training else 0)
         module.__dict__[_SEEN] = seen
 
-    def after(_: nn.Module, __: Any, ___: Any) -> None:
+    def after(self, module: nn.Module, _: Any, __: Any) -> None:
         for name, seen in module.__dict__.pop(_SEEN).items():
-            if module.training and (writes or version(seen.rows) != seen.version):
+            if module.training and (self.writes or version(seen.rows) != seen.version):
                 buffer = module._buffers[name]
                 assert buffer is not None
                 with torch.no_grad():
-                    tables[name].write(seen.rows, buffer, mesh)
-
-    module.register_forward_pre_hook(before)
-    module.register_forward_hook(after)
+                    self.tables[name].write(seen.rows, buffer, self.mesh)
 
 
 @functools.cache  # one subclass for equal modules, as in sharding.local_view
