@@ -69,16 +69,7 @@ def measure(job: Job, info: RankInfo) -> dict[str, Any]:
         ConfigError: something does not fit; or a fast path was requested and the profiled step did not run it.
     """
     config = job.config
-    eager = MEASURED_STEPS if config.train.cuda_graph == "auto" else EAGER_STEPS
-    if config.train.cuda_graph and job.warmup <= eager:
-        raise ConfigError(
-            f"arm {job.arm}: train.cuda_graph captures in step {eager + 1}, and --warmup is {job.warmup}: use "
-            f"--warmup {eager + 1} or more"
-        )
-    if job.one_rank and config.mesh.pp > 1:
-        raise ConfigError(
-            "--one-rank: a pipeline's stages wait for each other, and the time of one alone says little: use pp 1"
-        )
+    _require_measurable(job)
     source = build_source(config.model, config.run.seed)
     plan = preflight.choose_plan(config, source.model)
     preflight.check_sequence(config, plan)
@@ -115,6 +106,20 @@ def measure(job: Job, info: RankInfo) -> dict[str, Any]:
     if "problem" in result:
         raise ConfigError(f"arm {job.arm}: {result['problem']}")
     return result
+
+
+def _require_measurable(job: Job) -> None:
+    config = job.config
+    eager = MEASURED_STEPS if config.train.cuda_graph == "auto" else EAGER_STEPS
+    if config.train.cuda_graph and job.warmup <= eager:
+        raise ConfigError(
+            f"arm {job.arm}: train.cuda_graph captures in step {eager + 1}, and --warmup is {job.warmup}: use "
+            f"--warmup {eager + 1} or more"
+        )
+    if job.one_rank and config.mesh.pp > 1:
+        raise ConfigError(
+            "--one-rank: a pipeline's stages wait for each other, and the time of one alone says little: use pp 1"
+        )
 
 
 @contextmanager

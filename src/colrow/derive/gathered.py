@@ -57,15 +57,10 @@ _WEIGHT_NORM = "parametrizations.weight"
 def gathered_styles(module: nn.Module, tp: int) -> dict[str, dict[str, Any]]:
     """The styles that split the layer by its output features and gather its output, by the name of a module in it (''
     is the layer); empty where nothing does."""
-    kind = next((kind for kind in _KINDS if isinstance(module, kind) and type(module).forward is kind.forward), None)
-    if kind is None and _LINEAR.search(type(module).__name__) and getattr(module, "weight", _EMPTY).dim() == 2:
-        kind = nn.Linear  # of a library of its own: whether it is one, the judge sees
-    if kind is None or getattr(module, "groups", 1) != 1:
+    kind = _kind_of(module)
+    if kind is None:
         return {}
-    if getattr(module, "max_norm", None) is not None or getattr(module, "sparse", False):
-        return {}  # what looks at all features of a row
     dims, gather = _KINDS[kind]
-    found: dict[str, dict[str, Any]] = {}
     shards: dict[str, dict[str, int]] = {"": {name: dims[name] for name in module._parameters if name in dims}}
     norms: list[Any] = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, WeightNorm)]
     if _WEIGHT_NORM in dict(module.named_modules()):
@@ -75,15 +70,25 @@ def gathered_styles(module: nn.Module, tp: int) -> dict[str, dict[str, Any]]:
         shards[""] |= {"weight_g": 0, "weight_v": 0}
     if norms and (dims["weight"] != 0 or any(getattr(norm, "dim", None) != 0 for norm in norms)):
         return {}  # each output feature has to have a norm of its own
+    found: dict[str, dict[str, Any]] = {}
     for name, by_parameter in shards.items():
         own = {n: p for n, p in module.get_submodule(name)._parameters.items() if p is not None}
         if not own.keys() <= by_parameter.keys() or any(p.shape[by_parameter[n]] % tp for n, p in own.items()):
             return {}
         found[name] = {"style": "local_shards", "shards": {n: by_parameter[n] for n in own}}
     found[""]["gather"] = gather
-    if kind not in (nn.Embedding, nn.EmbeddingBag):
+    if kind not in (nn.Embedding, nn.EmbeddingBag):  # ids are no activation that could be a shard
         found[""]["input"] = "replicate"
     return found
+
+
+def _kind_of(module: nn.Module) -> Any:
+    """The class of torch's whose forward the layer has; None where it has another one, or mixes output features."""
+    kind = next((kind for kind in _KINDS if isinstance(module, kind) and type(module).forward is kind.forward), None)
+    if kind is None and _LINEAR.search(type(module).__name__) and getattr(module, "weight", _EMPTY).dim() == 2:
+        kind = nn.Linear  # of a library of its own: whether it is one, the judge sees
+    looks_at_rows = getattr(module, "max_norm", None) is not None or getattr(module, "sparse", False)
+    return None if looks_at_rows or getattr(module, "groups", 1) != 1 else kind
 
 
 def gathered_layers(

@@ -58,20 +58,15 @@ def run_rank(
             stack.enter_context(claimed(config.run.dir))
         checked = preflight.check(config, info.local_world_size, plan)
         config.mesh.require_world_size(info.world_size, lambda mesh: preflight.runs_on(mesh, config, checked))
-        warning, lines = config.mesh.warning_across_hosts(info.local_world_size), list[str]()
-        if first and plan is None:
-            # forks: before this process has threads
-            lines = plan_check.check_plan_apart(config, checked.plan, checked.judgement)
-            lines += output_lines(config, checked.source)
-            lines += plan_check.forecast_apart(config, checked.plan)
+        # it forks: before this process has threads
+        lines = _lines_without_launcher(config, checked) if first and plan is None else []
         progress = stack.enter_context(TrainingProgress(first, config.train.steps, config.train.log_every, log=log))
         if plan is None:  # else the launcher has printed them
-            for line in checked.changes:
-                progress.say(f"changed    {line}")
+            lines = [*(f"changed    {line}" for line in checked.changes), *lines]
+        if (warning := config.mesh.warning_across_hosts(info.local_world_size)) is not None:
+            lines.append(f"warning    {warning}")
         for line in lines:
             progress.say(line)
-        if warning is not None:
-            progress.say(f"warning    {warning}")
         gpus = gpus_here(config) if first else None
         forecast = kept_forecast(config, checked.source.model, checked.plan, gpus)
         startup.mark("model and plan")
@@ -97,6 +92,13 @@ def run_rank(
             heartbeat=heartbeat,
             forecast=forecast,
         )
+
+
+def _lines_without_launcher(config: RunConfig, checked: preflight.Checked) -> list[str]:
+    """What colrow's own launcher does and prints before ranks start, in a child of the first rank."""
+    lines = plan_check.check_plan_apart(config, checked.plan, checked.judgement)
+    lines += output_lines(config, checked.source)
+    return lines + plan_check.forecast_apart(config, checked.plan)
 
 
 def train_run(
