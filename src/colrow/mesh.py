@@ -112,6 +112,7 @@ class Mesh(BaseModel):
         if self.world_size == world_size:
             return
         fits = [
+            # one degree changes at a time: with two it is another run, not a correction
             self.model_copy(update={axis: n})
             for axis in AXES
             for n in divisors(world_size)
@@ -130,6 +131,7 @@ class Mesh(BaseModel):
         """The warning when a tp group would span hosts of `local_world_size` ranks each; None when none does."""
         if self.tp == 1 or self.world_size <= local_world_size or local_world_size % self.tp == 0:
             return None
+        # of the divisors of tp: what is left, tp / fits, is the degree of another axis
         fits = max(d for d in divisors(local_world_size) if self.tp % d == 0)
         return (
             f"tp={self.tp} spans hosts of {local_world_size} ranks: every layer's all-gathers and reduce-scatters then "
@@ -163,6 +165,7 @@ class MeshAxes:
     @property
     def data_rank(self) -> int:
         """This rank's index of `Mesh.dp` among ranks that read different batches; ranks that read the same share it."""
+        # row-major, as the mesh numbers its ranks: dp_replicate outside, dp_shard inside
         index = 0
         for axis in AXES:
             if ROLES[axis].batches:

@@ -113,6 +113,7 @@ def _sites(model: nn.Module, styles: dict[str, Style], tp: int) -> Iterator[Find
     for fqn, style in styles.items():
         module = model.get_submodule(fqn)
         if isinstance(module, nn.Linear) and isinstance(style, Colwise | Rowwise):
+            # an adapter (LoRA) adds the output of its own linears, which the style would not split
             children = [name for name, _ in module.named_children()]
             if children:
                 message = f"{type(module).__name__} is a linear layer with modules inside it ({', '.join(children)})"

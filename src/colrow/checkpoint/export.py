@@ -112,8 +112,10 @@ def export(
 
     try:
         reader = together(lambda: made.begin(tree, tokenizer, imports=imports) if ranks.first else None)
+        # what the user's config gets wrong is raised by every rank, before any has written weights
         if refusal := ranks.gather(reader if isinstance(reader, str) else None)[0]:
             raise ExportError(refusal)
+        # before the weights: on disks of several hosts each would hold a share
         together(lambda: _require_seen(made.unfinished))
         together(lambda: write_share(made.unfinished, ranks, pieces, tensors, share_files(files, ranks.size)))
         return together(lambda: made.finish(reader) if isinstance(reader, Reader) else None)

@@ -56,6 +56,7 @@ class Requests:
         for pattern in dict.fromkeys(self.split.values()):
             names = [name for name, by in self.split.items() if by == pattern]
             missing = [name for name in names if name not in sharded]
+            # a bias beside the matrix may stay, unless the pattern names nothing else
             at_fault = [name for name in missing if name in self.matrices or len(missing) == len(names)]
             if tp > 1 and at_fault:
                 reason = replicated.get(at_fault[0], "the model's forward does not use it")

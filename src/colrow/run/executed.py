@@ -34,6 +34,7 @@ def executed_paths(training: Training, seq_len: int) -> str:
     blocks that it compiled; attention's kernel is what torch selects for these sizes.
     """
     local = [[what, value] for what in ("columns", "beside", "fp8", "loss", "data") for value in recorded(what)]
+    # ranks differ: of a pipeline the last stage alone has a head
     everywhere: list[list[list[str]] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, local)
     executed: dict[str, list[str]] = {}
@@ -63,6 +64,7 @@ def _fused(training: Training, counts: list[str]) -> list[str]:
     """Names of the linears that ran as one matmul: those of the plan's gathers over a number of linears in `counts`."""
     names = []
     for style in training.plan.modules.values():
+        # an operator notes how many linears it multiplied, not which
         columns: tuple[str, ...] = getattr(style, "columns", ())
         if len(columns) > 1 and str(len(columns)) in counts:
             short = [name.rpartition(".")[2].removesuffix("_proj") for name in columns]

@@ -11,6 +11,7 @@ from torch import nn
 from colrow.dryrun.block_kinds import module_kinds
 from colrow.errors import PlanError
 from colrow.models.blocks import block_stacks
+from colrow.plans.patterns import is_within
 from colrow.plans.plan import Plan
 from colrow.styles.base import Style
 
@@ -27,6 +28,7 @@ def plan_for_reduced(plan: Plan, model: nn.Module, reduced: nn.Module) -> Plan:
     """
     if reduced is model:
         return plan
+    # names and classes: sizes are what a reduced model changes
     if missing := {kind[:2] for kind in module_kinds(model)} - {kind[:2] for kind in module_kinds(reduced)}:
         name, cls = min(missing, key=str)
         raise PlanError(f"the reduced model has no {cls.__name__} called {name or 'model'}, and the model has one")
@@ -67,5 +69,5 @@ def _named_blocks(model: nn.Module, styles: Mapping[str, Style]) -> Iterator[tup
     """Each block with its stack and the styles inside it."""
     for stack in block_stacks(model):
         for name, _ in stack.named_blocks():
-            inside = {n.removeprefix(name): style for n, style in styles.items() if f"{n}.".startswith(f"{name}.")}
+            inside = {n.removeprefix(name): style for n, style in styles.items() if is_within(n, name)}
             yield name, (stack.name, repr(sorted(inside.items(), key=lambda item: item[0])))
