@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from colrow.errors import ConfigError, did_you_mean
-from colrow.mesh import Mesh
+from colrow.mesh import Mesh, divisors
 from colrow.yaml_text import read_text, read_yaml
 
 # torch, numpy and the files of a run hold 64 bits
@@ -353,9 +353,8 @@ def micro_batch_count(global_batch: int, micro_batch: int, dp: int) -> int:
     fixes = [f"train.global_batch {f'{below} or ' if below else ''}{below + unit}"]
     if global_batch % dp == 0:
         share = global_batch // dp
-        divisors = [n for n in range(1, share + 1) if share % n == 0]
-        below = max(n for n in divisors if n <= micro_batch)
-        above = min((n for n in divisors if n >= micro_batch), default=share)
+        below = max(n for n in divisors(share) if n <= micro_batch)
+        above = min((n for n in divisors(share) if n >= micro_batch), default=share)
         fixes.append(f"train.micro_batch {' or '.join(map(str, sorted({below, above})))}")
     raise ConfigError(
         f"train.global_batch={global_batch} is not divisible by {unit} (train.micro_batch={micro_batch} × {dp} "

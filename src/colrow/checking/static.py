@@ -136,10 +136,8 @@ def _sites(model: nn.Module, styles: dict[str, Style], tp: int) -> Iterator[Find
 
 
 def _sequence(plan: Plan, tp: int, seq_len: int) -> Iterator[Finding]:
-    if plan.sequence_parallel() and seq_len % tp:
-        below, above = seq_len // tp * tp, -(-seq_len // tp) * tp
-        message = f"seq_len={seq_len} is not divisible by tp={tp} (sequence parallel splits dim 1)"
-        yield finding("CR205", "input", message, f"use {below} or {above}" if below else f"use {above}")
+    if (misfit := plan.sequence_misfit(tp, seq_len)) is not None:
+        yield finding("CR205", "input", *misfit)
 
 
 def _head(model: nn.Module, plan: Plan, styles: dict[str, Style]) -> Iterator[Finding]:

@@ -12,6 +12,7 @@ from colrow.derive.flow import SpmdType
 from colrow.derive.infer import facts_of, op_name, shape_of
 from colrow.derive.sequence import Stream
 from colrow.derive.trace import label_of
+from colrow.plans.patterns import is_within
 from colrow.styles.activations import PrepareInput
 from colrow.styles.local_block import BlockShards, LocalShards
 from colrow.styles.packed import PackedColwise
@@ -169,7 +170,7 @@ class Emitter(ModuleEmitter):
             self._summed(owner, self.stream is not None and name in self.stream.summed)
         for owner in self.out.modules:
             if self.out.style(owner) is LocalShards and owner in self.finder.owners.values():
-                deferred = any(b.deferred and (owner + ".").startswith(b.module + ".") for b in self.blocks)
+                deferred = any(b.deferred and is_within(owner, b.module) for b in self.blocks)
                 self._put(owner, output="partial" if deferred else self.inside)
                 if self.finder.has_inner_sum(owner):
                     self._put(owner, output="replicate", used_inside=True)

@@ -68,7 +68,7 @@ class PlanReport:
     def block_collectives(self) -> list[Collective]:
         """The collectives of one block, forward then backward, in order."""
         first = _first(self.block)
-        return [c for c in self.run.collectives if self.block and (c.where == first or c.where.startswith(first + "."))]
+        return [c for c in self.run.collectives if self.block and is_within(c.where, first)]
 
     @property
     def other_collectives(self) -> list[Collective]:

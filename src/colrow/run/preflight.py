@@ -249,13 +249,8 @@ def runs_on(mesh: Mesh, config: RunConfig, checked: Checked) -> bool:
 
 def check_sequence(config: RunConfig, plan: Plan) -> None:
     """Raise a ConfigError when tp does not divide the sequence that the plan splits over it."""
-    seq_len, tp = config.data.seq_len, config.mesh.tp
-    if plan.sequence_parallel() and seq_len % tp:
-        below = seq_len // tp * tp
-        raise ConfigError(
-            f"seq_len={seq_len} is not divisible by tp={tp} (sequence parallel splits dim 1): use "
-            f"{f'{below} or ' if below else ''}{below + tp}"
-        )
+    if (misfit := plan.sequence_misfit(config.mesh.tp, config.data.seq_len)) is not None:
+        raise ConfigError(": ".join(misfit))
 
 
 def threads_for(ranks: int) -> int:
