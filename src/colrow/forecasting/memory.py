@@ -202,6 +202,17 @@ class _Segments:
         return next(found, len(self.walk.segments))
 
 
+@dataclass(frozen=True)
+class _Held:
+    """Bytes that do not depend on the walk's activations; `on_other_streams` are those outside the compute stream's
+    pool."""
+
+    weights: float
+    gradients: float
+    buffers: float = 0.0
+    on_other_streams: float = 0.0
+
+
 class _StagePeak:
     """Follows a micro-batch of a stage and keeps the largest sum. `summed`: sums over micro-batches are complete."""
 
@@ -256,46 +267,68 @@ class _StagePeak:
 
     def _take(self, activations: float, own: float, units: list[UnitParameters], backward: bool) -> None:
         """Compare with the peak so far. `own`: the running unit's gradients, in the compute dtype."""
-        setting, low, wide = self._setting, self._low, self._wide
-        shards = setting.mesh.dp_shard
-        with_sums = self._units if self._summed else self._done
-        complete = sum(unit.count for unit in self._units)
-        several = setting.micro_batches > 1
-        buffers = elsewhere = 0.0
-        if setting.copies or not self._fsdp:
-            weights = low * complete if setting.copies else 0.0
-            kept = sum(unit.trained_count for unit in self._done)
-            gradients = (wide * sum(unit.trained_count for unit in with_sums) if several else low * kept) + own
-        elif setting.flat:
-            weights = low * self._flat_weights()
-            done = self._units if several else self._done
-            gradients = wide * sum(_shard(unit.trained, shards) for unit in done) + own
-            if backward and self._done and shards > 1:
-                rows = 0.0 if setting.by_copy_engine("dp_shard", "all_to_all") else 1 - 1 / shards
-                buffers += low * self._done[-1].trained_count * (1 + rows)
+        if self._setting.copies or not self._fsdp:
+            held = self._held_by_copies(own)
+        elif self._setting.flat:
+            held = self._held_by_flat_engine(own, backward)
         else:
-            weights = low * (self._gathered(units) if setting.reshard else complete)
-            if setting.reshard and shards > 1:
-                elsewhere = low * max(unit.count for unit in units)
-                buffers += elsewhere  # the next unit's, before it is copied out
-            if several:
-                gradients = wide * sum(unit.gradient_count for unit in with_sums) + own
-            else:
-                reduced = wide * sum(_shard(unit.trained, shards) for unit in self._done)
-                gradients, elsewhere = reduced + own, elsewhere + reduced
-            if backward and self._done and shards * setting.mesh.dp_replicate > 1:
-                buffers += wide * self._done[-1].trained_count
+            held = self._held_by_fsdp(own, units, backward)
+        shards, wide = self._setting.mesh.dp_shard, self._wide
         memory = Memory(
-            weights=weights,
+            weights=held.weights,
             masters=wide * sum(_shard(unit.numels, shards) for unit in self._units),
             optimizer=2 * wide * sum(_shard(unit.trained, shards) for unit in self._units),
-            gradients=gradients,
+            gradients=held.gradients,
             activations=activations,
-            buffers=buffers,
+            buffers=held.buffers,
         )
-        self._compute = max(self._compute, memory.allocated - elsewhere)
+        self._compute = max(self._compute, memory.allocated - held.on_other_streams)
         if memory.allocated > self._peak.allocated:
             self._peak = memory
+
+    def _held_by_copies(self, own: float) -> _Held:
+        """Unsharded gradients, in the compute dtype until micro-batches are summed; a copy of the weights, or none."""
+        weights = self._low * sum(unit.count for unit in self._units) if self._setting.copies else 0.0
+        if self._several:
+            return _Held(weights, self._wide * sum(unit.trained_count for unit in self._with_sums) + own)
+        return _Held(weights, self._low * sum(unit.trained_count for unit in self._done) + own)
+
+    def _held_by_flat_engine(self, own: float, backward: bool) -> _Held:
+        setting, done = self._setting, self._units if self._several else self._done
+        shards, received = setting.mesh.dp_shard, 0.0
+        gradients = self._wide * sum(_shard(unit.trained, shards) for unit in done) + own
+        if backward and self._done and shards > 1:
+            # the last unit's gradients, and the rows that other ranks sent, unless these lie in peer memory
+            rows = 0.0 if setting.by_copy_engine("dp_shard", "all_to_all") else 1 - 1 / shards
+            received = self._low * self._done[-1].trained_count * (1 + rows)
+        return _Held(self._low * self._flat_weights(), gradients, received)
+
+    def _held_by_fsdp(self, own: float, units: list[UnitParameters], backward: bool) -> _Held:
+        """FSDP2 gathers on one stream and reduces on another; its sums over micro-batches are unsharded."""
+        setting, low, wide = self._setting, self._low, self._wide
+        shards = setting.mesh.dp_shard
+        weights = low * (self._gathered(units) if setting.reshard else sum(unit.count for unit in self._units))
+        # the next unit's gathered parameters, before they are copied out
+        next_unit = float(low * max(unit.count for unit in units)) if setting.reshard and shards > 1 else 0.0
+        if self._several:
+            reduced = 0.0
+            gradients = wide * sum(unit.gradient_count for unit in self._with_sums) + own
+        else:
+            reduced = wide * sum(_shard(unit.trained, shards) for unit in self._done)
+            gradients = reduced + own
+        buffers = next_unit
+        if backward and self._done and shards * setting.mesh.dp_replicate > 1:
+            buffers += wide * self._done[-1].trained_count
+        return _Held(weights, gradients, buffers, next_unit + reduced)
+
+    @property
+    def _several(self) -> bool:
+        return self._setting.micro_batches > 1
+
+    @property
+    def _with_sums(self) -> list[UnitParameters]:
+        """Units that hold sums over micro-batches: all from the second micro-batch on."""
+        return self._units if self._summed else self._done
 
     @property
     def _fsdp(self) -> bool:
