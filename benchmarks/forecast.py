@@ -59,6 +59,7 @@ LINK_SIZES = (2**16, 2**20, 2**24, 2**27, 2**30)
 LATENCY = 20e-6
 LAUNCH = 10e-6
 CPU_BOUND = 0.25  # idle time as a share of the step
+LEAST_BAND = 0.09  # nine in ten of the derived rows of other models are within it
 EDGE = "memory's edge"
 """Rows where the allocator gives back its reserve in each step, which takes time that no rate knows."""
 MEASURED_ON = {"h200": "H200", "h100-sxm": "H100"}
@@ -454,7 +455,7 @@ def write_table(path: Path, rates: Rates, errors: list[float], base: Device, *, 
     source = f"{begun}; what that leaves out {fitted}" if calibrated else f"{fitted}; what no row shows is {begun}"
     table = {
         "source": source,
-        "band": round(ranked[int(0.9 * len(ranked))], 3),
+        "band": round(max(LEAST_BAND, ranked[int(0.9 * len(ranked))]), 3),
         "rates": {key: value for key, value in vars(rates).items() if key != "network"},
     }
     path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from colrow.forecasting.memory import GIB, WORKSPACES, Setting, _StagePeak, peak_memory, stages_of
 from colrow.forecasting.storages import LiveStorages
-from colrow.forecasting.walk import HEAD, ROOT, Cell, Walk, walk
+from colrow.forecasting.walk import HEAD, ROOT, Cell, Walk, _flash_attention, walk
 from colrow.mesh import Mesh
 from colrow.models.llama import Llama, LlamaConfig
 from colrow.models.shapes import SHAPES
@@ -107,6 +109,19 @@ def test_a_fused_kernel_holds_what_it_reads_until_it_has_written() -> None:
     assert peak(in_place, fused=False) == 1 + 1
     assert peak(read_once_more) == 2 + 1
     assert peak(read_once_more, fused=False) == 3
+
+
+def test_dropout_in_attention_keeps_nothing_for_a_pair_of_tokens() -> None:
+    def peak(dropout: float, flash: Any) -> int:
+        with fake_tensors(), flash():
+            q = torch.empty(1, 2, 512, 8, requires_grad=True)
+            storages = LiveStorages([q])
+            with storages:
+                F.scaled_dot_product_attention(q, q, q, dropout_p=dropout, is_causal=True).sum().backward()
+            return max(segment.peak.total for segment in storages.finish())
+
+    assert peak(0.1, _flash_attention) == peak(0.0, nullcontext)
+    assert peak(0.1, nullcontext) > 4 * 2 * 512 * 512 > 4 * peak(0.1, _flash_attention)
 
 
 def test_fsdp_frees_the_head_when_its_backward_has_ended(walked: Walk) -> None:

@@ -150,7 +150,13 @@ def _run(copy: ReducedCopy, model: nn.Module, plan: Plan, mesh: DeviceMesh, cell
         for param in model.parameters():
             if param.requires_grad:
                 param.register_post_accumulate_grad_hook(lambda p: storages.mark_gradient(local_tensor(p.grad)))
-        with as_on_gpu(), _fused_norms(), _one_document(), watched_propagation(storages.suspend, storages.resume):
+        with (
+            as_on_gpu(),
+            _fused_norms(),
+            _flash_attention(),
+            _one_document(),
+            watched_propagation(storages.suspend, storages.resume),
+        ):
             with storages, loss_context(plan, mesh):
                 _loss(model, plan, mesh, inputs).backward()
     repeats = {name: copy.count(name) for name in blocks}
@@ -301,4 +307,25 @@ def _fused_norms() -> Iterator[None]:
         return normed
 
     with _replaced(F, "rms_norm", rms_norm):
+        yield
+
+
+@contextmanager
+def _flash_attention() -> Iterator[None]:
+    """GPUs' kernels draw the mask of dropout inside. Those of CPUs have none: torch composes attention of operators
+    that keep several numbers for each pair of tokens."""
+    attend = F.scaled_dot_product_attention
+
+    def without_dropout(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        *more: Any,
+        **named: Any,
+    ) -> Tensor:
+        return attend(query, key, value, attn_mask, 0.0, *more, **named)
+
+    with _replaced(F, "scaled_dot_product_attention", without_dropout):
         yield
