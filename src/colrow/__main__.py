@@ -10,6 +10,7 @@ import sys
 from types import FrameType
 
 from colrow.cli import main
+from colrow.cli.ranks import is_rank
 
 
 def run() -> None:
@@ -25,27 +26,45 @@ def run() -> None:
                 stream.reconfigure(errors="backslashreplace")
     interrupts = _Interrupts()
     try:
-        sys.exit(interrupts.status(main()))
+        try:
+            status = main()
+        except Exception:  # a library made another error of an interrupt, as numpy does in its import
+            if (status := interrupts.status(0)) == 0:
+                raise
+            print(f"colrow: stopped by {signal.Signals(status - 128).name}", file=sys.stderr)
+        sys.exit(interrupts.status(status))
     finally:
         gc.freeze()
 
 
+class _Interrupted(KeyboardInterrupt):
+    """Of the class itself Python keeps in mind that it went through `exec`, and ends the process by SIGINT at exit."""
+
+
 class _Interrupts:
-    """Counts Ctrl-C: a KeyboardInterrupt that comes while a library is imported may be lost in its C code."""
+    """Ctrl-C and SIGTERM as a KeyboardInterrupt, so that a verb ends what it has started. The signal is kept, for a
+    KeyboardInterrupt that comes while a library is imported may be lost in its C code."""
 
     def __init__(self) -> None:
-        self._count = 0
+        self._last: int | None = None
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not `nohup`, nor a shell's `&`
             signal.signal(signal.SIGINT, self._take)
+        # A rank that waits in a collective runs no handler: its launcher's SIGTERM must end it at once.
+        if not is_rank() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, self._take)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        self._count += 1
-        raise KeyboardInterrupt
+        self._last = number
+        if number == signal.SIGTERM:
+            signal.signal(number, signal.SIG_DFL)  # the second one ends a process that does not come to an end
+        raise _Interrupted(number)
 
     def status(self, status: int) -> int:
         """The exit status of a command that has ended with `status`; from here on nothing is left to interrupt."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        return 128 + signal.SIGINT if self._count and status == 0 else status
+        if not is_rank():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        return status if self._last is None else 128 + self._last
 
 
 if __name__ == "__main__":

@@ -160,7 +160,12 @@ def test_a_sample_of_a_large_corpus_comes_from_all_over_it(texts, monkeypatch):
         ("a.txt", b"caf\xe9 au lait", r"a\.txt is not UTF-8 text \(at byte 3\): convert it"),
         ("a.txt", b"x" * 70_000 + b"\xff", r"at byte 70000"),
         ("a.txt", b" \n", r"is empty \(all 1 of its texts are blank\): name files with text in data\.corpus"),
-        ("a.txt.gz", b"no gzip", r"cannot read .*a\.txt\.gz"),
+        ("a.txt", "text".encode("utf-16"), r"not UTF-8 text \(at byte 0\): convert it \(iconv -f utf-16 -t utf-8\)"),
+        ("a.txt", b"", r"\(1 file, 0 bytes\) is empty"),
+        ("a.jsonl", b"", r"\(1 file, 0 bytes\) is empty"),
+        ("a.txt.zst", b"\x28\xb5\x2f\xfd\xff", r"of compressed files \.gz alone is read: decompress it"),
+        ("a.txt.gz", b"no gzip", r"cannot read .*a\.txt\.gz: .*: fetch it again, or leave it out"),
+        ("a.jsonl", b"[" * 1_000_000, r"line 1 is not JSON: .*recursion.*: correct it, or leave it out"),
         ("a.txt.gz", gzip.compress(b"text" * 100, mtime=0)[:-12], r"cannot read .*a\.txt\.gz: .*end-of-stream"),
         ("a.jsonl", b'{"text": "one"}\n{"text": ', r"a\.jsonl line 2 is not JSON"),
         ("a.jsonl", b'{\n"text": "one"}\n', r"line 1 is not JSON: .*one complete JSON object on each line"),
@@ -208,6 +213,18 @@ def test_a_parquet_file_without_texts_is_named(section, tmp_path, columns, repor
 def test_a_corpus_that_is_not_there_says_what_is(section, texts, corpus, reported):
     with pytest.raises(DataError, match=reported):
         open_corpus(section(corpus.format(tmp=texts)))
+
+
+@pytest.mark.parametrize("links", [{"self": "."}, {"a/up": "../.."}, {"a/one": ".", "a/two": "."}])
+def test_a_link_to_a_folder_above_is_refused(section, texts, links):
+    (texts / "a").mkdir()
+    (texts / "b").symlink_to("a")  # a link to a folder beside it is followed
+    (texts / "a" / "b.txt").write_text("once, and by a link once more")
+    assert len(open_corpus(section(f"{texts}/**/*.txt")).paths) == len(list(texts.glob("*.txt"))) + 2
+    for name, target in links.items():
+        (texts / name).symlink_to(target)
+    with pytest.raises(DataError, match=r"a link to a folder above it: remove the link"):
+        open_corpus(section(f"{texts}/**/*.txt"))
 
 
 def test_a_file_that_vanishes_is_named(section, texts):

@@ -144,6 +144,8 @@ def test_documents_begin_as_the_tokenizer_begins_them_and_are_never_cut(tmp_path
         ([], {}, r"does not tell which token ends a text \(its special tokens: none\): write .*eos_token"),
         (["<a>"], {"tokenizer_config": {"eos_token": "<z>"}}, r"no token '<z>', which tokenizer_config\.json"),
         (["<a>"], {"config": {"eos_token_id": 9}}, r"has no token 9, which config\.json"),
+        (["<a>"], {"config": {"eos_token_id": -1}}, r"has no token -1, which config\.json"),
+        (["<a>"], {"config": {"eos_token_id": 2**70}}, r"has no token \d+, which config\.json"),
     ],
 )
 def test_a_tokenizer_without_an_end_is_refused(tmp_path, special, files, reported):
@@ -157,6 +159,7 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path, special, files, reporte
     [
         ("none", None, r"there is no tokenizer .*none .*or leave it out to train one"),
         ("tokenizer.model", "", r"holds tokenizer\.model, but no tokenizer\.json: write one with transformers"),
+        ("o200k.tiktoken", "IQ== 0", r"holds o200k\.tiktoken, but no tokenizer\.json: write one with transformers"),
         ("readme.md", "", r"holds no tokenizer\.json: give another folder"),
         ("tokenizer.json", "{", r"tokenizer\.json is not a tokenizer\.json"),
     ],
@@ -166,6 +169,35 @@ def test_a_missing_or_damaged_tokenizer_is_named(tmp_path, name, content, report
         (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=reported):
         load_tokenizer(tmp_path / name if content is None else tmp_path)
+
+
+def test_a_file_of_another_format_says_how_to_write_one(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
+    with pytest.raises(DataError, match=r"is not a tokenizer\.json: .*: write one with transformers"):
+        load_tokenizer(tmp_path / "tokenizer.model")
+
+
+@pytest.mark.parametrize(
+    ("model", "raises"),
+    [
+        (models.WordLevel({"<eos>": 0, "one": 1}), True),
+        (models.Unigram([("<eos>", 0.0), ("one", -1.0)]), True),
+        (models.BPE({"<eos>": 0, "o": 1, "n": 2, "e": 3}, []), False),
+    ],
+)
+def test_characters_without_an_id_are_named(tmp_path, section, texts, capsys, model, raises):
+    """By an error where the library raises one; by a line where it leaves them out."""
+    backend = tokenizers.Tokenizer(model)
+    backend.add_special_tokens(["<eos>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    config = section(f"{texts}/*.txt", seq_len=4, tokenizer={"path": tmp_path / "tokenizer.json"})
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+    if raises:
+        with pytest.raises(DataError, match=r"the tokenizer has no ids for a text .*: give one with an unknown token"):
+            prepare(config, 6, progress=True)
+    else:
+        prepare(config, 6, progress=True)
+        assert "the tokenizer drops the characters that it does not know" in " ".join(capsys.readouterr().err.split())
 
 
 CHAT = "<s> one <sep> two </s>"

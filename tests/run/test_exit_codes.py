@@ -39,31 +39,44 @@ def test_a_closed_pipe_is_quiet() -> None:
     assert child.wait() == 128 + signal.SIGPIPE
 
 
-def test_ctrl_c_in_a_verb_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_in_a_verb_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("colrow.cli.checkpoints.main", interrupted)
     assert main(["checkpoints", "x"]) == 130
+    assert capsys.readouterr().err == "colrow checkpoints: stopped by SIGINT\n"
 
 
-def test_ctrl_c_that_a_library_swallows_is_130_too() -> None:
-    code = """
-import os, signal, sys
+@pytest.mark.parametrize(
+    ("ending", "lines"),
+    [
+        ("exec('stop()')", "colrow plan: stopped by {name}\n"),  # Python keeps in mind what went through exec
+        ("\ntry: stop()\nexcept KeyboardInterrupt: return 0", ""),
+        ("\ntry: stop()\nexcept KeyboardInterrupt: raise ImportError('twice')", "colrow: stopped by {name}\n"),
+    ],
+)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_one_line_whatever_a_library_makes_of_it(number: signal.Signals, ending: str, lines: str) -> None:
+    code = f"""
+import os, signal, sys, types
 sys.modules["torch"] = None
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it
 import colrow.__main__ as command
 
-def swallowing():
-    try:
-        os.kill(os.getpid(), signal.SIGINT)
-    except KeyboardInterrupt:
-        return 0
+def stop():
+    os.kill(os.getpid(), {int(number)})
 
-command.main = swallowing
+def main(argv):
+    {ending.replace(chr(10), chr(10) + "    ")}
+
+globals()["stop"] = stop
+sys.modules["colrow.cli.plan"] = types.SimpleNamespace(main=main)
+sys.argv = ["colrow", "plan"]
 command.run()
 """
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 130
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (128 + number, lines.format(name=number.name))
 
 
 @pytest.fixture

@@ -142,6 +142,20 @@ def test_after_a_signal_a_save_that_goes_on_may_take_its_time(clock: Clock) -> N
     assert clock.play(25, at, signalled=50.0) is not None
 
 
+def test_after_a_signal_ranks_that_are_only_starting_have_time() -> None:
+    """A busy host: imports take 40 s, and the signal comes shortly before their end."""
+    clock = Clock()
+    assert clock.play(30, lambda t: []) is None
+    assert clock.play(16, lambda t: [], signalled=30.0) is None
+    at = lambda t: [report(rank, t, t) for rank in range(2)]  # noqa: E731
+    assert clock.play(20, at, signalled=30.0) is None
+    clock = Clock()
+    hang = clock.play(60, lambda t: [], signalled=0.0)
+    assert hang is not None
+    assert clock.now <= 20  # and torchrun's agent needs some seconds more
+    assert "has sent no report since it was started" in hang.text()
+
+
 def test_ranks_that_have_ended_hang_nowhere(clock: Clock) -> None:
     assert clock.play(4000, lambda t: [report(0, 99, 60, ENDED), report(1, 99, 60, ENDED)]) is None
 

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 
-from colrow.cli.ranks import is_rank, reporting_errors, user_error
+from colrow.cli.ranks import is_rank, reporting_errors, signal_of, user_error
 from colrow.errors import ColrowError, did_you_mean
 
 VERBS = {
@@ -26,12 +26,15 @@ VERBS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. Exit status: see `docs/guide/exit-codes.md`."""
+    args = sys.argv[1:] if argv is None else argv
     try:
-        status = _run(sys.argv[1:] if argv is None else argv)
+        status = _run(args)
         sys.stdout.flush()
         return status
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    except KeyboardInterrupt as error:
+        number = signal_of(error)
+        print(f"colrow {args[0]}: stopped by {number.name}", file=sys.stderr)
+        return 128 + number
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 128 + signal.SIGPIPE

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from colrow.cli.flags import parse
+from colrow.cli.ranks import signal_of
 from colrow.config import RunConfig, load_config, parse_config
 from colrow.errors import ConfigError
 
@@ -66,7 +67,7 @@ class Flags:
 
 
 def main(argv: list[str]) -> int:
-    """Exit 0; 1 when an arm failed, after the table of the others; 2 for bad usage; 130 when a signal stopped it."""
+    """Exit 0; 1 when an arm failed, after the table of the others; 2 for bad usage; 130, 143 when a signal ended it."""
     if argv and argv[0] == JOB:
         return _rank(Path(argv[1]))
     flags = parse(Flags, "bench", argv)
@@ -130,7 +131,7 @@ def _run(flags: Flags, configs: dict[str, RunConfig]) -> int:
 
     console, environment = Terminal(highlight=False, soft_wrap=True, width=132), report.environment()
     rounds: list[list[dict[str, Any]]] = []
-    failed = stopped = False
+    failed, stopped = False, None
     try:
         for turn in range(flags.rounds):
             rounds.append([])
@@ -144,15 +145,15 @@ def _run(flags: Flags, configs: dict[str, RunConfig]) -> int:
                 console.print(f"round {turn + 1}: {arm} {done['step_ms']:.1f} ms, {rate:,.0f} tok/s/GPU")
                 if flags.output is not None:  # after each arm: kept when a later one fails
                     report.write(report.merged(rounds), rounds, environment, flags.output)
-    except KeyboardInterrupt:
-        stopped = True
+    except KeyboardInterrupt as error:
+        stopped = signal_of(error)
         print("colrow bench: stopped; results of the arms before:", file=sys.stderr, flush=True)
     report.show(report.merged(rounds), environment, console)
     for path in flags.beside:
         report.show_beside(path, environment, console)
     if flags.output is not None and any(rounds):
         console.print(f"written to {flags.output}")
-    return 130 if stopped else int(failed)
+    return int(failed) if stopped is None else 128 + stopped
 
 
 def _arm(flags: Flags, arm: str, config: RunConfig) -> dict[str, Any] | None:

@@ -81,6 +81,11 @@ def is_rank() -> bool:
     return "RANK" in os.environ and _error_file() is not None
 
 
+def signal_of(error: KeyboardInterrupt) -> signal.Signals:
+    """The signal that stops this process."""
+    return signal.Signals(error.args[0]) if error.args else signal.SIGINT
+
+
 def user_error(error: BaseException) -> str | None:
     """What to print of an error that its reader can correct: one of colrow's, or of a file or a disk. Else None."""
     if isinstance(error, ColrowError):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from colrow.cli.config_flags import read_flags
-from colrow.cli.ranks import rank_folder, rank_info, reporting_errors
+from colrow.cli.ranks import rank_folder, rank_info, reporting_errors, signal_of
 from colrow.config import RunConfig, load_config
 from colrow.errors import ConfigError
 from colrow.run import startup
@@ -40,9 +40,9 @@ def main(argv: list[str]) -> int:
         _rank(argv)
     try:
         return _start(argv)
-    except KeyboardInterrupt:  # before the ranks were started: the data that is prepared stays in the cache
-        print("colrow train: interrupted before the first step", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:  # before the ranks were started: the data that is prepared stays in the cache
+        print(f"colrow train: stopped by {signal_of(error).name} before the first step", file=sys.stderr)
+        return 128 + signal_of(error)
 
 
 def read_config(argv: list[str]) -> RunConfig:

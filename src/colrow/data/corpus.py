@@ -136,6 +136,7 @@ def open_corpus(section: DataSection, digest_cache: Path | None = None) -> Corpu
     if section.corpus.startswith("hf:"):
         return open_dataset(section.corpus, section.text_key, digest_cache)
     pattern = os.path.expanduser(section.corpus)
+    _refuse_looped_links(pattern)
     paths = sorted({path for name in glob.glob(pattern, recursive=True) if not (path := Path(name)).is_dir()})
     if not paths:
         raise _no_file(section.corpus, pattern)
@@ -152,6 +153,18 @@ def open_corpus(section: DataSection, digest_cache: Path | None = None) -> Corpu
     if any(format_of(path) == "parquet" for path in paths):
         import_parquet()
     return FileCorpus(section.corpus, paths, section.text_key, digest_cache)
+
+
+def _refuse_looped_links(pattern: str) -> None:
+    """Raise a DataError where `**` would follow a link to a folder above: glob takes each turn for other files, and
+    with two such links does not end."""
+    before, stars, _ = pattern.partition("**")
+    for root in glob.glob(before or ".") if stars else ():
+        for folder, folders, _ in os.walk(root, followlinks=True):
+            folders[:] = [name for name in folders if not name.startswith(".")]  # which glob leaves out
+            for link in (Path(folder, name) for name in folders):
+                if link.is_symlink() and link.resolve() in (here := link.parent.resolve(), *here.parents):
+                    raise DataError(f"corpus {pattern!r} follows {link}, a link to a folder above it: remove the link")
 
 
 def _no_file(corpus: str, pattern: str) -> DataError:

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, Literal
 from colrow.errors import DataError
 
 FileFormat = Literal["text", "jsonl", "parquet"]
+_COMPRESSED = (".zst", ".zip", ".bz2", ".xz", ".lz4", ".tar", ".tgz", ".7z", ".br")
 _PARQUET_ROWS = 1024
 _SCAN_BYTES = 1 << 16
 MOST_LINE_BYTES = 64 << 20
@@ -58,7 +59,9 @@ def read_file(path: Path, text_key: str, section_chars: int) -> Iterator[str]:
             case "text":
                 yield from _read_text(path, section_chars)
     except (OSError, EOFError) as error:  # EOFError: a .gz that ends early
-        raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+        reason = getattr(error, "strerror", None)
+        fix = "" if reason else ": fetch it again, or leave it out of data.corpus"
+        raise DataError(f"cannot read {path}: {reason or error}{fix}") from error
 
 
 def require_text(value: object, where: str) -> str:
@@ -96,10 +99,15 @@ def _read_text(path: Path, section_chars: int) -> Iterator[str]:
         with io.TextIOWrapper(_open_binary(path), encoding="utf-8-sig") as file:  # -sig: a byte-order mark is no text
             yield from _split_text(file, section_chars)
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text (at byte {_bad_byte(path)}): convert it "
-            f"(iconv -f latin1 -t utf-8), or leave it out of data.corpus"
-        ) from error
+        raise DataError(f"{path} is not UTF-8 text (at byte {_bad_byte(path)}): {_to_utf8(path)}") from error
+
+
+def _to_utf8(path: Path) -> str:
+    if suffix_of(path) in _COMPRESSED:
+        return "of compressed files .gz alone is read: decompress it, or leave it out of data.corpus"
+    with _open_binary(path) as file:
+        encoding = "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "latin1"
+    return f"convert it (iconv -f {encoding} -t utf-8), or leave it out of data.corpus"
 
 
 def _split_text(file: io.TextIOWrapper, max_chars: int) -> Iterator[str]:
@@ -156,7 +164,7 @@ def _read_jsonl(path: Path, text_key: str) -> Iterator[str]:
                 hint = ""
                 if number == 1 and line.lstrip()[:1] in (b"[", b"{"):
                     hint = "; a .jsonl file holds one complete JSON object on each line"
-                raise DataError(f"{where} is not JSON: {error}{hint}") from error
+                raise DataError(f"{where} is not JSON: {error}{hint}: correct it, or leave it out") from error
             if not isinstance(row, dict):
                 raise DataError(
                     f"{where} holds {_json_type(row)}, not an object such as {{{json.dumps(text_key)}: ...}}"
@@ -183,7 +191,9 @@ def _read_parquet(path: Path, text_key: str) -> Iterator[str]:
                         number += 1
                         yield require_text(value, f"{path} row {number}, key {text_key!r},")
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not a complete Parquet file (read {number} rows): {error}") from error
+        raise DataError(
+            f"{path} is not a complete Parquet file (read {number} rows): {error}: fetch it again"
+        ) from error
 
 
 def import_parquet() -> Any:

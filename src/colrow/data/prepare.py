@@ -128,6 +128,8 @@ def prepare(section: DataSection, model_vocab: int, progress: bool) -> PreparedD
             built=built,
         )
         shown.say(f"{data.describe()} ({f'made in {time.monotonic() - start:.1f} s' if built else 'found'})")
+        if data.tokenizer.drops_unknown:
+            shown.say("data: warning: the tokenizer drops the characters that it does not know")
         if meta.special:
             shown.say(_special_line(meta.special, section))
     _require_a_sequence(meta, section)

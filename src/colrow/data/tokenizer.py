@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,8 @@ _LAST_ID = 10_000_000
 """`tokenizers` looks at each id from 0 on where it writes a tokenizer down."""
 SAMPLE_CHARS = 1 << 26
 """A vocabulary is trained on this much of the corpus: counts of frequent pairs change little beyond it."""
+_RARE = "\u16a0\u13a0\ua4d0"
+"""Letters that a vocabulary without bytes hardly has: Runic, Cherokee, Lisu."""
 _COMMON_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>", "[EOS]", "[SEP]")
 
 
@@ -81,13 +84,22 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text that goes on, such as a prompt: `prefix` and the text's own."""
-        return self._begun(list(self.backend.encode(text, add_special_tokens=False).ids))
+        with _naming_a_text_without_ids():
+            return self._begun(list(self.backend.encode(text, add_special_tokens=False).ids))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of complete documents: `prefix`, the text's own, and `eos_id`; a text that spells these as special
         tokens gets them once."""
-        encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [self._ended(self._begun(list(encoding.ids))) for encoding in encoded]
+        with _naming_a_text_without_ids():
+            encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [self._ended(self._begun(list(encoding.ids))) for encoding in encoded]
+
+    @cached_property
+    def drops_unknown(self) -> bool:
+        """Whether characters that it does not know vanish: it has neither bytes nor an unknown token for them."""
+        with contextlib.suppress(Exception):  # one that says so when it meets a text
+            return not self.backend.encode(_RARE, add_special_tokens=False).ids
+        return False
 
     def _begun(self, ids: list[int]) -> list[int]:
         n = len(self.prefix)
@@ -123,6 +135,17 @@ class Tokenizer:
                 f"model with at least {self.vocab_size:,}, another tokenizer, or leave data.tokenizer out "
                 f"(one of {model_vocab:,} tokens is then trained on the corpus)"
             )
+
+
+@contextlib.contextmanager
+def _naming_a_text_without_ids() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the library raises plain Exception
+        raise DataError(
+            f"the tokenizer has no ids for a text ({error}): give one with an unknown token, or of bytes, in "
+            "data.tokenizer.path"
+        ) from error
 
 
 def train_tokenizer(corpus: Corpus, vocab_size: int, on_text: Callable[[str], None] = lambda text: None) -> Tokenizer:
@@ -179,7 +202,8 @@ def load_tokenizer(path: Path | str, special: bool = False) -> Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception for whatever it cannot read
-        raise DataError(f"{file} is not a tokenizer.json: {error}") from error
+        fix = _write_one(path) if file.name != "tokenizer.json" and _is_slow(file.name) else "give the one of its model"
+        raise DataError(f"{file} is not a tokenizer.json: {error}: {fix}") from error
     if (last := max(backend.get_vocab(with_added_tokens=True).values(), default=0)) > _LAST_ID:
         raise DataError(f"{file} has a token of id {last:,}, and no vocabulary more than {_LAST_ID:,}: is it damaged?")
     settings = _read_json(file.with_name("tokenizer_config.json"))
@@ -192,13 +216,19 @@ def _no_tokenizer(path: Path) -> DataError:
             f"there is no tokenizer {path} (searched from {Path.cwd()}): give a tokenizer.json or a Hugging Face "
             f"folder in data.tokenizer.path, or leave it out to train one on the corpus"
         )
-    slow = [name for name in ("tokenizer.model", "vocab.json", "spiece.model", "vocab.txt") if (path / name).exists()]
-    if slow:
-        return DataError(
-            f"{path} holds {slow[0]}, but no tokenizer.json: write one with transformers, "
-            f"AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained({str(path)!r})"
-        )
+    if slow := sorted(file.name for file in path.iterdir() if _is_slow(file.name)):
+        return DataError(f"{path} holds {slow[0]}, but no tokenizer.json: {_write_one(path)}")
     return DataError(f"{path} holds no tokenizer.json: give another folder in data.tokenizer.path")
+
+
+def _is_slow(name: str) -> bool:
+    """Whether a file is a tokenizer in another format."""
+    return name.endswith((".model", ".tiktoken")) or name in ("vocab.json", "vocab.txt", "merges.txt", "tekken.json")
+
+
+def _write_one(path: Path) -> str:
+    folder = str(path if path.is_dir() else path.parent)
+    return f"write one with transformers, AutoTokenizer.from_pretrained({folder!r}).save_pretrained({folder!r})"
 
 
 def _find_eos(backend: Any, file: Path, settings: dict[str, Any]) -> int:
@@ -214,8 +244,8 @@ def _find_eos(backend: Any, file: Path, settings: dict[str, Any]) -> int:
         eos_id = _read_json(file.with_name(name)).get("eos_token_id")
         if isinstance(eos_id, list) and eos_id:
             eos_id = eos_id[0]
-        if isinstance(eos_id, int):
-            if backend.id_to_token(eos_id) is None:
+        if isinstance(eos_id, int) and not isinstance(eos_id, bool):
+            if not 0 <= eos_id <= _LAST_ID or backend.id_to_token(eos_id) is None:
                 raise DataError(f"{file} has no token {eos_id}, which {name} beside it calls eos_token_id")
             return eos_id
     special = {token.content: i for i, token in backend.get_added_tokens_decoder().items() if token.special}

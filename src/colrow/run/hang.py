@@ -119,6 +119,8 @@ class Hang:
 
 def state_of(report: Report) -> str:
     """Why a rank sends no reports, as far as this host can see."""
+    if not report.pid:
+        return "has sent no report since it was started"
     match _process_state(report):
         case "T" | "t":
             return f"process {report.pid} is stopped (SIGSTOP)"
@@ -194,8 +196,10 @@ class HangWatch:
             return self._verdict(running, silent, since, limit, judged.report.phase)
         if signalled is None:
             return None
-        silent = [rank for rank, seen in running.items() if self.now - seen.alive > SILENT_AFTER_SIGNAL]
+        silent = [rank for rank, seen in running.items() if self._is_silent(seen, signalled)]
         last = max(seen.progress if self._beats(seen) else max(seen.progress, seen.work) for seen in running.values())
+        if not any(seen.report.tick for seen in running.values()):
+            last = max(last, signalled)
         patience = max(STILL_AFTER_SIGNAL, 2 * max(seen.longest_silence for seen in running.values()))
         if self.now - signalled > 2.0 and (silent or self.now - last > patience):
             return self._verdict(running, silent, since, None, slowest.report.phase)
@@ -212,6 +216,13 @@ class HangWatch:
     def _limit(self, seen: _Seen) -> float:
         limit = self.limits[seen.report.phase]
         return max(limit, _SLOW_AGAIN * seen.longest_silence) if seen.report.phase == TRAINING else limit
+
+    def _is_silent(self, seen: _Seen, signalled: float) -> bool:
+        """After a signal: whether a rank's reports have stopped. One that has sent none yet, as imports take long on a
+        busy host, gets time from the signal on."""
+        if seen.report.tick:
+            return self.now - seen.alive > SILENT_AFTER_SIGNAL
+        return self.now - max(seen.alive, signalled) > STILL_AFTER_SIGNAL
 
     def _beats(self, seen: _Seen) -> bool:
         """Whether the rank's phase is one in which collectives come often."""

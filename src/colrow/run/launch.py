@@ -94,7 +94,7 @@ def launch(command: Sequence[str], ranks: int, *, save: bool = True, guard: Laun
                     guard.look(Path(folder), signals.since)
                     killed = None if guard.hang is None else time.monotonic()
         if signals.count and not save:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(signals.last)
         if guard is not None and guard.hang is not None:
             return Ended(Failure(guard.hang.ranks[0], guard.text(signals.last), 1), signals.last)
         if isinstance(agent.error, ChildFailedError):
