@@ -19,6 +19,8 @@ def parts(whole: Tensor, layout: Layout) -> list[Tensor]:
     if layout.kind is Kind.PARTIAL:
         terms = [torch.randn_like(whole) for _ in range(RANKS - 1)]
         return [*terms, whole - sum(terms)]
+    if layout.kind is Kind.POSITIONS:
+        return [whole.narrow(layout.dim, 0, whole.shape[layout.dim] // RANKS)] * RANKS
     sizes = layout.sizes(whole.shape[layout.dim])
     chunks: list[Any] = []
     segments = whole.split(list(layout.repeated or sizes), layout.dim)

@@ -190,6 +190,7 @@ MORE: dict[str, Along] = {
     "qr": lambda x, d: torch.linalg.qr(square(x)).R.abs(),
     "svd": lambda x, d: torch.linalg.svdvals(square(x)),
     "solve": lambda x, d: torch.linalg.solve(square(x), x),
+    "triangular": lambda x, d: torch.linalg.solve_triangular(square(x).tril(), x, upper=False),
     "avg_pool2d": lambda x, d: F.avg_pool2d(x, 2),
     "avg_pool2d over": lambda x, d: F.avg_pool2d(x, 3, 1, 1),
     "avg_pool3d": lambda x, d: F.avg_pool3d(x, 2),

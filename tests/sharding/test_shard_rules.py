@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from colrow.dryrun.fake_world import fake_tp_mesh
 from colrow.dryrun.numbered import shape_of
 from colrow.sharding.local_call import LocalCall, UnprovenError
-from colrow.sharding.local_layout import PARTIAL, REPLICATED, STYLE, Layout, layout_of, repeating, sharded
+from colrow.sharding.local_layout import PARTIAL, REPLICATED, STYLE, Kind, Layout, layout_of, repeating, sharded
 from colrow.sharding.operator_rules import RULES
 from colrow.sharding.operators import operator
 from colrow.sharding.shard_rules import proven_layouts
@@ -111,9 +111,53 @@ def written(value: int) -> Tensor:
 
 
 S0, S1, S2 = sharded(0), sharded(1), sharded(2)
+POSITIONS = Layout(Kind.POSITIONS, 0)
 QUERIES_AND_ALL_KV = repeating(1, (4, 8), (4, 4), (1,))
 """Four query features, of which a rank has two, and four of the one k and v head, of which it has all."""
 PROVEN: dict[str, tuple[Any, ...]] = {
+    # positions that are counted on a shard, as an index
+    "positions": (aten.arange.default, (8,), [], ([4],), [POSITIONS]),
+    "positions expanded": (
+        aten.expand.default,
+        (torch.arange(8), [3, 8]),
+        [POSITIONS],
+        ([3, 4],),
+        [Layout(Kind.POSITIONS, 1)],
+    ),
+    "taken at positions": (aten.index.Tensor, (x(3, 8), [None, torch.arange(8)]), [S1, POSITIONS], None, [S1]),
+    "selected at positions": (aten.index_select.default, (x(3, 8), 1, torch.arange(8)), [S1, POSITIONS], None, [S1]),
+    "gathered at positions": (
+        aten.gather.default,
+        (x(3, 8), 1, torch.arange(8).expand(3, 8)),
+        [S1, Layout(Kind.POSITIONS, 1)],
+        None,
+        [S1],
+    ),
+    "gradient of what is taken at positions": (
+        aten.index_put.default,
+        (torch.zeros(3, 8), [None, torch.arange(8)], x(3, 8), True),
+        [S1, POSITIONS, S1],
+        None,
+        [S1],
+        {"zeros": frozenset([0])},
+    ),
+    # windows side by side, and segments that change places
+    "windows": (aten.unfold.default, (x(3, 16), 1, 4, 4), [S1], None, [S1]),
+    "windows of segments": (
+        aten.unfold.default,
+        (x(3, 24), 1, 4, 4),
+        [sharded(1, (16, 8))],
+        None,
+        [sharded(1, (4, 2))],
+    ),
+    "gradient of windows": (
+        aten.unfold_backward.default,
+        (x(3, 4, 4), [3, 16], 1, 4, 4),
+        [S1],
+        ([3, 8, 1, 4, 4],),
+        [S1],
+    ),
+    "segments rolled": (aten.roll.default, (x(3, 12), [4], [1]), [sharded(1, (8, 4))], ([2, 1],), [sharded(1, (4, 8))]),
     # segments, and every step-th element
     "slice of a segment": (aten.slice.Tensor, (x(3, 12), 1, 8, 12), [sharded(1, (8, 4))], ([1, 4, 6],), [S1]),
     "slice of two segments": (
@@ -648,7 +692,14 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "largest": (aten.amax.default, (x(3, 8), [1]), [S1], None),
     "rolled": (aten.roll.default, (x(3, 8), [1], [1]), [S1], None),
     "softmax": (aten._softmax.default, (x(3, 8), 1, False), [S1], None),
-    "positions": (aten.arange.default, (8,), [], ([4],)),
+    "positions from another one": (aten.arange.start, (1, 9), [], ([1, 5],)),
+    "positions as numbers": (aten.mul.Tensor, (x(3, 8), torch.arange(8)), [S1, POSITIONS], None),
+    "positions of other elements": (aten.index.Tensor, (x(3, 16), [None, torch.arange(8)]), [S1, POSITIONS], None),
+    "positions in another dim": (aten.index.Tensor, (x(8, 8), [torch.arange(8)]), [S1, POSITIONS], None),
+    "windows over the end of a shard": (aten.unfold.default, (x(3, 12), 1, 4, 4), [S1], None),
+    "windows that overlap": (aten.unfold.default, (x(3, 12), 1, 2, 1), [S1], None),
+    "rolled by a part of a segment": (aten.roll.default, (x(3, 16), [4], [1]), [sharded(1, (8, 8))], ([2, 1],)),
+    "rolled by all of a shard": (aten.roll.default, (x(3, 16), [8], [1]), [sharded(1, (8, 8))], None),
     "number of a shard": (aten.div.Tensor, (x(3, 8), 8), [S1], ([4],)),
     "noise": (aten.normal_functional.default, (x(3, 8),), [S1], None),
     "looked up in a shard": (aten.embedding.default, (x(8, 3), torch.tensor([1, 2])), [S0, REPLICATED], None),

@@ -19,6 +19,8 @@ class Kind(Enum):
     SHARDED = auto()
     PARTIAL = auto()
     """The sum over ranks is the unsharded tensor."""
+    POSITIONS = auto()
+    """Positions along `dim` that are counted on a shard from 0; see `sharding.positions`."""
     STYLE = auto()
     """An intermediate result of a style's own arithmetic, which the style's tests prove."""
     UNKNOWN = auto()

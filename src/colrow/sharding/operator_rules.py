@@ -27,8 +27,10 @@ from colrow.sharding.rules_along import (
     needed,
     pad,
     renorm,
+    roll,
     same_view,
     searchsorted,
+    unfold,
     windows,
 )
 
@@ -301,6 +303,9 @@ RULES: dict[str, Rule] = {
     "glu": glu,
     "glu_backward": glu,
     "renorm": renorm,
+    "roll": roll,
+    "unfold": unfold,
+    "unfold_backward": unfold,
     "searchsorted": searchsorted,
     "bucketize": bucketize,
     "constant_pad_nd": pad,

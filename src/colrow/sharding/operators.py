@@ -240,7 +240,7 @@ _known(
 )
 _known(
     """_cdist_forward _cdist_backward _euclidean_dist linalg_matrix_exp linalg_qr linalg_inv_ex linalg_cholesky_ex
-    _linalg_svd _linalg_solve_ex _linalg_det""",
+    _linalg_svd _linalg_solve_ex _linalg_det linalg_solve_triangular""",
     runs=MATRICES,
 )
 _known(

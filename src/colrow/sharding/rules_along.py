@@ -8,6 +8,7 @@ dim is sharded.
 from __future__ import annotations
 
 import re
+from itertools import accumulate
 
 from colrow.sharding.local_call import LocalCall, UnprovenError
 from colrow.sharding.local_layout import PARTIAL, REPLICATED, Kind, Layout, sharded
@@ -204,6 +205,38 @@ def glu(call: LocalCall) -> list[Layout] | None:
     if not first or first != layout.segments[half:] or (backward and call.tensors[0][0] != of_half):
         return None
     return [layout if backward else of_half]
+
+
+def roll(call: LocalCall) -> list[Layout] | None:
+    """Along the sharded dim: by complete segments, so that a rank's roll by its shards of them gives their shards."""
+    layout, there = call.tensors[0]
+    dims = [d % len(there.shape) for d in call.argument("dims")[0]]
+    if layout.kind is not Kind.SHARDED or dims.count(layout.dim) != 1:
+        return along(call)
+    i, extent = dims.index(layout.dim), there.shape[layout.dim]
+    here, wanted = call.argument("shifts")
+    shift, bounds = wanted[i] % extent, [0, *accumulate(layout.sizes(extent))]
+    others_differ = any(a != b for k, (a, b) in enumerate(zip(here, wanted, strict=True)) if k != i)
+    if others_differ or layout.repeated or extent - shift not in bounds or here[i] * call.ranks % extent != shift:
+        raise UnprovenError("elements move from one rank's shard to another's", layout.dim)
+    cut = bounds.index(extent - shift)
+    return [sharded(layout.dim, (*layout.segments[cut:], *layout.segments[:cut]))]
+
+
+def unfold(call: LocalCall) -> list[Layout] | None:
+    """Along the sharded dim: windows side by side that end with each segment."""
+    layout, there = call.tensors[0]
+    backward = call.name == "unfold_backward"
+    dim = call.argument("dim" if backward else "dimension")[0] % (len(there.shape) - backward)
+    if layout.kind is not Kind.SHARDED or layout.dim != dim:
+        return along(call)
+    size, step = call.argument("size")[0], call.argument("step")[0]
+    sizes = [n * (size if backward else 1) for n in layout.sizes(there.shape[dim])]
+    if size != step or layout.repeated or any(n % (size * call.ranks) for n in sizes):
+        raise UnprovenError("a window reaches from one rank's shard into another's", dim)
+    if backward and call.argument("input_sizes")[1][dim] != sum(sizes):
+        return None
+    return [sharded(dim, tuple(sizes if backward else (n // size for n in sizes)))]
 
 
 def renorm(call: LocalCall) -> list[Layout] | None:

@@ -28,6 +28,7 @@ from colrow.sharding.local_call import INDEXES, PIECES_BACKWARD, LocalCall, Shap
 from colrow.sharding.local_layout import PARTIAL, REPLICATED, Kind, Layout, layout_of, repeating, sharded
 from colrow.sharding.operator_rules import RULES
 from colrow.sharding.operators import Filling, Linear
+from colrow.sharding.positions import of_positions, positions_made
 from colrow.torch_compat import NoRuleError, propagated
 
 
@@ -40,11 +41,13 @@ def proven_layouts(call: LocalCall, mesh: DeviceMesh) -> list[Layout]:
         return found
     if any(layout.repeated for layout, _ in call.tensors):
         return _of_repeated(call, mesh)
+    if any(layout.kind is Kind.POSITIONS for layout, _ in call.tensors):
+        return of_positions(call)
     all_replicated = all(layout == REPLICATED for layout, _ in call.tensors)
     if _draws(call) and not (all_replicated and call.same_results):
         return _of_draw(call)
     if all_replicated:
-        return _of_replicated(call)
+        return positions_made(call) or _of_replicated(call)
     # Ours before DTensor's: each stands where DTensor has no rule or moves data, or is wrong for local tensors.
     for rule in (_linear_backward, RULES.get(call.name) or RULES.get(call.name.rstrip("_"))):
         if rule is not None and (found := rule(call)) is not None:
