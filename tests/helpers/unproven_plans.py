@@ -380,6 +380,9 @@ WRONG = {
     "a part of the logits written": Case(lambda: PartDoubled(2), lambda: gpt_plan("vocab_parallel")),
     "samples compared, of flattened tokens": flattened(lambda h: h - h.mean(0, keepdim=True)),
     "samples in another order, of flattened tokens": flattened(lambda h: h.flip(0)),
+    "a number drawn for each sample, of flattened tokens": flattened(
+        lambda h: h * torch.rand(len(h), 1, 1), train=True
+    ),
     "tokens shifted, of flattened ones": flattened(lambda h: F.pad(h, (0, 0, 1, -1))),
     "a cumulative sum of the logits": Case(SummedLogits, lambda: gpt_plan("vocab_parallel")),
     "sum over ranks left out": Case(
@@ -414,6 +417,7 @@ RIGHT = {
         WrittenSizes, lambda: fast_plan(**{"": {"style": "replicate", "sizes": {"view(-1, *, *)": "*, /tp, *"}}})
     ),
     "norm of each group of features, in code with sizes": viewed(lambda h: h / h.norm(dim=-1, keepdim=True)),
+    "features at their own positions": features(lambda h: h[..., torch.arange(h.shape[-1])]),
     "norm of each head": attention(output=lambda o: F.layer_norm(o, (m.E,))),
     "causal convolution of all tokens": on_stream(causal_convolution),
     "dropout of all tokens": on_stream(lambda: nn.Dropout(0.1), train=True),

@@ -78,10 +78,20 @@ def unproven_operators(
         return found.unproven
     listed = {(each.operator, each.where, each.line) for each in found.unproven}
     more = [each for each in again.unproven if (each.operator, each.where, each.line) not in listed]
-    draws = _told_apart(found.draws, again.draws).items()
-    unknown = [name for name, drawn in draws if not all(draw.is_known for draw in drawn)]
-    text = "nothing says whether it drops tokens or heads: each rank draws random numbers of its own"
-    return found.unproven + more + [Unproven("dropout", name, "", text) for name in unknown]
+    return found.unproven + more + _unlike_draws(_told_apart(found.draws, again.draws), again.draws)
+
+
+def _unlike_draws(first: ModuleDraws, second: ModuleDraws) -> list[Unproven]:
+    """The draws that are for other elements in the two views of flattened tokens: for sequences, as in one process, and
+    for a shard of each."""
+    found = []
+    for name, drawn in first.items():
+        pairs = zip(drawn, second.get(name, ()), strict=False)
+        views = [(sharded(0) if draw.flattened else draw.layout, other.layout) for draw, other in pairs]
+        if not all(draw.is_known for draw in drawn) or any(a != b for a, b in views):
+            reason = "nothing says which tokens or sequences its random numbers are for"
+            found.append(Unproven("dropout", name, "", reason))
+    return found
 
 
 def draws_by_module(request: Request) -> Walk | Exception:
