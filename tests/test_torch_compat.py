@@ -340,6 +340,10 @@ def test_fake_tensors_have_no_memory() -> None:
     with tc.fake_tensors():
         x = torch.empty(1 << 40, dtype=torch.float32)
         assert tc.is_fake(x)
+        with pytest.raises(RuntimeError) as raised:
+            torch.ones(3).sum().item()
+    assert tc.needs_values(raised.value)
+    assert not tc.needs_values(RuntimeError())
     assert not tc.is_fake(torch.ones(1))
 
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel
 
 from colrow.checking.check import CODES, Finding, check, check_static
 from colrow.checking.options import COMPILED_BLOCKS_WAIT
@@ -150,3 +152,18 @@ def test_a_finding_is_plain_data_and_names_its_page() -> None:
     assert set(one.to_data()) == {"code", "severity", "where", "message", "fix"}
     assert one.page == "docs/checks/CR501.md"
     assert one.slug == "partial-gradient"
+
+
+class AsksForValues(ColwiseParallel):
+    """A style whose code branches on values."""
+
+    def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
+        module.register_forward_pre_hook(lambda _, args: None if args[0].sum().item() > 0 else args)
+        return super()._apply(module, device_mesh)
+
+
+def test_a_style_that_needs_values_is_left_to_verify() -> None:
+    found = check(m.Gpt(layers=1), gpt_plan(mlp__up=AsksForValues()), Mesh(tp=2), 2, 16)
+    assert [(f.code, f.where, f.severity) for f in found if f.code != "CR414"] == [
+        ("CR410", "blocks.0.mlp.up", "warning")
+    ]

@@ -15,6 +15,7 @@ from colrow.dryrun.module_tracker import LOSS
 from colrow.dryrun.recorded_calls import REDUCTIONS, RecordedCall
 from colrow.dryrun.result import DryRun, Failure, Output
 from colrow.plans.plan import Plan
+from colrow.torch_compat import needs_values
 
 
 def check_dynamic(run: DryRun, plan: Plan, tp: int) -> list[Finding]:
@@ -80,7 +81,9 @@ def _wrong_call(got: RecordedCall, want: RecordedCall, tp: int) -> tuple[str, st
             "them as if these were all query heads"
         )
         return "CR213", message, "give k_proj and v_proj the style kv_replicate"
-    if got.op in REDUCTIONS and got.source[got.dim] * tp == want.source[got.dim]:
+    # a running sum over all elements shifts later shards by one number, which a norm may remove: left to CR414
+    is_shift = got.op == "cumsum" and len(got.source) == 1
+    if got.op in REDUCTIONS and not is_shift and got.source[got.dim] * tp == want.source[got.dim]:
         message = f"{got.op} over {got.source[got.dim]} of {want.source[got.dim]} values, those of one rank"
         return "CR413", message, "replicate what is before it (drop its style, or gather its output)"
     code = _view_code(got, want, tp)
@@ -205,6 +208,9 @@ def _failure(failure: Failure, plan: Plan) -> Finding:
             "CR404", where, message, "let the module work on local tensors: use_local_output: true before it"
         )
     phase = "backward" if failure.backward else "forward"
+    if needs_values(failure.error):  # of DTensor's own code: the unsharded model ran
+        message = f"the sharded {phase} needs values, which fake tensors lack ({type(failure.error).__name__}: {text})"
+        return finding("CR410", where, message, "rely on the static checks and on `colrow verify`")
     message = f"the sharded {phase} raises {type(failure.error).__name__}: {text}"
     return finding("CR401", where, message, "check the styles of this module and of those that feed it")
 

@@ -50,6 +50,13 @@ def constant_index(tensor: Any) -> int | None:
         return int(value.item())
 
 
+def needs_values(error: BaseException) -> bool:
+    """Whether code failed because fake tensors have no values: nothing is known of it with values."""
+    names = ("DataDependentOutputException", "DynamicOutputShapeException")
+    kinds = tuple(private(f"torch._subclasses.fake_tensor:{name}", "for the dry run") for name in names)
+    return isinstance(error, kinds)
+
+
 @contextmanager
 def fake_tensors() -> Iterator[None]:
     """A FakeTensorMode in which DTensor works: it computes some offsets with tensors, and needs their values."""
