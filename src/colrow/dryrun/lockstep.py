@@ -33,6 +33,7 @@ from colrow.dryrun.module_tracker import LOSS
 from colrow.dryrun.numbered import NumberedRun, Value
 from colrow.dryrun.paired_runs import ShardedRun
 from colrow.dryrun.reduced_copy import reduced_copy
+from colrow.dryrun.sequence_sizes import sizes_of_sequences
 from colrow.dryrun.unproven import Unproven
 from colrow.dryrun.unsharded_run import UnshardedRun
 from colrow.parallel.loss import loss_context
@@ -171,7 +172,7 @@ def _walked(request: Request, keep: int, backward: bool, sequences: int) -> Walk
     copies = [reduced_copy(request.model, styles, BlockTraces(), keep) for _ in range(2)]
     unsharded, parallel = (copy.model for copy in copies)
     original = copies[1].original
-    names = {name: original(name) for name, _ in parallel.named_modules() if name}
+    names = {name: original(name) for name, _ in parallel.named_modules()}
     resolved = {new: styles[old] for new, old in names.items() if old in styles}
     plan = replace(request.plan, modules=resolved)
     with ExitStack() as stack:
@@ -189,7 +190,10 @@ def _walked(request: Request, keep: int, backward: bool, sequences: int) -> Walk
             want, _ = _step(reference, unsharded, given, request.loss, None, backward)
         except Exception as error:
             return error
-        run = ShardedRun(parallel, reference, mesh, resolved, segments, *_counts_of_tokens(request, given))
+        length, counted = _counts_of_tokens(request, given)
+        run = ShardedRun(parallel, reference, mesh, resolved, segments, 0 if counted[0] else length, counted)
+        if counted[0] and length:
+            stack.enter_context(sizes_of_sequences(run, counted, length))
         try:
             with run.conversions(), loss_context(plan, mesh):
                 number, layout = _step(run, parallel, given, request.loss, plan, backward)
@@ -218,14 +222,13 @@ def _inputs(request: Request, model: nn.Module, sequences: int) -> Inputs:
 
 
 def _counts_of_tokens(request: Request, inputs: Inputs) -> tuple[int, tuple[int, int]]:
-    """Tokens of a sequence where shards are of flattened tokens, else 0; sequences on a rank and in the unsharded run
-    where complete sequences are viewed, else zeros."""
+    """Tokens of a sequence where shards are of flattened tokens, in either view, else 0; sequences on a rank and in the
+    unsharded run where complete sequences are viewed, else zeros."""
     tensors = [x for x in inputs if isinstance(x, Tensor)]
     lengths = [x.shape[1] for x in tensors if x.ndim > 1]
     batches = [x.shape[0] for x in tensors if x.ndim]
-    if views_complete_sequences():
-        return 0, (batches[0] // request.tp, batches[0]) if batches else (0, 0)
-    return lengths[0] if _flattens_tokens(request) and lengths else 0, (0, 0)
+    length = lengths[0] if _flattens_tokens(request) and lengths else 0
+    return length, (batches[0] // request.tp, batches[0]) if views_complete_sequences() and batches else (0, 0)
 
 
 def _draws_of_modules(run: ShardedRun) -> dict[str, tuple[Draw, ...]]:
