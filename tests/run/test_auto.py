@@ -115,6 +115,21 @@ def test_the_flat_engine_is_chosen_where_it_can_run(requested: dict[str, Any], m
     assert chosen(mesh={"dp_shard": 2}).mesh.data_engine == "fsdp2"
 
 
+def test_the_flat_engine_stays_inside_a_host(requested: dict[str, Any]) -> None:
+    config = parse_config(requested)
+    choices = Choices(config, build_source(config.model, 0).model, H200, 4, hosts=2)
+
+    def engines(**axes: int) -> list[tuple[str, str]]:
+        found = choices._engines(choices._on(Mesh(**axes), 1))
+        return [(each.mesh.data_engine, each.fsdp.exchange) for each in found]
+
+    fsdp2, flat, by_copies = ("fsdp2", "collectives"), ("flat", "collectives"), ("flat", "copy_engine")
+    assert engines(dp_replicate=2, dp_shard=2) == [fsdp2, by_copies]
+    assert engines(dp_replicate=4) == [fsdp2, flat]
+    assert engines(dp_shard=4) == engines(dp_shard=2, tp=2) == [fsdp2]
+    assert engines(pp=2, dp_shard=2) == [fsdp2]
+
+
 @pytest.mark.exhaustive
 def test_what_is_given_stays(requested: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     on(monkeypatch, H200, 2)

@@ -185,13 +185,15 @@ class Choices:
             yield self._forecaster.row(plan, mesh, replace(options, cuda_graph=True))
 
     def _engines(self, config: RunConfig) -> list[RunConfig]:
-        """The config with each data engine that can run it, FSDP2's first; its own alone where that is given.
+        """The config with each data engine that can run it, FSDP2's first; its own alone where that is given. The flat
+        one only where the ranks of dp_shard are on one host.
 
         Raises:
             ConfigError: none can.
         """
         candidates = [config]
-        if not self._engine_is_given and config.mesh.dp > 1 and self._model_can_be_flat:
+        one_host = config.mesh.tp * config.mesh.dp_shard <= self._per_host  # between hosts nobody has run it
+        if not self._engine_is_given and config.mesh.dp > 1 and one_host and self._model_can_be_flat:
             candidates.append(self._on_flat(config))
         found, obstacle = [], None
         for candidate in candidates:
@@ -206,10 +208,9 @@ class Choices:
         return found
 
     def _on_flat(self, config: RunConfig) -> RunConfig:
-        """By copy engines where the ranks of dp_shard are GPUs of one host that reach each other's memory."""
+        """By copy engines where GPUs reach each other's memory."""
         mesh, fsdp = config.mesh.model_copy(update={"data_engine": "flat"}), config.fsdp
-        one_host = mesh.tp * mesh.dp_shard <= self._per_host and self._forecaster.device.rates.peer_copy > 0
-        if one_host and mesh.dp_shard > 1 and fsdp.keep_shards:
+        if self._forecaster.device.rates.peer_copy > 0 and mesh.dp_shard > 1 and fsdp.keep_shards:
             fsdp = fsdp.model_copy(update={"gather": "copy_engine", "exchange": "copy_engine"})
         return config.model_copy(update={"mesh": mesh, "fsdp": fsdp})
 
