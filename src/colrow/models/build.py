@@ -181,6 +181,11 @@ def _of_transformers(path: Path, trust_code: bool) -> nn.Module:
             )
     except Exception as error:  # transformers, and code of others, raises many kinds for a model that it does not know
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "Unrecognized configuration class" in reason:
+            reason = (
+                f"{tree.get('model_type')} is no causal language model, the only kind that is read from a folder: "
+                "build another in model.python, and train it by a loop of your own (docs/guide/library.md)"
+            )
         raise ConfigError(f"transformers cannot build the model in {path}: {reason}") from error
     model.tie_weights()  # type: ignore[operator]
     return model.train()

@@ -31,8 +31,58 @@ def _fingerprint(tensor: Tensor) -> Tensor:
     return total
 
 
+_FEW = 256
+"""64-bit words that are not worth a matrix."""
+
+
 @torch.no_grad()
 def memory_hashes(tensors: Iterable[Tensor]) -> Tensor:
-    """One int64 hash a tensor, [n], in a single pass: of every step. Two flips of the same bit cancel."""
-    found = [torch.hash_tensor(t.detach().reshape(-1)).view(torch.int64) for t in tensors if t.numel()]
-    return torch.stack(found) if found else torch.zeros(0, dtype=torch.int64)
+    """One int64 hash a tensor with elements, [n], for every step: two passes over memory at its own speed.
+
+    The memory is a matrix of 64-bit words. XOR along rows changes unless flips of one bit meet in a row; sums down
+    columns change unless they meet in a column: one flip, or two, cannot do both. The two vectors are mixed as above.
+    """
+    vectors: list[Tensor] = []
+    lengths: list[int] = []
+    for tensor in tensors:
+        if tensor.numel():
+            parts = _summaries(tensor.detach().contiguous().reshape(-1))
+            vectors += parts
+            lengths.append(sum(map(len, parts)))
+    if not vectors:
+        return torch.zeros(0, dtype=torch.int64)
+    bits = torch.cat(vectors)
+    count = torch.tensor(lengths, device=bits.device)
+    segment = torch.repeat_interleave(count, output_size=len(bits))
+    first = (count.cumsum(0) - count)[segment]
+    weights = _scattered(torch.arange(len(bits), device=bits.device) - first)
+    return torch.zeros(len(lengths), dtype=torch.int64, device=bits.device).index_add_(0, segment, bits * weights)
+
+
+def _scattered(numbers: Tensor) -> Tensor:
+    """An odd weight for each number, by the rounds of splitmix64."""
+    mixed = (numbers + 1) * -0x61C8864680B583EB
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        mixed = (mixed ^ (mixed >> shift)) * factor
+    return mixed | 1
+
+
+def _summaries(flat: Tensor) -> list[Tensor]:
+    """Vectors of int64, each below 2^32 in size, so that weights of 31 bits leave none of its bits out."""
+    size = flat.element_size()
+    head = (-flat.storage_offset() * size % 8) // size
+    count = max(len(flat) - head, 0) * size // 8
+    if count < _FEW or flat.dtype.is_complex:
+        flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
+        return [_small(flat)]
+    width = 1 << count.bit_length() // 2  # nearly square: both vectors are short
+    end = head + count // width * width * 8 // size
+    words = flat[head:end].view(torch.int64).view(-1, width)
+    found = [torch.hash_tensor(words, dim=1).view(torch.int64), words.sum(0)]
+    rest = [_small(part) for part in (flat[:head], flat[end:]) if len(part)]
+    return [*(_small(part) for part in found), *rest]
+
+
+def _small(flat: Tensor) -> Tensor:
+    """The bits of a few elements, in halves where they have 64."""
+    return flat.view(torch.int32 if flat.element_size() == 8 else _INTEGERS[flat.element_size()]).long()
