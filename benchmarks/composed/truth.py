@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 import colrow
 from colrow.dryrun.calls import call_model, default_loss
-from colrow.dryrun.random_draws import random_draws
+from colrow.dryrun.random_draws import model_draws, random_draws
 from colrow.parallel.random_draws import arrange_draws
 from colrow.plans.plan import Plan
 from colrow.sharding.grad_norm import align_gradients
@@ -58,8 +58,9 @@ def truth(case: Judged, ids: Tensor, mesh: DeviceMesh) -> Truth:
     buffers = dict(unsharded.named_buffers())
     parallel, plan = _made(case), case.plan()
     try:
+        draws = model_draws(case.model(), *ids.shape)
         # as training arranges it, each rank draws its shard of one process's dropout masks
-        drawn = random_draws(case.model(), plan, mesh.size(), *ids.shape).modules if _draws(case, ids) else {}
+        drawn = random_draws(case.model(), plan, mesh.size(), *ids.shape).modules if draws is not False else {}
         colrow.parallelize(parallel, plan, mesh)
         arrange_draws(parallel, drawn, mesh)
         with colrow.loss_context(plan, mesh):
@@ -89,14 +90,6 @@ def _made(case: Judged) -> nn.Module:
         for param in model.parameters():
             param.add_(torch.randn_like(param) * (0.2 if param.ndim < 2 else 0.05))
     return model
-
-
-def _draws(case: Judged, ids: Tensor) -> bool:
-    """Whether a forward draws random numbers."""
-    model, before = case.model(), torch.get_rng_state()
-    with torch.no_grad():
-        call_model(model, (ids,))
-    return not torch.equal(torch.get_rng_state(), before)
 
 
 def _step(model: nn.Module, ids: Tensor) -> tuple[float, dict[str, Tensor]]:
