@@ -184,3 +184,28 @@ def test_at_tp_1_nothing_is_traced() -> None:
     found = derive(Outer(), 1, inputs=(torch.ones(2, 10, D),))
     assert not found.modules
     assert set(found.replicated) == {name for name, _ in Outer().named_parameters()}
+
+
+class Modulated(nn.Module):
+    """A timestep's frequencies, written in the model's own forward, and the vector that modulates the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time = nn.Sequential(nn.Linear(8, 12), nn.SiLU(), nn.Linear(12, 12))
+        self.norm, self.shift, self.mlp = nn.LayerNorm(6), nn.Linear(12, 12), MLP(6, 16)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        angles = t[:, None] * torch.arange(4, dtype=t.dtype)
+        condition = self.time(torch.cat([angles.cos(), angles.sin()], -1))
+        shift, scale = self.shift(F.silu(condition)).chunk(2, -1)
+        return x + self.mlp(self.norm(x) * (1 + scale[:, None]) + shift[:, None])
+
+
+def test_frequencies_that_no_module_makes_leave_what_they_modulate_split() -> None:
+    torch.manual_seed(0)
+    model = Modulated().double()
+    inputs = (torch.randn(3, 5, 6, dtype=torch.float64), torch.rand(3, dtype=torch.float64))
+    found = derive(model, 2, inputs=inputs)
+    assert {"time.2.weight", "shift.weight", "mlp.up.weight"} <= {*found.sharded}
+    assert "no module stands between the stream and mul" in found.replicated["time.0.weight"]
+    assert parity(model, found.plan(), 2, inputs).worst < TOLERANCE

@@ -342,7 +342,8 @@ class BlockFinder:
             ins = [b for b in self.inputs(name) if b not in self.flows.constant]
             if not ins:
                 raise SplitError(
-                    self.atoms_of(region),
+                    # of the regions of one module only that one: beside a timestep's frequencies, what they modulate
+                    self.atoms_of({node}) or self.atoms_of(region),
                     f"no module stands between the stream and {op_name(node)} in {name or 'the model'}",
                 )
             entries |= set(ins)
@@ -429,7 +430,10 @@ class BlockFinder:
                 ins = [b for b in self.inputs(name) if is_float(b)]
                 names = set().union(*(self.flows.params_of.get(i, set()) for i in node.all_input_nodes))
                 if not ins or not any(name in self.flows.sharers[n] for n in names):
-                    raise SplitError(self.atoms_of({node}) & self.choice.vocabulary, "no module makes the logits")
+                    raise SplitError(
+                        self.atoms_of({node}) & self.choice.vocabulary,
+                        f"the logits are a {op_name(node)} in {name or 'the model'}, and no module's output",
+                    )
                 out |= set(ins)
         return out
 
