@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -68,31 +68,39 @@ def run_gloo(task: Task, plan: Plan) -> Observed:
         context.Process(target=_gloo_rank, args=(rank, task.tp, store.port, payload, answers), daemon=True)
         for rank in range(task.tp)
     ]
-    observed, answered, end = Observed(), 0, time.monotonic() + _TIMEOUT
+    complete = False
     try:
         with _main_left_out(payload), _interrupts_blocked():
             for process in ranks:
                 process.start()
-        while answered < task.tp:
-            try:
-                rank, ok, value = answers.get(timeout=0.5)
-            except queue.Empty as error:
-                dead = [i for i, process in enumerate(ranks) if process.exitcode not in (None, 0)]
-                if dead or time.monotonic() > end:
-                    what = f"ranks {dead} died" if dead else f"the ranks gave no answer within {_TIMEOUT:.0f} s"
-                    raise RankFailure(what) from error
-                continue
-            if not ok:
-                raise RankFailure(f"rank {rank}: {value}")
-            observed.merge(pickle.loads(value))
-            answered += 1
+        observed = _gathered(answers, ranks)
+        complete = True
     finally:
         for process in ranks:
             if process.pid is None:  # it could not be started, as in a daemonic process
                 continue
-            if process.is_alive() and answered < task.tp:
+            if process.is_alive() and not complete:  # it waits for the ranks that failed
                 process.kill()
             process.join()
+    return observed
+
+
+def _gathered(answers: Any, ranks: Sequence[Any]) -> Observed:
+    """What all ranks observed. Raises RankFailure."""
+    observed, answered, end = Observed(), 0, time.monotonic() + _TIMEOUT
+    while answered < len(ranks):
+        try:
+            rank, ok, value = answers.get(timeout=0.5)
+        except queue.Empty as error:
+            dead = [i for i, process in enumerate(ranks) if process.exitcode not in (None, 0)]
+            if dead or time.monotonic() > end:
+                what = f"ranks {dead} died" if dead else f"the ranks gave no answer within {_TIMEOUT:.0f} s"
+                raise RankFailure(what) from error
+            continue
+        if not ok:
+            raise RankFailure(f"rank {rank}: {value}")
+        observed.merge(pickle.loads(value))
+        answered += 1
     return observed
 
 
