@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from colrow.sharding.local_layout import Kind, Layout
+from colrow.sharding.local_layout import Kind, Layout, repeating, sharded
 
 RANKS = 2
 
@@ -39,3 +39,24 @@ def agrees(results: list[Tensor], whole: Tensor, layout: Layout) -> bool:
         return torch.allclose(sum(results, torch.zeros(())).to(whole.dtype), whole, equal_nan=True)
     pairs = zip(results, parts(whole, layout), strict=True)
     return all(got.shape == want.shape and torch.allclose(got, want, equal_nan=True) for got, want in pairs)
+
+
+aten = torch.ops.aten
+ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+def x(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def written(value: int) -> Tensor:
+    """An index as code writes it down: fake tensors know its value."""
+    index = torch.tensor([value])
+    index.constant = index  # type: ignore[attr-defined]
+    return index
+
+
+S0, S1, S2 = sharded(0), sharded(1), sharded(2)
+POSITIONS = Layout(Kind.POSITIONS, 0)
+QUERIES_AND_ALL_KV = repeating(1, (4, 8), (4, 4), (1,))
+"""Four query features, of which a rank has two, and four of the one k and v head, of which it has all."""
