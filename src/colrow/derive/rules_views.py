@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch.fx import Node
 
 from colrow.derive.axes import Atom, Dim, forbid, regroup, size_of, unify, unify_dims
 from colrow.derive.infer import AxisInference, NoRuleError, Result, argument, number, op_name, rule, shape_of
+from colrow.sharding.operator_rules import same_elements
 
 
 @rule("transpose")
@@ -71,29 +71,15 @@ def view(inference: AxisInference, node: Node) -> Result:
     if 0 in old:
         raise NoRuleError("view of nothing")
     out: list[Dim] = []
-    for before, after in _stretches(old, new):
-        found = regroup(dims[before], new[after])
+    for run, run_after in same_elements(tuple(old), tuple(new)):
+        before, after = dims[run.start : run.stop], new[run_after.start : run_after.stop]
+        found = regroup(before, after)
         if found is None:
-            for dim in dims[before]:
+            for dim in before:
                 forbid(dim, inference.at("a view cuts through it"))
-            found = inference.fresh(new[after], "a view cuts through it")
+            found = inference.fresh(after, "a view cuts through it")
         out += found
     return out
-
-
-def _stretches(old: list[int], new: list[int]) -> list[tuple[slice, slice]]:
-    """The shortest runs of dims that hold equally many elements in both shapes, in order."""
-    found, first, second = [], 0, 0
-    while first < len(old) or second < len(new):
-        i, j = min(first + 1, len(old)), min(second + 1, len(new))
-        while math.prod(old[first:i]) != math.prod(new[second:j]):
-            if math.prod(old[first:i]) < math.prod(new[second:j]):
-                i += 1
-            else:
-                j += 1
-        found.append((slice(first, i), slice(second, j)))
-        first, second = i, j
-    return found
 
 
 @rule("expand")

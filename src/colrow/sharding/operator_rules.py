@@ -90,7 +90,7 @@ def _view(call: LocalCall) -> list[Layout] | None:
     changed = [d for d, (n, full) in enumerate(zip(local, after, strict=True)) if n * call.ranks == full != n]
     same = sum(n == full for n, full in zip(local, after, strict=True))
     for dim in changed if same == len(after) - 1 else ():
-        for merged, result in _same_elements(before, after):
+        for merged, result in same_elements(before, after):
             if layout.dim in merged and dim in result:
                 outer = prod(before[d] for d in merged if d < layout.dim)
                 inner = prod(before[d] for d in merged if d > layout.dim)
@@ -121,7 +121,7 @@ def _sizes(call: LocalCall, before: Shape) -> Shape | None:
     return tuple(given) if prod(given) == prod(before) else None
 
 
-def _same_elements(before: Shape, after: Shape) -> Iterator[tuple[range, range]]:
+def same_elements(before: Shape, after: Shape) -> Iterator[tuple[range, range]]:
     """The smallest runs of dims of two shapes that hold the same elements."""
     first = first_after = i = j = 0
     while i < len(before) or j < len(after):
