@@ -179,7 +179,8 @@ def _be_rank(folder: Path, rank: int, port: int, argv: list[str], fault: Fault |
 
 
 def _run(folder: Path, number: int, argv: list[str], fault: Fault | None) -> NoReturn:
-    log = os.open(folder / f"log-{number}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    # append: a child of a killed process may still write into the same file
+    log = os.open(folder / f"log-{number}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     if fault is not None:
@@ -187,8 +188,7 @@ def _run(folder: Path, number: int, argv: list[str], fault: Fault | None) -> NoR
     try:
         os._exit(colrow(argv))
     except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
+        os.write(log, traceback.format_exc().encode())  # whatever has become of sys.stderr
     os._exit(99)
 
 

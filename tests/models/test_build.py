@@ -91,6 +91,9 @@ def test_what_nobody_computes_names_the_reason(tmp_path: Path) -> None:
     config_json(tmp_path, model_type="no-such-type")
     with pytest.raises(ConfigError, match=r"transformers cannot build the model in .*no-such-type"):
         built(str(tmp_path))
+    config_json(tmp_path, model_type="t5")
+    with pytest.raises(ConfigError, match=r"t5 is no causal language model, .*: build another in model\.python"):
+        built(str(tmp_path))
     (tmp_path / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"holds no config\.json"):
         built(str(tmp_path))
