@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import math
 import os
@@ -89,6 +90,37 @@ def test_tensorboard_gets_every_figure(config: Callable[..., RunConfig]) -> None
     events.Reload()
     assert set(events.Tags()["scalars"]) == {*record(1), "val_loss"} - {"step"}
     assert [(e.step, e.value) for e in events.Scalars("val_loss")] == [(1, 2.5)]
+
+
+def test_an_id_of_wandb_is_on_the_disk_or_not_there(
+    config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full leaves no empty file, which every later start would take for the run's id."""
+    ids: list[str] = []
+
+    class Started:
+        def finish(self) -> None:
+            pass
+
+    fake = SimpleNamespace(
+        util=SimpleNamespace(generate_id=lambda: "abc"), init=lambda **given: ids.append(given["id"]) or Started()
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(metrics, "require_sinks", lambda section: None)
+    run = config(**{"log.wandb": True})
+    run.run.dir.mkdir()
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=r"No space left on device: .*wandb\.id"):
+            metrics._Wandb(run)
+    assert not (run.run.dir / "wandb.id").exists()
+    for _ in range(2):
+        metrics._Wandb(run).close()
+    assert ids == ["abc", "abc"]
 
 
 def test_perplexity_and_the_table_of_gpus() -> None:

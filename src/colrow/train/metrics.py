@@ -149,7 +149,7 @@ class _Wandb:
 
         id_file = config.run.dir / "wandb.id"
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id(), encoding="ascii")
+            atomic_write(id_file, wandb.util.generate_id())  # half an id would be another run's
         self._run = wandb.init(
             project=config.log.wandb_project,
             name=config.run.dir.name,
