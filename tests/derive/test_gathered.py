@@ -13,26 +13,9 @@ from colrow.derive.derivation import derive
 from colrow.derive.failure import TraceError
 from colrow.plans.derive_options import DeriveOptions
 from colrow.verifying.verify import parity
+from helpers.split_models import Branching
 
 IDS = (torch.randint(0, 32, (3, 4), generator=torch.Generator().manual_seed(0)),)
-
-
-class Branching(nn.Module):
-    """It cannot be traced, and normalises over the features of each layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bag = nn.EmbeddingBag(32, 8)
-        self.mix, self.old = nn.Linear(8, 12), nn.utils.weight_norm(nn.Conv1d(1, 6, 3, padding=1))
-        self.new = nn.utils.parametrizations.weight_norm(nn.Conv1d(6, 6, 1))
-        self.up, self.out = nn.ConvTranspose1d(6, 4, 2, 2), nn.Linear(24, 5)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = F.normalize(self.mix(F.normalize(self.bag(ids))))
-        if x.sum() > 100:
-            x = x * 2
-        x = F.normalize(self.new(F.normalize(self.old(x[:, None]))))
-        return self.out(self.up(x).relu_().mean(1))
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")

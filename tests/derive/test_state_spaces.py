@@ -5,39 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from colrow.derive.derivation import derive
 from colrow.verifying.verify import parity
-
-D, STATES = 8, 3
-
-
-class SelectiveScan(nn.Module):
-    """A Mamba layer in plain code, with its norm and its residual."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = 2 * D
-        self.norm, self.into = nn.LayerNorm(D), nn.Linear(D, 2 * self.inner)
-        self.conv = nn.Conv1d(self.inner, self.inner, 2, padding=1, groups=self.inner)
-        self.select, self.step = nn.Linear(self.inner, 1 + 2 * STATES), nn.Linear(1, self.inner)
-        self.decay, self.skip = nn.Parameter(torch.rand(self.inner, STATES)), nn.Parameter(torch.rand(self.inner))
-        self.back = nn.Linear(self.inner, D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        u, gate = self.into(self.norm(x)).chunk(2, -1)
-        u = F.silu(self.conv(u.mT)[..., : x.shape[1]].mT)
-        step, write, read = self.select(u).split([1, STATES, STATES], -1)
-        step = F.softplus(self.step(step))
-        state = torch.zeros(x.shape[0], self.inner, STATES, dtype=x.dtype)
-        out = []
-        for t in range(x.shape[1]):
-            kept = torch.exp(-step[:, t, :, None] * self.decay)
-            state = kept * state + (step * u)[:, t, :, None] * write[:, t, None]
-            out.append((state * read[:, t, None]).sum(-1))
-        return x + self.back((torch.stack(out, 1) + u * self.skip) * F.silu(gate))
+from helpers.split_models import D, SelectiveScan
 
 
 def test_channels_are_split_around_a_sum_that_each_of_them_uses() -> None:
