@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -57,7 +58,9 @@ def test_ctrl_c_in_a_verb_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     ],
 )
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_is_one_line_whatever_a_library_makes_of_it(number: signal.Signals, ending: str, lines: str) -> None:
+def test_a_signal_is_one_line_whatever_a_library_makes_of_it(
+    number: signal.Signals, ending: str, lines: str, tmp_path: Path
+) -> None:
     code = f"""
 import os, signal, sys, types
 sys.modules["torch"] = None
@@ -75,7 +78,9 @@ sys.modules["colrow.cli.plan"] = types.SimpleNamespace(main=main)
 sys.argv = ["colrow", "plan"]
 command.run()
 """
-    done = subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True, text=True)
+    (tmp_path / "probe.py").write_text(code)  # only of a module Python asks at exit what went through exec
+    command = [sys.executable, "-m", "probe"]
+    done = subprocess.run(command, cwd=tmp_path, timeout=60, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (128 + number, lines.format(name=number.name))
 
 
