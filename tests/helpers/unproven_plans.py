@@ -383,6 +383,9 @@ WRONG = {
     "a number drawn for each sample, of flattened tokens": flattened(
         lambda h: h * torch.rand(len(h), 1, 1), train=True
     ),
+    "samples changed in pairs, of flattened tokens": flattened(
+        lambda h: h.unflatten(0, (-1, 2)).flip(1).flatten(0, 1) if len(h) > 1 else h
+    ),
     "tokens shifted, of flattened ones": flattened(lambda h: F.pad(h, (0, 0, 1, -1))),
     "a cumulative sum of the logits": Case(SummedLogits, lambda: gpt_plan("vocab_parallel")),
     "sum over ranks left out": Case(

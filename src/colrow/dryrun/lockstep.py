@@ -126,12 +126,13 @@ def _flattens_tokens(request: Request) -> bool:
 
 
 def _of_sequences_for_all(request: Request) -> Request:
-    """With two sequences for each rank: of one, a dim of one element would stretch."""
+    """With three sequences for each rank: of one, a dim of one element would stretch, and of two, pairs of sequences
+    would lie on one rank."""
     if request.inputs is None:
-        return replace(request, batch_size=2 * request.tp)
+        return replace(request, batch_size=3 * request.tp)
     inputs = Inputs.of(request.inputs)
     batches = {x.shape[0] for x in inputs if isinstance(x, Tensor) and x.dim()}
-    times = 1 if all(n % (2 * request.tp) == 0 for n in batches) else 2 * request.tp
+    times = 1 if all(n % (3 * request.tp) == 0 for n in batches) else 3 * request.tp
     longer = inputs.map(lambda x: x.repeat_interleave(times, 0) if isinstance(x, Tensor) and x.dim() else x)
     return replace(request, inputs=longer)
 
