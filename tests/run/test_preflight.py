@@ -206,7 +206,9 @@ def test_warnings_are_a_line_each_and_the_ranks_start(
     assert launched == [2]
 
 
-def test_a_derived_plan_is_checked_once(config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_derived_plan_is_checked_once(
+    config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checked: list[tuple[int, int]] = []
 
     def counted(model: Any, plan: Any, mesh: Any, batch_size: int, seq_len: int, **options: Any) -> Any:
@@ -220,7 +222,10 @@ def test_a_derived_plan_is_checked_once(config: Callable[..., RunConfig], monkey
     lines = plan_check.check_plan(run, found.source, found.plan, found.judgement)
     assert checked == [(run.train.micro_batch, run.data.seq_len)]
     assert lines == ["split      100% of the parameters and 100% of the FLOPs are split over tp=2"]
-    plan_check.check_plan(run, found.source, found.plan)
+    assert plan_check.check_plan(run, found.source, found.plan)[1:] == lines  # as the run's folder has kept it
+    assert len(checked) == 1
+    another = config(**{"plan": "derive", "model.layers": 1, "run.dir": str(tmp_path / "another")})
+    plan_check.check_plan(another, found.source, found.plan)
     assert len(checked) == 2
 
 
