@@ -111,6 +111,9 @@ def in_threads(work: Callable[[T], R], values: Iterable[T]) -> list[R]:
     values = list(values)
     if len(values) < 2:
         return [work(value) for value in values]
+    # In a forked process torch makes its thread pool again at its next use. Threads that race for that fail ("Invalid
+    # thread pool"), so this thread uses it first.
+    torch.set_num_threads(torch.get_num_threads())
     with ThreadPoolExecutor(min(THREADS, len(values))) as pool:
         futures = [pool.submit(work, value) for value in values]
         try:
