@@ -171,7 +171,7 @@ class Measured:
 
     def outside_rate(self, rates: Rates) -> float:
         """Of a plain plan: all but compiled blocks, without the norm of gradients, or the flat engine's sums."""
-        per_parameter = SUMS_OF_FLAT if self.setting.flat else NORM_BYTES / 2
+        per_parameter = SUMS_OF_FLAT if self.setting.mesh.is_flat else NORM_BYTES / 2
         of_gradients = per_parameter / UPDATE_BYTES * self.update_bytes() / self.mesh.dp_shard / rates.optimizer
         return self.work()[1].bytes / (self.kind("other", "copy", "loss") - of_gradients)
 
@@ -296,7 +296,7 @@ def fit(measured: list[Measured], base: Rates, *, calibrated: bool = False) -> R
     alone = [row for row in bf16 if row.mesh.dp == 1 and row.mesh.pp == 1]
     fast = [row for row in alone if row.program.overlap != "none"]
     plain = [row for row in bf16 if row.program.overlap == "none" and row.gather == "collectives"]
-    bare = [row for row in plain if row.mesh.tp_alone or row.setting.flat]
+    bare = [row for row in plain if row.mesh.tp_alone or row.setting.mesh.is_flat]
     memory = _median(row.pointwise_bytes() / row.kind(*_POINTWISE) for row in traced if not row.cell.compiled)
     rates = replace(
         base,

@@ -90,6 +90,11 @@ class Mesh(BaseModel):
         """Whether every other axis has one rank."""
         return self.world_size == self.tp
 
+    @property
+    def is_flat(self) -> bool:
+        """Whether the data axes are those of the flat engine."""
+        return self.data_engine == "flat" and self.dp > 1
+
     def __str__(self) -> str:
         named = [f"{axis} {n}" for axis, n in zip(AXES, self.degrees, strict=True) if n > 1]
         return " × ".join(named) or "1 process"

@@ -24,7 +24,7 @@ from colrow.errors import ConfigError
 from colrow.mesh import Mesh
 from colrow.models.llama import Llama
 from colrow.ops.kernels.slot_sum import add_received
-from colrow.parallel import flat_gather, flat_unit, flat_weights
+from colrow.parallel import flat_gather, flat_unit
 from colrow.parallel.compile import compile_forward
 from colrow.parallel.flat_unit import FlatUnit
 from colrow.parallel.flat_weights import FlatWeights, check_data_engine
@@ -415,4 +415,4 @@ def test_what_the_engine_has_not_is_refused_by_name() -> None:
         check_data_engine(unkept)
     check_data_engine(config_of(Mesh(pp=2, dp_shard=2)))
     check_data_engine(config_of(flat(tp=2), replay_every=5))
-    assert not flat_weights.runs_flat(config_of(flat(tp=2)))
+    assert not flat(tp=2).is_flat

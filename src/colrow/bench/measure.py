@@ -27,7 +27,6 @@ from colrow.models.build import build_source
 from colrow.models.shapes import mfu
 from colrow.ops.execution_record import recorded
 from colrow.ops.kernels.optional_triton import UNAVAILABLE
-from colrow.parallel.flat_weights import runs_flat
 from colrow.plans.plan import Plan
 from colrow.run import preflight
 from colrow.run.executed import executed_paths
@@ -261,7 +260,7 @@ def _problem(config: RunConfig, training: Training, trace: StepTrace) -> dict[st
     axes, graphed = MeshAxes(training.mesh), training.captured or config.train.is_graphed
     tp, data_axes = axes.size("tp"), bool(axes.data_groups())
     missing = missing_paths(training.plan, trace, tp, data_axes=data_axes, cuda_graph=graphed, loss=config.mesh.pp == 1)
-    if runs_flat(config) and not recorded("data"):
+    if config.mesh.is_flat and not recorded("data"):
         missing.append("mesh.data_engine: flat (no gradient was exchanged)")
     return {"problem": f"requested and not run: {', '.join(missing)}"} if missing else {}
 

@@ -15,13 +15,12 @@ from colrow.yaml_text import refuse_pipe
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-
+_SAVE = "save them with save_pretrained of transformers"
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _OTHER_FORMATS = {
     "adapter_model.*": "it holds an adapter alone: merge it into its model (merge_and_unload of peft) and save that",
-    "*.bin": "its weights are pickled, which could run code: save them with save_pretrained of transformers",
-    "*.pt*": "its weights are pickled, which could run code: save them with save_pretrained of transformers",
-    "*.gguf": "its weights are GGUF: save them with save_pretrained of transformers",
+    **dict.fromkeys(("*.bin", "*.pt*"), f"its weights are pickled, which could run code: {_SAVE}"),
+    "*.gguf": f"its weights are GGUF: {_SAVE}",
     "*.safetensors": f"its files have other names: rename a single one to {SINGLE}, if its tensors have the names of "
     "transformers",
 }

@@ -175,7 +175,7 @@ def _show_longest(choices: Choices, flags: Flags) -> int:
 
 def _choice(row: Row) -> str:
     options, engine = row.options, ""
-    if row.is_flat:
+    if row.mesh.is_flat:
         engine = f"mesh.data_engine flat, fsdp.gather {options.gather}, fsdp.exchange {options.exchange}, "
     return f"{engine}train.micro_batch {options.micro_batch}, train.activation_checkpoint {options.recompute}"
 

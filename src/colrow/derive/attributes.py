@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from colrow.derive.failure import Misfit
+from colrow.plans.patterns import is_within
 
 Attributes = dict[str, dict[str, Any]]
 """Module name to attribute name to `/tp` or a number."""
@@ -78,7 +79,7 @@ class AttributeSearch:
             beside = (
                 name.rpartition(".")[0] == around and next(self.model.get_submodule(name).parameters(), None) is None
             )
-            if beside or f"{place}.".startswith(f"{name}.") or f"{name}.".startswith(f"{around if near else place}."):
+            if beside or is_within(place, name) or is_within(name, around if near else place):
                 return True
             if near and not around:
                 return True

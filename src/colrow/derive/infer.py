@@ -172,6 +172,11 @@ class AxisInference:
     def fresh(self, shape: Sequence[int], why: str | None = None) -> Dims:
         return [[Atom(int(extent), why)] if int(extent) != 1 else [] for extent in shape]
 
+    @property
+    def here(self) -> str:
+        """The operator whose rule runs, with the module whose code gives it."""
+        return self.at("" if self._node is None else op_name(self._node))
+
     def at(self, why: str) -> str:
         """A reason with the module whose code gives it."""
         module = with_stars(module_path(self._node)) if self._node is not None else ""

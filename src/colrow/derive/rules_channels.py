@@ -60,20 +60,20 @@ def convolution(inference: AxisInference, node: Node) -> Result:
     c, groups = _channel(node, source), int(argument(node, 6, "groups", 1))
     into, outof = (w[0], w[1]) if transposed else (w[1], w[0])
     if groups == 1:
-        unify(x[c], into, inference.at(op_name(node)))
+        unify(x[c], into, inference.here)
         weighted(inference, node, into, source, kernel)
         out: Dim = outof
     else:
         (group, inputs), (its, rest) = _grouped(x[c], groups), _grouped(w[0], groups)
-        unify(group, its, inference.at(op_name(node)))
-        unify(inputs, rest if transposed else w[1], inference.at(op_name(node)))
+        unify(group, its, inference.here)
+        unify(inputs, rest if transposed else w[1], inference.here)
         outputs = w[1] if transposed else rest
         for inside in (inputs, outputs):
             forbid(inside, inference.at("channels of one group of a convolution"))
         out = [*group, *outputs]
     bias = argument(node, 2, "bias")
     if bias is not None:
-        unify(inference.of(bias)[0], out, inference.at(op_name(node)))
+        unify(inference.of(bias)[0], out, inference.here)
     for dim in w[2:]:
         forbid(dim, inference.at("a convolution's window"))
     point = all(n == 1 for n in extents(kernel)[2:]) and shape[c + 1 :] == extents(source)[c + 1 :]
@@ -121,7 +121,7 @@ def group_norm(inference: AxisInference, node: Node) -> Result:
     for position, name in ((2, "weight"), (3, "bias")):
         given = argument(node, position, name)
         if isinstance(given, Node):
-            unify(inference.of(given)[0], [*groups, *channels], inference.at(op_name(node)))
+            unify(inference.of(given)[0], [*groups, *channels], inference.here)
     return x
 
 
@@ -131,7 +131,7 @@ def batch_norm(inference: AxisInference, node: Node) -> Result:
     x = inference.of(node.args[0])
     for given in node.args[1:5]:
         if isinstance(given, Node):
-            unify(inference.of(given)[0], x[1], inference.at(op_name(node)))
+            unify(inference.of(given)[0], x[1], inference.here)
     forbid(x[0], inference.at("normalised over"))
     for dim in x[2:]:
         forbid(dim, inference.at("normalised over"))
@@ -151,7 +151,7 @@ def weight_norm(inference: AxisInference, node: Node) -> Result:
         if kept < 0 or k != kept:
             forbid(dim, inference.at("normalised over by a weight norm"))
     if kept >= 0:
-        unify(g[kept], v[kept], inference.at(op_name(node)))
+        unify(g[kept], v[kept], inference.here)
     return v
 
 

@@ -7,7 +7,7 @@ import re
 from torch.fx import Node
 
 from colrow.derive.axes import Dim, forbid, unify
-from colrow.derive.infer import AxisInference, NoRuleError, Result, op_name, rule, shape_of
+from colrow.derive.infer import AxisInference, NoRuleError, Result, rule, shape_of
 from colrow.derive.rules_products import forbid_own, weighted
 
 _EQUATION = re.compile(r"(?P<operands>[A-Za-z.,]+)(?:->(?P<result>[A-Za-z.]*))?")
@@ -53,7 +53,7 @@ def einsum(inference: AxisInference, node: Node) -> Result:
             if extent == 1:  # broadcast, or nothing to shard
                 dims.setdefault(letter, [])
             elif dims.get(letter):
-                unify(dims[letter], dim, inference.at(op_name(node)))
+                unify(dims[letter], dim, inference.here)
             else:
                 dims[letter] = dim
     gone = [letter for letter in dims if letter not in result]

@@ -115,9 +115,7 @@ def slice_(inference: AxisInference, node: Node) -> Result:
         dims[dim] = interleaved(inference, dims[dim], piece, step)
         return dims
     if piece[1] != shape_of(source)[dim]:
-        dims[dim] = piece_of(
-            inference, dims[dim], piece, sibling_pieces(inference, source, dim), inference.at(op_name(node))
-        )
+        dims[dim] = piece_of(inference, dims[dim], piece, sibling_pieces(inference, source, dim), inference.here)
     return dims
 
 
@@ -149,7 +147,7 @@ def glu(inference: AxisInference, node: Node) -> Result:
     dims = list(inference.of(node.args[0]))
     where = number(node, 1, "dim", -1) % len(dims)
     half = size_of(dims[where]) // 2
-    dims[where] = piece_of(inference, dims[where], (0, half), [(0, half), (half, half)], inference.at(op_name(node)))
+    dims[where] = piece_of(inference, dims[where], (0, half), [(0, half), (half, half)], inference.here)
     return dims
 
 
@@ -170,6 +168,6 @@ def split(inference: AxisInference, node: Node) -> Result:
     for piece in pieces:
         dims = list(inference.of(node.args[0]))
         if len(pieces) > 1:
-            dims[dim] = piece_of(inference, dims[dim], piece, pieces, inference.at(op_name(node)))
+            dims[dim] = piece_of(inference, dims[dim], piece, pieces, inference.here)
         out.append(dims)
     return tuple(out)

@@ -26,7 +26,7 @@ def broadcast(inference: AxisInference, shape: list[int], tensors: list[tuple[Di
 def elementwise(inference: AxisInference, node: Node) -> Result:
     tensors = [n for n in node.all_input_nodes if isinstance(inference.dims.get(n), list)]
     shape = shape_of(node)
-    return broadcast(inference, shape, [(inference.of(n), shape_of(n)) for n in tensors], inference.at(op_name(node)))
+    return broadcast(inference, shape, [(inference.of(n), shape_of(n)) for n in tensors], inference.here)
 
 
 @rule("constant")
@@ -123,7 +123,7 @@ def norm(inference: AxisInference, node: Node) -> Result:
     for position in (2, 3) if op_name(node) == "layer_norm" else (2,):
         given = argument(node, position, "weight" if position == 2 else "bias")
         if isinstance(given, Node):
-            unify_dims(over, inference.of(given), inference.at(op_name(node)))
+            unify_dims(over, inference.of(given), inference.here)
     if len(over) == 1:
         inference.average(node, over[0])
         mark_normalised(over[0], inference.at("normalised over"))

@@ -41,13 +41,13 @@ def forbid_own(inference: AxisInference, dims: list[Dim]) -> None:
 @rule("linear")
 def linear(inference: AxisInference, node: Node) -> Result:
     x, w = inference.of(node.args[0]), inference.of(node.args[1])
-    unify(x[-1], w[-1], inference.at(op_name(node)))
+    unify(x[-1], w[-1], inference.here)
     weighted(inference, node, w[-1], node.args[0], node.args[1])
     if len(w) == 1:
         return x[:-1]
     bias = argument(node, 2, "bias")
     if bias is not None:
-        unify(inference.of(bias)[0], w[0], inference.at(op_name(node)))
+        unify(inference.of(bias)[0], w[0], inference.here)
     return [*x[:-1], w[0]]
 
 
@@ -56,7 +56,7 @@ def _product(inference: AxisInference, node: Node, a: Node, b: Node) -> Dims:
     if len(x) < 2 or len(y) < 2:
         raise NoRuleError("product with a vector")
     # [..., M, K] times [..., K, N]
-    unify(x[-1], y[-2], inference.at(op_name(node)))
+    unify(x[-1], y[-2], inference.here)
     weighted(inference, node, x[-1], a, b)
     # a product of a matrix and a vector has no scores: a state-space model's channels times what each state gives
     are_matrices = bool(leaves(x[-2]) and leaves(y[-1]))
@@ -64,9 +64,7 @@ def _product(inference: AxisInference, node: Node, a: Node, b: Node) -> Dims:
         forbid_own(inference, [x[-2]])
         forbid_own(inference, [y[-1]])
     batch = shape_of(node)[:-2]
-    lead = broadcast(
-        inference, batch, [(x[:-2], shape_of(a)[:-2]), (y[:-2], shape_of(b)[:-2])], inference.at(op_name(node))
-    )
+    lead = broadcast(inference, batch, [(x[:-2], shape_of(a)[:-2]), (y[:-2], shape_of(b)[:-2])], inference.here)
     return [*lead, x[-2], y[-1]]
 
 
@@ -87,9 +85,7 @@ def addmm(inference: AxisInference, node: Node) -> Result:
     assert isinstance(b, Node)
     out = _product(inference, node, a, b)
     shape = shape_of(node)
-    return broadcast(
-        inference, shape, [(out, shape), (inference.of(bias), shape_of(bias))], inference.at(op_name(node))
-    )
+    return broadcast(inference, shape, [(out, shape), (inference.of(bias), shape_of(bias))], inference.here)
 
 
 @rule("grouped_mm")
@@ -99,7 +95,7 @@ def grouped_mm(inference: AxisInference, node: Node) -> Result:
     dx, dw = inference.of(x), inference.of(w)
     if len(dx) != 2 or len(dw) != 3:
         raise NoRuleError("grouped product of other ranks")
-    unify(dx[1], dw[1], inference.at(op_name(node)))
+    unify(dx[1], dw[1], inference.here)
     weighted(inference, node, dw[1], x, w)
     forbid(dw[0], inference.at("expert axis: expert parallelism is not a part of tensor parallelism"))
     forbid(dx[0], inference.at("rows sorted by expert"))
@@ -118,22 +114,22 @@ def attention(inference: AxisInference, node: Node) -> Result:
     q, k, v = inference.of(query), inference.of(key), inference.of(value)
     if len(q) != 4:
         raise NoRuleError("attention without a head dimension")
-    unify(k[1], v[1], inference.at(op_name(node)))
+    unify(k[1], v[1], inference.here)
     if shape_of(key)[0] != 1 and shape_of(query)[0] != 1:
-        unify(q[0], k[0], inference.at(op_name(node)))
-    unify(k[0], v[0], inference.at(op_name(node)))
+        unify(q[0], k[0], inference.here)
+    unify(k[0], v[0], inference.here)
     query_heads, kv_heads = shape_of(query)[1], shape_of(key)[1]
     if query_heads == kv_heads:
-        unify(q[1], k[1], inference.at(op_name(node)))
+        unify(q[1], k[1], inference.here)
     elif kv_heads > 1:
         # query head h reads kv head h // group: the kv heads are the major factor
         parts = regroup([q[1]], [kv_heads, query_heads // kv_heads])
         if parts is None:
             raise NoRuleError("query heads that are no multiple of the key heads")
-        unify(parts[0], k[1], inference.at(op_name(node)))
-    unify(q[3], k[3], inference.at(op_name(node)))
+        unify(parts[0], k[1], inference.here)
+    unify(q[3], k[3], inference.here)
     forbid(q[3], inference.at("summed over by a product of two activations"))
-    unify(k[2], v[2], inference.at(op_name(node)))
+    unify(k[2], v[2], inference.here)
     forbid(v[3], inference.at("head_dim of the values: splitting it would leave the scores unsharded"))
     forbid(k[2], inference.at("softmax runs along it"))
     forbid(q[2], inference.at("sequence axis under a causal mask"))
@@ -143,7 +139,7 @@ def attention(inference: AxisInference, node: Node) -> Result:
         # from the last dim, as broadcasting does: a mask may lack leading dims
         for j, mine in zip(range(1, len(extents) + 1), [k[2], q[2], q[1], q[0]], strict=False):
             if extents[-j] != 1:
-                unify(dims[-j], mine, inference.at(op_name(node)))
+                unify(dims[-j], mine, inference.here)
     return [q[0], q[1], q[2], v[3]]
 
 
@@ -181,9 +177,7 @@ def index(inference: AxisInference, node: Node) -> Result:
     piece = index_piece(inference, node)
     if piece is not None:
         _, where, part = piece
-        dims[where] = piece_of(
-            inference, dims[where], part, sibling_pieces(inference, source, where), inference.at(op_name(node))
-        )
+        dims[where] = piece_of(inference, dims[where], part, sibling_pieces(inference, source, where), inference.here)
         return dims
     given = [i for i, x in enumerate(indices) if x is not None]
     if not given or given != list(range(given[0], given[-1] + 1)):
@@ -196,7 +190,7 @@ def index(inference: AxisInference, node: Node) -> Result:
         raise NoRuleError("index with a mask")
     rank = max(len(shape_of(x)) for x in tensors)
     shape = shape_of(node)[given[0] : given[0] + rank]
-    picked = broadcast(inference, shape, [(inference.of(x), shape_of(x)) for x in tensors], inference.at(op_name(node)))
+    picked = broadcast(inference, shape, [(inference.of(x), shape_of(x)) for x in tensors], inference.here)
     return [*dims[: given[0]], *picked, *dims[given[-1] + 1 :]]
 
 
@@ -221,7 +215,7 @@ def index_put(inference: AxisInference, node: Node) -> Result:
         forbid(dim, inference.at("written at an index"))
     for k in range(1, len(base) - len(indices) + 1):
         if leaves(values[-k]):
-            unify(base[-k], values[-k], inference.at(op_name(node)))
+            unify(base[-k], values[-k], inference.here)
     return base
 
 
@@ -231,7 +225,7 @@ def index_add(inference: AxisInference, node: Node) -> Result:
     unify_dims(
         base,
         source,
-        inference.at(op_name(node)),
+        inference.here,
         number(node, 1, "dim") % len(base),
         inference.at("written at an index"),
     )
@@ -247,7 +241,7 @@ def _aligned_by_index(inference: AxisInference, node: Node, other: Node, why: st
     where = number(node, 1, "dim") % len(dims)
     for k, (mine, its) in enumerate(zip(dims, inference.of(other), strict=True)):
         apart = k == where or shape_of(base)[k] != shape_of(other)[k]
-        unify_dims([mine], [its], inference.at(op_name(node)), 0 if apart else None, why)
+        unify_dims([mine], [its], inference.here, 0 if apart else None, why)
 
 
 @rule("gather")

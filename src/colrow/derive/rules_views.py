@@ -7,7 +7,7 @@ from typing import Any
 from torch.fx import Node
 
 from colrow.derive.axes import Atom, Dim, forbid, regroup, size_of, unify, unify_dims
-from colrow.derive.infer import AxisInference, NoRuleError, Result, argument, number, op_name, rule, shape_of
+from colrow.derive.infer import AxisInference, NoRuleError, Result, argument, number, rule, shape_of
 from colrow.sharding.operator_rules import same_elements
 
 
@@ -150,13 +150,13 @@ def cat(inference: AxisInference, node: Node) -> Result:
     for x in tensors[1:]:
         for k in range(rank):
             if k != where:
-                unify(out[k], inference.of(x)[k], inference.at(op_name(node)))
+                unify(out[k], inference.of(x)[k], inference.here)
     if len(tensors) == 1:
         return out
     joined = [inference.of(x)[where] for x in tensors]
     if len(set(extents)) == 1:
         for dim in joined[1:]:
-            unify(joined[0], dim, inference.at(op_name(node)))
+            unify(joined[0], dim, inference.here)
         out[where] = [Atom(len(tensors), "index of a concatenation"), *joined[0]]
     else:
         atom = Atom(sum(extents))
@@ -171,7 +171,7 @@ def stack(inference: AxisInference, node: Node) -> Result:
     where = number(node, 1, "dim", 0) % len(shape_of(node))
     out = list(inference.of(tensors[0]))
     for x in tensors[1:]:
-        unify_dims(out, inference.of(x), inference.at(op_name(node)))
+        unify_dims(out, inference.of(x), inference.here)
     out.insert(where, [Atom(len(tensors), "index of a stack")])
     return out
 
@@ -182,9 +182,7 @@ def slice_scatter(inference: AxisInference, node: Node) -> Result:
     base, source = list(inference.of(node.args[0])), inference.of(node.args[1])
     where = number(node, 2, "dim", 0) % len(base)
     partly = size_of(base[where]) != size_of(source[where])
-    unify_dims(
-        base, source, inference.at(op_name(node)), where if partly else None, inference.at("overwritten in part")
-    )
+    unify_dims(base, source, inference.here, where if partly else None, inference.at("overwritten in part"))
     return base
 
 
@@ -193,7 +191,7 @@ def select_scatter(inference: AxisInference, node: Node) -> Result:
     base, source = list(inference.of(node.args[0])), list(inference.of(node.args[1]))
     where = number(node, 2, "dim") % len(base)
     forbid(base[where], inference.at("overwritten in part"))
-    unify_dims(base[:where] + base[where + 1 :], source, inference.at(op_name(node)))
+    unify_dims(base[:where] + base[where + 1 :], source, inference.here)
     return base
 
 

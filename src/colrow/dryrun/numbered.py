@@ -41,13 +41,9 @@ from colrow.torch_compat import (
 _COLROW = Path(__file__).parents[1]
 _STYLE_CODE = tuple(str(_COLROW / room) for room in ("styles", "ops", "sharding", "parallel"))
 _DRYRUN, _COMPAT = _COLROW / "dryrun", _COLROW / "torch_compat"
-_PASSED_OVER = (
-    *(
-        __file__,
-        *(str(_DRYRUN / f"{name}.py") for name in ("paired_runs", "unsharded_run", "lockstep", "sequence_sizes")),
-    ),
-    *map(str, (_COMPAT / "groups.py", _COLROW / "styles" / "local_sizes.py")),  # around calls of the model's own code
-)
+_RUNS = ("numbered", "paired_runs", "unsharded_run", "lockstep", "sequence_sizes")
+_AROUND_CODE = (_COMPAT / "groups.py", _COLROW / "styles" / "local_sizes.py")  # around calls of the model's own code
+_PASSED_OVER = tuple(map(str, (*(_DRYRUN / f"{name}.py" for name in _RUNS), *_AROUND_CODE)))
 _VIEWS = ("view", "_unsafe_view", "_reshape_alias")
 
 

@@ -17,7 +17,7 @@ from colrow.forecasting.forecast import MARGIN, Forecaster, Options, Row
 from colrow.mesh import Mesh, divisors
 from colrow.models.blocks import block_stacks
 from colrow.parallel.data_parallel import head_unit
-from colrow.parallel.flat_weights import check_data_engine, runs_flat
+from colrow.parallel.flat_weights import check_data_engine
 from colrow.parallel.pipeline_split import check_pipeline, fit_micro_batch, require_parts
 from colrow.plans.named import named_plan
 from colrow.plans.plan import Plan
@@ -176,7 +176,11 @@ class Choices:
             raise PlanError(f"seq_len={config.data.seq_len} is not divisible by tp={mesh.tp}")
         options = replace(options_of(config, on_gpus=self._forecaster.device.name != CPU), recompute=recompute)  # type: ignore[arg-type]
         row = self._forecaster.row(plan, mesh, options)
-        if row.is_flat and not self._engine_is_given and not self._forecaster.runs_blocks_in_order(plan, mesh, options):
+        if (
+            row.mesh.is_flat
+            and not self._engine_is_given
+            and not self._forecaster.runs_blocks_in_order(plan, mesh, options)
+        ):
             return
         yield row
         if self._as_given:
@@ -279,7 +283,7 @@ def _rate(row: Row) -> float:
 
 def options_of(config: RunConfig, *, on_gpus: bool = True) -> Options:
     """How a config's step is run."""
-    train, pipeline, flat = config.train, config.pipeline, runs_flat(config)
+    train, pipeline, flat = config.train, config.pipeline, config.mesh.is_flat
     return Options(
         train.micro_batch,
         config.micro_batches,

@@ -88,14 +88,9 @@ class Row:
         return self.device.memory - self.memory.needed
 
     @property
-    def is_flat(self) -> bool:
-        """Whether its data axes are those of the flat engine."""
-        return self.mesh.data_engine == "flat" and self.mesh.dp > 1
-
-    @property
     def style(self) -> str:
         """The plan, and in words what else makes a step of it: `llama flat`, `llama-overlap graph`."""
-        return self.plan + " graph" * self.options.cuda_graph + " flat" * self.is_flat
+        return self.plan + " graph" * self.options.cuda_graph + " flat" * self.mesh.is_flat
 
     @property
     def bottleneck(self) -> str:

@@ -73,15 +73,10 @@ class Setting:
     gather: str = "collectives"
     exchange: str = "collectives"
 
-    @property
-    def flat(self) -> bool:
-        """Whether the data axes are those of the flat engine."""
-        return self.mesh.data_engine == "flat" and self.mesh.dp > 1
-
     def by_copy_engine(self, axis: str, kind: str) -> bool:
         """Whether copy engines carry this kind of collective of an axis: of the flat engine alone."""
         carrier = {"all_gather": self.gather, "all_to_all": self.exchange}.get(kind)
-        return self.flat and axis == "dp_shard" and carrier == "copy_engine"
+        return self.mesh.is_flat and axis == "dp_shard" and carrier == "copy_engine"
 
 
 @dataclass(frozen=True)
@@ -269,7 +264,7 @@ class _StagePeak:
         """Compare with the peak so far. `own`: the running unit's gradients, in the compute dtype."""
         if self._setting.copies or not self._fsdp:
             held = self._held_by_copies(own)
-        elif self._setting.flat:
+        elif self._setting.mesh.is_flat:
             held = self._held_by_flat_engine(own, backward)
         else:
             held = self._held_by_fsdp(own, units, backward)
@@ -359,7 +354,7 @@ class _StagePeak:
         setting, low = self._setting, self._low
         shards = [_shard(unit.numels, setting.mesh.dp_shard) for unit in self._units]
         slots = RING_SLOTS * self._walk.boundary * setting.mesh.tp if setting.copy_engine else 0
-        if setting.flat and setting.mesh.dp_shard > 1:
+        if setting.mesh.is_flat and setting.mesh.dp_shard > 1:
             slots += low * sum(shards) if setting.gather == "copy_engine" else 0
             if setting.exchange == "copy_engine":
                 slots += RING_SLOTS * low * (setting.mesh.dp_shard - 1) * max(shards)
@@ -382,7 +377,7 @@ class _StagePeak:
         if setting.copies or not self._fsdp:
             return kept
         shards, (largest, *others) = setting.mesh.dp_shard, sorted((unit.count for unit in self._units), reverse=True)
-        if setting.flat:
+        if setting.mesh.is_flat:
             return kept + (FLAT_RESERVE * low * largest if setting.exchange == "collectives" else 0.0)
         pools: float = wide * sum(_shard(unit.trained, shards) for unit in self._units)
         if shards > 1:  # two gathered units, and what the rank sends of them

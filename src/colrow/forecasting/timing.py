@@ -171,7 +171,7 @@ def _update_parts(walk: Walk, setting: Setting, stage: Stage, rates: Rates) -> d
     """Seconds of the update, and of what FSDP2 copies and casts."""
     units = sum(walk.units[name].trained_count for name in (*stage.layers, *_ends(walk, stage)))
     shards = setting.mesh.dp_shard
-    if setting.flat:
+    if setting.mesh.is_flat:
         return {"optimizer": (UPDATE_BYTES + SUMS_OF_FLAT) * units / shards / rates.optimizer}
     update, parts = UPDATE_BYTES + (NORM_BYTES / 2 if setting.copies else NORM_BYTES), {}  # copies: of bf16
     if shards > 1:

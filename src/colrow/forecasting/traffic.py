@@ -87,7 +87,7 @@ def _of_data_axes(walk: Walk, setting: Setting, stage: Stage) -> Counter[tuple[s
             reshards = setting.reshard and name not in (ROOT, HEAD)
             gathers = setting.micro_batches * (2 if reshards else 1) if setting.reshard else 1
             found["dp_shard", "all_gather", low * _padded(unit.numels, shards)] += gathers
-            if unit.trained and setting.mesh.data_engine == "flat":
+            if unit.trained and setting.mesh.is_flat:
                 found["dp_shard", "all_to_all", low * _padded(unit.trained, shards)] += setting.micro_batches
             elif unit.trained:
                 found["dp_shard", "reduce_scatter", wide * _padded(unit.trained, shards)] += 1

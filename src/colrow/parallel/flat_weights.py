@@ -44,14 +44,9 @@ from colrow.torch_compat import tree_leaves
 _ADVICE = "set mesh.data_engine: fsdp2"
 
 
-def runs_flat(config: RunConfig) -> bool:
-    """Whether the run's data axes are those of this engine."""
-    return config.mesh.data_engine == "flat" and config.mesh.dp > 1
-
-
 def check_data_engine(config: RunConfig) -> None:
     """Raise a ConfigError where `mesh.data_engine: flat` is set and cannot work, or carriers of it without it."""
-    if not runs_flat(config):
+    if not config.mesh.is_flat:
         for key in ("gather", "exchange"):
             if (carrier := getattr(config.fsdp, key)) != "collectives":
                 raise ConfigError(

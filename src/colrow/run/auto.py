@@ -18,7 +18,6 @@ from colrow.forecasting.forecast import Row
 from colrow.forecasting.memory import GIB
 from colrow.mesh import AXES
 from colrow.models.build import build_source, resolve_implementation
-from colrow.parallel.flat_weights import runs_flat
 from colrow.run.forecast_line import gpus_here
 from colrow.run.progress import labelled
 from colrow.run.run_folder import CONFIG
@@ -103,7 +102,7 @@ def _choice_lines(config: RunConfig, chosen: RunConfig, table: Table) -> list[st
     for row in others[:_SHOWN]:
         why = f"loses {loss_to(best, row)}" if row.fits else f"does not fit: {row.memory.device / GIB:.3g} GiB"
         lines.append(
-            labelled("", f"{row.mesh}{' flat' * row.is_flat} with micro-batch {row.options.micro_batch} {why}")
+            labelled("", f"{row.mesh}{' flat' * row.mesh.is_flat} with micro-batch {row.options.micro_batch} {why}")
         )
     return lines
 
@@ -116,7 +115,7 @@ def _speed(row: Row) -> str:
 
 
 def _words(config: RunConfig, chosen: RunConfig) -> str:
-    engine = "".join(f", {key} {value}" for key, value in _engine(chosen).items()) if runs_flat(chosen) else ""
+    engine = "".join(f", {key} {value}" for key, value in _engine(chosen).items()) if chosen.mesh.is_flat else ""
     values = {
         "mesh": f"mesh {chosen.mesh}{engine}",
         "train.micro_batch": f"train.micro_batch {chosen.train.micro_batch}",

@@ -24,7 +24,7 @@ from colrow.errors import ConfigError, PlanError
 from colrow.mesh import Mesh
 from colrow.models.build import Source, build_source, resolve_implementation
 from colrow.parallel.data_parallel import refuse_scalars
-from colrow.parallel.flat_weights import check_data_engine, runs_flat
+from colrow.parallel.flat_weights import check_data_engine
 from colrow.parallel.pipeline_split import check_pipeline, fit_micro_batch, require_parts
 from colrow.plans.derive_options import DERIVED
 from colrow.plans.named import derive_options, named_plan
@@ -92,7 +92,7 @@ def check(config: RunConfig, local_ranks: int | None = None, plan: Plan | None =
             f"{source.name} returns losses that are trained ({', '.join(source.auxiliary)}), which a pipeline does not "
             "pass on: set mesh.pp to 1, or train.auxiliary_losses to {}"
         )
-    if config.mesh.dp > 1 and not runs_flat(config):
+    if config.mesh.dp > 1 and not config.mesh.is_flat:
         refuse_scalars(source.model)
     judgement = None
     if plan is None:

@@ -37,7 +37,7 @@ from colrow.parallel.compile import compile_forward
 from colrow.parallel.compute_weights import ComputeWeights
 from colrow.parallel.data_parallel import apply_data_parallel
 from colrow.parallel.data_shards import shard_over_data
-from colrow.parallel.flat_weights import FlatWeights, check_data_engine, runs_flat
+from colrow.parallel.flat_weights import FlatWeights, check_data_engine
 from colrow.parallel.initialize import fill_seeded, materialize
 from colrow.parallel.parallelize import parallelize
 from colrow.parallel.pipeline_split import first_layers
@@ -174,7 +174,7 @@ def prepare_stage(
     parallelize(stage.module, plan, mesh, absent=stage.absent)
     arrange_draws(stage.module, draws.modules, mesh, compiled=stage.blocks if compiles(config, device) else ())
     wrap_blocks(stage.blocks, config.train.activation_checkpoint, compiled=compiles(config, device))
-    if runs_flat(config):
+    if config.mesh.is_flat:
         shard_over_data(stage.module, mesh)
     elif not precision.keeps_copies:
         apply_data_parallel(
@@ -224,7 +224,7 @@ def make_runner(
     if config.mesh.pp == 1:
         (stage,) = stages
         weights: WeightCopies | None = None
-        if runs_flat(config):
+        if config.mesh.is_flat:
             fsdp = config.fsdp
             weights = FlatWeights(
                 stage.module,
