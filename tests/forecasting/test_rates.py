@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.forecast import EDGE, MEASURED_ON, Measured, fit, halves, rows
+from benchmarks.forecast import EDGE, fit, halves
+from benchmarks.measured import MEASURED_ON, Measured, rows
 from colrow.config import parse_config
 from colrow.forecasting.choices import Choices
 from colrow.forecasting.devices import Device, device_named
