@@ -46,8 +46,10 @@ class _PointToPointExchange(Exchange):
             dist.P2POp(dist.isend, chunk, group=self._group, group_peer=to),
             dist.P2POp(dist.irecv, self.slots[source], group=self._group, group_peer=source),
         ]
-        self._works[i] = dist.batch_isend_irecv(pair)  # one batch: on NCCL, ranks whose sends came first could all wait
-        self._held.append(chunk)  # the send reads it until it was awaited
+        # As one batch: NCCL runs a group's operations in order, so separate sends of all ranks could wait for the
+        # receives that each rank has enqueued behind its own send.
+        self._works[i] = dist.batch_isend_irecv(pair)
+        self._held.append(chunk)  # the send reads it until `receive` has waited for the batch
 
     def receive(self, i: int) -> Tensor:
         for work in self._works.pop(i):

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from colrow.ops.collectives import Finish
@@ -27,6 +26,7 @@ from colrow.ops.products import (
     column_product,
     input_gradient,
     joined_weights,
+    sum_dtype,
     weight_gradient,
 )
 
@@ -103,7 +103,7 @@ def row_backward(
     dx_Tf = dy_tD.new_empty(x_Tf.shape if need_dx else 0)
     sum_Df = None
     if need_dw and x_Tf.shape[1] < NARROW:
-        sum_Df = dy_tD.new_zeros(w_Df.shape, dtype=_wide(dy_tD.dtype))
+        sum_Df = dy_tD.new_zeros(w_Df.shape, dtype=sum_dtype(dy_tD.dtype))
 
     def multiply(rows: slice, chunk_tD: Tensor) -> None:
         if need_dx:
@@ -122,11 +122,6 @@ def row_backward(
     return dx_Tf, dw_Df
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What sums of products are kept in."""
-    return torch.float32 if dtype.itemsize < 4 else dtype
-
-
 def send_to_all(exchange: Exchange, chunk: Tensor) -> None:
     """The first half of an all-gather."""
     for i in range(1, exchange.size):
@@ -136,7 +131,7 @@ def send_to_all(exchange: Exchange, chunk: Tensor) -> None:
 def receive_each(exchange: Exchange, own: Tensor, use: Callable[[slice, Tensor], None]) -> None:
     """The second half: `use(rows, chunk)` for each rank's rows of the gathered tensor, this rank's first."""
     t = own.shape[0]
-    use(slice(exchange.rank * t, (exchange.rank + 1) * t), own)
+    use(slice(exchange.rank * t, (exchange.rank + 1) * t), own)  # needs no transfer: the first chunks arrive meanwhile
     for i in range(1, exchange.size):
         source = exchange.before(i)
         use(slice(source * t, (source + 1) * t), exchange.receive(i))
@@ -148,9 +143,10 @@ def scatter_sum(exchange: Exchange, compute: Callable[[slice, Tensor], None]) ->
     t = own.shape[0]
     for i in range(1, exchange.size):
         target = exchange.after(i)
-        chunk = own.new_empty(own.shape)
+        chunk = own.new_empty(own.shape)  # a new one each time: the previous send still reads its own
         compute(slice(target * t, (target + 1) * t), chunk)
         exchange.send(i, chunk)
+    # this rank's own chunk last, straight into its slot: the others' are sent meanwhile
     compute(slice(exchange.rank * t, (exchange.rank + 1) * t), own)
 
     def finish() -> Tensor:

@@ -149,6 +149,7 @@ class _CopyEngineExchange(Exchange):
         assert self._received == self.size - 1, "a chunk was not received"
         current = self._device.current()
         steps = range(1, self.size)
+        # before the wait below: so a peer may write this rank's slots again while this rank's own sends still run
         self._device.put(current, *(self._ring.flag(self.before(i), FREE, self._turn, self.rank) for i in steps))
         self._device.follow(current, self._side)  # the allocator may give a sent chunk's memory to this stream again
         self._held.clear()

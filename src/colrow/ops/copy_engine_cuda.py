@@ -115,21 +115,30 @@ def copy_engine(group: dist.ProcessGroup, device: torch.device, wanted: Wanted =
     """
     name = str(group.group_name)
     known = _ENGINES.get(name)
-    if known is not None and known[0] is group:
+    if known is not None and known[0] is group:  # a name is given again after destroy_process_group
         return known[1]
-    isolated = dist.get_backend(group) == "fake"  # one rank measured without peers
-    with _all_or_none(group, wanted):
-        if (obstacle := _obstacle(group, device, isolated)) is not None:
-            raise _ObstacleError(obstacle)
-        cuda = Cuda(device)
-    engine_class, ring = (OneRankEngine, _local_ring) if isolated else (CopyEngine, _symmetric_ring)
+    cuda = _reachable(group, device, wanted)
+    engine_class, ring = (OneRankEngine, _local_ring) if _is_isolated(group) else (CopyEngine, _symmetric_ring)
     engine = engine_class(cuda, _side_stream(device), group.size(), lambda nbytes: ring(group, device, nbytes))
     _ENGINES[name] = group, engine
     return engine
 
 
+def _is_isolated(group: dist.ProcessGroup) -> bool:
+    """Whether one rank is measured without peers."""
+    return dist.get_backend(group) == "fake"
+
+
 class _ObstacleError(Exception):
     """Copy engines cannot be used, as far as this rank sees."""
+
+
+def _reachable(group: dist.ProcessGroup, device: torch.device, wanted: Wanted) -> Cuda:
+    """The device's driver functions, once all ranks have seen that they reach each other. Collective."""
+    with _all_or_none(group, wanted):
+        if (obstacle := _obstacle(group, device)) is not None:
+            raise _ObstacleError(obstacle)
+        return Cuda(device)
 
 
 @dataclass(frozen=True)
@@ -153,15 +162,12 @@ def peer_memory(group: dist.ProcessGroup, device: torch.device, nbytes: int, wan
     Raises:
         ConfigError: as `copy_engine`, in the words of `wanted`.
     """
-    isolated = dist.get_backend(group) == "fake"
-    with _all_or_none(group, wanted):
-        if (obstacle := _obstacle(group, device, isolated)) is not None:
-            raise _ObstacleError(obstacle)
-        cuda = Cuda(device)
-    if isolated:
+    cuda = _reachable(group, device, wanted)
+    if _is_isolated(group):
         own = torch.empty(nbytes, dtype=torch.uint8, device=device)
         return PeerMemory([own] * group.size(), cuda, _side_stream(device))
     memory = symmetric_memory()
+    # apart from the rendezvous, which is collective: a rank that cannot allocate must be known before the others enter
     with _all_or_none(group, wanted):
         own = memory.empty(nbytes, dtype=torch.uint8, device=device)
     with _all_or_none(group, wanted):
@@ -185,7 +191,7 @@ def _all_or_none(group: dist.ProcessGroup, wanted: Wanted = _CHUNKS) -> Iterator
     except (OSError, RuntimeError) as error:  # no driver library; no handles to share, or no way to map them
         failure, cause = f"memory cannot be shared ({error})", error
     found = [failure] * group.size()
-    if dist.get_backend(group) != "fake":
+    if not _is_isolated(group):
         dist.all_gather_object(found, failure, group=group)
     by_rank = {rank: text for rank, text in enumerate(found) if text is not None}
     if not by_rank:
@@ -199,11 +205,11 @@ def _all_or_none(group: dist.ProcessGroup, wanted: Wanted = _CHUNKS) -> Iterator
     ) from cause
 
 
-def _obstacle(group: dist.ProcessGroup, device: torch.device, isolated: bool) -> str | None:
+def _obstacle(group: dist.ProcessGroup, device: torch.device) -> str | None:
     """Why copy engines cannot reach the ranks of the group, as far as this rank sees; None if they can."""
     if device.type != "cuda":
         return f"the ranks compute on {device.type}"
-    if isolated:
+    if _is_isolated(group):
         return None
     boot = Path("/proc/sys/kernel/random/boot_id")  # containers made from one image may share a host name
     host = socket.gethostname(), boot.read_text() if boot.exists() else ""

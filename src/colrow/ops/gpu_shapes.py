@@ -12,7 +12,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from colrow.ops.kernels.cross_entropy import STATISTICS, LossTerms, wide
+from colrow.ops.kernels.cross_entropy import STATISTICS, LossTerms
+from colrow.ops.products import sum_dtype
 
 _AS_ON_GPU = ContextVar("colrow_as_on_gpu", default=False)
 
@@ -34,7 +35,7 @@ def is_as_on_gpu() -> bool:
 
 def statistics_shape(z_Cv: Tensor, y_C: Tensor, terms: LossTerms) -> Tensor:
     """As `statistics_triton`: [K, C]."""
-    return z_Cv.new_empty(STATISTICS, z_Cv.shape[0], dtype=wide(z_Cv.dtype))
+    return z_Cv.new_empty(STATISTICS, z_Cv.shape[0], dtype=sum_dtype(z_Cv.dtype))
 
 
 def loss_shape(

@@ -38,7 +38,7 @@ from colrow.ops.execution_record import record
 from colrow.ops.kernels import cross_entropy as kernels
 from colrow.ops.kernels.cross_entropy import LossTerms
 from colrow.ops.kernels.optional_triton import UNAVAILABLE
-from colrow.ops.products import add_product
+from colrow.ops.products import add_product, sum_dtype
 
 Implementation = Literal["auto", "triton", "torch"]
 
@@ -109,6 +109,7 @@ def linear_cross_entropy(
     if type(y_T) is Tensor and y_T.device.type == "cpu":  # a GPU would be waited for, a fake tensor has no values
         _refuse_unknown_classes(y_T, vocab_size, ignore_index)
     plan = _Plan(
+        # torch.chunk gives each rank ceil(V / n) rows, and the last one what is left
         terms=LossTerms(vocab_size, rank * -(-vocab_size // n), ignore_index, label_smoothing, z_loss),
         group=group if n > 1 else None,
         gather=n > 1 and sequence_dim is not None,
@@ -116,7 +117,7 @@ def linear_cross_entropy(
         triton=_use_triton(implementation, h_tD.device),
         gradients=torch.is_grad_enabled(),
     )
-    scale = _scale(y_T, ignore_index, reduction, num_valid, kernels.wide(h_tD.dtype))
+    scale = _scale(y_T, ignore_index, reduction, num_valid, sum_dtype(h_tD.dtype))
     loss: Tensor = _LinearCrossEntropy.apply(h_tD, weight, y_T, scale, plan)
     return loss
 
@@ -171,16 +172,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             stats_nKC = statistics(z_Cv, y_C, plan.terms)[None]
             if group is not None:
                 stats_nKC = all_gather(stats_nKC, group)
-            # from here on z_Cv holds d loss / d logits
+            # In place: from here on z_Cv holds d loss / d logits. A copy would be the largest tensor of the step.
             loss += loss_and_gradient(z_Cv, y_C, stats_nKC, scale, plan.terms, need_dh or need_dw).sum()
             chunk_gradients(
                 z_Cv, x_CD, w_vD, None if dH_TD is None else dH_TD[start : start + plan.chunk], dW_vD, add_to
             )
-        if dH_TD is not None and group is not None:
+        if dH_TD is not None and group is not None:  # each rank's dH comes from its own classes alone: a partial sum
             if plan.gather:
                 dH_TD = reduce_scatter(dH_TD, group)
             else:
                 dist.all_reduce(dH_TD, group=group)
+        # gradients and no activations: backward only multiplies them by the gradient of the loss
         ctx.save_for_backward(dH_TD, None if dW_vD is None else dW_vD.to(w_vD.dtype))
         return loss
 

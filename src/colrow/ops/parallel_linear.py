@@ -187,6 +187,7 @@ def _differentiate_column(ctx: Any, dy_TF: Tensor | None, _: Any) -> Any:
         return None, [None] * len(weights), None, None
     need_dx, need_each_dw = ctx.needs_input_grad[:2]
     need_dw = any(need_each_dw)
+    # contiguous: the gradient of a sum is an expanded scalar (stride 0), which no collective takes
     dx_tD, dw_FD = torch.ops.colrow.column_backward(
         dy_TF.contiguous(), x, weights, ctx.group, ctx.options, need_dx, need_dw
     )

@@ -21,6 +21,11 @@ from torch import Tensor, nn
 NARROW = 2048  # with fewer rows, one weight's matmul does not fill a GPU: siblings are concatenated then
 
 
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums of many terms of a floating dtype are kept: fp32, or fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def joined_weights(weights: list[Tensor]) -> list[Tensor]:
     """The siblings' weights as matmuls take them: as one where they lie one after the other in memory (the flat engine
     gathers them so); else concatenated if some are narrow, and as they are if each is large: the copy would cost more
@@ -48,6 +53,7 @@ def _adjacent(weights: list[Tensor]) -> bool:
 def column_product(x_TD: Tensor, weights: list[Tensor], out: Tensor) -> None:
     """out [T, F] = x W^T, the siblings' outputs beside each other."""
     for w, columns in zip(weights, out.split([w.shape[0] for w in weights], 1), strict=True):
+        # `columns` has gaps between its rows; a BLAS takes the distance of rows as an argument, so nothing is copied
         torch.mm(x_TD, w.t(), out=columns)
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -27,7 +27,7 @@ from colrow.parallel.random_state import Generators
 from colrow.styles.base import STYLES
 
 Mode = Literal["none", "selective", "full"]
-MODES: tuple[Mode, ...] = ("none", "selective", "full")
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 _KEPT = {
     "aten::_scaled_dot_product_flash_attention",
@@ -67,6 +67,7 @@ def apply_activation_checkpoint(blocks: Iterable[nn.Module], mode: Mode, *, comp
         contexts = _selective_contexts if mode == "selective" else _no_contexts
         if mode == "full" or not compiled:
             contexts = partial(_with_same_draws, contexts, Generators([block], "cpu"))
+        # not reentrant: keyword arguments and hooks work, and recomputation stops at the last tensor that is needed
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
 
 
@@ -104,7 +105,8 @@ def _no_contexts() -> Contexts:
 
 
 def _selective_contexts() -> Contexts:
-    matmuls = {False: 0, True: 0}  # seen in forward, in recomputation
+    # Seen in forward, and in recomputation: each counts for itself, so that both choose the same ones.
+    matmuls = {False: 0, True: 0}
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         name = op.name().partition(".")[0]
@@ -113,6 +115,7 @@ def _selective_contexts() -> Contexts:
             keep = matmuls[context.is_recompute] % 2 == 0
         else:
             keep = name in _KEPT
+        # PREFER: torch.compile may keep what its graph has anyway; it may not recompute what was to be saved
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     contexts: Contexts = create_selective_checkpoint_contexts(policy)

@@ -67,6 +67,7 @@ def apply_data_parallel(
     states = states_of(model)
     blocks = list(blocks)
     head = head_unit(model, blocks)
+    # reduce_dtype fp32: ranks' bf16 gradients are summed without rounding after each term
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype is not None else None
     )
@@ -81,6 +82,7 @@ def apply_data_parallel(
     data_mesh = mesh["dp_replicate", "dp_shard"] if replicas > 1 else mesh["dp_shard"]
     if reshard_after_forward is None:
         reshard_after_forward = shards > 1 and axes.size("pp") == 1
+    # Blocks first, the model last: FSDP2 gives a parameter to the innermost unit, and the root takes what is left.
     for block in blocks:
         fully_shard(block, mesh=data_mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     # Backward begins with the head and ends with the root: if forward freed them, backward would gather them at once.

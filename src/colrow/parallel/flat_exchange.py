@@ -38,7 +38,7 @@ class Ranges(NamedTuple):
     own: list[tuple[int, int]]
 
 
-class Exchange(ABC):
+class GradientExchange(ABC):
     """One exchange that has been started."""
 
     @abstractmethod
@@ -50,11 +50,11 @@ class Exchange(ABC):
         """After the last read of `received`, and of what was sent."""
 
 
-class Exchanges(ABC):
+class GradientExchanges(ABC):
     """Carries the exchanges of all units."""
 
     @abstractmethod
-    def start(self, ranges: Ranges, like: Tensor) -> Exchange:
+    def start(self, ranges: Ranges, like: Tensor) -> GradientExchange:
         """Send each rank its parts. What is sent must not change before `close`.
 
         Args:
@@ -62,11 +62,11 @@ class Exchanges(ABC):
         """
 
 
-class CollectiveExchanges(Exchanges):
+class CollectiveExchanges(GradientExchanges):
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
 
-    def start(self, ranges: Ranges, like: Tensor) -> Exchange:
+    def start(self, ranges: Ranges, like: Tensor) -> GradientExchange:
         group, rank, n = self._group, self._group.rank(), self._group.size()
         rows = like.new_empty(n - 1, ranges.size)
         operations: list[dist.P2POp] = []
@@ -80,7 +80,7 @@ class CollectiveExchanges(Exchanges):
         return _Collective(dist.batch_isend_irecv(operations) if operations else [], rows)
 
 
-class _Collective(Exchange):
+class _Collective(GradientExchange):
     def __init__(self, works: list[Any], rows: Tensor) -> None:
         self._works, self._rows = works, rows
 
@@ -90,7 +90,7 @@ class _Collective(Exchange):
         return self._rows
 
 
-class PeerExchanges(Exchanges):
+class PeerExchanges(GradientExchanges):
     """By copy engines ([Note: exchanges by copy engines]).
 
     Args:
@@ -104,12 +104,12 @@ class PeerExchanges(Exchanges):
         self._engine = copy_engine(group, device, _WANTED)
         self._engine.reserve((group.size() - 1) * nbytes)
 
-    def start(self, ranges: Ranges, like: Tensor) -> Exchange:
+    def start(self, ranges: Ranges, like: Tensor) -> GradientExchange:
         record("data", "exchanges on copy engines")
         return _PeerExchange(self._engine, ranges, like)
 
 
-class _PeerExchange(Exchange):
+class _PeerExchange(GradientExchange):
     def __init__(self, engine: CopyEngine, ranges: Ranges, like: Tensor) -> None:
         device, side, ring = engine.device, engine.side, engine.ring
         self._engine, self._ring, self._n = engine, ring, engine.size
@@ -117,9 +117,10 @@ class _PeerExchange(Exchange):
         self._turn = engine.next_turn(nbytes)
         rows = [slots[self._turn, :nbytes].view(like.dtype).view(self._n - 1, -1) for slots in ring.slots]
         self._rows = rows[ring.rank]
-        device.follow(side, device.current())
+        device.follow(side, device.current())  # the gradients are complete
         for step in range(1, self._n):
             peer = (ring.rank + step) % self._n
+            # see [Note: slots and flags]: the peer has read what this rank wrote there last
             device.take(side, ring.flag(ring.rank, FREE, self._turn, peer))
             for at, part in ranges.parts(peer):
                 device.copy(side, rows[peer][step - 1, at : at + part.numel()], part)

@@ -88,6 +88,7 @@ class PeerGathers(Gathers):
         return lambda: self._gather(copies)
 
     def meet(self) -> None:
+        # a maximum of ones is one: the same number serves every meeting, and is never written anew
         dist.all_reduce(self._one, dist.ReduceOp.MAX, self._group)
 
     def wait(self) -> None:

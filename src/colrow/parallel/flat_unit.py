@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor, Partial
 from colrow.ops.execution_record import record
 from colrow.ops.kernels.slot_sum import add_received, square_terms
 from colrow.parallel.data_shards import Unsharded
-from colrow.parallel.flat_exchange import Exchange, Exchanges, Ranges
+from colrow.parallel.flat_exchange import GradientExchange, GradientExchanges, Ranges
 from colrow.parallel.flat_gather import Gathers
 from colrow.sharding.layout import chunk_sizes, local_tensor, waited_local
 from colrow.sharding.parameter_state import state_of
@@ -153,23 +153,19 @@ class FlatUnit:
         for param, unsharded in params:
             self.params.append(FlatParameter(param, unsharded, groups.shards, end))
             end += -(-self.params[-1].size // _ALIGNMENT) * _ALIGNMENT
-        self._size = end
+        self.size = end
+        """Elements of its shard."""
         self.trained = [each for each in self.params if each.param.requires_grad]
         buffer.size = max(buffer.size, groups.shards * end)
-        self._exchange: tuple[Exchange | None, list[Tensor]] | None = None
+        self._exchange: tuple[GradientExchange | None, list[Tensor]] | None = None
         """What was started, and this rank's gradients."""
         self._reduction: Any = None
         self._has_sum = False
         self.reduced = False
         """In the running backward."""
 
-    @property
-    def size(self) -> int:
-        """Elements of its shard."""
-        return self._size
-
     @torch.no_grad()
-    def allocate(self, gathers: Gathers | None, exchanges: Exchanges | None) -> None:
+    def allocate(self, gathers: Gathers | None, exchanges: GradientExchanges | None) -> None:
         """Make all that the unit computes with, when the sizes of all units of its buffer are known.
 
         Args:
@@ -182,10 +178,10 @@ class FlatUnit:
         wide = self.params[0].param.dtype
         shards, rank = self.groups.shards, self.groups.rank
         memory = self.buffer.memory(self._dtype, device)
-        shard = None if gathers is None else gathers.shard(self._size)
+        shard = None if gathers is None else gathers.shard(self.size)
         if shard is None and not self._in_buffer:
-            shard = torch.zeros(self._size, dtype=self._dtype, device=device)
-        self._gradient = torch.empty(self._size, dtype=wide, device=device)
+            shard = torch.zeros(self.size, dtype=self._dtype, device=device)
+        self._gradient = torch.empty(self.size, dtype=wide, device=device)
         self._sums = [_at(self._gradient, each.at, torch.Size([each.size])) for each in self.trained]
         sent: list[Tensor] = []
         gathered: list[Tensor] = []
@@ -196,7 +192,7 @@ class FlatUnit:
             each.full = nn.Parameter(each.unsharded.wrapped(full), requires_grad=each.param.requires_grad)
             each.full.__dict__.update(state_of(each.param).attributes)
             source, start = memory, first + rank * each.size
-            if shard is not None:
+            if shard is not None:  # `shard` may be a part of memory that peers read: offsets count from its storage
                 source, start = shard, int(shard.storage_offset()) + each.at
             each.copy = _at(source, start, held.shape)
             sent.append(_at(source, start, torch.Size([each.size])))
@@ -242,7 +238,7 @@ class FlatUnit:
             return [(at, part) for at, part in rows if part.numel()]
 
         own = [(each.at, size) for each in self.trained if (size := each.copy.numel())]
-        self._exchange = self._exchanges.start(Ranges(self._size, parts, own), grads[0]), grads
+        self._exchange = self._exchanges.start(Ranges(self.size, parts, own), grads[0]), grads
         record("data", "flat shards")
 
     @torch.no_grad()
@@ -263,7 +259,7 @@ class FlatUnit:
                     own, each.held(received), total, scale, add=self._has_sum, squares=squares if last else None
                 )
         if exchange is not None:
-            exchange.close()
+            exchange.close()  # after the sum, which reads the received rows
         self._has_sum = True
         if last and self.groups.replicate is not None:
             # gloo has no AVG: `finish_step` divides

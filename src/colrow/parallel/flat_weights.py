@@ -33,7 +33,7 @@ from colrow.errors import ConfigError
 from colrow.mesh import MeshAxes
 from colrow.parallel.data_parallel import head_unit
 from colrow.parallel.data_shards import Unsharded, unsharded_of
-from colrow.parallel.flat_exchange import CollectiveExchanges, ExchangeCarrier, Exchanges, PeerExchanges
+from colrow.parallel.flat_exchange import CollectiveExchanges, ExchangeCarrier, GradientExchanges, PeerExchanges
 from colrow.parallel.flat_gather import CollectiveGathers, GatherCarrier, Gathers, PeerGathers
 from colrow.parallel.flat_unit import Buffer, DataGroups, FlatUnit
 from colrow.parallel.used_parameters import flags_anywhere
@@ -196,7 +196,7 @@ class FlatWeights(WeightCopies):
             return CollectiveGathers(group)
         return PeerGathers(group, self._device, dtype, [unit.size for unit in self._units if unit.params])
 
-    def _make_exchanges(self, carrier: ExchangeCarrier, dtype: torch.dtype) -> Exchanges | None:
+    def _make_exchanges(self, carrier: ExchangeCarrier, dtype: torch.dtype) -> GradientExchanges | None:
         group = self._groups.shard
         if group is None:
             return None
@@ -297,6 +297,8 @@ class FlatWeights(WeightCopies):
         """Begin the backward of every block down to this one, in order."""
         for at in range(self._backward - 1, index - 1, -1):
             self._backward = at
+            # The exchange of at + 2 ran while at + 1 computed. It is received before that of at + 1 starts: the copy
+            # engine has slots for two, and what was sent is freed here.
             self._sum(at + 2)
             self._units[at].gather()
             self._units[at].wait_for_gather()
@@ -325,6 +327,7 @@ class FlatWeights(WeightCopies):
             self._units[at].sum_gradients(last=self._micro_batch == self._micro_batches)
 
     def _receive(self, index: int, full: Tensor) -> None:
+        """Refuse a gradient that came after its unit was reduced, or before the backward of its block began."""
         if self._units[index].reduced or 0 < index < self._backward:
             where = f"block {index - 1}" if 0 < index <= len(self._blocks) else "a module beside the blocks"
             raise ConfigError(
@@ -345,6 +348,7 @@ class FlatWeights(WeightCopies):
             flags = torch.tensor(own, dtype=torch.int32, device=device)
             if all(own):
                 self._all_used[own] = flags
+        # the maximum, so a rank's 2 (partial over tp) stands above another's 1; `flags` are kept, so a copy is reduced
         found = flags_anywhere(flags.clone(), self._data_groups, wait=not all(own))
         for each, kept in zip(params, found or own, strict=True):
             each.kept = kept

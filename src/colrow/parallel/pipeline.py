@@ -20,7 +20,7 @@ from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble
 from torch.distributed.tensor import DTensor
 
 from colrow.errors import ConfigError, PlanError
-from colrow.ops.kernels.cross_entropy import wide
+from colrow.ops.products import sum_dtype
 from colrow.parallel.loss import loss_context, tp_degree
 from colrow.parallel.pipeline_stage import Stage, Tie
 from colrow.parallel.random_state import MicroBatchSeeds
@@ -167,8 +167,8 @@ class PipelineRunner:
             pending = [PendingTargets(chunk, targets.numel(), -100) for chunk in targets.chunk(count)]
             expect_targets(self.stages[-1].module, pending)
         with loss_context(self.plan, self.mesh):
-            step(*inputs, **outputs, return_outputs=False)
-        total = torch.zeros((), device=self.device, dtype=wide(self.options.dtype))
+            step(*inputs, **outputs, return_outputs=False)  # else the last stage joins all micro-batches' logits
+        total = torch.zeros((), device=self.device, dtype=sum_dtype(self.options.dtype))
         for loss, chunk in zip(losses, targets.chunk(count), strict=False):  # no losses where the last stage is not
             value = loss.detach()
             value = value.full_tensor() if isinstance(value, DTensor) else value
@@ -176,6 +176,7 @@ class PipelineRunner:
                 counted = (chunk != -100).double().mean()
                 value = torch.where(counted > 0, value * counted, 0.0)  # a mean over no target is NaN
             total += value
+        # zero but on the last stage: the sum gives every stage the loss
         dist.all_reduce(total, group=self.group)
         return total
 
@@ -192,7 +193,7 @@ class PipelineRunner:
                 dist.P2POp(dist.isend, mine.contiguous(), group=self.group, group_peer=peer),
                 dist.P2POp(dist.irecv, theirs, group=self.group, group_peer=peer),
             ]
-            for work in dist.batch_isend_irecv(exchange):
+            for work in dist.batch_isend_irecv(exchange):  # as one: both stages send first, and neither may wait
                 work.wait()
             mine.add_(theirs)  # a + b is b + a: both copies get the same bits, so they never drift apart
 
@@ -223,6 +224,7 @@ class PipelineRunner:
             return output if self._head_computes_loss else self.loss(output, targets) / micro_batches
 
         try:
+            # scale_grads: torch would divide by the micro-batches once more, after `loss` has
             return schedule_cls(stages[0] if single else stages, micro_batches, loss_fn=loss, scale_grads=False)
         except ValueError as error:
             raise ConfigError(f"pipeline.schedule={self.options.schedule}: {error}") from error
@@ -233,7 +235,7 @@ class PipelineRunner:
         shards = tp_degree(self.mesh) if self.plan.sequence_parallel() else 1
         hidden = _meta((batch_size, seq_len // shards, config.hidden_size), dtype)
         logits = _meta((batch_size, seq_len, config.vocab_size), dtype)
-        last = _meta((), wide(dtype)) if self._head_computes_loss else logits
+        last = _meta((), sum_dtype(dtype)) if self._head_computes_loss else logits
         return StaticShapeStage(
             stage,
             seq_len,

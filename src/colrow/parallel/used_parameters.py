@@ -123,9 +123,8 @@ class _SkippedUnits:
     def __init__(self, model: nn.Module, units: Sequence[tuple[FsdpUnit, Sequence[nn.Module]]]) -> None:
         self._units = [unit for unit, _ in units]
         self._next = 0  # the first unit whose turn has not come in this forward
-        self._reached: list[
-            tuple[FsdpUnit, bool]
-        ] = []  # behind the last detached input; whether its own had a gradient
+        # units since the last detached input, each with whether its own input had a gradient
+        self._reached: list[tuple[FsdpUnit, bool]] = []
         model.register_forward_pre_hook(self._begin, prepend=True)
         for index, (_, modules) in enumerate(units):
             for module in modules:

@@ -102,11 +102,13 @@ class WrittenBuffers:
 
     def _combined(self, dtype: torch.dtype, items: Sequence[tuple[Tensor, Tensor, int]]) -> Tensor:
         """The values of all `items` in one tensor: (buffer, 1 where this rank wrote it, how many ranks did)."""
+        # the mean of bf16 buffers is taken in fp32
         exact = torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else torch.int64
         values = torch.cat([buffer.reshape(-1).to(exact) for buffer, _, _ in items])
         sizes = torch.tensor([buffer.numel() for buffer, _, _ in items], device=values.device)
         mine = torch.stack([wrote for _, wrote, _ in items]).repeat_interleave(sizes).bool()
         counts = torch.tensor([count for _, _, count in items], device=values.device).repeat_interleave(sizes)
+        # Both extremes by one collective: min x = -max(-x). Of the integers the least has no negative.
         least = torch.finfo(exact).min if exact.is_floating_point else torch.iinfo(exact).min + 1
         extremes = torch.cat([values.where(mine, least), (-values).where(mine, least)])
         for group in self._groups:

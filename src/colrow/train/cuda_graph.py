@@ -48,6 +48,8 @@ class GraphedFunction:
             return self._function(*args)
         if self._eager_calls > 0:
             self._eager_calls -= 1
+            # On the capture's stream: what is made once for a stream (cuBLAS workspaces, the allocator's blocks, NCCL's
+            # order of events) is there when it captures. Both waits order this call with the work around it.
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 result = self._function(*args)
@@ -63,7 +65,7 @@ class GraphedFunction:
             else:
                 assert static == arg, f"captured for {static}, called with {arg}"
         self._graph.replay()
-        return self._static_result.clone()
+        return self._static_result.clone()  # the next replay writes into the same memory
 
     def decline(self) -> None:
         """Never capture."""

@@ -70,6 +70,7 @@ def _scattered(numbers: Tensor) -> Tensor:
 def _summaries(flat: Tensor) -> list[Tensor]:
     """Vectors of int64, each below 2^32 in size, so that weights of 31 bits leave none of its bits out."""
     size = flat.element_size()
+    # elements before the first address that 8 divides: a view as int64 must begin there
     head = (-flat.storage_offset() * size % 8) // size
     count = max(len(flat) - head, 0) * size // 8
     if count < _FEW or flat.dtype.is_complex:

@@ -54,7 +54,7 @@ class _FirstForward:
         ]
 
     def _before(self, module: nn.Module, args: Any) -> None:
-        self._hashes = fingerprints(self._values())
+        self._hashes = fingerprints(self._values())  # no copies: gathered parameters may fill the memory
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         for handle in self._handles:

@@ -28,6 +28,7 @@ class OperatorTrace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         collective = func.namespace in ("c10d", "_c10d_functional")
+        # before the call: an operator may write in place what it has read
         read = () if collective else _hashes(list(_read(func, args, kwargs or {})))
         result = func(*args, **(kwargs or {}))
         if not func.is_view:

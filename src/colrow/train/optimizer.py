@@ -99,6 +99,7 @@ class AdamW(torch.optim.AdamW):
     def _state_of(self, param: nn.Parameter) -> dict[str, Any]:
         state: dict[str, Any] = self.state[param]
         if not state:
+            # as torch's fused AdamW has it: the count is an fp32 scalar on the device, so that no kernel waits for it
             state["step"] = torch.zeros((), device=local_tensor(param).device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
         return state
@@ -108,6 +109,7 @@ def _update_of(param: nn.Parameter, grad: Tensor, state: Mapping[str, Tensor], c
     local, grad = local_tensor(param), local_tensor(grad)
     return ParamUpdate(
         local,
+        # the kernel walks all tensors in the order of memory; autograd may give a transposed gradient
         grad if grad.stride() == local.stride() else grad.clone(memory_format=torch.contiguous_format),
         local_tensor(state["exp_avg"]),
         local_tensor(state["exp_avg_sq"]),

@@ -96,7 +96,7 @@ class StepReplay:
         self._names = {param: name for module in modules for name, param in module.named_parameters()}
         self._trace: list[tuple[Phase, str, Tensor]] | None = None
         self._units = [unit for module in modules for unit in fsdp_units(module)]
-        for unit in self._units:
+        for unit in self._units:  # afterwards a wrong gradient stands on every rank of its group
             unit.before_reduction(self._record_unreduced)
         hidden = {id(part) for block in opaque for part in block.modules() if part is not block}
         for module in modules:

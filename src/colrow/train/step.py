@@ -275,7 +275,7 @@ class Step:
         norm = self._update_if_finite(loss, buffers) if skips else self._run_update()
         if self.corruption:
             self.corruption.after_update()
-        if self.buffers:
+        if self.buffers:  # last of the collectives: on every rank after those of the update
             self.buffers.combine()
         self.optimizer.zero_grad(set_to_none=True)
         if weights := self.forward_backward.weights:
@@ -313,7 +313,7 @@ class Step:
         gradients = {param: holder.grad for param, holder in holders.items() if holder.grad is not None}
         if weights:
             self.optimizer.update(gradients, scale, weights.copies, weights.first_read(), weights.start_next)
-            weights.mark_current(gradients)
+            weights.mark_current(gradients)  # the kernel wrote the copies too; else the next step would cast them again
         else:
             self.optimizer.update(gradients, scale)
 
@@ -321,6 +321,7 @@ class Step:
 def finite_everywhere(*values: Tensor) -> bool:
     """Whether these scalars are finite on every rank, so that all ranks decide alike. Collective over the default
     group; waits for the device."""
+    # float, since NCCL has no maximum of bool
     bad = (~torch.stack([value.detach().double() for value in values]).isfinite()).any().float()
     dist.all_reduce(bad, op=dist.ReduceOp.MAX)
     return not bad.item()

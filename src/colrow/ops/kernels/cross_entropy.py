@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from colrow.ops.kernels.optional_triton import tl, triton
+from colrow.ops.products import sum_dtype
 
 STATISTICS = 4
 
@@ -38,14 +39,9 @@ class LossTerms:
     z_loss: float = 0.0
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums are kept."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def statistics_reference(z_Cv: Tensor, y_C: Tensor, terms: LossTerms) -> Tensor:
     """[K, C] of this rank's logits."""
-    z = z_Cv.to(wide(z_Cv.dtype))
+    z = z_Cv.to(sum_dtype(z_Cv.dtype))
     peak = z.amax(-1)
     column = y_C - terms.first
     mine = (column >= 0) & (column < z.shape[1])
@@ -82,7 +78,7 @@ def loss_reference(
 def statistics_triton(z_Cv: Tensor, y_C: Tensor, terms: LossTerms) -> Tensor:
     """`statistics_reference` in one pass over the logits."""
     C, v = z_Cv.shape
-    stats = torch.empty(STATISTICS, C, dtype=wide(z_Cv.dtype), device=z_Cv.device)
+    stats = torch.empty(STATISTICS, C, dtype=sum_dtype(z_Cv.dtype), device=z_Cv.device)
     _statistics_kernel[(C,)](
         z_Cv, z_Cv.stride(0), y_C, stats, C, terms.first, v, WIDE=_triton_dtype(stats), BLOCK=_block(v), num_warps=8
     )
@@ -194,7 +190,7 @@ if triton is not None:
             total += tl.load(part_of + 3 * C)
         lse = peak + tl.log(total_exp)
         counts = label != ignore_index
-        if part == 0:
+        if part == 0:  # of the programs that share a token, one writes its loss
             value = lse - (1 - SMOOTHING) * target - SMOOTHING / VOCAB * total + Z_LOSS * lse * lse
             value = tl.where(counts, value * factor, 0.0)
             outside = counts & ((label < 0) | (label >= VOCAB))
