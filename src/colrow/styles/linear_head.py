@@ -111,13 +111,8 @@ class _LinearHeadStyle(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if device_mesh.size() > 1:  # on one rank the weight stays a plain tensor
-            place_parameter(
-                module,
-                "weight",
-                device_mesh,
-                ShardSpec(0, (module.get_parameter("weight").shape[0],)),
-                self.src_data_rank,
-            )
+            spec = ShardSpec(0, (module.get_parameter("weight").shape[0],))
+            place_parameter(module, "weight", device_mesh, spec, self.src_data_rank)
         module.__dict__[_STATE] = HeadState(device_mesh, self.style)
         replace_forward(module, _loss_forward)
         return module

@@ -48,6 +48,7 @@ class _Rows:
         rows = [spec.rows(tp, rank) for rank in range(tp)]
         order = [row for each in rows for row in each]
         places = None
+        # Gathered rows come rank by rank. With several segments that is not the buffer's order: `places` restores it.
         if order != sorted(order):
             places = torch.tensor([order.index(row) for row in range(len(order))], device=mesh.device_type)
         return cls(spec.dim, rank_table(mesh, rows, spec.segments), places)

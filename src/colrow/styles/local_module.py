@@ -69,19 +69,23 @@ class ShardedModuleStyle(ParallelStyle):
             module.register_forward_hook(lambda _, __, out: gathered_output(out, mesh, dim))
         if partial and output is not None and not output.is_partial():
             module.register_forward_hook(lambda _, __, out: sum_over_ranks(out, mesh, output))
-            if self.used_inside:
+            if self.used_inside:  # forward changes nothing; backward all-reduces the ranks' terms of the gradient
                 module.register_forward_hook(lambda _, __, out: local_input(out, mesh, output, gather=True))
         return module
 
 
 def local_input(x: Any, mesh: DeviceMesh, layout: Placement | None, gather: bool) -> Any:
     """`x` as a local tensor. `gather`: complete, its gradient a sum over ranks; otherwise this rank's shard of the
-    last dimension. A plain tensor without a layout is left as it is."""
+    last dimension. A plain tensor without a layout is left as it is.
+
+    gather, x sharded      forward  all_gather    backward  reduce_scatter
+    gather, x replicated   forward  x             backward  all_reduce
+    """
     if not isinstance(x, DTensor):
         if layout is None or not isinstance(x, Tensor):
             return x
         x = DTensor.from_local(x, mesh, [layout], run_check=False)
-    if gather:
+    if gather:  # Partial: each rank's code gives one term of the gradient, and the redistribution's backward sums them
         return x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
     return x.redistribute(placements=[Shard(x.ndim - 1)]).to_local()
 

@@ -31,6 +31,7 @@ def rank_table(mesh: DeviceMesh, rows: list[list[int]], segments: tuple[int, ...
     """Row `rank` of `rows`, on the mesh's device. Rows are equally long. `segments`: they are the ranks' shards of a
     dim that is these segments one after another."""
     table = torch.tensor(rows, device=mesh.device_type)
+    # not rows[rank]: simulated ranks share one Python program, and DTensor gives each of them its own row
     own = distribute_tensor(table, mesh, [Shard(0)], src_data_rank=None).to_local()[0]
     RANK_TABLES[own] = segments
     return own

@@ -119,7 +119,7 @@ class ShardSpec:
             return distribute_tensor(data, mesh, [Replicate()], src_data_rank=source)
         if len(self.segments) == 1:
             return distribute_tensor(data, mesh, [Shard(self.dim)], src_data_rank=source)
-        # DTensor chunks the dim as one: put the rows in the order of the ranks first.
+        # DTensor chunks the dim as one: put the rows in the order of the ranks first, rank 0's of every segment, ...
         order = [row for rank in range(mesh.size()) for row in self.rows(mesh.size(), rank)]
         data = data.index_select(self.dim, torch.tensor(order, device=data.device))
         shard = distribute_tensor(data, mesh, [Shard(self.dim)], src_data_rank=source).to_local()

@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from colrow.ops.parallel_linear import gather, scatter_sum
 from colrow.styles.fast.linear import FlattenedTokens, argument_at, group_name, with_argument
-from colrow.styles.fast.tokens import Keys, keys_of, over_tokens, tensor_argument
+from colrow.styles.fast.tokens import Keys, keys_of, outputs_over_tokens, over_tokens, tensor_argument
 from colrow.styles.local_block import BlockShards
 from colrow.styles.local_buffers import view_buffers
 from colrow.styles.local_module import mark_grads_summed_at_entry
@@ -50,7 +50,7 @@ class _FastBlockHooks(ParallelStyle):
         style, mesh, group, fqn = self.style, device_mesh, group_name(device_mesh), self.fqn
         shard_parameters(module, mesh, self.specs, self.src_data_rank)
         view_buffers(module, mesh, self.specs)
-        mark_grads_summed_at_entry(module)
+        mark_grads_summed_at_entry(module)  # by `gather`, whose backward is a reduce-scatter
 
         def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
             for key in style.gather:
@@ -63,12 +63,7 @@ class _FastBlockHooks(ParallelStyle):
                     args, kwargs = with_argument(args, kwargs, key, rank_heads(value, mesh, **heads))
             return args, kwargs
 
-        def after(_: nn.Module, __: Any, out: Any) -> Any:
-            if isinstance(out, Tensor):
-                return over_tokens(scatter_sum, out, group)
-            return type(out)(over_tokens(scatter_sum, o, group) if i in style.scatter else o for i, o in enumerate(out))
-
         module.register_forward_pre_hook(before, with_kwargs=True)
         if style.scatter:
-            module.register_forward_hook(after)
+            module.register_forward_hook(lambda _, __, out: outputs_over_tokens(scatter_sum, out, style.scatter, group))
         return module

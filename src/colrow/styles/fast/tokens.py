@@ -38,6 +38,13 @@ def over_tokens(change: Callable[[Tensor, str], Tensor], x: Tensor, group: str) 
     return unflatten_tokens(y, x)
 
 
+def outputs_over_tokens(change: Callable[[Tensor, str], Tensor], out: Any, numbers: Keys, group: str) -> Any:
+    """A module's output with `change` applied to the tokens of the outputs of these numbers, or of the only one."""
+    if isinstance(out, Tensor):
+        return over_tokens(change, out, group)
+    return type(out)(over_tokens(change, o, group) if i in numbers else o for i, o in enumerate(out))
+
+
 def tensor_argument(fqn: str, style: str, args: Any, kwargs: Any, key: int | str) -> Tensor:
     """The argument of this number or name. Raises PlanError where there is no tensor."""
     x = argument_at(args, kwargs, key)
@@ -86,14 +93,9 @@ class _TokenHook(ParallelStyle):
         def own(x: Tensor, group: str) -> Tensor:
             return local_tokens(x, rank, group)
 
-        def after(_: nn.Module, __: Any, out: Any) -> Any:
-            if isinstance(out, Tensor):
-                return over_tokens(own, out, group)
-            return type(out)(over_tokens(own, o, group) if i in outputs else o for i, o in enumerate(out))
-
         module.register_forward_pre_hook(before, with_kwargs=True)
         if outputs:
-            module.register_forward_hook(after)
+            module.register_forward_hook(lambda _, __, out: outputs_over_tokens(own, out, outputs, group))
         return module
 
 

@@ -1,4 +1,6 @@
-"""Flattened tokens as [sequences, tokens, ...]; see [Note: two views of flattened tokens]
+"""Flattened tokens viewed as [sequences, tokens, ...], in one of two ways.
+
+[Note: two views of flattened tokens]
 A rank's B T / n tokens are viewed as B sequences of T/n tokens, which they are not: of B = n sequences each rank holds
 one. Code between the blocks is right when it treats each token alone, in whichever order they come. A dry run shows it
 in two walks: in one a rank's tokens are taken for a shard of dim 1, in the other for complete sequences, a shard of dim
