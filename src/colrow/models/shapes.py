@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from colrow.errors import ConfigError, did_you_mean
 from colrow.models.llama import Llama3Scaling, LlamaConfig
 
@@ -9,91 +11,48 @@ _LLAMA_3_2 = Llama3Scaling(
     factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
 )
 
+
+def _sized(
+    vocab: int,
+    hidden: int,
+    ffn: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    context: int,
+    **options: Any,
+) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=context,
+        **options,
+    )
+
+
+# fmt: off
 SHAPES: dict[str, LlamaConfig] = {
+    #                       vocab  hidden     ffn  layers  heads  kv  head  context
     # minutes on two CPU cores
-    "laptop": LlamaConfig(
-        vocab_size=4096,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=16,
-        max_position_embeddings=256,
-        rope_theta=1_000.0,
-        initializer_range=0.05,
-        embedding_range=0.25,
-    ),
+    "laptop":      _sized(  4_096,    128,    384,      4,     8,  4,   16,     256,
+                          rope_theta=1_000.0, initializer_range=0.05, embedding_range=0.25),
     # three kv heads: no usual tp divides them
-    "article": LlamaConfig(
-        vocab_size=50_000,
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_key_value_heads=3,
-        head_dim=64,
-        max_position_embeddings=2048,
-    ),
-    "llama2-7b": LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=4096,
-        intermediate_size=11_008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        head_dim=128,
-        max_position_embeddings=4096,
-    ),
-    "llama3-8b": LlamaConfig(
-        vocab_size=128_256,
-        hidden_size=4096,
-        intermediate_size=14_336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=8192,
-        rope_theta=500_000.0,
-    ),
-    "llama3-70b": LlamaConfig(
-        vocab_size=128_256,
-        hidden_size=8192,
-        intermediate_size=28_672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=8192,
-        rope_theta=500_000.0,
-    ),
-    "llama3.2-1b": LlamaConfig(
-        vocab_size=128_256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        max_position_embeddings=131_072,
-        rope_theta=500_000.0,
-        rope_scaling=_LLAMA_3_2,
-        tie_word_embeddings=True,
-    ),
-    "qwen3-8b": LlamaConfig(
-        vocab_size=151_936,
-        hidden_size=4096,
-        intermediate_size=12_288,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=40_960,
-        rope_theta=1_000_000.0,
-        rms_norm_eps=1e-6,
-        qk_norm=True,
-    ),
+    "article":     _sized( 50_000,    768,  3_072,     12,    12,  3,   64,   2_048),
+    "llama2-7b":   _sized( 32_000,  4_096, 11_008,     32,    32, 32,  128,   4_096),
+    "llama3-8b":   _sized(128_256,  4_096, 14_336,     32,    32,  8,  128,   8_192, rope_theta=500_000.0),
+    "llama3-70b":  _sized(128_256,  8_192, 28_672,     80,    64,  8,  128,   8_192, rope_theta=500_000.0),
+    "llama3.2-1b": _sized(128_256,  2_048,  8_192,     16,    32,  8,   64, 131_072,
+                          rope_theta=500_000.0, rope_scaling=_LLAMA_3_2, tie_word_embeddings=True),
+    "qwen3-8b":    _sized(151_936,  4_096, 12_288,     36,    32,  8,  128,  40_960,
+                          rope_theta=1_000_000.0, rms_norm_eps=1e-6, qk_norm=True),
 }
+# fmt: on
 
 
 def shape(name: str) -> LlamaConfig:
