@@ -20,7 +20,7 @@ from colrow.errors import ConfigError
 
 @dataclass(frozen=True)
 class AxisRole:
-    """In what the ranks along an axis differ.
+    """What differs between the ranks along an axis.
 
     Attributes:
         parameters: they hold different parameters, or different shards. A gradient norm is summed over the axis, and
@@ -67,7 +67,7 @@ class Mesh(BaseModel):
 
     @property
     def degrees(self) -> tuple[int, ...]:
-        """In the order of AXES."""
+        """The degree of each axis, in the order of AXES."""
         return tuple(getattr(self, axis) for axis in AXES)
 
     @property

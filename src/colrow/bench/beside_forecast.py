@@ -23,7 +23,7 @@ def forecast_data(config: RunConfig) -> dict[str, Any]:
 
 @cache
 def _forecast_data(text: str) -> dict[str, Any]:
-    """Of a config as JSON: once for all rounds of an arm."""
+    """`forecast_data` of a config as JSON text, which can be a key: computed once for all rounds of an arm."""
     config = RunConfig.model_validate_json(text)
     gpus = gpus_here(config)
     row = None

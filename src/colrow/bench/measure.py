@@ -123,7 +123,7 @@ def _require_measurable(job: Job) -> None:
 
 @contextmanager
 def one_rank(config: RunConfig, info: RankInfo) -> Iterator[tuple[DeviceMesh, torch.device]]:
-    """As `process_group`, of a mesh whose other ranks do not exist."""
+    """What `process_group` yields, for a mesh whose other ranks do not exist."""
     device = set_device(preflight.device_type(config), info.local_rank)
     with fake_group(info.rank, info.world_size):
         yield config.mesh.build(device.type, info.world_size), device
@@ -166,7 +166,7 @@ def timed_steps(
         ends = [time.perf_counter()]
         for i, batch in enumerate(ready):
             run(job.warmup + i, batch)
-            dist.barrier()
+            dist.barrier()  # a step ends when the slowest rank's does
             ends.append(time.perf_counter())
         return [b - a for a, b in pairwise(ends)]
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(job.steps + 1)]
@@ -297,6 +297,7 @@ def _synchronise_here(device: torch.device) -> None:
 
 
 def _synchronise(device: torch.device) -> None:
+    """Wait until every rank's device is idle. A barrier of NCCL is a kernel, which is waited for as well."""
     _synchronise_here(device)
     dist.barrier()
     _synchronise_here(device)

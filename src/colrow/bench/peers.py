@@ -161,7 +161,7 @@ def random_text() -> str:
 
 
 def commit_of(folder: Path) -> str:
-    """Of a git checkout; else its version, or nothing."""
+    """The commit of a git checkout; the version of an unpacked release; empty where neither is known."""
     done = subprocess.run(
         ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )

@@ -93,7 +93,7 @@ def _sharded(folder: str, tp: int, device: torch.device) -> nn.Module:
 
 
 def _adamw(model: nn.Module, config: RunConfig, fused: bool) -> torch.optim.Optimizer:
-    """In groups of one kind: torch's kernels do not take plain tensors and DTensors together."""
+    """AdamW with plain tensors and DTensors in groups of their own: torch's kernels do not take both together."""
     params = [param for param in model.parameters() if param.requires_grad]
     groups = [[p for p in params if isinstance(p, DTensor) == sharded] for sharded in (True, False)]
     return torch.optim.AdamW(

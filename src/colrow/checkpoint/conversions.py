@@ -93,8 +93,8 @@ def parts_in(model: nn.Module, shapes: Shapes, stored: Iterable[str]) -> dict[st
 
 
 def parts_for(model: nn.Module, shapes: Shapes) -> dict[str, list[Part]]:
-    """As which tensors folders store a model's, where transformers writes others than the model holds. What is not
-    stored as regions is left out: transformers reads the model's own names too."""
+    """The tensors that a folder stores for each of a model's, where transformers writes others than the model holds.
+    What is not stored as regions is left out: transformers reads the model's own names too."""
     known = _Transforms.of(model)
     if known is None:
         return {}

@@ -232,7 +232,7 @@ class Checkpoints:
     def _write_behind(self, ranks: Ranks, snapshot: Snapshot) -> None:
         try:
             self._write(ranks, snapshot)
-        except BaseException as error:
+        except BaseException as error:  # on a thread of its own nobody would see it: the next save or wait raises it
             self._failure = error
 
     def _path(self, info_or_step: CheckpointInfo | int) -> Path:

@@ -120,7 +120,7 @@ class Index(_Model):
         return cls(tensors=tensors)
 
     def metadata(self) -> Metadata:
-        """The same as torch.distributed.checkpoint's metadata; `storage_data` maps each region to its file's name."""
+        """The index as torch.distributed.checkpoint's metadata; `storage_data` maps each region to its file's name."""
         stored, files = {}, {}
         for name, tensor in self.tensors.items():
             chunks = [ChunkStorageMetadata(torch.Size(b.offset), torch.Size(b.size)) for b in tensor.blocks]

@@ -20,10 +20,10 @@ class Piece:
 
     name: str
     shape: tuple[int, ...]
-    """Of the global tensor."""
+    """The global tensor's."""
     region: Region
     data: Tensor
-    """Of the region's size."""
+    """It has the region's size."""
     is_writer: bool
     """Whether this rank writes it, of all that hold the same region on the tensor's mesh."""
 
@@ -48,7 +48,8 @@ def pieces_of(name: str, tensor: Tensor, packed: Packed | None = None, *, planne
 
 
 def _is_writer(name: str, tensor: Tensor) -> bool:
-    """Of the ranks that hold the same shard one writes it: which one is a hash of the name, to share out the work."""
+    """Whether this rank writes the tensor. One of the ranks that hold the same shard does; a hash of the name chooses
+    it, so that the work is shared."""
     if not isinstance(tensor, DTensor):
         return True  # replicated over unknown ranks: DCP drops the duplicates when it gathers all plans
     coordinate = tensor.device_mesh.get_coordinate()

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _JSON_BYTES = 2048
-"""Of index, records and headers, for a tensor and its moments: about 1 KiB; more than enough beside small tensors."""
+"""Index, records and headers of a tensor and its moments take about 1 KiB; this is more than enough."""
 
 
 def checkpoint_bytes(model: nn.Module) -> int:

@@ -20,7 +20,7 @@ from colrow.errors import CheckpointError
 from colrow.sharding.layout import Packed, packed_of, unwrapped_name
 
 OPTIMIZER_PREFIX = "optimizer."
-"""Of the names of an optimizer's tensors (optimizer_state.py)."""
+"""The names of an optimizer's tensors begin with it (optimizer_state.py)."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def require_storable(model: nn.Module) -> None:
 
 
 def buffer_digests(named: list[NamedTensor]) -> dict[str, str]:
-    """By name, of each buffer that is no DTensor: ranks that hold one are to hold the same values."""
+    """A digest of each buffer that is no DTensor, by name: all ranks that hold it must hold the same values."""
     return {
         item.name: hashlib.blake2b(_bytes(item.tensor), digest_size=16).hexdigest()
         for item in named

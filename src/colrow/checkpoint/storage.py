@@ -195,7 +195,7 @@ def _entry(item: WriteItem, planner: SavePlanner) -> Entry:
 
 
 def _bytes_of(item: WriteItem) -> int:
-    """Of the piece that is written; `item.tensor_storage_size()` counts the complete tensor."""
+    """The size of the piece that is written; `item.tensor_storage_size()` counts the complete tensor."""
     assert item.tensor_data is not None
     return prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
 

@@ -118,7 +118,7 @@ _FILE_ERRORS = {
 """What to do about each error of the operating system that is none of colrow's."""
 
 _FIRST_SECONDS = 3.0
-"""For an error that each rank finds, such as a wrong config: the host's first rank says it."""
+"""Each rank may find the same error, such as a wrong config: others wait so long, and the host's first rank says it."""
 
 
 class Ending:

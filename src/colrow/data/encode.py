@@ -99,7 +99,7 @@ def usable_cores() -> int:
 
 
 _worker: tuple[Tokenizer, str]
-"""Of a worker process alone: what _start_worker made."""
+"""What _start_worker made; it exists in worker processes alone."""
 
 
 def _start_worker(backend: str, eos_id: int, special: bool, dtype: str) -> None:

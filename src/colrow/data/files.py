@@ -21,7 +21,7 @@ _COMPRESSED = (".zst", ".zip", ".bz2", ".xz", ".lz4", ".tar", ".tgz", ".7z", ".b
 _PARQUET_ROWS = 1024
 _SCAN_BYTES = 1 << 16
 MOST_LINE_BYTES = 64 << 20
-"""Of a JSON line: it is parsed in memory, at several times its size."""
+"""The longest JSON line: a line is parsed in memory, at several times its size."""
 
 
 def suffix_of(path: Path) -> str:

@@ -49,7 +49,7 @@ class DatasetCorpus(Corpus):
         return f"hf:{self.name} (split {self.split}{config})"
 
     def fingerprint(self) -> str:
-        """Of a folder: its files, by content and by name within it. Of a dataset on the Hub: its commit."""
+        """A hash of a folder's files, by content and by name within it; of a dataset on the Hub, of its commit."""
         source: list[str] = []
         if self.folder is None:
             source = [self.name, self._find_commit()]

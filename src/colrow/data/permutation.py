@@ -25,12 +25,12 @@ class Permutation:
     def __init__(self, n: int, key: str) -> None:
         assert 0 < n < 1 << 62
         self.n = n
-        self._side = np.uint64(math.isqrt(n - 1) + 1)
+        self._side = np.uint64(math.isqrt(n - 1) + 1)  # m = ceil(sqrt(n)), exactly
         digests = (hashlib.blake2b(f"{key} {i}".encode(), digest_size=8).digest() for i in range(_ROUNDS))
         self._keys = [np.uint64(int.from_bytes(digest, "little")) for digest in digests]
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """Where each of `positions` goes. int64 of any shape, in and out."""
+        """The number that each of `positions` is mapped to: int64 of any shape, in and out."""
         assert positions.size == 0 or (positions.min() >= 0 and positions.max() < self.n)
         out = self._once(positions.astype(np.uint64))
         while (outside := out >= np.uint64(self.n)).any():

@@ -85,7 +85,7 @@ class ShardMeta:
     tokens: dict[str, int]
     text_bytes: dict[str, int]
     digests: dict[str, str]
-    """Of the .bin files."""
+    """The content digests of the .bin files."""
     special: int = 0
     """Documents that spell a special token; not counted by older versions."""
 
@@ -126,7 +126,7 @@ def read_meta(folder: Path) -> ShardMeta:
 
 
 def _digest(tree: dict[str, Any]) -> str:
-    """Of what a meta.json says."""
+    """The digest of what a meta.json says."""
     return digest_of(json.dumps(tree, sort_keys=True))
 
 

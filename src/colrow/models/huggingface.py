@@ -170,7 +170,7 @@ def stored_name(name: str, tied: bool) -> str:
 
 
 _MOST_LAYERS = 10_000
-"""As for `model.layers`: each is built, in milliseconds."""
+"""The bound of `model.layers` too: building a layer takes milliseconds."""
 
 
 def _size(tree: dict[str, Any], key: str, default: int | None = None) -> int:

@@ -110,7 +110,7 @@ class CopyEngine(Carrier):
             self.ring, self._views = self._grow(-(-nbytes // _ALIGNMENT) * _ALIGNMENT), {}
 
     def _targets(self, views: list[Tensor]) -> list[Tensor]:
-        """Where this rank's chunk goes, by peer; `views` are a slot of each rank, [n, *chunk]."""
+        """The memory that this rank's chunk goes to, by peer; `views` are a slot of each rank, [n, *chunk]."""
         return [view[self.ring.rank] for view in views]
 
 

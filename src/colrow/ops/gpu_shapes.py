@@ -34,18 +34,19 @@ def is_as_on_gpu() -> bool:
 
 
 def statistics_shape(z_Cv: Tensor, y_C: Tensor, terms: LossTerms) -> Tensor:
-    """As `statistics_triton`: [K, C]."""
+    """The output of `statistics_triton`, without values: [K, C]."""
     return z_Cv.new_empty(STATISTICS, z_Cv.shape[0], dtype=sum_dtype(z_Cv.dtype))
 
 
 def loss_shape(
     z_Cv: Tensor, y_C: Tensor, stats_nKC: Tensor, scale: Tensor, terms: LossTerms, write_gradient: bool
 ) -> Tensor:
-    """As `loss_triton`: [C], and the logits' gradient in their place."""
+    """The output of `loss_triton`, without values: [C]; the logits' gradient takes their memory."""
     return z_Cv.new_empty(z_Cv.shape[0], dtype=stats_nKC.dtype)
 
 
 def add_product_shape(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """As `add_product` where the sum happens inside the matmul: no copy of an operand in out's dtype."""
+    """`add_product` where the sum happens inside the matmul: no operand is copied to out's dtype."""
+    # addmm wants equal dtypes; an expanded scalar has the shape and takes no memory
     without_memory = (x.new_empty((), dtype=out.dtype).expand(x.shape) for x in (a, b))
     torch.addmm(out, *without_memory, out=out)

@@ -135,7 +135,7 @@ class _Plan:
 
 
 def _functions(plan: _Plan) -> tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., None]]:
-    """Those that compute a chunk's statistics, its loss and gradient, and the sum of weight gradients."""
+    """The functions for a chunk's statistics, for its loss and gradient, and for the sum of weight gradients."""
     if gpu_shapes.is_as_on_gpu():
         return gpu_shapes.statistics_shape, gpu_shapes.loss_shape, gpu_shapes.add_product_shape
     if plan.triton:

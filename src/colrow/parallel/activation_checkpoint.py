@@ -72,7 +72,7 @@ def apply_activation_checkpoint(blocks: Iterable[nn.Module], mode: Mode, *, comp
 
 
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
-"""Those around a forward and around its recomputation."""
+"""The context around a forward, and the one around its recomputation."""
 
 
 def _with_same_draws(contexts: Callable[[], Contexts], generators: Generators) -> Contexts:

@@ -62,7 +62,7 @@ class ComputeWeights(WeightCopies):
             param.grad = self._sums[param]
 
     def grad_holder(self, param: nn.Parameter) -> nn.Parameter:
-        """Its copy where that kept the gradient, else `param` itself."""
+        """The parameter's copy where that kept the gradient, else `param` itself."""
         copy = self.copies[param]
         return param if copy.grad is None else copy
 

@@ -74,7 +74,7 @@ def shard_over_data(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def unsharded_of(module: nn.Module, name: str) -> Unsharded:
-    """Of a module's own parameter, after `shard_over_data`."""
+    """What a module's own parameter was before `shard_over_data`."""
     found: Unsharded = module.__dict__[_UNSHARDED][name]
     return found
 

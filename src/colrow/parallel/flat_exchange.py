@@ -91,7 +91,7 @@ class _Collective(GradientExchange):
 
 
 class PeerExchanges(GradientExchanges):
-    """By copy engines ([Note: exchanges by copy engines]).
+    """Copy engines send gradients ([Note: exchanges by copy engines]).
 
     Args:
         nbytes: of the largest unit's row.

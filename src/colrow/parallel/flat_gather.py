@@ -55,7 +55,7 @@ class CollectiveGathers(Gathers):
 
 
 class PeerGathers(Gathers):
-    """By copy engines ([Note: gathers by copy engines]).
+    """Copy engines read the peers' shards ([Note: gathers by copy engines]).
 
     Args:
         sizes: elements of each unit's shard, in the order of the calls of `shard`.
@@ -92,7 +92,7 @@ class PeerGathers(Gathers):
         dist.all_reduce(self._one, dist.ReduceOp.MAX, self._group)
 
     def wait(self) -> None:
-        """For every gather that was started."""
+        """Let the current stream wait for every gather that was started."""
         device = self._memory.device
         device.follow(device.current(), self._memory.side)
 

@@ -58,7 +58,7 @@ class Buffer:
         self._memory: Tensor | None = None
 
     def memory(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """All of it, once the sizes of all its units are known."""
+        """The buffer's memory, [size]. Call it when the sizes of all units that use the buffer are known."""
         if self._memory is None:
             self._memory = torch.zeros(self.size, dtype=dtype, device=device)
         return self._memory
@@ -158,11 +158,11 @@ class FlatUnit:
         self.trained = [each for each in self.params if each.param.requires_grad]
         buffer.size = max(buffer.size, groups.shards * end)
         self._exchange: tuple[GradientExchange | None, list[Tensor]] | None = None
-        """What was started, and this rank's gradients."""
+        """The exchange that was started, and this rank's gradients, which it sends."""
         self._reduction: Any = None
         self._has_sum = False
         self.reduced = False
-        """In the running backward."""
+        """Whether its gradients have been sent in the running backward."""
 
     @torch.no_grad()
     def allocate(self, gathers: Gathers | None, exchanges: GradientExchanges | None) -> None:

@@ -171,7 +171,7 @@ class FlatWeights(WeightCopies):
 
     @property
     def _early_units(self) -> list[FlatUnit]:
-        """Those that the next forward reads first, each with a buffer of its own."""
+        """The units that the next forward reads first, each with a buffer of its own."""
         return self._units[:3] if self._groups.shards > 1 else []
 
     def drop_gradients(self) -> None:
@@ -209,7 +209,7 @@ class FlatWeights(WeightCopies):
         return next(local_tensor(each.param).device for unit in self._units for each in unit.params)
 
     def _make_units(self, model: nn.Module, dtype: torch.dtype, reshard: bool, keep: bool) -> list[FlatUnit]:
-        """In the order in which they run: root, blocks, head."""
+        """The units in the order in which they run: root, blocks, head."""
         alone = not reshard or self._groups.shards == 1
         shared = [Buffer(), Buffer()]
         taken: dict[nn.Parameter, None] = {}

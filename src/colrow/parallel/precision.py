@@ -34,7 +34,7 @@ class Precision:
 
 
 def choose_precision(config: RunConfig, device: torch.device) -> Precision:
-    """As `train.precision` says; `auto` is bf16 on GPUs and fp32 elsewhere."""
+    """The precision that `train.precision` names; `auto` is bf16 on GPUs and fp32 elsewhere."""
     bf16 = device.type == "cuda" if config.train.precision == "auto" else config.train.precision == "bf16"
     keeps_copies = config.train.is_graphed or (bf16 and config.mesh.tp_alone)
     return Precision(torch.bfloat16 if bf16 else torch.float32, keeps_copies)

@@ -59,15 +59,15 @@ def arrange_draws(
 
 
 def _is_needed(name: str, modules: Mapping[str, tuple[Draw, ...]], blocks: set[str]) -> bool:
-    """Whether the module draws for a shard, or one does whose forward calls it: their draws would be taken for one's.
-    Not counted is a module around a block's graph, in which no draw of its own is made."""
+    """Whether the module draws for a shard, or is called by one that does: without a mode of its own its draws would be
+    counted as the caller's. A module around a compiled block does not count: its mode is off while the graph runs."""
     around = {outer for block in blocks if _is_inside(name, block) for outer in modules if _is_inside(block, outer)}
     calling = [outer for outer in modules if _is_inside(name, outer) and outer not in around - blocks]
     return any(draw.layout != REPLICATED for outer in calling for draw in modules[outer])
 
 
 def _is_inside(name: str, outer: str) -> bool:
-    """Also where they are one."""
+    """Whether the module `name` is `outer` or lies inside it; all lie inside the model, ``""``."""
     return not outer or is_within(name, outer)
 
 
@@ -131,8 +131,8 @@ def draws_suspended() -> Iterator[None]:
 
 
 class _ShardedDraws(TorchDispatchMode):
-    """On in one call of a module. A module that it calls has its own, above this one and above that of a recomputation,
-    so that forward and recomputation run the same operators; then this one rests."""
+    """Active during one call of a module. A module that this one calls has a mode of its own on top, also of that of a
+    recomputation, so that forward and recomputation run the same operators. Meanwhile this one passes everything on."""
 
     def __init__(self, call: _Call, rank: int, ranks: int) -> None:
         super().__init__()

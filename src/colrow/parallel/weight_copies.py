@@ -54,7 +54,7 @@ class WeightCopies(ABC):
         """The tensor whose `.grad` is the gradient of `param`."""
 
     def squares(self) -> dict[nn.Parameter, Tensor]:
-        """Of gradients whose squares were summed on the way: terms of the sum over this rank's shard."""
+        """For gradients whose squares were summed on the way: terms that add up to the sum over this rank's shard."""
         return {}
 
     def first_read(self) -> frozenset[nn.Parameter]:

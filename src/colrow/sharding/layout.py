@@ -155,6 +155,7 @@ def full_tensor(param: Tensor, packed: Packed | None = None) -> Tensor:
     if not is_copy:  # of equal replicas one adds its shard, the others zeros
         for region, place in held_regions(param, packed).items():
             total[region.slices] = local[place.slices]
+    # Ranks wrote different regions into zeros: the sum over every axis puts them together.
     for axis in range(param.device_mesh.ndim):
         torch.distributed.all_reduce(total, group=param.device_mesh.get_group(axis))
     return total

@@ -1,7 +1,8 @@
 """Rules for operators on shards where DTensor's propagation lacks one or is stricter than local arithmetic needs.
 
-Each is named by its operator in `RULES`, takes a call, and gives the layouts of the results, or None where DTensor is
-to be asked; it raises UnprovenError where the call is none that gives shards of the result.
+Each is named by its operator in `RULES`, takes a call, and gives the layouts of the results, or None where DTensor's
+rules decide; it raises UnprovenError where the call gives no shards of the result. A rule's docstring says which shards
+of the arguments give shards of the results.
 """
 
 from __future__ import annotations

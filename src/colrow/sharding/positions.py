@@ -28,7 +28,7 @@ def positions_made(call: LocalCall) -> list[Layout] | None:
 
 
 def of_positions(call: LocalCall) -> list[Layout]:
-    """Of an operator that gets such positions. Raises UnprovenError."""
+    """The layout of the result of an operator that gets such positions. Raises UnprovenError."""
     found = None
     if call.name == "expand":
         found = _expanded(call)

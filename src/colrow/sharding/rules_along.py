@@ -2,7 +2,7 @@
 `operators`): a reduction, a sort, a softmax, a pooling of the last dims, a norm of channels, a function of elements.
 
 DTensor lacks rules for many of them, the more the older it is, and says of `logsumexp` that keeps its dim that another
-dim is sharded.
+dim is sharded. A rule's docstring says which shards of the arguments give shards of the results.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def group_norm(call: LocalCall) -> list[Layout] | None:
 
 
 def needed(call: LocalCall, layouts: list[Layout]) -> list[Layout]:
-    """Of a backward's gradients, those that were asked for."""
+    """The layouts of those gradients of a backward that its `output_mask` requests."""
     if not call.name.endswith("_backward"):
         return layouts
     mask = call.argument("output_mask")[0]

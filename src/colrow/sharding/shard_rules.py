@@ -138,7 +138,7 @@ def _linear_in_one(call: LocalCall) -> list[Layout] | None:
 
 
 def _of_repeated(call: LocalCall, mesh: DeviceMesh) -> list[Layout]:
-    """By the operator on the tensors with repeated heads, whose shards the ranks hold; see [Note: repeated heads]."""
+    """Judge the operator on tensors with repeated heads, whose shards the ranks hold; see [Note: repeated heads]."""
     if _draws(call):
         raise UnprovenError("ranks that hold the same head would draw different random numbers for it")
     if call.wanted is None:

@@ -167,7 +167,7 @@ class Style(ABC):
         return {}
 
     def output_segments(self, site: Site) -> tuple[OutputSegment, ...]:
-        """Of a style that `computes_module`: the segments of the output's last dim. Empty: the dim is sharded as one,
+        """The segments of the output's last dim, for a style that `computes_module`. Empty: the dim is sharded as one,
         or not at all."""
         return ()
 

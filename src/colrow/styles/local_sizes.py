@@ -142,7 +142,7 @@ def _with_bounds(index: Any, bounds: Sizes) -> Any:
 
 
 def fits(function: Any, args: Sequence[Any], written: Sizes) -> bool:
-    """Whether a view to these sizes is one of the tensor as it is."""
+    """Whether the tensor as it is can be viewed with these sizes."""
     name = CALLS[function].name
     return name in ("view", "reshape") and -1 not in written and math.prod(written) == args[0].numel()
 

@@ -189,7 +189,7 @@ class ShardedParameters(Style):
     """A style that holds each of its module's own parameters by a `ShardSpec`."""
 
     layout_reason: ClassVar[str]
-    """Of a sharded parameter's layout."""
+    """The reason in a sharded parameter's layout."""
 
     @abstractmethod
     def specs(self, site: Site) -> dict[str, ShardSpec]:

@@ -20,7 +20,7 @@ from colrow.sharding.layout import chunk_sizes
 
 @dataclass(frozen=True)
 class Site:
-    """Where a style is applied: the model, the module's name in it, and the tensor-parallel degree."""
+    """The place that a style is applied at: the model, the module's name in it, and the tensor-parallel degree."""
 
     model: nn.Module
     fqn: str

@@ -91,7 +91,7 @@ class NoRuleError(Exception):
 
 
 def propagated(func: Any, leaves: Sequence[Any], tree: Any, mesh: DeviceMesh) -> list[tuple[Any, tuple[int, ...]]]:
-    """By DTensor's rules, the placement of each result of an operator and the shape of a rank's part of it. `leaves`
+    """The placement of each result of an operator, by DTensor's rules, and the shape of a rank's part of it. `leaves`
     are the flat (args, kwargs), nested as `tree`; of a tensor, (placement, unsharded shape, stride, dtype).
 
     Raises:

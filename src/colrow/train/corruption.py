@@ -36,7 +36,7 @@ class _Report:
 
 
 class CorruptionCheck:
-    """What a step and a save ask. Each method but `after_update` raises SilentCorruptionError on every rank."""
+    """What a step and a save check. Each method but `after_update` raises SilentCorruptionError on every rank."""
 
     def __init__(self, replay: StepReplay, kept: KeptState) -> None:
         self._replay, self._kept = replay, kept
@@ -59,7 +59,7 @@ class CorruptionCheck:
         self._kept.mark()
 
     def before_save(self, step: int) -> None:
-        """Of `step` completed steps."""
+        """Check what is about to be saved after `step` steps."""
         self._kept.require_intact(f"before step-{step} was saved")
 
 

@@ -25,9 +25,10 @@ from colrow.errors import ConfigError
 EAGER_STEPS = 2
 """Steps before the one that captures."""
 MEASURED_STEPS = 4
-"""The same with `train.cuda_graph: auto`: the last of them is measured, when all is compiled."""
+"""Steps before it with `train.cuda_graph: auto`: the last of them is measured, when all is compiled."""
 _TAIL = 0.1
-"""Of a step that begins on an idle GPU: where the GPU is done this share of it after the CPU, it has waited for it."""
+"""A step begins on an idle GPU. If the GPU is done within this share of the step's time after the CPU has enqueued the
+last kernel, the GPU has waited for the CPU."""
 
 
 class GraphedFunction:
@@ -95,7 +96,7 @@ class GraphChoice:
 
     The host runs ahead of a GPU that is busy, until the driver's queue is full, so neither's time alone tells which one
     is the slower. One step begins on an idle GPU, and is waited for: if the GPU is done as soon as the CPU has enqueued
-    the last kernel, it has waited for it.
+    the last kernel, the GPU has waited for the CPU.
     """
 
     def __init__(self, graphs: Sequence[GraphedFunction], device: torch.device, steps: int = MEASURED_STEPS) -> None:

@@ -26,7 +26,7 @@ from colrow.parallel.outputs import auxiliary_losses, main_tensor
 from colrow.sharding.parameter_state import copied_model
 
 _TOLERANCE = 1e-5
-"""Of what is left of the loss, relative: the model computes in fp32."""
+"""The relative error allowed of what is left of the loss: the model computes in fp32."""
 
 
 def auxiliary_weights(source: Source, given: Mapping[str, float] | None) -> dict[str, float]:

@@ -37,8 +37,8 @@ class OperatorTrace(TorchDispatchMode):
 
 
 def first_nondeterministic(first: Sequence[Entry], second: Sequence[Entry]) -> str | None:
-    """Of two runs of the same step: the first operator that reads the same and returns other bits; what stands before
-    the first that reads other bits; None where all entries agree."""
+    """What makes two runs of one step differ: the first operator that reads the same and returns other bits, or code
+    before the first that reads other bits; None where all entries agree."""
     for (name, read, returned), (other_name, other_read, other_returned) in zip(first, second, strict=False):
         if name != other_name or read != other_read:
             return f"what is no operator of torch, before {name}"

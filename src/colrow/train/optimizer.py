@@ -71,7 +71,7 @@ class AdamW(torch.optim.AdamW):
         copies: Mapping[nn.Parameter, Tensor] | None,
         part: int,
     ) -> None:
-        """Of an update: the parameters of a part, whose kernels keep their tables."""
+        """Update the parameters of one part of an update; each part has kernels of its own, which keep their tables."""
         for number, group in enumerate(self.param_groups):
             params = [param for param in group["params"] if param in gradients]
             if not params:

@@ -67,13 +67,13 @@ class ForwardBackward(Protocol):
         """This rank's parameters."""
 
     def counted_parameters(self) -> Iterable[nn.Parameter]:
-        """Those that the gradient norm counts: without copies of another pipeline stage's."""
+        """The parameters that the gradient norm counts: without copies of another pipeline stage's."""
 
     def __call__(self, batches: Sequence[Batch]) -> Tensor:
         """This rank's micro-batches -> their mean loss, a scalar; the same on all stages and tp ranks."""
 
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
-        """The same without gradients. Targets of -100 add nothing, and count in the number that is divided by."""
+        """Their mean loss, without gradients. Targets of -100 add nothing, and count in the divisor."""
 
 
 def mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -289,7 +289,7 @@ class Step:
         return norm
 
     def _update_if_finite(self, loss: Tensor, buffers: BufferSnapshot) -> Tensor:
-        """The same where loss and norm are finite on every rank; else buffers and all else stay as before the step."""
+        """`_update` where loss and norm are finite on every rank; else buffers and all else stay as before the step."""
         holders, norm = self._gradients()
         if finite_everywhere(loss, norm):
             self._apply(holders, norm)

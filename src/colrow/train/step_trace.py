@@ -65,7 +65,7 @@ class StepTrace:
         return None if self.span is None or self.busy is None else self.span - self.busy
 
     def to_data(self) -> dict[str, Any]:
-        """For JSON; `names`, of all kernels, are left out."""
+        """The trace as plain values for JSON, without `names`, those of all kernels."""
         return {**{key: value for key, value in asdict(self).items() if key != "names"}, "idle": self.idle}
 
 

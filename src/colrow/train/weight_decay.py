@@ -71,7 +71,7 @@ def decay_by_name(model: nn.Module, section: TrainSection) -> dict[str, bool]:
 
 
 def count_parameters(model: nn.Module, decays: Mapping[str, bool]) -> ParameterCounts:
-    """Of the unsharded model; a tied parameter counts once."""
+    """The numbers of parameters of the unsharded model; a tied parameter counts once."""
     sizes = {name: (param.numel(), param.requires_grad) for name, param in model.named_parameters()}
     return ParameterCounts(
         total=sum(n for n, _ in sizes.values()),
@@ -81,7 +81,7 @@ def count_parameters(model: nn.Module, decays: Mapping[str, bool]) -> ParameterC
 
 
 def decaying_parameters(stages: Iterable[nn.Module], decays: Mapping[str, bool]) -> set[nn.Parameter]:
-    """Those of this rank that decay. Two stages' copies of a tied parameter agree: it has one role under both names."""
+    """This rank's parameters that decay. Two stages' copies of a tied parameter agree: both names have one role."""
     named = (item for stage in stages for item in stage.named_parameters())
     return {param for fqn, param in named if decays[unwrapped_name(fqn)]}
 

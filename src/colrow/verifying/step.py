@@ -37,8 +37,8 @@ class Task:
     loss: Loss
     tp: int
     seed: int = 0
-    """Of random numbers that forward draws: where all ranks draw for a complete tensor, they draw what one process
-    does."""
+    """The seed of random numbers that forward draws: where all ranks draw for a complete tensor, they draw what one
+    process does."""
     written_buffers: tuple[str, ...] = ()
     """Buffers that forward changes (`reference_step` finds them)."""
     draws: Mapping[str, tuple[Draw, ...]] | None = None

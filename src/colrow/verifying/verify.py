@@ -137,7 +137,7 @@ def _inputs(
 
 
 def _with_draws(task: Task, reference: Reference, plan: Plan) -> tuple[Task, Reference]:
-    """The same with dropout on, where it is known which part of the unsharded model's draws each rank needs."""
+    """Both with dropout on, where it is known which part of the unsharded model's draws each rank needs."""
     if not (reference.dropout_off or reference.drew):
         return task, reference
     found = random_draws(task.model, plan, task.tp, 1, 1, inputs=task.inputs, loss=task.loss)

@@ -28,7 +28,7 @@ _CHUNK = 4 * _BLOCK
 """Elements of one tensor that a program updates: 4 TB/s on an H200, with 8 bytes of `_Table.chunks` for each 4,096."""
 
 _COLUMNS = 7
-"""Of a table's row: addresses of param, grad, exp_avg, exp_avg_sq, copy and step, and the number of elements."""
+"""A row of the table: addresses of param, grad, exp_avg, exp_avg_sq, copy and step, and the number of elements."""
 
 _STEP = 5  # its column: a scalar, read by itself, so its alignment does not matter
 
