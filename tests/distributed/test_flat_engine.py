@@ -292,8 +292,8 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "bf16": (low_precision,),
     "evaluated": (evaluated,),
     "refused": (refused,),
-    "peers": (partial(by_peers, meets=True), {"dp_shard": 2}),
-    "without meetings": (partial(by_peers, meets=False), {"dp_shard": 2}),
+    "peers": (partial(by_peers, barriers=True), {"dp_shard": 2}),
+    "without barriers": (partial(by_peers, barriers=False), {"dp_shard": 2}),
     "peers exchange": (exchanged_by_peers, {"dp_shard": 2}, Path),
     "four peers exchange": (exchanged_by_peers, {"dp_shard": 4}, Path),
     "without copies": (partial(exchanged_by_peers, left_out="copy"), {"dp_shard": 2}, Path),
@@ -303,7 +303,7 @@ LONGER = {
     "without norm",
     "cast",
     "continued",
-    "without meetings",
+    "without barriers",
     "collectives kept",
     "evaluated",
     "without average",
@@ -384,8 +384,8 @@ def test_low_precision_terms_are_summed_in_fp32(results: Results, ranks: Ranks, 
 
 @pytest.mark.parametrize(("world", "name"), pairs([name for name in OTHERS if name.startswith("without ")]))
 def test_a_part_left_out_is_seen(results: Results, ranks: Ranks, world: int, name: str) -> None:
-    if ranks.device == "cuda" and name in ("without meetings", "without copies"):
-        pytest.skip("memory that shows what was there at the last meeting is simulated on CPUs")
+    if ranks.device == "cuda" and name in ("without barriers", "without copies"):
+        pytest.skip("memory that shows what was there at the last barrier is simulated on CPUs")
     assert max(results(world, name)) > (1e-5 if name == "without norm" else 0.01)  # AdamW forgives a wrong scale
 
 

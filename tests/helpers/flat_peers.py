@@ -42,15 +42,15 @@ def exchanged_by_peers(device: str, degrees: dict[str, int], folder: Path, left_
     return worst
 
 
-def by_peers(device: str, degrees: dict[str, int], *, meets: bool) -> float:
+def by_peers(device: str, degrees: dict[str, int], *, barriers: bool) -> float:
     """The largest error of two steps with gathers by copy engines; on CPUs a rank sees the others' memory as it was
-    when they met last."""
+    at the last barrier."""
 
     def memory(group: dist.ProcessGroup, device: torch.device, nbytes: int, wanted: Any) -> Any:
         parts = [torch.zeros(nbytes, dtype=torch.uint8) for _ in range(group.size())]
         return PeerMemory(parts, Host(), 1)  # type: ignore[arg-type]
 
-    def meet(gathers: PeerGathers) -> None:
+    def barrier(gathers: PeerGathers) -> None:
         parts = gathers._memory.parts
         found = [torch.empty_like(part) for part in parts]
         dist.all_gather(found, parts[gathers._group.rank()], group=gathers._group)
@@ -62,5 +62,5 @@ def by_peers(device: str, degrees: dict[str, int], *, meets: bool) -> float:
         stack.enter_context(mock.patch.object(parity, "config_of", return_value=config))
         if device == "cpu":
             stack.enter_context(mock.patch.object(flat_gather, "peer_memory", memory))
-            stack.enter_context(mock.patch.object(PeerGathers, "meet", meet if meets else lambda _: None))
+            stack.enter_context(mock.patch.object(PeerGathers, "barrier", barrier if barriers else lambda _: None))
         return on_ranks(device, "llama, tied, odd vocabulary", flat(**degrees), steps=2).worst

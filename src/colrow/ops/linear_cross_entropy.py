@@ -146,8 +146,8 @@ def _functions(plan: _Plan) -> tuple[Callable[..., Tensor], Callable[..., Tensor
 def chunk_gradients(
     dZ_Cv: Tensor, x_CD: Tensor, w_vD: Tensor, dH_CD: Tensor | None, dW_vD: Tensor | None, add_to: Callable[..., None]
 ) -> None:
-    """Write dH = dZ W, and add dZ^T X to dW, where they are asked for. By this function the dry run tells these
-    products from those of forward, in which they run."""
+    """Write dH = dZ W, and add dZ^T X to dW, where they are given. By this function the dry run tells these products
+    from those of forward, in which they run."""
     if dH_CD is not None:
         torch.mm(dZ_Cv, w_vD, out=dH_CD)
     if dW_vD is not None:

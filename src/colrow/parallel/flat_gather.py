@@ -4,9 +4,9 @@
 All shards of a rank lie in memory that the peers see. A gather is copies on a side stream, without a kernel: each rank
 reads the others' rows itself, and no handshake is needed, since shards change once a step:
 
-    the update writes the shards; all ranks meet; gathers; all ranks meet; the update ...
+    the update writes the shards; barrier; gathers; barrier; the update ...
 
-The meetings are all-reduces of one number on the compute stream, which waits for every gather before it reads.
+A barrier is an all-reduce of one number on the compute stream, which waits for every gather before it reads.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _WANTED = Wanted("fsdp.gather: copy_engine", "set fsdp.gather: collectives")
 
 
 class Gathers(ABC):
-    """Carries the gathers of all units."""
+    """Who gathers the shards of all units."""
 
     @abstractmethod
     def shard(self, size: int) -> Tensor | None:
@@ -36,10 +36,10 @@ class Gathers(ABC):
 
     @abstractmethod
     def prepare(self, outputs: list[Tensor], inputs: list[Tensor]) -> Callable[[], Any]:
-        """What starts a gather of each input of `shard` into its output, [n t] of [t], and returns a handle with
-        `wait()`: then the current stream waits, and not the CPU."""
+        """A function that starts a gather of each input, made by `shard`, into its output, [n t] of [t]. It returns a
+        handle: its `wait()` makes the current stream wait, and not the CPU."""
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Collective: between a write of any rank's shard and a gather."""
 
 
@@ -87,8 +87,8 @@ class PeerGathers(Gathers):
                 copies.append((output[peer * size : (peer + 1) * size], self._parts[peer][at : at + size]))
         return lambda: self._gather(copies)
 
-    def meet(self) -> None:
-        # a maximum of ones is one: the same number serves every meeting, and is never written anew
+    def barrier(self) -> None:
+        # a maximum of ones is one: the same number serves every barrier, and is never written again
         dist.all_reduce(self._one, dist.ReduceOp.MAX, self._group)
 
     def wait(self) -> None:

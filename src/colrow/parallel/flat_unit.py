@@ -42,6 +42,9 @@ from colrow.torch_compat import foreach
 
 _ALIGNMENT = 128  # elements, of a parameter's range
 
+UNUSED, USED, PARTIAL_SUM = 0, 1, 2
+"""Whether a micro-batch of the step has used a parameter, and whether its gradient is a partial sum over tp."""
+
 
 class Buffer:
     """Memory that units use in turn.
@@ -96,8 +99,7 @@ class FlatParameter:
         at: where its range begins in shard and gradient; in a buffer it is W times that.
         full: what the model computes with.
         copy: this rank's part of it, in the shard.
-        kept: 0 where no micro-batch of the step has used it, 1 where some has, 2 where its gradient is a partial sum
-            over tp.
+        use: what the step has done with it so far: UNUSED, USED or PARTIAL_SUM. Larger numbers win between ranks.
     """
 
     param: nn.Parameter
@@ -106,7 +108,7 @@ class FlatParameter:
     at: int
     full: nn.Parameter = field(init=False)
     copy: Tensor = field(init=False)
-    kept: int = 0
+    use: int = UNUSED
     gradients: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -280,19 +282,19 @@ class FlatUnit:
     def give_gradients(self) -> None:
         """Let each used parameter have its gradient."""
         for each in self.trained:
-            each.param.grad = self._gradient_of(each) if each.kept else None
+            each.param.grad = self._gradient_of(each) if each.use != UNUSED else None
 
     def squares(self) -> dict[nn.Parameter, Tensor]:
         """Terms of the sum of the squares of this rank's gradients, where they are known and final."""
         if not self.trained or self.groups.shard is None or self.groups.replicate is not None:
             return {}
         known = zip(self.trained, self._squares, strict=True)
-        return {each.param: terms for each, terms in known if each.kept == 1}
+        return {each.param: terms for each, terms in known if each.use == USED}
 
     def drop_gradients(self) -> None:
         """Free the memory of the step's gradients."""
         for each in self.trained:
-            each.kept = 0
+            each.use = UNUSED
             each.param.grad = None
         if self._has_sum:
             self._gradient.untyped_storage().resize_(0)
@@ -304,26 +306,26 @@ class FlatUnit:
         if grad is None:
             # the other ranks wait for these rows, also of a parameter that this micro-batch did not use
             return torch.zeros(each.unsharded.local, dtype=self._dtype, device=each.copy.device)
-        each.kept = max(each.kept, 1)
+        each.use = max(each.use, USED)
         if isinstance(grad, DTensor) and tuple(grad.placements) != each.unsharded.placements:
             (got,), (want,) = grad.placements, each.unsharded.placements
             if got.is_partial() and want.is_replicate():  # `align_gradients` sums it over tp, once a step
-                each.kept = 2
+                each.use = PARTIAL_SUM
             else:
                 grad = grad.redistribute(placements=each.unsharded.placements)
         return waited_local(grad).contiguous()
 
     def _gradient_of(self, each: FlatParameter) -> Tensor:
         """A view of the summed gradients, in the parameter's placements; the same object in every step."""
-        if each.kept not in each.gradients:
+        if each.use not in each.gradients:
             param = each.param
             assert isinstance(param, DTensor)
-            placements = [*param.placements[:-1], Partial()] if each.kept == 2 else param.placements
+            placements = [*param.placements[:-1], Partial()] if each.use == PARTIAL_SUM else param.placements
             local = _at(self._gradient, each.at, local_tensor(param).shape)
-            each.gradients[each.kept] = DTensor.from_local(
+            each.gradients[each.use] = DTensor.from_local(
                 local, param.device_mesh, placements, run_check=False, shape=param.shape, stride=param.stride()
             )
-        return each.gradients[each.kept]
+        return each.gradients[each.use]
 
 
 def _at(memory: Tensor, start: int, shape: torch.Size) -> Tensor:

@@ -129,9 +129,9 @@ class FlatWeights(WeightCopies):
         self._active = True
         try:
             with super().use_copies():
-                self._meet()
+                self._barrier()
                 yield
-                self._meet()
+                self._barrier()
         finally:
             self._active = False
 
@@ -163,7 +163,7 @@ class FlatWeights(WeightCopies):
         if self._gathers is None:
             return
         self.mark_current(self._first)
-        self._gathers.meet()
+        self._gathers.barrier()
         for unit in self._early_units:
             unit.buffer.holds = None
             unit.gather()
@@ -181,12 +181,12 @@ class FlatWeights(WeightCopies):
     def _placed(self) -> Mapping[nn.Parameter, nn.Parameter]:
         return self._full
 
-    def _meet(self) -> None:
+    def _barrier(self) -> None:
         """Let no rank write a shard that another reads, or read one that another writes."""
         for unit in self._units:
             unit.buffer.wait()
         if self._gathers is not None:
-            self._gathers.meet()
+            self._gathers.barrier()
 
     def _make_gathers(self, carrier: GatherCarrier, dtype: torch.dtype) -> Gathers | None:
         group = self._groups.shard
@@ -341,14 +341,14 @@ class FlatWeights(WeightCopies):
         if not params:
             return
         device = local_tensor(params[0].param).device
-        own = tuple(each.kept for each in params)
+        own = tuple(each.use for each in params)
         if own in self._all_used:  # nothing is copied to the device
             flags = self._all_used[own]
         else:
             flags = torch.tensor(own, dtype=torch.int32, device=device)
             if all(own):
                 self._all_used[own] = flags
-        # the maximum, so a rank's 2 (partial over tp) stands above another's 1; `flags` are kept, so a copy is reduced
+        # the maximum: a rank's PARTIAL_SUM wins over another's USED; `flags` may be used again, so a copy is reduced
         found = flags_anywhere(flags.clone(), self._data_groups, wait=not all(own))
-        for each, kept in zip(params, found or own, strict=True):
-            each.kept = kept
+        for each, use in zip(params, found or own, strict=True):
+            each.use = use

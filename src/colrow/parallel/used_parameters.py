@@ -7,8 +7,8 @@ parameters, replicas drift apart, and gloo aborts:
 
 - Which gradients a unit reduces. Before the reduction a trained parameter without a gradient gets zeros: every rank
   sends every parameter.
-- Which parameters anybody used. After backward the ranks combine one flag a parameter; `grad` becomes None on all ranks
-  where no rank had one. Only a rank with an unused parameter waits for the flags.
+- Which parameters some rank used. After backward the ranks combine one flag a parameter; `grad` becomes None on all
+  ranks where no rank had one. Only a rank with an unused parameter waits for the flags.
 - In which order the units gather and reduce. A block, or head, that a rank does not call is run without its forward,
   at its place between the others: a scalar goes through FSDP2's hooks and joins the next block's input, so that
   backward passes here, too, between the reductions of its neighbours. Of a head of which a rank calls one module the

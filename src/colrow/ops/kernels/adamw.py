@@ -243,8 +243,8 @@ if triton is not None:
         n = tl.multiple_of(tl.load(row + 6), ALIGNMENT)
         start = tl.load(chunk + 1).to(tl.int64) * CHUNK
         # fp64: at the first steps 1 - b^t cancels, in fp32 with a visible error; a program computes it once
-        rise1 = (1 - tl.exp(t * LOG_BETA1)).to(WIDE)
-        rise2 = (1 - tl.exp(t * LOG_BETA2)).to(WIDE)
+        correction1 = (1 - tl.exp(t * LOG_BETA1)).to(WIDE)
+        correction2 = (1 - tl.exp(t * LOG_BETA2)).to(WIDE)
         rate, factor = tl.load(lr).to(WIDE), tl.load(scale).to(WIDE)
         for offset in range(0, CHUNK, BLOCK):
             at = start + offset + tl.arange(0, BLOCK)
@@ -255,7 +255,7 @@ if triton is not None:
             v = tl.load(exp_avg_sq + at, mask=inside)
             m += (g - m) * (1 - BETA1)
             v = v * BETA2 + g * g * (1 - BETA2)
-            p -= rate * DECAY * p + rate * (m / rise1) / (tl.sqrt(v / rise2) + EPS)
+            p -= rate * DECAY * p + rate * (m / correction1) / (tl.sqrt(v / correction2) + EPS)
             tl.store(param + at, p, mask=inside)
             tl.store(exp_avg + at, m, mask=inside)
             tl.store(exp_avg_sq + at, v, mask=inside)

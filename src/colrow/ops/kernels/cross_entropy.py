@@ -131,7 +131,7 @@ if triton is not None:
         z += row * z_stride
         columns = tl.arange(0, BLOCK)
         peak = tl.full([BLOCK], float("-inf"), WIDE)
-        above = tl.zeros([BLOCK], WIDE)
+        sum_exp = tl.zeros([BLOCK], WIDE)
         total = tl.zeros([BLOCK], WIDE)
         for start in range(0, v, BLOCK):
             inside = start + columns < v
@@ -140,11 +140,11 @@ if triton is not None:
             # A lane that has seen nothing has peak -inf: -inf - -inf would be nan.
             seen = new_peak > float("-inf")
             kept = tl.where(peak > float("-inf"), tl.exp(peak - new_peak), 0.0)
-            above = tl.where(seen, above * kept + tl.exp(x - new_peak), 0.0)
+            sum_exp = tl.where(seen, sum_exp * kept + tl.exp(x - new_peak), 0.0)
             peak = new_peak
             total += tl.where(inside, x, 0.0)
         row_peak = tl.max(peak, 0)
-        row_sum = tl.sum(tl.where(peak > float("-inf"), above * tl.exp(peak - row_peak), 0.0), 0)
+        row_sum = tl.sum(tl.where(peak > float("-inf"), sum_exp * tl.exp(peak - row_peak), 0.0), 0)
         column = tl.load(y + row) - first
         mine = (column >= 0) & (column < v)
         target = tl.load(z + tl.where(mine, column, 0), mask=mine, other=0.0).to(WIDE)

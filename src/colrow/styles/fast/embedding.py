@@ -76,7 +76,7 @@ class _FastEmbeddingStyle(ParallelStyle):
         first = rank_table(mesh, [[rank * sizes[0]] for rank in range(mesh.size())])
         lookup: Any = type(module).forward
         state = EmbeddingState(lookup, mesh, group_name(mesh), first, module.padding_idx, self.all_tokens)
-        module.padding_idx = None  # it numbers rows of the complete table; the forward below heeds it
+        module.padding_idx = None  # a row of the complete table, not of the shard: `_embedding_forward` treats it
         shard_parameters(module, mesh, {"weight": ShardSpec(0, (module.num_embeddings,))}, self.src_data_rank)
         module.__dict__[FORWARD_STATE] = state
         replace_forward(module, _embedding_forward)
