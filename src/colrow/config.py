@@ -6,6 +6,7 @@ What changes results has no hidden default; what changes speed has a good one.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -323,6 +324,15 @@ class RunConfig(_Section):
         chosen._auto = frozenset()
         return chosen
 
+    def with_values(self, values: Mapping[str, Any]) -> RunConfig:
+        """With these values, by dotted key. They are not validated."""
+        sections: dict[str, Any] = {}
+        for dotted, value in values.items():
+            name, _, key = dotted.partition(".")
+            section = sections.get(name, getattr(self, name))
+            sections[name] = section.model_copy(update={key: value}) if key else value
+        return self.model_copy(update=sections)
+
     def require_chosen(self) -> None:
         """Raise a ConfigError where a key still says `auto`."""
         if self.auto:
@@ -350,15 +360,16 @@ def micro_batch_count(global_batch: int, micro_batch: int, dp: int) -> int:
     if global_batch % unit == 0:
         return global_batch // unit
     below = global_batch // unit * unit
-    fixes = [f"train.global_batch {f'{below} or ' if below else ''}{below + unit}"]
+    fixes: list[dict[str, Any]] = [{"train.global_batch": n} for n in (below, below + unit) if n]
     if global_batch % dp == 0:
         share = global_batch // dp
         below = max(n for n in divisors(share) if n <= micro_batch)
         above = min((n for n in divisors(share) if n >= micro_batch), default=share)
-        fixes.append(f"train.micro_batch {' or '.join(map(str, sorted({below, above})))}")
+        fixes += [{"train.micro_batch": n} for n in sorted({below, above})]
     raise ConfigError(
         f"train.global_batch={global_batch} is not divisible by {unit} (train.micro_batch={micro_batch} × {dp} "
-        f"data-parallel rank{'' if dp == 1 else 's'}): use {', or '.join(fixes)}"
+        f"data-parallel rank{'' if dp == 1 else 's'})",
+        *fixes,
     )
 
 

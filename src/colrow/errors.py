@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import overload
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import Any, overload
 
 
 class ColrowError(ValueError):
@@ -12,7 +13,22 @@ class ColrowError(ValueError):
 
 
 class ConfigError(ColrowError):
-    """A config file, a flag, or a combination of both cannot be run."""
+    """A config file, a flag, or a combination of both cannot be run.
+
+    `ConfigError("what is wrong", {"mesh.tp": 2}, {"mesh.tp": 4})` names changes, each of which ends this fault.
+    `run.requirements.with_tried_advice` keeps those of them with which all else can run too.
+
+    Attributes:
+        message: what is wrong; without changes, also what to do.
+        changes: new values by key of the config.
+    """
+
+    def __init__(self, message: str, *changes: dict[str, Any]) -> None:
+        super().__init__(message, *changes)  # all of them: an error that crosses processes is made again from its args
+        self.message, self.changes = message, changes
+
+    def __str__(self) -> str:
+        return f"{self.message}: {advice(self.changes)}" if self.changes else self.message
 
 
 class PlanError(ColrowError):
@@ -58,6 +74,32 @@ class CheckpointError(ColrowError):
 
 class ExportError(CheckpointError):
     """The Hugging Face format cannot hold a model: what would be written is not what its config.json describes."""
+
+
+class AtMost(int):
+    """A value of a change that may be smaller too."""
+
+    def __str__(self) -> str:
+        return f"{int(self)} or less" if self > 0 else "0"
+
+
+def advice(changes: Sequence[dict[str, Any]]) -> str:
+    """`set mesh.tp to 2 or 4, or plan to derive`; a value of None is the null of YAML."""
+    texts = []
+    for keys, group in groupby(changes, key=tuple):
+        alternatives = list(group)
+        if len(keys) == 1:
+            *others, last = [_yaml(change[keys[0]]) for change in alternatives]
+            texts.append(f"{keys[0]} to {', '.join(others)}{' or ' if others else ''}{last}")
+        else:
+            texts += [" and ".join(f"{key} to {_yaml(value)}" for key, value in each.items()) for each in alternatives]
+    return f"set {', or '.join(texts)}"
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return str(list(value))
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -88,7 +88,7 @@ def test_the_nearest_batches_are_found_at_once() -> None:
         )
         config = parse_config(yaml.safe_load(f"{batch}mesh: {mesh}"))
         start = time.process_time()
-        with pytest.raises(ConfigError, match=f"use train.global_batch {near}$"):
+        with pytest.raises(ConfigError, match=f"set train.global_batch to {near}$"):
             fit_micro_batch(config)
         assert time.process_time() - start < 1
 

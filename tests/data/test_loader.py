@@ -89,10 +89,10 @@ def sampler_of(n_windows):
 @pytest.mark.parametrize(
     ("global_batch", "micro_batch", "dp", "fix"),
     [
-        (10, 4, 2, "use train.global_batch 8 or 16, or train.micro_batch 1 or 5"),
-        (16, 6, 2, "use train.global_batch 12 or 24, or train.micro_batch 4 or 8"),
-        (2, 4, 2, "use train.global_batch 8, or train.micro_batch 1"),
-        (9, 2, 2, "use train.global_batch 8 or 12"),
+        (10, 4, 2, "set train.global_batch to 8 or 16, or train.micro_batch to 1 or 5"),
+        (16, 6, 2, "set train.global_batch to 12 or 24, or train.micro_batch to 4 or 8"),
+        (2, 4, 2, "set train.global_batch to 8, or train.micro_batch to 1"),
+        (9, 2, 2, "set train.global_batch to 8 or 12"),
     ],
 )
 def test_a_batch_that_does_not_divide_names_what_does(global_batch, micro_batch, dp, fix):

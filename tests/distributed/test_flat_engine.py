@@ -404,7 +404,7 @@ def test_what_the_engine_has_not_is_refused_by_name() -> None:
     ):
         with pytest.raises(ConfigError, match=words) as error:
             check_data_engine(config_of(mesh, **section))
-        assert "mesh.data_engine: fsdp2" in str(error.value)
+        assert "mesh.data_engine to fsdp2" in str(error.value)
     alone = config_of(Mesh(dp_shard=2)).model_copy(update={"fsdp": FsdpSection(gather="copy_engine")})
     with pytest.raises(ConfigError, match=r"set mesh\.data_engine to flat"):
         check_data_engine(alone)

@@ -47,9 +47,9 @@ def test_without_warmup_the_first_step_has_nearly_the_peak() -> None:
 @pytest.mark.parametrize(
     ("more", "fix"),
     [
-        ({"warmup_steps": 100}, "use fewer than 100"),
-        ({"decay_steps": 10}, "set train.schedule to wsd"),
-        ({"schedule": "wsd", "decay_steps": 95}, "use decay_steps up to 90"),
+        ({"warmup_steps": 100}, "set train.warmup_steps to 99 or less"),
+        ({"decay_steps": 10}, "set train.decay_steps to null, or train.schedule to wsd"),
+        ({"schedule": "wsd", "decay_steps": 95}, "set train.decay_steps to 90 or less"),
     ],
 )
 def test_what_does_not_fit_names_the_fix(more: dict[str, Any], fix: str) -> None:

@@ -32,6 +32,7 @@ from colrow.run import preflight
 from colrow.run.executed import executed_paths
 from colrow.run.pace import rate
 from colrow.run.process_group import RankInfo, process_group, set_device
+from colrow.run.requirements import check_sequence, device_type
 from colrow.train.cuda_graph import EAGER_STEPS, MEASURED_STEPS
 from colrow.train.setup import Training, set_up
 from colrow.train.step import Batch
@@ -71,7 +72,7 @@ def measure(job: Job, info: RankInfo) -> dict[str, Any]:
     _require_measurable(job)
     source = build_source(config.model, config.run.seed)
     plan = preflight.choose_plan(config, source.model)
-    preflight.check_sequence(config, plan)
+    check_sequence(config, plan)
     with one_rank(config, info) if job.one_rank else process_group(config, info) as (mesh, device):
         training = set_up(config, mesh, device, source, plan)
         axes = MeshAxes(mesh)
@@ -124,7 +125,7 @@ def _require_measurable(job: Job) -> None:
 @contextmanager
 def one_rank(config: RunConfig, info: RankInfo) -> Iterator[tuple[DeviceMesh, torch.device]]:
     """What `process_group` yields, for a mesh whose other ranks do not exist."""
-    device = set_device(preflight.device_type(config), info.local_rank)
+    device = set_device(device_type(config), info.local_rank)
     with fake_group(info.rank, info.world_size):
         yield config.mesh.build(device.type, info.world_size), device
 

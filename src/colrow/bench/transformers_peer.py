@@ -23,8 +23,8 @@ from torch.nn.attention import sdpa_kernel
 from colrow.bench.measure import Job, memory_peaks, of_slowest_rank, random_batches, timed_steps
 from colrow.config import RunConfig
 from colrow.errors import ConfigError
-from colrow.run import preflight
 from colrow.run.process_group import set_device
+from colrow.run.requirements import device_type
 from colrow.train.attention import PREFERRED
 
 MODULE = "colrow.bench.transformers_peer"
@@ -43,7 +43,7 @@ def check_transformers(config: RunConfig) -> None:
 def measured(job: Job) -> dict[str, Any]:
     """What a rank finds, the same on each; collective."""
     config = job.config
-    device = set_device(preflight.device_type(config), int(os.environ["LOCAL_RANK"]))
+    device = set_device(device_type(config), int(os.environ["LOCAL_RANK"]))
     on_gpu = device.type == "cuda"
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     model = _sharded(str(config.model.huggingface), config.mesh.tp, device)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from colrow.checking.degrees import with_legal_degrees
+from colrow.checking.degrees import DIVISIBILITY, with_legal_degrees
 from colrow.checking.finding import Finding, finding, finding_of
 from colrow.dryrun.calls import vocabulary
 from colrow.errors import PlanError
@@ -30,8 +30,11 @@ def check_static(model: nn.Module, plan: Plan, tp: int, seq_len: int) -> list[Fi
     found = [*names, *_already(model, styles), *_shared(model, plan)]
     if any(f.code == "CR104" for f in found):
         return found
-    found += with_legal_degrees(list(_sites(model, styles, tp)), model, styles)
-    found += [*_sequence(plan, tp, seq_len), *_head(model, plan, styles), *_trains(model)]
+    sites = list(_sites(model, styles, tp))
+    found += with_legal_degrees(sites, model, styles, lambda tp: plan.sequence_misfit(tp, seq_len) is None)
+    if not any(f.code in DIVISIBILITY for f in found):  # else another degree is chosen, which divides the sequence
+        found += _sequence(model, plan, tp, seq_len)
+    found += [*_head(model, plan, styles), *_trains(model)]
     if not found:
         found += [*_ties(model, plan, tp), *_splits_something(model, plan, tp)]
     return found + list(_changed(model, plan))
@@ -61,7 +64,8 @@ def _names(model: nn.Module, plan: Plan) -> Iterator[Finding]:
         message = (
             f"{len(lost)} of the preset's {len(plan.modules)} keys match no module of the model, such as {lost[0]!r}"
         )
-        yield finding("CR101", f"plan {plan.name}", message, "use plan: derive, which reads the model itself")
+        derived = "plan: derive-fast" if plan.loss == "linear" else "plan: derive"  # plain styles have no such loss
+        yield finding("CR101", f"plan {plan.name}", message, f"use {derived}, which reads the model itself")
         return
     for key, style in plan.modules.items():
         matches = matching(key, names)
@@ -135,8 +139,9 @@ def _sites(model: nn.Module, styles: dict[str, Style], tp: int) -> Iterator[Find
             yield finding_of(error, fqn)
 
 
-def _sequence(plan: Plan, tp: int, seq_len: int) -> Iterator[Finding]:
-    if (misfit := plan.sequence_misfit(tp, seq_len)) is not None:
+def _sequence(model: nn.Module, plan: Plan, tp: int, seq_len: int) -> Iterator[Finding]:
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if (misfit := plan.sequence_misfit(tp, seq_len, longest if isinstance(longest, int) else None)) is not None:
         yield finding("CR205", "input", *misfit)
 
 

@@ -338,6 +338,7 @@ class _Derive:
         return PlanError(
             f"{type(self.model).__name__} gets no fast styles, under which tokens are flattened from one end of a "
             f"model to the other: {reason}: use plan derive, whose styles are plain"
+            f"{', with loss vocab_parallel' if self.options.loss == 'linear' else ''}"
         )
 
     def _suspects(self, split: Split, module: str | None) -> set[Any]:

@@ -51,22 +51,28 @@ def check_data_engine(config: RunConfig) -> None:
             if (carrier := getattr(config.fsdp, key)) != "collectives":
                 raise ConfigError(
                     f"fsdp.{key}: {carrier} is for mesh.data_engine: flat and a mesh with data axes (here "
-                    f"{config.mesh}): set mesh.data_engine to flat, or fsdp.{key} to collectives"
+                    f"{config.mesh})",
+                    *([{"mesh.data_engine": "flat"}] if config.mesh.dp > 1 else []),
+                    {f"fsdp.{key}": "collectives"},
                 )
         return
     if config.fsdp.gather == "copy_engine" and not config.fsdp.keep_shards:
         raise ConfigError(
-            "fsdp.gather: copy_engine reads the shards that ranks keep: set fsdp.keep_shards to true, or fsdp.gather "
-            "to collectives"
+            "fsdp.gather: copy_engine reads the shards that ranks keep",
+            {"fsdp.keep_shards": True},
+            {"fsdp.gather": "collectives"},
         )
     if config.mesh.pp > 1:
         raise ConfigError(
-            f"mesh.data_engine: flat has no pipelines, and mesh.pp is {config.mesh.pp}: set mesh.pp to 1, or {_ADVICE}"
+            f"mesh.data_engine: flat has no pipelines, and mesh.pp is {config.mesh.pp}",
+            {"mesh.pp": 1},
+            {"mesh.data_engine": "fsdp2"},
         )
     if config.train.replay_every:
         raise ConfigError(
-            "train.replay_every sees gradients before their reduction by FSDP2 alone: set train.replay_every to 0, or "
-            f"{_ADVICE}"
+            "train.replay_every sees gradients before their reduction by FSDP2 alone",
+            {"train.replay_every": 0},
+            {"mesh.data_engine": "fsdp2"},
         )
 
 

@@ -112,10 +112,10 @@ def require_parts(model: nn.Module) -> nn.ModuleList:
 
 def check_pipeline(config: RunConfig, layers: int) -> None:
     """Raise ConfigError, with the fix, when the pipeline of this config cannot run on a model of `layers` layers."""
-    _check(config, layers, partial(_advice, config, layers))
+    _check(config, layers, partial(_working, config, layers))
 
 
-def _check(config: RunConfig, layers: int, advice: Callable[..., str]) -> None:
+def _check(config: RunConfig, layers: int, working: Callable[..., list[dict[str, Any]]]) -> None:
     pp, pipeline = config.mesh.pp, config.pipeline
     if pp == 1:
         return
@@ -123,27 +123,31 @@ def _check(config: RunConfig, layers: int, advice: Callable[..., str]) -> None:
     if pipeline.stages_per_rank > 1 and not looped:
         raise ConfigError(
             f"pipeline.schedule={pipeline.schedule} runs one stage on each rank, and stages_per_rank is "
-            f"{pipeline.stages_per_rank}: "
-            + advice({"pipeline.schedule": "interleaved_1f1b"}, {"pipeline.stages_per_rank": 1})
+            f"{pipeline.stages_per_rank}",
+            *working({"pipeline.schedule": "interleaved_1f1b"}, {"pipeline.stages_per_rank": 1}),
         )
     if pipeline.stages_per_rank == 1 and pipeline.schedule == "interleaved_1f1b":
         raise ConfigError(
-            "pipeline.schedule=interleaved_1f1b needs several stages on each rank: "
-            + advice({"pipeline.stages_per_rank": 2}, {"pipeline.schedule": "1f1b"})
+            "pipeline.schedule=interleaved_1f1b needs several stages on each rank",
+            *working({"pipeline.stages_per_rank": 2}, {"pipeline.schedule": "1f1b"}),
         )
-    _check_split(config, layers, advice)
+    _check_split(config, layers, working)
     _check_micro_batches(config)
     if pipeline.schedule == "zero_bubble":
         if config.train.activation_checkpoint == "selective":
             raise ConfigError(
                 "pipeline.schedule=zero_bubble runs backward in two parts, and what selective checkpointing keeps is "
-                "gone after the first: set train.activation_checkpoint to full or none, or use schedule 1f1b"
+                "gone after the first",
+                {"train.activation_checkpoint": "full"},
+                {"train.activation_checkpoint": "none"},
+                _ONE_STAGE if pipeline.stages_per_rank > 1 else {"pipeline.schedule": "1f1b"},
             )
         cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
         if cuda if config.train.compile is None else config.train.compile:
             raise ConfigError(
-                "pipeline.schedule=zero_bubble splits backward into two parts, which a compiled backward cannot be: "
-                "set train.compile to false, or use schedule 1f1b"
+                "pipeline.schedule=zero_bubble splits backward into two parts, which a compiled backward cannot be",
+                {"train.compile": False},
+                _ONE_STAGE if pipeline.stages_per_rank > 1 else {"pipeline.schedule": "1f1b"},
             )
 
 
@@ -160,9 +164,8 @@ def fit_micro_batch(config: RunConfig) -> RunConfig:
     shares = range((batch - 1) // dp, 0, -1), count(batch // dp + 1)
     found = [next((n * dp for n in each if _largest_fit(config, n * dp)), None) for each in shares]
     near = [n for n in found if n is not None]
-    raise ConfigError(
-        f"train.global_batch={batch} cannot be split over {over}: use train.global_batch {' or '.join(map(str, near))}"
-    )
+    fixes = [{"train.global_batch": n} for n in near]
+    raise ConfigError(f"train.global_batch={batch} cannot be split over {over}", *fixes)
 
 
 def _largest_fit(config: RunConfig, global_batch: int) -> int | None:
@@ -177,57 +180,49 @@ def _largest_fit(config: RunConfig, global_batch: int) -> int | None:
 _ONE_STAGE = {"pipeline.schedule": "1f1b", "pipeline.stages_per_rank": 1}
 
 
-def _advice(config: RunConfig, layers: int, *changes: dict[str, Any]) -> str:
-    """Which of the changes make the pipeline run, each tried; where none does, the first of larger ones that does."""
+def _working(config: RunConfig, layers: int, *changes: dict[str, Any]) -> list[dict[str, Any]]:
+    """Which of the changes make the pipeline run, each tried; where none does, the first of larger ones that does, and
+    where something else is wrong too, the first."""
     larger: list[dict[str, Any]] = [_ONE_STAGE, {**_ONE_STAGE, "pipeline.split": None}]
     larger += [{**change, "mesh.pp": n} for n in range(config.mesh.pp - 1, 0, -1) for change in ({}, *larger)]
     working = [change for change in changes if _runs_with(config, layers, change)]
-    working = working or [next(change for change in larger if _runs_with(config, layers, change))]
-    return ", or ".join(_as_text(change, config.pipeline.split is None) for change in working)
-
-
-def _as_text(change: dict[str, Any], may_be_less: bool) -> str:
-    """`set pipeline.schedule to 1f1b and pipeline.stages_per_rank to 1`."""
-    if may_be_less and change.keys() == {"mesh.pp"} and change["mesh.pp"] > 1:
-        return f"use mesh.pp {change['mesh.pp']} or less"
-    values = {key: "null" if value is None else value for key, value in change.items()}
-    return "set " + " and ".join(f"{key} to {value}" for key, value in values.items())
+    working = working or [change for change in larger if _runs_with(config, layers, change)][:1]
+    return working or [*changes, {"mesh.pp": 1}][:1]
 
 
 def _runs_with(config: RunConfig, layers: int, change: dict[str, Any]) -> bool:
-    for key, value in change.items():
-        section, _, name = key.partition(".")
-        changed = getattr(config, section).model_copy(update={name: value})
-        config = config.model_copy(update={section: changed})
     try:
-        _check(fit_micro_batch(config), layers, lambda *changes: "")
+        _check(fit_micro_batch(config.with_values(change)), layers, lambda *changes: [])
     except ConfigError:
         return False
     return True
 
 
-def _check_split(config: RunConfig, layers: int, advice: Callable[..., str]) -> None:
+def _check_split(config: RunConfig, layers: int, working: Callable[..., list[dict[str, Any]]]) -> None:
     pp, per_rank, stages = config.mesh.pp, config.pipeline.stages_per_rank, stage_count(config)
     if stages > layers:
-        fewer = [{"mesh.pp": n} for n in range(layers // per_rank, 0, -1)]
-        fix = advice(*[change for change in fewer if _runs_with(config, layers, change)][:1])
+        fixes = working(*({"mesh.pp": n} for n in range(min(pp, layers // per_rank), 1, -1)))
         raise ConfigError(
             f"mesh.pp={pp}{f' × stages_per_rank={per_rank}' if per_rank > 1 else ''} makes {stages} pipeline stages, "
-            f"more than the model's {layers} layers: {fix}"
+            f"more than the model's {layers} layers",
+            *fixes,
         )
     split = config.pipeline.split
     if split is None:
         return
+    balanced = [{"pipeline.split": value} for value in (list(split_layers([1.0] * layers, stages)), None)]
     if len(split) != stages - 1:
         raise ConfigError(
             f"pipeline.split={list(split)} makes {len(split) + 1} stages, and pp={pp} × stages_per_rank={per_rank} "
-            f"needs {stages}: give {stages - 1} first layers, or leave split out"
+            f"needs {stages} (give {stages - 1} first layers)",
+            *balanced,
         )
     ascending = all(a < b for a, b in zip((0, *split), (*split, layers), strict=True))
     if not ascending:
         raise ConfigError(
             f"pipeline.split={list(split)} does not rise within 1..{layers - 1}: each entry is the first layer of a "
-            f"stage after the first, such as {list(split_layers([1.0] * layers, stages))}"
+            "stage after the first",
+            *balanced,
         )
 
 
@@ -241,11 +236,11 @@ def _check_micro_batches(config: RunConfig) -> None:
     above = next(n for n in near if n > count)
     below = [n for n in near if n < count]
     needs = f"at least {pp}" if schedule == "1f1b" else "complete rounds of at least pp"
-    values = " or ".join(str(n * unit) for n in (*below[-1:], above))
     raise ConfigError(
         f"pipeline.schedule={schedule} over pp={pp} needs {needs} micro-batches, and global_batch={train.global_batch} "
-        f"with dp={config.mesh.dp} and micro_batch={train.micro_batch} makes {count}: use train.global_batch {values}, "
-        "a smaller train.micro_batch, or pipeline.schedule gpipe"
+        f"with dp={config.mesh.dp} and micro_batch={train.micro_batch} makes {count}",
+        *({"train.global_batch": n * unit} for n in (*below[-1:], above)),
+        {"pipeline.schedule": "gpipe"},
     )
 
 

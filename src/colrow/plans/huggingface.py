@@ -54,7 +54,10 @@ def huggingface_modules(model: nn.Module) -> dict[str, Any]:
     """
     stated = stated_plan(model)
     if not stated:
-        raise PlanError(f"{type(model).__name__} states no tensor-parallel plan: use Plan.derive(model, tp=N)")
+        raise PlanError(
+            f"{type(model).__name__} states no tensor-parallel plan: use Plan.derive(model, tp=N), which the "
+            "command line calls derive (or derive-fast, for loss: linear)"
+        )
     modules, unmapped = map_styles(model, stated)
     if unmapped:
         listed = "; ".join(f"{key}: {why}" for key, why in unmapped.items())

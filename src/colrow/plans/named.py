@@ -43,8 +43,9 @@ def named_plan(
         raise ConfigError(f"unknown loss {loss!r}{did_you_mean(loss, LOSSES)}")
     if name not in DERIVED and (keep_whole or split):
         raise ConfigError(
-            f"keep_whole and split are requests to a derived plan, and plan is {name}: take {' or '.join(DERIVED)}, or "
-            "write in a plan's file what is split"
+            f"keep_whole and split are requests to a derived plan, and plan is {name}",
+            *({"plan": derived} for derived in DERIVED),
+            {"derive.keep_whole": (), "derive.split": ()},
         )
     if name in PRESETS:
         return Plan.preset(name, cast(Any, loss) or "vocab_parallel")

@@ -258,12 +258,17 @@ class Plan:
         """Whether activations between blocks are shards of the tokens, so that tp must divide the sequence length."""
         return any(style.token_order for style in self.modules.values())
 
-    def sequence_misfit(self, tp: int, seq_len: int) -> tuple[str, str] | None:
-        """What is wrong with a sequence of this length, and what to do; None where nothing is."""
+    def sequence_misfit(self, tp: int, seq_len: int, longest: int | None = None) -> tuple[str, str] | None:
+        """What is wrong with a sequence of this length, and what to do; None where nothing is.
+
+        Args:
+            longest: positions that the model has.
+        """
         if not self.sequence_parallel() or seq_len % tp == 0:
             return None
         below = seq_len // tp * tp
-        fix = f"use {f'{below} or ' if below else ''}{below + tp}"
+        near = [n for n in (below, below + tp) if n > 0 and (longest is None or n <= longest)]
+        fix = f"use {' or '.join(map(str, near))}" if near else f"choose a tp up to {longest}"
         return f"seq_len={seq_len} is not divisible by tp={tp} (sequence parallel splits dim 1)", fix
 
     def __iter__(self) -> Iterator[str]:

@@ -20,6 +20,7 @@ from colrow.mesh import AXES
 from colrow.models.build import build_source, resolve_implementation
 from colrow.run.forecast_line import gpus_here
 from colrow.run.progress import labelled
+from colrow.run.requirements import refusal, with_tried_advice
 from colrow.run.run_folder import CONFIG
 
 _SHOWN = 3  # other meshes that are printed
@@ -59,6 +60,8 @@ def choose(config: RunConfig, *, in_launcher: bool = True) -> Choice:
     model = resolve_implementation(config.model)
     seen = config.model_copy(update={"model": model})
     source = build_source(model, config.run.seed)
+    if "mesh" not in config.auto and isinstance(error := refusal(seen, source), ConfigError):
+        raise with_tried_advice(error, seen)
     ranks = gpus if "mesh" in config.auto else config.mesh.world_size
     choices = Choices(seen, source.model, device, ranks, as_given=True)
     table = choices.table() if "mesh" in config.auto else Table([choices.best(config.mesh)], [])

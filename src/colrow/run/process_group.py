@@ -16,8 +16,8 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from colrow.config import RunConfig
-from colrow.run import preflight
 from colrow.run.fresh_store import fresh_store
+from colrow.run.requirements import device_type
 from colrow.torch_compat import record_collectives
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # malloc.h
@@ -50,7 +50,7 @@ def process_group(
     Args:
         store: of `join_store`, where the ranks have joined it already.
     """
-    device = set_device(preflight.device_type(config), info.local_rank)
+    device = set_device(device_type(config), info.local_rank)
     if config.train.replay_every:  # read when cuBLAS starts; without it, it has no deterministic kernels
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     record_collectives()

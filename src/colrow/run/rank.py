@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ from colrow.run.loop import Loop, Outcome
 from colrow.run.outputs import output_lines, will_export
 from colrow.run.process_group import RankInfo, join_store, process_group
 from colrow.run.progress import TrainingProgress, labelled
+from colrow.run.requirements import runs_on
 from colrow.run.resume import resume
 from colrow.run.run_folder import CHECKPOINTS, EXPORT, claimed, write_folder
 from colrow.train.metrics import Metrics
@@ -57,7 +59,7 @@ def run_rank(
         if first:
             stack.enter_context(claimed(config.run.dir))
         checked = preflight.check(config, info.local_world_size, plan)
-        config.mesh.require_world_size(info.world_size, lambda mesh: preflight.runs_on(mesh, config, checked))
+        config.mesh.require_world_size(info.world_size, partial(runs_on, checked.source, checked.plan, config))
         # it forks: before this process has threads
         lines = _lines_without_launcher(config, checked) if first and plan is None else []
         progress = stack.enter_context(TrainingProgress(first, config.train.steps, config.train.log_every, log=log))

@@ -26,6 +26,7 @@ EAGER_STEPS = 2
 """Steps before the one that captures."""
 MEASURED_STEPS = 4
 """Steps before it with `train.cuda_graph: auto`: the last of them is measured, when all is compiled."""
+_OFF = {"train.cuda_graph": False}
 _TAIL = 0.1
 """A step begins on an idle GPU. If the GPU is done within this share of the step's time after the CPU has enqueued the
 last kernel, the GPU has waited for the CPU."""
@@ -149,25 +150,27 @@ def check_cuda_graph(config: RunConfig, device_type: str) -> None:
         return
     if not config.mesh.tp_alone:
         raise ConfigError(
-            f"train.cuda_graph works with mesh.tp alone, and the mesh is {config.mesh}: set its other axes to 1, or "
-            "train.cuda_graph to false"
+            f"train.cuda_graph works with mesh.tp alone, and the mesh is {config.mesh}",
+            {f"mesh.{axis}": 1 for axis, n in config.mesh.by_axis.items() if axis != "tp" and n > 1},
+            _OFF,
         )
     if config.train.activation_checkpoint != "none":
         raise ConfigError(
-            "train.cuda_graph cannot capture a recomputation, which sets the random numbers' state: set "
-            "train.activation_checkpoint to none, or train.cuda_graph to false"
+            "train.cuda_graph cannot capture a recomputation, which sets the random numbers' state",
+            {"train.activation_checkpoint": "none"},
+            _OFF,
         )
     if config.train.on_nonfinite == "skip":
         raise ConfigError(
             "train.on_nonfinite: skip decides on the host whether a step's update runs, and train.cuda_graph replays "
-            "it without the host: set train.on_nonfinite to stop, or train.cuda_graph to false"
+            "it without the host",
+            {"train.on_nonfinite": "stop"},
+            _OFF,
         )
     if config.train.replay_every:
-        raise ConfigError(
-            "train.replay_every cannot see into a CUDA graph: set train.replay_every to 0, or train.cuda_graph to false"
-        )
+        raise ConfigError("train.replay_every cannot see into a CUDA graph", {"train.replay_every": 0}, _OFF)
     if device_type != "cuda":
-        raise ConfigError("train.cuda_graph needs a GPU: set it to false for a CPU")
+        raise ConfigError("train.cuda_graph needs a GPU", _OFF)
 
 
 def check_draws(config: RunConfig, draws: RandomDraws, model: str, *, compiled: bool) -> None:

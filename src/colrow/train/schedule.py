@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from colrow.config import TrainSection
-from colrow.errors import ConfigError
+from colrow.errors import AtMost, ConfigError
 
 
 def learning_rate(step: int, section: TrainSection) -> float:
@@ -35,19 +35,23 @@ def check_schedule(section: TrainSection) -> None:
     if section.warmup_steps >= section.steps:
         raise ConfigError(
             f"train.warmup_steps={section.warmup_steps} leaves no step of train.steps={section.steps} for training at "
-            f"the full rate: use fewer than {section.steps}"
+            "the full rate",
+            {"train.warmup_steps": AtMost(max(0, section.steps - (section.decay_steps or 1)))},
         )
     if section.decay_steps is None:
         return
     if section.schedule != "wsd":
         raise ConfigError(
             f"train.decay_steps={section.decay_steps} is for schedule wsd, not for {section.schedule}, which decays "
-            "over all steps: leave it out, or set train.schedule to wsd"
+            "over all steps",
+            {"train.decay_steps": None},
+            {"train.schedule": "wsd"},
         )
     if section.warmup_steps + section.decay_steps > section.steps:
         raise ConfigError(
             f"train.warmup_steps={section.warmup_steps} and train.decay_steps={section.decay_steps} together exceed "
-            f"train.steps={section.steps}: use decay_steps up to {section.steps - section.warmup_steps}"
+            f"train.steps={section.steps}",
+            {"train.decay_steps": AtMost(section.steps - section.warmup_steps)},
         )
 
 
