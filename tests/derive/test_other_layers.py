@@ -101,6 +101,26 @@ class Experts(nn.Module):
         return y.view(x.shape[0], -1, C).transpose(1, 2).reshape(x.shape)
 
 
+class ChannelNorm(nn.LayerNorm):
+    """Over the channels of [batch, channels, length] (wav2vec2's)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(-2, -1)).transpose(-2, -1)
+
+
+class Normed(nn.Module):
+    """The norm's own code moves the channels, which stand in the middle of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Conv1d(C, 2 * C, 3), ChannelNorm(2 * C), nn.Conv1d(2 * C, C, 1)
+        self.up, self.down = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(F.relu(self.norm(self.first(x)))).transpose(1, 2)
+        return x + self.down(F.relu(self.up(x)))
+
+
 class Net(nn.Module):
     """Blocks between a patch embedding and a head."""
 
@@ -162,3 +182,17 @@ def test_a_group_norm_with_all_groups_on_a_rank_is_seen(monkeypatch: pytest.Monk
     assert "group_norm in blocks.0.norm2 has 4 groups on a rank, not 2" in found.notes
     monkeypatch.setattr(local, "channel_groups", lambda node, _: argument(node, facts_of(node).groups or 0, "", 1))
     assert parity(model, derive(model, 2, inputs=(IMAGES,)).plan(), 2, (IMAGES,)).worst > 1e-3
+
+
+def test_a_norm_that_moves_its_channels_is_not_called_sharded_in_its_last_dim(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Style sharded_norm takes the last dim for sharded. Without the look at its input the sharded norm fails."""
+    torch.manual_seed(0)
+    model, sound = Normed().double(), (torch.randn(2, C, 7, dtype=torch.float64),)
+    found = derive(model, 2, inputs=sound)
+    assert {*found.sharded} == {"up.weight", "up.bias", "down.weight"}
+    assert "norm normalises over another dim of its input than the last" in found.replicated["first.weight"]
+    assert parity(model, found.plan(), 2, sound).worst < TOLERANCE
+    monkeypatch.setattr(ModuleEmitter, "_require_last_dim", lambda *_: None)
+    plan = derive(model, 2, inputs=sound).plan()
+    assert plan.modules["norm"].name == "sharded_norm"
+    assert [f.where for f in check(model, plan, Mesh(tp=2), inputs=sound) if f.severity == "error"] == ["norm"]

@@ -257,6 +257,40 @@ class PackedConvolution(nn.Module):
         return self.head(x + self.mixer(x))
 
 
+class Timed(nn.Module):
+    """Scale and shift of a norm without parameters by the embedding of a time, whose frequencies are a size in the
+    code (DiT). The model itself holds the positions, which no style can split."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.mlp, self.ada = nn.LayerNorm(D, elementwise_affine=False), Mlp(), nn.Linear(D, 2 * D)
+
+        def forward(self, x: Tensor, c: Tensor) -> Tensor:
+            shift, scale = self.ada(F.silu(c)).chunk(2, dim=-1)
+            return x + self.mlp(self.norm(x) * (1 + scale[:, None]) + shift[:, None])
+
+    class Time(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = nn.Sequential(nn.Linear(8, D), nn.SiLU(), nn.Linear(D, D))
+
+        def forward(self, step: Tensor) -> Tensor:
+            angles = step[:, None].double() * torch.exp(-torch.arange(4.0))
+            return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time, self.patches, self.positions = self.Time(), nn.Linear(D, D), nn.Parameter(torch.randn(T, D))
+        self.blocks, self.head = nn.ModuleList(self.Block() for _ in range(2)), nn.Linear(D, 5)
+
+    def forward(self, x: Tensor, step: Tensor) -> Tensor:
+        c, x = self.time(step), self.patches(x) + self.positions
+        for block in self.blocks:
+            x = block(x, c)
+        return self.head(x)
+
+
 class ValueResidual(nn.Module):
     """A later layer mixes the first one's values, of its heads, into its own (iTransformer): the gradient of what both
     read was summed over the ranks twice."""
@@ -289,6 +323,10 @@ class ValueResidual(nn.Module):
         return self.head(x)
 
 
+MORE_INPUTS: dict[Callable[[], nn.Module], tuple[Tensor, ...]] = {
+    BareHead: (torch.randint(0, 20, (2, 5), generator=generator()),),
+    Timed: (torch.tensor([3, 500]),),
+}
 SPLIT: dict[Callable[[], nn.Module], set[str]] = {
     Latents: {"cross.attention.q.weight", "cross.attention.o.weight"},
     Scaled: {"block.inner.up.weight", "block.inner.down.weight"},
@@ -300,6 +338,7 @@ SPLIT: dict[Callable[[], nn.Module], set[str]] = {
     OwnLinear: {"up.weight", "down.weight"},
     PackedConvolution: {"mixer.q.weight", "mixer.conv.weight", "mixer.o.weight"},
     ValueResidual: {"layers.0.qkv.weight", "layers.1.qkv.weight", "layers.1.mix.weight", "layers.1.o.weight"},
+    Timed: {"time.mlp.2.weight", "blocks.0.ada.weight", "blocks.1.ada.weight", "blocks.1.mlp.down.weight"},
     BareHead: {"encode.up.weight", "encode.down.weight", "decoder.mlp.up.weight", "decoder.mlp.down.weight"},
 }
 
@@ -308,8 +347,7 @@ def derived(build: Callable[[], nn.Module]) -> tuple[set[str], list[str], float]
     """What is split, the check's errors, and the worst error of loss and gradients on two ranks."""
     torch.manual_seed(0)
     model = build().double()
-    ids = torch.randint(0, 20, (2, 5), generator=generator())
-    inputs = (X, ids) if build is BareHead else (X,)
+    inputs = (X, *MORE_INPUTS.get(build, ()))
     found = derive(model, 2, inputs=inputs)
     findings = check(model, found.plan(), Mesh(tp=2), inputs=inputs)
     errors = [str(f) for f in findings if f.severity == "error"]
@@ -401,3 +439,18 @@ def test_a_decoder_of_another_length_has_no_next_token_loss() -> None:
         F.cross_entropy(logits.flatten(0, 1), same.flatten()).item()
     )
     assert default_loss(logits, (other,)).item() == default_loss(logits, (X,)).item()
+
+
+def test_what_the_model_itself_holds_is_not_split() -> None:
+    class Rooted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp, self.first, self.last = Mlp(), nn.Linear(D, 2 * D), nn.Linear(2 * D, 5)
+            self.scale = nn.Parameter(torch.randn(2 * D))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x + self.mlp(x)) * self.scale)
+
+    found = derive(Rooted(), 2, inputs=(X.float(),))
+    assert {*found.sharded} == {"mlp.up.weight", "mlp.up.bias", "mlp.down.weight"}
+    assert "the model itself holds scale, and styles split what its modules hold" in found.replicated["first.weight"]

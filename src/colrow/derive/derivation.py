@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from colrow.derive.axes import forbid
@@ -22,7 +23,7 @@ from colrow.derive.emit_modules import Emission
 from colrow.derive.failure import ADVICE, Place, TraceError, has_unknown_size
 from colrow.derive.flow import Flows
 from colrow.derive.gathered import Layers, Standing, accepted_layers, gathered_layers
-from colrow.derive.infer import OPAQUE, AxisInference, module_path
+from colrow.derive.infer import OPAQUE, AxisInference, module_path, shape_of
 from colrow.derive.local import LocalCheck, Repairs
 from colrow.derive.opaque import NOTHING_OPAQUE, opaque_modules
 from colrow.derive.representatives import NotAlikeError, Representatives
@@ -36,7 +37,7 @@ from colrow.dryrun.calls import GivenInputs, Inputs
 from colrow.errors import PlanError
 from colrow.ops.carriers import Overlap
 from colrow.plans.derive_options import DeriveOptions
-from colrow.plans.patterns import by_pattern, with_stars
+from colrow.plans.patterns import by_pattern, is_within, with_stars
 from colrow.plans.plan import USEFUL, Plan
 from colrow.styles.fast.head import FastHead
 from colrow.styles.linear import Colwise
@@ -351,14 +352,20 @@ class _Derive:
             if met := split.finder.atoms_of(own) - choice.vocabulary:
                 return met
         while module:
-            found, scope = set[Any](), f"{with_stars(module)}."
-            for node, name in self.inference.params.items():
-                if with_stars(name).startswith(scope):
-                    found |= split.finder.atoms_of({node})
+            shapes = self._shapes_in(module)
+            # layers of one nn.Sequential have like names, too: those at its place in other blocks have its shapes
+            alike = [m for m, _ in self.model.named_modules() if with_stars(m) == with_stars(module)]
+            alike = [m for m in alike if [*self._shapes_in(m).values()] == [*shapes.values()]]
+            found = split.finder.atoms_of({node for m in alike for node in self._shapes_in(m)})
             if found:
                 return found - choice.vocabulary or found
             module = module.rpartition(".")[0]
         return (choice.atoms | set(choice.groups)) - choice.vocabulary or set(choice.atoms)
+
+    def _shapes_in(self, module: str) -> dict[Node, tuple[str, list[int]]]:
+        """The parameters of a module and those inside it, by their names there, and their shapes."""
+        params = self.inference.params.items()
+        return {n: (name.removeprefix(module), shape_of(n)) for n, name in params if is_within(name, module)}
 
     def _emit(self, split: Split, stream: Stream | None, known: Repairs | None) -> tuple[Derivation, Repairs]:
         emission = self._emission(self.model, self.traced, split, stream)

@@ -108,6 +108,9 @@ class ModuleEmitter:
         that runs on local tensors, where its forward sees shards, or take one activation and hold what it reads.
         """
         module, parameters = self._module(name), self.owned[name]
+        if not name:
+            atoms = self.choice.chosen(dim for parameter in parameters for dim in self.dims[parameter])
+            raise SplitError(atoms, f"the model itself holds {parameters[0]}, and styles split what its modules hold")
         block = next(
             (b for b in self.blocks if not b.leaf and (name == b.module or name.startswith(b.module + "."))), None
         )
