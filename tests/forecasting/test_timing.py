@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from colrow.forecasting.devices import device_named
 from colrow.forecasting.memory import Setting
+from colrow.forecasting.storages import LiveStorages
 from colrow.forecasting.timing import (
     CASTS_OF_FSDP,
     COPIES_OF_FSDP,
+    HOP_BETWEEN_HOSTS,
+    HOP_IN_HOST,
     NORM_BYTES,
     SUMS_OF_FLAT,
     UPDATE_BYTES,
@@ -22,6 +28,7 @@ from colrow.forecasting.timing import (
 from colrow.forecasting.walk import HEAD, ROOT, Cell, Walk, walk
 from colrow.mesh import Mesh
 from colrow.plans.plan import Plan
+from colrow.torch_compat import fake_tensors
 from helpers.llamas import meta
 
 H200 = device_named("h200")
@@ -76,3 +83,57 @@ def test_the_band_is_wider_where_the_cpu_sets_the_pace(walked: Walk) -> None:
     assert bound.parts["cpu"] > 0
     assert replayed.band / replayed.seconds == pytest.approx(H200.band)
     assert bound.band / bound.seconds == pytest.approx(0.15)
+
+
+def test_cards_of_a_host_share_what_a_ring_sends_between_hosts() -> None:
+    """Rings enter a host once, each by another rank's card: beside a tp that fills the hosts a rank has one card."""
+    rates = replace(H200.rates, links={8: ((1.0, 1e-9), (1e9, 1e-3))}, network=((1e6, 2e-5), (1e9, 2e-2)))
+    machine = Machine(replace(H200, rates=rates), 8)
+
+    def seconds(mesh: Mesh, nbytes: float, kind: str = "all_gather") -> float:
+        return machine.seconds(Setting(mesh), "dp_shard", kind, nbytes)
+
+    def hops(ranks: int, hosts: int) -> float:
+        return (hosts - 1) * HOP_BETWEEN_HOSTS + (ranks - hosts) * HOP_IN_HOST
+
+    assert seconds(Mesh(dp_shard=8), 1e9) == pytest.approx(1e-3)
+    assert seconds(Mesh(dp_shard=64), 8e8) == pytest.approx(2e-2 * 0.1 + hops(64, 8))
+    assert seconds(Mesh(dp_shard=8, tp=8), 8e8) == pytest.approx(2e-2 * 0.8 + hops(8, 8))
+    assert seconds(Mesh(dp_shard=16, tp=4), 8e8) == pytest.approx(2e-2 * 0.4 + hops(16, 8))
+    assert seconds(Mesh(dp_shard=64), 8e8, "all_to_all") == pytest.approx(
+        2e-2 * 0.8
+    )  # each rank's own, by its own card
+    long = replace(machine, device=replace(H200, rates=replace(rates, links={8: ((1.0, 1.0),)})))
+    assert (
+        long.seconds(Setting(Mesh(dp_shard=64)), "dp_shard", "all_gather", 8e8) > 1
+    )  # never faster than inside a host
+
+
+def test_rings_of_more_hosts_take_longer_though_each_rank_sends_as_much() -> None:
+    machine = Machine(H200, 8)
+    few, many = (machine.seconds(Setting(Mesh(dp_shard=n)), "dp_shard", "all_gather", 1e6) for n in (64, 1024))
+    assert many - few == pytest.approx(120 * HOP_BETWEEN_HOSTS + 840 * HOP_IN_HOST)
+
+
+def test_a_compiler_fuses_nothing_with_complex_numbers() -> None:
+    n = 64
+
+    def passes(step: Any) -> float:
+        """Reads and writes of [n, n] in fp32."""
+        with fake_tensors():
+            x = torch.empty(n, n)
+            storages = LiveStorages([x], fused=True)
+            with storages:
+                storages.begin("block", backward=False)
+                step(x) @ x
+            return storages.finish()[-1].work.fused_bytes / (4 * n * n)
+
+    def real(x: Tensor) -> Tensor:
+        return x.neg().exp().neg()
+
+    def complex_numbers(x: Tensor) -> Tensor:
+        y = torch.view_as_complex(x.neg().view(n, -1, 2))
+        return torch.view_as_real(y.mul(2).mul(3)).view(n, n).neg()
+
+    assert passes(real) == 2
+    assert passes(complex_numbers) == 2 + 2 * 2 + 2  # a kernel before, two products, a kernel behind

@@ -52,7 +52,7 @@ class Rates:
             of fast styles and of those that send chunks, which run more Python; operator: for each eager operator;
             launch: for each kernel around compiled blocks, such as those of a loss by chunks.
         gap: seconds between two operators in which no kernel runs though the CPU is ahead, in CUDA graphs too.
-        links: points by the number of ranks inside a host; network: between hosts.
+        links: points by the number of ranks inside a host; network: between hosts, by the one card that a rank has.
         peer_copy: bytes/s that a GPU's copy engines read from its peers, or write to them; 0 where they cannot.
         overlap_slowdown: how much longer matmuls take while other streams copy.
     """

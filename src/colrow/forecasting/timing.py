@@ -14,6 +14,12 @@
 Collectives of tp are exposed unless a style sends chunks beside matmuls; a copy engine hides what has matmuls beside
 it, more at tp 2 than above. FSDP2 gathers and reduces beside compute: exposed are the first gather, the last reduction,
 and what is longer than the compute.
+
+[Note: between hosts]
+NCCL sends a gather or a sum around rings through all ranks of a group. A ring enters and leaves a host once, and there
+are as many rings as the group has ranks on a host, each by the network card of another rank: so the cards of a host
+share what a rank sends. A group with one rank on each host, such as dp_shard beside a tp that fills the hosts, has one
+card. What a ring takes beyond that grows with its ranks: a message has to pass each of them.
 """
 
 from __future__ import annotations
@@ -21,6 +27,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import ceil
 
 from colrow.forecasting.devices import Device, Points, Rates, seconds_of
 from colrow.forecasting.memory import Setting, Stage, stages_of
@@ -42,6 +49,10 @@ SHARD_COPIES_OF_FSDP = (
 )
 COPIES_OF_FSDP = 31  # without shards: casts of parameters and gradients, which nothing hides
 SLOWED_BY_NCCL = 0.1  # of the hidden seconds of data axes, by which matmuls beside NCCL's kernels take longer
+HOP_IN_HOST, HOP_BETWEEN_HOSTS = 3.4e-6, 14e-6
+"""Seconds from a rank of a ring to the next one by NVLink and by a network: NCCL's own estimates for long messages
+(`src/graph/tuning.cc`). Not measured here."""
+_BY_RING = ("all_gather", "reduce_scatter", "all_reduce", "broadcast")
 OPERANDS = 15e12  # bytes/s of a matmul's operands beside its FLOPs; tells small matmuls from large ones
 CPU_BAND = 0.15
 """Half of the band where the CPU sets the pace: two hosts of one kind took 78 and 85 ms for the same step."""
@@ -88,18 +99,29 @@ class Machine:
     device: Device
     per_host: int
 
-    def link(self, setting: Setting, axis: str) -> Points:
-        """Of groups along an axis: inside a host, or the network where a group spans hosts."""
+    def ranks_on_host(self, setting: Setting, axis: str) -> int:
+        """Of a group along an axis."""
         inner = 1
         for name in reversed(AXES):
-            size = getattr(setting.mesh, name)
+            size: int = getattr(setting.mesh, name)
             if name == axis:
-                rates = self.device.rates
-                if inner * size > self.per_host and rates.network:
-                    return rates.network
-                return _nearest(rates.links, size)
+                return max(1, min(size, self.per_host // inner))
             inner *= size
         raise AssertionError(axis)
+
+    def seconds(self, setting: Setting, axis: str, kind: str, nbytes: float) -> float:
+        """Of one collective in which each rank sends `nbytes` to its neighbour: see [Note: between hosts]."""
+        rates, size = self.device.rates, getattr(setting.mesh, axis)
+        near = self.ranks_on_host(setting, axis)
+        within = seconds_of(_nearest(rates.links, near), nbytes) if near > 1 else 0.0
+        if near == size or not rates.network:
+            return within or seconds_of(_nearest(rates.links, size), nbytes)
+        hosts = ceil(size / near)
+        cards = near if kind in _BY_RING else 1
+        across = seconds_of(rates.network, nbytes / cards)
+        if kind in _BY_RING:
+            across += (hosts - 1) * HOP_BETWEEN_HOSTS + (size - hosts) * HOP_IN_HOST
+        return max(across, within)
 
 
 @dataclass(frozen=True)
@@ -236,7 +258,7 @@ def call_seconds(traffic: Traffic, setting: Setting, machine: Machine) -> float:
     if setting.by_copy_engine(traffic.axis, traffic.kind):
         return (n - 1) / n * traffic.bytes / machine.device.rates.peer_copy
     share = {"all_reduce": 2 * (n - 1) / n, "send": 1.0, "broadcast": 1.0}.get(traffic.kind, (n - 1) / n)
-    return seconds_of(machine.link(setting, traffic.axis), share * traffic.bytes)
+    return machine.seconds(setting, traffic.axis, traffic.kind, share * traffic.bytes)
 
 
 def exposed(axis: str, seconds: float, compute: float, setting: Setting, program: Program, layers: int) -> float:

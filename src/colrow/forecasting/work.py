@@ -6,7 +6,7 @@
     collectives  bytes of the larger side, by kind
 
 A compiler fuses a chain of pointwise operators: it reads what other operators wrote, and writes what other operators
-read. `fused_bytes` counts that, `bytes` every operator's own traffic.
+read. `fused_bytes` counts that, `bytes` every operator's own traffic. Operators on complex numbers stay alone.
 """
 
 from __future__ import annotations
@@ -106,6 +106,13 @@ class WorkCounter:
                     setattr(work, kind, getattr(work, kind) + number)
             self._leave_fusion(inputs)
             work.kernels += max(1, len(flops))
+            work.operators += 1
+            return False
+        if any(x.is_complex() for x in (*inputs, *outputs)):  # inductor makes no kernels of complex numbers
+            work.bytes += (alone := sum(map(_nbytes, inputs)) + sum(map(_nbytes, outputs)))
+            work.fused_bytes += alone
+            self._leave_fusion(inputs)
+            work.kernels += 1
             work.operators += 1
             return False
         if namespace in ("aten", "prims", "colrow") and name not in _WITHOUT_TRAFFIC:
