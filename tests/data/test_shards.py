@@ -261,6 +261,27 @@ def test_ids_of_another_width_than_the_vocabularys_are_found_without_a_digest(tm
         read_meta(tmp_path / "a")
 
 
+@pytest.mark.parametrize("value", [None, "x", [], {}, {"train": None, "validation": 1}, True, {"a": 1}, 2.5])
+def test_a_meta_without_a_digest_is_refused_for_any_key_of_another_type(tmp_path, value):
+    meta = build(tmp_path / "a", Texts(some_texts(30)))
+    file = tmp_path / "a" / "meta.json"
+    tree = json.loads(file.read_text())
+    del tree["digest"]
+    for key in tree:
+        if type(value) is type(tree[key]) and not isinstance(value, dict):
+            continue
+        file.write_text(json.dumps(tree | {key: value}))
+        with pytest.raises(DataError, match=r"token shards .*") as error:
+            read_meta(tmp_path / "a")
+        assert "\n" not in str(error.value)
+        file.write_text(json.dumps({k: v for k, v in tree.items() if k != key}))
+        if key == "special":  # older versions have not counted them
+            assert read_meta(tmp_path / "a") == meta
+        else:
+            with pytest.raises(DataError):
+                read_meta(tmp_path / "a")
+
+
 def test_meta_of_an_older_version_is_read(tmp_path):
     meta = build(tmp_path / "a", Texts(some_texts(30)))
     file = tmp_path / "a" / "meta.json"

@@ -11,12 +11,14 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from colrow.data.disk import atomic_write
+from colrow.data.disk import atomic_write, read_kept
 from colrow.errors import DataError
 
 _SETTLED_SECONDS = 2.0
@@ -84,13 +86,9 @@ def _read(path: Path) -> str:
 
 
 def _load(cache: Path | None) -> dict[str, list]:
-    if cache is None:
-        return {}
-    try:
-        tree = json.loads(cache.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # none yet, or damaged: the files themselves are read
-        return {}
-    return {k: v for k, v in tree.items() if isinstance(v, list)} if isinstance(tree, dict) else {}
+    tree = {} if cache is None else read_kept(cache, dict[str, Any]) or {}
+    # what is damaged is left out, and the file itself is read: a wrong digest would be that of another corpus
+    return {k: v for k, v in tree.items() if isinstance(v, list) and v and re.fullmatch("[0-9a-f]{32}", str(v[-1]))}
 
 
 def _store(cache: Path, digests: dict[str, list]) -> None:

@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 from colrow.errors import DataError
 
+T = TypeVar("T")
 _POLL_SECONDS = 0.2
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
@@ -43,6 +44,16 @@ def atomic_write(path: Path, text: str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def read_kept(path: Path, kind: type[T]) -> T | None:
+    """What was kept in a JSON file to save work; None where there is none, or the file holds something else."""
+    from pydantic import TypeAdapter  # worker processes do without
+
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def write_result(path: Path, text: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from colrow.data.digests import digest_files, digest_of
-from colrow.data.disk import atomic_write
+from colrow.data.disk import atomic_write, read_kept
 from colrow.data.documents import Corpus
 from colrow.data.files import missing_key, require_text
 from colrow.errors import DataError
@@ -67,12 +67,13 @@ class DatasetCorpus(Corpus):
             try:
                 self._commit = _head_commit(self.name)
             except Exception as error:
-                if cache is None or not cache.exists():
+                seen = None if cache is None else read_kept(cache, dict[str, str])
+                if seen is None or "commit" not in seen:
                     raise DataError(
                         f"cannot reach dataset {self.name!r} on the Hugging Face Hub ({_text_of(error)}): check the "
                         f"name and the network, or download it and give the folder: hf:FOLDER"
                     ) from error
-                self._commit = str(json.loads(cache.read_text(encoding="utf-8"))["commit"])
+                self._commit = seen["commit"]
                 _log.warning("the Hugging Face Hub is out of reach: %s is read at commit %s", self.name, self._commit)
             else:
                 if cache is not None:

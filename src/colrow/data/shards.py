@@ -99,6 +99,8 @@ def read_meta(folder: Path) -> ShardMeta:
     Raises:
         DataError: it is missing or of another format, or a .bin file is not of the size that it states.
     """
+    from pydantic import TypeAdapter, ValidationError  # worker processes do without
+
     refuse_pipe(folder / "meta.json", DataError)
     try:
         tree = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -108,19 +110,25 @@ def read_meta(folder: Path) -> ShardMeta:
         if digest is not None and digest != _digest(tree):
             raise DataError(f"token shards {folder} are damaged: meta.json is not what was written")
         tree.pop("first_held_out", None)  # written by older versions, which computed an advice from it
-        meta = ShardMeta(**tree)
+        meta = TypeAdapter(ShardMeta).validate_json(json.dumps(tree), strict=True)
         if meta.dtype != dtype_for(meta.vocab_size):
             raise DataError(f"token shards {folder} are damaged: ids of {meta.vocab_size} tokens are no {meta.dtype}")
         for split in SPLITS:
             size = (folder / f"{split}.bin").stat().st_size
+            if any(split not in counts for counts in (meta.documents, meta.text_bytes, meta.digests)):
+                raise DataError(f"token shards {folder} are damaged: meta.json has no counts of {split}")
             expected = meta.tokens[split] * np.dtype(meta.dtype).itemsize
             if size != expected:
                 raise DataError(f"token shards {folder} are damaged: {split}.bin has {size:,} bytes, not {expected:,}")
     except OSError as error:
         raise DataError(f"token shards {folder} cannot be read: {error}") from error
+    except DataError:
+        raise
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DataError(f"token shards {folder} are damaged: meta.json: {where}: {first['msg']}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"token shards {folder} are damaged: meta.json: {error}") from error
     return meta
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from itertools import pairwise
 from math import exp, log
 from pathlib import Path
 from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
 
 from colrow.errors import ConfigError, did_you_mean
 
@@ -136,7 +138,13 @@ def device_named(name: str, table: Path | None = None) -> Device:
         raise ConfigError(f"unknown GPU {name!r}{did_you_mean(name, _SHEETS)}")
     sheet = _SHEETS[name]
     if table is not None:
-        return _from_table(name, sheet, _read(table))
+        try:
+            device = _from_table(name, sheet, json.loads(table.read_text(encoding="utf-8")))
+            return TypeAdapter(Device).validate_python(asdict(device))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise ConfigError(
+                f"{table} holds no table of rates: write one with `colrow calibrate -o {table}`"
+            ) from error
     shipped = resources.files("colrow.forecasting") / "tables" / f"{name}.json"
     if shipped.is_file():
         return _from_table(name, sheet, json.loads(shipped.read_text(encoding="utf-8")))
@@ -202,14 +210,6 @@ def _from_table(name: str, sheet: _Sheet, table: Mapping[str, Any]) -> Device:
 
 def _points(given: Any) -> Points:
     return tuple((float(size), float(seconds)) for size, seconds in given)
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-        return {"rates": table["rates"], "band": table["band"], "source": table["source"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} holds no table of rates: write one with `colrow calibrate -o {path}`") from error
 
 
 def seconds_of(points: Points, nbytes: float) -> float:

@@ -109,7 +109,7 @@ def plot_loss(run: Path) -> str:
         from matplotlib.figure import Figure
     except ImportError:
         return "not drawn: it needs matplotlib (pip install 'colrow[plot]')"
-    records = read_metrics(run / FILE)
+    records = [record for record in read_metrics(run / FILE) if "loss" in record]
     if not records:
         return "not drawn: metrics.jsonl has no step"
     figure = Figure(figsize=(7, 4.2), layout="constrained")

@@ -16,7 +16,7 @@ from torch import nn
 
 import colrow
 from colrow.config import RunConfig
-from colrow.data.disk import atomic_write
+from colrow.data.disk import atomic_write, read_kept
 from colrow.errors import ConfigError
 from colrow.forecasting.choices import options_of
 from colrow.forecasting.devices import Device, device_named, name_of
@@ -114,11 +114,8 @@ def kept_forecast(config: RunConfig, model: nn.Module, plan: Plan, gpus: Gpus) -
     """The forecast in the run's folder, where it is one of this run on these GPUs."""
     if gpus is None or isinstance(gpus, str):
         return None
-    try:
-        kept = Forecast(**json.loads((config.run.dir / FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
-    return kept if kept.key == _key(*gpus, config, model, plan) else None
+    kept = read_kept(config.run.dir / FILE, Forecast)
+    return kept if kept is not None and kept.key == _key(*gpus, config, model, plan) else None
 
 
 def forecast_on(device: Device, per_host: int, config: RunConfig, model: nn.Module, plan: Plan) -> Forecast:

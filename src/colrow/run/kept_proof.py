@@ -16,7 +16,7 @@ from torch import nn
 
 import colrow
 from colrow.config import RunConfig
-from colrow.data.disk import atomic_write
+from colrow.data.disk import atomic_write, read_kept
 from colrow.errors import ConfigError
 from colrow.models.build import imported
 from colrow.plans.fingerprint import digest_of_texts
@@ -47,9 +47,8 @@ class KeptProof:
 
     def find(self, say: Callable[[str], None]) -> bool:
         """Whether the folder holds a proof that still counts. Where it does not, `say` gets what has changed."""
-        try:
-            before = json.loads((self.folder / FILE).read_text(encoding="utf-8"))["depends"]
-        except (OSError, ValueError, TypeError, KeyError):
+        before = (read_kept(self.folder / FILE, dict[str, Any]) or {}).get("depends")
+        if not isinstance(before, dict):
             return False
         now = self.depends()
         changed = [name for key, name in _CHANGED.items() if before.get(key) != now[key]]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from colrow.data.disk import atomic_write
+from colrow.data.disk import atomic_write, read_kept
 
 FILE = "start.json"
 
@@ -31,7 +31,10 @@ class KeptStart:
         kept = self._read().get(self.what)
         if not isinstance(kept, dict) or kept.get("depends") != dict(self.depends()):
             return None
-        return kept.get("found")
+        found = kept.get("found")
+        lines = found if isinstance(found, list) else [found]
+        is_readable = isinstance(found, str if self.what == "plan" else list)
+        return found if is_readable and all(isinstance(line, str) for line in lines) else None
 
     def keep(self, found: Any) -> None:
         """Write it. A folder that cannot be written costs the next start this work, and this one nothing."""
@@ -43,8 +46,4 @@ class KeptStart:
             return
 
     def _read(self) -> dict[str, Any]:
-        try:
-            tree = json.loads((self.folder / FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return tree if isinstance(tree, dict) else {}
+        return read_kept(self.folder / FILE, dict[str, Any]) or {}

@@ -109,7 +109,7 @@ def _sequences_of_older(step: int, config: RunConfig) -> int:
     another global batch that ended before its first checkpoint has left that config there.
     """
     for record in read_metrics(config.run.dir / FILE):
-        if record["step"] == step and "tokens" in record:
-            return int(record["tokens"]) // config.data.seq_len
+        if record["step"] == step and isinstance(tokens := record.get("tokens"), int):
+            return tokens // config.data.seq_len
     previous = config.run.dir / CONFIG
     return step * (load_config(previous) if previous.exists() else config).train.global_batch

@@ -82,17 +82,23 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The records of a metrics.jsonl, in order; empty when there is none. A torn last line is left out."""
+    """The records of a metrics.jsonl, in order; empty when there is none. Lines that are none are left out: a last one
+    that was torn, or damaged ones."""
     if not path.exists():
         return []
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
-            break
-        records.append(record)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and _is_step(record.get("step")):
+            records.append(record)
     return records
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def truncate(path: Path, step: int) -> None:
