@@ -52,12 +52,12 @@ def test_the_version_counts_writes() -> None:
 
 
 def test_the_running_backward_node_is_seen() -> None:
-    x, seen = torch.ones(2, requires_grad=True), []
+    x, seen = torch.ones(2, requires_grad=True), list[str]()
     y = x * 2
-    y.register_hook(lambda _: seen.append(tc.current_autograd_node()))
+    y.register_hook(lambda _: seen.append(type(tc.current_autograd_node()).__name__))
     y.sum().backward()
     assert tc.current_autograd_node() is None
-    assert seen == [None] or "Backward" in type(seen[0]).__name__
+    assert seen == ["MulBackward0"]
 
 
 def test_higher_order_operators_are_told_from_others() -> None:

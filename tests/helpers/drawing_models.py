@@ -88,10 +88,6 @@ def gpt() -> Gpt:
     return Gpt()
 
 
-def without_draws() -> Gpt:
-    return Gpt(p=0.0)
-
-
 class DroppingBlock(Block):
     def forward(self, x: Tensor, **options: Any) -> Tensor:
         return F.dropout(super().forward(x, **options), 0.1, self.training)

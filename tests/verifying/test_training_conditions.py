@@ -25,8 +25,6 @@ from helpers import broken_models as m
 from helpers.broken_plans import gpt_plan
 from helpers.unproven_plans import OLD_TORCH
 
-BACKENDS = ("local", pytest.param("gloo", marks=pytest.mark.distributed))
-
 
 def judged(model: nn.Module, plan: Plan, backend: Any = "local", **options: Any) -> Report:
     return verify(model, plan, 2, backend=backend, **options)
