@@ -77,7 +77,6 @@ CODES: dict[str, Code] = {
         "partial-activation-gradient", "error", "exact loss, wrong gradients of everything before this point"
     ),
     "CR505": Code("nothing-trains", "warning", "every parameter is frozen"),
-    # random numbers
 }
 
 
