@@ -135,6 +135,7 @@ def random_batches(config: RunConfig, vocab: int, data_rank: int, device: torch.
     train, step = config.train, 0
     count = config.micro_batches
     while True:
+        # of its own: the model's draws must not depend on how batches are made
         generator = torch.Generator().manual_seed(1000 * step + data_rank)
         rows = torch.randint(0, vocab, (count, train.micro_batch, config.data.seq_len + 1), generator=generator)
         rows = rows.to(device)

@@ -113,6 +113,7 @@ class Checkpoints:
         if not self.asynchronous:
             self._write(ranks, snapshot)
             return
+        # daemon: a process that ends by an error is not kept by a slow disk; what it writes has no name yet
         self._thread = threading.Thread(
             target=self._write_behind, args=(ranks, snapshot), name="checkpoint", daemon=True
         )

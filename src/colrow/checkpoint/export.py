@@ -100,6 +100,7 @@ def export(
     carried = carried or Carried()
     tree = config_to_huggingface(config, dtype) if isinstance(config, LlamaConfig) else dict(config)
     own = token_ids(carried.config("config.json")) if carried.owns_token_ids else {}
+    # the ids of the tokenizer, unless model and tokenizer came from one folder: then that folder's own stay
     tree |= {"dtype": str(dtype).removeprefix("torch."), **_text_ends(tokenizer), **own}
     ranks = Ranks.open(group, private=False)
     pieces = ranks.together(lambda: _pieces(model))

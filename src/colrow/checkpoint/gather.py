@@ -104,7 +104,7 @@ class Gather:
         for work in waits:
             if work is not None:
                 work.wait()
-        mine = self._queues[me]
+        mine = self._queues[me]  # shorter than the longest queue: such a rank only sends
         return _assemble(self._tensors[mine[number]], received) if number < len(mine) else None
 
     def _senders(self, name: str, number: int, receiver: int) -> dict[int, list[Region]]:

@@ -51,6 +51,7 @@ def load_weights(model: Model, folder: Path | str) -> None:
             with TensorReader(file) as reader:
                 for piece in pieces:
                     read = reader.read(piece.name, piece.region)
+                    # a tied tensor that is stored twice: two values would mean that one of them is lost
                     for double in stored.doubles.get(piece.name, []):
                         _require_same(read, piece, stored.files[double], double)
                     value = read.to(piece.data.dtype)

@@ -56,6 +56,7 @@ def read_texts(
         CheckpointError: one of them is not what it should be, or holds no state for this class of optimizer.
     """
     index = read_record(path / INDEX, Index)
+    # The checksums were right: what is wrong now was written so, or put together from two checkpoints.
     index.require_sound(path, {file.name for file in manifest.files})
     for name, tensor in manifest.model.items():
         stored = index.tensors.get(name)

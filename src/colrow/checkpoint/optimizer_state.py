@@ -94,7 +94,7 @@ def make_optimizer_state(optimizer: Optimizer, named: list[NamedTensor], index: 
             optimizer.state.pop(param, None)
             continue
         state = optimizer.state[param]
-        for key in [key for key in state if key not in wanted]:
+        for key in [key for key in state if key not in wanted]:  # a list: the state changes meanwhile
             del state[key]
         for key, tensor in wanted.items():
             if not _fits(state.get(key), tensor, param):
@@ -136,7 +136,7 @@ def restore_values(optimizer: Optimizer, named: list[NamedTensor], record: Optim
 
 def _owners(optimizer: Optimizer, named: list[NamedTensor]) -> Iterator[tuple[NamedTensor, Tensor]]:
     """Each of the optimizer's parameters, with its name in the model."""
-    by_id = {id(item.tensor): item for item in named}
+    by_id = {id(item.tensor): item for item in named}  # by identity: equality of tensors is elementwise
     for group in optimizer.param_groups:
         for param in group["params"]:
             if id(param) not in by_id:

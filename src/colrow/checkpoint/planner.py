@@ -72,7 +72,7 @@ class PieceSavePlanner(DefaultSavePlanner):
         return SavePlan(items, planner_data=self._optimizer)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        plans, metadata = super().create_global_plan(all_plans)
+        plans, metadata = super().create_global_plan(all_plans)  # drops what several ranks plan to write
         records = [plan.planner_data for plan in all_plans if plan.planner_data is not None]
         metadata.planner_data = merge_records(records) if records else None
         return plans, metadata

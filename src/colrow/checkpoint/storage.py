@@ -87,6 +87,7 @@ class CheckpointWriter(_OneCheckpoint, StorageWriter):
             _use(self.folder.root, needed).require_free()
         except OSError as error:
             raise _disk_error(self.folder.root, needed, error) from error
+        # the only way from the first rank to the others: `storage_data` comes to `write_data` of each
         return [replace(plan, storage_data=(f"rank-{rank:05d}", needed)) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -129,7 +130,7 @@ class CheckpointWriter(_OneCheckpoint, StorageWriter):
                     "optimizer": None if optimizer is None else optimizer.kind,
                 }
             )
-            write_manifest(path, manifest)
+            write_manifest(path, manifest)  # last, for it has the checksums of all others
             self.folder.commit(self.step)
         except OSError as error:
             raise _disk_error(self.folder.root, sum(file.bytes for file in files.values()), error) from error

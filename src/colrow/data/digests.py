@@ -50,7 +50,7 @@ def digest_files(
     known = _load(cache)
     states = [_state(path) for path in paths]
     names = [os.path.abspath(path) for path in paths]
-    stale = [
+    stale = [  # `known` has the state and, last, the digest
         i for i, (name, state) in enumerate(zip(names, states, strict=True)) if known.get(name, [None])[:-1] != state
     ]
     with ThreadPoolExecutor(_READERS) as pool:

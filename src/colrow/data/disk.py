@@ -40,7 +40,7 @@ def atomic_write(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())  # before the rename: after a power cut the name must not point to an empty file
-        partial.replace(path)
+        partial.replace(path)  # atomic within a file system, hence the temporary name beside the target
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

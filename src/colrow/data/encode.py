@@ -78,7 +78,7 @@ def encode_in_order(chunks: Iterator[list[str]], tokenizer: Tokenizer, dtype: st
     )
     pending: deque[Future[Encoded]] = deque()
     try:
-        for chunk in chunks:
+        for chunk in chunks:  # results are taken in the order of submission: the shards do not depend on `workers`
             pending.append(pool.submit(_encode_in_worker, chunk))
             if len(pending) >= workers * _IN_FLIGHT:
                 yield pending.popleft().result()

@@ -111,6 +111,7 @@ class Loader:
         if self._ahead is None or self._ahead[0] != position:
             self._ahead = (position, self._thread.submit(self._read, position))
         read = self._ahead[1].result()
+        # Submitted before the first yield: it is read while the step that uses this one runs.
         following = position + self._sampler.order.global_batch
         self._ahead = (following, self._thread.submit(self._read, following))
         for ids, targets in read:

@@ -202,6 +202,7 @@ def build_shards(
                 with writing_to(folder.parent):
                     splits.add(encoded)
                 progress.advance(int(encoded.text_bytes.sum()), f"{splits.tokens / 1e6:,.1f}M tokens")
+        # else the shards of what is there now would be found under the name of what was there
         if corpus.fingerprint() != fingerprint:
             raise DataError(f"corpus {corpus.describe()} has changed while it was read: start again when it is at rest")
         with writing_to(folder.parent):

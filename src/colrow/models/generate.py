@@ -47,6 +47,7 @@ def generate(
     for _ in range(tokens):
         seen = ids if window is None else ids[:, -window:]
         length = seen.shape[1]
+        # the last real token's logits; causal, so the padding behind it changes nothing
         row = _by_sequence(logits_of(padded := _pad(seen, pad_multiple)), padded)[:, length - 1]
         row = row.full_tensor() if isinstance(row, DTensor) else row
         drawn = _draw(row.float().cpu(), temperature, top_k, generator).to(ids.device)

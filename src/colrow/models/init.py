@@ -77,7 +77,7 @@ def _normal(
     step = max(1, _CHUNK.get(torch.device(device).type, 1 << 16) // max(1, size[1]))
     for row in range(0, size[0], step):
         rows = torch.arange(offset[0] + row, offset[0] + min(row + step, size[0]), device=device)
-        bits = _mix(rows[:, None] * shape[1] + columns, key)
+        bits = _mix(rows[:, None] * shape[1] + columns, key)  # indices into the global matrix, whatever the region
         uniform = ((bits >> 11).double() + 0.5) * 2.0**-52  # 53 signed bits -> (-1, 1), both ends left out
         out[row : row + step] = torch.erfinv(uniform) * math.sqrt(2.0)
     return out

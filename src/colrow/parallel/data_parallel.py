@@ -11,7 +11,7 @@ dp axis of one rank it costs a cast and no communication. See [Note: precision].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -25,7 +25,7 @@ from colrow.mesh import MeshAxes
 from colrow.parallel.used_parameters import agree_on_used_parameters
 from colrow.sharding.local_view import PARAMETER_ATTRIBUTES
 from colrow.sharding.parameter_state import ParameterState, refuse_hooks, set_states, states_of
-from colrow.torch_compat import TorchMovedError, replicas_of_fsdp2
+from colrow.torch_compat import replicas_of_fsdp2
 
 _KEEP_GATHERED = "_colrow_keep_gathered"  # set on the root: gathered parameters stay until the last micro-batch
 
@@ -55,8 +55,7 @@ def apply_data_parallel(
             every micro-batch.
 
     Raises:
-        ConfigError: blocks share a parameter, a parameter is a scalar or has a hook, or torch has no replicas for
-            tensor-parallel models.
+        ConfigError: blocks share a parameter, or a parameter is a scalar or has a hook.
     """
     axes = MeshAxes(mesh)
     replicas, shards = axes.size("dp_replicate"), axes.size("dp_shard")
@@ -72,7 +71,7 @@ def apply_data_parallel(
         param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype is not None else None
     )
     if replicas > 1 and shards == 1:
-        replicate = _replicate()
+        replicate = replicas_of_fsdp2()
         for unit in [*blocks, *([head] if head else []), model]:
             replicate(unit, mesh=mesh["dp_replicate"], mp_policy=policy)
         _keep_attributes(model, states)
@@ -174,14 +173,3 @@ def _prefetch(model: nn.Module, blocks: list[nn.Module], head: list[nn.Module]) 
     units: list[Any] = [model, *blocks, *head[:1]]
     for unit, following in pairwise(units):
         unit.set_modules_to_forward_prefetch([following])
-
-
-def _replicate() -> Callable[..., Any]:
-    try:
-        return replicas_of_fsdp2()
-    except TorchMovedError as error:
-        raise ConfigError(
-            f"torch {torch.__version__} has no replicas for tensor-parallel models "
-            "(torch.distributed._composable.replicate_with_fsdp, of torch 2.11 to 2.13): "
-            "set mesh.dp_shard in place of mesh.dp_replicate"
-        ) from error

@@ -45,7 +45,7 @@ def materialize(model: nn.Module, device: torch.device | str) -> nn.Module:
             f"the values of buffer {lost[0]}{f' and {len(lost) - 1} more' if len(lost) > 1 else ''} were lost on the "
             "meta device: build the model on the CPU, or move its parameters alone to the meta device"
         )
-    ties = tied_parameters(model)
+    ties = tied_parameters(model)  # _apply makes a new tensor under each name
     with kept_states(model):
         apply_to_tensors(model, lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
         tie(model, ties)

@@ -61,6 +61,7 @@ def parallelize(
     tp_mesh = tp_axis(mesh)
     tp = tp_mesh.size()
     resolved = plan.resolve(model, absent)
+    # all that can be refused is refused here, before the first module changes
     for error in parallel_already(model, {fqn: style for fqn, (_, style) in resolved.items()}):
         raise error
     plan.check_shapes(model, tp, resolved=resolved)

@@ -76,7 +76,7 @@ def split_layers(costs: Sequence[float], stages: int) -> tuple[int, ...]:
             return run(first, layers)
         return min(max(run(first, end), lowest_maximum(end, stages - 1)) for end in ends(first, stages))
 
-    limit = lowest_maximum(0, stages)
+    limit = lowest_maximum(0, stages)  # the slowest stage sets the pace; the rest is evened out below it
 
     @cache
     def evenest(first: int, stages: int) -> tuple[float, tuple[int, ...]]:

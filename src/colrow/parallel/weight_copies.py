@@ -90,7 +90,7 @@ class WeightCopies(ABC):
             self.mark_current(stale)
 
     def _place(self, replacements: Mapping[nn.Parameter, nn.Parameter]) -> None:
-        for module, name, param in self._owners:
+        for module, name, param in self._owners:  # tied names too: each owner reads its own table
             module._parameters[name] = replacements.get(param, param)
 
 

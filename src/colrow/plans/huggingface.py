@@ -113,7 +113,7 @@ def _expert(
         return
     out, into = (2, 1) if transposed else (1, 2)
     dim = out if style.endswith("colwise") else into
-    half = int(param.shape[dim]) // 2
+    half = int(param.shape[dim]) // 2  # gate and up, one after the other
     experts.setdefault(parent, {})[leaf] = (
         {"dim": dim, "segments": [half, half]} if style.startswith("packed") else {"dim": dim}
     )

@@ -196,6 +196,7 @@ class Plan:
                     message = f"module {name} matches two keys, {found[name][0]!r} and {key!r}"
                     raise PlanError("CR102", f"plan {self.name}", message, "keep one")
                 found[name] = (key, style)
+        # A module with several names has one class and one set of parameters: one style, under each of its names.
         for group in names_of_one(model):
             given = [found[name] for name in group if name in found]
             if len({repr(style) for _, style in given}) > 1:

@@ -94,6 +94,7 @@ def grad_norm(
             total = torch.stack(norms).square().sum()
     if known := [squares[param] for param in counted if param in squares]:
         total = total + torch.cat(known).sum()
+    # squares are added, not norms; axis by axis, since each group has the sums of the one before
     for group in groups:
         dist.all_reduce(total, group=group)
     return total.sqrt()

@@ -161,7 +161,7 @@ class _GradientHooks(_UnshardedHooks):
     def __call__(self, grad: Tensor) -> Tensor | None:
         if not self.hooks:
             return None
-        full = full_tensor(grad)
+        full = full_tensor(grad)  # a collective: every rank has the hook, and calls it at the same place of backward
         for hook in tuple(self.hooks.values()):
             returned = hook(full)
             full = full if returned is None else returned

@@ -34,6 +34,7 @@ def tell_specs_apart(placement_class: type) -> None:
         pairs = zip(a.placements, b.placements, strict=True)
         return all(isinstance(x, placement_class) == isinstance(y, placement_class) for x, y in pairs)
 
+    # Hashes may stay: equal specs have equal ones, and unequal ones that collide are told apart here.
     spec.__eq__ = lambda a, b: equal(a, b) and same_classes(a, b)
 
 
@@ -197,7 +198,7 @@ def replicas_of_fsdp2() -> Callable[..., Any]:
     """Data-parallel replicas built on FSDP2. DDP refuses DTensors, and the older `replicate` leaves the model without
     parameters after the first forward (pytorch#152712)."""
     path = "torch.distributed._composable.replicate_with_fsdp:replicate"
-    replicate: Callable[..., Any] = private(path, "for mesh.dp_replicate")
+    replicate: Callable[..., Any] = private(path, "for mesh.dp_replicate (mesh.dp_shard does without)")
     return replicate
 
 

@@ -39,7 +39,7 @@ class FsdpUnit:
                 hook(self)
             post_backward(*args)
 
-        group.post_backward = hooked
+        group.post_backward = hooked  # on the instance: FSDP2 calls it through the group, from hooks and schedules
 
     def at_end_of_backward(self, before: Callable[[], None], after: Callable[[], None]) -> None:
         """Call both around FSDP2's end of each backward that begins in this unit, or of a pipeline's."""

@@ -33,6 +33,7 @@ def fake_group_beside(name: str, ranks: Sequence[int], timeout: timedelta) -> di
     world = private("torch.distributed.distributed_c10d:_world", "for a fake group beside a real one")
     group: dist.ProcessGroup
     group, _ = make(len(ranks), 0, list(ranks), "fake", fake_store(), name, timeout=timeout, group_desc="dry run")
+    # new_group fills this in too, but waits for all ranks of the default group
     world.pg_group_ranks[group] = {rank: i for i, rank in enumerate(ranks)}
     return group
 

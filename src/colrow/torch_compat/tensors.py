@@ -96,6 +96,7 @@ def open_attention() -> Callable[..., Any]:
     private("torch.nn.functional:has_torch_function", "to follow the code of nn.MultiheadAttention")
     names["has_torch_function"] = lambda _: False
     names["_in_projection"] = _three_products
+    # the same code with other globals: nothing of torch itself changes
     copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy

@@ -45,7 +45,7 @@ def negative_control(
             error = compare(run(changed_task, changed_plan), reference, task.tp).worst
         except (RankFailure, PlanError):
             continue
-        last = Control(change, error, error > 100 * limit)
+        last = Control(change, error, error > 100 * limit)  # far above: a control near the limit would prove little
         if last.caught:
             break
     return last

@@ -111,7 +111,7 @@ def sharded_step(
         buffers = _at(AFTER_FORWARD, _buffers(model, task.written_buffers, shards_of))
         loss = _loss(task, output, plan)
         loss.backward()
-    align_gradients(model.parameters())
+    align_gradients(model.parameters())  # as a training step does before its update
     observed = Observed(losses={rank: value.item() for rank, value in shards_of(waited_local(loss)).items()})
     observed.buffers = buffers | _at(AFTER_STEP, _buffers(model, task.written_buffers, shards_of))
     for name, param in model.named_parameters():
