@@ -27,6 +27,7 @@ from colrow.run.kept_proof import builders_of, dependencies
 from colrow.run.kept_start import FILE, KeptStart
 from colrow.run.requirements import check_alone, check_with_model, check_with_plan, with_fp8, with_tried_advice
 from colrow.run.run_folder import CHECKPOINTS, changed_keys
+from colrow.train.causality import require_causal
 from colrow.train.metrics import require_sinks
 from colrow.train.objective import auxiliary_weights
 from colrow.train.weight_decay import decay_by_name
@@ -81,6 +82,7 @@ def _checked(config: RunConfig, local_ranks: int | None, plan: Plan | None) -> C
     decay_by_name(source.model, config.train)  # raises where a pattern of no_decay matches nothing
     judgement = None
     if plan is None:
+        require_causal(source)
         plan, judgement = _judged_plan(config, source.model, keep=True)
     check_with_plan(config, source, plan)
     return Checked(source, plan, device, changes, newest, judgement)

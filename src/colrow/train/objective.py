@@ -43,7 +43,7 @@ def auxiliary_weights(source: Source, given: Mapping[str, float] | None) -> dict
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            model = _small(source.model)
+            model = small_model(source.model)
             ids = torch.randint(0, vocabulary(model) or 2, (2, 16))
             output = call_model(model, {"input_ids": ids, "labels": ids})
         except Exception:  # it does not run on a CPU, say: what it returns and a run does not train is named then
@@ -58,7 +58,7 @@ def auxiliary_weights(source: Source, given: Mapping[str, float] | None) -> dict
     return _weights(source.name, loss, entropies, auxiliary_losses(output))
 
 
-def _small(model: nn.Module) -> nn.Module:
+def small_model(model: nn.Module) -> nn.Module:
     """A small model of the same options, with values, on the CPU; the model itself is left alone."""
     small, _ = reduced_model(model, 2)
     if is_huggingface(small) and any(param.is_meta for param in small.parameters()):
