@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from colrow.derive.derivation import derive
 from colrow.derive.failure import TraceError
 from colrow.plans.derive_options import DeriveOptions
+from colrow.plans.split_share import SplitShare
 from colrow.verifying.verify import parity
 from helpers.split_models import Branching
 
@@ -58,6 +59,61 @@ def test_layers_are_gathered_only_where_a_plan_would_split_little() -> None:
     mlp = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.LayerNorm(6))
     plan = derive(mlp, 2, inputs=(torch.randn(3, 4),), judge=lambda _: None).plan()
     assert not any(getattr(style, "gather", None) for style in plan.modules.values())
+
+
+class OneHead(nn.Module):
+    """An attention of one head, which no rank can have a part of, in a model that is split otherwise."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.o((self.q(x) @ self.k(x).mT).softmax(-1) @ self.v(x))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(8), self.Attention()
+        self.up, self.down = nn.Linear(8, 64), nn.Linear(64, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm(x))
+        return x + self.down(self.up(x).relu())
+
+
+def test_an_attention_that_stays_unsharded_is_gathered_and_the_rest_is_not() -> None:
+    torch.manual_seed(0)
+    model, x = OneHead().double(), (torch.randn(2, 3, 8, dtype=torch.float64),)
+    alone = derive(model, 2, inputs=x)
+    assert alone.share > 0.6
+    assert not [name for name in alone.sharded if name.startswith("attention")]
+    plan = derive(model, 2, inputs=x, judge=lambda _: None).plan()
+    gathered = {name for name, style in plan.modules.items() if getattr(style, "gather", None) is not None}
+    assert gathered == {"attention.q", "attention.k", "attention.v", "attention.o"}
+    assert parity(model, plan, 2, x).worst < 1e-9
+
+
+class FewKeys(nn.Module):
+    """Queries and one head of keys and values in one weight, of which every rank needs the latter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.o, self.heads = nn.Linear(8, 12), nn.Linear(8, 8), 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).split([8, 2, 2], dim=-1)
+        q = q.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
+        y = (q @ k.mT[:, None]).softmax(-1) @ v[:, None]
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+def test_a_weight_of_which_ranks_only_use_a_part_is_not_counted_as_split() -> None:
+    model = nn.Sequential(nn.LayerNorm(8), FewKeys())
+    found = derive(model, 2, inputs=(torch.randn(2, 3, 8),))
+    assert {*found.sharded} == {"1.qkv.weight", "1.qkv.bias", "1.o.weight"}
+    assert found.share == pytest.approx(8 * 8 / sum(p.numel() for p in model.parameters()))
+    assert found.share == pytest.approx(SplitShare.of(model, found.plan(), 2).split)
 
 
 def test_an_objection_leaves_the_layer_out() -> None:

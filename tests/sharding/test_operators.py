@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,22 @@ def test_a_linear_operator_commutes_with_a_sum(name: str) -> None:
     one, other = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
     f = getattr(aten, name)
     torch.testing.assert_close(f(one + other), f(one) + f(other))
+
+
+PRODUCTS = [op.name for op in OPERATORS.values() if op.contracts and op.linear is Linear.EACH]
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_product_commutes_with_a_sum_but_not_with_a_bias(name: str) -> None:
+    a, b, x = (torch.randn(2, 3, 3, dtype=torch.float64) for _ in range(3))
+    if name in ("linear", "mm"):
+        a, b, x = a[0], b[0], x[0]
+    f = partial(torch.einsum, "bij,bjk->bik") if name == "einsum" else getattr(aten, name)
+    torch.testing.assert_close(f(a + b, x), f(a, x) + f(b, x))
+    torch.testing.assert_close(f(x, a + b), f(x, a) + f(x, b))
+    if name == "linear":  # which the rules of the check leave to DTensor, and derive does not take
+        bias = torch.ones(3, dtype=torch.float64)
+        assert not torch.allclose(f(a + b, x, bias), f(a, x, bias) + f(b, x, bias))
 
 
 @pytest.mark.parametrize("name", [op.name for op in OPERATORS.values() if op.identity is Identity.MEMORY])

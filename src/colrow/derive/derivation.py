@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from colrow.derive.axes import forbid
@@ -22,8 +21,8 @@ from colrow.derive.emit_fast import FastEmitter
 from colrow.derive.emit_modules import Emission
 from colrow.derive.failure import ADVICE, Place, TraceError, has_unknown_size
 from colrow.derive.flow import Flows
-from colrow.derive.gathered import Layers, Standing, accepted_layers, gathered_layers
-from colrow.derive.infer import OPAQUE, AxisInference, module_path, shape_of
+from colrow.derive.gathered import Layers, Standing, accepted_layers, gathered_layers, unsplit_attentions
+from colrow.derive.infer import OPAQUE, AxisInference, module_path
 from colrow.derive.local import LocalCheck, Repairs
 from colrow.derive.opaque import NOTHING_OPAQUE, opaque_modules
 from colrow.derive.representatives import NotAlikeError, Representatives
@@ -59,7 +58,7 @@ class Derivation:
     """Patterns to styles, as a plan says them."""
     loss: str
     sharded: list[str]
-    """Names of the parameters that are split."""
+    """Names of the parameters of which a rank uses a part."""
     replicated: dict[str, str]
     """Each parameter that is not sharded, and why, in one line."""
     legal: list[int]
@@ -74,7 +73,7 @@ class Derivation:
     """What the judge refused to see sharded, by its first module, and why."""
     sequence_parallel: bool = False
     share: float = 0.0
-    """Share of the parameters' elements that is split."""
+    """Share of the parameters' elements of which a rank holds a part."""
     choice: Choice | None = None
     trace: Trace | None = None
     made: Any = field(default=None, repr=False)
@@ -216,20 +215,26 @@ class _Derive:
 
     def run(self) -> Derivation:
         found = self._found()
-        if self.judge is None or self.fast or found.share >= USEFUL:
-            return found
-        return self._with_gathered_outputs(found)
+        return found if self.judge is None or self.fast else self._with_gathered_outputs(found)
 
     def _with_gathered_outputs(self, found: Derivation) -> Derivation:
-        """A plan that splits little, and more layers of which the output is gathered, where the judge allows it."""
+        """A plan that splits little, or little of an attention, and more layers of which the output is gathered, where
+        the judge allows it."""
         choice, (split, stream, emission) = found.choice, found.made
         assert choice is not None
+        scopes = (
+            [""] if found.share < USEFUL else unsplit_attentions(self.traced, split, set(found.sharded).__contains__)
+        )
 
         def extended(layers: Layers) -> Derivation:
             more = replace(emission, modules=emission.modules | layers, gathered=frozenset(layers))
             return self._result(choice, split, stream, more)
 
-        stands = Standing(self.traced, split, stream)
+        standing = Standing(self.traced, split, stream)
+
+        def stands(name: str) -> bool:
+            return any(not scope or is_within(name, scope) for scope in scopes) and standing(name)
+
         layers = gathered_layers(self.model, self.tp, stands, emission.modules, self.requests.kept)
         layers = accepted_layers(layers, lambda layers: self._objection(extended(layers)))
         return extended(layers) if layers else found
@@ -352,20 +357,11 @@ class _Derive:
             if met := split.finder.atoms_of(own) - choice.vocabulary:
                 return met
         while module:
-            shapes = self._shapes_in(module)
-            # layers of one nn.Sequential have like names, too: those at its place in other blocks have its shapes
-            alike = [m for m, _ in self.model.named_modules() if with_stars(m) == with_stars(module)]
-            alike = [m for m in alike if [*self._shapes_in(m).values()] == [*shapes.values()]]
-            found = split.finder.atoms_of({node for m in alike for node in self._shapes_in(m)})
+            found = split.atoms_at(module)
             if found:
                 return found - choice.vocabulary or found
             module = module.rpartition(".")[0]
         return (choice.atoms | set(choice.groups)) - choice.vocabulary or set(choice.atoms)
-
-    def _shapes_in(self, module: str) -> dict[Node, tuple[str, list[int]]]:
-        """The parameters of a module and those inside it, by their names there, and their shapes."""
-        params = self.inference.params.items()
-        return {n: (name.removeprefix(module), shape_of(n)) for n, name in params if is_within(name, module)}
 
     def _emit(self, split: Split, stream: Stream | None, known: Repairs | None) -> tuple[Derivation, Repairs]:
         emission = self._emission(self.model, self.traced, split, stream)
@@ -398,7 +394,7 @@ class _Derive:
             total += param.numel()
             if (reason := reasons[own]) is None:
                 sharded.append(name)
-                elements += param.numel()
+                elements += 0 if emission.selects_rows(own) else param.numel()
             else:
                 replicated[name] = reason
         reductions = Counter[str]()

@@ -49,6 +49,13 @@ class Emission:
         """The class of a module's style; that of modules left out of the plan where it has none."""
         return STYLES[self.modules.get(name, {}).get("style", LEFT_OUT.name)]
 
+    def selects_rows(self, parameter: str) -> bool:
+        """Whether every rank holds all of a split parameter, and uses some rows: kv heads that tp does not divide."""
+        owner, _, name = parameter.rpartition(".")
+        style = self.modules.get(owner, {})
+        spec = style.get("shards", {}).get(name) if "shards" in style else style
+        return style.get("style") == "kv_replicate" or (isinstance(spec, dict) and bool({"replicated", "kv"} & {*spec}))
+
 
 class ModuleEmitter:
     """Styles of modules that hold sharded parameters."""

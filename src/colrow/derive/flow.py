@@ -26,7 +26,7 @@ import torch
 from torch.fx import Node
 
 from colrow.derive.choice import Choice
-from colrow.derive.infer import AxisInference, facts_of, module_path, op_name
+from colrow.derive.infer import AxisInference, argument, facts_of, module_path, op_name
 from colrow.derive.trace import is_boundary, label_of
 from colrow.plans.patterns import is_within
 from colrow.sharding.operators import Filling, Linear
@@ -263,7 +263,7 @@ class Flows:
             case Linear.NUMERATOR:
                 return node.args[0] in partial
             case Linear.EACH:
-                return len(partial) == 1
+                return len(partial) == 1 and self._goes_on_in_one_module(node, partial[0])
             case Linear.TERMS:  # x_1 + t + x_2 + t counts t twice: only what is zero, or added at 1/tp, may stand there
                 others = {i: spmd_type for i, spmd_type in incoming.items() if i not in partial}
                 return all(
@@ -274,6 +274,15 @@ class Flows:
                 return (len(partial) == 1 and node.args[-1] in partial) or self._zeros(node.args[0])
             case None:
                 return False
+
+    def _goes_on_in_one_module(self, node: Node, partial: Node) -> bool:
+        """Of products: whether no module ends between the sum and the product, at which it can be reduced before it
+        grows (x A B of a LoRA layer), and no bias is added, which would count tp times."""
+        facts = facts_of(node)
+        if not facts.contracts:
+            return True
+        added = any(argument(node, i, "bias") is not None for i in facts.addends or ())
+        return not added and not is_boundary(partial) and self.path[partial] == self.path[node]
 
     def _owned_bias(self, node: Node, operand: Node, spmd_type: SpmdType) -> bool:
         """The bias of the very module whose product is the partial sum, or of one that is not called and whose weight

@@ -4,12 +4,13 @@
 A layer that stands in the stream, on equal activations on all ranks, can be split by its output features if its output
 is gathered: an all-gather in forward, and in backward a sum of its input's gradient. What comes behind sees what it did
 before, whatever it is: a norm over all channels, code that no trace looks into, a branch on the data. It costs more
-than a block between two collectives, so it is taken only for a model of which a plan would split little, and for layers
-of some size.
+than a block between two collectives, so it is taken only for a model of which a plan would split little, or for an
+attention of which it would, and for layers of some size.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection
@@ -21,7 +22,9 @@ from torch.fx import Node
 from torch.nn.utils.weight_norm import WeightNorm
 
 from colrow.derive.flow import SpmdType
+from colrow.derive.infer import facts_of, shape_of
 from colrow.derive.trace import Trace, is_boundary, label_of
+from colrow.plans.patterns import is_within
 
 if TYPE_CHECKING:
     from colrow.derive.judged import Objection
@@ -150,6 +153,25 @@ class Standing:
             )
             for node in boundaries
         )
+
+
+def unsplit_attentions(traced: Trace, split: Split, is_sharded: Callable[[str], bool]) -> list[str]:
+    """Modules whose code multiplies two activations, or cannot be looked into, and of whose parameters less than half
+    are sharded."""
+    flows, params = split.flows, split.flows.inference.params
+    found = dict.fromkeys(traced.opaque.reasons)
+    for node in traced.nodes:
+        if facts_of(node).contracts and sum(flows.is_activation(i) for i in node.all_input_nodes) > 1:
+            found[flows.path[node]] = None
+    sizes = {name: math.prod(shape_of(node)) for node, name in params.items()}
+    unsplit = []
+    for module in found:
+        while module and not any(is_within(name, module) for name in sizes):
+            module = module.rpartition(".")[0]  # a module without parameters holds the product
+        inside = {name: n for name, n in sizes.items() if is_within(name, module)}
+        if 2 * sum(n for name, n in inside.items() if is_sharded(name)) < sum(inside.values()):
+            unsplit.append(module)
+    return unsplit
 
 
 def accepted_layers(layers: Layers, judge: Callable[[Layers], Objection | None]) -> Layers:

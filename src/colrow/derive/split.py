@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
+from colrow.derive.axes import Atom
 from colrow.derive.blocks import Block, BlockFinder, SplitError
 from colrow.derive.flow import Flow, Flows
+from colrow.derive.infer import shape_of
+from colrow.plans.patterns import is_within, with_stars
 
 
 @dataclass
@@ -40,6 +43,16 @@ class Split:
     @property
     def flows(self) -> Flows:
         return self.finder.flows
+
+    def atoms_at(self, module: str) -> set[Atom]:
+        """Chosen classes in the parameters of a module and of those at its place in other blocks, which have the same
+        shapes: a neighbour in one nn.Sequential has like names, too."""
+        params = self.flows.inference.params.items()
+        at_place = [name for name in self.finder.boundaries if with_stars(name) == with_stars(module)]
+        inside = {m: [(node, f.removeprefix(m)) for node, f in params if is_within(f, m)] for m in (module, *at_place)}
+        shapes = {m: [(name, shape_of(node)) for node, name in found] for m, found in inside.items()}
+        alike = [m for m in inside if shapes[m] == shapes[module]]
+        return self.finder.atoms_of({node for m in alike for node, _ in inside[m]})
 
     def borders(self) -> tuple[set[Node], set[Node]]:
         return self.finder.borders(self.blocks)

@@ -271,10 +271,10 @@ _known("lstm gru rnn_tanh rnn_relu", "recurrent")
 
 # ---------------------------------------------------------------------- products
 
-_known("linear", "linear", contracts=True, addends=(2,))
+_known("linear", "linear", linear=Linear.EACH, contracts=True, addends=(2,))
 _known("addmm baddbmm", "addmm", contracts=True, addends=(0,))
-_known("matmul mm bmm", "matmul", contracts=True)
-_known("einsum", "einsum", contracts=True)
+_known("matmul mm bmm", "matmul", linear=Linear.EACH, contracts=True)
+_known("einsum", "einsum", linear=Linear.EACH, contracts=True)
 _known("outer", "outer")
 _known("conv1d conv2d conv3d", "conv", contracts=True, addends=(2,), groups=6)
 _known("conv_transpose1d conv_transpose2d conv_transpose3d", "conv", contracts=True, addends=(2,), groups=6)

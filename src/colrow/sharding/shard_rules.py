@@ -131,6 +131,8 @@ def _linear_in_one(call: LocalCall) -> list[Layout] | None:
     facts, layouts = call.facts, [layout for layout, _ in call.tensors]
     if facts.linear is Linear.EACH:
         layouts.sort(key=lambda layout: layout != PARTIAL)
+    if facts.contracts and facts.addends and len(layouts) > 2:
+        return None  # a bias that all ranks have would count tp times
     linear = facts.linear in (Linear.FIRST, Linear.EACH) and not facts.random and facts.identity is None
     if linear and not call.differing and call.same_results and layouts[0] == PARTIAL:
         return [PARTIAL] * len(call.results) if all(other == REPLICATED for other in layouts[1:]) else None
