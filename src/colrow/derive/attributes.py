@@ -20,6 +20,8 @@ Attributes = dict[str, dict[str, Any]]
 Group = tuple[str, str]
 """A class and its attribute."""
 LIKELY = re.compile("head|group|split")
+HEAD_SIZE = re.compile(r"head\w*_(dim|size)$|(dim|size)_per_head")
+"""What a rank has all of, though it may be as large as what it has a part of."""
 MOST = 4
 """Attributes that are tried together, where not all of them fit."""
 
@@ -86,7 +88,7 @@ class AttributeSearch:
         return False
 
     def in_turn(self) -> Iterator[tuple[Group, ...]]:
-        """One attribute; all; some."""
+        """One attribute; all; all but the sizes of a head; some."""
         for key in self.groups(near=True):
             yield (key,)
         for near in (False, True):
@@ -94,6 +96,7 @@ class AttributeSearch:
             while len(every) < len(groups := self.groups(near)):  # where the next module does not fit, its own come in
                 every = groups
                 yield tuple(every)
+            yield tuple(key for key in every if not HEAD_SIZE.search(key[1]))
         for size in range(2, MOST + 1):
             yield from itertools.combinations(self.groups(near=True), size)
 
