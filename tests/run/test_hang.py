@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from colrow.config import TrainSection
+from colrow.run import hang_guard
 from colrow.run.hang import Hang, HangWatch, awaited, limits_of
 from colrow.run.hang_guard import LauncherGuard
 from colrow.run.hang_record import FOLDER, write_for_silent
@@ -187,8 +189,17 @@ def test_a_silent_ranks_record_is_what_others_know_that_it_had_issued(tmp_path: 
     assert last_collective([]) == ""
 
 
-def test_the_launcher_keeps_what_is_known_and_kills_a_stopped_rank(tmp_path: Path) -> None:
-    """A process that is stopped for real, and a rank that answers no more."""
+@pytest.mark.parametrize("full", [False, True])
+def test_the_launcher_keeps_what_is_known_and_kills_a_stopped_rank(
+    full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is stopped for real, and a rank that answers no more; also where the disk takes no record."""
+
+    def written(*_: object) -> dict[int, str]:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if full:
+        monkeypatch.setattr(hang_guard, "write_for_silent", written)
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     train = TrainSection(steps=1, global_batch=1, micro_batch=1, lr=1.0, hang_timeout=0.4)
     launched = tmp_path / "launched" / "id" / "attempt_0" / "0"
@@ -208,8 +219,13 @@ def test_the_launcher_keeps_what_is_known_and_kills_a_stopped_rank(tmp_path: Pat
         child.kill()
     assert f"rank 0: training, 3 steps done, process {child.pid} is stopped (SIGSTOP)" in guard.text(None)
     assert guard.text(signal.SIGTERM).startswith("SIGTERM came, and the run could not save:\nrank 0 hangs")
-    assert (tmp_path / "run" / FOLDER / "message.txt").exists()
-    assert json.loads((tmp_path / "run" / FOLDER / "rank-0.json").read_text())["written_by"] == "the launcher"
+    folder = tmp_path / "run" / FOLDER
+    kept = f"flight recorder and stacks: {folder}"
+    assert (f"{kept}, not complete (No space left on device)\n" if full else f"{kept}\n") in guard.text(None)
+    assert (folder / "message.txt").exists() == (not full)
+    if full:
+        return
+    assert json.loads((folder / "rank-0.json").read_text())["written_by"] == "the launcher"
 
 
 CHILD = """

@@ -37,7 +37,7 @@ class LauncherGuard:
         self._interval = report_interval(train)
         self._watch = HangWatch(limits_of(train), self._ranks, self._interval)
         self.hang: Hang | None = None
-        self._text = ""
+        self._text = self._unwritten = ""
 
     def look(self, launched: Path, signalled: float | None) -> None:
         """Read the reports; where the run hangs, keep what is known and kill the ranks.
@@ -54,14 +54,16 @@ class LauncherGuard:
         if hang is None:
             return
         self.hang, self._text = hang, hang.text()
-        with suppress(OSError):  # a full disk must not keep the run from its end
+        try:
             self._keep(hang, launched)
+        except OSError as error:  # a full disk must not keep the run from its end
+            self._unwritten = error.strerror or str(error)
         for report in self._watch.reports.values():
             kill(report)
 
     def text(self, asked_by: int | None) -> str:
         """Why the run was ended: after `asked_by`, a signal, if one came."""
-        return message(self._text, self._folder, asked_by)
+        return message(self._text, self._folder, asked_by, self._unwritten)
 
     def describe(self) -> str:
         """Where each rank is; empty where nothing is watched."""
@@ -173,10 +175,13 @@ class RankGuard:
             return
         is_first = self._rank == min(hang.reports.keys() - set(hang.silent))
         text = hang.text()
-        with suppress(OSError):  # a full disk must not keep the run from its end
+        unwritten = ""
+        try:
             text = self._keep(hang, report, is_first)
+        except OSError as error:  # a full disk must not keep the run from its end
+            unwritten = error.strerror or str(error)
         by_signal = signal.SIGTERM if self._signalled is not None else None
-        self._give_up(message(text, self._run, by_signal), hang.seconds)
+        self._give_up(message(text, self._run, by_signal, unwritten), hang.seconds)
         for each in hang.silent if is_first else ():  # now that torchrun has the reason: it would wait for 30 s
             if hang.reports[each].host == report.host:
                 kill(hang.reports[each])
@@ -196,11 +201,17 @@ class RankGuard:
         return text
 
 
-def message(text: str, folder: Path, asked_by: int | None) -> str:
-    """Why a run was ended, for people. `text`: the hang's."""
+def message(text: str, folder: Path, asked_by: int | None, unwritten: str = "") -> str:
+    """Why a run was ended, for people.
+
+    Args:
+        text: the hang's.
+        unwritten: why the record in `folder` is not complete.
+    """
     if asked_by is not None:
         text = f"{signal.Signals(asked_by).name} came, and the run could not save:\n{text}"
-    return f"{text}\nflight recorder and stacks: {folder}\nnothing of the steps since the last checkpoint is saved"
+    record = f"{folder}, not complete ({unwritten})" if unwritten else folder
+    return f"{text}\nflight recorder and stacks: {record}\nnothing of the steps since the last checkpoint is saved"
 
 
 def kill(report: Report) -> None:
