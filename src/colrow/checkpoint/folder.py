@@ -188,7 +188,7 @@ def replace_folder(written: Path, final: Path, previous: Path) -> None:
         if previous.exists():
             os.rename(previous, final)
         raise
-    flush(final.parent)
+    flush(final.parent)  # the new name is on the disk before the previous folder goes
     _remove(previous)
 
 

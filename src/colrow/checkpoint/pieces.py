@@ -80,7 +80,7 @@ class Staging:
                 pinned = piece.data.is_cuda
                 buffer = torch.empty(piece.data.shape, dtype=piece.data.dtype, device="cpu", pin_memory=pinned)
                 self._buffers[key] = buffer
-            buffer.copy_(piece.data, non_blocking=True)
+            buffer.copy_(piece.data, non_blocking=True)  # into pinned memory: copies of all pieces are enqueued at once
             if piece.data.is_cuda:
                 devices.add(piece.data.device)
             staged.append(replace(piece, data=buffer))

@@ -110,7 +110,8 @@ def _column_forward(x_tD: Tensor, weights: list[Tensor], group: str, options: st
     X_TD = all_gather(x_tD, ranks)
     y_TF = X_TD.new_empty(X_TD.shape[0], sum(w.shape[0] for w in weights))
     column_product(X_TD, joined_weights(weights), y_TF)
-    # an output may not alias an input or stay undefined: what is not kept is an empty tensor
+    # An operator's output may not alias an input or stay undefined: what is not kept is an empty tensor. On one rank X
+    # is x itself, so there options keep nothing (`linear_state`).
     return y_TF, X_TD if opts.keep_gathered else X_TD.new_empty(0)
 
 

@@ -88,7 +88,7 @@ class ComputeWeights(WeightCopies):
         if self._keep_on_copies and not partial_over_tp:
             return
         copy.grad = None  # in the hook: of all low-precision gradients only one is alive at a time
-        grad = _own_part(grad, param)
+        grad = _own_part(grad, param)  # before the sum is made, which takes its shape
         if param not in self._sums:
             self._sums[param] = _empty_like(grad, param.dtype)
             if self._always_add:

@@ -90,6 +90,7 @@ def _sharded(param: nn.Parameter, mesh: DeviceMesh, axes: MeshAxes, name: str) -
     unsharded = Unsharded(local.shape, param.shape, param.stride(), tp_mesh, tuple(tp_placements))
     names, placements = _placements(axes, tp_placements)
     if shards > 1:
+        # a clone: a view would keep the memory of the unsharded parameter
         local = local.split(chunk_sizes(local.shape[0], shards))[axes.rank("dp_shard")].clone()
     placed = DTensor.from_local(
         local, mesh[names], placements, run_check=False, shape=unsharded.shape, stride=unsharded.stride

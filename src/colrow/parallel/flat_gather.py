@@ -70,7 +70,7 @@ class PeerGathers(Gathers):
         self._group = group
         self._memory: PeerMemory = peer_memory(group, device, sum(sizes) * dtype.itemsize, _WANTED)
         self._parts = [part.view(dtype) for part in self._memory.parts]
-        self._own = self._parts[group.rank()].zero_()
+        self._own = self._parts[group.rank()].zero_()  # rows that the last ranks lack are gathered too, and stay zero
         self._used = 0
         self._one = torch.ones((), device=device)
 

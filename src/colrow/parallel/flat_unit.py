@@ -40,7 +40,7 @@ from colrow.sharding.layout import chunk_sizes, local_tensor, waited_local
 from colrow.sharding.parameter_state import state_of
 from colrow.torch_compat import foreach
 
-_ALIGNMENT = 128  # elements, of a parameter's range
+_ALIGNMENT = 128  # elements: every parameter's range begins where kernels can load vectors
 
 UNUSED, USED, PARTIAL_SUM = 0, 1, 2
 """Whether a micro-batch of the step has used a parameter, and whether its gradient is a partial sum over tp."""
@@ -149,7 +149,7 @@ class FlatUnit:
     ) -> None:
         self.groups, self.buffer, self._dtype = groups, buffer, dtype
         self.casts = not own and not keep
-        self._in_buffer = own or self.casts
+        self._in_buffer = own or self.casts  # whether the shard lies in the buffer, and no memory of its own is needed
         self.params: list[FlatParameter] = []
         end = 0
         for param, unsharded in params:

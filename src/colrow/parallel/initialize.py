@@ -24,6 +24,7 @@ def shard_evenly(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     ties = tied_parameters(model)
     for module in model.modules():
         for name, param in list(module.named_parameters(recurse=False)):
+            # None: there are no values to send
             placed = distribute_tensor(param.detach(), mesh, [Shard(0)], src_data_rank=None)
             module.register_parameter(name, nn.Parameter(placed, requires_grad=param.requires_grad))
     tie(model, ties)

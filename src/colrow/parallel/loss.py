@@ -90,6 +90,7 @@ def loss_and_output(
         return main_tensor(output), output
     output = model(ids)
     logits = main_tensor(output).flatten(0, 1)
+    # fp32: bf16 has 8 bits of mantissa, too few for sums of exponentials over a vocabulary
     logits = logits if logits.dtype == torch.float64 else logits.float()
     with loss_context(plan, mesh):
         if num_valid is None:

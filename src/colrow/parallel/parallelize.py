@@ -174,7 +174,7 @@ def _undo_left_out(module: nn.Module) -> None:
         remove_views(module)
         parameters: dict[str, Any] = dict(module._parameters)
         for name, param in parameters.items():
-            if isinstance(param, DTensor):
+            if isinstance(param, DTensor):  # replicated, so the local tensor is all of it
                 plain = nn.Parameter(local_tensor(param.detach()), requires_grad=param.requires_grad)
                 module.register_parameter(name, plain)
 

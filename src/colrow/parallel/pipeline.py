@@ -141,7 +141,7 @@ class PipelineRunner:
 
     def copy_tied_weights(self) -> None:
         """Give copies of another stage's parameters its value; the first step or evaluation does so by itself."""
-        for tie, param, peer in self._ties_of_rank():
+        for tie, param, peer in self._ties_of_rank():  # in one order on all ranks: a send waits for its receive
             local = local_tensor(param.detach())
             if self._holds(tie.original_stage):
                 dist.send(local.contiguous(), group=self.group, group_dst=peer)

@@ -122,7 +122,7 @@ def copied_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Mod
 
 def _set_state(param: nn.Parameter, state: ParameterState) -> None:
     param.__dict__.update(state.attributes)
-    gradient_hooks, accumulated_hooks = parameter_hooks(param)
+    gradient_hooks, accumulated_hooks = parameter_hooks(param)  # a parameter that kept its object has them already
     if param.requires_grad and state.gradient_hooks and not gradient_hooks:
         for hook in _on_unsharded(param, state.gradient_hooks, _GradientHooks):
             param.register_hook(hook)

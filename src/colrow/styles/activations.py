@@ -36,6 +36,7 @@ class Sequence(Style):
 
     @classmethod
     def from_torch(cls, style: Any) -> Self:
+        # torch keeps the dim as a placement
         return cls(sequence_dim=style.sequence_sharding[0].dim, use_local_output=style.use_local_output)
 
     def build(self, site: Site) -> ParallelStyle:

@@ -233,6 +233,7 @@ def style_from_data(data: Any, where: str) -> Style:
     if isinstance(data, Style):
         return data
     if isinstance(data, ParallelStyle):
+        # by identity: a user's subclass may do something else than the class that it extends
         same_class = [cls for cls in STYLES.values() if cls.torch_class is type(data)]
         return same_class[0].from_torch(data) if same_class else Opaque(object=data)
     if isinstance(data, str):

@@ -32,7 +32,7 @@ class Heads:
         the local heads is the global one. A head stands twice where the ranks' boundaries cut its group unevenly.
         """
         per_rank, group = self.query // tp, self.query // self.kv
-        run = gcd(per_rank, group)
+        run = gcd(per_rank, group)  # the longest run of query heads that never crosses a rank's or a group's border
         return [(rank * per_rank + i * run) // group for i in range(per_rank // run)]
 
 

@@ -147,6 +147,7 @@ def _loss_forward(module: nn.Module, x: Tensor) -> Tensor:
     """
     state: HeadState = getattr(module, _STATE)
     style, ranks = state.style, state.mesh.size()
+    # as registered: the loss wants the DTensor, whose placement says which classes this rank has
     weight: Tensor | None = module._parameters["weight"]
     assert weight is not None
     if not state.pending:
@@ -182,6 +183,7 @@ def _logits(x: Tensor, weight: Tensor, state: HeadState) -> Tensor:
             x = unflatten_tokens(all_gather(x.flatten(0, 1), state.mesh.get_group()), x)
         placement = Shard(1) if state.style.layout == "sequence" else Replicate()
         x = DTensor.from_local(x, state.mesh, [placement], run_check=False)
+    # through DTensors, which gather vocabulary shards of unequal size too: see [Note: uneven vocabulary]
     logits = F.linear(x.redistribute(placements=[Replicate()]), weight)
     assert isinstance(logits, DTensor)
     return logits.full_tensor()

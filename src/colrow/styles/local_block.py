@@ -115,6 +115,7 @@ class _LocalBlockHooks(ParallelStyle):
         def after(_: nn.Module, args: Any, out: Any) -> Any:
             if isinstance(out, Tensor):
                 return out if outputs[0] is None else sum_over_ranks(out, mesh, outputs[0])
+            # outputs beyond those that the plan names are left as they are
             reduced = [o if to is None else sum_over_ranks(o, mesh, to) for o, to in zip(out, outputs, strict=False)]
             return type(out)([*reduced, *out[len(reduced) :]])
 

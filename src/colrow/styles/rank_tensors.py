@@ -79,6 +79,7 @@ def divide_gradients(module: nn.Module, outputs: Collection[int], ranks: int) ->
 def rank_heads(x: Tensor, mesh: DeviceMesh, dim: int, inner: int) -> Tensor:
     """This rank's shard of the `inner` heads that are the minor factor of dimension `dim`."""
     ranks = mesh.size()
+    # by a table and not by narrow(rank): the dry run marks it as rank-dependent, and simulated ranks have a row each
     own = rank_table(mesh, [list(range(r * inner // ranks, (r + 1) * inner // ranks)) for r in range(ranks)])
     heads = x.unflatten(dim, (-1, inner)).index_select(dim + 1, own).flatten(dim, dim + 1)
     HEADS_OF_RANK[heads] = dim, (inner,) * (x.shape[dim] // inner)

@@ -122,6 +122,7 @@ class KvReplicate(Style):
         heads = self.resolve(site)
         if heads.kv % site.tp == 0:
             return Colwise(input=self.input).build(site)
+        # every rank holds all rows and uses those of its heads: neighbours' rows may overlap
         spec = ShardSpec(0, (heads.kv * heads.dim,), kv=(0,), heads=heads.query, kv_heads=heads.kv)
         return _ReplicatedStyle(spec, self.input or Replicate())
 

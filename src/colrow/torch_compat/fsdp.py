@@ -93,6 +93,7 @@ class FsdpUnit:
             trained: whether the output requires a gradient although `x` does not, as that of trained parameters would.
         """
         args, _ = self._state._pre_forward(self.module, (x,), {})
+        # the sum with a zero that requires a gradient stands for the module's computation with its parameters
         y = args[0] + torch.zeros((), dtype=args[0].dtype, device=x.device, requires_grad=trained)
         out: Tensor = self._state._post_forward(self.module, args, y)
         return out
@@ -106,6 +107,7 @@ class FsdpUnit:
         """
         if self._group is None:
             return x
+        # backward runs from `out` to `x`: it gathers at the hook that is made last, and reduces at this one
         (y,), _ = self._group._register_post_backward_hook((x,), {})
         y = y + torch.zeros((), dtype=x.dtype, device=x.device, requires_grad=trained)
         out: Tensor = self._state._register_pre_backward_hook(y)

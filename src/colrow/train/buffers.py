@@ -78,7 +78,7 @@ class WrittenBuffers:
             return
         buffers = self._buffers()
         wrote = torch.stack([(_bits(b) != old).any() for b, old in zip(buffers, self._before, strict=True)]).int()
-        writers = wrote.clone()
+        writers = wrote.clone()  # how many data ranks wrote each buffer; every rank needs the same answer
         for group in self._groups:
             dist.all_reduce(writers, group=group)
         by_dtype: dict[torch.dtype, list[tuple[Tensor, Tensor, int]]] = defaultdict(list)

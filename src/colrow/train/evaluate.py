@@ -67,6 +67,7 @@ class Evaluation:
                 batches = self._batches(number)
                 losses.append(forward_backward.evaluate(batches))
                 weights.append(len(batches) * self._micro_batch * self._dp / self._global_batch)
+        # the last batch may be smaller: each loss counts by its share of windows, in fp64, since thousands are added
         weighted = torch.stack(losses).double() * torch.tensor(weights, dtype=torch.float64, device=self._device)
         # exactly 1 where every batch is full
         per_window = len(losses) * self._global_batch / self._windows

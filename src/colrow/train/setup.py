@@ -135,6 +135,7 @@ def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device, source: So
     seeds = micro_batch_seeds(stages, config, mesh, device)
     runner = make_runner(stages, config, mesh, device, plan, precision, seeds, source.auxiliary)
     modules = [stage.module for stage in stages]
+    # where forward computes with the parameters themselves, what it writes stays
     if runner.weights is not None or any(fsdp_units(module) for module in modules):
         for stage in stages:
             refuse_forward_writes(stage.module, stage.blocks)

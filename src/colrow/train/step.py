@@ -121,6 +121,7 @@ class SingleStageModel:
     def __call__(self, batches: Sequence[Batch]) -> Tensor:
         tokens = sum(targets.numel() for _, targets in batches)
         total = torch.zeros((), device=self._device)
+        # `accumulate` exits after the last backward: it moves gradients to where the optimizer finds them
         with self.weights.accumulate(len(batches)) if self.weights else nullcontext():
             for i, (ids, targets) in enumerate(batches):
                 set_last_micro_batch(self._model, i == len(batches) - 1)

@@ -192,5 +192,5 @@ if triton is not None:
             inside = (m < M)[:, None] & (k < K)[None, :]
             value = tl.load(x + m[:, None] * x_row + k[None, :] * x_column, mask=inside, other=0.0).to(tl.float32)
             tl.store(y + m[:, None] * y_row + k[None, :], (value * factor).to(y.dtype.element_ty), mask=inside)
-        if place == 0:
+        if place == 0:  # all programs computed the same scale
             tl.store(scale, s)

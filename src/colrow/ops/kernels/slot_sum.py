@@ -42,7 +42,7 @@ def add_received(
         summed = (received.sum(0, dtype=total.dtype) + own).mul_(scale)
         total.add_(summed) if add else total.copy_(summed)
         if squares is not None and len(squares):
-            squares.zero_()
+            squares.zero_()  # the kernel writes a term for each of its blocks; here there is one
             squares[0] = total.square().sum()
         return
     assert received.stride(1) == 1, "the kernel reads rows"
@@ -86,6 +86,7 @@ if triton is not None:
         inside = at < size
         chunk = slots + at
         value = tl.load(chunk, mask=inside, other=0.0).to(tl.float32)
+        # in rank order, and not by atomics: every run adds in the same order, to the same bits
         for _ in tl.static_range(1, RANKS):
             chunk += size
             value += tl.load(chunk, mask=inside, other=0.0).to(tl.float32)

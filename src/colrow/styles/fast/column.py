@@ -184,7 +184,7 @@ def _sibling_forward(module: Any, x: Any) -> Tensor:
         message = f"{name} has a fast column style and was called with {type(x).__name__}"
         raise PlanError("CR211", "", message, f"its parent needs style fast_gather with {name} in its option columns")
     y = x.outputs[name]
-    bias = module.bias
+    bias = module.bias  # not in the product of all siblings, of which some may have none
     return y if bias is None else y + bias
 
 

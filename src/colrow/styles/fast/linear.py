@@ -63,6 +63,7 @@ class FastLinearStyle(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if device_mesh.size() > 1:  # on one rank parameters stay plain tensors
             shard_parameters(module, device_mesh, self.specs, self.src_data_rank)
+        # past nn.Module.__setattr__: it is neither a parameter nor a submodule
         module.__dict__[FORWARD_STATE] = self.state(device_mesh)
         replace_forward(module, self.forward)
         return module

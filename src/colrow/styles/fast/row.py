@@ -56,5 +56,5 @@ def _row_forward(module: Any, x_BTf: Tensor) -> Tensor:
     state: LinearState = getattr(module, FORWARD_STATE)
     y_tD = row_linear(x_BTf.flatten(0, -2), weight_out_in(module), state.group, state.options)
     y_BtD = unflatten_tokens(y_tD, x_BTf)
-    bias = module.bias
+    bias = module.bias  # after the sum over ranks, so it counts once
     return y_BtD if bias is None else y_BtD + bias
