@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from benchmarks.parity.models import MODELS, V
 from colrow.checkpoint.distributed import Checkpoints
 from colrow.config import RunConfig, parse_config
+from colrow.data.loader import Batch
 from colrow.mesh import Mesh, MeshAxes
 from colrow.models.build import Source
 from colrow.parallel.precision import Precision
@@ -30,7 +31,6 @@ from colrow.train import setup
 from colrow.train.optimizer import build_optimizer, set_learning_rate
 from colrow.train.schedule import learning_rate
 from colrow.train.setup import Training
-from colrow.train.step import Batch
 from colrow.train.weight_decay import decay_by_name, decaying_parameters
 
 STEPS, MICRO_BATCHES, SEQUENCES, SEQ_LEN = 5, 4, 2, 8

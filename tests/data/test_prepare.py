@@ -22,7 +22,7 @@ from rich.console import Console
 from colrow.data import digests
 from colrow.data.prepare import prepare
 from colrow.data.progress import PreparationProgress
-from colrow.data.shards import read_meta, verify
+from colrow.data.shards import read_meta, verify_shards
 from colrow.data.tokenizer import load_tokenizer
 from colrow.errors import DataError
 
@@ -187,8 +187,8 @@ def test_an_id_that_the_vocabulary_lacks_is_named(section, texts, tmp_path):
     (digest,) = digests.digest_files([data.folder / "train.bin"])
     meta = replace(data.counts, digests=data.counts.digests | {"train": digest})
     with pytest.raises(DataError, match=rf"train.bin holds the id {VOCAB} at 7, and the vocabulary has {VOCAB} tokens"):
-        verify(data.folder, meta, tmp_path / "verified")
-    verify(data.folder, replace(meta, vocab_size=VOCAB + 1), tmp_path / "verified")
+        verify_shards(data.folder, meta, tmp_path / "verified")
+    verify_shards(data.folder, replace(meta, vocab_size=VOCAB + 1), tmp_path / "verified")
 
 
 def test_a_finished_cache_may_be_read_only(section, texts, monkeypatch):

@@ -38,7 +38,7 @@ class Stream:
 
 
 class Rank:
-    """One rank's `Device`. `left_out` names a part of the protocol that is not done."""
+    """One rank's `StreamDevice`. `left_out` names a part of the protocol that is not done."""
 
     def __init__(self, flags: dict[Any, int], left_out: str, one_queue: bool) -> None:
         self.flags, self.left_out = flags, left_out

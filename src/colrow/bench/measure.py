@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity
 
 from colrow.bench.one_rank import fake_group
 from colrow.config import RunConfig
+from colrow.data.loader import Batch
 from colrow.errors import ConfigError
 from colrow.forecasting.devices import peak_flops
 from colrow.mesh import MeshAxes
@@ -35,7 +36,6 @@ from colrow.run.process_group import RankInfo, process_group, set_device
 from colrow.run.requirements import check_sequence, device_type
 from colrow.train.cuda_graph import EAGER_STEPS, MEASURED_STEPS
 from colrow.train.setup import Training, set_up
-from colrow.train.step import Batch
 from colrow.train.step_trace import StepTrace, profiling
 
 GIB = 2**30

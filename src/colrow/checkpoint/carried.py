@@ -109,7 +109,7 @@ class Carried:
         return {} if self.model is None else json_mapping(self.model / name)
 
 
-def token_ids(tree: dict[str, Any]) -> dict[str, Any]:
+def special_token_ids(tree: dict[str, Any]) -> dict[str, Any]:
     """The special tokens' ids in a config.json or generation_config.json."""
     return {key: value for key, value in tree.items() if key.endswith("_token_id") and value is not None}
 

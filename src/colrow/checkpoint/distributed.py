@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,6 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -45,12 +44,10 @@ from colrow.checkpoint.optimizer_state import optimized_names, optimizer_record,
 from colrow.checkpoint.pieces import Staging
 from colrow.checkpoint.planner import PieceLoadPlanner, PieceSavePlanner
 from colrow.checkpoint.ranks import Ranks, as_text, is_user_error, raise_of_ranks
-from colrow.checkpoint.state import NamedTensor, Snapshot, buffer_digests, model_tensors, require_equal_buffers
+from colrow.checkpoint.state import Model, NamedTensor, Snapshot, buffer_digests, model_tensors, require_equal_buffers
 from colrow.checkpoint.storage import CheckpointReader, CheckpointWriter
 from colrow.errors import CheckpointError
 from colrow.mesh import AXES, Mesh
-
-Model = nn.Module | Sequence[nn.Module]
 
 
 class Checkpoints:

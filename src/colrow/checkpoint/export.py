@@ -16,17 +16,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from colrow.checkpoint.carried import GENERATION, Carried, token_ids
+from colrow.checkpoint.carried import GENERATION, Carried, special_token_ids
 from colrow.checkpoint.conversions import in_parts, parts_for
 from colrow.checkpoint.folder import replace_folder
 from colrow.checkpoint.gather import catalogue
-from colrow.checkpoint.huggingface import Model, named_tensors, parts_of, shapes_of
+from colrow.checkpoint.huggingface import named_tensors, parts_of, shapes_of
 from colrow.checkpoint.loading import first_few
 from colrow.checkpoint.manifest import write_text
 from colrow.checkpoint.pieces import Piece
 from colrow.checkpoint.ranks import Ranks
 from colrow.checkpoint.read_back import ReadBack, Reader, TensorSpec, reader_of
 from colrow.checkpoint.space import DiskUse
+from colrow.checkpoint.state import Model, stages_of
 from colrow.checkpoint.stored_files import INDEX
 from colrow.checkpoint.tensor_file import DTYPES, headers_in
 from colrow.checkpoint.weight_files import MAX_SHARD_BYTES, ShardFile, share_files, split_files, write_share
@@ -99,14 +100,14 @@ def export(
     """
     carried = carried or Carried()
     tree = config_to_huggingface(config, dtype) if isinstance(config, LlamaConfig) else dict(config)
-    own = token_ids(carried.config("config.json")) if carried.owns_token_ids else {}
+    own = special_token_ids(carried.config("config.json")) if carried.owns_token_ids else {}
     # the ids of the tokenizer, unless model and tokenizer came from one folder: then that folder's own stay
     tree |= {"dtype": str(dtype).removeprefix("torch."), **_text_ends(tokenizer), **own}
     ranks = Ranks.open(group, private=False)
     pieces = ranks.together(lambda: _pieces(model))
     tensors = catalogue(ranks, pieces, dtype)
     files = split_files(tensors, max_shard_bytes)
-    made = _Export(Path(folder).absolute(), first_module(model), files, dtype, carried)
+    made = _Export(Path(folder).absolute(), stages_of(model)[0], files, dtype, carried)
 
     def together(work: Callable[[], T]) -> T:
         return ranks.together(lambda: made.disk.naming_a_full_one(work))
@@ -262,10 +263,6 @@ def _stored(folder: Path) -> dict[str, TensorSpec]:
     for file in sorted(folder.glob("*.safetensors")):
         found.update({name: TensorSpec(shape, by_name[dtype]) for name, (shape, dtype) in headers_in(file).items()})
     return found
-
-
-def first_module(model: Model) -> nn.Module:
-    return model if isinstance(model, nn.Module) else model[0]
 
 
 def _previous(folder: Path) -> Path:

@@ -17,15 +17,12 @@ from torch import Tensor, nn
 from colrow.checkpoint.conversions import Part, Shapes, as_is, in_parts, parts_in
 from colrow.checkpoint.loading import first_few
 from colrow.checkpoint.pieces import Piece
-from colrow.checkpoint.state import NamedTensor, model_tensors
+from colrow.checkpoint.state import Model, NamedTensor, model_tensors, stages_of
 from colrow.checkpoint.stored_files import files_in
 from colrow.checkpoint.tensor_file import DTYPES, TensorHeader, TensorReader, headers_in
 from colrow.errors import CheckpointError
 from colrow.models.huggingface import name_to_huggingface
 from colrow.models.llama import Llama, LlamaConfig
-
-Model = nn.Module | Sequence[nn.Module]
-"""A model, or the pipeline stages of this rank."""
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _QUANTIZED = (".qweight", ".qzeros", ".scales", ".absmax", ".SCB", "_scale", "_scale_inv", "_packed", "_blocks")
@@ -120,10 +117,6 @@ def named_tensors(model: Model) -> list[NamedTensor]:
     return [replace(item, name=_EMBEDDING) if item.name == _HEAD else item for item in named]
 
 
-def _stages(model: Model) -> list[nn.Module]:
-    return [model] if isinstance(model, nn.Module) else list(model)
-
-
 def shapes_of(named: Sequence[NamedTensor], but: Container[str] = ()) -> Shapes:
     return {item.name: tuple(item.tensor.shape) for item in named if item.name not in but}
 
@@ -134,7 +127,7 @@ def parts_of(named: Sequence[NamedTensor], known: dict[str, list[Part]]) -> dict
 
 
 def _is_tied(model: Model) -> bool:
-    return any(getattr(getattr(part, "config", None), "tie_word_embeddings", False) for part in _stages(model))
+    return any(getattr(getattr(part, "config", None), "tie_word_embeddings", False) for part in stages_of(model))
 
 
 def _ties(model: Model) -> dict[str, str] | None:
@@ -167,7 +160,7 @@ def stored_dtype(folder: Path | str) -> torch.dtype | None:
 def _expected(model: Model, needed: Iterable[str]) -> set[str]:
     """The names of the complete model: a pipeline stage holds some, and the others are not unexpected in the folder."""
     names = {*needed, *(_ties(model) or ())}
-    for part in _stages(model):
+    for part in stages_of(model):
         config = getattr(part, "config", None)
         if isinstance(config, LlamaConfig):
             with torch.device("meta"):

@@ -19,6 +19,9 @@ from colrow.checkpoint.pieces import Piece, pieces_of
 from colrow.errors import CheckpointError
 from colrow.sharding.layout import Packed, packed_of, unwrapped_name
 
+Model = nn.Module | Sequence[nn.Module]
+"""A model, or the pipeline stages of this rank."""
+
 OPTIMIZER_PREFIX = "optimizer."
 """The names of an optimizer's tensors begin with it (optimizer_state.py)."""
 
@@ -50,7 +53,12 @@ class Snapshot:
     """A digest of each buffer that the ranks hold as copies."""
 
 
-def model_tensors(model: nn.Module | Sequence[nn.Module], tied: Mapping[str, str] | None = None) -> list[NamedTensor]:
+def stages_of(model: Model) -> list[nn.Module]:
+    """This rank's stages; without a pipeline the model is the only one."""
+    return [model] if isinstance(model, nn.Module) else list(model)
+
+
+def model_tensors(model: Model, tied: Mapping[str, str] | None = None) -> list[NamedTensor]:
     """Parameters and persistent buffers of a model, or of the pipeline stages that this rank holds.
 
     A tensor with several names comes once, under its first. `tied` maps names that are another's copy (an output
@@ -60,7 +68,7 @@ def model_tensors(model: nn.Module | Sequence[nn.Module], tied: Mapping[str, str
         CheckpointError: a module has state that is in no tensor, or a name is the optimizer's.
     """
     named, seen = [], set()
-    for part in [model] if isinstance(model, nn.Module) else model:
+    for part in stages_of(model):
         require_storable(part)
         for full_name, tensor in part.state_dict(keep_vars=True).items():  # FSDP's hooks reshard its parameters here
             name = unwrapped_name(full_name)

@@ -38,7 +38,7 @@ from colrow.data.shards import (
     build_shards,
     partial_folders,
     read_meta,
-    verify,
+    verify_shards,
 )
 from colrow.data.tokenizer import SAMPLE_CHARS, Tokenizer, load_tokenizer, train_tokenizer
 from colrow.errors import DataError
@@ -207,15 +207,15 @@ def _find(folder: Path, shown: PreparationProgress, given: Tokenizer | None, rep
 
 
 def _verify(folder: Path, meta: ShardMeta, shown: PreparationProgress) -> None:
-    """`verify`. Of several processes one reads the files, the others wait and read what it has noted."""
+    """`verify_shards`. Of several processes one reads the files, the others wait and read what it has noted."""
     cache = folder.with_suffix(".verified")
     if not os.access(folder.parent, os.W_OK):
-        verify(folder, meta, cache)
+        verify_shards(folder, meta, cache)
         return
     if not cache.exists() and sum(_size(folder / f"{split}.bin") for split in SPLITS) >= _LARGE_BYTES:
         shown.stage("verifying the token shards")
     with locked(folder.with_suffix(".verified.lock")):
-        verify(folder, meta, cache)
+        verify_shards(folder, meta, cache)
 
 
 def _watcher(folder: Path, shown: PreparationProgress) -> Callable[[], None]:

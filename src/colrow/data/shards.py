@@ -138,7 +138,7 @@ def _digest(tree: dict[str, Any]) -> str:
     return digest_of(json.dumps(tree, sort_keys=True))
 
 
-def verify(folder: Path, meta: ShardMeta, cache: Path) -> None:
+def verify_shards(folder: Path, meta: ShardMeta, cache: Path) -> None:
     """Compare the .bin files with the digests of meta.json, and their ids with the vocabulary.
 
     Args:

@@ -34,7 +34,7 @@ FULL, FREE = 0, 1
 _ALIGNMENT = 256  # bytes, of a slot
 
 
-class Device(Protocol):
+class StreamDevice(Protocol):
     """The operations that a copy engine needs of a device. Each is enqueued on a stream and returns at once."""
 
     def current(self) -> Any:
@@ -82,7 +82,7 @@ class CopyEngine(Carrier):
         grow: `grow(nbytes)` allocates a ring of slots of that size.
     """
 
-    def __init__(self, device: Device, side: Any, size: int, grow: Callable[[int], Ring]) -> None:
+    def __init__(self, device: StreamDevice, side: Any, size: int, grow: Callable[[int], Ring]) -> None:
         self.device, self.side, self.size, self._grow = device, side, size, grow
         self.ring = grow(_ALIGNMENT)
         self._turn = 0
@@ -117,7 +117,9 @@ class CopyEngine(Carrier):
 class _CopyEngineExchange(Exchange):
     mark = "colrow::send_copy_engine"
 
-    def __init__(self, device: Device, side: Any, ring: Ring, turn: int, slots: Tensor, targets: list[Tensor]) -> None:
+    def __init__(
+        self, device: StreamDevice, side: Any, ring: Ring, turn: int, slots: Tensor, targets: list[Tensor]
+    ) -> None:
         """`targets`: where this rank's chunk goes, by peer."""
         super().__init__(slots, ring.rank)
         self._device, self._side, self._ring, self._turn, self._targets = device, side, ring, turn, targets

@@ -36,7 +36,7 @@ _UNTIL_EQUAL = 1  # CU_STREAM_WAIT_VALUE_EQ
 
 
 class Cuda:
-    """`Device` on CUDA, by the driver's functions: through torch's, a send takes ten times as much CPU time."""
+    """`StreamDevice` on CUDA, by the driver's functions: through torch's, a send takes ten times as much CPU time."""
 
     _UNTIMED = 2  # CU_EVENT_DISABLE_TIMING
 

@@ -87,7 +87,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {}
 """The implementation of each operator, by its qualified name: simulated ranks call these."""
 
 
-def operator(name: str, schema: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
+def define_operator(name: str, schema: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
     """Register a function as the operator `colrow::name`. Its parameters have the names of the schema's arguments."""
 
     def define(implementation: Callable[..., Any]) -> CustomOpDef:
@@ -97,7 +97,7 @@ def operator(name: str, schema: str) -> Callable[[Callable[..., Any]], CustomOpD
     return define
 
 
-@operator("column_forward", "(Tensor x_tD, Tensor[] weights, str group, str options) -> (Tensor, Tensor)")
+@define_operator("column_forward", "(Tensor x_tD, Tensor[] weights, str group, str options) -> (Tensor, Tensor)")
 def _column_forward(x_tD: Tensor, weights: list[Tensor], group: str, options: str) -> tuple[Tensor, Tensor]:
     """X = all_gather(x);  Y = X W^T. Returns Y_TF, and X_TD if it is kept; with fp8 what `float8_linear` keeps."""
     opts, ranks = LinearOptions.parse(options), group_named(group)
@@ -126,7 +126,7 @@ def _(x_tD: Tensor, weights: list[Tensor], group: str, options: str) -> tuple[Te
     return x_tD.new_empty(t * n, sum(w.shape[0] for w in weights)), kept
 
 
-@operator(
+@define_operator(
     "column_backward",
     "(Tensor dy_TF, Tensor x, Tensor[] weights, str group, str options, bool need_dx, bool need_dw)"
     " -> (Tensor, Tensor)",
@@ -199,7 +199,7 @@ def _differentiate_column(ctx: Any, dy_TF: Tensor | None, _: Any) -> Any:
 torch.library.register_autograd("colrow::column_forward", _differentiate_column, setup_context=_save_column)
 
 
-@operator("row_forward", "(Tensor x_Tf, Tensor w_Df, str group, str options) -> (Tensor, Tensor)")
+@define_operator("row_forward", "(Tensor x_Tf, Tensor w_Df, str group, str options) -> (Tensor, Tensor)")
 def _row_forward(x_Tf: Tensor, w_Df: Tensor, group: str, options: str) -> tuple[Tensor, Tensor]:
     """y = reduce_scatter(x W^T). Returns y_tD, and with fp8 what `float8_linear` keeps."""
     opts, ranks = LinearOptions.parse(options), group_named(group)
@@ -223,7 +223,7 @@ def _(x_Tf: Tensor, w_Df: Tensor, group: str, options: str) -> tuple[Tensor, Ten
     return x_Tf.new_empty(T // group_named(group).size(), w_Df.shape[0]), kept
 
 
-@operator(
+@define_operator(
     "row_backward",
     "(Tensor dy_tD, Tensor x, Tensor w_Df, str group, str options, bool need_dx, bool need_dw) -> (Tensor, Tensor)",
 )
@@ -271,7 +271,7 @@ def _differentiate_row(ctx: Any, dy_tD: Tensor | None, _: Any) -> Any:
 torch.library.register_autograd("colrow::row_forward", _differentiate_row, setup_context=_save_row)
 
 
-@operator("scatter_sum", "(Tensor x_TD, str group) -> Tensor")
+@define_operator("scatter_sum", "(Tensor x_TD, str group) -> Tensor")
 def _scatter_sum(x_TD: Tensor, group: str) -> Tensor:
     return reduce_scatter(x_TD, group_named(group))
 
@@ -281,7 +281,7 @@ def _(x_TD: Tensor, group: str) -> Tensor:
     return x_TD.new_empty(x_TD.shape[0] // group_named(group).size(), *x_TD.shape[1:])
 
 
-@operator("gather", "(Tensor x_tD, str group) -> Tensor")
+@define_operator("gather", "(Tensor x_tD, str group) -> Tensor")
 def _gather(x_tD: Tensor, group: str) -> Tensor:
     return all_gather(x_tD, group_named(group))
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from colrow.ops.collectives import all_gather
-from colrow.ops.parallel_linear import operator
+from colrow.ops.parallel_linear import define_operator
 from colrow.torch_compat import group_named
 
 
@@ -33,7 +33,7 @@ def all_tokens(x_tD: Tensor, rank: Tensor, group: str) -> Tensor:
     return y
 
 
-@operator("local_tokens", "(Tensor x_TD, Tensor rank, str group) -> Tensor")
+@define_operator("local_tokens", "(Tensor x_TD, Tensor rank, str group) -> Tensor")
 def _local_tokens(x_TD: Tensor, rank: Tensor, group: str) -> Tensor:
     shards_ntD = x_TD.view(group_named(group).size(), -1, *x_TD.shape[1:])
     # `rank` is a tensor, not an int: a dry run marks it as rank-dependent, and simulated ranks share one Python program
@@ -45,7 +45,7 @@ def _(x_TD: Tensor, rank: Tensor, group: str) -> Tensor:
     return x_TD.new_empty(x_TD.shape[0] // group_named(group).size(), *x_TD.shape[1:])
 
 
-@operator("all_tokens", "(Tensor x_tD, Tensor rank, str group) -> Tensor")
+@define_operator("all_tokens", "(Tensor x_tD, Tensor rank, str group) -> Tensor")
 def _all_tokens(x_tD: Tensor, rank: Tensor, group: str) -> Tensor:
     return all_gather(x_tD, group_named(group))
 

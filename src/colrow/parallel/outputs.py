@@ -24,7 +24,7 @@ def main_tensor(output: Any) -> Tensor:
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if isinstance(logits, Tensor):
         return logits
-    tensor = next((tensor for _, tensor in named_tensors(output)), None)
+    tensor = next((tensor for _, tensor in output_tensors(output)), None)
     if tensor is None:
         raise PlanError(f"the model returns no tensor, but {type(output).__name__}: wrap it in one that does")
     return tensor
@@ -35,7 +35,7 @@ def auxiliary_losses(output: Any) -> dict[str, Tensor]:
     main = main_tensor(output)
     return {
         name: tensor
-        for name, tensor in named_tensors(output)
+        for name, tensor in output_tensors(output)
         if tensor is not main and tensor.dim() == 0 and tensor.requires_grad
     }
 
@@ -45,13 +45,13 @@ def untrained_losses(output: Any, trained: Container[str]) -> tuple[str, ...]:
     main = main_tensor(output)
     losses = (
         name
-        for name, tensor in named_tensors(output)
+        for name, tensor in output_tensors(output)
         if tensor is not main and tensor.requires_grad and (tensor.dim() == 0 or "loss" in name.lower())
     )
     return tuple(sorted(name for name in losses if name not in trained))
 
 
-def named_tensors(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+def output_tensors(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """The tensors in tuples, lists, mappings and dataclasses, in order, each with its field or key, or `output_1` for
     the second of a tuple; those of nested ones are joined by dots."""
     if isinstance(output, Tensor):
@@ -66,4 +66,4 @@ def named_tensors(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     elif dataclasses.is_dataclass(output):
         items = [(field.name, getattr(output, field.name)) for field in dataclasses.fields(output)]
     for key, value in items:
-        yield from named_tensors(value, f"{name}.{key}".lstrip("."))
+        yield from output_tensors(value, f"{name}.{key}".lstrip("."))

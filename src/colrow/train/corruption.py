@@ -22,7 +22,7 @@ from colrow.train.fingerprint import memory_hashes
 from colrow.train.replay import NondeterministicError, SilentCorruptionError, StepReplay
 
 if TYPE_CHECKING:
-    from colrow.train.step import Batch
+    from colrow.data.loader import Batch
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import nn
 
 from colrow.config import RunConfig
-from colrow.data.loader import BatchOrder, DataAxisSampler, Loader
+from colrow.data.loader import Batch, BatchOrder, DataAxisSampler, Loader
 from colrow.data.prepare import PreparedData
 from colrow.parallel.random_state import Generators, derive_seed
 from colrow.train.buffers import BufferSnapshot
-from colrow.train.step import Batch, ForwardBackward
+from colrow.train.step import ForwardBackward
 
 IGNORED = -100
 """The target that no loss counts."""

@@ -15,7 +15,7 @@ from colrow.sharding.layout import waited_local
 from colrow.torch_compat import TorchDispatchMode, tree_leaves
 from colrow.train.fingerprint import fingerprints
 
-Entry = tuple[str, tuple[Any, ...], tuple[int, ...]]
+Operation = tuple[str, tuple[Any, ...], tuple[int, ...]]
 """An operator's name, numbers and hashes of what it reads, hashes of what it returns."""
 
 
@@ -24,7 +24,7 @@ class OperatorTrace(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.entries: list[Entry] = []
+        self.entries: list[Operation] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         collective = func.namespace in ("c10d", "_c10d_functional")
@@ -36,7 +36,7 @@ class OperatorTrace(TorchDispatchMode):
         return result
 
 
-def first_nondeterministic(first: Sequence[Entry], second: Sequence[Entry]) -> str | None:
+def first_nondeterministic(first: Sequence[Operation], second: Sequence[Operation]) -> str | None:
     """What makes two runs of one step differ: the first operator that reads the same and returns other bits, or code
     before the first that reads other bits; None where all entries agree."""
     for (name, read, returned), (other_name, other_read, other_returned) in zip(first, second, strict=False):

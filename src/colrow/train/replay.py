@@ -32,7 +32,8 @@ from colrow.train.fingerprint import fingerprints
 from colrow.train.operator_trace import OperatorTrace, first_nondeterministic
 
 if TYPE_CHECKING:
-    from colrow.train.step import Batch, ForwardBackward
+    from colrow.data.loader import Batch
+    from colrow.train.step import ForwardBackward
 
 RUNS = 5
 """Times that a step runs whose first two runs differ."""

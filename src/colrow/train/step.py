@@ -22,10 +22,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from colrow.config import TrainSection
+from colrow.data.loader import Batch
 from colrow.errors import ConfigError
 from colrow.parallel.data_parallel import set_last_micro_batch
 from colrow.parallel.loss import loss_and_output, loss_context, model_loss
-from colrow.parallel.outputs import main_tensor, named_tensors, untrained_losses
+from colrow.parallel.outputs import main_tensor, output_tensors, untrained_losses
 from colrow.parallel.random_state import MicroBatchSeeds
 from colrow.parallel.weight_copies import WeightCopies
 from colrow.plans.plan import Plan
@@ -40,9 +41,6 @@ from colrow.train.schedule import learning_rate
 
 if TYPE_CHECKING:
     from colrow.parallel.pipeline import PipelineRunner
-
-Batch = tuple[Tensor, Tensor]
-"""ids and targets, int64 [micro_batch_size, seq_len] each"""
 
 
 class ForwardBackward(Protocol):
@@ -153,7 +151,7 @@ class SingleStageModel:
 
     def _auxiliary_losses(self, output: Any) -> list[Tensor]:
         """The weighted losses of an output. Raises ConfigError where it lacks one."""
-        scalars = {name: tensor for name, tensor in named_tensors(output) if tensor.dim() == 0}
+        scalars = {name: tensor for name, tensor in output_tensors(output) if tensor.dim() == 0}
         for name in self._auxiliary_weights:
             if name not in scalars:
                 raise ConfigError(

@@ -193,14 +193,14 @@ def _modes(task: Task, reference: Reference) -> Iterator[tuple[Mode, Task, Refer
         yield "eval", replace(in_eval, written_buffers=found.written), found
 
 
-def parity(model: nn.Module, plan: Plan, tp: int, inputs: GivenInputs, loss: Loss = default_loss) -> Errors:
+def parity(model: nn.Module, plan: Plan, tp: int, inputs: GivenInputs) -> Errors:
     """The comparison alone: the model as it is, in evaluation mode and its own dtype, on simulated ranks.
 
     Raises:
         PlanError: the plan does not fit, or ranks cannot be simulated here.
         RankFailure: the sharded model raises.
     """
-    task = Task(copied_model(model).eval(), inputs, loss, tp, next_forward=False)
+    task = Task(copied_model(model).eval(), inputs, default_loss, tp, next_forward=False)
     reference = reference_step(task, copied_model(task.model))
     return compare(run_local(replace(task, written_buffers=reference.written), plan), reference, tp)
 
