@@ -29,7 +29,7 @@ from colrow.forecasting.timing import (
     step_time,
 )
 from colrow.forecasting.traffic import stage_work, traffic_of
-from colrow.forecasting.walk import HEAD, ROOT, Cell, Walk, walk
+from colrow.forecasting.walk import HEAD, ROOT, Cell, Walk, applies_on_data_axes, walk
 from colrow.forecasting.work import Work
 from colrow.mesh import Mesh
 from colrow.models.llama import Llama
@@ -42,6 +42,8 @@ RESULTS = Path(__file__).parent / "results"
 OLDER = ("2026-11-22", "b0c34f1", "a97a009", "4a0b930", "d4185cd")
 """Dates and commits before the update became one kernel."""
 POINTWISE = ("compiled pointwise", "other", "copy", "loss")
+GATHERS_OF_EIGHT_BITS = "2026-11-27"
+"""Files from this day on are of a program that keeps and sends 8-bit numbers with fp8 (decision 0017)."""
 LATENCY = 20e-6
 LAUNCH = 10e-6
 CPU_BOUND = 0.25  # idle time as a share of the step
@@ -99,7 +101,9 @@ class Measured:
         return Program(overlap, self.fp8, self.cell.compiled, self.cuda_graph, self.loss == "linear")
 
     def walk(self) -> Walk:
-        seen = _walked(self.model, self.plan, self.loss, self.cell)
+        packed = self.fp8 and self.file >= GATHERS_OF_EIGHT_BITS
+        data_axes = applies_on_data_axes(_plan(self.plan, self.loss, self.fp8), self.mesh)
+        seen = _walked(self.model, self.plan, self.loss, packed, replace(self.cell, data_axes=data_axes))
         return replace(seen, repeats={seen.order[0]: 1, seen.order[1]: self.layers - 1})
 
     def memory(self) -> Memory:
@@ -199,12 +203,17 @@ class Measured:
 
 
 @cache
-def _walked(model: str, plan: str, loss: str, cell: Cell) -> Walk:
+def _walked(model: str, name: str, loss: str, fp8: bool, cell: Cell) -> Walk:
     config = replace(SHAPES[model], num_hidden_layers=2)
     config = replace(config, max_position_embeddings=max(cell.seq_len, config.max_position_embeddings))
     with torch.device("meta"):
         built = Llama(config)
-    return walk(built, Plan.preset(plan, loss), cell, BlockTraces())  # type: ignore[arg-type]
+    return walk(built, _plan(name, loss, fp8), cell, BlockTraces())
+
+
+def _plan(name: str, loss: str, fp8: bool) -> Plan:
+    plan = Plan.preset(name, loss)  # type: ignore[arg-type]
+    return plan.with_fp8("tensorwise") if fp8 else plan
 
 
 def rows(gpu: str = "h200") -> Iterator[Measured]:

@@ -92,6 +92,14 @@ def test_an_unknown_gpu_names_the_nearest(config: Path, capsys: pytest.CaptureFi
     assert colrow.cli.main(["forecast", str(config), "--gpus", "3", "--hosts", "2"]) == 2
 
 
+def test_fp8_of_the_config_is_forecast(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = yaml.safe_load(config.read_text(encoding="utf-8"))
+    tree["train"]["fp8"] = "tensorwise"
+    config.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    assert colrow.cli.main(["forecast", str(config), "--gpus", "2", "--gpu", "h200"]) == 2
+    assert "plan llama has no style with the option fp8" in capsys.readouterr().err
+
+
 def test_names_of_devices_are_those_of_the_driver() -> None:
     assert name_of("NVIDIA H100 80GB HBM3") == "h100-sxm"
     assert name_of("NVIDIA H200") == "h200"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from colrow.forecasting.memory import GIB, WORKSPACES, Setting, _StagePeak, peak_memory, stages_of
 from colrow.forecasting.storages import LiveStorages
-from colrow.forecasting.walk import HEAD, ROOT, Cell, Walk, _flash_attention, walk
+from colrow.forecasting.walk import HEAD, ROOT, Cell, Walk, _flash_attention, applies_on_data_axes, walk
 from colrow.mesh import Mesh
 from colrow.models.llama import Llama, LlamaConfig
 from colrow.models.shapes import SHAPES
@@ -192,6 +192,30 @@ def test_the_flat_engine_keeps_low_precision_shards_and_reduces_each_micro_batch
     assert flat.weights == 2 * (ends + 2 * block) + 2 * (own - ends) / 4
     assert peak_memory(walked, Setting(mesh=mesh, copies=False, reshard=False)).weights == 2 * own
     assert own <= peak_memory(walked, Setting(mesh=mesh, copies=False, micro_batches=2)).gradients < 4 * own
+
+
+def test_fast_columns_on_data_axes_keep_their_joint_output() -> None:
+    """q and k are copied by the rotation, and v stays a part of what one matmul wrote for all three."""
+    plan, cell = Plan.preset("llama-fast", "linear"), Cell(micro_batch=2, seq_len=128, compiled=False)
+    assert applies_on_data_axes(plan, Mesh(dp_shard=2))
+    assert not any(applies_on_data_axes(plan, mesh) for mesh in (Mesh(), Mesh(tp=2, dp_shard=2)))
+    assert not applies_on_data_axes(Plan.preset("llama"), Mesh(dp_shard=2))
+    alone, joint = (walk(meta(), plan, replace(cell, data_axes=data_axes)) for data_axes in (False, True))
+    kept = [seen.segments[3].change.activations for seen in (alone, joint)]
+    q_and_k = 2 * 2 * 128 * (4 + 2) * CONFIG.head_dim
+    assert kept[1] - kept[0] == q_and_k
+
+
+def test_fp8_keeps_its_inputs_in_eight_bits() -> None:
+    """Of a column the gathered input's transpose, of a row its input's, each with a row for the scales."""
+    plan = Plan.preset("llama-fast", "linear")
+    high, low = (
+        walk(meta(), each, EAGER).segments[3].change.activations for each in (plan, plan.with_fp8("tensorwise"))
+    )
+    attended, ffn = 64 // 2, 192 // 2
+    numbers = (2 * CONFIG.hidden_size + attended + ffn) * EAGER.micro_batch * EAGER.seq_len
+    scales = 4 * 512  # the allocator's least
+    assert high - low == 2 * numbers - (numbers + scales)
 
 
 def test_frozen_weights_have_neither_gradients_nor_moments() -> None:

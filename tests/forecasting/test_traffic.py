@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -42,6 +42,22 @@ class Case:
     micro_batches: int = 1
     reshard: bool = True
     tied: bool = False
+    fp8: bool = False
+    wide: bool = False
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        wide = {
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "head_dim": 16,
+        }  # of which 16 divides each side of a product
+        return {**SIZES, **(wide if self.wide else {}), "tie_word_embeddings": self.tied}
+
+    @property
+    def named_plan(self) -> Plan:
+        plan = Plan.preset(self.plan, self.loss)
+        return plan.with_fp8("tensorwise") if self.fp8 else plan
 
 
 CASES = {
@@ -50,6 +66,7 @@ CASES = {
     "tp2-replicate2-fast": Case(Mesh(tp=2, dp_replicate=2), "llama-fast", "linear"),
     "shard4-keep": Case(Mesh(dp_shard=4), micro_batches=2, reshard=False),
     "replicate2-shard2-tied": Case(Mesh(dp_replicate=2, dp_shard=2), tied=True),
+    "tp2-shard2-fp8": Case(Mesh(tp=2, dp_shard=2), "llama-fast", "linear", fp8=True, wide=True),
 }
 
 
@@ -90,8 +107,7 @@ def count(device: str, cases: dict[str, Case]) -> dict[str, Counts]:
 
 def _count(device: str, case: Case) -> Counts:
     mesh = case.mesh.build(device, dist.get_world_size())
-    model = seeded(device, tie_word_embeddings=case.tied, **SIZES)
-    plan = Plan.preset(case.plan, case.loss)
+    model, plan = seeded(device, **case.sizes), case.named_plan
     parallelize(model, plan, mesh)
     apply_data_parallel(model, mesh, model.layers, param_dtype=None, reshard_after_forward=case.reshard)
     ids = torch.zeros(BATCH, SEQ, dtype=torch.long, device=device)
@@ -108,18 +124,32 @@ def _count(device: str, case: Case) -> Counts:
     return counted.seen
 
 
-def forecast(case: Case) -> Counts:
-    cell = Cell(case.mesh.tp, BATCH, SEQ, compiled=False, dtype=torch.float32)
-    walked = walk(meta(tie_word_embeddings=case.tied, **SIZES), Plan.preset(case.plan, case.loss), cell)
+def forecast(case: Case, dtype: torch.dtype = torch.float32) -> Counts:
+    cell = Cell(case.mesh.tp, BATCH, SEQ, compiled=False, dtype=dtype)
+    walked = walk(meta(**case.sizes), case.named_plan, cell)
     setting = Setting(case.mesh, case.micro_batches, copies=False, reshard=case.reshard)
     (stage,) = stages_of(walked, setting)
     return Counts({(t.axis, t.kind, t.bytes): t.calls for t in traffic_of(walked, setting, stage)})
 
 
 @pytest.mark.exhaustive
-def test_collectives_of_five_meshes_are_those_of_ranks(ranks: Ranks) -> None:
+def test_collectives_of_six_meshes_are_those_of_ranks(ranks: Ranks) -> None:
     seen = ranks(4).run(count, CASES)[0]
     assert {name: forecast(case) for name, case in CASES.items()} == seen
+
+
+def test_gathers_of_eight_bits_are_half_of_those_of_sixteen() -> None:
+    """And a row for the scale; gradients are summed in the compute dtype as before."""
+    case = replace(CASES["tp2-shard2-fp8"], mesh=Mesh(tp=2))
+    low, high = (forecast(each, torch.bfloat16) for each in (case, replace(case, fp8=False)))
+    D, tokens, layers = 64, BATCH * SEQ // 2, SIZES["num_hidden_layers"]
+    packed, plain = (("tp", "all_gather", n) for n in (2 * (tokens + 1) * D, 2 * tokens * D * 2))
+    inside = 4 * layers  # inputs of two columns, gradients of two rows
+    assert low[packed] == inside
+    assert high[plain] == low[plain] + inside  # those of embedding and head stay
+    assert {key: n for key, n in low.items() if key[1] != "all_gather"} == {
+        key: n for key, n in high.items() if key[1] != "all_gather"
+    }
 
 
 def test_another_micro_batch_is_seen() -> None:

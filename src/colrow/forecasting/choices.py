@@ -174,6 +174,8 @@ class Choices:
         plan = self._plan(name, mesh.tp)
         if plan.sequence_parallel() and config.data.seq_len % mesh.tp:
             raise PlanError(f"seq_len={config.data.seq_len} is not divisible by tp={mesh.tp}")
+        if config.train.fp8 is not None and mesh.tp == mesh.dp == 1:
+            raise ConfigError("train.fp8 is for meshes with tp or data axes")
         options = replace(options_of(config, on_gpus=self._forecaster.device.name != CPU), recompute=recompute)  # type: ignore[arg-type]
         row = self._forecaster.row(plan, mesh, options)
         if (
@@ -239,7 +241,8 @@ class Choices:
     def _plan(self, name: str, tp: int) -> Plan:
         if (name, tp) not in self._plans:
             loss = "linear" if name in FAST and name != self._config.plan else self._config.loss
-            self._plans[name, tp] = named_plan(name, self._model, tp, loss)
+            plan, recipe = named_plan(name, self._model, tp, loss), self._config.train.fp8
+            self._plans[name, tp] = plan if recipe is None else plan.with_fp8(recipe)
         return self._plans[name, tp]
 
     def _sizes(self, mesh: Mesh) -> Iterator[RunConfig]:

@@ -14,7 +14,7 @@ from colrow.errors import ConfigError
 from colrow.forecasting.devices import Device, device_named
 from colrow.forecasting.memory import GIB, Memory, Setting, peak_memory
 from colrow.forecasting.timing import Machine, Program, StepTime, step_time
-from colrow.forecasting.walk import Cell, Walk, block_traces, walk
+from colrow.forecasting.walk import Cell, Walk, applies_on_data_axes, block_traces, walk
 from colrow.mesh import Mesh
 from colrow.models.shapes import flops_per_token
 from colrow.parallel.activation_checkpoint import Mode
@@ -182,7 +182,15 @@ class Forecaster:
         return list(walked.order) == list(walked.repeats)
 
     def _walk(self, plan: Plan, mesh: Mesh, options: Options) -> Walk:
-        cell = Cell(mesh.tp, options.micro_batch, options.seq_len, options.recompute, options.compiled, options.dtype)
+        cell = Cell(
+            mesh.tp,
+            options.micro_batch,
+            options.seq_len,
+            options.recompute,
+            options.compiled,
+            options.dtype,
+            applies_on_data_axes(plan, mesh),
+        )
         key = (plan.name, plan.loss, repr(plan.modules), cell)
         if key not in self._walks:
             if self._traces is None:

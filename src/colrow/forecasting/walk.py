@@ -27,6 +27,7 @@ from colrow.dryrun.calls import Inputs, call_model, default_loss, example_inputs
 from colrow.dryrun.fake_world import fake_tp_mesh, materialize_fake
 from colrow.dryrun.reduced_copy import ReducedCopy, reduced_copy
 from colrow.forecasting.storages import LiveStorages, Segment
+from colrow.mesh import Mesh
 from colrow.models.blocks import block_stacks
 from colrow.ops.gpu_shapes import as_on_gpu
 from colrow.parallel.activation_checkpoint import Mode, apply_activation_checkpoint
@@ -34,7 +35,7 @@ from colrow.parallel.compile import compile_forward
 from colrow.parallel.data_parallel import head_unit
 from colrow.parallel.loss import loss_and_output, loss_context
 from colrow.parallel.outputs import auxiliary_losses
-from colrow.parallel.parallelize import parallelize
+from colrow.parallel.parallelize import parallelize, style_on_one_rank
 from colrow.plans.plan import Plan
 from colrow.sharding.layout import full_tensor, local_tensor
 from colrow.torch_compat import fake_tensors, tree_leaves, watched_propagation
@@ -51,6 +52,7 @@ class Cell:
 
     Attributes:
         micro_batch: sequences of a forward.
+        data_axes: at tp 1, styles that help on data axes are applied: see `applies_on_data_axes`.
     """
 
     tp: int = 1
@@ -59,6 +61,7 @@ class Cell:
     recompute: Mode = "none"
     compiled: bool = True
     dtype: torch.dtype = torch.bfloat16
+    data_axes: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,13 @@ class Walk:
         return sum(self.repeats[name] for name in self.order)
 
 
+def applies_on_data_axes(plan: Plan, mesh: Mesh) -> bool:
+    """Whether ranks of data axes without tp run other operators than one process."""
+    styles = plan.modules.values()
+    added = (style.applies(1, data_axes=True) and not style.applies(1, data_axes=False) for style in styles)
+    return mesh.tp == 1 and mesh.dp > 1 and any(added)
+
+
 def block_traces(model: nn.Module, cell: Cell) -> BlockTraces:
     """Which blocks of the model are alike; the same for every cell, so that callers may keep it."""
     return trace_blocks(
@@ -132,7 +142,15 @@ def walk(model: nn.Module, plan: Plan, cell: Cell, traces: BlockTraces | None = 
     reduced = replace(plan, modules={new: styles[old] for new, old in names.items() if old in styles})
     with warnings.catch_warnings(), fake_tp_mesh(cell.tp) as mesh, _quiet_compiler(cell.compiled), _without_gpus():
         warnings.simplefilter("ignore")
-        return _run(copy, parallelize(copy.model, reduced, mesh), reduced, mesh, cell)
+        return _run(copy, _parallelized(copy.model, reduced, mesh, cell), reduced, mesh, cell)
+
+
+def _parallelized(model: nn.Module, plan: Plan, mesh: DeviceMesh, cell: Cell) -> nn.Module:
+    if cell.tp > 1:
+        return parallelize(model, plan, mesh)
+    plan.check_shapes(model, 1)
+    style_on_one_rank(model, plan.resolve(model), mesh, data_axes=cell.data_axes)  # the mesh has no data axes
+    return model
 
 
 def _run(copy: ReducedCopy, model: nn.Module, plan: Plan, mesh: DeviceMesh, cell: Cell) -> Walk:

@@ -68,7 +68,7 @@ def parallelize(
     layouts = plan.parameters(model, tp, resolved=resolved)
     if tp == 1:
         data_axes = isinstance(mesh, DeviceMesh) and bool(MeshAxes(mesh).data_groups())
-        _style_on_one_rank(model, resolved, tp_mesh, data_axes=data_axes)
+        style_on_one_rank(model, resolved, tp_mesh, data_axes=data_axes)
         return model
     if not plan.modules:
         message = f"CR105: plan {plan.name} is empty: every rank holds and computes the complete model"
@@ -91,8 +91,9 @@ def parallelize(
     return model
 
 
-def _style_on_one_rank(model: nn.Module, resolved: Resolved, tp_mesh: DeviceMesh, *, data_axes: bool) -> None:
-    """At tp 1 nothing is split; only styles that save something there too are applied."""
+def style_on_one_rank(model: nn.Module, resolved: Resolved, tp_mesh: DeviceMesh, *, data_axes: bool) -> None:
+    """At tp 1 nothing is split; only styles that save something there too are applied. `data_axes`: the ranks form
+    data axes, on which more of them do."""
     for fqn, (_, style) in resolved.items():
         if style.applies(1, data_axes=data_axes):
             site = Site(model, fqn, 1)
