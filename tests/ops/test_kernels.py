@@ -12,6 +12,7 @@ import torch
 
 from colrow.ops.kernels.cross_entropy import LossTerms, loss_reference, statistics_reference
 from helpers.kernel_cases import CASES, REFERENCE, Case, computed, draw, expected, worst_error
+from helpers.swiglu_cases import worst_swiglu_error
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
@@ -38,6 +39,11 @@ def test_a_target_outside_the_vocabulary_makes_the_loss_nan() -> None:
     assert loss[1].isnan()
 
 
+def test_the_reference_of_swiglu_equals_autograd() -> None:
+    for dtype, tolerance in TOLERANCE.items():
+        assert worst_swiglu_error("cpu", dtype, by_kernel=False) < tolerance
+
+
 INTERPRETED = """
 import torch
 from colrow.ops.kernels.cross_entropy import loss_triton, statistics_triton
@@ -59,6 +65,8 @@ for others, size, add in ((1, 5000, False), (3, 129, True), (1, 4096, True)):
     add_received(own, received, want, 1 / (others + 1), add=add)
     assert (got - want).abs().max() < 1e-6, (others, size, add)
     assert abs(squares.sum() / want.square().sum() - 1) < 1e-6, (others, size, add)
+from helpers.swiglu_cases import worst_swiglu_error
+assert worst_swiglu_error("cpu", torch.float32, by_kernel=True) < 1e-6
 from helpers.rounding_cases import by_interpreted_kernel, check
 assert check(by_interpreted_kernel, "cpu") > 60
 print("agree")

@@ -8,6 +8,7 @@ import torch
 from colrow.ops.kernels.slot_sum import add_received, square_terms, sum_slots
 from helpers.kernel_cases import CASES, Case, computed, draw, worst_error
 from helpers.parity import relative
+from helpers.swiglu_cases import worst_swiglu_error
 
 pytestmark = [
     pytest.mark.cuda,
@@ -77,3 +78,16 @@ def test_received_rows_are_added_in_fp32(others: int, size: int, add: bool) -> N
     assert relative(total.double(), want) < 1e-6
     add_received(own, received, total, 1.0, add=False)
     assert relative(total.double(), want) > 1e-3
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_swiglu_equals_float64(dtype: torch.dtype, tolerance: float) -> None:
+    assert worst_swiglu_error("cuda", dtype, by_kernel=True) < tolerance
+
+
+def test_a_number_that_is_not_finite_reaches_the_largest_of_its_row() -> None:
+    from colrow.ops.kernels.swiglu import swiglu_triton
+
+    y = torch.ones(3, 64, device="cuda")
+    y[1, 5] = torch.nan
+    assert swiglu_triton(y, 0)[1].isfinite().tolist() == [True, False, True]

@@ -90,26 +90,34 @@ def quantize(
     return out
 
 
-def quantize_packed(x_MK: Tensor, *, gradient: bool = False) -> Tensor:
-    """`quantize`, as the memory that is sent: a chunk, whose rows 16 need not divide as long as it does all of them."""
+def quantize_packed(x_MK: Tensor, *, gradient: bool = False, peaks: Tensor | None = None) -> Tensor:
+    """`quantize`, as the memory that is sent: a chunk, whose rows 16 need not divide as long as it does all of them.
+
+    Args:
+        peaks: numbers of which the largest is max |x|, where somebody has found it.
+    """
     M, K = x_MK.shape
     require(x_MK.device, K)
     memory = packed(M, K, x_MK.device)
     out = unpacked(memory, GRADIENT if gradient else ACTIVATION)
-    _round(x_MK, peak_of([x_MK]), out.scale, rows=out.values)
+    _round(x_MK, _peak(x_MK, peaks), out.scale, rows=out.values)
     return memory
 
 
-def quantize_both(x_MK: Tensor, *, gradient: bool = False) -> tuple[Float8Operand, Tensor]:
+def quantize_both(x_MK: Tensor, *, gradient: bool = False, peaks: Tensor | None = None) -> tuple[Float8Operand, Tensor]:
     """`quantize` of [M, K], and of its transpose as packed memory [K, M], with one scale: an operand of two matmuls,
-    of which one sums over its columns and the other over its rows."""
+    of which one sums over its columns and the other over its rows. `peaks` as for `quantize_packed`."""
     (M, K), dtype = x_MK.shape, GRADIENT if gradient else ACTIVATION
     require(x_MK.device, M, K)
     memory = packed(K, M, x_MK.device)
     turned = unpacked(memory, dtype)
     rows = torch.empty(M, K, dtype=dtype, device=x_MK.device)
-    _round(x_MK, peak_of([x_MK]), turned.scale, rows=rows, turned=turned.values)
+    _round(x_MK, _peak(x_MK, peaks), turned.scale, rows=rows, turned=turned.values)
     return Float8Operand(rows, turned.scale), memory
+
+
+def _peak(x: Tensor, peaks: Tensor | None) -> Tensor:
+    return peak_of([x if peaks is None else peaks])
 
 
 def joined(chunks: Sequence[Tensor], *, gradient: bool = False) -> tuple[Float8Operand, Tensor]:

@@ -9,7 +9,8 @@ in place of the input, and the weight's scale. Reduce-scatters send what product
     row     forward   y = reduce_scatter(round(x) W^T)               kept: round(x)^T
             backward  G = all_gather(round(dy));  dx = G W;  dW = G^T round(x)
 
-Legend: as in `parallel_linear`; `kept` and `memory` are packed ([Note: packed operands] in `ops.float8`).
+Legend: as in `parallel_linear`, whose [Note: peaks] says what `peaks` is; `kept` and `memory` are packed ([Note: packed
+operands] in `ops.float8`).
 """
 
 from __future__ import annotations
@@ -51,13 +52,18 @@ def kept_by_column(t: int, D: int, opts: LinearOptions, n: int) -> tuple[int, in
 
 
 def column_forward(
-    x_tD: Tensor, weights: list[Tensor], ranks: dist.ProcessGroup, carrier: Carrier | None, opts: LinearOptions
+    x_tD: Tensor,
+    weights: list[Tensor],
+    ranks: dist.ProcessGroup,
+    carrier: Carrier | None,
+    opts: LinearOptions,
+    peaks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Y_TF, and what backward needs."""
     n = ranks.size()
     y_TF = x_tD.new_empty(x_tD.shape[0] * n, sum(w.shape[0] for w in weights))
     turn = keeps_transpose(opts, n)
-    kept, w = _gathered_product(x_tD, lambda: quantize(weights), y_TF, ranks, carrier, turn=turn)
+    kept, w = _gathered_product(x_tD, lambda: quantize(weights), y_TF, ranks, carrier, turn=turn, peaks=peaks)
     weight_scale(kept).copy_(w.scale)
     return y_TF, kept
 
@@ -103,9 +109,11 @@ def column_backward(
     return dx_tD, dw_FD
 
 
-def row_forward(x_Tf: Tensor, w_Df: Tensor, ranks: dist.ProcessGroup, carrier: Carrier | None) -> tuple[Tensor, Tensor]:
+def row_forward(
+    x_Tf: Tensor, w_Df: Tensor, ranks: dist.ProcessGroup, carrier: Carrier | None, peaks: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """y_tD, and what backward needs."""
-    x, kept = quantize_both(x_Tf)
+    x, kept = quantize_both(x_Tf, peaks=peaks)
     w = quantize([w_Df])
     weight_scale(kept).copy_(w.scale)
     return _scattered_product(x, w, x_Tf.new_empty(0), ranks, carrier)(), kept
@@ -143,6 +151,7 @@ def _gathered_product(
     *,
     gradient: bool = False,
     turn: bool = True,
+    peaks: Tensor | None = None,
 ) -> tuple[Tensor, Float8Operand]:
     """out = all_gather(round(x)) W. Returns the gathered numbers' transpose, or this rank's numbers without `turn`, as
     packed memory; and the weight, which is quantized while the first numbers are under way."""
@@ -153,11 +162,11 @@ def _gathered_product(
             scaled_mm(x, w, out, gradient=gradient)
 
     if n == 1:
-        x, memory = quantize_both(x_tK, gradient=gradient)
+        x, memory = quantize_both(x_tK, gradient=gradient, peaks=peaks)
         multiply(x, w := weight(), out_TN)
         return memory, w
     record("fp8", "gathers")
-    own = quantize_packed(x_tK, gradient=gradient)
+    own = quantize_packed(x_tK, gradient=gradient, peaks=peaks)
     if carrier is None:
         finish = start_all_gather(own, ranks)
         w = weight()

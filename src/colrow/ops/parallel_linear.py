@@ -52,7 +52,7 @@ def column_linear(x_tD: Tensor, weights: list[Tensor], group: str, options: Line
     dgrad     dx = reduce_scatter(dY W)
     wgrad     dW = dY^T X                 while the reduce-scatter runs
     """
-    y_TF: Tensor = torch.ops.colrow.column_forward(x_tD, weights, group, options.text)[0]
+    y_TF: Tensor = torch.ops.colrow.column_forward(x_tD, weights, group, options.text, None)[0]
     return y_TF
 
 
@@ -67,7 +67,7 @@ def row_linear(x_Tf: Tensor, w_Df: Tensor, group: str, options: LinearOptions = 
     With `overlap: collectives` nothing overlaps here: each collective waits for the matmul before it, or the matmul
     after it waits for the collective.
     """
-    y_tD: Tensor = torch.ops.colrow.row_forward(x_Tf, w_Df, group, options.text)[0]
+    y_tD: Tensor = torch.ops.colrow.row_forward(x_Tf, w_Df, group, options.text, None)[0]
     return y_tD
 
 
@@ -97,14 +97,23 @@ def define_operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Cu
     return define
 
 
-@define_operator("column_forward", "(Tensor x_tD, Tensor[] weights, str group, str options) -> (Tensor, Tensor)")
-def _column_forward(x_tD: Tensor, weights: list[Tensor], group: str, options: str) -> tuple[Tensor, Tensor]:
+# [Note: peaks] The largest |number| of each row of what an 8-bit linear rounds in its forward, where the kernel that
+# makes the numbers has found it (`parallel.fused_graph`). Without it, the operator looks for it.
+
+
+@define_operator(
+    "column_forward",
+    "(Tensor x_tD, Tensor[] weights, str group, str options, Tensor? peaks) -> (Tensor, Tensor)",
+)
+def _column_forward(
+    x_tD: Tensor, weights: list[Tensor], group: str, options: str, peaks: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """X = all_gather(x);  Y = X W^T. Returns Y_TF, and X_TD if it is kept; with fp8 what `float8_linear` keeps."""
     opts, ranks = LinearOptions.parse(options), group_named(group)
     record("columns", len(weights))
     carrier = opts.carrier(x_tD.shape[0], group, x_tD.device)
     if opts.fp8:
-        return float8_linear.column_forward(x_tD, weights, ranks, carrier, opts)
+        return float8_linear.column_forward(x_tD, weights, ranks, carrier, opts, peaks)
     if carrier is not None:
         return chunked.column_forward(x_tD.contiguous(), weights, carrier, opts)
     X_TD = all_gather(x_tD, ranks)
@@ -116,7 +125,7 @@ def _column_forward(x_tD: Tensor, weights: list[Tensor], group: str, options: st
 
 
 @_column_forward.register_fake
-def _(x_tD: Tensor, weights: list[Tensor], group: str, options: str) -> tuple[Tensor, Tensor]:
+def _(x_tD: Tensor, weights: list[Tensor], group: str, options: str, peaks: Tensor | None) -> tuple[Tensor, Tensor]:
     (t, D), n, opts = x_tD.shape, group_named(group).size(), LinearOptions.parse(options)
     if opts.fp8:
         require_sixteen(t * n, D, sum(w.shape[0] for w in weights))  # a dry run finds it before a rank does
@@ -175,7 +184,7 @@ def _(
 
 
 def _save_column(ctx: Any, inputs: Any, output: Any) -> None:
-    x_tD, weights, ctx.group, ctx.options = inputs
+    x_tD, weights, ctx.group, ctx.options, _ = inputs
     _, kept = output
     ctx.set_materialize_grads(False)  # else autograd fills a gradient of X, which nothing uses, with zeros
     opts = LinearOptions.parse(ctx.options)
@@ -185,7 +194,7 @@ def _save_column(ctx: Any, inputs: Any, output: Any) -> None:
 def _differentiate_column(ctx: Any, dy_TF: Tensor | None, _: Any) -> Any:
     x, *weights = ctx.saved_tensors
     if dy_TF is None:
-        return None, [None] * len(weights), None, None
+        return None, [None] * len(weights), None, None, None
     need_dx, need_each_dw = ctx.needs_input_grad[:2]
     need_dw = any(need_each_dw)
     # contiguous: the gradient of a sum is an expanded scalar (stride 0), which no collective takes
@@ -193,19 +202,19 @@ def _differentiate_column(ctx: Any, dy_TF: Tensor | None, _: Any) -> Any:
         dy_TF.contiguous(), x, weights, ctx.group, ctx.options, need_dx, need_dw
     )
     dws = list(dw_FD.split([w.shape[0] for w in weights], 0)) if need_dw else [None] * len(weights)
-    return dx_tD if need_dx else None, dws, None, None  # the group and the options have no gradient
+    return dx_tD if need_dx else None, dws, None, None, None  # group, options and peaks have no gradient
 
 
 torch.library.register_autograd("colrow::column_forward", _differentiate_column, setup_context=_save_column)
 
 
-@define_operator("row_forward", "(Tensor x_Tf, Tensor w_Df, str group, str options) -> (Tensor, Tensor)")
-def _row_forward(x_Tf: Tensor, w_Df: Tensor, group: str, options: str) -> tuple[Tensor, Tensor]:
+@define_operator("row_forward", "(Tensor x_Tf, Tensor w_Df, str group, str options, Tensor? peaks) -> (Tensor, Tensor)")
+def _row_forward(x_Tf: Tensor, w_Df: Tensor, group: str, options: str, peaks: Tensor | None) -> tuple[Tensor, Tensor]:
     """y = reduce_scatter(x W^T). Returns y_tD, and with fp8 what `float8_linear` keeps."""
     opts, ranks = LinearOptions.parse(options), group_named(group)
     carrier = opts.carrier(x_Tf.shape[0] // ranks.size(), group, x_Tf.device)
     if opts.fp8:
-        return float8_linear.row_forward(x_Tf, w_Df, ranks, carrier)
+        return float8_linear.row_forward(x_Tf, w_Df, ranks, carrier, peaks)
     if carrier is not None:
         return chunked.row_forward(x_Tf, w_Df, carrier), x_Tf.new_empty(0)
     y_TD = x_Tf.new_empty(x_Tf.shape[0], w_Df.shape[0])
@@ -214,7 +223,7 @@ def _row_forward(x_Tf: Tensor, w_Df: Tensor, group: str, options: str) -> tuple[
 
 
 @_row_forward.register_fake
-def _(x_Tf: Tensor, w_Df: Tensor, group: str, options: str) -> tuple[Tensor, Tensor]:
+def _(x_Tf: Tensor, w_Df: Tensor, group: str, options: str, peaks: Tensor | None) -> tuple[Tensor, Tensor]:
     T, f = x_Tf.shape
     kept = x_Tf.new_empty(0)
     if LinearOptions.parse(options).fp8:
@@ -254,7 +263,7 @@ def _(
 
 
 def _save_row(ctx: Any, inputs: Any, output: Any) -> None:
-    x_Tf, w_Df, ctx.group, ctx.options = inputs
+    x_Tf, w_Df, ctx.group, ctx.options, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1] if LinearOptions.parse(ctx.options).fp8 else x_Tf, w_Df)
 
@@ -262,10 +271,10 @@ def _save_row(ctx: Any, inputs: Any, output: Any) -> None:
 def _differentiate_row(ctx: Any, dy_tD: Tensor | None, _: Any) -> Any:
     x, w_Df = ctx.saved_tensors
     if dy_tD is None:
-        return None, None, None, None
+        return None, None, None, None, None
     need_dx, need_dw = ctx.needs_input_grad[:2]
     dx_Tf, dw_Df = torch.ops.colrow.row_backward(dy_tD.contiguous(), x, w_Df, ctx.group, ctx.options, need_dx, need_dw)
-    return dx_Tf if need_dx else None, dw_Df if need_dw else None, None, None
+    return dx_Tf if need_dx else None, dw_Df if need_dw else None, None, None, None
 
 
 torch.library.register_autograd("colrow::row_forward", _differentiate_row, setup_context=_save_row)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from colrow.parallel.fused_graph import fused_inductor
 from colrow.parallel.random_draws import ARRANGED, draws_suspended, has_arranged_draws
 from colrow.torch_compat import AsyncCollectiveTensor, is_async
 
@@ -21,11 +22,12 @@ def compile_forward(block: nn.Module, backend: str = "inductor", dynamic: bool |
     draws are is not compiled.
 
     Args:
-        backend, dynamic: of torch.compile.
+        backend, dynamic: of torch.compile; for inductor, graphs are rewritten first (`fused_graph`).
     """
     if ARRANGED in block.__dict__:
         return
-    graph = torch.compile(block.forward, fullgraph=not has_arranged_draws(block), backend=backend, dynamic=dynamic)
+    compiler = fused_inductor if backend == "inductor" else backend
+    graph = torch.compile(block.forward, fullgraph=not has_arranged_draws(block), backend=compiler, dynamic=dynamic)
     block.forward = partial(_run, graph)
     block.register_forward_pre_hook(_wait_for_inputs, with_kwargs=True)
 

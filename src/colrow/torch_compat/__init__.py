@@ -64,6 +64,7 @@ from colrow.torch_compat.tensors import compiled_graph_count as compiled_graph_c
 from colrow.torch_compat.tensors import current_autograd_node as current_autograd_node
 from colrow.torch_compat.tensors import foreach as foreach
 from colrow.torch_compat.tensors import forward_number as forward_number
+from colrow.torch_compat.tensors import inductor as inductor
 from colrow.torch_compat.tensors import is_higher_order as is_higher_order
 from colrow.torch_compat.tensors import is_transformed as is_transformed
 from colrow.torch_compat.tensors import open_attention as open_attention

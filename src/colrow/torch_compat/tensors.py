@@ -107,6 +107,12 @@ def compiled_graph_count() -> int:
     return int(private("torch._dynamo.utils:counters", "to say whether blocks were compiled")["stats"]["unique_graphs"])
 
 
+def inductor() -> Callable[..., Any]:
+    """(graph, inputs) -> compiled function: torch.compile's default backend."""
+    backend: Callable[..., Any] = private("torch._inductor.compile_fx:compile_fx", "to rewrite a graph before inductor")
+    return backend
+
+
 def raw_stream(device_index: int) -> int:
     """The handle of the device's current CUDA stream, for the driver's own functions."""
     return int(private("torch._C:_cuda_getCurrentRawStream", "to enqueue copies between GPUs")(device_index))

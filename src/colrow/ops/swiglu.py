@@ -1,0 +1,68 @@
+"""SwiGLU of a fused gate and up as an operator, for graphs in which `parallel.fused_graph` finds it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from colrow.ops.kernels.optional_triton import triton
+from colrow.ops.kernels.swiglu import (
+    swiglu_gradient_reference,
+    swiglu_gradient_triton,
+    swiglu_reference,
+    swiglu_triton,
+)
+
+
+def swiglu(y_TF: Tensor, gate: int) -> tuple[Tensor, Tensor]:
+    """y = [a | b], or [b | a] with `gate` 1 -> silu(a) b, [T, f], and the largest |number| of each of its rows,
+    fp32 [T], which has no gradient."""
+    h_Tf, peaks_T = torch.ops.colrow.swiglu(y_TF, gate)
+    return h_Tf, peaks_T
+
+
+def _by_kernel(y: Tensor) -> bool:
+    return triton is not None and y.is_cuda and y.dtype != torch.float64
+
+
+@torch.library.custom_op("colrow::swiglu", mutates_args=(), schema="(Tensor y_TF, int gate) -> (Tensor, Tensor)")
+def _swiglu(y_TF: Tensor, gate: int) -> tuple[Tensor, Tensor]:
+    return swiglu_triton(y_TF, gate) if _by_kernel(y_TF) else swiglu_reference(y_TF, gate)
+
+
+@_swiglu.register_fake
+def _(y_TF: Tensor, gate: int) -> tuple[Tensor, Tensor]:
+    T, F = y_TF.shape
+    wide = torch.float64 if y_TF.dtype == torch.float64 else torch.float32
+    return y_TF.new_empty(T, F // 2), y_TF.new_empty(T, dtype=wide)
+
+
+@torch.library.custom_op(
+    "colrow::swiglu_gradient", mutates_args=(), schema="(Tensor dh_Tf, Tensor y_TF, int gate) -> Tensor"
+)
+def _swiglu_gradient(dh_Tf: Tensor, y_TF: Tensor, gate: int) -> Tensor:
+    gradient = swiglu_gradient_triton if _by_kernel(y_TF) else swiglu_gradient_reference
+    return gradient(dh_Tf, y_TF, gate)
+
+
+@_swiglu_gradient.register_fake
+def _(dh_Tf: Tensor, y_TF: Tensor, gate: int) -> Tensor:
+    return y_TF.new_empty(y_TF.shape)
+
+
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    y_TF, ctx.gate = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(y_TF)
+
+
+def _differentiate(ctx: Any, dh_Tf: Tensor | None, _: Any) -> Any:
+    if dh_Tf is None:
+        return None, None
+    (y_TF,) = ctx.saved_tensors
+    return torch.ops.colrow.swiglu_gradient(dh_Tf.contiguous(), y_TF, ctx.gate), None
+
+
+torch.library.register_autograd("colrow::swiglu", _differentiate, setup_context=_save)
