@@ -20,7 +20,7 @@ from helpers.parity import relative
 from helpers.rounding_cases import nearest, scale_in_float64
 
 pytestmark = pytest.mark.distributed
-TOLERANCE = 1e-5  # fp32 sums of rounded numbers
+TOLERANCE = {"cpu": 1e-5, "cuda": 2.0**-8}  # fp32 sums of rounded numbers; `_scaled_mm` rounds them to bf16
 SHAPES = [(16, 48, [32, 16], 32), (32, 16, [16], 80)]  # t, D, siblings' F, f; of each rank
 
 
@@ -130,8 +130,9 @@ def everything(device: str) -> tuple[dict[str, list[float]], list[float], Any]:
 @pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_the_rounded_numbers_are_multiplied(ranks: Ranks, n: int) -> None:
     for found, control, sent in ranks(n).run(everything):
-        assert all(max(errors) < TOLERANCE for errors in found.values()), found
-        assert control[0] < TOLERANCE, "forward reads each chunk's own scale"
+        tolerance = TOLERANCE["cuda" if sent is None else "cpu"]
+        assert all(max(errors) < tolerance for errors in found.values()), found
+        assert control[0] < tolerance, "forward reads each chunk's own scale"
         assert control[2] > 0.1, "a scale of another rank is seen in the weight's gradient"
         if sent is not None:
             assert sent[0] == sent[1] == [n * 33 * 48, n * 17 * 64], "a byte a number, and a row with the scale"
