@@ -43,7 +43,7 @@ def rewrite(module: fx.GraphModule) -> None:
     graph = module.graph
     peaks = dict(_fuse_swiglu(graph, node) for node in list(graph.nodes) if _is_swiglu(node))
     for node in list(graph.nodes):
-        if node.target in _LINEARS and LinearOptions.parse(node.args[3]).fp8:  # type: ignore[arg-type]
+        if node.target in _LINEARS and LinearOptions.parse(node.args[3]).fp8:
             _give_peaks(graph, node, peaks)
     graph.eliminate_dead_code()
     graph.lint()
