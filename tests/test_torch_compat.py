@@ -354,6 +354,21 @@ def test_an_index_that_code_writes_down_is_known_of_a_fake_tensor() -> None:
     assert tc.constant_index(torch.tensor([1])) is None
 
 
+def test_numbers_that_code_wrote_into_a_tensor_are_read() -> None:
+    seen: list[Any] = []
+
+    class Reads(tc.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.extend(tc.written_numbers(x) for x in args if isinstance(x, torch.Tensor))
+            return func(*args, **(kwargs or {}))
+
+    with tc.fake_tensors(), Reads():
+        torch.tensor([0.5, float("nan")]).neg()
+        torch.zeros(2).neg()
+    assert (0.5, "nan") in seen
+    assert seen[-1] is None
+
+
 def test_dtensors_are_seeded_on_gpus_alone(mesh: DeviceMesh) -> None:
     with pytest.warns(UserWarning, match="may not have complete support on cpu"):
         tc.seed_dtensors(0, mesh)

@@ -27,7 +27,7 @@ from helpers.broken_plans import gpt_plan, llama
 from helpers.families import FAMILIES, transformers_model
 from helpers.harness import Ranks
 from helpers.sound_plans import SOUND
-from helpers.unproven_plans import OLD_TORCH, RIGHT, WRONG, Case
+from helpers.unproven_plans import OLD_TORCH, RIGHT, WRONG, Case, LoggedMLP
 
 
 def found_by(case: Case) -> list[Finding]:
@@ -55,6 +55,12 @@ ALIKE = {  # a kept case walks the same code
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.exhaustive) if n in ALIKE else n for n in RIGHT])
 def test_a_right_plan_is_proven(name: str) -> None:
     assert [str(f) for f in found_by(RIGHT[name])] == []
+
+
+@pytest.mark.parametrize(("used", "codes"), [(False, [("warning", "CR414")]), (True, [("error", "CR413")])])
+def test_a_statistic_that_is_only_logged_is_no_error(used: bool, codes: list[tuple[str, str]]) -> None:
+    found = found_by(Case(lambda: m.Gpt(mlp=lambda: LoggedMLP(used))))
+    assert [(f.severity, f.code) for f in found] == codes
 
 
 @pytest.mark.parametrize("loss", ["vocab_parallel", "replicated", "linear"])

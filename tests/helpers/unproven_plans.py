@@ -45,6 +45,19 @@ def features(function: Callable[[Tensor], Tensor], train: bool = False) -> Case:
     return Case(lambda: m.Gpt(mlp=lambda: FeatureMLP(function)), train=train)
 
 
+class LoggedMLP(m.MLP):
+    """Keeps a statistic of its features in an attribute; `used`: and computes with it."""
+
+    def __init__(self, used: bool = False) -> None:
+        super().__init__()
+        self.used = used
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.gelu(self.up(x))
+        self.seen = h.detach().abs().mean().sqrt()
+        return self.down(h / self.seen if self.used else h)
+
+
 class GatedMLP(m.GatedMLP):
     """Gate and up in one weight, taken apart by a function."""
 
@@ -362,6 +375,11 @@ WRONG = {
     "features normalised by einsum": features(lambda h: h * torch.einsum("btf,btf->bt", h, h)[..., None]),
     "norm of all groups of features, in code with sizes": viewed(lambda h: h / h.norm(dim=(-2, -1), keepdim=True)),
     "norm of everything": features(lambda h: h / h.norm()),
+    "a local width in a tensor": features(lambda h: h * torch.tensor(1 / h.shape[-1], dtype=h.dtype)),
+    "filled with a local width": features(lambda h: h * torch.full_like(h, 1 / h.shape[-1])),
+    "features flattened and viewed in another order": features(
+        lambda h: h.flatten().view(h.shape[0], h.shape[2], h.shape[1]).logcumsumexp(1).reshape(h.shape)
+    ),
     "slopes drawn for features": features(lambda h: F.rrelu(h, training=True), train=True),
     "features pooled": features(lambda h: h - F.avg_pool1d(h, 3, stride=1, padding=1)),
     "last token": tokens(lambda h: h[:, -1:].expand_as(h)),
@@ -376,6 +394,10 @@ WRONG = {
         lambda: m.Gpt(block=partial(TokenBlock, normed=lambda h: F.rrelu(h, training=True))),
         lambda: gpt_plan(sequence=True),
         train=True,
+    ),
+    "truth values of a DTensor": Case(
+        lambda: m.Gpt(block=partial(TokenBlock, normed=lambda h: h * (h > 1).any(1, keepdim=True))),
+        lambda: gpt_plan(sequence=True),
     ),
     "a part of the logits written": Case(lambda: PartDoubled(2), lambda: gpt_plan("vocab_parallel")),
     "samples compared, of flattened tokens": flattened(lambda h: h - h.mean(0, keepdim=True)),
@@ -408,6 +430,10 @@ RIGHT = {
     # of the same kinds
     "features clamped": features(lambda h: h.clamp(-1, 1) + torch.ones_like(h) * 0.5),
     "attention written out": attention(),
+    "the number of tokens in a tensor": features(lambda h: h / torch.tensor(h.shape[1], dtype=h.dtype)),
+    "features flattened": features(lambda h: h.flatten().tanh().view(h.shape)),
+    "statistics that nothing needs": features(lambda h: (h.softmax(-1).sum(), h.mean().sqrt(), h)[-1]),
+    "conjugates": features(lambda h: torch.complex(h, h.tanh()).conj().abs()),
     "heads under vmap": Case(lambda: m.Gpt(MappedAttention), lambda: gpt_plan(**HEADS, attn__out="rowwise")),
     "scores capped": attention(scores=lambda s: 5 * torch.tanh(s / 5)),
     "pairs of features turned": Case(lambda: m.Gpt(block=partial(TokenBlock, normed=turned_pairs))),

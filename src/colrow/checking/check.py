@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from colrow.checking.buffers import check_buffers
-from colrow.checking.dynamic import check_dynamic
+from colrow.checking.dynamic import OF_CODE, check_dynamic
 from colrow.checking.finding import CODES, Code, Finding, Severity, finding, finding_of
 from colrow.checking.gradients import check_gradients
 from colrow.checking.options import check_options
@@ -83,8 +83,11 @@ def check(
         known = {f.code for f in found} & {"CR302"}  # the static layer names the head, the dry run only the loss
         found += [f for f in _from_run(model, plan, mesh.tp, run) if f.code not in known]
         found += check_options(run, reduce_dtype, compiled)
-        if not _errors(found) and run.reference_failure is None:
-            found += check_unproven(model, plan, mesh, batch_size, seq_len, inputs, loss, param_dtype)
+        suspects = [f for f in found if f.severity == "error" and f.code in OF_CODE]
+        others = [f for f in found if f not in suspects]
+        if not _errors(others) and run.reference_failure is None:
+            step = batch_size, seq_len, inputs, loss, param_dtype
+            found = others + check_unproven(model, plan, mesh, *step, suspects)
     return _ordered(found, flops_split)
 
 

@@ -17,6 +17,9 @@ from colrow.dryrun.result import DryRun, Failure, Output
 from colrow.plans.plan import Plan
 from colrow.torch_compat import needs_values
 
+OF_CODE = ("CR208", "CR209", "CR213", "CR413")
+"""Errors in calls of the model's own code, whether their results are used or not."""
+
 
 def check_dynamic(run: DryRun, plan: Plan, tp: int) -> list[Finding]:
     """Findings on activations, views, communication and the loss."""
@@ -125,8 +128,10 @@ def _view_code(got: RecordedCall, want: RecordedCall, tp: int) -> str | None:
         return "CR208" if got.dim == sharded[0] and not blocks else None
     if len(got.result) != 1 or len(want.result) != 1 or len(got.result[0]) != len(want.result[0]):
         return None
-    if sharded[0] == 0 and len(want.source) > 1:
-        return None  # batch merged with heads, or flattened tokens: a shard of them unflattens like all of them
+    if sharded[0] == 0:
+        # Batch merged with heads, or flattened tokens: a shard of them unflattens like all of them. A vector may be all
+        # elements of a shard, and then each dim may shrink: what is right CR414 knows.
+        return None
     # The sharded dim becomes several. Right: the outermost one is a shard. Wrong: it keeps its size, since the model's
     # code names it (n_heads, the number of fused parts), and another one shrinks.
     (got_shape,), (want_shape,) = got.result, want.result

@@ -6,7 +6,7 @@ The other layers know mistakes that people make, and explain them. This one know
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -30,11 +30,19 @@ def check_unproven(
     inputs: GivenInputs | None,
     loss: Loss,
     dtype: torch.dtype | None,
-) -> Iterator[Finding]:
-    """Findings on operators, layouts and gradients; one for each module and kind."""
+    suspects: Sequence[Finding] = (),
+) -> list[Finding]:
+    """Findings on operators, layouts and gradients; one for each module and kind.
+
+    Args:
+        suspects: errors in the model's own code, which are returned instead where the step computes with something
+            that is not proven. Where it does not, they are of values that nothing needs: of a statistic that is only
+            logged, say.
+    """
     found = unproven_operators(model, plan, mesh.tp, batch_size, seq_len, inputs=inputs, loss=loss, dtype=dtype)
-    for unproven in found:
-        yield finding("CR414", unproven.where or "model", _message(unproven), FIX)
+    if suspects and any(unproven.is_used for unproven in found):
+        return list(suspects)
+    return [finding("CR414", unproven.where or "model", _message(unproven), FIX) for unproven in found]
 
 
 def _message(unproven: Unproven) -> str:

@@ -36,6 +36,7 @@ from colrow.torch_compat import (
     path_in_torch,
     tree_flatten,
     tree_leaves,
+    written_numbers,
 )
 
 _COLROW = Path(__file__).parents[1]
@@ -70,7 +71,7 @@ class Operation:
         name = operator_name(func)
         self.name = "view" if name in _VIEWS else name
         self.leaves, self.tree = tree_flatten((args, kwargs))
-        self.inputs = [run.value(leaf) if isinstance(leaf, Tensor) else None for leaf in self.leaves]
+        self.inputs = [run.number(leaf) if isinstance(leaf, Tensor) else None for leaf in self.leaves]
         self.shapes = tuple(shape_of(leaf) for leaf in self.leaves)
         self.results: list[Tensor] = []
 
@@ -117,13 +118,22 @@ class NumberedRun(TorchDispatchMode):
     # -- values
 
     def value(self, tensor: Tensor) -> Value:
-        """A tensor that was made before the run and is no parameter, buffer or input: the n-th of its kind there."""
+        """What a tensor is that a module, the loss or a gradient gets."""
+        return self.number(tensor)
+
+    def number(self, tensor: Tensor) -> Value:
+        """A tensor that was made before the run or from numbers, and is no parameter, buffer or input: the n-th of its
+        kind there, which the numbers belong to."""
         key = self._key(tensor)
         if key not in self._values:
-            kind = (self.module(), tuple(tensor.shape), str(tensor.dtype))
+            kind = (self.module(), tuple(tensor.shape), str(tensor.dtype), self.numbers_written(tensor))
             self._counts[kind] += 1
             self._values[key] = Value(("constant", *kind, self._counts[kind]), REPLICATED)
         return self._values[key]
+
+    def numbers_written(self, tensor: Tensor) -> tuple[Any, ...] | None:
+        """The values of a tensor that code made from numbers: `torch.tensor(h.shape[-1])` is another one on a shard."""
+        return written_numbers(tensor)
 
     def set_value(self, tensor: Tensor, number: Hashable, layout: Layout) -> None:
         """What the tensor is from now on."""
@@ -221,6 +231,7 @@ class NumberedRun(TorchDispatchMode):
                 self.set_value(operation.results[0], *operation.values[0])
             elif operation.results:
                 self.ran(operation, self._pairing_key(operation))
+            self.finished(operation)
         finally:
             self.inside -= 1
         return out
@@ -241,6 +252,9 @@ class NumberedRun(TorchDispatchMode):
     def ran(self, operation: Operation, key: tuple[Any, ...]) -> None:
         """An operator has run."""
         raise NotImplementedError
+
+    def finished(self, operation: Operation) -> None:
+        """What its results are is known."""
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -89,6 +89,12 @@ class ShardedRun(NumberedRun):
         line = source.line if where is None else ""
         self.reports.found.append(Unproven(operator, source.module if where is None else where, line, reason, dim))
 
+    def numbers_written(self, tensor: Tensor) -> tuple[Any, ...] | None:
+        written, (held, all_of_them) = super().numbers_written(tensor), self._sequences
+        if written == (held,) != (all_of_them,):  # a number of sequences, which on real ranks counts all
+            return (all_of_them,)
+        return written
+
     # -- operators
 
     def ran(self, operation: Operation, key: tuple[Any, ...]) -> None:
@@ -102,7 +108,7 @@ class ShardedRun(NumberedRun):
             self._first_layouts.setdefault(forward_number(), operation.values[0].layout)
         if any(isinstance(x, DTensor) for x in (*operation.leaves, *operation.results)):
             self._ran_on_dtensors(operation, recorded, numbers)
-            self._note_draw(operation, recorded, self.value(operation.results[0]).layout)
+            self._note_draw(operation, recorded, self.number(operation.results[0]).layout)
         elif source.in_style and self._ran_in_style(operation, backward):
             return
         elif (collective := operator(operation.name).collective) and operation.func.namespace == "_c10d_functional":
@@ -173,9 +179,19 @@ class ShardedRun(NumberedRun):
             return [UNKNOWN] * count
 
     def value(self, tensor: Tensor) -> Value:
-        """What a tensor is that something reads."""
         self.reports.read(self._key(tensor))
         return super().value(tensor)
+
+    def finished(self, operation: Operation) -> None:
+        """What is not proven counts where it is written somewhere or meets a DTensor; else, where its results do."""
+        keys = [self._key(leaf) for leaf in operation.leaves if isinstance(leaf, Tensor)]
+        results = {self._key(result): result for result in operation.results}
+        on = all(self.number(result).layout == UNKNOWN for result in operation.results)
+        if results and on and not operation.func._schema.is_mutable:
+            self.reports.pass_on(keys, results)
+        else:
+            for key in keys:
+                self.reports.read(key)
 
     def _judged(self, call: LocalCall) -> list[Layout]:
         """Equal blocks ask equal questions."""
@@ -243,10 +259,12 @@ class ShardedRun(NumberedRun):
                     operation.name, f"its global shape is {list(result.shape)}, unsharded {list(recorded.results[i])}"
                 )
             self.set_value(result, number, self._of_dtensor(result))
-        if operation.name in CUMULATIVE and (found := self.value(operation.results[0]).layout).kind is Kind.SHARDED:
+        if operation.name in CUMULATIVE and (found := self.number(operation.results[0]).layout).kind is Kind.SHARDED:
             dim = argument_of(operation.func, "dim", *tree_unflatten(operation.leaves, operation.tree))
             if dim % operation.results[0].ndim == found.dim:  # DTensor's rule takes -1 for another dim than the last
                 self.report(operation.name, "DTensor runs it on each shard alone", dim=found.dim)
+        if operation.name in ("any", "all") and self.number(operation.results[0]).layout == PARTIAL:
+            self.report(operation.name, "DTensor adds up truth values over ranks")
         shards = [value.layout.dim for value in operation.values if value.layout.kind is Kind.SHARDED]
         if shards and may_draw(operation.func) and not draws_by_element(operation.func):
             # DTensor seeds ranks apart, or not at all: neither gives the numbers of one process

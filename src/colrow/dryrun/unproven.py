@@ -1,10 +1,10 @@
-"""What of a sharded run is not proven: an operator's result counts once something reads it."""
+"""What of a sharded run is not proven: an operator's result counts once something needs it."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ class Unproven:
         where: the module's or parameter's name.
         line: `file.py:12` of the code that called it, or empty.
         dim: the sharded dim, where one is at fault.
+        is_used: a module, the loss or a gradient got it; else it only stands in an attribute when the step is over.
     """
 
     operator: str
@@ -25,6 +26,17 @@ class Unproven:
     line: str
     reason: str
     dim: int | None = None
+    is_used: bool = True
+
+
+@dataclass(eq=False)
+class _Pending:
+    """Attributes:
+    results: all tensors that were computed with it.
+    """
+
+    unproven: Unproven
+    results: list[weakref.ref[Tensor]]
 
 
 class Reports:
@@ -34,27 +46,36 @@ class Reports:
 
     def __init__(self) -> None:
         self.found: list[Unproven] = []
-        self._unread: dict[Hashable, tuple[Unproven, Sequence[weakref.ref[Tensor]]]] = {}
+        self._pending: dict[Hashable, tuple[_Pending, ...]] = {}
+        self._reported: set[_Pending] = set()
 
-    def add_when_read(self, found: Unproven, results: dict[Hashable, Tensor]) -> None:
-        """An operator's results, by their keys. torch makes tensors that nothing reads: vmap takes an element of a
-        batch for its dtype alone."""
-        references = [weakref.ref(result) for result in results.values()]
-        self._unread.update(dict.fromkeys(results, (found, references)))
+    def add_when_read(self, found: Unproven, results: Mapping[Hashable, Tensor]) -> None:
+        """An operator's results, by their keys. Code computes tensors that nothing needs: vmap takes an element of a
+        batch for its dtype alone, a logged statistic is dropped."""
+        self._hold((_Pending(found, []),), results)
+
+    def pass_on(self, keys: Iterable[Hashable], results: Mapping[Hashable, Tensor]) -> None:
+        """Results were computed with the tensors of these keys, and nothing more is known of them."""
+        self._hold(dict.fromkeys(p for key in keys for p in self._pending.get(key, ())), results)
 
     def read(self, key: Hashable) -> None:
-        """Something asks what the tensor with this key is."""
-        if key in self._unread:
-            self._add(self._unread[key])
+        """A module, the loss, a gradient or a write takes the tensor with this key."""
+        for pending in self._pending.pop(key, ()):
+            self._report(pending, is_used=True)
 
     def add_kept(self) -> None:
         """The step is over: what is not proven and still alive stands in an attribute, for the next forward perhaps."""
-        for unread in list(self._unread.values()):
-            if any(result() is not None for result in unread[1]):
-                self._add(unread)
+        for pending in dict.fromkeys(p for held in self._pending.values() for p in held):
+            if any(result() is not None for result in pending.results):
+                self._report(pending, is_used=False)
 
-    def _add(self, unread: tuple[Unproven, Sequence[weakref.ref[Tensor]]]) -> None:
-        left = {key: other for key, other in self._unread.items() if other is not unread}
-        if len(left) < len(self._unread):
-            self.found.append(unread[0])
-        self._unread = left
+    def _hold(self, pending: Iterable[_Pending], results: Mapping[Hashable, Tensor]) -> None:
+        for each in (pending := tuple(pending)):
+            each.results += map(weakref.ref, results.values())
+        if pending:
+            self._pending |= {key: self._pending.get(key, ()) + pending for key in results}
+
+    def _report(self, pending: _Pending, is_used: bool) -> None:
+        if pending not in self._reported:
+            self._reported.add(pending)
+            self.found.append(replace(pending.unproven, is_used=is_used))

@@ -79,6 +79,14 @@ class LocalCall:
         return [(here, there) for here, there, layout in pairs if layout is None and here != there]
 
     @property
+    def differing_values(self) -> list[tuple[Any, Any]]:
+        """Arguments that are numbers to compute with, not sizes or positions, and differ between the runs."""
+        if not self.differing:
+            return []
+        names = [argument.name for argument in self.func._schema.arguments if _is_value(argument.type)]
+        return [(here, there) for here, there in map(self.argument, names) if here != there]
+
+    @property
     def same_results(self) -> bool:
         return self.wanted is None or self.results == self.wanted
 
@@ -130,6 +138,13 @@ class LocalCall:
     def layouts_text(self) -> str:
         """The layouts of the tensors, for a message."""
         return ", ".join(str(layout) for layout, _ in self.tensors)
+
+
+def _is_value(kind: Any) -> bool:
+    """Whether a schema's type is that of a number to compute with: `Scalar`, `float` or `bool`, or one that may be
+    None. Sizes and positions are integers."""
+    kind = kind.getElementType() if kind.kind() == "OptionalType" else kind
+    return kind.kind() in ("NumberType", "FloatType", "BoolType")
 
 
 INDEXES = ("index", "index_put", "_index_put_impl", "_unsafe_index_put")

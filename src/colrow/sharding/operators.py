@@ -175,15 +175,15 @@ _known("boundary", "elementwise", linear=FIRST)  # the marker of a derivation's 
 # ---------------------------------------------------------------------- made from nothing but a shape
 
 _known("zeros new_zeros", "constant", fills=Filling.ZERO)
-_known("full scalar_tensor ones new_ones new_full", "constant", fills=Filling.CONSTANT)
+_known("full scalar_tensor ones new_ones new_full", "constant", fills=Filling.CONSTANT, counts=True)
 _known("empty new_empty empty_strided new_empty_strided", "constant", fills=Filling.UNSET)
 _known("arange linspace eye tril_indices triu_indices", "constant", fills=Filling.POSITION)
 _known("rand randn", "constant", fills=Filling.RANDOM, random=True, dtensor=LENIENT)
 _known("zeros_like", "like", fills=Filling.ZERO)
-_known("ones_like full_like", "like", fills=Filling.CONSTANT)
+_known("ones_like full_like", "like", fills=Filling.CONSTANT, counts=True)
 _known("empty_like", "like", fills=Filling.UNSET)
 _known("rand_like randn_like", "like", fills=Filling.RANDOM, random=True, dtensor=LENIENT)
-_known("fill", "elementwise", fills=Filling.CONSTANT)
+_known("fill", "elementwise", fills=Filling.CONSTANT, counts=True)
 _known("zero", fills=Filling.ZERO)
 _known("bernoulli", "like", random=True, dtensor=LENIENT)  # its input holds the probabilities
 
@@ -249,7 +249,8 @@ _known(
     _prelu_kernel _prelu_kernel_backward
     threshold_backward gelu_backward silu_backward mish_backward softplus_backward sigmoid_backward tanh_backward
     logit_backward lgamma digamma erfinv erfc acos asin asinh acosh atanh sinc fmin fmax hypot copysign
-    logaddexp logaddexp2 heaviside nextafter frac i0 special_entr sgn signbit polar complex angle imag""",
+    logaddexp logaddexp2 heaviside nextafter frac i0 special_entr sgn signbit polar complex angle imag _neg_view
+    _conj_physical conj_physical""",
     runs=NONE,
 )
 

@@ -34,6 +34,11 @@ from colrow.torch_compat import NoRuleError, propagated
 
 def proven_layouts(call: LocalCall, mesh: DeviceMesh) -> list[Layout]:
     """The layout of each result, by the first rule that covers the call. Raises UnprovenError."""
+    if call.facts.fills is not Filling.POSITION and (values := call.differing_values):
+        here, there = values[0]
+        raise UnprovenError(
+            f"it computes with {here} on the shard and {there} in the unsharded model", call.sharded_dim
+        )
     if call.facts.rule == "constant" and call.facts.fills not in (Filling.POSITION, Filling.RANDOM):
         # All elements are equal: any smaller tensor is a shard of the larger one.
         return [_of_equal_elements(call, 0, range(len(call.results[0])))]

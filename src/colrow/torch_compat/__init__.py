@@ -57,6 +57,7 @@ from colrow.torch_compat.simulated import needs_values as needs_values
 from colrow.torch_compat.simulated import per_rank as per_rank
 from colrow.torch_compat.simulated import quiet_fake_tensors as quiet_fake_tensors
 from colrow.torch_compat.simulated import tensors_of_ranks as tensors_of_ranks
+from colrow.torch_compat.simulated import written_numbers as written_numbers
 from colrow.torch_compat.tensors import CompilableMode as CompilableMode
 from colrow.torch_compat.tensors import apply_to_tensors as apply_to_tensors
 from colrow.torch_compat.tensors import attention_backend as attention_backend

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from colrow.torch_compat.dtensors import StridedShard
 from colrow.torch_compat.names import private, replaced
+from colrow.torch_compat.tensors import is_transformed
 
 
 @contextmanager
@@ -48,6 +49,16 @@ def constant_index(tensor: Any) -> int | None:
         return None
     with private("torch.utils._mode_utils:no_dispatch", "to read an index that code wrote down")():
         return int(value.item())
+
+
+def written_numbers(tensor: Any) -> tuple[Any, ...] | None:
+    """The values of a small tensor that code made from numbers (`torch.tensor(0.5)`) within a fake mode; None of any
+    other. What is not a number is `nan`, which equals itself."""
+    value = tensor if type(tensor) is torch.Tensor else getattr(tensor, "constant", None)
+    if value is None or value.is_meta or value.numel() > 64 or is_transformed(value):
+        return None
+    with private("torch.utils._mode_utils:no_dispatch", "to read a number that code wrote down")():
+        return tuple("nan" if number != number else number for number in value.flatten().tolist())
 
 
 def needs_values(error: BaseException) -> bool:
