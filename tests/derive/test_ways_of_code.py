@@ -34,6 +34,7 @@ def generator() -> torch.Generator:
 
 
 X = torch.randn(2, T, D, dtype=torch.float64, generator=generator())
+IDS = torch.randint(0, 20, (2, 8), generator=generator())
 
 
 class Attention(nn.Module):
@@ -160,6 +161,29 @@ class BareHead(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         return self.decoder(ids, x + self.encode(x))
+
+
+class Tied(nn.Module):
+    """The same in a model of token shards, whose own code has the product behind the last norm."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.mlp = nn.LayerNorm(D), Mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.mlp(self.norm(x))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(20, D), nn.LayerNorm(D)
+        self.blocks = nn.ModuleList(self.Block() for _ in range(2))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return F.linear(self.norm(x), self.embed.weight)
 
 
 class HeadBias(nn.Module):
@@ -365,11 +389,15 @@ SPLIT: dict[Callable[[], nn.Module], set[str]] = {
 }
 
 
+def inputs_of(build: Callable[[], nn.Module]) -> tuple[Tensor, ...]:
+    return (IDS,) if build is Tied else (X, *MORE_INPUTS.get(build, ()))
+
+
 def derived(build: Callable[[], nn.Module]) -> tuple[set[str], list[str], float]:
     """What is split, the check's errors, and the worst error of loss and gradients on two ranks."""
     torch.manual_seed(0)
     model = build().double()
-    inputs = (X, *MORE_INPUTS.get(build, ()))
+    inputs = inputs_of(build)
     found = derive(model, 2, inputs=inputs)
     findings = check(model, found.plan(), Mesh(tp=2), inputs=inputs)
     errors = [str(f) for f in findings if f.severity == "error"]
@@ -382,6 +410,25 @@ def test_it_is_split_and_computes_the_same(build: Callable[[], nn.Module]) -> No
     assert errors == []
     assert sharded >= SPLIT[build]
     assert worst < TOLERANCE
+
+
+@pytest.mark.parametrize("tp", params([2, 4], exhaustive=lambda tp: tp == 4))
+def test_a_product_with_the_embeddings_weight_is_a_head(tp: int) -> None:
+    torch.manual_seed(0)
+    model, ids = Tied().double(), inputs_of(Tied)
+    found = derive(model, tp, inputs=ids)
+    assert found.sequence_parallel
+    assert "embed.weight" in found.sharded
+    plan = Plan.from_yaml(found.plan().to_yaml())
+    assert not [f for f in check(model, plan, Mesh(tp=tp), inputs=ids) if f.severity == "error"]
+    assert parity(model, plan, tp, ids).worst < TOLERANCE
+    broken = replace(plan, modules=plan.modules | {"norm": replace(plan.modules["norm"], input=None)})
+    assert parity(model, broken, tp, ids).worst > 1e-3
+
+
+def test_a_vocabulary_that_does_not_divide_is_no_head_of_a_product() -> None:
+    found = derive(Tied(), 3, inputs=(torch.zeros(2, 9, dtype=torch.int64),))
+    assert "the logits are a linear in the model, and tp=3 does not divide their 20" in found.replicated["embed.weight"]
 
 
 @pytest.mark.exhaustive
@@ -419,17 +466,17 @@ def twenty_steps(device: str, name: str, plan: str) -> list[float]:
     model, made = globals()[name]().double().train(), Plan.from_yaml(plan)
     mesh = init_device_mesh(device, (2,), mesh_dim_names=("tp",))
     parallelize(model, made, mesh)
-    return losses(model, Inputs.of((X,)), made, mesh)
+    return losses(model, Inputs.of(inputs_of(globals()[name])), made, mesh)
 
 
 @pytest.mark.distributed
 @pytest.mark.exhaustive
-def test_two_of_them_train_twenty_steps_as_one_process_does(ranks: Ranks) -> None:
-    for build in (Latents, HeadBias):
+def test_three_of_them_train_twenty_steps_as_one_process_does(ranks: Ranks) -> None:
+    for build in (Latents, HeadBias, Tied):
         torch.manual_seed(0)
         model = build().double().train()
-        plan = derive(model, 2, inputs=(X,)).plan()
-        alone = losses(model, Inputs.of((X,)), None, None)
+        plan = derive(model, 2, inputs=inputs_of(build)).plan()
+        alone = losses(model, Inputs.of(inputs_of(build)), None, None)
         for found in ranks(2).run(twenty_steps, build.__name__, plan.to_yaml()):
             assert found == pytest.approx(alone, rel=1e-12)
         if build is Latents:

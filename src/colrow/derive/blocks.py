@@ -7,11 +7,13 @@ none, each column product is prepared on its own.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 from torch.fx import Node
 
 from colrow.derive.axes import Atom
+from colrow.derive.bare_heads import BareHead, bare_head, no_head
 from colrow.derive.flow import Flow, Flows, SpmdType, ancestors
 from colrow.derive.infer import is_float, is_lookup, op_name
 from colrow.derive.trace import is_boundary, label_of
@@ -60,6 +62,7 @@ class BlockFinder:
         self.owners = self._weight_owners()
         self.order = {node: i for i, node in enumerate(self.nodes)}
         self._inside: dict[str, list[Node]] = {}
+        self.bare_heads: dict[Node, BareHead] = {}
 
     # ------------------------------------------------------------------ components
 
@@ -430,20 +433,14 @@ class BlockFinder:
                 ins = [b for b in self.inputs(name) if is_float(b)]
                 names = set().union(*(self.flows.params_of.get(i, set()) for i in node.all_input_nodes))
                 if not ins or not any(name in self.flows.sharers[n] for n in names):
-                    raise SplitError(
-                        self.atoms_of({node}) & self.choice.vocabulary,
-                        f"the logits are a {op_name(node)} in {name or 'the model'}, and no module's output",
-                    )
+                    if self.column_blocks or (head := bare_head(self, node)) is None:
+                        raise SplitError(self.atoms_of({node}) & self.choice.vocabulary, no_head(self, node))
+                    self.bare_heads[node] = head
+                    ins = [head.entry]
                 out |= set(ins)
         return out
 
 
 def _common(paths: list[list[str]]) -> list[str]:
-    if not paths:
-        return []
-    out = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        out.append(parts[0])
-    return out
+    alike = itertools.takewhile(lambda parts: len({*parts}) == 1, zip(*paths, strict=False))
+    return [parts[0] for parts in alike]

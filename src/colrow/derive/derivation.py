@@ -316,7 +316,8 @@ class _Derive:
         for node, name in self.inference.params.items():
             if objection.concerns(name):
                 atoms |= split.finder.atoms_of({node})
-        return SplitError(atoms, objection.why)
+        # an error that no module has: the model's code may not know logits of a part of the vocabulary
+        return SplitError(atoms or {*split.flows.choice.vocabulary}, objection.why)
 
     def _sequence_parallel(self, split: Split, why: list[str]) -> Iterator[Derivation]:
         """With the stream on sequence shards, over as much of the model as can be first; `why` gets what is in the
@@ -401,7 +402,8 @@ class _Derive:
         for label in (label_of(node) for node in split.borders()[1]) if split else ():
             if label.path == "0":
                 reductions[with_stars(label.module)] += self.exported.count(label.module)
-        names = [name for name, _ in self.exported.complete.named_modules(remove_duplicate=False) if name]
+        modules = self.exported.complete.named_modules(remove_duplicate=False)
+        names = [name for name, _ in modules if name or name in emission.modules]
         return Derivation(
             tp=self.tp,
             modules=by_pattern(self.exported.spread(emission.modules, names), names),

@@ -31,6 +31,7 @@ class Emitter(ModuleEmitter):
             self._shards(name, locals_)
         for block in self.blocks:
             self._block(block, block.module in locals_)
+        self._bare_heads()
         self._groups()
         self._buffers()
         self._unsharded_parameters()

@@ -243,7 +243,7 @@ class ModuleEmitter:
         return spec
 
     def _embedding(self, name: str) -> None:
-        if self._read_in_vain(f"{name}.weight"):
+        if self._read_in_vain(f"{name}.weight") or self.finder.bare_heads:
             if self.early:
                 raise SplitError(self._atoms(name), f"code of another module reads {name}.weight")
             self._put(name, style="fast_embedding", all_tokens=True)
@@ -258,6 +258,21 @@ class ModuleEmitter:
             return False
         owners = {p.rpartition(".")[0] for p in (name, *(t for t, first in self.traced.ties.items() if first == name))}
         return all(module_path(user) in owners for user in node.users)
+
+    def _bare_heads(self) -> None:
+        """The module before a product with the embedding's weight gathers for it, and the product's own gathers it."""
+        for head in self.finder.bare_heads.values():
+            label = label_of(head.entry)
+            taken = [name for name in (label.module, head.reader) if name in self.out.modules]
+            if taken or not self.traced.single_output:
+                raise SplitError(set(self.choice.vocabulary), f"{taken or 'the model'} cannot gather for the logits")
+            if label.path.isdigit():
+                before = ["none"] * int(label.path)
+                self._put(label.module, style="local_block", input=[*before, self.inside])
+            else:
+                self._put(label.module, style="local_block", input_kwargs={label.path: self.inside})
+            logits = f"shard({head.dims - 1})"
+            self._put(head.reader, style="prepare_output", output=[logits], desired=["replicate"])
 
     def _head(self, name: str) -> None:
         self._put(name, style="colwise", use_local_output=False)

@@ -92,6 +92,8 @@ class Trace:
     """How many positional arguments each module is called with."""
     results: dict[str, int] = field(default_factory=dict)
     """How many results each module returns: 0 for a single tensor."""
+    single_output: bool = True
+    """Whether the model returns a tensor, and nothing around it."""
     outside: frozenset[str] = frozenset()
     """Parameters that code of other modules reads too, whether the value is used or not."""
     opaque: Opaque = NOTHING_OPAQUE
@@ -126,10 +128,11 @@ class _Called(nn.Module):
 
     def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__()
-        self.m, self.names = model, names
+        self.m, self.names, self.calls = model, names, Calls()
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         output = call_model(self.m, Inputs(inputs).named(self.names))
+        self.calls.single_output = isinstance(output, Tensor)
         main, losses = main_tensor(output), auxiliary_losses(output)
         return (main, *losses.values()) if losses else main
 
@@ -175,6 +178,7 @@ def _exported(
             contextlib.redirect_stderr(io.StringIO()),  # where export fails it prints the graph so far
         ):
             warnings.simplefilter("ignore")
+            wrapper.calls = calls
             with watching_reads(model) as outside:  # of the model's code alone: each call costs
                 exported = torch.export.export(wrapper, tuple(inputs), strict=False)
             yield exported, calls, outside
@@ -240,6 +244,7 @@ def trace(
         values=values,
         positional=calls.positional,
         results=calls.results,
+        single_output=calls.single_output,
         outside=frozenset(outside),
         opaque=opaque,
         undecomposed=undecomposed,
@@ -279,6 +284,7 @@ class Calls:
     shapes: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     positional: dict[str, int] = field(default_factory=dict)
     results: dict[str, int] = field(default_factory=dict)
+    single_output: bool = True
 
 
 @contextlib.contextmanager
