@@ -86,7 +86,8 @@ class ModelSection(_Section):
     def _one_source(self) -> ModelSection:
         given = [k for k in ("shape", "huggingface", "python") if getattr(self, k) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of shape, huggingface, python (given: {', '.join(given) or 'none'})")
+            fix = "set the others to null, and layers too unless a shape is left" if given else "such as shape: laptop"
+            raise ValueError(f"give one of shape, huggingface, python (given: {', '.join(given) or 'none'}): {fix}")
         return self
 
 
@@ -317,10 +318,10 @@ class RunConfig(_Section):
         """With these in the place of `auto`; what was given stays. The carriers belong to the mesh's data engine."""
         values: dict[str, Any] = {}
         if "train.micro_batch" in self.auto:
-            values["train"] = self.train.model_copy(update={"micro_batch": micro_batch})
+            values["train.micro_batch"] = micro_batch
         if "mesh" in self.auto:
-            values |= {"mesh": mesh, "fsdp": self.fsdp.model_copy(update={"gather": gather, "exchange": exchange})}
-        chosen = self.model_copy(update=values)
+            values |= {"mesh": mesh, "fsdp.gather": gather, "fsdp.exchange": exchange}
+        chosen = self.with_values(values)
         chosen._auto = frozenset()
         return chosen
 
@@ -440,7 +441,7 @@ def _describe(item: Any) -> str:
 def describe_value(item: Any, more: str = "") -> str:
     """What pydantic finds wrong with a value, what else there is to say, and the value."""
     message = re.sub(", (unable to|got a number).*", "", item["msg"].removeprefix("Value error, "))
-    return f"{message}{more} (given: {shortened(item['input'])})"
+    return message if "(given: " in message else f"{message}{more} (given: {shortened(item['input'])})"
 
 
 def shortened(value: Any) -> str:

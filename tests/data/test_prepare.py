@@ -327,8 +327,12 @@ def test_too_small_a_validation_split_names_the_fraction_that_is_enough(section,
 
 
 def test_too_great_a_validation_split_is_named(section, texts):
-    with pytest.raises(DataError, match=r"0 tokens to train on .* or a data\.validation_fraction below 0\.99"):
+    with pytest.raises(DataError, match=r"0 tokens to train on .* or a data\.validation_fraction of ") as error:
         prepare(section(f"{texts}/*.txt", validation_fraction=0.999999), VOCAB, False)
+    reported = re.search(r"validation_fraction of ([\d.]+) or less", str(error.value))
+    assert reported
+    data = prepare(section(f"{texts}/*.txt", validation_fraction=float(reported[1])), VOCAB, False)
+    assert data.counts.tokens["train"] > 32
 
 
 def test_one_short_document_cannot_be_split(section, tmp_path):

@@ -17,6 +17,8 @@ from colrow.derive.derivation import DeriveOptions, derive
 from colrow.errors import ConfigError
 from colrow.mesh import Mesh, MeshAxes
 from colrow.models.build import Source
+from colrow.models.llama import Llama
+from colrow.models.shapes import SHAPES
 from colrow.parallel.data_parallel import apply_data_parallel
 from colrow.parallel.outputs import untrained_losses
 from colrow.parallel.parallelize import parallelize
@@ -151,6 +153,17 @@ def test_the_weights_are_those_of_the_model_s_own_loss() -> None:
     assert auxiliary_weights(Source(Labelled(), "model", None, "built"), None) == WEIGHTS
     assert auxiliary_weights(Source(Labelled(), "model", None, "built"), {"balance": 2.0}) == {"balance": 2.0}
     assert auxiliary_weights(Source(build(dtype=torch.float32), "model", None, "built"), None) == {}
+
+
+def test_a_weight_of_a_loss_that_no_model_returns_is_refused_before_the_ranks_start() -> None:
+    with pytest.raises(
+        ConfigError, match=r"has a weight for z, and model returns no such scalar: it returns .*balance"
+    ):
+        auxiliary_weights(Source(Labelled(), "model", None, "built"), {"balance": 2.0, "z": 1.0})
+    with torch.device("meta"):
+        llama = Source(Llama(SHAPES["laptop"]), "laptop", SHAPES["laptop"], "seeded")
+    with pytest.raises(ConfigError, match=r"it returns none: set train.auxiliary_losses to \{\}$"):
+        auxiliary_weights(llama, {"z": 1.0})
 
 
 def test_an_option_that_changes_the_loss_is_refused() -> None:

@@ -158,9 +158,9 @@ def _configured_tokenizer(section: DataSection, model_vocab: int) -> Tokenizer |
             )
         return None
     if vocab_size is not None:
+        fix = ", or vocab_size to use the one given" if path.exists() else f" ({path} does not exist)"
         raise DataError(
-            f"data.tokenizer has both path={path} and vocab_size={vocab_size}: "
-            f"leave out path to train a tokenizer, or vocab_size to use the one given"
+            f"data.tokenizer has both path={path} and vocab_size={vocab_size}: leave out path to train a tokenizer{fix}"
         )
     tokenizer = load_tokenizer(path, section.special_tokens == "encode")
     tokenizer.require_fits(model_vocab, f"tokenizer {path}")
@@ -285,8 +285,9 @@ def _require_a_sequence(meta: ShardMeta, section: DataSection) -> None:
     required = f"fewer than one sequence (data.seq_len={section.seq_len} needs {need:,})"
     if train < need:
         fixes = ["use more text"]
-        if train + validation >= 2 * need:
-            fixes.append(f"a data.validation_fraction below {section.validation_fraction}")
+        fraction = math.floor(1000 * (1 - _likely_share(meta, need))) / 1000
+        if 0 < fraction < section.validation_fraction:
+            fixes.append(f"a data.validation_fraction of {fraction:g} or less")
         if train > 2:
             fixes.append(f"data.seq_len of {train - 1:,} or less")
         raise DataError(
@@ -303,9 +304,16 @@ def _require_a_sequence(meta: ShardMeta, section: DataSection) -> None:
 
 def _hold_out_more(meta: ShardMeta, need: int) -> str:
     """The fix for too small a validation split: a fraction that very likely holds out enough, where there is one."""
-    documents, tokens = sum(meta.documents.values()), sum(meta.tokens.values())
-    # A document is held out as a unit, by a hash: aim at three documents and half again the tokens that are needed.
-    fraction = math.ceil(1000 * max(3 / documents, 1.5 * need / tokens)) / 1000
+    fraction = math.ceil(1000 * _likely_share(meta, need)) / 1000
     if fraction <= 0.5:
         return f"set data.validation_fraction to {fraction:g} or more, or use more text"
     return "use more text, or a shorter data.seq_len; a document is held out as a unit or not at all"
+
+
+def _likely_share(meta: ShardMeta, need: int) -> float:
+    """The share of the documents that very likely has `need` tokens; above 1 where the corpus is too small.
+
+    A document goes to a split as a unit, by a hash: aim at three documents and half again the tokens that are needed.
+    """
+    documents, tokens = sum(meta.documents.values()), sum(meta.tokens.values())
+    return max(3 / documents, 1.5 * need / tokens) if tokens else math.inf

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from colrow.dryrun.calls import call_model, is_huggingface, vocabulary
+from colrow.dryrun.calls import call_model, example_inputs, is_huggingface, vocabulary
 from colrow.dryrun.reduced_model import reduced_model
 from colrow.errors import ConfigError
 from colrow.models.build import Source
-from colrow.parallel.outputs import auxiliary_losses, main_tensor
+from colrow.parallel.outputs import auxiliary_losses, main_tensor, output_tensors
 from colrow.sharding.parameter_state import copied_model
 
 _TOLERANCE = 1e-5
@@ -37,6 +37,7 @@ def auxiliary_weights(source: Source, given: Mapping[str, float] | None) -> dict
         ConfigError: the model's own loss is another one than next-token cross entropy plus the losses that it returns.
     """
     if given is not None:
+        _require_returned(source, given)
         return dict(given)
     if source.config is not None or "labels" not in inspect.signature(source.model.forward).parameters:
         return {}
@@ -56,6 +57,27 @@ def auxiliary_weights(source: Source, given: Mapping[str, float] | None) -> dict
     if not is_huggingface(model):  # a user's model may take labels that are shifted already, as a run's targets are
         entropies.append(F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten()).item())
     return _weights(source.name, loss, entropies, auxiliary_losses(output))
+
+
+def _require_returned(source: Source, given: Mapping[str, float]) -> None:
+    """Raise a ConfigError where a reduced model returns none of the losses that are to be trained."""
+    scalars: list[str] = []
+    if given and source.config is None:  # colrow's own Llama returns logits alone
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            try:
+                model = small_model(source.model)
+                output = call_model(model, example_inputs(model, 2, 16))
+            except Exception:  # it does not run on a CPU, say: the first step looks again
+                return
+        scalars = [name for name, tensor in output_tensors(output) if tensor.dim() == 0]
+    for name in given:
+        if name not in scalars:
+            raise ConfigError(
+                f"train.auxiliary_losses has a weight for {name}, and {source.name} returns no such scalar: it returns "
+                f"{', '.join(scalars) or 'none'}",
+                {"train.auxiliary_losses": {key: weight for key, weight in given.items() if key in scalars}},
+            )
 
 
 def small_model(model: nn.Module) -> nn.Module:
