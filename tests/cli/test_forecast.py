@@ -92,6 +92,17 @@ def test_an_unknown_gpu_names_the_nearest(config: Path, capsys: pytest.CaptureFi
     assert colrow.cli.main(["forecast", str(config), "--gpus", "3", "--hosts", "2"]) == 2
 
 
+def test_copy_engines_of_gpus_that_do_not_reach_each_other_are_left_out(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = yaml.safe_load(config.read_text(encoding="utf-8"))
+    tree["mesh"] = {"dp_shard": 2, "data_engine": "flat"}
+    tree["fsdp"] = {"gather": "copy_engine", "exchange": "copy_engine"}
+    config.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    assert colrow.cli.main(["forecast", str(config), "--gpus", "2", "--gpu", "l40s"]) == 0  # replicas gather nothing
+    assert "left out: dp_shard 2: copy engines: no rate" in capsys.readouterr().out
+
+
 def test_fp8_of_the_config_is_forecast(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tree = yaml.safe_load(config.read_text(encoding="utf-8"))
     tree["train"]["fp8"] = "tensorwise"

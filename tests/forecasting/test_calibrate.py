@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from colrow.errors import ConfigError
-from colrow.forecasting.calibrate import SMALL, calibrate
+from colrow.forecasting.calibrate import SMALL, _Clock, _peer_copy, calibrate
 from colrow.forecasting.devices import device_named
 from helpers.harness import Ranks
 
@@ -19,6 +19,11 @@ pytestmark = pytest.mark.distributed
 
 def measure(device: str) -> dict[str, Any]:
     return calibrate(torch.device(device), SMALL)
+
+
+def without_peers(device: str) -> dict[str, float]:
+    cpu = torch.device(device)
+    return _peer_copy(cpu, _Clock(cpu, 2), SMALL, "copy_engine")
 
 
 @pytest.mark.exhaustive
@@ -32,8 +37,17 @@ def test_ranks_agree_on_a_table_that_the_forecast_reads(ranks: Ranks, tmp_path: 
     path.write_text(json.dumps(first), encoding="utf-8")
     device = device_named("h100-sxm", path)
     assert device.rates.matmul == rates["matmul"]
+    assert device.rates.peer_copy == rates["peer_copy"]
+    assert ranks(2).run(without_peers)[0] == {"peer_copy": 0.0}
     assert device.rates.links[2][0][1] == rates["links"]["2"][0][1]
     assert device.source.startswith("calibrated: 2 × ")
+
+
+def test_a_table_without_peer_copies_has_those_of_the_data_sheet(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({"rates": {"matmul": 1e12}, "band": 0.1, "source": "a test"}), encoding="utf-8")
+    assert device_named("b200", path).rates.peer_copy == device_named("b200").rates.peer_copy > 0
+    assert device_named("l40s", path).rates.peer_copy == 0.0
 
 
 def test_a_file_without_rates_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ JOB = "--job"
 
 @dataclass(frozen=True)
 class Flags:
-    """Measure matmuls, attention, memory, the update and all-gathers on this host; some minutes."""
+    """Measure matmuls, attention, memory, the update, all-gathers and peer copies on this host; some minutes."""
 
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Write the table to this file."""

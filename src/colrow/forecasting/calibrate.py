@@ -17,7 +17,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from colrow.errors import ConfigError
 from colrow.forecasting.work import SHORT_ATTENTION
+from colrow.ops.carriers import carrier
+from colrow.ops.chunked import send_to_all
 
 BAND = 0.12
 """Half of the band around a calibrated step: what rates fitted on half of benchmarks/results missed the other half by,
@@ -67,6 +70,7 @@ def calibrate(device: torch.device, sizes: Sizes) -> dict[str, Any]:
 
     rates["launch"] = clock.seconds(launch, host=True) / launches
     rates["links"] = _links(device, clock, sizes)
+    rates |= _peer_copy(device, clock, sizes, "copy_engine" if device.type == "cuda" else "point_to_point")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     ranks = dist.get_world_size()
     return {"source": f"calibrated: {ranks} × {name}, torch {torch.__version__}", "band": BAND, "rates": rates}
@@ -110,6 +114,33 @@ def _links(device: torch.device, clock: _Clock, sizes: Sizes) -> dict[str, list[
         links[str(n)] = points
         dist.barrier()
     return links
+
+
+def _peer_copy(device: torch.device, clock: _Clock, sizes: Sizes, overlap: str) -> dict[str, float]:
+    """bytes/s that a rank sends to all others of this host, one after another, by this carrier: 0 where it cannot."""
+    others, nbytes = dist.get_world_size() - 1, sizes.messages[-2]
+    if not others:
+        return {}
+    try:
+        sender = carrier(overlap, str(_world().group_name), device)
+    except ConfigError:  # raised on all ranks: GPUs that do not reach each other's memory
+        return {"peer_copy": 0.0}
+    assert sender is not None
+    chunk = torch.zeros(nbytes // others, dtype=torch.uint8, device=device)
+
+    def exchange() -> None:
+        opened = sender.open(tuple(chunk.shape), chunk.dtype)
+        send_to_all(opened, chunk)
+        opened.receive_all()
+        opened.close()
+
+    return {"peer_copy": others * chunk.nbytes / clock.seconds(exchange)}
+
+
+def _world() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None
+    return group
 
 
 class _Clock:

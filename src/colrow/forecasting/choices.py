@@ -234,9 +234,8 @@ class Choices:
 
     def _plan_names(self, mesh: Mesh) -> Sequence[str]:
         name = self._config.plan
-        if self._as_given:
-            return [name]
-        return [name, "llama-overlap"] if name in PRESETS and name not in FAST and mesh.tp > 1 else [name]
+        overlaps = name in PRESETS and name not in FAST and mesh.tp > 1 and self._forecaster.device.rates.peer_copy > 0
+        return [name, "llama-overlap"] if overlaps and not self._as_given else [name]
 
     def _plan(self, name: str, tp: int) -> Plan:
         if (name, tp) not in self._plans:

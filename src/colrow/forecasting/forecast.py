@@ -170,6 +170,11 @@ class Forecaster:
         walked = self._walk(plan, mesh, options)
         program = Program.of(plan, compiled=options.compiled, cuda_graph=options.cuda_graph)
         setting = self._setting(walked, mesh, options, program)
+        if setting.copies_between_gpus and not self.device.rates.peer_copy:
+            raise ConfigError(
+                f"copy engines: no rate of copies between GPUs is known of {self.device.name}: use collectives, or a "
+                "table of colrow calibrate"
+            )
         memory = peak_memory(walked, setting).on(self.device.memory)
         time = step_time(walked, setting, program, self._machine)
         tokens = options.micro_batch * options.micro_batches * options.seq_len * mesh.dp

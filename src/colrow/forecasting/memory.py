@@ -78,6 +78,12 @@ class Setting:
         carrier = {"all_gather": self.gather, "all_to_all": self.exchange}.get(kind)
         return self.mesh.is_flat and axis == "dp_shard" and carrier == "copy_engine"
 
+    @property
+    def copies_between_gpus(self) -> bool:
+        """Whether GPUs must reach each other's memory."""
+        flat = self.mesh.is_flat and self.mesh.dp_shard > 1 and "copy_engine" in (self.gather, self.exchange)
+        return self.copy_engine or flat
+
 
 @dataclass(frozen=True)
 class Memory:
