@@ -172,9 +172,10 @@ class TrainSection(_Section):
     """Run the matmuls of a plan's fast styles in fp8, with one scale a tensor: changes results, needs Ada or Hopper."""
     compile: bool | None = None
     """Compile each block with torch.compile; unless given, on GPUs only."""
+    fused_kernels: bool = True
+    """Compiled blocks on GPUs use colrow's kernels where these move less memory than the compiler's: SwiGLU."""
     cuda_graph: bool | Literal["auto"] = False
-    """Replay forward, backward and update as CUDA graphs, for CPU-bound steps; only on a mesh of tp alone. `auto`:
-    where that works, and the fourth step finds that the GPU waits for the CPU."""
+    """Replay steps as CUDA graphs, tp alone; auto: if the fourth step finds that the GPU waits for the CPU."""
     activation_checkpoint: Literal["none", "selective", "full"] = "none"
     """What backward recomputes instead of keeping: selective: cheap operations and half the matmuls; full: all."""
     log_every: PositiveInt = 1
@@ -182,8 +183,7 @@ class TrainSection(_Section):
     check_batch_every: NonNegativeInt = 100
     """Steps between checks that the ranks of a tp or pp group read the same batch; 0: only in the first step."""
     replay_every: NonNegativeInt = 0
-    """Steps between searches for silent corruption: a step is repeated and compared bit for bit, with the hashes of
-    weights; 0: none."""
+    """Steps between searches for silent corruption, by a step repeated bit for bit and hashes of weights; 0: none."""
     hang_timeout: PositiveFloat | None = 120.0
     """Seconds without a sign of life from a rank after which the run is ended, and the rank is named; null: never."""
     hang_limits: HangLimits = HangLimits()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def compiled_and_eager(device: str, folder: Path) -> list[tuple[float, float]]:
     here = torch.device(device, dist.get_rank()) if device == "cuda" else torch.device(device)
     ids = torch.randint(0, 4096, (2, 33), generator=torch.Generator().manual_seed(3)).to(here)
     found = []
-    setup.compile_forward = lambda block: compile_forward(block, backend="aot_eager")
+    setup.compile_forward = partial(compile_forward, backend="aot_eager")
     try:
         for compiled, recompute in ((False, "none"), (True, "none"), (True, "selective"), (True, "full")):
             config = tiny(folder, "compiled", compile=compiled, precision="fp32", activation_checkpoint=recompute)

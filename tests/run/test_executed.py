@@ -48,11 +48,19 @@ def test_what_was_asked_for_is_not_executed_paths(training: Any) -> None:
 def test_what_operators_noted_is_reported_once(training: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executed, "compiled_graph_count", lambda: 1)
     for _ in range(2):
-        for kind, what in (("columns", 3), ("columns", 2), ("beside", "collectives"), ("loss", "triton")):
+        for kind, what in (
+            ("columns", 3),
+            ("columns", 2),
+            ("beside", "collectives"),
+            ("loss", "triton"),
+            ("fused", "SwiGLU in Triton"),
+        ):
             record(kind, what)
     assert recorded("columns") == ["3", "2"]
     reported = executed_paths(training, 32)
-    assert reported == ("fused qkv, gate/up, overlapped scatter, linear cross entropy in Triton, compiled blocks")
+    assert reported == (
+        "fused qkv, gate/up, overlapped scatter, linear cross entropy in Triton, SwiGLU in Triton, compiled blocks"
+    )
     lines = executed_line(reported).splitlines()
     assert all(len(line) <= 80 for line in lines)
     assert lines[0].startswith("ran        fused")

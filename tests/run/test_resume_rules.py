@@ -42,6 +42,7 @@ OTHER: dict[str, Any] = {
     "train.precision": "fp32",
     "train.fp8": "tensorwise",
     "train.compile": True,
+    "train.fused_kernels": False,
     "train.activation_checkpoint": "full",
     "pipeline.schedule": "gpipe",
     "pipeline.split": (1,),

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from colrow.ops.execution_record import record
 from colrow.ops.kernels.optional_triton import triton
 from colrow.ops.kernels.swiglu import (
     swiglu_gradient_reference,
@@ -29,6 +30,7 @@ def _by_kernel(y: Tensor) -> bool:
 
 @torch.library.custom_op("colrow::swiglu", mutates_args=(), schema="(Tensor y_TF, int gate) -> (Tensor, Tensor)")
 def _swiglu(y_TF: Tensor, gate: int) -> tuple[Tensor, Tensor]:
+    record("fused", "SwiGLU in Triton" if _by_kernel(y_TF) else "SwiGLU in torch")
     return swiglu_triton(y_TF, gate) if _by_kernel(y_TF) else swiglu_reference(y_TF, gate)
 
 

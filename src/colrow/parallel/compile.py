@@ -14,7 +14,9 @@ from colrow.parallel.random_draws import ARRANGED, draws_suspended, has_arranged
 from colrow.torch_compat import AsyncCollectiveTensor, is_async
 
 
-def compile_forward(block: nn.Module, backend: str = "inductor", dynamic: bool | None = None) -> None:
+def compile_forward(
+    block: nn.Module, backend: str = "inductor", dynamic: bool | None = None, *, fused: bool = True
+) -> None:
     """Compile a block's forward in place. Its name in the model stays, and hooks on the block (FSDP's, a plan's style
     at block level) run outside the graph; those on modules inside it are traced.
 
@@ -22,11 +24,12 @@ def compile_forward(block: nn.Module, backend: str = "inductor", dynamic: bool |
     draws are is not compiled.
 
     Args:
-        backend, dynamic: of torch.compile; for inductor, graphs are rewritten first (`fused_graph`).
+        backend, dynamic: of torch.compile.
+        fused: rewrite graphs before inductor compiles them (`fused_graph`).
     """
     if ARRANGED in block.__dict__:
         return
-    compiler = fused_inductor if backend == "inductor" else backend
+    compiler = fused_inductor if fused and backend == "inductor" else backend
     graph = torch.compile(block.forward, fullgraph=not has_arranged_draws(block), backend=compiler, dynamic=dynamic)
     block.forward = partial(_run, graph)
     block.register_forward_pre_hook(_wait_for_inputs, with_kwargs=True)

@@ -20,6 +20,8 @@ OVERLAPS = {
     "none": "nothing overlapped",
 }
 """What overlaps with matmuls, by what the backward of a column-parallel linear noted."""
+_NOTED = ("columns", "beside", "fp8", "loss", "data", "fused")
+"""What operators record of themselves."""
 
 
 def steps_until_known(training: Training) -> int:
@@ -33,7 +35,7 @@ def executed_paths(training: Training, seq_len: int) -> str:
     Collective. Operators note themselves as they run, graphs know whether they were captured, and torch counts the
     blocks that it compiled; attention's kernel is what torch selects for these sizes.
     """
-    local = [[what, value] for what in ("columns", "beside", "fp8", "loss", "data") for value in recorded(what)]
+    local = [[what, value] for what in _NOTED for value in recorded(what)]
     # ranks differ: of a pipeline the last stage alone has a head
     everywhere: list[list[list[str]] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, local)
@@ -48,7 +50,7 @@ def executed_paths(training: Training, seq_len: int) -> str:
     parts += [OVERLAPS[what] for what in executed.get("beside", [])]
     parts += [f"fp8 {what}" for what in executed.get("fp8", [])]
     parts += [f"linear cross entropy{' in Triton' if what == 'triton' else ''}" for what in executed.get("loss", [])]
-    parts += executed.get("data", [])
+    parts += [*executed.get("data", []), *executed.get("fused", [])]
     parts.append("compiled blocks" if training.compiled and compiled_graph_count() else "eager")
     if training.graphs and all(graph.captured for graph in training.graphs):
         parts.append("CUDA graphs")

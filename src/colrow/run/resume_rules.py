@@ -93,7 +93,13 @@ RULES: dict[str, Rule] = {
     **_rules(
         "used and printed",
         "speed and memory",
-        *("mesh.data_engine", "train.compile", "train.cuda_graph", "train.activation_checkpoint"),
+        *(
+            "mesh.data_engine",
+            "train.compile",
+            "train.fused_kernels",
+            "train.cuda_graph",
+            "train.activation_checkpoint",
+        ),
     ),
     **_rules(
         "used and printed",

@@ -174,7 +174,8 @@ def prepare_stage(
         materialize(stage.module, device)
     parallelize(stage.module, plan, mesh, absent=stage.absent)
     arrange_draws(stage.module, draws.modules, mesh, compiled=stage.blocks if compiles(config, device) else ())
-    wrap_blocks(stage.blocks, config.train.activation_checkpoint, compiled=compiles(config, device))
+    train = config.train
+    wrap_blocks(stage.blocks, train.activation_checkpoint, compiled=compiles(config, device), fused=train.fused_kernels)
     if config.mesh.is_flat:
         shard_over_data(stage.module, mesh)
     elif not precision.keeps_copies:
@@ -189,13 +190,13 @@ def prepare_stage(
     fill(stage.module, source, config.run.seed)
 
 
-def wrap_blocks(blocks: Sequence[nn.Module], mode: Mode, *, compiled: bool) -> None:
+def wrap_blocks(blocks: Sequence[nn.Module], mode: Mode, *, compiled: bool, fused: bool) -> None:
     """Recomputation and compile of each block, in place; why in this order: [Note: order of wrapping]."""
     if mode == "selective":
         apply_activation_checkpoint(blocks, mode, compiled=compiled)
     if compiled:
         for block in blocks:
-            compile_forward(block)
+            compile_forward(block, fused=fused)
     if mode == "full":
         apply_activation_checkpoint(blocks, mode)
 
