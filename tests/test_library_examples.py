@@ -89,7 +89,7 @@ def alone(
     return losses
 
 
-def test_a_plain_loop(ranks: Ranks) -> None:
+def test_a_plain_loop_trains_as_one_process_does(ranks: Ranks) -> None:
     example = load("plain_loop")
     torch.manual_seed(0)
     want = alone(example.Gpt(), example.batch, 3e-3, 1.0)
@@ -99,7 +99,7 @@ def test_a_plain_loop(ranks: Ranks) -> None:
     assert alone(example.Gpt(), example.batch, 3e-3, 1.0) != pytest.approx(want, rel=1e-4)
 
 
-def test_lightning_fabric(ranks: Ranks) -> None:
+def test_lightning_fabric_trains_as_one_process_does(ranks: Ranks) -> None:
     pytest.importorskip("lightning_fabric", reason="Lightning Fabric is no dependency: pip install lightning-fabric")
     example = load("fabric_loop")
     torch.manual_seed(0)
@@ -109,7 +109,7 @@ def test_lightning_fabric(ranks: Ranks) -> None:
 
 
 @pytest.mark.exhaustive
-def test_accelerate(ranks: Ranks) -> None:
+def test_accelerate_trains_as_one_process_does(ranks: Ranks) -> None:
     pytest.importorskip("accelerate", reason="accelerate is no dependency: pip install accelerate")
     pytest.importorskip("transformers")
     example = load("accelerate_loop")

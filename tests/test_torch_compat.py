@@ -390,7 +390,7 @@ def test_ranks_are_simulated_side_by_side() -> None:
         dist.destroy_process_group()
 
 
-def test_the_flight_recorder() -> None:
+def test_the_flight_recorder_counts_what_was_issued_and_what_ended() -> None:
     tc.record_collectives()
     assert tc.collective_counts() == {}
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -29,14 +29,14 @@ def broken(folder: Path) -> Path:
     return path
 
 
-def test_check_says_yes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_of_a_sound_plan_exits_0_without_findings(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "laptop", "--tp", "2", "--plan", "llama", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {key: found[key] for key in ("ok", "findings")} == {"ok": True, "findings": []}
     assert (found["split"]["parameters"] > 0.9, found["split"]["flops"]) == (True, 1.0)
 
 
-def test_check_says_no(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_check_of_a_broken_plan_exits_1_with_its_finding(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = str(broken(tmp_path))
     assert main(["check", "laptop", "--tp", "2", "--plan", path, "--json"]) == 1
     shown = json.loads(capsys.readouterr().out)
@@ -94,12 +94,14 @@ def test_check_calls_an_unproven_plan_right_unless_it_is_strict(
         (["verify", "laptop", "--tp", "1"], "verify needs tp of 2 or more"),
     ],
 )
-def test_bad_usage(args: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_usage_exits_2_and_says_what_is_wrong(
+    args: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(args) == 2
     assert text in capsys.readouterr().err
 
 
-def test_verify_says_yes_and_no(
+def test_verify_exits_0_for_a_proved_plan_and_1_for_a_wrong_one(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "shallow.py").write_text(SHALLOW, encoding="utf-8")

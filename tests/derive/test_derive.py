@@ -215,7 +215,7 @@ def test_a_weight_that_is_read_in_vain_stays_a_plain_tensor(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("shards", [True, False])
-def test_an_encoder(shards: bool) -> None:
+def test_an_encoder_on_hidden_states_is_split_and_exact(shards: bool) -> None:
     found, error = check(Encoder(), x=STATES, sequence_parallel=shards)
     assert error < TOLERANCE
     assert {"layers.*.attention.out", "layers.*.mlp.down"} <= found.reductions.keys()

@@ -74,7 +74,7 @@ degrees = st.sampled_from((2, 3, 4))
 
 @given(degrees, factors, factors, sizes, st.integers(0, 3))
 @quick
-def test_products(tp: int, h: int, d: int, rows: int, seed: int) -> None:
+def test_products_of_shards_are_exact(tp: int, h: int, d: int, rows: int, seed: int) -> None:
     torch.manual_seed(seed)
     hidden, wide = tp * h, tp * d * 2
     x = torch.randn(rows + 1, 7, 5, dtype=torch.float64)

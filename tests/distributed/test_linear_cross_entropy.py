@@ -147,7 +147,7 @@ def parity_case(device: str) -> dict[Case, dict[str, float]]:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_equals_cross_entropy(ranks: Ranks, world: int) -> None:
+def test_loss_and_gradients_equal_cross_entropy(ranks: Ranks, world: int) -> None:
     for errors in ranks(world).run(parity_case):
         for case, found in errors.items():
             assert max(found.values()) < TOLERANCE[case.dtype], (case, found)

@@ -67,7 +67,7 @@ def test_fast_styles_compute_what_plain_ones_do_and_gathered_heads_are_not_split
     assert (gathered.flops_split(2) or 0) < 1
 
 
-def test_operations_by_hand() -> None:
+def test_operations_are_counted_as_by_hand() -> None:
     aten = torch.ops.aten
     q, k, v = torch.ones(2, 3, 5, 8), torch.ones(2, 3, 7, 8), torch.ones(2, 3, 7, 4)
     attention = flops_of(aten._scaled_dot_product_flash_attention_for_cpu.default, (q, k, v), {}, (q, q))

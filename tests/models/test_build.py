@@ -43,7 +43,7 @@ def built(text: str) -> Source:
     return source
 
 
-def test_a_named_shape() -> None:
+def test_a_named_shape_is_built_on_the_meta_device_to_be_seeded() -> None:
     source = built("laptop")
     assert (source.weights, source.config) == ("seeded", shape("laptop"))
     assert all(param.is_meta for param in source.model.parameters())

@@ -135,7 +135,7 @@ def test_options_that_no_class_has_are_refused() -> None:
         ("lm_head.weight", "lm_head.weight"),
     ],
 )
-def test_names_both_ways(ours: str, theirs: str) -> None:
+def test_names_are_translated_both_ways(ours: str, theirs: str) -> None:
     assert name_to_huggingface(ours) == theirs
     assert name_from_huggingface(theirs) == ours
     assert name_to_huggingface(theirs) == theirs  # a model of the transformers library has its own names already

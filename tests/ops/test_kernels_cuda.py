@@ -37,7 +37,7 @@ def test_the_kernels_equal_float64(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_random_shapes(seed: int) -> None:
+def test_the_kernels_equal_float64_at_random_shapes(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     tokens, vocab = (int(torch.randint(1, high, (1,), generator=generator)) for high in (300, 20_000))
     ranks = (1, 2, 4, 8)[seed % 4]

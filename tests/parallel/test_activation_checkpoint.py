@@ -68,7 +68,7 @@ def test_gradients_are_the_same_bits() -> None:
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_what_backward_recomputes() -> None:
+def test_each_mode_recomputes_what_it_says() -> None:
     none, selective, full = (backward_of(mode)[0] for mode in MODES)
     assert none["attention"] == selective["attention"] == 0
     assert full["attention"] == 1

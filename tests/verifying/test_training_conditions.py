@@ -105,7 +105,7 @@ def test_dropout_beside_other_random_numbers_on_a_shard_is_off_and_said() -> Non
         pytest.param(m.BatchNormBlock, "gloo", marks=pytest.mark.distributed),
     ],
 )
-def test_buffers_are_compared(block: Any, backend: Any) -> None:
+def test_buffers_that_forward_writes_are_compared(block: Any, backend: Any) -> None:
     right = judged(m.Gpt(block=block, layers=1), gpt_plan(), backend)
     assert right.ok, right
     assert right.max_buffer_rel_err < 1e-12

@@ -55,7 +55,7 @@ def test_a_module_of_ones_own_holds(sequence: bool) -> None:
     assert report.ok, report
 
 
-def test_packed_weights_hold() -> None:
+def test_a_fused_weight_split_by_segments_is_proved() -> None:
     plan = gpt_plan(attn__qkv={"style": "packed_colwise", "segments": [m.D] * 3, "input": "replicate"})
     assert local(m.Gpt(lambda: m.Attention("parts")), plan).ok
 
