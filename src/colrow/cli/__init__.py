@@ -56,7 +56,7 @@ def _run(args: list[str]) -> int:
         return 2
     try:
         module = importlib.import_module(f"colrow.cli.{verb}")
-        if is_rank():
+        if is_rank():  # its error goes to the launcher, in whatever verb
             with reporting_errors(verb):
                 return int(module.main(rest))
         return int(module.main(rest))

@@ -160,6 +160,7 @@ class _Field:
             words = ["true"]
         if not words:
             raise ConfigError(f"{self.shown} has no value: write {self.shown} VALUE")
+        # as in a YAML file, then by pydantic: a flag and a config's key take and refuse the same
         values = [flag_value(word, self.kinds, self.shown) for word in words]
         try:
             return _validator(self.annotation, self.kinds).validate_python(values if tuple in self.kinds else values[0])

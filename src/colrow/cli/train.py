@@ -131,6 +131,7 @@ def _start(argv: list[str]) -> int:
     startup.mark("data")
     ranks = config.mesh.world_size
     os.environ.setdefault("OMP_NUM_THREADS", str(preflight.threads_for(ranks)))
+    # by the environment, which ranks inherit: a digest, so that a rank cannot read another plan than was checked
     os.environ[PLAN_DIGEST] = write_plan(config.run.dir, checked.plan)
     keep_forecast(config, forecast)
     guard = LauncherGuard(config.train, config.run.dir, ranks)

@@ -31,7 +31,12 @@ def preset_modules(name: str, loss: Loss) -> Modules:
     return {"embed_tokens": embedding, **PRESETS[name], **(_fast_end(loss) if fast else _end(loss))}
 
 
+def _in_layers(styles: Modules) -> Modules:
+    return {f"layers.*.{name}": style for name, style in styles.items()}
+
+
 def _fast_end(loss: Loss) -> Modules:
+    # the final norm works on this rank's tokens: its weight's gradient is a term of a sum, as those in the layers
     heads: dict[Loss, Any] = {
         "linear": {"style": "linear_head", "layout": "flattened"},
         "vocab_parallel": "fast_head",
@@ -43,36 +48,35 @@ def _fast_end(loss: Loss) -> Modules:
 def _end(loss: Loss) -> Modules:
     if loss == "linear":
         return {"norm": "sequence", "lm_head": "linear_head"}
+    # a DTensor, so that loss_parallel knows which classes this rank's logits are
     head = {"use_local_output": False} if loss == "vocab_parallel" else {"output": "replicate"}
     return {"norm": "sequence", "lm_head": {"style": "colwise", "input": "shard(1)", **head}}
 
 
 def _block(attention: Modules) -> Modules:
-    return {
-        f"layers.*.{name}": style
-        for name, style in {
+    return _in_layers(
+        {
             "input_layernorm": "sequence",
-            "self_attn": _GATHER,
+            "self_attn": _GATHER,  # once for q, k and v, which would gather the same input three times
             **{f"self_attn.{name}": style for name, style in attention.items()},
             "post_attention_layernorm": "sequence",
             "mlp": _GATHER,
             "mlp.gate_proj": "colwise",
             "mlp.up_proj": "colwise",
-            "mlp.down_proj": {"style": "rowwise", "output": "shard(1)"},
-        }.items()
-    }
+            "mlp.down_proj": {"style": "rowwise", "output": "shard(1)"},  # a reduce-scatter: residuals are shards
+        }
+    )
 
 
 def _fast_block(overlap: Overlap) -> Modules:
-    return {
-        f"layers.*.{name}": style
-        for name, style in {
-            "input_layernorm": "grad_sum",
+    return _in_layers(
+        {
+            "input_layernorm": "grad_sum",  # on this rank's tokens
             "self_attn": {"style": "fast_gather", "columns": ["q_proj", "k_proj", "v_proj"], "overlap": overlap},
             "self_attn.q_proj": "fast_colwise",
             "self_attn.k_proj": "fast_kv_replicate",
             "self_attn.v_proj": "fast_kv_replicate",
-            "self_attn.q_norm": {"style": "grad_sum", "optional": True},
+            "self_attn.q_norm": {"style": "grad_sum", "optional": True},  # on this rank's heads
             "self_attn.k_norm": {"style": "grad_sum", "optional": True},
             "self_attn.o_proj": {"style": "fast_rowwise", "overlap": overlap},
             "post_attention_layernorm": "grad_sum",
@@ -80,8 +84,8 @@ def _fast_block(overlap: Overlap) -> Modules:
             "mlp.gate_proj": "fast_colwise",
             "mlp.up_proj": "fast_colwise",
             "mlp.down_proj": {"style": "fast_rowwise", "overlap": overlap},
-        }.items()
-    }
+        }
+    )
 
 
 FAST: dict[str, Overlap] = {"llama-fast": "collectives", "llama-overlap": "copy_engine"}
@@ -91,9 +95,9 @@ PRESETS: dict[str, Modules] = {
     "llama": _block(
         {
             "q_proj": "colwise",
-            "k_proj": "kv_replicate",
+            "k_proj": "kv_replicate",  # colwise where tp divides the kv heads
             "v_proj": "kv_replicate",
-            "q_norm": {"style": "grad_sum", "optional": True},
+            "q_norm": {"style": "grad_sum", "optional": True},  # on this rank's heads
             "k_norm": {"style": "grad_sum", "optional": True},
             "o_proj": {"style": "rowwise", "output": "shard(1)"},
         }
@@ -103,7 +107,7 @@ PRESETS: dict[str, Modules] = {
             "q_proj": {"style": "colwise", "output": "replicate"},
             "k_proj": {"style": "colwise", "output": "replicate"},
             "v_proj": {"style": "colwise", "output": "replicate"},
-            "q_norm": {"style": "replicate", "optional": True},
+            "q_norm": {"style": "replicate", "optional": True},  # every rank normalises all heads
             "k_norm": {"style": "replicate", "optional": True},
             "o_proj": {"style": "rowwise", "input": "replicate", "output": "shard(1)"},
         }

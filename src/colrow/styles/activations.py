@@ -43,6 +43,7 @@ class Sequence(Style):
         return SequenceParallel(sequence_dim=self.sequence_dim, use_local_output=self.use_local_output)
 
     def check(self, site: Site) -> None:
+        # torch's style would register the parameters of children as the module's own
         if next(site.module.children(), None) is not None:
             message = "style sequence is for a norm or dropout, not for a module with children"
             raise PlanError("CR206", site.fqn, message, "name the norms inside it")

@@ -19,6 +19,7 @@ def option(convert: Callable[[Any], Any], default: Any = None, *, previous: str 
         convert: makes the value out of what a plan file holds.
         previous: the option's name in plans of earlier releases: read for ever, never written.
     """
+    # read by `Style.__post_init__` (convert) and `style_from_data` (previous)
     return dataclasses.field(default=default, metadata={"convert": convert, "previous": previous})
 
 

@@ -82,6 +82,7 @@ class PackedColwise(ColumnSegments):
     used_inside: bool = False
 
     def build(self, site: Site) -> ParallelStyle:
+        # used_inside: x is the output of a module that has summed its gradient already
         outside = None if self.used_inside else Replicate()
         return ShardedModuleStyle(self.specs(site), self.input, None, partial=False, outside=outside)
 

@@ -226,6 +226,7 @@ class FastKvReplicate(KvReplicate):
         heads = self.resolve(site)
         if heads.kv % site.tp == 0:
             return FastColwise().build(site)
+        # of the rows that all ranks hold each uses those of the kv heads that its query heads need
         column = FastColwise(segments=(heads.kv * heads.dim,), kv=(0,), heads=heads.query, kv_heads=heads.kv)
         return column.build(site)
 

@@ -63,5 +63,6 @@ def _head_forward(module: Any, x_BtD: Tensor) -> Tensor:
         y_BTv = y_BTv + module.bias
     shape = torch.Size((*y_BTv.shape[:2], state.vocab))  # not v * n: see [Note: uneven vocabulary]
     stride = (shape[1] * shape[2], shape[2], 1)
+    # run_check=False, here and elsewhere: a check compares all ranks' shapes, and broadcasts what is replicated
     logits = DTensor.from_local(y_BTv, state.mesh, [Shard(2)], run_check=False, shape=shape, stride=stride)
     return logits.redistribute(placements=[Replicate()]).to_local() if state.gather else logits
