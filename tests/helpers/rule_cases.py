@@ -200,9 +200,19 @@ def _reductions(w: int) -> dict[str, Case]:
         ),
     }
     out |= {name: (_along(name, [1]), one) for name in ("amax", "amin")}
+    for name in ("fft_fft", "fft_ifft", "fft_rfft", "fft_irfft"):
+        out |= {name: (_fourier(name, 1), one), f"{name}2": (_fourier(f"{name}2", [0, 1]), one)}
     return out | {
         name: (_along(name, 1), one) for name in ("softmax", "log_softmax", "cumsum", "cumprod", "logcumsumexp")
     }
+
+
+def _fourier(name: str, where: Any) -> Callable[..., Tensor]:
+    def function(x: Tensor, a: Tensor) -> Tensor:
+        y = getattr(aten, name)(_y(x, a), None, where)
+        return torch.view_as_real(y * 1.0).sum(-1) if y.is_complex() else y
+
+    return function
 
 
 def _along(name: str, *where: Any) -> Callable[..., Tensor]:

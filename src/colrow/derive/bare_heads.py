@@ -40,8 +40,8 @@ def bare_head(finder: BlockFinder, product: Node) -> BareHead | None:
     if not facts_of(product).contracts or any(a.size % finder.choice.tp for a in finder.choice.vocabulary):
         return None
     (made, *others) = [i for i in product.all_input_nodes if finder.flows.is_activation(i)]
-    while facts_of(made).identity and not is_boundary(made) and len(made.users) == 1:
-        made = made.all_input_nodes[0]
+    while (facts_of(made).identity or facts_of(made).moves) and not is_boundary(made) and len(made.users) == 1:
+        made = made.all_input_nodes[0]  # the last position alone, for one
     reader = finder.flows.path[product]
     logits = _returned(finder, reader)
     if others or not is_boundary(made) or len(made.users) > 1 or logits is None:

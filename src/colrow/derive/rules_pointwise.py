@@ -97,6 +97,17 @@ def along(inference: AxisInference, node: Node) -> Result:
     return dims
 
 
+@rule("fft")
+def fourier(inference: AxisInference, node: Node) -> Result:
+    """Along one dimension or two, the last unless given, whose extents may change."""
+    dims, shape = list(inference.of(node.args[0])), shape_of(node)
+    given = named_argument(node, "dim", [-2, -1] if op_name(node).endswith("2") else -1)
+    for i in [given] if isinstance(given, int) else given:
+        forbid(dims[i], inference.at("a Fourier transform runs along it"))
+        dims[i] = inference.fresh([shape[i]], inference.at("a Fourier transform runs along it"))[0]
+    return dims
+
+
 @rule("reorder")
 def reorder(inference: AxisInference, node: Node) -> Result:
     dims = inference.of(node.args[0])

@@ -200,6 +200,7 @@ _known(
 _known("cumsum", "along", linear=FIRST, runs=DIMS)
 _known("flip roll", "reorder", linear=FIRST, moves=True, runs=DIMS)
 _known("tril triu", "triangle", linear=FIRST, dtensor=STRICT, runs=MATRICES)
+_known("fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2", "fft", linear=FIRST)
 _known("layer_norm rms_norm", "norm")
 _known("constant_pad_nd pad", "pad")
 _known("diff", "diff", linear=FIRST)
