@@ -35,7 +35,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
         ({"mesh.tp": 3}, "n_heads=8 of laptop is not divisible by mesh.tp=3: set mesh.tp to 1, 2, 4 or 8"),
         ({"model.shape": "article", "mesh.tp": 5}, "n_heads=12 of article"),
         ({"data.seq_len": 31}, r"CR205 .*\n.*seq_len=31 is not divisible by tp=2 .*\n.*use 30 or 32"),
-        ({"data.seq_len": 31, "check": False}, r"sequence parallel splits dim 1.: use 30 or 32"),
+        ({"data.seq_len": 31, "check": False}, r"sequence parallel splits dim 1.: set data.seq_len to 30 or 32"),
         ({"data.seq_len": 512}, "longer than the 256 positions of laptop: set data.seq_len to 256"),
         ({"mesh.pp": 4}, "set mesh.pp to 2$"),
         ({"train.warmup_steps": 100}, "set train.warmup_steps to 99 or less"),

@@ -37,10 +37,10 @@ def printed_changes(text: str) -> list[list[dict[str, Any]]]:
     for fixes in re.findall(r": set (.*)$", text, re.MULTILINE):
         alternatives: list[dict[str, Any]] = []
         for part in fixes.split(", or "):
-            pairs = re.findall(r"([\w.]+) to (\[[^]]*\]|.+?)(?= and \w+\.|$)", part)
+            pairs = re.findall(r"([\w.]+) to (.+?)(?= and \w+\.|$)", part)
             if len(pairs) == 1:
                 key, values = pairs[0]
-                listed = [values] if values.startswith("[") else re.split(r", | or (?!less)", values)
+                listed = re.split(r" or (?!less)|, (?![^\[]*\])", values)
                 alternatives += [{key: yaml.safe_load(value.removesuffix(" or less"))} for value in listed]
             else:
                 alternatives.append({key: yaml.safe_load(value) for key, value in pairs})

@@ -26,7 +26,7 @@ from colrow.train.objective import auxiliary_weights
 from colrow.train.schedule import check_schedule
 
 _SHOWN = 8  # changes
-_FAULTS = 4  # at most, in one refusal
+_FAULTS = 9  # at most, in one refusal
 
 
 def check_alone(config: RunConfig, local_ranks: int | None = None) -> str:
@@ -110,8 +110,10 @@ def check_with_plan(config: RunConfig, source: Source, plan: Plan) -> None:
 
 def check_sequence(config: RunConfig, plan: Plan) -> None:
     """Raise a ConfigError when tp does not divide the sequence that the plan splits over it."""
-    if (misfit := plan.sequence_misfit(config.mesh.tp, config.data.seq_len)) is not None:
-        raise ConfigError(": ".join(misfit))
+    tp, seq_len = config.mesh.tp, config.data.seq_len
+    if (misfit := plan.sequence_misfit(tp, seq_len)) is not None:
+        below = seq_len // tp * tp
+        raise ConfigError(misfit[0], *({"data.seq_len": n} for n in (below, below + tp) if n))
 
 
 def with_fp8(config: RunConfig, plan: Plan) -> Plan:
