@@ -214,6 +214,33 @@ def test_warnings_are_a_line_each_and_the_ranks_start(
     assert launched == [2]
 
 
+CAPPED = """
+import torch
+from colrow.models.llama import Llama, LlamaConfig
+
+class Capped(Llama):
+    def forward(self, x, positions=None, *, seq_len=None):
+        return torch.tanh(super().forward(x, positions, seq_len=seq_len) / 5)
+
+def build():
+    return Capped(LlamaConfig(vocab_size=320, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                              num_attention_heads=4, num_key_value_heads=4, head_dim=4, max_position_embeddings=64))
+"""
+
+
+def test_a_pipeline_of_a_model_of_the_users_own_is_compared_with_it(
+    config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "capped_model.py").write_text(CAPPED)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = {"model.shape": None, "model.layers": None, "model.python": "capped_model:build", "mesh.tp": 1, "mesh.pp": 2}
+    run = config(**{**own, "data.seq_len": 32})
+    with pytest.raises(ConfigError, match=r"Capped cannot be parted into pipeline stages: .* set mesh.pp to 1"):
+        preflight.check(run)
+    preflight.check(run.with_values({"verify": "never"}))
+    preflight.check(run.with_values({"mesh.pp": 1}))
+
+
 def test_a_derived_plan_is_checked_once(
     config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ copy is left out where a parameter counts once: in the gradient norm and in chec
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -99,11 +99,16 @@ def split_stages(model: nn.Module, mesh: DeviceMesh, first_layers: tuple[int, ..
     stages = []
     # stage s on rank s mod pp, as torch's interleaved schedules expect
     for index in range(axes.rank("pp"), count, pp):
-        with _only(model, range(bounds[index], bounds[index + 1]), index == 0, index == count - 1):
-            module = copied_model(model)
+        module = stage_copy(model, bounds, index)
         present = {name for name, _ in module.named_modules(remove_duplicate=False)}
         stages.append(Stage(module, index, count, frozenset(all_names - present), ties))
     return stages
+
+
+def stage_copy(model: nn.Module, bounds: Sequence[int], index: int) -> nn.Module:
+    """A copy of what stage `index` holds of the model, whose layers are parted at `bounds`."""
+    with _only(model, range(bounds[index], bounds[index + 1]), index == 0, index == len(bounds) - 2):
+        return copied_model(model)
 
 
 @contextmanager

@@ -18,11 +18,12 @@ from colrow.data.encode import usable_cores
 from colrow.data.tokenizer import Tokenizer
 from colrow.derive.judged import Judgement, derive_judged
 from colrow.errors import ConfigError
-from colrow.models.build import Source, build_source, resolve_implementation
+from colrow.models.build import Source, build_source, built, resolve_implementation
 from colrow.parallel.pipeline_split import fit_micro_batch
 from colrow.plans.derive_options import DERIVED
 from colrow.plans.named import derive_options, named_plan
 from colrow.plans.plan import Plan
+from colrow.run.decision import is_own
 from colrow.run.kept_proof import builders_of, dependencies
 from colrow.run.kept_start import FILE, KeptStart
 from colrow.run.requirements import check_alone, check_with_model, check_with_plan, with_fp8, with_tried_advice
@@ -31,6 +32,7 @@ from colrow.train.causality import require_causal
 from colrow.train.metrics import require_sinks
 from colrow.train.objective import auxiliary_weights
 from colrow.train.weight_decay import decay_by_name
+from colrow.verifying.stages import refuse_unequal_stages
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,21 @@ def _checked(config: RunConfig, local_ranks: int | None, plan: Plan | None) -> C
         require_weights(source.model, source.folder)
     require_storable(source.model)
     decay_by_name(source.model, config.train)  # raises where a pattern of no_decay matches nothing
-    judgement = None
+    judgement, starts = None, plan is None
     if plan is None:
         require_causal(source)
         plan, judgement = _judged_plan(config, source.model, keep=True)
+    if starts:
+        _check_stages(config, source)
     check_with_plan(config, source, plan)
     return Checked(source, plan, device, changes, newest, judgement)
+
+
+def _check_stages(config: RunConfig, source: Source) -> None:
+    """Raise a ConfigError where a pipeline of a model that nobody here has seen does not compute the model."""
+    if config.mesh.pp > 1 and config.verify != "never" and not is_own(source.model):
+        path = config.model.reduced
+        refuse_unequal_stages(source.model if path is None else built(path, config.run.seed), seed=config.run.seed)
 
 
 def choose_plan(config: RunConfig, model: nn.Module) -> Plan:

@@ -74,7 +74,7 @@ def verify(
     if tp < 2:
         raise PlanError(f"tp={tp} splits nothing: verify needs tp of 2 or more")
     model, reduced = reduced_model(build_model if isinstance(build_model, nn.Module) else build_model(), tp)
-    model = _prepare(model, seed)
+    model = prepared_model(model, seed)
     chosen = _inputs(model, inputs, batch_size, seq_len or -(-16 // tp) * tp, seed + 1, reduced=reduced is not None)
     task, reference, exact = _reference(Task(model, chosen, loss, tp, seed + 2))
     task, reference = _with_draws(task, reference, plan)
@@ -283,7 +283,7 @@ def _observe(
         return "local", observed
 
 
-def _prepare(model: nn.Module, seed: int) -> nn.Module:
+def prepared_model(model: nn.Module, seed: int) -> nn.Module:
     """A copy in fp64 with random weights: a one or a zero would hide a missing factor or bias."""
     torch.manual_seed(seed)
     if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
