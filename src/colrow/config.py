@@ -175,7 +175,7 @@ class TrainSection(_Section):
     fused_kernels: bool = True
     """Compiled blocks on GPUs use colrow's kernels where these move less memory than the compiler's: SwiGLU."""
     cuda_graph: bool | Literal["auto"] = False
-    """Replay steps as CUDA graphs, tp alone; auto: if the fourth step finds that the GPU waits for the CPU."""
+    """Replay steps as CUDA graphs, with tp alone; `auto`: if the GPU waits for the CPU in the fourth step."""
     activation_checkpoint: Literal["none", "selective", "full"] = "none"
     """What backward recomputes instead of keeping: selective: cheap operations and half the matmuls; full: all."""
     log_every: PositiveInt = 1
