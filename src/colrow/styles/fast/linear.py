@@ -122,8 +122,9 @@ class FlattenedTokens(Style):
 class FastLinear(FlattenedTokens):
     """The options of styles that multiply.
 
-    `overlap` says what runs beside matmuls (`ops.carriers.Overlap`); chunks of fewer than `chunk_rows` rows are not
-    sent apart. `fp8: tensorwise` multiplies 8-bit floats (`ops.float8`).
+    `overlap` says what runs beside matmuls: `none`, `collectives` (NCCL's, where a matmul does not need them), or
+    chunks that are sent while others are multiplied, by NCCL (`point_to_point`) or the GPUs' `copy_engine`; chunks of
+    fewer than `chunk_rows` rows are not sent apart. `fp8: tensorwise` multiplies 8-bit floats.
     """
 
     computes_module = True
