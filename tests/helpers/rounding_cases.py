@@ -13,7 +13,7 @@ from colrow.ops.float8 import ACTIVATION, GRADIENT
 from colrow.ops.kernels.rounding import peak_of, round_reference, scale_reference
 
 Rounding = Callable[[Tensor, Tensor | None, bool], tuple[Tensor, Tensor, Tensor]]
-"""(x, scale of x, gradient) -> rows, turned, scale."""
+"""(x, scale of x, gradient) -> rows, transposed, scale."""
 SHAPES = [(1, 1), (33, 257), (272, 48), (16, 400), (64, 128), (128, 256), (256, 128), (384, 384)]
 
 
@@ -42,11 +42,11 @@ def inputs(device: str) -> Iterator[tuple[Tensor, bool]]:
     generator = torch.Generator().manual_seed(0)
     for m, k in SHAPES:
         for source in (torch.bfloat16, torch.float32):
-            for turned in (False, True):
-                around = torch.randn((k, m + 32) if turned else (m, k + 32), generator=generator)
+            for transposed in (False, True):
+                around = torch.randn((k, m + 32) if transposed else (m, k + 32), generator=generator)
                 around = (around * 10.0 ** (4 * torch.rand(around.shape, generator=generator) - 3)).to(source)
                 x = around.to(device)[:, 16:-16]
-                if turned:
+                if transposed:
                     x = x.t()
                 for gradient in (False, True):
                     yield x, gradient
@@ -60,12 +60,12 @@ def check(round_: Rounding, device: str) -> int:
     count = 0
     for x, gradient in inputs(device):
         dtype = GRADIENT if gradient else ACTIVATION
-        rows, turned, scale = round_(x, None, gradient)
+        rows, transposed, scale = round_(x, None, gradient)
         s = scale_in_float64(x.double().abs().max().item(), dtype)
         assert scale.item() == s, (x.shape, x.dtype, gradient, scale, s)
         want = nearest(x.double() / s, dtype)
         assert torch.equal(rows.double(), want), (x.shape, x.dtype, x.stride(), gradient)
-        assert torch.equal(turned.double(), want.t()), (x.shape, x.dtype, x.stride(), gradient)
+        assert torch.equal(transposed.double(), want.t()), (x.shape, x.dtype, x.stride(), gradient)
         again, across, larger = round_(rows, 4 * scale, gradient)  # numbers of a fourth of the common scale
         assert larger.item() == 4 * s
         assert torch.equal(again.double(), nearest(want / 4, dtype)), x.shape
@@ -75,10 +75,10 @@ def check(round_: Rounding, device: str) -> int:
 
 
 def by_reference(x: Tensor, largest: Tensor | None, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    rows, turned = _empty(x, gradient)
+    rows, transposed = _empty(x, gradient)
     scale = scale_reference(peak_of([x]), rows.dtype) if largest is None else largest
-    round_reference(x, scale, None if largest is None else largest / 4, rows, turned)
-    return rows, turned, scale
+    round_reference(x, scale, None if largest is None else largest / 4, rows, transposed)
+    return rows, transposed, scale
 
 
 def by_kernel(
@@ -87,11 +87,11 @@ def by_kernel(
     """With `values` in the place of x, once the largest of x is found."""
     from colrow.ops.kernels.rounding import peak_triton, round_triton
 
-    rows, turned = _empty(x, gradient)
-    scale, of = torch.full((), torch.nan, device=x.device), None if largest is None else largest / 4
-    peaks = peak_triton([x]) if largest is None or of is None else torch.stack([of, largest])
-    round_triton(x if values is None else values, peaks, scale, of, rows, turned, given=largest is not None)
-    return rows, turned, scale
+    rows, transposed = _empty(x, gradient)
+    scale, x_scale = torch.full((), torch.nan, device=x.device), None if largest is None else largest / 4
+    peaks = peak_triton([x]) if largest is None or x_scale is None else torch.stack([x_scale, largest])
+    round_triton(x if values is None else values, peaks, scale, x_scale, rows, transposed, given=largest is not None)
+    return rows, transposed, scale
 
 
 def by_interpreted_kernel(x: Tensor, largest: Tensor | None, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,9 +103,9 @@ def by_interpreted_kernel(x: Tensor, largest: Tensor | None, gradient: bool) -> 
 
 
 def _empty(x: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
-    """Both orders, all NaN, of which the turned one is a slice of the columns of a larger one."""
+    """Both orders, all NaN, of which the transposed one is a slice of the columns of a larger one."""
     M, K = x.shape
     dtype = GRADIENT if gradient else ACTIVATION
     rows = torch.full((M, K), 255, dtype=torch.uint8, device=x.device)
-    turned = torch.full((K, M + 32), 255, dtype=torch.uint8, device=x.device)
-    return rows.view(dtype), turned[:, 16:-16].view(dtype)
+    transposed = torch.full((K, M + 32), 255, dtype=torch.uint8, device=x.device)
+    return rows.view(dtype), transposed[:, 16:-16].view(dtype)

@@ -77,8 +77,8 @@ def test_the_kernel_rounds_as_float64_does() -> None:
 
 def test_a_scale_that_is_no_power_of_two_is_seen() -> None:
     def division(x: Tensor, largest: Tensor | None, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-        rows, turned, scale = by_reference(x, largest, gradient)
-        return rows, turned, scale * 1.5
+        rows, transposed, scale = by_reference(x, largest, gradient)
+        return rows, transposed, scale * 1.5
 
     with pytest.raises(AssertionError):
         check(division, "cpu")
@@ -97,8 +97,8 @@ def test_a_number_that_is_not_finite_stays_so(bad: float, device: str) -> None:
 def test_an_operand_and_its_transpose_are_quantized_in_one_pass(shape: tuple[int, int], device: str) -> None:
     for source in (torch.bfloat16, torch.float32):
         x = torch.randn(shape[0], shape[1] + 3, generator=torch.Generator().manual_seed(0)).to(device, source)[:, 2:-1]
-        rows, turned = quantize_both(x, gradient=True)
-        for one, want in zip((rows, unpacked(turned, GRADIENT)), (x, x.t()), strict=True):
+        rows, transposed = quantize_both(x, gradient=True)
+        for one, want in zip((rows, unpacked(transposed, GRADIENT)), (x, x.t()), strict=True):
             alone = quantize([want], gradient=True)
             assert torch.equal(one.values.float(), alone.values.float())
             assert one.values.is_contiguous()
@@ -122,14 +122,14 @@ def test_chunks_that_were_rounded_apart_are_joined(device: str) -> None:
     """Chunks of other sizes of numbers: what is under the largest scale is what one rounding of all gives."""
     a, _ = operands(device, spread=1.0)
     chunks = a.chunk(4)
-    rows, turned = joined([quantize_packed(chunk) for chunk in chunks])
+    rows, transposed = joined([quantize_packed(chunk) for chunk in chunks])
     want = quantize([a])
     assert torch.equal(rows.scale, want.scale)
     ordinary = (a.abs() / rows.scale) > 2.0**-6  # smaller ones are rounded twice
     assert ordinary.float().mean() > 0.9
     assert torch.equal(rows.values.float()[ordinary], want.values.float()[ordinary])
-    assert torch.equal(unpacked(turned, ACTIVATION).values.float(), rows.values.float().t())
-    assert torch.equal(joined_transpose([quantize_packed(chunk) for chunk in chunks])[:-1], turned[:-1])
+    assert torch.equal(unpacked(transposed, ACTIVATION).values.float(), rows.values.float().t())
+    assert torch.equal(joined_transpose([quantize_packed(chunk) for chunk in chunks])[:-1], transposed[:-1])
 
 
 def test_zeros_stay_zeros() -> None:

@@ -110,10 +110,10 @@ def quantize_both(x_MK: Tensor, *, gradient: bool = False, peaks: Tensor | None 
     (M, K), dtype = x_MK.shape, GRADIENT if gradient else ACTIVATION
     require(x_MK.device, M, K)
     memory = packed(K, M, x_MK.device)
-    turned = unpacked(memory, dtype)
+    transposed = unpacked(memory, dtype)
     rows = torch.empty(M, K, dtype=dtype, device=x_MK.device)
-    _round(x_MK, _peak(x_MK, peaks), turned.scale, rows=rows, turned=turned.values)
-    return Float8Operand(rows, turned.scale), memory
+    _round(x_MK, _peak(x_MK, peaks), transposed.scale, rows=rows, transposed=transposed.values)
+    return Float8Operand(rows, transposed.scale), memory
 
 
 def _peak(x: Tensor, peaks: Tensor | None) -> Tensor:
@@ -139,12 +139,20 @@ def _joined(chunks: Sequence[Tensor], gradient: bool, rows: bool) -> tuple[Float
     (t, K), device = parts[0].values.shape, chunks[0].device
     require(device, M := t * len(parts), K)
     memory, out = packed(K, M, device), torch.empty(M, K, dtype=dtype, device=device) if rows else None
-    turned, scales = unpacked(memory, dtype), torch.stack([part.scale for part in parts])
+    transposed, scales = unpacked(memory, dtype), torch.stack([part.scale for part in parts])
     for q, part in enumerate(parts):
         mine = slice(q * t, (q + 1) * t)
         into = None if out is None else out[mine]
-        _round(part.values, scales, turned.scale, of=part.scale, rows=into, turned=turned.values[:, mine], given=True)
-    return None if out is None else Float8Operand(out, turned.scale), memory
+        _round(
+            part.values,
+            scales,
+            transposed.scale,
+            x_scale=part.scale,
+            rows=into,
+            transposed=transposed.values[:, mine],
+            given=True,
+        )
+    return None if out is None else Float8Operand(out, transposed.scale), memory
 
 
 def _round(
@@ -152,17 +160,17 @@ def _round(
     peaks: Tensor,
     scale: Tensor,
     *,
-    of: Tensor | None = None,
+    x_scale: Tensor | None = None,
     rows: Tensor | None = None,
-    turned: Tensor | None = None,
+    transposed: Tensor | None = None,
     given: bool = False,
 ) -> None:
     if x_MK.is_cuda:
-        round_triton(x_MK, peaks, scale, of, rows, turned, given=given)
+        round_triton(x_MK, peaks, scale, x_scale, rows, transposed, given=given)
         return
-    dtype = (rows if rows is not None else turned).dtype  # type: ignore[union-attr]
+    dtype = (rows if rows is not None else transposed).dtype  # type: ignore[union-attr]
     scale.copy_(peaks.amax() if given else scale_reference(peaks, dtype))
-    round_reference(x_MK, scale, of, rows, turned)
+    round_reference(x_MK, scale, x_scale, rows, transposed)
 
 
 def scaled_mm(a: Float8Operand, b: Float8Operand, out: Tensor, *, gradient: bool = False) -> None:

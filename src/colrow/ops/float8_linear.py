@@ -62,8 +62,8 @@ def column_forward(
     """Y_TF, and what backward needs."""
     n = ranks.size()
     y_TF = x_tD.new_empty(x_tD.shape[0] * n, sum(w.shape[0] for w in weights))
-    turn = keeps_transpose(opts, n)
-    kept, w = _gathered_product(x_tD, lambda: quantize(weights), y_TF, ranks, carrier, turn=turn, peaks=peaks)
+    transpose = keeps_transpose(opts, n)
+    kept, w = _gathered_product(x_tD, lambda: quantize(weights), y_TF, ranks, carrier, transpose=transpose, peaks=peaks)
     weight_scale(kept).copy_(w.scale)
     return y_TF, kept
 
@@ -96,13 +96,13 @@ def column_backward(
             finish()
     dw_FD = dy_TF.new_empty(F if need_dw else 0, D)
     if need_dw:
-        turned = kept
+        transposed = kept
         if exchange is not None:
             exchange.receive_all()
-            turned = joined_transpose(_chunks(exchange, kept))
+            transposed = joined_transpose(_chunks(exchange, kept))
         elif regather is not None:
-            turned = joined_transpose(regather().chunk(n))
-        scaled_mm(unpacked(dy_FT, GRADIENT), unpacked(turned, ACTIVATION), dw_FD, gradient=True)
+            transposed = joined_transpose(regather().chunk(n))
+        scaled_mm(unpacked(dy_FT, GRADIENT), unpacked(transposed, ACTIVATION), dw_FD, gradient=True)
     dx_tD = dy_TF.new_empty(0) if finish is None else finish()
     if exchange is not None:
         exchange.close()
@@ -136,9 +136,9 @@ def row_backward(
     def weight() -> Float8Operand:
         return quantize([w_Df.t()], scale=weight_scale(kept))
 
-    turned, _ = _gathered_product(dy_tD, weight, dx_Tf if need_dx else None, ranks, carrier, gradient=True)
+    transposed, _ = _gathered_product(dy_tD, weight, dx_Tf if need_dx else None, ranks, carrier, gradient=True)
     if need_dw:
-        scaled_mm(unpacked(turned, GRADIENT), unpacked(kept, ACTIVATION), dw_Df, gradient=True)
+        scaled_mm(unpacked(transposed, GRADIENT), unpacked(kept, ACTIVATION), dw_Df, gradient=True)
     return dx_Tf, dw_Df
 
 
@@ -150,11 +150,11 @@ def _gathered_product(
     carrier: Carrier | None,
     *,
     gradient: bool = False,
-    turn: bool = True,
+    transpose: bool = True,
     peaks: Tensor | None = None,
 ) -> tuple[Tensor, Float8Operand]:
-    """out = all_gather(round(x)) W. Returns the gathered numbers' transpose, or this rank's numbers without `turn`, as
-    packed memory; and the weight, which is quantized while the first numbers are under way."""
+    """out = all_gather(round(x)) W. Returns packed memory, of the gathered numbers' transpose or, without `transpose`,
+    of this rank's numbers; and the weight, which is quantized while the first numbers are under way."""
     t, n, dtype = x_tK.shape[0], ranks.size(), GRADIENT if gradient else ACTIVATION
 
     def multiply(x: Float8Operand, w: Float8Operand, out: Tensor | None) -> None:
@@ -172,13 +172,13 @@ def _gathered_product(
         w = weight()
         x, memory = joined(finish().chunk(n), gradient=gradient)
         multiply(x, w, out_TN)
-        return memory if turn else own, w
+        return memory if transpose else own, w
     exchange = _send(own, carrier)
     w = weight()
     for i in range(n):
         q, chunk = (exchange.before(i), exchange.receive(i)) if i else (exchange.rank, own)
         multiply(unpacked(chunk, dtype), w, None if out_TN is None else out_TN[q * t : (q + 1) * t])
-    memory = joined_transpose(_chunks(exchange, own), gradient=gradient) if turn else own
+    memory = joined_transpose(_chunks(exchange, own), gradient=gradient) if transpose else own
     exchange.close()
     return memory, w
 

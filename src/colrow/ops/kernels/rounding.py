@@ -5,8 +5,8 @@
 A power of two divides and multiplies exactly, so y of one scale becomes y of a larger one by a second rounding that
 only the smallest numbers of the dtype notice: chunks that ranks rounded apart are joined so.
 
-Legend: x is [M, K], of any dtype. `rows` is y [M, K], `turned` its transpose [K, M]; each is row-major, or a slice of
-the rows or columns of such a tensor.
+Legend: x is [M, K], of any dtype. `rows` is y [M, K], `transposed` its transpose [K, M]; each is row-major, or a slice
+of the rows or columns of such a tensor.
 """
 
 from __future__ import annotations
@@ -62,14 +62,16 @@ def _largest(dtype: torch.dtype) -> tuple[int, int]:
     return int((2 * half - 1) * (_MANTISSA + 1)), exponent - 1
 
 
-def round_reference(x_MK: Tensor, scale: Tensor, of: Tensor | None, rows: Tensor | None, turned: Tensor | None) -> None:
-    """Write y into `rows` and its transpose into `turned`.
+def round_reference(
+    x_MK: Tensor, scale: Tensor, x_scale: Tensor | None, rows: Tensor | None, transposed: Tensor | None
+) -> None:
+    """Write y into `rows` and its transpose into `transposed`.
 
     Args:
-        of: the scale of x, whose numbers stand for `of` times themselves; none for numbers as they are.
+        x_scale: the scale of x, whose numbers stand for `x_scale` times themselves; none for numbers as they are.
     """
-    y = x_MK.float() * ((1.0 if of is None else of) / scale)
-    for into, value in ((rows, y), (turned, y.t())):
+    y = x_MK.float() * ((1.0 if x_scale is None else x_scale) / scale)
+    for into, value in ((rows, y), (transposed, y.t())):
         if into is not None:
             into.copy_(value.to(into.dtype))
 
@@ -78,9 +80,9 @@ def round_triton(
     x_MK: Tensor,
     peaks: Tensor,
     scale: Tensor,
-    of: Tensor | None,
+    x_scale: Tensor | None,
     rows: Tensor | None,
-    turned: Tensor | None,
+    transposed: Tensor | None,
     *,
     given: bool = False,
 ) -> None:
@@ -94,14 +96,14 @@ def round_triton(
     one_pass = M % _BOTH == K % _BOTH == 0 and x_MK.stride(1) == 1
     # Triton 3.6 transposes an 8-bit tile wrongly where its threads hold four numbers in a row, as with fp32 (H200)
     one_pass = one_pass and x_MK.itemsize < 4
-    if rows is not None and turned is not None and one_pass:
-        grid, tile, orders = (M // _BOTH) * (K // _BOTH), (_BOTH, _BOTH), [(x_MK, rows, turned)]
+    if rows is not None and transposed is not None and one_pass:
+        grid, tile, orders = (M // _BOTH) * (K // _BOTH), (_BOTH, _BOTH), [(x_MK, rows, transposed)]
     else:
         grid, tile = 0, (_ROWS if x_MK.itemsize > 1 else _BOTH, _COLUMNS)  # a tile's column is 128 bytes of x
         orders = [(x_MK, rows, None)] if rows is not None else []
-        orders += [(x_MK.t(), turned, None)] if turned is not None else []
-    mantissa, exponent = _largest((rows if rows is not None else turned).dtype)  # type: ignore[union-attr]
-    for x, into, across in orders:
+        orders += [(x_MK.t(), transposed, None)] if transposed is not None else []
+    mantissa, exponent = _largest((rows if rows is not None else transposed).dtype)  # type: ignore[union-attr]
+    for x, into, y_transposed in orders:
         m, k = x.shape
         _round_kernel[(grid or triton.cdiv(m, tile[0]) * triton.cdiv(k, tile[1]),)](
             x,
@@ -109,11 +111,11 @@ def round_triton(
             x.stride(1),
             into,
             into.stride(0),
-            into if across is None else across,
-            0 if across is None else across.stride(0),
+            into if y_transposed is None else y_transposed,
+            0 if y_transposed is None else y_transposed.stride(0),
             peaks,
             scale,
-            scale if of is None else of,
+            scale if x_scale is None else x_scale,
             m,
             k,
             PARTS=len(peaks),
@@ -121,9 +123,9 @@ def round_triton(
             SHIFT=2.0**-exponent,
             SMALLEST=SMALLEST,
             GIVEN=given,
-            SCALED=of is not None,
-            BOTH=across is not None,
-            TURNED=x.stride(0) == 1,
+            SCALED=x_scale is not None,
+            BOTH=y_transposed is not None,
+            COLUMN_MAJOR=x.stride(0) == 1,
             ROWS=tile[0],
             COLUMNS=tile[1],
             num_warps=8,
@@ -152,11 +154,11 @@ if triton is not None:
         x_column,
         y,
         y_row,
-        across,
-        across_row,
+        y_transposed,
+        y_transposed_row,
         peaks,
         scale,
-        of,
+        x_scale,
         M,
         K,
         PARTS: tl.constexpr,
@@ -166,12 +168,12 @@ if triton is not None:
         GIVEN: tl.constexpr,
         SCALED: tl.constexpr,
         BOTH: tl.constexpr,
-        TURNED: tl.constexpr,
+        COLUMN_MAJOR: tl.constexpr,
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
     ):
         place = tl.num_programs(0) - 1 - tl.program_id(0)  # from the end of x in memory, which the cache still has
-        if TURNED:
+        if COLUMN_MAJOR:
             tile_m, tile_k = place % tl.cdiv(M, ROWS), place // tl.cdiv(M, ROWS)
         else:
             tile_m, tile_k = place // tl.cdiv(K, COLUMNS), place % tl.cdiv(K, COLUMNS)
@@ -185,12 +187,12 @@ if triton is not None:
             s = tl.where(s < float("inf"), tl.maximum(up * SHIFT, SMALLEST), s)
         factor = 1.0 / s
         if SCALED:
-            factor *= tl.load(of)
+            factor *= tl.load(x_scale)
         if BOTH:
             value = tl.load(x + m[:, None] * x_row + k[None, :] * x_column).to(tl.float32)
             rounded = (value * factor).to(y.dtype.element_ty)
             tl.store(y + m[:, None] * y_row + k[None, :], rounded)
-            tl.store(across + k[:, None] * across_row + m[None, :], tl.trans(rounded))
+            tl.store(y_transposed + k[:, None] * y_transposed_row + m[None, :], tl.trans(rounded))
         else:
             inside = (m < M)[:, None] & (k < K)[None, :]
             value = tl.load(x + m[:, None] * x_row + k[None, :] * x_column, mask=inside, other=0.0).to(tl.float32)
