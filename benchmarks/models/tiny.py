@@ -40,7 +40,9 @@ SIZES: dict[str, int] = {
 OWN: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "dots1": {"n_shared_experts": 1},
-    "gemma3n_text": {"num_kv_shared_layers": 0},
+    # not run on token ids, and 300 million parameters as it is
+    "gemma3n_vision": {"architecture": "mobilenetv3_small_050"},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": 256},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 16},

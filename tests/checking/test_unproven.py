@@ -143,6 +143,20 @@ def test_a_finding_names_the_operator_the_dim_and_the_line() -> None:
     assert found.message.startswith(f"roll on a shard of dim 2 at {line} is not proven: ")
 
 
+@pytest.mark.parametrize(
+    ("function", "fix"),
+    [
+        (lambda h: h * h.detach().abs().mean().item(), "compute with tensors"),
+        (lambda h: torch.nested.as_nested_tensor(list(h), layout=torch.jagged).values().view(h.shape), "pad the sequ"),
+    ],
+    ids=["item", "nested"],
+)
+def test_code_that_needs_values_is_told_what_helps(function: Callable[[Tensor], Tensor], fix: str) -> None:
+    found = found_by(unproven_plans.features(function))
+    assert not any(f.severity == "error" for f in found)
+    assert [fix in f.fix for f in found if f.code == "CR410"] == [True]
+
+
 def _line_of(text: str) -> int:
     lines = Path(unproven_plans.__file__).read_text(encoding="utf-8").splitlines()
     return next(number for number, line in enumerate(lines, 1) if text in line)

@@ -26,8 +26,7 @@ def check_dynamic(run: DryRun, plan: Plan, tp: int) -> list[Finding]:
     if run.reference_failure is not None:
         error = run.reference_failure.error
         message = f"the model itself does not run on fake tensors ({type(error).__name__}: {_first_line(error)})"
-        fix = "pass example inputs, or rely on the static checks and on `colrow verify`"
-        return [finding("CR410", run.reference_failure.where or "model", message, fix)]
+        return [finding("CR410", run.reference_failure.where or "model", message, _how_to_run(error))]
     found = [*_declarations(run), *_model_code(run, tp), *_log_softmax(run, plan)]
     if not found:
         found = [*_shapes(run)]
@@ -36,6 +35,22 @@ def check_dynamic(run: DryRun, plan: Plan, tp: int) -> list[Finding]:
     if run.failure is None:
         found += [*_loss(run, plan), *_communication(run)]
     return found
+
+
+def _how_to_run(error: Exception) -> str:
+    """What helps a model that does not run on fake tensors."""
+    text = str(error)
+    if "shape_env" in text or "Nested" in text:
+        return (
+            "nested tensors have sizes that depend on the data, and DTensor takes none: pad the sequences and mask "
+            "them, or make and unpack the nested tensor in one module whose linears the plan leaves out"
+        )
+    if needs_values(error):
+        return (
+            "its code reads a tensor's value (item(), tolist(), a branch): compute with tensors (torch.where, a mask), "
+            "or rely on `colrow verify`"
+        )
+    return "pass example inputs, or rely on the static checks and on `colrow verify`"
 
 
 def _declarations(run: DryRun) -> Iterator[Finding]:
