@@ -90,6 +90,8 @@ def test_an_unknown_gpu_names_the_nearest(config: Path, capsys: pytest.CaptureFi
     assert colrow.cli.main(["forecast", str(config), "--gpu", "h100"]) == 2
     assert "unknown GPU 'h100'" in capsys.readouterr().err
     assert colrow.cli.main(["forecast", str(config), "--gpus", "3", "--hosts", "2"]) == 2
+    assert colrow.cli.main(["forecast", str(config), "--longest", "--html", str(config.with_name("page.html"))]) == 2
+    assert "--html draws the table of meshes" in capsys.readouterr().err
 
 
 def test_copy_engines_of_gpus_that_do_not_reach_each_other_are_left_out(

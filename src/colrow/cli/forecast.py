@@ -64,6 +64,8 @@ def main(argv: list[str]) -> int:
             raise ConfigError(f"--{name} {value}: give 1 or more")
     if (flags.gpus or 0) > _MOST_GPUS:
         raise ConfigError(f"--gpus {flags.gpus}: give at most {_MOST_GPUS:,}")
+    if flags.longest and flags.html is not None:
+        raise ConfigError("--html draws the table of meshes, which --longest does not print: give one of them")
     require_writable(flags.html)
     config = load_config(flags.config, auto=True)
     choices = _choices(flags, config)
@@ -117,7 +119,12 @@ def show(table: Table, config: RunConfig, console: Console) -> None:
     for mesh, why in table.left_out[:3]:
         line(f"left out: {mesh}: {why}")
     if table.chosen is None:
-        console.print("\nnothing fits: take more GPUs, shorter sequences, or a smaller model")
+        console.print()
+        needed, limit = first.memory.needed / gib, first.device.memory / gib
+        line(
+            f"nothing fits: the smallest needs {needed:,.0f} GiB of {limit:.0f}: take more GPUs, "
+            "shorter sequences, or a smaller model"
+        )
         return
     console.print()
     line(f"chosen: {first.mesh}, plan {first.style.removesuffix(' flat')}, {_choice(first)}")
@@ -169,7 +176,10 @@ def _show_longest(choices: Choices, flags: Flags) -> int:
     if flags.json:
         print_json({"rows": found})
     else:
-        Terminal(highlight=False).print(grid)
+        console = Terminal(highlight=False)
+        console.print(grid)
+        if not any(entry["seq_len"] for entry in found):
+            console.print("\nno sequence fits: take more GPUs, or a smaller model")
     return 0 if any(entry["seq_len"] for entry in found) else 1
 
 
