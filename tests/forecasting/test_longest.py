@@ -34,6 +34,20 @@ def test_a_peak_that_few_tokens_do_not_move_is_passed(floor: float) -> None:
     assert 10 + found / 1000 <= room < 10 + (found + UNIT) / 1000
 
 
+def test_a_peak_that_few_tokens_move_a_little_is_passed_too() -> None:
+    """Their slope would lead to a step of millions of tokens, whose walk takes minutes."""
+    asked: list[int] = []
+
+    def needed(tokens: int) -> float:
+        asked.append(tokens)
+        return max(30 + tokens / 1e6, 10 + tokens / 1000)
+
+    found = longest(needed)
+    assert 10 + found / 1000 <= (1 - MARGIN) * GPU < 10 + (found + UNIT) / 1000
+    assert max(asked) <= 2 * found
+    assert len(asked) < 30
+
+
 def test_a_model_whose_memory_does_not_grow_fits_to_its_limit() -> None:
     assert longest(lambda tokens: 20.0) == LIMIT
     assert longest(lambda tokens: 90.0) == 0

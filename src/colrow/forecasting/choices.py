@@ -26,6 +26,7 @@ from colrow.sharding.parameter_state import refuse_hooks
 
 _RECOMPUTE = ("none", "selective", "full")
 _WORTH = 1.01  # a larger micro-batch must be faster by this factor
+_GROWS = 1.02  # twice the tokens take more memory by this factor, where they hold the peak
 _STEP = 256  # tokens: lengths that `longest` tries are multiples of it
 
 
@@ -153,7 +154,7 @@ class Choices:
         first, second = row(start), row(2 * start)
         if not first.fits:
             return 0
-        while second.fits and second.memory.needed <= first.memory.needed and 2 * start < limit:
+        while second.fits and second.memory.needed <= _GROWS * first.memory.needed and 2 * start < limit:
             start *= 2  # the peak of so few tokens is elsewhere, such as in a large table's gradient
             first, second = second, row(2 * start)
         slope = (second.memory.needed - first.memory.needed) / start
@@ -165,9 +166,12 @@ class Choices:
             value = min(limit, max(start, int((value + room / slope) // unit * unit)))
             if row(value).fits and (value == limit or not row(value + unit).fits):
                 return value
-        while value > start and not row(value).fits:
-            value -= unit
-        return value
+        if row(value).fits:
+            return value
+        while value - start > unit:
+            middle = max(start + unit, (start + value) // 2 // unit * unit)
+            start, value = (middle, value) if row(middle).fits else (start, middle)
+        return start
 
     def _rows(self, config: RunConfig, name: str, recompute: str) -> Iterator[Row]:
         mesh = config.mesh
