@@ -41,7 +41,8 @@ def with_legal_degrees(
         fix = f"choose tp from {', '.join(map(str, legal[:9]))}"
     else:
         fix = "no tp above 1 fits all modules of this plan: leave modules out of it, or use plan: derive"
-    return [replace(f, fix=_with_alternative(f, fix)) if f.code in DIVISIBILITY else f for f in found]
+    # the degree that is chosen divides the sequence, too
+    return [replace(f, fix=_with_alternative(f, fix)) if f.code in (*DIVISIBILITY, "CR205") else f for f in found]
 
 
 def _with_alternative(found: Finding, fix: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from colrow.checking.degrees import DIVISIBILITY, with_legal_degrees
+from colrow.checking.degrees import with_legal_degrees
 from colrow.checking.finding import Finding, finding, finding_of
 from colrow.dryrun.calls import vocabulary
 from colrow.errors import PlanError
@@ -30,10 +30,8 @@ def check_static(model: nn.Module, plan: Plan, tp: int, seq_len: int) -> list[Fi
     found = [*names, *_already(model, styles), *_shared(model, plan)]
     if any(f.code == "CR104" for f in found):
         return found
-    sites = list(_sites(model, styles, tp))
-    found += with_legal_degrees(sites, model, styles, lambda tp: plan.sequence_misfit(tp, seq_len) is None)
-    if not any(f.code in DIVISIBILITY for f in found):  # else another degree is chosen, which divides the sequence
-        found += _sequence(model, plan, tp, seq_len)
+    sizes = [*_sites(model, styles, tp), *_sequence(model, plan, tp, seq_len)]
+    found += with_legal_degrees(sizes, model, styles, lambda tp: plan.sequence_misfit(tp, seq_len) is None)
     found += [*_head(model, plan, styles), *_trains(model)]
     if not found:
         found += [*_ties(model, plan, tp), *_splits_something(model, plan, tp)]
