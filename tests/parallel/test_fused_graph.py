@@ -63,6 +63,12 @@ def other_dim(y: Tensor) -> Tensor:
     return F.silu(a) * b
 
 
+def same_half_of_two_splits(y: Tensor) -> Tensor:
+    a, _ = y.chunk(2, -1)
+    b, _ = y.split(y.shape[-1] // 2, -1)
+    return F.silu(a) * b
+
+
 def same_half(y: Tensor) -> Tensor:
     a, _ = y.chunk(2, -1)
     return F.silu(a) * a
@@ -81,7 +87,9 @@ def test_swiglu_of_the_halves_of_a_tensor_is_one_operator(function: Function) ->
     assert (dy - dy_want).abs().max() < 1e-13
 
 
-@pytest.mark.parametrize("function", [three_parts, unequal_parts, gate_read_twice, other_dim, same_half])
+@pytest.mark.parametrize(
+    "function", [three_parts, unequal_parts, gate_read_twice, other_dim, same_half, same_half_of_two_splits]
+)
 def test_what_is_not_that_stays(function: Function) -> None:
     y, graphs = torch.randn(2, 6, 24), list[list[str]]()
     assert torch.equal(compiled(function, graphs)(y), function(y))

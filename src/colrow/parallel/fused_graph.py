@@ -41,7 +41,11 @@ def fused_inductor(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., An
 def rewrite(module: fx.GraphModule) -> None:
     """Change the graph in place, see above."""
     graph = module.graph
-    peaks = dict(_fuse_swiglu(graph, node) for node in list(graph.nodes) if _is_swiglu(node))
+    peaks: dict[fx.Node, fx.Node] = {}
+    for node in list(graph.nodes):
+        if (found := _swiglu_of(node)) is not None:
+            h, peaks_of_h = _fuse_swiglu(graph, node, *found)
+            peaks[h] = peaks_of_h
     for node in list(graph.nodes):
         if node.target in _LINEARS and LinearOptions.parse(node.args[3]).fp8:
             _give_peaks(graph, node, peaks)
@@ -50,13 +54,9 @@ def rewrite(module: fx.GraphModule) -> None:
     module.recompile()
 
 
-def _is_swiglu(node: fx.Node) -> bool:
-    """Whether it is silu(a) b, with a and b the halves of one tensor that nothing else reads."""
-    return _halves(node) is not None
-
-
-def _halves(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """Of silu(a) b: the tensor that is split, and a."""
+def _swiglu_of(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The tensor y and the half a of it where the node is silu(a) b, and b is the other half; nothing else reads a, b
+    and silu(a)."""
     if node.target not in _PRODUCTS or len(node.args) != 2 or node.kwargs:
         return None
     for silu, b in (node.args, node.args[::-1]):
@@ -65,30 +65,25 @@ def _halves(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         if silu.target is not F.silu or len(silu.users) > 1 or silu.kwargs.get("inplace") or len(silu.args) > 1:
             continue
         a = silu.args[0]
-        if isinstance(a, fx.Node) and (split := _split_of(a)) is not None and split is _split_of(b) and a is not b:
-            return _split_in_two(split), a
+        if isinstance(a, fx.Node) and (y := _halved(a)) is not None and y is _halved(b):
+            return (y, a) if {a.args[1], b.args[1]} == {0, 1} else None
     return None
 
 
-def _split_of(half: fx.Node) -> fx.Node | None:
-    """The split in two along the last dim of which this is a half that one node reads."""
+def _halved(half: fx.Node) -> fx.Node | None:
+    """The tensor that is split in two along its last dim, of which this is a half that one node reads."""
     if half.target is not operator.getitem or len(half.users) > 1:
         return None
     split = half.args[0]
     if not isinstance(split, fx.Node) or split.target not in _SPLITS:
         return None
-    source, halves = _value(split.args[0]), split.meta.get("example_value")
-    if source is None or not isinstance(halves, tuple | list) or len(halves) != 2 or source.dim() < 2:
+    y, halves = split.args[0], split.meta.get("example_value")
+    value = _value(y)
+    if value is None or not isinstance(halves, tuple | list) or len(halves) != 2 or value.dim() < 2:
         return None
-    f, rest = source.shape[-1], source.shape[:-1]
+    f, rest = value.shape[-1], value.shape[:-1]
     equal = all(part.shape[-1] * 2 == f and part.shape[:-1] == rest for part in halves)
-    return split if equal and source.dtype.is_floating_point else None
-
-
-def _split_in_two(split: fx.Node) -> fx.Node:
-    source = split.args[0]
-    assert isinstance(source, fx.Node)
-    return source
+    return y if isinstance(y, fx.Node) and equal and value.is_floating_point() else None
 
 
 def _value(node: Any) -> Tensor | None:
@@ -96,13 +91,10 @@ def _value(node: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def _fuse_swiglu(graph: fx.Graph, node: fx.Node) -> tuple[fx.Node, fx.Node]:
+def _fuse_swiglu(graph: fx.Graph, node: fx.Node, y: fx.Node, a: fx.Node) -> tuple[fx.Node, fx.Node]:
     """Replace silu(a) b. Returns the node that holds it now, and that of its rows' largest numbers."""
-    found = _halves(node)
-    assert found is not None
-    source, a = found
     with graph.inserting_before(node):
-        rows = graph.call_method("flatten", (source, 0, -2))
+        rows = graph.call_method("flatten", (y, 0, -2))
         both = graph.call_function(torch.ops.colrow.swiglu.default, (rows, a.args[1]))
         h, peaks = (graph.call_function(operator.getitem, (both, i)) for i in (0, 1))
         shaped = graph.call_method("view_as", (h, a))
