@@ -163,6 +163,7 @@ MORE: dict[str, Along] = {
     "threshold": lambda x, d: F.threshold(x, 0.1, 0.2),
     "real": lambda x, d: torch.view_as_real(torch.complex(x, x.sin()) * 1j).mean(-1),
     "imag and angle": lambda x, d: torch.complex(x, x.sin()).angle() + x,
+    "conjugate": lambda x, d: torch.conj_physical(torch.complex(x, x.sin())).imag + torch.complex(x, x).conj().imag,
     "aminmax": lambda x, d: x * sum(torch.aminmax(x, dim=d, keepdim=True)),
     "cummin": lambda x, d: x.cummin(d).values,
     "glu": lambda x, d: torch.cat([F.glu(x, d)] * 2, d),
@@ -254,7 +255,7 @@ def trial(name: str, seed: int, mesh: DeviceMesh) -> set[str]:
 
 NEVER_DISPATCHED = """\
 __and__ __or__ __xor__ _conj _euclidean_dist _index_put_impl _linalg_svd _reshape_alias adaptive_avg_pool1d
-alias as_strided avg_pool1d boundary contiguous divide dropout imag isfinite lift_fresh_copy log_sigmoid
+alias as_strided avg_pool1d boundary conj_physical contiguous divide dropout imag isfinite lift_fresh_copy log_sigmoid
 log_softmax multiply negative not_equal real relu6 repeat reshape selu softmax special_entr square subtract to
 true_divide type_as"""
 """Operators of the table that torch runs by others, or only in its own tracing, or rarely."""
