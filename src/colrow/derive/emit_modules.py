@@ -22,7 +22,7 @@ from colrow.styles.base import STYLES, Style
 from colrow.styles.fast.linear import is_linear
 from colrow.styles.local_block import BlockShards, LocalShards
 from colrow.styles.packed import is_transposed
-from colrow.styles.replicated import LEFT_OUT
+from colrow.styles.replicated import LEFT_OUT, KvReplicate
 
 NORM = re.compile(r"norm", re.IGNORECASE)
 _CHANNELS = (
@@ -52,9 +52,10 @@ class Emission:
     def selects_rows(self, parameter: str) -> bool:
         """Whether every rank holds all of a split parameter, and uses some rows: kv heads that tp does not divide."""
         owner, _, name = parameter.rpartition(".")
-        style = self.modules.get(owner, {})
-        spec = style.get("shards", {}).get(name) if "shards" in style else style
-        return style.get("style") == "kv_replicate" or (isinstance(spec, dict) and bool({"replicated", "kv"} & {*spec}))
+        options = self.modules.get(owner, {})
+        spec = options.get("shards", {}).get(name) if "shards" in options else options
+        selects = isinstance(spec, dict) and bool({"replicated", "kv"} & {*spec})
+        return selects or issubclass(self.style(owner), KvReplicate)
 
 
 class ModuleEmitter:
