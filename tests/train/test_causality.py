@@ -85,7 +85,8 @@ def neighbours(n: int) -> Tensor:
     [
         lambda: of_transformers("BertForMaskedLM"),
         lambda: of_transformers("BertLMHeadModel"),  # what transformers calls a causal model of a BERT's folder
-        lambda: of_transformers("ModernBertForMaskedLM", pad_token_id=0),  # most layers see a window to both sides
+        # most layers see a window to both sides
+        pytest.param(lambda: of_transformers("ModernBertForMaskedLM", pad_token_id=0), marks=pytest.mark.exhaustive),
         Own,
         lambda: Own(neighbours),
         lambda: Own(padding=1),
@@ -106,8 +107,11 @@ def test_a_bidirectional_model_is_refused_by_name(build: Callable[[], nn.Module]
     [
         lambda: of_transformers("BertLMHeadModel", is_decoder=True),  # as the refusal advises
         lambda: of_transformers("MistralForCausalLM", num_key_value_heads=2, sliding_window=4),
-        lambda: of_transformers("MixtralForCausalLM", num_key_value_heads=2, num_local_experts=4),
-        lambda: of_transformers("MambaForCausalLM"),
+        pytest.param(
+            lambda: of_transformers("MixtralForCausalLM", num_key_value_heads=2, num_local_experts=4),
+            marks=pytest.mark.exhaustive,
+        ),
+        pytest.param(lambda: of_transformers("MambaForCausalLM"), marks=pytest.mark.exhaustive),
         lambda: Own(causal),
         lambda: Own(window),
         lambda: Own(prefix),

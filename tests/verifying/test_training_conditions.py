@@ -102,7 +102,7 @@ def test_dropout_beside_other_random_numbers_on_a_shard_is_off_and_said() -> Non
         (m.AveragingBlock, "local"),
         pytest.param(m.AveragingBlock, "gloo", marks=[pytest.mark.distributed, pytest.mark.exhaustive]),
         (m.BatchNormBlock, "local"),
-        pytest.param(m.BatchNormBlock, "gloo", marks=pytest.mark.distributed),
+        pytest.param(m.BatchNormBlock, "gloo", marks=[pytest.mark.distributed, pytest.mark.exhaustive]),
     ],
 )
 def test_buffers_that_forward_writes_are_compared(block: Any, backend: Any) -> None:
@@ -187,7 +187,9 @@ class Auxiliary(m.Gpt):
         return {"logits": logits, "extra": extra} if self.form == "dict" else Output(logits, extra)
 
 
-@pytest.mark.parametrize("form", ["tuple", "dict", "dataclass"])
+@pytest.mark.parametrize(
+    "form", ["tuple", *(pytest.param(form, marks=pytest.mark.exhaustive) for form in ("dict", "dataclass"))]
+)
 def test_auxiliary_losses_count(form: str) -> None:
     right = judged(Auxiliary(form), gpt_plan())
     assert right.ok, right
