@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import traceback
+from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -124,7 +125,8 @@ def _answer(connection: socket.socket) -> NoReturn:
 
 
 def _end_with(client: socket.socket) -> None:
-    client.recv(1)  # nothing is ever sent: the client has ended
+    with suppress(ConnectionResetError):  # a client that ends with unread data in its socket resets the connection
+        client.recv(1)  # nothing is ever sent: the client has ended
     os.kill(os.getpid(), signal.SIGKILL)
 
 
