@@ -11,7 +11,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from colrow.ops import swiglu
 from colrow.ops.linear_options import LinearOptions
 from colrow.ops.parallel_linear import column_linear, row_linear
 from colrow.parallel.fused_graph import rewrite
@@ -98,7 +97,7 @@ def test_what_is_not_that_stays(function: Function) -> None:
 
 def test_halves_that_are_exchanged_are_seen() -> None:
     y = torch.randn(3, 8, dtype=torch.float64)
-    assert (swiglu.swiglu(y, 1)[0] - first_is_gate(y)).abs().max() > 1e-3
+    assert (torch.ops.colrow.swiglu(y, 1)[0] - first_is_gate(y)).abs().max() > 1e-3
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,7 @@ from colrow.ops.kernels.swiglu import (
     swiglu_reference,
     swiglu_triton,
 )
-
-
-def swiglu(y_TF: Tensor, gate: int) -> tuple[Tensor, Tensor]:
-    """y = [a | b], or [b | a] with `gate` 1 -> silu(a) b, [T, f], and the largest |number| of each of its rows,
-    fp32 [T], which has no gradient."""
-    h_Tf, peaks_T = torch.ops.colrow.swiglu(y_TF, gate)
-    return h_Tf, peaks_T
+from colrow.ops.products import sum_dtype
 
 
 def _by_kernel(y: Tensor) -> bool:
@@ -30,6 +24,8 @@ def _by_kernel(y: Tensor) -> bool:
 
 @torch.library.custom_op("colrow::swiglu", mutates_args=(), schema="(Tensor y_TF, int gate) -> (Tensor, Tensor)")
 def _swiglu(y_TF: Tensor, gate: int) -> tuple[Tensor, Tensor]:
+    """y = [a | b], or [b | a] with `gate` 1 -> silu(a) b, [T, f], and the largest |number| of each of its rows, [T] of
+    fp32 (fp64 for fp64), which has no gradient."""
     record("fused", "SwiGLU in Triton" if _by_kernel(y_TF) else "SwiGLU in torch")
     return swiglu_triton(y_TF, gate) if _by_kernel(y_TF) else swiglu_reference(y_TF, gate)
 
@@ -37,8 +33,7 @@ def _swiglu(y_TF: Tensor, gate: int) -> tuple[Tensor, Tensor]:
 @_swiglu.register_fake
 def _(y_TF: Tensor, gate: int) -> tuple[Tensor, Tensor]:
     T, F = y_TF.shape
-    wide = torch.float64 if y_TF.dtype == torch.float64 else torch.float32
-    return y_TF.new_empty(T, F // 2), y_TF.new_empty(T, dtype=wide)
+    return y_TF.new_empty(T, F // 2), y_TF.new_empty(T, dtype=sum_dtype(y_TF.dtype))
 
 
 @torch.library.custom_op(

@@ -93,9 +93,8 @@ def round_triton(
     """
     M, K = x_MK.shape
     orders: list[tuple[Tensor, Tensor, Tensor | None]]
-    one_pass = M % _BOTH == K % _BOTH == 0 and x_MK.stride(1) == 1
     # Triton 3.6 transposes an 8-bit tile wrongly where its threads hold four numbers in a row, as with fp32 (H200)
-    one_pass = one_pass and x_MK.itemsize < 4
+    one_pass = M % _BOTH == K % _BOTH == 0 and x_MK.stride(1) == 1 and x_MK.itemsize < 4
     if rows is not None and transposed is not None and one_pass:
         grid, tile, orders = (M // _BOTH) * (K // _BOTH), (_BOTH, _BOTH), [(x_MK, rows, transposed)]
     else:

@@ -15,27 +15,24 @@ import torch
 from torch import Tensor
 
 from colrow.ops.kernels.optional_triton import tl, triton
+from colrow.ops.products import sum_dtype
 
 _BLOCK = 1024
 
 
 def swiglu_reference(y_TF: Tensor, gate: int) -> tuple[Tensor, Tensor]:
     """h [T, f], and max |h| of each row, fp32 [T] (fp64 for fp64). `gate`: which half of y is a."""
-    a, b = (half.to(_wide(y_TF)) for half in _halves(y_TF, gate))
+    a, b = (half.to(sum_dtype(y_TF.dtype)) for half in _halves(y_TF, gate))
     h = (a * a.sigmoid() * b).to(y_TF.dtype)
-    return h, h.abs().amax(1).to(_wide(y_TF))
+    return h, h.abs().amax(1).to(sum_dtype(y_TF.dtype))
 
 
 def swiglu_gradient_reference(dh_Tf: Tensor, y_TF: Tensor, gate: int) -> Tensor:
     """The gradient of y."""
-    (a, b), dh = (half.to(_wide(y_TF)) for half in _halves(y_TF, gate)), dh_Tf.to(_wide(y_TF))
+    (a, b), dh = (half.to(sum_dtype(y_TF.dtype)) for half in _halves(y_TF, gate)), dh_Tf.to(sum_dtype(y_TF.dtype))
     s = a.sigmoid()
     halves = [dh * b * s * (1 + a * (1 - s)), dh * a * s]
     return torch.cat(halves[:: 1 if gate == 0 else -1], 1).to(y_TF.dtype)
-
-
-def _wide(y: Tensor) -> torch.dtype:
-    return torch.float64 if y.dtype == torch.float64 else torch.float32
 
 
 def _halves(y_TF: Tensor, gate: int) -> tuple[Tensor, Tensor]:
