@@ -8,7 +8,7 @@ from torch import nn
 
 from colrow.checking.degrees import with_legal_degrees
 from colrow.checking.finding import Finding, finding, finding_of
-from colrow.dryrun.calls import vocabulary
+from colrow.dryrun.calls import most_positions, vocabulary
 from colrow.errors import PlanError
 from colrow.models.blocks import block_stacks
 from colrow.parallel.parallelize import SAME_PLACEMENT, parallel_already, split_ties, tied_parameters
@@ -138,8 +138,7 @@ def _sites(model: nn.Module, styles: dict[str, Style], tp: int) -> Iterator[Find
 
 
 def _sequence(model: nn.Module, plan: Plan, tp: int, seq_len: int) -> Iterator[Finding]:
-    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if (misfit := plan.sequence_misfit(tp, seq_len, longest if isinstance(longest, int) else None)) is not None:
+    if (misfit := plan.sequence_misfit(tp, seq_len, most_positions(model))) is not None:
         yield finding("CR205", "input", *misfit)
 
 

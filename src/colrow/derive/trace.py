@@ -24,7 +24,7 @@ from colrow.derive.infer import strip
 from colrow.derive.opaque import NOTHING_OPAQUE, Opaque
 from colrow.derive.outside import watching_reads
 from colrow.derive.undecomposed import NOT_KEPT, Undecomposed
-from colrow.dryrun.calls import Inputs, call_model, example_inputs
+from colrow.dryrun.calls import Inputs, call_model, example_inputs, most_positions
 from colrow.errors import PlanError
 from colrow.parallel.outputs import auxiliary_losses, main_tensor
 from colrow.torch_compat import quiet_fake_tensors
@@ -140,7 +140,7 @@ class _Called(nn.Module):
 def _prime_sizes(model: nn.Module, tp: int) -> tuple[int, int]:
     """Batch and sequence extents that no dimension of a parameter has; the sequence is a multiple of tp."""
     taken = {int(n) for p in model.parameters() for n in p.shape}
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 1 << 20
+    limit = most_positions(model) or 1 << 20
     for batch in (3, 5, 7, 11, 13):
         for prime in (17, 13, 19, 23, 11, 29, 31, 7, 37):
             seq = tp * prime

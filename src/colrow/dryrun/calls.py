@@ -76,6 +76,12 @@ def vocabulary(model: nn.Module) -> int | None:
     return next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), None)
 
 
+def most_positions(model: nn.Module) -> int | None:
+    """The longest sequence that the model's config knows; None where it states none."""
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) else None
+
+
 def example_inputs(model: nn.Module, batch_size: int, seq_len: int, generator: torch.Generator | None = None) -> Inputs:
     """Inputs of the kind that the model takes (see [Note: example inputs]), drawn at random.
 

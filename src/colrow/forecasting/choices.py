@@ -11,6 +11,7 @@ from torch import nn
 
 from colrow.checking.degrees import plan_degrees
 from colrow.config import RunConfig
+from colrow.dryrun.calls import most_positions
 from colrow.errors import ConfigError, PlanError
 from colrow.forecasting.devices import CPU, Device
 from colrow.forecasting.forecast import MARGIN, Forecaster, Options, Row
@@ -139,7 +140,7 @@ class Choices:
         plan, tp = self._plan(row.plan, mesh.tp), mesh.tp
         unit = _STEP * tp if plan.sequence_parallel() else _STEP
         one = replace(row.options, micro_batch=1, micro_batches=1 if mesh.pp == 1 else max(mesh.pp, 1))
-        limit = getattr(getattr(self._model, "config", None), "max_position_embeddings", 0) or 2**20
+        limit = most_positions(self._model) or 2**20
         length = self._largest(plan, mesh, one, "seq_len", min(unit * 4, limit), unit, limit)
         batch = self._largest(plan, mesh, replace(one, seq_len=config.data.seq_len), "micro_batch", 1, 1, 4096)
         return Longest(row, length, batch)

@@ -9,6 +9,7 @@ import torch
 from colrow.checking.check import check_static
 from colrow.checking.degrees import plan_degrees
 from colrow.config import RunConfig
+from colrow.dryrun.calls import most_positions
 from colrow.errors import ColrowError, ConfigError, PlanError, advice
 from colrow.mesh import Mesh
 from colrow.models.build import Source, build_source
@@ -62,8 +63,8 @@ def check_alone(config: RunConfig, local_ranks: int | None = None) -> str:
 
 def check_with_model(config: RunConfig, source: Source) -> None:
     """Raise a ConfigError where sequence, pipeline or data axes do not fit the model."""
-    longest = getattr(getattr(source.model, "config", None), "max_position_embeddings", None)
-    if isinstance(longest, int) and config.data.seq_len > longest:
+    longest = most_positions(source.model)
+    if longest is not None and config.data.seq_len > longest:
         divided = longest // config.mesh.tp * config.mesh.tp
         raise ConfigError(
             f"data.seq_len={config.data.seq_len} is longer than the {longest} positions of {source.name}",
