@@ -13,7 +13,7 @@ from colrow.plans.plan import Plan
 from colrow.styles.base import Style
 from colrow.styles.site import Site
 
-DIVISIBILITY = ("CR201", "CR202", "CR203", "CR204", "CR210")
+_DIVISIBILITY = ("CR201", "CR202", "CR203", "CR204", "CR210")
 """Codes of findings that another degree can cure."""
 _MOST = 64
 
@@ -31,7 +31,7 @@ def with_legal_degrees(
     Args:
         divides: whether a degree divides the sequence, where the plan splits it.
     """
-    if not any(f.code in DIVISIBILITY for f in found):
+    if not any(f.code in _DIVISIBILITY for f in found):
         return found
     fits = legal_degrees(model, styles)
     legal = [tp for tp in fits if divides(tp)]
@@ -42,7 +42,7 @@ def with_legal_degrees(
     else:
         fix = "no tp above 1 fits all modules of this plan: leave modules out of it, or use plan: derive"
     # the degree that is chosen divides the sequence, too
-    return [replace(f, fix=_with_alternative(f, fix)) if f.code in (*DIVISIBILITY, "CR205") else f for f in found]
+    return [replace(f, fix=_with_alternative(f, fix)) if f.code in (*_DIVISIBILITY, "CR205") else f for f in found]
 
 
 def _with_alternative(found: Finding, fix: str) -> str:
@@ -55,7 +55,7 @@ def _refuses(model: nn.Module, fqn: str, style: Style, tp: int) -> bool:
     try:
         style.check(Site(model, fqn, tp))
     except PlanError as error:
-        return error.code in DIVISIBILITY
+        return error.code in _DIVISIBILITY
     return False
 
 

@@ -18,6 +18,7 @@ from colrow.derive.rules_channels import channels_of
 from colrow.derive.sequence import Stream
 from colrow.derive.split import Split
 from colrow.derive.trace import Scale, Trace, label_of
+from colrow.plans.patterns import is_within
 from colrow.styles.base import STYLES, Style
 from colrow.styles.fast.linear import is_linear
 from colrow.styles.local_block import BlockShards, LocalShards
@@ -119,9 +120,7 @@ class ModuleEmitter:
         if not name:
             atoms = self.choice.chosen(dim for parameter in parameters for dim in self.dims[parameter])
             raise SplitError(atoms, f"the model itself holds {parameters[0]}, and styles split what its modules hold")
-        block = next(
-            (b for b in self.blocks if not b.leaf and (name == b.module or name.startswith(b.module + "."))), None
-        )
+        block = next((b for b in self.blocks if not b.leaf and is_within(name, b.module)), None)
         in_local = block is not None and block.module in locals_
         uneven = {atom for atom in self._atoms(name) & self.choice.atoms if atom.size % self.tp}
         if uneven and not (isinstance(module, nn.Embedding) or self._multiplies_by_weight(name)):

@@ -42,6 +42,7 @@ from colrow.derive.trace import (
 )
 from colrow.derive.undecomposed import computing_nodes
 from colrow.dryrun.calls import Inputs, call_model
+from colrow.plans.patterns import is_within
 from colrow.sharding.operators import Filling
 from colrow.sharding.parameter_state import detached_attributes
 from colrow.styles.base import set_attribute
@@ -89,7 +90,7 @@ class LocalCheck:
             return None
         if node in self.flows.constant and not (
             self.flows.path[node] in self.local_code
-            or any(self.flows.path[node] == b or self.flows.path[node].startswith(b + ".") for b in self.blocks)
+            or any(is_within(self.flows.path[node], b) for b in self.blocks)
             or self.flows.made_in(node, self.blocks)
         ):
             return shape_of(node)

@@ -43,9 +43,9 @@ def _options(cls: type[Any]) -> list[str]:
         default = field.default
         if field.name in common:
             continue
-        given = default in (None, "", ()) or default is dataclasses.MISSING
+        unset = default in (None, "", ()) or default is dataclasses.MISSING
         value = str(default).lower() if isinstance(default, bool) else default
-        texts.append(f"`{field.name}`" if given else f"`{field.name}: {list(value) if value == (0,) else value}`")
+        texts.append(f"`{field.name}`" if unset else f"`{field.name}: {list(value) if value == (0,) else value}`")
     return texts
 
 

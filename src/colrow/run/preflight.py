@@ -82,11 +82,10 @@ def _checked(config: RunConfig, local_ranks: int | None, plan: Plan | None) -> C
         require_weights(source.model, source.folder)
     require_storable(source.model)
     decay_by_name(source.model, config.train)  # raises where a pattern of no_decay matches nothing
-    judgement, starts = None, plan is None
+    judgement = None
     if plan is None:
         require_causal(source)
         plan, judgement = _judged_plan(config, source.model, keep=True)
-    if starts:
         _check_stages(config, source)
     check_with_plan(config, source, plan)
     return Checked(source, plan, device, changes, newest, judgement)
