@@ -134,12 +134,12 @@ def test_dtensor_says_how_an_operator_places_its_results(mesh: DeviceMesh) -> No
     _, two = tc.tree_flatten(((1, 2), {}))
     ((placement, shape),) = tc.propagated(mm, [a, b], two, mesh)
     assert (placement.is_partial(), shape) == (True, (2, 4))
-    with pytest.raises(tc.NoRuleError, match="moves data"):
+    with pytest.raises(tc.NoDTensorRuleError, match="moves data"):
         tc.propagated(mm, [a, a[:1] + b[1:]], two, mesh)
     _, rolled = tc.tree_flatten(((1, [1], [1]), {}))
-    with pytest.raises(tc.NoRuleError):
+    with pytest.raises(tc.NoDTensorRuleError):
         tc.propagated(norm, [a, 1, 1], rolled, mesh)
-    with pytest.raises(tc.NoRuleError, match="handler"):
+    with pytest.raises(tc.NoDTensorRuleError, match="handler"):
         tc.propagated(next(iter(tc.dtensor_handlers())), [a], two, mesh)
 
 

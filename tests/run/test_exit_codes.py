@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from colrow.cli import main
-from colrow.run.launch import Ended, Failure
+from colrow.run.launch import Ended, RankFailure
 from colrow.verifying.backends import _interrupts_blocked
 
 
@@ -19,10 +19,10 @@ from colrow.verifying.backends import _interrupts_blocked
     ("ended", "status"),
     [
         (Ended(), 0),
-        (Ended(Failure(1, "sick", 1)), 1),
-        (Ended(Failure(0, "a wrong config", 2)), 2),
+        (Ended(RankFailure(1, "sick", 1)), 1),
+        (Ended(RankFailure(0, "a wrong config", 2)), 2),
         (Ended(signal=signal.SIGTERM), 143),
-        (Ended(Failure(1, "lost", 1), signal.SIGINT), 130),
+        (Ended(RankFailure(1, "lost", 1), signal.SIGINT), 130),
     ],
 )
 def test_a_run_ends_with_the_status_of_its_cause(ended: Ended, status: int) -> None:

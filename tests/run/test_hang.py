@@ -21,14 +21,14 @@ from colrow.run import hang_guard
 from colrow.run.hang import Hang, HangWatch, awaited, limits_of
 from colrow.run.hang_guard import LauncherGuard
 from colrow.run.hang_record import FOLDER, write_for_silent
-from colrow.run.heartbeat import ENDED, REPORT_FILE, Heartbeat, Report, Reporter, last_collective
+from colrow.run.heartbeat import ENDED, REPORT_FILE, Heartbeat, RankReport, Reporter, last_collective
 
 LIMITS = limits_of(TrainSection(steps=1, global_batch=1, micro_batch=1, lr=1.0, hang_timeout=100.0))
 
 
-def report(rank: int, tick: int, step: int, phase: str = "training", issued: int = 0, **more: Any) -> Report:
+def report(rank: int, tick: int, step: int, phase: str = "training", issued: int = 0, **more: Any) -> RankReport:
     groups = {"0": [issued, more.pop("completed", issued)]}
-    return Report(rank, 100 + rank, "elsewhere", tick, phase, step, step, groups, **more)
+    return RankReport(rank, 100 + rank, "elsewhere", tick, phase, step, step, groups, **more)
 
 
 class Clock:
@@ -38,7 +38,7 @@ class Clock:
         self.now = 0.0
         self.watch = HangWatch(LIMITS, range(2), interval=1.0, now=0.0)
 
-    def play(self, seconds: int, at: Callable[[int], list[Report]], signalled: float | None = None) -> Hang | None:
+    def play(self, seconds: int, at: Callable[[int], list[RankReport]], signalled: float | None = None) -> Hang | None:
         """`at(second)` gives the reports; returns the first hang, if there is one."""
         for _ in range(seconds):
             self.now += 1
@@ -208,7 +208,7 @@ def test_the_launcher_keeps_what_is_known_and_kills_a_stopped_rank(
     try:
         os.kill(child.pid, signal.SIGSTOP)
         host = os.uname().nodename
-        (launched / REPORT_FILE).write_text(Report(0, child.pid, host, 1, "training", 3).to_json())
+        (launched / REPORT_FILE).write_text(RankReport(0, child.pid, host, 1, "training", 3).to_json())
         end = time.monotonic() + 20
         while guard.hang is None and time.monotonic() < end:
             guard.look(tmp_path / "launched", None)
@@ -285,4 +285,4 @@ def test_a_rank_reports_at_once_that_it_is_in_another_phase(tmp_path: Path) -> N
 
 def _phase(folder: Path) -> str:
     file = folder / REPORT_FILE
-    return Report.from_json(file.read_bytes()).phase if file.exists() else ""
+    return RankReport.from_json(file.read_bytes()).phase if file.exists() else ""

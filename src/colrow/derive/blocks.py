@@ -21,7 +21,7 @@ from colrow.plans.patterns import is_within
 
 
 @dataclass
-class Block:
+class SplitBlock:
     """A module, where it is entered, and what its outputs are."""
 
     module: str
@@ -173,7 +173,7 @@ class BlockFinder:
         """The output boundaries of the modules that own the reductions."""
         return {b for n in reductions for b in self.outputs(self.owners[n])}
 
-    def attempt(self, module: str, reductions: list[Node], deferred: bool) -> Block | None:
+    def attempt(self, module: str, reductions: list[Node], deferred: bool) -> SplitBlock | None:
         """The block at `module`, if gradients flow soundly in it."""
         inputs, outputs = self.inputs(module), self.outputs(module)
         differentiable = [b for b in inputs if b not in self.flows.constant]
@@ -192,7 +192,7 @@ class BlockFinder:
         if self._leaves_past(interior, own, leaving, flow):
             return None
         entries = {b for b, spmd_type in types.items() if spmd_type is SpmdType.REPLICATED and b in self.flows.live}
-        return Block(module, entries, deferred, False, flow)
+        return SplitBlock(module, entries, deferred, False, flow)
 
     def _flow_inside(
         self, module: str, inputs: list[Node], exits: set[Node], leaving: set[Node]
@@ -261,15 +261,15 @@ class BlockFinder:
                 return source
         return None
 
-    def find(self) -> list[Block]:
+    def find(self) -> list[SplitBlock]:
         """Blocks for every component.
 
         Raises:
             SplitError: a component has no sound block; its classes must not be sharded.
         """
         components = self.components()
-        blocks: dict[tuple[str, bool], Block] = {}
-        inner: dict[str, Block] = {}
+        blocks: dict[tuple[str, bool], SplitBlock] = {}
+        inner: dict[str, SplitBlock] = {}
         for module, reductions in components.items():
             if any(is_within(module, b.module) for b in blocks.values() if not b.leaf):
                 continue
@@ -304,7 +304,7 @@ class BlockFinder:
             *(b for b in inner.values() if not any(is_within(b.module, other.module) for other in outer)),
         ]
 
-    def _widest_block(self, module: str, components: dict[str, list[Node]]) -> Block | None:
+    def _widest_block(self, module: str, components: dict[str, list[Node]]) -> SplitBlock | None:
         """The first sound block at `module` or at most two levels around it, widened as long as it stays sound."""
         best, where = None, module
         while where:
@@ -319,14 +319,14 @@ class BlockFinder:
                 break
         return best
 
-    def _around_columns(self, module: str, reduction: Node) -> Block | None:
+    def _around_columns(self, module: str, reduction: Node) -> SplitBlock | None:
         """The block at the innermost module inside `module` that holds the column products of this reduction: shards
         leave it."""
         parents = [self.flows.path[node].split(".")[:-1] for node in self.columns(self.region(reduction))]
         where = ".".join(_common(parents))
         return self.attempt(where, [], False) if is_within(where, module) and where != module else None
 
-    def _around_meetings(self, reductions: list[Node]) -> list[Block]:
+    def _around_meetings(self, reductions: list[Node]) -> list[SplitBlock]:
         """Blocks at the modules whose own code makes shards out of two activations (queries and their angles), which
         no column product can gather; shards leave them."""
         found = []
@@ -336,7 +336,7 @@ class BlockFinder:
             found += [block] if block is not None else []
         return found
 
-    def separate_columns(self, module: str, reductions: list[Node]) -> Block:
+    def separate_columns(self, module: str, reductions: list[Node]) -> SplitBlock:
         """Each column product is entered on its own; whoever else makes shards has no entry."""
         region = set().union(*(self.region(n) for n in reductions))
         entries = set()
@@ -350,13 +350,13 @@ class BlockFinder:
                     f"no module stands between the stream and {op_name(node)} in {name or 'the model'}",
                 )
             entries |= set(ins)
-        return Block(module, entries, False, True)
+        return SplitBlock(module, entries, False, True)
 
     def atoms_of(self, nodes: set[Node]) -> set[Atom]:
         """Chosen classes that stand in these nodes."""
         return {atom for node in nodes for dims in self.inference.tensors(node) for atom in self.choice.chosen(dims)}
 
-    def borders(self, blocks: list[Block]) -> tuple[set[Node], set[Node]]:
+    def borders(self, blocks: list[SplitBlock]) -> tuple[set[Node], set[Node]]:
         """All boundaries where the stream enters blocks, and all where a sum over ranks is reduced."""
         entries = set().union(*(b.entries for b in blocks), self.head_entries(), self.inner)
         deferred = [b.module for b in blocks if b.deferred]
@@ -364,7 +364,7 @@ class BlockFinder:
         exits = {b for module in (*deferred, *reducing) for b in self.outputs(module)} | self.inner
         return entries, exits.difference(*(b.flow.left for b in blocks))
 
-    def complete_graph(self, blocks: list[Block]) -> Flow:
+    def complete_graph(self, blocks: list[SplitBlock]) -> Flow:
         """The flow of the entire graph with these blocks: the proof that they fit together.
 
         Raises:

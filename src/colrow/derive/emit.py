@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from colrow.derive.axes import leaves
-from colrow.derive.blocks import Block, SplitError
+from colrow.derive.blocks import SplitBlock, SplitError
 from colrow.derive.emit_modules import Emission, ModuleEmitter
 from colrow.derive.flow import SpmdType
 from colrow.derive.infer import facts_of, op_name, shape_of
@@ -44,7 +44,7 @@ class Emitter(ModuleEmitter):
 
     # ------------------------------------------------------------------ blocks
 
-    def _plain(self, block: Block) -> bool:
+    def _plain(self, block: SplitBlock) -> bool:
         """Whether torch's own styles can enter the block: a DTensor goes straight into plain column products."""
         if block.deferred or self._slices(block) or self.owned.get(block.module):
             return False
@@ -70,7 +70,7 @@ class Emitter(ModuleEmitter):
                     return False
         return True
 
-    def _slices(self, block: Block) -> dict[str, dict[str, int]]:
+    def _slices(self, block: SplitBlock) -> dict[str, dict[str, int]]:
         """Constant arguments of which a rank uses its heads' part."""
         out = {}
         others = [other.module for other in self.blocks if not other.leaf and other is not block]
@@ -89,7 +89,7 @@ class Emitter(ModuleEmitter):
                     out[label.path] = {"dim": k, "inner": atoms[-1].size}
         return out
 
-    def _block(self, block: Block, local: bool) -> None:
+    def _block(self, block: SplitBlock, local: bool) -> None:
         if block.leaf:
             self._single_columns(block)
             return
@@ -112,7 +112,7 @@ class Emitter(ModuleEmitter):
                 style["desired_kwargs"] = dict.fromkeys(style["input_kwargs"], "replicate")
         self._put(block.module, **style)
 
-    def _single_columns(self, block: Block) -> None:
+    def _single_columns(self, block: SplitBlock) -> None:
         """Column products without a block around them: each gathers its own input."""
         for entry in block.entries:
             name = label_of(entry).module
@@ -126,7 +126,7 @@ class Emitter(ModuleEmitter):
             if self.stream is not None or style_cls in (PackedColwise, LocalShards):
                 self._put(name, input=self.inside)
 
-    def _gathered_arguments(self, block: Block) -> tuple[list[str], dict[str, str]]:
+    def _gathered_arguments(self, block: SplitBlock) -> tuple[list[str], dict[str, str]]:
         """The layouts of the block's positional and named arguments; `none` for those that are not its entries. One
         inside of a tuple is named by its path."""
         positional: list[str] = ["none"] * self.traced.positional.get(block.module, 0)
@@ -139,7 +139,7 @@ class Emitter(ModuleEmitter):
                 named[path] = self.inside
         return positional, named
 
-    def _outputs(self, block: Block) -> list[str]:
+    def _outputs(self, block: SplitBlock) -> list[str]:
         wanted = ["none"] * max(1, self.traced.results.get(block.module, 1))
         for b in self.finder.outputs(block.module):
             # the flow of the complete graph has it as INVARIANT, reduced; the block's own flow knows that it was a sum

@@ -14,7 +14,7 @@ from typing import Any
 from torch.fx import Node
 
 from colrow.derive.axes import Dim, find
-from colrow.derive.blocks import Block, SplitError
+from colrow.derive.blocks import SplitBlock, SplitError
 from colrow.derive.emit import Emitter
 from colrow.derive.emit_modules import Emission
 from colrow.derive.flow import SpmdType
@@ -87,7 +87,7 @@ class FastEmitter(Emitter):
 
     # ------------------------------------------------------------------ blocks
 
-    def _columns(self, block: Block) -> list[str]:
+    def _columns(self, block: SplitBlock) -> list[str]:
         """The column products that share the block's input, when nothing else takes it; else none."""
         if block.deferred or len(block.entries) != 1 or self._slices(block):
             return []
@@ -126,10 +126,10 @@ class FastEmitter(Emitter):
     def _can_stand_alone(self, name: str) -> bool:
         return False
 
-    def _plain(self, block: Block) -> bool:
+    def _plain(self, block: SplitBlock) -> bool:
         return block.module in self.gathered
 
-    def _block(self, block: Block, local: bool) -> None:
+    def _block(self, block: SplitBlock, local: bool) -> None:
         shared = {user for output in self.shared for user in output.users}
         if block.leaf:
             for entry in block.entries - shared:
@@ -167,7 +167,7 @@ class FastEmitter(Emitter):
             raise SplitError(set(), f"argument {path} of {label_of(entry).module} is nested")
         return int(path) if path.isdigit() else path
 
-    def _scattered(self, block: Block) -> list[int]:
+    def _scattered(self, block: SplitBlock) -> list[int]:
         """The numbers of the block's outputs that are sums over ranks."""
         sums = [
             label_of(b).path for b in self.finder.outputs(block.module) if block.flow.types.get(b) is SpmdType.PARTIAL
@@ -201,7 +201,7 @@ class FastEmitter(Emitter):
         if is_transposed(self._module(name)):  # the trace on local shapes runs the module's forward
             self.out.attributes[name] = {"nf": "/tp" if isinstance(spec, int) else self.choice.local_size(dim)}
 
-    def _row(self, name: str, dim: Dim, in_local: bool, block: Block | None) -> None:
+    def _row(self, name: str, dim: Dim, in_local: bool, block: SplitBlock | None) -> None:
         if block is not None and block.deferred:
             super()._row(name, dim, in_local, block)
             return

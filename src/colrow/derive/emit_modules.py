@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import Node
 
 from colrow.derive.axes import Atom, Dim, find, leaves
-from colrow.derive.blocks import Block, SplitError
+from colrow.derive.blocks import SplitBlock, SplitError
 from colrow.derive.choice import Choice
 from colrow.derive.infer import argument, facts_of, module_path
 from colrow.derive.rules_channels import channels_of
@@ -199,7 +199,7 @@ class ModuleEmitter:
         known = isinstance(module, nn.Linear) or is_transposed(module)
         return known and {n for n, _ in module.named_parameters(recurse=False)} <= {"weight", "bias"}
 
-    def _product(self, name: str, in_local: bool, block: Block | None) -> None:
+    def _product(self, name: str, in_local: bool, block: SplitBlock | None) -> None:
         """y = x W^T. A vocabulary of outputs is a head; else outputs split: column, inputs split: row."""
         position, dim = self._dim_of(name, "weight")
         outputs = 1 if is_transposed(self._module(name)) else 0  # the weight's dimension of output features
@@ -301,7 +301,7 @@ class ModuleEmitter:
             if isinstance(spec, dict):
                 self._put(name, **{key: value for key, value in spec.items() if key != "dim"})
 
-    def _row(self, name: str, dim: Dim, in_local: bool, block: Block | None) -> None:
+    def _row(self, name: str, dim: Dim, in_local: bool, block: SplitBlock | None) -> None:
         spec = self._shard_spec(name, "weight")
         inner = self.finder.has_inner_sum(name)
         deferred = block is not None and block.deferred and not inner

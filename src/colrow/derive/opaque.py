@@ -47,7 +47,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Opaque:
+class OpaqueModules:
     """The modules of a model that are not looked into, why, and what each returned."""
 
     reasons: Mapping[str, str]
@@ -74,7 +74,7 @@ class Opaque:
                     module.__dict__["forward"] = own[name]
 
 
-NOTHING_OPAQUE = Opaque({}, {})
+NOTHING_OPAQUE = OpaqueModules({}, {})
 
 
 def _forward_of(module: nn.Module, result: Result | None) -> Callable[..., Any]:
@@ -90,7 +90,7 @@ def _forward_of(module: nn.Module, result: Result | None) -> Callable[..., Any]:
     return forward
 
 
-def opaque_modules(model: nn.Module, inputs: Inputs, error: TraceError, known: Opaque) -> Opaque:
+def opaque_modules(model: nn.Module, inputs: Inputs, error: TraceError, known: OpaqueModules) -> OpaqueModules:
     """`known` and the module that cannot be traced, with those at its place in other layers; where it is known already,
     the one around it.
 
@@ -106,7 +106,7 @@ def opaque_modules(model: nn.Module, inputs: Inputs, error: TraceError, known: O
     alike = [n for n, m in model.named_modules() if with_stars(n) == with_stars(name) and type(m) is cls]
     inside = {n: why for n, why in known.reasons.items() if not any(n.startswith(f"{outer}.") for outer in alike)}
     reasons = {**inside, **dict.fromkeys(alike, str(error).partition(": ")[2])}
-    return Opaque(reasons, _results(model, inputs, list(reasons)))
+    return OpaqueModules(reasons, _results(model, inputs, list(reasons)))
 
 
 def _results(model: nn.Module, inputs: Inputs, names: list[str]) -> dict[str, Result]:

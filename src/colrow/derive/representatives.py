@@ -36,7 +36,7 @@ class NotAlikeError(Exception):
 
 
 @dataclass(frozen=True)
-class Kind:
+class AlikeBlocks:
     """The names of the blocks of a kind that are kept, and of how many."""
 
     kept: tuple[str, str, str]
@@ -57,7 +57,7 @@ class Representatives:
     complete: nn.Module
     model: nn.Module
     stands: Mapping[str, str] = field(default_factory=dict)
-    kinds: tuple[Kind, ...] = ()
+    kinds: tuple[AlikeBlocks, ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Inputs, requests: Requests) -> Representatives:
@@ -78,7 +78,9 @@ class Representatives:
         # a model may count its blocks: then the kept ones run otherwise without the others
         if copy is None or _traces(copy, inputs).runs != kept:
             return everything
-        return cls(model, copy, stands, tuple(Kind((names[0], names[1], names[-1]), len(names)) for names in large))
+        return cls(
+            model, copy, stands, tuple(AlikeBlocks((names[0], names[1], names[-1]), len(names)) for names in large)
+        )
 
     def name(self, name: str) -> str:
         """A module or parameter of the complete model to the one that stands for it."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from colrow.derive.axes import Atom
-from colrow.derive.blocks import Block, BlockFinder, SplitError
+from colrow.derive.blocks import BlockFinder, SplitBlock, SplitError
 from colrow.derive.flow import Flow, Flows
 from colrow.derive.infer import shape_of
 from colrow.plans.patterns import is_within, with_stars
@@ -19,7 +19,7 @@ class Split:
     """A choice on a graph with the blocks that it makes, and the flow of the complete graph: they fit together."""
 
     finder: BlockFinder
-    blocks: list[Block]
+    blocks: list[SplitBlock]
     flow: Flow
 
     @classmethod

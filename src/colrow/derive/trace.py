@@ -21,7 +21,7 @@ from torch.fx import Node
 
 from colrow.derive.failure import cannot_trace
 from colrow.derive.infer import strip
-from colrow.derive.opaque import NOTHING_OPAQUE, Opaque
+from colrow.derive.opaque import NOTHING_OPAQUE, OpaqueModules
 from colrow.derive.outside import watching_reads
 from colrow.derive.undecomposed import NOT_KEPT, Undecomposed
 from colrow.dryrun.calls import Inputs, call_model, example_inputs, most_positions
@@ -96,7 +96,7 @@ class Trace:
     """Whether the model returns a tensor, and nothing around it."""
     outside: frozenset[str] = frozenset()
     """Parameters that code of other modules reads too, whether the value is used or not."""
-    opaque: Opaque = NOTHING_OPAQUE
+    opaque: OpaqueModules = NOTHING_OPAQUE
     """The modules that could not be traced."""
     undecomposed: Undecomposed = NOT_KEPT
     sized: dict[str, Node] | None = None
@@ -162,7 +162,7 @@ def _exported(
     inputs: Inputs,
     rescale: Rescale | None,
     within: contextlib.AbstractContextManager[None] | None,
-    opaque: Opaque,
+    opaque: OpaqueModules,
 ) -> Iterator[tuple[ExportedProgram, Calls, set[str]]]:
     """The model as torch.export gives it, what the markers saw, and the parameters that other modules read."""
     wrapper = _Called(model, inputs.names)
@@ -194,7 +194,7 @@ def export(
     inputs: tuple[Tensor, ...],
     rescale: Rescale | None,
     within: contextlib.AbstractContextManager[None] | None,
-    opaque: Opaque,
+    opaque: OpaqueModules,
 ) -> ExportedProgram:
     """Run the model's code as `trace` does, without decompositions, which take the longer half: see [Note: undecomposed
     graphs]. Raises as `trace`."""
@@ -214,7 +214,7 @@ def trace(
     inputs: tuple[Tensor, ...],
     rescale: Rescale | None = None,
     within: contextlib.AbstractContextManager[None] | None = None,
-    opaque: Opaque = NOTHING_OPAQUE,
+    opaque: OpaqueModules = NOTHING_OPAQUE,
 ) -> Trace:
     """Export `model` in evaluation mode, inside of `within`; it is left as it was.
 

@@ -30,7 +30,7 @@ from colrow.dryrun.calls import (
 from colrow.dryrun.dry_run import Request
 from colrow.dryrun.fake_world import fake_tp_mesh, materialize_fake
 from colrow.dryrun.module_tracker import LOSS
-from colrow.dryrun.numbered import NumberedRun, Value
+from colrow.dryrun.numbered import NumberedRun, NumberedValue
 from colrow.dryrun.paired_runs import ShardedRun
 from colrow.dryrun.reduced_copy import reduced_copy
 from colrow.dryrun.sequence_sizes import sizes_of_sequences
@@ -95,7 +95,7 @@ def _unlike_draws(first: ModuleDraws, second: ModuleDraws) -> list[Unproven]:
     return found
 
 
-def draws_by_module(request: Request) -> Walk | Exception:
+def draws_by_module(request: Request) -> PairedWalk | Exception:
     """What a forward draws, in every block."""
     found = walk(request, all_blocks=True, backward=False)
     if isinstance(found, Exception) or all(draw.is_known for drawn in found.draws.values() for draw in drawn):
@@ -138,7 +138,7 @@ def _of_sequences_for_all(request: Request) -> Request:
 
 
 @dataclass(frozen=True)
-class Walk:
+class PairedWalk:
     """What the two runs beside each other have shown.
 
     Attributes:
@@ -149,7 +149,7 @@ class Walk:
     draws: ModuleDraws
 
 
-def walk(request: Request, *, all_blocks: bool = False, backward: bool = True) -> Walk | Exception:
+def walk(request: Request, *, all_blocks: bool = False, backward: bool = True) -> PairedWalk | Exception:
     """Both runs, or the exception with which the unsharded model fails.
 
     Args:
@@ -168,7 +168,7 @@ def walk(request: Request, *, all_blocks: bool = False, backward: bool = True) -
     return found
 
 
-def _walked(request: Request, keep: int, backward: bool, sequences: int) -> Walk | Exception:
+def _walked(request: Request, keep: int, backward: bool, sequences: int) -> PairedWalk | Exception:
     styles = {name: style for name, (_, style) in request.plan.resolve(request.model).items()}
     copies = [reduced_copy(request.model, styles, BlockTraces(), keep) for _ in range(2)]
     unsharded, parallel = (copy.model for copy in copies)
@@ -208,7 +208,7 @@ def _walked(request: Request, keep: int, backward: bool, sequences: int) -> Walk
                 _compare_gradients(run, reference, unsharded, parallel)
             run.reports.add_kept()
         draws = _draws_of_modules(run)
-    return Walk(
+    return PairedWalk(
         [replace(found, where=original(found.where)) for found in run.reports.found],
         {original(name): found for name, found in draws.items()},
     )
@@ -245,7 +245,7 @@ def _draws_of_modules(run: ShardedRun) -> dict[str, tuple[Draw, ...]]:
 
 def _step(
     run: NumberedRun, model: nn.Module, inputs: Inputs, loss: Loss, plan: Plan | None, backward: bool = True
-) -> Value:
+) -> NumberedValue:
     """A forward and a backward, under a plan or of the unsharded model; the value of the loss."""
     first: dict[int, str] = {}
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:

@@ -48,14 +48,14 @@ _PASSED_OVER = tuple(map(str, (*(_DRYRUN / f"{name}.py" for name in _RUNS), *_AR
 _VIEWS = ("view", "_unsafe_view", "_reshape_alias")
 
 
-class Value(NamedTuple):
+class NumberedValue(NamedTuple):
     """A tensor's number (None: it is none of the unsharded run's values) and layout."""
 
     number: Hashable
     layout: Layout
 
 
-class Source(NamedTuple):
+class CallSite(NamedTuple):
     """Where an operator is called: the module, the user's line, and whether a style's own code called it."""
 
     module: str
@@ -80,7 +80,7 @@ class Operation:
         return [leaf for leaf, value in zip(self.shapes, self.inputs, strict=True) if value is None]
 
     @property
-    def values(self) -> list[Value]:
+    def values(self) -> list[NumberedValue]:
         return [value for value in self.inputs if value is not None]
 
     @property
@@ -104,11 +104,11 @@ class NumberedRun(TorchDispatchMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._values: dict[Any, Value] = {}
+        self._values: dict[Any, NumberedValue] = {}
         self._alive: dict[int, Any] = {}  # storages: their addresses are keys, and must not be used again
         self._stack: list[tuple[str, int]] = []
         self._counts: Counter[Any] = Counter()
-        self._sources: dict[int, Source] = {}  # by the number of the autograd node that the operator made
+        self._call_sites: dict[int, CallSite] = {}  # by the number of the autograd node that the operator made
         self.inside = 0
         for name, module in model.named_modules():  # outside the hooks of the styles
             module.register_forward_pre_hook(self._enter(name), prepend=True, with_kwargs=True)
@@ -117,18 +117,18 @@ class NumberedRun(TorchDispatchMode):
 
     # -- values
 
-    def value(self, tensor: Tensor) -> Value:
+    def value(self, tensor: Tensor) -> NumberedValue:
         """What a tensor is that a module, the loss or a gradient gets."""
         return self.number(tensor)
 
-    def number(self, tensor: Tensor) -> Value:
+    def number(self, tensor: Tensor) -> NumberedValue:
         """A tensor that was made before the run or from numbers, and is no parameter, buffer or input: the n-th of its
         kind there, which the numbers belong to."""
         key = self._key(tensor)
         if key not in self._values:
             kind = (self.module(), tuple(tensor.shape), str(tensor.dtype), self.numbers_written(tensor))
             self._counts[kind] += 1
-            self._values[key] = Value(("constant", *kind, self._counts[kind]), REPLICATED)
+            self._values[key] = NumberedValue(("constant", *kind, self._counts[kind]), REPLICATED)
         return self._values[key]
 
     def numbers_written(self, tensor: Tensor) -> tuple[Any, ...] | None:
@@ -137,13 +137,13 @@ class NumberedRun(TorchDispatchMode):
 
     def set_value(self, tensor: Tensor, number: Hashable, layout: Layout) -> None:
         """What the tensor is from now on."""
-        self._values[self._key(tensor)] = Value(number, layout)
+        self._values[self._key(tensor)] = NumberedValue(number, layout)
 
-    def known(self, tensor: Tensor) -> Value | None:
+    def known(self, tensor: Tensor) -> NumberedValue | None:
         """What the tensor is, asked by nothing that computes with it."""
         return None if is_transformed(tensor) else self._values.get(self._key(tensor))
 
-    def windows(self, tensor: Tensor) -> Iterator[tuple[Any, Value]]:
+    def windows(self, tensor: Tensor) -> Iterator[tuple[Any, NumberedValue]]:
         """All that is known of other windows on the tensor's storage."""
         own = self._key(tensor)
         return ((key, value) for key, value in list(self._values.items()) if key[0] == own[0] and key != own)
@@ -167,11 +167,11 @@ class NumberedRun(TorchDispatchMode):
         """The running module, in backward that of the operator that is differentiated."""
         node = current_autograd_node()
         if node is not None:
-            source = self._sources.get(forward_number(node))
-            return source.module if source else LOSS
+            call_site = self._call_sites.get(forward_number(node))
+            return call_site.module if call_site else LOSS
         return self._stack[-1][0] if self._stack else LOSS
 
-    def source(self) -> Source:
+    def call_site(self) -> CallSite:
         """Where the operator that is dispatched now comes from; in backward, the one that is differentiated."""
         node, line, in_style = current_autograd_node(), "", False
         for frame in frames():
@@ -184,12 +184,12 @@ class NumberedRun(TorchDispatchMode):
                 line = f"{Path(file).name}:{frame.f_lineno}"
                 break
         if node is not None and not line:
-            found = self._sources.get(forward_number(node))
+            found = self._call_sites.get(forward_number(node))
             line, in_style = (f"backward of {found.line}", found.in_style) if found else (str(node.name()), False)
-        source = Source(self.module(), line, in_style)
+        call_site = CallSite(self.module(), line, in_style)
         if node is None:
-            self._sources.setdefault(forward_number(), source)
-        return source
+            self._call_sites.setdefault(forward_number(), call_site)
+        return call_site
 
     def _enter(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -227,7 +227,7 @@ class NumberedRun(TorchDispatchMode):
             out = func(*args, **kwargs)
             operation.results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
             if operation.results and operation.keeps_value:
-                self.source()
+                self.call_site()
                 self.set_value(operation.results[0], *operation.values[0])
             elif operation.results:
                 self.ran(operation, self._pairing_key(operation))

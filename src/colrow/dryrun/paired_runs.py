@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from colrow.dryrun.module_tracker import LOSS
-from colrow.dryrun.numbered import NumberedRun, Operation, Value, shape_of
+from colrow.dryrun.numbered import NumberedRun, NumberedValue, Operation, shape_of
 from colrow.dryrun.unproven import Reports, Unproven
 from colrow.dryrun.unsharded_run import Recorded, UnshardedRun
 from colrow.sharding.draws import NOISE, Draw, draws, draws_by_element, may_draw
@@ -85,9 +85,9 @@ class ShardedRun(NumberedRun):
 
     def report(self, operator: str, reason: str, where: str | None = None, dim: int | None = None) -> None:
         """Something is not proven: here, unless `where` says."""
-        source = self.source()
-        line = source.line if where is None else ""
-        self.reports.found.append(Unproven(operator, source.module if where is None else where, line, reason, dim))
+        call_site = self.call_site()
+        line = call_site.line if where is None else ""
+        self.reports.found.append(Unproven(operator, call_site.module if where is None else where, line, reason, dim))
 
     def numbers_written(self, tensor: Tensor) -> tuple[Any, ...] | None:
         written, (held, all_of_them) = super().numbers_written(tensor), self._sequences
@@ -98,7 +98,7 @@ class ShardedRun(NumberedRun):
     # -- operators
 
     def ran(self, operation: Operation, key: tuple[Any, ...]) -> None:
-        source = self.source()
+        call_site = self.call_site()
         self._note_reads(operation)
         recorded = self._counterpart(operation, key)
         numbers = recorded.numbers if recorded else [None] * len(operation.results)
@@ -109,12 +109,12 @@ class ShardedRun(NumberedRun):
         if any(isinstance(x, DTensor) for x in (*operation.leaves, *operation.results)):
             self._ran_on_dtensors(operation, recorded, numbers)
             self._note_draw(operation, recorded, self.number(operation.results[0]).layout)
-        elif source.in_style and self._ran_in_style(operation, backward):
+        elif call_site.in_style and self._ran_in_style(operation, backward):
             return
         elif (collective := operator(operation.name).collective) and operation.func.namespace == "_c10d_functional":
             self._collective(operation, collective)
         else:
-            found = self._layouts(operation, recorded, source, backward)
+            found = self._layouts(operation, recorded, call_site, backward)
             self._note_writes(operation, found)
             self._note_draw(operation, recorded, found[0])
             if operator(operation.name).fills is Filling.ZERO:
@@ -150,10 +150,10 @@ class ShardedRun(NumberedRun):
         table = operation.leaves[2]
         return RANK_TABLES.get(table) or () if operation.values[0].layout == REPLICATED else ()
 
-    def _layouts(self, operation: Operation, recorded: Recorded | None, source: Any, backward: bool) -> list[Layout]:
+    def _layouts(self, operation: Operation, recorded: Recorded | None, call_site: Any, backward: bool) -> list[Layout]:
         layouts = [value.layout for value in operation.values]
         count = len(operation.results)
-        in_style = source.in_style or source.module in self._computed_by_style
+        in_style = call_site.in_style or call_site.module in self._computed_by_style
         if UNKNOWN in layouts:
             return [UNKNOWN] * count
         if STYLE in layouts:
@@ -169,16 +169,16 @@ class ShardedRun(NumberedRun):
                 raise UnprovenError("it draws random numbers in backward, where each rank draws for its shard alone")
             return self._judged(self._local_call(operation, recorded, backward))
         except UnprovenError as error:
-            if source.in_style or (in_style and recorded is None):
+            if call_site.in_style or (in_style and recorded is None):
                 return [STYLE] * count
-            found = Unproven(operation.name, source.module, source.line, str(error), error.dim)
+            found = Unproven(operation.name, call_site.module, call_site.line, str(error), error.dim)
             if operation.func._schema.is_mutable or may_draw(operation.func):  # what is drawn later depends on it
                 self.reports.found.append(found)
             else:
                 self.reports.add_when_read(found, {self._key(result): result for result in operation.results})
             return [UNKNOWN] * count
 
-    def value(self, tensor: Tensor) -> Value:
+    def value(self, tensor: Tensor) -> NumberedValue:
         self.reports.read(self._key(tensor))
         return super().value(tensor)
 
@@ -286,7 +286,7 @@ class ShardedRun(NumberedRun):
             layout = sharded(0)
         elif (collective, value.layout) in (("all_gather", sharded(0)), ("broadcast", REPLICATED)):
             layout = REPLICATED
-        elif self.source().in_style:
+        elif self.call_site().in_style:
             layout = STYLE
         else:
             self.report(operation.name, f"{collective} of what is {value.layout}")
@@ -329,7 +329,7 @@ class ShardedRun(NumberedRun):
             return
         for key, value in others:
             if value.layout == before.layout and value.number != before.number:
-                self._values[key] = Value(value.number, UNKNOWN)
+                self._values[key] = NumberedValue(value.number, UNKNOWN)
                 self.report(operation.name, f"it writes what is {found[0]} into a piece of what is {value.layout}")
                 return
 
@@ -393,7 +393,7 @@ class ShardedRun(NumberedRun):
                 if self.inside or not isinstance(tensor, Tensor):
                     return function(ctx, tensor, *rest)
                 value = self.value(tensor)
-                self.source()  # the line of the gradient's way back
+                self.call_site()  # the line of the gradient's way back
                 self.inside += 1
                 try:
                     out = function(ctx, tensor, *rest)

@@ -41,7 +41,7 @@ class UnshardedRun(NumberedRun):
         self._next = 0
 
     def ran(self, operation: Operation, key: tuple[Any, ...]) -> None:
-        self.source()
+        self.call_site()
         numbers = tuple(range(self._next, self._next + len(operation.results)))
         self._next += len(numbers)
         for number, result in zip(numbers, operation.results, strict=True):

@@ -29,7 +29,7 @@ from math import ceil
 
 import torch
 
-from colrow.forecasting.storages import Segment
+from colrow.forecasting.storages import StepSegment
 from colrow.forecasting.walk import HEAD, ROOT, UnitParameters, Walk
 from colrow.mesh import Mesh
 
@@ -130,7 +130,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageLayers:
     """The layers of a pipeline rank: names of blocks of the walk, one for each layer."""
 
     layers: tuple[str, ...]
@@ -146,7 +146,7 @@ def peak_memory(walk: Walk, setting: Setting) -> Memory:
     return max(peaks, key=lambda memory: memory.device)
 
 
-def _times(stage: Stage, setting: Setting) -> Iterator[tuple[Stage, bool]]:
+def _times(stage: StageLayers, setting: Setting) -> Iterator[tuple[StageLayers, bool]]:
     """When a step can have its peak: micro-batches in flight, and whether their sums of gradients are there.
 
     A stage whose forwards all come before its first backward never holds all micro-batches and the sums at once.
@@ -158,14 +158,14 @@ def _times(stage: Stage, setting: Setting) -> Iterator[tuple[Stage, bool]]:
         yield stage, setting.micro_batches > 1
 
 
-def stages_of(walk: Walk, setting: Setting) -> Iterator[Stage]:
+def stages_of(walk: Walk, setting: Setting) -> Iterator[StageLayers]:
     """The pipeline's ranks, from the first; one without a pipeline."""
     layers = [name for name in walk.order for _ in range(walk.repeats[name])]
     counts = setting.stages or (len(layers),)
     first, pp = 0, len(counts)
     for i, count in enumerate(counts):
         held = setting.micro_batches if setting.schedule == "gpipe" else min(setting.micro_batches, pp - i)
-        yield Stage(tuple(layers[first : first + count]), i == 0, i == pp - 1, held if pp > 1 else 1)
+        yield StageLayers(tuple(layers[first : first + count]), i == 0, i == pp - 1, held if pp > 1 else 1)
         first += count
 
 
@@ -174,8 +174,8 @@ class _Segments:
     """The walk's segments by place."""
 
     walk: Walk
-    forward: dict[str, Segment] = field(default_factory=dict)
-    backward: dict[str, Segment] = field(default_factory=dict)
+    forward: dict[str, StepSegment] = field(default_factory=dict)
+    backward: dict[str, StepSegment] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for segment in self.walk.segments:
@@ -183,18 +183,18 @@ class _Segments:
                 (self.backward if segment.backward else self.forward)[segment.block] = segment
 
     @property
-    def before(self) -> Sequence[Segment]:
+    def before(self) -> Sequence[StepSegment]:
         return self.walk.segments[: self._index(backward=False)]
 
     @property
-    def between(self) -> Sequence[Segment]:
+    def between(self) -> Sequence[StepSegment]:
         """From the last block's forward to its backward: head and loss."""
         blocks = [i for i, s in enumerate(self.walk.segments) if s.block and not s.backward]
         start = blocks[-1] + 1 if blocks else 0
         return self.walk.segments[start : self._index(backward=True)]
 
     @property
-    def after(self) -> Sequence[Segment]:
+    def after(self) -> Sequence[StepSegment]:
         blocks = [i for i, s in enumerate(self.walk.segments) if s.block]
         return self.walk.segments[blocks[-1] + 1 :] if blocks else []
 
@@ -217,7 +217,7 @@ class _Held:
 class _StagePeak:
     """Follows a micro-batch of a stage and keeps the largest sum. `summed`: sums over micro-batches are complete."""
 
-    def __init__(self, walk: Walk, setting: Setting, stage: Stage, summed: bool) -> None:
+    def __init__(self, walk: Walk, setting: Setting, stage: StageLayers, summed: bool) -> None:
         self._walk, self._setting, self._stage, self._summed = walk, setting, stage, summed
         self._at = _Segments(walk)
         self._low = walk.cell.dtype.itemsize
@@ -259,7 +259,7 @@ class _StagePeak:
         before = sum(s.change.activations for s in self._at.before) if self._stage.first else self._walk.boundary
         return before + sum(self._at.forward[name].change.activations for name in self._stage.layers)
 
-    def _run(self, segments: Sequence[Segment], units: list[UnitParameters], backward: bool = False) -> None:
+    def _run(self, segments: Sequence[StepSegment], units: list[UnitParameters], backward: bool = False) -> None:
         own = 0
         for segment in segments:
             self._take(self._live + segment.rise.activations, own + segment.rise.gradients, units, backward)

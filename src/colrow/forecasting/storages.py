@@ -49,7 +49,7 @@ class Live:
 
 
 @dataclass
-class Segment:
+class StepSegment:
     """A part of the step: see [Note: segments].
 
     Attributes:
@@ -108,7 +108,7 @@ class LiveStorages(CompilableMode):
         self._suspended = 0
         self.live = Live()
         self.counter = WorkCounter()
-        self.segments: list[Segment] = []
+        self.segments: list[StepSegment] = []
         for tensor in given:  # outside of the mode: reading a shard is an operator
             self._storages[_key(tensor)] = _Storage(0)
         self.begin("", backward=False)
@@ -117,7 +117,7 @@ class LiveStorages(CompilableMode):
         """End the running segment and start one."""
         if self.segments:
             self._close()
-        self.segments.append(Segment(block, backward, self.live, peak=self.live))
+        self.segments.append(StepSegment(block, backward, self.live, peak=self.live))
         self.counter.begin(self.segments[-1].work)
 
     def end(self, block: str) -> None:
@@ -125,7 +125,7 @@ class LiveStorages(CompilableMode):
         if self.segments[-1].block == block:
             self.begin("", backward=True)
 
-    def finish(self) -> list[Segment]:
+    def finish(self) -> list[StepSegment]:
         """The segments, after the step."""
         self._close()
         return self.segments

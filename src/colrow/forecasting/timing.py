@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from colrow.forecasting.devices import Device, Points, Rates, seconds_of
-from colrow.forecasting.memory import Setting, Stage, stages_of
+from colrow.forecasting.memory import Setting, StageLayers, stages_of
 from colrow.forecasting.traffic import Traffic, stage_work, traffic_of
 from colrow.forecasting.walk import HEAD, ROOT, Walk
 from colrow.forecasting.work import Product, Work
@@ -164,7 +164,9 @@ def step_time(walk: Walk, setting: Setting, program: Program, machine: Machine) 
     return StepTime(slowest, band * sum(slowest.values()))
 
 
-def _rank_time(walk: Walk, setting: Setting, stage: Stage, program: Program, machine: Machine) -> dict[str, float]:
+def _rank_time(
+    walk: Walk, setting: Setting, stage: StageLayers, program: Program, machine: Machine
+) -> dict[str, float]:
     rates, m = machine.device.rates, setting.micro_batches
     inside, outside = stage_work(walk, stage)
     parts = {name: m * seconds for name, seconds in compute_parts(inside, outside, walk, program, rates).items()}
@@ -189,7 +191,7 @@ def _rank_time(walk: Walk, setting: Setting, stage: Stage, program: Program, mac
     return parts
 
 
-def _update_parts(walk: Walk, setting: Setting, stage: Stage, rates: Rates) -> dict[str, float]:
+def _update_parts(walk: Walk, setting: Setting, stage: StageLayers, rates: Rates) -> dict[str, float]:
     """Seconds of the update, and of what FSDP2 copies and casts."""
     units = sum(walk.units[name].trained_count for name in (*stage.layers, *_ends(walk, stage)))
     shards = setting.mesh.dp_shard
@@ -205,7 +207,7 @@ def _update_parts(walk: Walk, setting: Setting, stage: Stage, rates: Rates) -> d
     return {"optimizer": update * units / shards / rates.optimizer, **parts}
 
 
-def _ends(walk: Walk, stage: Stage) -> list[str]:
+def _ends(walk: Walk, stage: StageLayers) -> list[str]:
     return [name for name, held in ((ROOT, stage.first), (HEAD, stage.last)) if held]
 
 

@@ -16,7 +16,7 @@ from collections import Counter
 from dataclasses import dataclass
 from math import ceil
 
-from colrow.forecasting.memory import Setting, Stage
+from colrow.forecasting.memory import Setting, StageLayers
 from colrow.forecasting.walk import HEAD, ROOT, Walk
 from colrow.forecasting.work import Work
 
@@ -37,7 +37,7 @@ class Traffic:
     calls: int
 
 
-def traffic_of(walk: Walk, setting: Setting, stage: Stage) -> list[Traffic]:
+def traffic_of(walk: Walk, setting: Setting, stage: StageLayers) -> list[Traffic]:
     """Of forward and backward of all micro-batches on this pipeline rank."""
     found: Counter[tuple[str, str, int]] = Counter()
     for work in stage_work(walk, stage) if walk.cell.tp > 1 else ():
@@ -51,7 +51,7 @@ def traffic_of(walk: Walk, setting: Setting, stage: Stage) -> list[Traffic]:
     return [Traffic(*key, number) for key, number in found.items()]
 
 
-def stage_work(walk: Walk, stage: Stage) -> tuple[Work, Work]:
+def stage_work(walk: Walk, stage: StageLayers) -> tuple[Work, Work]:
     """What one micro-batch computes and sends on this pipeline rank: in blocks, and outside of them."""
     inside, outside = Work(), Work()
     times = Counter(stage.layers)
@@ -71,7 +71,7 @@ def _is_head(walk: Walk, index: int) -> bool:
     return bool(forward) and forward[-1] < index < min((i for i in blocks if i > forward[-1]), default=index + 1)
 
 
-def _of_data_axes(walk: Walk, setting: Setting, stage: Stage) -> Counter[tuple[str, str, int]]:
+def _of_data_axes(walk: Walk, setting: Setting, stage: StageLayers) -> Counter[tuple[str, str, int]]:
     found: Counter[tuple[str, str, int]] = Counter()
     shards, replicas = setting.mesh.dp_shard, setting.mesh.dp_replicate
     low = walk.cell.dtype.itemsize

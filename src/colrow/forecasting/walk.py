@@ -26,7 +26,7 @@ from colrow.dryrun.block_kinds import BlockTraces, trace_blocks
 from colrow.dryrun.calls import Inputs, call_model, default_loss, example_inputs, token_ids
 from colrow.dryrun.fake_world import fake_tp_mesh, materialize_fake
 from colrow.dryrun.reduced_copy import ReducedCopy, reduced_copy
-from colrow.forecasting.storages import LiveStorages, Segment
+from colrow.forecasting.storages import LiveStorages, StepSegment
 from colrow.mesh import Mesh
 from colrow.models.blocks import block_stacks
 from colrow.ops.gpu_shapes import as_on_gpu
@@ -101,7 +101,7 @@ class Walk:
     """
 
     cell: Cell
-    segments: tuple[Segment, ...]
+    segments: tuple[StepSegment, ...]
     units: Mapping[str, UnitParameters]
     order: tuple[str, ...]
     repeats: Mapping[str, int]

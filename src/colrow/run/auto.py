@@ -27,7 +27,7 @@ _SHOWN = 3  # other meshes that are printed
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenConfig:
     """A config without `auto`, what is printed of it, and the flags that make the ranks see it."""
 
     config: RunConfig
@@ -35,7 +35,7 @@ class Choice:
     flags: tuple[str, ...] = ()
 
 
-def choose(config: RunConfig, *, in_launcher: bool = True) -> Choice:
+def choose(config: RunConfig, *, in_launcher: bool = True) -> ChosenConfig:
     """Put a value in the place of every `auto`: that of the run's folder, else what the forecast says is fastest.
 
     Plan, recomputation and everything else are as given; the data engine and its carriers come with the mesh.
@@ -44,13 +44,13 @@ def choose(config: RunConfig, *, in_launcher: bool = True) -> Choice:
         ConfigError: nothing fits, the GPU has no rates, or there is no launcher to choose for all ranks.
     """
     if not config.auto:
-        return Choice(config)
+        return ChosenConfig(config)
     keys = " and ".join(f"{key}: {AUTO}" for key in AUTO_KEYS if key in config.auto)
     if (path := config.run.dir / CONFIG).exists():
         before = load_config(path)
         chosen = config.with_chosen(before.mesh, before.train.micro_batch, before.fsdp.gather, before.fsdp.exchange)
         line = labelled("chosen", f"{_words(config, chosen)}, when the run was started ({path})")
-        return Choice(chosen, (line,), _flags(config, chosen))
+        return ChosenConfig(chosen, (line,), _flags(config, chosen))
     if not in_launcher:
         raise ConfigError(
             f"{keys} is chosen by colrow's own launcher, and torchrun has started these ranks: give values, such as "
@@ -69,7 +69,7 @@ def choose(config: RunConfig, *, in_launcher: bool = True) -> Choice:
         raise ConfigError(f"{keys}: {_nothing_fits(table, Choices(seen, source.model, device, ranks))}")
     best = table.rows[table.chosen]
     chosen = config.with_chosen(best.mesh, best.options.micro_batch, best.options.gather, best.options.exchange)
-    return Choice(chosen, tuple(_choice_lines(config, chosen, table)), _flags(config, chosen))
+    return ChosenConfig(chosen, tuple(_choice_lines(config, chosen, table)), _flags(config, chosen))
 
 
 def _devices(config: RunConfig, keys: str) -> tuple[Device, int]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from colrow.run.heartbeat import ENDED, Report
+from colrow.run.heartbeat import ENDED, RankReport
 
 if TYPE_CHECKING:
     from colrow.config import TrainSection
@@ -39,7 +39,7 @@ _ACTIVE_WORK = 0.05
 class _Seen:
     """A rank's last report, and when this process saw which part of it change."""
 
-    report: Report
+    report: RankReport
     alive: float
     progress: float
     phase: float
@@ -47,7 +47,7 @@ class _Seen:
     longest_silence: float = 0.0
     """Seconds between two beats in training."""
 
-    def take(self, report: Report, now: float) -> None:
+    def take(self, report: RankReport, now: float) -> None:
         """A new report."""
         if report.tick == self.report.tick and report.pid == self.report.pid:
             return
@@ -83,7 +83,7 @@ class Hang:
 
     ranks: list[int]
     silent: Mapping[int, str]
-    reports: Mapping[int, Report]
+    reports: Mapping[int, RankReport]
     seconds: float
     limit: float | None
     phase: str
@@ -105,7 +105,7 @@ class Hang:
             lines.append(f"the limit is {self.limit:g} s: raise {key} where the run is only slow")
         return "\n".join(textwrap.fill(line, 80, subsequent_indent="    ") for line in lines)
 
-    def _line(self, report: Report, collective: str | None) -> str:
+    def _line(self, report: RankReport, collective: str | None) -> str:
         where = f"rank {report.rank}: {report.phase}, {report.step} steps done"
         collective = collective or report.collective
         if report.rank in self.silent:
@@ -117,7 +117,7 @@ class Hang:
         return f"{where}, last collective {collective}" if collective else where
 
 
-def state_of(report: Report) -> str:
+def state_of(report: RankReport) -> str:
     """Why a rank sends no reports, as far as this host can see."""
     if not report.pid:
         return "has sent no report since it was started"
@@ -132,7 +132,7 @@ def state_of(report: Report) -> str:
             return f"process {report.pid} on {report.host or 'its host'} does not respond"
 
 
-def _process_state(report: Report) -> str:
+def _process_state(report: RankReport) -> str:
     """The kernel's letter for the rank's process, `gone`, or nothing where it is another host's."""
     if report.host != socket.gethostname() or not report.pid:
         return ""
@@ -160,9 +160,9 @@ class HangWatch:
 
     def __post_init__(self) -> None:
         for rank in self.ranks:
-            self._seen[rank] = _Seen(Report(rank), *(self.now,) * 4)
+            self._seen[rank] = _Seen(RankReport(rank), *(self.now,) * 4)
 
-    def take(self, reports: Iterable[Report], now: float) -> None:
+    def take(self, reports: Iterable[RankReport], now: float) -> None:
         """The reports as they are now. Call it regularly: a gap is time in which this process was stopped itself."""
         if (gap := now - self.now) > 3 * self.interval + 1:
             for seen in self._seen.values():
@@ -173,7 +173,7 @@ class HangWatch:
                 self._seen[report.rank].take(report, now)
 
     @property
-    def reports(self) -> dict[int, Report]:
+    def reports(self) -> dict[int, RankReport]:
         """The last report of each rank."""
         return {rank: seen.report for rank, seen in self._seen.items()}
 
@@ -236,7 +236,7 @@ class HangWatch:
         return Hang(silent or awaited(reports), why, reports, seconds, limit, phase)
 
 
-def awaited(reports: Mapping[int, Report]) -> list[int]:
+def awaited(reports: Mapping[int, RankReport]) -> list[int]:
     """The ranks that the others wait for: not in a collective while others are, else behind; all where that says
     nothing. Pipeline stages issue different numbers of collectives, so there the count alone says nothing."""
     elsewhere = [rank for rank, report in reports.items() if not report.waits]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from colrow.run.hang import Hang, HangWatch, limits_of
 from colrow.run.hang_record import FOLDER, REQUEST_FILE, write_for_silent, write_record
-from colrow.run.heartbeat import REPORT_FILE, Heartbeat, Report, Reporter, report_interval
+from colrow.run.heartbeat import REPORT_FILE, Heartbeat, RankReport, Reporter, report_interval
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -84,13 +84,13 @@ class LauncherGuard:
         (self._folder / "message.txt").write_text(self._text + "\n", encoding="utf-8")
 
 
-def _reports(launched: Path) -> Iterator[tuple[Path, Report]]:
+def _reports(launched: Path) -> Iterator[tuple[Path, RankReport]]:
     for file in launched.glob(f"*/attempt_*/*/{REPORT_FILE}"):
         with suppress(OSError, ValueError, TypeError):  # the rank is just writing it, or has ended
-            yield file.parent, Report.from_json(file.read_bytes())
+            yield file.parent, RankReport.from_json(file.read_bytes())
 
 
-def answer_request(rank_folder: Path, report: Report) -> None:
+def answer_request(rank_folder: Path, report: RankReport) -> None:
     """Write this rank's record where its launcher asks for it."""
     request = rank_folder / REQUEST_FILE
     with suppress(OSError, ValueError, RuntimeError):  # the group may be gone in this moment
@@ -149,23 +149,23 @@ class RankGuard:
         # a connection of its own: the main thread may block on the other one for as long as it likes
         own: Store = store.clone()  # type: ignore[attr-defined]  # since torch 2.9
         own.set_timeout(timedelta(seconds=2 * self._interval))
-        own.set(self._keys[self._rank], Report(self._rank).to_json())
+        own.set(self._keys[self._rank], RankReport(self._rank).to_json())
         self._watch = HangWatch(self._limits, range(self._ranks), self._interval)
         self._store = own  # last: the reporter's thread looks at it
 
-    def _look(self, report: Report) -> None:
+    def _look(self, report: RankReport) -> None:
         if self._rank_folder is not None:
             answer_request(self._rank_folder, report)
         if self._store is not None:
             self._judge(report, self._store)
 
-    def _judge(self, report: Report, store: Store) -> None:
+    def _judge(self, report: RankReport, store: Store) -> None:
         """Send this rank's report, read the others', and end this rank where the run hangs."""
         reports = [report]
         with suppress(RuntimeError, ValueError):  # the store is out of reach: no news of the others
             store.set(self._keys[self._rank], report.to_json())
             if store.check(self._keys):
-                reports = [Report.from_json(text) for text in store.multi_get(self._keys)]
+                reports = [RankReport.from_json(text) for text in store.multi_get(self._keys)]
         now = time.monotonic()
         self._watch.take(reports, now)
         if self._signalled is None and self._asked_to_end():
@@ -187,7 +187,7 @@ class RankGuard:
                 kill(hang.reports[each])
         os._exit(1)
 
-    def _keep(self, hang: Hang, report: Report, is_first: bool) -> str:
+    def _keep(self, hang: Hang, report: RankReport, is_first: bool) -> str:
         self._run.mkdir(parents=True, exist_ok=True)
         write_record(self._run, report)
         # The others write theirs meanwhile: torchrun ends them when the first one has ended.
@@ -214,7 +214,7 @@ def message(text: str, folder: Path, asked_by: int | None, unwritten: str = "") 
     return f"{text}\nflight recorder and stacks: {record}\nnothing of the steps since the last checkpoint is saved"
 
 
-def kill(report: Report) -> None:
+def kill(report: RankReport) -> None:
     """Kill a rank of this host. A stopped process, too, ends by SIGKILL."""
     if report.pid > 0:
         with suppress(ProcessLookupError, PermissionError):

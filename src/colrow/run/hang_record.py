@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from colrow.run.heartbeat import Report, last_collective
+from colrow.run.heartbeat import RankReport, last_collective
 
 FOLDER = "hang"
 REQUEST_FILE = "record-to"
@@ -28,7 +28,7 @@ REQUEST_FILE = "record-to"
 _FLIGHT_RECORDER = "flight_recorder"
 
 
-def write_record(folder: Path, report: Report) -> None:
+def write_record(folder: Path, report: RankReport) -> None:
     """This rank's files; `rank-N.json` last, by which it is known that all are there."""
     from colrow.torch_compat import collective_counts, flight_record, recorded_collectives
 
@@ -41,7 +41,7 @@ def write_record(folder: Path, report: Report) -> None:
     _write(folder, report, recorded_collectives() if has_group else [], "the rank")
 
 
-def write_for_silent(folder: Path, silent: Iterable[Report], writer: str) -> dict[int, str]:
+def write_for_silent(folder: Path, silent: Iterable[RankReport], writer: str) -> dict[int, str]:
     """The files of ranks that do not answer, from those of ranks that did. `writer`: who says so.
 
     Returns the last collective of each, where it is known.
@@ -60,13 +60,13 @@ def write_for_silent(folder: Path, silent: Iterable[Report], writer: str) -> dic
     return last
 
 
-def was_issued(entry: dict[str, Any], report: Report) -> bool:
+def was_issued(entry: dict[str, Any], report: RankReport) -> bool:
     """Whether a rank had issued, by its report, a collective that another rank has recorded."""
     counts = report.groups.get(str(entry["pg_id"]))
     return counts is not None and entry["collective_seq_id"] <= counts[0]
 
 
-def _write(folder: Path, report: Report, collectives: list[dict[str, Any]], writer: str) -> None:
+def _write(folder: Path, report: RankReport, collectives: list[dict[str, Any]], writer: str) -> None:
     data = {"written_by": writer, "report": asdict(report), "collectives": collectives}
     partial = folder / f"rank-{report.rank}.partial"
     partial.write_text(json.dumps(data), encoding="utf-8")

@@ -99,7 +99,7 @@ def compilations(heartbeat: Heartbeat) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Report:
+class RankReport:
     """One report of one rank."""
 
     rank: int
@@ -138,7 +138,7 @@ class Report:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Report:
+    def from_json(cls, text: str | bytes) -> RankReport:
         """Raises ValueError for what is half written."""
         return cls(**json.loads(text))
 
@@ -162,7 +162,7 @@ class Reporter(threading.Thread):
         rank: int,
         interval: float,
         folder: Path | None = None,
-        after: Callable[[Report], None] = lambda _: None,
+        after: Callable[[RankReport], None] = lambda _: None,
     ) -> None:
         super().__init__(name="heartbeat", daemon=True)
         self._heartbeat, self._rank, self._interval = heartbeat, rank, interval
@@ -193,10 +193,10 @@ class Reporter(threading.Thread):
             self._after(report)
             self._heartbeat.changed.wait(self._interval)
 
-    def report(self) -> Report:
+    def report(self) -> RankReport:
         """The rank as it is now."""
         self._tick += 1
-        report = Report(
+        report = RankReport(
             self._rank,
             os.getpid(),
             self._host,
@@ -215,7 +215,7 @@ class Reporter(threading.Thread):
             self._collective = last_collective(_entries())
         return replace(report, collective=self._collective)
 
-    def _send(self, report: Report) -> None:
+    def _send(self, report: RankReport) -> None:
         if self._folder is None:
             return
         partial = self._folder / f"{REPORT_FILE}.partial"

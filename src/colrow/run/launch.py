@@ -39,7 +39,7 @@ _KILLED_SECONDS = 15.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Failure:
+class RankFailure:
     """The failure that ended a run: the rank that failed, the text, and the exit status for the command.
 
     Attributes:
@@ -56,7 +56,7 @@ class Failure:
 class Ended:
     """How a run ended: the first failure, if there was one, and the signal that asked for the end, if one did."""
 
-    failure: Failure | None = None
+    failure: RankFailure | None = None
     signal: int | None = None
 
     @property
@@ -96,18 +96,18 @@ def launch(command: Sequence[str], ranks: int, *, save: bool = True, guard: Laun
         if signals.count and not save:
             raise KeyboardInterrupt(signals.last)
         if guard is not None and guard.hang is not None:
-            return Ended(Failure(guard.hang.ranks[0], guard.text(signals.last), 1), signals.last)
+            return Ended(RankFailure(guard.hang.ranks[0], guard.text(signals.last), 1), signals.last)
         if isinstance(agent.error, ChildFailedError):
             if signals.count > signals.stops:
                 text = "the ranks did not end after the first signal; the second one killed them, and nothing was saved"
-                return Ended(Failure(0, f"{text}\n{where}".strip(), 1), signals.last)
+                return Ended(RankFailure(0, f"{text}\n{where}".strip(), 1), signals.last)
             return Ended(first_failure(agent.error.failures), signals.last)
         if agent.error is not None:
             raise agent.error
         return Ended(signal=signals.last)
 
 
-def first_failure(failures: Mapping[int, ProcessFailure]) -> Failure:
+def first_failure(failures: Mapping[int, ProcessFailure]) -> RankFailure:
     """The failure that caused the others, which are mostly ranks that lost their connection to it.
 
     A rank killed by a signal leaves no error file, and is the cause of the other ranks' errors.
@@ -212,17 +212,17 @@ def _extra(failure: ProcessFailure) -> dict[str, Any]:
     return message.get("extraInfo", {}) if isinstance(message, dict) else {}
 
 
-def _describe(rank: int, failure: ProcessFailure) -> Failure:
+def _describe(rank: int, failure: ProcessFailure) -> RankFailure:
     message = failure.error_file_data.get("message")
     if isinstance(message, dict):
         extra = _extra(failure)
         text, status = extra.get("py_callstack") or message["message"], int(extra.get("status", 1))
-        return Failure(rank, text if status == EXIT_USER_ERROR else f"rank {rank} failed\n{text}", status)
+        return RankFailure(rank, text if status == EXIT_USER_ERROR else f"rank {rank} failed\n{text}", status)
     if failure.exitcode < 0:
         name = failure.signal_name()
         cause = " (the kernel may have run out of memory)" if name == "SIGKILL" else ""
-        return Failure(rank, f"rank {rank} was killed by {name}{cause}", 1, is_silent=True)
-    return Failure(rank, f"rank {rank} ended with status {failure.exitcode} and left no message", 1, is_silent=True)
+        return RankFailure(rank, f"rank {rank} was killed by {name}{cause}", 1, is_silent=True)
+    return RankFailure(rank, f"rank {rank} ended with status {failure.exitcode} and left no message", 1, is_silent=True)
 
 
 def write_error(file: Path, text: str, when: float, status: int) -> None:

@@ -29,7 +29,7 @@ from colrow.sharding.local_layout import PARTIAL, REPLICATED, Kind, Layout, layo
 from colrow.sharding.operator_rules import RULES
 from colrow.sharding.operators import Filling, Linear
 from colrow.sharding.positions import of_positions, positions_made
-from colrow.torch_compat import NoRuleError, propagated
+from colrow.torch_compat import NoDTensorRuleError, propagated
 
 
 def proven_layouts(call: LocalCall, mesh: DeviceMesh) -> list[Layout]:
@@ -313,7 +313,7 @@ def _propagate(call: LocalCall, placements: Sequence[Any], mesh: DeviceMesh) -> 
     ]
     try:
         answers = propagated(call.func, leaves, call.tree, mesh)
-    except NoRuleError as error:
+    except NoDTensorRuleError as error:
         raise UnprovenError(f"{error}; the tensors are {call.layouts_text}", call.sharded_dim) from None
     if len(answers) != len(call.results):
         raise UnprovenError("DTensor's rule gives another number of results", call.sharded_dim)

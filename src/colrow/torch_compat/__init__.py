@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_flatten as tree_flatten
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_unflatten as tree_unflatten
 
-from colrow.torch_compat.dtensors import NoRuleError as NoRuleError
+from colrow.torch_compat.dtensors import NoDTensorRuleError as NoDTensorRuleError
 from colrow.torch_compat.dtensors import StridedShard as StridedShard
 from colrow.torch_compat.dtensors import dtensor_handlers as dtensor_handlers
 from colrow.torch_compat.dtensors import finds_output_shape as finds_output_shape

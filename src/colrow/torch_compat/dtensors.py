@@ -87,7 +87,7 @@ def seed_dtensors(seed: int, mesh: DeviceMesh) -> None:
     private("torch.distributed.tensor._random:manual_seed", "to seed DTensor's random operators")(seed, mesh)
 
 
-class NoRuleError(Exception):
+class NoDTensorRuleError(Exception):
     """DTensor's sharding propagation does not say that an operator on local tensors is enough."""
 
 
@@ -96,7 +96,7 @@ def propagated(func: Any, leaves: Sequence[Any], tree: Any, mesh: DeviceMesh) ->
     are the flat (args, kwargs), nested as `tree`; of a tensor, (placement, unsharded shape, stride, dtype).
 
     Raises:
-        NoRuleError: there is no rule, or it moves data.
+        NoDTensorRuleError: there is no rule, or it moves data.
     """
     package, purpose = "torch.distributed.tensor", "to ask for sharding rules"
     spec_cls, meta_cls = (private(f"{package}._dtensor_spec:{n}", purpose) for n in ("DTensorSpec", "TensorMeta"))
@@ -104,7 +104,7 @@ def propagated(func: Any, leaves: Sequence[Any], tree: Any, mesh: DeviceMesh) ->
     rules: Any = private(f"{package}:DTensor._op_dispatcher.sharding_propagator", purpose)
     shard_shape = private(f"{package}._utils:compute_local_shape_and_global_offset", purpose)
     if func in dtensor_handlers():
-        raise NoRuleError("DTensor runs it by a handler that communicates")
+        raise NoDTensorRuleError("DTensor runs it by a handler that communicates")
 
     def spec_of(placement: Any, shape: Any, stride: Any, dtype: Any) -> Any:
         return spec_cls(mesh, (placement,), meta_cls(torch.Size(shape), stride, dtype))
@@ -119,11 +119,11 @@ def propagated(func: Any, leaves: Sequence[Any], tree: Any, mesh: DeviceMesh) ->
     try:
         answer = rules.propagate_op_sharding_non_cached(schema_cls(func, tuple(args), kwargs, schema_info=info))
     except Exception as error:  # NotImplementedError without a rule; rules raise many kinds
-        raise NoRuleError(f"DTensor has no rule for it ({type(error).__name__})") from error
+        raise NoDTensorRuleError(f"DTensor has no rule for it ({type(error).__name__})") from error
     if answer.needs_redistribute:  # also set where a size argument alone is made local
         wanted = specs_in((answer.redistribute_schema.args_schema, answer.redistribute_schema.kwargs_schema))
         if [spec.placements[0] for spec in wanted] != [leaf[0] for leaf in leaves if isinstance(leaf, tuple)]:
-            raise NoRuleError("DTensor's rule moves data first")
+            raise NoDTensorRuleError("DTensor's rule moves data first")
     return [
         (spec.placements[0], tuple(shard_shape(spec.shape, mesh, spec.placements, skip_offset=True)[0]))
         for spec in specs_in([answer.output_spec])
