@@ -191,8 +191,8 @@ def test_an_id_that_the_vocabulary_lacks_is_named(section, texts, tmp_path):
     verify_shards(data.folder, replace(meta, vocab_size=VOCAB + 1), tmp_path / "verified")
 
 
-def test_a_finished_cache_may_be_read_only(section, texts, monkeypatch):
-    prepare(section(f"{texts}/*.txt"), VOCAB, False)
+def test_a_finished_cache_may_be_read_only_and_damage_in_it_is_named(section, texts, monkeypatch):
+    folder = prepare(section(f"{texts}/*.txt"), VOCAB, False).folder
     monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
     monkeypatch.setattr("colrow.data.prepare.locked", None)
     monkeypatch.setattr("colrow.data.digests.atomic_write", read_only)
@@ -200,6 +200,9 @@ def test_a_finished_cache_may_be_read_only(section, texts, monkeypatch):
     before = sorted(os.listdir(section("x").cache))
     assert not prepare(section(f"{texts}/*.txt"), VOCAB, False).built
     assert sorted(os.listdir(section("x").cache)) == before
+    flip(folder / "train.bin")
+    with pytest.raises(DataError, match=r"train.bin is not what was written; they cannot be made again in .*read-only"):
+        prepare(section(f"{texts}/*.txt"), VOCAB, False)
 
 
 def read_only(path, text):

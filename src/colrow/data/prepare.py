@@ -190,6 +190,9 @@ def _find(folder: Path, shown: PreparationProgress, given: Tokenizer | None, rep
     """The meta of complete shards; None where there are none, or damaged ones, which are reported and built again.
 
     Without a `given` tokenizer the folder's own will be used, so it must be the one that made the shards.
+
+    Raises:
+        DataError: they are damaged in a cache that cannot be written, so they cannot be built again there.
     """
     if not folder.exists():
         return None
@@ -201,6 +204,11 @@ def _find(folder: Path, shown: PreparationProgress, given: Tokenizer | None, rep
             raise DataError(f"token shards {folder} are damaged: tokenizer.json is not the one that made them")
         return meta
     except DataError as error:
+        if not os.access(folder.parent, os.W_OK):
+            raise DataError(
+                f"{error}; they cannot be made again in {folder.parent}, which is read-only: set data.cache to a "
+                "folder that can be written"
+            ) from error
         if reports:
             shown.say(f"data: {error}; they are made again")
         return None
