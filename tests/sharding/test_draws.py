@@ -47,6 +47,12 @@ OPERATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "jitter": lambda x: x * torch.empty_like(x).uniform_(0.9, 1.1),
     "noise in place": lambda x: x + torch.empty_like(x).normal_(0.0, 0.1),
     "gumbel noise": lambda x: x - torch.empty_like(x).exponential_().log(),
+    "integers": lambda x: x * torch.randint_like(x, 1, 9),
+    "integers by size": lambda x: x * torch.randint(1, 9, x.shape, generator=GENERATOR.manual_seed(3)),
+    "integers in place": lambda x: x * torch.empty_like(x).random_(1, 9),
+    "normal by size": lambda x: x + torch.normal(0.0, 0.1, x.shape, dtype=x.dtype),
+    "log-normal noise": lambda x: x * torch.empty_like(x).log_normal_(),
+    "a mask by its number": lambda x: x * torch.bernoulli(x, 0.7),
 }
 LAYOUTS = {
     "features": Draw(sharded(2)),
@@ -95,6 +101,7 @@ def test_attention_without_dropout_draws_nothing() -> None:
 def test_numbers_that_depend_on_elements_are_not_drawn_by_element() -> None:
     aten = torch.ops.aten
     others = (aten.bernoulli_.Tensor, aten.bernoulli.default, aten.multinomial.default, aten.randperm.default)
+    others += (aten.normal.Tensor_float, aten.normal.float_Tensor, aten.poisson.default, aten.rrelu_with_noise.default)
     assert all(may_draw(func) and not draws_by_element(func) for func in others)
     assert not may_draw(aten.mul.Tensor)
 

@@ -4,9 +4,9 @@
 The ranks of a tp group hold equal generators. So what they draw for a tensor that each of them holds is one draw, as in
 one process; for different shards of a tensor it would be the same numbers on each. Instead every rank draws for
 the unsharded tensor, by the same operator, and takes what falls on its shard: the ranks' numbers are then shards of one
-process's, bit for bit, and the generators stay equal. The price is the unsharded tensor's memory for a moment. So are
-drawn dropout masks, uniform and normal noise: one number an element, whatever the tensor holds. Any other random number
-on a shard (`multinomial`, probabilities by element) is unproven.
+process's, bit for bit, and the generators stay equal. The price is the unsharded tensor's memory for a moment. So is
+drawn what takes one number an element, whatever the tensor holds: dropout masks, uniform and normal noise, random
+integers. Any other random number on a shard (`multinomial`, probabilities by element) is unproven.
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ from torch import Tensor
 
 from colrow.sharding.local_layout import REPLICATED, Kind, Layout
 from colrow.sharding.operators import argument_of, operator_name
-from colrow.torch_compat import per_rank
+from colrow.torch_compat import per_rank, tree_leaves
 
-_BY_SIZE = frozenset({"rand", "randn"})
-NOISE = _BY_SIZE | {"rand_like", "randn_like", "uniform_", "normal_", "exponential_"}
+_BY_NUMBERS = {"bernoulli": "bernoulli.p", "bernoulli_": "bernoulli_.float", "normal": "normal.float_float"}
+"""Of an operator's overloads the one that no tensor gives probabilities, means or deviations by element."""
+NOISE = frozenset(
+    ("rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "uniform_", "normal_", "exponential_",
+     "random_", "geometric_", "log_normal_", "cauchy_", "normal")
+)  # fmt: skip
 """Operators that draw by element and are no dropout."""
 _ATTENTION = ("scaled_dot_product", "efficient_attention", "flash_attention", "cudnn_attention")
 
@@ -65,9 +69,10 @@ def may_draw(func: Any) -> bool:
 def draws_by_element(func: Any) -> bool:
     """Whether the operator draws one number for each element, whatever the elements are, so that a rank can draw those
     of its shard; or is an attention, which may draw a mask."""
-    # by a tensor of probabilities it would need those of the other ranks
-    of_one_number = operator_name(func) == "bernoulli_" and str(func.name()).endswith(".float")
-    return of_one_number or operator_name(func) in NOISE | {"native_dropout"} or _is_attention(func)
+    name = operator_name(func)
+    if name in _BY_NUMBERS:
+        return str(func.name()) == f"aten::{_BY_NUMBERS[name]}"
+    return name in NOISE | {"native_dropout"} or _is_attention(func)
 
 
 def draw_shard(func: Any, args: Any, kwargs: Any, draw: Draw, rank: int, ranks: int) -> Any:
@@ -77,10 +82,10 @@ def draw_shard(func: Any, args: Any, kwargs: Any, draw: Draw, rank: int, ranks: 
     def shard(drawn: Tensor) -> Tensor:
         return per_rank(lambda x, r: take_shard(x, draw, r, ranks).clone(), drawn, rank)
 
-    if operator_name(func) in _BY_SIZE:
-        size = [n * ranks if d == draw.layout.dim else n for d, n in enumerate(args[0])]
-        return shard(func(size, *args[1:], **kwargs))
-    local: Tensor = args[0]
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    if not tensors:
+        return shard(_of_unsharded_size(func, args, kwargs, draw.layout.dim, ranks))
+    local = tensors[0]
     # Each rank draws all numbers and keeps its part: n times the work, and the numbers of one process.
     complete = per_rank(lambda x, _: _unsharded_like(x, draw.layout.dim, ranks), local, rank)
     if operator_name(func) == "native_dropout":
@@ -89,6 +94,13 @@ def draw_shard(func: Any, args: Any, kwargs: Any, draw: Draw, rank: int, ranks: 
         return local * shard(factors), shard(kept)
     drawn = shard(func(complete, *args[1:], **kwargs))
     return local.copy_(drawn) if operator_name(func).endswith("_") else drawn
+
+
+def _of_unsharded_size(func: Any, args: Any, kwargs: Any, dim: int, ranks: int) -> Any:
+    """What an operator that takes a size draws for the unsharded one."""
+    at = [argument.name for argument in func._schema.arguments].index("size")
+    size = [n * ranks if d == dim else n for d, n in enumerate(args[at])]
+    return func(*args[:at], size, *args[at + 1 :], **kwargs)
 
 
 def take_shard(complete: Tensor, draw: Draw, rank: int, ranks: int) -> Tensor:
