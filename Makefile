@@ -27,6 +27,7 @@ test-all: $(STAMP)
 # What takes a minute by itself is left to make test.
 ranks_of = $(patsubst %,tests/distributed/test_%.py,$(1))
 ROOM_checkpoint := $(call ranks_of,checkpoint_meshes)
+ROOM_config_sections := tests/test_config.py
 ROOM_derive := --ignore tests/derive/test_families.py
 ROOM_dryrun := tests/checking/test_mutants.py
 ROOM_errors := tests/plans/test_one_answer.py

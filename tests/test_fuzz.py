@@ -23,7 +23,8 @@ from colrow.checkpoint.export import export
 from colrow.checkpoint.huggingface import load_weights
 from colrow.cli import main
 from colrow.cli.config_flags import read_flags
-from colrow.config import DataSection, dump_config, load_config
+from colrow.config import dump_config, load_config
+from colrow.config_sections import DataSection
 from colrow.data.corpus import open_corpus
 from colrow.data.tokenizer import load_tokenizer, train_tokenizer
 from colrow.errors import ColrowError

@@ -14,7 +14,7 @@ import colrow
 SRC = Path(colrow.__file__).parent
 
 FLOORS = [
-    {"errors", "torch_compat", "mesh", "yaml_text", "config"},
+    {"errors", "torch_compat", "mesh", "yaml_text", "config", "config_sections"},
     {"ops", "models", "data"},
     {"sharding"},
     {"styles"},

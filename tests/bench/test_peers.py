@@ -13,7 +13,8 @@ from colrow.bench import peers, report
 from colrow.bench.measure import Job
 from colrow.bench.peers import check_peer, is_peer, measure_peer, windows_of
 from colrow.cli.bench import Flags, base_config
-from colrow.config import ModelSection, RunConfig
+from colrow.config import RunConfig
+from colrow.config_sections import ModelSection
 from colrow.errors import ConfigError
 from colrow.mesh import Mesh
 

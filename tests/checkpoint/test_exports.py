@@ -23,7 +23,7 @@ from colrow.checkpoint.huggingface import stored_dtype
 from colrow.checkpoint.read_back import reader_of
 from colrow.checkpoint.stored_files import SINGLE
 from colrow.cli import main
-from colrow.config import DataSection
+from colrow.config_sections import DataSection
 from colrow.data.corpus import open_corpus
 from colrow.data.tokenizer import load_tokenizer, train_tokenizer
 from colrow.errors import CheckpointError, ExportError

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from colrow.checkpoint.distributed import Checkpoints
 from colrow.cli import main
-from colrow.config import DataSection
+from colrow.config_sections import DataSection
 from colrow.data.corpus import open_corpus
 from colrow.data.tokenizer import Tokenizer, train_tokenizer
 from colrow.models.llama import Llama, LlamaConfig

@@ -14,7 +14,8 @@ import torch
 import yaml
 
 from colrow.cli import main
-from colrow.config import DataSection, parse_config
+from colrow.config import parse_config
+from colrow.config_sections import DataSection
 from colrow.data.corpus import open_corpus
 from colrow.data.tokenizer import load_tokenizer, train_tokenizer
 from colrow.errors import ConfigError, DataError

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from colrow.config import DataSection
+from colrow.config_sections import DataSection
 
 _SYLLABLES = ["ka", "lo", "mi", "ren", "tu", "sha", "per", "gol", "ina", "ver", "dus", "tem", "or", "bi", "fel", "zan"]
 

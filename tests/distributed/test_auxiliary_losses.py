@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from colrow.checking.check import check
-from colrow.config import TrainSection
+from colrow.config_sections import TrainSection
 from colrow.derive.derivation import DeriveOptions, derive
 from colrow.errors import ConfigError
 from colrow.mesh import Mesh, MeshAxes

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from colrow.config import TrainSection
+from colrow.config_sections import TrainSection
 from colrow.parallel.compile import compile_forward
 from colrow.parallel.compute_weights import ComputeWeights
 from colrow.parallel.data_parallel import apply_data_parallel

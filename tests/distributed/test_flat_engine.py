@@ -19,7 +19,7 @@ from benchmarks.parity import step as parity
 from benchmarks.parity.models import MODELS, SIZES, D, Model, SmallModel
 from benchmarks.parity.step import STEPS, config_of, on_ranks, set_up, train
 from colrow.checkpoint.distributed import Checkpoints
-from colrow.config import FsdpSection
+from colrow.config_sections import FsdpSection
 from colrow.errors import ConfigError
 from colrow.mesh import Mesh
 from colrow.models.llama import Llama

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from colrow.checkpoint.distributed import Checkpoints
 from colrow.checkpoint.manifest import JSON
-from colrow.config import RunConfig, TrainSection, dump_config, load_config
+from colrow.config import RunConfig, dump_config, load_config
+from colrow.config_sections import TrainSection
 from colrow.data.loader import BatchOrder
 from colrow.data.prepare import prepare
 from colrow.errors import ConfigError

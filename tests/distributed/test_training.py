@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from colrow.config import ModelSection, RunConfig
+from colrow.config import RunConfig
+from colrow.config_sections import ModelSection
 from colrow.mesh import Mesh
 from colrow.run.nonfinite import DivergedError
 from colrow.train.metrics import read_metrics

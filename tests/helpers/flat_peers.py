@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from benchmarks.parity import step as parity
 from benchmarks.parity.step import config_of, on_ranks
-from colrow.config import FsdpSection
+from colrow.config_sections import FsdpSection
 from colrow.mesh import Mesh
 from colrow.ops.copy_engine_cuda import PeerMemory
 from colrow.ops.execution_record import recorded

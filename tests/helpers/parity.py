@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from colrow.config import TrainSection
+from colrow.config_sections import TrainSection
 from colrow.mesh import Mesh
 from colrow.models.llama import Llama, LlamaConfig
 from colrow.parallel.loss import loss_context, model_loss

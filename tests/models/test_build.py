@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from colrow.cli.flags import PlanFlags
-from colrow.config import ModelSection
+from colrow.config_sections import ModelSection
 from colrow.errors import ConfigError
 from colrow.models.build import Source, build_source, parse_model
 from colrow.models.huggingface import config_to_huggingface

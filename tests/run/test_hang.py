@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from colrow.config import TrainSection
+from colrow.config_sections import TrainSection
 from colrow.run import hang_guard
 from colrow.run.hang import Hang, HangWatch, awaited, limits_of
 from colrow.run.hang_guard import LauncherGuard

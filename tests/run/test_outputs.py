@@ -22,7 +22,8 @@ from colrow.checkpoint.export import export
 from colrow.checkpoint.folder import format_bytes
 from colrow.checkpoint.space import checkpoint_bytes, export_bytes, free_in, naming_a_full_disk
 from colrow.cli import main
-from colrow.config import ModelSection, RunConfig, dump_config
+from colrow.config import RunConfig, dump_config
+from colrow.config_sections import ModelSection
 from colrow.data.tokenizer import Tokenizer
 from colrow.errors import CheckpointError
 from colrow.models.build import build_source

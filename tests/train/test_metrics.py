@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from colrow.config import LogSection, RunConfig
+from colrow.config import RunConfig
+from colrow.config_sections import LogSection
 from colrow.errors import ConfigError
 from colrow.forecasting.devices import peak_flops
 from colrow.run.finish import plot_loss

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from colrow.config import TrainSection
+from colrow.config_sections import TrainSection
 from colrow.train.optimizer import build_optimizer, set_learning_rate
 
 SECTION = TrainSection(steps=1, global_batch=1, micro_batch=1, lr=0.5, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-6)

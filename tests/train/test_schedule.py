@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from colrow.config import TrainSection
+from colrow.config_sections import TrainSection
 from colrow.errors import ConfigError
 from colrow.train.schedule import check_schedule, decay_steps, learning_rate
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from colrow.config import TrainSection
+from colrow.config_sections import TrainSection
 from colrow.errors import ConfigError
 from colrow.train.weight_decay import decay_by_name
 

@@ -15,7 +15,8 @@ from colrow.checkpoint.carried import Carried
 from colrow.checkpoint.distributed import Checkpoints
 from colrow.checkpoint.huggingface import load_weights
 from colrow.cli.ranks import world_size_here
-from colrow.config import DeriveSection, ModelSection, load_config
+from colrow.config import load_config
+from colrow.config_sections import DeriveSection, ModelSection
 from colrow.data.tokenizer import Tokenizer, load_tokenizer
 from colrow.errors import CheckpointError, ConfigError
 from colrow.models.build import Source, build_source

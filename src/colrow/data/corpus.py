@@ -20,7 +20,7 @@ from colrow.data.hub import open_dataset
 from colrow.errors import DataError
 
 if TYPE_CHECKING:  # config imports torch, which worker processes do without
-    from colrow.config import DataSection
+    from colrow.config_sections import DataSection
 
 _READER = "1"
 """To be raised when the same files are read as other documents: caches of the old ones are then not used."""

@@ -44,7 +44,7 @@ from colrow.data.tokenizer import SAMPLE_CHARS, Tokenizer, load_tokenizer, train
 from colrow.errors import DataError
 
 if TYPE_CHECKING:  # config imports torch, which worker processes do without
-    from colrow.config import DataSection
+    from colrow.config_sections import DataSection
 
 _TRAINER = "bpe-1"
 """To be raised when the same corpus gives another tokenizer."""

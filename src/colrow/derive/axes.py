@@ -99,6 +99,8 @@ def split(atom: Atom, sizes: Sequence[int]) -> None:
 def unify(one: Sequence[Atom], other: Sequence[Atom], why: str) -> None:
     """Two dimensions must be sharded alike. Factors are split until they line up; where they cannot, both are
     forbidden."""
+    # Both dims are read major to minor, like two rulers: equal factors merge, and a longer one is split at the mark
+    # where the shorter ends. What cannot line up (6 beside 4) is given up from there on.
     first, second = leaves(one), leaves(other)
     while first or second:
         if not first or not second:
@@ -142,6 +144,7 @@ def unify_dims(
 
 
 def _merge(a: Atom, b: Atom, why: str) -> None:
+    # The root keeps the segments: `leaves` gives the root, and its readers look for them there.
     if b.segments and not a.segments:
         a, b = b, a
     pairs: list[tuple[Dim, Dim]] = []
@@ -155,7 +158,6 @@ def _merge(a: Atom, b: Atom, why: str) -> None:
     b.parent = a
     if reason:
         forbid([a], reason)
-        a.forbidden = reason
     if soft:
         mark_normalised([a], soft)
     for s, t in pairs:
@@ -175,10 +177,12 @@ def regroup(dims: Sequence[Sequence[Atom]], shape: Sequence[int]) -> list[Dim] |
                 return None
             atom = todo.pop(0)
             if atom.size <= rest and rest % atom.size == 0:
+                # the factor lies in this extent
                 current.append(atom)
                 rest //= atom.size
             elif atom.segments:
                 return None
+            # the extent ends inside of the factor
             elif atom.size > rest and atom.size % rest == 0:
                 split(atom, [rest, atom.size // rest])
                 head, *tail = leaves([atom])

@@ -72,6 +72,7 @@ class BlockFinder:
         for node in self.nodes:
             if self.flows.is_reduction(node):
                 names = set().union(*(self.flows.params_of.get(i, set()) for i in node.all_input_nodes))
+                # of what the product is made of, the parameters that are split: not a scale or a bias beside them
                 weights = {
                     n
                     for n in names
@@ -90,6 +91,7 @@ class BlockFinder:
             if is_lookup(node):
                 continue
             region = self.region(node)
+            # Markers and constants are left out: they stand in the caller's code, and would widen the common module.
             paths = [
                 self.flows.path[n].split(".") for n in region if not is_boundary(n) and self.flows.is_activation(n)
             ]
@@ -109,6 +111,8 @@ class BlockFinder:
 
     def columns(self, region: set[Node]) -> set[Node]:
         """Nodes that make shards out of unsharded activations."""
+        # A product whose result is sharded and whose activations are not: x W^T with W split by its outputs. A
+        # reduction ends a region, and what is made of inner sums alone needs no gather.
         return {
             node
             for node in region
@@ -130,6 +134,7 @@ class BlockFinder:
         shards = {node: {n for n in region if self.flows.is_activation(n)} for node, region in regions.items()}
         for end, region in shards.items():
             behind = ancestors(region)
+            # `other` ends before `end` begins, and both regions hold the same shards: they meet again behind the sum
             for other in shards:
                 if other is not end and other in behind and shards[other] & region - {other}:
                     self.inner |= set(self.outputs(self.owners[other]))
@@ -179,6 +184,7 @@ class BlockFinder:
         differentiable = [b for b in inputs if b not in self.flows.constant]
         if not differentiable or not outputs:
             return None
+        # The sum of a product that is the module's own can only be reduced at the module's output.
         own, interior = set(outputs), set(self.interior(module)) | set(outputs)
         deferred = deferred or any(self.owners[n] == module for n in reductions)
         exits = self.inner - own if deferred else self.ends(reductions) - own
@@ -187,6 +193,7 @@ class BlockFinder:
         if found is None:
             return None
         flow, types = found
+        # Types are sound inside. At the border, each of these would leave a gradient summed twice, or not at all.
         if self._uses_behind(module, flow) or self._ends_varying(own, flow):
             return None
         if self._leaves_past(interior, own, leaving, flow):
@@ -200,6 +207,7 @@ class BlockFinder:
         """The flow without clashes, and the types of the inputs with gradients: first all are gathered, then those that
         clash (a residual among them) are released, one after another."""
         constants = {b: self.flows.constant_type(b) for b in inputs if b in self.flows.constant}
+        # Each round releases one input, so there are at most as many rounds as inputs, and one for the last check.
         types = dict.fromkeys((b for b in inputs if b not in self.flows.constant), SpmdType.REPLICATED)
         for _ in range(len(types) + 1):
             given = {**self._outside(module), **constants, **types}
@@ -246,12 +254,14 @@ class BlockFinder:
         for node in self.interior(module):
             for i in node.all_input_nodes:
                 if not self.flows.is_activation(i) and (i.op != "call_function" or not self.flows.inside(i, module)):
+                    # a mask of the model, or a parameter that another module holds
                     rest = SpmdType.PARAMETER if i in self.inference.from_params else SpmdType.CONSTANT
                     out[i] = SpmdType.SHARDED if self.flows.is_sharded(i) else rest
         return out
 
     def _to_release(self, flow: Flow, types: dict[Node, SpmdType]) -> Node | None:
         """An input that clashes only with reduced activations: it belongs to the stream (a residual)."""
+        # Back from the first clash, through operators of one operand, to the input that it comes from.
         node, _ = flow.clashes[0]
         for i in node.all_input_nodes:
             source = i
@@ -271,9 +281,11 @@ class BlockFinder:
         blocks: dict[tuple[str, bool], SplitBlock] = {}
         inner: dict[str, SplitBlock] = {}
         for module, reductions in components.items():
+            # inside a block that was found for another component: its entries and sums serve this one too
             if any(is_within(module, b.module) for b in blocks.values() if not b.leaf):
                 continue
             block = self._widest_block(module, components)
+            # Under flattened tokens the module around the columns gathers, and no column has to on its own.
             if block is None and self.column_blocks:
                 around = [self._around_columns(module, node) for node in reductions]
                 inner |= {b.module: b for b in around if b is not None}
@@ -284,9 +296,11 @@ class BlockFinder:
                 inner |= {b.module: b for b in self._around_meetings(reductions)}
             block = block or self.separate_columns(module, reductions)
             if block.leaf:
+                # several components of one module: all their columns are entries
                 old = blocks.get((block.module, True))
                 block.entries |= old.entries if old else set()
             else:
+                # the wider block takes the place of those inside of it
                 blocks = {key: b for key, b in blocks.items() if not b.module.startswith(f"{block.module}.")}
             blocks[block.module, block.leaf] = block
         outer = [b for b in blocks.values() if not b.leaf]
@@ -315,6 +329,7 @@ class BlockFinder:
             if block is None and best is not None:
                 break
             best, where = block or best, where.rpartition(".")[0]
+            # Further out stands the layer itself, whose residual bypasses the block.
             if best is None and module.count(".") - where.count(".") > 2:
                 break
         return best
@@ -364,58 +379,6 @@ class BlockFinder:
         exits = {b for module in (*deferred, *reducing) for b in self.outputs(module)} | self.inner
         return entries, exits.difference(*(b.flow.left for b in blocks))
 
-    def complete_graph(self, blocks: list[SplitBlock]) -> Flow:
-        """The flow of the entire graph with these blocks: the proof that they fit together.
-
-        Raises:
-            SplitError: types clash somewhere; the classes at that place must not be sharded.
-        """
-        entries, exits = self.borders(blocks)
-        leaving = set().union(*(b.flow.left for b in blocks))
-        flow = self.flows.run(
-            [n for n in self.nodes if n in self.flows.live or n in self.inference.params], entries, exits, {}, leaving
-        )
-        for node, why in flow.clashes:
-            raise SplitError(
-                self.atoms_of({node, *node.all_input_nodes})
-                or self._summed(node, flow)
-                or self._around(node)
-                or set(self.choice.atoms),
-                f"{why} ({op_name(node)} in {self.flows.path[node] or 'the model'})",
-            )
-        both = flow.same & flow.summed
-        if both:
-            raise SplitError(set(self.choice.atoms), f"{min(both)} is used both in the stream and inside a block")
-        out = next(n for n in self.nodes if n.op == "output")
-        for node in out.all_input_nodes:
-            if flow.types.get(node) in (SpmdType.PARTIAL, SpmdType.REPLICATED):
-                raise SplitError(self.atoms_of(set(self.inference.graph.nodes)), "the output is left unreduced")
-            if flow.types.get(node) is SpmdType.SHARDED and not self.atoms_of({node}) <= self.choice.vocabulary:
-                raise SplitError(self.atoms_of({node}), "the caller gets this axis")
-        return flow
-
-    def _around(self, node: Node) -> set[Atom]:
-        """Classes in the smallest module around this node that has some."""
-        module = self.flows.path[node]
-        while module:
-            if found := self.atoms_of(set(self.interior(module))) - self.choice.vocabulary:
-                return found
-            module = module.rpartition(".")[0]
-        return set()
-
-    def _summed(self, node: Node, flow: Flow) -> set[Atom]:
-        """Classes whose contraction left the sums over ranks that reach this node."""
-        out: set[Atom] = set()
-        seen, todo = {node}, [node]
-        while todo:
-            for source in todo.pop().all_input_nodes:
-                if source in seen or flow.types.get(source) is not SpmdType.PARTIAL:
-                    continue
-                seen.add(source)
-                todo.append(source)
-                out |= self.choice.chosen(self.inference.contracted.get(source, ()))
-        return out
-
     def head_entries(self) -> set[Node]:
         """Inputs of the modules that make the vocabulary's logits."""
         out = set()
@@ -432,6 +395,7 @@ class BlockFinder:
                 name = self.flows.path[node]
                 ins = [b for b in self.inputs(name) if is_float(b)]
                 names = set().union(*(self.flows.params_of.get(i, set()) for i in node.all_input_nodes))
+                # no module of its own makes the logits: `h @ embed.weight.T` in the model's code
                 if not ins or not any(name in self.flows.sharers[n] for n in names):
                     if self.column_blocks or (head := bare_head(self, node)) is None:
                         raise SplitError(self.atoms_of({node}) & self.choice.vocabulary, no_head(self, node))

@@ -64,6 +64,7 @@ class Choice:
             elif atom in self.groups:
                 local, share = self.query_heads(atom)
                 size *= local // share
+            # heads of a kv group: as many as share one of the rank's kv heads
             elif any(atom is find(group) for group in self.groups.values()):
                 kv = next(k for k, group in self.groups.items() if find(group) is atom)
                 size *= self.query_heads(kv)[1]
@@ -113,6 +114,7 @@ class Choice:
     def segments(self, dim: Dim) -> list[Segment]:
         """The dimension as a concatenation: [(q, sharded), (k, sharded), (v, sharded)] for a fused qkv."""
         atoms = leaves(dim)
+        # `outer` repeats of the split factor, each with `inner` contiguous indices: [2 (gate, up), f] is two segments
         for position, atom in enumerate(atoms):
             outer = math.prod(a.size for a in atoms[:position])
             inner = math.prod(a.size for a in atoms[position + 1 :])

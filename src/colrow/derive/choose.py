@@ -110,6 +110,7 @@ def choose(
     for atom in first:
         if search.is_free(atom):
             search.take(atom)
+    # Axes under a norm come last, and only where they are not the residual stream: each costs that norm a reduction.
     for atom in ranked if normalised else ():
         if atom.normalised is not None and search.is_free(atom) and atom.size % tp == 0 and _narrow(inference, atom):
             search.take(atom)
@@ -136,6 +137,7 @@ class _Search:
 
     def is_free(self, atom: Atom) -> bool:
         """Whether nothing forbids the class, and no tensor would be sharded twice."""
+        # In two dims of one tensor (q k^T over one class) a shard would be a diagonal block, which no placement says.
         if atom.forbidden is not None or atom in self.positions or atom in self.facts.twice:
             return False
         shared = self.facts.where[atom] & self._chosen_in.keys()
@@ -143,6 +145,7 @@ class _Search:
 
     def take(self, atom: Atom) -> None:
         """Choose the class, or kv heads that tp does not divide with the query heads of each, where that goes."""
+        # GQA with fewer kv heads than ranks: query heads [kv, group] are split as one dim, kv heads are repeated.
         if atom.size % self.tp and not self._shards_unevenly(atom):
             group = head_groups(self.inference, atom)
             if group is None or atom.size * group.size % self.tp or not self.is_free(group):
@@ -183,6 +186,7 @@ def residual_classes(inference: AxisInference) -> set[Atom]:
             products[node] |= reached[node]
         if node in terms:
             reached[node].add(node)
+        # x + f(x): one operand of the sum is what the other was computed from, through a product
         if node in sums:
             one, other = (_source(i) for i in node.all_input_nodes)
             dims = inference.dims.get(node)
@@ -271,5 +275,5 @@ def legal_degrees(inference: AxisInference, choice: Choice, limit: int = 1024) -
     sizes += [kv.size * find(group).size for kv, group in choice.groups.items()]
     if not sizes:
         return [1]
-    common = math.gcd(*sizes)
+    common = math.gcd(*sizes)  # a degree divides all sizes where it divides this
     return [d for d in range(1, min(common, limit) + 1) if common % d == 0]

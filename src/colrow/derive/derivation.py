@@ -122,6 +122,7 @@ def derive(
         names = [name for name, _ in model.named_parameters()]
         return Derivation(1, {}, options.loss, [], dict.fromkeys(names, "tp is 1"), [1], {}, {})
     given = default_inputs(model, tp) if inputs is None else Inputs.of(inputs)
+    # a trace that is handed in has all blocks: see [Note: representatives]
     exported = Representatives(model, model) if traced else Representatives.of(model, given, requests)
     try:
         found = _derive(exported, tp, given, options, traced, judge, requests)
@@ -240,6 +241,7 @@ class _Derive:
         return extended(layers) if layers else found
 
     def _found(self) -> Derivation:
+        # Each round splits less: what fails is forbidden, and the next choice is made without it.
         for attempt in itertools.count():
             choice = choose(
                 self.inference,
@@ -264,7 +266,7 @@ class _Derive:
     def _give_up(self, choice: Choice, error: SplitError) -> None:
         atoms = [a for a in error.atoms if a in choice.atoms or a in choice.groups] or [*choice.atoms, *choice.groups]
         for atom in atoms:
-            if atom in choice.groups:
+            if atom in choice.groups:  # kv heads and their query heads are split together, or not at all
                 forbid([choice.groups[atom]], error.why)
             forbid([atom], error.why)
         self.notes.append(error.why)
@@ -368,6 +370,7 @@ class _Derive:
         emission = self._emission(self.model, self.traced, split, stream)
         repairs = LocalCheck(self.model, self.traced, split.flows, emission, stream, self.inputs).repair(known)
         repairs.write_to(emission.modules)
+        # The split was made, and tried, with logits that stay split; a loss on complete logits only gathers them.
         if self.options.loss == "replicated" and emission.loss == "vocab_parallel":
             for name, style in emission.modules.items():
                 if emission.style(name) is Colwise and style.get("use_local_output") is False:

@@ -52,6 +52,7 @@ class Emitter(ModuleEmitter):
             return False
         if any(name.rpartition(".")[0] == block.module for name in self.buffers):
             return False
+        # `prepare_input` hands on a replicated DTensor: only torch's own colwise can take it, and no code between.
         for entry in block.entries:
             if "." in label_of(entry).path:
                 return False
@@ -81,6 +82,8 @@ class Emitter(ModuleEmitter):
             for k, dim in enumerate(self.flows.inference.of(b)):
                 if self.choice.sharded(dim):
                     atoms = leaves(dim)
+                    # A constant is sliced, not gathered: heads must be its innermost split factor, or a slice would not
+                    # be one run.
                     if atoms[-1] not in self.choice.atoms:
                         raise SplitError(
                             self.finder.atoms_of({b}),
@@ -161,7 +164,7 @@ class Emitter(ModuleEmitter):
             style_cls = self.out.style(owner)
             if issubclass(style_cls, (LocalShards, BlockShards)) and self._added_to_sum(name):
                 self.out.modules[owner].setdefault("shards", {})[name.rpartition(".")[2]] = {"scaled": True}
-            if style_cls.sums_gradients:
+            if style_cls.sums_gradients:  # the module's style does it already, once
                 continue
             if owner in self.out.modules:
                 raise SplitError(
@@ -251,6 +254,7 @@ class Emitter(ModuleEmitter):
         if self.stream is not None:
             heads = self.finder.head_entries() if self.stream.kind.ends_before_norm else set()
             ends = self.stream.ends
+            # an inner sum is reduced to complete values inside a block: no extent changes
             gathers = (self.entries - heads - self.finder.inner) | ends.finish | ends.leave
             scatters = (
                 {n for n in self.exits - self.finder.inner if self.early or not self.finder.is_lookup(n)}

@@ -94,6 +94,8 @@ class FastEmitter(Emitter):
         (entry,) = block.entries
         if "." in label_of(entry).path or any(True for _ in self._module(block.module).parameters(recurse=False)):
             return []
+        # The gathered input must go into column products alone: the gather multiplies by all their weights at once, and
+        # what the module's own code would get is never made.
         names: list[str] = []
         todo = list(entry.users)
         while todo:
@@ -110,6 +112,7 @@ class FastEmitter(Emitter):
             elif name not in names:
                 names.append(name)
         inside = [name.removeprefix(f"{block.module}.") for name in names]
+        # the gather hands each column its piece by the last part of its name
         return inside if len({name.rpartition(".")[2] for name in inside}) == len(inside) else []
 
     def _is_column(self, name: str) -> bool:
@@ -265,6 +268,7 @@ class FastEmitter(Emitter):
 
     def _stream(self, stream: Stream) -> None:
         ends = stream.ends
+        # Which tokens a rank has changes at these boundaries: a module's style splits or gathers some of its arguments.
         changes: list[tuple[Node, type[Style]]] = [(node, FastShardTokens) for node in self._ordered(ends.start)]
         changes += [(node, FastGatherTokens) for node in self._ordered(ends.finish | ends.leave)]
         for node, style_cls in changes:

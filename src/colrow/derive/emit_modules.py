@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +24,6 @@ from colrow.styles.local_block import BlockShards, LocalShards
 from colrow.styles.packed import is_transposed
 from colrow.styles.replicated import LEFT_OUT, KvReplicate
 
-NORM = re.compile(r"norm", re.IGNORECASE)
 _CHANNELS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     nn.GroupNorm,
@@ -68,7 +66,7 @@ class ModuleEmitter:
         self.choice: Choice = self.flows.choice
         self.tp = self.choice.tp
         self.inside = "shard(1)" if stream is not None else "replicate"
-        self.early = stream is not None and not stream.ends.start
+        self.early = stream is not None and not stream.ends.start  # from the embedding on
         self.out = Emission()
         self.dims = {name: self.flows.inference.of(node) for node, name in self.flows.inference.params.items()}
         self.owned: dict[str, list[str]] = defaultdict(list)
@@ -122,6 +120,7 @@ class ModuleEmitter:
             raise SplitError(atoms, f"the model itself holds {parameters[0]}, and styles split what its modules hold")
         block = next((b for b in self.blocks if not b.leaf and is_within(name, b.module)), None)
         in_local = block is not None and block.module in locals_
+        # Vocabularies alone may be split unevenly: see [Note: uneven vocabulary].
         uneven = {atom for atom in self._atoms(name) & self.choice.atoms if atom.size % self.tp}
         if uneven and not (isinstance(module, nn.Embedding) or self._multiplies_by_weight(name)):
             raise SplitError(uneven, f"{name} is neither embedding nor head, whose shards alone need not be equal")
@@ -284,10 +283,13 @@ class ModuleEmitter:
         kv = self._plain_kv(name, dim)
         if kv is not None and not in_local:
             group = find(self.choice.groups[kv]).size
+            # behind the kv heads stands the rest of the dim: head_dim, or more of it where a weight stacks features
             rest = self._module(name).out_features // kv.size  # type: ignore[operator]
             self._put(name, style="kv_replicate", heads=kv.size * group, kv_heads=kv.size, head_dim=rest)
             return
         spec = self._shard_spec(name, "weight")
+        # torch's colwise takes a linear that is split in one piece, outside of local code; packed_colwise anything
+        # else.
         of_inner_sum = not in_local and any(b in self.finder.from_inner for b in self.finder.inputs(name))
         if isinstance(spec, int) and not in_local and not of_inner_sum and self._is_linear(name):
             self._put(name, style="colwise")
@@ -304,6 +306,7 @@ class ModuleEmitter:
     def _row(self, name: str, dim: Dim, in_local: bool, block: SplitBlock | None) -> None:
         spec = self._shard_spec(name, "weight")
         inner = self.finder.has_inner_sum(name)
+        # A deferred block reduces once, at its output: until there the product stays a partial sum.
         deferred = block is not None and block.deferred and not inner
         if isinstance(spec, dict) and {"replicated", "kv"} & spec.keys():
             raise SplitError(self._atoms(name), f"{name} takes a part of its input unsharded")

@@ -185,6 +185,8 @@ class Flows:
             if node in flow.types or node.op == "output" or op_name(node) == "_assert_tensor_metadata":
                 continue
             spmd_type = self._type(node, flow)
+            # First the reduction, then the entry: a boundary that is both (an inner sum) goes PARTIAL, INVARIANT,
+            # REPLICATED.
             if node in exits and spmd_type is SpmdType.PARTIAL:
                 spmd_type = SpmdType.INVARIANT
             if node in entries and spmd_type in (SpmdType.INVARIANT, SpmdType.PARAMETER):
@@ -210,6 +212,8 @@ class Flows:
         if not types and not self.is_reduction(node):
             return SpmdType.INVARIANT if node in self.given and node not in self.params_of else SpmdType.PARAMETER
         spmd_type = self._result_type(node, incoming, types, flow)
+        # An unsharded weight gets the gradient of its result's type: equal on all ranks in the stream, else a partial
+        # sum.
         for operand in (i for i, its in incoming.items() if its is SpmdType.PARAMETER):
             names = flow.same if spmd_type is SpmdType.INVARIANT else flow.summed
             names |= self.params_of.get(operand, set())
@@ -236,6 +240,7 @@ class Flows:
                 clash("a product over a sharded axis meets an activation that is not sharded")
             return SpmdType.PARTIAL
         if SpmdType.PARTIAL in types:
+            # f(Σ_r x_r) = Σ_r f(x_r) holds for linear f alone. The product with a shard would mix the ranks' terms.
             if types & {SpmdType.SHARDED, SpmdType.INVARIANT} or not self._is_linear_in_partial(node, incoming):
                 clash(f"{op_name(node)} on a sum that is not reduced yet")
             return SpmdType.PARTIAL
@@ -244,6 +249,7 @@ class Flows:
                 clash("a shard meets an activation whose gradient is not summed")
             if not self.is_sharded(node) and op_name(node) in ("slice", "index", "getitem"):
                 return SpmdType.REPLICATED  # the segment of a fused product that every rank computes
+            # a reduction over all of a sharded axis (a max) without a rule that sums it
             if not self.is_sharded(node) and node in self.live:
                 clash("the sharded axis ends without a reduction")
             return SpmdType.SHARDED

@@ -104,6 +104,7 @@ def gathered_layers(
         taken: modules that have a style already.
         kept: parameters that stay unsharded.
     """
+    # a tied weight stays as it is: its other users would get a shard of it
     holders = Counter(id(param) for module in model.modules() for param in module._parameters.values())
     total = sum(param.numel() for param in model.parameters())
     found: Layers = {}
@@ -141,7 +142,7 @@ class Standing:
     def _is_between_equals(self, module: str) -> bool:
         boundaries = self.boundaries[module]
         if not any(label_of(node).direction == "out" for node in boundaries):
-            return False
+            return False  # never called, or its result is no tensor
         if self.split is None:
             return True
         types, nodes = self.split.flow.types, self.stream.nodes if self.stream is not None else ()

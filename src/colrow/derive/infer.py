@@ -121,6 +121,7 @@ class AxisInference:
         constants: placeholder and get_attr name to the value of a lifted constant, where it is known.
         inputs: names of the placeholders that are the caller's inputs.
         fresh_at: nodes whose output starts with fresh axes (a place where the layout may change).
+        free_inputs: axes of the caller's inputs may be sharded. Unless set, none may: all ranks get the same batch.
     """
 
     def __init__(
@@ -215,6 +216,8 @@ class AxisInference:
         if name == "_assert_tensor_metadata":
             return
         incoming = [n for n in node.all_input_nodes if self.dims.get(n) is not None]
+        # A stacked or rescaled weight is still a weight: it is sharded as its parameters are, and contracting over it
+        # is a row product.
         if incoming and all(n in self.from_params for n in incoming):
             self.from_params.add(node)
         elif self._picks_rows(node):
@@ -254,6 +257,7 @@ class AxisInference:
                     self._require_shape(part, tensor, name)
 
     def _give_up(self, name: str, value: Any, incoming: list[Node]) -> Result:
+        # Both ends: the operator must see complete operands, and nothing is known of how its result would be sharded.
         self.unknown[name] += 1
         for node in incoming:
             for dim in itertools.chain(*self.tensors(node)):

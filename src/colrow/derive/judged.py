@@ -70,6 +70,7 @@ def derive_judged(
         say: called with a line when this takes longer than `progress.FIRST` seconds, and then now and again.
         options: of `derive`.
     """
+    # `derive` asks again of the same plan (the one without sequence shards, the last one): a check takes seconds
     known: dict[str, Judgement] = {}
     seq_len = max(16 // tp, 1) * tp if seq_len is None else seq_len
 

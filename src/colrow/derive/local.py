@@ -88,6 +88,8 @@ class LocalCheck:
         dims = self.flows.inference.dims.get(node)
         if not isinstance(dims, list):
             return None
+        # A mask or a table of positions is complete everywhere, but for what the code of a local block makes or gets:
+        # there it has a rank's heads.
         if node in self.flows.constant and not (
             self.flows.path[node] in self.local_code
             or any(is_within(self.flows.path[node], b) for b in self.blocks)
@@ -142,7 +144,9 @@ class LocalCheck:
             owner, _, last = name.rpartition(".")
             shape = self.visible.local_shape(self.flows.inference.of(node))
             clone.get_submodule(owner)._buffers[last] = clone.get_buffer(name).new_empty(shape)
-        for name in self.flows.wide:  # DTensor's own rule runs them on the complete dim
+        # LayerNorm checks its input's last dim against normalized_shape. Under sharded_norm DTensor's rule runs it on
+        # the complete dim; this copy has plain tensors, so the shard's extent must stand there.
+        for name in self.flows.wide:
             norm: Any = clone.get_submodule(name)
             if len(getattr(norm, "normalized_shape", ())) == 1 and norm.weight is not None:
                 norm.normalized_shape = tuple(norm.weight.shape)
@@ -169,6 +173,8 @@ class LocalCheck:
             theirs = [n for n in decomposed(exported).graph.nodes if computes(n)]
         except TraceError as error:
             return does_not_fit(model, error.__cause__ or error)
+        # Both graphs come from the same Python code, so their operators correspond one to one, unless that code
+        # branches on a size that is now a rank's.
         ours = [n for n in self.traced.nodes if computes(n)]
         for mine, its in zip(ours, theirs, strict=False):
             where = self.flows.path[mine] or "the model"
@@ -224,6 +230,7 @@ class LocalCheck:
             return f"{what} has the shape {list(value.shape)} on a rank, not {extents}"
         if extents is not None and extents != shape_of(mine) and self._same_on_all(mine, its):
             return f"{op_name(mine)} in {where} {ALIKE}"
+        # Depthwise and grouped convolutions, group norms: shapes fit with the wrong number of groups too.
         if (position := facts_of(mine).groups) is not None:
             groups = channel_groups(mine, self.visible.local_size(channels_of(self.flows.inference, mine)))
             if (local := argument(its, position, "groups", 1)) != groups:
@@ -248,6 +255,7 @@ class LocalCheck:
         if self.runs_fake is False:
             return None
         found = self._quick(self.local_model(repairs), self.rescale(), self.expected)
+        # An error of the local copy counts only if the unsharded model runs so: asked once, when the first appears.
         if found is not None and self.runs_fake is None:
             self.runs_fake = self._quick(self.local_copy(), None, {}) is None
             return found if self.runs_fake else None
@@ -270,6 +278,7 @@ class LocalCheck:
                 call_model(model, inputs)
         except Exception as error:
             return does_not_fit(model, error)
+        # a module may be called several times: its boundaries are compared in the order of the calls
         wanted: dict[str, list[list[int] | None]] = {}
         for node in expected:
             wanted.setdefault(str(label_of(node)), []).append(self._before(node))
@@ -322,23 +331,12 @@ class LocalCheck:
     def with_sizes(self, first: Misfit | None) -> Repairs | Misfit | None:
         """Sizes in code that make a rank's trace right, or what is wrong behind them; None where they change nothing
         in the module that does not fit `first`."""
+        # First rules that leave open what a rank writes too; then, where those match calls that they should not, with
+        # these sizes as well.
         tried: Rules | None = {}
         last: Misfit | None = None
         for literal in (False, True):
-            sizes = find_sizes(
-                self.model,
-                self.traced,
-                self.flows.inference,
-                self.local_model(Repairs(self.emission.attributes)),
-                self.local_extents,
-                self.piece,
-                self.parts,
-                self.inputs,
-                self.rescale(),
-                self.counts,
-                self.choice.tp,
-                literal,
-            )
+            sizes = find_sizes(self, self.local_model(Repairs(self.emission.attributes)), literal=literal)
             if sizes and sizes != tried:
                 repairs = Repairs(self.emission.attributes, sizes)
                 if (why := self.mismatch(repairs)) is None:
@@ -359,6 +357,7 @@ class LocalCheck:
         sizes: dict[int, Any] = {}
         for node in self.traced.nodes:
             for dim in itertools.chain(*self.flows.inference.tensors(node)):
+                # 64 columns of [8 heads, 8 head_dim] shard the sizes 8 and 64: code may hold either.
                 for piece in [[atom] for atom in leaves(dim)] + [dim]:
                     if self.visible.sharded(piece):
                         size, local = size_of(piece), self.visible.local_size(piece)
@@ -374,6 +373,8 @@ class LocalCheck:
             if self.visible.any_sharded(self.flows.inference.of(n))
         }
         for name, key, value in reads(self.local_copy(), owners, self._run):
+            # Of 8 heads of 8 the head's width has a size of which a rank seems to have less. It never has: heads are
+            # split, not their width.
             if value in sizes and key.rpartition(".")[2] != "head_dim":
                 class_name = type(self.model.get_submodule(name)).__name__
                 found.setdefault((class_name, key), {})[name] = sizes[value]

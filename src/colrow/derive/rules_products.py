@@ -114,6 +114,7 @@ def attention(inference: AxisInference, node: Node) -> Result:
     q, k, v = inference.of(query), inference.of(key), inference.of(value)
     if len(q) != 4:
         raise NoRuleError("attention without a head dimension")
+    # Sharded are batch and heads. Tokens meet in the softmax; head_dim in the scores, before the softmax.
     unify(k[1], v[1], inference.here)
     if shape_of(key)[0] != 1 and shape_of(query)[0] != 1:
         unify(q[0], k[0], inference.here)
@@ -179,6 +180,7 @@ def index(inference: AxisInference, node: Node) -> Result:
         _, where, part = piece
         dims[where] = piece_of(inference, dims[where], part, sibling_pieces(inference, source, where), inference.here)
         return dims
+    # x[:, i, j]: what is picked takes the place of the indexed dims, which stand beside each other
     given = [i for i, x in enumerate(indices) if x is not None]
     if not given or given != list(range(given[0], given[-1] + 1)):
         # torch moves what is picked to the front then

@@ -88,6 +88,7 @@ def as_it_is(traced: Trace, split: Split, ends: Ends, kind: StreamKind) -> Strea
 def stream_between(traced: Trace, flows: Flows, ends: Ends, kind: StreamKind) -> Stream:
     """The stream between these ends. Raises NoStreamError where it may not be on shards of the tokens."""
     inference, sides = infer_between(traced, ends, kind)
+    # Behind a patch embedding there are other counts of tokens than in the input, which tp was made to divide.
     for side in sides:
         if (count := size_of(side.dim)) % flows.choice.tp:
             module = label_of(side.border).module or "the model"
@@ -146,10 +147,11 @@ def infer_between(traced: Trace, ends: Ends, kind: StreamKind) -> tuple[AxisInfe
         assert isinstance(source, Node)
         shape = shape_of(node)
         fresh = inference.fresh(shape)
+        # Outward borders (a block's exit) start fresh axes outside; inward ones end the axes that came so far.
         if (tokens := _token_dim(fresh if node in outward else inference.of(source), shape, traced, kind)) is None:
             raise NoStreamError(f"{label_of(node).module} exchanges {shape}, not [batch, sequence, features]")
         sides.append(Side(node, tokens, outside=True))
-        if node in alike:
+        if node in alike:  # every rank runs the module between on all tokens, whose axes must be sound too
             within = _token_dim(inference.of(source) if node in outward else fresh, shape, traced, kind)
             assert within is not None
             sides.append(Side(node, within, outside=False))
@@ -201,6 +203,7 @@ def around_mixing_modules(traced: Trace, split: Split, ends: Ends, kind: StreamK
     unsplit = unsplit_modules(traced, split, ends, kind)
     ins = {name: borders[0] for name, borders in unsplit.items()}
     outs = {name: borders[1] for name, borders in unsplit.items()}
+    # a trial: borders around every unsplit module, of which only those stay in whose code tokens meet
     probe = replace(ends, leave=frozenset().union(*ins.values()), rejoin=frozenset().union(*outs.values()))
     inference, sides = infer_between(traced, probe, kind)
     mixing: set[str] = set()

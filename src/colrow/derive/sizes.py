@@ -13,7 +13,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,18 @@ from torch.fx import Node
 
 from colrow.derive.axes import atoms_in
 from colrow.derive.failure import TraceError
-from colrow.derive.infer import AxisInference, computation, facts_of, op_name
-from colrow.derive.trace import Label, Rescale, Trace, export, is_boundary, label_of
+from colrow.derive.infer import computation, facts_of, op_name
+from colrow.derive.trace import Label, Trace, export, is_boundary, label_of
 from colrow.derive.undecomposed import computing_nodes
 from colrow.styles.local_sizes import ANY, CALLS, CodeMode, SizeRule, Sizes, fits, sizes_written, with_sizes
+
+if TYPE_CHECKING:
+    from colrow.derive.local import LocalCheck
 
 Rules = dict[str, dict[str, str]]
 """Module name to the rules of its code."""
 Counts = Callable[[str], set[int]]
+"""A module's name to the sizes of the classes that are sharded in its parameters."""
 SIZED = "sized"
 """The direction of markers behind calls that write sizes."""
 
@@ -42,6 +46,7 @@ class _Calls(CodeMode):
         self.count: Counter[str] = Counter()
         self.torchs_own: set[str] = set()
 
+    # only torch's own attention module is entered with three tensors on a rank: see `CodeMode.attention`
     @property
     def separates(self) -> bool:  # type: ignore[override]
         return bool(self.running) and self.running[-1] in self.torchs_own
@@ -101,6 +106,7 @@ class _Solved(_Calls):
         label = self.next_label() if written is not None else None
         if written is None or label is None:
             return func(*args, **kwargs)
+        # The graph of the unsharded model has the call's result, so a rank's extents of it are known.
         if label in self.expected:
             expected = self.expected[label]
             varying = expected.varying
@@ -109,13 +115,18 @@ class _Solved(_Calls):
             else:
                 wanted = _wanted(CALLS[func].name, written, expected, args, kwargs)
         else:
+            # the result is in no graph (a view that only a size is read from): by its number of elements
             wanted = self._fitting(func, args, written)
             varying = [old == new for old, new in zip(written, wanted or written, strict=True)]
+        # A call that writes the same on a rank needs no rule, but the rules of other calls of its module may match it:
+        # `found` then adds one that keeps it as it is.
         if wanted is None or wanted == written:
             if wanted is not None and not fits(func, args, written):
                 same = tuple(ANY if n is None else n for n in written)
                 self.unchanged[self.running[-1]][SizeRule(CALLS[func].name, same, (ANY,) * len(same))] = written
             return func(*args, **kwargs)
+        # A rule says by which sizes a call is known, and what a rank writes in their place. Sizes that inputs decide
+        # stand as `any`: a batch of another size must match too.
         names = [_change(old, new, self.tp) for old, new in zip(written, wanted, strict=True)]
         parts = varying if len(varying) == len(written) else [False] * len(written)
         keys: list[int | str] = [
@@ -170,6 +181,7 @@ class _Expected:
         """A rank's bounds of a slice; None where no piece is known that has these."""
         out: list[Any] = []
         for start, stop in zip(written[::2], written[1::2], strict=True):
+            # narrow(start, length), where a slice has (start, stop)
             if name == "narrow":
                 stop = start + stop if start >= 0 or start + stop < 0 else None
             for (first, length, extent), (mine, count) in self.pieces.items():
@@ -211,52 +223,38 @@ def _change(old: int, new: int, tp: int) -> int | str:
     return "/tp" if new * tp == old else "*tp" if old * tp == new else new
 
 
-def find_sizes(
-    model: nn.Module,
-    traced: Trace,
-    inference: AxisInference,
-    local: nn.Module,
-    extents: Any,
-    piece: Any,
-    parts: Any,
-    inputs: Any,
-    rescale: Rescale,
-    counts: Counts,
-    tp: int,
-    literal: bool,
-) -> Rules | None:
-    """The rules under which `local`, the model with a rank's shapes, has these extents of each node.
+def find_sizes(check: LocalCheck, local: nn.Module, *, literal: bool) -> Rules | None:
+    """The rules under which `local`, the model with a rank's shapes, has the extents that `check` expects.
 
     Args:
-        extents: a node of `traced` to its extents on a rank, or None.
-        piece: a node of `traced` that is a slice to what it takes of which extent, and to what it takes on a rank.
-        parts: one of several results to the extents of all on a rank; no extents of another node.
-        counts: sizes of the classes that are sharded in a module's parameters, by its name.
         literal: the sizes that a rank writes too stand in the rules, and not any.
 
     Returns:
         None where the calls of the two traces cannot be told apart by what they write.
     """
+    traced = check.traced
     if traced.sized is None:
-        traced.sized = _sized(model, traced, inputs)
+        traced.sized = _sized(check.model, traced, check.inputs)
     expected: dict[str, _Expected] = {}
     for label, node in traced.sized.items():
-        dims = inference.dims.get(node)
-        if isinstance(dims, list) and (local_extents := extents(node)) is not None:
+        dims = check.flows.inference.dims.get(node)
+        if isinstance(dims, list) and (extents := check.local_extents(node)) is not None:
+            # batch and sequence, which have other extents once the model is used
             varying = [any((a.forbidden or "").startswith("input ") for a in atoms_in(dim)) for dim in dims]
-            expected[label] = _Expected(local_extents, varying, dict(_pieces(node, piece)), parts(node))
-    solved = _Solved(expected, counts, tp, literal)
+            expected[label] = _Expected(extents, varying, dict(_pieces(node, check)), check.parts(node))
+    solved = _Solved(expected, check.counts, check.choice.tp, literal)
+    # A rank's code may still fail behind the last call that has a rule: whether the rules do, the caller tries.
     with contextlib.suppress(TraceError):
-        export(local, inputs, rescale, solved.within(local), traced.opaque)
+        export(local, check.inputs, check.rescale(), solved.within(local), traced.opaque)
     rules = solved.found()
     return None if rules is None or "" in rules else rules
 
 
-def _pieces(node: Node, piece: Any) -> Iterator[Any]:
+def _pieces(node: Node, check: LocalCheck) -> Iterator[Any]:
     """What the slices take that one call makes, the last of which is `node`."""
     at: Any = node
     while isinstance(at, Node) and facts_of(at).moves and at.op == "call_function":
-        if op_name(at) == "slice" and (found := piece(at)) is not None:
+        if op_name(at) == "slice" and (found := check.piece(at)) is not None:
             yield found
         elif op_name(at) != "slice" and at is not node:
             return

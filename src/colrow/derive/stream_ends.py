@@ -80,7 +80,7 @@ def find_ends(traced: Trace, split: Split, kind: StreamKind) -> Iterator[Ends]:
     else:
         finish = _finish(traced, flows, entries, exits)
     exits = exits if kind.starts_at_embedding else exits - lookups
-    for start in starts:
+    for start in starts:  # the first that works is taken: each further out leaves less of the model on shards
         yield Ends(frozenset(start), frozenset(finish), frozenset(entries), frozenset(exits))
         if not kind.flattened_tokens:
             return

@@ -141,6 +141,7 @@ def _prime_sizes(model: nn.Module, tp: int) -> tuple[int, int]:
     """Batch and sequence extents that no dimension of a parameter has; the sequence is a multiple of tp."""
     taken = {int(n) for p in model.parameters() for n in p.shape}
     limit = most_positions(model) or 1 << 20
+    # Small, because tensors of this size are made; primes, so that no product of the model's sizes is one of them.
     for batch in (3, 5, 7, 11, 13):
         for prime in (17, 13, 19, 23, 11, 29, 31, 7, 37):
             seq = tp * prime
@@ -166,6 +167,8 @@ def _exported(
 ) -> Iterator[tuple[ExportedProgram, Calls, set[str]]]:
     """The model as torch.export gives it, what the markers saw, and the parameters that other modules read."""
     wrapper = _Called(model, inputs.names)
+    # Evaluation: dropout would add operators that say nothing of how a model is split. `model.train()` could not bring
+    # the modes back: a user may have set some modules to evaluation.
     training = {m: m.training for m in model.modules()}
     wrapper.eval()
     try:
@@ -180,6 +183,7 @@ def _exported(
             warnings.simplefilter("ignore")
             wrapper.calls = calls
             with watching_reads(model) as outside:  # of the model's code alone: each call costs
+                # not strict: the model's Python code runs as it is, so that hooks and function modes take part
                 exported = torch.export.export(wrapper, tuple(inputs), strict=False)
             yield exported, calls, outside
     except Exception as error:
@@ -212,11 +216,9 @@ def decomposed(exported: ExportedProgram) -> ExportedProgram:
 def trace(
     model: nn.Module,
     inputs: tuple[Tensor, ...],
-    rescale: Rescale | None = None,
-    within: contextlib.AbstractContextManager[None] | None = None,
     opaque: OpaqueModules = NOTHING_OPAQUE,
 ) -> Trace:
-    """Export `model` in evaluation mode, inside of `within`; it is left as it was.
+    """Export `model` in evaluation mode; it is left as it was.
 
     Args:
         opaque: modules that are not looked into.
@@ -226,11 +228,12 @@ def trace(
             raised from torch's.
     """
     inputs = Inputs.of(inputs)
-    with _exported(model, inputs, rescale, within, opaque) as (exported, calls, outside):
+    with _exported(model, inputs, None, None, opaque) as (exported, calls, outside):
         program = decomposed(exported)
         undecomposed = Undecomposed.of(exported, program)
     parameters, ties = _parameters_of(model, program)
     constants, values = _constants_of(model, program)
+    # scalars and masks without a batch may come first
     lead = next((x for x in inputs if x.dim() >= 2), inputs[0])
     return Trace(
         program,

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from colrow.config import ModelSection
+from colrow.config_sections import ModelSection
 from colrow.errors import ConfigError
 from colrow.models.huggingface import UnsupportedModelError, json_mapping, read_config
 from colrow.models.llama import Llama, LlamaConfig

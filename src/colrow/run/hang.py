@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from colrow.run.heartbeat import ENDED, RankReport
 
 if TYPE_CHECKING:
-    from colrow.config import TrainSection
+    from colrow.config_sections import TrainSection
 
 TRAINING = "training"
 _EARLY_SHARE, _EARLY_SECONDS = 0.2, 10.0

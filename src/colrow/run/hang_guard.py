@@ -19,7 +19,7 @@ from colrow.run.heartbeat import REPORT_FILE, Heartbeat, RankReport, Reporter, r
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-    from colrow.config import TrainSection
+    from colrow.config_sections import TrainSection
 
 _ANSWER_SECONDS = 4.0
 """How long ranks have to write their records."""

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from colrow.run import startup
 
 if TYPE_CHECKING:
-    from colrow.config import TrainSection
+    from colrow.config_sections import TrainSection
 
 REPORT_FILE = "heartbeat.json"
 """In the folder that the launcher gave a rank, beside its process id."""

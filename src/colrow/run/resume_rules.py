@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from colrow.config import HangLimits, RunConfig
+from colrow.config import RunConfig
+from colrow.config_sections import HangLimits
 from colrow.errors import ConfigError
 from colrow.train.schedule import learning_rate
 

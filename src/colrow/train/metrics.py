@@ -18,7 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from colrow.config import LogSection, RunConfig
+from colrow.config import RunConfig
+from colrow.config_sections import LogSection
 from colrow.data.disk import atomic_write, writing
 from colrow.errors import ConfigError
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from colrow.config import TrainSection
+from colrow.config_sections import TrainSection
 from colrow.ops.kernels.adamw import FusedAdamW, ParamUpdate
 from colrow.ops.kernels.optional_triton import UNAVAILABLE
 from colrow.sharding.layout import local_tensor

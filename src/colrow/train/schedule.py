@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from colrow.config import TrainSection
+from colrow.config_sections import TrainSection
 from colrow.errors import AtMost, ConfigError
 
 

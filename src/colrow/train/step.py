@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
-from colrow.config import TrainSection
+from colrow.config_sections import TrainSection
 from colrow.data.loader import Batch
 from colrow.errors import ConfigError
 from colrow.parallel.data_parallel import set_last_micro_batch

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from colrow.config import TrainSection
+from colrow.config_sections import TrainSection
 from colrow.errors import ConfigError
 from colrow.plans.patterns import nearest
 from colrow.sharding.layout import unwrapped_name
