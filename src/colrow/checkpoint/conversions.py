@@ -184,6 +184,8 @@ def _regions(name: str, shape: tuple[int, ...], names: list[list[str]], converte
     """
     operations, patterns = [type(operation).__name__ for operation in converter.operations], converter.source_patterns
     stacked = _stacks(converter)
+    # `each`: the shape of one stored tensor. A stack has extent 1 where the model's has one entry a module; of tensors
+    # one after another each has its share of that dim.
     each = list(shape)
     if stacked:
         each[0] = 1

@@ -188,6 +188,7 @@ class Checkpoints:
             raise CheckpointError(f"step {step} is negative")
         text = as_json(extra)
         named = model_tensors(model, self.tied)
+        # Metadata alone until `copy`: what fails in here fails before memory is taken, or a file is written.
         stored = named if optimizer is None else named + optimizer_tensors(optimizer, named)
         pieces = [piece for item in stored for piece in item.pieces()]
         manifest = Manifest(

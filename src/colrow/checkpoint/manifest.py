@@ -234,10 +234,11 @@ def damage(folder: Path, manifest: Manifest, share: slice, checksums: bool) -> l
 
     def look(record: FileRecord) -> str | None:
         path = folder / record.name
+        # A manifest may come from elsewhere: its names must not lead out of the folder.
         if os.path.basename(record.name) != record.name or record.name in ("", ".", ".."):
             return f"{record.name!r} is not the name of a file in it"
         try:
-            seen = path.lstat()
+            seen = path.lstat()  # not stat: a link may lead to a file outside of the checkpoint
             if not stat.S_ISREG(seen.st_mode):
                 return f"{record.name} is not a regular file"
             if seen.st_size != record.bytes:

@@ -43,6 +43,7 @@ def files_in(folder: Path) -> dict[str, Path]:
         lost = sorted(name for name in named if not (folder / name).exists())
         if lost:
             raise CheckpointError(f"{folder} lacks {first_few(lost)}, which its index names: fetch the folder again")
+        # Left over from another download or save: transformers would read the index, other tools the single file.
         extra = sorted(p.name for p in folder.iterdir() if p.name == SINGLE or _SHARD.fullmatch(p.name))
         if left := [name for name in extra if name not in named]:
             raise CheckpointError(

@@ -151,7 +151,7 @@ def open_corpus(section: DataSection, digest_cache: Path | None = None) -> Corpu
                 f"write one object a line into a .jsonl file (jq -c '.[]' {path.name} > {path.stem}.jsonl)"
             )
     if any(format_of(path) == "parquet" for path in paths):
-        import_parquet()
+        import_parquet()  # raises here, not after an hour of reading other files
     return FileCorpus(section.corpus, paths, section.text_key, digest_cache)
 
 

@@ -149,6 +149,7 @@ def _bad_byte(path: Path) -> int:
 
 def _read_jsonl(path: Path, text_key: str) -> Iterator[str]:
     with _open_binary(path) as file:
+        # Bytes, and a bound on each: a file without line ends would be read into memory as one line.
         for number, line in enumerate(iter(lambda: file.readline(MOST_LINE_BYTES + 1), b""), 1):
             where = f"{path} line {number}"
             if len(line) > MOST_LINE_BYTES:

@@ -193,6 +193,7 @@ def _fact(value: Any, depth: int = 4) -> Hashable:
         return (type(value),)
     if depth == 0:
         return id(value)
+    # objects may hold each other in a circle: a bound on the depth ends it
     inner = functools.partial(_fact, depth=depth - 1)
     if isinstance(value, list | tuple):
         return type(value), tuple(map(inner, value))
@@ -203,6 +204,7 @@ def _fact(value: Any, depth: int = 4) -> Hashable:
     if isinstance(value, types.MethodType):
         return inner(value.__func__), inner(value.__self__)
     if isinstance(value, types.FunctionType):
+        # A function that is made anew for each layer is the same code with, perhaps, other values closed over.
         closed = tuple(inner(cell.cell_contents) for cell in value.__closure__ or ())
         return value.__code__, closed, inner(value.__defaults__)
     if hasattr(value, "__dict__"):

@@ -124,6 +124,7 @@ def shrink_huggingface(config: Any, tp: int, keep: int = 2) -> Any:
     small = copy.deepcopy(config)
     layer_types: Sequence[Any] = getattr(config, "layer_types", None) or ()
     layers = _first(config, LAYERS) or 2
+    # enough layers that each kind occurs (sliding-window attention in every sixth, say)
     keep = min(layers, max([keep, *(list(layer_types).index(name) + 1 for name in set(layer_types))]))
     query = _first(config, QUERY_HEADS) or 1
     heads, kv = shrink_heads(query, _first(config, KV_HEADS) or query, tp)

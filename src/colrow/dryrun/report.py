@@ -124,7 +124,7 @@ def report(
             )
         )
     run = dry_run(model, plan, Mesh(tp=tp), batch_size, seq_len, inputs=inputs)
-    if run.failure is not None:
+    if run.failure is not None:  # sizes fit, and the model's code does not run on the shards
         raise run.failure.error
     block, blocks = repeated_block(model)
     path = _path(model, plan, run, rows, _first(block)) if block else []

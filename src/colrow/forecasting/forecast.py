@@ -208,6 +208,7 @@ class Forecaster:
         if mesh.pp > 1:
             layers, config = len(require_parts(self._model)), self._model.config
             costs = layer_costs(cast(Any, config), options.seq_len, options.micro_batch)
+            # the same balance as the run's pipeline: the head counts as several layers
             firsts = options.split or split_layers(costs, mesh.pp)
             stages = tuple(b - a for a, b in pairwise((0, *firsts, layers)))
             if len(stages) != mesh.pp:
@@ -215,7 +216,7 @@ class Forecaster:
         reshard = options.reshard
         if reshard is None:
             reshard = mesh.dp_shard > 1 and mesh.pp == 1
-        low = options.dtype != torch.float32
+        low = options.dtype != torch.float32  # compute dtype below that of the weights
         return Setting(
             mesh,
             options.micro_batches,

@@ -171,8 +171,9 @@ def _rank_time(
     inside, outside = stage_work(walk, stage)
     parts = {name: m * seconds for name, seconds in compute_parts(inside, outside, walk, program, rates).items()}
     if (program.overlap in ("copy_engine", "point_to_point") and walk.cell.tp > 1) or setting.mesh.dp_shard > 1:
+        # Copies and gathers that run beside matmuls take memory bandwidth, and SMs where NCCL sends, from them.
         parts["products"] *= 1 + rates.overlap_slowdown
-    compute = sum(parts.values())
+    compute = sum(parts.values())  # what communication can hide behind: before the update, gaps and waits are added
     parts |= _update_parts(walk, setting, stage, rates)
     sent: defaultdict[str, float] = defaultdict(float)
     by_nccl: defaultdict[str, float] = defaultdict(float)
@@ -186,6 +187,8 @@ def _rank_time(
         if axis in ("dp_shard", "dp_replicate"):
             parts["products"] += SLOWED_BY_NCCL * max(0.0, by_nccl[axis] - parts[axis])
     parts["gaps"] = m * rates.gap * (inside.operators + outside.operators)
+    # Kernels are queued ahead, so the CPU costs only what it takes beyond the GPU's time; a graph's replay costs it
+    # nothing.
     cpu = m * cpu_seconds(inside, outside, program, rates)
     parts["cpu"] = 0.0 if program.cuda_graph else max(0.0, cpu - sum(parts.values()))
     return parts

@@ -84,15 +84,18 @@ def _of_data_axes(walk: Walk, setting: Setting, stage: StageLayers) -> Counter[t
         for numel in unit.partial:
             found["tp", "all_reduce", low * numel] += 1
         if shards > 1:
+            # FSDP2: resharded blocks are gathered for forward and for backward of every micro-batch, others once a
+            # step. Root and head stay gathered (see apply_data_parallel).
             reshards = setting.reshard and name not in (ROOT, HEAD)
             gathers = setting.micro_batches * (2 if reshards else 1) if setting.reshard else 1
             found["dp_shard", "all_gather", low * _padded(unit.numels, shards)] += gathers
             if unit.trained and setting.mesh.is_flat:
                 found["dp_shard", "all_to_all", low * _padded(unit.trained, shards)] += setting.micro_batches
-            elif unit.trained:
+            elif unit.trained:  # in fp32, once: gradients are summed over micro-batches before
                 found["dp_shard", "reduce_scatter", wide * _padded(unit.trained, shards)] += 1
         if replicas > 1 and unit.trained:
             found["dp_replicate", "all_reduce", wide * _padded(unit.trained, shards) // shards] += 1
+    # which parameters had a gradient: 4 bytes each, see [Note: used parameters]
     flags = 4 * sum(len(walk.units[name].trained) for name in (*ends, *stage.layers))
     for axis in ("dp_replicate", "dp_shard"):
         if getattr(setting.mesh, axis) > 1:

@@ -159,6 +159,7 @@ def _run(copy: ReducedCopy, model: nn.Module, plan: Plan, mesh: DeviceMesh, cell
         materialize_fake(model, cell.dtype)
         _wrap(list(blocks.values()), cell)
         inputs = _fake(example_inputs(model, cell.micro_batch, cell.seq_len))
+        # weights exist before the step: `memory.py` counts them, by unit
         given = [local_tensor(t) for t in (*model.parameters(), *model.buffers())]
         storages = LiveStorages(given, fused=cell.compiled)
         order: list[str] = []

@@ -49,6 +49,7 @@ def init_tensor(
         return torch.zeros(*size, device=device)
     if leaf == "weight" and len(shape) == 1 and "norm" in module_name:
         return torch.ones(*size, device=device)
+    # A rank fills its own region: values are a function of seed, name and global index, so every mesh starts equal.
     if leaf == "weight" and len(shape) == 2:
         std: float = getattr(config, "initializer_range", 0.02)
         if module_name in ("o_proj", "down_proj"):

@@ -117,6 +117,7 @@ class KeptState:
         report = _Report(dist.get_rank(), self._place, tuple(changed), dict(zip(names, hashes, strict=True)))
         reports: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(reports, report)
+        # One rank's weights change by a fault of its hardware; those of all ranks by the code they all run.
         if len(reports) > 1 and all(report.changed for report in reports):
             raise NondeterministicError(
                 f"train.replay_every: weights changed between two updates on every rank ({reports[0].changed[0]}), so "

@@ -95,6 +95,7 @@ def from_events(events: list[dict[str, Any]]) -> StepTrace:
     operators = Counter(event["name"] for event in on_cpu if event["name"].startswith(own))
     functions = Counter("linear_cross_entropy" for e in events if e["name"] == "_LinearCrossEntropy")
     device = [event for event in events if event.get("cat") in _ON_DEVICE]
+    # a CPU run has no kernels: what was called is known, times are not
     if not device:
         calls = Counter(e["name"] for e in events if e.get("cat") == "cpu_op" and e["name"].startswith("c10d::"))
         return StepTrace(None, None, None, None, {}, dict(calls), dict(operators + functions), 0)
@@ -109,7 +110,7 @@ def from_events(events: list[dict[str, Any]]) -> StepTrace:
         span=(max(e["ts"] + e["dur"] for e in device) - min(e["ts"] for e in device)) / 1e3,
         busy=busy,
         communication=sum(event["dur"] for event in nccl) / 1e3,
-        exposed=busy - union_ms(others),
+        exposed=busy - union_ms(others),  # time in which NCCL alone ran
         kinds=dict(sorted(kinds.items(), key=lambda item: -item[1])),
         collectives=dict(Counter(_collective(event["name"]) for event in nccl)),
         operators=dict(operators + functions),

@@ -9,6 +9,7 @@ def likely_cause(errors: Errors, observed: Observed, reference: Reference, limit
     """One sentence; empty when every error is within `limit`."""
     if errors.worst <= limit:
         return ""
+    # From what is certain to what is likely: each step leaves fewer causes for what was seen.
     buffers = [name for name, error in errors.buffers.items() if error > limit]
     if buffers and max([errors.loss, *errors.gradients.values()]) <= limit:
         return f"loss and gradients are exact, and each rank writes the buffer {buffers[0]} from its own shard"

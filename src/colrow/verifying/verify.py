@@ -97,6 +97,7 @@ def verify(
         )
     verdict: Verdict = "wrong"
     control = None
+    # Equality proves nothing where an error would not show (a gradient of zero): a broken plan must be seen as such.
     if seen.errors.worst <= tolerance:
         control = negative_control(task, plan, reference, tolerance, run_local if seen.backend == "local" else run_gloo)
         verdict = "proved" if control is not None and control.caught else "inconclusive"
