@@ -15,6 +15,7 @@ from colrow.derive.derivation import Derivation, derive
 from colrow.derive.judged import judgement
 from colrow.derive.trace import Trace, default_inputs, trace
 from colrow.dryrun.calls import default_loss
+from colrow.dryrun.planned_step import PlannedStep
 from colrow.errors import PlanError
 from colrow.mesh import Mesh
 from colrow.plans.derive_options import DeriveOptions, Styles
@@ -102,7 +103,7 @@ def judged(
             inputs=inputs,
             traced=traced,
             options=DeriveOptions(styles=styles),
-            judge=lambda plan: judgement(model, plan, tp, inputs).objection,
+            judge=lambda plan: judgement(PlannedStep(model, plan, tp, 2, 16, inputs)).objection,
         )
     except PlanError as error:
         if styles != "plain":

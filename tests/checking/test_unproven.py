@@ -18,6 +18,7 @@ from benchmarks.models.examine import build
 from colrow.checking.check import Finding, check
 from colrow.derive.derivation import derive
 from colrow.dryrun.lockstep import unproven_operators
+from colrow.dryrun.planned_step import PlannedStep
 from colrow.mesh import Mesh
 from colrow.plans.plan import Plan
 from colrow.sharding.operator_rules import RULES
@@ -67,7 +68,7 @@ def test_a_statistic_that_is_only_logged_is_no_error(used: bool, codes: list[tup
 @pytest.mark.parametrize("name", ["llama-fast", pytest.param("llama-overlap", marks=pytest.mark.exhaustive)])
 def test_fast_presets_are_proven(name: str, loss: Any) -> None:
     for model in ("gqa", "qk_norm_kv3", "bias"):
-        assert unproven_operators(llama(model), Plan.preset(name, loss), 4, 2, 16) == [], model
+        assert unproven_operators(PlannedStep(llama(model), Plan.preset(name, loss), 4, 2, 16)) == [], model
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_fast_presets_are_proven(name: str, loss: Any) -> None:
 def test_derived_plans_are_proven(family: str) -> None:
     pytest.importorskip("transformers")
     model = transformers_model(family)
-    assert unproven_operators(model, Plan.derive(model, 2), 2, 2, 16) == []
+    assert unproven_operators(PlannedStep(model, Plan.derive(model, 2), 2, 2, 16)) == []
 
 
 @pytest.mark.exhaustive
@@ -85,7 +86,7 @@ def test_plans_of_models_that_cut_their_heads_in_other_ways_are_proven(model_typ
     """Batch and heads in one dim, segments of heads, one k and v head."""
     pytest.importorskip("transformers")
     model, inputs = build(model_type, 2)
-    assert unproven_operators(model, derive(model, 2, inputs=inputs).plan(), 2, inputs=inputs) == []
+    assert unproven_operators(PlannedStep(model, derive(model, 2, inputs=inputs).plan(), 2, inputs=inputs)) == []
 
 
 FAST_DERIVED = {
@@ -104,7 +105,7 @@ def test_a_derived_plan_of_fast_styles_is_proven(family: str) -> None:
     model = getattr(transformers, "GPT2LMHeadModel" if family == "GPT2" else "OPTForCausalLM")(config).eval()
     plan = Plan.derive(model, 2, styles="fast")
     assert {"fast_colwise", "fast_shard_tokens"} <= {style.name for style in plan.modules.values()}
-    assert unproven_operators(model, plan, 2, 2, 16) == []
+    assert unproven_operators(PlannedStep(model, plan, 2, 2, 16)) == []
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def test_a_hook_in_a_custom_backward_is_traced_to_its_line() -> None:
 
 
 def test_what_follows_an_unproven_operator_is_not_listed() -> None:
-    found = unproven_operators(WRONG["norm of features"].model(), gpt_plan(), 2, 4, 16)
+    found = unproven_operators(PlannedStep(WRONG["norm of features"].model(), gpt_plan(), 2, 4, 16))
     assert [f.operator for f in found] == ["linalg_vector_norm"] * 2
 
 
@@ -196,7 +197,9 @@ class _Keeping(nn.Module):
 
 def test_what_is_kept_for_the_next_forward_is_unproven() -> None:
     case = unproven_plans.features(_Keeping())
-    assert {f.operator for f in unproven_operators(case.model(), gpt_plan(), 2, 4, 16)} == {"linalg_vector_norm"}
+    assert {f.operator for f in unproven_operators(PlannedStep(case.model(), gpt_plan(), 2, 4, 16))} == {
+        "linalg_vector_norm"
+    }
 
 
 @pytest.mark.parametrize("rule", ["slice", "_scaled_dot_product_flash_attention_for_cpu"])
@@ -204,14 +207,14 @@ def test_without_its_rule_a_right_plan_is_unproven(rule: str, monkeypatch: pytes
     """A negative control: these rules are what proves them."""
     monkeypatch.delitem(RULES, rule)
     case = Case(*SOUND["heads"]) if "attention" in rule else RIGHT["every other feature"]
-    names = {f.operator for f in unproven_operators(case.model(), case.plan(), 2, 2, 16)}
+    names = {f.operator for f in unproven_operators(PlannedStep(case.model(), case.plan(), 2, 2, 16))}
     assert rule in {name.removesuffix("_backward") for name in names}
 
 
 def test_the_model_is_left_alone() -> None:
     model = RIGHT["hook on a gradient"].model()
     before = copy.deepcopy(model.state_dict())
-    unproven_operators(model, gpt_plan(), 2, 2, 16)
+    unproven_operators(PlannedStep(model, gpt_plan(), 2, 2, 16))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not any(mod._forward_hooks or mod._forward_pre_hooks for mod in model.modules())
     assert all(param.grad is None for param in model.parameters())
@@ -227,5 +230,5 @@ class _Counting(nn.Module):
 
 
 def test_a_model_that_does_not_run_on_fake_tensors_is_unproven() -> None:
-    (found,) = unproven_operators(_Counting(), Plan({"up": "colwise"}), 2, 2, 16)
+    (found,) = unproven_operators(PlannedStep(_Counting(), Plan({"up": "colwise"}), 2, 2, 16))
     assert found.reason.startswith("the unsharded run raises DataDependentOutputException")

@@ -14,6 +14,7 @@ from colrow.derive import derivation, gathered, judged
 from colrow.derive.derivation import derive
 from colrow.derive.judged import Objection
 from colrow.derive.trace import Trace, default_inputs, trace
+from colrow.dryrun.planned_step import PlannedStep
 from colrow.errors import PlanError
 from colrow.mesh import Mesh
 from colrow.plans.derive_options import DeriveOptions
@@ -121,7 +122,7 @@ def test_what_is_objected_to(codes: list[str], verdict: Any, why: str | None, mo
 
     monkeypatch.setattr(judged, "check", lambda *args, **options: Findings(found_by(code) for code in codes))
     monkeypatch.setattr(judged, "prove", prove)
-    found = judged.judgement(m.Gpt(layers=1), Plan({}), 2)
+    found = judged.judgement(PlannedStep(m.Gpt(layers=1), Plan({}), 2, 2, 16))
     assert (found.objection and found.objection.why) == why
     assert [f.code for f in found.findings] == codes
     assert (found.report and found.report.verdict) == (None if verdict == "impossible" else verdict)

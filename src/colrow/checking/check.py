@@ -18,6 +18,7 @@ from colrow.checking.static import check_stages, check_static, fused_suspects
 from colrow.checking.unproven import check_unproven
 from colrow.dryrun.calls import GivenInputs, Loss, default_loss
 from colrow.dryrun.dry_run import dry_run
+from colrow.dryrun.planned_step import PlannedStep
 from colrow.dryrun.result import DryRun
 from colrow.errors import PlanError
 from colrow.mesh import Mesh
@@ -86,8 +87,8 @@ def check(
         suspects = [f for f in found if f.severity == "error" and f.code in OF_CODE]
         others = [f for f in found if f not in suspects]
         if not _errors(others) and run.reference_failure is None:
-            step = batch_size, seq_len, inputs, loss, param_dtype
-            found = others + check_unproven(model, plan, mesh, *step, suspects)
+            step = PlannedStep(model, plan, mesh.tp, batch_size, seq_len, inputs, loss, param_dtype)
+            found = others + check_unproven(step, suspects)
     return _ordered(found, flops_split)
 
 

@@ -8,30 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import nn
-
 from colrow.checking.finding import Finding, finding
-from colrow.dryrun.calls import GivenInputs, Loss
 from colrow.dryrun.lockstep import unproven_operators
+from colrow.dryrun.planned_step import PlannedStep
 from colrow.dryrun.unproven import Unproven
-from colrow.mesh import Mesh
-from colrow.plans.plan import Plan
 
 FIX = "gather what it needs before it, or leave the layers before it out of the plan; `colrow verify` settles it"
 
 
-def check_unproven(
-    model: nn.Module,
-    plan: Plan,
-    mesh: Mesh,
-    batch_size: int,
-    seq_len: int,
-    inputs: GivenInputs | None,
-    loss: Loss,
-    dtype: torch.dtype | None,
-    suspects: Sequence[Finding] = (),
-) -> list[Finding]:
+def check_unproven(step: PlannedStep, suspects: Sequence[Finding] = ()) -> list[Finding]:
     """Findings on operators, layouts and gradients; one for each module and kind.
 
     Args:
@@ -39,7 +24,7 @@ def check_unproven(
             that is not proven. Where it does not, they are of values that nothing needs: of a statistic that is only
             logged, say.
     """
-    found = unproven_operators(model, plan, mesh.tp, batch_size, seq_len, inputs=inputs, loss=loss, dtype=dtype)
+    found = unproven_operators(step)
     if suspects and any(unproven.is_used for unproven in found):
         return list(suspects)
     return [finding("CR414", unproven.where or "model", _message(unproven), FIX) for unproven in found]

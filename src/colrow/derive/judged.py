@@ -14,6 +14,7 @@ from colrow.derive.derivation import Derivation, derive
 from colrow.derive.progress import Progress
 from colrow.derive.proof import SEQ_LEN, prove
 from colrow.dryrun.calls import GivenInputs, Loss, default_loss
+from colrow.dryrun.planned_step import PlannedStep
 from colrow.errors import PlanError
 from colrow.mesh import Mesh
 from colrow.plans.patterns import with_stars
@@ -78,7 +79,7 @@ def derive_judged(
         key = _key(plan)
         if key not in known:
             progress.at("checking a plan")
-            known[key] = judgement(model, plan, tp, inputs, loss, batch_size, seq_len, progress)
+            known[key] = judgement(PlannedStep(model, plan, tp, batch_size, seq_len, inputs, loss), progress)
             progress.at("tracing")
         return known[key].objection
 
@@ -93,18 +94,10 @@ def _key(plan: Plan) -> str:
     return replace(plan, notes={}).to_yaml()
 
 
-def judgement(
-    model: nn.Module,
-    plan: Plan,
-    tp: int,
-    inputs: GivenInputs | None = None,
-    loss: Loss = default_loss,
-    batch_size: int = 2,
-    seq_len: int = 16,
-    progress: Progress | None = None,
-) -> Judgement:
+def judgement(step: PlannedStep, progress: Progress | None = None) -> Judgement:
     """Objects to errors of the check, and to what it leaves unproven and verify finds wrong."""
-    found = check(model, plan, Mesh(tp=tp), batch_size, seq_len, inputs=inputs, loss=loss)
+    batch = step.batch_size, step.seq_len
+    found = check(step.model, step.plan, Mesh(tp=step.tp), *batch, inputs=step.inputs, loss=step.loss)
     errors = [f for f in found if f.severity == "error"]
     if errors:
         return Judgement(_objection(errors, _cause(errors[0])), found)
@@ -114,16 +107,8 @@ def judgement(
     if progress is not None:
         progress.at("verifying a plan")
     try:
-        report = prove(
-            model,
-            plan,
-            tp,
-            inputs=inputs,
-            loss=loss,
-            batch_size=batch_size,
-            seq_len=max(seq_len, SEQ_LEN),
-            unproven=any(f.code == "CR414" for f in unproven),
-        )
+        longer = replace(step, seq_len=max(step.seq_len, SEQ_LEN))
+        report = prove(longer, unproven=any(f.code == "CR414" for f in unproven))
     except PlanError:  # too large, or it runs on no CPU: the plan stays unproven, and the check says so
         return Judgement(None, found)
     if report.verdict != "wrong":

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from colrow.derive.derivation import derive
-from colrow.dryrun.calls import GivenInputs, Inputs, Loss, default_loss, vocabulary
+from colrow.dryrun.calls import Inputs, vocabulary
 from colrow.dryrun.lockstep import unproven_operators
+from colrow.dryrun.planned_step import PlannedStep
 from colrow.dryrun.reduced_model import reduced_model
 from colrow.errors import PlanError
 from colrow.plans.derive_options import DeriveOptions, Styles
@@ -24,37 +25,26 @@ SEQ_LEN, BATCH_SIZE = 64, 4
 """Most tokens in a sequence, and most sequences: fp64 attention over a run's context would take minutes."""
 
 
-def prove(
-    model: nn.Module,
-    plan: Plan,
-    tp: int,
-    *,
-    reduced: nn.Module | None = None,
-    inputs: GivenInputs | None = None,
-    loss: Loss = default_loss,
-    batch_size: int = 2,
-    seq_len: int = SEQ_LEN,
-    unproven: bool = False,
-) -> Report:
-    """`verify` of the plan on `reduced`, or on the reduced model that the model's family gives; the model may be on the
-    meta device.
+def prove(step: PlannedStep, *, reduced: nn.Module | None = None, unproven: bool = False) -> Report:
+    """`verify` of the plan on `reduced`, or on the reduced model that the model's family gives.
 
     Args:
-        batch_size, seq_len: of the run. At most BATCH_SIZE sequences of SEQ_LEN tokens are taken, and all tokens where
-            the model does not run on fewer.
+        step: of the run. At most BATCH_SIZE sequences of SEQ_LEN tokens are taken, and all tokens where the model does
+            not run on fewer.
         unproven: whether check has left operators unproven at the run's sizes. Where some of them do not run on so few
             tokens, a proof on these says nothing of them: all tokens are taken.
 
     Raises:
         PlanError: there is no such model, the plan cannot be carried over to it, or it does not run on a CPU.
     """
+    model, plan, tp, seq_len = step.model, step.plan, step.tp, step.seq_len
     small, changes = reduced_model(model if reduced is None else reduced, tp)
     if reduced is not None:
         changes = f"{type(small).__name__} of model.reduced"
     fitted = _fitted(plan, model, small, tp)
     short = seq_len if seq_len <= SEQ_LEN else max(SEQ_LEN // tp, 1) * tp
-    few = min(batch_size, BATCH_SIZE)
-    given = None if inputs is None else Inputs.of(inputs)
+    few = min(step.batch_size, BATCH_SIZE)
+    given = None if step.inputs is None else Inputs.of(step.inputs)
     if given is not None and small is not model:
         given = given.within(vocabulary(small))
 
@@ -62,11 +52,11 @@ def prove(
         return given.map(lambda x: x[:sequences, :length]) if given and _are_token_ids(given) else given
 
     def proved(length: int) -> Report:
-        return verify(small, fitted, tp, inputs=batch(few, length), loss=loss, batch_size=few, seq_len=length)
+        return verify(small, fitted, tp, inputs=batch(few, length), loss=step.loss, batch_size=few, seq_len=length)
 
     def unproven_at(of: nn.Module, by: Plan, sequences: int, length: int) -> set[tuple[str, str]]:
-        found = unproven_operators(of, by, tp, sequences, length, inputs=batch(sequences, length), loss=loss)
-        return {(each.operator, each.line) for each in found}
+        at = PlannedStep(of, by, tp, sequences, length, batch(sequences, length), step.loss)
+        return {(each.operator, each.line) for each in unproven_operators(at)}
 
     try:
         report = proved(short)
@@ -75,10 +65,10 @@ def prove(
             raise
         short = seq_len
         report = proved(short)
-    if unproven and report.ok and (few < batch_size or short < seq_len):
-        missed = unproven_at(model, plan, batch_size, seq_len) - unproven_at(small, fitted, few, short)
+    if unproven and report.ok and (few < step.batch_size or short < seq_len):
+        missed = unproven_at(model, plan, step.batch_size, seq_len) - unproven_at(small, fitted, few, short)
         if missed:
-            few = batch_size
+            few = step.batch_size
             report = proved(seq_len)
     return replace(report, reduced=changes)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,13 +24,13 @@ from colrow.dryrun.calls import (
     Loss,
     call_model,
     default_loss,
-    example_inputs,
     give_targets,
     head_loss,
 )
 from colrow.dryrun.fake_world import fake_tp_mesh, materialize_fake
 from colrow.dryrun.flops import FlopCounter
 from colrow.dryrun.module_tracker import LOSS, ModuleTracker
+from colrow.dryrun.planned_step import PlannedStep
 from colrow.dryrun.recorded_calls import CallRecorder
 from colrow.dryrun.reduced_copy import ReducedCopy, reduced_copy
 from colrow.dryrun.result import Collective, DryRun, Failure, Output
@@ -73,60 +73,39 @@ def dry_run(
     Raises:
         PlanError: the plan does not fit the model at this degree.
     """
-    request = Request(model, plan, mesh.tp, batch_size, seq_len, inputs, loss, dtype)
-    request = replace(request, traces=trace_blocks(model, request.fake_inputs, dtype))
-    run = _run(request)
+    step = PlannedStep(model, plan, mesh.tp, batch_size, seq_len, inputs, loss, dtype)
+    traces = trace_blocks(model, step.fake_inputs, dtype)
+    run = _run(step, traces)
     if run.reference_failure is not None and "BF16" in str(run.reference_failure.error):
-        request = replace(request, dtype=torch.bfloat16)  # torch's grouped matmuls take no other type
-        run = _run(request)
+        step = replace(step, dtype=torch.bfloat16)  # torch's grouped matmuls take no other type
+        run = _run(step, traces)
     if run.reference_failure is not None:  # the model may index its blocks by number: try with all of them
-        run = _run(request, keep=sys.maxsize)
+        run = _run(step, traces, keep=sys.maxsize)
     return run
 
 
-@dataclass(frozen=True)
-class Request:
-    """The arguments of `dry_run`."""
-
-    model: nn.Module
-    plan: Plan
-    tp: int
-    batch_size: int
-    seq_len: int
-    inputs: GivenInputs | None
-    loss: Loss
-    dtype: torch.dtype | None = None
-    traces: BlockTraces = field(default_factory=BlockTraces)
-
-    def fake_inputs(self, model: nn.Module) -> Inputs:
-        """The arguments of a copy of the model, under fake tensors."""
-        given = self.inputs
-        inputs = example_inputs(model, self.batch_size, self.seq_len) if given is None else Inputs.of(given)
-        return inputs.map(lambda x: torch.empty_like(x, device="cpu") if isinstance(x, Tensor) else x)
-
-
-def _run(request: Request, keep: int = 2) -> DryRun:
+def _run(step: PlannedStep, traces: BlockTraces, keep: int = 2) -> DryRun:
     run = DryRun()
-    styles = {name: style for name, (_, style) in request.plan.resolve(request.model).items()}
-    reference, sharded = (reduced_copy(request.model, styles, request.traces, keep) for _ in range(2))
+    styles = {name: style for name, (_, style) in step.plan.resolve(step.model).items()}
+    reference, sharded = (reduced_copy(step.model, styles, traces, keep) for _ in range(2))
     names = {name: sharded.original(name) for name, _ in sharded.model.named_modules()}
-    plan = replace(request.plan, modules={new: styles[old] for new, old in names.items() if old in styles})
-    with warnings.catch_warnings(), fake_tp_mesh(request.tp) as tp_mesh:
+    plan = replace(step.plan, modules={new: styles[old] for new, old in names.items() if old in styles})
+    with warnings.catch_warnings(), fake_tp_mesh(step.tp) as tp_mesh:
         warnings.simplefilter("ignore")
         parallelize(sharded.model, plan, tp_mesh)
         with fake_tensors():
             for copy in (reference, sharded):
-                materialize_fake(copy.model, request.dtype)
-            inputs = request.fake_inputs(reference.model)
-            _run_unsharded(request, run, reference, inputs)
+                materialize_fake(copy.model, step.dtype)
+            inputs = step.fake_inputs(reference.model)
+            _run_unsharded(step, run, reference, inputs)
             if run.reference_failure is None:
-                _run_sharded(request, run, sharded, inputs, plan, tp_mesh)
+                _run_sharded(step, run, sharded, inputs, plan, tp_mesh)
     _compare_gradients(run, reference, sharded)
     run.collectives = [replace(c, cause=_cause(c, styles)) for c in run.collectives]
     return run
 
 
-def _run_unsharded(request: Request, run: DryRun, reference: ReducedCopy, inputs: Inputs) -> None:
+def _run_unsharded(step: PlannedStep, run: DryRun, reference: ReducedCopy, inputs: Inputs) -> None:
     modules = ModuleTracker(reference.model, reference.original)
     _record_outputs(reference, run.reference_outputs)
     recorder, counter = CallRecorder(modules), FlopCounter(modules)
@@ -134,7 +113,7 @@ def _run_unsharded(request: Request, run: DryRun, reference: ReducedCopy, inputs
         with recorder, counter:
             output = call_model(reference.model, inputs)
         run.reference_logits = _output(main_tensor(output))
-        loss = request.loss(output, inputs.given)
+        loss = step.loss(output, inputs.given)
         if loss.requires_grad:
             loss.backward()
     except Exception as error:
@@ -144,12 +123,12 @@ def _run_unsharded(request: Request, run: DryRun, reference: ReducedCopy, inputs
 
 
 def _run_sharded(
-    request: Request, run: DryRun, sharded: ReducedCopy, inputs: Inputs, plan: Plan, tp_mesh: DeviceMesh
+    step: PlannedStep, run: DryRun, sharded: ReducedCopy, inputs: Inputs, plan: Plan, tp_mesh: DeviceMesh
 ) -> None:
     model, original = sharded.model, sharded.original
     params = {id(param): original(name) for name, param in model.named_parameters()}
     modules = ModuleTracker(model, original)
-    watch = Watch(modules, request.tp, params)
+    watch = Watch(modules, step.tp, params)
     _mark_known_values(watch, model)
     _record_outputs(sharded, run.outputs)
     _record_async_inputs(sharded, run.async_inputs, watch.in_flight)
@@ -159,7 +138,7 @@ def _run_sharded(
     try:
         with watch, watch.declarations(), loss_context(plan, tp_mesh):
             with recorder:
-                loss = _loss(request, run, model, inputs, plan)
+                loss = _loss(step, run, model, inputs, plan)
             run.varying_buffers = [original(name) for name in _written(watch, model, before)]
             if loss.requires_grad:
                 backward = True
@@ -177,13 +156,13 @@ def _run_sharded(
     run.collectives = [replace(c, times=sharded.count(c.where)) for c in watch.collectives]
 
 
-def _loss(request: Request, run: DryRun, model: nn.Module, inputs: Inputs, plan: Plan) -> Tensor:
+def _loss(step: PlannedStep, run: DryRun, model: nn.Module, inputs: Inputs, plan: Plan) -> Tensor:
     if plan.loss == "linear":  # the head returns the loss, and there are no logits
         give_targets(model, plan, inputs)
         return head_loss(call_model(model, inputs))
     output = call_model(model, inputs)
     run.logits = _output(main_tensor(output))
-    return request.loss(output, inputs.given)
+    return step.loss(output, inputs.given)
 
 
 def _total(flops: Mapping[str, int], copy: ReducedCopy) -> int:

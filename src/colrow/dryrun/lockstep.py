@@ -17,21 +17,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from colrow.dryrun.block_kinds import BlockTraces, runs_known_code
-from colrow.dryrun.calls import (
-    GivenInputs,
-    Inputs,
-    Loss,
-    call_model,
-    default_loss,
-    example_inputs,
-    give_targets,
-    head_loss,
-)
-from colrow.dryrun.dry_run import Request
+from colrow.dryrun.calls import Inputs, Loss, call_model, give_targets, head_loss
 from colrow.dryrun.fake_world import fake_tp_mesh, materialize_fake
 from colrow.dryrun.module_tracker import LOSS
 from colrow.dryrun.numbered import NumberedRun, NumberedValue
 from colrow.dryrun.paired_runs import ShardedRun
+from colrow.dryrun.planned_step import PlannedStep
 from colrow.dryrun.reduced_copy import reduced_copy
 from colrow.dryrun.sequence_sizes import sizes_of_sequences
 from colrow.dryrun.unproven import Unproven
@@ -51,30 +42,17 @@ ModuleDraws = dict[str, tuple[Draw, ...]]
 """By a module's name, what its own code draws in a call."""
 
 
-def unproven_operators(
-    model: nn.Module,
-    plan: Plan,
-    tp: int,
-    batch_size: int = 1,
-    seq_len: int = 128,
-    *,
-    inputs: GivenInputs | None = None,
-    loss: Loss = default_loss,
-    dtype: torch.dtype | None = None,
-) -> list[Unproven]:
-    """What nothing proves in one forward and backward of `model` under `plan`; empty where all is proven.
-
-    Arguments are those of `dry_run`. Of a model that does not run on fake tensors, that is the one finding.
-    """
-    request = Request(model, plan, tp, batch_size, seq_len, inputs, loss, dtype)
-    found = walk(request)
+def unproven_operators(step: PlannedStep) -> list[Unproven]:
+    """What nothing proves in the step; empty where all is proven. Of a model that does not run on fake tensors, that is
+    the one finding."""
+    found = walk(step)
     if isinstance(found, Exception):
         return [Unproven("model", "", "", f"the unsharded run raises {type(found).__name__}: {str(found)[:120]}")]
-    if not _flattens_tokens(request) or runs_known_code(model):
+    if not _flattens_tokens(step) or runs_known_code(step.model):
         return found.unproven
     # a user's code between blocks with flattened tokens: see [Note: two views of flattened tokens]
     with complete_sequences():
-        again = walk(_of_sequences_for_all(request))
+        again = walk(_of_sequences_for_all(step))
     if isinstance(again, Exception):
         return found.unproven
     listed = {(each.operator, each.where, each.line) for each in found.unproven}
@@ -95,15 +73,15 @@ def _unlike_draws(first: ModuleDraws, second: ModuleDraws) -> list[Unproven]:
     return found
 
 
-def draws_by_module(request: Request) -> PairedWalk | Exception:
+def draws_by_module(step: PlannedStep) -> PairedWalk | Exception:
     """What a forward draws, in every block."""
-    found = walk(request, all_blocks=True, backward=False)
+    found = walk(step, all_blocks=True, backward=False)
     if isinstance(found, Exception) or all(draw.is_known for drawn in found.draws.values() for draw in drawn):
         return found
-    if not _flattens_tokens(request):
+    if not _flattens_tokens(step):
         return found
     with complete_sequences():
-        again = walk(_of_sequences_for_all(request), all_blocks=True, backward=False)
+        again = walk(_of_sequences_for_all(step), all_blocks=True, backward=False)
     return found if isinstance(again, Exception) else replace(found, draws=_told_apart(found.draws, again.draws))
 
 
@@ -121,20 +99,20 @@ def _told_apart(first: ModuleDraws, second: ModuleDraws) -> ModuleDraws:
     return found
 
 
-def _flattens_tokens(request: Request) -> bool:
-    return any(style.token_order == "flattened" for _, style in request.plan.resolve(request.model).values())
+def _flattens_tokens(step: PlannedStep) -> bool:
+    return any(style.token_order == "flattened" for _, style in step.plan.resolve(step.model).values())
 
 
-def _of_sequences_for_all(request: Request) -> Request:
+def _of_sequences_for_all(step: PlannedStep) -> PlannedStep:
     """With three sequences for each rank: of one, a dim of one element would stretch, and of two, pairs of sequences
     would lie on one rank."""
-    if request.inputs is None:
-        return replace(request, batch_size=3 * request.tp)
-    inputs = Inputs.of(request.inputs)
+    if step.inputs is None:
+        return replace(step, batch_size=3 * step.tp)
+    inputs = Inputs.of(step.inputs)
     batches = {x.shape[0] for x in inputs if isinstance(x, Tensor) and x.dim()}
-    times = 1 if all(n % (3 * request.tp) == 0 for n in batches) else 3 * request.tp
+    times = 1 if all(n % (3 * step.tp) == 0 for n in batches) else 3 * step.tp
     longer = inputs.map(lambda x: x.repeat_interleave(times, 0) if isinstance(x, Tensor) and x.dim() else x)
-    return replace(request, inputs=longer)
+    return replace(step, inputs=longer)
 
 
 @dataclass(frozen=True)
@@ -149,7 +127,7 @@ class PairedWalk:
     draws: ModuleDraws
 
 
-def walk(request: Request, *, all_blocks: bool = False, backward: bool = True) -> PairedWalk | Exception:
+def walk(step: PlannedStep, *, all_blocks: bool = False, backward: bool = True) -> PairedWalk | Exception:
     """Both runs, or the exception with which the unsharded model fails.
 
     Args:
@@ -157,47 +135,49 @@ def walk(request: Request, *, all_blocks: bool = False, backward: bool = True) -
         backward: run it too.
     """
     # where all code is known, equal blocks compute the same, and two show everything
-    keep = 2 if runs_known_code(request.model) and not all_blocks else sys.maxsize
+    keep = 2 if runs_known_code(step.model) and not all_blocks else sys.maxsize
     # of one sequence, a shard of the flattened tokens is a shard of dim 1; else two sequences tell 1 from "any"
-    one = _flattens_tokens(request) and not views_complete_sequences()
-    found = _walked(request, keep, backward, 1 if one else 2)
+    one = _flattens_tokens(step) and not views_complete_sequences()
+    several = replace(step, batch_size=max(step.batch_size, 2))
+    first = replace(step, batch_size=1) if one else several
+    found = _walked(first, keep, backward)
     if isinstance(found, Exception) and one:  # a batch norm does not take one element
-        found = _walked(request, keep, backward, 2)
+        found = _walked(several, keep, backward)
     if isinstance(found, Exception) and "BF16" in str(found):  # torch's grouped matmuls take no other type
-        found = _walked(replace(request, dtype=torch.bfloat16), keep, backward, 1 if one else 2)
+        found = _walked(replace(first, dtype=torch.bfloat16), keep, backward)
     return found
 
 
-def _walked(request: Request, keep: int, backward: bool, sequences: int) -> PairedWalk | Exception:
-    styles = {name: style for name, (_, style) in request.plan.resolve(request.model).items()}
-    copies = [reduced_copy(request.model, styles, BlockTraces(), keep) for _ in range(2)]
+def _walked(step: PlannedStep, keep: int, backward: bool) -> PairedWalk | Exception:
+    styles = {name: style for name, (_, style) in step.plan.resolve(step.model).items()}
+    copies = [reduced_copy(step.model, styles, BlockTraces(), keep) for _ in range(2)]
     unsharded, parallel = (copy.model for copy in copies)
     original = copies[1].original
     names = {name: original(name) for name, _ in parallel.named_modules()}
     resolved = {new: styles[old] for new, old in names.items() if old in styles}
-    plan = replace(request.plan, modules=resolved)
+    plan = replace(step.plan, modules=resolved)
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        mesh = stack.enter_context(fake_tp_mesh(request.tp))
-        segments = {name: style.output_segments(Site(parallel, name, request.tp)) for name, style in resolved.items()}
+        mesh = stack.enter_context(fake_tp_mesh(step.tp))
+        segments = {name: style.output_segments(Site(parallel, name, step.tp)) for name, style in resolved.items()}
         parallelize(parallel, plan, mesh)
         stack.enter_context(fake_tensors())
         for model in (unsharded, parallel):
-            materialize_fake(model, request.dtype)
-        given = _inputs(request, unsharded, sequences)
+            materialize_fake(model, step.dtype)
+        given = step.fake_inputs(unsharded)
         reference = UnshardedRun(unsharded)
         try:
-            want, _ = _step(reference, unsharded, given, request.loss, None, backward)
+            want, _ = _run_step(reference, unsharded, given, step.loss, None, backward)
         except Exception as error:
             return error
-        length, counted = _counts_of_tokens(request, given)
+        length, counted = _counts_of_tokens(step, given)
         run = ShardedRun(parallel, reference, mesh, resolved, segments, 0 if counted[0] else length, counted)
         if counted[0] and length:
             stack.enter_context(sizes_of_sequences(run, counted, length))
         try:
             with run.conversions(), loss_context(plan, mesh):
-                number, layout = _step(run, parallel, given, request.loss, plan, backward)
+                number, layout = _run_step(run, parallel, given, step.loss, plan, backward)
         except Exception as error:
             run.report("model", f"the sharded run raises {type(error).__name__}: {str(error)[:120]}", run.module())
             forget_shardings()  # of a run that ended early an embedding's mask would stay in DTensor's cache
@@ -214,22 +194,14 @@ def _walked(request: Request, keep: int, backward: bool, sequences: int) -> Pair
     )
 
 
-def _inputs(request: Request, model: nn.Module, sequences: int) -> Inputs:
-    """Fake ones, of at least so many sequences where nobody gave any, or of one."""
-    batch_size = 1 if sequences == 1 else max(request.batch_size, sequences)
-    given = request.inputs
-    inputs = example_inputs(model, batch_size, request.seq_len) if given is None else Inputs.of(given)
-    return inputs.map(lambda x: torch.empty_like(x, device="cpu") if isinstance(x, Tensor) else x)
-
-
-def _counts_of_tokens(request: Request, inputs: Inputs) -> tuple[int, tuple[int, int]]:
+def _counts_of_tokens(step: PlannedStep, inputs: Inputs) -> tuple[int, tuple[int, int]]:
     """Tokens of a sequence where shards are of flattened tokens, in either view, else 0; sequences on a rank and in the
     unsharded run where complete sequences are viewed, else zeros."""
     tensors = [x for x in inputs if isinstance(x, Tensor)]
     lengths = [x.shape[1] for x in tensors if x.ndim > 1]
     batches = [x.shape[0] for x in tensors if x.ndim]
-    length = lengths[0] if _flattens_tokens(request) and lengths else 0
-    return length, (batches[0] // request.tp, batches[0]) if views_complete_sequences() and batches else (0, 0)
+    length = lengths[0] if _flattens_tokens(step) and lengths else 0
+    return length, (batches[0] // step.tp, batches[0]) if views_complete_sequences() and batches else (0, 0)
 
 
 def _draws_of_modules(run: ShardedRun) -> dict[str, tuple[Draw, ...]]:
@@ -243,7 +215,7 @@ def _draws_of_modules(run: ShardedRun) -> dict[str, tuple[Draw, ...]]:
     return {name: calls[0] for name, calls in by_module.items()}
 
 
-def _step(
+def _run_step(
     run: NumberedRun, model: nn.Module, inputs: Inputs, loss: Loss, plan: Plan | None, backward: bool = True
 ) -> NumberedValue:
     """A forward and a backward, under a plan or of the unsharded model; the value of the loss."""

@@ -15,6 +15,7 @@ from colrow.derive.judged import Judgement
 from colrow.derive.proof import prove
 from colrow.dryrun.block_kinds import runs_known_code
 from colrow.dryrun.calls import GivenInputs, Loss, default_loss
+from colrow.dryrun.planned_step import PlannedStep
 from colrow.errors import ColrowError
 from colrow.mesh import Mesh
 from colrow.plans.plan import Plan, is_preset
@@ -105,7 +106,7 @@ def decide(
     """
     if mesh.tp == 1:
         return Decision(())
-    case = _Case(model, plan, mesh.tp, name or type(model).__name__, batch_size, seq_len, inputs, loss)
+    case = _Case(PlannedStep(model, plan, mesh.tp, batch_size, seq_len, inputs, loss), name or type(model).__name__)
     own, found = is_own(model), Findings()
     # With `check: false` too it says whether an operator is unproven. In our presets on our models none is.
     if stop_on_errors or (own and verify == "auto" and not is_preset(plan)):
@@ -150,37 +151,22 @@ def _proved(
 
 @dataclass(frozen=True)
 class _Case:
-    """A plan for a model, and the batch that it is checked and verified with."""
+    """The step that is checked and verified, and the model's name in messages."""
 
-    model: nn.Module
-    plan: Plan
-    tp: int
+    step: PlannedStep
     name: str
-    batch_size: int
-    seq_len: int
-    inputs: GivenInputs | None
-    loss: Loss
 
     @property
     def title(self) -> str:
-        return f"plan {self.plan.name} for {self.name} at tp={self.tp}"
+        return f"plan {self.step.plan.name} for {self.name} at tp={self.step.tp}"
 
     def check(self) -> Findings:
-        batch = self.batch_size, self.seq_len
-        return check(self.model, self.plan, Mesh(tp=self.tp), *batch, inputs=self.inputs, loss=self.loss)
+        step, batch = self.step, (self.step.batch_size, self.step.seq_len)
+        return check(step.model, step.plan, Mesh(tp=step.tp), *batch, inputs=step.inputs, loss=step.loss)
 
     def prove(self, build_reduced: Callable[[], nn.Module] | None, found: Findings) -> Report:
-        return prove(
-            self.model,
-            self.plan,
-            self.tp,
-            reduced=None if build_reduced is None else build_reduced(),
-            inputs=self.inputs,
-            loss=self.loss,
-            batch_size=self.batch_size,
-            seq_len=self.seq_len,
-            unproven=any(f.code == "CR414" for f in found),
-        )
+        reduced = None if build_reduced is None else build_reduced()
+        return prove(self.step, reduced=reduced, unproven=any(f.code == "CR414" for f in found))
 
 
 def is_own(model: nn.Module) -> bool:
