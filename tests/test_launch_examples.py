@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from colrow.cli.train import read_config
-from colrow.config import RunConfig
+from colrow.cli.config_flags import read_flags
+from colrow.config import RunConfig, load_config
 from colrow.run import preflight
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +38,7 @@ def script_command(name: str) -> tuple[dict[str, str], list[str]]:
 
 def accepted(arguments: list[str], hosts: int, ranks: int) -> RunConfig:
     """The config of `colrow train ARGUMENTS`, whole enough to start on so many hosts with so many ranks each."""
-    config = read_config([str(ROOT / arguments[0]), *arguments[1:], "--device", "cpu"])
+    config = preflight.resolve(load_config(ROOT / arguments[0], read_flags([*arguments[1:], "--device", "cpu"])))
     config.mesh.require_world_size(hosts * ranks)
     assert config.mesh.warning_across_hosts(ranks) is None
     preflight.check(config)
@@ -112,7 +112,7 @@ def test_a_wrong_flag_and_a_wrong_mesh_are_refused(capsys: pytest.CaptureFixture
     """The negative control of `accepted`."""
     torchrun, arguments = script_command("torchrun-two-hosts.sh")
     with pytest.raises((SystemExit, ValueError)) as refusal:
-        read_config([str(ROOT / arguments[0]), *arguments[1:], "--mesh.tensor", "4"])
+        load_config(ROOT / arguments[0], read_flags([*arguments[1:], "--mesh.tensor", "4"]))
     assert "mesh.tensor" in f"{refusal.value} {capsys.readouterr()}"
     with pytest.raises(ValueError, match="needs 16 ranks, but there are 8"):
         accepted([*arguments, "--mesh.tp", "8"], int(torchrun["--nnodes"]), int(torchrun["--nproc-per-node"]))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from colrow.config_sections import DeriveSection
 from colrow.derive.derivation import derive
 from colrow.derive.judged import Objection
 from colrow.derive.requests import Requests
@@ -114,4 +115,4 @@ def test_a_request_that_the_judge_objects_to_is_refused() -> None:
 
 def test_only_a_derived_plan_takes_requests() -> None:
     with pytest.raises(ConfigError, match="keep_whole and split are requests to a derived plan, and plan is llama"):
-        named_plan("llama", traced()[0], 2, keep_whole=["head"])
+        named_plan("llama", traced()[0], 2, requests=DeriveSection(keep_whole=("head",)))

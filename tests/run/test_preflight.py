@@ -301,7 +301,7 @@ def test_a_finished_run_says_so(
 
 
 def test_flags_stand_over_the_file(config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    from colrow.cli.train import read_config
+    from colrow.cli.config_flags import read_flags
     from colrow.config import dump_config
 
     (tmp_path / "run.yaml").write_text(dump_config(config()))
@@ -316,6 +316,6 @@ def test_flags_stand_over_the_file(config: Callable[..., RunConfig], tmp_path: P
         "--checkpoint.export",
         "False",
     ]
-    read = read_config([str(tmp_path / "run.yaml"), *flags])
+    read = preflight.resolve(load_config(tmp_path / "run.yaml", read_flags(flags)))
     want = {"mesh.tp": 1, "train.betas": (0.8, 0.99), "train.grad_clip": None, "checkpoint.export": False}
     assert read == config(**want, **{"model.implementation": "colrow"})

@@ -12,6 +12,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from colrow.cli.config_flags import Takes, flag_value, group_words, is_flag, kinds_of
 from colrow.config import describe_value
+from colrow.config_sections import DeriveSection
 from colrow.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:  # a wrong flag need not wait for torch
@@ -61,9 +62,8 @@ class PlanFlags:
         """The plan for `model`. Raises ConfigError or PlanError as `named_plan` does."""
         from colrow.plans.named import named_plan
 
-        requests: dict[str, Any] = {"keep_whole": self.keep_whole, "split": self.split}
-        inputs = self.load_inputs()
-        return named_plan(self.plan, model, self.tp, self.loss, inputs, **requests, say=_progress_line)
+        requests = DeriveSection(keep_whole=self.keep_whole, split=self.split)
+        return named_plan(self.plan, model, self.tp, self.loss, requests, self.load_inputs(), say=_progress_line)
 
     def load_inputs(self) -> Inputs | None:
         """The inputs that the user's callable returns. Raises ConfigError where there is none, or it returns none."""
@@ -96,8 +96,9 @@ def _progress_line(line: str) -> None:
 
 def default_seq_len(model: nn.Module, tp: int, most: int) -> int:
     """The model's context, at most `most`, in tokens: the next smaller number that tp divides."""
-    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return max(min(context if isinstance(context, int) else 512, most) // tp, 1) * tp
+    from colrow.dryrun.calls import most_positions
+
+    return max(min(most_positions(model) or 512, most) // tp, 1) * tp
 
 
 def parse(flags: type[T], verb: str, argv: list[str]) -> T:

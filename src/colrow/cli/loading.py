@@ -18,6 +18,7 @@ from colrow.cli.ranks import world_size_here
 from colrow.config import load_config
 from colrow.config_sections import DeriveSection, ModelSection
 from colrow.data.tokenizer import Tokenizer, load_tokenizer
+from colrow.dryrun.calls import most_positions
 from colrow.errors import CheckpointError, ConfigError
 from colrow.models.build import Source, build_source
 from colrow.models.llama import LlamaConfig
@@ -69,8 +70,7 @@ class SavedModel:
         if self.planned is None:
             return Plan.preset("llama") if self.source.config is not None else _derived(self.model, tp)
         if self.planned in PRESETS or self.planned in DERIVED:
-            keep_whole, split = self.requests.keep_whole, self.requests.split
-            return named_plan(self.planned, self.model, tp, "replicated", keep_whole=keep_whole, split=split)
+            return named_plan(self.planned, self.model, tp, "replicated", self.requests)
         plan = named_plan(self.planned, self.model, tp)
         return plan if plan.loss != "linear" else _derived(self.model, tp)
 
@@ -114,10 +114,9 @@ def open_saved(path: Path, step: int | None = None, trust_code: bool = False) ->
     if step is not None:
         raise CheckpointError(f"{path} is a Hugging Face folder and has no steps: leave --step out")
     source = build_source(ModelSection(huggingface=str(path), trust_code=trust_code), seed=0)
-    context = getattr(getattr(source.model, "config", None), "max_position_embeddings", None)
     tokenizer = load_tokenizer(path)
     carried = Carried.of(path, path, tokenizer, trust_code)
-    return SavedModel(source, tokenizer, context, path, carried)
+    return SavedModel(source, tokenizer, most_positions(source.model), path, carried)
 
 
 def _run(path: Path, step: int | None, trust_code: bool) -> SavedModel:

@@ -45,15 +45,6 @@ def main(argv: list[str]) -> int:
         return 128 + signal_of(error)
 
 
-def read_config(argv: list[str]) -> RunConfig:
-    """The config of `CONFIG.yaml --key value ...`, with all that is chosen for the user filled in."""
-    from colrow.run.preflight import resolve
-
-    requested = _requested(argv)
-    requested.require_chosen()
-    return resolve(requested)
-
-
 def _requested(argv: list[str]) -> RunConfig:
     if "-h" in argv or "--help" in argv:
         _print_keys(argv[0])

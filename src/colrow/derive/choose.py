@@ -18,6 +18,7 @@ from colrow.derive.axes import Atom, Dim, atoms_in, find, leaves
 from colrow.derive.choice import Choice
 from colrow.derive.infer import AxisInference, Dims, facts_of, is_float, is_lookup, shape_of
 from colrow.derive.trace import is_boundary
+from colrow.mesh import divisors
 from colrow.sharding.layout import chunk_sizes
 
 
@@ -265,7 +266,7 @@ def _narrow(inference: AxisInference, atom: Atom) -> bool:
     return all(count < 2 for count in feeds.values())
 
 
-def legal_degrees(inference: AxisInference, choice: Choice, limit: int = 1024) -> list[int]:
+def legal_degrees(inference: AxisInference, choice: Choice) -> list[int]:
     """Degrees that divide every chosen class: heads (query heads where kv heads can be repeated), ffn, experts' ffn.
     The vocabulary does not restrict them: its shards need not be equal."""
     sizes = []
@@ -276,4 +277,4 @@ def legal_degrees(inference: AxisInference, choice: Choice, limit: int = 1024) -
     if not sizes:
         return [1]
     common = math.gcd(*sizes)  # a degree divides all sizes where it divides this
-    return [d for d in range(1, min(common, limit) + 1) if common % d == 0]
+    return divisors(common)

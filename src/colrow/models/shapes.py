@@ -62,12 +62,6 @@ def shape(name: str) -> LlamaConfig:
     return SHAPES[name]
 
 
-def parameter_count(config: LlamaConfig) -> int:
-    """Number of parameters; a head tied to the embedding is counted once."""
-    embedding = config.vocab_size * config.hidden_size
-    return _without_embedding(config) + (0 if config.tie_word_embeddings else embedding)
-
-
 def flops_per_token(config: LlamaConfig, seq_len: int, *, causal: bool) -> int:
     """FLOPs of forward and backward for one token of a sequence of `seq_len`.
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
 
+from colrow.config_sections import DeriveSection
 from colrow.errors import ConfigError, did_you_mean
 from colrow.plans.derive_options import DERIVED, DeriveOptions
 from colrow.plans.loss import LOSSES
 from colrow.plans.plan import Plan
 from colrow.plans.presets import PRESETS
+
+NO_REQUESTS = DeriveSection()
 
 
 def named_plan(
@@ -20,18 +23,17 @@ def named_plan(
     model: nn.Module,
     tp: int,
     loss: str | None = None,
+    requests: DeriveSection = NO_REQUESTS,
     inputs: Any = None,
-    keep_whole: Sequence[str] = (),
-    split: Sequence[str] = (),
     say: Callable[[str], None] | None = None,
 ) -> Plan:
     """The plan of this name: a preset, `huggingface`, `derive`, `derive-fast`, `derive-overlap`, or a file.
 
     Args:
         tp: the degree that a derived plan is for.
-        inputs: example inputs, on which a plan is derived.
         loss: how a preset or a derived plan computes the loss, `vocab_parallel` unless given; another declares its own.
-        keep_whole, split: what a derived plan must leave unsharded, and what it must split.
+        requests: what a derived plan must leave unsharded, and what it must split.
+        inputs: example inputs, on which a plan is derived.
         say: called with a line where a derivation takes long.
 
     Raises:
@@ -41,7 +43,7 @@ def named_plan(
     """
     if loss is not None and loss not in LOSSES:
         raise ConfigError(f"unknown loss {loss!r}{did_you_mean(loss, LOSSES)}")
-    if name not in DERIVED and (keep_whole or split):
+    if name not in DERIVED and requests != NO_REQUESTS:
         raise ConfigError(
             f"keep_whole and split are requests to a derived plan, and plan is {name}",
             *({"plan": derived} for derived in DERIVED),
@@ -52,8 +54,7 @@ def named_plan(
     if name == "huggingface":
         plan = Plan.from_huggingface(model)
     elif name in DERIVED:
-        options = derive_options(name, loss, keep_whole, split)
-        plan = Plan.derive(model, tp=tp, options=options, inputs=inputs, say=say)
+        plan = Plan.derive(model, tp=tp, options=derive_options(name, loss, requests), inputs=inputs, say=say)
     elif Path(name).exists():
         plan = Plan.load(name)
     else:
@@ -69,13 +70,11 @@ def named_plan(
     return plan
 
 
-def derive_options(
-    name: str, loss: str | None = None, keep_whole: Sequence[str] = (), split: Sequence[str] = ()
-) -> DeriveOptions:
+def derive_options(name: str, loss: str | None = None, requests: DeriveSection = NO_REQUESTS) -> DeriveOptions:
     """The options that the name of a derived plan stands for, with what a user requests."""
     return DeriveOptions(
         styles=DERIVED[name],
         loss=cast(Any, loss) or "vocab_parallel",
-        keep_whole=tuple(keep_whole),
-        split=tuple(split),
+        keep_whole=requests.keep_whole,
+        split=requests.split,
     )

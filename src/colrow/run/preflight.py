@@ -113,7 +113,7 @@ def _judged_plan(config: RunConfig, model: nn.Module, *, keep: bool = False) -> 
     Args:
         keep: leave a derived plan in the run's folder, for the next start.
     """
-    requests, judgement = config.derive, None
+    judgement = None
     if config.plan in DERIVED and (text := kept_plan(config, model).find()) is not None:
         print("plan       derived at an earlier start: nothing that it depends on has changed", flush=True)
         plan = Plan.from_yaml(text, FILE)
@@ -121,7 +121,7 @@ def _judged_plan(config: RunConfig, model: nn.Module, *, keep: bool = False) -> 
         found = derive_judged(
             model,
             config.mesh.tp,
-            options=derive_options(config.plan, config.loss, requests.keep_whole, requests.split),
+            options=derive_options(config.plan, config.loss, config.derive),
             batch_size=config.train.micro_batch,
             seq_len=config.data.seq_len,
             say=lambda line: print(f"plan       {line}", flush=True),
@@ -130,9 +130,7 @@ def _judged_plan(config: RunConfig, model: nn.Module, *, keep: bool = False) -> 
         if keep:
             kept_plan(config, model).keep(plan.to_yaml())
     else:
-        plan = named_plan(
-            config.plan, model, config.mesh.tp, config.loss, keep_whole=requests.keep_whole, split=requests.split
-        )
+        plan = named_plan(config.plan, model, config.mesh.tp, config.loss, config.derive)
     return with_fp8(config, plan), None if config.train.fp8 else judgement
 
 

@@ -182,15 +182,7 @@ def refusal(
             derive_options(config.plan, config.loss).check()
             return None
         if plan is None:
-            requests = config.derive
-            plan = named_plan(
-                config.plan,
-                source.model,
-                config.mesh.tp,
-                config.loss,
-                keep_whole=requests.keep_whole,
-                split=requests.split,
-            )
+            plan = named_plan(config.plan, source.model, config.mesh.tp, config.loss, config.derive)
         check_with_plan(config, source, with_fp8(config, plan))
     except ColrowError as error:
         return error

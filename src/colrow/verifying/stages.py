@@ -20,10 +20,11 @@ from colrow.parallel.pipeline_stage import stage_copy
 from colrow.verifying.dropout import without_dropout
 from colrow.verifying.verify import prepared_model
 
+_SEQ_LEN = 16
 _TOLERANCE = 1e-5  # of models that compute in fp32 by themselves; what is computed twice or not at all is far above
 
 
-def refuse_unequal_stages(model: nn.Module, seq_len: int = 16, seed: int = 0) -> None:
+def refuse_unequal_stages(model: nn.Module, seed: int = 0) -> None:
     """Compare the logits of a reduced model with those of its stages, parted before each layer after the first.
 
     Raises:
@@ -37,19 +38,19 @@ def refuse_unequal_stages(model: nn.Module, seq_len: int = 16, seed: int = 0) ->
     held = Counter(name for stage in stages for name, _ in stage.named_parameters())
     if several := [name for name, count in held.items() if count > 1]:
         raise _unequal(model, f"every stage holds {several[0]}, and trains it on its own")
-    (ids,) = example_inputs(small, 2, seq_len, torch.Generator().manual_seed(seed))
+    (ids,) = example_inputs(small, 2, _SEQ_LEN, torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        want, x = _logits(model, small, ids, seq_len), ids
+        want, x = _logits(model, small, ids), ids
         for stage in stages:
-            x = _logits(model, stage, x, seq_len)
+            x = _logits(model, stage, x)
     if x.shape != want.shape or not torch.allclose(x, want, rtol=0, atol=_TOLERANCE * float(want.abs().max())):
         raise _unequal(model, "its stages, one after the other, give other logits than the model")
 
 
-def _logits(model: nn.Module, stage: nn.Module, x: Tensor, seq_len: int) -> Tensor:
+def _logits(model: nn.Module, stage: nn.Module, x: Tensor) -> Tensor:
     try:
         with without_dropout(stage):
-            out: Tensor = stage(x, seq_len=seq_len)
+            out: Tensor = stage(x, seq_len=_SEQ_LEN)
     except Exception as error:
         text = str(error).partition("\n")[0][:120]
         raise _unequal(model, f"a stage raises {type(error).__name__}: {text}") from error
