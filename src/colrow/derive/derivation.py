@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from colrow.derive.axes import forbid
@@ -122,53 +122,54 @@ def derive(
         names = [name for name, _ in model.named_parameters()]
         return Derivation(1, {}, options.loss, [], dict.fromkeys(names, "tp is 1"), [1], {}, {})
     given = default_inputs(model, tp) if inputs is None else Inputs.of(inputs)
+    wanted = _Wanted(tp, given, options, judge, requests)
     # a trace that is handed in has all blocks: see [Note: representatives]
     exported = Representatives(model, model) if traced else Representatives.of(model, given, requests)
     try:
-        found = _derive(exported, tp, given, options, traced, judge, requests)
+        found = _derive(exported, traced, wanted)
     except NotAlikeError:
-        found = _derive(Representatives(model, model), tp, given, options, None, judge, requests)
+        found = _derive(Representatives(model, model), None, wanted)
     requests.require(found.sharded, found.replicated, tp)
     return found
 
 
-def _derive(
-    exported: Representatives,
-    tp: int,
-    given: Inputs,
-    options: DeriveOptions,
-    traced: Trace | None,
-    judge: Callable[[Plan], Objection | None] | None,
-    requests: Requests,
-) -> Derivation:
+@dataclass(frozen=True)
+class _Wanted:
+    """The plan that is wanted: the arguments of `derive` beside the model."""
+
+    tp: int
+    inputs: Inputs
+    options: DeriveOptions
+    judge: Callable[[Plan], Objection | None] | None
+    requests: Requests
+
+
+def _derive(exported: Representatives, traced: Trace | None, wanted: _Wanted) -> Derivation:
     """Modules that cannot be traced are found one after another, each by an export that fails."""
-    model, opaque = exported.model, NOTHING_OPAQUE
+    model, inputs, opaque = exported.model, wanted.inputs, NOTHING_OPAQUE
     while True:
         try:
-            traced = traced or trace(model, given, opaque=opaque)
-            return _Derive(exported, tp, given, traced, options, judge, requests).run()
+            traced = traced or trace(model, inputs, opaque=opaque)
+            return _Derive(exported, traced, wanted).run()
         except TraceError as error:
             try:
-                opaque, traced = opaque_modules(model, given, error, opaque), None
-            except TraceError:
-                if (
-                    judge is None
-                    or options.styles != "plain"
-                    or not (found := _untraced(exported, tp, judge, requests))
-                ):
+                opaque, traced = opaque_modules(model, inputs, error, opaque), None
+            except TraceError:  # no module is at fault that could be left out: the code between them is
+                if (found := _untraced(exported, wanted)) is None:
                     raise
                 found.notes.append(str(error))
                 return found
         except GuardOnDataDependentSymNode as error:
             assert traced is not None
-            opaque, traced = opaque_modules(model, given, _unknown_size(model, traced, error), opaque), None
+            opaque, traced = opaque_modules(model, inputs, _unknown_size(model, traced, error), opaque), None
 
 
-def _untraced(
-    exported: Representatives, tp: int, judge: Callable[[Plan], Objection | None], requests: Requests
-) -> Derivation | None:
-    """Of a model that cannot be traced: its layers with gathered outputs, which ask nothing of the code around them."""
-    model = exported.complete
+def _untraced(exported: Representatives, wanted: _Wanted) -> Derivation | None:
+    """Of a model that cannot be traced: its layers with gathered outputs, which ask nothing of the code around them.
+    None where there are none, where nobody judges them, or where fast styles are wanted."""
+    model, tp, judge = exported.complete, wanted.tp, wanted.judge
+    if judge is None or wanted.options.styles != "plain":
+        return None
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
 
     def found(layers: Layers) -> Derivation:
@@ -180,7 +181,7 @@ def _untraced(
         share = sum(params[name].numel() for name in sharded) / max(1, sum(p.numel() for p in params.values()))
         return Derivation(tp, by_pattern(layers, names), "replicated", sharded, left, [1, tp], {}, {}, share=share)
 
-    layers = gathered_layers(model, tp, lambda _: True, (), requests.kept)
+    layers = gathered_layers(model, tp, lambda _: True, (), wanted.requests.kept)
     layers = accepted_layers(layers, lambda layers: judge(found(layers).plan()))
     return found(layers) if layers else None
 
@@ -195,24 +196,13 @@ def _unknown_size(model: nn.Module, traced: Trace, error: Exception) -> TraceErr
 
 
 class _Derive:
-    def __init__(
-        self,
-        exported: Representatives,
-        tp: int,
-        inputs: tuple[Tensor, ...],
-        traced: Trace,
-        options: DeriveOptions,
-        judge: Callable[[Plan], Objection | None] | None,
-        requests: Requests,
-    ) -> None:
-        self.exported, self.model = exported, exported.model
-        self.tp, self.inputs, self.traced, self.options = tp, inputs, traced, options
-        self.judge, self.refused = judge, dict[str, str]()
-        self.fast = options.styles != "plain"
-        self.notes: list[str] = []
+    def __init__(self, exported: Representatives, traced: Trace, wanted: _Wanted) -> None:
+        self.exported, self.model, self.traced = exported, exported.model, traced
+        self.tp, self.inputs, self.options = wanted.tp, wanted.inputs, wanted.options
+        self.judge, self.requests, self.refused = wanted.judge, wanted.requests, dict[str, str]()
+        self.fast = self.options.styles != "plain"
         self.inference: AxisInference = infer(traced)
-        self.requests = requests
-        self.notes += [*dict.fromkeys(traced.opaque.reasons.values()), *requests.keep(self.inference)]
+        self.notes = [*dict.fromkeys(traced.opaque.reasons.values()), *self.requests.keep(self.inference)]
 
     def run(self) -> Derivation:
         found = self._found()

@@ -70,27 +70,24 @@ def apply_data_parallel(
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype is not None else None
     )
-    if replicas > 1 and shards == 1:
-        replicate = replicas_of_fsdp2()
-        for unit in [*blocks, *([head] if head else []), model]:
-            replicate(unit, mesh=mesh["dp_replicate"], mp_policy=policy)
-        _keep_attributes(model, states)
-        agree_on_used_parameters(model, blocks, head, axes.data_groups())
-        return
-
-    data_mesh = mesh["dp_replicate", "dp_shard"] if replicas > 1 else mesh["dp_shard"]
-    if reshard_after_forward is None:
-        reshard_after_forward = shards > 1 and axes.size("pp") == 1
     # Blocks first, the model last: FSDP2 gives a parameter to the innermost unit, and the root takes what is left.
-    for block in blocks:
-        fully_shard(block, mesh=data_mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    # Backward begins with the head and ends with the root: if forward freed them, backward would gather them at once.
-    if head:
-        fully_shard(head, mesh=data_mesh, mp_policy=policy, reshard_after_forward=False)
-    fully_shard(model, mesh=data_mesh, mp_policy=policy, reshard_after_forward=False)
+    units: list[Any] = [*blocks, *([head] if head else []), model]
+    replicates = replicas > 1 and shards == 1
+    if replicates:
+        replicate = replicas_of_fsdp2()
+        for unit in units:
+            replicate(unit, mesh=mesh["dp_replicate"], mp_policy=policy)
+    else:
+        data_mesh = mesh["dp_replicate", "dp_shard"] if replicas > 1 else mesh["dp_shard"]
+        reshards = shards > 1 and axes.size("pp") == 1 if reshard_after_forward is None else reshard_after_forward
+        for unit in units:
+            # Backward begins with the head and ends with the root: had forward freed them, they would be gathered again
+            # at once.
+            frees = reshards and unit is not head and unit is not model
+            fully_shard(unit, mesh=data_mesh, mp_policy=policy, reshard_after_forward=frees)
+        model.__dict__[_KEEP_GATHERED] = not reshards
     _keep_attributes(model, states)
     agree_on_used_parameters(model, blocks, head, axes.data_groups())
-    model.__dict__[_KEEP_GATHERED] = not reshard_after_forward
     if shards > 1:
         _prefetch(model, blocks, head)
 

@@ -83,34 +83,38 @@ def verify(
         tolerance = EXACT if exact else ROUNDED
 
     report = partial(Report, tp=tp, parameters=len(reference.parameters), tolerance=tolerance, reduced=reduced)
+    found = _found(task, plan, reference, tolerance, backend)
+    return report(**found, seconds=time.monotonic() - started)
+
+
+def _found(task: Task, plan: Plan, reference: Reference, tolerance: float, backend: Backend) -> dict[str, Any]:
+    """The comparison and its negative control, as fields of a report."""
     modes = list[Mode]()
     try:
         seen = _worst_mode(task, plan, reference, tolerance, backend, modes)
     except (RankFailure, _NoRanksError) as error:
         ran = isinstance(error, RankFailure)
-        return report(
-            verdict="wrong" if ran else "inconclusive",
-            backend="gloo" if backend == "auto" else backend,
-            cause="the sharded model raises: `colrow check` names the module" if ran else "",
-            failure=str(error).strip(),
-            modes=tuple(modes),
-            seconds=time.monotonic() - started,
-        )
+        return {
+            "verdict": "wrong" if ran else "inconclusive",
+            "backend": "gloo" if backend == "auto" else backend,
+            "cause": "the sharded model raises: `colrow check` names the module" if ran else "",
+            "failure": str(error).strip(),
+            "modes": tuple(modes),
+        }
     verdict: Verdict = "wrong"
     control = None
     # Equality proves nothing where an error would not show (a gradient of zero): a broken plan must be seen as such.
     if seen.errors.worst <= tolerance:
         control = negative_control(task, plan, reference, tolerance, run_local if seen.backend == "local" else run_gloo)
         verdict = "proved" if control is not None and control.caught else "inconclusive"
-    return report(
-        verdict=verdict,
-        backend=seen.backend,
-        modes=tuple(modes),
-        dropout_off=reference.dropout_off,
-        control=control,
-        **seen.fields(tolerance, tp),
-        seconds=time.monotonic() - started,
-    )
+    return {
+        "verdict": verdict,
+        "backend": seen.backend,
+        "modes": tuple(modes),
+        "dropout_off": reference.dropout_off,
+        "control": control,
+        **seen.fields(tolerance, task.tp),
+    }
 
 
 def _worst_mode(
