@@ -36,6 +36,7 @@ ROOM_ops := $(call ranks_of,chunked linear_cross_entropy copy_engine_agreement)
 ROOM_parallel := $(call ranks_of,pipeline linear_head every_mesh)
 ROOM_sharding := $(call ranks_of,styles)
 ROOM_styles := tests/plans $(call ranks_of,styles linear_head fast_styles)
+ROOM_torch_compat := tests/test_torch_compat_fsdp2.py
 ROOM_train := $(call ranks_of,training compute_weights)
 room = $(wildcard tests/$(ROOM) tests/test_$(ROOM).py) $(ROOM_$(ROOM))
 

@@ -28,7 +28,8 @@ from helpers.broken_plans import gpt_plan, llama
 from helpers.families import FAMILIES, transformers_model
 from helpers.harness import Ranks
 from helpers.sound_plans import SOUND
-from helpers.unproven_plans import OLD_TORCH, RIGHT, WRONG, Case, LoggedMLP
+from helpers.unproven_models import Case, LoggedMLP
+from helpers.unproven_plans import OLD_TORCH, RIGHT, WRONG
 
 
 def found_by(case: Case) -> list[Finding]:

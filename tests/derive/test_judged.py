@@ -21,7 +21,7 @@ from colrow.plans.derive_options import DeriveOptions
 from colrow.plans.plan import Plan
 from colrow.verifying.report import Report
 from helpers import broken_models as m
-from helpers.unproven_plans import FeatureMLP, NormalisedGradient
+from helpers.unproven_models import FeatureMLP, NormalisedGradient
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from colrow.run.decision import Decision, Start, decide, is_own
 from colrow.verifying.report import Report
 from helpers import broken_models as m
 from helpers.broken_plans import gpt_plan, llama, preset
-from helpers.unproven_plans import FeatureMLP
+from helpers.unproven_models import FeatureMLP
 from helpers.variants import params
 
 
