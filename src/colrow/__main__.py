@@ -38,7 +38,7 @@ def run() -> None:
 
 
 class _Interrupted(KeyboardInterrupt):
-    """Of the class itself Python keeps in mind that it went through `exec`, and ends the process by SIGINT at exit."""
+    """Not KeyboardInterrupt itself: where Python has seen that class leave `exec`, it ends the process by SIGINT."""
 
 
 class _Interrupts:

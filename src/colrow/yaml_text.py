@@ -15,7 +15,7 @@ _MOST_BYTES = 16 << 20
 _MOST_BRACKETS = 100
 _MERGE = "tag:yaml.org,2002:merge"
 _MOST_NODES = 1_000_000
-"""Of the tree after aliases are expanded: the plan of a model with 100,000 modules has 600,000."""
+"""The most nodes of a tree after aliases are expanded: the plan of a model with 100,000 modules has 600,000."""
 
 
 def read_text(path: Path, kind: str, error: type[ColrowError]) -> str:
@@ -108,7 +108,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _misread(node: yaml.ScalarNode, value: float) -> _Refused:
-    """Of `010`, which YAML 1.1 reads in base 8, and `1:30`, which it reads in base 60."""
+    """The error for `010`, which YAML 1.1 reads in base 8, and `1:30`, which it reads in base 60."""
     return _Refused(
         f"line {node.start_mark.line + 1} holds {node.value}, which YAML reads as {value}: write {value}, or put it in "
         "quotes"

@@ -132,7 +132,7 @@ class _Field:
 
     shown: str
     annotation: Any
-    """With what bounds it: `Annotated[float, Field(gt=0)]`."""
+    """The type with its bounds: `Annotated[float, Field(gt=0)]`."""
     kinds: frozenset[Any]
     is_positional: bool
     is_required: bool

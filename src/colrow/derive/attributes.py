@@ -70,8 +70,8 @@ class AttributeSearch:
         return self.known[key]
 
     def groups(self, near: bool) -> list[Group]:
-        """Those that may change what did not fit so far: of the modules themselves, of those around them and of those
-        beside them that hold no parameters; near: of all beside them."""
+        """Attributes that may change what did not fit so far: those of the modules that did not, of modules around
+        them, and of modules beside them that hold no parameters. `near`: of all modules beside them."""
         found = [key for key, names in self.candidates.items() if any(self._may_change(n, near) for n in names)]
         return sorted(found, key=lambda key: (not LIKELY.search(key[1]), key))
 
@@ -88,7 +88,7 @@ class AttributeSearch:
         return False
 
     def in_turn(self) -> Iterator[tuple[Group, ...]]:
-        """One attribute; all; all but the sizes of a head; some."""
+        """Sets of attributes to try, the likeliest first: each alone; all; all but the sizes of a head; small sets."""
         for key in self.groups(near=True):
             yield (key,)
         for near in (False, True):
@@ -101,7 +101,7 @@ class AttributeSearch:
             yield from itertools.combinations(self.groups(near=True), size)
 
     def without_idle(self, chosen: tuple[Group, ...]) -> tuple[Group, ...]:
-        """Of attributes that fit those without which they do not."""
+        """The chosen attributes without those that change nothing."""
         for key in reversed(chosen):
             rest = tuple(other for other in chosen if other != key)
             if rest and self.misfit(rest) is None:

@@ -127,7 +127,7 @@ class _Search:
         self.lookups: set[Atom] = set()
         """Rows of tables that indices pick, as those of an embedding."""
         self.positions: set[Atom] = set()
-        """Those of tables that the caller's inputs do not index."""
+        """Rows of tables that the caller's inputs do not index: positions, which are read in order."""
         for node in inference.graph.nodes:
             rows = _lookup_rows(inference, node)
             self.lookups.update(rows)

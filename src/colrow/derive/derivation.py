@@ -312,8 +312,8 @@ class _Derive:
         return SplitError(atoms or {*split.flows.choice.vocabulary}, objection.why)
 
     def _sequence_parallel(self, split: Split, why: list[str]) -> Iterator[Derivation]:
-        """With the stream on sequence shards, over as much of the model as can be first; `why` gets what is in the
-        way."""
+        """Derivations with the stream on sequence shards, from the widest part of the model to narrower ones; `why`
+        gets what is in the way."""
         for before_norm in (False, True):
             late = self._stream(split, StreamKind(False, before_norm, self.fast), None, why)
             # an encoder and a decoder start at two places: the first layer alone is not enough, their embedding may be

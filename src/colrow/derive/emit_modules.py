@@ -151,7 +151,8 @@ class ModuleEmitter:
                 raise SplitError(self._atoms(name), f"{name} normalises over another dim of its input than the last")
 
     def _buffers(self) -> None:
-        """Of a module that runs on its shards and alone reads its buffer, a rank uses the rows that go with them."""
+        """Let a rank use its rows of a buffer, where the module that reads it runs on shards and nobody else reads
+        it."""
         for name, node in self.buffers.items():
             owner, _, buffer = name.rpartition(".")
             if all(self.flows.path[user] == owner for user in node.users) and issubclass(

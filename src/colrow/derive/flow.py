@@ -282,8 +282,9 @@ class Flows:
                 return False
 
     def _goes_on_in_one_module(self, node: Node, partial: Node) -> bool:
-        """Of products: whether no module ends between the sum and the product, at which it can be reduced before it
-        grows (x A B of a LoRA layer), and no bias is added, which would count tp times."""
+        """Whether a partial sum may go through this operator. Through a product (x A B of a LoRA layer) it may only
+        where no module ends in between, at which the sum could be reduced before it grows, and no bias is added, which
+        would count tp times."""
         facts = facts_of(node)
         if not facts.contracts:
             return True

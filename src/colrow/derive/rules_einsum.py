@@ -69,8 +69,8 @@ def einsum(inference: AxisInference, node: Node) -> Result:
 def _only_batches_of_activations(
     inference: AxisInference, nodes: list[Node], operands: list[list[str]], dims: dict[str, Dim], gone: set[str]
 ) -> None:
-    """As of a matrix product: of two activations that are contracted, each with a dim of its own (queries and keys),
-    only what both have may be sharded, and heads beside tokens. A state with a vector keeps its own dims."""
+    """Forbid what a matrix product of two activations forbids: where each has a dim of its own (queries and keys), only
+    what both have may be sharded, and heads beside tokens. A state times a vector keeps its own dims."""
     for i, one in enumerate(nodes):
         for other, letters in zip(nodes[i + 1 :], operands[i + 1 :], strict=True):
             mine, its = set(operands[i]), set(letters)

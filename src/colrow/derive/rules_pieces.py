@@ -67,8 +67,8 @@ def sibling_pieces(inference: AxisInference, source: Node, dim: int) -> list[Pie
 
 
 def piece_of(inference: AxisInference, dim: Dim, piece: Piece, pieces: list[Piece], why: str) -> Dim:
-    """One piece of a dimension. Equal pieces that tile it: [index, rest], where the index is not sharded. Unequal ones:
-    segments. Pieces that leave gaps or overlap: the axis is forbidden."""
+    """The axes of one piece of a dimension. Equal pieces that tile it make it [index, rest], and the index is not
+    sharded; unequal ones make it a concatenation. Where pieces leave gaps or overlap, the axis is forbidden."""
     offset = 0
     for start, length in pieces:
         if start != offset:

@@ -256,7 +256,7 @@ def behind_start(ends: Ends) -> frozenset[Node]:
 
 
 def of_tokens(boundaries: list[Node], traced: Trace, split: Split, kind: StreamKind) -> frozenset[Node]:
-    """Those where activations of all tokens pass that are equal on all ranks."""
+    """The boundaries at which activations of all tokens pass, equal on all ranks."""
     return frozenset(
         node
         for node in boundaries
@@ -355,4 +355,4 @@ CHECKS: dict[bool, tuple[Check, ...]] = {
     False: (tokens_are_dimension_one, *_COMMON),
     True: (tokens_are_flattened, no_value_of_a_sequence, *_COMMON),
 }
-"""By whether tokens are flattened."""
+"""The checks of a stream, by whether its tokens are flattened."""

@@ -52,7 +52,7 @@ class _Calls(CodeMode):
         return bool(self.running) and self.running[-1] in self.torchs_own
 
     def next_label(self) -> str | None:
-        """Of a call that is being made; None outside of modules."""
+        """The label of the call that is being made; None outside of modules."""
         if not self.running:
             return None
         name = self.running[-1]
@@ -138,8 +138,8 @@ class _Solved(_Calls):
         return with_sizes(func, args, kwargs, wanted)
 
     def _fitting(self, func: Any, args: Any, written: Sizes) -> Sizes | None:
-        """Of a view whose result nothing uses, so that it is not in the graph: one count of heads or features divided,
-        if the tensor's elements fit so and not as they are written."""
+        """What a rank writes in a view that is not in the graph, because nothing uses its result: one count of heads or
+        features divided by tp, if the tensor's elements fit so and not as they are written."""
         if CALLS[func].name not in ("view", "reshape") or math.prod(written) == args[0].numel():
             return None
         counts = self.counts(self.running[-1])

@@ -207,7 +207,7 @@ def export(
 
 
 def decomposed(exported: ExportedProgram) -> ExportedProgram:
-    """With the regions that have no gradients inlined, and without writes in place."""
+    """The program with regions under `no_grad` inlined, and without writes in place."""
     with quiet_fake_tensors(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return exported.run_decompositions({})

@@ -15,7 +15,7 @@ from colrow.torch_compat import TorchDispatchMode, is_higher_order
 
 
 def flops_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> int:
-    """Of one call of an operator, 2 for a multiplication and an addition; 0 for what is no such operation."""
+    """FLOPs of one call of an operator: a multiplication and an addition count 2, what is no product counts 0."""
     name = func.name().partition(".")[0]
     if name in ("colrow::column_forward", "colrow::row_forward"):
         # [t, in] and weights [out, in]: columns see the gathered tokens, as their output has; rows have them in x

@@ -97,7 +97,7 @@ def _update(param: Tensor, grad: Tensor) -> Callable[[], Any]:
 
 
 def _links(device: torch.device, clock: _Clock, sizes: Sizes) -> dict[str, list[tuple[float, float]]]:
-    """Of all-gathers, by the number of ranks: the first 2, 4, ... of this host."""
+    """Seconds of all-gathers by bytes, for groups of the first 2, 4, ... ranks of this host."""
     world, links = dist.get_world_size(), {}
     for n in (size for size in (2, 4, 8) if size <= world):
         group = dist.new_group(list(range(n)))  # collective over all ranks

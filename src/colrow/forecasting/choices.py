@@ -219,7 +219,7 @@ class Choices:
         return found
 
     def _on_flat(self, config: RunConfig) -> RunConfig:
-        """By copy engines where GPUs reach each other's memory."""
+        """The config on the flat data engine, with copy engines where GPUs reach each other's memory."""
         mesh, fsdp = config.mesh.model_copy(update={"data_engine": "flat"}), config.fsdp
         if self._forecaster.device.rates.peer_copy > 0 and mesh.dp_shard > 1 and fsdp.keep_shards:
             fsdp = fsdp.model_copy(update={"gather": "copy_engine", "exchange": "copy_engine"})
@@ -273,7 +273,7 @@ class Choices:
 
 
 def loss_to(best: Row, row: Row) -> str:
-    """By which part of the step a row is slower than the best, a token: `5% by tp: 38 ms`."""
+    """How much slower than the best a row is, and in which part of the step most: `5% by tp: 38 ms`, for a token."""
     share = _rate(best) / _rate(row) - 1
     names = {*best.time.parts, *row.time.parts}
 

@@ -35,7 +35,7 @@ from colrow.mesh import Mesh
 
 GIB = 2**30
 WORKSPACES = 96 * 2**20
-"""Of cuBLAS, 32 MiB a stream, and of attention's backward; inside the allocator."""
+"""Bytes of workspaces inside the allocator: cuBLAS takes 32 MiB a stream, and attention's backward has its own."""
 CONTEXT = 2.7 * GIB
 """What the driver shows beside the allocator: CUDA's context, loaded kernels, NCCL's buffers (2.7 GiB on 2 and 4 H200,
 torch 2.11)."""
@@ -102,13 +102,13 @@ class Memory:
 
     @property
     def allocated(self) -> float:
-        """As `torch.cuda.max_memory_allocated` has it: what a CUDA graph holds is in a pool of its own."""
+        """What `torch.cuda.max_memory_allocated` shows: a CUDA graph keeps its memory in a pool of its own."""
         static = self.weights + self.masters + self.optimizer + WORKSPACES
         return static if self.graphs else static + self.gradients + self.activations + self.buffers
 
     @property
     def device(self) -> float:
-        """As the driver shows it."""
+        """What the driver shows (nvidia-smi)."""
         return WORKSPACES + sum(getattr(self, part.name) for part in fields(self))
 
     @property
@@ -140,7 +140,7 @@ class StageLayers:
 
 
 def peak_memory(walk: Walk, setting: Setting) -> Memory:
-    """Of the rank that needs most."""
+    """The peak of the rank that needs most."""
     stages = stages_of(walk, setting)
     peaks = (_StagePeak(walk, setting, *each).peak() for stage in stages for each in _times(stage, setting))
     return max(peaks, key=lambda memory: memory.device)

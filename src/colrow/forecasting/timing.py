@@ -100,7 +100,7 @@ class Machine:
     per_host: int
 
     def ranks_on_host(self, setting: Setting, axis: str) -> int:
-        """Of a group along an axis."""
+        """How many ranks of a group along this axis share a host."""
         inner = 1
         for name in reversed(AXES):
             size: int = getattr(setting.mesh, name)
@@ -110,7 +110,7 @@ class Machine:
         raise AssertionError(axis)
 
     def seconds(self, setting: Setting, axis: str, kind: str, nbytes: float) -> float:
-        """Of one collective in which each rank sends `nbytes` to its neighbour: see [Note: between hosts]."""
+        """Seconds of a collective in which each rank sends `nbytes` to its neighbour: see [Note: between hosts]."""
         rates, size = self.device.rates, getattr(setting.mesh, axis)
         near = self.ranks_on_host(setting, axis)
         within = seconds_of(_nearest(rates.links, near), nbytes) if near > 1 else 0.0
@@ -150,7 +150,7 @@ class Program:
 
 
 def step_time(walk: Walk, setting: Setting, program: Program, machine: Machine) -> StepTime:
-    """Of the slowest pipeline rank, with the bubble of the others."""
+    """The step of the slowest pipeline rank, with the bubble: the time that it waits for the other stages."""
     if walk.cell.tp == 1:
         program = replace(program, overlap="none")  # fast styles have nothing to send, and no chunks
     stages = list(stages_of(walk, setting))
@@ -230,13 +230,13 @@ def compute_parts(inside: Work, outside: Work, walk: Walk, program: Program, rat
 
 
 def fused_seconds(inside: Work, program: Program, rates: Rates) -> float:
-    """Of the pointwise kernels of compiled blocks."""
+    """Seconds that the pointwise kernels of compiled blocks take."""
     by_overlap = {"none": rates.fused, "collectives": rates.fused_fast}
     return inside.fused_bytes / by_overlap.get(program.overlap, rates.fused_chunked)
 
 
 def operand_bytes(products: Mapping[Product, int], walk: Walk) -> float:
-    """Read and written by these matmuls."""
+    """Bytes that these matmuls read and write."""
     total = 0.0
     for (rows, inner, columns), flops in products.items():
         if volume := rows * inner * columns:
@@ -245,20 +245,20 @@ def operand_bytes(products: Mapping[Product, int], walk: Walk) -> float:
 
 
 def cpu_seconds(inside: Work, outside: Work, program: Program, rates: Rates) -> float:
-    """Of the CPU for one micro-batch."""
+    """Seconds that the CPU needs to launch one micro-batch."""
     if not program.compiled:
         return rates.operator * (inside.operators + outside.operators)
     return kernel_seconds(program, rates) * inside.kernels + rates.launch * outside.kernels
 
 
 def kernel_seconds(program: Program, rates: Rates) -> float:
-    """Of the CPU for a kernel of a compiled block."""
+    """Seconds that the CPU needs to launch one kernel of a compiled block."""
     by_overlap = {"none": rates.kernel, "collectives": rates.kernel_fast}
     return by_overlap.get(program.overlap, rates.kernel_chunked)
 
 
 def call_seconds(traffic: Traffic, setting: Setting, machine: Machine) -> float:
-    """Of one collective alone."""
+    """Seconds of one call of the collective, with nothing beside it."""
     n = getattr(setting.mesh, traffic.axis)
     if setting.by_copy_engine(traffic.axis, traffic.kind):
         return (n - 1) / n * traffic.bytes / machine.device.rates.peer_copy

@@ -38,7 +38,7 @@ class Traffic:
 
 
 def traffic_of(walk: Walk, setting: Setting, stage: StageLayers) -> list[Traffic]:
-    """Of forward and backward of all micro-batches on this pipeline rank."""
+    """What this pipeline rank sends in a step: forward and backward of all micro-batches, then the data axes."""
     found: Counter[tuple[str, str, int]] = Counter()
     for work in stage_work(walk, stage) if walk.cell.tp > 1 else ():
         for (kind, nbytes), number in work.collectives.items():

@@ -194,7 +194,7 @@ def _loss(model: nn.Module, plan: Plan, mesh: DeviceMesh, inputs: Inputs) -> Ten
 
 
 def _wrap(blocks: list[nn.Module], cell: Cell) -> None:
-    """As `train.setup.wrap_blocks`: selective recomputation inside the graph, full recomputation around it."""
+    """Wrap blocks as `train.setup.wrap_blocks` does: selective recomputation inside the graph, full around it."""
     if cell.recompute == "selective":
         apply_activation_checkpoint(blocks, "selective", compiled=cell.compiled)
     if cell.compiled:

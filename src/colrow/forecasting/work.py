@@ -35,7 +35,7 @@ Product = tuple[int, int, int]
 
 @dataclass
 class Work:
-    """Of one segment, or of a step.
+    """What one segment, or a step, computes and sends.
 
     Attributes:
         products: FLOPs by the matmul's sizes.
@@ -72,7 +72,7 @@ class WorkCounter:
     def __init__(self) -> None:
         self._work = Work()
         self._fused: dict[int, bool] = {}
-        """By storage, of those that pointwise operators wrote: whether its write is counted already."""
+        """Storages that pointwise operators wrote, and whether the write is counted already."""
         self._read: set[int] = set()
 
     def begin(self, work: Work) -> None:
@@ -191,7 +191,7 @@ def _sizes(inputs: list[Tensor]) -> Product:
 
 
 def _own_products(name: str, args: Any, outputs: list[Tensor]) -> list[tuple[str, Product, float]]:
-    """Of the operators of `ops.parallel_linear`, which hold their matmuls inside."""
+    """The matmuls inside an operator of `ops.parallel_linear`."""
 
     def product(rows: int, inner: int, columns: int) -> tuple[str, Product, float]:
         return "product", (rows, inner, columns), 2.0 * rows * inner * columns

@@ -119,7 +119,7 @@ def kept_forecast(config: RunConfig, model: nn.Module, plan: Plan, gpus: Gpus) -
 
 
 def forecast_on(device: Device, per_host: int, config: RunConfig, model: nn.Module, plan: Plan) -> Forecast:
-    """Of the run on given GPUs, `per_host` of them on a host. Raises as `Forecaster.row` does."""
+    """The forecast of the run on given GPUs, `per_host` of them on a host. Raises as `Forecaster.row` does."""
     forecaster, options = Forecaster(model, device, per_host), options_of(config)
     row = forecaster.row(plan, config.mesh, options)
     fix = ""

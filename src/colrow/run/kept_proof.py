@@ -110,7 +110,7 @@ def _structure(model: nn.Module) -> Iterable[str]:
 
 
 def _versions(model: nn.Module) -> Iterable[str]:
-    """Of the packages that define the model's classes: of a library not every file that they use is read."""
+    """Versions of the packages that define the model's classes: not every file of a library that they use is read."""
     names = {cls.__module__.partition(".")[0] for module in model.modules() for cls in type(module).__mro__}
     for name in sorted(names - {"torch"}):
         yield f"{name} {getattr(sys.modules.get(name), '__version__', '')}"

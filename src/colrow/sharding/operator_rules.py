@@ -177,10 +177,10 @@ def _attention(call: LocalCall) -> list[Layout]:
 
 
 def _convolution(call: LocalCall) -> list[Layout]:
-    """By groups of channels, by output channels, by input channels (a partial sum), by samples, or by positions where
-    the kernel is a point.
+    """Shards of groups of channels, of output channels, of input channels (a partial sum), of samples, or of positions
+    where the kernel is a point.
 
-    Of a split length DTensor exchanges the edges between ranks, which a local convolution does not."""
+    Where the length is split, DTensor exchanges the edges between ranks. A local convolution does not."""
     backward = call.name == "convolution_backward"
     layouts = [layout for layout, _ in call.tensors]
     gradient = layouts[0] if backward else None

@@ -60,7 +60,7 @@ def matrices(call: LocalCall) -> list[Layout] | None:
 
 
 def elementwise(call: LocalCall) -> list[Layout] | None:
-    """Of shards that lie side by side, and of what is stretched along the sharded dim."""
+    """Shards of the same dim give shards of it; an operand may be stretched along it (broadcast) from one element."""
     ndim = max(len(there.shape) for _, there in call.tensors)
     found: set[tuple[int, int, tuple[int, ...]]] = set()
     for layout, there in call.tensors:
@@ -142,8 +142,8 @@ def _differs_in_extent_alone(call: LocalCall, layout: Layout) -> bool:
 
 
 def batch_norm(call: LocalCall) -> list[Layout] | None:
-    """By channels, each of which has its own statistics; in eval mode, which is an affine function of each channel, by
-    samples or positions too."""
+    """Shards of channels, each of which has its own statistics; in eval mode, which is an affine function of each
+    channel, shards of samples or positions too."""
     backward = call.name == "native_batch_norm_backward"
     training = call.argument("train" if backward else "training")[0]
     layouts = [layout for layout, _ in call.tensors]
@@ -162,7 +162,7 @@ def batch_norm(call: LocalCall) -> list[Layout] | None:
 
 
 def group_norm(call: LocalCall) -> list[Layout] | None:
-    """By samples, or by whole groups of channels."""
+    """Shards of samples, or of complete groups of channels."""
     backward = call.name.endswith("_backward")
     numbers = {name: call.argument(name) for name in ("N", "C", "HxW", "group")}
     layouts = [layout for layout, _ in call.tensors]
@@ -194,7 +194,7 @@ def needed(call: LocalCall, layouts: list[Layout]) -> list[Layout]:
 
 
 def glu(call: LocalCall) -> list[Layout] | None:
-    """Of a gate and its values in one dim, where each half is sharded alike; else along another dim."""
+    """Shards of the dim that holds gate and values, where each half is sharded alike; or of another dim."""
     backward = call.name == "glu_backward"
     layout, there = call.tensors[backward]
     half = len(layout.segments) // 2

@@ -132,7 +132,7 @@ def expect_targets(model: nn.Module, micro_batches: Sequence[PendingTargets]) ->
 
 
 def head_state(model: nn.Module) -> HeadState | None:
-    """That of the model's linear head; None where it has none (a pipeline stage without the head, say)."""
+    """The state of the model's linear head; None where it has none (a pipeline stage without the head, say)."""
     found = (getattr(module, _STATE) for module in model.modules() if _STATE in module.__dict__)
     return next(found, None)
 

@@ -108,7 +108,8 @@ def _last_words(name: str) -> list[str]:
 
 
 def _is_vector(owner: nn.Module, param: nn.Parameter) -> bool:
-    """One dim, or a shape to broadcast such as [1, 1, D] and [H, 1, 1]. [1, D] may be a product with one output."""
+    """Whether the parameter has one dim, or a shape to broadcast such as [1, 1, D] or [H, 1, 1]. [1, D] is no vector:
+    it may be the weight of a product with one output."""
     dims = [size for size in param.shape if size > 1]
     return param.ndim < 2 or (param.ndim > 2 and len(dims) < 2 and not isinstance(owner, _MATRICES))
 
