@@ -65,8 +65,9 @@ def test_a_statistic_that_is_only_logged_is_no_error(used: bool, codes: list[tup
     assert [(f.severity, f.code) for f in found] == codes
 
 
+@pytest.mark.exhaustive  # the check of `llama-fast` on every model (`styles/test_fast_plan.py`) asks this too
 @pytest.mark.parametrize("loss", ["vocab_parallel", "replicated", "linear"])
-@pytest.mark.parametrize("name", ["llama-fast", pytest.param("llama-overlap", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("name", ["llama-fast", "llama-overlap"])
 def test_fast_presets_are_proven(name: str, loss: Any) -> None:
     for model in ("gqa", "qk_norm_kv3", "bias"):
         assert unproven_operators(PlannedStep(llama(model), Plan.preset(name, loss), 4, 2, 16)) == [], model
