@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.config import RunConfig
+from colrow.config_sections import FsdpSection
 from colrow.errors import ConfigError
 from colrow.mesh import MeshAxes
 from colrow.parallel.data_parallel import head_unit
@@ -83,10 +84,8 @@ class FlatWeights(WeightCopies):
         mesh: has the axes dp_replicate and dp_shard, and may have tp.
         blocks: modules whose parameters are gathered together, in the order in which they run.
         dtype: what the model computes in.
-        reshard_after_forward: blocks share two buffers, and are gathered once more for backward; else all stay
-            gathered for the step. Unless given, where dp_shard > 1.
-        gather, exchange: who carries gathers, and exchanges of gradients.
-        keep_shards: keep the blocks' shards in `dtype` too; else they are cast for each gather.
+        options: `fsdp` of a run's config. With `reshard_after_forward` blocks share two buffers, and are gathered once
+            more for backward; else all stay gathered for the step. Unless given, where dp_shard > 1.
 
     Raises:
         ConfigError: blocks share a parameter, parameters differ in dtype, or there are no copy engines for `gather`.
@@ -99,10 +98,7 @@ class FlatWeights(WeightCopies):
         mesh: DeviceMesh,
         blocks: Sequence[nn.Module],
         dtype: torch.dtype,
-        reshard_after_forward: bool | None = None,
-        gather: GatherCarrier = "collectives",
-        keep_shards: bool = True,
-        exchange: ExchangeCarrier = "collectives",
+        options: FsdpSection,
     ) -> None:
         super().__init__(model)
         axes = MeshAxes(mesh)
@@ -110,9 +106,9 @@ class FlatWeights(WeightCopies):
         self._groups, self._data_groups = DataGroups(*groups), axes.data_groups()
         self._blocks = list(blocks)
         self._head = head_unit(model, self._blocks)
-        self._units = self._make_units(model, dtype, reshard_after_forward is not False, keep_shards)
-        self._gathers = self._make_gathers(gather, dtype)
-        exchanges = self._make_exchanges(exchange, dtype)
+        self._units = self._make_units(model, dtype, options.reshard_after_forward is not False, options.keep_shards)
+        self._gathers = self._make_gathers(options.gather, dtype)
+        exchanges = self._make_exchanges(options.exchange, dtype)
         for unit in self._units:
             unit.allocate(self._gathers, exchanges)
         params = [each for unit in self._units for each in unit.params]

@@ -20,7 +20,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -126,15 +126,16 @@ def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device, source: So
     clear()
     draws, chooses = draws_of(config, source.model, plan), config.train.cuda_graph == "auto"
     config = with_graph_chosen(config, draws, device.type)
-    precision = choose_precision(config, device)
+    precision, compiled = choose_precision(config, device), compiles(config, device)
     decays = decay_by_name(source.model, config.train)
     counts = count_parameters(source.model, decays)
-    check_draws(config, draws, type(source.model).__name__, compiled=compiles(config, device))
+    check_draws(config, draws, type(source.model).__name__, compiled=compiled)
     stages = split_stages(source.model, mesh, first_layers(config, source.model))
+    chosen = Chosen(config, mesh, device, source, plan, precision, draws, compiled)
     for stage in stages:
-        prepare_stage(stage, config, mesh, device, source, plan, precision, draws)
+        prepare_stage(stage, chosen)
     seeds = micro_batch_seeds(stages, config, mesh, device)
-    runner = make_runner(stages, config, mesh, device, plan, precision, seeds, source.auxiliary)
+    runner = make_runner(stages, chosen, seeds)
     modules = [stage.module for stage in stages]
     # where forward computes with the parameters themselves, what it writes stays
     if runner.weights is not None or any(fsdp_units(module) for module in modules):
@@ -143,12 +144,11 @@ def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device, source: So
     step = build_step(runner, config, mesh, decaying_parameters(modules, decays), seeds, modules)
     step.buffers = WrittenBuffers(modules, MeshAxes(mesh).data_groups())
     if config.train.replay_every:
-        step.corruption = corruption_check(stages, runner, step, config, mesh, compiled=compiles(config, device))
+        step.corruption = corruption_check(stages, runner, step, config, mesh, compiled=compiled)
     eager_steps = MEASURED_STEPS if chooses else EAGER_STEPS
     graphs = enable_cuda_graphs(runner, step, config, eager_steps) if config.train.cuda_graph else ()
     if graphs and chooses:
         step.graph_choice = GraphChoice(graphs, device)
-    compiled = compiles(config, device)
     return Training(stages, source, plan, mesh, device, precision, compiled, step, counts, graphs, draws, eager_steps)
 
 
@@ -160,34 +160,40 @@ def draws_of(config: RunConfig, model: nn.Module, plan: Plan) -> RandomDraws:
     return RandomDraws(model_draws(model, batch, seq_len) if config.train.cuda_graph else None)
 
 
-def prepare_stage(
-    stage: Stage,
-    config: RunConfig,
-    mesh: DeviceMesh,
-    device: torch.device,
-    source: Source,
-    plan: Plan,
-    precision: Precision,
-    draws: RandomDraws,
-) -> None:
+@dataclass(frozen=True)
+class Chosen:
+    """What is chosen before stages are prepared, and holds for all of this rank's."""
+
+    config: RunConfig
+    mesh: DeviceMesh
+    device: torch.device
+    source: Source
+    plan: Plan
+    precision: Precision
+    draws: RandomDraws
+    compiled: bool
+
+
+def prepare_stage(stage: Stage, chosen: Chosen) -> None:
     """Wrap a stage, in place, and give it its memory and weights."""
+    config, mesh, source = chosen.config, chosen.mesh, chosen.source
     if source.weights == "built":  # they exist already: `parallelize` shards them where they will stay
-        materialize(stage.module, device)
-    parallelize(stage.module, plan, mesh, absent=stage.absent)
-    arrange_draws(stage.module, draws.modules, mesh, compiled=stage.blocks if compiles(config, device) else ())
+        materialize(stage.module, chosen.device)
+    parallelize(stage.module, chosen.plan, mesh, absent=stage.absent)
+    arrange_draws(stage.module, chosen.draws.modules, mesh, compiled=stage.blocks if chosen.compiled else ())
     train = config.train
-    wrap_blocks(stage.blocks, train.activation_checkpoint, compiled=compiles(config, device), fused=train.fused_kernels)
+    wrap_blocks(stage.blocks, train.activation_checkpoint, compiled=chosen.compiled, fused=train.fused_kernels)
     if config.mesh.is_flat:
         shard_over_data(stage.module, mesh)
-    elif not precision.keeps_copies:
+    elif not chosen.precision.keeps_copies:
         apply_data_parallel(
             stage.module,
             mesh,
             stage.blocks,
-            param_dtype=precision.fsdp_param_dtype,
+            param_dtype=chosen.precision.fsdp_param_dtype,
             reshard_after_forward=config.fsdp.reshard_after_forward,
         )
-    materialize(stage.module, device)
+    materialize(stage.module, chosen.device)
     fill(stage.module, source, config.run.seed)
 
 
@@ -212,36 +218,18 @@ def micro_batch_seeds(
     return MicroBatchSeeds(generators, config.run.seed, MeshAxes(mesh).data_rank, config.mesh.dp)
 
 
-def make_runner(
-    stages: list[Stage],
-    config: RunConfig,
-    mesh: DeviceMesh,
-    device: torch.device,
-    plan: Plan,
-    precision: Precision,
-    seeds: MicroBatchSeeds | None = None,
-    auxiliary: Mapping[str, float] | None = None,
-) -> SingleStageModel | PipelinedModel:
-    """What runs forward and backward of this rank's prepared stages; `auxiliary` losses have no pipeline."""
-    train, dtype = config.train, precision.compute_dtype
+def make_runner(stages: list[Stage], chosen: Chosen, seeds: MicroBatchSeeds) -> SingleStageModel | PipelinedModel:
+    """What runs forward and backward of this rank's prepared stages; auxiliary losses have no pipeline."""
+    config, mesh, device, plan = chosen.config, chosen.mesh, chosen.device, chosen.plan
+    train, dtype = config.train, chosen.precision.compute_dtype
     if config.mesh.pp == 1:
         (stage,) = stages
         weights: WeightCopies | None = None
         if config.mesh.is_flat:
-            fsdp = config.fsdp
-            weights = FlatWeights(
-                stage.module,
-                mesh,
-                stage.blocks,
-                dtype,
-                fsdp.reshard_after_forward,
-                gather=fsdp.gather,
-                keep_shards=fsdp.keep_shards,
-                exchange=fsdp.exchange,
-            )
-        elif precision.keeps_copies:
+            weights = FlatWeights(stage.module, mesh, stage.blocks, dtype, config.fsdp)
+        elif chosen.precision.keeps_copies:
             weights = ComputeWeights(stage.module, dtype, graphed=train.is_graphed)
-        return SingleStageModel(stage.module, plan, mesh, device, weights, seeds, auxiliary)
+        return SingleStageModel(stage.module, plan, mesh, device, weights, seeds, chosen.source.auxiliary)
 
     # torch's pipelining imports the compiler: seconds that other meshes need not wait
     from colrow.parallel.pipeline import PipelineOptions, PipelineRunner
