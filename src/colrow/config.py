@@ -74,6 +74,7 @@ class RunConfig(Section):
     @classmethod
     def _note_auto(cls, tree: Any, validate: ModelWrapValidatorHandler[RunConfig]) -> RunConfig:
         """Note the keys that say `auto`, and let the rest see one process and one sequence in their place."""
+        # wrap, not before: what is noted must be put on the model that validation makes
         auto = set()
         if isinstance(tree, dict) and tree.get("mesh") == AUTO:
             auto.add("mesh")

@@ -167,7 +167,7 @@ def _line_of(text: str) -> int:
 
 def test_a_hook_in_a_custom_backward_is_traced_to_its_line() -> None:
     found = found_by(WRONG["backward normalises"])
-    assert all(".mlp" in f.where and "unproven_plans.py" in f.message for f in found)
+    assert all(".mlp" in f.where and "unproven_models.py" in f.message for f in found)
 
 
 def test_what_follows_an_unproven_operator_is_not_listed() -> None:

@@ -92,6 +92,7 @@ def _torchtitan(job: Job, device: str, peak: float | None) -> dict[str, Any]:
     windows = windows_of(lines)
     if len(windows) < 2:
         raise ConfigError(f"arm {job.arm} failed: {' | '.join(line.strip() for line in lines[-6:])}")
+    # The peer's best window counts, after the first, in which it compiles.
     reserved, rate = max(gib for gib, _ in windows), max(rate for _, rate in windows[1:])
     tokens = config.tokens_per_step / mesh.world_size
     assert config.model.shape is not None

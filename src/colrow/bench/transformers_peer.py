@@ -50,7 +50,7 @@ def measured(job: Job) -> dict[str, Any]:
     split = sum(isinstance(param, DTensor) for param in model.parameters())
     if not split:
         raise ConfigError("arm transformers: its plan has sharded nothing")
-    run = torch.compile(model) if on_gpu else model
+    run = torch.compile(model) if on_gpu else model  # as its users run it at its fastest
     optimizer = _adamw(model, config, on_gpu)
 
     def step(ids: Tensor) -> Tensor:
@@ -63,6 +63,7 @@ def measured(job: Job) -> dict[str, Any]:
 
     sizes: Any = model.config
     batches = random_batches(config, sizes.vocab_size, 0, device)
+    # not timed: compilation, and the allocator's first blocks
     losses = [step(next(batches)[0][0]) for _ in range(job.warmup)]
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()

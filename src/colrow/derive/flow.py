@@ -72,8 +72,9 @@ class Flows:
         """Modules that normalise over a sharded axis."""
         self.path = {node: module_path(node) for node in inference.graph.nodes}
         for node in inference.graph.nodes:
-            if is_boundary(node):
+            if is_boundary(node):  # hooks run in the caller: a marker belongs to the module whose border it marks
                 self.path[node] = label_of(node).module
+        # the model's output, and what it returns beside it: a router's loss, say
         main, *losses = next(n for n in inference.graph.nodes if n.op == "output").all_input_nodes
         self.for_main = ancestors([main])
         """Nodes that the main output depends on."""

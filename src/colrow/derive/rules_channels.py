@@ -64,6 +64,7 @@ def convolution(inference: AxisInference, node: Node) -> Result:
         weighted(inference, node, into, source, kernel)
         out: Dim = outof
     else:
+        # With several groups, those are the axis that may be sharded: a rank has complete groups of inputs and weights.
         (group, inputs), (its, rest) = _grouped(x[c], groups), _grouped(w[0], groups)
         unify(group, its, inference.here)
         unify(inputs, rest if transposed else w[1], inference.here)
@@ -76,6 +77,7 @@ def convolution(inference: AxisInference, node: Node) -> Result:
         unify(inference.of(bias)[0], out, inference.here)
     for dim in w[2:]:
         forbid(dim, inference.at("a convolution's window"))
+    # A window of one position without stride or padding looks at that position alone, as a linear layer does.
     point = all(n == 1 for n in extents(kernel)[2:]) and shape[c + 1 :] == extents(source)[c + 1 :]
     return [*x[:c], out, *(x[c + 1 :] if point else _moved(inference, x, shape, c + 1, "a convolution runs along it"))]
 

@@ -83,9 +83,11 @@ def piece_of(inference: AxisInference, dim: Dim, piece: Piece, pieces: list[Piec
         if parts is None:
             forbid(dim, inference.at(f"split across factors at {why}"))
             return inference.fresh([piece[1]], f"split across factors at {why}")[0]
+        # [pieces, rest]: each piece is split alike, inside; a shard of `pieces` would give one rank all of q
         forbid(parts[0], inference.at("it counts equal pieces"))
         return parts[1]
     atoms = leaves(dim)
+    # The first slice of a fused dim turns it into a concatenation; later ones find their segment in it.
     if len(atoms) == 1 and not atoms[0].segments:
         atoms[0].segments = [[Atom(size, atoms[0].forbidden)] if size > 1 else [] for size in sizes]
     if len(atoms) == 1 and [size_of(s) for s in atoms[0].segments or ()] == sizes:

@@ -58,8 +58,10 @@ def calibrate(device: torch.device, sizes: Sizes) -> dict[str, Any]:
     rates: dict[str, Any] = {"matmul": 2.0 * n**3 / clock.seconds(lambda: a @ b)}
     rates |= _attention(device, dtype, clock, sizes)
     x, y = (torch.randn(sizes.elements, device=device) for _ in range(2))
+    # bytes an fp32 element: two reads and a write
     rates["memory"] = 12.0 * sizes.elements / clock.seconds(lambda: x + y)
     rates["outside"] = rates["memory"]
+    # AdamW in fp32: reads weight, gradient and two moments, writes all but the gradient: 7 × 4 bytes
     rates["optimizer"] = 28.0 * sizes.elements / clock.seconds(_update(x, y))
     tiny = torch.zeros(1, device=device)
     launches = 200

@@ -81,6 +81,7 @@ def column_backward(
     """dx = reduce_scatter(dY W), finished after dW = dY^T Q."""
     F, D, n = dy_TF.shape[1], weights[0].shape[1], ranks.size()
     exchange = regather = finish = None
+    # Forward kept this rank's numbers alone: they are gathered once more, while dgrad runs.
     if need_dw and not keeps_transpose(opts, n):
         if carrier is not None:
             exchange = _send(kept, carrier)
@@ -88,8 +89,10 @@ def column_backward(
             regather = start_all_gather(kept, ranks)
             if not opts.overlaps:
                 regather()
+    # dgrad sums over F and wgrad over T, and the summed dim must be contiguous: one rounding, two layouts.
     dy, dy_FT = quantize_both(dy_TF, gradient=True)
     if need_dx:
+        # W has not changed since forward, which left its scale.
         w_DF = quantize([w.t() for w in weights], dim=1, scale=weight_scale(kept))
         finish = _scattered_product(dy, w_DF, dy_TF.new_empty(0), ranks, carrier, gradient=True)
         if not opts.overlaps:
@@ -166,6 +169,7 @@ def _gathered_product(
         multiply(x, w := weight(), out_TN)
         return memory, w
     record("fp8", "gathers")
+    # Numbers and scale in one piece, which one message sends: no collective for the scale.
     own = quantize_packed(x_tK, gradient=gradient, peaks=peaks)
     if carrier is None:
         finish = start_all_gather(own, ranks)
@@ -176,6 +180,7 @@ def _gathered_product(
     exchange = _send(own, carrier)
     w = weight()
     for i in range(n):
+        # this rank's own chunk first, then the others in the order in which they come, each under its own scale
         q, chunk = (exchange.before(i), exchange.receive(i)) if i else (exchange.rank, own)
         multiply(unpacked(chunk, dtype), w, None if out_TN is None else out_TN[q * t : (q + 1) * t])
     memory = joined_transpose(_chunks(exchange, own), gradient=gradient) if transpose else own

@@ -321,6 +321,7 @@ def traffic(operator: str, args: tuple[Any, ...], outputs: list[Tensor]) -> list
     see the operator and not its inside; empty for other operators. A gather counts as one whatever sends its chunks."""
     if (implementation := OPERATORS.get(f"colrow::{operator}")) is None:
         return []
+    # by name: a new argument in the middle of a schema must not shift what is read here
     arguments = inspect.signature(implementation).bind(*args).arguments
     ranks = group_named(arguments["group"]).size()
 

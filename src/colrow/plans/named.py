@@ -62,6 +62,7 @@ def named_plan(
             f"plan: there is no preset and no file {name!r}: choose from {', '.join(PRESETS)}, huggingface, "
             f"{', '.join(DERIVED)}, or give the path of a plan's YAML"
         )
+    # presets and derived plans are made for the loss that was requested; others say which one they were made for
     if loss is not None and loss != plan.loss:
         raise ConfigError(
             f"loss: {loss} was requested, but the plan {plan.name} declares {plan.loss}, which its head's style "

@@ -59,6 +59,7 @@ def claimed(folder: Path) -> Iterator[None]:
                 f"the run's folder {folder} is in use by another run{f' ({holder})' if holder else ''}: "
                 "wait for it, stop it, or set run.dir to another folder"
             )
+        # for the message of whoever comes next; the lock itself is the kernel's, and has no content
         with writing(folder / LOCK):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")

@@ -54,10 +54,12 @@ class AdamW(torch.optim.AdamW):
                 between()
             return
         device = local_tensor(next(iter(gradients))).device
+        # torch's kernel does all that is wanted where there are no copies to write, and runs without Triton.
         if copies is None and (device.type != "cuda" or UNAVAILABLE):
             self._update_by_torch(gradients, scale)
             return
         factor = torch.ones((), device=device) if scale is None else scale
+        # What the next forward gathers first is updated first: `between` starts that gather beside the rest.
         if between is not None:
             self._update_some({p: grad for p, grad in gradients.items() if p in first}, factor, copies, 1)
             between()

@@ -157,6 +157,7 @@ def compare(observed: Observed, reference: Reference, tp: int) -> Errors:
             gradients[name] = inf
         else:
             gradients[name] = got.error(want, tp, reference.size(name))
+    # 1e-300: a parameter of zeros has no scale, and any difference from it is an error
     parameters = {
         name: observed.parameters[name].error(want, tp, max(want.abs().max().item(), 1e-300))
         for name, want in reference.parameters.items()
