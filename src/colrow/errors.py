@@ -102,6 +102,11 @@ def _yaml(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's text; where it has none, the error's class."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'steps'?` for the nearest known name, or the list of names when none is near."""
     names = sorted(known)

@@ -27,6 +27,7 @@ from colrow.cli.text import (
 from colrow.dryrun.picture import in_units, write_page
 from colrow.dryrun.report import ParameterRow, PlanReport, report
 from colrow.dryrun.result import Collective, Output
+from colrow.errors import first_line
 from colrow.forecasting.devices import Device, device_named
 from colrow.forecasting.forecast import Forecaster, Options, Row
 from colrow.forecasting.memory import GIB
@@ -87,7 +88,7 @@ def _forecast(model: nn.Module, plan: Plan, tp: int, device: Device, batch_size:
     try:
         return Forecaster(model, device).row(plan, Mesh(tp=tp), Options(batch_size, seq_len=seq_len))
     except Exception as error:  # what a plan does to the model can be shown all the same
-        return str(error).partition("\n")[0] or type(error).__name__
+        return first_line(error)
 
 
 def _show_forecast(row: Row | str, console: Console) -> None:

@@ -18,8 +18,7 @@ from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from colrow.derive.requests import Requests
 from colrow.dryrun.block_kinds import BlockTraces, block_kind, trace_blocks
@@ -130,7 +129,7 @@ def _traces(model: nn.Module, inputs: Inputs) -> BlockTraces:
 
     def fake_inputs(copy: nn.Module) -> Inputs:
         copy.eval()
-        return inputs.map(lambda x: torch.empty_like(x, device="cpu") if isinstance(x, Tensor) else x)
+        return inputs.like_on_cpu()
 
     return trace_blocks(model, fake_inputs)
 

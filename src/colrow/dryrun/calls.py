@@ -55,6 +55,10 @@ class Inputs(tuple[Any, ...]):
         """With each value changed."""
         return Inputs(map(change, self)).named(self.names)
 
+    def like_on_cpu(self) -> Inputs:
+        """Tensors of the same shapes and dtypes on the CPU, for runs on fake tensors: these look at no values."""
+        return self.map(lambda x: torch.empty_like(x, device="cpu") if isinstance(x, Tensor) else x)
+
     def within(self, vocab: int | None) -> Inputs:
         """Token ids of a larger model as ids of one that knows `vocab` of them."""
         integers = (torch.int32, torch.int64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from colrow.dryrun.calls import GivenInputs, Inputs, Loss, default_loss, example_inputs
 from colrow.plans.plan import Plan
@@ -36,4 +36,4 @@ class PlannedStep:
         """The arguments of a copy of the model, under fake tensors."""
         given = self.inputs
         inputs = example_inputs(model, self.batch_size, self.seq_len) if given is None else Inputs.of(given)
-        return inputs.map(lambda x: torch.empty_like(x, device="cpu") if isinstance(x, Tensor) else x)
+        return inputs.like_on_cpu()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from colrow.dryrun.calls import GivenInputs, Inputs, call_model, example_inputs
 from colrow.dryrun.fake_world import materialize_fake, meta_copy
@@ -59,7 +59,7 @@ def model_draws(
             materialize_fake(copy, dtype)
             given = example_inputs(copy, batch_size, seq_len) if inputs is None else Inputs.of(inputs)
             with seen:
-                call_model(copy, given.map(lambda x: torch.empty_like(x, device="cpu") if _is_tensor(x) else x))
+                call_model(copy, given.like_on_cpu())
     except Exception:
         # code that needs values does not run to its end here; what it drew before counts
         return True if seen.drew else None
@@ -95,10 +95,6 @@ class _Seen(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.drew |= draws(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
-
-
-def _is_tensor(x: Any) -> bool:
-    return isinstance(x, Tensor)
 
 
 def _first_line(error: Exception) -> str:

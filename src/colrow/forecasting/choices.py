@@ -12,7 +12,7 @@ from torch import nn
 from colrow.checking.degrees import plan_degrees
 from colrow.config import RunConfig
 from colrow.dryrun.calls import most_positions
-from colrow.errors import ConfigError, PlanError
+from colrow.errors import ConfigError, PlanError, first_line
 from colrow.forecasting.devices import CPU, Device
 from colrow.forecasting.forecast import MARGIN, Forecaster, Options, Row
 from colrow.mesh import Mesh, divisors
@@ -92,7 +92,7 @@ class Choices:
             try:
                 rows.append(self.best(mesh))
             except (ConfigError, PlanError) as error:
-                left_out.append((mesh, str(error).partition("\n")[0]))
+                left_out.append((mesh, first_line(error)))
         rows.sort(key=lambda row: (not row.fits, -row.tokens_per_second_per_gpu if row.fits else row.memory.needed))
         return Table(rows, left_out)
 

@@ -122,7 +122,7 @@ def applies_on_data_axes(plan: Plan, mesh: Mesh) -> bool:
 def block_traces(model: nn.Module, cell: Cell) -> BlockTraces:
     """Which blocks of the model are alike; the same for every cell, so that callers may keep it."""
     return trace_blocks(
-        model, lambda copy: _fake(example_inputs(copy, cell.micro_batch, min(cell.seq_len, 64))), cell.dtype
+        model, lambda copy: example_inputs(copy, cell.micro_batch, min(cell.seq_len, 64)).like_on_cpu(), cell.dtype
     )
 
 
@@ -158,7 +158,7 @@ def _run(copy: ReducedCopy, model: nn.Module, plan: Plan, mesh: DeviceMesh, cell
     with fake_tensors():
         materialize_fake(model, cell.dtype)
         _wrap(list(blocks.values()), cell)
-        inputs = _fake(example_inputs(model, cell.micro_batch, cell.seq_len))
+        inputs = example_inputs(model, cell.micro_batch, cell.seq_len).like_on_cpu()
         # weights exist before the step: `memory.py` counts them, by unit
         given = [local_tensor(t) for t in (*model.parameters(), *model.buffers())]
         storages = LiveStorages(given, fused=cell.compiled)
@@ -247,10 +247,6 @@ def _unit(params: list[nn.Parameter]) -> UnitParameters:
     trained = [param for param in params if param.requires_grad]
     gradients = sum(local_tensor(param if param.grad is None else param.grad).numel() for param in trained)
     return UnitParameters(sizes(params), sizes(trained), tuple(numel for numel, _ in sizes(partial)), gradients)
-
-
-def _fake(inputs: Inputs) -> Inputs:
-    return inputs.map(lambda x: torch.empty_like(x, device="cpu") if isinstance(x, Tensor) else x)
 
 
 @contextmanager

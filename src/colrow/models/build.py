@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from colrow.config_sections import ModelSection
-from colrow.errors import ConfigError
+from colrow.errors import ConfigError, first_line
 from colrow.models.huggingface import UnsupportedModelError, json_mapping, read_config
 from colrow.models.llama import Llama, LlamaConfig
 from colrow.models.shapes import SHAPES, shape
@@ -279,4 +279,4 @@ def _on_meta(config: LlamaConfig) -> Llama:
         with torch.device("meta"):
             return Llama(config)
     except RuntimeError as error:  # torch counts a tensor's bytes in 64 bits
-        raise ConfigError(f"the model's sizes are too large: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"the model's sizes are too large: {first_line(error)}") from error

@@ -17,7 +17,7 @@ from torch import nn
 import colrow
 from colrow.config import RunConfig
 from colrow.data.disk import atomic_write, read_kept
-from colrow.errors import ConfigError
+from colrow.errors import ConfigError, first_line
 from colrow.forecasting.choices import options_of
 from colrow.forecasting.devices import Device, device_named, name_of
 from colrow.forecasting.forecast import Forecaster, Options
@@ -85,8 +85,7 @@ def forecast_run(config: RunConfig, model: nn.Module, plan: Plan, gpus: Gpus) ->
         try:
             found = forecast_on(*gpus, config, model, plan)
         except Exception as error:  # a model that cannot be walked must not keep a run from starting
-            reason = str(error).partition("\n")[0] or type(error).__name__
-            return None, [labelled("forecast", f"none: {reason}")]
+            return None, [labelled("forecast", f"none: {first_line(error)}")]
     return found, found.lines(config)
 
 

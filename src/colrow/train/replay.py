@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from colrow.errors import ColrowError
+from colrow.errors import ColrowError, first_line
 from colrow.mesh import MeshAxes
 from colrow.sharding.layout import waited_local
 from colrow.torch_compat import FsdpUnit, fsdp_units, tree_leaves
@@ -145,7 +145,7 @@ class StepReplay:
             except RuntimeError as error:
                 if "deterministic" not in str(error):
                     raise
-                raise NondeterministicError(_refusal(step, str(error).splitlines()[0])) from error
+                raise NondeterministicError(_refusal(step, first_line(error))) from error
             if not self._anywhere(first != second):
                 self.say(
                     f"replay     step {step + 1} ran twice with other bits: deterministic kernels are on from here"
