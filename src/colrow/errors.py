@@ -104,7 +104,7 @@ def _yaml(value: Any) -> str:
 
 def first_line(error: Exception) -> str:
     """The first line of an error's text; where it has none, the error's class."""
-    return str(error).partition("\n")[0] or type(error).__name__
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

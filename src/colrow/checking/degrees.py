@@ -61,4 +61,4 @@ def _refuses(model: nn.Module, fqn: str, style: Style, tp: int) -> bool:
 
 def plan_degrees(model: nn.Module, plan: Plan) -> list[int]:
     """`legal_degrees` of a plan whose keys match the model. Raises PlanError where they do not."""
-    return legal_degrees(model, {fqn: style for fqn, (_, style) in plan.resolve(model).items()})
+    return legal_degrees(model, plan.styles_of(model))

@@ -22,7 +22,7 @@ from torch import nn
 from colrow.checkpoint.conversions import parts_in
 from colrow.checkpoint.huggingface import named_tensors, names_that_differ, parts_of, shapes_of
 from colrow.checkpoint.loading import first_few
-from colrow.errors import ConfigError, ExportError
+from colrow.errors import ConfigError, ExportError, first_line
 from colrow.models.build import parameters_on_meta
 from colrow.models.huggingface import read_config
 from colrow.models.llama import Llama
@@ -163,7 +163,7 @@ def _of_transformers(folder: Path, trust_code: bool) -> Reader:
             else:
                 model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_code)
     except Exception as error:  # it raises many kinds for a config that it does not know
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ExportError(f"transformers cannot build what the export's config.json describes: {reason}") from error
+        text = f"transformers cannot build what the export's config.json describes: {first_line(error)}"
+        raise ExportError(text) from error
     model.tie_weights()
     return Reader(model, type(model).__name__, f"transformers {transformers.__version__}")

@@ -23,7 +23,7 @@ from colrow.derive.axes import atoms_in
 from colrow.derive.failure import TraceError
 from colrow.derive.infer import computation, facts_of, op_name
 from colrow.derive.trace import Label, Trace, export, is_boundary, label_of
-from colrow.derive.undecomposed import computing_nodes
+from colrow.derive.undecomposed import computing_nodes, known_shape
 from colrow.styles.local_sizes import ANY, CALLS, CodeMode, SizeRule, Sizes, fits, sizes_written, with_sizes
 
 if TYPE_CHECKING:
@@ -293,12 +293,7 @@ def _counterparts(own: list[Node], others: list[Node]) -> dict[Node, Node]:
 
 
 def _differ(node: Node, other: Node) -> bool:
-    return computation(node) != computation(other) or _shape(node) != _shape(other)
-
-
-def _shape(node: Node) -> list[int] | None:
-    value = node.meta.get("val")
-    return list(value.shape) if isinstance(value, Tensor) else None
+    return computation(node) != computation(other) or known_shape(node) != known_shape(other)
 
 
 def _is_mark(node: Any) -> bool:

@@ -74,7 +74,7 @@ class Undecomposed:
             ours = parts.get(node, [])
             if op_name(node) == "getitem":  # of one of several results it says what made them all
                 ours = [p for p in parts.get(node.args[0], ()) if op_name(p) == "getitem" and p.args[1] == node.args[1]]
-            if same := [part for part in ours if _shape(part) == _shape(node) is not None]:
+            if same := [part for part in ours if known_shape(part) == known_shape(node) is not None]:
                 result[node] = same[-1]
         return cls(nodes, result, dict(parts))
 
@@ -100,6 +100,7 @@ class Undecomposed:
 NOT_KEPT = Undecomposed([], {}, {})
 
 
-def _shape(node: Node) -> list[int] | None:
+def known_shape(node: Node) -> list[int] | None:
+    """The shape of what the node gives; None where that is no tensor."""
     value = node.meta.get("val")
     return list(value.shape) if isinstance(value, Tensor) else None

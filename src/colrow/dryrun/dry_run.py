@@ -86,10 +86,9 @@ def dry_run(
 
 def _run(step: PlannedStep, traces: BlockTraces, keep: int = 2) -> DryRun:
     run = DryRun()
-    styles = {name: style for name, (_, style) in step.plan.resolve(step.model).items()}
+    styles = step.plan.styles_of(step.model)
     reference, sharded = (reduced_copy(step.model, styles, traces, keep) for _ in range(2))
-    names = {name: sharded.original(name) for name, _ in sharded.model.named_modules()}
-    plan = replace(step.plan, modules={new: styles[old] for new, old in names.items() if old in styles})
+    plan = sharded.renamed_plan(step.plan, styles)
     with warnings.catch_warnings(), fake_tp_mesh(step.tp) as tp_mesh:
         warnings.simplefilter("ignore")
         parallelize(sharded.model, plan, tp_mesh)

@@ -100,7 +100,7 @@ def _told_apart(first: ModuleDraws, second: ModuleDraws) -> ModuleDraws:
 
 
 def _flattens_tokens(step: PlannedStep) -> bool:
-    return any(style.token_order == "flattened" for _, style in step.plan.resolve(step.model).values())
+    return any(style.token_order == "flattened" for style in step.plan.styles_of(step.model).values())
 
 
 def _of_sequences_for_all(step: PlannedStep) -> PlannedStep:
@@ -149,18 +149,15 @@ def walk(step: PlannedStep, *, all_blocks: bool = False, backward: bool = True) 
 
 
 def _walked(step: PlannedStep, keep: int, backward: bool) -> PairedWalk | Exception:
-    styles = {name: style for name, (_, style) in step.plan.resolve(step.model).items()}
+    styles = step.plan.styles_of(step.model)
     copies = [reduced_copy(step.model, styles, BlockTraces(), keep) for _ in range(2)]
     unsharded, parallel = (copy.model for copy in copies)
-    original = copies[1].original
-    names = {name: original(name) for name, _ in parallel.named_modules()}
-    resolved = {new: styles[old] for new, old in names.items() if old in styles}
-    plan = replace(step.plan, modules=resolved)
+    original, plan = copies[1].original, copies[1].renamed_plan(step.plan, styles)
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         mesh = stack.enter_context(fake_tp_mesh(step.tp))
-        segments = {name: style.output_segments(Site(parallel, name, step.tp)) for name, style in resolved.items()}
+        segments = {name: style.output_segments(Site(parallel, name, step.tp)) for name, style in plan.modules.items()}
         parallelize(parallel, plan, mesh)
         stack.enter_context(fake_tensors())
         for model in (unsharded, parallel):
@@ -172,7 +169,7 @@ def _walked(step: PlannedStep, keep: int, backward: bool) -> PairedWalk | Except
         except Exception as error:
             return error
         length, counted = _counts_of_tokens(step, given)
-        run = ShardedRun(parallel, reference, mesh, resolved, segments, 0 if counted[0] else length, counted)
+        run = ShardedRun(parallel, reference, mesh, plan.modules, segments, 0 if counted[0] else length, counted)
         if counted[0] and length:
             stack.enter_context(sizes_of_sequences(run, counted, length))
         try:

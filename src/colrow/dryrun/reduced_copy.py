@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -16,6 +16,7 @@ from colrow.dryrun.block_kinds import BlockTraces, block_kind
 from colrow.dryrun.fake_world import meta_copy
 from colrow.models.blocks import block_stacks
 from colrow.plans.patterns import is_within
+from colrow.plans.plan import Plan
 from colrow.styles.base import Style
 
 _KEPT = 2  # of each kind: the second block's input comes from a block, as for all later ones
@@ -40,6 +41,11 @@ class ReducedCopy:
             if is_within(name, new):
                 return old + name[len(new) :]
         return name
+
+    def renamed_plan(self, plan: Plan, styles: Mapping[str, Style]) -> Plan:
+        """The original's plan, under the copy's names. `styles` are the plan's, by the original's names."""
+        names = {name: self.original(name) for name, _ in self.model.named_modules()}
+        return replace(plan, modules={new: styles[old] for new, old in names.items() if old in styles})
 
     def count(self, name: str) -> int:
         """How many modules of the original this module of the copy stands for."""

@@ -150,7 +150,7 @@ def _first(block: str) -> str:
 
 
 def _path(model: nn.Module, plan: Plan, run: DryRun, rows: list[ParameterRow], block: str) -> list[PathStep]:
-    styles = {name: style for name, (_, style) in plan.resolve(model).items()}
+    styles = plan.styles_of(model)
     own: dict[str, list[ParameterRow]] = {}
     for row in rows:
         own.setdefault(row.name.rpartition(".")[0], []).append(row)

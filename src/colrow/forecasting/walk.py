@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -136,10 +136,9 @@ def walk(model: nn.Module, plan: Plan, cell: Cell, traces: BlockTraces | None = 
     Raises:
         PlanError: the plan does not fit the model at this degree; or the model takes inputs that nothing shows.
     """
-    styles = {name: style for name, (_, style) in plan.resolve(model).items()}
+    styles = plan.styles_of(model)
     copy = reduced_copy(model, styles, block_traces(model, cell) if traces is None else traces, keep)
-    names = {name: copy.original(name) for name, _ in copy.model.named_modules()}
-    reduced = replace(plan, modules={new: styles[old] for new, old in names.items() if old in styles})
+    reduced = copy.renamed_plan(plan, styles)
     with warnings.catch_warnings(), fake_tp_mesh(cell.tp) as mesh, _quiet_compiler(cell.compiled), _without_gpus():
         warnings.simplefilter("ignore")
         return _run(copy, _parallelized(copy.model, reduced, mesh, cell), reduced, mesh, cell)

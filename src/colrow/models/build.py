@@ -180,7 +180,7 @@ def _of_transformers(path: Path, trust_code: bool) -> nn.Module:
                 config, dtype=torch.float32, trust_remote_code=trust_code
             )
     except Exception as error:  # transformers, and code of others, raises many kinds for a model that it does not know
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if "Unrecognized configuration class" in reason:
             reason = (
                 f"{tree.get('model_type')} is no causal language model, the only kind that is read from a folder: "

@@ -205,6 +205,10 @@ class Plan:
             found |= dict.fromkeys(group, given[0]) if given else {}
         return {name: found[name] for name in names if name in found}
 
+    def styles_of(self, model: nn.Module) -> dict[str, Style]:
+        """The style of each module that has one, by its fully qualified name. Raises PlanError as `resolve` does."""
+        return {name: style for name, (_, style) in self.resolve(model).items()}
+
     def check_shapes(self, model: nn.Module, tp: int, *, resolved: Resolved | None = None) -> None:
         """Raise PlanError, with the fix, for the first module whose style cannot work at this degree.
 

@@ -54,7 +54,7 @@ def negative_control(
 def _cases(task: Task, plan: Plan) -> Iterator[Case]:
     """At most two changes of each type: the comparison of each costs a sharded step."""
     first_names = dict(task.model.named_modules())  # one name a module: a change under one of two would contradict
-    styles = {fqn: style for fqn, (_, style) in plan.resolve(task.model).items() if fqn in first_names}
+    styles = {fqn: style for fqn, style in plan.styles_of(task.model).items() if fqn in first_names}
     layouts = plan.parameters(task.model, task.tp)
     changes = (
         *islice(_other_styles(task.model, styles, layouts, sums_gradients=True), 2),

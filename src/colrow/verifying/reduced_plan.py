@@ -32,7 +32,7 @@ def plan_for_reduced(plan: Plan, model: nn.Module, reduced: nn.Module) -> Plan:
     if missing := {kind[:2] for kind in module_kinds(model)} - {kind[:2] for kind in module_kinds(reduced)}:
         name, cls = min(missing, key=str)
         raise PlanError(f"the reduced model has no {cls.__name__} called {name or 'model'}, and the model has one")
-    styles = {name: style for name, (_, style) in plan.resolve(model).items()}
+    styles = plan.styles_of(model)
     names = {name for name, _ in reduced.named_modules(remove_duplicate=False)}
     kept = {inside for _, inside in _named_blocks(reduced, styles)}
     for block, inside in _named_blocks(model, styles):
@@ -52,7 +52,7 @@ def counts_sizes(plan: Plan) -> bool:
 def same_but_for_sizes(plan: Plan, other: Plan, model: nn.Module) -> bool:
     """Whether two plans for one model give each module the same style, with options that differ in sizes alone."""
     mine, others = (
-        {name: _without_sizes(style) for name, (_, style) in each.resolve(model).items()} for each in (plan, other)
+        {name: _without_sizes(style) for name, style in each.styles_of(model).items()} for each in (plan, other)
     )
     return plan.loss == other.loss and mine == others
 
