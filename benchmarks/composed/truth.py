@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor
 
 import colrow
 from colrow.dryrun.calls import call_model, default_loss
-from colrow.dryrun.planned_step import PlannedStep
 from colrow.dryrun.random_draws import model_draws, random_draws
 from colrow.parallel.random_draws import arrange_draws
 from colrow.plans.plan import Plan
@@ -61,8 +60,7 @@ def truth(case: Judged, ids: Tensor, mesh: DeviceMesh) -> Truth:
     try:
         draws = model_draws(case.model(), *ids.shape)
         # as training arranges it, each rank draws its shard of one process's dropout masks
-        step = PlannedStep(case.model(), plan, mesh.size(), *ids.shape)
-        drawn = random_draws(step).modules if draws is not False else {}
+        drawn = random_draws(case.model(), plan, mesh.size(), *ids.shape).modules if draws is not False else {}
         colrow.parallelize(parallel, plan, mesh)
         arrange_draws(parallel, drawn, mesh)
         with colrow.loss_context(plan, mesh):

@@ -27,7 +27,6 @@ from torch.distributed.tensor import DTensor
 
 from benchmarks.models.foreign.registry import GROUPS, models_of
 from colrow.dryrun.calls import Inputs, call_model, default_loss, token_ids
-from colrow.dryrun.planned_step import PlannedStep
 from colrow.dryrun.random_draws import model_draws, random_draws
 from colrow.errors import PlanError
 from colrow.parallel.loss import loss_context
@@ -131,7 +130,7 @@ def rank(
     mesh, made = init_device_mesh("cpu", (TP,), mesh_dim_names=("tp",)), Plan.from_yaml(plan)
     for dtype in dtypes:
         model, inputs = built(group, key, dtype, dropout)
-        draws = random_draws(PlannedStep(model, made, TP, 1, 1, inputs, loss_of)).modules
+        draws = random_draws(model, made, TP, 1, 1, inputs=inputs, loss=loss_of).modules
         parallelize(model, made, mesh)
         arrange_draws(model, draws, mesh)
         found = losses(model, inputs, made, mesh, dropout=dropout > 0)
@@ -151,7 +150,7 @@ def compared(group: str, key: str, styles: str) -> Iterator[dict[str, Any]]:
         yield row | {"refused": str(error)[:200]}
         return
     has = model_draws(model, 1, 1, inputs=inputs) is not False  # by modules, or by functions with a probability
-    known = not random_draws(PlannedStep(model, plan, TP, 1, 1, inputs, loss_of)).unknown
+    known = not random_draws(model, plan, TP, 1, 1, inputs=inputs, loss=loss_of).unknown
     dropout = DROPOUT if has and known else 0.0
     context = multiprocessing.get_context("fork")
     answers = context.Queue()

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from colrow.dryrun.calls import GivenInputs, Inputs, call_model, example_inputs
+from colrow.dryrun.calls import GivenInputs, Inputs, Loss, call_model, default_loss, example_inputs
 from colrow.dryrun.fake_world import materialize_fake, meta_copy
 from colrow.dryrun.lockstep import draws_by_module
 from colrow.dryrun.planned_step import PlannedStep
+from colrow.plans.plan import Plan
 from colrow.sharding.draws import Draw, draws
 from colrow.sharding.local_layout import REPLICATED
 from colrow.torch_compat import TorchDispatchMode, fake_tensors
@@ -66,14 +67,24 @@ def model_draws(
     return seen.drew
 
 
-def random_draws(step: PlannedStep) -> RandomDraws:
-    """What the step's forward draws, on more than one rank."""
-    drew = model_draws(step.model, step.batch_size, step.seq_len, inputs=step.inputs, dtype=step.dtype)
+def random_draws(
+    model: nn.Module,
+    plan: Plan,
+    tp: int,
+    batch_size: int,
+    seq_len: int,
+    *,
+    inputs: GivenInputs | None = None,
+    loss: Loss = default_loss,
+    dtype: torch.dtype | None = None,
+) -> RandomDraws:
+    """What the model, which may be on the meta device, draws in a forward under `plan` on `tp` ranks, more than one."""
+    drew = model_draws(model, batch_size, seq_len, inputs=inputs, dtype=dtype)
     if drew is False:
         return RandomDraws(False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = draws_by_module(step)
+        found = draws_by_module(PlannedStep(model, plan, tp, batch_size, seq_len, inputs, loss, dtype))
     if isinstance(found, Exception):
         return RandomDraws(drew, unknown={"": f"it does not run on tensors without values ({_first_line(found)})"})
     unknown = {

@@ -28,7 +28,6 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.config import RunConfig
-from colrow.dryrun.planned_step import PlannedStep
 from colrow.dryrun.random_draws import RandomDraws, model_draws, random_draws
 from colrow.mesh import MeshAxes
 from colrow.models.build import Source
@@ -156,7 +155,7 @@ def draws_of(config: RunConfig, model: nn.Module, plan: Plan) -> RandomDraws:
     """What the model draws in training. Where nobody needs to know, it is not run to find out."""
     batch, seq_len = config.train.micro_batch, config.data.seq_len
     if config.mesh.tp > 1:
-        return random_draws(PlannedStep(model, plan, config.mesh.tp, batch, seq_len))
+        return random_draws(model, plan, config.mesh.tp, batch, seq_len)
     return RandomDraws(model_draws(model, batch, seq_len) if config.train.cuda_graph else None)
 
 

@@ -14,7 +14,6 @@ from torch import nn
 
 from colrow.dryrun.calls import GivenInputs, Inputs, Loss, default_loss, example_inputs, vocabulary
 from colrow.dryrun.fake_world import replace_parameters
-from colrow.dryrun.planned_step import PlannedStep
 from colrow.dryrun.random_draws import random_draws
 from colrow.dryrun.reduced_model import reduced_model
 from colrow.errors import PlanError
@@ -146,7 +145,7 @@ def _with_draws(task: Task, reference: Reference, plan: Plan) -> tuple[Task, Ref
     """Both with dropout on, where it is known which part of the unsharded model's draws each rank needs."""
     if not (reference.dropout_off or reference.drew):
         return task, reference
-    found = random_draws(PlannedStep(task.model, plan, task.tp, 1, 1, task.inputs, task.loss))
+    found = random_draws(task.model, plan, task.tp, 1, 1, inputs=task.inputs, loss=task.loss)
     if found.unknown:
         return task, reference
     task = replace(task, draws=found.modules)
