@@ -12,6 +12,7 @@ from colrow.config import RunConfig, parse_config
 from colrow.data.prepare import prepare
 from colrow.models.build import Source, build_source
 from colrow.plans.plan import Plan
+from colrow.run.loop import Watchers
 from colrow.run.preflight import choose_plan
 from colrow.run.progress import TrainingProgress
 from colrow.run.rank import train_run
@@ -82,8 +83,7 @@ def train(device: str, config: RunConfig, stop_after: int | None = None) -> tupl
         data,
         mesh,
         here,
-        progress,
+        Watchers(progress, stop),
         command="colrow train tiny.yaml",
-        stop_requested=stop,
     )
     return outcome.step, outcome.stopped, text.getvalue()

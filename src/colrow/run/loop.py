@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -88,31 +88,37 @@ class DeviceTimestamp:
         return max(earlier._event.elapsed_time(self._event) / 1e3, 1e-9)
 
 
+@dataclass(frozen=True)
+class Watchers:
+    """Who looks at a run on this rank, and who asks it to stop.
+
+    Attributes:
+        progress: prints lines, on the first rank.
+        stop_requested: called once a step on each rank; when any rank returns True, all stop.
+        heartbeat: gets what this rank does, for those who watch whether it hangs.
+        forecast: what the run should see, on the rank that prints.
+    """
+
+    progress: TrainingProgress
+    stop_requested: Callable[[], bool] = lambda: False
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    forecast: Forecast | None = None
+
+
 class Loop:
     """Runs a `Training` from where it stands to the last step.
 
     On GPUs the results of a step are read while the next one runs, so that the host never waits for the device; on
     CPUs they are read at once. All ranks read the same sums, so all decide alike: to stop, or that the run diverged.
 
-    Args:
-        stop_requested: called once a step on each rank; when any rank returns True, all stop.
-        heartbeat: gets what this rank does, for those who watch whether it hangs.
-        forecast: what the run should see, on the rank that prints.
     """
 
     def __init__(
-        self,
-        config: RunConfig,
-        training: Training,
-        data: PreparedData,
-        checkpoints: Checkpoints,
-        progress: TrainingProgress,
-        stop_requested: Callable[[], bool] = lambda: False,
-        heartbeat: Heartbeat | None = None,
-        forecast: Forecast | None = None,
+        self, config: RunConfig, training: Training, data: PreparedData, checkpoints: Checkpoints, watchers: Watchers
     ) -> None:
-        self._config, self._training, self._checkpoints, self._progress = config, training, checkpoints, progress
-        self._data, self._stop_requested, self._heartbeat = data, stop_requested, heartbeat or Heartbeat()
+        self._config, self._training, self._checkpoints, self._data = config, training, checkpoints, data
+        self._progress, self._heartbeat = watchers.progress, watchers.heartbeat
+        self._stop_requested = watchers.stop_requested
         axes, self._device = MeshAxes(training.mesh), training.device
         self._loss_weight = axes.loss_weight
         order = BatchOrder(data.train.windows(config.data.seq_len), config.train.global_batch, config.run.seed)
@@ -121,12 +127,12 @@ class Loop:
         self._evaluation = Evaluation(config, data, axes.data_rank, self._loss_weight, self._device)
         self._same_batch_groups = axes.same_batch_groups()
         if training.step.corruption:
-            training.step.corruption.report_to(progress.say)
+            training.step.corruption.report_to(self._progress.say)
         self._lag = 1 if self._device.type == "cuda" else 0  # steps whose results are not read yet
         self._pending: list[_Pending] = []
         self._last: Record | None = None
         self._step_end = DeviceTimestamp(self._device)
-        self._pace = Pace(config, steps_until_known(training), forecast, progress.say)
+        self._pace = Pace(config, steps_until_known(training), watchers.forecast, self._progress.say)
 
     def run(self, at: ResumePoint, metrics: Metrics | None) -> Outcome:
         """Train from `at` to the last step, a signal, or an error. Collective.

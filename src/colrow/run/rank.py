@@ -19,10 +19,10 @@ from colrow.plans.patterns import with_stars
 from colrow.plans.plan import Plan
 from colrow.run import plan_check, preflight, startup
 from colrow.run.finish import finish
-from colrow.run.forecast_line import Forecast, gpus_here, kept_forecast
+from colrow.run.forecast_line import gpus_here, kept_forecast
 from colrow.run.hang_guard import RankGuard
 from colrow.run.heartbeat import Heartbeat
-from colrow.run.loop import Loop, Outcome
+from colrow.run.loop import Loop, Outcome, Watchers
 from colrow.run.outputs import output_lines, will_export
 from colrow.run.process_group import RankInfo, join_store, process_group
 from colrow.run.progress import TrainingProgress, labelled
@@ -81,19 +81,8 @@ def run_rank(
         startup.mark("data")
         mesh, device = stack.enter_context(process_group(config, info, store))
         startup.mark("process group")
-        return train_run(
-            config,
-            checked.source,
-            checked.plan,
-            data,
-            mesh,
-            device,
-            progress,
-            command=command,
-            stop_requested=stop_requested,
-            heartbeat=heartbeat,
-            forecast=forecast,
-        )
+        watchers = Watchers(progress, stop_requested, heartbeat, forecast)
+        return train_run(config, checked.source, checked.plan, data, mesh, device, watchers, command=command)
 
 
 def _lines_without_launcher(config: RunConfig, checked: preflight.Checked) -> list[str]:
@@ -110,18 +99,15 @@ def train_run(
     data: PreparedData,
     mesh: DeviceMesh,
     device: torch.device,
-    progress: TrainingProgress,
+    watchers: Watchers,
     *,
     command: str = "",
-    stop_requested: Callable[[], bool] = lambda: False,
-    heartbeat: Heartbeat | None = None,
-    forecast: Forecast | None = None,
 ) -> Outcome:
     """Set up, continue from the newest checkpoint, train, and finish. The first rank writes metrics and files.
 
     Collective over the mesh, which spans the default group. For `source` and `plan` see `set_up`.
     """
-    first, heartbeat = dist.get_rank() == 0, heartbeat or Heartbeat()
+    first, progress = dist.get_rank() == 0, watchers.progress
     exports = first and will_export(config, source)  # of the unsharded model
     with ExitStack() as stack:
         stack.enter_context(naming_a_full_disk(config.run.dir))
@@ -147,7 +133,7 @@ def train_run(
             progress.say(line)
         if at.step:
             progress.say(f"continues  {at.line(config, data)}")
-        loop = Loop(config, training, data, checkpoints, progress, stop_requested, heartbeat, forecast)
+        loop = Loop(config, training, data, checkpoints, watchers)
         stack.callback(loop.close)
         metrics = stack.enter_context(Metrics(config, at.step)) if first else None
         outcome = loop.run(at, metrics)
@@ -156,7 +142,7 @@ def train_run(
             progress.say(f"stopped    after step {outcome.step} of {config.train.steps}; the state is saved")
             progress.say(f"continue   {command}")
         else:
-            with heartbeat.during("export"):
+            with watchers.heartbeat.during("export"):
                 finish(config, training, data.tokenizer, outcome, progress)
         return outcome
 
