@@ -36,6 +36,11 @@ def test_a_missing_name_says_what_it_was_for() -> None:
         tc.private("torch.gone:name", "for a test")
 
 
+def test_tensors_are_found_in_a_tree() -> None:
+    x, y = torch.ones(1), torch.ones(2)
+    assert [id(found) for found in tc.tensors_in(({"a": x}, [1, y], None))] == [id(x), id(y)]
+
+
 def test_foreach_changes_a_list_of_tensors() -> None:
     tensors = [torch.ones(2), torch.ones(3)]
     tc.foreach("mul_", tensors, 2.0)

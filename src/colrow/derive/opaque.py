@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from colrow.derive.failure import TraceError
 from colrow.dryrun.calls import Inputs, call_model
 from colrow.plans.patterns import with_stars
-from colrow.torch_compat import tree_flatten, tree_leaves, tree_unflatten
+from colrow.torch_compat import tensors_in, tree_flatten, tree_unflatten
 
 LIBRARY = torch.library.Library("colrow_plan", "FRAGMENT")
 LIBRARY.define("opaque(Tensor[] xs, Tensor[] params, SymInt[] shape, ScalarType dtype) -> Tensor")
@@ -79,7 +79,7 @@ NOTHING_OPAQUE = OpaqueModules({}, {})
 
 def _forward_of(module: nn.Module, result: Result | None) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        xs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        xs = tensors_in((args, kwargs))
         params = list(module.parameters())
         seen = result or Result(((tuple(xs[0].shape), xs[0].dtype),), tree_flatten(0)[1])
         made = [

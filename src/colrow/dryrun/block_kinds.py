@@ -31,7 +31,7 @@ from colrow.models.blocks import block_stacks
 from colrow.plans.patterns import with_stars
 from colrow.sharding.parameter_state import state_of
 from colrow.styles.base import Style
-from colrow.torch_compat import TorchDispatchMode, fake_tensors, tree_leaves
+from colrow.torch_compat import TorchDispatchMode, fake_tensors, tensors_in, tree_leaves
 
 _KNOWN_CODE = ("colrow.models.", "torch.")
 _LAYER_NUMBERS = ("idx", "index", "layer_id", "layer_number")  # attributes that differ between equal blocks
@@ -102,7 +102,7 @@ class _Recorder(TorchDispatchMode):
 
         def leave(_: nn.Module, args: Any, out: Any) -> None:
             self._inside.pop()
-            self._results |= {id(x): (x, len(self.calls)) for x in tree_leaves(out) if isinstance(x, Tensor)}
+            self._results |= {id(x): (x, len(self.calls)) for x in tensors_in(out)}
 
         block.register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
         block.register_forward_hook(leave)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from colrow.torch_compat import current_autograd_node, tree_leaves
+from colrow.torch_compat import current_autograd_node, tensors_in, tree_leaves
 
 LOSS = "loss"
 _KEY = "colrow_module"
@@ -64,7 +64,7 @@ class ModuleTracker:
 
 def _label_nodes(values: Any, name: str) -> None:
     """Label every autograd node behind `values` that has no module yet."""
-    todo = [leaf.grad_fn for leaf in _tensors(values) if leaf.grad_fn is not None]
+    todo = [leaf.grad_fn for leaf in tensors_of(values) if leaf.grad_fn is not None]
     while todo:
         node = todo.pop()
         metadata: Any = node.metadata
@@ -74,6 +74,6 @@ def _label_nodes(values: Any, name: str) -> None:
         todo += [before for before, _ in node.next_functions if before is not None]
 
 
-def _tensors(values: Any) -> list[Tensor]:
-    leaves = (tree_leaves(leaf.to_tuple() if hasattr(leaf, "to_tuple") else leaf) for leaf in tree_leaves(values))
-    return [leaf for group in leaves for leaf in group if isinstance(leaf, Tensor)]
+def tensors_of(values: Any) -> list[Tensor]:
+    """The tensors that a module gets or returns, those in an output object of transformers too."""
+    return tensors_in([leaf.to_tuple() if hasattr(leaf, "to_tuple") else leaf for leaf in tree_leaves(values)])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from colrow.dryrun.module_tracker import LOSS
+from colrow.dryrun.module_tracker import LOSS, tensors_of
 from colrow.sharding.local_call import TensorShape
 from colrow.sharding.local_layout import REPLICATED, Layout
 from colrow.sharding.operators import Identity, operator, operator_name
@@ -34,8 +34,8 @@ from colrow.torch_compat import (
     is_transformed,
     local_shard,
     path_in_torch,
+    tensors_in,
     tree_flatten,
-    tree_leaves,
     written_numbers,
 )
 
@@ -225,7 +225,7 @@ class NumberedRun(TorchDispatchMode):
         self.inside += 1  # an operator on a DTensor is one: what DTensor does for it is its own affair
         try:
             out = func(*args, **kwargs)
-            operation.results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+            operation.results = tensors_in(out)
             if operation.results and operation.keeps_value:
                 self.call_site()
                 self.set_value(operation.results[0], *operation.values[0])
@@ -258,8 +258,7 @@ class NumberedRun(TorchDispatchMode):
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    groups = (tree_leaves(leaf.to_tuple() if hasattr(leaf, "to_tuple") else leaf) for leaf in tree_leaves(tree))
-    return [leaf for group in groups for leaf in group if isinstance(leaf, Tensor) and not is_transformed(leaf)]
+    return [tensor for tensor in tensors_of(tree) if not is_transformed(tensor)]
 
 
 def shape_of(leaf: Any) -> Any:

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from colrow.dryrun.module_tracker import ModuleTracker
-from colrow.torch_compat import frames, is_transformed, path_in_torch, tree_leaves
+from colrow.torch_compat import frames, is_transformed, path_in_torch, tensors_in
 
 _RESHAPE = {Tensor.view: "view", Tensor.reshape: "reshape", torch.reshape: "reshape", Tensor.unflatten: "unflatten",
             torch.unflatten: "unflatten"}  # fmt: skip
@@ -89,7 +89,7 @@ class CallRecorder(TorchFunctionMode):
         if is_transformed(source):  # its shapes lack the mapped dims; `lockstep` sees the operators themselves
             return
         name = _WATCHED[func]
-        results = tuple(tuple(leaf.shape) for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+        results = tuple(tuple(result.shape) for result in tensors_in(out))
         dim = _dim(name, args, kwargs) % max(1, source.ndim)
         keys_and_values = self._keys_and_values(args, kwargs) if func in _ATTENTION else ()
         packed = self._packed(source)

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from colrow.forecasting.work import Work, WorkCounter
 from colrow.sharding.operators import operator_name
-from colrow.torch_compat import CompilableMode, is_async, is_higher_order, tree_leaves
+from colrow.torch_compat import CompilableMode, is_async, is_higher_order, tensors_in
 
 _BLOCK = 512
 """Bytes to which CUDA's allocator rounds each tensor up."""
@@ -146,13 +146,13 @@ class LiveStorages(CompilableMode):
         self._suspended -= 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        leaves = tensors_in((args, kwargs))
         if any(isinstance(leaf, DTensor) or is_async(leaf) for leaf in leaves):
             return NotImplemented  # it comes again, on local tensors
         out = func(*args, **(kwargs or {}))
         if self._suspended or is_higher_order(func):
             return out
-        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        outputs = tensors_in(out)
         pointwise = self.counter.add(func, args, kwargs or {}, leaves, outputs)
         read = [storage for storage in map(self._storages.get, {_key(x) for x in leaves}) if storage is not None]
         if not pointwise:

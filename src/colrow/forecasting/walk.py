@@ -38,7 +38,7 @@ from colrow.parallel.outputs import auxiliary_losses
 from colrow.parallel.parallelize import parallelize, style_on_one_rank
 from colrow.plans.plan import Plan
 from colrow.sharding.layout import full_tensor, local_tensor
-from colrow.torch_compat import fake_tensors, tree_leaves, watched_propagation
+from colrow.torch_compat import fake_tensors, tensors_in, watched_propagation
 
 ROOT, HEAD = "", "head"
 """Units beside the blocks ([Note: FSDP2 units] in `parallel.data_parallel`)."""
@@ -226,7 +226,7 @@ def _cut_at(block: nn.Module, name: str, storages: LiveStorages, order: list[str
 
 
 def _differentiable(values: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.requires_grad)
+    return (leaf for leaf in tensors_in(values) if leaf.requires_grad)
 
 
 def _units(model: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, UnitParameters]:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -20,7 +20,7 @@ from colrow.parallel.random_state import derive_seed
 from colrow.plans.patterns import is_within
 from colrow.sharding.draws import Draw, draw_shard, draws, draws_by_element, may_draw
 from colrow.sharding.local_layout import REPLICATED, Kind
-from colrow.torch_compat import TorchDispatchMode, is_async, is_fake, tree_leaves
+from colrow.torch_compat import TorchDispatchMode, is_async, is_fake, tensors_in
 
 ARRANGED = "_colrow_arranged_draws"
 """Module attribute: its draws are arranged."""
@@ -143,7 +143,7 @@ class _ShardedDraws(TorchDispatchMode):
         resting = _RUNNING.modes[-1:] != [self]
         if resting or not may_draw(func) or not draws_by_element(func) or not draws(func, args, kwargs):
             return func(*args, **kwargs)
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = tensors_in((args, kwargs))
         if any(isinstance(x, DTensor) or is_async(x) for x in tensors):
             return NotImplemented  # it comes again, on local tensors
         if any(x.is_meta or is_fake(x) for x in tensors):

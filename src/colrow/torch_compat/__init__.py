@@ -73,4 +73,5 @@ from colrow.torch_compat.tensors import parameter_hooks as parameter_hooks
 from colrow.torch_compat.tensors import raw_stream as raw_stream
 from colrow.torch_compat.tensors import scaled_product as scaled_product
 from colrow.torch_compat.tensors import symmetric_memory as symmetric_memory
+from colrow.torch_compat.tensors import tensors_in as tensors_in
 from colrow.torch_compat.tensors import version as version

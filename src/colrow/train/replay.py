@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from colrow.errors import ColrowError, first_line
 from colrow.mesh import MeshAxes
 from colrow.sharding.layout import waited_local
-from colrow.torch_compat import FsdpUnit, fsdp_units, tree_leaves
+from colrow.torch_compat import FsdpUnit, fsdp_units, tensors_in
 from colrow.train.buffers import BufferSnapshot
 from colrow.train.fingerprint import fingerprints
 from colrow.train.operator_trace import OperatorTrace, first_nondeterministic
@@ -196,8 +196,7 @@ class StepReplay:
 
     def _record_output(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         if self._trace is not None:
-            leaves = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
-            for x in leaves:
+            for x in tensors_in(output):
                 self._record(Phase.FORWARD, {name: x})
 
     def _record_unreduced(self, unit: FsdpUnit) -> None:
