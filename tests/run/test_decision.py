@@ -204,6 +204,7 @@ def test_what_a_derivation_has_proved_is_not_proved_again(monkeypatch: pytest.Mo
     assert not decided(gpt(), gpt_plan(), judgement=Judgement(None, Findings())).accepted
 
 
+@pytest.mark.exhaustive  # that such a model is no own one is asserted above; that a wrong one is refused, too
 def test_tokens_that_a_hook_mixes_in_a_model_of_the_projects_own_are_seen() -> None:
     model = llama()
     model.layers[0].register_forward_hook(lambda module, args, out: out.roll(1, dims=1))  # type: ignore[union-attr,index]
