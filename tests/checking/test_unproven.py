@@ -28,7 +28,7 @@ from helpers.broken_plans import gpt_plan, llama
 from helpers.families import FAMILIES, transformers_model
 from helpers.harness import Ranks
 from helpers.sound_plans import SOUND
-from helpers.unproven_models import Case, LoggedMLP
+from helpers.unproven_models import Case, LoggedMLP, features
 from helpers.unproven_plans import OLD_TORCH, RIGHT, WRONG
 from helpers.variants import params
 
@@ -158,7 +158,7 @@ def test_a_finding_names_the_operator_the_dim_and_the_line() -> None:
     ids=["item", "nested"],
 )
 def test_code_that_needs_values_is_told_what_helps(function: Callable[[Tensor], Tensor], fix: str) -> None:
-    found = found_by(unproven_plans.features(function))
+    found = found_by(features(function))
     assert not any(f.severity == "error" for f in found)
     assert [fix in f.fix for f in found if f.code == "CR410"] == [True]
 
@@ -185,7 +185,7 @@ def test_blocks_of_a_shard_are_left_to_verify(weigh: Callable[[int], int]) -> No
     def in_blocks(h: Tensor) -> Tensor:
         return torch.cat([F.normalize(t, dim=-1) * weigh(i) for i, t in enumerate(h.split(8, -1))], -1)
 
-    assert {f.code for f in found_by(unproven_plans.features(in_blocks))} == {"CR414"}
+    assert {f.code for f in found_by(features(in_blocks))} == {"CR414"}
 
 
 class _Keeping(nn.Module):
@@ -201,7 +201,7 @@ class _Keeping(nn.Module):
 
 
 def test_what_is_kept_for_the_next_forward_is_unproven() -> None:
-    case = unproven_plans.features(_Keeping())
+    case = features(_Keeping())
     assert {f.operator for f in unproven_operators(PlannedStep(case.model(), gpt_plan(), 2, 4, 16))} == {
         "linalg_vector_norm"
     }
