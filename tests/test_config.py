@@ -64,6 +64,7 @@ FAULTS = [
     (["--train.betas", "0.9", "x"], {"train": {"betas": [0.9, "x"]}}, "train.betas.1: Input should be a valid number"),
     (["--check", "maybe"], {"check": "maybe"}, "check: Input should be a valid boolean"),
     (["--device", "tpu"], {"device": "tpu"}, "device: Input should be 'auto', 'cpu' or 'cuda'"),
+    (["--train.cuda_graph", "maybe"], {"train": {"cuda_graph": "maybe"}}, "train.cuda_graph: Input should be true, "),
     (["--train.steps", "null"], {"train": {"steps": None}}, "train.steps: Input should be a valid integer"),
 ]
 
@@ -122,6 +123,12 @@ def test_flags_are_read_as_the_file_is(tmp_path: Path) -> None:
         Path("2026"), False, True, None,
     )  # fmt: skip
     assert (config.train.betas, config.loss, config.sample.prompt) == ((0.8, 0.99), None, "def f(x): # none")
+
+
+def test_a_word_that_yaml_reads_as_false_is_a_choice_too(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(GOOD) + "forecast: off\n")
+    assert load_config(file).forecast == load_config(file, read_flags(["--forecast", "off"])).forecast == "off"
 
 
 def test_every_mistake_is_reported_at_once() -> None:

@@ -31,7 +31,10 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         (b"a: " + b"9" * 5000, "holds a number of 5,000 digits"),
         (b"[1, 2]: 3\n", "is not YAML|a key is a"),
         (b"a: !!python/object/apply:os.system [ls]\n", "is not YAML"),
-        (b"a" * (17 << 20), "larger than 16 MiB"),
+        (b"a: !!int ''\n", "a value is none of its tag"),
+        (b"a: !!bool maybe\n", "a value is none of its tag"),
+        (b"a: !!timestamp x\n", "a value is none of its tag"),
+        (b"a" * (1 << 19), "larger than 256 KiB"),
     ],
     ids=lambda value: repr(value[:20]),
 )

@@ -19,6 +19,7 @@ from colrow.config_sections import (
     DeriveSection,
     EvalSection,
     ExportSection,
+    ForecastMode,
     FsdpSection,
     LogSection,
     ModelSection,
@@ -31,6 +32,9 @@ from colrow.config_sections import (
 from colrow.errors import ConfigError, did_you_mean
 from colrow.mesh import Mesh, divisors
 from colrow.yaml_text import read_text, read_yaml
+
+_MOST_BYTES = 1 << 18
+"""Of a config: PyYAML reads 1 MiB in a second or more."""
 
 AUTO = "auto"
 AUTO_KEYS = ("mesh", "train.micro_batch")
@@ -56,7 +60,7 @@ class RunConfig(Section):
     verify: Literal["auto", "always", "never"] = "auto"
     """Verify the plan on a reduced model before the ranks start, and start only if it is proved; auto: where the check
     leaves something unproven, or the model is not one of colrow's own."""
-    forecast: Literal["off", "warn", "stop"] = "stop"
+    forecast: ForecastMode = "stop"
     """On GPUs, print what a step will take and cost before the ranks start, and after twenty steps how far off that
     was; where a rank cannot fit, warn or stop."""
     train: TrainSection
@@ -161,7 +165,7 @@ def load_config(path: Path | str, overrides: dict[str, Any] | None = None, *, au
         ConfigError: the file cannot be read, is not YAML, or holds an unknown key or an impossible value.
     """
     path = Path(path)
-    tree = read_yaml(read_text(path, "config", ConfigError), f"config {path}", ConfigError)
+    tree = read_yaml(read_text(path, "config", ConfigError, _MOST_BYTES), f"config {path}", ConfigError)
     if not isinstance(tree, dict):
         raise ConfigError(f"config {path} holds no mapping: it needs the keys run, model, data, train")
     for dotted, value in (overrides or {}).items():

@@ -5,7 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, PositiveFloat, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 # torch, numpy and the files of a run hold 64 bits
 NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
@@ -26,6 +37,22 @@ def _path(value: Any) -> Any:
 
 
 GivenPath = Annotated[Path, BeforeValidator(_path)]
+
+
+def _off(value: Any) -> Any:
+    """YAML reads the word `off` as false."""
+    return "off" if value is False else value
+
+
+def _or_auto(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """One error of a union, under its key, where pydantic has one for each of the union's types."""
+    try:
+        return validate(value)
+    except ValidationError:
+        raise ValueError("Input should be true, false or auto") from None
+
+
+ForecastMode = Annotated[Literal["off", "warn", "stop"], BeforeValidator(_off)]
 
 
 class Section(BaseModel):
@@ -151,7 +178,7 @@ class TrainSection(Section):
     """Compile each block with torch.compile; unless given, on GPUs only."""
     fused_kernels: bool = True
     """Compiled blocks on GPUs use colrow's kernels where these move less memory than the compiler's: SwiGLU."""
-    cuda_graph: bool | Literal["auto"] = False
+    cuda_graph: Annotated[bool | Literal["auto"], WrapValidator(_or_auto)] = False
     """Replay steps as CUDA graphs, with tp alone; `auto`: if the GPU waits for the CPU in the fourth step."""
     activation_checkpoint: Literal["none", "selective", "full"] = "none"
     """What backward recomputes instead of keeping: selective: cheap operations and half the matmuls; full: all."""

@@ -18,23 +18,23 @@ _MOST_NODES = 1_000_000
 """The most nodes of a tree after aliases are expanded: the plan of a model with 100,000 modules has 600,000."""
 
 
-def read_text(path: Path, kind: str, error: type[ColrowError]) -> str:
+def read_text(path: Path, kind: str, error: type[ColrowError], most_bytes: int = _MOST_BYTES) -> str:
     """The text of a file.
 
     Raises:
-        error: the file cannot be read, is larger than 16 MiB, or is not UTF-8.
+        error: the file cannot be read, is larger than `most_bytes`, or is not UTF-8.
     """
     if path.is_fifo():
         raise error(f"{kind} {path} is a pipe, and each rank reads it again: write it into a file")
     try:
         with path.open("rb") as file:
-            data = file.read(_MOST_BYTES + 1)
+            data = file.read(most_bytes + 1)
     except OSError as reason:
         raise error(f"cannot read {kind} {path}: {reason.strerror}") from reason
     except ValueError as reason:  # a NUL in its name
         raise error(f"cannot read {kind} {str(path)!r}: {reason}") from reason
-    if len(data) > _MOST_BYTES:
-        raise error(f"{kind} {path} is larger than {_MOST_BYTES >> 20} MiB: give a {kind} in YAML")
+    if len(data) > most_bytes:
+        raise error(f"{kind} {path} is larger than {most_bytes >> 10:,} KiB: give a {kind} in YAML")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as reason:
@@ -42,9 +42,9 @@ def read_text(path: Path, kind: str, error: type[ColrowError]) -> str:
 
 
 def refuse_pipe(path: Path, error: type[ColrowError]) -> None:
-    """Raise `error` for a pipe: reading one waits for a writer, perhaps forever."""
-    if path.is_fifo():
-        raise error(f"{path} is a pipe: give a file")
+    """Raise `error` for a pipe, which waits for a writer, and for a device such as /dev/zero: neither may ever end."""
+    if path.is_fifo() or path.is_char_device() or path.is_block_device():
+        raise error(f"{path} is a {'pipe' if path.is_fifo() else 'device'}: give a file")
 
 
 def read_yaml(text: str, source: str, error: type[ColrowError]) -> Any:
@@ -72,6 +72,10 @@ def read_yaml(text: str, source: str, error: type[ColrowError]) -> Any:
         raise error(f"{source}: {reason}") from reason
     except (yaml.YAMLError, ValueError, TypeError) as reason:  # ValueError: a date such as 2026-02-31
         raise error(f"{source} is not YAML: {_one_line(reason)}") from reason
+    except (LookupError, AttributeError) as reason:  # PyYAML's own, of `!!bool maybe`, `!!int ""`, `!!timestamp x`
+        raise error(
+            f"{source} is not YAML: a value is none of its tag (!!int and the like): leave tags out"
+        ) from reason
 
 
 def _bracket_depth(text: str) -> int:

@@ -294,11 +294,22 @@ def test_unusable_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="a link that leads nowhere: fetch the folder again"):
         load_weights(model, tmp_path)
     (tmp_path / SINGLE).unlink()
+    outside = tmp_path.parent / "other.safetensors"
+    outside.write_bytes(b"x")
+    (tmp_path / SINGLE).symlink_to(outside)
+    with pytest.raises(CheckpointError, match="is a link out of its folder, to "):
+        load_weights(model, tmp_path)
+    (tmp_path / SINGLE).unlink()
+    (tmp_path / "part").symlink_to(outside)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "part"}}))
+    with pytest.raises(CheckpointError, match="part is a link out of its folder, to "):
+        load_weights(model, tmp_path)
+    (tmp_path / "part").unlink()
     (tmp_path / INDEX).write_text("{}")
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_weights(model, tmp_path)
-    for outside in ("../other.safetensors", "/etc/passwd", "..\\other", "C:other", "a/../../b", ""):
-        (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": outside}}))
+    for path in ("../other.safetensors", "/etc/passwd", "..\\other", "C:other", "a/../../b", ""):
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": path}}))
         with pytest.raises(CheckpointError, match="outside its folder: fetch the folder again"):
             load_weights(model, tmp_path)
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))

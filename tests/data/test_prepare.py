@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -212,7 +213,7 @@ def read_only(path, text):
 # --- several processes; these import no torch
 
 PREPARE = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from colrow.data import prepare as room
@@ -221,6 +222,8 @@ from colrow.data.corpus import FileCorpus
 
 class Slow(FileCorpus):
     def _read(self):
+        while os.path.exists(sys.argv[1] + ".wait"):
+            time.sleep(0.01)
         for i, text in enumerate(super()._read()):
             time.sleep(PAUSE)
             yield text
@@ -237,25 +240,31 @@ if __name__ == "__main__":
 """
 
 
-def start(tmp_path, texts, pause=0.0, workers=1):
+def start(tmp_path, texts, pause=0.0, workers=1, stderr=subprocess.PIPE):
     script = tmp_path / f"prepare_{pause}_{workers}.py"
     script.write_text(PREPARE.replace("PAUSE", str(pause)).replace("WORKERS", str(workers)))
     return subprocess.Popen(
         [sys.executable, str(script), str(texts), str(tmp_path / "cache")],
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         env={"PYTHONPATH": os.pathsep.join(sys.path)},
     )
 
 
 def test_of_several_processes_one_makes_the_data_and_the_others_wait(tmp_path, texts):
-    processes = [start(tmp_path, texts, pause=0.01) for _ in range(3)]
-    reported = [process.communicate(timeout=180) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], reported
-    assert sorted(out.split()[0] for out, _ in reported) == ["built", "found", "found"]
-    assert len({out.partition(" ")[2] for out, _ in reported}) == 1
-    assert any("waiting for another process" in err for out, err in reported if out.startswith("found"))
+    gate, logs = Path(f"{texts}.wait"), [tmp_path / f"{i}.log" for i in range(3)]
+    gate.touch()  # the one that makes them reads nothing until both others wait, however late they start
+    processes = []
+    for log in logs:
+        with log.open("w") as file:
+            processes.append(start(tmp_path, texts, stderr=file))
+    wait_for(lambda: sum("waiting for another process" in log.read_text() for log in logs) == 2, seconds=120)
+    gate.unlink()
+    reported = [process.communicate(timeout=180)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], [log.read_text() for log in logs]
+    assert sorted(out.split()[0] for out in reported) == ["built", "found", "found"]
+    assert len({out.partition(" ")[2] for out in reported}) == 1
     assert not list((tmp_path / "cache").glob("*.partial-*"))
 
 
@@ -340,7 +349,7 @@ def test_too_great_a_validation_split_is_named(section, texts):
 
 def test_one_short_document_cannot_be_split(section, tmp_path):
     (tmp_path / "a.txt").write_text("short text " * 100)
-    with pytest.raises(DataError, match=r"use more text, or a shorter data\.seq_len; a document is held out as a unit"):
+    with pytest.raises(DataError, match=r"33\): use more text; a document is held out as a unit"):
         prepare(section(f"{tmp_path}/a.txt", validation_fraction=1e-9), VOCAB, False)
 
 

@@ -245,3 +245,9 @@ def test_the_option_decides_and_a_line_says_what_was_done(tmp_path, section, cap
 def test_a_corpus_without_special_tokens_says_nothing(corpus, section, texts, capsys):
     prepare(section(f"{texts}/*.txt"), 300, progress=True)
     assert "special tokens" not in capsys.readouterr().err
+
+
+def test_a_device_is_not_read(tmp_path):
+    (tmp_path / "tokenizer.json").symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=r"tokenizer\.json is a device: give a file"):
+        load_tokenizer(tmp_path)

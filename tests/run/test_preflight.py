@@ -120,6 +120,9 @@ def test_a_huggingface_folder_brings_its_tokenizer(config: Callable[..., RunConf
     (folder / "config.json").write_text(json.dumps(config_to_huggingface(shape("laptop"), torch.float32)))
     plain = config(model={"huggingface": str(folder), "implementation": "colrow"})
     assert preflight.resolve(plain) == plain
+    (folder / "tokenizer.model").write_text("")  # refused where it is read: no other tokenizer is trained
+    assert preflight.resolve(plain).data.tokenizer.path == folder
+    (folder / "tokenizer.model").unlink()
     (folder / "tokenizer.json").write_text("{}")
     assert preflight.resolve(plain).data.tokenizer.path == folder
     own = config(**{"data.tokenizer": {"vocab_size": 300}, "model.implementation": "colrow"})

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from colrow.checkpoint.huggingface import stored_dtype
+from colrow.checkpoint.stored_files import stays_inside
 from colrow.data.tokenizer import Tokenizer, load_tokenizer
 from colrow.errors import DataError
 from colrow.models.huggingface import json_mapping
@@ -89,7 +90,7 @@ class Carried:
             if folder is not None
             for pattern in patterns
             for file in sorted(folder.glob(pattern))
-            if file.is_file() and _stays(file, folder)
+            if file.is_file() and stays_inside(file, folder)
         }
 
     def copy_to(self, folder: Path) -> None:
@@ -112,9 +113,3 @@ class Carried:
 def special_token_ids(tree: dict[str, Any]) -> dict[str, Any]:
     """The special tokens' ids in a config.json or generation_config.json."""
     return {key: value for key, value in tree.items() if key.endswith("_token_id") and value is not None}
-
-
-def _stays(file: Path, folder: Path) -> bool:
-    """Whether a link leads to a file of the folder, or of the cache in which Hugging Face keeps files by their hash."""
-    target = file.resolve()
-    return target.is_relative_to(folder.resolve()) or target.parent == (folder.resolve().parent.parent / "blobs")

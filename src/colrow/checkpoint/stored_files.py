@@ -31,18 +31,21 @@ def files_in(folder: Path) -> dict[str, Path]:
 
     Raises:
         CheckpointError: no safetensors, an index that is damaged or names files that are not there or elsewhere, or
-            files beside those that it names, of which nobody can say which are meant.
+            files beside those that it names, of which nobody can say which are meant; or a link out of the folder.
     """
     index, single = folder / INDEX, folder / SINGLE
     for path in (index, single):
         if path.is_symlink() and not path.exists():
             raise CheckpointError(f"{path} is a link that leads nowhere: fetch the folder again")
+        _require_inside(path, folder)
     if index.exists():
         files = {name: folder / file for name, file in _read_index(index).items()}
         named = {file.name for file in files.values()}
         lost = sorted(name for name in named if not (folder / name).exists())
         if lost:
             raise CheckpointError(f"{folder} lacks {first_few(lost)}, which its index names: fetch the folder again")
+        for file in sorted(set(files.values())):
+            _require_inside(file, folder)
         # Left over from another download or save: transformers would read the index, other tools the single file.
         extra = sorted(p.name for p in folder.iterdir() if p.name == SINGLE or _SHARD.fullmatch(p.name))
         if left := [name for name in extra if name not in named]:
@@ -66,12 +69,25 @@ def _read_index(index: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} cannot be read: {as_text(error)}: fetch the folder again") from error
     for file in sorted(set(names.values())):
-        if not _stays_inside(file):
+        if not _names_inside(file):
             raise CheckpointError(f"{index} names the file {file[:80]!r} outside its folder: fetch the folder again")
     return names
 
 
-def _stays_inside(name: str) -> bool:
+def stays_inside(file: Path, folder: Path) -> bool:
+    """Whether a link leads to a file of the folder, or of the cache in which Hugging Face keeps files by their hash."""
+    target = file.resolve()
+    return target.is_relative_to(folder.resolve()) or target.parent == (folder.resolve().parent.parent / "blobs")
+
+
+def _require_inside(file: Path, folder: Path) -> None:
+    if not stays_inside(file, folder):
+        raise CheckpointError(
+            f"{file} is a link out of its folder, to {file.resolve()}: copy the file, or give the folder that holds it"
+        )
+
+
+def _names_inside(name: str) -> bool:
     """Whether a file's name, as an index gives it, names a file inside the index's folder."""
     path = PurePosixPath(name.replace("\\", "/"))
     if not 0 < len(name) < 256 or "\0" in name:

@@ -10,6 +10,7 @@ import sysconfig
 import tokenize
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:  # config imports torch, which worker processes do without
 _READER = "1"
 """To be raised when the same files are read as other documents: caches of the old ones are then not used."""
 _COMMON_SUFFIXES = {".txt", ".md", ".rst", ".py", ".jsonl", ".ndjson", ".parquet"}
+_LOOKED_AT = 5_000
+"""Files of a folder whose suffixes make an advice."""
 _MIN_SECTION_CHARS = 1 << 12
 _MAX_SECTION_CHARS = 1 << 20
 _SECTIONS = 256
@@ -170,7 +173,8 @@ def _refuse_looped_links(pattern: str) -> None:
 def _no_file(corpus: str, pattern: str) -> DataError:
     folder = Path(pattern)
     if folder.is_dir():
-        suffixes = Counter(path.suffix for path in folder.rglob("*") if suffix_of(path) in _COMMON_SUFFIXES)
+        names = islice(folder.rglob("*"), _LOOKED_AT)  # of a home folder all take a minute
+        suffixes = Counter(path.suffix for path in names if suffix_of(path) in _COMMON_SUFFIXES)
         suffix = suffixes.most_common(1)[0][0] if suffixes else ".txt"
         return DataError(
             f"corpus {corpus!r} is a folder: name its files by a glob, such as {Path(corpus, '**', '*')}{suffix}"

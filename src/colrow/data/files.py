@@ -192,8 +192,9 @@ def _read_parquet(path: Path, text_key: str) -> Iterator[str]:
                         number += 1
                         yield require_text(value, f"{path} row {number}, key {text_key!r},")
     except (pa.ArrowException, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())  # of several lines
         raise DataError(
-            f"{path} is not a complete Parquet file (read {number} rows): {error}: fetch it again"
+            f"{path} is not a complete Parquet file (read {number} rows): {reason}: fetch it again"
         ) from error
 
 

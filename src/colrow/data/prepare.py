@@ -315,7 +315,8 @@ def _hold_out_more(meta: ShardMeta, need: int) -> str:
     fraction = math.ceil(1000 * _likely_share(meta, need)) / 1000
     if fraction <= 0.5:
         return f"set data.validation_fraction to {fraction:g} or more, or use more text"
-    return "use more text, or a shorter data.seq_len; a document is held out as a unit or not at all"
+    fix = f", or data.seq_len of {held_out - 1:,} or less" if (held_out := meta.tokens["validation"]) > 1 else ""
+    return f"use more text{fix}; a document is held out as a unit or not at all"
 
 
 def _likely_share(meta: ShardMeta, need: int) -> float:

@@ -210,6 +210,11 @@ def load_tokenizer(path: Path | str, special: bool = False) -> Tokenizer:
     return Tokenizer(backend, _find_eos(backend, file, settings), settings, special)
 
 
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder brings a tokenizer, one that cannot be read too: trained weights fit no other one."""
+    return folder.is_dir() and any(file.name == "tokenizer.json" or _is_slow(file.name) for file in folder.iterdir())
+
+
 def _no_tokenizer(path: Path) -> DataError:
     if not path.is_dir():
         return DataError(

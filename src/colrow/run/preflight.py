@@ -15,7 +15,7 @@ from colrow.checkpoint.manifest import read_manifest
 from colrow.checkpoint.state import model_tensors, require_storable
 from colrow.config import RunConfig
 from colrow.data.encode import usable_cores
-from colrow.data.tokenizer import Tokenizer
+from colrow.data.tokenizer import Tokenizer, holds_tokenizer
 from colrow.derive.judged import Judgement, derive_judged
 from colrow.errors import ConfigError
 from colrow.models.build import Source, build_source, built, resolve_implementation
@@ -164,7 +164,7 @@ def resolve(config: RunConfig) -> RunConfig:
     if config.model.huggingface is None or tokenizer.path is not None or tokenizer.vocab_size is not None:
         return config
     folder = Path(config.model.huggingface)
-    if not (folder / "tokenizer.json").exists():
+    if not holds_tokenizer(folder):
         return config
     own = tokenizer.model_copy(update={"path": folder})
     return config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": own})})
