@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from colrow.models.llama import Llama
 from colrow.models.shapes import shape
 from colrow.plans.plan import Plan
 from colrow.run import decision, plan_check, preflight
+from colrow.run.outputs import output_lines
 from colrow.run.run_folder import CHECKPOINTS
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -290,6 +292,25 @@ def test_a_checkpoint_of_another_model_or_vocabulary_is_refused(
     saved_by_another(run, 1, tokenizer.digest)
     with pytest.raises(CheckpointError, match="another model"):
         preflight.check_checkpoint(preflight.check(run), tokenizer)
+
+
+def test_damaged_checkpoints_are_named_and_not_trained_over(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    run, folder = config(**{"model.layers": 1, "train.steps": 200}), tmp_path / "run" / CHECKPOINTS
+    saved_by_another(run, 1, "any")
+    shutil.copytree(folder / "step-100", folder / "step-101")
+    (folder / "step-101" / "manifest.json").write_text("{")
+    checked = preflight.check(run)
+    assert checked.newest is not None
+    assert checked.newest.step == 100
+    (line, *_) = output_lines(run, checked.source)
+    assert "step-101 is damaged (" in " ".join(line.split())
+    assert "the run continues from step 100" in " ".join(line.split())
+    shutil.rmtree(folder / "step-100")
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint, and step-101 is damaged .*: set run\.dir to"):
+        preflight.check(run)
+    assert preflight.check(config(**{"run.dir": str(tmp_path / "another")})).newest is None  # as is advised
+    folder.rename(tmp_path / "away")
+    assert preflight.check(run).newest is None
 
 
 def test_a_finished_run_says_so(

@@ -173,8 +173,8 @@ def _refuse_looped_links(pattern: str) -> None:
 def _no_file(corpus: str, pattern: str) -> DataError:
     folder = Path(pattern)
     if folder.is_dir():
-        names = islice(folder.rglob("*"), _LOOKED_AT)  # of a home folder all take a minute
-        suffixes = Counter(path.suffix for path in names if suffix_of(path) in _COMMON_SUFFIXES)
+        some = islice(folder.rglob("*"), _LOOKED_AT)  # of a home folder all take a minute
+        suffixes = Counter(path.suffix for path in some if suffix_of(path) in _COMMON_SUFFIXES)
         suffix = suffixes.most_common(1)[0][0] if suffixes else ".txt"
         return DataError(
             f"corpus {corpus!r} is a folder: name its files by a glob, such as {Path(corpus, '**', '*')}{suffix}"

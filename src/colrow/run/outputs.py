@@ -6,6 +6,7 @@ from __future__ import annotations
 from colrow.checkpoint.carried import Carried
 from colrow.checkpoint.distributed import Checkpoints
 from colrow.checkpoint.export import require_exportable
+from colrow.checkpoint.folder import newest_complete
 from colrow.checkpoint.space import RunSpace, checkpoint_bytes, export_bytes
 from colrow.config import RunConfig
 from colrow.errors import ConfigError, ExportError
@@ -24,7 +25,18 @@ def output_lines(config: RunConfig, source: Source) -> list[str]:
     warning = export_warning(config, source)
     exports = _requested(config, source) and not warning
     needed = space_of(config, source, exports).require_free(config.run.dir)
-    return [*warning, labelled("disk", needed)]
+    return [*_damaged(config), *warning, labelled("disk", needed)]
+
+
+def _damaged(config: RunConfig) -> list[str]:
+    """Checkpoints that are newer than the one that the run continues from."""
+    stored = Checkpoints(config.run.dir / CHECKPOINTS).list()
+    newest = newest_complete(stored)
+    return [
+        labelled("warning", f"{info.path} is damaged ({info.reason}): the run continues from step {newest.step}")
+        for info in stored
+        if newest is not None and info.state == "damaged" and info.step > newest.step
+    ]
 
 
 def will_export(config: RunConfig, source: Source) -> bool:

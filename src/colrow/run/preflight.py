@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from colrow.checkpoint.distributed import Checkpoints
-from colrow.checkpoint.folder import CheckpointInfo
+from colrow.checkpoint.folder import CheckpointInfo, newest_complete
 from colrow.checkpoint.huggingface import require_weights
 from colrow.checkpoint.loading import require_same_model, require_same_vocabulary, signature
 from colrow.checkpoint.manifest import read_manifest
@@ -17,7 +17,7 @@ from colrow.config import RunConfig
 from colrow.data.encode import usable_cores
 from colrow.data.tokenizer import Tokenizer, holds_tokenizer
 from colrow.derive.judged import Judgement, derive_judged
-from colrow.errors import ConfigError
+from colrow.errors import CheckpointError, ConfigError
 from colrow.models.build import Source, build_source, built, resolve_implementation
 from colrow.parallel.pipeline_split import fit_micro_batch
 from colrow.plans.derive_options import DERIVED
@@ -73,7 +73,7 @@ def check(config: RunConfig, local_ranks: int | None = None, plan: Plan | None =
 
 def _checked(config: RunConfig, local_ranks: int | None, plan: Plan | None) -> Checked:
     device = check_alone(config, local_ranks)
-    newest = Checkpoints(config.run.dir / CHECKPOINTS, keep=config.checkpoint.keep).latest()
+    newest = _newest_checkpoint(config)
     changes = changed_keys(config, newest.step if newest else 0)
     source = build_source(config.model, config.run.seed)
     source = replace(source, auxiliary=auxiliary_weights(source, config.train.auxiliary_losses))
@@ -89,6 +89,19 @@ def _checked(config: RunConfig, local_ranks: int | None, plan: Plan | None) -> C
         _check_stages(config, source)
     check_with_plan(config, source, plan)
     return Checked(source, plan, device, changes, newest, judgement)
+
+
+def _newest_checkpoint(config: RunConfig) -> CheckpointInfo | None:
+    """Raises CheckpointError where there are only damaged ones: the run would begin again, and save over them."""
+    stored = Checkpoints(config.run.dir / CHECKPOINTS).list()
+    newest = newest_complete(stored)
+    if newest is None and (damaged := [info for info in stored if info.state == "damaged"]):
+        raise CheckpointError(
+            f"{config.run.dir} has no complete checkpoint, and {damaged[-1].path.name} is damaged "
+            f"({damaged[-1].reason}): set run.dir to another folder, or move {config.run.dir / CHECKPOINTS} away to "
+            "start again"
+        )
+    return newest
 
 
 def _check_stages(config: RunConfig, source: Source) -> None:
