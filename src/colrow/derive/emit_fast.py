@@ -197,8 +197,7 @@ class FastEmitter(Emitter):
             raise SplitError(set(), f"{name} is a {type(self._module(name)).__name__} with a forward of its own")
         self._put(name, style="fast_colwise" if gathered else "fast_column")
         spec = self._shard_spec(name, "weight")
-        if isinstance(spec, dict):
-            self._put(name, **{key: value for key, value in spec.items() if key != "dim"})
+        self._put_segments(name, spec)
         if not gathered:
             self._put(name, **self.overlap)
         if is_transposed(self._module(name)):  # the trace on local shapes runs the module's forward
@@ -208,10 +207,7 @@ class FastEmitter(Emitter):
         if block is not None and block.deferred:
             super()._row(name, dim, in_local, block)
             return
-        spec = self._shard_spec(name, "weight")
-        if isinstance(spec, dict) and {"replicated", "kv"} & spec.keys():
-            raise SplitError(self._atoms(name), f"{name} takes a part of its input unsharded")
-        module = self._module(name)
+        spec, module = self._row_spec(name), self._module(name)
         if not is_linear(module):
             bias = {} if module._parameters.get("bias") is None else {"bias": {"scaled": True}}
             self._put(name, style="fast_block", shards={"weight": spec, **bias}, scatter=[0])

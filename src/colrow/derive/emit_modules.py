@@ -301,16 +301,25 @@ class ModuleEmitter:
             if is_transposed(self._module(name)):  # transformers' Conv1D views its output with its attribute nf
                 even = isinstance(spec, int) or not {"replicated", "kv"} & spec.keys()
                 self.out.attributes[name] = {"nf": "/tp" if even else self.choice.local_size(dim)}
-            if isinstance(spec, dict):
-                self._put(name, **{key: value for key, value in spec.items() if key != "dim"})
+            self._put_segments(name, spec)
+
+    def _put_segments(self, name: str, spec: Any) -> None:
+        """The segments of a fused weight as options; of a weight that is split as one there are none."""
+        if isinstance(spec, dict):
+            self._put(name, **{key: value for key, value in spec.items() if key != "dim"})
+
+    def _row_spec(self, name: str) -> Any:
+        """How the input features of a product are split. Raises SplitError where a rank would use some of them all."""
+        spec = self._shard_spec(name, "weight")
+        if isinstance(spec, dict) and {"replicated", "kv"} & spec.keys():
+            raise SplitError(self._atoms(name), f"{name} takes a part of its input unsharded")
+        return spec
 
     def _row(self, name: str, dim: Dim, in_local: bool, block: SplitBlock | None) -> None:
-        spec = self._shard_spec(name, "weight")
+        spec = self._row_spec(name)
         inner = self.finder.has_inner_sum(name)
         # A deferred block reduces once, at its output: until there the product stays a partial sum.
         deferred = block is not None and block.deferred and not inner
-        if isinstance(spec, dict) and {"replicated", "kv"} & spec.keys():
-            raise SplitError(self._atoms(name), f"{name} takes a part of its input unsharded")
         if isinstance(spec, int) and not deferred and not inner and self._is_linear(name):
             self._put(name, style="rowwise")
             if self.stream is not None:

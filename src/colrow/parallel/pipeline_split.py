@@ -134,20 +134,21 @@ def _check(config: RunConfig, layers: int, working: Callable[..., list[dict[str,
     _check_split(config, layers, working)
     _check_micro_batches(config)
     if pipeline.schedule == "zero_bubble":
+        other = _ONE_STAGE if pipeline.stages_per_rank > 1 else {"pipeline.schedule": "1f1b"}
         if config.train.activation_checkpoint == "selective":
             raise ConfigError(
                 "pipeline.schedule=zero_bubble runs backward in two parts, and what selective checkpointing keeps is "
                 "gone after the first",
                 {"train.activation_checkpoint": "full"},
                 {"train.activation_checkpoint": "none"},
-                _ONE_STAGE if pipeline.stages_per_rank > 1 else {"pipeline.schedule": "1f1b"},
+                other,
             )
         cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
         if cuda if config.train.compile is None else config.train.compile:
             raise ConfigError(
                 "pipeline.schedule=zero_bubble splits backward into two parts, which a compiled backward cannot be",
                 {"train.compile": False},
-                _ONE_STAGE if pipeline.stages_per_rank > 1 else {"pipeline.schedule": "1f1b"},
+                other,
             )
 
 

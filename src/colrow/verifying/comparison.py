@@ -157,15 +157,11 @@ def compare(observed: Observed, reference: Reference, tp: int) -> Errors:
             gradients[name] = inf
         else:
             gradients[name] = got.error(want, tp, reference.size(name))
-    # 1e-300: a parameter of zeros has no scale, and any difference from it is an error
-    parameters = {
-        name: observed.parameters[name].error(want, tp, max(want.abs().max().item(), 1e-300))
-        for name, want in reference.parameters.items()
-    }
-    buffers = {
-        name: observed.buffers[name].error(want, tp, max(want.abs().max().item(), 1e-300))
-        for name, want in reference.buffers.items()
-    }
+    # 1e-300: a tensor of zeros has no scale, and any difference from it is an error
+    parameters, buffers = (
+        {name: got[name].error(want, tp, max(want.abs().max().item(), 1e-300)) for name, want in wanted.items()}
+        for got, wanted in ((observed.parameters, reference.parameters), (observed.buffers, reference.buffers))
+    )
     loss = _error_of_loss(observed.losses, reference.loss)
     return Errors(loss, gradients, parameters, buffers, _error_of_loss(observed.next_losses, reference.next_loss))
 
