@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from colrow.forecasting.choices import Choices
-from colrow.forecasting.forecast import MARGIN, Options
-from colrow.mesh import Mesh
+from colrow.forecasting.choices import largest_that_fits
+from colrow.forecasting.forecast import MARGIN
 
 GPU, UNIT, LIMIT = 80.0, 256, 131_072
 
 
-def longest(needed: Any) -> int:
-    """By `Choices`, where a step of so many tokens needs so much memory."""
+def longest(needed: Callable[[int], float]) -> int:
+    """Where a step of so many tokens needs so much memory."""
 
-    def row(plan: Any, mesh: Mesh, options: Options) -> Any:
-        memory = SimpleNamespace(needed=needed(options.seq_len))
+    def row(tokens: int) -> Any:
+        memory = SimpleNamespace(needed=needed(tokens))
         fits = memory.needed <= (1 - MARGIN) * GPU
         return SimpleNamespace(memory=memory, fits=fits, free=GPU - memory.needed, device=SimpleNamespace(memory=GPU))
 
-    choices: Any = object.__new__(Choices)
-    choices._forecaster = SimpleNamespace(row=row)
-    return int(choices._largest(None, Mesh(), Options(), "seq_len", 4 * UNIT, UNIT, LIMIT))
+    return largest_that_fits(row, 4 * UNIT, UNIT, LIMIT)
 
 
 @pytest.mark.parametrize("floor", [0.0, 20.0, 60.0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -141,38 +141,13 @@ class Choices:
         unit = _STEP * tp if plan.sequence_parallel() else _STEP
         one = replace(row.options, micro_batch=1, micro_batches=1 if mesh.pp == 1 else max(mesh.pp, 1))
         limit = most_positions(self._model) or 2**20
-        length = self._largest(plan, mesh, one, "seq_len", min(unit * 4, limit), unit, limit)
-        batch = self._largest(plan, mesh, replace(one, seq_len=config.data.seq_len), "micro_batch", 1, 1, 4096)
-        return Longest(row, length, batch)
 
-    def _largest(self, plan: Plan, mesh: Mesh, options: Options, name: str, start: int, unit: int, limit: int) -> int:
-        """The largest value of an option that fits, a multiple of `unit`; 0 where none does."""
-
-        def row(value: int) -> Row:
-            changed = replace(options, seq_len=value) if name == "seq_len" else replace(options, micro_batch=value)
+        def row_of(changed: Options) -> Row:
             return self._forecaster.row(plan, mesh, changed)
 
-        first, second = row(start), row(2 * start)
-        if not first.fits:
-            return 0
-        while second.fits and second.memory.needed <= _GROWS * first.memory.needed and 2 * start < limit:
-            start *= 2  # the peak of so few tokens is elsewhere, such as in a large table's gradient
-            first, second = second, row(2 * start)
-        slope = (second.memory.needed - first.memory.needed) / start
-        if slope <= 0:
-            return limit if row(limit).fits else start
-        value = start
-        for _ in range(3):
-            room = row(value).free - (first.device.memory - _usable(first))
-            value = min(limit, max(start, int((value + room / slope) // unit * unit)))
-            if row(value).fits and (value == limit or not row(value + unit).fits):
-                return value
-        if row(value).fits:
-            return value
-        while value - start > unit:
-            middle = max(start + unit, (start + value) // 2 // unit * unit)
-            start, value = (middle, value) if row(middle).fits else (start, middle)
-        return start
+        length = largest_that_fits(lambda n: row_of(replace(one, seq_len=n)), min(unit * 4, limit), unit, limit)
+        of_run = replace(one, seq_len=config.data.seq_len)
+        return Longest(row, length, largest_that_fits(lambda n: row_of(replace(of_run, micro_batch=n)), 1, 1, 4096))
 
     def _rows(self, config: RunConfig, name: str, recompute: str) -> Iterator[Row]:
         mesh = config.mesh
@@ -270,6 +245,35 @@ class Choices:
         if mesh.pp > 1:
             check_pipeline(config.model_copy(update={"device": "cpu"}), len(require_parts(self._model)))
         return config
+
+
+def largest_that_fits(row: Callable[[int], Row], start: int, unit: int, limit: int) -> int:
+    """The largest value whose row fits, a multiple of `unit` and at most `limit`; 0 where `start` does not fit.
+
+    Each row is a walk through the model, so few are made. Memory is linear in tokens where activations make the peak:
+    two points give the slope, and the room that is left gives the value.
+    """
+    first, second = row(start), row(2 * start)
+    if not first.fits:
+        return 0
+    while second.fits and second.memory.needed <= _GROWS * first.memory.needed and 2 * start < limit:
+        start *= 2  # the peak of so few tokens is elsewhere, such as in a large table's gradient
+        first, second = second, row(2 * start)
+    slope = (second.memory.needed - first.memory.needed) / start
+    if slope <= 0:
+        return limit if row(limit).fits else start
+    value = start
+    for _ in range(3):  # each time from the point that was reached: the line may bend, at a workspace or a reserve
+        room = row(value).free - (first.device.memory - _usable(first))
+        value = min(limit, max(start, int((value + room / slope) // unit * unit)))
+        if row(value).fits and (value == limit or not row(value + unit).fits):
+            return value
+    if row(value).fits:
+        return value
+    while value - start > unit:  # the line does not lead there: `start` fits and `value` does not
+        middle = max(start + unit, (start + value) // 2 // unit * unit)
+        start, value = (middle, value) if row(middle).fits else (start, middle)
+    return start
 
 
 def loss_to(best: Row, row: Row) -> str:
