@@ -284,7 +284,7 @@ def missing_paths(
             missing.append(f"overlap: {overlap} (no chunk was sent: tokens / tp below the styles' chunk_rows?)")
     if loss and plan.loss == "linear" and not trace.operators.get("linear_cross_entropy"):
         missing.append("linear cross entropy")
-    on_device = trace.kernels > 0
+    on_device = trace.kernels > 0  # on a CPU the reference stands for kernels
     wants_fp8 = any(getattr(style, "fp8", "") for style in applied)
     if wants_fp8 and on_device and not trace.operators.get("aten::_scaled_mm"):
         missing.append("fp8 (operator aten::_scaled_mm)")

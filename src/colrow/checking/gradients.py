@@ -27,6 +27,7 @@ def _partial(run: DryRun, tp: int) -> Iterator[Finding]:
     )
     if earlier:
         return  # the activations are wrong already, and so are their gradients
+    # a sum that is wrong in forward has a wrong backward too, which is no second mistake
     summed = ("equal_summed", "addend_summed")
     follows = any(mismatch.problem in summed and not mismatch.backward for mismatch in run.mismatches)
     for mismatch in run.mismatches:

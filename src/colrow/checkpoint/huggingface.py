@@ -85,11 +85,13 @@ def require_weights(model: Model, folder: Path | str) -> StoredWeights:
     parts = parts_of(named, known)
     needed = {part.name: part.shape for item in named for part in parts[item.name]}
     _require_same_names(folder, *names_that_differ(model, files, needed))
+    # A tied head that the folder stores as well: it must have the same values, which `load_weights` compares.
     doubles: dict[str, list[str]] = {}
     for double, name in (_ties(model) or ({_HEAD: _EMBEDDING} if _is_tied(model) else {})).items():
         if double in files and name in needed and double != name:
             doubles.setdefault(name, []).append(double)
     shapes = needed | {double: needed[name] for name, found in doubles.items() for double in found}
+    # only files that hold something of the model: others may be of another kind
     headers = {file: headers_in(file) for file in {files[name] for name in shapes}}
     _require_same_shapes(folder, files, headers, shapes)
     stored = {name: headers[files[name]][name].dtype for name in needed}

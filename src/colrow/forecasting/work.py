@@ -53,7 +53,7 @@ class Work:
     kernels: int = 0
 
     def add(self, other: Work, times: int = 1) -> None:
-        """Add `times` the other's."""
+        """Add the other's numbers, `times` over."""
         for product, flops in other.products.items():
             self.products[product] += int(flops * times)
         for collective, count in other.collectives.items():

@@ -134,6 +134,7 @@ def head_unit(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
         if id(module) not in in_blocks | in_head
         for param in module.parameters(recurse=False)
     }
+    # FSDP2 gives a parameter to one unit; another that uses it would find it freed
     seen = rest | {id(param) for module in head for param in module.parameters()}
     for i, block in enumerate(blocks):
         own = {id(param): name for name, param in block.named_parameters()}
@@ -144,7 +145,7 @@ def head_unit(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
             )
         seen |= own.keys()
     if any(id(param) in rest for module in head for param in module.parameters()):
-        return []
+        return []  # a tied head stays with the embedding, in the root
     return head
 
 

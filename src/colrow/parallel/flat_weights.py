@@ -231,6 +231,7 @@ class FlatWeights(WeightCopies):
                     )
             return FlatUnit(list(found.items()), self._groups, buffer, dtype, own=own, keep=keep)
 
+        # Two buffers in turn: a block is gathered into one while its neighbour computes from the other.
         blocks = [made([block], Buffer() if alone else shared[i % 2], alone) for i, block in enumerate(self._blocks)]
         last = [made(self._head, Buffer(), True)] if self._head else []
         return [made([model], Buffer(), True), *blocks, *last]  # the root has what is left

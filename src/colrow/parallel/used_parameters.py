@@ -157,6 +157,8 @@ class _SkippedUnits:
         """Run the units' parts that are missing ahead of what reads `tensors`, a tree; returns the tree to read."""
         leaves, tree = tree_flatten(tensors)
         floating = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point()]
+        # What a missing part returns is joined to tensors on the way to the loss, so that backward reaches it in its
+        # turn.
         on_path = [i for i in floating if leaves[i].requires_grad] or floating[:1]
         device = _device(leaves[on_path[0]]) if on_path else None
 

@@ -47,6 +47,7 @@ def executed_paths(training: Training, seq_len: int) -> str:
     parts = [f"{kernel} attention"] if kernel else []
     if fused := _fused(training, executed.get("columns", [])):
         parts.append(f"fused {', '.join(fused)}")
+    # in the order of a step: attention, products, communication, loss, data axes
     parts += [OVERLAPS[what] for what in executed.get("beside", [])]
     parts += [f"fp8 {what}" for what in executed.get("fp8", [])]
     parts += [f"linear cross entropy{' in Triton' if what == 'triton' else ''}" for what in executed.get("loss", [])]

@@ -127,6 +127,7 @@ def _plain(value: Any, depth: int = 4) -> str:
         return f"{sorted((str(key), _plain(item, depth - 1)) for key, item in value.items())}"
     if callable(value) and hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
+    # a module's parameters and code have digests of their own
     inside = vars(value) if hasattr(value, "__dict__") and not isinstance(value, nn.Module) else {}
     return f"{type(value).__qualname__} {_plain(inside, depth - 1) if depth else ''}"
 

@@ -116,6 +116,7 @@ class LocalCall:
                 parts = [
                     [leaf.shape for leaf in run if isinstance(leaf, TensorShape)] for run in (self.here, self.there)
                 ]
+            # bounds of the parts one after another, on the rank and unsharded
             ends = [[0, *accumulate(shape[dim] for shape in shapes)] for shapes in parts]
             return list(zip(pairwise(ends[0]), pairwise(ends[1]), strict=True))
         ranges = self.slices(extents[0][dim], extents[1][dim])

@@ -60,6 +60,7 @@ def _slice(call: LocalCall) -> list[Layout] | None:
         source = sharded(dim)
     elif backward and call.forward is not None and call.forward.dim == dim:
         source = call.forward
+    # x[::k] of a shard is a shard of X[::k] where k divides its length; a range must be one of the segments
     local, extent = sizes[0][dim], sizes[1][dim]
     (first, end, step), (first_there, end_there, step_there) = call.slices(local, extent)
     segments = source.sizes(extent)
@@ -88,16 +89,19 @@ def _view(call: LocalCall) -> list[Layout] | None:
     after = call.wanted[0] if call.wanted else _sizes(call, before)
     if layout.kind is not Kind.SHARDED or after is None or len(after) != len(local):
         return None
+    # The result may be sharded along one dim alone, which is then tp times shorter here; all others are as unsharded.
     changed = [d for d, (n, full) in enumerate(zip(local, after, strict=True)) if n * call.ranks == full != n]
     same = sum(n == full for n, full in zip(local, after, strict=True))
     for dim in changed if same == len(after) - 1 else ():
         for merged, result in same_elements(before, after):
             if layout.dim in merged and dim in result:
+                # In the run: `outer` repeats of the segments, each of `inner` contiguous elements an index.
                 outer = prod(before[d] for d in merged if d < layout.dim)
                 inner = prod(before[d] for d in merged if d > layout.dim)
                 runs = [n * inner for n in layout.sizes(before[layout.dim])] * outer
                 times = prod(after[d] for d in result if d < dim)
                 unit = prod(after[d] for d in result if d > dim)
+                # of the result's dim: as many runs as one index of the dims before it holds
                 own = runs[: len(runs) // times]
                 if own * times == runs and not any(n % (unit * call.ranks) for n in own):
                     return [sharded(dim, tuple(n // unit for n in own))]
@@ -168,6 +172,7 @@ def _attention(call: LocalCall) -> list[Layout]:
     if dims not in ({0}, {1}) or any(layout == PARTIAL for layout, _ in call.tensors):
         raise UnprovenError(f"attention of {call.layouts_text}", call.sharded_dim)
     dim = 1 if 1 in dims else 0
+    # 32 query heads and 8 kv heads are split alike if their segments are the same shares of the dim.
     shares = {tuple(Fraction(n, shape[dim]) for n in layout.sizes(shape[dim])) for layout, shape in tensors}
     if len(shares) > 1:
         raise UnprovenError(f"attention of {call.layouts_text}", dim)

@@ -65,6 +65,7 @@ def elementwise(call: LocalCall) -> list[Layout] | None:
     found: set[tuple[int, int, tuple[int, ...]]] = set()
     for layout, there in call.tensors:
         if layout.kind is Kind.SHARDED:
+            # from the last dim, as broadcasting aligns operands
             found.add((layout.dim - len(there.shape), there.shape[layout.dim], layout.segments))
         elif layout != REPLICATED:
             return None
@@ -150,12 +151,13 @@ def batch_norm(call: LocalCall) -> list[Layout] | None:
     x, others = layouts[backward], layouts[1 + backward :]
     if layouts[0] != x or x.kind is not Kind.SHARDED:
         return None
-    if x.dim == 1:
+    if x.dim == 1:  # all statistics and weights of a channel lie on the rank that has it
         of_channels = sharded(0, x.segments)
         lengths = [there.shape for _, there in call.tensors[1 + backward :]]
         if any(layout != of_channels for layout, shape in zip(others, lengths, strict=True) if shape != (0,)):
             return None
         return needed(call, [x, of_channels, of_channels])
+    # in training, statistics of a rank's samples alone are not those of the batch
     if training or any(layout != REPLICATED for layout in others):
         return None
     return needed(call, [x, PARTIAL, PARTIAL]) if backward else [x, REPLICATED, REPLICATED]
@@ -173,11 +175,13 @@ def group_norm(call: LocalCall) -> list[Layout] | None:
         return None
     if any(layout != x for layout in layouts[1:statistics]):
         return None
+    # The call's own counts must be a rank's: with those of all channels it would read past its shard.
     fewer = ("C", "group") if whole_groups else ("N",)
     if any(layout != (sharded(0) if whole_groups else REPLICATED) for layout in weights):
         return None
     if any(here * (call.ranks if name in fewer else 1) != there for name, (here, there) in numbers.items()):
         return None
+    # The weights' gradients sum over samples: each rank's is a term where samples are split.
     of_weights = sharded(0) if whole_groups else PARTIAL
     return needed(call, [x, of_weights, of_weights]) if backward else [x, x, x]
 

@@ -125,7 +125,7 @@ def sizes_written(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) ->
         return tuple(given)
     if call.single or call.keyword in kwargs:
         return None if given is None else (given,)
-    rest = tuple(args[call.first :])
+    rest = tuple(args[call.first :])  # x.view(B, T, -1): sizes one by one
     return rest if rest and all(isinstance(n, (int, torch.SymInt)) for n in rest) else None
 
 

@@ -41,7 +41,7 @@ class Dropout(TorchFunctionMode):
             position = _WITH_DROPOUT[func]
             p = kwargs.get("dropout_p", args[position] if len(args) > position else 0.0)
             self.seen |= p > 0 and kwargs.get("training", True)
-            if len(args) > position:
+            if len(args) > position:  # only its dropout is off: attention itself runs
                 args = (*args[:position], 0.0, *args[position + 1 :])
             elif p > 0:
                 kwargs["dropout_p"] = 0.0
