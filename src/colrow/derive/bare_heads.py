@@ -43,7 +43,7 @@ def bare_head(finder: BlockFinder, product: Node) -> BareHead | None:
     while (facts_of(made).identity or facts_of(made).moves) and not is_boundary(made) and len(made.users) == 1:
         made = made.all_input_nodes[0]  # the last position alone, for one
     reader = finder.flows.path[product]
-    logits = _returned(finder, reader)
+    logits = _returned(finder, reader)  # the reader's style gathers what it returns, and nothing else
     if others or not is_boundary(made) or len(made.users) > 1 or logits is None:
         return None
     label = label_of(made)

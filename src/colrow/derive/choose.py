@@ -41,6 +41,7 @@ def class_facts(
     for node in inference.dims:
         for dims in inference.tensors(node):
             for dim in dims:
+                # such a class cannot have shards of unequal size: another factor or segment would be cut
                 if len(leaves(dim)) > 1 or any(atom.segments for atom in leaves(dim)):
                     facts.beside_others.update(atoms_in(dim))
             for atom, dims_with_it in Counter(a for dim in dims for a in dict.fromkeys(atoms_in(dim))).items():

@@ -60,6 +60,7 @@ class FastEmitter(Emitter):
 
     def _share(self, entry: Node) -> None:
         """Note the output that enters here, where it goes into several blocks' columns and nowhere else."""
+        # Attention and MLP side by side read one norm's output: gathered behind the norm, it is gathered once.
         (output,) = entry.all_input_nodes
         if output in self.shared or op_name(output) != "boundary" or not self._is_own_output(output):
             return

@@ -114,6 +114,7 @@ class Flows:
                 if node not in self.inference.params and node.name not in self.inference._inputs:
                     found.add(node)
             elif node.op != "output":
+                # zeros_like(x) depends on x's shape alone
                 fills = facts_of(node).fills not in (None, Filling.RANDOM)
                 if fills or all(i in found for i in node.all_input_nodes):
                     found.add(node)

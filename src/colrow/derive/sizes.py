@@ -184,6 +184,7 @@ class _Expected:
             # narrow(start, length), where a slice has (start, stop)
             if name == "narrow":
                 stop = start + stop if start >= 0 or start + stop < 0 else None
+            # bounds may count from the end, and be left out
             for (first, length, extent), (mine, count) in self.pieces.items():
                 begins = first == (start or 0) or (start is not None and first == start + extent)
                 if begins and stop in (None, first + length, first + length - extent):
@@ -197,6 +198,8 @@ class _Expected:
 
 def _wanted(name: str, written: Sizes, expected: _Expected, args: Any, kwargs: Any) -> Sizes | None:
     """What a rank writes to get the expected result; None where that cannot be said."""
+    # Each function writes its sizes in its own way: split one size or all of them, unflatten the sizes of one dim, repeat
+    # counts; all others the result's shape.
     extents = expected.extents
     if not all(type(n) is int for n in written):
         return None

@@ -151,6 +151,7 @@ def _finish(traced: Trace, flows: Flows, entries: set[Node], exits: set[Node]) -
                 ]
                 if matrices and len(shape_of(node)) >= 3:
                     last = node
+    # a block behind the last unsplit matrix: the stream goes on, and its head gathers
     entered = [n for n in traced.nodes if n in entries or n in exits]
     if last is None or (entered and traced.nodes.index(entered[-1]) > traced.nodes.index(last)):
         return set()

@@ -107,6 +107,7 @@ def example_inputs(model: nn.Module, batch_size: int, seq_len: int, generator: t
 
 def _shape(model: nn.Module, argument: str, batch_size: int, seq_len: int) -> tuple[int, ...] | None:
     """The shape of a floating-point input; None for token ids."""
+    # the argument's name says most; else what the first layer takes is what the model takes
     config = getattr(model, "config", None)
     layers = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.Conv2d | nn.Conv1d | nn.Linear)]
     first = layers[0] if layers else None
