@@ -162,6 +162,7 @@ class Emitter(ModuleEmitter):
                 continue
             owner = name.rpartition(".")[0]
             style_cls = self.out.style(owner)
+            # a bias that every rank adds to its term of a sum would count tp times: each adds 1/tp of it
             if issubclass(style_cls, (LocalShards, BlockShards)) and self._added_to_sum(name):
                 self.out.modules[owner].setdefault("shards", {})[name.rpartition(".")[2]] = {"scaled": True}
             if style_cls.sums_gradients:  # the module's style does it already, once

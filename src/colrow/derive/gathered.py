@@ -162,6 +162,7 @@ def unsplit_attentions(traced: Trace, split: Split, is_sharded: Callable[[str], 
     flows, params = split.flows, split.flows.inference.params
     found = dict.fromkeys(traced.opaque.reasons)
     for node in traced.nodes:
+        # scores, or scores with values: no weight takes part
         if facts_of(node).contracts and sum(flows.is_activation(i) for i in node.all_input_nodes) > 1:
             found[flows.path[node]] = None
     sizes = {name: math.prod(shape_of(node)) for node, name in params.items()}

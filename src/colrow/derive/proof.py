@@ -41,6 +41,7 @@ def prove(step: PlannedStep, *, reduced: nn.Module | None = None, unproven: bool
     small, changes = reduced_model(model if reduced is None else reduced, tp)
     if reduced is not None:
         changes = f"{type(small).__name__} of model.reduced"
+    # in fp64, of few short sequences: what is wrong with a plan is wrong at any size, but for the cases below
     fitted = _fitted(plan, model, small, tp)
     short = seq_len if seq_len <= SEQ_LEN else max(SEQ_LEN // tp, 1) * tp
     few = min(step.batch_size, BATCH_SIZE)

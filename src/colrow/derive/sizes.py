@@ -198,8 +198,8 @@ class _Expected:
 
 def _wanted(name: str, written: Sizes, expected: _Expected, args: Any, kwargs: Any) -> Sizes | None:
     """What a rank writes to get the expected result; None where that cannot be said."""
-    # Each function writes its sizes in its own way: split one size or all of them, unflatten the sizes of one dim, repeat
-    # counts; all others the result's shape.
+    # Each function writes its sizes in its own way: split one size or all of them, unflatten the sizes of one dim,
+    # repeat counts; all others the result's shape.
     extents = expected.extents
     if not all(type(n) is int for n in written):
         return None

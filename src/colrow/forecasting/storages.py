@@ -154,6 +154,7 @@ class LiveStorages(CompilableMode):
             return out
         outputs = tensors_in(out)
         pointwise = self.counter.add(func, args, kwargs or {}, leaves, outputs)
+        # Inside a compiled block a pointwise operator's result takes memory once a kernel of another kind reads it.
         read = [storage for storage in map(self._storages.get, {_key(x) for x in leaves}) if storage is not None]
         if not pointwise:
             self._write(read)

@@ -95,9 +95,11 @@ class WorkCounter:
         work = self._work
         collectives = self._collectives(namespace, name, args, inputs, outputs)
         work.collectives.update(collectives)
+        # a view: its result lies in an input's memory, and nothing is launched
         if not made and not collectives and not func._schema.is_mutable:
             return True
         flops = _flops(func, name, args, kwargs, inputs, outputs)
+        # A matmul or a collective is a kernel of its own: what was fused so far is written before it.
         if flops or collectives:
             for kind, sizes, number in flops:
                 if kind == "product":
@@ -123,6 +125,8 @@ class WorkCounter:
     def _pointwise(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         work = self._work
         work.bytes += sum(map(_nbytes, inputs)) + sum(map(_nbytes, outputs))
+        # Eager each operator reads and writes all of its tensors. Fused, a tensor is read once, and what stays inside a
+        # kernel is neither written nor read: see `_leave_fusion`.
         for x in inputs:
             key = x.untyped_storage()._cdata
             if key not in self._fused and key not in self._read:

@@ -191,12 +191,14 @@ class HangWatch:
         judged = max(running.values(), key=self._limit)  # the largest limit counts: the others may wait for that rank
         limit = self._limit(judged)
         early = min(_EARLY_SHARE * limit, _EARLY_SECONDS)
+        # since the last beat of the slowest, or since any rank entered another phase, whichever is later
         if self.now - max(slowest.progress, *(seen.phase for seen in running.values())) > limit - early:
             silent = [rank for rank, seen in running.items() if self.now - seen.alive > min(limit / 3, 10.0)]
             return self._verdict(running, silent, since, limit, judged.report.phase)
         if signalled is None:
             return None
         silent = [rank for rank, seen in running.items() if self._is_silent(seen, signalled)]
+        # outside of training CPU time and bytes written are signs of life too: a save has no collectives
         last = max(seen.progress if self._beats(seen) else max(seen.progress, seen.work) for seen in running.values())
         if not any(seen.report.tick for seen in running.values()):
             last = max(last, signalled)

@@ -164,6 +164,7 @@ class Loop:
                 self._progress.say(untrained_line(untrained))
             stats, start_of_step = self._step_stats(loss, norm), self._step_end
             self._step_end = DeviceTimestamp(self._device)
+            # Not read yet: on a GPU the device still runs the step, and the host goes on to queue the next one.
             self._pending.append(_Pending(done, sequences, stats, start_of_step, self._step_end))
             if done == start + steps_until_known(self._training):
                 self._progress.say(executed_line(executed_paths(self._training, config.data.seq_len)))
