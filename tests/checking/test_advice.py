@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,6 +67,16 @@ def test_a_preset_of_another_model_is_one_finding() -> None:
     (found,) = [f for f in check_static(Other(), Plan.preset("llama"), 2, 64) if f.code == "CR101"]
     assert "keys match no module" in found.message
     assert "plan: derive" in found.fix
+
+
+def test_the_name_of_another_key_is_not_suggested() -> None:
+    plan = Plan.preset("llama")
+    plan = replace(plan, modules={**plan.modules, "layers.*.mlp.up_porj": "colwise", "layers.7.mlp.up_proj": "colwise"})
+    found = [f for f in check_static(llama(), plan, 2, 64) if f.code == "CR101"]
+    assert all("remove it: the nearest name" in f.fix and "'layers.*.mlp.up_proj'" in f.fix for f in found)
+    assert len(found) == 2
+    (alone,) = [f for f in check_static(llama(), Plan({"norn": "sequence"}), 2, 64) if f.code == "CR101"]
+    assert alone.fix == "use 'norm'"
 
 
 def test_meshes_are_listed_only_if_they_run() -> None:

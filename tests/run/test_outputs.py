@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import io
 import math
 import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -20,7 +22,7 @@ from colrow.checkpoint import weight_files
 from colrow.checkpoint.distributed import Checkpoints
 from colrow.checkpoint.export import export
 from colrow.checkpoint.folder import format_bytes
-from colrow.checkpoint.space import checkpoint_bytes, export_bytes, free_in, naming_a_full_disk
+from colrow.checkpoint.space import RunSpace, checkpoint_bytes, export_bytes, free_in, naming_a_full_disk
 from colrow.cli import main
 from colrow.config import RunConfig, dump_config
 from colrow.config_sections import ModelSection
@@ -100,12 +102,32 @@ def test_a_small_disk_is_refused_before_anything_is_prepared(
     error = capsys.readouterr().err
     assert f"is too small for this run: {space} need {format_bytes(space.needed)}" in error
     assert str(space).startswith("3 checkpoints of 14.3 MiB and an export of 5.")
-    assert "set checkpoint.keep lower" in error
+    assert "set checkpoint.keep to 1, or checkpoint.export to false, or run.dir to another disk" in error
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "cache").exists()
     monkeypatch.setattr(shutil, "disk_usage", disk_of(space.needed))
     (line,) = output_lines(config, source)
     assert " ".join(line.split()) == f"disk {space}: {format_bytes(space.needed)} of {format_bytes(space.needed)} free"
+
+
+@pytest.mark.parametrize(
+    ("free", "fixes"),
+    [
+        (25, "set checkpoint.keep to 1, or run.dir"),
+        (31, "set checkpoint.keep to 1, or checkpoint.export to false, or run.dir"),
+        (21, "set checkpoint.keep to 1 and checkpoint.export to false, or run.dir"),
+        (15, "set run.dir to another disk"),
+    ],
+)
+def test_what_is_advised_on_a_small_disk_fits_it(
+    free: int, fixes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = RunSpace(checkpoint=10, checkpoints=3, present=0, export=4)
+    monkeypatch.setattr(shutil, "disk_usage", disk_of(free))
+    with pytest.raises(CheckpointError, match=re.escape(fixes)):
+        space.require_free(tmp_path)
+    for keep, both in re.findall(r"checkpoint.keep to (\d)( and|)", fixes):
+        replace(space, checkpoints=int(keep) + 1, export=0 if both else 4).require_free(tmp_path)
 
 
 def test_checkpoints_that_are_there_need_no_more_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +180,7 @@ def test_a_disk_that_fills_later_names_what_is_kept_and_what_could_go(
 
 
 class Full:
-    """An open file on a full disk; as the operating system's, its error names no file."""
+    """An open file on a full disk; as the operating system's, its error names no file. A buffer fails twice."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -168,6 +190,8 @@ class Full:
 
     def __exit__(self, *args: object) -> None:
         self._file.close()
+        if not isinstance(self._file, io.RawIOBase):
+            self.write("")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)

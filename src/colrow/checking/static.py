@@ -68,14 +68,23 @@ def _names(model: nn.Module, plan: Plan) -> Iterator[Finding]:
     for key, style in plan.modules.items():
         matches = matching(key, names)
         if not matches and not style.optional:
-            hint = nearest(key, names)
-            fix = f"use {hint!r}" if hint else "correct or remove the key"
+            fix = _fix_of_lost(nearest(key, names), [other for other in plan.modules if other != key], names)
             yield finding("CR101", key, f"the key {key!r} matches no module of the model", fix)
         again = [name for name in matches if name in taken]
         if again:
             message = f"module {again[0]} matches two keys, {taken[again[0]]!r} and {key!r}"
             yield finding("CR102", again[0], message, "keep one of the two keys")
         taken |= dict.fromkeys(matches, key)
+
+
+def _fix_of_lost(hint: str | None, others: list[str], names: list[str]) -> str:
+    """What to do with a key that matches nothing: the nearest name may be one that another key has already."""
+    if hint is None:
+        return "correct or remove the key"
+    named = matching(hint, names)
+    if again := next((other for other in others if matching(other, named)), None):
+        return f"remove it: the nearest name, {hint!r}, is that of the key {again!r}"
+    return f"use {hint!r}"
 
 
 def _resolve(model: nn.Module, plan: Plan) -> dict[str, Style]:

@@ -6,7 +6,7 @@ import errno
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -80,10 +80,21 @@ class RunSpace:
         if free < self.needed:
             raise CheckpointError(
                 f"the disk of {folder} is too small for this run: {self} need {format_bytes(self.needed)}, and "
-                f"{format_bytes(free)} are free: free {format_bytes(self.needed - free)}, set checkpoint.keep lower, "
-                "checkpoint.export to false, or run.dir to another disk"
+                f"{format_bytes(free)} are free: free {format_bytes(self.needed - free)}, set "
+                f"{''.join(f'{fix}, or ' for fix in self._that_fit(free))}run.dir to another disk"
             )
         return f"{self}: {format_bytes(self.needed)} of {format_bytes(free)} free"
+
+    def _that_fit(self, free: int) -> Iterator[str]:
+        """What a config can set so that no more than `free` is needed."""
+        most = 1
+        for export in dict.fromkeys((self.export, 0)):
+            fits = (replace(self, checkpoints=n, export=export) for n in range(self.checkpoints, most, -1))
+            found = next((space for space in fits if space.needed <= free), None)
+            if found is not None:
+                most = found.checkpoints
+                keep = ["checkpoint.keep to " + str(most - 1)] * (most < self.checkpoints)
+                yield " and ".join(keep + ["checkpoint.export to false"] * (export < self.export))
 
 
 _UNKNOWN = 1 << 62

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import IO, Any, TypeVar
 
 from colrow.errors import DataError
 
@@ -66,7 +66,7 @@ def write_result(path: Path, text: str) -> None:
         atomic_write(target, text)
 
 
-def try_lock(file: TextIO) -> bool:
+def try_lock(file: IO[Any]) -> bool:
     """Take the lock on `file` for this process, unless another process holds it. Returns whether it was taken.
 
     The kernel releases it when the file is closed or the process ends, however it ends.

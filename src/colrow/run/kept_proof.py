@@ -17,10 +17,10 @@ from torch import nn
 import colrow
 from colrow.config import RunConfig
 from colrow.data.disk import atomic_write, read_kept
-from colrow.errors import ConfigError
 from colrow.models.build import imported
 from colrow.plans.fingerprint import digest_of_texts
 from colrow.plans.plan import Plan
+from colrow.run.run_folder import unwritable
 from colrow.verifying.report import Report
 
 FILE = "proof.json"
@@ -63,9 +63,7 @@ class KeptProof:
             data = {"depends": dict(self.depends()), "report": report.to_data()}
             atomic_write(self.folder / FILE, json.dumps(data, indent=1))
         except OSError as error:
-            raise ConfigError(
-                f"cannot write to the run's folder {self.folder}: {error.strerror}: set run.dir"
-            ) from error
+            raise unwritable(self.folder, error) from error
 
 
 def dependencies(config: RunConfig, model: nn.Module, plan: Plan | None, *builders: Any) -> dict[str, str]:

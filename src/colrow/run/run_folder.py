@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from colrow.checkpoint.space import DISK_FULL
 from colrow.config import RunConfig, dump_config, load_config
 from colrow.data.disk import NoFileLocksError, atomic_write, try_lock, writing
 from colrow.data.tokenizer import Tokenizer
@@ -41,9 +42,10 @@ def claimed(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("a+", encoding="utf-8")
+        # without a buffer: on a full disk that would fail once more when it is closed, and name no file
+        file = (folder / LOCK).open("ab+", buffering=0)
     except OSError as error:
-        raise ConfigError(f"cannot write to the run's folder {folder}: {error.strerror}: set run.dir") from error
+        raise unwritable(folder, error) from error
     with file:
         try:
             is_ours = try_lock(file)
@@ -54,7 +56,7 @@ def claimed(folder: Path) -> Iterator[None]:
             ) from error
         if not is_ours:
             file.seek(0)
-            holder = file.read().strip()
+            holder = file.read().decode("utf-8", "replace").strip()
             raise ConfigError(
                 f"the run's folder {folder} is in use by another run{f' ({holder})' if holder else ''}: "
                 "wait for it, stop it, or set run.dir to another folder"
@@ -62,9 +64,14 @@ def claimed(folder: Path) -> Iterator[None]:
         # for the message of whoever comes next; the lock itself is the kernel's, and has no content
         with writing(folder / LOCK):
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
+
+
+def unwritable(folder: Path, error: OSError) -> ConfigError:
+    """The error of a run's folder that cannot be written."""
+    space = "free some space there, or " if error.errno in DISK_FULL else ""
+    return ConfigError(f"cannot write to the run's folder {folder}: {error.strerror}: {space}set run.dir")
 
 
 def require_free(folder: Path) -> None:
