@@ -277,14 +277,39 @@ class PartDoubled(m.Gpt):
         return logits
 
 
-class SummedLogits(m.Gpt):
+class ChangedLogits(m.Gpt):
+    """A function of its logits."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
     def forward(self, ids: Tensor) -> Tensor:
-        return super().forward(ids).cumsum(-1) / 8
+        return self.function(super().forward(ids))
 
 
-class SoftCapped(m.Gpt):
-    def forward(self, ids: Tensor) -> Tensor:
-        return 5 * torch.tanh(super().forward(ids) / 5)
+def logits(function: Callable[[Tensor], Tensor], sequence: bool = False) -> Case:
+    return Case(lambda: ChangedLogits(function), lambda: gpt_plan("vocab_parallel", sequence=sequence))
+
+
+class AuxiliaryLosses(m.Gpt):
+    """Returns the sum of a loss of each MLP's features, times 0 or another number."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], weight: float) -> None:
+        super().__init__(mlp=lambda: FeatureMLP(self.noted))
+        self.loss, self.weight = function, weight
+
+    def noted(self, h: Tensor) -> Tensor:
+        self.losses.append(self.weight * self.loss(h))
+        return h
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        self.losses: list[Tensor] = []
+        return super().forward(ids), sum(self.losses, torch.zeros(()))
+
+
+def auxiliary(function: Callable[[Tensor], Tensor], weight: float) -> Case:
+    return Case(lambda: AuxiliaryLosses(function, weight), train=True)
 
 
 class CheckpointedMLP(m.MLP):

@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from colrow.checking.finding import Finding, finding
 from colrow.checking.static import FUSED_FIX
 from colrow.dryrun.module_tracker import LOSS
+from colrow.dryrun.on_dtensors import UNMATCHED
 from colrow.dryrun.recorded_calls import REDUCTIONS, RecordedCall
 from colrow.dryrun.result import DryRun, Failure, Output
 from colrow.plans.plan import Plan
 from colrow.torch_compat import needs_values
 
+FIX_LOG_SOFTMAX = "compute that term from logsumexp, or on gathered logits outside of the loss context"
 OF_CODE = ("CR208", "CR209", "CR213", "CR413")
 """Errors in calls of the model's own code, whether their results are used or not."""
 
@@ -27,11 +29,11 @@ def check_dynamic(run: DryRun, plan: Plan, tp: int) -> list[Finding]:
         error = run.reference_failure.error
         message = f"the model itself does not run on fake tensors ({type(error).__name__}: {_first_line(error)})"
         return [finding("CR410", run.reference_failure.where or "model", message, _how_to_run(error))]
-    found = [*_declarations(run), *_model_code(run, tp), *_log_softmax(run, plan)]
+    found = [*_declarations(run), *_model_code(run, tp)]
     if not found:
         found = [*_shapes(run)]
     if not found and run.failure is not None:
-        found = [_failure(run.failure, plan)]
+        found = [*_log_softmax(run, plan)] or [_failure(run.failure, plan)]
     if run.failure is None:
         found += [*_loss(run, plan), *_communication(run)]
     return found
@@ -204,6 +206,10 @@ def _failure(failure: Failure, plan: Plan) -> Finding:
     if failure.where == LOSS and "mixed torch.Tensor and DTensor" in text and plan.loss == "replicated":
         message = "the logits are a DTensor, and the ordinary loss takes plain tensors"
         return finding("CR303", where, message, "set loss: vocab_parallel, or output: replicate on the head")
+    phase = "backward" if failure.backward else "forward"
+    if needs_values(failure.error):  # of DTensor's own code: the unsharded model ran
+        message = f"the sharded {phase} needs values, which fake tensors lack ({type(failure.error).__name__}: {text})"
+        return finding("CR410", where, message, "rely on the static checks and on `colrow verify`")
     if failure.where == LOSS and plan.loss != "replicated":
         message = f"the loss cannot be computed on these logits ({text})"
         fix = "use plain cross entropy on logits split over the vocabulary, or set loss: replicated and gather them"
@@ -227,21 +233,14 @@ def _failure(failure: Failure, plan: Plan) -> Finding:
         return finding(
             "CR404", where, message, "let the module work on local tensors: use_local_output: true before it"
         )
-    phase = "backward" if failure.backward else "forward"
-    if needs_values(failure.error):  # of DTensor's own code: the unsharded model ran
-        message = f"the sharded {phase} needs values, which fake tensors lack ({type(failure.error).__name__}: {text})"
-        return finding("CR410", where, message, "rely on the static checks and on `colrow verify`")
     message = f"the sharded {phase} raises {type(failure.error).__name__}: {text}"
     return finding("CR401", where, message, "check the styles of this module and of those that feed it")
 
 
 def _log_softmax(run: DryRun, plan: Plan) -> Iterator[Finding]:
+    """What may be behind a backward that raises; where it does not, the two runs beside each other tell (CR305)."""
     if plan.loss == "vocab_parallel" and run.unmatched_log_softmaxes > 0:
-        message = (
-            "no cross entropy takes this log-softmax of split logits: its backward in the loss context is the identity"
-        )
-        fix = "compute that term from logsumexp, or on gathered logits outside of the loss context"
-        yield finding("CR305", LOSS, message, fix)
+        yield finding("CR305", LOSS, UNMATCHED, FIX_LOG_SOFTMAX)
 
 
 def _loss(run: DryRun, plan: Plan) -> Iterator[Finding]:

@@ -124,9 +124,10 @@ def _sites(model: nn.Module, styles: dict[str, Style], tp: int) -> Iterator[Find
     for fqn, style in styles.items():
         module = model.get_submodule(fqn)
         if isinstance(module, nn.Linear) and isinstance(style, Colwise | Rowwise):
-            # an adapter (LoRA) adds the output of its own linears, which the style would not split
+            # an adapter (LoRA) adds the output of its own linears. Torch's row split registers weight and bias alone,
+            # and the dry run judges what the adapter makes of the layer's input
             children = [name for name, _ in module.named_children()]
-            if children:
+            if children and isinstance(style, Colwise):
                 message = f"{type(module).__name__} is a linear layer with modules inside it ({', '.join(children)})"
                 fix = "name the linear layers inside it, or keep the adapter beside the layer"
                 yield finding("CR207", fqn, message, fix)

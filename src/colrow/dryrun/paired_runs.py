@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from colrow.dryrun.module_tracker import LOSS
 from colrow.dryrun.numbered import NumberedRun, NumberedValue, Operation, shape_of
+from colrow.dryrun.on_dtensors import LossGradients, not_as_in_one_process, takes_all_for_none
 from colrow.dryrun.unproven import Reports, Unproven
 from colrow.dryrun.unsharded_run import Recorded, UnshardedRun
 from colrow.sharding.draws import NOISE, Draw, draws, draws_by_element, may_draw
@@ -29,12 +30,14 @@ from colrow.sharding.local_layout import (
     UNKNOWN,
     Kind,
     Layout,
+    after_collective,
     layout_of,
     repeating,
     sharded,
 )
-from colrow.sharding.operators import CUMULATIVE, Filling, argument_of, operator
+from colrow.sharding.operators import Filling, operator
 from colrow.sharding.shard_rules import proven_layouts
+from colrow.sharding.zeros import layout_of_zeros, makes_zeros
 from colrow.styles.base import OutputSegment, Style
 from colrow.styles.local_module import watched_sums
 from colrow.styles.rank_tensors import HEADS_OF_RANK, RANK_TABLES
@@ -73,6 +76,8 @@ class ShardedRun(NumberedRun):
             for name, style in styles.items()
             if style.computes_module and next(model.get_submodule(name).children(), None) is None
         }
+        made = ("output", "input gradient")  # by the style's own arithmetic
+        self._made_by_style = {(side, name) for side in made for name in self._computed_by_style}
         self._used_outside = {(name, "output", i) for name, style in styles.items() for i in style.used_outside or ()}
         self._left_blocks: set[Any] = set()  # the numbers of these outputs
         self._gradients_from_outside: set[tuple[Any, ...]] = set()
@@ -80,7 +85,8 @@ class ShardedRun(NumberedRun):
         self._answers: dict[LocalCall, list[Layout] | UnprovenError] = {}
         self._used: dict[Any, list[Recorded]] = defaultdict(list)
         self._first_layouts: dict[int, Layout] = {}  # by autograd node: of the operator's first input
-        self._zeros: set[Any] = set()
+        self._zeros: set[Any] = set()  # numbers
+        self._loss_gradients = LossGradients()
         self._differing: dict[Any, str] = {}  # numbers of tensors that a write has reached in one run alone
 
     def report(self, operator: str, reason: str, where: str | None = None, dim: int | None = None) -> None:
@@ -91,9 +97,8 @@ class ShardedRun(NumberedRun):
 
     def numbers_written(self, tensor: Tensor) -> tuple[Any, ...] | None:
         written, (held, all_of_them) = super().numbers_written(tensor), self._sequences
-        if written == (held,) != (all_of_them,):  # a number of sequences, which on real ranks counts all
-            return (all_of_them,)
-        return written
+        # a number of sequences, which on real ranks counts all
+        return (all_of_them,) if written == (held,) else written
 
     # -- operators
 
@@ -114,11 +119,12 @@ class ShardedRun(NumberedRun):
         elif (collective := operator(operation.name).collective) and operation.func.namespace == "_c10d_functional":
             self._collective(operation, collective)
         else:
-            found = self._layouts(operation, recorded, call_site, backward)
+            zeros = self._makes_zeros(operation, recorded)
+            found = self._layouts(operation, recorded, call_site, backward, zeros)
             self._note_writes(operation, found)
             self._note_draw(operation, recorded, found[0])
-            if operator(operation.name).fills is Filling.ZERO:
-                self._zeros.update(numbers)
+            if zeros or operator(operation.name).fills is Filling.ZERO:
+                self._zeros |= {number for number in numbers if number is not None}
             for result, number, layout in zip(operation.results, numbers, found, strict=True):
                 self.set_value(result, number, layout)
 
@@ -150,12 +156,14 @@ class ShardedRun(NumberedRun):
         table = operation.leaves[2]
         return RANK_TABLES.get(table) or () if operation.values[0].layout == REPLICATED else ()
 
-    def _layouts(self, operation: Operation, recorded: Recorded | None, call_site: Any, backward: bool) -> list[Layout]:
+    def _layouts(
+        self, operation: Operation, recorded: Recorded | None, call_site: Any, backward: bool, zeros: bool
+    ) -> list[Layout]:
         layouts = [value.layout for value in operation.values]
         count = len(operation.results)
         in_style = call_site.in_style or call_site.module in self._computed_by_style
         if UNKNOWN in layouts:
-            return [UNKNOWN] * count
+            return self._of_zeros(operation, recorded) if zeros else [UNKNOWN] * count
         if STYLE in layouts:
             known = [layout for layout in layouts if layout != STYLE]
             if not in_style and not backward:
@@ -169,14 +177,25 @@ class ShardedRun(NumberedRun):
                 raise UnprovenError("it draws random numbers in backward, where each rank draws for its shard alone")
             return self._judged(self._local_call(operation, recorded, backward))
         except UnprovenError as error:
+            if zeros and UNKNOWN not in (found := self._of_zeros(operation, recorded)):
+                return found
             if call_site.in_style or (in_style and recorded is None):
                 return [STYLE] * count
-            found = Unproven(operation.name, call_site.module, call_site.line, str(error), error.dim)
+            unproven = Unproven(operation.name, call_site.module, call_site.line, str(error), error.dim)
             if operation.func._schema.is_mutable or may_draw(operation.func):  # what is drawn later depends on it
-                self.reports.found.append(found)
+                self.reports.found.append(unproven)
             else:
-                self.reports.add_when_read(found, {self._key(result): result for result in operation.results})
+                self.reports.add_when_read(unproven, {self._key(result): result for result in operation.results})
             return [UNKNOWN] * count
+
+    def _makes_zeros(self, operation: Operation, recorded: Recorded | None) -> bool:
+        zeros = [value.number in self._zeros for value in operation.values]
+        same = recorded is not None and recorded.plain == operation.numbers
+        return (any(zeros) or same) and makes_zeros(operation.func, operation.name, operation.numbers, zeros)
+
+    def _of_zeros(self, operation: Operation, recorded: Recorded | None) -> list[Layout]:
+        wanted = recorded.results if recorded else [()] * len(operation.results)
+        return [layout_of_zeros(tuple(x.shape), n, self._ranks) for x, n in zip(operation.results, wanted, strict=True)]
 
     def value(self, tensor: Tensor) -> NumberedValue:
         self.reports.read(self._key(tensor))
@@ -186,9 +205,15 @@ class ShardedRun(NumberedRun):
         """What is not proven counts where it is written somewhere or meets a DTensor; else, where its results do."""
         keys = [self._key(leaf) for leaf in operation.leaves if isinstance(leaf, Tensor)]
         results = {self._key(result): result for result in operation.results}
+        zeros = results and all(self.number(result).number in self._zeros for result in operation.results)
         on = all(self.number(result).layout == UNKNOWN for result in operation.results)
-        if results and on and not operation.func._schema.is_mutable:
+        writes = operation.func._schema.is_mutable
+        if writes and current_autograd_node() is not None and results:  # torch's formulas write into new tensors
+            writes = next(self.windows(operation.results[0]), None) is not None
+        if results and on and not writes:
             self.reports.pass_on(keys, results)
+        elif zeros:  # whatever they are made of
+            self.reports.forget(results)
         else:
             for key in keys:
                 self.reports.read(key)
@@ -259,16 +284,14 @@ class ShardedRun(NumberedRun):
                     operation.name, f"its global shape is {list(result.shape)}, unsharded {list(recorded.results[i])}"
                 )
             self.set_value(result, number, self._of_dtensor(result))
-        if operation.name in CUMULATIVE and (found := self.number(operation.results[0]).layout).kind is Kind.SHARDED:
-            dim = argument_of(operation.func, "dim", *tree_unflatten(operation.leaves, operation.tree))
-            if dim % operation.results[0].ndim == found.dim:  # DTensor's rule takes -1 for another dim than the last
-                self.report(operation.name, "DTensor runs it on each shard alone", dim=found.dim)
-        if operation.name in ("any", "all") and self.number(operation.results[0]).layout == PARTIAL:
-            self.report(operation.name, "DTensor adds up truth values over ranks")
-        shards = [value.layout.dim for value in operation.values if value.layout.kind is Kind.SHARDED]
-        if shards and may_draw(operation.func) and not draws_by_element(operation.func):
-            # DTensor seeds ranks apart, or not at all: neither gives the numbers of one process
-            self.report(operation.name, "each rank draws random numbers for its shard of a DTensor", dim=shards[0])
+        layout = self.number(operation.results[0]).layout
+        if wrong := self._loss_gradients.ran(operation, numbers, self._zeros):
+            self.reports.found.append(Unproven(operation.name, LOSS, "", wrong, code="CR305"))
+        elif takes_all_for_none(operation, layout):
+            reason = f"{operation.name} over an empty list of dims means all, and DTensor keeps shards of one"
+            self.reports.found.append(Unproven(operation.name, self.module(), "", reason, code="CR413"))
+        for reason, dim in not_as_in_one_process(operation, layout):
+            self.report(operation.name, reason, dim=dim)
 
     def _of_dtensor(self, x: Tensor) -> Layout:
         return (layout_of(x.placements[0], tuple(x.shape)) or STYLE) if isinstance(x, DTensor) else REPLICATED
@@ -277,21 +300,12 @@ class ShardedRun(NumberedRun):
         """A functional collective in a user's code: the value stays, what a rank has of it changes."""
         value = operation.values[0]
         sums = "sum" in [leaf for leaf in operation.leaves if isinstance(leaf, str)]
-        layout = UNKNOWN
-        if value.layout in (STYLE, UNKNOWN):
-            layout = value.layout
-        elif collective == "all_reduce" and sums and value.layout == PARTIAL:
-            layout = REPLICATED
-        elif collective == "reduce_scatter" and sums and value.layout == PARTIAL:
-            layout = sharded(0)
-        elif (collective, value.layout) in (("all_gather", sharded(0)), ("broadcast", REPLICATED)):
-            layout = REPLICATED
-        elif self.call_site().in_style:
-            layout = STYLE
-        else:
+        layout = after_collective(collective, value.layout, sums)
+        if layout is None and not self.call_site().in_style:
             self.report(operation.name, f"{collective} of what is {value.layout}")
+            layout = UNKNOWN
         for result in operation.results:
-            self.set_value(result, value.number, layout)
+            self.set_value(result, value.number, layout or STYLE)
 
     def _note_draw(self, operation: Operation, recorded: Recorded | None, layout: Layout) -> None:
         func, arguments = operation.func, tree_unflatten(operation.leaves, operation.tree)
@@ -354,7 +368,7 @@ class ShardedRun(NumberedRun):
         if layout == STYLE:
             heads = HEADS_OF_RANK.get(tensor)
             layout = sharded(*heads) if heads else self._shown(key, tuple(tensor.shape), shape)
-        elif known != number and (known is not None or not gradient) and not self._is_made_by_style(name, side):
+        elif known != number and (known is not None or not gradient) and (side, name) not in self._made_by_style:
             self.report(side, "it is another value than in the unsharded model", name)
             layout = UNKNOWN
         self.set_value(tensor, number, layout)
@@ -363,9 +377,6 @@ class ShardedRun(NumberedRun):
         """What a style's hook has gathered or taken its part of."""
         if self.value(tensor).layout == STYLE and key[0] not in self._computed_by_style:
             self.boundary(key, tensor)
-
-    def _is_made_by_style(self, module: str, side: str) -> bool:
-        return module in self._computed_by_style and side in ("output", "input gradient")
 
     def _shown(self, key: tuple[Any, ...], here: Shape, there: Shape) -> Layout:
         """The layout of what a style's arithmetic made, by its shape."""
@@ -393,6 +404,8 @@ class ShardedRun(NumberedRun):
                 if self.inside or not isinstance(tensor, Tensor):
                     return function(ctx, tensor, *rest)
                 value = self.value(tensor)
+                # zeros that all ranks have are terms of a sum too
+                layout = UNKNOWN if value.number in self._zeros and value.layout == REPLICATED else value.layout
                 self.call_site()  # the line of the gradient's way back
                 self.inside += 1
                 try:
@@ -400,7 +413,7 @@ class ShardedRun(NumberedRun):
                 finally:
                     self.inside -= 1
                 first = out[0] if isinstance(out, tuple) else out
-                self.set_value(first, value.number, self._converted(name, ctx, tensor, value.layout, first))
+                self.set_value(first, value.number, self._converted(name, ctx, tensor, layout, first))
                 return out
 
             return watched

@@ -19,6 +19,7 @@ class Unproven:
         line: `file.py:12` of the code that called it, or empty.
         dim: the sharded dim, where one is at fault.
         is_used: a module, the loss or a gradient got it; else it only stands in an attribute when the step is over.
+        code: of the finding: CR305 for a log-softmax of split logits, CR413 for a sum that DTensor does not make.
     """
 
     operator: str
@@ -27,6 +28,7 @@ class Unproven:
     reason: str
     dim: int | None = None
     is_used: bool = True
+    code: str = "CR414"
 
 
 @dataclass(eq=False)
@@ -62,6 +64,12 @@ class Reports:
         """A module, the loss, a gradient or a write takes the tensor with this key."""
         for pending in self._pending.pop(key, ()):
             self._report(pending, is_used=True)
+
+    def forget(self, results: Mapping[Hashable, Tensor]) -> None:
+        """Tensors that were written are something else now."""
+        for key, result in results.items():
+            for pending in self._pending.pop(key, ()):
+                pending.results = [each for each in pending.results if each() is not result]
 
     def add_kept(self) -> None:
         """The step is over: what is not proven and still alive stands in an attribute, for the next forward perhaps."""

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from colrow.sharding.operators import Filling, Linear, Operator, operator
-from colrow.torch_compat import frames, inside_dtensor, is_async, local_shard
+from colrow.sharding.operators import Filling, Linear, Operator, operator, operator_name
+from colrow.sharding.zeros import makes_zeros
+from colrow.torch_compat import frames, inside_dtensor, is_async, local_shard, tree_leaves
 
 Window = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 """Storage address, offset, shape, stride."""
@@ -104,13 +105,11 @@ class Op:
     """One operation on local tensors, after it ran.
 
     Attributes:
-        name: without namespace and overload: `add_` of `aten::add_.Tensor`.
         varying: the inputs that vary.
         mutates: it writes to one of its inputs.
     """
 
-    name: str
-    namespace: str
+    func: Any
     args: Any
     inputs: list[Tensor]
     outputs: list[Tensor]
@@ -118,8 +117,17 @@ class Op:
     mutates: bool
 
     @property
+    def name(self) -> str:
+        return operator_name(self.func)
+
+    @property
     def facts(self) -> Operator:
         return operator(self.name)
+
+    @property
+    def plain(self) -> list[Any]:
+        """The arguments that are no tensors."""
+        return [leaf for leaf in tree_leaves(self.args) if not isinstance(leaf, Tensor)]
 
     @property
     def is_filled(self) -> bool:
@@ -185,9 +193,12 @@ def _counts_as_addend(values: Values, term: Tensor) -> bool:
 
 
 def track_zero(values: Values, op: Op) -> None:
-    """Zeros stay zeros only as long as nothing is computed with them."""
-    for out in op.outputs if not op.varying else ():
-        values[out].is_zero = op.facts.fills is Filling.ZERO
+    """Zeros are equal on all ranks. In place they are not looked for: other windows on the storage may vary."""
+    zeros = not op.mutates and makes_zeros(op.func, op.name, op.plain, [values[x].is_zero for x in op.inputs])
+    for out in op.outputs if zeros else ():
+        values[out].varying = values[out].has_addend = False
+    for out in op.outputs if zeros or not op.varying else ():
+        values[out].is_zero = zeros or op.facts.fills is Filling.ZERO
 
 
 def track_share(values: Values, op: Op, tp: int) -> None:

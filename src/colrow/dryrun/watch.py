@@ -20,7 +20,7 @@ from colrow.dryrun.module_tracker import ModuleTracker
 from colrow.dryrun.result import Collective, Pass, PlacementMismatch, Problem
 from colrow.dryrun.values import Op, Values
 from colrow.ops.parallel_linear import traffic
-from colrow.sharding.operators import EQUAL_AFTER, operator_name
+from colrow.sharding.operators import EQUAL_AFTER
 from colrow.torch_compat import (
     TorchDispatchMode,
     current_autograd_node,
@@ -100,15 +100,14 @@ class Watch(TorchDispatchMode):
             counts = not (finds_output_shape(frames()) or computes_gradients(frames()))
             self.flops[self._modules.current()] += flops if counts else 0
         op = Op(
-            name=operator_name(func),
-            namespace=func.namespace,
+            func=func,
             args=args,
             inputs=inputs,
             outputs=_tensors_in(out),
             varying=[x for x in inputs if self.varies(x)],
             mutates=func._schema.is_mutable,
         )
-        handler = _HANDLERS.get(op.namespace, Watch._local)
+        handler = _HANDLERS.get(func.namespace, Watch._local)
         rules.track_packed(self._values, op)
         rules.track_in_flight(self._values, op, functional=handler is Watch._functional)
         handler(self, op)
@@ -212,7 +211,7 @@ class Watch(TorchDispatchMode):
         if placement.is_replicate() and varies:
             self._mismatch("varying_as_replicate")
             value.varying = False  # report one mistake once: from here on it is taken as declared
-        elif placement.is_partial() and not varies and not value.is_share:
+        elif placement.is_partial() and not varies and not value.is_share and not value.is_zero:
             self._mismatch("equal_as_partial")
         elif placement.is_partial() and value.has_addend:
             self._mismatch("addend_summed")

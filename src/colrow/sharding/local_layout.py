@@ -98,3 +98,13 @@ def layout_of(placement: Any, shape: tuple[int, ...]) -> Layout | None:
     dim = placement.dim % max(1, len(shape))
     parts = getattr(placement, "split_factor", 1)
     return sharded(dim, getattr(placement, "segments", None) or (shape[dim] // parts,) * parts)
+
+
+def after_collective(collective: str, layout: Layout, sums: bool) -> Layout | None:
+    """What a collective along dim 0 makes of a tensor; None where it gives no part of the unsharded tensor."""
+    if layout in (STYLE, UNKNOWN):
+        return layout
+    if layout == PARTIAL and sums:
+        return {"all_reduce": REPLICATED, "reduce_scatter": sharded(0)}.get(collective)
+    gives_all = (collective, layout) in (("all_gather", sharded(0)), ("broadcast", REPLICATED))
+    return REPLICATED if gives_all else None

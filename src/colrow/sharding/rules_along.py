@@ -24,6 +24,8 @@ def along(call: LocalCall) -> list[Layout] | None:
     if layout is None or name is None or (call.differing and not _differs_in_extent_alone(call, layout)):
         return None
     given = call.argument(name)[0]
+    if given == [] and not call.facts.moves:  # DTensor, and some operators on fake tensors, take it for none
+        raise UnprovenError(f"{call.name} over an empty list of dims, which means all", layout.dim)
     if given is None or given == []:
         return None
     counted = len(call.results[0]) if call.name == "unfold_backward" else ndim

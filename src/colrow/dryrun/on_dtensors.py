@@ -1,0 +1,76 @@
+"""What DTensor does wrong, or in another way than one process: operators that the two runs cannot take on trust.
+
+[Note: gradients of a split loss]
+Within torch's `loss_parallel`, the backward of `nll_loss` gives the gradient of the logits already, and the backward of
+log-softmax is the identity (pytorch#190746). The identity is right for that gradient, and for one whose sum over the
+classes is zero, as the gradient of logits is: a second log-softmax of log-probabilities changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from colrow.dryrun.numbered import Operation
+from colrow.sharding.draws import draws_by_element, may_draw
+from colrow.sharding.local_layout import PARTIAL, Kind, Layout
+from colrow.sharding.operators import CUMULATIVE, Linear, argument_of, operator
+from colrow.torch_compat import dtensor_handlers, tree_unflatten
+
+UNMATCHED = "no cross entropy takes this log-softmax of split logits: its backward in the loss context is the identity"
+
+
+class LossGradients:
+    """Which gradients, by number, are those of `nll_loss`, and which sum to zero over the classes."""
+
+    def __init__(self) -> None:
+        self._of_cross_entropy: set[Any] = set()
+        self._sum_to_zero: set[Any] = set()
+
+    def ran(self, operation: Operation, results: Sequence[Any], zeros: set[Any]) -> str:
+        """Note an operator with DTensors by its results' numbers; why it is wrong, or empty."""
+        name, facts, by_loss = operation.name, operator(operation.name), operation.func in dtensor_handlers()
+        inputs = {value.number for value in operation.values}
+        found = {number for number in results if number is not None}
+        known = self._of_cross_entropy | self._sum_to_zero | zeros
+        if by_loss and name.startswith("nll_loss") and name.endswith("backward"):
+            self._of_cross_entropy |= found
+        elif by_loss and name == "_log_softmax_backward_data":
+            if operation.values[0].number not in known:
+                return UNMATCHED
+            self._sum_to_zero |= found
+        elif self._of_cross_entropy & inputs:
+            if not (facts.moves or facts.linear is Linear.TERMS) or not inputs <= known:
+                return "a cross entropy takes split log-probabilities that are changed after their log-softmax"
+            self._of_cross_entropy |= found
+        elif self._sum_to_zero & inputs and (facts.moves or _scales(operation)):
+            self._sum_to_zero |= found
+        return ""
+
+
+def _scales(operation: Operation) -> bool:
+    """Whether it multiplies its one tensor by a number."""
+    facts = operator(operation.name)
+    return facts.rule == "elementwise" and facts.linear not in (None, Linear.TERMS) and len(operation.values) == 1
+
+
+def takes_all_for_none(operation: Operation, layout: Layout) -> bool:
+    """Whether it runs over an empty list of dims, which means all, and DTensor leaves its `layout` sharded: each rank
+    computes with a result of its own, or all with the first one's."""
+    dim = argument_of(operation.func, "dim", *tree_unflatten(operation.leaves, operation.tree))
+    return dim == [] and layout.kind is Kind.SHARDED and not operator(operation.name).moves
+
+
+def not_as_in_one_process(operation: Operation, layout: Layout) -> Iterator[tuple[str, int | None]]:
+    """Why an operator on DTensors is not proven, and the dim. `layout`: of its first result."""
+    dim = argument_of(operation.func, "dim", *tree_unflatten(operation.leaves, operation.tree))
+    sharded = layout.kind is Kind.SHARDED
+    # DTensor's rule takes -1 for another dim than the last
+    if sharded and operation.name in CUMULATIVE and dim % operation.results[0].ndim == layout.dim:
+        yield "DTensor runs it on each shard alone", layout.dim
+    if operation.name in ("any", "all") and layout == PARTIAL:
+        yield "DTensor adds up truth values over ranks", None
+    shards = [value.layout.dim for value in operation.values if value.layout.kind is Kind.SHARDED]
+    if shards and may_draw(operation.func) and not draws_by_element(operation.func):
+        # DTensor seeds ranks apart, or not at all: neither gives the numbers of one process
+        yield "each rank draws random numbers for its shard of a DTensor", shards[0]
