@@ -43,6 +43,10 @@ ALIKE = {  # a kept case walks the same code
     "tokens rolled",  # as tokens shifted; rolls are in "features rolled"
     "features flipped",  # as rolled
     "kth feature",  # as the largest and the median
+    "features summed",  # as their norm; sums are in "features normalised by einsum"
+    "tokens summed",  # a running sum of a DTensor is in "a cumulative sum of the logits"
+    "scores capped",  # as attention written out, with functions of elements as "features clamped"
+    "capped logits",  # as "log-probabilities for logits", with the same functions
     "channels of flattened tokens dropped",
     "norm of each group of features, in code with sizes",
     "features at their own positions",
