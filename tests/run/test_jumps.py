@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from colrow.run.jumps import LEAST, Jumps
-from colrow.run.nonfinite import FILE, MOST_LINES, NonfiniteSteps
+from colrow.run.nonfinite import FILE, MOST_LINES, DivergedError, NonfiniteSteps
 from helpers.runs import a_run
 
 
@@ -87,3 +87,21 @@ def test_few_jumps_are_printed_and_one_rank_writes(tmp_path: Path, said: list[st
         steps.examine(record(i, 9.0 if i > 20 and i % 3 == 0 else 3.0), 4 * (i - 1))
     assert steps.jumped > MOST_LINES == len(said)
     assert not (tmp_path / "run" / FILE).exists()
+
+
+def test_steps_that_are_run_again_are_kept_once(tmp_path: Path, said: list[str]) -> None:
+    """A run that has a checkpoint of step 21 and stopped at step 28; its last line was cut off."""
+    steps, path = steps_of(tmp_path, said), tmp_path / "run" / FILE
+    steps.go_on_after(0)
+    assert not path.exists()
+    for i in range(1, 28):
+        steps.examine(record(i, 9.0 if i in (20, 25) else 3.0), 4 * (i - 1))
+    with pytest.raises(DivergedError):
+        steps.examine(record(28, math.nan), 4 * 27)
+    path.write_text(path.read_text() + '{"step": 2')
+    steps_of(tmp_path, said, writes=False).go_on_after(21)
+    assert path.read_text().endswith('{"step": 2')
+    steps_of(tmp_path, said).go_on_after(21)
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(entry["step"], entry["action"]) for entry in kept] == [(20, "jump"), (28, "stop")]
+    assert math.isnan(kept[1]["loss"])

@@ -147,6 +147,7 @@ class Loop:
         config, start, sequences = self._config, at.step, at.sequences
         self._metrics = metrics
         self._nonfinite = NonfiniteSteps(config, self._checkpoints, at.skipped, metrics is not None, self._progress.say)
+        self._nonfinite.go_on_after(start)
         self._step_end = DeviceTimestamp(self._device)
         self._known_at = start + max(2, steps_until_known(self._training))
         saved, val_loss, stop = start, None, False
