@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,6 +63,19 @@ class ExpertChoice(Own):
         return self.head(x * (1 + taken[..., None]))
 
 
+class AlwaysDrawing(Own):
+    """Drops elements in evaluation too; with `from_outside` by numbers that no seed gives again."""
+
+    def __init__(self, mask: Callable[[int], Tensor | None], from_outside: bool = False) -> None:
+        super().__init__(mask)
+        self.from_outside = from_outside
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.from_outside:
+            return super().forward(ids) * (1 + torch.tensor(list(os.urandom(50))) / 256)
+        return F.dropout(super().forward(ids), 0.3)
+
+
 def causal(n: int) -> Tensor:
     return torch.ones(n, n, dtype=torch.bool).tril()
 
@@ -90,8 +104,12 @@ def neighbours(n: int) -> Tensor:
         Own,
         lambda: Own(neighbours),
         lambda: Own(padding=1),
+        lambda: AlwaysDrawing(neighbours),
     ],
-    ids=["bert", "bert-causal-class", "modernbert", "no-mask", "window-to-both-sides", "centred-convolution"],
+    ids=[
+        *("bert", "bert-causal-class", "modernbert", "no-mask", "window-to-both-sides", "centred-convolution"),
+        "dropout-in-evaluation",
+    ],
 )
 def test_a_bidirectional_model_is_refused_by_name(build: Callable[[], nn.Module]) -> None:
     model = build()
@@ -117,8 +135,13 @@ def test_a_bidirectional_model_is_refused_by_name(build: Callable[[], nn.Module]
         lambda: Own(prefix),
         lambda: Own(padding=2),
         ExpertChoice,
+        lambda: AlwaysDrawing(causal),
+        lambda: AlwaysDrawing(causal, from_outside=True),
     ],
-    ids=["decoder", "sliding", "experts", "mamba", "mask", "own-window", "prefix", "convolution", "expert-choice"],
+    ids=[
+        *("decoder", "sliding", "experts", "mamba", "mask", "own-window", "prefix", "convolution", "expert-choice"),
+        *("dropout-in-evaluation", "numbers-without-a-seed"),
+    ],
 )
 def test_a_causal_model_is_not(build: Callable[[], nn.Module]) -> None:
     require_causal(Source(build(), "folder", None, "folder"))

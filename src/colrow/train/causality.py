@@ -5,6 +5,8 @@ A reduced model runs in evaluation mode on random tokens, then with another last
 the token before are compared: attention without a causal mask changes them in every sequence, whatever its window, and
 so does a convolution that is centred. Sliding windows, and a mask that lets the tokens of a prompt see each other, do
 not reach the last token. A router that compares tokens changes them in a sequence now and then, and is no such model.
+Each forward draws the same random numbers, for there are models that drop elements in evaluation too; of one whose
+logits change with nothing changed (it asks the operating system, say) nothing is known.
 """
 
 from __future__ import annotations
@@ -13,12 +15,13 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from colrow.dryrun.calls import call_model, example_inputs, is_huggingface, vocabulary
+from colrow.dryrun.calls import Inputs, call_model, example_inputs, is_huggingface, vocabulary
 from colrow.errors import ConfigError
 from colrow.models.build import Source
 from colrow.parallel.outputs import main_tensor
+from colrow.parallel.random_state import Generators
 from colrow.train.objective import small_model
 
 _SEQUENCES, _TOKENS = 8, 12
@@ -63,11 +66,20 @@ def _sees_later_tokens(model: nn.Module, *, as_decoder: bool = False) -> bool:
             if len(before) != 1 or before[0].is_floating_point() or before[0].dim() != 2:
                 return False  # no tokens
             small.eval()
+            generators = Generators([small], "cpu")
+
+            def logits_of(ids: Inputs) -> Tensor:
+                with generators.preserved():
+                    generators.seed(0)
+                    return main_tensor(call_model(small, ids))
+
             after = before.map(lambda ids: torch.cat([ids[:, :-1], (ids[:, -1:] + 1) % vocab], 1))
-            logits = [main_tensor(call_model(small, ids)) for ids in (before, after)]
+            logits = [logits_of(before), logits_of(after), logits_of(before)]
         except Exception:  # it does not run on a CPU, say
             return False
     if any(each.dim() != 3 or each.shape[:2] != (_SEQUENCES, _TOKENS) for each in logits):
         return False  # no logits of each token
+    if not torch.equal(logits[0], logits[2]):
+        return False  # the change may be another
     change = (logits[0] - logits[1])[:, -2].abs().amax(-1)
     return bool((change > _LEAST * logits[0].abs().amax()).all())
