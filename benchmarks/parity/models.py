@@ -246,14 +246,22 @@ class Detached(Model):
         return logits
 
 
+@dataclass
+class Logits:
+    """An output that torch's trees take for one leaf."""
+
+    logits: Tensor
+
+
 class TwoHeads(Model):
-    """Ends in norm and head, in the head alone, or in another head, as the micro-batch says."""
+    """Ends in norm and head, in the head alone, or in another head, whose logits are in a dataclass, as the micro-batch
+    says."""
 
     def __init__(self) -> None:
         super().__init__()
         self.other_head = nn.Linear(D, V, bias=False)
 
-    def forward(self, x: Tensor, seq_len: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, seq_len: int | None = None) -> Tensor | Logits:  # type: ignore[override]
         way = int(x.sum()) % 3
         x = self.embed_tokens(x)
         for layer in self.layers:
@@ -261,7 +269,7 @@ class TwoHeads(Model):
         if way == 0:
             x = self.norm(x)
         logits: Tensor = self.other_head(x) if way == 2 else self.lm_head(x)
-        return logits
+        return Logits(logits) if way == 2 else logits
 
 
 @dataclass(frozen=True)

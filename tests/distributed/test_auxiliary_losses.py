@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -197,3 +198,4 @@ def test_losses_by_layer_are_named_too() -> None:
     }
     assert untrained_losses(output, {"balance": 1.0}) == ("router_losses", "states.output_1")
     assert untrained_losses({"logits": by_layer[None], "router_losses": by_layer.detach()}, {}) == ()
+    assert untrained_losses(SimpleNamespace(logits=by_layer[None], balance=by_layer.sum()), {}) == ("balance",)

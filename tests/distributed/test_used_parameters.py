@@ -36,6 +36,7 @@ CASES: dict[int, dict[str, tuple[str, Mesh]]] = {
         "drop-replicate2-shard2": ("layer drop", Mesh(dp_replicate=2, dp_shard=2)),
         "drop-tp2-shard2": ("layer drop", Mesh(dp_shard=2, tp=2)),
         "heads-shard4": ("two heads", Mesh(dp_shard=4)),  # a rank that calls no head, or one module of it
+        "exit-shard4": ("early exit", Mesh(dp_shard=4)),  # blocks that run last, and no head that is a unit
         "detached-shard4": ("detached", Mesh(dp_shard=4)),  # layers without gradients, or whose output is detached
         "input-shard4": ("frozen input", Mesh(dp_shard=4)),  # gloo aborts where the root reduces before the first block
     },

@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from colrow.errors import ConfigError
 from colrow.mesh import Mesh
 from colrow.models.llama import Llama
 from colrow.parallel.data_parallel import apply_data_parallel, head_unit, refuse_scalars
+from colrow.parallel.outputs import flatten_tensors
 from colrow.torch_compat import fake_store, fsdp_units
 from helpers.parity import TINY
+
+
+@dataclass(frozen=True)
+class Output:
+    logits: Tensor
+    name: str = "output"
+
+
+def test_tensors_of_outputs_that_are_no_trees_of_torch_are_replaced() -> None:
+    one, two = torch.ones(2), torch.zeros(2)
+    for output in (one, (one, 3), Output(one), SimpleNamespace(logits=one, size=2), [Output(one), {"more": 1}]):
+        leaves, rebuild = flatten_tensors(output)
+        made = rebuild([two if leaf is one else leaf for leaf in leaves])
+        assert type(made) is type(output)
+        assert [leaf is two for leaf in flatten_tensors(made)[0]] == [leaf is one for leaf in leaves]
+        assert sum(leaf is one for leaf in flatten_tensors(output)[0]) == 1, "the given one is as it was"
+    assert rebuild([two, "output"]) == [Output(two), {"more": 1}]
 
 
 def test_norm_and_head_are_one_unit() -> None:

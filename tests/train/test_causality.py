@@ -131,7 +131,7 @@ def test_a_bidirectional_model_is_refused_by_name(build: Callable[[], nn.Module]
         ),
         pytest.param(lambda: of_transformers("MambaForCausalLM"), marks=pytest.mark.exhaustive),
         lambda: Own(causal),
-        lambda: Own(window),
+        pytest.param(lambda: Own(window), marks=pytest.mark.exhaustive),
         lambda: Own(prefix),
         lambda: Own(padding=2),
         ExpertChoice,

@@ -31,7 +31,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from colrow.torch_compat import FsdpUnit, fsdp_units, tree_flatten, tree_leaves, tree_unflatten
+from colrow.parallel.outputs import flatten_tensors
+from colrow.torch_compat import FsdpUnit, fsdp_units
 
 
 def agree_on_used_parameters(
@@ -140,7 +141,8 @@ class _SkippedUnits:
             return None
         skipped, self._next = self._units[self._next : index], index + 1
         tensors = args, kwargs
-        flows = [x.requires_grad for x in tree_leaves(tensors) if isinstance(x, Tensor) and x.is_floating_point()]
+        leaves, _ = flatten_tensors(tensors)
+        flows = [x.requires_grad for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
         detached: list[tuple[FsdpUnit, bool]] = []
         if flows and not any(flows) and torch.is_grad_enabled():
             detached, self._reached = self._reached, []
@@ -155,7 +157,7 @@ class _SkippedUnits:
 
     def _run(self, detached: Sequence[tuple[FsdpUnit, bool]], skipped: Sequence[FsdpUnit], tensors: Any) -> Any:
         """Run the units' parts that are missing ahead of what reads `tensors`, a tree; returns the tree to read."""
-        leaves, tree = tree_flatten(tensors)
+        leaves, rebuild = flatten_tensors(tensors)
         floating = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point()]
         # What a missing part returns is joined to tensors on the way to the loss, so that backward reaches it in its
         # turn.
@@ -175,7 +177,7 @@ class _SkippedUnits:
             passed = unit.run_without_forward(scalar(False), trained=trained)
             for i in on_path:
                 leaves[i] = _Join.apply(leaves[i], passed)
-        return tree_unflatten(leaves, tree)
+        return rebuild(leaves)
 
 
 class _Join(torch.autograd.Function):
