@@ -81,12 +81,15 @@ SEVERAL: dict[str, tuple[type[nn.Module], list[dict[str, Any]]]] = {
 }  # fmt: skip
 
 
-def several_case(device: str, kind: type[nn.Module], plans: list[dict[str, Any]]) -> dict[str, float]:
+def several_case(
+    device: str, kind: type[nn.Module], plans: list[dict[str, Any]], source: int | None
+) -> dict[str, float]:
+    """Errors against one process. `source`: whose weights all take; None: each rank its own, which are the same."""
     torch.manual_seed(0)
     reference = kind().to(device, torch.float64)
     model = copy.deepcopy(reference)
     for plan in plans:
-        parallelize(model, Plan(plan), tp_mesh(device, 2))
+        parallelize(model, Plan(plan), tp_mesh(device, 2), src_data_rank=source)
     assert tied_parameters(model) == tied_parameters(reference)
     sharded = [name for name, p in model.named_parameters() if isinstance(p, DTensor) and p.placements[0].is_shard()]
     assert sharded
@@ -106,14 +109,17 @@ def several_case(device: str, kind: type[nn.Module], plans: list[dict[str, Any]]
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", SEVERAL)
 def test_the_model_computes_the_same(ranks: Ranks, name: str) -> None:
-    for errors in ranks(2).run(several_case, *SEVERAL[name]):
-        assert max(errors.values()) < 1e-12, errors
+    for source in (0, None):
+        for errors in ranks(2).run(several_case, *SEVERAL[name], source):
+            assert max(errors.values()) < 1e-12, errors
 
 
-def shared_case(device: str, plan: Plan) -> list[Tensor]:
+def shared_case(device: str, plan: Plan | None) -> list[Tensor]:
+    """The gradients under a plan, or of one process."""
     torch.manual_seed(0)
     model = shared_blocks().to(device, torch.float64)
-    parallelize(model, plan, tp_mesh(device, 2))
+    if plan is not None:
+        parallelize(model, plan, tp_mesh(device, 2))
     model(torch.arange(16, device=device).view(2, 8)).square().mean().backward()
     align_gradients(model.parameters())
     return [full_tensor(param.grad) for param in model.parameters()]
@@ -121,11 +127,12 @@ def shared_case(device: str, plan: Plan) -> list[Tensor]:
 
 @pytest.mark.distributed
 def test_a_shared_module_is_keyed_by_either_name(ranks: Ranks) -> None:
-    plans = (gpt_plan(), second_name_plan(), shared_plan("colwise"))
-    first, second, both = (ranks(2).run(shared_case, plan)[0] for plan in plans)
-    for a, b, c in zip(first, second, both, strict=True):
+    plans = (gpt_plan(), second_name_plan(), shared_plan("colwise"), None)
+    first, second, both, unsharded = (ranks(2).run(shared_case, plan)[0] for plan in plans)
+    for a, b, c, want in zip(first, second, both, unsharded, strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, c)
+        assert relative(a, want) < 1e-12
 
 
 def test_different_styles_of_a_shared_module_are_refused() -> None:
