@@ -132,7 +132,7 @@ def test_a_bidirectional_model_is_refused_by_name(build: Callable[[], nn.Module]
         pytest.param(lambda: of_transformers("MambaForCausalLM"), marks=pytest.mark.exhaustive),
         lambda: Own(causal),
         pytest.param(lambda: Own(window), marks=pytest.mark.exhaustive),
-        lambda: Own(prefix),
+        pytest.param(lambda: Own(prefix), marks=pytest.mark.exhaustive),
         lambda: Own(padding=2),
         ExpertChoice,
         lambda: AlwaysDrawing(causal),
