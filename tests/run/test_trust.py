@@ -52,6 +52,8 @@ def test_a_folder_of_another_user_is_not(
         ["generate", str(file.parent), "--prompt", "a"],
         ["train", str(file)],
         ["train", str(file), "--model.trust_code", "false"],
+        ["forecast", str(file)],
+        ["bench", str(file)],
     ):
         assert main(argv) == 2
         error = capsys.readouterr().err

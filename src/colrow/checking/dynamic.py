@@ -252,7 +252,10 @@ def _loss(run: DryRun, plan: Plan) -> Iterator[Finding]:
             f"the loss runs over this rank's {got.shape[-1]} logits of {want.shape[-1]}: the head returns them as a "
             "plain tensor"
         )
-        fix = "use a head that returns split logits (fast_head, colwise with use_local_output: false) or all logits"
+        fix = (
+            "set loss: vocab_parallel and a head that returns split logits (fast_head in a plan of fast styles, else "
+            "colwise with use_local_output: false), or gather all logits"
+        )
         yield finding("CR301", LOSS, message, fix)
     elif plan.loss == "vocab_parallel" and not got.is_dtensor:
         message = "the logits are a plain tensor, so loss: vocab_parallel saves no memory"

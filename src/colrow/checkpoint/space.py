@@ -181,4 +181,6 @@ def _what_to_free(checkpoints: Path) -> str:
     *older, newest = complete
     kept = f"step-{newest.step} is complete and kept: free some space"
     named = ", ".join(f"{info.path.name} ({format_bytes(info.bytes)})" for info in older[:4])
-    return f"{kept}, such as the older {named}, or set checkpoint.keep lower" if older else kept
+    # a lower `keep` alone frees nothing: a save removes older ones when it is complete
+    again = "(with checkpoint.keep lower, else the disk fills again)"
+    return f"{kept}, such as the older {named} {again}" if older else kept

@@ -18,7 +18,7 @@ import tyro
 
 from colrow.cli.flags import parse
 from colrow.cli.ranks import signal_of
-from colrow.config import RunConfig, load_config, parse_config
+from colrow.config import RunConfig, parse_config
 from colrow.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ class Flags:
     """Keep each arm's profiler trace in this folder."""
     beside: tuple[Path, ...] = ()
     """Earlier results, to print below; says where they are of another card."""
+    trust_code: bool = False
+    """Run the Python code that the config of a run made by somebody else names for its model."""
 
 
 def main(argv: list[str]) -> int:
@@ -92,8 +94,10 @@ def main(argv: list[str]) -> int:
 
 def base_config(flags: Flags) -> RunConfig:
     """The config that all arms start from."""
+    from colrow.run.run_folder import load_trusted
+
     tree: dict[str, Any] = (
-        load_config(flags.config).model_dump(mode="json")
+        load_trusted(flags.config, trust_code=flags.trust_code).model_dump(mode="json")
         if flags.config is not None
         else {
             "run": {"dir": "."},

@@ -20,7 +20,7 @@ from colrow.cli.text import (
     time_parts,
     wrapped,
 )
-from colrow.config import RunConfig, load_config
+from colrow.config import RunConfig
 from colrow.errors import ConfigError
 
 if TYPE_CHECKING:  # a wrong flag need not wait for torch
@@ -54,6 +54,8 @@ class Flags:
     """Print JSON instead."""
     html: Path | None = None
     """Write an HTML page with bars of memory and of time to this file."""
+    trust_code: bool = False
+    """Run the Python code that the config of a run made by somebody else names for its model."""
 
 
 def main(argv: list[str]) -> int:
@@ -67,7 +69,9 @@ def main(argv: list[str]) -> int:
     if flags.longest and flags.html is not None:
         raise ConfigError("--html draws the table of meshes, which --longest does not print: give one of them")
     require_writable(flags.html)
-    config = load_config(flags.config, auto=True)
+    from colrow.run.run_folder import load_trusted
+
+    config = load_trusted(flags.config, auto=True, trust_code=flags.trust_code)
     choices = _choices(flags, config)
     if flags.longest:
         return _show_longest(choices, flags)

@@ -48,14 +48,10 @@ def main(argv: list[str]) -> int:
 def _requested(argv: list[str]) -> RunConfig:
     if "-h" in argv or "--help" in argv:
         _print_keys(argv[0])
-    from colrow.run.run_folder import is_of_a_run
-    from colrow.run.trust import require_trusted
+    from colrow.run.run_folder import load_trusted
 
-    flags, file = read_flags(argv[1:]), Path(argv[0])
-    config = load_config(file, flags, auto=True)
-    if is_of_a_run(file):
-        require_trusted(config, file, flags.get("model.trust_code") is True)
-    return config
+    flags = read_flags(argv[1:])
+    return load_trusted(Path(argv[0]), flags, auto=True, trust_code=flags.get("model.trust_code") is True)
 
 
 def _print_choices(requested: RunConfig, config: RunConfig) -> None:

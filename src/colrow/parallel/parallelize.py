@@ -212,7 +212,9 @@ def tie(model: nn.Module, ties: list[list[str]]) -> None:
             model.get_submodule(parent).register_parameter(name, param)
 
 
-SAME_PLACEMENT = "give them the same placement, such as rowwise on the embedding and colwise on the head"
+SAME_PLACEMENT = (
+    "give them the same placement, such as rowwise with input: replicate on the embedding and colwise on the head"
+)
 
 
 def split_ties(model: nn.Module, layouts: Mapping[str, ParameterLayout]) -> list[tuple[list[str], str]]:

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from colrow.checkpoint.space import DISK_FULL
 from colrow.config import RunConfig, dump_config, load_config
@@ -16,7 +17,7 @@ from colrow.data.tokenizer import Tokenizer
 from colrow.errors import ConfigError
 from colrow.plans.plan import Plan
 from colrow.run.resume_rules import changes_between
-from colrow.run.trust import mark_as_ours
+from colrow.run.trust import mark_as_ours, require_trusted
 
 CONFIG, PLAN, TOKENIZER, CHECKPOINTS, EXPORT, LOCK = (
     "config.yaml",
@@ -31,6 +32,16 @@ CONFIG, PLAN, TOKENIZER, CHECKPOINTS, EXPORT, LOCK = (
 def is_of_a_run(file: Path) -> bool:
     """Whether the file is the config.yaml that a run wrote into its folder, not one that a person keeps elsewhere."""
     return file.name == CONFIG and any((file.parent / name).exists() for name in (PLAN, CHECKPOINTS, LOCK))
+
+
+def load_trusted(
+    file: Path, overrides: dict[str, Any] | None = None, *, auto: bool = False, trust_code: bool = False
+) -> RunConfig:
+    """`load_config` for a verb that builds the model: refuses code that only somebody else's run folder names."""
+    config = load_config(file, overrides, auto=auto)
+    if is_of_a_run(file):
+        require_trusted(config, file, trust_code)
+    return config
 
 
 @contextmanager
