@@ -220,6 +220,12 @@ BROKEN: dict[str, Case] = {
         lambda: gpt_plan(mlp__up=None, mlp__down=None, mlp__0="colwise"),
         "blocks.*.mlp.0",
     ),
+    "adapter inside a row linear": Case(  # right, with its own gather
+        "CR408",
+        lambda: m.Gpt(mlp=lambda: nn.Sequential(nn.Linear(m.D, m.D), m.LoraLinear(m.D, m.D))),
+        lambda: gpt_plan(mlp__up=None, mlp__down=None, mlp__0="colwise", mlp__1="rowwise"),
+        "blocks.*.mlp.1.b",
+    ),
     "fused qkv, chunk": Case("CR208", lambda: m.Gpt(lambda: m.Attention("parts")), gpt_plan, "blocks.*.attn"),
     "fused qkv, view": Case("CR208", lambda: m.Gpt(lambda: m.Attention("view")), gpt_plan, "blocks.*.attn"),
     "fused gate and up, chunk": Case(
