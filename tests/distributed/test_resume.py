@@ -37,8 +37,8 @@ Tensors = dict[str, Tensor]
 
 
 def short(folder: Path, name: str, **train: Any) -> RunConfig:
-    """Three steps of 4 sequences, in one process."""
-    section = {"steps": 3, "warmup_steps": 0} | train
+    """Three steps of 4 sequences, in one process; in fp32, so that a parameter's gradient is its own on GPUs too."""
+    section = {"steps": 3, "warmup_steps": 0, "precision": "fp32"} | train
     return a_run(folder, name, mesh={"tp": 1}, train=section, checkpoint={"export": False})
 
 

@@ -166,6 +166,10 @@ def _serve(pipe: Connection, rank: int, world: int, port: int, device: str, stac
     torch.set_num_threads(1)
     options: dict[str, Any] = {}
     if device == "cuda":
+        # A process has a communicator for each axis of each mesh, up to a hundred. Of NCCL's usual buffers each takes
+        # some 0.3 GiB of the GPU, which several test processes share.
+        for name, value in {"MAX_NCHANNELS": 2, "MAX_P2P_NCHANNELS": 2, "BUFFSIZE": 1 << 18}.items():
+            os.environ.setdefault(f"NCCL_{name}", str(value))
         torch.cuda.set_device(rank)
         options["device_id"] = torch.device("cuda", rank)
     dist.init_process_group(
