@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from colrow.cli import VERBS, main
+from colrow.cli.bench import Flags as BenchFlags
 from colrow.cli.check import Flags as CheckFlags
+from colrow.cli.config_flags import read_flags
 from colrow.cli.flags import parse
 from colrow.cli.generate import Flags as GenerateFlags
 from colrow.cli.text import Terminal
@@ -66,6 +68,16 @@ def test_numbers_are_finite_and_names_known() -> None:
     for words in ("--temperature nan", "--temperature 1e999", "--device tpu", "--seed 1.5"):
         with pytest.raises(ConfigError, match=f"^{words.split()[0]}: Input should be"):
             parse(GenerateFlags, "generate", ["run", "--prompt", "a", *words.split()])
+
+
+def test_texts_of_a_list_stay_texts() -> None:
+    """YAML would make a mapping of `transformers:`, a boolean of `on` and a number of `12`."""
+    arms = ["torchtitan:DIR", "transformers:", "config:plan=derive"]
+    assert parse(BenchFlags, "bench", ["c.yaml", "--arms", *arms]).arms == tuple(arms)
+    assert read_flags(["--train.no_decay", "norm:", "on", "12"]) == {"train.no_decay": ["norm:", "on", "12"]}
+    assert read_flags(["--train.no_decay", "norm:"]) == {"train.no_decay": ["norm:"]}
+    assert read_flags(["--train.no_decay", "[norm, head]"]) == {"train.no_decay": ["norm", "head"]}
+    assert read_flags(["--train.betas", "[0.5, 0.6]"]) == {"train.betas": [0.5, 0.6]}
 
 
 def test_words_are_read_as_in_a_config() -> None:

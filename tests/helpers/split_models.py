@@ -26,7 +26,7 @@ class SelectiveScan(nn.Module):
         u = F.silu(self.conv(u.mT)[..., : x.shape[1]].mT)
         step, write, read = self.select(u).split([1, STATES, STATES], -1)
         step = F.softplus(self.step(step))
-        state = torch.zeros(x.shape[0], self.inner, STATES, dtype=x.dtype)
+        state = torch.zeros(x.shape[0], self.inner, STATES, dtype=x.dtype, device=x.device)
         out = []
         for t in range(x.shape[1]):
             kept = torch.exp(-step[:, t, :, None] * self.decay)

@@ -91,7 +91,8 @@ def flag_value(word: str, kinds: Set[Any], flag: str) -> Any:
         raise ConfigError(f"{flag}: its text is not UTF-8")
     if word in ("None", "null") and (not kinds or type(None) in kinds):
         return None
-    if kinds & {str, Path, Literal}:  # text stays text: a folder may be called 2026
+    is_list = tuple in kinds and word.lstrip().startswith("[")
+    if kinds & {str, Path, Literal} and not is_list:  # text stays text: a folder may be called 2026
         return word
     return read_yaml(word, f"{flag} {shortened(word)}", ConfigError)
 
@@ -108,9 +109,13 @@ def _kinds_of(key: str) -> set[Any]:
 
 
 def kinds_of(annotation: Any) -> set[Any]:
-    """The types that an annotation allows, without their arguments: `{int, NoneType}`, `{tuple}`, `{Literal}`."""
+    """The types that an annotation allows, without their arguments: `{int, NoneType}`, `{tuple}`, `{Literal}`.
+
+    Of a tuple of texts or of paths they have the elements' type too: `{tuple, str}`.
+    """
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
     options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     options = tuple(get_args(option)[0] if get_origin(option) is Annotated else option for option in options)
-    return {get_origin(option) or option for option in options}
+    elements = {get_args(option)[0] for option in options if get_args(option)[:1] in ((str,), (Path,))}
+    return {get_origin(option) or option for option in options} | elements
