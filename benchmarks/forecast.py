@@ -27,8 +27,6 @@ from colrow.forecasting.memory import GIB
 
 LINK_SIZES = (2**16, 2**20, 2**24, 2**27, 2**30)
 LEAST_BAND = 0.09  # nine in ten of the derived rows of other models are within it
-EDGE = "memory's edge"
-"""Rows where the allocator gives back its reserve in each step, which takes time that no rate knows."""
 
 
 def fit(measured: list[Measured], base: Rates, *, calibrated: bool = False) -> Rates:
@@ -120,11 +118,11 @@ def main() -> None:
     options = parser.parse_args()
     measured = list(rows(options.gpu))
     present = [row for row in measured if not row.older]
-    training, test = halves([row for row in present if not row.name.startswith(EDGE)])
     base = device_named(options.gpu, options.calibrated or options.base)
+    training, test = halves(present, base)
     rates = fit(training, base.rates, calibrated=options.calibrated is not None)
     device = replace(base, rates=rates)
-    print(memory_table(present))
+    print(memory_table(present, device))
     errors = [abs(row.time(device).seconds * 1e3 / row.step_ms - 1) for row in test]
     for title, chosen in (
         ("fitted on", training),
@@ -137,19 +135,20 @@ def main() -> None:
         write_table(options.table, rates, errors, base, calibrated=options.calibrated is not None)
 
 
-def halves(measured: list[Measured]) -> tuple[list[Measured], list[Measured]]:
+def halves(measured: list[Measured], device: Device) -> tuple[list[Measured], list[Measured]]:
     """Every second row of each kind: mesh, plan, compiled or not, fp8 or not, who exchanges gradients, and whether the
-    CPU sets its pace."""
+    CPU sets its pace. Rows at memory's edge show no rate: all are in the second half."""
+    edge = [row for row in measured if row.is_at_edge(device)]
     seen: Counter[Any] = Counter()
     sides: tuple[list[Measured], list[Measured]] = [], []
-    for row in measured:
+    for row in (row for row in measured if row not in edge):
         kind = (row.mesh, row.plan, row.cell.compiled, row.fp8, row.exchange, row.is_cpu_bound)
         sides[seen[kind] % 2].append(row)
         seen[kind] += 1
-    return sides
+    return sides[0], sides[1] + edge
 
 
-def memory_table(measured: list[Measured]) -> str:
+def memory_table(measured: list[Measured], on: Device) -> str:
     lines = ["| file | arm | mesh | measured | forecast | error | device | forecast | error |"]
     lines.append("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     errors = []
@@ -160,7 +159,7 @@ def memory_table(measured: list[Measured]) -> str:
         errors.append(memory.allocated / GIB / row.allocated - 1)
         cells = [row.file, row.name, str(row.mesh), f"{row.allocated:.2f}", f"{memory.allocated / GIB:.2f}"]
         cells += [f"{errors[-1]:+.1%}"]
-        if row.name.startswith(EDGE):
+        if row.is_at_edge(on):
             row = replace(row, device=None)
         device = "" if row.device is None else f"{row.device:.2f}"
         off = "" if row.device is None else f"{memory.device / GIB / row.device - 1:+.1%}"

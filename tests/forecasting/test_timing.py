@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from colrow.forecasting.devices import device_named
-from colrow.forecasting.memory import Setting
+from colrow.forecasting.forecast import cost
+from colrow.forecasting.memory import Setting, peak_memory
 from colrow.forecasting.storages import LiveStorages
 from colrow.forecasting.timing import (
+    AT_EDGE,
     CASTS_OF_FSDP,
     COPIES_OF_FSDP,
     HOP_BETWEEN_HOSTS,
@@ -83,6 +85,23 @@ def test_the_band_is_wider_where_the_cpu_sets_the_pace(walked: Walk) -> None:
     assert bound.parts["cpu"] > 0
     assert replayed.band / replayed.seconds == pytest.approx(H200.band)
     assert bound.band / bound.seconds == pytest.approx(0.15)
+
+
+def test_a_step_that_needs_the_allocators_reserve_takes_longer(walked: Walk) -> None:
+    setting, program = Setting(Mesh(dp_shard=2), copies=False), Program(cuda_graph=True)
+    wanted = peak_memory(walked, setting)
+    size = (wanted.needed + wanted.device) / 2
+    assert wanted.needed < size < wanted.device
+    roomy, tight = (
+        cost(walked, setting, program, Machine(replace(H200, memory=nbytes), 8)) for nbytes in (wanted.device, size)
+    )
+    assert (roomy[0].device, tight[0].device) == (wanted.device, pytest.approx(size))
+    assert "allocator" not in roomy[1].parts
+    assert tight[1].seconds == pytest.approx((1 + AT_EDGE) * roomy[1].seconds)
+    assert tight[1].band == pytest.approx(roomy[1].band + AT_EDGE * roomy[1].seconds)
+    large = StepTime({"products": 1.0, "pointwise": 0.1, "optimizer": 0.0, "cpu": 0.0}, 0.1)
+    assert large.bottleneck == "compute"
+    assert large.at_memorys_edge().bottleneck.startswith("memory's edge")
 
 
 def test_cards_of_a_host_share_what_a_ring_sends_between_hosts() -> None:

@@ -152,6 +152,13 @@ def forecast(
     return Forecaster(model, device_named(gpu), gpus_per_host).row(plan, mesh, chosen)
 
 
+def cost(walked: Walk, setting: Setting, program: Program, machine: Machine) -> tuple[Memory, StepTime]:
+    """The memory and the time of a step, on a device whose size may take the allocator's reserve away."""
+    memory, time = peak_memory(walked, setting), step_time(walked, setting, program, machine)
+    on_device = memory.on(machine.device.memory)
+    return on_device, time.at_memorys_edge() if on_device.reserve < memory.reserve else time
+
+
 class Forecaster:
     """Forecasts cells of one model, and walks each of them once.
 
@@ -175,8 +182,7 @@ class Forecaster:
                 f"copy engines: no rate of copies between GPUs is known of {self.device.name}: use collectives, or a "
                 "table of colrow calibrate"
             )
-        memory = peak_memory(walked, setting).on(self.device.memory)
-        time = step_time(walked, setting, program, self._machine)
+        memory, time = cost(walked, setting, program, self._machine)
         tokens = options.micro_batch * options.micro_batches * options.seq_len * mesh.dp
         rate = tokens / time.seconds / mesh.world_size
         return Row(mesh, plan.name, options, memory, time, rate, self._mfu(rate, options.seq_len), self.device)

@@ -17,8 +17,8 @@ bytes a parameter: master 4, two moments 8, where the compute dtype is lower a c
 [Note: pools]
 CUDA's allocator keeps what a stream has freed for that stream. FSDP2 makes reduced gradients on one of its own, and
 gathers on another: their largest sums stay reserved when the compute stream has its peak, and the other way round.
-When memory runs out the allocator gives back what is free, and the step takes longer (by 7 and 11% in two runs that
-needed 86 and 90% of an H100): so the pools count for what the driver shows, and not for whether a cell fits.
+When memory runs out the allocator gives back what is free, and the step takes longer (`timing.AT_EDGE`): so the pools
+count for what the driver shows, and not for whether a cell fits.
 """
 
 from __future__ import annotations
