@@ -62,13 +62,16 @@ def _declarations(run: DryRun) -> Iterator[Finding]:
         if mismatch.problem == "equal_as_shard":
             shard = f"shard({mismatch.dim})"
             message = f"its input is replicated and is declared {shard}: dim {mismatch.dim} becomes tp times longer"
-            fix = f"split what comes before (output: {shard} on the embedding or row linear), or declare replicate"
+            fix = f"split what comes before (output: {shard} on the embedding or row linear), or use style replicate"
             yield finding("CR406", where, message, fix)
         elif mismatch.backward:
             continue
         elif mismatch.problem == "varying_as_replicate":
             message = "its input differs between ranks and is declared replicate"
-            fix = "declare the layout it has (input: shard(1) for sequence shards), so that it is gathered"
+            fix = (
+                "declare the layout it has (input: shard(1) for sequence shards), so that it is gathered; the second "
+                "of two linear layers takes rowwise"
+            )
             yield finding("CR407", where, message, fix)
         elif mismatch.problem == "addend_summed":
             message = "a value that is equal on all ranks is added on each of them before the sum over ranks"
@@ -226,7 +229,10 @@ def _failure(failure: Failure, plan: Plan) -> Finding:
         return finding("CR404", where, message, fix)
     if isinstance(failure.error, IndexError) or "should have same length" in text:
         message = f"the style found no positional input ({text}): the module is called with keyword arguments"
-        fix = "name them with input_kwargs and desired_kwargs, with one entry in input for each positional argument"
+        fix = (
+            "with prepare_input name them with input_kwargs and desired_kwargs, with one entry in input for each "
+            "positional argument; call a module of another style by position"
+        )
         return finding("CR403", where, message, fix)
     if "sharding strategy registered" in text:
         message = f"DTensor has no rule for an operation here ({text})"

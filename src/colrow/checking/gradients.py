@@ -54,7 +54,7 @@ def _style_that_sums(run: DryRun, module: str, tp: int) -> str:
     """Style `sequence` for a module on sequence shards; `grad_sum` for one on a shard of the heads or features."""
     got, want = run.outputs.get(module), run.reference_outputs.get(module)
     if got and want and len(got[0].shape) == 3 and (got[0].shape[1] * tp == want[0].shape[1] or got[0].is_dtensor):
-        return f"give {module} the style sequence"
+        return f"give {module} the style sequence, or grad_sum if it is no norm"
     return f"give {module} the style grad_sum"
 
 
