@@ -286,6 +286,13 @@ def test_fake_tensors_have_no_memory() -> None:
     assert not tc.is_fake(torch.ones(1))
 
 
+def test_code_can_run_as_it_is_exported() -> None:
+    with tc.as_in_export():
+        assert torch.compiler.is_exporting()
+        assert torch.compiler.is_compiling()
+    assert not torch.compiler.is_exporting()
+
+
 def test_an_index_that_code_writes_down_is_known_of_a_fake_tensor() -> None:
     with tc.fake_tensors():
         assert tc.constant_index(torch.tensor([-2])) == -2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -140,3 +141,17 @@ def test_what_a_trace_cannot_see_is_found_by_the_proof() -> None:
     assert "verify: the loss is exact and some gradients are wrong" in plan.notes["blocks.0.mlp"]
     assert [f.code for f in check(model, plan, Mesh(tp=2), 2, 16)] == []
     assert not torch.distributed.is_initialized()
+
+
+def test_cycles_are_collected_seldom_in_a_derivation_and_as_before_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, within = gc.get_threshold(), list[int]()
+
+    def fails(*_: object, **__: object) -> None:
+        within.append(gc.get_threshold()[0])
+        raise PlanError("no plan")
+
+    monkeypatch.setattr(judged, "derive", fails)
+    with pytest.raises(PlanError):
+        judged.derive_judged(nn.Linear(2, 2), 2)
+    assert within == [100 * before[0]]
+    assert gc.get_threshold() == before

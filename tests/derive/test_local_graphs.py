@@ -10,6 +10,7 @@ import colrow.derive.local
 from colrow.derive.attributes import Attributes, AttributeSearch
 from colrow.derive.derivation import Derivation, derive
 from colrow.derive.failure import Misfit
+from colrow.derive.trace import export
 
 X = torch.randn(3, 34, 8)
 
@@ -31,6 +32,13 @@ class Mixer(nn.Module):
         return x + self.o((scores.softmax(-1) @ v).transpose(1, 2).reshape(*x.shape[:2], -1))
 
 
+class AsksWhetherExported(Mixer):
+    """Runs on fake tensors only by the code that it has for an export, as transformers' experts do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if torch.compiler.is_exporting() else x * x.sum().item())
+
+
 class ByItsWidth(nn.Module):
     """Divides by the width of what a rank has: nothing raises there."""
 
@@ -47,13 +55,14 @@ def derived(model: nn.Module) -> Derivation:
     return derive(nn.Sequential(model, nn.LayerNorm(8)), 2, inputs=(X,))
 
 
-def test_a_ranks_graph_is_compared_before_decompositions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_rank_is_exported_and_compared_before_decompositions(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    decomposed = colrow.derive.local.decomposed
-    monkeypatch.setattr(colrow.derive.local, "decomposed", lambda graph: calls.append(graph) or decomposed(graph))
-    found = derived(Mixer())
+    for name in ("export", "decomposed"):
+        function = getattr(colrow.derive.local, name)
+        monkeypatch.setattr(colrow.derive.local, name, lambda *given, f=function: calls.append(f) or f(*given))
+    found = derived(AsksWhetherExported())
     assert {"0.inner.weight", "0.o.weight"} <= set(found.sharded)
-    assert not calls
+    assert calls == [export]
 
 
 def test_a_number_that_a_rank_computes_otherwise_shows_before_decompositions() -> None:

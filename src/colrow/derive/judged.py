@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,11 +85,23 @@ def derive_judged(
             progress.at("tracing")
         return known[key].objection
 
-    with Progress(f"deriving a plan for {type(model).__name__}", say) as progress:
+    with _rare_collections(), Progress(f"deriving a plan for {type(model).__name__}", say) as progress:
         progress.at("tracing")
         found = derive(model, tp, inputs=inputs, judge=judge, **options)
     found.judgement = known.get(_key(found.plan()))
     return found
+
+
+@contextlib.contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Within, the collector of reference cycles runs seldom: graphs are many objects that stay, and it would spend a
+    tenth of a derivation's time on going through them again."""
+    before = gc.get_threshold()
+    gc.set_threshold(100 * before[0], *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def _key(plan: Plan) -> str:

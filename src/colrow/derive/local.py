@@ -47,7 +47,7 @@ from colrow.sharding.operators import Filling
 from colrow.sharding.parameter_state import detached_attributes
 from colrow.styles.base import set_attribute
 from colrow.styles.local_sizes import write_local_sizes
-from colrow.torch_compat import fake_tensor_mode, quiet_fake_tensors
+from colrow.torch_compat import as_in_export, fake_tensor_mode, quiet_fake_tensors
 
 
 @dataclass(frozen=True)
@@ -252,9 +252,16 @@ class LocalCheck:
 
     def quick(self, repairs: Repairs) -> Misfit | None:
         """The same question at module boundaries only, without export: an error or a wrong extent."""
+        return self._without_export(repairs, self.expected)
+
+    def raises(self, repairs: Repairs) -> Misfit | None:
+        """Why a rank's code does not run, without export; None too where that is unknown."""
+        return self._without_export(repairs, {})
+
+    def _without_export(self, repairs: Repairs, expected: dict[Node, list[int] | None]) -> Misfit | None:
         if self.runs_fake is False:
             return None
-        found = self._quick(self.local_model(repairs), self.rescale(), self.expected)
+        found = self._quick(self.local_model(repairs), self.rescale(), expected)
         # An error of the local copy counts only if the unsharded model runs so: asked once, when the first appears.
         if found is not None and self.runs_fake is None:
             self.runs_fake = self._quick(self.local_copy(), None, {}) is None
@@ -269,13 +276,9 @@ class LocalCheck:
     def _quick(
         self, model: nn.Module, rescale: Rescale | None, expected: dict[Node, list[int] | None]
     ) -> Misfit | None:
-        model.eval()
-        mode = fake_tensor_mode(allow_non_fake_inputs=True)
-        inputs = Inputs.of(self.inputs).map(mode.from_tensor)
         try:
-            opaque = self.traced.opaque.within(model)
-            with quiet_fake_tensors(), markers(model, rescale) as calls, torch.no_grad(), opaque, mode:
-                call_model(model, inputs)
+            with markers(model, rescale) as calls:
+                self._run_fake(model)
         except Exception as error:
             return does_not_fit(model, error)
         # a module may be called several times: its boundaries are compared in the order of the calls
@@ -339,7 +342,7 @@ class LocalCheck:
             sizes = find_sizes(self, self.local_model(Repairs(self.emission.attributes)), literal=literal)
             if sizes and sizes != tried:
                 repairs = Repairs(self.emission.attributes, sizes)
-                if (why := self.mismatch(repairs)) is None:
+                if (why := self.raises(repairs) or self.mismatch(repairs)) is None:
                     return repairs
                 last = why if first is not None and first.module in sizes else last
             tried = sizes
@@ -385,9 +388,15 @@ class LocalCheck:
         if self.runs_fake is False:  # on fake tensors some of its modules would not run
             export(model, self.inputs, None, None, self.traced.opaque)
             return
+        self._run_fake(model)
+
+    def _run_fake(self, model: nn.Module) -> None:
+        """Call the model on fake tensors, by the code that torch.export runs: there transformers' experts take another
+        product, which fake tensors in fp32 have, and that of a plain call they have not."""
         mode = fake_tensor_mode(allow_non_fake_inputs=True)
-        with quiet_fake_tensors(), torch.no_grad(), self.traced.opaque.within(model), mode:
-            call_model(model.eval(), Inputs.of(self.inputs).map(mode.from_tensor))
+        inputs = Inputs.of(self.inputs).map(mode.from_tensor)
+        with quiet_fake_tensors(), torch.no_grad(), self.traced.opaque.within(model), as_in_export(), mode:
+            call_model(model.eval(), inputs)
 
 
 def _numbers(node: Node) -> list[float]:

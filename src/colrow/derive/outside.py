@@ -17,19 +17,19 @@ from torch.overrides import TorchFunctionMode
 
 
 @contextmanager
-def watching_reads(model: nn.Module) -> Iterator[set[str]]:
-    """Within, fills with the first names of parameters that are read while none of their modules runs.
+def watching_reads(model: nn.Module, found: set[str]) -> Iterator[None]:
+    """Within, `found` gets the first names of parameters that are read while none of their modules runs.
 
     What stands in the parameters' places during an export counts as they do.
     """
-    watch = _Watch(model)
+    watch = _Watch(model, found)
     handles = []
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(partial(watch.enter, name or ".")))
         handles.append(module.register_forward_hook(watch.leave, always_call=True))
     try:
         with watch:
-            yield watch.found
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -38,9 +38,9 @@ def watching_reads(model: nn.Module) -> Iterator[set[str]]:
 class _Watch(TorchFunctionMode):
     """Sees each tensor that a function of torch takes, and which modules run then."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, found: set[str]) -> None:
         super().__init__()
-        self.found: set[str] = set()
+        self.found = found
         self._model = model
         self._running: list[str] = []
         self._owners: dict[int, set[str]] = {}

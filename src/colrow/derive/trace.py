@@ -164,8 +164,8 @@ def _exported(
     rescale: Rescale | None,
     within: contextlib.AbstractContextManager[None] | None,
     opaque: OpaqueModules,
-) -> Iterator[tuple[ExportedProgram, Calls, set[str]]]:
-    """The model as torch.export gives it, what the markers saw, and the parameters that other modules read."""
+) -> Iterator[tuple[ExportedProgram, Calls]]:
+    """The model as torch.export gives it, and what the markers saw."""
     wrapper = _Called(model, inputs.names)
     # Evaluation: dropout would add operators that say nothing of how a model is split. `model.train()` could not bring
     # the modes back: a user may have set some modules to evaluation.
@@ -175,17 +175,16 @@ def _exported(
         with (
             quiet_fake_tensors(),
             markers(model, rescale) as calls,
-            within or contextlib.nullcontext(),
             opaque.within(model),
             warnings.catch_warnings(),
             contextlib.redirect_stderr(io.StringIO()),  # where export fails it prints the graph so far
         ):
             warnings.simplefilter("ignore")
             wrapper.calls = calls
-            with watching_reads(model) as outside:  # of the model's code alone: each call costs
+            with within or contextlib.nullcontext():  # around the model's code alone: each call that is watched costs
                 # not strict: the model's Python code runs as it is, so that hooks and function modes take part
                 exported = torch.export.export(wrapper, tuple(inputs), strict=False)
-            yield exported, calls, outside
+            yield exported, calls
     except Exception as error:
         raise cannot_trace(model, error) from error
     finally:
@@ -202,7 +201,7 @@ def export(
 ) -> ExportedProgram:
     """Run the model's code as `trace` does, without decompositions, which take the longer half: see [Note: undecomposed
     graphs]. Raises as `trace`."""
-    with _exported(model, Inputs.of(inputs), rescale, within, opaque) as (exported, _, _):
+    with _exported(model, Inputs.of(inputs), rescale, within, opaque) as (exported, _):
         return exported
 
 
@@ -227,8 +226,8 @@ def trace(
         TraceError: torch.export cannot trace the model; the text names the module and says why, and the error is
             raised from torch's.
     """
-    inputs = Inputs.of(inputs)
-    with _exported(model, inputs, None, None, opaque) as (exported, calls, outside):
+    inputs, outside = Inputs.of(inputs), set[str]()
+    with _exported(model, inputs, None, watching_reads(model, outside), opaque) as (exported, calls):
         program = decomposed(exported)
         undecomposed = Undecomposed.of(exported, program)
     parameters, ties = _parameters_of(model, program)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -34,6 +35,13 @@ def quiet_fake_tensors() -> Iterator[None]:
 def fake_tensor_mode(**options: Any) -> Any:
     """A FakeTensorMode: tensors of shapes, dtypes and devices without memory."""
     return private("torch._subclasses.fake_tensor:FakeTensorMode", "for the dry run")(**options)
+
+
+def as_in_export() -> contextlib.AbstractContextManager[None]:
+    """Within, `torch.compiler.is_exporting()` is true: code that asks runs as torch.export runs it."""
+    state = private("torch._export.utils:_compiling_state_context", "to run code on fake tensors as it is exported")
+    entered: contextlib.AbstractContextManager[None] = state()
+    return entered
 
 
 def is_fake(tensor: Any) -> bool:
