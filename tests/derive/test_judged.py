@@ -51,6 +51,18 @@ def test_the_classes_of_the_modules_at_fault_are_given_up(traced: tuple[nn.Modul
     assert "nobody knows" in found.replicated["blocks.0.mlp.up.weight"]
 
 
+def test_where_an_error_names_no_module_the_class_at_fault_is_found(traced: tuple[nn.Module, Trace]) -> None:
+    model, graph = traced
+
+    def judge(plan: Plan) -> Objection | None:
+        bad = "blocks.0.mlp.up" in sharded_modules(plan, model)
+        return Objection("CR401 at backward: it fails", ("backward",)) if bad else None
+
+    found = derive(model, 2, traced=graph, judge=judge, options=DeriveOptions(sequence_parallel=False))
+    assert sharded_modules(found.plan(), model) == {"embed", "head", "blocks.0.attn.qkv", "blocks.0.attn.out"}
+    assert "it fails" in found.replicated["blocks.0.mlp.up.weight"]
+
+
 @pytest.mark.exhaustive
 def test_sequence_shards_are_given_up_first(traced: tuple[nn.Module, Trace]) -> None:
     model, graph = traced

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from colrow.derive.axes import forbid
 from colrow.derive.blocks import SplitError
 from colrow.derive.choice import Choice, why_unsharded
 from colrow.derive.choose import choose, legal_degrees
+from colrow.derive.elimination import at_fault, parameters_of_each
 from colrow.derive.emit import Emitter
 from colrow.derive.emit_fast import FastEmitter
 from colrow.derive.emit_modules import Emission
@@ -240,7 +241,7 @@ class _Derive:
                 preferred=self.requests.preferred(self.inference),
                 volume=self.exported.volume,
             )
-            for names in self._names_of_each(choice):
+            for names in parameters_of_each(self.inference, choice).values():
                 self.exported.require_separate(names)
             if not choice.atoms and not choice.groups:
                 if self.fast:
@@ -261,10 +262,12 @@ class _Derive:
             forbid([atom], error.why)
         self.notes.append(error.why)
 
-    def _attempt(self, choice: Choice) -> Derivation:
+    def _split(self, choice: Choice) -> Split:
         wide = {module_path(n) for n, dims in self.inference.averaged.items() if choice.any_sharded(dims)}
-        split = Split.of(Flows(self.inference, choice, wide, self.traced.ties), column_blocks=self.fast)
-        why: list[str] = []
+        return Split.of(Flows(self.inference, choice, wide, self.traced.ties), column_blocks=self.fast)
+
+    def _attempt(self, choice: Choice) -> Derivation:
+        split, why = self._split(choice), list[str]()
         if self.options.sequence_parallel:
             for found in self._sequence_parallel(split, why):
                 objection = self._objection(found)
@@ -308,8 +311,16 @@ class _Derive:
         for node, name in self.inference.params.items():
             if objection.concerns(name):
                 atoms |= split.finder.atoms_of({node})
+        if not atoms and not self.fast:
+            atoms = at_fault(self.inference, split.flows.choice, self._is_right)
         # an error that no module has: the model's code may not know logits of a part of the vocabulary
         return SplitError(atoms or {*split.flows.choice.vocabulary}, objection.why)
+
+    def _is_right(self, choice: Choice) -> bool:
+        try:
+            return self._objection(self._without_stream(self._split(choice))) is None
+        except SplitError:
+            return False
 
     def _sequence_parallel(self, split: Split, why: list[str]) -> Iterator[Derivation]:
         """Derivations with the stream on sequence shards, from the widest part of the model to narrower ones; `why`
@@ -429,11 +440,3 @@ class _Derive:
                 why = self.traced.opaque.reason_of(name)
                 found[name] = why or why_unsharded(dims, self.tp, self.notes, name in summed)
         return found
-
-    def _names_of_each(self, choice: Choice) -> Iterator[set[str]]:
-        """The parameters in which each chosen class stands."""
-        found = defaultdict[Any, set[str]](set)
-        for node, name in self.inference.params.items():
-            for atom in choice.chosen(self.inference.of(node)):
-                found[atom].add(name)
-        return iter(found.values())
