@@ -20,7 +20,10 @@ def run(commands: Commands, folder: Path, step: int, how: str) -> list[dict[str,
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("step", [2, 1], ids=["the next step", "the same step again"])
+@pytest.mark.parametrize(
+    "step",
+    [pytest.param(2, id="the next step"), pytest.param(1, id="the same step again", marks=pytest.mark.exhaustive)],
+)
 def test_a_kill_at_any_change_to_the_disk_leaves_a_whole_checkpoint(
     commands: Commands, tmp_path: Path, step: int
 ) -> None:

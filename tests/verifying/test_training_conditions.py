@@ -67,7 +67,7 @@ class Dropping(m.MLP):
 @pytest.mark.parametrize(
     "backend", ["local", pytest.param("gloo", marks=(pytest.mark.distributed, pytest.mark.exhaustive))]
 )
-@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("sequence", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_dropout_is_that_of_the_unsharded_model(sequence: bool, backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     of_attention = 0.0 if OLD_TORCH else 0.3  # torch 2.11 cannot follow the heads through attention written out
     model = m.Gpt(lambda: m.Attention("heads", dropout=of_attention), Dropping, layers=1)

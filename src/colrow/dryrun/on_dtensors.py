@@ -33,7 +33,7 @@ class LossGradients:
         inputs = {value.number for value in operation.values}
         found = {number for number in results if number is not None}
         known = self._of_cross_entropy | self._sum_to_zero | zeros
-        if by_loss and name.startswith("nll_loss") and name.endswith("backward"):
+        if by_loss and name in ("nll_loss_backward", "nll_loss2d_backward"):
             self._of_cross_entropy |= found
         elif by_loss and name == "_log_softmax_backward_data":
             if operation.values[0].number not in known:
