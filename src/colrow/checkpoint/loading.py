@@ -125,7 +125,10 @@ def require_same_model(path: Path, manifest: Manifest, signatures: Sequence[dict
         }
     )
     if differences:
-        raise CheckpointError(f"{path} is of another model: {_hint(manifest, differing)}{differences}")
+        raise CheckpointError(
+            f"{path} is of another model: {_hint(manifest, differing)}{differences}: use the model that it was saved "
+            "from, or a new folder"
+        )
 
 
 def require_same_vocabulary(path: Path, manifest: Manifest, vocabulary: str | None) -> None:
@@ -142,7 +145,10 @@ def require_same_optimized(path: Path, record: OptimizerRecord, gathered: Sequen
     here = {name for names in gathered for name in names}
     there = {name for group in record.groups for name in group.names}
     if differences := _listed({"only there": sorted(there - here), "only here": sorted(here - there)}):
-        raise CheckpointError(f"{path} holds the state of an optimizer of other parameters: {differences}")
+        raise CheckpointError(
+            f"{path} holds the state of an optimizer of other parameters: {differences}: give the optimizer the "
+            "parameters that it had, or load the model alone"
+        )
 
 
 def _hint(manifest: Manifest, differing: dict[str, TensorRecord]) -> str:
