@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,6 +51,17 @@ def test_plan_prints_placements_and_one_block(
     assert sum(float(part.split()[-1]) for part in parts.split(",")) == pytest.approx(float(total), abs=0.5)
     assert re.search(r"\nmemory [\d.]+ GiB of 79: CUDA and NCCL 2\.8", out)
     assert max(len(line) for line in out.splitlines()) <= 80
+
+
+def test_a_reason_of_all_layers_stands_once() -> None:
+    model, norm = Llama(MODELS["gqa"]), "layers.{}.input_layernorm.weight"
+    assert len(model.layers) == 2
+    same = {norm.format(i): "normalised over" for i in range(2)}
+    differing = {norm.format(i): f"read at {i}" for i in range(2)}
+    for notes, lines in ((same, 1), (differing, 2)):
+        shown = report(model, replace(Plan.preset("llama"), notes=notes), tp=2, batch_size=1, seq_len=8)
+        assert len(shown.notes) == lines
+        assert shown.notes[0].startswith("layers.*.input_layernorm.weight: ")
 
 
 class Experts(nn.Module):

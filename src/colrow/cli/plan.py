@@ -134,8 +134,10 @@ def show(shown: PlanReport, share: SplitShare, console: Console) -> None:
         console.print(f"\nreplicated ({reason}):")
         for name in names:
             console.print(f"  {name}")
-    for note, text in shown.plan.notes.items():
-        console.print(f"  {note}: {text}")
+    if shown.notes:
+        console.print("\nwhy, dim by dim:")
+    for note in shown.notes:
+        console.print(wrapped(f"  {note}", console.width), soft_wrap=True)
 
 
 def _parameters(rows: list[ParameterRow]) -> Table:

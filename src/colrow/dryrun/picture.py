@@ -57,7 +57,7 @@ def page(shown: PlanReport, model: str) -> str:
         "<h2>Collectives outside the blocks</h2>" + _collectives(shown.other_collectives),
         "<h2>Every parameter</h2>" + _table(shown.parameters),
     ]
-    notes = "".join(f"<li><code>{escape(k)}</code>: {escape(v)}</li>" for k, v in shown.plan.notes.items())
+    notes = "".join(f"<li>{escape(note)}</li>" for note in shown.notes)
     if notes:
         sections.append(f"<h2>Notes</h2><ul>{notes}</ul>")
     return (

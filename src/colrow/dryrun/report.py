@@ -15,7 +15,7 @@ from colrow.dryrun.dry_run import dry_run
 from colrow.dryrun.result import Collective, DryRun, Output
 from colrow.mesh import Mesh
 from colrow.models.blocks import block_stacks
-from colrow.plans.patterns import is_within
+from colrow.plans.patterns import is_within, with_stars
 from colrow.plans.plan import Plan
 from colrow.sharding.placements import format_placement
 
@@ -75,6 +75,11 @@ class PlanReport:
         """The collectives outside the blocks: embedding, head, loss, and gradients summed at the end."""
         family = re.compile(re.escape(self.block).replace(r"\*", r"\d+") + r"(\..*)?") if self.block else None
         return [c for c in self.run.collectives if family is None or not family.fullmatch(c.where)]
+
+    @property
+    def notes(self) -> list[str]:
+        """Why a parameter is not split as it could be, dim by dim; once where it is the same in all layers."""
+        return list(dict.fromkeys(f"{with_stars(name)}: {why}" for name, why in self.plan.notes.items()))
 
     def to_data(self) -> dict[str, Any]:
         """What `colrow plan --json` prints."""
