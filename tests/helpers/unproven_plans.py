@@ -57,7 +57,7 @@ WRONG = {
     "median feature": features(lambda h: h * (h >= h.quantile(0.5, dim=-1, keepdim=True))),
     "features rolled": features(lambda h: h.roll(1, -1)),
     "product of features": features(lambda h: h.sigmoid().cumprod(-1)),
-    "noise": features(lambda h: h * torch.bernoulli(h.sigmoid()), train=True),
+    "noise": features(lambda h: h * torch.poisson(h.exp()), train=True),
     "softmax of features under vmap": features(torch.vmap(lambda h: h.softmax(-1))),
     "features weighed by position": features(lambda h: h * torch.arange(h.shape[-1], dtype=h.dtype)),
     "halves by slices": gated(halves),
@@ -96,11 +96,6 @@ WRONG = {
     "last token": tokens(lambda h: h[:, -1:].expand_as(h)),
     "tokens rolled": tokens(lambda h: h.roll(1, 1)),
     "tokens summed": tokens(lambda h: h.cumsum(1)),
-    "draws by a DTensor": Case(
-        lambda: m.Gpt(block=partial(TokenBlock, normed=lambda h: h * torch.bernoulli(h.sigmoid()))),
-        lambda: gpt_plan(sequence=True),
-        train=True,
-    ),
     "slopes drawn on a DTensor": Case(
         lambda: m.Gpt(block=partial(TokenBlock, normed=lambda h: F.rrelu(h, training=True))),
         lambda: gpt_plan(sequence=True),
@@ -132,6 +127,12 @@ WRONG = {
 RIGHT = {
     "gumbel noise": features(gumbel, train=True),
     "a mask by size": features(lambda h: h * (torch.rand(h.shape) > 0.2), train=True),
+    "a mask by probabilities": features(lambda h: h * torch.bernoulli(torch.full_like(h, 0.8)), train=True),
+    "a mask by a DTensor's values": Case(
+        lambda: m.Gpt(block=partial(TokenBlock, normed=lambda h: h * torch.bernoulli(h.sigmoid()))),
+        lambda: gpt_plan(sequence=True),
+        train=True,
+    ),
     "one k and v head by index": one_kv_head(),
     "slopes of a rank's heads": sloped(),
     "hook on a gradient": Case(hooked),  # parallelize keeps it

@@ -53,6 +53,9 @@ OPERATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "normal by size": lambda x: x + torch.normal(0.0, 0.1, x.shape, dtype=x.dtype),
     "log-normal noise": lambda x: x * torch.empty_like(x).log_normal_(),
     "a mask by its number": lambda x: x * torch.bernoulli(x, 0.7),
+    "a mask by its values": lambda x: x * torch.bernoulli(x / 2.5),
+    "normal by means": lambda x: torch.normal(x, 0.1),
+    "normal by deviations": lambda x: torch.normal(1.0, x),
 }
 LAYOUTS = {
     "features": Draw(sharded(2)),
@@ -100,8 +103,8 @@ def test_attention_without_dropout_draws_nothing() -> None:
 
 def test_numbers_that_depend_on_elements_are_not_drawn_by_element() -> None:
     aten = torch.ops.aten
-    others = (aten.bernoulli_.Tensor, aten.bernoulli.default, aten.multinomial.default, aten.randperm.default)
-    others += (aten.normal.Tensor_float, aten.normal.float_Tensor, aten.poisson.default, aten.rrelu_with_noise.default)
+    others = (aten.bernoulli_.Tensor, aten.normal.Tensor_Tensor, aten.multinomial.default, aten.randperm.default)
+    others += (aten.poisson.default, aten.rrelu_with_noise.default)
     assert all(may_draw(func) and not draws_by_element(func) for func in others)
     assert not may_draw(aten.mul.Tensor)
 

@@ -85,7 +85,7 @@ def test_dropout_is_that_of_the_unsharded_model(sequence: bool, backend: Any, mo
 class NoisyAndDropping(Dropping):
     def forward(self, x: Tensor) -> Tensor:
         h = F.gelu(self.up(x))
-        return self.down(self.drop(h) + 0.0 * torch.bernoulli(h.sigmoid()))
+        return self.down(self.drop(h) + 0.0 * torch.poisson(h.exp()))
 
 
 def test_dropout_beside_other_random_numbers_on_a_shard_is_off_and_said() -> None:
@@ -146,20 +146,22 @@ def test_what_an_attribute_keeps_for_the_next_forward_is_compared(monkeypatch: p
 
 
 class Noisy(m.MLP):
-    """Adds noise in training, to the complete input and to a shard, or draws a mask by a shard's values."""
+    """Adds noise in training, to the complete input and to a shard, and draws a mask by a shard's values; or draws
+    numbers of which a shard's values decide how many the generator gives."""
 
-    def __init__(self, by_values: bool) -> None:
+    def __init__(self, poisson: bool) -> None:
         super().__init__()
-        self.by_values = by_values
+        self.poisson = poisson
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.gelu(self.up(x + 0.1 * torch.empty_like(x).exponential_()))
-        noisy = h * torch.bernoulli(h.sigmoid()) if self.by_values else h + 0.1 * torch.empty_like(h).exponential_()
-        return self.down(noisy)
+        if self.poisson:
+            return self.down(h * torch.poisson(h.exp()))
+        return self.down((h + 0.1 * torch.empty_like(h).exponential_()) * torch.bernoulli(h.sigmoid()))
 
 
 @pytest.mark.distributed
-def test_random_numbers_are_those_of_one_process_unless_they_depend_on_a_shards_values() -> None:
+def test_random_numbers_are_those_of_one_process_unless_a_shards_values_say_how_many() -> None:
     assert judged(m.Gpt(mlp=lambda: Noisy(False), layers=1), gpt_plan(), "gloo").ok
     assert judged(m.Gpt(mlp=lambda: Noisy(True), layers=1), gpt_plan(), "gloo").verdict == "wrong"
 

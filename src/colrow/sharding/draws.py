@@ -5,13 +5,14 @@ The ranks of a tp group hold equal generators. So what they draw for a tensor th
 one process; for different shards of a tensor it would be the same numbers on each. Instead every rank draws for
 the unsharded tensor, by the same operator, and takes what falls on its shard: the ranks' numbers are then shards of one
 process's, bit for bit, and the generators stay equal. The price is the unsharded tensor's memory for a moment. So is
-drawn what takes one number an element, whatever the tensor holds: dropout masks, uniform and normal noise, random
-integers. Any other random number on a shard (`multinomial`, probabilities by element) is unproven.
+drawn what takes as many of the generator's numbers for an element whatever the tensor holds: dropout masks, uniform and
+normal noise, random integers, masks by a probability for each element. Any other random number on a shard (`poisson`,
+`multinomial`) is unproven.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -22,8 +23,14 @@ from colrow.sharding.local_layout import REPLICATED, Kind, Layout
 from colrow.sharding.operators import argument_of, operator_name
 from colrow.torch_compat import per_rank, tree_leaves
 
-_BY_NUMBERS = {"bernoulli": "bernoulli.p", "bernoulli_": "bernoulli_.float", "normal": "normal.float_float"}
-"""Of an operator's overloads the one that no tensor gives probabilities, means or deviations by element."""
+_OF_ONE_TENSOR = {
+    "bernoulli": ("bernoulli.p", "bernoulli"),
+    "bernoulli_": ("bernoulli_.float",),
+    "normal": ("normal.float_float", "normal.Tensor_float", "normal.float_Tensor"),
+}
+"""Of an operator's overloads those that take one tensor at most."""
+_BY_VALUES = ("aten::bernoulli", "aten::normal.Tensor_float", "aten::normal.float_Tensor")
+"""Overloads whose tensor has the probabilities, means or deviations of its elements."""
 NOISE = frozenset(
     ("rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "uniform_", "normal_", "exponential_",
      "random_", "geometric_", "log_normal_", "cauchy_", "normal")
@@ -67,11 +74,11 @@ def may_draw(func: Any) -> bool:
 
 
 def draws_by_element(func: Any) -> bool:
-    """Whether the operator draws one number for each element, whatever the elements are, so that a rank can draw those
-    of its shard; or is an attention, which may draw a mask."""
+    """Whether the operator takes as many random numbers for each element, whatever the elements are, so that a rank can
+    draw those of its shard; or is an attention, which may draw a mask."""
     name = operator_name(func)
-    if name in _BY_NUMBERS:
-        return str(func.name()) == f"aten::{_BY_NUMBERS[name]}"
+    if name in _OF_ONE_TENSOR:
+        return str(func.name()).removeprefix("aten::") in _OF_ONE_TENSOR[name]
     return name in NOISE | {"native_dropout"} or _is_attention(func)
 
 
@@ -87,12 +94,14 @@ def draw_shard(func: Any, args: Any, kwargs: Any, draw: Draw, rank: int, ranks: 
         return shard(_of_unsharded_size(func, args, kwargs, draw.layout.dim, ranks))
     local = tensors[0]
     # Each rank draws all numbers and keeps its part: n times the work, and the numbers of one process.
-    complete = per_rank(lambda x, _: _unsharded_like(x, draw.layout.dim, ranks), local, rank)
+    by_values = str(func.name()) in _BY_VALUES
+    make = partial(_among_others if by_values else _unset, draw=draw, ranks=ranks)
+    complete = per_rank(make, local, rank)
     if operator_name(func) == "native_dropout":
         # dropout of ones: the factors, 0 or 1 / (1 - p), without the unsharded activations
         factors, kept = func(complete.fill_(1.0), *args[1:], **kwargs)
         return local * shard(factors), shard(kept)
-    drawn = shard(func(complete, *args[1:], **kwargs))
+    drawn = shard(func(*(complete if arg is local else arg for arg in args), **kwargs))
     return local.copy_(drawn) if operator_name(func).endswith("_") else drawn
 
 
@@ -130,6 +139,18 @@ def _unsharded_like(local: Tensor, dim: int, ranks: int) -> Tensor:
     order = sorted(range(local.ndim), key=lambda d: -strides[d])
     made = torch.empty([shape[d] for d in order], dtype=local.dtype, device=local.device)
     return made.permute([order.index(d) for d in range(local.ndim)])
+
+
+def _unset(local: Tensor, rank: int, *, draw: Draw, ranks: int) -> Tensor:
+    return _unsharded_like(local, draw.layout.dim, ranks)
+
+
+def _among_others(local: Tensor, rank: int, *, draw: Draw, ranks: int) -> Tensor:
+    """The rank's elements in an unsharded tensor. What stands for the other ranks' does not matter: it takes as many of
+    the generator's numbers."""
+    complete = _unsharded_like(local, draw.layout.dim, ranks).fill_(0.5)
+    places = torch.arange(complete.numel(), device=local.device).view(complete.shape)
+    return complete.put_(take_shard(places, draw, rank, ranks), local)
 
 
 def _is_attention(func: Any) -> bool:
