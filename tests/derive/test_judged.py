@@ -133,7 +133,7 @@ def test_what_is_objected_to(codes: list[str], verdict: Any, why: str | None, mo
             raise PlanError("too large")
         return Report(verdict, 2, "local", 1, 1e-9, None, 0.0, cause="shifted")
 
-    monkeypatch.setattr(judged, "check", lambda *args, **options: Findings(found_by(code) for code in codes))
+    monkeypatch.setattr(judged, "check_step", lambda *args, **options: Findings(found_by(code) for code in codes))
     monkeypatch.setattr(judged, "prove", prove)
     found = judged.judgement(PlannedStep(m.Gpt(layers=1), Plan({}), 2, 2, 16))
     assert (found.objection and found.objection.why) == why

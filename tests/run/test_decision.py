@@ -108,7 +108,7 @@ def test_the_projects_own_models_do_not_pay_for_a_proof(name: str, monkeypatch: 
     monkeypatch.setattr(decision, "prove", Fails())
     assert decided(llama(), Plan.preset(name)).accepted
     assert "AssertionError: verified" in decided(llama(), Plan.preset(name), verify="always").refusal
-    monkeypatch.setattr(decision, "check", Fails())
+    monkeypatch.setattr(decision, "check_step", Fails())
     assert decided(llama(), Plan.preset(name), stop_on_errors=False).accepted
     assert decided(gpt(), gpt_plan(), tp=1).accepted, "nothing is split"
 
@@ -181,7 +181,7 @@ def test_a_kept_proof_is_used_and_only_proofs_are_kept(monkeypatch: pytest.Monke
         return Report(made[-1], 2, "local", 12, 1e-9, None, 0.1)  # type: ignore[arg-type]
 
     monkeypatch.setattr(decision, "prove", prove)
-    monkeypatch.setattr(decision, "check", lambda *args, **options: Findings())
+    monkeypatch.setattr(decision, "check_step", lambda *args, **options: Findings())
     memory = Memory()
     accepted = [decided(gpt(), gpt_plan(), proofs=memory).accepted for _ in range(4)]
     assert accepted == [False, False, True, True]
@@ -193,7 +193,7 @@ def test_what_a_derivation_has_proved_is_not_proved_again(monkeypatch: pytest.Mo
     def never(*args: Any, **options: Any) -> Any:
         raise AssertionError("judged already")
 
-    monkeypatch.setattr(decision, "check", never)
+    monkeypatch.setattr(decision, "check_step", never)
     monkeypatch.setattr(decision, "prove", never)
     memory = Memory()
     report = Report("proved", 2, "local", 12, 1e-9, None, 0.1)

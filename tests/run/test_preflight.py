@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from colrow.checking.check import check
+from colrow.checking.check import Findings, check_step
 from colrow.checkpoint.distributed import Checkpoints
 from colrow.cli import main
 from colrow.config import RunConfig, load_config
 from colrow.data.prepare import prepare
 from colrow.derive import judged
+from colrow.dryrun.planned_step import PlannedStep
 from colrow.errors import CheckpointError, ColrowError, ConfigError, PlanError
 from colrow.models.huggingface import config_to_huggingface
 from colrow.models.llama import Llama
@@ -251,12 +252,12 @@ def test_a_derived_plan_is_checked_once(
 ) -> None:
     checked: list[tuple[int, int]] = []
 
-    def counted(model: Any, plan: Any, mesh: Any, batch_size: int, seq_len: int, **options: Any) -> Any:
-        checked.append((batch_size, seq_len))
-        return check(model, plan, mesh, batch_size, seq_len, **options)
+    def counted(step: PlannedStep) -> Findings:
+        checked.append((step.batch_size, step.seq_len))
+        return check_step(step)
 
-    monkeypatch.setattr(judged, "check", counted)
-    monkeypatch.setattr(decision, "check", counted)
+    monkeypatch.setattr(judged, "check_step", counted)
+    monkeypatch.setattr(decision, "check_step", counted)
     run = config(**{"plan": "derive", "model.layers": 1})
     found = preflight.check(run)
     lines = plan_check.check_plan(run, found.source, found.plan, found.judgement)

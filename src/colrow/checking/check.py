@@ -92,6 +92,12 @@ def check(
     return _ordered(found, flops_split)
 
 
+def check_step(step: PlannedStep) -> Findings:
+    """`check` of the plan of a step, on a mesh of tp alone."""
+    batch, mesh = (step.batch_size, step.seq_len), Mesh(tp=step.tp)
+    return check(step.model, step.plan, mesh, *batch, inputs=step.inputs, loss=step.loss, param_dtype=step.dtype)
+
+
 def _ordered(found: list[Finding], flops_split: float | None = None) -> Findings:
     ordered = Findings(sorted(_collapse(found), key=lambda f: f.severity != "error"))
     ordered.flops_split = flops_split

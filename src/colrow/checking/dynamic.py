@@ -15,10 +15,13 @@ from colrow.dryrun.module_tracker import LOSS
 from colrow.dryrun.on_dtensors import UNMATCHED
 from colrow.dryrun.recorded_calls import REDUCTIONS, RecordedCall
 from colrow.dryrun.result import DryRun, Failure, Output
+from colrow.errors import first_line
 from colrow.plans.plan import Plan
 from colrow.torch_compat import needs_values
 
 FIX_LOG_SOFTMAX = "compute that term from logsumexp, or on gathered logits outside of the loss context"
+_SHOWN = 240
+"""Most characters of an error's line."""
 OF_CODE = ("CR208", "CR209", "CR213", "CR413")
 """Errors in calls of the model's own code, whether their results are used or not."""
 
@@ -27,7 +30,9 @@ def check_dynamic(run: DryRun, plan: Plan, tp: int) -> list[Finding]:
     """Findings on activations, views, communication and the loss."""
     if run.reference_failure is not None:
         error = run.reference_failure.error
-        message = f"the model itself does not run on fake tensors ({type(error).__name__}: {_first_line(error)})"
+        message = (
+            f"the model itself does not run on fake tensors ({type(error).__name__}: {first_line(error)[:_SHOWN]})"
+        )
         return [finding("CR410", run.reference_failure.where or "model", message, _how_to_run(error))]
     found = [*_declarations(run), *_model_code(run, tp)]
     if not found:
@@ -205,7 +210,7 @@ def _wrong_shape(got: Output, want: Output) -> bool:
 
 def _failure(failure: Failure, plan: Plan) -> Finding:
     """What an exception of the sharded run means, by torch's texts."""
-    text, where = _first_line(failure.error), failure.where or ("backward" if failure.backward else "model")
+    text, where = first_line(failure.error)[:_SHOWN], failure.where or ("backward" if failure.backward else "model")
     if failure.where == LOSS and "mixed torch.Tensor and DTensor" in text and plan.loss == "replicated":
         message = "the logits are a DTensor, and the ordinary loss takes plain tensors"
         return finding("CR303", where, message, "set loss: vocab_parallel, or output: replicate on the head")
@@ -282,8 +287,3 @@ def _communication(run: DryRun) -> Iterator[Finding]:
             yield finding(
                 "CR408", c.where, message, "gather once: prepare_input on the module that holds these linears"
             )
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:240]

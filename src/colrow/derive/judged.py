@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from colrow.checking.check import Finding, Findings, check
+from colrow.checking.check import Finding, Findings, check_step
 from colrow.checking.finding import NOT_PROVEN
 from colrow.derive.derivation import Derivation, derive
 from colrow.derive.progress import Progress
@@ -18,7 +18,6 @@ from colrow.derive.proof import SEQ_LEN, prove
 from colrow.dryrun.calls import GivenInputs, Loss, default_loss
 from colrow.dryrun.planned_step import PlannedStep
 from colrow.errors import PlanError
-from colrow.mesh import Mesh
 from colrow.plans.patterns import with_stars
 from colrow.plans.plan import Plan
 from colrow.verifying.report import Report
@@ -110,8 +109,7 @@ def _key(plan: Plan) -> str:
 
 def judgement(step: PlannedStep, progress: Progress | None = None) -> Judgement:
     """Objects to errors of the check, and to what it leaves unproven and verify finds wrong."""
-    batch = step.batch_size, step.seq_len
-    found = check(step.model, step.plan, Mesh(tp=step.tp), *batch, inputs=step.inputs, loss=step.loss)
+    found = check_step(step)
     errors = [f for f in found if f.severity == "error"]
     if errors:
         return Judgement(_objection(errors, _cause(errors[0])), found)

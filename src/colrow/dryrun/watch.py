@@ -30,7 +30,7 @@ from colrow.torch_compat import (
     is_async,
     is_higher_order,
     local_shard,
-    tree_leaves,
+    tensors_in,
     watched_to_local_backward,
 )
 
@@ -89,7 +89,7 @@ class Watch(TorchDispatchMode):
     # -- operations ------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = _tensors_in((args, kwargs))
+        inputs = tensors_in((args, kwargs))
         if any(isinstance(x, DTensor) or is_async(x) for x in inputs):
             self._note_dtensors(func, inputs)
             return NotImplemented  # it comes again, on local tensors
@@ -103,7 +103,7 @@ class Watch(TorchDispatchMode):
             func=func,
             args=args,
             inputs=inputs,
-            outputs=_tensors_in(out),
+            outputs=tensors_in(out),
             varying=[x for x in inputs if self.varies(x)],
             mutates=func._schema.is_mutable,
         )
@@ -233,10 +233,6 @@ _HANDLERS: dict[str, Callable[[Watch, Op], None]] = {
     "c10d": Watch._in_place,
     "colrow": Watch._own_operator,
 }
-
-
-def _tensors_in(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _nbytes(tensors: Iterable[Tensor]) -> int:

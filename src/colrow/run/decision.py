@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 
 from torch import nn
 
-from colrow.checking.check import Finding, Findings, check
+from colrow.checking.check import Finding, Findings, check_step
 from colrow.checking.finding import NOT_PROVEN
 from colrow.derive.judged import Judgement
 from colrow.derive.proof import prove
@@ -110,7 +110,7 @@ def decide(
     own, found = is_own(model), Findings()
     # With `check: false` too it says whether an operator is unproven. In our presets on our models none is.
     if stop_on_errors or (own and verify == "auto" and not is_preset(plan)):
-        found = case.check() if start.judgement is None else start.judgement.findings
+        found = check_step(case.step) if start.judgement is None else start.judgement.findings
     if stop_on_errors and (refusal := errors_found(found, case.title)):
         return Decision(tuple(found), refusal=refusal)
     unproven = next((f for f in found if f.code in NOT_PROVEN), None)
@@ -159,10 +159,6 @@ class _Case:
     @property
     def title(self) -> str:
         return f"plan {self.step.plan.name} for {self.name} at tp={self.step.tp}"
-
-    def check(self) -> Findings:
-        step, batch = self.step, (self.step.batch_size, self.step.seq_len)
-        return check(step.model, step.plan, Mesh(tp=step.tp), *batch, inputs=step.inputs, loss=step.loss)
 
     def prove(self, build_reduced: Callable[[], nn.Module] | None, found: Findings) -> Report:
         reduced = None if build_reduced is None else build_reduced()

@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 from colrow.checkpoint.distributed import Checkpoints
 from colrow.config import RunConfig
-from colrow.data.disk import atomic_write, writing
+from colrow.data.disk import writing
 from colrow.errors import ColrowError
 from colrow.run.jumps import Jumps
-from colrow.train.metrics import Record, read_metrics
+from colrow.train.metrics import Record, truncate
 
 FILE = "nonfinite.jsonl"
 """In the run's folder: one object for each such step, with the position of its batch (resume.py, [Note: position])."""
@@ -60,9 +60,8 @@ class NonfiniteSteps:
         """Remove the lines of steps after `step`, which will be run again, as `Metrics` does. Those of a stop stay."""
         path = self._config.run.dir / FILE
         if self._writes and path.exists():
-            kept = [line for line in read_metrics(path) if line["step"] <= step or line.get("action") == "stop"]
             with writing(path):
-                atomic_write(path, "".join(json.dumps(line) + "\n" for line in kept))
+                truncate(path, step, lambda line: line.get("action") == "stop")
 
     def examine(self, record: Record, position: int) -> Record:
         """The record to write: with `skipped` in a run that skips, with `position` where the step was not finite or

@@ -12,7 +12,7 @@ normal noise, random integers, masks by a probability for each element. Any othe
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from colrow.sharding.local_layout import REPLICATED, Kind, Layout
 from colrow.sharding.operators import argument_of, operator_name
-from colrow.torch_compat import per_rank, tree_leaves
+from colrow.torch_compat import per_rank, tensors_in
 
 _OF_ONE_TENSOR = {
     "bernoulli": ("bernoulli.p", "bernoulli"),
@@ -89,14 +89,18 @@ def draw_shard(func: Any, args: Any, kwargs: Any, draw: Draw, rank: int, ranks: 
     def shard(drawn: Tensor) -> Tensor:
         return per_rank(lambda x, r: take_shard(x, draw, r, ranks).clone(), drawn, rank)
 
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    tensors = tensors_in((args, kwargs))
     if not tensors:
         return shard(_of_unsharded_size(func, args, kwargs, draw.layout.dim, ranks))
     local = tensors[0]
     # Each rank draws all numbers and keeps its part: n times the work, and the numbers of one process.
     by_values = str(func.name()) in _BY_VALUES
-    make = partial(_among_others if by_values else _unset, draw=draw, ranks=ranks)
-    complete = per_rank(make, local, rank)
+
+    def unsharded(x: Tensor, r: int) -> Tensor:
+        complete = _unsharded_like(x, draw.layout.dim, ranks)
+        return _among_others(x, complete, draw, r, ranks) if by_values else complete
+
+    complete = per_rank(unsharded, local, rank)
     if operator_name(func) == "native_dropout":
         # dropout of ones: the factors, 0 or 1 / (1 - p), without the unsharded activations
         factors, kept = func(complete.fill_(1.0), *args[1:], **kwargs)
@@ -141,16 +145,11 @@ def _unsharded_like(local: Tensor, dim: int, ranks: int) -> Tensor:
     return made.permute([order.index(d) for d in range(local.ndim)])
 
 
-def _unset(local: Tensor, rank: int, *, draw: Draw, ranks: int) -> Tensor:
-    return _unsharded_like(local, draw.layout.dim, ranks)
-
-
-def _among_others(local: Tensor, rank: int, *, draw: Draw, ranks: int) -> Tensor:
-    """The rank's elements in an unsharded tensor. What stands for the other ranks' does not matter: it takes as many of
-    the generator's numbers."""
-    complete = _unsharded_like(local, draw.layout.dim, ranks).fill_(0.5)
+def _among_others(local: Tensor, complete: Tensor, draw: Draw, rank: int, ranks: int) -> Tensor:
+    """`complete` with the rank's elements at their places. What stands for those of the other ranks does not matter: it
+    takes as many of the generator's numbers."""
     places = torch.arange(complete.numel(), device=local.device).view(complete.shape)
-    return complete.put_(take_shard(places, draw, rank, ranks), local)
+    return complete.fill_(0.5).put_(take_shard(places, draw, rank, ranks), local)
 
 
 def _is_attention(func: Any) -> bool:

@@ -14,6 +14,7 @@ import importlib.util
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -102,11 +103,11 @@ def _is_step(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def truncate(path: Path, step: int) -> None:
-    """Keep the records up to `step`, in place of a run's file whose later steps no checkpoint holds."""
-    records = read_metrics(path)
-    kept = "".join(json.dumps(record) + "\n" for record in records if record["step"] <= step)
-    atomic_write(path, kept)
+def truncate(path: Path, step: int, also: Callable[[Record], bool] = lambda _: False) -> None:
+    """Keep the records up to `step`, and those that `also` names, in place of a run's file whose later steps no
+    checkpoint holds."""
+    kept = [record for record in read_metrics(path) if record["step"] <= step or also(record)]
+    atomic_write(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def require_sinks(section: LogSection) -> None:
