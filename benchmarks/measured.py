@@ -242,7 +242,7 @@ def rows(gpu: str = "h200") -> Iterator[Measured]:
 def _of_bench(file: str, row: dict[str, Any], older: bool) -> Measured:
     arm, mesh = row["arm"], Mesh(**row["mesh"])
     sequences = row["tokens_per_step"] // row["seq_len"]
-    recompute = "full" if "activation_checkpoint=full" in arm else "none"
+    recompute = next((m for m in ("full", "selective") if f"activation_checkpoint={m}" in arm), "none")
     return Measured(
         file,
         f"{row.get('of', '')} {arm}".strip(),
