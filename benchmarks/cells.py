@@ -94,6 +94,7 @@ class Cell:
                 "micro_batch": self.sequences,
                 "activation_checkpoint": self.recompute,
                 "lr": 3e-4,
+                "cuda_graph": False,
             },
             "forecast": "off",  # bench would forecast it once more, beside the GPUs
             "device": "cpu" if small else "cuda",

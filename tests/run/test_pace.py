@@ -91,10 +91,11 @@ def test_a_host_that_never_waits_keeps_the_gpu_waiting() -> None:
 @pytest.mark.parametrize(
     ("changes", "graph"),
     [
-        ({"mesh": {"tp": 2}}, True),
+        ({"mesh": {"tp": 2}, "train": {"cuda_graph": False}}, True),
+        ({"mesh": {"tp": 2}}, False),
         ({"mesh": {"tp": 2}, "train": {"cuda_graph": True}}, False),
-        ({"mesh": {"tp": 2, "dp_shard": 2}}, False),
-        ({"mesh": {"tp": 2}, "train": {"activation_checkpoint": "full"}}, False),
+        ({"mesh": {"tp": 2, "dp_shard": 2}, "train": {"cuda_graph": False}}, False),
+        ({"mesh": {"tp": 2}, "train": {"cuda_graph": False, "activation_checkpoint": "full"}}, False),
     ],
 )
 def test_cuda_graphs_are_named_where_they_are_possible(changes: dict[str, Any], graph: bool) -> None:

@@ -43,6 +43,7 @@ OTHER: dict[str, Any] = {
     "train.fp8": "tensorwise",
     "train.compile": True,
     "train.fused_kernels": False,
+    "train.cuda_graph": False,
     "train.activation_checkpoint": "full",
     "pipeline.schedule": "gpipe",
     "pipeline.split": (1,),

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from colrow.config import RunConfig, parse_config
-from colrow.dryrun.random_draws import RandomDraws
 from colrow.train import cuda_graph
-from colrow.train.cuda_graph import GraphChoice, gpu_waits, with_graph_chosen
+from colrow.train.cuda_graph import GraphChoice, can_be_captured, gpu_waits, plain_state
 
 
 def config(mesh: dict[str, int], **train: Any) -> RunConfig:
@@ -27,28 +27,44 @@ def config(mesh: dict[str, int], **train: Any) -> RunConfig:
 
 
 @pytest.mark.parametrize(
-    ("mesh", "train", "draws", "device", "captured"),
+    ("mesh", "train", "device", "captured"),
     [
-        ({"tp": 2}, {}, False, "cuda", True),
-        ({}, {}, False, "cuda", True),
-        ({"tp": 2}, {}, True, "cuda", False),
-        ({"tp": 2}, {}, False, "cpu", False),
-        ({"tp": 2, "dp_shard": 2}, {}, False, "cuda", False),
-        ({"tp": 2}, {"activation_checkpoint": "full"}, False, "cuda", False),
-        ({"tp": 2}, {"on_nonfinite": "skip"}, False, "cuda", False),
-        ({"tp": 2}, {"precision": "fp32"}, False, "cuda", False),
+        ({"tp": 2}, {}, "cuda", True),
+        ({}, {}, "cuda", True),
+        ({"tp": 2}, {}, "cpu", False),
+        ({"tp": 2, "dp_shard": 2}, {}, "cuda", False),
+        ({"tp": 2}, {"activation_checkpoint": "full"}, "cuda", False),
+        ({"tp": 2}, {"on_nonfinite": "skip"}, "cuda", False),
+        ({"tp": 2}, {"precision": "fp32"}, "cuda", False),
     ],
 )
 def test_what_cannot_be_captured_is_not(
-    mesh: dict[str, int], train: dict[str, Any], draws: bool, device: str, captured: bool
+    mesh: dict[str, int], train: dict[str, Any], device: str, captured: bool
 ) -> None:
-    chosen = with_graph_chosen(config(mesh, **train), RandomDraws(draws), device)
-    assert chosen.train.cuda_graph is captured
+    assert can_be_captured(config(mesh, **train), device) is captured
 
 
-def test_what_is_given_stays() -> None:
-    for value in (True, False):
-        assert with_graph_chosen(config({}, cuda_graph=value), RandomDraws(), "cpu").train.cuda_graph is value
+class Counting(nn.Module):
+    """Counts its calls, where asked to."""
+
+    def __init__(self, count: bool) -> None:
+        super().__init__()
+        self.layer, self.counts, self.calls, self.scales = nn.Linear(2, 2), count, 0, [1.0, 2.0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += self.counts
+        result: Tensor = self.layer(x)
+        return result
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_a_number_that_a_step_changes_is_found(counts: bool) -> None:
+    model = nn.Sequential(Counting(counts))
+    before = plain_state(model)
+    model(torch.ones(2))
+    after = plain_state(model)
+    assert after["0.scales"] == (1.0, 2.0)
+    assert [name for name in after if after[name] != before[name]] == ["0.calls"] * counts
 
 
 def test_the_gpu_waits_where_it_is_done_with_the_cpu() -> None:
@@ -56,15 +72,20 @@ def test_the_gpu_waits_where_it_is_done_with_the_cpu() -> None:
     assert not gpu_waits(0.085, 0.4)
 
 
-@pytest.mark.parametrize(("here", "elsewhere", "declines"), [(True, 0.0, 0), (False, 1.0, 0), (False, 0.0, 1)])
-def test_one_rank_that_waits_decides_for_all(
-    monkeypatch: pytest.MonkeyPatch, here: bool, elsewhere: float, declines: int
+@pytest.mark.parametrize(
+    ("here", "elsewhere", "obstacle", "declines"),
+    [(True, [0.0, 0.0], None, 0), (False, [1.0, 0.0], None, 0), (False, [0.0, 0.0], None, 1),
+     (True, [1.0, 1.0], None, 1), (True, [1.0, 0.0], "a number changes", 1)],
+)  # fmt: skip
+def test_one_rank_decides_for_all(
+    monkeypatch: pytest.MonkeyPatch, here: bool, elsewhere: list[float], obstacle: str | None, declines: int
 ) -> None:
+    """One that waits captures everywhere, one whose model cannot be replayed nowhere."""
     declined: list[int] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, op: x.clamp_(min=elsewhere))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, op: x.copy_(x.maximum(torch.tensor(elsewhere))))
     monkeypatch.setattr(cuda_graph, "gpu_waits", lambda enqueued, done: here)
-    graph: Any = SimpleNamespace(decline=lambda: declined.append(1))
+    graph: Any = SimpleNamespace(decline=lambda: declined.append(1), obstacle=obstacle)
     choice = GraphChoice([graph], torch.device("cpu"), steps=2)
     for _ in range(4):
         with choice.around():

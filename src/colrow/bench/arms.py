@@ -14,19 +14,20 @@ import yaml
 from colrow.config import RunConfig, parse_config
 from colrow.errors import ConfigError, did_you_mean
 
+_EAGER, _GRAPH = {"train.cuda_graph": False}, {"train.cuda_graph": True}
 ARMS: dict[str, dict[str, Any]] = {
     # what tutorials teach: eager, q, k and v gathered, all heads on every rank
-    "article": {"plan": "article", "loss": "vocab_parallel", "train.compile": False},
-    "plain": {"plan": "llama", "loss": "vocab_parallel"},
-    "linear": {"plan": "llama", "loss": "linear"},
-    "fast": {"plan": "llama-fast", "loss": "linear"},
-    "graph": {"plan": "llama-fast", "loss": "linear", "train.cuda_graph": True},
-    "fp8": {"plan": "llama-fast", "loss": "linear", "train.fp8": "tensorwise"},
-    "overlap": {"plan": "llama-overlap", "loss": "linear"},
-    "overlap-graph": {"plan": "llama-overlap", "loss": "linear", "train.cuda_graph": True},
+    "article": {"plan": "article", "loss": "vocab_parallel", "train.compile": False, **_EAGER},
+    "plain": {"plan": "llama", "loss": "vocab_parallel", **_EAGER},
+    "linear": {"plan": "llama", "loss": "linear", **_EAGER},
+    "fast": {"plan": "llama-fast", "loss": "linear", **_EAGER},
+    "graph": {"plan": "llama-fast", "loss": "linear", **_GRAPH},
+    "fp8": {"plan": "llama-fast", "loss": "linear", "train.fp8": "tensorwise", **_EAGER},
+    "overlap": {"plan": "llama-overlap", "loss": "linear", **_EAGER},
+    "overlap-graph": {"plan": "llama-overlap", "loss": "linear", **_GRAPH},
     "config": {},
 }
-"""`config` is the config as it stands."""
+"""`config` is the config as it stands. The others do not choose by themselves whether they replay a graph."""
 
 
 def arm_config(base: RunConfig, arm: str) -> RunConfig:

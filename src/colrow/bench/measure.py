@@ -34,7 +34,7 @@ from colrow.run.executed import executed_paths
 from colrow.run.pace import rate
 from colrow.run.process_group import RankInfo, process_group, set_device
 from colrow.run.requirements import check_sequence, device_type
-from colrow.train.cuda_graph import EAGER_STEPS, MEASURED_STEPS
+from colrow.train.cuda_graph import EAGER_STEPS, MEASURED_STEPS, can_be_captured
 from colrow.train.setup import Training, set_up
 from colrow.train.step_trace import StepTrace, profiling
 
@@ -110,8 +110,9 @@ def measure(job: Job, info: RankInfo) -> dict[str, Any]:
 
 def _require_measurable(job: Job) -> None:
     config = job.config
-    eager = MEASURED_STEPS if config.train.cuda_graph == "auto" else EAGER_STEPS
-    if config.train.cuda_graph and job.warmup <= eager:
+    chooses = config.train.cuda_graph == "auto" and can_be_captured(config, device_type(config))
+    eager = MEASURED_STEPS if chooses else EAGER_STEPS
+    if (chooses or config.train.is_graphed) and job.warmup <= eager:
         raise ConfigError(
             f"arm {job.arm}: train.cuda_graph captures in step {eager + 1}, and --warmup is {job.warmup}: use "
             f"--warmup {eager + 1} or more"

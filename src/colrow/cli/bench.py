@@ -52,7 +52,7 @@ class Flags:
     """cpu, cuda or auto."""
     steps: int = 10
     """Timed steps; the first two of them are left out of the median."""
-    warmup: int = 3
+    warmup: int = 5
     rounds: int = 1
     """How often the arms take turns; each round starts new processes."""
     one_rank: bool = False

@@ -24,6 +24,7 @@ from colrow.forecasting.forecast import Forecaster, Options
 from colrow.forecasting.memory import GIB
 from colrow.plans.plan import Plan
 from colrow.run.progress import labelled
+from colrow.train.cuda_graph import can_be_captured
 
 FILE = "forecast.json"
 Gpus = tuple[Device, int] | str | None
@@ -121,6 +122,10 @@ def forecast_on(device: Device, per_host: int, config: RunConfig, model: nn.Modu
     """The forecast of the run on given GPUs, `per_host` of them on a host. Raises as `Forecaster.row` does."""
     forecaster, options = Forecaster(model, device, per_host), options_of(config)
     row = forecaster.row(plan, config.mesh, options)
+    if config.train.cuda_graph == "auto" and row.time.parts["cpu"] > 0 and can_be_captured(config, "cuda"):
+        replayed = forecaster.row(plan, config.mesh, replace(options, cuda_graph=True))
+        # the first steps are eager, and need the memory
+        row = replace(row, time=replayed.time, tokens_per_second_per_gpu=replayed.tokens_per_second_per_gpu)
     fix = ""
     if not row.fits:
         smaller = (words for words, other in _smaller(options) if forecaster.row(plan, config.mesh, other).fits)
@@ -146,7 +151,7 @@ def _key(device: Device, per_host: int, config: RunConfig, model: nn.Module, pla
         for name, p in model.named_parameters(remove_duplicate=False)
     ]
     of_model = (repr(model), repr(getattr(model, "config", None)), params)
-    run = (repr(options_of(config)), repr(config.mesh), plan.to_yaml(), repr(device), per_host)
+    run = (repr(options_of(config)), config.train.cuda_graph, repr(config.mesh), plan.to_yaml(), repr(device), per_host)
     return hashlib.sha256(repr((colrow.__version__, torch.__version__, of_model, run)).encode()).hexdigest()
 
 

@@ -12,11 +12,10 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from colrow.config import RunConfig
-from colrow.errors import ConfigError
 from colrow.mesh import AXES
 from colrow.run.forecast_line import Forecast
 from colrow.run.progress import labelled
-from colrow.train.cuda_graph import check_cuda_graph
+from colrow.train.cuda_graph import can_be_captured
 from colrow.train.step_trace import StepTrace, profiling
 
 STEPS = 20
@@ -106,18 +105,9 @@ def compared_line(forecast: Forecast, found: float, allocated_gib: float) -> str
 def cpu_bound_line(config: RunConfig) -> str:
     """What a user can change, within 80 columns."""
     fixes = ["a larger train.micro_batch"]
-    if not config.train.cuda_graph and _can_be_captured(config):
+    if not config.train.cuda_graph and can_be_captured(config, "cuda"):
         fixes.insert(0, "train.cuda_graph: true")
     return labelled("hint", f"GPU idle between kernels (CPU-bound): try {' or '.join(fixes)}")
-
-
-def _can_be_captured(config: RunConfig) -> bool:
-    captured = config.model_copy(update={"train": config.train.model_copy(update={"cuda_graph": True})})
-    try:
-        check_cuda_graph(captured, "cuda")
-    except ConfigError:
-        return False
-    return True
 
 
 @dataclass(frozen=True)

@@ -5,18 +5,26 @@ Capturing runs the Python of a function and none of its kernels; replaying runs 
 no Python. So whatever the function reads and writes outside itself (weights, sums of gradients, the optimizer's state)
 must keep its address, and Python numbers are frozen. The first calls run eagerly, on the stream of the capture: they
 compile, initialise NCCL's communicators, and allocate the optimizer's state and the gradients' sums. They are steps of
-training like the others.
+training like the others. The last of them is watched: a function that waits for the GPU, or that changes a number which
+a module keeps, cannot be replayed.
+
+[Note: memory of a graph]
+A replay writes to the addresses of its capture, whoever holds them by then. They lie in a pool of the graph's own,
+where what was freed while capturing is free between replays: an evaluation allocates there, and needs no memory beside
+the graph's. What it leaves there alive, a cache say, the next replay would overwrite: it captures anew.
 """
 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from colrow.config import RunConfig
 from colrow.dryrun.random_draws import RandomDraws
@@ -26,7 +34,11 @@ EAGER_STEPS = 2
 """Steps before the one that captures."""
 MEASURED_STEPS = 4
 """Steps before it with `train.cuda_graph: auto`: the last of them is measured, when all is compiled."""
+MOST_ITEMS = 64
+"""A longer list is data, not state."""
 _OFF = {"train.cuda_graph": False}
+_SYNCHRONIZED = "called a synchronizing CUDA operation"
+_PROTOTYPE = "Synchronization debug mode is a prototype"  # torch says so each time
 _TAIL = 0.1
 """A step begins on an idle GPU. If the GPU is done within this share of the step's time after the CPU has enqueued the
 last kernel, the GPU has waited for the CPU."""
@@ -37,13 +49,19 @@ class GraphedFunction:
 
     Tensors keep their shapes and numbers their values from call to call. The result is a copy, which the next call
     leaves alone.
+
+    Args:
+        model: whose Python numbers must not change in a call.
     """
 
-    def __init__(self, function: Callable[..., Tensor], eager_calls: int) -> None:
-        self._function, self._eager_calls = function, eager_calls
+    def __init__(self, function: Callable[..., Tensor], eager_calls: int, model: nn.Module | None = None) -> None:
+        self._function, self._eager_calls, self._model = function, eager_calls, model
         self._stream = torch.cuda.Stream()
+        self._pool = torch.cuda.MemPool()
         self._graph: torch.cuda.CUDAGraph | None = None
         self._declined = False
+        self.obstacle: str | None = None
+        """Why the function cannot be replayed, as far as its last eager call showed."""
 
     def __call__(self, *args: Tensor | int) -> Tensor:
         if self._declined:
@@ -51,12 +69,9 @@ class GraphedFunction:
         if self._eager_calls > 0:
             self._eager_calls -= 1
             # On the capture's stream: what is made once for a stream (cuBLAS workspaces, the allocator's blocks, NCCL's
-            # order of events) is there when it captures. Both waits order this call with the work around it.
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                result = self._function(*args)
-            torch.cuda.current_stream().wait_stream(self._stream)
-            return result
+            # order of events) is there when it captures.
+            with self._on_stream():
+                return self._watched(args) if self._eager_calls == 0 else self._function(*args)
         if self._graph is None:
             self._capture(args)
         assert self._graph is not None
@@ -78,22 +93,105 @@ class GraphedFunction:
         """Whether calls replay the graph already."""
         return self._graph is not None
 
+    @contextmanager
+    def lent_memory(self) -> Iterator[None]:
+        """Between replays: allocations within take the graph's memory, where there is a graph: see [Note: memory of a
+        graph]. The next replay overwrites their contents."""
+        if self._graph is None:
+            yield
+            return
+        before = self._alive()
+        with self._on_stream(), torch.cuda.use_mem_pool(self._pool):  # the allocator keeps what a stream freed for it
+            yield
+        if not self._alive() <= before:
+            self.close()
+            self._graph, self._pool = None, torch.cuda.MemPool()
+
     def close(self) -> None:
         """Free the graph: destroying NCCL's communicators waits for the graphs that hold their kernels."""
         if self._graph is not None:
             self._graph.reset()
 
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        """On the capture's stream. Both waits order what it runs with the work around it."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def _alive(self) -> set[int]:
+        """Addresses of the graph's memory that somebody holds."""
+        blocks = (block for segment in self._pool.snapshot() for block in segment["blocks"])
+        return {block["address"] for block in blocks if block["state"] != "inactive"}
+
+    def _watched(self, args: tuple[Tensor | int, ...]) -> Tensor:
+        before = plain_state(self._model)
+        with waits_for_device() as waits:
+            result = self._function(*args)
+        after = plain_state(self._model)
+        changed = next((name for name in after if after[name] != before.get(name, after[name])), None)
+        if waits:
+            self.obstacle = f"its forward or backward waits for the GPU ({waits[0]})"
+        elif changed is not None:
+            self.obstacle = f"{changed} changes from step to step ({before[changed]}, then {after[changed]})"
+        return result
+
     def _capture(self, args: tuple[Tensor | int, ...]) -> None:
+        if self.obstacle is not None:
+            raise ConfigError(f"train.cuda_graph: the model cannot be replayed: {self.obstacle}", _OFF)
         self._static_args = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), cast(Any, self._pool.id)  # torch types a pool's id as another handle
         # thread_local: NCCL's watchdog thread queries its events meanwhile, which a global capture would forbid
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local"):
             self._static_result = self._function(*self._static_args)
         self._graph = graph
 
 
+def plain_state(model: nn.Module | None) -> dict[str, Any]:
+    """Numbers, strings and flags that the modules keep as attributes, by `module.attribute`, containers of them too."""
+    found: dict[str, Any] = {}
+    for prefix, module in () if model is None else model.named_modules():
+        for key, value in vars(module).items():
+            if (plain := _plain(value)) is not None:
+                found[f"{prefix or type(module).__name__}.{key}"] = plain
+    return found
+
+
+def _plain(value: object) -> Any:
+    """A copy of it where it is plain, in tuples; else None."""
+    if isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list | tuple) and len(value) <= MOST_ITEMS:
+        items = tuple(map(_plain, value))
+        return None if None in items else items
+    return None
+
+
+@contextmanager
+def waits_for_device() -> Iterator[list[str]]:
+    """Within: the places where the program waits for the GPU, as `file:line`, which a capture does not allow."""
+    places: list[str] = []
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield places
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    for warning in caught:
+        if _SYNCHRONIZED in str(warning.message):
+            places.append(f"{warning.filename}:{warning.lineno}")
+        elif _PROTOTYPE not in str(warning.message):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
 class GraphChoice:
-    """`train.cuda_graph: auto`: declines the graphs where the GPU does not wait for the CPU, on all ranks alike.
+    """`train.cuda_graph: auto`: declines the graphs where the GPU does not wait for the CPU, or where a rank's model
+    cannot be replayed, on all ranks alike.
 
     The host runs ahead of a GPU that is busy, until the driver's queue is full, so neither's time alone tells which one
     is the slower. One step begins on an idle GPU, and is waited for: if the GPU is done as soon as the CPU has enqueued
@@ -116,10 +214,11 @@ class GraphChoice:
         enqueued = time.perf_counter()
         torch.cuda.synchronize(self._device)
         waits = gpu_waits(enqueued - start, time.perf_counter() - start)
+        hindered = any(graph.obstacle is not None for graph in self._graphs)
         # One answer for all: a captured collective and an eager one of the same step need not match.
-        anywhere = torch.tensor(float(waits), device=self._device)
+        anywhere = torch.tensor([float(waits), float(hindered)], device=self._device)
         dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
-        if not anywhere.item():
+        if anywhere.tolist() != [1.0, 0.0]:
             for graph in self._graphs:
                 graph.decline()
 
@@ -129,20 +228,18 @@ def gpu_waits(enqueued: float, done: float) -> bool:
     return done - enqueued < _TAIL * done
 
 
-def with_graph_chosen(config: RunConfig, draws: RandomDraws, device_type: str) -> RunConfig:
-    """The config with true or false in the place of `train.cuda_graph: auto`: whether the run can be captured."""
-    if config.train.cuda_graph != "auto":
-        return config
+def with_cuda_graph(config: RunConfig, value: bool) -> RunConfig:
+    """The config with another `train.cuda_graph`."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"cuda_graph": value})})
 
-    def changed(value: bool) -> RunConfig:
-        return config.model_copy(update={"train": config.train.model_copy(update={"cuda_graph": value})})
 
+def can_be_captured(config: RunConfig, device_type: str) -> bool:
+    """Whether `train.cuda_graph: auto` may capture, as far as the config tells."""
     try:
-        check_cuda_graph(changed(True), device_type)
+        check_cuda_graph(with_cuda_graph(config, True), device_type)
     except ConfigError:
-        return changed(False)
-    low = config.train.precision != "fp32"  # else copies of the weights would only be for the graph
-    return changed(low and not draws.any)
+        return False
+    return config.train.precision != "fp32"  # else copies of the weights would only be for the graph
 
 
 def check_cuda_graph(config: RunConfig, device_type: str) -> None:
@@ -177,7 +274,7 @@ def check_cuda_graph(config: RunConfig, device_type: str) -> None:
 def check_draws(config: RunConfig, draws: RandomDraws, model: str, *, compiled: bool) -> None:
     """Raise a ConfigError where what the model draws in training cannot go with a way to run its blocks."""
     train = config.train
-    if train.cuda_graph and draws.any:
+    if train.is_graphed and draws.any:
         raise ConfigError(
             f"train.cuda_graph does not run a model that draws random numbers, as {model} does in training (dropout): "
             "set its dropout to 0, or train.cuda_graph to false"

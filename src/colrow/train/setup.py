@@ -55,9 +55,10 @@ from colrow.train.cuda_graph import (
     MEASURED_STEPS,
     GraphChoice,
     GraphedFunction,
+    can_be_captured,
     check_cuda_graph,
     check_draws,
-    with_graph_chosen,
+    with_cuda_graph,
 )
 from colrow.train.forward_writes import refuse_forward_writes
 from colrow.train.optimizer import build_optimizer
@@ -123,8 +124,12 @@ def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device, source: So
     check_cuda_graph(config, device.type)
     check_data_engine(config)
     clear()
-    draws, chooses = draws_of(config, source.model, plan), config.train.cuda_graph == "auto"
-    config = with_graph_chosen(config, draws, device.type)
+    chooses = config.train.cuda_graph == "auto"
+    if chooses:
+        config = with_cuda_graph(config, can_be_captured(config, device.type))
+    draws = draws_of(config, source.model, plan)
+    if chooses and draws.any:
+        config = with_cuda_graph(config, False)
     precision, compiled = choose_precision(config, device), compiles(config, device)
     decays = decay_by_name(source.model, config.train)
     counts = count_parameters(source.model, decays)

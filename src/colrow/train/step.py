@@ -105,6 +105,7 @@ class SingleStageModel:
         self.untrained: tuple[str, ...] = ()
         self._model, self._plan, self._mesh, self._device = model, plan, mesh, device
         self._run_micro_batch: Callable[[Tensor, Tensor, int], Tensor] = self._forward_backward
+        self._graph: GraphedFunction | None = None
 
     def parameters(self) -> Iterable[nn.Parameter]:
         return self._model.parameters()
@@ -113,8 +114,8 @@ class SingleStageModel:
 
     def enable_cuda_graph(self, eager_calls: int) -> GraphedFunction:
         """Replay one CUDA graph for each micro-batch, after the first `eager_calls` of them."""
-        self._run_micro_batch = graph = GraphedFunction(self._forward_backward, eager_calls)
-        return graph
+        self._run_micro_batch = self._graph = GraphedFunction(self._forward_backward, eager_calls, self._model)
+        return self._graph
 
     def __call__(self, batches: Sequence[Batch]) -> Tensor:
         tokens = sum(targets.numel() for _, targets in batches)
@@ -162,15 +163,14 @@ class SingleStageModel:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
-        total, tokens = torch.zeros((), device=self._device), 0
-        with self._use_copies():
+        # made here, and added to in place: what is made within must not outlive it
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        with self._use_copies(), self._graph.lent_memory() if self._graph else nullcontext():
             for ids, targets in batches:
                 with loss_context(self._plan, self._mesh), preferred_attention(self._device):
-                    loss = model_loss(self._model, self._plan, self._mesh, ids, targets, num_valid=1)
-                    total = total + full_tensor(loss)
-                tokens += targets.numel()
+                    total += full_tensor(model_loss(self._model, self._plan, self._mesh, ids, targets, num_valid=1))
         reshard(self._model)
-        return total / max(tokens, 1)
+        return total / max(sum(targets.numel() for _, targets in batches), 1)
 
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor:
