@@ -209,3 +209,27 @@ def test_frequencies_that_no_module_makes_leave_what_they_modulate_split() -> No
     assert {"time.2.weight", "shift.weight", "mlp.up.weight"} <= {*found.sharded}
     assert "no module stands between the stream and mul" in found.replicated["time.0.weight"]
     assert parity(model, found.plan(), 2, inputs).worst < TOLERANCE
+
+
+class Timed(nn.Module):
+    """A step's frequencies, written in forward, enter the first of two equal layers; a modulation takes the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D))
+        self.modulation, self.mlp, self.head = nn.Linear(D, 8 * D), MLP(D), nn.Linear(D, 5)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        angles = t[:, None] * torch.exp(-torch.arange(D // 2, device=t.device) / D)
+        c = self.time(torch.cat([angles.cos(), angles.sin()], -1).to(x.dtype))
+        scale, *gates = self.modulation(F.silu(c))[:, None].chunk(8, dim=-1)
+        return self.head(F.layer_norm(x + sum(gates) * self.mlp(F.layer_norm(x, (D,)) * scale), (D,)))
+
+
+def test_a_layer_that_fails_costs_its_neighbour_in_a_sequence_nothing() -> None:
+    inputs = (torch.randn(2, 10, D, dtype=torch.float64), torch.tensor([3, 8]))
+    model = Timed().double()
+    found = derive(model, 2, inputs=inputs)
+    assert "does not run on a rank's shapes" in found.replicated["time.0.weight"] + " ".join(found.notes)
+    assert {"time.2.weight", "modulation.weight", "mlp.up.weight"} <= {*found.sharded}
+    assert parity(model, found.plan(), 2, inputs).worst < TOLERANCE

@@ -46,11 +46,15 @@ class Split:
 
     def atoms_at(self, module: str) -> set[Atom]:
         """Chosen classes in the parameters of a module and of those at its place in other blocks, which have the same
-        shapes: a neighbour in one nn.Sequential has like names, too."""
+        shapes, sharded along the same dims: a neighbour in one nn.Sequential has like names, too."""
         params = self.flows.inference.params.items()
         at_place = [name for name in self.finder.boundaries if with_stars(name) == with_stars(module)]
         inside = {m: [(node, f.removeprefix(m)) for node, f in params if is_within(f, m)] for m in (module, *at_place)}
-        shapes = {m: [(name, shape_of(node)) for node, name in found] for m, found in inside.items()}
+        sharded = self.flows.choice.sharded
+        shapes = {
+            m: [(name, shape_of(node), [*map(sharded, self.flows.inference.of(node))]) for node, name in found]
+            for m, found in inside.items()
+        }
         alike = [m for m in inside if shapes[m] == shapes[module]]
         return self.finder.atoms_of({node for m in alike for node, _ in inside[m]})
 
