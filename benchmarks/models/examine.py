@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from benchmarks.models.tiny import classes, tiny
 from colrow.checking.check import check
-from colrow.derive.derivation import Derivation, derive
+from colrow.derive.derivation import derive
 from colrow.derive.judged import judgement
+from colrow.derive.result import Derivation
 from colrow.derive.trace import Trace, default_inputs, trace
 from colrow.dryrun.calls import default_loss
 from colrow.dryrun.planned_step import PlannedStep

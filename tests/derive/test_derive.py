@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from benchmarks.models.prove import Sabotage, prove
 from colrow.derive.blocks import BlockFinder
-from colrow.derive.derivation import Derivation, DeriveOptions, derive
+from colrow.derive.derivation import DeriveOptions, derive
 from colrow.derive.emit import Emitter
 from colrow.derive.local import LocalCheck
+from colrow.derive.result import Derivation
 from colrow.errors import PlanError
 from colrow.plans.plan import Plan
 from colrow.verifying.backends import RankFailure

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from benchmarks.models.examine import TOLERANCE, TOLERANCE_FP32, judge, narrow, prepared
 from benchmarks.models.tiny import classes, tiny
-from colrow.derive.derivation import Derivation, derive
+from colrow.derive.derivation import derive
+from colrow.derive.result import Derivation
 from colrow.derive.trace import Trace, trace
 from colrow.dryrun.dry_run import dry_run
 from colrow.mesh import Mesh

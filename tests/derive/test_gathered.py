@@ -125,3 +125,77 @@ def test_an_objection_leaves_the_layer_out() -> None:
     model, images = Normed(), (torch.randn(2, 3, 2, 2),)
     found = derive(model, 2, inputs=images, judge=judge)
     assert {"first.weight", "first.bias"} == {*found.replicated}
+
+
+class Bare(nn.Module):
+    """Matrices without modules, on both sides of a residual; an LSTM, and weights in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Parameter(torch.randn(20, 8)), nn.Parameter(torch.randn(8, 20))
+        self.layers = nn.ParameterList([nn.Parameter(torch.randn(8, 8) / 3) for _ in range(2)])
+        self.lstm = nn.LSTM(8, 8, batch_first=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed[ids]
+        for weight in self.layers:
+            x = F.layer_norm(x + F.linear(x, weight).relu(), (8,))
+        return self.lstm(x)[0] @ self.out
+
+
+def test_parameters_that_no_style_splits_are_held_in_shards_and_gathered() -> None:
+    torch.manual_seed(0)
+    model, ids = Bare().double(), (torch.randint(0, 20, (3, 4)),)
+    assert derive(model, 2, inputs=ids).share == 0
+    found = derive(model, 2, inputs=ids, judge=lambda _: None)
+    assert found.share == 1
+    assert {type(style).name for style in found.plan().modules.values()} == {"gathered_parameters"}
+    assert parity(model, found.plan(), 2, ids).worst < 1e-9
+    kept = derive(model, 2, inputs=ids, options=DeriveOptions(keep_whole=["lstm"]), judge=lambda _: None)
+    assert {name for name in kept.replicated if name.startswith("lstm")} == {
+        f"lstm.{n}" for n in model.lstm._parameters
+    }
+
+
+class Scored(nn.Module):
+    """A parameter that each rank uses on its own heads, beside one that all use alike."""
+
+    class Gain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.weight
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.o = nn.Linear(8, 24), nn.Linear(8, 8)
+            self.gain = Scored.Gain()
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).view(*x.shape[:2], 3, 4, 2).permute(2, 0, 3, 1, 4)
+            return self.o((self.gain(q) @ k.mT).softmax(-1).matmul(v).transpose(1, 2).flatten(2))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.attention = nn.Parameter(torch.randn(8, 8, 16)), self.Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.einsum("btd,deh->bte", x, self.mix)
+        return F.layer_norm(x + self.attention(x), (8,))
+
+
+def test_a_parameter_that_ranks_use_on_their_shards_is_not_gathered() -> None:
+    torch.manual_seed(0)
+    model, x = Scored().double(), (torch.randn(2, 3, 8, dtype=torch.float64),)
+    found = derive(model, 2, inputs=x, judge=lambda _: None)
+    gathered = {key: style for key, style in found.plan().modules.items() if type(style).name == "gathered_parameters"}
+    assert {*gathered} == {""}
+    assert "attention.gain.weight" in found.replicated
+    assert parity(model, found.plan(), 2, x).worst < 1e-9
+    plan = found.plan()
+    wrong = {"style": "gathered_parameters", "shards": {"weight": 0}}
+    broken = replace(plan, modules={**plan.modules, "attention.gain": wrong})
+    assert parity(model, broken, 2, x).gradients["attention.gain.weight"] > 1e-3

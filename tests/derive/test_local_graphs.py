@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 import colrow.derive.local
 from colrow.derive.attributes import Attributes, AttributeSearch
-from colrow.derive.derivation import Derivation, derive
+from colrow.derive.derivation import derive
 from colrow.derive.failure import Misfit
+from colrow.derive.result import Derivation
 from colrow.derive.trace import export
 
 X = torch.randn(3, 34, 8)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from benchmarks.models.examine import prepared
 from benchmarks.models.tiny import classes, tiny
 from colrow.derive import derivation
-from colrow.derive.derivation import Derivation, derive
+from colrow.derive.derivation import derive
 from colrow.derive.representatives import Representatives
 from colrow.derive.requests import Requests
+from colrow.derive.result import Derivation
 from colrow.dryrun.calls import Inputs
 from colrow.plans.derive_options import DeriveOptions, Styles
 from helpers.variants import params

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from colrow.derive.derivation import Derivation, derive
+from colrow.derive.derivation import derive
+from colrow.derive.result import Derivation
 from colrow.verifying.verify import parity
 from helpers.layers import MLP
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -20,14 +19,23 @@ from colrow.derive.elimination import at_fault, parameters_of_each
 from colrow.derive.emit import Emitter
 from colrow.derive.emit_fast import FastEmitter
 from colrow.derive.emit_modules import Emission
-from colrow.derive.failure import ADVICE, Place, TraceError, has_unknown_size
+from colrow.derive.failure import TraceError, has_unknown_size, unknown_size
 from colrow.derive.flow import Flows
-from colrow.derive.gathered import Layers, Standing, accepted_layers, gathered_layers, unsplit_attentions
+from colrow.derive.gathered import (
+    Layers,
+    Standing,
+    accepted_layers,
+    gathered_layers,
+    gathered_parameters,
+    parameters_of,
+    unsplit_attentions,
+)
 from colrow.derive.infer import OPAQUE, AxisInference, module_path
 from colrow.derive.local import LocalCheck, Repairs
 from colrow.derive.opaque import NOTHING_OPAQUE, opaque_modules
 from colrow.derive.representatives import NotAlikeError, Representatives
 from colrow.derive.requests import Requests
+from colrow.derive.result import Derivation
 from colrow.derive.sequence import Stream, find_stream
 from colrow.derive.split import Split
 from colrow.derive.stream_ends import NoStreamError, StreamKind
@@ -43,54 +51,10 @@ from colrow.styles.fast.head import FastHead
 from colrow.styles.linear import Colwise
 
 if TYPE_CHECKING:
-    from colrow.derive.judged import Judgement, Objection
+    from colrow.derive.judged import Objection
 
-_log = logging.getLogger("colrow")
 ATTEMPTS = 16
 """After as many plans that fail, all that is left is given up."""
-
-
-@dataclass
-class Derivation:
-    """A derived plan and why it is as it is."""
-
-    tp: int
-    modules: dict[str, Any]
-    """Patterns to styles, as a plan says them."""
-    loss: str
-    sharded: list[str]
-    """Names of the parameters of which a rank uses a part."""
-    replicated: dict[str, str]
-    """Each parameter that is not sharded, and why, in one line."""
-    legal: list[int]
-    """Degrees that divide every class that was chosen."""
-    reductions: dict[str, int]
-    """Reductions in one forward pass, by the module pattern that makes them."""
-    unknown: dict[str, int]
-    """Operators without a rule, and how often."""
-    notes: list[str] = field(default_factory=list)
-    """What was given up on the way, and why."""
-    refused: dict[str, str] = field(default_factory=dict)
-    """What the judge refused to see sharded, by its first module, and why."""
-    sequence_parallel: bool = False
-    share: float = 0.0
-    """Share of the parameters' elements of which a rank holds a part."""
-    choice: Choice | None = None
-    trace: Trace | None = None
-    made: Any = field(default=None, repr=False)
-    """The split, the stream and the emission that this was made of; None where nothing was traced."""
-    judgement: Judgement | None = None
-    """What check and verify say of the plan, where these judged it."""
-
-    def plan(self, name: str = "derived") -> Any:
-        """The plan."""
-        return Plan(modules=self.modules, loss=self.loss, name=name, notes=self.refused | self.replicated)  # type: ignore[arg-type]
-
-    def warn_of_small_share(self, name: str) -> None:
-        """Log a warning where most of the model is left unsharded: such a plan saves little."""
-        if self.tp > 1 and self.share < USEFUL:
-            why = "; ".join(self.notes[:3]) or "the plan's notes say why"
-            _log.warning("a derived plan splits only %.0f%% of %s over tp=%d: %s", 100 * self.share, name, self.tp, why)
 
 
 def derive(
@@ -162,38 +126,40 @@ def _derive(exported: Representatives, traced: Trace | None, wanted: _Wanted) ->
                 return found
         except GuardOnDataDependentSymNode as error:
             assert traced is not None
-            opaque, traced = opaque_modules(model, inputs, _unknown_size(model, traced, error), opaque), None
+            opaque, traced = opaque_modules(model, inputs, _of_unknown_size(model, traced, error), opaque), None
 
 
 def _untraced(exported: Representatives, wanted: _Wanted) -> Derivation | None:
-    """Of a model that cannot be traced: its layers with gathered outputs, which ask nothing of the code around them.
+    """Of a model that cannot be traced: its layers with gathered outputs, and gathered parameters where these are few,
+    which ask nothing of the code around them.
     None where there are none, where nobody judges them, or where fast styles are wanted."""
     model, tp, judge = exported.complete, wanted.tp, wanted.judge
     if judge is None or wanted.options.styles != "plain":
         return None
-    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    modules, params = [name for name, _ in model.named_modules(remove_duplicate=False)], dict(model.named_parameters())
 
     def found(layers: Layers) -> Derivation:
-        split = {id(p) for name in layers for p in model.get_submodule(name)._parameters.values()}
-        params = dict(model.named_parameters())
+        split = {id(model.get_parameter(name)) for name in parameters_of(layers)}
         sharded = [name for name, param in params.items() if id(param) in split]
         why = "the model cannot be traced"
         left = {name: why for name, param in params.items() if id(param) not in split}
         share = sum(params[name].numel() for name in sharded) / max(1, sum(p.numel() for p in params.values()))
+        names = [name for name in modules if name or name in layers]
         return Derivation(tp, by_pattern(layers, names), "replicated", sharded, left, [1, tp], {}, {}, share=share)
 
-    layers = gathered_layers(model, tp, lambda _: True, (), wanted.requests.kept)
-    layers = accepted_layers(layers, lambda layers: judge(found(layers).plan()))
+    def extended(layers: Layers, candidates: Callable[..., Layers]) -> Layers:
+        more = candidates(model, tp, lambda _: True, layers, wanted.requests.kept)
+        return layers | accepted_layers(more, lambda more: judge(found(layers | more).plan()))
+
+    layers = extended({}, gathered_layers)
+    if found(layers).share < USEFUL:
+        layers = extended(layers, gathered_parameters)
     return found(layers) if layers else None
 
 
-def _unknown_size(model: nn.Module, traced: Trace, error: Exception) -> TraceError:
+def _of_unknown_size(model: nn.Module, traced: Trace, error: Exception) -> TraceError:
     first = next((n for n in traced.nodes if n.op == "call_function" and has_unknown_size(n)), None)
-    place = Place.at(model, module_path(first) if first is not None else "")
-    why = f"{type(model).__name__} cannot be derived: {place} has sizes that depend on the data: {ADVICE}"
-    found = TraceError(why, place.module)
-    found.__cause__ = error
-    return found
+    return unknown_size(model, module_path(first) if first is not None else "", error)
 
 
 class _Derive:
@@ -207,11 +173,19 @@ class _Derive:
 
     def run(self) -> Derivation:
         found = self._found()
-        return found if self.judge is None or self.fast else self._with_gathered_outputs(found)
+        return found if self.judge is None or self.fast else self._with_gathered(found)
 
-    def _with_gathered_outputs(self, found: Derivation) -> Derivation:
-        """A plan that splits little, or little of an attention, and more layers of which the output is gathered, where
-        the judge allows it."""
+    def _with_gathered(self, found: Derivation) -> Derivation:
+        """Of a plan that splits little, or little of an attention: more layers of which the output is gathered, and
+        where that leaves it so, parameters that are, where the judge allows it."""
+        split, stream, _ = found.made
+        standing = Standing(self.traced, split, stream)
+        found = self._extended(found, gathered_layers, standing)
+        return self._extended(found, gathered_parameters, standing.is_equal)
+
+    def _extended(
+        self, found: Derivation, candidates: Callable[..., Layers], stands: Callable[[str], bool]
+    ) -> Derivation:
         choice, (split, stream, emission) = found.choice, found.made
         assert choice is not None
         scopes = (
@@ -219,15 +193,15 @@ class _Derive:
         )
 
         def extended(layers: Layers) -> Derivation:
-            more = replace(emission, modules=emission.modules | layers, gathered=frozenset(layers))
-            return self._result(choice, split, stream, more)
+            gathered = emission.gathered | parameters_of(layers)
+            return self._result(
+                choice, split, stream, replace(emission, modules=emission.modules | layers, gathered=gathered)
+            )
 
-        standing = Standing(self.traced, split, stream)
+        def in_scope(name: str) -> bool:
+            return any(not scope or is_within(name, scope) for scope in scopes) and stands(name)
 
-        def stands(name: str) -> bool:
-            return any(not scope or is_within(name, scope) for scope in scopes) and standing(name)
-
-        layers = gathered_layers(self.model, self.tp, stands, emission.modules, self.requests.kept)
+        layers = candidates(self.model, self.tp, in_scope, emission.modules, self.requests.kept)
         layers = accepted_layers(layers, lambda layers: self._objection(extended(layers)))
         return extended(layers) if layers else found
 
@@ -434,7 +408,7 @@ class _Derive:
         found: dict[str, str | None] = {}
         for node, name in self.inference.params.items():
             dims = self.inference.of(node)
-            if choice.any_sharded(dims) or name.rpartition(".")[0] in emission.gathered:
+            if choice.any_sharded(dims) or name in emission.gathered:
                 found[name] = None
             else:
                 why = self.traced.opaque.reason_of(name)

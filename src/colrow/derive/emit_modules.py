@@ -40,7 +40,7 @@ class Emission:
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Attributes that are certain to need a local value."""
     gathered: frozenset[str] = frozenset()
-    """Layers whose output is gathered: [Note: gathered outputs]."""
+    """Parameters of layers whose output is gathered, and those gathered: see `derive.gathered`."""
     buffers: dict[str, Node] = field(default_factory=dict)
     """Buffers of which a rank uses some rows, by name, and their nodes."""
 

@@ -81,6 +81,15 @@ def _frames(error: BaseException) -> list[tuple[FrameType, int]]:
     return [frame for each in chain for frame in traceback.walk_tb(each.__traceback__)]
 
 
+def unknown_size(model: nn.Module, module: str, error: Exception) -> TraceError:
+    """Of code in `module` that makes a size of the data."""
+    place = Place.at(model, module)
+    why = f"{type(model).__name__} cannot be derived: {place} has sizes that depend on the data: {ADVICE}"
+    found = TraceError(why, module)
+    found.__cause__ = error
+    return found
+
+
 def cannot_trace(model: nn.Module, error: Exception) -> TraceError:
     """torch.export's failure on `model`, in one line."""
     place = Place.of(model, error)

@@ -1,4 +1,4 @@
-"""Layers whose output is gathered: what is split where nothing behind a layer works on shards.
+"""Layers whose output is gathered, and parameters that are: what is split where nothing else works on shards.
 
 [Note: gathered outputs]
 A layer that stands in the stream, on equal activations on all ranks, can be split by its output features if its output
@@ -6,6 +6,10 @@ is gathered: an all-gather in forward, and in backward a sum of its input's grad
 before, whatever it is: a norm over all channels, code that no trace looks into, a branch on the data. It costs more
 than a block between two collectives, so it is taken only for a model of which a plan would split little, or for an
 attention of which it would, and for layers of some size.
+
+[Note: gathered parameters]
+Where that leaves little split too, parameters that every rank uses on equal values are held in shards and gathered for
+their module's forward: bare matrices, LSTMs, weights that are computed from others. It saves memory, and no computing.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from colrow.derive.flow import SpmdType
 from colrow.derive.infer import facts_of, shape_of
 from colrow.derive.trace import Trace, is_boundary, label_of
 from colrow.plans.patterns import is_within
+from colrow.styles.gathered_parameters import GatheredParameters
 
 if TYPE_CHECKING:
     from colrow.derive.judged import Objection
@@ -104,8 +109,7 @@ def gathered_layers(
         taken: modules that have a style already.
         kept: parameters that stay unsharded.
     """
-    # a tied weight stays as it is: its other users would get a shard of it
-    holders = Counter(id(param) for module in model.modules() for param in module._parameters.values())
+    holders = _holders(model)
     total = sum(param.numel() for param in model.parameters())
     found: Layers = {}
     for name, module in model.named_modules():
@@ -120,6 +124,41 @@ def gathered_layers(
             continue  # torch's attention reads the weight of its layer, and does not call it
         found |= {f"{name}.{inner}" if inner else name: style for inner, style in gathered_styles(module, tp).items()}
     return found
+
+
+def gathered_parameters(
+    model: nn.Module, tp: int, stands: Callable[[str], bool], taken: Collection[str], kept: Collection[str]
+) -> Layers:
+    """The styles of the modules whose parameters can be gathered: [Note: gathered parameters].
+
+    Args:
+        stands: whether every rank uses the parameter of this name on the same values.
+        taken, kept: of `gathered_layers`.
+    """
+    holders = _holders(model)
+    least = LEAST * sum(param.numel() for param in model.parameters())
+    found: Layers = {}
+    for name, module in model.named_modules():
+        shards = {}
+        for parameter, param in module._parameters.items() if name not in taken else ():
+            full = f"{name}.{parameter}".removeprefix(".")
+            if param is None or param.numel() < least or holders[id(param)] > 1 or full in kept or not stands(full):
+                continue
+            if (dim := next((k for k, extent in enumerate(param.shape) if extent % tp == 0), None)) is not None:
+                shards[parameter] = dim
+        if shards:
+            found[name] = {"style": GatheredParameters.name, "shards": shards}
+    return found
+
+
+def parameters_of(layers: Layers) -> frozenset[str]:
+    """The parameters that the styles split."""
+    return frozenset(f"{name}.{p}".removeprefix(".") for name, style in layers.items() for p in style["shards"])
+
+
+def _holders(model: nn.Module) -> Counter[int]:
+    """How many modules hold each parameter, by its id. Another holder of a tied one would get a shard of it."""
+    return Counter(id(param) for module in model.modules() for param in module._parameters.values())
 
 
 class Standing:
@@ -139,6 +178,13 @@ class Standing:
         calls_once = self.traced.positional.get(name) in (1, 2)
         return calls_once and not reads_weight and self._is_between_equals(name)
 
+    def is_equal(self, parameter: str) -> bool:
+        """Whether every rank uses the parameter on the same values, so that it has the complete gradient of it."""
+        summed = self.split.flow.summed if self.split is not None else ()
+        in_stream = self.stream.summed if self.stream is not None else ()
+        used = parameter in self.traced.parameters.values() or any(is_within(parameter, m) for m in self.opaque)
+        return used and parameter not in summed and parameter not in in_stream
+
     def _is_between_equals(self, module: str) -> bool:
         boundaries = self.boundaries[module]
         if not any(label_of(node).direction == "out" for node in boundaries):
@@ -156,9 +202,11 @@ class Standing:
         )
 
 
-def unsplit_attentions(traced: Trace, split: Split, is_sharded: Callable[[str], bool]) -> list[str]:
+def unsplit_attentions(traced: Trace, split: Split | None, is_sharded: Callable[[str], bool]) -> list[str]:
     """Modules whose code multiplies two activations, or cannot be looked into, and of whose parameters less than half
     are sharded."""
+    if split is None:  # nothing runs on shards, and what is gathered has made the plan a useful one
+        return []
     flows, params = split.flows, split.flows.inference.params
     found = dict.fromkeys(traced.opaque.reasons)
     for node in traced.nodes:

@@ -12,9 +12,10 @@ from torch import nn
 
 from colrow.checking.check import Finding, Findings, check_step
 from colrow.checking.finding import NOT_PROVEN
-from colrow.derive.derivation import Derivation, derive
+from colrow.derive.derivation import derive
 from colrow.derive.progress import Progress
 from colrow.derive.proof import SEQ_LEN, prove
+from colrow.derive.result import Derivation
 from colrow.dryrun.calls import GivenInputs, Loss, default_loss
 from colrow.dryrun.planned_step import PlannedStep
 from colrow.errors import PlanError

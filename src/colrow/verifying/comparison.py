@@ -31,8 +31,9 @@ class Sharded:
             regions = regions_at(self.shape, self.placements, (tp,), (rank,), self.packed)
             for region, place in regions.items():
                 got, want = shard[place.slices], complete[region.slices]
-                if got.dtype != want.dtype or not got.is_floating_point():  # buffers that count
-                    got, want = got.double(), want.double()
+                if got.dtype != want.dtype or not (got.is_floating_point() or got.is_complex()):  # buffers that count
+                    exact = torch.promote_types(want.dtype, torch.float64)  # a complex one keeps its imaginary part
+                    got, want = got.to(exact), want.to(exact)
                 difference = (got - want).abs().max().item() if got.shape == want.shape else inf
                 # max() drops a nan that comes second
                 worst = max(worst, inf if isnan(difference) else difference)
