@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import RowwiseParallel
+from torch.nn.utils.parametrizations import weight_norm
 
 from colrow.checking.options import COMPILED_BLOCKS_WAIT
 from colrow.mesh import Mesh
@@ -212,6 +213,18 @@ BROKEN: dict[str, Case] = {
         "CR206",
         lambda: m.Gpt(mlp=lambda: nn.Sequential(computed_weight(nn.Linear(m.D, m.D)))),
         lambda: gpt_plan(mlp__up=None, mlp__down=None, mlp__0="packed_rowwise"),
+        "blocks.*.mlp.0",
+    ),
+    "weight norm by a parametrization": Case(
+        "CR206",
+        lambda: m.Gpt(mlp=lambda: nn.Sequential(weight_norm(nn.Linear(m.D, m.D)))),
+        lambda: gpt_plan(mlp__up=None, mlp__down=None, mlp__0="colwise"),
+        "blocks.*.mlp.0",
+    ),
+    "weight norm by a parametrization, row": Case(
+        "CR206",
+        lambda: m.Gpt(mlp=lambda: nn.Sequential(weight_norm(nn.Linear(m.D, m.D)))),
+        lambda: gpt_plan(mlp__up=None, mlp__down=None, mlp__0={"style": "rowwise", "input": "replicate"}),
         "blocks.*.mlp.0",
     ),
     "adapter inside": Case(

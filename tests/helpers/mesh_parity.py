@@ -39,6 +39,8 @@ class Case:
     micro: int = 1
     preset: str = "llama"
     loss: Any = "vocab_parallel"
+    plan: Plan | None = None
+    """In place of the preset."""
     checkpoint: Any = "none"
     reshard: bool | None = None
     schedule: Any = "1f1b"
@@ -97,7 +99,7 @@ def run_case(device: str, case: Case) -> Result:
     """Train one process's model and the parallel one side by side; collective over the default group."""
     want = train_reference(case.model, device, case.steps, GLOBAL_BATCH, MAX_NORM)
     mesh = case.mesh.build(device, dist.get_world_size())
-    plan = Plan.preset(case.preset, case.loss)
+    plan = case.plan or Plan.preset(case.preset, case.loss)
     runner = _runner(case, build(case.model, device), plan, mesh)
     result = Result()
     names = [name for name, _ in runner.named_parameters()]

@@ -13,6 +13,17 @@ SUMS_AND_SEGMENTS: dict[str, tuple[Any, ...]] = {
     # rows one by one
     "slices renormed": (aten.renorm.default, (x(3, 4), 2, 1, 0.5), [S1], None, [S1]),
     "rows searched": (aten.searchsorted.Tensor, (x(4, 5).sort().values, x(4, 3)), [S0, S0], None, [S0]),
+    "values searched in one row": (
+        aten.searchsorted.Tensor,
+        (x(5).sort().values, x(4, 6)),
+        [REPLICATED, S1],
+        None,
+        [S1],
+    ),
+    "stacked behind": (aten.stack.default, ([x(3, 4), x(4, 3).T], 2), [S1, S1], None, [S1]),
+    "stacked before": (aten.stack.default, ([x(3, 4), x(4, 3).T], 1), [S1, S1], None, [S2]),
+    "row written": (aten.select_scatter.default, (x(3, 4), x(4), 0, 1), [S1, S0], None, [S1]),
+    "rows written": (aten.slice_scatter.default, (x(4, 6), x(2, 6), 0, 1, 3), [S1, S1], None, [S1]),
     "boundaries": (aten.bucketize.Tensor, (x(3, 4), x(5).sort().values), [S1, REPLICATED], None, [S1]),
     "the same window": (
         aten.as_strided_.default,

@@ -318,6 +318,23 @@ class CheckpointedMLP(m.MLP):
         return y
 
 
+class CheckpointedNoise(m.MLP):
+    """Recomputes its noisy features: in a function of its own, or with the module that makes them."""
+
+    def __init__(self, function: bool) -> None:
+        super().__init__()
+        self.noise = Noise()
+        self.recomputed = self.noise.forward if function else self.noise
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(checkpoint(self.recomputed, self.up(x), use_reentrant=False))
+
+
+class Noise(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return F.gelu(h + torch.randn_like(h))
+
+
 def hooked() -> nn.Module:
     model = m.Gpt()
     model.norm.weight.register_hook(lambda gradient: gradient * 0.5)

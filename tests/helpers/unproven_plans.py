@@ -15,6 +15,7 @@ from helpers.broken_plans import HEADS, gpt_plan
 from helpers.unproven_models import (
     Case,
     CheckpointedMLP,
+    CheckpointedNoise,
     FeatureMLP,
     MappedAttention,
     NormalisedGradient,
@@ -119,6 +120,7 @@ WRONG = {
     "the largest of all logits": logits(lambda x: x / x.amax()),
     "a sum over no dims, which means all": features(lambda h: h / (1 + h.square().nansum(()))),
     "an auxiliary loss of a shard": auxiliary(lambda h: h.norm(), 0.1),
+    "noise in a recomputed function": Case(lambda: m.Gpt(mlp=lambda: CheckpointedNoise(function=True)), train=True),
     "sum over ranks left out": Case(
         lambda: m.Gpt(mlp=lambda: FeatureMLP(lambda h: h)),
         lambda: gpt_plan(attn__out={"style": "rowwise", "output": "partial"}),
@@ -143,6 +145,7 @@ RIGHT = {
     "log-probabilities for logits": logits(lambda x: 0.5 * F.log_softmax(x, -1)),
     "an auxiliary loss of weight 0": auxiliary(lambda h: h.softmax(-1).square().mean() + h.norm(), 0.0),
     "checkpointed": Case(lambda: m.Gpt(mlp=CheckpointedMLP)),
+    "noise in a recomputed module": Case(lambda: m.Gpt(mlp=lambda: CheckpointedNoise(function=False)), train=True),
     "block used twice": Case(block_twice, lambda: gpt_plan(sequence=True)),
     # of the same kinds
     "features clamped": features(lambda h: h.clamp(-1, 1) + torch.ones_like(h) * 0.5),

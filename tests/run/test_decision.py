@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from colrow.checking.check import Findings
+from colrow.checking.finding import finding
 from colrow.derive.judged import Judgement
 from colrow.mesh import Mesh
 from colrow.plans.plan import Plan, is_preset
@@ -187,6 +188,23 @@ def test_a_kept_proof_is_used_and_only_proofs_are_kept(monkeypatch: pytest.Monke
     assert accepted == [False, False, True, True]
     assert made == ["wrong", "inconclusive", "proved"]
     assert [report.verdict for report in memory.kept] == ["proved"]
+
+
+@pytest.mark.parametrize(("codes", "vary"), [((), False), (("CR414",), True), (("CR410",), True)])
+def test_what_is_unproven_is_compared_with_other_values(
+    monkeypatch: pytest.MonkeyPatch, codes: tuple[str, ...], vary: bool
+) -> None:
+    asked: list[bool] = []
+
+    def prove(*args: Any, vary: bool, **options: Any) -> Report:
+        asked.append(vary)
+        return Report("proved", 2, "local", 12, 1e-9, None, 0.1)
+
+    monkeypatch.setattr(decision, "prove", prove)
+    found = Findings(finding(code, "blocks.0", "a message", "a fix") for code in codes)
+    monkeypatch.setattr(decision, "check_step", lambda *args, **options: found)
+    assert decided(gpt(), gpt_plan()).accepted
+    assert asked == [vary]
 
 
 def test_what_a_derivation_has_proved_is_not_proved_again(monkeypatch: pytest.MonkeyPatch) -> None:

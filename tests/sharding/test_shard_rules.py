@@ -118,6 +118,15 @@ REFUSED: dict[str, tuple[Any, ...]] = {
         ([None, None, 2, 2, 8, 2, 1e-5],),
     ),
     "rows searched in pieces": (aten.searchsorted.Tensor, (x(4, 6).sort().values, x(4, 6)), [S1, S1], None),
+    "a split row searched": (aten.searchsorted.Tensor, (x(6).sort().values, x(4, 6)), [S0, S1], None),
+    "stacked with other segments": (aten.stack.default, ([x(4, 8), x(4, 8)], 2), [S1, sharded(1, (4, 4))], None),
+    "row written into shards": (aten.select_scatter.default, (x(4, 4), x(4), 0, 1), [S0, REPLICATED], None),
+    "rows written at other places": (
+        aten.slice_scatter.default,
+        (x(4, 6), x(2, 6), 0, 1, 3),
+        [S1, S1],
+        ([0, 2, 4],),
+    ),
     "slices renormed over them": (aten.renorm.default, (x(3, 4), 2, 0, 0.5), [S1], None),
     "batch norm in training": (
         aten.native_batch_norm.default,

@@ -17,7 +17,7 @@ from colrow.plans.plan import Plan, is_preset
 from colrow.plans.presets import PRESETS
 from colrow.styles.base import Style
 from colrow.styles.linear import Colwise, Rowwise
-from colrow.styles.site import Site
+from colrow.styles.site import PARAMETRIZATIONS, Site
 
 FUSED = ("qkv", "c_attn", "w_pack", "query_key_value", "in_proj", "gate_up", "gate_and_up", "fc1_gate", "wi_fused")
 """Names of layers that hold several weights in one. The order of the rows is not known from the name."""
@@ -126,7 +126,7 @@ def _sites(model: nn.Module, styles: dict[str, Style], tp: int) -> Iterator[Find
         if isinstance(module, nn.Linear) and isinstance(style, Colwise | Rowwise):
             # an adapter (LoRA) adds the output of its own linears. Torch's row split registers weight and bias alone,
             # and the dry run judges what the adapter makes of the layer's input
-            children = [name for name, _ in module.named_children()]
+            children = [name for name, _ in module.named_children() if name != PARAMETRIZATIONS]
             if children and isinstance(style, Colwise):
                 message = f"{type(module).__name__} is a linear layer with modules inside it ({', '.join(children)})"
                 fix = "name the linear layers inside it, or keep the adapter beside the layer"

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     if inputs is not None and reduced is not None:
         inputs = inputs.within(vocabulary(model))
     plan = flags.load_plan(model)
-    report = verify(model, plan, flags.tp, backend=flags.backend, inputs=inputs)
+    report = verify(model, plan, flags.tp, backend=flags.backend, inputs=inputs, vary=True)
     if flags.json:
         print_json(_finite(report.to_data() | {"reduced": reduced}))
     else:
@@ -68,6 +68,7 @@ def show(report: Report, reduced: str | None, title: str, console: Console) -> N
             *([f"  buffers    {report.max_buffer_rel_err:.1e} at most"] if report.max_buffer_rel_err else []),
             f"  tolerance  {report.tolerance:.0e}",
             f"  compared   in {' and in '.join(report.modes)} mode{', dropout off' if report.dropout_off else ''}",
+            *(f"             with {values}" for values in report.values),
         ]
     if worst and report.max_grad_rel_err > report.tolerance:
         lines.append("largest errors of gradients:")

@@ -121,7 +121,7 @@ def judgement(step: PlannedStep, progress: Progress | None = None) -> Judgement:
         progress.at("verifying a plan")
     try:
         longer = replace(step, seq_len=max(step.seq_len, SEQ_LEN))
-        report = prove(longer, unproven=any(f.code == "CR414" for f in unproven))
+        report = prove(longer, unproven=any(f.code == "CR414" for f in unproven), vary=True)
     except PlanError:  # too large, or it runs on no CPU: the plan stays unproven, and the check says so
         return Judgement(None, found)
     if report.verdict != "wrong":

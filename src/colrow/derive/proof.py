@@ -25,7 +25,7 @@ SEQ_LEN, BATCH_SIZE = 64, 4
 """Most tokens in a sequence, and most sequences: fp64 attention over a run's context would take minutes."""
 
 
-def prove(step: PlannedStep, *, reduced: nn.Module | None = None, unproven: bool = False) -> Report:
+def prove(step: PlannedStep, *, reduced: nn.Module | None = None, unproven: bool = False, vary: bool = False) -> Report:
     """`verify` of the plan on `reduced`, or on the reduced model that the model's family gives.
 
     Args:
@@ -33,6 +33,7 @@ def prove(step: PlannedStep, *, reduced: nn.Module | None = None, unproven: bool
             not run on fewer.
         unproven: whether check has left operators unproven at the run's sizes. Where some of them do not run on so few
             tokens, a proof on these says nothing of them: all tokens are taken.
+        vary: as `verify` takes it.
 
     Raises:
         PlanError: there is no such model, the plan cannot be carried over to it, or it does not run on a CPU.
@@ -53,7 +54,8 @@ def prove(step: PlannedStep, *, reduced: nn.Module | None = None, unproven: bool
         return given.map(lambda x: x[:sequences, :length]) if given and _are_token_ids(given) else given
 
     def proved(length: int) -> Report:
-        return verify(small, fitted, tp, inputs=batch(few, length), loss=step.loss, batch_size=few, seq_len=length)
+        given = batch(few, length)
+        return verify(small, fitted, tp, inputs=given, loss=step.loss, batch_size=few, seq_len=length, vary=vary)
 
     def unproven_at(of: nn.Module, by: Plan, sequences: int, length: int) -> set[tuple[str, str]]:
         at = PlannedStep(of, by, tp, sequences, length, batch(sequences, length), step.loss)

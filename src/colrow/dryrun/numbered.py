@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from colrow.dryrun.module_tracker import LOSS, tensors_of
+from colrow.sharding.draws import draws, draws_by_element
 from colrow.sharding.local_call import TensorShape
 from colrow.sharding.local_layout import REPLICATED, Layout
 from colrow.sharding.operators import Identity, operator, operator_name
@@ -36,6 +37,7 @@ from colrow.torch_compat import (
     path_in_torch,
     tensors_in,
     tree_flatten,
+    tree_unflatten,
     written_numbers,
 )
 
@@ -84,6 +86,16 @@ class Operation:
         return [value for value in self.inputs if value is not None]
 
     @property
+    def draws(self) -> bool:
+        """Whether it draws random numbers by element; see [Note: random numbers on shards]."""
+        return draws_by_element(self.func) and draws(self.func, *tree_unflatten(self.leaves, self.tree))
+
+    def draws_for_shard(self, unsharded: tuple[int, ...] | None) -> bool:
+        """Whether it draws for a shard, by the layouts of its inputs and the shape of the unsharded result."""
+        replicated = all(value.layout == REPLICATED for value in self.values)
+        return self.draws and not (replicated and tuple(self.results[0].shape) == unsharded)
+
+    @property
     def keeps_value(self) -> bool:
         """Whether its result is its one input: a view of the same shape, a copy."""
         same = operator(self.name).identity in (Identity.MEMORY, Identity.GRADIENT) or self.name in (
@@ -113,7 +125,8 @@ class NumberedRun(TorchDispatchMode):
         for name, module in model.named_modules():  # outside the hooks of the styles
             module.register_forward_pre_hook(self._enter(name), prepend=True, with_kwargs=True)
             module.register_forward_pre_hook(self._arranged, with_kwargs=True)  # inside them
-            module.register_forward_hook(self._leave)
+            # also when a recomputation stops early, by an exception, as torch's checkpoint does
+            module.register_forward_hook(self._leave, always_call=True)
 
     # -- values
 

@@ -21,7 +21,7 @@ from colrow.dryrun.numbered import NumberedRun, NumberedValue, Operation, shape_
 from colrow.dryrun.on_dtensors import LossGradients, not_as_in_one_process, takes_all_for_none
 from colrow.dryrun.unproven import Reports, Unproven
 from colrow.dryrun.unsharded_run import Recorded, UnshardedRun
-from colrow.sharding.draws import NOISE, Draw, draws, draws_by_element, may_draw
+from colrow.sharding.draws import Draw, may_draw
 from colrow.sharding.local_call import LocalCall, Shape, TensorShape, UnprovenError
 from colrow.sharding.local_layout import (
     PARTIAL,
@@ -41,7 +41,7 @@ from colrow.sharding.zeros import layout_of_zeros, makes_zeros
 from colrow.styles.base import OutputSegment, Style
 from colrow.styles.local_module import watched_sums
 from colrow.styles.rank_tensors import HEADS_OF_RANK, RANK_TABLES
-from colrow.torch_compat import current_autograd_node, forward_number, tree_unflatten, watched_conversions
+from colrow.torch_compat import current_autograd_node, forward_number, watched_conversions
 
 
 class ShardedRun(NumberedRun):
@@ -172,8 +172,8 @@ class ShardedRun(NumberedRun):
             # the gradient of a style's module meets another gradient of the same value, whose layout is known
             return known if backward and operation.name in ("add", "add_") and len(known) == 1 else [STYLE] * count
         try:
-            drawn = operation.name in NOISE and tuple(operation.results[0].shape)
-            if backward and drawn and not (recorded and recorded.results[0] == drawn):
+            # a recomputation that calls the module draws as its forward did, by `arrange_draws`
+            if backward and not self._stack and operation.draws_for_shard(recorded.results[0] if recorded else None):
                 raise UnprovenError("it draws random numbers in backward, where each rank draws for its shard alone")
             return self._judged(self._local_call(operation, recorded, backward))
         except UnprovenError as error:
@@ -308,8 +308,7 @@ class ShardedRun(NumberedRun):
             self.set_value(result, value.number, layout or STYLE)
 
     def _note_draw(self, operation: Operation, recorded: Recorded | None, layout: Layout) -> None:
-        func, arguments = operation.func, tree_unflatten(operation.leaves, operation.tree)
-        if current_autograd_node() is not None or not (draws_by_element(func) and draws(func, *arguments)):
+        if current_autograd_node() is not None or not operation.draws:
             return
         flattened = False
         if self._flattened and layout == sharded(1):

@@ -162,7 +162,8 @@ class _Case:
 
     def prove(self, build_reduced: Callable[[], nn.Module] | None, found: Findings) -> Report:
         reduced = None if build_reduced is None else build_reduced()
-        return prove(self.step, reduced=reduced, unproven=any(f.code == "CR414" for f in found))
+        unproven = {f.code for f in found} & set(NOT_PROVEN)
+        return prove(self.step, reduced=reduced, unproven="CR414" in unproven, vary=bool(unproven))
 
 
 def is_own(model: nn.Module) -> bool:

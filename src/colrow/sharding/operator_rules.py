@@ -31,8 +31,10 @@ from colrow.sharding.rules_along import (
     roll,
     same_view,
     searchsorted,
+    stack,
     unfold,
     windows,
+    write_piece,
 )
 
 
@@ -314,6 +316,9 @@ RULES: dict[str, Rule] = {
     "unfold_backward": unfold,
     "searchsorted": searchsorted,
     "bucketize": bucketize,
+    "stack": stack,
+    "slice_scatter": write_piece,
+    "select_scatter": write_piece,
     "constant_pad_nd": pad,
     "as_strided": same_view,
     "repeat": _repeat,

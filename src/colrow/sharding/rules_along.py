@@ -261,12 +261,34 @@ def pad(call: LocalCall) -> list[Layout] | None:
     return [layout] if layout.kind is Kind.SHARDED and layout.dim not in padded and not call.differing else None
 
 
-def searchsorted(call: LocalCall) -> list[Layout] | None:
-    """Rows are searched one by one."""
-    layout = _common(call)
-    if layout is None or layout.dim == len(call.tensors[0][1].shape) - 1 or call.differing:
+def stack(call: LocalCall) -> list[Layout] | None:
+    """Shards of one dim, put beside each other along a new one."""
+    layout, first = call.tensors[0]
+    if layout.kind is not Kind.SHARDED or call.differing or any(other != layout for other, _ in call.tensors):
         return None
-    return _shards(call, layout, len(call.tensors[0][1].shape), set()) if len(call.tensors) > 1 else None
+    behind = call.argument("dim")[0] % (len(first.shape) + 1) <= layout.dim
+    return [sharded(layout.dim + behind, layout.segments)]
+
+
+def write_piece(call: LocalCall) -> list[Layout] | None:
+    """`slice_scatter` and `select_scatter`: the same piece of another dim than the sharded one."""
+    (layout, base), (of_piece, piece) = call.tensors
+    dim = call.argument("dim")[0] % len(base.shape)
+    if layout.kind is not Kind.SHARDED or layout.dim == dim or call.differing:
+        return None
+    missing = len(piece.shape) < len(base.shape) and dim < layout.dim
+    return [layout] if of_piece == sharded(layout.dim - missing, layout.segments) else None
+
+
+def searchsorted(call: LocalCall) -> list[Layout] | None:
+    """Rows are searched one by one; or one row that all ranks have, for each value."""
+    (sequence, rows), *values = call.tensors
+    if sequence == REPLICATED and len(rows.shape) == 1 and len(values) == 1 and not call.differing:
+        return [values[0][0]] if values[0][0].kind is Kind.SHARDED else None
+    layout = _common(call)
+    if layout is None or layout.dim == len(rows.shape) - 1 or call.differing:
+        return None
+    return _shards(call, layout, len(rows.shape), set()) if values else None
 
 
 def bucketize(call: LocalCall) -> list[Layout] | None:

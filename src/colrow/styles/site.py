@@ -17,6 +17,9 @@ from torch import nn
 from colrow.errors import PlanError
 from colrow.sharding.layout import chunk_sizes
 
+PARAMETRIZATIONS = "parametrizations"
+"""The child in which torch keeps what a computed weight is made of."""
+
 
 @dataclass(frozen=True)
 class Site:
@@ -52,7 +55,7 @@ class Site:
         if not isinstance(module, module_classes):
             names = " or ".join(f"nn.{cls.__name__}" for cls in module_classes)
             raise self.wrong_class(f"style {style} is for {names}, not for {type(module).__name__}")
-        if next(module.children(), None) is None:
+        if all(name == PARAMETRIZATIONS for name, _ in module.named_children()):
             self.parameter("weight")
         return module
 

@@ -47,6 +47,7 @@ class Report:
         max_buffer_rel_err: of any buffer that forward writes, after forward and after the step.
         next_loss_rel_err: of the loss of another forward after the step.
         modes: in which the models were compared: train, and eval where the unsharded model computes something else.
+        values: with which other weights and tokens they were compared too ([Note: what one batch does not show]).
         dropout_off: the model has dropout, which was off.
         worst: the parameters with the largest errors of their gradients, largest first.
         cause: the usual reason for such a pattern of errors; empty without errors.
@@ -67,6 +68,7 @@ class Report:
     max_buffer_rel_err: float = inf
     next_loss_rel_err: float = inf
     modes: tuple[Mode, ...] = ("train",)
+    values: tuple[str, ...] = ()
     dropout_off: bool = False
     worst: tuple[Worst, ...] = ()
     cause: str = ""
@@ -89,6 +91,7 @@ class Report:
             "max_buffer_rel_err": self.max_buffer_rel_err,
             "next_loss_rel_err": self.next_loss_rel_err,
             "modes": list(self.modes),
+            "values": list(self.values),
             "dropout_off": self.dropout_off,
             "parameters": self.parameters,
             "worst": [vars(worst) for worst in self.worst],

@@ -1,0 +1,107 @@
+"""Other values to compare an unproven plan with: weights and tokens with which a model's code takes other ways.
+
+[Note: what one batch does not show]
+Numbers that are wrong on a shard need not matter on one batch: a limit that no norm reaches, a branch that is not
+taken, a mask that hides nothing. Where rules prove every operator, that is no question: they hold for all values. Where
+they do not, the sharded model is compared with large weights too, which reach limits, and with small ones, whose
+sequences end in padding: large or small in the first half of each matrix's rows, so that ranks differ. Such numbers may
+be ill-conditioned: an error counts only where it is far above what a change of the weights in their last digits makes
+of the unsharded model itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from colrow.dryrun.calls import Inputs
+from colrow.sharding.parameter_state import copied_model
+from colrow.verifying.comparison import Errors, Reference
+from colrow.verifying.step import Task, reference_step
+
+LARGE, SMALL = (1e3, 30.0), (1e-4,)
+"""Factors of half of the rows; of several, the first with which the unsharded model's numbers are finite."""
+_LAST_DIGITS = 1e-13
+TOLERATED = 1e-6
+"""Relative error, and so many times larger than the model's own it has to be: `_ILL`. A wrong operator's is near 1."""
+_ILL = 1e4
+
+
+@dataclass(frozen=True)
+class OtherValues:
+    """The task with other values, and the step of the unsharded model."""
+
+    name: str
+    task: Task
+    reference: Reference
+
+    def refute(self, errors: Errors) -> bool:
+        """Whether the errors of a sharded model show that it is wrong."""
+        return errors.worst > max(TOLERATED, _ILL * self._own_error)
+
+    @property
+    def _own_error(self) -> float:
+        changed = copied_model(self.task.model)
+        generator = torch.Generator().manual_seed(self.task.seed)
+        with torch.no_grad():
+            for param in changed.parameters():
+                noise = torch.randn(param.shape, generator=generator, dtype=param.dtype)
+                param.mul_(1 + _LAST_DIGITS * noise)
+        other = reference_step(self.task, changed)
+        kinds = ((self.reference.gradients, other.gradients), (self.reference.buffers, other.buffers))
+        errors = [abs(self.reference.loss - other.loss) / max(abs(self.reference.loss), 1e-300)]
+        errors += [
+            (got[name] - want).abs().max().item() / max(want.abs().max().item(), 1e-5 * self.reference.scale, 1e-300)
+            for wanted, got in kinds
+            for name, want in wanted.items()
+        ]
+        return max(errors) if all(map(math.isfinite, errors)) else math.inf
+
+
+def other_values(task: Task) -> Iterator[OtherValues]:
+    """With large weights, and with small ones; none with which the unsharded model does not run to finite numbers."""
+    for name, factors, padded in (("large weights", LARGE, False), ("small weights and padding", SMALL, True)):
+        for factor in factors:
+            inputs = _padded(task) if padded else task.inputs
+            changed = replace(task, model=_scaled(task.model, factor), inputs=inputs, next_forward=False)
+            try:
+                reference = reference_step(changed, copied_model(changed.model))
+            except Exception:  # its code may refuse such values
+                continue
+            if _is_finite(reference):
+                yield OtherValues(name, replace(changed, written_buffers=reference.written), reference)
+                break
+
+
+def _scaled(model: nn.Module, factor: float) -> nn.Module:
+    scaled = copied_model(model)
+    with torch.no_grad():
+        for param in scaled.parameters():
+            if param.ndim > 1:
+                param[: -(-len(param) // 2)].mul_(factor)
+    return scaled
+
+
+def _padded(task: Task) -> Inputs:
+    """Token ids [B, T] whose last quarter is the padding token of the model's config, or token 0."""
+    token = getattr(getattr(task.model, "config", None), "pad_token_id", None)
+    padding = token if isinstance(token, int) and token >= 0 else 0
+
+    def ended(x: Any) -> Any:
+        if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64) or x.ndim != 2:
+            return x
+        x = x.clone()
+        x[:, x.shape[1] - x.shape[1] // 4 :] = padding
+        return x
+
+    return Inputs.of(task.inputs).map(ended)
+
+
+def _is_finite(reference: Reference) -> bool:
+    tensors = [*reference.gradients.values(), *reference.buffers.values()]
+    return math.isfinite(reference.loss) and all(bool(tensor.isfinite().all()) for tensor in tensors)
