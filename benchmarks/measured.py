@@ -76,6 +76,7 @@ class Measured:
     trace: dict[str, Any]
     gather: str = "collectives"
     exchange: str = "collectives"
+    gather_fp8: bool = False
 
     @property
     def setting(self) -> Setting:
@@ -95,6 +96,7 @@ class Measured:
             copy_engine=FAST.get(self.plan) == "copy_engine" and self.mesh.tp > 1,
             gather=self.gather,
             exchange=self.exchange,
+            gather_fp8=self.gather_fp8,
         )
 
     @property
@@ -262,6 +264,7 @@ def _of_bench(file: str, row: dict[str, Any], older: bool) -> Measured:
         row["step_ms"],
         row.get("trace") or {},
         *("copy_engine" if f"fsdp.{key}=copy_engine" in arm else "collectives" for key in ("gather", "exchange")),
+        "fsdp.gather_fp8=true" in arm,
     )
 
 

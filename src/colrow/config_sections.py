@@ -249,6 +249,9 @@ class FsdpSection(Section):
     keep_shards: bool = True
     """With mesh.data_engine: flat: keep a rank's shards of blocks in the compute dtype too; else they are cast for each
     gather: 2 bytes a parameter less, sharded, and more time."""
+    gather_fp8: bool = False
+    """With mesh.data_engine: flat and train.fp8: ranks round their shards of what 8-bit matmuls read, and gather these
+    in 8 bits: the same results."""
 
 
 class LogSection(Section):

@@ -114,10 +114,10 @@ def bytes_sent(device: str) -> tuple[list[int], list[int]]:
     x, w, dy = torch.randn(32, 48), torch.randn(64, 48), torch.randn(16, 64)
     ops = torch.ops.colrow
     with mock.patch.object(float8_linear, "start_all_gather", seen):
-        column = (x, [w], group, options, None)
+        column = (x, [w], group, options, None, [])
         outputs = ops.column_forward(*column)
-        _, kept = ops.row_forward(torch.randn(16 * dist.get_world_size(), 48), w, group, options, None)
-        row = (dy, kept, w, group, options, True, True)
+        _, kept = ops.row_forward(torch.randn(16 * dist.get_world_size(), 48), w, group, options, None, [])
+        row = (dy, kept, w, group, options, True, True, [])
         ops.row_backward(*row)
     counted = traffic("column_forward", column, list(outputs)) + traffic("row_backward", row, [])
     return sent, [nbytes for kind, _, nbytes in counted if kind == "all_gather"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,9 @@ def exchanged_by_peers(device: str, degrees: dict[str, int], folder: Path, left_
     return worst
 
 
-def by_peers(device: str, degrees: dict[str, int], *, barriers: bool) -> float:
-    """The largest error of two steps with gathers by copy engines; on CPUs a rank sees the others' memory as it was
-    at the last barrier."""
+@contextmanager
+def simulated_peers(*, barriers: bool = True) -> Iterator[None]:
+    """Gathers by copy engines on CPUs, where a rank sees the others' memory as it was at the last barrier."""
 
     def memory(group: dist.ProcessGroup, device: torch.device, nbytes: int, wanted: Any) -> Any:
         parts = [torch.zeros(nbytes, dtype=torch.uint8) for _ in range(group.size())]
@@ -57,10 +58,18 @@ def by_peers(device: str, degrees: dict[str, int], *, barriers: bool) -> float:
         for part, value in zip(parts, found, strict=True):
             part.copy_(value)
 
+    with (
+        mock.patch.object(flat_gather, "peer_memory", memory),
+        mock.patch.object(PeerGathers, "barrier", barrier if barriers else lambda _: None),
+    ):
+        yield
+
+
+def by_peers(device: str, degrees: dict[str, int], *, barriers: bool) -> float:
+    """The largest error of two steps with gathers by copy engines."""
     config = config_of(flat(**degrees)).model_copy(update={"fsdp": FsdpSection(gather="copy_engine")})
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(parity, "config_of", return_value=config))
         if device == "cpu":
-            stack.enter_context(mock.patch.object(flat_gather, "peer_memory", memory))
-            stack.enter_context(mock.patch.object(PeerGathers, "barrier", barrier if barriers else lambda _: None))
+            stack.enter_context(simulated_peers(barriers=barriers))
         return on_ranks(device, "llama, tied, odd vocabulary", flat(**degrees), steps=2).worst

@@ -28,6 +28,7 @@ from colrow.models.build import build_source
 from colrow.models.shapes import mfu
 from colrow.ops.execution_record import recorded
 from colrow.ops.kernels.optional_triton import UNAVAILABLE
+from colrow.parallel.quantized_shards import GATHERED_IN_8_BITS
 from colrow.plans.plan import Plan
 from colrow.run import preflight
 from colrow.run.executed import executed_paths
@@ -265,6 +266,8 @@ def _problem(config: RunConfig, training: Training, trace: StepTrace) -> dict[st
     missing = missing_paths(training.plan, trace, tp, data_axes=data_axes, cuda_graph=graphed, loss=config.mesh.pp == 1)
     if config.mesh.is_flat and not recorded("data"):
         missing.append("mesh.data_engine: flat (no gradient was exchanged)")
+    if config.fsdp.gather_fp8 and GATHERED_IN_8_BITS not in recorded("data"):
+        missing.append("fsdp.gather_fp8 (no weight was rounded before it was gathered)")
     return {"problem": f"requested and not run: {', '.join(missing)}"} if missing else {}
 
 

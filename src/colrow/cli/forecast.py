@@ -191,6 +191,7 @@ def _choice(row: Row) -> str:
     options, engine = row.options, ""
     if row.mesh.is_flat:
         engine = f"mesh.data_engine flat, fsdp.gather {options.gather}, fsdp.exchange {options.exchange}, "
+        engine += "fsdp.gather_fp8 true, " if options.gather_fp8 else ""
     return f"{engine}train.micro_batch {options.micro_batch}, train.activation_checkpoint {options.recompute}"
 
 

@@ -305,6 +305,7 @@ def options_of(config: RunConfig, *, on_gpus: bool = True) -> Options:
         reshard=config.fsdp.reshard_after_forward,
         gather=config.fsdp.gather if flat else "collectives",
         exchange=config.fsdp.exchange if flat else "collectives",
+        gather_fp8=flat and config.fsdp.gather_fp8,
         schedule=pipeline.schedule,
         split=pipeline.split,
         dtype=torch.bfloat16 if train.precision == "bf16" or (on_gpus and train.precision == "auto") else torch.float32,

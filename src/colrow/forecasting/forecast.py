@@ -34,7 +34,7 @@ class Options:
         recompute: `train.activation_checkpoint`.
         compiled: blocks are compiled, as on GPUs.
         reshard: `fsdp.reshard_after_forward`.
-        gather, exchange: `fsdp.gather` and `fsdp.exchange`, of the flat data engine.
+        gather, exchange, gather_fp8: of `fsdp`, of the flat data engine.
         schedule, split: of a pipeline, as `pipeline.schedule` and `pipeline.split`.
     """
 
@@ -47,6 +47,7 @@ class Options:
     reshard: bool | None = None
     gather: str = "collectives"
     exchange: str = "collectives"
+    gather_fp8: bool = False
     schedule: str = "1f1b"
     split: tuple[int, ...] | None = None
     dtype: torch.dtype = torch.bfloat16
@@ -142,7 +143,7 @@ def forecast(
         micro_batches: of them in an optimizer step.
         gpu: `h100-sxm`, `h200`, ...: see `devices.py`.
         options: more of `Options`: recompute, compiled, cuda_graph, reshard,
-            gather, exchange, schedule, split, dtype.
+            gather, exchange, gather_fp8, schedule, split, dtype.
 
     Raises:
         PlanError: the plan does not fit the model or the degree.
@@ -234,6 +235,7 @@ class Forecaster:
             copy_engine=program.overlap == "copy_engine" and mesh.tp > 1,
             gather=options.gather,
             exchange=options.exchange,
+            gather_fp8=options.gather_fp8,
         )
 
     def _mfu(self, rate: float, seq_len: int) -> float | None:

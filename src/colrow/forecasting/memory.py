@@ -60,6 +60,7 @@ class Setting:
         copies: the model computes with `ComputeWeights`; else with the parameters, or by FSDP2's mixed precision.
         copy_engine: the plan sends chunks by copy engines.
         gather, exchange: who carries those of the flat data engine, as `fsdp.gather` and `fsdp.exchange`.
+        gather_fp8: it gathers what 8-bit matmuls read in 8 bits.
     """
 
     mesh: Mesh
@@ -72,6 +73,7 @@ class Setting:
     copy_engine: bool = False
     gather: str = "collectives"
     exchange: str = "collectives"
+    gather_fp8: bool = False
 
     def by_copy_engine(self, axis: str, kind: str) -> bool:
         """Whether copy engines carry this kind of collective of an axis: of the flat engine alone."""
@@ -302,7 +304,7 @@ class _StagePeak:
             # the last unit's gradients, and the rows that other ranks sent, unless these lie in peer memory
             rows = 0.0 if setting.by_copy_engine("dp_shard", "all_to_all") else 1 - 1 / shards
             received = self._low * self._done[-1].trained_count * (1 + rows)
-        return _Held(self._low * self._flat_weights(), gradients, received)
+        return _Held(self._flat_weights(), gradients, received)
 
     def _held_by_fsdp(self, own: float, units: list[UnitParameters], backward: bool) -> _Held:
         """FSDP2 gathers on one stream and reduces on another; its sums over micro-batches are unsharded."""
@@ -344,16 +346,29 @@ class _StagePeak:
         return sum(unit.count for unit in held.values() if any(unit is own for own in self._units))
 
     def _flat_weights(self) -> int:
-        """Elements of the flat engine's shards and buffers; the shards of root and head lie in their buffers."""
+        """Bytes of the flat engine's shards and buffers; the shards of root and head lie in their buffers. What is
+        gathered in 8 bits has a shard in the compute dtype beside it."""
         shards = self._setting.mesh.dp_shard
-        complete = sum(unit.count for unit in self._units)
+        rounded = [unit.in_8_bits for unit in self._units] if self._setting.gather_fp8 else []
+        copies = self._low * sum(_shard(numels, shards) for numels in rounded)
+        complete = sum(self._gathered_bytes(unit) for unit in self._units)
         if not self._setting.reshard or shards == 1:
-            return complete
+            return complete + copies
         blocks = [self._walk.units[name] for name in self._stage.layers]
-        turns = 2 * max((unit.count for unit in blocks), default=0)
-        ends = complete - sum(unit.count for unit in blocks)
+        turns = 2 * max((self._gathered_bytes(unit) for unit in blocks), default=0)
+        ends = complete - sum(self._gathered_bytes(unit) for unit in blocks)
         kept = blocks if self._setting.gather == "collectives" else []
-        return ends + turns + sum(_shard(unit.numels, shards) for unit in kept)
+        return ends + turns + sum(self._shard_bytes(unit) for unit in kept) + copies
+
+    def _gathered_bytes(self, unit: UnitParameters) -> int:
+        saved = (self._low - 1) * sum(numel for numel, _ in unit.in_8_bits) if self._setting.gather_fp8 else 0
+        return self._low * unit.count - saved
+
+    def _shard_bytes(self, unit: UnitParameters) -> int:
+        """Of what a rank sends of a unit to be gathered."""
+        shards = self._setting.mesh.dp_shard
+        saved = (self._low - 1) * _shard(unit.in_8_bits, shards) if self._setting.gather_fp8 else 0
+        return self._low * _shard(unit.numels, shards) - saved
 
     def _peer_memory(self) -> float:
         """Bytes of symmetric memory, beside the allocator."""
@@ -361,7 +376,8 @@ class _StagePeak:
         shards = [_shard(unit.numels, setting.mesh.dp_shard) for unit in self._units]
         slots = RING_SLOTS * self._walk.boundary * setting.mesh.tp if setting.copy_engine else 0
         if setting.mesh.is_flat and setting.mesh.dp_shard > 1:
-            slots += low * sum(shards) if setting.gather == "copy_engine" else 0
+            if setting.gather == "copy_engine":
+                slots += sum(self._shard_bytes(unit) for unit in self._units)
             if setting.exchange == "copy_engine":
                 slots += RING_SLOTS * low * (setting.mesh.dp_shard - 1) * max(shards)
         return slots

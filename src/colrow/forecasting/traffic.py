@@ -7,7 +7,10 @@ shard. With resharding a block is gathered twice a micro-batch; root and head on
 leave in the last micro-batch. Before that FSDP2 sums what is partial over tp, such as those of norms. Once a step the
 data ranks agree on the parameters that were used, by a flag each ([Note: used parameters]).
 
-With `mesh.data_engine: flat` the ranks exchange gradients in the compute dtype, in every micro-batch.
+With `mesh.data_engine: flat` the ranks exchange gradients in the compute dtype, in every micro-batch. Blocks take turns
+with two buffers: a backward finds the last two blocks in them, and the next micro-batch's forward the first two. With
+`fsdp.gather_fp8` they agree on the largest numbers of weights once for the blocks that the update writes first, and once
+for the others ([Note: quantized shards]).
 """
 
 from __future__ import annotations
@@ -77,7 +80,7 @@ def _of_data_axes(walk: Walk, setting: Setting, stage: StageLayers) -> Counter[t
     low = walk.cell.dtype.itemsize
     wide = max(4, low)
     ends = ([ROOT] if stage.first else []) + ([HEAD] if stage.last else [])
-    for name in (*ends, *stage.layers):
+    for at, name in enumerate((*stage.layers, *ends)):
         unit = walk.units[name]
         if not unit.count:
             continue
@@ -88,7 +91,12 @@ def _of_data_axes(walk: Walk, setting: Setting, stage: StageLayers) -> Counter[t
             # step. Root and head stay gathered (see apply_data_parallel).
             reshards = setting.reshard and name not in (ROOT, HEAD)
             gathers = setting.micro_batches * (2 if reshards else 1) if setting.reshard else 1
-            found["dp_shard", "all_gather", low * _padded(unit.numels, shards)] += gathers
+            if setting.mesh.is_flat:
+                gathers = _gathers_of_flat_block(at, len(stage.layers), setting.micro_batches) if reshards else 1
+            nbytes = low * _padded(unit.numels, shards)
+            if setting.gather_fp8:
+                nbytes -= (low - 1) * _padded(unit.in_8_bits, shards)
+            found["dp_shard", "all_gather", nbytes] += gathers
             if unit.trained and setting.mesh.is_flat:
                 found["dp_shard", "all_to_all", low * _padded(unit.trained, shards)] += setting.micro_batches
             elif unit.trained:  # in fp32, once: gradients are summed over micro-batches before
@@ -97,10 +105,19 @@ def _of_data_axes(walk: Walk, setting: Setting, stage: StageLayers) -> Counter[t
             found["dp_replicate", "all_reduce", wide * _padded(unit.trained, shards) // shards] += 1
     # which parameters had a gradient: 4 bytes each, see [Note: used parameters]
     flags = 4 * sum(len(walk.units[name].trained) for name in (*ends, *stage.layers))
+    matmuls = sum(walk.units[name].matmuls for name in stage.layers)
+    if shards > 1 and setting.gather_fp8 and matmuls:
+        found["dp_shard", "all_reduce", 4 * matmuls] += 1 + (len(stage.layers) > 2)
     for axis in ("dp_replicate", "dp_shard"):
         if getattr(setting.mesh, axis) > 1:
             found[axis, "all_reduce", flags] += 1
     return found
+
+
+def _gathers_of_flat_block(at: int, blocks: int, micro_batches: int) -> int:
+    """In a step, with resharding: two buffers hold what backward and the next forward read first."""
+    forward = micro_batches if at >= 2 else 1
+    return forward + (micro_batches if at < blocks - 2 else 0)
 
 
 def _padded(numels: tuple[tuple[int, int], ...], shards: int) -> int:

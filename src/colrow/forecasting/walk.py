@@ -36,6 +36,7 @@ from colrow.parallel.data_parallel import head_unit
 from colrow.parallel.loss import loss_and_output, loss_context
 from colrow.parallel.outputs import auxiliary_losses
 from colrow.parallel.parallelize import parallelize, style_on_one_rank
+from colrow.parallel.quantized_shards import QuantizedMatmul, quantized_matmuls
 from colrow.plans.plan import Plan
 from colrow.sharding.layout import full_tensor, local_tensor
 from colrow.torch_compat import fake_tensors, tensors_in, watched_propagation
@@ -73,12 +74,15 @@ class UnitParameters:
         trained: of those that get a gradient; partial: elements of those whose gradient is a partial sum over tp.
         gradient_count: elements of the gradients on the rank: DTensor gives an embedding that is split by rows the
             gradient of the complete table.
+        in_8_bits: of those that `fsdp.gather_fp8` gathers so, as `numels`; matmuls: of them, each with one scale.
     """
 
     numels: tuple[tuple[int, int], ...]
     trained: tuple[tuple[int, int], ...]
     partial: tuple[int, ...] = ()
     gradient_count: int = 0
+    in_8_bits: tuple[tuple[int, int], ...] = ()
+    matmuls: int = 0
 
     @property
     def count(self) -> int:
@@ -234,10 +238,11 @@ def _units(model: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, UnitP
     units[HEAD] = [param for module in head_unit(model, list(blocks.values())) for param in module.parameters()]
     inside = {id(param) for params in units.values() for param in params}
     units[ROOT] = [param for param in model.parameters() if id(param) not in inside]
-    return {name: _unit(params) for name, params in units.items()}
+    matmuls = {name: quantized_matmuls(model, [block]) for name, block in blocks.items()}
+    return {name: _unit(params, matmuls.get(name, [])) for name, params in units.items()}
 
 
-def _unit(params: list[nn.Parameter]) -> UnitParameters:
+def _unit(params: list[nn.Parameter], matmuls: list[QuantizedMatmul]) -> UnitParameters:
     def sizes(chosen: list[nn.Parameter]) -> tuple[tuple[int, int], ...]:
         local = [local_tensor(param.detach()) for param in chosen]
         return tuple((t.numel(), t.shape[0] if t.dim() else 1) for t in local)
@@ -245,7 +250,9 @@ def _unit(params: list[nn.Parameter]) -> UnitParameters:
     partial = [param for param in params if isinstance(param.grad, DTensor) and param.grad.placements[0].is_partial()]
     trained = [param for param in params if param.requires_grad]
     gradients = sum(local_tensor(param if param.grad is None else param.grad).numel() for param in trained)
-    return UnitParameters(sizes(params), sizes(trained), tuple(numel for numel, _ in sizes(partial)), gradients)
+    in_8_bits = sizes([weight for matmul in matmuls for weight in matmul.weights])
+    partial_numels = tuple(numel for numel, _ in sizes(partial))
+    return UnitParameters(sizes(params), sizes(trained), partial_numels, gradients, in_8_bits, len(matmuls))
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from colrow.errors import ConfigError
 from colrow.ops.execution_record import record
 from colrow.ops.kernels.optional_triton import UNAVAILABLE
 from colrow.ops.kernels.rounding import peak_of, round_reference, round_triton, scale_reference
+from colrow.ops.products import concatenated
 from colrow.torch_compat import scaled_product
 
 Float8 = Literal["tensorwise"]
@@ -88,6 +89,28 @@ def quantize(
     for part, into in zip(parts, out.values.split(sizes, dim), strict=True):
         _round(part, peaks, out.scale, rows=into, given=scale is not None)
     return out
+
+
+def quantized_weight(quantized: Sequence[Tensor], *, transposed: bool = False) -> Float8Operand:
+    """The operand [F, D] of what [Note: quantized weights] in `ops.parallel_linear` says, or its transpose [D, F], the
+    layout that dgrad's sum needs: bytes change places, and no number is rounded."""
+    *parts, scale = quantized
+    if not transposed:
+        return Float8Operand(concatenated(parts).view(ACTIVATION), scale)
+    D, sizes = parts[0].shape[1], [part.shape[0] for part in parts]
+    out = unpacked(packed(D, sum(sizes), scale.device), ACTIVATION)
+    for part, into in zip(parts, out.values.split(sizes, 1), strict=True):
+        # scales are powers of two, so that x_scale / scale is exactly 1
+        _round(part.view(ACTIVATION).t(), scale.view(1), out.scale, x_scale=scale, rows=into, given=True)
+    return out
+
+
+def quantize_weight_into(rows_MK: Tensor, w_MK: Tensor, peaks: Tensor, scale: Tensor) -> None:
+    """Write w, rounded as `quantize` rounds a weight of which `peaks` has the largest number, and the scale."""
+    if w_MK.numel():
+        _round(w_MK, peaks, scale, rows=rows_MK)
+    else:  # of a rank without rows: there is no kernel to launch, which would write the scale
+        scale.copy_(scale_reference(peaks, rows_MK.dtype))
 
 
 def quantize_packed(x_MK: Tensor, *, gradient: bool = False, peaks: Tensor | None = None) -> Tensor:

@@ -15,7 +15,7 @@ operands] in `ops.float8`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 from torch import Tensor
@@ -34,6 +34,7 @@ from colrow.ops.float8 import (
     quantize,
     quantize_both,
     quantize_packed,
+    quantized_weight,
     scaled_mm,
     unpacked,
     weight_scale,
@@ -58,12 +59,17 @@ def column_forward(
     carrier: Carrier | None,
     opts: LinearOptions,
     peaks: Tensor | None = None,
+    quantized: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """Y_TF, and what backward needs."""
     n = ranks.size()
     y_TF = x_tD.new_empty(x_tD.shape[0] * n, sum(w.shape[0] for w in weights))
     transpose = keeps_transpose(opts, n)
-    kept, w = _gathered_product(x_tD, lambda: quantize(weights), y_TF, ranks, carrier, transpose=transpose, peaks=peaks)
+
+    def weight() -> Float8Operand:
+        return quantized_weight(quantized) if quantized else quantize(weights)
+
+    kept, w = _gathered_product(x_tD, weight, y_TF, ranks, carrier, transpose=transpose, peaks=peaks)
     weight_scale(kept).copy_(w.scale)
     return y_TF, kept
 
@@ -77,6 +83,7 @@ def column_backward(
     opts: LinearOptions,
     need_dx: bool,
     need_dw: bool,
+    quantized: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """dx = reduce_scatter(dY W), finished after dW = dY^T Q."""
     F, D, n = dy_TF.shape[1], weights[0].shape[1], ranks.size()
@@ -92,8 +99,7 @@ def column_backward(
     # dgrad sums over F and wgrad over T, and the summed dim must be contiguous: one rounding, two layouts.
     dy, dy_FT = quantize_both(dy_TF, gradient=True)
     if need_dx:
-        # W has not changed since forward, which left its scale.
-        w_DF = quantize([w.t() for w in weights], dim=1, scale=weight_scale(kept))
+        w_DF = _transposed(weights, kept, quantized)
         finish = _scattered_product(dy, w_DF, dy_TF.new_empty(0), ranks, carrier, gradient=True)
         if not opts.overlaps:
             finish()
@@ -113,11 +119,16 @@ def column_backward(
 
 
 def row_forward(
-    x_Tf: Tensor, w_Df: Tensor, ranks: dist.ProcessGroup, carrier: Carrier | None, peaks: Tensor | None = None
+    x_Tf: Tensor,
+    w_Df: Tensor,
+    ranks: dist.ProcessGroup,
+    carrier: Carrier | None,
+    peaks: Tensor | None = None,
+    quantized: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """y_tD, and what backward needs."""
     x, kept = quantize_both(x_Tf, peaks=peaks)
-    w = quantize([w_Df])
+    w = quantized_weight(quantized) if quantized else quantize([w_Df])
     weight_scale(kept).copy_(w.scale)
     return _scattered_product(x, w, x_Tf.new_empty(0), ranks, carrier)(), kept
 
@@ -130,6 +141,7 @@ def row_backward(
     carrier: Carrier | None,
     need_dx: bool,
     need_dw: bool,
+    quantized: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """dx = G W;  dW = G^T round(x)."""
     (t, D), f = dy_tD.shape, w_Df.shape[1]
@@ -137,12 +149,19 @@ def row_backward(
     dw_Df = dy_tD.new_empty(D if need_dw else 0, f)
 
     def weight() -> Float8Operand:
-        return quantize([w_Df.t()], scale=weight_scale(kept))
+        return _transposed([w_Df], kept, quantized)
 
     transposed, _ = _gathered_product(dy_tD, weight, dx_Tf if need_dx else None, ranks, carrier, gradient=True)
     if need_dw:
         scaled_mm(unpacked(transposed, GRADIENT), unpacked(kept, ACTIVATION), dw_Df, gradient=True)
     return dx_Tf, dw_Df
+
+
+def _transposed(weights: Sequence[Tensor], kept: Tensor, quantized: Sequence[Tensor]) -> Float8Operand:
+    """The weights' transpose [D, F]. They have not changed since forward, which left their scale."""
+    if quantized:
+        return quantized_weight(quantized, transposed=True)
+    return quantize([w.t() for w in weights], dim=1, scale=weight_scale(kept))
 
 
 def _gathered_product(

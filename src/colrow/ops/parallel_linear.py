@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,7 +43,13 @@ if TYPE_CHECKING:
 DEFAULTS = LinearOptions()
 
 
-def column_linear(x_tD: Tensor, weights: list[Tensor], group: str, options: LinearOptions = DEFAULTS) -> Tensor:
+def column_linear(
+    x_tD: Tensor,
+    weights: list[Tensor],
+    group: str,
+    options: LinearOptions = DEFAULTS,
+    quantized: Sequence[Tensor] = (),
+) -> Tensor:
     """[t, D] on each rank -> [T, F]: one all-gather, then the matmuls with all of `weights`, side by side.
 
     y = x W^T, W sharded on its output features.
@@ -51,12 +57,17 @@ def column_linear(x_tD: Tensor, weights: list[Tensor], group: str, options: Line
     forward   X = all_gather(x);  Y = X W^T
     dgrad     dx = reduce_scatter(dY W)
     wgrad     dW = dY^T X                 while the reduce-scatter runs
+
+    Args:
+        quantized: see [Note: quantized weights].
     """
-    y_TF: Tensor = torch.ops.colrow.column_forward(x_tD, weights, group, options.text, None)[0]
+    y_TF: Tensor = torch.ops.colrow.column_forward(x_tD, weights, group, options.text, None, list(quantized))[0]
     return y_TF
 
 
-def row_linear(x_Tf: Tensor, w_Df: Tensor, group: str, options: LinearOptions = DEFAULTS) -> Tensor:
+def row_linear(
+    x_Tf: Tensor, w_Df: Tensor, group: str, options: LinearOptions = DEFAULTS, quantized: Sequence[Tensor] = ()
+) -> Tensor:
     """[T, f] on each rank -> [t, D]: the sum of all ranks' matmuls.
 
     y = x W^T, W sharded on its input features.
@@ -67,7 +78,7 @@ def row_linear(x_Tf: Tensor, w_Df: Tensor, group: str, options: LinearOptions = 
     With `overlap: collectives` nothing overlaps here: each collective waits for the matmul before it, or the matmul
     after it waits for the collective.
     """
-    y_tD: Tensor = torch.ops.colrow.row_forward(x_Tf, w_Df, group, options.text, None)[0]
+    y_tD: Tensor = torch.ops.colrow.row_forward(x_Tf, w_Df, group, options.text, None, list(quantized))[0]
     return y_tD
 
 
@@ -100,20 +111,24 @@ def define_operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Cu
 # [Note: peaks] The largest |number| of each row of what an 8-bit linear rounds in its forward, where the kernel that
 # makes the numbers has found it (`parallel.fused_graph`). Without it, the operator looks for it.
 
+# [Note: quantized weights] The weights of an 8-bit linear in 8 bits, where somebody has quantized them already
+# (`parallel.quantized_shards`): e4m3 numbers of each weight as bytes [out, in], and behind them their common scale,
+# fp32 []. The operator then reads no number of `weights`, which get the gradient. Empty: the operator quantizes them.
+
 
 @define_operator(
     "column_forward",
-    "(Tensor x_tD, Tensor[] weights, str group, str options, Tensor? peaks) -> (Tensor, Tensor)",
+    "(Tensor x_tD, Tensor[] weights, str group, str options, Tensor? peaks, Tensor[] quantized) -> (Tensor, Tensor)",
 )
 def _column_forward(
-    x_tD: Tensor, weights: list[Tensor], group: str, options: str, peaks: Tensor | None
+    x_tD: Tensor, weights: list[Tensor], group: str, options: str, peaks: Tensor | None, quantized: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """X = all_gather(x);  Y = X W^T. Returns Y_TF, and X_TD if it is kept; with fp8 what `float8_linear` keeps."""
     opts, ranks = LinearOptions.parse(options), group_named(group)
     record("columns", len(weights))
     carrier = opts.carrier(x_tD.shape[0], group, x_tD.device)
     if opts.fp8:
-        return float8_linear.column_forward(x_tD, weights, ranks, carrier, opts, peaks)
+        return float8_linear.column_forward(x_tD, weights, ranks, carrier, opts, peaks, quantized)
     if carrier is not None:
         return chunked.column_forward(x_tD.contiguous(), weights, carrier, opts)
     X_TD = all_gather(x_tD, ranks)
@@ -125,7 +140,9 @@ def _column_forward(
 
 
 @_column_forward.register_fake
-def _(x_tD: Tensor, weights: list[Tensor], group: str, options: str, peaks: Tensor | None) -> tuple[Tensor, Tensor]:
+def _(
+    x_tD: Tensor, weights: list[Tensor], group: str, options: str, peaks: Tensor | None, quantized: list[Tensor]
+) -> tuple[Tensor, Tensor]:
     (t, D), n, opts = x_tD.shape, group_named(group).size(), LinearOptions.parse(options)
     if opts.fp8:
         require_sixteen(t * n, D, sum(w.shape[0] for w in weights))  # a dry run finds it before a rank does
@@ -137,11 +154,18 @@ def _(x_tD: Tensor, weights: list[Tensor], group: str, options: str, peaks: Tens
 
 @define_operator(
     "column_backward",
-    "(Tensor dy_TF, Tensor x, Tensor[] weights, str group, str options, bool need_dx, bool need_dw)"
-    " -> (Tensor, Tensor)",
+    "(Tensor dy_TF, Tensor x, Tensor[] weights, str group, str options, bool need_dx, bool need_dw,"
+    " Tensor[] quantized) -> (Tensor, Tensor)",
 )
 def _column_backward(
-    dy_TF: Tensor, x: Tensor, weights: list[Tensor], group: str, options: str, need_dx: bool, need_dw: bool
+    dy_TF: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    group: str,
+    options: str,
+    need_dx: bool,
+    need_dw: bool,
+    quantized: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """dx = reduce_scatter(dY W);  dW = dY^T X, while the reduce-scatter runs.
 
@@ -153,7 +177,7 @@ def _column_backward(
     if ranks.size() > 1:
         record("beside", opts.overlap if carrier is not None or not opts.overlaps else "collectives")
     if opts.fp8:
-        return float8_linear.column_backward(dy_TF, x, weights, ranks, carrier, opts, need_dx, need_dw)
+        return float8_linear.column_backward(dy_TF, x, weights, ranks, carrier, opts, need_dx, need_dw, quantized)
     if carrier is not None:
         return chunked.column_backward(dy_TF, x.contiguous(), weights, carrier, opts, need_dx, need_dw)
 
@@ -176,7 +200,14 @@ def _column_backward(
 
 @_column_backward.register_fake
 def _(
-    dy_TF: Tensor, x: Tensor, weights: list[Tensor], group: str, options: str, need_dx: bool, need_dw: bool
+    dy_TF: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    group: str,
+    options: str,
+    need_dx: bool,
+    need_dw: bool,
+    quantized: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
     (T, F), D = dy_TF.shape, weights[0].shape[1]
     dx_tD = dy_TF.new_empty(T // group_named(group).size(), D) if need_dx else dy_TF.new_empty(0)
@@ -184,37 +215,46 @@ def _(
 
 
 def _save_column(ctx: Any, inputs: Any, output: Any) -> None:
-    x_tD, weights, ctx.group, ctx.options, _ = inputs
+    x_tD, weights, ctx.group, ctx.options, _, quantized = inputs
     _, kept = output
+    ctx.columns = len(weights)
     ctx.set_materialize_grads(False)  # else autograd fills a gradient of X, which nothing uses, with zeros
     opts = LinearOptions.parse(ctx.options)
-    ctx.save_for_backward(kept if opts.keep_gathered or opts.fp8 else x_tD, *weights)
+    ctx.save_for_backward(kept if opts.keep_gathered or opts.fp8 else x_tD, *weights, *quantized)
 
 
 def _differentiate_column(ctx: Any, dy_TF: Tensor | None, _: Any) -> Any:
-    x, *weights = ctx.saved_tensors
+    x, *saved = ctx.saved_tensors
+    weights, quantized = saved[: ctx.columns], saved[ctx.columns :]
+    # group, options, peaks and quantized numbers have no gradient
+    others = None, None, None, [None] * len(quantized)
     if dy_TF is None:
-        return None, [None] * len(weights), None, None, None
+        return None, [None] * len(weights), *others
     need_dx, need_each_dw = ctx.needs_input_grad[:2]
     need_dw = any(need_each_dw)
     # contiguous: the gradient of a sum is an expanded scalar (stride 0), which no collective takes
     dx_tD, dw_FD = torch.ops.colrow.column_backward(
-        dy_TF.contiguous(), x, weights, ctx.group, ctx.options, need_dx, need_dw
+        dy_TF.contiguous(), x, weights, ctx.group, ctx.options, need_dx, need_dw, quantized
     )
     dws = list(dw_FD.split([w.shape[0] for w in weights], 0)) if need_dw else [None] * len(weights)
-    return dx_tD if need_dx else None, dws, None, None, None  # group, options and peaks have no gradient
+    return dx_tD if need_dx else None, dws, *others
 
 
 torch.library.register_autograd("colrow::column_forward", _differentiate_column, setup_context=_save_column)
 
 
-@define_operator("row_forward", "(Tensor x_Tf, Tensor w_Df, str group, str options, Tensor? peaks) -> (Tensor, Tensor)")
-def _row_forward(x_Tf: Tensor, w_Df: Tensor, group: str, options: str, peaks: Tensor | None) -> tuple[Tensor, Tensor]:
+@define_operator(
+    "row_forward",
+    "(Tensor x_Tf, Tensor w_Df, str group, str options, Tensor? peaks, Tensor[] quantized) -> (Tensor, Tensor)",
+)
+def _row_forward(
+    x_Tf: Tensor, w_Df: Tensor, group: str, options: str, peaks: Tensor | None, quantized: list[Tensor]
+) -> tuple[Tensor, Tensor]:
     """y = reduce_scatter(x W^T). Returns y_tD, and with fp8 what `float8_linear` keeps."""
     opts, ranks = LinearOptions.parse(options), group_named(group)
     carrier = opts.carrier(x_Tf.shape[0] // ranks.size(), group, x_Tf.device)
     if opts.fp8:
-        return float8_linear.row_forward(x_Tf, w_Df, ranks, carrier, peaks)
+        return float8_linear.row_forward(x_Tf, w_Df, ranks, carrier, peaks, quantized)
     if carrier is not None:
         return chunked.row_forward(x_Tf, w_Df, carrier), x_Tf.new_empty(0)
     y_TD = x_Tf.new_empty(x_Tf.shape[0], w_Df.shape[0])
@@ -223,7 +263,9 @@ def _row_forward(x_Tf: Tensor, w_Df: Tensor, group: str, options: str, peaks: Te
 
 
 @_row_forward.register_fake
-def _(x_Tf: Tensor, w_Df: Tensor, group: str, options: str, peaks: Tensor | None) -> tuple[Tensor, Tensor]:
+def _(
+    x_Tf: Tensor, w_Df: Tensor, group: str, options: str, peaks: Tensor | None, quantized: list[Tensor]
+) -> tuple[Tensor, Tensor]:
     T, f = x_Tf.shape
     kept = x_Tf.new_empty(0)
     if LinearOptions.parse(options).fp8:
@@ -234,16 +276,24 @@ def _(x_Tf: Tensor, w_Df: Tensor, group: str, options: str, peaks: Tensor | None
 
 @define_operator(
     "row_backward",
-    "(Tensor dy_tD, Tensor x, Tensor w_Df, str group, str options, bool need_dx, bool need_dw) -> (Tensor, Tensor)",
+    "(Tensor dy_tD, Tensor x, Tensor w_Df, str group, str options, bool need_dx, bool need_dw, Tensor[] quantized)"
+    " -> (Tensor, Tensor)",
 )
 def _row_backward(
-    dy_tD: Tensor, x: Tensor, w_Df: Tensor, group: str, options: str, need_dx: bool, need_dw: bool
+    dy_tD: Tensor,
+    x: Tensor,
+    w_Df: Tensor,
+    group: str,
+    options: str,
+    need_dx: bool,
+    need_dw: bool,
+    quantized: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """dY = all_gather(dy);  dx = dY W;  dW = dY^T x. x is x_Tf; with fp8 it is what forward kept."""
     opts, ranks = LinearOptions.parse(options), group_named(group)
     carrier = opts.carrier(dy_tD.shape[0], group, dy_tD.device)
     if opts.fp8:
-        return float8_linear.row_backward(dy_tD, x, w_Df, ranks, carrier, need_dx, need_dw)
+        return float8_linear.row_backward(dy_tD, x, w_Df, ranks, carrier, need_dx, need_dw, quantized)
     if carrier is not None:
         return chunked.row_backward(dy_tD, x, w_Df, carrier, need_dx, need_dw)
     dy_TD = all_gather(dy_tD, ranks)
@@ -255,7 +305,14 @@ def _row_backward(
 
 @_row_backward.register_fake
 def _(
-    dy_tD: Tensor, x: Tensor, w_Df: Tensor, group: str, options: str, need_dx: bool, need_dw: bool
+    dy_tD: Tensor,
+    x: Tensor,
+    w_Df: Tensor,
+    group: str,
+    options: str,
+    need_dx: bool,
+    need_dw: bool,
+    quantized: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
     T = dy_tD.shape[0] * group_named(group).size()
     dx_Tf = dy_tD.new_empty(T, w_Df.shape[1]) if need_dx else dy_tD.new_empty(0)
@@ -263,18 +320,21 @@ def _(
 
 
 def _save_row(ctx: Any, inputs: Any, output: Any) -> None:
-    x_Tf, w_Df, ctx.group, ctx.options, _ = inputs
+    x_Tf, w_Df, ctx.group, ctx.options, _, quantized = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1] if LinearOptions.parse(ctx.options).fp8 else x_Tf, w_Df)
+    ctx.save_for_backward(output[1] if LinearOptions.parse(ctx.options).fp8 else x_Tf, w_Df, *quantized)
 
 
 def _differentiate_row(ctx: Any, dy_tD: Tensor | None, _: Any) -> Any:
-    x, w_Df = ctx.saved_tensors
+    x, w_Df, *quantized = ctx.saved_tensors
+    others = None, None, None, [None] * len(quantized)
     if dy_tD is None:
-        return None, None, None, None, None
+        return None, None, *others
     need_dx, need_dw = ctx.needs_input_grad[:2]
-    dx_Tf, dw_Df = torch.ops.colrow.row_backward(dy_tD.contiguous(), x, w_Df, ctx.group, ctx.options, need_dx, need_dw)
-    return dx_Tf if need_dx else None, dw_Df if need_dw else None, None, None, None
+    dx_Tf, dw_Df = torch.ops.colrow.row_backward(
+        dy_tD.contiguous(), x, w_Df, ctx.group, ctx.options, need_dx, need_dw, quantized
+    )
+    return dx_Tf if need_dx else None, dw_Df if need_dw else None, *others
 
 
 torch.library.register_autograd("colrow::row_forward", _differentiate_row, setup_context=_save_row)

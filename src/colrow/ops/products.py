@@ -30,14 +30,19 @@ def joined_weights(weights: list[Tensor]) -> list[Tensor]:
     """The siblings' weights as matmuls take them: as one where they lie one after the other in memory (the flat engine
     gathers them so); else concatenated if some are narrow, and as they are if each is large: the copy would cost more
     than it saves."""
-    if len(weights) == 1:
+    if len(weights) > 1 and min(w.shape[0] for w in weights) >= NARROW and not _adjacent(weights):
         return weights
+    return [concatenated(weights)]
+
+
+def concatenated(weights: list[Tensor]) -> Tensor:
+    """[sum of rows, D], without a copy where they lie one after the other in memory."""
+    if len(weights) == 1:
+        return weights[0]
     if _adjacent(weights):
         first = weights[0]
-        return [first.as_strided((sum(w.shape[0] for w in weights), first.shape[1]), first.stride())]
-    if min(w.shape[0] for w in weights) >= NARROW:
-        return weights
-    return [torch.cat(weights)]
+        return first.as_strided((sum(w.shape[0] for w in weights), first.shape[1]), first.stride())
+    return torch.cat(weights)
 
 
 def _adjacent(weights: list[Tensor]) -> bool:

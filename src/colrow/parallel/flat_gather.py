@@ -31,13 +31,13 @@ class Gathers(ABC):
     """Who gathers the shards of all units."""
 
     @abstractmethod
-    def shard(self, size: int) -> Tensor | None:
-        """Memory for a unit's shard of `size` elements; None where it may lie anywhere."""
+    def shard(self, nbytes: int) -> Tensor | None:
+        """Memory for a unit's shard; None where it may lie anywhere."""
 
     @abstractmethod
     def prepare(self, outputs: list[Tensor], inputs: list[Tensor]) -> Callable[[], Any]:
-        """A function that starts a gather of each input, made by `shard`, into its output, [n t] of [t]. It returns a
-        handle: its `wait()` makes the current stream wait, and not the CPU."""
+        """A function that starts a gather of each input, bytes made by `shard`, into its output, [n t] of [t]. It
+        returns a handle: its `wait()` makes the current stream wait, and not the CPU."""
 
     def barrier(self) -> None:
         """Collective: between a write of any rank's shard and a gather."""
@@ -47,7 +47,7 @@ class CollectiveGathers(Gathers):
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
 
-    def shard(self, size: int) -> Tensor | None:
+    def shard(self, nbytes: int) -> Tensor | None:
         return None
 
     def prepare(self, outputs: list[Tensor], inputs: list[Tensor]) -> Callable[[], Any]:
@@ -58,25 +58,23 @@ class PeerGathers(Gathers):
     """Copy engines read the peers' shards ([Note: gathers by copy engines]).
 
     Args:
-        sizes: elements of each unit's shard, in the order of the calls of `shard`.
+        sizes: bytes of each unit's shard, in the order of the calls of `shard`.
 
     Raises:
         ConfigError: the ranks are not GPUs of one host that reach each other's memory.
     """
 
-    def __init__(
-        self, group: dist.ProcessGroup, device: torch.device, dtype: torch.dtype, sizes: Sequence[int]
-    ) -> None:
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, sizes: Sequence[int]) -> None:
         self._group = group
-        self._memory: PeerMemory = peer_memory(group, device, sum(sizes) * dtype.itemsize, _WANTED)
-        self._parts = [part.view(dtype) for part in self._memory.parts]
+        self._memory: PeerMemory = peer_memory(group, device, sum(sizes), _WANTED)
+        self._parts = self._memory.parts
         self._own = self._parts[group.rank()].zero_()  # rows that the last ranks lack are gathered too, and stay zero
         self._used = 0
         self._one = torch.ones((), device=device)
 
-    def shard(self, size: int) -> Tensor | None:
-        self._used += size
-        return self._own[self._used - size : self._used]
+    def shard(self, nbytes: int) -> Tensor | None:
+        self._used += nbytes
+        return self._own[self._used - nbytes : self._used]
 
     def prepare(self, outputs: list[Tensor], inputs: list[Tensor]) -> Callable[[], Any]:
         n, rank, copies = self._group.size(), self._group.rank(), []

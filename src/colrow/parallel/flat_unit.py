@@ -5,7 +5,7 @@ A unit is what is gathered and reduced as one (see [Note: FSDP2 units]). Of para
 W data ranks holds c rows, and the last ones fewer. Three pieces of memory hold ranges of all parameters, one after the
 other, so that no collective needs a copy before or after it:
 
-    shard     c r elements of p      in the compute dtype: what the rank sends to be gathered
+    shard     c r elements of p      in the compute dtype, or 8 bits: what the rank sends to be gathered
     buffer    W c r elements of p    the ranks' shards in order: the parameter, and at its end unused rows
     gradient  c r elements of p      in the parameters' dtype
 
@@ -22,7 +22,7 @@ reduce-scatter in fp32, with half the bytes; replicas then average the fp32 sums
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
 from colrow.ops.execution_record import record
+from colrow.ops.float8 import ACTIVATION
 from colrow.ops.kernels.slot_sum import add_received, square_terms
 from colrow.parallel.data_shards import Unsharded
 from colrow.parallel.flat_exchange import GradientExchange, GradientExchanges, Ranges
@@ -40,7 +41,7 @@ from colrow.sharding.layout import chunk_sizes, local_tensor, waited_local
 from colrow.sharding.parameter_state import state_of
 from colrow.torch_compat import foreach
 
-_ALIGNMENT = 128  # elements: every parameter's range begins where kernels can load vectors
+_ALIGNMENT = 128  # elements, and bytes: every parameter's range begins where kernels can load vectors
 
 UNUSED, USED, PARTIAL_SUM = 0, 1, 2
 """Whether a micro-batch of the step has used a parameter, and whether its gradient is a partial sum over tp."""
@@ -50,20 +51,21 @@ class Buffer:
     """Memory that units use in turn.
 
     Attributes:
+        nbytes: of the largest of these units.
         holds: the unit whose parameters are there, or on their way.
     """
 
     def __init__(self) -> None:
-        self.size = 0
+        self.nbytes = 0
         self.holds: FlatUnit | None = None
         self.work: Any = None
         """The handle of a gather that nothing has waited for."""
         self._memory: Tensor | None = None
 
-    def memory(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The buffer's memory, [size]. Call it when the sizes of all units that use the buffer are known."""
+    def memory(self, device: torch.device) -> Tensor:
+        """The buffer's memory, bytes. Call it when the sizes of all units that use the buffer are known."""
         if self._memory is None:
-            self._memory = torch.zeros(self.size, dtype=dtype, device=device)
+            self._memory = torch.zeros(self.nbytes, dtype=torch.uint8, device=device)
         return self._memory
 
     def wait(self) -> None:
@@ -96,9 +98,12 @@ class FlatParameter:
     Attributes:
         param: the optimizer's, a DTensor.
         size: c r of [Note: flat memory], elements.
-        at: where its range begins in shard and gradient; in a buffer it is W times that.
-        full: what the model computes with.
-        copy: this rank's part of it, in the shard.
+        at: the element of gradient and exchanged rows at which its range begins.
+        byte: that of the shard; in a buffer it is W times that.
+        dtype: of what is gathered.
+        full: what the model computes with; where 8 bits are gathered a stand-in, which gets the gradient.
+        copy: this rank's part of it in the compute dtype, in the shard where that is what is gathered.
+        numbers, all_numbers: where 8 bits are gathered, this rank's part in the shard, and the parameter in the buffer.
         use: what the step has done with it so far: UNUSED, USED or PARTIAL_SUM. Larger numbers win between ranks.
     """
 
@@ -106,8 +111,12 @@ class FlatParameter:
     unsharded: Unsharded
     shards: int
     at: int
+    byte: int
+    dtype: torch.dtype
     full: nn.Parameter = field(init=False)
     copy: Tensor = field(init=False)
+    numbers: Tensor | None = None
+    all_numbers: Tensor | None = None
     use: int = UNUSED
     gradients: dict[int, Tensor] = field(default_factory=dict)
 
@@ -116,6 +125,11 @@ class FlatParameter:
         self.size = local.numel()
         if self.shards > 1:
             self.size = chunk_sizes(local[0], self.shards)[0] * local[1:].numel()
+
+    @property
+    def nbytes(self) -> int:
+        """Of what the rank sends."""
+        return self.size * self.dtype.itemsize
 
     def part(self, local: Tensor, rank: int) -> Tensor:
         """The rows of `local`, a contiguous tensor of the unsharded shape, that data rank `rank` holds; flat."""
@@ -135,6 +149,7 @@ class FlatUnit:
         own: whether the buffer is this unit's alone.
         keep: keep a shard in the compute dtype; else a unit that shares its buffer casts its parameters at each gather.
         dtype: what the model computes in.
+        quantized: those of `params` that are gathered in 8 bits.
     """
 
     def __init__(
@@ -146,19 +161,22 @@ class FlatUnit:
         *,
         own: bool,
         keep: bool,
+        quantized: Collection[nn.Parameter] = (),
     ) -> None:
         self.groups, self.buffer, self._dtype = groups, buffer, dtype
         self.casts = not own and not keep
         self._in_buffer = own or self.casts  # whether the shard lies in the buffer, and no memory of its own is needed
         self.params: list[FlatParameter] = []
-        end = 0
+        end = self.nbytes = 0
         for param, unsharded in params:
-            self.params.append(FlatParameter(param, unsharded, groups.shards, end))
-            end += -(-self.params[-1].size // _ALIGNMENT) * _ALIGNMENT
+            sent = ACTIVATION if param in quantized else dtype
+            self.params.append(each := FlatParameter(param, unsharded, groups.shards, end, self.nbytes, sent))
+            end += _aligned(each.size)
+            self.nbytes += _aligned(each.nbytes)
         self.size = end
         """Elements of its shard."""
         self.trained = [each for each in self.params if each.param.requires_grad]
-        buffer.size = max(buffer.size, groups.shards * end)
+        buffer.nbytes = max(buffer.nbytes, groups.shards * self.nbytes)
         self._exchange: tuple[GradientExchange | None, list[Tensor]] | None = None
         """The exchange that was started, and this rank's gradients, which it sends."""
         self._reduction: Any = None
@@ -179,26 +197,34 @@ class FlatUnit:
         device = local_tensor(self.params[0].param).device
         wide = self.params[0].param.dtype
         shards, rank = self.groups.shards, self.groups.rank
-        memory = self.buffer.memory(self._dtype, device)
-        shard = None if gathers is None else gathers.shard(self.size)
+        memory = self.buffer.memory(device)
+        shard = None if gathers is None else gathers.shard(self.nbytes)
         if shard is None and not self._in_buffer:
-            shard = torch.zeros(self.size, dtype=self._dtype, device=device)
+            shard = torch.zeros(self.nbytes, dtype=torch.uint8, device=device)
         self._gradient = torch.empty(self.size, dtype=wide, device=device)
-        self._sums = [_at(self._gradient, each.at, torch.Size([each.size])) for each in self.trained]
+        self._sums = [self._gradient_at(each, torch.Size([each.size])) for each in self.trained]
         sent: list[Tensor] = []
         gathered: list[Tensor] = []
         for each in self.params:
-            local = each.unsharded.local
-            first, held = shards * each.at, local_tensor(each.param)
-            full = _at(memory, first, local)
+            first, held = shards * each.byte, local_tensor(each.param).shape
+            source, start = memory, first + rank * each.nbytes
+            if shard is not None:  # `shard` may be a part of memory that peers read: offsets count from its storage
+                source, start = shard, int(shard.storage_offset()) + each.byte
+            own = _at(source, start, held, each.dtype)
+            full = _at(memory, first, each.unsharded.local, each.dtype)
+            if each.dtype == self._dtype:
+                each.copy = own
+            else:
+                each.copy, each.numbers, each.all_numbers = (
+                    torch.empty(held, dtype=self._dtype, device=device),
+                    own,
+                    full,
+                )
+                full = stand_in(each.unsharded.local, self._dtype, device)
             each.full = nn.Parameter(each.unsharded.wrapped(full), requires_grad=each.param.requires_grad)
             each.full.__dict__.update(state_of(each.param).attributes)
-            source, start = memory, first + rank * each.size
-            if shard is not None:  # `shard` may be a part of memory that peers read: offsets count from its storage
-                source, start = shard, int(shard.storage_offset()) + each.at
-            each.copy = _at(source, start, held.shape)
-            sent.append(_at(source, start, torch.Size([each.size])))
-            gathered.append(_at(memory, first, torch.Size([shards * each.size])))
+            sent.append(_at(source, start, torch.Size([each.nbytes]), torch.uint8))
+            gathered.append(_at(memory, first, torch.Size([shards * each.nbytes]), torch.uint8))
         self._start_gather = None if gathers is None else gathers.prepare(gathered, sent)
         terms = [square_terms(each.copy.numel()) for each in self.trained]
         self._squares = torch.zeros(sum(terms), dtype=wide, device=device).split(terms)
@@ -321,16 +347,28 @@ class FlatUnit:
             param = each.param
             assert isinstance(param, DTensor)
             placements = [*param.placements[:-1], Partial()] if each.use == PARTIAL_SUM else param.placements
-            local = _at(self._gradient, each.at, local_tensor(param).shape)
+            local = self._gradient_at(each, local_tensor(param).shape)
             each.gradients[each.use] = DTensor.from_local(
                 local, param.device_mesh, placements, run_check=False, shape=param.shape, stride=param.stride()
             )
         return each.gradients[each.use]
 
+    def _gradient_at(self, each: FlatParameter, shape: torch.Size) -> Tensor:
+        return _at(self._gradient, each.at * self._gradient.itemsize, shape, self._gradient.dtype)
 
-def _at(memory: Tensor, start: int, shape: torch.Size) -> Tensor:
-    """A contiguous tensor of `shape` in `memory`, with a version counter of its own: a gather into it does not count as
-    a change of what autograd has saved."""
-    made = torch.empty(0, dtype=memory.dtype, device=memory.device)
+
+def stand_in(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor without memory of its own: NaN, so that code which computes with it is seen."""
+    return torch.full((), torch.nan, dtype=dtype, device=device).expand(shape)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _at(memory: Tensor, start: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor of `shape` at byte `start` of the storage of `memory`, with a version counter of its own: a
+    gather into it does not count as a change of what autograd has saved."""
+    made = torch.empty(0, dtype=dtype, device=memory.device)
     strides = torch.empty(shape, device="meta").stride()
-    return made.set_(memory.untyped_storage(), start, shape, strides)
+    return made.set_(memory.untyped_storage(), start // dtype.itemsize, shape, strides)

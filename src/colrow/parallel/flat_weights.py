@@ -20,7 +20,7 @@ last. At the end of a step the ranks combine one flag a parameter ([Note: used p
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -37,6 +37,7 @@ from colrow.parallel.data_shards import Unsharded, unsharded_of
 from colrow.parallel.flat_exchange import CollectiveExchanges, ExchangeCarrier, GradientExchanges, PeerExchanges
 from colrow.parallel.flat_gather import CollectiveGathers, GatherCarrier, Gathers, PeerGathers
 from colrow.parallel.flat_unit import Buffer, DataGroups, FlatUnit
+from colrow.parallel.quantized_shards import QuantizedShards, quantized_matmuls
 from colrow.parallel.used_parameters import flags_anywhere
 from colrow.parallel.weight_copies import WeightCopies
 from colrow.sharding.layout import local_tensor
@@ -48,6 +49,12 @@ _ADVICE = "set mesh.data_engine: fsdp2"
 def check_data_engine(config: RunConfig) -> None:
     """Raise a ConfigError where `mesh.data_engine: flat` is set and cannot work, or carriers of it without it."""
     if not config.mesh.is_flat:
+        if config.fsdp.gather_fp8:
+            raise ConfigError(
+                f"fsdp.gather_fp8 is for mesh.data_engine: flat and a mesh with dp_shard (here {config.mesh})",
+                *([{"mesh.data_engine": "flat"}] if config.mesh.dp_shard > 1 else []),
+                {"fsdp.gather_fp8": False},
+            )
         for key in ("gather", "exchange"):
             if (carrier := getattr(config.fsdp, key)) != "collectives":
                 raise ConfigError(
@@ -63,6 +70,8 @@ def check_data_engine(config: RunConfig) -> None:
             {"fsdp.keep_shards": True},
             {"fsdp.gather": "collectives"},
         )
+    if config.fsdp.gather_fp8:
+        _check_gather_fp8(config)
     if config.mesh.pp > 1:
         raise ConfigError(
             f"mesh.data_engine: flat has no pipelines, and mesh.pp is {config.mesh.pp}",
@@ -75,6 +84,20 @@ def check_data_engine(config: RunConfig) -> None:
             {"train.replay_every": 0},
             {"mesh.data_engine": "fsdp2"},
         )
+
+
+def _check_gather_fp8(config: RunConfig) -> None:
+    off = {"fsdp.gather_fp8": False}
+    if config.mesh.dp_shard == 1:
+        raise ConfigError("fsdp.gather_fp8 is for a mesh with dp_shard: nothing else gathers weights", off)
+    if config.train.fp8 is None:
+        raise ConfigError(
+            "fsdp.gather_fp8 gathers what 8-bit matmuls read, and train.fp8 is not set",
+            {"train.fp8": "tensorwise"},
+            off,
+        )
+    if not config.fsdp.keep_shards:
+        raise ConfigError("fsdp.gather_fp8 rounds the shards that ranks keep", {"fsdp.keep_shards": True}, off)
 
 
 class FlatWeights(WeightCopies):
@@ -106,11 +129,18 @@ class FlatWeights(WeightCopies):
         self._groups, self._data_groups = DataGroups(*groups), axes.data_groups()
         self._blocks = list(blocks)
         self._head = head_unit(model, self._blocks)
+        quantizes = options.gather_fp8 and self._groups.shard is not None
+        matmuls = quantized_matmuls(model, self._blocks) if quantizes else []
+        self._in_8_bits = frozenset(weight for matmul in matmuls for weight in matmul.weights)
         self._units = self._make_units(model, dtype, options.reshard_after_forward is not False, options.keep_shards)
-        self._gathers = self._make_gathers(options.gather, dtype)
+        self._gathers = self._make_gathers(options.gather)
         exchanges = self._make_exchanges(options.exchange, dtype)
         for unit in self._units:
             unit.allocate(self._gathers, exchanges)
+        self._quantized: QuantizedShards | None = None
+        if quantizes:
+            assert self._groups.shard is not None
+            self._quantized = QuantizedShards(matmuls, self._units, self._groups.shard)
         params = [each for unit in self._units for each in unit.params]
         self.copies = {each.param: each.copy for unit in self._units if not unit.casts for each in unit.params}
         self._full = {each.param: each.full for each in params}
@@ -130,7 +160,9 @@ class FlatWeights(WeightCopies):
                 unit.buffer.holds = None
         self._active = True
         try:
-            with super().use_copies():
+            with super().use_copies(), self._in_places():
+                if self._quantized is not None:
+                    self._quantized.quantize([unit for unit in self._units if unit.buffer.holds is not unit])
                 self._barrier()
                 yield
                 self._barrier()
@@ -165,6 +197,8 @@ class FlatWeights(WeightCopies):
         if self._gathers is None:
             return
         self.mark_current(self._first)
+        if self._quantized is not None:
+            self._quantized.quantize(self._early_units)
         self._gathers.barrier()
         for unit in self._early_units:
             unit.buffer.holds = None
@@ -183,6 +217,9 @@ class FlatWeights(WeightCopies):
     def _placed(self) -> Mapping[nn.Parameter, nn.Parameter]:
         return self._full
 
+    def _in_places(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._quantized is None else self._quantized.placed()
+
     def _barrier(self) -> None:
         """Let no rank write a shard that another reads, or read one that another writes."""
         for unit in self._units:
@@ -190,13 +227,13 @@ class FlatWeights(WeightCopies):
         if self._gathers is not None:
             self._gathers.barrier()
 
-    def _make_gathers(self, carrier: GatherCarrier, dtype: torch.dtype) -> Gathers | None:
+    def _make_gathers(self, carrier: GatherCarrier) -> Gathers | None:
         group = self._groups.shard
         if group is None:
             return None
         if carrier == "collectives":
             return CollectiveGathers(group)
-        return PeerGathers(group, self._device, dtype, [unit.size for unit in self._units if unit.params])
+        return PeerGathers(group, self._device, [unit.nbytes for unit in self._units if unit.params])
 
     def _make_exchanges(self, carrier: ExchangeCarrier, dtype: torch.dtype) -> GradientExchanges | None:
         group = self._groups.shard
@@ -229,7 +266,8 @@ class FlatWeights(WeightCopies):
                         f"the parameters of {type(modules[0]).__name__} differ in dtype ({param.dtype} and "
                         f"{next(iter(found)).dtype}), and are gathered as one: make them equal, or {_ADVICE}"
                     )
-            return FlatUnit(list(found.items()), self._groups, buffer, dtype, own=own, keep=keep)
+            params, quantized = list(found.items()), self._in_8_bits
+            return FlatUnit(params, self._groups, buffer, dtype, own=own, keep=keep, quantized=quantized)
 
         # Two buffers in turn: a block is gathered into one while its neighbour computes from the other.
         blocks = [made([block], Buffer() if alone else shared[i % 2], alone) for i, block in enumerate(self._blocks)]

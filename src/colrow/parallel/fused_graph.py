@@ -113,7 +113,7 @@ def _give_peaks(graph: fx.Graph, node: fx.Node, known: dict[fx.Node, fx.Node]) -
         if peaks is None:
             numbers = graph.call_method("abs", (graph.call_method("detach", (x,)),))
             peaks = graph.call_method("amax", (numbers, -1))
-    node.args = (*node.args[:-1], peaks)
+    node.args = (*node.args[:4], peaks, *node.args[5:])  # the argument behind input, weights, group and options
 
 
 def _unflattened(x: fx.Node) -> fx.Node:

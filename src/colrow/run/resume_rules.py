@@ -122,7 +122,9 @@ RULES: dict[str, Rule] = {
     ),
     **_rules("used", "speed and memory", "pipeline.schedule", "pipeline.split", "pipeline.stages_per_rank"),
     **_rules(
-        "used", "speed and memory", "fsdp.reshard_after_forward", "fsdp.gather", "fsdp.exchange", "fsdp.keep_shards"
+        "used",
+        "speed and memory",
+        *("fsdp.reshard_after_forward", "fsdp.gather", "fsdp.exchange", "fsdp.keep_shards", "fsdp.gather_fp8"),
     ),
     **_rules("used", "from the next step on", "log.tensorboard", "log.wandb", "log.wandb_project"),
     **_rules("used", "the text at the end", "sample.prompt", "sample.tokens", "sample.temperature"),

@@ -23,11 +23,13 @@ from colrow.errors import PlanError
 from colrow.ops.parallel_linear import column_linear
 from colrow.styles.fast.linear import (
     FORWARD_STATE,
+    QUANTIZED,
     FastLinear,
     FastLinearStyle,
     LinearState,
     argument_at,
     is_linear,
+    multiplies,
     require_linear,
     weight_out_in,
     with_argument,
@@ -100,12 +102,12 @@ class SiblingGather:
             message = f"fast_gather finds no tensor as argument {key!r}"
             raise PlanError("CR211", self.fqn, message, "set the option argument to its number or name")
         columns = [module.get_submodule(name) for name in self.columns]
-        return with_argument(args, kwargs, key, self.outputs(columns, x_BtD))
+        return with_argument(args, kwargs, key, self.outputs(module, columns, x_BtD))
 
-    def outputs(self, columns: Sequence[nn.Module], x_BtD: Tensor) -> SiblingOutputs:
+    def outputs(self, module: nn.Module, columns: Sequence[nn.Module], x_BtD: Tensor) -> SiblingOutputs:
         """This rank's tokens [B, t, D] -> of each column this rank's output features [B, T, f], without biases."""
         weights = [weight_out_in(column) for column in columns]
-        y_BTF = gathered_linear(x_BtD, weights, self.state)
+        y_BTF = gathered_linear(x_BtD, weights, self.state, getattr(module, QUANTIZED))
         shards = y_BTF.split([w.shape[0] for w in weights], -1)
         outputs = dict(zip(map(leaf_name, self.columns), shards, strict=True))
         # self and not self.fqn: torch.compile guards on what forward reads, and would compile each layer again
@@ -121,6 +123,7 @@ class _GatherHook(ParallelStyle):
         # Inside, activations are local. The gather's backward is a reduce-scatter, so gradients are summed there, once.
         mark_grads_summed_at_entry(module)
         gather = SiblingGather(self.fqn, self.style.columns, self.style.argument, state)
+        multiplies(module, [module.get_submodule(name) for name in self.style.columns], state)
         module.register_forward_pre_hook(gather.pre_hook, with_kwargs=True)
         return module
 
@@ -164,9 +167,11 @@ class SiblingOutputs:
         return self.ndim
 
 
-def gathered_linear(x_BtD: Tensor, weights: list[Tensor], state: LinearState) -> Tensor:
+def gathered_linear(
+    x_BtD: Tensor, weights: list[Tensor], state: LinearState, quantized: Sequence[Tensor] = ()
+) -> Tensor:
     """[B, t, D] on each rank -> [B, T, F]: the all-gather and the matmuls with all weights, without biases."""
-    y_NF = column_linear(x_BtD.flatten(0, -2), weights, state.group, state.options)
+    y_NF = column_linear(x_BtD.flatten(0, -2), weights, state.group, state.options, quantized)
     return unflatten_tokens(y_NF, x_BtD)
 
 
@@ -246,6 +251,7 @@ class FastColumn(FastLinear, FastColumns):
 
 def _column_forward(module: Any, x_BtD: Tensor) -> Tensor:
     """The forward of a fast_column: this rank's tokens [B, t, D] -> [B, T, F]."""
-    y_BTF = gathered_linear(x_BtD, [weight_out_in(module)], getattr(module, FORWARD_STATE))
+    state: LinearState = getattr(module, FORWARD_STATE)
+    y_BTF = gathered_linear(x_BtD, [weight_out_in(module)], state, getattr(module, QUANTIZED))
     bias = module.bias
     return y_BTF if bias is None else y_BTF + bias

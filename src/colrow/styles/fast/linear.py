@@ -14,7 +14,7 @@ these styles with ones that shard dimension 1 is refused (`Style.token_order`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,12 @@ from colrow.styles.site import Site
 
 FORWARD_STATE = "_colrow_forward_state"
 """Module attribute: the frozen dataclass that the module's fast forward reads."""
+
+QUANTIZED = "_colrow_quantized"
+"""Module attribute of what multiplies in 8 bits: its weights in 8 bits, while somebody keeps them so, else nothing; see
+[Note: quantized weights] in `ops.parallel_linear`."""
+MULTIPLIES = "_colrow_multiplies"
+"""Beside QUANTIZED: the linears whose weights these are, in order; none where it is the module itself."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +70,24 @@ class FastLinearStyle(ParallelStyle):
         if device_mesh.size() > 1:  # on one rank parameters stay plain tensors
             shard_parameters(module, device_mesh, self.specs, self.src_data_rank)
         # past nn.Module.__setattr__: it is neither a parameter nor a submodule
-        module.__dict__[FORWARD_STATE] = self.state(device_mesh)
+        module.__dict__[FORWARD_STATE] = state = self.state(device_mesh)
+        if isinstance(state, LinearState):
+            multiplies(module, (), state)
         replace_forward(module, self.forward)
         return module
+
+
+def multiplies(module: nn.Module, linears: Sequence[nn.Module], state: LinearState) -> None:
+    """Note that `module` multiplies by the weights of `linears`; without any, by its own."""
+    module.__dict__[QUANTIZED] = ()
+    if state.options.fp8:
+        module.__dict__[MULTIPLIES] = tuple(linears)
+
+
+def multiplied_in_8_bits(model: nn.Module) -> list[tuple[nn.Module, tuple[nn.Module, ...]]]:
+    """Modules that multiply in 8 bits, each with the linears whose weights it uses, side by side."""
+    found = [(module, module.__dict__.get(MULTIPLIES)) for module in model.modules()]
+    return [(module, linears or (module,)) for module, linears in found if linears is not None]
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from colrow.styles.base import ParameterLayout, replicated
 from colrow.styles.fast.column import SiblingGather, SiblingOutputs, check_columns
-from colrow.styles.fast.linear import FastLinear
+from colrow.styles.fast.linear import FastLinear, multiplies
 from colrow.styles.options import names_of, option
 from colrow.styles.shards import ShardSpec, shard_parameters
 from colrow.styles.site import Site
@@ -63,9 +63,10 @@ class _GatherOutputHook(ParallelStyle):
             shard_parameters(module, device_mesh, dict.fromkeys(names, ShardSpec()), self.src_data_rank)
         module.__dict__[COLUMNS] = tuple(self.around.get_submodule(column) for column in self.style.columns)
         gather = SiblingGather(self.fqn, self.style.columns, None, self.style.linear_state(device_mesh))
+        multiplies(module, module.__dict__[COLUMNS], gather.state)
 
         def after(module: nn.Module, _: Any, out_BtD: Tensor) -> SiblingOutputs:
-            return gather.outputs(module.__dict__[COLUMNS], out_BtD)
+            return gather.outputs(module, module.__dict__[COLUMNS], out_BtD)
 
         module.register_forward_hook(after)
         return module
