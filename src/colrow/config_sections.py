@@ -172,8 +172,9 @@ class TrainSection(Section):
     """When loss or gradient is NaN or infinite: end the run, or leave the step's update out."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Compute precision; auto is bf16 over fp32 master weights on GPUs, fp32 on CPUs."""
-    fp8: Literal["tensorwise"] | None = None
-    """Run the matmuls of a plan's fast styles in fp8, with one scale a tensor: changes results, needs Ada or Hopper."""
+    fp8: Literal["tensorwise", "rowwise"] | None = None
+    """Run the matmuls of a plan's fast styles in fp8: changes results, needs Ada or Hopper. `tensorwise`: one scale a
+    tensor. `rowwise`: one for each row (token, feature), and weights' gradients are not rounded."""
     compile: bool | None = None
     """Compile each block with torch.compile; unless given, on GPUs only."""
     fused_kernels: bool = True

@@ -60,6 +60,7 @@ def errors(device: str) -> dict[str, dict[str, float]]:
     want = step(device, plan)
     plan_fp8 = plan.with_fp8("tensorwise")
     ways = {"eager": step(device, plan_fp8), "compiled": step(device, plan_fp8, "aot_eager")}
+    ways["rowwise"] = step(device, plan.with_fp8("rowwise"))
     data_axis = Mesh(dp_shard=2).build(device, 2)
     ways["without tp"] = step(device, plan_fp8, mesh=data_axis)
     ways["without tp, compiled"] = step(device, plan_fp8, "aot_eager", mesh=data_axis)

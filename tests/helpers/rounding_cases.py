@@ -109,3 +109,23 @@ def _empty(x: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
     rows = torch.full((M, K), 255, dtype=torch.uint8, device=x.device)
     transposed = torch.full((K, M + 32), 255, dtype=torch.uint8, device=x.device)
     return rows.view(dtype), transposed[:, 16:-16].view(dtype)
+
+
+def check_rows() -> int:
+    """Assert that the interpreted kernel rounds each row as float64 does, on numbers as those above. The cases."""
+    from colrow.ops.kernels.row_rounding import E4M3, round_rows_triton
+
+    count = 0
+    for x, gradient in inputs("cpu"):
+        if gradient:
+            continue  # the same tensor once more
+        scales = [scale_in_float64(peak, E4M3) for peak in x.double().abs().amax(1).tolist()]
+        s = torch.tensor(scales, dtype=torch.float64)[:, None]
+        values = nearest(x.double() / s, E4M3) * s
+        ordered = values if x.stride(1) == 1 else values.t().contiguous().t()
+        y, found = torch.full(x.shape, torch.nan).to(E4M3), torch.full((len(x),), torch.nan)
+        round_rows_triton(ordered.float(), y, found)
+        assert found.double().tolist() == [scale_in_float64(v, E4M3) for v in ordered.abs().amax(1).tolist()], x.shape
+        assert torch.equal(y.double() * found.double()[:, None], ordered), (x.shape, x.stride())
+        count += 1
+    return count

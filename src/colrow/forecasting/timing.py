@@ -139,7 +139,7 @@ class Program:
 
     Attributes:
         overlap: of the plan's fast styles; `none` for plain ones.
-        fp8: matmuls of fast styles run in fp8.
+        fp8: matmuls of fast styles run in fp8; rowwise: but for those of weights' gradients.
         linear_loss: the loss is computed by chunks with the head.
     """
 
@@ -148,14 +148,15 @@ class Program:
     compiled: bool = True
     cuda_graph: bool = False
     linear_loss: bool = False
+    rowwise: bool = False
 
     @classmethod
     def of(cls, plan: Plan, *, compiled: bool, cuda_graph: bool) -> Program:
         overlaps = {overlap for style in plan.modules.values() if (overlap := getattr(style, "overlap", None))}
         order = ("copy_engine", "point_to_point", "collectives")
         overlap = next((name for name in order if name in overlaps), "none")
-        fp8 = any(getattr(style, "fp8", None) for style in plan.modules.values())
-        return cls(overlap, fp8, compiled, cuda_graph, plan.loss == "linear")
+        recipes = {recipe for style in plan.modules.values() if (recipe := getattr(style, "fp8", None))}
+        return cls(overlap, bool(recipes), compiled, cuda_graph, plan.loss == "linear", "rowwise" in recipes)
 
 
 def step_time(walk: Walk, setting: Setting, program: Program, machine: Machine) -> StepTime:
@@ -228,6 +229,7 @@ def compute_parts(inside: Work, outside: Work, walk: Walk, program: Program, rat
     products = inside.products + outside.products
     flops = float(sum(products.values()))
     low = FP8_SHARE * sum(inside.products.values()) if program.fp8 else 0.0
+    low *= 2 / 3 if program.rowwise else 1  # of three matmuls of a weight two
     fused = fused_seconds(inside, program, rates) if program.compiled else inside.bytes / rates.memory
     around = rates.outside_linear if program.linear_loss else rates.outside
     forward, backward = inside.attention_forward, inside.attention_backward

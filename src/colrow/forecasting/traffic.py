@@ -9,8 +9,8 @@ data ranks agree on the parameters that were used, by a flag each ([Note: used p
 
 With `mesh.data_engine: flat` the ranks exchange gradients in the compute dtype, in every micro-batch. Blocks take turns
 with two buffers: a backward finds the last two blocks in them, and the next micro-batch's forward the first two. With
-`fsdp.gather_fp8` they agree on the largest numbers of weights once for the blocks that the update writes first, and once
-for the others ([Note: quantized shards]).
+`fsdp.gather_fp8` they agree on the largest numbers of weights once for the blocks that the update writes first, and
+once for the others ([Note: quantized shards]).
 """
 
 from __future__ import annotations

@@ -23,22 +23,22 @@ from colrow.ops.linear_options import LinearOptions
 from colrow.ops.products import (
     NARROW,
     add_product,
-    column_product,
-    input_gradient,
-    joined_weights,
     sum_dtype,
     weight_gradient,
 )
+from colrow.ops.weights import prepared
+
+DEFAULTS = LinearOptions()
 
 
 def column_forward(x_tD: Tensor, weights: list[Tensor], carrier: Carrier, opts: LinearOptions) -> tuple[Tensor, Tensor]:
     """X = all_gather(x);  Y = X W^T. Returns Y_TF, and X_TD if it is kept."""
-    prepared, (t, D) = joined_weights(weights), x_tD.shape
+    (t, D), siblings = x_tD.shape, prepared(weights, opts.fp8)
     y_TF = x_tD.new_empty(t * carrier.size, sum(w.shape[0] for w in weights))
     X_TD = x_tD.new_empty(t * carrier.size if opts.keep_gathered else 0, D)
 
     def multiply(rows: slice, chunk_tD: Tensor) -> None:
-        column_product(chunk_tD, prepared, y_TF[rows])
+        siblings.product(chunk_tD, y_TF[rows])
         if opts.keep_gathered:
             X_TD[rows].copy_(chunk_tD)  # a later exchange overwrites the slot
 
@@ -65,9 +65,9 @@ def column_backward(
         regather = carrier.open((t, D), x.dtype)
         send_to_all(regather, x)
     if need_dx:  # sends its chunks here, and is awaited after wgrad: the sends overlap with it
-        prepared = joined_weights(weights)
+        siblings = prepared(weights, opts.fp8)
         dx_handle = scatter_sum(
-            carrier.open((t, D), dy_TF.dtype), lambda rows, out: input_gradient(dy_TF[rows], prepared, out)
+            carrier.open((t, D), dy_TF.dtype), lambda rows, out: siblings.input_gradient(dy_TF[rows], out)
         )
     dw_FD = dy_TF.new_empty(0)
     if need_dw:
@@ -82,10 +82,11 @@ def column_backward(
     return dx_tD, dw_FD
 
 
-def row_forward(x_Tf: Tensor, w_Df: Tensor, carrier: Carrier) -> Tensor:
+def row_forward(x_Tf: Tensor, w_Df: Tensor, carrier: Carrier, opts: LinearOptions = DEFAULTS) -> Tensor:
     """y = reduce_scatter(x W^T)."""
+    weight = prepared([w_Df], opts.fp8)
     exchange = carrier.open((x_Tf.shape[0] // carrier.size, w_Df.shape[0]), x_Tf.dtype)
-    return scatter_sum(exchange, lambda rows, out: column_product(x_Tf[rows], [w_Df], out))()
+    return scatter_sum(exchange, lambda rows, out: weight.product(x_Tf[rows], out))()
 
 
 def row_backward(
@@ -93,6 +94,7 @@ def row_backward(
     x_Tf: Tensor,
     w_Df: Tensor,
     carrier: Carrier,
+    opts: LinearOptions,
     need_dx: bool,
     need_dw: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -100,14 +102,14 @@ def row_backward(
 
     With few input features dgrad of a chunk is over before the next chunk is here: wgrad is computed by chunks there.
     """
-    dx_Tf = dy_tD.new_empty(x_Tf.shape if need_dx else 0)
+    dx_Tf, weight = dy_tD.new_empty(x_Tf.shape if need_dx else 0), prepared([w_Df], opts.fp8)
     sum_Df = None
     if need_dw and x_Tf.shape[1] < NARROW:
         sum_Df = dy_tD.new_zeros(w_Df.shape, dtype=sum_dtype(dy_tD.dtype))
 
     def multiply(rows: slice, chunk_tD: Tensor) -> None:
         if need_dx:
-            input_gradient(chunk_tD, [w_Df], dx_Tf[rows])
+            weight.input_gradient(chunk_tD, dx_Tf[rows])
         if sum_Df is not None:
             add_product(sum_Df, chunk_tD.t(), x_Tf[rows])
 

@@ -2,10 +2,11 @@
 
     y = (round(a / s) round(b / r)) s r        s, r: max |.| / the dtype's largest number, up to a power of two
 
-The recipe `tensorwise`: one scale for each operand, found in each call. Weights and activations are e4m3 (three bits
-of mantissa, up to 448). Gradients are e5m2 (two bits, up to 57344): with one scale for all of them they need range
-more than precision. A rank rounds what it holds by its own scale, so nothing is communicated for it: the scale travels
-with the numbers, and chunks of several ranks are joined under the largest of their scales.
+The recipe `tensorwise`: one scale for each operand, found in each call; for `rowwise` see `ops.weights`. Weights and
+activations are e4m3 (three bits of mantissa, up to 448). Gradients are e5m2 (two bits, up to 57344): with one scale for
+all of them they need range more than precision. A rank rounds what it holds by its own scale, so nothing is
+communicated for it: the scale travels with the numbers, and chunks of several ranks are joined under the largest of
+their scales.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from colrow.ops.kernels.rounding import peak_of, round_reference, round_triton, 
 from colrow.ops.products import concatenated
 from colrow.torch_compat import scaled_product
 
-Float8 = Literal["tensorwise"]
-RECIPES: tuple[Float8, ...] = ("tensorwise",)
+Float8 = Literal["tensorwise", "rowwise"]
+RECIPES: tuple[Float8, ...] = ("tensorwise", "rowwise")
 ACTIVATION, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
 
 
@@ -34,7 +35,7 @@ ACTIVATION, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
 class Float8Operand:
     """A quantized operand of a matmul, in the layout that the hardware reads: the summed dim is contiguous.
 
-    values [M, K] for the left operand [M, K] or the right one [K, M]; scale [], fp32.
+    values [M, K] for the left operand [M, K] or the right one [K, M]; scale fp32: [], or [M] for each row of values.
     """
 
     values: Tensor
@@ -198,15 +199,16 @@ def _round(
 
 def scaled_mm(a: Float8Operand, b: Float8Operand, out: Tensor, *, gradient: bool = False) -> None:
     """out [M, N], contiguous = a b."""
+    by_row, by_column = (a.scale[:, None], b.scale[None, :]) if a.scale.dim() else (a.scale, b.scale)
     if not a.values.is_cuda:
-        out.copy_(float8_reference(a.values, b.values.t(), a.scale, b.scale))
+        out.copy_(float8_reference(a.values, b.values.t(), by_row, by_column))
         return
     in_place = out if out.dtype == torch.bfloat16 else None  # _scaled_mm writes bf16; others are copied
     y = scaled_product(
         a.values,
         b.values.t(),
-        scale_a=a.scale,
-        scale_b=b.scale,
+        scale_a=by_row,
+        scale_b=by_column,
         out_dtype=torch.bfloat16,
         use_fast_accum=not gradient,  # fewer bits in partial sums: fine for activations, not for gradients
         out=in_place,
@@ -220,10 +222,10 @@ def float8_reference(a_MK: Tensor, b_KN: Tensor, s: Tensor, r: Tensor) -> Tensor
     return (a_MK.float() * s) @ (b_KN.float() * r)
 
 
-def require(device: torch.device, *sizes: int) -> None:
+def require(device: torch.device, *sizes: int, recipe: Float8 = "tensorwise") -> None:
     """Raise a ConfigError unless 16 divides all sizes and the device has 8-bit matmuls."""
     require_sixteen(*sizes)
-    record("fp8", "tensorwise")
+    record("fp8", recipe)
     if device.type == "cuda":
         require_gpu(device)
 

@@ -29,12 +29,8 @@ from colrow.ops.collectives import (
 from colrow.ops.execution_record import record
 from colrow.ops.float8 import packed_shape, require_sixteen
 from colrow.ops.linear_options import LinearOptions
-from colrow.ops.products import (
-    column_product,
-    input_gradient,
-    joined_weights,
-    weight_gradient,
-)
+from colrow.ops.products import weight_gradient
+from colrow.ops.weights import prepared
 from colrow.torch_compat import group_named
 
 if TYPE_CHECKING:
@@ -127,13 +123,13 @@ def _column_forward(
     opts, ranks = LinearOptions.parse(options), group_named(group)
     record("columns", len(weights))
     carrier = opts.carrier(x_tD.shape[0], group, x_tD.device)
-    if opts.fp8:
+    if opts.tensorwise:
         return float8_linear.column_forward(x_tD, weights, ranks, carrier, opts, peaks, quantized)
     if carrier is not None:
         return chunked.column_forward(x_tD.contiguous(), weights, carrier, opts)
     X_TD = all_gather(x_tD, ranks)
     y_TF = X_TD.new_empty(X_TD.shape[0], sum(w.shape[0] for w in weights))
-    column_product(X_TD, joined_weights(weights), y_TF)
+    prepared(weights, opts.fp8).product(X_TD, y_TF)
     # An operator's output may not alias an input or stay undefined: what is not kept is an empty tensor. On one rank X
     # is x itself, so there options keep nothing (`linear_state`).
     return y_TF, X_TD if opts.keep_gathered else X_TD.new_empty(0)
@@ -146,6 +142,7 @@ def _(
     (t, D), n, opts = x_tD.shape, group_named(group).size(), LinearOptions.parse(options)
     if opts.fp8:
         require_sixteen(t * n, D, sum(w.shape[0] for w in weights))  # a dry run finds it before a rank does
+    if opts.tensorwise:
         kept = x_tD.new_empty(float8_linear.kept_by_column(t, D, opts, n), dtype=torch.uint8)
     else:
         kept = x_tD.new_empty(t * n, D) if opts.keep_gathered else x_tD.new_empty(0)
@@ -176,7 +173,7 @@ def _column_backward(
     carrier = opts.carrier(dy_TF.shape[0] // ranks.size(), group, dy_TF.device)
     if ranks.size() > 1:
         record("beside", opts.overlap if carrier is not None or not opts.overlaps else "collectives")
-    if opts.fp8:
+    if opts.tensorwise:
         return float8_linear.column_backward(dy_TF, x, weights, ranks, carrier, opts, need_dx, need_dw, quantized)
     if carrier is not None:
         return chunked.column_backward(dy_TF, x.contiguous(), weights, carrier, opts, need_dx, need_dw)
@@ -189,7 +186,7 @@ def _column_backward(
     dx_handle = None
     if need_dx:
         dx_TD = dy_TF.new_empty(dy_TF.shape[0], weights[0].shape[1])
-        input_gradient(dy_TF, joined_weights(weights), dx_TD)
+        prepared(weights, opts.fp8).input_gradient(dy_TF, dx_TD)
         dx_handle = start_reduce_scatter(dx_TD, ranks)
         if not opts.overlaps:
             dx_handle()
@@ -220,7 +217,7 @@ def _save_column(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.columns = len(weights)
     ctx.set_materialize_grads(False)  # else autograd fills a gradient of X, which nothing uses, with zeros
     opts = LinearOptions.parse(ctx.options)
-    ctx.save_for_backward(kept if opts.keep_gathered or opts.fp8 else x_tD, *weights, *quantized)
+    ctx.save_for_backward(kept if opts.keep_gathered or opts.tensorwise else x_tD, *weights, *quantized)
 
 
 def _differentiate_column(ctx: Any, dy_TF: Tensor | None, _: Any) -> Any:
@@ -253,12 +250,12 @@ def _row_forward(
     """y = reduce_scatter(x W^T). Returns y_tD, and with fp8 what `float8_linear` keeps."""
     opts, ranks = LinearOptions.parse(options), group_named(group)
     carrier = opts.carrier(x_Tf.shape[0] // ranks.size(), group, x_Tf.device)
-    if opts.fp8:
+    if opts.tensorwise:
         return float8_linear.row_forward(x_Tf, w_Df, ranks, carrier, peaks, quantized)
     if carrier is not None:
-        return chunked.row_forward(x_Tf, w_Df, carrier), x_Tf.new_empty(0)
+        return chunked.row_forward(x_Tf, w_Df, carrier, opts), x_Tf.new_empty(0)
     y_TD = x_Tf.new_empty(x_Tf.shape[0], w_Df.shape[0])
-    column_product(x_Tf, [w_Df], y_TD)
+    prepared([w_Df], opts.fp8).product(x_Tf, y_TD)
     return reduce_scatter(y_TD, ranks), x_Tf.new_empty(0)
 
 
@@ -268,8 +265,10 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     T, f = x_Tf.shape
     kept = x_Tf.new_empty(0)
-    if LinearOptions.parse(options).fp8:
+    opts = LinearOptions.parse(options)
+    if opts.fp8:
         require_sixteen(T, f, w_Df.shape[0])
+    if opts.tensorwise:
         kept = x_Tf.new_empty(packed_shape(f, T), dtype=torch.uint8)
     return x_Tf.new_empty(T // group_named(group).size(), w_Df.shape[0]), kept
 
@@ -292,14 +291,14 @@ def _row_backward(
     """dY = all_gather(dy);  dx = dY W;  dW = dY^T x. x is x_Tf; with fp8 it is what forward kept."""
     opts, ranks = LinearOptions.parse(options), group_named(group)
     carrier = opts.carrier(dy_tD.shape[0], group, dy_tD.device)
-    if opts.fp8:
+    if opts.tensorwise:
         return float8_linear.row_backward(dy_tD, x, w_Df, ranks, carrier, need_dx, need_dw, quantized)
     if carrier is not None:
-        return chunked.row_backward(dy_tD, x, w_Df, carrier, need_dx, need_dw)
+        return chunked.row_backward(dy_tD, x, w_Df, carrier, opts, need_dx, need_dw)
     dy_TD = all_gather(dy_tD, ranks)
     dx_Tf = x.new_empty(x.shape if need_dx else 0)
     if need_dx:
-        input_gradient(dy_TD, [w_Df], dx_Tf)
+        prepared([w_Df], opts.fp8).input_gradient(dy_TD, dx_Tf)
     return dx_Tf, weight_gradient(dy_TD, x) if need_dw else dy_tD.new_empty(0)
 
 
@@ -322,7 +321,7 @@ def _(
 def _save_row(ctx: Any, inputs: Any, output: Any) -> None:
     x_Tf, w_Df, ctx.group, ctx.options, _, quantized = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1] if LinearOptions.parse(ctx.options).fp8 else x_Tf, w_Df, *quantized)
+    ctx.save_for_backward(output[1] if LinearOptions.parse(ctx.options).tensorwise else x_Tf, w_Df, *quantized)
 
 
 def _differentiate_row(ctx: Any, dy_tD: Tensor | None, _: Any) -> Any:
@@ -392,7 +391,7 @@ def traffic(operator: str, args: tuple[Any, ...], outputs: list[Tensor]) -> list
 
     def gathered(shard: Tensor) -> tuple[str, Tensor, int]:
         packed = math.prod(packed_shape(*shard.shape)) * ranks
-        return ("all_gather", shard, packed) if opts.fp8 else event("all_gather", shard)
+        return ("all_gather", shard, packed) if opts.tensorwise else event("all_gather", shard)
 
     match operator:
         case "column_forward":

@@ -19,7 +19,7 @@ from torch import Tensor
 from colrow.ops.kernels.optional_triton import tl, triton
 
 SMALLEST = torch.finfo(torch.float32).tiny  # a scale of zero (x is all zeros) would give 0 / 0
-_MANTISSA = 0x7FFFFF
+MANTISSA = 0x7FFFFF
 _ROWS, _COLUMNS = 64, 128
 _BOTH = 128
 """The sides of a tile that is written in both orders: 128 bytes of either."""
@@ -50,16 +50,21 @@ def peak_triton(parts: list[Tensor]) -> Tensor:
 
 def scale_reference(peaks: Tensor, dtype: torch.dtype) -> Tensor:
     """The scale of [parts] largest values: fp32, []. In bits, since a division would round beside a power of two."""
-    mantissa, exponent = _largest(dtype)
-    up = ((peaks.amax().view(torch.int32) + (_MANTISSA - mantissa)) & ~_MANTISSA).view(torch.float32)
+    return scales_reference(peaks.amax(), dtype)
+
+
+def scales_reference(peaks: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale of each of `peaks`, fp32."""
+    mantissa, exponent = largest_number(dtype)
+    up = ((peaks.view(torch.int32) + (MANTISSA - mantissa)) & ~MANTISSA).view(torch.float32)
     scale = (up * 2.0**-exponent).clamp(min=SMALLEST)
-    return torch.where(peaks.amax() < torch.inf, scale, peaks.amax())
+    return torch.where(peaks < torch.inf, scale, peaks)
 
 
-def _largest(dtype: torch.dtype) -> tuple[int, int]:
+def largest_number(dtype: torch.dtype) -> tuple[int, int]:
     """The dtype's largest number: its mantissa in fp32's bits, and its exponent."""
     half, exponent = math.frexp(torch.finfo(dtype).max)
-    return int((2 * half - 1) * (_MANTISSA + 1)), exponent - 1
+    return int((2 * half - 1) * (MANTISSA + 1)), exponent - 1
 
 
 def round_reference(
@@ -101,7 +106,7 @@ def round_triton(
         grid, tile = 0, (_ROWS if x_MK.itemsize > 1 else _BOTH, _COLUMNS)  # a tile's column is 128 bytes of x
         orders = [(x_MK, rows, None)] if rows is not None else []
         orders += [(x_MK.t(), transposed, None)] if transposed is not None else []
-    mantissa, exponent = _largest((rows if rows is not None else transposed).dtype)  # type: ignore[union-attr]
+    mantissa, exponent = largest_number((rows if rows is not None else transposed).dtype)  # type: ignore[union-attr]
     for x, into, y_transposed in orders:
         m, k = x.shape
         _round_kernel[(grid or triton.cdiv(m, tile[0]) * triton.cdiv(k, tile[1]),)](
@@ -118,7 +123,7 @@ def round_triton(
             m,
             k,
             PARTS=len(peaks),
-            CARRY=_MANTISSA - mantissa,
+            CARRY=MANTISSA - mantissa,
             SHIFT=2.0**-exponent,
             SMALLEST=SMALLEST,
             GIVEN=given,

@@ -80,7 +80,7 @@ class FastLinearStyle(ParallelStyle):
 def multiplies(module: nn.Module, linears: Sequence[nn.Module], state: LinearState) -> None:
     """Note that `module` multiplies by the weights of `linears`; without any, by its own."""
     module.__dict__[QUANTIZED] = ()
-    if state.options.fp8:
+    if state.options.tensorwise:
         module.__dict__[MULTIPLIES] = tuple(linears)
 
 
@@ -145,7 +145,8 @@ class FastLinear(FlattenedTokens):
 
     `overlap` says what runs beside matmuls: `none`, `collectives` (NCCL's, where a matmul does not need them), or
     chunks that are sent while others are multiplied, by NCCL (`point_to_point`) or the GPUs' `copy_engine`; chunks of
-    fewer than `chunk_rows` rows are not sent apart. `fp8: tensorwise` multiplies 8-bit floats.
+    fewer than `chunk_rows` rows are not sent apart. `fp8: tensorwise` multiplies 8-bit floats, with a scale for
+    each tensor; `rowwise` with one for each row, and weights' gradients as they are.
     """
 
     computes_module = True
