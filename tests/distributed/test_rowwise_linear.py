@@ -29,9 +29,9 @@ def relative(got: Tensor, want: Tensor) -> float:
 
 
 def draw(*shape: int, seed: int, device: str) -> Tensor:
-    """Rows that differ in size by three powers of ten."""
+    """Rows that differ in size by six powers of ten, more than e4m3 has."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return (x * 10.0 ** torch.linspace(-3, 0, shape[0], dtype=torch.float64)[:, None]).to(device)
+    return (x * 10.0 ** torch.linspace(-6, 0, shape[0], dtype=torch.float64)[:, None]).to(device)
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -92,8 +92,9 @@ def everything(device: str) -> tuple[dict[str, list[float]], list[float]]:
 
 @pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_each_row_is_rounded_by_its_own_scale(ranks: Ranks, n: int) -> None:
-    for found, (y, dx, dw) in ranks(n).run(everything):
-        tolerance = TOLERANCE[ranks.device]
+    results, tolerance = ranks(n).run(everything), TOLERANCE[ranks.device]
+    for found, (y, _, dw) in results:
         assert all(max(errors) < tolerance for errors in found.values()), found
-        assert min(y, dx) > 0.02, "one scale for all rows is seen"
+        assert y > 0.1, "one scale for all rows is seen"
         assert dw < tolerance, "weights' gradients are not rounded"
+    assert max(dx for _, (_, dx, _) in results) > 0.1, "on the ranks that have the small rows"
