@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,10 +31,7 @@ from colrow.ops.float8 import packed_shape, require_sixteen
 from colrow.ops.linear_options import LinearOptions
 from colrow.ops.products import weight_gradient
 from colrow.ops.weights import prepared
-from colrow.torch_compat import group_named
-
-if TYPE_CHECKING:
-    from torch._library.custom_ops import CustomOpDef
+from colrow.torch_compat import Operator, group_named
 
 DEFAULTS = LinearOptions()
 
@@ -94,12 +91,12 @@ OPERATORS: dict[str, Callable[..., Any]] = {}
 """The implementation of each operator, by its qualified name: simulated ranks call these."""
 
 
-def define_operator(name: str, schema: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
+def define_operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Operator]:
     """Register a function as the operator `colrow::name`. Its parameters have the names of the schema's arguments."""
 
-    def define(implementation: Callable[..., Any]) -> CustomOpDef:
+    def define(implementation: Callable[..., Any]) -> Operator:
         OPERATORS[f"colrow::{name}"] = implementation
-        return torch.library.custom_op(f"colrow::{name}", implementation, mutates_args=(), schema=schema)
+        return Operator(name, schema, implementation)
 
     return define
 
@@ -237,7 +234,7 @@ def _differentiate_column(ctx: Any, dy_TF: Tensor | None, _: Any) -> Any:
     return dx_tD if need_dx else None, dws, *others
 
 
-torch.library.register_autograd("colrow::column_forward", _differentiate_column, setup_context=_save_column)
+_column_forward.register_autograd(_differentiate_column, _save_column)
 
 
 @define_operator(
@@ -336,7 +333,7 @@ def _differentiate_row(ctx: Any, dy_tD: Tensor | None, _: Any) -> Any:
     return dx_Tf if need_dx else None, dw_Df if need_dw else None, *others
 
 
-torch.library.register_autograd("colrow::row_forward", _differentiate_row, setup_context=_save_row)
+_row_forward.register_autograd(_differentiate_row, _save_row)
 
 
 @define_operator("scatter_sum", "(Tensor x_TD, str group) -> Tensor")
@@ -371,8 +368,8 @@ def _differentiate_gather(ctx: Any, dy_TD: Tensor) -> Any:
     return torch.ops.colrow.scatter_sum(dy_TD, ctx.group), None
 
 
-torch.library.register_autograd("colrow::scatter_sum", _differentiate_scatter, setup_context=_save_group)
-torch.library.register_autograd("colrow::gather", _differentiate_gather, setup_context=_save_group)
+_scatter_sum.register_autograd(_differentiate_scatter, _save_group)
+_gather.register_autograd(_differentiate_gather, _save_group)
 
 
 def traffic(operator: str, args: tuple[Any, ...], outputs: list[Tensor]) -> list[tuple[str, Tensor, int]]:

@@ -70,5 +70,5 @@ def _differentiate_all_tokens(ctx: Any, dy: Tensor) -> Any:
     return torch.ops.colrow.local_tokens(dy.contiguous(), rank, ctx.group), None, None
 
 
-torch.library.register_autograd("colrow::local_tokens", _differentiate_local_tokens, setup_context=_save)
-torch.library.register_autograd("colrow::all_tokens", _differentiate_all_tokens, setup_context=_save)
+_local_tokens.register_autograd(_differentiate_local_tokens, _save)
+_all_tokens.register_autograd(_differentiate_all_tokens, _save)

@@ -47,6 +47,7 @@ from colrow.torch_compat.names import TESTED as TESTED
 from colrow.torch_compat.names import TorchMovedError as TorchMovedError
 from colrow.torch_compat.names import private as private
 from colrow.torch_compat.names import replaced as replaced
+from colrow.torch_compat.operators import Operator as Operator
 from colrow.torch_compat.simulated import as_in_export as as_in_export
 from colrow.torch_compat.simulated import constant_index as constant_index
 from colrow.torch_compat.simulated import fake_tensor_mode as fake_tensor_mode
