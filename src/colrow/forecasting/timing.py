@@ -156,7 +156,7 @@ class Program:
         order = ("copy_engine", "point_to_point", "collectives")
         overlap = next((name for name in order if name in overlaps), "none")
         recipes = {recipe for style in plan.modules.values() if (recipe := getattr(style, "fp8", None))}
-        return cls(overlap, bool(recipes), compiled, cuda_graph, plan.loss == "linear", "rowwise" in recipes)
+        return cls(overlap, bool(recipes), compiled, cuda_graph, plan.loss == "linear", bool(recipes - {"tensorwise"}))
 
 
 def step_time(walk: Walk, setting: Setting, program: Program, machine: Machine) -> StepTime:

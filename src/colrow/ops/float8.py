@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from colrow.ops.products import concatenated
 from colrow.torch_compat import scaled_product
 
 Float8 = Literal["tensorwise", "rowwise"]
-RECIPES: tuple[Float8, ...] = ("tensorwise", "rowwise")
+RECIPES: tuple[Float8, ...] = get_args(Float8)
 ACTIVATION, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
 
 
