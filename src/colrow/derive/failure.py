@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from colrow.errors import PlanError
+from colrow.errors import PlanError, first_line
 
 HERE, TORCH = Path(__file__).parents[1], Path(torch.__file__).parent
 ADVICE = "write the plan by hand, or take a variant of the model whose sizes and branches do not depend on the data"
@@ -99,8 +99,7 @@ def cannot_trace(model: nn.Module, error: Exception) -> TraceError:
     elif (by_values := _depends_on_values(error)) is not None:
         cause = f"{place} {by_values}{at}: {ADVICE}"
     else:
-        text = (str(error).strip().splitlines() or [""])[0][:160]
-        cause = f"{place} fails{at} ({type(error).__name__}: {text}): {ADVICE}"
+        cause = f"{place} fails{at} ({type(error).__name__}: {first_line(error)[:160]}): {ADVICE}"
     return TraceError(f"torch.export cannot trace {type(model).__name__}: {cause}", place.module)
 
 

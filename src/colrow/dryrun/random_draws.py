@@ -14,6 +14,7 @@ from colrow.dryrun.calls import GivenInputs, Inputs, Loss, call_model, default_l
 from colrow.dryrun.fake_world import materialize_fake, meta_copy
 from colrow.dryrun.lockstep import draws_by_module
 from colrow.dryrun.planned_step import PlannedStep
+from colrow.errors import first_line
 from colrow.plans.plan import Plan
 from colrow.sharding.draws import Draw, draws
 from colrow.sharding.local_layout import REPLICATED
@@ -86,7 +87,8 @@ def random_draws(
         warnings.simplefilter("ignore")
         found = draws_by_module(PlannedStep(model, plan, tp, batch_size, seq_len, inputs, loss, dtype))
     if isinstance(found, Exception):
-        return RandomDraws(drew, unknown={"": f"it does not run on tensors without values ({_first_line(found)})"})
+        why = f"{type(found).__name__}: {first_line(found)[:120]}"
+        return RandomDraws(drew, unknown={"": f"it does not run on tensors without values ({why})"})
     unknown = {
         name: "nothing says what the tensor is a shard of"
         for name, drawn in found.draws.items()
@@ -106,7 +108,3 @@ class _Seen(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.drew |= draws(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"

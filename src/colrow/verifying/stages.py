@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from colrow.dryrun.calls import example_inputs
 from colrow.dryrun.reduced_model import reduced_model
-from colrow.errors import ConfigError
+from colrow.errors import ConfigError, first_line
 from colrow.parallel.pipeline_split import require_parts
 from colrow.parallel.pipeline_stage import stage_copy
 from colrow.verifying.dropout import without_dropout
@@ -52,8 +52,7 @@ def _logits(model: nn.Module, stage: nn.Module, x: Tensor) -> Tensor:
         with without_dropout(stage):
             out: Tensor = stage(x, seq_len=_SEQ_LEN)
     except Exception as error:
-        text = str(error).partition("\n")[0][:120]
-        raise _unequal(model, f"a stage raises {type(error).__name__}: {text}") from error
+        raise _unequal(model, f"a stage raises {type(error).__name__}: {first_line(error)[:120]}") from error
     return out
 
 
