@@ -80,7 +80,7 @@ def test_the_checkpoints_that_are_kept_and_the_one_being_saved(
     tmp_path: Path, section: dict[str, int], count: int
 ) -> None:
     config = a_run(tmp_path, "run", checkpoint=section)
-    assert space_of(config, build_source(config.model, 0), False).checkpoints == count
+    assert space_of(config, build_source(config.model, 0), False, []).checkpoints == count
 
 
 def disk_of(free: int) -> Callable[[object], SimpleNamespace]:
@@ -93,7 +93,7 @@ def test_a_small_disk_is_refused_before_anything_is_prepared(
     write_text(tmp_path)
     config = a_run(tmp_path, "run", checkpoint={"every": 2})
     source = build_source(config.model, 0)
-    space = space_of(config, source, True)
+    space = space_of(config, source, True, [])
     assert space.needed == 3 * space.checkpoint + space.export
     assert space.checkpoint > 12 * sum(param.numel() for param in source.model.parameters())
     (tmp_path / "run.yaml").write_text(dump_config(config))
@@ -133,11 +133,11 @@ def test_what_is_advised_on_a_small_disk_fits_it(
 def test_checkpoints_that_are_there_need_no_more_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = a_run(tmp_path, "run", checkpoint={"every": 2})
     source = build_source(config.model, 0)
-    one = space_of(config, source, False).checkpoint
+    one = space_of(config, source, False, []).checkpoint
     saved = Checkpoints(config.run.dir / "checkpoints")
     for step in (2, 4):
         saved.save(step, *trained(), {})
-    space = space_of(config, source, False)
+    space = space_of(config, source, False, saved.list())
     assert space.needed == one
     assert "3 checkpoints of 14.3 MiB (2 there)" in str(space)
     monkeypatch.setattr(shutil, "disk_usage", disk_of(one - 1))

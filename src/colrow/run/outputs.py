@@ -6,7 +6,7 @@ from __future__ import annotations
 from colrow.checkpoint.carried import Carried
 from colrow.checkpoint.distributed import Checkpoints
 from colrow.checkpoint.export import require_exportable
-from colrow.checkpoint.folder import newest_complete
+from colrow.checkpoint.folder import CheckpointInfo, newest_complete
 from colrow.checkpoint.space import RunSpace, checkpoint_bytes, export_bytes
 from colrow.config import RunConfig
 from colrow.errors import ConfigError, ExportError
@@ -24,13 +24,13 @@ def output_lines(config: RunConfig, source: Source) -> list[str]:
     """
     warning = export_warning(config, source)
     exports = _requested(config, source) and not warning
-    needed = space_of(config, source, exports).require_free(config.run.dir)
-    return [*_damaged(config), *warning, labelled("disk", needed)]
-
-
-def _damaged(config: RunConfig) -> list[str]:
-    """Checkpoints that are newer than the one that the run continues from."""
     stored = Checkpoints(config.run.dir / CHECKPOINTS).list()
+    needed = space_of(config, source, exports, stored).require_free(config.run.dir)
+    return [*_damaged(stored), *warning, labelled("disk", needed)]
+
+
+def _damaged(stored: list[CheckpointInfo]) -> list[str]:
+    """Checkpoints that are newer than the one that the run continues from."""
     newest = newest_complete(stored)
     return [
         labelled("warning", f"{info.path} is damaged ({info.reason}): the run continues from step {newest.step}")
@@ -60,16 +60,19 @@ def export_warning(config: RunConfig, source: Source) -> list[str]:
     return []
 
 
-def space_of(config: RunConfig, source: Source, exports: bool) -> RunSpace:
-    """What the run will write into its folder: the checkpoints that it keeps and the one being saved, and an export."""
+def space_of(config: RunConfig, source: Source, exports: bool, stored: list[CheckpointInfo]) -> RunSpace:
+    """What the run will write into its folder: the checkpoints that it keeps and the one being saved, and an export.
+
+    Args:
+        stored: checkpoints that are there.
+    """
     saves = int(config.checkpoint.last)
     if config.checkpoint.every:
         saves += (config.train.steps - 1) // config.checkpoint.every
-    complete = [info for info in Checkpoints(config.run.dir / CHECKPOINTS).list() if info.state == "complete"]
     dtype = Carried(model=source.folder).dtype(config.export.dtype)
     return RunSpace(
         checkpoint=checkpoint_bytes(source.model),
         checkpoints=min(config.checkpoint.keep + 1, max(1, saves)),  # 1: a stop saves too
-        present=len(complete),
+        present=sum(info.state == "complete" for info in stored),
         export=export_bytes(source.model, dtype) if exports else 0,
     )
