@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import groupby
 
-from rich.console import Console
-
 from colrow.checking.check import Finding, check
 from colrow.cli.flags import PlanFlags, default_seq_len, parse
-from colrow.cli.text import Terminal, print_json, show_share, wrapped
+from colrow.cli.text import Terminal, print_json, show_share
 from colrow.mesh import Mesh
 from colrow.plans.split_share import SplitShare
 
@@ -49,7 +47,7 @@ def main(argv: list[str]) -> int:
     return 0 if ok else 1
 
 
-def show(findings: list[Finding], title: str, console: Console) -> None:
+def show(findings: list[Finding], title: str, console: Terminal) -> None:
     """The findings for a terminal."""
     same = groupby(findings, key=lambda f: (f.code, f.message.replace(f.where, ""), f.fix.replace(f.where, "")))
     for _, group in same:  # one text for all modules with the same finding
@@ -58,10 +56,10 @@ def show(findings: list[Finding], title: str, console: Console) -> None:
             colour = "red" if finding.severity == "error" else "yellow"
             console.print(finding.lines[0], style=f"bold {colour}", markup=False, soft_wrap=True)
         for line in members[0].lines[1:]:
-            console.print(wrapped(line, console.width, 6), markup=False, soft_wrap=True)
+            console.say(line, 6)
     errors = sum(finding.severity == "error" for finding in findings)
     warnings = len(findings) - errors
     found = ", ".join(
         f"{n} {severity}{'' if n == 1 else 's'}" for n, severity in ((errors, "error"), (warnings, "warning"))
     )
-    console.print(wrapped(f"{title}: {found}", console.width), markup=False, soft_wrap=True)
+    console.say(f"{title}: {found}")

@@ -7,19 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
-from rich.console import Console
 from rich.table import Table as Grid
 
 from colrow.cli.flags import parse
-from colrow.cli.text import (
-    Terminal,
-    memory_parts,
-    parts_text,
-    print_json,
-    require_writable,
-    time_parts,
-    wrapped,
-)
+from colrow.cli.text import Terminal, parts_text, print_json, require_writable
 from colrow.config import RunConfig
 from colrow.errors import ConfigError
 
@@ -102,12 +93,9 @@ def _choices(flags: Flags, config: RunConfig) -> Choices:
     return Choices(config, model, device, flags.gpus or config.mesh.world_size, flags.hosts)
 
 
-def show(table: Table, config: RunConfig, console: Console) -> None:
+def show(table: Table, config: RunConfig, console: Terminal) -> None:
     """The table, the parts of the chosen row, and what the run would take."""
     from colrow.forecasting.choices import loss_to
-
-    def line(text: str, indent: int = 2) -> None:
-        console.print(wrapped(text, console.width, indent), soft_wrap=True)
 
     first = table.rows[0]
     gib = 2**30
@@ -115,31 +103,33 @@ def show(table: Table, config: RunConfig, console: Console) -> None:
         f"{first.mesh.world_size} × {first.device.name}, {first.device.memory / gib:.0f} GiB each; global batch "
         f"{config.train.global_batch} × {config.data.seq_len} tokens"
     )
-    line(f"rates: {first.device.source}; band ± {first.device.band:.0%}")
+    console.say(f"rates: {first.device.source}; band ± {first.device.band:.0%}")
     console.print()
     console.print(_grid(table.rows[:_SHOWN]))
     if (more := len(table.rows) - _SHOWN) > 0:
         console.print(f"{more} more rows: --json prints all")
     for mesh, why in table.left_out[:3]:
-        line(f"left out: {mesh}: {why}")
+        console.say(f"left out: {mesh}: {why}")
     if table.chosen is None:
         console.print()
         needed, limit = first.memory.needed / gib, first.device.memory / gib
-        line(
+        console.say(
             f"nothing fits: the smallest needs {needed:,.0f} GiB of {limit:.0f}: take more GPUs, "
             "shorter sequences, or a smaller model"
         )
         return
     console.print()
-    line(f"chosen: {first.mesh}, plan {first.style.removesuffix(' flat')}, {_choice(first)}")
+    console.say(f"chosen: {first.mesh}, plan {first.style.removesuffix(' flat')}, {_choice(first)}")
     band = first.time.band / first.time.seconds * first.tokens_per_second_per_gpu
-    line(f"  {first.tokens_per_second_per_gpu:,.0f} ± {band:,.0f} tokens/s per GPU, limited by {first.bottleneck}")
-    line(f"  memory {parts_text(memory_parts(first), 'GiB')}", 7)
-    line(f"  time   {parts_text(time_parts(first), 'ms')}", 7)
+    console.say(
+        f"  {first.tokens_per_second_per_gpu:,.0f} ± {band:,.0f} tokens/s per GPU, limited by {first.bottleneck}"
+    )
+    console.say(f"  memory {parts_text(first.memory.gib_by_part, 'GiB')}", 7)
+    console.say(f"  time   {parts_text(first.parts_ms, 'ms')}", 7)
     for row in table.rows[1:3]:
         if row.fits:
-            line(f"  {row.mesh}, {row.style}, loses {loss_to(first, row)}")
-    line(_totals(first, config))
+            console.say(f"  {row.mesh}, {row.style}, loses {loss_to(first, row)}")
+    console.say(_totals(first, config))
 
 
 def _grid(rows: list[Row]) -> Grid:

@@ -9,21 +9,11 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from colrow.cli.flags import PlanFlags, default_seq_len, parse
-from colrow.cli.text import (
-    Terminal,
-    memory_parts,
-    parts_text,
-    print_json,
-    require_writable,
-    show_share,
-    time_parts,
-    wrapped,
-)
+from colrow.cli.text import Terminal, parts_text, print_json, require_writable, show_share
 from colrow.dryrun.picture import in_units, write_page
 from colrow.dryrun.report import ParameterRow, PlanReport, report
 from colrow.dryrun.result import Collective, Output
@@ -91,24 +81,24 @@ def _forecast(model: nn.Module, plan: Plan, tp: int, device: Device, batch_size:
         return first_line(error)
 
 
-def _show_forecast(row: Row | str, console: Console) -> None:
+def _show_forecast(row: Row | str, console: Terminal) -> None:
     if isinstance(row, str):
         console.print()
-        console.print(wrapped(f"no forecast: {row}", console.width), soft_wrap=True)
+        console.say(f"no forecast: {row}")
         return
     device, memory, time = row.device, row.memory, row.time
     lines = (
         f"a step of one micro-batch on {row.mesh} of {device.name}, compiled bf16 (rates: {device.source}):",
-        f"memory {memory.device / GIB:.1f} GiB of {device.memory / GIB:.0f}: {parts_text(memory_parts(row), 'GiB')}",
-        f"time {time.seconds * 1e3:.1f} ± {time.band * 1e3:.1f} ms: {parts_text(time_parts(row), 'ms')}",
+        f"memory {memory.device / GIB:.1f} GiB of {device.memory / GIB:.0f}: {parts_text(memory.gib_by_part, 'GiB')}",
+        f"time {time.seconds * 1e3:.1f} ± {time.band * 1e3:.1f} ms: {parts_text(row.parts_ms, 'ms')}",
         f"{row.tokens_per_second_per_gpu:,.0f} tokens/s per GPU, limited by {row.bottleneck}",
     )
     console.print()
     for line in lines:
-        console.print(wrapped(line, console.width), soft_wrap=True)
+        console.say(line)
 
 
-def show(shown: PlanReport, share: SplitShare, console: Console) -> None:
+def show(shown: PlanReport, share: SplitShare, console: Terminal) -> None:
     """The report for a terminal."""
     console.print(
         f"plan [bold]{shown.plan.name}[/] at tp={shown.tp}, loss {shown.plan.loss}, "
@@ -137,7 +127,7 @@ def show(shown: PlanReport, share: SplitShare, console: Console) -> None:
     if shown.notes:
         console.print("\nwhy, dim by dim:")
     for note in shown.notes:
-        console.print(wrapped(f"  {note}", console.width), soft_wrap=True)
+        console.say(f"  {note}")
 
 
 def _parameters(rows: list[ParameterRow]) -> Table:
@@ -162,6 +152,7 @@ def _drawing(shown: PlanReport) -> list[str]:
         output = f"out {_output(step.output)}" if step.output else ""
         sent = [f"{stem}{_edge(forward, step.backward)}" for forward in step.before]
         head = f"{branch}{step.name.rpartition('.')[2]:<{32 - len(branch)}}{step.style:<14} {output}".rstrip()
+        # prepare_input sends for the modules inside, so its collectives stand below its own line
         lines += [head, *sent] if step.style.startswith("prepare") else [*sent, head]
         lines += [f"{stem}{_edge(forward, step.backward)}" for forward in step.after]
     return [*lines, f"  out {_output(first.output)}"]
@@ -175,6 +166,7 @@ def _output(output: Output | None) -> str:
 
 def _edge(forward: Collective, backward: Sequence[Collective]) -> str:
     dual = {"all_gather": "reduce_scatter", "reduce_scatter": "all_gather", "all_reduce": "all_reduce"}
+    # the collective of backward at the same module that undoes this one's change of layout
     back = next((c for c in backward if c.op == dual.get(forward.op)), None)
     change = forward.cause.partition(": ")[2]
     return f"▼ {_op(forward)} {in_units(forward.bytes)}  {change}" + (

@@ -7,10 +7,8 @@ import multiprocessing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rich.console import Console
-
 from colrow.cli.flags import PlanFlags, parse
-from colrow.cli.text import Terminal, print_json, wrapped
+from colrow.cli.text import Terminal, print_json
 from colrow.verifying.report import Report, Verdict
 from colrow.verifying.verify import verify
 
@@ -50,7 +48,7 @@ def main(argv: list[str]) -> int:
     return EXIT_STATUS[report.verdict]
 
 
-def show(report: Report, reduced: str | None, title: str, console: Console) -> None:
+def show(report: Report, reduced: str | None, title: str, console: Terminal) -> None:
     """The report for a terminal."""
     worst = report.worst
     ranks = "simulated ranks" if report.backend == "local" else "processes over gloo"
@@ -82,7 +80,7 @@ def show(report: Report, reduced: str | None, title: str, console: Console) -> N
     elif report.verdict == "inconclusive" and not report.failure:
         lines.append("negative control: no change was found that makes this model wrong")
     for line in lines:
-        console.print(wrapped(line, console.width), markup=False, soft_wrap=True)
+        console.say(line)
     no_ranks = report.failure and report.verdict == "inconclusive"
     console.print("[yellow]inconclusive: nothing was compared[/]" if no_ranks else _VERDICTS[report.verdict])
 

@@ -99,6 +99,11 @@ class Row:
             return f"memory: {self.memory.needed / GIB:.1f} of {self.device.memory / GIB:.1f} GiB"
         return self.time.bottleneck
 
+    @property
+    def parts_ms(self) -> dict[str, float]:
+        """Milliseconds of a step, by part."""
+        return {name: seconds * 1e3 for name, seconds in self.time.parts.items()}
+
     def to_data(self) -> dict[str, Any]:
         """The row as `colrow forecast --json` prints it."""
         return {
@@ -114,7 +119,7 @@ class Row:
             "parts_gib": {part.name: getattr(self.memory, part.name) / GIB for part in fields(self.memory)},
             "step_ms": self.time.seconds * 1e3,
             "band_ms": self.time.band * 1e3,
-            "parts_ms": {name: seconds * 1e3 for name, seconds in self.time.parts.items()},
+            "parts_ms": self.parts_ms,
             "tokens_per_second_per_gpu": self.tokens_per_second_per_gpu,
             "fits": self.fits,
             "bottleneck": self.bottleneck,

@@ -114,10 +114,10 @@ class Memory:
         return WORKSPACES + sum(getattr(self, part.name) for part in fields(self))
 
     @property
-    def by_part(self) -> dict[str, float]:
-        """`device` by the parts' names for people."""
-        parts = {part.name: getattr(self, part.name) for part in fields(self)}
-        beside = parts.pop("rest") + WORKSPACES
+    def gib_by_part(self) -> dict[str, float]:
+        """`device` by the parts' names for people, in GiB."""
+        parts = {part.name: getattr(self, part.name) / GIB for part in fields(self)}
+        beside = parts.pop("rest") + WORKSPACES / GIB
         return parts | {"CUDA and NCCL": beside}
 
     @property

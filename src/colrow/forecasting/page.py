@@ -53,7 +53,7 @@ def page(table: Table, title: str) -> str:
     """The page as text."""
     first = table.rows[0]
     limit = first.device.memory / GIB
-    memory = {id(row): {name: size / GIB for name, size in row.memory.by_part.items()} for row in table.rows}
+    memory = {id(row): row.memory.gib_by_part for row in table.rows}
     fitting = [row for row in table.rows if row.fits]
     rates = {id(row): _per_token(row) for row in fitting}
     return "\n".join([

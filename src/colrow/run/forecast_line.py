@@ -137,7 +137,7 @@ def forecast_on(device: Device, per_host: int, config: RunConfig, model: nn.Modu
         allocated_gib=row.memory.allocated / GIB,
         device_gib=row.memory.device / GIB,
         limit_gib=device.memory / GIB,
-        parts_ms={name: seconds * 1e3 for name, seconds in row.time.parts.items()},
+        parts_ms=row.parts_ms,
         bottleneck=row.bottleneck,
         fits=row.fits,
         cannot_fit=row.cannot_fit,
@@ -165,6 +165,7 @@ def _smaller(options: Options) -> Iterator[tuple[str, Options]]:
             other = replace(other, micro_batches=options.micro_batches * options.micro_batch // size)
             if other != options:
                 yield f"train.micro_batch {size} with train.activation_checkpoint {recompute}", other
+        # halves only: they divide what the micro-batch has divided
         if size == 1 or size % 2:
             return
         size //= 2
