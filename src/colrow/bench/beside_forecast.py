@@ -29,7 +29,7 @@ def _forecast_data(text: str) -> dict[str, Any]:
     row = None
     if config.plan not in DERIVED and gpus is not None and not isinstance(gpus, str):
         model = build_source(config.model, config.run.seed).model
-        with suppress(ConfigError, PlanError):
+        with suppress(ConfigError, PlanError):  # a measurement stands without a forecast
             row = forecast_on(*gpus, config, model, preflight.choose_plan(config, model))
     return {
         "forecast_ms": sum(row.parts_ms.values()) if row else None,

@@ -90,13 +90,14 @@ def measure(job: Job, info: RankInfo) -> dict[str, Any]:
         trace = _profiled(training, next(batches), job, info.rank, device)
         result = _result(job, training, seconds, memory, device)
         result |= {"ran": executed_paths(training, config.data.seq_len), "one_rank": job.one_rank}
+        # The first rank alone has a trace. All get its result: where a fast path did not run, all raise.
         shared: list[Any] = [None]
         if info.rank == 0:
             assert trace is not None
             if training.captured:  # a replay launches kernels and calls no operator: take those of the capture
                 trace = replace(trace, operators=captured)
             shared[0] = {**result, "trace": trace.to_data(), **_problem(config, training, trace)}
-        shared_device = device if device.type == "cuda" else None
+        shared_device = device if device.type == "cuda" else None  # NCCL sends only what lies on a GPU
         dist.broadcast_object_list(shared, device=shared_device)
         result = shared[0]
         if not job.one_rank:  # without the other ranks' terms the loss is meaningless
@@ -191,6 +192,7 @@ def _profiled(training: Training, batch: list[Batch], job: Job, rank: int, devic
         return None
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     kept = job.trace / f"{job.arm.replace(':', '-').replace('=', '-')}.json" if job.trace else None
+    # The device is waited for inside, where its last kernels still count; the barrier, a kernel itself, stays outside.
     with profiling(activities, kept) as traces:
         training.step(step, batch)
         _synchronise_here(device)
@@ -225,7 +227,7 @@ def _result(
 
 def of_slowest_rank(seconds: list[float], device: torch.device) -> tuple[float, float]:
     """The median and the shortest of the steps' seconds, of the rank that has the longest. Collective."""
-    kept = sorted(seconds[SETTLING_STEPS:] or seconds)
+    kept = sorted(seconds[SETTLING_STEPS:] or seconds)  # of fewer steps than settle all count
     slowest = torch.tensor([statistics.median(kept), kept[0]], device=device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     median, best = slowest.tolist()

@@ -76,9 +76,11 @@ def _torchtitan(job: Job, device: str, peak: float | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="colrow-peer-") as data:
         (Path(data) / "data.jsonl").write_text(random_text(), encoding="utf-8")
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(mesh.world_size)]
+        # the first rank's output alone, into the pipe too: each rank prints the line that is read
         command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--local-ranks-filter", "0"]
         command += ["--role", "rank", "--tee", "3", "-m", "torchtitan.train"]
         command += ["--module", "colrow.bench.torchtitan_settings", "--config", "measured"]
+        # torchtitan runs from its checkout; it imports this package, too, for its settings
         paths = [str(folder), str(Path(__file__).parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         environment = {
             **os.environ,
@@ -179,7 +181,7 @@ def _output_of(command: list[str], folder: Path, environment: dict[str, str]) ->
     try:
         text, _ = process.communicate()
     except BaseException:
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)  # torchrun ends its ranks on SIGTERM; a kill would leave them on the GPUs
         process.wait()
         raise
     return [_COLOURS.sub("", line) for line in text.splitlines()]

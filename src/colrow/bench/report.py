@@ -44,6 +44,7 @@ def merged(rounds: list[list[Result]]) -> list[Result]:
             by_arm.setdefault(result["arm"], []).append(result)
     out = []
     for results in by_arm.values():
+        # median_low: a round that was measured, as its memory and its trace belong to its time
         middle = statistics.median_low([result["step_ms"] for result in results])
         chosen = next(result for result in results if result["step_ms"] == middle)
         out.append({**chosen, "rounds_step_ms": [result["step_ms"] for result in results]})

@@ -23,6 +23,7 @@ def measured() -> Any:
     if ours.model.layers is not None:
         config.model_spec.model.layers = config.model_spec.model.layers[: ours.model.layers]
     config.hf_assets_path = "./tests/assets/tokenizer"
+    # the data set that torchtitan reads from a folder; its own are downloaded
     config.dataloader.dataset, config.dataloader.dataset_path = "c4_test", os.environ["COLROW_PEER_DATA"]
     config.activation_checkpoint.mode = "none"
     config.compile.enable = True
@@ -31,7 +32,7 @@ def measured() -> Any:
     config.metrics.log_freq = WINDOW
     config.checkpoint.enable = False
     config.validator.enable = False
-    config.training.steps = 4 * WINDOW
+    config.training.steps = 4 * WINDOW  # the first window compiles; the best of three counts
     config.training.seq_len, config.training.local_batch_size = ours.data.seq_len, ours.train.micro_batch
     parallel = config.parallelism
     parallel.tensor_parallel_degree = ours.mesh.tp

@@ -55,7 +55,7 @@ def measured(job: Job) -> dict[str, Any]:
 
     def step(ids: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu), sdpa_kernel(PREFERRED, set_priority=True):
-            loss: Tensor = run(input_ids=ids, labels=ids, use_cache=False).loss
+            loss: Tensor = run(input_ids=ids, labels=ids, use_cache=False).loss  # the class shifts labels itself
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -84,6 +84,7 @@ def _sharded(folder: str, tp: int, device: torch.device) -> nn.Module:
     from transformers import AutoModelForCausalLM, PreTrainedModel
 
     options: dict[str, Any] = {"tp_plan": "auto"}
+    # the source and not the signature: from_pretrained takes it out of its **kwargs
     if "distributed_config" in inspect.getsource(PreTrainedModel.from_pretrained):  # newer releases
         from transformers.distributed import DistributedConfig
 

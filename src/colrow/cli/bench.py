@@ -123,8 +123,10 @@ def base_config(flags: Flags) -> RunConfig:
     if flags.device is not None:
         tree["device"] = flags.device
     ranks = mesh.get("dp_shard", 1) * mesh.get("dp_replicate", 1)
+    # a config keeps its global batch, unless what divides it is given
     if flags.config is None or flags.accumulate is not None or flags.micro_batch is not None:
         train["global_batch"] = train["micro_batch"] * ranks * (flags.accumulate or 1)
+    # one more is profiled; the run's own warm-up and decay may be longer than all of them, which is refused
     train |= {"steps": flags.warmup + flags.steps + 1, "warmup_steps": 0, "decay_steps": None}
     return parse_config(tree, str(flags.config or "flags"))
 
@@ -171,6 +173,7 @@ def _arm(flags: Flags, arm: str, config: RunConfig) -> dict[str, Any] | None:
     if is_peer(arm):
         return _peer(Job(arm=arm, config=config, warmup=flags.warmup, steps=flags.steps))
     ranks = 1 if flags.one_rank else config.mesh.world_size
+    # else torchrun gives each rank one thread
     os.environ.setdefault("OMP_NUM_THREADS", str(preflight.threads_for(ranks)))
     with tempfile.TemporaryDirectory(prefix="colrow-bench-") as folder:
         file, result = Path(folder) / "job.json", Path(folder) / RESULT

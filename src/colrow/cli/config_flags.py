@@ -87,7 +87,8 @@ def flag_value(word: str, kinds: Set[Any], flag: str) -> Any:
     Raises:
         ConfigError: it is not YAML, or a number that is not finite.
     """
-    if kinds & {str, Literal} and any("\ud800" <= char <= "\udfff" for char in word):  # bytes of the command's
+    # surrogates: Python's form of bytes in the command that are not UTF-8
+    if kinds & {str, Literal} and any("\ud800" <= char <= "\udfff" for char in word):
         raise ConfigError(f"{flag}: its text is not UTF-8")
     if word in ("None", "null") and (not kinds or type(None) in kinds):
         return None

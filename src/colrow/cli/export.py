@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
             dtype=dtype,
             max_shard_bytes=int(flags.max_shard_gb * 1e9),
             carried=saved.carried,
-            imports=True,
+            imports=True,  # the user waits for this verb alone: two seconds for transformers are well spent
         )
         if read_back is not None:
             size = sum(file.stat().st_size for file in flags.output.iterdir())

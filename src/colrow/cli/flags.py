@@ -193,6 +193,7 @@ class _Flags:
             return negated, ["false"], _nothing
         if name := self.by_flag.get(flag):
             return (name, [value], _nothing) if has_value else (name, [], self._takes(self.fields[name]))
+        # `-x` is no flag that is known; `-5` is a number, and `-` alone a value
         if is_flag(word) or (word.startswith("-") and not word[1:2].isdigit() and len(word) > 1):
             raise ConfigError(f"unknown flag {_short(flag)}{_meant(flag, self.known)}")
         if not self.positional:

@@ -64,6 +64,7 @@ def main(argv: list[str]) -> int:
 
         # each document of the training text began after another's end
         prompt = replace(tokenizer, special=flags.special).encode(flags.prompt) or [tokenizer.eos_id]
+        # a lookup past the embedding ends a GPU process with an assertion of the device, which names nothing
         size = getattr(getattr(model, "config", None), "vocab_size", None)
         if isinstance(size, int) and max(prompt) >= size:
             raise ConfigError(

@@ -117,6 +117,7 @@ def _start(argv: list[str]) -> int:
     preflight.check_checkpoint(checked, data.tokenizer)
     startup.mark("data")
     ranks = config.mesh.world_size
+    # else torchrun gives each rank one thread
     os.environ.setdefault("OMP_NUM_THREADS", str(preflight.threads_for(ranks)))
     # by the environment, which ranks inherit: a digest, so that a rank cannot read another plan than was checked
     os.environ[PLAN_DIGEST] = write_plan(config.run.dir, checked.plan)
@@ -124,6 +125,7 @@ def _start(argv: list[str]) -> int:
     guard = LauncherGuard(config.train, config.run.dir, ranks)
     startup.hand_over()
     ended = launch(["-m", "colrow", "train", *argv, *choice.flags], ranks, guard=guard)
+    # SIGPIPE: whoever read the output has gone, as `head` does, and nobody would read an error
     if ended.failure is not None and ended.status != 128 + signal.SIGPIPE:
         text = ended.failure.text.strip()
         if ended.failure.is_silent and (lines := last_lines(config.run.dir, ended.failure.rank)):

@@ -94,6 +94,7 @@ def digest_of_texts(texts: Iterable[str]) -> str:
 def _sources(module_class: type) -> Iterator[str]:
     for base in module_class.__mro__:
         package = base.__module__.partition(".")[0]
+        # of the bases those with a forward, which the class may inherit or call
         # torch's own classes change with torch, which is no change of the model
         if package in ("torch", "builtins") or ("forward" not in vars(base) and base is not module_class):
             continue

@@ -19,6 +19,7 @@ from colrow.styles.packed import is_transposed
 STYLES: dict[str, dict[str, Any] | None] = {
     "colwise": {"style": "colwise"},
     "rowwise": {"style": "rowwise"},
+    # _rep: the older name of the style of the line before, which configs may still have
     "colwise_gather_output": {"style": "colwise", "output": "replicate"},
     "colwise_rep": {"style": "colwise", "output": "replicate"},
     "rowwise_split_input": {"style": "rowwise", "input": "replicate"},

@@ -73,6 +73,7 @@ def by_pattern(styles: dict[str, dict[str, Any]], names: list[str]) -> dict[str,
             continue
         key = with_stars(name)
         peers = by_key[key]
+        # all peers, those without a style too: the key would give it to them
         same = len(peers) > 1 and all(styles.get(peer) == styles[name] for peer in peers)
         style = styles[name]
         out[key if same else name] = style["style"] if len(style) == 1 else style

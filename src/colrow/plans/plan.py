@@ -224,6 +224,7 @@ class Plan:
             fqn, style = heads[0]
             message = f"it has style {style.name} and the plan's loss is {self.loss}"
             raise PlanError("CR211", fqn, message, "make it linear")
+        # Both are views [B, T/n, D] of equal shape, and no operator would fail: the tokens in them differ.
         orders = {style.token_order: fqn for fqn, (_, style) in resolved.items()}
         if tp > 1 and {"flattened", "sequence"} <= orders.keys():
             raise PlanError(
@@ -249,6 +250,7 @@ class Plan:
             _, style = resolved.get(fqn, ("", LEFT_OUT))
             site = Site(model, fqn, tp)
             style.check(site)
+            # a style of activations alone leaves the parameters replicated
             own = style.parameters(site) or LEFT_OUT.parameters(site)
             layouts |= {f"{fqn}.{name}" if fqn else name: layout for name, layout in own.items()}
         return layouts

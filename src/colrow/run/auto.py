@@ -60,6 +60,7 @@ def choose(config: RunConfig, *, in_launcher: bool = True) -> ChosenConfig:
     model = resolve_implementation(config.model)
     seen = config.model_copy(update={"model": model})
     source = build_source(model, config.run.seed)
+    # a mesh that cannot run is an error of its own; the search below would say that nothing fits
     if "mesh" not in config.auto and isinstance(error := refusal(seen, source), ConfigError):
         raise with_tried_advice(error, seen)
     ranks = gpus if "mesh" in config.auto else config.mesh.world_size

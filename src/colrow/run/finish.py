@@ -141,7 +141,7 @@ def plot_loss(run: Path) -> str:
 
 def peak_memory(device: torch.device) -> str:
     """The largest peak of any rank. Collective."""
-    unit = 1 if sys.platform == "darwin" else 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     allocated = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     peaks = torch.tensor([host, allocated], dtype=torch.float64, device=device)

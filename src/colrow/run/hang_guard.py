@@ -47,6 +47,7 @@ class LauncherGuard:
             signalled: when the run was asked to end, in `time.monotonic()`.
         """
         now = time.monotonic()
+        # called ten times a second; reports come once an interval
         if self.hang is not None or now - self._watch.now < self._interval / 2:
             return
         self._watch.take((report for _, report in _reports(launched)), now)

@@ -53,6 +53,7 @@ def write_for_silent(folder: Path, silent: Iterable[RankReport], writer: str) ->
     for report in silent:
         entries = [entry for entry in known if was_issued(entry, report)]
         _write(folder, report, entries, writer)
+        # the version of torch's own records: torchfrtrace refuses ranks of different ones
         record = {"version": "2.10", "pg_config": {}, "pg_status": {}, "entries": [_as_torchs(e) for e in entries]}
         (folder / _FLIGHT_RECORDER / f"rank_{report.rank}").write_bytes(pickle.dumps(record))
         if entries:

@@ -149,6 +149,7 @@ class Loop:
         self._nonfinite = NonfiniteSteps(config, self._checkpoints, at.skipped, metrics is not None, self._progress.say)
         self._nonfinite.go_on_after(start)
         self._step_end = DeviceTimestamp(self._device)
+        # the second step, or the first after compilation and capture: there what a user waits for is over
         self._known_at = start + max(2, steps_until_known(self._training))
         saved, val_loss, stop = start, None, False
         self._progress.start(start)
@@ -243,7 +244,7 @@ class Loop:
             seconds = pending.end.seconds_since(pending.start)
             record = self._record(pending, loss, norm, seconds)
             for name, value in zip(self._training.source.auxiliary, auxiliary, strict=True):
-                record[f"auxiliary_{name}" if name in record else name] = value
+                record[f"auxiliary_{name}" if name in record else name] = value  # a model may call its own one `loss`
             record = self._nonfinite.examine(record, pending.sequences - self._config.train.global_batch)
             stop = stop or stops > 0
             if self._device.type == "cuda":

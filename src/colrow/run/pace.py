@@ -53,6 +53,7 @@ class Pace:
             return
         self._seconds.append(seconds)
         if waited is not None:
+            # the event was reached before the host asked: the GPU had nothing left to do
             self._without_wait.append(waited < 0.02 * seconds)
         if self._count == max(STEPS, self._skip + 1):
             self._compare(allocated_gib)

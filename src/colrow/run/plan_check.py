@@ -61,6 +61,7 @@ def check_plan(
         plan,
         config.mesh,
         *ids.shape,
+        # of the run's sizes, with a seed: a kept check has to be that of the next start
         inputs=(ids.random_(source.vocab_size, generator=torch.Generator().manual_seed(config.run.seed)),),
         name=source.name,
         stop_on_errors=config.check,

@@ -84,7 +84,7 @@ def _checked(config: RunConfig, local_ranks: int | None, plan: Plan | None) -> C
     decay_by_name(source.model, config.train)  # raises where a pattern of no_decay matches nothing
     judgement = None
     if plan is None:
-        require_causal(source)
+        require_causal(source)  # a launcher that gives a plan has looked at these two
         plan, judgement = _judged_plan(config, source.model, keep=True)
         _check_stages(config, source)
     check_with_plan(config, source, plan)
@@ -144,6 +144,7 @@ def _judged_plan(config: RunConfig, model: nn.Module, *, keep: bool = False) -> 
             kept_plan(config, model).keep(plan.to_yaml())
     else:
         plan = named_plan(config.plan, model, config.mesh.tp, config.loss, config.derive)
+    # a judgement is of the plan without fp8, which computes something else
     return with_fp8(config, plan), None if config.train.fp8 else judgement
 
 

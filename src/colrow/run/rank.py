@@ -72,6 +72,7 @@ def run_rank(
         gpus = gpus_here(config) if first else None
         forecast = kept_forecast(config, checked.source.model, checked.plan, gpus)
         startup.mark("model and plan")
+        # before the data: under torchrun the ranks watch each other through it while they prepare these
         store = join_store(info)
         if guard is not None and plan is None:  # a launcher of colrow's, which has chosen the plan, watches itself
             guard.join(store)

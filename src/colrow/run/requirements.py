@@ -141,6 +141,7 @@ def with_tried_advice(error: ConfigError, config: RunConfig, local_ranks: int | 
         return error
     try:
         source = build_source(config.model, config.run.seed)
+        # pipelines alone are refused for them, and to know them takes a forward of a reduced model
         source = replace(source, auxiliary=auxiliary_weights(source, None) if config.mesh.pp > 1 else {})
     except Exception:  # an error of its own, at the next start
         return error

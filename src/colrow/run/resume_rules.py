@@ -173,6 +173,7 @@ def values(config: RunConfig) -> dict[str, Any]:
 
     def walk(tree: dict[str, Any], prefix: str) -> None:
         for key, value in tree.items():
+            # a mapping that has a rule is one value: train.auxiliary_losses
             if isinstance(value, dict) and prefix + key not in RULES:
                 walk(value, f"{prefix}{key}.")
             else:

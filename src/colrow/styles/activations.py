@@ -159,7 +159,7 @@ def _torch_inputs(style: Any) -> dict[str, Any]:
     return {
         "input": style.input_layouts,
         "desired": style.desired_input_layouts,
-        "input_kwargs": style.input_kwarg_layouts or None,
+        "input_kwargs": style.input_kwarg_layouts or None,  # torch keeps {} where None was given
         "desired_kwargs": style.desired_input_kwarg_layouts or None,
     }
 

@@ -153,6 +153,7 @@ class Style(ABC):
         values += [item for value in values if isinstance(value, dict) for item in value.values()]
         values += [item for value in values if isinstance(value, tuple) for item in value]
         shards = any(isinstance(value, Shard) and value.dim == 1 for value in values)
+        # style sequence has its dim as a number, all others in placements
         return "sequence" if shards or getattr(self, "sequence_dim", 0) == 1 else ""
 
     def applies(self, tp: int, *, data_axes: bool) -> bool:

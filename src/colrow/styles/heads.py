@@ -59,6 +59,7 @@ def check_heads(site: Site) -> None:
     out = getattr(site.module, "out_features", None)
     if leaf == "q_proj" and out == heads.query * heads.dim:
         site.divide(heads.query, "CR202", f"n_heads={heads.query}")
+    # a projection of another size is not of these heads (a latent one, say): only its features have to divide
     if leaf != "q_proj" and out == heads.kv * heads.dim and heads.kv % site.tp:
         legal = [d for d in range(1, heads.kv + 1) if heads.kv % d == 0]
         raise PlanError(

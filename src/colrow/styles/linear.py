@@ -57,6 +57,7 @@ class Colwise(_TorchLinear):
 
     @property
     def output_stays_sharded(self) -> bool:
+        # None: torch's default, which is Shard(-1)
         return self.output is None or (isinstance(self.output, Shard) and self.output.dim == -1)
 
     def check(self, site: Site) -> None:

@@ -138,6 +138,7 @@ class _BlockInputs:
     ) -> None:
         self.mesh, self.layouts, self.slices = mesh, layouts, slices
         keys = [*layouts, *slices]
+        # each beginning of a path: of `rotary.0.cos` these are `rotary` and `rotary.0`
         self._nested = {key[:i] for key in keys for i, letter in enumerate(key) if letter == "."}
 
     def pre_hook(self, _: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -72,7 +72,7 @@ class GradSum(Style):
     negative_control = NegativeControl("replicate", "style grad_sum left out")
 
     def build(self, site: Site) -> ParallelStyle:
-        return _ReplicatedStyle(ShardSpec())
+        return _ReplicatedStyle(ShardSpec())  # summed, as a spec without a dim is
 
     def parameters(self, site: Site) -> dict[str, ParameterLayout]:
         return replicated(site.module, "used on this rank's shard; gradients summed over tp")

@@ -144,6 +144,7 @@ class SiblingOutputs:
         self.dtype, self.device, self.ndim = x.dtype, x.device, len(shape)
 
     def to(self, *args: Any, **kwargs: Any) -> SiblingOutputs:
+        # torch reads the arguments, which come in many forms
         converted = torch.empty(0, dtype=self.dtype, device=self.device).to(*args, **kwargs)
         if (converted.dtype, converted.device) != (self.dtype, self.device):
             raise self._error(f"converts it to {converted.dtype} on {converted.device}")
@@ -158,6 +159,7 @@ class SiblingOutputs:
     def _error(self, use: str) -> InputNotGatheredError:
         message = f"fast_gather has replaced the input by the projections' outputs, and the module's code {use}"
         fix = "do so before the module, or use prepare_input and colwise in place of fast_gather and fast_colwise"
+        # by __dict__: copy asks an object for attributes before it has any, and self.gather would come back here
         return InputNotGatheredError("CR211", getattr(self.__dict__.get("gather"), "fqn", ""), message, fix)
 
     def size(self, dim: int | None = None) -> Any:
@@ -201,6 +203,7 @@ class FastColumns(ColumnSegments):
 
     def check(self, site: Site) -> None:
         require_linear(site, self.name)
+        # Colwise says more of a size that does not divide, but knows no Conv1D and no segments
         if self.segments is None and isinstance(site.module, nn.Linear):
             Colwise().check(site)
         super().check(site)

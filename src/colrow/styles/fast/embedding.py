@@ -73,6 +73,7 @@ class _FastEmbeddingStyle(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, nn.Embedding)
         mesh, sizes = device_mesh, chunk_sizes(module.num_embeddings, device_mesh.size())
+        # a tensor and no number: the dry run has to know that it differs from rank to rank
         first = rank_table(mesh, [[rank * sizes[0]] for rank in range(mesh.size())])
         lookup: Any = type(module).forward
         state = EmbeddingState(lookup, mesh, group_name(mesh), first, module.padding_idx, self.all_tokens)

@@ -44,6 +44,7 @@ class FastRowwise(FastLinear, ShardedParameters):
 
     def check(self, site: Site) -> None:
         require_linear(site, self.name)
+        # Rowwise says more of a size that does not divide, but knows no Conv1D and no segments
         if self.segments is None and isinstance(site.module, nn.Linear):
             Rowwise().check(site)
         super().check(site)

@@ -62,6 +62,7 @@ class _GatherOutputHook(ParallelStyle):
             names = [name for name, _ in module.named_parameters(recurse=False)]
             shard_parameters(module, device_mesh, dict.fromkeys(names, ShardSpec()), self.src_data_rank)
         module.__dict__[COLUMNS] = tuple(self.around.get_submodule(column) for column in self.style.columns)
+        # no argument: it gathers what the module returns
         gather = SiblingGather(self.fqn, self.style.columns, None, self.style.linear_state(device_mesh))
         multiplies(module, module.__dict__[COLUMNS], gather.state)
 
