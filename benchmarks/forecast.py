@@ -196,8 +196,8 @@ def time_table(measured: list[Measured], device: Device) -> str:
 def write_table(path: Path, rates: Rates, errors: list[float], base: Device, *, calibrated: bool) -> None:
     ranked = sorted(errors)
     begun = base.source.partition(";")[0]
-    fitted = "fitted on every second row of benchmarks/results"
-    source = f"{begun}; what that leaves out {fitted}" if calibrated else f"{fitted}; what no row shows is {begun}"
+    fitted = "fitted to every second row of benchmarks/results"
+    source = f"{begun}; the rest is {fitted}" if calibrated else f"{fitted}; the rest is {begun}"
     table = {
         "source": source,
         "band": round(max(LEAST_BAND, ranked[int(0.9 * len(ranked))]), 3),

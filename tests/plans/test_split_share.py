@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from colrow.cli import main
-from colrow.cli.text import show_share
+from colrow.cli.text import Terminal, show_share
 from colrow.plans.plan import Plan
 from colrow.plans.split_share import SplitShare
 
@@ -89,7 +88,7 @@ def test_little_is_a_warning_with_one_line_for_all_layers() -> None:
 def test_nothing_never_passes_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
     share = SplitShare.of(Layered(), Plan(modules={}), 2)
     assert share.summary() == "0% of the parameters are split over tp=2: nothing is saved"
-    show_share(share, Console(highlight=False, width=80))
+    show_share(share, Terminal(highlight=False, width=80))
     assert capsys.readouterr().out.startswith("warning: 0% of the parameters")
     assert not SplitShare.of(Layered(), Plan(modules={}), 1).is_small
 

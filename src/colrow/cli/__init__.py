@@ -14,13 +14,13 @@ VERBS = {
     "train": "start or continue a run",
     "plan": "show a plan: each parameter, each collective of a layer",
     "check": "find what is wrong with a plan, without a GPU",
-    "forecast": "what each mesh will cost in memory and time, without a GPU",
-    "verify": "prove on a CPU that the sharded model computes the same numbers",
+    "forecast": "say what each mesh will cost in memory and time, without a GPU",
+    "verify": "prove on a CPU that the sharded model has the loss and gradients of one process",
     "checkpoints": "list a run's checkpoints and their state",
     "export": "write a run's weights as a Hugging Face folder",
     "generate": "sample text from a run or an export",
-    "bench": "measure plans beside each other",
-    "calibrate": "measure a host for its forecasts",
+    "bench": "measure step time and memory of several plans in turn",
+    "calibrate": "measure the GPUs of a host, for forecasts",
 }
 
 

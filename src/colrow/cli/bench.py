@@ -29,21 +29,25 @@ JOB, RESULT = "--job", "result.json"
 
 @dataclass(frozen=True)
 class Flags:
-    """Measure arms beside each other: tokens/s per GPU, MFU, memory, time in exposed collectives."""
+    """Measure ways to train one model (arms) in turn: tokens/s per GPU, MFU, memory, time in exposed collectives."""
 
-    config: tyro.conf.Positional[Path | None] = None
+    config: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[CONFIG.yaml]")] = None
     """A run's config, whose data is not read. The flags below override it, or replace it."""
     arms: tuple[str, ...] = ("article", "plain", "linear", "fast")
-    """article, plain, linear, fast, overlap, graph, overlap-graph, fp8, config; each may be followed by changes:
-    fast:train.compile=false. Peers: torchtitan:DIR, a checkout of it; transformers, its own tp"""
+    """article, plain, linear, fast, overlap, graph, overlap-graph, fp8, or config (as it stands); each may be followed
+    by changes of config keys, fast:train.compile=false. Other packages: torchtitan:DIR, a checkout; transformers."""
     shape: str | None = None
     """A named shape."""
     layers: int | None = None
     """Number of layers instead of the shape's."""
     tp: int | None = None
+    """Tensor-parallel degree."""
     dp_shard: int | None = None
+    """Ranks that share parameters and batch (FSDP2)."""
     dp_replicate: int | None = None
+    """Replicas that share the batch."""
     seq_len: int | None = None
+    """Tokens in a sequence."""
     micro_batch: int | None = None
     """Sequences that a data-parallel rank runs at a time."""
     accumulate: int | None = None
@@ -53,6 +57,7 @@ class Flags:
     steps: int = 10
     """Timed steps; the first two of them are left out of the median."""
     warmup: int = 5
+    """Steps before those that are timed."""
     rounds: int = 1
     """How often the arms take turns; each round starts new processes."""
     one_rank: bool = False
@@ -63,7 +68,7 @@ class Flags:
     trace: Path | None = None
     """Keep each arm's profiler trace in this folder."""
     beside: tuple[Path, ...] = ()
-    """Earlier results, to print below; says where they are of another card."""
+    """Earlier results, to print below, with a warning where they were measured on another GPU or torch."""
     trust_code: bool = False
     """Run the Python code that the config of a run made by somebody else names for its model."""
 

@@ -21,7 +21,7 @@ class Flags(PlanFlags):
     seq_len: int | None = None
     """Tokens in a sequence; by default the model's context, at most 4096."""
     strict: bool = False
-    """Exit 1 also for what nothing proves to be right (CR414)."""
+    """Exit 1 also where the check cannot prove that an operator's numbers are right (CR414)."""
 
 
 def main(argv: list[str]) -> int:

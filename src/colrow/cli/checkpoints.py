@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich.table import Table
@@ -21,7 +22,7 @@ _STYLES = {"complete": "green", "unfinished": "yellow", "damaged": "red"}
 class Flags:
     """List a run's checkpoints and their state."""
 
-    run: tyro.conf.Positional[Path]
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """A run's folder, or its folder of checkpoints."""
     checksums: bool = False
     """Read every file and compare it with its checksum."""

@@ -19,7 +19,7 @@ class Flags:
     A model that does not fit one process is written by several: torchrun --nproc-per-node 4 -m colrow export ...
     """
 
-    run: tyro.conf.Positional[Path]
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """A run's folder."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """The folder to write; a previous export is replaced."""

@@ -31,7 +31,7 @@ _BOOLEANS = ("true", "false", "yes", "no", "on", "off")
 class PlanFlags:
     """What plan, check and verify share: a model, a degree and a plan."""
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A named shape (llama3-8b), a Hugging Face folder or config.json, or package.module:callable."""
     tp: int
     """Tensor-parallel degree."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.table import Table as Grid
@@ -13,6 +13,7 @@ from colrow.cli.flags import parse
 from colrow.cli.text import Terminal, parts_text, print_json, require_writable
 from colrow.config import RunConfig
 from colrow.errors import ConfigError
+from colrow.mesh import AXES
 
 if TYPE_CHECKING:  # a wrong flag need not wait for torch
     from colrow.forecasting.choices import Choices, Table
@@ -20,6 +21,8 @@ if TYPE_CHECKING:  # a wrong flag need not wait for torch
 
 _DISK = 1.7e9
 """bytes/s that the ranks of a host wrote together (docs/guide/performance.md)."""
+_SHORT = {"dp_replicate": "repl", "dp_shard": "shard"}
+"""Titles of columns, where an axis' name is wide."""
 _SHOWN = 12
 _MOST_GPUS = 100_000
 """Each way to write it as a product is a row."""
@@ -29,10 +32,10 @@ _MOST_GPUS = 100_000
 class Flags:
     """Forecast memory, step time and tokens/s of every mesh that a config's plan and sizes allow."""
 
-    config: tyro.conf.Positional[Path]
-    """A run's config, whose corpus is not read and whose mesh is not used."""
+    config: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CONFIG.yaml")]
+    """A run's config. Its corpus is not read; of its mesh only the number of GPUs counts."""
     gpus: int | None = None
-    """GPUs of all hosts together; as many as the config's mesh has unless given."""
+    """GPUs of all hosts together; the config's number unless given."""
     gpu: str = "h100-sxm"
     """h100-sxm, h100-pcie, h200, h800, b200, a100-80gb, a100-40gb, l40s."""
     hosts: int = 1
@@ -148,7 +151,7 @@ def _grid(rows: list[Row]) -> Grid:
 def _empty_grid(*titles: str) -> Grid:
     """A column for each axis of the mesh, in the order of `Mesh.degrees`, and these; 80 columns wide."""
     grid = Grid(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    for title in ("pp", "repl", "shard", "tp", *titles):
+    for title in (*(_SHORT.get(axis, axis) for axis in AXES), *titles):
         grid.add_column(title, justify="left" if title in ("plan", "recompute") else "right", no_wrap=title != "plan")
     return grid
 

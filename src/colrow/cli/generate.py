@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -24,7 +24,7 @@ class Flags:
     A model that does not fit one GPU is split over several: torchrun --nproc-per-node 4 -m colrow generate ...
     """
 
-    source: tyro.conf.Positional[Path]
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_OR_EXPORT")]
     """A run's folder, or a Hugging Face folder."""
     prompt: str
     """The text to continue; empty for a text from its beginning."""

@@ -88,10 +88,11 @@ def _show_forecast(row: Row | str, console: Terminal) -> None:
         return
     device, memory, time = row.device, row.memory, row.time
     lines = (
-        f"a step of one micro-batch on {row.mesh} of {device.name}, compiled bf16 (rates: {device.source}):",
+        f"a step of one micro-batch on {row.mesh} of {device.name}, compiled bf16:",
         f"memory {memory.device / GIB:.1f} GiB of {device.memory / GIB:.0f}: {parts_text(memory.gib_by_part, 'GiB')}",
         f"time {time.seconds * 1e3:.1f} ± {time.band * 1e3:.1f} ms: {parts_text(row.parts_ms, 'ms')}",
         f"{row.tokens_per_second_per_gpu:,.0f} tokens/s per GPU, limited by {row.bottleneck}",
+        f"rates: {device.source}",
     )
     console.print()
     for line in lines:

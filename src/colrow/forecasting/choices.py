@@ -277,7 +277,8 @@ def largest_that_fits(row: Callable[[int], Row], start: int, unit: int, limit: i
 
 
 def loss_to(best: Row, row: Row) -> str:
-    """How much slower than the best a row is, and in which part of the step most: `5% by tp: 38 ms`, for a token."""
+    """How much slower for a token than the best a row is, and the part of its step that takes most of the difference,
+    with its milliseconds: `5%, mostly to tp (38 ms)`."""
     share = _rate(best) / _rate(row) - 1
     names = {*best.time.parts, *row.time.parts}
 
@@ -285,7 +286,7 @@ def loss_to(best: Row, row: Row) -> str:
         return of.time.parts.get(name, 0.0) / of.time.seconds / _rate(of)
 
     worst = max(names, key=lambda name: per_token(row, name) - per_token(best, name))
-    return f"{share:.0%} by {worst}: {row.time.parts.get(worst, 0.0) * 1e3:.0f} ms"
+    return f"{share:.0%}, mostly to {worst} ({row.time.parts.get(worst, 0.0) * 1e3:.0f} ms)"
 
 
 def _rate(row: Row) -> float:
