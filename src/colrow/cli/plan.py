@@ -110,7 +110,9 @@ def show(shown: PlanReport, share: SplitShare, console: Terminal) -> None:
     console.print(f"parameters: {in_units(total)} in total, {in_units(local)} on each rank")
     show_share(share, console)
     if shown.path:
-        console.print(f"\none block, {shown.block} (× {shown.blocks}); ▼ forward, ▲ backward; global: shape of a DTensor")
+        console.print(
+            f"\none block, {shown.block} (× {shown.blocks}); ▼ forward, ▲ backward; global: shape of a DTensor"
+        )
         for line in _drawing(shown):
             console.print(line, soft_wrap=True)
     console.print()

@@ -60,17 +60,6 @@ class Identity(Enum):
     """No gradient flows back."""
 
 
-class Propagation(Enum):
-    """Where DTensor's sharding propagation, which knows hundreds of operators, is wrong for local tensors."""
-
-    MISSING = auto()
-    """It has no rule."""
-    STRICT = auto()
-    """It moves data though the operator on shards, or on partial sums, gives a shard or a partial sum of the result."""
-    LENIENT = auto()
-    """It answers for a handler that does more than the operator: masks or offsets indices, or seeds ranks apart."""
-
-
 class Runs(Enum):
     """Along which dims an operator runs. Every index of the other dims it treats alone, so that a shard of one of them
     gives a shard of the result."""
@@ -104,7 +93,6 @@ class Operator:
         counts: its integer arguments go into values (a scale, a count that is divided by), not into shapes.
         runs: along which dims it runs; None: not known, or not by such a rule.
         statistics: positions of the operands that it writes running statistics of the batch into, in training.
-        dtensor: where DTensor's propagation is wrong for it; None: its answer can be taken, in the table or not.
         collective: what it does between ranks (all_gather, reduce_scatter, ...); empty: nothing.
     """
 
@@ -122,7 +110,6 @@ class Operator:
     counts: bool = False
     runs: Runs | None = None
     statistics: tuple[int, ...] = ()
-    dtensor: Propagation | None = None
     collective: str = ""
 
 
@@ -141,7 +128,6 @@ def _known(names: str, rule: str = "", **facts: Any) -> None:
 # ---------------------------------------------------------------------- element by element
 
 FIRST, TERMS = Linear.FIRST, Linear.TERMS
-MISSING, STRICT, LENIENT = Propagation
 DIMS, WINDOWS, MATRICES, NONE = Runs
 
 _known(
@@ -152,18 +138,17 @@ _known(
     ge le lt gt eq ne not_equal floor ceil round trunc isnan isinf isfinite _conj real""",
     "elementwise",
 )
-_known("where masked_fill", "elementwise", dtensor=STRICT)  # of partial sums, where the rest is zero
-_known("copy", "elementwise", dtensor=MISSING)
+_known("where masked_fill copy", "elementwise")
 _known("add sub subtract", "elementwise", linear=TERMS, addends=(0, 1), counts=True)
 _known("rsub pow floor_divide remainder fmod clamp", "elementwise", counts=True)
 _known("mul multiply", "elementwise", linear=Linear.EACH, counts=True)
 _known("div divide true_divide", "elementwise", linear=Linear.NUMERATOR, counts=True)
 _known("neg negative", "elementwise", linear=FIRST)
-_known("dropout", "elementwise", linear=FIRST, random=True, dtensor=LENIENT)
-_known("native_dropout _fused_dropout", random=True, dtensor=LENIENT)
+_known("dropout", "elementwise", linear=FIRST, random=True)
+_known("native_dropout _fused_dropout", random=True)
 _known("contiguous alias", "elementwise", linear=FIRST, moves=True, identity=Identity.MEMORY)
-_known("clone", "elementwise", linear=FIRST, moves=True, identity=Identity.MEMORY, dtensor=STRICT)
-_known("lift_fresh_copy", "elementwise", linear=FIRST, moves=True, identity=Identity.MEMORY, dtensor=MISSING)
+_known("clone", "elementwise", linear=FIRST, moves=True, identity=Identity.MEMORY)
+_known("lift_fresh_copy", "elementwise", linear=FIRST, moves=True, identity=Identity.MEMORY)
 # in no traced graph, so without a rule
 _known("lift_fresh", linear=FIRST, moves=True, identity=Identity.MEMORY)
 _known("_reshape_alias", linear=FIRST, moves=True)
@@ -178,28 +163,24 @@ _known("zeros new_zeros", "constant", fills=Filling.ZERO)
 _known("full scalar_tensor ones new_ones new_full", "constant", fills=Filling.CONSTANT, counts=True)
 _known("empty new_empty empty_strided new_empty_strided", "constant", fills=Filling.UNSET)
 _known("arange linspace eye tril_indices triu_indices", "constant", fills=Filling.POSITION)
-_known("rand randn", "constant", fills=Filling.RANDOM, random=True, dtensor=LENIENT)
+_known("rand randn", "constant", fills=Filling.RANDOM, random=True)
 _known("zeros_like", "like", fills=Filling.ZERO)
 _known("ones_like full_like", "like", fills=Filling.CONSTANT, counts=True)
 _known("empty_like", "like", fills=Filling.UNSET)
-_known("rand_like randn_like", "like", fills=Filling.RANDOM, random=True, dtensor=LENIENT)
+_known("rand_like randn_like", "like", fills=Filling.RANDOM, random=True)
 _known("fill", "elementwise", fills=Filling.CONSTANT, counts=True)
 _known("zero", fills=Filling.ZERO)
-_known("bernoulli", "like", random=True, dtensor=LENIENT)  # its input holds the probabilities
+_known("bernoulli", "like", random=True)  # its input holds the probabilities
 
 # ---------------------------------------------------------------------- along a dim
 
 _known("sum", "sum", linear=FIRST, runs=DIMS)
 _known("mean", "mean", linear=FIRST, runs=DIMS)
 _known("amax amin any all prod logsumexp argmax argmin", "reduce", runs=DIMS)
-_known(
-    "softmax _softmax log_softmax _log_softmax _safe_softmax cumprod logcumsumexp",
-    "along",
-    runs=DIMS,
-)
+_known("softmax _softmax log_softmax _log_softmax _safe_softmax cumprod logcumsumexp", "along", runs=DIMS)
 _known("cumsum", "along", linear=FIRST, runs=DIMS)
 _known("flip roll", "reorder", linear=FIRST, moves=True, runs=DIMS)
-_known("tril triu", "triangle", linear=FIRST, dtensor=STRICT, runs=MATRICES)
+_known("tril triu", "triangle", linear=FIRST, runs=MATRICES)
 _known("fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2", "fft", linear=FIRST)
 _known("layer_norm rms_norm", "norm")
 _known("constant_pad_nd pad", "pad")
@@ -257,15 +238,8 @@ _known(
 
 # ---------------------------------------------------------------------- channels
 
-_known(
-    "_native_batch_norm_legit_no_training batch_norm",
-    "batch_norm",
-)
-_known(
-    "native_batch_norm _native_batch_norm_legit _batch_norm_with_update cudnn_batch_norm",
-    statistics=(3, 4),
-    dtensor=MISSING,
-)
+_known("_native_batch_norm_legit_no_training batch_norm", "batch_norm")
+_known("native_batch_norm _native_batch_norm_legit _batch_norm_with_update cudnn_batch_norm", statistics=(3, 4))
 _known("group_norm", "group_norm", groups=1)
 _known("im2col", "im2col", linear=FIRST)
 _known("_weight_norm", "weight_norm")
@@ -283,7 +257,7 @@ _known("conv_transpose1d conv_transpose2d conv_transpose3d", "conv", contracts=T
 _known("convolution", contracts=True)  # what these are when they run; in no traced graph, so without a rule
 _known("_grouped_mm grouped_mm_fallback", "grouped_mm", contracts=True)
 _known("scaled_dot_product_attention", "attention", contracts=True)
-_known("_scaled_dot_product_flash_attention_for_cpu", contracts=True, dtensor=STRICT)
+_known("_scaled_dot_product_flash_attention_for_cpu", contracts=True)
 
 # ---------------------------------------------------------------------- views
 
@@ -299,30 +273,30 @@ _known("repeat", "repeat", linear=FIRST, moves=True)
 _known("repeat_interleave", "repeat_interleave", linear=FIRST, moves=True)
 _known("view_as_complex", "view_as_complex", linear=FIRST, moves=True)
 _known("view_as_real", "view_as_real", linear=FIRST, moves=True)
-_known("slice", "slice", linear=FIRST, moves=True, takes_part=True, dtensor=STRICT)
+_known("slice", "slice", linear=FIRST, moves=True, takes_part=True)
 _known("select", "select", linear=FIRST, moves=True, takes_part=True)
 _known("narrow", "narrow", linear=FIRST, moves=True, takes_part=True)
-_known("split split_with_sizes chunk", "split", linear=FIRST, moves=True, dtensor=STRICT)
+_known("split split_with_sizes chunk", "split", linear=FIRST, moves=True)
 _known("tensor_split", linear=FIRST, moves=True)
 _known("unbind", "unbind", linear=FIRST, moves=True)
 _known("getitem", "getitem", linear=FIRST, moves=True)
-_known("cat concat concatenate", "cat", linear=TERMS, moves=True, dtensor=STRICT)
+_known("cat concat concatenate", "cat", linear=TERMS, moves=True)
 _known("stack", "stack", linear=TERMS, moves=True)
 _known("slice_scatter", "slice_scatter", linear=TERMS, moves=True)
 _known("select_scatter", "select_scatter", linear=TERMS, moves=True)
 
 # ---------------------------------------------------------------------- lookups and writes by index
 
-_known("embedding", "embedding", dtensor=LENIENT)
+_known("embedding", "embedding")
 _known("embedding_bag", "embedding_bag")
 _known("index", "index", linear=FIRST, takes_part=True)
 _known("index_select", "index_select", linear=FIRST, takes_part=True, runs=DIMS)
 _known("gather", "gather", linear=FIRST, runs=DIMS)
-_known("index_put _unsafe_index_put", "index_put", linear=Linear.WRITTEN, dtensor=STRICT)
-_known("index_add", "index_add", linear=TERMS, dtensor=STRICT, runs=DIMS)
+_known("index_put _unsafe_index_put", "index_put", linear=Linear.WRITTEN)
+_known("index_add", "index_add", linear=TERMS, runs=DIMS)
 _known("index_copy", "index_add", runs=DIMS)
-_known("scatter", "scatter", linear=Linear.WRITTEN, dtensor=STRICT, runs=DIMS)
-_known("scatter_add", "scatter", linear=TERMS, dtensor=STRICT, runs=DIMS)
+_known("scatter", "scatter", linear=Linear.WRITTEN, runs=DIMS)
+_known("scatter_add", "scatter", linear=TERMS, runs=DIMS)
 _known("scatter_reduce", "scatter", runs=DIMS)
 
 # ---------------------------------------------------------------------- between ranks
