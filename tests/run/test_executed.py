@@ -11,7 +11,8 @@ import torch
 from colrow.ops.execution_record import clear, record, recorded
 from colrow.plans.plan import Plan
 from colrow.run import executed
-from colrow.run.executed import executed_line, executed_paths, steps_until_known
+from colrow.run.executed import executed_paths, steps_until_known
+from colrow.run.progress import labelled
 from colrow.train.cuda_graph import EAGER_STEPS
 from helpers.parity import SHALLOW_MODELS
 
@@ -61,7 +62,7 @@ def test_what_operators_noted_is_reported_once(training: Any, monkeypatch: pytes
     assert reported == (
         "fused qkv, gate/up, overlapped scatter, linear cross entropy in Triton, SwiGLU in Triton, compiled blocks"
     )
-    lines = executed_line(reported).splitlines()
+    lines = labelled("ran", reported).splitlines()
     assert all(len(line) <= 80 for line in lines)
     assert lines[0].startswith("ran        fused")
 

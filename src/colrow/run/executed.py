@@ -8,7 +8,6 @@ from torch.distributed.tensor import Replicate
 from colrow.mesh import MeshAxes
 from colrow.ops.execution_record import recorded
 from colrow.plans.plan import Plan
-from colrow.run.progress import labelled
 from colrow.torch_compat import compiled_graph_count
 from colrow.train.attention import attention_kernel
 from colrow.train.setup import Training
@@ -56,11 +55,6 @@ def executed_paths(training: Training, seq_len: int) -> str:
     if training.graphs and all(graph.captured for graph in training.graphs):
         parts.append("CUDA graphs")
     return ", ".join(parts)
-
-
-def executed_line(paths: str) -> str:
-    """The line, or two, within 80 columns."""
-    return labelled("ran", paths)
 
 
 def _fused(training: Training, counts: list[str]) -> list[str]:

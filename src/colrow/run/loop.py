@@ -21,7 +21,7 @@ from colrow.mesh import MeshAxes
 from colrow.models.shapes import mfu
 from colrow.run import startup
 from colrow.run.batch_check import check_same_batch
-from colrow.run.executed import executed_line, executed_paths, steps_until_known
+from colrow.run.executed import executed_paths, steps_until_known
 from colrow.run.forecast_line import Forecast
 from colrow.run.hang import TRAINING
 from colrow.run.heartbeat import Heartbeat, compilations
@@ -169,7 +169,7 @@ class Loop:
             # Not read yet: on a GPU the device still runs the step, and the host goes on to queue the next one.
             self._pending.append(_Pending(done, sequences, stats, start_of_step, self._step_end))
             if done == start + steps_until_known(self._training):
-                self._progress.say(executed_line(executed_paths(self._training, config.data.seq_len)))
+                self._progress.say(labelled("ran", executed_paths(self._training, config.data.seq_len)))
             evaluates = self._evaluates(done)
             saves = self._saves(done)
             lag = 0 if evaluates or saves else self._lag  # both need this step's record
