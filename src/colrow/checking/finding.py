@@ -24,7 +24,7 @@ CODES: dict[str, Code] = {
     "CR101": Code("key-matches-nothing", "error", "the modules that were meant stay unsharded"),
     "CR102": Code("module-matched-twice", "error", "two styles would be applied to one module"),
     "CR103": Code("shared-module", "error", "one module has two names, and the plan gives them different styles"),
-    "CR104": Code("already-parallel", "error", "a module is parallelised once"),
+    "CR104": Code("already-parallel", "error", "its parameters would be split a second time"),
     "CR105": Code("nothing-split", "warning", "every rank holds and computes everything"),
     "CR106": Code("model-changed", "warning", "the plan may miss what is new, or split what should not be split"),
     # sizes: can each tensor be split?
