@@ -106,7 +106,7 @@ def test_a_small_disk_is_refused_before_anything_is_prepared(
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "cache").exists()
     monkeypatch.setattr(shutil, "disk_usage", disk_of(space.needed))
-    (line,) = output_lines(config, source)
+    (line,) = output_lines(config, source, [])
     assert " ".join(line.split()) == f"disk {space}: {format_bytes(space.needed)} of {format_bytes(space.needed)} free"
 
 
@@ -291,9 +291,9 @@ def test_the_export_of_a_model_without_memory_is_compared_before_the_run(
     source = build_source(section, seed=0)
     assert all(param.is_meta for param in source.model.parameters())
     assert will_export(config, source)
-    (line,) = output_lines(config, source)
+    (line,) = output_lines(config, source, [])
     assert "an export of" in " ".join(line.split())
     del source.model.model.layers[-1]
     assert not will_export(config, source)
-    warning, _ = output_lines(config, source)
+    warning, _ = output_lines(config, source, [])
     assert "there will be no export" in " ".join(warning.split())

@@ -303,7 +303,7 @@ def test_damaged_checkpoints_are_named_and_not_trained_over(config: Callable[...
     checked = preflight.check(run)
     assert checked.newest is not None
     assert checked.newest.step == 100
-    (line, *_) = output_lines(run, checked.source)
+    (line, *_) = output_lines(run, checked.source, checked.stored)
     assert "step-101 is damaged (" in " ".join(line.split())
     assert "the run continues from step 100" in " ".join(line.split())
     shutil.rmtree(folder / "step-100")

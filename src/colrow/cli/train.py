@@ -106,7 +106,7 @@ def _start(argv: list[str]) -> int:
         print(f"changed    {line}")
     for line in plan_check.check_plan(config, checked.source, checked.plan, checked.judgement):
         print(line)
-    for line in output_lines(config, checked.source):
+    for line in output_lines(config, checked.source, checked.stored):
         print(line)
     startup.mark("check")
     forecast, lines = forecast_run(config, checked.source.model, checked.plan, gpus_here(config))

@@ -4,7 +4,6 @@ the first step, for after the last one it would be late."""
 from __future__ import annotations
 
 from colrow.checkpoint.carried import Carried
-from colrow.checkpoint.distributed import Checkpoints
 from colrow.checkpoint.export import require_exportable
 from colrow.checkpoint.folder import CheckpointInfo, newest_complete
 from colrow.checkpoint.space import RunSpace, checkpoint_bytes, export_bytes
@@ -13,18 +12,19 @@ from colrow.errors import ConfigError, ExportError
 from colrow.models.build import Source
 from colrow.models.llama import Llama
 from colrow.run.progress import labelled
-from colrow.run.run_folder import CHECKPOINTS
 
 
-def output_lines(config: RunConfig, source: Source) -> list[str]:
+def output_lines(config: RunConfig, source: Source, stored: list[CheckpointInfo]) -> list[str]:
     """What to print of the run's outputs: why there will be no export, and the space that is needed and free.
+
+    Args:
+        stored: the checkpoints in the run's folder.
 
     Raises:
         CheckpointError: the disk is too small.
     """
     warning = export_warning(config, source)
     exports = _requested(config, source) and not warning
-    stored = Checkpoints(config.run.dir / CHECKPOINTS).list()
     needed = space_of(config, source, exports, stored).require_free(config.run.dir)
     return [*_damaged(stored), *warning, labelled("disk", needed)]
 
@@ -61,11 +61,8 @@ def export_warning(config: RunConfig, source: Source) -> list[str]:
 
 
 def space_of(config: RunConfig, source: Source, exports: bool, stored: list[CheckpointInfo]) -> RunSpace:
-    """What the run will write into its folder: the checkpoints that it keeps and the one being saved, and an export.
-
-    Args:
-        stored: checkpoints that are there.
-    """
+    """What the run will write into its folder beside `stored`: the checkpoints that it keeps and the one being saved,
+    and an export."""
     saves = int(config.checkpoint.last)
     if config.checkpoint.every:
         saves += (config.train.steps - 1) // config.checkpoint.every

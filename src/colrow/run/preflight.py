@@ -44,10 +44,15 @@ class Checked:
     device_type: str
     changes: list[str]
     """What changed since the run's previous start, `key: before -> now`, and what follows from it."""
-    newest: CheckpointInfo | None
-    """The newest complete checkpoint in the run's folder."""
+    stored: list[CheckpointInfo]
+    """The checkpoints in the run's folder, the oldest first."""
     judgement: Judgement | None = None
     """What check and verify found in a plan that was derived here, at the run's batch and sequence length."""
+
+    @property
+    def newest(self) -> CheckpointInfo | None:
+        """The newest complete checkpoint."""
+        return newest_complete(self.stored)
 
     def finished(self, config: RunConfig) -> bool:
         """Whether all steps are done."""
@@ -73,7 +78,8 @@ def check(config: RunConfig, local_ranks: int | None = None, plan: Plan | None =
 
 def _checked(config: RunConfig, local_ranks: int | None, plan: Plan | None) -> Checked:
     device = check_alone(config, local_ranks)
-    newest = _newest_checkpoint(config)
+    stored = Checkpoints(config.run.dir / CHECKPOINTS).list()
+    newest = _newest_checkpoint(config, stored)
     changes = changed_keys(config, newest.step if newest else 0)
     source = build_source(config.model, config.run.seed)
     source = replace(source, auxiliary=auxiliary_weights(source, config.train.auxiliary_losses))
@@ -88,12 +94,11 @@ def _checked(config: RunConfig, local_ranks: int | None, plan: Plan | None) -> C
         plan, judgement = _judged_plan(config, source.model, keep=True)
         _check_stages(config, source)
     check_with_plan(config, source, plan)
-    return Checked(source, plan, device, changes, newest, judgement)
+    return Checked(source, plan, device, changes, stored, judgement)
 
 
-def _newest_checkpoint(config: RunConfig) -> CheckpointInfo | None:
+def _newest_checkpoint(config: RunConfig, stored: list[CheckpointInfo]) -> CheckpointInfo | None:
     """Raises CheckpointError where there are only damaged ones: the run would begin again, and save over them."""
-    stored = Checkpoints(config.run.dir / CHECKPOINTS).list()
     newest = newest_complete(stored)
     if newest is None and (damaged := [info for info in stored if info.state == "damaged"]):
         raise CheckpointError(

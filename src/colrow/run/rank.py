@@ -89,7 +89,7 @@ def run_rank(
 def _lines_without_launcher(config: RunConfig, checked: preflight.Checked) -> list[str]:
     """What colrow's own launcher does and prints before ranks start, in a child of the first rank."""
     lines = plan_check.check_plan_apart(config, checked.plan, checked.judgement)
-    lines += output_lines(config, checked.source)
+    lines += output_lines(config, checked.source, checked.stored)
     return lines + plan_check.forecast_apart(config, checked.plan)
 
 
