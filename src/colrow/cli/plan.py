@@ -137,11 +137,9 @@ def _parameters(rows: list[ParameterRow]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("parameter", "shape", "placement", "on a rank"):
         table.add_column(title, overflow="fold", no_wrap=title != "parameter")
-    groups: dict[tuple[str, str, str, str], int] = Counter()
-    for row in rows:
-        groups[(with_stars(row.name), _shape(row.shape), row.placement, _shape(row.local_shape))] += 1
-    for (name, shape, placement, local), _ in groups.items():
-        table.add_row(name, shape, placement, local)
+    shown = ((with_stars(row.name), _shape(row.shape), row.placement, _shape(row.local_shape)) for row in rows)
+    for cells in dict.fromkeys(shown):  # equal layers are one row
+        table.add_row(*cells)
     return table
 
 
@@ -172,13 +170,13 @@ def _edge(forward: Collective, backward: Sequence[Collective]) -> str:
     # the collective of backward at the same module that undoes this one's change of layout
     back = next((c for c in backward if c.op == dual.get(forward.op)), None)
     change = forward.cause.partition(": ")[2]
-    return f"▼ {_op(forward)} {in_units(forward.bytes)}  {change}" + (
-        f"  ▲ {_op(back)} {in_units(back.bytes)}" if back else ""
+    return f"▼ {_op(forward.op)} {in_units(forward.bytes)}  {change}" + (
+        f"  ▲ {_op(back.op)} {in_units(back.bytes)}" if back else ""
     )
 
 
-def _op(collective: Collective) -> str:
-    return collective.op.replace("_", "-")
+def _op(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def _collectives(title: str, collectives: list[Collective]) -> Table:
@@ -187,7 +185,7 @@ def _collectives(title: str, collectives: list[Collective]) -> Table:
         table.add_column(column, overflow="fold", justify="right" if column in ("number", "bytes") else "left")
     numbers: dict[tuple[str, str, int, str], int] = Counter((c.pass_, c.op, c.bytes, c.cause) for c in collectives)
     for (pass_, op, bytes_, cause), number in numbers.items():
-        table.add_row(pass_, op.replace("_", "-"), str(number), in_units(bytes_), cause)
+        table.add_row(pass_, _op(op), str(number), in_units(bytes_), cause)
     return table
 
 

@@ -204,9 +204,9 @@ class FastEmitter(Emitter):
         if is_transposed(self._module(name)):  # the trace on local shapes runs the module's forward
             self.out.attributes[name] = {"nf": "/tp" if isinstance(spec, int) else self.choice.local_size(dim)}
 
-    def _row(self, name: str, dim: Dim, in_local: bool, block: SplitBlock | None) -> None:
+    def _row(self, name: str, block: SplitBlock | None) -> None:
         if block is not None and block.deferred:
-            super()._row(name, dim, in_local, block)
+            super()._row(name, block)
             return
         spec, module = self._row_spec(name), self._module(name)
         if not is_linear(module):

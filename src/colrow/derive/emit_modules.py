@@ -208,7 +208,7 @@ class ModuleEmitter:
         elif position == outputs:
             self._column(name, dim, in_local)
         else:
-            self._row(name, dim, in_local, block)
+            self._row(name, block)
 
     def _atoms(self, name: str) -> set[Atom]:
         """The chosen classes that stand in the module's parameters."""
@@ -315,7 +315,7 @@ class ModuleEmitter:
             raise SplitError(self._atoms(name), f"{name} takes a part of its input unsharded")
         return spec
 
-    def _row(self, name: str, dim: Dim, in_local: bool, block: SplitBlock | None) -> None:
+    def _row(self, name: str, block: SplitBlock | None) -> None:
         spec = self._row_spec(name)
         inner = self.finder.has_inner_sum(name)
         # A deferred block reduces once, at its output: until there the product stays a partial sum.

@@ -206,7 +206,8 @@ def _rank_time(
 
 def _update_parts(walk: Walk, setting: Setting, stage: StageLayers, rates: Rates) -> dict[str, float]:
     """Seconds of the update, and of what FSDP2 copies and casts."""
-    units = sum(walk.units[name].trained_count for name in (*stage.layers, *_ends(walk, stage)))
+    ends = (name for name, held in ((ROOT, stage.first), (HEAD, stage.last)) if held)
+    units = sum(walk.units[name].trained_count for name in (*stage.layers, *ends))
     shards = setting.mesh.dp_shard
     if setting.mesh.is_flat:
         return {"optimizer": (UPDATE_BYTES + SUMS_OF_FLAT) * units / shards / rates.optimizer}
@@ -218,10 +219,6 @@ def _update_parts(walk: Walk, setting: Setting, stage: StageLayers, rates: Rates
     elif not setting.copies and (setting.mesh.dp > 1 or walk.cell.dtype.itemsize < 4):
         parts["copies"] = COPIES_OF_FSDP * units / rates.outside
     return {"optimizer": update * units / shards / rates.optimizer, **parts}
-
-
-def _ends(walk: Walk, stage: StageLayers) -> list[str]:
-    return [name for name, held in ((ROOT, stage.first), (HEAD, stage.last)) if held]
 
 
 def compute_parts(inside: Work, outside: Work, walk: Walk, program: Program, rates: Rates) -> dict[str, float]:
