@@ -14,7 +14,7 @@ from colrow.derive.failure import TraceError
 from colrow.plans.derive_options import DeriveOptions
 from colrow.plans.split_share import SplitShare
 from colrow.verifying.verify import parity
-from helpers.split_models import Branching
+from helpers.split_models import Bare, Branching
 
 IDS = (torch.randint(0, 32, (3, 4), generator=torch.Generator().manual_seed(0)),)
 
@@ -125,22 +125,6 @@ def test_an_objection_leaves_the_layer_out() -> None:
     model, images = Normed(), (torch.randn(2, 3, 2, 2),)
     found = derive(model, 2, inputs=images, judge=judge)
     assert {"first.weight", "first.bias"} == {*found.replicated}
-
-
-class Bare(nn.Module):
-    """Matrices without modules, on both sides of a residual; an LSTM, and weights in a list."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.out = nn.Parameter(torch.randn(20, 8)), nn.Parameter(torch.randn(8, 20))
-        self.layers = nn.ParameterList([nn.Parameter(torch.randn(8, 8) / 3) for _ in range(2)])
-        self.lstm = nn.LSTM(8, 8, batch_first=True)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed[ids]
-        for weight in self.layers:
-            x = F.layer_norm(x + F.linear(x, weight).relu(), (8,))
-        return self.lstm(x)[0] @ self.out
 
 
 def test_parameters_that_no_style_splits_are_held_in_shards_and_gathered() -> None:

@@ -66,3 +66,19 @@ class Normalised(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.back(self.norm(self.into(x)).relu()).mean((2, 3))
+
+
+class Bare(nn.Module):
+    """Matrices without modules, on both sides of a residual; an LSTM, and weights in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Parameter(torch.randn(20, 8)), nn.Parameter(torch.randn(8, 20))
+        self.layers = nn.ParameterList([nn.Parameter(torch.randn(8, 8) / 3) for _ in range(2)])
+        self.lstm = nn.LSTM(8, 8, batch_first=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed[ids]
+        for weight in self.layers:
+            x = F.layer_norm(x + F.linear(x, weight).relu(), (8,))
+        return self.lstm(x)[0] @ self.out
