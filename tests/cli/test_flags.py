@@ -150,3 +150,11 @@ def test_a_table_into_a_closed_pipe_is_no_finding() -> None:
         Terminal(file=file).print("x")
     with contextlib.suppress(BrokenPipeError):
         file.close()
+
+
+def test_a_text_in_brackets_is_printed_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    Terminal(width=40).say("  a view to [batch, heads] in layers.0.self_attn.q_proj", 4)
+    out = capsys.readouterr().out
+    assert out == "  a view to [batch, heads] in\n      layers.0.self_attn.q_proj\n"
+    Terminal(width=80).print("a view to [batch, heads]")
+    assert "batch" not in capsys.readouterr().out  # rich takes it for markup

@@ -143,6 +143,7 @@ def _row(job: Job, seconds: float, best: float, steps: list[float], on_gpu: bool
         "mfu_causal": None,
         "mfu_full": None,
         "one_rank": False,
+        # what the table reads of a trace: a peer's step is not profiled
         "trace": {"exposed": None, "idle": None, "kinds": {}, "operators": {}, "collectives": {}, "graph_launches": 0},
     }
 

@@ -31,8 +31,8 @@ _EARLY_SHARE, _EARLY_SECONDS = 0.2, 10.0
 """How much before its end a limit counts as over: reports come later than beats, and the ranks' records take time."""
 SILENT_AFTER_SIGNAL, STILL_AFTER_SIGNAL = 12.0, 18.0
 """Seconds without a report of a rank, or without a beat of any, after which a run that was asked to end hangs."""
-_SLOW_AGAIN = 3.0
-_ACTIVE_WORK = 0.05
+_SLOW_AGAIN = 3.0  # times the longest silence that ended by itself
+_ACTIVE_WORK = 0.05  # CPU seconds or MB between two reports: less is what the reporter itself takes
 
 
 @dataclass

@@ -23,8 +23,8 @@ FOLDER = "logs"
 _STDERR = 2
 _LINES = 12
 """How many lines of a rank that failed are shown."""
-_LONGEST_LINE, _MOST_FILES = 4096, 4096
-_COPIED_SECONDS = 2.0
+_LONGEST_LINE, _MOST_FILES = 4096, 4096  # bytes after which a line is broken; file descriptors that are closed
+_COPIED_SECONDS = 2.0  # for the child to copy what is left when the rank ends
 _LINE = re.compile(r"rank (\d+)\| (.*)")
 _BEGINS = "begins "
 _FAILED = re.compile(r"failed at ([\d.]+)")
