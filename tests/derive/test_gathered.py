@@ -116,11 +116,13 @@ def test_a_weight_of_which_ranks_only_use_a_part_is_not_counted_as_split() -> No
     assert found.share == pytest.approx(SplitShare.of(model, found.plan(), 2).split)
 
 
-def test_an_objection_leaves_the_layer_out() -> None:
+@pytest.mark.parametrize("place", ["first", "backward"])
+def test_an_objection_leaves_the_layer_out(place: str) -> None:
+    """Also one that names no layer."""
     from colrow.derive.judged import Objection
 
     def judge(plan: object) -> Objection | None:
-        return Objection("no", ("first",)) if "first" in plan.modules else None  # type: ignore[attr-defined]
+        return Objection("no", (place,)) if "first" in plan.modules else None  # type: ignore[attr-defined]
 
     model, images = Normed(), (torch.randn(2, 3, 2, 2),)
     found = derive(model, 2, inputs=images, judge=judge)

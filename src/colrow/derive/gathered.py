@@ -225,13 +225,24 @@ def unsplit_attentions(traced: Trace, split: Split | None, is_sharded: Callable[
 
 
 def accepted_layers(layers: Layers, judge: Callable[[Layers], Objection | None]) -> Layers:
-    """The layers that the judge leaves: those that it objects to are left out, and it is asked again."""
+    """The layers that the judge leaves: those that it objects to are left out, and it is asked again. Where it names
+    none of them, as of an error in backward, some are tried one after another."""
     for _ in range(ATTEMPTS):
         objection = judge(layers) if layers else None
         if objection is None:
             return layers
         kept = {name: style for name, style in layers.items() if not objection.concerns(f"{name}.weight")}
         if len(kept) == len(layers):
-            break
+            return _tried_in_turn(layers, judge)
         layers = kept
     return {}
+
+
+def _tried_in_turn(layers: Layers, judge: Callable[[Layers], Objection | None]) -> Layers:
+    outermost = [name for name in layers if not any(is_within(name, other) for other in layers if other != name)]
+    accepted: Layers = {}
+    for layer in outermost[:ATTEMPTS] if len(outermost) > 1 else ():
+        tried = accepted | {name: style for name, style in layers.items() if is_within(name, layer)}
+        if judge(tried) is None:
+            accepted = tried
+    return accepted

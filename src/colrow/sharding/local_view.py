@@ -37,7 +37,7 @@ def view_parameters(module: nn.Module, views: dict[str, View]) -> None:
 def remove_views(module: nn.Module) -> None:
     """Undo `view_parameters`."""
     if module.__dict__.pop(VIEWS, None):
-        module.__class__ = type(module).__bases__[0]
+        module.__class__ = type(module).__bases__[-1]
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
@@ -49,7 +49,18 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
 def subclass_in_its_place(cls: Any, body: Mapping[str, object]) -> Any:
     """A subclass that has the class's name, module and docstring. Cache it for equal modules: see above."""
     own = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (cls,), {**body, **own})
+    told = any("__init_subclass__" in vars(base) for base in cls.__mro__[:-1])
+    return type(cls.__name__, (_Unannounced, cls) if told else (cls,), {**body, **own})
+
+
+class _Unannounced:
+    """Before a class in the bases, it keeps the class's `__init_subclass__` from being called: that may ask for arguments,
+    or enter the subclass in a registry in the class's place."""
+
+    __slots__ = ()
+
+    def __init_subclass__(cls) -> None:
+        pass
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from colrow.dryrun.calls import is_huggingface
 from colrow.dryrun.simulated import simulated_ranks
-from colrow.errors import ColrowError, PlanError
+from colrow.errors import ColrowError, PlanError, first_line
 from colrow.plans.plan import Plan
 from colrow.sharding.parameter_state import copied_model, set_states, states_of
 from colrow.verifying.comparison import Observed
@@ -131,8 +131,8 @@ def _pickle(task: Task, plan: Plan) -> bytes:
         return pickle.dumps((task, plan, states_of(task.model)))  # torch pickles no hooks
     except (pickle.PicklingError, AttributeError, TypeError, RuntimeError) as error:  # the last: parametrized modules
         raise PlanError(
-            f"backend gloo sends the model, the plan and the loss to other processes, and cannot ({error}): define "
-            "them at the top of a module"
+            "backend gloo sends the model, the plan and the loss to other processes, and cannot "
+            f"({first_line(error)}): use backend local, or define them at the top of a module, without parametrizations"
         ) from error
 
 
