@@ -54,10 +54,8 @@ def subclass_in_its_place(cls: Any, body: Mapping[str, object]) -> Any:
 
 
 class _Unannounced:
-    """Before a class in the bases, it keeps the class's `__init_subclass__` from being called: that may ask for arguments,
-    or enter the subclass in a registry in the class's place."""
-
-    __slots__ = ()
+    """Before a class in the bases, it keeps the class's `__init_subclass__` from being called: that may ask for
+    arguments, or enter the subclass in a registry in the class's place."""
 
     def __init_subclass__(cls) -> None:
         pass
