@@ -108,12 +108,10 @@ class RunConfig(Section):
 
     def with_values(self, values: Mapping[str, Any]) -> RunConfig:
         """With these values, by dotted key. They are not validated."""
-        sections: dict[str, Any] = {}
+        changed = self
         for dotted, value in values.items():
-            name, _, key = dotted.partition(".")
-            section = sections.get(name, getattr(self, name))
-            sections[name] = section.model_copy(update={key: value}) if key else value
-        return self.model_copy(update=sections)
+            changed = _with_value(changed, dotted, value)
+        return changed
 
     def require_chosen(self) -> None:
         """Raise a ConfigError where a key still says `auto`."""
@@ -130,6 +128,12 @@ class RunConfig(Section):
     def micro_batches(self) -> int:
         """Micro-batches of each data-parallel rank in a step. Raises ConfigError as `micro_batch_count` does."""
         return micro_batch_count(self.train.global_batch, self.train.micro_batch, self.mesh.dp)
+
+
+def _with_value(section: Any, dotted: str, value: Any) -> Any:
+    """A copy of a config or section with one key changed."""
+    name, _, key = dotted.partition(".")
+    return section.model_copy(update={name: _with_value(getattr(section, name), key, value) if key else value})
 
 
 def micro_batch_count(global_batch: int, micro_batch: int, dp: int) -> int:

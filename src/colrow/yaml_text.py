@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,7 @@ def read_text(path: Path, kind: str, error: type[ColrowError], most_bytes: int =
     Raises:
         error: the file cannot be read, is larger than `most_bytes`, or is not UTF-8.
     """
-    if path.is_fifo():
-        raise error(f"{kind} {path} is a pipe, and each rank reads it again: write it into a file")
+    refuse_endless(path, error)
     try:
         with path.open("rb") as file:
             data = file.read(most_bytes + 1)
@@ -34,17 +35,46 @@ def read_text(path: Path, kind: str, error: type[ColrowError], most_bytes: int =
     except ValueError as reason:  # a NUL in its name
         raise error(f"cannot read {kind} {str(path)!r}: {reason}") from reason
     if len(data) > most_bytes:
-        raise error(f"{kind} {path} is larger than {most_bytes >> 10:,} KiB: give a {kind} in YAML")
+        raise error(f"{kind} {path} is larger than {most_bytes >> 10:,} KiB, and no {kind} is: give another file")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as reason:
         raise error(f"{kind} {path} is not UTF-8 text (byte {reason.start}): save it as UTF-8") from reason
 
 
-def refuse_pipe(path: Path, error: type[ColrowError]) -> None:
-    """Raise `error` for a pipe, which waits for a writer, and for a device such as /dev/zero: neither may ever end."""
-    if path.is_fifo() or path.is_char_device() or path.is_block_device():
-        raise error(f"{path} is a {'pipe' if path.is_fifo() else 'device'}: give a file")
+def endless(path: Path) -> str:
+    """What a path is whose text may never end or come, such as `a pipe`; empty for a file or a folder on a disk."""
+    if path.is_fifo():
+        return "a pipe"
+    if path.is_char_device() or path.is_block_device():
+        return "a device"
+    if path.is_socket():
+        return "a socket"
+    # As it is written too: /proc/self/fd/3 may lead to a file on a disk, and is none in the ranks.
+    if path.exists() and any(f"{name}/".startswith(_KERNELS) for name in (os.path.abspath(path), _real_path(path))):
+        return "a file of the kernel"
+    return ""
+
+
+def refuse_endless(path: Path, error: type[ColrowError]) -> None:
+    """Raise `error` for a pipe, a device such as /dev/zero, or a file of the kernel such as /proc/kmsg."""
+    if what := endless(path):
+        raise error(f"{path} is {what}: give a file on a disk")
+
+
+_KERNELS = ("/proc/", "/sys/")
+
+
+def _real_path(path: Path) -> str:
+    """os.path.realpath; of 100,000 files of a corpus it would take many seconds to look at each one's folders."""
+    if path.is_symlink():
+        return os.path.realpath(path)
+    return os.path.join(_real_folder(path.parent), path.name)
+
+
+@lru_cache
+def _real_folder(folder: Path) -> str:
+    return os.path.realpath(folder)
 
 
 def read_yaml(text: str, source: str, error: type[ColrowError]) -> Any:

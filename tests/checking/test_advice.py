@@ -7,15 +7,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
-from colrow.checking.check import check_static
+from colrow.checking.check import check_static, check_step
 from colrow.checking.degrees import plan_degrees
+from colrow.checking.tried import with_tried_fixes
+from colrow.dryrun.planned_step import PlannedStep
 from colrow.errors import ConfigError, did_you_mean
 from colrow.mesh import Mesh
 from colrow.models.llama import Llama, LlamaConfig
 from colrow.plans.patterns import nearest
 from colrow.plans.plan import Plan
+from helpers.broken_plans import BROKEN
 
 
 def llama(**changes: int) -> Llama:
@@ -102,3 +106,32 @@ def test_only_near_names_are_suggested(name: str, known: list[str], hint: str | 
     assert (f"did you mean {hint!r}" in did_you_mean(name, known)) == (hint is not None)
     if len(name) > 2:
         assert nearest(name, known) == hint
+
+
+FOLLOWED = (
+    "colwise on a norm",
+    *(
+        pytest.param(name, marks=pytest.mark.exhaustive)
+        for name in ("kv_replicate on embedding", "batch norm of sequence shards", "mlp output whole")
+    ),
+)
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_a_fix_that_is_followed_to_the_letter_ends_the_finding(name: str) -> None:
+    case = BROKEN[name]
+    step = PlannedStep(case.model(), case.plan(), 4, 2, 16)
+    found = next(f for f in with_tried_fixes(step, check_step(step)) if f.code == case.code)
+    place, style = re.fullmatch(r"give (.+?) the style (.+)", found.fix).groups()  # type: ignore[union-attr]
+    place = found.where if place == "the module" else place
+    followed = replace(step.plan, modules={**step.plan.modules, place: yaml.safe_load(style)})
+    assert not [f for f in check_step(replace(step, plan=followed)) if f.severity == "error"]
+
+
+@pytest.mark.exhaustive
+def test_a_change_that_does_not_help_is_not_advised() -> None:
+    """The buffer's module holds norms that stand on shards: it cannot get the complete tensor."""
+    case = BROKEN["moving average of sequence shards"]
+    step = PlannedStep(case.model(), case.plan(), 4, 2, 16)
+    (found,) = [f for f in with_tried_fixes(step, check_step(step)) if f.code == "CR415"]
+    assert "style" not in found.fix

@@ -36,6 +36,7 @@ PYTHON = "--model.shape null --model.layers null --model.python"
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.yaml").write_text(CONFIG)
+    (tmp_path / "kernel").symlink_to("/proc/kmsg")
     (tmp_path / "text.txt").write_text("\n\n".join(f"row {i} times {i % 97} is {i * 31 % 89}." for i in range(3000)))
     return tmp_path
 
@@ -55,7 +56,11 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("--train.steps 99999999999999999999999", "train.steps: Input should be less than 9223372036854775808"),
         ("--run.seed 9223372036854775808", "run.seed: Input should be less than 9223372036854775808"),
         ("--train.betas 0.9 1.0", "train.betas.1: Input should be less than 1"),
-        ("--data.corpus /dev/zero", "matches /dev/zero, which is a device or a pipe"),
+        ("--data.corpus /dev/zero", "corpus '/dev/zero': /dev/zero is a device: write its text into a file"),
+        ("--data.corpus /proc/kmsg", "/proc/kmsg is a file of the kernel"),
+        ("--data.corpus /sys/**/*", "/sys is a file of the kernel"),
+        ("--data.corpus k*nel", "matches kernel, which is a file of the kernel"),
+        ("--plan kernel", "kernel is a file of the kernel: give a file on a disk"),
         ("--train.steps 010", "line 1 holds 010, which YAML reads as 8: write 8, or put it in quotes"),
         ("--train.steps 1:30", "line 1 holds 1:30, which YAML reads as 90"),
         ("--train.lr 1:30.5", "line 1 holds 1:30.5, which YAML reads as 90.5"),
@@ -124,10 +129,12 @@ def write_tokenizer(folder: Path) -> dict[str, Any]:
 
 
 def test_pipes_are_not_waited_for(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each rank reads a config again; a pipe is empty then, and without a writer it is waited for."""
+    """Without a writer a pipe is waited for."""
     os.mkfifo("pipe")
-    assert "config pipe is a pipe" in refused(["train", "pipe"], capsys)
-    assert "plan pipe is a pipe" in refused(["check", "laptop", "--tp", "2", "--plan", "pipe"], capsys)
+    assert "pipe is a pipe: give a file on a disk" in refused(["train", "pipe"], capsys)
+    assert "pipe is a pipe: give a file on a disk" in refused(
+        ["check", "laptop", "--tp", "2", "--plan", "pipe"], capsys
+    )
     (folder / "model").mkdir()
     os.mkfifo("model/config.json")
     assert "model/config.json is a pipe" in refused(["check", "model", "--tp", "2"], capsys)

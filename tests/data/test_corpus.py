@@ -114,7 +114,7 @@ def test_cached_digests_are_used_until_a_file_changes(section, texts, tmp_path, 
     real = "colrow.data.digests._read"
     from colrow.data.digests import _read
 
-    monkeypatch.setattr(real, lambda path: read.append(path.name) or _read(path))
+    monkeypatch.setattr(real, lambda path, stopped: read.append(path.name) or _read(path, stopped))
     assert corpus.fingerprint() == before
     assert read == []
     (texts / "03.txt").write_text((texts / "03.txt").read_text().swapcase())

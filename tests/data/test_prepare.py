@@ -166,7 +166,9 @@ def test_shards_are_read_once_and_compared_by_size_and_time_after(section, texts
     monkeypatch.setattr("colrow.data.digests._SETTLED_SECONDS", -1.0)
     read = []
     plain = digests._read
-    monkeypatch.setattr("colrow.data.digests._read", lambda path: read.append(path.name) or plain(path))
+    monkeypatch.setattr(
+        "colrow.data.digests._read", lambda path, stopped: read.append(path.name) or plain(path, stopped)
+    )
     folder = prepare(section(f"{texts}/*.txt"), VOCAB, False).folder
     assert sorted(name for name in read if name.endswith(".bin")) == ["train.bin", "validation.bin"]
     read.clear()

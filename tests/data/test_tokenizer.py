@@ -143,6 +143,7 @@ def test_documents_begin_as_the_tokenizer_begins_them_and_are_never_cut(tmp_path
     [
         ([], {}, r"does not tell which token ends a text \(its special tokens: none\): write .*eos_token"),
         (["<a>"], {"tokenizer_config": {"eos_token": "<z>"}}, r"no token '<z>', which tokenizer_config\.json"),
+        (["<a>"], {"tokenizer_config": {"eos_token": "\ud800"}}, r"no token '\\ud800', which tokenizer_config\.json"),
         (["<a>"], {"config": {"eos_token_id": 9}}, r"has no token 9, which config\.json"),
         (["<a>"], {"config": {"eos_token_id": -1}}, r"has no token -1, which config\.json"),
         (["<a>"], {"config": {"eos_token_id": 2**70}}, r"has no token \d+, which config\.json"),
@@ -251,3 +252,14 @@ def test_a_device_is_not_read(tmp_path):
     (tmp_path / "tokenizer.json").symlink_to("/dev/zero")
     with pytest.raises(DataError, match=r"tokenizer\.json is a device: give a file"):
         load_tokenizer(tmp_path)
+
+
+def test_a_panic_of_the_library_is_an_error_of_the_tokenizer(tmp_path):
+    """It is no Exception: a template that names a token which is not there, when the first text is encoded."""
+    write_words(tmp_path, "<s>", "</s>", tokenizer_config={"eos_token": "</s>"})
+    tree = json.loads((tmp_path / "tokenizer.json").read_text())
+    single = [{"SpecialToken": {"id": "nowhere", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    tree["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    with pytest.raises(DataError, match="the tokenizer has no ids for a text"):
+        load_tokenizer(tmp_path).encode("one")

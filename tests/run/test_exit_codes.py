@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from colrow.cli import main
+from colrow.cli.ranks import user_error
 from colrow.run.launch import Ended, RankFailure
 from colrow.verifying.backends import _interrupts_blocked
 
@@ -106,3 +107,14 @@ def test_processes_of_verify_start_without_ctrl_c() -> None:
     with pytest.raises(KeyboardInterrupt), _interrupts_blocked():
         done.append(signal.raise_signal(signal.SIGINT))
     assert done == [None]  # it came when the block had ended
+
+
+@pytest.mark.parametrize(("module", "is_named"), [("torch._inductor.exc", True), ("mine", False)])
+def test_a_full_cache_of_the_compiler_is_named(module: str, is_named: bool) -> None:
+    """Its errors carry the system's as text."""
+    error = type("InductorError", (RuntimeError,), {"__module__": module})(
+        "OSError: [Errno 28] No space left on device"
+    )
+    text = user_error(error)
+    assert (text is not None) == is_named
+    assert text is None or "TORCHINDUCTOR_CACHE_DIR" in text

@@ -82,7 +82,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     numbers: list[int] = []
     monkeypatch.setattr(launch, "launch", lambda command, ranks, **_: numbers.append(ranks) or launch.Ended())
-    monkeypatch.setattr(preflight, "check_checkpoint", lambda *args: None)
+    monkeypatch.setattr(preflight, "require_vocabulary_of", lambda *args: None)
     monkeypatch.setattr("colrow.data.prepare.prepare", lambda *args, **options: type("Data", (), {"tokenizer": None}))
     monkeypatch.setenv("COLROW_PLAN_DIGEST", "")  # put back after the test
     return numbers

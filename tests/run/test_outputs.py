@@ -31,6 +31,7 @@ from colrow.errors import CheckpointError
 from colrow.models.build import build_source
 from colrow.models.llama import Llama
 from colrow.plans.plan import Plan
+from colrow.run import startup
 from colrow.run.finish import plot_loss
 from colrow.run.nonfinite import NonfiniteSteps
 from colrow.run.outputs import output_lines, space_of, will_export
@@ -226,6 +227,7 @@ WRITERS: dict[str, Callable[[RunConfig], object]] = {
         {"step": 5, "loss": math.nan, "grad_norm": 1.0, "lr": 1.0, "tokens": 1}, 0
     ),
     "loss.png": lambda config: plot_loss(config.run.dir),
+    "startup.json": lambda config: (startup.begin(), startup.finish(config.run.dir)),
 }
 
 

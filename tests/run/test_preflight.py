@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,14 @@ from colrow.config import RunConfig, load_config
 from colrow.data.prepare import prepare
 from colrow.derive import judged
 from colrow.dryrun.planned_step import PlannedStep
-from colrow.errors import CheckpointError, ColrowError, ConfigError, PlanError
+from colrow.errors import CheckpointError, ColrowError, ConfigError, DataError, PlanError
 from colrow.models.huggingface import config_to_huggingface
 from colrow.models.llama import Llama
 from colrow.models.shapes import shape
 from colrow.plans.plan import Plan
 from colrow.run import decision, plan_check, preflight
 from colrow.run.outputs import output_lines
-from colrow.run.run_folder import CHECKPOINTS
+from colrow.run.run_folder import CHECKPOINTS, write_folder
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -146,11 +147,11 @@ def test_who_computes_a_model_is_resolved(config: Callable[..., RunConfig], tmp_
         preflight.check(required)
 
 
-def saved_by_another(config: RunConfig, layers: int, vocabulary: str) -> None:
+def saved_by_another(config: RunConfig, layers: int, vocabulary: str, extra: dict[str, Any] | None = None) -> None:
     from dataclasses import replace
 
     model = Llama(replace(shape("laptop"), num_hidden_layers=layers))
-    Checkpoints(config.run.dir / CHECKPOINTS, vocabulary=vocabulary).save(100, model, None, {})
+    Checkpoints(config.run.dir / CHECKPOINTS, vocabulary=vocabulary).save(100, model, None, extra or {})
 
 
 def written(config: RunConfig, folder: Path, *, without: str = "", more: dict[str, Any] | None = None) -> Path:
@@ -286,13 +287,38 @@ def test_a_checkpoint_of_another_model_or_vocabulary_is_refused(
     run = config(**{"data.validation_fraction": 0.3, "data.tokenizer": {"vocab_size": 300}})
     tokenizer = prepare(run.data, 4096, progress=False).tokenizer
     saved_by_another(run, 2, tokenizer.digest)
-    preflight.check_checkpoint(preflight.check(run), tokenizer)
+    preflight.require_vocabulary_of(preflight.check(run), run, tokenizer)
     saved_by_another(run, 2, "another")
     with pytest.raises(CheckpointError, match="another vocabulary"):
-        preflight.check_checkpoint(preflight.check(run), tokenizer)
+        preflight.require_vocabulary_of(preflight.check(run), run, tokenizer)
+    write_folder(run, Plan.preset("llama"), tokenizer)
+    advised = {"data.tokenizer.path": run.run.dir / "tokenizer.json", "data.tokenizer.vocab_size": None}
+    with pytest.raises(CheckpointError, match=rf"data.tokenizer.path to {advised['data.tokenizer.path']} and .* null"):
+        preflight.require_vocabulary_of(preflight.check(run), run, tokenizer)
+    preflight.check(run.with_values(advised))  # not refused as another config
+    with pytest.raises(ConfigError, match=r"data\.tokenizer\.vocab_size: 300 -> 310"):
+        preflight.check(run.with_values({"data.tokenizer.vocab_size": 310}))
     saved_by_another(run, 1, tokenizer.digest)
     with pytest.raises(CheckpointError, match="another model"):
-        preflight.check_checkpoint(preflight.check(run), tokenizer)
+        preflight.check(run)
+
+
+def test_another_text_than_the_checkpoints_is_refused_before_it_is_tokenized(
+    config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "\n\n".join(f"{i} and {i * i}." for i in range(3000))
+    (tmp_path / "a.txt").write_text(text)
+    run = config(**{**DATA, "train.steps": 200})
+    data = prepare(run.data, 4096, progress=False)
+    saved_by_another(run, 2, data.tokenizer.digest, {"corpus": data.fingerprint})
+    same_text = partial(preflight.require_text_of, preflight.check(run), run)
+    assert prepare(run.data, 4096, progress=False, accept=same_text).fingerprint == data.fingerprint
+    (tmp_path / "a.txt").write_text(text + " More.")
+    made = sorted(run.data.cache.glob("tokens-*/meta.json"))
+    with pytest.raises(DataError, match=r"holds other text than when the run in .* began: restore the previous text"):
+        prepare(run.data, 4096, progress=False, accept=same_text)
+    assert sorted(run.data.cache.glob("tokens-*/meta.json")) == made
 
 
 def test_damaged_checkpoints_are_named_and_not_trained_over(config: Callable[..., RunConfig], tmp_path: Path) -> None:

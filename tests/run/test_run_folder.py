@@ -41,6 +41,16 @@ def test_a_folder_in_use_is_refused_until_its_holder_ends(tmp_path: Path) -> Non
         assert f"process {holder.pid}" not in (folder / ".lock").read_text()
 
 
+def test_a_lock_that_is_a_link_is_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("content")
+    (tmp_path / ".lock").symlink_to("precious")
+    with pytest.raises(ConfigError, match=r"\.lock is no plain file, and is to be written: remove it"):
+        require_free(tmp_path)
+    assert (tmp_path / "precious").read_text() == "content"
+    (tmp_path / ".lock").unlink()
+    require_free(tmp_path)  # as is advised
+
+
 def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locks(fd: int, how: int) -> None:
         raise OSError(37, "No locks available")

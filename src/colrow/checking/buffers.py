@@ -17,5 +17,5 @@ def check_buffers(run: DryRun) -> Iterator[Finding]:
             "forward writes it from this rank's shard, so each rank has values of its own, and a checkpoint keeps one "
             "rank's"
         )
-        fix = "let the module see the complete tensor (prepare_input), or sum what it writes over tp in forward"
+        fix = "sum what it writes over tp in forward, or write it in a module of its own that gets the complete tensor"
         yield finding("CR415", name, message, fix)

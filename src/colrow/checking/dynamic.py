@@ -67,7 +67,7 @@ def _declarations(run: DryRun) -> Iterator[Finding]:
         if mismatch.problem == "equal_as_shard":
             shard = f"shard({mismatch.dim})"
             message = f"its input is replicated and is declared {shard}: dim {mismatch.dim} becomes tp times longer"
-            fix = f"split what comes before (output: {shard} on the embedding or row linear), or use style replicate"
+            fix = f"split what comes before it ({shard}), or declare that its input is replicated"
             yield finding("CR406", where, message, fix)
         elif mismatch.backward:
             continue

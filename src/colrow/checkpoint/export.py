@@ -31,6 +31,7 @@ from colrow.checkpoint.state import Model, stages_of
 from colrow.checkpoint.stored_files import INDEX
 from colrow.checkpoint.tensor_file import DTYPES, headers_in
 from colrow.checkpoint.weight_files import MAX_SHARD_BYTES, ShardFile, share_files, split_files, write_share
+from colrow.data.disk import remove
 from colrow.errors import CheckpointError, ExportError
 from colrow.models.huggingface import config_to_huggingface
 from colrow.models.llama import LlamaConfig
@@ -224,7 +225,7 @@ def _start(folder: Path, unfinished: Path, carried: Carried) -> None:
         raise CheckpointError(
             f"{folder} holds something else ({first_few(sorted(others))}): give a new or an empty folder"
         )
-    shutil.rmtree(unfinished, ignore_errors=True)
+    remove(unfinished)
     unfinished.mkdir(parents=True)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from colrow.checkpoint.manifest import damage, read_manifest, unlisted
+from colrow.data.disk import remove
 from colrow.errors import CheckpointError
 from colrow.mesh import Mesh
 
@@ -72,7 +72,7 @@ class Folder:
         self.root.mkdir(parents=True, exist_ok=True)
         for slot in self.slots():
             if slot.suffix:
-                _remove(slot.path)
+                remove(slot.path)
             elif slot.path != self.final(slot.step):
                 os.rename(slot.path, self.final(slot.step))  # a kill between commit's two renames left only this one
         path = self.unfinished(step)
@@ -85,14 +85,14 @@ class Folder:
 
     def discard(self, step: int) -> None:
         """Remove what a failed save wrote, to give its space back."""
-        _remove(self.unfinished(step))
+        remove(self.unfinished(step))
 
     def remove(self, slot: Slot) -> None:
         """Remove a checkpoint. It loses its name first, so that one that is half removed never looks complete."""
         removed = self.root / f"step-{slot.step}.removed"
-        _remove(removed)
+        remove(removed)
         os.rename(slot.path, removed)
-        _remove(removed)
+        remove(removed)
 
     def _named(self) -> Iterator[Slot]:
         names = os.listdir(self.root) if self.root.is_dir() else []
@@ -180,7 +180,7 @@ def replace_folder(written: Path, final: Path, previous: Path) -> None:
     """
     flush(written)  # the names of its files, before the folder gets its own
     if final.exists():
-        _remove(previous)
+        remove(previous)
         os.rename(final, previous)
     try:
         os.rename(written, final)
@@ -189,7 +189,7 @@ def replace_folder(written: Path, final: Path, previous: Path) -> None:
             os.rename(previous, final)
         raise
     flush(final.parent)  # the new name is on the disk before the previous folder goes
-    _remove(previous)
+    remove(previous)
 
 
 def flush(folder: Path) -> None:
@@ -210,10 +210,3 @@ def format_bytes(count: int) -> str:
     while size >= 1024 and len(units) > 1:
         size, units = size / 1024, units[1:]
     return f"{count} bytes" if units[0] == "bytes" else f"{size:.1f} {units[0]}"
-
-
-def _remove(path: Path) -> None:
-    if path.is_symlink() or path.is_file():
-        path.unlink(missing_ok=True)
-    else:
-        shutil.rmtree(path, ignore_errors=True)

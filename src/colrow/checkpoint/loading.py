@@ -131,12 +131,12 @@ def require_same_model(path: Path, manifest: Manifest, signatures: Sequence[dict
         )
 
 
-def require_same_vocabulary(path: Path, manifest: Manifest, vocabulary: str | None) -> None:
+def require_same_vocabulary(path: Path, manifest: Manifest, vocabulary: str | None, fix: str | None = None) -> None:
     """Raise a CheckpointError when the checkpoint names another vocabulary than the one at hand."""
     if manifest.vocabulary is not None and vocabulary is not None and manifest.vocabulary != vocabulary:
         raise CheckpointError(
             f"{path} is of a model with another vocabulary: {manifest.vocabulary} there, {vocabulary} here: "
-            "use the tokenizer that the checkpoint was trained with"
+            f"{fix or 'use the tokenizer that the checkpoint was trained with'}"
         )
 
 

@@ -30,9 +30,11 @@ from torch.distributed.checkpoint.metadata import (
 from colrow.checkpoint.tensor_file import DTYPES, checksum_of, in_threads
 from colrow.errors import CheckpointError
 from colrow.mesh import Mesh
+from colrow.yaml_text import read_text
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 
+_MOST_BYTES = 1 << 30
 MANIFEST, INDEX, OPTIMIZER, EXTRA = "manifest.json", "index.json", "optimizer.json", "extra.json"
 DTYPE_OF_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
@@ -207,9 +209,9 @@ def read_record(path: Path, record_cls: type[M]) -> M:
 def read_json(path: Path) -> JSON:
     """A JSON file's value. Raises CheckpointError when it cannot be read or is not JSON."""
     try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        return json.loads(read_text(path, "file", CheckpointError, _MOST_BYTES))
+    except CheckpointError:
+        raise
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
 

@@ -10,10 +10,11 @@ from colrow.checkpoint.loading import first_few
 from colrow.checkpoint.ranks import as_text
 from colrow.checkpoint.tensor_file import headers_in
 from colrow.errors import CheckpointError
-from colrow.yaml_text import refuse_pipe
+from colrow.yaml_text import read_text
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_MOST_INDEX_BYTES = 256 << 20
 
 _SAVE = "save them with save_pretrained of transformers"
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
@@ -62,11 +63,12 @@ def files_in(folder: Path) -> dict[str, Path]:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    refuse_pipe(index, CheckpointError)
     try:
-        tree = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        tree = json.loads(read_text(index, "index", CheckpointError, _MOST_INDEX_BYTES))["weight_map"]
         names = {str(name): str(file) for name, file in tree.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} cannot be read: {as_text(error)}: fetch the folder again") from error
     for file in sorted(set(names.values())):
         if not _names_inside(file):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from colrow.errors import CheckpointError
 from colrow.sharding.layout import Region
-from colrow.yaml_text import refuse_pipe
+from colrow.yaml_text import refuse_endless
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -130,7 +130,7 @@ class TensorReader:
         self.path = path
 
     def __enter__(self) -> TensorReader:
-        refuse_pipe(self.path, CheckpointError)
+        refuse_endless(self.path, CheckpointError)
         try:
             self.file = safe_open(self.path, framework="pt", device="cpu")
             self.file.__enter__()

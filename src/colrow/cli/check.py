@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import groupby
 
-from colrow.checking.check import Finding, check
+from colrow.checking.check import Finding, check_step
+from colrow.checking.tried import with_tried_fixes
 from colrow.cli.flags import PlanFlags, default_seq_len, parse
 from colrow.cli.text import Terminal, print_json, show_share
-from colrow.mesh import Mesh
+from colrow.dryrun.planned_step import PlannedStep
 from colrow.plans.split_share import SplitShare
 
 
@@ -31,9 +32,8 @@ def main(argv: list[str]) -> int:
     model = flags.load_model()
     plan = flags.load_plan(model)
     seq_len = flags.seq_len or default_seq_len(model, flags.tp, 4096)
-    findings = check(
-        model, plan, Mesh(tp=flags.tp), batch_size=flags.batch_size, seq_len=seq_len, inputs=flags.load_inputs()
-    )
+    step = PlannedStep(model, plan, flags.tp, flags.batch_size, seq_len, flags.load_inputs())
+    findings = with_tried_fixes(step, check_step(step))
     ok = not any(finding.severity == "error" or (flags.strict and finding.code == "CR414") for finding in findings)
     errors = any(finding.severity == "error" for finding in findings)
     share = None if errors else SplitShare.of(model, plan, flags.tp, findings.flops_split)

@@ -90,6 +90,10 @@ def user_error(error: BaseException) -> str | None:
     """What to print of an error that its reader can correct: one of colrow's, or of a file or a disk. Else None."""
     if isinstance(error, ColrowError):
         return str(error)
+    if type(error).__module__.startswith(_COMPILER):  # its errors carry the system's as text
+        for number, fix in _FILE_ERRORS.items():
+            if number in _OF_A_CACHE and (reason := os.strerror(number)) in str(error):
+                return f"torch.compile cannot write its cache: {reason}{fix} (TORCHINDUCTOR_CACHE_DIR names its folder)"
     if not isinstance(error, OSError) or error.errno not in _FILE_ERRORS:
         return None
     names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
@@ -116,6 +120,8 @@ _FILE_ERRORS = {
     errno.ESTALE: ": the network's disk has lost it",
 }
 """What to do about each error of the operating system that is none of colrow's."""
+_COMPILER = ("torch._inductor", "torch._dynamo")
+_OF_A_CACHE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 _FIRST_SECONDS = 3.0
 """Each rank may find the same error, such as a wrong config: others wait so long, and the host's first rank says it."""

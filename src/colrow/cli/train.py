@@ -11,6 +11,7 @@ import shlex
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -113,8 +114,9 @@ def _start(argv: list[str]) -> int:
     for line in lines:
         print(line)
     startup.mark("forecast")
-    data = prepare(config.data, checked.source.vocab_size, progress=True)
-    preflight.check_checkpoint(checked, data.tokenizer)
+    same_text = partial(preflight.require_text_of, checked, config)
+    data = prepare(config.data, checked.source.vocab_size, progress=True, accept=same_text)
+    preflight.require_vocabulary_of(checked, config, data.tokenizer)
     startup.mark("data")
     ranks = config.mesh.world_size
     # else torchrun gives each rank one thread

@@ -6,11 +6,13 @@ import glob
 import hashlib
 import os
 import platform
+import re
 import sysconfig
+import time
 import tokenize
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,7 @@ from colrow.data.documents import Corpus, counted, up_to
 from colrow.data.files import format_of, import_parquet, read_file, suffix_of
 from colrow.data.hub import open_dataset
 from colrow.errors import DataError
+from colrow.yaml_text import endless
 
 if TYPE_CHECKING:  # config imports torch, which worker processes do without
     from colrow.config_sections import DataSection
@@ -26,8 +29,8 @@ if TYPE_CHECKING:  # config imports torch, which worker processes do without
 _READER = "1"
 """To be raised when the same files are read as other documents: caches of the old ones are then not used."""
 _COMMON_SUFFIXES = {".txt", ".md", ".rst", ".py", ".jsonl", ".ndjson", ".parquet"}
-_LOOKED_AT = 5_000
-"""Files of a folder whose suffixes make an advice."""
+_LOOKS_SECONDS = 0.3
+"""How long a folder is searched for the suffix that an advice names."""
 _MIN_SECTION_CHARS = 1 << 12
 _MAX_SECTION_CHARS = 1 << 20
 _SECTIONS = 256
@@ -139,15 +142,16 @@ def open_corpus(section: DataSection, digest_cache: Path | None = None) -> Corpu
     if section.corpus.startswith("hf:"):
         return open_dataset(section.corpus, section.text_key, digest_cache)
     pattern = os.path.expanduser(section.corpus)
+    beginning = Path(re.split(r"[*?[]", pattern)[0])
+    if what := endless(beginning):
+        raise DataError(f"corpus {section.corpus!r}: {beginning} is {what}: write its text into a file")
     _refuse_looped_links(pattern)
     paths = sorted({path for name in glob.glob(pattern, recursive=True) if not (path := Path(name)).is_dir()})
     if not paths:
         raise _no_file(section.corpus, pattern)
     for path in paths:
-        if path.exists() and not path.is_file():
-            raise DataError(
-                f"corpus {section.corpus!r} matches {path}, which is a device or a pipe: write its text into a file"
-            )
+        if what := endless(path):
+            raise DataError(f"corpus {section.corpus!r} matches {path}, which is {what}: write its text into a file")
         if suffix_of(path) == ".json":
             raise DataError(
                 f"corpus {section.corpus!r} matches {path}: a .json file is no stream of documents; "
@@ -173,7 +177,8 @@ def _refuse_looped_links(pattern: str) -> None:
 def _no_file(corpus: str, pattern: str) -> DataError:
     folder = Path(pattern)
     if folder.is_dir():
-        some = islice(folder.rglob("*"), _LOOKED_AT)  # of a home folder all take a minute
+        end = time.monotonic() + _LOOKS_SECONDS  # of a home folder all take a minute
+        some = takewhile(lambda _: time.monotonic() < end, folder.rglob("*"))
         suffixes = Counter(path.suffix for path in some if suffix_of(path) in _COMMON_SUFFIXES)
         suffix = suffixes.most_common(1)[0][0] if suffixes else ".txt"
         return DataError(

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from colrow.errors import DataError
 
 _SETTLED_SECONDS = 2.0
 _READERS = 4
+_BLOCK_BYTES = 1 << 18
 
 
 def digest_of(*parts: str | bytes) -> str:
@@ -53,10 +55,14 @@ def digest_files(
     stale = [  # `known` has the state and, last, the digest
         i for i, (name, state) in enumerate(zip(names, states, strict=True)) if known.get(name, [None])[:-1] != state
     ]
+    stopped = threading.Event()
     with ThreadPoolExecutor(_READERS) as pool:
-        for i, digest in zip(stale, pool.map(_read, [paths[i] for i in stale]), strict=True):
-            inspect(paths[i])
-            known[names[i]] = [*states[i], digest]
+        try:
+            for i, digest in zip(stale, pool.map(lambda i: _read(paths[i], stopped), stale), strict=True):
+                inspect(paths[i])
+                known[names[i]] = [*states[i], digest]
+        finally:  # after Ctrl-C the pool waits for its threads, and a file may be of hours
+            stopped.set()
     digests = [str(known[name][-1]) for name in names]
     if cache is not None and stale:
         settled = time.time_ns() - int(_SETTLED_SECONDS * 1e9)
@@ -77,10 +83,14 @@ def _state(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, stopped: threading.Event) -> str:
+    """The digest of a file; of what was read so far once `stopped`."""
+    digest = hashlib.blake2b(digest_size=16)
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        with path.open("rb", buffering=0) as file:
+            while not stopped.is_set() and (block := file.read(_BLOCK_BYTES)):
+                digest.update(block)
+        return digest.hexdigest()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from colrow.errors import DataError
+from colrow.yaml_text import read_text
 
 T = TypeVar("T")
 _POLL_SECONDS = 0.2
@@ -46,13 +48,21 @@ def atomic_write(path: Path, text: str) -> None:
         raise
 
 
+def remove(path: Path) -> None:
+    """Remove whatever is there; of a folder, as much as can be removed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:  # rmtree would wait for a pipe's writer
+        path.unlink(missing_ok=True)
+
+
 def read_kept(path: Path, kind: type[T]) -> T | None:
     """What was kept in a JSON file to save work; None where there is none, or the file holds something else."""
     from pydantic import TypeAdapter  # worker processes do without
 
     try:
-        return TypeAdapter(kind).validate_json(path.read_bytes())
-    except (OSError, ValueError):
+        return TypeAdapter(kind).validate_json(read_text(path, "file", DataError))
+    except ValueError:  # a DataError too
         return None
 
 

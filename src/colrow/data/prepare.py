@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from colrow.data.corpus import open_corpus
 from colrow.data.digests import digest_of
-from colrow.data.disk import locked, writing_to
+from colrow.data.disk import locked, remove, writing_to
 from colrow.data.documents import Corpus, counted
 from colrow.data.encode import usable_cores
 from colrow.data.progress import PreparationProgress
@@ -81,7 +80,9 @@ class PreparedData:
         )
 
 
-def prepare(section: DataSection, model_vocab: int, progress: bool) -> PreparedData:
+def prepare(
+    section: DataSection, model_vocab: int, progress: bool, accept: Callable[[str], None] = lambda fingerprint: None
+) -> PreparedData:
     """The tokenizer and token shards of `section`, from its cache or made now.
 
     Any number of processes may call it at the same time on one cache: one makes them, the others wait. Nothing here
@@ -90,6 +91,7 @@ def prepare(section: DataSection, model_vocab: int, progress: bool) -> PreparedD
     Args:
         model_vocab: the model's vocabulary size; the tokenizer's must not exceed it.
         progress: show a bar (on a terminal) or lines, and at the end what was found.
+        accept: gets the corpus's fingerprint before any of it is tokenized; what it raises ends this call.
 
     Raises:
         DataError: the corpus or the tokenizer cannot be used, a split is shorter than a sequence, or the cache
@@ -102,6 +104,7 @@ def prepare(section: DataSection, model_vocab: int, progress: bool) -> PreparedD
     corpus = open_corpus(section, _digest_cache(section))
     with PreparationProgress(progress) as shown:
         fingerprint = _fingerprint(corpus, section, shown)
+        accept(fingerprint)
         recipe = [
             str(FORMAT),
             fingerprint,
@@ -273,7 +276,7 @@ def _build(
     shown: PreparationProgress,
 ) -> ShardMeta:
     for stale in [folder, *partial_folders(folder)]:  # we hold the lock, so their builders are dead
-        shutil.rmtree(stale, ignore_errors=True)
+        remove(stale)
     size = corpus.size()
     useful_workers = usable_cores() if size is None else max(math.ceil(size / _BYTES_PER_WORKER), 1)
     return build_shards(

@@ -26,7 +26,7 @@ from colrow.data.encode import Encoded, encode_in_order
 from colrow.data.progress import PreparationProgress
 from colrow.data.tokenizer import Tokenizer
 from colrow.errors import DataError
-from colrow.yaml_text import refuse_pipe
+from colrow.yaml_text import read_text
 
 FORMAT = 1
 SPLITS = ("train", "validation")
@@ -101,9 +101,8 @@ def read_meta(folder: Path) -> ShardMeta:
     """
     from pydantic import TypeAdapter, ValidationError  # worker processes do without
 
-    refuse_pipe(folder / "meta.json", DataError)
     try:
-        tree = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        tree = json.loads(read_text(folder / "meta.json", "file", DataError))
         if tree["format"] != FORMAT:
             raise DataError(f"token shards {folder} have format {tree['format']}, not {FORMAT}")
         digest = tree.pop("digest", None)  # older versions wrote none

@@ -18,13 +18,15 @@ from colrow.data.digests import digest_of
 from colrow.data.disk import atomic_write
 from colrow.data.documents import Corpus
 from colrow.errors import DataError
-from colrow.yaml_text import refuse_pipe
+from colrow.yaml_text import read_text, refuse_endless
 
 END_OF_TEXT = "<|endoftext|>"
 _MIN_VOCAB = 257
 """256 bytes and the end-of-text token."""
 _LAST_ID = 10_000_000
 """`tokenizers` looks at each id from 0 on where it writes a tokenizer down."""
+_MOST_BYTES = 512 << 20
+"""Of a tokenizer.json, which is parsed in memory; those with 262,144 tokens have 33 MB."""
 SAMPLE_CHARS = 1 << 26
 """A vocabulary is trained on this much of the corpus: counts of frequent pairs change little beyond it."""
 _RARE = "\u16a0\u13a0\ua4d0"
@@ -60,8 +62,9 @@ class Tokenizer:
     @cached_property
     def prefix(self) -> list[int]:
         """Ids that the tokenizer itself puts before a text (Llama's begin-of-text); often none."""
-        plain = list(self.backend.encode("a", add_special_tokens=False).ids)
-        full = list(self.backend.encode("a", add_special_tokens=True).ids)
+        with _naming_a_text_without_ids():
+            plain = list(self.backend.encode("a", add_special_tokens=False).ids)
+            full = list(self.backend.encode("a", add_special_tokens=True).ids)
         for at in range(len(full) - len(plain) + 1):
             if full[at : at + len(plain)] == plain:
                 return full[:at]
@@ -97,7 +100,7 @@ class Tokenizer:
     @cached_property
     def drops_unknown(self) -> bool:
         """Whether characters that it does not know vanish: it has neither bytes nor an unknown token for them."""
-        with contextlib.suppress(Exception):  # one that says so when it meets a text
+        with contextlib.suppress(DataError), _naming_a_text_without_ids():  # one that says so when it meets a text
             return not self.backend.encode(_RARE, add_special_tokens=False).ids
         return False
 
@@ -141,11 +144,18 @@ class Tokenizer:
 def _naming_a_text_without_ids() -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # the library raises plain Exception
+    except BaseException as error:
+        if not _is_the_librarys(error):
+            raise
         raise DataError(
             f"the tokenizer has no ids for a text ({error}): give one with an unknown token, or of bytes, in "
             "data.tokenizer.path"
         ) from error
+
+
+def _is_the_librarys(error: BaseException) -> bool:
+    """Whether `tokenizers` may have raised it: plain Exception, or a panic of its Rust code, which is none."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def train_tokenizer(corpus: Corpus, vocab_size: int, on_text: Callable[[str], None] = lambda text: None) -> Tokenizer:
@@ -198,10 +208,16 @@ def load_tokenizer(path: Path | str, special: bool = False) -> Tokenizer:
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.exists():
         raise _no_tokenizer(path)
-    refuse_pipe(file, DataError)
+    refuse_endless(file, DataError)
+    if (size := file.stat().st_size) > _MOST_BYTES:
+        raise DataError(
+            f"{file} has {size:,} bytes, and no tokenizer.json more than {_MOST_BYTES:,}: give another file"
+        )
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception for whatever it cannot read
+    except BaseException as error:
+        if not _is_the_librarys(error):
+            raise
         fix = _write_one(path) if file.name != "tokenizer.json" and _is_slow(file.name) else "give the one of its model"
         raise DataError(f"{file} is not a tokenizer.json: {error}: {fix}") from error
     if (last := max(backend.get_vocab(with_added_tokens=True).values(), default=0)) > _LAST_ID:
@@ -241,7 +257,7 @@ def _find_eos(backend: Any, file: Path, settings: dict[str, Any]) -> int:
     if isinstance(named, dict):  # an AddedToken written out
         named = named.get("content")
     if isinstance(named, str):
-        eos_id = backend.token_to_id(named)
+        eos_id = backend.token_to_id(named) if _is_unicode(named) else None
         if eos_id is None:
             raise DataError(f"{file} has no token {named!r}, which tokenizer_config.json beside it calls eos_token")
         return int(eos_id)
@@ -263,12 +279,18 @@ def _find_eos(backend: Any, file: Path, settings: dict[str, Any]) -> int:
     )
 
 
+def _is_unicode(text: str) -> bool:
+    """Whether the text is free of halves of surrogate pairs, which JSON may spell."""
+    return text.encode("utf-8", "replace") == text.encode("utf-8", "surrogatepass")
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
-    refuse_pipe(path, DataError)
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        tree = json.loads(read_text(path, "file", DataError))
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
     return tree if isinstance(tree, dict) else {}

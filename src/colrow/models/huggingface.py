@@ -11,7 +11,7 @@ import torch
 
 from colrow.errors import ConfigError, did_you_mean
 from colrow.models.llama import Llama3Scaling, LlamaConfig
-from colrow.yaml_text import refuse_pipe
+from colrow.yaml_text import read_text
 
 FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 """model_type -> the first part of the class's name; what can be written. Mistral is read, and written as Llama."""
@@ -35,13 +35,12 @@ def read_config(path: Path | str) -> LlamaConfig:
     """
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
-    refuse_pipe(file, ConfigError)
+    if not file.exists():
+        raise ConfigError(f"{path} holds no config.json: give a Hugging Face folder or its config.json")
     try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path} holds no config.json: give a Hugging Face folder or its config.json") from error
-    except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror}") from error
+        tree = json.loads(read_text(file, "config", ConfigError))
+    except ConfigError:
+        raise
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file} is not JSON: {error}") from error
     if not isinstance(tree, dict):
@@ -51,11 +50,9 @@ def read_config(path: Path | str) -> LlamaConfig:
 
 def json_mapping(file: Path) -> dict[str, Any]:
     """The mapping in a JSON file; an empty one where there is none, or it cannot be read."""
-    if file.is_fifo():
-        return {}
     try:
-        tree = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        tree = json.loads(read_text(file, "file", ConfigError))
+    except (ValueError, RecursionError):  # a ConfigError too
         return {}
     return tree if isinstance(tree, dict) else {}
 

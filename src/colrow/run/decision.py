@@ -11,6 +11,7 @@ from torch import nn
 
 from colrow.checking.check import Finding, Findings, check_step
 from colrow.checking.finding import NOT_PROVEN
+from colrow.checking.tried import with_tried_fixes
 from colrow.derive.judged import Judgement
 from colrow.derive.proof import prove
 from colrow.dryrun.block_kinds import runs_known_code
@@ -111,8 +112,9 @@ def decide(
     # With `check: false` too it says whether an operator is unproven. In our presets on our models none is.
     if stop_on_errors or (own and verify == "auto" and not is_preset(plan)):
         found = check_step(case.step) if start.judgement is None else start.judgement.findings
-    if stop_on_errors and (refusal := errors_found(found, case.title)):
-        return Decision(tuple(found), refusal=refusal)
+    if stop_on_errors and errors_found(found, case.title):
+        found = with_tried_fixes(case.step, found)
+        return Decision(tuple(found), refusal=errors_found(found, case.title))
     unproven = next((f for f in found if f.code in NOT_PROVEN), None)
     if verify == "never" or (verify == "auto" and own and unproven is None):
         return Decision(tuple(found), flops_split=found.flops_split)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,13 +12,13 @@ from colrow.checkpoint.distributed import Checkpoints
 from colrow.checkpoint.folder import CheckpointInfo, newest_complete
 from colrow.checkpoint.huggingface import require_weights
 from colrow.checkpoint.loading import require_same_model, require_same_vocabulary, signature
-from colrow.checkpoint.manifest import read_manifest
+from colrow.checkpoint.manifest import EXTRA, JSON, read_json, read_manifest
 from colrow.checkpoint.state import model_tensors, require_storable
 from colrow.config import RunConfig
 from colrow.data.encode import usable_cores
 from colrow.data.tokenizer import Tokenizer, holds_tokenizer
 from colrow.derive.judged import Judgement, derive_judged
-from colrow.errors import CheckpointError, ConfigError
+from colrow.errors import CheckpointError, ConfigError, DataError
 from colrow.models.build import Source, build_source, built, resolve_implementation
 from colrow.parallel.pipeline_split import fit_micro_batch
 from colrow.plans.derive_options import DERIVED
@@ -27,7 +28,7 @@ from colrow.run.decision import is_own
 from colrow.run.kept_proof import builders_of, dependencies
 from colrow.run.kept_start import FILE, KeptStart
 from colrow.run.requirements import check_alone, check_with_model, check_with_plan, with_fp8, with_tried_advice
-from colrow.run.run_folder import CHECKPOINTS, changed_keys
+from colrow.run.run_folder import CHECKPOINTS, TOKENIZER, changed_keys
 from colrow.train.causality import require_causal
 from colrow.train.metrics import require_sinks
 from colrow.train.objective import auxiliary_weights
@@ -87,6 +88,8 @@ def _checked(config: RunConfig, local_ranks: int | None, plan: Plan | None) -> C
     if source.weights == "folder" and source.folder is not None:
         require_weights(source.model, source.folder)
     require_storable(source.model)
+    if newest is not None:
+        require_same_model(newest.path, read_manifest(newest.path), [signature(model_tensors(source.model))])
     decay_by_name(source.model, config.train)  # raises where a pattern of no_decay matches nothing
     judgement = None
     if plan is None:
@@ -158,14 +161,27 @@ def kept_plan(config: RunConfig, model: nn.Module) -> KeptStart:
     return KeptStart(config.run.dir, "plan", lambda: dependencies(config, model, None, *builders_of(config)))
 
 
-def check_checkpoint(checked: Checked, tokenizer: Tokenizer) -> None:
-    """Raise a CheckpointError when the newest checkpoint is of another model or vocabulary."""
-    if checked.newest is None:
-        return
-    path = checked.newest.path
-    manifest = read_manifest(path)
-    require_same_model(path, manifest, [signature(model_tensors(checked.source.model))])
-    require_same_vocabulary(path, manifest, tokenizer.digest)
+def require_same_text(config: RunConfig, extra: Mapping[str, JSON], fingerprint: str) -> None:
+    """Raise a DataError when a checkpoint with this `extra` was trained on a corpus with another fingerprint."""
+    if extra.get("corpus") != fingerprint:
+        raise DataError(
+            f"corpus {config.data.corpus!r} holds other text than when the run in {config.run.dir} began: restore the "
+            "previous text, or set run.dir to another folder to start a new run"
+        )
+
+
+def require_text_of(checked: Checked, config: RunConfig, fingerprint: str) -> None:
+    """`require_same_text` for the newest checkpoint, before that text is tokenized."""
+    if checked.newest is not None and isinstance(extra := read_json(checked.newest.path / EXTRA), dict):
+        require_same_text(config, extra, fingerprint)
+
+
+def require_vocabulary_of(checked: Checked, config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Raise a CheckpointError when the newest checkpoint is of another vocabulary."""
+    if checked.newest is not None:
+        path, kept = checked.newest.path, config.run.dir / TOKENIZER
+        fix = f"set data.tokenizer.path to {kept} and data.tokenizer.vocab_size to null" if kept.exists() else None
+        require_same_vocabulary(path, read_manifest(path), tokenizer.digest, fix)
 
 
 def resolve(config: RunConfig) -> RunConfig:

@@ -78,7 +78,8 @@ def run_rank(
             guard.join(store)
         startup.mark("process group")
         with heartbeat.during("tokenization"):
-            data = prepare(config.data, checked.source.vocab_size, progress=False)
+            same_text = partial(preflight.require_text_of, checked, config)
+            data = prepare(config.data, checked.source.vocab_size, progress=False, accept=same_text)
         startup.mark("data")
         mesh, device = stack.enter_context(process_group(config, info, store))
         startup.mark("process group")

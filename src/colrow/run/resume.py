@@ -17,7 +17,8 @@ from colrow.checkpoint.distributed import Checkpoints
 from colrow.checkpoint.manifest import JSON
 from colrow.config import RunConfig, load_config
 from colrow.data.prepare import PreparedData
-from colrow.errors import ConfigError, DataError
+from colrow.errors import ConfigError
+from colrow.run.preflight import require_same_text
 from colrow.run.run_folder import CONFIG
 from colrow.train.metrics import FILE, read_metrics
 from colrow.train.setup import Training
@@ -78,11 +79,7 @@ def resume(config: RunConfig, training: Training, data: PreparedData, checkpoint
         return ResumePoint()
     # The config owns the options: weight decay or betas that changed take effect (resume_rules.py).
     extra = checkpoints.load(older.step, training.modules, training.optimizer, keep_options=True)
-    if extra.get("corpus") != data.fingerprint:
-        raise DataError(
-            f"corpus {config.data.corpus!r} holds other text than when the run in {config.run.dir} began: restore the "
-            "previous text, or set run.dir to another folder to start a new run"
-        )
+    require_same_text(config, extra, data.fingerprint)
     sequences, skipped = extra.get("sequences", older.sequences), extra.get("skipped", 0)
     assert isinstance(sequences, int)
     assert isinstance(skipped, int)

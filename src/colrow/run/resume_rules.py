@@ -52,11 +52,11 @@ RULES: dict[str, Rule] = {
             "data.corpus",
             "data.seq_len",
             "data.special_tokens",
-            "data.tokenizer.vocab_size",
             "data.text_key",
             "data.validation_fraction",
         ),
     ),
+    **_rules("refused", "another vocabulary; not where `data.tokenizer.path` gives one", "data.tokenizer.vocab_size"),
     **_rules("used", "the vocabulary's hash is compared with the checkpoint's", "data.tokenizer.path"),
     **_rules("used", "no effect on results", "data.cache", "data.workers"),
     **_rules(
@@ -144,13 +144,15 @@ def changes_between(before: RunConfig, now: RunConfig, step: int) -> list[str]:
     old, new = values(before), values(now)
     differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     lines = {key: f"{key}: {old.get(key)} -> {new.get(key)}" for key in differing}
-    refused = [lines[key] for key in differing if RULES[key].effect == "refused"]
+    if now.data.tokenizer.path is not None:
+        lines.pop("data.tokenizer.vocab_size", None)
+    refused = [lines[key] for key in lines if RULES[key].effect == "refused"]
     if refused:
         raise ConfigError(
             f"the run in {now.run.dir} was started with another config ({'; '.join(refused)}): "
             "set run.dir to another folder to start a new run, or restore these keys to continue this one"
         )
-    printed = [lines[key] for key in differing if RULES[key].effect == "used and printed"]
+    printed = [lines[key] for key in lines if RULES[key].effect == "used and printed"]
     return printed + (list(_consequences(before, now, step)) if step else [])
 
 

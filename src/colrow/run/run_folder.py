@@ -53,8 +53,10 @@ def claimed(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if (lock := folder / LOCK).is_symlink() or (lock.exists() and not lock.is_file()):
+            raise ConfigError(f"{lock} is no plain file, and is to be written: remove it")
         # without a buffer: on a full disk that would fail once more when it is closed, and name no file
-        file = (folder / LOCK).open("ab+", buffering=0)
+        file = lock.open("ab+", buffering=0)
     except OSError as error:
         raise unwritable(folder, error) from error
     with file:

@@ -8,6 +8,7 @@ asks for the code.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import os
 import secrets
@@ -16,6 +17,7 @@ from pathlib import Path
 from colrow.config import RunConfig
 from colrow.data.disk import atomic_write
 from colrow.errors import ConfigError
+from colrow.yaml_text import read_text
 
 MARK = ".made-by"
 _KEY_BYTES = 32
@@ -51,11 +53,10 @@ def require_trusted(config: RunConfig, file: Path, trust_code: bool) -> None:
 def _is_ours(file: Path) -> bool:
     key = _key(create=False)
     try:
-        mark = (file.parent / MARK).read_text(encoding="ascii")
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        mark, text = (read_text(path, "file", ConfigError) for path in (file.parent / MARK, file))
+    except ConfigError:
         return False
-    return key is not None and hmac.compare_digest(mark, _signature(key, text))
+    return key is not None and hmac.compare_digest(mark.encode(), _signature(key, text).encode())
 
 
 def _signature(key: bytes, text: str) -> str:
@@ -69,11 +70,15 @@ def _key(create: bool) -> bytes | None:
         path = (Path(base) if base else Path.home() / ".config") / "colrow" / "key"
         if not path.exists() and create:
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                    file.write(secrets.token_bytes(_KEY_BYTES))
-            except FileExistsError:  # another run was first
-                pass
+            with contextlib.suppress(FileExistsError):  # another run was first
+                file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                try:
+                    os.write(file, secrets.token_bytes(_KEY_BYTES))
+                except OSError:  # a full disk: an empty file would stand in the way of every later run
+                    path.unlink()
+                    raise
+                finally:
+                    os.close(file)
         key = path.read_bytes()
     except (OSError, RuntimeError):
         return None

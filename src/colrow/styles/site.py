@@ -61,7 +61,7 @@ class Site:
 
     def wrong_class(self, message: str) -> PlanError:
         """The error of a style on a module that it is not made for."""
-        return PlanError("CR206", self.fqn, message, "use a style made for this class, or leave the module out")
+        return PlanError("CR206", self.fqn, message, "use a style made for this class")
 
     def wrong_options(self, message: str, fix: str) -> PlanError:
         """The error of options that do not fit the module."""

@@ -23,6 +23,7 @@ from colrow.config import RunConfig
 from colrow.config_sections import LogSection
 from colrow.data.disk import atomic_write, writing
 from colrow.errors import ConfigError
+from colrow.yaml_text import refuse_endless
 
 Record = dict[str, Any]
 FILE = "metrics.jsonl"
@@ -88,6 +89,7 @@ def read_metrics(path: Path) -> list[Record]:
     that was torn, or damaged ones."""
     if not path.exists():
         return []
+    refuse_endless(path, ConfigError)
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
