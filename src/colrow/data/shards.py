@@ -102,7 +102,11 @@ def read_meta(folder: Path) -> ShardMeta:
     from pydantic import TypeAdapter, ValidationError  # worker processes do without
 
     try:
-        tree = json.loads(read_text(folder / "meta.json", "file", DataError))
+        text = read_text(folder / "meta.json", "file", DataError)
+    except DataError as error:
+        raise DataError(f"token shards {folder} cannot be read: {error}") from error
+    try:
+        tree = json.loads(text)
         if tree["format"] != FORMAT:
             raise DataError(f"token shards {folder} have format {tree['format']}, not {FORMAT}")
         digest = tree.pop("digest", None)  # older versions wrote none
