@@ -44,26 +44,33 @@ def finish(
     if progress.shown:
         progress.say(f"loss curve {plot_loss(run)}")
     progress.say(f"checkpoint {run / CHECKPOINTS}/step-{outcome.saved}" if outcome.saved else "checkpoint none")
-    for line in write_export(config, training, tokenizer):
-        progress.say(line)
+    refused = False
+    try:
+        for line in write_export(config, training, tokenizer):
+            progress.say(line)
+    except (ExportError, ConfigError) as error:  # as `outputs.export_warning` has warned
+        refused = True
+        progress.say(labelled("export", f"none: {error}"))
     progress.say(f"memory     {peak_memory(training.device)}")
     if outcome.saved:
         progress.say(f'next       colrow generate {run} --prompt "{config.sample.prompt or "Once"}"')
-        progress.say(f"           colrow export {run} -o DIR")
+        if not refused and training.source.exported_config is not None:
+            progress.say(f"           colrow export {run} -o DIR")
 
 
 def write_export(config: RunConfig, training: Training, tokenizer: Tokenizer) -> list[str]:
-    """Write `export/`, where the run is to have one. What to print of it. Collective."""
+    """Write `export/`, where the run is to have one. What to print of it. Collective.
+
+    Raises:
+        ExportError, ConfigError: the format cannot hold the model.
+    """
     source, folder = training.source, config.run.dir / EXPORT
     model_config = source.exported_config
     if not config.checkpoint.export or model_config is None:
         return []
     carried = Carried.of(source.folder, config.data.tokenizer.path, tokenizer, config.model.trust_code)
     dtype = carried.dtype(config.export.dtype)
-    try:
-        found = export(training.modules, folder, model_config, tokenizer, dtype=dtype, carried=carried)
-    except (ExportError, ConfigError) as error:  # as `outputs.export_warning` has warned
-        return [labelled("export", f"none: {error}")]
+    found = export(training.modules, folder, model_config, tokenizer, dtype=dtype, carried=carried)
     if found is None:
         return []
     return [f"export     {folder}{', for transformers' * found.is_for_transformers}", labelled("", str(found))]
