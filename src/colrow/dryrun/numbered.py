@@ -43,9 +43,10 @@ from colrow.torch_compat import (
 
 _COLROW = Path(__file__).parents[1]
 _STYLE_CODE = tuple(str(_COLROW / room) for room in ("styles", "ops", "sharding", "parallel"))
-_DRYRUN, _COMPAT = _COLROW / "dryrun", _COLROW / "torch_compat"
+_DRYRUN = _COLROW / "dryrun"
 _RUNS = ("numbered", "paired_runs", "unsharded_run", "lockstep", "sequence_sizes")
-_AROUND_CODE = (_COMPAT / "groups.py", _COLROW / "styles" / "local_sizes.py")  # around calls of the model's own code
+# around calls of the model's own code, or of what a style calls
+_AROUND_CODE = (_COLROW / "torch_compat", _COLROW / "styles" / "local_sizes.py")
 _PASSED_OVER = tuple(map(str, (*(_DRYRUN / f"{name}.py" for name in _RUNS), *_AROUND_CODE)))
 _VIEWS = ("view", "_unsafe_view", "_reshape_alias")
 
@@ -192,7 +193,7 @@ class NumberedRun(TorchDispatchMode):
             if node is not None and inside in ("/autograd/graph.py", "/_tensor.py"):
                 break  # what called backward stands above
             file = frame.f_code.co_filename
-            if inside is None and file not in _PASSED_OVER and not file.startswith("<"):
+            if inside is None and not file.startswith((*_PASSED_OVER, "<")):
                 in_style = file.startswith(_STYLE_CODE)
                 line = f"{Path(file).name}:{frame.f_lineno}"
                 break
