@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel
 
@@ -172,3 +173,14 @@ def test_a_style_that_needs_values_is_left_to_verify() -> None:
     assert [(f.code, f.where, f.severity) for f in found if f.code != "CR414"] == [
         ("CR410", "blocks.0.mlp.up", "warning")
     ]
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(1.0, set()), (0.5, {"CR305"})])
+def test_a_margin_of_log_probabilities_is_sound(factor: float, expected: set[str]) -> None:
+    """Its gradient sums to zero over the classes, as cross entropy's does, so that a rank need not know the others'."""
+
+    def margin(logits: Tensor, inputs: Any) -> Tensor:
+        p = F.log_softmax(logits, -1)
+        return (factor * p[..., 0] - p[..., 1]).square().mean()
+
+    assert codes(check(m.Gpt(layers=1), gpt_plan("vocab_parallel"), Mesh(tp=2), 2, 16, loss=margin)) == expected

@@ -31,6 +31,12 @@ def test_a_limit_that_one_batch_does_not_reach() -> None:
     assert found.max_grad_rel_err > 1e-3
 
 
+def test_casts_to_single_precision_are_no_hindrance() -> None:
+    cast = judged(FeatureMLP(lambda h: clipped(h.float(), -1).to(h.dtype)))
+    assert (cast.tolerance, cast.verdict) == (1e-5, "wrong")
+    assert cast.values == ("large weights",)
+
+
 class Idle(m.MLP):
     """Adds one to tokens whose features are all small."""
 

@@ -8,6 +8,7 @@ classes is zero, as the gradient of logits is: a second log-softmax of log-proba
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,12 +27,14 @@ class LossGradients:
     def __init__(self) -> None:
         self._of_cross_entropy: set[Any] = set()
         self._sum_to_zero: set[Any] = set()
+        self._terms = _Terms()
 
     def ran(self, operation: Operation, results: Sequence[Any], zeros: set[Any]) -> str:
         """Note an operator with DTensors by its results' numbers; why it is wrong, or empty."""
         name, facts, by_loss = operation.name, operator(operation.name), operation.func in dtensor_handlers()
         inputs = {value.number for value in operation.values}
         found = {number for number in results if number is not None}
+        self._sum_to_zero |= found if self._terms.cancel(operation, results) else set()
         known = self._of_cross_entropy | self._sum_to_zero | zeros
         if by_loss and name in ("nll_loss_backward", "nll_loss2d_backward"):
             self._of_cross_entropy |= found
@@ -46,6 +49,36 @@ class LossGradients:
         elif self._sum_to_zero & inputs and (facts.moves or _scales(operation)):
             self._sum_to_zero |= found
         return ""
+
+
+class _Terms:
+    """What gradients sum to over the last dim, the classes: numbers with their factors, of gradients that are written
+    to one class each. Those of a margin, `p[..., 1] - p[..., 0]` of log-probabilities, cancel."""
+
+    def __init__(self) -> None:
+        self._sums: dict[Any, Counter[Any]] = {}
+        self._scaled: dict[Any, tuple[Any, float]] = {}
+
+    def cancel(self, operation: Operation, results: Sequence[Any]) -> bool:
+        """Note an operator by its results' numbers; whether its result sums to zero."""
+        name, result = operation.name, results[0] if len(results) == 1 else None
+        numbers = [value.number for value in operation.values]
+        if result is None or None in numbers:
+            return False
+        if name == "select_backward":
+            dim = argument_of(operation.func, "dim", *tree_unflatten(operation.leaves, operation.tree))
+            if dim % operation.results[0].ndim == operation.results[0].ndim - 1:
+                of, factor = self._scaled.get(numbers[0], (numbers[0], 1.0))
+                self._sums[result] = Counter({of: factor})
+        elif name == "neg" or (name == "mul" and len(numbers) == len(operation.numbers) == 1):
+            of, factor = self._scaled.get(numbers[0], (numbers[0], 1.0))
+            self._scaled[result] = of, factor * (-1.0 if name == "neg" else operation.numbers[0])
+        elif name in ("add", "add_") and len(numbers) == 2 and all(number in self._sums for number in numbers):
+            total = Counter(self._sums[numbers[0]])
+            total.update(self._sums[numbers[1]])
+            self._sums[result] = total
+            return not any(total.values())
+        return False
 
 
 def _scales(operation: Operation) -> bool:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from colrow.torch_compat import TorchDispatchMode
+
 _CASTS = (Tensor.to, Tensor.type)
 
 
@@ -27,3 +29,15 @@ class DoubleCasts(TorchFunctionMode):
         if kwargs.get("dtype") is torch.float32:
             kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)
+
+
+class Rounding(TorchDispatchMode):
+    """Sees whether fp64 values are rounded to fp32 or less."""
+
+    seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64:
+            self.seen = self.seen or (out.is_floating_point() and out.dtype != torch.float64)
+        return out

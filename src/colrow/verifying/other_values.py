@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import Replicate
 
 from colrow.dryrun.calls import Inputs
 from colrow.sharding.parameter_state import copied_model
-from colrow.verifying.comparison import Errors, Reference
+from colrow.verifying.comparison import Errors, Observed, Reference, Sharded, compare
+from colrow.verifying.double_casts import Rounding
 from colrow.verifying.step import Task, reference_step
 
 LARGE, SMALL = (1e3, 30.0), (1e-4,)
@@ -52,28 +54,25 @@ class OtherValues:
             for param in changed.parameters():
                 noise = torch.randn(param.shape, generator=generator, dtype=param.dtype)
                 param.mul_(1 + _LAST_DIGITS * noise)
-        other = reference_step(self.task, changed)
-        kinds = ((self.reference.gradients, other.gradients), (self.reference.buffers, other.buffers))
-        errors = [abs(self.reference.loss - other.loss) / max(abs(self.reference.loss), 1e-300)]
-        errors += [
-            (got[name] - want).abs().max().item() / max(want.abs().max().item(), 1e-5 * self.reference.scale, 1e-300)
-            for wanted, got in kinds
-            for name, want in wanted.items()
-        ]
-        return max(errors) if all(map(math.isfinite, errors)) else math.inf
+        return compare(_observed(reference_step(self.task, changed)), self.reference, 1).worst
 
 
 def other_values(task: Task) -> Iterator[OtherValues]:
-    """With large weights, and with small ones; none with which the unsharded model does not run to finite numbers."""
+    """With large weights, and with small ones, in fp64, also where code casts to fp32; none with which the unsharded
+    model does not run so, or not to finite numbers."""
+    if any(param.dtype != torch.float64 for param in task.model.parameters() if param.is_floating_point()):
+        return
+    task = replace(task, double_casts=True)
     for name, factors, padded in (("large weights", LARGE, False), ("small weights and padding", SMALL, True)):
         for factor in factors:
             inputs = _padded(task) if padded else task.inputs
             changed = replace(task, model=_scaled(task.model, factor), inputs=inputs, next_forward=False)
             try:
-                reference = reference_step(changed, copied_model(changed.model))
+                with Rounding() as rounding:
+                    reference = reference_step(changed, copied_model(changed.model))
             except Exception:  # its code may refuse such values
                 continue
-            if _is_finite(reference):
+            if _is_finite(reference) and not rounding.seen:
                 yield OtherValues(name, replace(changed, written_buffers=reference.written), reference)
                 break
 
@@ -100,6 +99,15 @@ def _padded(task: Task) -> Inputs:
         return x
 
     return Inputs.of(task.inputs).map(ended)
+
+
+def _observed(step: Reference) -> Observed:
+    """An unsharded step as if one rank had made it."""
+    gradients, parameters, buffers = (
+        {name: Sharded(tuple(x.shape), (Replicate(),), None, {0: x}) for name, x in kind.items()}
+        for kind in (step.gradients, step.parameters, step.buffers)
+    )
+    return Observed({0: step.loss}, {}, gradients, parameters, buffers)
 
 
 def _is_finite(reference: Reference) -> bool:

@@ -19,11 +19,11 @@ from colrow.dryrun.reduced_model import reduced_model
 from colrow.errors import PlanError
 from colrow.plans.plan import Plan
 from colrow.sharding.parameter_state import copied_model
-from colrow.torch_compat import TorchDispatchMode
 from colrow.verifying.backends import RankFailure, can_simulate, run_gloo, run_local
 from colrow.verifying.comparison import Errors, Observed, Reference, compare
 from colrow.verifying.controls import negative_control
 from colrow.verifying.diagnosis import likely_cause
+from colrow.verifying.double_casts import Rounding
 from colrow.verifying.other_values import TOLERATED, other_values
 from colrow.verifying.report import Mode, Report, Verdict, Worst
 from colrow.verifying.step import Task, reference_step
@@ -67,8 +67,8 @@ def verify(
         loss: of the model's output, as the model returns it, and the inputs. By default next-token cross entropy, or a
             weighted sum of an output that is not logits, plus the scalars of the output (auxiliary losses).
         tolerance: the largest relative error allowed; by default 1e-9, or 1e-5 for a model that rounds to fp32.
-        vary: compare with large and with small weights too, unless the model rounds to fp32: what no rule proves may be
-            wrong with other values alone ([Note: what one batch does not show]).
+        vary: compare with large and with small weights too, unless the model runs in fp32 alone. What no rule proves
+            may be wrong with other values only ([Note: what one batch does not show]).
 
     Raises:
         PlanError: the plan does not fit, tp is 1, or the model is too big.
@@ -86,7 +86,7 @@ def verify(
         tolerance = EXACT if exact else ROUNDED
 
     report = partial(Report, tp=tp, parameters=len(reference.parameters), tolerance=tolerance, reduced=reduced)
-    found = _found(task, plan, reference, tolerance, backend, vary=vary and exact)
+    found = _found(task, plan, reference, tolerance, backend, vary=vary)
     return report(**found, seconds=time.monotonic() - started)
 
 
@@ -252,7 +252,7 @@ def _reference(task: Task) -> tuple[Task, Reference, bool]:
         PlanError: the model itself does not run.
     """
     for double_casts in (False, True):
-        wanted, rounding = replace(task, double_casts=double_casts), _Rounding()
+        wanted, rounding = replace(task, double_casts=double_casts), Rounding()
         try:
             with rounding:
                 reference = reference_step(wanted, copied_model(task.model))
@@ -338,15 +338,3 @@ def _off_meta(model: nn.Module) -> nn.Module:
 
 def _from_meta(param: torch.Tensor) -> torch.Tensor:
     return torch.full_like(param, 1.0 if param.ndim == 1 else 0.0, device="cpu") if param.is_meta else param
-
-
-class _Rounding(TorchDispatchMode):
-    """Sees whether fp64 values are rounded to fp32 or less."""
-
-    seen = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64:
-            self.seen = self.seen or (out.is_floating_point() and out.dtype != torch.float64)
-        return out
