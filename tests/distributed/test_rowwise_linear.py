@@ -84,7 +84,7 @@ def everything(device: str) -> tuple[dict[str, list[float]], list[float]]:
 
     def one_scale(x: Tensor) -> Float8Operand:
         largest = round_rows(x)[1].amax()
-        return Float8Operand((x.float() / largest).to(ACTIVATION), largest.expand(len(x)).contiguous())
+        return Float8Operand((x.float() / largest).to(ACTIVATION).contiguous(), largest.expand(len(x)).contiguous())
 
     with mock.patch.object(weights_module, "_rounded", one_scale):  # the negative control
         return found, column_errors(device, SHAPES[0], "none", True)

@@ -129,7 +129,8 @@ def test_a_slow_clock_is_named_before_what_it_slows() -> None:
 
 
 def test_one_step_is_profiled_where_a_run_is_slower_than_its_band(monkeypatch: pytest.MonkeyPatch) -> None:
-    printed = "import sys; sys.stdout.write('1700, 1980\\n900, 1980\\n')"
+    printed = "print('GPU-a, 1700, 1980'); print('GPU-b, 900, 1980'); print('GPU-of-others, 345, 1980')"
+    monkeypatch.setattr(pace, "gpus_of_ranks_here", lambda: {"GPU-a", "GPU-b"})
     monkeypatch.setattr(pace, "_CLOCKS", (sys.executable, "-c", printed))
     monkeypatch.setattr(pace.torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(pace, "profiling", lambda _: nullcontext([TRACE]))
@@ -148,5 +149,5 @@ def test_one_step_is_profiled_where_a_run_is_slower_than_its_band(monkeypatch: p
 
 
 def test_a_host_without_nvidia_smi_has_no_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert pace._read(pace._start(("no-such-program",))) == []
-    assert pace._read(pace._start((sys.executable, "-c", "print('[N/A], [N/A]')"))) == []
+    assert pace._read(pace._start(("no-such-program",)), {"GPU-a"}) == []
+    assert pace._read(pace._start((sys.executable, "-c", "print('GPU-a, [N/A], [N/A]')")), {"GPU-a"}) == []

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ STEPS = 20
 _SETTLING = 2  # steps after compilation and capture in which the allocator and the clocks settle
 _WITHOUT_WAIT = 0.8  # of the steps: one slow step of the host does not make a run CPU-bound
 _LOW_CLOCK, _BELOW_OTHERS = 0.6, 0.9  # of the largest clock, which no GPU holds under load; of the other GPUs' median
-_CLOCKS = ("nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm", "--format=csv,noheader,nounits")
+_CLOCKS = ("nvidia-smi", "--query-gpu=uuid,clocks.sm,clocks.max.sm", "--format=csv,noheader,nounits")
 
 
 class Pace:
@@ -85,7 +86,7 @@ class Pace:
             yield
             torch.cuda.synchronize()
         assert self._forecast is not None
-        self._say(labelled("hint", difference(self._forecast, traces[0], _read(clocks))))
+        self._say(labelled("hint", difference(self._forecast, traces[0], _read(clocks, gpus_of_ranks_here()))))
 
 
 def rate(config: RunConfig, seconds: float) -> float:
@@ -166,14 +167,21 @@ def _start(command: tuple[str, ...]) -> subprocess.Popen[str] | None:
         return None
 
 
-def _read(process: subprocess.Popen[str] | None) -> list[Clock]:
-    """The clocks that nvidia-smi printed; none where it failed."""
+def gpus_of_ranks_here() -> set[str]:
+    """Of the GPUs that this host's ranks use, their UUIDs as nvidia-smi prints them: it lists those of others too."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    used = range(min(ranks, torch.cuda.device_count()))
+    return {f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in used}
+
+
+def _read(process: subprocess.Popen[str] | None, used: Collection[str]) -> list[Clock]:
+    """The clocks that nvidia-smi printed of these GPUs, by its numbers; none where it failed."""
     if process is None:
         return []
     try:
         text, _ = process.communicate(timeout=10)
-        rows = [[float(field) for field in line.split(",")] for line in text.splitlines()]
-        return [Clock(i, mhz, limit) for i, (mhz, limit) in enumerate(rows)]
+        rows = [line.split(", ") for line in text.splitlines()]
+        return [Clock(i, float(mhz), float(limit)) for i, (uuid, mhz, limit) in enumerate(rows) if uuid in used]
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()

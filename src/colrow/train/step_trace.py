@@ -73,7 +73,7 @@ class StepTrace:
 def profiling(activities: list[ProfilerActivity], kept: Path | None = None) -> Iterator[list[StepTrace]]:
     """Profile the block. After it, the list holds its trace; the trace's file is left at `kept`."""
     traces: list[StepTrace] = []
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities, acc_events=True) as profiler:  # without, torch warns of later cycles
         yield traces
     with tempfile.TemporaryDirectory() as folder:
         path = kept or Path(folder) / "trace.json"
