@@ -13,6 +13,7 @@ from torch import nn
 
 from colrow.cli import main
 from colrow.dryrun.report import repeated_block, report
+from colrow.errors import PlanError
 from colrow.models.llama import Llama
 from colrow.plans.plan import Plan
 from helpers.parity import MODELS
@@ -104,3 +105,10 @@ def test_plan_as_json_and_as_a_file(capsys: pytest.CaptureFixture[str], tmp_path
 def test_plan_names_what_is_wrong(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *args]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_plan_that_the_model_does_not_run_under_is_an_error_of_the_plan() -> None:
+    with torch.device("meta"):
+        model = Llama(MODELS["gqa"])
+    with pytest.raises(PlanError, match=r"plan .* does not run at tp=2: lm_head raises .*: `colrow check` says what"):
+        report(model, Plan({"norm": "sequence"}), tp=2, batch_size=1, seq_len=8)

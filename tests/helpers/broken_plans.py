@@ -253,6 +253,9 @@ BROKEN: dict[str, Case] = {
     "inputs of unequal number": Case(
         "CR211", llama, lambda: preset(mlp={"style": "prepare_input", "input": ["shard(1)"]})
     ),
+    "shards of a dim that is not there": Case(
+        "CR211", llama, lambda: preset(lm_head={"style": "local_shards", "shards": {"weight": 9}}), "lm_head"
+    ),
     "sequence on a block": Case("CR206", llama, lambda: preset(mlp="sequence"), "layers.*.mlp"),
     "heads that nobody states": Case("CR211", lambda: m.Gpt(), lambda: gpt_plan(attn__qkv="kv_replicate")),
     "buffer": Case(

@@ -210,7 +210,9 @@ def read_json(path: Path) -> JSON:
     """A JSON file's value. Raises CheckpointError when it cannot be read or is not JSON."""
     try:
         return json.loads(read_text(path, "file", CheckpointError, _MOST_BYTES))
-    except CheckpointError:
+    except CheckpointError as error:
+        if isinstance(error.__cause__, UnicodeDecodeError):
+            raise CheckpointError(f"{path} is not JSON: {error.__cause__}") from error
         raise
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error

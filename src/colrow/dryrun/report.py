@@ -13,6 +13,7 @@ from torch.distributed.tensor import Replicate
 from colrow.dryrun.calls import GivenInputs
 from colrow.dryrun.dry_run import dry_run
 from colrow.dryrun.result import Collective, DryRun, Output
+from colrow.errors import PlanError, first_line
 from colrow.mesh import Mesh
 from colrow.models.blocks import block_stacks
 from colrow.plans.patterns import is_within, with_stars
@@ -110,7 +111,7 @@ def report(
     """What `plan` does to `model` over tp ranks. The model may be on the meta device, and is not changed.
 
     Raises:
-        PlanError: the plan does not fit the model at this degree.
+        PlanError: the plan does not fit the model at this degree, or the model does not run under it.
     """
     layouts = plan.parameters(model, tp)
     rows = []
@@ -130,7 +131,11 @@ def report(
         )
     run = dry_run(model, plan, Mesh(tp=tp), batch_size, seq_len, inputs=inputs)
     if run.failure is not None:  # sizes fit, and the model's code does not run on the shards
-        raise run.failure.error
+        where, error = run.failure.where or "the model", run.failure.error
+        raise PlanError(
+            f"plan {plan.name} does not run at tp={tp}: {where} raises {type(error).__name__}: {first_line(error)}: "
+            "`colrow check` says what is wrong"
+        ) from error
     block, blocks = repeated_block(model)
     path = _path(model, plan, run, rows, _first(block)) if block else []
     return PlanReport(plan, tp, batch_size, seq_len, rows, block, blocks, path, run)

@@ -173,7 +173,12 @@ def specs_of(site: Site, style: str, shards: dict[str, Any]) -> dict[str, ShardS
         elif declared.get("scaled"):
             specs[name] = ShardSpec(scaled=True)
         else:
-            dim = int(declared["dim"])
+            dim = declared.get("dim")
+            if not isinstance(dim, int) or not 0 <= dim < param.ndim:
+                raise site.wrong_options(
+                    f"dim {dim!r} of {name}, which has {param.ndim} dims, cannot be sharded",
+                    f"give a number from 0 to {param.ndim - 1}",
+                )
             specs[name] = ShardSpec(
                 dim,
                 segments=tuple(declared.get("segments") or (int(param.shape[dim]),)),
