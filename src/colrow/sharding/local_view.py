@@ -63,7 +63,9 @@ class _Unannounced:
 
 @functools.cache
 def _subclass(cls: Any, names: tuple[str, ...], forward: Callable[..., Any] | None) -> Any:
-    body: dict[str, object] = {name: _property(name) for name in names}
+    # known here: torch.compile goes through the properties' code
+    make = _property if cls.__getattr__ is nn.Module.__getattr__ else _property_read_by_class
+    body: dict[str, object] = {name: make(name) for name in names}
     if forward is not None:
         body["forward"] = forward
     return subclass_in_its_place(cls, body)
@@ -87,3 +89,19 @@ def _property(name: str) -> property:
         module.register_parameter(name, value)
 
     return property(read, write)
+
+
+def _property_read_by_class(name: str) -> property:
+    """Of a class with a `__getattr__` of its own, which a property hides: it makes a complex number of two, say. It is
+    given the view in the parameter's place."""
+    plain = _property(name)
+
+    def read(module: Any) -> Any:
+        param, seen = module._parameters[name], plain.__get__(module)
+        module._parameters[name] = seen
+        try:
+            return type(module).__getattr__(module, name)
+        finally:
+            module._parameters[name] = param
+
+    return property(read, plain.__set__)
