@@ -25,6 +25,7 @@ from colrow.derive.opaque import NOTHING_OPAQUE, OpaqueModules
 from colrow.derive.outside import watching_reads
 from colrow.derive.undecomposed import NOT_KEPT, Undecomposed
 from colrow.dryrun.calls import Inputs, call_model, example_inputs, most_positions
+from colrow.dryrun.code_caches import caches_forgotten
 from colrow.errors import PlanError
 from colrow.parallel.outputs import auxiliary_losses, main_tensor
 from colrow.torch_compat import quiet_fake_tensors
@@ -174,6 +175,7 @@ def _exported(
     try:
         with (
             quiet_fake_tensors(),
+            caches_forgotten(model),
             markers(model, rescale) as calls,
             opaque.within(model),
             warnings.catch_warnings(),

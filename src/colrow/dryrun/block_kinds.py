@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from colrow.dryrun.calls import Inputs, call_model
+from colrow.dryrun.code_caches import caches_forgotten
 from colrow.dryrun.fake_world import materialize_fake, meta_copy
 from colrow.models.blocks import block_stacks
 from colrow.plans.patterns import with_stars
@@ -66,7 +67,7 @@ def trace_blocks(
             name = f"{stack.name}.{key}"
             recorder.watch(name, copy.get_submodule(name))
     try:
-        with warnings.catch_warnings(), fake_tensors():
+        with warnings.catch_warnings(), caches_forgotten(model), fake_tensors():
             warnings.simplefilter("ignore")
             materialize_fake(copy, dtype)
             inputs = make_inputs(copy)

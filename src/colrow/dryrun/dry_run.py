@@ -27,6 +27,7 @@ from colrow.dryrun.calls import (
     give_targets,
     head_loss,
 )
+from colrow.dryrun.code_caches import caches_forgotten
 from colrow.dryrun.fake_world import fake_tp_mesh, materialize_fake
 from colrow.dryrun.flops import FlopCounter
 from colrow.dryrun.module_tracker import LOSS, ModuleTracker
@@ -89,7 +90,7 @@ def _run(step: PlannedStep, traces: BlockTraces, keep: int = 2) -> DryRun:
     styles = step.plan.styles_of(step.model)
     reference, sharded = (reduced_copy(step.model, styles, traces, keep) for _ in range(2))
     plan = sharded.renamed_plan(step.plan, styles)
-    with warnings.catch_warnings(), fake_tp_mesh(step.tp) as tp_mesh:
+    with warnings.catch_warnings(), caches_forgotten(step.model), fake_tp_mesh(step.tp) as tp_mesh:
         warnings.simplefilter("ignore")
         parallelize(sharded.model, plan, tp_mesh)
         with fake_tensors():

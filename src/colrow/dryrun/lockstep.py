@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from colrow.dryrun.block_kinds import BlockTraces, runs_known_code
 from colrow.dryrun.calls import Inputs, Loss, call_model, give_targets, head_loss
+from colrow.dryrun.code_caches import caches_forgotten
 from colrow.dryrun.fake_world import fake_tp_mesh, materialize_fake
 from colrow.dryrun.module_tracker import LOSS
 from colrow.dryrun.numbered import NumberedRun, NumberedValue
@@ -155,6 +156,7 @@ def _walked(step: PlannedStep, keep: int, backward: bool) -> PairedWalk | Except
     original, plan = copies[1].original, copies[1].renamed_plan(step.plan, styles)
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
+        stack.enter_context(caches_forgotten(step.model))
         warnings.simplefilter("ignore")
         mesh = stack.enter_context(fake_tp_mesh(step.tp))
         segments = {name: style.output_segments(Site(parallel, name, step.tp)) for name, style in plan.modules.items()}
@@ -165,7 +167,8 @@ def _walked(step: PlannedStep, keep: int, backward: bool) -> PairedWalk | Except
         given = step.fake_inputs(unsharded)
         reference = UnshardedRun(unsharded)
         try:
-            want, _ = _run_step(reference, unsharded, given, step.loss, None, backward)
+            with caches_forgotten(step.model):  # what the sharded run does not make itself would have no number
+                want, _ = _run_step(reference, unsharded, given, step.loss, None, backward)
         except Exception as error:
             return error
         length, counted = _counts_of_tokens(step, given)

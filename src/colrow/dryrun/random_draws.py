@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from colrow.dryrun.calls import GivenInputs, Inputs, Loss, call_model, default_loss, example_inputs
+from colrow.dryrun.code_caches import caches_forgotten
 from colrow.dryrun.fake_world import materialize_fake, meta_copy
 from colrow.dryrun.lockstep import draws_by_module
 from colrow.dryrun.planned_step import PlannedStep
@@ -57,7 +58,7 @@ def model_draws(
         return False
     copy, seen = meta_copy(model), _Seen()
     try:
-        with fake_tensors(), torch.no_grad():
+        with caches_forgotten(model), fake_tensors(), torch.no_grad():
             materialize_fake(copy, dtype)
             given = example_inputs(copy, batch_size, seq_len) if inputs is None else Inputs.of(inputs)
             with seen:
