@@ -187,6 +187,7 @@ def _of_transformers(path: Path, trust_code: bool) -> nn.Module:
                 "build another in model.python, and train it by a loop of your own (docs/guide/library.md)"
             )
         raise ConfigError(f"transformers cannot build the model in {path}: {reason}") from error
+    # on the meta device each name got a parameter of its own: those that are one come together again
     model.tie_weights()  # type: ignore[operator]
     return model.train()
 

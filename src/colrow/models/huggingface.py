@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from colrow.errors import ConfigError, did_you_mean
-from colrow.models.llama import Llama3Scaling, LlamaConfig
+from colrow.models.llama import SIZES, Llama3Scaling, LlamaConfig
 from colrow.yaml_text import read_text
 
 FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
@@ -120,14 +120,7 @@ def config_to_huggingface(config: LlamaConfig, dtype: torch.dtype) -> dict[str, 
     tree: dict[str, Any] = {
         "architectures": [f"{FAMILIES[family]}ForCausalLM"],
         "model_type": family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_position_embeddings,
+        **{key: getattr(config, key) for key in SIZES},
         "hidden_act": "silu",
         "rms_norm_eps": config.rms_norm_eps,
         "initializer_range": config.initializer_range,

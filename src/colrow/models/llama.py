@@ -66,6 +66,13 @@ class LlamaConfig:
             raise ConfigError(f"head_dim={self.head_dim} is odd: the rotary embedding turns pairs of dimensions")
 
 
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
+)
+"""The fields of a LlamaConfig that have no default."""
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped kv heads.
 
@@ -198,7 +205,7 @@ def rope_tables(config: LlamaConfig, positions: Tensor, dtype: torch.dtype) -> R
         keep = keep.clamp(0.0, 1.0)
         inv_freq = keep * inv_freq + (1.0 - keep) * inv_freq / scaling.factor
     angle = positions.float().unsqueeze(-1) * inv_freq
-    return angle.cos().to(dtype).unsqueeze(-3), angle.sin().to(dtype).unsqueeze(-3)
+    return angle.cos().to(dtype).unsqueeze(-3), angle.sin().to(dtype).unsqueeze(-3)  # a dim of 1: alike for all heads
 
 
 def rotate(x_BHTE: Tensor, rope: Rope) -> Tensor:

@@ -5,35 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from colrow.errors import ConfigError, did_you_mean
-from colrow.models.llama import Llama3Scaling, LlamaConfig
+from colrow.models.llama import SIZES, Llama3Scaling, LlamaConfig
 
 _LLAMA_3_2 = Llama3Scaling(
     factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
 )
 
 
-def _sized(
-    vocab: int,
-    hidden: int,
-    ffn: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    context: int,
-    **options: Any,
-) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        max_position_embeddings=context,
-        **options,
-    )
+def _sized(*sizes: int, **options: Any) -> LlamaConfig:
+    return LlamaConfig(**options, **dict[str, Any](zip(SIZES, sizes, strict=True)))
 
 
 # fmt: off
