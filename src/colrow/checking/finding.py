@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from colrow.errors import PlanError
@@ -120,8 +120,7 @@ class Finding:
 
     def to_data(self) -> dict[str, str]:
         """The finding as `colrow check --json` prints it."""
-        return {"code": self.code, "severity": self.severity, "where": self.where, "message": self.message,
-                "fix": self.fix}  # fmt: skip
+        return asdict(self)
 
     def __str__(self) -> str:
         return f"{self.code} {self.slug} {self.severity} at {self.where}: {self.message}; {self.fix} ({self.page})"
