@@ -16,13 +16,13 @@ from colrow.ops.kernels.swiglu import (
     swiglu_triton,
 )
 from colrow.ops.products import sum_dtype
+from colrow.torch_compat import Operator
 
 
 def _by_kernel(y: Tensor) -> bool:
     return triton is not None and y.is_cuda and y.dtype != torch.float64
 
 
-@torch.library.custom_op("colrow::swiglu", mutates_args=(), schema="(Tensor y_TF, int gate) -> (Tensor, Tensor)")
 def _swiglu(y_TF: Tensor, gate: int) -> tuple[Tensor, Tensor]:
     """y = [a | b], or [b | a] with `gate` 1 -> silu(a) b, [T, f], and the largest |number| of each of its rows, [T] of
     fp32 (fp64 for fp64), which has no gradient."""
@@ -30,21 +30,24 @@ def _swiglu(y_TF: Tensor, gate: int) -> tuple[Tensor, Tensor]:
     return swiglu_triton(y_TF, gate) if _by_kernel(y_TF) else swiglu_reference(y_TF, gate)
 
 
-@_swiglu.register_fake
+_SWIGLU = Operator("swiglu", "(Tensor y_TF, int gate) -> (Tensor, Tensor)", _swiglu)
+
+
+@_SWIGLU.register_fake
 def _(y_TF: Tensor, gate: int) -> tuple[Tensor, Tensor]:
     T, F = y_TF.shape
     return y_TF.new_empty(T, F // 2), y_TF.new_empty(T, dtype=sum_dtype(y_TF.dtype))
 
 
-@torch.library.custom_op(
-    "colrow::swiglu_gradient", mutates_args=(), schema="(Tensor dh_Tf, Tensor y_TF, int gate) -> Tensor"
-)
 def _swiglu_gradient(dh_Tf: Tensor, y_TF: Tensor, gate: int) -> Tensor:
     gradient = swiglu_gradient_triton if _by_kernel(y_TF) else swiglu_gradient_reference
     return gradient(dh_Tf, y_TF, gate)
 
 
-@_swiglu_gradient.register_fake
+_GRADIENT = Operator("swiglu_gradient", "(Tensor dh_Tf, Tensor y_TF, int gate) -> Tensor", _swiglu_gradient)
+
+
+@_GRADIENT.register_fake
 def _(dh_Tf: Tensor, y_TF: Tensor, gate: int) -> Tensor:
     return y_TF.new_empty(y_TF.shape)
 
@@ -62,4 +65,4 @@ def _differentiate(ctx: Any, dh_Tf: Tensor | None, _: Any) -> Any:
     return torch.ops.colrow.swiglu_gradient(dh_Tf.contiguous(), y_TF, ctx.gate), None
 
 
-torch.library.register_autograd("colrow::swiglu", _differentiate, setup_context=_save)
+_SWIGLU.register_autograd(_differentiate, _save)
