@@ -19,7 +19,7 @@ from benchmarks.parity.models import MODELS, SIZES, SmallModel
 from benchmarks.parity.step import Trained, config_of, set_up, train
 from colrow.config_sections import FsdpSection
 from colrow.errors import ConfigError
-from colrow.forecasting.memory import Setting, stages_of
+from colrow.forecasting.memory import Setting, peak_memory, stages_of
 from colrow.forecasting.traffic import traffic_of
 from colrow.forecasting.walk import HEAD, ROOT, Cell, walk
 from colrow.mesh import Mesh
@@ -28,9 +28,10 @@ from colrow.ops import float8_linear
 from colrow.ops.execution_record import recorded
 from colrow.parallel import flat_gather
 from colrow.parallel.compile import compile_forward
-from colrow.parallel.flat_weights import check_data_engine
+from colrow.parallel.flat_weights import FlatWeights, check_data_engine
 from colrow.parallel.quantized_shards import QuantizedShards
 from colrow.plans.plan import Plan
+from colrow.sharding.layout import local_tensor
 from colrow.train.setup import Training
 from helpers.flat_peers import flat, simulated_peers
 from helpers.harness import Ranks
@@ -146,8 +147,23 @@ def _once(shards: Any, units: Any) -> None:
     done.update(units)
 
 
-def sent(device: str, degrees: dict[str, int]) -> dict[bool, Counts]:
-    """Kind and bytes of what a step sends for weights, in 16 and in 8 bits."""
+def held_bytes(training: Training) -> int:
+    """Of the memory of weights beside the optimizer's: shards and buffers."""
+    weights = training.step.forward_backward.weights
+    assert isinstance(weights, FlatWeights)
+    params = [each for unit in weights._units for each in unit.params]
+    tensors = [
+        t
+        for each in params
+        for t in (each.copy, local_tensor(each.full), each.numbers, each.all_numbers)
+        if t is not None
+    ]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def sent(device: str, degrees: dict[str, int]) -> dict[bool, tuple[Counts, int]]:
+    """Kind and bytes of what a step sends for weights, in 16 and in 8 bits; and what they take."""
     found = {}
     gather_into, largest_of_ranks = flat_gather.gather_into, QuantizedShards._largest_of_ranks
     for gather_fp8 in (False, True):
@@ -169,21 +185,22 @@ def sent(device: str, degrees: dict[str, int]) -> dict[bool, Counts]:
             train(training, [0])
             seen.clear()  # the first step gathers what later ones find
             train(training, [1])
-        found[gather_fp8] = seen
+            found[gather_fp8] = seen, held_bytes(training)
     return found
 
 
-def forecast(degrees: dict[str, int], *, gather_fp8: bool, precision: torch.dtype = torch.bfloat16) -> Counts:
+def forecast(degrees: dict[str, int], *, gather_fp8: bool) -> tuple[Counts, float]:
     """What a forecast says of the same."""
     mesh, plan = flat(**degrees), MODEL["wide"].plan_of()
     with torch.device("meta"):
         model = Llama(WIDE)
-    walked = walk(model, plan, Cell(mesh.tp, 2, 8, compiled=False, dtype=precision, data_axes=mesh.tp == 1))
+    walked = walk(model, plan, Cell(mesh.tp, 2, 8, compiled=False, dtype=torch.bfloat16, data_axes=mesh.tp == 1))
     setting = Setting(mesh, 2, copies=False, gather_fp8=gather_fp8)
     (stage,) = stages_of(walked, setting)
     flags = 4 * sum(len(walked.units[name].trained) for name in (ROOT, HEAD, *stage.layers))
     found = [each for each in traffic_of(walked, setting, stage) if each.axis == "dp_shard" and each.bytes != flags]
-    return Counter({(each.kind, each.bytes): each.calls for each in found if each.kind != "all_to_all"})
+    counts = Counter({(each.kind, each.bytes): each.calls for each in found if each.kind != "all_to_all"})
+    return counts, peak_memory(walked, setting).weights
 
 
 OTHERS: dict[str, Any] = {
@@ -237,10 +254,15 @@ def test_what_is_sent_is_what_the_forecast_says(results: Any, world: int, name: 
     degrees = OTHERS[name].keywords["degrees"]
     wanted = {gather_fp8: forecast(degrees, gather_fp8=gather_fp8) for gather_fp8 in (False, True)}
     for found in results(world, name):
-        assert found == wanted
+        assert {way: counts for way, (counts, _) in found.items()} == {
+            way: counts for way, (counts, _) in wanted.items()
+        }
+        for way, (_, held) in found.items():
+            assert held == pytest.approx(wanted[way][1], rel=0.02), "ranges begin at multiples of 128"
+    assert wanted[True][1] < 0.95 * wanted[False][1], "buffers are half as large; of three blocks, shards larger"
     # of a block's matrices half the bytes, and norms as before
     matrices = 64 * (64 + 2 * 32 + 64) + 3 * 64 * 96
-    (low, high) = (max(nbytes for kind, nbytes in wanted[way] if kind == "all_gather") for way in (True, False))
+    (low, high) = (max(nbytes for kind, nbytes in wanted[way][0] if kind == "all_gather") for way in (True, False))
     assert high - low == matrices // degrees.get("tp", 1)
 
 
