@@ -321,3 +321,14 @@ def test_inputs_on_the_command_line(tmp_path: Any, capsys: pytest.CaptureFixture
     assert main(["check", *model, *here]) == 0
     assert main(["verify", *model]) == 2
     assert main(["check", *model, "--inputs", "verifying.test_training_conditions:no"]) == 2
+
+
+class OwnNoise(m.MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        return self.down(h * torch.rand(h.shape, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.exhaustive  # a rare generator; simulated ranks draw from one, one after another
+def test_noise_of_a_generator_of_the_models_own_is_drawn_for_shards() -> None:
+    assert judged(m.Gpt(mlp=OwnNoise, layers=1), gpt_plan(), backend="gloo").ok

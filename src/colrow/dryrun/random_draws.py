@@ -56,7 +56,7 @@ def model_draws(
     without values."""
     if all(type(m).__module__.startswith("colrow.models.") or type(m) in _DRAW_NOTHING for m in model.modules()):
         return False
-    copy, seen = meta_copy(model), _Seen()
+    copy, seen = meta_copy(model), DrawsSeen()
     try:
         with caches_forgotten(model), fake_tensors(), torch.no_grad():
             materialize_fake(copy, dtype)
@@ -101,8 +101,8 @@ def random_draws(
     return RandomDraws(drew, known if on_shards else {}, unknown)
 
 
-class _Seen(TorchDispatchMode):
-    """Whether a random number was drawn."""
+class DrawsSeen(TorchDispatchMode):
+    """Whether a random number was drawn, by whatever generator."""
 
     drew = False
 

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from colrow.dryrun.calls import GivenInputs, Inputs, Loss, call_model, give_targets, head_loss
+from colrow.dryrun.random_draws import DrawsSeen
 from colrow.parallel.loss import loss_context
 from colrow.parallel.parallelize import parallelize
 from colrow.parallel.random_draws import arrange_draws
@@ -56,8 +57,9 @@ def reference_step(task: Task, model: nn.Module) -> Reference:
     torch.manual_seed(task.seed)
     with without_dropout(model, off=task.draws is None) as dropout:
         state = torch.get_rng_state()
-        output = _call(task, model)
-        drew = not torch.equal(torch.get_rng_state(), state)
+        with DrawsSeen() as seen:
+            output = _call(task, model)
+        drew = seen.drew or not torch.equal(torch.get_rng_state(), state)
         written = tuple(name for name, buffer in model.named_buffers() if _changed(before.get(name), buffer))
         after_forward = _copies(model, written)
         loss = task.loss(output, inputs.given)
