@@ -57,7 +57,7 @@ def fit(measured: list[Measured], base: Rates, *, calibrated: bool = False) -> R
     for name, overlap in (("fused_fast", "collectives"), ("fused_chunked", "copy_engine")):
         rate = _median(row.fused_rate(rates) for row in fast if row.program.overlap == overlap)
         rates = replace(rates, **{name: rate or getattr(base, name)})
-    rounded = [row for row in traced if row.fp8]
+    rounded = [row for row in traced if row.fp8 == "tensorwise"]
     rates = replace(rates, matmul_fp8=_median(row.fp8_rate(rates) for row in rounded) or rates.matmul_fp8)
     # a stream that waits for a peer's copy counts as idle, and so does one that waits for fp8's scales
     ahead = [row for row in alone if row.program.overlap != "copy_engine" and row.trace["idle"] < 0.15 * row.step_ms]

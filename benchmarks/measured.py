@@ -68,7 +68,7 @@ class Measured:
     micro_batches: int
     reshard: bool
     cuda_graph: bool
-    fp8: bool
+    fp8: str
     older: bool
     allocated: float | None
     device: float | None
@@ -102,12 +102,19 @@ class Measured:
     @property
     def program(self) -> Program:
         overlap = FAST.get(self.plan, "none") if self.mesh.tp > 1 else "none"
-        return Program(overlap, self.fp8, self.cell.compiled, self.cuda_graph, self.loss == "linear")
+        return Program(
+            overlap,
+            bool(self.fp8),
+            self.cell.compiled,
+            self.cuda_graph,
+            self.loss == "linear",
+            rowwise=self.fp8 == "rowwise",
+        )
 
     def walk(self) -> Walk:
-        packed = self.fp8 and self.file >= GATHERS_OF_EIGHT_BITS
+        recipe = self.fp8 if self.file >= GATHERS_OF_EIGHT_BITS else ""
         data_axes = applies_on_data_axes(_plan(self.plan, self.loss, self.fp8), self.mesh)
-        seen = _walked(self.model, self.plan, self.loss, packed, replace(self.cell, data_axes=data_axes))
+        seen = _walked(self.model, self.plan, self.loss, recipe, replace(self.cell, data_axes=data_axes))
         return replace(seen, repeats={seen.order[0]: 1, seen.order[1]: self.layers - 1})
 
     def memory(self) -> Memory:
@@ -211,7 +218,7 @@ class Measured:
 
 
 @cache
-def _walked(model: str, name: str, loss: str, fp8: bool, cell: Cell) -> Walk:
+def _walked(model: str, name: str, loss: str, fp8: str, cell: Cell) -> Walk:
     config = replace(SHAPES[model], num_hidden_layers=2)
     config = replace(config, max_position_embeddings=max(cell.seq_len, config.max_position_embeddings))
     with torch.device("meta"):
@@ -219,9 +226,9 @@ def _walked(model: str, name: str, loss: str, fp8: bool, cell: Cell) -> Walk:
     return walk(built, _plan(name, loss, fp8), cell, BlockTraces())
 
 
-def _plan(name: str, loss: str, fp8: bool) -> Plan:
+def _plan(name: str, loss: str, fp8: str) -> Plan:
     plan = Plan.preset(name, loss)  # type: ignore[arg-type]
-    return plan.with_fp8("tensorwise") if fp8 else plan
+    return plan.with_fp8(fp8) if fp8 else plan  # type: ignore[arg-type]
 
 
 def rows(gpu: str = "h200") -> Iterator[Measured]:
@@ -257,7 +264,7 @@ def _of_bench(file: str, row: dict[str, Any], older: bool) -> Measured:
         sequences // (row["micro_batch"] * mesh.dp),
         "reshard_after_forward=false" not in arm and mesh.dp_shard > 1,
         bool(row.get("cuda_graph")),
-        "fp8" in arm,
+        "" if "fp8" not in arm else "rowwise" if "fp8=rowwise" in arm else "tensorwise",
         older or ("fp8" in arm and file < EIGHT_BIT_GATHERS),
         row.get("peak_allocated_gib"),
         row.get("device_used_gib"),
@@ -279,5 +286,5 @@ def _of_run(file: str, name: str, run: dict[str, Any]) -> Measured:
     step_ms = 4 * 8192 / (run["tokens_per_second_per_gpu"] * mesh.world_size) * 1e3
     return Measured(
         file, name, "llama3-8b", 32, flags.get("plan", "llama"), "linear", mesh, cell, count, mesh.dp_shard > 1, False,
-        False, False, run["peak_gib"], None, step_ms, {},
+        "", False, run["peak_gib"], None, step_ms, {},
     )  # fmt: skip
