@@ -59,7 +59,8 @@ def test_where_an_error_names_no_module_the_class_at_fault_is_found(traced: tupl
         return Objection("CR401 at backward: it fails", ("backward",)) if bad else None
 
     found = derive(model, 2, traced=graph, judge=judge, options=DeriveOptions(sequence_parallel=False))
-    assert sharded_modules(found.plan(), model) == {"embed", "head", "blocks.0.attn.qkv", "blocks.0.attn.out"}
+    sharded = sharded_modules(found.plan(), model)
+    assert sharded == {"embed", "head", "blocks.0.attn.qkv", "blocks.0.attn.out", "blocks.0.mlp.down"}
     assert "it fails" in found.replicated["blocks.0.mlp.up.weight"]
 
 

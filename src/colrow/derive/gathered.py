@@ -146,7 +146,9 @@ def gathered_parameters(
                 continue
             if (dim := next((k for k, extent in enumerate(param.shape) if extent % tp == 0), None)) is not None:
                 shards[parameter] = dim
-        if shards:
+        if any(
+            module.get_parameter(parameter).dim() > 1 for parameter in shards
+        ):  # vectors alone are not worth two collectives
             found[name] = {"style": GatheredParameters.name, "shards": shards}
     return found
 
