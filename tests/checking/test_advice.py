@@ -108,15 +108,10 @@ def test_only_near_names_are_suggested(name: str, known: list[str], hint: str | 
         assert nearest(name, known) == hint
 
 
-FOLLOWED = (
-    "colwise on a norm",
-    *(
-        pytest.param(name, marks=pytest.mark.exhaustive)
-        for name in ("kv_replicate on embedding", "batch norm of sequence shards", "mlp output whole")
-    ),
-)
+FOLLOWED = ("colwise on a norm", "kv_replicate on embedding", "batch norm of sequence shards", "mlp output whole")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", FOLLOWED)
 def test_a_fix_that_is_followed_to_the_letter_ends_the_finding(name: str) -> None:
     case = BROKEN[name]

@@ -215,7 +215,7 @@ def test_a_weight_that_is_read_in_vain_stays_a_plain_tensor(monkeypatch: pytest.
         check(Peeking(), sequence_parallel=False)
 
 
-@pytest.mark.parametrize("shards", [True, False])
+@pytest.mark.parametrize("shards", params([True, False], lambda shards: shards))
 def test_an_encoder_on_hidden_states_is_split_and_exact(shards: bool) -> None:
     found, error = check(Encoder(), x=STATES, sequence_parallel=shards)
     assert error < TOLERANCE

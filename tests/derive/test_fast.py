@@ -24,6 +24,7 @@ from colrow.plans.plan import Plan
 from colrow.verifying.verify import parity, verify
 from helpers.collectives import FEWEST, per_layer
 from helpers.parity import SHALLOW_MODELS
+from helpers.variants import params
 
 FAST = DeriveOptions(styles="fast")
 
@@ -33,9 +34,7 @@ def own(name: str) -> Llama:
         return Llama(SHALLOW_MODELS[f"{name}-1"])
 
 
-@pytest.mark.parametrize(
-    ("styles", "name"), [("fast", "kv1"), pytest.param("overlap", "qk_norm_kv3", marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.parametrize(("styles", "name"), params([("fast", "kv1"), ("overlap", "qk_norm_kv3")], lambda *_: True))
 def test_on_our_own_models_it_is_the_preset(name: str, styles: str) -> None:
     """The same parameters in the same places, and the same collectives in the same order."""
     model = own(name)

@@ -71,7 +71,7 @@ def test_every_kind_is_split_and_trains_as_one_process_does(ranks: Ranks, tp: in
         assert max(errors.values()) < TOLERANCE, {k: v for k, v in errors.items() if v >= TOLERANCE}
 
 
-@pytest.mark.parametrize("kind", params([Sliced, Windowed], lambda kind: kind is Windowed))
+@pytest.mark.parametrize("kind", params([Sliced, Windowed], lambda kind: True))
 def test_slices_and_views_of_unsharded_tensors_keep_their_sizes_or_get_a_ranks(kind: type[nn.Module]) -> None:
     plan, model = derived(2, kind), language(kind)
     sizes = plan.modules["blocks.0.attn"].sizes

@@ -67,6 +67,7 @@ COMPILED: dict[int, dict[str, Case]] = {
     }
 }
 VARIANTS = {
+    "shard2-tied",
     "tp2-shard2-tied-selective",
     "pp2-tp2-1f1b-tied",
     "tp2-shard2-qk_norm-full-accumulate2",

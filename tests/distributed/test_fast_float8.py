@@ -99,6 +99,7 @@ def test_recomputation_rounds_alike(ranks: Ranks) -> None:
     assert ranks(2).run(recomputed) == [{"selective": True, "full": True}] * 2
 
 
+@pytest.mark.exhaustive
 def test_a_run_samples_prompts_of_any_length_and_is_exported(ranks: Ranks, tmp_path: Path) -> None:
     """16 does not divide the prompt: it is padded, and the run's end is not an error about it."""
     write_text(tmp_path)

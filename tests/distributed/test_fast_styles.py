@@ -107,6 +107,7 @@ def variants_case(device: str) -> dict[str, dict[str, float]]:
     return found
 
 
+@pytest.mark.exhaustive
 @pytest.mark.distributed
 def test_variants_give_one_process_gradients(ranks: Ranks) -> None:
     for found in ranks(2).run(variants_case, timeout=SLOW):

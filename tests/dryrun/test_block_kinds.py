@@ -92,7 +92,7 @@ MODELS: dict[str, tuple[Callable[[int], nn.Module], set[int]]] = {
     "global table": (lambda i: ByTable(layer_idx=i), {0, 1, 5}),
 }
 
-KEPT = ("alike", "number", "closure", "global table")
+KEPT = ("number", "closure")
 
 
 def built(make: Callable[[int], nn.Module]) -> m.Gpt:

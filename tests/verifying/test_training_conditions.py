@@ -42,7 +42,7 @@ class Normalised(m.MLP):
         return self.down(h / h.norm(dim=-1, keepdim=True) if self.training is self.mode else h)
 
 
-@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("mode", [pytest.param(True, marks=pytest.mark.exhaustive), False])
 def test_both_modes_are_judged(mode: bool) -> None:
     wrong = judged(m.Gpt(mlp=lambda: Normalised(mode), layers=1), gpt_plan())
     assert wrong.verdict == "wrong"
