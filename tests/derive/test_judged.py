@@ -98,7 +98,9 @@ def test_many_that_fail_one_after_another_end_in_a_plan(monkeypatch: pytest.Monk
     monkeypatch.setattr(derivation, "ATTEMPTS", 1)
     found = derive(model, 2, judge=judge, options=DeriveOptions(sequence_parallel=False))
     assert found.plan().modules == {}
-    assert len(seen) == 2 + gathered.ATTEMPTS  # in the end each layer alone, with its output gathered
+    assert (
+        len(seen) == 2 + 2 * gathered.ATTEMPTS
+    )  # in the end each layer alone, with its output, then its parameters gathered
     assert seen[0] > seen[1] > 0
 
 
