@@ -215,7 +215,8 @@ def test_a_rank_alone_gets_what_it_sends(n: int) -> None:
         assert torch.equal(gathered, x.repeat(n, 1))
         torch.testing.assert_close(y, gathered @ w.t())
         rows = torch.randn(n * 3, 5)
-        torch.testing.assert_close(chunked.row_forward(rows, w, engine), (rows @ w.t()).unflatten(0, (n, 3)).sum(0))
+        y = chunked.row_forward(rows, w, engine, LinearOptions())
+        torch.testing.assert_close(y, (rows @ w.t()).unflatten(0, (n, 3)).sum(0))
 
 
 def test_a_flag_at_the_wrong_place_would_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:

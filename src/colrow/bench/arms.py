@@ -14,20 +14,19 @@ import yaml
 from colrow.config import RunConfig, parse_config
 from colrow.errors import ConfigError, did_you_mean
 
-_EAGER, _GRAPH = {"train.cuda_graph": False}, {"train.cuda_graph": True}
 ARMS: dict[str, dict[str, Any]] = {
     # what tutorials teach: eager, q, k and v gathered, all heads on every rank
-    "article": {"plan": "article", "loss": "vocab_parallel", "train.compile": False, **_EAGER},
-    "plain": {"plan": "llama", "loss": "vocab_parallel", **_EAGER},
-    "linear": {"plan": "llama", "loss": "linear", **_EAGER},
-    "fast": {"plan": "llama-fast", "loss": "linear", **_EAGER},
-    "graph": {"plan": "llama-fast", "loss": "linear", **_GRAPH},
-    "fp8": {"plan": "llama-fast", "loss": "linear", "train.fp8": "tensorwise", **_EAGER},
-    "overlap": {"plan": "llama-overlap", "loss": "linear", **_EAGER},
-    "overlap-graph": {"plan": "llama-overlap", "loss": "linear", **_GRAPH},
+    "article": {"plan": "article", "loss": "vocab_parallel", "train.compile": False},
+    "plain": {"plan": "llama", "loss": "vocab_parallel"},
+    "linear": {"plan": "llama", "loss": "linear"},
+    "fast": {"plan": "llama-fast", "loss": "linear"},
+    "graph": {"plan": "llama-fast", "loss": "linear", "train.cuda_graph": True},
+    "fp8": {"plan": "llama-fast", "loss": "linear", "train.fp8": "tensorwise"},
+    "overlap": {"plan": "llama-overlap", "loss": "linear"},
+    "overlap-graph": {"plan": "llama-overlap", "loss": "linear", "train.cuda_graph": True},
     "config": {},
 }
-"""`config` is the config as it stands. The others do not choose by themselves whether they replay a graph."""
+"""`config` is the config as it stands. The others replay no graph unless they say so."""
 
 
 def arm_config(base: RunConfig, arm: str) -> RunConfig:
@@ -40,7 +39,8 @@ def arm_config(base: RunConfig, arm: str) -> RunConfig:
     if name not in ARMS:
         raise ConfigError(f"unknown arm {name!r}{did_you_mean(name, ARMS)}")
     tree = base.model_dump(mode="json")
-    for key, value in {**ARMS[name], **_parsed(changes, arm)}.items():
+    named = {} if name == "config" else {"train.cuda_graph": False} | ARMS[name]
+    for key, value in {**named, **_parsed(changes, arm)}.items():
         *parents, last = key.split(".")
         inner: Any = tree
         for parent in parents:

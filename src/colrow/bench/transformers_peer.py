@@ -23,7 +23,7 @@ from torch.nn.attention import sdpa_kernel
 from colrow.bench.measure import Job, memory_peaks, of_slowest_rank, random_batches, timed_steps
 from colrow.config import RunConfig
 from colrow.errors import ConfigError
-from colrow.run.process_group import set_device
+from colrow.run.process_group import join
 from colrow.run.requirements import device_type
 from colrow.train.attention import PREFERRED
 
@@ -43,9 +43,8 @@ def check_transformers(config: RunConfig) -> None:
 def measured(job: Job) -> dict[str, Any]:
     """What a rank finds, the same on each; collective."""
     config = job.config
-    device = set_device(device_type(config), int(os.environ["LOCAL_RANK"]))
+    device = join(device_type(config), int(os.environ["LOCAL_RANK"]))
     on_gpu = device.type == "cuda"
-    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     model = _sharded(str(config.model.huggingface), config.mesh.tp, device)
     split = sum(isinstance(param, DTensor) for param in model.parameters())
     if not split:

@@ -63,11 +63,9 @@ def files_in(folder: Path) -> dict[str, Path]:
 
 
 def _read_index(index: Path) -> dict[str, str]:
+    text = read_text(index, "index", CheckpointError, _MOST_INDEX_BYTES)
     try:
-        tree = json.loads(read_text(index, "index", CheckpointError, _MOST_INDEX_BYTES))["weight_map"]
-        names = {str(name): str(file) for name, file in tree.items()}
-    except CheckpointError:
-        raise
+        names = {str(name): str(file) for name, file in json.loads(text)["weight_map"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} cannot be read: {as_text(error)}: fetch the folder again") from error
     for file in sorted(set(names.values())):

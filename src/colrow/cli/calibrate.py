@@ -72,14 +72,12 @@ def _rank(result: Path, device_type: str, small: bool) -> int:
 
     from colrow.cli.ranks import rank_folder, rank_info, reporting_errors
     from colrow.forecasting.calibrate import SMALL, Sizes, calibrate
-    from colrow.run.process_group import set_device
+    from colrow.run.process_group import join
     from colrow.run.stop import StopRequest
 
     with reporting_errors("calibrate"):
         info = rank_info()
-        device = set_device(device_type, info.local_rank)
-        on_gpu = device.type == "cuda"
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+        device = join(device_type, info.local_rank)
         with StopRequest(rank_folder()):  # by whose file the launcher kills this rank on Ctrl-C
             table = calibrate(device, SMALL if small else Sizes())
         if info.rank == 0:

@@ -287,10 +287,9 @@ def _is_unicode(text: str) -> bool:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
+    text = read_text(path, "file", DataError)
     try:
-        tree = json.loads(read_text(path, "file", DataError))
-    except DataError:
-        raise
+        tree = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
     return tree if isinstance(tree, dict) else {}

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from colrow.derive.flow import SpmdType
 from colrow.derive.infer import facts_of, shape_of
 from colrow.derive.trace import Trace, is_boundary, label_of
 from colrow.plans.patterns import is_within
+from colrow.sharding.parameter_state import holders_of
 from colrow.styles.gathered_parameters import GatheredParameters
 
 if TYPE_CHECKING:
@@ -109,13 +110,13 @@ def gathered_layers(
         taken: modules that have a style already.
         kept: parameters that stay unsharded.
     """
-    holders = _holders(model)
+    holders = holders_of(model)  # another holder of a tied parameter would get a shard of it
     total = sum(param.numel() for param in model.parameters())
     found: Layers = {}
     for name, module in model.named_modules():
         params = list(module.parameters())
         large = sum(param.numel() for param in params) >= LEAST * total
-        if not large or name in taken or any(holders[id(param)] > 1 for param in params):
+        if not large or name in taken or any(holders[param] > 1 for param in params):
             continue
         if any(f"{name}.{parameter}" in kept for parameter, _ in module.named_parameters()):
             continue
@@ -135,20 +136,19 @@ def gathered_parameters(
         stands: whether every rank uses the parameter of this name on the same values.
         taken, kept: of `gathered_layers`.
     """
-    holders = _holders(model)
+    holders = holders_of(model)  # another holder of a tied parameter would get a shard of it
     least = LEAST * sum(param.numel() for param in model.parameters())
     found: Layers = {}
     for name, module in model.named_modules():
         shards = {}
         for parameter, param in module._parameters.items() if name not in taken else ():
             full = f"{name}.{parameter}".removeprefix(".")
-            if param is None or param.numel() < least or holders[id(param)] > 1 or full in kept or not stands(full):
+            if param is None or param.numel() < least or holders[param] > 1 or full in kept or not stands(full):
                 continue
             if (dim := next((k for k, extent in enumerate(param.shape) if extent % tp == 0), None)) is not None:
                 shards[parameter] = dim
-        if any(
-            module.get_parameter(parameter).dim() > 1 for parameter in shards
-        ):  # vectors alone are not worth two collectives
+        # vectors alone are not worth two collectives
+        if any(module.get_parameter(parameter).dim() > 1 for parameter in shards):
             found[name] = {"style": GatheredParameters.name, "shards": shards}
     return found
 
@@ -156,11 +156,6 @@ def gathered_parameters(
 def parameters_of(layers: Layers) -> frozenset[str]:
     """The parameters that the styles split."""
     return frozenset(f"{name}.{p}".removeprefix(".") for name, style in layers.items() for p in style["shards"])
-
-
-def _holders(model: nn.Module) -> Counter[int]:
-    """How many modules hold each parameter, by its id. Another holder of a tied one would get a shard of it."""
-    return Counter(id(param) for module in model.modules() for param in module._parameters.values())
 
 
 class Standing:

@@ -37,10 +37,9 @@ def read_config(path: Path | str) -> LlamaConfig:
     file = path / "config.json" if path.is_dir() else path
     if not file.exists():
         raise ConfigError(f"{path} holds no config.json: give a Hugging Face folder or its config.json")
+    text = read_text(file, "config", ConfigError)
     try:
-        tree = json.loads(read_text(file, "config", ConfigError))
-    except ConfigError:
-        raise
+        tree = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file} is not JSON: {error}") from error
     if not isinstance(tree, dict):

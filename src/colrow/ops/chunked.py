@@ -28,8 +28,6 @@ from colrow.ops.products import (
 )
 from colrow.ops.weights import prepared
 
-DEFAULTS = LinearOptions()
-
 
 def column_forward(x_tD: Tensor, weights: list[Tensor], carrier: Carrier, opts: LinearOptions) -> tuple[Tensor, Tensor]:
     """X = all_gather(x);  Y = X W^T. Returns Y_TF, and X_TD if it is kept."""
@@ -82,7 +80,7 @@ def column_backward(
     return dx_tD, dw_FD
 
 
-def row_forward(x_Tf: Tensor, w_Df: Tensor, carrier: Carrier, opts: LinearOptions = DEFAULTS) -> Tensor:
+def row_forward(x_Tf: Tensor, w_Df: Tensor, carrier: Carrier, opts: LinearOptions) -> Tensor:
     """y = reduce_scatter(x W^T)."""
     weight = prepared([w_Df], opts.fp8)
     exchange = carrier.open((x_Tf.shape[0] // carrier.size, w_Df.shape[0]), x_Tf.dtype)

@@ -29,6 +29,7 @@ from colrow.ops.execution_record import record
 from colrow.ops.float8 import quantize_weight_into
 from colrow.ops.kernels.rounding import peak_of
 from colrow.sharding.local_view import VIEWS
+from colrow.sharding.parameter_state import holders_of
 from colrow.styles.fast.linear import QUANTIZED, multiplied_in_8_bits
 from colrow.styles.packed import is_transposed
 from colrow.styles.rank_tensors import same_on_all_ranks
@@ -53,16 +54,11 @@ class QuantizedMatmul:
 def quantized_matmuls(model: nn.Module, blocks: Iterable[nn.Module]) -> list[QuantizedMatmul]:
     """Those whose weights can be gathered in 8 bits: inside a block, [out, in], read by no other module, and each
     rank's rows of them used as they are."""
-    owners: dict[nn.Parameter, int] = {}
-    for module in model.modules():
-        for param in module._parameters.values():
-            if param is not None:
-                owners[param] = owners.get(param, 0) + 1
-    found = []
+    holders, found = holders_of(model), []
     for block in blocks:
         for module, linears in multiplied_in_8_bits(block):
             weights = [linear._parameters["weight"] for linear in linears]
-            alone = all(weight is not None and owners[weight] == 1 for weight in weights)
+            alone = all(weight is not None and holders[weight] == 1 for weight in weights)
             as_they_are = all(
                 linear.__dict__.get(VIEWS, {}).get("weight", same_on_all_ranks) is same_on_all_ranks
                 for linear in linears

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,20 +51,26 @@ def process_group(
     Args:
         store: of `join_store`, where the ranks have joined it already.
     """
-    device = set_device(device_type(config), info.local_rank)
     if config.train.replay_every:  # read when cuBLAS starts; without it, it has no deterministic kernels
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     record_collectives()
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=store or join_store(info),
-        rank=info.rank,
-        world_size=info.world_size,
-        # makes NCCL connect now, and subgroups reuse the connections
-        device_id=device if device.type == "cuda" else None,
-    )
+    store = store or join_store(info)
+    device = join(device_type(config), info.local_rank, store=store, rank=info.rank, world_size=info.world_size)
     yield config.mesh.build(device.type, info.world_size), device
     dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone
+
+
+def join(device_type: str, local_rank: int, **group: Any) -> torch.device:
+    """Join the default process group, NCCL on GPUs and gloo on CPUs. Returns this rank's device, made current.
+
+    Args:
+        group: `init_process_group`'s store, rank and world_size; by torchrun's environment unless given.
+    """
+    device = set_device(device_type, local_rank)
+    on_gpu = device.type == "cuda"
+    # with its device NCCL connects now, and subgroups reuse the connections
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None, **group)
+    return device
 
 
 def set_device(device_type: str, local_rank: int) -> torch.device:

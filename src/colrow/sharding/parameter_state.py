@@ -12,6 +12,7 @@ whose gradient is summed, an all-reduce), and what it returns is sharded again.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +31,12 @@ from colrow.torch_compat import local_shard, parameter_hooks, tree_leaves
 
 Hook = Callable[..., Any]
 Hooks = Mapping[int, Hook]
+
+
+def holders_of(model: nn.Module) -> Counter[nn.Parameter]:
+    """How many modules hold each parameter: a tied one has several."""
+    parameters = (param for module in model.modules() for param in module._parameters.values())
+    return Counter(param for param in parameters if param is not None)
 
 
 @dataclass(frozen=True)

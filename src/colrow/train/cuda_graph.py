@@ -228,15 +228,10 @@ def gpu_waits(enqueued: float, done: float) -> bool:
     return done - enqueued < _TAIL * done
 
 
-def with_cuda_graph(config: RunConfig, value: bool) -> RunConfig:
-    """The config with another `train.cuda_graph`."""
-    return config.model_copy(update={"train": config.train.model_copy(update={"cuda_graph": value})})
-
-
 def can_be_captured(config: RunConfig, device_type: str) -> bool:
     """Whether `train.cuda_graph: auto` may capture, as far as the config tells."""
     try:
-        check_cuda_graph(with_cuda_graph(config, True), device_type)
+        check_cuda_graph(config.with_values({"train.cuda_graph": True}), device_type)
     except ConfigError:
         return False
     return config.train.precision != "fp32"  # else copies of the weights would only be for the graph

@@ -58,7 +58,6 @@ from colrow.train.cuda_graph import (
     can_be_captured,
     check_cuda_graph,
     check_draws,
-    with_cuda_graph,
 )
 from colrow.train.forward_writes import refuse_forward_writes
 from colrow.train.optimizer import build_optimizer
@@ -126,10 +125,10 @@ def set_up(config: RunConfig, mesh: DeviceMesh, device: torch.device, source: So
     clear()
     chooses = config.train.cuda_graph == "auto"
     if chooses:
-        config = with_cuda_graph(config, can_be_captured(config, device.type))
+        config = config.with_values({"train.cuda_graph": can_be_captured(config, device.type)})
     draws = draws_of(config, source.model, plan)
     if chooses and draws.any:
-        config = with_cuda_graph(config, False)
+        config = config.with_values({"train.cuda_graph": False})
     precision, compiled = choose_precision(config, device), compiles(config, device)
     decays = decay_by_name(source.model, config.train)
     counts = count_parameters(source.model, decays)
