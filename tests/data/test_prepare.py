@@ -244,7 +244,8 @@ if __name__ == "__main__":
 
 def start(tmp_path, texts, pause=0.0, workers=1, stderr=subprocess.PIPE):
     script = tmp_path / f"prepare_{pause}_{workers}.py"
-    script.write_text(PREPARE.replace("PAUSE", str(pause)).replace("WORKERS", str(workers)))
+    if not script.exists():  # a process that starts may be about to read it: an empty file runs, and ends with 0
+        script.write_text(PREPARE.replace("PAUSE", str(pause)).replace("WORKERS", str(workers)))
     return subprocess.Popen(
         [sys.executable, str(script), str(texts), str(tmp_path / "cache")],
         stdout=subprocess.PIPE,
@@ -261,10 +262,16 @@ def test_of_several_processes_one_makes_the_data_and_the_others_wait(tmp_path, t
     for log in logs:
         with log.open("w") as file:
             processes.append(start(tmp_path, texts, stderr=file))
-    wait_for(lambda: sum("waiting for another process" in log.read_text() for log in logs) == 2, seconds=120)
-    gate.unlink()
+
+    def seen():
+        return [(process.poll(), log.read_text()) for process, log in zip(processes, logs, strict=True)]
+
+    try:
+        wait_for(lambda: sum("waiting for another process" in text for _, text in seen()) == 2, 120, processes, seen)
+    finally:
+        gate.unlink()  # after a failure too: they end
     reported = [process.communicate(timeout=180)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], [log.read_text() for log in logs]
+    assert [code for code, _ in seen()] == [0, 0, 0], seen()
     assert sorted(out.split()[0] for out in reported) == ["built", "found", "found"]
     assert len({out.partition(" ")[2] for out in reported}) == 1
     assert not list((tmp_path / "cache").glob("*.partial-*"))
@@ -289,10 +296,12 @@ def test_a_build_that_is_killed_leaves_nothing_that_is_taken_for_whole(tmp_path,
     assert json.loads((folder / "meta.json").read_text())["documents"]["train"] > 0
 
 
-def wait_for(condition, seconds=30.0):
+def wait_for(condition, seconds=30.0, processes=(), seen=lambda: None):
+    """Until `condition()`; fails with what `seen()` says when the time is over, or one of `processes` ended before."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end
+        assert time.monotonic() < end, f"not within {seconds} s: {seen()}"
+        assert all(process.poll() is None for process in processes), f"a process has ended: {seen()}"
         time.sleep(0.02)
 
 
