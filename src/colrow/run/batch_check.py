@@ -27,6 +27,7 @@ def check_same_batch(batches: Sequence[tuple[Tensor, Tensor]], groups: Sequence[
         device=batches[0][0].device,
     )
     for group in groups:
+        # gathered, not reduced to a minimum and a maximum: the message can name a rank that differs
         gathered = [torch.empty_like(hashes) for _ in range(dist.get_world_size(group))]
         dist.all_gather(gathered, hashes, group=group)
         for rank, other in zip(dist.get_process_group_ranks(group), gathered, strict=True):

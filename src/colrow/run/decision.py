@@ -109,7 +109,7 @@ def decide(
         return Decision(())
     case = _Case(PlannedStep(model, plan, mesh.tp, batch_size, seq_len, inputs, loss), name or type(model).__name__)
     own, found = is_own(model), Findings()
-    # With `check: false` too it says whether an operator is unproven. In our presets on our models none is.
+    # With `check: false` too, for CR414, which asks for a proof. Our presets on our models never have it.
     if stop_on_errors or (own and verify == "auto" and not is_preset(plan)):
         found = check_step(case.step) if start.judgement is None else start.judgement.findings
     if stop_on_errors and errors_found(found, case.title):
@@ -226,6 +226,7 @@ def _row(label: str, text: str) -> str:
 
 
 def _settled(found: Sequence[Finding]) -> tuple[Finding, ...]:
+    """The findings of a plan that is proved: without those that call something unproven."""
     return tuple(finding for finding in found if finding.code not in NOT_PROVEN)
 
 

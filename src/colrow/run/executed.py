@@ -20,7 +20,7 @@ OVERLAPS = {
 }
 """What overlaps with matmuls, by what the backward of a column-parallel linear noted."""
 _NOTED = ("columns", "beside", "fp8", "loss", "data", "fused")
-"""What operators record of themselves."""
+"""What operators record of themselves, under these keys of `ops.execution_record`."""
 
 
 def steps_until_known(training: Training) -> int:
@@ -35,7 +35,7 @@ def executed_paths(training: Training, seq_len: int) -> str:
     blocks that it compiled; attention's kernel is what torch selects for these sizes.
     """
     local = [[what, value] for what in _NOTED for value in recorded(what)]
-    # ranks differ: of a pipeline the last stage alone has a head
+    # gathered from all ranks, since they differ: only the last stage of a pipeline has a head
     everywhere: list[list[list[str]] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, local)
     executed: dict[str, list[str]] = {}

@@ -124,7 +124,7 @@ def forecast_on(device: Device, per_host: int, config: RunConfig, model: nn.Modu
     row = forecaster.row(plan, config.mesh, options)
     if config.train.cuda_graph == "auto" and row.time.parts["cpu"] > 0 and can_be_captured(config, "cuda"):
         replayed = forecaster.row(plan, config.mesh, replace(options, cuda_graph=True))
-        # the first steps are eager, and need the memory
+        # the time of replayed steps, the memory of eager ones: the first steps are eager, and set the peak
         row = replace(row, time=replayed.time, tokens_per_second_per_gpu=replayed.tokens_per_second_per_gpu)
     fix = ""
     if not row.fits:
@@ -165,7 +165,7 @@ def _smaller(options: Options) -> Iterator[tuple[str, Options]]:
             other = replace(other, micro_batches=options.micro_batches * options.micro_batch // size)
             if other != options:
                 yield f"train.micro_batch {size} with train.activation_checkpoint {recompute}", other
-        # halves only: they divide what the micro-batch has divided
+        # halves only: a half divides the global batch where the micro-batch did
         if size == 1 or size % 2:
             return
         size //= 2

@@ -63,7 +63,7 @@ class _Seen:
         self.report = report
 
     def shift(self, seconds: float) -> None:
-        """Forget so much time, in which the watcher itself did not run."""
+        """Leave out seconds in which this process, which watches, was stopped itself."""
         self.alive, self.progress, self.phase, self.work = (
             at + seconds for at in (self.alive, self.progress, self.phase, self.work)
         )
@@ -147,7 +147,7 @@ class HangWatch:
     """Judges a run by the reports of its ranks.
 
     Args:
-        limits: seconds by phase; an empty mapping where nobody wants to know.
+        limits: seconds by phase; empty where `train.hang_timeout` is null, and nothing is watched.
         ranks: those that are expected, from now on.
         interval: seconds between reports, and calls of `take`.
     """
@@ -164,7 +164,7 @@ class HangWatch:
 
     def take(self, reports: Iterable[RankReport], now: float) -> None:
         """The reports as they are now. Call it regularly: a gap is time in which this process was stopped itself."""
-        if (gap := now - self.now) > 3 * self.interval + 1:
+        if (gap := now - self.now) > 3 * self.interval + 1:  # a busy host is late by less
             for seen in self._seen.values():
                 seen.shift(gap)
         self.now = now
@@ -193,6 +193,7 @@ class HangWatch:
         early = min(_EARLY_SHARE * limit, _EARLY_SECONDS)
         # since the last beat of the slowest, or since any rank entered another phase, whichever is later
         if self.now - max(slowest.progress, *(seen.phase for seen in running.values())) > limit - early:
+            # a reporter that runs sends every two seconds, so ten without a report are no delay
             silent = [rank for rank, seen in running.items() if self.now - seen.alive > min(limit / 3, 10.0)]
             return self._verdict(running, silent, since, limit, judged.report.phase)
         if signalled is None:
@@ -201,7 +202,7 @@ class HangWatch:
         # outside of training CPU time and bytes written are signs of life too: a save has no collectives
         last = max(seen.progress if self._beats(seen) else max(seen.progress, seen.work) for seen in running.values())
         if not any(seen.report.tick for seen in running.values()):
-            last = max(last, signalled)
+            last = max(last, signalled)  # no rank has reported yet: their time begins with the signal
         patience = max(STILL_AFTER_SIGNAL, 2 * max(seen.longest_silence for seen in running.values()))
         if self.now - signalled > 2.0 and (silent or self.now - last > patience):
             return self._verdict(running, silent, since, None, slowest.report.phase)

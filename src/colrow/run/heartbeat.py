@@ -39,7 +39,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 @dataclass
 class Heartbeat:
-    """What the main thread says.
+    """What the main thread reports; the reporter's thread reads it without a lock, one field at a time.
 
     Attributes:
         phase: a key of `train.hang_limits`, or `training`.
@@ -211,7 +211,7 @@ class Reporter(threading.Thread):
         self._previous = report.progress
         if self._still == 0 or report.phase == "capture":  # the record queries events, which a capture forbids
             self._collective = ""
-        elif self._still == 2:  # once for each wait: it takes 0.1 s
+        elif self._still == 2:  # once for each wait, after two intervals without a beat: it takes 0.1 s
             self._collective = last_collective(_entries())
         return replace(report, collective=self._collective)
 

@@ -64,7 +64,9 @@ class HostLog:
         reading, writing = os.pipe()
         terminal = os.dup(_STDERR)
         self._child = os.fork()
-        with suppress(PermissionError):  # out of the rank's process group, which its launcher kills; whoever is first
+        # The child leaves the rank's process group, which the launcher kills: it has to outlive the rank, to copy its
+        # last lines. Both processes call this (0 means oneself), so that neither goes on before it is done.
+        with suppress(PermissionError):
             os.setpgid(self._child, self._child)
         if self._child == 0:
             os.close(writing)
@@ -90,7 +92,7 @@ class HostLog:
                 signal.signal(number, signal.SIG_IGN)
             kept = sorted({reading, terminal, self._file})
             for fd, next_fd in pairwise([_STDERR, *kept, _MOST_FILES]):
-                os.closerange(fd + 1, next_fd)  # who waits for the end of the rank's other pipes waits for it alone
+                os.closerange(fd + 1, next_fd)  # a pipe kept open here would not end for its reader when the rank does
             null = os.open(os.devnull, os.O_RDWR)
             for fd in range(_STDERR + 1):
                 os.dup2(null, fd)

@@ -81,7 +81,7 @@ def dependencies(config: RunConfig, model: nn.Module, plan: Plan | None, *builde
         "micro_batch": config.train.micro_batch,
     }
     here = Path(colrow.__file__).parent
-    # the model counts by itself
+    # without the plan's fingerprint of the model: the model has a digest of its own, below
     text = repr((config.plan, config.derive)) if plan is None else replace(plan, fingerprint=None).to_yaml()
     return {
         "plan": digest_of_texts([text]),

@@ -1,5 +1,7 @@
-"""What a start found about the run's plan, in its folder, with all that it depends on: a restart derives no plan again,
-and checks none again that needed no proof (`kept_proof` has those that did)."""
+"""Results of a run's start that the next start may use again: the derived plan, and what the check printed.
+
+They lie in the run's folder with digests of all that they depend on. Plans that needed a proof are in `kept_proof`.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,11 @@ FILE = "start.json"
 
 @dataclass(frozen=True)
 class KeptStart:
-    """One of the things found: the derived `plan`, as YAML, or the lines that the `check` prints.
+    """One result: the derived `plan`, as YAML, or the lines that the `check` prints.
 
     Attributes:
-        depends: digests of what it depends on (`kept_proof.dependencies`). Not asked where nothing is kept.
+        depends: gives digests of what the result depends on (`kept_proof.dependencies`). It reads all sources, so it is
+            called only where there is a result to compare.
     """
 
     folder: Path
@@ -27,7 +30,7 @@ class KeptStart:
     depends: Callable[[], Mapping[str, str]]
 
     def find(self) -> Any:
-        """What was found before; None where nothing was, or what it depends on has changed."""
+        """The result of an earlier start; None where there is none, or what it depends on has changed."""
         kept = self._read().get(self.what)
         if not isinstance(kept, dict) or kept.get("depends") != dict(self.depends()):
             return None
@@ -37,7 +40,7 @@ class KeptStart:
         return found if is_readable and all(isinstance(line, str) for line in lines) else None
 
     def keep(self, found: Any) -> None:
-        """Write it. A folder that cannot be written costs the next start this work, and this one nothing."""
+        """Write a result. Where the folder cannot be written, the next start computes it again."""
         tree = self._read() | {self.what: {"depends": dict(self.depends()), "found": found}}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -88,7 +88,7 @@ def launch(command: Sequence[str], ranks: int, *, save: bool = True, guard: Laun
             while agent.is_alive() and (killed is None or time.monotonic() - killed < _KILLED_SECONDS):
                 agent.join(_POLL_SECONDS)
                 if guard is not None and signals.count > signals.stops:
-                    where = where or guard.describe()  # before the ranks are killed
+                    where = where or guard.describe()  # before the next line kills the ranks
                 signals.pass_on()
                 if guard is not None and killed is None:
                     guard.look(Path(folder), signals.since)
@@ -202,6 +202,7 @@ def _order(item: tuple[int, ProcessFailure]) -> tuple[int, float]:
     """Causes first: killed from outside, then by the time of the error, then ended by the agent (no file, SIGTERM)."""
     failure = item[1]
     if not failure.error_file_data.get("message") or failure.error_file_data["message"] == "<NONE>":
+        # A positive status without an error file: a rank that saw another one fail and left (stop.py), no cause either.
         ended_by_agent = -failure.exitcode == signal.SIGTERM or failure.exitcode > 0
         return (2 if ended_by_agent else 0, 0.0)
     return (1, _extra(failure).get("time", float(failure.timestamp)))

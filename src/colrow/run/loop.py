@@ -83,6 +83,7 @@ class DeviceTimestamp:
 
     def seconds_since(self, earlier: DeviceTimestamp) -> float:
         """The device must have reached both points."""
+        # At least a nanosecond: tokens per second divide by it, and two readings of a coarse clock may be equal.
         if self._event is None or earlier._event is None:
             return max(self._time - earlier._time, 1e-9)
         return max(earlier._event.elapsed_time(self._event) / 1e3, 1e-9)
@@ -110,7 +111,6 @@ class Loop:
 
     On GPUs the results of a step are read while the next one runs, so that the host never waits for the device; on
     CPUs they are read at once. All ranks read the same sums, so all decide alike: to stop, or that the run diverged.
-
     """
 
     def __init__(
@@ -219,13 +219,14 @@ class Loop:
     def _step_stats(self, loss: Tensor, norm: Tensor) -> Tensor:
         """[loss over all ranks, norm, how many ranks ask to stop, auxiliary losses over all ranks], on the device; one
         small all-reduce."""
+        # A signal reaches ranks at different steps: one that stopped alone would leave the others in a collective.
         wants_stop = torch.full((), float(self._stop_requested()), device=self._device, dtype=torch.float64)
         losses = [loss, *self._training.step.forward_backward.auxiliary.values()]
         summed = torch.stack([*(each.double() * self._loss_weight for each in losses), wants_stop])
         dist.all_reduce(summed)
         stats = torch.stack([summed[0], norm.detach().double(), summed[-1], *summed[1:-1]])
         if self._device.type == "cuda":
-            host = torch.empty(len(stats), dtype=torch.float64, pin_memory=True)
+            host = torch.empty(len(stats), dtype=torch.float64, pin_memory=True)  # pageable memory would block the host
             host.copy_(stats, non_blocking=True)  # complete when the step's end timestamp is
             return host
         return stats
@@ -250,7 +251,7 @@ class Loop:
             if self._device.type == "cuda":
                 self._pace.add(seconds, waited if lag else None, record["memory_gib"])
             self._last = record
-            if hold_last and not self._pending:
+            if hold_last and not self._pending:  # `_evaluate` writes it, with the validation loss
                 continue
             self._write(record)
         return stop

@@ -1,5 +1,5 @@
-"""What a run will leave: whether its model can be exported, and whether the disk has room for it all. Found out before
-the first step, for after the last one it would be late."""
+"""Whether a run's model can be exported, and whether the disk has room for all that it will write: known before the
+first step, since after the last one it would be too late."""
 
 from __future__ import annotations
 

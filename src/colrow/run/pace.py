@@ -144,7 +144,7 @@ def difference(forecast: Forecast, trace: StepTrace, clocks: list[Clock]) -> str
         parts.append((was - should, f"{name} {was:.0f} ms a step (forecast {should:.0f})"))
     parts.sort(reverse=True)
     more = sum(excess for excess, _ in parts if excess > 0)
-    named = [text for excess, text in parts[:2] if excess > 0.25 * more]
+    named = [text for excess, text in parts[:2] if excess > 0.25 * more]  # a smaller share explains nothing
     return f"slower than forecast: {', '.join(named)}" if named else "slower than forecast; a profiled step was not"
 
 

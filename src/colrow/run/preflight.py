@@ -93,7 +93,8 @@ def _checked(config: RunConfig, local_ranks: int | None, plan: Plan | None) -> C
     decay_by_name(source.model, config.train)  # raises where a pattern of no_decay matches nothing
     judgement = None
     if plan is None:
-        require_causal(source)  # a launcher that gives a plan has looked at these two
+        # A launcher that hands over a plan has looked at both: whether the model is causal, and its pipeline stages.
+        require_causal(source)
         plan, judgement = _judged_plan(config, source.model, keep=True)
         _check_stages(config, source)
     check_with_plan(config, source, plan)

@@ -94,6 +94,7 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
+    # mallopt takes a C int: 2^31 - 1 bytes is the largest threshold that it can be given
     settings = ((_MMAP_THRESHOLD, 32 * _MIB), (_TRIM_THRESHOLD, 2048 * _MIB - 1), (_TOP_PAD, 64 * _MIB))
     accepted = [mallopt(name, value) == 1 for name, value in settings]  # a list: set all, even if one is refused
     return all(accepted)

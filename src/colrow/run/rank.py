@@ -60,7 +60,7 @@ def run_rank(
             stack.enter_context(claimed(config.run.dir))
         checked = preflight.check(config, info.local_world_size, plan)
         config.mesh.require_world_size(info.world_size, partial(runs_on, checked.source, checked.plan, config))
-        # it forks: before this process has threads
+        # Before anything here starts a thread: the check runs in a fork, which would have the calling thread only.
         lines = _lines_without_launcher(config, checked) if first and plan is None else []
         progress = stack.enter_context(TrainingProgress(first, config.train.steps, config.train.log_every, log=log))
         if plan is None:  # else the launcher has printed them
@@ -72,9 +72,10 @@ def run_rank(
         gpus = gpus_here(config) if first else None
         forecast = kept_forecast(config, checked.source.model, checked.plan, gpus)
         startup.mark("model and plan")
-        # before the data: under torchrun the ranks watch each other through it while they prepare these
+        # Before the data: under torchrun the ranks watch each other through the store while they tokenize. Colrow's own
+        # launcher, which hands over a plan, watches them itself.
         store = join_store(info)
-        if guard is not None and plan is None:  # a launcher of colrow's, which has chosen the plan, watches itself
+        if guard is not None and plan is None:
             guard.join(store)
         startup.mark("process group")
         with heartbeat.during("tokenization"):

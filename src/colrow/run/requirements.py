@@ -26,8 +26,8 @@ from colrow.train.cuda_graph import check_cuda_graph
 from colrow.train.objective import auxiliary_weights
 from colrow.train.schedule import check_schedule
 
-_SHOWN = 8  # changes
-_FAULTS = 9  # at most, in one refusal
+_SHOWN = 8  # changes that one refusal names
+_FAULTS = 9  # faults that are followed, each with the first change that was tried for the one before it
 
 
 def check_alone(config: RunConfig, local_ranks: int | None = None) -> str:
@@ -135,15 +135,18 @@ def with_fp8(config: RunConfig, plan: Plan) -> Plan:
 
 
 def with_tried_advice(error: ConfigError, config: RunConfig, local_ranks: int | None = None) -> ConfigError:
-    """The error with those of its changes with which the config runs, as far as can be known without a process. Where
-    something else is wrong too, with one change and the next fault, whose changes were tried beside that one."""
+    """The error with only those of its changes that make the config run, as far as can be known without a process.
+
+    Where none does, because something else is wrong too: the error with its first change, and the next fault with the
+    changes that end it once the first change is made.
+    """
     if not error.changes:
         return error
     try:
         source = build_source(config.model, config.run.seed)
         # pipelines alone are refused for them, and to know them takes a forward of a reduced model
         source = replace(source, auxiliary=auxiliary_weights(source, None) if config.mesh.pp > 1 else {})
-    except Exception:  # an error of its own, at the next start
+    except Exception:  # the model cannot be built: a start with this error corrected will say so
         return error
     return _tried(error, config, source, local_ranks, _FAULTS)
 
@@ -162,7 +165,7 @@ def _tried(error: ConfigError, config: RunConfig, source: Source, local_ranks: i
     if isinstance(further, ConfigError) and faults > 1:
         further = _tried(further, changed, source, local_ranks, faults - 1)
         alone = [c for c in further.changes if refusal(config.with_values(c), source, local_ranks=local_ranks) is None]
-        if alone:  # they end both faults
+        if alone:  # changes for the second fault that end the first one too: no need to name that
             return ConfigError(further.message, *alone)
     return ConfigError(f"{error.message}: {advice([change])}\n{further}")
 

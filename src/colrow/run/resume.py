@@ -52,7 +52,7 @@ class ResumePoint:
         return self.sequences / data.train.windows(config.data.seq_len)
 
     def line(self, config: RunConfig, data: PreparedData) -> str:
-        """For people."""
+        """The text that a continued run prints."""
         tokens = self.sequences * config.data.seq_len
         return (
             f"after step {self.step}: {self.sequences:,} sequences, {tokens:,} tokens, "
@@ -89,7 +89,10 @@ def resume(config: RunConfig, training: Training, data: PreparedData, checkpoint
 
 
 def _require_same_order(extra: Mapping[str, JSON], at: ResumePoint, config: RunConfig) -> None:
-    """The folder's config.yaml may be gone, by which a start notices these keys; a position means nothing without."""
+    """Raise a ConfigError where seed or sequence length are not the checkpoint's: its position would mean other text.
+
+    A start compares them with the folder's config.yaml (resume_rules.py), but that file may be gone.
+    """
     tokens = at.sequences * config.data.seq_len
     for key, stored, now in (("run.seed", "seed", config.run.seed), ("data.seq_len", "tokens", tokens)):
         if extra.get(stored, now) != now:

@@ -115,7 +115,7 @@ class PrepareOutput(Style):
         )
 
     def check(self, site: Site) -> None:
-        _require_both(site, self.name, "output", self.output, "desired", self.desired)
+        _require_both(site, self.name, self.output, "desired", self.desired)
         _check_lengths(site, "output", self.output, "desired", self.desired)
 
 
@@ -150,7 +150,7 @@ class PrepareInputOutput(_PrepareInput):
         )
 
     def check(self, site: Site) -> None:
-        _require_both(site, self.name, "output", self.output, "desired_output", self.desired_output)
+        _require_both(site, self.name, self.output, "desired_output", self.desired_output)
         super().check(site)
         _check_lengths(site, "output", self.output, "desired_output", self.desired_output)
 
@@ -164,9 +164,9 @@ def _torch_inputs(style: Any) -> dict[str, Any]:
     }
 
 
-def _require_both(site: Site, style: str, option: str, given: Any, other: str, desired: Any) -> None:
-    if given is None or desired is None:
-        raise site.wrong_options(f"an option of style {style} is missing", f"give it both {option!r} and {other!r}")
+def _require_both(site: Site, style: str, output: Any, name: str, desired: Any) -> None:
+    if output is None or desired is None:
+        raise site.wrong_options(f"an option of style {style} is missing", f"give it both 'output' and {name!r}")
 
 
 def _check_lengths(site: Site, option: str, given: Any, other: str, desired: Any) -> None:

@@ -29,7 +29,7 @@ class _TorchLinear(Style):
 
     @classmethod
     def from_torch(cls, style: Any) -> Self:
-        return cls(
+        return cls(  # torch keeps each layout as a tuple of one
             input=style.input_layouts[0], output=style.output_layouts[0], use_local_output=style.use_local_output
         )
 
