@@ -39,6 +39,7 @@ def arm_config(base: RunConfig, arm: str) -> RunConfig:
     if name not in ARMS:
         raise ConfigError(f"unknown arm {name!r}{did_you_mean(name, ARMS)}")
     tree = base.model_dump(mode="json")
+    # `auto` would capture graphs for some arms and not for others: a named arm has one where its name says so
     named = {} if name == "config" else {"train.cuda_graph": False} | ARMS[name]
     for key, value in {**named, **_parsed(changes, arm)}.items():
         *parents, last = key.split(".")
@@ -57,5 +58,5 @@ def _parsed(changes: list[str], arm: str) -> Mapping[str, Any]:
         key, equals, value = change.partition("=")
         if not equals:
             raise ConfigError(f"arm {arm!r}: {change!r} is no key=value, such as train.compile=false")
-        parsed[key] = yaml.safe_load(value)
+        parsed[key] = yaml.safe_load(value)  # as in a config's file: `false` is a boolean
     return parsed

@@ -23,6 +23,7 @@ from colrow.config import RunConfig
 from colrow.data.loader import Batch
 from colrow.errors import ConfigError
 from colrow.forecasting.devices import peak_flops
+from colrow.forecasting.memory import GIB
 from colrow.mesh import MeshAxes
 from colrow.models.build import build_source
 from colrow.models.shapes import mfu
@@ -39,7 +40,6 @@ from colrow.train.cuda_graph import EAGER_STEPS, MEASURED_STEPS, can_be_captured
 from colrow.train.setup import Training, set_up
 from colrow.train.step_trace import StepTrace, profiling
 
-GIB = 2**30
 SETTLING_STEPS = 2  # first timed steps, left out of the median: allocator and clocks still settle
 
 
@@ -138,7 +138,7 @@ def random_batches(config: RunConfig, vocab: int, data_rank: int, device: torch.
     train, step = config.train, 0
     count = config.micro_batches
     while True:
-        # of its own: the model's draws must not depend on how batches are made
+        # a generator of its own: what the model draws must not depend on how batches are made
         generator = torch.Generator().manual_seed(1000 * step + data_rank)
         rows = torch.randint(0, vocab, (count, train.micro_batch, config.data.seq_len + 1), generator=generator)
         rows = rows.to(device)
@@ -165,7 +165,7 @@ def timed_steps(
 ) -> list[float]:
     """Seconds of each step that `run` takes. On a GPU its own events are read: the host runs ahead of it, as in
     training."""
-    ready = [next(batches) for _ in range(job.steps)]  # now, so that no timed step draws and copies them
+    ready = [next(batches) for _ in range(job.steps)]  # before the clock starts: no timed step draws and copies them
     _synchronise(device)
     if device.type != "cuda":
         ends = [time.perf_counter()]

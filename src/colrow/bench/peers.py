@@ -36,12 +36,17 @@ _COLOURS = re.compile("\x1b\\[[0-9;]*m")
 
 
 def is_peer(arm: str) -> bool:
-    return arm.partition(":")[0] in ("torchtitan", "transformers")
+    """Whether an arm is another package's training."""
+    return _package(arm) in ("torchtitan", "transformers")
+
+
+def _package(arm: str) -> str:
+    return arm.partition(":")[0]
 
 
 def check_peer(arm: str, config: RunConfig) -> None:
     """Raise a ConfigError where the peer is not there, or has no such model or mesh."""
-    if arm.partition(":")[0] == "transformers":
+    if _package(arm) == "transformers":
         check_transformers(config)
         return
     folder = _checkout(arm)
@@ -68,7 +73,7 @@ def measure_peer(job: Job, device: str, peak: float | None) -> dict[str, Any]:
         ConfigError: it failed; the text is the end of what it printed.
     """
     check_peer(job.arm, job.config)
-    return _transformers(job) if job.arm.partition(":")[0] == "transformers" else _torchtitan(job, device, peak)
+    return _transformers(job) if _package(job.arm) == "transformers" else _torchtitan(job, device, peak)
 
 
 def _torchtitan(job: Job, device: str, peak: float | None) -> dict[str, Any]:
@@ -131,7 +136,7 @@ def _transformers(job: Job) -> dict[str, Any]:
 def _row(job: Job, seconds: float, best: float, steps: list[float], on_gpu: bool) -> dict[str, Any]:
     config = job.config
     return {
-        "arm": job.arm.partition(":")[0],
+        "arm": _package(job.arm),
         "plan": "its own",
         "loss": "its own",
         "compiled": on_gpu,
@@ -153,7 +158,7 @@ def _checkout(arm: str) -> Path:
 
 
 def windows_of(lines: list[str]) -> list[tuple[float, float]]:
-    """GiB and tokens/s per GPU of each window of steps but the first line's, which is of one step."""
+    """GiB and tokens/s per GPU of each window of steps. The first line, of step 1, is of one step and left out."""
     found = [match.groups() for line in lines if (match := _LINE.search(line))]
     return [(float(gib), float(rate.replace(",", ""))) for step, gib, rate in found if int(step) >= WINDOW]
 

@@ -99,11 +99,11 @@ def _choices(flags: Flags, config: RunConfig) -> Choices:
 def show(table: Table, config: RunConfig, console: Terminal) -> None:
     """The table, the parts of the chosen row, and what the run would take."""
     from colrow.forecasting.choices import loss_to
+    from colrow.forecasting.memory import GIB
 
     first = table.rows[0]
-    gib = 2**30
     console.print(
-        f"{first.mesh.world_size} × {first.device.name}, {first.device.memory / gib:.0f} GiB each; global batch "
+        f"{first.mesh.world_size} × {first.device.name}, {first.device.memory / GIB:.0f} GiB each; global batch "
         f"{config.train.global_batch} × {config.data.seq_len} tokens"
     )
     console.say(f"rates: {first.device.source}; band ± {first.device.band:.0%}")
@@ -115,7 +115,7 @@ def show(table: Table, config: RunConfig, console: Terminal) -> None:
         console.say(f"left out: {mesh}: {why}")
     if table.chosen is None:
         console.print()
-        needed, limit = first.memory.needed / gib, first.device.memory / gib
+        needed, limit = first.memory.needed / GIB, first.device.memory / GIB
         console.say(
             f"nothing fits: the smallest needs {needed:,.0f} GiB of {limit:.0f}: take more GPUs, "
             "shorter sequences, or a smaller model"

@@ -11,15 +11,21 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from colrow.cli.config_flags import read_flags
 from colrow.cli.ranks import rank_folder, rank_info, reporting_errors, signal_of
 from colrow.config import RunConfig, load_config
 from colrow.errors import ConfigError
 from colrow.run import startup
+
+if TYPE_CHECKING:  # `colrow train --help` need not wait for torch
+    from colrow.run.forecast_line import Forecast
+    from colrow.run.launch import Ended
+    from colrow.run.preflight import Checked
 
 PLAN_DIGEST = "COLROW_PLAN_DIGEST"
 """SHA-256 of the run folder's plan.yaml, for ranks whose launcher resolved and checked the plan; torchrun does not."""
@@ -78,24 +84,20 @@ def _print_keys(path: str) -> NoReturn:
 
 def _start(argv: list[str]) -> int:
     startup.begin()
-    from colrow.data.prepare import prepare
-    from colrow.run import plan_check, preflight
+    from colrow.run import preflight
     from colrow.run.auto import choose
-    from colrow.run.forecast_line import forecast_run, gpus_here, keep_forecast
+    from colrow.run.forecast_line import keep_forecast
     from colrow.run.hang_guard import LauncherGuard
-    from colrow.run.host_log import last_lines
     from colrow.run.launch import launch
-    from colrow.run.outputs import output_lines, will_export
+    from colrow.run.outputs import will_export
     from colrow.run.rank import finished_line
     from colrow.run.run_folder import require_free, write_plan
 
     startup.mark("imports")
     choice = choose(_requested(argv))
-    requested = choice.config
-    config = preflight.resolve(requested)
-    for line in choice.lines:
-        print(line)
-    _print_choices(requested, config)
+    config = preflight.resolve(choice.config)
+    _print_lines(choice.lines)
+    _print_choices(choice.config, config)
     require_free(config.run.dir)
     checked = preflight.check(config)
     if checked.finished(config):
@@ -103,21 +105,8 @@ def _start(argv: list[str]) -> int:
         print(finished_line(config, checked.newest.step, will_export(config, checked.source)))
         return 0
     startup.mark("model and plan")
-    for line in checked.changes:
-        print(f"changed    {line}")
-    for line in plan_check.check_plan(config, checked.source, checked.plan, checked.judgement):
-        print(line)
-    for line in output_lines(config, checked.source, checked.stored):
-        print(line)
-    startup.mark("check")
-    forecast, lines = forecast_run(config, checked.source.model, checked.plan, gpus_here(config))
-    for line in lines:
-        print(line)
-    startup.mark("forecast")
-    same_text = partial(preflight.require_text_of, checked, config)
-    data = prepare(config.data, checked.source.vocab_size, progress=True, accept=same_text)
-    preflight.require_vocabulary_of(checked, config, data.tokenizer)
-    startup.mark("data")
+    forecast = _check_and_forecast(config, checked)
+    _prepare_data(config, checked)
     ranks = config.mesh.world_size
     # else torchrun gives each rank one thread
     os.environ.setdefault("OMP_NUM_THREADS", str(preflight.threads_for(ranks)))
@@ -127,13 +116,53 @@ def _start(argv: list[str]) -> int:
     guard = LauncherGuard(config.train, config.run.dir, ranks)
     startup.hand_over()
     ended = launch(["-m", "colrow", "train", *argv, *choice.flags], ranks, guard=guard)
-    # SIGPIPE: whoever read the output has gone, as `head` does, and nobody would read an error
-    if ended.failure is not None and ended.status != 128 + signal.SIGPIPE:
-        text = ended.failure.text.strip()
-        if ended.failure.is_silent and (lines := last_lines(config.run.dir, ended.failure.rank)):
-            text += "\n" + "\n".join(["its last lines:", *lines])
-        print(f"colrow train: error: {text}", file=sys.stderr)
+    _print_failure(config, ended)
     return ended.status
+
+
+def _check_and_forecast(config: RunConfig, checked: Checked) -> Forecast | None:
+    """Print what changed, what the check found, what the run will write and what it will cost. Raises where a part of
+    it refuses the run."""
+    from colrow.run import plan_check
+    from colrow.run.forecast_line import forecast_run, gpus_here
+    from colrow.run.outputs import output_lines
+
+    _print_lines(f"changed    {line}" for line in checked.changes)
+    _print_lines(plan_check.check_plan(config, checked.source, checked.plan, checked.judgement))
+    _print_lines(output_lines(config, checked.source, checked.stored))
+    startup.mark("check")
+    forecast, lines = forecast_run(config, checked.source.model, checked.plan, gpus_here(config))
+    _print_lines(lines)
+    startup.mark("forecast")
+    return forecast
+
+
+def _prepare_data(config: RunConfig, checked: Checked) -> None:
+    """Tokenize the corpus, once for all ranks. Raises where the run to continue has read another text."""
+    from colrow.data.prepare import prepare
+    from colrow.run import preflight
+
+    same_text = partial(preflight.require_text_of, checked, config)
+    data = prepare(config.data, checked.source.vocab_size, progress=True, accept=same_text)
+    preflight.require_vocabulary_of(checked, config, data.tokenizer)
+    startup.mark("data")
+
+
+def _print_failure(config: RunConfig, ended: Ended) -> None:
+    from colrow.run.host_log import last_lines
+
+    # SIGPIPE: whoever read the output has gone, as `head` does, and nobody would read an error
+    if ended.failure is None or ended.status == 128 + signal.SIGPIPE:
+        return
+    text = ended.failure.text.strip()
+    if ended.failure.is_silent and (lines := last_lines(config.run.dir, ended.failure.rank)):
+        text += "\n" + "\n".join(["its last lines:", *lines])
+    print(f"colrow train: error: {text}", file=sys.stderr)
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line)
 
 
 def _rank(argv: list[str]) -> NoReturn:

@@ -133,13 +133,16 @@ class Choices:
         return smallest
 
     def longest(self, mesh: Mesh) -> Longest:
-        """Memory is nearly linear in the tokens of a micro-batch: two walks give a guess, a third one proves it."""
+        """The longest sequence and the largest micro-batch that fit on a mesh.
+
+        Memory is nearly linear in the tokens of a micro-batch: two walks give a guess, a third one proves it.
+        """
         config = self._on(mesh)
         row = self.best(mesh)
         mesh = row.mesh  # with its data engine
         plan, tp = self._plan(row.plan, mesh.tp), mesh.tp
         unit = _STEP * tp if plan.sequence_parallel() else _STEP
-        one = replace(row.options, micro_batch=1, micro_batches=1 if mesh.pp == 1 else max(mesh.pp, 1))
+        one = replace(row.options, micro_batch=1, micro_batches=mesh.pp)  # one for each stage of a pipeline
         limit = most_positions(self._model) or 2**20
 
         def row_of(changed: Options) -> Row:
@@ -264,13 +267,14 @@ def largest_that_fits(row: Callable[[int], Row], start: int, unit: int, limit: i
         return limit if row(limit).fits else start
     value = start
     for _ in range(3):  # each time from the point that was reached: the line may bend, at a workspace or a reserve
-        room = row(value).free - (first.device.memory - _usable(first))
+        room = row(value).free - MARGIN * first.device.memory
         value = min(limit, max(start, int((value + room / slope) // unit * unit)))
         if row(value).fits and (value == limit or not row(value + unit).fits):
             return value
     if row(value).fits:
         return value
-    while value - start > unit:  # the line does not lead there: `start` fits and `value` does not
+    # No line through the points leads to the limit, so halve the distance: `start` fits and `value` does not.
+    while value - start > unit:
         middle = max(start + unit, (start + value) // 2 // unit * unit)
         start, value = (middle, value) if row(middle).fits else (start, middle)
     return start
@@ -311,7 +315,3 @@ def options_of(config: RunConfig, *, on_gpus: bool = True) -> Options:
         split=pipeline.split,
         dtype=torch.bfloat16 if train.precision == "bf16" or (on_gpus and train.precision == "auto") else torch.float32,
     )
-
-
-def _usable(row: Row) -> float:
-    return (1 - MARGIN) * row.device.memory

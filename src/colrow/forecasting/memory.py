@@ -89,7 +89,17 @@ class Setting:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peak, by part."""
+    """Bytes at the peak, by part.
+
+    Attributes:
+        weights: what the model computes with, beside the masters: copies in the compute dtype, or gathered parameters.
+        masters: the parameters that the optimizer updates; optimizer: its two moments.
+        gradients: of parameters; activations: all else that a step allocates.
+        buffers: of collectives of the data axes.
+        graphs: what CUDA graphs keep in pools of their own: gradients, activations and buffers are in it then.
+        reserve: what the allocator holds beyond the peak ([Note: pools]).
+        rest: on the device beside the allocator.
+    """
 
     weights: float = 0.0
     masters: float = 0.0
@@ -100,7 +110,6 @@ class Memory:
     graphs: float = 0.0
     reserve: float = 0.0
     rest: float = 0.0
-    """On the device beside the allocator."""
 
     @property
     def allocated(self) -> float:
@@ -133,7 +142,12 @@ class Memory:
 
 @dataclass(frozen=True)
 class StageLayers:
-    """The layers of a pipeline rank: names of blocks of the walk, one for each layer."""
+    """The layers of a pipeline rank: names of blocks of the walk, one for each layer.
+
+    Attributes:
+        first, last: the rank has the embedding; it has the head and the loss.
+        in_flight: micro-batches whose activations it holds at once.
+    """
 
     layers: tuple[str, ...]
     first: bool
@@ -154,8 +168,8 @@ def _times(stage: StageLayers, setting: Setting) -> Iterator[tuple[StageLayers, 
     A stage whose forwards all come before its first backward never holds all micro-batches and the sums at once.
     """
     if 1 < stage.in_flight == setting.micro_batches:
-        yield stage, False
-        yield replace(stage, in_flight=1), True
+        yield stage, False  # before the first backward: every micro-batch's activations
+        yield replace(stage, in_flight=1), True  # in the last backward: the sums of all, one micro-batch's activations
     else:
         yield stage, setting.micro_batches > 1
 
@@ -166,6 +180,7 @@ def stages_of(walk: Walk, setting: Setting) -> Iterator[StageLayers]:
     counts = setting.stages or (len(layers),)
     first, pp = 0, len(counts)
     for i, count in enumerate(counts):
+        # gpipe runs all forwards first; in 1f1b stage i starts its backwards after pp - i forwards
         held = setting.micro_batches if setting.schedule == "gpipe" else min(setting.micro_batches, pp - i)
         yield StageLayers(tuple(layers[first : first + count]), i == 0, i == pp - 1, held if pp > 1 else 1)
         first += count

@@ -170,6 +170,7 @@ class LiveStorages(CompilableMode):
             return
         storage = _Storage(-(-memory.nbytes() // _BLOCK) * _BLOCK, pending=True, alone=alone)
         self._storages[memory._cdata] = storage
+        # not at the interpreter's exit, which would run it for storages that are alive there
         weakref.finalize(memory, self._freed, memory._cdata, storage).atexit = False
         if read is None:
             self._write([storage])

@@ -44,9 +44,7 @@ UPDATE_BYTES = 28  # a parameter: master and moments read and written, the gradi
 NORM_BYTES = 4  # a parameter: the gradient, once more; the flat engine's sums square what they write
 CASTS_OF_FSDP = 17  # a parameter of the shard, for each gather, beside the update: fp32 to the compute dtype
 SUMS_OF_FLAT = 8  # a parameter of the shard: rows of two ranks read, fp32 sums written
-SHARD_COPIES_OF_FSDP = (
-    3  # a gathered parameter, for each gather and reduction: into and out of buffers; most are hidden
-)
+SHARD_COPIES_OF_FSDP = 3  # a gathered parameter, for each gather and reduction, into and out of buffers; most is hidden
 COPIES_OF_FSDP = 31  # without shards: casts of parameters and gradients, which nothing hides
 SLOWED_BY_NCCL = 0.1  # of the hidden seconds of data axes, by which matmuls beside NCCL's kernels take longer
 HOP_IN_HOST, HOP_BETWEEN_HOSTS = 3.4e-6, 14e-6
@@ -71,7 +69,7 @@ class StepTime:
         return sum(self.parts.values())
 
     def at_memorys_edge(self) -> StepTime:
-        """Of a step in which the allocator gives back its reserve and takes memory again: see `AT_EDGE`."""
+        """The time of a step in which the allocator gives back its reserve and takes memory again: see `AT_EDGE`."""
         lost = AT_EDGE * self.seconds
         return StepTime({**self.parts, "allocator": lost}, self.band + lost)
 
@@ -98,7 +96,7 @@ _WORDS = {
 }
 
 AT_EDGE = 0.1
-"""Longer takes a step that needs the allocator's reserve: 5, 10 and 17% in three cells measured on H100."""
+"""How much longer a step takes, as a share, that needs the allocator's reserve: measured 5, 10 and 17% on H100."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +166,7 @@ def step_time(walk: Walk, setting: Setting, program: Program, machine: Machine) 
     slowest = max(times, key=lambda parts: sum(parts.values()))
     pp, m = len(stages), setting.micro_batches
     if pp > 1:
+        # A pipeline fills and drains for pp - 1 micro-batches' time; the update and the data axes run once a step.
         once = slowest["optimizer"] + slowest.get("dp_shard", 0.0) + slowest.get("dp_replicate", 0.0)
         slowest["bubble"] = (pp - 1) / m * (sum(slowest.values()) - once)
     band = max(machine.device.band, CPU_BAND) if slowest["cpu"] > 0 else machine.device.band

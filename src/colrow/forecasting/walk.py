@@ -215,7 +215,7 @@ def _cut_at(block: nn.Module, name: str, storages: LiveStorages, order: list[str
         order.append(name)
         for x in _differentiable((args, kwargs)):
             x.register_hook(lambda grad: storages.end(name))
-            break
+            break  # the first is the hidden states, whose gradient ends the block's backward
         storages.begin(name, backward=False)
 
     def leave(_: nn.Module, args: Any, output: Any) -> None:

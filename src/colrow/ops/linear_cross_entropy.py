@@ -85,15 +85,8 @@ def linear_cross_entropy(
     Raises:
         ConfigError: shapes, dtypes, placements or options that do not fit together, with the fix.
     """
-    if reduction not in ("mean", "sum"):
-        raise ConfigError(
-            f"reduction={reduction!r}: linear_cross_entropy makes its gradients in forward and needs a scalar loss: "
-            "use mean or sum"
-        )
-    if chunk is None:
-        chunk = 4096 if hidden.device.type == "cuda" or gpu_shapes.is_as_on_gpu() else 1024
-    if chunk < 1 or not 0.0 <= label_smoothing <= 1.0:
-        raise ConfigError(f"chunk={chunk}, label_smoothing={label_smoothing}: chunk is positive, smoothing in [0, 1]")
+    chunk = _chunk_for(hidden) if chunk is None else chunk
+    _check_options(reduction, chunk, label_smoothing)
     if isinstance(weight, DTensor) and mesh_or_group is None:
         mesh_or_group = weight.device_mesh
     group = None if mesh_or_group is None else group_of(mesh_or_group)
@@ -101,21 +94,17 @@ def linear_cross_entropy(
     weight, vocab_size = _local_weight(weight, vocab_size, n, rank)
     hidden, sequence_dim = _local_hidden(hidden, sequence_dim)
     h_tD, y_T = _tokens(hidden, targets, sequence_dim, n)
-    if h_tD.shape[1] != weight.shape[1] or h_tD.dtype != weight.dtype:
-        raise ConfigError(
-            f"hidden is {list(hidden.shape)} {hidden.dtype}, weight {list(weight.shape)} {weight.dtype}: "
-            "their last dimensions and dtypes must be equal; cast one, as autocast does not reach in here"
-        )
+    _require_equal_width(hidden, weight)
     if type(y_T) is Tensor and y_T.device.type == "cpu":  # a GPU would be waited for, a fake tensor has no values
         _refuse_unknown_classes(y_T, vocab_size, ignore_index)
+    first_class = rank * -(-vocab_size // n)  # torch.chunk gives each rank ceil(V / n) rows, and the last what is left
     plan = _Plan(
-        # torch.chunk gives each rank ceil(V / n) rows, and the last one what is left
-        terms=LossTerms(vocab_size, rank * -(-vocab_size // n), ignore_index, label_smoothing, z_loss),
+        terms=LossTerms(vocab_size, first_class, ignore_index, label_smoothing, z_loss),
         group=group if n > 1 else None,
         gather=n > 1 and sequence_dim is not None,
         chunk=chunk,
         triton=_use_triton(implementation, h_tD.device),
-        gradients=torch.is_grad_enabled(),
+        gradients=torch.is_grad_enabled(),  # inside an autograd Function's forward it is off
     )
     scale = _scale(y_T, ignore_index, reduction, num_valid, sum_dtype(h_tD.dtype))
     loss: Tensor = _LinearCrossEntropy.apply(h_tD, weight, y_T, scale, plan)
@@ -192,6 +181,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dh, dw = ctx.saved_tensors
         scaled = (None if d is None else d * grad.to(d.dtype) for d in (dh, dw))
         return *scaled, None, None, None
+
+
+def _chunk_for(hidden: Tensor) -> int:
+    """Tokens in a chunk: its logits are large enough for full matmuls, and small beside the logits of all tokens."""
+    return 4096 if hidden.device.type == "cuda" or gpu_shapes.is_as_on_gpu() else 1024
+
+
+def _check_options(reduction: str, chunk: int, label_smoothing: float) -> None:
+    if reduction not in ("mean", "sum"):
+        raise ConfigError(
+            f"reduction={reduction!r}: linear_cross_entropy makes its gradients in forward and needs a scalar loss: "
+            "use mean or sum"
+        )
+    if chunk < 1 or not 0.0 <= label_smoothing <= 1.0:
+        raise ConfigError(f"chunk={chunk}, label_smoothing={label_smoothing}: chunk is positive, smoothing in [0, 1]")
+
+
+def _require_equal_width(hidden: Tensor, weight: Tensor) -> None:
+    if hidden.shape[-1] != weight.shape[1] or hidden.dtype != weight.dtype:
+        raise ConfigError(
+            f"hidden is {list(hidden.shape)} {hidden.dtype}, weight {list(weight.shape)} {weight.dtype}: "
+            "their last dimensions and dtypes must be equal; cast one, as autocast does not reach in here"
+        )
 
 
 def _local_weight(weight: Tensor, vocab_size: int | None, n: int, rank: int) -> tuple[Tensor, int]:

@@ -1,4 +1,4 @@
-"""What a config or a command line calls a plan, as a Plan: the one place for both."""
+"""The Plan that a name stands for, in a config or on a command line: a preset, a derived plan, or a file."""
 
 from __future__ import annotations
 

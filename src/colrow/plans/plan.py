@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("colrow")
 USEFUL = 0.6
-"""A smaller share of the parameters split is a warning: most of the model takes as much memory and time on each rank as
-without tp."""
+"""Where a plan splits a smaller share of the parameters, it gets a warning: each rank holds and computes most of the
+model as without tp."""
 Resolved = Mapping[str, tuple[str, Style]]
 """Fully qualified module name to the key of the plan that matches it, and the style."""
 
@@ -66,7 +66,7 @@ class Plan:
             raise PlanError(f"unknown loss {self.loss!r}{did_you_mean(str(self.loss), LOSSES)}")
         # names and mappings become styles once: whoever holds a plan holds styles
         styles = {str(key): style_from_data(value, str(key)) for key, value in self.modules.items()}
-        object.__setattr__(self, "modules", styles)
+        object.__setattr__(self, "modules", styles)  # frozen
 
     @classmethod
     def preset(cls, name: str, loss: Loss = "vocab_parallel") -> Plan:
@@ -199,7 +199,7 @@ class Plan:
         # A module with several names has one class and one set of parameters: one style, under each of its names.
         for group in names_of_one(model):
             given = [found[name] for name in group if name in found]
-            if len({repr(style) for _, style in given}) > 1:
+            if len({repr(style) for _, style in given}) > 1:  # by text: styles with dicts as options have no hash
                 message = f"{' and '.join(group)} are one module, and the plan gives them different styles"
                 raise PlanError("CR103", group[0], message, "give every name of the module the same style, or name one")
             found |= dict.fromkeys(group, given[0]) if given else {}
@@ -244,7 +244,7 @@ class Plan:
         """
         resolved = self.resolve(model) if resolved is None else resolved
         layouts: dict[str, ParameterLayout] = {}
-        for fqn, module in model.named_modules():
+        for fqn, module in model.named_modules():  # a shared module under its first name, as its parameters are
             if not any(True for _ in module.named_parameters(recurse=False)):
                 continue
             _, style = resolved.get(fqn, ("", LEFT_OUT))

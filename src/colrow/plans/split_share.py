@@ -36,7 +36,7 @@ class SplitShare:
     def of(cls, model: nn.Module, plan: Plan, tp: int, flops: float | None = None) -> SplitShare:
         """Raises PlanError where the plan does not fit the model at this degree."""
         layouts = plan.parameters(model, tp)
-        total, split = 0, 0
+        total, split = 0, 0  # elements
         by_reason: Counter[str] = Counter()
         example: dict[str, str] = {}
         for name, param in model.named_parameters():

@@ -17,6 +17,7 @@ from colrow.config import RunConfig
 from colrow.data.loader import BatchOrder, DataAxisSampler, Loader
 from colrow.data.prepare import PreparedData
 from colrow.forecasting.devices import peak_flops
+from colrow.forecasting.memory import GIB
 from colrow.mesh import MeshAxes
 from colrow.models.shapes import mfu
 from colrow.run import startup
@@ -268,7 +269,7 @@ class Loop:
             "tokens_per_second": round(rate, 1),
         }
         if self._device.type == "cuda":
-            record["memory_gib"] = round(torch.cuda.max_memory_allocated(self._device) / 2**30, 3)
+            record["memory_gib"] = round(torch.cuda.max_memory_allocated(self._device) / GIB, 3)
             peak, shape = peak_flops(torch.cuda.get_device_name(self._device)), self._training.source.config
             if peak is not None and shape is not None:
                 shares = mfu(shape, config.data.seq_len, rate / config.mesh.world_size, peak)
