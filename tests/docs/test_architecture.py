@@ -41,10 +41,15 @@ def test_the_floors_are_those_of_the_imports() -> None:
 
 
 def test_the_ways_are_short() -> None:
-    """A parameter passes at most 12 files, and so does a batch: each is named where the page tells the way."""
-    parameter = re.search(r"\*\*`layers\.0.*?\n\n(.*?)\n\n", TEXT, re.S)
-    batch = re.search(r"\*\*A batch\*\*(.*?)\n\n", TEXT, re.S)
-    assert parameter is not None
-    assert batch is not None
-    for way in (parameter[1], batch[1]):
-        assert 8 <= len(set(re.findall(r"`([\w/]+\.py)`", way))) <= 12
+    """Each passes at most 12 files, which are named where the page tells the way."""
+    begins = (
+        r"\*\*A config\*\*",
+        r"\*\*A rank\*\*",
+        r"\*\*`layers\.0.*?\n\n",
+        r"\*\*A batch\*\*",
+        r"\*\*A checkpoint\*\*",
+    )
+    for begin in begins:
+        way = re.search(rf"{begin}(.*?)\n\n", TEXT, re.S)
+        assert way is not None, begin
+        assert 7 <= len(set(re.findall(r"`([\w/]+\.py)`", way[1]))) <= 12, begin

@@ -180,7 +180,7 @@ def commit_of(folder: Path) -> str:
 
 
 def _output_of(command: list[str], folder: Path, environment: dict[str, str]) -> list[str]:
-    """What it prints; it ends with this process."""
+    """The lines that the command prints. It is ended when this process is interrupted."""
     process = subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

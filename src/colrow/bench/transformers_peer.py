@@ -41,7 +41,11 @@ def check_transformers(config: RunConfig) -> None:
 
 
 def measured(job: Job) -> dict[str, Any]:
-    """What a rank finds, the same on each; collective."""
+    """The arm's results, the same on each rank. Collective.
+
+    Raises:
+        ConfigError: the folder's plan shards no parameter.
+    """
     config = job.config
     device = join(device_type(config), int(os.environ["LOCAL_RANK"]))
     on_gpu = device.type == "cuda"

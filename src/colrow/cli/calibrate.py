@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     if not found:
         raise ConfigError("no GPU is visible: run it on the host that the forecast is for, or with --device cpu")
     ranks = found if flags.gpus is None else flags.gpus
-    # ranks on a CPU share its cores, so that any few will do
+    # ranks on a CPU share its cores, so any small number will do
     if not 1 <= ranks <= max(found, 8 if flags.device == "cpu" else 0):
         raise ConfigError(f"--gpus {ranks}: this host has {found}")
     from colrow.data.disk import write_result

@@ -30,7 +30,7 @@ def group_words(argv: Sequence[str], start: Callable[[str], tuple[str, list[str]
         name, words, takes = start(rest.popleft())
         while rest and takes(words, rest[0]):
             words.append(rest.popleft())
-        given.pop(name, None)
+        given.pop(name, None)  # a dict keeps the place of a key's first entry: that of the last one counts
         given[name] = words
     return given
 

@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     with torchrun_ranks("gloo") as ranks:
         saved = open_saved(flags.run, flags.step, flags.trust_code)
         config = saved.config
-        # gloo ranks share the memory: each holds a shard of every parameter, by no plan
+        # The ranks divide the memory alone: each holds a shard of every parameter, by no plan, and computes nothing.
         if ranks > 1:
             shard_evenly(saved.model, init_device_mesh("cpu", (ranks,)))
         materialize(saved.model, "cpu")

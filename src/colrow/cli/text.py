@@ -25,8 +25,8 @@ class Terminal(Console):
         raise BrokenPipeError
 
     def say(self, text: str, indent: int = 2, style: str | None = None) -> None:
-        """Print a text as it stands, broken between words at the width of the terminal; what follows is indented. A
-        name or path is never broken."""
+        """Print a text without rich's markup, broken between words at the terminal's width; further lines are indented.
+        A name or path is never broken."""
         lead = len(text) - len(text.lstrip())
         broken = textwrap.fill(
             text,

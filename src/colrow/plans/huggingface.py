@@ -132,7 +132,7 @@ def _with_segments(model: nn.Module, key: str, options: Mapping[str, Any]) -> di
 
 
 def _tie(model: nn.Module, out: dict[str, dict[str, Any]]) -> None:
-    """A tied head takes the placement of the embedding: rows, which are the head's output features."""
+    """Give a tied head and its embedding one placement: rows of the table, which are the head's output features."""
     embedding, head = _name_of(model, "get_input_embeddings"), _name_of(model, "get_output_embeddings")
     if embedding is None or head is None:
         return

@@ -43,7 +43,7 @@ def _options(cls: type[Any]) -> list[str]:
         default = field.default
         if field.name in common:
             continue
-        unset = default in (None, "", ()) or default is dataclasses.MISSING
+        unset = default in (None, "", ()) or default is dataclasses.MISSING  # nothing to print behind the name
         value = str(default).lower() if isinstance(default, bool) else default
         texts.append(f"`{field.name}`" if unset else f"`{field.name}: {list(value) if value == (0,) else value}`")
     return texts

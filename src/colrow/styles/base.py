@@ -134,7 +134,7 @@ class Style(ABC):
                 hint = get_type_hints(type(self))[field.name]
                 one_of = f"use one of {', '.join(get_args(hint))}" if get_origin(hint) is Literal else ""
                 raise PlanError("CR211", "", message, one_of or f"give it a value of type {field.type}") from error
-            object.__setattr__(self, field.name, converted)
+            object.__setattr__(self, field.name, converted)  # the dataclass is frozen
 
     @abstractmethod
     def build(self, site: Site) -> ParallelStyle:
@@ -276,7 +276,7 @@ def set_attribute(module: nn.Module, key: str, value: int | str, tp: int) -> Non
         own = {**lengths, leaf: lengths[leaf] // tp if value == "/tp" else int(value)}
         vars(module).update(axes_lengths=own, _axes_lengths=tuple(own.items()))  # its forward reads the second
         return
-    for part in path:
+    for part in path:  # layers share a config, and the module's neighbours may keep the global size
         own = copy.copy(getattr(owner, part))
         object.__setattr__(owner, part, own)
         owner = own

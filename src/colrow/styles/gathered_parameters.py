@@ -61,7 +61,7 @@ class _GatheredParametersStyle(ParallelStyle):
                 views[name] = same_on_all_ranks if dim is None else partial(gathered.view, name)
         view_parameters(module, views)
         module.register_forward_pre_hook(gathered.begin)
-        module.register_forward_hook(gathered.end, always_call=True)
+        module.register_forward_hook(gathered.end, always_call=True)  # also where forward raises: it frees the memory
         return module
 
 

@@ -90,7 +90,7 @@ class _BufferRows:
                 buffer = module._buffers[name]
                 if buffer is not None:
                     own = rows.select(buffer)
-                    seen[name] = _Seen(own, version(own) if module.training else 0)
+                    seen[name] = _Seen(own, version(own) if module.training else 0)  # evaluation writes none back
         module.__dict__[_SEEN] = seen
 
     def after(self, module: nn.Module, _: Any, __: Any) -> None:

@@ -104,7 +104,7 @@ class CodeMode(TorchFunctionMode):
         if self.separates:
             value = value.view_as(value) if value is key else value
             key = key.view_as(key) if key is query else key
-        with self:
+        with self:  # torch takes a mode off while it handles a call: on again, for the calls inside
             return _ATTENTION(query, key, value, *args, **kwargs)
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -239,6 +239,7 @@ class LocalSizes(CodeMode):
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         call = CALLS.get(func)
         if call is not None and (written := sizes_written(func, args, kwargs)) is not None:
+            # sizes of complete sequences are those that the code writes: see [Note: two views of flattened tokens]
             holds_sequences = isinstance(args[0], Tensor) and holds_complete_sequences(args[0])
             for rule in () if holds_sequences else self.rules:
                 if rule.matches(call.name, written):

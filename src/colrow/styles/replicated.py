@@ -26,7 +26,7 @@ class _ReplicatedStyle(ParallelStyle):
         self.spec, self.input_layout = spec, input_layout
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        names = dict(module.named_parameters(recurse=False))
+        names = [name for name, _ in module.named_parameters(recurse=False)]
         shard_parameters(module, device_mesh, dict.fromkeys(names, self.spec), self.src_data_rank)
         layout = self.input_layout
         if layout is not None:

@@ -51,6 +51,7 @@ class _ShardedNormStyle(ParallelStyle):
             return (x, *args[1:])
 
         def after(_: nn.Module, __: Any, out: DTensor) -> Tensor:
+            # already a shard of the last dim where the norm kept the placement: then this sends nothing
             return out.redistribute(placements=[Shard(out.ndim - 1)]).to_local()
 
         module.register_forward_pre_hook(before)

@@ -62,7 +62,7 @@ def _head_forward(module: Any, x_BtD: Tensor) -> Tensor:
     if module.bias is not None:
         y_BTv = y_BTv + module.bias
     shape = torch.Size((*y_BTv.shape[:2], state.vocab))  # not v * n: see [Note: uneven vocabulary]
-    stride = (shape[1] * shape[2], shape[2], 1)
+    stride = (shape[1] * shape[2], shape[2], 1)  # of the global tensor: from_local alone would take it to be v * n wide
     # run_check=False, here and elsewhere: a check compares all ranks' shapes, and broadcasts what is replicated
     logits = DTensor.from_local(y_BTv, state.mesh, [Shard(2)], run_check=False, shape=shape, stride=stride)
     return logits.redistribute(placements=[Replicate()]).to_local() if state.gather else logits

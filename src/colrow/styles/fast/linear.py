@@ -159,6 +159,7 @@ class FastLinear(FlattenedTokens):
 
     def linear_state(self, mesh: DeviceMesh) -> LinearState:
         """The forward's state; creates the carrier."""
+        # a style offers those options of a linear that it can use: of a row-parallel one nothing is gathered and kept
         options = {name: getattr(self, name) for name in option_names() if hasattr(self, name)}
         if mesh.size() == 1:
             options |= {"overlap": "none", "keep_gathered": False}  # nothing is gathered that could be kept

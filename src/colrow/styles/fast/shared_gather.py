@@ -61,6 +61,7 @@ class _GatherOutputHook(ParallelStyle):
         if device_mesh.size() > 1:  # on one rank parameters stay plain tensors
             names = [name for name, _ in module.named_parameters(recurse=False)]
             shard_parameters(module, device_mesh, dict.fromkeys(names, ShardSpec()), self.src_data_rank)
+        # past nn.Module.__setattr__: they stay submodules of the modules that own them, and of no other
         module.__dict__[COLUMNS] = tuple(self.around.get_submodule(column) for column in self.style.columns)
         # no argument: it gathers what the module returns
         gather = SiblingGather(self.fqn, self.style.columns, None, self.style.linear_state(device_mesh))
