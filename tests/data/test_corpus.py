@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import builtins
+import glob
 import gzip
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -161,6 +163,8 @@ def test_a_sample_of_a_large_corpus_comes_from_all_over_it(texts, monkeypatch):
         ("a.txt", b"x" * 70_000 + b"\xff", r"at byte 70000"),
         ("a.txt", b" \n", r"is empty \(all 1 of its texts are blank\): name files with text in data\.corpus"),
         ("a.txt", "text".encode("utf-16"), r"not UTF-8 text \(at byte 0\): convert it \(iconv -f utf-16 -t utf-8\)"),
+        ("a.txt", "text".encode("utf-32"), r"\(at byte 0\): convert it \(iconv -f utf-32 -t utf-8\)"),
+        ("a.txt", b"\xfd7zXZ\x00", r"it is no text: leave it out of data\.corpus"),
         ("a.txt", b"", r"\(1 file, 0 bytes\) is empty"),
         ("a.jsonl", b"", r"\(1 file, 0 bytes\) is empty"),
         ("a.txt.zst", b"\x28\xb5\x2f\xfd\xff", r"of compressed files \.gz alone is read: decompress it"),
@@ -174,6 +178,7 @@ def test_a_sample_of_a_large_corpus_comes_from_all_over_it(texts, monkeypatch):
         ("a.jsonl", b'{"text": 3}', r"line 1, key 'text', holds a number, not a string"),
         ("a.jsonl", b'{"text": "\\ud800"}', r"line 1, key 'text', holds half of a surrogate pair \(character 0\)"),
         ("a.jsonl", b"\xff\xfe{}", r"line 1 is not JSON"),
+        ("a.jsonl", b'{"text": "caf\xe9"}', r"line 1 is not UTF-8 text: convert it \(iconv -f latin1 -t utf-8\)"),
         ("a.parquet", b"PAR1 and no more", r"a\.parquet is not a complete Parquet file"),
         ("a.json", b"[]", r"a \.json file is no stream of documents.*\.jsonl"),
     ],
@@ -213,6 +218,26 @@ def test_a_parquet_file_without_texts_is_named(section, tmp_path, columns, repor
 def test_a_corpus_that_is_not_there_says_what_is(section, texts, corpus, reported):
     with pytest.raises(DataError, match=reported):
         open_corpus(section(corpus.format(tmp=texts)))
+
+
+def test_advice_holds_for_names_that_a_shell_or_a_glob_reads_otherwise(section, tmp_path, monkeypatch):
+    folder = tmp_path / "it's [1]"
+    folder.mkdir()
+    (folder / "a[1].txt").write_text("one")
+    advice = r"such as (.*)$"
+    with pytest.raises(DataError, match=advice) as error:
+        open_corpus(section(str(folder)))
+    assert documents(section(re.search(advice, str(error.value))[1])) == ["one"]
+    monkeypatch.chdir(folder)
+    assert documents(section("a[1].txt")) == ["one"]
+    for file in (folder / "b c.json", folder / "d.json.gz"):
+        with (gzip.open if file.suffix == ".gz" else open)(file, "wt") as lines:
+            lines.write('[{"text": "two"}, {"text": "three"}]')
+        with pytest.raises(DataError, match=r"into a \.jsonl file \((.*)\)$") as error:
+            open_corpus(section(glob.escape(str(file))))
+        command = re.search(r"\((.*)\)$", str(error.value))[1]
+        subprocess.run(command.replace("jq -c '.[]'", "cat"), shell=True, check=True)  # jq is not on every machine
+        assert file.with_name(file.name.partition(".")[0] + ".jsonl").read_text().startswith('[{"text": "two"}')
 
 
 @pytest.mark.parametrize("links", [{"self": "."}, {"a/up": "../.."}, {"a/one": ".", "a/two": "."}])
@@ -259,7 +284,7 @@ def test_a_missing_extra_is_named_before_anything_is_read(section, tmp_path, mon
 @pytest.fixture
 def dataset(tmp_path) -> Path:
     """A folder as the Hub serves them: two splits of JSON lines."""
-    folder = tmp_path / "dataset"
+    folder = tmp_path / "data:set"  # before the colons of split and config
     folder.mkdir()
     for split in ("train", "test"):
         rows = [json.dumps({"text": f"{split} {i}", "n": i}) for i in range(5)]
@@ -270,7 +295,7 @@ def dataset(tmp_path) -> Path:
 def test_a_dataset_folder_is_streamed_by_split(section, dataset):
     assert documents(section(f"hf:{dataset}")) == [f"train {i}" for i in range(5)]
     assert documents(section(f"hf:{dataset}::test")) == [f"test {i}" for i in range(5)]
-    with pytest.raises(DataError, match=r"has no split 'dev', but test, train: write corpus: hf:.*dataset::test"):
+    with pytest.raises(DataError, match=r"has no split 'dev', but test, train: write corpus: hf:.*data:set::test"):
         documents(section(f"hf:{dataset}::dev"))
     with pytest.raises(DataError, match=r"has no key 'body'.*n, text: set data\.text_key"):
         documents(section(f"hf:{dataset}", text_key="body"))

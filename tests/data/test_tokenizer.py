@@ -159,8 +159,8 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path, special, files, reporte
     ("name", "content", "reported"),
     [
         ("none", None, r"there is no tokenizer .*none .*or leave it out to train one"),
-        ("tokenizer.model", "", r"holds tokenizer\.model, but no tokenizer\.json: write one with transformers"),
-        ("o200k.tiktoken", "IQ== 0", r"holds o200k\.tiktoken, but no tokenizer\.json: write one with transformers"),
+        ("tokenizer.model", "", r"holds tokenizer\.model, but no tokenizer\.json: put the model's config\.json beside"),
+        ("o200k.tiktoken", "IQ== 0", r"holds o200k\.tiktoken, but no tokenizer\.json: put the model's"),
         ("readme.md", "", r"holds no tokenizer\.json: give another folder"),
         ("tokenizer.json", "{", r"tokenizer\.json is not a tokenizer\.json"),
     ],
@@ -174,7 +174,9 @@ def test_a_missing_or_damaged_tokenizer_is_named(tmp_path, name, content, report
 
 def test_a_file_of_another_format_says_how_to_write_one(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
-    with pytest.raises(DataError, match=r"is not a tokenizer\.json: .*: write one with transformers"):
+    (tmp_path / "config.json").write_text("{}")
+    advice = rf": write one with transformers, .*, and give {tmp_path} in data\.tokenizer\.path$"
+    with pytest.raises(DataError, match=rf"is not a tokenizer\.json: .*{advice}"):
         load_tokenizer(tmp_path / "tokenizer.model")
 
 

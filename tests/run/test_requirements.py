@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 import yaml
+from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.config import RunConfig
 from colrow.errors import AtMost, ColrowError, ConfigError, advice
@@ -17,7 +19,8 @@ from colrow.mesh import Mesh
 from colrow.models.build import build_source
 from colrow.plans.plan import Plan
 from colrow.run import preflight
-from colrow.run.requirements import refusal, runs_on
+from colrow.run.requirements import check_with_model, refusal, runs_on
+from colrow.train.setup import build_step
 
 BATCHES = [1, 3, 4, 8, 12]
 
@@ -165,3 +168,19 @@ def test_advice_is_one_sentence() -> None:
     assert printed_changes(f"x: {advice(changes)}") == [changes]
     error = ConfigError("wrong", *changes[:2])
     assert str(error) == "wrong: set mesh.tp to 1 or 2"
+
+
+def test_a_model_without_a_trained_parameter_is_refused_before_the_ranks_start(
+    config: Callable[..., RunConfig],
+) -> None:
+    """As PEFT leaves one that it has merged its adapters into."""
+    run = config()
+    source = build_source(run.model, 0)
+    next(source.model.requires_grad_(False).parameters()).requires_grad_(True)
+    check_with_model(run, source)
+    source.model.requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"every parameter of .* is frozen: call requires_grad_\(True\)"):
+        check_with_model(run, source)
+    stage: Any = SimpleNamespace(parameters=source.model.parameters)
+    with pytest.raises(ConfigError, match=r"of a pipeline stage is frozen: set mesh\.pp to fewer stages"):
+        build_step(stage, run, cast(DeviceMesh, None), ())

@@ -84,7 +84,8 @@ class ReadBack:
             return
         fix = "read its checkpoint with colrow.checkpoint"
         if hasattr(model, "peft_config"):
-            fix = f"merge the adapters before training (merge_and_unload of peft), or {fix} and use its save_pretrained"
+            merge = "model.merge_and_unload().requires_grad_(True) with peft"
+            fix = f"merge the adapters before training ({merge}), or {fix} and use its save_pretrained"
         raise ExportError(
             f"the Hugging Face format cannot hold this {type(model).__name__.removeprefix('FSDP')}: its config.json "
             f"names {self.reader}, and of the {self.tensors:,} tensors are {'; '.join(wrong)}: {fix}"

@@ -7,6 +7,7 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import sysconfig
 import time
 import tokenize
@@ -147,6 +148,8 @@ def open_corpus(section: DataSection, digest_cache: Path | None = None) -> Corpu
         raise DataError(f"corpus {section.corpus!r}: {beginning} is {what}: write its text into a file")
     _refuse_looped_links(pattern)
     paths = sorted({path for name in glob.glob(pattern, recursive=True) if not (path := Path(name)).is_dir()})
+    if not paths and Path(pattern).is_file():  # as a shell does: `a[1].txt` matches a1.txt, else it is a name
+        paths = [Path(pattern)]
     if not paths:
         raise _no_file(section.corpus, pattern)
     for path in paths:
@@ -155,7 +158,7 @@ def open_corpus(section: DataSection, digest_cache: Path | None = None) -> Corpu
         if suffix_of(path) == ".json":
             raise DataError(
                 f"corpus {section.corpus!r} matches {path}: a .json file is no stream of documents; "
-                f"write one object a line into a .jsonl file (jq -c '.[]' {path.name} > {path.stem}.jsonl)"
+                f"write one object a line into a .jsonl file ({_to_lines(path)})"
             )
     if any(format_of(path) == "parquet" for path in paths):
         import_parquet()  # raises here, not after an hour of reading other files
@@ -174,6 +177,13 @@ def _refuse_looped_links(pattern: str) -> None:
                     raise DataError(f"corpus {pattern!r} follows {link}, a link to a folder above it: remove the link")
 
 
+def _to_lines(path: Path) -> str:
+    """The command that writes a JSON list as JSON lines."""
+    reader = "zcat" if path.suffix.lower() == ".gz" else "cat"
+    target = path.with_name(path.name.partition(".json")[0] + ".jsonl")
+    return f"{reader} {shlex.quote(str(path))} | jq -c '.[]' > {shlex.quote(str(target))}"
+
+
 def _no_file(corpus: str, pattern: str) -> DataError:
     folder = Path(pattern)
     if folder.is_dir():
@@ -182,7 +192,8 @@ def _no_file(corpus: str, pattern: str) -> DataError:
         suffixes = Counter(path.suffix for path in some if suffix_of(path) in _COMMON_SUFFIXES)
         suffix = suffixes.most_common(1)[0][0] if suffixes else ".txt"
         return DataError(
-            f"corpus {corpus!r} is a folder: name its files by a glob, such as {Path(corpus, '**', '*')}{suffix}"
+            f"corpus {corpus!r} is a folder: name its files by a glob, such as "
+            f"{Path(glob.escape(corpus), '**', '*')}{suffix}"
         )
     while glob.has_magic(str(folder)) or not folder.exists():
         folder = folder.parent

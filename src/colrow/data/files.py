@@ -18,6 +18,12 @@ from colrow.errors import DataError
 
 FileFormat = Literal["text", "jsonl", "parquet"]
 _COMPRESSED = (".zst", ".zip", ".bz2", ".xz", ".lz4", ".tar", ".tgz", ".7z", ".br")
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 _PARQUET_ROWS = 1024
 _SCAN_BYTES = 1 << 16
 MOST_LINE_BYTES = 64 << 20
@@ -106,8 +112,12 @@ def _to_utf8(path: Path) -> str:
     if suffix_of(path) in _COMPRESSED:
         return "of compressed files .gz alone is read: decompress it, or leave it out of data.corpus"
     with _open_binary(path) as file:
-        encoding = "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "latin1"
-    return f"convert it (iconv -f {encoding} -t utf-8), or leave it out of data.corpus"
+        beginning = file.read(_SCAN_BYTES)
+    # the longest first: the mark of UTF-32 begins with that of UTF-16
+    encoding = next((name for mark, name in _MARKS.items() if beginning.startswith(mark)), None)
+    if encoding is None and b"\0" in beginning:  # iconv would make text of anything
+        return "it is no text: leave it out of data.corpus"
+    return f"convert it (iconv -f {encoding or 'latin1'} -t utf-8), or leave it out of data.corpus"
 
 
 def _split_text(file: io.TextIOWrapper, max_chars: int) -> Iterator[str]:
@@ -161,6 +171,8 @@ def _read_jsonl(path: Path, text_key: str) -> Iterator[str]:
                 continue
             try:
                 row = json.loads(line.removeprefix(codecs.BOM_UTF8))
+            except UnicodeDecodeError as error:
+                raise DataError(f"{where} is not UTF-8 text: {_to_utf8(path)}") from error
             except (ValueError, RecursionError) as error:
                 hint = ""
                 if number == 1 and line.lstrip()[:1] in (b"[", b"{"):
@@ -215,7 +227,8 @@ def _require_strings(arrow_type: Any, path: Path, text_key: str) -> None:
     names = ("is_string", "is_large_string", "is_string_view", "is_null")  # the third is not in pyarrow before 16
     if not any(hasattr(pa.types, name) and getattr(pa.types, name)(arrow_type) for name in names):
         raise DataError(
-            f"{path}: column {text_key!r} is {arrow_type}, not string: point data.text_key at the column with the text"
+            f"{path}: column {text_key!r} is {arrow_type}, not string: point data.text_key at the column with the "
+            "text, or write the file with that column as strings"
         )
 
 

@@ -138,11 +138,11 @@ def open_dataset(corpus: str, text_key: str, digest_cache: Path | None = None) -
     """
     _import_datasets()
     requested = corpus.removeprefix("hf:")
-    if os.path.isdir(os.path.expanduser(requested)):  # before the colons are read: a folder's name may have some
-        folder = Path(os.path.expanduser(requested))
-        return DatasetCorpus(requested, None, "train", text_key, folder, digest_cache)
-    name, config, split = (requested.split(":") + ["", ""])[:3]
-    if not name or requested.count(":") > 2:
+    # a folder's name may have colons too
+    readings = ([*requested.rsplit(":", colons), "", ""] for colons in range(3))
+    local = next((parts for parts in readings if os.path.isdir(os.path.expanduser(parts[0]))), None)
+    name, config, split = (local or [*requested.split(":"), "", ""])[:3]
+    if not name or (local is None and requested.count(":") > 2):
         raise DataError(f"corpus {corpus!r} names no dataset: write hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT")
     path = Path(os.path.expanduser(name))
     folder_or_hub = path if path.is_dir() else None

@@ -248,8 +248,12 @@ def _is_slow(name: str) -> bool:
 
 
 def _write_one(path: Path) -> str:
-    folder = str(path if path.is_dir() else path.parent)
-    return f"write one with transformers, AutoTokenizer.from_pretrained({folder!r}).save_pretrained({folder!r})"
+    folder = path if path.is_dir() else path.parent
+    # transformers chooses the class by it; without, it asks for another library
+    first = "" if (folder / "config.json").exists() else "put the model's config.json beside it, "
+    then = "" if path.is_dir() else f", and give {folder} in data.tokenizer.path"
+    name = repr(str(folder))
+    return f"{first}write one with transformers, AutoTokenizer.from_pretrained({name}).save_pretrained({name}){then}"
 
 
 def _find_eos(backend: Any, file: Path, settings: dict[str, Any]) -> int:
@@ -259,7 +263,10 @@ def _find_eos(backend: Any, file: Path, settings: dict[str, Any]) -> int:
     if isinstance(named, str):
         eos_id = backend.token_to_id(named) if _is_unicode(named) else None
         if eos_id is None:
-            raise DataError(f"{file} has no token {named!r}, which tokenizer_config.json beside it calls eos_token")
+            raise DataError(
+                f"{file} has no token {named!r}, which tokenizer_config.json beside it calls eos_token: "
+                "name another there"
+            )
         return int(eos_id)
     for name in ("generation_config.json", "config.json"):
         eos_id = _read_json(file.with_name(name)).get("eos_token_id")
@@ -267,7 +274,9 @@ def _find_eos(backend: Any, file: Path, settings: dict[str, Any]) -> int:
             eos_id = eos_id[0]
         if isinstance(eos_id, int) and not isinstance(eos_id, bool):
             if not 0 <= eos_id <= _LAST_ID or backend.id_to_token(eos_id) is None:
-                raise DataError(f"{file} has no token {eos_id}, which {name} beside it calls eos_token_id")
+                raise DataError(
+                    f"{file} has no token {eos_id}, which {name} beside it calls eos_token_id: give another there"
+                )
             return eos_id
     special = {token.content: i for i, token in backend.get_added_tokens_decoder().items() if token.special}
     for token in _COMMON_END_TOKENS:

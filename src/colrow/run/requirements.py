@@ -62,7 +62,12 @@ def check_alone(config: RunConfig, local_ranks: int | None = None) -> str:
 
 
 def check_with_model(config: RunConfig, source: Source) -> None:
-    """Raise a ConfigError where sequence, pipeline or data axes do not fit the model."""
+    """Raise a ConfigError where the model has nothing to train, or sequence, pipeline or data axes do not fit it."""
+    if not any(param.requires_grad for param in source.model.parameters()):
+        raise ConfigError(
+            f"every parameter of {source.name} is frozen: call requires_grad_(True) where it is built, after a merge "
+            "of adapters too"
+        )
     longest = most_positions(source.model)
     if longest is not None and config.data.seq_len > longest:
         divided = longest // config.mesh.tp * config.mesh.tp

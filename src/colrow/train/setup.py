@@ -29,6 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.config import RunConfig
 from colrow.dryrun.random_draws import RandomDraws, model_draws, random_draws
+from colrow.errors import ConfigError
 from colrow.mesh import MeshAxes
 from colrow.models.build import Source
 from colrow.ops.execution_record import clear
@@ -253,6 +254,8 @@ def build_step(
 ) -> Step:
     """The step around `runner`, with the optimizer over its trainable parameters."""
     trainable = [param for param in runner.parameters() if param.requires_grad]
+    if not trainable:  # of a whole model preflight has looked
+        raise ConfigError("every parameter of a pipeline stage is frozen: set mesh.pp to fewer stages, or to 1")
     return Step(
         forward_backward=runner,
         params=trainable,
