@@ -85,7 +85,8 @@ def test_a_family_gets_the_full_split(kind: str, tp: int, sizes: dict[str, Any])
     ),
 )
 def test_fewer_kv_heads_than_ranks(kind: str, sizes: dict[str, Any]) -> None:
-    """k and v stay whole; each rank computes the kv heads of its query heads, and their gradients are summed."""
+    """k and v of their own stay whole, beside q they are shards; a rank computes the kv heads of its query heads, whose
+    gradients are summed."""
     found, model, _ = proved(kind, 4, **sizes)
     assert judge(found, model) == ("full", "")
     assert 4 in found.legal

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import Replicate
 
 from colrow.derive.derivation import derive
 from colrow.derive.failure import TraceError
 from colrow.plans.derive_options import DeriveOptions
+from colrow.plans.plan import Plan
 from colrow.plans.split_share import SplitShare
 from colrow.verifying.verify import parity
-from helpers.split_models import Bare, Branching
+from helpers.split_models import Bare, Branching, FewKvHeads
 
 IDS = (torch.randint(0, 32, (3, 4), generator=torch.Generator().manual_seed(0)),)
 
@@ -185,3 +188,22 @@ def test_a_parameter_that_ranks_use_on_their_shards_is_not_gathered() -> None:
     wrong = {"style": "gathered_parameters", "shards": {"weight": 0}}
     broken = replace(plan, modules={**plan.modules, "attention.gain": wrong})
     assert parity(model, broken, 2, x).gradients["attention.gain.weight"] > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("kv", "common"), [(1, {"replicated": [1]}), (3, {"kv": [1, 2], "heads": 6, "kv_heads": 3})], ids=["one", "three"]
+)
+def test_kv_heads_that_do_not_divide_are_held_in_shards_beside_q(
+    monkeypatch: pytest.MonkeyPatch, kv: int, common: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(FewKvHeads(kv)).double(), (torch.randn(3, 5, 8, dtype=torch.float64),)
+    qkv = {"style": "packed_colwise", "segments": [24, 8] if kv == 1 else [24, 12, 12], **common}
+    block = {"style": "local_block", "attributes": {"HEADS": "/tp"}, "input": ["replicate"]}
+    plan = Plan({"0": block, "0.qkv": qkv, "0.out": "rowwise"}, loss="replicated")  # type: ignore[dict-item]
+    assert plan.parameters(model, 2)["0.qkv.weight"].local_shape == (4 * (3 + kv), 8)
+    assert parity(model, plan, 2, x).worst < 1e-9
+    monkeypatch.setattr("colrow.styles.shards.Partial", Replicate)
+    errors = parity(model, plan, 2, x)
+    assert errors.loss < 1e-9
+    assert errors.gradients["0.qkv.weight"] > 1e-3

@@ -1,5 +1,5 @@
-"""Options `gather`, `used_inside` and buffers among `shards`, and gathered parameters, under tp × FSDP2: gradients and
-buffers of one process."""
+"""Options `gather`, `used_inside`, `replicated`, `kv` and buffers among `shards`, and gathered parameters, under tp ×
+FSDP2: gradients and buffers of one process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
 from helpers.harness import Ranks
 from helpers.parity import relative
-from helpers.split_models import Bare, Branching, D, Normalised, SelectiveScan
+from helpers.split_models import Bare, Branching, D, FewKvHeads, Normalised, SelectiveScan
 
 pytestmark = [pytest.mark.distributed, pytest.mark.exhaustive]
 TOLERANCE = 1e-10
@@ -34,6 +34,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "used_inside": (scan, (4, 2, 3)),
     "buffers": (Normalised, (4, 3, 4, 4)),
     "gathered_parameters": (Bare, (4, 4)),
+    "replicated": (lambda: nn.Sequential(FewKvHeads(1)), (4, 5, D)),
+    "kv": (lambda: nn.Sequential(FewKvHeads(3)), (4, 5, D)),
 }
 
 

@@ -82,3 +82,25 @@ class Bare(nn.Module):
         for weight in self.layers:
             x = F.layer_norm(x + F.linear(x, weight).relu(), (8,))
         return self.lstm(x)[0] @ self.out
+
+
+class FewKvHeads(nn.Module):
+    """An attention with q, k and v in one weight, of fewer kv heads than two ranks divide.
+
+    Args:
+        kv: their number. One, which every rank uses; or three, of which a rank uses those of its query heads.
+    """
+
+    HEADS, WIDTH = 6, 4
+
+    def __init__(self, kv: int) -> None:
+        super().__init__()
+        self.kv = kv
+        self.qkv = nn.Linear(D, (self.HEADS + 2 * kv) * self.WIDTH)
+        self.out = nn.Linear(self.HEADS * self.WIDTH, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        sizes = [n * self.WIDTH for n in (self.HEADS, self.kv, self.kv)]
+        q, k, v = (y.unflatten(-1, (-1, self.WIDTH)).transpose(1, 2) for y in self.qkv(x).split(sizes, -1))
+        k, v = (y.repeat_interleave(self.HEADS // self.kv, 1) for y in (k, v))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))

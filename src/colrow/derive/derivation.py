@@ -373,7 +373,7 @@ class _Derive:
             total += param.numel()
             if (reason := reasons[own]) is None:
                 sharded.append(name)
-                elements += 0 if emission.selects_rows(own) else param.numel()
+                elements += 0 if emission.selects_rows(own, self.tp) else param.numel()
             else:
                 replicated[name] = reason
         reductions = Counter[str]()

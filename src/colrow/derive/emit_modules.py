@@ -23,6 +23,7 @@ from colrow.styles.fast.linear import is_linear
 from colrow.styles.local_block import BlockShards, LocalShards
 from colrow.styles.packed import is_transposed
 from colrow.styles.replicated import LEFT_OUT, KvReplicate
+from colrow.styles.shards import ShardSpec
 
 _CHANNELS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
@@ -48,12 +49,15 @@ class Emission:
         """The class of a module's style; that of modules left out of the plan where it has none."""
         return STYLES[self.modules.get(name, {}).get("style", LEFT_OUT.name)]
 
-    def selects_rows(self, parameter: str) -> bool:
+    def selects_rows(self, parameter: str, tp: int) -> bool:
         """Whether every rank holds all of a split parameter, and uses some rows: kv heads that tp does not divide."""
         owner, _, name = parameter.rpartition(".")
         options = self.modules.get(owner, {})
         spec = options.get("shards", {}).get(name) if "shards" in options else options
-        selects = isinstance(spec, dict) and bool({"replicated", "kv"} & {*spec})
+        selects = isinstance(spec, dict) and "segments" in spec
+        if selects:
+            uneven = {key: tuple(spec.get(key, ())) for key in ("replicated", "kv")}
+            selects = ShardSpec(0, tuple(spec["segments"]), **uneven).held(tp).uneven
         return selects or issubclass(self.style(owner), KvReplicate)
 
 

@@ -42,7 +42,7 @@ class ColumnSegments(ShardedParameters):
     """The options of styles that shard output features: as one, or as `segments` one after another, each sharded over
     tp. Those at the positions `replicated` are computed by every rank (the one k and v head of multi-query attention);
     of those at the positions `kv`, which hold `kv_heads` for `heads` query heads, a rank computes what its query heads
-    need."""
+    need. Beside segments that are split, these too are held in shards, and gathered for the forward."""
 
     computes_module = True
     sums_gradients = True

@@ -4,20 +4,21 @@
 A fused weight is a concatenation of segments along one dimension (q, k and v; gate and up). Sharded as one, a rank
 would get half of q and none of v. Here each segment is sharded on its own, and a rank's shard is one shard of each, in
 order. The global parameter keeps its name and shape; `Packed` on the module tells init, import, checkpoint and export
-which rows a rank has.
+which rows a rank has. Of a segment that ranks use in common (k and v of fewer heads than ranks) each holds a shard too,
+and gathers it when its module's forward reads the parameter.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from colrow.sharding.layout import Packed
 from colrow.sharding.local_view import View, view_parameters
@@ -54,8 +55,16 @@ class ShardSpec:
 
     @property
     def uneven(self) -> bool:
-        """Whether ranks use overlapping rows: then every rank holds the complete parameter and selects its own."""
+        """Whether ranks use overlapping rows: `held` says whether every rank holds the complete parameter for that."""
         return bool(self.replicated or self.kv)
+
+    def held(self, tp: int) -> ShardSpec:
+        """How the parameter is held between uses: of uneven segments beside split ones in shards, where tp divides
+        them; what a rank uses of others' is gathered. All of one that is uneven as a whole, such as a k projection."""
+        positions = range(len(self.segments))
+        split = {*positions} - {*self.replicated, *self.kv}
+        divides = all(size % tp == 0 for size in self.segments)
+        return replace(self, replicated=(), kv=()) if split and divides else self
 
     def rows(self, tp: int, rank: int) -> list[int]:
         """Global indices of `dim` that a rank uses, in its order."""
@@ -85,11 +94,13 @@ class ShardSpec:
             return ParameterLayout(
                 Replicate(), shape, "added to a sum over ranks, 1/tp on each" if self.scaled else reason
             )
-        if self.uneven:
+        if self.held(tp).uneven:
             return ParameterLayout(
                 Replicate(), shape, f"{reason}: not all segments divide; replicated, gradients summed over tp"
             )
         local = (*shape[: self.dim], shape[self.dim] // tp, *shape[self.dim + 1 :])
+        if self.uneven:
+            reason = f"{reason}: those that ranks use in common are gathered"
         packed = Packed(self.dim, self.segments) if len(self.segments) > 1 else None
         return ParameterLayout(Shard(self.dim), local, reason, packed)
 
@@ -114,13 +125,13 @@ class ShardSpec:
     def distribute(self, param: Tensor, mesh: DeviceMesh, source: int | None) -> DTensor:
         """The DTensor whose local tensor is a shard of each segment. `source`: the rank whose values all take; None:
         each rank keeps its values."""
-        data = param.detach()
-        if self.dim is None or self.uneven:
+        data, held = param.detach(), self.held(mesh.size())
+        if self.dim is None or held.uneven:
             return distribute_tensor(data, mesh, [Replicate()], src_data_rank=source)
         if len(self.segments) == 1:
             return distribute_tensor(data, mesh, [Shard(self.dim)], src_data_rank=source)
         # DTensor chunks the dim as one: put the rows in the order of the ranks first, rank 0's of every segment, ...
-        order = [row for rank in range(mesh.size()) for row in self.rows(mesh.size(), rank)]
+        order = [row for rank in range(mesh.size()) for row in held.rows(mesh.size(), rank)]
         data = data.index_select(self.dim, torch.tensor(order, device=data.device))
         shard = distribute_tensor(data, mesh, [Shard(self.dim)], src_data_rank=source).to_local()
         placements = [PackedShard(self.dim, self.segments)]  # distribute_tensor would make a plain Shard of it
@@ -135,9 +146,40 @@ class ShardSpec:
             return summed
         if self.dim is None or not self.uneven:
             return same_on_all_ranks
-        dim, rows = self.dim, rank_table(mesh, [self.rows(tp, rank) for rank in range(tp)])
+        dim, rows = self.dim, [self.rows(tp, rank) for rank in range(tp)]
+        if not self.held(tp).uneven:
+            return self._gathering_view(mesh, dim, rows)
+        own = rank_table(mesh, rows)
         # all ranks hold the complete parameter, and each uses some rows: its gradient is one term of a sum over tp
-        return lambda param: summed(param).index_select(dim, rows)
+        return lambda param: summed(param).index_select(dim, own)
+
+    def _gathering_view(self, mesh: DeviceMesh, dim: int, rows: list[list[int]]) -> View:
+        """`rows` of each rank, out of its shards and the gathered ones of uneven segments."""
+        tp, uneven = mesh.size(), {*self.replicated, *self.kv}
+        shards = [size // tp for size in self.segments]
+        # where a row stands in [this rank's shards, gathered shards of rank 0, of rank 1, ...]; of a split segment as
+        # its own rank has it
+        places: list[int] = []
+        common, inside = sum(shards[i] for i in uneven), 0
+        for position, (size, shard) in enumerate(zip(self.segments, shards, strict=True)):
+            before = sum(shards[:position])
+            for row in range(size):
+                owner, offset = divmod(row, shard)
+                places.append(sum(shards) + owner * common + inside + offset if position in uneven else before + offset)
+            inside += shard if position in uneven else 0
+        own = rank_table(mesh, [[places[row] for row in each] for each in rows])
+
+        def view(param: DTensor) -> Tensor:
+            local = same_on_all_ranks(param)
+            parts = local.split(shards, dim)
+            mine = torch.cat([part for i, part in enumerate(parts) if i in uneven], dim)
+            # each rank uses gathered rows on its own heads: backward sums the terms where it scatters them
+            gathered = DTensor.from_local(mine, mesh, [Shard(dim)], run_check=False).redistribute(
+                placements=[Replicate()]
+            )
+            return torch.cat([local, gathered.to_local(grad_placements=[Partial()])], dim).index_select(dim, own)
+
+        return view
 
 
 def shards_of(value: Any) -> dict[str, Any] | None:
