@@ -38,7 +38,7 @@ def test_overrides_go_over_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "change", "message"),
     [
-        ("train", {"stepz": 3}, "unknown key train.stepz; did you mean 'steps'"),
+        ("train", {"stepz": 3}, "unknown key train.stepz; did you mean 'train.steps'"),
         ("mesh", {"tensor": 2}, "unknown key mesh.tensor; known names: data_engine, dp_replicate, dp_shard, pp, tp"),
         ("mesh", {"tp": 0}, "mesh.tp: Input should be greater than 0"),
         ("model", {"huggingface": "DIR"}, "give one of shape, huggingface, python"),
@@ -53,9 +53,11 @@ def test_what_is_wrong_is_named(section: str, change: dict[str, object], message
 
 
 FAULTS = [
-    (["--train.stepps", "3"], {"train": {"stepps": 3}}, "unknown key train.stepps; did you mean 'steps'?"),
+    (["--train.stepps", "3"], {"train": {"stepps": 3}}, "unknown key train.stepps; did you mean 'train.steps'?"),
+    (["--steps", "3"], {"steps": 3}, "unknown key steps; did you mean 'train.steps'?"),
+    (["--every", "3"], {"every": 3}, "unknown key every; did you mean 'eval.every' or 'checkpoint.every'?"),
     (["--trian.steps=3"], {"trian": {"steps": 3}}, "unknown key trian; did you mean 'train'?"),
-    (["--mesh.pt", "2"], {"mesh": {"pt": 2}}, "unknown key mesh.pt; did you mean 'tp'?"),
+    (["--mesh.pt", "2"], {"mesh": {"pt": 2}}, "unknown key mesh.pt; did you mean 'mesh.tp'?"),
     (["--mesh.tp", "2.5"], {"mesh": {"tp": 2.5}}, "mesh.tp: Input should be a valid integer"),
     (["--mesh", "4"], {"mesh": 4}, "mesh is a section: give its keys"),
     (["--train.steps", "many"], {"train": {"steps": "many"}}, "train.steps: Input should be a valid integer"),

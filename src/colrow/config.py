@@ -208,10 +208,7 @@ def _describe(item: Any) -> str:
     where = ".".join(str(part) for part in item["loc"])
     match item["type"]:
         case "extra_forbidden":
-            section: Any = RunConfig
-            for part in item["loc"][:-1]:
-                section = section.model_fields[part].annotation
-            return f"unknown key {where}{did_you_mean(str(item['loc'][-1]), section.model_fields)}"
+            return f"unknown key {where}{_nearest(*map(str, item['loc']))}"
         case "missing":
             return f"{where} is missing"
         case "model_type" | "model_attributes_type":
@@ -221,6 +218,22 @@ def _describe(item: Any) -> str:
             auto = f", or {AUTO}" if where in AUTO_KEYS else ""
             auto = f"; mesh: {AUTO} chooses all axes" if where.startswith("mesh.") and item["input"] == AUTO else auto
             return f"{where or 'config'}: {describe_value(item, auto)}"
+
+
+def _nearest(*path: str) -> str:
+    """What was meant by an unknown key, as `did_you_mean` says it, in the form that a flag has."""
+    *parents, last = path
+    section: Any = RunConfig
+    for part in parents:
+        section = section.model_fields[part].annotation
+    fields = section.model_fields
+    if not parents:  # a key of a section, without it
+        in_sections = [
+            f"{key}.{last}" for key, field in fields.items() if last in getattr(field.annotation, "model_fields", {})
+        ]
+        if in_sections:
+            return f"; did you mean {' or '.join(map(repr, in_sections))}?"
+    return did_you_mean(last, fields, ".".join([*parents, ""]))
 
 
 def describe_value(item: Any, more: str = "") -> str:

@@ -107,13 +107,17 @@ def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'steps'?` for the nearest known name, or the list of names when none is near."""
+def did_you_mean(name: str, known: Iterable[str], before: str = "") -> str:
+    """`; did you mean 'steps'?` for the nearest known name, or the list of names when none is near.
+
+    Args:
+        before: what stands before the name where it is written, such as `train.`.
+    """
     names = sorted(known)
     near = [known for known in names if sorted(known) == sorted(name)]  # `pt` for `tp`: too short for a ratio
     near = near or [known for known in difflib.get_close_matches(name, names, cutoff=0.65) if _is_close(name, known)]
     if near:
-        return f"; did you mean {near[0]!r}?"
+        return f"; did you mean {before + near[0]!r}?"
     return f"; known names: {', '.join(names)}" if names else ""
 
 

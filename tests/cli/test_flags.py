@@ -70,6 +70,19 @@ def test_numbers_are_finite_and_names_known() -> None:
             parse(GenerateFlags, "generate", ["run", "--prompt", "a", *words.split()])
 
 
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        ("--mesh.tp 1 c.yaml", "colrow train c.yaml --mesh.tp 1"),
+        ("--sample.prompt=a c.yaml --check false", "colrow train c.yaml --sample.prompt=a --check false"),
+        ("--mesh.tp 1", "colrow train CONFIG.yaml --mesh.tp 1"),
+    ],
+)
+def test_a_config_behind_flags_is_put_first(words: str, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *words.split()]) == 2
+    assert capsys.readouterr().err == f"colrow train: error: the config file comes first: {command}\n"
+
+
 def test_texts_of_a_list_stay_texts() -> None:
     """YAML would make a mapping of `transformers:`, a boolean of `on` and a number of `12`."""
     arms = ["torchtitan:DIR", "transformers:", "config:plan=derive"]

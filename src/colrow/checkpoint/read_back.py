@@ -82,7 +82,7 @@ class ReadBack:
         ]
         if not wrong:
             return
-        fix = "read its checkpoint with colrow.checkpoint"
+        fix = "read its checkpoint with colrow.checkpoint.distributed.Checkpoints"
         if hasattr(model, "peft_config"):
             merge = "model.merge_and_unload().requires_grad_(True) with peft"
             fix = f"merge the adapters before training ({merge}), or {fix} and use its save_pretrained"

@@ -80,7 +80,7 @@ class RunSpace:
         if free < self.needed:
             raise CheckpointError(
                 f"the disk of {folder} is too small for this run: {self} need {format_bytes(self.needed)}, and "
-                f"{format_bytes(free)} are free: free {format_bytes(self.needed - free)}, set "
+                f"{format_bytes(free)} are free: free {format_bytes(self.needed - free)}, or set "
                 f"{''.join(f'{fix}, or ' for fix in self._that_fit(free))}run.dir to another disk"
             )
         return f"{self}: {format_bytes(self.needed)} of {format_bytes(free)} free"

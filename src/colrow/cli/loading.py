@@ -85,7 +85,8 @@ class SavedModel:
             return config
         raise ConfigError(
             f"{type(self.model).__name__} has no config of the Hugging Face kind (a LlamaConfig, or one of "
-            "transformers): give the model such an attribute `config`, or read the checkpoint with colrow.checkpoint"
+            "transformers): give the model such an attribute `config`, or read the checkpoint with "
+            "colrow.checkpoint.distributed.Checkpoints"
         )
 
     def load(self) -> None:

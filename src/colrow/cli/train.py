@@ -42,7 +42,9 @@ def main(argv: list[str]) -> int:
         print(USAGE)
         return 0 if argv else 2
     if argv[0].startswith("-"):
-        raise ConfigError(f"the config file comes first: colrow train CONFIG.yaml {' '.join(argv)}")
+        config = next((word for word in argv if word.endswith((".yaml", ".yml"))), "CONFIG.yaml")
+        words = [config, *(word for word in argv if word != config)]
+        raise ConfigError(f"the config file comes first: colrow train {shlex.join(words)}")
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         _rank(argv)
     try:
