@@ -166,7 +166,7 @@ def reporting_errors(verb: str = "train") -> Iterator[Ending]:
 
     os._exit, because a normal exit would destroy the process group, and so wait for ranks that are gone.
     """
-    from colrow.run.launch import EXIT_USER_ERROR
+    from colrow.run.launch import EXIT_USER_ERROR  # now: after an error (too many open files) no import may work
 
     if _error_file() is not None:  # torchrun's agent, here or in a launcher of its own, has started this process
         from colrow.run.heartbeat import end_with_launcher
@@ -179,24 +179,29 @@ def reporting_errors(verb: str = "train") -> Iterator[Ending]:
         if isinstance(error, SystemExit):
             raise
         when = time.time()
-        what = user_error(error)
         if isinstance(error, BrokenPipeError):  # `colrow train ... | head`: an end without an error
             text, status = "the output is closed", 128 + signal.SIGPIPE
-        elif what is not None:
+        elif (what := user_error(error)) is not None:
             text, status = what, EXIT_USER_ERROR
         else:
             text, status = traceback.format_exc(), 1
-        if _error_file() is not None and what is None and "onnection" in text:
-            # Lost connections follow from another rank's failure: let that rank write its error, and be the first.
-            end = time.monotonic() + 2.0
-            if ending.log is not None and (cause := _cause_elsewhere(ending.log.run, when, end)):
-                print(f"colrow train: {cause}", file=sys.stderr, flush=True)  # now: torchrun may end this rank soon
-                text += f"\n{cause}"
-            time.sleep(max(0.0, end - time.monotonic()))
-        if what is not None and is_rank() and os.environ.get("LOCAL_RANK", "0") != "0":
+            if _error_file() is not None and "onnection" in text:
+                text += _cause_of_lost_connection(ending, when)
+        if status == EXIT_USER_ERROR and is_rank() and os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(_FIRST_SECONDS)  # torchrun ends this rank meanwhile: it shows the text of each rank's error
         ending.report(text, when, status)
         ending.exit(status)
+
+
+def _cause_of_lost_connection(ending: Ending, when: float) -> str:
+    """A line on the failure that made this rank lose a connection, where it is known; takes two seconds, in which the
+    rank that failed writes its error and is the first to have one."""
+    end, text = time.monotonic() + 2.0, ""
+    if ending.log is not None and (cause := _cause_elsewhere(ending.log.run, when, end)):
+        print(f"colrow train: {cause}", file=sys.stderr, flush=True)  # now: torchrun may end this rank soon
+        text = f"\n{cause}"
+    time.sleep(max(0.0, end - time.monotonic()))
+    return text
 
 
 def _cause_elsewhere(run: Path, when: float, end: float) -> str:

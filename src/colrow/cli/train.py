@@ -38,6 +38,7 @@ Every key is a flag: colrow train configs/laptop.yaml --mesh.tp 4 --train.steps 
 
 
 def main(argv: list[str]) -> int:
+    """Exit statuses: docs/guide/exit-codes.md."""
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if argv else 2

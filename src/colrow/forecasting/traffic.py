@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from colrow.forecasting.memory import Setting, StageLayers
-from colrow.forecasting.walk import HEAD, ROOT, Walk
+from colrow.forecasting.walk import HEAD, ROOT, UnitParameters, Walk
 from colrow.forecasting.work import Work
 
 
@@ -87,16 +87,7 @@ def _of_data_axes(walk: Walk, setting: Setting, stage: StageLayers) -> Counter[t
         for numel in unit.partial:
             found["tp", "all_reduce", low * numel] += 1
         if shards > 1:
-            # FSDP2: resharded blocks are gathered for forward and for backward of every micro-batch, others once a
-            # step. Root and head stay gathered (see apply_data_parallel).
-            reshards = setting.reshard and name not in (ROOT, HEAD)
-            gathers = setting.micro_batches * (2 if reshards else 1) if setting.reshard else 1
-            if setting.mesh.is_flat:
-                gathers = _gathers_of_flat_block(at, len(stage.layers), setting.micro_batches) if reshards else 1
-            nbytes = low * _padded(unit.numels, shards)
-            if setting.gather_fp8:
-                nbytes -= (low - 1) * _padded(unit.in_8_bits, shards)
-            found["dp_shard", "all_gather", nbytes] += gathers
+            found["dp_shard", "all_gather", _gathered_bytes(unit, setting, low)] += _gathers(setting, at, stage)
             if unit.trained and setting.mesh.is_flat:
                 found["dp_shard", "all_to_all", low * _padded(unit.trained, shards)] += setting.micro_batches
             elif unit.trained:  # in fp32, once: gradients are summed over micro-batches before
@@ -112,6 +103,24 @@ def _of_data_axes(walk: Walk, setting: Setting, stage: StageLayers) -> Counter[t
         if getattr(setting.mesh, axis) > 1:
             found[axis, "all_reduce", flags] += 1
     return found
+
+
+def _gathered_bytes(unit: UnitParameters, setting: Setting, low: int) -> int:
+    """Bytes of a gathered unit; `low`: of a number in the compute dtype."""
+    shards = setting.mesh.dp_shard
+    saved = (low - 1) * _padded(unit.in_8_bits, shards) if setting.gather_fp8 else 0
+    return low * _padded(unit.numels, shards) - saved
+
+
+def _gathers(setting: Setting, at: int, stage: StageLayers) -> int:
+    """How often a step gathers the unit number `at` of a stage: its blocks, then root and head."""
+    blocks = len(stage.layers)
+    if not setting.reshard:
+        return 1
+    if setting.mesh.is_flat:
+        return _gathers_of_flat_block(at, blocks, setting.micro_batches) if at < blocks else 1
+    # FSDP2 gathers a block for forward and for backward; root and head stay gathered between (`apply_data_parallel`).
+    return setting.micro_batches * (2 if at < blocks else 1)
 
 
 def _gathers_of_flat_block(at: int, blocks: int, micro_batches: int) -> int:

@@ -61,10 +61,6 @@ class Work:
         for name in ("attention_forward", "attention_backward", "bytes", "fused_bytes", "operators", "kernels"):
             setattr(self, name, getattr(self, name) + getattr(other, name) * times)
 
-    @property
-    def product_flops(self) -> float:
-        return float(sum(self.products.values()))
-
 
 class WorkCounter:
     """Adds each operator to the work of the running segment."""

@@ -63,6 +63,8 @@ class GradientExchanges(ABC):
 
 
 class CollectiveExchanges(GradientExchanges):
+    """The process group sends each parameter's rows as messages between two ranks, all in one batch."""
+
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
 

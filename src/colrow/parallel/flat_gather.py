@@ -44,6 +44,8 @@ class Gathers(ABC):
 
 
 class CollectiveGathers(Gathers):
+    """The process group gathers all parameters of a unit in one coalesced collective."""
+
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
 

@@ -44,6 +44,7 @@ from colrow.styles.site import Site
 
 
 def leaf_name(fqn: str) -> str:
+    """`q_proj` of `layers.0.self_attn.q_proj`."""
     return fqn.rpartition(".")[2]
 
 

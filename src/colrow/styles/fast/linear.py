@@ -113,6 +113,7 @@ def weight_out_in(module: Any) -> Tensor:
 
 
 def group_name(mesh: DeviceMesh) -> str:
+    """Of a 1-D mesh's process group: operators take numbers, texts and tensors, and find the group by its name."""
     return str(mesh.get_group().group_name)
 
 
