@@ -18,8 +18,8 @@ Takes = Callable[[list[str], str], bool]
 
 
 def group_words(argv: Sequence[str], start: Callable[[str], tuple[str, list[str], Takes]]) -> dict[str, list[str]]:
-    """The words of a command, by what they belong to. Of a flag that is given twice the last counts, so that a script's
-    command can be extended; it counts at its own place: of `--mesh.tp 4` and `--mesh auto` the last one does too.
+    """The words of a command, by what they belong to. Where a flag is given twice, the last one counts, so that a
+    script's command can be extended. It counts at its own place: of `--mesh.tp 4` and `--mesh auto` the later one does.
 
     Args:
         start: of a word that belongs to nothing before it: its name, the words that it brings, and what it takes.

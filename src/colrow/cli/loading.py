@@ -102,7 +102,7 @@ def open_saved(path: Path, step: int | None = None, trust_code: bool = False) ->
     """The model in a run's folder, at its newest complete checkpoint unless given a step, or in a Hugging Face folder.
 
     Raises:
-        ConfigError: building the model would run code that the folder names and that nobody asked for.
+        ConfigError: building the model would run code that the folder names, and `trust_code` is not set.
         CheckpointError: the folder is neither, or the run has no such checkpoint.
     """
     if (path / CONFIG).exists():

@@ -181,7 +181,7 @@ class Choices:
             ConfigError: none can.
         """
         candidates = [config]
-        one_host = config.mesh.tp * config.mesh.dp_shard <= self._per_host  # between hosts nobody has run it
+        one_host = config.mesh.tp * config.mesh.dp_shard <= self._per_host  # between hosts it was never measured
         if not self._engine_is_given and config.mesh.dp > 1 and one_host and self._model_can_be_flat:
             candidates.append(self._on_flat(config))
         found, obstacle = [], None

@@ -22,7 +22,7 @@ from colrow.parallel.pipeline_split import layer_costs, require_parts, split_lay
 from colrow.plans.plan import Plan
 
 MARGIN = 0.03
-"""Of the device's memory, which a cell must leave free to be called fitting: the forecast's own error."""
+"""The share of the device's memory that a cell must leave free to be called fitting: the forecast's own error."""
 
 
 @dataclass(frozen=True)

@@ -380,7 +380,7 @@ class _StagePeak:
         return self._low * unit.count - saved
 
     def _shard_bytes(self, unit: UnitParameters) -> int:
-        """Of what a rank sends of a unit to be gathered."""
+        """Bytes that a rank sends of a unit to be gathered."""
         shards = self._setting.mesh.dp_shard
         saved = (self._low - 1) * _shard(unit.in_8_bits, shards) if self._setting.gather_fp8 else 0
         return self._low * _shard(unit.numels, shards) - saved

@@ -174,7 +174,7 @@ def _flops(
     if func.namespace == "colrow" and f"colrow::{name}" in OPERATORS:
         return _own_products(name, args, outputs)
     if name in ("_grouped_mm", "grouped_mm_fallback"):
-        a, b = inputs[:2]  # tokens of all groups in a row, or one matrix a group
+        a, b = inputs[:2]  # flattened tokens of all groups, or one matrix a group
         rows, inner, columns = a.shape[-2], a.shape[-1], b.shape[-1]
         groups = b.shape[0] if a.dim() == b.dim() == 3 else 1
         return [("product", (rows, inner, columns), 2.0 * GROUPED * groups * rows * inner * columns)]

@@ -1,9 +1,9 @@
 """One unit of the flat data engine: its shards, gathered weights and gradients, each in one piece of memory.
 
 [Note: flat memory]
-A unit is what is gathered and reduced as one (see [Note: FSDP2 units]). Of parameter p with rows of r elements each of
-W data ranks holds c rows, and the last ones fewer. Three pieces of memory hold ranges of all parameters, one after the
-other, so that no collective needs a copy before or after it:
+A unit is what is gathered and reduced as one (see [Note: FSDP2 units]). Each of W data ranks holds c rows of a
+parameter p with r elements a row; the last ranks may hold fewer. Three pieces of memory hold ranges of all parameters,
+one after the other, so that no collective needs a copy before or after it:
 
     shard     c r elements of p      in the compute dtype, or 8 bits: what the rank sends to be gathered
     buffer    W c r elements of p    the ranks' shards in order: the parameter, and at its end unused rows
@@ -128,7 +128,7 @@ class FlatParameter:
 
     @property
     def nbytes(self) -> int:
-        """Of what the rank sends."""
+        """Bytes that the rank sends."""
         return self.size * self.dtype.itemsize
 
     def part(self, local: Tensor, rank: int) -> Tensor:

@@ -129,7 +129,8 @@ class QuantizedShards:
                 matmul.module.__dict__[QUANTIZED] = ()
 
     def _largest_of_ranks(self, peaks: Tensor) -> Tensor:
-        """Of bits, which are ordered as the floats are: not every backend's maximum of floats keeps a NaN."""
+        """The maximum over ranks of the peaks' bits, which are ordered as the floats are: not every backend's maximum
+        of floats keeps a NaN."""
         dist.all_reduce(peaks, dist.ReduceOp.MAX, self._group)
         return peaks
 

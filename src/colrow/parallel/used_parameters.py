@@ -11,9 +11,9 @@ parameters, replicas drift apart, and gloo aborts:
   ranks where no rank had one. Only a rank with an unused parameter waits for the flags.
 - In which order the units gather and reduce. A block, or head, that a rank does not call is run without its forward,
   at its place between the others: a scalar goes through FSDP2's hooks and joins the next block's input, so that
-  backward passes here, too, between the reductions of its neighbours. Of a head of which a rank calls one module the
-  forward ends as if it had called all. Where a rank detaches what enters the first block, backward does not pass that:
-  it reduces at the end, and then the root. Where it detaches what enters a later one, or computes it under
+  backward passes here, too, between the reductions of its neighbours. Where a rank calls only one module of the
+  head, the forward ends as if it had called all. Where a rank detaches what enters the first block, backward does not
+  pass that: it reduces at the end, and then the root. Where it detaches what enters a later one, or computes it under
   `torch.no_grad`, a scalar through the hooks of the blocks before joins it.
 
 A block that ranks call unequally often, more than once, is beyond this: the order of gathers would differ. So is one

@@ -43,7 +43,7 @@ def module_names(model: nn.Module) -> list[str]:
 
 
 def names_of_one(model: nn.Module) -> list[list[str]]:
-    """Of each module that the model registers under several names (tied layers), these names."""
+    """The names of each module that the model registers under several names (tied layers)."""
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)

@@ -145,7 +145,7 @@ class RankGuard:
         """Watch the other ranks from now on. Collective, like the making of a process group that follows.
 
         Args:
-            store: which every rank of this start uses, and nobody of another start.
+            store: shared by the ranks of this start; no rank of another start uses it.
         """
         # a connection of its own: the main thread may block on the other one for as long as it likes
         own: Store = store.clone()  # type: ignore[attr-defined]  # since torch 2.9

@@ -86,7 +86,7 @@ class HostLog:
                 time.sleep(0.005)
 
     def _copy(self, reading: int, terminal: int) -> NoReturn:
-        """The child: until nobody has stderr open any more, whatever signals its rank gets."""
+        """What the child does: copy until no process has this stderr open. Signals that the rank gets do not end it."""
         try:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
                 signal.signal(number, signal.SIG_IGN)

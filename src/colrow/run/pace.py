@@ -54,7 +54,7 @@ class Pace:
             return
         self._seconds.append(seconds)
         if waited is not None:
-            # the event was reached before the host asked: the GPU had nothing left to do
+            # the event was reached before the host waited for it: the GPU had nothing left to do
             self._without_wait.append(waited < 0.02 * seconds)
         if self._count == max(STEPS, self._skip + 1):
             self._compare(allocated_gib)
@@ -168,7 +168,7 @@ def _start(command: tuple[str, ...]) -> subprocess.Popen[str] | None:
 
 
 def gpus_of_ranks_here() -> set[str]:
-    """Of the GPUs that this host's ranks use, their UUIDs as nvidia-smi prints them: it lists those of others too."""
+    """UUIDs of the GPUs that this host's ranks use, as nvidia-smi prints them: it lists the host's other GPUs too."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     used = range(min(ranks, torch.cuda.device_count()))
     return {f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in used}

@@ -48,12 +48,12 @@ def check_plan(
     path = config.model.reduced
     depends = cache(lambda: dependencies(config, source.model, plan, *builders_of(config)))
     how = repr((config.check, config.verify, config.run.seed))
-    kept, said = KeptStart(config.run.dir, "check", lambda: {**depends(), "how": how}), list[str]()
+    kept, printed = KeptStart(config.run.dir, "check", lambda: {**depends(), "how": how}), list[str]()
     if judgement is None and (lines := kept.find()) is not None:
         return ["check      as at the last start: nothing that it depends on has changed", *lines]
 
     def say(line: str) -> None:
-        said.append(line)
+        printed.append(line)
         print(f"verify     {line}", flush=True)
 
     decision = decide(
@@ -80,7 +80,7 @@ def check_plan(
         f"warning    {f.code} {f.slug} at {f.where}: {f.message}; {f.fix} ({f.page})" for f in decision.findings
     ]
     lines = warnings + split_lines(config, source, plan, decision.flops_split)
-    if not said:  # else the proof counts, which has a file of its own
+    if not printed:  # else a proof was needed: KeptProof keeps it
         kept.keep(lines)
     return lines
 

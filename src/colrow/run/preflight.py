@@ -114,7 +114,7 @@ def _newest_checkpoint(config: RunConfig, stored: list[CheckpointInfo]) -> Check
 
 
 def _check_stages(config: RunConfig, source: Source) -> None:
-    """Raise a ConfigError where a pipeline of a model that nobody here has seen does not compute the model."""
+    """Raise a ConfigError where the stages of a model that is not the project's own do not compute the model."""
     if config.mesh.pp > 1 and config.verify != "never" and not is_own(source.model):
         path = config.model.reduced
         refuse_unequal_stages(source.model if path is None else built(path, config.run.seed), seed=config.run.seed)

@@ -36,7 +36,7 @@ class RankInfo:
 
 
 def join_store(info: RankInfo) -> Store:
-    """A store that the ranks of this start use, and nobody else. Collective."""
+    """A store that the ranks of this start share; no rank of another start uses it. Collective."""
     # The store that torchrun's agents keep is the same one after a restart, with the dead ranks' addresses in it.
     store, _, _ = next(rendezvous("env://", info.rank, info.world_size))
     return fresh_store(store, info.rank, info.world_size)

@@ -1,9 +1,9 @@
 """Whose code a run folder may start: a mark says that this user made the folder.
 
 A run folder names code that `export` and `generate` import: `model.python`, or a model folder's own code
-(`model.trust_code`). Who copies a run folder from somebody else has not asked for that code. So each run leaves a mark:
-an HMAC of config.yaml under a key that lies in the user's own configuration folder. Without the mark, `--trust-code`
-asks for the code.
+(`model.trust_code`). A user who copies a run folder from somebody else has not agreed to run that code. So each run
+leaves a mark: an HMAC of config.yaml under a key that lies in the user's own configuration folder. Without the mark,
+`--trust-code` asks for the code.
 """
 
 from __future__ import annotations

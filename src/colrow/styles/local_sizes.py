@@ -8,8 +8,8 @@ calls of a module's own forward write such sizes, by function and by what is wri
     {"view(*, *, 4, *)": "*, *, /tp, *", "split(64)": "/tp"}
 
 `*` on the left is any size, on the right what is written; `/tp` divides what is written by tp, `*tp` multiplies it; a
-number takes its place. Of several rules that match a call the first counts; calls that match none are left alone,
-and so are views that fit their tensor as written and not by the rule: of a tensor that every rank has completely.
+number takes its place. The first rule that matches a call counts; calls that match none are left alone, and so
+are views that fit their tensor as written and not by the rule: of a tensor that every rank has completely.
 
 The sizes of a slice are its bounds, a start and a stop for each `:`; `*` stands for one that is left out:
 
@@ -99,8 +99,9 @@ class CodeMode(TorchFunctionMode):
         return self.call(func, args, kwargs)
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Of one tensor three times it would make one product. The block nn.MultiheadAttention may have gathered each,
-        so there are three; code that calls the function has the one tensor on a rank too."""
+        """torch's function makes one product of query, key and value where they are one tensor. nn.MultiheadAttention
+        as a block may have gathered each, so there are three tensors on a rank; code that calls the function itself has
+        the one tensor on a rank too."""
         if self.separates:
             value = value.view_as(value) if value is key else value
             key = key.view_as(key) if key is query else key
