@@ -34,7 +34,7 @@ from colrow.mesh import Mesh, divisors
 from colrow.yaml_text import read_text, read_yaml
 
 _MOST_BYTES = 1 << 18
-"""Of a config: PyYAML reads 1 MiB in a second or more."""
+"""Most bytes of a config: PyYAML reads 1 MiB in a second or more."""
 
 AUTO = "auto"
 AUTO_KEYS = ("mesh", "train.micro_batch")

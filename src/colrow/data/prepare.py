@@ -179,7 +179,7 @@ def _digest_cache(section: DataSection) -> Path:
 
 
 def _fingerprint(corpus: Corpus, section: DataSection, shown: PreparationProgress) -> str:
-    """The corpus's fingerprint. Of several processes one reads the files, the others wait and read its cache."""
+    """The corpus's fingerprint. One of several processes reads the files; the others wait and read its cache."""
     digest_cache = _digest_cache(section)
     if section.cache.is_dir() and not os.access(section.cache, os.W_OK):
         return corpus.fingerprint()  # a finished cache may be shared read-only
@@ -218,7 +218,7 @@ def _find(folder: Path, shown: PreparationProgress, given: Tokenizer | None, rep
 
 
 def _verify(folder: Path, meta: ShardMeta, shown: PreparationProgress) -> None:
-    """`verify_shards`. Of several processes one reads the files, the others wait and read what it has noted."""
+    """`verify_shards`. One of several processes reads the files; the others wait and read what it has noted."""
     cache = folder.with_suffix(".verified")
     if not os.access(folder.parent, os.W_OK):
         verify_shards(folder, meta, cache)

@@ -26,7 +26,7 @@ _MIN_VOCAB = 257
 _LAST_ID = 10_000_000
 """`tokenizers` looks at each id from 0 on where it writes a tokenizer down."""
 _MOST_BYTES = 512 << 20
-"""Of a tokenizer.json, which is parsed in memory; those with 262,144 tokens have 33 MB."""
+"""Most bytes of a tokenizer.json, which is parsed in memory; those with 262,144 tokens have 33 MB."""
 SAMPLE_CHARS = 1 << 26
 """A vocabulary is trained on this much of the corpus: counts of frequent pairs change little beyond it."""
 _RARE = "\u16a0\u13a0\ua4d0"

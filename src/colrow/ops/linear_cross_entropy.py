@@ -62,7 +62,7 @@ def linear_cross_entropy(
     """Cross entropy of `hidden @ weight.T` against `targets`, without ever holding the logits.
 
     Args:
-        hidden: [..., D]; replicated, or this rank's shard of dim `sequence_dim`. Of a DTensor the placement counts.
+        hidden: [..., D]; replicated, or this rank's shard of dim `sequence_dim`. A DTensor's placement says which.
         weight: [V, D]. Split over the vocabulary it is a DTensor with placement Shard(0), or a plain [v, D] (rows as
             torch.chunk cuts them) together with `mesh_or_group` and `vocab_size`.
         targets: [...], class numbers of all tokens, the same on each rank of the group.

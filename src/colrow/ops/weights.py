@@ -22,7 +22,7 @@ from colrow.ops.products import column_product, concatenated, input_gradient, jo
 
 
 class Weights:
-    """Of siblings, side by side. What both matmuls need is made once, however many chunks are multiplied."""
+    """The weights of sibling linears, side by side. What both matmuls need is made once for all chunks."""
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
         self._parts = joined_weights(list(weights))

@@ -2,7 +2,7 @@
 
 [Note: written buffers]
 A buffer counts as written when its bits differ from those before the step; code that writes through `.data` is seen
-too. Of a buffer that any data rank wrote, where the ranks' values differ:
+too. Where data ranks' values of a buffer that one of them wrote differ, it becomes:
 
     floating point   the mean over the data ranks that wrote it in this step
     integer, bool    the maximum over them
@@ -108,7 +108,7 @@ class WrittenBuffers:
         sizes = torch.tensor([buffer.numel() for buffer, _, _ in items], device=values.device)
         mine = torch.stack([wrote for _, wrote, _ in items]).repeat_interleave(sizes).bool()
         counts = torch.tensor([count for _, _, count in items], device=values.device).repeat_interleave(sizes)
-        # Both extremes by one collective: min x = -max(-x). Of the integers the least has no negative.
+        # Both extremes by one collective: min x = -max(-x). The least integer has no negative: take the next.
         least = torch.finfo(exact).min if exact.is_floating_point else torch.iinfo(exact).min + 1
         extremes = torch.cat([values.where(mine, least), (-values).where(mine, least)])
         for group in self._groups:

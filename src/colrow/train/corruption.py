@@ -79,7 +79,7 @@ class KeptState:
         axes: MeshAxes,
     ) -> None:
         self._named, self._optimizer, self._copies = named, optimizer, copies or {}
-        # Of ranks along an axis that differ only in the batches that they read, all hold the same weights.
+        # Ranks along an axis whose ranks differ only in the batches that they read hold the same weights.
         self._place = tuple(axes.rank(axis) for axis in AXES if ROLES[axis].parameters)
         self._names: list[str] = []
         self._hashes = self._changed = torch.zeros(0)

@@ -76,8 +76,10 @@ class Evaluation:
         return loss.item()
 
     def _batches(self, number: int) -> list[Batch]:
-        """This rank's micro-batches of a global batch. Of the last one only those that some rank needs, for all run
-        equally many; targets of windows beyond the last do not count."""
+        """This rank's micro-batches of a global batch; targets of windows beyond the last do not count.
+
+        All ranks run equally many: in the last global batch, as many as the rank that has the most windows left.
+        """
         batches = list(self._loader.batches(number * self._global_batch))
         left = self._windows - number * self._global_batch
         if left >= self._global_batch:
