@@ -113,9 +113,10 @@ def propagated(func: Any, leaves: Sequence[Any], tree: Any, mesh: DeviceMesh) ->
         return [leaf for leaf in tree_leaves(found) if isinstance(leaf, spec_cls)]
 
     args, kwargs = tree_unflatten([spec_of(*leaf) if isinstance(leaf, tuple) else leaf for leaf in leaves], tree)
+    # DTensor keeps the facts of its rules of one mesh dim in a table of their own
     info = (rules.op_to_schema_info | getattr(rules, "op_to_schema_info_for_single_dim_strategy", {})).get(func)
     if info is None and any(isinstance(arg, list) and specs_in(arg) for arg in args):
-        info = info_cls(needs_pytree=True)
+        info = info_cls(needs_pytree=True)  # DTensor's dispatcher would flatten lists of tensors for such an operator
     try:
         answer = rules.propagate_op_sharding_non_cached(schema_cls(func, tuple(args), kwargs, schema_info=info))
     except Exception as error:  # NotImplementedError without a rule; rules raise many kinds

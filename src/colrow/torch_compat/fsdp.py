@@ -57,6 +57,7 @@ class FsdpUnit:
 
     def reduce_if_left(self) -> None:
         """At the end of a backward that has not reached this unit's input; FSDP2's own end does it in another order."""
+        # post_backward sets this state first: a unit that has reduced in this backward is in it
         if self._group is not None and self._group._training_state.name != "POST_BACKWARD":
             self._group.post_backward()
 
@@ -69,6 +70,7 @@ class FsdpUnit:
         Args:
             fill: give zeros to those that have none, after they have been looked at.
         """
+        # FSDP2 makes the unsharded parameter at the first gather, and keeps sums over micro-batches beside its `.grad`
         params = [param for param in self._trainable() if hasattr(param, "_unsharded_param")]
         for param in params:
             param.accumulate_unsharded_grad_if_needed()

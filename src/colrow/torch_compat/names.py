@@ -41,7 +41,7 @@ def private(path: str, purpose: str) -> Any:
 @contextmanager
 def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
     """Within, a class or a module has other attributes. It must have them itself, not from a base."""
-    before = {name: vars(owner)[name] for name in attributes}
+    before = {name: vars(owner)[name] for name in attributes}  # as stored: getattr would unwrap a staticmethod
     for name, value in attributes.items():
         setattr(owner, name, value)
     try:

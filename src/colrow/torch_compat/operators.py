@@ -51,7 +51,7 @@ def _autograd(name: str, backward: Callable[..., Any], setup_context: Callable[.
         @staticmethod
         def forward(ctx: Any, keys: Any, lengths: Sequence[int | None], *values: Any) -> Any:
             args = _together(values, lengths)
-            with _BELOW_AUTOGRAD():
+            with _BELOW_AUTOGRAD():  # and without Autograd's keys: the call would come back here
                 result = operator.redispatch(keys & _KEYS_BELOW, *args)
                 ctx.lengths = lengths
                 setup_context(ctx, args, result)
@@ -59,6 +59,7 @@ def _autograd(name: str, backward: Callable[..., Any], setup_context: Callable[.
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
+            # of keys and lengths too, which the operator's own backward knows nothing of
             needed = ctx.needs_input_grad
             ctx.needs_input_grad = _together(needed[2:], ctx.lengths)
             try:

@@ -55,6 +55,7 @@ def constant_index(tensor: Any) -> int | None:
     value = getattr(tensor, "constant", None)
     if value is None or value.dtype != torch.int64 or tuple(value.shape) != (1,):
         return None
+    # under the fake mode `item()` would be one of the fake tensors' operators, which have no values
     with private("torch.utils._mode_utils:no_dispatch", "to read an index that code wrote down")():
         return int(value.item())
 

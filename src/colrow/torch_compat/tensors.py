@@ -20,11 +20,11 @@ class CompilableMode(TorchDispatchMode):
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        return True
+        return True  # torch passes over such modes where it looks for a user's
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        return True
+        return True  # else dynamo leaves every frame that runs under the mode uncompiled, without a word
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
@@ -55,7 +55,7 @@ def current_autograd_node() -> Any:
 def forward_number(node: Any = None) -> int:
     """The number by which autograd orders backward nodes; without a node, of the one that this thread made last."""
     last = private("torch.autograd:_get_sequence_nr", "to attribute gradients to source lines")
-    return int(node._sequence_nr()) if node is not None else int(last()) - 1
+    return int(node._sequence_nr()) if node is not None else int(last()) - 1  # torch's is that of the next node
 
 
 def is_higher_order(func: Any) -> bool:
