@@ -25,6 +25,7 @@ from colrow.forecasting.timing import (
     Machine,
     Program,
     StepTime,
+    cpu_rate,
     fused_seconds,
     operand_bytes,
 )
@@ -183,10 +184,7 @@ class Measured:
 
     def cpu_rate(self) -> float:
         """Seconds of a step for each kernel of a compiled block, or for each eager operator."""
-        inside, outside = self.work()
-        if not self.cell.compiled:
-            return self.step_ms / 1e3 / (inside.operators + outside.operators)
-        return (self.step_ms / 1e3 - LAUNCH * outside.kernels) / inside.kernels
+        return cpu_rate(self.step_ms / 1e3, *self.work(), compiled=self.cell.compiled, launch=LAUNCH)
 
     @property
     def is_cpu_bound(self) -> bool:

@@ -1,16 +1,12 @@
 """`colrow bench [CONFIG.yaml] ...`: arms of one model beside each other, on random tokens.
 
-Each arm runs in processes of its own, so that neither memory nor compiled code of one is left for the next; with
-`--rounds` the arms take turns.
+Each arm runs in processes of its own; with `--rounds` the arms take turns.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +20,8 @@ from colrow.errors import ConfigError
 if TYPE_CHECKING:
     from colrow.bench.measure import Job
 
-JOB, RESULT = "--job", "result.json"
+JOB = "--job"
+"""Of a rank of an arm, whose job is in the file that follows: see `bench.run_arm`."""
 
 
 @dataclass(frozen=True)
@@ -172,31 +169,23 @@ def _arm(flags: Flags, arm: str, config: RunConfig) -> dict[str, Any] | None:
     from colrow.bench.beside_forecast import forecast_data
     from colrow.bench.measure import Job
     from colrow.bench.peers import is_peer
-    from colrow.run import preflight
-    from colrow.run.launch import launch
+    from colrow.bench.run_arm import ArmError, run_arm
 
+    job = Job(
+        arm=arm,
+        config=config,
+        warmup=flags.warmup,
+        steps=flags.steps,
+        trace=flags.trace.resolve() if flags.trace else None,
+        one_rank=flags.one_rank,
+    )
     if is_peer(arm):
-        return _peer(Job(arm=arm, config=config, warmup=flags.warmup, steps=flags.steps))
-    ranks = 1 if flags.one_rank else config.mesh.world_size
-    # else torchrun gives each rank one thread
-    os.environ.setdefault("OMP_NUM_THREADS", str(preflight.threads_for(ranks)))
-    with tempfile.TemporaryDirectory(prefix="colrow-bench-") as folder:
-        file, result = Path(folder) / "job.json", Path(folder) / RESULT
-        job = Job(
-            arm=arm,
-            config=config,
-            warmup=flags.warmup,
-            steps=flags.steps,
-            trace=flags.trace.resolve() if flags.trace else None,
-            one_rank=flags.one_rank,
-        )
-        file.write_text(job.model_dump_json(), encoding="utf-8")
-        failure = launch(["-m", "colrow", "bench", JOB, str(file)], ranks, save=False).failure
-        if failure is not None:
-            print(f"colrow bench: arm {arm} failed: {failure.text.strip()}", file=sys.stderr, flush=True)
-            return None
-        measured: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-        return measured | forecast_data(config)
+        return _peer(job)
+    try:
+        return run_arm(job) | forecast_data(config)
+    except ArmError as error:
+        print(f"colrow bench: arm {arm} failed: {error}", file=sys.stderr, flush=True)
+        return None
 
 
 def _peer(job: Job) -> dict[str, Any] | None:
@@ -218,14 +207,9 @@ def _rank(path: Path) -> int:
     from colrow.cli.ranks import rank_folder, rank_info, reporting_errors
 
     with reporting_errors("bench"):
-        from colrow.bench.measure import Job, measure
+        from colrow.bench.run_arm import run_rank
         from colrow.run.stop import StopRequest
 
-        job, info = Job.model_validate_json(path.read_text(encoding="utf-8")), rank_info()
-        if job.one_rank:
-            info = replace(info, world_size=job.config.mesh.world_size)
         with StopRequest(rank_folder()):  # ends this rank when another is lost
-            result = measure(job, info)
-        if info.rank == 0:
-            (path.parent / RESULT).write_text(json.dumps(result), encoding="utf-8")
+            run_rank(path, rank_info())
     return 0

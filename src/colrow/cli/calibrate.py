@@ -19,7 +19,8 @@ JOB = "--job"
 
 @dataclass(frozen=True)
 class Flags:
-    """Measure matmuls, attention, memory, the update, all-gathers and peer copies on this host; some minutes."""
+    """Measure matmuls, attention, memory, the update, all-gathers and peer copies on this host, and what launching them
+    costs its CPU in a training step; some minutes."""
 
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Write the table to this file."""
@@ -28,7 +29,7 @@ class Flags:
     device: str = "cuda"
     """cuda, or cpu to see that it works."""
     small: bool = False
-    """Sizes that take a second and measure nothing of use."""
+    """Small sizes, which measure nothing of use."""
 
 
 def main(argv: list[str]) -> int:
@@ -61,9 +62,17 @@ def main(argv: list[str]) -> int:
             print(f"colrow calibrate: error: {failure.text.strip()}", file=sys.stderr)
             return 1
         table = json.loads(result.read_text(encoding="utf-8"))
+    from colrow.bench.cpu_rates import SMALL, Steps, cpu_rates
+
+    steps = SMALL if flags.small else Steps()
+    table["rates"] |= cpu_rates(ranks, flags.device, table["rates"], steps, _say)
     write_result(flags.output, json.dumps(table, indent=1) + "\n")
     print(f"{table['source']}; table written to {flags.output}")
     return 0
+
+
+def _say(line: str) -> None:
+    print(f"colrow calibrate: {line}", file=sys.stderr, flush=True)
 
 
 def _rank(result: Path, device_type: str, small: bool) -> int:

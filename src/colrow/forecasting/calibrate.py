@@ -21,6 +21,7 @@ from colrow.errors import ConfigError
 from colrow.forecasting.work import SHORT_ATTENTION
 from colrow.ops.carriers import carrier
 from colrow.ops.chunked import send_to_all
+from colrow.torch_compat import gather_into
 
 BAND = 0.12
 """Half of the band around a calibrated step: what rates fitted on half of benchmarks/results missed the other half by,
@@ -109,7 +110,7 @@ def _links(device: torch.device, clock: _Clock, sizes: Sizes) -> dict[str, list[
             gathered = shard.new_empty(n * shard.numel())
 
             def gather(shard: Tensor = shard, gathered: Tensor = gathered, group: Any = group) -> None:
-                dist.all_gather_into_tensor(gathered, shard, group=group)
+                gather_into([gathered], [shard], group).wait()
 
             seconds = clock.seconds(gather if dist.get_rank() < n else lambda: None)
             points.append((float(sent), seconds))

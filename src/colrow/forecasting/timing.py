@@ -258,6 +258,14 @@ def cpu_seconds(inside: Work, outside: Work, program: Program, rates: Rates) -> 
     return kernel_seconds(program, rates) * inside.kernels + rates.launch * outside.kernels
 
 
+def cpu_rate(step: float, inside: Work, outside: Work, *, compiled: bool, launch: float) -> float:
+    """The rate of `cpu_seconds` that gives `step`, the seconds of a micro-batch whose pace the CPU sets: seconds for
+    each kernel of a compiled block, or for each eager operator."""
+    if not compiled:
+        return step / (inside.operators + outside.operators)
+    return (step - launch * outside.kernels) / inside.kernels
+
+
 def kernel_seconds(program: Program, rates: Rates) -> float:
     """Seconds that the CPU needs to launch one kernel of a compiled block."""
     by_overlap = {"none": rates.kernel, "collectives": rates.kernel_fast}

@@ -1,0 +1,104 @@
+"""What a launch costs this host's CPU in a training step: the rates that `forecasting.timing.cpu_seconds` reads.
+
+A step of few tokens takes the time that the CPU needs to launch it, whatever the GPU can do. Each rate is that of one
+arm, by the kernels and operators that the forecast counts in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from colrow.bench.arms import arm_config
+from colrow.bench.measure import Job
+from colrow.bench.run_arm import ArmError, run_arm
+from colrow.config import RunConfig, parse_config
+from colrow.forecasting.memory import Setting, stages_of
+from colrow.forecasting.timing import cpu_rate
+from colrow.forecasting.traffic import stage_work
+from colrow.forecasting.walk import Cell, walk
+from colrow.models.build import build_source
+from colrow.run.preflight import choose_plan
+
+ARMS = {
+    "operator": "plain:train.compile=false",
+    "kernel": "plain:train.compile=true",
+    "kernel_fast": "fast:train.compile=true",
+    "kernel_chunked": "overlap:train.compile=true",
+}
+"""By the rate that an arm shows."""
+_IDLE = 0.25
+"""Of a GPU, as a share of the step, from which on the CPU sets the pace."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What is timed: a named shape, its layers, and the tokens of a rank. `SMALL` is for tests."""
+
+    shape: str = "llama3.2-1b"
+    layers: int = 8
+    seq_len: int = 64
+    warmup: int = 5
+    steps: int = 10
+
+
+SMALL = Steps("laptop", layers=2, seq_len=16, warmup=2, steps=4)
+
+
+def cpu_rates(
+    ranks: int, device: str, rates: Mapping[str, Any], steps: Steps, say: Callable[[str], None]
+) -> dict[str, float]:
+    """Those that this host shows.
+
+    Args:
+        ranks: of this host; tp is the largest of 1, 2, 4 and 8 that they have.
+        rates: that were calibrated before: `launch`, and `peer_copy`, without which there are no copies to launch.
+        say: gets a line for each rate that is left out.
+
+    Raises:
+        KeyboardInterrupt: a signal has ended an arm.
+    """
+    tp = max(n for n in (1, 2, 4, 8) if n <= ranks)
+    base = _config(tp, device, steps)
+    found = {}
+    for rate, arm in ARMS.items():
+        if (tp == 1 and rate in ("kernel_fast", "kernel_chunked")) or (
+            rate == "kernel_chunked" and not rates.get("peer_copy")
+        ):
+            continue  # nothing is sent, or not by copies
+        config = arm_config(base, arm)
+        try:
+            result = run_arm(Job(arm=arm, config=config, warmup=steps.warmup, steps=steps.steps))
+        except ArmError as error:
+            say(f"{rate} is left out: arm {arm} failed: {error}")
+            continue
+        step = result["step_ms"]
+        if device == "cuda" and result["trace"]["idle"] < _IDLE * step:
+            say(f"{rate} is left out: the GPU sets the pace of arm {arm}")
+            continue
+        found[rate] = _rate(config, step / 1e3, float(rates["launch"]))
+    return found
+
+
+def _rate(config: RunConfig, step: float, launch: float) -> float:
+    """Of a config with one micro-batch and no data axes."""
+    model, compiled = build_source(config.model, config.run.seed).model, bool(config.train.compile)
+    cell = Cell(config.mesh.tp, config.train.micro_batch, config.data.seq_len, compiled=compiled)
+    walked = walk(model, choose_plan(config, model), cell)
+    (stage,) = stages_of(walked, Setting(config.mesh, 1, (walked.layers,)))
+    return cpu_rate(step, *stage_work(walked, stage), compiled=compiled, launch=launch)
+
+
+def _config(tp: int, device: str, steps: Steps) -> RunConfig:
+    return parse_config(
+        {
+            "run": {"dir": "."},
+            "model": {"shape": steps.shape, "layers": steps.layers},
+            "mesh": {"tp": tp},
+            "data": {"corpus": "random", "seq_len": steps.seq_len},
+            "train": {"steps": steps.warmup + steps.steps + 1, "global_batch": 1, "micro_batch": 1, "lr": 3e-4},
+            "device": device,
+        },
+        "calibrate",
+    )
