@@ -56,8 +56,8 @@ class Emission:
         spec = options.get("shards", {}).get(name) if "shards" in options else options
         selects = isinstance(spec, dict) and "segments" in spec
         if selects:
-            uneven = {key: tuple(spec.get(key, ())) for key in ("replicated", "kv")}
-            selects = ShardSpec(0, tuple(spec["segments"]), **uneven).held(tp).uneven
+            replicated, kv = (tuple(spec.get(key, ())) for key in ("replicated", "kv"))
+            selects = ShardSpec(0, tuple(spec["segments"]), replicated, kv=kv).held(tp).uneven
         return selects or issubclass(self.style(owner), KvReplicate)
 
 
