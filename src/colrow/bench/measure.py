@@ -203,6 +203,7 @@ def _profiled(training: Training, batch: list[Batch], job: Job, rank: int, devic
 def _result(
     job: Job, training: Training, seconds: list[float], memory: dict[str, float], device: torch.device
 ) -> dict[str, Any]:
+    """The row of results without its trace: what ran, its time and its memory. Collective."""
     config = job.config
     timing = timing_fields(config, *of_slowest_rank(seconds, device), seconds)
     result: dict[str, Any] = {

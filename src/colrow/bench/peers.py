@@ -77,6 +77,7 @@ def measure_peer(job: Job, device: str, peak: float | None) -> dict[str, Any]:
 
 
 def _torchtitan(job: Job, device: str, peak: float | None) -> dict[str, Any]:
+    """Run its trainer in a folder of random text, and read the rate and the memory that it prints."""
     config, folder, mesh = job.config, _checkout(job.arm), job.config.mesh
     with tempfile.TemporaryDirectory(prefix="colrow-peer-") as data:
         (Path(data) / "data.jsonl").write_text(random_text(), encoding="utf-8")
@@ -115,6 +116,7 @@ def _torchtitan(job: Job, device: str, peak: float | None) -> dict[str, Any]:
 
 
 def _transformers(job: Job) -> dict[str, Any]:
+    """Run the ranks of `transformers_peer`, and read what the first one wrote."""
     ranks = job.config.mesh.world_size
     with tempfile.TemporaryDirectory(prefix="colrow-peer-") as folder:
         files = [Path(folder) / name for name in ("job.json", "result.json")]
@@ -134,6 +136,7 @@ def _transformers(job: Job) -> dict[str, Any]:
 
 
 def _row(job: Job, seconds: float, best: float, steps: list[float], on_gpu: bool) -> dict[str, Any]:
+    """What a row of results says of every peer. `best` and `steps` are seconds too."""
     config = job.config
     return {
         "arm": _package(job.arm),

@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: list[str]) -> int:
+    """Run the verb that these words begin with, or print the list. Returns the exit status."""
     if not args or args[0] in ("-h", "--help"):
         print("usage: colrow VERB ...\n")
         for verb, what in VERBS.items():

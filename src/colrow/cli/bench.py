@@ -134,6 +134,7 @@ def base_config(flags: Flags) -> RunConfig:
 
 
 def _run(flags: Flags, configs: dict[str, RunConfig]) -> int:
+    """Measure the arms in turn, then print and keep their results. Returns the exit status."""
     from colrow.bench import report
     from colrow.cli.text import Terminal
 

@@ -157,6 +157,7 @@ def _empty_grid(*titles: str) -> Grid:
 
 
 def _show_longest(choices: Choices, flags: Flags) -> int:
+    """Print what fits on each mesh. Returns the exit status."""
     from colrow.errors import PlanError
 
     found: list[dict[str, Any]] = []

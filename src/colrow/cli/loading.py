@@ -121,6 +121,7 @@ def open_saved(path: Path, step: int | None = None, trust_code: bool = False) ->
 
 
 def _run(path: Path, step: int | None, trust_code: bool) -> SavedModel:
+    """The model of a run's folder."""
     config = load_config(path / CONFIG)
     require_trusted(config, path / CONFIG, trust_code)
     source = build_source(config.model, config.run.seed)

@@ -86,6 +86,7 @@ def _print_keys(path: str) -> NoReturn:
 
 
 def _start(argv: list[str]) -> int:
+    """The launcher: resolve, check, prepare, start the ranks and wait for them. Returns the exit status."""
     startup.begin()
     from colrow.run import preflight
     from colrow.run.auto import choose
@@ -169,6 +170,7 @@ def _print_lines(lines: Iterable[str]) -> None:
 
 
 def _rank(argv: list[str]) -> NoReturn:
+    """One rank, started by torchrun or by the launcher. It ends the process."""
     startup.begin()
     folder = rank_folder()
     with reporting_errors() as ending:

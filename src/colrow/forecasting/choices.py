@@ -153,6 +153,7 @@ class Choices:
         return Longest(row, length, largest_that_fits(lambda n: row_of(replace(of_run, micro_batch=n)), 1, 1, 4096))
 
     def _rows(self, config: RunConfig, name: str, recompute: str) -> Iterator[Row]:
+        """The cells of one plan and recomputation: and, where the CPU would set the pace, with a CUDA graph."""
         mesh = config.mesh
         plan = self._plan(name, mesh.tp)
         if plan.sequence_parallel() and config.data.seq_len % mesh.tp:

@@ -199,6 +199,7 @@ class Forecaster:
         return list(walked.order) == list(walked.repeats)
 
     def _walk(self, plan: Plan, mesh: Mesh, options: Options) -> Walk:
+        """The walk of a cell: each is made once."""
         cell = Cell(
             mesh.tp,
             options.micro_batch,
@@ -216,6 +217,7 @@ class Forecaster:
         return self._walks[key]
 
     def _setting(self, walked: Walk, mesh: Mesh, options: Options, program: Program) -> Setting:
+        """What memory, traffic and time depend on beside the walk."""
         stages: tuple[int, ...] = (walked.layers,)
         if mesh.pp > 1:
             layers, config = len(require_parts(self._model)), self._model.config

@@ -253,6 +253,7 @@ class _StagePeak:
         """Units whose backward has ended."""
 
     def peak(self) -> Memory:
+        """Memory at the peak of one forward and backward."""
         if self._stage.in_flight > 1:
             self._live += (self._stage.in_flight - 1) * self._kept_of_a_micro_batch()
         at, stage = self._at, self._stage

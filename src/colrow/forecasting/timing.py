@@ -176,6 +176,7 @@ def step_time(walk: Walk, setting: Setting, program: Program, machine: Machine) 
 def _rank_time(
     walk: Walk, setting: Setting, stage: StageLayers, program: Program, machine: Machine
 ) -> dict[str, float]:
+    """Seconds of a step of one pipeline rank, by part, without the bubble."""
     rates, m = machine.device.rates, setting.micro_batches
     inside, outside = stage_work(walk, stage)
     parts = {name: m * seconds for name, seconds in compute_parts(inside, outside, walk, program, rates).items()}

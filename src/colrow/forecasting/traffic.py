@@ -75,6 +75,7 @@ def _is_head(walk: Walk, index: int) -> bool:
 
 
 def _of_data_axes(walk: Walk, setting: Setting, stage: StageLayers) -> Counter[tuple[str, str, int]]:
+    """(axis, kind, bytes) to the number of such calls in a step: see [Note: FSDP2's traffic]."""
     found: Counter[tuple[str, str, int]] = Counter()
     shards, replicas = setting.mesh.dp_shard, setting.mesh.dp_replicate
     low = walk.cell.dtype.itemsize

@@ -157,6 +157,7 @@ def _parallelized(model: nn.Module, plan: Plan, mesh: DeviceMesh, cell: Cell) ->
 
 
 def _run(copy: ReducedCopy, model: nn.Module, plan: Plan, mesh: DeviceMesh, cell: Cell) -> Walk:
+    """Forward and backward of the split copy on fake tensors, cut into segments at its blocks."""
     blocks = {name: block for stack in block_stacks(model) for name, block in stack.named_blocks()}
     with fake_tensors():
         materialize_fake(model, cell.dtype)

@@ -76,6 +76,7 @@ Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
 
 def _with_same_draws(contexts: Callable[[], Contexts], generators: Generators) -> Contexts:
+    """The contexts, with the states of generators beyond torch's set back for the recomputation."""
     forward, recomputation = contexts()
     before: list[Callable[[], None]] = []
 
@@ -105,6 +106,7 @@ def _no_contexts() -> Contexts:
 
 
 def _selective_contexts() -> Contexts:
+    """torch's contexts for `selective`: what is kept stands in the first lines of this file."""
     # Seen in forward, and in recomputation: each counts for itself, so that both choose the same ones.
     matmuls = {False: 0, True: 0}
 

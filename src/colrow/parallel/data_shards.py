@@ -80,6 +80,7 @@ def unsharded_of(module: nn.Module, name: str) -> Unsharded:
 
 
 def _sharded(param: nn.Parameter, mesh: DeviceMesh, axes: MeshAxes, name: str) -> tuple[nn.Parameter, Unsharded]:
+    """The parameter on the data axes and tp, and what the model computes with in its place."""
     local, shards = local_tensor(param.detach()), axes.size("dp_shard")
     advice = f"set it apart as a buffer, or set mesh.data_engine: fsdp2 (mesh.dp_shard is {shards})"
     if shards > 1 and local.dim() == 0:

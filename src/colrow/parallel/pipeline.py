@@ -159,6 +159,7 @@ class PipelineRunner:
     def _run(
         self, step: Callable[..., Any], ids: Tensor, targets: Tensor, count: int, *, any_ignored: bool = False
     ) -> Tensor:
+        """Let `step` run the schedule over `count` micro-batches. Returns the mean loss, on every stage."""
         inputs = (ids.contiguous(),) if self.stages[0].first else ()
         losses: list[Tensor] = []
         outputs = {"target": targets, "losses": losses} if self.stages[-1].last else {}
@@ -181,6 +182,7 @@ class PipelineRunner:
         return total
 
     def _sum_tied_gradients(self) -> None:
+        """Give both stages that share a parameter the sum of its gradients: see [Note: ties over stages]."""
         for _, param, peer in self._ties_of_rank():
             if not param.requires_grad:
                 continue
@@ -211,6 +213,7 @@ class PipelineRunner:
         return any(stage.index == index for stage in self.stages)
 
     def _schedule(self, schedule_cls: Any, micro_batches: int, seeds: MicroBatchSeeds | None = None) -> Any:
+        """torch's schedule of this rank's stages. Raises ConfigError where it cannot run them."""
         stages = [self._static_stage(stage, seeds) for stage in self.stages]
         single = schedule_cls in (ScheduleGPipe, Schedule1F1B)
         if single and len(stages) > 1:
@@ -230,6 +233,7 @@ class PipelineRunner:
             raise ConfigError(f"pipeline.schedule={self.options.schedule}: {error}") from error
 
     def _static_stage(self, stage: Stage, seeds: MicroBatchSeeds | None) -> PipelineStage:
+        """torch's stage, given what crosses its ends: ids [B, T], hidden states [B, T / tp, D], logits or loss."""
         config: Any = stage.module.config
         batch_size, seq_len, dtype = self.options.micro_batch_size, self.options.seq_len, self.options.dtype
         shards = tp_degree(self.mesh) if self.plan.sequence_parallel() else 1

@@ -116,6 +116,7 @@ def check_pipeline(config: RunConfig, layers: int) -> None:
 
 
 def _check(config: RunConfig, layers: int, working: Callable[..., list[dict[str, Any]]]) -> None:
+    """`check_pipeline`. `working` gives those of some changes that an error should offer."""
     pp, pipeline = config.mesh.pp, config.pipeline
     if pp == 1:
         return

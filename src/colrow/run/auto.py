@@ -83,6 +83,7 @@ def _devices(config: RunConfig, keys: str) -> tuple[Device, int]:
 
 
 def _nothing_fits(table: Table, free: Choices) -> str:
+    """Why no mesh is chosen, and where settings may change, those with which one fits."""
     if not table.rows:
         mesh, why = table.left_out[0]
         return f"no mesh of these devices can run the config, such as {mesh}: {why}"

@@ -258,6 +258,7 @@ class Loop:
         return stop
 
     def _record(self, pending: _Pending, loss: float, norm: float, seconds: float) -> Record:
+        """A step's line of metrics.jsonl: figures and rate, on GPUs memory and MFU too."""
         config = self._config
         rate = config.tokens_per_step / seconds
         record: dict[str, Any] = {

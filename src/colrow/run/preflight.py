@@ -78,6 +78,7 @@ def check(config: RunConfig, local_ranks: int | None = None, plan: Plan | None =
 
 
 def _checked(config: RunConfig, local_ranks: int | None, plan: Plan | None) -> Checked:
+    """`check`, with errors whose advice has not been tried."""
     device = check_alone(config, local_ranks)
     stored = Checkpoints(config.run.dir / CHECKPOINTS).list()
     newest = _newest_checkpoint(config, stored)

@@ -157,6 +157,7 @@ def with_tried_advice(error: ConfigError, config: RunConfig, local_ranks: int | 
 
 
 def _tried(error: ConfigError, config: RunConfig, source: Source, local_ranks: int | None, faults: int) -> ConfigError:
+    """`with_tried_advice` for a model that is built; `faults`: how many faults may still be followed."""
     running, refused = [], []
     for change in error.changes:
         changed = config.with_values(change)

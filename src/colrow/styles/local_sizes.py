@@ -56,6 +56,7 @@ class SizeCall:
 
 
 def _calls() -> dict[Any, SizeCall]:
+    """Functions to which code writes sizes: each one's form as a function of torch and as a method."""
     found: dict[Any, SizeCall] = {}
     for name, first, keyword, single in (
         ("view", 1, "size", False),

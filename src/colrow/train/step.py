@@ -259,6 +259,7 @@ class Step:
             return self._run(step, batches)
 
     def _run(self, step: int, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+        """The step itself: see `__call__`."""
         skips = self.section.on_nonfinite == "skip"
         buffers = BufferSnapshot(self.modules if skips else ())  # before a forward writes NaN into them
         if self.seeds:
