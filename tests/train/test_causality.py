@@ -19,6 +19,7 @@ from colrow.models.build import Source, parameters_on_meta
 from colrow.run import preflight
 from colrow.train import causality
 from colrow.train.causality import require_causal
+from colrow.train.objective import auxiliary_weights
 
 SIZES = {"vocab_size": 90, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"intermediate_size": 96}
@@ -158,3 +159,25 @@ def test_a_run_of_one_does_not_start(
         preflight.check(run)
     monkeypatch.setattr(causality, "_LEAST", 1e9)  # without the comparison it would start
     assert preflight.check(run).source.model is source.model
+
+
+class Longer(Own):
+    """Tokens of its own before those that it gets, as prompts of PEFT."""
+
+    def forward(self, ids: Tensor, labels: Tensor | None = None) -> Any:
+        logits = super().forward(F.pad(ids, (4, 0)))
+        loss = F.cross_entropy(logits[:, 4:].flatten(0, 1), ids.flatten())
+        return logits if labels is None else SimpleNamespace(loss=loss, logits=logits)
+
+
+class LastToken(Own):
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids)[:, -1]
+
+
+@pytest.mark.parametrize(("cls", "shape"), [(Longer, r"\[\d, \d+, 50\]"), (LastToken, r"\[\d, 50\]")])
+def test_a_model_without_logits_of_each_token_is_refused(cls: type[Own], shape: str) -> None:
+    source = Source(cls(causal), "mine", None, "built")
+    assert auxiliary_weights(source, None) == {}
+    with pytest.raises(ConfigError, match=rf"{cls.__name__} returns a tensor of {shape} for tokens of .* by a loop"):
+        require_causal(source)

@@ -34,7 +34,8 @@ def require_causal(source: Source) -> None:
     run on a CPU is not looked at.
 
     Raises:
-        ConfigError: it does; for a class of transformers that can be causal, with the key of its config.
+        ConfigError: it does; for a class of transformers that can be causal, with the key of its config. Or it returns
+            no logits of each token, as with prompts of PEFT before them.
     """
     if source.config is not None or not _sees_later_tokens(source.model):  # colrow's own Llama is causal
         return
@@ -51,7 +52,11 @@ def require_causal(source: Source) -> None:
 
 @torch.no_grad()
 def _sees_later_tokens(model: nn.Module, *, as_decoder: bool = False) -> bool:
-    """`as_decoder`: of the model that its config makes with is_decoder."""
+    """`as_decoder`: of the model that its config makes with is_decoder.
+
+    Raises:
+        ConfigError: it returns no logits of each token.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
@@ -77,8 +82,12 @@ def _sees_later_tokens(model: nn.Module, *, as_decoder: bool = False) -> bool:
             logits = [logits_of(before), logits_of(after), logits_of(before)]
         except Exception:  # it does not run on a CPU, say
             return False
-    if any(each.dim() != 3 or each.shape[:2] != (_SEQUENCES, _TOKENS) for each in logits):
-        return False  # no logits of each token
+    if logits[0].shape[:-1] != (_SEQUENCES, _TOKENS):
+        raise ConfigError(
+            f"{type(model).__name__} returns a tensor of {list(logits[0].shape)} for tokens of "
+            f"[{_SEQUENCES}, {_TOKENS}], and a run trains on logits [sequences, tokens, vocabulary]: let "
+            "forward return those of each token, or train the model by a loop of your own (docs/guide/library.md)"
+        )
     if not torch.equal(logits[0], logits[2]):
         return False  # the change may be another
     change = (logits[0] - logits[1])[:, -2].abs().amax(-1)

@@ -53,6 +53,8 @@ def auxiliary_weights(source: Source, given: Mapping[str, float] | None) -> dict
     if not isinstance(loss, Tensor) or not loss.requires_grad:
         return {}
     logits = main_tensor(output)
+    if logits.shape[:-1] != ids.shape:
+        return {}  # refused by `require_causal`
     entropies = [F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()).item()]
     if not is_huggingface(model):  # a user's model may take labels that are shifted already, as a run's targets are
         entropies.append(F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten()).item())
