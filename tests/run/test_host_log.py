@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,21 @@ def test_what_a_rank_has_written_is_on_stderr_and_in_its_hosts_log(tmp_path: Pat
     assert len(last_lines(tmp_path, 3)) == 12
     assert last_lines(tmp_path, 4) == []
     assert (tmp_path / FOLDER / f"{socket.gethostname()}.log").exists()
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, lambda path: path.symlink_to("../precious"), lambda path: path.symlink_to("no")]
+)
+def test_a_log_that_is_no_plain_file_is_left_alone(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    (tmp_path / "precious").write_text("content\n")
+    (tmp_path / FOLDER).mkdir()
+    make(tmp_path / FOLDER / f"{socket.gethostname()}.log")
+    log = HostLog(tmp_path, 0)
+    log.write("text")
+    log.copy_stderr()
+    log.close()
+    assert (tmp_path / "precious").read_text() == "content\n"
+    assert last_lines(tmp_path, 0) == []
 
 
 def test_the_last_lines_are_of_the_last_start(tmp_path: Path) -> None:

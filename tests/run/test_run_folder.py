@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,8 +12,10 @@ import pytest
 from colrow.config import RunConfig, dump_config
 from colrow.errors import ConfigError
 from colrow.plans.plan import Plan
+from colrow.run import nonfinite
 from colrow.run.preflight import resolve
 from colrow.run.run_folder import CONFIG, changed_keys, claimed, read_plan, require_free, write_plan
+from colrow.train import metrics
 
 HOLD = """
 import fcntl, sys, time
@@ -41,14 +44,21 @@ def test_a_folder_in_use_is_refused_until_its_holder_ends(tmp_path: Path) -> Non
         assert f"process {holder.pid}" not in (folder / ".lock").read_text()
 
 
-def test_a_lock_that_is_a_link_is_not_written_through(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [".lock", metrics.FILE, nonfinite.FILE, "loss.png", "loss.svg"])
+def test_a_file_of_a_run_that_is_a_link_is_not_written_through(name: str, tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("content")
-    (tmp_path / ".lock").symlink_to("precious")
-    with pytest.raises(ConfigError, match=r"\.lock is no plain file, and is to be written: remove it"):
-        require_free(tmp_path)
-    assert (tmp_path / "precious").read_text() == "content"
-    (tmp_path / ".lock").unlink()
-    require_free(tmp_path)  # as is advised
+    for target in ("precious", "nowhere"):
+        (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / name).symlink_to(target)
+        with pytest.raises(ConfigError, match=rf"{re.escape(name)} is no plain file, and is to be written: remove it"):
+            require_free(tmp_path)
+        assert (tmp_path / "precious").read_text() == "content"
+        (tmp_path / name).unlink()
+        require_free(tmp_path)  # as is advised
+    if name != ".lock":
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(ConfigError, match="is no plain file"):
+            require_free(tmp_path)
 
 
 def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

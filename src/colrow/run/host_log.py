@@ -43,6 +43,7 @@ class HostLog:
             (run / FOLDER).mkdir(parents=True, exist_ok=True)
             # appended to by several processes, each line or block of lines by one write
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+            flags |= os.O_NOFOLLOW | os.O_NONBLOCK  # no link to another file, no pipe that nobody reads
             self._file = os.open(run / FOLDER / f"{socket.gethostname()}.log", flags, 0o644)
         self.write(f"{_BEGINS}{time.strftime('%Y-%m-%d %H:%M:%S')}, process {os.getpid()}")
 
@@ -138,7 +139,7 @@ def failed_rank(run: Path, since: float) -> tuple[int, str] | None:
 
 
 def _logs(run: Path) -> list[Path]:
-    return sorted((run / FOLDER).glob("*.log"))
+    return sorted(path for path in (run / FOLDER).glob("*.log") if path.is_file())
 
 
 def _lines(path: Path, rank: int | None = None) -> Iterator[tuple[int, str]]:

@@ -27,6 +27,8 @@ CONFIG, PLAN, TOKENIZER, CHECKPOINTS, EXPORT, LOCK = (
     "export",
     ".lock",
 )
+_IN_PLACE = (LOCK, "metrics.jsonl", "nonfinite.jsonl", "loss.png", "loss.svg")
+"""What a run opens under its own name to write it; all else is written beside, and renamed."""
 
 
 def is_of_a_run(file: Path) -> bool:
@@ -53,10 +55,11 @@ def claimed(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if (lock := folder / LOCK).is_symlink() or (lock.exists() and not lock.is_file()):
-            raise ConfigError(f"{lock} is no plain file, and is to be written: remove it")
+        for path in (folder / name for name in _IN_PLACE):  # a folder of somebody else's may lead to other files
+            if path.is_symlink() or (path.exists() and not path.is_file()):
+                raise ConfigError(f"{path} is no plain file, and is to be written: remove it")
         # without a buffer: on a full disk that would fail once more when it is closed, and name no file
-        file = lock.open("ab+", buffering=0)
+        file = (folder / LOCK).open("ab+", buffering=0)
     except OSError as error:
         raise unwritable(folder, error) from error
     with file:
