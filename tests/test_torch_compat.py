@@ -144,6 +144,9 @@ def test_dtensor_says_how_an_operator_places_its_results(mesh: DeviceMesh) -> No
         tc.propagated(norm, [a, 1, 1], rolled, mesh)
     with pytest.raises(tc.NoDTensorRuleError, match="handler"):
         tc.propagated(next(iter(tc.dtensor_handlers())), [a], two, mesh)
+    select, vector = torch.ops.aten.select.int, (Shard(0), (8,), (1,), torch.float32)
+    with pytest.raises(tc.NoDTensorRuleError):  # an element: torch 2.11 calls it a shard of dim 0
+        tc.propagated(select, [vector, 0, 1], tc.tree_flatten(((1, 0, 1), {}))[1], mesh)
 
 
 def test_shardings_are_forgotten(mesh: DeviceMesh) -> None:

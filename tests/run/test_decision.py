@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -205,6 +206,16 @@ def test_what_is_unproven_is_compared_with_other_values(
     monkeypatch.setattr(decision, "check_step", lambda *args, **options: found)
     assert decided(gpt(), gpt_plan()).accepted
     assert asked == [vary]
+
+
+def test_a_model_that_raises_in_training_is_not_proved_by_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    proof = Report("proved", 2, "local", 12, 1e-9, None, 0.1)
+    in_eval = replace(proof, modes=("eval",), training_failure="RuntimeError: no labels")
+    monkeypatch.setattr(decision, "prove", lambda *args, **options: in_eval)
+    monkeypatch.setattr(decision, "check_step", lambda *args, **options: Findings())
+    assert "in training mode the model itself raises RuntimeError: no labels" in decided(gpt(), gpt_plan()).refusal
+    monkeypatch.setattr(decision, "prove", lambda *args, **options: proof)
+    assert decided(gpt(), gpt_plan()).accepted
 
 
 def test_what_a_derivation_has_proved_is_not_proved_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +32,7 @@ def test_a_limit_that_one_batch_does_not_reach() -> None:
     assert found.max_grad_rel_err > 1e-3
 
 
+@pytest.mark.exhaustive
 def test_casts_to_single_precision_are_no_hindrance() -> None:
     cast = judged(FeatureMLP(lambda h: clipped(h.float(), -1).to(h.dtype)))
     assert (cast.tolerance, cast.verdict) == (1e-5, "wrong")
@@ -45,6 +47,7 @@ class Idle(m.MLP):
         return self.down(torch.where(h.abs().amax(-1, keepdim=True) < 1e-3, h + 1, h))
 
 
+@pytest.mark.exhaustive
 def test_a_branch_for_small_values() -> None:
     assert judged(Idle(), vary=False).ok
     found = judged(Idle())

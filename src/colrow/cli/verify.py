@@ -67,6 +67,7 @@ def show(report: Report, reduced: str | None, title: str, console: Terminal) -> 
             f"  tolerance  {report.tolerance:.0e}",
             f"  compared   in {' and in '.join(report.modes)} mode{', dropout off' if report.dropout_off else ''}",
             *(f"             with {values}" for values in report.values),
+            *([f"  training   the model itself raises {report.training_failure}"] if report.training_failure else []),
         ]
     if worst and report.max_grad_rel_err > report.tolerance:
         lines.append("largest errors of gradients:")

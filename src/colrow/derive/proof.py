@@ -61,13 +61,17 @@ def prove(step: PlannedStep, *, reduced: nn.Module | None = None, unproven: bool
         at = PlannedStep(of, by, tp, sequences, length, batch(sequences, length), step.loss)
         return {(each.operator, each.line) for each in unproven_operators(at)}
 
+    report = None
     try:
         report = proved(short)
-    except PlanError:  # the model may need the run's length: a table of positions that it adds, for one
+    except PlanError:
         if short == seq_len:
             raise
+    # the model may need the run's length: a table of positions that it adds, for one
+    if short < seq_len and (report is None or report.training_failure):
         short = seq_len
         report = proved(short)
+    assert report is not None
     if unproven and report.ok and (few < step.batch_size or short < seq_len):
         missed = unproven_at(model, plan, step.batch_size, seq_len) - unproven_at(small, fitted, few, short)
         if missed:

@@ -41,6 +41,7 @@ from colrow.models.blocks import block_stacks
 from colrow.parallel.loss import loss_context
 from colrow.parallel.outputs import main_tensor
 from colrow.parallel.parallelize import parallelize
+from colrow.parallel.random_state import Generators
 from colrow.plans.patterns import is_within
 from colrow.plans.plan import Plan
 from colrow.sharding.layout import PACKED
@@ -97,7 +98,10 @@ def _run(step: PlannedStep, traces: BlockTraces, keep: int = 2) -> DryRun:
             for copy in (reference, sharded):
                 materialize_fake(copy.model, step.dtype)
             inputs = step.fake_inputs(reference.model)
+            draws = Generators([step.model], "cpu").beyond_torch()  # that code decides by: both runs take one way
             _run_unsharded(step, run, reference, inputs)
+            for set_state in draws:
+                set_state()
             if run.reference_failure is None:
                 _run_sharded(step, run, sharded, inputs, plan, tp_mesh)
     _compare_gradients(run, reference, sharded)

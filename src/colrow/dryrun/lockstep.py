@@ -30,6 +30,7 @@ from colrow.dryrun.unproven import Unproven
 from colrow.dryrun.unsharded_run import UnshardedRun
 from colrow.parallel.loss import loss_context
 from colrow.parallel.parallelize import parallelize
+from colrow.parallel.random_state import Generators
 from colrow.plans.plan import Plan
 from colrow.sharding.draws import Draw
 from colrow.sharding.layout import packed_of
@@ -166,11 +167,15 @@ def _walked(step: PlannedStep, keep: int, backward: bool) -> PairedWalk | Except
             materialize_fake(model, step.dtype)
         given = step.fake_inputs(unsharded)
         reference = UnshardedRun(unsharded)
+        draws = Generators([step.model], "cpu").beyond_torch()  # that code decides by: both runs take one way
         try:
             with caches_forgotten(step.model):  # what the sharded run does not make itself would have no number
                 want, _ = _run_step(reference, unsharded, given, step.loss, None, backward)
         except Exception as error:
             return error
+        finally:
+            for set_state in draws:
+                set_state()
         length, counted = _counts_of_tokens(step, given)
         run = ShardedRun(parallel, reference, mesh, plan.modules, segments, 0 if counted[0] else length, counted)
         if counted[0] and length:
@@ -187,10 +192,10 @@ def _walked(step: PlannedStep, keep: int, backward: bool) -> PairedWalk | Except
             if backward:
                 _compare_gradients(run, reference, unsharded, parallel)
             run.reports.add_kept()
-        draws = _draws_of_modules(run)
+        drawn = _draws_of_modules(run)
     return PairedWalk(
         [replace(found, where=original(found.where)) for found in run.reports.found],
-        {original(name): found for name, found in draws.items()},
+        {original(name): found for name, found in drawn.items()},
     )
 
 

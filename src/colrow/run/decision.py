@@ -122,7 +122,7 @@ def decide(
         start.say(f"plan {plan.name} was proved at tp={mesh.tp} when the run was started before")
         return Decision(_settled(found), flops_split=found.flops_split)
     report = start.judgement.report if start.judgement and verify == "auto" and build_reduced is None else None
-    if report is not None and report.verdict == "proved":
+    if report is not None and report.verdict == "proved" and not report.training_failure:
         start.say(f"proved when the plan was derived: loss and {report.parameters} gradients are those of one process")
         decision = Decision(_settled(found), report, flops_split=found.flops_split)
     else:
@@ -186,6 +186,8 @@ def _refusal(title: str, report: Report, found: Sequence[Finding]) -> str:
     """Why a verified plan may not train; empty where it is proved."""
     if report.verdict == "wrong":
         return _wrong(title, report, found)
+    if report.training_failure:
+        return _not_proved(title, f"in training mode the model itself raises {report.training_failure}", found)
     if report.verdict == "inconclusive":
         blind = "verify finds no error, and none in plans broken on purpose either"
         return _not_proved(title, f"it could not be verified: {report.failure}" if report.failure else blind, found)

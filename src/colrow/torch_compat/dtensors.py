@@ -125,9 +125,13 @@ def propagated(func: Any, leaves: Sequence[Any], tree: Any, mesh: DeviceMesh) ->
         wanted = specs_in((answer.redistribute_schema.args_schema, answer.redistribute_schema.kwargs_schema))
         if [spec.placements[0] for spec in wanted] != [leaf[0] for leaf in leaves if isinstance(leaf, tuple)]:
             raise NoDTensorRuleError("DTensor's rule moves data first")
+    results = specs_in([answer.output_spec])
+    # torch 2.11: an element of a sharded vector, which has no dims, would be a shard of dim 0
+    if any(getattr(spec.placements[0], "dim", -1) >= len(spec.shape) for spec in results):
+        raise NoDTensorRuleError("DTensor's rule shards a dim that the result has not")
     return [
         (spec.placements[0], tuple(shard_shape(spec.shape, mesh, spec.placements, skip_offset=True)[0]))
-        for spec in specs_in([answer.output_spec])
+        for spec in results
     ]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor.placement_types import Placement
 
 from colrow.sharding.layout import Packed, regions_at
+from colrow.verifying.counters import Counter, Course
 
 Shards = dict[int, Tensor]
 """The local tensor of each rank."""
@@ -97,7 +98,10 @@ class Reference:
         written: the names of those buffers.
         dropout_off: the model would have dropped something.
         drew: it drew random numbers.
+        decided: its code drew random numbers on the host ([Note: deciding draws]).
         next_loss: of another forward after the step.
+        training_failure: its exception in training mode, where the step is one in evaluation mode for that.
+        counters: how each forward changes what the model counts ([Note: counters]).
     """
 
     loss: float
@@ -107,7 +111,10 @@ class Reference:
     written: tuple[str, ...] = ()
     dropout_off: bool = False
     drew: bool = False
+    decided: bool = False
     next_loss: float = 0.0
+    training_failure: str = ""
+    counters: dict[Counter, Course] = field(default_factory=dict)
 
     def equals(self, other: Reference) -> bool:
         """Whether every number is the same, bit for bit."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,11 +24,15 @@ from torch.distributed.tensor import Replicate
 from colrow.dryrun.calls import Inputs
 from colrow.sharding.parameter_state import copied_model
 from colrow.verifying.comparison import Errors, Observed, Reference, Sharded, compare
+from colrow.verifying.counters import Counts, counts_of, numbers_met, set_counts
 from colrow.verifying.double_casts import Rounding
+from colrow.verifying.host_draws import Extreme
 from colrow.verifying.step import Task, reference_step
 
 LARGE, SMALL = (1e3, 30.0), (1e-4,)
 """Factors of half of the rows; of several, the first with which the unsharded model's numbers are finite."""
+_MOST_COUNTS = 6
+"""Most numbers of counters to try: each costs two steps of both models."""
 _LAST_DIGITS = 1e-13
 TOLERATED = 1e-6
 """Relative error, and so many times larger than the model's own it has to be: `_ILL`. A wrong operator's is near 1."""
@@ -42,9 +47,9 @@ class OtherValues:
     task: Task
     reference: Reference
 
-    def refute(self, errors: Errors) -> bool:
-        """Whether the errors of a sharded model show that it is wrong."""
-        return errors.worst > max(TOLERATED, _ILL * self._own_error)
+    def refute(self, errors: Errors, tolerance: float) -> bool:
+        """Whether the errors of a sharded model, of which `tolerance` is rounding, show that it is wrong."""
+        return errors.worst > max(TOLERATED, tolerance) and errors.worst > _ILL * self._own_error
 
     @property
     def _own_error(self) -> float:
@@ -67,14 +72,57 @@ def other_values(task: Task) -> Iterator[OtherValues]:
         for factor in factors:
             inputs = _padded(task) if padded else task.inputs
             changed = replace(task, model=_scaled(task.model, factor), inputs=inputs, next_forward=False)
-            try:
-                with Rounding() as rounding:
-                    reference = reference_step(changed, copied_model(changed.model))
-            except Exception:  # its code may refuse such values
-                continue
-            if _is_finite(reference) and not rounding.seen:
-                yield OtherValues(name, replace(changed, written_buffers=reference.written), reference)
+            with Rounding() as rounding:
+                found = with_reference(name, changed)
+            if found is not None and not rounding.seen:
+                yield found
                 break
+
+
+def decided_values(task: Task, reference: Reference) -> Iterator[OtherValues]:
+    """With the random numbers that the model's code draws on the host at their least, and at their most."""
+    extremes: tuple[Extreme, ...] = ("least", "most") if reference.decided else ()
+    for extreme in extremes:
+        found = with_reference(f"random numbers at their {extreme}", replace(task, extreme=extreme))
+        if found is not None:
+            yield found
+
+
+def counted_values(task: Task, reference: Reference) -> Iterator[OtherValues]:
+    """With other numbers in the model's counters ([Note: counters]); none for a model without counters."""
+    if not reference.counters:
+        return
+    counts, model = counts_of(task.model), copied_model(task.model)
+    starts = {counter: counts[counter] for counter in reference.counters}
+    with numbers_met(model, reference.counters) as met, suppress(Exception):  # code may refuse numbers that record
+        reference_step(replace(task, next_forward=False), model)
+    led = {
+        number: [counter for counter, start in starts.items() if reference.counters[counter].leads_to(number, start)]
+        for number in sorted(met, key=abs)
+    }
+    changes: list[tuple[float, Counts]] = []
+    for number, counters in [(n, c) for n, c in led.items() if c][:_MOST_COUNTS]:
+        # Code counts before or after it compares, and two forwards follow: one meets the number, one is behind it.
+        before = {counter: reference.counters[counter].back(number) for counter in counters}
+        changes += [(number, dict.fromkeys(counters, number)), (number, before)]
+    far = {counter: reference.counters[counter].far(start) for counter, start in starts.items()}
+    changes.append((next(iter(far.values())), far))
+    for number, change in changes:
+        changed = replace(
+            task, model=set_counts(copied_model(task.model), {c: type(starts[c])(n) for c, n in change.items()})
+        )
+        if (found := with_reference(f"counters at {number:.7g}", changed)) is not None:
+            yield found
+
+
+def with_reference(name: str, task: Task) -> OtherValues | None:
+    """With the unsharded model's step; None where it raises, as code may with such values, or is not finite."""
+    try:
+        reference = reference_step(task, copied_model(task.model))
+    except Exception:
+        return None
+    found = OtherValues(name, replace(task, written_buffers=reference.written), reference)
+    return found if _is_finite(reference) else None
 
 
 def _scaled(model: nn.Module, factor: float) -> nn.Module:

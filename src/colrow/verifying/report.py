@@ -47,7 +47,9 @@ class Report:
         max_buffer_rel_err: of any buffer that forward writes, after forward and after the step.
         next_loss_rel_err: of the loss of another forward after the step.
         modes: in which the models were compared: train, and eval where the unsharded model computes something else.
-        values: with which other weights and tokens they were compared too ([Note: what one batch does not show]).
+        training_failure: the exception of the unsharded model in training mode, where it only runs in evaluation mode.
+        values: with which other weights, tokens and counts they were compared too ([Note: what one batch does not
+            show], [Note: counters]).
         dropout_off: the model has dropout, which was off.
         worst: the parameters with the largest errors of their gradients, largest first.
         cause: the usual reason for such a pattern of errors; empty without errors.
@@ -68,6 +70,7 @@ class Report:
     max_buffer_rel_err: float = inf
     next_loss_rel_err: float = inf
     modes: tuple[Mode, ...] = ("train",)
+    training_failure: str = ""
     values: tuple[str, ...] = ()
     dropout_off: bool = False
     worst: tuple[Worst, ...] = ()

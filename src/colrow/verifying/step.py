@@ -23,8 +23,10 @@ from colrow.sharding.draws import Draw
 from colrow.sharding.grad_norm import align_gradients
 from colrow.sharding.layout import packed_of, waited_local
 from colrow.verifying.comparison import Observed, Reference, Sharded, Shards
+from colrow.verifying.counters import counts_of, courses
 from colrow.verifying.double_casts import DoubleCasts
 from colrow.verifying.dropout import without_dropout
+from colrow.verifying.host_draws import Extreme, HostDraws
 
 T = TypeVar("T")
 
@@ -48,14 +50,17 @@ class Task:
     """Where the model's code casts to fp32, it gets fp64."""
     next_forward: bool = True
     """Run another forward after the step: what a module keeps in an attribute reaches that one first."""
+    extreme: Extreme | None = None
+    """Where the first random numbers lie that code draws on the host ([Note: deciding draws])."""
 
 
 def reference_step(task: Task, model: nn.Module) -> Reference:
     """The step of the unsharded model, which is changed in place."""
     inputs = Inputs.of(task.inputs)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    torch.manual_seed(task.seed)
-    with without_dropout(model, off=task.draws is None) as dropout:
+    first = counts_of(model)
+    off = task.draws is None
+    with without_dropout(model, off=off) as dropout, HostDraws(model, task.seed, task.extreme) as host:
         state = torch.get_rng_state()
         with DrawsSeen() as seen:
             output = _call(task, model)
@@ -64,15 +69,16 @@ def reference_step(task: Task, model: nn.Module) -> Reference:
         after_forward = _copies(model, written)
         loss = task.loss(output, inputs.given)
         loss.backward()
+    second = counts_of(model)
     gradients = {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
     _optimizer(model).step()
     parameters = {name: param.detach() for name, param in model.named_parameters()}
     buffers = _at(AFTER_FORWARD, after_forward) | _at(AFTER_STEP, _copies(model, written))
-    found = Reference(loss.item(), gradients, parameters, buffers, written, dropout.seen, drew)
+    found = Reference(loss.item(), gradients, parameters, buffers, written, dropout.seen, drew, host.drew)
     if task.next_forward:
-        torch.manual_seed(task.seed + 1)
-        with without_dropout(model, off=task.draws is None):
+        with HostDraws(model, task.seed + 1, task.extreme), without_dropout(model, off=off):
             found.next_loss = task.loss(_call(task, model), inputs.given).item()
+        found.counters = courses(first, second, counts_of(model))
     return found
 
 
@@ -107,8 +113,8 @@ def sharded_step(
     """
     parallelize(model, plan, mesh)
     arrange_draws(model, task.draws or {}, mesh)
-    torch.manual_seed(task.seed)
-    with loss_context(plan, mesh), without_dropout(model, off=task.draws is None):
+    off = task.draws is None
+    with HostDraws(model, task.seed, task.extreme), loss_context(plan, mesh), without_dropout(model, off=off):
         output = _forward(task, model, plan)
         buffers = _at(AFTER_FORWARD, _buffers(model, task.written_buffers, shards_of))
         loss = _loss(task, output, plan)
@@ -123,8 +129,7 @@ def sharded_step(
     for name, param in model.named_parameters():
         observed.parameters[name] = _sharded(model, name, param, shards_of)
     if task.next_forward:
-        torch.manual_seed(task.seed + 1)
-        with loss_context(plan, mesh), without_dropout(model, off=task.draws is None):
+        with HostDraws(model, task.seed + 1, task.extreme), loss_context(plan, mesh), without_dropout(model, off=off):
             loss = _loss(task, _forward(task, model, plan), plan)
         observed.next_losses = {rank: value.item() for rank, value in shards_of(waited_local(loss)).items()}
     return observed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from colrow.dryrun.calls import GivenInputs, Inputs, Loss, default_loss, example
 from colrow.dryrun.fake_world import replace_parameters
 from colrow.dryrun.random_draws import random_draws
 from colrow.dryrun.reduced_model import reduced_model
-from colrow.errors import PlanError
+from colrow.errors import PlanError, first_line
 from colrow.plans.plan import Plan
 from colrow.sharding.parameter_state import copied_model
 from colrow.verifying.backends import RankFailure, can_simulate, run_gloo, run_local
@@ -24,7 +25,7 @@ from colrow.verifying.comparison import Errors, Observed, Reference, compare
 from colrow.verifying.controls import negative_control
 from colrow.verifying.diagnosis import likely_cause
 from colrow.verifying.double_casts import Rounding
-from colrow.verifying.other_values import TOLERATED, other_values
+from colrow.verifying.other_values import TOLERATED, counted_values, decided_values, other_values
 from colrow.verifying.report import Mode, Report, Verdict, Worst
 from colrow.verifying.step import Task, reference_step
 
@@ -97,11 +98,14 @@ def _found(
     modes, values = list[Mode](), list[str]()
     try:
         seen = _worst_mode(task, plan, reference, tolerance, backend, modes)
-        for other in other_values(task) if vary and seen.errors.worst <= tolerance else ():
+        right = seen.errors.worst <= tolerance
+        branches = (counted_values(task, reference), decided_values(task, reference))
+        others = itertools.chain(*branches, other_values(task) if vary else ())
+        for other in others if right else ():
             values.append(other.name)
             with_ranks = backend if seen.backend == "local" else seen.backend
             compared = _compare(other.task, plan, other.reference, TOLERATED, with_ranks)
-            if compared.errors.worst > TOLERATED and other.refute(compared.errors):
+            if other.refute(compared.errors, tolerance):
                 seen = replace(compared, values=other.name)
                 break
     except (RankFailure, _NoRanksError) as error:
@@ -125,6 +129,7 @@ def _found(
         "backend": seen.backend,
         "modes": tuple(modes),
         "values": tuple(values),
+        "training_failure": reference.training_failure,
         "dropout_off": reference.dropout_off,
         "control": control,
         **seen.fields(tolerance, task.tp),
@@ -164,7 +169,8 @@ def _with_draws(task: Task, reference: Reference, plan: Plan) -> tuple[Task, Ref
     if found.unknown:
         return task, reference
     task = replace(task, draws=found.modules)
-    return task, reference_step(task, copied_model(task.model))
+    again = reference_step(task, copied_model(task.model))
+    return task, replace(again, training_failure=reference.training_failure)
 
 
 class _NoRanksError(Exception):
@@ -267,7 +273,9 @@ def _reference(task: Task) -> tuple[Task, Reference, bool]:
         return replace(single, written_buffers=reference.written), reference, False
     except Exception as error:
         if task.model.training:  # it may train with arguments that nobody gave
-            return _reference(replace(task, model=copied_model(task.model).eval()))
+            in_eval, reference, exact = _reference(replace(task, model=copied_model(task.model).eval()))
+            reference.training_failure = f"{type(error).__name__}: {first_line(error)}"
+            return in_eval, reference, exact
         raise PlanError(
             f"{type(task.model).__name__} itself does not run on the CPU, neither in fp64 nor in fp32 "
             f"({type(error).__name__}: {error}): pass inputs=(...) that it takes"

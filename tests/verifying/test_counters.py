@@ -1,0 +1,117 @@
+"""What a model computes after a number of forwards is compared too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from colrow.verifying.counters import Counts, Course, counts_of, courses, numbers_met
+from colrow.verifying.report import Report
+from colrow.verifying.verify import verify
+from helpers import broken_models as m
+from helpers.broken_plans import gpt_plan
+
+
+class Counting(m.MLP):
+    """A softmax over a rank's features where `wrong` says so of the count; it counts in an attribute or in a buffer."""
+
+    def __init__(self, wrong: Callable[[int], bool], kept: str = "attribute") -> None:
+        super().__init__()
+        self.wrong = wrong
+        if kept == "buffer":
+            self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        else:
+            self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        calls = self.calls.item() if isinstance(self.calls, Tensor) else self.calls
+        h = self.up(x)
+        return self.down(h.softmax(-1) if self.wrong(calls) else h)
+
+
+def judged(mlp: m.MLP) -> Report:
+    torch.manual_seed(0)
+    return verify(m.Gpt(mlp=lambda: mlp, layers=1), gpt_plan(), 2, backend="local")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kept", "seen_at"),
+    [
+        (lambda n: n > 1000, "attribute", "counters at 1000"),
+        pytest.param(lambda n: n > 1000, "buffer", "counters at 1000", marks=pytest.mark.exhaustive),
+        pytest.param(lambda n: n % 7 == 4, "attribute", "counters at 4", marks=pytest.mark.exhaustive),
+        pytest.param(lambda n: n / 50 > 10.5, "attribute", "counters at 1000000", marks=pytest.mark.exhaustive),
+    ],
+    ids=["after", "after-buffer", "every", "far"],
+)
+def test_a_branch_after_many_forwards(wrong: Callable[[int], bool], kept: str, seen_at: str) -> None:
+    found = judged(Counting(wrong, kept))
+    assert found.verdict == "wrong"
+    assert found.cause.startswith(f"with {seen_at}: ")
+
+
+@pytest.mark.parametrize("kept", ["attribute", "buffer"])
+def test_the_numbers_that_a_counter_meets(kept: str) -> None:
+    model = Counting(lambda n: n * 0.001 > 1 or n % 7 == 4, kept)
+    x = torch.randn(1, 2, m.D)
+
+    def forward() -> Counts:
+        model(x)
+        return counts_of(model)
+
+    found = courses(counts_of(model), forward(), forward())
+    assert found == {("", "calls", ""): Course(1)}
+    with numbers_met(model, found) as met:
+        model(x)
+    assert {1000, 7, 4} <= met
+
+
+def test_what_no_counter_is() -> None:
+    """A number that stays, and one that changes by what a batch holds."""
+    first, second, third = ({("", "size", ""): 4, ("", "norm", ""): norm} for norm in (0.0, 3.5, 2.9))
+    assert courses(first, second, third) == {}
+    halved = [{("", "rate", ""): 2.0**-i} for i in range(3)]
+    assert courses(*halved) == {("", "rate", ""): Course(0.5, is_factor=True)}
+
+
+class Cooling(m.MLP):
+    """A temperature that falls with each forward; below `limit` a rank's features get a softmax."""
+
+    def __init__(self, limit: float, by: float = 0.9) -> None:
+        super().__init__()
+        self.state, self.limit, self.by = {"temperature": 1.0}, limit, by
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.state["temperature"] *= self.by
+        h = self.up(x)
+        return self.down(h.softmax(-1) if self.state["temperature"] < self.limit else h)
+
+
+@pytest.mark.exhaustive
+def test_a_branch_of_a_falling_temperature() -> None:
+    assert judged(Cooling(0.2)).cause.startswith("with counters at 0.2: ")
+    assert judged(Cooling(0.2, by=1.0)).ok  # the control: it never falls
+
+
+class Warm(Counting):
+    """Grows a factor over a hundred forwards: right on any shard."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.down(self.up(x) * min(1.0, self.calls / 100))
+
+
+@pytest.mark.exhaustive
+def test_what_is_right_at_every_count_stays_proved() -> None:
+    found = judged(Warm(lambda n: False))
+    assert found.ok
+    assert found.values == ("counters at 100", "counters at 100", "counters at 1000000")
+
+
+@pytest.mark.exhaustive
+def test_a_model_that_counts_nothing_costs_no_more() -> None:
+    assert judged(m.MLP()).values == ()

@@ -1,0 +1,97 @@
+"""What a model computes where a random number decides so is compared too."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from colrow.verifying.host_draws import HostDraws
+from colrow.verifying.report import Report
+from colrow.verifying.verify import verify
+from helpers import broken_models as m
+from helpers.broken_plans import gpt_plan
+
+
+class Deciding(m.MLP):
+    """Seldom a softmax over a rank's features."""
+
+    def __init__(self, decide: Callable[[], bool]) -> None:
+        super().__init__()
+        self.decide = decide
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        return self.down(h.softmax(-1) if self.decide() else h)
+
+
+class Skipping(m.Block):
+    """A layer that is left out half of the time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if random.random() < 0.5 else super().forward(x)
+
+
+def judged(model: m.Gpt) -> Report:
+    torch.manual_seed(0)
+    return verify(model, gpt_plan(), 2, backend="local")
+
+
+@pytest.mark.parametrize(
+    ("seldom", "seen_at"),
+    [
+        (lambda: random.random() < 1e-4, "least"),
+        pytest.param(lambda: bool(np.random.uniform() > 0.9999), "most", marks=pytest.mark.exhaustive),
+        pytest.param(lambda: bool(torch.rand(1) < 1e-4), "least", marks=pytest.mark.exhaustive),
+    ],
+    ids=["python", "numpy", "torch"],
+)
+def test_a_branch_that_is_seldom_taken(seldom: Callable[[], bool], seen_at: str) -> None:
+    found = judged(m.Gpt(mlp=lambda: Deciding(seldom), layers=1))
+    assert found.verdict == "wrong"
+    assert found.cause.startswith(f"with random numbers at their {seen_at}: ")
+
+
+@pytest.mark.exhaustive
+def test_layers_that_chance_leaves_out_stay_proved() -> None:
+    random.seed(3)
+    before = random.getstate()
+    found = judged(m.Gpt(block=Skipping))
+    assert found.ok
+    assert found.values == ("random numbers at their least", "random numbers at their most")
+    assert random.getstate() == before
+
+
+def test_the_first_draws_are_extreme() -> None:
+    drawn = {}
+    for extreme in ("least", "most"):
+        with HostDraws(m.MLP(), 0, extreme) as host:
+            drawn[extreme] = (
+                random.random(),
+                float(np.random.rand()),
+                torch.rand(1).item(),
+                torch.randint(2, 9, (1,)).item(),
+                torch.randint(9, ()).item(),
+                torch.bernoulli(torch.tensor([0.5])).item(),
+            )
+        assert host.drew
+    assert drawn["least"] == (0, 0, 0, 2, 0, 0)
+    assert drawn["most"] == pytest.approx((1, 1, 1, 8, 8, 1))
+    with HostDraws(m.MLP(), 0, None) as host:
+        torch.rand(2)  # of a tensor, not to decide
+    assert not host.drew
+
+
+def test_later_draws_stay_random() -> None:
+    """Code that draws until a number fits ends."""
+    with HostDraws(m.MLP(), 0, "least") as host:
+        first, many = random.random(), [random.random() for _ in range(200)]
+        normal = random.normalvariate(0.0, 1.0), np.random.standard_normal()
+    assert first == 0.0
+    assert max(many) > 0.5
+    assert all(abs(x) < 20 for x in normal)
+    assert host.drew
