@@ -67,7 +67,7 @@ def write_share(
     try:
         for file in shares[ranks.rank]:
             entries = [_entry(name, file.tensors[name], gather) for name in _file_order(file)]
-            write_tensors(folder / file.name, entries, {"format": "pt"})
+            write_tensors(folder / file.name, entries, {"format": "pt"})  # as save_pretrained writes it
     finally:
         gather.finish()  # a full disk here must not leave the others waiting for this rank's pieces
 

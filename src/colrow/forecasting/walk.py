@@ -1,8 +1,8 @@
 """One micro-batch of one rank on fake tensors, as training runs it: what it allocates, computes and sends.
 
 The copy of the model has its widths and at most two blocks of each kind. It is split by the plan over a mesh of tp
-alone, in the compute dtype, with recomputation, and with compiled blocks where training compiles: torch.compile traces
-and partitions them, and the partition runs operator by operator, so that what backward keeps is what it keeps on a GPU.
+alone, in the compute dtype, with recomputation, and with compiled blocks where training compiles. torch.compile traces
+and partitions these; the partition runs operator by operator, so backward keeps what it keeps on a GPU.
 Data axes and pipelines are added by `memory.py` and `traffic.py`, which know their rules.
 """
 

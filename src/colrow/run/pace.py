@@ -30,9 +30,8 @@ _CLOCKS = ("nvidia-smi", "--query-gpu=uuid,clocks.sm,clocks.max.sm", "--format=c
 class Pace:
     """Takes each step's time on GPUs, and says once how it compares.
 
-    Whether a run is CPU-bound, its GPU idle between kernels, shows in how long the host waits for the end of a step
-    with the next one queued already: a GPU that is behind makes it wait for most of a step, a host that is behind
-    never waits.
+    A run is CPU-bound where its GPU is idle between kernels. The sign is how long the host waits for the end of a step
+    while the next one is queued already: most of a step where the GPU is behind, not at all where the host is.
 
     Args:
         after: first steps of this start that do not count.
