@@ -188,6 +188,7 @@ def test_the_command_measures_two_ranks_and_keeps_it_when_stopped(tmp_path: Path
     assert first.startswith("round 1: fast "), errors
     assert bench.returncode == 128 + signal.SIGTERM, errors
     assert "stopped; results of the arms before" in errors
+    assert "profiler_start" not in errors  # of the first arm's trace
     assert "tok/s/GPU" in table
     tree = json.loads(out.read_text())
     (result,) = tree["results"]

@@ -7,6 +7,7 @@ they have a category of their own there, which is left out.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -73,6 +74,9 @@ class StepTrace:
 def profiling(activities: list[ProfilerActivity], kept: Path | None = None) -> Iterator[list[StepTrace]]:
     """Profile the block. After it, the list holds its trace; the trace's file is left at `kept`."""
     traces: list[StepTrace] = []
+    if ProfilerActivity.CUDA not in activities:  # of a GPU's profiler the errors are worth their lines
+        # libkineto of torch 2.13 logs each start and stop at its highest level; it reads this at its first profile
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     with profile(activities=activities, acc_events=True) as profiler:  # without, torch warns of later cycles
         yield traces
     with tempfile.TemporaryDirectory() as folder:
