@@ -85,9 +85,12 @@ def test_results_of_another_card_are_warned_of(tmp_path: Path) -> None:
         text = console.export_text()
         assert "plain: 17,583 tok/s/GPU" in text
         assert ("of another card, NVIDIA H200" in text) == warned
-    path.write_text("{}")
-    with pytest.raises(ConfigError, match="holds no results"):
-        report.read(path)
+    bad: list[Any] = [{}, [], {"environment": 1, "results": []}, {"environment": here, "results": [1]}]
+    bad += [{"environment": here, "results": [row | {key: []}]} for key in ("mesh", "tokens_per_second_per_gpu")]
+    for text in ("[" * 100_000, *map(json.dumps, bad)):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="holds no results"):
+            report.read(path)
 
 
 @pytest.mark.exhaustive

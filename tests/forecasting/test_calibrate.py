@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,13 @@ def test_a_table_without_peer_copies_has_those_of_the_data_sheet(tmp_path: Path)
 
 
 def test_a_file_without_rates_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "table.json"
+    path = tmp_path / "my table.json"
     path.write_text("{}", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"holds no table of rates: write one with `colrow calibrate"):
-        device_named("h100-sxm", path)
+    endless = tmp_path / "pipe"
+    os.mkfifo(endless)
+    for table in (path, endless, Path("/dev/zero")):
+        with pytest.raises(
+            ConfigError, match=r"holds no table of rates: write one with `(colrow calibrate .*)`"
+        ) as error:
+            device_named("h100-sxm", table)
+        assert shlex.split(str(error.value).split("`")[1]) == ["colrow", "calibrate", "-o", str(table)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -345,10 +347,14 @@ def test_a_finished_run_says_so(
 ) -> None:
     from colrow.config import dump_config
 
-    saved_by_another(config(), 2, "any")
-    (tmp_path / "run.yaml").write_text(dump_config(config()))
+    run = config(**{"run.dir": str(tmp_path / "my run")})
+    saved_by_another(run, 2, "any")
+    (tmp_path / "run.yaml").write_text(dump_config(run))
     assert main(["train", str(tmp_path / "run.yaml")]) == 0
-    assert "is finished: 100 of 100 steps" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "is finished: 100 of 100 steps" in text
+    commands = [shlex.split(command) for command in re.findall(r"`(colrow [^`]*)`", text)]
+    assert [command[1:3] for command in commands] == [["export", str(run.run.dir)], ["generate", str(run.run.dir)]]
 
 
 def test_flags_stand_over_the_file(config: Callable[..., RunConfig], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from rich.table import Table
 from colrow.data.disk import write_result
 from colrow.errors import ConfigError
 from colrow.mesh import Mesh
+from colrow.yaml_text import read_text
 
 Result = dict[str, Any]
 
@@ -130,10 +131,18 @@ def read(path: Path) -> tuple[list[Result], dict[str, Any]]:
         ConfigError: it is no file that `write` wrote.
     """
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        return tree["results"], tree["environment"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        tree = json.loads(read_text(path, "file", ConfigError))
+        results, environment = tree["results"], dict(tree["environment"])
+        for result in results:  # as `show_beside` prints it
+            _line(result)
+        return results, environment
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path} holds no results of colrow bench ({error}): give a file of -o") from error
+
+
+def _line(result: Result) -> str:
+    work = f"{result.get('model')}, {Mesh.model_validate(result['mesh'])}, seq {result.get('seq_len')}"
+    return f"  {result['arm']}: {result['tokens_per_second_per_gpu']:,.0f} tok/s/GPU ({work})"
 
 
 def show_beside(path: Path, environment: dict[str, Any], console: Console) -> None:
@@ -141,8 +150,7 @@ def show_beside(path: Path, environment: dict[str, Any], console: Console) -> No
     results, earlier = read(path)
     console.print(f"\n{path}: {earlier.get('device')}, torch {earlier.get('torch')}, {earlier.get('date')}")
     for result in results:
-        work = f"{result.get('model')}, {Mesh.model_validate(result['mesh'])}, seq {result.get('seq_len')}"
-        console.print(f"  {result['arm']}: {result['tokens_per_second_per_gpu']:,.0f} tok/s/GPU ({work})")
+        console.print(_line(result))
     for key, what in (("device", "card"), ("torch", "torch")):
         if earlier.get(key) != environment.get(key):
             console.print(

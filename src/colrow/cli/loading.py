@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -132,7 +133,8 @@ def _run(path: Path, step: int | None, trust_code: bool) -> SavedModel:
     if step is None:
         newest = checkpoints.latest()
         if newest is None:
-            raise CheckpointError(f"{path} has no complete checkpoint: `colrow checkpoints {path}` lists what is there")
+            command = shlex.join(["colrow", "checkpoints", str(path)])
+            raise CheckpointError(f"{path} has no complete checkpoint: `{command}` lists what is there")
         step = newest.step
     planned = config.plan
     if planned not in (*PRESETS, *DERIVED, "huggingface") and not Path(planned).exists():

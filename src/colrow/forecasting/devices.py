@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter
 
 from colrow.errors import ConfigError, did_you_mean
+from colrow.yaml_text import read_text
 
 T = TypeVar("T")
 Points = tuple[tuple[float, float], ...]
@@ -139,12 +141,11 @@ def device_named(name: str, table: Path | None = None) -> Device:
     sheet = _SHEETS[name]
     if table is not None:
         try:
-            device = _from_table(name, sheet, json.loads(table.read_text(encoding="utf-8")))
+            device = _from_table(name, sheet, json.loads(read_text(table, "table", ConfigError)))
             return TypeAdapter(Device).validate_python(asdict(device))
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise ConfigError(
-                f"{table} holds no table of rates: write one with `colrow calibrate -o {table}`"
-            ) from error
+            command = shlex.join(["colrow", "calibrate", "-o", str(table)])
+            raise ConfigError(f"{table} holds no table of rates: write one with `{command}`") from error
     shipped = resources.files("colrow.forecasting") / "tables" / f"{name}.json"
     if shipped.is_file():
         return _from_table(name, sheet, json.loads(shipped.read_text(encoding="utf-8")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
+import shlex
 import sys
 from pathlib import Path
 
@@ -53,9 +54,10 @@ def finish(
         progress.say(labelled("export", f"none: {error}"))
     progress.say(f"memory     {peak_memory(training.device)}")
     if outcome.saved:
-        progress.say(f'next       colrow generate {run} --prompt "{config.sample.prompt or "Once"}"')
+        prompt = config.sample.prompt or "Once"
+        progress.say(f"next       {shlex.join(['colrow', 'generate', str(run), '--prompt', prompt])}")
         if not refused and training.source.exported_config is not None:
-            progress.say(f"           colrow export {run} -o DIR")
+            progress.say(f"           {shlex.join(['colrow', 'export', str(run), '-o', 'DIR'])}")
 
 
 def write_export(config: RunConfig, training: Training, tokenizer: Tokenizer) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -154,10 +155,12 @@ def finished_line(config: RunConfig, step: int, exports: bool) -> str:
     """What to print when a run that has all its steps is started again; `exports`: whether it writes an export."""
     run = config.run.dir
     lost = exports and not (run / EXPORT).exists()
-    export = f"Its export is not there: `colrow export {run} -o {run / EXPORT}` writes it.\n" if lost else ""
+    sample = shlex.join(["colrow", "generate", str(run), "--prompt", "TEXT"])
+    command = shlex.join(["colrow", "export", str(run), "-o", str(run / EXPORT)])
+    export = f"Its export is not there: `{command}` writes it.\n" if lost else ""
     return (
         f"the run in {run} is finished: {step} of {config.train.steps} steps.\n{export}"
-        f"Sample it with `colrow generate {run} --prompt TEXT`; to train on, raise train.steps;\n"
+        f"Sample it with `{sample}`; to train on, raise train.steps;\n"
         "to start again, set run.dir to another folder."
     )
 
