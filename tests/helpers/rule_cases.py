@@ -21,11 +21,13 @@ UNARY = """
     neg negative reciprocal square sqrt rsqrt abs sign exp exp2 expm1 log log1p log2 cos sin tan erf tanh sigmoid silu
     gelu relu relu6 leaky_relu elu celu selu softplus mish hardtanh hardswish hardsigmoid log_sigmoid logit clone
     contiguous detach alias lift_fresh_copy floor ceil round trunc isnan isinf isfinite nan_to_num atan sinh cosh
-    logical_not zeros_like ones_like empty_like rand_like randn_like bernoulli
+    logical_not zeros_like ones_like empty_like rand_like randn_like bernoulli softshrink hardshrink lgamma digamma erfc
+    erfinv acos asin asinh atanh sinc frac sgn signbit angle
 """.split()  # noqa: SIM905
 BINARY = """
     add sub subtract rsub mul multiply div divide true_divide maximum minimum pow remainder fmod floor_divide copy atan2
-    xlogy ge le lt gt eq ne not_equal logical_and logical_or logical_xor type_as
+    xlogy ge le lt gt eq ne not_equal logical_and logical_or logical_xor type_as fmin fmax hypot copysign logaddexp
+    logaddexp2
 """.split()  # noqa: SIM905
 BITS = "bitwise_and bitwise_or bitwise_xor __and__ __or__ __xor__".split()  # noqa: SIM905
 RANDOM = (
@@ -129,6 +131,8 @@ def _pointwise(w: int) -> dict[str, Case]:
             ((w, 5), (4, w)),
         ),
         "real": (lambda x, a: aten.real(pair(_y(x, a))) * _y(x, a), one),
+        "complex": (lambda x, a, b: torch.view_as_real(aten.complex(_y(x, a), _y(x, a) * b)), two),
+        "polar": (lambda x, a, b: torch.view_as_real(aten.polar(_y(x, a), _y(x, a) * b)), two),
     }
 
 
@@ -151,6 +155,8 @@ def _constants(w: int) -> dict[str, Case]:
         "new_full": lambda y: y.new_full((w,), 2.0),
         "eye": lambda y: torch.eye(7, w),
         "linspace": lambda y: torch.linspace(0, 1, w),
+        "fft_fftfreq": lambda y: aten.fft_fftfreq(w),
+        "fft_rfftfreq": lambda y: aten.fft_rfftfreq(2 * w - 1),
         "rand": lambda y: torch.rand(w),
         "randn": lambda y: torch.randn(w),
         "tril_indices": lambda y: torch.tril_indices(1, 1).sum(0),
@@ -202,6 +208,9 @@ def _reductions(w: int) -> dict[str, Case]:
     out |= {name: (_along(name, [1]), one) for name in ("amax", "amin")}
     for name in ("fft_fft", "fft_ifft", "fft_rfft", "fft_irfft"):
         out |= {name: (_fourier(name, 1), one), f"{name}2": (_fourier(f"{name}2", [0, 1]), one)}
+        out |= {f"{name}n": (_fourier(f"{name}n", [0, 1]), one)}
+    out |= {name: (_fourier(name, 1), one) for name in ("fft_hfft", "fft_ihfft")}
+    out |= {name: (_along(name, [1]), one) for name in ("fft_fftshift", "fft_ifftshift")}
     return out | {
         name: (_along(name, 1), one) for name in ("softmax", "log_softmax", "cumsum", "cumprod", "logcumsumexp")
     }
@@ -280,6 +289,10 @@ def _joins(w: int) -> dict[str, Case]:
     one = ((w, 5),)
     out |= {
         "stack": (lambda x, a: aten.stack([_y(x, a), _y(x, a) * 2], 1), one),
+        "meshgrid": (
+            lambda x, a, b: _y(x, a) * aten.meshgrid.indexing([b, x[0, :, 0].detach()], indexing="xy")[0],
+            ((w, 5), (w,)),
+        ),
         "slice_scatter": (lambda x, a: aten.slice_scatter(_y(x, a), _y(x, a)[:, :2] * 3, 1, 2, 4), one),
         "select_scatter": (lambda x, a: aten.select_scatter(_y(x, a), _y(x, a)[:, 0] * 3, 1, 3), one),
     }

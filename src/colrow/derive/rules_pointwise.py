@@ -99,9 +99,13 @@ def along(inference: AxisInference, node: Node) -> Result:
 
 @rule("fft")
 def fourier(inference: AxisInference, node: Node) -> Result:
-    """Along one dimension or two, the last unless given, whose extents may change."""
-    dims, shape = list(inference.of(node.args[0])), shape_of(node)
-    given = named_argument(node, "dim", [-2, -1] if op_name(node).endswith("2") else -1)
+    """Along the dimensions that are given, whose extents may change; else along the last, the last two, or all (of `n`
+    as many as sizes are given)."""
+    dims, shape, name = list(inference.of(node.args[0])), shape_of(node), op_name(node)
+    given = named_argument(node, "dim", [-2, -1] if name.endswith("2") else -1)
+    if given is None:
+        sizes = argument(node, 1, "s", None)
+        given = range(-len(sizes if sizes is not None else dims), 0)
     for i in [given] if isinstance(given, int) else given:
         forbid(dims[i], inference.at("a Fourier transform runs along it"))
         dims[i] = inference.fresh([shape[i]], inference.at("a Fourier transform runs along it"))[0]
@@ -111,7 +115,7 @@ def fourier(inference: AxisInference, node: Node) -> Result:
 @rule("reorder")
 def reorder(inference: AxisInference, node: Node) -> Result:
     dims = inference.of(node.args[0])
-    where = argument(node, 1 if op_name(node) == "flip" else 2, "dims", ())
+    where = named_argument(node, "dim" if "shift" in op_name(node) else "dims", ())
     for i in [where] if isinstance(where, int) else where or range(len(dims)):
         forbid(dims[i], inference.at(f"reordered by {op_name(node)}"))
     return dims

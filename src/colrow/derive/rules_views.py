@@ -7,7 +7,7 @@ from typing import Any
 from torch.fx import Node
 
 from colrow.derive.axes import Atom, Dim, forbid, regroup, size_of, unify, unify_dims
-from colrow.derive.infer import AxisInference, NoRuleError, Result, argument, number, rule, shape_of
+from colrow.derive.infer import AxisInference, NoRuleError, Result, argument, named_argument, number, rule, shape_of
 from colrow.sharding.operator_rules import same_elements
 
 
@@ -205,3 +205,14 @@ def view_as_complex(inference: AxisInference, node: Node) -> Result:
 @rule("view_as_real")
 def view_as_real(inference: AxisInference, node: Node) -> Result:
     return [*inference.of(node.args[0]), [Atom(2, "real and imaginary part")]]
+
+
+@rule("meshgrid")
+def meshgrid(inference: AxisInference, node: Node) -> Result:
+    """Each vector along a dimension of its own: the results have them all."""
+    assert isinstance(node.args[0], (list, tuple))
+    vectors = [vector for vector in node.args[0] if isinstance(vector, Node)]
+    grid = [inference.of(vector)[0] if shape_of(vector) else [] for vector in vectors]
+    if named_argument(node, "indexing", "ij") == "xy":
+        grid[:2] = reversed(grid[:2])
+    return tuple(list(grid) for _ in grid)

@@ -135,7 +135,9 @@ _known(
     relu6 leaky_relu elu celu selu softplus mish hardtanh hardswish hardsigmoid threshold logit log_sigmoid atan atan2
     sinh cosh maximum minimum clamp_min clamp_max lerp addcmul addcdiv xlogy nan_to_num
     bitwise_and bitwise_or bitwise_not bitwise_xor logical_and logical_or logical_not logical_xor __and__ __or__ __xor__
-    ge le lt gt eq ne not_equal floor ceil round trunc isnan isinf isfinite _conj real""",
+    ge le lt gt eq ne not_equal floor ceil round trunc isnan isinf isfinite _conj real softshrink hardshrink lgamma
+    digamma erfc erfinv acos asin asinh atanh sinc fmin fmax hypot copysign logaddexp logaddexp2 frac sgn signbit polar
+    complex angle""",
     "elementwise",
 )
 _known("where masked_fill copy", "elementwise")
@@ -162,7 +164,7 @@ _known("boundary", "elementwise", linear=FIRST)  # the marker of a derivation's 
 _known("zeros new_zeros", "constant", fills=Filling.ZERO)
 _known("full scalar_tensor ones new_ones new_full", "constant", fills=Filling.CONSTANT, counts=True)
 _known("empty new_empty empty_strided new_empty_strided", "constant", fills=Filling.UNSET)
-_known("arange linspace eye tril_indices triu_indices", "constant", fills=Filling.POSITION)
+_known("arange linspace eye tril_indices triu_indices fft_fftfreq fft_rfftfreq", "constant", fills=Filling.POSITION)
 _known("rand randn", "constant", fills=Filling.RANDOM, random=True)
 _known("zeros_like", "like", fills=Filling.ZERO)
 _known("ones_like full_like", "like", fills=Filling.CONSTANT, counts=True)
@@ -181,7 +183,13 @@ _known("softmax _softmax log_softmax _log_softmax _safe_softmax cumprod logcumsu
 _known("cumsum", "along", linear=FIRST, runs=DIMS)
 _known("flip roll", "reorder", linear=FIRST, moves=True, runs=DIMS)
 _known("tril triu", "triangle", linear=FIRST, runs=MATRICES)
-_known("fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2", "fft", linear=FIRST)
+_known(
+    """fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn fft_rfftn
+    fft_irfftn fft_hfft fft_ihfft""",
+    "fft",
+    linear=FIRST,
+)
+_known("fft_fftshift fft_ifftshift", "reorder", linear=FIRST, moves=True)
 _known("layer_norm rms_norm", "norm")
 _known("constant_pad_nd pad", "pad")
 _known("diff", "diff", linear=FIRST)
@@ -228,12 +236,10 @@ _known(
 )
 _known(
     """hardswish_backward hardtanh_backward hardsigmoid_backward log_sigmoid_forward log_sigmoid_backward
-    softshrink softshrink_backward hardshrink hardshrink_backward leaky_relu_backward elu_backward
+    softshrink_backward hardshrink_backward leaky_relu_backward elu_backward
     _prelu_kernel _prelu_kernel_backward
     threshold_backward gelu_backward silu_backward mish_backward softplus_backward sigmoid_backward tanh_backward
-    logit_backward lgamma digamma erfinv erfc acos asin asinh acosh atanh sinc fmin fmax hypot copysign
-    logaddexp logaddexp2 heaviside nextafter frac i0 special_entr sgn signbit polar complex angle imag _neg_view
-    _conj_physical conj_physical""",
+    logit_backward acosh heaviside nextafter i0 special_entr imag _neg_view _conj_physical conj_physical""",
     runs=NONE,
 )
 
@@ -283,6 +289,7 @@ _known("unbind", "unbind", linear=FIRST, moves=True)
 _known("getitem", "getitem", linear=FIRST, moves=True)
 _known("cat concat concatenate", "cat", linear=TERMS, moves=True)
 _known("stack", "stack", linear=TERMS, moves=True)
+_known("meshgrid", "meshgrid", linear=TERMS, moves=True)
 _known("slice_scatter", "slice_scatter", linear=TERMS, moves=True)
 _known("select_scatter", "select_scatter", linear=TERMS, moves=True)
 
