@@ -16,6 +16,8 @@ from colrow.derive.failure import TraceError
 from colrow.plans.derive_options import DeriveOptions
 from colrow.plans.plan import Plan
 from colrow.plans.split_share import SplitShare
+from colrow.styles.gathered_parameters import GatheredParameters
+from colrow.styles.replicated import GradSum
 from colrow.verifying.verify import parity
 from helpers.split_models import Bare, Branching, FewKvHeads
 
@@ -102,10 +104,10 @@ class FewKeys(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.qkv, self.o, self.heads = nn.Linear(8, 12), nn.Linear(8, 8), 4
+        self.qkv, self.o, self.heads = nn.Linear(8, 18), nn.Linear(12, 8), 4
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).split([8, 2, 2], dim=-1)
+        q, k, v = self.qkv(x).split([12, 3, 3], dim=-1)
         q = q.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
         y = (q @ k.mT[:, None]).softmax(-1) @ v[:, None]
         return self.o(y.transpose(1, 2).flatten(2))
@@ -113,10 +115,10 @@ class FewKeys(nn.Module):
 
 def test_a_weight_of_which_ranks_only_use_a_part_is_not_counted_as_split() -> None:
     model = nn.Sequential(nn.LayerNorm(8), FewKeys())
-    found = derive(model, 2, inputs=(torch.randn(2, 3, 8),))
+    found = derive(model, 4, inputs=(torch.randn(2, 3, 8),))  # 4 does not divide the 6 rows of keys and values
     assert {*found.sharded} == {"1.qkv.weight", "1.qkv.bias", "1.o.weight"}
-    assert found.share == pytest.approx(8 * 8 / sum(p.numel() for p in model.parameters()))
-    assert found.share == pytest.approx(SplitShare.of(model, found.plan(), 2).split)
+    assert found.share == pytest.approx(8 * 12 / sum(p.numel() for p in model.parameters()))
+    assert found.share == pytest.approx(SplitShare.of(model, found.plan(), 4).split)
 
 
 @pytest.mark.parametrize("place", ["first", "backward"])
@@ -207,3 +209,26 @@ def test_kv_heads_that_do_not_divide_are_held_in_shards_beside_q(
     errors = parity(model, plan, 2, x)
     assert errors.loss < 1e-9
     assert errors.gradients["0.qkv.weight"] > 1e-3
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.rnn, self.head = nn.Embedding(32, 8), nn.LSTM(8, 16, batch_first=True), nn.Linear(16, 32)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.rnn(self.embed(ids))[0])
+
+
+def test_sequence_shards_do_not_keep_a_recurrent_layer_from_being_held_in_shards() -> None:
+    torch.manual_seed(0)
+    model = Recurrent().double()
+    assert derive(model, 2, inputs=IDS).sequence_parallel
+    found = derive(model, 2, inputs=IDS, judge=lambda _: None)
+    plan = found.plan()
+    assert isinstance(plan.modules["rnn"], GatheredParameters)
+    assert not found.sequence_parallel
+    assert found.share > 0.95
+    assert parity(model, plan, 2, IDS).worst < 1e-9
+    summed = Plan(plan.modules | {"rnn": GradSum()}, loss=plan.loss)
+    assert parity(model, summed, 2, IDS).gradients["rnn.weight_hh_l0"] > 0.5

@@ -177,7 +177,23 @@ class _Derive:
 
     def _with_gathered(self, found: Derivation) -> Derivation:
         """Of a plan that splits little, or little of an attention: more layers of which the output is gathered, and
-        where that leaves it so, parameters that are, where the judge allows it."""
+        where that leaves it so, parameters that are, where the judge allows it. A module that gathers sequence shards
+        for itself can have neither: where too little is split with these, it is tried without them."""
+        best = self._gathered(found)
+        if best.share >= USEFUL or not found.sequence_parallel:
+            return best
+        try:
+            without = self._without_stream(found.made[0])
+        except SplitError:
+            return best
+        if self._objection(without) is not None:
+            return best
+        without = self._gathered(without)
+        if without.share <= best.share:
+            return best
+        return self._noted(without, ["no sequence shards: without them more parameters are gathered"])
+
+    def _gathered(self, found: Derivation) -> Derivation:
         split, stream, _ = found.made
         standing = Standing(self.traced, split, stream)
         found = self._extended(found, gathered_layers, standing)
