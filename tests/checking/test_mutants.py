@@ -3,7 +3,7 @@
 What then trains wrongly must get an error from the check, and what trains right none. A sample runs here; all of a
 model's are run by
 
-    python tests/plans/test_mutants.py MODEL[:fast] TP      # llama, or a type of transformers
+    python tests/checking/test_mutants.py MODEL[:fast] TP      # llama, or a type of transformers
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
 from colrow.sharding.grad_norm import align_gradients
 from colrow.sharding.layout import full_tensor, local_tensor
+from colrow.train.cuda_graph import GraphedFunction
 from colrow.train.optimizer import build_optimizer
 from colrow.train.step import SingleStageModel
 from helpers.harness import Ranks
@@ -225,25 +226,22 @@ def test_compiled_blocks_compute_with_the_copies(ranks: Ranks) -> None:
         assert max(found.values()) <= 2**-6, found
 
 
-class Uncaptured:
+class Uncaptured(GraphedFunction):
     """Stands for a CUDA graph: it runs the function, on arguments that lie where the first ones lay."""
 
-    def __init__(self, function: Callable[..., Tensor], eager_calls: int) -> None:
-        self.function, self.args = function, ()
+    def __init__(self, function: Callable[..., Tensor], eager_calls: int, model: nn.Module | None = None) -> None:
+        self._function, self._graph, self._args = function, None, ()  # no stream and no pool, which need a GPU
 
     def __call__(self, *args: Tensor | int) -> Tensor:
-        self.args = self.args or tuple(arg.clone() if isinstance(arg, Tensor) else arg for arg in args)
-        for own, given in zip(self.args, args, strict=True):
+        self._args = self._args or tuple(arg.clone() if isinstance(arg, Tensor) else arg for arg in args)
+        for own, given in zip(self._args, args, strict=True):
             if isinstance(own, Tensor) and isinstance(given, Tensor):
                 own.copy_(given)
-        return self.function(*self.args)
+        return self._function(*self._args)
 
     @property
     def captured(self) -> bool:
-        return bool(self.args)
-
-    def close(self) -> None:
-        self.args = ()
+        return bool(self._args)
 
 
 def runs(device: str, folder: Path) -> None:
