@@ -46,9 +46,10 @@ def judged(model: m.Gpt) -> Report:
     [
         (lambda: random.random() < 1e-4, "least"),
         pytest.param(lambda: bool(np.random.uniform() > 0.9999), "most", marks=pytest.mark.exhaustive),
+        pytest.param(lambda: random.choice(range(5000)) == 4999, "most", marks=pytest.mark.exhaustive),
         pytest.param(lambda: bool(torch.rand(1) < 1e-4), "least", marks=pytest.mark.exhaustive),
     ],
-    ids=["python", "numpy", "torch"],
+    ids=["python", "numpy", "choice", "torch"],
 )
 def test_a_branch_that_is_seldom_taken(seldom: Callable[[], bool], seen_at: str) -> None:
     found = judged(m.Gpt(mlp=lambda: Deciding(seldom), layers=1))
@@ -73,14 +74,16 @@ def test_the_first_draws_are_extreme() -> None:
             drawn[extreme] = (
                 random.random(),
                 float(np.random.rand()),
+                random.choice(range(20)),
+                int(np.random.randint(20)),
                 torch.rand(1).item(),
                 torch.randint(2, 9, (1,)).item(),
                 torch.randint(9, ()).item(),
                 torch.bernoulli(torch.tensor([0.5])).item(),
             )
         assert host.drew
-    assert drawn["least"] == (0, 0, 0, 2, 0, 0)
-    assert drawn["most"] == pytest.approx((1, 1, 1, 8, 8, 1))
+    assert drawn["least"] == (0, 0, 0, 0, 0, 2, 0, 0)
+    assert drawn["most"] == pytest.approx((1, 1, 19, 19, 1, 8, 8, 1))
     with HostDraws(m.MLP(), 0, None) as host:
         torch.rand(2)  # of a tensor, not to decide
     assert not host.drew

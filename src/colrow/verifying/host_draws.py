@@ -22,8 +22,25 @@ from colrow.parallel.random_state import Generators
 Extreme = Literal["least", "most"]
 _FIRST = 64
 """Words of 32 bits, two a float: that many layers may decide."""
-_WORD = {"least": 0, "most": 0x12DD9BB3}
-"""Words of the Mersenne twister's state that it gives out as 0 and as 2**32 - 1."""
+
+
+def _state_word(output: int) -> int:
+    """The word of the Mersenne twister's state that it gives out as `output`: its tempering, undone."""
+    y = output ^ output >> 18
+    y ^= y << 15 & 0xEFC60000
+    x = y
+    for _ in range(4):  # each pass sets seven bits more
+        x = y ^ (x << 7 & 0x9D2C5680)
+    return x ^ x >> 11 ^ x >> 22
+
+
+_WORDS = {
+    "least": (0,) * _FIRST,
+    # numpy draws an integer below n until its low bits are below n: counted down, they first are at n - 1
+    "most": tuple(_state_word(0xFFFFFFFF - i) for i in range(_FIRST)),
+}
+_PYTHON: Any = random.Random
+_BELOW = _PYTHON._randbelow
 _NUMBERS = {torch.rand, torch.rand_like, Tensor.uniform_}
 _INTEGERS = {torch.randint, torch.randint_like}
 _COINS = {torch.bernoulli, Tensor.bernoulli, Tensor.bernoulli_}
@@ -48,11 +65,14 @@ class HostDraws(TorchFunctionMode):
         torch.manual_seed(self._seed)
         self._generators.seed(self._seed)
         if self._extreme is not None:
-            first = (_WORD[self._extreme],) * _FIRST
+            first = _WORDS[self._extreme]
             version, words, normal = random.getstate()
             random.setstate((version, (*first, *words[_FIRST:-1], 0), normal))
             state: Any = np.random.get_state()
             np.random.set_state(("MT19937", np.array([*first, *state[1][_FIRST:]], dtype=np.uint32), 0, 0, 0.0))
+        if self._extreme == "most":  # Python draws an integer below n from top bits, again until they are below n
+            left = iter(range(_FIRST))
+            _PYTHON._randbelow = lambda own, n: n - 1 if n and next(left, None) is not None else _BELOW(own, n)
         self._before = _states()
         super().__enter__()
         return self
@@ -75,6 +95,7 @@ class HostDraws(TorchFunctionMode):
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
         self.drew |= _states() != self._before
+        _PYTHON._randbelow = _BELOW
         for set_state in self._restore:
             set_state()
 
