@@ -21,7 +21,8 @@ _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _OTHER_FORMATS = {
     "adapter_model.*": "it holds an adapter alone: merge it into its model (merge_and_unload of peft) and save that",
     **dict.fromkeys(("*.bin", "*.pt*"), f"its weights are pickled, which could run code: {_SAVE}"),
-    "*.gguf": f"its weights are GGUF: {_SAVE}",
+    "*.gguf": "its weights are GGUF: write them with transformers, "
+    "AutoModelForCausalLM.from_pretrained(DIR, gguf_file=FILE).save_pretrained(NEW)",
     "*.safetensors": f"its files have other names: rename a single one to {SINGLE}, if its tensors have the names of "
     "transformers",
 }
