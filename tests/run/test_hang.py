@@ -21,7 +21,15 @@ from colrow.run import hang_guard
 from colrow.run.hang import Hang, HangWatch, awaited, limits_of
 from colrow.run.hang_guard import LauncherGuard
 from colrow.run.hang_record import FOLDER, write_for_silent
-from colrow.run.heartbeat import ENDED, REPORT_FILE, Heartbeat, RankReport, Reporter, last_collective
+from colrow.run.heartbeat import (
+    ENDED,
+    REPORT_FILE,
+    Heartbeat,
+    RankReport,
+    Reporter,
+    _work_of_children,
+    last_collective,
+)
 
 LIMITS = limits_of(TrainSection(steps=1, global_batch=1, micro_batch=1, lr=1.0, hang_timeout=100.0))
 
@@ -276,7 +284,7 @@ def test_a_rank_reports_at_once_that_it_is_in_another_phase(tmp_path: Path) -> N
     with Reporter(heartbeat, 3, 3600.0, tmp_path):
         for phase in ("training", "saving"):
             heartbeat.enter(phase)
-            end = time.monotonic() + 10
+            end = time.monotonic() + 60
             while _phase(tmp_path) != phase and time.monotonic() < end:
                 time.sleep(0.01)
             assert _phase(tmp_path) == phase
@@ -286,3 +294,19 @@ def test_a_rank_reports_at_once_that_it_is_in_another_phase(tmp_path: Path) -> N
 def _phase(folder: Path) -> str:
     file = folder / REPORT_FILE
     return RankReport.from_json(file.read_bytes()).phase if file.exists() else ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_compiler_that_a_rank_waits_for_is_a_sign_of_life() -> None:
+    """`c++` starts another program, and only that computes."""
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'while True: pass'])"
+    before = _work_of_children()
+    child = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    try:
+        end = time.monotonic() + 60.0
+        while _work_of_children() < before + 0.3:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    finally:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()

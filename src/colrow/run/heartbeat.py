@@ -205,7 +205,7 @@ class Reporter(threading.Thread):
             self._heartbeat.step,
             self._heartbeat.beats,
             _counts(),
-            _work(),
+            _work() + (_work_of_children() if self._heartbeat.phase == "compilation" else 0.0),
         )
         self._still = self._still + 1 if report.progress == self._previous else 0
         self._previous = report.progress
@@ -265,6 +265,20 @@ def _work() -> float:
     except (OSError, IndexError):  # not on Linux
         written = "0"
     return cpu + int(written) / 1e6
+
+
+def _work_of_children(pid: str = "self") -> float:
+    """CPU seconds of the processes below this one that still run: a C++ compiler may take minutes, and its time is the
+    parent's only when it has ended. 0 where /proc has no children."""
+    seconds = 0.0
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError, IndexError):  # it has just ended
+            for child in file.read_text(encoding="ascii").split():
+                stat = Path(f"/proc/{child}/stat").read_text(encoding="utf-8", errors="replace")
+                # behind the name in brackets: user and system time of the process, and of its ended children
+                ticks = sum(map(int, stat.rpartition(")")[2].split()[11:15]))
+                seconds += ticks / os.sysconf("SC_CLK_TCK") + _work_of_children(child)
+    return seconds
 
 
 def end_with_launcher() -> None:

@@ -99,7 +99,10 @@ def launch(command: Sequence[str], ranks: int, *, save: bool = True, guard: Laun
             return Ended(RankFailure(guard.hang.ranks[0], guard.text(signals.last), 1), signals.last)
         if isinstance(agent.error, ChildFailedError):
             if signals.count > signals.stops:
-                text = "the ranks did not end after the first signal; the second one killed them, and nothing was saved"
+                text = (
+                    "the ranks did not end after the first signal; the second one killed them, and nothing of the "
+                    "steps since the last checkpoint is saved"
+                )
                 return Ended(RankFailure(0, f"{text}\n{where}".strip(), 1), signals.last)
             return Ended(first_failure(agent.error.failures), signals.last)
         if agent.error is not None:
