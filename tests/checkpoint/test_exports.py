@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from collections.abc import Callable
@@ -240,6 +241,20 @@ def test_a_config_of_other_sizes_is_refused_before_weights_are_written(
         with pytest.raises(ExportError, match=says):
             export(model, tmp_path / "out", model.config.to_dict() | change)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_exports_of_one_name_are_kept_apart(tmp_path: Path) -> None:
+    """Both would write, and remove, one unfinished folder."""
+    model: Any = tiny(*classes("llama"), num_hidden_layers=1)
+    arguments = (model, tmp_path / "out", model.config.to_dict())
+    with (tmp_path / ".out.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (tmp_path / ".out.unfinished").mkdir()
+        with pytest.raises(CheckpointError, match=r"another export writes .*out: wait for it, or give another folder"):
+            export(*arguments)
+        assert (tmp_path / ".out.unfinished").is_dir()
+    export(*arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 class LowRank(nn.Module):

@@ -6,7 +6,8 @@ import filecmp
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,7 +32,7 @@ from colrow.checkpoint.state import Model, stages_of
 from colrow.checkpoint.stored_files import INDEX
 from colrow.checkpoint.tensor_file import DTYPES, headers_in
 from colrow.checkpoint.weight_files import MAX_SHARD_BYTES, ShardFile, share_files, split_files, write_share
-from colrow.data.disk import remove
+from colrow.data.disk import NoFileLocksError, remove, try_lock
 from colrow.errors import CheckpointError, ExportError
 from colrow.models.huggingface import config_to_huggingface
 from colrow.models.llama import LlamaConfig
@@ -113,7 +114,8 @@ def export(
     def together(work: Callable[[], T]) -> T:
         return ranks.together(lambda: made.disk.naming_a_full_one(work))
 
-    try:
+    with ExitStack() as stack:
+        together(lambda: stack.enter_context(made.alone()) if ranks.first else None)
         reader = together(lambda: made.begin(tree, tokenizer, imports=imports) if ranks.first else None)
         # what the user's config gets wrong is raised by every rank, before any has written weights
         if refusal := ranks.gather(reader if isinstance(reader, str) else None)[0]:
@@ -122,9 +124,6 @@ def export(
         together(lambda: _require_seen(made.unfinished))
         together(lambda: write_share(made.unfinished, ranks, pieces, tensors, share_files(files, ranks.size)))
         return together(lambda: made.finish(reader) if isinstance(reader, Reader) else None)
-    finally:
-        if ranks.first:
-            shutil.rmtree(made.unfinished, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -141,6 +140,21 @@ class _Export:
     def unfinished(self) -> Path:
         """Hidden until it is complete, and beside the target: a rename does not cross file systems."""
         return self.folder.parent / f".{self.folder.name}.unfinished"
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other exports of this name away, which would write into the same folder; it is removed at the end."""
+        lock = self.folder.parent / f".{self.folder.name}.lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("a") as file:
+            with suppress(NoFileLocksError):
+                if not try_lock(file):
+                    raise CheckpointError(f"another export writes {self.folder}: wait for it, or give another folder")
+            try:
+                yield
+            finally:
+                shutil.rmtree(self.unfinished, ignore_errors=True)
+                lock.unlink(missing_ok=True)
 
     @property
     def disk(self) -> DiskUse:
