@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from helpers.broken_plans import gpt_plan
 
 class Counting(m.MLP):
     """A softmax over a rank's features where `wrong` says so of the count; it counts in an attribute or in a buffer."""
+
+    calls: Any
 
     def __init__(self, wrong: Callable[[int], bool], kept: str = "attribute") -> None:
         super().__init__()
@@ -54,9 +57,18 @@ def test_a_branch_after_many_forwards(wrong: Callable[[int], bool], kept: str, s
     assert found.cause.startswith(f"with {seen_at}: ")
 
 
-@pytest.mark.parametrize("kept", ["attribute", "buffer"])
+class CountingFromItsClass(Counting):
+    calls = 0
+
+    def __init__(self, wrong: Callable[[int], bool], kept: str) -> None:
+        super().__init__(wrong)
+        del self.calls  # the class has one, until the first forward adds to it
+
+
+@pytest.mark.parametrize("kept", ["attribute", "class", "buffer"])
 def test_the_numbers_that_a_counter_meets(kept: str) -> None:
-    model = Counting(lambda n: n * 0.001 > 1 or n % 7 == 4, kept)
+    counting = CountingFromItsClass if kept == "class" else Counting
+    model = counting(lambda n: n * 0.001 > 1 or n % 7 == 4, kept)
     x = torch.randn(1, 2, m.D)
 
     def forward() -> Counts:

@@ -57,7 +57,8 @@ def counts_of(model: nn.Module) -> Counts:
         for key, buffer in module._buffers.items():
             if buffer is not None and buffer.numel() == 1 and _is_number(value := buffer.item()):
                 found[name, key, ""] = value
-        for key, value in vars(module).items():
+        of_classes = {k: v for cls in reversed(type(module).__mro__) for k, v in vars(cls).items() if _is_number(v)}
+        for key, value in {**of_classes, **vars(module)}.items():  # `self.calls += 1` makes an attribute of a class's
             if _is_number(value):
                 found[name, key, ""] = value
             elif isinstance(value, dict) and not key.startswith("_"):
