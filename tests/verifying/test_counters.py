@@ -127,3 +127,42 @@ def test_what_is_right_at_every_count_stays_proved() -> None:
 @pytest.mark.exhaustive
 def test_a_model_that_counts_nothing_costs_no_more() -> None:
     assert judged(m.MLP()).values == ()
+
+
+class Remembering(m.MLP):
+    """Adds what it saw before; a softmax over a rank's features once `at` are kept."""
+
+    def __init__(self, at: int, kept: Callable[[Any, Tensor], Any], most: int = 100) -> None:
+        super().__init__()
+        self.history, self.at, self.kept, self.most = None, at, kept, most
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        if self.history is None or len(self.history) < self.most:
+            self.history = self.kept(self.history, h.detach())
+        return self.down(h.softmax(-1) if len(self.history) >= self.at else h)
+
+
+def in_list(history: Any, h: Tensor) -> Any:
+    return [*(history or ()), h]
+
+
+def in_tensor(history: Any, h: Tensor) -> Any:
+    return h[:1] if history is None else torch.cat([history, h[:1]])
+
+
+@pytest.mark.parametrize(
+    ("kept", "at", "seen_at"),
+    [(in_list, 4, 2), pytest.param(in_tensor, 8, 6, marks=pytest.mark.exhaustive)],
+    ids=["list", "tensor"],
+)
+def test_a_branch_of_a_long_history(kept: Callable[[Any, Tensor], Any], at: int, seen_at: int) -> None:
+    found = judged(Remembering(at, kept))
+    assert found.verdict == "wrong"
+    assert found.cause.startswith(f"with {seen_at} forwards before: ")
+
+
+@pytest.mark.exhaustive
+def test_a_history_that_does_not_grow_costs_no_more() -> None:
+    assert judged(Remembering(4, in_list, most=1)).values == ()
+    assert len(judged(Remembering(1000, in_list)).values) == 4

@@ -160,10 +160,12 @@ class Noisy(m.MLP):
         return self.down((h + 0.1 * torch.empty_like(h).exponential_()) * torch.bernoulli(h.sigmoid()))
 
 
-@pytest.mark.distributed
-def test_random_numbers_are_those_of_one_process_unless_a_shards_values_say_how_many() -> None:
-    assert judged(m.Gpt(mlp=lambda: Noisy(False), layers=1), gpt_plan(), "gloo").ok
-    assert judged(m.Gpt(mlp=lambda: Noisy(True), layers=1), gpt_plan(), "gloo").verdict == "wrong"
+@pytest.mark.parametrize(
+    "backend", ["local", pytest.param("gloo", marks=[pytest.mark.distributed, pytest.mark.exhaustive])]
+)
+def test_random_numbers_are_those_of_one_process_unless_a_shards_values_say_how_many(backend: str) -> None:
+    assert judged(m.Gpt(mlp=lambda: Noisy(False), layers=1), gpt_plan(), backend).ok
+    assert judged(m.Gpt(mlp=lambda: Noisy(True), layers=1), gpt_plan(), backend).verdict == "wrong"
 
 
 @dataclass

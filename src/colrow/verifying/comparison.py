@@ -102,6 +102,7 @@ class Reference:
         next_loss: of another forward after the step.
         training_failure: its exception in training mode, where the step is one in evaluation mode for that.
         counters: how each forward changes what the model counts ([Note: counters]).
+        grows: each forward makes something longer that the model keeps.
     """
 
     loss: float
@@ -115,6 +116,7 @@ class Reference:
     next_loss: float = 0.0
     training_failure: str = ""
     counters: dict[Counter, Course] = field(default_factory=dict)
+    grows: bool = False
 
     def equals(self, other: Reference) -> bool:
         """Whether every number is the same, bit for bit."""

@@ -6,12 +6,14 @@ The first two forwards do not show that. A counter is a number, in a module's at
 buffer of one element, that two forwards in a row change by the same step or, a temperature, by the same factor. One
 more forward of the unsharded model shows which numbers its counters meet: those that they are compared with, divided by
 or multiplied with. The sharded model is compared with it where counters reach each of these numbers, and far behind.
+What grows instead, such as a history, decides by its length, which meets no number that could be recorded. Where two
+forwards in a row make something longer, the models are compared after more forwards.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +25,8 @@ Counter = tuple[str, str, str]
 """A module's name, its attribute or buffer, and the key in it, where that is a dict."""
 Counts = dict[Counter, int | float]
 FAR = 1_000_000
+Sizes = dict[tuple[str, str], int]
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,23 @@ def courses(first: Counts, second: Counts, third: Counts) -> dict[Counter, Cours
         elif a and b and math.isclose(b / a, c / b):
             found[counter] = Course(b / a, is_factor=True)
     return found
+
+
+def sizes_of(model: nn.Module) -> Sizes:
+    """The lengths of lists and of other containers that modules keep, and the elements of tensors."""
+    found = {}
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("torch.nn."):
+            continue
+        for key, value in {**vars(module), **module._buffers}.items():
+            if key not in _OF_EVERY_MODULE and isinstance(value, Sized):
+                found[name, key] = value.numel() if isinstance(value, Tensor) else len(value)
+    return found
+
+
+def grows(first: Sizes, second: Sizes, third: Sizes) -> bool:
+    """Whether anything became longer in both of two forwards."""
+    return any(third.get(key, 0) > size > first.get(key, 0) for key, size in second.items())
 
 
 def set_counts(model: nn.Module, counts: Mapping[Counter, int | float]) -> nn.Module:

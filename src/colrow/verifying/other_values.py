@@ -33,6 +33,8 @@ LARGE, SMALL = (1e3, 30.0), (1e-4,)
 """Factors of half of the rows; of several, the first with which the unsharded model's numbers are finite."""
 _MOST_COUNTS = 6
 """Most numbers of counters to try: each costs two steps of both models."""
+_LATER = (2, 4, 6, 30)
+"""The step and the forward after it are then the third to the eighth, and one far behind: histories are short."""
 _LAST_DIGITS = 1e-13
 TOLERATED = 1e-6
 """Relative error, and so many times larger than the model's own it has to be: `_ILL`. A wrong operator's is near 1."""
@@ -112,6 +114,14 @@ def counted_values(task: Task, reference: Reference) -> Iterator[OtherValues]:
             task, model=set_counts(copied_model(task.model), {c: type(starts[c])(n) for c, n in change.items()})
         )
         if (found := with_reference(f"counters at {number:.7g}", changed)) is not None:
+            yield found
+
+
+def later_values(task: Task, reference: Reference) -> Iterator[OtherValues]:
+    """After more forwards, of a model that keeps what grows with each."""
+    for forwards in _LATER if reference.grows else ():
+        found = with_reference(f"{forwards} forwards before", replace(task, forwards=forwards))
+        if found is not None:
             yield found
 
 

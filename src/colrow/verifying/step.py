@@ -23,7 +23,7 @@ from colrow.sharding.draws import Draw
 from colrow.sharding.grad_norm import align_gradients
 from colrow.sharding.layout import packed_of, waited_local
 from colrow.verifying.comparison import Observed, Reference, Sharded, Shards
-from colrow.verifying.counters import counts_of, courses
+from colrow.verifying.counters import counts_of, courses, grows, sizes_of
 from colrow.verifying.double_casts import DoubleCasts
 from colrow.verifying.dropout import without_dropout
 from colrow.verifying.host_draws import Extreme, HostDraws
@@ -50,6 +50,8 @@ class Task:
     """Where the model's code casts to fp32, it gets fp64."""
     next_forward: bool = True
     """Run another forward after the step: what a module keeps in an attribute reaches that one first."""
+    forwards: int = 0
+    """Forwards before the step, for a model that keeps what grows with each."""
     extreme: Extreme | None = None
     """Where the first random numbers lie that code draws on the host ([Note: deciding draws])."""
 
@@ -57,10 +59,12 @@ class Task:
 def reference_step(task: Task, model: nn.Module) -> Reference:
     """The step of the unsharded model, which is changed in place."""
     inputs = Inputs.of(task.inputs)
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    first = counts_of(model)
     off = task.draws is None
     with without_dropout(model, off=off) as dropout, HostDraws(model, task.seed, task.extreme) as host:
+        for _ in range(task.forwards):
+            _call(task, model)
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        first, first_sizes = counts_of(model), sizes_of(model)
         state = torch.get_rng_state()
         with DrawsSeen() as seen:
             output = _call(task, model)
@@ -69,7 +73,7 @@ def reference_step(task: Task, model: nn.Module) -> Reference:
         after_forward = _copies(model, written)
         loss = task.loss(output, inputs.given)
         loss.backward()
-    second = counts_of(model)
+    second, second_sizes = counts_of(model), sizes_of(model)
     gradients = {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
     _optimizer(model).step()
     parameters = {name: param.detach() for name, param in model.named_parameters()}
@@ -79,6 +83,7 @@ def reference_step(task: Task, model: nn.Module) -> Reference:
         with HostDraws(model, task.seed + 1, task.extreme), without_dropout(model, off=off):
             found.next_loss = task.loss(_call(task, model), inputs.given).item()
         found.counters = courses(first, second, counts_of(model))
+        found.grows = grows(first_sizes, second_sizes, sizes_of(model))
     return found
 
 
@@ -115,6 +120,8 @@ def sharded_step(
     arrange_draws(model, task.draws or {}, mesh)
     off = task.draws is None
     with HostDraws(model, task.seed, task.extreme), loss_context(plan, mesh), without_dropout(model, off=off):
+        for _ in range(task.forwards):
+            _forward(task, model, plan)
         output = _forward(task, model, plan)
         buffers = _at(AFTER_FORWARD, _buffers(model, task.written_buffers, shards_of))
         loss = _loss(task, output, plan)

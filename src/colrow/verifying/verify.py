@@ -25,7 +25,7 @@ from colrow.verifying.comparison import Errors, Observed, Reference, compare
 from colrow.verifying.controls import negative_control
 from colrow.verifying.diagnosis import likely_cause
 from colrow.verifying.double_casts import Rounding
-from colrow.verifying.other_values import TOLERATED, counted_values, decided_values, other_values
+from colrow.verifying.other_values import TOLERATED, counted_values, decided_values, later_values, other_values
 from colrow.verifying.report import Mode, Report, Verdict, Worst
 from colrow.verifying.step import Task, reference_step
 
@@ -99,7 +99,7 @@ def _found(
     try:
         seen = _worst_mode(task, plan, reference, tolerance, backend, modes)
         right = seen.errors.worst <= tolerance
-        branches = (counted_values(task, reference), decided_values(task, reference))
+        branches = (make(task, reference) for make in (counted_values, decided_values, later_values))
         others = itertools.chain(*branches, other_values(task) if vary else ())
         for other in others if right else ():
             values.append(other.name)
