@@ -188,6 +188,7 @@ class Chaos:
     def __init__(self, config: Path, run: Path, agents: int = 1, seed: int = 0, python: str = sys.executable) -> None:
         self._config, self._run, self._count, self._python = config, run, agents, python
         self._random = random.Random(seed)
+        self._steps = int(yaml.safe_load(config.read_text(encoding="utf-8"))["train"]["steps"])
         self._agents: Agents | None = None
         self._seen: set[int] = set()
 
@@ -235,7 +236,8 @@ class Chaos:
             # Metrics replaces the file when a rank goes on from a checkpoint
             agents.wait_for(lambda: _inode(self._metrics) not in (None, before[0]), "metrics of the new ranks")
             if moment == "step":
-                target = self._last_step() + self._random.randint(1, 6)
+                # not behind the last step: where the machine is busy, steps pass before they are looked at
+                target = min(self._last_step() + self._random.randint(1, 6), self._steps - 1)
                 agents.wait_for(lambda: self._last_step() >= target, f"step {target}")
                 time.sleep(self._random.uniform(0.0, 0.1))
             else:

@@ -237,12 +237,12 @@ def test_a_second_ctrl_c_ends_a_hung_run_and_says_where_it_was(start: Callable[.
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("command", [TRAIN, TORCHRUN], ids=["colrow", "torchrun"])
 def test_ranks_end_with_a_killed_launcher_though_one_is_stopped(
-    tmp_path: Path, start: Callable[..., Run], command: tuple[str, ...]
+    tmp_path: Path, start: Callable[..., Run], command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With real processes: a forked command's parent is not who started it."""
     first = command[1:] if command is not TRAIN else ()
     module = ("torch.distributed.run", *first) if first else ("colrow", *TRAIN[1:])
-    os.environ.pop("PYTHON_EXEC", None)
+    monkeypatch.delenv("PYTHON_EXEC", raising=False)
     run = start(sys.executable, "-m", *module)
     ranks = run.ranks()
     os.kill(ranks[1], signal.SIGSTOP)
