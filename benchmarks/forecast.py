@@ -123,10 +123,12 @@ def main() -> None:
     rates = fit(training, base.rates, calibrated=options.calibrated is not None)
     device = replace(base, rates=rates)
     print(memory_table(present, device))
+    test, of_hosts = by_pace(test)
     errors = [abs(row.time(device).seconds * 1e3 / row.step_ms - 1) for row in test]
     for title, chosen in (
         ("fitted on", training),
         ("tested on", test),
+        ("paced by the CPU of their host", of_hosts),
         ("older programs", [r for r in measured if r.older]),
     ):
         print(f"\n{title}:\n\n{time_table(chosen, device)}")
@@ -146,6 +148,13 @@ def halves(measured: list[Measured], device: Device) -> tuple[list[Measured], li
         sides[seen[kind] % 2].append(row)
         seen[kind] += 1
     return sides[0], sides[1] + edge
+
+
+def by_pace(measured: list[Measured]) -> tuple[list[Measured], list[Measured]]:
+    """Rows that the GPU paces, and those that the CPU does: hosts with the same cards differ by a third in the CPU's
+    time for a step, and the table has one host's. `colrow calibrate` measures another's."""
+    of_hosts = [row for row in measured if row.is_cpu_bound]
+    return [row for row in measured if row not in of_hosts], of_hosts
 
 
 def memory_table(measured: list[Measured], on: Device) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.forecast import fit, halves
+from benchmarks.forecast import by_pace, fit, halves
 from benchmarks.measured import MEASURED_ON, Measured, rows
 from benchmarks.published import RUNS, forecaster, row_of
 from colrow.config import parse_config
@@ -34,6 +34,7 @@ def errors(measured: list[Measured], device: Device) -> list[float]:
 
 def test_rates_of_half_of_the_rows_give_the_other_half_and_collectives_count() -> None:
     training, test = halves([row for row in rows() if not row.older], device_named("h200"))
+    test, _ = by_pace(test)
     rates = fit(training, device_named("h200").rates)
     device = replace(device_named("h200"), rates=rates)
     found = sorted(errors(test, device))
@@ -49,9 +50,12 @@ def test_rates_of_half_of_the_rows_give_the_other_half_and_collectives_count() -
 def test_the_shipped_rates_give_rows_that_gave_none() -> None:
     for gpu in MEASURED_ON:
         device = device_named(gpu)
-        found = errors(halves([row for row in rows(gpu) if not row.older], device)[1], device)
+        by_gpu, by_cpu = by_pace(halves([row for row in rows(gpu) if not row.older], device)[1])
+        found = errors(by_gpu, device)
+        assert len(found) > 5 * len(by_cpu)
         assert statistics.median(found) < 0.06
         assert max(found) < 0.10
+        assert max(errors(by_cpu, device), default=0.0) < 0.25  # rates of another host's CPU
 
 
 def test_published_runs_of_another_program_are_forecast_by_its_model_and_kernels() -> None:
