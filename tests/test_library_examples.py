@@ -160,9 +160,8 @@ def in_fp64(name: str) -> Iterator[ModuleType]:
         sys.path.remove(str(BEYOND_TOKENS))
 
 
-@pytest.mark.parametrize(
-    "name", ["image", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("audio", "diffusion"))]
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["image", "audio", "diffusion"])
 def test_what_is_no_language_model(name: str, ranks: Ranks) -> None:
     with in_fp64(name) as example:
 

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from helpers.forked import Commands
 
 PROGRAM = """
@@ -37,6 +39,7 @@ def test_the_import_does_not_wait_for_torch() -> None:
     assert done.stdout == "True False\n", done.stderr
 
 
+@pytest.mark.exhaustive
 def test_check_and_verify_are_functions_whatever_is_imported(commands: Commands) -> None:
     """They are packages too, `colrow.checking.check` and `colrow.verifying.verify`, which must not take the names."""
     done = subprocess.run(["python", "-c", PROGRAM], env=commands.environment(), capture_output=True, text=True)

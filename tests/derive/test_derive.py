@@ -182,8 +182,8 @@ STATES = torch.randn(3, 34, 32, dtype=torch.float64, generator=torch.Generator()
 @pytest.mark.parametrize(
     ("kind", "tp"),
     params(
-        [("serial", 4), ("parallel", 2), ("shared", 2), ("odd vocabulary", 4)],
-        exhaustive=lambda kind, tp: kind != "serial",
+        [("serial", 2), ("serial", 4), ("parallel", 2), ("shared", 2), ("odd vocabulary", 4)],
+        exhaustive=lambda kind, tp: (kind, tp) != ("serial", 2),
     ),
 )
 def test_a_gpt_with_fused_qkv(kind: str, tp: int) -> None:

@@ -41,7 +41,14 @@ CASES: dict[int, dict[str, tuple[str, Mesh]]] = {
         "input-shard4": ("frozen input", Mesh(dp_shard=4)),  # gloo aborts where the root reduces before the first block
     },
 }
-VARIANTS = {"exit-shard4", "sparse-tp2-shard2", "hard-tp2-replicate2", "hard-shard4", "drop-replicate2-shard2"}
+VARIANTS = {
+    "exit-shard4",
+    "sparse-tp2-shard2",
+    "hard-tp2-replicate2",
+    "hard-shard4",
+    "hard-pp2-shard2",
+    "drop-replicate2-shard2",
+}
 LOW_PRECISION, CONTROL = "bf16", "not agreed"
 Results = Callable[[int, str], list[Errors]]
 
