@@ -17,6 +17,7 @@ from colrow.forecasting.devices import Device, Rates
 from colrow.forecasting.forecast import cost
 from colrow.forecasting.memory import Memory, Setting, peak_memory, stages_of
 from colrow.forecasting.timing import (
+    CPU_BOUND,
     FP8_SHARE,
     NORM_BYTES,
     OPERANDS,
@@ -49,7 +50,6 @@ GATHERS_OF_EIGHT_BITS = "2026-11-27"
 """Files from this day on are of a program that keeps and sends 8-bit numbers with fp8 (decision 0017)."""
 LATENCY = 20e-6
 LAUNCH = 10e-6
-CPU_BOUND = 0.25  # idle time as a share of the step
 MEASURED_ON = {"h200": "H200", "h100-sxm": "H100"}
 """By `--gpu`, what stands in a results file's device."""
 

@@ -205,7 +205,7 @@ def test_kv_heads_that_do_not_divide_are_held_in_shards_beside_q(
     plan = Plan({"0": block, "0.qkv": qkv, "0.out": "rowwise"}, loss="replicated")  # type: ignore[dict-item]
     assert plan.parameters(model, 2)["0.qkv.weight"].local_shape == (4 * (3 + kv), 8)
     assert parity(model, plan, 2, x).worst < 1e-9
-    monkeypatch.setattr("colrow.styles.shards.Partial", Replicate)
+    monkeypatch.setattr("colrow.styles.rank_tensors.Partial", Replicate)
     errors = parity(model, plan, 2, x)
     assert errors.loss < 1e-9
     assert errors.gradients["0.qkv.weight"] > 1e-3

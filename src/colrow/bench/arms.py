@@ -29,6 +29,16 @@ ARMS: dict[str, dict[str, Any]] = {
 """`config` is the config as it stands. The others replay no graph unless they say so."""
 
 
+def on_random_tokens(shape: str | None, seq_len: int, micro_batch: int = 1) -> dict[str, Any]:
+    """The tree of a config: one step of one micro-batch of random tokens."""
+    return {
+        "run": {"dir": "."},
+        "model": {"shape": shape},
+        "data": {"corpus": "random", "seq_len": seq_len},
+        "train": {"steps": 1, "global_batch": micro_batch, "micro_batch": micro_batch, "lr": 3e-4},
+    }
+
+
 def arm_config(base: RunConfig, arm: str) -> RunConfig:
     """The config of an arm.
 

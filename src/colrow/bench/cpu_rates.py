@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from colrow.bench.arms import arm_config
+from colrow.bench.arms import arm_config, on_random_tokens
 from colrow.bench.measure import Job
 from colrow.bench.run_arm import ArmError, run_arm
 from colrow.config import RunConfig, parse_config
 from colrow.forecasting.memory import Setting, stages_of
-from colrow.forecasting.timing import cpu_rate
+from colrow.forecasting.timing import CPU_BOUND, cpu_rate
 from colrow.forecasting.traffic import stage_work
 from colrow.forecasting.walk import Cell, walk
 from colrow.models.build import build_source
@@ -28,8 +28,6 @@ ARMS = {
     "kernel_chunked": "overlap:train.compile=true",
 }
 """By the rate that an arm shows."""
-_IDLE = 0.25
-"""Of a GPU, as a share of the step, from which on the CPU sets the pace."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def cpu_rates(
             say(f"{rate} is left out: arm {arm} failed: {error}")
             continue
         step = result["step_ms"]
-        if device == "cuda" and result["trace"]["idle"] < _IDLE * step:
+        if device == "cuda" and result["trace"]["idle"] < CPU_BOUND * step:
             say(f"{rate} is left out: the GPU sets the pace of arm {arm}")
             continue
         found[rate] = _rate(config, step / 1e3, float(rates["launch"]))
@@ -91,14 +89,7 @@ def _rate(config: RunConfig, step: float, launch: float) -> float:
 
 
 def _config(tp: int, device: str, steps: Steps) -> RunConfig:
-    return parse_config(
-        {
-            "run": {"dir": "."},
-            "model": {"shape": steps.shape, "layers": steps.layers},
-            "mesh": {"tp": tp},
-            "data": {"corpus": "random", "seq_len": steps.seq_len},
-            "train": {"steps": steps.warmup + steps.steps + 1, "global_batch": 1, "micro_batch": 1, "lr": 3e-4},
-            "device": device,
-        },
-        "calibrate",
-    )
+    tree = on_random_tokens(steps.shape, steps.seq_len) | {"mesh": {"tp": tp}, "device": device}
+    tree["model"]["layers"] = steps.layers
+    tree["train"]["steps"] = steps.warmup + steps.steps + 1  # one more is profiled
+    return parse_config(tree, "calibrate")

@@ -9,12 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from colrow.bench import JOB
 from colrow.bench.measure import Job, measure
 from colrow.run import preflight
 from colrow.run.launch import launch
 from colrow.run.process_group import RankInfo
 
-JOB, RESULT = "--job", "result.json"
+RESULT = "result.json"
 
 
 class ArmError(Exception):

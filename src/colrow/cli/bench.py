@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from colrow.bench import JOB
 from colrow.cli.flags import parse
 from colrow.cli.ranks import signal_of
 from colrow.config import RunConfig, parse_config
@@ -19,9 +20,6 @@ from colrow.errors import ConfigError
 
 if TYPE_CHECKING:
     from colrow.bench.measure import Job
-
-JOB = "--job"
-"""Of a rank of an arm, whose job is in the file that follows: see `bench.run_arm`."""
 
 
 @dataclass(frozen=True)
@@ -96,17 +94,13 @@ def main(argv: list[str]) -> int:
 
 def base_config(flags: Flags) -> RunConfig:
     """The config that all arms start from."""
+    from colrow.bench.arms import on_random_tokens
     from colrow.run.run_folder import load_trusted
 
     tree: dict[str, Any] = (
         load_trusted(flags.config, trust_code=flags.trust_code).model_dump(mode="json")
         if flags.config is not None
-        else {
-            "run": {"dir": "."},
-            "model": {"shape": flags.shape},
-            "data": {"corpus": "random", "seq_len": flags.seq_len or 512},
-            "train": {"steps": 1, "global_batch": 1, "micro_batch": flags.micro_batch or 1, "lr": 3e-4},
-        }
+        else on_random_tokens(flags.shape, flags.seq_len or 512, flags.micro_batch or 1)
     )
     if flags.config is None and flags.shape is None:
         raise ConfigError("give a config file or --shape NAME")

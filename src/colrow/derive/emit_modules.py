@@ -54,10 +54,7 @@ class Emission:
         owner, _, name = parameter.rpartition(".")
         options = self.modules.get(owner, {})
         spec = options.get("shards", {}).get(name) if "shards" in options else options
-        selects = isinstance(spec, dict) and "segments" in spec
-        if selects:
-            replicated, kv = (tuple(spec.get(key, ())) for key in ("replicated", "kv"))
-            selects = ShardSpec(0, tuple(spec["segments"]), replicated, kv=kv).held(tp).uneven
+        selects = isinstance(spec, dict) and "segments" in spec and ShardSpec.declared(0, spec, 0).held(tp).uneven
         return selects or issubclass(self.style(owner), KvReplicate)
 
 

@@ -98,10 +98,9 @@ def _run(step: PlannedStep, traces: BlockTraces, keep: int = 2) -> DryRun:
             for copy in (reference, sharded):
                 materialize_fake(copy.model, step.dtype)
             inputs = step.fake_inputs(reference.model)
-            draws = Generators([step.model], "cpu").beyond_torch()  # that code decides by: both runs take one way
-            _run_unsharded(step, run, reference, inputs)
-            for set_state in draws:
-                set_state()
+            # code may decide by what it draws: the sharded run draws the same, and takes the same way
+            with Generators([step.model], "cpu").preserved(torchs=False):
+                _run_unsharded(step, run, reference, inputs)
             if run.reference_failure is None:
                 _run_sharded(step, run, sharded, inputs, plan, tp_mesh)
     _compare_gradients(run, reference, sharded)

@@ -167,15 +167,13 @@ def _walked(step: PlannedStep, keep: int, backward: bool) -> PairedWalk | Except
             materialize_fake(model, step.dtype)
         given = step.fake_inputs(unsharded)
         reference = UnshardedRun(unsharded)
-        draws = Generators([step.model], "cpu").beyond_torch()  # that code decides by: both runs take one way
+        # code may decide by what it draws: the sharded run draws the same, and takes the same way
+        draws = Generators([step.model], "cpu").preserved(torchs=False)
         try:
-            with caches_forgotten(step.model):  # what the sharded run does not make itself would have no number
+            with draws, caches_forgotten(step.model):  # what the sharded run does not make itself would have no number
                 want, _ = _run_step(reference, unsharded, given, step.loss, None, backward)
         except Exception as error:
             return error
-        finally:
-            for set_state in draws:
-                set_state()
         length, counted = _counts_of_tokens(step, given)
         run = ShardedRun(parallel, reference, mesh, plan.modules, segments, 0 if counted[0] else length, counted)
         if counted[0] and length:

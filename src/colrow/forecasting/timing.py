@@ -54,6 +54,8 @@ _BY_RING = ("all_gather", "reduce_scatter", "all_reduce", "broadcast")
 OPERANDS = 15e12  # bytes/s of a matmul's operands beside its FLOPs; tells small matmuls from large ones
 CPU_BAND = 0.15
 """Half of the band where the CPU sets the pace: two hosts of one kind took 78 and 85 ms for the same step."""
+CPU_BOUND = 0.25
+"""A GPU that is idle for more than this share of a step waits for the CPU."""
 FP8_SHARE = 0.9  # of the matmuls of a fast plan; the head's stay in bf16
 
 

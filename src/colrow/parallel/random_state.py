@@ -63,11 +63,12 @@ class Generators:
         ]
 
     @contextmanager
-    def preserved(self) -> Iterator[None]:
-        """Leave every generator as it was."""
+    def preserved(self, *, torchs: bool = True) -> Iterator[None]:
+        """Leave every generator as it was; torch's global ones only if `torchs`."""
         restore = self.beyond_torch()
-        restore.append(_setter(torch.default_generator.set_state, torch.default_generator.get_state()))
-        if self._device.type == "cuda":
+        if torchs:
+            restore.append(_setter(torch.default_generator.set_state, torch.default_generator.get_state()))
+        if torchs and self._device.type == "cuda":
             restore.append(_setter(torch.cuda.set_rng_state, torch.cuda.get_rng_state()))
         try:
             yield

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import Placement
 from torch.utils.weak import WeakTensorKeyDictionary
 
 RANK_TABLES = WeakTensorKeyDictionary()
@@ -45,6 +46,19 @@ def summed(param: DTensor) -> Tensor:
 def same_on_all_ranks(param: DTensor) -> Tensor:
     """A replicated parameter used alike on every rank, or this rank's shard of a sharded one."""
     return param.to_local()
+
+
+def gathered(x: Tensor, mesh: DeviceMesh, layout: Placement) -> Tensor:
+    """The complete `x` as a local tensor that each rank uses in its own way: its gradient is a sum over ranks.
+
+    Args:
+        layout: of a plain tensor.
+    """
+    if not isinstance(x, DTensor):
+        x = DTensor.from_local(x, mesh, [layout], run_check=False)
+    if not x.placements[0].is_replicate():  # a redistribute that changes nothing would still reduce the gradient
+        x = x.redistribute(placements=[Replicate()])
+    return x.to_local(grad_placements=[Partial()])
 
 
 class DividedGradient(torch.autograd.Function):

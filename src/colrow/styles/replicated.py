@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
@@ -15,6 +15,7 @@ from colrow.styles.base import NegativeControl, OutputSegment, ParameterLayout, 
 from colrow.styles.heads import Heads, heads_of
 from colrow.styles.linear import Colwise
 from colrow.styles.options import option
+from colrow.styles.rank_tensors import gathered
 from colrow.styles.shards import ShardSpec, shard_parameters
 from colrow.styles.site import Site
 
@@ -30,17 +31,8 @@ class _ReplicatedStyle(ParallelStyle):
         shard_parameters(module, device_mesh, dict.fromkeys(names, self.spec), self.src_data_rank)
         layout = self.input_layout
         if layout is not None:
-            module.register_forward_pre_hook(lambda _, args: (_gathered(args[0], device_mesh, layout), *args[1:]))
+            module.register_forward_pre_hook(lambda _, args: (gathered(args[0], device_mesh, layout), *args[1:]))
         return module
-
-
-def _gathered(x: Tensor, mesh: DeviceMesh, layout: Placement) -> Tensor:
-    """The complete `x` as a local tensor that each rank uses in its own way: its gradient is a sum over ranks."""
-    if not isinstance(x, DTensor):
-        x = DTensor.from_local(x, mesh, [layout], run_check=False)
-    if not x.placements[0].is_replicate():  # a redistribute that changes nothing would still reduce the gradient
-        x = x.redistribute(placements=[Replicate()])
-    return x.to_local(grad_placements=[Partial()])
 
 
 @dataclass(frozen=True, kw_only=True)

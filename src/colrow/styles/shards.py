@@ -11,6 +11,7 @@ and gathers it when its module's forward reads the parameter.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any, ClassVar
@@ -18,14 +19,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from colrow.sharding.layout import Packed
 from colrow.sharding.local_view import View, view_parameters
 from colrow.sharding.packed_shard import PackedShard
 from colrow.styles.base import ParameterLayout, Style
 from colrow.styles.heads import Heads
-from colrow.styles.rank_tensors import rank_table, same_on_all_ranks, summed
+from colrow.styles.rank_tensors import gathered, rank_table, same_on_all_ranks, summed
 from colrow.styles.site import Site
 
 
@@ -52,6 +53,18 @@ class ShardSpec:
     kv: tuple[int, ...] = ()
     heads: int = 0
     kv_heads: int = 0
+
+    @classmethod
+    def declared(cls, dim: int, options: Mapping[str, Any], size: int) -> ShardSpec:
+        """Of a plan's options; `size` of the dim is the segment where they name none."""
+        return cls(
+            dim,
+            segments=tuple(options.get("segments") or (size,)),
+            replicated=tuple(options.get("replicated") or ()),
+            kv=tuple(options.get("kv") or ()),
+            heads=options.get("heads", 0),
+            kv_heads=options.get("kv_heads", 0),
+        )
 
     @property
     def uneven(self) -> bool:
@@ -174,10 +187,7 @@ class ShardSpec:
             parts = local.split(shards, dim)
             mine = torch.cat([part for i, part in enumerate(parts) if i in uneven], dim)
             # each rank uses gathered rows on its own heads: backward sums the terms where it scatters them
-            gathered = DTensor.from_local(mine, mesh, [Shard(dim)], run_check=False).redistribute(
-                placements=[Replicate()]
-            )
-            return torch.cat([local, gathered.to_local(grad_placements=[Partial()])], dim).index_select(dim, own)
+            return torch.cat([local, gathered(mine, mesh, Shard(dim))], dim).index_select(dim, own)
 
         return view
 
@@ -221,14 +231,7 @@ def specs_of(site: Site, style: str, shards: dict[str, Any]) -> dict[str, ShardS
                     f"dim {dim!r} of {name}, which has {param.ndim} dims, cannot be sharded",
                     f"give a number from 0 to {param.ndim - 1}",
                 )
-            specs[name] = ShardSpec(
-                dim,
-                segments=tuple(declared.get("segments") or (int(param.shape[dim]),)),
-                replicated=tuple(declared.get("replicated") or ()),
-                kv=tuple(declared.get("kv") or ()),
-                heads=declared.get("heads", 0),
-                kv_heads=declared.get("kv_heads", 0),
-            )
+            specs[name] = ShardSpec.declared(dim, declared, int(param.shape[dim]))
     return specs
 
 

@@ -55,9 +55,7 @@ class Course:
 def counts_of(model: nn.Module) -> Counts:
     """The numbers that modules keep; not those of torch's own modules."""
     found: Counts = {}
-    for name, module in model.named_modules():
-        if type(module).__module__.startswith("torch.nn."):
-            continue
+    for name, module in _own_modules(model):
         for key, buffer in module._buffers.items():
             if buffer is not None and buffer.numel() == 1 and _is_number(value := buffer.item()):
                 found[name, key, ""] = value
@@ -68,6 +66,13 @@ def counts_of(model: nn.Module) -> Counts:
             elif isinstance(value, dict) and not key.startswith("_"):
                 found |= {(name, key, k): v for k, v in value.items() if isinstance(k, str) and _is_number(v)}
     return found
+
+
+def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Those whose code is not torch's."""
+    for name, module in model.named_modules():
+        if not type(module).__module__.startswith("torch.nn."):
+            yield name, module
 
 
 def courses(first: Counts, second: Counts, third: Counts) -> dict[Counter, Course]:
@@ -87,9 +92,7 @@ def courses(first: Counts, second: Counts, third: Counts) -> dict[Counter, Cours
 def sizes_of(model: nn.Module) -> Sizes:
     """The lengths of lists and of other containers that modules keep, and the elements of tensors."""
     found = {}
-    for name, module in model.named_modules():
-        if type(module).__module__.startswith("torch.nn."):
-            continue
+    for name, module in _own_modules(model):
         for key, value in {**vars(module), **module._buffers}.items():
             if key not in _OF_EVERY_MODULE and isinstance(value, Sized):
                 found[name, key] = value.numel() if isinstance(value, Tensor) else len(value)
