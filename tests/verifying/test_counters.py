@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from colrow.verifying.counters import Counts, Course, counts_of, courses, numbers_met
+from colrow.verifying.counters import Counts, Course, Kept, TensorsRecord, courses, recording, set_counts
 from colrow.verifying.report import Report
 from colrow.verifying.verify import verify
 from helpers import broken_models as m
@@ -44,7 +44,7 @@ def judged(mlp: m.MLP) -> Report:
 @pytest.mark.parametrize(
     ("wrong", "kept", "seen_at"),
     [
-        (lambda n: n > 1000, "attribute", "counters at 1000"),
+        pytest.param(lambda n: n > 1000, "attribute", "counters at 1000", marks=pytest.mark.exhaustive),
         pytest.param(lambda n: n > 1000, "buffer", "counters at 1000", marks=pytest.mark.exhaustive),
         pytest.param(lambda n: n % 7 == 4, "attribute", "counters at 4", marks=pytest.mark.exhaustive),
         pytest.param(lambda n: n / 50 > 10.5, "attribute", "counters at 1000000", marks=pytest.mark.exhaustive),
@@ -73,21 +73,23 @@ def test_the_numbers_that_a_counter_meets(kept: str) -> None:
 
     def forward() -> Counts:
         model(x)
-        return counts_of(model)
+        return Kept.of(model).counts
 
-    found = courses(counts_of(model), forward(), forward())
-    assert found == {("", "calls", ""): Course(1)}
-    with numbers_met(model, found) as met:
+    found = courses(Kept.of(model).counts, forward(), forward())
+    assert found == {("", "calls"): Course(1)}
+    met = set[float]()
+    set_counts(model, {("", "calls"): recording(2, met)})
+    with TensorsRecord(met):
         model(x)
     assert {1000, 7, 4} <= met
 
 
 def test_what_no_counter_is() -> None:
     """A number that stays, and one that changes by what a batch holds."""
-    first, second, third = ({("", "size", ""): 4, ("", "norm", ""): norm} for norm in (0.0, 3.5, 2.9))
+    first, second, third = ({("", "size"): 4, ("", "norm"): norm} for norm in (0.0, 3.5, 2.9))
     assert courses(first, second, third) == {}
-    halved = [{("", "rate", ""): 2.0**-i} for i in range(3)]
-    assert courses(*halved) == {("", "rate", ""): Course(0.5, is_factor=True)}
+    halved = [{("", "rate"): 2.0**-i} for i in range(3)]
+    assert courses(*halved) == {("", "rate"): Course(0.5, is_factor=True)}
 
 
 class Cooling(m.MLP):

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.distributed.tensor.placement_types import Placement
 
 from colrow.sharding.layout import Packed, regions_at
-from colrow.verifying.counters import Counter, Course
+from colrow.verifying.counters import Counts, Course
+from colrow.verifying.kept_values import Path
 
 Shards = dict[int, Tensor]
 """The local tensor of each rank."""
@@ -101,7 +102,9 @@ class Reference:
         decided: its code drew random numbers on the host ([Note: deciding draws]).
         next_loss: of another forward after the step.
         training_failure: its exception in training mode, where the step is one in evaluation mode for that.
+        outside: the numbers kept outside of the model that the step changed, as they were before it.
         counters: how each forward changes what the model counts ([Note: counters]).
+        starts: the counters' numbers before the step; where `late`, behind one more forward, which made one of them.
         grows: each forward makes something longer that the model keeps.
     """
 
@@ -115,7 +118,10 @@ class Reference:
     decided: bool = False
     next_loss: float = 0.0
     training_failure: str = ""
-    counters: dict[Counter, Course] = field(default_factory=dict)
+    outside: Counts = field(default_factory=dict)
+    counters: dict[Path, Course] = field(default_factory=dict)
+    starts: Counts = field(default_factory=dict)
+    late: bool = False
     grows: bool = False
 
     def equals(self, other: Reference) -> bool:

@@ -2,31 +2,67 @@
 
 [Note: counters]
 Code may count its calls and compute something else after a number of them: a warm-up, a schedule, every seventh step.
-The first two forwards do not show that. A counter is a number, in a module's attribute, in a dict that is one, or in a
-buffer of one element, that two forwards in a row change by the same step or, a temperature, by the same factor. One
-more forward of the unsharded model shows which numbers its counters meet: those that they are compared with, divided by
-or multiplied with. The sharded model is compared with it where counters reach each of these numbers, and far behind.
+The first two forwards do not show that. A counter is a number, a tensor of one element or an `itertools.count`,
+wherever code keeps it ([Note: kept values]), that two forwards in a row, or their backwards, change by the same step
+or, a temperature, by the same factor. One more step of the unsharded model shows which numbers its counters meet: those
+that they are compared with, divided by or multiplied with. The sharded model is compared with it where counters reach
+each of these numbers, and far behind.
 What grows instead, such as a history, decides by its length, which meets no number that could be recorded. Where two
 forwards in a row make something longer, the models are compared after more forwards.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sized
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-Counter = tuple[str, str, str]
-"""A module's name, its attribute or buffer, and the key in it, where that is a dict."""
-Counts = dict[Counter, int | float]
+from colrow.verifying.kept_values import KeptValue, Path, is_number, kept_values, next_of
+
+Counts = dict[Path, int | float]
+Sizes = dict[Path, int]
 FAR = 1_000_000
-Sizes = dict[tuple[str, str], int]
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a model keeps at one moment.
+
+    Attributes:
+        counts: the numbers.
+        outside: those of them that are kept outside of the model.
+        sizes: the lengths of lists and of other containers, and the elements of tensors.
+    """
+
+    counts: Counts
+    outside: Counts
+    sizes: Sizes
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Kept:
+        """What it keeps now."""
+        found = cls({}, {}, {})
+        for kept in kept_values(model):
+            if (number := _number(kept.value)) is not None:
+                found.counts[kept.path] = number
+                if kept.outside:
+                    found.outside[kept.path] = number
+            if isinstance(kept.value, Sized) and not isinstance(kept.value, str | type):
+                found.sizes[kept.path] = kept.value.numel() if isinstance(kept.value, Tensor) else len(kept.value)
+        return found
+
+
+def _number(value: Any) -> int | float | None:
+    if isinstance(value, itertools.count):
+        value = next_of(value)
+    elif isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    return value if is_number(value) and math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
@@ -52,30 +88,7 @@ class Course:
         return FAR if self.by > 0 else -FAR
 
 
-def counts_of(model: nn.Module) -> Counts:
-    """The numbers that modules keep; not those of torch's own modules."""
-    found: Counts = {}
-    for name, module in _own_modules(model):
-        for key, buffer in module._buffers.items():
-            if buffer is not None and buffer.numel() == 1 and _is_number(value := buffer.item()):
-                found[name, key, ""] = value
-        of_classes = {k: v for cls in reversed(type(module).__mro__) for k, v in vars(cls).items() if _is_number(v)}
-        for key, value in {**of_classes, **vars(module)}.items():  # `self.calls += 1` makes an attribute of a class's
-            if _is_number(value):
-                found[name, key, ""] = value
-            elif isinstance(value, dict) and not key.startswith("_"):
-                found |= {(name, key, k): v for k, v in value.items() if isinstance(k, str) and _is_number(v)}
-    return found
-
-
-def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Those whose code is not torch's."""
-    for name, module in model.named_modules():
-        if not type(module).__module__.startswith("torch.nn."):
-            yield name, module
-
-
-def courses(first: Counts, second: Counts, third: Counts) -> dict[Counter, Course]:
+def courses(first: Counts, second: Counts, third: Counts) -> dict[Path, Course]:
     """The counters, by the numbers before and after each of two forwards."""
     found = {}
     for counter, a in first.items():
@@ -89,47 +102,33 @@ def courses(first: Counts, second: Counts, third: Counts) -> dict[Counter, Cours
     return found
 
 
-def sizes_of(model: nn.Module) -> Sizes:
-    """The lengths of lists and of other containers that modules keep, and the elements of tensors."""
-    found = {}
-    for name, module in _own_modules(model):
-        for key, value in {**vars(module), **module._buffers}.items():
-            if key not in _OF_EVERY_MODULE and isinstance(value, Sized):
-                found[name, key] = value.numel() if isinstance(value, Tensor) else len(value)
-    return found
-
-
 def grows(first: Sizes, second: Sizes, third: Sizes) -> bool:
     """Whether anything became longer in both of two forwards."""
     return any(third.get(key, 0) > size > first.get(key, 0) for key, size in second.items())
 
 
-def set_counts(model: nn.Module, counts: Mapping[Counter, int | float]) -> nn.Module:
-    """Give counters other numbers."""
-    for (name, key, entry), number in counts.items():
-        module = model.get_submodule(name)
-        if entry:
-            vars(module)[key][entry] = number
-        elif (buffer := module._buffers.get(key)) is not None:
-            buffer.fill_(number)
-        else:
-            setattr(module, key, number)
-    return model
+def set_counts(model: nn.Module, counts: Mapping[Path, int | float]) -> None:
+    """Give what `model` counts other numbers, wherever it keeps them."""
+    for kept in list(kept_values(model)) if counts else ():
+        if kept.path in counts:
+            _set(kept, counts[kept.path])
 
 
-@contextmanager
-def numbers_met(model: nn.Module, counters: Mapping[Counter, Course]) -> Iterator[set[float]]:
-    """Collects the numbers that the model's counters meet within; they record them from then on."""
-    met = set[float]()
-    counts = counts_of(model)
-    held = {c: counts[c] for c in counters if model.get_submodule(c[0])._buffers.get(c[1]) is None}
-    set_counts(model, {counter: _recording(number, met) for counter, number in held.items()})
-    with _BuffersRecord(met):
-        yield met
+def _set(kept: KeptValue, number: Any) -> None:
+    value = kept.value
+    if isinstance(value, Tensor):
+        value.detach().fill_(number)
+    elif isinstance(value, itertools.count):
+        # a generator keeps the type of a number that records, and a count makes it plain
+        kept.put(_counting_from(number) if type(number) in _RECORDING else itertools.count(number))
+    else:
+        kept.put(number)
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+def _counting_from(number: Any) -> Iterator[Any]:
+    while True:
+        yield number
+        number = number + 1
 
 
 class _Integer(int):
@@ -144,10 +143,14 @@ class _Float(float):
     __hash__ = float.__hash__
 
 
-def _recording(number: Any, met: set[float]) -> Any:
-    if not _is_number(number):
+_RECORDING = (_Integer, _Float)
+
+
+def recording(number: Any, met: set[float]) -> Any:
+    """A number that adds to `met` those that it meets, as do the results of what it is added to or multiplied with."""
+    if not is_number(number) or not math.isfinite(number):
         return number
-    counted = _Integer(number) if type(number) is int else _Float(number)
+    counted = _Float(number) if isinstance(number, float) else _Integer(number)
     counted.met = met
     return counted
 
@@ -155,7 +158,7 @@ def _recording(number: Any, met: set[float]) -> Any:
 def _operation(name: str, plain: type) -> Callable[[Any, Any], Any]:
     def run(self: Any, other: Any) -> Any:
         _record(self.met, other)
-        return _recording(getattr(plain, name)(self, other), self.met)
+        return recording(getattr(plain, name)(self, other), self.met)
 
     return run
 
@@ -166,7 +169,7 @@ for _name in (*_ARITHMETIC, "lt", "le", "gt", "ge", "eq", "ne"):
         setattr(_counted, f"__{_name}__", _operation(f"__{_name}__", _plain))
 
 
-class _BuffersRecord(TorchFunctionMode):
+class TensorsRecord(TorchFunctionMode):
     """Records the numbers that tensors of one element meet, and makes what is read from them record too."""
 
     def __init__(self, met: set[float]) -> None:
@@ -180,7 +183,7 @@ class _BuffersRecord(TorchFunctionMode):
             for other in args[1:]:
                 _record(self.met, other)
             if func in (Tensor.item, Tensor.__int__, Tensor.__float__):
-                return _recording(result, self.met)
+                return recording(result, self.met)
         return result
 
 

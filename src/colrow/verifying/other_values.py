@@ -24,7 +24,7 @@ from torch.distributed.tensor import Replicate
 from colrow.dryrun.calls import Inputs
 from colrow.sharding.parameter_state import copied_model
 from colrow.verifying.comparison import Errors, Observed, Reference, Sharded, compare
-from colrow.verifying.counters import Counts, counts_of, numbers_met, set_counts
+from colrow.verifying.counters import Counts, TensorsRecord, recording
 from colrow.verifying.double_casts import Rounding
 from colrow.verifying.host_draws import Extreme
 from colrow.verifying.step import Task, reference_step
@@ -94,10 +94,12 @@ def counted_values(task: Task, reference: Reference) -> Iterator[OtherValues]:
     """With other numbers in the model's counters ([Note: counters]); none for a model without counters."""
     if not reference.counters:
         return
-    counts, model = counts_of(task.model), copied_model(task.model)
-    starts = {counter: counts[counter] for counter in reference.counters}
-    with numbers_met(model, reference.counters) as met, suppress(Exception):  # code may refuse numbers that record
-        reference_step(replace(task, next_forward=False), model)
+    starts, met = reference.starts, set[float]()
+    if reference.late:
+        task = replace(task, forwards=task.forwards + 1)
+    recorded: Counts = {counter: recording(number, met) for counter, number in starts.items()}
+    with TensorsRecord(met), suppress(Exception):  # code may refuse numbers that record
+        reference_step(replace(task, next_forward=False, counts=task.counts | recorded), copied_model(task.model))
     led = {
         number: [counter for counter, start in starts.items() if reference.counters[counter].leads_to(number, start)]
         for number in sorted(met, key=abs)
@@ -110,9 +112,8 @@ def counted_values(task: Task, reference: Reference) -> Iterator[OtherValues]:
     far = {counter: reference.counters[counter].far(start) for counter, start in starts.items()}
     changes.append((next(iter(far.values())), far))
     for number, change in changes:
-        changed = replace(
-            task, model=set_counts(copied_model(task.model), {c: type(starts[c])(n) for c, n in change.items()})
-        )
+        counts: Counts = {counter: type(starts[counter])(n) for counter, n in change.items()}
+        changed = replace(task, counts=task.counts | counts)
         if (found := with_reference(f"counters at {number:.7g}", changed)) is not None:
             yield found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -23,10 +23,11 @@ from colrow.sharding.draws import Draw
 from colrow.sharding.grad_norm import align_gradients
 from colrow.sharding.layout import packed_of, waited_local
 from colrow.verifying.comparison import Observed, Reference, Sharded, Shards
-from colrow.verifying.counters import counts_of, courses, grows, sizes_of
+from colrow.verifying.counters import Counts, Kept, courses, grows, set_counts
 from colrow.verifying.double_casts import DoubleCasts
 from colrow.verifying.dropout import without_dropout
 from colrow.verifying.host_draws import Extreme, HostDraws
+from colrow.verifying.kept_values import kept_values_restored
 
 T = TypeVar("T")
 
@@ -52,19 +53,28 @@ class Task:
     """Run another forward after the step: what a module keeps in an attribute reaches that one first."""
     forwards: int = 0
     """Forwards before the step, for a model that keeps what grows with each."""
+    counts: Counts = field(default_factory=dict)
+    """What the model counts behind those forwards; of numbers that it keeps outside, also what they are at the start of
+    a step, since other processes have their own."""
     extreme: Extreme | None = None
     """Where the first random numbers lie that code draws on the host ([Note: deciding draws])."""
 
 
 def reference_step(task: Task, model: nn.Module) -> Reference:
     """The step of the unsharded model, which is changed in place."""
+    with kept_values_restored(model):
+        return _reference_step(task, model)
+
+
+def _reference_step(task: Task, model: nn.Module) -> Reference:
     inputs = Inputs.of(task.inputs)
     off = task.draws is None
     with without_dropout(model, off=off) as dropout, HostDraws(model, task.seed, task.extreme) as host:
         for _ in range(task.forwards):
             _call(task, model)
+        set_counts(model, task.counts)
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        first, first_sizes = counts_of(model), sizes_of(model)
+        first = Kept.of(model)
         state = torch.get_rng_state()
         with DrawsSeen() as seen:
             output = _call(task, model)
@@ -73,17 +83,27 @@ def reference_step(task: Task, model: nn.Module) -> Reference:
         after_forward = _copies(model, written)
         loss = task.loss(output, inputs.given)
         loss.backward()
-    second, second_sizes = counts_of(model), sizes_of(model)
+    second = Kept.of(model)
     gradients = {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
     _optimizer(model).step()
     parameters = {name: param.detach() for name, param in model.named_parameters()}
     buffers = _at(AFTER_FORWARD, after_forward) | _at(AFTER_STEP, _copies(model, written))
     found = Reference(loss.item(), gradients, parameters, buffers, written, dropout.seen, drew, host.drew)
+    found.outside = {path: n for path, n in first.outside.items() if second.counts.get(path) != n}
     if task.next_forward:
         with HostDraws(model, task.seed + 1, task.extreme), without_dropout(model, off=off):
-            found.next_loss = task.loss(_call(task, model), inputs.given).item()
-        found.counters = courses(first, second, counts_of(model))
-        found.grows = grows(first_sizes, second_sizes, sizes_of(model))
+            loss = task.loss(_call(task, model), inputs.given)
+            found.next_loss = loss.item()
+            if first.counts != second.counts:  # backward may count too
+                loss.backward()
+            third = Kept.of(model)
+            found.grows = grows(first.sizes, second.sizes, third.sizes)
+            found.late = bool(second.counts.keys() - first.counts.keys())
+            if found.late:
+                task.loss(_call(task, model), inputs.given).backward()
+                first, second, third = second, third, Kept.of(model)
+        found.counters = courses(first.counts, second.counts, third.counts)
+        found.starts = {path: first.counts[path] for path in found.counters}
     return found
 
 
@@ -116,12 +136,20 @@ def sharded_step(
 
     `shards_of` returns a local tensor's value on each rank that runs in this process.
     """
+    with kept_values_restored(model):
+        return _sharded_step(task, model, plan, mesh, shards_of)
+
+
+def _sharded_step(
+    task: Task, model: nn.Module, plan: Plan, mesh: DeviceMesh, shards_of: Callable[[Tensor], Shards]
+) -> Observed:
     parallelize(model, plan, mesh)
     arrange_draws(model, task.draws or {}, mesh)
     off = task.draws is None
     with HostDraws(model, task.seed, task.extreme), loss_context(plan, mesh), without_dropout(model, off=off):
         for _ in range(task.forwards):
             _forward(task, model, plan)
+        set_counts(model, task.counts)
         output = _forward(task, model, plan)
         buffers = _at(AFTER_FORWARD, _buffers(model, task.written_buffers, shards_of))
         loss = _loss(task, output, plan)

@@ -262,7 +262,7 @@ def _reference(task: Task) -> tuple[Task, Reference, bool]:
         try:
             with rounding:
                 reference = reference_step(wanted, copied_model(task.model))
-            return replace(wanted, written_buffers=reference.written), reference, not rounding.seen
+            return _with_written(wanted, reference), reference, not rounding.seen
         except PlanError:
             raise
         except Exception:
@@ -270,7 +270,7 @@ def _reference(task: Task) -> tuple[Task, Reference, bool]:
     single = replace(task, model=copied_model(task.model).float(), inputs=Inputs.of(task.inputs).map(_to_fp32))
     try:
         reference = reference_step(single, copied_model(single.model))
-        return replace(single, written_buffers=reference.written), reference, False
+        return _with_written(single, reference), reference, False
     except Exception as error:
         if task.model.training:  # it may train with arguments that nobody gave
             in_eval, reference, exact = _reference(replace(task, model=copied_model(task.model).eval()))
@@ -280,6 +280,10 @@ def _reference(task: Task) -> tuple[Task, Reference, bool]:
             f"{type(task.model).__name__} itself does not run on the CPU, neither in fp64 nor in fp32 "
             f"({type(error).__name__}: {error}): pass inputs=(...) that it takes"
         ) from error
+
+
+def _with_written(task: Task, reference: Reference) -> Task:
+    return replace(task, written_buffers=reference.written, counts=reference.outside)
 
 
 def _to_fp32(x: Any) -> Any:

@@ -1,0 +1,239 @@
+"""Every value that a model's code can keep from one forward to the next, wherever it keeps it.
+
+[Note: kept values]
+Beside attributes and buffers, code keeps values outside of the model: in globals of its file, in cells that functions
+close over, in attributes of functions and classes, in default arguments, and in objects, lists and dicts that any of
+these hold. A deep copy of the model shares them. So each step begins with those of the caller, who gets them back; and
+they are reached from the model's code, so that other processes find them by the same path.
+Code of torch, of Python and of the libraries in `_LIBRARIES` is not followed.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import sys
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from colrow.dryrun.block_kinds import code_set_on
+
+Path = tuple[str, ...]
+"""How a value is reached: a module's name, then an attribute or key at each step."""
+_LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "transformers", "colrow"}
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_MOST_ENTRIES = 64
+"""Longer containers are histories or data; what they hold is not followed."""
+_DEEPEST = 12
+_CALLED = ("__init__", "__call__", "__getattr__", "__torch_function__")
+_CACHED_FUNCTION = type(functools.cache(lambda: None))
+_NOT_FOLLOWED = (bool, str, bytes, Tensor, itertools.count)
+
+
+@dataclass(frozen=True)
+class KeptValue:
+    """A value and where it is kept.
+
+    Attributes:
+        put: gives its place another value.
+        outside: of the model.
+    """
+
+    path: Path
+    value: Any
+    put: Callable[[Any], None]
+    outside: bool
+
+
+def kept_values(model: nn.Module) -> Iterator[KeptValue]:
+    """All of them, each place once."""
+    walk = _Walk()
+    for name, module in model.named_modules():
+        if not type(module).__module__.startswith("torch.nn."):
+            yield from walk.module((name,), module, False)
+        for key, code in code_set_on(module):
+            yield from walk.value((name, key), code, _unsettable, False)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a counter could be such a value."""
+    return type(value) in (int, float) or isinstance(value, np.integer | np.floating)
+
+
+@contextmanager
+def kept_values_restored(model: nn.Module) -> Iterator[None]:
+    """Afterwards the values outside of the model are those of before."""
+    before = [kept for kept in kept_values(model) if kept.outside]
+    contents = [(kept, _copy(kept.value)) for kept in before]
+    try:
+        yield
+    finally:
+        for kept, content in contents:
+            _give_back(kept, content)
+        bound = {kept.path: kept.value for kept in kept_values(model)}
+        for kept, content in contents:
+            value = content if isinstance(kept.value, itertools.count) else kept.value
+            if bound.get(kept.path) is not value:
+                kept.put(value)
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, itertools.count):
+        return copied_count(value)
+    return value.copy() if isinstance(value, list | deque | set | dict) else None
+
+
+def _give_back(kept: KeptValue, content: Any) -> None:
+    value = kept.value
+    if isinstance(value, Tensor):
+        if value.shape == content.shape:
+            value.detach().copy_(content)
+    elif content is not None and not isinstance(value, itertools.count):
+        value.clear()
+        value.extend(content) if isinstance(value, list | deque) else value.update(content)
+
+
+def next_of(count: itertools.count[Any]) -> Any:
+    """The number that it will give next."""
+    return count.__reduce__()[1][0]
+
+
+def copied_count(count: itertools.count[Any]) -> itertools.count[Any]:
+    """Another one that goes on where it stands."""
+    return itertools.count(*count.__reduce__()[1])
+
+
+def _unsettable(value: Any) -> None:
+    """Of what cannot be changed in its place, such as an element of a tuple."""
+
+
+class _Walk:
+    def __init__(self) -> None:
+        self._entered: dict[int, Any] = {}  # by identity; held so that none is used again
+        self._globals: set[tuple[int, str]] = set()
+
+    def module(self, path: Path, module: nn.Module, outside: bool) -> Iterator[KeptValue]:
+        if not self._enter(module):
+            return
+        attributes = {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE}
+        yield from self.attributes(path, module, {**attributes, **module._buffers}, outside)
+
+    def attributes(self, path: Path, holder: Any, held: dict[str, Any], outside: bool) -> Iterator[KeptValue]:
+        """Those of an object, and of its classes: `self.calls += 1` makes an attribute of a class's one."""
+        own = [cls for cls in type(holder).__mro__ if _is_own(cls.__module__)]
+        of_classes = {k: v for cls in reversed(own) for k, v in vars(cls).items() if is_number(v) or _is_counter(v)}
+        for key, value in {**of_classes, **held}.items():
+            yield from self.value((*path, key), value, functools.partial(setattr, holder, key), outside)
+        for cls in own:
+            yield from self.value((*path, cls.__qualname__), cls, _unsettable, True)
+
+    def value(self, path: Path, value: Any, put: Callable[[Any], None], outside: bool) -> Iterator[KeptValue]:
+        """One value, and what is reached from it."""
+        yield KeptValue(path, value, put, outside)
+        if value is None or isinstance(value, _NOT_FOLLOWED) or is_number(value):
+            return
+        if len(path) < _DEEPEST and self._enter(value):
+            yield from self._inside(path, value, outside)
+
+    def _inside(self, path: Path, value: Any, outside: bool) -> Iterator[KeptValue]:
+        found: Iterable[tuple[str, Any, Callable[[Any], None]]] = ()
+        if isinstance(value, types.FunctionType):
+            yield from self.function(path, value)
+        elif isinstance(value, type):
+            if _is_own(value.__module__):
+                items = [(k, v) for k, v in vars(value).items() if not k.startswith("__") or k in _CALLED]
+                found, outside = [(k, v, functools.partial(setattr, value, k)) for k, v in items], True
+        elif isinstance(value, nn.Module):
+            yield from self.module(path, value, outside)
+        elif isinstance(value, dict):
+            if len(value) <= _MOST_ENTRIES:
+                found = [(str(k), v, functools.partial(value.__setitem__, k)) for k, v in list(value.items())]
+        elif isinstance(value, list | deque):
+            if len(value) <= _MOST_ENTRIES:
+                found = [(str(i), v, functools.partial(value.__setitem__, i)) for i, v in enumerate(list(value))]
+        elif code := _code_in(value):
+            found = [(str(i), v, _unsettable) for i, v in enumerate(code)]
+        elif isinstance(value, types.SimpleNamespace) or (
+            _is_own(type(value).__module__) and hasattr(value, "__dict__")
+        ):
+            yield from self.attributes(path, value, dict(vars(value)), outside)
+        for key, inner, put in found:
+            yield from self.value((*path, key), inner, put, outside)
+
+    def function(self, path: Path, function: types.FunctionType) -> Iterator[KeptValue]:
+        if not _is_own(function.__module__ or ""):
+            return
+        names = sorted(_names(function.__code__))
+        namespace: Any = function.__globals__
+        for name in names:
+            if name in namespace and self._is_new(namespace, name):
+                yield from self.value((*path, "global", name), namespace[name], _setter(namespace, name), True)
+                file = namespace[name]
+                if isinstance(file, types.ModuleType) and _is_own(file.__name__):
+                    for key in names:
+                        if key in vars(file) and self._is_new(vars(file), key):
+                            put = functools.partial(setattr, file, key)
+                            yield from self.value((*path, "global", name, key), vars(file)[key], put, True)
+        for i, cell in enumerate(function.__closure__ or ()):
+            if self._enter(cell) and cell != types.CellType():  # an empty one is of a name that is not bound yet
+                put = functools.partial(setattr, cell, "cell_contents")
+                yield from self.value((*path, "closure", str(i)), cell.cell_contents, put, True)
+        yield from self.value((*path, "attributes"), vars(function), _unsettable, True)
+        for i, default in enumerate((*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())):
+            yield from self.value((*path, "default", str(i)), default, _unsettable, True)
+
+    def _enter(self, value: Any) -> bool:
+        is_new = id(value) not in self._entered
+        self._entered[id(value)] = value
+        return is_new
+
+    def _is_new(self, namespace: dict[str, Any], name: str) -> bool:
+        place = id(namespace), name
+        is_new = place not in self._globals
+        self._globals.add(place)
+        return is_new
+
+
+def _setter(namespace: dict[str, Any], name: str) -> Callable[[Any], None]:
+    return functools.partial(namespace.__setitem__, name)
+
+
+def _is_counter(value: Any) -> bool:
+    return isinstance(value, itertools.count)
+
+
+def _is_own(module: str) -> bool:
+    """Whether code of this file is a user's."""
+    return bool(module) and module.partition(".")[0] not in _LIBRARIES
+
+
+def _code_in(value: Any) -> tuple[Any, ...]:
+    """What is reached from callables and tuples."""
+    if isinstance(value, tuple):
+        return value
+    if isinstance(value, types.MethodType):
+        return value.__func__, value.__self__
+    if isinstance(value, functools.partial):
+        return value.func, *value.args, *value.keywords.values()
+    if isinstance(value, property):
+        return tuple(f for f in (value.fget, value.fset) if f is not None)
+    if isinstance(value, staticmethod | classmethod):
+        return (value.__func__,)
+    if isinstance(value, _CACHED_FUNCTION):
+        return (vars(value).get("__wrapped__"),)
+    return (value.func,) if isinstance(value, functools.cached_property) else ()
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """The globals and attributes that code names, that of functions inside it too."""
+    inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
+    return set(code.co_names).union(*map(_names, inner))

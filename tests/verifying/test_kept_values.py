@@ -1,0 +1,180 @@
+"""What code counts outside of its model is found, set on both models, and given back."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from colrow.sharding.parameter_state import copied_model
+from colrow.verifying.counters import Counts, Course, Kept, courses, set_counts
+from colrow.verifying.kept_values import kept_values_restored
+from colrow.verifying.report import Report
+from colrow.verifying.verify import verify
+from helpers import broken_models as m
+from helpers.broken_plans import gpt_plan
+
+CALLS, TABLE, OBJECT, ITERATOR, TENSOR = 0, {"run": [0]}, SimpleNamespace(calls=0), itertools.count(), torch.zeros(())
+
+
+class Registry:
+    calls = 0
+
+
+def in_global() -> Any:
+    global CALLS
+    CALLS += 1
+    return CALLS
+
+
+def in_table() -> Any:
+    TABLE["run"][0] += 1
+    return TABLE["run"][0]
+
+
+def in_object() -> Any:
+    OBJECT.calls += 1
+    return OBJECT.calls
+
+
+def in_other_class() -> Any:
+    Registry.calls += 1
+    return Registry.calls
+
+
+def in_function() -> Any:
+    in_function.calls = getattr(in_function, "calls", 0) + 1  # type: ignore[attr-defined]
+    return in_function.calls  # type: ignore[attr-defined]
+
+
+def in_default(counted: list[int] = [0]) -> Any:  # noqa: B006
+    counted[0] += 1
+    return counted[0]
+
+
+def in_iterator() -> Any:
+    return next(ITERATOR) + 1
+
+
+def in_tensor() -> Any:
+    TENSOR.add_(1)
+    return TENSOR.item()
+
+
+def _closing() -> Callable[[], Any]:
+    calls = 0
+
+    def count() -> Any:
+        nonlocal calls
+        calls += 1
+        return calls
+
+    return count
+
+
+in_closure = _closing()
+PLACES = [in_global, in_table, in_object, in_other_class, in_function, in_default, in_iterator, in_tensor, in_closure]
+
+
+def counted(count: Callable[[], Any]) -> Callable[[Any], Any]:
+    """A decorator, as users write them: the counter is behind what it closes over."""
+
+    def decorate(forward: Any) -> Any:
+        @functools.wraps(forward)
+        def run(self: Any, x: Tensor) -> Any:
+            return forward(self, x, count())
+
+        return run
+
+    return decorate
+
+
+def counting(count: Callable[[], Any], wrong: Callable[[int], bool]) -> m.MLP:
+    """A softmax over a rank's features where `wrong` says so of the count."""
+
+    class Counting(m.MLP):
+        @counted(count)
+        def forward(self, x: Tensor, calls: int) -> Tensor:
+            h = self.up(x)
+            return self.down(h.softmax(-1) if wrong(calls) else h * min(1.0, calls / 4))
+
+    return Counting()
+
+
+def judged(mlp: m.MLP) -> Report:
+    torch.manual_seed(0)
+    return verify(m.Gpt(mlp=lambda: mlp, layers=1), gpt_plan(), 2, backend="local")
+
+
+@pytest.mark.parametrize("count", PLACES, ids=lambda count: count.__qualname__)
+def test_a_counter_is_found_set_and_given_back(count: Callable[[], Any]) -> None:
+    model, x = counting(count, lambda n: False), torch.randn(1, 2, m.D)
+    before = Kept.of(model).counts
+    with kept_values_restored(model):
+        seen = list[Counts]()
+        for _ in range(3):
+            model(x)
+            seen.append(Kept.of(model).counts)
+        found = courses(*seen)
+        assert list(found.values()) == [Course(1)]
+        set_counts(copied_model(model), dict.fromkeys(found, 41))
+        assert count() in (42, 42.0)
+    assert Kept.of(model).counts == before
+
+
+@pytest.mark.parametrize(
+    "count",
+    [in_global, *(pytest.param(count, marks=pytest.mark.exhaustive) for count in PLACES[1:])],
+    ids=lambda count: count.__qualname__,
+)
+def test_a_branch_of_what_is_counted_outside(count: Callable[[], Any]) -> None:
+    before = count()
+    found = judged(counting(count, lambda n: n > 1000))
+    assert found.verdict == "wrong"
+    assert found.cause.startswith("with counters at 1000: ")
+    assert count() == before + 1
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("count", PLACES, ids=lambda count: count.__qualname__)
+def test_what_is_right_at_every_count_stays_proved(count: Callable[[], Any]) -> None:
+    """Both models are compared at the same counts: a factor grows over the first calls."""
+    assert judged(counting(count, lambda n: False)).ok
+
+
+def backward_calls(wrong: Callable[[int], bool]) -> m.MLP:
+    """Counts in backward; then the gradient gets a softmax over a rank's features."""
+
+    class Counted(torch.autograd.Function):
+        calls = 0
+
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Tensor:
+            Counted.calls += 1
+            return grads[0].softmax(-1) if wrong(Counted.calls) else grads[0]
+
+    class Counting(m.MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(Counted.apply(self.up(x)))
+
+    return Counting()
+
+
+@pytest.mark.exhaustive
+def test_a_branch_of_what_backward_counts() -> None:
+    assert judged(backward_calls(lambda n: n > 500)).cause.startswith("with counters at 500: ")
+
+
+@pytest.mark.exhaustive
+def test_what_backward_counts_stays_proved() -> None:
+    assert judged(backward_calls(lambda n: False)).ok
