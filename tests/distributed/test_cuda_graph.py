@@ -18,9 +18,18 @@ AUTO = {"cuda_graph": "auto"}
 pytestmark = [pytest.mark.distributed, pytest.mark.cuda]
 
 
-def chosen(device: str, folder: Path, name: str, waits: bool | None) -> list[Any]:
+FLAT = {
+    "shard": ({"dp_shard": 2}, {}),
+    "replicate": ({"dp_replicate": 2}, {}),
+    "gather": ({"dp_shard": 2}, {"gather": "copy_engine"}),
+    "exchange": ({"dp_shard": 2}, {"exchange": "copy_engine"}),
+    "engines": ({"dp_shard": 2}, {"gather": "copy_engine", "exchange": "copy_engine"}),
+}
+
+
+def chosen(device: str, folder: Path, name: str, waits: bool | None, mesh: dict[str, Any]) -> list[Any]:
     """A run with `auto`; `waits` stands for what the measured step finds."""
-    from colrow.train import cuda_graph
+    from colrow.train import cuda_graph, setup
 
     found: list[bool] = []
     measure = cuda_graph.gpu_waits
@@ -29,13 +38,25 @@ def chosen(device: str, folder: Path, name: str, waits: bool | None) -> list[Any
         found.append(measure(enqueued, done) if waits is None else waits)
         return found[-1]
 
-    config = a_run(folder, name, mesh={"tp": 2}, plan="llama-fast", loss="linear", train={"steps": 8, **AUTO})
-    with mock.patch.object(cuda_graph, "gpu_waits", seen):
+    config = a_run(folder, name, mesh=mesh, plan="llama-fast", loss="linear", train={"steps": 8, **AUTO})
+    # on data axes `auto` captures nothing yet
+    with (
+        mock.patch.object(cuda_graph, "gpu_waits", seen),
+        mock.patch.object(setup, "can_be_captured", return_value=True),
+    ):
         train(device, config)
     return found
 
 
-def run(device: str, folder: Path, name: str, eager_steps: int, stop_after: int | None, section: dict[str, Any]) -> Any:
+def run(
+    device: str,
+    folder: Path,
+    name: str,
+    eager_steps: int,
+    stop_after: int | None,
+    section: dict[str, Any],
+    **sections: dict[str, Any],
+) -> Any:
     from colrow.train import setup
 
     eager_before, setup.EAGER_STEPS = setup.EAGER_STEPS, eager_steps
@@ -43,13 +64,13 @@ def run(device: str, folder: Path, name: str, eager_steps: int, stop_after: int 
         config = a_run(
             folder,
             name,
-            mesh={"tp": 2},
+            **{"mesh": {"tp": 2}, **sections},
             plan="llama-fast",
             loss="linear",
             eval={"every": 4, "batches": 1},
             train={"steps": 8, **section},
         )
-        return train(device, config, stop_after)[:2]
+        return train(device, config, stop_after)
     finally:
         setup.EAGER_STEPS = eager_before
 
@@ -78,14 +99,44 @@ def test_replayed_steps_are_those_run_one_by_one(ranks: Ranks, tmp_path: Path) -
     assert replayed[-1]["loss"] < replayed[0]["loss"] - 0.05, "the weights that a replay reads are the new ones"
 
 
-def test_auto_captures_where_the_gpu_waits_for_the_cpu(ranks: Ranks, tmp_path: Path) -> None:
+def flat_run(device: str, folder: Path, name: str, eager_steps: int, stop_after: int | None, case: str) -> Any:
+    """Three micro-batches a step: the first, the last and the one between are graphs of their own."""
+    mesh, fsdp = FLAT[case]
+    section = {"cuda_graph": True, "global_batch": 12, "micro_batch": 2}
+    more: dict[str, Any] = {"mesh": {**mesh, "data_engine": "flat"}, "fsdp": fsdp}
+    return run(device, folder, name, eager_steps, stop_after, section, model={"shape": "laptop", "layers": 3}, **more)
+
+
+@pytest.mark.parametrize("case", FLAT)
+def test_replayed_steps_on_flat_data_axes_are_those_run_one_by_one(ranks: Ranks, tmp_path: Path, case: str) -> None:
+    if ranks.device != "cuda":
+        pytest.skip("needs --device cuda")
+    write_text(tmp_path)
+    group = ranks(2)
+    ran = {
+        name: group.run(flat_run, tmp_path, name, steps, None, case) for name, steps in (("eager", 100), ("graphs", 2))
+    }
+    assert "CUDA graphs" in " ".join(ran["graphs"][0][2].split())  # the line is wrapped
+    for ended in group.run(flat_run, tmp_path, "parts", 2, 5, case):
+        assert ended[1], "it was stopped"
+    group.run(flat_run, tmp_path, "parts", 2, None, case)
+    eager, replayed, parts = (figures(tmp_path / name / "metrics.jsonl") for name in ("eager", "graphs", "parts"))
+    assert [record["step"] for record in replayed] == list(range(1, 9))
+    for one, record, part in zip(eager, replayed, parts, strict=True):
+        assert record == pytest.approx(one, rel=1e-5)
+        assert part == pytest.approx(one, rel=1e-5)
+    assert replayed[-1]["loss"] < replayed[0]["loss"] - 0.05, "the weights that a replay reads are the new ones"
+
+
+@pytest.mark.parametrize("mesh", [{"tp": 2}, {"dp_shard": 2, "data_engine": "flat"}], ids=["tp", "shard"])
+def test_auto_captures_where_the_gpu_waits_for_the_cpu(ranks: Ranks, tmp_path: Path, mesh: dict[str, Any]) -> None:
     """A tiny model is CPU-bound; a capture, or none, changes no figure."""
     if ranks.device != "cuda":
         pytest.skip("needs --device cuda")
     write_text(tmp_path)
     # a rank's GPU may have to wait for the other rank; one that waits for its CPU decides
-    assert any(waits for (waits,) in ranks(2).run(chosen, tmp_path, "measured", None))
-    assert ranks(2).run(chosen, tmp_path, "declined", False) == [[False]] * 2
+    assert any(waits for (waits,) in ranks(2).run(chosen, tmp_path, "measured", None, mesh))
+    assert ranks(2).run(chosen, tmp_path, "declined", False, mesh) == [[False]] * 2
     measured, declined = (figures(tmp_path / name / "metrics.jsonl") for name in ("measured", "declined"))
     for one, record in zip(measured, declined, strict=True):
         assert record == pytest.approx(one, rel=1e-5)

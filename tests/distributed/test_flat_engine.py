@@ -29,6 +29,8 @@ from colrow.parallel.compile import compile_forward
 from colrow.parallel.flat_unit import FlatUnit
 from colrow.parallel.flat_weights import FlatWeights, check_data_engine
 from colrow.train.setup import Training
+from helpers.flat_graphs import CASES as GRAPHED
+from helpers.flat_graphs import apart_when_replayed
 from helpers.flat_peers import by_peers, exchanged_by_peers, flat
 from helpers.harness import Ranks
 from helpers.variants import collected, params
@@ -292,6 +294,8 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "bf16": (low_precision,),
     "evaluated": (evaluated,),
     "refused": (refused,),
+    "replayed": (apart_when_replayed, GRAPHED[2]["shard2"]),
+    "without restore": (apart_when_replayed, GRAPHED[2]["without restore"]),
     "peers": (partial(by_peers, barriers=True), {"dp_shard": 2}),
     "without barriers": (partial(by_peers, barriers=False), {"dp_shard": 2}),
     "peers exchange": (exchanged_by_peers, {"dp_shard": 2}, Path),
@@ -373,6 +377,11 @@ def test_shards_that_are_not_kept_are_cast(results: Results, world: int, name: s
 @pytest.mark.parametrize(("world", "name"), pairs(["evaluated"]))
 def test_evaluation_sees_the_weights_of_now(results: Results, world: int, name: str) -> None:
     assert max(results(world, name)) < TOLERANCE
+
+
+@pytest.mark.parametrize(("world", "name"), pairs(["replayed"]))
+def test_a_replayed_step_has_the_bits_of_an_eager_one(results: Results, world: int, name: str) -> None:
+    assert max(results(world, name)) == 0.0
 
 
 @pytest.mark.parametrize(("world", "name"), pairs(["bf16"]))

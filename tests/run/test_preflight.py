@@ -63,8 +63,8 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
         ({"train.fp8": "tensorwise"}, "plan llama has no style with the option fp8"),
         ({"train.fp8": "tensorwise", "mesh.tp": 1}, "the mesh is 1 process: set train.fp8 to null"),
         ({"train.cuda_graph": True}, "train.cuda_graph needs a GPU"),
-        ({"train.cuda_graph": True, "mesh.dp_shard": 2}, "train.cuda_graph works with mesh.tp alone"),
-        ({"train.cuda_graph": True, "mesh.pp": 2}, "train.cuda_graph works with mesh.tp alone"),
+        ({"train.cuda_graph": True, "mesh.dp_shard": 2}, "train.cuda_graph cannot capture FSDP2"),
+        ({"train.cuda_graph": True, "mesh.pp": 2}, "train.cuda_graph cannot capture a pipeline"),
         (
             {"train.cuda_graph": True, "train.activation_checkpoint": "full"},
             "recomputation, .*set train.cuda_graph to false$",

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -140,6 +140,20 @@ class FlatParameter:
         return shards[..., self.at : self.at + self.copy.numel()]
 
 
+class UnitState(NamedTuple):
+    """What decides which kernels the rest of a step runs for a unit.
+
+    Attributes:
+        gathered: whether its buffer holds it.
+        has_sum: whether gradients are added to those of a micro-batch before.
+        uses: by parameter.
+    """
+
+    gathered: bool
+    has_sum: bool
+    uses: tuple[int, ...]
+
+
 class FlatUnit:
     """The parameters of `owners`, gathered and reduced together.
 
@@ -180,7 +194,7 @@ class FlatUnit:
         self._exchange: tuple[GradientExchange | None, list[Tensor]] | None = None
         """The exchange that was started, and this rank's gradients, which it sends."""
         self._reduction: Any = None
-        self._has_sum = False
+        self._has_sum = self._holds_memory = False
         self.reduced = False
         """Whether its gradients have been sent in the running backward."""
 
@@ -277,7 +291,7 @@ class FlatUnit:
         (exchange, grads), self._exchange = self._exchange, None
         received = None if exchange is None else exchange.received()
         if not self._has_sum:
-            self._gradient.untyped_storage().resize_(self._bytes)
+            self._allocate_sums()
         if received is None:
             foreach("add_" if self._has_sum else "copy_", self._sums, [grad.view(-1) for grad in grads])
         else:
@@ -322,9 +336,32 @@ class FlatUnit:
         for each in self.trained:
             each.use = UNUSED
             each.param.grad = None
-        if self._has_sum:
+        if self._has_sum and not self._holds_memory:
             self._gradient.untyped_storage().resize_(0)
-            self._has_sum = False
+        self._has_sum = False
+
+    def hold_memory(self) -> None:
+        """Keep the memory of gradients between steps, at one address."""
+        self._holds_memory = True
+        if self.trained:
+            self._allocate_sums()
+
+    @property
+    def state(self) -> UnitState:
+        """What a step has done with the unit so far."""
+        return UnitState(self.buffer.holds is self, self._has_sum, tuple(each.use for each in self.params))
+
+    def restore(self, state: UnitState) -> None:
+        if state.gathered:
+            self.buffer.holds = self
+        self._has_sum = state.has_sum
+        for each, use in zip(self.params, state.uses, strict=True):
+            each.use = use
+
+    def _allocate_sums(self) -> None:
+        storage = self._gradient.untyped_storage()
+        if not storage.nbytes():  # torch moves a storage also where its size stays
+            storage.resize_(self._bytes)
 
     def _taken(self, each: FlatParameter) -> Tensor:
         """The local gradient of the parameter that the model computed with, contiguous; it is no longer there."""

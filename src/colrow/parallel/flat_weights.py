@@ -15,11 +15,27 @@ reader of its buffer; what is exchanged is freed after the current stream has wa
 
 Every micro-batch reduces: what is kept between them is a shard in the parameters' dtype. Replicas average after the
 last. At the end of a step the ranks combine one flag a parameter ([Note: used parameters]).
+
+[Note: flat graphs]
+A micro-batch, with the collectives of its hooks, and an update can each be a CUDA graph ([Note: state beside a graph]).
+Hooks run while capturing, on autograd's thread and its current stream, which is that of the capture; not in replays.
+
+- Streams: NCCL's and the copy engines' streams fork from the current one when a collective starts, by an event, and
+  join it at the wait. All that was started is waited for before a graph ends (`join`): the last units' gradients, the
+  average over replicas, and in an update the gathers of `start_next`, which run beside the rest of that update still.
+- Memory: gathered weights lie in buffers, and shards and sums of gradients in pieces of their own, allocated outside
+  of the graph's pool, at one address (`hold_memory`). Gradients and received rows come and go in the pool: each is
+  freed on the compute stream when that has joined the stream which read it, so what takes its memory is ordered behind.
+- Kernels differ between the first micro-batch (sums are written, not added to; the first units are in their buffers),
+  those between, and the last (squares; replicas): each is a graph of its own.
+- What enters the first micro-batch is made equal by `accumulate`: an update leaves the first units gathered, but after
+  an evaluation, or with loaded weights, they must be gathered anew.
+- What waits for the host, or for other ranks' flags, stays outside: barriers, and `_agree`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -36,7 +52,7 @@ from colrow.parallel.data_parallel import head_unit
 from colrow.parallel.data_shards import Unsharded, unsharded_of
 from colrow.parallel.flat_exchange import CollectiveExchanges, ExchangeCarrier, GradientExchanges, PeerExchanges
 from colrow.parallel.flat_gather import CollectiveGathers, GatherCarrier, Gathers, PeerGathers
-from colrow.parallel.flat_unit import Buffer, DataGroups, FlatUnit
+from colrow.parallel.flat_unit import Buffer, DataGroups, FlatUnit, UnitState
 from colrow.parallel.quantized_shards import QuantizedShards, quantized_matmuls
 from colrow.parallel.used_parameters import flags_anywhere
 from colrow.parallel.weight_copies import WeightCopies
@@ -109,6 +125,7 @@ class FlatWeights(WeightCopies):
         dtype: what the model computes in.
         options: `fsdp` of a run's config. With `reshard_after_forward` blocks share two buffers, and are gathered once
             more for backward; else all stay gathered for the step. Unless given, where dp_shard > 1.
+        graphed: CUDA graphs may run the steps ([Note: flat graphs]).
 
     Raises:
         ConfigError: blocks share a parameter, parameters differ in dtype, or there are no copy engines for `gather`.
@@ -122,6 +139,8 @@ class FlatWeights(WeightCopies):
         blocks: Sequence[nn.Module],
         dtype: torch.dtype,
         options: FsdpSection,
+        *,
+        graphed: bool = False,
     ) -> None:
         super().__init__(model)
         axes = MeshAxes(mesh)
@@ -145,9 +164,9 @@ class FlatWeights(WeightCopies):
         self.copies = {each.param: each.copy for unit in self._units if not unit.casts for each in unit.params}
         self._full = {each.param: each.full for each in params}
         self._first = frozenset(each.param for unit in self._early_units for each in unit.params)
-        self._active = self._training = self._pending = self._started = False
+        self._graphed = graphed
+        self._active = self._training = self._pending = self._started = self._last = False
         self._reached = self._backward = 0  # indices in `_units`: gathered by this forward; whose backward has begun
-        self._micro_batches = self._micro_batch = 0
         self._all_used: dict[tuple[int, ...], Tensor] = {}  # flags of steps that used every parameter
         self._watch(model)
 
@@ -171,18 +190,42 @@ class FlatWeights(WeightCopies):
 
     @contextmanager
     def accumulate(self, micro_batches: int) -> Iterator[None]:
-        self._micro_batches, self._micro_batch, self._training = micro_batches, 0, True
+        self._training = True
         try:
             with self.use_copies():
+                if self._graphed:
+                    self._gather_early()
                 yield
-                self._end_backward()
+                self.join()
         finally:
             self._training = False
-        for unit in self._units:
-            unit.finish_step()
         self._agree()
         for unit in self._units:
             unit.give_gradients()
+
+    def begin_micro_batch(self, *, last: bool) -> None:
+        self._end_backward()  # of the micro-batch before, which is not the last
+        self._last = last
+
+    def join(self) -> None:
+        self._end_backward()
+        for unit in self._units:
+            unit.finish_step()
+            unit.buffer.wait()
+
+    def hold_memory(self) -> None:
+        for unit in self._units:
+            unit.hold_memory()
+
+    def state(self) -> Hashable:
+        return self._last, self._started, tuple(unit.state for unit in self._units)
+
+    def restore(self, state: tuple[bool, bool, tuple[UnitState, ...]]) -> None:
+        self._last, self._started, units = state
+        for unit in self._units:
+            unit.buffer.holds = None
+        for unit, known in zip(self._units, units, strict=True):
+            unit.restore(known)
 
     def grad_holder(self, param: nn.Parameter) -> nn.Parameter:
         return param
@@ -204,6 +247,12 @@ class FlatWeights(WeightCopies):
             unit.buffer.holds = None
             unit.gather()
         self._started = True
+
+    def _gather_early(self) -> None:
+        """Have the first units in their buffers, as an update leaves them."""
+        for unit in self._early_units:
+            unit.gather()
+            unit.wait_for_gather()
 
     @property
     def _early_units(self) -> list[FlatUnit]:
@@ -289,11 +338,9 @@ class FlatWeights(WeightCopies):
     def _begin_forward(self, module: nn.Module, args: Any) -> None:
         if not self._active:
             return
-        self._end_backward()
         self._reached, self._backward = -1, len(self._blocks) + 1
         self._pending = self._training and torch.is_grad_enabled()
         if self._pending:
-            self._micro_batch += 1
             for unit in self._units:
                 unit.reduced = False
         self._forward_to(0)
@@ -365,7 +412,7 @@ class FlatWeights(WeightCopies):
 
     def _sum(self, at: int) -> None:
         if at < len(self._units):
-            self._units[at].sum_gradients(last=self._micro_batch == self._micro_batches)
+            self._units[at].sum_gradients(last=self._last)
 
     def _receive(self, index: int, full: Tensor) -> None:
         """Refuse a gradient that came after its unit was reduced, or before the backward of its block began."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,23 @@ class WeightCopies(ABC):
 
     def start_next(self) -> None:
         """Called in every update, when it has written those of `first_read`."""
+
+    def begin_micro_batch(self, *, last: bool) -> None:
+        """Before each forward within `accumulate`; `last`: of the step."""
+
+    def join(self) -> None:
+        """Finish what forward and backward, or an update, have started: work that the current stream does not wait for.
+        A CUDA graph must end so ([Note: state beside a graph])."""
+
+    def hold_memory(self) -> None:
+        """From now on, what outlives a micro-batch or an update keeps its address: graphs will read and write it."""
+
+    def state(self) -> Hashable:
+        """What Python knows of the step so far, where that decides which kernels a micro-batch or an update runs."""
+        return ()
+
+    def restore(self, state: Any) -> None:
+        """Know what `state` said, when a graph has run the kernels that lead there."""
 
     @abstractmethod
     def drop_gradients(self) -> None:

@@ -12,14 +12,22 @@ a module keeps, cannot be replayed.
 A replay writes to the addresses of its capture, whoever holds them by then. They lie in a pool of the graph's own,
 where what was freed while capturing is free between replays: an evaluation allocates there, and needs no memory beside
 the graph's. What it leaves there alive, a cache say, the next replay would overwrite: it captures anew.
+
+[Note: state beside a graph]
+Where Python keeps account of a step in `WeightCopies` (which weights are gathered, whether a sum has begun, which
+gradients there are), the function runs other kernels in another state, and a replay changes no Python. So a graph
+belongs to the state in which it was captured, and a call in a new state captures another one; after a replay the state
+is set to that after the capture. All graphs of a function take one pool: they run one after another, and nothing in the
+pool outlives a call but their results.
 """
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -29,6 +37,7 @@ from torch import Tensor, nn
 from colrow.config import RunConfig
 from colrow.dryrun.random_draws import RandomDraws
 from colrow.errors import ConfigError
+from colrow.parallel.weight_copies import WeightCopies
 
 EAGER_STEPS = 2
 """Steps before the one that captures."""
@@ -44,6 +53,15 @@ _TAIL = 0.1
 last kernel, the GPU has waited for the CPU."""
 
 
+@dataclass(frozen=True)
+class _Captured:
+    """A graph, where it leaves the function's result, and the state of the weights behind it."""
+
+    graph: torch.cuda.CUDAGraph
+    result: Tensor
+    after: Hashable
+
+
 class GraphedFunction:
     """`function` of tensors and numbers, captured at the call that follows the first `eager_calls` ones.
 
@@ -52,13 +70,21 @@ class GraphedFunction:
 
     Args:
         model: whose Python numbers must not change in a call.
+        weights: whose state the function reads and changes ([Note: state beside a graph]).
     """
 
-    def __init__(self, function: Callable[..., Tensor], eager_calls: int, model: nn.Module | None = None) -> None:
-        self._function, self._eager_calls, self._model = function, eager_calls, model
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        eager_calls: int,
+        model: nn.Module | None = None,
+        weights: WeightCopies | None = None,
+    ) -> None:
+        self._function, self._eager_calls, self._model, self._weights = function, eager_calls, model, weights
         self._stream = torch.cuda.Stream()
         self._pool = torch.cuda.MemPool()
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._static_args: list[Tensor | int] = []
+        self._graphs: dict[Hashable, _Captured] = {}
         self._declined = False
         self.obstacle: str | None = None
         """Why the function cannot be replayed, as far as its last eager call showed."""
@@ -71,18 +97,22 @@ class GraphedFunction:
             # On the capture's stream: what is made once for a stream (cuBLAS workspaces, the allocator's blocks, NCCL's
             # order of events) is there when it captures.
             with self._on_stream():
-                return self._watched(args) if self._eager_calls == 0 else self._function(*args)
-        if self._graph is None:
-            self._capture(args)
-        assert self._graph is not None
+                return self._watched(args) if self._eager_calls == 0 else self._run(*args)
+        self._static_args = self._static_args or [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
         for static, arg in zip(self._static_args, args, strict=True):
             if isinstance(static, Tensor) and isinstance(arg, Tensor):
                 assert static.shape == arg.shape, f"captured for {tuple(static.shape)}, called with {tuple(arg.shape)}"
                 static.copy_(arg)
             else:
                 assert static == arg, f"captured for {static}, called with {arg}"
-        self._graph.replay()
-        return self._static_result.clone()  # the next replay writes into the same memory
+        before = self._weights.state() if self._weights else ()
+        if before not in self._graphs:
+            self._graphs[before] = self._capture()
+        captured = self._graphs[before]
+        captured.graph.replay()
+        if self._weights:
+            self._weights.restore(captured.after)
+        return captured.result.clone()  # the next replay writes into the same memory
 
     def decline(self) -> None:
         """Never capture."""
@@ -91,13 +121,13 @@ class GraphedFunction:
     @property
     def captured(self) -> bool:
         """Whether calls replay the graph already."""
-        return self._graph is not None
+        return bool(self._graphs)
 
     @contextmanager
     def lent_memory(self) -> Iterator[None]:
         """Between replays: allocations within take the graph's memory, where there is a graph: see [Note: memory of a
         graph]. The next replay overwrites their contents."""
-        if self._graph is None:
+        if not self._graphs:
             yield
             return
         before = self._alive()
@@ -105,12 +135,18 @@ class GraphedFunction:
             yield
         if not self._alive() <= before:
             self.close()
-            self._graph, self._pool = None, torch.cuda.MemPool()
+            self._graphs, self._pool = {}, torch.cuda.MemPool()
 
     def close(self) -> None:
-        """Free the graph: destroying NCCL's communicators waits for the graphs that hold their kernels."""
-        if self._graph is not None:
-            self._graph.reset()
+        """Free the graphs: destroying NCCL's communicators waits for those that hold their kernels."""
+        for captured in self._graphs.values():
+            captured.graph.reset()
+
+    def _run(self, *args: Tensor | int) -> Tensor:
+        result = self._function(*args)
+        if self._weights:
+            self._weights.join()
+        return result
 
     @contextmanager
     def _on_stream(self) -> Iterator[None]:
@@ -128,7 +164,7 @@ class GraphedFunction:
     def _watched(self, args: tuple[Tensor | int, ...]) -> Tensor:
         before = plain_state(self._model)
         with waits_for_device() as waits:
-            result = self._function(*args)
+            result = self._run(*args)
         after = plain_state(self._model)
         changed = next((name for name in after if after[name] != before.get(name, after[name])), None)
         if waits:
@@ -137,15 +173,20 @@ class GraphedFunction:
             self.obstacle = f"{changed} changes from step to step ({before[changed]}, then {after[changed]})"
         return result
 
-    def _capture(self, args: tuple[Tensor | int, ...]) -> None:
+    def _capture(self) -> _Captured:
         if self.obstacle is not None:
             raise ConfigError(f"train.cuda_graph: the model cannot be replayed: {self.obstacle}", _OFF)
-        self._static_args = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
+        if self._weights:
+            self._weights.hold_memory()  # before the capture, whose allocations are the pool's
+        graph, result = self._recorded()
+        return _Captured(graph, result, self._weights.state() if self._weights else ())
+
+    def _recorded(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         graph, pool = torch.cuda.CUDAGraph(), cast(Any, self._pool.id)  # torch types a pool's id as another handle
         # thread_local: NCCL's watchdog thread queries its events meanwhile, which a global capture would forbid
         with torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local"):
-            self._static_result = self._function(*self._static_args)
-        self._graph = graph
+            result = self._run(*self._static_args)
+        return graph, result
 
 
 def plain_state(model: nn.Module | None) -> dict[str, Any]:
@@ -234,17 +275,23 @@ def can_be_captured(config: RunConfig, device_type: str) -> bool:
         check_cuda_graph(config.with_values({"train.cuda_graph": True}), device_type)
     except ConfigError:
         return False
-    return config.train.precision != "fp32"  # else copies of the weights would only be for the graph
+    # Where data axes are, graphs are for those who ask: they have not been measured.
+    # And with fp32 the copies of the weights would only be for the graph.
+    return config.mesh.tp_alone and config.train.precision != "fp32"
 
 
 def check_cuda_graph(config: RunConfig, device_type: str) -> None:
     """Raise a ConfigError where `train.cuda_graph` is true and cannot work."""
     if not config.train.is_graphed:
         return
-    if not config.mesh.tp_alone:
+    if config.mesh.pp > 1:
         raise ConfigError(
-            f"train.cuda_graph works with mesh.tp alone, and the mesh is {config.mesh}",
-            {f"mesh.{axis}": 1 for axis, n in config.mesh.by_axis.items() if axis != "tp" and n > 1},
+            f"train.cuda_graph cannot capture a pipeline, and mesh.pp is {config.mesh.pp}", {"mesh.pp": 1}, _OFF
+        )
+    if config.mesh.dp > 1 and not config.mesh.is_flat:
+        raise ConfigError(
+            f"train.cuda_graph cannot capture FSDP2, whose hooks allocate memory, and the mesh is {config.mesh}",
+            {"mesh.data_engine": "flat"},
             _OFF,
         )
     if config.train.activation_checkpoint != "none":

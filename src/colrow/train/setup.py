@@ -230,7 +230,7 @@ def make_runner(stages: list[Stage], chosen: Chosen, seeds: MicroBatchSeeds) -> 
         (stage,) = stages
         weights: WeightCopies | None = None
         if config.mesh.is_flat:
-            weights = FlatWeights(stage.module, mesh, stage.blocks, dtype, config.fsdp)
+            weights = FlatWeights(stage.module, mesh, stage.blocks, dtype, config.fsdp, graphed=train.is_graphed)
         elif chosen.precision.keeps_copies:
             weights = ComputeWeights(stage.module, dtype, graphed=train.is_graphed)
         return SingleStageModel(stage.module, plan, mesh, device, weights, seeds, chosen.source.auxiliary)
@@ -284,7 +284,7 @@ def enable_cuda_graphs(
     runner: ForwardBackward, step: Step, config: RunConfig, eager_steps: int
 ) -> tuple[GraphedFunction, ...]:
     """Replay two CUDA graphs in each step after the first ones: see [Note: captured]."""
-    assert isinstance(runner, SingleStageModel), "check_cuda_graph allows tp alone"
+    assert isinstance(runner, SingleStageModel), "check_cuda_graph allows no pipelines"
     return runner.enable_cuda_graph(eager_steps * config.micro_batches), step.enable_cuda_graph(eager_steps)
 
 

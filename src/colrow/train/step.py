@@ -113,8 +113,9 @@ class SingleStageModel:
     counted_parameters = parameters
 
     def enable_cuda_graph(self, eager_calls: int) -> GraphedFunction:
-        """Replay one CUDA graph for each micro-batch, after the first `eager_calls` of them."""
-        self._run_micro_batch = self._graph = GraphedFunction(self._forward_backward, eager_calls, self._model)
+        """Replay a CUDA graph for each micro-batch, after the first `eager_calls` of them."""
+        self._graph = GraphedFunction(self._forward_backward, eager_calls, self._model, self.weights)
+        self._run_micro_batch = self._graph
         return self._graph
 
     def __call__(self, batches: Sequence[Batch]) -> Tensor:
@@ -124,6 +125,8 @@ class SingleStageModel:
         with self.weights.accumulate(len(batches)) if self.weights else nullcontext():
             for i, (ids, targets) in enumerate(batches):
                 set_last_micro_batch(self._model, i == len(batches) - 1)
+                if self.weights:
+                    self.weights.begin_micro_batch(last=i == len(batches) - 1)
                 if self._seeds:
                     self._seeds.start(i)
                 total = total + self._run_micro_batch(ids, targets, tokens)  # fp64 where the model is
@@ -243,7 +246,8 @@ class Step:
 
     def enable_cuda_graph(self, eager_calls: int) -> GraphedFunction:
         """Replay one CUDA graph for the update, after the first `eager_calls` steps."""
-        self._run_update = graph = GraphedFunction(self._update, eager_calls)
+        weights = self.forward_backward.weights
+        self._run_update = graph = GraphedFunction(self._update, eager_calls, weights=weights)
         return graph
 
     def __call__(self, step: int, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
