@@ -7,8 +7,8 @@
     python -m benchmarks.cells report forecast.json calibrated-forecast.json measured.json -o results.json
 
 Cells are Llama 3 8B's width with 16 layers, unless their name says more; the most valuable come first. Those of four
-GPUs are numbers 0 to 21 and 69, 70; those of eight come after them; the rest take two. A group's cells train the same
-tokens in a step, so that they compete.
+GPUs are numbers 0 to 21 and 69, 70; those of eight are 71 to 91; the rest take two. A group's cells train the same tokens in
+a step, so that they compete. The last eight wait for the CPU.
 `--small` tries all of it on a CPU.
 """
 
@@ -168,6 +168,16 @@ EIGHT_GPUS = (
     Cell("eight GPUs, 8k", "pp2-tp4", "overlap", 2, 4),
 )
 EIGHT, LONG, FULL = "8k", "32k", "8k recomputed"
+CPU_PACED = (
+    Cell("1B, 1k", "tp2", "plain", 8, 1, 1024, None, model="llama3.2-1b"),
+    Cell("1B, 1k", "tp2", "fast", 8, 1, 1024, None, model="llama3.2-1b"),
+    Cell("1B, 1k", "tp2", "overlap", 8, 1, 1024, None, model="llama3.2-1b"),
+    Cell("1B, 1k", "dp_shard2", "linear", 4, 1, 1024, None, model="llama3.2-1b"),
+    Cell("1B, 1k", "dp_shard2", "linear", 4, 1, 1024, None, model="llama3.2-1b", changes=":mesh.data_engine=flat"),
+    Cell("1B, 1k", "tp2", "plain", 8, 1, 1024, None, model="llama3.2-1b", changes=":train.compile=false"),
+    Cell("8 layers, 1k, few", "tp2", "plain", 1, 1, 1024, 8),
+    Cell("8 layers, 1k, few", "tp2", "overlap", 1, 1, 1024, 8),
+)
 CELLS = (
     Cell(EIGHT, "tp4", "overlap", 4),
     Cell(EIGHT, "tp2-dp_shard2", "overlap", 2),
@@ -202,6 +212,7 @@ CELLS = (
     Cell("8k flat", "tp2-dp_shard2", "overlap", 2, changes=FLAT),
     Cell("8k flat", "dp_shard4", "linear", 1, changes=FLAT),
     *EIGHT_GPUS,
+    *CPU_PACED,
 )
 # fmt: on
 

@@ -188,7 +188,9 @@ class Measured:
 
     @property
     def is_cpu_bound(self) -> bool:
-        """A stream that waits for fp8's scales counts as idle too."""
+        """A stream that waits for fp8's scales counts as idle too, and FSDP2 has CPU time of its own."""
+        if self.mesh.dp > 1 and not self.mesh.is_flat:
+            return False
         return self.trace.get("idle", 0.0) > CPU_BOUND * self.step_ms and not self.cuda_graph and not self.fp8
 
     def peer_rate(self) -> float:

@@ -15,28 +15,34 @@ from colrow.bench.measure import Job
 from colrow.bench.run_arm import ArmError, run_arm
 from colrow.config import RunConfig, parse_config
 from colrow.forecasting.memory import Setting, stages_of
-from colrow.forecasting.timing import CPU_BOUND, cpu_rate
+from colrow.forecasting.timing import CPU_BOUND, cpu_rate, fsdp_units
 from colrow.forecasting.traffic import stage_work
 from colrow.forecasting.walk import Cell, walk
 from colrow.models.build import build_source
 from colrow.run.preflight import choose_plan
 
 ARMS = {
-    "operator": "plain:train.compile=false",
-    "kernel": "plain:train.compile=true",
-    "kernel_fast": "fast:train.compile=true",
-    "kernel_chunked": "overlap:train.compile=true",
+    "operator": ("tp", "plain:train.compile=false"),
+    "kernel": ("tp", "plain:train.compile=true"),
+    "kernel_fast": ("tp", "fast:train.compile=true"),
+    "kernel_chunked": ("tp", "overlap:train.compile=true"),
+    "fsdp_unit": ("dp_shard", "linear:train.compile=true"),
 }
-"""By the rate that an arm shows."""
+"""By the rate that an arm shows, with the mesh's axis. `fsdp_unit` is what the arm takes beyond its kernels."""
+OF_SENDING = ("kernel_fast", "kernel_chunked", "fsdp_unit")
 
 
 @dataclass(frozen=True)
 class Steps:
-    """What is timed: a named shape, its layers, and the tokens of a rank. `SMALL` is for tests."""
+    """What is timed: a named shape, its layers, and the tokens of a rank. `SMALL` is for tests.
+
+    The tokens are those from which `llama-overlap` sends chunks, in two sequences or more: a single one needs no copies
+    around its gathers."""
 
     shape: str = "llama3.2-1b"
     layers: int = 8
-    seq_len: int = 64
+    seq_len: int = 1024
+    sequences: int = 2
     warmup: int = 5
     steps: int = 10
 
@@ -50,22 +56,19 @@ def cpu_rates(
     """Those that this host shows.
 
     Args:
-        ranks: of this host; tp is the largest of 1, 2, 4 and 8 that they have.
+        ranks: of this host; an axis gets the largest of 1, 2, 4 and 8 that they have.
         rates: that were calibrated before: `launch`, and `peer_copy`, without which there are no copies to launch.
         say: gets a line for each rate that is left out.
 
     Raises:
         KeyboardInterrupt: a signal has ended an arm.
     """
-    tp = max(n for n in (1, 2, 4, 8) if n <= ranks)
-    base = _config(tp, device, steps)
-    found = {}
-    for rate, arm in ARMS.items():
-        if (tp == 1 and rate in ("kernel_fast", "kernel_chunked")) or (
-            rate == "kernel_chunked" and not rates.get("peer_copy")
-        ):
+    degree = max(n for n in (1, 2, 4, 8) if n <= ranks)
+    found: dict[str, float] = {}
+    for rate, (axis, arm) in ARMS.items():
+        if (degree == 1 and rate in OF_SENDING) or (rate == "kernel_chunked" and not rates.get("peer_copy")):
             continue  # nothing is sent, or not by copies
-        config = arm_config(base, arm)
+        config = arm_config(_config(axis, degree, device, steps), arm)
         try:
             result = run_arm(Job(arm=arm, config=config, warmup=steps.warmup, steps=steps.steps))
         except ArmError as error:
@@ -75,21 +78,32 @@ def cpu_rates(
         if device == "cuda" and result["trace"]["idle"] < CPU_BOUND * step:
             say(f"{rate} is left out: the GPU sets the pace of arm {arm}")
             continue
-        found[rate] = _rate(config, step / 1e3, float(rates["launch"]))
+        if rate == "fsdp_unit" and "kernel" not in found:
+            say(f"{rate} is left out: it needs kernel")
+            continue
+        found[rate] = _rate(config, step / 1e3, float(rates["launch"]), found.get("kernel", 0.0))
     return found
 
 
-def _rate(config: RunConfig, step: float, launch: float) -> float:
-    """Of a config with one micro-batch and no data axes."""
+def _rate(config: RunConfig, step: float, launch: float, kernel: float) -> float:
+    """Of a config with one micro-batch: on a data axis seconds of a unit beyond its kernels, by `kernel`."""
     model, compiled = build_source(config.model, config.run.seed).model, bool(config.train.compile)
     cell = Cell(config.mesh.tp, config.train.micro_batch, config.data.seq_len, compiled=compiled)
     walked = walk(model, choose_plan(config, model), cell)
-    (stage,) = stages_of(walked, Setting(config.mesh, 1, (walked.layers,)))
-    return cpu_rate(step, *stage_work(walked, stage), compiled=compiled, launch=launch)
+    setting = Setting(config.mesh, 1, (walked.layers,))
+    (stage,) = stages_of(walked, setting)
+    inside, outside = stage_work(walked, stage)
+    if units := fsdp_units(setting, stage):
+        return max(0.0, step - kernel * inside.kernels - launch * outside.kernels) / units
+    return cpu_rate(step, inside, outside, compiled=compiled, launch=launch)
 
 
-def _config(tp: int, device: str, steps: Steps) -> RunConfig:
-    tree = on_random_tokens(steps.shape, steps.seq_len) | {"mesh": {"tp": tp}, "device": device}
+def _config(axis: str, degree: int, device: str, steps: Steps) -> RunConfig:
+    """The axis's ranks have a rank's tokens each, or as many together."""
+    split = degree if axis == "tp" else 1
+    tree = on_random_tokens(steps.shape, steps.seq_len, steps.sequences * split)
+    tree |= {"mesh": {axis: degree}, "device": device}
     tree["model"]["layers"] = steps.layers
     tree["train"]["steps"] = steps.warmup + steps.steps + 1  # one more is profiled
+    tree["train"]["global_batch"] *= degree // split
     return parse_config(tree, "calibrate")

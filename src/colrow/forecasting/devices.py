@@ -54,7 +54,8 @@ class Rates:
         optimizer: bytes/s of the update.
         kernel: seconds of the CPU for each kernel that a compiled block launches; kernel_fast, kernel_chunked: the same
             of fast styles and of those that send chunks, which run more Python; operator: for each eager operator;
-            launch: for each kernel around compiled blocks, such as those of a loss by chunks.
+            launch: for each kernel around compiled blocks, such as those of a loss by chunks; fsdp_unit: for each unit
+            (a block, an end of the model) that FSDP2 gathers and reduces in a micro-batch.
         gap: seconds between two operators in which no kernel runs though the CPU is ahead, in CUDA graphs too.
         links: points by the number of ranks inside a host; network: between hosts, by the one card that a rank has.
         peer_copy: bytes/s that a GPU's copy engines read from its peers, or write to them; 0 where they cannot.
@@ -81,6 +82,7 @@ class Rates:
     peer_copy: float = 0.0
     overlap_slowdown: float = 0.025
     launch: float = 10e-6
+    fsdp_unit: float = 1e-3
     gap: float = 2.5e-6
 
 

@@ -201,7 +201,7 @@ def _rank_time(
     parts["gaps"] = m * rates.gap * (inside.operators + outside.operators)
     # Kernels are queued ahead, so the CPU costs only what it takes beyond the GPU's time; a graph's replay costs it
     # nothing.
-    cpu = m * cpu_seconds(inside, outside, program, rates)
+    cpu = m * (cpu_seconds(inside, outside, program, rates) + rates.fsdp_unit * fsdp_units(setting, stage))
     parts["cpu"] = 0.0 if program.cuda_graph else max(0.0, cpu - sum(parts.values()))
     return parts
 
@@ -259,6 +259,13 @@ def cpu_seconds(inside: Work, outside: Work, program: Program, rates: Rates) -> 
     if not program.compiled:
         return rates.operator * (inside.operators + outside.operators)
     return kernel_seconds(program, rates) * inside.kernels + rates.launch * outside.kernels
+
+
+def fsdp_units(setting: Setting, stage: StageLayers) -> int:
+    """Units that FSDP2 gathers and reduces on a rank in each micro-batch: its blocks, and the ends of the model."""
+    if setting.mesh.dp == 1 or setting.mesh.is_flat:
+        return 0
+    return len(stage.layers) + stage.first + stage.last
 
 
 def cpu_rate(step: float, inside: Work, outside: Work, *, compiled: bool, launch: float) -> float:
