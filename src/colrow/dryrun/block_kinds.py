@@ -121,7 +121,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        ran = (str(func), *(_argument(leaf) for leaf in tree_leaves((args, kwargs))))
+        ran = (str(func), *(shape_or_value(leaf) for leaf in tree_leaves((args, kwargs))))
         if self._inside:
             self.runs[self._inside[-1]].append(ran)
         else:
@@ -129,7 +129,7 @@ class _Recorder(TorchDispatchMode):
         return out
 
 
-def _argument(leaf: Any) -> Hashable:
+def shape_or_value(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
         return tuple(leaf.shape)
     return float if isinstance(leaf, float) else str(leaf)  # a factor moves nothing between elements

@@ -100,6 +100,8 @@ class Reference:
         dropout_off: the model would have dropped something.
         drew: it drew random numbers.
         decided: its code drew random numbers on the host ([Note: deciding draws]).
+        clocks: that its code read.
+        bounds: of integers that it drew so, how many there were to draw from.
         next_loss: of another forward after the step.
         training_failure: its exception in training mode, where the step is one in evaluation mode for that.
         outside: the numbers kept outside of the model that the step changed, as they were before it.
@@ -116,6 +118,8 @@ class Reference:
     dropout_off: bool = False
     drew: bool = False
     decided: bool = False
+    clocks: tuple[str, ...] = ()
+    bounds: frozenset[int] = frozenset()
     next_loss: float = 0.0
     training_failure: str = ""
     outside: Counts = field(default_factory=dict)

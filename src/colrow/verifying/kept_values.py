@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import sys
 import types
 from collections import deque
@@ -60,6 +61,17 @@ def kept_values(model: nn.Module) -> Iterator[KeptValue]:
             yield from walk.module((name,), module, False)
         for key, code in code_set_on(module):
             yield from walk.value((name, key), code, _unsettable, False)
+
+
+def numbers_in_code(model: nn.Module) -> list[int | float]:
+    """Those that stand in the model's code, or that it keeps."""
+    found = set[Any]()
+    for kept in kept_values(model):
+        if is_number(kept.value):
+            found.add(kept.value)
+        elif isinstance(kept.value, types.FunctionType) and _is_own(kept.value.__module__ or ""):
+            found |= set(_constants(kept.value.__code__))
+    return sorted(number for number in found if math.isfinite(number))
 
 
 def is_number(value: Any) -> bool:
@@ -222,6 +234,8 @@ def _code_in(value: Any) -> tuple[Any, ...]:
         return value
     if isinstance(value, types.MethodType):
         return value.__func__, value.__self__
+    if isinstance(value, types.BuiltinMethodType):  # of a generator, say
+        return (value.__self__,)
     if isinstance(value, functools.partial):
         return value.func, *value.args, *value.keywords.values()
     if isinstance(value, property):
@@ -231,6 +245,19 @@ def _code_in(value: Any) -> tuple[Any, ...]:
     if isinstance(value, _CACHED_FUNCTION):
         return (vars(value).get("__wrapped__"),)
     return (value.func,) if isinstance(value, functools.cached_property) else ()
+
+
+def _constants(code: types.CodeType) -> Iterator[Any]:
+    """The numbers in it, those of tuples and of functions inside it too."""
+    left: list[Any] = list(code.co_consts)
+    while left:
+        const = left.pop()
+        if isinstance(const, types.CodeType):
+            left += const.co_consts
+        elif isinstance(const, tuple | frozenset):
+            left += const
+        elif is_number(const):
+            yield const
 
 
 def _names(code: types.CodeType) -> set[str]:

@@ -26,13 +26,19 @@ from colrow.sharding.parameter_state import copied_model
 from colrow.verifying.comparison import Errors, Observed, Reference, Sharded, compare
 from colrow.verifying.counters import Counts, TensorsRecord, recording
 from colrow.verifying.double_casts import Rounding
-from colrow.verifying.host_draws import Extreme
+from colrow.verifying.host_draws import LEAST, MOST, PAIRS, places
+from colrow.verifying.kept_values import numbers_in_code
+from colrow.verifying.operators_run import Operators, operators_run
 from colrow.verifying.step import Task, reference_step
 
 LARGE, SMALL = (1e3, 30.0), (1e-4,)
 """Factors of half of the rows; of several, the first with which the unsharded model's numbers are finite."""
 _MOST_COUNTS = 6
 """Most numbers of counters to try: each costs two steps of both models."""
+_SEEDS = 32
+"""Of random numbers that differ from draw to draw."""
+_MOST_WAYS = 8
+"""Most ways of the code by random numbers that are compared, beside those of the least and the most."""
 _LATER = (2, 4, 6, 30)
 """The step and the forward after it are then the third to the eighth, and one far behind: histories are short."""
 _LAST_DIGITS = 1e-13
@@ -82,12 +88,35 @@ def other_values(task: Task) -> Iterator[OtherValues]:
 
 
 def decided_values(task: Task, reference: Reference) -> Iterator[OtherValues]:
-    """With the random numbers that the model's code draws on the host at their least, and at their most."""
-    extremes: tuple[Extreme, ...] = ("least", "most") if reference.decided else ()
-    for extreme in extremes:
-        found = with_reference(f"random numbers at their {extreme}", replace(task, extreme=extreme))
-        if found is not None:
+    """With the random numbers that the model's code draws on the host at their least, at their most, and where the code
+    runs other operators ([Note: deciding draws])."""
+    if not reference.decided:
+        return
+    seen = operators_run(task) | operators_run(replace(task, seed=task.seed + 1))
+    for name, at in (("their least", LEAST), ("their most", MOST)):
+        changed = replace(task, draws_at=(at,))
+        seen |= _operators(changed)
+        if (found := with_reference(f"random numbers at {name}", changed)) is not None:
             yield found
+    at_one = ((at,) for at in places(numbers_in_code(task.model), reference.bounds))
+    tried = {"at " + ", ".join(f"{x:.4g}" for x in at): replace(task, draws_at=at) for at in (*at_one, *PAIRS)}
+    tried |= {f"of seed {seed}": replace(task, seed=seed) for seed in range(task.seed + 2, task.seed + 2 + _SEEDS)}
+    ways = 0
+    for name, changed in tried.items():
+        if (operators := _operators(changed)) <= seen:
+            continue
+        seen |= operators
+        if (found := with_reference(f"random numbers {name}", changed)) is not None:
+            yield found
+        if (ways := ways + 1) == _MOST_WAYS:
+            return
+
+
+def _operators(task: Task) -> Operators:
+    """None where the model raises, as code may with such values."""
+    with suppress(Exception):
+        return operators_run(task)
+    return frozenset()
 
 
 def counted_values(task: Task, reference: Reference) -> Iterator[OtherValues]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -22,11 +22,12 @@ from colrow.plans.plan import Plan
 from colrow.sharding.draws import Draw
 from colrow.sharding.grad_norm import align_gradients
 from colrow.sharding.layout import packed_of, waited_local
+from colrow.verifying.clocks import Clocks
 from colrow.verifying.comparison import Observed, Reference, Sharded, Shards
 from colrow.verifying.counters import Counts, Kept, courses, grows, set_counts
 from colrow.verifying.double_casts import DoubleCasts
 from colrow.verifying.dropout import without_dropout
-from colrow.verifying.host_draws import Extreme, HostDraws
+from colrow.verifying.host_draws import HostDraws
 from colrow.verifying.kept_values import kept_values_restored
 
 T = TypeVar("T")
@@ -56,28 +57,29 @@ class Task:
     counts: Counts = field(default_factory=dict)
     """What the model counts behind those forwards; of numbers that it keeps outside, also what they are at the start of
     a step, since other processes have their own."""
-    extreme: Extreme | None = None
+    draws_at: tuple[float, ...] = ()
     """Where the first random numbers lie that code draws on the host ([Note: deciding draws])."""
 
 
 def reference_step(task: Task, model: nn.Module) -> Reference:
     """The step of the unsharded model, which is changed in place."""
-    with kept_values_restored(model):
-        return _reference_step(task, model)
+    with kept_values_restored(model), Clocks(model) as clocks:
+        found = _reference_step(task, model)
+    return replace(found, clocks=tuple(sorted(clocks.read)))
 
 
 def _reference_step(task: Task, model: nn.Module) -> Reference:
     inputs = Inputs.of(task.inputs)
     off = task.draws is None
-    with without_dropout(model, off=off) as dropout, HostDraws(model, task.seed, task.extreme) as host:
+    with without_dropout(model, off=off) as dropout, HostDraws(model, task.seed, task.draws_at) as host:
         for _ in range(task.forwards):
-            _call(task, model)
+            call(task, model)
         set_counts(model, task.counts)
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
         first = Kept.of(model)
         state = torch.get_rng_state()
         with DrawsSeen() as seen:
-            output = _call(task, model)
+            output = call(task, model)
         drew = seen.drew or not torch.equal(torch.get_rng_state(), state)
         written = tuple(name for name, buffer in model.named_buffers() if _changed(before.get(name), buffer))
         after_forward = _copies(model, written)
@@ -89,10 +91,11 @@ def _reference_step(task: Task, model: nn.Module) -> Reference:
     parameters = {name: param.detach() for name, param in model.named_parameters()}
     buffers = _at(AFTER_FORWARD, after_forward) | _at(AFTER_STEP, _copies(model, written))
     found = Reference(loss.item(), gradients, parameters, buffers, written, dropout.seen, drew, host.drew)
+    found.bounds = frozenset(host.bounds)
     found.outside = {path: n for path, n in first.outside.items() if second.counts.get(path) != n}
     if task.next_forward:
-        with HostDraws(model, task.seed + 1, task.extreme), without_dropout(model, off=off):
-            loss = task.loss(_call(task, model), inputs.given)
+        with HostDraws(model, task.seed + 1, task.draws_at), without_dropout(model, off=off):
+            loss = task.loss(call(task, model), inputs.given)
             found.next_loss = loss.item()
             if first.counts != second.counts:  # backward may count too
                 loss.backward()
@@ -100,7 +103,7 @@ def _reference_step(task: Task, model: nn.Module) -> Reference:
             found.grows = grows(first.sizes, second.sizes, third.sizes)
             found.late = bool(second.counts.keys() - first.counts.keys())
             if found.late:
-                task.loss(_call(task, model), inputs.given).backward()
+                task.loss(call(task, model), inputs.given).backward()
                 first, second, third = second, third, Kept.of(model)
         found.counters = courses(first.counts, second.counts, third.counts)
         found.starts = {path: first.counts[path] for path in found.counters}
@@ -146,7 +149,7 @@ def _sharded_step(
     parallelize(model, plan, mesh)
     arrange_draws(model, task.draws or {}, mesh)
     off = task.draws is None
-    with HostDraws(model, task.seed, task.extreme), loss_context(plan, mesh), without_dropout(model, off=off):
+    with HostDraws(model, task.seed, task.draws_at), loss_context(plan, mesh), without_dropout(model, off=off):
         for _ in range(task.forwards):
             _forward(task, model, plan)
         set_counts(model, task.counts)
@@ -164,7 +167,7 @@ def _sharded_step(
     for name, param in model.named_parameters():
         observed.parameters[name] = _sharded(model, name, param, shards_of)
     if task.next_forward:
-        with HostDraws(model, task.seed + 1, task.extreme), loss_context(plan, mesh), without_dropout(model, off=off):
+        with HostDraws(model, task.seed + 1, task.draws_at), loss_context(plan, mesh), without_dropout(model, off=off):
             loss = _loss(task, _forward(task, model, plan), plan)
         observed.next_losses = {rank: value.item() for rank, value in shards_of(waited_local(loss)).items()}
     return observed
@@ -172,10 +175,10 @@ def _sharded_step(
 
 def _forward(task: Task, model: nn.Module, plan: Plan) -> Any:
     give_targets(model, plan, Inputs.of(task.inputs))
-    return _call(task, model)
+    return call(task, model)
 
 
-def _call(task: Task, model: nn.Module) -> Any:
+def call(task: Task, model: nn.Module) -> Any:
     with DoubleCasts() if task.double_casts else nullcontext():
         return call_model(model, Inputs.of(task.inputs))
 

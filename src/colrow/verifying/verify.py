@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from colrow.verifying.comparison import Errors, Observed, Reference, compare
 from colrow.verifying.controls import negative_control
 from colrow.verifying.diagnosis import likely_cause
 from colrow.verifying.double_casts import Rounding
+from colrow.verifying.operators_run import decides_by_clock
 from colrow.verifying.other_values import TOLERATED, counted_values, decided_values, later_values, other_values
 from colrow.verifying.report import Mode, Report, Verdict, Worst
 from colrow.verifying.step import Task, reference_step
@@ -96,10 +97,17 @@ def _found(
 ) -> dict[str, Any]:
     """The comparison and its negative control, as fields of a report."""
     modes, values = list[Mode](), list[str]()
+    cases = list(_modes(task, reference))
+    for _, in_mode, unsharded in cases:
+        if unsharded.clocks and decides_by_clock(in_mode):
+            clocks = " and ".join(unsharded.clocks)
+            failure = f"what the model computes depends on {clocks}, which each rank reads for itself"
+            return {"verdict": "inconclusive", "backend": "local" if backend == "auto" else backend, "failure": failure}
     try:
-        seen = _worst_mode(task, plan, reference, tolerance, backend, modes)
+        seen = _worst_mode(cases, plan, tolerance, backend, modes)
         right = seen.errors.worst <= tolerance
-        branches = (make(task, reference) for make in (counted_values, decided_values, later_values))
+        makers = (counted_values, decided_values, later_values)
+        branches = (make(in_mode, unsharded) for _, in_mode, unsharded in cases for make in makers)
         others = itertools.chain(*branches, other_values(task) if vary else ())
         for other in others if right else ():
             values.append(other.name)
@@ -137,14 +145,14 @@ def _found(
 
 
 def _worst_mode(
-    task: Task, plan: Plan, reference: Reference, tolerance: float, backend: Backend, modes: list[Mode]
+    cases: Sequence[tuple[Mode, Task, Reference]], plan: Plan, tolerance: float, backend: Backend, modes: list[Mode]
 ) -> _Comparison:
     """The comparison with the largest error of all modes. `modes` gets each one that was started."""
     compared = []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "CR105")  # an empty plan splits nothing, which a report shows
         warnings.simplefilter("ignore", FutureWarning)  # torch's on its own names: a user cannot act on them
-        for mode, in_mode, unsharded in _modes(task, reference):
+        for mode, in_mode, unsharded in cases:
             modes.append(mode)
             compared.append(_compare(in_mode, plan, unsharded, tolerance, backend))
     return max(compared, key=lambda comparison: comparison.errors.worst)
@@ -222,7 +230,7 @@ def _modes(task: Task, reference: Reference) -> Iterator[tuple[Mode, Task, Refer
     except Exception:  # in evaluation it may return no loss, or want other arguments: training alone is compared
         return
     if not found.equals(reference):
-        yield "eval", replace(in_eval, written_buffers=found.written), found
+        yield "eval", _with_written(in_eval, found), found
 
 
 def parity(model: nn.Module, plan: Plan, tp: int, inputs: GivenInputs) -> Errors:
