@@ -7,8 +7,8 @@
     python -m benchmarks.cells report forecast.json calibrated-forecast.json measured.json -o results.json
 
 Cells are Llama 3 8B's width with 16 layers, unless their name says more; the most valuable come first. Those of four
-GPUs are numbers 0 to 21 and 69, 70; those of eight are 71 to 91; the rest take two. A group's cells train the same tokens in
-a step, so that they compete. The last eight wait for the CPU.
+GPUs are numbers 0 to 21 and 69, 70; those of eight are 71 to 91; the rest take two. A group's cells train the same
+tokens in a step, so that they compete. The last eight wait for the CPU.
 `--small` tries all of it on a CPU.
 """
 
