@@ -192,6 +192,10 @@ def test_the_flat_engine_keeps_low_precision_shards_and_reduces_each_micro_batch
     assert flat.weights == 2 * (ends + 2 * block) + 2 * (own - ends) / 4
     assert peak_memory(walked, Setting(mesh=mesh, copies=False, reshard=False)).weights == 2 * own
     assert own <= peak_memory(walked, Setting(mesh=mesh, copies=False, micro_batches=2)).gradients < 4 * own
+    several = peak_memory(walked, Setting(mesh=mesh, copies=False, micro_batches=2))
+    graphed = peak_memory(walked, Setting(mesh=mesh, copies=False, micro_batches=2, cuda_graph=True))
+    assert graphed.gradients == own, "its sums lie beside the graph's pool"
+    assert graphed.device == several.device
 
 
 def test_fast_columns_on_data_axes_keep_their_joint_output() -> None:

@@ -307,7 +307,7 @@ def options_of(config: RunConfig, *, on_gpus: bool = True) -> Options:
         config.data.seq_len,
         train.activation_checkpoint,
         compiled=on_gpus if train.compile is None else train.compile,
-        cuda_graph=train.is_graphed and config.mesh.tp_alone,
+        cuda_graph=train.is_graphed and (config.mesh.tp_alone or flat),
         reshard=config.fsdp.reshard_after_forward,
         gather=config.fsdp.gather if flat else "collectives",
         exchange=config.fsdp.exchange if flat else "collectives",

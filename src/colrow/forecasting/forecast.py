@@ -236,7 +236,7 @@ class Forecaster:
             options.micro_batches,
             stages,
             options.schedule,
-            copies=options.cuda_graph or (low and mesh.tp_alone),
+            copies=mesh.tp_alone and (options.cuda_graph or low),
             reshard=reshard,
             cuda_graph=options.cuda_graph,
             copy_engine=program.overlap == "copy_engine" and mesh.tp > 1,

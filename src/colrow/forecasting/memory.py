@@ -96,7 +96,8 @@ class Memory:
         masters: the parameters that the optimizer updates; optimizer: its two moments.
         gradients: of parameters; activations: all else that a step allocates.
         buffers: of collectives of the data axes.
-        graphs: what CUDA graphs keep in pools of their own: gradients, activations and buffers are in it then.
+        graphs: what CUDA graphs keep in pools of their own: gradients, activations and buffers are in it then, but for
+            the flat engine's sums of gradients.
         reserve: what the allocator holds beyond the peak ([Note: pools]).
         rest: on the device beside the allocator.
     """
@@ -115,7 +116,7 @@ class Memory:
     def allocated(self) -> float:
         """What `torch.cuda.max_memory_allocated` shows: a CUDA graph keeps its memory in a pool of its own."""
         static = self.weights + self.masters + self.optimizer + WORKSPACES
-        return static if self.graphs else static + self.gradients + self.activations + self.buffers
+        return static + self.gradients + self.activations + self.buffers
 
     @property
     def device(self) -> float:
@@ -313,14 +314,19 @@ class _StagePeak:
         return _Held(weights, self._low * sum(unit.trained_count for unit in self._done) + own)
 
     def _held_by_flat_engine(self, own: float, backward: bool) -> _Held:
-        setting, done = self._setting, self._units if self._several else self._done
-        shards, received = setting.mesh.dp_shard, 0.0
-        gradients = self._wide * sum(_shard(unit.trained, shards) for unit in done) + own
+        setting, shards, received = self._setting, self._setting.mesh.dp_shard, 0.0
+        # for a graph the sums keep their memory from step to step
+        done = self._units if self._several or setting.cuda_graph else self._done
+        gradients = self._sums(done) + own
         if backward and self._done and shards > 1:
             # the last unit's gradients, and the rows that other ranks sent, unless these lie in peer memory
             rows = 0.0 if setting.by_copy_engine("dp_shard", "all_to_all") else 1 - 1 / shards
             received = self._low * self._done[-1].trained_count * (1 + rows)
         return _Held(self._flat_weights(), gradients, received)
+
+    def _sums(self, units: Sequence[UnitParameters]) -> float:
+        """Bytes of a rank's shards of gradients."""
+        return self._wide * sum(_shard(unit.trained, self._setting.mesh.dp_shard) for unit in units)
 
     def _held_by_fsdp(self, own: float, units: list[UnitParameters], backward: bool) -> _Held:
         """FSDP2 gathers on one stream and reduces on another; its sums over micro-batches are unsharded."""
@@ -333,7 +339,7 @@ class _StagePeak:
             reduced = 0.0
             gradients = wide * sum(unit.gradient_count for unit in self._with_sums) + own
         else:
-            reduced = wide * sum(_shard(unit.trained, shards) for unit in self._done)
+            reduced = self._sums(self._done)
             gradients = reduced + own
         buffers = next_unit
         if backward and self._done and shards * setting.mesh.dp_replicate > 1:
@@ -405,7 +411,8 @@ class _StagePeak:
         memory = replace(memory, reserve=reserve, rest=CONTEXT + self._peer_memory())
         if not setting.cuda_graph:
             return memory
-        return replace(memory, gradients=0.0, activations=0.0, buffers=0.0, graphs=comes_and_goes)
+        held = float(self._sums(self._units)) if setting.mesh.is_flat else 0.0
+        return replace(memory, gradients=held, activations=0.0, buffers=0.0, graphs=comes_and_goes - held)
 
     def _reserve(self, memory: Memory, comes_and_goes: float) -> float:
         """What the allocator keeps beyond the peak: see [Note: pools]."""

@@ -90,7 +90,7 @@ def _bars(rows: list[Row], parts: Mapping[int, Mapping[str, float]], limit: floa
         )
         mark = "" if limit is None else f'<u class="limit" style="left:calc({100 * limit / widest:.2f}% - 2px)"></u>'
         total = sum(parts[id(row)].values())
-        graph = ", CUDA graph" if row.options.cuda_graph else ", flat data engine" if row.mesh.is_flat else ""
+        graph = ", CUDA graph" * row.options.cuda_graph + ", flat data engine" * row.mesh.is_flat
         how = f"{row.plan}{graph}, micro-batch {row.options.micro_batch}, recompute {row.options.recompute}"
         speed = f"{row.tokens_per_second_per_gpu:,.0f} tokens/s" if row.fits else "does not fit"
         lines.append(
