@@ -24,6 +24,7 @@ FLAT = {
     "gather": ({"dp_shard": 2}, {"gather": "copy_engine"}),
     "exchange": ({"dp_shard": 2}, {"exchange": "copy_engine"}),
     "engines": ({"dp_shard": 2}, {"gather": "copy_engine", "exchange": "copy_engine"}),
+    "fp8": ({"dp_shard": 2}, {"gather_fp8": True}),
 }
 
 
@@ -102,7 +103,10 @@ def test_replayed_steps_are_those_run_one_by_one(ranks: Ranks, tmp_path: Path) -
 def flat_run(device: str, folder: Path, name: str, eager_steps: int, stop_after: int | None, case: str) -> Any:
     """Three micro-batches a step: the first, the last and the one between are graphs of their own."""
     mesh, fsdp = FLAT[case]
-    section = {"cuda_graph": True, "global_batch": 12, "micro_batch": 2}
+    # compilation takes most of the time of such a run
+    section = {"cuda_graph": True, "global_batch": 12, "micro_batch": 2, "compile": case == "shard"}
+    if case == "fp8":
+        section["fp8"] = "tensorwise"
     more: dict[str, Any] = {"mesh": {**mesh, "data_engine": "flat"}, "fsdp": fsdp}
     return run(device, folder, name, eager_steps, stop_after, section, model={"shape": "laptop", "layers": 3}, **more)
 
