@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from colrow.config import RunConfig, parse_config
+from colrow.errors import ConfigError
 from colrow.train import cuda_graph
-from colrow.train.cuda_graph import GraphChoice, can_be_captured, gpu_waits, plain_state
+from colrow.train.cuda_graph import GraphChoice, can_be_captured, check_cuda_graph, gpu_waits, plain_state
 
 
-def config(mesh: dict[str, int], **train: Any) -> RunConfig:
+def config(mesh: dict[str, Any], **train: Any) -> RunConfig:
     return parse_config(
         {
             "run": {"dir": "unused"},
@@ -33,15 +34,23 @@ def config(mesh: dict[str, int], **train: Any) -> RunConfig:
         ({}, {}, "cuda", True),
         ({"tp": 2}, {}, "cpu", False),
         ({"tp": 2, "dp_shard": 2}, {}, "cuda", False),
+        ({"tp": 2, "dp_shard": 2, "data_engine": "flat"}, {}, "cuda", False),
         ({"tp": 2}, {"activation_checkpoint": "full"}, "cuda", False),
         ({"tp": 2}, {"on_nonfinite": "skip"}, "cuda", False),
         ({"tp": 2}, {"precision": "fp32"}, "cuda", False),
     ],
 )
 def test_what_cannot_be_captured_is_not(
-    mesh: dict[str, int], train: dict[str, Any], device: str, captured: bool
+    mesh: dict[str, Any], train: dict[str, Any], device: str, captured: bool
 ) -> None:
     assert can_be_captured(config(mesh, **train), device) is captured
+
+
+def test_data_axes_of_the_flat_engine_are_captured_where_that_is_asked_for() -> None:
+    check_cuda_graph(config({"tp": 2, "dp_shard": 2, "data_engine": "flat"}, cuda_graph=True), "cuda")
+    for mesh, words in (({"dp_shard": 2}, "FSDP2.*mesh.data_engine to flat"), ({"pp": 2}, "pipeline.*mesh.pp to 1")):
+        with pytest.raises(ConfigError, match=words):
+            check_cuda_graph(config(mesh, cuda_graph=True), "cuda")
 
 
 class Counting(nn.Module):
