@@ -37,10 +37,11 @@ class Steps:
     """What is timed: a named shape, its layers, and the tokens of a rank. `SMALL` is for tests.
 
     The tokens are those from which `llama-overlap` sends chunks, in two sequences or more: a single one needs no copies
-    around its gathers."""
+    around its gathers. The layers are all of the shape's: what a step costs once, such as its loss, counts with them.
+    """
 
     shape: str = "llama3.2-1b"
-    layers: int = 8
+    layers: int = 16
     seq_len: int = 1024
     sequences: int = 2
     warmup: int = 5
