@@ -72,7 +72,7 @@ class ModelSection(Section):
     """Exactly one of `shape`, `huggingface`, `python`."""
 
     shape: str | None = None
-    """A named shape: laptop, article, llama2-7b, llama3-8b, llama3-70b, qwen3-8b."""
+    """A named shape: laptop, article, llama2-7b, llama3-8b, llama3-70b, llama3.2-1b, qwen3-8b."""
     huggingface: str | None = None
     """A folder with config.json and safetensors."""
     python: str | None = None

@@ -33,6 +33,7 @@ WRONG = [["--bogus", "3"], ["--bogus=3"], ["-q"], ["surplus", "words"], ["--"], 
 def test_a_wrong_word_is_one_line(
     verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert verb in GOOD, "give words that the verb takes in GOOD"
     shutil.copy(Path(__file__).parents[2] / "configs/laptop.yaml", tmp_path / "c.yaml")
     monkeypatch.chdir(tmp_path)
     for words in WRONG:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
+from colrow import config_sections
 from colrow.errors import ConfigError
 from colrow.models.llama import Llama
 from colrow.models.shapes import SHAPES, flops_per_token, shape
@@ -35,6 +39,12 @@ def test_flops_count_every_matrix_and_no_lookup(name: str) -> None:
 )
 def test_sizes_are_those_of_the_published_models(name: str, billions: float) -> None:
     assert parameter_count(name) / 1e9 == pytest.approx(billions, abs=5e-4)
+
+
+def test_the_help_of_the_config_key_lists_every_shape() -> None:
+    listed = re.search(r'"""A named shape: (.*)\."""', Path(config_sections.__file__).read_text(encoding="utf-8"))
+    assert listed is not None
+    assert listed[1].split(", ") == list(SHAPES), "list the names of SHAPES, in order, in ModelSection.shape"
 
 
 def test_flops_of_llama3_8b() -> None:
