@@ -292,6 +292,14 @@ def logits(function: Callable[[Tensor], Tensor], sequence: bool = False) -> Case
     return Case(lambda: ChangedLogits(function), lambda: gpt_plan("vocab_parallel", sequence=sequence))
 
 
+def noisy_gradient(x: Tensor) -> Tensor:
+    """The identity, whose backward adds noise."""
+    x = x.view_as(x)
+    if x.requires_grad:
+        x.register_hook(lambda gradient: gradient + 0.1 * torch.randn_like(gradient))
+    return x
+
+
 class AuxiliaryLosses(m.Gpt):
     """Returns the sum of a loss of each MLP's features, times 0 or another number."""
 

@@ -14,6 +14,7 @@ from helpers import broken_models as m
 from helpers.broken_plans import HEADS, gpt_plan
 from helpers.unproven_models import (
     Case,
+    ChangedLogits,
     CheckpointedMLP,
     CheckpointedNoise,
     FeatureMLP,
@@ -41,6 +42,7 @@ from helpers.unproven_models import (
     hooked,
     last_block_differs,
     logits,
+    noisy_gradient,
     on_stream,
     one_kv_head,
     sloped,
@@ -121,6 +123,12 @@ WRONG = {
     "a sum over no dims, which means all": features(lambda h: h / (1 + h.square().nansum(()))),
     "an auxiliary loss of a shard": auxiliary(lambda h: h.norm(), 0.1),
     "noise in a recomputed function": Case(lambda: m.Gpt(mlp=lambda: CheckpointedNoise(function=True)), train=True),
+    "noise in the gradient of split logits": Case(
+        lambda: ChangedLogits(noisy_gradient), lambda: gpt_plan("vocab_parallel"), train=True
+    ),
+    "noise in the gradient of token shards": Case(
+        lambda: m.Gpt(block=partial(TokenBlock, normed=noisy_gradient)), lambda: gpt_plan(sequence=True), train=True
+    ),
     "sum over ranks left out": Case(
         lambda: m.Gpt(mlp=lambda: FeatureMLP(lambda h: h)),
         lambda: gpt_plan(attn__out={"style": "rowwise", "output": "partial"}),
@@ -146,6 +154,7 @@ RIGHT = {
     "an auxiliary loss of weight 0": auxiliary(lambda h: h.softmax(-1).square().mean() + h.norm(), 0.0),
     "checkpointed": Case(lambda: m.Gpt(mlp=CheckpointedMLP)),
     "noise in a recomputed module": Case(lambda: m.Gpt(mlp=lambda: CheckpointedNoise(function=False)), train=True),
+    "noise in the gradient of all logits": Case(lambda: ChangedLogits(noisy_gradient), train=True),
     "block used twice": Case(block_twice, lambda: gpt_plan(sequence=True)),
     # of the same kinds
     "features clamped": features(lambda h: h.clamp(-1, 1) + torch.ones_like(h) * 0.5),

@@ -94,7 +94,10 @@ def takes_all_for_none(operation: Operation, layout: Layout) -> bool:
     return dim == [] and layout.kind is Kind.SHARDED and not operator(operation.name).moves
 
 
-def not_as_in_one_process(operation: Operation, layout: Layout) -> Iterator[tuple[str, int | None]]:
+DRAWN_IN_BACKWARD = "it draws random numbers in backward, where each rank draws for its shard alone"
+
+
+def not_as_in_one_process(operation: Operation, layout: Layout, in_backward: bool) -> Iterator[tuple[str, int | None]]:
     """Why an operator on DTensors is not proven, and the dim. `layout`: of its first result."""
     dim = argument_of(operation.func, "dim", *tree_unflatten(operation.leaves, operation.tree))
     sharded = layout.kind is Kind.SHARDED
@@ -107,3 +110,5 @@ def not_as_in_one_process(operation: Operation, layout: Layout) -> Iterator[tupl
     if shards and may_draw(operation.func) and not draws_by_element(operation.func):
         # DTensor seeds ranks apart, or not at all: neither gives the numbers of one process
         yield "each rank draws random numbers for its shard of a DTensor", shards[0]
+    elif shards and in_backward and operation.draws:
+        yield DRAWN_IN_BACKWARD, shards[0]

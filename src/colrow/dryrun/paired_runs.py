@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from colrow.dryrun.module_tracker import LOSS
 from colrow.dryrun.numbered import NumberedRun, NumberedValue, Operation, shape_of
-from colrow.dryrun.on_dtensors import LossGradients, not_as_in_one_process, takes_all_for_none
+from colrow.dryrun.on_dtensors import DRAWN_IN_BACKWARD, LossGradients, not_as_in_one_process, takes_all_for_none
 from colrow.dryrun.unproven import Reports, Unproven
 from colrow.dryrun.unsharded_run import Recorded, UnshardedRun
 from colrow.sharding.draws import Draw, may_draw
@@ -174,7 +174,7 @@ class ShardedRun(NumberedRun):
         try:
             # a recomputation that calls the module draws as its forward did, by `arrange_draws`
             if backward and not self._stack and operation.draws_for_shard(recorded.results[0] if recorded else None):
-                raise UnprovenError("it draws random numbers in backward, where each rank draws for its shard alone")
+                raise UnprovenError(DRAWN_IN_BACKWARD)
             return self._judged(self._local_call(operation, recorded, backward))
         except UnprovenError as error:
             if zeros and UNKNOWN not in (found := self._of_zeros(operation, recorded)):
@@ -290,7 +290,8 @@ class ShardedRun(NumberedRun):
         elif takes_all_for_none(operation, layout):
             reason = f"{operation.name} over an empty list of dims means all, and DTensor keeps shards of one"
             self.reports.found.append(Unproven(operation.name, self.module(), "", reason, code="CR413"))
-        for reason, dim in not_as_in_one_process(operation, layout):
+        in_backward = current_autograd_node() is not None and not self._stack  # no recomputation: see `_layouts`
+        for reason, dim in not_as_in_one_process(operation, layout, in_backward):
             self.report(operation.name, reason, dim=dim)
 
     def _of_dtensor(self, x: Tensor) -> Layout:
