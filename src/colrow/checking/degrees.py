@@ -35,7 +35,7 @@ def with_legal_degrees(
         return found
     fits = legal_degrees(model, styles)
     legal = [tp for tp in fits if divides(tp)]
-    if len(legal) == 1 and len(fits) > 1:
+    if len(legal) == 1 and len(fits) > 1:  # the one is tp=1, which fits always
         fix = f"choose tp from {', '.join(map(str, fits[:9]))}, with a seq_len that it divides"
     elif len(legal) > 1:
         fix = f"choose tp from {', '.join(map(str, legal[:9]))}"

@@ -33,7 +33,7 @@ def check_static(model: nn.Module, plan: Plan, tp: int, seq_len: int) -> list[Fi
     sizes = [*_sites(model, styles, tp), *_sequence(model, plan, tp, seq_len)]
     found += with_legal_degrees(sizes, model, styles, lambda tp: plan.sequence_misfit(tp, seq_len) is None)
     found += [*_head(model, plan, styles), *_trains(model)]
-    if not found:
+    if not found:  # both ask for the layout of every parameter, which a plan with an error may not have
         found += [*_ties(model, plan, tp), *_splits_something(model, plan, tp)]
     return found + list(_changed(model, plan))
 

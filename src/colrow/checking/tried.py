@@ -67,6 +67,7 @@ def _text(change: Change, where: str) -> str:
         if style is _LEFT_OUT:
             texts.append(f"leave {name} out of the plan")
         else:
+            # of a bare name safe_dump ends the document too: "sequence\n...\n"
             written = yaml.safe_dump(style, default_flow_style=True, sort_keys=False, width=1000)
             texts.append(f"give {name} the style {written.removesuffix('...' + chr(10)).strip()}")
     return " and ".join(texts)

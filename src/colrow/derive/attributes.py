@@ -83,7 +83,7 @@ class AttributeSearch:
             )
             if beside or is_within(place, name) or is_within(name, around if near else place):
                 return True
-            if near and not around:
+            if near and not around:  # `place` is a child of the model: all of it stands beside
                 return True
         return False
 

@@ -19,7 +19,7 @@ class Segment:
     size: int
     sharded: bool
     kv: Atom | None = None
-    """The kv heads of a unsharded segment, because they do not divide by tp: a rank uses those of its query heads."""
+    """The kv heads of an unsharded segment, because they do not divide by tp: a rank uses those of its query heads."""
 
 
 @dataclass

@@ -39,6 +39,7 @@ def at_fault(inference: AxisInference, choice: Choice, is_right: Callable[[Choic
     for atoms in itertools.islice(in_turn, TRIED):
         groups = {kv: heads for kv, heads in choice.groups.items() if kv not in atoms}
         rest = Choice(choice.tp, choice.atoms - atoms, groups, choice.vocabulary - atoms)
+        # a choice of nothing is always right, and says nothing of what is at fault
         if (rest.atoms or rest.groups) and is_right(rest):
             return atoms
     return set()

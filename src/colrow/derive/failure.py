@@ -15,9 +15,8 @@ from torch.fx import Node
 from colrow.errors import PlanError, first_line
 
 HERE, TORCH = Path(__file__).parents[1], Path(torch.__file__).parent
+"""Code below these is no user's: a reason names no line of it."""
 ADVICE = "write the plan by hand, or take a variant of the model whose sizes and branches do not depend on the data"
-
-
 ALIKE = "would give every rank the same part of a constant"
 
 
@@ -40,6 +39,7 @@ class Misfit:
     @property
     def tells_more(self) -> bool:
         """Whether it says what a rank computes, and not only that its code fails."""
+        # both are texts of `local.py`: an extent at a module's entrance, and a constant that ranks would not divide
         return " has an input of " in self.why or ALIKE in self.why
 
 
@@ -53,11 +53,13 @@ class Place:
 
     @classmethod
     def of(cls, model: nn.Module, error: BaseException) -> Place:
+        # reversed: a module with several names goes by its first
         names = {id(module): name for name, module in reversed(list(model.named_modules()))}
         found, line = "", ""
         for frame, number in _frames(error):
             found = names.get(id(frame.f_locals.get("self")), found)
             path = Path(frame.f_code.co_filename)
+            # what fx generates stands in no file
             if HERE not in path.parents and TORCH not in path.parents and path.is_file():
                 line = f"{path.name}:{number}"
         return cls.at(model, found, line)

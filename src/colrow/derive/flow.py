@@ -216,7 +216,7 @@ class Flows:
         spmd_type = self._result_type(node, incoming, types, flow)
         # An unsharded weight gets the gradient of its result's type: equal on all ranks in the stream, else a partial
         # sum.
-        for operand in (i for i, its in incoming.items() if its is SpmdType.PARAMETER):
+        for operand in (i for i, given in incoming.items() if given is SpmdType.PARAMETER):
             names = flow.same if spmd_type is SpmdType.INVARIANT else flow.summed
             names |= self.params_of.get(operand, set())
         return spmd_type

@@ -57,7 +57,8 @@ def facts_of(node: Node) -> Operator:
 
 
 def computes(node: Node) -> bool:
-    """Whether a reshape copies depends on extents that are 1, so copies are no difference between two traces."""
+    """Whether the node counts when two traces are compared: whether a reshape copies depends on extents that are 1, so
+    copies are no difference."""
     return node.op == "call_function" and facts_of(node).identity is not Identity.MEMORY
 
 

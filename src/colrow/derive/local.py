@@ -170,31 +170,32 @@ class LocalCheck:
             exported = export(model, self.inputs, self.rescale(), None, self.traced.opaque)
             if self._is_alike(exported):
                 return None
-            theirs = [n for n in decomposed(exported).graph.nodes if computes(n)]
+            rank_nodes = [n for n in decomposed(exported).graph.nodes if computes(n)]
         except TraceError as error:
             return does_not_fit(model, error.__cause__ or error)
         # Both graphs come from the same Python code, so their operators correspond one to one, unless that code
         # branches on a size that is now a rank's.
-        ours = [n for n in self.traced.nodes if computes(n)]
-        for mine, its in zip(ours, theirs, strict=False):
-            where = self.flows.path[mine] or "the model"
-            why = self._difference(mine, its, where)
+        nodes = [n for n in self.traced.nodes if computes(n)]
+        for node, on_rank in zip(nodes, rank_nodes, strict=False):
+            where = self.flows.path[node] or "the model"
+            why = self._difference(node, on_rank, where)
             if why is not None:
-                return Misfit(why, self.flows.path[mine])
-        if len(ours) != len(theirs):
-            return Misfit(f"a rank runs {len(theirs)} operations, the unsharded model {len(ours)}", None)
+                return Misfit(why, self.flows.path[node])
+        if len(nodes) != len(rank_nodes):
+            return Misfit(f"a rank runs {len(rank_nodes)} operations, the unsharded model {len(nodes)}", None)
         return None
 
     def _is_alike(self, exported: ExportedProgram) -> bool:
         """Whether a rank's graph before decompositions is right. Where that cannot be said of it, the decomposed graph
         says it: see [Note: undecomposed graphs]."""
-        known, theirs = self.traced.undecomposed, computing_nodes(exported)
-        if len(theirs) != len(known.nodes) or not known.shows(self._differs, self._needs_itself):
+        known, rank_nodes = self.traced.undecomposed, computing_nodes(exported)
+        if len(rank_nodes) != len(known.nodes) or not known.shows(self._differs, self._needs_itself):
             return False
-        for mine, its in zip(known.nodes, theirs, strict=True):
-            if computation(mine) != computation(its) or _numbers(mine) != _numbers(its):
+        for node, on_rank in zip(known.nodes, rank_nodes, strict=True):
+            if computation(node) != computation(on_rank) or _numbers(node) != _numbers(on_rank):
                 return False
-            if (result := known.result.get(mine)) is not None and self._value_difference(result, its, "") is not None:
+            result = known.result.get(node)
+            if result is not None and self._value_difference(result, on_rank, "") is not None:
                 return False
         return True
 
@@ -207,48 +208,48 @@ class LocalCheck:
         of_positions = facts.fills is Filling.POSITION or facts.takes_part
         return facts.groups is not None or bool(_numbers(node)) or (of_positions and node in self.flows.constant)
 
-    def _difference(self, mine: Node, its: Node, where: str) -> str | None:
-        if computation(mine) != computation(its):
-            return f"{where} runs {op_name(its)} on a rank where the unsharded model runs {op_name(mine)}"
-        if (why := self._value_difference(mine, its, where)) is not None:
+    def _difference(self, node: Node, on_rank: Node, where: str) -> str | None:
+        if computation(node) != computation(on_rank):
+            return f"{where} runs {op_name(on_rank)} on a rank where the unsharded model runs {op_name(node)}"
+        if (why := self._value_difference(node, on_rank, where)) is not None:
             return why
-        if _numbers(mine) != _numbers(its):
-            return f"{op_name(mine)} in {where} computes with {_numbers(its)} on a rank, not {_numbers(mine)}"
+        if _numbers(node) != _numbers(on_rank):
+            return f"{op_name(node)} in {where} computes with {_numbers(on_rank)} on a rank, not {_numbers(node)}"
         return None
 
-    def _value_difference(self, mine: Node, its: Node, where: str) -> str | None:
-        extents = self.local_extents(mine)
-        value = its.meta.get("val")
-        if mine in self.flows.constant and isinstance(value, Tensor):  # outside of blocks it may have either
-            dims = self.flows.inference.dims.get(mine)
+    def _value_difference(self, node: Node, on_rank: Node, where: str) -> str | None:
+        extents = self.local_extents(node)
+        value = on_rank.meta.get("val")
+        if node in self.flows.constant and isinstance(value, Tensor):  # outside of blocks it may have either
+            dims = self.flows.inference.dims.get(node)
             if isinstance(dims, list) and list(value.shape) == self.visible.local_shape(dims):
                 extents = list(value.shape)
         if extents is not None and isinstance(value, Tensor) and list(value.shape) != extents:
-            what = f"{op_name(mine)} in {where}"
-            if is_boundary(mine):
-                what = f"the {'input' if label_of(mine).direction == 'in' else 'output'} of {where}"
+            what = f"{op_name(node)} in {where}"
+            if is_boundary(node):
+                what = f"the {'input' if label_of(node).direction == 'in' else 'output'} of {where}"
             return f"{what} has the shape {list(value.shape)} on a rank, not {extents}"
-        if extents is not None and extents != shape_of(mine) and self._same_on_all(mine, its):
-            return f"{op_name(mine)} in {where} {ALIKE}"
+        if extents is not None and extents != shape_of(node) and self._same_on_all(node, on_rank):
+            return f"{op_name(node)} in {where} {ALIKE}"
         # Depthwise and grouped convolutions, group norms: shapes fit with the wrong number of groups too.
-        if (position := facts_of(mine).groups) is not None:
-            groups = channel_groups(mine, self.visible.local_size(channels_of(self.flows.inference, mine)))
-            if (local := argument(its, position, "groups", 1)) != groups:
-                return f"{op_name(mine)} in {where} has {local} groups on a rank, not {groups}"
+        if (position := facts_of(node).groups) is not None:
+            groups = channel_groups(node, self.visible.local_size(channels_of(self.flows.inference, node)))
+            if (local := argument(on_rank, position, "groups", 1)) != groups:
+                return f"{op_name(node)} in {where} has {local} groups on a rank, not {groups}"
         return None
 
-    def _same_on_all(self, mine: Node, its: Node) -> bool:
+    def _same_on_all(self, node: Node, on_rank: Node) -> bool:
         """Whether a constant that differs along its split axis is made, or sliced, alike on all ranks: the first heads'
         slopes where each rank needs its own."""
-        facts = facts_of(mine)
-        if mine not in self.flows.constant:
+        facts = facts_of(node)
+        if node not in self.flows.constant:
             return False
         if facts.fills is Filling.POSITION:
             return True
         if not facts.takes_part:  # pieces of a split are compared with the complete tensor's by their extents
             return False
-        mine_of, its_of = mine.args[0], its.args[0]
-        return isinstance(mine_of, Node) and isinstance(its_of, Node) and shape_of(mine_of) == shape_of(its_of)
+        source, local = node.args[0], on_rank.args[0]
+        return isinstance(source, Node) and isinstance(local, Node) and shape_of(source) == shape_of(local)
 
     def quick(self, repairs: Repairs) -> Misfit | None:
         """The same question at module boundaries only, without export: an error or a wrong extent."""
