@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from colrow import torch_compat as tc
+from test_rooms import run_time_nodes
 
 COMPAT = Path(tc.__file__).parent
-
-
 SRC = COMPAT.parent
 
 
@@ -37,18 +35,10 @@ PRIVATE = ("_c10d", "distributed_c10d", "_op_dispatcher", "_local_tensor", "_Str
            "f_locals", "_pytree", "_python_dispatch", "_functional_collectives", "_symmetric_memory")  # fmt: skip
 
 
-def _run_time_nodes(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes but those that only a type checker reads."""
-    for node in ast.iter_child_nodes(tree):
-        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
-            yield node
-            yield from _run_time_nodes(node)
-
-
 def _private_uses(path: Path) -> list[str]:
     """Attributes of torch and imports from it whose name begins with an underscore; operators of aten are public."""
     found = []
-    for node in _run_time_nodes(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in run_time_nodes(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "torch":
             names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
             found += [f"{path.name}:{node.lineno} {name}" for name in names if name.startswith("_")]

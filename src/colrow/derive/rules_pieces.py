@@ -35,7 +35,7 @@ def index_piece(inference: AxisInference, node: Node) -> tuple[Node, int, Piece]
     if len(given) != 1 or not isinstance(given[0][1], Node):
         return None
     dim, index = given[0]
-    while facts_of(index).identity:
+    while facts_of(index).identity:  # through casts and copies to the constant
         index = index.args[0]
         assert isinstance(index, Node)
     value = inference.constants.get(index.name if index.op == "placeholder" else str(index.target))

@@ -84,9 +84,9 @@ class QuantizedShards:
                 {"fsdp.gather_fp8": False},
             )
         self._matmuls, self._group = matmuls, group
-        number = {param: at for at, matmul in enumerate(matmuls) for param in matmul.weights}
+        index = {param: at for at, matmul in enumerate(matmuls) for param in matmul.weights}
         self._of_units = {
-            unit: [(number[each.param], each) for each in unit.params if each.param in number] for unit in units
+            unit: [(index[each.param], each) for each in unit.params if each.param in index] for unit in units
         }
         by_param = {each.param: each for rows in self._of_units.values() for _, each in rows}
         device = by_param[matmuls[0].weights[0]].copy.device
@@ -97,7 +97,7 @@ class QuantizedShards:
             (*(_as_bytes(by_param[weight]) for weight in matmul.weights), scale)
             for matmul, scale in zip(matmuls, self._scales, strict=True)
         ]
-        self._numbers: dict[tuple[int, ...], Tensor] = {}
+        self._indices: dict[tuple[int, ...], Tensor] = {}
 
     @torch.no_grad()
     def quantize(self, units: Collection[FlatUnit]) -> None:
@@ -105,16 +105,16 @@ class QuantizedShards:
         rows = [row for unit in units for row in self._of_units[unit]]
         if not rows:
             return
-        held = [(number, each) for number, each in rows if each.copy.numel()]
+        held = [(index, each) for index, each in rows if each.copy.numel()]
         peaks = torch.zeros(len(self._matmuls), dtype=torch.int32, device=self._scales[0].device)
         if held:
             largest = peak_of([each.copy.view(-1) for _, each in held]).view(torch.int32)
-            peaks.scatter_reduce_(0, self._numbers_of(held), largest, "amax")
+            peaks.scatter_reduce_(0, self._indices_of(held), largest, "amax")
         of_matmul = self._largest_of_ranks(peaks).view(torch.float32).split(1)
         # Every rank needs every scale, also of weights of which it has no row.
-        for number, each in rows:
+        for index, each in rows:
             assert each.numbers is not None
-            quantize_weight_into(each.numbers, each.copy, of_matmul[number], self._scales[number])
+            quantize_weight_into(each.numbers, each.copy, of_matmul[index], self._scales[index])
         record("data", GATHERED_IN_8_BITS)
 
     @contextmanager
@@ -134,12 +134,12 @@ class QuantizedShards:
         dist.all_reduce(peaks, dist.ReduceOp.MAX, self._group)
         return peaks
 
-    def _numbers_of(self, held: Sequence[tuple[int, FlatParameter]]) -> Tensor:
-        """The matmuls' numbers on the device, which are uploaded once."""
-        numbers = tuple(number for number, _ in held)
-        if numbers not in self._numbers:
-            self._numbers[numbers] = torch.tensor(numbers, device=self._scales[0].device)
-        return self._numbers[numbers]
+    def _indices_of(self, held: Sequence[tuple[int, FlatParameter]]) -> Tensor:
+        """The indices in `_matmuls` on the device, which are uploaded once."""
+        indices = tuple(index for index, _ in held)
+        if indices not in self._indices:
+            self._indices[indices] = torch.tensor(indices, device=self._scales[0].device)
+        return self._indices[indices]
 
 
 def _as_bytes(each: FlatParameter) -> Tensor:

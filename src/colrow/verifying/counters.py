@@ -79,6 +79,7 @@ class Course:
     def leads_to(self, number: float, start: float) -> bool:
         """Whether it comes to `number` after more than two forwards from `start`."""
         third = start * self.by**2 if self.is_factor else start + 2 * self.by
+        # the far number is tried in any case
         return (number - third) * (third - start) > 0 and self.far(start) != number
 
     def far(self, start: int | float) -> int | float:

@@ -34,6 +34,7 @@ _MOST_ENTRIES = 64
 """Longer containers are histories or data; what they hold is not followed."""
 _DEEPEST = 12
 _CALLED = ("__init__", "__call__", "__getattr__", "__torch_function__")
+"""Special methods whose code a forward may run."""
 _CACHED_FUNCTION = type(functools.cache(lambda: None))
 _NOT_FOLLOWED = (bool, str, bytes, Tensor, itertools.count)
 
@@ -89,6 +90,7 @@ def kept_values_restored(model: nn.Module) -> Iterator[None]:
     finally:
         for kept, content in contents:
             _give_back(kept, content)
+        # a forward may have bound another object to the place
         bound = {kept.path: kept.value for kept in kept_values(model)}
         for kept, content in contents:
             value = content if isinstance(kept.value, itertools.count) else kept.value
@@ -189,12 +191,12 @@ class _Walk:
         for name in names:
             if name in namespace and self._is_new(namespace, name):
                 yield from self.value((*path, "global", name), namespace[name], _setter(namespace, name), True)
-                file = namespace[name]
-                if isinstance(file, types.ModuleType) and _is_own(file.__name__):
+                imported = namespace[name]  # such as `counters`, where the code says `counters.calls += 1`
+                if isinstance(imported, types.ModuleType) and _is_own(imported.__name__):
                     for key in names:
-                        if key in vars(file) and self._is_new(vars(file), key):
-                            put = functools.partial(setattr, file, key)
-                            yield from self.value((*path, "global", name, key), vars(file)[key], put, True)
+                        if key in vars(imported) and self._is_new(vars(imported), key):
+                            put = functools.partial(setattr, imported, key)
+                            yield from self.value((*path, "global", name, key), vars(imported)[key], put, True)
         for i, cell in enumerate(function.__closure__ or ()):
             if self._enter(cell) and cell != types.CellType():  # an empty one is of a name that is not bound yet
                 put = functools.partial(setattr, cell, "cell_contents")
@@ -209,6 +211,7 @@ class _Walk:
         return is_new
 
     def _is_new(self, namespace: dict[str, Any], name: str) -> bool:
+        # by name, not by value: two globals that are 0 are one object
         place = id(namespace), name
         is_new = place not in self._globals
         self._globals.add(place)

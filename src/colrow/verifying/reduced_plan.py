@@ -58,6 +58,7 @@ def same_but_for_sizes(plan: Plan, other: Plan, model: nn.Module) -> bool:
 
 
 def _without_sizes(style: Style) -> Any:
+    # of several sizes their number counts: a weight of three segments is no weight of two
     return style.name, {
         key: len(value) if key in _SIZES and isinstance(value, list | dict) else value
         for key, value in style.options().items()
