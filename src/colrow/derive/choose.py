@@ -70,6 +70,7 @@ def head_groups(inference: AxisInference, kv: Atom) -> Atom | None:
 
 
 def _followers(dim: Dim, kv: Atom) -> set[Atom]:
+    """What stands right behind `kv` in the dimension, or in a segment of it."""
     atoms = leaves(dim)
     out = {after for atom, after in itertools.pairwise(atoms) if atom is kv}
     for atom in atoms:
@@ -79,6 +80,7 @@ def _followers(dim: Dim, kv: Atom) -> set[Atom]:
 
 
 def _preceded(dim: Dim, group: Atom, kv: Atom, before: Dim) -> bool:
+    """Whether `group` stands right behind `kv` wherever it stands in the dimension; `before`: the one to its left."""
     atoms = leaves(dim)
     last = leaves(before)[-1:]
     for position, atom in enumerate(atoms):

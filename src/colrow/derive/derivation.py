@@ -144,8 +144,7 @@ def _untraced(exported: Representatives, wanted: _Wanted) -> Derivation | None:
         why = "the model cannot be traced"
         left = {name: why for name, param in params.items() if id(param) not in split}
         share = sum(params[name].numel() for name in sharded) / max(1, sum(p.numel() for p in params.values()))
-        names = [name for name in modules if name or name in layers]
-        return Derivation(tp, by_pattern(layers, names), "replicated", sharded, left, [1, tp], {}, {}, share=share)
+        return Derivation(tp, by_pattern(layers, modules), "replicated", sharded, left, [1, tp], {}, {}, share=share)
 
     def extended(layers: Layers, candidates: Callable[..., Layers]) -> Layers:
         more = candidates(model, tp, lambda _: True, layers, wanted.requests.kept)
@@ -394,10 +393,9 @@ class _Derive:
                 replicated[name] = reason
         reductions = Counter[str]()
         for label in (label_of(node) for node in split.borders()[1]) if split else ():
-            if label.path == "0":
+            if label.path == "0":  # a module's first result stands for the module
                 reductions[with_stars(label.module)] += self.exported.count(label.module)
-        modules = self.exported.complete.named_modules(remove_duplicate=False)
-        names = [name for name, _ in modules if name or name in emission.modules]
+        names = [name for name, _ in self.exported.complete.named_modules(remove_duplicate=False)]
         return Derivation(
             tp=self.tp,
             modules=by_pattern(self.exported.spread(emission.modules, names), names),

@@ -222,7 +222,7 @@ class FlatWeights(WeightCopies):
 
     def restore(self, state: tuple[bool, bool, tuple[UnitState, ...]]) -> None:
         self._last, self._started, units = state
-        for unit in self._units:
+        for unit in self._units:  # all, before the first is restored: blocks share buffers
             unit.buffer.holds = None
         for unit, known in zip(self._units, units, strict=True):
             unit.restore(known)

@@ -249,4 +249,5 @@ def _check_micro_batches(config: RunConfig) -> None:
 def _runs(schedule: str, pp: int, count: int) -> bool:
     if schedule == "gpipe":
         return True
+    # torch's schedules of several stages run count // pp rounds, all of one length
     return count >= pp and (schedule == "1f1b" or count % (count // pp) == 0)
