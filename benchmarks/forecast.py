@@ -78,14 +78,18 @@ def _calibrated_rates(traced: list[Measured], alone: list[Measured]) -> dict[str
 
 
 def _cpu_rates(measured: list[Measured]) -> dict[str, float]:
-    """Of the rows whose pace the CPU sets."""
-    bound = [row for row in measured if row.is_cpu_bound]
+    """Of the rows whose pace the CPU sets; those of FSDP2 give `fsdp_unit`, by the others' rates."""
+    paced = [row for row in measured if row.is_cpu_bound]
+    bound = [row for row in paced if not row.fsdp_units]
     names = {"none": "kernel", "collectives": "kernel_fast", "copy_engine": "kernel_chunked"}
     compiled = {
         name: _median(row.cpu_rate() for row in bound if row.cell.compiled and row.program.overlap == overlap)
         for overlap, name in names.items()
     }
     found = {**compiled, "operator": _median(row.cpu_rate() for row in bound if not row.cell.compiled)}
+    if kernel := found["kernel"]:
+        units = [row for row in paced if row.fsdp_units and row.cell.compiled and row.program.overlap == "none"]
+        found["fsdp_unit"] = _median(row.fsdp_unit(kernel) for row in units)
     return {name: rate for name, rate in found.items() if rate}
 
 
@@ -152,7 +156,7 @@ def halves(measured: list[Measured], device: Device) -> tuple[list[Measured], li
 
 def by_pace(measured: list[Measured]) -> tuple[list[Measured], list[Measured]]:
     """Rows that the GPU paces, and those that the CPU does: hosts with the same cards differ by a third in the CPU's
-    time for a step, and the table has one host's. `colrow calibrate` measures another's."""
+    time for a step, and the table has their median. `colrow calibrate` measures a host's own."""
     of_hosts = [row for row in measured if row.is_cpu_bound]
     return [row for row in measured if row not in of_hosts], of_hosts
 

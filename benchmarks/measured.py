@@ -27,6 +27,7 @@ from colrow.forecasting.timing import (
     Program,
     StepTime,
     cpu_rate,
+    fsdp_units,
     fused_seconds,
     operand_bytes,
 )
@@ -187,10 +188,18 @@ class Measured:
         return cpu_rate(self.step_ms / 1e3, *self.work(), compiled=self.cell.compiled, launch=LAUNCH)
 
     @property
+    def fsdp_units(self) -> int:
+        """Units that FSDP2 gathers and reduces in a step."""
+        return self.micro_batches * fsdp_units(self.setting, next(iter(stages_of(self.walk(), self.setting))))
+
+    def fsdp_unit(self, kernel: float) -> float:
+        """Seconds of the CPU for a unit of FSDP2, beyond those for kernels of compiled blocks."""
+        inside, outside = self.work()
+        return (self.step_ms / 1e3 - kernel * inside.kernels - LAUNCH * outside.kernels) / self.fsdp_units
+
+    @property
     def is_cpu_bound(self) -> bool:
-        """A stream that waits for fp8's scales counts as idle too, and FSDP2 has CPU time of its own."""
-        if self.mesh.dp > 1 and not self.mesh.is_flat:
-            return False
+        """A stream that waits for fp8's scales counts as idle too."""
         return self.trace.get("idle", 0.0) > CPU_BOUND * self.step_ms and not self.cuda_graph and not self.fp8
 
     def peer_rate(self) -> float:

@@ -117,6 +117,10 @@ def test_replayed_steps_on_flat_data_axes_are_those_run_one_by_one(ranks: Ranks,
         pytest.skip("needs --device cuda")
     write_text(tmp_path)
     group = ranks(2)
+    if (
+        case == "shard"
+    ):  # compiled: ranks that tune a kernel at the same time may take different ones, and keep the last
+        group.run(flat_run, tmp_path, "cold", 100, None, case)
     ran = {
         name: group.run(flat_run, tmp_path, name, steps, None, case) for name, steps in (("eager", 100), ("graphs", 2))
     }

@@ -52,10 +52,10 @@ def test_the_shipped_rates_give_rows_that_gave_none() -> None:
         device = device_named(gpu)
         by_gpu, by_cpu = by_pace(halves([row for row in rows(gpu) if not row.older], device)[1])
         found = errors(by_gpu, device)
-        assert len(found) > 5 * len(by_cpu)
+        assert len(found) > 4 * len(by_cpu)
         assert statistics.median(found) < 0.06
         assert max(found) < 0.10
-        assert max(errors(by_cpu, device), default=0.0) < 0.25  # rates of another host's CPU
+        assert max(errors(by_cpu, device), default=0.0) < 0.4  # rates of other hosts' CPUs
 
 
 def test_published_runs_of_another_program_are_forecast_by_its_model_and_kernels() -> None:
