@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -168,3 +169,30 @@ def test_a_branch_of_a_long_history(kept: Callable[[Any, Tensor], Any], at: int,
 def test_a_history_that_does_not_grow_costs_no_more() -> None:
     assert judged(Remembering(4, in_list, most=1)).values == ()
     assert len(judged(Remembering(1000, in_list)).values) == 4
+
+
+class Informed(m.MLP):
+    """A loop gives it the step; after a thousand a rank's features get a softmax."""
+
+    def __init__(self, *, known: bool = True) -> None:
+        super().__init__()
+        self.step, self.known = 0, known
+
+    def on_step(self, step: int) -> None:
+        self.step = step
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        return self.down(h.softmax(-1) if self.step > 1000 and self.known else h)
+
+
+@pytest.mark.exhaustive
+def test_a_branch_of_a_number_that_other_code_sets() -> None:
+    assert judged(Informed()).cause.startswith("with step at 1001: ")
+    assert judged(Informed(known=False)).ok
+
+
+@pytest.mark.exhaustive
+def test_a_branch_of_what_is_computed_of_a_count() -> None:
+    """No number of it meets the counter itself."""
+    assert judged(Counting(lambda n: math.log2(n) == 6)).cause.startswith("with counters at 63: ")

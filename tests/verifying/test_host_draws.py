@@ -12,7 +12,7 @@ from torch import Tensor
 
 from colrow.sharding.parameter_state import copied_model
 from colrow.verifying.host_draws import LEAST, MOST, HostDraws, places
-from colrow.verifying.other_values import decided_values
+from colrow.verifying.other_ways import other_ways
 from colrow.verifying.report import Report
 from colrow.verifying.step import Task, reference_step
 from colrow.verifying.verify import verify
@@ -143,7 +143,7 @@ def test_a_branch_of_the_middle(seldom: Callable[[], bool]) -> None:
 def test_the_ways_that_are_compared() -> None:
     model = Deciding(between(0.4, random.random, 0.41))
     task = Task(model, (torch.randn(1, 2, m.D),), lambda output, inputs: output.square().sum(), 2)
-    found = [other.name for other in decided_values(task, reference_step(task, copied_model(model)))]
+    found = [other.name for other in other_ways(task, reference_step(task, copied_model(model)))]
     assert found == ["random numbers at their least", "random numbers at their most", "random numbers at 0.405"]
 
 

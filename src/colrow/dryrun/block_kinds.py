@@ -131,7 +131,7 @@ class _Recorder(TorchDispatchMode):
 
 def shape_or_value(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
-        return tuple(leaf.shape)
+        return (None,) if leaf.is_nested else tuple(leaf.shape)  # a strided nested tensor has no shape
     return float if isinstance(leaf, float) else str(leaf)  # a factor moves nothing between elements
 
 

@@ -10,6 +10,7 @@ Code of torch, of Python and of the libraries in `_LIBRARIES` is not followed.
 
 from __future__ import annotations
 
+import dis
 import functools
 import itertools
 import math
@@ -19,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from torch import Tensor, nn
@@ -30,10 +31,10 @@ Path = tuple[str, ...]
 """How a value is reached: a module's name, then an attribute or key at each step."""
 _LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "transformers", "colrow"}
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-_MOST_ENTRIES = 64
+_MOST_ENTRIES = 1024
 """Longer containers are histories or data; what they hold is not followed."""
 _DEEPEST = 12
-_CALLED = ("__init__", "__call__", "__getattr__", "__torch_function__")
+_CALLED = ("__call__", "__getattr__", "__torch_function__")
 """Special methods whose code a forward may run."""
 _CACHED_FUNCTION = type(functools.cache(lambda: None))
 _NOT_FOLLOWED = (bool, str, bytes, Tensor, itertools.count)
@@ -73,6 +74,18 @@ def numbers_in_code(model: nn.Module) -> list[int | float]:
         elif isinstance(kept.value, types.FunctionType) and _is_own(kept.value.__module__ or ""):
             found |= set(_constants(kept.value.__code__))
     return sorted(number for number in found if math.isfinite(number))
+
+
+def set_names(model: nn.Module) -> set[str]:
+    """The names of attributes, globals and keys that code of the model's files sets, other than where objects are made;
+    and of buffers, which anybody may fill."""
+    own = {cls for module in model.modules() for cls in type(module).__mro__ if _is_own(cls.__module__)}
+    files = {sys.modules[cls.__module__] for cls in own if cls.__module__ in sys.modules}
+    held = [value for names in (*own, *files) for value in vars(names).values()]
+    held += [each for cls in held if isinstance(cls, type) and _is_own(cls.__module__) for each in vars(cls).values()]
+    code = {function.__code__ for value in held for function in (value, *_code_in(value)) if _is_function(function)}
+    found = {name for each in code if each.co_name != "__init__" for name in _names_set(each)}
+    return found | {name.rpartition(".")[2] for name, _ in model.named_buffers()}
 
 
 def is_number(value: Any) -> bool:
@@ -248,6 +261,20 @@ def _code_in(value: Any) -> tuple[Any, ...]:
     if isinstance(value, _CACHED_FUNCTION):
         return (vars(value).get("__wrapped__"),)
     return (value.func,) if isinstance(value, functools.cached_property) else ()
+
+
+def _is_function(value: Any) -> TypeGuard[types.FunctionType]:
+    return isinstance(value, types.FunctionType)
+
+
+def _names_set(code: types.CodeType) -> Iterator[str]:
+    before: Any = None
+    for each in dis.get_instructions(code):
+        if each.opname in ("STORE_ATTR", "STORE_GLOBAL"):
+            yield each.argval
+        elif each.opname == "STORE_SUBSCR" and isinstance(before, str):  # of a dict
+            yield before
+        before = each.argval
 
 
 def _constants(code: types.CodeType) -> Iterator[Any]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,23 +23,11 @@ from torch.distributed.tensor import Replicate
 from colrow.dryrun.calls import Inputs
 from colrow.sharding.parameter_state import copied_model
 from colrow.verifying.comparison import Errors, Observed, Reference, Sharded, compare
-from colrow.verifying.counters import Counts, TensorsRecord, recording
 from colrow.verifying.double_casts import Rounding
-from colrow.verifying.host_draws import LEAST, MOST, PAIRS, places
-from colrow.verifying.kept_values import numbers_in_code
-from colrow.verifying.operators_run import Operators, operators_run
 from colrow.verifying.step import Task, reference_step
 
 LARGE, SMALL = (1e3, 30.0), (1e-4,)
 """Factors of half of the rows; of several, the first with which the unsharded model's numbers are finite."""
-_MOST_COUNTS = 6
-"""Most numbers of counters to try: each costs two steps of both models."""
-_SEEDS = 32
-"""Of random numbers that differ from draw to draw."""
-_MOST_WAYS = 8
-"""Most ways of the code by random numbers that are compared, beside those of the least and the most."""
-_LATER = (2, 4, 6, 30)
-"""The step and the forward after it are then the third to the eighth, and one far behind: histories are short."""
 _LAST_DIGITS = 1e-13
 TOLERATED = 1e-6
 """Relative error, and so many times larger than the model's own it has to be: `_ILL`. A wrong operator's is near 1."""
@@ -85,74 +72,6 @@ def other_values(task: Task) -> Iterator[OtherValues]:
             if found is not None and not rounding.seen:
                 yield found
                 break
-
-
-def decided_values(task: Task, reference: Reference) -> Iterator[OtherValues]:
-    """With the random numbers that the model's code draws on the host at their least, at their most, and where the code
-    runs other operators ([Note: deciding draws])."""
-    if not reference.decided:
-        return
-    seen = operators_run(task) | operators_run(replace(task, seed=task.seed + 1))
-    for name, at in (("their least", LEAST), ("their most", MOST)):
-        changed = replace(task, draws_at=(at,))
-        seen |= _operators(changed)
-        if (found := with_reference(f"random numbers at {name}", changed)) is not None:
-            yield found
-    at_one = ((at,) for at in places(numbers_in_code(task.model), reference.bounds))
-    tried = {"at " + ", ".join(f"{x:.4g}" for x in at): replace(task, draws_at=at) for at in (*at_one, *PAIRS)}
-    tried |= {f"of seed {seed}": replace(task, seed=seed) for seed in range(task.seed + 2, task.seed + 2 + _SEEDS)}
-    ways = 0
-    for name, changed in tried.items():
-        if (operators := _operators(changed)) <= seen:
-            continue
-        seen |= operators
-        if (found := with_reference(f"random numbers {name}", changed)) is not None:
-            yield found
-        if (ways := ways + 1) == _MOST_WAYS:
-            return
-
-
-def _operators(task: Task) -> Operators:
-    """None where the model raises, as code may with such values."""
-    with suppress(Exception):
-        return operators_run(task)
-    return frozenset()
-
-
-def counted_values(task: Task, reference: Reference) -> Iterator[OtherValues]:
-    """With other numbers in the model's counters ([Note: counters]); none for a model without counters."""
-    if not reference.counters:
-        return
-    starts, met = reference.starts, set[float]()
-    if reference.late:
-        task = replace(task, forwards=task.forwards + 1)
-    recorded: Counts = {counter: recording(number, met) for counter, number in starts.items()}
-    with TensorsRecord(met), suppress(Exception):  # code may refuse numbers that record
-        reference_step(replace(task, next_forward=False, counts=task.counts | recorded), copied_model(task.model))
-    led = {
-        number: [counter for counter, start in starts.items() if reference.counters[counter].leads_to(number, start)]
-        for number in sorted(met, key=abs)
-    }
-    changes: list[tuple[float, Counts]] = []
-    for number, counters in [(n, c) for n, c in led.items() if c][:_MOST_COUNTS]:
-        # Code counts before or after it compares, and two forwards follow: one meets the number, one is behind it.
-        before = {counter: reference.counters[counter].back(number) for counter in counters}
-        changes += [(number, dict.fromkeys(counters, number)), (number, before)]
-    far = {counter: reference.counters[counter].far(start) for counter, start in starts.items()}
-    changes.append((next(iter(far.values())), far))
-    for number, change in changes:
-        counts: Counts = {counter: type(starts[counter])(n) for counter, n in change.items()}
-        changed = replace(task, counts=task.counts | counts)
-        if (found := with_reference(f"counters at {number:.7g}", changed)) is not None:
-            yield found
-
-
-def later_values(task: Task, reference: Reference) -> Iterator[OtherValues]:
-    """After more forwards, of a model that keeps what grows with each."""
-    for forwards in _LATER if reference.grows else ():
-        found = with_reference(f"{forwards} forwards before", replace(task, forwards=forwards))
-        if found is not None:
-            yield found
 
 
 def with_reference(name: str, task: Task) -> OtherValues | None:

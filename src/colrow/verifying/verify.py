@@ -26,7 +26,8 @@ from colrow.verifying.controls import negative_control
 from colrow.verifying.diagnosis import likely_cause
 from colrow.verifying.double_casts import Rounding
 from colrow.verifying.operators_run import decides_by_clock
-from colrow.verifying.other_values import TOLERATED, counted_values, decided_values, later_values, other_values
+from colrow.verifying.other_values import TOLERATED, other_values
+from colrow.verifying.other_ways import other_ways
 from colrow.verifying.report import Mode, Report, Verdict, Worst
 from colrow.verifying.step import Task, reference_step
 
@@ -106,8 +107,7 @@ def _found(
     try:
         seen = _worst_mode(cases, plan, tolerance, backend, modes)
         right = seen.errors.worst <= tolerance
-        makers = (counted_values, decided_values, later_values)
-        branches = (make(in_mode, unsharded) for _, in_mode, unsharded in cases for make in makers)
+        branches = (other_ways(in_mode, unsharded) for _, in_mode, unsharded in cases)
         others = itertools.chain(*branches, other_values(task) if vary else ())
         for other in others if right else ():
             values.append(other.name)

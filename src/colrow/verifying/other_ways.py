@@ -1,0 +1,143 @@
+"""Other ways that a model's code takes by what it counts, draws and keeps, and by numbers that other code sets.
+
+[Note: other ways]
+Code decides by such numbers, and the two forwards of a comparison show few of them. A forward of the unsharded model is
+cheap beside a comparison. So it is run with many numbers, and where it runs an operator that no comparison has run, at
+that place and of these shapes, the models are compared. See [Note: counters] and [Note: deciding draws].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from colrow.sharding.parameter_state import copied_model
+from colrow.verifying.comparison import Reference
+from colrow.verifying.counters import Counts, Kept, TensorsRecord, recording, set_counts
+from colrow.verifying.host_draws import LEAST, MOST, PAIRS, places
+from colrow.verifying.kept_values import numbers_in_code, set_names
+from colrow.verifying.operators_run import Operators, operators_run
+from colrow.verifying.other_values import OtherValues, with_reference
+from colrow.verifying.step import Task, reference_step
+
+_MOST_COUNTS = 6
+"""Most numbers of counters to compare at in any case: each costs two steps of both models."""
+_MOST_WAYS = 8
+"""Most other ways of the code that are compared."""
+_USUAL = (*range(3, 65), *(digit * 10**i for i in range(2, 6) for digit in (1, 2, 5)))
+"""Counts that are tried beside those that stand in the code."""
+_SEEDS = 32
+"""Of random numbers that differ from draw to draw."""
+_LATER = (2, 4, 6, 30)
+"""The step and the forward after it are then the third to the eighth, and one far behind: histories are short."""
+
+
+def other_ways(task: Task, reference: Reference) -> Iterator[OtherValues]:
+    """All of them, each with the unsharded model's step."""
+    yield from _counted(task, reference)
+    yield from _set_elsewhere(task, reference)
+    yield from _decided(task, reference)
+    yield from _later(task, reference)
+
+
+def _counted(task: Task, reference: Reference) -> Iterator[OtherValues]:
+    """With other numbers in the model's counters; none for a model without counters."""
+    if not reference.counters:
+        return
+    if reference.late:
+        task = replace(task, forwards=task.forwards + 1)
+    starts, met = reference.starts, _met(task, reference.starts)
+
+    def at(number: float) -> Counts:
+        """The counters that come to this number."""
+        return {c: number for c, start in starts.items() if reference.counters[c].leads_to(number, start)}
+
+    def changed(counts: Mapping[Any, float]) -> Task:
+        return replace(task, counts=task.counts | {c: type(starts[c])(n) for c, n in counts.items()})
+
+    changes: list[tuple[float, Counts]] = []
+    for number, counts in [(n, at(n)) for n in met if at(n)][:_MOST_COUNTS]:
+        # Code counts before or after it compares, and two forwards follow: one meets the number, one is behind it.
+        changes += [(number, counts), (number, {c: reference.counters[c].back(n) for c, n in counts.items()})]
+    far = {counter: reference.counters[counter].far(start) for counter, start in starts.items()}
+    changes.append((next(iter(far.values())), far))
+    seen = operators_run(task)
+    for number, counts in changes:
+        seen |= _operators(changed(counts))
+        if (found := with_reference(f"counters at {number:.7g}", changed(counts))) is not None:
+            yield found
+    numbers = dict.fromkeys([*met, *(n + i for n in numbers_in_code(task.model) for i in (-1, 0, 1)), *_USUAL])
+    yield from _new_ways({f"counters at {n:.7g}": changed(at(n)) for n in numbers if at(n)}, seen)
+
+
+def _set_elsewhere(task: Task, reference: Reference) -> Iterator[OtherValues]:
+    """With numbers that no forward changes and other code sets (a step that a loop gives the model), at those that they
+    meet."""
+    names, found = set_names(task.model), Kept.of(task.model)
+    free = {path: n for path, n in found.counts.items() if path[-1] in names and path not in reference.counters}
+    tried = dict[str, Task]()
+    for path, number in free.items():
+        for n in (near for other in _met(task, {path: number}) for near in (other - 1, other, other + 1)):
+            changed, counts = copied_model(task.model), {path: type(number)(n)}
+            if path in found.outside:
+                tried[f"{path[-1]} at {n:.7g}"] = replace(task, counts=task.counts | counts)
+            else:  # before the plan is applied: a style may change such a number
+                set_counts(changed, counts)
+                tried[f"{path[-1]} at {n:.7g}"] = replace(task, model=changed)
+    if tried:
+        yield from _new_ways(tried, operators_run(task))
+
+
+def _decided(task: Task, reference: Reference) -> Iterator[OtherValues]:
+    """With the random numbers that the model's code draws on the host at their least, at their most, and between."""
+    if not reference.decided:
+        return
+    seen = operators_run(task) | operators_run(replace(task, seed=task.seed + 1))
+    for name, at in (("their least", LEAST), ("their most", MOST)):
+        changed = replace(task, draws_at=(at,))
+        seen |= _operators(changed)
+        if (found := with_reference(f"random numbers at {name}", changed)) is not None:
+            yield found
+    at_one = ((at,) for at in places(numbers_in_code(task.model), reference.bounds))
+    tried = {"at " + ", ".join(f"{x:.4g}" for x in at): replace(task, draws_at=at) for at in (*at_one, *PAIRS)}
+    tried |= {f"of seed {seed}": replace(task, seed=seed) for seed in range(task.seed + 2, task.seed + 2 + _SEEDS)}
+    yield from _new_ways({f"random numbers {name}": changed for name, changed in tried.items()}, seen)
+
+
+def _later(task: Task, reference: Reference) -> Iterator[OtherValues]:
+    """After more forwards, of a model that keeps what grows with each."""
+    for forwards in _LATER if reference.grows else ():
+        found = with_reference(f"{forwards} forwards before", replace(task, forwards=forwards))
+        if found is not None:
+            yield found
+
+
+def _new_ways(tried: Mapping[str, Task], seen: Operators) -> Iterator[OtherValues]:
+    """Those with which the unsharded model runs an operator that was not seen before."""
+    ways = 0
+    for name, changed in tried.items():
+        if (operators := _operators(changed)) <= seen:
+            continue
+        seen |= operators
+        if (found := with_reference(name, changed)) is not None:
+            yield found
+        if (ways := ways + 1) == _MOST_WAYS:
+            return
+
+
+def _operators(task: Task) -> Operators:
+    """None where the model raises, as code may with such values."""
+    with suppress(Exception):
+        return operators_run(task)
+    return frozenset()
+
+
+def _met(task: Task, counts: Counts) -> list[float]:
+    """The numbers that these meet in a step, the smallest first."""
+    met = set[float]()
+    recorded: Counts = {counter: recording(number, met) for counter, number in counts.items()}
+    with TensorsRecord(met), suppress(Exception):  # code may refuse numbers that record
+        reference_step(replace(task, next_forward=False, counts=task.counts | recorded), copied_model(task.model))
+    return sorted(met, key=abs)
