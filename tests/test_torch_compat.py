@@ -296,6 +296,40 @@ def test_code_can_run_as_it_is_exported() -> None:
     assert not torch.compiler.is_exporting()
 
 
+def test_torchs_encoder_runs_on_a_mask_without_values() -> None:
+    layer = nn.TransformerEncoderLayer(4, 2, 4, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+    def run() -> torch.Size:
+        return encoder(torch.ones(1, 3, 4), mask=torch.zeros(3, 3)).shape
+
+    with tc.fake_tensors():
+        assert run() == (1, 3, 4)
+    with tc.fake_tensor_mode(allow_non_fake_inputs=True), pytest.raises(RuntimeError) as raised:
+        run()
+    assert tc.needs_values(raised.value)
+
+
+def test_graphs_are_traced_without_code_and_traces_and_still_run() -> None:
+    class Doubled(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                return 2 * x
+
+    def exported() -> tuple[Any, set[bool]]:
+        program = torch.export.export(Doubled(), (torch.ones(3),), strict=False)
+        nodes = (node for node in program.graph.nodes if node.op == "call_function")
+        return program, {bool(node.stack_trace) for node in nodes if not tc.is_higher_order(node.target)}
+
+    with tc.graphs_alone():
+        quick, quickly_traced = exported()
+    usual, traced = exported()
+    assert traced == {True}
+    assert quickly_traced == {not hasattr(torch.fx.config, "do_not_emit_stack_traces")}
+    assert [str(node) for node in quick.graph.nodes] == [str(node) for node in usual.graph.nodes]
+    assert torch.equal(quick.module()(torch.ones(3)), 2 * torch.ones(3))
+
+
 def test_an_index_that_code_writes_down_is_known_of_a_fake_tensor() -> None:
     with tc.fake_tensors():
         assert tc.constant_index(torch.tensor([-2])) == -2

@@ -134,6 +134,45 @@ def test_torchs_encoder_evaluates_as_one_process_does(ranks: Ranks) -> None:
         assert error < TOLERANCE
 
 
+class Masked(nn.Module):
+    """torch's encoder, or its decoder, with a mask of the tokens: `torch.triu` alone is one that torch detects."""
+
+    def __init__(self, decodes: bool, is_band: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        kind = nn.TransformerDecoderLayer if decodes else nn.TransformerEncoderLayer
+        around = nn.TransformerDecoder if decodes else nn.TransformerEncoder
+        self.embed, self.stack = nn.Embedding(VOCAB, D), around(kind(D, HEADS, 2 * D, 0.0, batch_first=True), 1)
+        self.is_band = is_band
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, length = self.embed(ids), ids.shape[1]
+        mask = torch.full((length, length), float("-inf"), dtype=x.dtype, device=x.device).triu(1)
+        if self.is_band:
+            mask = mask + torch.full_like(mask, float("-inf")).tril(-4)
+        if isinstance(self.stack, nn.TransformerDecoder):
+            return self.stack(x, x.flip(1), tgt_mask=mask, memory_mask=mask.T)
+        return self.stack(x, mask=mask)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("is_band", [False, True])
+@pytest.mark.parametrize("decodes", [False, True])
+def test_torchs_encoder_and_decoder_with_masks_are_split_by_heads(decodes: bool, is_band: bool) -> None:
+    model, inputs = Masked(decodes, is_band).double(), (IDS[:, :-1],)
+    found = derive(model, 2, inputs=inputs, options=DeriveOptions(sequence_parallel=False))
+    plan = found.plan()
+    attentions = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    assert len(attentions) == 1 + decodes
+    assert {f"{name}.in_proj_weight" for name in attentions} <= {*found.sharded}
+    assert not found.notes
+    assert parity(model, plan, 2, inputs).worst < TOLERANCE
+    (key,) = [key for key, style in plan.modules.items() if key.endswith("self_attn") and style.sizes]
+    bare = replace(plan.modules[key], sizes=None)
+    with contextlib.suppress(RankFailure):  # shapes do not fit
+        assert parity(model, replace(plan, modules={**plan.modules, key: bare}), 2, inputs).worst > 1e-3
+
+
 class Views(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         a = x.view(2, HEADS, -1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -16,8 +16,9 @@ from colrow.checking.gradients import check_gradients
 from colrow.checking.options import check_options
 from colrow.checking.static import check_stages, check_static, fused_suspects
 from colrow.checking.unproven import check_unproven
+from colrow.dryrun.block_kinds import BlockTraces
 from colrow.dryrun.calls import GivenInputs, Loss, default_loss
-from colrow.dryrun.dry_run import dry_run
+from colrow.dryrun.dry_run import dry_run_of, traces_of_step
 from colrow.dryrun.planned_step import PlannedStep
 from colrow.dryrun.result import DryRun
 from colrow.errors import PlanError
@@ -68,7 +69,19 @@ def check(
             and the one in which you expect gradients to be summed.
         compiled: each block will be compiled with `torch.compile`.
     """
-    found = check_static(model, plan, mesh.tp, seq_len) + check_stages(model, mesh.pp)
+    step = PlannedStep(model, plan, mesh.tp, batch_size, seq_len, inputs, loss, param_dtype)
+    return _checked(step, mesh, reduce_dtype, compiled)
+
+
+def _checked(
+    step: PlannedStep,
+    mesh: Mesh,
+    reduce_dtype: torch.dtype | None = None,
+    compiled: bool = False,
+    traces_of: Callable[[PlannedStep], BlockTraces] = traces_of_step,
+) -> Findings:
+    model, plan = step.model, step.plan
+    found = check_static(model, plan, mesh.tp, step.seq_len) + check_stages(model, mesh.pp)
     flops_split = None
     if is_parallel(model):
         if not _errors(found):
@@ -76,7 +89,7 @@ def check(
             found.append(finding("CR410", "model", message, "check the keys of all calls together, as one plan"))
     elif not _errors(found) and mesh.tp > 1:
         try:
-            run = dry_run(model, plan, mesh, batch_size, seq_len, inputs=inputs, loss=loss, dtype=param_dtype)
+            run = dry_run_of(step, traces_of)
         except PlanError as error:
             found.append(finding_of(error, f"plan {plan.name}"))
             return _ordered(found)
@@ -87,15 +100,13 @@ def check(
         suspects = [f for f in found if f.severity == "error" and f.code in OF_CODE]
         others = [f for f in found if f not in suspects]
         if not _errors(others) and run.reference_failure is None:
-            step = PlannedStep(model, plan, mesh.tp, batch_size, seq_len, inputs, loss, param_dtype)
-            found = others + check_unproven(step, suspects)
+            found = others + check_unproven(replace(step, dtype=run.dtype), suspects)
     return _ordered(found, flops_split)
 
 
-def check_step(step: PlannedStep) -> Findings:
-    """`check` of the plan of a step, on a mesh of tp alone."""
-    batch, mesh = (step.batch_size, step.seq_len), Mesh(tp=step.tp)
-    return check(step.model, step.plan, mesh, *batch, inputs=step.inputs, loss=step.loss, param_dtype=step.dtype)
+def check_step(step: PlannedStep, traces_of: Callable[[PlannedStep], BlockTraces] = traces_of_step) -> Findings:
+    """`check` of the plan of a step, on a mesh of tp alone. `traces_of`: as `dry_run_of` takes it."""
+    return _checked(step, Mesh(tp=step.tp), traces_of=traces_of)
 
 
 def _ordered(found: list[Finding], flops_split: float | None = None) -> Findings:

@@ -16,7 +16,9 @@ from colrow.derive.derivation import derive
 from colrow.derive.progress import Progress
 from colrow.derive.proof import SEQ_LEN, prove
 from colrow.derive.result import Derivation
+from colrow.dryrun.block_kinds import BlockTraces
 from colrow.dryrun.calls import GivenInputs, Loss, default_loss
+from colrow.dryrun.dry_run import traces_of_step
 from colrow.dryrun.planned_step import PlannedStep
 from colrow.errors import PlanError
 from colrow.plans.patterns import with_stars
@@ -76,12 +78,19 @@ def derive_judged(
     # `derive` asks again of the same plan (the one without sequence shards, the last one): a check takes seconds
     known: dict[str, Judgement] = {}
     seq_len = max(16 // tp, 1) * tp if seq_len is None else seq_len
+    unsharded: list[BlockTraces] = []
+
+    def traces_of(step: PlannedStep) -> BlockTraces:  # of the same model and inputs under every plan
+        if not unsharded:
+            unsharded.append(traces_of_step(step))
+        return unsharded[0]
 
     def judge(plan: Plan) -> Objection | None:
         key = _key(plan)
         if key not in known:
             progress.at("checking a plan")
-            known[key] = judgement(PlannedStep(model, plan, tp, batch_size, seq_len, inputs, loss), progress)
+            step = PlannedStep(model, plan, tp, batch_size, seq_len, inputs, loss)
+            known[key] = judgement(step, progress, traces_of)
             progress.at("tracing")
         return known[key].objection
 
@@ -108,9 +117,13 @@ def _key(plan: Plan) -> str:
     return replace(plan, notes={}).to_yaml()
 
 
-def judgement(step: PlannedStep, progress: Progress | None = None) -> Judgement:
+def judgement(
+    step: PlannedStep,
+    progress: Progress | None = None,
+    traces_of: Callable[[PlannedStep], BlockTraces] = traces_of_step,
+) -> Judgement:
     """Objects to errors of the check, and to what it leaves unproven and verify finds wrong."""
-    found = check_step(step)
+    found = check_step(step, traces_of)
     errors = [f for f in found if f.severity == "error"]
     if errors:
         return Judgement(_objection(errors, _cause(errors[0])), found)

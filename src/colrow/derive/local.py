@@ -47,7 +47,7 @@ from colrow.sharding.operators import Filling
 from colrow.sharding.parameter_state import detached_attributes
 from colrow.styles.base import set_attribute
 from colrow.styles.local_sizes import write_local_sizes
-from colrow.torch_compat import as_in_export, fake_tensor_mode, quiet_fake_tensors
+from colrow.torch_compat import as_in_export, fake_tensor_mode, masks_without_values, quiet_fake_tensors
 
 
 @dataclass(frozen=True)
@@ -396,7 +396,14 @@ class LocalCheck:
         product, which fake tensors in fp32 have, and that of a plain call they have not."""
         mode = fake_tensor_mode(allow_non_fake_inputs=True)
         inputs = Inputs.of(self.inputs).map(mode.from_tensor)
-        with quiet_fake_tensors(), torch.no_grad(), self.traced.opaque.within(model), as_in_export(), mode:
+        with (
+            quiet_fake_tensors(),
+            masks_without_values(),
+            torch.no_grad(),
+            self.traced.opaque.within(model),
+            as_in_export(),
+            mode,
+        ):
             call_model(model.eval(), inputs)
 
 

@@ -28,7 +28,7 @@ from colrow.dryrun.calls import Inputs, call_model, example_inputs, most_positio
 from colrow.dryrun.code_caches import caches_forgotten
 from colrow.errors import PlanError
 from colrow.parallel.outputs import auxiliary_losses, main_tensor
-from colrow.torch_compat import quiet_fake_tensors
+from colrow.torch_compat import graphs_alone, masks_without_values, quiet_fake_tensors
 
 _LIBRARY = torch.library.Library("colrow_plan", "DEF")
 _LIBRARY.define("boundary(Tensor x, str label, int dim, int mul, int div) -> Tensor")
@@ -175,6 +175,8 @@ def _exported(
     try:
         with (
             quiet_fake_tensors(),
+            graphs_alone(),
+            masks_without_values(),
             caches_forgotten(model),
             markers(model, rescale) as calls,
             opaque.within(model),
@@ -209,7 +211,7 @@ def export(
 
 def decomposed(exported: ExportedProgram) -> ExportedProgram:
     """The program with regions under `no_grad` inlined, and without writes in place."""
-    with quiet_fake_tensors(), warnings.catch_warnings():
+    with quiet_fake_tensors(), graphs_alone(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return exported.run_decompositions({})
 

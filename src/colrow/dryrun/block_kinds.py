@@ -19,7 +19,7 @@ import types
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,10 +47,12 @@ class BlockTraces:
     Attributes:
         runs: a block's name to what its forward runs; empty where the model could not be run.
         irregular: the names of irregular stacks ([Note: kinds of blocks]).
+        dtype: of floating-point parameters, where the model runs in no other.
     """
 
     runs: Mapping[str, Hashable] = field(default_factory=dict)
     irregular: frozenset[str] = frozenset()
+    dtype: torch.dtype | None = None
 
 
 def trace_blocks(
@@ -75,7 +77,7 @@ def trace_blocks(
                 call_model(copy, inputs)
     except Exception as error:
         if dtype is None and "BF16" in str(error):  # torch's grouped matmuls take no other type
-            return trace_blocks(model, make_inputs, torch.bfloat16)
+            return replace(trace_blocks(model, make_inputs, torch.bfloat16), dtype=torch.bfloat16)
         return BlockTraces()  # the dry run itself reports it
     irregular = frozenset(stack.name for stack in stacks if recorder.irregular(stack.name, list(stack.blocks)))
     return BlockTraces({name: tuple(runs) for name, runs in recorder.runs.items()}, irregular)

@@ -33,7 +33,7 @@ from colrow.dryrun.flops import FlopCounter
 from colrow.dryrun.module_tracker import LOSS, ModuleTracker
 from colrow.dryrun.planned_step import PlannedStep
 from colrow.dryrun.recorded_calls import CallRecorder
-from colrow.dryrun.reduced_copy import ReducedCopy, reduced_copy
+from colrow.dryrun.reduced_copy import KEPT, ReducedCopy, reduced_copy
 from colrow.dryrun.result import Collective, DryRun, Failure, Output
 from colrow.dryrun.watch import Watch
 from colrow.mesh import Mesh
@@ -48,6 +48,13 @@ from colrow.sharding.layout import PACKED
 from colrow.styles.base import Style
 from colrow.styles.rank_tensors import RANK_TABLES
 from colrow.torch_compat import fake_tensors, forget_shardings, is_transformed, version
+
+
+def traces_of_step(step: PlannedStep) -> BlockTraces:
+    """What tells blocks apart; nothing where none would be left out."""
+    if all(len(stack.blocks) <= KEPT for stack in block_stacks(step.model)):
+        return BlockTraces()
+    return trace_blocks(step.model, step.fake_inputs, step.dtype)
 
 
 def dry_run(
@@ -75,8 +82,15 @@ def dry_run(
     Raises:
         PlanError: the plan does not fit the model at this degree.
     """
-    step = PlannedStep(model, plan, mesh.tp, batch_size, seq_len, inputs, loss, dtype)
-    traces = trace_blocks(model, step.fake_inputs, dtype)
+    return dry_run_of(PlannedStep(model, plan, mesh.tp, batch_size, seq_len, inputs, loss, dtype))
+
+
+def dry_run_of(step: PlannedStep, traces_of: Callable[[PlannedStep], BlockTraces] = traces_of_step) -> DryRun:
+    """`dry_run` of a step. `traces_of`: may give traces of the model's blocks that are known already, for they do not
+    depend on the plan."""
+    traces = traces_of(step)
+    if traces.dtype is not None:
+        step = replace(step, dtype=traces.dtype)
     run = _run(step, traces)
     if run.reference_failure is not None and "BF16" in str(run.reference_failure.error):
         step = replace(step, dtype=torch.bfloat16)  # torch's grouped matmuls take no other type
@@ -86,8 +100,8 @@ def dry_run(
     return run
 
 
-def _run(step: PlannedStep, traces: BlockTraces, keep: int = 2) -> DryRun:
-    run = DryRun()
+def _run(step: PlannedStep, traces: BlockTraces, keep: int = KEPT) -> DryRun:
+    run = DryRun(dtype=step.dtype)
     styles = step.plan.styles_of(step.model)
     reference, sharded = (reduced_copy(step.model, styles, traces, keep) for _ in range(2))
     plan = sharded.renamed_plan(step.plan, styles)

@@ -19,7 +19,7 @@ from colrow.plans.patterns import is_within
 from colrow.plans.plan import Plan
 from colrow.styles.base import Style
 
-_KEPT = 2  # of each kind: the second block's input comes from a block, as for all later ones
+KEPT = 2  # of each kind: the second block's input comes from a block, as for all later ones
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class ReducedCopy:
         return next((n for block, n in self.repeats.items() if is_within(name, block)), 1)
 
 
-def reduced_copy(model: nn.Module, styles: Mapping[str, Style], traces: BlockTraces, keep: int = _KEPT) -> ReducedCopy:
+def reduced_copy(model: nn.Module, styles: Mapping[str, Style], traces: BlockTraces, keep: int = KEPT) -> ReducedCopy:
     """`meta_copy` with at most `keep` blocks of each kind in each regular stack of blocks."""
     model = meta_copy(model)
     original_names: dict[str, str] = {}

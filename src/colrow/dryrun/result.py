@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+
 from colrow.dryrun.recorded_calls import RecordedCall
 
 Pass = Literal["forward", "backward"]
@@ -101,6 +103,7 @@ class DryRun:
         unmatched_log_softmaxes: log-softmaxes of sharded logits that no cross entropy took.
         varying_buffers: buffers into which forward wrote values that differ between ranks.
         flops, reference_flops: of matrix products, convolutions and attentions in forward, on one rank and unsharded.
+        dtype: of floating-point parameters, where it was another than the model's own.
         async_inputs: blocks whose input is the result of a collective, with nothing but views between.
     """
 
@@ -120,6 +123,7 @@ class DryRun:
     varying_buffers: list[str] = field(default_factory=list)
     flops: int = 0
     reference_flops: int = 0
+    dtype: torch.dtype | None = None
 
     def flops_split(self, tp: int) -> float | None:
         """The share of the forward's floating-point operations that is split over tp; None where it is not known."""

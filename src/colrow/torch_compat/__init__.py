@@ -53,8 +53,10 @@ from colrow.torch_compat.simulated import constant_index as constant_index
 from colrow.torch_compat.simulated import fake_tensor_mode as fake_tensor_mode
 from colrow.torch_compat.simulated import fake_tensors as fake_tensors
 from colrow.torch_compat.simulated import from_tensors_of_ranks as from_tensors_of_ranks
+from colrow.torch_compat.simulated import graphs_alone as graphs_alone
 from colrow.torch_compat.simulated import is_fake as is_fake
 from colrow.torch_compat.simulated import local_tensor_mode as local_tensor_mode
+from colrow.torch_compat.simulated import masks_without_values as masks_without_values
 from colrow.torch_compat.simulated import needs_values as needs_values
 from colrow.torch_compat.simulated import per_rank as per_rank
 from colrow.torch_compat.simulated import quiet_fake_tensors as quiet_fake_tensors

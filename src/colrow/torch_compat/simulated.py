@@ -44,6 +44,31 @@ def as_in_export() -> contextlib.AbstractContextManager[None]:
     return entered
 
 
+@contextmanager
+def masks_without_values() -> Iterator[None]:
+    """Within, torch's encoder and decoder take a mask as it is. They compare it with a causal one, to leave it to the
+    kernel then, and a mask without values cannot be compared. The attention is the same."""
+    name = "_detect_is_causal_mask"
+    private(f"torch.nn.modules.transformer:{name}", "to run torch's encoder on fake tensors")
+
+    def detected(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
+        return is_causal is True
+
+    with replaced(torch.nn.modules.transformer, **{name: detected}):
+        yield
+
+
+@contextmanager
+def graphs_alone() -> Iterator[None]:
+    """Within, torch traces graphs without what is only read by people: the Python code of each graph module, which is
+    written when its forward is called, and the stack trace of each node. That is a fifth of the time of an export."""
+    lazy = private("torch.fx._lazy_graph_module:_use_lazy_graph_module", "to trace without writing Python code")
+    switch = "do_not_emit_stack_traces"  # torch 2.11 has none
+    off = {switch: True} if hasattr(torch.fx.config, switch) else {}
+    with lazy(True), replaced(torch.fx.config, **off):
+        yield
+
+
 def is_fake(tensor: Any) -> bool:
     """Whether the tensor, or that of a simulated rank, has a shape and no memory."""
     first = next(iter((tensors_of_ranks(tensor) or {}).values()), tensor)
@@ -91,6 +116,7 @@ def fake_tensors() -> Iterator[None]:
     with (
         replaced(StridedShard, **changed),
         quiet_fake_tensors(),
+        masks_without_values(),
         warnings.catch_warnings(),
         fake_tensor_mode(allow_non_fake_inputs=True),
     ):
