@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import shutil
 import tempfile
@@ -45,6 +46,10 @@ LONGEST_FIRST = (
 # Tensors here are tiny: a second thread only spins until it gets the core that the other worker's tests need.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+# pytest 9 hands itself to each logger that does not propagate. torch's trace is one, and would describe every fake
+# tensor to it: lines that hide what failed.
+logging.getLogger("torch.__trace").propagate = True
 
 # Runs sign their folders with a key of the user's: not the one of who runs the tests, and not a new one in a home.
 os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="colrow-tests-config-")
