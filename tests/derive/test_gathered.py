@@ -211,6 +211,31 @@ def test_kv_heads_that_do_not_divide_are_held_in_shards_beside_q(
     assert errors.gradients["0.qkv.weight"] > 1e-3
 
 
+class Flat(nn.Module):
+    """A block that is called with matrices cut out of one vector, behind it a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = nn.Sequential(nn.Linear(32, 12), nn.GELU(), nn.Linear(12, 32))
+        self.__dict__["block"] = block.requires_grad_(False)  # no module of the model: it has no parameters of its own
+        self.weights = nn.ParameterList([torch.cat([param.detach().flatten() for param in block.parameters()])])
+        self.norm, self.head = nn.LayerNorm(32), nn.Linear(32, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        names, given = zip(*self.block.named_parameters(), strict=True)
+        pieces = self.weights[0].split([param.numel() for param in given])
+        state = {name: piece.view_as(param) for name, piece, param in zip(names, pieces, given, strict=True)}
+        return self.head(self.norm(x + torch.func.functional_call(self.block, state, (x,))))
+
+
+def test_a_vector_that_matrices_are_cut_out_of_is_held_in_shards_and_one_of_a_norm_is_not() -> None:
+    model, inputs = Flat().double(), (torch.randn(3, 10, 32, dtype=torch.float64),)
+    found = derive(model, 2, inputs=inputs, judge=lambda _: None)
+    assert found.plan().modules["weights"] == GatheredParameters(shards={"0": 0})
+    assert "norm" not in found.plan().modules
+    assert parity(model, found.plan(), 2, inputs).worst < 1e-9
+
+
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -173,9 +173,9 @@ class Alone(nn.Module):
 class Up(nn.Module):
     """A single column linear."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 4 * m.D) -> None:
         super().__init__()
-        self.up = nn.Linear(m.D, 4 * m.D, bias=False)
+        self.up = nn.Linear(m.D, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(x)
@@ -186,6 +186,11 @@ class Up(nn.Module):
     [
         (m.MLP, {"up": "colwise", "down": "rowwise"}, "down: the sum over tp of its output left out"),
         (Up, {"up": {"style": "colwise", "output": "replicate"}}, "up.weight: the shards of ranks 0 and 1 exchanged"),
+        (
+            lambda: Up(4 * m.D + 1),
+            {"up": {"style": "colwise", "output": "replicate"}},
+            "up.weight: the shards of ranks 0 and 1 exchanged",
+        ),
     ],
 )
 def test_a_model_without_bias_or_norm_is_proved_by_another_control(model: Any, plan: Any, change: str) -> None:

@@ -138,6 +138,7 @@ def gathered_parameters(
     """
     holders = holders_of(model)  # another holder of a tied parameter would get a shard of it
     least = LEAST * sum(param.numel() for param in model.parameters())
+    longest = max((extent for param in holders if param.dim() > 1 for extent in param.shape), default=0)
     found: Layers = {}
     for name, module in model.named_modules():
         shards = {}
@@ -147,8 +148,9 @@ def gathered_parameters(
                 continue
             if (dim := next((k for k, extent in enumerate(param.shape) if extent % tp == 0), None)) is not None:
                 shards[parameter] = dim
-        # vectors alone are not worth two collectives
-        if any(module.get_parameter(parameter).dim() > 1 for parameter in shards):
+        # biases alone are not worth two collectives; a vector that matrices are cut out of is
+        params = [module.get_parameter(parameter) for parameter in shards]
+        if any(param.dim() > 1 or param.numel() > longest for param in params):
             found[name] = {"style": GatheredParameters.name, "shards": shards}
     return found
 

@@ -7,6 +7,7 @@ two ranks' shards of a weight exchanged.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
@@ -17,7 +18,7 @@ from torch.distributed.tensor import Partial, Replicate
 
 from colrow.errors import PlanError
 from colrow.plans.plan import Plan
-from colrow.sharding.layout import regions_at
+from colrow.sharding.layout import Region, regions_at
 from colrow.sharding.parameter_state import copied_model
 from colrow.styles.base import ParameterLayout, Style, style_from_data
 from colrow.styles.linear import Rowwise
@@ -97,12 +98,16 @@ def _shards_exchanged(
             first, second = (
                 regions_at(tuple(param.shape), (layout.placement,), (tp,), (rank,), layout.packed) for rank in (0, 1)
             )
+            # tp may not divide a vocabulary: then what both ranks have of it is exchanged
+            sizes = [tuple(map(min, a.size, b.size)) for a, b in zip(first, second, strict=True)]
+            if not any(map(math.prod, sizes)):
+                continue
             changed = copied_model(model)
             with torch.no_grad():
                 weight = changed.get_parameter(name)
-                for a, b in zip(first, second, strict=True):
-                    weight[a.slices] = param[b.slices]
-                    weight[b.slices] = param[a.slices]
+                for a, b, size in zip(first, second, sizes, strict=True):
+                    mine, theirs = Region(a.offset, size).slices, Region(b.offset, size).slices
+                    weight[mine], weight[theirs] = param[theirs], param[mine]
             yield f"{name}: the shards of ranks 0 and 1 exchanged", changed
 
 
