@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from colrow.checking.check import check
 from colrow.derive.derivation import derive
+from colrow.derive.sizes import _Expected
 from colrow.errors import PlanError
 from colrow.mesh import Mesh
 from colrow.parallel.parallelize import parallelize
@@ -30,6 +31,7 @@ from helpers.attentions import (
     FromExtents,
     Parallel,
     Sliced,
+    SlicedFromEnd,
     TorchsOwn,
     Windowed,
     Written,
@@ -71,7 +73,25 @@ def test_every_kind_is_split_and_trains_as_one_process_does(ranks: Ranks, tp: in
         assert max(errors.values()) < TOLERANCE, {k: v for k, v in errors.items() if v >= TOLERANCE}
 
 
-@pytest.mark.parametrize("kind", params([Sliced, Windowed], lambda kind: True))
+@pytest.mark.parametrize(
+    ("name", "written", "wanted"),
+    [
+        ("getitem", (32, 64), (16, 32)),
+        ("getitem", (None, 32), (None, 16)),
+        ("getitem", (-96, -64), (-48, 16)),  # the piece that begins the dim
+        ("getitem", (-32, None), (-16, None)),
+        ("narrow", (-96, 32), (-48, 16)),
+        ("narrow", (64, 32), (32, 16)),
+        ("getitem", (1, 8), (1, 8)),  # of another dim
+        ("narrow", (-8, 8), (-8, 8)),
+    ],
+)
+def test_bounds_of_a_piece_get_a_ranks(name: str, written: tuple[Any, ...], wanted: tuple[Any, ...]) -> None:
+    pieces = {(first, 32, 96): (first // 2, 16, 48) for first in (0, 32, 64)}
+    assert _Expected([], [], pieces, []).bounds(name, written) == wanted
+
+
+@pytest.mark.parametrize("kind", params([Sliced, SlicedFromEnd, Windowed], lambda kind: True))
 def test_slices_and_views_of_unsharded_tensors_keep_their_sizes_or_get_a_ranks(kind: type[nn.Module]) -> None:
     plan, model = derived(2, kind), language(kind)
     sizes = plan.modules["blocks.0.attn"].sizes

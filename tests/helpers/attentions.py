@@ -140,6 +140,17 @@ class Sliced(Fused):
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, C))
 
 
+class SlicedFromEnd(Sliced):
+    """The same, its bounds counted from the end."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        y = self.qkv(x)
+        q, k, v = y[..., -3 * D : -2 * D], y.narrow(-1, -2 * D, D), y[..., -D:]
+        q, k, v = (part.reshape(B, T, HEADS, C // HEADS).transpose(1, 2) for part in (q, k, v))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, C))
+
+
 class Windowed(Fused):
     """Shifted windows, their mask written in place, and a table [places, heads] that is indexed and permuted."""
 

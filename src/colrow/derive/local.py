@@ -27,7 +27,7 @@ from colrow.derive.flow import Flows
 from colrow.derive.infer import NoRuleError, argument, computation, computes, facts_of, op_name, shape_of
 from colrow.derive.reads import reads
 from colrow.derive.rules_channels import channel_groups, channels_of
-from colrow.derive.rules_pieces import slice_piece
+from colrow.derive.rules_pieces import PieceOfDim, slice_piece
 from colrow.derive.sequence import Stream
 from colrow.derive.sizes import Rules, find_sizes
 from colrow.derive.trace import (
@@ -101,8 +101,8 @@ class LocalCheck:
             shape[self.stream.axis.get(node, 1)] //= self.choice.tp
         return shape
 
-    def piece(self, node: Node) -> tuple[tuple[int, int, int], tuple[int, int]] | None:
-        """What a slice takes of a sharded dim, (start, length, extent), to its start and length on the first rank."""
+    def piece(self, node: Node) -> tuple[PieceOfDim, PieceOfDim] | None:
+        """What a slice takes of a sharded dim, and that on the first rank: start, length and the dim's extent."""
         try:
             source, dim, (start, length), step = slice_piece(node)
             sharded = self.flows.inference.of(source)[dim]
@@ -110,8 +110,9 @@ class LocalCheck:
             return None
         if step != 1 or not self.visible.sharded(sharded):
             return None
-        before = [sum(i < bound for i in self.visible.indices(sharded, 0)) for bound in (start, start + length)]
-        return (start, length, size_of(sharded)), (before[0], before[1] - before[0])
+        held = self.visible.indices(sharded, 0)
+        first, end = (sum(i < bound for i in held) for bound in (start, start + length))
+        return (start, length, size_of(sharded)), (first, end - first, len(held))
 
     def parts(self, node: Node) -> list[list[int]]:
         """The extents of all results of the operator that gives the node as one of them."""

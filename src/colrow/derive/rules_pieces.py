@@ -10,6 +10,8 @@ from colrow.derive.infer import AxisInference, NoRuleError, Result, argument, fa
 
 Piece = tuple[int, int]
 """Start and length of a part of a dimension."""
+PieceOfDim = tuple[int, int, int]
+"""A piece, and the extent of the dimension that it is of."""
 
 
 def slice_piece(node: Node) -> tuple[Node, int, Piece, int]:

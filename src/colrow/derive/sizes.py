@@ -22,6 +22,7 @@ from torch.fx import Node
 from colrow.derive.axes import atoms_in
 from colrow.derive.failure import TraceError
 from colrow.derive.infer import computation, facts_of, op_name
+from colrow.derive.rules_pieces import PieceOfDim
 from colrow.derive.trace import Label, Trace, export, is_boundary, label_of
 from colrow.derive.undecomposed import computing_nodes, known_shape
 from colrow.styles.local_sizes import ANY, CALLS, CodeMode, SizeRule, Sizes, fits, sizes_written, with_sizes
@@ -168,31 +169,32 @@ class _Expected:
     Attributes:
         extents: of the result.
         varying: which of them the inputs decide.
-        pieces: what a slice takes (start, length, extent of the dim) to the start and the length on a rank.
+        pieces: what a slice takes, to that on a rank: start, length, extent of the dim.
         parts: the extents of all results, where the call has several.
     """
 
     extents: list[int]
     varying: list[bool]
-    pieces: dict[tuple[int, int, int], tuple[int, int]]
+    pieces: dict[PieceOfDim, PieceOfDim]
     parts: list[list[int]]
 
     def bounds(self, name: str, written: Sizes) -> Sizes | None:
         """A rank's bounds of a slice; None where no piece is known that has these."""
         out: list[Any] = []
-        for start, stop in zip(written[::2], written[1::2], strict=True):
-            # narrow(start, length), where a slice has (start, stop)
-            if name == "narrow":
+        for start, stop_or_length in zip(written[::2], written[1::2], strict=True):
+            stop = stop_or_length
+            if name == "narrow":  # (start, length), where a slice has (start, stop)
                 stop = start + stop if start >= 0 or start + stop < 0 else None
             # bounds may count from the end, and be left out
-            for (first, length, extent), (mine, count) in self.pieces.items():
+            for (first, length, extent), (local_first, local_length, local_extent) in self.pieces.items():
                 begins = first == (start or 0) or (start is not None and first == start + extent)
                 if begins and stop in (None, first + length, first + length - extent):
-                    here = None if start is None else mine if start >= 0 else start * mine // first
-                    out += [here, count if name == "narrow" else stop and (mine + count)]
+                    from_end = local_extent if start is not None and start < 0 else 0
+                    out.append(None if start is None else local_first - from_end)
+                    out.append(local_length if name == "narrow" else stop and (local_first + local_length))
                     break
             else:
-                out += [start, stop if name == "getitem" else stop - start]
+                out += [start, stop_or_length]
         return tuple(out)
 
 
