@@ -142,6 +142,34 @@ def test_without_a_proof_only_never_starts() -> None:
     assert "verify: never" in seen.refusal
 
 
+class Jagged(m.MLP):
+    """Its tokens are one short sequence and one long one inside, in a nested tensor."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        ends = torch.tensor([0, 3, x.shape[0] * x.shape[1]])
+        inside = torch.nested.nested_tensor_from_jagged(x.flatten(0, 1), ends)
+        return self.down(self.function(self.up(inside))).values().view_as(x)
+
+
+@pytest.mark.exhaustive
+def test_nested_tensors_in_a_local_block_are_proved() -> None:
+    styles = {
+        "blocks.*.mlp": {"style": "local_block", "input": ["replicate"], "output": ["replicate"]},
+        "blocks.*.mlp.up": "packed_colwise",
+        "blocks.*.mlp.down": {"style": "packed_rowwise", "output": "partial"},
+    }
+    plan = gpt_plan()
+    plan = replace(plan, modules={**plan.modules, **Plan(styles).modules})
+    for function, right in ((F.gelu, True), (lambda h: h.softmax(-1), False)):
+        seen = decided(m.Gpt(mlp=lambda function=function: Jagged(function), layers=1), plan)
+        assert seen.accepted is right
+        assert ("CR410" in [f.code for f in seen.findings]) is not right
+
+
 class Alone(nn.Module):
     """A parameter that nothing can break: a scalar."""
 

@@ -50,7 +50,8 @@ def _how_to_run(error: Exception) -> str:
     if "shape_env" in text or "Nested" in text:
         return (
             "nested tensors have sizes that depend on the data, and DTensor takes none: pad the sequences and mask "
-            "them, or make and unpack the nested tensor in one module whose linears the plan leaves out"
+            "them, or make and unpack the nested tensor in one module with style local_block (packed_colwise and "
+            "packed_rowwise inside), which `colrow verify` proves, or whose linears the plan leaves out"
         )
     if needs_values(error):
         return (
