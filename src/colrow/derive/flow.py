@@ -297,8 +297,8 @@ class Flows:
         """The bias of the very module whose product is the partial sum, or of one that is not called and whose weight
         this module multiplies by: it is added at 1/tp on each rank."""
         names, path = self.params_of.get(operand, set()), self.path[node]
-        mine = [path in self.sharers[n] or (self.owners[n] not in self.called and path) for n in names]
-        return spmd_type is SpmdType.PARAMETER and all(mine)
+        belongs = [path in self.sharers[n] or (self.owners[n] not in self.called and path) for n in names]
+        return spmd_type is SpmdType.PARAMETER and all(belongs)
 
     def _zeros(self, node: object) -> bool:
         return isinstance(node, Node) and facts_of(node).fills in (Filling.ZERO, Filling.UNSET)

@@ -138,9 +138,9 @@ def attention(inference: AxisInference, node: Node) -> Result:
     if isinstance(mask, Node):
         extents, dims = shape_of(mask), inference.of(mask)
         # from the last dim, as broadcasting does: a mask may lack leading dims
-        for j, mine in zip(range(1, len(extents) + 1), [k[2], q[2], q[1], q[0]], strict=False):
+        for j, dim in zip(range(1, len(extents) + 1), [k[2], q[2], q[1], q[0]], strict=False):
             if extents[-j] != 1:
-                unify(dims[-j], mine, inference.here)
+                unify(dims[-j], dim, inference.here)
     return [q[0], q[1], q[2], v[3]]
 
 

@@ -71,10 +71,10 @@ class Undecomposed:
                 parts[source].append(node)
         result = {}
         for node in by_name.values():
-            ours = parts.get(node, [])
+            made = parts.get(node, [])
             if op_name(node) == "getitem":  # of one of several results it says what made them all
-                ours = [p for p in parts.get(node.args[0], ()) if op_name(p) == "getitem" and p.args[1] == node.args[1]]
-            if same := [part for part in ours if known_shape(part) == known_shape(node) is not None]:
+                made = [p for p in parts.get(node.args[0], ()) if op_name(p) == "getitem" and p.args[1] == node.args[1]]
+            if same := [part for part in made if known_shape(part) == known_shape(node) is not None]:
                 result[node] = same[-1]
         return cls(nodes, result, dict(parts))
 
