@@ -148,6 +148,22 @@ def test_what_is_right_at_every_count_stays_proved(count: Callable[[], Any]) -> 
     assert judged(counting(count, lambda n: False)).ok
 
 
+class Lazy:
+    """Has no length yet."""
+
+    def __len__(self) -> int:
+        raise RuntimeError("not loaded")
+
+
+def test_what_has_no_value_is_no_counter() -> None:
+    model: Any = m.MLP()
+    model.data, model.table, model.done, model.history = Lazy(), torch.zeros((), device="meta"), False, [1.0, 2.0]
+    found = Kept.of(model)
+    with kept_values_restored(model):
+        assert found.counts == {("", "history", "0"): 1.0, ("", "history", "1"): 2.0}
+    assert found.sizes[("", "history")] == 2
+
+
 def backward_calls(wrong: Callable[[int], bool]) -> m.MLP:
     """Counts in backward; then the gradient gets a softmax over a rank's features."""
 

@@ -15,18 +15,22 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from colrow.torch_compat import is_fake
 from colrow.verifying.kept_values import KeptValue, Path, is_number, kept_values, next_of
 
 Counts = dict[Path, int | float]
 Sizes = dict[Path, int]
 FAR = 1_000_000
+_CONTAINERS = (list, tuple, set, dict, deque, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -52,15 +56,17 @@ class Kept:
                 found.counts[kept.path] = number
                 if kept.outside:
                     found.outside[kept.path] = number
-            if isinstance(kept.value, Sized) and not isinstance(kept.value, str | type):
-                found.sizes[kept.path] = kept.value.numel() if isinstance(kept.value, Tensor) else len(kept.value)
+            if isinstance(kept.value, Tensor):
+                found.sizes[kept.path] = kept.value.numel()
+            elif isinstance(kept.value, _CONTAINERS):  # other code with a length may raise, or take long
+                found.sizes[kept.path] = len(kept.value)
         return found
 
 
 def _number(value: Any) -> int | float | None:
     if isinstance(value, itertools.count):
         value = next_of(value)
-    elif isinstance(value, Tensor) and value.numel() == 1:
+    elif isinstance(value, Tensor) and value.numel() == 1 and not (value.is_meta or is_fake(value)):
         value = value.item()
     return value if is_number(value) and math.isfinite(value) else None
 

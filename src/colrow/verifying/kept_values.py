@@ -33,6 +33,8 @@ _LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "transformers", "colro
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _MOST_ENTRIES = 1024
 """Longer containers are histories or data; what they hold is not followed."""
+_MOST_ELEMENTS = 1 << 20
+"""Larger tensors outside of a model are tables and data, which no forward writes: they are not copied."""
 _DEEPEST = 12
 _CALLED = ("__call__", "__getattr__", "__torch_function__")
 """Special methods whose code a forward may run."""
@@ -113,7 +115,7 @@ def kept_values_restored(model: nn.Module) -> Iterator[None]:
 
 def _copy(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        return value.detach().clone() if value.numel() <= _MOST_ELEMENTS else None
     if isinstance(value, itertools.count):
         return copied_count(value)
     return value.copy() if isinstance(value, list | deque | set | dict) else None
@@ -122,7 +124,7 @@ def _copy(value: Any) -> Any:
 def _give_back(kept: KeptValue, content: Any) -> None:
     value = kept.value
     if isinstance(value, Tensor):
-        if value.shape == content.shape:
+        if content is not None and value.shape == content.shape:
             value.detach().copy_(content)
     elif content is not None and not isinstance(value, itertools.count):
         value.clear()
