@@ -10,8 +10,10 @@ import colrow.derive.local
 from colrow.derive.attributes import Attributes, AttributeSearch
 from colrow.derive.derivation import derive
 from colrow.derive.failure import Misfit
+from colrow.derive.infer import op_name
 from colrow.derive.result import Derivation
-from colrow.derive.trace import export
+from colrow.derive.trace import export, trace
+from colrow.derive.undecomposed import known_shape
 
 X = torch.randn(3, 34, 8)
 
@@ -102,3 +104,26 @@ def test_attributes_that_are_needed_together_are_found_in_few_exports(
     search = AttributeSearch(Layer(), {}, misfit)
     assert search.found(lambda: candidates) == {"attn": dict.fromkeys(NEEDED, "/tp")}
     assert len(tried) <= most  # 26 sets of up to four of the first five
+
+
+class Padded(nn.Module):
+    """Views of what was written in place: decompositions take them where they are used."""
+
+    def __init__(self, writes: bool) -> None:
+        super().__init__()
+        self.writes = writes
+
+    def forward(self, x: Tensor) -> Tensor:
+        zeros = torch.zeros_like(x)
+        mask = zeros.masked_fill_(x > 0, -1.0) if self.writes else zeros.masked_fill(x > 0, -1.0)
+        return x[:, None] + mask.view(3, 1, 34, 8).expand(-1, 4, -1, -1).reshape(3, 4, 34, 8)
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_views_of_what_was_written_in_place_have_their_decomposed_nodes(writes: bool) -> None:
+    known = trace(Padded(writes), (X,)).undecomposed
+    assert [n for n in known.nodes if n not in known.result] == []
+    for node, found in known.result.items():
+        assert known_shape(node) == known_shape(found)
+    views = [node for node in known.nodes if op_name(node) == "view"]
+    assert [node in known.parts for node in views] == [not writes]

@@ -171,7 +171,10 @@ class Masked(nn.Module):
         if self.is_band:
             mask = mask + torch.full_like(mask, float("-inf")).tril(-4)
         if isinstance(self.stack, nn.TransformerDecoder):
-            return self.stack(x, x.flip(1), tgt_mask=mask, memory_mask=mask.T)
+            padding = (
+                ids == 0
+            )  # in a decoder it reaches the attention as it is: torch writes into zeros, and takes views
+            return self.stack(x, x.flip(1), tgt_mask=mask, memory_mask=mask.T, memory_key_padding_mask=padding)
         return self.stack(x, mask=mask)
 
 

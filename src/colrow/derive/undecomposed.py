@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
-from colrow.derive.infer import computes, facts_of, op_name
+from colrow.derive.infer import computation, computes, facts_of, op_name
 
 
 def computing_nodes(program: ExportedProgram) -> list[Node]:
@@ -76,6 +76,8 @@ class Undecomposed:
                 made = [p for p in parts.get(node.args[0], ()) if op_name(p) == "getitem" and p.args[1] == node.args[1]]
             if same := [part for part in made if known_shape(part) == known_shape(node) is not None]:
                 result[node] = same[-1]
+        for node, ours in list(parts.items()):
+            result |= _views_taken_again(node, ours, parts)
         return cls(nodes, result, dict(parts))
 
     def shows(self, differs: Callable[[Node], bool], needs_itself: Callable[[Node], bool]) -> bool:
@@ -95,6 +97,26 @@ class Undecomposed:
             # views taken again behind a write in place are no results; their extents are their operands'
             if computes(node) and (not facts_of(node).moves or needs_itself(node)) and differs(node)
         )
+
+
+def _views_taken_again(node: Node, ours: list[Node], parts: dict[Node, list[Node]]) -> dict[Node, Node]:
+    """Behind a write in place decompositions take the views of what was written again where they are used: the views
+    that `node` uses stand first among the decomposed nodes of it, and have none of their own."""
+    found = dict[Node, Node]()
+    for view in node.all_input_nodes:
+        views: list[Node] = []
+        while view.op == "call_function" and view not in parts and facts_of(view).moves:
+            views.insert(0, view)
+            view = view.all_input_nodes[0]
+        for start in range(len(ours) - len(views)):
+            again = ours[start : start + len(views)]
+            if all(
+                computation(v) == computation(a) and known_shape(v) == known_shape(a)
+                for v, a in zip(views, again, strict=True)
+            ):
+                found.update(zip(views, again, strict=True))
+                break
+    return found
 
 
 NOT_KEPT = Undecomposed([], {}, {})
