@@ -8,16 +8,19 @@ that place and of these shapes, the models are compared. See [Note: counters] an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
+
+from torch import Tensor
 
 from colrow.sharding.parameter_state import copied_model
 from colrow.verifying.comparison import Reference
 from colrow.verifying.counters import Counts, Kept, TensorsRecord, recording, set_counts
 from colrow.verifying.host_draws import LEAST, MOST, PAIRS, places
-from colrow.verifying.kept_values import numbers_in_code, set_names
+from colrow.verifying.kept_values import kept_values, numbers_in_code, set_names
 from colrow.verifying.operators_run import Operators, operators_run
 from colrow.verifying.other_values import OtherValues, with_reference
 from colrow.verifying.step import Task, reference_step
@@ -30,6 +33,8 @@ _USUAL = (*range(3, 65), *(digit * 10**i for i in range(2, 6) for digit in (1, 2
 """Counts that are tried beside those that stand in the code."""
 _SEEDS = 32
 """Of random numbers that differ from draw to draw."""
+_MOST_SET = 100
+"""Most numbers that other code may set, of all places."""
 _LATER = (2, 4, 6, 30)
 """The step and the forward after it are then the third to the eighth, and one far behind: histories are short."""
 
@@ -69,7 +74,7 @@ def _counted(task: Task, reference: Reference) -> Iterator[OtherValues]:
         if (found := with_reference(f"counters at {number:.7g}", changed(counts))) is not None:
             yield found
     numbers = dict.fromkeys([*met, *(n + i for n in numbers_in_code(task.model) for i in (-1, 0, 1)), *_USUAL])
-    yield from _new_ways({f"counters at {n:.7g}": changed(at(n)) for n in numbers if at(n)}, seen)
+    yield from _new_ways(((f"counters at {n:.7g}", changed(at(n))) for n in numbers if at(n)), seen)
 
 
 def _set_elsewhere(task: Task, reference: Reference) -> Iterator[OtherValues]:
@@ -77,17 +82,24 @@ def _set_elsewhere(task: Task, reference: Reference) -> Iterator[OtherValues]:
     meet."""
     names, found = set_names(task.model), Kept.of(task.model)
     free = {path: n for path, n in found.counts.items() if path[-1] in names and path not in reference.counters}
-    tried = dict[str, Task]()
-    for path, number in free.items():
-        for n in (near for other in _met(task, {path: number}) for near in (other - 1, other, other + 1)):
-            changed, counts = copied_model(task.model), {path: type(number)(n)}
-            if path in found.outside:
-                tried[f"{path[-1]} at {n:.7g}"] = replace(task, counts=task.counts | counts)
-            else:  # before the plan is applied: a style may change such a number
-                set_counts(changed, counts)
-                tried[f"{path[-1]} at {n:.7g}"] = replace(task, model=changed)
-    if tried:
-        yield from _new_ways(tried, operators_run(task))
+    if not free:
+        return
+    tensors = {kept.path for kept in kept_values(task.model) if isinstance(kept.value, Tensor)}
+    by_tensors, met = set[float](), {path: set[float]() for path in free}
+    _record(task, {path: recording(number, met[path]) for path, number in free.items()}, by_tensors)
+
+    def tried() -> Iterator[tuple[str, Task]]:
+        for path, number in free.items():
+            for n in sorted(by_tensors if path in tensors else met[path], key=abs):
+                for near in (n - 1, n, n + 1):
+                    name, counts = f"{path[-1]} at {near:.7g}", {path: type(number)(near)}
+                    if path in found.outside:
+                        yield name, replace(task, counts=task.counts | counts)
+                    else:  # before the plan is applied: a style may change such a number
+                        set_counts(changed := copied_model(task.model), counts)
+                        yield name, replace(task, model=changed)
+
+    yield from _new_ways(itertools.islice(tried(), _MOST_SET), operators_run(task))
 
 
 def _decided(task: Task, reference: Reference) -> Iterator[OtherValues]:
@@ -103,7 +115,7 @@ def _decided(task: Task, reference: Reference) -> Iterator[OtherValues]:
     at_one = ((at,) for at in places(numbers_in_code(task.model), reference.bounds))
     tried = {"at " + ", ".join(f"{x:.4g}" for x in at): replace(task, draws_at=at) for at in (*at_one, *PAIRS)}
     tried |= {f"of seed {seed}": replace(task, seed=seed) for seed in range(task.seed + 2, task.seed + 2 + _SEEDS)}
-    yield from _new_ways({f"random numbers {name}": changed for name, changed in tried.items()}, seen)
+    yield from _new_ways(((f"random numbers {name}", changed) for name, changed in tried.items()), seen)
 
 
 def _later(task: Task, reference: Reference) -> Iterator[OtherValues]:
@@ -114,10 +126,10 @@ def _later(task: Task, reference: Reference) -> Iterator[OtherValues]:
             yield found
 
 
-def _new_ways(tried: Mapping[str, Task], seen: Operators) -> Iterator[OtherValues]:
+def _new_ways(tried: Iterable[tuple[str, Task]], seen: Operators) -> Iterator[OtherValues]:
     """Those with which the unsharded model runs an operator that was not seen before."""
     ways = 0
-    for name, changed in tried.items():
+    for name, changed in tried:
         if (operators := _operators(changed)) <= seen:
             continue
         seen |= operators
@@ -137,7 +149,11 @@ def _operators(task: Task) -> Operators:
 def _met(task: Task, counts: Counts) -> list[float]:
     """The numbers that these meet in a step, the smallest first."""
     met = set[float]()
-    recorded: Counts = {counter: recording(number, met) for counter, number in counts.items()}
-    with TensorsRecord(met), suppress(Exception):  # code may refuse numbers that record
-        reference_step(replace(task, next_forward=False, counts=task.counts | recorded), copied_model(task.model))
+    _record(task, {counter: recording(number, met) for counter, number in counts.items()}, met)
     return sorted(met, key=abs)
+
+
+def _record(task: Task, recorded: Counts, by_tensors: set[float]) -> None:
+    """A step with numbers that record; `by_tensors` gets those that tensors of one element meet."""
+    with TensorsRecord(by_tensors), suppress(Exception):  # code may refuse numbers that record
+        reference_step(replace(task, next_forward=False, counts=task.counts | recorded), copied_model(task.model))
