@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from functools import lru_cache
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from colrow.checking.check import check
-from colrow.dryrun.code_caches import caches_forgotten
+from colrow.dryrun.code_caches import caches_forgotten, caches_of_one_call
 from colrow.mesh import Mesh
+from colrow.plans.plan import Plan
 from colrow.torch_compat import fake_tensors, is_fake
 from helpers import broken_models as m
 from helpers.broken_plans import gpt_plan
 
 SCALES: dict[int, Tensor] = {}
+SHIFT: Tensor | None = None
 
 
 @lru_cache
@@ -29,9 +33,31 @@ def scale(tokens: int) -> Tensor:
     return SCALES[tokens]
 
 
+def shift(tokens: int) -> Tensor:
+    global SHIFT
+    if SHIFT is None:
+        SHIFT = torch.zeros(tokens, 1)
+    return SHIFT
+
+
 class Cached(m.MLP):
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)) * rises(x.shape[1]) * scale(x.shape[1]))
+        rising, scaled, shifted = self.made(x.shape[1])
+        return self.down(F.gelu(self.up(x)) * rising * scaled + shifted)
+
+    def made(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        return rises(tokens), scale(tokens), shift(tokens)
+
+
+class Noting(Cached):
+    def made(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        self.tables = super().made(tokens)
+        return self.tables
+
+
+class Uncached(Cached):
+    def made(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        return rises.__wrapped__(tokens), torch.full((tokens, 1), 2.0), torch.zeros(tokens, 1)
 
 
 def test_a_checked_model_runs_with_numbers() -> None:
@@ -40,6 +66,7 @@ def test_a_checked_model_runs_with_numbers() -> None:
     assert not is_fake(model(torch.zeros(2, 16, dtype=torch.long)))
     assert not is_fake(rises(16))
     assert not is_fake(SCALES[16])
+    assert not is_fake(SHIFT)
 
 
 def test_what_has_values_is_kept() -> None:
@@ -50,6 +77,29 @@ def test_what_has_values_is_kept() -> None:
     assert SCALES[4] is real
     assert 8 not in SCALES
     assert not is_fake(rises(8))
+
+
+def test_each_call_of_a_module_makes_its_own_in_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What two blocks take from a cache ties them together; a derivation splits neither then."""
+    monkeypatch.setattr(sys.modules[__name__], "SHIFT", None)
+    block, x = Noting(), torch.zeros(2, 12, m.D)
+
+    def tables() -> tuple[Tensor, ...]:
+        block(x)
+        return block.tables
+
+    with caches_forgotten(block), fake_tensors():
+        assert all(a is b for a, b in zip(tables(), tables(), strict=True))
+        with caches_of_one_call(block):
+            assert not any(a is b for a, b in zip(tables(), tables(), strict=True))
+    assert SHIFT is None
+
+
+@pytest.mark.exhaustive
+def test_blocks_with_a_common_cache_are_split_as_those_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "SHIFT", None)
+    plans = [Plan.derive(m.Gpt(mlp=mlp), tp=2) for mlp in (Cached, Uncached)]
+    assert plans[0].modules == plans[1].modules
 
 
 def test_without_it_they_stay_fake() -> None:

@@ -11,42 +11,108 @@ import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from colrow.torch_compat import is_fake, tree_leaves
 
 _LIBRARIES = ("torch", "colrow")
+_DICTS = (dict, OrderedDict, defaultdict)
 
 
 @contextmanager
 def caches_forgotten(model: nn.Module) -> Iterator[None]:
     """Afterwards no cache in the files of the model's classes holds a fake tensor."""
+    caches = _Caches(model)
     try:
         yield
     finally:
-        for names in _namespaces(model):
-            for value in list(names.values()):
-                _forget(value)
+        caches.forget()
 
 
-def _namespaces(model: nn.Module) -> list[Any]:
-    """The names in the classes of the model's modules, and in the files that define them."""
+@contextmanager
+def caches_of_one_call(model: nn.Module) -> Iterator[None]:
+    """Within, every module finds the caches without fake tensors: in a trace, what one module's code has made and
+    another's takes from a cache would be a tensor that enters the other by no argument."""
+    caches = _Caches(model)
+    hook = register_module_forward_pre_hook(lambda module, args: caches.forget())
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+class _Caches:
+    """Cached functions, dicts, and names that stand for nothing yet, or tensors, in the model's classes and files."""
+
+    def __init__(self, model: nn.Module) -> None:
+        names = [(owner, *item) for owner in _owners(model) for item in vars(owner).items()]
+        self._caches = [cache for _, _, value in names if _is_cache(cache := _function(value))]
+        self._names = [
+            (owner, name, None if _has_fake(value) else value)
+            for owner, name, value in names
+            if value is None or isinstance(value, (Tensor, tuple))
+        ]
+
+    def forget(self) -> None:
+        """Forget the fake tensors."""
+        for cache in self._caches:
+            _forget(cache)
+        for owner, name, value in self._names:
+            if (now := vars(owner).get(name)) is not value and _has_fake(now):
+                setattr(owner, name, value)
+
+
+def _owners(model: nn.Module) -> list[Any]:
+    """The classes of the model's modules, the files that define them, and those of the same package, or of none, whose
+    functions they use."""
     classes = {cls for module in model.modules() for cls in type(module).__mro__}
-    own = {cls for cls in classes if cls.__module__.partition(".")[0] not in (*_LIBRARIES, "builtins")}
+    own = {cls for cls in classes if _package(cls) not in (*_LIBRARIES, "builtins")}
     files = {sys.modules[cls.__module__] for cls in own if cls.__module__ in sys.modules}
-    return [vars(names) for names in (*own, *files)]
+    used = {_file_of(value): file for file in files for value in list(vars(file).values())}
+    near = {
+        sys.modules[name]
+        for name, file in used.items()
+        if name in sys.modules and (name.partition(".")[0] == _package(file) or _is_loose(sys.modules[name]))
+    }
+    return [*own, *(files | near)]
 
 
-def _forget(value: Any) -> None:
-    value = getattr(value, "__func__", value)  # of a static method
-    if hasattr(value, "cache_clear") and hasattr(value, "cache_info"):
-        if any(map(_has_fake, gc.get_referents(value))):  # the results, or a dict that holds them
-            value.cache_clear()
-    elif type(value) in (dict, OrderedDict, defaultdict):
-        for key in [key for key, kept in value.items() if _has_fake(kept)]:
-            del value[key]
+def _package(of: Any) -> str:
+    name: str = of.__name__ if isinstance(of, ModuleType) else of.__module__
+    return name.partition(".")[0]
+
+
+def _file_of(value: Any) -> str | None:
+    """The name of the module that a name in a file stands for, or that defines the function that it stands for."""
+    if isinstance(value, ModuleType):
+        return value.__name__
+    return value.__module__ if callable(value) and isinstance(getattr(value, "__module__", None), str) else None
+
+
+def _is_loose(module: ModuleType) -> bool:
+    """Whether a user's directory holds it: no installed package, and nothing of Python's own."""
+    file, base = getattr(module, "__file__", None), _package(module)
+    return bool(file) and base not in (*_LIBRARIES, *sys.stdlib_module_names) and "site-packages" not in str(file)
+
+
+def _function(value: Any) -> Any:
+    return getattr(value, "__func__", value)  # of a static method
+
+
+def _is_cache(value: Any) -> bool:
+    return (hasattr(value, "cache_clear") and hasattr(value, "cache_info")) or type(value) in _DICTS
+
+
+def _forget(cache: Any) -> None:
+    if type(cache) in _DICTS:
+        for key in [key for key, kept in cache.items() if _has_fake(kept)]:
+            del cache[key]
+    elif any(map(_has_fake, gc.get_referents(cache))):  # the results, or a dict that holds them
+        cache.cache_clear()
 
 
 def _has_fake(value: Any) -> bool:
