@@ -255,9 +255,9 @@ def test_a_derived_plan_is_checked_once(
 ) -> None:
     checked: list[tuple[int, int]] = []
 
-    def counted(step: PlannedStep) -> Findings:
+    def counted(step: PlannedStep, *options: Any) -> Findings:
         checked.append((step.batch_size, step.seq_len))
-        return check_step(step)
+        return check_step(step, *options)
 
     monkeypatch.setattr(judged, "check_step", counted)
     monkeypatch.setattr(decision, "check_step", counted)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
@@ -138,7 +139,7 @@ def gathered_parameters(
     """
     holders = holders_of(model)  # another holder of a tied parameter would get a shard of it
     least = LEAST * sum(param.numel() for param in model.parameters())
-    longest = max((extent for param in holders if param.dim() > 1 for extent in param.shape), default=0)
+    longest = max((extent for param in holders if param.dim() > 1 for extent in param.shape), default=sys.maxsize)
     found: Layers = {}
     for name, module in model.named_modules():
         shards = {}
