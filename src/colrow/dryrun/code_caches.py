@@ -49,7 +49,7 @@ class _Caches:
     """Cached functions, dicts, and names that stand for nothing yet, or tensors, in the model's classes and files."""
 
     def __init__(self, model: nn.Module) -> None:
-        names = [(owner, *item) for owner in _owners(model) for item in vars(owner).items()]
+        names = [(owner, *item) for owner in _owners(model) for item in vars(owner).items() if item[0][:2] != "__"]
         self._caches = [cache for _, _, value in names if _is_cache(cache := _function(value))]
         self._names = [
             (owner, name, None if _has_fake(value) else value)
@@ -67,22 +67,17 @@ class _Caches:
 
 
 def _owners(model: nn.Module) -> list[Any]:
-    """The classes of the model's modules, the files that define them, and those of the same package, or of none, whose
-    functions they use."""
+    """The classes of the model's modules, the files that define them, and those of a user's files whose functions these
+    use."""
     classes = {cls for module in model.modules() for cls in type(module).__mro__}
-    own = {cls for cls in classes if _package(cls) not in (*_LIBRARIES, "builtins")}
+    own = {cls for cls in classes if _package(cls.__module__) not in (*_LIBRARIES, "builtins")}
     files = {sys.modules[cls.__module__] for cls in own if cls.__module__ in sys.modules}
-    used = {_file_of(value): file for file in files for value in list(vars(file).values())}
-    near = {
-        sys.modules[name]
-        for name, file in used.items()
-        if name in sys.modules and (name.partition(".")[0] == _package(file) or _is_loose(sys.modules[name]))
-    }
+    used = {_file_of(value) for file in files for value in list(vars(file).values())}
+    near = {sys.modules[name] for name in used if name in sys.modules and _is_users(sys.modules[name])}
     return [*own, *(files | near)]
 
 
-def _package(of: Any) -> str:
-    name: str = of.__name__ if isinstance(of, ModuleType) else of.__module__
+def _package(name: str) -> str:
     return name.partition(".")[0]
 
 
@@ -93,9 +88,9 @@ def _file_of(value: Any) -> str | None:
     return value.__module__ if callable(value) and isinstance(getattr(value, "__module__", None), str) else None
 
 
-def _is_loose(module: ModuleType) -> bool:
-    """Whether a user's directory holds it: no installed package, and nothing of Python's own."""
-    file, base = getattr(module, "__file__", None), _package(module)
+def _is_users(module: ModuleType) -> bool:
+    """Whether it is no installed package, whose files hold hundreds of dicts, and nothing of Python's own."""
+    file, base = getattr(module, "__file__", None), _package(module.__name__)
     return bool(file) and base not in (*_LIBRARIES, *sys.stdlib_module_names) and "site-packages" not in str(file)
 
 
