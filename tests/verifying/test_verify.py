@@ -20,6 +20,7 @@ from colrow.models.llama import Llama
 from colrow.models.shapes import SHAPES
 from colrow.plans.plan import Plan
 from colrow.run.decision import decide
+from colrow.verifying.comparison import Reference
 from colrow.verifying.report import Report
 from colrow.verifying.verify import verify
 from helpers import broken_models as m
@@ -152,6 +153,24 @@ def test_what_knows_no_fp64_is_verified_in_fp32() -> None:
     assert 1e-12 < report.max_grad_rel_err < 1e-5
     with pytest.raises(PlanError, match=r"Gpt itself does not run on the CPU, .*: pass inputs="):
         local(m.Gpt(), gpt_plan(), inputs=(torch.zeros(2, 16),))
+
+
+def test_noise_of_a_zero_gradient_is_measured_by_the_largest_one() -> None:
+    gradients = {"weight": torch.tensor([-2.0]), "bias": torch.tensor([1e-10])}
+    for rounds, size in ((False, 2e-5), (True, 2e-3)):
+        reference = Reference(0.0, gradients, {}, rounds=rounds)
+        assert (reference.size("weight"), reference.size("bias")) == (2.0, size)
+
+
+@pytest.mark.exhaustive
+def test_the_bias_of_keys_of_a_model_that_rounds_to_fp32_is_right() -> None:
+    """Its gradient is zero but for rounding, which is not the same where ranks add up in another order."""
+    from transformers import XGLMConfig, XGLMForCausalLM
+
+    sizes = XGLMConfig(d_model=64, ffn_dim=128, num_layers=2, attention_heads=4, vocab_size=256)
+    plan = Plan.derive(XGLMForCausalLM(sizes), tp=2)
+    report = verify(lambda: XGLMForCausalLM(sizes), plan, 2)
+    assert (report.verdict, report.tolerance) == ("proved", 1e-5)
 
 
 def test_one_rank_proves_nothing() -> None:

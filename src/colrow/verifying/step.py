@@ -50,6 +50,8 @@ class Task:
     """The draws of modules that draw for shards (`arrange_draws`); None: dropout is off."""
     double_casts: bool = False
     """Where the model's code casts to fp32, it gets fp64."""
+    rounds: bool = False
+    """The model rounds to fp32 all the same."""
     next_forward: bool = True
     """Run another forward after the step: what a module keeps in an attribute reaches that one first."""
     forwards: int = 0
@@ -91,7 +93,7 @@ def _reference_step(task: Task, model: nn.Module) -> Reference:
     parameters = {name: param.detach() for name, param in model.named_parameters()}
     buffers = _at(AFTER_FORWARD, after_forward) | _at(AFTER_STEP, _copies(model, written))
     found = Reference(loss.item(), gradients, parameters, buffers, written, dropout.seen, drew, host.drew)
-    found.bounds = frozenset(host.bounds)
+    found.bounds, found.rounds = frozenset(host.bounds), task.rounds
     found.outside = {path: n for path, n in first.outside.items() if second.counts.get(path) != n}
     if task.next_forward:
         with HostDraws(model, task.seed + 1, task.draws_at), without_dropout(model, off=off):

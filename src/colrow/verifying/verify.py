@@ -270,6 +270,7 @@ def _reference(task: Task) -> tuple[Task, Reference, bool]:
         try:
             with rounding:
                 reference = reference_step(wanted, copied_model(task.model))
+            reference.rounds = rounding.seen
             return _with_written(wanted, reference), reference, not rounding.seen
         except PlanError:
             raise
@@ -277,7 +278,7 @@ def _reference(task: Task) -> tuple[Task, Reference, bool]:
             continue
     single = replace(task, model=copied_model(task.model).float(), inputs=Inputs.of(task.inputs).map(_to_fp32))
     try:
-        reference = reference_step(single, copied_model(single.model))
+        reference = reference_step(replace(single, rounds=True), copied_model(single.model))
         return _with_written(single, reference), reference, False
     except Exception as error:
         if task.model.training:  # it may train with arguments that nobody gave
@@ -291,7 +292,7 @@ def _reference(task: Task) -> tuple[Task, Reference, bool]:
 
 
 def _with_written(task: Task, reference: Reference) -> Task:
-    return replace(task, written_buffers=reference.written, counts=reference.outside)
+    return replace(task, written_buffers=reference.written, counts=reference.outside, rounds=reference.rounds)
 
 
 def _to_fp32(x: Any) -> Any:
