@@ -27,6 +27,7 @@ from colrow.forecasting.timing import (
     Program,
     StepTime,
     cpu_rate,
+    fsdp_unit_rate,
     fsdp_units,
     fused_seconds,
     operand_bytes,
@@ -194,8 +195,7 @@ class Measured:
 
     def fsdp_unit(self, kernel: float) -> float:
         """Seconds of the CPU for a unit of FSDP2, beyond those for kernels of compiled blocks."""
-        inside, outside = self.work()
-        return (self.step_ms / 1e3 - kernel * inside.kernels - LAUNCH * outside.kernels) / self.fsdp_units
+        return fsdp_unit_rate(self.step_ms / 1e3, *self.work(), self.fsdp_units, kernel=kernel, launch=LAUNCH)
 
     @property
     def is_cpu_bound(self) -> bool:

@@ -18,6 +18,12 @@ AUTO = {"cuda_graph": "auto"}
 pytestmark = [pytest.mark.distributed, pytest.mark.cuda]
 
 
+@pytest.fixture(autouse=True)
+def _on_gpus(ranks: Ranks) -> None:
+    if ranks.device != "cuda":
+        pytest.skip("needs --device cuda")
+
+
 FLAT = {
     "shard": ({"dp_shard": 2}, {}),
     "replicate": ({"dp_replicate": 2}, {}),
@@ -77,8 +83,6 @@ def run(
 
 
 def test_replayed_steps_are_those_run_one_by_one(ranks: Ranks, tmp_path: Path) -> None:
-    if ranks.device != "cuda":
-        pytest.skip("needs --device cuda")
     write_text(tmp_path)
     group, graphs = ranks(2), {"cuda_graph": True}
     group.run(run, tmp_path, "fsdp", 2, None, {})
@@ -113,8 +117,6 @@ def flat_run(device: str, folder: Path, name: str, eager_steps: int, stop_after:
 
 @pytest.mark.parametrize("case", FLAT)
 def test_replayed_steps_on_flat_data_axes_are_those_run_one_by_one(ranks: Ranks, tmp_path: Path, case: str) -> None:
-    if ranks.device != "cuda":
-        pytest.skip("needs --device cuda")
     write_text(tmp_path)
     group = ranks(2)
     if (
@@ -139,8 +141,6 @@ def test_replayed_steps_on_flat_data_axes_are_those_run_one_by_one(ranks: Ranks,
 @pytest.mark.parametrize("mesh", [{"tp": 2}, {"dp_shard": 2, "data_engine": "flat"}], ids=["tp", "shard"])
 def test_auto_captures_where_the_gpu_waits_for_the_cpu(ranks: Ranks, tmp_path: Path, mesh: dict[str, Any]) -> None:
     """A tiny model is CPU-bound; a capture, or none, changes no figure."""
-    if ranks.device != "cuda":
-        pytest.skip("needs --device cuda")
     write_text(tmp_path)
     # a rank's GPU may have to wait for the other rank; one that waits for its CPU decides
     assert any(waits for (waits,) in ranks(2).run(chosen, tmp_path, "measured", None, mesh))
@@ -182,8 +182,6 @@ def obstacle(device: str, way: str) -> str | None:
 
 
 def test_what_cannot_be_replayed_is_seen_before_it_is_captured(ranks: Ranks) -> None:
-    if ranks.device != "cuda":
-        pytest.skip("needs --device cuda")
     group = ranks(1)
     assert group.run(obstacle, "plain") == [None]
     (waits,), (counts,) = group.run(obstacle, "waits"), group.run(obstacle, "counts")
@@ -226,8 +224,6 @@ def lent(device: str) -> dict[str, Any]:
 
 
 def test_an_evaluation_takes_the_graphs_memory_and_keeps_what_it_makes(ranks: Ranks) -> None:
-    if ranks.device != "cuda":
-        pytest.skip("needs --device cuda")
     (found,) = ranks(1).run(lent)
     assert found["beside"] >= 128
     assert found["within"] == 0

@@ -7,19 +7,18 @@ is one stream.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from colrow.parallel.weight_copies import WeightCopies
 from colrow.train import setup, step
 from colrow.train.cuda_graph import GraphedFunction
 
@@ -76,15 +75,9 @@ def _wait(works: list[Any]) -> None:
 class TapedFunction(GraphedFunction):
     """Counts its captures and replays."""
 
-    def __init__(
-        self,
-        function: Callable[..., Tensor],
-        eager_calls: int,
-        model: nn.Module | None = None,
-        weights: WeightCopies | None = None,
-    ) -> None:
+    def __init__(self, *args: Any, **options: Any) -> None:
         with mock.patch.object(torch.cuda, "Stream"), mock.patch.object(torch.cuda, "MemPool"):
-            super().__init__(function, eager_calls, model, weights)
+            super().__init__(*args, **options)
         self._on_stream = self.lent_memory = nullcontext  # type: ignore[method-assign, assignment]
         self._watched = lambda args: self._run(*args)  # type: ignore[method-assign]
 

@@ -15,7 +15,7 @@ from colrow.bench.measure import Job
 from colrow.bench.run_arm import ArmError, run_arm
 from colrow.config import RunConfig, parse_config
 from colrow.forecasting.memory import Setting, stages_of
-from colrow.forecasting.timing import CPU_BOUND, cpu_rate, fsdp_units
+from colrow.forecasting.timing import CPU_BOUND, cpu_rate, fsdp_unit_rate, fsdp_units
 from colrow.forecasting.traffic import stage_work
 from colrow.forecasting.walk import Cell, walk
 from colrow.models.build import build_source
@@ -69,6 +69,9 @@ def cpu_rates(
     for rate, (axis, arm) in ARMS.items():
         if (degree == 1 and rate in OF_SENDING) or (rate == "kernel_chunked" and not rates.get("peer_copy")):
             continue  # nothing is sent, or not by copies
+        if rate == "fsdp_unit" and "kernel" not in found:
+            say(f"{rate} is left out: it needs kernel")
+            continue
         config = arm_config(_config(axis, degree, device, steps), arm)
         try:
             result = run_arm(Job(arm=arm, config=config, warmup=steps.warmup, steps=steps.steps))
@@ -78,9 +81,6 @@ def cpu_rates(
         step = result["step_ms"]
         if device == "cuda" and result["trace"]["idle"] < CPU_BOUND * step:
             say(f"{rate} is left out: the GPU sets the pace of arm {arm}")
-            continue
-        if rate == "fsdp_unit" and "kernel" not in found:
-            say(f"{rate} is left out: it needs kernel")
             continue
         found[rate] = _rate(config, step / 1e3, float(rates["launch"]), found.get("kernel", 0.0))
     return found
@@ -95,7 +95,7 @@ def _rate(config: RunConfig, step: float, launch: float, kernel: float) -> float
     (stage,) = stages_of(walked, setting)
     inside, outside = stage_work(walked, stage)
     if units := fsdp_units(setting, stage):
-        return max(0.0, step - kernel * inside.kernels - launch * outside.kernels) / units
+        return max(0.0, fsdp_unit_rate(step, inside, outside, units, kernel=kernel, launch=launch))
     return cpu_rate(step, inside, outside, compiled=compiled, launch=launch)
 
 

@@ -25,7 +25,7 @@ from colrow.derive.opaque import NOTHING_OPAQUE, OpaqueModules
 from colrow.derive.outside import watching_reads
 from colrow.derive.undecomposed import NOT_KEPT, Undecomposed
 from colrow.dryrun.calls import Inputs, call_model, example_inputs, most_positions
-from colrow.dryrun.code_caches import caches_forgotten, caches_of_one_call
+from colrow.dryrun.code_caches import caches_of_one_call
 from colrow.errors import PlanError
 from colrow.parallel.outputs import auxiliary_losses, main_tensor
 from colrow.torch_compat import graphs_alone, masks_without_values, quiet_fake_tensors
@@ -177,7 +177,6 @@ def _exported(
             quiet_fake_tensors(),
             graphs_alone(),
             masks_without_values(),
-            caches_forgotten(model),
             caches_of_one_call(model),
             markers(model, rescale) as calls,
             opaque.within(model),

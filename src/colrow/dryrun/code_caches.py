@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -36,13 +36,15 @@ def caches_forgotten(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def caches_of_one_call(model: nn.Module) -> Iterator[None]:
     """Within, every module finds the caches without fake tensors: in a trace, what one module's code has made and
-    another's takes from a cache would be a tensor that enters the other by no argument."""
+    another's takes from a cache would be a tensor that enters the other by no argument. Afterwards as
+    `caches_forgotten`."""
     caches = _Caches(model)
     hook = register_module_forward_pre_hook(lambda module, args: caches.forget())
     try:
         yield
     finally:
         hook.remove()
+        caches.forget()
 
 
 class _Caches:
@@ -69,12 +71,17 @@ class _Caches:
 def _owners(model: nn.Module) -> list[Any]:
     """The classes of the model's modules, the files that define them, and those of a user's files whose functions these
     use."""
-    classes = {cls for module in model.modules() for cls in type(module).__mro__}
-    own = {cls for cls in classes if _package(cls.__module__) not in (*_LIBRARIES, "builtins")}
-    files = {sys.modules[cls.__module__] for cls in own if cls.__module__ in sys.modules}
+    own, files = classes_and_files(model, lambda name: _package(name) not in (*_LIBRARIES, "builtins"))
     used = {_file_of(value) for file in files for value in list(vars(file).values())}
     near = {sys.modules[name] for name in used if name in sys.modules and _is_users(sys.modules[name])}
     return [*own, *(files | near)]
+
+
+def classes_and_files(model: nn.Module, is_own: Callable[[str], bool]) -> tuple[set[type], set[ModuleType]]:
+    """The classes of the model's modules, with their bases, and the files that define them; those alone of which the
+    name of the file is `is_own`."""
+    classes = {cls for module in model.modules() for cls in type(module).__mro__ if is_own(cls.__module__)}
+    return classes, {sys.modules[cls.__module__] for cls in classes if cls.__module__ in sys.modules}
 
 
 def _package(name: str) -> str:

@@ -277,6 +277,12 @@ def cpu_rate(step: float, inside: Work, outside: Work, *, compiled: bool, launch
     return (step - launch * outside.kernels) / inside.kernels
 
 
+def fsdp_unit_rate(step: float, inside: Work, outside: Work, units: int, *, kernel: float, launch: float) -> float:
+    """Seconds for a unit of FSDP2 beyond those for kernels of plain compiled blocks, where the CPU sets the pace of
+    `step`, which has so many units."""
+    return (step - kernel * inside.kernels - launch * outside.kernels) / units
+
+
 def kernel_seconds(program: Program, rates: Rates) -> float:
     """Seconds that the CPU needs to launch one kernel of a compiled block."""
     by_overlap = {"none": rates.kernel, "collectives": rates.kernel_fast}

@@ -26,6 +26,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from colrow.dryrun.block_kinds import code_set_on
+from colrow.dryrun.code_caches import classes_and_files
 
 Path = tuple[str, ...]
 """How a value is reached: a module's name, then an attribute or key at each step."""
@@ -81,8 +82,7 @@ def numbers_in_code(model: nn.Module) -> list[int | float]:
 def set_names(model: nn.Module) -> set[str]:
     """The names of attributes, globals and keys that code of the model's files sets, other than where objects are made;
     and of buffers, which anybody may fill."""
-    own = {cls for module in model.modules() for cls in type(module).__mro__ if _is_own(cls.__module__)}
-    files = {sys.modules[cls.__module__] for cls in own if cls.__module__ in sys.modules}
+    own, files = classes_and_files(model, _is_own)
     held = [value for names in (*own, *files) for value in vars(names).values()]
     held += [each for cls in held if isinstance(cls, type) and _is_own(cls.__module__) for each in vars(cls).values()]
     code = {function.__code__ for value in held for function in (value, *_code_in(value)) if _is_function(function)}
