@@ -6,9 +6,9 @@ The first two forwards do not show that. A counter is a number, a tensor of one 
 wherever code keeps it ([Note: kept values]), that two forwards in a row, or their backwards, change by the same step
 or, a temperature, by the same factor. One more step of the unsharded model shows which numbers its counters meet: those
 that they are compared with, divided by or multiplied with. The sharded model is compared with it where counters reach
-each of these numbers, and far behind.
+one of these numbers and other operators run ([Note: other ways]), and far behind in any case.
 What grows instead, such as a history, decides by its length, which meets no number that could be recorded. Where two
-forwards in a row make something longer, the models are compared after more forwards.
+forwards in a row make something longer, the models are compared after as many forwards as make it run other operators.
 """
 
 from __future__ import annotations

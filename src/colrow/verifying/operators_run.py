@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType
 from typing import Any
+
+from torch import Tensor, nn
 
 from colrow.dryrun.block_kinds import shape_or_value
 from colrow.dryrun.calls import Inputs
@@ -20,29 +23,56 @@ from colrow.verifying.host_draws import HostDraws
 from colrow.verifying.kept_values import kept_values_restored
 from colrow.verifying.step import Task, call
 
-Operators = frozenset[Hashable]
+Operators = frozenset[tuple[tuple[Any, Hashable, Hashable], int]]
+"""Each operator with its arguments and its place, numbered."""
 _MOST_MET = 8
 _COLROW = str(Path(__file__).parents[1])
 
 
 class OperatorsRun(TorchDispatchMode):
-    """Attributes:
-    found: each operator with its shapes and integers and the place in the code that called it, as often as it ran.
+    """Args:
+    zeros: tell numbers, and tensors of one element, that are zero from those that are not: code may take another way
+        by `where(calls > 1000, x, y)`, or by a factor that was zero.
+
+    Attributes:
+        found: each operator with its shapes and integers and the place in the code that called it, as often as it ran.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, zeros: bool = False) -> None:
         super().__init__()
-        self.found = Counter[Hashable]()
+        self.found = Counter[tuple[Any, Hashable, Hashable]]()
+        self._argument = _zero_or_other if zeros else shape_or_value
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        arguments = tuple(map(shape_or_value, tree_leaves((args, kwargs))))
+        arguments = tuple(map(self._argument, tree_leaves((args, kwargs))))
         self.found[func, arguments, _place()] += 1
         return func(*args, **(kwargs or {}))
 
+    @property
+    def operators(self) -> Operators:
+        """Each as often as it ran."""
+        return frozenset((operator, i) for operator, times in self.found.items() for i in range(times))
+
+
+def _zero_or_other(leaf: Any) -> Hashable:
+    is_number = isinstance(leaf, float) or (isinstance(leaf, Tensor) and leaf.numel() == 1 and not leaf.is_meta)
+    return (shape_or_value(leaf), bool(leaf)) if is_number else shape_or_value(leaf)
+
 
 def operators_run(task: Task) -> Operators:
-    """Of a forward of the unsharded model; each as often as it ran."""
-    return _run(task)[0]
+    """Of a forward and backward of the unsharded model; each as often as it ran."""
+    return operators_in_turn(task, 1)[0]
+
+
+def operators_in_turn(task: Task, times: int) -> list[Operators]:
+    """Of each of so many forwards and backwards of the unsharded model in turn."""
+    found = []
+    with _unsharded(task) as model:
+        for _ in range(times):
+            with OperatorsRun(zeros=True) as ran:
+                _run_both_ways(task, model)
+            found.append(ran.operators)
+    return found
 
 
 def decides_by_clock(task: Task) -> bool:
@@ -56,23 +86,34 @@ def decides_by_clock(task: Task) -> bool:
 def _run(
     task: Task, moment: Moment | None = None, forwards: int = 1, met: set[float] | None = None
 ) -> tuple[Operators, float]:
-    """The operators of some forwards and the loss of the last, with clocks at a moment, and the numbers they met."""
-    model, off = copied_model(task.model), task.draws is None
+    """The operators of some forwards and backwards and the last loss, with clocks at a moment, and the numbers they
+    met."""
+    with Clocks(task.model, moment) as clocks, _unsharded(task) as model, OperatorsRun() as ran:
+        loss = [_run_both_ways(task, model) for _ in range(forwards)][-1]
+    if met is not None:
+        met |= clocks.met
+    return ran.operators, loss
+
+
+def _run_both_ways(task: Task, model: nn.Module) -> float:
+    loss = task.loss(call(task, model), Inputs.of(task.inputs).given)
+    loss.backward()  # code of hooks and of autograd functions decides too
+    return loss.detach().item()
+
+
+@contextmanager
+def _unsharded(task: Task) -> Iterator[nn.Module]:
+    """A copy of the unsharded model, as it is before the task's step."""
+    model = copied_model(task.model)
     with (
         kept_values_restored(model),
-        Clocks(model, moment) as clocks,
         HostDraws(model, task.seed, task.draws_at),
-        without_dropout(model, off=off),
+        without_dropout(model, off=task.draws is None),
     ):
         for _ in range(task.forwards):
             call(task, model)
         set_counts(model, task.counts)
-        with OperatorsRun() as ran:
-            outputs = [call(task, model) for _ in range(forwards)]
-        loss = task.loss(outputs[-1], Inputs.of(task.inputs).given).item()
-    if met is not None:
-        met |= clocks.met
-    return frozenset((operator, i) for operator, times in ran.found.items() for i in range(times)), loss
+        yield model
 
 
 def _place() -> tuple[CodeType, int] | None:

@@ -1,9 +1,10 @@
 """Other ways that a model's code takes by what it counts, draws and keeps, and by numbers that other code sets.
 
 [Note: other ways]
-Code decides by such numbers, and the two forwards of a comparison show few of them. A forward of the unsharded model is
-cheap beside a comparison. So it is run with many numbers, and where it runs an operator that no comparison has run, at
-that place and of these shapes, the models are compared. See [Note: counters] and [Note: deciding draws].
+Code decides by such numbers, and the two forwards of a comparison show few of them. A forward and backward of the
+unsharded model is cheap beside a comparison. So it is run with many numbers, and where it runs an operator that no
+comparison has run, at that place, of these shapes and with these zeros, the models are compared. See [Note: counters]
+and [Note: deciding draws].
 """
 
 from __future__ import annotations
@@ -21,12 +22,10 @@ from colrow.verifying.comparison import Reference
 from colrow.verifying.counters import Counts, Kept, TensorsRecord, recording, set_counts
 from colrow.verifying.host_draws import LEAST, MOST, PAIRS, places
 from colrow.verifying.kept_values import kept_values, numbers_in_code, set_names
-from colrow.verifying.operators_run import Operators, operators_run
+from colrow.verifying.operators_run import Operators, operators_in_turn, operators_run
 from colrow.verifying.other_values import OtherValues, with_reference
 from colrow.verifying.step import Task, reference_step
 
-_MOST_COUNTS = 6
-"""Most numbers of counters to compare at in any case: each costs two steps of both models."""
 _MOST_WAYS = 8
 """Most other ways of the code that are compared."""
 _USUAL = (*range(3, 65), *(digit * 10**i for i in range(2, 6) for digit in (1, 2, 5)))
@@ -36,7 +35,7 @@ _SEEDS = 32
 _MOST_SET = 100
 """Most numbers that other code may set, of all places."""
 _LATER = (2, 4, 6, 30)
-"""The step and the forward after it are then the third to the eighth, and one far behind: histories are short."""
+"""Forwards before the step, where no branch says more: histories are short."""
 
 
 def other_ways(task: Task, reference: Reference) -> Iterator[OtherValues]:
@@ -62,19 +61,18 @@ def _counted(task: Task, reference: Reference) -> Iterator[OtherValues]:
     def changed(counts: Mapping[Any, float]) -> Task:
         return replace(task, counts=task.counts | {c: type(starts[c])(n) for c, n in counts.items()})
 
-    changes: list[tuple[float, Counts]] = []
-    for number, counts in [(n, at(n)) for n in met if at(n)][:_MOST_COUNTS]:
-        # Code counts before or after it compares, and two forwards follow: one meets the number, one is behind it.
-        changes += [(number, counts), (number, {c: reference.counters[c].back(n) for c, n in counts.items()})]
+    changes = [(n, at(n)) for n in dict.fromkeys([*met, *_near(numbers_in_code(task.model)), *_USUAL])]
+    # code counts before or after it compares
+    back = [(n, {c: reference.counters[c].back(n) for c in counts}) for n, counts in changes[: len(met)]]
+    tried = ((f"counters at {n:.7g}", changed(counts)) for n, counts in (*changes, *back) if counts)
+    yield from _new_ways(tried, operators_run(task))
     far = {counter: reference.counters[counter].far(start) for counter, start in starts.items()}
-    changes.append((next(iter(far.values())), far))
-    seen = operators_run(task)
-    for number, counts in changes:
-        seen |= _operators(changed(counts))
-        if (found := with_reference(f"counters at {number:.7g}", changed(counts))) is not None:
-            yield found
-    numbers = dict.fromkeys([*met, *(n + i for n in numbers_in_code(task.model) for i in (-1, 0, 1)), *_USUAL])
-    yield from _new_ways(((f"counters at {n:.7g}", changed(at(n))) for n in numbers if at(n)), seen)
+    if (found := with_reference(f"counters at {next(iter(far.values())):.7g}", changed(far))) is not None:
+        yield found
+
+
+def _near(numbers: Iterable[float]) -> Iterator[float]:
+    return (near for n in numbers for near in (n - 1, n, n + 1))
 
 
 def _set_elsewhere(task: Task, reference: Reference) -> Iterator[OtherValues]:
@@ -90,14 +88,13 @@ def _set_elsewhere(task: Task, reference: Reference) -> Iterator[OtherValues]:
 
     def tried() -> Iterator[tuple[str, Task]]:
         for path, number in free.items():
-            for n in sorted(by_tensors if path in tensors else met[path], key=abs):
-                for near in (n - 1, n, n + 1):
-                    name, counts = f"{path[-1]} at {near:.7g}", {path: type(number)(near)}
-                    if path in found.outside:
-                        yield name, replace(task, counts=task.counts | counts)
-                    else:  # before the plan is applied: a style may change such a number
-                        set_counts(changed := copied_model(task.model), counts)
-                        yield name, replace(task, model=changed)
+            for near in _near(sorted(by_tensors if path in tensors else met[path], key=abs)):
+                name, counts = f"{path[-1]} at {near:.7g}", {path: type(number)(near)}
+                if path in found.outside:
+                    yield name, replace(task, counts=task.counts | counts)
+                else:  # before the plan is applied: a style may change such a number
+                    set_counts(changed := copied_model(task.model), counts)
+                    yield name, replace(task, model=changed)
 
     yield from _new_ways(itertools.islice(tried(), _MOST_SET), operators_run(task))
 
@@ -119,8 +116,18 @@ def _decided(task: Task, reference: Reference) -> Iterator[OtherValues]:
 
 
 def _later(task: Task, reference: Reference) -> Iterator[OtherValues]:
-    """After more forwards, of a model that keeps what grows with each."""
-    for forwards in _LATER if reference.grows else ():
+    """After more forwards, of a model that keeps what grows with each: where one runs what none before it ran."""
+    if not reference.grows:
+        return
+    try:
+        ran = operators_in_turn(task, _LATER[-1] + 1)
+    except Exception:  # code may refuse so many
+        return
+    # what grows in shape runs new operators each time: a branch is a place that ran none of them before
+    branches = [{(func, place) for (func, _, place), _ in each} for each in ran]
+    later = [i for i in range(2, len(ran)) if not branches[i] <= set().union(*branches[:i])][:_MOST_WAYS]
+    later += [i for i in _LATER if not ran[i] <= frozenset().union(*ran[:i])]
+    for forwards in dict.fromkeys(later):
         found = with_reference(f"{forwards} forwards before", replace(task, forwards=forwards))
         if found is not None:
             yield found

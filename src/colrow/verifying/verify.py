@@ -6,6 +6,7 @@ import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -34,6 +35,8 @@ from colrow.verifying.step import Task, reference_step
 Backend = Literal["auto", "local", "gloo"]
 EXACT, ROUNDED = 1e-9, 1e-5
 """Tolerances: of a model that computes in fp64 throughout, and of one that rounds to fp32 somewhere."""
+_SMALL = 1 << 24
+"""Parameters of a model whose matmuls one thread runs."""
 
 
 def verify(
@@ -82,15 +85,28 @@ def verify(
         raise PlanError(f"tp={tp} splits nothing: verify needs tp of 2 or more")
     model, reduced = reduced_model(build_model if isinstance(build_model, nn.Module) else build_model(), tp)
     model = prepared_model(model, seed)
-    chosen = _inputs(model, inputs, batch_size, seq_len or -(-16 // tp) * tp, seed + 1, reduced=reduced is not None)
-    task, reference, exact = _reference(Task(model, chosen, loss, tp, seed + 2))
-    task, reference = _with_draws(task, reference, plan)
-    if tolerance is None:
-        tolerance = EXACT if exact else ROUNDED
-
-    report = partial(Report, tp=tp, parameters=len(reference.parameters), tolerance=tolerance, reduced=reduced)
-    found = _found(task, plan, reference, tolerance, backend, vary=vary)
+    with _few_threads(model):
+        chosen = _inputs(model, inputs, batch_size, seq_len or -(-16 // tp) * tp, seed + 1, reduced=reduced is not None)
+        task, reference, exact = _reference(Task(model, chosen, loss, tp, seed + 2))
+        task, reference = _with_draws(task, reference, plan)
+        if tolerance is None:
+            tolerance = EXACT if exact else ROUNDED
+        report = partial(Report, tp=tp, parameters=len(reference.parameters), tolerance=tolerance, reduced=reduced)
+        found = _found(task, plan, reference, tolerance, backend, vary=vary)
     return report(**found, seconds=time.monotonic() - started)
+
+
+@contextmanager
+def _few_threads(model: nn.Module) -> Iterator[None]:
+    """Within, torch runs a small model in one thread: others would wait for work most of the time, and wait busily (4
+    times the CPU time of two layers was seen, where other processes wanted the cores)."""
+    threads = torch.get_num_threads()
+    if sum(param.numel() for param in model.parameters()) < _SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _found(
