@@ -5,11 +5,16 @@ from __future__ import annotations
 import re
 import subprocess
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import yaml
 
+from colrow.run import launch
 from colrow.run.stop import PID_FILE
 
 PATIENCE = 240.0
@@ -73,3 +78,15 @@ def write_config(folder: Path, name: str, model: dict[str, Any], **sections: dic
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return path
+
+
+def without_ranks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """From now on `colrow train` in this process starts no ranks. Returns the numbers of those that got orders."""
+    numbers: list[int] = []
+
+    @contextmanager
+    def on_standby(command: Sequence[str], ranks: int) -> Iterator[Any]:
+        yield SimpleNamespace(run=lambda **_: numbers.append(ranks) or launch.Ended())
+
+    monkeypatch.setattr(launch, "on_standby", on_standby)
+    return numbers

@@ -21,10 +21,12 @@ from colrow.run.kept_proof import FILE, KeptProof, dependencies
 from colrow.verifying.report import Report, Verdict
 from helpers.broken_plans import gpt_plan
 from helpers.runs import write_text
+from helpers.started import without_ranks
 
 MODEL = """
 from types import SimpleNamespace
 import mine_layers
+from helpers.started import without_ranks
 
 def build():
     model = mine_layers.Gpt(layers=1)
@@ -78,14 +80,9 @@ def proofs(monkeypatch: pytest.MonkeyPatch) -> Callable[[Verdict], list[str]]:
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The numbers of ranks that were to be started; none is."""
-    from colrow.run import launch
-
-    numbers: list[int] = []
-    monkeypatch.setattr(launch, "launch", lambda command, ranks, **_: numbers.append(ranks) or launch.Ended())
     monkeypatch.setattr(preflight, "require_vocabulary_of", lambda *args: None)
     monkeypatch.setattr("colrow.data.prepare.prepare", lambda *args, **options: type("Data", (), {"tokenizer": None}))
-    monkeypatch.setenv("COLROW_PLAN_DIGEST", "")  # put back after the test
-    return numbers
+    return without_ranks(monkeypatch)
 
 
 @pytest.mark.parametrize("check", ["True", "False"])

@@ -56,7 +56,7 @@ def said(
 ) -> list[str]:
     """Lines of 40 steps; they come after the twentieth."""
     lines: list[str] = []
-    compared = Pace(config(), after, forecast, lines.append)
+    compared = Pace(config(), after, lambda: forecast, lines.append)
     for step in range(1, 41):
         known = len(lines)
         waited = waits if isinstance(waits, float) else waits[min(step, len(waits)) - 1]
@@ -135,7 +135,7 @@ def test_one_step_is_profiled_where_a_run_is_slower_than_its_band(monkeypatch: p
     monkeypatch.setattr(pace.torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(pace, "profiling", lambda _: nullcontext([TRACE]))
     lines: list[str] = []
-    slow, usual = (Pace(config(), 1, FORECAST, lines.append) for _ in range(2))
+    slow, usual = (Pace(config(), 1, lambda: FORECAST, lines.append) for _ in range(2))
     for _ in range(STEPS):
         usual.add(1.05, 0.5, 50.0)
         slow.add(1.2, 0.6, 50.0)

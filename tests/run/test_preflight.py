@@ -29,6 +29,7 @@ from colrow.plans.plan import Plan
 from colrow.run import decision, plan_check, preflight
 from colrow.run.outputs import output_lines
 from colrow.run.run_folder import CHECKPOINTS, write_folder
+from helpers.started import without_ranks
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -172,14 +173,9 @@ DATA = {"data.validation_fraction": 0.3, "data.tokenizer": {"vocab_size": 300}}
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
     """The numbers of ranks that were to be started; none is."""
-    from colrow.run import launch
-
-    started: list[int] = []
-    monkeypatch.setattr(launch, "launch", lambda command, ranks, **_: started.append(ranks) or launch.Ended())
-    monkeypatch.setenv("COLROW_PLAN_DIGEST", "")  # put back after the test
     (tmp_path / "a.txt").write_text("\n\n".join(f"{i} and {i * i}." for i in range(3000)))
     monkeypatch.chdir(tmp_path)
-    return started
+    return without_ranks(monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -226,6 +222,7 @@ def test_warnings_are_a_line_each_and_the_ranks_start(
 CAPPED = """
 import torch
 from colrow.models.llama import Llama, LlamaConfig
+from helpers.started import without_ranks
 
 class Capped(Llama):
     def forward(self, x, positions=None, *, seq_len=None):

@@ -21,14 +21,11 @@ from colrow.cli.ranks import rank_folder, rank_info, reporting_errors, signal_of
 from colrow.config import RunConfig, load_config
 from colrow.errors import ConfigError
 from colrow.run import startup
+from colrow.run.standby import Standby
 
 if TYPE_CHECKING:  # `colrow train --help` need not wait for torch
-    from colrow.run.forecast_line import Forecast
     from colrow.run.launch import Ended
     from colrow.run.preflight import Checked
-
-PLAN_DIGEST = "COLROW_PLAN_DIGEST"
-"""SHA-256 of the run folder's plan.yaml, for ranks whose launcher resolved and checked the plan; torchrun does not."""
 
 USAGE = """usage: colrow train CONFIG.yaml [--KEY VALUE ...]
 
@@ -90,12 +87,12 @@ def _start(argv: list[str]) -> int:
     startup.begin()
     from colrow.run import preflight
     from colrow.run.auto import choose
-    from colrow.run.forecast_line import keep_forecast
     from colrow.run.hang_guard import LauncherGuard
-    from colrow.run.launch import launch
+    from colrow.run.launch import Beside, on_standby
     from colrow.run.outputs import will_export
     from colrow.run.rank import finished_line
     from colrow.run.run_folder import require_free, write_plan
+    from colrow.run.standby import Orders
 
     startup.mark("imports")
     choice = choose(_requested(argv))
@@ -109,36 +106,41 @@ def _start(argv: list[str]) -> int:
         print(finished_line(config, checked.newest.step, will_export(config, checked.source)))
         return 0
     startup.mark("model and plan")
-    forecast = _check_and_forecast(config, checked)
-    _prepare_data(config, checked)
     ranks = config.mesh.world_size
     # else torchrun gives each rank one thread
     os.environ.setdefault("OMP_NUM_THREADS", str(preflight.threads_for(ranks)))
-    # by the environment, which ranks inherit: a digest, so that a rank cannot read another plan than was checked
-    os.environ[PLAN_DIGEST] = write_plan(config.run.dir, checked.plan)
-    keep_forecast(config, forecast)
-    guard = LauncherGuard(config.train, config.run.dir, ranks)
-    startup.hand_over()
-    ended = launch(["-m", "colrow", "train", *argv, *choice.flags], ranks, guard=guard)
+    with on_standby(["-m", "colrow", "train", *argv, *choice.flags], ranks) as started:
+        _check_run(config, checked)
+        _prepare_data(config, checked)
+        sys.stdout.flush()  # ranks print to it from here on
+        plan = write_plan(config.run.dir, checked.plan)
+        guard = LauncherGuard(config.train, config.run.dir, ranks)
+        orders = Orders(plan, startup.reading())
+        ended = started.run(orders=orders, guard=guard, beside=Beside(partial(_forecast, config, checked)))
     _print_failure(config, ended)
     return ended.status
 
 
-def _check_and_forecast(config: RunConfig, checked: Checked) -> Forecast | None:
-    """Print what changed, what the check found, what the run will write and what it will cost. Raises where a part of
-    it refuses the run."""
+def _check_run(config: RunConfig, checked: Checked) -> None:
+    """Print what changed, what the check found, and what the run will write. Raises where a part of it refuses the
+    run."""
     from colrow.run import plan_check
-    from colrow.run.forecast_line import forecast_run, gpus_here
     from colrow.run.outputs import output_lines
 
     _print_lines(f"changed    {line}" for line in checked.changes)
     _print_lines(plan_check.check_plan(config, checked.source, checked.plan, checked.judgement))
     _print_lines(output_lines(config, checked.source, checked.stored))
     startup.mark("check")
+
+
+def _forecast(config: RunConfig, checked: Checked) -> None:
+    """Print what the run will cost, and keep it for the ranks, whose weights and compilation take longer. Raises where
+    the run cannot fit."""
+    from colrow.run.forecast_line import forecast_run, gpus_here, keep_forecast
+
     forecast, lines = forecast_run(config, checked.source.model, checked.plan, gpus_here(config))
-    _print_lines(lines)
-    startup.mark("forecast")
-    return forecast
+    print("".join(f"{line}\n" for line in lines), end="", flush=True)
+    keep_forecast(config, forecast)
 
 
 def _prepare_data(config: RunConfig, checked: Checked) -> None:
@@ -172,7 +174,7 @@ def _print_lines(lines: Iterable[str]) -> None:
 def _rank(argv: list[str]) -> NoReturn:
     """One rank, started by torchrun or by the launcher. It ends the process."""
     startup.begin()
-    folder = rank_folder()
+    folder, standby = rank_folder(), Standby.begin()
     with reporting_errors() as ending:
         import torch
 
@@ -184,6 +186,9 @@ def _rank(argv: list[str]) -> NoReturn:
         from colrow.run.run_folder import read_plan
         from colrow.run.stop import StopRequest
 
+        orders = None if standby is None else standby.wait()
+        if orders is not None:
+            startup.begin(orders.clock)
         startup.mark("imports of ranks")
         choice, info = choose(_requested(argv), in_launcher=False), rank_info()
         requested = choice.config
@@ -203,10 +208,9 @@ def _rank(argv: list[str]) -> NoReturn:
             )
             if "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(preflight.threads_for(info.local_world_size))
-            digest = os.environ.get(PLAN_DIGEST)
-            if info.rank == 0 and digest is None:
+            if info.rank == 0 and orders is None:
                 _print_choices(requested, config)
-            plan = read_plan(config.run.dir, digest) if digest else None
+            plan = None if orders is None else read_plan(config.run.dir, orders.plan)
             command = shlex.join(["colrow", "train", *argv])
             with guard:
                 run_rank(config, info, command, lambda: stop.requested, plan=plan, guard=guard, log=ending.log.write)

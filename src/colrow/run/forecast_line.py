@@ -1,14 +1,15 @@
-"""A run's forecast: printed before the ranks start, refused where it cannot fit, and compared with the run.
+"""A run's forecast: printed while the ranks set up, refused where it cannot fit, and compared with the run.
 
-Only on GPUs. It takes some seconds of one core, so it is kept as forecast.json in the run's folder, under a digest of
-all that it depends on: a continued or restarted run does not compute it again.
+Only on GPUs. It takes some seconds of one core, so the launcher makes it beside its ranks; and it is kept as
+forecast.json in the run's folder, under a digest of all that it depends on: a continued or restarted run does not
+compute it again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -112,10 +113,20 @@ def gpus_here(config: RunConfig) -> Gpus:
 
 def kept_forecast(config: RunConfig, model: nn.Module, plan: Plan, gpus: Gpus) -> Forecast | None:
     """The forecast in the run's folder, where it is one of this run on these GPUs."""
+    return forecast_reader(config, model, plan, gpus)()
+
+
+def forecast_reader(config: RunConfig, model: nn.Module, plan: Plan, gpus: Gpus) -> Callable[[], Forecast | None]:
+    """`kept_forecast`, to be called later: the launcher forecasts while its ranks set up, which changes the model."""
     if gpus is None or isinstance(gpus, str):
-        return None
-    kept = read_kept(config.run.dir / FILE, Forecast)
-    return kept if kept is not None and kept.key == _key(*gpus, config, model, plan) else None
+        return lambda: None
+    key, file = _key(*gpus, config, model, plan), config.run.dir / FILE
+
+    def read() -> Forecast | None:
+        kept = read_kept(file, Forecast)
+        return kept if kept is not None and kept.key == key else None
+
+    return read
 
 
 def forecast_on(device: Device, per_host: int, config: RunConfig, model: nn.Module, plan: Plan) -> Forecast:

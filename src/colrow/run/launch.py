@@ -18,7 +18,8 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,12 +29,16 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from colrow.data.disk import atomic_write
+from colrow.run import standby
 from colrow.run.hang_guard import LauncherGuard
+from colrow.run.standby import Orders
 from colrow.run.stop import PID_FILE, SIGNALS
 
 EXIT_USER_ERROR = 2
 """Exit status of an error that a user can fix: its text says everything, and no traceback is shown."""
 _POLL_SECONDS = 0.1
+_DISMISSED_SECONDS = 10.0
+"""How long a launcher waits for the end of ranks that it does not need: they end by themselves within one or two."""
 _KILLED_SECONDS = 15.0
 """How long ranks that were killed have to go: one that a driver holds does not, and its launcher ends without it."""
 
@@ -67,47 +72,122 @@ class Ended:
         return 0 if self.failure is None else self.failure.status
 
 
-def launch(command: Sequence[str], ranks: int, *, save: bool = True, guard: LauncherGuard | None = None) -> Ended:
+def launch(command: Sequence[str], ranks: int, *, save: bool = True) -> Ended:
     """Run `python COMMAND...` as `ranks` local ranks, with torchrun's environment, and wait for all of them.
 
     The first SIGINT or SIGTERM is passed on, and the ranks are expected to save and end; the second one kills them.
 
     Args:
         save: whether the ranks have something to save. Without, the first signal kills them.
-        guard: ends ranks that hang, and those that hang after the first signal.
 
     Raises:
         KeyboardInterrupt: a signal has killed ranks that had nothing to save.
     """
     with tempfile.TemporaryDirectory(prefix="colrow-") as folder:
-        agent = _Agent(command, ranks, Path(folder))
-        signals = _Signals(Path(folder), stops=1 if save else 0)
+        return LocalRanks(command, ranks, Path(folder), save=save).run()
+
+
+@contextmanager
+def on_standby(command: Sequence[str], ranks: int) -> Iterator[LocalRanks]:
+    """Start `python COMMAND...` as local ranks that wait for orders (`run.standby`) while the block decides on them:
+    `LocalRanks.run` gives these. Ranks without orders end with the block.
+    """
+    with tempfile.TemporaryDirectory(prefix="colrow-") as folder:
+        local = LocalRanks(command, ranks, Path(folder))
+        standby.announce(Path(folder))
+        local.start()
+        try:
+            yield local
+        finally:
+            standby.give(Path(folder), None)
+            local.join(_DISMISSED_SECONDS)
+            os.environ.pop(standby.VARIABLE, None)
+
+
+class LocalRanks:
+    """Local ranks under torchrun's agent, whose files are in `folder`; for the rest see `launch`."""
+
+    def __init__(self, command: Sequence[str], ranks: int, folder: Path, *, save: bool = True) -> None:
+        self._folder, self._save = folder, save
+        self._agent = _Agent(command, ranks, folder)
+
+    def start(self) -> None:
+        self._agent.start()
+
+    def join(self, seconds: float) -> None:
+        """Wait for the ranks' end, so long."""
+        self._agent.join(seconds)
+
+    def run(
+        self, *, orders: Orders | None = None, guard: LauncherGuard | None = None, beside: Beside | None = None
+    ) -> Ended:
+        """Start the ranks, or give those on standby their orders, and wait for all of them.
+
+        Args:
+            guard: ends ranks that hang, and those that hang after the first signal.
+            beside: what is done meanwhile. Where it refuses the run, the ranks are killed.
+
+        Raises:
+            Exception: what `beside` has raised.
+        """
+        signals, agent = _Signals(self._folder, stops=1 if self._save else 0), self._agent
         with signals:
-            agent.start()
+            if orders is None:
+                agent.start()
+            else:
+                standby.give(self._folder, orders)
+            if beside is not None:
+                beside.start()
             killed, where = None, ""
             while agent.is_alive() and (killed is None or time.monotonic() - killed < _KILLED_SECONDS):
                 agent.join(_POLL_SECONDS)
                 if guard is not None and signals.count > signals.stops:
                     where = where or guard.describe()  # before the next line kills the ranks
+                if beside is not None and beside.error is not None:
+                    killed = killed or time.monotonic()
+                    signals.kill()
                 signals.pass_on()
                 if guard is not None and killed is None:
-                    guard.look(Path(folder), signals.since)
+                    guard.look(self._folder, signals.since)
                     killed = None if guard.hang is None else time.monotonic()
-        if signals.count and not save:
+        if beside is not None:
+            beside.join()  # ranks without memory have failed perhaps before it could say so
+            if beside.error is not None:
+                raise beside.error
+        return self._ended(signals, guard, where)
+
+    def _ended(self, signals: _Signals, guard: LauncherGuard | None, where: str) -> Ended:
+        if signals.count and not self._save:
             raise KeyboardInterrupt(signals.last)
         if guard is not None and guard.hang is not None:
             return Ended(RankFailure(guard.hang.ranks[0], guard.text(signals.last), 1), signals.last)
-        if isinstance(agent.error, ChildFailedError):
+        error = self._agent.error
+        if isinstance(error, ChildFailedError):
             if signals.count > signals.stops:
                 text = (
                     "the ranks did not end after the first signal; the second one killed them, and nothing of the "
                     "steps since the last checkpoint is saved"
                 )
                 return Ended(RankFailure(0, f"{text}\n{where}".strip(), 1), signals.last)
-            return Ended(first_failure(agent.error.failures), signals.last)
-        if agent.error is not None:
-            raise agent.error
+            return Ended(first_failure(error.failures), signals.last)
+        if error is not None:
+            raise error
         return Ended(signal=signals.last)
+
+
+class Beside(threading.Thread):
+    """What a launcher does while its ranks run: `call`, whose exception is kept."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        super().__init__(name="beside", daemon=True)
+        self._call = call
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._call()
+        except BaseException as error:
+            self.error = error
 
 
 def first_failure(failures: Mapping[int, ProcessFailure]) -> RankFailure:
@@ -185,6 +265,10 @@ class _Signals:
         self.count += 1
         self.last = number
         self.since = self.since or time.monotonic()
+
+    def kill(self) -> None:
+        """As if signals had asked for it."""
+        self.count = self.stops + 1
 
     def pass_on(self) -> None:
         """Send each rank that has written its process id one SIGTERM, and later one SIGKILL."""

@@ -98,13 +98,13 @@ class Watchers:
         progress: prints lines, on the first rank.
         stop_requested: called once a step on each rank; when any rank returns True, all stop.
         heartbeat: gets what this rank does, for those who watch whether it hangs.
-        forecast: what the run should see, on the rank that prints.
+        forecast: reads what the run should see, on the rank that prints.
     """
 
     progress: TrainingProgress
     stop_requested: Callable[[], bool] = lambda: False
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
-    forecast: Forecast | None = None
+    forecast: Callable[[], Forecast | None] = lambda: None
 
 
 class Loop:

@@ -35,12 +35,15 @@ class Pace:
 
     Args:
         after: first steps of this start that do not count.
-        forecast: of the run, on the rank that prints; None elsewhere, and where there is none.
+        forecast: reads that of the run, on the rank that prints; gives None elsewhere, and where there is none.
         say: prints.
     """
 
-    def __init__(self, config: RunConfig, after: int, forecast: Forecast | None, say: Callable[[str], None]) -> None:
-        self._config, self._skip, self._forecast, self._say = config, after + _SETTLING, forecast, say
+    def __init__(
+        self, config: RunConfig, after: int, forecast: Callable[[], Forecast | None], say: Callable[[str], None]
+    ) -> None:
+        self._config, self._skip, self._read, self._say = config, after + _SETTLING, forecast, say
+        self._forecast: Forecast | None = None
         self._seconds: list[float] = []
         self._without_wait: list[bool] = []
         self._count = 0
@@ -65,7 +68,8 @@ class Pace:
 
     def _compare(self, allocated_gib: float) -> None:
         slow = True
-        if (forecast := self._forecast) is not None:
+        if (forecast := self._read()) is not None:
+            self._forecast = forecast
             found = rate(self._config, statistics.median(self._seconds))
             self._say(compared_line(forecast, found, allocated_gib))
             slow = self._wants_trace = found < (1 - forecast.band) * forecast.tokens_per_second_per_gpu

@@ -20,7 +20,7 @@ from colrow.plans.patterns import with_stars
 from colrow.plans.plan import Plan
 from colrow.run import plan_check, preflight, startup
 from colrow.run.finish import finish
-from colrow.run.forecast_line import gpus_here, kept_forecast
+from colrow.run.forecast_line import forecast_reader, gpus_here
 from colrow.run.hang_guard import RankGuard
 from colrow.run.heartbeat import Heartbeat
 from colrow.run.loop import Loop, Outcome, Watchers
@@ -71,7 +71,7 @@ def run_rank(
         for line in lines:
             progress.say(line)
         gpus = gpus_here(config) if first else None
-        forecast = kept_forecast(config, checked.source.model, checked.plan, gpus)
+        forecast = forecast_reader(config, checked.source.model, checked.plan, gpus)
         startup.mark("model and plan")
         # Before the data: under torchrun the ranks watch each other through the store while they tokenize. Colrow's own
         # launcher, which hands over a plan, watches them itself.

@@ -1,32 +1,31 @@
 """Where the time goes from the command to the second step, by part: what a run prints and leaves in `startup.json`.
 
-One clock a process: each `mark` gives the time since the one before to a part. The launcher hands its clock to its
-ranks in an environment variable, so that the parts add up to what a user waits.
+One clock a process: each `mark` gives the time since the one before to a part. The launcher's orders to its ranks carry
+its clock, so that the parts add up to what a user waits; what ranks do meanwhile is no part.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from colrow.data.disk import atomic_write
 
-VARIABLE = "COLROW_STARTUP"
 FILE = "startup.json"
 
 _parts: dict[str, float] = {}
 _last: float | None = None
 
 
-def begin() -> None:
-    """Start the clock, or continue the launcher's."""
+def begin(other: Mapping[str, Any] | None = None) -> None:
+    """Start the clock, or continue from the reading of another process."""
     global _last
     _parts.clear()
-    tree = json.loads(os.environ.pop(VARIABLE, "null"))
-    _parts.update(tree["parts"] if tree else {})
-    _last = tree["last"] if tree else time.time()
+    _parts.update(other["parts"] if other else {})
+    _last = other["last"] if other else time.time()
 
 
 def mark(part: str) -> None:
@@ -38,10 +37,9 @@ def mark(part: str) -> None:
         _last = now
 
 
-def hand_over() -> None:
-    """Leave the clock to the processes that are started from here."""
-    if _last is not None:
-        os.environ[VARIABLE] = json.dumps({"parts": _parts, "last": _last})
+def reading() -> dict[str, Any] | None:
+    """What `begin` continues from; None where no clock runs."""
+    return None if _last is None else {"parts": dict(_parts), "last": _last}
 
 
 def finish(folder: Path) -> str | None:
