@@ -180,8 +180,8 @@ class TrainSection(Section):
     fused_kernels: bool = True
     """Compiled blocks on GPUs use colrow's kernels where these move less memory than the compiler's: SwiGLU."""
     cuda_graph: Annotated[bool | Literal["auto"], WrapValidator(_or_auto)] = "auto"
-    """Replay steps as CUDA graphs, on meshes of tp alone and of the flat data engine; `auto`: with tp alone, if the GPU
-    waits for the CPU in the fourth step."""
+    """Replay steps as CUDA graphs, on meshes of tp alone and of the flat data engine; `auto`: if the GPU waits for the
+    CPU in the fourth step."""
     activation_checkpoint: Literal["none", "selective", "full"] = "none"
     """What backward recomputes instead of keeping: selective: cheap operations and half the matmuls; full: all."""
     log_every: PositiveInt = 1

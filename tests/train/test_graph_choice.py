@@ -34,7 +34,7 @@ def config(mesh: dict[str, Any], **train: Any) -> RunConfig:
         ({}, {}, "cuda", True),
         ({"tp": 2}, {}, "cpu", False),
         ({"tp": 2, "dp_shard": 2}, {}, "cuda", False),
-        ({"tp": 2, "dp_shard": 2, "data_engine": "flat"}, {}, "cuda", False),
+        ({"tp": 2, "dp_shard": 2, "data_engine": "flat"}, {}, "cuda", True),
         ({"tp": 2}, {"activation_checkpoint": "full"}, "cuda", False),
         ({"tp": 2}, {"on_nonfinite": "skip"}, "cuda", False),
         ({"tp": 2}, {"precision": "fp32"}, "cuda", False),

@@ -171,7 +171,12 @@ class Choices:
         yield row
         if self._as_given:
             return
-        if mesh.tp_alone and row.time.parts["cpu"] > 0 and options.compiled and not options.cuda_graph:
+        if (
+            (mesh.tp_alone or row.mesh.is_flat)
+            and row.time.parts["cpu"] > 0
+            and options.compiled
+            and not options.cuda_graph
+        ):
             yield self._forecaster.row(plan, mesh, replace(options, cuda_graph=True))
 
     def _engines(self, config: RunConfig) -> list[RunConfig]:

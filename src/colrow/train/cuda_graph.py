@@ -275,9 +275,8 @@ def can_be_captured(config: RunConfig, device_type: str) -> bool:
         check_cuda_graph(config.with_values({"train.cuda_graph": True}), device_type)
     except ConfigError:
         return False
-    # On data axes graphs are for those who ask: the validation loss of a compiled run was off (docs/log.md).
-    # And with fp32 the copies of the weights would only be for the graph.
-    return config.mesh.tp_alone and config.train.precision != "fp32"
+    # with fp32 the copies of the weights would only be for the graph
+    return config.train.precision != "fp32"
 
 
 def check_cuda_graph(config: RunConfig, device_type: str) -> None:
