@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from colrow.errors import ConfigError
+
+if TYPE_CHECKING:  # a config is read before the seconds that torch takes
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ class Mesh(BaseModel):
         Raises:
             ConfigError: the degrees do not multiply to `world_size`.
         """
+        from torch.distributed.device_mesh import init_device_mesh
+
         self.require_world_size(world_size)
         return init_device_mesh(device_type, self.degrees, mesh_dim_names=AXES)
 
