@@ -121,3 +121,9 @@ def test_a_failure_is_that_of_the_ranks_where_nothing_refuses_the_run(command: l
     assert ended.failure is not None
     assert ended.status == 1
     assert done == [None]
+
+
+def test_a_rank_listens_before_torch_is_imported() -> None:
+    """And so does what reads a config: torch takes seconds."""
+    show = "import sys; sys.modules['torch'] = None; import colrow.__main__, colrow.cli.train, colrow.config"
+    assert subprocess.run([sys.executable, "-c", show], timeout=60).returncode == 0
