@@ -2,7 +2,7 @@
 
     python -m benchmarks.fp8_curves runs/fp8 --steps 500
     python benchmarks/curves.py --output curves-fp8 bf16=runs/fp8/bf16 again=runs/fp8/again \
-        tensorwise=runs/fp8/tensorwise rowwise=runs/fp8/rowwise
+        tensorwise=runs/fp8/tensorwise delayed=runs/fp8/delayed rowwise=runs/fp8/rowwise
 
 A llama of 8 layers reads the sources of Python's library, byte by byte. `bf16` and the recipes run `llama-fast` as a
 rank of data axes does, and differ in their matmuls alone; `again` is bf16 with plain modules: the same sums in another
@@ -24,6 +24,7 @@ import torch.distributed as dist
 from colrow.config import parse_config
 from colrow.models.llama import Llama, LlamaConfig
 from colrow.ops.execution_record import clear, recorded
+from colrow.ops.float8 import RECIPES
 from colrow.parallel.compute_weights import ComputeWeights
 from colrow.parallel.parallelize import style_on_one_rank
 from colrow.parallel.random_state import Generators, MicroBatchSeeds
@@ -32,7 +33,7 @@ from colrow.train.setup import build_step
 from colrow.train.step import SingleStageModel
 from colrow.train.weight_decay import decay_by_name, decaying_parameters
 
-ARMS = {"bf16": "llama-fast", "again": "llama", "tensorwise": "llama-fast", "rowwise": "llama-fast"}
+ARMS = {"bf16": "llama-fast", "again": "llama", **dict.fromkeys(RECIPES, "llama-fast")}
 
 
 def corpus() -> torch.Tensor:
@@ -68,13 +69,14 @@ def run(
     )
     mesh = config.mesh.build(device.type, 1)
     plan = Plan.preset(ARMS[name], "linear")
-    if name in ("tensorwise", "rowwise"):
-        plan = plan.with_fp8(name)  # type: ignore[arg-type]
+    if name in RECIPES:
+        plan = plan.with_fp8(name)
     style_on_one_rank(model, plan.resolve(model), mesh["tp"], data_axes=True)
     weights = ComputeWeights(model, torch.bfloat16)
     seeds = MicroBatchSeeds(Generators([model], device), 0)
     runner = SingleStageModel(model, plan, mesh, device, weights, seeds)
-    step = build_step(runner, config, mesh, decaying_parameters([model], decay_by_name(model, config.train)), seeds)
+    decaying = decaying_parameters([model], decay_by_name(model, config.train))
+    step = build_step(runner, config, mesh, decaying, seeds, [model])
     losses, start = [], time.perf_counter()
     for number in range(options.steps):
         generator = torch.Generator().manual_seed(number)
@@ -106,7 +108,7 @@ def main() -> None:
         print(name, arms[name], flush=True)
         (options.folder / "figures.json").write_text(json.dumps({**found, "arms": arms}) + "\n", encoding="utf-8")
     for name in options.arms:
-        wanted = [name] if name in ("tensorwise", "rowwise") else []
+        wanted = [name] if name in RECIPES else []
         assert arms[name]["fp8"] == wanted, f"{name} ran {arms[name]['fp8']}"
     dist.destroy_process_group()
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from colrow.parallel.random_draws import arrange_draws as arrange_draws
     from colrow.plans.plan import Plan as Plan
     from colrow.sharding.layout import full_tensor as full_tensor
+    from colrow.styles.fast.peak_history import PeakHistory as PeakHistory
     from colrow.verifying.verify import verify as verify
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ _PUBLIC = {
     "check": "colrow.checking.check",
     "verify": "colrow.verifying.verify",
     "forecast": "colrow.forecasting.forecast",
+    "PeakHistory": "colrow.styles.fast.peak_history",
     "Plan": "colrow.plans.plan",
     "linear_cross_entropy": "colrow.ops.linear_cross_entropy",
     "full_tensor": "colrow.sharding.layout",

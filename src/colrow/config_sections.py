@@ -172,9 +172,10 @@ class TrainSection(Section):
     """When loss or gradient is NaN or infinite: end the run, or leave the step's update out."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Compute precision; auto is bf16 over fp32 master weights on GPUs, fp32 on CPUs."""
-    fp8: Literal["tensorwise", "rowwise"] | None = None
+    fp8: Literal["tensorwise", "delayed", "rowwise"] | None = None
     """Run the matmuls of a plan's fast styles in fp8: changes results, needs Ada or Hopper. `tensorwise`: one scale a
-    tensor. `rowwise`: one for each row (token, feature), and weights' gradients are not rounded."""
+    tensor. `delayed`: likewise, by the largest numbers of the last step for activations and gradients. `rowwise`: one
+    for each row (token, feature), and weights' gradients are not rounded."""
     compile: bool | None = None
     """Compile each block with torch.compile; unless given, on GPUs only."""
     fused_kernels: bool = True

@@ -41,13 +41,13 @@ def run(inputs: list[Tensor], overlap: Overlap, delay: Callable[[], None] = lamb
     options = LinearOptions(overlap, chunk_rows=1, keep_gathered=False).text
     ops, group = torch.ops.colrow, str(dist.group.WORLD.group_name)  # type: ignore[union-attr]
     x, w, dY, xf, wf, dy = inputs
-    out = [*ops.column_forward(x, [w], group, options, None, [])[:1]]
+    out = [*ops.column_forward(x, [w], group, options, None, [], None)[:1]]
     delay()
-    out.append(ops.row_forward(xf, wf, group, options, None, [])[0])
+    out.append(ops.row_forward(xf, wf, group, options, None, [], None)[0])
     delay()
-    out += ops.row_backward(dy, xf, wf, group, options, True, True, [])
+    out += ops.row_backward(dy, xf, wf, group, options, True, True, [], None)
     delay()
-    return out + list(ops.column_backward(dY, x, [w], group, options, True, True, []))
+    return out + list(ops.column_backward(dY, x, [w], group, options, True, True, [], None))
 
 
 def poison() -> None:

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from colrow.checking.check import Finding, check
 from colrow.mesh import Mesh
 from colrow.models.llama import Llama
+from colrow.ops.float8 import RECIPES
 from colrow.parallel.activation_checkpoint import Mode, apply_activation_checkpoint
 from colrow.parallel.compile import compile_forward
 from colrow.parallel.loss import model_loss
@@ -20,6 +21,7 @@ from colrow.parallel.parallelize import parallelize
 from colrow.plans.plan import Plan
 from colrow.sharding.grad_norm import align_gradients
 from colrow.sharding.layout import full_tensor
+from colrow.styles.fast.peak_history import PeakHistory
 from helpers.harness import Ranks
 from helpers.parity import TINY, batch, tp_mesh
 from helpers.runs import a_run, train, write_text
@@ -31,7 +33,8 @@ CONFIG = replace(TINY, hidden_size=64, intermediate_size=128, num_attention_head
 def step(
     device: str, plan: Plan, backend: str | None = None, mesh: DeviceMesh | None = None, recompute: Mode = "none"
 ) -> dict[str, Tensor]:
-    """The loss and the gradients of one micro-batch in fp32, on two ranks of tp unless a mesh is given."""
+    """The loss and the gradients of one micro-batch in fp32, on two ranks of tp unless a mesh is given; the second time
+    that it runs, with scales of the first."""
     torch.manual_seed(0)
     mesh = mesh or tp_mesh(device, 2)
     model = parallelize(Llama(CONFIG).to(device), plan, mesh)
@@ -39,8 +42,12 @@ def step(
     if backend:
         for block in model.layers:
             compile_forward(block, backend)
-    loss = model_loss(model, plan, mesh, *batch(device))
-    loss.backward()
+    peaks = PeakHistory([model])
+    for _ in range(2):
+        model.zero_grad()
+        with peaks.step():
+            loss = model_loss(model, plan, mesh, *batch(device))
+            loss.backward()
     align_gradients(model.parameters())
     found = {name: full_tensor(param.grad) for name, param in model.named_parameters() if param.grad is not None}
     return {"loss": loss.detach(), **found}
@@ -59,8 +66,8 @@ def errors(device: str) -> dict[str, dict[str, float]]:
     plan = Plan.preset("llama-fast", "linear")
     want = step(device, plan)
     plan_fp8 = plan.with_fp8("tensorwise")
-    ways = {"eager": step(device, plan_fp8), "compiled": step(device, plan_fp8, "aot_eager")}
-    ways["rowwise"] = step(device, plan.with_fp8("rowwise"))
+    ways = {"compiled": step(device, plan_fp8, "aot_eager")}
+    ways |= {recipe: step(device, plan.with_fp8(recipe)) for recipe in RECIPES}
     data_axis = Mesh(dp_shard=2).build(device, 2)
     ways["without tp"] = step(device, plan_fp8, mesh=data_axis)
     ways["without tp, compiled"] = step(device, plan_fp8, "aot_eager", mesh=data_axis)

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from colrow.ops.float8 import ACTIVATION, GRADIENT
-from colrow.ops.kernels.rounding import peak_of, round_reference, scale_reference
+from colrow.ops.kernels.rounding import (
+    HEADROOM,
+    delayed_scale_reference,
+    peak_of,
+    round_reference,
+    scale_reference,
+)
 
 Rounding = Callable[[Tensor, Tensor | None, bool], tuple[Tensor, Tensor, Tensor]]
 """(x, scale of x, gradient) -> rows, transposed, scale."""
@@ -72,6 +78,55 @@ def check(round_: Rounding, device: str) -> int:
         assert torch.equal(across.double(), again.double().t()), x.shape
         count += 1
     return count
+
+
+Delayed = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor, Tensor]]
+"""(x, history [4], gradient) -> rows, transposed, scale."""
+
+
+def check_delayed(round_: Delayed, device: str, *, exact: bool = False) -> int:
+    """Assert that scales follow from the last peak, that numbers beyond the range are cut off, and that the new peak is
+    found: all as in float64. `exact`: on numbers that need no rounding. The cases it took."""
+    count = 0
+    for x, gradient in inputs(device):
+        dtype = GRADIENT if gradient else ACTIVATION
+        own = scale_in_float64(x.double().abs().max().item(), dtype)
+        if exact:
+            values = (nearest(x.double() / own, dtype) * own).float()
+            x = values if x.stride(1) == 1 else values.t().contiguous().t()
+        peak, limit = x.double().abs().max().item(), torch.finfo(dtype).max
+        # none known; numbers as large as they may be; 64 times as large; and a fourth of the last ones
+        for last in (0.0, peak / HEADROOM[dtype], peak / 64, *([] if exact else [4 * peak])):
+            history = torch.tensor([last, peak / 2, torch.nan, torch.nan], device=device)
+            last = history[0].item()  # as fp32 has it
+            s = HEADROOM[dtype] * scale_in_float64(last, dtype) if last else scale_in_float64(peak, dtype)
+            rows, transposed, scale = round_(x, history, gradient)
+            assert scale.item() == s, (x.shape, x.dtype, gradient, last, scale, s)
+            want = nearest((x.double() / s).clamp(-limit, limit), dtype)
+            assert torch.equal(rows.double(), want), (x.shape, x.dtype, x.stride(), gradient, last)
+            assert torch.equal(transposed.double(), want.t()), (x.shape, x.dtype, x.stride(), gradient, last)
+            assert history[:2].tolist() == [last, peak], (x.shape, history, peak)
+            count += 1
+        larger = torch.tensor([0.0, 2 * peak + 1, 0.0, 0.0], device=device)
+        round_(x, larger, gradient)
+        assert larger[1] == torch.tensor(2 * peak + 1), "a smaller tensor of the same step changes no peak"
+    return count
+
+
+def delayed_by_reference(x: Tensor, history: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    rows, transposed = _empty(x, gradient)
+    scale = delayed_scale_reference(history, peak_of([x]), rows.dtype)
+    round_reference(x, scale, None, rows, transposed, history)
+    return rows, transposed, scale
+
+
+def delayed_by_kernel(x: Tensor, history: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    from colrow.ops.kernels.rounding import peak_triton, round_triton
+
+    rows, transposed = _empty(x, gradient)
+    scale = torch.full((), torch.nan, device=x.device)
+    round_triton(x, peak_triton([x], history), scale, None, rows, transposed, history=history)
+    return rows, transposed, scale
 
 
 def by_reference(x: Tensor, largest: Tensor | None, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:

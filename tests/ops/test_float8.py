@@ -22,8 +22,16 @@ from colrow.ops.float8 import (
     scaled_mm,
     unpacked,
 )
+from colrow.ops.kernels.rounding import round_reference
 from colrow.plans.plan import Plan
-from helpers.rounding_cases import by_kernel, by_reference, check
+from helpers.rounding_cases import (
+    by_kernel,
+    by_reference,
+    check,
+    check_delayed,
+    delayed_by_kernel,
+    delayed_by_reference,
+)
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, needs_gpu])]
@@ -73,6 +81,49 @@ def test_the_reference_rounds_as_float64_does() -> None:
 @needs_gpu
 def test_the_kernel_rounds_as_float64_does() -> None:
     assert check(by_kernel, "cuda") > 60
+
+
+def test_delayed_scales_are_those_of_float64() -> None:
+    assert check_delayed(delayed_by_reference, "cpu") > 240
+
+
+@pytest.mark.cuda
+@needs_gpu
+def test_the_kernel_of_delayed_scales_rounds_as_float64_does() -> None:
+    assert check_delayed(delayed_by_kernel, "cuda") > 240
+
+
+@pytest.mark.parametrize("wrong", ["headroom", "limit", "peak"])
+def test_delayed_scales_that_are_wrong_are_seen(wrong: str) -> None:
+    def rounding(x: Tensor, history: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+        given = history.clone()
+        rows, transposed, scale = delayed_by_reference(x, given, gradient)
+        if wrong == "headroom":
+            scale = scale / 2
+        elif wrong == "limit":
+            round_reference(x, scale, None, rows, transposed)
+        if wrong != "peak":
+            history.copy_(given)
+        return rows, transposed, scale
+
+    with pytest.raises(AssertionError):
+        check_delayed(rounding, "cpu")
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("device", DEVICES)
+def test_delayed_scales_hide_no_number_that_is_not_finite(bad: float, gradient: bool, device: str) -> None:
+    a, b = operands(device)
+    history = torch.tensor([[4.0, 0, 0, 0], [4.0, 0, 0, 0]], device=device)
+    a[3, 5], a[7, 7] = bad, 1e30
+    x, _ = quantize_both(a, gradient=gradient, history=history)
+    out = torch.empty(64, 48, device=device)
+    scaled_mm(x, quantize([b.t()]), out, gradient=gradient)
+    assert not out[3].isfinite().any()
+    assert out[torch.arange(64) != 3].isfinite().all(), "a number that is too large is cut off"
+    assert not history[int(gradient), 1].isfinite()
+    assert history[1 - int(gradient)].tolist() == [4, 0, 0, 0]
 
 
 def test_a_scale_that_is_no_power_of_two_is_seen() -> None:
@@ -167,5 +218,5 @@ def test_a_plan_names_the_recipe_and_is_read_back() -> None:
 def test_an_unknown_recipe_names_the_known_one() -> None:
     with pytest.raises(PlanError, match=r"unknown fp8 'rows'.*rowwise"):
         Plan({"mlp.down_proj": {"style": "fast_rowwise", "fp8": "rows"}})
-    with pytest.raises(ConfigError, match=r"train\.fp8: Input should be 'tensorwise' or 'rowwise'"):
+    with pytest.raises(ConfigError, match=r"train\.fp8: Input should be 'tensorwise', 'delayed' or 'rowwise'"):
         load_config(Path(__file__).parents[2] / "configs/laptop.yaml", {"train.fp8": "rows"})

@@ -136,8 +136,8 @@ def test_numbers_that_are_too_small_are_seen(group: str) -> None:
     """The negative control: products of numbers that are cut off."""
     weights = [torch.randn(shape) for shape in ((32, 16), (32, 16), (16, 32))]
     x, options = torch.randn(32, 16), LinearOptions("none", fp8="tensorwise").text
-    want = torch.ops.colrow.column_forward(x, weights[:2], group, options, None, [])[0]
-    same = torch.ops.colrow.column_forward(x, weights[:2], group, options, x.abs().amax(1), [])[0]
-    small = torch.ops.colrow.column_forward(x, weights[:2], group, options, 0.01 * x.abs().amax(1), [])[0]
+    want = torch.ops.colrow.column_forward(x, weights[:2], group, options, None, [], None)[0]
+    same = torch.ops.colrow.column_forward(x, weights[:2], group, options, x.abs().amax(1), [], None)[0]
+    small = torch.ops.colrow.column_forward(x, weights[:2], group, options, 0.01 * x.abs().amax(1), [], None)[0]
     assert torch.equal(same, want)
     assert not (small - want).norm() < 0.5 * want.norm()

@@ -157,7 +157,14 @@ class Program:
         order = ("copy_engine", "point_to_point", "collectives")
         overlap = next((name for name in order if name in overlaps), "none")
         recipes = {recipe for style in plan.modules.values() if (recipe := getattr(style, "fp8", None))}
-        return cls(overlap, bool(recipes), compiled, cuda_graph, plan.loss == "linear", bool(recipes - {"tensorwise"}))
+        return cls(
+            overlap,
+            bool(recipes),
+            compiled,
+            cuda_graph,
+            plan.loss == "linear",
+            bool(recipes - {"tensorwise", "delayed"}),
+        )
 
 
 def step_time(walk: Walk, setting: Setting, program: Program, machine: Machine) -> StepTime:

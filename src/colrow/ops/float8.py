@@ -2,7 +2,8 @@
 
     y = (round(a / s) round(b / r)) s r        s, r: max |.| / the dtype's largest number, up to a power of two
 
-The recipe `tensorwise`: one scale for each operand, found in each call; for `rowwise` see `ops.weights`. Weights and
+The recipe `tensorwise`: one scale for each operand, found in each call; with `delayed` that of an activation or a
+gradient follows from its largest number in the last step. For the other recipes see `ops.weights`. Weights and
 activations are e4m3 (three bits of mantissa, up to 448). Gradients are e5m2 (two bits, up to 57344): with one scale for
 all of them they need range more than precision. A rank rounds what it holds by its own scale, so nothing is
 communicated for it: the scale travels with the numbers, and chunks of several ranks are joined under the largest of
@@ -20,13 +21,18 @@ import torch
 from torch import Tensor
 
 from colrow.errors import ConfigError
-from colrow.ops.execution_record import record
 from colrow.ops.kernels.optional_triton import UNAVAILABLE
-from colrow.ops.kernels.rounding import peak_of, round_reference, round_triton, scale_reference
+from colrow.ops.kernels.rounding import (
+    delayed_scale_reference,
+    peak_of,
+    round_reference,
+    round_triton,
+    scale_reference,
+)
 from colrow.ops.products import concatenated
 from colrow.torch_compat import scaled_product
 
-Float8 = Literal["tensorwise", "rowwise"]
+Float8 = Literal["tensorwise", "delayed", "rowwise"]
 RECIPES: tuple[Float8, ...] = get_args(Float8)
 ACTIVATION, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -67,6 +73,20 @@ def unpacked(memory: Tensor, dtype: torch.dtype) -> Float8Operand:
 def weight_scale(memory: Tensor) -> Tensor:
     """[]: the place of a second scale."""
     return memory[-1, 4:8].view(torch.float32)[0]
+
+
+# [Note: peak history]
+# What `delayed` knows of a linear, fp32 [2, 4]; row 0 of its input, row 1 of its output's gradient: the peak (largest
+# |number|) of the last step, 0 where none is known, and the peak of this step so far; two unused numbers keep rows
+# aligned to 16 bytes. Within a step the first stays and the second only grows, so micro-batches, recomputation and
+# replayed steps may read and write in any order and number, and round alike. `styles.fast.peak_history` turns steps.
+# Operators write into it although their schemas do not say so: declared, torch.compile would copy it around each call.
+# Where no peak is known yet, this call's own is taken, without headroom: the numbers of `tensorwise`.
+HISTORY_SHAPE = (2, 4)
+
+
+def _history_row(history: Tensor | None, gradient: bool) -> Tensor | None:
+    return None if history is None else history[int(gradient)]
 
 
 def quantize(
@@ -114,33 +134,41 @@ def quantize_weight_into(rows_MK: Tensor, w_MK: Tensor, peaks: Tensor, scale: Te
         scale.copy_(scale_reference(peaks, rows_MK.dtype))
 
 
-def quantize_packed(x_MK: Tensor, *, gradient: bool = False, peaks: Tensor | None = None) -> Tensor:
+def quantize_packed(
+    x_MK: Tensor, *, gradient: bool = False, peaks: Tensor | None = None, history: Tensor | None = None
+) -> Tensor:
     """`quantize`, as the memory that is sent: a chunk, whose rows 16 need not divide as long as it does all of them.
 
     Args:
         peaks: numbers of which the largest is max |x|, where somebody has found it.
+        history: see [Note: peak history].
     """
     M, K = x_MK.shape
     require(x_MK.device, K)
-    memory = packed(M, K, x_MK.device)
+    memory, history = packed(M, K, x_MK.device), _history_row(history, gradient)
     out = unpacked(memory, GRADIENT if gradient else ACTIVATION)
-    _round(x_MK, _peak(x_MK, peaks), out.scale, rows=out.values)
+    _round(x_MK, _peak(x_MK, peaks, history), out.scale, rows=out.values, history=history)
     return memory
 
 
-def quantize_both(x_MK: Tensor, *, gradient: bool = False, peaks: Tensor | None = None) -> tuple[Float8Operand, Tensor]:
+def quantize_both(
+    x_MK: Tensor, *, gradient: bool = False, peaks: Tensor | None = None, history: Tensor | None = None
+) -> tuple[Float8Operand, Tensor]:
     """`quantize` of [M, K], and of its transpose as packed memory [K, M], with one scale: an operand of two matmuls,
-    of which one sums over its columns and the other over its rows. `peaks` as for `quantize_packed`."""
+    of which one sums over its columns and the other over its rows. `peaks`, `history` as for `quantize_packed`."""
     (M, K), dtype = x_MK.shape, GRADIENT if gradient else ACTIVATION
     require(x_MK.device, M, K)
-    memory = packed(K, M, x_MK.device)
+    memory, history = packed(K, M, x_MK.device), _history_row(history, gradient)
     transposed = unpacked(memory, dtype)
     rows = torch.empty(M, K, dtype=dtype, device=x_MK.device)
-    _round(x_MK, _peak(x_MK, peaks), transposed.scale, rows=rows, transposed=transposed.values)
+    peaks = _peak(x_MK, peaks, history)
+    _round(x_MK, peaks, transposed.scale, rows=rows, transposed=transposed.values, history=history)
     return Float8Operand(rows, transposed.scale), memory
 
 
-def _peak(x: Tensor, peaks: Tensor | None) -> Tensor:
+def _peak(x: Tensor, peaks: Tensor | None, history: Tensor | None) -> Tensor:
+    if history is not None:
+        return peak_of([x], unless=history)
     return peak_of([x if peaks is None else peaks])
 
 
@@ -188,13 +216,17 @@ def _round(
     rows: Tensor | None = None,
     transposed: Tensor | None = None,
     given: bool = False,
+    history: Tensor | None = None,
 ) -> None:
     if x_MK.is_cuda:
-        round_triton(x_MK, peaks, scale, x_scale, rows, transposed, given=given)
+        round_triton(x_MK, peaks, scale, x_scale, rows, transposed, given=given, history=history)
         return
     dtype = (rows if rows is not None else transposed).dtype  # type: ignore[union-attr]
-    scale.copy_(peaks.amax() if given else scale_reference(peaks, dtype))
-    round_reference(x_MK, scale, x_scale, rows, transposed)
+    if history is not None:
+        scale.copy_(delayed_scale_reference(history, peaks, dtype))
+    else:
+        scale.copy_(peaks.amax() if given else scale_reference(peaks, dtype))
+    round_reference(x_MK, scale, x_scale, rows, transposed, history)
 
 
 def scaled_mm(a: Float8Operand, b: Float8Operand, out: Tensor, *, gradient: bool = False) -> None:
@@ -222,10 +254,9 @@ def float8_reference(a_MK: Tensor, b_KN: Tensor, s: Tensor, r: Tensor) -> Tensor
     return (a_MK.float() * s) @ (b_KN.float() * r)
 
 
-def require(device: torch.device, *sizes: int, recipe: Float8 = "tensorwise") -> None:
+def require(device: torch.device, *sizes: int) -> None:
     """Raise a ConfigError unless 16 divides all sizes and the device has 8-bit matmuls."""
     require_sixteen(*sizes)
-    record("fp8", recipe)
     if device.type == "cuda":
         require_gpu(device)
 

@@ -9,7 +9,8 @@ in place of the input, and the weight's scale. Reduce-scatters send what product
     row     forward   y = reduce_scatter(round(x) W^T)               kept: round(x)^T
             backward  G = all_gather(round(dy));  dx = G W;  dW = G^T round(x)
 
-Legend: as in `parallel_linear`, whose [Note: peaks] says what `peaks` is; `kept` and `memory` are packed ([Note: packed
+Legend: as in `parallel_linear`, whose [Note: peaks] says what `peaks` is; `history`: [Note: peak history] in
+`ops.float8`; `kept` and `memory` are packed ([Note: packed
 operands] in `ops.float8`).
 """
 
@@ -20,6 +21,7 @@ from collections.abc import Callable, Sequence
 import torch.distributed as dist
 from torch import Tensor
 
+from colrow.errors import ConfigError
 from colrow.ops.chunked import scatter_sum, send_to_all
 from colrow.ops.collectives import Finish, start_all_gather, start_reduce_scatter
 from colrow.ops.exchange import Carrier, Exchange
@@ -60,8 +62,10 @@ def column_forward(
     opts: LinearOptions,
     peaks: Tensor | None = None,
     quantized: Sequence[Tensor] = (),
+    history: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Y_TF, and what backward needs."""
+    _record(history)
     n = ranks.size()
     y_TF = x_tD.new_empty(x_tD.shape[0] * n, sum(w.shape[0] for w in weights))
     transpose = keeps_transpose(opts, n)
@@ -69,7 +73,7 @@ def column_forward(
     def weight() -> Float8Operand:
         return quantized_weight(quantized) if quantized else quantize(weights)
 
-    kept, w = _gathered_product(x_tD, weight, y_TF, ranks, carrier, transpose=transpose, peaks=peaks)
+    kept, w = _gathered_product(x_tD, weight, y_TF, ranks, carrier, transpose=transpose, peaks=peaks, history=history)
     weight_scale(kept).copy_(w.scale)
     return y_TF, kept
 
@@ -84,8 +88,10 @@ def column_backward(
     need_dx: bool,
     need_dw: bool,
     quantized: Sequence[Tensor] = (),
+    history: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dx = reduce_scatter(dY W), finished after dW = dY^T Q."""
+    _require_history(opts, history)
     F, D, n = dy_TF.shape[1], weights[0].shape[1], ranks.size()
     exchange = regather = finish = None
     # Forward kept this rank's numbers alone: they are gathered once more, while dgrad runs.
@@ -97,7 +103,7 @@ def column_backward(
             if not opts.overlaps:
                 regather()
     # dgrad sums over F and wgrad over T, and the summed dim must be contiguous: one rounding, two layouts.
-    dy, dy_FT = quantize_both(dy_TF, gradient=True)
+    dy, dy_FT = quantize_both(dy_TF, gradient=True, history=history)
     if need_dx:
         w_DF = _transposed(weights, kept, quantized)
         finish = _scattered_product(dy, w_DF, dy_TF.new_empty(0), ranks, carrier, gradient=True)
@@ -125,9 +131,11 @@ def row_forward(
     carrier: Carrier | None,
     peaks: Tensor | None = None,
     quantized: Sequence[Tensor] = (),
+    history: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y_tD, and what backward needs."""
-    x, kept = quantize_both(x_Tf, peaks=peaks)
+    _record(history)
+    x, kept = quantize_both(x_Tf, peaks=peaks, history=history)
     w = quantized_weight(quantized) if quantized else quantize([w_Df])
     weight_scale(kept).copy_(w.scale)
     return _scattered_product(x, w, x_Tf.new_empty(0), ranks, carrier)(), kept
@@ -139,11 +147,14 @@ def row_backward(
     w_Df: Tensor,
     ranks: dist.ProcessGroup,
     carrier: Carrier | None,
+    opts: LinearOptions,
     need_dx: bool,
     need_dw: bool,
     quantized: Sequence[Tensor] = (),
+    history: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dx = G W;  dW = G^T round(x)."""
+    _require_history(opts, history)
     (t, D), f = dy_tD.shape, w_Df.shape[1]
     dx_Tf = dy_tD.new_empty(t * ranks.size() if need_dx else 0, f)
     dw_Df = dy_tD.new_empty(D if need_dw else 0, f)
@@ -151,10 +162,24 @@ def row_backward(
     def weight() -> Float8Operand:
         return _transposed([w_Df], kept, quantized)
 
-    transposed, _ = _gathered_product(dy_tD, weight, dx_Tf if need_dx else None, ranks, carrier, gradient=True)
+    out_Tf = dx_Tf if need_dx else None
+    transposed, _ = _gathered_product(dy_tD, weight, out_Tf, ranks, carrier, gradient=True, history=history)
     if need_dw:
         scaled_mm(unpacked(transposed, GRADIENT), unpacked(kept, ACTIVATION), dw_Df, gradient=True)
     return dx_Tf, dw_Df
+
+
+def _record(history: Tensor | None) -> None:
+    record("fp8", "tensorwise" if history is None else "delayed")
+
+
+def _require_history(opts: LinearOptions, history: Tensor | None) -> None:
+    """Raise a ConfigError where nobody turns the steps of `delayed`, which would round as `tensorwise` does."""
+    if opts.fp8 == "delayed" and history is None:
+        raise ConfigError(
+            "fp8: delayed takes scales from the last step, and nobody says where a step ends: run forward and backward "
+            "of a step under colrow.PeakHistory([model]).step(), or set fp8: tensorwise"
+        )
 
 
 def _transposed(weights: Sequence[Tensor], kept: Tensor, quantized: Sequence[Tensor]) -> Float8Operand:
@@ -174,6 +199,7 @@ def _gathered_product(
     gradient: bool = False,
     transpose: bool = True,
     peaks: Tensor | None = None,
+    history: Tensor | None = None,
 ) -> tuple[Tensor, Float8Operand]:
     """out = all_gather(round(x)) W. Returns packed memory, of the gathered numbers' transpose or, without `transpose`,
     of this rank's numbers; and the weight, which is quantized while the first numbers are under way."""
@@ -184,12 +210,12 @@ def _gathered_product(
             scaled_mm(x, w, out, gradient=gradient)
 
     if n == 1:
-        x, memory = quantize_both(x_tK, gradient=gradient, peaks=peaks)
+        x, memory = quantize_both(x_tK, gradient=gradient, peaks=peaks, history=history)
         multiply(x, w := weight(), out_TN)
         return memory, w
     record("fp8", "gathers")
     # Numbers and scale in one piece, which one message sends: no collective for the scale.
-    own = quantize_packed(x_tK, gradient=gradient, peaks=peaks)
+    own = quantize_packed(x_tK, gradient=gradient, peaks=peaks, history=history)
     if carrier is None:
         finish = start_all_gather(own, ranks)
         w = weight()

@@ -42,6 +42,7 @@ def column_linear(
     group: str,
     options: LinearOptions = DEFAULTS,
     quantized: Sequence[Tensor] = (),
+    history: Tensor | None = None,
 ) -> Tensor:
     """[t, D] on each rank -> [T, F]: one all-gather, then the matmuls with all of `weights`, side by side.
 
@@ -53,13 +54,19 @@ def column_linear(
 
     Args:
         quantized: see [Note: quantized weights].
+        history: with `fp8: delayed`, see [Note: peak history] in `ops.float8`.
     """
-    y_TF: Tensor = torch.ops.colrow.column_forward(x_tD, weights, group, options.text, None, list(quantized))[0]
+    y_TF, _ = torch.ops.colrow.column_forward(x_tD, weights, group, options.text, None, list(quantized), history)
     return y_TF
 
 
 def row_linear(
-    x_Tf: Tensor, w_Df: Tensor, group: str, options: LinearOptions = DEFAULTS, quantized: Sequence[Tensor] = ()
+    x_Tf: Tensor,
+    w_Df: Tensor,
+    group: str,
+    options: LinearOptions = DEFAULTS,
+    quantized: Sequence[Tensor] = (),
+    history: Tensor | None = None,
 ) -> Tensor:
     """[T, f] on each rank -> [t, D]: the sum of all ranks' matmuls.
 
@@ -71,7 +78,7 @@ def row_linear(
     With `overlap: collectives` nothing overlaps here: each collective waits for the matmul before it, or the matmul
     after it waits for the collective.
     """
-    y_tD: Tensor = torch.ops.colrow.row_forward(x_Tf, w_Df, group, options.text, None, list(quantized))[0]
+    y_tD, _ = torch.ops.colrow.row_forward(x_Tf, w_Df, group, options.text, None, list(quantized), history)
     return y_tD
 
 
@@ -111,17 +118,24 @@ def define_operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Op
 
 @define_operator(
     "column_forward",
-    "(Tensor x_tD, Tensor[] weights, str group, str options, Tensor? peaks, Tensor[] quantized) -> (Tensor, Tensor)",
+    "(Tensor x_tD, Tensor[] weights, str group, str options, Tensor? peaks, Tensor[] quantized, Tensor? history)"
+    " -> (Tensor, Tensor)",
 )
 def _column_forward(
-    x_tD: Tensor, weights: list[Tensor], group: str, options: str, peaks: Tensor | None, quantized: list[Tensor]
+    x_tD: Tensor,
+    weights: list[Tensor],
+    group: str,
+    options: str,
+    peaks: Tensor | None,
+    quantized: list[Tensor],
+    history: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """X = all_gather(x);  Y = X W^T. Returns Y_TF, and X_TD if it is kept; with fp8 what `float8_linear` keeps."""
     opts, ranks = LinearOptions.parse(options), group_named(group)
     record("columns", len(weights))
     carrier = opts.carrier(x_tD.shape[0], group, x_tD.device)
-    if opts.tensorwise:
-        return float8_linear.column_forward(x_tD, weights, ranks, carrier, opts, peaks, quantized)
+    if opts.per_tensor:
+        return float8_linear.column_forward(x_tD, weights, ranks, carrier, opts, peaks, quantized, history)
     if carrier is not None:
         return chunked.column_forward(x_tD.contiguous(), weights, carrier, opts)
     X_TD = all_gather(x_tD, ranks)
@@ -134,12 +148,18 @@ def _column_forward(
 
 @_column_forward.register_fake
 def _(
-    x_tD: Tensor, weights: list[Tensor], group: str, options: str, peaks: Tensor | None, quantized: list[Tensor]
+    x_tD: Tensor,
+    weights: list[Tensor],
+    group: str,
+    options: str,
+    peaks: Tensor | None,
+    quantized: list[Tensor],
+    history: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     (t, D), n, opts = x_tD.shape, group_named(group).size(), LinearOptions.parse(options)
     if opts.fp8:
         require_sixteen(t * n, D, sum(w.shape[0] for w in weights))  # a dry run finds it before a rank does
-    if opts.tensorwise:
+    if opts.per_tensor:
         kept = x_tD.new_empty(float8_linear.kept_by_column(t, D, opts, n), dtype=torch.uint8)
     else:
         kept = x_tD.new_empty(t * n, D) if opts.keep_gathered else x_tD.new_empty(0)
@@ -149,7 +169,7 @@ def _(
 @define_operator(
     "column_backward",
     "(Tensor dy_TF, Tensor x, Tensor[] weights, str group, str options, bool need_dx, bool need_dw,"
-    " Tensor[] quantized) -> (Tensor, Tensor)",
+    " Tensor[] quantized, Tensor? history) -> (Tensor, Tensor)",
 )
 def _column_backward(
     dy_TF: Tensor,
@@ -160,6 +180,7 @@ def _column_backward(
     need_dx: bool,
     need_dw: bool,
     quantized: list[Tensor],
+    history: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """dx = reduce_scatter(dY W);  dW = dY^T X, while the reduce-scatter runs.
 
@@ -170,8 +191,10 @@ def _column_backward(
     carrier = opts.carrier(dy_TF.shape[0] // ranks.size(), group, dy_TF.device)
     if ranks.size() > 1:
         record("beside", opts.overlap if carrier is not None or not opts.overlaps else "collectives")
-    if opts.tensorwise:
-        return float8_linear.column_backward(dy_TF, x, weights, ranks, carrier, opts, need_dx, need_dw, quantized)
+    if opts.per_tensor:
+        return float8_linear.column_backward(
+            dy_TF, x, weights, ranks, carrier, opts, need_dx, need_dw, quantized, history
+        )
     if carrier is not None:
         return chunked.column_backward(dy_TF, x.contiguous(), weights, carrier, opts, need_dx, need_dw)
 
@@ -202,6 +225,7 @@ def _(
     need_dx: bool,
     need_dw: bool,
     quantized: list[Tensor],
+    history: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     (T, F), D = dy_TF.shape, weights[0].shape[1]
     dx_tD = dy_TF.new_empty(T // group_named(group).size(), D) if need_dx else dy_TF.new_empty(0)
@@ -209,26 +233,26 @@ def _(
 
 
 def _save_column(ctx: Any, inputs: Any, output: Any) -> None:
-    x_tD, weights, ctx.group, ctx.options, _, quantized = inputs
+    x_tD, weights, ctx.group, ctx.options, _, quantized, ctx.history = inputs
     _, kept = output
     ctx.columns = len(weights)
     ctx.set_materialize_grads(False)  # else autograd fills a gradient of X, which nothing uses, with zeros
     opts = LinearOptions.parse(ctx.options)
-    ctx.save_for_backward(kept if opts.keep_gathered or opts.tensorwise else x_tD, *weights, *quantized)
+    ctx.save_for_backward(kept if opts.keep_gathered or opts.per_tensor else x_tD, *weights, *quantized)
 
 
 def _differentiate_column(ctx: Any, dy_TF: Tensor | None, _: Any) -> Any:
     x, *saved = ctx.saved_tensors
     weights, quantized = saved[: ctx.columns], saved[ctx.columns :]
-    # group, options, peaks and quantized numbers have no gradient
-    others = None, None, None, [None] * len(quantized)
+    # group, options, peaks, quantized numbers and history have no gradient
+    others = None, None, None, [None] * len(quantized), None
     if dy_TF is None:
         return None, [None] * len(weights), *others
     need_dx, need_each_dw = ctx.needs_input_grad[:2]
     need_dw = any(need_each_dw)
     # contiguous: the gradient of a sum is an expanded scalar (stride 0), which no collective takes
     dx_tD, dw_FD = torch.ops.colrow.column_backward(
-        dy_TF.contiguous(), x, weights, ctx.group, ctx.options, need_dx, need_dw, quantized
+        dy_TF.contiguous(), x, weights, ctx.group, ctx.options, need_dx, need_dw, quantized, ctx.history
     )
     dws = list(dw_FD.split([w.shape[0] for w in weights], 0)) if need_dw else [None] * len(weights)
     return dx_tD if need_dx else None, dws, *others
@@ -239,16 +263,23 @@ _column_forward.register_autograd(_differentiate_column, _save_column)
 
 @define_operator(
     "row_forward",
-    "(Tensor x_Tf, Tensor w_Df, str group, str options, Tensor? peaks, Tensor[] quantized) -> (Tensor, Tensor)",
+    "(Tensor x_Tf, Tensor w_Df, str group, str options, Tensor? peaks, Tensor[] quantized, Tensor? history)"
+    " -> (Tensor, Tensor)",
 )
 def _row_forward(
-    x_Tf: Tensor, w_Df: Tensor, group: str, options: str, peaks: Tensor | None, quantized: list[Tensor]
+    x_Tf: Tensor,
+    w_Df: Tensor,
+    group: str,
+    options: str,
+    peaks: Tensor | None,
+    quantized: list[Tensor],
+    history: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y = reduce_scatter(x W^T). Returns y_tD, and with fp8 what `float8_linear` keeps."""
     opts, ranks = LinearOptions.parse(options), group_named(group)
     carrier = opts.carrier(x_Tf.shape[0] // ranks.size(), group, x_Tf.device)
-    if opts.tensorwise:
-        return float8_linear.row_forward(x_Tf, w_Df, ranks, carrier, peaks, quantized)
+    if opts.per_tensor:
+        return float8_linear.row_forward(x_Tf, w_Df, ranks, carrier, peaks, quantized, history)
     if carrier is not None:
         return chunked.row_forward(x_Tf, w_Df, carrier, opts), x_Tf.new_empty(0)
     y_TD = x_Tf.new_empty(x_Tf.shape[0], w_Df.shape[0])
@@ -258,22 +289,28 @@ def _row_forward(
 
 @_row_forward.register_fake
 def _(
-    x_Tf: Tensor, w_Df: Tensor, group: str, options: str, peaks: Tensor | None, quantized: list[Tensor]
+    x_Tf: Tensor,
+    w_Df: Tensor,
+    group: str,
+    options: str,
+    peaks: Tensor | None,
+    quantized: list[Tensor],
+    history: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     T, f = x_Tf.shape
     kept = x_Tf.new_empty(0)
     opts = LinearOptions.parse(options)
     if opts.fp8:
         require_sixteen(T, f, w_Df.shape[0])
-    if opts.tensorwise:
+    if opts.per_tensor:
         kept = x_Tf.new_empty(packed_shape(f, T), dtype=torch.uint8)
     return x_Tf.new_empty(T // group_named(group).size(), w_Df.shape[0]), kept
 
 
 @define_operator(
     "row_backward",
-    "(Tensor dy_tD, Tensor x, Tensor w_Df, str group, str options, bool need_dx, bool need_dw, Tensor[] quantized)"
-    " -> (Tensor, Tensor)",
+    "(Tensor dy_tD, Tensor x, Tensor w_Df, str group, str options, bool need_dx, bool need_dw, Tensor[] quantized,"
+    " Tensor? history) -> (Tensor, Tensor)",
 )
 def _row_backward(
     dy_tD: Tensor,
@@ -284,12 +321,13 @@ def _row_backward(
     need_dx: bool,
     need_dw: bool,
     quantized: list[Tensor],
+    history: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """dY = all_gather(dy);  dx = dY W;  dW = dY^T x. x is x_Tf; with fp8 it is what forward kept."""
     opts, ranks = LinearOptions.parse(options), group_named(group)
     carrier = opts.carrier(dy_tD.shape[0], group, dy_tD.device)
-    if opts.tensorwise:
-        return float8_linear.row_backward(dy_tD, x, w_Df, ranks, carrier, need_dx, need_dw, quantized)
+    if opts.per_tensor:
+        return float8_linear.row_backward(dy_tD, x, w_Df, ranks, carrier, opts, need_dx, need_dw, quantized, history)
     if carrier is not None:
         return chunked.row_backward(dy_tD, x, w_Df, carrier, opts, need_dx, need_dw)
     dy_TD = all_gather(dy_tD, ranks)
@@ -309,6 +347,7 @@ def _(
     need_dx: bool,
     need_dw: bool,
     quantized: list[Tensor],
+    history: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     T = dy_tD.shape[0] * group_named(group).size()
     dx_Tf = dy_tD.new_empty(T, w_Df.shape[1]) if need_dx else dy_tD.new_empty(0)
@@ -316,19 +355,19 @@ def _(
 
 
 def _save_row(ctx: Any, inputs: Any, output: Any) -> None:
-    x_Tf, w_Df, ctx.group, ctx.options, _, quantized = inputs
+    x_Tf, w_Df, ctx.group, ctx.options, _, quantized, ctx.history = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1] if LinearOptions.parse(ctx.options).tensorwise else x_Tf, w_Df, *quantized)
+    ctx.save_for_backward(output[1] if LinearOptions.parse(ctx.options).per_tensor else x_Tf, w_Df, *quantized)
 
 
 def _differentiate_row(ctx: Any, dy_tD: Tensor | None, _: Any) -> Any:
     x, w_Df, *quantized = ctx.saved_tensors
-    others = None, None, None, [None] * len(quantized)
+    others = None, None, None, [None] * len(quantized), None
     if dy_tD is None:
         return None, None, *others
     need_dx, need_dw = ctx.needs_input_grad[:2]
     dx_Tf, dw_Df = torch.ops.colrow.row_backward(
-        dy_tD.contiguous(), x, w_Df, ctx.group, ctx.options, need_dx, need_dw, quantized
+        dy_tD.contiguous(), x, w_Df, ctx.group, ctx.options, need_dx, need_dw, quantized, ctx.history
     )
     return dx_Tf if need_dx else None, dw_Df if need_dw else None, *others
 
@@ -388,7 +427,7 @@ def traffic(operator: str, args: tuple[Any, ...], outputs: list[Tensor]) -> list
 
     def gathered(shard: Tensor) -> tuple[str, Tensor, int]:
         packed = math.prod(packed_shape(*shard.shape)) * ranks
-        return ("all_gather", shard, packed) if opts.tensorwise else event("all_gather", shard)
+        return ("all_gather", shard, packed) if opts.per_tensor else event("all_gather", shard)
 
     match operator:
         case "column_forward":

@@ -16,6 +16,7 @@ from functools import cached_property
 
 from torch import Tensor
 
+from colrow.ops.execution_record import record
 from colrow.ops.float8 import Float8Operand, require, scaled_mm
 from colrow.ops.kernels.row_rounding import round_rows
 from colrow.ops.products import column_product, concatenated, input_gradient, joined_weights
@@ -58,10 +59,13 @@ class RoundedWeights(Weights):
 
 
 def prepared(weights: Sequence[Tensor], fp8: str) -> Weights:
-    """The weights for `LinearOptions.fp8`, which is not `tensorwise`: see `float8_linear`."""
-    return RoundedWeights(weights) if fp8 else Weights(weights)
+    """The weights for `LinearOptions.fp8`, which is not `per_tensor`: see `float8_linear`."""
+    if not fp8:
+        return Weights(weights)
+    record("fp8", fp8)
+    return RoundedWeights(weights)
 
 
 def _rounded(x_MK: Tensor) -> Float8Operand:
-    require(x_MK.device, x_MK.shape[1], recipe="rowwise")
+    require(x_MK.device, x_MK.shape[1])
     return Float8Operand(*round_rows(x_MK))

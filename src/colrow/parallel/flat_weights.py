@@ -106,7 +106,7 @@ def _check_gather_fp8(config: RunConfig) -> None:
     off = {"fsdp.gather_fp8": False}
     if config.mesh.dp_shard == 1:
         raise ConfigError("fsdp.gather_fp8 is for a mesh with dp_shard: nothing else gathers weights", off)
-    if config.train.fp8 != "tensorwise":
+    if config.train.fp8 not in ("tensorwise", "delayed"):
         raise ConfigError(
             f"fsdp.gather_fp8 gathers weights with one scale, and train.fp8 is {config.train.fp8 or 'not set'}",
             {"train.fp8": "tensorwise"},

@@ -47,7 +47,7 @@ def rewrite(module: fx.GraphModule) -> None:
             h, peaks_of_h = _fuse_swiglu(graph, node, *found)
             peaks[h] = peaks_of_h
     for node in list(graph.nodes):
-        if node.target in _LINEARS and LinearOptions.parse(node.args[3]).tensorwise:
+        if node.target in _LINEARS and LinearOptions.parse(node.args[3]).fp8 == "tensorwise":
             _give_peaks(graph, node, peaks)
     graph.eliminate_dead_code()
     graph.lint()

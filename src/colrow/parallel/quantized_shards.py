@@ -30,7 +30,7 @@ from colrow.ops.float8 import quantize_weight_into
 from colrow.ops.kernels.rounding import peak_of
 from colrow.sharding.local_view import VIEWS
 from colrow.sharding.parameter_state import holders_of
-from colrow.styles.fast.linear import QUANTIZED, multiplied_in_8_bits
+from colrow.styles.fast.linear import QUANTIZED, multiplied
 from colrow.styles.packed import is_transposed
 from colrow.styles.rank_tensors import same_on_all_ranks
 
@@ -56,7 +56,10 @@ def quantized_matmuls(model: nn.Module, blocks: Iterable[nn.Module]) -> list[Qua
     rank's rows of them used as they are."""
     holders, found = holders_of(model), []
     for block in blocks:
-        for module, linears in multiplied_in_8_bits(block):
+        for module, each in multiplied(block).items():
+            if not each.options.per_tensor:
+                continue
+            linears = each.linears
             weights = [linear._parameters["weight"] for linear in linears]
             alone = all(weight is not None and holders[weight] == 1 for weight in weights)
             as_they_are = all(

@@ -32,6 +32,7 @@ from colrow.parallel.weight_copies import WeightCopies
 from colrow.plans.plan import Plan
 from colrow.sharding.grad_norm import align_gradients, clip_scale, grad_norm
 from colrow.sharding.layout import full_tensor
+from colrow.styles.fast.peak_history import PeakHistory
 from colrow.train.attention import preferred_attention
 from colrow.train.buffers import BufferSnapshot, WrittenBuffers
 from colrow.train.corruption import CorruptionCheck
@@ -222,7 +223,8 @@ class Step:
         counted: those whose gradients count in the norm: without copies of another pipeline stage's.
         norm_groups: groups of the axes over which ranks hold different shards of the gradient.
         seeds: those of `forward_backward`; they get the number of the step.
-        modules: those that `forward_backward` runs; their buffers are put back where a step is skipped.
+        modules: those that `forward_backward` runs; their buffers are put back where a step is skipped, and
+            the peaks of `fp8: delayed` are theirs.
         buffers: theirs, which data ranks may write differently ([Note: written buffers]).
         corruption: with `train.replay_every`.
         graph_choice: with `train.cuda_graph: auto`.
@@ -240,9 +242,11 @@ class Step:
     corruption: CorruptionCheck | None = None
     graph_choice: GraphChoice | None = None
     _run_update: Callable[[], Tensor] = field(init=False)
+    _peaks: PeakHistory = field(init=False)
 
     def __post_init__(self) -> None:
         self._run_update = self._update
+        self._peaks = PeakHistory(self.modules)
 
     def enable_cuda_graph(self, eager_calls: int) -> GraphedFunction:
         """Replay one CUDA graph for the update, after the first `eager_calls` steps."""
@@ -259,7 +263,7 @@ class Step:
             This rank's mean loss, and the norm of all ranks' gradient before clipping: scalars on the device, which
             nothing has waited for (`skip` has).
         """
-        with self.graph_choice.around() if self.graph_choice else nullcontext():
+        with self.graph_choice.around() if self.graph_choice else nullcontext(), self._peaks.step():
             return self._run(step, batches)
 
     def _run(self, step: int, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from colrow.errors import PlanError
 from colrow.ops.parallel_linear import column_linear
 from colrow.styles.fast.linear import (
     FORWARD_STATE,
+    HISTORY,
     QUANTIZED,
     FastLinear,
     FastLinearStyle,
@@ -108,7 +109,7 @@ class SiblingGather:
     def outputs(self, module: nn.Module, columns: Sequence[nn.Module], x_BtD: Tensor) -> SiblingOutputs:
         """This rank's tokens [B, t, D] -> of each column this rank's output features [B, T, f], without biases."""
         weights = [weight_out_in(column) for column in columns]
-        y_BTF = gathered_linear(x_BtD, weights, self.state, getattr(module, QUANTIZED))
+        y_BTF = gathered_linear(module, x_BtD, weights, self.state)
         shards = y_BTF.split([w.shape[0] for w in weights], -1)
         outputs = dict(zip(map(leaf_name, self.columns), shards, strict=True))
         # self and not self.fqn: torch.compile guards on what forward reads, and would compile each layer again
@@ -170,11 +171,11 @@ class SiblingOutputs:
         return self.ndim
 
 
-def gathered_linear(
-    x_BtD: Tensor, weights: list[Tensor], state: LinearState, quantized: Sequence[Tensor] = ()
-) -> Tensor:
-    """[B, t, D] on each rank -> [B, T, F]: the all-gather and the matmuls with all weights, without biases."""
-    y_NF = column_linear(x_BtD.flatten(0, -2), weights, state.group, state.options, quantized)
+def gathered_linear(module: nn.Module, x_BtD: Tensor, weights: list[Tensor], state: LinearState) -> Tensor:
+    """[B, t, D] on each rank -> [B, T, F]: the all-gather and the matmuls with all weights, without biases. `module`:
+    the one that multiplies."""
+    quantized, history = getattr(module, QUANTIZED), getattr(module, HISTORY)
+    y_NF = column_linear(x_BtD.flatten(0, -2), weights, state.group, state.options, quantized, history)
     return unflatten_tokens(y_NF, x_BtD)
 
 
@@ -256,6 +257,6 @@ class FastColumn(FastLinear, FastColumns):
 def _column_forward(module: Any, x_BtD: Tensor) -> Tensor:
     """The forward of a fast_column: this rank's tokens [B, t, D] -> [B, T, F]."""
     state: LinearState = getattr(module, FORWARD_STATE)
-    y_BTF = gathered_linear(x_BtD, [weight_out_in(module)], state, getattr(module, QUANTIZED))
+    y_BTF = gathered_linear(module, x_BtD, [weight_out_in(module)], state)
     bias = module.bias
     return y_BTF if bias is None else y_BTF + bias

@@ -41,8 +41,10 @@ FORWARD_STATE = "_colrow_forward_state"
 QUANTIZED = "_colrow_quantized"
 """Module attribute of what multiplies in 8 bits: its weights in 8 bits, while somebody keeps them so, else nothing; see
 [Note: quantized weights] in `ops.parallel_linear`."""
+HISTORY = "_colrow_peak_history"
+"""Beside QUANTIZED: its [Note: peak history] in `ops.float8`; None until `peak_history.PeakHistory` makes it."""
 MULTIPLIES = "_colrow_multiplies"
-"""Beside QUANTIZED: the linears whose weights these are, in order; none where it is the module itself."""
+"""Beside QUANTIZED: the module's `Multiplied`."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,14 @@ class LinearState:
 
     group: str
     ranks: int
+    options: LinearOptions
+
+
+@dataclass(frozen=True)
+class Multiplied:
+    """The linears whose weights a module multiplies by, side by side, and how."""
+
+    linears: tuple[nn.Module, ...]
     options: LinearOptions
 
 
@@ -72,22 +82,20 @@ class FastLinearStyle(ParallelStyle):
         # past nn.Module.__setattr__: it is neither a parameter nor a submodule
         module.__dict__[FORWARD_STATE] = state = self.state(device_mesh)
         if isinstance(state, LinearState):
-            multiplies(module, (), state)
+            multiplies(module, [module], state)
         replace_forward(module, self.forward)
         return module
 
 
 def multiplies(module: nn.Module, linears: Sequence[nn.Module], state: LinearState) -> None:
-    """Note that `module` multiplies by the weights of `linears`; without any, by its own."""
-    module.__dict__[QUANTIZED] = ()
-    if state.options.tensorwise:
-        module.__dict__[MULTIPLIES] = tuple(linears)
+    """Note that `module` multiplies by the weights of `linears`."""
+    module.__dict__ |= {QUANTIZED: (), HISTORY: None, MULTIPLIES: Multiplied(tuple(linears), state.options)}
 
 
-def multiplied_in_8_bits(model: nn.Module) -> list[tuple[nn.Module, tuple[nn.Module, ...]]]:
-    """Modules that multiply in 8 bits, each with the linears whose weights it uses, side by side."""
-    found = [(module, module.__dict__.get(MULTIPLIES)) for module in model.modules()]
-    return [(module, linears or (module,)) for module, linears in found if linears is not None]
+def multiplied(model: nn.Module) -> dict[nn.Module, Multiplied]:
+    """The modules that multiply in fast styles."""
+    found = {module: module.__dict__.get(MULTIPLIES) for module in model.modules()}
+    return {module: each for module, each in found.items() if each is not None}
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -147,7 +155,8 @@ class FastLinear(FlattenedTokens):
     `overlap` says what runs beside matmuls: `none`, `collectives` (NCCL's, where a matmul does not need them), or
     chunks that are sent while others are multiplied, by NCCL (`point_to_point`) or the GPUs' `copy_engine`; chunks of
     fewer than `chunk_rows` rows are not sent apart. `fp8: tensorwise` multiplies 8-bit floats, with a scale for
-    each tensor; `rowwise` with one for each row, and weights' gradients as they are.
+    each tensor; `delayed` too, with scales of activations and gradients by the last step's numbers; `rowwise` with one
+    for each row, and weights' gradients as they are.
     """
 
     computes_module = True

@@ -11,6 +11,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from colrow.ops.parallel_linear import row_linear
 from colrow.styles.fast.linear import (
     FORWARD_STATE,
+    HISTORY,
     QUANTIZED,
     FastLinear,
     FastLinearStyle,
@@ -57,7 +58,8 @@ def _row_forward(module: Any, x_BTf: Tensor) -> Tensor:
     """The forward of a fast_rowwise: all tokens, this rank's features [B, T, f] -> this rank's tokens [B, t, D]."""
     state: LinearState = getattr(module, FORWARD_STATE)
     x_Nf, weight = x_BTf.flatten(0, -2), weight_out_in(module)
-    y_tD = row_linear(x_Nf, weight, state.group, state.options, getattr(module, QUANTIZED))
+    quantized, history = getattr(module, QUANTIZED), getattr(module, HISTORY)
+    y_tD = row_linear(x_Nf, weight, state.group, state.options, quantized, history)
     y_BtD = unflatten_tokens(y_tD, x_BTf)
     bias = module.bias  # after the sum over ranks, so it counts once
     return y_BtD if bias is None else y_BtD + bias
