@@ -2,7 +2,8 @@
 
     python -m benchmarks.fp8_curves runs/fp8 --steps 500
     python benchmarks/curves.py --output curves-fp8 bf16=runs/fp8/bf16 again=runs/fp8/again \
-        tensorwise=runs/fp8/tensorwise delayed=runs/fp8/delayed rowwise=runs/fp8/rowwise
+        tensorwise=runs/fp8/tensorwise delayed=runs/fp8/delayed rowwise=runs/fp8/rowwise \
+        blockwise=runs/fp8/blockwise
 
 A llama of 8 layers reads the sources of Python's library, byte by byte. `bf16` and the recipes run `llama-fast` as a
 rank of data axes does, and differ in their matmuls alone; `again` is bf16 with plain modules: the same sums in another

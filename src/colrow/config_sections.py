@@ -172,10 +172,11 @@ class TrainSection(Section):
     """When loss or gradient is NaN or infinite: end the run, or leave the step's update out."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Compute precision; auto is bf16 over fp32 master weights on GPUs, fp32 on CPUs."""
-    fp8: Literal["tensorwise", "delayed", "rowwise"] | None = None
+    fp8: Literal["tensorwise", "delayed", "rowwise", "blockwise"] | None = None
     """Run the matmuls of a plan's fast styles in fp8: changes results, needs Ada or Hopper. `tensorwise`: one scale a
     tensor. `delayed`: likewise, by the largest numbers of the last step for activations and gradients. `rowwise`: one
-    for each row (token, feature), and weights' gradients are not rounded."""
+    for each row (token, feature), and weights' gradients are not rounded. `blockwise`: likewise, one for each 128
+    numbers of a token and each 128 x 128 of a weight; needs Hopper."""
     compile: bool | None = None
     """Compile each block with torch.compile; unless given, on GPUs only."""
     fused_kernels: bool = True

@@ -27,14 +27,21 @@ from helpers.parity import TINY, batch, tp_mesh
 from helpers.runs import a_run, train, write_text
 
 pytestmark = pytest.mark.distributed
-CONFIG = replace(TINY, hidden_size=64, intermediate_size=128, num_attention_heads=4, head_dim=16)
+CONFIG = replace(
+    TINY, hidden_size=128, intermediate_size=256, num_attention_heads=8, num_key_value_heads=8, head_dim=32
+)
 
 
 def step(
-    device: str, plan: Plan, backend: str | None = None, mesh: DeviceMesh | None = None, recompute: Mode = "none"
+    device: str,
+    plan: Plan,
+    backend: str | None = None,
+    mesh: DeviceMesh | None = None,
+    recompute: Mode = "none",
+    steps: int = 1,
 ) -> dict[str, Tensor]:
-    """The loss and the gradients of one micro-batch in fp32, on two ranks of tp unless a mesh is given; the second time
-    that it runs, with scales of the first."""
+    """The loss and the gradients of one micro-batch in fp32, on two ranks of tp unless a mesh is given, the last
+    of `steps` times."""
     torch.manual_seed(0)
     mesh = mesh or tp_mesh(device, 2)
     model = parallelize(Llama(CONFIG).to(device), plan, mesh)
@@ -43,7 +50,7 @@ def step(
         for block in model.layers:
             compile_forward(block, backend)
     peaks = PeakHistory([model])
-    for _ in range(2):
+    for _ in range(steps):
         model.zero_grad()
         with peaks.step():
             loss = model_loss(model, plan, mesh, *batch(device))
@@ -67,7 +74,7 @@ def errors(device: str) -> dict[str, dict[str, float]]:
     want = step(device, plan)
     plan_fp8 = plan.with_fp8("tensorwise")
     ways = {"compiled": step(device, plan_fp8, "aot_eager")}
-    ways |= {recipe: step(device, plan.with_fp8(recipe)) for recipe in RECIPES}
+    ways |= {recipe: step(device, plan.with_fp8(recipe), steps=2) for recipe in RECIPES}
     data_axis = Mesh(dp_shard=2).build(device, 2)
     ways["without tp"] = step(device, plan_fp8, mesh=data_axis)
     ways["without tp, compiled"] = step(device, plan_fp8, "aot_eager", mesh=data_axis)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from colrow.ops.float8 import ACTIVATION, GRADIENT
+from colrow.ops.kernels.block_rounding import expanded
 from colrow.ops.kernels.rounding import (
     HEADROOM,
     delayed_scale_reference,
@@ -86,7 +87,8 @@ Delayed = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor, Tensor]]
 
 def check_delayed(round_: Delayed, device: str, *, exact: bool = False) -> int:
     """Assert that scales follow from the last peak, that numbers beyond the range are cut off, and that the new peak is
-    found: all as in float64. `exact`: on numbers that need no rounding. The cases it took."""
+    found: all as in float64. `exact`: on numbers that need no rounding, and are within the range: GPUs' conversion cuts
+    off, Triton's interpreter's does not. The cases it took."""
     count = 0
     for x, gradient in inputs(device):
         dtype = GRADIENT if gradient else ACTIVATION
@@ -95,8 +97,8 @@ def check_delayed(round_: Delayed, device: str, *, exact: bool = False) -> int:
             values = (nearest(x.double() / own, dtype) * own).float()
             x = values if x.stride(1) == 1 else values.t().contiguous().t()
         peak, limit = x.double().abs().max().item(), torch.finfo(dtype).max
-        # none known; numbers as large as they may be; 64 times as large; and a fourth of the last ones
-        for last in (0.0, peak / HEADROOM[dtype], peak / 64, *([] if exact else [4 * peak])):
+        # none known; numbers as large as they may be; 64 times as large, and a fourth of the last ones
+        for last in (0.0, peak / HEADROOM[dtype], *([] if exact else [peak / 64, 4 * peak])):
             history = torch.tensor([last, peak / 2, torch.nan, torch.nan], device=device)
             last = history[0].item()  # as fp32 has it
             s = HEADROOM[dtype] * scale_in_float64(last, dtype) if last else scale_in_float64(peak, dtype)
@@ -184,3 +186,53 @@ def check_rows() -> int:
         assert torch.equal(y.double() * found.double()[:, None], ordered), (x.shape, x.stride())
         count += 1
     return count
+
+
+def block_inputs(m: int, k: int, device: str, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Numbers of seven powers of ten; each block has others."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(m, k, generator=generator)
+    of_blocks = 10.0 ** (6 * torch.rand(m, -(-k // 128), generator=generator) - 5)
+    return (x * of_blocks.repeat_interleave(128, 1)[:, :k]).to(device, dtype)
+
+
+def blocks_in_float64(x: Tensor, *, square: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """The scale of each number, the rounded numbers, and what they stand for; blocks one by one."""
+    s, x = torch.empty(x.shape, dtype=torch.float64, device=x.device), x.double()
+    rows = 128 if square else 1
+    for m in range(0, x.shape[0], rows):
+        for k in range(0, x.shape[1], 128):
+            block = slice(m, m + rows), slice(k, k + 128)
+            s[block] = scale_in_float64(x[block].abs().max().item(), ACTIVATION)
+    y = nearest(x / s, ACTIVATION)
+    return s, y, y * s
+
+
+BlockRounding = Callable[..., tuple[Tensor, Tensor]]
+
+
+def wrong_blocks(round_: BlockRounding, device: str, *, exact: bool = False) -> int:
+    """The cases in which a rounding by blocks is not that of float64: of both kinds of blocks, dtypes and orders, on
+    views. `exact`: on numbers that need no rounding."""
+    wrong = 0
+    for m, k in ((128, 128), (256, 640), (48, 256), (16, 128)):
+        for square in (False, True) if m % 128 == 0 else (False,):
+            for dtype in (torch.bfloat16, torch.float32):
+                x = block_inputs(m, k, device, m + k, dtype)
+                if exact:
+                    x = blocks_in_float64(x, square=square)[2].float()
+                around = torch.zeros(m + 16, k + 16, dtype=x.dtype, device=device)
+                around[8:-8, 8:-8] = x
+                for view in (x, around[8:-8, 8:-8], x.t().contiguous().t()):
+                    s, want, _ = blocks_in_float64(view, square=square)
+                    y, scales = round_(view, square=square)
+                    wrong += not torch.equal(expanded(scales, m, k).double(), s) or not torch.equal(y.double(), want)
+    return wrong
+
+
+def blocks_by_kernel(x: Tensor, *, square: bool) -> tuple[Tensor, Tensor]:
+    from colrow.ops.kernels.block_rounding import round_blocks, round_blocks_triton
+
+    y, scales = round_blocks(torch.zeros_like(x), square=square)  # memory of the kinds that are wanted
+    round_blocks_triton(x, y, scales, square=square)
+    return y, scales

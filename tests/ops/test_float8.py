@@ -218,5 +218,7 @@ def test_a_plan_names_the_recipe_and_is_read_back() -> None:
 def test_an_unknown_recipe_names_the_known_one() -> None:
     with pytest.raises(PlanError, match=r"unknown fp8 'rows'.*rowwise"):
         Plan({"mlp.down_proj": {"style": "fast_rowwise", "fp8": "rows"}})
-    with pytest.raises(ConfigError, match=r"train\.fp8: Input should be 'tensorwise', 'delayed' or 'rowwise'"):
+    with pytest.raises(
+        ConfigError, match=r"train\.fp8: Input should be 'tensorwise', 'delayed', 'rowwise' or 'blockwise'"
+    ):
         load_config(Path(__file__).parents[2] / "configs/laptop.yaml", {"train.fp8": "rows"})

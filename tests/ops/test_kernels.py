@@ -70,7 +70,9 @@ assert worst_swiglu_error("cpu", torch.float32, by_kernel=True) < 1e-6
 from helpers.rounding_cases import by_interpreted_kernel, check
 assert check(by_interpreted_kernel, "cpu") > 60
 from helpers.rounding_cases import check_delayed, delayed_by_kernel
-assert check_delayed(delayed_by_kernel, "cpu", exact=True) > 180
+assert check_delayed(delayed_by_kernel, "cpu", exact=True) > 120
+from helpers.rounding_cases import blocks_by_kernel, wrong_blocks
+assert wrong_blocks(blocks_by_kernel, "cpu", exact=True) == 0
 from helpers.rounding_cases import check_rows
 assert check_rows() > 30
 print("agree")

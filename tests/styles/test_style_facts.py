@@ -15,6 +15,7 @@ from colrow.styles.base import PREVIOUS_NAMES, STYLES, style_from_data
 SOURCE = Path(colrow.__file__).parent
 FOREIGN = {
     ("sharding/placements.py", "replicate"): "a placement",
+    ("ops/weights.py", "rowwise"): "a recipe of fp8",
     ("plans/plan.py", "sequence"): "an order of tokens",
 }
 """Words that are a style's name and stand for something else."""

@@ -293,7 +293,7 @@ def missing_paths(
         missing.append("linear cross entropy")
     on_device = trace.kernels > 0  # on a CPU the reference stands for kernels
     wants_fp8 = any(getattr(style, "fp8", "") for style in applied)
-    if wants_fp8 and on_device and not trace.operators.get("aten::_scaled_mm"):
+    if wants_fp8 and on_device and not any(name.startswith("aten::_scaled_mm") for name in trace.operators):
         missing.append("fp8 (operator aten::_scaled_mm)")
     if loss and plan.loss == "linear" and on_device and not any("_loss_kernel" in name for name in trace.names):
         missing.append(f"the loss's Triton kernels ({UNAVAILABLE or 'no such kernel ran'})")

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from colrow.errors import ConfigError
+from colrow.ops.kernels.block_rounding import BLOCK, expanded
 from colrow.ops.kernels.optional_triton import UNAVAILABLE
 from colrow.ops.kernels.rounding import (
     delayed_scale_reference,
@@ -30,9 +31,9 @@ from colrow.ops.kernels.rounding import (
     scale_reference,
 )
 from colrow.ops.products import concatenated
-from colrow.torch_compat import scaled_product
+from colrow.torch_compat import block_scaled_product, scaled_product
 
-Float8 = Literal["tensorwise", "delayed", "rowwise"]
+Float8 = Literal["tensorwise", "delayed", "rowwise", "blockwise"]
 RECIPES: tuple[Float8, ...] = get_args(Float8)
 ACTIVATION, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -41,7 +42,8 @@ ACTIVATION, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
 class Float8Operand:
     """A quantized operand of a matmul, in the layout that the hardware reads: the summed dim is contiguous.
 
-    values [M, K] for the left operand [M, K] or the right one [K, M]; scale fp32: [], or [M] for each row of values.
+    values [M, K] for the left operand [M, K] or the right one [K, M]; scale fp32: [], [M] for each row of values, or a
+    matrix as in `kernels.block_rounding`.
     """
 
     values: Tensor
@@ -231,22 +233,35 @@ def _round(
 
 def scaled_mm(a: Float8Operand, b: Float8Operand, out: Tensor, *, gradient: bool = False) -> None:
     """out [M, N], contiguous = a b."""
-    by_row, by_column = (a.scale[:, None], b.scale[None, :]) if a.scale.dim() else (a.scale, b.scale)
     if not a.values.is_cuda:
-        out.copy_(float8_reference(a.values, b.values.t(), by_row, by_column))
+        out.copy_(float8_reference(a.values, b.values.t(), _of_each_number(a), _of_each_number(b).t()))
         return
-    in_place = out if out.dtype == torch.bfloat16 else None  # _scaled_mm writes bf16; others are copied
-    y = scaled_product(
-        a.values,
-        b.values.t(),
-        scale_a=by_row,
-        scale_b=by_column,
-        out_dtype=torch.bfloat16,
-        use_fast_accum=not gradient,  # fewer bits in partial sums: fine for activations, not for gradients
-        out=in_place,
-    )
-    if in_place is None:
+    y = out if out.dtype == torch.bfloat16 else torch.empty_like(out, dtype=torch.bfloat16)  # what _scaled_mm writes
+    if a.scale.dim() == 2:
+        block_scaled_product(a.values, b.values.t(), a.scale, b.scale.t(), out=y)
+    else:
+        by_row, by_column = (a.scale[:, None], b.scale[None, :]) if a.scale.dim() else (a.scale, b.scale)
+        scaled_product(
+            a.values,
+            b.values.t(),
+            scale_a=by_row,
+            scale_b=by_column,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=not gradient,  # fewer bits in partial sums: fine for activations, not for gradients
+            out=y,
+        )
+    if y is not out:
         out.copy_(y)
+
+
+def _of_each_number(operand: Float8Operand) -> Tensor:
+    """Its scales, as a tensor that multiplies its values."""
+    match operand.scale.dim():
+        case 1:
+            return operand.scale[:, None]
+        case 2:
+            return expanded(operand.scale, *operand.values.shape)
+    return operand.scale
 
 
 def float8_reference(a_MK: Tensor, b_KN: Tensor, s: Tensor, r: Tensor) -> Tensor:
@@ -261,6 +276,13 @@ def require(device: torch.device, *sizes: int) -> None:
         require_gpu(device)
 
 
+def require_sizes(recipe: str, tokens: int, *features: int) -> None:
+    """Raise a ConfigError where the recipe cannot multiply a rank's matrices of these sizes."""
+    require_sixteen(tokens, *features)
+    if recipe == "blockwise":
+        require_features(*features)
+
+
 def require_sixteen(*sizes: int) -> None:
     """Raise a ConfigError unless 16, the granularity of 8-bit matmuls, divides all sizes."""
     for size in sizes:
@@ -269,6 +291,34 @@ def require_sixteen(*sizes: int) -> None:
                 f"an fp8 matmul has a side of {size}, which 16 does not divide (tokens of a micro-batch, or features "
                 "on a rank): choose micro_batch × seq_len and tp so that it does, or leave fp8 out"
             )
+
+
+def require_blocks(device: torch.device, *features: int) -> None:
+    """Raise a ConfigError unless blocks divide the features, and the device multiplies by blocks."""
+    require_features(*features)
+    if device.type == "cuda":
+        require_hopper(device)
+
+
+def require_features(*features: int) -> None:
+    """Raise a ConfigError unless 128, the side of a block of `blockwise`, divides them."""
+    for size in features:
+        if size % BLOCK:
+            raise ConfigError(
+                f"fp8: blockwise has blocks of 128 features, and a rank's linear has {size}: choose tp so that 128 "
+                "divides them, or another recipe"
+            )
+
+
+@functools.cache
+def require_hopper(device: torch.device) -> None:
+    """Raise a ConfigError where cuBLAS has no matmuls with scales of blocks."""
+    major, cuda = torch.cuda.get_device_capability(device)[0], torch.version.cuda or "none"
+    if major != 9 or [int(part) for part in cuda.split(".")[:2]] < [12, 9]:
+        raise ConfigError(
+            f"fp8: blockwise needs a Hopper GPU and a torch for CUDA 12.9 or more; this is a "
+            f"{torch.cuda.get_device_name(device)}, and CUDA {cuda}: take tensorwise, delayed or rowwise"
+        )
 
 
 @functools.cache

@@ -22,8 +22,8 @@ class LinearOptions:
         overlap: what runs at the same time as matmuls, see `carriers.Overlap`. NCCL takes multiprocessors from a
             matmul, so that `none` may be as fast as `collectives`: measure.
         chunk_rows: a rank with fewer tokens than this does not split its matmuls, and runs as with `collectives`.
-        fp8: `tensorwise` or `delayed` for matmuls in 8-bit floats (`ops.float8`), `rowwise` for those but wgrad's
-            (`ops.weights`); empty for matmuls in the operands' dtype.
+        fp8: `tensorwise` or `delayed` for matmuls in 8-bit floats (`ops.float8`), `rowwise` or `blockwise` for those
+            but wgrad's (`ops.weights`); empty for matmuls in the operands' dtype.
         keep_gathered: `column_linear` keeps the gathered input for the weight gradient. Else it keeps this rank's
             tokens, and gathers again in backward: less memory, one all-gather more.
     """

@@ -27,7 +27,7 @@ from colrow.ops.collectives import (
     start_reduce_scatter,
 )
 from colrow.ops.execution_record import record
-from colrow.ops.float8 import packed_shape, require_sixteen
+from colrow.ops.float8 import packed_shape, require_sizes
 from colrow.ops.linear_options import LinearOptions
 from colrow.ops.products import weight_gradient
 from colrow.ops.weights import prepared
@@ -158,7 +158,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     (t, D), n, opts = x_tD.shape, group_named(group).size(), LinearOptions.parse(options)
     if opts.fp8:
-        require_sixteen(t * n, D, sum(w.shape[0] for w in weights))  # a dry run finds it before a rank does
+        require_sizes(opts.fp8, t * n, D, sum(w.shape[0] for w in weights))  # a dry run finds it before a rank does
     if opts.per_tensor:
         kept = x_tD.new_empty(float8_linear.kept_by_column(t, D, opts, n), dtype=torch.uint8)
     else:
@@ -301,7 +301,7 @@ def _(
     kept = x_Tf.new_empty(0)
     opts = LinearOptions.parse(options)
     if opts.fp8:
-        require_sixteen(T, f, w_Df.shape[0])
+        require_sizes(opts.fp8, T, f, w_Df.shape[0])
     if opts.per_tensor:
         kept = x_Tf.new_empty(packed_shape(f, T), dtype=torch.uint8)
     return x_Tf.new_empty(T // group_named(group).size(), w_Df.shape[0]), kept

@@ -65,6 +65,7 @@ from colrow.torch_compat.simulated import written_numbers as written_numbers
 from colrow.torch_compat.tensors import CompilableMode as CompilableMode
 from colrow.torch_compat.tensors import apply_to_tensors as apply_to_tensors
 from colrow.torch_compat.tensors import attention_backend as attention_backend
+from colrow.torch_compat.tensors import block_scaled_product as block_scaled_product
 from colrow.torch_compat.tensors import compiled_graph_count as compiled_graph_count
 from colrow.torch_compat.tensors import current_autograd_node as current_autograd_node
 from colrow.torch_compat.tensors import foreach as foreach

@@ -80,6 +80,15 @@ def scaled_product(*args: Any, **kwargs: Any) -> Tensor:
     return y
 
 
+def block_scaled_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, *, out: Tensor) -> None:
+    """The same with a scale for each 1 x 128 of a and each 128 x 128 of b: `torch.nn.functional.scaled_mm`, which takes
+    no `out`."""
+    kinds: Any = private("torch.nn.functional:ScalingType", "for 8-bit matmuls")
+    multiply = private("torch:ops.aten._scaled_mm_v2.out", "for 8-bit matmuls")
+    of_a, of_b = kinds.BlockWise1x128.value, kinds.BlockWise128x128.value
+    multiply(a, b, [scale_a], [of_a], [], [scale_b], [of_b], [], None, out.dtype, out=out)
+
+
 def attention_backend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, grouped: bool) -> int:
     """The number of the SDPBackend that attention of these tensors runs."""
     choose = private("torch:_fused_sdp_choice", "to say which attention kernel runs")

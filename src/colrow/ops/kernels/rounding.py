@@ -16,6 +16,7 @@ of the rows or columns of such a tensor.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -168,7 +169,6 @@ def round_triton(
             SCALED=x_scale is not None,
             DELAYED=history is not None,
             HEADROOM=HEADROOM[dtype],
-            LIMIT=torch.finfo(dtype).max,
             BOTH=y_transposed is not None,
             COLUMN_MAJOR=x.stride(0) == 1,
             ROWS=tile[0],
@@ -176,6 +176,9 @@ def round_triton(
             num_warps=8,
         )
 
+
+scale_of: Any = None
+"""In kernels: the scale of a peak, as `scales_reference` has it."""
 
 if triton is not None:
 
@@ -196,13 +199,14 @@ if triton is not None:
         tl.atomic_max(peak, tl.max(largest, 0))
 
     @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-    def _cut_off(scaled, value, LIMIT: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Finite numbers as the dtype has them; the conversion would make others its largest number too."""
-        return tl.where(tl.abs(value) < float("inf"), tl.clamp(scaled, -LIMIT, LIMIT), float("nan"))
+    def scale_of(peak, CARRY: tl.constexpr, SHIFT: tl.constexpr, SMALLEST: tl.constexpr):  # type: ignore[no-untyped-def]
+        up = ((peak.to(tl.int32, bitcast=True) + CARRY) & 0x7F800000).to(tl.float32, bitcast=True)
+        return tl.where(peak < float("inf"), tl.maximum(up * SHIFT, SMALLEST), peak)
 
     @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
     def _note_peak(value, history):  # type: ignore[no-untyped-def]
-        largest = tl.max(tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1), 0)
+        # Over all elements at once: threads find their own largest before they talk to each other.
+        largest = tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, None)
         seen = (history + 1).to(tl.pointer_type(tl.int32), bitcast=True)
         # one address for all programs: those that have nothing larger only read it
         tl.atomic_max(seen, largest, mask=largest > tl.load(seen))
@@ -230,7 +234,6 @@ if triton is not None:
         SCALED: tl.constexpr,
         DELAYED: tl.constexpr,
         HEADROOM: tl.constexpr,
-        LIMIT: tl.constexpr,
         BOTH: tl.constexpr,
         COLUMN_MAJOR: tl.constexpr,
         ROWS: tl.constexpr,
@@ -250,8 +253,7 @@ if triton is not None:
         if DELAYED:
             s = tl.where(last > 0, last, s)
         if not GIVEN:
-            up = ((s.to(tl.int32, bitcast=True) + CARRY) & 0x7F800000).to(tl.float32, bitcast=True)
-            s = tl.where(s < float("inf"), tl.maximum(up * SHIFT, SMALLEST), s)
+            s = scale_of(s, CARRY, SHIFT, SMALLEST)
         if DELAYED:
             s = tl.where(last > 0, s * HEADROOM, s)
         factor = 1.0 / s
@@ -261,7 +263,7 @@ if triton is not None:
             value = tl.load(x + m[:, None] * x_row + k[None, :] * x_column).to(tl.float32)
             scaled = value * factor
             if DELAYED:
-                scaled = _cut_off(scaled, value, LIMIT)
+                scaled += value - value  # NaN where value is none or infinite: the conversion cuts off infinity too
                 _note_peak(value, history)
             rounded = scaled.to(y.dtype.element_ty)
             tl.store(y + m[:, None] * y_row + k[None, :], rounded)
@@ -271,7 +273,7 @@ if triton is not None:
             value = tl.load(x + m[:, None] * x_row + k[None, :] * x_column, mask=inside, other=0.0).to(tl.float32)
             scaled = value * factor
             if DELAYED:
-                scaled = _cut_off(scaled, value, LIMIT)
+                scaled += value - value  # NaN where value is none or infinite: the conversion cuts off infinity too
                 _note_peak(value, history)
             tl.store(y + m[:, None] * y_row + k[None, :], scaled.to(y.dtype.element_ty), mask=inside)
         if place == 0:  # all programs computed the same scale

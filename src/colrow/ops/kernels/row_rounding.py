@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from colrow.ops.kernels.optional_triton import tl, triton
-from colrow.ops.kernels.rounding import MANTISSA, SMALLEST, largest_number, scales_reference
+from colrow.ops.kernels.rounding import MANTISSA, SMALLEST, largest_number, scale_of, scales_reference
 
 E4M3 = torch.float8_e4m3fn
 
@@ -76,9 +76,7 @@ if triton is not None:
             # bits of floats that are not negative are ordered as they are, and those of NaN are the largest
             bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
             largest = tl.maximum(largest, tl.max(bits, 1))
-        up = ((largest + CARRY) & 0x7F800000).to(tl.float32, bitcast=True)
-        peak = largest.to(tl.float32, bitcast=True)
-        s = tl.where(peak < float("inf"), tl.maximum(up * SHIFT, SMALLEST), peak)
+        s = scale_of(largest.to(tl.float32, bitcast=True), CARRY, SHIFT, SMALLEST)
         tl.store(scales + m, s, mask=m < M)
         factor = 1.0 / s
         for start in range(0, K, COLUMNS):

@@ -156,7 +156,8 @@ class FastLinear(FlattenedTokens):
     chunks that are sent while others are multiplied, by NCCL (`point_to_point`) or the GPUs' `copy_engine`; chunks of
     fewer than `chunk_rows` rows are not sent apart. `fp8: tensorwise` multiplies 8-bit floats, with a scale for
     each tensor; `delayed` too, with scales of activations and gradients by the last step's numbers; `rowwise` with one
-    for each row, and weights' gradients as they are.
+    for each row, `blockwise` with one for each 128 numbers of a token and 128 x 128 of a weight, and weights' gradients
+    as they are.
     """
 
     computes_module = True
