@@ -132,6 +132,27 @@ def test_replayed_steps_on_flat_data_axes_are_those_run_one_by_one(ranks: Ranks,
     assert replayed[-1]["loss"] < replayed[0]["loss"] - 0.05, "the weights that a replay reads are the new ones"
 
 
+def run_cut_off(*args: Any) -> Any:
+    """A run in which scales of the last step show: they cut off all but the small numbers."""
+    from colrow.ops.kernels.rounding import HEADROOM
+
+    with mock.patch.dict(HEADROOM, dict.fromkeys(HEADROOM, 2.0**-6)):
+        return run(*args)
+
+
+def test_replayed_steps_round_by_the_last_step(ranks: Ranks, tmp_path: Path) -> None:
+    """`fp8: delayed`: scales are read, and peaks left, where the graphs have them, with evaluations between."""
+    write_text(tmp_path)
+    section = {"cuda_graph": True, "compile": False, "fp8": "delayed"}
+    for name, steps in (("eager", 100), ("graphs", 2)):
+        ranks(2).run(run_cut_off, tmp_path, name, steps, None, section)
+    ranks(2).run(run_cut_off, tmp_path, "own", 100, None, {**section, "fp8": "tensorwise"})
+    eager, replayed, own = (figures(tmp_path / name / "metrics.jsonl") for name in ("eager", "graphs", "own"))
+    for one, record in zip(eager, replayed, strict=True):
+        assert record == pytest.approx(one, rel=1e-5)
+    assert own[-1]["loss"] != pytest.approx(eager[-1]["loss"], rel=1e-3), "other scales are seen"
+
+
 @pytest.mark.parametrize("mesh", [{"tp": 2}, {"dp_shard": 2, "data_engine": "flat"}], ids=["tp", "shard"])
 def test_auto_captures_where_the_gpu_waits_for_the_cpu(ranks: Ranks, tmp_path: Path, mesh: dict[str, Any]) -> None:
     """A tiny model is CPU-bound; a capture, or none, changes no figure."""

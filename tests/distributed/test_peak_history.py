@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import colrow
+from colrow.config import RunConfig
 from colrow.errors import ConfigError
 from colrow.models.llama import Llama
 from colrow.ops.execution_record import clear, recorded
+from colrow.ops.kernels.rounding import HEADROOM
 from colrow.parallel.activation_checkpoint import Mode, apply_activation_checkpoint
 from colrow.parallel.compile import compile_forward
 from colrow.parallel.loss import model_loss
@@ -21,6 +26,7 @@ from colrow.sharding.layout import local_tensor
 from colrow.styles.fast.linear import HISTORY
 from helpers.harness import Ranks
 from helpers.parity import TINY, tp_mesh
+from helpers.runs import a_run, figures, train, write_text
 
 pytestmark = pytest.mark.distributed
 CONFIG = replace(TINY, hidden_size=64, intermediate_size=128, num_attention_heads=4, head_dim=16)
@@ -159,3 +165,37 @@ def nobody_turns_steps(device: str) -> str:
 
 def test_a_loop_that_turns_no_steps_is_told(ranks: Ranks) -> None:
     assert all("colrow.PeakHistory" in text for text in ranks(2).run(nobody_turns_steps))
+
+
+def run_cut_off(device: str, config: RunConfig, stop_after: int | None = None) -> Any:
+    """A run whose scales show: a step that takes those of the last one cuts off all but the small numbers. Otherwise
+    powers of two differ in what the smallest numbers become, and in nothing else."""
+    with mock.patch.dict(HEADROOM, dict.fromkeys(HEADROOM, 2.0**-6)):
+        return train(device, config, stop_after)
+
+
+@pytest.mark.exhaustive
+def test_a_run_that_continues_takes_its_own_scales_for_a_step(ranks: Ranks, tmp_path: Path) -> None:
+    """With evaluations and repeated steps between."""
+    write_text(tmp_path)
+
+    def config(name: str, recipe: str) -> RunConfig:
+        keys = {"steps": 6, "fp8": recipe, "compile": False, "replay_every": 2, "global_batch": 4, "micro_batch": 2}
+        sections: dict[str, Any] = {"mesh": {"tp": 2}, "eval": {"every": 2, "batches": 1}, "train": keys}
+        return a_run(tmp_path, name, plan="llama-fast", loss="linear", **sections)
+
+    group = ranks(2)
+    group.run(run_cut_off, config("whole", "delayed"))
+    group.run(run_cut_off, config("own", "tensorwise"))
+    for name in ("parts", "own parts"):
+        group.run(run_cut_off, config(name, "delayed"), 3)
+    group.run(run_cut_off, config("parts", "delayed"))
+    group.run(run_cut_off, config("own parts", "tensorwise"))
+    names = ("whole", "own", "parts", "own parts")
+    whole, own, parts, own_parts = (figures(tmp_path / name / "metrics.jsonl") for name in names)
+    assert [record["step"] for record in parts] == [1, 2, 3, 4, 5, 6]
+    assert whole[0] == own[0]
+    assert whole[1]["grad_norm"] != pytest.approx(own[1]["grad_norm"], rel=1e-2)
+    assert parts[:3] == whole[:3]
+    assert (parts[3]["loss"], parts[3]["grad_norm"]) == (own_parts[3]["loss"], own_parts[3]["grad_norm"])
+    assert parts[4]["grad_norm"] != pytest.approx(own_parts[4]["grad_norm"], rel=1e-2)
