@@ -4,11 +4,12 @@ more."""
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import pytest
 
 from benchmarks.composed.compose import Case, compose
-from benchmarks.composed.judge import Counts, Row, ids_of, judged
+from benchmarks.composed.judge import MOST_DRAWS, Counts, Row, ids_of, judged
 from benchmarks.composed.truth import Truth, truths
 from helpers.harness import Ranks
 
@@ -21,8 +22,8 @@ def rows(ranks: Ranks) -> list[Row]:
     return [judged(case, truth, ask=False) for case, truth in found if truth.verdict in ("right", "wrong")]
 
 
-def on_ranks(ranks: Ranks, cases: list[Case]) -> list[tuple[Case, Truth]]:
-    found: list[Truth] = ranks(2).run(truths, [(case, ids_of(case)) for case in cases])[0]
+def on_ranks(ranks: Ranks, cases: list[Case], draws: Sequence[int] = (0,)) -> list[tuple[Case, Truth]]:
+    found: list[Truth] = ranks(2).run(truths, [(case, ids_of(case)) for case in cases], draws)[0]
     return list(zip(cases, found, strict=True))
 
 
@@ -41,6 +42,16 @@ def test_the_check_finds_the_wrong_plans_and_passes_the_right_ones(rows: list[Ro
     assert len(missed) <= 1
     assert [row.case for row in rows if row.truth.verdict == "right" and row.errors] == []
     assert counts.right_unproven <= 1
+
+
+@pytest.mark.distributed
+def test_a_plan_that_is_right_for_some_numbers_alone_is_wrong(ranks: Ranks) -> None:
+    """DTensor divides the gradient of `amax()` by how many elements are the largest on rank 0."""
+    case = compose(9131)
+    verdicts = {draw: on_ranks(ranks, [case], (draw,))[0][1].verdict for draw in range(MOST_DRAWS)}
+    assert set(verdicts.values()) == {"right", "wrong"}
+    assert on_ranks(ranks, [case], range(MOST_DRAWS))[0][1].verdict == "wrong"
+    assert judged(case, Truth("wrong"), ask=False).errors
 
 
 @pytest.mark.distributed

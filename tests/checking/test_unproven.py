@@ -71,6 +71,21 @@ def test_a_statistic_that_is_only_logged_is_no_error(used: bool, codes: list[tup
     assert [(f.severity, f.code) for f in found] == codes
 
 
+@pytest.mark.parametrize(
+    ("shift", "code"),
+    [
+        (lambda h: h.flatten().logsumexp(0), "CR414"),
+        (lambda h: h.mean(), "CR414"),
+        (lambda h: h.mean((1, 2), keepdim=True), "CR414"),
+        (lambda h: h.logsumexp(-1, keepdim=True), "CR413"),
+        (lambda h: h.mean((-1,), keepdim=True), "CR413"),
+    ],
+    ids=["flattened", "all", "two dims", "one dim", "one of a list"],
+)
+def test_a_shift_that_a_norm_of_another_dim_may_take_away_is_no_error(shift: Any, code: str) -> None:
+    assert [f.code for f in found_by(features(lambda h: h - shift(h)))] == [code]
+
+
 @pytest.mark.exhaustive  # the check of `llama-fast` on every model (`styles/test_fast_plan.py`) asks this too
 @pytest.mark.parametrize("loss", ["vocab_parallel", "replicated", "linear"])
 @pytest.mark.parametrize("name", ["llama-fast", "llama-overlap"])

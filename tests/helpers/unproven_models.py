@@ -51,7 +51,7 @@ class LoggedMLP(m.MLP):
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.gelu(self.up(x))
-        self.seen = h.detach().abs().mean().sqrt()
+        self.seen = h.detach().abs().mean(-1, keepdim=True).sqrt()
         return self.down(h / self.seen if self.used else h)
 
 

@@ -63,6 +63,10 @@ WRONG = {
     "noise": features(lambda h: h * torch.poisson(h.exp()), train=True),
     "softmax of features under vmap": features(torch.vmap(lambda h: h.softmax(-1))),
     "features weighed by position": features(lambda h: h * torch.arange(h.shape[-1], dtype=h.dtype)),
+    "every third feature of a rank": features(lambda h: h * (torch.arange(h.shape[-1], dtype=h.dtype) % 3)),
+    "positions rounded, modulo two": features(
+        lambda h: h * (torch.arange(h.shape[-1]).to(torch.float8_e5m2).to(h.dtype) % 2)
+    ),
     "halves by slices": gated(halves),
     "halves by glu": gated(lambda h: F.glu(h, -1)),
     "slopes of local heads": attention(scores=alibi),
@@ -120,6 +124,11 @@ WRONG = {
     "tokens shifted, of flattened ones": flattened(lambda h: F.pad(h, (0, 0, 1, -1))),
     "a cumulative sum of the logits": logits(lambda x: x.cumsum(-1) / 8),
     "the largest of all logits": logits(lambda x: x / x.amax()),
+    # torch makes one number a channel and then gives it other strides in place
+    "mean of tokens by adaptive pooling": tokens(lambda h: h * F.adaptive_avg_pool1d(h.mT, 1).mT.tanh()),
+    "largest feature, its dim taken away in place": features(
+        lambda h: h / (1 + h.detach().amax(-1, keepdim=True).squeeze_(-1))[..., None]
+    ),
     "a sum over no dims, which means all": features(lambda h: h / (1 + h.square().nansum(()))),
     "an auxiliary loss of a shard": auxiliary(lambda h: h.norm(), 0.1),
     "noise in a recomputed function": Case(lambda: m.Gpt(mlp=lambda: CheckpointedNoise(function=True)), train=True),
@@ -166,6 +175,9 @@ RIGHT = {
     "heads under vmap": Case(lambda: m.Gpt(MappedAttention), lambda: gpt_plan(**HEADS, attn__out="rowwise")),
     "scores capped": attention(scores=lambda s: 5 * torch.tanh(s / 5)),
     "pairs of features turned": Case(lambda: m.Gpt(block=partial(TokenBlock, normed=turned_pairs))),
+    "dims added and taken away in place": features(
+        lambda h: h.sin().unsqueeze_(0).squeeze_(0).mT.sin().transpose_(1, 2)
+    ),
     "tokens changed alone": tokens(lambda h: h / (1e-3 + h.norm(dim=-1, keepdim=True))),
     "flattened tokens changed alone": flattened(lambda h: h / (1e-3 + h.norm(dim=-1, keepdim=True))),
     "channels of flattened tokens dropped": flattened(
@@ -176,6 +188,8 @@ RIGHT = {
     ),
     "norm of each group of features, in code with sizes": viewed(lambda h: h / h.norm(dim=-1, keepdim=True)),
     "features at their own positions": features(lambda h: h[..., torch.arange(h.shape[-1])]),
+    "every second feature masked": features(lambda h: h * (torch.arange(h.shape[-1], dtype=h.dtype)[None, None] % 2)),
+    "heads in turn": attention(output=lambda o: o * (torch.arange(o.shape[1]).view(-1, 1, 1) % 2 + 0.5)),
     "norm of each head": attention(output=lambda o: F.layer_norm(o, (m.E,))),
     "causal convolution of all tokens": on_stream(causal_convolution),
     "dropout of all tokens": on_stream(lambda: nn.Dropout(0.1), train=True),

@@ -110,11 +110,12 @@ def _wrong_call(got: RecordedCall, want: RecordedCall, tp: int) -> tuple[str, st
             "them as if these were all query heads"
         )
         return "CR213", message, "give k_proj and v_proj the style kv_replicate"
-    # a running sum over all elements shifts later shards by one number, which a norm may remove: left to CR414
-    is_shift = got.op == "cumsum" and len(got.source) == 1
-    if got.op in REDUCTIONS and not is_shift and got.source[got.dim] * tp == want.source[got.dim]:
-        message = f"{got.op} over {got.source[got.dim]} of {want.source[got.dim]} values, those of one rank"
-        return "CR413", message, "replicate what is before it (drop its style, or gather its output)"
+    # Of a shift by a result over several dims (flattened ones too) a norm of one of them may leave nothing: CR414 then
+    if got.op in REDUCTIONS and got.dim is not None and len(got.source) > 1:
+        here, there = got.source[got.dim], want.source[got.dim]
+        if here * tp == there:
+            message = f"{got.op} over {here} of {there} values, those of one rank"
+            return "CR413", message, "replicate what is before it (drop its style, or gather its output)"
     code = _view_code(got, want, tp)
     if code == "CR208":
         message = (

@@ -75,6 +75,8 @@ class Operation:
         self.name = "view" if name in _VIEWS else name
         self.leaves, self.tree = tree_flatten((args, kwargs))
         self.inputs = [run.number(leaf) if isinstance(leaf, Tensor) else None for leaf in self.leaves]
+        # before it runs: `squeeze_` gives its input another window
+        self.keys = [run.key(leaf) for leaf in self.leaves if isinstance(leaf, Tensor)]
         self.shapes = tuple(shape_of(leaf) for leaf in self.leaves)
         self.results: list[Tensor] = []
 
@@ -85,6 +87,11 @@ class Operation:
     @property
     def values(self) -> list[NumberedValue]:
         return [value for value in self.inputs if value is not None]
+
+    @property
+    def writes(self) -> bool:
+        """Whether it writes elements; `squeeze_` and `as_strided_` do not."""
+        return self.func._schema.is_mutable and torch.Tag.inplace_view not in self.func.tags
 
     @property
     def draws(self) -> bool:
@@ -138,7 +145,7 @@ class NumberedRun(TorchDispatchMode):
     def number(self, tensor: Tensor) -> NumberedValue:
         """A tensor that was made before the run or from numbers, and is no parameter, buffer or input: the n-th of its
         kind there, which the numbers belong to."""
-        key = self._key(tensor)
+        key = self.key(tensor)
         if key not in self._values:
             kind = (self.module(), tuple(tensor.shape), str(tensor.dtype), self.numbers_written(tensor))
             self._counts[kind] += 1
@@ -151,24 +158,25 @@ class NumberedRun(TorchDispatchMode):
 
     def set_value(self, tensor: Tensor, number: Hashable, layout: Layout) -> None:
         """What the tensor is from now on."""
-        self._values[self._key(tensor)] = NumberedValue(number, layout)
+        self._values[self.key(tensor)] = NumberedValue(number, layout)
 
     def known(self, tensor: Tensor) -> NumberedValue | None:
         """What the tensor is, asked by nothing that computes with it."""
-        return None if is_transformed(tensor) else self._values.get(self._key(tensor))
+        return None if is_transformed(tensor) else self._values.get(self.key(tensor))
 
     def windows(self, tensor: Tensor) -> Iterator[tuple[Any, NumberedValue]]:
         """All that is known of other windows on the tensor's storage."""
-        own = self._key(tensor)
+        own = self.key(tensor)
         return ((key, value) for key, value in list(self._values.items()) if key[0] == own[0] and key != own)
 
     def written(self, operation: Operation) -> frozenset[Any]:
         """The numbers of the other tensors in the memory that the operator writes into."""
-        if not (operation.func._schema.is_mutable and operation.results):
+        if not (operation.writes and operation.results):
             return frozenset()
         return frozenset(value.number for _, value in self.windows(operation.results[0]))
 
-    def _key(self, tensor: Any) -> Any:
+    def key(self, tensor: Any) -> Any:
+        """Where a tensor lies: its memory, and the window on it."""
         tensor = local_shard(tensor) if isinstance(tensor, DTensor) else tensor
         tensor = tensor.elem if is_async(tensor) else tensor
         storage = tensor.untyped_storage()

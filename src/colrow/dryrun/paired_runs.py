@@ -132,7 +132,7 @@ class ShardedRun(NumberedRun):
         """What shares the memory that is written here and not in the unsharded run, or there and not here."""
         for number in numbers:
             self._differing.pop(number, None)
-        if recorded and operation.func._schema.is_mutable:
+        if recorded and operation.writes:
             differing = (recorded.written ^ self.written(operation)) - {None}
             self._differing.update(dict.fromkeys(differing, operation.name))
 
@@ -182,10 +182,10 @@ class ShardedRun(NumberedRun):
             if call_site.in_style or (in_style and recorded is None):
                 return [STYLE] * count
             unproven = Unproven(operation.name, call_site.module, call_site.line, str(error), error.dim)
-            if operation.func._schema.is_mutable or may_draw(operation.func):  # what is drawn later depends on it
+            if operation.writes or may_draw(operation.func):  # what is drawn later depends on it
                 self.reports.found.append(unproven)
             else:
-                self.reports.add_when_read(unproven, {self._key(result): result for result in operation.results})
+                self.reports.add_when_read(unproven, {self.key(result): result for result in operation.results})
             return [UNKNOWN] * count
 
     def _makes_zeros(self, operation: Operation, recorded: Recorded | None) -> bool:
@@ -198,24 +198,23 @@ class ShardedRun(NumberedRun):
         return [layout_of_zeros(tuple(x.shape), n, self._ranks) for x, n in zip(operation.results, wanted, strict=True)]
 
     def value(self, tensor: Tensor) -> NumberedValue:
-        self.reports.read(self._key(tensor))
+        self.reports.read(self.key(tensor))
         return super().value(tensor)
 
     def finished(self, operation: Operation) -> None:
         """What is not proven counts where it is written somewhere or meets a DTensor; else, where its results do."""
-        keys = [self._key(leaf) for leaf in operation.leaves if isinstance(leaf, Tensor)]
-        results = {self._key(result): result for result in operation.results}
+        results = {self.key(result): result for result in operation.results}
         zeros = results and all(self.number(result).number in self._zeros for result in operation.results)
         on = all(self.number(result).layout == UNKNOWN for result in operation.results)
-        writes = operation.func._schema.is_mutable
+        writes = operation.writes
         if writes and current_autograd_node() is not None and results:  # torch's formulas write into new tensors
             writes = next(self.windows(operation.results[0]), None) is not None
         if results and on and not writes:
-            self.reports.pass_on(keys, results)
+            self.reports.pass_on(operation.keys, results)
         elif zeros:  # whatever they are made of
             self.reports.forget(results)
         else:
-            for key in keys:
+            for key in operation.keys:
                 self.reports.read(key)
 
     def _judged(self, call: LocalCall) -> list[Layout]:
@@ -333,7 +332,7 @@ class ShardedRun(NumberedRun):
 
     def _note_writes(self, operation: Operation, found: list[Layout]) -> None:
         """What is written into a window changes the other windows on its storage, whose layout must stay true."""
-        if not operation.func._schema.is_mutable or not operation.results:
+        if not operation.writes or not operation.results:
             return
         target, before = operation.results[0], operation.values[0] if operation.values else None
         others = list(self.windows(target))

@@ -43,6 +43,7 @@ class RecordedCall:
     """One call by model code: local shapes of the first input and of the results, and the dim that it runs over.
 
     Attributes:
+        dim: None of a reduction over several dims, or over all.
         packed: the input comes from a fused weight of which each segment was split on its own.
         keys_and_values: of an attention, the shapes of keys and values, and whether each is the same on all ranks.
     """
@@ -50,7 +51,7 @@ class RecordedCall:
     op: str
     source: Shape
     result: tuple[Shape, ...]
-    dim: int
+    dim: int | None
     on_dtensor: bool
     packed: bool
     keys_and_values: tuple[tuple[Shape, bool], ...] = ()
@@ -90,7 +91,8 @@ class CallRecorder(TorchFunctionMode):
             return
         name = _WATCHED[func]
         results = tuple(tuple(result.shape) for result in tensors_in(out))
-        dim = _dim(name, args, kwargs) % max(1, source.ndim)
+        given = _dim(name, args, kwargs)
+        dim = None if given is None else given % max(1, source.ndim)
         keys_and_values = self._keys_and_values(args, kwargs) if func in _ATTENTION else ()
         packed = self._packed(source)
         self.calls[self._modules.current()].append(
@@ -102,15 +104,15 @@ class CallRecorder(TorchFunctionMode):
         return tuple((tuple(x.shape), not self._varies(x)) for x in found if isinstance(x, Tensor))
 
 
-def _dim(name: str, args: Any, kwargs: Any) -> int:
-    """The dim that the call runs over; of a reduction over several dims, or over all, the last."""
+def _dim(name: str, args: Any, kwargs: Any) -> int | None:
+    """The dim that the call runs over; None of a reduction over several dims, or over all."""
     if name in ("view", "reshape", "scaled_dot_product_attention"):
         return 0
     position = 2 if name in ("chunk", "split", "tensor_split", "topk") else 1
-    default = -1 if name in REDUCTIONS else 0
+    default = -1 if name in ("topk", "sort", "argsort") else None if name in REDUCTIONS else 0
     dim = kwargs.get("dim", args[position] if len(args) > position else default)
     if isinstance(dim, (tuple, list)):
-        dim = dim[-1] if dim else default
+        dim = dim[0] if len(dim) == 1 else None
     return default if dim is None or isinstance(dim, bool) else int(dim)
 
 

@@ -18,6 +18,8 @@ A tensor is identified by its storage and the window on it, so that a detached o
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,19 +83,26 @@ class Values:
         self._storages: dict[int, Storage] = {}
 
     def __getitem__(self, tensor: Tensor) -> Value:
+        return self._values[self._window(tensor)]
+
+    def _window(self, tensor: Tensor) -> Window:
         tensor = _local(tensor)
-        window = (
-            self.storage(tensor).handle._cdata,
-            int(tensor.storage_offset()),
-            tuple(tensor.shape),
-            tuple(tensor.stride()),
-        )
-        return self._values[window]
+        handle = self.storage(tensor).handle
+        return handle._cdata, int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride())
 
     def storage(self, tensor: Tensor) -> Storage:
         """What is known of the tensor's storage."""
         handle = _local(tensor).untyped_storage()
         return self._storages.setdefault(handle._cdata, Storage(handle))
+
+    @contextmanager
+    def kept(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """Within, `squeeze_` or another view in place gives them other windows on their storages."""
+        before = [(tensor, self[tensor], self.storage(tensor)) for tensor in tensors]
+        yield
+        for tensor, value, storage in before:
+            if self.storage(tensor) is storage:  # not so after `x.data = y`
+                self._values[self._window(tensor)] = value
 
     def varies(self, tensor: Tensor) -> bool:
         """Whether ranks may hold different values in this local tensor."""

@@ -93,7 +93,8 @@ class Watch(TorchDispatchMode):
         if any(isinstance(x, DTensor) or is_async(x) for x in inputs):
             self._note_dtensors(func, inputs)
             return NotImplemented  # it comes again, on local tensors
-        out = func(*args, **(kwargs or {}))
+        with self._values.kept(inputs if torch.Tag.inplace_view in func.tags else []):
+            out = func(*args, **(kwargs or {}))
         if is_higher_order(func):
             return out
         if not self._modules.in_backward() and (flops := flops_of(func, args, kwargs or {}, out)):

@@ -32,8 +32,9 @@ def along(call: LocalCall) -> list[Layout] | None:
     dims = {d % counted for d in ([given] if isinstance(given, int) else given)}
     if layout.dim not in dims:
         return _shards(call, layout, ndim, dims)
-    # DTensor calls the first two partial sums, of truth values; of others it takes -1 for another dim than the last
-    if call.name in ("any", "all") or call.facts.rule == "along":
+    # DTensor calls some partial sums (`any` and `all`; in torch 2.11 `logsumexp`), and of those whose rule is `along`
+    # it takes -1 for another dim than the last
+    if call.facts.rule == "along" or (call.facts.rule == "reduce" and "norm" not in call.name):
         raise UnprovenError(f"{call.name} over a sharded dim", layout.dim)
     return None
 

@@ -20,6 +20,7 @@ from itertools import accumulate
 from operator import mul
 from typing import Any
 
+import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
@@ -34,6 +35,8 @@ from colrow.torch_compat import NoDTensorRuleError, propagated
 
 def proven_layouts(call: LocalCall, mesh: DeviceMesh) -> list[Layout]:
     """The layout of each result, by the first rule that covers the call. Raises UnprovenError."""
+    if torch.Tag.inplace_view in call.func.tags:  # of `squeeze_` DTensor has no rule
+        call = replace(call, func=_out_of_place(call.func))
     if call.facts.fills is not Filling.POSITION and (values := call.differing_values):
         here, there = values[0]
         raise UnprovenError(
@@ -61,6 +64,16 @@ def proven_layouts(call: LocalCall, mesh: DeviceMesh) -> list[Layout]:
         here, there = call.differing[0]
         raise UnprovenError(f"an argument is {here} on the shard and {there} in the unsharded model", call.sharded_dim)
     return _linear_in_one(call) or _of_dtensor(call, mesh)
+
+
+def _out_of_place(func: Any) -> Any:
+    """The operator that takes the same arguments and returns a new tensor; the operator itself where there is none."""
+    arguments = [(argument.name, str(argument.type)) for argument in func._schema.arguments]
+    packet = getattr(torch.ops.aten, func._schema.name.removeprefix("aten::").removesuffix("_"), None)
+    for each in (getattr(packet, name) for name in packet.overloads()) if packet else ():
+        if [(argument.name, str(argument.type)) for argument in each._schema.arguments] == arguments:
+            return each
+    return func
 
 
 SIZES = frozenset(
