@@ -115,7 +115,11 @@ class Padded(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         zeros = torch.zeros_like(x)
-        mask = zeros.masked_fill_(x > 0, -1.0) if self.writes else zeros.masked_fill(x > 0, -1.0)
+        if self.writes:
+            mask = zeros
+            mask[:, :].masked_fill_(x > 0, -1.0)
+        else:
+            mask = zeros.masked_fill(x > 0, -1.0)
         return x[:, None] + mask.view(3, 1, 34, 8).expand(-1, 4, -1, -1).reshape(3, 4, 34, 8)
 
 

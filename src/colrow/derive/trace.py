@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from colrow.derive.failure import cannot_trace
+from colrow.derive.flattened import Program, flattened
 from colrow.derive.infer import strip
 from colrow.derive.opaque import NOTHING_OPAQUE, OpaqueModules
 from colrow.derive.outside import watching_reads
@@ -76,7 +77,7 @@ class Label:
 class Trace:
     """An exported program and what its placeholders and nodes stand for."""
 
-    program: ExportedProgram
+    program: Program
     batch: int
     seq: int
     parameters: dict[str, str]
@@ -209,11 +210,11 @@ def export(
         return exported
 
 
-def decomposed(exported: ExportedProgram) -> ExportedProgram:
-    """The program with regions under `no_grad` inlined, and without writes in place."""
+def decomposed(exported: ExportedProgram) -> Program:
+    """The program with regions under `no_grad` inlined, and without writes in place: [Note: flattened graphs]."""
     with quiet_fake_tensors(), graphs_alone(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return exported.run_decompositions({})
+        return flattened(exported) or Program.of(exported.run_decompositions({}))
 
 
 def trace(
@@ -257,7 +258,7 @@ def trace(
     )
 
 
-def _parameters_of(model: nn.Module, program: ExportedProgram) -> tuple[dict[str, str], dict[str, str]]:
+def _parameters_of(model: nn.Module, program: Program) -> tuple[dict[str, str], dict[str, str]]:
     """The parameter of each placeholder that is used, and the first names of tied ones: `Trace.parameters` and
     `Trace.ties`."""
     state = dict(model.named_parameters(remove_duplicate=False))
@@ -269,7 +270,7 @@ def _parameters_of(model: nn.Module, program: ExportedProgram) -> tuple[dict[str
     return parameters, ties
 
 
-def _constants_of(model: nn.Module, program: ExportedProgram) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _constants_of(model: nn.Module, program: Program) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """`Trace.constants` and, of these, the ones that are placeholders: `Trace.values`."""
     signature, constants = program.graph_signature, dict(program.constants)
     buffers = dict(model.named_buffers(remove_duplicate=False))

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
+from colrow.derive.flattened import Program
 from colrow.derive.infer import computation, computes, facts_of, op_name
 
 
@@ -61,7 +62,7 @@ class Undecomposed:
     parts: dict[Node, list[Node]]
 
     @classmethod
-    def of(cls, exported: ExportedProgram, decomposed: ExportedProgram) -> Undecomposed:
+    def of(cls, exported: ExportedProgram, decomposed: Program) -> Undecomposed:
         nodes = computing_nodes(exported)
         by_name = {node.name: node for node in exported.graph.nodes}
         parts = defaultdict[Node, list[Node]](list)

@@ -37,6 +37,27 @@ def fake_tensor_mode(**options: Any) -> Any:
     return private("torch._subclasses.fake_tensor:FakeTensorMode", "for the dry run")(**options)
 
 
+def fake_mode_of(tensor: Any) -> Any:
+    """The mode that a fake tensor belongs to; None of any other value."""
+    return tensor.fake_mode if is_fake(tensor) else None
+
+
+def is_decomposed_in_export(target: Any) -> bool:
+    """Whether torch makes the operator of others and `run_decompositions({})` takes it apart: those stay whole of which
+    no result can be a view."""
+    stays = private("torch._export.utils:_is_preservable_cia_op", "to flatten exported graphs")
+    composed = private("torch._export.utils:_is_cia_op", "to flatten exported graphs")
+    return bool(composed(target)) and not stays(target)
+
+
+def python_dispatcher() -> contextlib.AbstractContextManager[Any]:
+    """Within, operators run by their Python decompositions where torch has some, as in an export."""
+    entered: contextlib.AbstractContextManager[Any] = private(
+        "torch._dispatch.python:enable_python_dispatcher", "to flatten exported graphs"
+    )()
+    return entered
+
+
 def as_in_export() -> contextlib.AbstractContextManager[None]:
     """Within, `torch.compiler.is_exporting()` is true: code that asks runs as torch.export runs it."""
     state = private("torch._export.utils:_compiling_state_context", "to run code on fake tensors as it is exported")
