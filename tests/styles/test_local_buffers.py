@@ -11,6 +11,7 @@ from colrow.checking.check import check
 from colrow.derive.derivation import derive
 from colrow.mesh import Mesh
 from colrow.styles import local_buffers
+from colrow.styles.shards import ShardSpec
 from colrow.verifying.verify import verify
 
 IMAGES = (torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(0)),)
@@ -42,3 +43,12 @@ def test_running_statistics_are_those_of_one_process(monkeypatch: pytest.MonkeyP
     report = verify(model, plan, 2, inputs=IMAGES, backend="local")
     assert report.verdict == "wrong"
     assert report.max_buffer_rel_err > 0.1
+
+
+def test_rows_that_every_rank_holds_stand_once_in_the_buffer() -> None:
+    """Of parts [4, 6, 2], of which all ranks hold the second."""
+    spec = ShardSpec(0, (4, 6, 2), replicated=(1,))
+    gathered = [row for rank in range(2) for row in spec.rows(2, rank)]
+    places = local_buffers.places_of_rows(gathered)
+    assert [gathered[place] for place in places] == [*range(12)]
+    assert local_buffers.places_of_rows([*range(12)]) is None

@@ -46,11 +46,8 @@ class _Rows:
         assert spec.dim is not None
         tp = mesh.size()
         rows = [spec.rows(tp, rank) for rank in range(tp)]
-        order = [row for each in rows for row in each]
-        places = None
-        # Gathered rows come rank by rank. With several segments that is not the buffer's order: `places` restores it.
-        if order != sorted(order):
-            places = torch.tensor([order.index(row) for row in range(len(order))], device=mesh.device_type)
+        order = places_of_rows([row for each in rows for row in each])
+        places = None if order is None else torch.tensor(order, device=mesh.device_type)
         return cls(spec.dim, rank_table(mesh, rows, spec.segments), places)
 
     def select(self, buffer: Tensor) -> Tensor:
@@ -59,6 +56,16 @@ class _Rows:
     def write(self, rows: Tensor, buffer: Tensor, mesh: DeviceMesh) -> None:
         complete = all_gather(rows, self.dim, mesh)
         buffer.copy_(complete if self.places is None else complete.index_select(self.dim, self.places))
+
+
+def places_of_rows(gathered: list[int]) -> list[int] | None:
+    """Where each row of a buffer stands among those of all ranks, which come rank by rank: with several segments that
+    is not the buffer's order, and of a segment that every rank holds the first rank's rows are taken. None where the
+    order is the buffer's."""
+    if gathered == [*range(len(gathered))]:
+        return None
+    first = {row: place for place, row in reversed([*enumerate(gathered)])}
+    return [first[row] for row in range(len(first))]
 
 
 def view_buffers(module: nn.Module, mesh: DeviceMesh, specs: dict[str, ShardSpec]) -> None:
