@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,17 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.models.tiny import classes, tiny
-from colrow.checking.check import check
-from colrow.derive.derivation import derive
-from colrow.derive.judged import judgement
+from colrow.derive.judged import derive_judged
 from colrow.derive.result import Derivation
 from colrow.derive.trace import Trace, default_inputs, trace
 from colrow.dryrun.calls import default_loss
-from colrow.dryrun.planned_step import PlannedStep
 from colrow.errors import PlanError
-from colrow.mesh import Mesh
 from colrow.plans.derive_options import DeriveOptions, Styles
-from colrow.plans.plan import Plan
 from colrow.verifying.backends import RankFailure
 from colrow.verifying.comparison import Errors, Reference
 from colrow.verifying.step import Task, reference_step
@@ -99,13 +95,10 @@ def judged(
     """The verdict at one degree, from a proof on simulated ranks."""
     phase(f"deriving tp={tp}")
     try:
-        derivation = derive(
-            *(model, tp),
-            inputs=inputs,
-            traced=traced,
-            options=DeriveOptions(styles=styles),
-            judge=lambda plan: judgement(PlannedStep(model, plan, tp, 2, 16, inputs)).objection,
-        )
+        # checked in training mode, as a run would
+        with in_training(model):
+            options = DeriveOptions(styles=styles)
+            derivation = derive_judged(model, tp, inputs=inputs, traced=traced, options=options)
     except PlanError as error:
         if styles != "plain":
             return {"verdict": "refused", "reason": str(error).partition("end of a model to the other: ")[2][:220]}
@@ -117,8 +110,9 @@ def judged(
         "legal": derivation.legal,
         "fp32": narrow(traced),
     }
-    phase(f"checking tp={tp}")
-    row |= {"findings": checked(model, derivation.plan(), tp, inputs)}
+    if derivation.judgement is not None:
+        found = [f for f in derivation.judgement.findings if f.severity == "error" or f.code == "CR414"]
+        row |= {"findings": [f"{f.code} {f.where}: {f.message}" for f in found]}
     phase(f"proving tp={tp}")
     try:
         proof = parity(model, derivation.plan(), tp, inputs)
@@ -133,14 +127,14 @@ def judged(
     return row | {"verdict": verdict, "reason": reason}
 
 
-def checked(model: nn.Module, plan: Plan, tp: int, inputs: tuple[Tensor, ...]) -> list[str]:
-    """What the check finds in a plan, in training mode: errors, and CR414 (unproven)."""
+@contextlib.contextmanager
+def in_training(model: nn.Module) -> Iterator[None]:
     training = model.training
     try:
-        found = check(model.train(), plan, Mesh(tp=tp), inputs=inputs)
+        model.train()
+        yield
     finally:
         model.train(training)
-    return [f"{f.code} {f.where}: {f.message}" for f in found if f.severity == "error" or f.code == "CR414"]
 
 
 def within(proof: Errors, fp32: bool, model: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
