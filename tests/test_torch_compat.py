@@ -435,3 +435,21 @@ def test_names_that_need_a_gpu() -> None:
     a = torch.ones(16, 16, device="cuda").to(torch.float8_e4m3fn)
     one = torch.ones((), device="cuda")
     assert tc.scaled_product(a, a.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)[0, 0] == 16
+
+
+def test_operators_that_an_export_takes_apart_are_known() -> None:
+    aten = torch.ops.aten
+    assert [tc.is_decomposed_in_export(op) for op in (aten.reshape.default, aten.to.dtype)] == [True, True]
+    assert [tc.is_decomposed_in_export(op) for op in (aten.linear.default, aten.mul.Tensor)] == [False, False]
+    assert [tc.is_operator(op) for op in (aten.mul.Tensor, len)] == [True, False]
+    assert [tc.takes_functions(op) for op in (torch.ops.higher_order.cond, aten.mul.Tensor)] == [True, False]
+
+
+def test_operators_run_by_their_python_decompositions() -> None:
+    with tc.fake_tensor_mode() as mode:
+        x = torch.empty(3)
+        assert tc.fake_mode_of(x) is mode
+        with tc.python_dispatcher(), torch.no_grad():
+            assert torch.ops.aten.dropout.default(x, 0.5, False) is not x  # a copy, which the kernel does not make
+        assert torch.ops.aten.dropout.default(x, 0.5, False) is x
+    assert tc.fake_mode_of(torch.ones(1)) is None

@@ -30,7 +30,9 @@ from colrow.torch_compat import (
     TorchDispatchMode,
     fake_mode_of,
     is_decomposed_in_export,
+    is_operator,
     python_dispatcher,
+    takes_functions,
     tree_leaves,
 )
 
@@ -198,9 +200,9 @@ class _Copied:
             self._piece(node, node.all_input_nodes[0])
         elif str(target) in REGIONS:
             self._inline(node, REGIONS[str(target)])
-        elif isinstance(target, torch._ops.HigherOrderOperator):
+        elif takes_functions(target):
             raise NotFlattenedError
-        elif not isinstance(target, torch._ops.OpOverload):
+        elif not is_operator(target):
             self._add(node, target)
         elif target is torch.ops.aten.detach_.default:  # writes no memory
             self._is_view(node, node.all_input_nodes[0], ())
@@ -270,7 +272,7 @@ class _Copied:
                 self._copy(each)
         self.called_by = outer
 
-    def _write(self, node: Node, target: torch._ops.OpOverload) -> None:
+    def _write(self, node: Node, target: Any) -> None:
         schema, (written, *_) = target._schema, node.all_input_nodes
         packet = getattr(
             getattr(torch.ops, target.namespace),
@@ -299,7 +301,7 @@ class _Copied:
         for each in (written, node):
             self.new[each], memory.seen[each] = copy, memory.writes
 
-    def _compose(self, node: Node, target: torch._ops.OpOverload) -> None:
+    def _compose(self, node: Node, target: Any) -> None:
         """The operators that torch makes this one of; none where it returns its operand."""
         operands = {self._stands_for(each): each for each in node.all_input_nodes}
         known = {id(copy.meta.get("val")): copy for copy in operands}

@@ -57,12 +57,14 @@ from colrow.torch_compat.simulated import from_tensors_of_ranks as from_tensors_
 from colrow.torch_compat.simulated import graphs_alone as graphs_alone
 from colrow.torch_compat.simulated import is_decomposed_in_export as is_decomposed_in_export
 from colrow.torch_compat.simulated import is_fake as is_fake
+from colrow.torch_compat.simulated import is_operator as is_operator
 from colrow.torch_compat.simulated import local_tensor_mode as local_tensor_mode
 from colrow.torch_compat.simulated import masks_without_values as masks_without_values
 from colrow.torch_compat.simulated import needs_values as needs_values
 from colrow.torch_compat.simulated import per_rank as per_rank
 from colrow.torch_compat.simulated import python_dispatcher as python_dispatcher
 from colrow.torch_compat.simulated import quiet_fake_tensors as quiet_fake_tensors
+from colrow.torch_compat.simulated import takes_functions as takes_functions
 from colrow.torch_compat.simulated import tensors_of_ranks as tensors_of_ranks
 from colrow.torch_compat.simulated import written_numbers as written_numbers
 from colrow.torch_compat.tensors import CompilableMode as CompilableMode

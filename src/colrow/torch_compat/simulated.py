@@ -42,6 +42,16 @@ def fake_mode_of(tensor: Any) -> Any:
     return tensor.fake_mode if is_fake(tensor) else None
 
 
+def is_operator(target: Any) -> bool:
+    """Whether a node's target is an operator with a schema."""
+    return isinstance(target, private("torch._ops:OpOverload", "to flatten exported graphs"))
+
+
+def takes_functions(target: Any) -> bool:
+    """Whether a node's target is an operator that calls functions it gets (`cond`), or graphs."""
+    return isinstance(target, private("torch._ops:HigherOrderOperator", "to flatten exported graphs"))
+
+
 def is_decomposed_in_export(target: Any) -> bool:
     """Whether torch makes the operator of others and `run_decompositions({})` takes it apart: those stay whole of which
     no result can be a view."""
