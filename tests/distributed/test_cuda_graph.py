@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -244,3 +245,33 @@ def test_an_evaluation_takes_the_graphs_memory_and_keeps_what_it_makes(ranks: Ra
     assert found["within"] == 0
     assert found["captured"] == [True, False, True]
     assert found["kept"], "the capture after it must not use its memory"
+
+
+def collecting(device: str) -> bool:
+    """Whether steps are captured beside garbage that holds a pool, where Python collects garbage all the time."""
+    from colrow.train.cuda_graph import GraphedFunction
+
+    class Garbage:
+        def __init__(self) -> None:
+            self.pool, self.itself = torch.cuda.MemPool(), self
+
+    def step(x: Tensor) -> Tensor:
+        before = gc.get_threshold()
+        gc.set_threshold(1, 1, 1)
+        cycles: list[Any] = []
+        for _ in range(100):
+            cycles.append(cycles)
+            cycles = []
+        gc.set_threshold(*before)
+        return x * 2
+
+    graphed, x = GraphedFunction(step, 2), torch.ones(1, device=device)
+    for _ in range(2):
+        graphed(x)
+    Garbage()
+    graphed(x)
+    return graphed.captured
+
+
+def test_no_garbage_is_collected_while_a_step_is_captured(ranks: Ranks) -> None:
+    assert ranks(1).run(collecting) == [True]

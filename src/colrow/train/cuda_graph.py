@@ -23,6 +23,7 @@ pool outlives a call but their results.
 
 from __future__ import annotations
 
+import gc
 import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -184,9 +185,26 @@ class GraphedFunction:
     def _recorded(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         graph, pool = torch.cuda.CUDAGraph(), cast(Any, self._pool.id)  # torch types a pool's id as another handle
         # thread_local: NCCL's watchdog thread queries its events meanwhile, which a global capture would forbid
-        with torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local"):
+        with (
+            _without_collection(),
+            torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local"),
+        ):
             result = self._run(*self._static_args)
         return graph, result
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Garbage may hold another graph's pool, such as that of a training before in this process: torch ends the process
+    where one is destroyed while a capture is under way."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def plain_state(model: nn.Module | None) -> dict[str, Any]:
