@@ -75,6 +75,7 @@ WRONG = {
         lambda: m.Gpt(lambda: OwnAttention(output=Scaled())), lambda: gpt_plan(**HEADS, attn__out="rowwise")
     ),
     "tokens shifted": tokens(lambda h: F.pad(h, (0, 0, 1, -1))),
+    "position of the largest token": tokens(lambda h: h * (1 + 0.1 * h.argmax(1, keepdim=True))),
     "first token": tokens(lambda h: h[:, :1].expand_as(h)),
     "causal convolution": on_stream(causal_convolution, sequence=True, stream__1="grad_sum"),
     "batch norm of tokens": on_stream(lambda: nn.BatchNorm1d(m.D), train=True, sequence=True, stream="grad_sum"),
@@ -189,6 +190,10 @@ RIGHT = {
     "norm of each group of features, in code with sizes": viewed(lambda h: h / h.norm(dim=-1, keepdim=True)),
     "features at their own positions": features(lambda h: h[..., torch.arange(h.shape[-1])]),
     "every second feature masked": features(lambda h: h * (torch.arange(h.shape[-1], dtype=h.dtype)[None, None] % 2)),
+    "position of the largest token, of a DTensor": Case(
+        lambda: m.Gpt(block=partial(TokenBlock, normed=lambda h: h * (1 + 0.1 * h.argmax(1, keepdim=True)))),
+        lambda: gpt_plan(sequence=True),
+    ),
     "heads in turn": attention(output=lambda o: o * (torch.arange(o.shape[1]).view(-1, 1, 1) % 2 + 0.5)),
     "norm of each head": attention(output=lambda o: F.layer_norm(o, (m.E,))),
     "causal convolution of all tokens": on_stream(causal_convolution),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -137,21 +138,27 @@ def needs_values(error: BaseException) -> bool:
 def fake_tensors() -> Iterator[None]:
     """A FakeTensorMode in which DTensor works: it computes some offsets with tensors, and needs their values."""
     unset = private("torch._subclasses.fake_tensor:unset_fake_temporarily", "for the dry run")
-    offsets: Any = StridedShard.__dict__.get("local_shard_size_and_offset")
+    utils = importlib.import_module("torch.distributed.tensor._utils")
+    names = {StridedShard: "local_shard_size_and_offset", utils: "_compute_local_shape_and_global_offset"}
 
-    def with_values(*args: Any, **kwargs: Any) -> Any:
-        with unset():
-            return offsets(*args, **kwargs)
+    def with_values(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with unset():
+                return function(*args, **kwargs)
 
-    changed = {"local_shard_size_and_offset": with_values} if callable(offsets) else {}
+        return run
+
     with (
-        replaced(StridedShard, **changed),
+        ExitStack() as stack,
         quiet_fake_tensors(),
         masks_without_values(),
         warnings.catch_warnings(),
         fake_tensor_mode(allow_non_fake_inputs=True),
     ):
         warnings.simplefilter("ignore")
+        for owner, name in names.items():
+            if callable(offsets := vars(owner).get(name)):
+                stack.enter_context(replaced(owner, **{name: with_values(offsets)}))
         yield
 
 
