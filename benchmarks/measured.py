@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -38,6 +39,7 @@ from colrow.forecasting.work import Work
 from colrow.mesh import Mesh
 from colrow.models.llama import Llama
 from colrow.models.shapes import SHAPES
+from colrow.ops.float8 import PER_TENSOR
 from colrow.parallel.pipeline_split import layer_costs, split_layers
 from colrow.plans.plan import Plan
 from colrow.plans.presets import FAST, PRESETS
@@ -111,7 +113,7 @@ class Measured:
             self.cell.compiled,
             self.cuda_graph,
             self.loss == "linear",
-            rowwise=self.fp8 == "rowwise",
+            bf16_wgrad=bool(self.fp8) and self.fp8 not in PER_TENSOR,
         )
 
     def walk(self) -> Walk:
@@ -273,7 +275,7 @@ def _of_bench(file: str, row: dict[str, Any], older: bool) -> Measured:
         sequences // (row["micro_batch"] * mesh.dp),
         "reshard_after_forward=false" not in arm and mesh.dp_shard > 1,
         bool(row.get("cuda_graph")),
-        "" if "fp8" not in arm else "rowwise" if "fp8=rowwise" in arm else "tensorwise",
+        recipe[1] if (recipe := re.search(r"train\.fp8=(\w+)", arm)) else "tensorwise" if "fp8" in arm else "",
         older or ("fp8" in arm and file < EIGHT_BIT_GATHERS),
         row.get("peak_allocated_gib"),
         row.get("device_used_gib"),

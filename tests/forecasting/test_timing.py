@@ -30,6 +30,7 @@ from colrow.forecasting.timing import (
 )
 from colrow.forecasting.walk import HEAD, ROOT, Cell, Walk, walk
 from colrow.mesh import Mesh
+from colrow.ops.float8 import RECIPES
 from colrow.plans.plan import Plan
 from colrow.torch_compat import fake_tensors
 from helpers.llamas import meta
@@ -158,3 +159,15 @@ def test_a_compiler_fuses_nothing_with_complex_numbers() -> None:
 
     assert passes(real) == 2
     assert passes(complex_numbers) == 2 + 2 * 2 + 2  # a kernel before, two products, a kernel behind
+
+
+def test_recipes_that_round_no_weight_gradients_are_between_bf16_and_the_others(walked: Walk) -> None:
+    fast = Plan.preset("llama-fast", "linear")
+
+    def products(recipe: str) -> float:
+        plan = fast.with_fp8(recipe) if recipe else fast  # type: ignore[arg-type]
+        program = Program.of(plan, compiled=False, cuda_graph=True)
+        return step_time(walked, Setting(Mesh(dp_shard=2)), program, Machine(H200, 8)).parts["products"]
+
+    times = {recipe: products(recipe) for recipe in ("", *RECIPES)}
+    assert times["tensorwise"] == times["delayed"] < times["rowwise"] == times["blockwise"] < times[""]

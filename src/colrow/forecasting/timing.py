@@ -35,6 +35,7 @@ from colrow.forecasting.traffic import Traffic, stage_work, traffic_of
 from colrow.forecasting.walk import HEAD, ROOT, Walk
 from colrow.forecasting.work import Product, Work
 from colrow.mesh import AXES
+from colrow.ops.float8 import PER_TENSOR
 from colrow.plans.plan import Plan
 
 EXPOSED = {"none": 1.0, "point_to_point": 0.5, "collectives": 0.9}
@@ -140,7 +141,7 @@ class Program:
 
     Attributes:
         overlap: of the plan's fast styles; `none` for plain ones.
-        fp8: matmuls of fast styles run in fp8; rowwise: but for those of weights' gradients.
+        fp8: matmuls of fast styles run in fp8; bf16_wgrad: but for those of weights' gradients.
         linear_loss: the loss is computed by chunks with the head.
     """
 
@@ -149,7 +150,7 @@ class Program:
     compiled: bool = True
     cuda_graph: bool = False
     linear_loss: bool = False
-    rowwise: bool = False
+    bf16_wgrad: bool = False
 
     @classmethod
     def of(cls, plan: Plan, *, compiled: bool, cuda_graph: bool) -> Program:
@@ -163,7 +164,7 @@ class Program:
             compiled,
             cuda_graph,
             plan.loss == "linear",
-            bool(recipes - {"tensorwise", "delayed"}),
+            bool(recipes - PER_TENSOR),
         )
 
 
@@ -236,7 +237,7 @@ def compute_parts(inside: Work, outside: Work, walk: Walk, program: Program, rat
     products = inside.products + outside.products
     flops = float(sum(products.values()))
     low = FP8_SHARE * sum(inside.products.values()) if program.fp8 else 0.0
-    low *= 2 / 3 if program.rowwise else 1  # of three matmuls of a weight two
+    low *= 2 / 3 if program.bf16_wgrad else 1  # of three matmuls of a weight two
     fused = fused_seconds(inside, program, rates) if program.compiled else inside.bytes / rates.memory
     around = rates.outside_linear if program.linear_loss else rates.outside
     forward, backward = inside.attention_forward, inside.attention_backward

@@ -35,6 +35,8 @@ from colrow.torch_compat import block_scaled_product, scaled_product
 
 Float8 = Literal["tensorwise", "delayed", "rowwise", "blockwise"]
 RECIPES: tuple[Float8, ...] = get_args(Float8)
+PER_TENSOR: frozenset[str] = frozenset(("tensorwise", "delayed"))
+"""Those whose operands have one scale: operators of `ops.float8_linear`, which send 8 bits and round all matmuls."""
 ACTIVATION, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
 
 

@@ -10,6 +10,7 @@ import torch
 
 from colrow.ops.carriers import Overlap, carrier
 from colrow.ops.exchange import Carrier
+from colrow.ops.float8 import PER_TENSOR
 
 CHUNK_ROWS = 2048  # measured on H200s: with fewer rows, splitting a matmul costs more than the collective it hides
 
@@ -47,8 +48,8 @@ class LinearOptions:
 
     @property
     def per_tensor(self) -> bool:
-        """Whether an operand has one scale: the operators are those of `ops.float8_linear`, which send 8 bits."""
-        return self.fp8 in ("tensorwise", "delayed")
+        """Whether the operators are those of `ops.float8_linear`."""
+        return self.fp8 in PER_TENSOR
 
     @property
     def overlaps(self) -> bool:

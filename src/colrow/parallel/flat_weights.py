@@ -48,6 +48,7 @@ from colrow.config import RunConfig
 from colrow.config_sections import FsdpSection
 from colrow.errors import ConfigError
 from colrow.mesh import MeshAxes
+from colrow.ops.float8 import PER_TENSOR
 from colrow.parallel.data_parallel import head_unit
 from colrow.parallel.data_shards import Unsharded, unsharded_of
 from colrow.parallel.flat_exchange import CollectiveExchanges, ExchangeCarrier, GradientExchanges, PeerExchanges
@@ -106,7 +107,7 @@ def _check_gather_fp8(config: RunConfig) -> None:
     off = {"fsdp.gather_fp8": False}
     if config.mesh.dp_shard == 1:
         raise ConfigError("fsdp.gather_fp8 is for a mesh with dp_shard: nothing else gathers weights", off)
-    if config.train.fp8 not in ("tensorwise", "delayed"):
+    if config.train.fp8 not in PER_TENSOR:
         raise ConfigError(
             f"fsdp.gather_fp8 gathers weights with one scale, and train.fp8 is {config.train.fp8 or 'not set'}",
             {"train.fp8": "tensorwise"},
