@@ -127,3 +127,16 @@ def test_writes_into_views_and_state_are_new_tensors(how: str) -> None:
 @pytest.mark.parametrize("how", ["argument", "other views", "several views", "several views, through them"])
 def test_other_writes_are_left_to_torch(how: str) -> None:
     assert flattened(exported(Writes(how))) is None
+
+
+class Ensemble(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.randn(4, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(lambda w: torch.nn.functional.layer_norm(x @ w, (8,)))(self.weights).mean(0)
+
+
+def test_a_function_over_a_batch_is_left_to_torch() -> None:
+    assert flattened(exported(Ensemble())) is None

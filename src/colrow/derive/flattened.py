@@ -32,7 +32,6 @@ from colrow.torch_compat import (
     is_decomposed_in_export,
     is_operator,
     python_dispatcher,
-    takes_functions,
     tree_leaves,
 )
 
@@ -200,10 +199,8 @@ class _Copied:
             self._piece(node, node.all_input_nodes[0])
         elif str(target) in REGIONS:
             self._inline(node, REGIONS[str(target)])
-        elif takes_functions(target):
+        elif not is_operator(target):  # `cond`, or what `vmap` does around operators of one sample
             raise NotFlattenedError
-        elif not is_operator(target):
-            self._add(node, target)
         elif target is torch.ops.aten.detach_.default:  # writes no memory
             self._is_view(node, node.all_input_nodes[0], ())
         elif target._schema.is_mutable:

@@ -64,7 +64,6 @@ from colrow.torch_compat.simulated import needs_values as needs_values
 from colrow.torch_compat.simulated import per_rank as per_rank
 from colrow.torch_compat.simulated import python_dispatcher as python_dispatcher
 from colrow.torch_compat.simulated import quiet_fake_tensors as quiet_fake_tensors
-from colrow.torch_compat.simulated import takes_functions as takes_functions
 from colrow.torch_compat.simulated import tensors_of_ranks as tensors_of_ranks
 from colrow.torch_compat.simulated import written_numbers as written_numbers
 from colrow.torch_compat.tensors import CompilableMode as CompilableMode

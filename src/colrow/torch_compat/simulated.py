@@ -48,11 +48,6 @@ def is_operator(target: Any) -> bool:
     return isinstance(target, private("torch._ops:OpOverload", "to flatten exported graphs"))
 
 
-def takes_functions(target: Any) -> bool:
-    """Whether a node's target is an operator that calls functions it gets (`cond`), or graphs."""
-    return isinstance(target, private("torch._ops:HigherOrderOperator", "to flatten exported graphs"))
-
-
 def is_decomposed_in_export(target: Any) -> bool:
     """Whether torch makes the operator of others and `run_decompositions({})` takes it apart: those stay whole of which
     no result can be a view."""
