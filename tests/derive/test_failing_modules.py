@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from colrow.derive import derivation
+from colrow.derive import derivation, sizes
 from colrow.derive.derivation import derive
-from colrow.derive.failure import ADVICE, TraceError
+from colrow.derive.failure import ADVICE, InternalError, TraceError
 from colrow.derive.trace import trace
 from colrow.verifying.verify import parity
 from helpers import attentions
@@ -117,6 +117,20 @@ def test_without_the_module_every_class_is_given_up(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(derivation._Derive, "_suspects", lambda self, split, module: suspects(self, split, None))
     found = derive(language(ByWidth), 2, inputs=(IDS,))
     assert set(found.sharded) == {"embed.weight", "head.weight"}
+
+
+@pytest.mark.parametrize(
+    ("holder", "function"), [(sizes, "sizes_written"), (sizes._Solved, "_local_sizes")], ids=["marks", "solves"]
+)
+def test_an_error_of_the_derivation_itself_is_no_size_that_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, holder: Any, function: str
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise KeyError("no such call")
+
+    monkeypatch.setattr(holder, function, broken)
+    with pytest.raises(InternalError, match="an error of colrow's own: KeyError: 'no such call'"):
+        derive(language(ByWidth), 2, inputs=(IDS,))
 
 
 class Asks(nn.Module):

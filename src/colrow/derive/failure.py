@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -13,11 +15,29 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from colrow.errors import PlanError, first_line
+from colrow.torch_compat import path_in_torch
 
 HERE, TORCH = Path(__file__).parents[1], Path(torch.__file__).parent
 """Code below these is no user's: a reason names no line of it."""
 ADVICE = "write the plan by hand, or take a variant of the model whose sizes and branches do not depend on the data"
 ALIKE = "would give every rank the same part of a constant"
+
+
+class InternalError(Exception):
+    """Code of this project failed while it watched a model's code: no failure of the model's, nor of a plan."""
+
+
+@contextmanager
+def own_code() -> Iterator[None]:
+    """Around code of this project that runs among a model's: what fails in it shows as what it is. What torch raises
+    there is of the model: sizes that depend on the data cannot be compared."""
+    try:
+        yield
+    except Exception as error:
+        *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+        if path_in_torch(innermost) is not None:
+            raise
+        raise InternalError(f"an error of colrow's own: {type(error).__name__}: {error}") from error
 
 
 class TraceError(PlanError):
@@ -75,12 +95,22 @@ class Place:
 def _frames(error: BaseException) -> list[tuple[FrameType, int]]:
     """Frames of an error and their lines, the outermost first; export raises some errors again as others, whose own
     frames end above the model's."""
+    return [frame for each in _chain(error) for frame in traceback.walk_tb(each.__traceback__)]
+
+
+def _chain(error: BaseException) -> list[BaseException]:
     chain: list[BaseException] = []
     at: BaseException | None = error
     while at is not None and at not in chain:
         chain.append(at)
         at = at.__cause__ or at.__context__
-    return [frame for each in chain for frame in traceback.walk_tb(each.__traceback__)]
+    return chain
+
+
+def _raise_internal(error: BaseException) -> None:
+    for each in _chain(error):
+        if isinstance(each, InternalError):
+            raise each
 
 
 def unknown_size(model: nn.Module, module: str, error: Exception) -> TraceError:
@@ -93,7 +123,8 @@ def unknown_size(model: nn.Module, module: str, error: Exception) -> TraceError:
 
 
 def cannot_trace(model: nn.Module, error: Exception) -> TraceError:
-    """torch.export's failure on `model`, in one line."""
+    """torch.export's failure on `model`, in one line. Raises an InternalError that is the reason."""
+    _raise_internal(error)
     place = Place.of(model, error)
     at = f" at {place.line}" if place.line else ""
     if isinstance(error, PlanError):
@@ -106,7 +137,8 @@ def cannot_trace(model: nn.Module, error: Exception) -> TraceError:
 
 
 def does_not_fit(model: nn.Module, error: BaseException) -> Misfit:
-    """What fails on a rank's shapes and not on the unsharded ones."""
+    """What fails on a rank's shapes and not on the unsharded ones. Raises an InternalError that is the reason."""
+    _raise_internal(error)
     place = Place.of(model, error)
     if isinstance(error, PlanError):
         return Misfit(f"{place} does not run on a rank's shapes: {error}", place.module)

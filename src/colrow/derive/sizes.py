@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from colrow.derive.axes import atoms_in
-from colrow.derive.failure import TraceError
+from colrow.derive.failure import TraceError, own_code
 from colrow.derive.infer import computation, facts_of, op_name
 from colrow.derive.rules_pieces import PieceOfDim
 from colrow.derive.trace import Label, Trace, export, is_boundary, label_of
@@ -85,7 +85,9 @@ class _Marked(_Calls):
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
-        if func in CALLS and sizes_written(func, args, kwargs) is not None and (label := self.next_label()):
+        with own_code():
+            label = self.next_label() if func in CALLS and sizes_written(func, args, kwargs) is not None else None
+        if label:
             if isinstance(out, Tensor):
                 return torch.ops.colrow_plan.boundary(out, label, -1, 1, 1)
             return type(out)((torch.ops.colrow_plan.boundary(out[0], label, -1, 1, 1), *out[1:]))
@@ -103,10 +105,16 @@ class _Solved(_Calls):
         """Calls that write the same on a rank, and what they write."""
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        with own_code():
+            sizes = self._local_sizes(func, args, kwargs)
+        return func(*args, **kwargs) if sizes is None else with_sizes(func, args, kwargs, sizes)
+
+    def _local_sizes(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Sizes | None:
+        """The sizes that a rank writes in the place of the call's; None where it writes these."""
         written = sizes_written(func, args, kwargs) if func in CALLS else None
         label = self.next_label() if written is not None else None
         if written is None or label is None:
-            return func(*args, **kwargs)
+            return None
         # The graph of the unsharded model has the call's result, so a rank's extents of it are known.
         if label in self.expected:
             expected = self.expected[label]
@@ -125,7 +133,7 @@ class _Solved(_Calls):
             if wanted is not None and not fits(func, args, written):
                 same = tuple(ANY if n is None else n for n in written)
                 self.unchanged[self.running[-1]][SizeRule(CALLS[func].name, same, (ANY,) * len(same))] = written
-            return func(*args, **kwargs)
+            return None
         # A rule says by which sizes a call is known, and what a rank writes in their place. Sizes that inputs decide
         # stand as `any`: a batch of another size must match too.
         names = [_change(old, new, self.tp) for old, new in zip(written, wanted, strict=True)]
@@ -136,7 +144,7 @@ class _Solved(_Calls):
             for old, name, varies in zip(written, names, parts, strict=True)
         ]
         self.rules[self.running[-1]].add(SizeRule(CALLS[func].name, tuple(keys), tuple(names)))
-        return with_sizes(func, args, kwargs, wanted)
+        return wanted
 
     def _fitting(self, func: Any, args: Any, written: Sizes) -> Sizes | None:
         """What a rank writes in a view that is not in the graph, because nothing uses its result: one count of heads or
