@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from colrow.sharding.parameter_state import copied_model
 from colrow.verifying.counters import Counts, Course, Kept, courses, set_counts
-from colrow.verifying.kept_values import kept_values_restored
+from colrow.verifying.kept_values import kept_values_restored, replay_all_iterators
 from colrow.verifying.report import Report
 from colrow.verifying.verify import verify
 from helpers import broken_models as m
 from helpers.broken_plans import gpt_plan
 
 CALLS, TABLE, OBJECT, ITERATOR, TENSOR = 0, {"run": [0]}, SimpleNamespace(calls=0), itertools.count(), torch.zeros(())
+LOCAL, VARIABLE, ARRAY, GENERATOR = (
+    threading.local(),
+    ContextVar("calls", default=0),
+    np.zeros(1),
+    (n for n in itertools.count()),
+)
+LOCAL.calls = 0
 
 
 class Registry:
@@ -67,6 +78,25 @@ def in_tensor() -> Any:
     return TENSOR.item()
 
 
+def in_thread_local() -> Any:
+    LOCAL.calls += 1
+    return LOCAL.calls
+
+
+def in_context_variable() -> Any:
+    VARIABLE.set(VARIABLE.get() + 1)
+    return VARIABLE.get()
+
+
+def in_array() -> Any:
+    ARRAY[:] += 1
+    return ARRAY[0]
+
+
+def in_generator() -> Any:
+    return next(GENERATOR) + 1
+
+
 def _closing() -> Callable[[], Any]:
     calls = 0
 
@@ -80,6 +110,7 @@ def _closing() -> Callable[[], Any]:
 
 in_closure = _closing()
 PLACES = [in_global, in_table, in_object, in_other_class, in_function, in_default, in_iterator, in_tensor, in_closure]
+PLACES += [in_thread_local, in_context_variable, in_array, in_generator]
 
 
 def counted(count: Callable[[], Any]) -> Callable[[Any], Any]:
@@ -115,6 +146,7 @@ def judged(mlp: m.MLP) -> Report:
 @pytest.mark.parametrize("count", PLACES, ids=lambda count: count.__qualname__)
 def test_a_counter_is_found_set_and_given_back(count: Callable[[], Any]) -> None:
     model, x = counting(count, lambda n: False), torch.randn(1, 2, m.D)
+    replay_all_iterators(model)
     before = Kept.of(model).counts
     with kept_values_restored(model):
         seen = list[Counts]()
@@ -146,6 +178,42 @@ def test_a_branch_of_what_is_counted_outside(count: Callable[[], Any]) -> None:
 def test_what_is_right_at_every_count_stays_proved(count: Callable[[], Any]) -> None:
     """Both models are compared at the same counts: a factor grows over the first calls."""
     assert judged(counting(count, lambda n: False)).ok
+
+
+class Scheduled(m.MLP):
+    """A softmax over a rank's features where its schedule says so."""
+
+    def __init__(self, schedule: Iterator[Any]) -> None:
+        super().__init__()
+        self.schedule = schedule
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        return self.down(h.softmax(-1) if next(self.schedule) else h)
+
+
+def seldom(at: int) -> Iterator[bool]:
+    for i in itertools.count():
+        yield i == at
+
+
+@pytest.mark.parametrize(
+    "make", [seldom, pytest.param(lambda at: iter([*([0] * at), 1, *([0] * 900)]), marks=pytest.mark.exhaustive)]
+)
+def test_an_item_that_an_iterator_seldom_gives(make: Callable[[int], Iterator[Any]]) -> None:
+    assert judged(Scheduled(make(99))).cause.startswith("with schedule 99 items later: ")
+
+
+def test_copies_of_a_model_take_the_same_items() -> None:
+    model = Scheduled(seldom(2))
+    copied = copied_model(model)
+    assert [next(copied.schedule) for _ in range(3)] == [next(model.schedule) for _ in range(3)] == [False, False, True]
+    assert next(copied_model(copied).schedule) is next(pickle.loads(pickle.dumps(copied.schedule))) is False
+
+
+@pytest.mark.exhaustive
+def test_an_iterator_that_gives_no_such_item_stays_proved() -> None:
+    assert judged(Scheduled(seldom(10_000_000))).ok
 
 
 class Lazy:

@@ -27,6 +27,7 @@ from torch.distributed.tensor.placement_types import Placement
 from colrow.errors import ConfigError
 from colrow.sharding.layout import full_tensor
 from colrow.sharding.local_view import PARAMETER_ATTRIBUTES
+from colrow.sharding.replayed_iterators import replay_iterators
 from colrow.torch_compat import local_shard, parameter_hooks, tree_leaves
 
 Hook = Callable[..., Any]
@@ -114,7 +115,8 @@ def kept_states(model: nn.Module) -> Iterator[None]:
 
 def detached_attributes(model: nn.Module) -> dict[int, Any]:
     """A memo for `copy.deepcopy`, which refuses tensors of a graph: those that a forward left in an attribute, or that
-    `torch.nn.utils.weight_norm` put there."""
+    `torch.nn.utils.weight_norm` put there. It refuses generators too: see [Note: replayed iterators]."""
+    replay_iterators(model)
     found = (value for module in model.modules() for value in tree_leaves(dict(vars(module))))
     return {id(x): x.detach().clone() for x in found if isinstance(x, Tensor) and x.grad_fn is not None}
 

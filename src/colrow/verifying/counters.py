@@ -2,18 +2,17 @@
 
 [Note: counters]
 Code may count its calls and compute something else after a number of them: a warm-up, a schedule, every seventh step.
-The first two forwards do not show that. A counter is a number, a tensor of one element or an `itertools.count`,
-wherever code keeps it ([Note: kept values]), that two forwards in a row, or their backwards, change by the same step
-or, a temperature, by the same factor. One more step of the unsharded model shows which numbers its counters meet: those
-that they are compared with, divided by or multiplied with. The sharded model is compared with it where counters reach
-one of these numbers and other operators run ([Note: other ways]), and far behind in any case.
+The first two forwards do not show that. A counter is a number, a tensor or array of one element, or an iterator's next
+item, wherever code keeps it ([Note: kept values]), that two forwards in a row, or their backwards, change by the same
+step or, a temperature, by the same factor. One more step of the unsharded model shows which numbers its counters meet:
+those that they are compared with, divided by or multiplied with. The sharded model is compared with it where counters
+reach one of these numbers and other operators run ([Note: other ways]), and far behind in any case.
 What grows instead, such as a history, decides by its length, which meets no number that could be recorded. Where two
 forwards in a row make something longer, the models are compared after as many forwards as make it run other operators.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -24,13 +23,14 @@ import numpy as np
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from colrow.sharding.replayed_iterators import ReplayedIterator
 from colrow.torch_compat import is_fake
-from colrow.verifying.kept_values import KeptValue, Path, is_number, kept_values, next_of
+from colrow.verifying.kept_values import KeptValue, Path, is_number, kept_values
 
 Counts = dict[Path, int | float]
 Sizes = dict[Path, int]
 FAR = 1_000_000
-_CONTAINERS = (list, tuple, set, dict, deque, np.ndarray)
+_CONTAINERS = (list, tuple, set, dict, deque)
 
 
 @dataclass(frozen=True)
@@ -54,18 +54,30 @@ class Kept:
         for kept in kept_values(model):
             if (number := _number(kept.value)) is not None:
                 found.counts[kept.path] = number
-                if kept.outside:
+                if kept.outside and _is_known_by(number, kept.value):
                     found.outside[kept.path] = number
             if isinstance(kept.value, Tensor):
                 found.sizes[kept.path] = kept.value.numel()
+            elif isinstance(kept.value, np.ndarray):
+                found.sizes[kept.path] = kept.value.size
             elif isinstance(kept.value, _CONTAINERS):  # other code with a length may raise, or take long
                 found.sizes[kept.path] = len(kept.value)
         return found
 
 
+def _is_known_by(number: int | float, value: Any) -> bool:
+    """Whether other processes that are told the number have the value: of an iterator, if it counts."""
+    if not isinstance(value, ReplayedIterator):
+        return True
+    coming = value.coming(4)
+    return all(is_number(item) and item == number + i for i, item in enumerate(coming)) and len(coming) == 4
+
+
 def _number(value: Any) -> int | float | None:
-    if isinstance(value, itertools.count):
-        value = next_of(value)
+    if isinstance(value, ReplayedIterator):
+        (value,) = value.coming(1) or (None,)
+    elif isinstance(value, np.ndarray):
+        value = value.item() if value.size == 1 else None
     elif isinstance(value, Tensor) and value.numel() == 1 and not (value.is_meta or is_fake(value)):
         value = value.item()
     return value if is_number(value) and math.isfinite(value) else None
@@ -125,17 +137,25 @@ def _set(kept: KeptValue, number: Any) -> None:
     value = kept.value
     if isinstance(value, Tensor):
         value.detach().fill_(number)
-    elif isinstance(value, itertools.count):
-        # a generator keeps the type of a number that records, and a count makes it plain
-        kept.put(_counting_from(number) if type(number) in _RECORDING else itertools.count(number))
+    elif isinstance(value, np.ndarray):
+        value.fill(number)
+    elif isinstance(value, ReplayedIterator):
+        if isinstance(number, Ahead):
+            value.ahead(number)
+        else:
+            value.restart(_counting_from(number))
     else:
         kept.put(number)
 
 
 def _counting_from(number: Any) -> Iterator[Any]:
     while True:
-        yield number
+        yield number  # an itertools.count would make a number plain that records
         number = number + 1
+
+
+class Ahead(int):
+    """How many items later an iterator is to go on."""
 
 
 class _Integer(int):
@@ -148,9 +168,6 @@ class _Integer(int):
 class _Float(float):
     met: set[float]
     __hash__ = float.__hash__
-
-
-_RECORDING = (_Integer, _Float)
 
 
 def recording(number: Any, met: set[float]) -> Any:

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import dis
 import functools
-import itertools
 import math
 import sys
+import threading
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from colrow.dryrun.block_kinds import code_set_on
 from colrow.dryrun.code_caches import classes_and_files
+from colrow.sharding.replayed_iterators import ReplayedIterator, is_iterator
 
 Path = tuple[str, ...]
 """How a value is reached: a module's name, then an attribute or key at each step."""
@@ -40,7 +42,7 @@ _DEEPEST = 12
 _CALLED = ("__call__", "__getattr__", "__torch_function__")
 """Special methods whose code a forward may run."""
 _CACHED_FUNCTION = type(functools.cache(lambda: None))
-_NOT_FOLLOWED = (bool, str, bytes, Tensor, itertools.count)
+_NOT_FOLLOWED = (bool, str, bytes, Tensor, ReplayedIterator)
 
 
 @dataclass(frozen=True)
@@ -107,18 +109,24 @@ def kept_values_restored(model: nn.Module) -> Iterator[None]:
             _give_back(kept, content)
         # a forward may have bound another object to the place
         bound = {kept.path: kept.value for kept in kept_values(model)}
-        for kept, content in contents:
-            value = content if isinstance(kept.value, itertools.count) else kept.value
-            if bound.get(kept.path) is not value:
-                kept.put(value)
+        for kept in before:
+            if bound.get(kept.path) is not kept.value:
+                kept.put(kept.value)
+
+
+def replay_all_iterators(model: nn.Module) -> None:
+    """Those outside of the model's modules too."""
+    for kept in list(kept_values(model)):
+        if is_iterator(kept.value):
+            kept.put(ReplayedIterator(kept.value))
 
 
 def _copy(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone() if value.numel() <= _MOST_ELEMENTS else None
-    if isinstance(value, itertools.count):
-        return copied_count(value)
-    return value.copy() if isinstance(value, list | deque | set | dict) else None
+    if isinstance(value, ReplayedIterator):
+        return value.place
+    return value.copy() if isinstance(value, list | deque | set | dict | np.ndarray) else None
 
 
 def _give_back(kept: KeptValue, content: Any) -> None:
@@ -126,19 +134,17 @@ def _give_back(kept: KeptValue, content: Any) -> None:
     if isinstance(value, Tensor):
         if content is not None and value.shape == content.shape:
             value.detach().copy_(content)
-    elif content is not None and not isinstance(value, itertools.count):
+    elif isinstance(value, ReplayedIterator):
+        value.go_to(content)
+    elif isinstance(value, np.ndarray):
+        value[...] = content
+    elif content is not None:
         value.clear()
         value.extend(content) if isinstance(value, list | deque) else value.update(content)
 
 
-def next_of(count: itertools.count[Any]) -> Any:
-    """The number that it will give next."""
-    return count.__reduce__()[1][0]
-
-
-def copied_count(count: itertools.count[Any]) -> itertools.count[Any]:
-    """Another one that goes on where it stands."""
-    return itertools.count(*count.__reduce__()[1])
+def _nothing(_: Any) -> None:
+    """Of a setter that returns something."""
 
 
 def _unsettable(value: Any) -> None:
@@ -159,7 +165,7 @@ class _Walk:
     def attributes(self, path: Path, holder: Any, held: dict[str, Any], outside: bool) -> Iterator[KeptValue]:
         """Those of an object, and of its classes: `self.calls += 1` makes an attribute of a class's one."""
         own = [cls for cls in type(holder).__mro__ if _is_own(cls.__module__)]
-        of_classes = {k: v for cls in reversed(own) for k, v in vars(cls).items() if is_number(v) or _is_counter(v)}
+        of_classes = {k: v for cls in reversed(own) for k, v in vars(cls).items() if is_number(v) or _is_iterator(v)}
         for key, value in {**of_classes, **held}.items():
             yield from self.value((*path, key), value, functools.partial(setattr, holder, key), outside)
         for cls in own:
@@ -191,7 +197,10 @@ class _Walk:
                 found = [(str(i), v, functools.partial(value.__setitem__, i)) for i, v in enumerate(list(value))]
         elif code := _code_in(value):
             found = [(str(i), v, _unsettable) for i, v in enumerate(code)]
-        elif isinstance(value, types.SimpleNamespace) or (
+        elif isinstance(value, ContextVar):
+            with suppress(LookupError):  # it has no value yet
+                found, outside = [("value", value.get(), lambda content: _nothing(value.set(content)))], True
+        elif isinstance(value, types.SimpleNamespace | threading.local) or (
             _is_own(type(value).__module__) and hasattr(value, "__dict__")
         ):
             yield from self.attributes(path, value, dict(vars(value)), outside)
@@ -237,8 +246,8 @@ def _setter(namespace: dict[str, Any], name: str) -> Callable[[Any], None]:
     return functools.partial(namespace.__setitem__, name)
 
 
-def _is_counter(value: Any) -> bool:
-    return isinstance(value, itertools.count)
+def _is_iterator(value: Any) -> bool:
+    return isinstance(value, ReplayedIterator) or is_iterator(value)
 
 
 def _is_own(module: str) -> bool:

@@ -18,13 +18,14 @@ from typing import Any
 from torch import Tensor
 
 from colrow.sharding.parameter_state import copied_model
+from colrow.sharding.replayed_iterators import ReplayedIterator
 from colrow.verifying.comparison import Reference
-from colrow.verifying.counters import Counts, Kept, TensorsRecord, recording, set_counts
+from colrow.verifying.counters import Ahead, Counts, Kept, TensorsRecord, recording, set_counts
 from colrow.verifying.host_draws import LEAST, MOST, PAIRS, places
-from colrow.verifying.kept_values import kept_values, numbers_in_code, set_names
+from colrow.verifying.kept_values import Path, kept_values, kept_values_restored, numbers_in_code, set_names
 from colrow.verifying.operators_run import Operators, operators_in_turn, operators_run
 from colrow.verifying.other_values import OtherValues, with_reference
-from colrow.verifying.step import Task, reference_step
+from colrow.verifying.step import Task, call, reference_step
 
 _MOST_WAYS = 8
 """Most other ways of the code that are compared."""
@@ -34,6 +35,8 @@ _SEEDS = 32
 """Of random numbers that differ from draw to draw."""
 _MOST_SET = 100
 """Most numbers that other code may set, of all places."""
+_MOST_ITEMS, _FURTHEST = 1024, 100_000
+"""Items of an iterator that are looked at, and how many later it is tried."""
 _LATER = (2, 4, 6, 30)
 """Forwards before the step, where no branch says more: histories are short."""
 
@@ -41,6 +44,7 @@ _LATER = (2, 4, 6, 30)
 def other_ways(task: Task, reference: Reference) -> Iterator[OtherValues]:
     """All of them, each with the unsharded model's step."""
     yield from _counted(task, reference)
+    yield from _iterated(task, reference)
     yield from _set_elsewhere(task, reference)
     yield from _decided(task, reference)
     yield from _later(task, reference)
@@ -73,6 +77,32 @@ def _counted(task: Task, reference: Reference) -> Iterator[OtherValues]:
 
 def _near(numbers: Iterable[float]) -> Iterator[float]:
     return (near for n in numbers for near in (n - 1, n, n + 1))
+
+
+def _iterated(task: Task, reference: Reference) -> Iterator[OtherValues]:
+    """With later items of iterators that count nothing: where an item is another one, and far behind."""
+    model = copied_model(task.model)
+    held = {kept.path: it for kept in kept_values(model) if isinstance(it := kept.value, ReplayedIterator)}
+    taken = list[Path]()
+    with kept_values_restored(model), suppress(Exception):
+        before = {path: it.place for path, it in held.items()}
+        call(task, model)
+        taken += [path for path, it in held.items() if it.place != before[path] and path not in reference.counters]
+        for path in taken:
+            held[path].go_to(before[path])
+
+    def tried() -> Iterator[tuple[str, Task]]:
+        for path in taken:
+            first = dict[str, int]()
+            for i, item in enumerate(held[path].coming(_MOST_ITEMS)):
+                if item is None or isinstance(item, bool | int | float | str | tuple):
+                    first.setdefault(repr(item), i)
+            far = (n for n in (*_near(numbers_in_code(model)), *_USUAL) if 0 < n <= _FURTHEST)
+            for items in map(Ahead, dict.fromkeys([*list(first.values())[:_MOST_SET], *far])):
+                yield f"{path[-1]} {items} items later", replace(task, counts=task.counts | {path: items})
+
+    if taken:
+        yield from _new_ways(tried(), operators_run(task))
 
 
 def _set_elsewhere(task: Task, reference: Reference) -> Iterator[OtherValues]:

@@ -28,7 +28,7 @@ from colrow.verifying.counters import Counts, Kept, courses, grows, set_counts
 from colrow.verifying.double_casts import DoubleCasts
 from colrow.verifying.dropout import without_dropout
 from colrow.verifying.host_draws import HostDraws
-from colrow.verifying.kept_values import kept_values_restored
+from colrow.verifying.kept_values import kept_values_restored, replay_all_iterators
 
 T = TypeVar("T")
 
@@ -141,6 +141,7 @@ def sharded_step(
 
     `shards_of` returns a local tensor's value on each rank that runs in this process.
     """
+    replay_all_iterators(model)  # another process has its own
     with kept_values_restored(model):
         return _sharded_step(task, model, plan, mesh, shards_of)
 

@@ -26,6 +26,7 @@ from colrow.verifying.comparison import Errors, Observed, Reference, compare
 from colrow.verifying.controls import negative_control
 from colrow.verifying.diagnosis import likely_cause
 from colrow.verifying.double_casts import Rounding
+from colrow.verifying.kept_values import replay_all_iterators
 from colrow.verifying.operators_run import decides_by_clock
 from colrow.verifying.other_values import TOLERATED, other_values
 from colrow.verifying.other_ways import other_ways
@@ -85,6 +86,7 @@ def verify(
         raise PlanError(f"tp={tp} splits nothing: verify needs tp of 2 or more")
     model, reduced = reduced_model(build_model if isinstance(build_model, nn.Module) else build_model(), tp)
     model = prepared_model(model, seed)
+    replay_all_iterators(model)
     with _few_threads(model):
         chosen = _inputs(model, inputs, batch_size, seq_len or -(-16 // tp) * tp, seed + 1, reduced=reduced is not None)
         task, reference, exact = _reference(Task(model, chosen, loss, tp, seed + 2))
