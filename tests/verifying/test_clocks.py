@@ -1,19 +1,25 @@
-"""A branch on a clock cannot be proved; what is read for a log can."""
+"""A branch on a clock, or on what the system draws, cannot be proved; what is read for a log can."""
 
 from __future__ import annotations
 
 import datetime
+import os
+import random
+import secrets
 import time
+import uuid
 from collections.abc import Callable
 from time import monotonic
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from colrow.sharding.parameter_state import copied_model
 from colrow.verifying.clocks import Clocks
-from colrow.verifying.operators_run import decides_by_clock
-from colrow.verifying.step import Task
+from colrow.verifying.operators_run import decides_alone
+from colrow.verifying.step import Task, reference_step
 from colrow.verifying.verify import verify
 from helpers import broken_models as m
 from helpers.broken_plans import gpt_plan
@@ -48,8 +54,31 @@ DECIDE = {
 }
 
 
+DRAW = {
+    "randbelow": lambda own: secrets.randbelow(1000) == 700,
+    "urandom": lambda own: os.urandom(1)[0] < 2,
+    "system": lambda own: RANDOM.random() > 0.995,
+    "uuid": lambda own: uuid.uuid4().int % 16 == 3,
+    "generator without a seed": lambda own: np.random.default_rng().random() < 0.01,
+    "random without a seed": lambda own: random.Random().random() < 0.05,
+    "process": lambda own: os.getpid() % 16 == 5,
+}
+RANDOM = random.SystemRandom()
+
+
 def decides(mlp: m.MLP) -> bool:
-    return decides_by_clock(Task(mlp, (torch.randn(1, 2, m.D),), lambda output, inputs: output.square().sum(), 2))
+    task = Task(mlp, (torch.randn(1, 2, m.D),), lambda output, inputs: output.square().sum(), 2)
+    return decides_alone(task, reference_step(task, copied_model(mlp)).clocks)
+
+
+@pytest.mark.parametrize("name", ["randbelow", *(pytest.param(k, marks=pytest.mark.exhaustive) for k in DRAW)])
+def test_what_the_system_draws(name: str) -> None:
+    assert decides(Timed(DRAW[name]))
+
+
+def test_what_the_system_draws_for_a_log() -> None:
+    assert not decides(Timed(lambda own: uuid.uuid4().hex == "" or secrets.token_hex() == ""))
+    assert len({uuid.uuid4() for _ in range(4)}) == 4  # others' draws stay the system's
 
 
 @pytest.mark.parametrize("name", ["seldom", *(pytest.param(k, marks=pytest.mark.exhaustive) for k in DECIDE)])
@@ -70,5 +99,7 @@ def test_what_is_read_for_a_log() -> None:
 def test_a_plan_that_cannot_be_proved() -> None:
     found = verify(m.Gpt(mlp=lambda: Timed(DECIDE["after"]), layers=1), gpt_plan(), 2, backend="local")
     assert found.verdict == "inconclusive"
-    assert found.failure == "what the model computes depends on time.monotonic, which each rank reads for itself"
+    assert found.failure.startswith(
+        "what the model computes depends on time.monotonic, which each rank reads for itself"
+    )
     assert verify(m.Gpt(mlp=lambda: Timed(logs), layers=1), gpt_plan(), 2, backend="local").ok

@@ -216,6 +216,20 @@ def test_an_iterator_that_gives_no_such_item_stays_proved() -> None:
     assert judged(Scheduled(seldom(10_000_000))).ok
 
 
+class Locked:
+    def __init__(self) -> None:
+        self.lock, self.calls = threading.Lock(), 0
+
+
+def test_what_cannot_be_copied_is_shared_and_what_is_beside_it_is_not() -> None:
+    model: Any = m.MLP()
+    model.held = Locked()
+    copied: Any = copied_model(model)
+    copied.held.calls += 1
+    assert copied.held.lock is model.held.lock
+    assert model.held.calls == 0
+
+
 class Lazy:
     """Has no length yet."""
 

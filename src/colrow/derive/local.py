@@ -8,7 +8,6 @@ the ones that fix it become a part of the plan.
 
 from __future__ import annotations
 
-import copy
 import itertools
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,7 +43,7 @@ from colrow.derive.undecomposed import computing_nodes
 from colrow.dryrun.calls import Inputs, call_model
 from colrow.plans.patterns import is_within
 from colrow.sharding.operators import Filling
-from colrow.sharding.parameter_state import detached_attributes
+from colrow.sharding.parameter_state import copied_model
 from colrow.styles.base import set_attribute
 from colrow.styles.local_sizes import write_local_sizes
 from colrow.torch_compat import as_in_export, fake_tensor_mode, masks_without_values, quiet_fake_tensors
@@ -273,7 +272,7 @@ class LocalCheck:
     def local_copy(self) -> nn.Module:
         """A copy that shares the parameters and buffers."""
         shared = {id(t): t for t in itertools.chain(self.model.parameters(), self.model.buffers())}
-        return copy.deepcopy(self.model, {**detached_attributes(self.model), **shared})
+        return copied_model(self.model, shared)
 
     def _quick(
         self, model: nn.Module, rescale: Rescale | None, expected: dict[Node, list[int] | None]

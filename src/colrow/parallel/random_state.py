@@ -40,7 +40,7 @@ class Generators:
             for model in modules
             for name, module in model.named_modules()
             for key, value in vars(module).items()
-            if isinstance(value, _OWNED)
+            if isinstance(value, _OWNED) and not isinstance(value, random.SystemRandom)  # the system's has no state
         }
 
     def seed(self, seed: int) -> None:

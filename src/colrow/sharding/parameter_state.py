@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -123,10 +123,30 @@ def detached_attributes(model: nn.Module) -> dict[int, Any]:
 
 def copied_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """`copy.deepcopy` that keeps the parameters' hooks and attributes."""
-    states = states_of(model)
-    made = copy.deepcopy(model, {**detached_attributes(model), **(memo or {})})
+    states, memo = states_of(model), {**detached_attributes(model), **(memo or {})}
+    try:
+        made = copy.deepcopy(model, dict(memo))
+    except Exception:
+        of_torch = vars(nn.Module()).keys()
+        values = [v for module in model.modules() for k, v in vars(module).items() if k not in of_torch]
+        made = copy.deepcopy(model, {**memo, **_uncopied(values)})
     set_states(made, states)
     return made
+
+
+def _uncopied(values: Iterable[Any], depth: int = 4) -> dict[int, Any]:
+    """A memo of what cannot be copied and is shared: locks, open files, the system's generator of random numbers."""
+    found = dict[int, Any]()
+    for value in values:
+        if value is None or isinstance(value, Tensor | nn.Module | int | float | str):
+            continue
+        try:
+            copy.deepcopy(value, dict(found))
+        except Exception:
+            inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+            inside = _uncopied([*inner, *getattr(value, "__dict__", {}).values()], depth - 1) if depth else {}
+            found |= inside or {id(value): value}
+    return found
 
 
 def _set_state(param: nn.Parameter, state: ParameterState) -> None:

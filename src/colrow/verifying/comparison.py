@@ -100,7 +100,7 @@ class Reference:
         dropout_off: the model would have dropped something.
         drew: it drew random numbers.
         decided: its code drew random numbers on the host ([Note: deciding draws]).
-        clocks: that its code read.
+        clocks: that its code read, and sources of random numbers that no seed reaches.
         bounds: of integers that it drew so, how many there were to draw from.
         rounds: the model rounds to fp32.
         next_loss: of another forward after the step.

@@ -57,7 +57,8 @@ class HostDraws(TorchFunctionMode):
         self.drew, self.bounds = False, set[int]()
         self._seed, self._at, self._generators = seed, at, Generators([model], "cpu")
         found = {id(kept.value): kept.value for kept in kept_values(model)}
-        self._kept = [generator for generator in found.values() if isinstance(generator, _OF_CODE)]
+        kept = [generator for generator in found.values() if isinstance(generator, _OF_CODE)]
+        self._kept = [generator for generator in kept if not isinstance(generator, random.SystemRandom)]  # has no state
 
     def __enter__(self) -> HostDraws:
         self._restore = self._generators.beyond_torch()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType
@@ -16,11 +16,11 @@ from colrow.dryrun.block_kinds import shape_or_value
 from colrow.dryrun.calls import Inputs
 from colrow.sharding.parameter_state import copied_model
 from colrow.torch_compat import TorchDispatchMode, frames, path_in_torch, tree_leaves
-from colrow.verifying.clocks import Clocks, Moment, moments
+from colrow.verifying.clocks import Clocks, SystemDraws, moments, system_draws
 from colrow.verifying.counters import set_counts
 from colrow.verifying.dropout import without_dropout
 from colrow.verifying.host_draws import HostDraws
-from colrow.verifying.kept_values import kept_values_restored
+from colrow.verifying.kept_values import kept_values_restored, numbers_in_code
 from colrow.verifying.step import Task, call
 
 Operators = frozenset[tuple[tuple[Any, Hashable, Hashable], int]]
@@ -67,7 +67,7 @@ def operators_run(task: Task) -> Operators:
 def operators_in_turn(task: Task, times: int) -> list[Operators]:
     """Of each of so many forwards and backwards of the unsharded model in turn."""
     found = []
-    with _unsharded(task) as model:
+    with unsharded(task) as model:
         for _ in range(times):
             with OperatorsRun(zeros=True) as ran:
                 _run_both_ways(task, model)
@@ -75,23 +75,37 @@ def operators_in_turn(task: Task, times: int) -> list[Operators]:
     return found
 
 
-def decides_by_clock(task: Task) -> bool:
-    """Whether the unsharded model computes something else when clocks say something else ([Note: clocks])."""
-    usual, seen, met = _run(task, lambda readings: time.time(), 2), False, set[float]()
+def decides_alone(task: Task, read: Iterable[str]) -> bool:
+    """Whether the unsharded model computes something else when clocks say something else, or the system draws other
+    numbers ([Note: clocks]).
+
+    Args:
+        read: what its code reads of them.
+    """
+    is_clock = [name.startswith(("time.", "date")) for name in read]
+    return (any(is_clock) and _decides_by_clock(task)) or (not all(is_clock) and _decides_by_draws(task))
+
+
+def _decides_by_clock(task: Task) -> bool:
+    usual, seen, met = _run(task, Clocks(task.model, lambda readings: time.time()), 2), False, set[float]()
     for moment in moments():
-        seen |= _run(task, moment, 2, met) != usual
-    return seen or any(_run(task, moment, 2) != usual for moment in moments(sorted(met)[:_MOST_MET]))
-
-
-def _run(
-    task: Task, moment: Moment | None = None, forwards: int = 1, met: set[float] | None = None
-) -> tuple[Operators, float]:
-    """The operators of some forwards and backwards and the last loss, with clocks at a moment, and the numbers they
-    met."""
-    with Clocks(task.model, moment) as clocks, _unsharded(task) as model, OperatorsRun() as ran:
-        loss = [_run_both_ways(task, model) for _ in range(forwards)][-1]
-    if met is not None:
+        clocks = Clocks(task.model, moment)
+        seen |= _run(task, clocks, 2) != usual
         met |= clocks.met
+    return seen or any(_run(task, Clocks(task.model, at), 2) != usual for at in moments(sorted(met)[:_MOST_MET]))
+
+
+def _decides_by_draws(task: Task) -> bool:
+    first = Clocks(task.model, draws=SystemDraws(0))
+    usual = _run(task, first)
+    tried = system_draws(numbers_in_code(task.model), first.bounds)
+    return any(_run(task, Clocks(task.model, draws=draws)) != usual for draws in tried)
+
+
+def _run(task: Task, clocks: Clocks, forwards: int = 1) -> tuple[Operators, float]:
+    """The operators of some forwards and backwards, and the last loss."""
+    with clocks, unsharded(task) as model, OperatorsRun() as ran:
+        loss = [_run_both_ways(task, model) for _ in range(forwards)][-1]
     return ran.operators, loss
 
 
@@ -102,7 +116,7 @@ def _run_both_ways(task: Task, model: nn.Module) -> float:
 
 
 @contextmanager
-def _unsharded(task: Task) -> Iterator[nn.Module]:
+def unsharded(task: Task) -> Iterator[nn.Module]:
     """A copy of the unsharded model, as it is before the task's step."""
     model = copied_model(task.model)
     with (

@@ -22,8 +22,8 @@ from colrow.sharding.replayed_iterators import ReplayedIterator
 from colrow.verifying.comparison import Reference
 from colrow.verifying.counters import Ahead, Counts, Kept, TensorsRecord, recording, set_counts
 from colrow.verifying.host_draws import LEAST, MOST, PAIRS, places
-from colrow.verifying.kept_values import Path, kept_values, kept_values_restored, numbers_in_code, set_names
-from colrow.verifying.operators_run import Operators, operators_in_turn, operators_run
+from colrow.verifying.kept_values import Path, kept_values, numbers_in_code, set_names
+from colrow.verifying.operators_run import Operators, operators_in_turn, operators_run, unsharded
 from colrow.verifying.other_values import OtherValues, with_reference
 from colrow.verifying.step import Task, call, reference_step
 
@@ -81,10 +81,9 @@ def _near(numbers: Iterable[float]) -> Iterator[float]:
 
 def _iterated(task: Task, reference: Reference) -> Iterator[OtherValues]:
     """With later items of iterators that count nothing: where an item is another one, and far behind."""
-    model = copied_model(task.model)
-    held = {kept.path: it for kept in kept_values(model) if isinstance(it := kept.value, ReplayedIterator)}
-    taken = list[Path]()
-    with kept_values_restored(model), suppress(Exception):
+    held, taken = dict[Path, ReplayedIterator](), list[Path]()
+    with suppress(Exception), unsharded(task) as model:
+        held |= {kept.path: it for kept in kept_values(model) if isinstance(it := kept.value, ReplayedIterator)}
         before = {path: it.place for path, it in held.items()}
         call(task, model)
         taken += [path for path, it in held.items() if it.place != before[path] and path not in reference.counters]
@@ -97,7 +96,7 @@ def _iterated(task: Task, reference: Reference) -> Iterator[OtherValues]:
             for i, item in enumerate(held[path].coming(_MOST_ITEMS)):
                 if item is None or isinstance(item, bool | int | float | str | tuple):
                     first.setdefault(repr(item), i)
-            far = (n for n in (*_near(numbers_in_code(model)), *_USUAL) if 0 < n <= _FURTHEST)
+            far = (n for n in (*_near(numbers_in_code(task.model)), *_USUAL) if 0 < n <= _FURTHEST)
             for items in map(Ahead, dict.fromkeys([*list(first.values())[:_MOST_SET], *far])):
                 yield f"{path[-1]} {items} items later", replace(task, counts=task.counts | {path: items})
 

@@ -27,7 +27,7 @@ from colrow.verifying.controls import negative_control
 from colrow.verifying.diagnosis import likely_cause
 from colrow.verifying.double_casts import Rounding
 from colrow.verifying.kept_values import replay_all_iterators
-from colrow.verifying.operators_run import decides_by_clock
+from colrow.verifying.operators_run import decides_alone
 from colrow.verifying.other_values import TOLERATED, other_values
 from colrow.verifying.other_ways import other_ways
 from colrow.verifying.report import Mode, Report, Verdict, Worst
@@ -118,9 +118,12 @@ def _found(
     modes, values = list[Mode](), list[str]()
     cases = list(_modes(task, reference))
     for _, in_mode, unsharded in cases:
-        if unsharded.clocks and decides_by_clock(in_mode):
+        if unsharded.clocks and decides_alone(in_mode, unsharded.clocks):
             clocks = " and ".join(unsharded.clocks)
-            failure = f"what the model computes depends on {clocks}, which each rank reads for itself"
+            failure = (
+                f"what the model computes depends on {clocks}, which each rank reads for itself: let it count its "
+                "calls, or draw from random, numpy.random or torch, which have the same seeds on all ranks"
+            )
             return {"verdict": "inconclusive", "backend": "local" if backend == "auto" else backend, "failure": failure}
     try:
         seen = _worst_mode(cases, plan, tolerance, backend, modes)
