@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import pickle
 import threading
 from collections.abc import Callable, Iterator
@@ -93,6 +94,11 @@ def in_array() -> Any:
     return ARRAY[0]
 
 
+def in_environment() -> Any:
+    os.environ["COLROW_TEST_CALLS"] = str(int(os.environ.get("COLROW_TEST_CALLS", "0")) + 1)
+    return int(os.environ["COLROW_TEST_CALLS"])
+
+
 def in_generator() -> Any:
     return next(GENERATOR) + 1
 
@@ -110,7 +116,7 @@ def _closing() -> Callable[[], Any]:
 
 in_closure = _closing()
 PLACES = [in_global, in_table, in_object, in_other_class, in_function, in_default, in_iterator, in_tensor, in_closure]
-PLACES += [in_thread_local, in_context_variable, in_array, in_generator]
+PLACES += [in_thread_local, in_context_variable, in_array, in_generator, in_environment]
 
 
 def counted(count: Callable[[], Any]) -> Callable[[Any], Any]:
@@ -158,6 +164,13 @@ def test_a_counter_is_found_set_and_given_back(count: Callable[[], Any]) -> None
         set_counts(copied_model(model), dict.fromkeys(found, 41))
         assert count() in (42, 42.0)
     assert Kept.of(model).counts == before
+
+
+def test_what_forward_adds_to_the_environment_is_gone_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLROW_TEST_CALLS", raising=False)
+    with kept_values_restored(m.MLP()):
+        in_environment()
+    assert "COLROW_TEST_CALLS" not in os.environ
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,9 @@
 
 [Note: kept values]
 Beside attributes and buffers, code keeps values outside of the model: in globals of its file, in cells that functions
-close over, in attributes of functions and classes, in default arguments, and in objects, lists and dicts that any of
-these hold. A deep copy of the model shares them. So each step begins with those of the caller, who gets them back; and
-they are reached from the model's code, so that other processes find them by the same path.
+close over, in attributes of functions and classes, in default arguments, in the environment, and in objects, lists and
+dicts that any of these hold. A deep copy of the model shares them. So each step begins with those of the caller, who
+gets them back; and they are reached from the model's code, so that other processes find them by the same path.
 Code of torch, of Python and of the libraries in `_LIBRARIES` is not followed.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import dis
 import functools
 import math
+import os
 import sys
 import threading
 import types
@@ -100,6 +101,7 @@ def is_number(value: Any) -> bool:
 @contextmanager
 def kept_values_restored(model: nn.Module) -> Iterator[None]:
     """Afterwards the values outside of the model are those of before."""
+    environment = dict(os.environ)
     before = [kept for kept in kept_values(model) if kept.outside]
     contents = [(kept, _copy(kept.value)) for kept in before]
     try:
@@ -112,6 +114,8 @@ def kept_values_restored(model: nn.Module) -> Iterator[None]:
         for kept in before:
             if bound.get(kept.path) is not kept.value:
                 kept.put(kept.value)
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
 
 
 def replay_all_iterators(model: nn.Module) -> None:
@@ -221,6 +225,10 @@ class _Walk:
                         if key in vars(imported) and self._is_new(vars(imported), key):
                             put = functools.partial(setattr, imported, key)
                             yield from self.value((*path, "global", name, key), vars(imported)[key], put, True)
+        for name in sorted(_texts(function.__code__) & os.environ.keys()):
+            if self._is_new(vars(os.environ), name):
+                put = functools.partial(_set_environment, name)
+                yield from self.value(("environment", name), _number_in(os.environ[name]), put, True)
         for i, cell in enumerate(function.__closure__ or ()):
             if self._enter(cell) and cell != types.CellType():  # an empty one is of a name that is not bound yet
                 put = functools.partial(setattr, cell, "cell_contents")
@@ -240,6 +248,18 @@ class _Walk:
         is_new = place not in self._globals
         self._globals.add(place)
         return is_new
+
+
+def _number_in(text: str) -> int | float | str:
+    """The number that stands there, if that is all."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def _set_environment(name: str, value: Any) -> None:
+    os.environ[name] = str(value)
 
 
 def _setter(namespace: dict[str, Any], name: str) -> Callable[[Any], None]:
@@ -299,6 +319,12 @@ def _constants(code: types.CodeType) -> Iterator[Any]:
             left += const
         elif is_number(const):
             yield const
+
+
+def _texts(code: types.CodeType) -> set[str]:
+    """The texts in it, and in functions inside it."""
+    inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
+    return {const for const in code.co_consts if isinstance(const, str)}.union(*map(_texts, inner))
 
 
 def _names(code: types.CodeType) -> set[str]:
