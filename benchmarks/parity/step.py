@@ -93,6 +93,7 @@ def config_of(mesh: Mesh, **section: Any) -> RunConfig:
                 "lr": 1e-2,
                 "grad_clip": 0.5,
                 "compile": False,
+                "cuda_graph": False,  # its update reads the learning rate in fp32
                 **section,
             },
         }
