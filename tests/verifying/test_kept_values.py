@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -37,6 +37,19 @@ LOCAL.calls = 0
 
 class Registry:
     calls = 0
+
+
+class Slots:
+    __slots__ = ("calls",)
+
+
+class Pair(NamedTuple):
+    calls: int
+    other: int
+
+
+ELEMENTS, SLOTS, PAIR = torch.zeros(2, 2).flatten(), Slots(), Pair(0, 5)
+SLOTS.calls = 0
 
 
 def in_global() -> Any:
@@ -94,6 +107,22 @@ def in_array() -> Any:
     return ARRAY[0]
 
 
+def in_elements() -> Any:
+    ELEMENTS[1] += 1
+    return ELEMENTS[1]
+
+
+def in_slots() -> Any:
+    SLOTS.calls += 1
+    return SLOTS.calls
+
+
+def in_tuple() -> Any:
+    global PAIR
+    PAIR = PAIR._replace(calls=PAIR.calls + 1)
+    return PAIR.calls
+
+
 def in_environment() -> Any:
     os.environ["COLROW_TEST_CALLS"] = str(int(os.environ.get("COLROW_TEST_CALLS", "0")) + 1)
     return int(os.environ["COLROW_TEST_CALLS"])
@@ -116,7 +145,16 @@ def _closing() -> Callable[[], Any]:
 
 in_closure = _closing()
 PLACES = [in_global, in_table, in_object, in_other_class, in_function, in_default, in_iterator, in_tensor, in_closure]
-PLACES += [in_thread_local, in_context_variable, in_array, in_generator, in_environment]
+PLACES += [
+    in_thread_local,
+    in_context_variable,
+    in_array,
+    in_generator,
+    in_environment,
+    in_elements,
+    in_slots,
+    in_tuple,
+]
 
 
 def counted(count: Callable[[], Any]) -> Callable[[Any], Any]:
@@ -227,6 +265,12 @@ def test_copies_of_a_model_take_the_same_items() -> None:
 @pytest.mark.exhaustive
 def test_an_iterator_that_gives_no_such_item_stays_proved() -> None:
     assert judged(Scheduled(seldom(10_000_000))).ok
+
+
+def test_what_a_user_sets_on_a_module_of_torch_is_kept() -> None:
+    model: Any = m.MLP()
+    model.up.calls = 3
+    assert Kept.of(model).counts == {("up", "calls"): 3}
 
 
 class Locked:

@@ -183,11 +183,17 @@ def compare(observed: Observed, reference: Reference, tp: int) -> Errors:
             gradients[name] = got.error(want, tp, reference.size(name))
     # 1e-300: a tensor of zeros has no scale, and any difference from it is an error
     parameters, buffers = (
-        {name: got[name].error(want, tp, max(want.abs().max().item(), 1e-300)) for name, want in wanted.items()}
+        {name: got[name].error(want, tp, max(_largest(want), 1e-300)) for name, want in wanted.items()}
         for got, wanted in ((observed.parameters, reference.parameters), (observed.buffers, reference.buffers))
     )
     loss = _error_of_loss(observed.losses, reference.loss)
     return Errors(loss, gradients, parameters, buffers, _error_of_loss(observed.next_losses, reference.next_loss))
+
+
+def _largest(tensor: Tensor) -> float:
+    """Its largest element, by size; a boolean one has no abs."""
+    largest: float = (tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor).abs().max().item()
+    return largest
 
 
 def _error_of_loss(losses: dict[int, float], want: float) -> float:

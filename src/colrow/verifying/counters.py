@@ -2,9 +2,9 @@
 
 [Note: counters]
 Code may count its calls and compute something else after a number of them: a warm-up, a schedule, every seventh step.
-The first two forwards do not show that. A counter is a number, a tensor or array of one element, or an iterator's next
-item, wherever code keeps it ([Note: kept values]), that two forwards in a row, or their backwards, change by the same
-step or, a temperature, by the same factor. One more step of the unsharded model shows which numbers its counters meet:
+The first two forwards do not show that. A counter is a number, an element of a short tensor or array, or an iterator's
+next item, wherever code keeps it ([Note: kept values]), that two forwards in a row, or their backwards, change by the
+same step or, a temperature, by the same factor. One more step of the unsharded model shows which numbers they meet:
 those that they are compared with, divided by or multiplied with. The sharded model is compared with it where counters
 reach one of these numbers and other operators run ([Note: other ways]), and far behind in any case.
 What grows instead, such as a history, decides by its length, which meets no number that could be recorded. Where two
@@ -20,9 +20,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 from torch.overrides import TorchFunctionMode
 
+from colrow.sharding.layout import full_tensor
 from colrow.sharding.replayed_iterators import ReplayedIterator
 from colrow.torch_compat import is_fake
 from colrow.verifying.kept_values import KeptValue, Path, is_number, kept_values
@@ -30,6 +33,8 @@ from colrow.verifying.kept_values import KeptValue, Path, is_number, kept_values
 Counts = dict[Path, int | float]
 Sizes = dict[Path, int]
 FAR = 1_000_000
+_SHORT = 64
+"""Most elements of tensors and arrays of which each may count."""
 _CONTAINERS = (list, tuple, set, dict, deque)
 
 
@@ -52,10 +57,10 @@ class Kept:
         """What it keeps now."""
         found = cls({}, {}, {})
         for kept in kept_values(model):
-            if (number := _number(kept.value)) is not None:
-                found.counts[kept.path] = number
+            for path, number in _numbers(kept):
+                found.counts[path] = number
                 if kept.outside and _is_known_by(number, kept.value):
-                    found.outside[kept.path] = number
+                    found.outside[path] = number
             if isinstance(kept.value, Tensor):
                 found.sizes[kept.path] = kept.value.numel()
             elif isinstance(kept.value, np.ndarray):
@@ -71,6 +76,28 @@ def _is_known_by(number: int | float, value: Any) -> bool:
         return True
     coming = value.coming(4)
     return all(is_number(item) and item == number + i for i, item in enumerate(coming)) and len(coming) == 4
+
+
+def _numbers(kept: KeptValue) -> Iterator[tuple[Path, int | float]]:
+    """The number that it is, or those of a short tensor or array."""
+    value = kept.value
+    if (number := _number(value)) is not None:
+        yield kept.path, number
+    elif _is_short(value):
+        numbers = enumerate(value.flatten().tolist())
+        yield from ((_element(kept.path, i), n) for i, n in numbers if is_number(n) and math.isfinite(n))
+
+
+def _is_short(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return 1 < value.numel() <= _SHORT and not (
+            value.is_meta or value.layout is not torch.strided or is_fake(value)
+        )
+    return isinstance(value, np.ndarray) and 1 < value.size <= _SHORT
+
+
+def _element(path: Path, i: int) -> Path:
+    return (*path, f"[{i}]")
 
 
 def _number(value: Any) -> int | float | None:
@@ -131,6 +158,9 @@ def set_counts(model: nn.Module, counts: Mapping[Path, int | float]) -> None:
     for kept in list(kept_values(model)) if counts else ():
         if kept.path in counts:
             _set(kept, counts[kept.path])
+        elif _is_short(kept.value):
+            elements = {i: counts[path] for i in range(_SHORT) if (path := _element(kept.path, i)) in counts}
+            _set_elements(kept.value, elements)
 
 
 def _set(kept: KeptValue, number: Any) -> None:
@@ -146,6 +176,20 @@ def _set(kept: KeptValue, number: Any) -> None:
             value.restart(_counting_from(number))
     else:
         kept.put(number)
+
+
+def _set_elements(value: Any, elements: Mapping[int, int | float]) -> None:
+    if not elements:
+        return
+    plain = full_tensor(value.detach()).clone() if isinstance(value, DTensor) else value
+    for i, number in elements.items():
+        place = tuple(map(int, np.unravel_index(i, tuple(value.shape))))
+        (plain.detach() if isinstance(plain, Tensor) else plain)[place] = number
+    if isinstance(value, DTensor):
+        replicated = DTensor.from_local(
+            plain, value.device_mesh, [Replicate()] * value.device_mesh.ndim, run_check=False
+        )
+        value.detach().copy_(replicated.redistribute(placements=value.placements))
 
 
 def _counting_from(number: Any) -> Iterator[Any]:

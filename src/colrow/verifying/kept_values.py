@@ -15,7 +15,6 @@ import functools
 import math
 import os
 import sys
-import threading
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -42,6 +41,8 @@ _MOST_ELEMENTS = 1 << 20
 _DEEPEST = 12
 _CALLED = ("__call__", "__getattr__", "__torch_function__")
 """Special methods whose code a forward may run."""
+_HOLDERS = ("collections", "queue", "argparse", "types", "_thread")
+"""Files of Python whose objects hold what code puts there."""
 _CACHED_FUNCTION = type(functools.cache(lambda: None))
 _NOT_FOLLOWED = (bool, str, bytes, Tensor, ReplayedIterator)
 
@@ -65,8 +66,7 @@ def kept_values(model: nn.Module) -> Iterator[KeptValue]:
     """All of them, each place once."""
     walk = _Walk()
     for name, module in model.named_modules():
-        if not type(module).__module__.startswith("torch.nn."):
-            yield from walk.module((name,), module, False)
+        yield from walk.module((name,), module, False)
         for key, code in code_set_on(module):
             yield from walk.value((name, key), code, _unsettable, False)
 
@@ -164,7 +164,12 @@ class _Walk:
         if not self._enter(module):
             return
         attributes = {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE}
-        yield from self.attributes(path, module, {**attributes, **module._buffers}, outside)
+        cls: Any = type(module)
+        if cls.__module__.startswith("torch.nn."):  # what a user has set on it
+            attributes = {k: v for k, v in attributes.items() if k not in _sizes_of(cls)}
+        else:
+            attributes |= module._buffers
+        yield from self.attributes(path, module, attributes, outside)
 
     def attributes(self, path: Path, holder: Any, held: dict[str, Any], outside: bool) -> Iterator[KeptValue]:
         """Those of an object, and of its classes: `self.calls += 1` makes an attribute of a class's one."""
@@ -181,9 +186,9 @@ class _Walk:
         if value is None or isinstance(value, _NOT_FOLLOWED) or is_number(value):
             return
         if len(path) < _DEEPEST and self._enter(value):
-            yield from self._inside(path, value, outside)
+            yield from self._inside(path, value, put, outside)
 
-    def _inside(self, path: Path, value: Any, outside: bool) -> Iterator[KeptValue]:
+    def _inside(self, path: Path, value: Any, put: Callable[[Any], None], outside: bool) -> Iterator[KeptValue]:
         found: Iterable[tuple[str, Any, Callable[[Any], None]]] = ()
         if isinstance(value, types.FunctionType):
             yield from self.function(path, value)
@@ -199,17 +204,20 @@ class _Walk:
         elif isinstance(value, list | deque):
             if len(value) <= _MOST_ENTRIES:
                 found = [(str(i), v, functools.partial(value.__setitem__, i)) for i, v in enumerate(list(value))]
+        elif isinstance(value, tuple):
+            elements = list(value)
+            found = [
+                (str(i), v, functools.partial(_put_element, put, type(value), elements, i)) for i, v in enumerate(value)
+            ]
         elif code := _code_in(value):
             found = [(str(i), v, _unsettable) for i, v in enumerate(code)]
         elif isinstance(value, ContextVar):
             with suppress(LookupError):  # it has no value yet
                 found, outside = [("value", value.get(), lambda content: _nothing(value.set(content)))], True
-        elif isinstance(value, types.SimpleNamespace | threading.local) or (
-            _is_own(type(value).__module__) and hasattr(value, "__dict__")
-        ):
-            yield from self.attributes(path, value, dict(vars(value)), outside)
-        for key, inner, put in found:
-            yield from self.value((*path, key), inner, put, outside)
+        elif _is_own(type(value).__module__) or type(value).__module__ in _HOLDERS:
+            yield from self.attributes(path, value, _attributes(value), outside)
+        for key, inner, put_inner in found:
+            yield from self.value((*path, key), inner, put_inner, outside)
 
     def function(self, path: Path, function: types.FunctionType) -> Iterator[KeptValue]:
         if not _is_own(function.__module__ or ""):
@@ -264,6 +272,27 @@ def _set_environment(name: str, value: Any) -> None:
 
 def _setter(namespace: dict[str, Any], name: str) -> Callable[[Any], None]:
     return functools.partial(namespace.__setitem__, name)
+
+
+@functools.cache
+def _sizes_of(cls: Any) -> frozenset[str]:
+    """Names of attributes that a class of torch sets."""
+    return frozenset(name for each in cls.__mro__ for name in getattr(each, "__constants__", ())) | {"__constants__"}
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    slots = [name for cls in type(value).__mro__ for name in _slots(cls) if hasattr(value, name)]
+    return {**{name: getattr(value, name) for name in slots}, **getattr(value, "__dict__", {})}
+
+
+def _slots(cls: type) -> Iterable[str]:
+    slots = vars(cls).get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else (name for name in slots if not name.startswith("__"))
+
+
+def _put_element(put: Callable[[Any], None], kind: type, elements: list[Any], i: int, element: Any) -> None:
+    elements[i] = element
+    put(kind(elements) if kind is tuple else kind(*elements))
 
 
 def _is_iterator(value: Any) -> bool:
