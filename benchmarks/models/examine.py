@@ -48,9 +48,8 @@ def examine(
     phase("tracing")
     try:
         traced = trace(model, inputs)
-    except PlanError as error:
-        yield from (row | {"verdict": "untraceable", "reason": short(error)} for row in rows)
-        return
+    except PlanError:
+        traced = None  # `derive` may find the modules that cannot be traced, and leave them unsharded
     for row in rows:
         yield row | judged(model, inputs, traced, row["tp"], phase, styles)
 
@@ -87,7 +86,7 @@ def prepared(model: nn.Module, tp: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
 def judged(
     model: nn.Module,
     inputs: tuple[Tensor, ...],
-    traced: Trace,
+    traced: Trace | None,
     tp: int,
     phase: Callable[[str], None] = lambda _: None,
     styles: Styles = "plain",
@@ -108,7 +107,7 @@ def judged(
         "sequence_parallel": derivation.sequence_parallel,
         "loss": derivation.loss,
         "legal": derivation.legal,
-        "fp32": narrow(traced),
+        "fp32": narrow(derivation.trace) if derivation.trace is not None else not in_fp64(model),
     }
     if derivation.judgement is not None:
         found = [f for f in derivation.judgement.findings if f.severity == "error" or f.code == "CR414"]
@@ -174,6 +173,10 @@ def rounding(model: nn.Module, inputs: tuple[Tensor, ...], trials: int = 3) -> d
             change = (moved - still.gradients[name]).abs().max().item()
             worst[name] = max(worst[name], change / still.size(name))
     return worst
+
+
+def in_fp64(model: nn.Module) -> bool:
+    return all(p.dtype == torch.float64 for p in model.parameters() if p.is_floating_point())
 
 
 def narrow(traced: Trace) -> bool:
