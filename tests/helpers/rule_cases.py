@@ -165,6 +165,11 @@ def _constants(w: int) -> dict[str, Case]:
     return {name: times(name, make) for name, make in makers.items()}
 
 
+def _norm_by_mean(y: Tensor) -> Tensor:
+    out, mean, _ = aten.native_layer_norm(y, [7], None, None, 1e-5)
+    return out * mean
+
+
 def _reductions(w: int) -> dict[str, Case]:
     one = ((w, 5),)
     out: dict[str, Case] = {
@@ -184,6 +189,7 @@ def _reductions(w: int) -> dict[str, Case]:
         "tril": (lambda x, a: aten.tril((x @ a.T).permute(2, 0, 1)), one),
         "triu": (lambda x, a: aten.triu((x @ a.T).permute(2, 0, 1)), one),
         "layer_norm": (lambda x, a, s, b: F.layer_norm(_y(x, a), (w,), s, b), ((w, 5), (w,), (w,))),
+        "native_layer_norm": (lambda x, a: _norm_by_mean(_y(x, a).transpose(1, 2)), one),
         "rms_norm": (lambda x, a, s: F.rms_norm(_y(x, a), (w,), s, 1e-6), ((w, 5), (w,))),
         "constant_pad_nd": (lambda x, a: aten.constant_pad_nd(_y(x, a), [0, 0, 1, 2]), one),
         "pad": (lambda x, a: aten.pad(_y(x, a), [0, 0, 1, 2]), one),

@@ -148,6 +148,20 @@ def norm(inference: AxisInference, node: Node) -> Result:
     return dims
 
 
+@rule("norm with statistics")
+def norm_with_statistics(inference: AxisInference, node: Node) -> Result:
+    """What `torch.func.vmap` makes of a layer norm: the result, mean and deviation."""
+    dims = inference.of(node.args[0])
+    shape = list(node.args[1])  # type: ignore[arg-type]
+    kept, over = dims[: len(dims) - len(shape)], dims[len(dims) - len(shape) :]
+    for given in node.args[2:4]:
+        if isinstance(given, Node):
+            unify_dims(over, inference.of(given), inference.here)
+    for dim in over:
+        forbid(dim, inference.at("normalised over"))
+    return dims, *([*kept, *([] for _ in shape)] for _ in range(2))
+
+
 @rule("pad")
 def pad(inference: AxisInference, node: Node) -> Result:
     source = node.args[0]

@@ -191,6 +191,7 @@ _known(
 )
 _known("fft_fftshift fft_ifftshift", "reorder", linear=FIRST, moves=True)
 _known("layer_norm rms_norm", "norm")
+_known("native_layer_norm", "norm with statistics")
 _known("constant_pad_nd pad", "pad")
 _known("diff", "diff", linear=FIRST)
 _known("topk sort", "sort", runs=DIMS)
