@@ -10,7 +10,7 @@ from colrow.verifying.report import Report
 from colrow.verifying.verify import verify
 from helpers import broken_models as m
 from helpers.broken_plans import gpt_plan
-from helpers.unproven_models import FeatureMLP
+from helpers.unproven_models import FeatureMLP, on_stream
 
 LIMIT = 500.0
 
@@ -53,6 +53,22 @@ def test_a_branch_for_small_values() -> None:
     found = judged(Idle())
     assert found.verdict == "wrong"
     assert found.cause.startswith("with small weights and padding: ")
+
+
+class Gate(nn.Module):
+    """A gate of all that it sees, which is 1 unless the numbers are small."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.tanh(100 * x.square().sum())
+
+
+def test_a_gate_that_is_open_unless_all_weights_are_small() -> None:
+    case = on_stream(Gate, sequence=True)
+    torch.manual_seed(0)
+    found = [verify(case.model(), case.plan(), 2, backend="local", vary=vary) for vary in (False, True)]
+    assert found[0].ok  # the control
+    assert found[1].verdict == "wrong"
+    assert found[1].cause.startswith("with small weights alone: ")
 
 
 def test_what_is_right_with_all_values_stays_proved() -> None:

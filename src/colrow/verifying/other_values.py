@@ -4,9 +4,9 @@
 Numbers that are wrong on a shard need not matter on one batch: a limit that no norm reaches, a branch that is not
 taken, a mask that hides nothing. Where rules prove every operator, that is no question: they hold for all values. Where
 they do not, the sharded model is compared with large weights too, which reach limits, and with small ones, whose
-sequences end in padding: large or small in the first half of each matrix's rows, so that ranks differ. Such numbers may
-be ill-conditioned: an error counts only where it is far above what a change of the weights in their last digits makes
-of the unsharded model itself.
+sequences end in padding: large or small in the first half of each matrix's rows, so that ranks differ. With small ones
+in all rows, no tanh of a large sum is 1 on every rank. Such numbers may be ill-conditioned: an error counts only where
+it is far above what a change of the weights in their last digits makes of the unsharded model itself.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from colrow.verifying.step import Task, reference_step
 
 LARGE, SMALL = (1e3, 30.0), (1e-4,)
 """Factors of half of the rows; of several, the first with which the unsharded model's numbers are finite."""
+ALL_SMALL = (1e-3,)
+"""Factor of all rows."""
 _LAST_DIGITS = 1e-13
 TOLERATED = 1e-6
 """Relative error, and so many times larger than the model's own it has to be: `_ILL`. A wrong operator's is near 1."""
@@ -58,15 +60,16 @@ class OtherValues:
 
 
 def other_values(task: Task) -> Iterator[OtherValues]:
-    """With large weights, and with small ones, in fp64, also where code casts to fp32; none with which the unsharded
-    model does not run so, or not to finite numbers."""
+    """With large weights, with small ones, and with small ones alone, in fp64, also where code casts to fp32; none with
+    which the unsharded model does not run so, or not to finite numbers."""
     if any(param.dtype != torch.float64 for param in task.model.parameters() if param.is_floating_point()):
         return
     task = replace(task, double_casts=True)
-    for name, factors, padded in (("large weights", LARGE, False), ("small weights and padding", SMALL, True)):
+    ways = (("large weights", LARGE, 2), ("small weights and padding", SMALL, 2), ("small weights alone", ALL_SMALL, 1))
+    for name, factors, parts in ways:
         for factor in factors:
-            inputs = _padded(task) if padded else task.inputs
-            changed = replace(task, model=_scaled(task.model, factor), inputs=inputs, next_forward=False)
+            inputs = _padded(task) if factors is SMALL else task.inputs
+            changed = replace(task, model=_scaled(task.model, factor, parts), inputs=inputs, next_forward=False)
             with Rounding() as rounding:
                 found = with_reference(name, changed)
             if found is not None and not rounding.seen:
@@ -84,12 +87,13 @@ def with_reference(name: str, task: Task) -> OtherValues | None:
     return found if _is_finite(reference) else None
 
 
-def _scaled(model: nn.Module, factor: float) -> nn.Module:
+def _scaled(model: nn.Module, factor: float, parts: int) -> nn.Module:
+    """A copy in which the first of so many parts of each matrix's rows is multiplied."""
     scaled = copied_model(model)
     with torch.no_grad():
         for param in scaled.parameters():
             if param.ndim > 1:
-                param[: -(-len(param) // 2)].mul_(factor)
+                param[: -(-len(param) // parts)].mul_(factor)
     return scaled
 
 
