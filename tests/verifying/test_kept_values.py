@@ -109,7 +109,7 @@ def in_array() -> Any:
 
 def in_elements() -> Any:
     ELEMENTS[1] += 1
-    return ELEMENTS[1]
+    return ELEMENTS[1].item()
 
 
 def in_slots() -> Any:
