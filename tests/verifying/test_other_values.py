@@ -62,13 +62,25 @@ class Gate(nn.Module):
         return x * torch.tanh(100 * x.square().sum())
 
 
-def test_a_gate_that_is_open_unless_all_weights_are_small() -> None:
-    case = on_stream(Gate, sequence=True)
+class BiasedGate(nn.Module):
+    """Likewise, of numbers of which a vector makes a large sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.tanh(100 * (x + self.bias).square().sum())
+
+
+@pytest.mark.parametrize("gate", [Gate, BiasedGate])
+def test_a_gate_that_is_open_unless_all_parameters_are_small(gate: type[nn.Module]) -> None:
+    case = on_stream(gate, sequence=True)
     torch.manual_seed(0)
     found = [verify(case.model(), case.plan(), 2, backend="local", vary=vary) for vary in (False, True)]
     assert found[0].ok  # the control
     assert found[1].verdict == "wrong"
-    assert found[1].cause.startswith("with small weights alone: ")
+    assert found[1].cause.startswith("with small parameters: ")
 
 
 def test_what_is_right_with_all_values_stays_proved() -> None:

@@ -4,9 +4,9 @@
 Numbers that are wrong on a shard need not matter on one batch: a limit that no norm reaches, a branch that is not
 taken, a mask that hides nothing. Where rules prove every operator, that is no question: they hold for all values. Where
 they do not, the sharded model is compared with large weights too, which reach limits, and with small ones, whose
-sequences end in padding: large or small in the first half of each matrix's rows, so that ranks differ. With small ones
-in all rows, no tanh of a large sum is 1 on every rank. Such numbers may be ill-conditioned: an error counts only where
-it is far above what a change of the weights in their last digits makes of the unsharded model itself.
+sequences end in padding: large or small in the first half of each matrix's rows, so that ranks differ. With small
+parameters, vectors too, no tanh of a large sum is 1 on every rank. Such numbers may be ill-conditioned: an error counts
+only where it is far above what a change of the weights in their last digits makes of the unsharded model itself.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from colrow.verifying.step import Task, reference_step
 LARGE, SMALL = (1e3, 30.0), (1e-4,)
 """Factors of half of the rows; of several, the first with which the unsharded model's numbers are finite."""
 ALL_SMALL = (1e-3,)
-"""Factor of all rows."""
+"""Factor of all parameters: the biases of norms alone make large sums."""
 _LAST_DIGITS = 1e-13
 TOLERATED = 1e-6
 """Relative error, and so many times larger than the model's own it has to be: `_ILL`. A wrong operator's is near 1."""
@@ -60,16 +60,21 @@ class OtherValues:
 
 
 def other_values(task: Task) -> Iterator[OtherValues]:
-    """With large weights, with small ones, and with small ones alone, in fp64, also where code casts to fp32; none with
+    """With large weights, with small ones, and with small parameters, in fp64, also where code casts to fp32; none with
     which the unsharded model does not run so, or not to finite numbers."""
     if any(param.dtype != torch.float64 for param in task.model.parameters() if param.is_floating_point()):
         return
     task = replace(task, double_casts=True)
-    ways = (("large weights", LARGE, 2), ("small weights and padding", SMALL, 2), ("small weights alone", ALL_SMALL, 1))
-    for name, factors, parts in ways:
+    ways = {"large weights": LARGE, "small weights and padding": SMALL, "small parameters": ALL_SMALL}
+    for name, factors in ways.items():
         for factor in factors:
             inputs = _padded(task) if factors is SMALL else task.inputs
-            changed = replace(task, model=_scaled(task.model, factor, parts), inputs=inputs, next_forward=False)
+            changed = replace(
+                task,
+                model=_scaled(task.model, factor, halves=factors is not ALL_SMALL),
+                inputs=inputs,
+                next_forward=False,
+            )
             with Rounding() as rounding:
                 found = with_reference(name, changed)
             if found is not None and not rounding.seen:
@@ -87,13 +92,15 @@ def with_reference(name: str, task: Task) -> OtherValues | None:
     return found if _is_finite(reference) else None
 
 
-def _scaled(model: nn.Module, factor: float, parts: int) -> nn.Module:
-    """A copy in which the first of so many parts of each matrix's rows is multiplied."""
+def _scaled(model: nn.Module, factor: float, *, halves: bool) -> nn.Module:
+    """A copy in which the first half of each matrix's rows, or everything, is multiplied."""
     scaled = copied_model(model)
     with torch.no_grad():
         for param in scaled.parameters():
-            if param.ndim > 1:
-                param[: -(-len(param) // parts)].mul_(factor)
+            if not halves:
+                param.mul_(factor)
+            elif param.ndim > 1:
+                param[: -(-len(param) // 2)].mul_(factor)
     return scaled
 
 
