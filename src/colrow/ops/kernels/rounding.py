@@ -264,6 +264,7 @@ if triton is not None:
             scaled = value * factor
             if DELAYED:
                 scaled += value - value  # NaN where value is none or infinite: the conversion cuts off infinity too
+                _note_peak(value, history)
             rounded = scaled.to(y.dtype.element_ty)
             tl.store(y + m[:, None] * y_row + k[None, :], rounded)
             tl.store(y_transposed + k[:, None] * y_transposed_row + m[None, :], tl.trans(rounded))
@@ -273,10 +274,7 @@ if triton is not None:
             scaled = value * factor
             if DELAYED:
                 scaled += value - value  # NaN where value is none or infinite: the conversion cuts off infinity too
+                _note_peak(value, history)
             tl.store(y + m[:, None] * y_row + k[None, :], scaled.to(y.dtype.element_ty), mask=inside)
-        if (
-            DELAYED
-        ):  # behind the stores: before them 198 registers a thread hold the rounded numbers too, behind them 128
-            _note_peak(value, history)
         if place == 0:  # all programs computed the same scale
             tl.store(scale, s)
