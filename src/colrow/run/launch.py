@@ -99,8 +99,7 @@ def on_standby(command: Sequence[str], ranks: int) -> Iterator[LocalRanks]:
         try:
             yield local
         finally:
-            standby.give(Path(folder), None)
-            local.join(_DISMISSED_SECONDS)
+            local.dismiss()
             os.environ.pop(standby.VARIABLE, None)
 
 
@@ -108,15 +107,17 @@ class LocalRanks:
     """Local ranks under torchrun's agent, whose files are in `folder`; for the rest see `launch`."""
 
     def __init__(self, command: Sequence[str], ranks: int, folder: Path, *, save: bool = True) -> None:
-        self._folder, self._save = folder, save
+        self._folder, self._save, self._ordered = folder, save, False
         self._agent = _Agent(command, ranks, folder)
 
     def start(self) -> None:
         self._agent.start()
 
-    def join(self, seconds: float) -> None:
-        """Wait for the ranks' end, so long."""
-        self._agent.join(seconds)
+    def dismiss(self) -> None:
+        """End ranks on standby that have no orders yet."""
+        if not self._ordered:
+            standby.give(self._folder, None)
+            self._agent.join(_DISMISSED_SECONDS)
 
     def run(
         self, *, orders: Orders | None = None, guard: LauncherGuard | None = None, beside: Beside | None = None
@@ -135,6 +136,7 @@ class LocalRanks:
             if orders is None:
                 agent.start()
             else:
+                self._ordered = True
                 standby.give(self._folder, orders)
             if beside is not None:
                 beside.start()
