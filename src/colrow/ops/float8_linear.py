@@ -9,9 +9,8 @@ in place of the input, and the weight's scale. Reduce-scatters send what product
     row     forward   y = reduce_scatter(round(x) W^T)               kept: round(x)^T
             backward  G = all_gather(round(dy));  dx = G W;  dW = G^T round(x)
 
-Legend: as in `parallel_linear`, whose [Note: peaks] says what `peaks` is; `history`: [Note: peak history] in
-`ops.float8`; `kept` and `memory` are packed ([Note: packed
-operands] in `ops.float8`).
+Legend: as in `parallel_linear`, whose [Note: peaks] says what `peaks` is; in `ops.float8` are [Note: peak history], of
+`history`, and [Note: packed operands]: `kept` and `memory` are packed.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ class LocalRanks:
     """Local ranks under torchrun's agent, whose files are in `folder`; for the rest see `launch`."""
 
     def __init__(self, command: Sequence[str], ranks: int, folder: Path, *, save: bool = True) -> None:
-        self._folder, self._save, self._ordered = folder, save, False
+        self._folder, self._save = folder, save
         self._agent = _Agent(command, ranks, folder)
 
     def start(self) -> None:
@@ -115,8 +115,7 @@ class LocalRanks:
 
     def dismiss(self) -> None:
         """End ranks on standby that have no orders yet."""
-        if not self._ordered:
-            standby.give(self._folder, None)
+        if standby.give(self._folder, None):
             self._agent.join(_DISMISSED_SECONDS)
 
     def run(
@@ -136,7 +135,6 @@ class LocalRanks:
             if orders is None:
                 agent.start()
             else:
-                self._ordered = True
                 standby.give(self._folder, orders)
             if beside is not None:
                 beside.start()

@@ -11,7 +11,6 @@ import os
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,13 +39,17 @@ def announce(folder: Path) -> None:
     os.environ[VARIABLE] = f"{os.getpid()}:{folder}"
 
 
-def give(folder: Path, orders: Orders | None) -> None:
-    """Let the ranks go on; None ends them. The first orders hold."""
+def give(folder: Path, orders: Orders | None) -> bool:
+    """Let the ranks go on; None ends them. The first orders hold: returns whether these are the first."""
     partial = folder / f"{_FILE}.partial"
     partial.write_text(json.dumps(None if orders is None else asdict(orders)), encoding="utf-8")
-    with suppress(FileExistsError):
+    try:
         os.link(partial, folder / _FILE)  # complete at once, and never over an earlier one
-    partial.unlink()  # both names have the same bytes, which the next call would change
+    except FileExistsError:
+        return False
+    finally:
+        partial.unlink()  # both names have the same bytes, which the next call would change
+    return True
 
 
 class Standby:

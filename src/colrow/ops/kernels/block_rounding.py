@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from colrow.ops.kernels.optional_triton import tl, triton
-from colrow.ops.kernels.rounding import MANTISSA, SMALLEST, largest_number, scale_of, scales_reference
+from colrow.ops.kernels.rounding import scale_constants, scale_of, scales_reference
 
 E4M3 = torch.float8_e4m3fn
 BLOCK = 128
@@ -51,7 +51,6 @@ def expanded(scales: Tensor, M: int, K: int) -> Tensor:
 
 def round_blocks_triton(x_MK: Tensor, y: Tensor, scales: Tensor, *, square: bool) -> None:
     M, K = x_MK.shape
-    mantissa, exponent = largest_number(E4M3)
     rows = BLOCK if square else _ROWS
     _round_blocks_kernel[(triton.cdiv(M, rows) * (K // BLOCK),)](
         x_MK,
@@ -63,9 +62,7 @@ def round_blocks_triton(x_MK: Tensor, y: Tensor, scales: Tensor, *, square: bool
         scales.stride(1),
         M,
         K,
-        CARRY=MANTISSA - mantissa,
-        SHIFT=2.0**-exponent,
-        SMALLEST=SMALLEST,
+        **scale_constants(E4M3),
         SQUARE=square,
         ROWS=rows,
         COLUMNS=BLOCK,

@@ -84,6 +84,12 @@ def largest_number(dtype: torch.dtype) -> tuple[int, int]:
     return int((2 * half - 1) * (MANTISSA + 1)), exponent - 1
 
 
+def scale_constants(dtype: torch.dtype) -> dict[str, Any]:
+    """What `scale_of` takes besides a peak, for scales of this dtype."""
+    mantissa, exponent = largest_number(dtype)
+    return {"CARRY": MANTISSA - mantissa, "SHIFT": 2.0**-exponent, "SMALLEST": SMALLEST}
+
+
 def delayed_scale_reference(history: Tensor, peaks: Tensor, dtype: torch.dtype) -> Tensor:
     """The scale by the last step's peak; by `peaks` where there is none."""
     last = history[0]
@@ -144,7 +150,6 @@ def round_triton(
         orders = [(x_MK, rows, None)] if rows is not None else []
         orders += [(x_MK.t(), transposed, None)] if transposed is not None else []
     dtype = (rows if rows is not None else transposed).dtype  # type: ignore[union-attr]
-    mantissa, exponent = largest_number(dtype)
     for x, into, y_transposed in orders:
         m, k = x.shape
         _round_kernel[(grid or triton.cdiv(m, tile[0]) * triton.cdiv(k, tile[1]),)](
@@ -162,9 +167,7 @@ def round_triton(
             m,
             k,
             PARTS=len(peaks),
-            CARRY=MANTISSA - mantissa,
-            SHIFT=2.0**-exponent,
-            SMALLEST=SMALLEST,
+            **scale_constants(dtype),
             GIVEN=given,
             SCALED=x_scale is not None,
             DELAYED=history is not None,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from colrow.ops.kernels.optional_triton import tl, triton
-from colrow.ops.kernels.rounding import MANTISSA, SMALLEST, largest_number, scale_of, scales_reference
+from colrow.ops.kernels.rounding import scale_constants, scale_of, scales_reference
 
 E4M3 = torch.float8_e4m3fn
 
@@ -30,7 +30,6 @@ def round_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:
 
 def round_rows_triton(x_MK: Tensor, y: Tensor, scales: Tensor) -> None:
     M, K = x_MK.shape
-    mantissa, exponent = largest_number(E4M3)
     # Threads read along the dim that is contiguous; a program's rows are read twice, the second time from the cache.
     rows, columns = (64, 64) if x_MK.stride(0) == 1 else (8, 512)
     _round_rows_kernel[(triton.cdiv(M, rows),)](
@@ -41,9 +40,7 @@ def round_rows_triton(x_MK: Tensor, y: Tensor, scales: Tensor) -> None:
         scales,
         M,
         K=K,
-        CARRY=MANTISSA - mantissa,
-        SHIFT=2.0**-exponent,
-        SMALLEST=SMALLEST,
+        **scale_constants(E4M3),
         ROWS=rows,
         COLUMNS=columns,
         num_warps=8,
