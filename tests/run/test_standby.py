@@ -47,11 +47,11 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def files(name: str, count: int) -> bool:
-    """Whether so many are there, within a minute."""
+    """Whether so many are there at least, within a minute."""
     end = time.monotonic() + 60
     while len(list(Path().glob(f"{name}-*"))) < count and time.monotonic() < end:
         time.sleep(0.02)
-    return len(list(Path().glob(f"{name}-*"))) == count
+    return len(list(Path().glob(f"{name}-*"))) >= count
 
 
 def test_ranks_go_on_with_their_orders(command: list[str]) -> None:
@@ -98,7 +98,7 @@ def test_the_first_orders_hold(tmp_path: Path) -> None:
 @pytest.mark.parametrize("when", ["while they run", "after they have failed"])
 def test_what_refuses_a_run_beside_its_ranks_ends_them(command: list[str], when: str) -> None:
     def refuse() -> None:
-        assert files("plan", 2)
+        assert files("plan", 2 if when == "while they run" else 1)  # the first that fails may end the other before
         raise ConfigError("forecast: too large")
 
     if when == "while they run":
