@@ -39,6 +39,18 @@ class Mlp(nn.Module):
         return out
 
 
+class BareMlp(nn.Module):
+    """Its matrices stand in no module of their own, and one is read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.empty(D, 2 * D)), nn.Parameter(torch.empty(D, 2 * D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = F.gelu(x @ self.up) @ self.down.mT + x @ self.down @ self.down.mT
+        return out
+
+
 class SparseExperts(nn.Module):
     """The first expert by token; those that no token of the micro-batch chose do not run."""
 
@@ -305,6 +317,7 @@ class SmallModel:
 
 
 _COLUMN_ROW = {"layers.*.mlp.up": "colwise", "layers.*.mlp.down": "rowwise"}
+_GATHERED = {"layers.*.mlp": {"style": "gathered_parameters", "shards": {"up": 1, "down": 0}}}
 _EXPERTS = {"layers.*.mlp.experts.*.up": "colwise", "layers.*.mlp.experts.*.down": "rowwise"}
 
 MODELS: dict[str, SmallModel] = {
@@ -316,6 +329,7 @@ MODELS: dict[str, SmallModel] = {
         pipelines=True,
     ),
     "plain": SmallModel(Model, _COLUMN_ROW, pipelines=True),
+    "bare matrices": SmallModel(lambda: Model(BareMlp), _GATHERED, pipelines=True),
     "sparse": SmallModel(lambda: Model(SparseExperts), _EXPERTS, pipelines=True),
     "sparse, auxiliary loss": SmallModel(Balanced, _EXPERTS, auxiliary={"balance": 0.5}),
     "hard": SmallModel(lambda: Model(HardExperts), _EXPERTS, pipelines=True),

@@ -101,6 +101,35 @@ def test_replayed_steps_are_those_run_one_by_one(ranks: Ranks, tmp_path: Path) -
     assert replayed[-1]["loss"] < replayed[0]["loss"] - 0.05, "the weights that a replay reads are the new ones"
 
 
+GATHERED = """
+loss: replicated
+modules:
+  layers.*.mlp.gate_proj: {style: gathered_parameters, shards: {weight: 0}}
+  layers.*.mlp.up_proj: {style: gathered_parameters, shards: {weight: 1}}
+  layers.*.mlp.down_proj: {style: gathered_parameters, shards: {weight: 0}}
+"""
+
+
+def gathered_run(device: str, folder: Path, name: str, eager_steps: int) -> Any:
+    from colrow.train import setup
+
+    with mock.patch.object(setup, "EAGER_STEPS", eager_steps):
+        section = {"steps": 8, "cuda_graph": True, "compile": False}
+        config = a_run(folder, name, mesh={"tp": 2}, plan=str(folder / "gathered.yaml"), train=section)
+        return train(device, config)
+
+
+def test_replayed_steps_gather_parameters(ranks: Ranks, tmp_path: Path) -> None:
+    write_text(tmp_path)
+    (tmp_path / "gathered.yaml").write_text(GATHERED, encoding="utf-8")
+    for name, steps in (("eager", 100), ("graphs", 2)):
+        ranks(2).run(gathered_run, tmp_path, name, steps)
+    eager, replayed = (figures(tmp_path / name / "metrics.jsonl") for name in ("eager", "graphs"))
+    for one, record in zip(eager, replayed, strict=True):
+        assert record == pytest.approx(one, rel=1e-5)
+    assert replayed[-1]["loss"] < replayed[0]["loss"] - 0.05, "the shards that a replay gathers are the new ones"
+
+
 def flat_run(device: str, folder: Path, name: str, eager_steps: int, stop_after: int | None, case: str) -> Any:
     """Three micro-batches a step: the first, the last and the one between are graphs of their own."""
     mesh, fsdp = FLAT[case]

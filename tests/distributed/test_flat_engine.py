@@ -105,6 +105,12 @@ CASES: dict[int, dict[str, Case]] = {
         "tp2-replicate2-hard": ("hard", flat(dp_replicate=2, tp=2), {}),
         "replicate2-shard2-drop": ("layer drop", flat(dp_replicate=2, dp_shard=2), {}),
         "tp2-shard2-sparse": ("sparse", flat(dp_shard=2, tp=2), {}),
+        "tp2-shard2-bare": ("bare matrices", flat(dp_shard=2, tp=2), {}),
+        "tp2-shard2-bare-full": ("bare matrices", flat(dp_shard=2, tp=2), {"activation_checkpoint": "full"}),
+        "tp2-shard2-bare-compiled": ("bare matrices", flat(dp_shard=2, tp=2), {"compile": True}),
+        "tp2-shard2-bare-fsdp2-compiled": ("bare matrices", Mesh(dp_shard=2, tp=2), {"compile": True}),
+        "pp2-tp2-bare": ("bare matrices", Mesh(pp=2, tp=2), {}),
+        "pp2-tp2-bare-compiled": ("bare matrices", Mesh(pp=2, tp=2), {"compile": True}),
     },
 }
 KEPT = {"shard2"}

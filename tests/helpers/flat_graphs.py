@@ -65,6 +65,7 @@ CASES: dict[int, dict[str, Case]] = {
     },
     4: {
         "tp2-shard2": Case(flat(dp_shard=2, tp=2), 6),
+        "tp2-shard2-bare": Case(flat(dp_shard=2, tp=2), 6, model="bare matrices"),
         "replicate2-shard2": Case(flat(dp_replicate=2, dp_shard=2), 12),
         "tp2-replicate2": Case(flat(dp_replicate=2, tp=2), 6),
     },
