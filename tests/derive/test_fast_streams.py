@@ -284,14 +284,14 @@ def errors_on_ranks(device: str, plans: dict[str, Plan], compiled: bool) -> dict
     found = {}
     mesh = tp_mesh(device, torch.distributed.get_world_size())
     for kind, plan in plans.items():
-        reference = built(kind)
+        reference, x = built(kind).to(device), X.to(device)
         model: Any = parallelize(copy.deepcopy(reference), plan, mesh)
         for layer in model.layers if compiled else ():
             layer.forward = torch.compile(layer.forward, backend="aot_eager", fullgraph=True)
-        want = default_loss(reference(X), (X,))
+        want = default_loss(reference(x), (x,))
         want.backward()
         with loss_context(plan, mesh):
-            loss = default_loss(model(X), (X,))
+            loss = default_loss(model(x), (x,))
             loss.backward()
         align_gradients(model.parameters())
         expected = dict(reference.named_parameters())

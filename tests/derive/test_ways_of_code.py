@@ -114,8 +114,9 @@ def twenty_steps(device: str, name: str, plan: str) -> list[float]:
     torch.manual_seed(0)
     model, made = vars(ways_of_code)[name]().double().train(), Plan.from_yaml(plan)
     mesh = init_device_mesh(device, (2,), mesh_dim_names=("tp",))
-    parallelize(model, made, mesh)
-    return losses(model, Inputs.of(inputs_of(vars(ways_of_code)[name])), made, mesh)
+    parallelize(model.to(device), made, mesh)
+    inputs = Inputs.of(inputs_of(vars(ways_of_code)[name])).map(lambda x: x.to(device))
+    return losses(model, inputs, made, mesh)
 
 
 @pytest.mark.distributed

@@ -70,7 +70,7 @@ def loss_of(output: Any, inputs: Any) -> Tensor:
     if ids is not None and main.dim() == 3 and ids.shape == main.shape[:2]:
         return default_loss(output, inputs)
     complete = main.full_tensor() if isinstance(main, DTensor) else main
-    wanted = torch.arange(complete.numel(), dtype=complete.dtype).cos().view(complete.shape)
+    wanted = torch.arange(complete.numel(), dtype=complete.dtype, device=complete.device).cos().view(complete.shape)
     return (complete - wanted).square().mean()
 
 
@@ -82,7 +82,7 @@ def batch(inputs: Inputs, step: int) -> Inputs:
         if not isinstance(x, Tensor):
             return x
         if x.is_floating_point():
-            return torch.randn(x.shape, dtype=x.dtype, generator=generator)
+            return torch.randn(x.shape, dtype=x.dtype, generator=generator).to(x.device)
         return x.roll(step, dims=-1) if x.dim() > 1 else x
 
     return inputs.map(drawn)
