@@ -121,6 +121,15 @@ def test_a_weight_of_which_ranks_only_use_a_part_is_not_counted_as_split() -> No
     assert found.share == pytest.approx(SplitShare.of(model, found.plan(), 4).split)
 
 
+def test_what_forward_does_not_use_counts_as_unsplit() -> None:
+    mlp = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6))
+    mlp.forward, mlp.idle = nn.Sequential(*mlp).forward, nn.Linear(16, 16)  # type: ignore[method-assign]
+    found = derive(mlp, 2, inputs=(torch.randn(3, 4),))
+    assert found.replicated["idle.weight"] == "the model's forward does not use it"
+    assert found.share == pytest.approx(SplitShare.of(mlp, found.plan(), 2).split)
+    assert 0 < found.share < 0.6
+
+
 @pytest.mark.parametrize("place", ["first", "backward"])
 def test_an_objection_leaves_the_layer_out(place: str) -> None:
     """Also one that names no layer."""

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
 ATTEMPTS = 16
 """After as many plans that fail, all that is left is given up."""
+UNUSED = "the model's forward does not use it"
 
 
 def derive(
@@ -383,10 +384,8 @@ class _Derive:
         for name, param in self.exported.complete.named_parameters():
             own = self.exported.name(name)
             own = self.traced.ties.get(own, own)
-            if own not in reasons:
-                continue  # the model's forward does not use it
             total += param.numel()
-            if (reason := reasons[own]) is None:
+            if (reason := reasons.get(own, UNUSED)) is None:
                 sharded.append(name)
                 elements += 0 if emission.selects_rows(own, self.tp) else param.numel()
             else:

@@ -59,8 +59,8 @@ class Requests:
             # a bias beside the matrix may stay, unless the pattern names nothing else
             at_fault = [name for name in missing if name in self.matrices or len(missing) == len(names)]
             if tp > 1 and at_fault:
-                reason = replicated.get(at_fault[0], "the model's forward does not use it")
-                raise PlanError(f"split={pattern!r}: {at_fault[0]} cannot be split over tp={tp}: {reason}")
+                why = replicated[at_fault[0]]
+                raise PlanError(f"split={pattern!r}: {at_fault[0]} cannot be split over tp={tp}: {why}")
 
 
 def _named(model: nn.Module, option: str, patterns: Sequence[str]) -> dict[str, str]:
