@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate
 
+from colrow.checking.check import check
 from colrow.derive.derivation import derive
 from colrow.derive.failure import TraceError
+from colrow.mesh import Mesh
 from colrow.plans.derive_options import DeriveOptions
 from colrow.plans.plan import Plan
 from colrow.plans.split_share import SplitShare
@@ -264,5 +266,7 @@ def test_sequence_shards_do_not_keep_a_recurrent_layer_from_being_held_in_shards
     assert not found.sequence_parallel
     assert found.share > 0.95
     assert parity(model, plan, 2, IDS).worst < 1e-9
+    assert not check(model, plan, Mesh(tp=2), 2, 10)
     summed = Plan(plan.modules | {"rnn": GradSum()}, loss=plan.loss)
+    assert {finding.code for finding in check(model, summed, Mesh(tp=2), 2, 10)} == {"CR502"}
     assert parity(model, summed, 2, IDS).gradients["rnn.weight_hh_l0"] > 0.5

@@ -75,3 +75,20 @@ def test_operations_are_counted_as_by_hand() -> None:
     a, b = torch.ones(5, 3), torch.ones(3, 7)
     assert flops_of(aten.mm.default, (a, b), {}, a @ b) == 2 * 5 * 3 * 7
     assert flops_of(aten.add.Tensor, (a, a), {}, a) == 0
+
+
+@pytest.mark.parametrize(("kind", "gates"), [("LSTM", 4), ("GRU", 3), ("RNN", 1)])
+def test_recurrent_layers_count(kind: str, gates: int) -> None:
+    """One operator or many, as torch has the layer."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = getattr(nn, kind)(16, 8, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.layer(x)[0]
+            return out
+
+    found = run(Model(), Plan(modules={}), 2, torch.zeros(2, 5, 16))
+    assert found.reference_flops == 2 * 2 * 5 * gates * 8 * (16 + 8)

@@ -40,6 +40,19 @@ def test_the_share_counts_elements_of_parameters() -> None:
     assert share.summary() == "99% of the parameters are split over tp=2"
 
 
+def test_a_reason_names_its_largest_parameter_and_what_another_degree_takes_away() -> None:
+    notes = {
+        "layers.0.up.bias": "dim 0 (32): normalised over in norm",
+        "layers.0.up.weight": "dim 0 (32): normalised over in norm; dim 1 (16): not divisible by 3",
+        "layers.1.up.weight": "dim 0 (32): normalised over in norm; dim 1 (16): summed over by a product",
+    }
+    rest = SplitShare.of(Layered(), Plan({}, notes=notes), 3).rest
+    assert {(name, why) for _, name, why in rest if "layers.*.up" in name} >= {
+        ("layers.*.up.weight", "not divisible by 3"),
+        ("layers.*.up.weight", "normalised over in norm"),
+    }
+
+
 def test_operations_count_beside_parameters() -> None:
     share = SplitShare.of(Layered(), Plan(modules=BOTH), 2, flops=0.5)
     assert share.summary() == (
@@ -81,7 +94,7 @@ def test_little_is_a_warning_with_one_line_for_all_layers() -> None:
     share = SplitShare.of(Layered(), plan, 2)
     assert share.split == UP / ALL
     assert share.is_small
-    assert share.reasons()[0] == "48% replicated, layers.*.down.weight first: layers.*.down (Linear) does not run"
+    assert share.reasons()[0] == "48% replicated, layers.*.down.weight for one: layers.*.down (Linear) does not run"
     assert sum(part for part, _, _ in share.rest) == pytest.approx(1 - share.split)
 
 

@@ -25,6 +25,10 @@ def flops_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -
     if name.startswith("aten::_scaled_dot_product") and "backward" not in name:
         q, k, v = args[:3]  # [B, heads, T, E]
         return int(2 * q.shape[:-1].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1]))
+    if name in ("aten::mkldnn_rnn_layer", "aten::_cudnn_rnn"):
+        # [tokens, tokens, in]; matrices and vectors of one direction of a layer, or a list of them all
+        matrices = (w for w in (args[1:5] if name == "aten::mkldnn_rnn_layer" else args[1]) if w.dim() == 2)
+        return int(2 * args[0].shape[:2].numel() * sum(w.numel() for w in matrices))
     if name == "aten::_grouped_mm":
         return int(2 * out.numel() * args[0].shape[-1])
     formula = flop_registry.get(getattr(func, "overloadpacket", None))

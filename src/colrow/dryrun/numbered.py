@@ -34,6 +34,7 @@ from colrow.torch_compat import (
     is_higher_order,
     is_transformed,
     local_shard,
+    own_results,
     path_in_torch,
     tensors_in,
     tree_flatten,
@@ -246,7 +247,7 @@ class NumberedRun(TorchDispatchMode):
         operation = Operation(func, args, kwargs, self)
         self.inside += 1  # an operator on a DTensor is one: what DTensor does for it is its own affair
         try:
-            out = func(*args, **kwargs)
+            out = own_results(func(*args, **kwargs))
             operation.results = tensors_in(out)
             if operation.results and operation.keeps_value:
                 self.call_site()

@@ -23,7 +23,7 @@ class SplitShare:
 
     Attributes:
         split: elements that are split, over all elements.
-        rest: the largest reasons first: the share that is replicated for it, one of its parameters, the reason.
+        rest: the largest reasons first: the share that is replicated for it, the largest of its parameters, the reason.
         flops: the share of the floating-point operations of forward that is split; None where no dry run counted them.
     """
 
@@ -38,16 +38,17 @@ class SplitShare:
         layouts = plan.parameters(model, tp)
         total, split = 0, 0  # elements
         by_reason: Counter[str] = Counter()
-        example: dict[str, str] = {}
+        largest: dict[str, tuple[int, str]] = {}
         for name, param in model.named_parameters():
             total += param.numel()
             if layouts[name].local_shape != tuple(param.shape):
                 split += param.numel()
                 continue
-            reason = _first_reason(plan.notes.get(name) or layouts[name].reason)
+            reason = _main_reason(plan.notes.get(name) or layouts[name].reason)
             by_reason[reason] += param.numel()
-            example.setdefault(reason, with_stars(name))
-        rest = tuple((count / max(total, 1), example[why], why) for why, count in by_reason.most_common())
+            if param.numel() > largest.get(reason, (0, ""))[0]:
+                largest[reason] = param.numel(), with_stars(name)
+        rest = tuple((count / max(total, 1), largest[why][1], why) for why, count in by_reason.most_common())
         return cls(tp, split / max(total, 1), rest, flops)
 
     @property
@@ -67,7 +68,7 @@ class SplitShare:
 
     def reasons(self) -> list[str]:
         """One line for each of the three largest reasons for the rest."""
-        return [f"{part:.0%} replicated, {name} first: {why}" for part, name, why in self.rest[:3] if part >= 0.01]
+        return [f"{part:.0%} replicated, {name} for one: {why}" for part, name, why in self.rest[:3] if part >= 0.01]
 
     def to_data(self) -> dict[str, Any]:
         """What `colrow plan --json` and `colrow check --json` print: shares between 0 and 1."""
@@ -75,6 +76,8 @@ class SplitShare:
         return {"parameters": self.split, "flops": self.flops, "reasons": reasons}
 
 
-def _first_reason(text: str) -> str:
-    """The reason of the first dimension, alike for all layers."""
-    return _NUMBER.sub(".*", _DIM.sub("", text).split("; ")[0])
+def _main_reason(text: str) -> str:
+    """Of the reasons of a parameter's dimensions the one that another degree takes away, else the first; alike for all
+    layers."""
+    reasons = _NUMBER.sub(".*", _DIM.sub("", text)).split("; ")
+    return next((why for why in reasons if why.startswith("not divisible by")), reasons[0])

@@ -78,6 +78,7 @@ from colrow.torch_compat.tensors import inductor as inductor
 from colrow.torch_compat.tensors import is_higher_order as is_higher_order
 from colrow.torch_compat.tensors import is_transformed as is_transformed
 from colrow.torch_compat.tensors import open_attention as open_attention
+from colrow.torch_compat.tensors import own_results as own_results
 from colrow.torch_compat.tensors import parameter_hooks as parameter_hooks
 from colrow.torch_compat.tensors import raw_stream as raw_stream
 from colrow.torch_compat.tensors import scaled_product as scaled_product
