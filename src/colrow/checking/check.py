@@ -19,6 +19,7 @@ from colrow.checking.unproven import check_unproven
 from colrow.dryrun.block_kinds import BlockTraces
 from colrow.dryrun.calls import GivenInputs, Loss, default_loss
 from colrow.dryrun.dry_run import dry_run_of, traces_of_step
+from colrow.dryrun.lockstep import unproven_operators
 from colrow.dryrun.planned_step import PlannedStep
 from colrow.dryrun.result import DryRun
 from colrow.errors import PlanError
@@ -89,7 +90,7 @@ def _checked(
             found.append(finding("CR410", "model", message, "check the keys of all calls together, as one plan"))
     elif not _errors(found) and mesh.tp > 1:
         try:
-            run = dry_run_of(step, traces_of)
+            run = dry_run_of(step, traces_of, judged=True)
         except PlanError as error:
             found.append(finding_of(error, f"plan {plan.name}"))
             return _ordered(found)
@@ -100,7 +101,10 @@ def _checked(
         suspects = [f for f in found if f.severity == "error" and f.code in OF_CODE]
         others = [f for f in found if f not in suspects]
         if not _errors(others) and run.reference_failure is None:
-            found = others + check_unproven(replace(step, dtype=run.dtype), suspects)
+            unproven = run.unproven
+            if unproven is None:
+                unproven = unproven_operators(replace(step, dtype=run.dtype))
+            found = others + check_unproven(unproven, suspects)
     return _ordered(found, flops_split)
 
 

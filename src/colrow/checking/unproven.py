@@ -11,8 +11,6 @@ from collections.abc import Sequence
 
 from colrow.checking.dynamic import FIX_LOG_SOFTMAX
 from colrow.checking.finding import Finding, finding
-from colrow.dryrun.lockstep import unproven_operators
-from colrow.dryrun.planned_step import PlannedStep
 from colrow.dryrun.unproven import Unproven
 
 FIXES = {
@@ -24,15 +22,15 @@ FIXES = {
 }
 
 
-def check_unproven(step: PlannedStep, suspects: Sequence[Finding] = ()) -> list[Finding]:
+def check_unproven(found: Sequence[Unproven], suspects: Sequence[Finding] = ()) -> list[Finding]:
     """Findings on operators, layouts and gradients; one for each module and kind.
 
     Args:
+        found: what `lockstep.unproven_operators` lists.
         suspects: errors in the model's own code, which are returned instead where the step computes with something
             that is not proven. Where it does not, they are of values that nothing needs: of a statistic that is only
             logged, say.
     """
-    found = unproven_operators(step)
     if suspects and any(unproven.is_used for unproven in found):
         return list(suspects)
     return [finding(each.code, each.where or "model", _message(each), FIXES[each.code]) for each in found]

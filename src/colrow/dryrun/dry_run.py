@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +31,7 @@ from colrow.dryrun.calls import (
 from colrow.dryrun.code_caches import caches_forgotten
 from colrow.dryrun.fake_world import fake_tp_mesh, materialize_fake
 from colrow.dryrun.flops import FlopCounter
+from colrow.dryrun.lockstep import StepPair, judges_runs_of
 from colrow.dryrun.module_tracker import LOSS, ModuleTracker
 from colrow.dryrun.planned_step import PlannedStep
 from colrow.dryrun.recorded_calls import CallRecorder
@@ -85,26 +87,35 @@ def dry_run(
     return dry_run_of(PlannedStep(model, plan, mesh.tp, batch_size, seq_len, inputs, loss, dtype))
 
 
-def dry_run_of(step: PlannedStep, traces_of: Callable[[PlannedStep], BlockTraces] = traces_of_step) -> DryRun:
-    """`dry_run` of a step. `traces_of`: may give traces of the model's blocks that are known already, for they do not
-    depend on the plan."""
+def dry_run_of(
+    step: PlannedStep, traces_of: Callable[[PlannedStep], BlockTraces] = traces_of_step, *, judged: bool = False
+) -> DryRun:
+    """`dry_run` of a step.
+
+    Args:
+        traces_of: may give traces of the model's blocks that are known already, for they do not depend on the plan.
+        judged: say what the step leaves unproven too, where the same runs show it.
+    """
     traces = traces_of(step)
     if traces.dtype is not None:
         step = replace(step, dtype=traces.dtype)
-    run = _run(step, traces)
+    run = _run(step, traces, judged)
     if run.reference_failure is not None and "BF16" in str(run.reference_failure.error):
         step = replace(step, dtype=torch.bfloat16)  # torch's grouped matmuls take no other type
-        run = _run(step, traces)
+        run = _run(step, traces, judged)
     if run.reference_failure is not None:  # the model may index its blocks by number: try with all of them
-        run = _run(step, traces, keep=sys.maxsize)
+        run = _run(step, traces, judged, keep=sys.maxsize)
     return run
 
 
-def _run(step: PlannedStep, traces: BlockTraces, keep: int = KEPT) -> DryRun:
+def _run(step: PlannedStep, traces: BlockTraces, judged: bool, keep: int = KEPT) -> DryRun:
     run = DryRun(dtype=step.dtype)
     styles = step.plan.styles_of(step.model)
     reference, sharded = (reduced_copy(step.model, styles, traces, keep) for _ in range(2))
     plan = sharded.renamed_plan(step.plan, styles)
+    pair = None
+    if judged and judges_runs_of(step, sharded):
+        pair = StepPair(step, plan, reference.model, sharded.model, sharded.original)
     with warnings.catch_warnings(), caches_forgotten(step.model), fake_tp_mesh(step.tp) as tp_mesh:
         warnings.simplefilter("ignore")
         parallelize(sharded.model, plan, tp_mesh)
@@ -114,25 +125,37 @@ def _run(step: PlannedStep, traces: BlockTraces, keep: int = KEPT) -> DryRun:
             inputs = step.fake_inputs(reference.model)
             # code may decide by what it draws: the sharded run draws the same, and takes the same way
             with Generators([step.model], "cpu").preserved(torchs=False):
-                _run_unsharded(step, run, reference, inputs)
+                _run_unsharded(step, run, reference, inputs, pair.unsharded(inputs) if pair else nullcontext(_ignore))
             if run.reference_failure is None:
-                _run_sharded(step, run, sharded, inputs, plan, tp_mesh)
+                beside = pair.sharded(inputs, tp_mesh) if pair else nullcontext(_ignore)
+                _run_sharded(step, run, sharded, inputs, plan, tp_mesh, beside)
+                run.unproven = pair.walk().unproven if pair else None
     _compare_gradients(run, reference, sharded)
     run.collectives = [replace(c, cause=_cause(c, styles)) for c in run.collectives]
     return run
 
 
-def _run_unsharded(step: PlannedStep, run: DryRun, reference: ReducedCopy, inputs: Inputs) -> None:
+_Judge = AbstractContextManager[Callable[[Tensor], None]]
+"""Around a run, of whose loss it is told."""
+
+
+def _ignore(loss: Tensor) -> None:
+    """Nobody judges the run."""
+
+
+def _run_unsharded(step: PlannedStep, run: DryRun, reference: ReducedCopy, inputs: Inputs, judge: _Judge) -> None:
     modules = ModuleTracker(reference.model, reference.original)
     _record_outputs(reference, run.reference_outputs)
     recorder, counter = CallRecorder(modules), FlopCounter(modules)
     try:
-        with recorder, counter:
-            output = call_model(reference.model, inputs)
-        run.reference_logits = _output(main_tensor(output))
-        loss = step.loss(output, inputs.given)
-        if loss.requires_grad:
-            loss.backward()
+        with judge as is_loss:
+            with recorder, counter:
+                output = call_model(reference.model, inputs)
+            run.reference_logits = _output(main_tensor(output))
+            loss = step.loss(output, inputs.given)
+            is_loss(loss)
+            if loss.requires_grad:
+                loss.backward()
     except Exception as error:
         run.reference_failure = Failure(error, modules.innermost(), backward=False)
     run.reference_calls = dict(recorder.calls)
@@ -140,7 +163,13 @@ def _run_unsharded(step: PlannedStep, run: DryRun, reference: ReducedCopy, input
 
 
 def _run_sharded(
-    step: PlannedStep, run: DryRun, sharded: ReducedCopy, inputs: Inputs, plan: Plan, tp_mesh: DeviceMesh
+    step: PlannedStep,
+    run: DryRun,
+    sharded: ReducedCopy,
+    inputs: Inputs,
+    plan: Plan,
+    tp_mesh: DeviceMesh,
+    judge: _Judge,
 ) -> None:
     model, original = sharded.model, sharded.original
     params = {id(param): original(name) for name, param in model.named_parameters()}
@@ -153,9 +182,10 @@ def _run_sharded(
     before = {name: (buffer, version(buffer)) for name, buffer in model.named_buffers()}
     backward = False
     try:
-        with watch, watch.declarations(), loss_context(plan, tp_mesh):
+        with watch, watch.declarations(), judge as is_loss, loss_context(plan, tp_mesh):
             with recorder:
                 loss = _loss(step, run, model, inputs, plan)
+            is_loss(loss)
             run.varying_buffers = [original(name) for name in _written(watch, model, before)]
             if loss.requires_grad:
                 backward = True

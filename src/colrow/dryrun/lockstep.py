@@ -9,11 +9,13 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import defaultdict
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from colrow.dryrun.block_kinds import BlockTraces, runs_known_code
@@ -24,7 +26,7 @@ from colrow.dryrun.module_tracker import LOSS
 from colrow.dryrun.numbered import NumberedRun, NumberedValue
 from colrow.dryrun.paired_runs import ShardedRun
 from colrow.dryrun.planned_step import PlannedStep
-from colrow.dryrun.reduced_copy import reduced_copy
+from colrow.dryrun.reduced_copy import KEPT, ReducedCopy, reduced_copy
 from colrow.dryrun.sequence_sizes import sizes_of_sequences
 from colrow.dryrun.unproven import Unproven
 from colrow.dryrun.unsharded_run import UnshardedRun
@@ -137,7 +139,7 @@ def walk(step: PlannedStep, *, all_blocks: bool = False, backward: bool = True) 
         backward: run it too.
     """
     # where all code is known, equal blocks compute the same, and two show everything
-    keep = 2 if runs_known_code(step.model) and not all_blocks else sys.maxsize
+    keep = KEPT if runs_known_code(step.model) and not all_blocks else sys.maxsize
     # of one sequence, a shard of the flattened tokens is a shard of dim 1; else two sequences tell 1 from "any"
     one = _flattens_tokens(step) and not views_complete_sequences()
     several = replace(step, batch_size=max(step.batch_size, 2))
@@ -154,47 +156,141 @@ def _walked(step: PlannedStep, keep: int, backward: bool) -> PairedWalk | Except
     styles = step.plan.styles_of(step.model)
     copies = [reduced_copy(step.model, styles, BlockTraces(), keep) for _ in range(2)]
     unsharded, parallel = (copy.model for copy in copies)
-    original, plan = copies[1].original, copies[1].renamed_plan(step.plan, styles)
-    with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        stack.enter_context(caches_forgotten(step.model))
+    plan = copies[1].renamed_plan(step.plan, styles)
+    pair = StepPair(step, plan, unsharded, parallel, copies[1].original)
+    with warnings.catch_warnings(), caches_forgotten(step.model), fake_tp_mesh(step.tp) as mesh:
         warnings.simplefilter("ignore")
-        mesh = stack.enter_context(fake_tp_mesh(step.tp))
-        segments = {name: style.output_segments(Site(parallel, name, step.tp)) for name, style in plan.modules.items()}
         parallelize(parallel, plan, mesh)
-        stack.enter_context(fake_tensors())
-        for model in (unsharded, parallel):
-            materialize_fake(model, step.dtype)
-        given = step.fake_inputs(unsharded)
-        reference = UnshardedRun(unsharded)
-        # code may decide by what it draws: the sharded run draws the same, and takes the same way
-        draws = Generators([step.model], "cpu").preserved(torchs=False)
+        with fake_tensors():
+            for model in (unsharded, parallel):
+                materialize_fake(model, step.dtype)
+            given = step.fake_inputs(unsharded)
+            # code may decide by what it draws: the sharded run draws the same, and takes the same way
+            draws = Generators([step.model], "cpu").preserved(torchs=False)
+            try:
+                with draws, pair.unsharded(given) as is_loss:
+                    _run_step(is_loss, unsharded, given, step.loss, None, backward)
+            except Exception as error:
+                return error
+            try:
+                with pair.sharded(given, mesh) as is_loss, loss_context(plan, mesh):
+                    _run_step(is_loss, parallel, given, step.loss, plan, backward)
+            except Exception:  # it is a finding
+                forget_shardings()  # of a run that ended early an embedding's mask would stay in DTensor's cache
+            return pair.walk()
+
+
+def _run_step(
+    is_loss: Callable[[Tensor], None], model: nn.Module, inputs: Inputs, loss: Loss, plan: Plan | None, backward: bool
+) -> None:
+    """A forward and a backward, under a plan or of the unsharded model."""
+    if plan is not None and plan.loss == "linear":  # the head returns the loss
+        give_targets(model, plan, inputs)
+        value = head_loss(call_model(model, inputs))
+    else:
+        value = loss(call_model(model, inputs), inputs.given)
+    is_loss(value)
+    if value.requires_grad and backward:
+        value.backward()
+
+
+def judges_runs_of(step: PlannedStep, copy: ReducedCopy) -> bool:
+    """Whether `unproven_operators` runs the step itself, on the blocks that this copy has: one pair of runs is enough
+    for it and for a dry run then."""
+    if _flattens_tokens(step) or (step.inputs is None and step.batch_size < 2):
+        return False
+    if not runs_known_code(step.model):
+        return not copy.repeats
+    kept = reduced_copy(step.model, step.plan.styles_of(step.model), BlockTraces(), KEPT)
+    return (kept.repeats, kept.original_names) == (copy.repeats, copy.original_names)
+
+
+class StepPair:
+    """An unsharded and a sharded run of a step, each within its context; the first comes first.
+
+    Each context gives a function, which is to be called with the loss before its backward.
+
+    Args:
+        plan: the step's, under the names of the copies.
+        unsharded, parallel: copies of the model, neither of them parallelised yet.
+        original: gives a module's name in the step's model.
+    """
+
+    def __init__(
+        self,
+        step: PlannedStep,
+        plan: Plan,
+        unsharded: nn.Module,
+        parallel: nn.Module,
+        original: Callable[[str], str],
+    ) -> None:
+        self._step, self._plan, self._original = step, plan, original
+        self._models = unsharded, parallel
+        sites = {name: Site(parallel, name, step.tp) for name in plan.modules}
+        self._segments = {name: style.output_segments(sites[name]) for name, style in plan.modules.items()}
+        self._losses: list[NumberedValue] = []
+        self._reference: UnshardedRun
+        self._run: ShardedRun
+        self._ended = False
+
+    @contextmanager
+    def unsharded(self, inputs: Inputs) -> Iterator[Callable[[Tensor], None]]:
+        """Around a run of the unsharded copy, on fake tensors."""
+        self._reference = UnshardedRun(self._models[0])
+        _number_known_values(self._reference, self._models[0], inputs)
+        # what the sharded run does not make itself, but takes from a cache, would have no number
+        with caches_forgotten(self._step.model), self._reference:
+            yield lambda loss: self._losses.append(self._reference.value(loss))
+
+    @contextmanager
+    def sharded(self, inputs: Inputs, mesh: DeviceMesh) -> Iterator[Callable[[Tensor], None]]:
+        """Around a run of the copy that is parallelised by now; its exception is a finding, and passes."""
+        length, counted = _counts_of_tokens(self._step, inputs)
+        flattened = 0 if counted[0] else length
+        model, styles = self._models[1], self._plan.modules
+        run = self._run = ShardedRun(model, self._reference, mesh, styles, self._segments, flattened, counted)
+        sizes = sizes_of_sequences(run, counted, length) if counted[0] and length else nullcontext()
+        _number_known_values(run, model, inputs)
         try:
-            with draws, caches_forgotten(step.model):  # what the sharded run does not make itself would have no number
-                want, _ = _run_step(reference, unsharded, given, step.loss, None, backward)
-        except Exception as error:
-            return error
-        length, counted = _counts_of_tokens(step, given)
-        run = ShardedRun(parallel, reference, mesh, plan.modules, segments, 0 if counted[0] else length, counted)
-        if counted[0] and length:
-            stack.enter_context(sizes_of_sequences(run, counted, length))
-        try:
-            with run.conversions(), loss_context(plan, mesh):
-                number, layout = _run_step(run, parallel, given, step.loss, plan, backward)
+            with sizes, run.conversions(), run:
+                yield lambda loss: self._losses.append(run.value(loss))
         except Exception as error:
             run.report("model", f"the sharded run raises {type(error).__name__}: {str(error)[:120]}", run.module())
-            forget_shardings()  # of a run that ended early an embedding's mask would stay in DTensor's cache
-        else:
-            if plan.loss != "linear" and (number != want or layout not in (REPLICATED, UNKNOWN, STYLE)):
+            raise
+        self._ended = True
+
+    def walk(self) -> PairedWalk:
+        """What the two have shown; while their tensors are fake."""
+        run = self._run
+        if self._ended:
+            wanted, (number, layout) = self._losses
+            known = number == wanted.number and layout in (REPLICATED, UNKNOWN, STYLE)
+            if self._plan.loss != "linear" and not known:
                 run.report("loss", f"it is {layout}, or another value than in the unsharded model", LOSS)
-            if backward:
-                _compare_gradients(run, reference, unsharded, parallel)
+            _compare_gradients(run, self._reference, *self._models)
             run.reports.add_kept()
         drawn = _draws_of_modules(run)
-    return PairedWalk(
-        [replace(found, where=original(found.where)) for found in run.reports.found],
-        {original(name): found for name, found in drawn.items()},
-    )
+        return PairedWalk(
+            [replace(found, where=self._original(found.where)) for found in run.reports.found],
+            {self._original(name): found for name, found in drawn.items()},
+        )
+
+
+def _number_known_values(run: NumberedRun, model: nn.Module, inputs: Inputs) -> None:
+    """Parameters, buffers and inputs have their names as numbers."""
+    first: dict[int, str] = {}
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+        number = ("state", first.setdefault(id(tensor), name))
+        packed = packed_of(model, name) if isinstance(tensor, DTensor) else None
+        layout = sharded(packed.dim, packed.segments) if packed else REPLICATED
+        if packed is None and isinstance(tensor, DTensor):
+            layout = layout_of(tensor.placements[0], tuple(tensor.shape)) or STYLE
+        run.set_value(tensor, number, layout)
+    for i, x in enumerate(inputs):
+        if isinstance(x, Tensor):
+            run.set_value(x, ("input", i), REPLICATED)
+    for table in list(RANK_TABLES):
+        run.set_value(table, ("rank table", id(table)), STYLE)
 
 
 def _counts_of_tokens(step: PlannedStep, inputs: Inputs) -> tuple[int, tuple[int, int]]:
@@ -216,35 +312,6 @@ def _draws_of_modules(run: ShardedRun) -> dict[str, tuple[Draw, ...]]:
         if len(set(calls)) > 1 and any(draw.layout != REPLICATED for call in calls for draw in call):
             run.report("dropout", "the module's calls drop elements of tensors with several layouts", name)
     return {name: calls[0] for name, calls in by_module.items()}
-
-
-def _run_step(
-    run: NumberedRun, model: nn.Module, inputs: Inputs, loss: Loss, plan: Plan | None, backward: bool = True
-) -> NumberedValue:
-    """A forward and a backward, under a plan or of the unsharded model; the value of the loss."""
-    first: dict[int, str] = {}
-    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
-        number = ("state", first.setdefault(id(tensor), name))
-        packed = packed_of(model, name) if isinstance(tensor, DTensor) else None
-        layout = sharded(packed.dim, packed.segments) if packed else REPLICATED
-        if packed is None and isinstance(tensor, DTensor):
-            layout = layout_of(tensor.placements[0], tuple(tensor.shape)) or STYLE
-        run.set_value(tensor, number, layout)
-    for i, x in enumerate(inputs):
-        if isinstance(x, Tensor):
-            run.set_value(x, ("input", i), REPLICATED)
-    for table in list(RANK_TABLES):
-        run.set_value(table, ("rank table", id(table)), STYLE)
-    with run:
-        if plan is not None and plan.loss == "linear":  # the head returns the loss
-            give_targets(model, plan, inputs)
-            value = head_loss(call_model(model, inputs))
-        else:
-            value = loss(call_model(model, inputs), inputs.given)
-        found = run.value(value)
-        if value.requires_grad and backward:
-            value.backward()
-    return found
 
 
 def _compare_gradients(run: ShardedRun, reference: UnshardedRun, unsharded: nn.Module, parallel: nn.Module) -> None:

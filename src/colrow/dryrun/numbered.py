@@ -45,7 +45,7 @@ from colrow.torch_compat import (
 _COLROW = Path(__file__).parents[1]
 _STYLE_CODE = tuple(str(_COLROW / room) for room in ("styles", "ops", "sharding", "parallel"))
 _DRYRUN = _COLROW / "dryrun"
-_RUNS = ("numbered", "paired_runs", "unsharded_run", "lockstep", "sequence_sizes")
+_RUNS = ("numbered", "paired_runs", "unsharded_run", "lockstep", "sequence_sizes", "watch", "flops", "recorded_calls")
 # around calls of the model's own code, or of what a style calls
 _AROUND_CODE = (_COLROW / "torch_compat", _COLROW / "styles" / "local_sizes.py")
 _PASSED_OVER = tuple(map(str, (*(_DRYRUN / f"{name}.py" for name in _RUNS), *_AROUND_CODE)))

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from colrow.dryrun.recorded_calls import RecordedCall
+from colrow.dryrun.unproven import Unproven
 
 Pass = Literal["forward", "backward"]
 Shape = tuple[int, ...]
@@ -105,6 +106,7 @@ class DryRun:
         flops, reference_flops: of matrix products, convolutions and attentions in forward, on one rank and unsharded.
         dtype: of floating-point parameters, where it was another than the model's own.
         async_inputs: blocks whose input is the result of a collective, with nothing but views between.
+        unproven: as of `lockstep.unproven_operators`; None where nobody looked.
     """
 
     collectives: list[Collective] = field(default_factory=list)
@@ -124,6 +126,7 @@ class DryRun:
     flops: int = 0
     reference_flops: int = 0
     dtype: torch.dtype | None = None
+    unproven: list[Unproven] | None = None
 
     def flops_split(self, tp: int) -> float | None:
         """The share of the forward's floating-point operations that is split over tp; None where it is not known."""
