@@ -94,7 +94,10 @@ def test_every_rule_has_a_case() -> None:
     assert not surplus, f"without a rule in sharding/operators.py, yet with a case: {sorted(surplus)}"
 
 
-@pytest.mark.parametrize("name", ["linear", "mm", "addmm", "einsum", "conv2d", "grouped_mm_fallback", "embedding"])
+@pytest.mark.parametrize(
+    "name",
+    ["linear", "mm", "addmm", "einsum", "conv2d", "grouped_mm_fallback", "embedding", "tensordot", "bilinear"],
+)
 def test_a_product_without_its_reduction_is_wrong(name: str) -> None:
     assert Outcome(cases(2, 8)[name], 2, Sabotage.DROPPED).error > 1e-3
 

@@ -22,18 +22,21 @@ UNARY = """
     gelu relu relu6 leaky_relu elu celu selu softplus mish hardtanh hardswish hardsigmoid log_sigmoid logit clone
     contiguous detach alias lift_fresh_copy floor ceil round trunc isnan isinf isfinite nan_to_num atan sinh cosh
     logical_not zeros_like ones_like empty_like rand_like randn_like bernoulli softshrink hardshrink lgamma digamma erfc
-    erfinv acos asin asinh atanh sinc frac sgn signbit angle
+    erfinv acos asin asinh atanh sinc frac sgn signbit angle i0 special_entr special_erfcx special_i0e special_i1
+    special_i1e special_log_ndtr special_ndtr special_ndtri uniform exponential
 """.split()  # noqa: SIM905
 BINARY = """
     add sub subtract rsub mul multiply div divide true_divide maximum minimum pow remainder fmod floor_divide copy atan2
     xlogy ge le lt gt eq ne not_equal logical_and logical_or logical_xor type_as fmin fmax hypot copysign logaddexp
-    logaddexp2
+    logaddexp2 isclose special_xlog1py
 """.split()  # noqa: SIM905
 BITS = "bitwise_and bitwise_or bitwise_xor __and__ __or__ __xor__".split()  # noqa: SIM905
 RANDOM = (
     "rand_like",
     "randn_like",
     "bernoulli",
+    "uniform",
+    "exponential",
     "empty_like",
     "rand",
     "randn",
@@ -130,6 +133,11 @@ def _pointwise(w: int) -> dict[str, Case]:
             lambda x, a, b: _y(x, a) * (aten.one_hot(torch.arange(7) % 2, 4).double() @ b),
             ((w, 5), (4, w)),
         ),
+        "acosh": (lambda x, a: aten.acosh(_y(x, a) + 1), one),
+        "ldexp": (lambda x, a, b: aten.ldexp(_y(x, a), b.sign()), two),
+        "rrelu": (lambda x, a: aten.rrelu(_y(x, a) - 0.5), one),
+        "prelu": (lambda x, a, s: aten.prelu((_y(x, a) - 0.5).transpose(1, 2), s), two),
+        "broadcast_tensors": (lambda x, a, b: torch.mul(*aten.broadcast_tensors([_y(x, a), b])), two),
         "real": (lambda x, a: aten.real(pair(_y(x, a))) * _y(x, a), one),
         "complex": (lambda x, a, b: torch.view_as_real(aten.complex(_y(x, a), _y(x, a) * b)), two),
         "polar": (lambda x, a, b: torch.view_as_real(aten.polar(_y(x, a), _y(x, a) * b)), two),
@@ -203,6 +211,24 @@ def _reductions(w: int) -> dict[str, Case]:
         "std": (lambda x, a: aten.std.dim(_y(x, a), [1]), one),
         "linalg_vector_norm": (lambda x, a: aten.linalg_vector_norm(_y(x, a), 2, [1]), one),
         "norm": (lambda x, a: aten.norm.ScalarOpt_dim(_y(x, a), 2, [1], True) * _y(x, a), one),
+        "var_mean": (lambda x, a: torch.mul(*aten.var_mean.dim(_y(x, a), [1])), one),
+        "std_mean": (lambda x, a: torch.mul(*aten.std_mean.dim(_y(x, a), [1])), one),
+        "aminmax": (lambda x, a: torch.mul(*aten.aminmax(_y(x, a), dim=1)), one),
+        "kthvalue": (lambda x, a: aten.kthvalue(_y(x, a), 3, 1)[0], one),
+        "cosine_similarity": (lambda x, a, b: aten.cosine_similarity(_y(x, a), _y(x, a) * b, 1), ((w, 5), (w,))),
+        "pairwise_distance": (
+            lambda x, a, b: aten.pairwise_distance(
+                (_y(x, a) * b).transpose(1, 2), _y(x, a).transpose(1, 2), 2, 1e-6, True
+            ),
+            ((w, 5), (w,)),
+        ),
+        "linalg_vecdot": (lambda x, a, b: aten.linalg_vecdot(_y(x, a), _y(x, a) * b, dim=1), ((w, 5), (w,))),
+        "cdist": (lambda x, a: aten.cdist(_y(x, a).transpose(1, 2), x[:, :, :4].transpose(1, 2)), one),
+        "cross": (lambda x, a, b: aten.cross(_y(x, a)[:, :3], _y(x, a)[:, 4:] * b, 1), ((w, 5), (w,))),
+        "linalg_cross": (
+            lambda x, a, b: aten.linalg_cross(_y(x, a)[:, :3], _y(x, a)[:, 4:] * b, dim=1),
+            ((w, 5), (w,)),
+        ),
         "glu": (lambda x, a: aten.glu(_y(x, a), -1), ((2 * w, 5),)),
         "unfold": (lambda x, a: aten.unfold(_y(x, a), 1, 3, 2).square(), one),
         "histc": (lambda x, a, b: (aten.histc(_y(x, a), 5, 0.0, 1.0) * x) @ b.T, ((4, 5), (w, 5))),
@@ -211,7 +237,9 @@ def _reductions(w: int) -> dict[str, Case]:
             ((4, 5), (w, 5)),
         ),
     }
-    out |= {name: (_along(name, [1]), one) for name in ("amax", "amin")}
+    out |= {name: (_along(name, [1]), one) for name in ("amax", "amin", "nansum", "nanmean")}
+    with_indices = ("median", "nanmedian", "mode", "cummax", "cummin")
+    out |= {name: (_values(_along(name, 1)), one) for name in with_indices}
     for name in ("fft_fft", "fft_ifft", "fft_rfft", "fft_irfft"):
         out |= {name: (_fourier(name, 1), one), f"{name}2": (_fourier(f"{name}2", [0, 1]), one)}
         out |= {f"{name}n": (_fourier(f"{name}n", [0, 1]), one)}
@@ -232,6 +260,10 @@ def _fourier(name: str, where: Any) -> Callable[..., Tensor]:
 
 def _along(name: str, *where: Any) -> Callable[..., Tensor]:
     return lambda x, a: getattr(aten, name)(_y(x, a), *where)
+
+
+def _values(with_indices: Callable[..., Any]) -> Callable[..., Tensor]:
+    return lambda x, a: with_indices(x, a)[0]
 
 
 def _halves(cut: Callable[[Tensor], Sequence[Tensor]]) -> Callable[..., Tensor]:
@@ -262,6 +294,8 @@ def _views(tp: int, w: int) -> dict[str, Case]:
         "expand": (lambda x, a: aten.expand(_y(x, a), [2, 3, 7, w]), one),
         "broadcast_to": (lambda x, a: aten.broadcast_to(_y(x, a), [2, 3, 7, w]), one),
         "repeat": (lambda x, a: aten.repeat(_y(x, a), [2, 1, 2]), one),
+        "tile": (lambda x, a: aten.tile(_y(x, a), [2, 2]), one),
+        "diagonal": (lambda x, a: aten.diagonal(_y(x, a), 0, 0, 1) * _y(x, a)[0, 0, :, None], one),
         "repeat_interleave": (lambda x, a: aten.repeat_interleave.self_int(_y(x, a), 3, 2), one),
         "slice": (_halves(lambda y: (y[..., :w], y[..., w:])), two),
         "narrow": (lambda x, a: aten.narrow(_y(x, a), 1, 2, 3), one),
@@ -294,6 +328,11 @@ def _joins(w: int) -> dict[str, Case]:
     out: dict[str, Case] = {name: (joined(getattr(aten, name)), two) for name in ("cat", "concat", "concatenate")}
     one = ((w, 5),)
     out |= {
+        "hstack": (lambda x, a: aten.hstack([_y(x, a), _y(x, a) * 2]), one),
+        "column_stack": (lambda x, a: aten.column_stack([_y(x, a), _y(x, a) * 2]), one),
+        "vstack": (lambda x, a: aten.vstack([_y(x, a), _y(x, a) * 2]), one),
+        "row_stack": (lambda x, a: aten.row_stack([_y(x, a), _y(x, a) * 2]), one),
+        "dstack": (lambda x, a, b: _unequal(aten.dstack([_y(x, a), _y(x, b)]), w), two),
         "stack": (lambda x, a: aten.stack([_y(x, a), _y(x, a) * 2], 1), one),
         "meshgrid": (
             lambda x, a, b: _y(x, a) * aten.meshgrid.indexing([b, x[0, :, 0].detach()], indexing="xy")[0],
@@ -345,6 +384,12 @@ def _products(tp: int, w: int) -> dict[str, Case]:
             ((3, 5, w), (3, 1, w), (3, w, 4), (3, 1, 4)),
         ),
         "einsum": (heads_by_letters, ((5, tp, 2), (5, tp, 2), (tp, 2, 4))),
+        "tensordot": (
+            lambda x, a, b: aten.tensordot(aten.tensordot(x, a, [2], [0]).tanh(), b, [1, 2], [0, 1]),
+            ((5, w), (7, w, 4)),
+        ),
+        "bilinear": (lambda x, a, b, c, d: aten.bilinear(_y(x, a), _y(x, b), c, d), ((w, 5), (4, 5), (3, w, 4), (3,))),
+        "kron": (lambda x, a, b: x @ aten.kron(a, b).T, ((w, 5), (2, 1))),
         "outer": (lambda x, a, b: x[..., :1] @ aten.outer(a, b).view(1, -1), ((w,), (2,))),
         "_grouped_mm": (grouped, ((2, 8, 8 * w), (2, 8 * w, 8 * w))),
         "grouped_mm_fallback": (fallback, ((2, 8, w), (2, w, 4))),
@@ -383,6 +428,8 @@ def _lookups(w: int) -> dict[str, Case]:
         "index_put": (put(aten.index_put), one),
         "_unsafe_index_put": (put(aten._unsafe_index_put), one),
         "index_add": (written(aten.index_add), one),
+        "index_fill": (lambda x, a: aten.index_fill(_y(x, a), 1, rows(), 2.0) * _y(x, a), one),
+        "take_along_dim": (lambda x, a: aten.take_along_dim(_y(x, a), rows()[None, :, None] % 3, 1), one),
         "index_copy": (written(aten.index_copy), one),
         "gather": (lambda x, a: aten.gather(a, 1, torch.zeros_like(a[:, :2]).long() + rows()[1:3]), table),
         "scatter": (scattered(aten.scatter), one),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from colrow.derive.axes import Dim, forbid, mark_normalised, unify, unify_dims
+from colrow.derive.axes import Dim, forbid, leaves, mark_normalised, unify, unify_dims
 from colrow.derive.infer import AxisInference, Dims, Result, argument, named_argument, number, op_name, rule, shape_of
 
 
@@ -27,6 +27,29 @@ def elementwise(inference: AxisInference, node: Node) -> Result:
     tensors = [n for n in node.all_input_nodes if isinstance(inference.dims.get(n), list)]
     shape = shape_of(node)
     return broadcast(inference, shape, [(inference.of(n), shape_of(n)) for n in tensors], inference.here)
+
+
+@rule("broadcast")
+def broadcast_tensors(inference: AxisInference, node: Node) -> Result:
+    """Every tensor stretched to the shape of all."""
+    assert isinstance(node.args[0], (list, tuple))
+    tensors = [n for n in node.args[0] if isinstance(n, Node)]
+    dims = broadcast(
+        inference,
+        [int(n) for n in node.meta["val"][0].shape],
+        [(inference.of(n), shape_of(n)) for n in tensors],
+        inference.here,
+    )
+    return tuple(list(dims) for _ in tensors)
+
+
+@rule("prelu")
+def prelu(inference: AxisInference, node: Node) -> Result:
+    """One slope, or one for each channel, which is dim 1 (of a vector its only one)."""
+    dims, slopes = inference.of(node.args[0]), inference.of(node.args[1])
+    if leaves(slopes[-1] if slopes else []):
+        unify(dims[min(1, len(dims) - 1)], slopes[-1], inference.here)
+    return dims
 
 
 @rule("constant")
@@ -83,17 +106,64 @@ def mean(inference: AxisInference, node: Node) -> Result:
 
 @rule("reduce")
 def reduce(inference: AxisInference, node: Node) -> Result:
+    """Values alone, or a tuple: with their indices, a variance with its mean."""
     dims = inference.of(node.args[0])
     gone = reduced_dims(node, len(dims))
     for i in gone:
         forbid(dims[i], inference.at(f"reduced by {op_name(node)}"))
-    return _without(dims, gone, bool(named_argument(node, "keepdim", False)))
+    return _of_each_result(node, _without(dims, gone, bool(named_argument(node, "keepdim", False))))
 
 
 @rule("along")
 def along(inference: AxisInference, node: Node) -> Result:
     dims = inference.of(node.args[0])
     forbid(dims[number(node, 1, "dim")], inference.at(f"{op_name(node).strip('_')} runs along it"))
+    return _of_each_result(node, dims)
+
+
+def _of_each_result(node: Node, dims: Dims) -> Result:
+    """These dimensions, once for each tensor that the node gives."""
+    value = node.meta["val"]
+    return tuple(list(dims) for _ in value) if isinstance(value, (tuple, list)) else dims
+
+
+@rule("distance")
+def distance(inference: AxisInference, node: Node) -> Result:
+    """Compares two vectors along a dimension of what is broadcast, which is gone then: the last one, or `dim`."""
+    one, other = node.args[:2]
+    assert isinstance(one, Node)
+    assert isinstance(other, Node)
+    sides = [(inference.of(given), shape_of(given)) for given in (one, other)]
+    shape = [max(pair) for pair in zip(shape_of(one), shape_of(other), strict=True)]
+    dims = broadcast(inference, shape, sides, inference.here)
+    default = 1 if op_name(node) == "cosine_similarity" else -1
+    where = named_argument(node, "dim", default) % len(dims)
+    forbid(dims[where], inference.at(f"reduced by {op_name(node)}"))
+    return _without(dims, {where}, bool(named_argument(node, "keepdim", False)))
+
+
+@rule("cdist")
+def cdist(inference: AxisInference, node: Node) -> Result:
+    """Distances of each row of x [..., P, M] to each of y [..., R, M]."""
+    one, other = node.args[:2]
+    assert isinstance(one, Node)
+    assert isinstance(other, Node)
+    x, y = inference.of(one), inference.of(other)
+    for dim in (x[-1], y[-1]):
+        forbid(dim, inference.at("distances are taken along it"))
+    batch = shape_of(node)[:-2]
+    lead = broadcast(inference, batch, [(x[:-2], shape_of(one)[:-2]), (y[:-2], shape_of(other)[:-2])], inference.here)
+    return [*lead, x[-2], y[-2]]
+
+
+@rule("cross")
+def cross(inference: AxisInference, node: Node) -> Result:
+    """Of vectors of three elements along one dimension."""
+    dims = elementwise(inference, node)
+    assert isinstance(dims, list)
+    where = named_argument(node, "dim", None)
+    where = shape_of(node).index(3) if where is None else where  # `cross` takes the first dimension of 3
+    forbid(dims[where], inference.at("a cross product runs along it"))
     return dims
 
 

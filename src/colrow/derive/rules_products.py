@@ -68,6 +68,37 @@ def _product(inference: AxisInference, node: Node, a: Node, b: Node) -> Dims:
     return [*lead, x[-2], y[-1]]
 
 
+@rule("tensordot")
+def tensordot(inference: AxisInference, node: Node) -> Result:
+    """Contracts dims of the first operand with as many of the second; the others of both follow each other."""
+    a, b = node.args[:2]
+    x, y = inference.of(a), inference.of(b)
+    summed = [[int(i) % len(dims) for i in given] for dims, given in zip((x, y), node.args[2:4], strict=True)]  # type: ignore[union-attr]
+    for i, j in zip(*summed, strict=True):
+        unify(x[i], y[j], inference.here)
+        weighted(inference, node, x[i], a, b)
+    own = [[dim for k, dim in enumerate(dims) if k not in gone] for dims, gone in zip((x, y), summed, strict=True)]
+    if not inference.is_weight(a) and not inference.is_weight(b):
+        for dims in own:
+            forbid_own(inference, dims)
+    return [*own[0], *own[1]]
+
+
+@rule("bilinear")
+def bilinear(inference: AxisInference, node: Node) -> Result:
+    """x [..., I] and y [..., J] with a matrix of w [O, I, J] for each output. It sums over both, and a rank's sum over
+    a shard of one of them is partial."""
+    x, y, w = (inference.of(given) for given in node.args[:3])
+    for dims, own in ((x, w[1]), (y, w[2])):
+        unify(dims[-1], own, inference.here)
+        inference.contract(node, own)
+    lead = [mine for mine, its in zip(x[:-1], y[:-1], strict=True) if unify(mine, its, inference.here) is None]
+    bias = argument(node, 3, "bias")
+    if isinstance(bias, Node):
+        unify(inference.of(bias)[0], w[0], inference.here)
+    return [*lead, w[0]]
+
+
 @rule("matmul")
 def matmul(inference: AxisInference, node: Node) -> Result:
     a, b = node.args[:2]
@@ -252,6 +283,29 @@ def gather(inference: AxisInference, node: Node) -> Result:
     assert isinstance(picked, Node)
     _aligned_by_index(inference, node, picked, "indexed")
     return list(inference.of(picked))
+
+
+@rule("take_along_dim")
+def take_along_dim(inference: AxisInference, node: Node) -> Result:
+    """As gather; the other dimensions of tensor and index are broadcast."""
+    source, picked, where = node.args[0], node.args[1], argument(node, 2, "dim")
+    assert isinstance(source, Node)
+    assert isinstance(picked, Node)
+    if not isinstance(where, int):
+        raise NoRuleError("take_along_dim of all elements")
+    x, index = list(inference.of(source)), list(inference.of(picked))
+    extents = shape_of(source)
+    forbid(x[where], inference.at("indexed"))
+    forbid(index[where], inference.at("indexed"))
+    x[where], extents[where] = [], 1
+    return broadcast(inference, shape_of(node), [(index, shape_of(picked)), (x, extents)], inference.here)
+
+
+@rule("index_fill")
+def index_fill(inference: AxisInference, node: Node) -> Result:
+    dims = inference.of(node.args[0])
+    forbid(dims[number(node, 1, "dim")], inference.at("written at an index"))
+    return dims
 
 
 @rule("scatter")

@@ -7,7 +7,17 @@ from typing import Any
 from torch.fx import Node
 
 from colrow.derive.axes import Atom, Dim, forbid, regroup, size_of, unify, unify_dims
-from colrow.derive.infer import AxisInference, NoRuleError, Result, argument, named_argument, number, rule, shape_of
+from colrow.derive.infer import (
+    AxisInference,
+    NoRuleError,
+    Result,
+    argument,
+    named_argument,
+    number,
+    op_name,
+    rule,
+    shape_of,
+)
 from colrow.sharding.operator_rules import same_elements
 
 
@@ -98,7 +108,8 @@ def expand(inference: AxisInference, node: Node) -> Result:
 @rule("repeat")
 def repeat(inference: AxisInference, node: Node) -> Result:
     """Copies stand outside: element i of copy c lies at c * extent + i."""
-    dims, times = inference.of(node.args[0]), argument(node, 1, "repeats")
+    dims, times = inference.of(node.args[0]), argument(node, 1, "repeats" if op_name(node) == "repeat" else "dims")
+    times = [*[1] * (len(dims) - len(times)), *times]
     if not all(isinstance(n, int) for n in times):
         raise NoRuleError("repeat by a computed number")
     padded: list[Dim] = [[] for _ in range(len(times) - len(dims))] + list(dims)
@@ -113,6 +124,26 @@ def repeat_interleave(inference: AxisInference, node: Node) -> Result:
         raise NoRuleError("repeat_interleave with a tensor")
     dims[where] = [*dims[where], Atom(times)]
     return dims
+
+
+@rule("kron")
+def kron(inference: AxisInference, node: Node) -> Result:
+    """Each element of the first tensor times the second: dimension i counts the first's, then the second's."""
+    x, y = inference.of(node.args[0]), inference.of(node.args[1])
+    rank = max(len(x), len(y))
+    sides = zip(*([*[[]] * (rank - len(dims)), *dims] for dims in (x, y)), strict=True)
+    return [[*one, *other] for one, other in sides]
+
+
+@rule("diagonal")
+def diagonal(inference: AxisInference, node: Node) -> Result:
+    """Of two dimensions, which are gone; it stands last."""
+    dims = list(inference.of(node.args[0]))
+    gone = {int(named_argument(node, name, k)) % len(dims) for k, name in enumerate(("dim1", "dim2"))}
+    for i in gone:
+        forbid(dims[i], inference.at("its diagonal is taken"))
+    kept = [dim for i, dim in enumerate(dims) if i not in gone]
+    return [*kept, *inference.fresh(shape_of(node)[-1:], "a diagonal")]
 
 
 @rule("getitem")
@@ -140,11 +171,17 @@ def unbind(inference: AxisInference, node: Node) -> Result:
 # ---------------------------------------------------------------------- joining
 
 
+_STACKED = {"hstack": 1, "vstack": 0, "row_stack": 0, "column_stack": 1, "dstack": 2}
+
+
 @rule("cat")
 def cat(inference: AxisInference, node: Node) -> Result:
+    """Along `dim`; the dimension of `hstack`, `vstack` and `dstack` is in their names."""
     tensors: list[Any] = [x for x in node.args[0] if shape_of(x) != [0]]  # type: ignore[union-attr,arg-type]
     rank = len(shape_of(node))
-    where = number(node, 1, "dim", 0) % rank
+    where = _STACKED[op_name(node)] if op_name(node) in _STACKED else number(node, 1, "dim", 0) % rank
+    if any(len(shape_of(x)) <= where for x in tensors):  # these get a dimension first
+        raise NoRuleError("vectors are joined as rows")
     extents = [shape_of(x)[where] for x in tensors]
     out = list(inference.of(tensors[0]))
     for x in tensors[1:]:

@@ -137,7 +137,8 @@ _known(
     bitwise_and bitwise_or bitwise_not bitwise_xor logical_and logical_or logical_not logical_xor __and__ __or__ __xor__
     ge le lt gt eq ne not_equal floor ceil round trunc isnan isinf isfinite _conj real softshrink hardshrink lgamma
     digamma erfc erfinv acos asin asinh atanh sinc fmin fmax hypot copysign logaddexp logaddexp2 frac sgn signbit polar
-    complex angle""",
+    complex angle isclose ldexp acosh i0 special_entr special_erfcx special_i0e special_i1
+    special_i1e special_log_ndtr special_ndtr special_ndtri special_xlog1py""",
     "elementwise",
 )
 _known("where masked_fill copy", "elementwise")
@@ -147,6 +148,9 @@ _known("mul multiply", "elementwise", linear=Linear.EACH, counts=True)
 _known("div divide true_divide", "elementwise", linear=Linear.NUMERATOR, counts=True)
 _known("neg negative", "elementwise", linear=FIRST)
 _known("dropout", "elementwise", linear=FIRST, random=True)
+_known("rrelu", "elementwise", random=True)  # in training
+_known("prelu", "prelu")
+_known("broadcast_tensors", "broadcast", linear=TERMS, moves=True)
 _known("native_dropout _fused_dropout", random=True)
 _known("contiguous alias", "elementwise", linear=FIRST, moves=True, identity=Identity.MEMORY)
 _known("clone", "elementwise", linear=FIRST, moves=True, identity=Identity.MEMORY)
@@ -173,13 +177,14 @@ _known("rand_like randn_like", "like", fills=Filling.RANDOM, random=True)
 _known("fill", "elementwise", fills=Filling.CONSTANT, counts=True)
 _known("zero", fills=Filling.ZERO)
 _known("bernoulli", "like", random=True)  # its input holds the probabilities
+_known("uniform exponential", "like", fills=Filling.RANDOM, random=True)
 
 # ---------------------------------------------------------------------- along a dim
 
 _known("sum", "sum", linear=FIRST, runs=DIMS)
 _known("mean", "mean", linear=FIRST, runs=DIMS)
 _known("amax amin any all prod logsumexp argmax argmin", "reduce", runs=DIMS)
-_known("softmax _softmax log_softmax _log_softmax _safe_softmax cumprod logcumsumexp", "along", runs=DIMS)
+_known("softmax _softmax log_softmax _log_softmax _safe_softmax cumprod logcumsumexp cummax cummin", "along", runs=DIMS)
 _known("cumsum", "along", linear=FIRST, runs=DIMS)
 _known("flip roll", "reorder", linear=FIRST, moves=True, runs=DIMS)
 _known("tril triu", "triangle", linear=FIRST, runs=MATRICES)
@@ -201,14 +206,17 @@ _known("histc bincount", "count")
 _known("one_hot", "one_hot")
 _known("nll_loss_forward nll_loss2d_forward nll_loss_backward nll_loss2d_backward")
 _known("select_backward")
-_known("var std linalg_vector_norm norm", "reduce", runs=DIMS)
+_known("var std linalg_vector_norm norm nansum nanmean", "reduce", runs=DIMS)
+_known("var_mean std_mean aminmax median nanmedian mode kthvalue", "reduce", runs=DIMS)
+_known("cosine_similarity pairwise_distance linalg_vecdot", "distance")
+_known("cdist", "cdist")
+_known("cross linalg_cross", "cross")
 _known("glu", "glu", runs=DIMS)
 _known("unfold", "unfold", linear=FIRST, runs=DIMS)
 # in no traced graph, so without a rule
 _known(
-    """nansum var_mean std_mean median nanmedian mode kthvalue aminmax count_nonzero
-    cummax cummin _softmax_backward_data _log_softmax_backward_data unfold_backward glu_backward _fft_r2c
-    _fft_c2r _fft_c2c linalg_cross index_fill""",
+    """count_nonzero _softmax_backward_data _log_softmax_backward_data unfold_backward glu_backward _fft_r2c _fft_c2r
+    _fft_c2c""",
     runs=DIMS,
 )
 _known(
@@ -240,7 +248,7 @@ _known(
     softshrink_backward hardshrink_backward leaky_relu_backward elu_backward
     _prelu_kernel _prelu_kernel_backward
     threshold_backward gelu_backward silu_backward mish_backward softplus_backward sigmoid_backward tanh_backward
-    logit_backward acosh heaviside nextafter i0 special_entr imag _neg_view _conj_physical conj_physical""",
+    logit_backward heaviside nextafter imag _neg_view _conj_physical conj_physical""",
     runs=NONE,
 )
 
@@ -260,6 +268,9 @@ _known("addmm baddbmm", "addmm", contracts=True, addends=(0,))
 _known("matmul mm bmm", "matmul", linear=Linear.EACH, contracts=True)
 _known("einsum", "einsum", linear=Linear.EACH, contracts=True)
 _known("outer", "outer")
+_known("tensordot", "tensordot", contracts=True)
+_known("bilinear", "bilinear", contracts=True, addends=(3,))
+_known("kron", "kron", linear=Linear.EACH)
 _known("conv1d conv2d conv3d", "conv", contracts=True, addends=(2,), groups=6)
 _known("conv_transpose1d conv_transpose2d conv_transpose3d", "conv", contracts=True, addends=(2,), groups=6)
 _known("convolution", contracts=True)  # what these are when they run; in no traced graph, so without a rule
@@ -277,7 +288,7 @@ _known("movedim", "movedim", linear=FIRST, moves=True)
 _known("unsqueeze", "unsqueeze", linear=FIRST, moves=True)
 _known("squeeze", "squeeze", linear=FIRST, moves=True)
 _known("expand broadcast_to", "expand", linear=FIRST, moves=True)
-_known("repeat", "repeat", linear=FIRST, moves=True)
+_known("repeat tile", "repeat", linear=FIRST, moves=True)
 _known("repeat_interleave", "repeat_interleave", linear=FIRST, moves=True)
 _known("view_as_complex", "view_as_complex", linear=FIRST, moves=True)
 _known("view_as_real", "view_as_real", linear=FIRST, moves=True)
@@ -288,8 +299,9 @@ _known("split split_with_sizes chunk", "split", linear=FIRST, moves=True)
 _known("tensor_split", linear=FIRST, moves=True)
 _known("unbind", "unbind", linear=FIRST, moves=True)
 _known("getitem", "getitem", linear=FIRST, moves=True)
-_known("cat concat concatenate", "cat", linear=TERMS, moves=True)
+_known("cat concat concatenate hstack vstack row_stack column_stack dstack", "cat", linear=TERMS, moves=True)
 _known("stack", "stack", linear=TERMS, moves=True)
+_known("diagonal", "diagonal", linear=FIRST, moves=True)
 _known("meshgrid", "meshgrid", linear=TERMS, moves=True)
 _known("slice_scatter", "slice_scatter", linear=TERMS, moves=True)
 _known("select_scatter", "select_scatter", linear=TERMS, moves=True)
@@ -301,6 +313,8 @@ _known("embedding_bag", "embedding_bag")
 _known("index", "index", linear=FIRST, takes_part=True)
 _known("index_select", "index_select", linear=FIRST, takes_part=True, runs=DIMS)
 _known("gather", "gather", linear=FIRST, runs=DIMS)
+_known("take_along_dim", "take_along_dim", linear=FIRST)
+_known("index_fill", "index_fill", runs=DIMS)
 _known("index_put _unsafe_index_put", "index_put", linear=Linear.WRITTEN)
 _known("index_add", "index_add", linear=TERMS, runs=DIMS)
 _known("index_copy", "index_add", runs=DIMS)
