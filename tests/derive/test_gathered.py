@@ -101,6 +101,39 @@ def test_an_attention_that_stays_unsharded_is_gathered_and_the_rest_is_not() -> 
     assert parity(model, plan, 2, x).worst < 1e-9
 
 
+class ModuleOfEachHead(nn.Module):
+    """Each head is a module, and its layers are less than 1% of the model, of which the MLP has most."""
+
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(8, 2, bias=False) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.q(x) @ self.k(x).mT).softmax(-1) @ self.v(x)
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.norm, self.heads = nn.LayerNorm(8), nn.ModuleList(self.Head() for _ in range(heads))
+        self.proj = nn.Linear(2 * heads, 8, bias=False)
+        self.up, self.down = nn.Linear(8, 160), nn.Linear(160, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        x = x + self.proj(torch.cat([head(y) for head in self.heads], -1))
+        return x + self.down(self.up(x).relu())
+
+
+@pytest.mark.parametrize(("heads", "layers"), [(4, {"q", "k", "v"}), (1, set())])
+def test_layers_of_one_name_count_together(heads: int, layers: set[str]) -> None:
+    torch.manual_seed(0)
+    model, x = ModuleOfEachHead(heads).double(), (torch.randn(2, 3, 8, dtype=torch.float64),)
+    found = derive(model, 2, inputs=x, judge=lambda _: None)
+    gathered = {name for name in found.sharded if name.startswith("heads.")}
+    assert gathered == {f"heads.{head}.{layer}.weight" for head in range(heads) for layer in layers}
+    assert parity(model, found.plan(), 2, x).worst < 1e-9
+
+
 class FewKeys(nn.Module):
     """Queries and one head of keys and values in one weight, of which every rank needs the latter."""
 

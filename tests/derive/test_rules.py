@@ -21,6 +21,7 @@ from colrow.derive.derivation import derive
 from colrow.derive.infer import RULES, AxisInference, NoRuleError, number
 from colrow.derive.table import infer
 from colrow.derive.trace import trace
+from colrow.verifying.verify import parity
 
 TOLERANCE = 1e-10
 quick = settings(
@@ -349,3 +350,25 @@ def test_a_number_that_the_graph_computes_is_no_rule() -> None:
     x = graph.placeholder("x")
     with pytest.raises(NoRuleError, match="dim is not a known number"):
         number(graph.call_function(torch.ops.aten.select.int, (x, x, 0)), 1, "dim")
+
+
+class Joined(nn.Module):
+    """Features behind a memory, which is empty at first."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.up, self.down, self.length = nn.Linear(8, 16), nn.Linear(16 + length, 8), length
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        joined = torch.cat([h.new_zeros(*h.shape[:-1], self.length), h], -1)
+        return self.down(joined + h.relu() if self.length == 0 else joined)
+
+
+@pytest.mark.parametrize(("length", "split"), [(0, {"up.weight", "up.bias"}), (3, set())])
+def test_an_empty_piece_joins_nothing(length: int, split: set[str]) -> None:
+    torch.manual_seed(0)
+    model, x = Joined(length).double(), (torch.randn(2, 3, 8, dtype=torch.float64),)
+    found = derive(model, 2, inputs=x)
+    assert {name for name in found.sharded if name.startswith("up")} == split
+    assert parity(model, found.plan(), 2, x).worst < 1e-9

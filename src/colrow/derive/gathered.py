@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from colrow.derive.flow import SpmdType
 from colrow.derive.infer import facts_of, shape_of
 from colrow.derive.trace import Trace, is_boundary, label_of
-from colrow.plans.patterns import is_within
+from colrow.plans.patterns import is_within, with_stars
 from colrow.sharding.parameter_state import holders_of
 from colrow.styles.gathered_parameters import GatheredParameters
 
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 Layers = dict[str, dict[str, Any]]
 """The styles of layers, and of what they hold, by name."""
 LEAST = 0.01
-"""Of the model's parameters: a smaller layer is not worth two collectives."""
+"""Of the model's parameters, counted with those of the same name but for numbers: what is smaller is not worth two
+collectives. One layer of a deep model is a small part of it, and so is one head that has a module of its own."""
 
 ATTEMPTS = 4
 """After as many objections, the outputs stay as they are."""
@@ -112,12 +113,10 @@ def gathered_layers(
         kept: parameters that stay unsharded.
     """
     holders = holders_of(model)  # another holder of a tied parameter would get a shard of it
-    total = sum(param.numel() for param in model.parameters())
-    found: Layers = {}
+    large, found = _large_names(model), Layers()
     for name, module in model.named_modules():
         params = list(module.parameters())
-        large = sum(param.numel() for param in params) >= LEAST * total
-        if not large or name in taken or any(holders[param] > 1 for param in params):
+        if with_stars(name) not in large or name in taken or any(holders[param] > 1 for param in params):
             continue
         if any(f"{name}.{parameter}" in kept for parameter, _ in module.named_parameters()):
             continue
@@ -126,6 +125,16 @@ def gathered_layers(
             continue  # torch's attention reads the weight of its layer, and does not call it
         found |= {f"{name}.{inner}" if inner else name: style for inner, style in gathered_styles(module, tp).items()}
     return found
+
+
+def _large_names(model: nn.Module) -> set[str]:
+    """Names of parameters and modules, with stars for numbers, that stand for enough parameters to gather."""
+    sizes: Counter[str] = Counter()
+    for name, param in model.named_parameters():
+        parts = name.split(".")
+        for inside in {with_stars(".".join(parts[:k])) for k in range(1, len(parts) + 1)} | {""}:
+            sizes[inside] += param.numel()
+    return {name for name, size in sizes.items() if size >= LEAST * sizes[""]}
 
 
 def gathered_parameters(
@@ -138,14 +147,14 @@ def gathered_parameters(
         taken, kept: of `gathered_layers`.
     """
     holders = holders_of(model)  # another holder of a tied parameter would get a shard of it
-    least = LEAST * sum(param.numel() for param in model.parameters())
+    large = _large_names(model)
     longest = max((extent for param in holders if param.dim() > 1 for extent in param.shape), default=sys.maxsize)
     found: Layers = {}
     for name, module in model.named_modules():
         shards = {}
         for parameter, param in module._parameters.items() if name not in taken else ():
             full = f"{name}.{parameter}".removeprefix(".")
-            if param is None or param.numel() < least or holders[param] > 1 or full in kept or not stands(full):
+            if param is None or with_stars(full) not in large or holders[param] > 1 or full in kept or not stands(full):
                 continue
             if (dim := next((k for k, extent in enumerate(param.shape) if extent % tp == 0), None)) is not None:
                 shards[parameter] = dim

@@ -73,7 +73,8 @@ def tensordot(inference: AxisInference, node: Node) -> Result:
     """Contracts dims of the first operand with as many of the second; the others of both follow each other."""
     a, b = node.args[:2]
     x, y = inference.of(a), inference.of(b)
-    summed = [[int(i) % len(dims) for i in given] for dims, given in zip((x, y), node.args[2:4], strict=True)]  # type: ignore[union-attr]
+    contracted: list[list[int]] = [node.args[2], node.args[3]]  # type: ignore[list-item]
+    summed = [[i % len(dims) for i in given] for dims, given in zip((x, y), contracted, strict=True)]
     for i, j in zip(*summed, strict=True):
         unify(x[i], y[j], inference.here)
         weighted(inference, node, x[i], a, b)
@@ -92,11 +93,11 @@ def bilinear(inference: AxisInference, node: Node) -> Result:
     for dims, own in ((x, w[1]), (y, w[2])):
         unify(dims[-1], own, inference.here)
         inference.contract(node, own)
-    lead = [mine for mine, its in zip(x[:-1], y[:-1], strict=True) if unify(mine, its, inference.here) is None]
+    unify_dims(x[:-1], y[:-1], inference.here)
     bias = argument(node, 3, "bias")
     if isinstance(bias, Node):
         unify(inference.of(bias)[0], w[0], inference.here)
-    return [*lead, w[0]]
+    return [*x[:-1], w[0]]
 
 
 @rule("matmul")

@@ -177,7 +177,10 @@ _STACKED = {"hstack": 1, "vstack": 0, "row_stack": 0, "column_stack": 1, "dstack
 @rule("cat")
 def cat(inference: AxisInference, node: Node) -> Result:
     """Along `dim`; the dimension of `hstack`, `vstack` and `dstack` is in their names."""
-    tensors: list[Any] = [x for x in node.args[0] if shape_of(x) != [0]]  # type: ignore[union-attr,arg-type]
+    # an empty piece has no elements: without it the result may be one tensor, and then it has that one's dims
+    tensors: list[Any] = [x for x in node.args[0] if 0 not in shape_of(x)]  # type: ignore[union-attr,arg-type]
+    if not tensors:
+        raise NoRuleError("nothing is joined")
     rank = len(shape_of(node))
     where = _STACKED[op_name(node)] if op_name(node) in _STACKED else number(node, 1, "dim", 0) % rank
     if any(len(shape_of(x)) <= where for x in tensors):  # these get a dimension first
