@@ -11,7 +11,7 @@ from colrow.checking.check import check
 from colrow.derive import local
 from colrow.derive.derivation import derive
 from colrow.derive.emit_modules import ModuleEmitter
-from colrow.derive.infer import argument, facts_of
+from colrow.derive.infer import RULES, argument, facts_of
 from colrow.derive.local import LocalCheck
 from colrow.mesh import Mesh
 from colrow.verifying.verify import parity
@@ -101,6 +101,31 @@ class Experts(nn.Module):
         return y.view(x.shape[0], -1, C).transpose(1, 2).reshape(x.shape)
 
 
+class Instances(nn.Module):
+    """A block of a U-Net for medical images: each channel of each sample is normalised by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(C, 2 * C, 3, padding=1), nn.InstanceNorm2d(2 * C, affine=True)
+        self.second = nn.Conv2d(2 * C, C, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.silu(self.norm(self.first(x)).type_as(x)))
+
+
+class Windows(nn.Module):
+    """Attention in windows, which stand between heads and positions (Hiera's)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.heads = nn.Linear(C, 3 * C), nn.Linear(C, C), HEADS
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.qkv(x.flatten(2).transpose(1, 2)).reshape(x.shape[0], -1, 4, 3, self.heads, C // self.heads)
+        y = F.scaled_dot_product_attention(*y.permute(3, 0, 4, 2, 1, 5).unbind(0)).transpose(1, 3)
+        return self.out(y.reshape(x.shape[0], -1, C)).transpose(1, 2).reshape(x.shape)
+
+
 class ChannelNorm(nn.LayerNorm):
     """Over the channels of [batch, channels, length] (wav2vec2's)."""
 
@@ -168,6 +193,24 @@ def test_a_block_is_split_and_computes_the_same(block: type[nn.Module], tp: int)
     sharded, worst = sharded_of(block, tp)
     assert sharded >= SPLIT[block]
     assert worst < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("block", "operator", "split"),
+    [
+        (Instances, "instance_norm", {"first.weight", "norm.weight", "norm.bias", "second.weight"}),
+        (Windows, "attention", {"qkv.weight", "qkv.bias", "out.weight"}),
+    ],
+)
+def test_a_block_is_split_by_the_rule_of_its_operator(
+    block: type[nn.Module], operator: str, split: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sharded, worst = sharded_of(block, 2)
+    assert sharded >= split
+    assert worst < TOLERANCE
+    monkeypatch.delitem(RULES, operator)
+    without = derive(Net(block), 2, inputs=(IMAGES.float(),))  # it splits the residual stream, or nothing
+    assert not {*without.sharded} >= {f"blocks.0.{name}" for name in split}
 
 
 @pytest.mark.exhaustive

@@ -116,7 +116,14 @@ def test_attention_with_grouped_heads(tp: int, kv: int, group: int, dim: int, fu
         q, k, v = (t.unflatten(-1, (-1, dim)).transpose(1, 2) for t in (q, k, v))
         if group > 1 and seed == 1:
             k, v = (t[:, :, None].expand(3, kv, group, 7, dim).reshape(3, heads, 7, dim) for t in (k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != heads)
+        if group == 1 and seed == 1:  # heads joined with the batch
+            parts = (t.flatten(0, 1) for t in (q, k, v))
+            out = F.scaled_dot_product_attention(*parts, is_causal=True).unflatten(0, (3, heads))
+        elif group == 1 and seed == 2:  # windows behind the heads
+            parts = (torch.stack([t, t * 2], 2) for t in (q, k, v))
+            out = F.scaled_dot_product_attention(*parts, is_causal=True).sum(2)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != heads)
         return F.linear(out.transpose(1, 2).flatten(2), weights[-1])
 
     shapes = [(width + 2 * kv * dim, 5)] if fused else [(width, 5), (kv * dim, 5), (kv * dim, 5)]

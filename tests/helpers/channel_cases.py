@@ -60,6 +60,17 @@ def channels(tp: int, w: int) -> dict[str, Case]:
 
         return function, ((w, 5), (gates * 2, 5), (gates * 2, 2))
 
+    def cell(name: str, gates: int) -> Case:
+        def function(x: Tensor, a: Tensor, i: Tensor, h: Tensor) -> Tensor:
+            state: Any = [x.new_zeros(3, 2) for _ in range(2)]
+            found = getattr(aten, name)(x[:, 0], state if name == "lstm_cell" else state[0], i, h)
+            return (found[0] if name == "lstm_cell" else found).sum(-1, keepdim=True) + x[:, 1] @ a.T
+
+        return function, ((w, 5), (gates * 2, 5), (gates * 2, 2))
+
+    def instances(x: Tensor, a: Tensor, s: Tensor, b: Tensor) -> Tensor:
+        return aten.instance_norm(aten.conv1d(x, a), s, b, None, None, True, 0.1, 1e-5, False)
+
     scales = ((w, 7, 1), (w,), (w,))
     return (
         convolutions(1, w)
@@ -83,6 +94,11 @@ def channels(tp: int, w: int) -> dict[str, Case]:
             "gru": recurrent("gru", 3),
             "rnn_tanh": recurrent("rnn_tanh", 1),
             "rnn_relu": recurrent("rnn_relu", 1),
+            "lstm_cell": cell("lstm_cell", 4),
+            "gru_cell": cell("gru_cell", 3),
+            "rnn_tanh_cell": cell("rnn_tanh_cell", 1),
+            "rnn_relu_cell": cell("rnn_relu_cell", 1),
+            "instance_norm": (instances, scales),
         }
     )
 

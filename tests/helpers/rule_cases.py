@@ -27,7 +27,7 @@ UNARY = """
 """.split()  # noqa: SIM905
 BINARY = """
     add sub subtract rsub mul multiply div divide true_divide maximum minimum pow remainder fmod floor_divide copy atan2
-    xlogy ge le lt gt eq ne not_equal logical_and logical_or logical_xor type_as fmin fmax hypot copysign logaddexp
+    xlogy ge le lt gt eq ne not_equal logical_and logical_or logical_xor fmin fmax hypot copysign logaddexp
     logaddexp2 isclose special_xlog1py
 """.split()  # noqa: SIM905
 BITS = "bitwise_and bitwise_or bitwise_xor __and__ __or__ __xor__".split()  # noqa: SIM905
@@ -121,6 +121,7 @@ def _pointwise(w: int) -> dict[str, Case]:
         "addcmul": (lambda x, a, b: aten.addcmul(_y(x, a), b, b), two),
         "addcdiv": (lambda x, a, b: aten.addcdiv(_y(x, a), b, b.exp()), two),
         "to": (lambda x, a: aten.to(_y(x, a), torch.float32).double(), one),
+        "type_as": (lambda x, a: aten.type_as(_y(x, a), x.new_zeros(2)) * 2, one),
         "_to_copy": (lambda x, a: aten._to_copy(_y(x, a), dtype=torch.float32).double(), one),
         "boundary": (
             lambda x, a: torch.ops.colrow_plan.boundary(_y(x, a).detach(), "in|m|0", -1, 1, 1) * _y(x, a),

@@ -87,3 +87,20 @@ def spectrogram() -> Built:
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
     config = ASTConfig(**sizes, max_length=64, num_mel_bins=32, patch_size=8, frequency_stride=8, time_stride=8)
     return ASTForAudioClassification(config), (torch.randn(2, 64, 32),)
+
+
+@model("speechbrain", "TransformerASR")
+def recognizer() -> Built:
+    from speechbrain.lobes.models.transformer.TransformerASR import TransformerASR
+
+    class Recognizer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            sizes = {"d_model": 64, "nhead": 4, "num_encoder_layers": 2, "num_decoder_layers": 2, "d_ffn": 256}
+            self.body = TransformerASR(tgt_vocab=40, input_size=32, **sizes, normalize_before=True, causal=False)
+            self.head = nn.Linear(64, 40)
+
+        def forward(self, frames: Tensor, ids: Tensor) -> Tensor:
+            return self.head(self.body(frames, ids)[1])
+
+    return Recognizer(), (torch.randn(2, 20, 32), torch.randint(1, 40, (2, 9)))

@@ -90,3 +90,14 @@ def lucid_unet() -> Built:
     from denoising_diffusion_pytorch import Unet
 
     return Unet(32, dim_mults=(1, 2), attn_heads=4, attn_dim_head=16), (torch.randn(2, 3, 16, 16), steps())
+
+
+@model("diffusers", "WanTransformer3DModel")
+def wan() -> Built:
+    from diffusers import WanTransformer3DModel
+
+    sizes = {"num_attention_heads": 4, "attention_head_dim": 16, "num_layers": 2, "ffn_dim": 256, "text_dim": 48}
+    options = {"patch_size": (1, 2, 2), "freq_dim": 32, "cross_attn_norm": True, "rope_max_seq_len": 32}
+    built = WanTransformer3DModel(in_channels=4, out_channels=4, **sizes, **options, qk_norm="rms_norm_across_heads")
+    inputs = {"hidden_states": torch.randn(2, 4, 2, 8, 8), "encoder_hidden_states": torch.randn(2, 9, 48)}
+    return built, inputs | {"timestep": steps()}

@@ -147,3 +147,44 @@ def clip() -> Built:
             return scale * images @ texts.mT
 
     return Pairs(), (*image(), torch.randint(0, 256, (2, 17)))
+
+
+@model("timm", "GlobalContextVit")
+def global_context() -> Built:
+    from timm.models.gcvit import GlobalContextVit
+
+    sizes = {"depths": (1, 1), "num_heads": (4, 8), "window_size": (4, 4), "embed_dim": 32}
+    return GlobalContextVit(img_size=(64, 64), **sizes, num_classes=16), image(64)
+
+
+@model("vit-pytorch", "NaViT")
+def navit() -> Built:
+    from vit_pytorch.na_vit import NaViT
+
+    class Packed(nn.Module):
+        """Images of two sizes in one sequence."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            sizes = {"dim": 64, "depth": 2, "heads": 4, "dim_head": 16, "mlp_dim": 256}
+            self.vit = NaViT(image_size=32, patch_size=8, num_classes=16, **sizes)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.vit([[images[0], images[1, :, :16]]])
+
+    return Packed(), image()
+
+
+@model("segment-anything", "MaskDecoder")
+def mask_decoder() -> Built:
+    from segment_anything.modeling import MaskDecoder, TwoWayTransformer
+
+    class Masks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = MaskDecoder(transformer_dim=64, transformer=TwoWayTransformer(2, 64, 4, 256))
+
+        def forward(self, image: Tensor, positions: Tensor, points: Tensor, dense: Tensor) -> Tensor:
+            return self.decoder(image, positions, points, dense, multimask_output=True)[0]
+
+    return Masks(), (*(torch.randn(1, 64, 8, 8) for _ in range(2)), torch.randn(1, 3, 64), torch.randn(1, 64, 8, 8))

@@ -144,6 +144,18 @@ def batch_norm(inference: AxisInference, node: Node) -> Result:
     return (x, *([x[1]] if shape == [size_of(x[1])] else inference.fresh(shape) for shape in shapes))
 
 
+@rule("instance_norm")
+def instance_norm(inference: AxisInference, node: Node) -> Result:
+    """Each channel of each sample is normalised by itself, over its positions."""
+    x = inference.of(node.args[0])
+    for given in node.args[1:5]:
+        if isinstance(given, Node):
+            unify(inference.of(given)[0], x[1], inference.here)
+    for dim in x[2:]:
+        forbid(dim, inference.at("normalised over"))
+    return x
+
+
 @rule("weight_norm")
 def weight_norm(inference: AxisInference, node: Node) -> Result:
     """v g / |v|, the norm over all dims but one."""
@@ -161,8 +173,11 @@ def weight_norm(inference: AxisInference, node: Node) -> Result:
 def recurrent(inference: AxisInference, node: Node) -> Result:
     """At every step all features of the state go into each feature of the next one: nothing is sharded, weights
     included, and the reason is kept with each of them."""
-    why = f"each step of {op_name(node).upper()} mixes all features of its state"
+    why = f"each step of {op_name(node).removesuffix('_cell').upper()} mixes all features of its state"
     for operand in node.all_input_nodes:
         for dim in inference.of(operand):
             forbid(dim, why)
-    return tuple(inference.fresh([int(n) for n in v.shape], why) for v in node.meta["val"])
+    value = node.meta["val"]
+    if not isinstance(value, (tuple, list)):  # a cell of one state
+        return inference.fresh(extents(node), why)
+    return tuple(inference.fresh([int(n) for n in v.shape], why) for v in value)

@@ -138,42 +138,44 @@ def grouped_mm(inference: AxisInference, node: Node) -> Result:
 
 @rule("attention")
 def attention(inference: AxisInference, node: Node) -> Result:
-    """q [B, Hq, T, D], k [B, Hk, S, D], v [B, Hk, S, Dv]; query heads are [kv heads, group]."""
+    """q [..., Hq, T, D], k [..., Hk, S, D], v [..., Hk, S, Dv]; query heads are [kv heads, group]. Of other dims in
+    front (the batch, windows) each index has an attention of its own, as each head has."""
     query, key, value = node.args[:3]
     assert isinstance(query, Node)
     assert isinstance(key, Node)
     assert isinstance(value, Node)
     q, k, v = inference.of(query), inference.of(key), inference.of(value)
-    if len(q) != 4:
+    if not 3 <= len(q) == len(k) == len(v):
         raise NoRuleError("attention without a head dimension")
     # Sharded are batch and heads. Tokens meet in the softmax; head_dim in the scores, before the softmax.
-    unify(k[1], v[1], inference.here)
-    if shape_of(key)[0] != 1 and shape_of(query)[0] != 1:
-        unify(q[0], k[0], inference.here)
-    unify(k[0], v[0], inference.here)
-    query_heads, kv_heads = shape_of(query)[1], shape_of(key)[1]
+    unify(k[-3], v[-3], inference.here)
+    for i in range(len(q) - 3):
+        if shape_of(key)[i] != 1 and shape_of(query)[i] != 1:
+            unify(q[i], k[i], inference.here)
+        unify(k[i], v[i], inference.here)
+    query_heads, kv_heads = shape_of(query)[-3], shape_of(key)[-3]
     if query_heads == kv_heads:
-        unify(q[1], k[1], inference.here)
+        unify(q[-3], k[-3], inference.here)
     elif kv_heads > 1:
         # query head h reads kv head h // group: the kv heads are the major factor
-        parts = regroup([q[1]], [kv_heads, query_heads // kv_heads])
+        parts = regroup([q[-3]], [kv_heads, query_heads // kv_heads])
         if parts is None:
             raise NoRuleError("query heads that are no multiple of the key heads")
-        unify(parts[0], k[1], inference.here)
-    unify(q[3], k[3], inference.here)
-    forbid(q[3], inference.at("summed over by a product of two activations"))
-    unify(k[2], v[2], inference.here)
-    forbid(v[3], inference.at("head_dim of the values: splitting it would leave the scores unsharded"))
-    forbid(k[2], inference.at("softmax runs along it"))
-    forbid(q[2], inference.at("sequence axis under a causal mask"))
+        unify(parts[0], k[-3], inference.here)
+    unify(q[-1], k[-1], inference.here)
+    forbid(q[-1], inference.at("summed over by a product of two activations"))
+    unify(k[-2], v[-2], inference.here)
+    forbid(v[-1], inference.at("head_dim of the values: splitting it would leave the scores unsharded"))
+    forbid(k[-2], inference.at("softmax runs along it"))
+    forbid(q[-2], inference.at("sequence axis under a causal mask"))
     mask = argument(node, 3, "attn_mask")
     if isinstance(mask, Node):
         extents, dims = shape_of(mask), inference.of(mask)
         # from the last dim, as broadcasting does: a mask may lack leading dims
-        for j, dim in zip(range(1, len(extents) + 1), [k[2], q[2], q[1], q[0]], strict=False):
+        for j, dim in zip(range(1, len(extents) + 1), [k[-2], *reversed(q[:-1])], strict=False):
             if extents[-j] != 1:
                 unify(dims[-j], dim, inference.here)
-    return [q[0], q[1], q[2], v[3]]
+    return [*q[:-1], v[-1]]
 
 
 # ---------------------------------------------------------------------- lookups

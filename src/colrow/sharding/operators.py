@@ -160,7 +160,9 @@ _known("lift_fresh", linear=FIRST, moves=True, identity=Identity.MEMORY)
 _known("_reshape_alias", linear=FIRST, moves=True)
 _known("_assert_tensor_metadata", identity=Identity.MEMORY)
 _known("detach", "elementwise", linear=FIRST, moves=True, identity=Identity.GRADIENT)
-_known("to _to_copy type_as", "elementwise", linear=FIRST, moves=True, identity=Identity.DTYPE)
+_known("to _to_copy", "elementwise", linear=FIRST, moves=True, identity=Identity.DTYPE)
+# of the second operand only the type counts: it may have any shape
+_known("type_as", "like", linear=FIRST, moves=True, identity=Identity.DTYPE, runs=NONE)
 _known("boundary", "elementwise", linear=FIRST)  # the marker of a derivation's trace: it may change an extent
 
 # ---------------------------------------------------------------------- made from nothing but a shape
@@ -256,10 +258,11 @@ _known(
 
 _known("_native_batch_norm_legit_no_training batch_norm", "batch_norm")
 _known("native_batch_norm _native_batch_norm_legit _batch_norm_with_update cudnn_batch_norm", statistics=(3, 4))
+_known("instance_norm", "instance_norm")
 _known("group_norm", "group_norm", groups=1)
 _known("im2col", "im2col", linear=FIRST)
 _known("_weight_norm", "weight_norm")
-_known("lstm gru rnn_tanh rnn_relu", "recurrent")
+_known("lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell", "recurrent")
 
 # ---------------------------------------------------------------------- products
 

@@ -108,9 +108,8 @@ class ShardSpec:
                 Replicate(), shape, "added to a sum over ranks, 1/tp on each" if self.scaled else reason
             )
         if self.held(tp).uneven:
-            return ParameterLayout(
-                Replicate(), shape, f"{reason}: not all segments divide; replicated, gradients summed over tp"
-            )
+            why = "tp does not divide all of its segments: every rank holds it, uses its rows, and gradients are summed"
+            return ParameterLayout(Replicate(), shape, why)
         local = (*shape[: self.dim], shape[self.dim] // tp, *shape[self.dim + 1 :])
         if self.uneven:
             reason = f"{reason}: those that ranks use in common are gathered"
