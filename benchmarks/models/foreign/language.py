@@ -33,6 +33,42 @@ def encoder() -> Built:
     return TransformerWrapper(num_tokens=VOCABULARY, max_seq_len=64, attn_layers=layers), (ids(),)
 
 
+@model("x-transformers", "Decoder, talking heads, sandwich norms")
+def talking_heads() -> Built:
+    from x_transformers import Decoder, TransformerWrapper
+
+    mixed = {"attn_pre_talking_heads": True, "attn_post_talking_heads": True, "sandwich_norm": True}
+    layers = Decoder(dim=64, depth=2, heads=4, attn_dim_head=16, rotary_pos_emb=True, **mixed)
+    return TransformerWrapper(num_tokens=VOCABULARY, max_seq_len=64, attn_layers=layers), (ids(),)
+
+
+@model("reformer-pytorch", "ReformerLM")
+def reformer() -> Built:
+    from reformer_pytorch import ReformerLM
+
+    sizes = {"dim": 64, "depth": 2, "heads": 4, "max_seq_len": 32, "bucket_size": 8, "n_hashes": 2}
+    return ReformerLM(num_tokens=VOCABULARY, causal=True, **sizes), (ids(32),)
+
+
+@model("routing-transformer", "RoutingTransformerLM")
+def routing() -> Built:
+    from routing_transformer import RoutingTransformerLM
+
+    class Logits(nn.Module):
+        """RoutingTransformerLM returns an auxiliary loss beside them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            sizes = {"dim": 64, "depth": 2, "heads": 4, "max_seq_len": 32, "window_size": 8, "n_local_attn_heads": 2}
+            self.inner = RoutingTransformerLM(num_tokens=VOCABULARY, causal=True, **sizes)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.inner(x)[0]
+            return logits
+
+    return Logits(), (ids(32),)
+
+
 @model("mambapy", "Mamba")
 def mamba() -> Built:
     from mambapy.mamba import Mamba, MambaConfig, RMSNorm

@@ -133,3 +133,25 @@ def transformer_conv() -> Built:
             return self.down(self.up(x).relu())
 
     return Net(), _graph()
+
+
+@model("torch-geometric", "GPSConv", "graphs")
+def gps() -> Built:
+    from torch_geometric.nn import GINEConv, GPSConv
+
+    class Layers(nn.Module):
+        """Attention over all nodes beside messages along edges."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.nodes, self.edges, self.head = nn.Embedding(28, 64), nn.Embedding(4, 64), nn.Linear(64, 1)
+            mlps = (nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)) for _ in range(2))
+            self.layers = nn.ModuleList(GPSConv(64, GINEConv(mlp), heads=4) for mlp in mlps)
+
+        def forward(self, nodes: Tensor, index: Tensor, kinds: Tensor) -> Tensor:
+            x, edges = self.nodes(nodes), self.edges(kinds)
+            for layer in self.layers:
+                x = layer(x, index, None, edge_attr=edges)
+            return self.head(x.mean(0))
+
+    return Layers(), (torch.randint(0, 28, (15,)), torch.randint(0, 15, (2, 40)), torch.randint(0, 4, (40,)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -281,10 +282,11 @@ def _reference(task: Task) -> tuple[Task, Reference, bool]:
     """The task, its unsharded step, and whether that is exact to fp64.
 
     Code that casts its inputs to fp32 is run with casts to fp64. Some operations have no fp64, such as the grouped
-    matmuls of experts: then everything runs in fp32.
+    matmuls of experts: then everything runs in fp32. So it does, where the loss is a number in fp32 alone: fp64's
+    smallest number times a mask of zeros in fp32 is nan.
 
     Raises:
-        PlanError: the model itself does not run.
+        PlanError: the model itself does not run, or its loss is no number.
     """
     for double_casts in (False, True):
         wanted, rounding = replace(task, double_casts=double_casts), Rounding()
@@ -292,7 +294,8 @@ def _reference(task: Task) -> tuple[Task, Reference, bool]:
             with rounding:
                 reference = reference_step(wanted, copied_model(task.model))
             reference.rounds = rounding.seen
-            return _with_written(wanted, reference), reference, not rounding.seen
+            if math.isfinite(reference.loss):
+                return _with_written(wanted, reference), reference, not rounding.seen
         except PlanError:
             raise
         except Exception:
@@ -300,7 +303,6 @@ def _reference(task: Task) -> tuple[Task, Reference, bool]:
     single = replace(task, model=copied_model(task.model).float(), inputs=Inputs.of(task.inputs).map(_to_fp32))
     try:
         reference = reference_step(replace(single, rounds=True), copied_model(single.model))
-        return _with_written(single, reference), reference, False
     except Exception as error:
         if task.model.training:  # it may train with arguments that nobody gave
             in_eval, reference, exact = _reference(replace(task, model=copied_model(task.model).eval()))
@@ -310,6 +312,12 @@ def _reference(task: Task) -> tuple[Task, Reference, bool]:
             f"{type(task.model).__name__} itself does not run on the CPU, neither in fp64 nor in fp32 "
             f"({type(error).__name__}: {error}): pass inputs=(...) that it takes"
         ) from error
+    if not math.isfinite(reference.loss):
+        raise PlanError(
+            f"the loss of the unsharded {type(task.model).__name__} is {reference.loss}, in fp64 and in fp32, with "
+            "random weights: pass inputs=(...) or loss=... with which it is a number"
+        )
+    return _with_written(single, reference), reference, False
 
 
 def _with_written(task: Task, reference: Reference) -> Task:
