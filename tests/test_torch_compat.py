@@ -441,7 +441,30 @@ def test_operators_that_an_export_takes_apart_are_known() -> None:
     aten = torch.ops.aten
     assert [tc.is_decomposed_in_export(op) for op in (aten.reshape.default, aten.to.dtype)] == [True, True]
     assert [tc.is_decomposed_in_export(op) for op in (aten.linear.default, aten.mul.Tensor)] == [False, False]
-    assert [tc.is_operator(op) for op in (aten.mul.Tensor, len, torch.ops.higher_order.cond)] == [True, False, False]
+
+
+def test_a_mode_sees_operators_as_an_export_does() -> None:
+    class Mode(tc.PreDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    seen: list[str] = []
+    layer, x = nn.Linear(3, 3), torch.ones(1, 3)
+    with tc.python_dispatcher(), Mode():
+        layer(x).reshape(3)
+    assert seen == ["aten.linear.default", "aten.reshape.default"]
+
+
+def test_a_module_has_other_tensors_and_attributes_for_a_while() -> None:
+    layer = nn.Linear(3, 3)
+    layer.calls = 0
+    weight, other = layer.weight, torch.zeros(3, 3)
+    with tc.attributes_put_back(layer), tc.fake_state(layer, {"weight": other}):
+        layer.calls += 1
+        assert layer.weight is other
+    assert layer.weight is weight
+    assert layer.calls == 0
 
 
 def test_operators_run_by_their_python_decompositions() -> None:

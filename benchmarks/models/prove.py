@@ -183,7 +183,7 @@ def graph_values(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The value of every placeholder, and the parameters among them by their names in the model."""
     state = dict(model.named_parameters(remove_duplicate=False))
-    values: dict[str, Tensor] = dict(traced.values)
+    values: dict[str, Tensor] = dict(traced.constants)
     params: dict[str, Tensor] = {}
     given = iter(inputs)
     for node in traced.nodes:

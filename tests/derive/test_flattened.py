@@ -7,10 +7,12 @@ from collections import Counter
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 
-from colrow.derive.flattened import SCATTERS, flattened
+from colrow.derive.flattened import SCATTERS, NotFlattenedError, flattened
+from colrow.derive.recorded import Recording, record
+from colrow.derive.trace import trace
+from colrow.dryrun.calls import Inputs
 
 X = torch.randn(3, 34, 8)
 
@@ -72,71 +74,61 @@ class Writes(nn.Module):
         return y.double() + piece.sum()
 
 
-def listed(graph: Graph) -> tuple[set[str], list[object]]:
-    """The placeholders, and the other nodes with their operands by place; of assertions, which say nothing of what is
-    computed, that they are there."""
-    index: dict[Node, object] = {n: n.name for n in graph.nodes if n.op == "placeholder"}
-    placeholders, others = {n.name for n in index}, list[object]()
+def listed(graph: Graph) -> tuple[set[object], list[object]]:
+    """The placeholders, and the other nodes with their operands by place, but for assertions, which say nothing of what
+    is computed."""
+    index: dict[Node, object] = {n: n.name.replace("inputs_0", "x") for n in graph.nodes if n.op == "placeholder"}
+    placeholders, others = {*index.values()}, list[object]()
     for node in graph.nodes:
-        if node in index:
+        if node in index or "assert" in str(node.target):
             continue
         index[node] = len(others)
         value = node.meta.get("val")
         given = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: index[n])
         shape = (value.dtype, value.shape, value.stride()) if isinstance(value, Tensor) else None
-        source = node.meta["from_node"][0].name if node.op == "call_function" else ""
-        asserts = "assert" in str(node.target)
-        others.append(str(node.target) if asserts else (str(node.target), str(given), shape, source))
+        others.append((str(node.target), str(given), shape))
     return placeholders, others
 
 
 def computed(graph: Graph) -> Counter[str]:
-    """How often each operator runs, but for views, which torch takes again more often."""
-    return Counter(str(n.target) for n in graph.nodes if n.op == "call_function" and n.target not in SCATTERS)
+    """How often each operator runs, but for views, which torch takes again more often, and assertions."""
+    names = (str(n.target) for n in graph.nodes if n.op == "call_function" and n.target not in SCATTERS)
+    return Counter(name for name in names if "assert" not in name)
 
 
 def placeholders(graph: Graph) -> list[str]:
     return [str(node.target) for node in graph.nodes if node.op == "placeholder"]
 
 
-def exported(model: nn.Module) -> ExportedProgram:
-    return torch.export.export(model.eval(), (X.clone(),), strict=False)
+def exported(model: nn.Module) -> Graph:
+    return torch.export.export(model.eval(), (X.clone(),), strict=False).run_decompositions({}).graph
+
+
+def recorded(model: nn.Module) -> Recording:
+    return record(model.eval(), Inputs.of((X.clone(),)), lambda x: (model(x),))
 
 
 def test_a_copied_graph_is_the_one_that_torch_traces_again() -> None:
-    program = exported(Mixer())
-    found = flattened(program)
-    assert found is not None
-    assert listed(found.graph) == listed(program.run_decompositions({}).graph)
+    assert listed(flattened(recorded(Mixer())).graph) == listed(exported(Mixer()))
 
 
 @pytest.mark.parametrize("how", ["views", "state"])
 def test_writes_into_views_and_state_are_new_tensors(how: str) -> None:
-    program = exported(Writes(how))
-    found, want = flattened(program), program.run_decompositions({})
-    assert found is not None
-    assert not any(n.target._schema.is_mutable for n in found.graph.nodes if hasattr(n.target, "_schema"))
-    assert computed(found.graph) == computed(want.graph)
-    values = {**{name: X.clone() for name in found.graph_signature.user_inputs}, "b_count": torch.ones(())}
-    results = torch.fx.Interpreter(found.graph_module).run(*(values[name] for name in placeholders(found.graph)))
     model = Writes(how)
+    found = flattened(recorded(model))
+    assert not any(n.target._schema.is_mutable for n in found.graph.nodes if hasattr(n.target, "_schema"))
+    assert computed(found.graph) == computed(exported(Writes(how)))
+    values = {**{name: X.clone() for name in found.inputs}, "b_count": torch.ones(())}
+    module = torch.fx.GraphModule(nn.Module(), found.graph)
+    results = torch.fx.Interpreter(module).run(*(values[name] for name in placeholders(found.graph)))
     assert torch.equal(results[0], model(X.clone()))
     assert [x.item() for x in results[1:]] == [3.0] * (how == "state")
 
 
 @pytest.mark.parametrize("how", ["argument", "other views", "several views", "several views, through them"])
 def test_other_writes_are_left_to_torch(how: str) -> None:
-    assert flattened(exported(Writes(how))) is None
-
-
-class Ensemble(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weights = nn.Parameter(torch.randn(4, 8, 8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.vmap(lambda w: torch.nn.functional.layer_norm(x @ w, (8,)))(self.weights).mean(0)
-
-
-def test_a_function_over_a_batch_is_left_to_torch() -> None:
-    assert flattened(exported(Ensemble())) is None
+    with pytest.raises(NotFlattenedError):
+        flattened(recorded(Writes(how)))
+    kept = trace(Writes(how), (X.clone(),))
+    assert kept.exports
+    assert not any(n.target._schema.is_mutable for n in kept.nodes if hasattr(n.target, "_schema"))

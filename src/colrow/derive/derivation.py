@@ -391,7 +391,8 @@ class _Derive:
             else:
                 replicated[name] = reason
         reductions = Counter[str]()
-        for label in (label_of(node) for node in split.borders()[1]) if split else ():
+        borders = split.borders()[1] if split else set()
+        for label in (label_of(node) for node in self.traced.nodes if node in borders):
             if label.path == "0":  # a module's first result stands for the module
                 reductions[with_stars(label.module)] += self.exported.count(label.module)
         names = [name for name, _ in self.exported.complete.named_modules(remove_duplicate=False)]

@@ -1,10 +1,10 @@
-"""The graph that rules read, from the exported one: copied node by node where torch need not trace it once more.
+"""The graph that rules read, from the recorded one: copied node by node where torch need not trace it once more.
 
 [Note: flattened graphs]
-Rules read a graph as `run_decompositions({})` gives it: nothing is written in place, regions without gradients are
-inlined, and an operator that may return a view of its operand (`reshape`, `to`, `contiguous`) is the view or the copy
-that it comes to. torch interprets the graph twice for that, which takes longer than the export. But nearly all nodes
-stay as they are: here they are copied, and only those operators run again, on fake tensors.
+Rules read a graph as `run_decompositions({})` gives it: nothing is written in place, and an operator that may return a
+view of its operand (`reshape`, `to`, `contiguous`) is the view or the copy that it comes to. torch interprets the graph
+twice for that, which takes longer than the export. But nearly all nodes stay as they are: here they are copied, and
+only those operators run again, on fake tensors.
 
 A write into memory is its operator without the write, whose result stands for the tensor from there on. A write into a
 view (`y[:, i] = x`) makes a new tensor for the owner of the memory (`select_scatter`), and other views of it are taken
@@ -22,53 +22,71 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from colrow.derive.infer import strip
+from colrow.derive.recorded import Recording
 from colrow.torch_compat import (
     TorchDispatchMode,
     fake_mode_of,
     is_decomposed_in_export,
-    is_operator,
     python_dispatcher,
     tree_leaves,
 )
 
-REGIONS = {"wrap_with_set_grad_enabled": 1}
-"""Operators that call a graph that is inlined, and where among their arguments it stands."""
-
 
 @dataclass(frozen=True)
 class Program:
-    """A graph, what its placeholders are, and the values of its constants."""
+    """A graph, what its placeholders are, and the values of its constants.
 
-    graph_module: GraphModule
-    graph_signature: ExportGraphSignature
-    constants: dict[str, Any]
+    Attributes:
+        parameters: names in the model by placeholder.
+        buffers: so for buffers.
+        constants: values by placeholder.
+        inputs: placeholders of the caller's inputs.
+    """
 
-    @property
-    def graph(self) -> Graph:
-        return self.graph_module.graph
+    graph: Graph
+    parameters: dict[str, str]
+    buffers: dict[str, str]
+    constants: dict[str, Tensor]
+    inputs: tuple[str, ...]
 
-    @classmethod
-    def of(cls, exported: ExportedProgram) -> Program:
-        return cls(exported.graph_module, exported.graph_signature, dict(exported.constants))
+
+def exported_program(exported: ExportedProgram) -> Program:
+    """What torch.export gives, of a model within a wrapper."""
+    signature, values = exported.graph_signature, exported.constants
+    constants = {
+        placeholder: value
+        for names in (signature.inputs_to_lifted_tensor_constants, signature.inputs_to_buffers)
+        for placeholder, name in names.items()
+        if isinstance(value := values.get(name), Tensor)
+    }
+    for node in exported.graph.nodes:
+        if node.op == "get_attr" and isinstance(
+            value := getattr(exported.graph_module, str(node.target), None), Tensor
+        ):
+            constants[str(node.target)] = value
+    parameters, buffers = (
+        {placeholder: strip(name) for placeholder, name in names.items()}
+        for names in (signature.inputs_to_parameters, signature.inputs_to_buffers)
+    )
+    return Program(exported.graph, parameters, buffers, constants, tuple(map(str, signature.user_inputs)))
 
 
 class NotFlattenedError(Exception):
     """The graph has something that only torch takes apart."""
 
 
-def flattened(exported: ExportedProgram) -> Program | None:
-    """The program of [Note: flattened graphs]; None where torch has to trace the graph again."""
-    try:
-        signature = exported.graph_signature
-        state = {*signature.inputs_to_parameters, *signature.inputs_to_buffers}
-        module = _Copied(exported.graph_module, state).run()
-    except NotFlattenedError:
-        return None
-    return Program(module, signature, dict(exported.constants))
+def flattened(recording: Recording) -> Program:
+    """The program of [Note: flattened graphs].
+
+    Raises:
+        NotFlattenedError: torch has to trace the graph again.
+    """
+    graph = _Copied(recording.graph, {*recording.parameters, *recording.buffers}).run()
+    return Program(graph, recording.parameters, recording.buffers, recording.constants, tuple(recording.inputs))
 
 
 SCATTERS = {
@@ -87,7 +105,7 @@ class View:
     """How a view was taken.
 
     Attributes:
-        owner: the node of the exported graph whose memory it is.
+        owner: the node of the recorded graph whose memory it is.
         steps: from there on.
     """
 
@@ -115,30 +133,26 @@ class _Copied:
     """A graph while it is copied.
 
     Attributes:
-        module: the owner of the graph.
+        recorded: the graph.
         state: placeholders of parameters and buffers.
         new: what stands for each of its nodes: a node, or several where it had several results.
-        regions: what the calls of regions return.
         views: of a node that is a view, how it was taken.
         memory: what was written, by the node that owns the memory.
         closed: owners of memory that has views which cannot be taken again.
-        called_by: the call of a region, while its graph is copied.
         current: the node that is copied now.
     """
 
-    module: GraphModule
+    recorded: Graph
     state: set[str]
     graph: Graph = field(default_factory=Graph)
     new: dict[Node, Any] = field(default_factory=dict)
-    regions: dict[Node, Any] = field(default_factory=dict)
     views: dict[Node, View] = field(default_factory=dict)
     memory: dict[Node, Memory] = field(default_factory=dict)
     closed: set[Node] = field(default_factory=set)
-    called_by: Node | None = None
     current: Node = field(init=False)
 
-    def run(self) -> GraphModule:
-        for node in self.module.graph.nodes:
+    def run(self) -> Graph:
+        for node in self.recorded.nodes:
             self.current = node
             if node.op == "output":
                 # what was written into the state is computed, too
@@ -148,7 +162,7 @@ class _Copied:
             else:
                 self._copy(node)
         self.graph.eliminate_dead_code()
-        return GraphModule(self.module, self.graph)
+        return self.graph
 
     def _stands_for(self, node: Node) -> Any:
         """What stands for a node, with all that was written into its memory."""
@@ -183,24 +197,18 @@ class _Copied:
         kwargs: dict[str, Any],
         value: Any = None,
     ) -> Node:
-        """A call that the exported graph has not, for its node that is copied now."""
+        """A call that the recorded graph has not, for its node that is copied now."""
         made = self.graph.call_function(target, args, kwargs)
         value = _run(target, args, kwargs) if value is None else value
-        made.meta.update(self.current.meta, val=value, from_node=[self.called_by or self.current])
+        made.meta.update(self.current.meta, val=value, from_node=[self.current])
         return made
 
     def _copy(self, node: Node) -> None:
         target: Any = node.target
-        if node.op == "get_attr" and _region(node) is not None:
-            return  # it is inlined where it is called
         if node.op != "call_function":
             self._add(node, target)
         elif target is operator.getitem:
             self._piece(node, node.all_input_nodes[0])
-        elif str(target) in REGIONS:
-            self._inline(node, REGIONS[str(target)])
-        elif not is_operator(target):  # `cond`, or what `vmap` does around operators of one sample
-            raise NotFlattenedError
         elif target is torch.ops.aten.detach_.default:  # writes no memory
             self._is_view(node, node.all_input_nodes[0], ())
         elif target._schema.is_mutable:
@@ -220,17 +228,14 @@ class _Copied:
 
     def _add(self, node: Node, target: Any) -> Node:
         copy = self.graph.node_copy(node, self._stands_for)
-        # of the results of an operator, the operator; of a region, its call
-        made_of = node.args[0] if target is operator.getitem else node
-        copy.meta["from_node"] = [self.called_by or made_of]
+        # of the results of an operator, the operator
+        copy.meta["from_node"] = [node.args[0] if target is operator.getitem else node]
         copy.target = target
         self.new[node] = copy
         return copy
 
     def _piece(self, node: Node, of: Node) -> None:
-        if of in self.regions:
-            self._is_view(node, self.regions[of][node.args[1]], ())
-        elif isinstance(results := self._stands_for(of), (tuple, list)):
+        if isinstance(results := self._stands_for(of), (tuple, list)):
             self.new[node] = results[node.args[1]]  # type: ignore[index]
             self.closed.add(node)
         else:
@@ -252,22 +257,6 @@ class _Copied:
             self.new[node] = self._stands_for(of)
         if (memory := self.memory.get(view.owner)) is not None:
             memory.seen[node] = memory.writes
-
-    def _inline(self, node: Node, position: int) -> None:
-        region: Any = _region(node.args[position])
-        operands: Any = [*node.args[position + 1 :]]
-        outer, self.called_by = self.called_by, self.called_by or node
-        for each in region.graph.nodes:
-            self.current = each
-            if each.op == "placeholder":
-                self._is_view(each, operands.pop(0), ())
-            elif each.op == "output":
-                self.regions[node] = each.args[0]
-            elif each.op == "get_attr" and _region(each) is None:  # its owner is not that of the copy
-                raise NotFlattenedError
-            else:
-                self._copy(each)
-        self.called_by = outer
 
     def _write(self, node: Node, target: Any) -> None:
         schema, (written, *_) = target._schema, node.all_input_nodes
@@ -348,12 +337,6 @@ class _Copied:
         for result in self.new[node] if isinstance(out, (tuple, list)) else [self.new[node]]:
             if result in views:
                 self._is_view(node, *views[result])
-
-
-def _region(node: Any) -> GraphModule | None:
-    """The graph that a node holds; None of another node."""
-    found = getattr(node.graph.owning_module, str(node.target), None) if node.op == "get_attr" else None
-    return found if isinstance(found, GraphModule) else None
 
 
 def _returns_views(target: Any) -> bool:

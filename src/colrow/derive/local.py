@@ -12,16 +12,15 @@ import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from colrow.derive.attributes import Attributes, AttributeSearch, Group
 from colrow.derive.axes import find, leaves, size_of
 from colrow.derive.choice import Choice
 from colrow.derive.emit_modules import Emission
 from colrow.derive.failure import ALIKE, Misfit, TraceError, does_not_fit
+from colrow.derive.flattened import NotFlattenedError
 from colrow.derive.flow import Flows
 from colrow.derive.infer import NoRuleError, argument, computation, computes, facts_of, op_name, shape_of
 from colrow.derive.reads import reads
@@ -30,23 +29,21 @@ from colrow.derive.rules_pieces import PieceOfDim, slice_piece
 from colrow.derive.sequence import Stream
 from colrow.derive.sizes import Rules, find_sizes
 from colrow.derive.trace import (
+    Calls,
     Label,
     Rescale,
     Trace,
     decomposed,
-    export,
     is_boundary,
     label_of,
-    markers,
+    operators_like,
 )
 from colrow.derive.undecomposed import computing_nodes
-from colrow.dryrun.calls import Inputs, call_model
 from colrow.plans.patterns import is_within
 from colrow.sharding.operators import Filling
 from colrow.sharding.parameter_state import copied_model
 from colrow.styles.base import set_attribute
 from colrow.styles.local_sizes import write_local_sizes
-from colrow.torch_compat import as_in_export, fake_tensor_mode, masks_without_values, quiet_fake_tensors
 
 
 @dataclass(frozen=True)
@@ -76,8 +73,6 @@ class LocalCheck:
         self.blocks = [name for name in emission.modules if emission.style(name).gathers_for_children]
         self.local_code = {name for name in emission.modules if emission.style(name).local}
         """Modules whose own code runs on shards, the modules inside of them left out."""
-        self.runs_fake: bool | None = None
-        """Whether the model runs on fake tensors outside of export; unknown until something fails."""
         self.expected: dict[Node, list[int] | None] = {}
         for node in traced.nodes:
             if is_boundary(node):
@@ -163,14 +158,22 @@ class LocalCheck:
 
     # ------------------------------------------------------------------ comparing
 
-    def mismatch(self, repairs: Repairs) -> Misfit | None:
-        """Why a rank's trace is not the global one with local extents; None when it is."""
+    def mismatch(self, repairs: Repairs, *, boundaries: bool = True) -> Misfit | None:
+        """Why a rank's trace is not the global one with local extents; None when it is.
+
+        Args:
+            boundaries: what modules get and return is compared first.
+        """
         model = self.local_model(repairs)
         try:
-            exported = export(model, self.inputs, self.rescale(), None, self.traced.opaque)
-            if self._is_alike(exported):
+            found, calls = operators_like(self.traced, model, self.inputs, self.rescale())
+            if boundaries and (why := self._wrong_boundary(calls)) is not None:
+                return why
+            if self._is_alike(found.graph):
                 return None
-            rank_nodes = [n for n in decomposed(exported).graph.nodes if computes(n)]
+            rank_nodes = [n for n in decomposed(found).graph.nodes if computes(n)]
+        except NotFlattenedError:
+            return Misfit("a rank's code writes into memory in another way", None)
         except TraceError as error:
             return does_not_fit(model, error.__cause__ or error)
         # Both graphs come from the same Python code, so their operators correspond one to one, unless that code
@@ -178,17 +181,17 @@ class LocalCheck:
         nodes = [n for n in self.traced.nodes if computes(n)]
         for node, on_rank in zip(nodes, rank_nodes, strict=False):
             where = self.flows.path[node] or "the model"
-            why = self._difference(node, on_rank, where)
-            if why is not None:
-                return Misfit(why, self.flows.path[node])
+            difference = self._difference(node, on_rank, where)
+            if difference is not None:
+                return Misfit(difference, self.flows.path[node])
         if len(nodes) != len(rank_nodes):
             return Misfit(f"a rank runs {len(rank_nodes)} operations, the unsharded model {len(nodes)}", None)
         return None
 
-    def _is_alike(self, exported: ExportedProgram) -> bool:
+    def _is_alike(self, graph: Graph) -> bool:
         """Whether a rank's graph before decompositions is right. Where that cannot be said of it, the decomposed graph
         says it: see [Note: undecomposed graphs]."""
-        known, rank_nodes = self.traced.undecomposed, computing_nodes(exported)
+        known, rank_nodes = self.traced.undecomposed, computing_nodes(graph)
         if len(rank_nodes) != len(known.nodes) or not known.shows(self._differs, self._needs_itself):
             return False
         for node, on_rank in zip(known.nodes, rank_nodes, strict=True):
@@ -251,40 +254,15 @@ class LocalCheck:
         source, local = node.args[0], on_rank.args[0]
         return isinstance(source, Node) and isinstance(local, Node) and shape_of(source) == shape_of(local)
 
-    def quick(self, repairs: Repairs) -> Misfit | None:
-        """The same question at module boundaries only, without export: an error or a wrong extent."""
-        return self._without_export(repairs, self.expected)
-
-    def raises(self, repairs: Repairs) -> Misfit | None:
-        """Why a rank's code does not run, without export; None too where that is unknown."""
-        return self._without_export(repairs, {})
-
-    def _without_export(self, repairs: Repairs, expected: dict[Node, list[int] | None]) -> Misfit | None:
-        if self.runs_fake is False:
-            return None
-        found = self._quick(self.local_model(repairs), self.rescale(), expected)
-        # An error of the local copy counts only if the unsharded model runs so: asked once, when the first appears.
-        if found is not None and self.runs_fake is None:
-            self.runs_fake = self._quick(self.local_copy(), None, {}) is None
-            return found if self.runs_fake else None
-        return found
-
     def local_copy(self) -> nn.Module:
         """A copy that shares the parameters and buffers."""
         shared = {id(t): t for t in itertools.chain(self.model.parameters(), self.model.buffers())}
         return copied_model(self.model, shared)
 
-    def _quick(
-        self, model: nn.Module, rescale: Rescale | None, expected: dict[Node, list[int] | None]
-    ) -> Misfit | None:
-        try:
-            with markers(model, rescale) as calls:
-                self._run_fake(model)
-        except Exception as error:
-            return does_not_fit(model, error)
+    def _wrong_boundary(self, calls: Calls) -> Misfit | None:
         # a module may be called several times: its boundaries are compared in the order of the calls
         wanted: dict[str, list[list[int] | None]] = {}
-        for node in expected:
+        for node in self.expected:
             wanted.setdefault(str(label_of(node)), []).append(self._before(node))
         for label, shape in calls.shapes:
             extents = wanted[label].pop(0) if wanted.get(label) else None
@@ -314,14 +292,14 @@ class LocalCheck:
             TraceError: nothing does; the text is what is wrong without any.
         """
         if known is not None:
-            why = self.quick(known) or self.mismatch(known)
+            why = self.mismatch(known)
             if why is not None:
                 raise TraceError(why.why, why.module)
             return known
         search = AttributeSearch(
             self.model,
             self.emission.attributes,
-            lambda found: self.quick(Repairs(found)) or self.mismatch(Repairs(found)),
+            lambda found: self.mismatch(Repairs(found)),
         )
         if (attributes := search.found(self.candidates)) is not None:
             return Repairs(attributes)
@@ -343,7 +321,7 @@ class LocalCheck:
             sizes = find_sizes(self, self.local_model(Repairs(self.emission.attributes)), literal=literal)
             if sizes and sizes != tried:
                 repairs = Repairs(self.emission.attributes, sizes)
-                if (why := self.raises(repairs) or self.mismatch(repairs)) is None:
+                if (why := self.mismatch(repairs, boundaries=False)) is None:
                     return repairs
                 last = why if first is not None and first.module in sizes else last
             tried = sizes
@@ -371,12 +349,14 @@ class LocalCheck:
             sizes[kv.size], sizes[find(group).size] = local // share, share
             sizes[kv.size * find(group).size] = "/tp"
         found: dict[Group, dict[str, Any]] = {}
-        owners = {
+        owners = frozenset(
             f.rpartition(".")[0]
             for n, f in self.flows.inference.params.items()
             if self.visible.any_sharded(self.flows.inference.of(n))
-        }
-        for name, key, value in reads(self.local_copy(), owners, self._run):
+        )
+        if (read := self.traced.reads.get(owners)) is None:
+            read = self.traced.reads[owners] = reads(self.local_copy(), owners, self._run)
+        for name, key, value in read:
             # Of 8 heads of 8 the head's width has a size of which a rank seems to have less. It never has: heads are
             # split, not their width.
             if value in sizes and key.rpartition(".")[2] != "head_dim":
@@ -386,25 +366,7 @@ class LocalCheck:
 
     def _run(self, model: nn.Module) -> None:
         """A copy of the model, with the unsharded sizes."""
-        if self.runs_fake is False:  # on fake tensors some of its modules would not run
-            export(model, self.inputs, None, None, self.traced.opaque)
-            return
-        self._run_fake(model)
-
-    def _run_fake(self, model: nn.Module) -> None:
-        """Call the model on fake tensors, by the code that torch.export runs: there transformers' experts take another
-        product, which fake tensors in fp32 have, and that of a plain call they have not."""
-        mode = fake_tensor_mode(allow_non_fake_inputs=True)
-        inputs = Inputs.of(self.inputs).map(mode.from_tensor)
-        with (
-            quiet_fake_tensors(),
-            masks_without_values(),
-            torch.no_grad(),
-            self.traced.opaque.within(model),
-            as_in_export(),
-            mode,
-        ):
-            call_model(model.eval(), inputs)
+        operators_like(self.traced, model, self.inputs)
 
 
 def _numbers(node: Node) -> list[float]:

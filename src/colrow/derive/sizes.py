@@ -23,7 +23,7 @@ from colrow.derive.axes import atoms_in
 from colrow.derive.failure import TraceError, own_code
 from colrow.derive.infer import computation, facts_of, op_name
 from colrow.derive.rules_pieces import PieceOfDim
-from colrow.derive.trace import Label, Trace, export, is_boundary, label_of
+from colrow.derive.trace import Label, Trace, is_boundary, label_of, operators_like
 from colrow.derive.undecomposed import computing_nodes, known_shape
 from colrow.styles.local_sizes import ANY, CALLS, CodeMode, SizeRule, Sizes, fits, sizes_written, with_sizes
 
@@ -258,7 +258,7 @@ def find_sizes(check: LocalCheck, local: nn.Module, *, literal: bool) -> Rules |
     solved = _Solved(expected, check.counts, check.choice.tp, literal)
     # A rank's code may still fail behind the last call that has a rule: whether the rules do, the caller tries.
     with contextlib.suppress(TraceError):
-        export(local, check.inputs, check.rescale(), solved.within(local), traced.opaque)
+        operators_like(traced, local, check.inputs, check.rescale(), solved.within(local))
     rules = solved.found()
     return None if rules is None or "" in rules else rules
 
@@ -276,7 +276,8 @@ def _pieces(node: Node, check: LocalCheck) -> Iterator[Any]:
 
 def _sized(model: nn.Module, traced: Trace, inputs: Any) -> dict[str, Node]:
     """The node of `traced` that each call which writes sizes gives."""
-    marked = computing_nodes(export(model, inputs, None, _Marked().within(model), traced.opaque))
+    recorded, _ = operators_like(traced, model, inputs, within=_Marked().within(model))
+    marked = computing_nodes(recorded.graph)
     known = traced.undecomposed
     counterpart = _counterparts([n for n in marked if not _is_mark(n)], known.nodes)
     out = {}

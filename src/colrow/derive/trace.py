@@ -1,4 +1,4 @@
-"""Trace a model with torch.export, with a marker at every module's inputs and outputs.
+"""Trace a model's operators, with a marker at every module's inputs and outputs.
 
 Batch and sequence are extents that no dimension of the model has, so that shapes tell the axes apart. The markers are
 an identity operator `colrow_plan::boundary(x, label, ...)`; they say which argument of which module an edge of the
@@ -11,7 +11,7 @@ import contextlib
 import io
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from colrow.derive.failure import cannot_trace
-from colrow.derive.flattened import Program, flattened
-from colrow.derive.infer import strip
+from colrow.derive.failure import TraceError, cannot_trace
+from colrow.derive.flattened import NotFlattenedError, Program, exported_program, flattened
 from colrow.derive.opaque import NOTHING_OPAQUE, OpaqueModules
 from colrow.derive.outside import watching_reads
+from colrow.derive.recorded import NotRecordedError, Recording, record
 from colrow.derive.undecomposed import NOT_KEPT, Undecomposed
 from colrow.dryrun.calls import Inputs, call_model, example_inputs, most_positions
 from colrow.dryrun.code_caches import caches_of_one_call
@@ -75,7 +75,7 @@ class Label:
 
 @dataclass
 class Trace:
-    """An exported program and what its placeholders and nodes stand for."""
+    """A traced program and what its placeholders and nodes stand for."""
 
     program: Program
     batch: int
@@ -83,13 +83,12 @@ class Trace:
     parameters: dict[str, str]
     """Placeholder name to the parameter's name in the model."""
     constants: dict[str, Tensor]
+    """Buffers and constants by placeholder name."""
     inputs: tuple[str, ...]
     ties: dict[str, str]
     """A tied parameter's other names to its first one, which stands for all of them here."""
     buffers: dict[str, str] = field(default_factory=dict)
     """Placeholder name to the buffer's name in the model."""
-    values: dict[str, Tensor] = field(default_factory=dict)
-    """Buffers and lifted constants by placeholder name."""
     positional: dict[str, int] = field(default_factory=dict)
     """How many positional arguments each module is called with."""
     results: dict[str, int] = field(default_factory=dict)
@@ -100,7 +99,11 @@ class Trace:
     """Parameters that code of other modules reads too, whether the value is used or not."""
     opaque: OpaqueModules = NOTHING_OPAQUE
     """The modules that could not be traced."""
+    exports: bool = False
+    """Whether only torch.export can trace the model: see [Note: recorded graphs]."""
     undecomposed: Undecomposed = NOT_KEPT
+    reads: dict[frozenset[str], list[tuple[str, str, int]]] = field(default_factory=dict)
+    """The integers that code around some modules reads, once they were asked for: see `reads.reads`."""
     sized: dict[str, Node] | None = None
     """The results of calls that write sizes, by their labels; None until `sizes.find_sizes` looks."""
 
@@ -128,15 +131,15 @@ def label_of(node: Node) -> Label:
 class _Called(nn.Module):
     """The model as `dryrun.calls` calls it: its main output, and the losses that it returns beside it."""
 
-    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+    def __init__(self, model: nn.Module, names: tuple[str, ...], calls: Calls) -> None:
         super().__init__()
-        self.m, self.names, self.calls = model, names, Calls()
+        self.m, self.names, self.calls = model, names, calls
 
-    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         output = call_model(self.m, Inputs(inputs).named(self.names))
         self.calls.single_output = isinstance(output, Tensor)
         main, losses = main_tensor(output), auxiliary_losses(output)
-        return (main, *losses.values()) if losses else main
+        return (main, *losses.values())
 
 
 def _prime_sizes(model: nn.Module, tp: int) -> tuple[int, int]:
@@ -160,19 +163,12 @@ def default_inputs(model: nn.Module, tp: int) -> Inputs:
 
 
 @contextlib.contextmanager
-def _exported(
-    model: nn.Module,
-    inputs: Inputs,
-    rescale: Rescale | None,
-    within: contextlib.AbstractContextManager[None] | None,
-    opaque: OpaqueModules,
-) -> Iterator[tuple[ExportedProgram, Calls]]:
-    """The model as torch.export gives it, and what the markers saw."""
-    wrapper = _Called(model, inputs.names)
+def _traceable(model: nn.Module, rescale: Rescale | None, opaque: OpaqueModules) -> Iterator[Calls]:
+    """Within, the model's code runs as a trace needs it; what the markers see."""
     # Evaluation: dropout would add operators that say nothing of how a model is split. `model.train()` could not bring
     # the modes back: a user may have set some modules to evaluation.
     training = {m: m.training for m in model.modules()}
-    wrapper.eval()
+    model.eval()
     try:
         with (
             quiet_fake_tensors(),
@@ -185,11 +181,9 @@ def _exported(
             contextlib.redirect_stderr(io.StringIO()),  # where export fails it prints the graph so far
         ):
             warnings.simplefilter("ignore")
-            wrapper.calls = calls
-            with within or contextlib.nullcontext():  # around the model's code alone: each call that is watched costs
-                # not strict: the model's Python code runs as it is, so that hooks and function modes take part
-                exported = torch.export.export(wrapper, tuple(inputs), strict=False)
-            yield exported, calls
+            yield calls
+    except NotRecordedError:
+        raise
     except Exception as error:
         raise cannot_trace(model, error) from error
     finally:
@@ -197,24 +191,65 @@ def _exported(
             module.training = mode
 
 
-def export(
+@dataclass(frozen=True)
+class Run:
+    """How a model's code is run for its operators.
+
+    Attributes:
+        rescale: what the markers change.
+        within: around the model's code alone: each call that is watched costs.
+        opaque: modules that are not looked into.
+        exports: by torch.export, and not recorded: see [Note: recorded graphs].
+    """
+
+    rescale: Rescale | None = None
+    within: contextlib.AbstractContextManager[None] = field(default_factory=contextlib.nullcontext)
+    opaque: OpaqueModules = NOTHING_OPAQUE
+    exports: bool = False
+
+    def operators(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Recording | ExportedProgram, Calls]:
+        """What the model's code calls, without decompositions, and what the markers saw.
+
+        Raises:
+            TraceError: as `trace`.
+            NotRecordedError: only an export can tell.
+        """
+        inputs = Inputs.of(inputs)
+        with _traceable(model, self.rescale, self.opaque) as calls:
+            called = _Called(model, inputs.names, calls).eval()
+            with self.within:
+                if not self.exports:
+                    return record(model, inputs, called.forward), calls
+                # not strict: the model's Python code runs as it is, so that hooks and function modes take part
+                return torch.export.export(called, tuple(inputs), strict=False), calls
+
+
+def operators_like(
+    traced: Trace,
     model: nn.Module,
     inputs: tuple[Tensor, ...],
-    rescale: Rescale | None,
-    within: contextlib.AbstractContextManager[None] | None,
-    opaque: OpaqueModules,
-) -> ExportedProgram:
-    """Run the model's code as `trace` does, without decompositions, which take the longer half: see [Note: undecomposed
-    graphs]. Raises as `trace`."""
-    with _exported(model, Inputs.of(inputs), rescale, within, opaque) as (exported, _):
-        return exported
+    rescale: Rescale | None = None,
+    within: contextlib.AbstractContextManager[None] | None = None,
+) -> tuple[Recording | ExportedProgram, Calls]:
+    """The operators of `model`, the traced one or a copy for a rank, without decompositions."""
+    run = Run(rescale, within or contextlib.nullcontext(), traced.opaque, traced.exports)
+    try:
+        return run.operators(model, inputs)
+    except NotRecordedError:  # what the model itself does not do
+        return replace(run, exports=True).operators(model, inputs)
 
 
-def decomposed(exported: ExportedProgram) -> Program:
-    """The program with regions under `no_grad` inlined, and without writes in place: [Note: flattened graphs]."""
+def decomposed(found: Recording | ExportedProgram) -> Program:
+    """The program with regions under `no_grad` inlined, and without writes in place.
+
+    Raises:
+        NotFlattenedError: of a recording, which then has to be exported.
+    """
+    if isinstance(found, Recording):
+        return flattened(found)
     with quiet_fake_tensors(), graphs_alone(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return flattened(exported) or Program.of(exported.run_decompositions({}))
+        return exported_program(found.run_decompositions({}))
 
 
 def trace(
@@ -222,7 +257,7 @@ def trace(
     inputs: tuple[Tensor, ...],
     opaque: OpaqueModules = NOTHING_OPAQUE,
 ) -> Trace:
-    """Export `model` in evaluation mode; it is left as it was.
+    """Trace `model` in evaluation mode; it is left as it was.
 
     Args:
         opaque: modules that are not looked into.
@@ -231,12 +266,17 @@ def trace(
         TraceError: torch.export cannot trace the model; the text names the module and says why, and the error is
             raised from torch's.
     """
-    inputs, outside = Inputs.of(inputs), set[str]()
-    with _exported(model, inputs, None, watching_reads(model, outside), opaque) as (exported, calls):
-        program = decomposed(exported)
-        undecomposed = Undecomposed.of(exported, program)
+    try:
+        return _trace(model, Inputs.of(inputs), opaque, exports=False)
+    except (NotRecordedError, NotFlattenedError, TraceError):  # an error has the text that it has in an export
+        return _trace(model, Inputs.of(inputs), opaque, exports=True)
+
+
+def _trace(model: nn.Module, inputs: Inputs, opaque: OpaqueModules, *, exports: bool) -> Trace:
+    outside = set[str]()
+    found, calls = Run(None, watching_reads(model, outside), opaque, exports).operators(model, inputs)
+    program = decomposed(found)
     parameters, ties = _parameters_of(model, program)
-    constants, values = _constants_of(model, program)
     # scalars and masks without a batch may come first
     lead = next((x for x in inputs if x.dim() >= 2), inputs[0])
     return Trace(
@@ -244,17 +284,17 @@ def trace(
         batch=int(lead.shape[0]),
         seq=int(lead.shape[1]) if lead.dim() > 1 else 1,
         parameters=parameters,
-        constants=constants,
-        inputs=tuple(str(n) for n in program.graph_signature.user_inputs),
+        constants=_constants_of(model, program),
+        inputs=program.inputs,
         ties=ties,
-        buffers={ph: strip(n) for ph, n in program.graph_signature.inputs_to_buffers.items()},
-        values=values,
+        buffers=program.buffers,
         positional=calls.positional,
         results=calls.results,
         single_output=calls.single_output,
         outside=frozenset(outside),
         opaque=opaque,
-        undecomposed=undecomposed,
+        exports=exports,
+        undecomposed=Undecomposed.of(found.graph, program.graph),
     )
 
 
@@ -264,24 +304,15 @@ def _parameters_of(model: nn.Module, program: Program) -> tuple[dict[str, str], 
     state = dict(model.named_parameters(remove_duplicate=False))
     first_name = {id(param): name for name, param in model.named_parameters()}
     used = {n.name for n in program.graph.nodes if n.op == "placeholder" and n.users}
-    placeholders = program.graph_signature.inputs_to_parameters
-    parameters = {ph: first_name[id(state[strip(name)])] for ph, name in placeholders.items() if ph in used}
+    parameters = {ph: first_name[id(state[name])] for ph, name in program.parameters.items() if ph in used}
     ties = {name: first_name[id(param)] for name, param in state.items() if first_name[id(param)] != name}
     return parameters, ties
 
 
-def _constants_of(model: nn.Module, program: Program) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """`Trace.constants` and, of these, the ones that are placeholders: `Trace.values`."""
-    signature, constants = program.graph_signature, dict(program.constants)
+def _constants_of(model: nn.Module, program: Program) -> dict[str, Tensor]:
+    """`Trace.constants`."""
     buffers = dict(model.named_buffers(remove_duplicate=False))
-    found = {ph: constants.get(name) for ph, name in signature.inputs_to_lifted_tensor_constants.items()}
-    for placeholder, name in signature.inputs_to_buffers.items():
-        found[placeholder] = buffers.get(strip(name), constants.get(name))
-    values = {placeholder: value for placeholder, value in found.items() if isinstance(value, Tensor)}
-    for node in program.graph.nodes:
-        if node.op == "get_attr" and isinstance(value := getattr(program.graph_module, str(node.target), None), Tensor):
-            constants[str(node.target)] = value
-    return {**constants, **values}, values
+    return program.constants | {ph: buffers[name] for ph, name in program.buffers.items() if name in buffers}
 
 
 @dataclass

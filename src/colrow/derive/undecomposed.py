@@ -15,17 +15,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
-from colrow.derive.flattened import Program
 from colrow.derive.infer import computation, computes, facts_of, op_name
 
 
-def computing_nodes(program: ExportedProgram) -> list[Node]:
+def computing_nodes(graph: Graph) -> list[Node]:
     """The operators of a graph that was not decomposed, in the order in which they run; those of regions without
     gradients stand where the region does."""
-    return [node for node in _nodes(program.graph) if computes(node)]
+    return [node for node in _nodes(graph) if computes(node)]
 
 
 def _nodes(graph: Graph) -> Iterator[Node]:
@@ -62,11 +60,11 @@ class Undecomposed:
     parts: dict[Node, list[Node]]
 
     @classmethod
-    def of(cls, exported: ExportedProgram, decomposed: Program) -> Undecomposed:
-        nodes = computing_nodes(exported)
-        by_name = {node.name: node for node in exported.graph.nodes}
+    def of(cls, graph: Graph, decomposed: Graph) -> Undecomposed:
+        nodes = computing_nodes(graph)
+        by_name = {node.name: node for node in graph.nodes}
         parts = defaultdict[Node, list[Node]](list)
-        for node in decomposed.graph.nodes:
+        for node in decomposed.nodes:
             sources = node.meta.get("from_node") if node.op == "call_function" else None
             if sources and (source := by_name.get(sources[0].name)) is not None:
                 parts[source].append(node)

@@ -43,11 +43,6 @@ def fake_mode_of(tensor: Any) -> Any:
     return tensor.fake_mode if is_fake(tensor) else None
 
 
-def is_operator(target: Any) -> bool:
-    """Whether a node's target is an operator with a schema."""
-    return isinstance(target, private("torch._ops:OpOverload", "to flatten exported graphs"))
-
-
 def is_decomposed_in_export(target: Any) -> bool:
     """Whether torch makes the operator of others and `run_decompositions({})` takes it apart: those stay whole of which
     no result can be a view."""
@@ -68,6 +63,29 @@ def as_in_export() -> contextlib.AbstractContextManager[None]:
     """Within, `torch.compiler.is_exporting()` is true: code that asks runs as torch.export runs it."""
     state = private("torch._export.utils:_compiling_state_context", "to run code on fake tensors as it is exported")
     entered: contextlib.AbstractContextManager[None] = state()
+    return entered
+
+
+class PreDispatchMode(private("torch.fx.experimental.proxy_tensor:ProxyTorchDispatchMode", "to record graphs")):  # type: ignore[misc]
+    """A dispatch mode that sees operators as torch.export does: before autograd, autocast and decompositions. It has to
+    be entered within `python_dispatcher()`."""
+
+    def __init__(self) -> None:
+        # torch takes no mode of another base there; all that the base would do with a tracer a subclass does itself
+        super().__init__(None, "real", pre_dispatch=True)
+
+
+def fake_state(module: Any, tensors: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+    """Within, the module has these parameters and buffers."""
+    within = private("torch.nn.utils.stateless:_reparametrize_module", "to record graphs")
+    entered: contextlib.AbstractContextManager[None] = within(module, tensors)
+    return entered
+
+
+def attributes_put_back(module: Any) -> contextlib.AbstractContextManager[None]:
+    """Afterwards the modules inside have the attributes that they had, buffers and parameters aside."""
+    within = private("torch.export._trace:_detect_attribute_assignment", "to record graphs")
+    entered: contextlib.AbstractContextManager[None] = within(module)
     return entered
 
 
