@@ -168,6 +168,7 @@ class _Derive:
         self.tp, self.inputs, self.options = wanted.tp, wanted.inputs, wanted.options
         self.judge, self.requests, self.refused = wanted.judge, wanted.requests, dict[str, str]()
         self.fast = self.options.styles != "plain"
+        self.failed: list[tuple[LocalCheck, TraceError]] = []
         self.inference: AxisInference = infer(traced)
         self.notes = [*dict.fromkeys(traced.opaque.reasons.values()), *self.requests.keep(self.inference)]
 
@@ -359,7 +360,7 @@ class _Derive:
 
     def _emit(self, split: Split, stream: Stream | None, known: Repairs | None) -> tuple[Derivation, Repairs]:
         emission = self._emission(self.model, self.traced, split, stream)
-        repairs = LocalCheck(self.model, self.traced, split.flows, emission, stream, self.inputs).repair(known)
+        repairs = self._repairs(LocalCheck(self.model, self.traced, split.flows, emission, stream, self.inputs), known)
         repairs.write_to(emission.modules)
         # The split was made, and tried, with logits that stay split; a loss on complete logits only gathers them.
         if self.options.loss == "replicated" and emission.loss == "vocab_parallel":
@@ -371,6 +372,17 @@ class _Derive:
                     style["gather"] = True
             emission.loss = "replicated"
         return self._result(split.flows.choice, split, stream, emission), repairs
+
+    def _repairs(self, check: LocalCheck, known: Repairs | None) -> Repairs:
+        """What makes a rank's code right; of an attempt that fails like an earlier one, that one's error."""
+        for other, error in self.failed if known is None else ():
+            if other.flows is check.flows and check.fails_like(other):
+                raise error
+        try:
+            return check.repair(known)
+        except TraceError as error:
+            self.failed.append((check, error))
+            raise
 
     def _emission(self, *given: Any) -> Emission:
         if not self.fast or given[-1] is None:  # fast styles work on a stream

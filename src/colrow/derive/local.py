@@ -32,6 +32,7 @@ from colrow.derive.trace import (
     Calls,
     Label,
     Rescale,
+    Scale,
     Trace,
     decomposed,
     is_boundary,
@@ -74,6 +75,8 @@ class LocalCheck:
         self.local_code = {name for name in emission.modules if emission.style(name).local}
         """Modules whose own code runs on shards, the modules inside of them left out."""
         self.expected: dict[Node, list[int] | None] = {}
+        self.misfits: list[Misfit] = []
+        """Why each set of repairs that was tried is not right."""
         for node in traced.nodes:
             if is_boundary(node):
                 self.expected[node] = self.local_extents(node)
@@ -164,11 +167,33 @@ class LocalCheck:
         Args:
             boundaries: what modules get and return is compared first.
         """
+        if (why := self._misfit(repairs, boundaries)) is not None:
+            self.misfits.append(why)
+        return why
+
+    def fails_like(self, other: LocalCheck) -> bool:
+        """Whether all modules that did not fit in `other`, of the same split, run here before the first node of which a
+        rank has other extents than there: then none of what was tried there fits here."""
+        failed = {misfit.module or "" for misfit in other.misfits}
+        changed = (self.emission.attributes, self.emission.buffers) != (
+            other.emission.attributes,
+            other.emission.buffers,
+        )
+        for node in self.traced.nodes:
+            changed = changed or self._demands(node) != other._demands(node)
+            if changed and any(is_within(self.flows.path[node], module) for module in failed):
+                return False
+        return bool(failed) and "" not in failed  # of the model's own code it is not known where it fails
+
+    def _demands(self, node: Node) -> tuple[list[int] | None, Scale | None]:
+        return self.local_extents(node), self.emission.scales.get(str(label_of(node))) if is_boundary(node) else None
+
+    def _misfit(self, repairs: Repairs, boundaries: bool) -> Misfit | None:
         model = self.local_model(repairs)
         try:
             found, calls = operators_like(self.traced, model, self.inputs, self.rescale())
-            if boundaries and (why := self._wrong_boundary(calls)) is not None:
-                return why
+            if boundaries and (wrong := self._wrong_boundary(calls)) is not None:
+                return wrong
             if self._is_alike(found.graph):
                 return None
             rank_nodes = [n for n in decomposed(found).graph.nodes if computes(n)]
@@ -181,9 +206,9 @@ class LocalCheck:
         nodes = [n for n in self.traced.nodes if computes(n)]
         for node, on_rank in zip(nodes, rank_nodes, strict=False):
             where = self.flows.path[node] or "the model"
-            difference = self._difference(node, on_rank, where)
-            if difference is not None:
-                return Misfit(difference, self.flows.path[node])
+            why = self._difference(node, on_rank, where)
+            if why is not None:
+                return Misfit(why, self.flows.path[node])
         if len(nodes) != len(rank_nodes):
             return Misfit(f"a rank runs {len(rank_nodes)} operations, the unsharded model {len(nodes)}", None)
         return None
