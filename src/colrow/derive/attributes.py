@@ -1,6 +1,6 @@
 """Which integer attributes make the model's code right on a rank's shapes: a search over sets of them.
 
-A set that is tried costs an export, so those are tried that may change what did not fit.
+A set that is tried costs a trace, so those are tried that may change what did not fit.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The trace on local shapes: does the model's Python code run on local shapes, and do what the plan says?
 
 A copy of the model gets a rank's shapes of parameters and the extents that the plan's styles hand over at module
-boundaries, and is exported again. Node by node it must be the global graph with local extents. Code that states a
+boundaries, and is traced again. Node by node it must be the global graph with local extents. Code that states a
 global size (`view(..., self.num_heads, ...)`) shows here; integer attributes that hold such sizes are then tried, and
 the ones that fix it become a part of the plan.
 """

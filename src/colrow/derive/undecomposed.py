@@ -1,8 +1,8 @@
-"""The graph as torch.export gives it, before decompositions: what a rank's trace is compared with first.
+"""The graph as it was recorded, before decompositions: what a rank's trace is compared with first.
 
 [Note: undecomposed graphs]
-Decompositions inline the regions without gradients, make writes in place functional, and take composite operators
-apart; they need as long as the export itself. Rules need them, so the unsharded model's graph has them. A rank's trace
+Decompositions make writes in place functional, and take composite operators apart (in an export they inline the regions
+without gradients, too). Rules need them, so the unsharded model's graph has them. A rank's trace
 asks less: the same operators with a rank's extents, and that shows before decompositions too, wherever the operator
 that a decomposed node comes from (`from_node`) gives that node's result itself. Where it does not, the rank's graph is
 decomposed as well.
