@@ -90,7 +90,7 @@ class ShardedRun:
             value = values[node.name]
             return self.shard(value, self.inference.dims.get(node) or ())
         if node.op == "get_attr":
-            value = getattr(self.traced.program.graph_module, str(node.target))
+            value = self.traced.constants[str(node.target)]
             return self.shard(value, self.inference.dims.get(node) or ())
         if is_boundary(node):
             return env[node.all_input_nodes[0]]

@@ -34,7 +34,7 @@ def captured(function: Callable[..., Tensor], x: Tensor, weights: Sequence[Tenso
     module.graph.eliminate_dead_code()
     holders = [n.name for n in module.graph.nodes if n.op == "placeholder"]
     constants = {str(n.target): getattr(module, str(n.target)) for n in module.graph.nodes if n.op == "get_attr"}
-    program: Any = SimpleNamespace(graph=module.graph, graph_module=module)
+    program: Any = SimpleNamespace(graph=module.graph)
     return Trace(program, 3, 7, {h: h for h in holders[1:]}, constants, (holders[0],), {}, {})
 
 
