@@ -22,8 +22,22 @@ from colrow.dryrun.fake_world import fake_tp_mesh
 from colrow.sharding.operators import OPERATORS, Filling, Identity, Linear, operator, plain_name
 
 ROOMS = ("derive", "dryrun", "checking")
-WORDS = {"backward", "count", "cpu", "dim", "fix", "gradient", "inner", "mode", "norm", "size", "sorted"}
-"""Operators' names that stand for something else in these rooms: arguments, keys, findings."""
+WORDS = {
+    "backward",
+    "count",
+    "cpu",
+    "cuda",
+    "dim",
+    "fix",
+    "gradient",
+    "inner",
+    "mode",
+    "norm",
+    "pin_memory",
+    "size",
+    "sorted",
+}
+"""Operators' names that stand for something else in these rooms: arguments, keys, findings, devices."""
 aten: Any = torch.ops.aten
 
 
