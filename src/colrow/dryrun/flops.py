@@ -51,6 +51,6 @@ class FlopCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if not is_higher_order(func):
+        if not is_higher_order(func) and func.namespace != "prim":
             self.by_module[self._modules.current()] += flops_of(func, args, kwargs, out)
         return out

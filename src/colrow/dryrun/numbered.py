@@ -48,7 +48,7 @@ _DRYRUN = _COLROW / "dryrun"
 _RUNS = ("numbered", "paired_runs", "unsharded_run", "lockstep", "sequence_sizes", "watch", "flops", "recorded_calls")
 # around calls of the model's own code, or of what a style calls
 _AROUND_CODE = (_COLROW / "torch_compat", _COLROW / "styles" / "local_sizes.py")
-_PASSED_OVER = tuple(map(str, (*(_DRYRUN / f"{name}.py" for name in _RUNS), *_AROUND_CODE)))
+_PASSED_OVER = ("<", *map(str, (*(_DRYRUN / f"{name}.py" for name in _RUNS), *_AROUND_CODE)))
 _VIEWS = ("view", "_unsafe_view", "_reshape_alias")
 
 
@@ -75,9 +75,10 @@ class Operation:
         name = operator_name(func)
         self.name = "view" if name in _VIEWS else name
         self.leaves, self.tree = tree_flatten((args, kwargs))
-        self.inputs = [run.number(leaf) if isinstance(leaf, Tensor) else None for leaf in self.leaves]
         # before it runs: `squeeze_` gives its input another window
-        self.keys = [run.key(leaf) for leaf in self.leaves if isinstance(leaf, Tensor)]
+        keys = [run.key(leaf) if isinstance(leaf, Tensor) else None for leaf in self.leaves]
+        self.inputs = [key and run.number(leaf, key) for leaf, key in zip(self.leaves, keys, strict=True)]
+        self.keys = [key for key in keys if key is not None]
         self.shapes = tuple(shape_of(leaf) for leaf in self.leaves)
         self.results: list[Tensor] = []
 
@@ -143,10 +144,10 @@ class NumberedRun(TorchDispatchMode):
         """What a tensor is that a module, the loss or a gradient gets."""
         return self.number(tensor)
 
-    def number(self, tensor: Tensor) -> NumberedValue:
+    def number(self, tensor: Tensor, key: Any = None) -> NumberedValue:
         """A tensor that was made before the run or from numbers, and is no parameter, buffer or input: the n-th of its
         kind there, which the numbers belong to."""
-        key = self.key(tensor)
+        key = self.key(tensor) if key is None else key
         if key not in self._values:
             kind = (self.module(), tuple(tensor.shape), str(tensor.dtype), self.numbers_written(tensor))
             self._counts[kind] += 1
@@ -202,7 +203,7 @@ class NumberedRun(TorchDispatchMode):
             if node is not None and inside in ("/autograd/graph.py", "/_tensor.py"):
                 break  # what called backward stands above
             file = frame.f_code.co_filename
-            if inside is None and not file.startswith((*_PASSED_OVER, "<")):
+            if inside is None and not file.startswith(_PASSED_OVER):
                 in_style = file.startswith(_STYLE_CODE)
                 line = f"{Path(file).name}:{frame.f_lineno}"
                 break

@@ -21,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -125,20 +126,20 @@ class Op:
     varying: list[Tensor]
     mutates: bool
 
-    @property
+    @cached_property
     def name(self) -> str:
         return operator_name(self.func)
 
-    @property
+    @cached_property
     def facts(self) -> Operator:
         return operator(self.name)
 
-    @property
+    @cached_property
     def plain(self) -> list[Any]:
         """The arguments that are no tensors."""
         return [leaf for leaf in tree_leaves(self.args) if not isinstance(leaf, Tensor)]
 
-    @property
+    @cached_property
     def is_filled(self) -> bool:
         """Whether it takes only the shape of its input, and gives a new tensor."""
         return not self.mutates and self.facts.fills not in (None, Filling.RANDOM)

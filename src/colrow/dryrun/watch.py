@@ -95,7 +95,7 @@ class Watch(TorchDispatchMode):
             return NotImplemented  # it comes again, on local tensors
         with self._values.kept(inputs if torch.Tag.inplace_view in func.tags else []):
             out = func(*args, **(kwargs or {}))
-        if is_higher_order(func):
+        if is_higher_order(func) or func.namespace == "prim":  # prim.device, which reads no elements
             return out
         if not self._modules.in_backward() and (flops := flops_of(func, args, kwargs or {}, out)):
             counts = not (finds_output_shape(frames()) or computes_gradients(frames()))

@@ -7,6 +7,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -195,7 +196,11 @@ def frames() -> Iterator[FrameType]:
 
 def path_in_torch(frame: FrameType) -> str | None:
     """The frame's file below torch's folder, `/nn/functional.py`; None for code of others."""
-    file = frame.f_code.co_filename
+    return _path_in_torch(frame.f_code.co_filename)
+
+
+@cache
+def _path_in_torch(file: str) -> str | None:
     return file.removeprefix(_TORCH).replace("\\", "/") if file.startswith(_TORCH) else None
 
 

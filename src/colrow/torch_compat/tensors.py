@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,8 +28,16 @@ class CompilableMode(TorchDispatchMode):
         return True  # else dynamo leaves every frame that runs under the mode uncompiled, without a word
 
 
+_NO_TREES = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))
+
+
 def tensors_in(tree: Any) -> list[Tensor]:
     """The tensors in nested tuples, lists and mappings, in order."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if type(tree) in (tuple, list, dict):  # torch's own walk takes far longer, and every operator is asked
+        entries = tree.values() if type(tree) is dict else tree
+        return [found for entry in entries if type(entry) not in _NO_TREES for found in tensors_in(entry)]
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
