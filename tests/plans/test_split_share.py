@@ -134,3 +134,10 @@ def test_a_models_own_plan_for_its_head_alone_is_not_silent(caplog: pytest.LogCa
     model.tp_plan = {"layers.*.up": "colwise", "layers.*.down": "rowwise"}  # type: ignore[assignment]
     Plan.from_huggingface(model)
     assert caplog.text == ""
+
+
+def test_a_parameter_without_elements_has_a_reason_too() -> None:
+    model = nn.Linear(4, 4, bias=False)
+    model.memory = nn.Parameter(torch.zeros(0, 4))
+    share = SplitShare.of(model, Plan(modules={}, notes={"memory": "empty", "weight": "small"}), 2)
+    assert share.rest == ((1.0, "weight", "small"), (0.0, "memory", "empty"))

@@ -46,7 +46,7 @@ class SplitShare:
                 continue
             reason = _main_reason(plan.notes.get(name) or layouts[name].reason)
             by_reason[reason] += param.numel()
-            if param.numel() > largest.get(reason, (0, ""))[0]:
+            if param.numel() > largest.get(reason, (-1, ""))[0]:  # a parameter may have no elements
                 largest[reason] = param.numel(), with_stars(name)
         rest = tuple((count / max(total, 1), largest[why][1], why) for why, count in by_reason.most_common())
         return cls(tp, split / max(total, 1), rest, flops)
