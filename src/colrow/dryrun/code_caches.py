@@ -11,7 +11,7 @@ import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from types import FunctionType, ModuleType, NoneType
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from colrow.torch_compat import is_fake, tree_leaves
 
 _LIBRARIES = ("torch", "colrow")
 _DICTS = (dict, OrderedDict, defaultdict)
+_WITHOUT_TENSORS = (str, bytes, int, float, NoneType, type, FunctionType, ModuleType)
+"""What most dicts of a file hold; a trace looks at each before every call of a module."""
 
 
 @contextmanager
@@ -118,4 +120,6 @@ def _forget(cache: Any) -> None:
 
 
 def _has_fake(value: Any) -> bool:
-    return any(isinstance(leaf, Tensor) and is_fake(leaf) for leaf in tree_leaves(value))
+    return not isinstance(value, _WITHOUT_TENSORS) and any(
+        isinstance(leaf, Tensor) and is_fake(leaf) for leaf in tree_leaves(value)
+    )
