@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from colrow.sharding.draws import Draw, draw_shard, draws, draws_by_element, may_draw, take_shard
+from colrow.sharding.draws import Draw, draw_shard, draws, draws_by_element, may_draw, memory_order, take_shard
 from colrow.sharding.local_layout import PARTIAL, REPLICATED, UNKNOWN, repeating, sharded
 from colrow.torch_compat import TorchDispatchMode
 
@@ -90,6 +90,36 @@ def test_a_transposed_shard_draws_as_the_transposed_tensor() -> None:
     torch.manual_seed(5)
     with OnRank(Draw(sharded(1)), 1):
         assert torch.equal(F.dropout(x[:, 3:], 0.5), want[:, 3:])
+
+
+OF_TENSORS = [name for name in OPERATORS if "size" not in name]
+IN_ORDER_OF_DIMS = {"a mask by its number", "a mask by its values", "normal by means", "normal by deviations"}
+"""In whatever order they lie in memory."""
+
+
+@pytest.mark.parametrize("draw", [Draw(sharded(1)), Draw(REPLICATED)], ids=["shard", "replicated"])
+@pytest.mark.parametrize("name", OF_TENSORS)
+def test_a_contiguous_tensor_draws_as_the_permuted_one_of_one_process(name: str, draw: Draw) -> None:
+    x = (torch.rand(6, 4, 3, dtype=torch.float64) + 1).transpose(0, 1)
+    part = take_shard(x, draw, 1, RANKS) if draw.layout == sharded(1) else x
+    torch.manual_seed(5)
+    want = OPERATORS[name](x)
+    want = take_shard(want, draw, 1, RANKS) if draw.layout == sharded(1) else want
+    order = memory_order(x.shape, x.stride())
+    assert order == (1, 0, 2)
+    got = []
+    for given in (draw._replace(order=order), draw):
+        torch.manual_seed(5)
+        with OnRank(given, 1):
+            got.append(OPERATORS[name](part.contiguous()))
+    torch.testing.assert_close(got[0], want, rtol=1e-14, atol=0)
+    assert torch.allclose(got[1], want) == (name in IN_ORDER_OF_DIMS), "without the order"
+
+
+def test_the_order_in_memory() -> None:
+    assert memory_order((2, 3, 4), (12, 4, 1)) is None
+    assert memory_order((2, 1, 4), (4, 9, 1)) is None
+    assert memory_order((2, 1, 4), (1, 9, 2)) == (2, 0, 1)
 
 
 def test_attention_without_dropout_draws_nothing() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from colrow.checking.check import check
 from colrow.cli import main
 from colrow.derive.derivation import derive
+from colrow.dryrun import paired_runs
 from colrow.dryrun.calls import Inputs, default_loss, example_inputs
 from colrow.errors import PlanError
 from colrow.mesh import Mesh
@@ -86,6 +87,39 @@ class NoisyAndDropping(Dropping):
     def forward(self, x: Tensor) -> Tensor:
         h = F.gelu(self.up(x))
         return self.down(self.drop(h) + 0.0 * torch.poisson(h.exp()))
+
+
+class TimeFirst(nn.Module):
+    """Attention [T, B, D] in a model [B, T, D], and dropout of what it gives, which lies in memory as [T, B, D]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention, self.drop = nn.LayerNorm(16), Permuted(), nn.Dropout(0.5)
+        self.head = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x + self.drop(self.attention(x)[0])))
+
+
+class Permuted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(16, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.transpose(0, 1)
+        y, weights = self.inner(x, x, x)
+        return y.transpose(0, 1), weights
+
+
+def test_dropout_of_a_permuted_tensor_is_that_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, inputs = TimeFirst().double(), (torch.randn(3, 6, 16, dtype=torch.float64),)
+    plan = derive(model, 2, inputs=inputs).plan()
+    assert "attention.inner" in plan.modules
+    assert judged(model, plan, inputs=inputs).verdict == "proved"
+    monkeypatch.setattr(paired_runs, "memory_order", lambda shape, stride: None)
+    assert judged(model, plan, inputs=inputs).verdict == "wrong"
 
 
 def test_dropout_beside_other_random_numbers_on_a_shard_is_off_and_said() -> None:

@@ -309,6 +309,8 @@ def _draws_of_modules(run: ShardedRun) -> dict[str, tuple[Draw, ...]]:
     for (name, _), draws in run.draws.items():
         by_module[name].append(tuple(draws))
     for name, calls in by_module.items():
+        if len(set(calls)) > 1:  # in which order each of them draws cannot be told either
+            calls[:] = [tuple(draw._replace(order=None) for draw in call) for call in calls]
         if len(set(calls)) > 1 and any(draw.layout != REPLICATED for call in calls for draw in call):
             run.report("dropout", "the module's calls drop elements of tensors with several layouts", name)
     return {name: calls[0] for name, calls in by_module.items()}

@@ -21,7 +21,7 @@ from colrow.dryrun.numbered import NumberedRun, NumberedValue, Operation, shape_
 from colrow.dryrun.on_dtensors import DRAWN_IN_BACKWARD, LossGradients, not_as_in_one_process, takes_all_for_none
 from colrow.dryrun.unproven import Reports, Unproven
 from colrow.dryrun.unsharded_run import Recorded, UnshardedRun
-from colrow.sharding.draws import Draw, may_draw
+from colrow.sharding.draws import Draw, may_draw, memory_order
 from colrow.sharding.local_call import LocalCall, Shape, TensorShape, UnprovenError
 from colrow.sharding.local_layout import (
     PARTIAL,
@@ -317,7 +317,9 @@ class ShardedRun(NumberedRun):
             if flattened and len(shape) > 3:
                 layout = UNKNOWN  # heads, or tokens: the other view tells
         call = self._stack[-1] if self._stack else (LOSS, 0)
-        self.draws[call].append(Draw(layout, flattened))
+        drawn_for = [leaf for leaf in recorded.leaves if isinstance(leaf, TensorShape)] if recorded else []
+        order = memory_order(drawn_for[0].shape, drawn_for[0].stride) if drawn_for else None
+        self.draws[call].append(Draw(layout, flattened, order))
 
     def _note_reads(self, operation: Operation) -> None:
         """A view of a shard may be a copy: DTensor gathers a dim of which a part is taken. What is written into it does

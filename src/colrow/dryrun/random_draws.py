@@ -30,7 +30,8 @@ class RandomDraws:
 
     Attributes:
         any: it draws anything; None: unknown.
-        modules: what each module's own code draws by element in one call, in order; empty where none is for a shard.
+        modules: what each module's own code draws by element in one call, in order; empty where each rank draws as one
+            process does.
         unknown: modules that draw for a shard of which nothing says what it is a shard of, and why.
     """
 
@@ -97,8 +98,8 @@ def random_draws(
     }
     unknown |= {u.where: u.reason for u in found.unproven if "random numbers" in u.reason or u.operator == "dropout"}
     known = {name: drawn for name, drawn in found.draws.items() if name not in unknown}
-    on_shards = any(draw.layout != REPLICATED for drawn in known.values() for draw in drawn)
-    return RandomDraws(drew, known if on_shards else {}, unknown)
+    arranged = any(draw.is_arranged for drawn in known.values() for draw in drawn)
+    return RandomDraws(drew, known if arranged else {}, unknown)
 
 
 class DrawsSeen(TorchDispatchMode):

@@ -19,7 +19,7 @@ from colrow.parallel.parallelize import tp_axis
 from colrow.parallel.random_state import derive_seed
 from colrow.plans.patterns import is_within
 from colrow.sharding.draws import Draw, draw_shard, draws, draws_by_element, may_draw
-from colrow.sharding.local_layout import REPLICATED, Kind
+from colrow.sharding.local_layout import Kind
 from colrow.torch_compat import TorchDispatchMode, is_async, is_fake, tensors_in
 
 ARRANGED = "_colrow_arranged_draws"
@@ -48,6 +48,8 @@ def arrange_draws(
         compiled: blocks that will be compiled. Modules in them that draw for shards stay out of the graphs.
     """
     tp_mesh = tp_axis(mesh)
+    if tp_mesh.device_type != "cpu":  # other numbers than one process's anyway: their order does not matter
+        modules = {name: tuple(draw._replace(order=None) for draw in drawn) for name, drawn in modules.items()}
     present = dict(model.named_modules())
     in_graphs = {part for block in compiled for part in block.modules() if part is not block}
     blocks = {name for name, module in present.items() if any(module is block for block in compiled)}
@@ -59,11 +61,12 @@ def arrange_draws(
 
 
 def _is_needed(name: str, modules: Mapping[str, tuple[Draw, ...]], blocks: set[str]) -> bool:
-    """Whether the module draws for a shard, or is called by one that does: without a mode of its own its draws would be
-    counted as the caller's. A module around a compiled block does not count: its mode is off while the graph runs."""
+    """Whether the module's draws are arranged, or it is called by one whose are: without a mode of its own its draws
+    would be counted as the caller's. A module around a compiled block does not count: its mode is off while the graph
+    runs."""
     around = {outer for block in blocks if _is_inside(name, block) for outer in modules if _is_inside(block, outer)}
     calling = [outer for outer in modules if _is_inside(name, outer) and outer not in around - blocks]
-    return any(draw.layout != REPLICATED for outer in calling for draw in modules[outer])
+    return any(draw.is_arranged for outer in calling for draw in modules[outer])
 
 
 def _is_inside(name: str, outer: str) -> bool:
@@ -149,7 +152,8 @@ class _ShardedDraws(TorchDispatchMode):
         if any(x.is_meta or is_fake(x) for x in tensors):
             return func(*args, **kwargs)  # DTensor asks for the result's shape
         draw = self._call.next()
-        if draw.layout.kind is not Kind.SHARDED:
+        is_shard = draw.layout.kind is Kind.SHARDED
+        if not is_shard and (draw.order is None or not tensors):
             return func(*args, **kwargs)
         on_gpu = any(x.is_cuda for x in tensors) or torch.device(kwargs.get("device") or "cpu").type == "cuda"
         if on_gpu and kwargs.get("generator") is None:  # a model's own generator is equal on all ranks

@@ -8,10 +8,13 @@ process's, bit for bit, and the generators stay equal. The price is the unsharde
 drawn what takes as many of the generator's numbers for an element whatever the tensor holds: dropout masks, uniform and
 normal noise, random integers, masks by a probability for each element. Any other random number on a shard (`poisson`,
 `multinomial`) is unproven.
+These operators draw in the order of a tensor's memory. On ranks it may be another than in one process: a collective
+gives a contiguous tensor for a permuted one. So the numbers are drawn in the order of the unsharded tensor.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -43,10 +46,18 @@ class Draw(NamedTuple):
     """What one operator draws in a module's own code.
 
     With `flattened`, [B, T/n, ...] is a shard of the B * T tokens ([Note: flattened tokens]), not of each sequence.
+    `order` has the dims of the unsharded tensor as they lie in its memory, outermost first; None: as those of the
+    rank's tensor.
     """
 
     layout: Layout
     flattened: bool = False
+    order: tuple[int, ...] | None = None
+
+    @property
+    def is_arranged(self) -> bool:
+        """Whether a rank does something else than to run the operator."""
+        return self.layout != REPLICATED or self.order is not None
 
     @property
     def is_known(self) -> bool:
@@ -54,6 +65,13 @@ class Draw(NamedTuple):
         return self.layout == REPLICATED or (
             self.layout.kind is Kind.SHARDED and not self.layout.repeated and not self.layout.complete
         )
+
+
+def memory_order(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...] | None:
+    """The dims as they lie in memory, outermost first; None of a contiguous tensor. Dims of one element are last."""
+    dims = [d for d, n in enumerate(shape) if n > 1]
+    order = sorted(dims, key=lambda d: -stride[d])
+    return None if order == dims else tuple(order + [d for d, n in enumerate(shape) if n <= 1])
 
 
 def draws(func: Any, args: Any, kwargs: Any) -> bool:
@@ -83,11 +101,12 @@ def draws_by_element(func: Any) -> bool:
 
 
 def draw_shard(func: Any, args: Any, kwargs: Any, draw: Draw, rank: int, ranks: int) -> Any:
-    """The result of an operator that draws by element on rank `rank`'s shard; the layout's kind is SHARDED."""
-    assert draw.layout.kind is Kind.SHARDED
+    """The result of an operator that draws by element on rank `rank`'s shard, or of a tensor that all ranks have, whose
+    memory has another order than the unsharded one's."""
+    is_shard = draw.layout.kind is Kind.SHARDED
 
     def shard(drawn: Tensor) -> Tensor:
-        return per_rank(lambda x, r: take_shard(x, draw, r, ranks).clone(), drawn, rank)
+        return drawn if not is_shard else per_rank(lambda x, r: take_shard(x, draw, r, ranks).clone(), drawn, rank)
 
     tensors = tensors_in((args, kwargs))
     if not tensors:
@@ -97,8 +116,10 @@ def draw_shard(func: Any, args: Any, kwargs: Any, draw: Draw, rank: int, ranks: 
     by_values = str(func.name()) in _BY_VALUES
 
     def unsharded(x: Tensor, r: int) -> Tensor:
-        complete = _unsharded_like(x, draw.layout.dim, ranks)
-        return _among_others(x, complete, draw, r, ranks) if by_values else complete
+        complete = _unsharded_like(x, draw, ranks)
+        if not by_values:
+            return complete
+        return _among_others(x, complete, draw, r, ranks) if is_shard else complete.copy_(x)
 
     complete = per_rank(unsharded, local, rank)
     if operator_name(func) == "native_dropout":
@@ -133,16 +154,13 @@ def take_shard(complete: Tensor, draw: Draw, rank: int, ranks: int) -> Tensor:
     return torch.cat(pieces, layout.dim) if len(pieces) > 1 else pieces[0]
 
 
-def _unsharded_like(local: Tensor, dim: int, ranks: int) -> Tensor:
-    """An unset tensor of the unsharded shape. Its dims lie in memory in the order of the shard's: operators that fill
-    in memory's order draw then as they do in one process."""
+def _unsharded_like(local: Tensor, draw: Draw, ranks: int) -> Tensor:
+    """An unset tensor of the unsharded shape, whose dims lie in memory in the order of the unsharded tensor's."""
+    dim = draw.layout.dim if draw.layout.kind is Kind.SHARDED else -1
     shape = [n * ranks if d == dim else n for d, n in enumerate(local.shape)]
-    if local.is_contiguous():
-        return torch.empty(shape, dtype=local.dtype, device=local.device)
-    strides = local.stride()
-    order = sorted(range(local.ndim), key=lambda d: -strides[d])
+    order = draw.order or memory_order(local.shape, local.stride()) or range(local.ndim)
     made = torch.empty([shape[d] for d in order], dtype=local.dtype, device=local.device)
-    return made.permute([order.index(d) for d in range(local.ndim)])
+    return made.permute([list(order).index(d) for d in range(local.ndim)])
 
 
 def _among_others(local: Tensor, complete: Tensor, draw: Draw, rank: int, ranks: int) -> Tensor:
