@@ -196,6 +196,31 @@ def test_torchs_encoder_and_decoder_with_masks_are_split_by_heads(decodes: bool,
         assert parity(model, replace(plan, modules={**plan.modules, key: bare}), 2, inputs).worst > 1e-3
 
 
+class Weighing(nn.Module):
+    """torch's attention that makes its weights, too; self-attention, and of two tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(VOCAB, D), nn.LayerNorm(D)
+        self.own, self.cross = (nn.MultiheadAttention(D, HEADS, batch_first=True) for _ in range(2))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        x = x + self.own(x, x, x)[0]
+        return self.norm(x + self.cross(x, x.flip(1), x.flip(1))[0])
+
+
+def test_torchs_attention_is_proven_by_the_check() -> None:
+    model, inputs = Weighing(), (IDS[:, :-1],)
+    plan = derive(model, 2, inputs=inputs, options=DeriveOptions(sequence_parallel=False)).plan()
+    assert {key for key, style in plan.modules.items() if style.sizes} == {"own", "cross"}
+    assert not check(model, plan, Mesh(tp=2), inputs=inputs)
+    style: Any = plan.modules["own"]
+    of_one_piece = replace(style, shards={**style.shards, "in_proj_weight": 0})
+    wrong = replace(plan, modules={**plan.modules, "own": of_one_piece})
+    assert {finding.code for finding in check(model, wrong, Mesh(tp=2), inputs=inputs)} & {"CR407", "CR414"}
+
+
 class Views(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         a = x.view(2, HEADS, -1)

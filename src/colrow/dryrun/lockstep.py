@@ -38,6 +38,7 @@ from colrow.sharding.draws import Draw
 from colrow.sharding.layout import packed_of
 from colrow.sharding.local_layout import REPLICATED, STYLE, UNKNOWN, layout_of, sharded
 from colrow.styles.fast.unflatten import complete_sequences, views_complete_sequences
+from colrow.styles.local_sizes import project_apart
 from colrow.styles.rank_tensors import RANK_TABLES
 from colrow.styles.site import Site
 from colrow.torch_compat import fake_tensors, forget_shardings
@@ -232,6 +233,9 @@ class StepPair:
         self._reference: UnshardedRun
         self._run: ShardedRun
         self._ended = False
+        for name, style in plan.modules.items():
+            if style.sizes and isinstance(attention := unsharded.get_submodule(name), nn.MultiheadAttention):
+                project_apart(attention)
 
     @contextmanager
     def unsharded(self, inputs: Inputs) -> Iterator[Callable[[Tensor], None]]:

@@ -235,7 +235,9 @@ class LocalSizes(CodeMode):
         self.rules, self.tp, self.separates = rules, tp, separates
 
     def attention(self, *args: Any, **kwargs: Any) -> Any:
-        # A rank has the weights of its own heads, and their mean is not the mean of all: it gives none.
+        # A rank has the weights of its own heads, and their mean is not the mean of all: it takes and gives none.
+        if "average_attn_weights" in kwargs:
+            kwargs["average_attn_weights"] = False
         return super().attention(*args, **kwargs)[0], None
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -268,3 +270,20 @@ def _forward_of(cls: Any) -> Callable[..., Any]:
             return cls.forward(self, *args, **kwargs)
 
     return forward
+
+
+class _Apart(CodeMode):
+    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs)
+
+
+def project_apart(module: nn.MultiheadAttention) -> None:
+    """Let an unsharded attention project query, key and value one by one, as one with local sizes does: so both make
+    the same operators."""
+    replace_forward(module, _forward_apart)
+
+
+def _forward_apart(self: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> Any:
+    with _Apart():
+        cls: Any = type(self).__bases__[-1]  # the class that `replace_forward` has put another in the place of
+        return cls.forward(self, *args, **kwargs)
