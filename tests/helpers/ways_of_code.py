@@ -189,7 +189,7 @@ class HeadBias(nn.Module):
             self.table = nn.Embedding(T, HEADS)
 
         def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-            n = torch.arange(x.shape[1])
+            n = torch.arange(x.shape[1], device=x.device)
             return super().forward(x, self.table((n[:, None] - n[None]).abs()).permute(2, 0, 1)[None])
 
     def __init__(self) -> None:
@@ -282,7 +282,7 @@ class Timed(nn.Module):
             self.mlp = nn.Sequential(nn.Linear(8, D), nn.SiLU(), nn.Linear(D, D))
 
         def forward(self, step: Tensor) -> Tensor:
-            angles = step[:, None].double() * torch.exp(-torch.arange(4.0))
+            angles = step[:, None].double() * torch.exp(-torch.arange(4.0, device=step.device))
             return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
 
     def __init__(self) -> None:
