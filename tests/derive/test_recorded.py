@@ -117,3 +117,23 @@ def test_what_cannot_be_recorded_is_exported(how: str) -> None:
     found = trace(model, (X,))
     assert found.exports
     assert "linear" in {op_name(node) for node in found.nodes}
+
+
+class TwoNames(nn.Module):
+    """Holds a module twice, as a list of layers and something that works on them do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(34))
+        self.again = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(x)
+
+
+def test_a_module_of_two_names_keeps_its_tensors() -> None:
+    model = TwoNames()
+    before = [*model.parameters(), *model.buffers()]
+    trace(model, (X,))
+    assert all(a is b for a, b in zip([*model.parameters(), *model.buffers()], before, strict=True))
+    assert not any(map(is_fake, before))

@@ -73,14 +73,16 @@ def record(model: nn.Module, inputs: Inputs, call: Callable[..., tuple[Tensor, .
     found, mode = Recording(), fake_tensor_mode(allow_non_fake_inputs=True, export=True)
     recorder = _Recorder(found, {id(module): name for name, module in model.named_modules()})
     fakes = {}
-    for known, kind, prefix in (
-        (model.named_parameters(remove_duplicate=False), found.parameters, "p"),
-        (model.named_buffers(remove_duplicate=False), found.buffers, "b"),
-    ):
-        for name, value in known:
-            fakes[name] = fake = mode.from_tensor(value)
-            if recorder.known(fake) is None:
-                kind[recorder.placeholder(f"{prefix}_{name}", fake).name] = name
+    # each module once: of one that has two names the second exchange would put the fake tensors back
+    for owner, module in model.named_modules():
+        for known, kind, prefix in (
+            (module.named_parameters(owner, recurse=False, remove_duplicate=False), found.parameters, "p"),
+            (module.named_buffers(owner, recurse=False, remove_duplicate=False), found.buffers, "b"),
+        ):
+            for name, value in known:
+                fakes[name] = fake = mode.from_tensor(value)
+                if recorder.known(fake) is None:
+                    kind[recorder.placeholder(f"{prefix}_{name}", fake).name] = name
     given = inputs.map(mode.from_tensor)
     for i, fake in enumerate(given):
         found.inputs.append(recorder.placeholder(f"inputs_{i}", fake).name)
@@ -96,7 +98,7 @@ def record(model: nn.Module, inputs: Inputs, call: Callable[..., tuple[Tensor, .
             recorder,
         ):
             results = call(*given)
-            if any(fakes[name] is not value for name, value in model.named_buffers(remove_duplicate=False)):
+            if any(fakes.get(name, value) is not value for name, value in model.named_buffers(remove_duplicate=False)):
                 raise NotRecordedError("the model's code puts another tensor in a buffer's place")
     finally:
         torch.set_grad_enabled(gradients)
