@@ -204,6 +204,27 @@ def test_a_counter_is_found_set_and_given_back(count: Callable[[], Any]) -> None
     assert Kept.of(model).counts == before
 
 
+class Frozen(dict[str, float]):
+    def clear(self) -> None:
+        raise TypeError("it is frozen")
+
+
+OPTIONS = Frozen(scale=2.0)
+
+
+class Configured(m.MLP):
+    """Reads a mapping that cannot be changed, as packages make them for their decorators."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * OPTIONS["scale"]
+
+
+def test_what_cannot_be_changed_is_left_alone() -> None:
+    with kept_values_restored(Configured()):
+        Configured()(torch.randn(1, 2, m.D))
+    assert OPTIONS == {"scale": 2.0}
+
+
 def test_what_forward_adds_to_the_environment_is_gone_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLROW_TEST_CALLS", raising=False)
     with kept_values_restored(m.MLP()):

@@ -142,9 +142,18 @@ def _give_back(kept: KeptValue, content: Any) -> None:
         value.go_to(content)
     elif isinstance(value, np.ndarray):
         value[...] = content
-    elif content is not None:
+    elif content is not None and not _is_as_before(value, content):  # a frozen one refuses to be cleared
         value.clear()
         value.extend(content) if isinstance(value, list | deque) else value.update(content)
+
+
+def _is_as_before(value: Any, content: Any) -> bool:
+    """Whether a container holds the same objects in the same order."""
+    if len(value) != len(content):
+        return False
+    if isinstance(value, dict):
+        value, content = [*value, *value.values()], [*content, *content.values()]
+    return all(a is b for a, b in zip(value, content, strict=True))
 
 
 def _nothing(_: Any) -> None:
