@@ -114,14 +114,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("group", choices=GROUPS)
     parser.add_argument("--tp", type=int, nargs="+", default=[2])
     parser.add_argument("--models", nargs="*", help="as PACKAGE/NAME; all of the group unless given")
-    parser.add_argument("--limit", type=int, default=240, help="seconds of CPU for one model")
+    parser.add_argument("--limit", type=int, default=240, help="seconds of CPU for one model and degree")
     parser.add_argument("--budget", type=float, default=float("inf"), help="start no model after so many seconds")
     given = parser.parse_args(argv)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     keys: list[Any] = [each.key for each in models_of(given.group)]
     jobs = [(key, given.tp) for key in keys if given.models is None or key in given.models]
-    for rows in run_all(jobs, partial(examine, given.group), limit=given.limit, budget=given.budget):
+    for rows in run_all(jobs, partial(examine, given.group), limit=given.limit * len(given.tp), budget=given.budget):
         for row in rows:
             print(json.dumps(row), flush=True)
     return 0
