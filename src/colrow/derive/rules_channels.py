@@ -127,16 +127,22 @@ def group_norm(inference: AxisInference, node: Node) -> Result:
     return x
 
 
-@rule("batch_norm")
-def batch_norm(inference: AxisInference, node: Node) -> Result:
-    """Each channel has statistics of its own; weight, bias, running mean and variance run along the channels."""
+def _normed_by_channel(inference: AxisInference, node: Node) -> Dims:
+    """The input of a norm over positions; weight, bias, running mean and variance run along its channels."""
     x = inference.of(node.args[0])
     for given in node.args[1:5]:
         if isinstance(given, Node):
             unify(inference.of(given)[0], x[1], inference.here)
-    forbid(x[0], inference.at("normalised over"))
     for dim in x[2:]:
         forbid(dim, inference.at("normalised over"))
+    return x
+
+
+@rule("batch_norm")
+def batch_norm(inference: AxisInference, node: Node) -> Result:
+    """Each channel has statistics of its own."""
+    x = _normed_by_channel(inference, node)
+    forbid(x[0], inference.at("normalised over"))
     value = node.meta["val"]
     if not isinstance(value, (tuple, list)):
         return x
@@ -146,14 +152,8 @@ def batch_norm(inference: AxisInference, node: Node) -> Result:
 
 @rule("instance_norm")
 def instance_norm(inference: AxisInference, node: Node) -> Result:
-    """Each channel of each sample is normalised by itself, over its positions."""
-    x = inference.of(node.args[0])
-    for given in node.args[1:5]:
-        if isinstance(given, Node):
-            unify(inference.of(given)[0], x[1], inference.here)
-    for dim in x[2:]:
-        forbid(dim, inference.at("normalised over"))
-    return x
+    """Each channel of each sample is normalised by itself."""
+    return _normed_by_channel(inference, node)
 
 
 @rule("weight_norm")
