@@ -10,7 +10,6 @@ and [Note: deciding draws].
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -18,7 +17,6 @@ from typing import Any
 
 from torch import Tensor
 
-from colrow.plans.patterns import with_stars
 from colrow.sharding.parameter_state import copied_model
 from colrow.sharding.replayed_iterators import ReplayedIterator
 from colrow.verifying.comparison import Reference
@@ -117,21 +115,15 @@ def _set_elsewhere(task: Task, reference: Reference) -> Iterator[OtherValues]:
     by_tensors, met = set[float](), {path: set[float]() for path in free}
     _record(task, {path: recording(number, met[path]) for path, number in free.items()}, by_tensors)
 
-    # the numbers of one name in all layers change together: one by one, a deep model would take a forward for each
-    together = defaultdict[tuple[Any, ...], dict[Any, float]](dict)
-    for path, number in free.items():
-        for near in _near(sorted(by_tensors if path in tensors else met[path], key=abs)):
-            together[with_stars(path[0]), *path[1:], near][path] = type(number)(near)
-
     def tried() -> Iterator[tuple[str, Task]]:
-        for (*_, name, near), counts in together.items():
-            outside = {path: n for path, n in counts.items() if path in found.outside}
-            changed = replace(task, counts=task.counts | outside)
-            if inside := {path: n for path, n in counts.items() if path not in outside}:
-                # before the plan is applied: a style may change such a number
-                changed = replace(changed, model=copied_model(task.model))
-                set_counts(changed.model, inside)
-            yield f"{name} at {near:.7g}", changed
+        for path, number in free.items():
+            for near in _near(sorted(by_tensors if path in tensors else met[path], key=abs)):
+                name, counts = f"{path[-1]} at {near:.7g}", {path: type(number)(near)}
+                if path in found.outside:
+                    yield name, replace(task, counts=task.counts | counts)
+                else:  # before the plan is applied: a style may change such a number
+                    set_counts(changed := copied_model(task.model), counts)
+                    yield name, replace(task, model=changed)
 
     yield from _new_ways(itertools.islice(tried(), _MOST_SET), operators_run(task))
 
