@@ -1,4 +1,7 @@
-"""Models whose code uses a split dim in a way of its own, with plans for them: see `unproven_plans`."""
+"""Models whose code uses a split dim in a way of its own, with plans for them: see `unproven_plans`.
+
+They have one block, unless their blocks differ: a second would be judged as the first is.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,9 @@ class Case:
     train: bool = False
 
 
+Gpt = partial(m.Gpt, layers=1)
+
+
 class FeatureMLP(m.MLP):
     """An MLP with a function of its features between the two linears."""
 
@@ -39,7 +45,7 @@ class FeatureMLP(m.MLP):
 
 
 def features(function: Callable[[Tensor], Tensor], train: bool = False) -> Case:
-    return Case(lambda: m.Gpt(mlp=lambda: FeatureMLP(function)), train=train)
+    return Case(lambda: Gpt(mlp=lambda: FeatureMLP(function)), train=train)
 
 
 class LoggedMLP(m.MLP):
@@ -67,7 +73,7 @@ class GatedMLP(m.GatedMLP):
 
 
 def gated(apart: Callable[[Tensor], Tensor]) -> Case:
-    return Case(lambda: m.Gpt(mlp=lambda: GatedMLP(apart)), lambda: gpt_plan(**FUSED_MLP))
+    return Case(lambda: Gpt(mlp=lambda: GatedMLP(apart)), lambda: gpt_plan(**FUSED_MLP))
 
 
 def halves(h: Tensor) -> Tensor:
@@ -97,7 +103,7 @@ class OwnAttention(m.HeadCount):
 
 
 def attention(**changes: Any) -> Case:
-    return Case(lambda: m.Gpt(lambda: OwnAttention(**changes)), lambda: gpt_plan(**HEADS, attn__out="rowwise"))
+    return Case(lambda: Gpt(lambda: OwnAttention(**changes)), lambda: gpt_plan(**HEADS, attn__out="rowwise"))
 
 
 def alibi(s: Tensor) -> Tensor:
@@ -135,7 +141,7 @@ class OneKvHead(nn.Module):
 def one_kv_head(**options: Any) -> Case:
     qkv = {"style": "packed_colwise", "segments": [m.D, 2 * m.E], "replicated": [1]}
     plan = lambda: gpt_plan(attn__qkv=qkv, attn__out="rowwise")  # noqa: E731
-    return Case(lambda: m.Gpt(lambda: OneKvHead(**options)), plan)
+    return Case(lambda: Gpt(lambda: OneKvHead(**options)), plan)
 
 
 class SlopedAttention(m.HeadCount):
@@ -166,7 +172,7 @@ def sloped(outer: int = 1) -> Case:
     block = {"style": "local_block", "input": ["replicate", "none"], "slices": {"1": {"dim": 0, "inner": outer * m.H}}}
     heads = HEADS | {f"attn__{n}": "packed_colwise" for n in "qkv"}  # the block sums their input's gradient
     plan = lambda: gpt_plan(**heads, attn=block, attn__out="rowwise")  # noqa: E731
-    return Case(lambda: m.Gpt(SlopedAttention, block=SlopedBlock), plan)
+    return Case(lambda: Gpt(SlopedAttention, block=SlopedBlock), plan)
 
 
 class TokenBlock(m.Block):
@@ -186,7 +192,7 @@ class TokenBlock(m.Block):
 
 def tokens(normed: Callable[[Tensor], Tensor]) -> Case:
     local = {"style": "sequence", "use_local_output": True}
-    return Case(lambda: m.Gpt(block=partial(TokenBlock, normed=normed)), lambda: gpt_plan(sequence=True, norm1=local))
+    return Case(lambda: Gpt(block=partial(TokenBlock, normed=normed)), lambda: gpt_plan(sequence=True, norm1=local))
 
 
 def fast_plan(**more: Any) -> Plan:
@@ -201,14 +207,14 @@ def fast_plan(**more: Any) -> Plan:
 
 
 def flattened(normed: Callable[[Tensor], Tensor], train: bool = False) -> Case:
-    return Case(lambda: m.Gpt(OwnAttention, block=partial(TokenBlock, normed=normed)), fast_plan, train)
+    return Case(lambda: Gpt(OwnAttention, block=partial(TokenBlock, normed=normed)), fast_plan, train)
 
 
 class WrittenSizes(m.Gpt):
     """Writes the sizes of the tokens, which a rule makes a rank's, and the number of sequences."""
 
     def __init__(self) -> None:
-        super().__init__(OwnAttention)
+        super().__init__(OwnAttention, layers=1)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed(ids)
@@ -221,7 +227,7 @@ def viewed(function: Callable[[Tensor], Tensor]) -> Case:
     """Features in eight groups, whose number the code writes and a rule makes a rank's."""
     groups = {"style": "replicate", "sizes": {"view(*, *, 8, *)": "*, *, /tp, *"}}
     return Case(
-        lambda: m.Gpt(mlp=lambda: FeatureMLP(lambda h: function(h.view(*h.shape[:2], 8, -1)).flatten(2))),
+        lambda: Gpt(mlp=lambda: FeatureMLP(lambda h: function(h.view(*h.shape[:2], 8, -1)).flatten(2))),
         lambda: gpt_plan(mlp=groups),
     )
 
@@ -232,7 +238,7 @@ def causal_convolution() -> nn.Module:
 
 def on_stream(module: Callable[[], nn.Module], train: bool = False, **plan: Any) -> Case:
     return Case(
-        lambda: m.Gpt(block=lambda a, b: TokenBlock(a, b, stream=module())), lambda: gpt_plan(**plan), train=train
+        lambda: Gpt(block=lambda a, b: TokenBlock(a, b, stream=module())), lambda: gpt_plan(**plan), train=train
     )
 
 
@@ -268,7 +274,7 @@ class PartDoubled(m.Gpt):
     """Writes into a part of its logits, of a DTensor's sharded or other dim."""
 
     def __init__(self, dim: int) -> None:
-        super().__init__()
+        super().__init__(layers=1)
         self.dim = dim
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -281,7 +287,7 @@ class ChangedLogits(m.Gpt):
     """A function of its logits."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
+        super().__init__(layers=1)
         self.function = function
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -304,7 +310,7 @@ class AuxiliaryLosses(m.Gpt):
     """Returns the sum of a loss of each MLP's features, times 0 or another number."""
 
     def __init__(self, function: Callable[[Tensor], Tensor], weight: float) -> None:
-        super().__init__(mlp=lambda: FeatureMLP(self.noted))
+        super().__init__(mlp=lambda: FeatureMLP(self.noted), layers=1)
         self.loss, self.weight = function, weight
 
     def noted(self, h: Tensor) -> Tensor:
@@ -344,7 +350,7 @@ class Noise(nn.Module):
 
 
 def hooked() -> nn.Module:
-    model = m.Gpt()
+    model = Gpt()
     model.norm.weight.register_hook(lambda gradient: gradient * 0.5)
     return model
 
