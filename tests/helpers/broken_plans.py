@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,11 @@ GATHER = {"style": "prepare_input", "input": ["shard(1)"], "desired": ["replicat
 def llama(name: str = "gqa", **options: Any) -> nn.Module:
     with torch.device("meta"):
         return Llama(replace(MODELS[name], **options))
+
+
+shallow = partial(llama, num_hidden_layers=1)
+"""For what one block shows; where a finding is one for all blocks, its case has two."""
+Gpt = partial(m.Gpt, layers=1)
 
 
 def preset(name: str = "llama", loss: Any = "vocab_parallel", drop: str = "", **styles: Any) -> Plan:
@@ -179,7 +185,7 @@ BROKEN: dict[str, Case] = {
         "blocks.*.bn.running_mean",
     ),
     "parallel already": Case("CR104", parallel_already, preset, "norm"),
-    "empty plan": Case("CR105", llama, lambda: Plan({}, name="empty"), "plan empty"),
+    "empty plan": Case("CR105", shallow, lambda: Plan({}, name="empty"), "plan empty"),
     "changed model": Case("CR106", lambda: llama("tied"), lambda: preset().made_for(llama()), "plan llama"),
     # sizes
     "ffn": Case("CR201", lambda: llama(intermediate_size=90), preset, "layers.*.mlp.gate_proj"),
@@ -245,11 +251,11 @@ BROKEN: dict[str, Case] = {
         "CR208", lambda: m.Gpt(mlp=m.GatedMLP), lambda: gpt_plan(**FUSED_MLP), "blocks.*.mlp"
     ),
     "fused gate and up, split": Case(
-        "CR208", lambda: m.Gpt(mlp=lambda: m.GatedMLP("split")), lambda: gpt_plan(**FUSED_MLP)
+        "CR208", lambda: Gpt(mlp=lambda: m.GatedMLP("split")), lambda: gpt_plan(**FUSED_MLP)
     ),
     "head count, view": Case("CR209", lambda: m.Gpt(m.HeadCount), lambda: gpt_plan(**HEADS), "blocks.*.attn"),
-    "head count, unflatten": Case("CR209", lambda: m.Gpt(lambda: m.HeadCount("unflatten")), lambda: gpt_plan(**HEADS)),
-    "head count, reshape": Case("CR209", lambda: m.Gpt(lambda: m.HeadCount("reshape")), lambda: gpt_plan(**HEADS)),
+    "head count, unflatten": Case("CR209", lambda: Gpt(lambda: m.HeadCount("unflatten")), lambda: gpt_plan(**HEADS)),
+    "head count, reshape": Case("CR209", lambda: Gpt(lambda: m.HeadCount("reshape")), lambda: gpt_plan(**HEADS)),
     "inputs of unequal number": Case(
         "CR211", llama, lambda: preset(mlp={"style": "prepare_input", "input": ["shard(1)"]})
     ),
@@ -257,7 +263,7 @@ BROKEN: dict[str, Case] = {
         "CR211", llama, lambda: preset(lm_head={"style": "local_shards", "shards": {"weight": 9}}), "lm_head"
     ),
     "sequence on a block": Case("CR206", llama, lambda: preset(mlp="sequence"), "layers.*.mlp"),
-    "heads that nobody states": Case("CR211", lambda: m.Gpt(), lambda: gpt_plan(attn__qkv="kv_replicate")),
+    "heads that nobody states": Case("CR211", lambda: Gpt(), lambda: gpt_plan(attn__qkv="kv_replicate")),
     "buffer": Case(
         "CR212",
         lambda: m.Gpt(mlp=lambda: nn.Sequential(m.ScaledLinear(m.D, m.D))),
@@ -266,7 +272,7 @@ BROKEN: dict[str, Case] = {
     ),
     "segments": Case(
         "CR210",
-        lambda: m.Gpt(lambda: m.Attention("parts")),
+        lambda: Gpt(lambda: m.Attention("parts")),
         lambda: gpt_plan(attn__qkv={"style": "packed_colwise", "segments": [30, 34, 32]}),
     ),
     "whole keys and values beside split queries": Case(
@@ -284,52 +290,54 @@ BROKEN: dict[str, Case] = {
     "local logits, ordinary loss": Case(
         "CR301", llama, lambda: preset(loss="replicated", lm_head=LOCAL_HEAD), "lm_head"
     ),
-    "local logits, fast styles": Case("CR301", llama, lambda: preset("llama-fast", lm_head="fast_column"), "loss"),
+    "local logits, fast styles": Case("CR301", shallow, lambda: preset("llama-fast", lm_head="fast_column"), "loss"),
     "local logits, fast styles and ordinary loss": Case(
-        "CR301", llama, lambda: preset("llama-fast", "replicated", lm_head="fast_column"), "loss"
+        "CR301", shallow, lambda: preset("llama-fast", "replicated", lm_head="fast_column"), "loss"
     ),
-    "local logits of a gpt": Case("CR301", m.Gpt, lambda: gpt_plan(head="colwise"), "head"),
-    "gathered logits": Case("CR302", llama, lambda: preset(lm_head={**LOCAL_HEAD, "output": "replicate"}), "lm_head"),
-    "head without style": Case("CR302", m.Gpt, lambda: gpt_plan("vocab_parallel", head=None), "loss"),
+    "local logits of a gpt": Case("CR301", Gpt, lambda: gpt_plan(head="colwise"), "head"),
+    "gathered logits": Case("CR302", shallow, lambda: preset(lm_head={**LOCAL_HEAD, "output": "replicate"}), "lm_head"),
+    "head without style": Case("CR302", Gpt, lambda: gpt_plan("vocab_parallel", head=None), "loss"),
     "split logits, ordinary loss": Case(
-        "CR303", llama, lambda: preset(loss="replicated", lm_head={**LOCAL_HEAD, "use_local_output": False})
+        "CR303", shallow, lambda: preset(loss="replicated", lm_head={**LOCAL_HEAD, "use_local_output": False})
     ),
-    "tie, one left out": Case("CR304", lambda: m.Gpt(tied=True), gpt_plan, "embed.weight"),
+    "tie, one left out": Case("CR304", lambda: Gpt(tied=True), gpt_plan, "embed.weight"),
     "tie, both split differently": Case(
-        "CR304", lambda: llama("tied"), lambda: preset(embed_tokens={"style": "colwise", "output": "shard(1)"})
+        "CR304", lambda: shallow("tied"), lambda: preset(embed_tokens={"style": "colwise", "output": "shard(1)"})
     ),
-    "entropy in the loss": Case("CR305", llama, preset, "loss", {"loss": entropy_loss}),
+    "entropy in the loss": Case("CR305", shallow, preset, "loss", {"loss": entropy_loss}),
     "tie over stages": Case(
         "CR307", lambda: llama("tied"), preset, "embed_tokens.weight", {"mesh": Mesh(pp=2, tp=4), "seq_len": 16}
     ),
     "layers shared over stages": Case(
         "CR307", shared_up, gpt_plan, "blocks.0.mlp.up.weight", {"mesh": Mesh(pp=2, tp=4), "seq_len": 16}
     ),
-    "label smoothing": Case("CR306", llama, preset, "loss", {"loss": smooth_loss}),
+    "label smoothing": Case("CR306", shallow, preset, "loss", {"loss": smooth_loss}),
     # activations
-    "row linear missing": Case("CR401", llama, lambda: preset(drop="layers.*.mlp.down_proj"), "layers.0.mlp.down_proj"),
-    "column for row": Case("CR407", llama, lambda: preset(mlp__down_proj="colwise")),
-    "row for column": Case("CR401", llama, lambda: preset(mlp__up_proj={"style": "rowwise", "input": "replicate"})),
+    "row linear missing": Case(
+        "CR401", shallow, lambda: preset(drop="layers.*.mlp.down_proj"), "layers.0.mlp.down_proj"
+    ),
+    "column for row": Case("CR407", shallow, lambda: preset(mlp__down_proj="colwise")),
+    "row for column": Case("CR401", shallow, lambda: preset(mlp__up_proj={"style": "rowwise", "input": "replicate"})),
     "q_proj missing": Case(
-        "CR402", llama, lambda: preset(drop="layers.*.self_attn.q_proj"), "layers.0.self_attn.q_proj"
+        "CR402", shallow, lambda: preset(drop="layers.*.self_attn.q_proj"), "layers.0.self_attn.q_proj"
     ),
-    "head missing": Case("CR402", llama, lambda: preset(drop="lm_head"), "lm_head", folding="CR404"),
+    "head missing": Case("CR402", shallow, lambda: preset(drop="lm_head"), "lm_head", folding="CR404"),
     "heads stay DTensors": Case(
-        "CR402", llama, lambda: preset(self_attn__q_proj={"style": "colwise", "use_local_output": False})
+        "CR402", shallow, lambda: preset(self_attn__q_proj={"style": "colwise", "use_local_output": False})
     ),
-    "keyword input": Case("CR403", lambda: m.Gpt(mlp=m.KeywordMLP), gpt_plan),
+    "keyword input": Case("CR403", lambda: Gpt(mlp=m.KeywordMLP), gpt_plan),
     "arguments of unequal number": Case(
         "CR403",
-        llama,
+        shallow,
         lambda: preset(mlp={"style": "prepare_input", "input": ["shard(1)", "none"], "desired": ["replicate", "none"]}),
     ),
     "softmax over a part of the features": Case("CR413", lambda: m.Gpt(mlp=m.SoftmaxMLP), gpt_plan, "blocks.*.mlp"),
     "attention on DTensors": Case(
-        "CR404", m.Gpt, lambda: gpt_plan(attn__qkv={"style": "colwise", "use_local_output": False}), "blocks.0.attn"
+        "CR404", Gpt, lambda: gpt_plan(attn__qkv={"style": "colwise", "use_local_output": False}), "blocks.0.attn"
     ),
     "parts put together that are none": Case(
         "CR405",
-        m.Gpt,
+        Gpt,
         lambda: gpt_plan(
             attn={"style": "prepare_output", "output": "shard(1)", "desired": "replicate"},
             attn__out={"style": "rowwise", "output": "shard(2)"},
@@ -337,18 +345,18 @@ BROKEN: dict[str, Case] = {
     ),
     "control flow on values": Case(
         "CR410",
-        lambda: m.Gpt(m.HeadCount, m.ValueMLP),
+        lambda: Gpt(m.HeadCount, m.ValueMLP),
         lambda: gpt_plan(attn__qkv=None, attn__out=None),
         "blocks.0.mlp",
     ),
     "embedding whole": Case(
         "CR406",
-        llama,
+        shallow,
         lambda: preset(embed_tokens={"style": "rowwise", "input": "replicate"}),
         "layers.0.input_layernorm",
     ),
-    "embedding missing": Case("CR406", llama, lambda: preset(drop="embed_tokens"), "layers.0.input_layernorm"),
-    "mlp output whole": Case("CR406", m.Gpt, lambda: gpt_plan(norm="sequence")),
+    "embedding missing": Case("CR406", shallow, lambda: preset(drop="embed_tokens"), "layers.0.input_layernorm"),
+    "mlp output whole": Case("CR406", Gpt, lambda: gpt_plan(norm="sequence")),
     "shard taken for whole": Case(
         "CR407",
         llama,
@@ -358,8 +366,8 @@ BROKEN: dict[str, Case] = {
         ),
         "layers.*.mlp",
     ),
-    "no gather before attention": Case("CR408", llama, lambda: preset(drop="layers.*.self_attn"), folding="CR404"),
-    "no gather before mlp": Case("CR408", llama, lambda: preset(drop="layers.*.mlp"), folding="CR404"),
+    "no gather before attention": Case("CR408", shallow, lambda: preset(drop="layers.*.self_attn"), folding="CR404"),
+    "no gather before mlp": Case("CR408", shallow, lambda: preset(drop="layers.*.mlp"), folding="CR404"),
     "bias on every rank": Case(
         "CR409",
         lambda: m.Gpt(mlp=lambda: m.MLP(bias=True)),
@@ -367,7 +375,9 @@ BROKEN: dict[str, Case] = {
         "blocks.*.mlp.down",
     ),
     "sum of equal values": Case("CR409", m.Gpt, lambda: gpt_plan(norm1=SumOfEqual()), "blocks.*.norm1"),
-    "sums in bf16": Case("CR411", llama, preset, "tp", {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}),
+    "sums in bf16": Case(
+        "CR411", shallow, preset, "tp", {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+    ),
     "norm over a part of the features": Case(
         "CR414", lambda: m.Gpt(mlp=m.NormedMLP), gpt_plan, "blocks.*.mlp", {"mesh": Mesh(tp=2)}
     ),
@@ -375,18 +385,18 @@ BROKEN: dict[str, Case] = {
     "norm missing": Case(
         "CR501", llama, lambda: preset(drop="layers.*.input_layernorm"), "layers.*.input_layernorm.weight"
     ),
-    "norm after attention missing": Case("CR501", llama, lambda: preset(drop="layers.*.post_attention_layernorm")),
-    "last norm missing": Case("CR501", llama, lambda: preset(drop="norm"), "norm.weight"),
-    "norm missing in article": Case("CR501", llama, lambda: preset("article", drop="layers.*.input_layernorm")),
+    "norm after attention missing": Case("CR501", shallow, lambda: preset(drop="layers.*.post_attention_layernorm")),
+    "last norm missing": Case("CR501", shallow, lambda: preset(drop="norm"), "norm.weight"),
+    "norm missing in article": Case("CR501", shallow, lambda: preset("article", drop="layers.*.input_layernorm")),
     "q_norm missing": Case(
         "CR501",
         lambda: llama("qk_norm"),
         lambda: preset(drop="layers.*.self_attn.q_norm"),
         "layers.*.self_attn.q_norm.weight",
     ),
-    "k_norm missing": Case("CR501", lambda: llama("qk_norm"), lambda: preset(drop="layers.*.self_attn.k_norm")),
+    "k_norm missing": Case("CR501", lambda: shallow("qk_norm"), lambda: preset(drop="layers.*.self_attn.k_norm")),
     "k_norm missing, kv heads whole": Case(
-        "CR501", lambda: llama("qk_norm_kv3"), lambda: preset(drop="layers.*.self_attn.k_norm")
+        "CR501", lambda: shallow("qk_norm_kv3"), lambda: preset(drop="layers.*.self_attn.k_norm")
     ),
     "scale on a part of the features": Case(
         "CR501", lambda: m.Gpt(mlp=m.LatentNormMLP), gpt_plan, "blocks.*.mlp.scale.weight"
@@ -397,7 +407,7 @@ BROKEN: dict[str, Case] = {
         lambda: gpt_plan(sequence=True, norm2={"style": "sequence", "use_local_output": True}),
         "blocks.*.a.weight",
     ),
-    "norms of a gpt missing": Case("CR501", m.Gpt, lambda: gpt_plan(sequence=True, norm1=None)),
+    "norms of a gpt missing": Case("CR501", Gpt, lambda: gpt_plan(sequence=True, norm1=None)),
     "a block and a column in it sum the gradient": Case(
         "CR502", llama, lambda: preset(**block_mlp(gate_proj="colwise")), "layers.*.mlp"
     ),
@@ -407,10 +417,10 @@ BROKEN: dict[str, Case] = {
         lambda: preset("article", self_attn__q_norm="grad_sum"),
         "layers.*.self_attn.q_norm.weight",
     ),
-    "norm summed where whole": Case("CR502", m.Gpt, lambda: gpt_plan(norm="grad_sum")),
+    "norm summed where whole": Case("CR502", Gpt, lambda: gpt_plan(norm="grad_sum")),
     "activation gradient": Case(
         "CR504",
-        m.Gpt,
+        Gpt,
         lambda: gpt_plan(
             sequence=True,
             mlp=TakenAsEqual(),
@@ -418,7 +428,7 @@ BROKEN: dict[str, Case] = {
             norm2={"style": "sequence", "use_local_output": True},
         ),
     ),
-    "cut off from the graph": Case("CR503", m.Gpt, lambda: gpt_plan(norm=Detach()), "norm.bias"),
+    "cut off from the graph": Case("CR503", Gpt, lambda: gpt_plan(norm=Detach()), "norm.bias"),
     "all frozen": Case("CR505", frozen, preset, "model"),
 }
 
@@ -432,4 +442,4 @@ def handed_on() -> Plan:
 
 
 if not COMPILED_BLOCKS_WAIT:
-    BROKEN["compiled block after a collective"] = Case("CR412", m.Gpt, handed_on, "blocks.0", {"compiled": True})
+    BROKEN["compiled block after a collective"] = Case("CR412", Gpt, handed_on, "blocks.0", {"compiled": True})

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from colrow.plans.plan import Plan
 from helpers import broken_models as m
-from helpers.broken_plans import FUSED_MLP, HEADS, gpt_plan
+from helpers.broken_plans import FUSED_MLP, HEADS, Gpt, gpt_plan
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,6 @@ class Case:
     model: Callable[[], nn.Module]
     plan: Callable[[], Plan] = gpt_plan
     train: bool = False
-
-
-Gpt = partial(m.Gpt, layers=1)
 
 
 class FeatureMLP(m.MLP):

@@ -11,14 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from helpers import broken_models as m
-from helpers.broken_plans import HEADS, gpt_plan
+from helpers.broken_plans import HEADS, Gpt, gpt_plan
 from helpers.unproven_models import (
     Case,
     ChangedLogits,
     CheckpointedMLP,
     CheckpointedNoise,
     FeatureMLP,
-    Gpt,
     MappedAttention,
     NormalisedGradient,
     NormInTraining,
