@@ -79,7 +79,7 @@ def test_what_waits_for_the_collector_of_cycles_is_not_kept(monkeypatch: pytest.
 
 @pytest.mark.parametrize(("used", "codes"), [(False, [("warning", "CR414")]), (True, [("error", "CR413")])])
 def test_a_statistic_that_is_only_logged_is_no_error(used: bool, codes: list[tuple[str, str]]) -> None:
-    found = found_by(Case(lambda: m.Gpt(mlp=lambda: LoggedMLP(used), layers=1)))
+    found = found_by(Case(lambda: m.Gpt(mlp=lambda: LoggedMLP(used))))
     assert [(f.severity, f.code) for f in found] == codes
 
 

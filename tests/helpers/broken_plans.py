@@ -31,8 +31,8 @@ def llama(name: str = "gqa", **options: Any) -> nn.Module:
 
 
 shallow = partial(llama, num_hidden_layers=1)
-"""For what one block shows; where a finding is one for all blocks, its case has two."""
-Gpt = partial(m.Gpt, layers=1)
+"""For what one block shows, as `m.Gpt`; where a finding is one for all blocks, its case has two."""
+two_blocks = partial(m.Gpt, layers=2)
 
 
 def preset(name: str = "llama", loss: Any = "vocab_parallel", drop: str = "", **styles: Any) -> Plan:
@@ -92,14 +92,14 @@ def smooth_loss(logits: Tensor, inputs: tuple[Any, ...]) -> Tensor:
 
 def shared_up() -> nn.Module:
     """Two layers with one weight between them."""
-    model = m.Gpt()
+    model = two_blocks()
     first, second = (block.mlp.up for block in model.blocks)
     second.weight = first.weight
     return model
 
 
 def shared_blocks() -> nn.Module:
-    model = m.Gpt()
+    model = two_blocks()
     model.again = model.blocks[0].mlp.up  # type: ignore[assignment]
     return model
 
@@ -173,14 +173,14 @@ BROKEN: dict[str, Case] = {
     "wildcard for all": Case("CR102", llama, lambda: Plan({"*": "replicate", "norm": "sequence"}), "norm"),
     "shared module": Case("CR103", shared_blocks, lambda: shared_plan("rowwise"), "blocks.0.mlp.up"),
     "moving average of sequence shards": Case(
-        "CR415", lambda: m.Gpt(block=m.AveragingBlock), lambda: gpt_plan(sequence=True), "blocks.*.average"
+        "CR415", lambda: two_blocks(block=m.AveragingBlock), lambda: gpt_plan(sequence=True), "blocks.*.average"
     ),
     "buffer assigned from sequence shards": Case(
-        "CR415", lambda: m.Gpt(block=m.AssigningBlock), lambda: gpt_plan(sequence=True), "blocks.*.average"
+        "CR415", lambda: two_blocks(block=m.AssigningBlock), lambda: gpt_plan(sequence=True), "blocks.*.average"
     ),
     "batch norm of sequence shards": Case(
         "CR415",
-        lambda: m.Gpt(block=m.BatchNormBlock),
+        lambda: two_blocks(block=m.BatchNormBlock),
         lambda: gpt_plan(sequence=True, bn="grad_sum"),
         "blocks.*.bn.running_mean",
     ),
@@ -202,7 +202,7 @@ BROKEN: dict[str, Case] = {
     "short sequence": Case("CR205", llama, lambda: preset("article"), "input", {"seq_len": 2}),
     "own linear class": Case(
         "CR206",
-        lambda: m.Gpt(mlp=lambda: nn.Sequential(m.OwnLinear(m.D, m.D))),
+        lambda: two_blocks(mlp=lambda: nn.Sequential(m.OwnLinear(m.D, m.D))),
         lambda: gpt_plan(mlp__up=None, mlp__down=None, mlp__0="colwise"),
         "blocks.*.mlp.0",
     ),
@@ -211,51 +211,51 @@ BROKEN: dict[str, Case] = {
     "kv_replicate on embedding": Case("CR206", llama, lambda: preset(embed_tokens="kv_replicate"), "embed_tokens"),
     "weight norm": Case(
         "CR206",
-        lambda: m.Gpt(mlp=lambda: nn.Sequential(computed_weight(nn.Linear(m.D, m.D)))),
+        lambda: two_blocks(mlp=lambda: nn.Sequential(computed_weight(nn.Linear(m.D, m.D)))),
         lambda: gpt_plan(mlp__up=None, mlp__down=None, mlp__0="colwise"),
         "blocks.*.mlp.0",
     ),
     "weight norm, packed": Case(
         "CR206",
-        lambda: m.Gpt(mlp=lambda: nn.Sequential(computed_weight(nn.Linear(m.D, m.D)))),
+        lambda: two_blocks(mlp=lambda: nn.Sequential(computed_weight(nn.Linear(m.D, m.D)))),
         lambda: gpt_plan(mlp__up=None, mlp__down=None, mlp__0="packed_rowwise"),
         "blocks.*.mlp.0",
     ),
     "weight norm by a parametrization": Case(
         "CR206",
-        lambda: m.Gpt(mlp=lambda: nn.Sequential(weight_norm(nn.Linear(m.D, m.D)))),
+        lambda: two_blocks(mlp=lambda: nn.Sequential(weight_norm(nn.Linear(m.D, m.D)))),
         lambda: gpt_plan(mlp__up=None, mlp__down=None, mlp__0="colwise"),
         "blocks.*.mlp.0",
     ),
     "weight norm by a parametrization, row": Case(
         "CR206",
-        lambda: m.Gpt(mlp=lambda: nn.Sequential(weight_norm(nn.Linear(m.D, m.D)))),
+        lambda: two_blocks(mlp=lambda: nn.Sequential(weight_norm(nn.Linear(m.D, m.D)))),
         lambda: gpt_plan(mlp__up=None, mlp__down=None, mlp__0={"style": "rowwise", "input": "replicate"}),
         "blocks.*.mlp.0",
     ),
     "adapter inside": Case(
         "CR207",
-        lambda: m.Gpt(mlp=lambda: nn.Sequential(m.LoraLinear(m.D, m.D))),
+        lambda: two_blocks(mlp=lambda: nn.Sequential(m.LoraLinear(m.D, m.D))),
         lambda: gpt_plan(mlp__up=None, mlp__down=None, mlp__0="colwise"),
         "blocks.*.mlp.0",
     ),
     "adapter inside a row linear": Case(  # right, with its own gather
         "CR408",
-        lambda: m.Gpt(mlp=lambda: nn.Sequential(nn.Linear(m.D, m.D), m.LoraLinear(m.D, m.D))),
+        lambda: two_blocks(mlp=lambda: nn.Sequential(nn.Linear(m.D, m.D), m.LoraLinear(m.D, m.D))),
         lambda: gpt_plan(mlp__up=None, mlp__down=None, mlp__0="colwise", mlp__1="rowwise"),
         "blocks.*.mlp.1.b",
     ),
-    "fused qkv, chunk": Case("CR208", lambda: m.Gpt(lambda: m.Attention("parts")), gpt_plan, "blocks.*.attn"),
-    "fused qkv, view": Case("CR208", lambda: m.Gpt(lambda: m.Attention("view")), gpt_plan, "blocks.*.attn"),
+    "fused qkv, chunk": Case("CR208", lambda: two_blocks(lambda: m.Attention("parts")), gpt_plan, "blocks.*.attn"),
+    "fused qkv, view": Case("CR208", lambda: two_blocks(lambda: m.Attention("view")), gpt_plan, "blocks.*.attn"),
     "fused gate and up, chunk": Case(
-        "CR208", lambda: m.Gpt(mlp=m.GatedMLP), lambda: gpt_plan(**FUSED_MLP), "blocks.*.mlp"
+        "CR208", lambda: two_blocks(mlp=m.GatedMLP), lambda: gpt_plan(**FUSED_MLP), "blocks.*.mlp"
     ),
     "fused gate and up, split": Case(
-        "CR208", lambda: Gpt(mlp=lambda: m.GatedMLP("split")), lambda: gpt_plan(**FUSED_MLP)
+        "CR208", lambda: m.Gpt(mlp=lambda: m.GatedMLP("split")), lambda: gpt_plan(**FUSED_MLP)
     ),
-    "head count, view": Case("CR209", lambda: m.Gpt(m.HeadCount), lambda: gpt_plan(**HEADS), "blocks.*.attn"),
-    "head count, unflatten": Case("CR209", lambda: Gpt(lambda: m.HeadCount("unflatten")), lambda: gpt_plan(**HEADS)),
-    "head count, reshape": Case("CR209", lambda: Gpt(lambda: m.HeadCount("reshape")), lambda: gpt_plan(**HEADS)),
+    "head count, view": Case("CR209", lambda: two_blocks(m.HeadCount), lambda: gpt_plan(**HEADS), "blocks.*.attn"),
+    "head count, unflatten": Case("CR209", lambda: m.Gpt(lambda: m.HeadCount("unflatten")), lambda: gpt_plan(**HEADS)),
+    "head count, reshape": Case("CR209", lambda: m.Gpt(lambda: m.HeadCount("reshape")), lambda: gpt_plan(**HEADS)),
     "inputs of unequal number": Case(
         "CR211", llama, lambda: preset(mlp={"style": "prepare_input", "input": ["shard(1)"]})
     ),
@@ -263,16 +263,16 @@ BROKEN: dict[str, Case] = {
         "CR211", llama, lambda: preset(lm_head={"style": "local_shards", "shards": {"weight": 9}}), "lm_head"
     ),
     "sequence on a block": Case("CR206", llama, lambda: preset(mlp="sequence"), "layers.*.mlp"),
-    "heads that nobody states": Case("CR211", lambda: Gpt(), lambda: gpt_plan(attn__qkv="kv_replicate")),
+    "heads that nobody states": Case("CR211", lambda: m.Gpt(), lambda: gpt_plan(attn__qkv="kv_replicate")),
     "buffer": Case(
         "CR212",
-        lambda: m.Gpt(mlp=lambda: nn.Sequential(m.ScaledLinear(m.D, m.D))),
+        lambda: two_blocks(mlp=lambda: nn.Sequential(m.ScaledLinear(m.D, m.D))),
         lambda: gpt_plan(mlp__up=None, mlp__down=None, mlp__0="colwise"),
         "blocks.*.mlp.0",
     ),
     "segments": Case(
         "CR210",
-        lambda: Gpt(lambda: m.Attention("parts")),
+        lambda: m.Gpt(lambda: m.Attention("parts")),
         lambda: gpt_plan(attn__qkv={"style": "packed_colwise", "segments": [30, 34, 32]}),
     ),
     "whole keys and values beside split queries": Case(
@@ -294,13 +294,13 @@ BROKEN: dict[str, Case] = {
     "local logits, fast styles and ordinary loss": Case(
         "CR301", shallow, lambda: preset("llama-fast", "replicated", lm_head="fast_column"), "loss"
     ),
-    "local logits of a gpt": Case("CR301", Gpt, lambda: gpt_plan(head="colwise"), "head"),
+    "local logits of a gpt": Case("CR301", m.Gpt, lambda: gpt_plan(head="colwise"), "head"),
     "gathered logits": Case("CR302", shallow, lambda: preset(lm_head={**LOCAL_HEAD, "output": "replicate"}), "lm_head"),
-    "head without style": Case("CR302", Gpt, lambda: gpt_plan("vocab_parallel", head=None), "loss"),
+    "head without style": Case("CR302", m.Gpt, lambda: gpt_plan("vocab_parallel", head=None), "loss"),
     "split logits, ordinary loss": Case(
         "CR303", shallow, lambda: preset(loss="replicated", lm_head={**LOCAL_HEAD, "use_local_output": False})
     ),
-    "tie, one left out": Case("CR304", lambda: Gpt(tied=True), gpt_plan, "embed.weight"),
+    "tie, one left out": Case("CR304", lambda: m.Gpt(tied=True), gpt_plan, "embed.weight"),
     "tie, both split differently": Case(
         "CR304", lambda: shallow("tied"), lambda: preset(embed_tokens={"style": "colwise", "output": "shard(1)"})
     ),
@@ -325,19 +325,21 @@ BROKEN: dict[str, Case] = {
     "heads stay DTensors": Case(
         "CR402", shallow, lambda: preset(self_attn__q_proj={"style": "colwise", "use_local_output": False})
     ),
-    "keyword input": Case("CR403", lambda: Gpt(mlp=m.KeywordMLP), gpt_plan),
+    "keyword input": Case("CR403", lambda: m.Gpt(mlp=m.KeywordMLP), gpt_plan),
     "arguments of unequal number": Case(
         "CR403",
         shallow,
         lambda: preset(mlp={"style": "prepare_input", "input": ["shard(1)", "none"], "desired": ["replicate", "none"]}),
     ),
-    "softmax over a part of the features": Case("CR413", lambda: m.Gpt(mlp=m.SoftmaxMLP), gpt_plan, "blocks.*.mlp"),
+    "softmax over a part of the features": Case(
+        "CR413", lambda: two_blocks(mlp=m.SoftmaxMLP), gpt_plan, "blocks.*.mlp"
+    ),
     "attention on DTensors": Case(
-        "CR404", Gpt, lambda: gpt_plan(attn__qkv={"style": "colwise", "use_local_output": False}), "blocks.0.attn"
+        "CR404", m.Gpt, lambda: gpt_plan(attn__qkv={"style": "colwise", "use_local_output": False}), "blocks.0.attn"
     ),
     "parts put together that are none": Case(
         "CR405",
-        Gpt,
+        m.Gpt,
         lambda: gpt_plan(
             attn={"style": "prepare_output", "output": "shard(1)", "desired": "replicate"},
             attn__out={"style": "rowwise", "output": "shard(2)"},
@@ -345,7 +347,7 @@ BROKEN: dict[str, Case] = {
     ),
     "control flow on values": Case(
         "CR410",
-        lambda: Gpt(m.HeadCount, m.ValueMLP),
+        lambda: m.Gpt(m.HeadCount, m.ValueMLP),
         lambda: gpt_plan(attn__qkv=None, attn__out=None),
         "blocks.0.mlp",
     ),
@@ -356,7 +358,7 @@ BROKEN: dict[str, Case] = {
         "layers.0.input_layernorm",
     ),
     "embedding missing": Case("CR406", shallow, lambda: preset(drop="embed_tokens"), "layers.0.input_layernorm"),
-    "mlp output whole": Case("CR406", Gpt, lambda: gpt_plan(norm="sequence")),
+    "mlp output whole": Case("CR406", m.Gpt, lambda: gpt_plan(norm="sequence")),
     "shard taken for whole": Case(
         "CR407",
         llama,
@@ -370,16 +372,16 @@ BROKEN: dict[str, Case] = {
     "no gather before mlp": Case("CR408", shallow, lambda: preset(drop="layers.*.mlp"), folding="CR404"),
     "bias on every rank": Case(
         "CR409",
-        lambda: m.Gpt(mlp=lambda: m.MLP(bias=True)),
+        lambda: two_blocks(mlp=lambda: m.MLP(bias=True)),
         lambda: gpt_plan(mlp__down=BiasOnEveryRank()),
         "blocks.*.mlp.down",
     ),
-    "sum of equal values": Case("CR409", m.Gpt, lambda: gpt_plan(norm1=SumOfEqual()), "blocks.*.norm1"),
+    "sum of equal values": Case("CR409", two_blocks, lambda: gpt_plan(norm1=SumOfEqual()), "blocks.*.norm1"),
     "sums in bf16": Case(
         "CR411", shallow, preset, "tp", {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
     ),
     "norm over a part of the features": Case(
-        "CR414", lambda: m.Gpt(mlp=m.NormedMLP), gpt_plan, "blocks.*.mlp", {"mesh": Mesh(tp=2)}
+        "CR414", lambda: two_blocks(mlp=m.NormedMLP), gpt_plan, "blocks.*.mlp", {"mesh": Mesh(tp=2)}
     ),
     # gradients
     "norm missing": Case(
@@ -399,15 +401,15 @@ BROKEN: dict[str, Case] = {
         "CR501", lambda: shallow("qk_norm_kv3"), lambda: preset(drop="layers.*.self_attn.k_norm")
     ),
     "scale on a part of the features": Case(
-        "CR501", lambda: m.Gpt(mlp=m.LatentNormMLP), gpt_plan, "blocks.*.mlp.scale.weight"
+        "CR501", lambda: two_blocks(mlp=m.LatentNormMLP), gpt_plan, "blocks.*.mlp.scale.weight"
     ),
     "adapter on sequence shards": Case(
         "CR501",
-        lambda: m.Gpt(block=m.AdapterBlock),
+        lambda: two_blocks(block=m.AdapterBlock),
         lambda: gpt_plan(sequence=True, norm2={"style": "sequence", "use_local_output": True}),
         "blocks.*.a.weight",
     ),
-    "norms of a gpt missing": Case("CR501", Gpt, lambda: gpt_plan(sequence=True, norm1=None)),
+    "norms of a gpt missing": Case("CR501", m.Gpt, lambda: gpt_plan(sequence=True, norm1=None)),
     "a block and a column in it sum the gradient": Case(
         "CR502", llama, lambda: preset(**block_mlp(gate_proj="colwise")), "layers.*.mlp"
     ),
@@ -417,10 +419,10 @@ BROKEN: dict[str, Case] = {
         lambda: preset("article", self_attn__q_norm="grad_sum"),
         "layers.*.self_attn.q_norm.weight",
     ),
-    "norm summed where whole": Case("CR502", Gpt, lambda: gpt_plan(norm="grad_sum")),
+    "norm summed where whole": Case("CR502", m.Gpt, lambda: gpt_plan(norm="grad_sum")),
     "activation gradient": Case(
         "CR504",
-        Gpt,
+        m.Gpt,
         lambda: gpt_plan(
             sequence=True,
             mlp=TakenAsEqual(),
@@ -428,7 +430,7 @@ BROKEN: dict[str, Case] = {
             norm2={"style": "sequence", "use_local_output": True},
         ),
     ),
-    "cut off from the graph": Case("CR503", Gpt, lambda: gpt_plan(norm=Detach()), "norm.bias"),
+    "cut off from the graph": Case("CR503", m.Gpt, lambda: gpt_plan(norm=Detach()), "norm.bias"),
     "all frozen": Case("CR505", frozen, preset, "model"),
 }
 
@@ -442,4 +444,4 @@ def handed_on() -> Plan:
 
 
 if not COMPILED_BLOCKS_WAIT:
-    BROKEN["compiled block after a collective"] = Case("CR412", Gpt, handed_on, "blocks.0", {"compiled": True})
+    BROKEN["compiled block after a collective"] = Case("CR412", m.Gpt, handed_on, "blocks.0", {"compiled": True})

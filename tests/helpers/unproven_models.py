@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from colrow.plans.plan import Plan
 from helpers import broken_models as m
-from helpers.broken_plans import FUSED_MLP, HEADS, Gpt, gpt_plan
+from helpers.broken_plans import FUSED_MLP, HEADS, gpt_plan
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class FeatureMLP(m.MLP):
 
 
 def features(function: Callable[[Tensor], Tensor], train: bool = False) -> Case:
-    return Case(lambda: Gpt(mlp=lambda: FeatureMLP(function)), train=train)
+    return Case(lambda: m.Gpt(mlp=lambda: FeatureMLP(function)), train=train)
 
 
 class LoggedMLP(m.MLP):
@@ -70,7 +70,7 @@ class GatedMLP(m.GatedMLP):
 
 
 def gated(apart: Callable[[Tensor], Tensor]) -> Case:
-    return Case(lambda: Gpt(mlp=lambda: GatedMLP(apart)), lambda: gpt_plan(**FUSED_MLP))
+    return Case(lambda: m.Gpt(mlp=lambda: GatedMLP(apart)), lambda: gpt_plan(**FUSED_MLP))
 
 
 def halves(h: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class OwnAttention(m.HeadCount):
 
 
 def attention(**changes: Any) -> Case:
-    return Case(lambda: Gpt(lambda: OwnAttention(**changes)), lambda: gpt_plan(**HEADS, attn__out="rowwise"))
+    return Case(lambda: m.Gpt(lambda: OwnAttention(**changes)), lambda: gpt_plan(**HEADS, attn__out="rowwise"))
 
 
 def alibi(s: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class OneKvHead(nn.Module):
 def one_kv_head(**options: Any) -> Case:
     qkv = {"style": "packed_colwise", "segments": [m.D, 2 * m.E], "replicated": [1]}
     plan = lambda: gpt_plan(attn__qkv=qkv, attn__out="rowwise")  # noqa: E731
-    return Case(lambda: Gpt(lambda: OneKvHead(**options)), plan)
+    return Case(lambda: m.Gpt(lambda: OneKvHead(**options)), plan)
 
 
 class SlopedAttention(m.HeadCount):
@@ -169,7 +169,7 @@ def sloped(outer: int = 1) -> Case:
     block = {"style": "local_block", "input": ["replicate", "none"], "slices": {"1": {"dim": 0, "inner": outer * m.H}}}
     heads = HEADS | {f"attn__{n}": "packed_colwise" for n in "qkv"}  # the block sums their input's gradient
     plan = lambda: gpt_plan(**heads, attn=block, attn__out="rowwise")  # noqa: E731
-    return Case(lambda: Gpt(SlopedAttention, block=SlopedBlock), plan)
+    return Case(lambda: m.Gpt(SlopedAttention, block=SlopedBlock), plan)
 
 
 class TokenBlock(m.Block):
@@ -189,7 +189,7 @@ class TokenBlock(m.Block):
 
 def tokens(normed: Callable[[Tensor], Tensor]) -> Case:
     local = {"style": "sequence", "use_local_output": True}
-    return Case(lambda: Gpt(block=partial(TokenBlock, normed=normed)), lambda: gpt_plan(sequence=True, norm1=local))
+    return Case(lambda: m.Gpt(block=partial(TokenBlock, normed=normed)), lambda: gpt_plan(sequence=True, norm1=local))
 
 
 def fast_plan(**more: Any) -> Plan:
@@ -204,14 +204,14 @@ def fast_plan(**more: Any) -> Plan:
 
 
 def flattened(normed: Callable[[Tensor], Tensor], train: bool = False) -> Case:
-    return Case(lambda: Gpt(OwnAttention, block=partial(TokenBlock, normed=normed)), fast_plan, train)
+    return Case(lambda: m.Gpt(OwnAttention, block=partial(TokenBlock, normed=normed)), fast_plan, train)
 
 
 class WrittenSizes(m.Gpt):
     """Writes the sizes of the tokens, which a rule makes a rank's, and the number of sequences."""
 
     def __init__(self) -> None:
-        super().__init__(OwnAttention, layers=1)
+        super().__init__(OwnAttention)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed(ids)
@@ -224,7 +224,7 @@ def viewed(function: Callable[[Tensor], Tensor]) -> Case:
     """Features in eight groups, whose number the code writes and a rule makes a rank's."""
     groups = {"style": "replicate", "sizes": {"view(*, *, 8, *)": "*, *, /tp, *"}}
     return Case(
-        lambda: Gpt(mlp=lambda: FeatureMLP(lambda h: function(h.view(*h.shape[:2], 8, -1)).flatten(2))),
+        lambda: m.Gpt(mlp=lambda: FeatureMLP(lambda h: function(h.view(*h.shape[:2], 8, -1)).flatten(2))),
         lambda: gpt_plan(mlp=groups),
     )
 
@@ -235,7 +235,7 @@ def causal_convolution() -> nn.Module:
 
 def on_stream(module: Callable[[], nn.Module], train: bool = False, **plan: Any) -> Case:
     return Case(
-        lambda: Gpt(block=lambda a, b: TokenBlock(a, b, stream=module())), lambda: gpt_plan(**plan), train=train
+        lambda: m.Gpt(block=lambda a, b: TokenBlock(a, b, stream=module())), lambda: gpt_plan(**plan), train=train
     )
 
 
@@ -301,7 +301,7 @@ class PartDoubled(m.Gpt):
     """Writes into a part of its logits, of a DTensor's sharded or other dim."""
 
     def __init__(self, dim: int) -> None:
-        super().__init__(layers=1)
+        super().__init__()
         self.dim = dim
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -314,7 +314,7 @@ class ChangedLogits(m.Gpt):
     """A function of its logits."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__(layers=1)
+        super().__init__()
         self.function = function
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -337,7 +337,7 @@ class AuxiliaryLosses(m.Gpt):
     """Returns the sum of a loss of each MLP's features, times 0 or another number."""
 
     def __init__(self, function: Callable[[Tensor], Tensor], weight: float) -> None:
-        super().__init__(mlp=lambda: FeatureMLP(self.noted), layers=1)
+        super().__init__(mlp=lambda: FeatureMLP(self.noted))
         self.loss, self.weight = function, weight
 
     def noted(self, h: Tensor) -> Tensor:
@@ -377,7 +377,7 @@ class Noise(nn.Module):
 
 
 def hooked() -> nn.Module:
-    model = Gpt()
+    model = m.Gpt()
     model.norm.weight.register_hook(lambda gradient: gradient * 0.5)
     return model
 

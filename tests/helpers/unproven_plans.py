@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from helpers import broken_models as m
-from helpers.broken_plans import HEADS, Gpt, gpt_plan
+from helpers.broken_plans import HEADS, gpt_plan
 from helpers.unproven_models import (
     Case,
     ChangedLogits,
@@ -73,14 +73,14 @@ WRONG = {
     "slopes of local heads": attention(scores=alibi),
     "mean of heads": attention(output=lambda o: o - o.sum(1, keepdim=True) / o.shape[1]),
     "scale shared by heads": Case(
-        lambda: Gpt(lambda: OwnAttention(output=Scaled())), lambda: gpt_plan(**HEADS, attn__out="rowwise")
+        lambda: m.Gpt(lambda: OwnAttention(output=Scaled())), lambda: gpt_plan(**HEADS, attn__out="rowwise")
     ),
     "tokens shifted": tokens(lambda h: F.pad(h, (0, 0, 1, -1))),
     "position of the largest token": tokens(lambda h: h * (1 + 0.1 * h.argmax(1, keepdim=True))),
     "first token": tokens(lambda h: h[:, :1].expand_as(h)),
     "causal convolution": on_stream(causal_convolution, sequence=True, stream__1="grad_sum"),
     "batch norm of tokens": on_stream(lambda: nn.BatchNorm1d(m.D), train=True, sequence=True, stream="grad_sum"),
-    "norm in training alone": Case(lambda: Gpt(mlp=NormInTraining), train=True),
+    "norm in training alone": Case(lambda: m.Gpt(mlp=NormInTraining), train=True),
     "backward normalises": features(NormalisedGradient.apply),
     "norm inside of a block, whose gradient nothing sums": normed_inside("replicate"),
     "function of the last block": Case(last_block_differs),
@@ -107,12 +107,12 @@ WRONG = {
     "tokens rolled": tokens(lambda h: h.roll(1, 1)),
     "tokens summed": tokens(lambda h: h.cumsum(1)),
     "slopes drawn on a DTensor": Case(
-        lambda: Gpt(block=partial(TokenBlock, normed=lambda h: F.rrelu(h, training=True))),
+        lambda: m.Gpt(block=partial(TokenBlock, normed=lambda h: F.rrelu(h, training=True))),
         lambda: gpt_plan(sequence=True),
         train=True,
     ),
     "truth values of a DTensor": Case(
-        lambda: Gpt(block=partial(TokenBlock, normed=lambda h: h * (h > 1).any(1, keepdim=True))),
+        lambda: m.Gpt(block=partial(TokenBlock, normed=lambda h: h * (h > 1).any(1, keepdim=True))),
         lambda: gpt_plan(sequence=True),
     ),
     "a part of the logits written": Case(lambda: PartDoubled(2), lambda: gpt_plan("vocab_parallel")),
@@ -134,15 +134,15 @@ WRONG = {
     ),
     "a sum over no dims, which means all": features(lambda h: h / (1 + h.square().nansum(()))),
     "an auxiliary loss of a shard": auxiliary(lambda h: h.norm(), 0.1),
-    "noise in a recomputed function": Case(lambda: Gpt(mlp=lambda: CheckpointedNoise(function=True)), train=True),
+    "noise in a recomputed function": Case(lambda: m.Gpt(mlp=lambda: CheckpointedNoise(function=True)), train=True),
     "noise in the gradient of split logits": Case(
         lambda: ChangedLogits(noisy_gradient), lambda: gpt_plan("vocab_parallel"), train=True
     ),
     "noise in the gradient of token shards": Case(
-        lambda: Gpt(block=partial(TokenBlock, normed=noisy_gradient)), lambda: gpt_plan(sequence=True), train=True
+        lambda: m.Gpt(block=partial(TokenBlock, normed=noisy_gradient)), lambda: gpt_plan(sequence=True), train=True
     ),
     "sum over ranks left out": Case(
-        lambda: Gpt(mlp=lambda: FeatureMLP(lambda h: h)),
+        lambda: m.Gpt(mlp=lambda: FeatureMLP(lambda h: h)),
         lambda: gpt_plan(attn__out={"style": "rowwise", "output": "partial"}),
     ),
 }
@@ -151,7 +151,7 @@ RIGHT = {
     "a mask by size": features(lambda h: h * (torch.rand(h.shape) > 0.2), train=True),
     "a mask by probabilities": features(lambda h: h * torch.bernoulli(torch.full_like(h, 0.8)), train=True),
     "a mask by a DTensor's values": Case(
-        lambda: Gpt(block=partial(TokenBlock, normed=lambda h: h * torch.bernoulli(h.sigmoid()))),
+        lambda: m.Gpt(block=partial(TokenBlock, normed=lambda h: h * torch.bernoulli(h.sigmoid()))),
         lambda: gpt_plan(sequence=True),
         train=True,
     ),
@@ -165,8 +165,8 @@ RIGHT = {
     "capped logits": logits(lambda x: 5 * torch.tanh(x / 5), sequence=True),
     "log-probabilities for logits": logits(lambda x: 0.5 * F.log_softmax(x, -1)),
     "an auxiliary loss of weight 0": auxiliary(lambda h: h.softmax(-1).square().mean() + h.norm(), 0.0),
-    "checkpointed": Case(lambda: Gpt(mlp=CheckpointedMLP)),
-    "noise in a recomputed module": Case(lambda: Gpt(mlp=lambda: CheckpointedNoise(function=False)), train=True),
+    "checkpointed": Case(lambda: m.Gpt(mlp=CheckpointedMLP)),
+    "noise in a recomputed module": Case(lambda: m.Gpt(mlp=lambda: CheckpointedNoise(function=False)), train=True),
     "noise in the gradient of all logits": Case(lambda: ChangedLogits(noisy_gradient), train=True),
     "block used twice": Case(block_twice, lambda: gpt_plan(sequence=True)),
     # of the same kinds
@@ -176,9 +176,9 @@ RIGHT = {
     "features flattened": features(lambda h: h.flatten().tanh().view(h.shape)),
     "statistics that nothing needs": features(lambda h: (h.softmax(-1).sum(), h.mean().sqrt(), h)[-1]),
     "conjugates": features(lambda h: torch.complex(h, h.tanh()).conj().abs()),
-    "heads under vmap": Case(lambda: Gpt(MappedAttention), lambda: gpt_plan(**HEADS, attn__out="rowwise")),
+    "heads under vmap": Case(lambda: m.Gpt(MappedAttention), lambda: gpt_plan(**HEADS, attn__out="rowwise")),
     "scores capped": attention(scores=lambda s: 5 * torch.tanh(s / 5)),
-    "pairs of features turned": Case(lambda: Gpt(block=partial(TokenBlock, normed=turned_pairs))),
+    "pairs of features turned": Case(lambda: m.Gpt(block=partial(TokenBlock, normed=turned_pairs))),
     "dims added and taken away in place": features(
         lambda h: h.sin().unsqueeze_(0).squeeze_(0).mT.sin().transpose_(1, 2)
     ),
@@ -194,7 +194,7 @@ RIGHT = {
     "features at their own positions": features(lambda h: h[..., torch.arange(h.shape[-1])]),
     "every second feature masked": features(lambda h: h * (torch.arange(h.shape[-1], dtype=h.dtype)[None, None] % 2)),
     "position of the largest token, of a DTensor": Case(
-        lambda: Gpt(block=partial(TokenBlock, normed=lambda h: h * (1 + 0.1 * h.argmax(1, keepdim=True)))),
+        lambda: m.Gpt(block=partial(TokenBlock, normed=lambda h: h * (1 + 0.1 * h.argmax(1, keepdim=True)))),
         lambda: gpt_plan(sequence=True),
     ),
     "heads in turn": attention(output=lambda o: o * (torch.arange(o.shape[1]).view(-1, 1, 1) % 2 + 0.5)),
