@@ -37,6 +37,7 @@ PRELOADED = [
     "colrow.run.rank",
     "torch._functorch.partitioners",
     "networkx",
+    "pytest",
 ]
 """What takes seconds to import, and starts neither threads nor CUDA."""
 
