@@ -224,7 +224,7 @@ class Gpt(Language):
         self,
         attention: Any = lambda: Attention("heads"),
         mlp: Any = MLP,
-        layers: int = 1,
+        layers: int = 2,
         tied: bool = False,
         block: Any = Block,
     ) -> None:

@@ -11,17 +11,18 @@ import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FunctionType, ModuleType, NoneType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from colrow.torch_compat import is_fake, tree_leaves
+from colrow.torch_compat import is_fake
 
 _LIBRARIES = ("torch", "colrow")
 _DICTS = (dict, OrderedDict, defaultdict)
-_WITHOUT_TENSORS = (str, bytes, int, float, NoneType, type, FunctionType, ModuleType)
+_WITHOUT_TENSORS = frozenset((str, bytes, int, float, bool, complex, NoneType, type, FunctionType, ModuleType))
 """What most dicts of a file hold; a trace looks at each before every call of a module."""
 
 
@@ -41,7 +42,12 @@ def caches_of_one_call(model: nn.Module) -> Iterator[None]:
     another's takes from a cache would be a tensor that enters the other by no argument. Afterwards as
     `caches_forgotten`."""
     caches = _Caches(model)
-    hook = register_module_forward_pre_hook(lambda module, args: caches.forget())
+
+    def forget(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if _package(type(module).__module__) != "torch":  # whose code takes nothing from another file's caches
+            caches.forget()
+
+    hook = register_module_forward_pre_hook(forget)
     try:
         yield
     finally:
@@ -100,7 +106,8 @@ def _file_of(value: Any) -> str | None:
 def _is_users(module: ModuleType) -> bool:
     """Whether it is no installed package, whose files hold hundreds of dicts, and nothing of Python's own."""
     file, base = getattr(module, "__file__", None), _package(module.__name__)
-    return bool(file) and base not in (*_LIBRARIES, *sys.stdlib_module_names) and "site-packages" not in str(file)
+    installed = {"site-packages", "dist-packages"} & set(Path(str(file)).parts)
+    return bool(file) and base not in (*_LIBRARIES, *sys.stdlib_module_names) and not installed
 
 
 def _function(value: Any) -> Any:
@@ -113,13 +120,19 @@ def _is_cache(value: Any) -> bool:
 
 def _forget(cache: Any) -> None:
     if type(cache) in _DICTS:
-        for key in [key for key, kept in cache.items() if _has_fake(kept)]:
-            del cache[key]
-    elif any(map(_has_fake, gc.get_referents(cache))):  # the results, or a dict that holds them
+        if not _WITHOUT_TENSORS.issuperset(map(type, cache.values())):
+            for key in [key for key, kept in cache.items() if _has_fake(kept)]:
+                del cache[key]
+    # what a cached function refers to are the results, or a dict that holds them
+    elif cache.cache_info().currsize and any(map(_has_fake, gc.get_referents(cache))):
         cache.cache_clear()
 
 
 def _has_fake(value: Any) -> bool:
-    return not isinstance(value, _WITHOUT_TENSORS) and any(
-        isinstance(leaf, Tensor) and is_fake(leaf) for leaf in tree_leaves(value)
-    )
+    if isinstance(value, Tensor):
+        return is_fake(value)
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (tuple, list, set, frozenset)):
+        return False
+    return not _WITHOUT_TENSORS.issuperset(map(type, value)) and any(map(_has_fake, value))

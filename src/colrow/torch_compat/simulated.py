@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -185,15 +184,8 @@ def local_tensor_mode(ranks: int) -> Iterator[Any]:
     """torch's LocalTensorMode: each operation runs on the tensors of all ranks, side by side."""
     mode_cls = private(f"{_LOCAL}:LocalTensorMode", _SIMULATE)
     entered = private(f"{_LOCAL}:get_local_tensor_mode_list", _SIMULATE)
-    corrected = private(f"{_LOCAL}:return_and_correct_aliasing", _SIMULATE)
-
-    def results(func: Any, args: Any, kwargs: Any, out: Any) -> Any:
-        # torch gives a view its input's storage, for compilers: that takes 40% of a simulated step, and nobody reads a
-        # simulated tensor's own storage. Its ranks' tensors are views of the input's, and autograd knows it as a view.
-        return corrected(func, args, kwargs, out) if func._schema.is_mutable else out
-
     try:
-        with replaced(sys.modules[_LOCAL], return_and_correct_aliasing=results), mode_cls(ranks) as mode:
+        with mode_cls(ranks) as mode:
             yield mode
     finally:
         while entered():  # an exception can leave the mode on torch's list
