@@ -373,6 +373,31 @@ def test_ranks_are_simulated_side_by_side() -> None:
         dist.destroy_process_group()
 
 
+def test_functions_of_random_numbers_are_those_of_simulated_ranks_only_while_these_run() -> None:
+    dist.init_process_group("fake", store=tc.fake_store(), rank=0, world_size=2)
+    usual = torch.manual_seed
+    try:
+        with tc.local_tensor_mode(2) as mode:
+            of_ranks = torch.manual_seed
+            x = DTensor.from_local(
+                tc.from_tensors_of_ranks({0: torch.ones(4), 1: torch.zeros(4)}),
+                init_device_mesh("cpu", (2,)),
+                [Shard(0)],
+            )
+            view = (x + 1).view(2, 4)  # an operation, and a view, within a DTensor's
+            seen = [of_ranks, torch.manual_seed]
+            with mode.disable():
+                seen.append(torch.manual_seed)
+            seen.append(torch.manual_seed)
+            parts = tc.tensors_of_ranks(view.to_local())
+        assert parts is not None
+        assert [parts[rank].tolist() for rank in (0, 1)] == [[[2.0] * 4], [[1.0] * 4]]
+        assert of_ranks is not usual
+        assert [each is usual for each in (*seen, torch.manual_seed)] == [False, False, True, False, True]
+    finally:
+        dist.destroy_process_group()
+
+
 def test_the_flight_recorder_counts_what_was_issued_and_what_ended() -> None:
     tc.record_collectives()
     assert tc.collective_counts() == {}
