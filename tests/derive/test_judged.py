@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from colrow.checking.check import Findings, check
 from colrow.checking.finding import Finding, finding
@@ -136,12 +136,44 @@ def test_what_is_objected_to(codes: list[str], verdict: Any, why: str | None, mo
             raise PlanError("too large")
         return Report(verdict, 2, "local", 1, 1e-9, None, 0.0, cause="shifted")
 
-    monkeypatch.setattr(judged, "check_step", lambda *args, **options: Findings(found_by(code) for code in codes))
     monkeypatch.setattr(judged, "prove", prove)
-    found = judged.judgement(PlannedStep(m.Gpt(layers=1), Plan({}), 2, 2, 16))
+    findings = Findings(found_by(code) for code in codes)
+    found = judged.judgement(PlannedStep(m.Gpt(layers=1), Plan({}), 2, 2, 16), findings)
     assert (found.objection and found.objection.why) == why
     assert [f.code for f in found.findings] == codes
     assert (found.report and found.report.verdict) == (None if verdict == "impossible" else verdict)
+
+
+class TwoStreams(nn.Module):
+    """What feeds the LSTM is split by its features; the LSTM itself gets gathered shards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.lstm = nn.Linear(32, 64), nn.Linear(64, 32), nn.LSTM(32, 64, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(self.down(nn.functional.gelu(self.up(x))))[0]
+
+
+@pytest.mark.parametrize("verdict", ["proved", "wrong"])
+def test_the_plan_that_comes_out_is_proved_and_those_on_the_way_only_where_it_is_wrong(
+    verdict: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proved: list[set[str]] = []
+
+    def prove(step: PlannedStep, **options: Any) -> Report:
+        proved.append(set(step.plan.modules))
+        return Report(verdict if step.plan.modules else "proved", 2, "local", 1, 1e-9, None, 0.0, cause="shifted")
+
+    monkeypatch.setattr(judged, "check_step", lambda *args, **options: Findings([found_by("CR414")]))
+    monkeypatch.setattr(judged, "prove", prove)
+    found = judged.derive_judged(TwoStreams(), 2, inputs=(torch.randn(3, 10, 32),))
+    assert {"up", "down", "lstm"} <= proved[0]
+    if verdict == "proved":
+        assert [set(found.plan().modules)] == proved
+    else:
+        assert {"up", "down"} in proved[1:]
+        assert found.plan().modules == {}
 
 
 @pytest.mark.exhaustive

@@ -75,30 +75,64 @@ def derive_judged(
         say: called with a line when this takes longer than `progress.FIRST` seconds, and then now and again.
         options: of `derive`.
     """
-    # `derive` asks again of the same plan (the one without sequence shards, the last one): a check takes seconds
-    known: dict[str, Judgement] = {}
     seq_len = max(16 // tp, 1) * tp if seq_len is None else seq_len
-    unsharded: list[BlockTraces] = []
-
-    def traces_of(step: PlannedStep) -> BlockTraces:  # of the same model and inputs under every plan
-        if not unsharded:
-            unsharded.append(traces_of_step(step))
-        return unsharded[0]
-
-    def judge(plan: Plan) -> Objection | None:
-        key = _key(plan)
-        if key not in known:
-            progress.at("checking a plan")
-            step = PlannedStep(model, plan, tp, batch_size, seq_len, inputs, loss)
-            known[key] = judgement(step, progress, traces_of)
-            progress.at("tracing")
-        return known[key].objection
-
     with _rare_collections(), Progress(f"deriving a plan for {type(model).__name__}", say) as progress:
+        judge = _Judge(lambda plan: PlannedStep(model, plan, tp, batch_size, seq_len, inputs, loss), progress)
         progress.at("tracing")
-        found = derive(model, tp, inputs=inputs, judge=judge, **options)
-    found.judgement = known.get(_key(found.plan()))
+        found = derive(model, tp, inputs=inputs, judge=judge.checked, **options)
+        # A proof takes far longer than a check, and seldom objects: the plan that comes out is proved, and where it is
+        # wrong, those on the way to it are too.
+        if judge.was_asked_of(found.plan()) and judge.proved(found.plan()) is not None:
+            found = derive(model, tp, inputs=inputs, judge=judge.proved, **options)
+    found.judgement = judge.known(found.plan())
     return found
+
+
+class _Judge:
+    """What check, and then verify, say of plans for one step; of each once: `derive` asks again of some.
+
+    Args:
+        step_of: the step under a plan.
+    """
+
+    def __init__(self, step_of: Callable[[Plan], PlannedStep], progress: Progress) -> None:
+        self._step_of, self._progress = step_of, progress
+        self._findings: dict[str, Findings] = {}
+        self._judgements: dict[str, Judgement] = {}
+        self._unsharded: BlockTraces | None = None
+
+    def checked(self, plan: Plan) -> Objection | None:
+        """By the check alone."""
+        return _of_errors(self._check(plan))
+
+    def proved(self, plan: Plan) -> Objection | None:
+        """By the check, and by a proof of what that leaves unproven."""
+        key, found = _key(plan), self._check(plan)
+        if key not in self._judgements:
+            self._judgements[key] = judgement(self._step_of(plan), found, self._progress)
+            self._progress.at("tracing")
+        return self._judgements[key].objection
+
+    def was_asked_of(self, plan: Plan) -> bool:
+        return _key(plan) in self._findings
+
+    def known(self, plan: Plan) -> Judgement | None:
+        """What `proved` has said of the plan; None where it was not asked."""
+        return self._judgements.get(_key(plan))
+
+    def _check(self, plan: Plan) -> Findings:
+        key = _key(plan)
+        if key not in self._findings:
+            self._progress.at("checking a plan")
+            self._findings[key] = check_step(self._step_of(plan), self._traces_of)
+            self._progress.at("tracing")
+        return self._findings[key]
+
+    def _traces_of(self, step: PlannedStep) -> BlockTraces:
+        """Of the same model and inputs under every plan."""
+        if self._unsharded is None:
+            self._unsharded = traces_of_step(step)
+        return self._unsharded
 
 
 @contextlib.contextmanager
@@ -117,16 +151,10 @@ def _key(plan: Plan) -> str:
     return replace(plan, notes={}).to_yaml()
 
 
-def judgement(
-    step: PlannedStep,
-    progress: Progress | None = None,
-    traces_of: Callable[[PlannedStep], BlockTraces] = traces_of_step,
-) -> Judgement:
-    """Objects to errors of the check, and to what it leaves unproven and verify finds wrong."""
-    found = check_step(step, traces_of)
-    errors = [f for f in found if f.severity == "error"]
-    if errors:
-        return Judgement(_objection(errors, _cause(errors[0])), found)
+def judgement(step: PlannedStep, found: Findings, progress: Progress | None = None) -> Judgement:
+    """Objects to errors among the check's findings, and to what these leave unproven and verify finds wrong."""
+    if (objection := _of_errors(found)) is not None:
+        return Judgement(objection, found)
     unproven = [f for f in found if f.code in NOT_PROVEN]
     if not unproven:
         return Judgement(None, found)
@@ -142,6 +170,11 @@ def judgement(
     cause = "the sharded model raises an error" if report.failure else report.cause
     why = f"{_cause(unproven[0])}; verify: {cause}"
     return Judgement(_objection(unproven, why), found, report)
+
+
+def _of_errors(found: Findings) -> Objection | None:
+    errors = [f for f in found if f.severity == "error"]
+    return _objection(errors, _cause(errors[0])) if errors else None
 
 
 _CAUSES = {
