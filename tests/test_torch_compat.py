@@ -364,8 +364,17 @@ def test_ranks_are_simulated_side_by_side() -> None:
             x = tc.from_tensors_of_ranks({0: torch.ones(2), 1: torch.zeros(2)})
             each = tc.tensors_of_ranks(x + 1)
             numbered = tc.tensors_of_ranks(tc.per_rank(lambda y, rank: y + rank, x, 0))
+            weight = tc.from_tensors_of_ranks({0: torch.ones(2), 1: torch.full((2,), 3.0)}).requires_grad_()
+            written = weight * 1
+            written[:1].mul_(weight[1:])  # into a view
+            written.t().sum().backward()
+            values, gradient = tc.tensors_of_ranks(written.detach()), tc.tensors_of_ranks(weight.grad)
         assert each is not None
         assert numbered is not None
+        assert values is not None
+        assert gradient is not None
+        assert [values[rank].tolist() for rank in (0, 1)] == [[1.0, 1.0], [9.0, 3.0]]
+        assert [gradient[rank].tolist() for rank in (0, 1)] == [[1.0, 2.0], [3.0, 4.0]]
         assert [numbered[rank].tolist() for rank in (0, 1)] == [[1.0, 1.0], [1.0, 1.0]]
         assert tc.per_rank(lambda y, rank: y + rank, torch.ones(2), 1).tolist() == [2.0, 2.0]
         assert [each[rank].sum().item() for rank in (0, 1)] == [4.0, 2.0]

@@ -14,11 +14,13 @@ from benchmarks.composed.truth import Truth, truths
 from helpers.harness import Ranks
 
 CASES = {case.name: case for case in [*map(compose, range(34)), *(compose(seed, fast=True) for seed in range(6))]}
+SAMPLE = {case.name for case in [*map(compose, range(20)), *(compose(seed, fast=True) for seed in range(4))]}
 
 
 @pytest.fixture(scope="module")
-def rows(ranks: Ranks) -> list[Row]:
-    found = on_ranks(ranks, list(CASES.values()))
+def rows(request: pytest.FixtureRequest, ranks: Ranks) -> list[Row]:
+    taken = CASES.keys() if request.config.getoption("--exhaustive") else SAMPLE
+    found = on_ranks(ranks, [case for name, case in CASES.items() if name in taken])
     return [judged(case, truth, ask=False) for case, truth in found if truth.verdict in ("right", "wrong")]
 
 
@@ -30,8 +32,8 @@ def on_ranks(ranks: Ranks, cases: list[Case], draws: Sequence[int] = (0,)) -> li
 @pytest.mark.distributed
 def test_the_check_finds_the_wrong_plans_and_passes_the_right_ones(rows: list[Row], ranks: Ranks) -> None:
     counts = Counts.of(rows)
-    assert counts.wrong >= 10
-    assert counts.right >= 15
+    assert counts.wrong >= len(rows) / 4
+    assert counts.right >= len(rows) * 3 / 8
     missed = [row for row in rows if row.truth.verdict == "wrong" and not row.found]
     # Two ranks once called a right plan of seed 19 wrong, on one machine and never again (docs/log.md): so they are
     # asked twice, and a plan that they call wrong once is a warning.

@@ -121,9 +121,11 @@ def test_verify_exits_0_for_a_proved_plan_and_1_for_a_wrong_one(
 
 
 def test_verify_exits_3_when_it_is_inconclusive(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    (tmp_path / "shallow.py").write_text(SHALLOW, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(controls, "_cases", lambda task, plan: iter(()))  # nothing to break
-    assert main(["verify", "laptop", "--tp", "2", "--plan", "llama", "--backend", "local", "--json"]) == 3
+    assert main(["verify", "shallow:build", "--tp", "2", "--plan", "llama", "--backend", "local", "--json"]) == 3
     shown = json.loads(capsys.readouterr().out)
     assert (shown["ok"], shown["verdict"], shown["control"]) == (False, "inconclusive", None)

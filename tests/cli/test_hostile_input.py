@@ -22,6 +22,7 @@ from colrow.errors import ConfigError, DataError
 from colrow.models.huggingface import config_to_huggingface
 from colrow.models.shapes import shape
 from colrow.parallel.pipeline_split import fit_micro_batch
+from helpers.started import without_ranks
 
 CONFIG = """run: {dir: run}
 model: {shape: laptop, layers: 1}
@@ -82,8 +83,12 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (f"{PYTHON} os:getcwd", "returns a str: it must return an nn.Module"),
     ],
 )
-def test_a_config_that_cannot_run(flags: str, says: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_config_that_cannot_run(
+    flags: str, says: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ordered = without_ranks(monkeypatch)
     assert says in refused(["train", "c.yaml", *flags.split()], capsys)
+    assert ordered == []
 
 
 def test_the_nearest_batches_are_found_at_once() -> None:

@@ -34,6 +34,7 @@ from helpers.ways_of_code import (
     Rotary,
     Scaled,
     Tied,
+    TiedBias,
     X,
     generator,
     inputs_of,
@@ -78,6 +79,18 @@ def test_a_product_with_the_embeddings_weight_is_a_head(tp: int) -> None:
 def test_a_vocabulary_that_does_not_divide_is_no_head_of_a_product() -> None:
     found = derive(Tied(), 3, inputs=(torch.zeros(2, 9, dtype=torch.int64),))
     assert "the logits are a linear in the model, and tp=3 does not divide their 20" in found.replicated["embed.weight"]
+
+
+def test_a_bias_that_the_head_holds_for_its_decoder_is_split_with_the_vocabulary() -> None:
+    torch.manual_seed(0)
+    model, ids = TiedBias().double(), inputs_of(TiedBias)
+    found = derive(model, 2, inputs=ids)
+    assert {"embed.weight", "head.bias"} <= {*found.sharded}
+    plan = found.plan()
+    assert check(model, plan, Mesh(tp=2), inputs=ids) == []
+    assert parity(model, plan, 2, ids).worst < TOLERANCE
+    torn = replace(plan, modules={key: style for key, style in plan.modules.items() if key != "head"})
+    assert [f.code for f in check(model, torn, Mesh(tp=2), inputs=ids)] == ["CR304"]
 
 
 @pytest.mark.exhaustive

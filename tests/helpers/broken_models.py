@@ -224,7 +224,7 @@ class Gpt(Language):
         self,
         attention: Any = lambda: Attention("heads"),
         mlp: Any = MLP,
-        layers: int = 2,
+        layers: int = 1,
         tied: bool = False,
         block: Any = Block,
     ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,11 @@ GATHER = {"style": "prepare_input", "input": ["shard(1)"], "desired": ["replicat
 def llama(name: str = "gqa", **options: Any) -> nn.Module:
     with torch.device("meta"):
         return Llama(replace(MODELS[name], **options))
+
+
+shallow = partial(llama, num_hidden_layers=1)
+"""For what one block shows, as `m.Gpt`; where a finding is one for all blocks, its case has two."""
+two_blocks = partial(m.Gpt, layers=2)
 
 
 def preset(name: str = "llama", loss: Any = "vocab_parallel", drop: str = "", **styles: Any) -> Plan:
@@ -86,14 +92,14 @@ def smooth_loss(logits: Tensor, inputs: tuple[Any, ...]) -> Tensor:
 
 def shared_up() -> nn.Module:
     """Two layers with one weight between them."""
-    model = m.Gpt()
+    model = two_blocks()
     first, second = (block.mlp.up for block in model.blocks)
     second.weight = first.weight
     return model
 
 
 def shared_blocks() -> nn.Module:
-    model = m.Gpt()
+    model = two_blocks()
     model.again = model.blocks[0].mlp.up  # type: ignore[assignment]
     return model
 
@@ -167,19 +173,19 @@ BROKEN: dict[str, Case] = {
     "wildcard for all": Case("CR102", llama, lambda: Plan({"*": "replicate", "norm": "sequence"}), "norm"),
     "shared module": Case("CR103", shared_blocks, lambda: shared_plan("rowwise"), "blocks.0.mlp.up"),
     "moving average of sequence shards": Case(
-        "CR415", lambda: m.Gpt(block=m.AveragingBlock), lambda: gpt_plan(sequence=True), "blocks.*.average"
+        "CR415", lambda: two_blocks(block=m.AveragingBlock), lambda: gpt_plan(sequence=True), "blocks.*.average"
     ),
     "buffer assigned from sequence shards": Case(
-        "CR415", lambda: m.Gpt(block=m.AssigningBlock), lambda: gpt_plan(sequence=True), "blocks.*.average"
+        "CR415", lambda: two_blocks(block=m.AssigningBlock), lambda: gpt_plan(sequence=True), "blocks.*.average"
     ),
     "batch norm of sequence shards": Case(
         "CR415",
-        lambda: m.Gpt(block=m.BatchNormBlock),
+        lambda: two_blocks(block=m.BatchNormBlock),
         lambda: gpt_plan(sequence=True, bn="grad_sum"),
         "blocks.*.bn.running_mean",
     ),
     "parallel already": Case("CR104", parallel_already, preset, "norm"),
-    "empty plan": Case("CR105", llama, lambda: Plan({}, name="empty"), "plan empty"),
+    "empty plan": Case("CR105", shallow, lambda: Plan({}, name="empty"), "plan empty"),
     "changed model": Case("CR106", lambda: llama("tied"), lambda: preset().made_for(llama()), "plan llama"),
     # sizes
     "ffn": Case("CR201", lambda: llama(intermediate_size=90), preset, "layers.*.mlp.gate_proj"),
@@ -196,7 +202,7 @@ BROKEN: dict[str, Case] = {
     "short sequence": Case("CR205", llama, lambda: preset("article"), "input", {"seq_len": 2}),
     "own linear class": Case(
         "CR206",
-        lambda: m.Gpt(mlp=lambda: nn.Sequential(m.OwnLinear(m.D, m.D))),
+        lambda: two_blocks(mlp=lambda: nn.Sequential(m.OwnLinear(m.D, m.D))),
         lambda: gpt_plan(mlp__up=None, mlp__down=None, mlp__0="colwise"),
         "blocks.*.mlp.0",
     ),
@@ -205,49 +211,49 @@ BROKEN: dict[str, Case] = {
     "kv_replicate on embedding": Case("CR206", llama, lambda: preset(embed_tokens="kv_replicate"), "embed_tokens"),
     "weight norm": Case(
         "CR206",
-        lambda: m.Gpt(mlp=lambda: nn.Sequential(computed_weight(nn.Linear(m.D, m.D)))),
+        lambda: two_blocks(mlp=lambda: nn.Sequential(computed_weight(nn.Linear(m.D, m.D)))),
         lambda: gpt_plan(mlp__up=None, mlp__down=None, mlp__0="colwise"),
         "blocks.*.mlp.0",
     ),
     "weight norm, packed": Case(
         "CR206",
-        lambda: m.Gpt(mlp=lambda: nn.Sequential(computed_weight(nn.Linear(m.D, m.D)))),
+        lambda: two_blocks(mlp=lambda: nn.Sequential(computed_weight(nn.Linear(m.D, m.D)))),
         lambda: gpt_plan(mlp__up=None, mlp__down=None, mlp__0="packed_rowwise"),
         "blocks.*.mlp.0",
     ),
     "weight norm by a parametrization": Case(
         "CR206",
-        lambda: m.Gpt(mlp=lambda: nn.Sequential(weight_norm(nn.Linear(m.D, m.D)))),
+        lambda: two_blocks(mlp=lambda: nn.Sequential(weight_norm(nn.Linear(m.D, m.D)))),
         lambda: gpt_plan(mlp__up=None, mlp__down=None, mlp__0="colwise"),
         "blocks.*.mlp.0",
     ),
     "weight norm by a parametrization, row": Case(
         "CR206",
-        lambda: m.Gpt(mlp=lambda: nn.Sequential(weight_norm(nn.Linear(m.D, m.D)))),
+        lambda: two_blocks(mlp=lambda: nn.Sequential(weight_norm(nn.Linear(m.D, m.D)))),
         lambda: gpt_plan(mlp__up=None, mlp__down=None, mlp__0={"style": "rowwise", "input": "replicate"}),
         "blocks.*.mlp.0",
     ),
     "adapter inside": Case(
         "CR207",
-        lambda: m.Gpt(mlp=lambda: nn.Sequential(m.LoraLinear(m.D, m.D))),
+        lambda: two_blocks(mlp=lambda: nn.Sequential(m.LoraLinear(m.D, m.D))),
         lambda: gpt_plan(mlp__up=None, mlp__down=None, mlp__0="colwise"),
         "blocks.*.mlp.0",
     ),
     "adapter inside a row linear": Case(  # right, with its own gather
         "CR408",
-        lambda: m.Gpt(mlp=lambda: nn.Sequential(nn.Linear(m.D, m.D), m.LoraLinear(m.D, m.D))),
+        lambda: two_blocks(mlp=lambda: nn.Sequential(nn.Linear(m.D, m.D), m.LoraLinear(m.D, m.D))),
         lambda: gpt_plan(mlp__up=None, mlp__down=None, mlp__0="colwise", mlp__1="rowwise"),
         "blocks.*.mlp.1.b",
     ),
-    "fused qkv, chunk": Case("CR208", lambda: m.Gpt(lambda: m.Attention("parts")), gpt_plan, "blocks.*.attn"),
-    "fused qkv, view": Case("CR208", lambda: m.Gpt(lambda: m.Attention("view")), gpt_plan, "blocks.*.attn"),
+    "fused qkv, chunk": Case("CR208", lambda: two_blocks(lambda: m.Attention("parts")), gpt_plan, "blocks.*.attn"),
+    "fused qkv, view": Case("CR208", lambda: two_blocks(lambda: m.Attention("view")), gpt_plan, "blocks.*.attn"),
     "fused gate and up, chunk": Case(
-        "CR208", lambda: m.Gpt(mlp=m.GatedMLP), lambda: gpt_plan(**FUSED_MLP), "blocks.*.mlp"
+        "CR208", lambda: two_blocks(mlp=m.GatedMLP), lambda: gpt_plan(**FUSED_MLP), "blocks.*.mlp"
     ),
     "fused gate and up, split": Case(
         "CR208", lambda: m.Gpt(mlp=lambda: m.GatedMLP("split")), lambda: gpt_plan(**FUSED_MLP)
     ),
-    "head count, view": Case("CR209", lambda: m.Gpt(m.HeadCount), lambda: gpt_plan(**HEADS), "blocks.*.attn"),
+    "head count, view": Case("CR209", lambda: two_blocks(m.HeadCount), lambda: gpt_plan(**HEADS), "blocks.*.attn"),
     "head count, unflatten": Case("CR209", lambda: m.Gpt(lambda: m.HeadCount("unflatten")), lambda: gpt_plan(**HEADS)),
     "head count, reshape": Case("CR209", lambda: m.Gpt(lambda: m.HeadCount("reshape")), lambda: gpt_plan(**HEADS)),
     "inputs of unequal number": Case(
@@ -260,7 +266,7 @@ BROKEN: dict[str, Case] = {
     "heads that nobody states": Case("CR211", lambda: m.Gpt(), lambda: gpt_plan(attn__qkv="kv_replicate")),
     "buffer": Case(
         "CR212",
-        lambda: m.Gpt(mlp=lambda: nn.Sequential(m.ScaledLinear(m.D, m.D))),
+        lambda: two_blocks(mlp=lambda: nn.Sequential(m.ScaledLinear(m.D, m.D))),
         lambda: gpt_plan(mlp__up=None, mlp__down=None, mlp__0="colwise"),
         "blocks.*.mlp.0",
     ),
@@ -284,46 +290,50 @@ BROKEN: dict[str, Case] = {
     "local logits, ordinary loss": Case(
         "CR301", llama, lambda: preset(loss="replicated", lm_head=LOCAL_HEAD), "lm_head"
     ),
-    "local logits, fast styles": Case("CR301", llama, lambda: preset("llama-fast", lm_head="fast_column"), "loss"),
+    "local logits, fast styles": Case("CR301", shallow, lambda: preset("llama-fast", lm_head="fast_column"), "loss"),
     "local logits, fast styles and ordinary loss": Case(
-        "CR301", llama, lambda: preset("llama-fast", "replicated", lm_head="fast_column"), "loss"
+        "CR301", shallow, lambda: preset("llama-fast", "replicated", lm_head="fast_column"), "loss"
     ),
     "local logits of a gpt": Case("CR301", m.Gpt, lambda: gpt_plan(head="colwise"), "head"),
-    "gathered logits": Case("CR302", llama, lambda: preset(lm_head={**LOCAL_HEAD, "output": "replicate"}), "lm_head"),
+    "gathered logits": Case("CR302", shallow, lambda: preset(lm_head={**LOCAL_HEAD, "output": "replicate"}), "lm_head"),
     "head without style": Case("CR302", m.Gpt, lambda: gpt_plan("vocab_parallel", head=None), "loss"),
     "split logits, ordinary loss": Case(
-        "CR303", llama, lambda: preset(loss="replicated", lm_head={**LOCAL_HEAD, "use_local_output": False})
+        "CR303", shallow, lambda: preset(loss="replicated", lm_head={**LOCAL_HEAD, "use_local_output": False})
     ),
     "tie, one left out": Case("CR304", lambda: m.Gpt(tied=True), gpt_plan, "embed.weight"),
     "tie, both split differently": Case(
-        "CR304", lambda: llama("tied"), lambda: preset(embed_tokens={"style": "colwise", "output": "shard(1)"})
+        "CR304", lambda: shallow("tied"), lambda: preset(embed_tokens={"style": "colwise", "output": "shard(1)"})
     ),
-    "entropy in the loss": Case("CR305", llama, preset, "loss", {"loss": entropy_loss}),
+    "entropy in the loss": Case("CR305", shallow, preset, "loss", {"loss": entropy_loss}),
     "tie over stages": Case(
         "CR307", lambda: llama("tied"), preset, "embed_tokens.weight", {"mesh": Mesh(pp=2, tp=4), "seq_len": 16}
     ),
     "layers shared over stages": Case(
         "CR307", shared_up, gpt_plan, "blocks.0.mlp.up.weight", {"mesh": Mesh(pp=2, tp=4), "seq_len": 16}
     ),
-    "label smoothing": Case("CR306", llama, preset, "loss", {"loss": smooth_loss}),
+    "label smoothing": Case("CR306", shallow, preset, "loss", {"loss": smooth_loss}),
     # activations
-    "row linear missing": Case("CR401", llama, lambda: preset(drop="layers.*.mlp.down_proj"), "layers.0.mlp.down_proj"),
-    "column for row": Case("CR407", llama, lambda: preset(mlp__down_proj="colwise")),
-    "row for column": Case("CR401", llama, lambda: preset(mlp__up_proj={"style": "rowwise", "input": "replicate"})),
-    "q_proj missing": Case(
-        "CR402", llama, lambda: preset(drop="layers.*.self_attn.q_proj"), "layers.0.self_attn.q_proj"
+    "row linear missing": Case(
+        "CR401", shallow, lambda: preset(drop="layers.*.mlp.down_proj"), "layers.0.mlp.down_proj"
     ),
-    "head missing": Case("CR402", llama, lambda: preset(drop="lm_head"), "lm_head", folding="CR404"),
+    "column for row": Case("CR407", shallow, lambda: preset(mlp__down_proj="colwise")),
+    "row for column": Case("CR401", shallow, lambda: preset(mlp__up_proj={"style": "rowwise", "input": "replicate"})),
+    "q_proj missing": Case(
+        "CR402", shallow, lambda: preset(drop="layers.*.self_attn.q_proj"), "layers.0.self_attn.q_proj"
+    ),
+    "head missing": Case("CR402", shallow, lambda: preset(drop="lm_head"), "lm_head", folding="CR404"),
     "heads stay DTensors": Case(
-        "CR402", llama, lambda: preset(self_attn__q_proj={"style": "colwise", "use_local_output": False})
+        "CR402", shallow, lambda: preset(self_attn__q_proj={"style": "colwise", "use_local_output": False})
     ),
     "keyword input": Case("CR403", lambda: m.Gpt(mlp=m.KeywordMLP), gpt_plan),
     "arguments of unequal number": Case(
         "CR403",
-        llama,
+        shallow,
         lambda: preset(mlp={"style": "prepare_input", "input": ["shard(1)", "none"], "desired": ["replicate", "none"]}),
     ),
-    "softmax over a part of the features": Case("CR413", lambda: m.Gpt(mlp=m.SoftmaxMLP), gpt_plan, "blocks.*.mlp"),
+    "softmax over a part of the features": Case(
+        "CR413", lambda: two_blocks(mlp=m.SoftmaxMLP), gpt_plan, "blocks.*.mlp"
+    ),
     "attention on DTensors": Case(
         "CR404", m.Gpt, lambda: gpt_plan(attn__qkv={"style": "colwise", "use_local_output": False}), "blocks.0.attn"
     ),
@@ -343,11 +353,11 @@ BROKEN: dict[str, Case] = {
     ),
     "embedding whole": Case(
         "CR406",
-        llama,
+        shallow,
         lambda: preset(embed_tokens={"style": "rowwise", "input": "replicate"}),
         "layers.0.input_layernorm",
     ),
-    "embedding missing": Case("CR406", llama, lambda: preset(drop="embed_tokens"), "layers.0.input_layernorm"),
+    "embedding missing": Case("CR406", shallow, lambda: preset(drop="embed_tokens"), "layers.0.input_layernorm"),
     "mlp output whole": Case("CR406", m.Gpt, lambda: gpt_plan(norm="sequence")),
     "shard taken for whole": Case(
         "CR407",
@@ -358,42 +368,44 @@ BROKEN: dict[str, Case] = {
         ),
         "layers.*.mlp",
     ),
-    "no gather before attention": Case("CR408", llama, lambda: preset(drop="layers.*.self_attn"), folding="CR404"),
-    "no gather before mlp": Case("CR408", llama, lambda: preset(drop="layers.*.mlp"), folding="CR404"),
+    "no gather before attention": Case("CR408", shallow, lambda: preset(drop="layers.*.self_attn"), folding="CR404"),
+    "no gather before mlp": Case("CR408", shallow, lambda: preset(drop="layers.*.mlp"), folding="CR404"),
     "bias on every rank": Case(
         "CR409",
-        lambda: m.Gpt(mlp=lambda: m.MLP(bias=True)),
+        lambda: two_blocks(mlp=lambda: m.MLP(bias=True)),
         lambda: gpt_plan(mlp__down=BiasOnEveryRank()),
         "blocks.*.mlp.down",
     ),
-    "sum of equal values": Case("CR409", m.Gpt, lambda: gpt_plan(norm1=SumOfEqual()), "blocks.*.norm1"),
-    "sums in bf16": Case("CR411", llama, preset, "tp", {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}),
+    "sum of equal values": Case("CR409", two_blocks, lambda: gpt_plan(norm1=SumOfEqual()), "blocks.*.norm1"),
+    "sums in bf16": Case(
+        "CR411", shallow, preset, "tp", {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+    ),
     "norm over a part of the features": Case(
-        "CR414", lambda: m.Gpt(mlp=m.NormedMLP), gpt_plan, "blocks.*.mlp", {"mesh": Mesh(tp=2)}
+        "CR414", lambda: two_blocks(mlp=m.NormedMLP), gpt_plan, "blocks.*.mlp", {"mesh": Mesh(tp=2)}
     ),
     # gradients
     "norm missing": Case(
         "CR501", llama, lambda: preset(drop="layers.*.input_layernorm"), "layers.*.input_layernorm.weight"
     ),
-    "norm after attention missing": Case("CR501", llama, lambda: preset(drop="layers.*.post_attention_layernorm")),
-    "last norm missing": Case("CR501", llama, lambda: preset(drop="norm"), "norm.weight"),
-    "norm missing in article": Case("CR501", llama, lambda: preset("article", drop="layers.*.input_layernorm")),
+    "norm after attention missing": Case("CR501", shallow, lambda: preset(drop="layers.*.post_attention_layernorm")),
+    "last norm missing": Case("CR501", shallow, lambda: preset(drop="norm"), "norm.weight"),
+    "norm missing in article": Case("CR501", shallow, lambda: preset("article", drop="layers.*.input_layernorm")),
     "q_norm missing": Case(
         "CR501",
         lambda: llama("qk_norm"),
         lambda: preset(drop="layers.*.self_attn.q_norm"),
         "layers.*.self_attn.q_norm.weight",
     ),
-    "k_norm missing": Case("CR501", lambda: llama("qk_norm"), lambda: preset(drop="layers.*.self_attn.k_norm")),
+    "k_norm missing": Case("CR501", lambda: shallow("qk_norm"), lambda: preset(drop="layers.*.self_attn.k_norm")),
     "k_norm missing, kv heads whole": Case(
-        "CR501", lambda: llama("qk_norm_kv3"), lambda: preset(drop="layers.*.self_attn.k_norm")
+        "CR501", lambda: shallow("qk_norm_kv3"), lambda: preset(drop="layers.*.self_attn.k_norm")
     ),
     "scale on a part of the features": Case(
-        "CR501", lambda: m.Gpt(mlp=m.LatentNormMLP), gpt_plan, "blocks.*.mlp.scale.weight"
+        "CR501", lambda: two_blocks(mlp=m.LatentNormMLP), gpt_plan, "blocks.*.mlp.scale.weight"
     ),
     "adapter on sequence shards": Case(
         "CR501",
-        lambda: m.Gpt(block=m.AdapterBlock),
+        lambda: two_blocks(block=m.AdapterBlock),
         lambda: gpt_plan(sequence=True, norm2={"style": "sequence", "use_local_output": True}),
         "blocks.*.a.weight",
     ),

@@ -8,6 +8,7 @@ is what a test is about, it takes the real ones.
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -73,6 +74,7 @@ class Commands:
 
 def _serve(listener: socket.socket) -> NoReturn:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel takes them away
+    gc.freeze()  # as in `harness`
     while True:
         connection, _ = listener.accept()
         if os.fork() == 0:

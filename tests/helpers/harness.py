@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import functools
+import gc
 import multiprocessing as mp
 import os
 import signal
@@ -36,6 +37,7 @@ PRELOADED = [
     "colrow.run.rank",
     "torch._functorch.partitioners",
     "networkx",
+    "pytest",
 ]
 """What takes seconds to import, and starts neither threads nor CUDA."""
 
@@ -153,6 +155,7 @@ class Ranks:
 
 
 def _serve(pipe: Connection, rank: int, world: int, port: int, device: str, stack_file: Path) -> None:
+    gc.freeze()  # a collection would look through what was imported, and copy its pages
     faulthandler.register(signal.SIGUSR1, file=stack_file.open("w"))
     os.environ.update(OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))

@@ -9,7 +9,17 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from colrow.plans.plan import Plan
 from helpers import broken_models as m
-from helpers.broken_plans import HEADS, block_mlp, gpt_plan, llama, preset, second_name_plan, shared_blocks, shared_plan
+from helpers.broken_plans import (
+    HEADS,
+    block_mlp,
+    gpt_plan,
+    preset,
+    second_name_plan,
+    shallow,
+    shared_blocks,
+    shared_plan,
+    two_blocks,
+)
 
 OWN_HEADS = HEADS | {"attn__out": "rowwise"}
 
@@ -22,8 +32,8 @@ class LocalHeads(m.HeadCount):
 
 
 SOUND: dict[str, tuple[Callable[[], nn.Module], Callable[[], Plan]]] = {
-    "an MLP in one block": (llama, lambda: preset(**block_mlp())),
-    "heads": (m.Gpt, gpt_plan),
+    "an MLP in one block": (shallow, lambda: preset(**block_mlp())),
+    "heads": (two_blocks, gpt_plan),
     "shared module, keyed by its first name": (shared_blocks, gpt_plan),
     "shared module, keyed by its second name": (shared_blocks, second_name_plan),
     "shared module, keyed by both names": (shared_blocks, lambda: shared_plan("colwise")),
@@ -34,8 +44,8 @@ SOUND: dict[str, tuple[Callable[[], nn.Module], Callable[[], Plan]]] = {
         lambda: gpt_plan(sequence=True, bn="grad_sum"),
     ),
     "vocab parallel": (m.Gpt, lambda: gpt_plan("vocab_parallel")),
-    "sequence": (m.Gpt, lambda: gpt_plan(sequence=True)),
-    "sequence, vocab parallel": (m.Gpt, lambda: gpt_plan("vocab_parallel", sequence=True)),
+    "sequence": (two_blocks, lambda: gpt_plan(sequence=True)),
+    "sequence, vocab parallel": (two_blocks, lambda: gpt_plan("vocab_parallel", sequence=True)),
     "tied": (lambda: m.Gpt(tied=True), lambda: gpt_plan("vocab_parallel", sequence=True)),
     "biases": (lambda: m.Gpt(lambda: m.Attention("heads", bias=True), lambda: m.MLP(bias=True)), gpt_plan),
     "biases, sequence": (
@@ -70,7 +80,7 @@ SOUND: dict[str, tuple[Callable[[], nn.Module], Callable[[], Plan]]] = {
     ),
     "dropout on features": (lambda: m.Gpt(mlp=lambda: m.MLP(dropout=0.1)), gpt_plan),
     "dropout on heads": (lambda: m.Gpt(lambda: m.Attention("heads", dropout=0.1)), gpt_plan),
-    "some layers frozen": (lambda: _freeze(m.Gpt(), "blocks.0"), lambda: gpt_plan(sequence=True)),
+    "some layers frozen": (lambda: _freeze(two_blocks(), "blocks.0"), lambda: gpt_plan(sequence=True)),
     "one layer": (lambda: m.Gpt(layers=1), lambda: gpt_plan(sequence=True)),
     "seven layers": (lambda: m.Gpt(layers=7), lambda: gpt_plan(sequence=True)),
     "embedding dimension split": (m.Gpt, lambda: gpt_plan(embed={"style": "colwise", "output": "replicate"})),

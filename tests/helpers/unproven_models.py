@@ -1,4 +1,7 @@
-"""Models whose code uses a split dim in a way of its own, with plans for them: see `unproven_plans`."""
+"""Models whose code uses a split dim in a way of its own, with plans for them: see `unproven_plans`.
+
+They have one block, unless their blocks differ: a second would be judged as the first is.
+"""
 
 from __future__ import annotations
 
@@ -234,6 +237,36 @@ def on_stream(module: Callable[[], nn.Module], train: bool = False, **plan: Any)
     return Case(
         lambda: m.Gpt(block=lambda a, b: TokenBlock(a, b, stream=module())), lambda: gpt_plan(**plan), train=train
     )
+
+
+class NormedInside(m.MLP):
+    """The norm of a pre-norm layer is the MLP's own: what enters it is the residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(m.D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.norm(x))
+
+
+def normed_inside(norm: str) -> Case:
+    """`norm`: its style."""
+    styles: dict[str, Any] = {
+        "mlp": {"style": "local_block", "input": ["replicate"]},
+        "mlp__norm": norm,
+        "mlp__up": "packed_colwise",
+        "mlp__down": {"style": "packed_rowwise", "output": "replicate"},
+        "norm2": None,
+    }
+
+    def model() -> nn.Module:
+        gpt = m.Gpt(mlp=NormedInside)
+        for block in gpt.blocks:
+            block.norm2 = nn.Identity()
+        return gpt
+
+    return Case(model, lambda: gpt_plan(**styles))
 
 
 class NormInTraining(m.MLP):

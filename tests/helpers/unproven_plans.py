@@ -43,6 +43,7 @@ from helpers.unproven_models import (
     last_block_differs,
     logits,
     noisy_gradient,
+    normed_inside,
     on_stream,
     one_kv_head,
     sloped,
@@ -81,6 +82,7 @@ WRONG = {
     "batch norm of tokens": on_stream(lambda: nn.BatchNorm1d(m.D), train=True, sequence=True, stream="grad_sum"),
     "norm in training alone": Case(lambda: m.Gpt(mlp=NormInTraining), train=True),
     "backward normalises": features(NormalisedGradient.apply),
+    "norm inside of a block, whose gradient nothing sums": normed_inside("replicate"),
     "function of the last block": Case(last_block_differs),
     "shift in the model's loop": Case(lambda: OwnLoop(layers=5), lambda: gpt_plan(sequence=True)),
     # of the same kinds
@@ -156,6 +158,7 @@ RIGHT = {
     "one k and v head by index": one_kv_head(),
     "slopes of a rank's heads": sloped(),
     "hook on a gradient": Case(hooked),  # parallelize keeps it
+    "norm inside of a block": normed_inside("grad_sum"),
     "every other feature": gated(lambda h: F.silu(h[..., ::2]) * h[..., 1::2]),
     "batch norm of all tokens": on_stream(lambda: nn.BatchNorm1d(m.D), train=True),
     "logits of a part of the tokens written": Case(lambda: PartDoubled(1), lambda: gpt_plan("vocab_parallel")),

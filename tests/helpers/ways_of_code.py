@@ -168,6 +168,30 @@ class Tied(nn.Module):
         return F.linear(self.norm(x)[:, -4:], self.embed.weight)
 
 
+class TiedBias(Tied):
+    """The head is a module, whose bias its decoder adds: BERT's, as transformers write it."""
+
+    class Head(nn.Module):
+        def __init__(self, weight: nn.Parameter) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.randn(20, generator=generator()))
+            self.decoder = nn.Linear(D, 20)
+            self.decoder.weight, self.decoder.bias = weight, self.bias
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.decoder(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = self.Head(self.embed.weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
 class HeadBias(nn.Module):
     """A table of biases [buckets, heads] as an embedding, which is split by heads; a cross-attention without one makes
     zeros of a rank's heads, and hands them to the next (T5)."""
@@ -372,4 +396,4 @@ SPLIT: dict[Callable[[], nn.Module], set[str]] = {
 
 
 def inputs_of(build: Callable[[], nn.Module]) -> tuple[Tensor, ...]:
-    return (IDS,) if build is Tied else (X, *MORE_INPUTS.get(build, ()))
+    return (IDS,) if build in (Tied, TiedBias) else (X, *MORE_INPUTS.get(build, ()))

@@ -88,6 +88,12 @@ def derive(
         names = [name for name, _ in model.named_parameters()]
         return Derivation(1, {}, options.loss, [], dict.fromkeys(names, "tp is 1"), [1], {}, {})
     given = default_inputs(model, tp) if inputs is None else Inputs.of(inputs)
+    if not given.tensors:
+        kinds = ", ".join(sorted({type(x).__name__ for x in given})) or "nothing"
+        raise PlanError(
+            f"the inputs of {type(model).__name__} hold no tensor, but {kinds}: "
+            "give tensors, or lists, tuples and dicts of tensors"
+        )
     wanted = _Wanted(tp, given, options, judge, requests)
     # a trace that is handed in has all blocks: see [Note: representatives]
     exported = Representatives(model, model) if traced else Representatives.of(model, given, requests)

@@ -134,9 +134,9 @@ class ModuleEmitter:
             self._embedding(name)
         elif self._multiplies_by_weight(name) and (name in self.flows.called or not in_local):
             self._product(name, in_local, block)
-        elif outputs := self._atoms(name) & self.choice.vocabulary:
+        elif (outputs := self._atoms(name) & self.choice.vocabulary) and not self._holds_for_others(name):
             raise SplitError(outputs, f"{name} makes the model's output and is no linear layer")
-        elif in_local or self._can_stand_alone(name) or self._reads_its_own(name):
+        elif in_local or self._can_stand_alone(name) or self._reads_its_own(name) or self._holds_for_others(name):
             self._put(name, style="local_shards", shards={p: self._shard_spec(name, p) for p in parameters})
         else:
             raise SplitError(
@@ -179,6 +179,15 @@ class ModuleEmitter:
         readers = {self.flows.path[user] for node in own for user in node.users}
         shared = any(self.flows.sharers[self.flows.inference.params[node]] != {name} for node in own)
         return name in self.flows.called and readers <= {name} and not shared
+
+    def _holds_for_others(self, name: str) -> bool:
+        """Whether all parameters of the module are tied to those of other modules, and its own code reads none of them:
+        the bias of BERT's head, which its decoder adds."""
+        names = [f"{name}.{parameter}" for parameter in self._module(name)._parameters]
+        firsts = {self.traced.ties.get(full, full) for full in names}
+        nodes = [node for node, full in self.flows.inference.params.items() if full in firsts]
+        tied = all(self.flows.sharers.get(first, set()) - {name} for first in firsts)
+        return tied and not any(self.flows.path[user] == name for node in nodes for user in node.users)
 
     def _groups(self) -> None:
         """A rank has fewer groups of channels: `groups` of a convolution, `num_groups` of a norm."""

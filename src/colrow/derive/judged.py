@@ -25,6 +25,9 @@ from colrow.plans.patterns import with_stars
 from colrow.plans.plan import Plan
 from colrow.verifying.report import Report
 
+COLLECT_AFTER = 70_000
+"""New objects in a derivation after which the collector of reference cycles runs: Python's default is 700."""
+
 
 @dataclass(frozen=True)
 class Objection:
@@ -140,7 +143,7 @@ def _rare_collections() -> Iterator[None]:
     """Within, the collector of reference cycles runs seldom: graphs are many objects that stay, and it would spend a
     tenth of a derivation's time on going through them again."""
     before = gc.get_threshold()
-    gc.set_threshold(100 * before[0], *before[1:])
+    gc.set_threshold(max(before[0], COLLECT_AFTER), *before[1:])
     try:
         yield
     finally:

@@ -83,8 +83,8 @@ def record(model: nn.Module, inputs: Inputs, call: Callable[..., tuple[Tensor, .
                 fakes[name] = fake = mode.from_tensor(value)
                 if recorder.known(fake) is None:
                     kind[recorder.placeholder(f"{prefix}_{name}", fake).name] = name
-    given = inputs.map(mode.from_tensor)
-    for i, fake in enumerate(given):
+    given = inputs.map(lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x)
+    for i, fake in enumerate(given.tensors):
         found.inputs.append(recorder.placeholder(f"inputs_{i}", fake).name)
     gradients = torch.is_grad_enabled()
     try:

@@ -278,7 +278,7 @@ def _trace(model: nn.Module, inputs: Inputs, opaque: OpaqueModules, *, exports: 
     program = decomposed(found)
     parameters, ties = _parameters_of(model, program)
     # scalars and masks without a batch may come first
-    lead = next((x for x in inputs if x.dim() >= 2), inputs[0])
+    lead = next((x for x in inputs.tensors if x.dim() >= 2), inputs.tensors[0])
     return Trace(
         program,
         batch=int(lead.shape[0]),

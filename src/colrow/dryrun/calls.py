@@ -23,6 +23,7 @@ from colrow.parallel.outputs import auxiliary_losses, main_tensor
 from colrow.plans.plan import Plan
 from colrow.sharding.layout import full_tensor
 from colrow.styles.linear_head import PendingTargets, expect_targets
+from colrow.torch_compat import tree_flatten, tree_leaves, tree_unflatten
 
 GivenInputs: TypeAlias = "Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]"
 Loss = Callable[[Any, Any], Tensor]
@@ -52,8 +53,14 @@ class Inputs(tuple[Any, ...]):
         return self
 
     def map(self, change: Callable[[Any], Any]) -> Inputs:
-        """With each value changed."""
-        return Inputs(map(change, self)).named(self.names)
+        """With each value changed, those inside of lists, tuples and dicts too."""
+        leaves, tree = tree_flatten(tuple(self))
+        return Inputs(tree_unflatten(map(change, leaves), tree)).named(self.names)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them, in order, those inside of lists, tuples and dicts too."""
+        return [x for x in tree_leaves(tuple(self)) if isinstance(x, Tensor)]
 
     def like_on_cpu(self) -> Inputs:
         """Tensors of the same shapes and dtypes on the CPU, for runs on fake tensors: these look at no values."""

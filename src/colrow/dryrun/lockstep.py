@@ -114,7 +114,7 @@ def _of_sequences_for_all(step: PlannedStep) -> PlannedStep:
     if step.inputs is None:
         return replace(step, batch_size=3 * step.tp)
     inputs = Inputs.of(step.inputs)
-    batches = {x.shape[0] for x in inputs if isinstance(x, Tensor) and x.dim()}
+    batches = {x.shape[0] for x in inputs.tensors if x.dim()}
     times = 1 if all(n % (3 * step.tp) == 0 for n in batches) else 3 * step.tp
     longer = inputs.map(lambda x: x.repeat_interleave(times, 0) if isinstance(x, Tensor) and x.dim() else x)
     return replace(step, inputs=longer)
@@ -290,9 +290,8 @@ def _number_known_values(run: NumberedRun, model: nn.Module, inputs: Inputs) -> 
         if packed is None and isinstance(tensor, DTensor):
             layout = layout_of(tensor.placements[0], tuple(tensor.shape)) or STYLE
         run.set_value(tensor, number, layout)
-    for i, x in enumerate(inputs):
-        if isinstance(x, Tensor):
-            run.set_value(x, ("input", i), REPLICATED)
+    for i, x in enumerate(inputs.tensors):
+        run.set_value(x, ("input", i), REPLICATED)
     for table in list(RANK_TABLES):
         run.set_value(table, ("rank table", id(table)), STYLE)
 
@@ -300,7 +299,7 @@ def _number_known_values(run: NumberedRun, model: nn.Module, inputs: Inputs) -> 
 def _counts_of_tokens(step: PlannedStep, inputs: Inputs) -> tuple[int, tuple[int, int]]:
     """Tokens of a sequence where shards are of flattened tokens, in either view, else 0; sequences on a rank and in the
     unsharded run where complete sequences are viewed, else zeros."""
-    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    tensors = inputs.tensors
     lengths = [x.shape[1] for x in tensors if x.ndim > 1]
     batches = [x.shape[0] for x in tensors if x.ndim]
     length = lengths[0] if _flattens_tokens(step) and lengths else 0

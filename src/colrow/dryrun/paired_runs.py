@@ -15,14 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from colrow.dryrun.module_tracker import LOSS
 from colrow.dryrun.numbered import NumberedRun, NumberedValue, Operation, shape_of
 from colrow.dryrun.on_dtensors import DRAWN_IN_BACKWARD, LossGradients, not_as_in_one_process, takes_all_for_none
+from colrow.dryrun.shown_layout import layout_shown
 from colrow.dryrun.unproven import Reports, Unproven
 from colrow.dryrun.unsharded_run import Recorded, UnshardedRun
 from colrow.sharding.draws import Draw, may_draw, memory_order
-from colrow.sharding.local_call import LocalCall, Shape, TensorShape, UnprovenError
+from colrow.sharding.local_call import LocalCall, TensorShape, UnprovenError
 from colrow.sharding.local_layout import (
     PARTIAL,
     REPLICATED,
@@ -32,7 +34,6 @@ from colrow.sharding.local_layout import (
     Layout,
     after_collective,
     layout_of,
-    repeating,
     sharded,
 )
 from colrow.sharding.operators import Filling, operator
@@ -81,6 +82,10 @@ class ShardedRun(NumberedRun):
         self._used_outside = {(name, "output", i) for name, style in styles.items() for i in style.used_outside or ()}
         self._left_blocks: set[Any] = set()  # the numbers of these outputs
         self._gradients_from_outside: set[tuple[Any, ...]] = set()
+        self._given: dict[tuple[Any, ...], Tensor] = {}  # inputs of modules, before the hooks of their styles
+        self._in_blocks = WeakTensorKeyDictionary()  # what these hooks hand to a block's own code in their place
+        # Gradients of such a tensor: terms of the unsharded one's, which has that of a residual past the block too.
+        self._terms: set[tuple[Any, ...]] = set()
         self._segments = segments
         self._answers: dict[LocalCall, list[Layout] | UnprovenError] = {}
         self._used: dict[Any, list[Recorded]] = defaultdict(list)
@@ -364,37 +369,31 @@ class ShardedRun(NumberedRun):
             self._left_blocks.add(number)
         if number in self._left_blocks and not gradient:
             self._gradients_from_outside.add((*key[:2], f"{side} gradient", position))
+        if side == "input":
+            self._given.setdefault(key, tensor)
+            if tensor in self._in_blocks:
+                self._terms.add((name, key[1], "input gradient", position))
+        is_term = key in self._terms and known is not None
         if isinstance(tensor, DTensor) and tuple(tensor.shape) != shape:
             self.report(side, f"a DTensor of the global shape {list(tensor.shape)}, unsharded {list(shape)}", name)
         if layout == STYLE:
             heads = HEADS_OF_RANK.get(tensor)
-            layout = sharded(*heads) if heads else self._shown(key, tuple(tensor.shape), shape)
-        elif known != number and (known is not None or not gradient) and (side, name) not in self._made_by_style:
+            segments = self._segments.get(name, ()) if side == "output" else ()
+            shown = layout_shown(tuple(tensor.shape), shape, segments, self._ranks, gradient=gradient)
+            layout = sharded(*heads) if heads else shown
+        elif is_term or (side, name) in self._made_by_style:
+            pass
+        elif known != number and (known is not None or not gradient):
             self.report(side, "it is another value than in the unsharded model", name)
             layout = UNKNOWN
-        self.set_value(tensor, number, layout)
+        self.set_value(tensor, known if is_term else number, layout)
 
     def arranged(self, key: tuple[Any, ...], tensor: Tensor) -> None:
         """What a style's hook has gathered or taken its part of."""
+        if self._given.pop(key, tensor) is not tensor:
+            self._in_blocks[tensor] = True
         if self.value(tensor).layout == STYLE and key[0] not in self._computed_by_style:
             self.boundary(key, tensor)
-
-    def _shown(self, key: tuple[Any, ...], here: Shape, there: Shape) -> Layout:
-        """The layout of what a style's arithmetic made, by its shape."""
-        name, _, side, _ = key
-        if len(here) != len(there):
-            return UNKNOWN
-        segments = self._segments.get(name, ()) if side == "output" else ()
-        if segments and (here[-1], there[-1]) == (sum(s.local for s in segments), sum(s.size for s in segments)):
-            held = tuple(s.local * self._ranks for s in segments)
-            complete = tuple(i for i, s in enumerate(segments) if s.complete)
-            return repeating(len(here) - 1, held, tuple(s.size for s in segments), complete)
-        differing = [d for d, (a, b) in enumerate(zip(here, there, strict=True)) if a != b]
-        if len(differing) == 1 and here[differing[0]] * self._ranks == there[differing[0]]:
-            return sharded(differing[0])
-        if differing:
-            return UNKNOWN
-        return STYLE if side.endswith("gradient") else REPLICATED
 
     @contextmanager
     def conversions(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -40,6 +41,10 @@ class _Pending:
     unproven: Unproven
     results: list[weakref.ref[Tensor]]
 
+    @property
+    def is_alive(self) -> bool:
+        return any(result() is not None for result in self.results)
+
 
 class Reports:
     """Attributes:
@@ -73,8 +78,11 @@ class Reports:
 
     def add_kept(self) -> None:
         """The step is over: what is not proven and still alive stands in an attribute, for the next forward perhaps."""
-        for pending in dict.fromkeys(p for held in self._pending.values() for p in held):
-            if any(result() is not None for result in pending.results):
+        kept = [p for p in dict.fromkeys(p for held in self._pending.values() for p in held) if p.is_alive]
+        if kept:
+            gc.collect()  # hooks and autograd nodes are in cycles: what these alone hold is dead, and still there
+        for pending in kept:
+            if pending.is_alive:
                 self._report(pending, is_used=False)
 
     def _hold(self, pending: Iterable[_Pending], results: Mapping[Hashable, Tensor]) -> None:
