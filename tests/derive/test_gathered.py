@@ -101,6 +101,48 @@ def test_an_attention_that_stays_unsharded_is_gathered_and_the_rest_is_not() -> 
     assert parity(model, plan, 2, x).worst < 1e-9
 
 
+class Asking(nn.Module):
+    """An attention that holds query, key and value in one matrix of its own, and branches on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_proj, self.out = nn.Parameter(torch.randn(24, 8)), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = F.linear(x, self.in_proj).chunk(3, -1)
+        return self.out((q @ k.mT).softmax(-1) @ v) * (2 if (x > 9).any() else 1)
+
+
+def test_an_attention_that_cannot_be_traced_is_gathered_with_its_own_matrices() -> None:
+    torch.manual_seed(0)
+    model, x = OneHead(), (torch.randn(2, 3, 8, dtype=torch.float64),)
+    model.attention = Asking()
+    model.double()
+    found = derive(model, 2, inputs=x, judge=lambda _: None)
+    assert {"attention.in_proj", "attention.out.weight", "up.weight"} <= {*found.sharded}
+    assert parity(model, found.plan(), 2, x).worst < 1e-9
+
+
+def test_torchs_attention_of_a_model_that_cannot_be_traced_holds_its_matrix_in_shards() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 1, batch_first=True)
+            self.up, self.down = nn.Linear(8, 64), nn.Linear(64, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.down(self.up(x).relu()) if x.sum() < 99 else x
+            return y + self.attention(y, y, y)[0]
+
+    torch.manual_seed(0)
+    model, x = Model().double(), (torch.randn(2, 3, 8, dtype=torch.float64),)
+    found = derive(model, 2, inputs=x, judge=lambda _: None)
+    assert found.share > 0.6
+    assert {"attention.in_proj_weight", "up.weight"} <= {*found.sharded}
+    plan = found.plan()
+    assert parity(model, plan, 2, x).worst < 1e-9
+
+
 class ModuleOfEachHead(nn.Module):
     """Each head is a module, and its layers are less than 1% of the model, of which the MLP has most."""
 

@@ -88,12 +88,7 @@ def derive(
         names = [name for name, _ in model.named_parameters()]
         return Derivation(1, {}, options.loss, [], dict.fromkeys(names, "tp is 1"), [1], {}, {})
     given = default_inputs(model, tp) if inputs is None else Inputs.of(inputs)
-    if not given.tensors:
-        kinds = ", ".join(sorted({type(x).__name__ for x in given})) or "nothing"
-        raise PlanError(
-            f"the inputs of {type(model).__name__} hold no tensor, but {kinds}: "
-            "give tensors, or lists, tuples and dicts of tensors"
-        )
+    given.require_tensors(model)
     wanted = _Wanted(tp, given, options, judge, requests)
     # a trace that is handed in has all blocks: see [Note: representatives]
     exported = Representatives(model, model) if traced else Representatives.of(model, given, requests)
@@ -153,13 +148,17 @@ def _untraced(exported: Representatives, wanted: _Wanted) -> Derivation | None:
         share = sum(params[name].numel() for name in sharded) / max(1, sum(p.numel() for p in params.values()))
         return Derivation(tp, by_pattern(layers, modules), "replicated", sharded, left, [1, tp], {}, {}, share=share)
 
-    def extended(layers: Layers, candidates: Callable[..., Layers]) -> Layers:
-        more = candidates(model, tp, lambda _: True, layers, wanted.requests.kept)
+    def extended(layers: Layers, more: Layers) -> Layers:
         return layers | accepted_layers(more, lambda more: judge(found(layers | more).plan()))
 
-    layers = extended({}, gathered_layers)
+    kept = wanted.requests.kept
+    attentions = {name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
+    first = gathered_layers(model, tp, lambda _: True, {}, kept)
+    # torch's attention holds its query, key and value, of which no layer's output can be gathered
+    first |= gathered_parameters(model, tp, lambda name: name.rpartition(".")[0] in attentions, first, kept)
+    layers = extended({}, first)
     if found(layers).share < USEFUL:
-        layers = extended(layers, gathered_parameters)
+        layers = extended(layers, gathered_parameters(model, tp, lambda _: True, layers, kept))
     return found(layers) if layers else None
 
 
@@ -212,7 +211,9 @@ class _Derive:
         choice, (split, stream, emission) = found.choice, found.made
         assert choice is not None
         scopes = (
-            [""] if found.share < USEFUL else unsplit_attentions(self.traced, split, set(found.sharded).__contains__)
+            [""]
+            if found.share < USEFUL
+            else unsplit_attentions(self.model, self.traced, split, set(found.sharded).__contains__)
         )
 
         def extended(layers: Layers) -> Derivation:

@@ -14,7 +14,6 @@ their module's forward: bare matrices, LSTMs, weights that are computed from oth
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 from collections import Counter, defaultdict
@@ -27,7 +26,7 @@ from torch.fx import Node
 from torch.nn.utils.weight_norm import WeightNorm
 
 from colrow.derive.flow import SpmdType
-from colrow.derive.infer import facts_of, shape_of
+from colrow.derive.infer import facts_of
 from colrow.derive.trace import Trace, is_boundary, label_of
 from colrow.plans.patterns import is_within, with_stars
 from colrow.sharding.parameter_state import holders_of
@@ -211,18 +210,19 @@ class Standing:
         )
 
 
-def unsplit_attentions(traced: Trace, split: Split | None, is_sharded: Callable[[str], bool]) -> list[str]:
+def unsplit_attentions(
+    model: nn.Module, traced: Trace, split: Split | None, is_sharded: Callable[[str], bool]
+) -> list[str]:
     """Modules whose code multiplies two activations, or cannot be looked into, and of whose parameters less than half
     are sharded."""
-    if split is None:  # nothing runs on shards, and what is gathered has made the plan a useful one
-        return []
-    flows, params = split.flows, split.flows.inference.params
     found = dict.fromkeys(traced.opaque.reasons)
-    for node in traced.nodes:
-        # scores, or scores with values: no weight takes part
-        if facts_of(node).contracts and sum(flows.is_activation(i) for i in node.all_input_nodes) > 1:
-            found[flows.path[node]] = None
-    sizes = {name: math.prod(shape_of(node)) for node, name in params.items()}
+    if split is not None:
+        flows = split.flows
+        for node in traced.nodes:
+            # scores, or scores with values: no weight takes part
+            if facts_of(node).contracts and sum(flows.is_activation(i) for i in node.all_input_nodes) > 1:
+                found[flows.path[node]] = None
+    sizes = {name: param.numel() for name, param in model.named_parameters()}  # no graph has those of an opaque module
     unsplit = []
     for module in found:
         while module and not any(is_within(name, module) for name in sizes):

@@ -62,6 +62,15 @@ class Inputs(tuple[Any, ...]):
         """All of them, in order, those inside of lists, tuples and dicts too."""
         return [x for x in tree_leaves(tuple(self)) if isinstance(x, Tensor)]
 
+    def require_tensors(self, model: nn.Module) -> None:
+        """Raises PlanError where there is none."""
+        if not self.tensors:
+            kinds = ", ".join(sorted({type(x).__name__ for x in self})) or "nothing"
+            raise PlanError(
+                f"the inputs of {type(model).__name__} hold no tensor, but {kinds}: "
+                "give tensors, or lists, tuples and dicts of tensors"
+            )
+
     def like_on_cpu(self) -> Inputs:
         """Tensors of the same shapes and dtypes on the CPU, for runs on fake tensors: these look at no values."""
         return self.map(lambda x: torch.empty_like(x, device="cpu") if isinstance(x, Tensor) else x)
