@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.models.tiny import classes, tiny
+from colrow.derive.derivation import UNUSED
 from colrow.derive.judged import derive_judged
 from colrow.derive.result import Derivation
 from colrow.derive.trace import Trace, default_inputs, trace
@@ -196,11 +197,11 @@ def narrow(traced: Trace) -> bool:
 
 def judge(derivation: Derivation, model: nn.Module) -> tuple[str, str]:
     """full, partial or unsharded, and why not full."""
-    used = set(derivation.sharded) | derivation.replicated.keys()  # no cross-attention where there is no encoder
+    unused = {name for name, why in derivation.replicated.items() if why == UNUSED}  # cross-attention, no encoder
     matrices = {
         n: p.numel()
         for n, p in model.named_parameters()
-        if n in used and p.dim() >= 2 and any(c.isdigit() for c in n.split("."))
+        if n not in unused and p.dim() >= 2 and any(c.isdigit() for c in n.split("."))
     }
     split = sum(size for name, size in matrices.items() if name in set(derivation.sharded))
     parts: dict[str, set[str]] = {}  # by layer: which of its modules hold matrices
