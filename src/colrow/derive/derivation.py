@@ -25,6 +25,7 @@ from colrow.derive.gathered import (
     Layers,
     Standing,
     accepted_layers,
+    gathered_alone,
     gathered_layers,
     gathered_parameters,
     parameters_of,
@@ -53,6 +54,7 @@ from colrow.styles.linear import Colwise
 if TYPE_CHECKING:
     from colrow.derive.judged import Objection
 
+Judge = Callable[[Plan], "Objection | None"]
 ATTEMPTS = 16
 """After as many plans that fail, all that is left is given up."""
 UNUSED = "the model's forward does not use it"
@@ -65,7 +67,8 @@ def derive(
     inputs: GivenInputs | None = None,
     options: DeriveOptions | None = None,
     traced: Trace | None = None,
-    judge: Callable[[Plan], Objection | None] | None = None,
+    judge: Judge | None = None,
+    prove: Judge | None = None,
 ) -> Derivation:
     """A plan for `model` at degree `tp`, from its graph.
 
@@ -76,6 +79,8 @@ def derive(
         options: what the plan may use.
         traced: the trace of `model` on `inputs`, when there is one already (of another degree).
         judge: what it objects to is given up: first the sequence shards, then the classes of the modules it names.
+        prove: asked of the plan that comes out. It takes far longer than the judge and seldom objects; where it does,
+            it is the judge from there on.
 
     Raises:
         PlanError: the model cannot be traced, or has sizes that depend on the data, or fast styles are requested
@@ -89,7 +94,7 @@ def derive(
         return Derivation(1, {}, options.loss, [], dict.fromkeys(names, "tp is 1"), [1], {}, {})
     given = default_inputs(model, tp) if inputs is None else Inputs.of(inputs)
     given.require_tensors(model)
-    wanted = _Wanted(tp, given, options, judge, requests)
+    wanted = _Wanted(tp, given, options, judge, prove, requests)
     # a trace that is handed in has all blocks: see [Note: representatives]
     exported = Representatives(model, model) if traced else Representatives.of(model, given, requests)
     try:
@@ -107,7 +112,8 @@ class _Wanted:
     tp: int
     inputs: Inputs
     options: DeriveOptions
-    judge: Callable[[Plan], Objection | None] | None
+    judge: Judge | None
+    prove: Judge | None
     requests: Requests
 
 
@@ -132,34 +138,11 @@ def _derive(exported: Representatives, traced: Trace | None, wanted: _Wanted) ->
 
 
 def _untraced(exported: Representatives, wanted: _Wanted) -> Derivation | None:
-    """Of a model that cannot be traced: its layers with gathered outputs, and gathered parameters where these are few,
-    which ask nothing of the code around them.
-    None where there are none, where nobody judges them, or where fast styles are wanted."""
-    model, tp, judge = exported.complete, wanted.tp, wanted.judge
+    """None where nothing is split, where nobody judges it, or where fast styles are wanted."""
+    judge = wanted.prove or wanted.judge
     if judge is None or wanted.options.styles != "plain":
         return None
-    modules, params = [name for name, _ in model.named_modules(remove_duplicate=False)], dict(model.named_parameters())
-
-    def found(layers: Layers) -> Derivation:
-        split = {id(model.get_parameter(name)) for name in parameters_of(layers)}
-        sharded = [name for name, param in params.items() if id(param) in split]
-        why = "the model cannot be traced"
-        left = {name: why for name, param in params.items() if id(param) not in split}
-        share = sum(params[name].numel() for name in sharded) / max(1, sum(p.numel() for p in params.values()))
-        return Derivation(tp, by_pattern(layers, modules), "replicated", sharded, left, [1, tp], {}, {}, share=share)
-
-    def extended(layers: Layers, more: Layers) -> Layers:
-        return layers | accepted_layers(more, lambda more: judge(found(layers | more).plan()))
-
-    kept = wanted.requests.kept
-    attentions = {name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
-    first = gathered_layers(model, tp, lambda _: True, {}, kept)
-    # torch's attention holds its query, key and value, of which no layer's output can be gathered
-    first |= gathered_parameters(model, tp, lambda name: name.rpartition(".")[0] in attentions, first, kept)
-    layers = extended({}, first)
-    if found(layers).share < USEFUL:
-        layers = extended(layers, gathered_parameters(model, tp, lambda _: True, layers, kept))
-    return found(layers) if layers else None
+    return gathered_alone(exported.complete, wanted.tp, judge, wanted.requests.kept)
 
 
 def _of_unknown_size(model: nn.Module, traced: Trace, error: Exception) -> TraceError:
@@ -171,13 +154,22 @@ class _Derive:
     def __init__(self, exported: Representatives, traced: Trace, wanted: _Wanted) -> None:
         self.exported, self.model, self.traced = exported, exported.model, traced
         self.tp, self.inputs, self.options = wanted.tp, wanted.inputs, wanted.options
-        self.judge, self.requests, self.refused = wanted.judge, wanted.requests, dict[str, str]()
+        self.judge, self.prove, self.requests = wanted.judge, wanted.prove, wanted.requests
+        self.refused = dict[str, str]()
         self.fast = self.options.styles != "plain"
         self.failed: list[tuple[LocalCheck, TraceError]] = []
         self.inference: AxisInference = infer(traced)
         self.notes = [*dict.fromkeys(traced.opaque.reasons.values()), *self.requests.keep(self.inference)]
 
     def run(self) -> Derivation:
+        found = self._complete()
+        if self.prove is None or not found.modules or self.prove(found.plan()) is None:
+            return found
+        # where this plan is wrong, those on the way to it may be too
+        self.judge, self.prove = self.prove, None
+        return self._complete()
+
+    def _complete(self) -> Derivation:
         found = self._found()
         return found if self.judge is None or self.fast else self._with_gathered(found)
 

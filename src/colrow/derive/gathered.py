@@ -27,8 +27,10 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from colrow.derive.flow import SpmdType
 from colrow.derive.infer import facts_of
+from colrow.derive.result import Derivation
 from colrow.derive.trace import Trace, is_boundary, label_of
-from colrow.plans.patterns import is_within, with_stars
+from colrow.plans.patterns import by_pattern, is_within, with_stars
+from colrow.plans.plan import USEFUL, Plan
 from colrow.sharding.parameter_state import holders_of
 from colrow.styles.gathered_parameters import GatheredParameters
 
@@ -231,6 +233,34 @@ def unsplit_attentions(
         if 2 * sum(n for name, n in inside.items() if is_sharded(name)) < sum(inside.values()):
             unsplit.append(module)
     return unsplit
+
+
+def gathered_alone(
+    model: nn.Module, tp: int, judge: Callable[[Plan], Objection | None], kept: Collection[str]
+) -> Derivation | None:
+    """Of a model that cannot be traced: its layers with gathered outputs, and gathered parameters where these are few,
+    which ask nothing of the code around them. None where nothing is split so."""
+    modules, params = [name for name, _ in model.named_modules(remove_duplicate=False)], dict(model.named_parameters())
+
+    def found(layers: Layers) -> Derivation:
+        split = {id(model.get_parameter(name)) for name in parameters_of(layers)}
+        sharded = [name for name, param in params.items() if id(param) in split]
+        why = "the model cannot be traced"
+        left = {name: why for name, param in params.items() if id(param) not in split}
+        share = sum(params[name].numel() for name in sharded) / max(1, sum(p.numel() for p in params.values()))
+        return Derivation(tp, by_pattern(layers, modules), "replicated", sharded, left, [1, tp], {}, {}, share=share)
+
+    def extended(layers: Layers, more: Layers) -> Layers:
+        return layers | accepted_layers(more, lambda more: judge(found(layers | more).plan()))
+
+    attentions = {name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
+    first = gathered_layers(model, tp, lambda _: True, {}, kept)
+    # torch's attention holds its query, key and value, of which no layer's output can be gathered
+    first |= gathered_parameters(model, tp, lambda name: name.rpartition(".")[0] in attentions, first, kept)
+    layers = extended({}, first)
+    if found(layers).share < USEFUL:
+        layers = extended(layers, gathered_parameters(model, tp, lambda _: True, layers, kept))
+    return found(layers) if layers else None
 
 
 def accepted_layers(layers: Layers, judge: Callable[[Layers], Objection | None]) -> Layers:

@@ -82,11 +82,7 @@ def derive_judged(
     with _rare_collections(), Progress(f"deriving a plan for {type(model).__name__}", say) as progress:
         judge = _Judge(lambda plan: PlannedStep(model, plan, tp, batch_size, seq_len, inputs, loss), progress)
         progress.at("tracing")
-        found = derive(model, tp, inputs=inputs, judge=judge.checked, **options)
-        # A proof takes far longer than a check, and seldom objects: the plan that comes out is proved, and where it is
-        # wrong, those on the way to it are too.
-        if judge.was_asked_of(found.plan()) and judge.proved(found.plan()) is not None:
-            found = derive(model, tp, inputs=inputs, judge=judge.proved, **options)
+        found = derive(model, tp, inputs=inputs, judge=judge.checked, prove=judge.proved, **options)
     found.judgement = judge.known(found.plan())
     return found
 
@@ -115,9 +111,6 @@ class _Judge:
             self._judgements[key] = judgement(self._step_of(plan), found, self._progress)
             self._progress.at("tracing")
         return self._judgements[key].objection
-
-    def was_asked_of(self, plan: Plan) -> bool:
-        return _key(plan) in self._findings
 
     def known(self, plan: Plan) -> Judgement | None:
         """What `proved` has said of the plan; None where it was not asked."""
