@@ -12,6 +12,14 @@ from helpers.shards import QUERIES_AND_ALL_KV, S0, S1, S2, aten, written, x
 SUMS_AND_SEGMENTS: dict[str, tuple[Any, ...]] = {
     # rows one by one
     "slices renormed": (aten.renorm.default, (x(3, 4), 2, 1, 0.5), [S1], None, [S1]),
+    "norm of each row": (aten._weight_norm_interface.default, (x(4, 3), x(4, 1), 0), [S0, S0], None, [S0, S0]),
+    "gradient of a norm of each row": (
+        aten._weight_norm_interface_backward.default,
+        (x(4, 3), x(4, 3).cos(), x(4, 1), x(4, 3).cos().norm(dim=1, keepdim=True), 0),
+        [S0] * 4,
+        None,
+        [S0, S0],
+    ),
     "rows searched": (aten.searchsorted.Tensor, (x(4, 5).sort().values, x(4, 3)), [S0, S0], None, [S0]),
     "values searched in one row": (
         aten.searchsorted.Tensor,

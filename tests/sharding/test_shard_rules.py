@@ -127,6 +127,12 @@ REFUSED: dict[str, tuple[Any, ...]] = {
         [S1, S1],
         ([0, 2, 4],),
     ),
+    "norm of each row over its pieces": (
+        aten._weight_norm_interface_backward.default,
+        (x(4, 4), x(4, 4), x(4, 1), x(4, 1), 0),
+        [S1, S1, REPLICATED, REPLICATED],
+        None,
+    ),
     "slices renormed over them": (aten.renorm.default, (x(3, 4), 2, 0, 0.5), [S1], None),
     "batch norm in training": (
         aten.native_batch_norm.default,

@@ -33,6 +33,7 @@ from colrow.sharding.rules_along import (
     searchsorted,
     stack,
     unfold,
+    weight_norm,
     windows,
     write_piece,
 )
@@ -311,6 +312,8 @@ RULES: dict[str, Rule] = {
     "glu": glu,
     "glu_backward": glu,
     "renorm": renorm,
+    "_weight_norm_interface": weight_norm,
+    "_weight_norm_interface_backward": weight_norm,
     "roll": roll,
     "unfold": unfold,
     "unfold_backward": unfold,

@@ -254,6 +254,15 @@ def renorm(call: LocalCall) -> list[Layout] | None:
     )
 
 
+def weight_norm(call: LocalCall) -> list[Layout] | None:
+    """v g / |v|: every slice along its dim has a norm of its own. Backward takes the norms, and gives v's and g's."""
+    layout, there = call.tensors[0]
+    alike = all(other == layout for other, _ in call.tensors)
+    if not alike or layout.kind is not Kind.SHARDED or layout.dim != call.argument("dim")[0] % len(there.shape):
+        return None
+    return [layout] * len(call.results)
+
+
 def pad(call: LocalCall) -> list[Layout] | None:
     """Along other dims than the sharded one, with one number or (of a gradient) without some elements."""
     layout, there = call.tensors[0]
