@@ -25,6 +25,7 @@ COMBINATIONS += [("llama-fast", "vocab_parallel", name) for name in NAMES]
 COMBINATIONS += [("llama-fast", "replicated", "gqa"), ("article", "linear", "kv3")]
 COMBINATIONS += [(preset, "linear", name) for preset in ("llama", "llama-fast") for name in ("gqa", "tied")]
 COMBINATIONS += [("llama-fast", "replicated", "odd-1"), ("llama-fast", "linear", "odd_tied-1")]
+COMBINATIONS += [("article", "linear", "kv3-1"), ("llama-fast", "linear", "tied-1")]
 
 KEPT = {
     2: [
@@ -45,9 +46,9 @@ KEPT = {
         ("llama", "replicated", "kv3-1"),
         ("article", "vocab_parallel", "kv1-1"),
         ("article", "replicated", "tied-1"),
-        ("article", "linear", "kv3"),
+        ("article", "linear", "kv3-1"),
         ("llama-fast", "vocab_parallel", "kv1-1"),
-        ("llama-fast", "linear", "tied"),
+        ("llama-fast", "linear", "tied-1"),
         ("llama", "vocab_parallel", "odd-1"),
         ("llama-fast", "linear", "odd_tied-1"),
     ],
