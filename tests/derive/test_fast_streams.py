@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.models.examine import TOLERANCE
 from colrow.derive.derivation import derive
+from colrow.derive.judged import Objection
 from colrow.dryrun.calls import default_loss
 from colrow.dryrun.dry_run import dry_run
 from colrow.errors import PlanError
@@ -149,6 +150,28 @@ class Gated(nn.Module):
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
 
+class Convolution(nn.Module):
+    """A depthwise convolution over tokens, between the two products of its block, whose code reads its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.conv, self.down = nn.Linear(D, D), nn.Conv1d(D, D, 3, groups=D, padding=2), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.conv.weight, self.conv.bias
+        past = F.conv1d(self.up(x).transpose(1, 2), weight, bias, padding=2, groups=len(weight))[..., : x.shape[1]]
+        return self.down(F.silu(past.transpose(1, 2)))
+
+
+class Convolved(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mixer = nn.LayerNorm(D), Convolution()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mixer(self.norm(x))
+
+
 class Beside(Parallel):
     """The norm's output goes to the residual too, which is no block's."""
 
@@ -174,13 +197,13 @@ class Model(nn.Module):
         return self.head(self.norm(x.sum(2) if self.streams else x))
 
 
-KEPT = ("Mixing", "PostNorm", "Streams", "Parallel")
+KEPT = ("Mixing", "PostNorm", "Streams", "Parallel", "Convolved")
 """What `make test` proves; the others vary these."""
 
 
 def built(kind: str) -> nn.Module:
     torch.manual_seed(0)
-    layer = {cls.__name__: cls for cls in (Mixing, PostNorm, Streams, Parallel, Gated, Beside)}[kind]
+    layer = {cls.__name__: cls for cls in (Mixing, PostNorm, Streams, Parallel, Gated, Beside, Convolved)}[kind]
     return Model(layer, 4 if layer is Streams else 0).double().eval()
 
 
@@ -200,6 +223,7 @@ WANTED: dict[str, dict[str, Any]] = {
     "Streams": {"layers.0.mlp": {"style": "fast_gather", "columns": ["up"]}},
     "Parallel": {"layers.0.norm": GATHER_ONCE, "layers.0.attention": "fast_block", "layers.0.mlp": "fast_block"},
     "Gated": {"layers.0.norm": {"style": "fast_gather_output", "columns": ["gate", "up"]}},
+    "Convolved": {"layers.0.mixer": {"style": "fast_gather", "columns": ["up"]}},
     "Beside": {"layers.0.mlp": {"style": "fast_gather", "columns": ["up"]}, "layers.0.norm": "grad_sum"},
 }
 
@@ -216,6 +240,23 @@ def test_each_kind_gets_its_styles(kind: str) -> None:
 def test_each_kind_is_proved(kind: str, tp: int) -> None:
     model, plan = derived(kind, tp)
     assert parity(model, plan, tp, (X,)).worst < TOLERANCE
+
+
+def test_tokens_are_flattened_from_the_first_layer_where_the_judge_refuses_it_from_the_embedding() -> None:
+    """As of a model whose code counts tokens behind the embedding, where it would see a rank's."""
+    model = Model(Parallel)
+    model.embed = nn.Embedding(96, D)
+    asked: list[Any] = []
+
+    def judge(plan: Plan) -> Objection | None:
+        asked.append(plan.modules["embed"].to_data())
+        return Objection("it counts tokens", ("model",)) if len(asked) == 1 else None
+
+    ids = torch.randint(96, (3, 40))
+    found = derive(model, 2, inputs=(ids,), options=FAST, judge=judge)
+    assert asked == ["fast_embedding", {"style": "fast_embedding", "all_tokens": True}]
+    assert found.notes == ["no sequence shards: it counts tokens"]
+    assert parity(model.double().eval(), found.plan(), 2, (ids,)).worst < TOLERANCE
 
 
 # ---------------------------------------------------------------------- broken, they are wrong

@@ -257,15 +257,17 @@ class _Derive:
         return Split.of(Flows(self.inference, choice, wide, self.traced.ties), column_blocks=self.fast)
 
     def _attempt(self, choice: Choice) -> Derivation:
-        split, why = self._split(choice), list[str]()
+        split, why, objection = self._split(choice), list[str](), None
         if self.options.sequence_parallel:
             for found in self._sequence_parallel(split, why):
                 objection = self._objection(found)
                 if objection is None:
                     return self._noted(found, why)
                 why.append(f"no sequence shards: {objection.why}")
-                if self.fast or not self._is_of_the_stream(split, objection):
+                if not self.fast and not self._is_of_the_stream(split, objection):
                     raise self._given_up(split, objection)
+        if self.fast and objection is not None:  # on every stream: fast styles need one
+            raise self._given_up(split, objection)
         found = self._without_stream(split)  # raises where no style fits the split: then less is split, fast or plain
         if self.fast:
             raise self._not_fast(why)

@@ -22,6 +22,7 @@ from colrow.derive.infer import facts_of, op_name, shape_of
 from colrow.derive.sequence import Stream
 from colrow.derive.trace import label_of
 from colrow.ops.carriers import Overlap
+from colrow.plans.patterns import is_within
 from colrow.styles.base import Style
 from colrow.styles.fast.linear import is_linear
 from colrow.styles.fast.tokens import FastGatherTokens, FastShardTokens, FastShardTokensGradSum
@@ -128,7 +129,8 @@ class FastEmitter(Emitter):
         return self._is_linear(name) and f"{name}.weight" in self.flow.summed and name not in self.owned
 
     def _can_stand_alone(self, name: str) -> bool:
-        return False
+        # between the products of a block that gathers for its columns there are local tensors, as in a fast_block
+        return any(is_within(name, module) for module in self.gathered) and super()._can_stand_alone(name)
 
     def _plain(self, block: SplitBlock) -> bool:
         return block.module in self.gathered
