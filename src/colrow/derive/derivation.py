@@ -403,11 +403,12 @@ class _Derive:
                 elements += 0 if emission.selects_rows(own, self.tp) else param.numel()
             else:
                 replicated[name] = reason
-        reductions = Counter[str]()
+        reductions, calls = Counter[str](), Counter[str]()
         borders = split.borders()[1] if split else set()
         for label in (label_of(node) for node in self.traced.nodes if node in borders):
             if label.path == "0":  # a module's first result stands for the module
-                reductions[with_stars(label.module)] += self.exported.count(label.module)
+                reductions[with_stars(label.module)] += self.exported.count(label.module, calls[label.module])
+                calls[label.module] += 1
         names = [name for name, _ in self.exported.complete.named_modules(remove_duplicate=False)]
         return Derivation(
             tp=self.tp,

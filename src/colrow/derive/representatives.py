@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -88,9 +89,20 @@ class Representatives:
                 return other + name[end:]
         return name
 
-    def count(self, name: str) -> int:
-        """How many modules of the complete model one of the exported stands for."""
-        return 1 + sum(is_within(name, second) for second in self.stands.values())
+    def count(self, name: str, call: int = 0) -> int:
+        """How many modules of the complete model one of the exported stands for; of a module that blocks use in common,
+        in one of its calls, which are in the order of these blocks."""
+        names = self._names.get(self.model.get_submodule(name), [name])
+        called = names[min(call, len(names) - 1)]
+        return 1 + sum(is_within(called, second) for second in self.stands.values())
+
+    @cached_property
+    def _names(self) -> dict[nn.Module, list[str]]:
+        """All names of each exported module."""
+        names: dict[nn.Module, list[str]] = {}
+        for name, module in self.model.named_modules(remove_duplicate=False):
+            names.setdefault(module, []).append(name)
+        return names
 
     def volume(self, volumes: Mapping[str, int]) -> int:
         """The complete model's parameters in a class, from those of the exported parameters by their names: a class
