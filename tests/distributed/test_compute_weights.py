@@ -229,15 +229,16 @@ def test_compiled_blocks_compute_with_the_copies(ranks: Ranks) -> None:
 class Uncaptured(GraphedFunction):
     """Stands for a CUDA graph: it runs the function, on arguments that lie where the first ones lay."""
 
-    def __init__(self, function: Callable[..., Tensor], eager_calls: int, model: nn.Module | None = None) -> None:
-        self._function, self._graph, self._args = function, None, ()  # no stream and no pool, which need a GPU
+    def __init__(self, function: Callable[..., Tensor], *_: object, **__: object) -> None:
+        self._function, self._args = function, ()  # no stream and no pool, which need a GPU
+        self._graphs, self._declined, self.obstacle = {}, False, None
 
     def __call__(self, *args: Tensor | int) -> Tensor:
         self._args = self._args or tuple(arg.clone() if isinstance(arg, Tensor) else arg for arg in args)
         for own, given in zip(self._args, args, strict=True):
             if isinstance(own, Tensor) and isinstance(given, Tensor):
                 own.copy_(given)
-        return self._function(*self._args)
+        return self._function(*self._args).clone()
 
     @property
     def captured(self) -> bool:

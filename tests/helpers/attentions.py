@@ -261,7 +261,9 @@ KINDS: tuple[type[nn.Module], ...] = (
 )
 
 
-OF_PACKAGES: tuple[type[nn.Module], ...] = (Sliced, Windowed, OtherWidths, NormedWide)
+# DTensor of torch 2.11 fails in the backward of a layer norm on shards, which the check says: see `NormedWide`
+_WIDE_NORMS = () if torch.__version__.startswith("2.11.") else (NormedWide,)
+OF_PACKAGES: tuple[type[nn.Module], ...] = (Sliced, Windowed, OtherWidths, *_WIDE_NORMS)
 
 
 def _block(kind: type[nn.Module]) -> nn.Module:

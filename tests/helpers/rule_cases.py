@@ -16,6 +16,9 @@ from torch import Tensor
 import colrow.derive.trace  # noqa: F401  (defines the marker operator)
 from helpers.channel_cases import Case, channels, windows
 
+NO_AMINMAX = torch.__version__.startswith("2.11.")
+"""There it has no derivative."""
+
 aten: Any = torch.ops.aten
 UNARY = """
     neg negative reciprocal square sqrt rsqrt abs sign exp exp2 expm1 log log1p log2 cos sin tan erf tanh sigmoid silu
@@ -214,7 +217,7 @@ def _reductions(w: int) -> dict[str, Case]:
         "norm": (lambda x, a: aten.norm.ScalarOpt_dim(_y(x, a), 2, [1], True) * _y(x, a), one),
         "var_mean": (lambda x, a: torch.mul(*aten.var_mean.dim(_y(x, a), [1])), one),
         "std_mean": (lambda x, a: torch.mul(*aten.std_mean.dim(_y(x, a), [1])), one),
-        "aminmax": (lambda x, a: torch.mul(*aten.aminmax(_y(x, a), dim=1)), one),
+        **({} if NO_AMINMAX else {"aminmax": (lambda x, a: torch.mul(*aten.aminmax(_y(x, a), dim=1)), one)}),
         "kthvalue": (lambda x, a: aten.kthvalue(_y(x, a), 3, 1)[0], one),
         "cosine_similarity": (lambda x, a, b: aten.cosine_similarity(_y(x, a), _y(x, a) * b, 1), ((w, 5), (w,))),
         "pairwise_distance": (

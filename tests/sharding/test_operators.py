@@ -148,7 +148,11 @@ def answer(function: Callable[..., Any], *args: Any) -> Placement | None:
 
 SHARDED = [op.name for op in OPERATORS.values() if op.rule == "elementwise"]
 OLD_TORCH = torch.__version__.startswith("2.11.")
-LEARNT_SINCE = ("ne", "not_equal", "hardshrink", "polar", "complex") if OLD_TORCH else ()
+LEARNT_SINCE = (
+    *("ne", "not_equal", "hardshrink", "polar", "complex", "rrelu", "special_entr", "special_erfcx", "special_i0e"),
+    *("special_i1", "special_i1e", "special_log_ndtr", "special_ndtri", "special_xlog1py"),
+)
+LEARNT_SINCE = LEARNT_SINCE if OLD_TORCH else ()
 """DTensor of torch 2.11 has no rule for them: there the table is ahead of it."""
 OTHER_SIGNATURES = ("threshold", "lerp", "addcmul", "addcdiv", "_conj", "real", "clamp", "boundary", "fill")
 OTHER_ANSWERS = ("where", "masked_fill", "copy", "dropout", "clone", "lift_fresh_copy")
