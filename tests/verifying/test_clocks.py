@@ -62,6 +62,8 @@ DRAW = {
     "generator without a seed": lambda own: np.random.default_rng().random() < 0.01,
     "random without a seed": lambda own: random.Random().random() < 0.05,
     "process": lambda own: os.getpid() % 16 == 5,
+    "torch's seed": lambda own: torch.seed() % 16 == 3,
+    "what torch draws behind it": lambda own: torch.seed() >= 0 and torch.rand(()).item() < 0.05,
 }
 RANDOM = random.SystemRandom()
 

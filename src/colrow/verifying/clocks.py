@@ -5,7 +5,7 @@ Ranks read their clocks at other moments, so a branch on one parts them, and tra
 So the unsharded model alone is run with clocks at many moments, also where they reach the numbers that they meet. Where
 it then runs other operators, or gets another loss, the plan cannot be proved. What is read for a log changes nothing.
 The same holds of what no seed reaches: `os.urandom`, and what draws from it (`secrets`, `uuid4`, `SystemRandom`,
-generators made without a seed), and a process's number.
+generators made without a seed, `torch.seed`), and a process's number.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
 
 from colrow.torch_compat import path_in_torch
@@ -113,8 +114,9 @@ class Clocks:
         fakes = {id(real): self._fake(name, real) for name in names if (real := getattr(time, name, None)) is not None}
         fakes |= {id(datetime.datetime): self._datetime(), id(datetime.date): self._date()}
         fakes |= {id(os.urandom): self._urandom(os.urandom), id(os.getpid): self._getpid(os.getpid)}
+        fakes[id(torch.seed)] = self._torch_seed(torch.seed)
         held = [(kept.value, kept.put) for kept in kept_values(self._model) if id(kept.value) in fakes]
-        for module in (time, datetime, os, random):
+        for module in (time, datetime, os, random, torch, torch.random):
             held += [(v, partial(setattr, module, k)) for k, v in vars(module).items() if id(v) in fakes]
         for real, put in held:
             put(fakes[id(real)])
@@ -172,6 +174,16 @@ class Clocks:
             if a is None and self._reads("random.Random without a seed", sys._getframe(1)) and self._draws:
                 a = self._draws.bytes(8)
             real(own, a, version)
+
+        return seed
+
+    def _torch_seed(self, real: Callable[[], int]) -> Callable[[], int]:
+        def seed() -> int:
+            if not self._reads("torch.seed", sys._getframe(1)) or not self._draws:
+                return real()
+            drawn = int.from_bytes(self._draws.bytes(7), "little")
+            torch.manual_seed(drawn)
+            return drawn
 
         return seed
 
