@@ -74,6 +74,9 @@ def prepared(model: nn.Module, tp: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """A model with a vocabulary of 200 at least, in fp64 where it runs so (grouped products do not), and token ids."""
     shape = default_inputs(model, tp)[0].shape
     inputs = (torch.randint(3, 200, shape, generator=torch.Generator().manual_seed(0)),)
+    config: Any = getattr(model, "config", None)
+    if config is not None:
+        config.use_cache = False  # as in training; a cache of a model without attention layers has no length
     with torch.no_grad():
         model(input_ids=inputs[0], use_cache=False)
         try:
