@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict, deque
 from functools import lru_cache
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from helpers.broken_plans import gpt_plan
 
 SCALES: dict[int, Tensor] = {}
 SHIFT: Tensor | None = None
+TABLES: dict[str, Any] = {}
 
 
 @lru_cache
@@ -93,6 +96,16 @@ def test_each_call_of_a_module_makes_its_own_in_a_trace(monkeypatch: pytest.Monk
         with caches_of_one_call(block):
             assert not any(a is b for a, b in zip(tables(), tables(), strict=True))
     assert SHIFT is None
+
+
+@pytest.mark.parametrize(
+    "kind", [tuple, list, deque, lambda held: OrderedDict(enumerate(held)), lambda held: [[*held]]]
+)
+def test_what_lies_in_a_container_is_forgotten_with_it(kind: Any) -> None:
+    with caches_forgotten(Cached()), fake_tensors():
+        TABLES.update(made=kind([torch.zeros(2)]), numbers=kind([2]))
+    assert {"numbers": kind([2])} == TABLES
+    TABLES.clear()
 
 
 @pytest.mark.exhaustive

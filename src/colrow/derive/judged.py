@@ -102,11 +102,12 @@ class _Judge:
 
     def checked(self, plan: Plan) -> Objection | None:
         """By the check alone."""
-        return _of_errors(self._check(plan))
+        return _of_errors(self._check(plan, _key(plan)))
 
     def proved(self, plan: Plan) -> Objection | None:
         """By the check, and by a proof of what that leaves unproven."""
-        key, found = _key(plan), self._check(plan)
+        key = _key(plan)
+        found = self._check(plan, key)
         if key not in self._judgements:
             self._judgements[key] = judgement(self._step_of(plan), found, self._progress)
             self._progress.at("tracing")
@@ -116,8 +117,7 @@ class _Judge:
         """What `proved` has said of the plan; None where it was not asked."""
         return self._judgements.get(_key(plan))
 
-    def _check(self, plan: Plan) -> Findings:
-        key = _key(plan)
+    def _check(self, plan: Plan, key: str) -> Findings:
         if key not in self._findings:
             self._progress.at("checking a plan")
             self._findings[key] = check_step(self._step_of(plan), self._traces_of)

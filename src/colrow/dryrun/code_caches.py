@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -133,6 +133,6 @@ def _has_fake(value: Any) -> bool:
         return is_fake(value)
     if isinstance(value, dict):
         value = value.values()
-    elif not isinstance(value, (tuple, list, set, frozenset)):
+    elif not isinstance(value, (tuple, list, set, frozenset, deque)):
         return False
     return not _WITHOUT_TENSORS.issuperset(map(type, value)) and any(map(_has_fake, value))
